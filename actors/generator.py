@@ -1,0 +1,49 @@
+"""Prompt to rollout: a generator over an `Engine`. Ray makes it an actor in the pool; this file knows nothing of that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from actors.engine import Engine
+from common.types import Prompt, Rollout, SampleId
+from common.weights import WeightSet
+
+
+class Generator:
+    """Writes rollouts, every token stamped with the policy version that sampled it."""
+
+    def __init__(self, name: str, seed: int, make_engine: Callable[[], Engine]) -> None:
+        self._name = name
+        self._seed = seed
+        self._engine = make_engine()
+        self._version = 0
+
+    def __repr__(self) -> str:
+        return self._name
+
+    async def ready(self) -> str:
+        return self._name
+
+    async def generate(self, prompt: Prompt) -> Rollout:
+        """The response is a function of (weights, run seed, sample id), so a re-issued prompt gives the same rollout."""
+        done = await self._engine.generate(
+            str(prompt.sample_id), prompt.token_ids, seed=sampling_seed(self._seed, prompt.sample_id)
+        )
+        return Rollout(
+            prompt, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason, generator=self._name
+        )
+
+    async def load_weights(self, weights: WeightSet) -> int:
+        """Verifies the set, then loads it; returns the version now held. Raises CorruptWeightsError."""
+        weights.verify()
+        if weights.version != self._version:
+            await self._engine.load_weights(weights)
+            self._version = weights.version
+        return self._version
+
+
+def sampling_seed(run_seed: int, sample_id: SampleId) -> int:
+    """63 bits that differ for every run seed and sample id."""
+    digest = hashlib.blake2b(f"{run_seed}/{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

@@ -1,0 +1,53 @@
+"""The reference policy: log-probabilities of rollouts under the frozen starting weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from actors.scoring import Batcher
+from common.config import ReferenceConfig
+from common.models import find_device, load_policy, resolve_model
+from common.sequences import Sequences, response_logprobs
+from common.types import Rollout
+
+
+class ReferencePolicy:
+    """Per-token log-probabilities at the sampling temperature, so that they compare with the policy's own."""
+
+    def __init__(
+        self, name: str, cfg: ReferenceConfig, *, model: str | PreTrainedModel, temperature: float
+    ) -> None:
+        torch.set_num_threads(cfg.threads)
+        self._name = name
+        self._temperature = temperature
+        self._device = find_device()
+        if isinstance(model, str):
+            model = load_policy(resolve_model(model), dtype=getattr(torch, cfg.dtype), device=self._device)
+        self._model = model
+        self._batcher = Batcher(
+            self.forward,
+            num_tokens=lambda rollout: rollout.num_tokens,
+            max_tokens=cfg.max_batch_tokens,
+            window_s=cfg.batch_window_ms / 1000,
+        )
+
+    def __repr__(self) -> str:
+        return self._name
+
+    async def ready(self) -> str:
+        return self._name
+
+    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+        """float32 [R], nats."""
+        return await self._batcher.submit(rollout)
+
+    @torch.inference_mode()
+    def forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """One padded forward pass; float32 [R] for each rollout."""
+        sequences = Sequences.pad([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
+        padded, _ = response_logprobs(self._model, sequences.to(self._device), temperature=self._temperature)
+        return [row[: len(r.response_ids)] for row, r in zip(padded.cpu().numpy(), rollouts, strict=True)]

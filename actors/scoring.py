@@ -1,0 +1,64 @@
+"""Batched frozen forward passes: requests that arrive close together share a pass, under a token budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from common.sequences import token_batches
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Batcher(Generic[Item, Result]):
+    """Turns many single requests into few batched calls of `run`.
+
+    The first request of an idle batcher waits `window_s` for company; what arrives while a pass runs shares the next
+    one. Batches are of like lengths and hold at most `max_tokens`, padding included. One pass runs at a time, in a
+    thread, so that requests are still accepted meanwhile.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Sequence[Result]],
+        *,
+        num_tokens: Callable[[Item], int],
+        max_tokens: int,
+        window_s: float,
+    ) -> None:
+        self._run = run
+        self._num_tokens = num_tokens
+        self._max_tokens = max_tokens
+        self._window_s = window_s
+        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item) -> Result:
+        """The item's own result. An error in a pass is raised to every request that shared it."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._drain())
+        return await future
+
+    async def _drain(self) -> None:
+        """Runs passes until nobody waits."""
+        await asyncio.sleep(self._window_s)
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            for group in token_batches([self._num_tokens(item) for item, _ in batch], self._max_tokens):
+                await self._pass([batch[i] for i in group])
+
+    async def _pass(self, requests: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        try:
+            results = await asyncio.to_thread(self._run, [item for item, _ in requests])
+        except Exception as error:
+            for _, future in requests:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), result in zip(requests, results, strict=True):
+            if not future.done():  # its caller may have given up
+                future.set_result(result)

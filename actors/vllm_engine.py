@@ -1,0 +1,208 @@
+"""vLLM behind the `Engine` protocol: the whole engine in this process, stepped by one thread of its own.
+
+Everything that touches the engine runs on that thread between two steps, so a weight update never meets a step half
+way and each token's weight version is exact. One process starts faster and is smaller than vLLM's own layouts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from actors.engine import Completion, EngineDeadError
+from common.config import GeneratorsConfig, SamplingConfig
+from common.weights import WeightSet
+
+# Read while vllm is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core stays in this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+if not torch.cuda.is_available():
+    # The kernel that ranks logprobs would be compiled for 13 s, for nothing at these sizes.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from vllm import SamplingParams  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+
+T = TypeVar("T")
+
+
+class WeightLoader:
+    """Mixed into vLLM's worker: its part of a weight update."""
+
+    model_runner: Any
+
+    def load_weight_set(self, weights: WeightSet) -> None:
+        self.model_runner.reload_weights(weights_iterator=weights.tensors())
+        model = self.model_runner.get_model()
+        if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
+            # vLLM 0.32 on CPU: the tied head keeps a packed copy of the old embedding (0.19 nats off, silently).
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+class VLLMEngine:
+    """See `Engine`. Any thread's event loop may call it."""
+
+    def __init__(
+        self,
+        model: Path,
+        cfg: GeneratorsConfig,
+        sampling: SamplingConfig,
+        *,
+        max_model_len: int,
+        end_token_ids: list[int],
+    ) -> None:
+        self._sampling = dict(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            min_tokens=sampling.min_new_tokens,
+            stop_token_ids=end_token_ids,
+            logprobs=0,  # of the sampled token only
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        on_cpu = not torch.cuda.is_available()
+        self._args = EngineArgs(
+            model=str(model),
+            dtype=cfg.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=cfg.max_running,
+            # A seeded request whose prompt is split over steps must rewind its random generator, and vLLM 0.32 cannot
+            # do that on CPU ("CPU Generator does not use offset"): there, every prompt fits into one step.
+            enable_chunked_prefill=not on_cpu,
+            max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
+            kv_cache_memory_bytes=cfg.kv_cache_mib << 20,
+            enforce_eager=on_cpu,  # compiling for the CPU: 71 s for at most 10 %
+            # Log-probabilities of the distribution sampled from: after temperature and truncation.
+            logprobs_mode="processed_logprobs",
+            # A cached prefix computed by old weights would serve new requests after an update.
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            worker_extension_cls="actors.vllm_engine.WeightLoader",
+        )
+        self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._wake = threading.Condition()
+        self._waiting: dict[str, Future] = {}  # request id -> its final output
+        self._closed = False
+        self._failure: BaseException | None = None
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
+        self._thread.start()
+        started.result()
+
+    async def generate(self, request_id: str, prompt_ids: np.ndarray, *, seed: int) -> Completion:
+        output: Future = Future()
+
+        def add() -> None:
+            params = SamplingParams(**self._sampling, seed=seed)
+            self._waiting[request_id] = output
+            try:
+                self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids.tolist()}, params)
+            except BaseException:
+                del self._waiting[request_id]
+                raise
+
+        def abort() -> None:
+            if self._waiting.pop(request_id, None):
+                self._engine.abort_request([request_id])
+
+        await self._call(add)
+        try:
+            final = (await asyncio.wrap_future(output)).outputs[0]
+        except asyncio.CancelledError:
+            self._submit(abort)
+            raise
+        versions = np.empty(len(final.token_ids), dtype=np.int32)
+        for span in final.weight_versions:
+            versions[span.start : span.end] = int(span.version)
+        return Completion(
+            np.asarray(final.token_ids, dtype=np.int32),
+            np.asarray([at[t].logprob for t, at in zip(final.token_ids, final.logprobs, strict=True)], dtype=np.float32),
+            versions,
+            final.finish_reason,
+        )
+
+    async def load_weights(self, weights: WeightSet) -> None:
+        def load() -> None:
+            self._engine.collective_rpc("load_weight_set", args=(weights,))
+            self._engine.set_weight_version(str(weights.version))
+
+        await self._call(load)
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(timeout=10)
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._submit(function))
+
+    def _submit(self, function: Callable[[], T]) -> Future[T]:
+        """Runs `function` on the engine thread before its next step."""
+        result: Future[T] = Future()
+        with self._wake:
+            if self._failure is not None:
+                raise EngineDeadError("the engine failed earlier") from self._failure
+            self._commands.append((function, result))
+            self._wake.notify()
+        return result
+
+    def _run(self, started: Future[None]) -> None:
+        try:
+            self._engine = LLMEngine.from_engine_args(self._args)
+            self._engine.set_weight_version("0")
+            started.set_result(None)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        try:
+            while not self._closed:
+                self._run_commands()
+                if self._engine.has_unfinished_requests():
+                    for output in self._engine.step():
+                        if output.finished and (waiting := self._waiting.pop(output.request_id, None)):
+                            waiting.set_result(output)
+        except BaseException as error:
+            traceback.print_exc()  # the callers get the message, the actor's log the place
+            self._fail(error)
+        finally:
+            self._engine.engine_core.shutdown()
+
+    def _run_commands(self) -> None:
+        with self._wake:
+            while not (self._commands or self._closed or self._engine.has_unfinished_requests()):
+                self._wake.wait()
+            commands = list(self._commands)
+            self._commands.clear()
+        for function, result in commands:
+            if not result.set_running_or_notify_cancel():
+                continue
+            try:
+                result.set_result(function())
+            except Exception as error:  # the caller's mistake, such as a prompt beyond the context; the engine goes on
+                result.set_exception(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A broken engine fails every caller, present and future."""
+        with self._wake:
+            self._failure = error
+            pending = [result for _, result in self._commands] + list(self._waiting.values())
+        for result in pending:
+            if not result.done():
+                result.set_exception(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))

@@ -1,0 +1,1 @@
+"""What every role shares: configuration, the records that travel, models, weights, the journal. Imports no other layer."""

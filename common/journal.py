@@ -1,0 +1,117 @@
+"""The experience journal: one Arrow file per step, durable before the learner sees the batch.
+
+RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in admission order, readable with
+pyarrow, pandas or DuckDB alone. Its schema metadata under the key `ratchet` is a JSON object:
+
+    step            number of this file, from 0
+    policy_version  version the learner held when the batch was cut
+    prompts         state of the prompt stream after this batch, outstanding sample ids included
+    voids           [sample id, reason] of rollouts that were given up since the previous file
+    previous        SHA-256 of the previous file, in hex ("" for step 0): the files form a chain
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from common.types import EXPERIENCE_SCHEMA, Void
+
+
+class JournalError(RuntimeError):
+    """The journal on disk is not the chain that was written."""
+
+
+@dataclass(frozen=True)
+class JournalStep:
+    """One step as it was written."""
+
+    step: int
+    table: pa.Table
+    policy_version: int
+    prompts: dict[str, Any]
+    voids: tuple[tuple[str, str], ...]
+
+
+class Journal:
+    """Appends steps in order; each file is complete or absent, and names the hash of the one before."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob("*.tmp"):  # a write that a crash cut short: never consumed by anyone
+            leftover.unlink()
+        self.next_step = len(list(directory.glob("step-*.arrow")))
+        self._last_hash = _hash(self._path(self.next_step - 1)) if self.next_step else ""
+
+    def append(
+        self, table: pa.Table, *, policy_version: int, prompts: dict[str, Any], voids: Sequence[Void] = ()
+    ) -> int:
+        """Writes the next step, synced to disk and renamed into place; returns its number."""
+        step = self.next_step
+        metadata = {
+            "step": step,
+            "policy_version": policy_version,
+            "prompts": prompts,
+            "voids": [[str(void.sample_id), void.reason] for void in voids],
+            "previous": self._last_hash,
+        }
+        path = self._path(step)
+        staging = path.with_suffix(".tmp")
+        with open(staging, "wb") as file:
+            schema = EXPERIENCE_SCHEMA.with_metadata({"ratchet": json.dumps(metadata)})
+            with pa.ipc.new_file(file, schema) as writer:
+                writer.write_table(table.combine_chunks())
+            file.flush()
+            os.fsync(file.fileno())
+        staging.rename(path)
+        _sync_directory(self.directory)
+        self._last_hash = _hash(path)
+        self.next_step = step + 1
+        return step
+
+    def read(self, step: int) -> JournalStep:
+        """Raises JournalError if the file is missing, damaged, or does not follow the one before it."""
+        path = self._path(step)
+        try:
+            with pa.OSFile(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+            metadata = json.loads(table.schema.metadata[b"ratchet"])
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            raise JournalError(f"{path} cannot be read as a journal step: {error}") from error
+        expected = _hash(self._path(step - 1)) if step else ""
+        if metadata["step"] != step or metadata["previous"] != expected:
+            raise JournalError(f"{path} does not follow step {step - 1}: a file was changed, lost or moved")
+        voids = tuple((sample_id, reason) for sample_id, reason in metadata["voids"])
+        return JournalStep(step, table, metadata["policy_version"], metadata["prompts"], voids)
+
+    def since(self, step: int) -> Iterator[JournalStep]:
+        """Steps from `step` to the newest, in order."""
+        for number in range(step, self.next_step):
+            yield self.read(number)
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:06d}.arrow"
+
+
+def _hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise JournalError(f"{path} is missing: the journal has a gap") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+"""The seeded, resumable prompt stream: records to tokenised prompts, in an order that is a function of the seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from common.config import PromptsConfig, UserError
+from common.types import HELDOUT_EPOCH, Prompt, SampleId
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt before anyone asks it: text, token ids and the record's other fields."""
+
+    text: str
+    token_ids: np.ndarray
+    fields: dict[str, Any]
+
+
+class PromptStream:
+    """Yields prompts epoch after epoch, each epoch in its own seeded order, and knows which are still outstanding.
+
+    A sample id is outstanding from `next` until `settle`. Restoring a state re-issues exactly the outstanding ones,
+    in the order they were first issued, and then goes on.
+    """
+
+    def __init__(self, questions: Sequence[Question], *, seed: int, rollouts_per_prompt: int) -> None:
+        self._questions = questions
+        self._seed = seed
+        self._replicas = rollouts_per_prompt
+        self._issued = 0  # sample ids ever issued
+        self._outstanding: dict[SampleId, None] = {}  # in order of issue
+        self._reissue: list[SampleId] = []
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
+
+    def next(self) -> Prompt:
+        if self._reissue:
+            return self._prompt(self._reissue.pop(0))
+        position, replica = divmod(self._issued, self._replicas)
+        epoch, place = divmod(position, len(self._questions))
+        sample_id = SampleId(epoch, int(self._permutation(epoch)[place]), replica)
+        self._issued += 1
+        self._outstanding[sample_id] = None
+        return self._prompt(sample_id)
+
+    def settle(self, sample_ids: Iterable[SampleId]) -> None:
+        """These are in the journal now, as rollouts or as void."""
+        for sample_id in sample_ids:
+            del self._outstanding[sample_id]
+
+    def state(self) -> dict[str, Any]:
+        return {"issued": self._issued, "outstanding": [str(sample_id) for sample_id in self._outstanding]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._issued = state["issued"]
+        self._reissue = [SampleId.parse(text) for text in state["outstanding"]]
+        self._outstanding = dict.fromkeys(self._reissue)
+
+    def _prompt(self, sample_id: SampleId) -> Prompt:
+        question = self._questions[sample_id.prompt]
+        return Prompt(sample_id, question.text, question.token_ids, question.fields)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._questions)))
+        return self._order[1]
+
+
+def heldout_prompts(questions: Sequence[Question], count: int) -> list[Prompt]:
+    """The first `count` held-out questions, as prompts that no training stream can issue."""
+    return [
+        Prompt(SampleId(HELDOUT_EPOCH, index, 0), question.text, question.token_ids, question.fields)
+        for index, question in enumerate(questions[:count])
+    ]
+
+
+def load_questions(
+    source: str, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_tokens: int
+) -> list[Question]:
+    """All prompts of a source, tokenised and checked. Raises UserError naming the record that is at fault."""
+    questions = []
+    for where, record in _records(source, seed):
+        question = _question(where, record, cfg, tokenizer)
+        if len(question.token_ids) > max_tokens:
+            raise UserError(
+                f"{where}: the prompt has {len(question.token_ids)} tokens, more than prompts.max_tokens and the "
+                f"model's context leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, or lower "
+                "sampling.max_new_tokens"
+            )
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{source} holds no prompts; it must give at least one")
+    return questions
+
+
+def load_function(path: str, setting: str) -> Callable[..., Any]:
+    """The Python function that `module:function` names. Raises UserError saying what failed to import."""
+    module_name, separator, name = path.partition(":")
+    if not separator:
+        raise UserError(f"{setting} ({path}) must read module:function, such as deploy.tasks.larger:correct")
+    try:
+        function = getattr(import_module(module_name), name, None)
+    except Exception as error:
+        raise UserError(
+            f"{setting} ({path}): module {module_name} cannot be imported ({type(error).__name__}: {error}); "
+            "it must be installed, or lie in the directory ratchet is started from"
+        ) from error
+    if not callable(function):
+        raise UserError(f"{setting} ({path}): module {module_name} has no function {name}")
+    return function
+
+
+def _records(source: str, seed: int) -> Iterable[tuple[str, Any]]:
+    """(where, record) pairs of a .jsonl file or a `module:function`."""
+    if not source.endswith(".jsonl"):
+        records = load_function(source, "prompts")(seed)
+        return [(f"{source}, record {i}", record) for i, record in enumerate(records)]
+    try:
+        lines = Path(source).expanduser().read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {source} cannot be read ({error}); check prompts.train and prompts.heldout") from None
+    return [(f"{source}, line {n}", _parse(f"{source}, line {n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line") from None
+
+
+def _question(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> Question:
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)) or not record["prompt"]:
+        raise UserError(f"{where}: a record must be an object with text or chat messages under `prompt`")
+    prompt = record["prompt"]
+    if cfg.format == "plain" and isinstance(prompt, list):
+        raise UserError(f"{where}: `prompt` is a list of chat messages; set prompts.format = \"chat\"")
+    if cfg.format == "chat":
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:
+            raise UserError(f"{where}: the tokenizer's chat template refuses the prompt: {error}") from error
+    else:
+        text = prompt
+    # A chat template writes its own special tokens.
+    token_ids = tokenizer(text, add_special_tokens=cfg.format == "plain")["input_ids"]
+    fields = {key: value for key, value in record.items() if key != "prompt"}
+    return Question(text, np.asarray(token_ids, dtype=np.int32), fields)

@@ -1,0 +1,88 @@
+"""The command line: `ratchet train`, `ratchet config`. Bad input ends in one message and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config import Config, UserError, describe, load_config
+
+_SETTINGS = "\b\nSettings (give any as key=value; `ratchet config --describe` explains each):\n" + "\n".join(
+    f"  {key} ({kind}; default {default})" for key, kind, default, _ in describe()
+)
+# What a run may change when it goes on: nothing that the journal's replay depends on.
+_RESUMABLE = ("num_steps", "generators.", "reference.", "evaluation.", "checkpoint.", "ray.", "reward.")
+
+app = typer.Typer(
+    help="PPO from human feedback on Ray and vLLM.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command(epilog=_SETTINGS)
+def train(
+    config: Annotated[str, typer.Argument(help="A TOML file; with --resume: a first key=value setting.")] = "",
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value settings over the file's.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run directory.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run directory if it exists.")] = False,
+) -> None:
+    """Train a policy with PPO."""
+    overrides = list(settings or [])
+    if resume is not None:
+        overrides = [config, *overrides] if config else overrides
+        cfg, directory = _resumed(resume, overrides), resume
+    elif config:
+        cfg, directory = load_config(Path(config), overrides), run or Path("runs") / Path(config).stem
+    else:
+        raise UserError("name a config file, such as deploy/configs/larger.toml, or a run directory with --resume")
+    sys.path.insert(0, str(Path.cwd()))  # reward functions and prompts may lie beside the user
+    from deploy.train import run_training  # slow to import: torch, transformers, Ray
+
+    run_training(cfg, directory, resume=resume is not None, force=force)
+
+
+@app.command()
+def config(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file to resolve and print.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value settings over the file's.")] = None,
+    explain: Annotated[bool, typer.Option("--describe", help="Explain every setting.")] = False,
+) -> None:
+    """Show a resolved config, or explain every setting."""
+    if explain:
+        for key, kind, default, meaning in describe():
+            typer.echo(f"{key} ({kind}; default {default})\n    {meaning}")
+    elif config is not None:
+        import tomli_w
+
+        typer.echo(tomli_w.dumps(load_config(config, settings or []).model_dump(exclude_none=True, mode="json")))
+    else:
+        raise UserError("name a config file to resolve, or ask for --describe")
+
+
+def _resumed(directory: Path, overrides: list[str]) -> Config:
+    if not (directory / "config.toml").exists():
+        raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet train has made")
+    if fixed := [text for text in overrides if not text.startswith(_RESUMABLE)]:
+        raise UserError(
+            f"{', '.join(fixed)} cannot change when a run goes on, since its journal was written under the old value; "
+            f"changeable: {', '.join(name.rstrip('.') for name in _RESUMABLE)}; or start a new run"
+        )
+    return load_config(directory / "config.toml", overrides)
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        typer.echo(f"ratchet: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("ratchet: interrupted; go on with ratchet train --resume", err=True)
+        sys.exit(130)

@@ -1,0 +1,42 @@
+"""The Ray cluster of a run: the one that is named, or one started on this machine and stopped at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from common.config import RayConfig, UserError
+from deploy.placement import MIB, Node
+
+
+@contextmanager
+def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
+    """Connects, and yields what each node has free."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if cfg.address is not None:
+        try:
+            ray.init(address=cfg.address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            raise UserError(f"no Ray cluster answers at ray.address ({cfg.address}): {error}") from error
+    else:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles beside anything else
+        ray.init(
+            address="local",
+            include_dashboard=cfg.dashboard,
+            object_store_memory=cfg.object_store_mib * MIB,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield [_node(node) for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+
+
+def _node(node: dict) -> Node:
+    free = node["Resources"]
+    return Node(node["NodeManagerAddress"], free.get("CPU", 0), free.get("GPU", 0), int(free.get("memory", 0)))

@@ -1,0 +1,84 @@
+"""Who runs where: what a config needs, what a cluster has, and a refusal that says what is missing. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.config import Config, Placed, UserError
+from common.models import ModelSize
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster has free."""
+
+    name: str
+    cpus: float
+    gpus: float
+    memory: int  # bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one process takes."""
+
+    name: str
+    section: str  # of the config, to say where to turn
+    cpus: float
+    gpus: float
+    memory: int  # bytes, estimated
+
+
+def needs(cfg: Config, model: ModelSize) -> list[Need]:
+    """Every process of the run with an estimate of its peak memory."""
+    weights = {"bfloat16": 2 * model.parameters, "float32": 4 * model.parameters}
+    imports = 600 * MIB  # torch and transformers, or vLLM, before any weight
+    # An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old.
+    generator = imports + 2 * weights[cfg.generators.dtype] + cfg.generators.kv_cache_mib * MIB
+    reference = imports + weights[cfg.reference.dtype]
+    networks = 2 if cfg.learner.critic == "separate" else 1
+    # float32 weights, gradients and two Adam moments; about 20 saved values per token, layer and hidden unit.
+    state = 16 * model.parameters * networks
+    activations = 2 * 20 * cfg.learner.micro_batch_tokens * model.layers * model.hidden
+    logits = 3 * 4 * min(1024, cfg.learner.micro_batch_tokens) * model.vocabulary
+    learner = imports + state + weights["bfloat16"] + activations + logits
+
+    def role(name: str, section: str, cfg: Placed, count: int, memory: int) -> list[Need]:
+        return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, memory) for i in range(count)]
+
+    return [
+        *role("Learner", "learner", cfg.learner, cfg.learner.ranks, learner),
+        *role("Generator", "generators", cfg.generators, cfg.generators.replicas, generator),
+        *role("ReferencePolicy", "reference", cfg.reference, cfg.reference.replicas, reference),
+        *role("Reward", "reward", cfg.reward, cfg.reward.replicas, imports),
+    ]
+
+
+def place(wanted: Sequence[Need], nodes: Sequence[Node]) -> dict[str, str]:
+    """Process name to node name, largest first, each on the first node with room. Raises UserError if one has none."""
+    free = {node.name: [node.cpus, node.gpus, float(node.memory)] for node in nodes}
+    placed: dict[str, str] = {}
+    for need in sorted(wanted, key=lambda n: (-n.gpus, -n.memory, -n.cpus)):
+        takes = (need.cpus, need.gpus, need.memory)
+        fits = (name for name, left in free.items() if all(have >= take for have, take in zip(left, takes)))
+        if (name := next(fits, None)) is None:
+            raise UserError(_refusal(need, wanted, nodes))
+        placed[need.name] = name
+        free[name] = [have - take for have, take in zip(free[name], takes)]
+    return placed
+
+
+def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node]) -> str:
+    def total(rows: Sequence[Node] | Sequence[Need]) -> str:
+        cpus, gpus, memory = (sum(getattr(row, key) for row in rows) for key in ("cpus", "gpus", "memory"))
+        return f"{cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.1f} GiB of memory"
+
+    return (
+        f"no node has room for {need.name}, which takes {total([need])}: the run takes {total(wanted)} in all, "
+        f"the cluster of {len(nodes)} node(s) has {total(nodes)} free; lower {need.section}.cpus or the number of "
+        "replicas, use a smaller model or fewer tokens per micro-batch, or add a node"
+    )

@@ -1,0 +1,93 @@
+"""What a person watching a run sees: one line a step, an example now and then, a table of before and after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from common.config import Config
+from common.types import Experience
+from learner.evaluation import Evaluation
+
+# heading, width, metric, format
+_COLUMNS = [
+    ("score", 6, "rollout/score/mean", "{:.2f}"),
+    ("KL/resp", 7, "kl/per_response", "{:.2f}"),
+    ("entropy", 7, "ppo/entropy", "{:.2f}"),
+    ("tokens", 6, "rollout/response_tokens/mean", "{:.1f}"),
+    ("clip", 5, "ppo/clip_frac", "{:.0%}"),
+    ("expl.var", 8, "value/explained_variance", "{:.2f}"),
+]
+_PHASES = [("generate", "generate_s"), ("score", "score_s"), ("learn", "learn_s"), ("publish", "publish_s"), ("save", "checkpoint_s")]
+
+
+class Progress:
+    """Prints to the terminal; nothing else depends on it."""
+
+    def __init__(self, cfg: Config, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._console = Console(highlight=False)
+        self._cfg = cfg
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._started = time.perf_counter()
+
+    def begin(self, *, num_prompts: int, num_heldout: int) -> None:
+        cfg = self._cfg
+        self._console.print(
+            f"[bold]ratchet[/] {escape(cfg.model.path)} · {num_prompts} training prompts, {num_heldout} held out · "
+            f"{cfg.num_steps} steps of {cfg.rollouts_per_step} rollouts · seed {cfg.seed}"
+        )
+        self._console.print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
+
+    def ready(self) -> None:
+        cfg = self._cfg
+        roles = f"{cfg.generators.replicas} generator(s), {cfg.reward.replicas} reward, {cfg.reference.replicas} reference"
+        self._console.print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}, learner", style="dim")
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        low, high = evaluation.interval
+        self._console.print(
+            f"held-out pass@1 at version {evaluation.policy_version}: [bold]{evaluation.pass_at_1:.1%}[/] "
+            f"({low:.1%} to {high:.1%}, {evaluation.prompts} prompts)"
+        )
+        if evaluation.policy_version == 0:
+            headings = "  ".join(f"{heading:>{width}}" for heading, width, _, _ in _COLUMNS)
+            phases = "  ".join(f"{name:>8}" for name, _ in _PHASES)
+            self._console.print(f"{'step':>4}  {headings}  |  {phases}  [dim]seconds[/]", style="bold")
+
+    def step(self, record: dict[str, Any], example: Experience) -> None:
+        values = "  ".join(f"{form.format(record[key]):>{width}}" for _, width, key, form in _COLUMNS)
+        phases = "  ".join(f"{record['time/' + key]:>8.1f}" for _, key in _PHASES)
+        self._console.print(f"{record['step'] + 1:>4}  {values}  |  {phases}")
+        if voids := record["rollout/voids"]:
+            self._console.print(f"      {voids} rollout(s) voided", style="yellow")
+        rollout = example.rollout
+        question = " ".join(rollout.prompt.text.split())
+        answer = self._tokenizer.decode(rollout.response_ids.tolist())
+        self._console.print(
+            f"      {escape(question[-70:])} -> {escape(repr(answer[:60]))} = {example.score.total:g}", style="dim"
+        )
+
+    def end(self, evaluations: Sequence[Evaluation], *, seconds: float) -> None:
+        if evaluations:
+            table = Table(title="held-out prompts, one sampled answer each")
+            for heading in ("", "pass@1", "95 % interval", "score", *evaluations[0].components, "tokens"):
+                table.add_column(heading, justify="right")
+            for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
+                low, high = row.interval
+                raw = [f"{value:.3f}" for value in row.components.values()]
+                table.add_row(
+                    label, f"{row.pass_at_1:.1%}", f"{low:.1%} - {high:.1%}", f"{row.score:.3f}", *raw, f"{row.response_tokens:.1f}"
+                )
+            self._console.print(table)
+        self._console.print(
+            f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, metrics.jsonl, "
+            "journal/, policy/: a Hugging Face directory)"
+        )

@@ -1,0 +1,1 @@
+"""Prompts and reward functions of the shipped runs; each file is an example of writing one's own."""

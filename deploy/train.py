@@ -1,0 +1,171 @@
+"""`ratchet train`: who exists and how they are joined.
+
+Read on from here in the order the README lists: common/types.py, learner/train_loop.py, actors/generator.py, and so on
+is one prompt's way through the system.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from transformers import PreTrainedTokenizerBase
+
+from actors.engine import Engine
+from actors.generator import Generator
+from actors.pool import GeneratorPool, Pool, ReferencePool, RewardPool, actor
+from actors.reference_policy import ReferencePolicy
+from actors.reward_functions import Reward
+from common.config import Config, GeneratorsConfig, ReferenceConfig, RewardConfig, UserError
+from common.models import end_token_ids, load_tokenizer, model_size, resolve_model
+from common.prompts import PromptStream, Question, heldout_prompts, load_function, load_questions
+from common.types import Prompt
+from deploy.cluster import cluster
+from deploy.placement import needs, place
+from deploy.progress import Progress
+from learner.evaluation import Evaluation
+from learner.group import LearnerGroup
+from learner.learner import Learner
+from learner.train_loop import Run, train
+
+
+def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
+    """Trains in `directory` and returns its summary.
+
+    Everything a user can get wrong is checked first: a UserError leaves nothing written and nothing running.
+    """
+    started = time.perf_counter()
+    model = resolve_model(cfg.model.path)
+    tokenizer = load_tokenizer(model)
+    questions, heldout_questions = check_inputs(cfg, model, tokenizer)
+    if not resume and not force and directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory} exists; go on with --resume {directory}, replace it with --force, or name another")
+    with cluster(cfg.ray) as nodes:
+        place(needs(cfg, model_size(model)), nodes)
+        if not resume:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        settings = cfg.model_dump(exclude_none=True, mode="json")
+        (directory / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+        prompts = PromptStream(questions, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
+        heldout = heldout_prompts(heldout_questions, cfg.evaluation.prompts)
+        progress = Progress(cfg, directory, tokenizer)
+        progress.begin(num_prompts=len(questions), num_heldout=len(heldout))
+        evaluations = asyncio.run(_train(cfg, directory, model, prompts, heldout, progress))
+    summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    progress.end(evaluations, seconds=summary["seconds"])
+    return summary
+
+
+async def _train(
+    cfg: Config, directory: Path, model: Path, prompts: PromptStream, heldout: Sequence[Prompt], progress: Progress
+) -> list[Evaluation]:
+    """Starts every role, joins them in a Run, and trains."""
+
+    def pool(
+        role: str, section: GeneratorsConfig | RewardConfig | ReferenceConfig, create: Callable[[str], Any]
+    ) -> Any:
+        return Pool.start(
+            role,
+            section.replicas,
+            create,
+            timeout_s=section.timeout_s,
+            startup_timeout_s=cfg.ray.startup_timeout_s,
+        )
+
+    generator, reward, reference = (
+        actor(role, section)
+        for role, section in ((Generator, cfg.generators), (Reward, cfg.reward), (ReferencePolicy, cfg.reference))
+    )
+    engine = partial(make_engine, cfg, end_token_ids(model))
+    learner = LearnerGroup([actor(Learner, cfg.learner).remote(cfg)], timeout_s=cfg.learner.timeout_s)
+    generators, rewards, references, _ = await asyncio.gather(
+        pool("Generator", cfg.generators, lambda name: generator.remote(name, cfg.seed, engine)),
+        pool("Reward", cfg.reward, lambda name: reward.remote(name, cfg.reward, model=cfg.model.path)),
+        pool(
+            "ReferencePolicy",
+            cfg.reference,
+            lambda name: reference.remote(
+                name, cfg.reference, model=cfg.model.path, temperature=cfg.sampling.temperature
+            ),
+        ),
+        learner.start(),
+    )
+    progress.ready()
+    return await train(
+        Run(
+            cfg,
+            directory,
+            prompts,
+            heldout,
+            GeneratorPool(generators),
+            RewardPool(rewards),
+            ReferencePool(references),
+            learner,
+            on_step=progress.step,
+            on_evaluation=progress.evaluation,
+        )
+    )
+
+
+def make_engine(cfg: Config, end_tokens: list[int]) -> Engine:
+    """Called in the generator's process: only there is vLLM imported."""
+    from actors.vllm_engine import VLLMEngine
+
+    return VLLMEngine(
+        resolve_model(cfg.model.path),
+        cfg.generators,
+        cfg.sampling,
+        max_model_len=cfg.max_sequence_tokens,
+        end_token_ids=end_tokens,
+    )
+
+
+def check_inputs(
+    cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions, with everything that can be checked without starting anything. Raises UserError."""
+    for source in cfg.reward.sources:
+        load_function(source.function, f"reward source {source.name}")
+    context = model_size(model).context
+    room = min(cfg.prompts.max_tokens, context - cfg.sampling.max_new_tokens)
+    if room < 1:
+        raise UserError(
+            f"sampling.max_new_tokens ({cfg.sampling.max_new_tokens}) leaves no room for a prompt in the model's "
+            f"context of {context} tokens; lower it"
+        )
+
+    def load(source: str) -> list[Question]:
+        return load_questions(source, cfg.prompts, tokenizer, seed=cfg.seed, max_tokens=room)
+
+    train_questions = load(cfg.prompts.train)
+    heldout = load(cfg.prompts.heldout) if cfg.prompts.heldout and cfg.evaluation.prompts else []
+    if shared := {q.text for q in train_questions} & {q.text for q in heldout}:
+        raise UserError(
+            f"{len(shared)} prompt(s) stand in both prompts.train and prompts.heldout, such as {min(shared)!r}; "
+            "an evaluation on prompts that were trained on says nothing: take them out of one"
+        )
+    return train_questions, heldout
+
+
+def summarise(cfg: Config, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
+    """What RUN/summary.json says."""
+    summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
+    if evaluations:
+        before, after = evaluations[0], evaluations[-1]
+        summary |= {
+            "pass_at_1_before": before.pass_at_1,
+            "pass_at_1_before_interval": before.interval,
+            "pass_at_1_after": after.pass_at_1,
+            "pass_at_1_after_interval": after.interval,
+            "heldout_prompts": after.prompts,
+        }
+    return summary

@@ -1,0 +1,242 @@
+"""One PPO step on one rank: a batch of experience in, new weights and what happened out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from common.config import Config
+from common.masking import masked_mean, masked_sum, masked_var, whiten
+from common.metrics import Metrics
+from common.models import find_device, load_policy, resolve_model, save_policy
+from common.sequences import token_batches
+from common.weights import WeightSet, pack
+from learner.advantages import gae
+from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.experience import ExperienceBatch
+from learner.losses import entropy_bonus, importance_weights, policy_loss, value_loss
+from learner.optimizer import learning_rate_scale, make_optimizer
+from learner.policy import PolicyWithCritic
+from learner.shaping import KL_ESTIMATORS, AdaptiveKL, FixedKL, KLController, token_rewards
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What an update holds fixed while it runs over the batch, all [B, R]."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor | None  # importance weights of the sampler; None: not corrected
+
+
+class Learner:
+    """Holds policy, critic and optimizer. Its state after step s is a function of the config, the initial weights and
+    the batches 0..s: nothing else is random here."""
+
+    def __init__(self, cfg: Config, *, network: PolicyWithCritic | None = None) -> None:
+        torch.set_num_threads(cfg.learner.threads)
+        self.cfg = cfg
+        self.step = 0  # updates done
+        self.device = find_device()
+        self.network = network or load_network(cfg, self.device)
+        self.optimizer = make_optimizer(self.network, cfg.optimizer)
+        self.kl: KLController = (
+            AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
+            if cfg.kl.controller == "adaptive"
+            else FixedKL(cfg.kl.coef)
+        )
+
+    @property
+    def policy_version(self) -> int:
+        """Every update publishes once."""
+        return self.step
+
+    def update(self, table: pa.Table) -> dict[str, float]:
+        """One PPO step on `table`; returns its metrics."""
+        started = time.perf_counter()
+        metrics = Metrics()
+        batch = ExperienceBatch.from_table(table)
+        targets = self._targets(batch, metrics)
+        forwarded = time.perf_counter()
+
+        scale = learning_rate_scale(self.step, self.cfg.num_steps, self.cfg.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        metrics.last("ppo/learning_rate", self.cfg.optimizer.learning_rate * scale)
+        self._optimise(batch, targets, metrics)
+
+        metrics.last("learner/tokens", int(batch.sequences.lengths.sum()))
+        metrics.last("time/old_logprobs_s", forwarded - started)
+        metrics.last("time/optimise_s", time.perf_counter() - forwarded)
+        self.step += 1
+        return metrics.result()
+
+    def ready(self) -> int:
+        return self.step
+
+    def publish(self) -> WeightSet:
+        """The policy's weights as the next version."""
+        return pack(self.network.policy_tensors(), self.policy_version)
+
+    def save(self, directory: Path) -> None:
+        save_checkpoint(directory, self._state())
+
+    def load(self, directory: Path) -> int:
+        """Restores a saved state; returns the updates it has behind it."""
+        state = load_checkpoint(directory)
+        self.step = state["step"]
+        self.kl.coef = state["kl_coef"]
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return self.step
+
+    def save_policy(self, directory: Path) -> None:
+        """The policy as a Hugging Face directory."""
+        save_policy(self.network.policy, resolve_model(self.cfg.model.path), directory)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "kl_coef": self.kl.coef,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def _targets(self, batch: ExperienceBatch, metrics: Metrics) -> Targets:
+        """Old log-probabilities and values, rewards, GAE, whitening, over the whole batch."""
+        cfg, mask = self.cfg.ppo, batch.mask
+        old_logprobs, old_values = torch.zeros_like(batch.ref_logprobs), torch.zeros_like(batch.ref_logprobs)
+        with torch.no_grad():
+            for rows in self._micro_batches(batch, np.arange(len(mask))):
+                logprobs, _, values = self._forward(batch, rows)
+                old_logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
+                old_values[rows, : values.shape[1]] = values.cpu()
+        kl = KL_ESTIMATORS[self.cfg.kl.estimator](old_logprobs, batch.ref_logprobs)
+        rewards = token_rewards(batch.scores, kl, mask, kl_coef=self.kl.coef)
+        advantages, returns = gae(rewards, old_values, mask, gamma=cfg.gamma, lam=cfg.lam)
+
+        kl_per_response = float(masked_sum(kl, mask)) / len(mask)
+        metrics.last("kl/coef", self.kl.coef)
+        metrics.mean("kl/per_token", float(masked_sum(kl, mask)), int(mask.sum()))
+        metrics.last("kl/per_response", kl_per_response)
+        self.kl.update(kl_per_response, len(mask))
+        returns_var = float(masked_var(returns, mask))
+        unexplained = float(masked_var(returns - old_values, mask))
+        metrics.last("value/mean", masked_mean(old_values, mask))
+        metrics.last("value/returns_var", returns_var)
+        metrics.last("value/advantages_var", float(masked_var(advantages, mask)))
+        metrics.last("value/explained_variance", 1 - unexplained / returns_var if returns_var else 0.0)
+
+        weights, mismatch = importance_weights(
+            old_logprobs, batch.rollout_logprobs, mask, cap=cfg.importance_cap or math.inf
+        )
+        metrics.mean("mismatch/kl", mismatch["mismatch_kl"], int(mask.sum()))
+        metrics.mean("mismatch/capped", mismatch["capped"], int(mask.sum()))
+        return Targets(
+            old_logprobs,
+            old_values,
+            whiten(advantages, mask) if cfg.whiten_advantages else advantages,
+            returns,
+            weights if cfg.importance_cap else None,
+        )
+
+    def _optimise(self, batch: ExperienceBatch, targets: Targets, metrics: Metrics) -> None:
+        """ppo_epochs x minibatches optimizer steps, ended early by target_kl."""
+        cfg = self.cfg.ppo
+        done = 0
+        for epoch in range(cfg.ppo_epochs):
+            order = np.random.default_rng([self.cfg.seed, self.step, epoch]).permutation(len(batch.mask))
+            for minibatch in np.split(order, cfg.minibatches):
+                approx_kl = self._minibatch_step(batch, targets, minibatch, metrics)
+                done += 1
+                if cfg.target_kl and approx_kl > cfg.target_kl:
+                    break
+            else:
+                continue
+            break
+        metrics.last("ppo/optimizer_steps", done)
+
+    def _minibatch_step(
+        self, batch: ExperienceBatch, targets: Targets, minibatch: np.ndarray, metrics: Metrics
+    ) -> float:
+        """One optimizer step; returns the mean KL from the old policy that it started from, nats per token."""
+        cfg = self.cfg.ppo
+        num_tokens = int(batch.mask[torch.from_numpy(minibatch)].sum())
+        critic_only = self.step < self.cfg.learner.critic_warmup_steps
+        kl_sum = 0.0
+        for rows in self._micro_batches(batch, minibatch):
+            logprobs, entropy, values = self._forward(batch, rows)
+            mask, *fixed = self._slices(rows, logprobs.shape[1], batch.mask, targets)
+            old_logprobs, old_values, advantages, returns, weights = fixed
+            p_loss, p_stats = policy_loss(
+                logprobs, old_logprobs, advantages, mask, clip_eps=cfg.clip_eps, num_tokens=num_tokens, weights=weights
+            )
+            v_loss, v_stats = value_loss(
+                values, old_values, returns, mask, value_clip=cfg.value_clip, num_tokens=num_tokens
+            )
+            bonus = entropy_bonus(entropy, mask, num_tokens=num_tokens)
+            loss = cfg.value_coef * v_loss
+            if not critic_only:
+                loss = loss + p_loss - cfg.entropy_coef * bonus
+            loss.backward()
+
+            kl_sum += float(p_stats["approx_kl"])
+            for key, loss_sum in (("ppo/policy_loss", p_loss), ("value/loss", v_loss), ("ppo/entropy", bonus)):
+                metrics.mean(key, loss_sum.item() * num_tokens, int(mask.sum()))
+            for key, stat in (
+                ("ppo/clip_frac", p_stats["clipped"]),
+                ("ppo/approx_kl", p_stats["approx_kl"]),
+                ("ppo/ratio", p_stats["ratio"]),
+                ("value/clip_frac", v_stats["clipped"]),
+            ):
+                metrics.mean(key, stat.item(), int(mask.sum()))
+        parameters = list(self.network.critic_parameters() if critic_only else self.network.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(parameters, self.cfg.optimizer.max_grad_norm)
+        if critic_only:
+            for parameter in self.network.policy.parameters():
+                parameter.grad = None
+        metrics.maximum("ppo/grad_norm", grad_norm.item())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return kl_sum / num_tokens
+
+    def _forward(self, batch: ExperienceBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sequences = batch.sequences.rows(rows).to(self.device)
+        bf16 = self.cfg.learner.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return self.network(sequences, temperature=self.cfg.sampling.temperature)
+
+    def _micro_batches(self, batch: ExperienceBatch, rows: np.ndarray) -> Iterator[Tensor]:
+        lengths = batch.sequences.lengths[torch.from_numpy(rows)].tolist()
+        for group in token_batches(lengths, self.cfg.learner.micro_batch_tokens):
+            yield torch.from_numpy(rows[group])
+
+    def _slices(self, rows: Tensor, width: int, mask: Tensor, targets: Targets) -> Iterable[Any]:
+        """The rows of every [B, R] tensor, cut to the longest response among them, on the device."""
+        fixed = (targets.old_logprobs, targets.old_values, targets.advantages, targets.returns, targets.weights)
+        return [None if t is None else t[rows, :width].to(self.device) for t in (mask, *fixed)]
+
+
+def load_network(cfg: Config, device: torch.device) -> PolicyWithCritic:
+    """Policy, and a separate critic if the config asks for one, in float32."""
+    directory = resolve_model(cfg.model.path)
+    policy = load_policy(directory, dtype=torch.float32, device=device)
+    critic = None
+    if cfg.learner.critic == "separate":
+        critic = load_policy(directory, dtype=torch.float32, device=device).base_model
+    if cfg.learner.gradient_checkpointing:
+        for model in filter(None, (policy, critic)):
+            model.train()  # transformers checkpoints in training mode only
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    return PolicyWithCritic(policy, critic)

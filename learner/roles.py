@@ -1,0 +1,43 @@
+"""What the loop asks of the roles around it. The pool and the learner group fulfil it on Ray, fakes in the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from common.types import Prompt, Rollout, Score, Void
+
+
+class Generators(Protocol):
+    async def generate(self, prompt: Prompt) -> Rollout: ...
+
+    async def load(self, weights: Any, version: int) -> None:
+        """Returns when every routable replica has verified and holds `version`."""
+
+
+class Reward(Protocol):
+    async def score(self, rollout: Rollout) -> Score | Void: ...
+
+
+class Reference(Protocol):
+    async def logprobs(self, rollout: Rollout) -> np.ndarray: ...
+
+
+class LearnerGroup(Protocol):
+    @property
+    def step(self) -> int:
+        """Updates done; also the policy version that the next publication carries."""
+
+    async def update(self, table: pa.Table) -> dict[str, float]: ...
+
+    async def publish(self) -> Any:
+        """A handle to the newest weights, for `Generators.load`; tensors do not pass through the caller."""
+
+    async def save(self, directory: Path) -> None: ...
+
+    async def load(self, directory: Path) -> None: ...
+
+    async def save_policy(self, directory: Path) -> None: ...

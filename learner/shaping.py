@@ -1,0 +1,70 @@
+"""Score and KL penalty to per-token rewards, and the controllers of the penalty's coefficient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """Unbiased single-sample estimate of KL(sampler || other): -x, with x = log(other) - log(sampler)."""
+    return logprobs - other_logprobs
+
+
+def k2(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """x^2 / 2: never negative, biased by the third order in x."""
+    return (logprobs - other_logprobs) ** 2 / 2
+
+
+def k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """exp(x) - 1 - x: unbiased and never negative."""
+    return torch.expm1(other_logprobs - logprobs) - (other_logprobs - logprobs)
+
+
+KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """Rewards [B, R]: every response token pays `kl_coef * kl`, the last one gets the score [B] on top."""
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
+    lengths = mask.sum(1)
+    written = lengths > 0
+    rewards[written, lengths[written] - 1] += scores[written]
+    return rewards
+
+
+class KLController(Protocol):
+    """Holds the coefficient of the KL penalty."""
+
+    coef: float
+
+    def update(self, kl_per_response: float, num_responses: int) -> None:
+        """Told after each step what KL from the reference the batch had, nats per response."""
+
+
+@dataclass
+class FixedKL:
+    coef: float
+
+    def update(self, kl_per_response: float, num_responses: int) -> None:
+        pass
+
+
+@dataclass
+class AdaptiveKL:
+    """Log-space proportional controller (Ziegler et al. 2019, section 2.2).
+
+    The error `kl / target - 1`, clipped to +/- 0.2, changes the coefficient by the factor
+    `1 + error * num_responses / horizon`.
+    """
+
+    coef: float
+    target: float
+    horizon: int
+
+    def update(self, kl_per_response: float, num_responses: int) -> None:
+        error = min(max(kl_per_response / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_responses / self.horizon

@@ -1,0 +1,192 @@
+"""The loop: in what order things happen. Plain asyncio over roles; no maths, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.journal import Journal
+from common.metrics import append_record, read_records
+from common.prompts import PromptStream
+from common.types import Experience, Prompt, Void, experience_table
+from learner.checkpoint import Checkpoints
+from learner.evaluation import Evaluation, evaluate
+from learner.roles import Generators, LearnerGroup, Reference, Reward
+from learner.rollout_buffer import RolloutBuffer
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, joined."""
+
+    cfg: Config
+    directory: Path
+    prompts: PromptStream
+    heldout: Sequence[Prompt]
+    generators: Generators
+    reward: Reward
+    reference: Reference
+    learner: LearnerGroup
+    on_step: Callable[[dict[str, Any], Experience], None] = lambda record, example: None
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None
+    journal: Journal = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.directory / "journal")
+        checkpoint = self.cfg.checkpoint
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", every=checkpoint.every, keep=checkpoint.keep)
+
+
+async def train(run: Run) -> list[Evaluation]:
+    """From wherever the run directory stands to num_steps; returns the held-out evaluations, oldest first."""
+    await recover(run)
+    evaluations = [Evaluation.from_record(record) for record in read_records(run.directory / "evaluations.jsonl")]
+    if not evaluations:
+        evaluations += await evaluate_heldout(run)
+    cfg = run.cfg
+    buffer = RolloutBuffer(cfg.rollouts_per_step, cfg.max_staleness, max_void_share=cfg.reward.max_void_share)
+    producer = asyncio.create_task(produce(run, buffer))
+    try:
+        while run.learner.step < cfg.num_steps:
+            await _unless_failed(train_step(run, buffer), producer)
+            if run.learner.step == cfg.num_steps:
+                break
+            if cfg.evaluation.every and run.learner.step % cfg.evaluation.every == 0:
+                evaluations += await evaluate_heldout(run)
+            await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
+    finally:
+        producer.cancel()
+        await asyncio.gather(producer, return_exceptions=True)
+    if evaluations and evaluations[-1].policy_version < run.learner.step:
+        evaluations += await evaluate_heldout(run)
+    await run.learner.save_policy(run.directory / "policy")
+    return evaluations
+
+
+async def train_step(run: Run, buffer: RolloutBuffer) -> None:
+    """One batch from the buffer to new weights on every generator."""
+    clock = _Clock()
+    step = run.learner.step
+    experience, voids = await buffer.take(run.cfg.rollouts_per_step, policy_version=step)
+    clock.lap("generate", at=buffer.generated_at)
+    clock.lap("score")
+
+    run.prompts.settle([row.rollout.prompt.sample_id for row in experience] + [void.sample_id for void in voids])
+    table = experience_table(experience)
+    # On disk before anyone learns from it.
+    run.journal.append(table, policy_version=step, prompts=run.prompts.state(), voids=voids)
+    clock.lap("journal")
+
+    stats = await run.learner.update(table)
+    clock.lap("learn")
+    await run.generators.load(await run.learner.publish(), run.learner.step)
+    clock.lap("publish")
+    if run.checkpoints.due(run.learner.step, run.cfg.num_steps):
+        await run.learner.save(run.checkpoints.path(run.learner.step))
+        run.checkpoints.prune()
+    clock.lap("checkpoint")
+
+    record = {"step": step, **_rollout_metrics(experience, voids, policy_version=step), **stats, **clock.laps}
+    append_record(run.directory / "metrics.jsonl", record)
+    run.on_step(record, experience[0])
+
+
+async def produce(run: Run, buffer: RolloutBuffer) -> None:
+    """Keeps every slot of the buffer busy: takes a prompt per free slot and has it answered, scored and measured.
+
+    Waits for slots, which `release` and voids free; runs until cancelled, and fails when one of its rollouts does.
+    """
+
+    async def one_rollout(ticket: int, prompt: Prompt) -> None:
+        rollout = await run.generators.generate(prompt)
+        buffer.mark_generated()
+        score, ref_logprobs = await asyncio.gather(run.reward.score(rollout), run.reference.logprobs(rollout))
+        outcome = score if isinstance(score, Void) else Experience(rollout, score, ref_logprobs)
+        await buffer.put(ticket, outcome)
+
+    async with asyncio.TaskGroup() as rollouts:
+        while True:
+            ticket = await buffer.admit()
+            rollouts.create_task(one_rollout(ticket, run.prompts.next()))
+
+
+async def recover(run: Run) -> None:
+    """Brings the learner to the end of the journal and the generators to the learner's weights.
+
+    The journal is the log and a checkpoint only a cache of it: steps written after the newest checkpoint are trained
+    again from disk, without generating anything.
+    """
+    if run.journal.next_step == 0:
+        return
+    if (checkpoint := run.checkpoints.newest()) is not None:
+        await run.learner.load(checkpoint)
+    logged = {record["step"] for record in read_records(run.directory / "metrics.jsonl")}
+    for written in run.journal.since(run.learner.step):
+        stats = await run.learner.update(written.table)
+        if written.step not in logged:
+            append_record(run.directory / "metrics.jsonl", {"step": written.step, **stats})
+    run.prompts.restore(run.journal.read(run.journal.next_step - 1).prompts)
+    await run.generators.load(await run.learner.publish(), run.learner.step)
+
+
+async def evaluate_heldout(run: Run) -> list[Evaluation]:
+    """The evaluation of the policy the generators hold now; none if none is configured."""
+    if not run.heldout:
+        return []
+    evaluation = await evaluate(
+        run.heldout, run.generators, run.reward, run.cfg.evaluation, policy_version=run.learner.step
+    )
+    append_record(run.directory / "evaluations.jsonl", evaluation.record())
+    run.on_evaluation(evaluation)
+    return [evaluation]
+
+
+async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
+    """Awaits `work`, but ends with the producer's error if that comes first: nothing would ever wake the work."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
+    if producer.done() and not task.done():
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        error = producer.exception()
+        while isinstance(error, BaseExceptionGroup):  # many rollouts may fail of one cause; the first tells it
+            error = error.exceptions[0]
+        raise error or RuntimeError("the rollout producer ended by itself")
+    await task
+
+
+def _rollout_metrics(experience: list[Experience], voids: list[Void], *, policy_version: int) -> dict[str, float]:
+    count = len(experience)
+    scores = [row.score.total for row in experience]
+    mean = sum(scores) / count
+    staleness = [policy_version - int(row.rollout.policy_versions.min(initial=policy_version)) for row in experience]
+    metrics = {
+        "rollout/score/mean": mean,
+        "rollout/score/std": (sum((score - mean) ** 2 for score in scores) / count) ** 0.5,
+        "rollout/response_tokens/mean": sum(len(row.rollout.response_ids) for row in experience) / count,
+        "rollout/finished": sum(row.rollout.finish_reason == "stop" for row in experience) / count,
+        "rollout/voids": len(voids),
+        "staleness/max": max(staleness),
+    }
+    for name in experience[0].score.components:
+        metrics[f"rollout/score/{name}"] = sum(row.score.components[name] for row in experience) / count
+    return metrics
+
+
+class _Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str, *, at: float | None = None) -> None:
+        now = time.perf_counter() if at is None else at
+        self.laps[f"time/{phase}_s"] = now - self._last
+        self._last = now
