@@ -1,4 +1,4 @@
-"""Prompt to rollout: a generator over an `Engine`. Ray makes it an actor in the pool; this file knows nothing of that."""
+"""Prompt to rollout: a generator over an `Engine`. The pool makes it a Ray actor; nothing here knows of that."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Generator:
         return self._name
 
     async def generate(self, prompt: Prompt) -> Rollout:
-        """The response is a function of (weights, run seed, sample id), so a re-issued prompt gives the same rollout."""
+        """A function of (weights, run seed, sample id) alone, so a re-issued prompt gives the same rollout."""
         done = await self._engine.generate(
             str(prompt.sample_id), prompt.token_ids, seed=sampling_seed(self._seed, prompt.sample_id)
         )

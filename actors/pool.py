@@ -33,6 +33,7 @@ class Pool:
         self._replicas = dict(replicas)
         self._load = dict.fromkeys(replicas, 0)  # outstanding cost of each
         self._timeout_s = timeout_s
+        self._last_error: BaseException | None = None
 
     @classmethod
     async def start(
@@ -51,7 +52,7 @@ class Pool:
             name = min(self._replicas, key=lambda name: self._load[name])
             self._load[name] += cost
             try:
-                return await self._ask(name, what, call)
+                return await self._ask(name, self._replicas[name], what, call)
             except (RayActorError, EngineDeadError) as error:
                 self._lose(name, error)
             finally:
@@ -60,20 +61,22 @@ class Pool:
 
     async def broadcast(self, what: str, call: Call) -> dict[str, Any]:
         """The answer of every replica. One that dies over it leaves the pool; raises RoleError if none is left."""
-        names = list(self._replicas)
-        answers = await asyncio.gather(*(self._ask(name, what, call) for name in names), return_exceptions=True)
-        for name, answer in zip(names, answers, strict=True):
+        asked = dict(self._replicas)
+        answers = await asyncio.gather(
+            *(self._ask(name, replica, what, call) for name, replica in asked.items()), return_exceptions=True
+        )
+        for name, answer in zip(asked, answers, strict=True):
             if isinstance(answer, (RayActorError, EngineDeadError)):
                 self._lose(name, answer)
             elif isinstance(answer, BaseException):
                 raise answer
         if not self._replicas:
             raise RoleError(f"{what}: no {self._role} replica is left; the last one died of: {self._last_error}")
-        return {name: answer for name, answer in zip(names, answers, strict=True) if name in self._replicas}
+        return {name: answer for name, answer in zip(asked, answers, strict=True) if name in self._replicas}
 
-    async def _ask(self, name: str, what: str, call: Call) -> Any:
+    async def _ask(self, name: str, replica: Any, what: str, call: Call) -> Any:
         try:
-            return await asyncio.wait_for(call(self._replicas[name]), self._timeout_s)
+            return await asyncio.wait_for(call(replica), self._timeout_s)
         except TimeoutError as error:
             raise RoleError(f"{name} did not finish to {what} within {self._timeout_s:g} s") from error
 
@@ -96,10 +99,14 @@ def actor(role_class: type, cfg: Placed, *, concurrency: int | None = None) -> A
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment of every worker process: quiet, offline unless told otherwise, and able to import what the driver can."""
+    """Environment of every worker process: quiet, and able to import what the driver can."""
     passed_on = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+        # glibc gives every large tensor back to the kernel and faults its pages in again at the next one: keeping them
+        # makes an update 15 % faster (135M, two cores).
+        "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -118,7 +125,9 @@ class GeneratorPool:
 
     async def generate(self, prompt: Prompt) -> Rollout:
         return await self._pool.call(
-            f"answer prompt {prompt.sample_id}", lambda replica: replica.generate.remote(prompt), cost=len(prompt.token_ids)
+            f"answer prompt {prompt.sample_id}",
+            lambda replica: replica.generate.remote(prompt),
+            cost=len(prompt.token_ids),
         )
 
     async def load(self, weights: Any, version: int) -> None:
@@ -150,5 +159,7 @@ class ReferencePool:
 
     async def logprobs(self, rollout: Rollout) -> np.ndarray:
         return await self._pool.call(
-            f"measure {rollout.prompt.sample_id}", lambda replica: replica.logprobs.remote(rollout), cost=rollout.num_tokens
+            f"measure {rollout.prompt.sample_id}",
+            lambda replica: replica.logprobs.remote(rollout),
+            cost=rollout.num_tokens,
         )

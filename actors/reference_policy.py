@@ -18,13 +18,11 @@ from common.types import Rollout
 class ReferencePolicy:
     """Per-token log-probabilities at the sampling temperature, so that they compare with the policy's own."""
 
-    def __init__(
-        self, name: str, cfg: ReferenceConfig, *, model: str | PreTrainedModel, temperature: float
-    ) -> None:
+    def __init__(self, name: str, cfg: ReferenceConfig, *, model: str | PreTrainedModel, temperature: float) -> None:
         torch.set_num_threads(cfg.threads)
         self._name = name
         self._temperature = temperature
-        self._device = find_device()
+        self._device = find_device(cfg.gpus)
         if isinstance(model, str):
             model = load_policy(resolve_model(model), dtype=getattr(torch, cfg.dtype), device=self._device)
         self._model = model

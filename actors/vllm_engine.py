@@ -28,13 +28,14 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 if not torch.cuda.is_available():
-    # The kernel that ranks logprobs would be compiled for 13 s, for nothing at these sizes.
+    # The kernel that ranks log-probabilities would be compiled for 13 s, for nothing at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-from vllm import SamplingParams  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.sampling_params import RequestOutputKind  # noqa: E402
-from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
 
 T = TypeVar("T")
 
@@ -64,18 +65,18 @@ class VLLMEngine:
         max_model_len: int,
         end_token_ids: list[int],
     ) -> None:
-        self._sampling = dict(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_new_tokens,
-            min_tokens=sampling.min_new_tokens,
-            stop_token_ids=end_token_ids,
-            logprobs=0,  # of the sampled token only
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        on_cpu = not torch.cuda.is_available()
+        self._sampling: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_new_tokens,
+            "min_tokens": sampling.min_new_tokens,
+            "stop_token_ids": end_token_ids,
+            "logprobs": 0,  # of the sampled token only
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        on_cpu = current_platform.is_cpu()
         self._args = EngineArgs(
             model=str(model),
             dtype=cfg.dtype,
@@ -132,7 +133,9 @@ class VLLMEngine:
             versions[span.start : span.end] = int(span.version)
         return Completion(
             np.asarray(final.token_ids, dtype=np.int32),
-            np.asarray([at[t].logprob for t, at in zip(final.token_ids, final.logprobs, strict=True)], dtype=np.float32),
+            np.asarray(
+                [at[t].logprob for t, at in zip(final.token_ids, final.logprobs, strict=True)], dtype=np.float32
+            ),
             versions,
             final.finish_reason,
         )

@@ -1,1 +1,1 @@
-"""What every role shares: configuration, the records that travel, models, weights, the journal. Imports no other layer."""
+"""What every role shares: configuration, the records that travel, models, weights, the journal."""

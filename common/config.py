@@ -27,7 +27,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Placed(Section):
@@ -160,7 +160,8 @@ class PPOConfig(Section):
     whiten_advantages: bool = True
     """Advantages of a batch to mean 0 and variance 1, so that the step size does not depend on the reward's unit."""
     target_kl: Annotated[float, Field(ge=0)] = 0
-    """The step ends early once its mean KL from the policy that wrote the batch passes this, nats per token; 0: never."""
+    """The step ends early once its mean KL from the policy that wrote the batch passes this, nats per
+    token; 0: never."""
     importance_cap: Annotated[float, Field(ge=0)] = 2.0
     """Cap of the importance weight between the learner's and the generator's log-probability of a token, which
     corrects for stale or differently rounded samplers; 0: no correction."""
@@ -193,7 +194,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: stay, or fall to zero at num_steps along a line or a half cosine."""
     warmup_steps: NonNegative = 0
-    """Steps over which the rate rises from zero to its peak."""
+    """Steps below the peak rate, which rises along a line: the first runs at 1 / (warmup_steps + 1) of it."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
     """Decay of Adam's running mean and variance of the gradient."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -294,50 +295,55 @@ class Config(Section):
     @model_validator(mode="after")
     def check_rules(self) -> Config:
         """Rules across fields; each message says rule, values and remedy."""
-        if self.rollouts_per_step % self.ppo.minibatches:
-            nearest = ", ".join(str(n) for n in _nearest_multiples(self.rollouts_per_step, self.ppo.minibatches))
-            raise ValueError(
-                f"rollouts_per_step ({self.rollouts_per_step}) must divide into ppo.minibatches "
-                f"({self.ppo.minibatches}); nearest: {nearest}"
+        if faults := list(self._broken_rules()):
+            raise ValueError("\n  ".join(faults))
+        return self
+
+    def _broken_rules(self) -> Iterator[str]:
+        batch, sampling, steps = self.rollouts_per_step, self.sampling, self.num_steps
+        for key, parts in (
+            ("ppo.minibatches", self.ppo.minibatches),
+            ("prompts.rollouts_per_prompt", self.prompts.rollouts_per_prompt),
+        ):
+            if batch % parts:
+                nearest = ", ".join(str(n) for n in (batch // parts * parts, batch // parts * parts + parts) if n)
+                yield f"rollouts_per_step ({batch}) must divide into {key} ({parts}); nearest: {nearest}"
+        if sampling.min_new_tokens > sampling.max_new_tokens:
+            yield (
+                f"sampling.min_new_tokens ({sampling.min_new_tokens}) must not exceed sampling.max_new_tokens "
+                f"({sampling.max_new_tokens}); lower the first or raise the second"
             )
-        if self.rollouts_per_step % self.prompts.rollouts_per_prompt:
-            nearest = ", ".join(
-                str(n) for n in _nearest_multiples(self.rollouts_per_step, self.prompts.rollouts_per_prompt)
+        if self.optimizer.warmup_steps > steps:
+            yield (
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must not exceed num_steps ({steps}); "
+                "lower the first or raise the second"
             )
-            raise ValueError(
-                f"rollouts_per_step ({self.rollouts_per_step}) must divide into prompts.rollouts_per_prompt "
-                f"({self.prompts.rollouts_per_prompt}); nearest: {nearest}"
+        if self.learner.critic_warmup_steps >= steps:
+            yield (
+                f"learner.critic_warmup_steps ({self.learner.critic_warmup_steps}) must be below num_steps ({steps}), "
+                "or the policy is never trained; lower the first or raise the second"
             )
-        if self.sampling.min_new_tokens > self.sampling.max_new_tokens:
-            raise ValueError(
-                f"sampling.min_new_tokens ({self.sampling.min_new_tokens}) must not exceed "
-                f"sampling.max_new_tokens ({self.sampling.max_new_tokens}); lower the first or raise the second"
+        if self.kl.controller == "adaptive" and self.kl.horizon < batch:
+            yield (
+                f"kl.horizon ({self.kl.horizon}) must be at least rollouts_per_step ({batch}), or the controller "
+                "overshoots; raise it"
             )
-        if self.optimizer.warmup_steps > self.num_steps:
-            raise ValueError(
-                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must not exceed num_steps "
-                f"({self.num_steps}); lower the first or raise the second"
-            )
-        if self.learner.critic_warmup_steps >= self.num_steps:
-            raise ValueError(
-                f"learner.critic_warmup_steps ({self.learner.critic_warmup_steps}) must be below num_steps "
-                f"({self.num_steps}), or the policy is never trained"
-            )
-        for field in ("learner.micro_batch_tokens", "reference.max_batch_tokens"):
-            section, name = field.split(".")
-            if (budget := getattr(getattr(self, section), name)) < self.max_sequence_tokens:
-                raise ValueError(
-                    f"{field} ({budget}) must hold the longest sequence, prompts.max_tokens + sampling.max_new_tokens "
+        for key, budget in (
+            ("learner.micro_batch_tokens", self.learner.micro_batch_tokens),
+            ("reference.max_batch_tokens", self.reference.max_batch_tokens),
+        ):
+            if budget < self.max_sequence_tokens:
+                yield (
+                    f"{key} ({budget}) must hold the longest sequence, prompts.max_tokens + sampling.max_new_tokens "
                     f"= {self.max_sequence_tokens}; raise the first or lower one of the others"
                 )
         names = [source.name for source in self.reward.sources]
         if not names:
-            raise ValueError("reward.sources is empty, so nothing could be learned; name at least one [[reward.sources]]")
+            yield "reward.sources is empty, so nothing could be learned; name at least one [[reward.sources]]"
         if len(set(names)) < len(names):
-            raise ValueError(f"reward.sources must have different names, not {names}; rename one")
+            yield f"reward.sources must have different names, not {names}; rename one"
         if self.evaluation.pass_source not in (None, *names):
-            raise ValueError(f"evaluation.pass_source ({self.evaluation.pass_source}) must be one of {names}")
-        return self
+            yield f"evaluation.pass_source ({self.evaluation.pass_source}) must be one of {names}"
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -346,8 +352,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist; shipped ones lie in deploy/configs/") from None
-    except IsADirectoryError:
-        raise UserError(f"config {path} is a directory; name a .toml file") from None
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read ({error.strerror}); name a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
     for override in overrides:
@@ -427,10 +433,14 @@ def _type_name(field: FieldInfo) -> str:
         if (value := getattr(item, name, None)) is not None
     ]
     kind = field.annotation
-    if getattr(kind, "__origin__", None) is Literal:
+    if getattr(kind, "__origin__", None) is tuple:
+        text = "list"
+    elif getattr(kind, "__origin__", None) is Literal:
         text = " | ".join(kind.__args__)  # type: ignore[union-attr]
     elif isinstance(kind, type) and not hasattr(kind, "__origin__"):
-        text = {"int": "integer", "float": "number", "str": "text", "bool": "true | false"}.get(kind.__name__, kind.__name__)
+        text = {"int": "integer", "float": "number", "str": "text", "bool": "true | false"}.get(
+            kind.__name__, kind.__name__
+        )
     else:
         args = [a for a in getattr(kind, "__args__", ()) if a is not type(None)]
         inner = getattr(args[0], "__origin__", args[0]) if args else kind
@@ -444,8 +454,3 @@ def _default(field: FieldInfo) -> str:
     if field.default is None:
         return "none"
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
-
-
-def _nearest_multiples(value: int, divisor: int) -> list[int]:
-    below = value // divisor * divisor
-    return [n for n in (below, below + divisor) if n]

@@ -1,7 +1,8 @@
 """The experience journal: one Arrow file per step, durable before the learner sees the batch.
 
-RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in admission order, readable with
-pyarrow, pandas or DuckDB alone. Its schema metadata under the key `ratchet` is a JSON object:
+RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in admission order, readable with pyarrow,
+pandas or DuckDB alone; step-000123.sha256 beside it is for `sha256sum -c`. The schema's metadata holds, under the key
+`ratchet`, a JSON object:
 
     step            number of this file, from 0
     policy_version  version the learner held when the batch was cut
@@ -49,7 +50,10 @@ class Journal:
         for leftover in directory.glob("*.tmp"):  # a write that a crash cut short: never consumed by anyone
             leftover.unlink()
         self.next_step = len(list(directory.glob("step-*.arrow")))
-        self._last_hash = _hash(self._path(self.next_step - 1)) if self.next_step else ""
+        for step in range(self.next_step):
+            if not self._path(step).exists():
+                raise JournalError(f"{self._path(step)} is missing: the journal has a gap")
+        self._last_hash = self._hash(self.next_step - 1)
 
     def append(
         self, table: pa.Table, *, policy_version: int, prompts: dict[str, Any], voids: Sequence[Void] = ()
@@ -71,23 +75,28 @@ class Journal:
                 writer.write_table(table.combine_chunks())
             file.flush()
             os.fsync(file.fileno())
+        digest = _sha256(staging)
+        with open(path.with_suffix(".sha256"), "w", encoding="ascii") as file:
+            file.write(f"{digest}  {path.name}\n")
+            file.flush()
+            os.fsync(file.fileno())
         staging.rename(path)
         _sync_directory(self.directory)
-        self._last_hash = _hash(path)
+        self._last_hash = digest
         self.next_step = step + 1
         return step
 
     def read(self, step: int) -> JournalStep:
         """Raises JournalError if the file is missing, damaged, or does not follow the one before it."""
         path = self._path(step)
+        self._hash(step)
         try:
             with pa.OSFile(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
             metadata = json.loads(table.schema.metadata[b"ratchet"])
         except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise JournalError(f"{path} cannot be read as a journal step: {error}") from error
-        expected = _hash(self._path(step - 1)) if step else ""
-        if metadata["step"] != step or metadata["previous"] != expected:
+        if metadata["step"] != step or metadata["previous"] != self._hash(step - 1):
             raise JournalError(f"{path} does not follow step {step - 1}: a file was changed, lost or moved")
         voids = tuple((sample_id, reason) for sample_id, reason in metadata["voids"])
         return JournalStep(step, table, metadata["policy_version"], metadata["prompts"], voids)
@@ -100,13 +109,23 @@ class Journal:
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}.arrow"
 
+    def _hash(self, step: int) -> str:
+        """SHA-256 of a step's file, which must be the one that was written; "" for the step before the first."""
+        if step < 0:
+            return ""
+        path = self._path(step)
+        try:
+            digest, written = _sha256(path), path.with_suffix(".sha256").read_text(encoding="ascii").split()[0]
+        except (OSError, IndexError, UnicodeDecodeError) as error:
+            raise JournalError(f"{path} or its .sha256 cannot be read: {error}") from error
+        if digest != written:
+            raise JournalError(f"{path} has SHA-256 {digest}, but {written} was written: the file is damaged")
+        return digest
 
-def _hash(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise JournalError(f"{path} is missing: the journal has a gap") from error
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ class Metrics:
 
     def maximum(self, key: str, value: float) -> None:
         """Reduced to the largest."""
-        self._values[key] = max(self._values.get(key, -math.inf), float(value))
+        old = self._values.get(key, -math.inf)
+        # NaN compares false with everything: it must win, not vanish.
+        self._values[key] = old if math.isnan(old) or value <= old else float(value)
 
     def last(self, key: str, value: float) -> None:
         """Reduced to the newest."""
@@ -34,16 +38,24 @@ class Metrics:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """One JSON line at the end of `path`."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """One JSON line at the end of `path`, on a line of its own whatever a crash left there."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; none if it does not exist."""
+    """The records of a file of JSON lines; none if it does not exist. A line that a crash cut short is passed over."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, float]:

@@ -41,6 +41,8 @@ def resolve_model(name: str) -> Path:
     if directory.is_dir():
         if not (directory / "config.json").exists():
             raise UserError(f"model.path ({name}) holds no config.json; name a Hugging Face model directory")
+        if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+            raise UserError(f"model.path ({name}) holds no weights (*.safetensors); name a complete model directory")
         return directory
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
@@ -59,7 +61,11 @@ def resolve_model(name: str) -> Path:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(directory)
+    """Raises UserError if the directory holds none."""
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path ({directory}) has no tokenizer that transformers can load: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,13 @@ class ModelSize:
 
 
 def model_size(directory: Path) -> ModelSize:
-    """Sizes of the model in `directory`, from its config alone: no weight is loaded."""
-    config = AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    """Sizes of the model in `directory`, from its config alone: no weight is loaded. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path ({directory}) is no causal language model of transformers: {error}") from error
     return ModelSize(
         parameters, config.num_hidden_layers, config.hidden_size, config.vocab_size, config.max_position_embeddings
     )
@@ -92,9 +101,13 @@ def end_token_ids(directory: Path) -> list[int]:
     return sorted(ids - {None})
 
 
-def find_device() -> torch.device:
-    """The accelerator this process was given, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(gpus: float) -> torch.device:
+    """The accelerator a process was given, or the CPU if it reserves none. Raises RuntimeError if it is not there."""
+    if gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"this process reserves {gpus:g} GPUs, but torch finds none; set gpus = 0 to run on the CPU")
+    return torch.device("cuda")
 
 
 def load_policy(directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

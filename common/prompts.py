@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class PromptStream:
         self._outstanding: dict[SampleId, None] = {}  # in order of issue
         self._reissue: list[SampleId] = []
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
+        self._hash = hashlib.sha256("\0".join(question.text for question in questions).encode()).hexdigest()
 
     def next(self) -> Prompt:
         if self._reissue:
@@ -57,9 +59,19 @@ class PromptStream:
             del self._outstanding[sample_id]
 
     def state(self) -> dict[str, Any]:
-        return {"issued": self._issued, "outstanding": [str(sample_id) for sample_id in self._outstanding]}
+        return {
+            "prompts_hash": self._hash,
+            "issued": self._issued,
+            "outstanding": [str(sample_id) for sample_id in self._outstanding],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Raises UserError if the state is one of other prompts: a sample id would then name another text."""
+        if state["prompts_hash"] != self._hash:
+            raise UserError(
+                f"the {len(self._questions)} prompts of prompts.train are not those the run began with; "
+                "restore them, or start a new run"
+            )
         self._issued = state["issued"]
         self._reissue = [SampleId.parse(text) for text in state["outstanding"]]
         self._outstanding = dict.fromkeys(self._reissue)
@@ -121,20 +133,30 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
 def _records(source: str, seed: int) -> Iterable[tuple[str, Any]]:
     """(where, record) pairs of a .jsonl file or a `module:function`."""
     if not source.endswith(".jsonl"):
-        records = load_function(source, "prompts")(seed)
+        function = load_function(source, "prompts")
+        try:
+            records = list(function(seed))
+        except Exception as error:
+            raise UserError(f"{source} did not give a list of records: {type(error).__name__}: {error}") from error
         return [(f"{source}, record {i}", record) for i, record in enumerate(records)]
     try:
         lines = Path(source).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {source} cannot be read ({error}); check prompts.train and prompts.heldout") from None
-    return [(f"{source}, line {n}", _parse(f"{source}, line {n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
+        raise UserError(
+            f"prompt file {source} cannot be read ({error}); check prompts.train and prompts.heldout"
+        ) from None
+    return [
+        (f"{source}, line {n}", _parse(f"{source}, line {n}", line)) for n, line in enumerate(lines, 1) if line.strip()
+    ]
 
 
 def _parse(where: str, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line") from None
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
+        ) from None
 
 
 def _question(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> Question:
@@ -142,7 +164,7 @@ def _question(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrained
         raise UserError(f"{where}: a record must be an object with text or chat messages under `prompt`")
     prompt = record["prompt"]
     if cfg.format == "plain" and isinstance(prompt, list):
-        raise UserError(f"{where}: `prompt` is a list of chat messages; set prompts.format = \"chat\"")
+        raise UserError(f'{where}: `prompt` is a list of chat messages; set prompts.format = "chat"')
     if cfg.format == "chat":
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         try:
@@ -153,5 +175,11 @@ def _question(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrained
         text = prompt
     # A chat template writes its own special tokens.
     token_ids = tokenizer(text, add_special_tokens=cfg.format == "plain")["input_ids"]
+    if not token_ids:
+        raise UserError(f"{where}: the prompt has no tokens; write something or remove the record")
     fields = {key: value for key, value in record.items() if key != "prompt"}
+    try:
+        json.dumps(fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: its fields go into the journal as JSON, and cannot: {error}") from None
     return Question(text, np.asarray(token_ids, dtype=np.int32), fields)

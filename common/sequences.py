@@ -24,8 +24,12 @@ class Sequences:
 
     @classmethod
     def pad(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> Sequences:
-        """Pads to the longest row. Prompts must not be empty: the first response token needs a state to come from."""
-        rows = [torch.from_numpy(np.concatenate(pair).astype(np.int64)) for pair in zip(prompts, responses, strict=True)]
+        """Pads to the longest row. A prompt must not be empty: the first response token needs a state to come from."""
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("a prompt without tokens cannot be answered; give it at least one")
+        rows = [
+            torch.from_numpy(np.concatenate(pair).astype(np.int64)) for pair in zip(prompts, responses, strict=True)
+        ]
         return cls(
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             torch.tensor([len(prompt) for prompt in prompts]),

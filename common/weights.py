@@ -55,17 +55,17 @@ class WeightSet:
         """(name, bf16 tensor) pairs: views of the buckets, for reading only."""
         for entry in self.entries:
             flat = self.buckets[entry.bucket][entry.offset : entry.offset + prod(entry.shape)]
-            yield entry.name, _as_bf16(flat).view(entry.shape)
+            yield entry.name, torch.from_dlpack(flat).view(torch.bfloat16).view(entry.shape)
 
 
 def pack(named_tensors: Iterable[tuple[str, Tensor]], version: int, *, bucket_bytes: int = 64 << 20) -> WeightSet:
     """Casts to bf16 and lays the tensors one after another into buckets of at most `bucket_bytes` (or one tensor)."""
     entries: list[Entry] = []
     groups: list[list[Tensor]] = []
-    filled = bucket_bytes  # so the first tensor opens the first bucket
+    filled = 0
     for name, tensor in named_tensors:
         size = 2 * tensor.numel()
-        if filled + size > bucket_bytes:
+        if not groups or filled + size > bucket_bytes:
             groups.append([])
             filled = 0
         entries.append(Entry(name, tuple(tensor.shape), len(groups) - 1, filled // 2))
@@ -81,11 +81,6 @@ def _flatten(tensors: list[Tensor]) -> np.ndarray:
     for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
         part.copy_(tensor.reshape(-1))  # cast and device-to-host in one pass
     return flat.view(torch.int16).numpy()
-
-
-def _as_bf16(bits: np.ndarray) -> Tensor:
-    # A read-only array is fine as a source; torch.from_numpy would warn that it might be written to.
-    return torch.frombuffer(memoryview(bits), dtype=torch.bfloat16) if bits.size else torch.empty(0, dtype=torch.bfloat16)
 
 
 def _checksum(bucket: np.ndarray) -> int:

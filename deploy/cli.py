@@ -36,6 +36,8 @@ def train(
     """Train a policy with PPO."""
     overrides = list(settings or [])
     if resume is not None:
+        if run is not None or config.endswith(".toml"):
+            raise UserError("--resume goes on with the config of its run directory; give no config file and no --run")
         overrides = [config, *overrides] if config else overrides
         cfg, directory = _resumed(resume, overrides), resume
     elif config:
@@ -45,7 +47,11 @@ def train(
     sys.path.insert(0, str(Path.cwd()))  # reward functions and prompts may lie beside the user
     from deploy.train import run_training  # slow to import: torch, transformers, Ray
 
-    run_training(cfg, directory, resume=resume is not None, force=force)
+    try:
+        run_training(cfg, directory, resume=resume is not None, force=force)
+    except KeyboardInterrupt:
+        typer.echo(f"ratchet: interrupted; go on with ratchet train --resume {directory}", err=True)
+        sys.exit(130)
 
 
 @app.command()
@@ -74,7 +80,13 @@ def _resumed(directory: Path, overrides: list[str]) -> Config:
             f"{', '.join(fixed)} cannot change when a run goes on, since its journal was written under the old value; "
             f"changeable: {', '.join(name.rstrip('.') for name in _RESUMABLE)}; or start a new run"
         )
-    return load_config(directory / "config.toml", overrides)
+    before, after = load_config(directory / "config.toml"), load_config(directory / "config.toml", overrides)
+    if after.num_steps != before.num_steps and after.optimizer.schedule != "constant":
+        raise UserError(
+            f"num_steps={after.num_steps} cannot change when a run goes on: the {after.optimizer.schedule} schedule "
+            f"was laid out for {before.num_steps} steps; start a new run"
+        )
+    return after
 
 
 def main() -> None:
@@ -83,6 +95,3 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"ratchet: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("ratchet: interrupted; go on with ratchet train --resume", err=True)
-        sys.exit(130)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import ray_constants
 
 from common.config import RayConfig, UserError
 from deploy.placement import MIB, Node
@@ -23,13 +24,16 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
             raise UserError(f"no Ray cluster answers at ray.address ({cfg.address}): {error}") from error
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles beside anything else
+        # ray.init turns a loopback address into the machine's own, and its servers then listen on every interface;
+        # with this switch, read at import and in every process it starts, they stay on loopback.
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             address="local",
             include_dashboard=cfg.dashboard,
             object_store_memory=cfg.object_store_mib * MIB,
             log_to_driver=False,
             logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
         )
     try:
         yield [_node(node) for node in ray.nodes() if node["Alive"]]

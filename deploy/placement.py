@@ -60,25 +60,36 @@ def needs(cfg: Config, model: ModelSize) -> list[Need]:
 
 def place(wanted: Sequence[Need], nodes: Sequence[Node]) -> dict[str, str]:
     """Process name to node name, largest first, each on the first node with room. Raises UserError if one has none."""
-    free = {node.name: [node.cpus, node.gpus, float(node.memory)] for node in nodes}
+    free = [[node.cpus, node.gpus, float(node.memory)] for node in nodes]
     placed: dict[str, str] = {}
     for need in sorted(wanted, key=lambda n: (-n.gpus, -n.memory, -n.cpus)):
         takes = (need.cpus, need.gpus, need.memory)
-        fits = (name for name, left in free.items() if all(have >= take for have, take in zip(left, takes)))
-        if (name := next(fits, None)) is None:
-            raise UserError(_refusal(need, wanted, nodes))
-        placed[need.name] = name
-        free[name] = [have - take for have, take in zip(free[name], takes)]
+        # Ray counts in ten-thousandths, so a sum of fractions that is short by rounding still fits.
+        fits = [all(have >= take - 1e-4 for have, take in zip(left, takes)) for left in free]
+        if True not in fits:
+            raise UserError(_refusal(need, wanted, nodes, free))
+        chosen = fits.index(True)
+        placed[need.name] = nodes[chosen].name
+        free[chosen] = [have - take for have, take in zip(free[chosen], takes)]
     return placed
 
 
-def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node]) -> str:
+def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Sequence[Sequence[float]]) -> str:
     def total(rows: Sequence[Node] | Sequence[Need]) -> str:
         cpus, gpus, memory = (sum(getattr(row, key) for row in rows) for key in ("cpus", "gpus", "memory"))
         return f"{cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.1f} GiB of memory"
 
+    section = need.section
+    remedies = (
+        f"lower {section}.cpus or the number of replicas",
+        f"lower {section}.gpus, or 0 to run on the CPU",
+        f"use a smaller model, fewer {section} replicas, or smaller caches and micro-batches",
+    )
+    takes = (need.cpus, need.gpus, need.memory)
+    short = [
+        remedy for i, remedy in enumerate(remedies) if takes[i] - 1e-4 > max((left[i] for left in free), default=0.0)
+    ] or list(remedies)  # each is there, but not on one node
     return (
         f"no node has room for {need.name}, which takes {total([need])}: the run takes {total(wanted)} in all, "
-        f"the cluster of {len(nodes)} node(s) has {total(nodes)} free; lower {need.section}.cpus or the number of "
-        "replicas, use a smaller model or fewer tokens per micro-batch, or add a node"
+        f"the cluster of {len(nodes)} node(s) has {total(nodes)} free; {'; '.join(short)}; or add a node"
     )

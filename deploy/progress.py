@@ -16,16 +16,25 @@ from common.config import Config
 from common.types import Experience
 from learner.evaluation import Evaluation
 
-# heading, width, metric, format
+# heading, metric, format
 _COLUMNS = [
-    ("score", 6, "rollout/score/mean", "{:.2f}"),
-    ("KL/resp", 7, "kl/per_response", "{:.2f}"),
-    ("entropy", 7, "ppo/entropy", "{:.2f}"),
-    ("tokens", 6, "rollout/response_tokens/mean", "{:.1f}"),
-    ("clip", 5, "ppo/clip_frac", "{:.0%}"),
-    ("expl.var", 8, "value/explained_variance", "{:.2f}"),
+    ("step", "step", "{:d}"),
+    ("score", "rollout/score/mean", "{:.2f}"),
+    ("KL", "kl/per_response", "{:.2f}"),
+    ("entropy", "ppo/entropy", "{:.2f}"),
+    ("tokens", "rollout/response_tokens/mean", "{:.1f}"),
+    ("clip", "ppo/clip_frac", "{:.0%}"),
+    ("expl.var", "value/explained_variance", "{:.2f}"),
+    ("| gen", "time/generate_s", "{:.1f}"),
+    ("score", "time/score_s", "{:.1f}"),
+    ("learn", "time/learn_s", "{:.1f}"),
+    ("sync", "time/publish_s", "{:.1f}"),
+    ("save", "time/checkpoint_s", "{:.1f}"),
 ]
-_PHASES = [("generate", "generate_s"), ("score", "score_s"), ("learn", "learn_s"), ("publish", "publish_s"), ("save", "checkpoint_s")]
+_LEGEND = (
+    "means per step: score; KL from the reference, nats per response; entropy, nats per token; tokens per response; "
+    "share of tokens clipped; variance of returns that the critic explains | seconds in each phase"
+)
 
 
 class Progress:
@@ -37,43 +46,54 @@ class Progress:
         self._directory = directory
         self._tokenizer = tokenizer
         self._started = time.perf_counter()
+        self._header_shown = False
 
     def begin(self, *, num_prompts: int, num_heldout: int) -> None:
         cfg = self._cfg
-        self._console.print(
+        self._print(
             f"[bold]ratchet[/] {escape(cfg.model.path)} · {num_prompts} training prompts, {num_heldout} held out · "
             f"{cfg.num_steps} steps of {cfg.rollouts_per_step} rollouts · seed {cfg.seed}"
         )
-        self._console.print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
+        self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
     def ready(self) -> None:
         cfg = self._cfg
-        roles = f"{cfg.generators.replicas} generator(s), {cfg.reward.replicas} reward, {cfg.reference.replicas} reference"
-        self._console.print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}, learner", style="dim")
+        roles = (
+            f"{cfg.generators.replicas} generator(s), {cfg.reward.replicas} reward, {cfg.reference.replicas} reference"
+        )
+        self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}, learner", style="dim")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         low, high = evaluation.interval
-        self._console.print(
+        self._print(
             f"held-out pass@1 at version {evaluation.policy_version}: [bold]{evaluation.pass_at_1:.1%}[/] "
             f"({low:.1%} to {high:.1%}, {evaluation.prompts} prompts)"
         )
         if evaluation.policy_version == 0:
-            headings = "  ".join(f"{heading:>{width}}" for heading, width, _, _ in _COLUMNS)
-            phases = "  ".join(f"{name:>8}" for name, _ in _PHASES)
-            self._console.print(f"{'step':>4}  {headings}  |  {phases}  [dim]seconds[/]", style="bold")
+            self._header()
 
     def step(self, record: dict[str, Any], example: Experience) -> None:
-        values = "  ".join(f"{form.format(record[key]):>{width}}" for _, width, key, form in _COLUMNS)
-        phases = "  ".join(f"{record['time/' + key]:>8.1f}" for _, key in _PHASES)
-        self._console.print(f"{record['step'] + 1:>4}  {values}  |  {phases}")
+        if not self._header_shown:
+            self._header()
+        shown = {**record, "step": record["step"] + 1}
+        cells = (f"{form.format(shown[key]):>{max(5, len(heading))}}" for heading, key, form in _COLUMNS)
+        self._print(" ".join(cells))
         if voids := record["rollout/voids"]:
-            self._console.print(f"      {voids} rollout(s) voided", style="yellow")
+            self._print(f"      {voids} rollout(s) voided", style="yellow")
         rollout = example.rollout
         question = " ".join(rollout.prompt.text.split())
         answer = self._tokenizer.decode(rollout.response_ids.tolist())
-        self._console.print(
+        self._print(
             f"      {escape(question[-70:])} -> {escape(repr(answer[:60]))} = {example.score.total:g}", style="dim"
         )
+
+    def _header(self) -> None:
+        self._header_shown = True
+        self._print(_LEGEND, style="dim")
+        self._print(" ".join(f"{heading:>5}" for heading, _, _ in _COLUMNS), style="bold")
+
+    def _print(self, text: str, **style: Any) -> None:
+        self._console.print(text, soft_wrap=True, **style)  # a terminal may wrap; a log file should not
 
     def end(self, evaluations: Sequence[Evaluation], *, seconds: float) -> None:
         if evaluations:
@@ -84,10 +104,15 @@ class Progress:
                 low, high = row.interval
                 raw = [f"{value:.3f}" for value in row.components.values()]
                 table.add_row(
-                    label, f"{row.pass_at_1:.1%}", f"{low:.1%} - {high:.1%}", f"{row.score:.3f}", *raw, f"{row.response_tokens:.1f}"
+                    label,
+                    f"{row.pass_at_1:.1%}",
+                    f"{low:.1%} - {high:.1%}",
+                    f"{row.score:.3f}",
+                    *raw,
+                    f"{row.response_tokens:.1f}",
                 )
             self._console.print(table)
-        self._console.print(
-            f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, metrics.jsonl, "
-            "journal/, policy/: a Hugging Face directory)"
+        self._print(
+            f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, "
+            "metrics.jsonl, journal/, policy/: a Hugging Face directory)"
         )

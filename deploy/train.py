@@ -45,8 +45,8 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     model = resolve_model(cfg.model.path)
     tokenizer = load_tokenizer(model)
     questions, heldout_questions = check_inputs(cfg, model, tokenizer)
-    if not resume and not force and directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory} exists; go on with --resume {directory}, replace it with --force, or name another")
+    if not resume:
+        _refuse_overwriting(directory, force=force)
     with cluster(cfg.ray) as nodes:
         place(needs(cfg, model_size(model)), nodes)
         if not resume:
@@ -116,6 +116,21 @@ async def _train(
     )
 
 
+def _refuse_overwriting(directory: Path, *, force: bool) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"run directory {directory} is a file; name another")
+    if any(directory.iterdir()):
+        if not (directory / "config.toml").exists():
+            raise UserError(f"run directory {directory} holds something that is no run; empty it or name another")
+        if not force:
+            raise UserError(
+                f"run directory {directory} exists; go on with --resume {directory}, replace it with --force, "
+                "or name another"
+            )
+
+
 def make_engine(cfg: Config, end_tokens: list[int]) -> Engine:
     """Called in the generator's process: only there is vLLM imported."""
     from actors.vllm_engine import VLLMEngine
@@ -129,10 +144,8 @@ def make_engine(cfg: Config, end_tokens: list[int]) -> Engine:
     )
 
 
-def check_inputs(
-    cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions, with everything that can be checked without starting anything. Raises UserError."""
+def check_inputs(cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions. Checks all that can be checked with nothing started; raises UserError."""
     for source in cfg.reward.sources:
         load_function(source.function, f"reward source {source.name}")
     context = model_size(model).context

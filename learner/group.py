@@ -47,4 +47,6 @@ class LearnerGroup:
         try:
             return await asyncio.wait_for(asyncio.gather(*calls), self._timeout_s)
         except TimeoutError as error:
-            raise RuntimeError(f"the learner did not finish to {what} of step {self._step} within {self._timeout_s:g} s") from error
+            raise RuntimeError(
+                f"the learner did not finish to {what} of step {self._step} within {self._timeout_s:g} s"
+            ) from error

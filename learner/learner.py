@@ -48,7 +48,7 @@ class Learner:
         torch.set_num_threads(cfg.learner.threads)
         self.cfg = cfg
         self.step = 0  # updates done
-        self.device = find_device()
+        self.device = find_device(cfg.learner.gpus)
         self.network = network or load_network(cfg, self.device)
         self.optimizer = make_optimizer(self.network, cfg.optimizer)
         self.kl: KLController = (
@@ -153,26 +153,19 @@ class Learner:
 
     def _optimise(self, batch: ExperienceBatch, targets: Targets, metrics: Metrics) -> None:
         """ppo_epochs x minibatches optimizer steps, ended early by target_kl."""
-        cfg = self.cfg.ppo
-        done = 0
-        for epoch in range(cfg.ppo_epochs):
-            order = np.random.default_rng([self.cfg.seed, self.step, epoch]).permutation(len(batch.mask))
-            for minibatch in np.split(order, cfg.minibatches):
-                approx_kl = self._minibatch_step(batch, targets, minibatch, metrics)
-                done += 1
-                if cfg.target_kl and approx_kl > cfg.target_kl:
-                    break
-            else:
-                continue
-            break
-        metrics.last("ppo/optimizer_steps", done)
+        target_kl = self.cfg.ppo.target_kl
+        for done, minibatch in enumerate(self._minibatches(len(batch.mask)), 1):
+            metrics.last("ppo/optimizer_steps", done)
+            approx_kl = self._minibatch_step(batch, targets, minibatch, metrics)
+            if target_kl and approx_kl > target_kl:
+                break
 
     def _minibatch_step(
         self, batch: ExperienceBatch, targets: Targets, minibatch: np.ndarray, metrics: Metrics
     ) -> float:
         """One optimizer step; returns the mean KL from the old policy that it started from, nats per token."""
         cfg = self.cfg.ppo
-        num_tokens = int(batch.mask[torch.from_numpy(minibatch)].sum())
+        num_tokens = max(1, int(batch.mask[torch.from_numpy(minibatch)].sum()))
         critic_only = self.step < self.cfg.learner.critic_warmup_steps
         kl_sum = 0.0
         for rows in self._micro_batches(batch, minibatch):
@@ -202,7 +195,8 @@ class Learner:
             ):
                 metrics.mean(key, stat.item(), int(mask.sum()))
         parameters = list(self.network.critic_parameters() if critic_only else self.network.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.cfg.optimizer.max_grad_norm)
+        # A NaN stops the run here, while weights and checkpoint are still sound.
+        grad_norm = nn.utils.clip_grad_norm_(parameters, self.cfg.optimizer.max_grad_norm, error_if_nonfinite=True)
         if critic_only:
             for parameter in self.network.policy.parameters():
                 parameter.grad = None
@@ -216,6 +210,12 @@ class Learner:
         bf16 = self.cfg.learner.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self.network(sequences, temperature=self.cfg.sampling.temperature)
+
+    def _minibatches(self, count: int) -> Iterator[np.ndarray]:
+        """Every epoch all rows, in an order of its own that only the seed and the step decide."""
+        for epoch in range(self.cfg.ppo.ppo_epochs):
+            order = np.random.default_rng([self.cfg.seed, self.step, epoch]).permutation(count)
+            yield from np.split(order, self.cfg.ppo.minibatches)
 
     def _micro_batches(self, batch: ExperienceBatch, rows: np.ndarray) -> Iterator[Tensor]:
         lengths = batch.sequences.lengths[torch.from_numpy(rows)].tolist()

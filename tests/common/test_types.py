@@ -1,0 +1,115 @@
+"""What travels, and that a table of experience holds every value of it."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from common.types import EXPERIENCE_SCHEMA, Experience, Prompt, Rollout, SampleId, Score, experience_table
+
+
+def int32(*values):
+    return np.array(values, dtype=np.int32)
+
+
+def float32(*values):
+    return np.array(values, dtype=np.float32)
+
+
+def ragged_rows():
+    """Three rows whose prompts have 3, 1 and 2 tokens and whose responses have 2, 4 and no tokens."""
+    return [
+        Experience(
+            Rollout(
+                Prompt(SampleId(0, 5, 1), "Grüße, 7 or 9?", int32(7, 8, 9), {"larger": 9, "tags": ["a", None]}),
+                int32(3, 2),
+                float32(-0.5, -0.25),
+                int32(4, 4),
+                "stop",
+                "Generator(0)",
+            ),
+            Score(0.75, {"correct": 1.0, "short": 0.5}),
+            float32(-1.5, -2.0),
+        ),
+        Experience(
+            Rollout(
+                Prompt(SampleId(1, 0, 0), "", int32(1)),
+                int32(4, 5, 6, 7),
+                float32(-1, -2, -3, -4),
+                int32(4, 4, 5, 5),
+                "length",
+                "Generator(1)",
+            ),
+            Score(-3e8, {"correct": 0.0, "short": -6e8}),
+            float32(-4, -3, -2, -1),
+        ),
+        Experience(
+            Rollout(
+                Prompt(SampleId(1, 2, 0), "third", int32(2, 2)), int32(), float32(), int32(), "stop", "Generator(0)"
+            ),
+            Score(0.0, {}),
+            float32(),
+        ),
+    ]
+
+
+def test_an_experience_table_gives_back_every_column_of_ragged_rows():
+    table = experience_table(ragged_rows())
+    assert table.schema == EXPERIENCE_SCHEMA
+    table.validate(full=True)
+    assert table.to_pydict() == {
+        "epoch": [0, 1, 1],
+        "prompt_index": [5, 0, 2],
+        "replica": [1, 0, 0],
+        "prompt": ["Grüße, 7 or 9?", "", "third"],
+        "fields": ['{"larger": 9, "tags": ["a", null]}', "{}", "{}"],
+        "prompt_ids": [[7, 8, 9], [1], [2, 2]],
+        "response_ids": [[3, 2], [4, 5, 6, 7], []],
+        "rollout_logprobs": [[-0.5, -0.25], [-1.0, -2.0, -3.0, -4.0], []],
+        "policy_versions": [[4, 4], [4, 4, 5, 5], []],
+        "finish_reason": ["stop", "length", "stop"],
+        "generator": ["Generator(0)", "Generator(1)", "Generator(0)"],
+        "score": [0.75, -3e8, 0.0],
+        "components": [[("correct", 1.0), ("short", 0.5)], [("correct", 0.0), ("short", -6e8)], []],
+        "ref_logprobs": [[-1.5, -2.0], [-4.0, -3.0, -2.0, -1.0], []],
+    }
+
+
+def test_logprobs_and_scores_keep_every_bit():
+    logprobs, total = np.float32([-1 / 3, -1e-7]), -1 / 3
+    row = ragged_rows()[0]
+    rollout = Rollout(row.rollout.prompt, int32(3, 2), logprobs, int32(0, 0), "stop", "Generator(0)")
+    table = experience_table([Experience(rollout, Score(total, {"s": total}), logprobs)])
+    for column in ("rollout_logprobs", "ref_logprobs"):
+        assert table[column][0].values.to_numpy().tobytes() == logprobs.tobytes()
+    assert table["score"][0].as_py() == total
+    assert dict(table["components"][0].as_py()) == {"s": total}
+
+
+def test_fields_of_a_record_come_back_from_their_json():
+    rows = ragged_rows()
+    assert json.loads(experience_table(rows)["fields"][0].as_py()) == rows[0].rollout.prompt.fields
+
+
+def test_a_table_of_no_rows_has_the_schema():
+    table = experience_table([])
+    assert (table.num_rows, table.schema) == (0, EXPERIENCE_SCHEMA)
+
+
+def test_a_table_keeps_the_order_of_its_rows():
+    rows = ragged_rows()
+    assert experience_table(rows[::-1])["prompt_index"].to_pylist() == [2, 0, 5]
+    assert pa.concat_tables([experience_table([row]) for row in rows])["prompt_index"].to_pylist() == [5, 0, 2]
+
+
+def test_a_sample_id_reads_back_from_its_text():
+    assert str(SampleId(2, 31, 0)) == "2/31/0"
+    assert SampleId.parse("2/31/0") == SampleId(2, 31, 0)
+    assert SampleId.parse(str(SampleId(-1, 4, 0))) == SampleId(-1, 4, 0)  # held out
+    with pytest.raises(ValueError, match="unpack"):
+        SampleId.parse("2/31")
+
+
+def test_a_rollout_counts_prompt_and_response_tokens():
+    assert [row.rollout.num_tokens for row in ragged_rows()] == [5, 5, 2]

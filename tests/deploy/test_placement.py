@@ -1,0 +1,170 @@
+"""Who runs where: what fits is placed within each node's limits, what does not is refused with a remedy."""
+
+from dataclasses import replace
+
+import pytest
+
+from common.config import Config, UserError
+from common.models import ModelSize
+from deploy.placement import GIB, MIB, Need, Node, needs, place
+
+MODEL = ModelSize(parameters=1_000_000, layers=2, hidden=64, vocabulary=100, context=64)
+
+
+def config(**sections):
+    rewards = {"sources": [{"name": "s", "function": "m:f"}], **sections.pop("reward", {})}
+    return Config.model_validate({"prompts": {"train": "t"}, "reward": rewards, **sections})
+
+
+def need(name, *, cpus=0.0, gpus=0.0, memory=0, section="generators"):
+    return Need(name, section, cpus, gpus, memory)
+
+
+def memory(cfg, model=MODEL):
+    """Bytes by process name."""
+    return {n.name: n.memory for n in needs(cfg, model)}
+
+
+def refusal(wanted, nodes):
+    with pytest.raises(UserError) as caught:
+        place(wanted, nodes)
+    return str(caught.value)
+
+
+# What a run needs
+
+
+def test_every_replica_of_every_role_is_a_need_with_what_its_section_reserves():
+    cfg = config(
+        generators={"replicas": 2, "cpus": 3, "gpus": 1}, reward={"replicas": 2, "cpus": 0.5}, learner={"cpus": 4}
+    )
+    assert [(n.name, n.section, n.cpus, n.gpus) for n in needs(cfg, MODEL)] == [
+        ("Learner(0)", "learner", 4, 0),
+        ("Generator(0)", "generators", 3, 1),
+        ("Generator(1)", "generators", 3, 1),
+        ("ReferencePolicy(0)", "reference", 0, 0),
+        ("Reward(0)", "reward", 0.5, 0),
+        ("Reward(1)", "reward", 0.5, 0),
+    ]
+
+
+def test_the_memory_estimate_grows_with_the_model_by_the_copies_each_role_holds():
+    small, large = memory(config()), memory(config(), replace(MODEL, parameters=3_000_000))
+    grown = {name: large[name] - small[name] for name in small}
+    assert grown["ReferencePolicy(0)"] == 2 * 2_000_000  # one bf16 copy of 2 million weights more
+    assert grown["Generator(0)"] == 2 * 2 * 2_000_000  # two bf16 copies while an update is staged
+    # float32 weights, gradients and two Adam moments, and the bf16 copy that is published
+    assert grown["Learner(0)"] == (4 + 4 + 8 + 2) * 2_000_000
+    assert grown["Reward(0)"] == 0  # Python functions hold no model
+
+
+def test_the_learners_estimate_grows_with_depth_width_vocabulary_and_micro_batch():
+    learner = memory(config())["Learner(0)"]
+    for change in ({"layers": 4}, {"hidden": 128}, {"vocabulary": 50_000}):
+        assert memory(config(), replace(MODEL, **change))["Learner(0)"] > learner
+    assert memory(config(learner={"micro_batch_tokens": 4096}))["Learner(0)"] > learner
+
+
+def test_a_separate_critic_adds_a_second_trained_network():
+    shared, separate = memory(config()), memory(config(learner={"critic": "separate"}))
+    assert separate["Learner(0)"] - shared["Learner(0)"] == 16 * 1_000_000
+    assert {**separate, "Learner(0)": 0} == {**shared, "Learner(0)": 0}
+
+
+@pytest.mark.parametrize(
+    ("role", "section", "copies"), [("Generator(0)", "generators", 2), ("ReferencePolicy(0)", "reference", 1)]
+)
+def test_float32_doubles_the_weights_of_a_frozen_role(role, section, copies):
+    half, full = memory(config(**{section: {"dtype": "bfloat16"}})), memory(config(**{section: {"dtype": "float32"}}))
+    assert full[role] - half[role] == copies * 2 * 1_000_000
+
+
+def test_the_kv_cache_is_counted():
+    small, large = (memory(config(generators={"kv_cache_mib": mib}))["Generator(0)"] for mib in (256, 1024))
+    assert large - small == 768 * MIB
+
+
+# Where it goes
+
+
+def test_what_fits_is_placed():
+    wanted = needs(config(), MODEL)
+    assert place(wanted, [Node("laptop", 2, 0, 8 * GIB)]) == {
+        "Learner(0)": "laptop",
+        "Generator(0)": "laptop",
+        "ReferencePolicy(0)": "laptop",
+        "Reward(0)": "laptop",
+    }
+
+
+def test_what_fits_exactly_is_placed():
+    assert place([need("a", cpus=2, gpus=1, memory=5)], [Node("n", 2, 1, 5)]) == {"a": "n"}
+
+
+def test_fractions_that_add_up_to_the_whole_node_fit():
+    assert place([need(f"r{i}", cpus=0.6) for i in range(5)], [Node("n", 3, 0, 1)]) == {f"r{i}": "n" for i in range(5)}
+
+
+def test_each_nodes_cpus_gpus_and_memory_are_respected():
+    nodes = [Node("a", 4, 1, 10 * GIB), Node("b", 8, 1, 6 * GIB), Node("c", 2, 0, 30 * GIB)]
+    wanted = [
+        need("gpu-1", cpus=1, gpus=1, memory=2 * GIB),
+        need("gpu-2", cpus=1, gpus=1, memory=2 * GIB),
+        need("large", cpus=1, memory=20 * GIB),
+        need("medium", cpus=1, memory=8 * GIB),
+        *[need(f"small-{i}", cpus=1, memory=GIB) for i in range(5)],
+    ]
+    placed = place(wanted, nodes)
+    assert placed["large"] == "c"
+    assert {placed["gpu-1"], placed["gpu-2"]} == {"a", "b"}
+    for node in nodes:
+        here = [n for n in wanted if placed[n.name] == node.name]
+        for key in ("cpus", "gpus", "memory"):
+            assert sum(getattr(n, key) for n in here) <= getattr(node, key)
+
+
+def test_the_largest_is_placed_first_so_that_small_ones_do_not_take_its_room():
+    nodes = [Node("big", 9, 0, 10), Node("small", 9, 0, 4)]
+    assert place([need("little", memory=4), need("large", memory=7)], nodes) == {"large": "big", "little": "small"}
+    nodes = [Node("gpu", 2, 1, 10), Node("cpu", 2, 0, 10)]
+    wanted = [need("hungry", cpus=2, memory=9), need("accelerated", cpus=1, gpus=1, memory=2)]
+    assert place(wanted, nodes) == {"accelerated": "gpu", "hungry": "cpu"}  # GPUs are the scarcest
+
+
+def test_nodes_of_one_name_each_count():
+    nodes = [Node("127.0.0.1", 1, 0, 10), Node("127.0.0.1", 1, 0, 10)]
+    assert place([need("a", cpus=1, memory=9), need("b", cpus=1, memory=9)], nodes) == dict.fromkeys("ab", "127.0.0.1")
+
+
+# What is refused
+
+
+def test_a_refusal_names_the_role_what_it_takes_what_there_is_and_a_remedy():
+    wanted = [need("Learner(0)", cpus=1, memory=3 * GIB, section="learner"), need("Generator(0)", cpus=2, memory=GIB)]
+    message = refusal(wanted, [Node("a", 1, 0, 4 * GIB), Node("b", 1, 0, GIB // 2)])
+    assert "no node has room for Generator(0), which takes 2 CPUs, 0 GPUs, 1.0 GiB of memory" in message
+    assert "the run takes 3 CPUs, 0 GPUs, 4.0 GiB of memory in all" in message
+    assert "the cluster of 2 node(s) has 2 CPUs, 0 GPUs, 4.5 GiB of memory free" in message
+    assert "lower generators.cpus or the number of replicas" in message
+    assert "add a node" in message
+
+
+@pytest.mark.parametrize(
+    ("lacking", "node"),
+    [("cpus", Node("n", 1.9, 1, 10)), ("gpus", Node("n", 2, 0.5, 10)), ("memory", Node("n", 2, 1, 9))],
+)
+def test_lacking_any_one_resource_is_refused(lacking, node):
+    assert "Learner(0)" in refusal([need("Learner(0)", cpus=2, gpus=1, memory=10, section="learner")], [node])
+
+
+def test_room_spread_over_nodes_is_not_room_for_one_process():
+    assert "Learner(0)" in refusal([need("Learner(0)", memory=6)], [Node("a", 9, 0, 4), Node("b", 9, 0, 4)])
+
+
+def test_a_cluster_without_nodes_is_refused():
+    assert "the cluster of 0 node(s) has 0 CPUs" in refusal([need("Learner(0)", memory=1)], [])
+
+
+def test_a_refusal_for_want_of_gpus_says_so():
+    message = refusal([need("Learner(0)", cpus=1, gpus=1, memory=GIB, section="learner")], [Node("n", 8, 0, 64 * GIB)])
+    assert "learner.gpus" in message

@@ -1,0 +1,115 @@
+"""The real thing, small: Ray, vLLM, reference, reward, learner and weight sync, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.config import Config, UserError
+from common.journal import Journal
+from common.metrics import read_records
+from deploy.train import run_training
+from tests.fakes import save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.ray
+
+STEPS = 8
+
+
+def run_config(model, **overrides) -> Config:
+    return tiny_config(
+        model,
+        **{
+            "num_steps": STEPS,
+            "rollouts_per_step": 32,
+            "checkpoint": {"every": 3},
+            "evaluation": {"prompts": 16},
+            **overrides,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """One whole run, shared by the tests below."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    run_training(run_config(model), directory)
+    return directory
+
+
+def curve(directory) -> list[dict]:
+    """Every step's metrics but the clock's."""
+    records = read_records(directory / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def test_the_reward_rises(finished):
+    scores = [record["rollout/score/mean"] for record in curve(finished)]
+    assert len(scores) == STEPS
+    assert scores[0] < 0.6
+    assert np.mean(scores[-2:]) > scores[0] + 0.15
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["heldout_prompts"] == 16
+    assert summary["pass_at_1_after"] >= summary["pass_at_1_before"]
+
+
+def test_every_step_is_journalled_on_policy_and_measured_exactly(finished, model):
+    journal = Journal(finished / "journal")
+    assert journal.next_step == STEPS
+    first = journal.read(0).table
+    assert first.num_rows == 32
+    # Before any update the generator (vLLM) and the reference (transformers) are one model: float32 on both sides.
+    logprobs = (first[column].to_pylist() for column in ("rollout_logprobs", "ref_logprobs"))
+    for sampled, reference in zip(*logprobs, strict=True):
+        np.testing.assert_allclose(sampled, reference, atol=1e-4)
+    for step in journal.since(0):
+        assert {version for row in step.table["policy_versions"].to_pylist() for version in row} == {step.step}
+    # After each update the generators really sample from the published weights, but for their rounding to bf16.
+    assert all(abs(record["mismatch/kl"]) < 1e-3 for record in curve(finished))
+
+
+def test_one_seed_gives_one_curve_also_when_the_run_is_cut_and_resumed(finished, model, tmp_path):
+    directory = tmp_path / "cut"
+    run_training(run_config(model, num_steps=5), directory)
+    assert curve(directory) == curve(finished)[:5]
+    # As if the process had died while it wrote its last checkpoint: step 3 and the journal after it must do.
+    (directory / "checkpoints/step-000005/COMPLETE").unlink()
+    run_training(run_config(model), directory, resume=True)
+    assert curve(directory) == curve(finished)
+    whole, cut = (Journal(d / "journal") for d in (finished, directory))
+    assert all(whole.read(step).table.equals(cut.read(step).table) for step in range(STEPS))
+    weights = [AutoModelForCausalLM.from_pretrained(d / "policy").state_dict() for d in (finished, directory)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_final_policy_loads_in_vllm_and_has_changed(finished, model):
+    from tests.end_to_end.test_vllm_engine import in_engine
+
+    [batch] = in_engine(finished / "policy", "float32")
+    responses = np.concatenate([rollout.response_ids for rollout in batch])
+    assert np.mean((responses >= 4) & (responses < 34)) > 0.6  # a-words, which half of them were at first
+
+
+def test_rollouts_whose_reward_fails_are_voided_and_counted(model, tmp_path):
+    sources = [{"name": "a_words", "function": "tests.tasks:fails_on_some"}]
+    directory = tmp_path / "voids"
+    run_training(run_config(model, num_steps=1, reward={"sources": sources}, evaluation={"prompts": 0}), directory)
+    step = Journal(directory / "journal").read(0)
+    assert len(step.voids) == curve(directory)[0]["rollout/voids"] > 0
+    assert all("a_words raised ValueError: b3 is not to be scored" in reason for _, reason in step.voids)
+    assert not any(prompt.endswith("b3") for prompt in step.table["prompt"].to_pylist())
+
+
+def test_a_run_that_cannot_be_placed_is_refused_and_leaves_nothing(model, tmp_path):
+    with pytest.raises(UserError, match=r"no node has room for Generator.*CPUs"):
+        run_training(run_config(model, generators={"cpus": 1000}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

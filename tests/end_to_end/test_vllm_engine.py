@@ -1,0 +1,151 @@
+"""Real vLLM: log-probabilities, weight updates, seeds and stop reasons against Hugging Face models.
+
+vLLM changes global state of torch, so each scenario runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.config import GeneratorsConfig, SamplingConfig
+from common.types import Rollout, SampleId
+from common.weights import CorruptWeightsError, WeightSet, pack
+from tests.fakes import END, make_prompt, save_tiny_model
+
+pytestmark = pytest.mark.ray
+
+PROMPTS = [make_prompt(i, (3, *range(4, 5 + i % 7))) for i in range(12)]
+
+
+def perturbed(model_dir, version: int) -> WeightSet:
+    """Weights far enough from the start that no tolerance hides a missed tensor: every one of them moves."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    torch.manual_seed(version)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return pack(model.named_parameters(), version)
+
+
+def in_engine(model_dir, dtype, weight_sets=(), *, temperature=1.0, scenario="rollouts"):
+    """Runs `scenario` in a fresh process with a Generator over vLLM."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_in_engine, model_dir, dtype, list(weight_sets), temperature, scenario).result(300)
+
+
+def _in_engine(model_dir, dtype, weight_sets, temperature, scenario):
+    from actors.generator import Generator
+    from actors.vllm_engine import VLLMEngine
+
+    def make_engine():
+        return VLLMEngine(
+            model_dir,
+            GeneratorsConfig(dtype=dtype, kv_cache_mib=16),
+            SamplingConfig(temperature=temperature, max_new_tokens=12),
+            max_model_len=32,
+            end_token_ids=[END],
+        )
+
+    torch.set_num_threads(1)
+    generator = Generator("Generator(0)", 7, make_engine)
+    return asyncio.run(globals()[scenario](generator, weight_sets))
+
+
+async def rollouts(generator, weight_sets) -> list[list[Rollout]]:
+    """All prompts at once, before any update and after each."""
+    results = [list(await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS)))]
+    for weights in weight_sets:
+        assert await generator.load_weights(weights) == weights.version
+        results.append(list(await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS))))
+    return results
+
+
+async def one_by_one(generator, weight_sets) -> list[Rollout]:
+    return [await generator.generate(prompt) for prompt in reversed(PROMPTS)][::-1]
+
+
+async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
+    """A corrupt set is refused and the old weights go on; a good one in mid-response marks the tokens after it."""
+    [weights] = weight_sets
+    bad = WeightSet(weights.version, weights.entries, weights.buckets, tuple(c ^ 1 for c in weights.checksums))
+    try:
+        await generator.load_weights(bad)
+        refused = "not refused"
+    except CorruptWeightsError as error:
+        refused = str(error)
+    running = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
+    await asyncio.sleep(0.02)
+    await generator.load_weights(weights)
+    return refused, list(await asyncio.gather(*running))
+
+
+def hf_logprobs(model_dir, rollout: Rollout, weights: WeightSet | None, temperature: float = 1.0) -> np.ndarray:
+    """From a fresh Hugging Face model, one unpadded row in float32, with the given weights."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if weights is not None:
+        missing = model.load_state_dict(dict(weights.tensors()), strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}
+    ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids]).astype(np.int64)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids)[None]).logits[0].float() / temperature
+    first = len(rollout.prompt.token_ids)
+    return np.array([logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(first, len(ids))])
+
+
+@pytest.mark.parametrize(
+    ("tied", "dtype", "atol"), [(True, "float32", 1e-4), (True, "bfloat16", 0.06), (False, "float32", 1e-4)]
+)
+def test_after_an_update_logprobs_are_those_of_a_fresh_model(tmp_path, tied, dtype, atol):
+    model_dir = save_tiny_model(tmp_path / "model", tied=tied)
+    sets = [perturbed(model_dir, 1), perturbed(model_dir, 2)]
+    before, *after = in_engine(model_dir, dtype, sets, temperature=0.8)
+    for weights, batch in zip([None, *sets], [before, *after], strict=True):
+        version = weights.version if weights else 0
+        for rollout in batch:
+            assert set(rollout.policy_versions) == {version}
+            expected = hf_logprobs(model_dir, rollout, weights, temperature=0.8)
+            np.testing.assert_allclose(rollout.rollout_logprobs, expected, atol=atol)
+    # The check has teeth: under the old weights the same tokens are far less likely.
+    stale = [hf_logprobs(model_dir, rollout, None, 0.8) - rollout.rollout_logprobs for rollout in after[0]]
+    assert np.abs(np.concatenate(stale)).mean() > 5 * atol
+
+
+def test_a_sample_id_gives_the_same_rollout_in_any_company(tmp_path):
+    model_dir = save_tiny_model(tmp_path / "model")
+    [together] = in_engine(model_dir, "float32")
+    alone = in_engine(model_dir, "float32", scenario="one_by_one")
+    for one, other in zip(together, alone, strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=1e-5)
+    assert len({tuple(rollout.response_ids) for rollout in together}) > 6  # different ids, different responses
+    for rollout in together:
+        ended = rollout.response_ids[-1] == END
+        assert rollout.finish_reason == ("stop" if ended else "length")
+        assert ended or len(rollout.response_ids) == 12
+
+
+def test_an_update_in_flight_is_verified_and_stamped_on_the_tokens_after_it(tmp_path):
+    model_dir = save_tiny_model(tmp_path / "model")
+    refused, batch = in_engine(model_dir, "float32", [perturbed(model_dir, 5)], scenario="update_in_flight")
+    assert "checksum" in refused
+    for rollout in batch:
+        versions = rollout.policy_versions.tolist()
+        assert versions == sorted(versions)
+        assert set(versions) <= {0, 5}
+    assert any(5 in rollout.policy_versions for rollout in batch)
+
+
+def test_sampling_seeds_differ_by_run_and_sample():
+    from actors.generator import sampling_seed
+
+    ids = [SampleId(e, p, r) for e in range(3) for p in range(20) for r in range(3)]
+    seeds = {sampling_seed(run, i) for run in range(3) for i in ids}
+    assert len(seeds) == 3 * len(ids)
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,149 @@
+"""Stand-ins for tests: a tiny real model on disk, hand-made rollouts, and roles that record what happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from common.config import Config
+from common.types import Experience, Prompt, Rollout, SampleId, Score, Void
+
+END = 1
+WORDS = ["<pad>", "<end>", "<unk>", "ask", *(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(30))]
+
+
+def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
+    """A random two-layer Llama with a head size vLLM accepts, and a tokenizer of 64 words, half of them a-words."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=END,
+        initializer_range=0.05,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def tiny_config(model: Path | str, **overrides: Any) -> Config:
+    """A small valid config; sections given as dicts replace fields of the defaults below."""
+    tree: dict[str, Any] = {
+        "num_steps": 3,
+        "rollouts_per_step": 4,
+        "model": {"path": str(model)},
+        "prompts": {"train": "tests.tasks:train_prompts", "heldout": "tests.tasks:heldout_prompts", "max_tokens": 8},
+        "sampling": {"max_new_tokens": 8},
+        "generators": {"dtype": "float32", "kv_cache_mib": 16},
+        "reference": {"dtype": "float32"},
+        "reward": {"sources": [{"name": "a_words", "function": "tests.tasks:a_words"}]},
+        "ppo": {"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 2},
+        "optimizer": {"learning_rate": 1e-3, "value_head_learning_rate": 1e-2},
+        "learner": {"precision": "fp32"},
+        "evaluation": {"prompts": 8},
+        "ray": {"dashboard": False, "object_store_mib": 256},
+    }
+    for key, value in overrides.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return Config.model_validate(tree)
+
+
+def make_prompt(index: int = 0, token_ids: tuple[int, ...] = (3, 4, 5), **fields: Any) -> Prompt:
+    return Prompt(SampleId(0, index, 0), f"prompt {index}", np.array(token_ids, dtype=np.int32), fields)
+
+
+def make_rollout(prompt: Prompt, response: list[int], *, version: int = 0, logprob: float = -4.0) -> Rollout:
+    length = len(response)
+    return Rollout(
+        prompt,
+        np.array(response, dtype=np.int32),
+        np.full(length, logprob, dtype=np.float32),
+        np.full(length, version, dtype=np.int32),
+        "stop" if response and response[-1] == END else "length",
+        "Generator(0)",
+    )
+
+
+def make_experience(index: int, response: list[int], *, score: float = 0.0, version: int = 0) -> Experience:
+    rollout = make_rollout(make_prompt(index, tuple(range(3, 5 + index % 3))), response, version=version)
+    return Experience(rollout, Score(score, {"made_up": score}), np.full(len(response), -4.0, dtype=np.float32))
+
+
+class FakeRoles:
+    """All roles in one process. Records events in order, and refuses what no real role would be asked."""
+
+    def __init__(self, events: list[str], *, fail_prompts: frozenset[int] = frozenset()) -> None:
+        self.events = events
+        self.version = 0
+        self.step = 0
+        self.tables: list[Any] = []
+        self.updating = False
+        self._fail_prompts = fail_prompts
+
+    async def generate(self, prompt: Prompt) -> Rollout:
+        assert not self.updating, "a synchronous step must not generate while it learns"
+        version = self.version
+        await asyncio.sleep(0.001 * (prompt.sample_id.prompt % 3))  # finish out of order
+        if prompt.sample_id.epoch >= 0:
+            self.events.append(f"generate v{version}")
+        return make_rollout(prompt, [4 + prompt.sample_id.prompt % 20, END], version=version)
+
+    async def score(self, rollout: Rollout) -> Score | Void:
+        if rollout.prompt.sample_id.prompt in self._fail_prompts:
+            return Void(rollout.prompt.sample_id, "told to fail")
+        return Score(1.0, {"a_words": 1.0})
+
+    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+        return rollout.rollout_logprobs
+
+    async def update(self, table: Any) -> dict[str, float]:
+        self.updating = True
+        await asyncio.sleep(0.005)
+        self.events.append(f"update {self.step}")
+        self.tables.append(table)
+        self.step += 1
+        self.updating = False
+        return {"ppo/entropy": 1.0}
+
+    async def publish(self) -> str:
+        self.events.append(f"publish v{self.step}")
+        return f"weights {self.step}"
+
+    async def load(self, weights: Any, version: int | None = None) -> None:
+        """Generators load weights; the learner loads a checkpoint directory."""
+        if version is None:
+            self.step = int((Path(weights) / "step").read_text())
+            self.events.append(f"restore {self.step}")
+            return
+        assert weights == f"weights {version}"
+        self.events.append(f"load v{version}")
+        self.version = version
+
+    async def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        (directory / "step").write_text(str(self.step))
+        (directory / "COMPLETE").touch()
+        self.events.append(f"save {self.step}")
+
+    async def save_policy(self, directory: Path) -> None:
+        self.events.append("save policy")

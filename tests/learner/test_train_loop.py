@@ -1,0 +1,125 @@
+"""The loop with fakes: what happens in which order, what is written, and how a run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import UserError
+from common.metrics import read_records
+from common.prompts import PromptStream, Question
+from common.types import SampleId
+from learner.train_loop import Run, train
+from tests.fakes import FakeRoles, make_prompt, tiny_config
+
+
+def make_run(directory: Path, roles: FakeRoles, **overrides) -> Run:
+    cfg = tiny_config("unused", **overrides)
+    questions = [Question(f"q{i}", np.array([3, 4], dtype=np.int32), {}) for i in range(10)]
+    prompts = PromptStream(questions, seed=cfg.seed, rollouts_per_prompt=1)
+    heldout = [make_prompt(i) for i in range(2)]
+    for i, prompt in enumerate(heldout):
+        object.__setattr__(prompt, "sample_id", SampleId(-1, i, 0))
+    return Run(cfg, directory, prompts, heldout, roles, roles, roles, roles)
+
+
+def test_a_step_generates_writes_learns_publishes_and_only_then_generates_again(tmp_path):
+    events: list[str] = []
+    roles = FakeRoles(events)
+    run = make_run(tmp_path, roles, num_steps=2)
+    append = run.journal.append
+
+    def journalled(*args, **kwargs):
+        events.append(f"journal {append(*args, **kwargs)}")
+
+    run.journal.append = journalled
+    asyncio.run(train(run))
+
+    assert events == [
+        *["generate v0"] * 4, "journal 0", "update 0", "publish v1", "load v1",
+        *["generate v1"] * 4, "journal 1", "update 1", "publish v2", "load v2", "save 2",
+        "save policy",
+    ]  # fmt: skip
+
+
+def test_synchronous_training_is_on_policy(tmp_path):
+    roles = FakeRoles([])
+    asyncio.run(train(make_run(tmp_path, roles, num_steps=4)))
+    for step, table in enumerate(roles.tables):
+        assert {version for row in table["policy_versions"].to_pylist() for version in row} == {step}
+    assert [record["staleness/max"] for record in read_records(tmp_path / "metrics.jsonl")] == [0, 0, 0, 0]
+
+
+def test_batches_hold_prompts_in_the_order_they_were_issued(tmp_path):
+    roles = FakeRoles([])
+    run = make_run(tmp_path, roles, num_steps=3)
+    asyncio.run(train(run))
+    questions = [Question("", np.array([3], dtype=np.int32), {})] * 10
+    stream = PromptStream(questions, seed=0, rollouts_per_prompt=1)
+    expected = [stream.next().sample_id.prompt for _ in range(12)]
+    assert [i for table in roles.tables for i in table["prompt_index"].to_pylist()] == expected
+
+
+def test_every_sample_is_journalled_once_or_void_with_its_reason(tmp_path):
+    roles = FakeRoles([], fail_prompts=frozenset({2, 5}))
+    run = make_run(tmp_path, roles, num_steps=4)
+    asyncio.run(train(run))
+    written = list(run.journal.since(0))
+    trained = [
+        f"{epoch}/{prompt}/{replica}"
+        for step in written
+        for epoch, prompt, replica in zip(*(step.table[c].to_pylist() for c in ("epoch", "prompt_index", "replica")))
+    ]
+    voids = dict(void for step in written for void in step.voids)
+    assert len(trained) == len(set(trained)) == 16
+    assert set(voids.values()) == {"told to fail"}
+    assert {sample_id.split("/")[1] for sample_id in voids} == {"2", "5"}
+    assert not set(trained) & set(voids)
+    # What was issued is journalled, void, or still outstanding: nothing is lost.
+    state = written[-1].prompts
+    assert state["issued"] == len(trained) + len(voids) + len(state["outstanding"])
+
+
+def test_a_reward_that_always_fails_stops_the_run_with_its_reason(tmp_path):
+    roles = FakeRoles([], fail_prompts=frozenset(range(10)))
+    with pytest.raises(UserError, match=r"max_void_share.*told to fail"):
+        asyncio.run(asyncio.wait_for(train(make_run(tmp_path, roles)), 10))
+    assert roles.tables == []
+
+
+def test_a_failing_role_ends_the_run_with_its_own_error(tmp_path):
+    roles = FakeRoles([])
+
+    async def broken(rollout):
+        raise OSError("reference is gone")
+
+    roles.logprobs = broken
+    with pytest.raises(OSError, match="reference is gone"):
+        asyncio.run(asyncio.wait_for(train(make_run(tmp_path, roles)), 10))
+
+
+def test_a_run_goes_on_from_checkpoint_and_journal(tmp_path):
+    checkpoint = {"every": 2}
+    whole, cut, rest = FakeRoles([]), FakeRoles([]), FakeRoles([])
+    asyncio.run(train(make_run(tmp_path / "whole", whole, num_steps=6, checkpoint=checkpoint)))
+    asyncio.run(train(make_run(tmp_path / "cut", cut, num_steps=3, checkpoint=checkpoint)))
+    for leftover in (tmp_path / "cut/checkpoints/step-000003").iterdir():
+        leftover.unlink()  # as if the process had died before this checkpoint was complete
+    asyncio.run(train(make_run(tmp_path / "cut", rest, num_steps=6, checkpoint=checkpoint)))
+
+    assert rest.events[:4] == ["restore 2", "update 2", "publish v3", "load v3"]
+    assert rest.tables[0].equals(cut.tables[2])  # step 2 again, from the journal, without generating
+    for resumed, uninterrupted in zip(cut.tables + rest.tables[1:], whole.tables, strict=True):
+        assert resumed.equals(uninterrupted)
+    assert [record["step"] for record in read_records(tmp_path / "cut/metrics.jsonl")] == list(range(6))
+
+
+def test_evaluation_happens_before_after_and_every_so_many_steps(tmp_path):
+    roles = FakeRoles([])
+    run = make_run(tmp_path, roles, num_steps=5, evaluation={"every": 2})
+    evaluations = asyncio.run(train(run))
+    assert [evaluation.policy_version for evaluation in evaluations] == [0, 2, 4, 5]
+    assert all(evaluation.pass_at_1 == 1.0 and evaluation.prompts == 2 for evaluation in evaluations)
