@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from actors.scoring import Batcher
 from common.config import ReferenceConfig
 from common.models import find_device, load_policy, resolve_model
-from common.sequences import Sequences, response_logprobs
+from common.sequences import LANES, Sequences, response_logprobs
 from common.types import Rollout
 
 
@@ -45,7 +45,9 @@ class ReferencePolicy:
 
     @torch.inference_mode()
     def forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """One padded forward pass; float32 [R] for each rollout."""
-        sequences = Sequences.pad([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
-        padded, _ = response_logprobs(self._model, sequences.to(self._device), temperature=self._temperature)
-        return [row[: len(r.response_ids)] for row, r in zip(padded.cpu().numpy(), rollouts, strict=True)]
+        """One padded forward pass; float32 [R] for each rollout, bit for bit the same in any company."""
+        sequences = Sequences.pad(
+            [r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts], multiple_of=LANES
+        )
+        logprobs = response_logprobs(self._model, sequences.to(self._device), temperature=self._temperature)
+        return [row[: len(r.response_ids)] for row, r in zip(logprobs.cpu().numpy(), rollouts, strict=True)]

@@ -444,7 +444,7 @@ def _type_name(field: FieldInfo) -> str:
     else:
         args = [a for a in getattr(kind, "__args__", ()) if a is not type(None)]
         inner = getattr(args[0], "__origin__", args[0]) if args else kind
-        text = {int: "integer", float: "number", str: "text"}.get(inner, "list")
+        text = {int: "integer", float: "number", str: "text"}.get(inner, "list")  # type: ignore[call-overload]
     return " ".join([text, *bounds])
 
 

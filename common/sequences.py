@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from common.logprobs import chosen_logprobs
 from common.masking import length_mask
 
+# Matrix products over whole vectors take the same kernels whatever else is in the batch. Measured with AVX-512, one
+# thread, float32 and bfloat16: without it 1 to 20 of 48 rows change in their last bits with the company they are in.
+LANES = 16
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -23,18 +27,16 @@ class Sequences:
     lengths: Tensor  # int64 [B], prompt and response
 
     @classmethod
-    def pad(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> Sequences:
-        """Pads to the longest row. A prompt must not be empty: the first response token needs a state to come from."""
+    def pad(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, multiple_of: int = 1) -> Sequences:
+        """Pads to the longest row, or to the next multiple. A prompt must not be empty: the first response token needs
+        a state to come from."""
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt without tokens cannot be answered; give it at least one")
-        rows = [
-            torch.from_numpy(np.concatenate(pair).astype(np.int64)) for pair in zip(prompts, responses, strict=True)
-        ]
-        return cls(
-            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            torch.tensor([len(prompt) for prompt in prompts]),
-            torch.tensor([len(row) for row in rows]),
-        )
+        lengths = torch.tensor([len(pair[0]) + len(pair[1]) for pair in zip(prompts, responses, strict=True)])
+        input_ids = torch.zeros(len(prompts), _round_up(int(lengths.max()), multiple_of), dtype=torch.int64)
+        for row, pair, length in zip(input_ids, zip(prompts, responses, strict=True), lengths, strict=True):
+            row[:length] = torch.from_numpy(np.concatenate(pair))
+        return cls(input_ids, torch.tensor([len(prompt) for prompt in prompts]), lengths)
 
     def rows(self, index: Tensor) -> Sequences:
         """The chosen rows, cut to the longest of them."""
@@ -75,11 +77,18 @@ class Sequences:
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token under a causal LM and the entropy it was drawn from, float32 [B, R]."""
+def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
+    """Log-probability of every response token under a causal LM, float32 [B, R], without gradients.
+
+    On CPU a row gets the same bits in any company if rows are padded to a multiple of LANES, as the head's are here.
+    """
     states, token_ids = sequences.response_states(model.base_model)
-    logprobs, entropy = chosen_logprobs(states, token_ids, model.get_output_embeddings(), temperature=temperature)
-    return sequences.scatter(logprobs), sequences.scatter(entropy)
+    count = len(token_ids)
+    fill = _round_up(count, LANES) - count
+    states = torch.nn.functional.pad(states, (0, 0, 0, fill))
+    token_ids = torch.nn.functional.pad(token_ids, (0, fill))
+    logprobs, _ = chosen_logprobs(states, token_ids, model.get_output_embeddings(), temperature=temperature)
+    return sequences.scatter(logprobs[:count])
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -95,3 +104,7 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

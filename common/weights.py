@@ -84,4 +84,4 @@ def _flatten(tensors: list[Tensor]) -> np.ndarray:
 
 
 def _checksum(bucket: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(memoryview(bucket).cast("B"))
+    return xxhash.xxh3_64_intdigest(bucket.view(np.uint8))

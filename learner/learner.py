@@ -133,7 +133,7 @@ class Learner:
         self.kl.update(kl_per_response, len(mask))
         returns_var = float(masked_var(returns, mask))
         unexplained = float(masked_var(returns - old_values, mask))
-        metrics.last("value/mean", masked_mean(old_values, mask))
+        metrics.last("value/mean", float(masked_mean(old_values, mask)))
         metrics.last("value/returns_var", returns_var)
         metrics.last("value/advantages_var", float(masked_var(advantages, mask)))
         metrics.last("value/explained_variance", 1 - unexplained / returns_var if returns_var else 0.0)
@@ -141,8 +141,8 @@ class Learner:
         weights, mismatch = importance_weights(
             old_logprobs, batch.rollout_logprobs, mask, cap=cfg.importance_cap or math.inf
         )
-        metrics.mean("mismatch/kl", mismatch["mismatch_kl"], int(mask.sum()))
-        metrics.mean("mismatch/capped", mismatch["capped"], int(mask.sum()))
+        metrics.mean("mismatch/kl", mismatch["mismatch_kl"].item(), int(mask.sum()))
+        metrics.mean("mismatch/capped", mismatch["capped"].item(), int(mask.sum()))
         return Targets(
             old_logprobs,
             old_values,

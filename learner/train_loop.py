@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from common.config import Config
 from common.journal import Journal, JournalError
 from common.metrics import append_record, read_records
@@ -92,7 +94,7 @@ async def train_step(run: Run, buffer: RolloutBuffer) -> None:
         run.checkpoints.prune()
     clock.lap("checkpoint")
 
-    record = {"step": step, **_rollout_metrics(experience, voids, policy_version=step), **stats, **clock.laps}
+    record = {"step": step, **_rollout_metrics(table, len(voids), policy_version=step), **stats, **clock.laps}
     append_record(run.directory / "metrics.jsonl", record)
     run.on_step(record, experience[0])
 
@@ -135,7 +137,8 @@ async def recover(run: Run) -> None:
     for written in run.journal.since(run.learner.step):
         stats = await run.learner.update(written.table)
         if written.step not in logged:
-            append_record(run.directory / "metrics.jsonl", {"step": written.step, **stats})
+            rollouts = _rollout_metrics(written.table, len(written.voids), policy_version=written.policy_version)
+            append_record(run.directory / "metrics.jsonl", {"step": written.step, **rollouts, **stats})
     run.prompts.restore(run.journal.read(run.journal.next_step - 1).prompts)
     await run.generators.load(await run.learner.publish(), run.learner.step)
 
@@ -166,22 +169,19 @@ async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
     await task
 
 
-def _rollout_metrics(experience: list[Experience], voids: list[Void], *, policy_version: int) -> dict[str, float]:
-    count = len(experience)
-    scores = [row.score.total for row in experience]
-    mean = sum(scores) / count
-    staleness = [policy_version - int(row.rollout.policy_versions.min(initial=policy_version)) for row in experience]
-    metrics = {
-        "rollout/score/mean": mean,
-        "rollout/score/std": (sum((score - mean) ** 2 for score in scores) / count) ** 0.5,
-        "rollout/response_tokens/mean": sum(len(row.rollout.response_ids) for row in experience) / count,
-        "rollout/finished": sum(row.rollout.finish_reason == "stop" for row in experience) / count,
-        "rollout/voids": len(voids),
-        "staleness/max": max(staleness),
+def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:
+    scores = table["score"].to_numpy()
+    components = [dict(row) for row in table["components"].to_pylist()]
+    versions = table["policy_versions"].combine_chunks().flatten().to_numpy()
+    return {
+        "rollout/score/mean": float(scores.mean()),
+        "rollout/score/std": float(scores.std()),
+        "rollout/response_tokens/mean": len(versions) / len(scores),
+        "rollout/finished": table["finish_reason"].to_pylist().count("stop") / len(scores),
+        "rollout/voids": num_voids,
+        "staleness/max": policy_version - int(versions.min(initial=policy_version)),
+        **{f"rollout/score/{name}": sum(row[name] for row in components) / len(scores) for name in components[0]},
     }
-    for name in experience[0].score.components:
-        metrics[f"rollout/score/{name}"] = sum(row.score.components[name] for row in experience) / count
-    return metrics
 
 
 class _Clock:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ def run_config(model, **overrides) -> Config:
             "num_steps": STEPS,
             "rollouts_per_step": 32,
             "checkpoint": {"every": 3},
+            "ppo": {"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 4},
+            "optimizer": {"learning_rate": 4e-3, "value_head_learning_rate": 1e-2},
             "evaluation": {"prompts": 16},
             **overrides,
         },
@@ -75,6 +79,15 @@ def test_every_step_is_journalled_on_policy_and_measured_exactly(finished, model
         assert {version for row in step.table["policy_versions"].to_pylist() for version in row} == {step.step}
     # After each update the generators really sample from the published weights, but for their rounding to bf16.
     assert all(abs(record["mismatch/kl"]) < 1e-3 for record in curve(finished))
+
+
+def test_every_metric_has_a_row_in_the_docs(finished):
+    documented = set(re.findall(r"^\| `([^`]+)`", Path("docs/metrics.md").read_text(), flags=re.MULTILINE))
+    logged = {
+        key.replace("rollout/score/a_words", "rollout/score/NAME")
+        for key in read_records(finished / "metrics.jsonl")[0]
+    }
+    assert logged == documented
 
 
 def test_one_seed_gives_one_curve_also_when_the_run_is_cut_and_resumed(finished, model, tmp_path):
