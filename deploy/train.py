@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from common.types import Prompt
 from deploy.cluster import cluster
 from deploy.placement import needs, place
 from deploy.progress import Progress
+from deploy.run_directory import clear, refuse_overwriting, sole_owner
 from learner.evaluation import Evaluation
 from learner.group import LearnerGroup
 from learner.learner import Learner
@@ -46,19 +46,19 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     tokenizer = load_tokenizer(model)
     questions, heldout_questions = check_inputs(cfg, model, tokenizer)
     if not resume:
-        _refuse_overwriting(directory, force=force)
+        refuse_overwriting(directory, force=force)
     with cluster(cfg.ray) as nodes:
         place(needs(cfg, model_size(model)), nodes)
-        if not resume:
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-        settings = cfg.model_dump(exclude_none=True, mode="json")
-        (directory / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
-        prompts = PromptStream(questions, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
-        heldout = heldout_prompts(heldout_questions, cfg.evaluation.prompts)
-        progress = Progress(cfg, directory, tokenizer)
-        progress.begin(num_prompts=len(questions), num_heldout=len(heldout))
-        evaluations = asyncio.run(_train(cfg, directory, model, prompts, heldout, progress))
+        with sole_owner(directory):
+            if not resume:
+                clear(directory)
+            settings = cfg.model_dump(exclude_none=True, mode="json")
+            (directory / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+            prompts = PromptStream(questions, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
+            heldout = heldout_prompts(heldout_questions, cfg.evaluation.prompts)
+            progress = Progress(cfg, directory, tokenizer)
+            progress.begin(num_prompts=len(questions), num_heldout=len(heldout))
+            evaluations = asyncio.run(_train(cfg, directory, model, prompts, heldout, progress))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     progress.end(evaluations, seconds=summary["seconds"])
@@ -114,21 +114,6 @@ async def _train(
             on_evaluation=progress.evaluation,
         )
     )
-
-
-def _refuse_overwriting(directory: Path, *, force: bool) -> None:
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UserError(f"run directory {directory} is a file; name another")
-    if any(directory.iterdir()):
-        if not (directory / "config.toml").exists():
-            raise UserError(f"run directory {directory} holds something that is no run; empty it or name another")
-        if not force:
-            raise UserError(
-                f"run directory {directory} exists; go on with --resume {directory}, replace it with --force, "
-                "or name another"
-            )
 
 
 def make_engine(cfg: Config, end_tokens: list[int]) -> Engine:

@@ -1,0 +1,52 @@
+"""The run directory: never overwritten unasked, never shared by two runs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.config import UserError
+
+
+def refuse_overwriting(directory: Path, *, force: bool) -> None:
+    """Raises UserError unless a new run may begin in `directory`."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"run directory {directory} is a file; name another")
+    if any(directory.iterdir()):
+        if not (directory / "config.toml").exists():
+            raise UserError(f"run directory {directory} holds something that is no run; empty it or name another")
+        if not force:
+            raise UserError(
+                f"run directory {directory} exists; go on with --resume {directory}, replace it with --force, "
+                "or name another"
+            )
+
+
+@contextmanager
+def sole_owner(directory: Path) -> Iterator[None]:
+    """Makes the directory and holds it: two runs in one would tear its journal. Raises UserError if it is taken."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains in {directory}; stop it first, or name another") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear(directory: Path) -> None:
+    """Empties the directory, keeping it and whoever holds it."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
