@@ -133,6 +133,12 @@ class RewardConfig(Placed):
     """Number of reward processes."""
     timeout_s: Seconds = 60
     """Longest wait for one score, seconds."""
+    normalise: Literal["mean_std", "std", "none"] = "mean_std"
+    """Scores in deviations of every score seen so far in the run: mean_std about their mean, so that neither unit nor
+    origin of the reward matters; std keeps the origin; none leaves them as they are, and the KL coefficient then is in
+    units of the score."""
+    clip: Annotated[float, Field(ge=0)] = 5.0
+    """Normalised scores are clipped to +/- this many deviations, so that one outlier cannot own a batch; 0: never."""
     max_void_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The run stops when more than this share of a step's rollouts had to be voided for want of a score."""
 

@@ -20,7 +20,7 @@ class ExperienceBatch:
     mask: Tensor  # bool [B, R], the response mask
     rollout_logprobs: Tensor  # float32 [B, R] nats
     ref_logprobs: Tensor  # float32 [B, R] nats
-    scores: Tensor  # float32 [B]
+    scores: Tensor  # float64 [B]: hundreds of millions keep their small differences
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ExperienceBatch:
@@ -31,7 +31,7 @@ class ExperienceBatch:
             sequences.response_mask,
             sequences.scatter(_flat(table, "rollout_logprobs")),
             sequences.scatter(_flat(table, "ref_logprobs")),
-            torch.tensor(table["score"].to_numpy(), dtype=torch.float32),
+            torch.tensor(table["score"].to_numpy(), dtype=torch.float64),
         )
 
 

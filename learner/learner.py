@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ from learner.experience import ExperienceBatch
 from learner.losses import entropy_bonus, importance_weights, policy_loss, value_loss
 from learner.optimizer import learning_rate_scale, make_optimizer
 from learner.policy import PolicyWithCritic
-from learner.shaping import KL_ESTIMATORS, AdaptiveKL, FixedKL, KLController, token_rewards
+from learner.shaping import (
+    KL_ESTIMATORS,
+    AdaptiveKL,
+    FixedKL,
+    KLController,
+    RunningMoments,
+    normalise,
+    token_rewards,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Learner:
         self.device = find_device(cfg.learner.gpus)
         self.network = network or load_network(cfg, self.device)
         self.optimizer = make_optimizer(self.network, cfg.optimizer)
+        self.score_moments = RunningMoments()
         self.kl: KLController = (
             AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
             if cfg.kl.controller == "adaptive"
@@ -97,6 +106,7 @@ class Learner:
         state = load_checkpoint(directory)
         self.step = state["step"]
         self.kl.coef = state["kl_coef"]
+        self.score_moments = RunningMoments(**state["score_moments"])
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         return self.step
@@ -109,6 +119,7 @@ class Learner:
         return {
             "step": self.step,
             "kl_coef": self.kl.coef,
+            "score_moments": asdict(self.score_moments),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -123,7 +134,7 @@ class Learner:
                 old_logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
                 old_values[rows, : values.shape[1]] = values.cpu()
         kl = KL_ESTIMATORS[self.cfg.kl.estimator](old_logprobs, batch.ref_logprobs)
-        rewards = token_rewards(batch.scores, kl, mask, kl_coef=self.kl.coef)
+        rewards = token_rewards(self._shaped_scores(batch.scores, metrics), kl, mask, kl_coef=self.kl.coef)
         advantages, returns = gae(rewards, old_values, mask, gamma=cfg.gamma, lam=cfg.lam)
 
         kl_per_response = float(masked_sum(kl, mask)) / len(mask)
@@ -135,7 +146,9 @@ class Learner:
         unexplained = float(masked_var(returns - old_values, mask))
         metrics.last("value/mean", float(masked_mean(old_values, mask)))
         metrics.last("value/returns_var", returns_var)
-        metrics.last("value/advantages_var", float(masked_var(advantages, mask)))
+        advantages_var = float(masked_var(advantages, mask))
+        metrics.last("value/advantages_var", advantages_var)
+        metrics.last("value/variance_ratio", advantages_var / returns_var if returns_var else 0.0)
         metrics.last("value/explained_variance", 1 - unexplained / returns_var if returns_var else 0.0)
 
         weights, mismatch = importance_weights(
@@ -150,6 +163,16 @@ class Learner:
             returns,
             weights if cfg.importance_cap else None,
         )
+
+    def _shaped_scores(self, scores: Tensor, metrics: Metrics) -> Tensor:
+        """Scores [B] as the configured normalisation has them, float32, after the batch has joined the statistics."""
+        cfg = self.cfg.reward
+        self.score_moments.update(scores)
+        metrics.last("reward/running_mean", self.score_moments.mean)
+        metrics.last("reward/running_std", self.score_moments.deviation)
+        if cfg.normalise == "none":
+            return scores.float()
+        return normalise(scores, self.score_moments, centre=cfg.normalise == "mean_std", clip=cfg.clip)
 
     def _optimise(self, batch: ExperienceBatch, targets: Targets, metrics: Metrics) -> None:
         """ppo_epochs x minibatches optimizer steps, ended early by target_kl."""

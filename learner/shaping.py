@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,42 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
     written = lengths > 0
     rewards[written, lengths[written] - 1] += scores[written]
     return rewards
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of every number seen, in float64, batch by batch (Chan et al. 1979, eq. 2.1)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def update(self, values: Tensor) -> None:
+        values = values.double()
+        if (added := len(values)) == 0:
+            return
+        batch_mean = values.mean().item()
+        distance, total = batch_mean - self.mean, self.count + added
+        self.squares += ((values - batch_mean) ** 2).sum().item() + distance**2 * self.count * added / total
+        self.mean += distance * added / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+def normalise(scores: Tensor, moments: RunningMoments, *, centre: bool, clip: float) -> Tensor:
+    """Scores [B] in deviations of everything seen so far, about its mean if `centre`, clipped to +/- clip (0: not).
+
+    The unit of the score, and with `centre` its origin, then cannot matter. Scores that never varied say nothing about
+    better or worse: they become 0. Rounding of the mean alone is not variation.
+    """
+    scores = scores.double()
+    if moments.deviation <= 1e-12 * abs(moments.mean):
+        return torch.zeros_like(scores, dtype=torch.float32)
+    scaled = (scores - moments.mean if centre else scores) / moments.deviation
+    return (scaled.clamp(-clip, clip) if clip else scaled).float()
 
 
 class KLController(Protocol):

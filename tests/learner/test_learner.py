@@ -155,3 +155,42 @@ def test_the_saved_policy_is_a_hugging_face_directory(model, tmp_path):
     for (name, found), kept in zip(loaded.named_parameters(), learner.network.policy.parameters(), strict=True):
         assert torch.equal(found, kept.detach().bfloat16()), name
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").decode([4, 5]) == "a0 a1"
+
+
+def scaled(table: pa.Table, factor: float, offset: float) -> pa.Table:
+    """The same rollouts, scored in another unit."""
+    scores = pa.array(table["score"].to_numpy() * factor + offset)
+    return table.set_column(table.schema.get_field_index("score"), "score", scores)
+
+
+def curve_in_unit(model, factor: float, offset: float, **reward) -> tuple[list[dict[str, float]], torch.Tensor]:
+    sources = [{"name": "a_words", "function": "tests.tasks:a_words"}]
+    learner = make_learner(model, reward={"sources": sources, **reward})
+    stats = [learner.update(scaled(batch(seed), factor, offset)) for seed in range(4)]
+    skipped = ("time/", "reward/")  # the clock, and the statistics in the score's own unit
+    return [{k: v for k, v in s.items() if not k.startswith(skipped)} for s in stats], parameters(learner)
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(1000.0, 0.0), (5e8, 3e8), (1e-6, -2.0)])
+def test_learning_does_not_depend_on_the_unit_or_origin_of_the_score(model, factor, offset):
+    expected, weights = curve_in_unit(model, 1.0, 0.0)
+    found, found_weights = curve_in_unit(model, factor, offset)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert torch.allclose(found_weights, weights, atol=1e-4)
+
+
+def test_without_normalisation_the_unit_does_matter(model):
+    expected, _ = curve_in_unit(model, 1.0, 0.0, normalise="none")
+    found, _ = curve_in_unit(model, 1000.0, 0.0, normalise="none")
+    assert found[0]["value/returns_var"] > 1e4 * expected[0]["value/returns_var"]
+
+
+def test_score_statistics_are_restored_with_the_learner(model, tmp_path):
+    learner = make_learner(model)
+    learner.update(batch(0))
+    learner.save(tmp_path / "step-000001")
+    restored = make_learner(model)
+    restored.load(tmp_path / "step-000001")
+    assert restored.score_moments == learner.score_moments
+    assert restored.score_moments.count == 8

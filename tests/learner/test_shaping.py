@@ -1,11 +1,13 @@
 """KL estimators by exact summation, rewards by a loop over tokens, the adaptive controller by hand."""
 
 import math
+import statistics
 
+import numpy as np
 import pytest
 import torch
 
-from learner.shaping import KL_ESTIMATORS, AdaptiveKL, FixedKL, k1, k2, k3, token_rewards
+from learner.shaping import KL_ESTIMATORS, AdaptiveKL, FixedKL, RunningMoments, k1, k2, k3, normalise, token_rewards
 
 P, Q = [0.1, 0.2, 0.3, 0.4], [0.4, 0.05, 0.35, 0.2]
 
@@ -109,3 +111,39 @@ def test_adaptive_changes_compound_and_a_fixed_coefficient_stays():
         controller.update(1.8, 20)  # error -0.1, factor 1 - 0.1 * 20 / 100 = 0.98
     assert adaptive.coef == pytest.approx(0.1078, abs=1e-12)
     assert fixed.coef == 0.1
+
+
+def test_running_moments_are_those_of_all_numbers_seen():
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(3e8, 2.0, n) for n in (5, 1, 0, 40)]
+    moments = RunningMoments()
+    for batch in batches:
+        moments.update(torch.from_numpy(batch))
+    seen = [float(x) for batch in batches for x in batch]
+    assert moments.count == len(seen) == 46
+    assert moments.mean == pytest.approx(statistics.fmean(seen), rel=1e-12)
+    assert moments.deviation == pytest.approx(statistics.pstdev(seen), rel=1e-6)
+
+
+def test_normalised_scores_by_hand():
+    # Seen: 1, 3, 5, 7. Mean 4, squares 9 + 1 + 1 + 9 = 20, deviation sqrt(5).
+    moments = RunningMoments()
+    moments.update(torch.tensor([1.0, 3.0]))
+    moments.update(torch.tensor([5.0, 7.0]))
+    scores = torch.tensor([4.0, 9.0, -100.0], dtype=torch.float64)
+    root = math.sqrt(5)
+    centred = normalise(scores, moments, centre=True, clip=3.0)
+    assert centred.tolist() == pytest.approx([0.0, 5 / root, -3.0], abs=1e-6)
+    assert normalise(scores, moments, centre=False, clip=0).tolist() == pytest.approx(
+        [4 / root, 9 / root, -100 / root], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 3e8 + 0.1])
+def test_scores_that_never_varied_become_zero(value):
+    moments = RunningMoments()
+    for _ in range(3):
+        moments.update(torch.full((7,), value, dtype=torch.float64))
+    scores = torch.full((2,), value, dtype=torch.float64)
+    for centre in (True, False):
+        assert normalise(scores, moments, centre=centre, clip=5.0).tolist() == [0.0, 0.0]
