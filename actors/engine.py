@@ -25,11 +25,11 @@ class Completion:
 
 
 class Engine(Protocol):
-    async def generate(self, request_id: str, prompt_ids: np.ndarray, *, seed: int) -> Completion:
+    async def generate(self, prompt_ids: np.ndarray, *, seed: int) -> Completion:
         """One response. The same seed under the same weights gives the same tokens. Raises EngineDeadError."""
 
     async def load_weights(self, weights: WeightSet) -> None:
-        """Replaces all weights between two engine steps; tokens sampled after this carry `weights.version`."""
+        """Replaces all weights between two engine steps; tokens sampled after this carry `weights.version`.
 
-    def close(self) -> None:
-        """Frees the engine."""
+        Raises EngineDeadError if that fails half way.
+        """

@@ -27,9 +27,7 @@ class Generator:
 
     async def generate(self, prompt: Prompt) -> Rollout:
         """A function of (weights, run seed, sample id) alone, so a re-issued prompt gives the same rollout."""
-        done = await self._engine.generate(
-            str(prompt.sample_id), prompt.token_ids, seed=sampling_seed(self._seed, prompt.sample_id)
-        )
+        done = await self._engine.generate(prompt.token_ids, seed=sampling_seed(self._seed, prompt.sample_id))
         return Rollout(
             prompt, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason, generator=self._name
         )

@@ -8,17 +8,23 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
+import common
 from actors.engine import EngineDeadError
-from common.config import Placed
+from common.config import Placed, Replicated
 from common.types import Prompt, Rollout, Score, Void
 
 Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the remote call
+OnLoss = Callable[[str, BaseException], None]  # told which replica left, and of what
+
+# One request that takes this many replicas with it is the cause, not the victim.
+MAX_LOSSES_PER_CALL = 2
 
 
 class RoleError(RuntimeError):
@@ -26,38 +32,53 @@ class RoleError(RuntimeError):
 
 
 class Pool:
-    """The replicas of one role. A replica that dies leaves the routing table at once and its calls go elsewhere."""
+    """The replicas of one role. A replica that dies leaves the routing table at once and its calls go elsewhere.
 
-    def __init__(self, role: str, replicas: Mapping[str, Any], *, timeout_s: float) -> None:
+    At most `in_flight` calls are with a replica at a time; the others wait here, where no time limit runs.
+    """
+
+    def __init__(
+        self, role: str, replicas: Mapping[str, Any], *, in_flight: int, timeout_s: float, on_loss: OnLoss
+    ) -> None:
         self._role = role
         self._replicas = dict(replicas)
-        self._load = dict.fromkeys(replicas, 0)  # outstanding cost of each
+        self._calls = dict.fromkeys(replicas, 0)  # with each replica now
+        self._load = dict.fromkeys(replicas, 0)  # their cost
+        self._in_flight = in_flight
         self._timeout_s = timeout_s
+        self._on_loss = on_loss
+        self._changed = asyncio.Condition()
         self._last_error: BaseException | None = None
 
     @classmethod
     async def start(
-        cls, role: str, replicas: int, create: Callable[[str], Any], *, timeout_s: float, startup_timeout_s: float
+        cls, role: type, cfg: Replicated, *args: Any, startup_timeout_s: float, on_loss: OnLoss, **kwargs: Any
     ) -> Pool:
-        """`create` turns a replica's name, such as Generator(0), into its actor. Waits until all are ready."""
-        names = [f"{role}({index})" for index in range(replicas)]
-        pool = cls(role, {name: create(name) for name in names}, timeout_s=startup_timeout_s)
+        """`cfg.replicas` actors `role(name, *args, **kwargs)`, named like Generator(0). Returns when all are ready."""
+        create = actor(role, cfg)
+        names = [f"{role.__name__}({index})" for index in range(cfg.replicas)]
+        replicas = {name: create.remote(name, *args, **kwargs) for name in names}
+        pool = cls(role.__name__, replicas, in_flight=cfg.in_flight, timeout_s=startup_timeout_s, on_loss=on_loss)
         await pool.broadcast("start", lambda replica: replica.ready.remote())
-        pool._timeout_s = timeout_s
+        pool._timeout_s = cfg.timeout_s
         return pool
+
+    def __len__(self) -> int:
+        return len(self._replicas)
 
     async def call(self, what: str, call: Call, *, cost: int = 1) -> Any:
         """The answer of the least loaded replica. Raises RoleError when it takes too long or no replica is left."""
-        while self._replicas:
-            name = min(self._replicas, key=lambda name: self._load[name])
-            self._load[name] += cost
+        for _ in range(MAX_LOSSES_PER_CALL):
+            name, replica = await self._acquire(what, cost)
             try:
-                return await self._ask(name, self._replicas[name], what, call)
+                return await self._ask(name, replica, what, call)
             except (RayActorError, EngineDeadError) as error:
                 self._lose(name, error)
             finally:
-                self._load[name] -= cost
-        raise RoleError(f"{what}: no {self._role} replica is left; the last one died of: {self._last_error}")
+                await self._release(name, cost)
+        if not self._replicas:
+            raise self._none_left(what)
+        raise RoleError(f"{what}: {MAX_LOSSES_PER_CALL} {self._role} replicas died over it: {self._last_error}")
 
     async def broadcast(self, what: str, call: Call) -> dict[str, Any]:
         """The answer of every replica. One that dies over it leaves the pool; raises RoleError if none is left."""
@@ -71,8 +92,29 @@ class Pool:
             elif isinstance(answer, BaseException):
                 raise answer
         if not self._replicas:
-            raise RoleError(f"{what}: no {self._role} replica is left; the last one died of: {self._last_error}")
+            raise self._none_left(what)
         return {name: answer for name, answer in zip(asked, answers, strict=True) if name in self._replicas}
+
+    async def _acquire(self, what: str, cost: int) -> tuple[str, Any]:
+        """The least loaded replica, once one has room for another call."""
+
+        def with_room() -> list[str]:
+            return [name for name in self._replicas if self._calls[name] < self._in_flight]
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: with_room() or not self._replicas)
+            if not self._replicas:
+                raise self._none_left(what)
+            name = min(with_room(), key=lambda name: self._load[name])
+            self._calls[name] += 1
+            self._load[name] += cost
+            return name, self._replicas[name]
+
+    async def _release(self, name: str, cost: int) -> None:
+        async with self._changed:
+            self._calls[name] -= 1
+            self._load[name] -= cost
+            self._changed.notify_all()
 
     async def _ask(self, name: str, replica: Any, what: str, call: Call) -> Any:
         try:
@@ -80,29 +122,32 @@ class Pool:
         except TimeoutError as error:
             raise RoleError(f"{name} did not finish to {what} within {self._timeout_s:g} s") from error
 
-    def _lose(self, name: str, error: Exception) -> None:
-        self._last_error = error
+    def _lose(self, name: str, error: BaseException) -> None:
         if replica := self._replicas.pop(name, None):
+            self._last_error = error
             ray.kill(replica)  # an engine may be dead in a process that lives
+            self._on_loss(name, error)
+
+    def _none_left(self, what: str) -> RoleError:
+        return RoleError(f"{what}: no {self._role} replica is left; the last one died of: {self._last_error}")
 
 
-def actor(role_class: type, cfg: Placed, *, concurrency: int | None = None) -> Any:
+def actor(role: type, cfg: Placed) -> Any:
     """The Ray actor class of a role, with what its section reserves."""
-    options: dict[str, Any] = {
-        "num_cpus": cfg.cpus,
-        "num_gpus": cfg.gpus,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cfg.threads), **worker_environment()}},
-    }
-    if concurrency is not None:
-        options["max_concurrency"] = concurrency
-    return ray.remote(role_class).options(**options)
+    return ray.remote(role).options(
+        num_cpus=cfg.cpus,
+        num_gpus=cfg.gpus,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cfg.threads), **worker_environment()}},
+    )
 
 
 def worker_environment() -> dict[str, str]:
     """Environment of every worker process: quiet, and able to import what the driver can."""
+    project = str(Path(common.__path__[0]).parent)
     passed_on = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+        # Ours first: a user's own `common` beside the reward functions must not hide this one.
+        "PYTHONPATH": os.pathsep.join(filter(None, [project, os.getcwd(), os.environ.get("PYTHONPATH")])),
         # glibc gives every large tensor back to the kernel and faults its pages in again at the next one: keeping them
         # makes an update 15 % faster (135M, two cores).
         "MALLOC_MMAP_THRESHOLD_": str(8 << 30),

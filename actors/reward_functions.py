@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from common.config import RewardConfig
+from common.functions import load_function
 from common.models import load_tokenizer, resolve_model
-from common.prompts import load_function
 from common.types import RewardInput, Rollout, Score, Void
 
 

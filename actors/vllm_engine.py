@@ -7,6 +7,7 @@ way and each token's weight version is exact. One process starts faster and is s
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 import traceback
@@ -46,8 +47,22 @@ class WeightLoader:
     model_runner: Any
 
     def load_weight_set(self, weights: WeightSet) -> None:
-        self.model_runner.reload_weights(weights_iterator=weights.tensors())
+        """Raises RuntimeError if a parameter kept its old value: vLLM by itself would only log that."""
         model = self.model_runner.get_model()
+        wanted, loaded = {name for name, _ in model.named_parameters()}, set()
+        load_weights = model.load_weights
+
+        def load_and_note(tensors: Any) -> Any:
+            loaded.update(load_weights(tensors))
+            return loaded
+
+        model.load_weights = load_and_note
+        try:
+            self.model_runner.reload_weights(weights_iterator=weights.tensors())
+        finally:
+            del model.load_weights
+        if missing := wanted - loaded:
+            raise RuntimeError(f"weights version {weights.version} left out {sorted(missing)[:5]}: the engine is mixed")
         if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
             # vLLM 0.32 on CPU: the tied head keeps a packed copy of the old embedding (0.19 nats off, silently).
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
@@ -87,6 +102,7 @@ class VLLMEngine:
             enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
             kv_cache_memory_bytes=cfg.kv_cache_mib << 20,
+            gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # of a shared GPU vLLM may count on its share
             enforce_eager=on_cpu,  # compiling for the CPU: 71 s for at most 10 %
             # Log-probabilities of the distribution sampled from: after temperature and truncation.
             logprobs_mode="processed_logprobs",
@@ -98,29 +114,27 @@ class VLLMEngine:
         )
         self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
         self._wake = threading.Condition()
-        self._waiting: dict[str, Future] = {}  # request id -> its final output
-        self._closed = False
+        self._waiting: dict[str, Future] = {}  # request key -> its final output
+        self._keys = itertools.count()
         self._failure: BaseException | None = None
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
         started.result()
 
-    async def generate(self, request_id: str, prompt_ids: np.ndarray, *, seed: int) -> Completion:
+    async def generate(self, prompt_ids: np.ndarray, *, seed: int) -> Completion:
+        key = str(next(self._keys))
         output: Future = Future()
+        output.set_running_or_notify_cancel()  # a caller that gives up must not make `set_result` an error
 
         def add() -> None:
             params = SamplingParams(**self._sampling, seed=seed)
-            self._waiting[request_id] = output
-            try:
-                self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids.tolist()}, params)
-            except BaseException:
-                del self._waiting[request_id]
-                raise
+            self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist()}, params)
+            self._waiting[key] = output
 
         def abort() -> None:
-            if self._waiting.pop(request_id, None):
-                self._engine.abort_request([request_id])
+            if self._waiting.pop(key, None):
+                self._engine.abort_request([key])
 
         await self._call(add)
         try:
@@ -128,7 +142,7 @@ class VLLMEngine:
         except asyncio.CancelledError:
             self._submit(abort)
             raise
-        versions = np.empty(len(final.token_ids), dtype=np.int32)
+        versions = np.full(len(final.token_ids), -1, dtype=np.int32)
         for span in final.weight_versions:
             versions[span.start : span.end] = int(span.version)
         return Completion(
@@ -142,16 +156,13 @@ class VLLMEngine:
 
     async def load_weights(self, weights: WeightSet) -> None:
         def load() -> None:
-            self._engine.collective_rpc("load_weight_set", args=(weights,))
-            self._engine.set_weight_version(str(weights.version))
+            try:
+                self._engine.collective_rpc("load_weight_set", args=(weights,))
+                self._engine.set_weight_version(str(weights.version))
+            except Exception as error:
+                raise EngineDeadError(f"loading weights version {weights.version} failed half way: {error}") from error
 
         await self._call(load)
-
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(timeout=10)
 
     async def _call(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._submit(function))
@@ -175,7 +186,7 @@ class VLLMEngine:
             started.set_exception(error)
             return
         try:
-            while not self._closed:
+            while True:
                 self._run_commands()
                 if self._engine.has_unfinished_requests():
                     for output in self._engine.step():
@@ -184,12 +195,10 @@ class VLLMEngine:
         except BaseException as error:
             traceback.print_exc()  # the callers get the message, the actor's log the place
             self._fail(error)
-        finally:
-            self._engine.engine_core.shutdown()
 
     def _run_commands(self) -> None:
         with self._wake:
-            while not (self._commands or self._closed or self._engine.has_unfinished_requests()):
+            while not (self._commands or self._engine.has_unfinished_requests()):
                 self._wake.wait()
             commands = list(self._commands)
             self._commands.clear()
@@ -198,6 +207,9 @@ class VLLMEngine:
                 continue
             try:
                 result.set_result(function())
+            except EngineDeadError as error:
+                result.set_exception(error)
+                raise
             except Exception as error:  # the caller's mistake, such as a prompt beyond the context; the engine goes on
                 result.set_exception(error)
 

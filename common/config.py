@@ -41,6 +41,17 @@ class Placed(Section):
     """Compute threads of each process. Two busy processes that both use every core slow each other threefold."""
 
 
+class Replicated(Placed):
+    """A role of which there may be several, each able to do the work of any other."""
+
+    replicas: Positive = 1
+    """Number of processes of this role."""
+    in_flight: Positive = 128
+    """Requests each process is sent at once; the others wait their turn, and their time limit does not run."""
+    timeout_s: Seconds = 300
+    """Longest wait for an answer; what takes longer is an error that names the replica, seconds."""
+
+
 class ModelConfig(Section):
     """The language model that is trained."""
 
@@ -76,41 +87,35 @@ class SamplingConfig(Section):
     max_new_tokens: Positive = 256
     """Longest response, in tokens; a response that reaches it has finish reason `length`."""
     min_new_tokens: NonNegative = 0
-    """The end token is forbidden before this many tokens."""
+    """The end token is forbidden before this many tokens. The learner does not know that: the same caution as for
+    top_p."""
 
 
-class GeneratorsConfig(Placed):
+class GeneratorsConfig(Replicated):
     """The rollout generators: vLLM engines."""
 
     cpus: Annotated[float, Field(ge=0)] = 1
     """CPU cores each generator reserves in Ray's bookkeeping."""
-    replicas: Positive = 1
-    """Number of generators; each holds the whole model."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the engine. bfloat16 is about twice as fast; float32 agrees with the learner exactly on CPU."""
+    """Precision of the engine. bfloat16 is about twice as fast; float32 agrees with the learner
+    exactly on CPU, but for the rounding of new weights to bfloat16."""
     kv_cache_mib: Positive = 256
     """KV cache of each engine, MiB; bounds how many tokens it works on at once."""
     max_running: Positive = 64
     """Rollouts an engine works on at once; more raises throughput until the cores are full."""
     max_batched_tokens: Positive = 256
     """Tokens of one engine step; bounds how long a weight update waits for the step to end."""
-    timeout_s: Seconds = 300
-    """A rollout or a weight update that takes longer is an error that names the replica, seconds."""
 
 
-class ReferenceConfig(Placed):
+class ReferenceConfig(Replicated):
     """The reference-policy service: the frozen starting policy."""
 
-    replicas: Positive = 1
-    """Number of reference processes; each holds the whole model."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the forward pass; log-probabilities are float32 either way."""
     max_batch_tokens: Positive = 4096
     """Tokens of one forward pass, padding included; more is faster until memory or cache runs out."""
     batch_window_ms: Annotated[float, Field(ge=0)] = 5
     """How long a request waits for others to share its forward pass, milliseconds."""
-    timeout_s: Seconds = 300
-    """Longest wait for one answer, seconds."""
 
 
 class RewardSource(Section):
@@ -124,15 +129,13 @@ class RewardSource(Section):
     """Its share in the total: score = sum of weight * raw score."""
 
 
-class RewardConfig(Placed):
+class RewardConfig(Replicated):
     """The reward service: which sources score a response, and how they add up."""
 
     sources: tuple[RewardSource, ...]
     """The sources, each with a name, a function and a weight."""
-    replicas: Positive = 1
-    """Number of reward processes."""
-    timeout_s: Seconds = 60
-    """Longest wait for one score, seconds."""
+    in_flight: Positive = 8
+    """Requests each process is sent at once: it answers one after the other, as Python functions run."""
     normalise: Literal["mean_std", "std", "none"] = "mean_std"
     """Scores in deviations of every score seen so far in the run: mean_std about their mean, so that neither unit nor
     origin of the reward matters; std keeps the origin; none leaves them as they are, and the KL coefficient then is in
@@ -152,7 +155,8 @@ class PPOConfig(Section):
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; in between trades
     the critic's bias for variance."""
     clip_eps: Annotated[float, Field(gt=0)] = 0.05
-    """A token's ratio to the policy that wrote it gains nothing beyond 1 +/- this; 0.2 is common elsewhere."""
+    """A token gains nothing once its probability has moved further than this share from where the step began; 0.2 is
+    common elsewhere."""
     value_clip: Annotated[float, Field(ge=0)] = 0
     """Bound on how far a value may move from its old value within a step, in reward units; 0: unclipped."""
     ppo_epochs: Positive = 2
@@ -166,8 +170,8 @@ class PPOConfig(Section):
     whiten_advantages: bool = True
     """Advantages of a batch to mean 0 and variance 1, so that the step size does not depend on the reward's unit."""
     target_kl: Annotated[float, Field(ge=0)] = 0
-    """The step ends early once its mean KL from the policy that wrote the batch passes this, nats per
-    token; 0: never."""
+    """The step ends before a minibatch whose mean KL from where the step began passes this, nats per token; 0:
+    never."""
     importance_cap: Annotated[float, Field(ge=0)] = 2.0
     """Cap of the importance weight between the learner's and the generator's log-probability of a token, which
     corrects for stale or differently rounded samplers; 0: no correction."""
@@ -272,7 +276,7 @@ class Config(Section):
     """A whole run."""
 
     seed: NonNegative = 0
-    """Seeds prompts, sampling and minibatches; one seed, one result on one machine."""
+    """Seeds prompts, sampling and minibatches; on one machine with one set of threads a seed gives one result."""
     num_steps: Positive = 100
     """Learner updates, each on rollouts_per_step rollouts."""
     rollouts_per_step: Positive = 64
@@ -450,7 +454,7 @@ def _type_name(field: FieldInfo) -> str:
     else:
         args = [a for a in getattr(kind, "__args__", ()) if a is not type(None)]
         inner = getattr(args[0], "__origin__", args[0]) if args else kind
-        text = {int: "integer", float: "number", str: "text"}.get(inner, "list")  # type: ignore[call-overload]
+        text = {int: "integer", float: "number", str: "text"}.get(inner, "list")  # type: ignore[arg-type]
     return " ".join([text, *bounds])
 
 

@@ -4,6 +4,7 @@ RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in
 pandas or DuckDB alone; step-000123.sha256 beside it is for `sha256sum -c`. The schema's metadata holds, under the key
 `ratchet`, a JSON object:
 
+    schema          version of this layout: 1
     step            number of this file, from 0
     policy_version  version the learner held when the batch was cut
     prompts         state of the prompt stream after this batch, outstanding sample ids included
@@ -61,6 +62,7 @@ class Journal:
         """Writes the next step, synced to disk and renamed into place; returns its number."""
         step = self.next_step
         metadata = {
+            "schema": 1,
             "step": step,
             "policy_version": policy_version,
             "prompts": prompts,
@@ -100,6 +102,10 @@ class Journal:
             raise JournalError(f"{path} does not follow step {step - 1}: a file was changed, lost or moved")
         voids = tuple((sample_id, reason) for sample_id, reason in metadata["voids"])
         return JournalStep(step, table, metadata["policy_version"], metadata["prompts"], voids)
+
+    def last(self) -> JournalStep | None:
+        """The newest step, if there is one."""
+        return self.read(self.next_step - 1) if self.next_step else None
 
     def since(self, step: int) -> Iterator[JournalStep]:
         """Steps from `step` to the newest, in order."""

@@ -75,6 +75,9 @@ class ModelSize:
     parameters: int
     layers: int
     hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
     vocabulary: int
     context: int  # longest sequence, tokens
 
@@ -87,8 +90,16 @@ def model_size(directory: Path) -> ModelSize:
             parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except (OSError, ValueError) as error:
         raise UserError(f"model.path ({directory}) is no causal language model of transformers: {error}") from error
+    heads = config.num_attention_heads
     return ModelSize(
-        parameters, config.num_hidden_layers, config.hidden_size, config.vocab_size, config.max_position_embeddings
+        parameters=parameters,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
     )
 
 
@@ -115,11 +126,27 @@ def load_policy(directory: Path, *, dtype: torch.dtype, device: torch.device) ->
     # On CPU plain attention beats SDPA: 207 against 172 tokens/s forward and backward (135M, autocast bf16).
     attention = "eager" if device.type == "cpu" else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    _check_head(model, directory)
+    return model
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel, directory: Path) -> None:
+    """Log-probabilities here are the output embedding over the body's states. Some models scale or cap what comes out
+    of it, and with those every log-probability would be wrong: raises UserError."""
+    ids = torch.arange(4, device=model.device)[None]
+    whole = model(ids).logits
+    parts = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"model.path ({directory}) changes its logits after the output embedding (soft-capping or scaling), which "
+            "is not supported; use a model that does not"
+        )
 
 
 def save_policy(model: PreTrainedModel, tokenizer_from: Path, target: Path) -> None:
-    """Writes the model in bf16, with its tokenizer, as a Hugging Face directory, replacing `target` at once."""
+    """Writes the model in bf16, with its tokenizer, as a Hugging Face directory in place of `target`."""
     with replaced_directory(target) as staging:
         model.save_pretrained(staging, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
         config = copy.deepcopy(model.config)  # the trained copy is float32, what was written is not

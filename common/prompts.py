@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.config import PromptsConfig, UserError
+from common.functions import load_function
 from common.types import HELDOUT_EPOCH, Prompt, SampleId
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptRecord:
     """A prompt before anyone asks it: text, token ids and the record's other fields."""
 
     text: str
@@ -33,21 +33,21 @@ class PromptStream:
     in the order they were first issued, and then goes on.
     """
 
-    def __init__(self, questions: Sequence[Question], *, seed: int, rollouts_per_prompt: int) -> None:
-        self._questions = questions
+    def __init__(self, records: Sequence[PromptRecord], *, seed: int, rollouts_per_prompt: int) -> None:
+        self._records = records
         self._seed = seed
         self._replicas = rollouts_per_prompt
         self._issued = 0  # sample ids ever issued
         self._outstanding: dict[SampleId, None] = {}  # in order of issue
         self._reissue: list[SampleId] = []
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
-        self._hash = hashlib.sha256("\0".join(question.text for question in questions).encode()).hexdigest()
+        self._hash = hashlib.sha256("\0".join(record.text for record in records).encode()).hexdigest()
 
     def next(self) -> Prompt:
         if self._reissue:
             return self._prompt(self._reissue.pop(0))
         position, replica = divmod(self._issued, self._replicas)
-        epoch, place = divmod(position, len(self._questions))
+        epoch, place = divmod(position, len(self._records))
         sample_id = SampleId(epoch, int(self._permutation(epoch)[place]), replica)
         self._issued += 1
         self._outstanding[sample_id] = None
@@ -69,7 +69,7 @@ class PromptStream:
         """Raises UserError if the state is one of other prompts: a sample id would then name another text."""
         if state["prompts_hash"] != self._hash:
             raise UserError(
-                f"the {len(self._questions)} prompts of prompts.train are not those the run began with; "
+                f"the {len(self._records)} prompts of prompts.train are not those the run began with; "
                 "restore them, or start a new run"
             )
         self._issued = state["issued"]
@@ -77,57 +77,40 @@ class PromptStream:
         self._outstanding = dict.fromkeys(self._reissue)
 
     def _prompt(self, sample_id: SampleId) -> Prompt:
-        question = self._questions[sample_id.prompt]
-        return Prompt(sample_id, question.text, question.token_ids, question.fields)
+        record = self._records[sample_id.prompt]
+        return Prompt(sample_id, record.text, record.token_ids, record.fields)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._questions)))
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._records)))
         return self._order[1]
 
 
-def heldout_prompts(questions: Sequence[Question], count: int) -> list[Prompt]:
-    """The first `count` held-out questions, as prompts that no training stream can issue."""
+def heldout_prompts(records: Sequence[PromptRecord], count: int) -> list[Prompt]:
+    """The first `count` held-out records, as prompts that no training stream can issue."""
     return [
-        Prompt(SampleId(HELDOUT_EPOCH, index, 0), question.text, question.token_ids, question.fields)
-        for index, question in enumerate(questions[:count])
+        Prompt(SampleId(HELDOUT_EPOCH, index, 0), record.text, record.token_ids, record.fields)
+        for index, record in enumerate(records[:count])
     ]
 
 
-def load_questions(
+def load_records(
     source: str, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_tokens: int
-) -> list[Question]:
+) -> list[PromptRecord]:
     """All prompts of a source, tokenised and checked. Raises UserError naming the record that is at fault."""
-    questions = []
+    loaded = []
     for where, record in _records(source, seed):
-        question = _question(where, record, cfg, tokenizer)
-        if len(question.token_ids) > max_tokens:
+        prompt = _prompt_record(where, record, cfg, tokenizer)
+        if len(prompt.token_ids) > max_tokens:
             raise UserError(
-                f"{where}: the prompt has {len(question.token_ids)} tokens, more than prompts.max_tokens and the "
+                f"{where}: the prompt has {len(prompt.token_ids)} tokens, more than prompts.max_tokens and the "
                 f"model's context leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, or lower "
                 "sampling.max_new_tokens"
             )
-        questions.append(question)
-    if not questions:
+        loaded.append(prompt)
+    if not loaded:
         raise UserError(f"{source} holds no prompts; it must give at least one")
-    return questions
-
-
-def load_function(path: str, setting: str) -> Callable[..., Any]:
-    """The Python function that `module:function` names. Raises UserError saying what failed to import."""
-    module_name, separator, name = path.partition(":")
-    if not separator:
-        raise UserError(f"{setting} ({path}) must read module:function, such as deploy.tasks.larger:correct")
-    try:
-        function = getattr(import_module(module_name), name, None)
-    except Exception as error:
-        raise UserError(
-            f"{setting} ({path}): module {module_name} cannot be imported ({type(error).__name__}: {error}); "
-            "it must be installed, or lie in the directory ratchet is started from"
-        ) from error
-    if not callable(function):
-        raise UserError(f"{setting} ({path}): module {module_name} has no function {name}")
-    return function
+    return loaded
 
 
 def _records(source: str, seed: int) -> Iterable[tuple[str, Any]]:
@@ -159,7 +142,7 @@ def _parse(where: str, line: str) -> Any:
         ) from None
 
 
-def _question(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> Question:
+def _prompt_record(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRecord:
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)) or not record["prompt"]:
         raise UserError(f"{where}: a record must be an object with text or chat messages under `prompt`")
     prompt = record["prompt"]
@@ -182,4 +165,4 @@ def _question(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrained
         json.dumps(fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: its fields go into the journal as JSON, and cannot: {error}") from None
-    return Question(text, np.asarray(token_ids, dtype=np.int32), fields)
+    return PromptRecord(text, np.asarray(token_ids, dtype=np.int32), fields)

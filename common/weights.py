@@ -38,10 +38,6 @@ class WeightSet:
     buckets: tuple[np.ndarray, ...]  # int16 [n]: the bits of bf16 values
     checksums: tuple[int, ...]  # xxh3_64 of each bucket's bytes
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(bucket.nbytes for bucket in self.buckets)
-
     def verify(self) -> None:
         """Raises CorruptWeightsError if any bucket is not what the publisher packed."""
         for i, (bucket, expected) in enumerate(zip(self.buckets, self.checksums, strict=True)):
@@ -84,4 +80,4 @@ def _flatten(tensors: list[Tensor]) -> np.ndarray:
 
 
 def _checksum(bucket: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(bucket.view(np.uint8))
+    return xxhash.xxh3_64_intdigest(bucket.data.cast("B"))

@@ -13,8 +13,23 @@ from common.config import Config, UserError, describe, load_config
 _SETTINGS = "\b\nSettings (give any as key=value; `ratchet config --describe` explains each):\n" + "\n".join(
     f"  {key} ({kind}; default {default})" for key, kind, default, _ in describe()
 )
-# What a run may change when it goes on: nothing that the journal's replay depends on.
-_RESUMABLE = ("num_steps", "generators.", "reference.", "evaluation.", "checkpoint.", "ray.", "reward.")
+# What a run may change when it goes on: nothing that decides what is learned from the journal. The learner's own way
+# of computing it may change, to get past a crash; replayed steps then agree to rounding, not to the bit.
+_RESUMABLE = (
+    "num_steps",
+    "learner.micro_batch_tokens",
+    "learner.gradient_checkpointing",
+    "learner.threads",
+    "learner.timeout_s",
+    "generators.",
+    "reference.",
+    "reward.replicas",
+    "reward.timeout_s",
+    "reward.max_void_share",
+    "evaluation.",
+    "checkpoint.",
+    "ray.",
+)
 
 app = typer.Typer(
     help="PPO from human feedback on Ray and vLLM.",
@@ -44,7 +59,7 @@ def train(
         cfg, directory = load_config(Path(config), overrides), run or Path("runs") / Path(config).stem
     else:
         raise UserError("name a config file, such as deploy/configs/larger.toml, or a run directory with --resume")
-    sys.path.insert(0, str(Path.cwd()))  # reward functions and prompts may lie beside the user
+    sys.path.append(str(Path.cwd()))  # reward functions and prompts may lie beside the user
     from deploy.train import run_training  # slow to import: torch, transformers, Ray
 
     try:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
+from ray._private.state import available_resources_per_node
 
 from common.config import RayConfig, UserError
 from deploy.placement import MIB, Node
@@ -36,11 +37,15 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
             logging_level="ERROR",
         )
     try:
-        yield [_node(node) for node in ray.nodes() if node["Alive"]]
+        yield _free_nodes()
     finally:
         ray.shutdown()
 
 
-def _node(node: dict) -> Node:
-    free = node["Resources"]
-    return Node(node["NodeManagerAddress"], free.get("CPU", 0), free.get("GPU", 0), int(free.get("memory", 0)))
+def _free_nodes() -> list[Node]:
+    alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return [
+        Node(alive[node_id], free.get("CPU", 0), free.get("GPU", 0), int(free.get("memory", 0)))
+        for node_id, free in available_resources_per_node().items()  # what other jobs hold is not in it
+        if node_id in alive
+    ]

@@ -1,4 +1,7 @@
-"""Who runs where: what a config needs, what a cluster has, and a refusal that says what is missing. Pure arithmetic."""
+"""Can it run here? What a config needs, what a cluster has free, and a refusal that says what is missing.
+
+Pure arithmetic, done before anything starts. Ray then decides what runs where.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +40,23 @@ def needs(cfg: Config, model: ModelSize) -> list[Need]:
     """Every process of the run with an estimate of its peak memory."""
     weights = {"bfloat16": 2 * model.parameters, "float32": 4 * model.parameters}
     imports = 600 * MIB  # torch and transformers, or vLLM, before any weight
+
+    def logits(tokens: int) -> int:
+        """Those of one chunk (see common/logprobs.py), with their log-softmax and a temporary, float32."""
+        return 3 * 4 * min(1024, tokens) * model.vocabulary
+
     # An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old.
     generator = imports + 2 * weights[cfg.generators.dtype] + cfg.generators.kv_cache_mib * MIB
-    reference = imports + weights[cfg.reference.dtype]
+    reference = imports + weights[cfg.reference.dtype] + logits(cfg.reference.max_batch_tokens)
     networks = 2 if cfg.learner.critic == "separate" else 1
-    # float32 weights, gradients and two Adam moments; about 20 saved values per token, layer and hidden unit.
+    # float32 weights, gradients and two Adam moments.
     state = 16 * model.parameters * networks
-    activations = 2 * 20 * cfg.learner.micro_batch_tokens * model.layers * model.hidden
-    logits = 3 * 4 * min(1024, cfg.learner.micro_batch_tokens) * model.vocabulary
-    learner = imports + state + weights["bfloat16"] + activations + logits
+    # About 20 saved bf16 values per token, layer and hidden unit; plain attention also keeps its scores and their
+    # softmax for every pair of tokens of a row.
+    tokens, row = cfg.learner.micro_batch_tokens, cfg.max_sequence_tokens
+    saved = 2 * 20 * tokens * model.layers * model.hidden
+    attention = 2 * 4 * tokens * row * model.heads * model.layers
+    learner = imports + state + weights["bfloat16"] + saved + attention + logits(tokens)
 
     def role(name: str, section: str, cfg: Placed, count: int, memory: int) -> list[Need]:
         return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, memory) for i in range(count)]
@@ -56,6 +67,25 @@ def needs(cfg: Config, model: ModelSize) -> list[Need]:
         *role("ReferencePolicy", "reference", cfg.reference, cfg.reference.replicas, reference),
         *role("Reward", "reward", cfg.reward, cfg.reward.replicas, imports),
     ]
+
+
+def check_caches(cfg: Config, model: ModelSize) -> None:
+    """Caches of fixed size must hold what they are for. Raises UserError."""
+    bytes_per_value = 2 if cfg.generators.dtype == "bfloat16" else 4
+    tokens = min(cfg.max_sequence_tokens, model.context)
+    sequence = tokens * 2 * model.layers * model.kv_heads * model.head_dim * bytes_per_value
+    if cfg.generators.kv_cache_mib * MIB < sequence:
+        raise UserError(
+            f"generators.kv_cache_mib ({cfg.generators.kv_cache_mib}) must hold at least one sequence of {tokens} "
+            f"tokens, {-(-sequence // MIB)} MiB with this model; raise it, or lower prompts.max_tokens or "
+            "sampling.max_new_tokens"
+        )
+    two_versions = 2 * 2 * model.parameters
+    if cfg.ray.address is None and cfg.ray.object_store_mib * MIB < two_versions:
+        raise UserError(
+            f"ray.object_store_mib ({cfg.ray.object_store_mib}) must hold two versions of the weights, "
+            f"{-(-two_versions // MIB)} MiB with this model; raise it"
+        )
 
 
 def place(wanted: Sequence[Need], nodes: Sequence[Node]) -> dict[str, str]:

@@ -56,12 +56,13 @@ class Progress:
         )
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
-    def ready(self) -> None:
-        cfg = self._cfg
-        roles = (
-            f"{cfg.generators.replicas} generator(s), {cfg.reward.replicas} reward, {cfg.reference.replicas} reference"
-        )
-        self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}, learner", style="dim")
+    def ready(self, *, generators: int, rewards: int, references: int) -> None:
+        roles = f"{generators} generator(s), {rewards} reward, {references} reference, learner"
+        self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}", style="dim")
+
+    def lost(self, name: str, error: BaseException) -> None:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        self._print(f"      {name} left; its work goes to the others: {escape(reason[0])}", style="yellow")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         low, high = evaluation.interval

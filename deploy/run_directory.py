@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.config import UserError
+import tomli_w
+
+from common.config import Config, UserError
 
 
 def refuse_overwriting(directory: Path, *, force: bool) -> None:
@@ -44,9 +46,16 @@ def sole_owner(directory: Path) -> Iterator[None]:
 
 
 def clear(directory: Path) -> None:
-    """Empties the directory, keeping it and whoever holds it."""
-    for entry in directory.iterdir():
+    """Empties the directory, keeping it and whoever holds it. Its config goes last: with it gone it is no run."""
+    for entry in sorted(directory.iterdir(), key=lambda entry: entry.name == "config.toml"):
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def write_config(directory: Path, cfg: Config) -> None:
+    """RUN/config.toml: the resolved configuration, whole or not at all."""
+    staging = directory / "config.toml.tmp"
+    staging.write_text(tomli_w.dumps(cfg.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
+    staging.rename(directory / "config.toml")

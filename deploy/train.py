@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
@@ -22,14 +21,16 @@ from actors.generator import Generator
 from actors.pool import GeneratorPool, Pool, ReferencePool, RewardPool, actor
 from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
-from common.config import Config, GeneratorsConfig, ReferenceConfig, RewardConfig, UserError
+from common.config import Config, UserError
+from common.functions import load_function
+from common.journal import Journal
 from common.models import end_token_ids, load_tokenizer, model_size, resolve_model
-from common.prompts import PromptStream, Question, heldout_prompts, load_function, load_questions
+from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.types import Prompt
 from deploy.cluster import cluster
-from deploy.placement import needs, place
+from deploy.placement import check_caches, needs, place
 from deploy.progress import Progress
-from deploy.run_directory import clear, refuse_overwriting, sole_owner
+from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
 from learner.evaluation import Evaluation
 from learner.group import LearnerGroup
 from learner.learner import Learner
@@ -44,20 +45,21 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     started = time.perf_counter()
     model = resolve_model(cfg.model.path)
     tokenizer = load_tokenizer(model)
-    questions, heldout_questions = check_inputs(cfg, model, tokenizer)
+    records, heldout_records = check_inputs(cfg, model, tokenizer)
+    prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
+    heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
     if not resume:
         refuse_overwriting(directory, force=force)
+    elif last := Journal(directory / "journal").last():
+        prompts.restore(last.prompts)  # refused now if these are not the run's prompts, not after minutes of replay
     with cluster(cfg.ray) as nodes:
         place(needs(cfg, model_size(model)), nodes)
         with sole_owner(directory):
             if not resume:
                 clear(directory)
-            settings = cfg.model_dump(exclude_none=True, mode="json")
-            (directory / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
-            prompts = PromptStream(questions, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
-            heldout = heldout_prompts(heldout_questions, cfg.evaluation.prompts)
+            write_config(directory, cfg)
             progress = Progress(cfg, directory, tokenizer)
-            progress.begin(num_prompts=len(questions), num_heldout=len(heldout))
+            progress.begin(num_prompts=len(records), num_heldout=len(heldout))
             evaluations = asyncio.run(_train(cfg, directory, model, prompts, heldout, progress))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -69,54 +71,35 @@ async def _train(
     cfg: Config, directory: Path, model: Path, prompts: PromptStream, heldout: Sequence[Prompt], progress: Progress
 ) -> list[Evaluation]:
     """Starts every role, joins them in a Run, and trains."""
-
-    def pool(
-        role: str, section: GeneratorsConfig | RewardConfig | ReferenceConfig, create: Callable[[str], Any]
-    ) -> Any:
-        return Pool.start(
-            role,
-            section.replicas,
-            create,
-            timeout_s=section.timeout_s,
-            startup_timeout_s=cfg.ray.startup_timeout_s,
-        )
-
-    generator, reward, reference = (
-        actor(role, section)
-        for role, section in ((Generator, cfg.generators), (Reward, cfg.reward), (ReferencePolicy, cfg.reference))
+    pool = partial(Pool.start, startup_timeout_s=cfg.ray.startup_timeout_s, on_loss=progress.lost)
+    engine = partial(make_engine, cfg, model_size(model).context, end_token_ids(model))
+    path, temperature = cfg.model.path, cfg.sampling.temperature
+    learner = LearnerGroup(
+        [actor(Learner, cfg.learner).remote(cfg) for _ in range(cfg.learner.ranks)], timeout_s=cfg.learner.timeout_s
     )
-    engine = partial(make_engine, cfg, end_token_ids(model))
-    learner = LearnerGroup([actor(Learner, cfg.learner).remote(cfg)], timeout_s=cfg.learner.timeout_s)
     generators, rewards, references, _ = await asyncio.gather(
-        pool("Generator", cfg.generators, lambda name: generator.remote(name, cfg.seed, engine)),
-        pool("Reward", cfg.reward, lambda name: reward.remote(name, cfg.reward, model=cfg.model.path)),
-        pool(
-            "ReferencePolicy",
-            cfg.reference,
-            lambda name: reference.remote(
-                name, cfg.reference, model=cfg.model.path, temperature=cfg.sampling.temperature
-            ),
-        ),
-        learner.start(),
+        pool(Generator, cfg.generators, cfg.seed, engine),
+        pool(Reward, cfg.reward, cfg.reward, model=path),
+        pool(ReferencePolicy, cfg.reference, cfg.reference, model=path, temperature=temperature),
+        learner.start(cfg.ray.startup_timeout_s),
     )
-    progress.ready()
-    return await train(
-        Run(
-            cfg,
-            directory,
-            prompts,
-            heldout,
-            GeneratorPool(generators),
-            RewardPool(rewards),
-            ReferencePool(references),
-            learner,
-            on_step=progress.step,
-            on_evaluation=progress.evaluation,
-        )
+    progress.ready(generators=len(generators), rewards=len(rewards), references=len(references))
+    run = Run(
+        cfg=cfg,
+        directory=directory,
+        prompts=prompts,
+        heldout=heldout,
+        generators=GeneratorPool(generators),
+        reward=RewardPool(rewards),
+        reference=ReferencePool(references),
+        learner=learner,
+        on_step=progress.step,
+        on_evaluation=progress.evaluation,
     )
+    return await train(run)
 
 
-def make_engine(cfg: Config, end_tokens: list[int]) -> Engine:
+def make_engine(cfg: Config, context: int, end_tokens: list[int]) -> Engine:
     """Called in the generator's process: only there is vLLM imported."""
     from actors.vllm_engine import VLLMEngine
 
@@ -124,16 +107,19 @@ def make_engine(cfg: Config, end_tokens: list[int]) -> Engine:
         resolve_model(cfg.model.path),
         cfg.generators,
         cfg.sampling,
-        max_model_len=cfg.max_sequence_tokens,
+        max_model_len=min(cfg.max_sequence_tokens, context),
         end_token_ids=end_tokens,
     )
 
 
-def check_inputs(cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question], list[Question]]:
+def check_inputs(
+    cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Training and held-out questions. Checks all that can be checked with nothing started; raises UserError."""
     for source in cfg.reward.sources:
         load_function(source.function, f"reward source {source.name}")
-    context = model_size(model).context
+    size = model_size(model)
+    context = size.context
     room = min(cfg.prompts.max_tokens, context - cfg.sampling.max_new_tokens)
     if room < 1:
         raise UserError(
@@ -141,17 +127,19 @@ def check_inputs(cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase) -
             f"context of {context} tokens; lower it"
         )
 
-    def load(source: str) -> list[Question]:
-        return load_questions(source, cfg.prompts, tokenizer, seed=cfg.seed, max_tokens=room)
+    check_caches(cfg, size)
 
-    train_questions = load(cfg.prompts.train)
+    def load(source: str) -> list[PromptRecord]:
+        return load_records(source, cfg.prompts, tokenizer, seed=cfg.seed, max_tokens=room)
+
+    train_records = load(cfg.prompts.train)
     heldout = load(cfg.prompts.heldout) if cfg.prompts.heldout and cfg.evaluation.prompts else []
-    if shared := {q.text for q in train_questions} & {q.text for q in heldout}:
+    if shared := {r.text for r in train_records} & {r.text for r in heldout}:
         raise UserError(
             f"{len(shared)} prompt(s) stand in both prompts.train and prompts.heldout, such as {min(shared)!r}; "
             "an evaluation on prompts that were trained on says nothing: take them out of one"
         )
-    return train_questions, heldout
+    return train_records, heldout
 
 
 def summarise(cfg: Config, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:

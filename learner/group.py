@@ -21,8 +21,9 @@ class LearnerGroup:
     def step(self) -> int:
         return self._step
 
-    async def start(self) -> None:
-        await self._wait("start", [rank.ready.remote() for rank in self._ranks])
+    async def start(self, timeout_s: float) -> None:
+        """Waits until every rank has loaded its networks."""
+        await self._wait("start", [rank.ready.remote() for rank in self._ranks], timeout_s=timeout_s)
 
     async def update(self, table: pa.Table) -> dict[str, float]:
         stats = await self._wait("update", [rank.update.remote(table) for rank in self._ranks])
@@ -31,22 +32,25 @@ class LearnerGroup:
 
     async def publish(self) -> Any:
         """The object reference of a WeightSet. As a call's result it is owned here and outlives the rank."""
-        return self._ranks[0].publish.remote()
+        version, weights = self._ranks[0].publish.options(num_returns=2).remote()
+        await self._wait("publish weights", [version])
+        return weights
 
     async def save(self, directory: Path) -> None:
         await self._wait("save a checkpoint", [self._ranks[0].save.remote(directory.resolve())])
 
-    async def load(self, directory: Path) -> None:
-        steps = await self._wait("load a checkpoint", [rank.load.remote(directory.resolve()) for rank in self._ranks])
+    async def restore(self, directory: Path) -> None:
+        steps = await self._wait(
+            "restore a checkpoint", [rank.restore.remote(directory.resolve()) for rank in self._ranks]
+        )
         self._step = steps[0]
 
     async def save_policy(self, directory: Path) -> None:
         await self._wait("save the policy", [self._ranks[0].save_policy.remote(directory.resolve())])
 
-    async def _wait(self, what: str, calls: list[Any]) -> list[Any]:
+    async def _wait(self, what: str, calls: list[Any], *, timeout_s: float | None = None) -> list[Any]:
+        limit = timeout_s or self._timeout_s
         try:
-            return await asyncio.wait_for(asyncio.gather(*calls), self._timeout_s)
+            return await asyncio.wait_for(asyncio.gather(*calls), limit)
         except TimeoutError as error:
-            raise RuntimeError(
-                f"the learner did not finish to {what} of step {self._step} within {self._timeout_s:g} s"
-            ) from error
+            raise RuntimeError(f"the learner did not {what} at step {self._step} within {limit:g} s") from error

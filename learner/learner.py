@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config import Config
 from common.masking import masked_mean, masked_sum, masked_var, whiten
@@ -41,11 +42,16 @@ from learner.shaping import (
 class Targets:
     """What an update holds fixed while it runs over the batch, all [B, R]."""
 
+    mask: Tensor
     old_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
-    weights: Tensor | None  # importance weights of the sampler; None: not corrected
+    importance: Tensor  # weights that correct for the sampler; 1 where none are wanted
+
+    def rows(self, rows: Tensor, width: int, device: torch.device) -> Targets:
+        """The given rows, cut to `width`, on the device."""
+        return Targets(*(getattr(self, field.name)[rows, :width].to(device) for field in fields(self)))
 
 
 class Learner:
@@ -60,7 +66,7 @@ class Learner:
         self.network = network or load_network(cfg, self.device)
         self.optimizer = make_optimizer(self.network, cfg.optimizer)
         self.score_moments = RunningMoments()
-        self.kl: KLController = (
+        self.kl_controller: KLController = (
             AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
             if cfg.kl.controller == "adaptive"
             else FixedKL(cfg.kl.coef)
@@ -94,18 +100,18 @@ class Learner:
     def ready(self) -> int:
         return self.step
 
-    def publish(self) -> WeightSet:
-        """The policy's weights as the next version."""
-        return pack(self.network.policy_tensors(), self.policy_version)
+    def publish(self) -> tuple[int, WeightSet]:
+        """The policy's version, and its weights apart from it: a caller may wait for the one and pass the other on."""
+        return self.policy_version, pack(self.network.policy_tensors(), self.policy_version)
 
     def save(self, directory: Path) -> None:
         save_checkpoint(directory, self._state())
 
-    def load(self, directory: Path) -> int:
+    def restore(self, directory: Path) -> int:
         """Restores a saved state; returns the updates it has behind it."""
         state = load_checkpoint(directory)
         self.step = state["step"]
-        self.kl.coef = state["kl_coef"]
+        self.kl_controller.coef = state["kl_coef"]
         self.score_moments = RunningMoments(**state["score_moments"])
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -118,7 +124,7 @@ class Learner:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "kl_coef": self.kl.coef,
+            "kl_coef": self.kl_controller.coef,
             "score_moments": asdict(self.score_moments),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -134,14 +140,14 @@ class Learner:
                 old_logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
                 old_values[rows, : values.shape[1]] = values.cpu()
         kl = KL_ESTIMATORS[self.cfg.kl.estimator](old_logprobs, batch.ref_logprobs)
-        rewards = token_rewards(self._shaped_scores(batch.scores, metrics), kl, mask, kl_coef=self.kl.coef)
+        rewards = token_rewards(self._shaped_scores(batch.scores, metrics), kl, mask, kl_coef=self.kl_controller.coef)
         advantages, returns = gae(rewards, old_values, mask, gamma=cfg.gamma, lam=cfg.lam)
 
         kl_per_response = float(masked_sum(kl, mask)) / len(mask)
-        metrics.last("kl/coef", self.kl.coef)
+        metrics.last("kl/coef", self.kl_controller.coef)
         metrics.mean("kl/per_token", float(masked_sum(kl, mask)), int(mask.sum()))
         metrics.last("kl/per_response", kl_per_response)
-        self.kl.update(kl_per_response, len(mask))
+        self.kl_controller.update(kl_per_response, len(mask))
         returns_var = float(masked_var(returns, mask))
         unexplained = float(masked_var(returns - old_values, mask))
         metrics.last("value/mean", float(masked_mean(old_values, mask)))
@@ -151,17 +157,18 @@ class Learner:
         metrics.last("value/variance_ratio", advantages_var / returns_var if returns_var else 0.0)
         metrics.last("value/explained_variance", 1 - unexplained / returns_var if returns_var else 0.0)
 
-        weights, mismatch = importance_weights(
+        importance, mismatch = importance_weights(
             old_logprobs, batch.rollout_logprobs, mask, cap=cfg.importance_cap or math.inf
         )
         metrics.mean("mismatch/kl", mismatch["mismatch_kl"].item(), int(mask.sum()))
         metrics.mean("mismatch/capped", mismatch["capped"].item(), int(mask.sum()))
         return Targets(
+            mask,
             old_logprobs,
             old_values,
             whiten(advantages, mask) if cfg.whiten_advantages else advantages,
             returns,
-            weights if cfg.importance_cap else None,
+            importance if cfg.importance_cap else torch.ones_like(importance),
         )
 
     def _shaped_scores(self, scores: Tensor, metrics: Metrics) -> Tensor:
@@ -176,57 +183,70 @@ class Learner:
 
     def _optimise(self, batch: ExperienceBatch, targets: Targets, metrics: Metrics) -> None:
         """ppo_epochs x minibatches optimizer steps, ended early by target_kl."""
-        target_kl = self.cfg.ppo.target_kl
-        for done, minibatch in enumerate(self._minibatches(len(batch.mask)), 1):
-            metrics.last("ppo/optimizer_steps", done)
-            approx_kl = self._minibatch_step(batch, targets, minibatch, metrics)
+        target_kl, done = self.cfg.ppo.target_kl, 0
+        for minibatch in self._minibatches(len(batch.mask)):
+            approx_kl = self._backward(batch, targets, minibatch, metrics)
             if target_kl and approx_kl > target_kl:
+                self.optimizer.zero_grad(set_to_none=True)
                 break
+            self._optimizer_step(metrics)
+            done += 1
+        metrics.last("ppo/optimizer_steps", done)
 
-    def _minibatch_step(
-        self, batch: ExperienceBatch, targets: Targets, minibatch: np.ndarray, metrics: Metrics
-    ) -> float:
-        """One optimizer step; returns the mean KL from the old policy that it started from, nats per token."""
+    def _backward(self, batch: ExperienceBatch, targets: Targets, minibatch: np.ndarray, metrics: Metrics) -> float:
+        """Gradient of the loss on one minibatch; returns its mean KL from the old policy, nats per token."""
         cfg = self.cfg.ppo
         num_tokens = max(1, int(batch.mask[torch.from_numpy(minibatch)].sum()))
-        critic_only = self.step < self.cfg.learner.critic_warmup_steps
         kl_sum = 0.0
         for rows in self._micro_batches(batch, minibatch):
             logprobs, entropy, values = self._forward(batch, rows)
-            mask, *fixed = self._slices(rows, logprobs.shape[1], batch.mask, targets)
-            old_logprobs, old_values, advantages, returns, weights = fixed
+            fixed = targets.rows(rows, logprobs.shape[1], self.device)
             p_loss, p_stats = policy_loss(
-                logprobs, old_logprobs, advantages, mask, clip_eps=cfg.clip_eps, num_tokens=num_tokens, weights=weights
+                logprobs,
+                fixed.old_logprobs,
+                fixed.advantages,
+                fixed.mask,
+                clip_eps=cfg.clip_eps,
+                num_tokens=num_tokens,
+                weights=fixed.importance,
             )
             v_loss, v_stats = value_loss(
-                values, old_values, returns, mask, value_clip=cfg.value_clip, num_tokens=num_tokens
+                values, fixed.old_values, fixed.returns, fixed.mask, value_clip=cfg.value_clip, num_tokens=num_tokens
             )
-            bonus = entropy_bonus(entropy, mask, num_tokens=num_tokens)
+            bonus = entropy_bonus(entropy, fixed.mask, num_tokens=num_tokens)
             loss = cfg.value_coef * v_loss
-            if not critic_only:
+            if not self._critic_only:
                 loss = loss + p_loss - cfg.entropy_coef * bonus
             loss.backward()
 
-            kl_sum += float(p_stats["approx_kl"])
-            for key, loss_sum in (("ppo/policy_loss", p_loss), ("value/loss", v_loss), ("ppo/entropy", bonus)):
-                metrics.mean(key, loss_sum.item() * num_tokens, int(mask.sum()))
-            for key, stat in (
+            kl_sum += p_stats["approx_kl"].item()
+            tokens = int(fixed.mask.sum())
+            for key, mean in (("ppo/policy_loss", p_loss), ("value/loss", v_loss), ("ppo/entropy", bonus)):
+                metrics.mean(key, mean.item() * num_tokens, tokens)
+            for key, total in (
                 ("ppo/clip_frac", p_stats["clipped"]),
                 ("ppo/approx_kl", p_stats["approx_kl"]),
                 ("ppo/ratio", p_stats["ratio"]),
                 ("value/clip_frac", v_stats["clipped"]),
             ):
-                metrics.mean(key, stat.item(), int(mask.sum()))
-        parameters = list(self.network.critic_parameters() if critic_only else self.network.parameters())
-        # A NaN stops the run here, while weights and checkpoint are still sound.
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.cfg.optimizer.max_grad_norm, error_if_nonfinite=True)
-        if critic_only:
+                metrics.mean(key, total.item(), tokens)
+        return kl_sum / num_tokens
+
+    def _optimizer_step(self, metrics: Metrics) -> None:
+        if self._critic_only:
             for parameter in self.network.policy.parameters():
                 parameter.grad = None
+        # A NaN stops the run here, while weights and checkpoint are still sound.
+        grad_norm = nn.utils.clip_grad_norm_(
+            self.network.parameters(), self.cfg.optimizer.max_grad_norm, error_if_nonfinite=True
+        )
         metrics.maximum("ppo/grad_norm", grad_norm.item())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return kl_sum / num_tokens
+
+    @property
+    def _critic_only(self) -> bool:
+        return self.step < self.cfg.learner.critic_warmup_steps
 
     def _forward(self, batch: ExperienceBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sequences = batch.sequences.rows(rows).to(self.device)
@@ -245,11 +265,6 @@ class Learner:
         for group in token_batches(lengths, self.cfg.learner.micro_batch_tokens):
             yield torch.from_numpy(rows[group])
 
-    def _slices(self, rows: Tensor, width: int, mask: Tensor, targets: Targets) -> Iterable[Any]:
-        """The rows of every [B, R] tensor, cut to the longest response among them, on the device."""
-        fixed = (targets.old_logprobs, targets.old_values, targets.advantages, targets.returns, targets.weights)
-        return [None if t is None else t[rows, :width].to(self.device) for t in (mask, *fixed)]
-
 
 def load_network(cfg: Config, device: torch.device) -> PolicyWithCritic:
     """Policy, and a separate critic if the config asks for one, in float32."""
@@ -260,6 +275,8 @@ def load_network(cfg: Config, device: torch.device) -> PolicyWithCritic:
         critic = load_policy(directory, dtype=torch.float32, device=device).base_model
     if cfg.learner.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
-            model.train()  # transformers checkpoints in training mode only
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # the flag it looks at; its children stay in eval mode, without dropout
     return PolicyWithCritic(policy, critic)

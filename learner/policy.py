@@ -13,7 +13,7 @@ from common.sequences import Sequences
 
 
 class PolicyWithCritic(nn.Module):
-    """Policy and critic from one checkpoint; the value head starts at zero, so the first advantages are the rewards.
+    """Policy and critic from one checkpoint; the value head starts at zero, so at first it expects nothing.
 
     V_t is read from the state that the policy chooses response token t from: it knows the prompt and the tokens before.
     """
@@ -36,12 +36,6 @@ class PolicyWithCritic(nn.Module):
         with torch.autocast(states.device.type, enabled=False):  # eight bits would be a coarse value
             values = self.value_head(states.float()).squeeze(-1)
         return sequences.scatter(logprobs), sequences.scatter(entropy), sequences.scatter(values)
-
-    def critic_parameters(self) -> Iterator[nn.Parameter]:
-        """What belongs to the critic alone."""
-        if self.critic_body is not None:
-            yield from self.critic_body.parameters()
-        yield from self.value_head.parameters()
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their Hugging Face names, tied ones once."""

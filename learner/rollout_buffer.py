@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from itertools import islice
 
@@ -19,7 +18,6 @@ class RolloutBuffer:
     """
 
     def __init__(self, rollouts_per_step: int, max_staleness: int, *, max_void_share: float = 1.0) -> None:
-        self.generated_at = 0.0  # when the newest text was there, perf_counter seconds
         self._max_void_share = max_void_share
         self._free = (max_staleness + 1) * rollouts_per_step
         self._max_staleness = max_staleness
@@ -37,10 +35,6 @@ class RolloutBuffer:
             self._next_ticket += 1
             self._queue.append(self._next_ticket)
             return self._next_ticket
-
-    def mark_generated(self) -> None:
-        """Tells generation time from scoring time."""
-        self.generated_at = time.perf_counter()
 
     async def put(self, ticket: int, outcome: Experience | Void) -> None:
         """How the rollout of this ticket ended. A void gives its slot back at once."""
@@ -63,8 +57,8 @@ class RolloutBuffer:
                 await self._changed.wait_for(lambda: self._oldest_finished(count) or self._too_many_voids(count))
                 if self._too_many_voids(count):
                     raise UserError(
-                        f"{len(self._voids)} rollouts of this step were voided, more than reward.max_void_share "
-                        f"({self._max_void_share:.0%}) of what a step of {count} may lose; the last reason: "
+                        f"{len(self._voids)} rollouts were voided for the {count} that this step needs, over the share "
+                        f"in reward.max_void_share ({self._max_void_share:.0%}); the last reason: "
                         f"{self._voids[-1].reason}; mend it and go on with --resume, or raise the share"
                     )
                 stale = [ticket for ticket in list(self._queue)[:count] if self._is_stale(ticket, policy_version)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from common.config import Config
@@ -47,37 +48,31 @@ class Run:
 
 async def train(run: Run) -> list[Evaluation]:
     """From wherever the run directory stands to num_steps; returns the held-out evaluations, oldest first."""
+    cfg, clock = run.cfg, Clock()
     await recover(run)
     evaluations = [Evaluation.from_record(record) for record in read_records(run.directory / "evaluations.jsonl")]
-    if not evaluations:
-        evaluations += await evaluate_heldout(run)
-    cfg = run.cfg
+    await evaluate_if_due(run, evaluations)
     buffer = RolloutBuffer(cfg.rollouts_per_step, cfg.max_staleness, max_void_share=cfg.reward.max_void_share)
-    producer = asyncio.create_task(produce(run, buffer))
+    producer = asyncio.create_task(produce(run, buffer, clock))
     try:
         while run.learner.step < cfg.num_steps:
-            await _unless_failed(train_step(run, buffer), producer)
-            if run.learner.step == cfg.num_steps:
-                break
-            if cfg.evaluation.every and run.learner.step % cfg.evaluation.every == 0:
-                evaluations += await evaluate_heldout(run)
-            await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
+            await _unless_failed(train_step(run, buffer, clock), producer)
+            await evaluate_if_due(run, evaluations)
+            if run.learner.step < cfg.num_steps:
+                await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
     finally:
         producer.cancel()
         await asyncio.gather(producer, return_exceptions=True)
-    if evaluations and evaluations[-1].policy_version < run.learner.step:
-        evaluations += await evaluate_heldout(run)
     await run.learner.save_policy(run.directory / "policy")
     return evaluations
 
 
-async def train_step(run: Run, buffer: RolloutBuffer) -> None:
+async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     """One batch from the buffer to new weights on every generator."""
-    clock = _Clock()
     step = run.learner.step
+    clock.start()
     experience, voids = await buffer.take(run.cfg.rollouts_per_step, policy_version=step)
-    clock.lap("generate", at=buffer.generated_at)
-    clock.lap("score")
+    clock.rollouts_taken()
 
     run.prompts.settle([row.rollout.prompt.sample_id for row in experience] + [void.sample_id for void in voids])
     table = experience_table(experience)
@@ -89,33 +84,40 @@ async def train_step(run: Run, buffer: RolloutBuffer) -> None:
     clock.lap("learn")
     await run.generators.load(await run.learner.publish(), run.learner.step)
     clock.lap("publish")
+    record = {"step": step, **_rollout_metrics(table, len(voids), policy_version=step), **stats, **clock.laps}
+    append_record(run.directory / "metrics.jsonl", record)  # before the checkpoint, after which no replay would do it
+
     if run.checkpoints.due(run.learner.step, run.cfg.num_steps):
         await run.learner.save(run.checkpoints.path(run.learner.step))
         run.checkpoints.prune()
     clock.lap("checkpoint")
-
-    record = {"step": step, **_rollout_metrics(table, len(voids), policy_version=step), **stats, **clock.laps}
-    append_record(run.directory / "metrics.jsonl", record)
-    run.on_step(record, experience[0])
+    run.on_step({**record, **clock.laps}, experience[0])
 
 
-async def produce(run: Run, buffer: RolloutBuffer) -> None:
+async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     """Keeps every slot of the buffer busy: takes a prompt per free slot and has it answered, scored and measured.
 
     Waits for slots, which `release` and voids free; runs until cancelled, and fails when one of its rollouts does.
     """
 
-    async def one_rollout(ticket: int, prompt: Prompt) -> None:
+    async def one_rollout(prompt: Prompt) -> Experience | Void:
         rollout = await run.generators.generate(prompt)
-        buffer.mark_generated()
+        clock.text_written()
         score, ref_logprobs = await asyncio.gather(run.reward.score(rollout), run.reference.logprobs(rollout))
-        outcome = score if isinstance(score, Void) else Experience(rollout, score, ref_logprobs)
-        await buffer.put(ticket, outcome)
+        if isinstance(score, Void):
+            return score
+        for name, logprobs in (("generator", rollout.rollout_logprobs), ("reference", ref_logprobs)):
+            if not np.isfinite(logprobs).all():  # in the journal it would break every replay
+                return Void(prompt.sample_id, f"the {name} gave a log-probability that is not finite")
+        return Experience(rollout, score, ref_logprobs)
+
+    async def fill(ticket: int, prompt: Prompt) -> None:
+        await buffer.put(ticket, await one_rollout(prompt))
 
     async with asyncio.TaskGroup() as rollouts:
         while True:
             ticket = await buffer.admit()
-            rollouts.create_task(one_rollout(ticket, run.prompts.next()))
+            rollouts.create_task(fill(ticket, run.prompts.next()))
 
 
 async def recover(run: Run) -> None:
@@ -127,7 +129,7 @@ async def recover(run: Run) -> None:
     if run.journal.next_step == 0:
         return
     if (checkpoint := run.checkpoints.newest()) is not None:
-        await run.learner.load(checkpoint)
+        await run.learner.restore(checkpoint)
     if run.learner.step > run.journal.next_step:
         raise JournalError(
             f"{checkpoint} has {run.learner.step} steps behind it, the journal only {run.journal.next_step}: its "
@@ -143,16 +145,16 @@ async def recover(run: Run) -> None:
     await run.generators.load(await run.learner.publish(), run.learner.step)
 
 
-async def evaluate_heldout(run: Run) -> list[Evaluation]:
-    """The evaluation of the policy the generators hold now; none if none is configured."""
-    if not run.heldout:
-        return []
-    evaluation = await evaluate(
-        run.heldout, run.generators, run.reward, run.cfg.evaluation, policy_version=run.learner.step
-    )
+async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
+    """Adds the evaluation of the policy that the generators hold, where the config wants one and none was made."""
+    step, every = run.learner.step, run.cfg.evaluation.every
+    wanted = step in (0, run.cfg.num_steps) or (every > 0 and step % every == 0)
+    if not (run.heldout and wanted) or any(done.policy_version == step for done in evaluations):
+        return
+    evaluation = await evaluate(run.heldout, run.generators, run.reward, run.cfg.evaluation, policy_version=step)
     append_record(run.directory / "evaluations.jsonl", evaluation.record())
+    evaluations.append(evaluation)
     run.on_evaluation(evaluation)
-    return [evaluation]
 
 
 async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
@@ -184,14 +186,28 @@ def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) ->
     }
 
 
-class _Clock:
+class Clock:
     """Seconds of each phase of a step."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
+        self._last = self._newest_text = 0.0
+
+    def start(self) -> None:
+        self.laps = {}
         self._last = time.perf_counter()
 
-    def lap(self, phase: str, *, at: float | None = None) -> None:
-        now = time.perf_counter() if at is None else at
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
         self.laps[f"time/{phase}_s"] = now - self._last
         self._last = now
+
+    def text_written(self) -> None:
+        self._newest_text = time.perf_counter()
+
+    def rollouts_taken(self) -> None:
+        """Ends two phases: generation at the newest text, scoring now. What overlaps counts as generation."""
+        began = self._last
+        self.lap("score")
+        generating = min(max(self._newest_text - began, 0.0), self.laps["time/score_s"])
+        self.laps = {"time/generate_s": generating, "time/score_s": self.laps["time/score_s"] - generating}

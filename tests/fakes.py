@@ -126,18 +126,19 @@ class FakeRoles:
         return {"ppo/entropy": 1.0}
 
     async def publish(self) -> str:
+        await asyncio.sleep(0.003)
         self.events.append(f"publish v{self.step}")
         return f"weights {self.step}"
 
-    async def load(self, weights: Any, version: int | None = None) -> None:
-        """Generators load weights; the learner loads a checkpoint directory."""
-        if version is None:
-            self.step = int((Path(weights) / "step").read_text())
-            self.events.append(f"restore {self.step}")
-            return
+    async def load(self, weights: Any, version: int) -> None:
         assert weights == f"weights {version}"
+        await asyncio.sleep(0.003)  # long enough for a rollout that was let in too early to be written
         self.events.append(f"load v{version}")
         self.version = version
+
+    async def restore(self, directory: Path) -> None:
+        self.step = int((directory / "step").read_text())
+        self.events.append(f"restore {self.step}")
 
     async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)

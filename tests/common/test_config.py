@@ -224,6 +224,19 @@ def test_describe_states_bounds_choices_and_defaults():
     assert rows["reward.sources[].weight"] == ("number", "1.0")
 
 
+@pytest.mark.parametrize(("section", "in_flight"), [("generators", 128), ("reference", 128), ("reward", 8)])
+def test_roles_of_which_there_may_be_several_share_their_settings(minimal, section, in_flight):
+    role = getattr(load_config(minimal), section)
+    assert (role.replicas, role.in_flight, role.timeout_s) == (1, in_flight, 300)
+    for key in ("replicas", "in_flight", "timeout_s"):
+        assert getattr(getattr(load_config(minimal, [f"{section}.{key}=3"]), section), key) == 3
+        assert f"{section}.{key} = 0" in refusal(minimal, f"{section}.{key}=0")
+
+
+def test_the_learner_is_not_replicated(minimal):
+    assert "learner.replicas: unknown key" in refusal(minimal, "learner.replicas=2")
+
+
 def test_describe_does_not_call_a_pair_of_numbers_a_number():
     assert {key: kind for key, kind, _, _ in describe()}["optimizer.betas"] != "number"
 

@@ -83,6 +83,7 @@ def test_a_file_is_readable_with_pyarrow_alone_and_its_metadata_is_json(tmp_path
     assert table.schema == EXPERIENCE_SCHEMA
     assert table["response_ids"].to_pylist() == [[1, 1], [1, 1, 1]]
     assert metadata(path(tmp_path, 1)) == {
+        "schema": 1,
         "step": 1,
         "policy_version": 1,
         "prompts": {"issued": 1},

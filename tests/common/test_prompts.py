@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from common.config import PromptsConfig, UserError
-from common.prompts import PromptStream, Question, heldout_prompts, load_function, load_questions
+from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.types import SampleId
 
 WORDS = ["<unk>", "<end>", "which", "is", "larger", "7", "9", "user", ":"]  # ids 0, 1, 2, ...
@@ -23,8 +23,8 @@ def tokenizer():
 
 
 def stream(*, prompts=5, seed=0, rollouts_per_prompt=1):
-    questions = [Question(f"question {i}", np.array([i], np.int32), {"answer": i}) for i in range(prompts)]
-    return PromptStream(questions, seed=seed, rollouts_per_prompt=rollouts_per_prompt)
+    records = [PromptRecord(f"question {i}", np.array([i], np.int32), {"answer": i}) for i in range(prompts)]
+    return PromptStream(records, seed=seed, rollouts_per_prompt=rollouts_per_prompt)
 
 
 def take(prompts, count):
@@ -34,7 +34,7 @@ def take(prompts, count):
 def load(tmp_path, tokenizer, text, *, format="plain", max_tokens=100):
     path = tmp_path / "questions.jsonl"
     path.write_text(text, encoding="utf-8")
-    return load_questions(
+    return load_records(
         str(path), PromptsConfig(train=str(path), format=format), tokenizer, seed=0, max_tokens=max_tokens
     )
 
@@ -77,7 +77,7 @@ def test_the_order_of_prompts_does_not_depend_on_rollouts_per_prompt():
     assert [i.prompt for i in take(stream(prompts=9, rollouts_per_prompt=2), 36)[::2]] == single
 
 
-def test_a_prompt_carries_the_question_that_its_id_names():
+def test_a_prompt_carries_the_record_that_its_id_names():
     prompts = stream()
     for _ in range(5):
         prompt = prompts.next()
@@ -152,28 +152,28 @@ def test_a_state_of_other_prompts_is_refused():
 
 
 def test_heldout_prompts_are_the_first_ones_under_ids_no_training_stream_issues():
-    questions = [Question(f"q{i}", np.array([i], np.int32), {"answer": i}) for i in range(3)]
-    prompts = heldout_prompts(questions, 2)
+    records = [PromptRecord(f"q{i}", np.array([i], np.int32), {"answer": i}) for i in range(3)]
+    prompts = heldout_prompts(records, 2)
     assert [(p.sample_id, p.text, p.fields) for p in prompts] == [
         (SampleId(-1, 0, 0), "q0", {"answer": 0}),
         (SampleId(-1, 1, 0), "q1", {"answer": 1}),
     ]
-    assert len(heldout_prompts(questions, 9)) == 3
+    assert len(heldout_prompts(records, 9)) == 3
 
 
 # Reading prompts
 
 
-def test_records_of_a_file_become_questions_in_order(tmp_path, tokenizer):
-    questions = load(
+def test_records_of_a_file_are_read_in_order(tmp_path, tokenizer):
+    records = load(
         tmp_path,
         tokenizer,
         '{"prompt": "which is larger 7 9", "answer": 9, "prompt_kind": null}\n\n  \n{"prompt": "7 Grüße\u2028"}\n',
     )
-    assert [q.text for q in questions] == ["which is larger 7 9", "7 Grüße\u2028"]  # a line separator ends no line
-    assert [q.token_ids.tolist() for q in questions] == [[2, 3, 4, 5, 6], [5, 0]]
-    assert [q.token_ids.dtype for q in questions] == [np.int32, np.int32]
-    assert [q.fields for q in questions] == [{"answer": 9, "prompt_kind": None}, {}]
+    assert [r.text for r in records] == ["which is larger 7 9", "7 Grüße\u2028"]  # a line separator ends no line
+    assert [r.token_ids.tolist() for r in records] == [[2, 3, 4, 5, 6], [5, 0]]
+    assert [r.token_ids.dtype for r in records] == [np.int32, np.int32]
+    assert [r.fields for r in records] == [{"answer": 9, "prompt_kind": None}, {}]
 
 
 def test_records_of_a_function_are_those_of_the_seed(tmp_path, tokenizer, monkeypatch):
@@ -182,10 +182,10 @@ def test_records_of_a_function_are_those_of_the_seed(tmp_path, tokenizer, monkey
     )
     monkeypatch.syspath_prepend(tmp_path)
     source = "made_prompts:train"
-    questions = load_questions(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=5)
-    assert [q.token_ids.tolist() for q in questions] == [[3, 5], [4]]
+    records = load_records(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=5)
+    assert [r.token_ids.tolist() for r in records] == [[3, 5], [4]]
     with pytest.raises(UserError, match="made_prompts:train, record 0: the prompt has 2 tokens"):
-        load_questions(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=1)
+        load_records(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=1)
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "is"', "prompt: is", '{"prompt": "is"} {"prompt": "is"}'])
@@ -213,12 +213,12 @@ def test_an_empty_file_is_refused(tmp_path, tokenizer, text):
 
 def test_a_missing_file_is_refused_by_name(tokenizer):
     with pytest.raises(UserError, match=r"prompt file nowhere\.jsonl cannot be read .*check prompts\.train"):
-        load_questions("nowhere.jsonl", PromptsConfig(train="nowhere.jsonl"), tokenizer, seed=0, max_tokens=5)
+        load_records("nowhere.jsonl", PromptsConfig(train="nowhere.jsonl"), tokenizer, seed=0, max_tokens=5)
 
 
 def test_a_prompt_at_the_limit_is_accepted_and_one_token_more_refused(tmp_path, tokenizer):
     text = '{"prompt": "which is"}\n{"prompt": "which is larger"}\n'
-    assert [len(q.token_ids) for q in load(tmp_path, tokenizer, text, max_tokens=3)] == [2, 3]
+    assert [len(r.token_ids) for r in load(tmp_path, tokenizer, text, max_tokens=3)] == [2, 3]
     message = refusal(tmp_path, tokenizer, text, max_tokens=2)
     assert "questions.jsonl, line 2: the prompt has 3 tokens" in message
     assert "(2); shorten it, raise prompts.max_tokens, or lower sampling.max_new_tokens" in message
@@ -235,9 +235,9 @@ def test_format_chat_goes_through_the_tokenizers_template(tmp_path, tokenizer):
         "{% if add_generation_prompt %} <end>{% endif %}"
     )
     messages = '{"prompt": [{"role": "user", "content": "7 is"}]}\n{"prompt": "7 is"}\n'
-    questions = load(tmp_path, tokenizer, messages, format="chat")
-    assert [q.text for q in questions] == ["user : 7 is <end>"] * 2  # bare text is one message of the user
-    assert [q.token_ids.tolist() for q in questions] == [[7, 8, 5, 3, 1]] * 2
+    records = load(tmp_path, tokenizer, messages, format="chat")
+    assert [r.text for r in records] == ["user : 7 is <end>"] * 2  # bare text is one message of the user
+    assert [r.token_ids.tolist() for r in records] == [[7, 8, 5, 3, 1]] * 2
 
 
 def test_the_tokenizers_own_special_tokens_are_added_to_plain_text_but_not_to_a_templates(tmp_path, tokenizer):
@@ -257,41 +257,3 @@ def test_a_template_that_refuses_a_prompt_or_is_missing_names_the_line(tmp_path,
     )
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     assert "no system role" in refusal(tmp_path, tokenizer, text, format="chat")
-
-
-# Functions named in the config
-
-
-def test_a_function_is_loaded_by_module_and_name():
-    assert load_function("json:dumps", "reward source s") is json.dumps
-
-
-@pytest.mark.parametrize("path", ["questions.csv", "json.dumps", ""])
-def test_a_function_without_a_colon_is_refused_with_the_form_to_use(path):
-    with pytest.raises(UserError) as caught:
-        load_function(path, "reward source s")
-    assert (
-        str(caught.value) == f"reward source s ({path}) must read module:function, such as deploy.tasks.larger:correct"
-    )
-
-
-@pytest.mark.parametrize("path", ["no_such_module:f", "json.no_such_module:f", ":f"])
-def test_a_function_in_a_module_that_is_not_there_is_refused(path):
-    with pytest.raises(UserError) as caught:
-        load_function(path, "prompts")
-    assert f"prompts ({path}): module {path[:-2]} cannot be imported" in str(caught.value)
-    assert "directory ratchet is started from" in str(caught.value)
-
-
-def test_a_module_that_raises_when_imported_is_refused_with_its_error(tmp_path, monkeypatch):
-    (tmp_path / "raises_at_import.py").write_text("raise RuntimeError('no licence')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"raises_at_import cannot be imported \(RuntimeError: no licence\)"):
-        load_function("raises_at_import:f", "reward source s")
-
-
-@pytest.mark.parametrize("name", ["no_such_function", "__doc__", ""])
-def test_a_name_that_is_no_function_is_refused(name):
-    with pytest.raises(UserError) as caught:
-        load_function(f"json:{name}", "reward source s")
-    assert str(caught.value) == f"reward source s (json:{name}): module json has no function {name}"

@@ -1,6 +1,7 @@
 """The command line: bad input ends in one message, exit code 2 and nothing written, before Ray starts."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -183,6 +184,16 @@ def test_a_model_without_a_tokenizer_is_refused(refusal, cfg, model, workplace):
     assert "model.path" in refusal("train", cfg, "model.path=bare")
 
 
+def test_a_kv_cache_that_holds_no_sequence_is_refused_before_ray_starts(refusal, cfg, model, workplace):
+    shutil.copytree(model, workplace / "long")
+    config = workplace / "long" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 8192}))
+    settings = ["model.path=long", "prompts.max_tokens=4096", "learner.micro_batch_tokens=8192"]
+    # 4096 + 8 tokens of 2 (keys, values) * 2 layers * 2 heads * 32 * 2 bytes = 512 bytes are a little over 2 MiB.
+    message = refusal("train", cfg, *settings, "reference.max_batch_tokens=8192", "generators.kv_cache_mib=2")
+    assert "generators.kv_cache_mib (2) must hold at least one sequence of 4104 tokens, 3 MiB" in message
+
+
 def test_a_config_file_that_is_missing_or_broken_is_refused(refusal, cfg, workplace):
     assert "config file no.toml does not exist" in refusal("train", "no.toml")
     cfg.write_text("num_steps = \n")
@@ -245,11 +256,24 @@ def test_resume_of_a_directory_that_is_no_run_is_refused(refusal, directory):
     assert "name one that ratchet train has made" in message
 
 
-@pytest.mark.parametrize("setting", ["seed=1", "ppo.clip_eps=0.1", "learner.critic=separate", "rollouts_per_step=16"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed=1",
+        "rollouts_per_step=16",
+        "ppo.clip_eps=0.1",
+        "learner.critic=separate",
+        "learner.precision=fp32",
+        "reward.normalise=none",
+        "reward.clip=1",
+        "reward.sources.0.weight=2",
+    ],
+)
 def test_resume_with_a_setting_that_the_journal_depends_on_is_refused(refusal, run, setting):
     message = refusal("train", "--resume", run, "num_steps=9", setting)
     assert message.startswith(f"ratchet: {setting} cannot change when a run goes on")
-    assert "changeable: num_steps, generators" in message
+    assert "changeable: num_steps, learner.micro_batch_tokens, " in message
+    assert " generators, reference, reward.replicas, " in message  # whole sections are named without a dot
 
 
 def test_resume_checks_the_settings_it_may_change(refusal, run):
@@ -259,11 +283,21 @@ def test_resume_checks_the_settings_it_may_change(refusal, run):
     assert "generators.replicas = 0" in refusal("train", "--resume", run, "generators.replicas=0")
 
 
-def test_resume_with_other_settings_goes_on(run, monkeypatch):
-    for settings in ([], ["num_steps=9"], ["num_steps=9", "generators.replicas=2", "checkpoint.every=1"]):
-        monkeypatch.setattr(sys, "argv", ["ratchet", "train", "--resume", str(run), *settings])
-        with pytest.raises(RayWouldStart):
-            main()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["num_steps=9"],
+        ["num_steps=9", "generators.replicas=2", "checkpoint.every=1"],
+        ["learner.micro_batch_tokens=4096", "learner.gradient_checkpointing=true", "learner.threads=2"],
+        ["learner.timeout_s=9", "reward.timeout_s=9", "reward.replicas=2", "reward.max_void_share=1"],
+        ["reference.dtype=float32", "evaluation.every=1", "ray.dashboard=false"],
+    ],
+)
+def test_resume_with_other_settings_goes_on(run, monkeypatch, settings):
+    monkeypatch.setattr(sys, "argv", ["ratchet", "train", "--resume", str(run), *settings])
+    with pytest.raises(RayWouldStart):
+        main()
 
 
 def test_resume_does_not_change_num_steps_under_a_schedule_that_depends_on_it(refusal, cfg, run):

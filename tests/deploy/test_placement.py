@@ -6,9 +6,11 @@ import pytest
 
 from common.config import Config, UserError
 from common.models import ModelSize
-from deploy.placement import GIB, MIB, Need, Node, needs, place
+from deploy.placement import GIB, MIB, Need, Node, check_caches, needs, place
 
-MODEL = ModelSize(parameters=1_000_000, layers=2, hidden=64, vocabulary=100, context=64)
+MODEL = ModelSize(
+    parameters=1_000_000, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, vocabulary=100, context=4096
+)
 
 
 def config(**sections):
@@ -58,11 +60,41 @@ def test_the_memory_estimate_grows_with_the_model_by_the_copies_each_role_holds(
     assert grown["Reward(0)"] == 0  # Python functions hold no model
 
 
-def test_the_learners_estimate_grows_with_depth_width_vocabulary_and_micro_batch():
-    learner = memory(config())["Learner(0)"]
-    for change in ({"layers": 4}, {"hidden": 128}, {"vocabulary": 50_000}):
-        assert memory(config(), replace(MODEL, **change))["Learner(0)"] > learner
-    assert memory(config(learner={"micro_batch_tokens": 4096}))["Learner(0)"] > learner
+def test_the_estimates_of_a_small_model_worked_out_by_hand():
+    # By default: rows of 512 + 256 tokens, 2048 tokens in a micro-batch, 4096 in a pass of the reference.
+    estimate = memory(config())
+    # Logits of a chunk of 1024 tokens, thrice in float32: 3 * 4 * 1024 * 100 = 1,228,800.
+    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000 + 1_228_800
+    assert estimate["Generator(0)"] == 600 * MIB + 4_000_000 + 256 * MIB
+    # Saved for the backward pass: 20 bf16 values for 2048 tokens * 2 layers * 64 units, 10,485,760 bytes. Attention:
+    # scores and softmax, float32, of 2048 * 768 pairs * 4 heads * 2 layers, 2 * 4 * 12,582,912 = 100,663,296 bytes.
+    assert estimate["Learner(0)"] == 600 * MIB + 18_000_000 + 10_485_760 + 100_663_296 + 1_228_800
+    assert estimate["Reward(0)"] == 600 * MIB
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "bytes_more"),
+    [
+        ({"layers": 4}, {}, 10_485_760 + 100_663_296),  # twice as deep: activations and attention once more
+        ({"hidden": 128}, {}, 10_485_760),
+        ({"heads": 8}, {}, 100_663_296),
+        ({"vocabulary": 300}, {}, 2 * 1_228_800),
+        ({}, {"learner": {"micro_batch_tokens": 4096}}, 10_485_760 + 100_663_296),  # logits stay those of one chunk
+        ({}, {"sampling": {"max_new_tokens": 1024}}, 100_663_296),  # rows of 1536, not 768
+        ({}, {"prompts": {"train": "t", "max_tokens": 128}}, -50_331_648),  # rows of 384
+    ],
+)
+def test_the_learners_estimate_follows_model_micro_batch_and_row_length(change, settings, bytes_more):
+    assert memory(config(**settings), replace(MODEL, **change))["Learner(0)"] - memory(config())["Learner(0)"] == (
+        bytes_more
+    )
+
+
+def test_a_micro_batch_below_a_chunk_has_fewer_logits():
+    short = {"prompts": {"train": "t", "max_tokens": 64}, "sampling": {"max_new_tokens": 64}}
+    less, more = (memory(config(**short, reference={"max_batch_tokens": n})) for n in (256, 8192))
+    # 256 tokens instead of a chunk's 1024: 3 * 4 * 768 * 100 bytes less.
+    assert more["ReferencePolicy(0)"] - less["ReferencePolicy(0)"] == 921_600
 
 
 def test_a_separate_critic_adds_a_second_trained_network():
@@ -82,6 +114,44 @@ def test_float32_doubles_the_weights_of_a_frozen_role(role, section, copies):
 def test_the_kv_cache_is_counted():
     small, large = (memory(config(generators={"kv_cache_mib": mib}))["Generator(0)"] for mib in (256, 1024))
     assert large - small == 768 * MIB
+
+
+# Caches of fixed size
+
+
+def cache_refusal(model=MODEL, **sections):
+    with pytest.raises(UserError) as caught:
+        check_caches(config(**sections), model)
+    return str(caught.value)
+
+
+def test_a_kv_cache_below_one_sequence_is_refused_with_what_it_takes():
+    # A token: keys and values * 2 layers * 2 heads * 1024 * 2 bytes = 16 KiB. 512 + 256 tokens: 12 MiB.
+    wide = replace(MODEL, head_dim=1024)
+    check_caches(config(generators={"kv_cache_mib": 12}), wide)
+    message = cache_refusal(wide, generators={"kv_cache_mib": 11})
+    assert "generators.kv_cache_mib (11) must hold at least one sequence of 768 tokens, 12 MiB" in message
+    assert "lower prompts.max_tokens or sampling.max_new_tokens" in message
+    assert "768 tokens, 24 MiB" in cache_refusal(wide, generators={"kv_cache_mib": 12, "dtype": "float32"})
+    # One token more takes a 13th MiB, of which 1/64 is used.
+    assert "769 tokens, 13 MiB" in cache_refusal(
+        wide, generators={"kv_cache_mib": 12}, sampling={"max_new_tokens": 257}
+    )
+    check_caches(config(generators={"kv_cache_mib": 12}), replace(wide, heads=64, hidden=4096))  # neither is cached
+
+
+def test_no_sequence_is_longer_than_the_models_context():
+    short = replace(MODEL, head_dim=1024, context=128)  # 128 of 16 KiB
+    check_caches(config(generators={"kv_cache_mib": 2}), short)
+    assert "one sequence of 128 tokens, 2 MiB" in cache_refusal(short, generators={"kv_cache_mib": 1})
+
+
+def test_an_object_store_below_two_versions_of_the_weights_is_refused_unless_it_is_someone_elses():
+    # A version of 1 million weights in bf16 is 2 million bytes; 4 million are 3.8 MiB.
+    check_caches(config(ray={"object_store_mib": 4}), MODEL)
+    message = cache_refusal(ray={"object_store_mib": 3})
+    assert "ray.object_store_mib (3) must hold two versions of the weights, 4 MiB with this model; raise it" in message
+    check_caches(config(ray={"object_store_mib": 3, "address": "10.0.0.1:6379"}), MODEL)  # not started here
 
 
 # Where it goes

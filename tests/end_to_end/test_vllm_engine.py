@@ -34,13 +34,13 @@ def perturbed(model_dir, version: int) -> WeightSet:
     return pack(model.named_parameters(), version)
 
 
-def in_engine(model_dir, dtype, weight_sets=(), *, temperature=1.0, scenario="rollouts"):
+def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", **sampling):
     """Runs `scenario` in a fresh process with a Generator over vLLM."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_in_engine, model_dir, dtype, list(weight_sets), temperature, scenario).result(300)
+        return process.submit(_in_engine, model_dir, dtype, list(weight_sets), sampling, scenario).result(300)
 
 
-def _in_engine(model_dir, dtype, weight_sets, temperature, scenario):
+def _in_engine(model_dir, dtype, weight_sets, sampling, scenario):
     from actors.generator import Generator
     from actors.vllm_engine import VLLMEngine
 
@@ -48,8 +48,8 @@ def _in_engine(model_dir, dtype, weight_sets, temperature, scenario):
         return VLLMEngine(
             model_dir,
             GeneratorsConfig(dtype=dtype, kv_cache_mib=16),
-            SamplingConfig(temperature=temperature, max_new_tokens=12),
-            max_model_len=32,
+            SamplingConfig.model_validate({"max_new_tokens": 12, **sampling}),
+            max_model_len=128,
             end_token_ids=[END],
         )
 
@@ -81,9 +81,19 @@ async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
     except CorruptWeightsError as error:
         refused = str(error)
     running = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.05)  # some way into 100 tokens
     await generator.load_weights(weights)
     return refused, list(await asyncio.gather(*running))
+
+
+async def give_up(generator, weight_sets) -> list[Rollout]:
+    """Callers that leave at any moment disturb nobody; the same prompt twice at once is two requests."""
+    for delay in (0.0, 0.001, 0.004, 0.01, 0.02):
+        leaving = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
+        await asyncio.sleep(delay)
+        for task in leaving:
+            task.cancel()
+    return list(await asyncio.gather(generator.generate(PROMPTS[0]), generator.generate(PROMPTS[0])))
 
 
 def hf_logprobs(model_dir, rollout: Rollout, weights: WeightSet | None, temperature: float = 1.0) -> np.ndarray:
@@ -133,13 +143,27 @@ def test_a_sample_id_gives_the_same_rollout_in_any_company(tmp_path):
 
 def test_an_update_in_flight_is_verified_and_stamped_on_the_tokens_after_it(tmp_path):
     model_dir = save_tiny_model(tmp_path / "model")
-    refused, batch = in_engine(model_dir, "float32", [perturbed(model_dir, 5)], scenario="update_in_flight")
+    refused, batch = in_engine(
+        model_dir,
+        "float32",
+        [perturbed(model_dir, 5)],
+        scenario="update_in_flight",
+        max_new_tokens=100,
+    )
     assert "checksum" in refused
-    for rollout in batch:
-        versions = rollout.policy_versions.tolist()
-        assert versions == sorted(versions)
-        assert set(versions) <= {0, 5}
-    assert any(5 in rollout.policy_versions for rollout in batch)
+    mixed = [rollout for rollout in batch if set(rollout.policy_versions) == {0, 5}]
+    assert mixed, "the update came before the first token or after the last"
+    for rollout in mixed:
+        assert rollout.policy_versions.tolist() == sorted(rollout.policy_versions)
+        old = rollout.policy_versions == 0
+        difference = np.abs(rollout.rollout_logprobs - hf_logprobs(model_dir, rollout, None))
+        assert difference[old].max() < 1e-4  # sampled by the old weights, as stamped
+        assert difference[~old].mean() > 0.1  # and the others were not
+
+
+def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):
+    one, other = in_engine(save_tiny_model(tmp_path / "model"), "float32", scenario="give_up")
+    assert one.response_ids.tolist() == other.response_ids.tolist()
 
 
 def test_sampling_seeds_differ_by_run_and_sample():

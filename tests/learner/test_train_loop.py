@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.config import UserError
+from common.journal import JournalError
 from common.metrics import read_records
-from common.prompts import PromptStream, Question
-from common.types import SampleId
+from common.prompts import PromptRecord, PromptStream
+from common.types import Prompt, Rollout, SampleId, Score
 from learner.train_loop import Run, train
 from tests.fakes import FakeRoles, make_prompt, tiny_config
 
 
 def make_run(directory: Path, roles: FakeRoles, **overrides) -> Run:
     cfg = tiny_config("unused", **overrides)
-    questions = [Question(f"q{i}", np.array([3, 4], dtype=np.int32), {}) for i in range(10)]
-    prompts = PromptStream(questions, seed=cfg.seed, rollouts_per_prompt=1)
+    records = [PromptRecord(f"q{i}", np.array([3, 4], dtype=np.int32), {}) for i in range(10)]
+    prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=1)
     heldout = [make_prompt(i) for i in range(2)]
     for i, prompt in enumerate(heldout):
         object.__setattr__(prompt, "sample_id", SampleId(-1, i, 0))
@@ -57,8 +59,8 @@ def test_batches_hold_prompts_in_the_order_they_were_issued(tmp_path):
     roles = FakeRoles([])
     run = make_run(tmp_path, roles, num_steps=3)
     asyncio.run(train(run))
-    questions = [Question("", np.array([3], dtype=np.int32), {})] * 10
-    stream = PromptStream(questions, seed=0, rollouts_per_prompt=1)
+    records = [PromptRecord("", np.array([3], dtype=np.int32), {})] * 10
+    stream = PromptStream(records, seed=0, rollouts_per_prompt=1)
     expected = [stream.next().sample_id.prompt for _ in range(12)]
     assert [i for table in roles.tables for i in table["prompt_index"].to_pylist()] == expected
 
@@ -115,6 +117,102 @@ def test_a_run_goes_on_from_checkpoint_and_journal(tmp_path):
     for resumed, uninterrupted in zip(cut.tables + rest.tables[1:], whole.tables, strict=True):
         assert resumed.equals(uninterrupted)
     assert [record["step"] for record in read_records(tmp_path / "cut/metrics.jsonl")] == list(range(6))
+
+
+def test_a_checkpoint_ahead_of_the_journal_is_refused_by_name(tmp_path):
+    asyncio.run(train(make_run(tmp_path, FakeRoles([]))))
+    for lost in (tmp_path / "journal").glob("step-000002.*"):
+        lost.unlink()
+    roles = FakeRoles([])
+    with pytest.raises(JournalError, match=r"step-000003 has 3 steps behind it, the journal only 2"):
+        asyncio.run(train(make_run(tmp_path, roles)))
+    assert roles.events == ["restore 3"]  # nothing trained, published or generated
+
+
+@pytest.mark.parametrize("left", [0, 40], ids=["lost", "cut-short"])
+def test_a_run_killed_before_a_steps_metrics_has_its_whole_line_after_resuming(tmp_path, left):
+    async def score(rollout: Rollout) -> Score:
+        return Score(value := rollout.prompt.sample_id.prompt / 4, {"a_words": value})
+
+    def run(num_steps: int) -> FakeRoles:
+        roles = FakeRoles([])
+        roles.score = score
+        asyncio.run(train(make_run(tmp_path, roles, num_steps=num_steps, checkpoint={"every": 1})))
+        return roles
+
+    run(2)
+    metrics, newest = tmp_path / "metrics.jsonl", tmp_path / "checkpoints/step-000002"
+    before = read_records(metrics)
+    first, second = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(first + second[:left])
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    events = run(3).events
+
+    assert events[:4] == ["restore 1", "update 1", "publish v2", "load v2"]
+    after = read_records(metrics)
+    assert [record["step"] for record in after] == [0, 1, 2]
+    untimed = [{key: value for key, value in record.items() if "time/" not in key} for record in before]
+    assert after[:2] == [before[0], untimed[1]]  # all but the seconds, which nobody knows any more
+    assert {"rollout/score/mean", "rollout/score/a_words", "staleness/max", "ppo/entropy"} <= after[1].keys()
+    assert after[1]["rollout/score/mean"] != after[0]["rollout/score/mean"]  # each step's own
+
+
+class NotFinite(FakeRoles):
+    """The generator's log-probabilities of prompt 2 hold a NaN, the reference's of prompt 5 an infinity."""
+
+    async def generate(self, prompt: Prompt) -> Rollout:
+        rollout = await super().generate(prompt)
+        if prompt.sample_id.prompt == 2:
+            rollout.rollout_logprobs[-1] = math.nan
+        return rollout
+
+    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+        logprobs = rollout.rollout_logprobs.copy()
+        if rollout.prompt.sample_id.prompt == 5:
+            logprobs[0] = -math.inf
+        return logprobs
+
+
+def test_rollouts_with_logprobs_that_are_not_finite_are_void_and_counted(tmp_path):
+    roles = NotFinite([])
+    run = make_run(tmp_path, roles, num_steps=5)
+    asyncio.run(train(run))
+    voids = [
+        [SampleId.parse(sample_id).prompt, reason] for step in run.journal.since(0) for sample_id, reason in step.voids
+    ]
+    assert dict(voids) == {
+        2: "the generator gave a log-probability that is not finite",
+        5: "the reference gave a log-probability that is not finite",
+    }
+    counts = [record["rollout/voids"] for record in read_records(tmp_path / "metrics.jsonl")]
+    assert counts == [len(step.voids) for step in run.journal.since(0)]
+    assert (
+        sum(counts) == len(voids) >= 4
+    )  # an epoch trains on 8 of its 10 prompts: 20 rollouts are two whole epochs and more
+    for table in roles.tables:
+        assert table.num_rows == 4  # another was written in place of each
+        assert not {2, 5} & set(table["prompt_index"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("unscored", "voids", "passed", "interval", "score"),
+    [
+        # Wilson at z = 1.96, n = 2. One of two: (1/2 +- 1.18431 / 2.9208), where
+        # 1.18431 = 1.96 * sqrt(0.25 / 2 + 1.96^2 / 16) and 2.9208 = 1 + 1.96^2 / 2. None: 2 * 0.9604 / 2.9208 at most.
+        ({0}, 1, 0.5, (0.0945, 0.9055), 1.0),
+        ({0, 1}, 2, 0.0, (0.0, 0.6576), 0.0),
+    ],
+)
+def test_answers_that_cannot_be_scored_count_as_void_and_failed(tmp_path, unscored, voids, passed, interval, score):
+    roles = FakeRoles([], fail_prompts=frozenset(unscored))
+    for evaluation in asyncio.run(train(make_run(tmp_path, roles, num_steps=1))):
+        assert (evaluation.prompts, evaluation.voids, evaluation.pass_at_1) == (2, voids, passed)
+        assert evaluation.interval == pytest.approx(interval, abs=1e-4)
+        assert evaluation.score == score  # the mean over what was scored
+        assert evaluation.components == ({"a_words": 1.0} if score else {})
+    assert [record["voids"] for record in read_records(tmp_path / "evaluations.jsonl")] == [voids, voids]
 
 
 def test_evaluation_happens_before_after_and_every_so_many_steps(tmp_path):

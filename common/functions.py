@@ -1,0 +1,26 @@
+"""Python functions that a config names: `module:function`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from common.config import UserError
+
+
+def load_function(path: str, setting: str) -> Callable[..., Any]:
+    """The Python function that `module:function` names. Raises UserError saying what failed to import."""
+    module_name, separator, name = path.partition(":")
+    if not separator:
+        raise UserError(f"{setting} ({path}) must read module:function, such as deploy.tasks.larger:correct")
+    try:
+        function = getattr(import_module(module_name), name, None)
+    except Exception as error:
+        raise UserError(
+            f"{setting} ({path}): module {module_name} cannot be imported ({type(error).__name__}: {error}); "
+            "it must be installed, or lie in the directory ratchet is started from"
+        ) from error
+    if not callable(function):
+        raise UserError(f"{setting} ({path}): module {module_name} has no function {name}")
+    return function

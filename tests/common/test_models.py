@@ -1,0 +1,173 @@
+"""Models on disk: what is refused, what their sizes are, and that a directory is replaced whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from common.config import UserError
+from common.models import (
+    EMBEDDED,
+    ModelSize,
+    end_token_ids,
+    load_policy,
+    load_tokenizer,
+    model_size,
+    replaced_directory,
+    resolve_model,
+)
+from tests.fakes import END, save_tiny_model
+
+CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
+
+
+def refusal(name) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve_model(str(name))
+    return str(caught.value)
+
+
+# Finding a model
+
+
+def test_a_complete_directory_is_its_own_resolution(tmp_path):
+    assert resolve_model(str(save_tiny_model(tmp_path))) == tmp_path
+
+
+def test_a_directory_without_config_or_weights_is_refused(tmp_path):
+    assert f"model.path ({tmp_path}) holds no config.json" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert f"model.path ({tmp_path}) holds no weights (*.safetensors)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./no/model", "/no/model", "~/no-model", "embedded:other"])
+def test_a_name_that_is_neither_directory_nor_hub_name_is_refused_with_what_to_give(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(name)
+    assert f"model.path ({name}) is neither a directory nor a hub name" in message
+    assert EMBEDDED in message
+
+
+def test_a_hub_name_that_cannot_be_had_is_refused_with_the_cause(monkeypatch):
+    def no_network(name, **options):
+        raise ConnectionError(name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    assert "model.path (org/model) is not a directory, and the hub could not give it: ConnectionError" in refusal(
+        "org/model"
+    )
+
+
+@pytest.mark.ray
+def test_the_embedded_model_is_converted_once_and_knows_the_capital_of_france(tmp_path, monkeypatch):
+    monkeypatch.setenv("RATCHET_CACHE", str(tmp_path))
+    directory = resolve_model(EMBEDDED)
+    assert directory.parent == tmp_path
+    times = {file: file.stat().st_mtime_ns for file in directory.iterdir()}
+    assert resolve_model(EMBEDDED) == directory
+    assert {file: file.stat().st_mtime_ns for file in directory.iterdir()} == times
+
+    tokenizer, policy = load_tokenizer(directory), load_policy(directory, **CPU)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        assert tokenizer.decode([int(policy(ids).logits[0, -1].argmax())]) == " Paris"
+
+
+# What it is made of
+
+
+def test_sizes_are_those_counted_by_hand(tmp_path):
+    # Embedding 64 * 64 = 4096. A layer: queries and output 2 * 64 * 64, keys and values 2 * 64 * 32, three matrices
+    # 64 * 128, two norms of 64: 8192 + 4096 + 24,576 + 128 = 36,992. A last norm of 64: 4096 + 2 * 36,992 + 64.
+    expected = ModelSize(
+        parameters=78_144, layers=2, hidden=64, heads=2, kv_heads=1, head_dim=32, vocabulary=64, context=128
+    )
+    assert model_size(save_tiny_model(tmp_path / "tied")) == expected
+    # An output embedding of its own: 4096 more.
+    assert model_size(save_tiny_model(tmp_path / "untied", tied=False)).parameters == 82_240
+
+
+def test_heads_that_a_config_does_not_mention_follow_from_the_others(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_layer": 1, "n_head": 4, "n_embd": 32, "vocab_size": 10, "n_positions": 16})
+    )
+    size = model_size(tmp_path)
+    assert (size.heads, size.kv_heads, size.head_dim, size.context) == (4, 4, 8, 16)
+
+
+def test_a_directory_of_no_language_model_is_refused(tmp_path):
+    for config in ("{}", '{"model_type": "no_such_type"}', '{"model_type": "vit"}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(UserError, match="is no causal language model of transformers"):
+            model_size(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(7, [END, 7]), ([9, 7, END], [END, 7, 9]), (None, [END]), ("no file", [END])]
+)
+def test_end_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path, configured, expected):
+    file = save_tiny_model(tmp_path) / "generation_config.json"
+    file.unlink() if configured == "no file" else file.write_text(json.dumps({"eos_token_id": configured}))
+    assert end_token_ids(tmp_path) == expected
+
+
+# Loading it
+
+
+def save_changed_head(directory, kind, value):
+    torch.manual_seed(0)
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 1.0,  # logits of some tens, so that capping at 30 shows
+    }
+    if kind == "capped":
+        Gemma2ForCausalLM(Gemma2Config(**small, head_dim=16, final_logit_softcapping=value)).save_pretrained(directory)
+    else:
+        GraniteForCausalLM(GraniteConfig(**small, logits_scaling=value)).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("capped", 30.0), ("scaled", 8.0)])
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path, kind, value):
+    save_changed_head(tmp_path, kind, value)
+    with pytest.raises(UserError, match="changes its logits after the output embedding"):
+        load_policy(tmp_path, **CPU)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("capped", None), ("scaled", 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_models_without_the_change_are_loaded(tmp_path, kind, value, dtype):
+    save_changed_head(tmp_path, kind, value)
+    policy = load_policy(tmp_path, dtype=dtype, device=torch.device("cpu"))
+    assert policy.dtype == dtype
+    assert not policy.training
+
+
+# Replacing a directory
+
+
+def test_a_directory_is_replaced_only_when_the_block_ends_well(tmp_path):
+    target = tmp_path / "some" / "policy"
+    with replaced_directory(target) as staging:
+        (staging / "old").write_text("old")
+        assert not target.exists()
+
+    def fail():
+        with replaced_directory(target) as staging:
+            (staging / "new").write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"old": "old"}
+    assert list(target.parent.iterdir()) == [target]  # nothing is left of the attempt
+
+    with replaced_directory(target) as staging:
+        (staging / "new").write_text("new")
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"new": "new"}
+    assert list(target.parent.iterdir()) == [target]
