@@ -24,11 +24,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from common.config import UserError
 from common.types import EXPERIENCE_SCHEMA, Void
 
 
-class JournalError(RuntimeError):
-    """The journal on disk is not the chain that was written."""
+class JournalError(UserError):
+    """The journal on disk is not the chain that was written; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Journal:
         self.next_step = len(list(directory.glob("step-*.arrow")))
         for step in range(self.next_step):
             if not self._path(step).exists():
-                raise JournalError(f"{self._path(step)} is missing: the journal has a gap")
+                raise JournalError(f"{self._path(step)} is missing: the journal has a gap; restore it from a copy")
         self._last_hash = self._hash(self.next_step - 1)
 
     def append(
@@ -125,7 +126,7 @@ class Journal:
         except (OSError, IndexError, UnicodeDecodeError) as error:
             raise JournalError(f"{path} or its .sha256 cannot be read: {error}") from error
         if digest != written:
-            raise JournalError(f"{path} has SHA-256 {digest}, but {written} was written: the file is damaged")
+            raise JournalError(f"{path} is damaged (SHA-256 {digest}, written {written}); restore it from a copy")
         return digest
 
 

@@ -38,7 +38,7 @@ def resolve_model(name: str) -> Path:
     if name == EMBEDDED:
         return _prepare_embedded()
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name and directory.is_dir():
         if not (directory / "config.json").exists():
             raise UserError(f"model.path ({name}) holds no config.json; name a Hugging Face model directory")
         if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
@@ -86,10 +86,12 @@ def model_size(directory: Path) -> ModelSize:
     """Sizes of the model in `directory`, from its config alone: no weight is loaded. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(directory)
+        if getattr(config, "final_logit_softcapping", None):
+            raise ValueError("it caps its logits after the output embedding, which is not supported")
         with torch.device("meta"):
             parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path ({directory}) is no causal language model of transformers: {error}") from error
+        raise UserError(f"model.path ({directory}) cannot be trained: {error}; name another model") from error
     heads = config.num_attention_heads
     return ModelSize(
         parameters=parameters,

@@ -51,12 +51,12 @@ def needs(cfg: Config, model: ModelSize) -> list[Need]:
     networks = 2 if cfg.learner.critic == "separate" else 1
     # float32 weights, gradients and two Adam moments.
     state = 16 * model.parameters * networks
-    # About 20 saved bf16 values per token, layer and hidden unit; plain attention also keeps its scores and their
+    # About 20 saved values per token, layer and hidden unit; plain attention (on CPU) also keeps its scores and their
     # softmax for every pair of tokens of a row.
-    tokens, row = cfg.learner.micro_batch_tokens, cfg.max_sequence_tokens
-    saved = 2 * 20 * tokens * model.layers * model.hidden
-    attention = 2 * 4 * tokens * row * model.heads * model.layers
-    learner = imports + state + weights["bfloat16"] + saved + attention + logits(tokens)
+    tokens, row = cfg.learner.micro_batch_tokens, min(cfg.max_sequence_tokens, model.context)
+    saved = (2 if cfg.learner.precision == "bf16" else 4) * 20 * tokens * model.layers * model.hidden
+    attention = 2 * 4 * tokens * row * model.heads * model.layers if cfg.learner.gpus == 0 else 0
+    learner = imports + state + weights["bfloat16"] + networks * (saved + attention) + logits(tokens)
 
     def role(name: str, section: str, cfg: Placed, count: int, memory: int) -> list[Need]:
         return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, memory) for i in range(count)]

@@ -115,7 +115,7 @@ def make_engine(cfg: Config, context: int, end_tokens: list[int]) -> Engine:
 def check_inputs(
     cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """Training and held-out questions. Checks all that can be checked with nothing started; raises UserError."""
+    """Training and held-out prompts. Checks all that can be checked with nothing started; raises UserError."""
     for source in cfg.reward.sources:
         load_function(source.function, f"reward source {source.name}")
     size = model_size(model)

@@ -126,8 +126,6 @@ async def recover(run: Run) -> None:
     The journal is the log and a checkpoint only a cache of it: steps written after the newest checkpoint are trained
     again from disk, without generating anything.
     """
-    if run.journal.next_step == 0:
-        return
     if (checkpoint := run.checkpoints.newest()) is not None:
         await run.learner.restore(checkpoint)
     if run.learner.step > run.journal.next_step:
@@ -141,7 +139,9 @@ async def recover(run: Run) -> None:
         if written.step not in logged:
             rollouts = _rollout_metrics(written.table, len(written.voids), policy_version=written.policy_version)
             append_record(run.directory / "metrics.jsonl", {"step": written.step, **rollouts, **stats})
-    run.prompts.restore(run.journal.read(run.journal.next_step - 1).prompts)
+    if (last := run.journal.last()) is None:
+        return  # a new run
+    run.prompts.restore(last.prompts)
     await run.generators.load(await run.learner.publish(), run.learner.step)
 
 

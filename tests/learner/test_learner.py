@@ -179,7 +179,9 @@ class SlowLearner:
         gain = min(advantage * ratio, advantage * kept)
         error = (value - fixed["return"]) ** 2
         too_far = ppo.value_clip > 0 and abs(value - fixed["value"]) > ppo.value_clip
-        near = fixed["value"] + math.copysign(ppo.value_clip, value - fixed["value"]) if too_far else value
+        near = (
+            fixed["value"] + math.copysign(ppo.value_clip, float(value.detach()) - fixed["value"]) if too_far else value
+        )
         near_error = (near - fixed["return"]) ** 2 + 0 * value  # a clipped value passes no gradient on
         return {
             "ppo/policy_loss": -gain * fixed["weight"],
@@ -241,7 +243,7 @@ def test_three_updates_agree_with_a_slow_derivation(model, critic, other):
         found = learner.update(varied_batch(seed))
         found = {key: x for key, x in found.items() if not key.startswith("time/")}
         assert found == pytest.approx(expected, rel=2e-5, abs=2e-6)
-        assert torch.allclose(parameters(learner), torch.cat([p.flatten() for p in slow.parameters]), atol=2e-6)
+        assert torch.allclose(parameters(learner), torch.cat([p.flatten() for p in slow.parameters]), atol=1e-6)
     # Nothing above was idle.
     assert expected["ppo/clip_frac"] > 0.1
     assert expected["ppo/grad_norm"] > 2 * learner.cfg.optimizer.max_grad_norm
@@ -340,15 +342,15 @@ def gradients(learner: Learner, table: pa.Table) -> tuple[torch.Tensor, dict[str
 
 
 def test_bf16_stays_near_float32(model):
-    exact, exact_stats = gradients(make_learner(model), varied_batch(0))
+    exact, exact_stats = gradients(make_learner(model), varied_batch(1))
     learner = make_learner(model, learner={"precision": "bf16"})
-    rounded, rounded_stats = gradients(learner, varied_batch(0))
+    rounded, rounded_stats = gradients(learner, varied_batch(1))
     assert not torch.equal(rounded, exact)
-    assert torch.cosine_similarity(rounded, exact, dim=0) > 0.99
-    for key in ("ppo/policy_loss", "value/loss", "ppo/entropy", "kl/per_token", "ppo/grad_norm"):
-        assert abs(exact_stats[key]) > 0.05, key
-        assert rounded_stats[key] == pytest.approx(exact_stats[key], rel=0.02), key
-    assert all(p.dtype == p.grad_dtype == torch.float32 for p in learner.network.parameters())
+    assert torch.cosine_similarity(rounded, exact, dim=0) > 0.999
+    for key in ("ppo/policy_loss", "value/loss", "ppo/entropy", "ppo/approx_kl", "kl/per_token", "ppo/grad_norm"):
+        assert abs(exact_stats[key]) > 0.1, key
+        assert rounded_stats[key] == pytest.approx(exact_stats[key], rel=0.01), key
+    assert all(p.dtype == torch.float32 for p in learner.network.parameters())
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

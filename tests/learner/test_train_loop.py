@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +222,10 @@ def test_evaluation_happens_before_after_and_every_so_many_steps(tmp_path):
     evaluations = asyncio.run(train(run))
     assert [evaluation.policy_version for evaluation in evaluations] == [0, 2, 4, 5]
     assert all(evaluation.pass_at_1 == 1.0 and evaluation.prompts == 2 for evaluation in evaluations)
+
+
+def test_a_journal_that_is_gone_altogether_is_refused_where_a_checkpoint_remembers_it(tmp_path):
+    asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=2)))
+    shutil.rmtree(tmp_path / "journal")
+    with pytest.raises(JournalError, match="step-000002 has 2 steps behind it, the journal only 0"):
+        asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=4)))
