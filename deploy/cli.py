@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from textwrap import fill, indent
 from typing import Annotated
 
 import typer
 
 from common.config import Config, UserError, describe, load_config
 
-_SETTINGS = "\b\nSettings (give any as key=value; `ratchet config --describe` explains each):\n" + "\n".join(
-    f"  {key} ({kind}; default {default})" for key, kind, default, _ in describe()
-)
+
+def _settings() -> str:
+    """Every setting with its meaning, as `ratchet config --describe` prints it."""
+    return "\n".join(
+        f"{key} ({kind}; default {default})\n" + fill(meaning, 100, initial_indent="    ", subsequent_indent="    ")
+        for key, kind, default, meaning in describe()
+    )
+
+
 # What a run may change when it goes on: nothing that decides what is learned from the journal. The learner's own way
 # of computing it may change, to get past a crash; replayed steps then agree to rounding, not to the bit.
 _RESUMABLE = (
@@ -40,7 +47,7 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog=_SETTINGS)
+@app.command(epilog="\b\nSettings, any of which may be given as key=value:\n" + indent(_settings(), "  "))
 def train(
     config: Annotated[str, typer.Argument(help="A TOML file; with --resume: a first key=value setting.")] = "",
     settings: Annotated[list[str] | None, typer.Argument(help="key=value settings over the file's.")] = None,
@@ -77,8 +84,7 @@ def config(
 ) -> None:
     """Show a resolved config, or explain every setting."""
     if explain:
-        for key, kind, default, meaning in describe():
-            typer.echo(f"{key} ({kind}; default {default})\n    {meaning}")
+        typer.echo(_settings())
     elif config is not None:
         import tomli_w
 

@@ -99,7 +99,7 @@ def test_heads_that_a_config_does_not_mention_follow_from_the_others(tmp_path):
 def test_a_directory_of_no_language_model_is_refused(tmp_path):
     for config in ("{}", '{"model_type": "no_such_type"}', '{"model_type": "vit"}'):
         (tmp_path / "config.json").write_text(config)
-        with pytest.raises(UserError, match="cannot be trained: Unrecognized model"):
+        with pytest.raises(UserError, match="cannot be trained"):
             model_size(tmp_path)
 
 
