@@ -1,16 +1,33 @@
-"""The reward service: Python functions that score a response, and how several are combined."""
+"""The reward service: the sources that score a response, and how several are combined."""
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from common.config import RewardConfig
+from actors.http_reward import HttpSource
+from common.config import RewardConfig, RewardSource
 from common.functions import load_function
 from common.models import load_tokenizer, resolve_model
 from common.types import RewardInput, Rollout, Score, Void
+
+Source = Callable[[RewardInput], Awaitable[float]]
+
+
+def make_source(cfg: RewardSource) -> Source:
+    """One reward source as an async function."""
+    if cfg.function is None:
+        return HttpSource(cfg)
+    function = load_function(cfg.function, f"reward source {cfg.name}")
+
+    async def call(answer: RewardInput) -> float:
+        return float(function(answer))
+
+    return call
 
 
 class Reward:
@@ -19,7 +36,7 @@ class Reward:
     def __init__(self, name: str, cfg: RewardConfig, *, model: str | PreTrainedTokenizerBase) -> None:
         self._name = name
         self._tokenizer = load_tokenizer(Path(resolve_model(model))) if isinstance(model, str) else model
-        self._sources = [(source, load_function(source.function, "reward.sources")) for source in cfg.sources]
+        self._sources = [(source, make_source(source)) for source in cfg.sources]
 
     def __repr__(self) -> str:
         return self._name
@@ -36,14 +53,14 @@ class Reward:
             finish_reason=rollout.finish_reason,
             fields=rollout.prompt.fields,
         )
-        components = {}
-        for source, function in self._sources:
-            try:
-                raw = float(function(answer))
-            except Exception as error:
-                return Void(
-                    rollout.prompt.sample_id, f"reward source {source.name} raised {type(error).__name__}: {error}"
-                )
+        results = await asyncio.gather(*(call(answer) for _, call in self._sources), return_exceptions=True)
+        components: dict[str, float] = {}
+        for (source, _), raw in zip(self._sources, results, strict=True):
+            if isinstance(raw, Exception):
+                reason = f"reward source {source.name} raised {type(raw).__name__}: {raw}"
+                return Void(rollout.prompt.sample_id, reason)
+            if isinstance(raw, BaseException):
+                raise raw
             if not math.isfinite(raw):
                 return Void(rollout.prompt.sample_id, f"reward source {source.name} returned {raw}")
             components[source.name] = raw

@@ -119,14 +119,25 @@ class ReferenceConfig(Replicated):
 
 
 class RewardSource(Section):
-    """One reward function."""
+    """Where a raw score comes from: a Python function, or an HTTP service; exactly one of the two."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
     """Under this name its raw score is logged, journalled and shown."""
-    function: str
+    function: str | None = None
     """`module:function` taking a RewardInput and returning a number."""
+    urls: tuple[str, ...] = ()
+    """Addresses of an HTTP service: each is POSTed the RewardInput as JSON and answers {"score": number}. With several,
+    a request goes to the one with the fewest outstanding."""
     weight: float = 1.0
     """Its share in the total: score = sum of weight * raw score."""
+    concurrency: Positive = 16
+    """HTTP only: requests outstanding at a time, over all addresses, from each reward process."""
+    request_timeout_s: Seconds = 10
+    """HTTP only: longest wait for one answer, seconds."""
+    retries: NonNegative = 3
+    """HTTP only: further tries after a failure, at another address where there is one; then the rollout is void."""
+    backoff_s: Seconds = 0.5
+    """HTTP only: pause before the first further try, doubled before each next one, seconds."""
 
 
 class RewardConfig(Replicated):
@@ -350,6 +361,11 @@ class Config(Section):
         names = [source.name for source in self.reward.sources]
         if not names:
             yield "reward.sources is empty, so nothing could be learned; name at least one [[reward.sources]]"
+        for source in self.reward.sources:
+            if (source.function is None) == (not source.urls):
+                yield f"reward source {source.name} must have either function or urls; give it one of the two"
+            if wrong := [url for url in source.urls if not url.startswith(("http://", "https://"))]:
+                yield f"reward source {source.name}: {wrong[0]!r} in urls must begin with http:// or https://"
         if len(set(names)) < len(names):
             yield f"reward.sources must have different names, not {names}; rename one"
         if self.evaluation.pass_source not in (None, *names):

@@ -117,7 +117,8 @@ def check_inputs(
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Training and held-out prompts. Checks all that can be checked with nothing started; raises UserError."""
     for source in cfg.reward.sources:
-        load_function(source.function, f"reward source {source.name}")
+        if source.function is not None:
+            load_function(source.function, f"reward source {source.name}")
     size = model_size(model)
     context = size.context
     room = min(cfg.prompts.max_tokens, context - cfg.sampling.max_new_tokens)

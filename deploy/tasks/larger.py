@@ -28,11 +28,6 @@ def correct(answer: RewardInput) -> float:
     return float(bool(numbers) and int(numbers[-1]) == answer.fields["larger"])
 
 
-def unfinished(answer: RewardInput) -> float:
-    """1 if the response was cut off before its end token; meant for a negative weight."""
-    return float(answer.finish_reason != "stop")
-
-
 def _pairs(seed: int) -> list[tuple[int, int]]:
     pairs = list(combinations(range(10, 100), 2))
     random.Random(seed).shuffle(pairs)

@@ -268,3 +268,17 @@ def test_a_resolved_config_written_out_loads_back_equal(minimal, tmp_path, sourc
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(tomli_w.dumps(cfg.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
     assert load_config(resolved) == cfg
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "reward source s must have either function or urls"),
+        ({"function": "m:f", "urls": ["http://h/"]}, "reward source s must have either function or urls"),
+        ({"urls": ["h:8001/score"]}, "reward source s: 'h:8001/score' in urls must begin with http:// or https://"),
+    ],
+)
+def test_a_reward_source_is_a_function_or_a_service(settings, message):
+    tree = {"prompts": {"train": "t"}, "reward": {"sources": [{"name": "s", **settings}]}}
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(tree)

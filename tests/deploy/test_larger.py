@@ -5,7 +5,7 @@ import re
 import pytest
 
 from common.types import RewardInput
-from deploy.tasks.larger import correct, heldout_prompts, train_prompts, unfinished
+from deploy.tasks.larger import correct, heldout_prompts, train_prompts
 
 
 def pair(record):
@@ -69,8 +69,3 @@ def test_correct_compares_the_last_number_written_with_the_larger_one(response, 
 
 def test_correct_does_not_ask_whether_the_answer_was_cut_off():
     assert correct(answer("42", finish_reason="length")) == 1.0
-
-
-def test_unfinished_is_one_for_an_answer_that_was_cut_off():
-    assert unfinished(answer("42", finish_reason="length")) == 1.0
-    assert unfinished(answer("42", finish_reason="stop")) == 0.0

@@ -323,9 +323,12 @@ def test_a_step_that_has_moved_too_far_ends_early(model):
     assert free.update(batch())["ppo/optimizer_steps"] == 4
     single = make_learner(model, ppo={**ppo, "ppo_epochs": 1})
     bound = make_learner(model, ppo={**ppo, "target_kl": 1e-5})
+    passes: list[None] = []
+    bound.network.register_forward_pre_hook(lambda *_: passes.append(None))
     for seed in range(2):  # the second update would show a gradient left over from the first
         single.update(batch(seed))
         stats = bound.update(batch(seed))
+        assert len(passes) == 3 * (seed + 1)  # old log-probabilities, the step, and the pass that went too far
         assert stats["ppo/optimizer_steps"] == 1
         assert stats["ppo/approx_kl"] > 1e-5
         assert torch.equal(parameters(bound), parameters(single))

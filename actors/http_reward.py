@@ -1,0 +1,51 @@
+"""A reward source behind HTTP: bounded concurrency, timeouts, retries with backoff, least-loaded among several URLs."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+
+import aiohttp
+
+from common.config import RewardSource
+from common.types import RewardInput
+
+
+class HttpSourceError(RuntimeError):
+    """Every try failed; the message holds the last failure."""
+
+
+class HttpSource:
+    """POSTs a RewardInput as JSON; the answer is `{"score": number}`, and anything else, or none in time, a failure."""
+
+    def __init__(self, cfg: RewardSource) -> None:
+        self._cfg = cfg
+        self._outstanding = dict.fromkeys(cfg.urls, 0)
+        self._slots = asyncio.Semaphore(cfg.concurrency)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __call__(self, answer: RewardInput) -> float:
+        """The service's score. Raises HttpSourceError after `retries` further tries, each at the least loaded URL that
+        this answer has not failed at yet."""
+        failed: list[str] = []
+        async with self._slots:
+            for attempt in range(self._cfg.retries + 1):
+                if attempt:
+                    await asyncio.sleep(self._cfg.backoff_s * 2 ** (attempt - 1))
+                url = min(self._outstanding, key=lambda url: (failed.count(url), self._outstanding[url]))
+                self._outstanding[url] += 1
+                try:
+                    return await self._post(url, answer)
+                except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+                    failed.append(url)
+                    last = f"{url}: {type(error).__name__}: {error}"
+                finally:
+                    self._outstanding[url] -= 1
+        raise HttpSourceError(f"gave up after {len(failed)} tries; the last one at {last}")
+
+    async def _post(self, url: str, answer: RewardInput) -> float:
+        if self._session is None:  # made on the loop that uses it
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._cfg.request_timeout_s))
+        async with self._session.post(url, json={**asdict(answer), "fields": dict(answer.fields)}) as response:
+            response.raise_for_status()
+            return float((await response.json())["score"])

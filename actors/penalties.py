@@ -1,0 +1,22 @@
+"""Ordinary reward functions for common faults of form, meant for negative weights in [[reward.sources]]."""
+
+from __future__ import annotations
+
+from common.types import RewardInput
+
+
+def unfinished(answer: RewardInput) -> float:
+    """1 if the response was cut off before its end token, else 0."""
+    return float(answer.finish_reason != "stop")
+
+
+def length(answer: RewardInput) -> float:
+    """Tokens of the response: the weight is per token."""
+    return float(answer.response_tokens)
+
+
+def repetition(answer: RewardInput) -> float:
+    """Share of the response's word trigrams that it had written before, 0 to 1."""
+    words = answer.response.lower().split()
+    trigrams = list(zip(words, words[1:], words[2:]))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
