@@ -107,8 +107,9 @@ def test_one_seed_gives_one_curve_also_when_the_run_is_cut_and_resumed(finished,
 def test_the_number_of_replicas_does_not_change_the_curve(finished, model, tmp_path):
     """Sampling depends on weights, seed and sample id alone, and measuring on nobody's company."""
     directory = tmp_path / "replicas"
-    shares = {"replicas": 2, "cpus": 0.5}
-    run_training(run_config(model, num_steps=2, generators=shares, reference=shares, reward={"replicas": 2}), directory)
+    twice = {"replicas": 2}
+    cfg = run_config(model, num_steps=2, generators={**twice, "cpus": 0.5}, reference=twice, reward=twice)
+    run_training(cfg, directory)
     assert curve(directory) == curve(finished)[:2]
     generators = Journal(directory / "journal").read(1).table["generator"].to_pylist()
     assert set(generators) == {"Generator(0)", "Generator(1)"}
