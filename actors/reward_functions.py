@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,7 +34,7 @@ class Reward:
 
     def __init__(self, name: str, cfg: RewardConfig, *, model: str | PreTrainedTokenizerBase) -> None:
         self._name = name
-        self._tokenizer = load_tokenizer(Path(resolve_model(model))) if isinstance(model, str) else model
+        self._tokenizer = load_tokenizer(resolve_model(model)) if isinstance(model, str) else model
         self._sources = [(source, make_source(source)) for source in cfg.sources]
 
     def __repr__(self) -> str:

@@ -200,9 +200,8 @@ class VLLMEngine:
         with self._wake:
             while not (self._commands or self._engine.has_unfinished_requests()):
                 self._wake.wait()
-            commands = list(self._commands)
-            self._commands.clear()
-        for function, result in commands:
+        while self._commands:  # one leaves the queue at a time: what stands behind a fatal one, `_fail` still finds
+            function, result = self._commands.popleft()
             if not result.set_running_or_notify_cancel():
                 continue
             try:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
@@ -312,6 +313,10 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Longest prompt and response together."""
         return self.prompts.max_tokens + self.sampling.max_new_tokens
+
+    def to_toml(self) -> str:
+        """The resolved tree as `load_config` reads it back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
 
     @model_validator(mode="after")
     def check_rules(self) -> Config:

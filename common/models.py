@@ -105,9 +105,9 @@ def model_size(directory: Path) -> ModelSize:
     )
 
 
-def end_token_ids(directory: Path) -> list[int]:
+def end_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a response: the tokenizer's, and those of the model's generation config."""
-    ids = {load_tokenizer(directory).eos_token_id}
+    ids = {tokenizer.eos_token_id}
     if (directory / "generation_config.json").exists():
         configured = GenerationConfig.from_pretrained(directory).eos_token_id
         ids.update(configured if isinstance(configured, list) else [configured])

@@ -78,7 +78,7 @@ class Sequences:
 
 
 def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
-    """Log-probability of every response token under a causal LM, float32 [B, R], without gradients.
+    """Log-probability of every response token under a causal LM, float32 [B, R].
 
     On CPU a row gets the same bits in any company if rows are padded to a multiple of LANES, as the head's are here.
     """

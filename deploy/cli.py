@@ -86,9 +86,7 @@ def config(
     if explain:
         typer.echo(_settings())
     elif config is not None:
-        import tomli_w
-
-        typer.echo(tomli_w.dumps(load_config(config, settings or []).model_dump(exclude_none=True, mode="json")))
+        typer.echo(load_config(config, settings or []).to_toml())
     else:
         raise UserError("name a config file to resolve, or ask for --describe")
 

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import tomli_w
-
 from common.config import Config, UserError
 
 
@@ -57,5 +55,5 @@ def clear(directory: Path) -> None:
 def write_config(directory: Path, cfg: Config) -> None:
     """RUN/config.toml: the resolved configuration, whole or not at all."""
     staging = directory / "config.toml.tmp"
-    staging.write_text(tomli_w.dumps(cfg.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
+    staging.write_text(cfg.to_toml(), encoding="utf-8")
     staging.rename(directory / "config.toml")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from actors.reward_functions import Reward
 from common.config import Config, UserError
 from common.functions import load_function
 from common.journal import Journal
-from common.models import end_token_ids, load_tokenizer, model_size, resolve_model
+from common.models import ModelSize, end_token_ids, load_tokenizer, model_size, resolve_model
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.types import Prompt
 from deploy.cluster import cluster
@@ -45,7 +45,8 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     started = time.perf_counter()
     model = resolve_model(cfg.model.path)
     tokenizer = load_tokenizer(model)
-    records, heldout_records = check_inputs(cfg, model, tokenizer)
+    size = model_size(model)
+    records, heldout_records = check_inputs(cfg, size, tokenizer)
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
     if not resume:
@@ -53,14 +54,15 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     elif last := Journal(directory / "journal").last():
         prompts.restore(last.prompts)  # refused now if these are not the run's prompts, not after minutes of replay
     with cluster(cfg.ray) as nodes:
-        place(needs(cfg, model_size(model)), nodes)
+        place(needs(cfg, size), nodes)
         with sole_owner(directory):
             if not resume:
                 clear(directory)
             write_config(directory, cfg)
             progress = Progress(cfg, directory, tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
-            evaluations = asyncio.run(_train(cfg, directory, model, prompts, heldout, progress))
+            engine = partial(make_engine, cfg, size.context, end_token_ids(model, tokenizer))
+            evaluations = asyncio.run(_train(cfg, directory, engine, prompts, heldout, progress))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     progress.end(evaluations, seconds=summary["seconds"])
@@ -68,11 +70,15 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
 
 
 async def _train(
-    cfg: Config, directory: Path, model: Path, prompts: PromptStream, heldout: Sequence[Prompt], progress: Progress
+    cfg: Config,
+    directory: Path,
+    engine: Callable[[], Engine],
+    prompts: PromptStream,
+    heldout: Sequence[Prompt],
+    progress: Progress,
 ) -> list[Evaluation]:
     """Starts every role, joins them in a Run, and trains."""
     pool = partial(Pool.start, startup_timeout_s=cfg.ray.startup_timeout_s, on_loss=progress.lost)
-    engine = partial(make_engine, cfg, model_size(model).context, end_token_ids(model))
     path, temperature = cfg.model.path, cfg.sampling.temperature
     learner = LearnerGroup(
         [actor(Learner, cfg.learner).remote(cfg) for _ in range(cfg.learner.ranks)], timeout_s=cfg.learner.timeout_s
@@ -113,19 +119,17 @@ def make_engine(cfg: Config, context: int, end_tokens: list[int]) -> Engine:
 
 
 def check_inputs(
-    cfg: Config, model: Path, tokenizer: PreTrainedTokenizerBase
+    cfg: Config, size: ModelSize, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Training and held-out prompts. Checks all that can be checked with nothing started; raises UserError."""
     for source in cfg.reward.sources:
         if source.function is not None:
             load_function(source.function, f"reward source {source.name}")
-    size = model_size(model)
-    context = size.context
-    room = min(cfg.prompts.max_tokens, context - cfg.sampling.max_new_tokens)
+    room = min(cfg.prompts.max_tokens, size.context - cfg.sampling.max_new_tokens)
     if room < 1:
         raise UserError(
             f"sampling.max_new_tokens ({cfg.sampling.max_new_tokens}) leaves no room for a prompt in the model's "
-            f"context of {context} tokens; lower it"
+            f"context of {size.context} tokens; lower it"
         )
 
     check_caches(cfg, size)

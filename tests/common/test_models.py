@@ -109,7 +109,7 @@ def test_a_directory_of_no_language_model_is_refused(tmp_path):
 def test_end_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path, configured, expected):
     file = save_tiny_model(tmp_path) / "generation_config.json"
     file.unlink() if configured == "no file" else file.write_text(json.dumps({"eos_token_id": configured}))
-    assert end_token_ids(tmp_path) == expected
+    assert end_token_ids(tmp_path, load_tokenizer(tmp_path)) == expected
 
 
 # Loading it

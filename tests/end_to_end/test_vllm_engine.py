@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -96,6 +97,16 @@ async def give_up(generator, weight_sets) -> list[Rollout]:
     return list(await asyncio.gather(generator.generate(PROMPTS[0]), generator.generate(PROMPTS[0])))
 
 
+async def incomplete_update(generator, weight_sets) -> list[str]:
+    """Half the weights are missing; requests stand before and behind the update."""
+    [weights] = weight_sets
+    half = replace(weights, entries=weights.entries[::2])
+    calls = [generator.generate(PROMPTS[0]), generator.load_weights(half), generator.generate(PROMPTS[1])]
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+    late = await asyncio.gather(generator.generate(PROMPTS[2]), return_exceptions=True)
+    return [f"{type(outcome).__name__}: {outcome}" for outcome in [*outcomes, *late]]
+
+
 def hf_logprobs(model_dir, rollout: Rollout, weights: WeightSet | None, temperature: float = 1.0) -> np.ndarray:
     """From a fresh Hugging Face model, one unpadded row in float32, with the given weights."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -164,6 +175,13 @@ def test_an_update_in_flight_is_verified_and_stamped_on_the_tokens_after_it(tmp_
 def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):
     one, other = in_engine(save_tiny_model(tmp_path / "model"), "float32", scenario="give_up")
     assert one.response_ids.tolist() == other.response_ids.tolist()
+
+
+def test_an_update_that_leaves_weights_out_ends_the_engine_and_nobody_waits_for_it(tmp_path):
+    model_dir = save_tiny_model(tmp_path / "model")
+    outcomes = in_engine(model_dir, "float32", [perturbed(model_dir, 1)], scenario="incomplete_update")
+    assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 4
+    assert "weights version 1" in outcomes[1]
 
 
 def test_sampling_seeds_differ_by_run_and_sample():
