@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import aiohttp
 
-from common.config import RewardSource
+from common.config import HttpSourceConfig
 from common.types import RewardInput
 
 
@@ -16,15 +16,18 @@ class HttpSourceError(RuntimeError):
 
 
 class HttpSource:
-    """POSTs a RewardInput as JSON; the answer is `{"score": number}`, and anything else, or none in time, a failure."""
+    """POSTs a RewardInput as JSON; the answer is `{"score": number}`, and anything else, or none in time, a failure.
 
-    def __init__(self, cfg: RewardSource) -> None:
+    The origin of a score is the address, with the `model` that the answer may name.
+    """
+
+    def __init__(self, cfg: HttpSourceConfig) -> None:
         self._cfg = cfg
         self._outstanding = dict.fromkeys(cfg.urls, 0)
         self._slots = asyncio.Semaphore(cfg.concurrency)
         self._session: aiohttp.ClientSession | None = None
 
-    async def __call__(self, answer: RewardInput) -> float:
+    async def __call__(self, answer: RewardInput) -> tuple[float, str]:
         """The service's score. Raises HttpSourceError after `retries` further tries, each at the least loaded URL that
         this answer has not failed at yet."""
         failed: list[str] = []
@@ -43,9 +46,10 @@ class HttpSource:
                     self._outstanding[url] -= 1
         raise HttpSourceError(f"gave up after {len(failed)} tries; the last one at {last}")
 
-    async def _post(self, url: str, answer: RewardInput) -> float:
+    async def _post(self, url: str, answer: RewardInput) -> tuple[float, str]:
         if self._session is None:  # made on the loop that uses it
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._cfg.request_timeout_s))
         async with self._session.post(url, json={**asdict(answer), "fields": dict(answer.fields)}) as response:
             response.raise_for_status()
-            return float((await response.json())["score"])
+            found = await response.json()
+            return float(found["score"]), f"{found['model']} at {url}" if "model" in found else url

@@ -66,6 +66,12 @@ class Pool:
     def __len__(self) -> int:
         return len(self._replicas)
 
+    def stop(self) -> None:
+        """Ends every replica, and frees what it reserved."""
+        for replica in self._replicas.values():
+            ray.kill(replica)
+        self._replicas.clear()
+
     async def call(self, what: str, call: Call, *, cost: int = 1) -> Any:
         """The answer of the least loaded replica. Raises RoleError when it takes too long or no replica is left."""
         for _ in range(MAX_LOSSES_PER_CALL):
@@ -193,6 +199,11 @@ class RewardPool:
     async def score(self, rollout: Rollout) -> Score | Void:
         return await self._pool.call(
             f"score {rollout.prompt.sample_id}", lambda replica: replica.score.remote(rollout), cost=rollout.num_tokens
+        )
+
+    async def judge(self, rollout: Rollout) -> Score | Void:
+        return await self._pool.call(
+            f"judge {rollout.prompt.sample_id}", lambda replica: replica.judge.remote(rollout), cost=rollout.num_tokens
         )
 
 

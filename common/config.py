@@ -1,20 +1,17 @@
-"""Every setting of a run: one typed, frozen tree, loaded from TOML and `key=value` overrides.
+"""Every setting of a run, as typed, frozen trees; `common/config_files.py` loads them from TOML.
 
 Each field has a bound in its type and a sentence saying what it means, its unit, and what moving it does;
-`ratchet config --describe` prints them. Rules that span fields stand in `Config.check_rules`.
+`ratchet config --describe` prints them. Rules that span fields stand in the `_broken_rules` of a tree's root. The roots:
+`Config` (ratchet train, evaluate), `RewardTrainingConfig` (train-reward), `PairSamplingConfig` (sample-pairs).
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class UserError(Exception):
@@ -29,6 +26,24 @@ Seconds = Annotated[float, Field(gt=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Root(Section):
+    """A whole config file."""
+
+    def to_toml(self) -> str:
+        """The resolved tree as `load_config` reads it back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
+
+    @model_validator(mode="after")
+    def check_rules(self) -> Root:
+        """Rules across fields; each message says rule, values and remedy."""
+        if faults := list(self._broken_rules()):
+            raise ValueError("\n  ".join(faults))
+        return self
+
+    def _broken_rules(self) -> Iterator[str]:
+        yield from ()
 
 
 class Placed(Section):
@@ -60,7 +75,16 @@ class ModelConfig(Section):
     """A Hugging Face directory, a hub name, or the embedded model. Policy, critic and reference all start from it."""
 
 
-class PromptsConfig(Section):
+class PromptFormat(Section):
+    """How a prompt record becomes tokens."""
+
+    format: Literal["plain", "chat"] = "plain"
+    """plain: the prompt's text as it is; chat: through the tokenizer's chat template."""
+    max_tokens: Positive = 512
+    """Longest prompt allowed, in tokens; a longer one is refused before the run starts."""
+
+
+class PromptsConfig(PromptFormat):
     """What is asked."""
 
     train: str
@@ -68,12 +92,8 @@ class PromptsConfig(Section):
     `module:function` that takes a seed and returns such records."""
     heldout: str | None = None
     """Prompts for evaluation, same forms; must share none with `train`. Left out: no evaluation."""
-    format: Literal["plain", "chat"] = "plain"
-    """plain: the prompt's text as it is; chat: through the tokenizer's chat template."""
     rollouts_per_prompt: Positive = 1
     """Responses sampled for each prompt; more lowers the variance per prompt, fewer sees more prompts."""
-    max_tokens: Positive = 512
-    """Longest prompt allowed, in tokens; a longer one is refused before the run starts."""
 
 
 class SamplingConfig(Section):
@@ -120,34 +140,90 @@ class ReferenceConfig(Replicated):
 
 
 class RewardSource(Section):
-    """Where a raw score comes from: a Python function, or an HTTP service; exactly one of the two."""
+    """Where a raw score comes from; which of the three kinds below it is, its keys say."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
     """Under this name its raw score is logged, journalled and shown."""
-    function: str | None = None
-    """`module:function` taking a RewardInput and returning a number."""
-    urls: tuple[str, ...] = ()
-    """Addresses of an HTTP service: each is POSTed the RewardInput as JSON and answers {"score": number}. With several,
-    a request goes to the one with the fewest outstanding."""
     weight: float = 1.0
-    """Its share in the total: score = sum of weight * raw score."""
+    """Its share in the total: score = sum of weight * raw score. A judge's weight counts nowhere."""
+
+
+class FunctionSourceConfig(RewardSource):
+    """A Python function."""
+
+    function: str
+    """`module:function` taking a RewardInput and returning a number. Calls come one at a time."""
+
+
+class ModelSourceConfig(RewardSource):
+    """A reward model: a Hugging Face sequence classifier with one label."""
+
+    model: str
+    """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. Its raw score
+    is in deviations about the reference policy's own responses where the directory says what those scored."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the forward pass; the head is float32 either way."""
+    max_tokens: Positive = 2048
+    """Longest prompt and response it reads; a longer one loses the beginning of its prompt."""
+    max_batch_tokens: Positive = 4096
+    """Tokens of one forward pass, padding included; more is faster until memory or cache runs out."""
+    batch_window_ms: Annotated[float, Field(ge=0)] = 5
+    """How long a request waits for others to share its forward pass, milliseconds."""
+
+
+class HttpSourceConfig(RewardSource):
+    """An HTTP service."""
+
+    urls: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Addresses of the service: each is POSTed the RewardInput as JSON and answers {"score": number}, and may add
+    {"model": "name and version"} for the journal. With several, a request goes to the one with the fewest
+    outstanding."""
     concurrency: Positive = 16
-    """HTTP only: requests outstanding at a time, over all addresses, from each reward process."""
+    """Requests outstanding at a time, over all addresses, from each reward process."""
     request_timeout_s: Seconds = 10
-    """HTTP only: longest wait for one answer, seconds."""
+    """Longest wait for one answer, seconds."""
     retries: NonNegative = 3
-    """HTTP only: further tries after a failure, at another address where there is one; then the rollout is void."""
+    """Further tries after a failure, at another address where there is one; then the rollout is void."""
     backoff_s: Seconds = 0.5
-    """HTTP only: pause before the first further try, doubled before each next one, seconds."""
+    """Pause before the first further try, doubled before each next one, seconds."""
 
 
-class RewardConfig(Replicated):
+SOURCE_KINDS: dict[str, type[RewardSource]] = {
+    "function": FunctionSourceConfig,
+    "model": ModelSourceConfig,
+    "urls": HttpSourceConfig,
+}
+
+
+def _source_kind(source: Any) -> str | None:
+    """The one of SOURCE_KINDS whose key a source has; None if it has none of them, or several."""
+    given = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
+    kinds = [kind for kind in SOURCE_KINDS if kind in given]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+SourceConfig = Annotated[
+    Annotated[FunctionSourceConfig, Tag("function")]
+    | Annotated[ModelSourceConfig, Tag("model")]
+    | Annotated[HttpSourceConfig, Tag("urls")],
+    Discriminator(
+        _source_kind,
+        custom_error_type="source_kind",
+        custom_error_message="a source must have exactly one of function, model and urls",
+    ),
+]
+
+
+class SourcesConfig(Replicated):
+    """The reward service: which sources score a response."""
+
+    sources: tuple[SourceConfig, ...]
+    """The sources: each has a name, a weight, and a function, a model or urls."""
+
+
+class RewardConfig(SourcesConfig):
     """The reward service: which sources score a response, and how they add up."""
 
-    sources: tuple[RewardSource, ...]
-    """The sources, each with a name, a function and a weight."""
-    in_flight: Positive = 8
-    """Requests each process is sent at once: it answers one after the other, as Python functions run."""
     normalise: Literal["mean_std", "std", "none"] = "mean_std"
     """Scores in deviations of every score seen so far in the run: mean_std about their mean, so that neither unit nor
     origin of the reward matters; std keeps the origin; none leaves them as they are, and the KL coefficient then is in
@@ -204,17 +280,13 @@ class KLConfig(Section):
     """Adaptive only: responses over which the coefficient adapts; smaller reacts faster."""
 
 
-class OptimizerConfig(Section):
-    """AdamW for policy and critic."""
+class AdamWConfig(Section):
+    """AdamW and the schedule of its learning rate."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of the language model's weights."""
-    value_head_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate of the value head, which starts at zero and may learn faster."""
-    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate of a separate critic's network; unused with a shared trunk."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay, or fall to zero at num_steps along a line or a half cosine."""
+    """After warm-up: stay, or fall to zero at the last step along a line or a half cosine."""
     warmup_steps: NonNegative = 0
     """Steps below the peak rate, which rises along a line: the first runs at 1 / (warmup_steps + 1) of it."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
@@ -227,18 +299,22 @@ class OptimizerConfig(Section):
     """The gradient's norm is scaled down to this when larger."""
 
 
-class LearnerConfig(Placed):
-    """The learner group: policy and critic in training."""
+class OptimizerConfig(AdamWConfig):
+    """AdamW for policy and critic."""
+
+    value_head_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of the value head, which starts at zero and may learn faster."""
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate of a separate critic's network; unused with a shared trunk."""
+
+
+class TrainerConfig(Placed):
+    """A learner group: one process per device, in step."""
 
     cpus: Annotated[float, Field(ge=0)] = 1
     """CPU cores each rank reserves in Ray's bookkeeping."""
-    ranks: Annotated[int, Field(ge=1, le=1)] = 1
-    """Processes that train in step."""
-    critic: Literal["shared", "separate"] = "shared"
-    """shared: a value head on the policy's trunk, one forward pass; separate: its own network from the same
-    checkpoint, twice the memory and compute, and value loss that cannot disturb the policy."""
-    critic_warmup_steps: NonNegative = 0
-    """First steps that train the critic alone."""
+    ranks: Positive = 1
+    """Processes that train in step, each on its share of every batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Matrix products in forward and backward; weights, losses and optimizer state are float32 either way."""
     micro_batch_tokens: Positive = 2048
@@ -249,6 +325,18 @@ class LearnerConfig(Placed):
     """Longest update, seconds."""
 
 
+class LearnerConfig(TrainerConfig):
+    """The learner group: policy and critic in training."""
+
+    ranks: Annotated[int, Field(ge=1, le=1)] = 1
+    """Processes that train in step."""
+    critic: Literal["shared", "separate"] = "shared"
+    """shared: a value head on the policy's trunk, one forward pass; separate: its own network from the same
+    checkpoint, twice the memory and compute, and value loss that cannot disturb the policy."""
+    critic_warmup_steps: NonNegative = 0
+    """First steps that train the critic alone."""
+
+
 class EvaluationConfig(Section):
     """Held-out evaluation before and after training."""
 
@@ -256,8 +344,11 @@ class EvaluationConfig(Section):
     """How many held-out prompts are asked; 0 turns evaluation off."""
     every: NonNegative = 0
     """Also evaluate every so many steps; 0: only before and after."""
+    judges: tuple[SourceConfig, ...] = ()
+    """Reward sources that score held-out responses only: training never sees them, so they show over-optimisation."""
     pass_source: str | None = None
-    """A response passes (pass@1) when this reward source scores it at least `pass_score`; left out: the first one."""
+    """A response passes (pass@1) when this source or judge scores it at least `pass_score`; left out: the first
+    source."""
     pass_score: float = 0.5
     """See pass_source."""
 
@@ -284,8 +375,8 @@ class RayConfig(Section):
     """Start Ray's dashboard with a cluster started here."""
 
 
-class Config(Section):
-    """A whole run."""
+class Config(Root):
+    """A run of PPO."""
 
     seed: NonNegative = 0
     """Seeds prompts, sampling and minibatches; on one machine with one set of threads a seed gives one result."""
@@ -313,17 +404,6 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Longest prompt and response together."""
         return self.prompts.max_tokens + self.sampling.max_new_tokens
-
-    def to_toml(self) -> str:
-        """The resolved tree as `load_config` reads it back."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
-
-    @model_validator(mode="after")
-    def check_rules(self) -> Config:
-        """Rules across fields; each message says rule, values and remedy."""
-        if faults := list(self._broken_rules()):
-            raise ValueError("\n  ".join(faults))
-        return self
 
     def _broken_rules(self) -> Iterator[str]:
         batch, sampling, steps = self.rollouts_per_step, self.sampling, self.num_steps
@@ -363,125 +443,143 @@ class Config(Section):
                     f"{key} ({budget}) must hold the longest sequence, prompts.max_tokens + sampling.max_new_tokens "
                     f"= {self.max_sequence_tokens}; raise the first or lower one of the others"
                 )
-        names = [source.name for source in self.reward.sources]
-        if not names:
-            yield "reward.sources is empty, so nothing could be learned; name at least one [[reward.sources]]"
-        for source in self.reward.sources:
-            if (source.function is None) == (not source.urls):
-                yield f"reward source {source.name} must have either function or urls; give it one of the two"
-            if wrong := [url for url in source.urls if not url.startswith(("http://", "https://"))]:
-                yield f"reward source {source.name}: {wrong[0]!r} in urls must begin with http:// or https://"
-        if len(set(names)) < len(names):
-            yield f"reward.sources must have different names, not {names}; rename one"
+        yield from _broken_source_rules("reward.sources", self.reward.sources, others=self.evaluation.judges)
+        names = [source.name for source in (*self.reward.sources, *self.evaluation.judges)]
         if self.evaluation.pass_source not in (None, *names):
             yield f"evaluation.pass_source ({self.evaluation.pass_source}) must be one of {names}"
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """The tree in `path` with `key=value` overrides applied. Raises UserError with every fault found."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist; shipped ones lie in deploy/configs/") from None
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read ({error.strerror}); name a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
-        raise UserError(f"config {path} has {error.error_count()} fault(s):\n{faults}") from None
+class PairPromptsConfig(PromptFormat):
+    """What is asked when pairs are sampled."""
+
+    source: str
+    """Prompts: a .jsonl file (one record a line, text or chat messages under `prompt`), or a Python function
+    `module:function` that takes a seed and returns such records."""
+    pairs: Positive = 512
+    """Pairs to sample, one for each prompt in seeded order, beginning again when the prompts are used up."""
 
 
-def describe(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every field, depth first, in the order of the file."""
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from describe(kind, f"{prefix}{name}.")
-            continue
-        yield prefix + name, _type_name(field), _default(field), " ".join((field.description or "").split())
-        if name == "sources":
-            yield from describe(RewardSource, f"{prefix}{name}[].")
+class LabellerConfig(SourcesConfig):
+    """Who prefers one response of a pair to the other: the one with the higher total score is chosen."""
+
+    min_gap: Annotated[float, Field(ge=0)] = 0
+    """Pairs whose scores differ by no more than this express no preference and are left out."""
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} must read key=value, such as ppo.clip_eps=0.1")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    *sections, leaf = key.split(".")
-    for name in sections:
-        if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):  # reward.sources.0.weight
-            tree = tree[int(name)]
-        elif isinstance(tree, dict):
-            tree = tree.setdefault(name, {})
-        else:
-            break
-    if not isinstance(tree, dict):
-        raise UserError(f"override {override!r}: {leaf} would be set inside a value that is no section of settings")
-    tree[leaf] = value
+class PairSamplingConfig(Root):
+    """Sampling of preference pairs from a policy, and their labels."""
+
+    seed: NonNegative = 0
+    """Seeds prompts and sampling."""
+    model: ModelConfig = ModelConfig()
+    prompts: PairPromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    generators: GeneratorsConfig = GeneratorsConfig()
+    labeller: LabellerConfig
+    ray: RayConfig = RayConfig()
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt and response together."""
+        return self.prompts.max_tokens + self.sampling.max_new_tokens
+
+    def _broken_rules(self) -> Iterator[str]:
+        yield from _broken_source_rules("labeller.sources", self.labeller.sources)
 
 
-def _explain(fault: Any) -> str:
-    """One pydantic error in the words of the file: key, what is wrong, remedy."""
-    key = ".".join(str(part) for part in fault["loc"])
-    match fault["type"]:
-        case "extra_forbidden":
-            *parents, leaf = (part for part in fault["loc"])
-            close = get_close_matches(str(leaf), _names_at(parents), n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(_names_at(parents))}"
-            return f"{key}: unknown key; {hint}"
-        case "missing":
-            return f"{key}: required and missing"
-        case "value_error":
-            return str(fault["ctx"]["error"]) if not key else f"{key}: {fault['ctx']['error']}"
-        case _:
-            return f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+class PreferencesConfig(Section):
+    """Pairwise human preferences."""
+
+    train: str
+    """Training pairs: a .jsonl, .jsonl.gz or .parquet file, or a pattern such as "data/*.parquet". A record has
+    `chosen` and `rejected` (text or chat messages: responses to its `prompt`, or whole dialogues) and may have
+    `margin`."""
+    heldout: str | None = None
+    """Pairs for evaluation, same forms; those whose prompt is also in `train` are left out and counted."""
+    heldout_pairs: NonNegative = 0
+    """Without `heldout`: take this many pairs from `train` for evaluation, all pairs of a prompt together."""
+    format: Literal["plain", "chat"] = "plain"
+    """plain: prompt and response are joined as they are, and the end token added; chat: through the tokenizer's chat
+    template, text as a single message, and dialogues written as in HH-RLHF (Human: ... Assistant: ...) as theirs."""
+    max_tokens: Positive = 512
+    """Longest prompt and response together, in tokens."""
+    overlong: Literal["drop", "cut_start", "cut_end"] = "cut_start"
+    """A pair with a longer sequence is dropped, loses the beginning of its prompt, or the ends of its responses.
+    Counted and reported either way."""
 
 
-def _names_at(parents: list[Any]) -> list[str]:
-    section: type[Section] = Config
-    for part in parents:
-        if isinstance(part, int):
-            section = RewardSource
-        elif isinstance(kind := section.model_fields[part].annotation, type) and issubclass(kind, Section):
-            section = kind
-    return list(section.model_fields)
+class PreferenceLossConfig(Section):
+    """-log sigmoid(r_chosen - r_rejected - margin) + centre_coef (r_chosen + r_rejected)^2."""
+
+    margin_coef: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplies each record's `margin` (Llama 2, arXiv:2307.09288, eq. 2); records without one have 0."""
+    centre_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the pull of scores towards 0 (Eisenstein et al. 2023, arXiv:2312.09244), which pairs alone leave
+    free; 0.01 is common."""
 
 
-def _type_name(field: FieldInfo) -> str:
-    bounds = [
-        f"{symbol} {value}"
-        for item in field.metadata
-        for name, symbol in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-        if (value := getattr(item, name, None)) is not None
-    ]
-    kind = field.annotation
-    if getattr(kind, "__origin__", None) is tuple:
-        text = "list"
-    elif getattr(kind, "__origin__", None) is Literal:
-        text = " | ".join(kind.__args__)  # type: ignore[union-attr]
-    elif isinstance(kind, type) and not hasattr(kind, "__origin__"):
-        text = {"int": "integer", "float": "number", "str": "text", "bool": "true | false"}.get(
-            kind.__name__, kind.__name__
-        )
-    else:
-        args = [a for a in getattr(kind, "__args__", ()) if a is not type(None)]
-        inner = getattr(args[0], "__origin__", args[0]) if args else kind
-        text = {int: "integer", float: "number", str: "text"}.get(inner, "list")  # type: ignore[arg-type]
-    return " ".join([text, *bounds])
+class RewardOptimizerConfig(AdamWConfig):
+    """AdamW for the reward model."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate of the language model's weights."""
+    head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of the scalar head, which starts at zero."""
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None:
-        return "none"
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+class RewardScaleConfig(Section):
+    """What a score is measured by: responses of the reference policy, whose scores get mean 0 and deviation 1."""
+
+    policy: str | None = None
+    """The policy that PPO will start from; left out: `model.path`."""
+    responses: NonNegative = 256
+    """Responses sampled from it after training, to prompts of the pairs; 0: scores stay as the head gives them."""
+
+
+class RewardTrainingConfig(Root):
+    """Training of a reward model from preference pairs."""
+
+    seed: NonNegative = 0
+    """Seeds the split and the order of the pairs."""
+    epochs: Positive = 1
+    """Passes over the pairs; reward models usually overfit after one or two."""
+    pairs_per_step: Positive = 64
+    """Pairs behind each optimizer step."""
+    model: ModelConfig = ModelConfig()
+    data: PreferencesConfig
+    loss: PreferenceLossConfig = PreferenceLossConfig()
+    optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
+    learner: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    scale: RewardScaleConfig = RewardScaleConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    generators: GeneratorsConfig = GeneratorsConfig()
+    ray: RayConfig = RayConfig()
+
+    def _broken_rules(self) -> Iterator[str]:
+        if self.data.heldout is not None and self.data.heldout_pairs:
+            yield "data.heldout and data.heldout_pairs both name held-out pairs; give one of the two"
+        if self.learner.micro_batch_tokens < 2 * self.data.max_tokens:
+            yield (
+                f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) must hold the longest pair, twice "
+                f"data.max_tokens = {2 * self.data.max_tokens}; raise the first or lower the second"
+            )
+
+
+def _broken_source_rules(
+    key: str, sources: Sequence[RewardSource], *, others: Sequence[RewardSource] = ()
+) -> Iterator[str]:
+    if not sources:
+        yield f"{key} is empty, so nothing could be learned; name at least one [[{key}]]"
+    names = [source.name for source in (*sources, *others)]
+    if len(set(names)) < len(names):
+        yield f"{key} must have different names, not {names}; rename one"
+    for source in (*sources, *others):
+        urls = source.urls if isinstance(source, HttpSourceConfig) else ()
+        if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
+            yield f"reward source {source.name}: {wrong[0]!r} in urls must begin with http:// or https://"
+        if isinstance(source, ModelSourceConfig) and source.max_batch_tokens < source.max_tokens:
+            yield (
+                f"reward source {source.name}: max_batch_tokens ({source.max_batch_tokens}) must hold the longest "
+                f"sequence, max_tokens ({source.max_tokens}); raise the first or lower the second"
+            )

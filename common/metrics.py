@@ -32,6 +32,10 @@ class Metrics:
         """Reduced to the newest."""
         self._values[key] = float(value)
 
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """(total, count) of every mean so far."""
+        return dict(self._sums)
+
     def result(self) -> dict[str, float]:
         means = {key: total / count if count else 0.0 for key, (total, count) in self._sums.items()}
         return {**means, **self._values}

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config import UserError
 
@@ -131,6 +132,14 @@ def load_policy(directory: Path, *, dtype: torch.dtype, device: torch.device) ->
     model = model.to(device).eval()
     _check_head(model, directory)
     return model
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Activations are recomputed in the backward pass; the model stays in eval mode."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True  # the flag it looks at; its children stay in eval mode, without dropout
 
 
 @torch.inference_mode()

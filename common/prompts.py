@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.config import PromptsConfig, UserError
+from common.config import PromptFormat, UserError
 from common.functions import load_function
 from common.types import HELDOUT_EPOCH, Prompt, SampleId
 
@@ -24,6 +24,7 @@ class PromptRecord:
     text: str
     token_ids: np.ndarray
     fields: dict[str, Any]
+    messages: list[dict[str, str]] | None = None  # chat format only
 
 
 class PromptStream:
@@ -78,7 +79,7 @@ class PromptStream:
 
     def _prompt(self, sample_id: SampleId) -> Prompt:
         record = self._records[sample_id.prompt]
-        return Prompt(sample_id, record.text, record.token_ids, record.fields)
+        return Prompt(sample_id, record.text, record.token_ids, record.fields, record.messages)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -89,18 +90,18 @@ class PromptStream:
 def heldout_prompts(records: Sequence[PromptRecord], count: int) -> list[Prompt]:
     """The first `count` held-out records, as prompts that no training stream can issue."""
     return [
-        Prompt(SampleId(HELDOUT_EPOCH, index, 0), record.text, record.token_ids, record.fields)
+        Prompt(SampleId(HELDOUT_EPOCH, index, 0), record.text, record.token_ids, record.fields, record.messages)
         for index, record in enumerate(records[:count])
     ]
 
 
 def load_records(
-    source: str, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_tokens: int
+    source: str, cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_tokens: int
 ) -> list[PromptRecord]:
     """All prompts of a source, tokenised and checked. Raises UserError naming the record that is at fault."""
     loaded = []
     for where, record in _records(source, seed):
-        prompt = _prompt_record(where, record, cfg, tokenizer)
+        prompt = prompt_record(where, record, cfg, tokenizer)
         if len(prompt.token_ids) > max_tokens:
             raise UserError(
                 f"{where}: the prompt has {len(prompt.token_ids)} tokens, more than prompts.max_tokens and the "
@@ -142,10 +143,11 @@ def _parse(where: str, line: str) -> Any:
         ) from None
 
 
-def _prompt_record(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRecord:
+def prompt_record(where: str, record: Any, cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> PromptRecord:
+    """One record, tokenised and checked. Raises UserError that begins with `where`."""
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)) or not record["prompt"]:
         raise UserError(f"{where}: a record must be an object with text or chat messages under `prompt`")
-    prompt = record["prompt"]
+    prompt, messages = record["prompt"], None
     if cfg.format == "plain" and isinstance(prompt, list):
         raise UserError(f'{where}: `prompt` is a list of chat messages; set prompts.format = "chat"')
     if cfg.format == "chat":
@@ -165,4 +167,4 @@ def _prompt_record(where: str, record: Any, cfg: PromptsConfig, tokenizer: PreTr
         json.dumps(fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: its fields go into the journal as JSON, and cannot: {error}") from None
-    return PromptRecord(text, np.asarray(token_ids, dtype=np.int32), fields)
+    return PromptRecord(text, np.asarray(token_ids, dtype=np.int32), fields, messages)

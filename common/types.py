@@ -41,6 +41,7 @@ class Prompt:
     text: str
     token_ids: np.ndarray  # int32 [P]
     fields: Mapping[str, Any] = field(default_factory=dict)  # the record's other fields, for the reward
+    messages: Sequence[Mapping[str, str]] | None = None  # with prompts.format = "chat": what the template was given
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class RewardInput:
     response_tokens: int  # end token included
     finish_reason: str  # "stop" or "length"
     fields: Mapping[str, Any]  # the prompt record's other fields, such as a reference answer
+    messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, if it was
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Score:
 
     total: float
     components: Mapping[str, float]
+    origins: Mapping[str, str] = field(default_factory=dict)  # of each component: function, model@hash, or URL
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("generator", pa.dictionary(pa.int16(), pa.string())),
         ("score", pa.float64()),
         ("components", pa.map_(pa.string(), pa.float64())),
+        ("origins", pa.map_(pa.string(), pa.string())),
         ("ref_logprobs", pa.list_(pa.float32())),
     ]
 )
@@ -133,6 +137,7 @@ def experience_table(rows: Sequence[Experience]) -> pa.Table:
         [r.generator for r in rollouts],
         [row.score.total for row in rows],
         [list(row.score.components.items()) for row in rows],
+        [list(row.score.origins.items()) for row in rows],
         [row.ref_logprobs for row in rows],
     ]
     arrays = [pa.array(values, type=column.type) for values, column in zip(columns, EXPERIENCE_SCHEMA)]

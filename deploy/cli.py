@@ -1,42 +1,55 @@
-"""The command line: `ratchet train`, `ratchet config`. Bad input ends in one message and exit code 2."""
+"""The command line: `ratchet train`, `train-reward`, `sample-pairs`, `evaluate`, `demo`, `config`.
+
+Bad input ends in one message and exit code 2.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from textwrap import fill, indent
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from common.config import Config, UserError, describe, load_config
+from common.config import AdamWConfig, Config, PairSamplingConfig, RewardTrainingConfig, Root, UserError
+from common.config_files import AnyRoot, describe, load_config
 
 
-def _settings() -> str:
+def _settings(root: type[Root]) -> str:
     """Every setting with its meaning, as `ratchet config --describe` prints it."""
     return "\n".join(
         f"{key} ({kind}; default {default})\n" + fill(meaning, 100, initial_indent="    ", subsequent_indent="    ")
-        for key, kind, default, meaning in describe()
+        for key, kind, default, meaning in describe(root)
     )
 
 
-# What a run may change when it goes on: nothing that decides what is learned from the journal. The learner's own way
-# of computing it may change, to get past a crash; replayed steps then agree to rounding, not to the bit.
-_RESUMABLE = (
-    "num_steps",
+# What a run may change when it goes on: nothing that decides what is learned. The learner's own way of computing it may
+# change, to get past a crash; repeated steps then agree to rounding, not to the bit.
+_COMPUTING = (
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
     "learner.threads",
     "learner.timeout_s",
-    "generators.",
-    "reference.",
-    "reward.replicas",
-    "reward.timeout_s",
-    "reward.max_void_share",
-    "evaluation.",
     "checkpoint.",
     "ray.",
 )
+_RESUMABLE: dict[type[Root], tuple[str, ...]] = {
+    Config: (
+        "num_steps",
+        *_COMPUTING,
+        "generators.",
+        "reference.",
+        "reward.replicas",
+        "reward.timeout_s",
+        "reward.max_void_share",
+        "evaluation.",
+    ),
+    RewardTrainingConfig: ("epochs", *_COMPUTING, "generators.", "scale.", "sampling."),
+    PairSamplingConfig: ("generators.", "labeller.replicas", "labeller.timeout_s", "ray."),
+}
 
 app = typer.Typer(
     help="PPO from human feedback on Ray and vLLM.",
@@ -45,66 +58,187 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+ConfigFile = Annotated[str, typer.Argument(help="A TOML file; with --resume: a first key=value setting.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings over the file's.")]
+RunOption = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")]
+Resume = Annotated[Path | None, typer.Option(help="Go on with this run directory.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the run directory if it exists.")]
 
 
-@app.command(epilog="\b\nSettings, any of which may be given as key=value:\n" + indent(_settings(), "  "))
+def _epilog(root: type[Root]) -> str:
+    return "\b\nSettings, any of which may be given as key=value:\n" + indent(_settings(root), "  ")
+
+
+@app.command(epilog=_epilog(Config))
 def train(
-    config: Annotated[str, typer.Argument(help="A TOML file; with --resume: a first key=value setting.")] = "",
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value settings over the file's.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run directory.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run directory if it exists.")] = False,
+    config: ConfigFile = "",
+    settings: Settings = None,
+    run: RunOption = None,
+    resume: Resume = None,
+    force: Force = False,
 ) -> None:
     """Train a policy with PPO."""
-    overrides = list(settings or [])
-    if resume is not None:
-        if run is not None or config.endswith(".toml"):
-            raise UserError("--resume goes on with the config of its run directory; give no config file and no --run")
-        overrides = [config, *overrides] if config else overrides
-        cfg, directory = _resumed(resume, overrides), resume
-    elif config:
-        cfg, directory = load_config(Path(config), overrides), run or Path("runs") / Path(config).stem
-    else:
-        raise UserError("name a config file, such as deploy/configs/larger.toml, or a run directory with --resume")
-    sys.path.append(str(Path.cwd()))  # reward functions and prompts may lie beside the user
-    from deploy.train import run_training  # slow to import: torch, transformers, Ray
 
-    try:
-        run_training(cfg, directory, resume=resume is not None, force=force)
-    except KeyboardInterrupt:
-        typer.echo(f"ratchet: interrupted; go on with ratchet train --resume {directory}", err=True)
-        sys.exit(130)
+    def work(cfg: Config, directory: Path) -> Any:
+        from deploy.train import run_training  # slow to import: torch, transformers, Ray
+
+        return run_training(cfg, directory, resume=resume is not None, force=force)
+
+    _run("train", Config, work, config, settings, run, resume)
+
+
+@app.command(epilog=_epilog(RewardTrainingConfig))
+def train_reward(
+    config: ConfigFile = "",
+    settings: Settings = None,
+    run: RunOption = None,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
+    """Train a reward model from preference pairs."""
+
+    def work(cfg: RewardTrainingConfig, directory: Path) -> Any:
+        from deploy.train_reward import run_reward_training
+
+        return run_reward_training(cfg, directory, resume=resume is not None, force=force)
+
+    _run("train-reward", RewardTrainingConfig, work, config, settings, run, resume)
+
+
+@app.command(epilog=_epilog(PairSamplingConfig))
+def sample_pairs(
+    config: ConfigFile = "",
+    settings: Settings = None,
+    run: RunOption = None,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
+    """Sample two responses to each prompt and have a labeller prefer one."""
+
+    def work(cfg: PairSamplingConfig, directory: Path) -> Any:
+        from deploy.sample_pairs import run_pair_sampling
+
+        return run_pair_sampling(cfg, directory, resume=resume is not None, force=force)
+
+    _run("sample-pairs", PairSamplingConfig, work, config, settings, run, resume)
+
+
+@app.command()
+def evaluate(
+    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run, such as RUN/config.toml.")],
+    settings: Settings = None,
+    policy: Annotated[str | None, typer.Option(help="The policy to judge [default: model.path].")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-evaluation].")] = None,
+    force: Force = False,
+) -> None:
+    """Judge a policy on the held-out prompts of a PPO config."""
+    cfg = load_config(Path(config), settings or [], Config)
+    name = Path(config).parent.name if Path(config).name == "config.toml" else Path(config).stem
+    _find_users_modules()
+    from deploy.evaluate import run_evaluation
+
+    run_evaluation(cfg, run or Path("runs") / f"{name}-evaluation", policy=policy, force=force)
+
+
+class Demo(StrEnum):
+    rlhf = "rlhf"
+
+
+@app.command()
+def demo(
+    name: Annotated[Demo, typer.Argument(help="rlhf: pairs, reward model, PPO, verdict.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value settings for every stage that has them.")
+    ] = None,
+    run: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo-rlhf"),
+    force: Force = False,
+) -> None:
+    """Show human feedback from beginning to end, on two cores."""
+    from deploy.demo import run_rlhf_demo
+
+    run_rlhf_demo(run, settings or [], force=force)
+
+
+class Kind(StrEnum):
+    train = "train"
+    train_reward = "train-reward"
+    sample_pairs = "sample-pairs"
+
+
+_ROOTS: dict[Kind, type[Root]] = {
+    Kind.train: Config,
+    Kind.train_reward: RewardTrainingConfig,
+    Kind.sample_pairs: PairSamplingConfig,
+}
 
 
 @app.command()
 def config(
     config: Annotated[Path | None, typer.Argument(help="A TOML file to resolve and print.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value settings over the file's.")] = None,
+    settings: Settings = None,
+    kind: Annotated[Kind, typer.Option("--for", help="The command it is for.")] = Kind.train,
     explain: Annotated[bool, typer.Option("--describe", help="Explain every setting.")] = False,
 ) -> None:
     """Show a resolved config, or explain every setting."""
     if explain:
-        typer.echo(_settings())
+        typer.echo(_settings(_ROOTS[kind]))
     elif config is not None:
-        typer.echo(load_config(config, settings or []).to_toml())
+        typer.echo(load_config(config, settings or [], _ROOTS[kind]).to_toml())
     else:
         raise UserError("name a config file to resolve, or ask for --describe")
 
 
-def _resumed(directory: Path, overrides: list[str]) -> Config:
+def _run(
+    command: str,
+    root: type[AnyRoot],
+    work: Callable[[AnyRoot, Path], Any],
+    config: str,
+    settings: Sequence[str] | None,
+    run: Path | None,
+    resume: Path | None,
+) -> None:
+    """Loads the config that was named, or the one of the run that goes on, and works in its run directory."""
+    overrides = list(settings or [])
+    if resume is not None:
+        if run is not None or config.endswith(".toml"):
+            raise UserError("--resume goes on with the config of its run directory; give no config file and no --run")
+        overrides = [config, *overrides] if config else overrides
+        cfg, directory = _resumed(root, resume, overrides), resume
+    elif config:
+        cfg, directory = load_config(Path(config), overrides, root), run or Path("runs") / Path(config).stem
+    else:
+        raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+    _find_users_modules()
+    try:
+        work(cfg, directory)
+    except KeyboardInterrupt:
+        typer.echo(f"ratchet: interrupted; go on with ratchet {command} --resume {directory}", err=True)
+        sys.exit(130)
+
+
+def _find_users_modules() -> None:
+    """Reward functions and prompts may lie beside the user."""
+    sys.path.append(str(Path.cwd()))
+
+
+def _resumed(root: type[AnyRoot], directory: Path, overrides: list[str]) -> AnyRoot:
     if not (directory / "config.toml").exists():
-        raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet train has made")
-    if fixed := [text for text in overrides if not text.startswith(_RESUMABLE)]:
+        raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet has made")
+    changeable = _RESUMABLE[root]
+    if fixed := [text for text in overrides if not text.startswith(changeable)]:
         raise UserError(
-            f"{', '.join(fixed)} cannot change when a run goes on, since its journal was written under the old value; "
-            f"changeable: {', '.join(name.rstrip('.') for name in _RESUMABLE)}; or start a new run"
+            f"{', '.join(fixed)} cannot change when a run goes on, since what it has done was done under the old "
+            f"value; changeable: {', '.join(name.rstrip('.') for name in changeable)}; or start a new run"
         )
-    before, after = load_config(directory / "config.toml"), load_config(directory / "config.toml", overrides)
-    if after.num_steps != before.num_steps and after.optimizer.schedule != "constant":
-        raise UserError(
-            f"num_steps={after.num_steps} cannot change when a run goes on: the {after.optimizer.schedule} schedule "
-            f"was laid out for {before.num_steps} steps; start a new run"
-        )
+    before, after = (load_config(directory / "config.toml", given, root) for given in ([], overrides))
+    optimizer: AdamWConfig | None = getattr(after, "optimizer", None)
+    for key in ("num_steps", "epochs"):
+        old, new = getattr(before, key, None), getattr(after, key, None)
+        if old != new and optimizer is not None and optimizer.schedule != "constant":
+            raise UserError(
+                f"{key}={new} cannot change when a run goes on: the {optimizer.schedule} schedule was laid out for "
+                f"{old}; start a new run"
+            )
     return after
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.config import Config, Placed, UserError
+from common.config import Config, GeneratorsConfig, Placed, RayConfig, SourcesConfig, TrainerConfig, UserError
 from common.models import ModelSize
 
 MIB = 1 << 20
@@ -36,54 +36,85 @@ class Need:
     memory: int  # bytes, estimated
 
 
-def needs(cfg: Config, model: ModelSize) -> list[Need]:
-    """Every process of the run with an estimate of its peak memory."""
-    weights = {"bfloat16": 2 * model.parameters, "float32": 4 * model.parameters}
-    imports = 600 * MIB  # torch and transformers, or vLLM, before any weight
+IMPORTS = 600 * MIB  # torch and transformers, or vLLM, before any weight
 
-    def logits(tokens: int) -> int:
-        """Those of one chunk (see common/logprobs.py), with their log-softmax and a temporary, float32."""
-        return 3 * 4 * min(1024, tokens) * model.vocabulary
 
-    # An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old.
-    generator = imports + 2 * weights[cfg.generators.dtype] + cfg.generators.kv_cache_mib * MIB
-    reference = imports + weights[cfg.reference.dtype] + logits(cfg.reference.max_batch_tokens)
+def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
+    """Every process of a PPO run with an estimate of its peak memory."""
+    trained = _training(cfg.learner, model, row=cfg.max_sequence_tokens)
     networks = 2 if cfg.learner.critic == "separate" else 1
-    # float32 weights, gradients and two Adam moments.
-    state = 16 * model.parameters * networks
-    # About 20 saved values per token, layer and hidden unit; plain attention (on CPU) also keeps its scores and their
-    # softmax for every pair of tokens of a row.
-    tokens, row = cfg.learner.micro_batch_tokens, min(cfg.max_sequence_tokens, model.context)
-    saved = (2 if cfg.learner.precision == "bf16" else 4) * 20 * tokens * model.layers * model.hidden
-    attention = 2 * 4 * tokens * row * model.heads * model.layers if cfg.learner.gpus == 0 else 0
-    learner = imports + state + weights["bfloat16"] + networks * (saved + attention) + logits(tokens)
-
-    def role(name: str, section: str, cfg: Placed, count: int, memory: int) -> list[Need]:
-        return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, memory) for i in range(count)]
-
+    published = 2 * model.parameters + _logits(cfg.learner.micro_batch_tokens, model)
+    reference = IMPORTS + _weights(cfg.reference.dtype, model) + _logits(cfg.reference.max_batch_tokens, model)
     return [
-        *role("Learner", "learner", cfg.learner, cfg.learner.ranks, learner),
-        *role("Generator", "generators", cfg.generators, cfg.generators.replicas, generator),
-        *role("ReferencePolicy", "reference", cfg.reference, cfg.reference.replicas, reference),
-        *role("Reward", "reward", cfg.reward, cfg.reward.replicas, imports),
+        *_role("Learner", "learner", cfg.learner, cfg.learner.ranks, IMPORTS + networks * trained + published),
+        *generator_needs(cfg.generators, model),
+        *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.replicas, reference),
+        *reward_needs("reward", cfg.reward, reward_models),
     ]
 
 
-def check_caches(cfg: Config, model: ModelSize) -> None:
-    """Caches of fixed size must hold what they are for. Raises UserError."""
-    bytes_per_value = 2 if cfg.generators.dtype == "bfloat16" else 4
-    tokens = min(cfg.max_sequence_tokens, model.context)
+def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:
+    """The ranks of reward training; `row` is the longest pair in tokens."""
+    return _role("RewardTrainer", "learner", cfg, cfg.ranks, IMPORTS + _training(cfg, model, row=row))
+
+
+def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
+    """An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old."""
+    memory = IMPORTS + 2 * _weights(cfg.dtype, model) + cfg.kv_cache_mib * MIB
+    return _role("Generator", "generators", cfg, cfg.replicas, memory)
+
+
+def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:
+    """Reward processes, each holding every reward model among the sources; float32 is assumed."""
+    memory = IMPORTS + sum(_weights("float32", model) for model in models)
+    return _role("Reward", section, cfg, cfg.replicas, memory)
+
+
+def _training(cfg: TrainerConfig, model: ModelSize, *, row: int) -> int:
+    """Bytes of one network in training: float32 weights, gradients, two Adam moments, and activations.
+
+    Of these about 20 saved values per token, layer and hidden unit; plain attention (on CPU) also keeps its scores and
+    their softmax for every pair of tokens of a row.
+    """
+    tokens = cfg.micro_batch_tokens
+    saved = (2 if cfg.precision == "bf16" else 4) * 20 * tokens * model.layers * model.hidden
+    width = min(row, model.context, tokens)
+    attention = 2 * 4 * tokens * width * model.heads * model.layers if cfg.gpus == 0 else 0
+    return 16 * model.parameters + saved + attention
+
+
+def _logits(tokens: int, model: ModelSize) -> int:
+    """Those of one chunk (see common/logprobs.py), with their log-softmax and a temporary, float32."""
+    return 3 * 4 * min(1024, tokens) * model.vocabulary
+
+
+def _weights(dtype: str, model: ModelSize) -> int:
+    return (2 if dtype == "bfloat16" else 4) * model.parameters
+
+
+def _role(name: str, section: str, cfg: Placed, count: int, memory: int) -> list[Need]:
+    return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, memory) for i in range(count)]
+
+
+def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> None:
+    """The engine's cache must hold the longest sequence. Raises UserError."""
+    bytes_per_value = 2 if cfg.dtype == "bfloat16" else 4
+    tokens = min(max_tokens, model.context)
     sequence = tokens * 2 * model.layers * model.kv_heads * model.head_dim * bytes_per_value
-    if cfg.generators.kv_cache_mib * MIB < sequence:
+    if cfg.kv_cache_mib * MIB < sequence:
         raise UserError(
-            f"generators.kv_cache_mib ({cfg.generators.kv_cache_mib}) must hold at least one sequence of {tokens} "
-            f"tokens, {-(-sequence // MIB)} MiB with this model; raise it, or lower prompts.max_tokens or "
+            f"generators.kv_cache_mib ({cfg.kv_cache_mib}) must hold at least one sequence of {tokens} "
+            f"tokens, {-(-sequence // MIB)} MiB with this model; raise it, or lower the longest prompt or "
             "sampling.max_new_tokens"
         )
+
+
+def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
+    """A store made here must hold what is published. Raises UserError."""
     two_versions = 2 * 2 * model.parameters
-    if cfg.ray.address is None and cfg.ray.object_store_mib * MIB < two_versions:
+    if cfg.address is None and cfg.object_store_mib * MIB < two_versions:
         raise UserError(
-            f"ray.object_store_mib ({cfg.ray.object_store_mib}) must hold two versions of the weights, "
+            f"ray.object_store_mib ({cfg.object_store_mib}) must hold two versions of the weights, "
             f"{-(-two_versions // MIB)} MiB with this model; raise it"
         )
 

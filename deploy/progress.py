@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from common.config import Config
-from common.types import Experience
+from common.types import Experience, Void
 from learner.evaluation import Evaluation
 
 # heading, metric, format
@@ -25,6 +26,7 @@ _COLUMNS = [
     ("tokens", "rollout/response_tokens/mean", "{:.1f}"),
     ("clip", "ppo/clip_frac", "{:.0%}"),
     ("expl.var", "value/explained_variance", "{:.2f}"),
+    ("var.left", "value/variance_ratio", "{:.2f}"),
     ("| gen", "time/generate_s", "{:.1f}"),
     ("score", "time/score_s", "{:.1f}"),
     ("learn", "time/learn_s", "{:.1f}"),
@@ -33,7 +35,8 @@ _COLUMNS = [
 ]
 _LEGEND = (
     "means per step: score; KL from the reference, nats per response; entropy, nats per token; tokens per response; "
-    "share of tokens clipped; variance of returns that the critic explains | seconds in each phase"
+    "share of tokens clipped; share of the returns' variance that the critic explains; variance of the advantages over "
+    "that of the returns | seconds in each phase"
 )
 
 
@@ -73,14 +76,14 @@ class Progress:
         if evaluation.policy_version == 0:
             self._header()
 
-    def step(self, record: dict[str, Any], example: Experience) -> None:
+    def step(self, record: dict[str, Any], example: Experience, voids: Sequence[Void]) -> None:
         if not self._header_shown:
             self._header()
         shown = {**record, "step": record["step"] + 1}
         cells = (f"{form.format(shown[key]):>{max(5, len(heading))}}" for heading, key, form in _COLUMNS)
         self._print(" ".join(cells))
-        if voids := record["rollout/voids"]:
-            self._print(f"      {voids} rollout(s) voided", style="yellow")
+        for reason, count in Counter(void.reason for void in voids).most_common(3):
+            self._print(f"      {count} rollout(s) voided: {escape(reason[:200])}", style="yellow")
         rollout = example.rollout
         question = " ".join(rollout.prompt.text.split())
         answer = self._tokenizer.decode(rollout.response_ids.tolist())
@@ -98,22 +101,30 @@ class Progress:
 
     def end(self, evaluations: Sequence[Evaluation], *, seconds: float) -> None:
         if evaluations:
-            table = Table(title="held-out prompts, one sampled answer each")
-            for heading in ("", "pass@1", "95 % interval", "score", *evaluations[0].components, "tokens"):
-                table.add_column(heading, justify="right")
-            for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
-                low, high = row.interval
-                raw = [f"{value:.3f}" for value in row.components.values()]
-                table.add_row(
-                    label,
-                    f"{row.pass_at_1:.1%}",
-                    f"{low:.1%} - {high:.1%}",
-                    f"{row.score:.3f}",
-                    *raw,
-                    f"{row.response_tokens:.1f}",
-                )
-            self._console.print(table)
+            self._console.print(evaluation_table({"before": evaluations[0], "after": evaluations[-1]}))
         self._print(
             f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, "
             "metrics.jsonl, journal/, policy/: a Hugging Face directory)"
         )
+
+
+def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    """One row per named evaluation."""
+    table = Table(title="held-out prompts, one sampled answer each")
+    components = next(iter(evaluations.values())).components
+    for heading in ("", "pass@1", "95 % interval", "score", *components, "KL", "tokens", "distinct-1", "-2"):
+        table.add_column(heading, justify="right")
+    for label, row in evaluations.items():
+        low, high = row.interval
+        table.add_row(
+            label,
+            f"{row.pass_at_1:.1%}",
+            f"{low:.1%} - {high:.1%}",
+            f"{row.score:.3f}",
+            *(f"{row.components[name]:.3f}" if name in row.components else "" for name in components),
+            f"{row.kl_per_response:.2f}",
+            f"{row.response_tokens:.1f}",
+            f"{row.distinct_1:.3f}",
+            f"{row.distinct_2:.3f}",
+        )
+    return table

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from common.config import Config, UserError
+from transformers import PreTrainedTokenizerBase
+
+from common.config import Root, UserError
+from common.types import Rollout, Score, Void
 
 
 def refuse_overwriting(directory: Path, *, force: bool) -> None:
@@ -52,8 +57,27 @@ def clear(directory: Path) -> None:
             entry.unlink()
 
 
-def write_config(directory: Path, cfg: Config) -> None:
+def write_config(directory: Path, cfg: Root) -> None:
     """RUN/config.toml: the resolved configuration, whole or not at all."""
     staging = directory / "config.toml.tmp"
     staging.write_text(cfg.to_toml(), encoding="utf-8")
     staging.rename(directory / "config.toml")
+
+
+def write_answers(
+    path: Path, answers: Sequence[tuple[Rollout, Score | Void]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Held-out answers with their scores, one JSON record a line; a void has its reason instead of a score."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for rollout, score in answers:
+            record: dict[str, Any] = {
+                "prompt": rollout.prompt.text,
+                "response": tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True),
+                "finish_reason": rollout.finish_reason,
+            }
+            if isinstance(score, Void):
+                record["void"] = score.reason
+            else:
+                record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
+            file.write(json.dumps(record) + "\n")

@@ -9,29 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from actors.engine import Engine
-from actors.generator import Generator
-from actors.pool import GeneratorPool, Pool, ReferencePool, RewardPool, actor
+from actors.pool import GeneratorPool, ReferencePool, RewardPool, actor
 from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
 from common.config import Config, UserError
-from common.functions import load_function
 from common.journal import Journal
-from common.models import ModelSize, end_token_ids, load_tokenizer, model_size, resolve_model
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.types import Prompt
 from deploy.cluster import cluster
-from deploy.placement import check_caches, needs, place
+from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
-from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
-from learner.evaluation import Evaluation
+from deploy.roles import PolicyFiles, Starter, check_sources
+from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
+from learner.evaluation import Answer, Evaluation
 from learner.group import LearnerGroup
 from learner.learner import Learner
 from learner.train_loop import Run, train
@@ -43,10 +37,9 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     Everything a user can get wrong is checked first: a UserError leaves nothing written and nothing running.
     """
     started = time.perf_counter()
-    model = resolve_model(cfg.model.path)
-    tokenizer = load_tokenizer(model)
-    size = model_size(model)
-    records, heldout_records = check_inputs(cfg, size, tokenizer)
+    policy = PolicyFiles.load(cfg.model.path)
+    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges])
+    records, heldout_records = check_inputs(cfg, policy)
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
     if not resume:
@@ -54,15 +47,14 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     elif last := Journal(directory / "journal").last():
         prompts.restore(last.prompts)  # refused now if these are not the run's prompts, not after minutes of replay
     with cluster(cfg.ray) as nodes:
-        place(needs(cfg, size), nodes)
+        place(needs(cfg, policy.size, reward_models), nodes)
         with sole_owner(directory):
             if not resume:
                 clear(directory)
             write_config(directory, cfg)
-            progress = Progress(cfg, directory, tokenizer)
+            progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
-            engine = partial(make_engine, cfg, size.context, end_token_ids(model, tokenizer))
-            evaluations = asyncio.run(_train(cfg, directory, engine, prompts, heldout, progress))
+            evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     progress.end(evaluations, seconds=summary["seconds"])
@@ -72,24 +64,29 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
 async def _train(
     cfg: Config,
     directory: Path,
-    engine: Callable[[], Engine],
+    policy: PolicyFiles,
     prompts: PromptStream,
     heldout: Sequence[Prompt],
     progress: Progress,
 ) -> list[Evaluation]:
     """Starts every role, joins them in a Run, and trains."""
-    pool = partial(Pool.start, startup_timeout_s=cfg.ray.startup_timeout_s, on_loss=progress.lost)
+    start = Starter(cfg.ray, on_loss=progress.lost)
     path, temperature = cfg.model.path, cfg.sampling.temperature
     learner = LearnerGroup(
         [actor(Learner, cfg.learner).remote(cfg) for _ in range(cfg.learner.ranks)], timeout_s=cfg.learner.timeout_s
     )
     generators, rewards, references, _ = await asyncio.gather(
-        pool(Generator, cfg.generators, cfg.seed, engine),
-        pool(Reward, cfg.reward, cfg.reward, model=path),
-        pool(ReferencePolicy, cfg.reference, cfg.reference, model=path, temperature=temperature),
+        start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
+        start.pool(Reward, cfg.reward, cfg.reward, model=path, judges=cfg.evaluation.judges),
+        start.pool(ReferencePolicy, cfg.reference, cfg.reference, model=path, temperature=temperature),
         learner.start(cfg.ray.startup_timeout_s),
     )
     progress.ready(generators=len(generators), rewards=len(rewards), references=len(references))
+
+    def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
+        write_answers(directory / f"answers/version-{evaluation.policy_version:06d}.jsonl", answers, policy.tokenizer)
+        progress.evaluation(evaluation)
+
     run = Run(
         cfg=cfg,
         directory=directory,
@@ -100,42 +97,19 @@ async def _train(
         reference=ReferencePool(references),
         learner=learner,
         on_step=progress.step,
-        on_evaluation=progress.evaluation,
+        on_evaluation=evaluated,
     )
     return await train(run)
 
 
-def make_engine(cfg: Config, context: int, end_tokens: list[int]) -> Engine:
-    """Called in the generator's process: only there is vLLM imported."""
-    from actors.vllm_engine import VLLMEngine
-
-    return VLLMEngine(
-        resolve_model(cfg.model.path),
-        cfg.generators,
-        cfg.sampling,
-        max_model_len=min(cfg.max_sequence_tokens, context),
-        end_token_ids=end_tokens,
-    )
-
-
-def check_inputs(
-    cfg: Config, size: ModelSize, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[PromptRecord], list[PromptRecord]]:
+def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Training and held-out prompts. Checks all that can be checked with nothing started; raises UserError."""
-    for source in cfg.reward.sources:
-        if source.function is not None:
-            load_function(source.function, f"reward source {source.name}")
-    room = min(cfg.prompts.max_tokens, size.context - cfg.sampling.max_new_tokens)
-    if room < 1:
-        raise UserError(
-            f"sampling.max_new_tokens ({cfg.sampling.max_new_tokens}) leaves no room for a prompt in the model's "
-            f"context of {size.context} tokens; lower it"
-        )
-
-    check_caches(cfg, size)
+    room = policy.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
+    check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
+    check_object_store(cfg.ray, policy.size)
 
     def load(source: str) -> list[PromptRecord]:
-        return load_records(source, cfg.prompts, tokenizer, seed=cfg.seed, max_tokens=room)
+        return load_records(source, cfg.prompts, policy.tokenizer, seed=cfg.seed, max_tokens=room)
 
     train_records = load(cfg.prompts.train)
     heldout = load(cfg.prompts.heldout) if cfg.prompts.heldout and cfg.evaluation.prompts else []
@@ -158,5 +132,7 @@ def summarise(cfg: Config, evaluations: Sequence[Evaluation], *, seconds: float)
             "pass_at_1_after": after.pass_at_1,
             "pass_at_1_after_interval": after.interval,
             "heldout_prompts": after.prompts,
+            "before": before.record(),
+            "after": after.record(),
         }
     return summary

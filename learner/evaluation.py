@@ -1,4 +1,4 @@
-"""Held-out evaluation: what share of prompts the policy answers well enough, with an interval."""
+"""Held-out evaluation: how well the policy answers prompts it never trained on, and at what cost."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from common.config import EvaluationConfig
 from common.metrics import wilson_interval
 from common.types import Prompt, Rollout, Score, Void
-from learner.roles import Generators, Reward
+from learner.roles import Generators, Reference, Reward
+
+Answer = tuple[Rollout, Score | Void]
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,11 @@ class Evaluation:
     pass_at_1: float
     interval: tuple[float, float]  # 95 %
     score: float  # mean total score
-    components: Mapping[str, float]  # mean raw score of each source
+    components: Mapping[str, float]  # mean raw score of each source and judge
+    kl_per_response: float  # from the reference, nats: mean of sum(rollout_logprobs - ref_logprobs)
     response_tokens: float  # mean
+    distinct_1: float  # distinct tokens over tokens, all answers together (Li et al. 2016, arXiv:1510.03055)
+    distinct_2: float  # the same of token pairs; falls when answers grow alike
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,20 +42,27 @@ class Evaluation:
 
 
 async def evaluate(
-    prompts: Sequence[Prompt], generators: Generators, reward: Reward, cfg: EvaluationConfig, *, policy_version: int
-) -> Evaluation:
+    prompts: Sequence[Prompt],
+    generators: Generators,
+    reward: Reward,
+    reference: Reference,
+    cfg: EvaluationConfig,
+    *,
+    policy_version: int,
+) -> tuple[Evaluation, list[Answer]]:
     """Asks every prompt once. Nothing of it is journalled or trained on."""
 
-    async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void]:
+    async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
         rollout = await generators.generate(prompt)
-        return rollout, await reward.score(rollout)
+        return rollout, *await asyncio.gather(reward.judge(rollout), reference.logprobs(rollout))
 
     answers = await asyncio.gather(*(ask(prompt) for prompt in prompts))
-    scores = [score for _, score in answers if isinstance(score, Score)]
+    scores = [score for _, score, _ in answers if isinstance(score, Score)]
     source = cfg.pass_source or (next(iter(scores[0].components)) if scores else "")
     passed = sum(score.components[source] >= cfg.pass_score for score in scores)
-    scored = max(1, len(scores))
-    return Evaluation(
+    scored, asked = max(1, len(scores)), max(1, len(answers))
+    responses = [rollout.response_ids for rollout, _, _ in answers]
+    evaluation = Evaluation(
         policy_version=policy_version,
         prompts=len(prompts),
         voids=len(prompts) - len(scores),
@@ -59,5 +73,15 @@ async def evaluate(
             name: sum(score.components[name] for score in scores) / scored
             for name in (scores[0].components if scores else ())
         },
-        response_tokens=sum(len(rollout.response_ids) for rollout, _ in answers) / max(1, len(answers)),
+        kl_per_response=sum(float((r.rollout_logprobs - ref).sum()) for r, _, ref in answers) / asked,
+        response_tokens=sum(map(len, responses)) / asked,
+        distinct_1=distinct(responses, 1),
+        distinct_2=distinct(responses, 2),
     )
+    return evaluation, [(rollout, score) for rollout, score, _ in answers]
+
+
+def distinct(responses: Sequence[np.ndarray], n: int) -> float:
+    """Distinct token n-grams over all n-grams of the responses; 0 if there are none."""
+    grams = [gram for ids in responses for gram in zip(*(ids[i:].tolist() for i in range(n)))]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -13,19 +13,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config import Config
 from common.masking import masked_mean, masked_sum, masked_var, whiten
 from common.metrics import Metrics
-from common.models import find_device, load_policy, resolve_model, save_policy
+from common.models import checkpoint_activations, find_device, load_policy, resolve_model, save_policy
 from common.sequences import token_batches
 from common.weights import WeightSet, pack
 from learner.advantages import gae
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.experience import ExperienceBatch
 from learner.losses import entropy_bonus, importance_weights, policy_loss, value_loss
-from learner.optimizer import learning_rate_scale, make_optimizer
+from learner.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
 from learner.policy import PolicyWithCritic
 from learner.shaping import (
     KL_ESTIMATORS,
@@ -64,7 +63,7 @@ class Learner:
         self.step = 0  # updates done
         self.device = find_device(cfg.learner.gpus)
         self.network = network or load_network(cfg, self.device)
-        self.optimizer = make_optimizer(self.network, cfg.optimizer)
+        self.optimizer = make_optimizer(self.network.parts(cfg.optimizer), cfg.optimizer)
         self.score_moments = RunningMoments()
         self.kl_controller: KLController = (
             AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
@@ -86,8 +85,7 @@ class Learner:
         forwarded = time.perf_counter()
 
         scale = learning_rate_scale(self.step, self.cfg.num_steps, self.cfg.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
+        set_learning_rate(self.optimizer, scale)
         metrics.last("ppo/learning_rate", self.cfg.optimizer.learning_rate * scale)
         self._optimise(batch, targets, metrics)
 
@@ -97,7 +95,8 @@ class Learner:
         self.step += 1
         return metrics.result()
 
-    def ready(self) -> int:
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        """Called once by the group; returns the updates behind it. There is one rank as yet."""
         return self.step
 
     def publish(self) -> tuple[int, WeightSet]:
@@ -275,8 +274,5 @@ def load_network(cfg: Config, device: torch.device) -> PolicyWithCritic:
         critic = load_policy(directory, dtype=torch.float32, device=device).base_model
     if cfg.learner.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for layer in model.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True  # the flag it looks at; its children stay in eval mode, without dropout
+            checkpoint_activations(model)
     return PolicyWithCritic(policy, critic)

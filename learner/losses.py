@@ -1,6 +1,7 @@
-"""The three terms of PPO's objective (Schulman et al. 2017, arXiv:1707.06347, eq. 9), as pure functions.
+"""The three terms of PPO's objective (Schulman et al. 2017, arXiv:1707.06347, eq. 9), and the preference loss of reward
+models, as pure functions.
 
-Every loss is a sum over the True places of the mask divided by `num_tokens`, the token count of the whole minibatch
+Every PPO loss is a sum over the True places of the mask divided by `num_tokens`, the token count of the whole minibatch
 over all ranks: so neither micro-batches nor ranks can change the gradient. Statistics come back beside the loss,
 detached, as sums over tokens.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from common.masking import masked_sum
 from learner.shaping import k3
@@ -85,3 +87,19 @@ def importance_weights(
         "mismatch_kl": masked_sum(k3(torch.zeros_like(difference), difference), mask),
     }
     return torch.where(mask, weights.clamp(max=cap), 1.0), stats
+
+
+def preference_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor, *, centre_coef: float, num_pairs: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-log sigmoid(chosen - rejected - margin) + centre_coef (chosen + rejected)^2, summed over pairs / `num_pairs`.
+
+    All float32 [B]; `num_pairs` counts the whole step over all ranks. The first term is the negative log-likelihood of
+    Bradley and Terry (1952); margins as in Llama 2 (arXiv:2307.09288, eq. 2); the second (Eisenstein et al. 2023,
+    arXiv:2312.09244, section 2) fixes the origin, which pairs leave free. Statistics, sums over pairs: `correct`,
+    chosen above rejected; `margin`, chosen - rejected.
+    """
+    difference = chosen - rejected
+    per_pair = -logsigmoid(difference - margins) + centre_coef * (chosen + rejected) ** 2
+    stats = {"correct": (difference > 0).sum(), "margin": difference.detach().sum()}
+    return per_pair.sum() / num_pairs, stats

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from common.config import OptimizerConfig
-from learner.policy import PolicyWithCritic
+from common.config import AdamWConfig
 
 
-def make_optimizer(network: PolicyWithCritic, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate per part, and weight decay on matrices only."""
-    parts: list[tuple[nn.Module | None, float]] = [
-        (network.policy, cfg.learning_rate),
-        (network.critic_body, cfg.critic_learning_rate),
-        (network.value_head, cfg.value_head_learning_rate),
-    ]
+def make_optimizer(parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW over (module, peak learning rate) pairs, with weight decay on matrices only."""
     groups = []
     for part, rate in parts:
-        parameters = [p for p in part.parameters() if p.requires_grad] if part is not None else []
+        parameters = [p for p in part.parameters() if p.requires_grad]
         for decay, chosen in (
             (cfg.weight_decay, [p for p in parameters if p.ndim >= 2]),
             (0.0, [p for p in parameters if p.ndim < 2]),
@@ -30,7 +25,13 @@ def make_optimizer(network: PolicyWithCritic, cfg: OptimizerConfig) -> torch.opt
     return torch.optim.AdamW(groups, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-def learning_rate_scale(step: int, num_steps: int, cfg: OptimizerConfig) -> float:
+def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Every part at `scale` of its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+
+
+def learning_rate_scale(step: int, num_steps: int, cfg: AdamWConfig) -> float:
     """Share of the peak learning rate at `step`: a line up over warmup_steps, then the schedule down to zero."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.config import OptimizerConfig
 from common.logprobs import chosen_logprobs
 from common.sequences import Sequences
 
@@ -36,6 +37,11 @@ class PolicyWithCritic(nn.Module):
         with torch.autocast(states.device.type, enabled=False):  # eight bits would be a coarse value
             values = self.value_head(states.float()).squeeze(-1)
         return sequences.scatter(logprobs), sequences.scatter(entropy), sequences.scatter(values)
+
+    def parts(self, cfg: OptimizerConfig) -> list[tuple[nn.Module, float]]:
+        """Each part with its peak learning rate."""
+        parts = [(self.policy, cfg.learning_rate), (self.value_head, cfg.value_head_learning_rate)]
+        return parts if self.critic_body is None else [*parts, (self.critic_body, cfg.critic_learning_rate)]
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under their Hugging Face names, tied ones once."""

@@ -21,6 +21,9 @@ class Generators(Protocol):
 class Reward(Protocol):
     async def score(self, rollout: Rollout) -> Score | Void: ...
 
+    async def judge(self, rollout: Rollout) -> Score | Void:
+        """As `score`, with the components of the judges beside, which count nothing in the total."""
+
 
 class Reference(Protocol):
     async def logprobs(self, rollout: Rollout) -> np.ndarray: ...

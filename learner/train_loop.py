@@ -18,7 +18,7 @@ from common.metrics import append_record, read_records
 from common.prompts import PromptStream
 from common.types import Experience, Prompt, Void, experience_table
 from learner.checkpoint import Checkpoints
-from learner.evaluation import Evaluation, evaluate
+from learner.evaluation import Answer, Evaluation, evaluate
 from learner.roles import Generators, LearnerGroup, Reference, Reward
 from learner.rollout_buffer import RolloutBuffer
 
@@ -35,8 +35,8 @@ class Run:
     reward: Reward
     reference: Reference
     learner: LearnerGroup
-    on_step: Callable[[dict[str, Any], Experience], None] = lambda record, example: None
-    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None
+    on_step: Callable[[dict[str, Any], Experience, list[Void]], None] = lambda record, example, voids: None
+    on_evaluation: Callable[[Evaluation, list[Answer]], None] = lambda evaluation, answers: None
     journal: Journal = field(init=False)
     checkpoints: Checkpoints = field(init=False)
 
@@ -91,7 +91,7 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
         await run.learner.save(run.checkpoints.path(run.learner.step))
         run.checkpoints.prune()
     clock.lap("checkpoint")
-    run.on_step({**record, **clock.laps}, experience[0])
+    run.on_step({**record, **clock.laps}, experience[0], voids)
 
 
 async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
@@ -151,10 +151,12 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
     wanted = step in (0, run.cfg.num_steps) or (every > 0 and step % every == 0)
     if not (run.heldout and wanted) or any(done.policy_version == step for done in evaluations):
         return
-    evaluation = await evaluate(run.heldout, run.generators, run.reward, run.cfg.evaluation, policy_version=step)
+    evaluation, answers = await evaluate(
+        run.heldout, run.generators, run.reward, run.reference, run.cfg.evaluation, policy_version=step
+    )
     append_record(run.directory / "evaluations.jsonl", evaluation.record())
     evaluations.append(evaluation)
-    run.on_evaluation(evaluation)
+    run.on_evaluation(evaluation, answers)
 
 
 async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:

@@ -1,284 +1,355 @@
-"""The settings tree: what is refused and how it is said, what loads, and that a resolved config loads back."""
-
-from pathlib import Path
+"""The settings trees: which values and combinations are refused, what a reward source is, and what stays as it was."""
 
 import pytest
-import tomli_w
 from pydantic import ValidationError
 
-from common.config import Config, Section, UserError, describe, load_config
-
-SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "configs").glob("*.toml"))
-MINIMAL = """
-[prompts]
-train = "questions.jsonl"
-
-[[reward.sources]]
-name = "correct"
-function = "tasks:correct"
-
-[[reward.sources]]
-name = "short"
-function = "tasks:short"
-weight = -0.5
-"""
-
-
-@pytest.fixture
-def minimal(tmp_path):
-    path = tmp_path / "minimal.toml"
-    path.write_text(MINIMAL)
-    return path
-
-
-def refusal(path, *overrides):
-    with pytest.raises(UserError) as caught:
-        load_config(path, overrides)
-    return str(caught.value)
-
-
-def leaves(tree, prefix=""):
-    """Dotted keys of a nested dict, with `[]` for the items of a list of tables."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-            continue
-        yield prefix + key
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            yield from leaves(value[0], f"{prefix}{key}[].")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("num_stepz=3", "num_stepz: unknown key; did you mean num_steps?"),
-        ("ppo.clip_epsilon=0.1", "ppo.clip_epsilon: unknown key; did you mean clip_eps?"),
-        ("reward.sources.1.wieght=2", "reward.sources.1.wieght: unknown key; did you mean weight?"),
-        ("optimiser.eps=1", "optimiser: unknown key; did you mean optimizer?"),
-        ("model.zzz=1", "model.zzz: unknown key; known here: path"),
-    ],
+from common.config import (
+    Config,
+    FunctionSourceConfig,
+    HttpSourceConfig,
+    ModelSourceConfig,
+    PairSamplingConfig,
+    RewardTrainingConfig,
+    Section,
 )
-def test_unknown_keys_are_refused_with_the_nearest_valid_name(minimal, override, message):
-    assert message in refusal(minimal, override).splitlines()[1]
+
+FUNCTION = {"name": "short", "function": "tasks:short", "weight": -0.5}
+MODEL = {"name": "helpful", "model": "runs/reward/model"}
+SERVICE = {"name": "correct", "urls": ["http://h:8001/score"]}
 
 
-def test_an_unknown_key_in_the_file_is_refused_as_one_in_an_override_is(minimal):
-    minimal.write_text(MINIMAL + "\n[sampling]\ntemprature = 0.7\n")
-    assert refusal(minimal) == (
-        f"config {minimal} has 1 fault(s):\n  sampling.temprature: unknown key; did you mean temperature?"
-    )
+def ppo(**sections):
+    """The least that PPO is told, with sections in place of its own."""
+    return {"prompts": {"train": "questions.jsonl"}, "reward": {"sources": [SERVICE, FUNCTION]}, **sections}
 
 
-def test_an_impossible_batch_split_names_rule_values_and_nearest(minimal):
-    message = refusal(minimal, "rollouts_per_step=100", "ppo.minibatches=16")
-    assert "rollouts_per_step (100) must divide into ppo.minibatches (16); nearest: 96, 112" in message  # 6 x, 7 x 16
-    message = refusal(minimal, "rollouts_per_step=3", "ppo.minibatches=16")
+def reward_training(**sections):
+    return {"data": {"train": "pairs.jsonl"}, **sections}
+
+
+def pair_sampling(**sections):
+    return {"prompts": {"source": "questions.jsonl"}, "labeller": {"sources": [FUNCTION]}, **sections}
+
+
+def faults(root, tree):
+    with pytest.raises(ValidationError) as caught:
+        root.model_validate(tree)
+    return caught.value.errors()
+
+
+def broken_rules(root, tree):
+    """The messages of the rules across fields, when nothing else is wrong."""
+    (fault,) = faults(root, tree)
+    assert (fault["type"], fault["loc"]) == ("value_error", ())
+    return str(fault["ctx"]["error"]).split("\n  ")
+
+
+# Rules across fields
+
+
+def test_an_impossible_batch_split_names_rule_values_and_nearest():
+    tree = ppo(rollouts_per_step=100, ppo={"minibatches": 16})
+    assert broken_rules(Config, tree) == [
+        "rollouts_per_step (100) must divide into ppo.minibatches (16); nearest: 96, 112"  # 6 x, 7 x 16
+    ]
+    (message,) = broken_rules(Config, ppo(rollouts_per_step=3, ppo={"minibatches": 16}))
     assert message.endswith("nearest: 16")  # no rollouts at all is no batch
-    message = refusal(minimal, "rollouts_per_step=64", "prompts.rollouts_per_prompt=3")
-    assert "rollouts_per_step (64) must divide into prompts.rollouts_per_prompt (3); nearest: 63, 66" in message
+    tree = ppo(rollouts_per_step=64, prompts={"train": "t", "rollouts_per_prompt": 3})
+    assert broken_rules(Config, tree) == [
+        "rollouts_per_step (64) must divide into prompts.rollouts_per_prompt (3); nearest: 63, 66"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "parts"),
+    ("sections", "parts"),
     [
-        (["sampling.min_new_tokens=300"], ["min_new_tokens (300)", "max_new_tokens (256)", "lower"]),
-        (["num_steps=5", "optimizer.warmup_steps=6"], ["warmup_steps (6)", "num_steps (5)", "lower"]),
-        (["num_steps=5", "learner.critic_warmup_steps=5"], ["critic_warmup_steps (5)", "num_steps (5)"]),
-        (["learner.micro_batch_tokens=767"], ["learner.micro_batch_tokens (767)", "= 768", "raise"]),  # 512 + 256
-        (["reference.max_batch_tokens=767"], ["reference.max_batch_tokens (767)", "= 768", "raise"]),
-        (["reward.sources=[]"], ["reward.sources is empty", "[[reward.sources]]"]),
-        (["reward.sources.0.name=short"], ["different names", "['short', 'short']", "rename"]),
-        (["evaluation.pass_source=brief"], ["evaluation.pass_source (brief)", "['correct', 'short']"]),
-        (["sampling.temperature=0"], ["sampling.temperature = 0", "greater than 0"]),
-        (["learner.precision=fp16"], ["learner.precision = 'fp16'", "'bf16' or 'fp32'"]),
-        (["num_steps=many"], ["num_steps = 'many'", "integer"]),
-        (["max_staleness=1"], ["max_staleness = 1"]),
+        ({"sampling": {"min_new_tokens": 300}}, ["min_new_tokens (300)", "max_new_tokens (256)", "lower"]),
+        ({"num_steps": 5, "optimizer": {"warmup_steps": 6}}, ["warmup_steps (6)", "num_steps (5)", "lower"]),
+        ({"num_steps": 5, "learner": {"critic_warmup_steps": 5}}, ["critic_warmup_steps (5)", "num_steps (5)"]),
+        ({"kl": {"controller": "adaptive", "horizon": 63}}, ["kl.horizon (63)", "rollouts_per_step (64)", "raise"]),
+        # 512 + 256 tokens
+        ({"learner": {"micro_batch_tokens": 767}}, ["learner.micro_batch_tokens (767)", "= 768", "raise"]),
+        ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
+        ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
+        ({"evaluation": {"pass_source": "brief"}}, ["evaluation.pass_source (brief)", "['correct', 'short']"]),
     ],
 )
-def test_each_broken_rule_is_refused_with_its_values(minimal, overrides, parts):
-    message = refusal(minimal, *overrides)
-    assert "has 1 fault(s)" in message
+def test_each_broken_rule_of_ppo_is_refused_with_its_values(sections, parts):
+    (message,) = broken_rules(Config, ppo(**sections))
     assert [part for part in parts if part not in message] == []
 
 
 @pytest.mark.parametrize(
-    "override", ["optimizer.learning_rate=inf", "reward.sources.0.weight=nan", "evaluation.pass_score=nan"]
+    ("sections", "parts"),
+    [
+        (
+            {"data": {"train": "t", "heldout": "h", "heldout_pairs": 1}},
+            ["data.heldout", "data.heldout_pairs", "give one of the two"],
+        ),
+        # A pair has two sequences of 513 tokens.
+        (
+            {"data": {"train": "t", "max_tokens": 513}, "learner": {"micro_batch_tokens": 1025}},
+            ["learner.micro_batch_tokens (1025)", "twice data.max_tokens = 1026", "raise"],
+        ),
+    ],
 )
-def test_a_number_that_is_not_finite_is_refused(minimal, override):
-    assert override.partition("=")[0] in refusal(minimal, override)
-
-
-def test_a_rate_at_its_bound_is_accepted_and_one_past_it_refused(minimal):
-    assert load_config(minimal, ["learner.micro_batch_tokens=768"]).max_sequence_tokens == 768
-    assert load_config(minimal, ["ppo.gamma=1"]).ppo.gamma == 1.0
-    assert "ppo.gamma = 1.01" in refusal(minimal, "ppo.gamma=1.01")
-
-
-def test_overrides_win_over_the_file_at_every_depth(minimal):
-    cfg = load_config(
-        minimal,
-        [
-            "num_steps=7",
-            "kl.coef=1e-3",
-            "reward.sources.0.weight=0.25",
-            "reward.sources.1.name=brief",
-            "ppo.whiten_advantages=false",
-            "optimizer.betas=[0.8, 0.9]",
-            "num_steps=8",
-        ],
-    )
-    assert (cfg.num_steps, cfg.kl.coef, cfg.ppo.whiten_advantages) == (8, 1e-3, False)  # the last one counts
-    assert cfg.optimizer.betas == (0.8, 0.9)
-    assert [(s.name, s.function, s.weight) for s in cfg.reward.sources] == [
-        ("correct", "tasks:correct", 0.25),
-        ("brief", "tasks:short", -0.5),
-    ]
-
-
-def test_bare_words_in_overrides_are_strings(minimal):
-    cfg = load_config(minimal, ["model.path=org/model-1.5", "learner.critic=separate", 'prompts.train="a b.jsonl"'])
-    assert (cfg.model.path, cfg.learner.critic, cfg.prompts.train) == ("org/model-1.5", "separate", "a b.jsonl")
-
-
-@pytest.mark.parametrize("override", ["num_steps", "=3"])
-def test_an_override_without_key_or_value_is_refused_with_the_form_to_use(minimal, override):
-    assert refusal(minimal, override) == f"override {override!r} must read key=value, such as ppo.clip_eps=0.1"
-
-
-@pytest.mark.parametrize("override", ["reward.sources.2.weight=1", "prompts.train.x=1"])
-def test_an_override_inside_something_that_is_no_section_is_refused(minimal, override):
-    assert f"override {override!r}" in refusal(minimal, override)
-
-
-def test_broken_toml_is_refused_with_file_and_line(minimal):
-    minimal.write_text("num_steps = 3\nseed = = 1\n")
-    message = refusal(minimal)
-    assert message.startswith(f"config file {minimal} is not valid TOML")
-    assert "line 2" in message
-
-
-def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path):
-    assert f"config file {tmp_path / 'no.toml'} does not exist" in refusal(tmp_path / "no.toml")
-    assert f"config {tmp_path} cannot be read (Is a directory)" in refusal(tmp_path)
-
-
-def test_a_path_through_a_file_is_refused_by_name(minimal):
-    assert str(minimal / "run.toml") in refusal(minimal / "run.toml")
-
-
-def test_required_settings_are_named_when_missing(tmp_path):
-    path = tmp_path / "empty.toml"
-    path.write_text("")
-    message = refusal(path)
-    assert "prompts: required and missing" in message
-    assert "reward: required and missing" in message
-
-
-def test_several_faults_are_all_reported_at_once(minimal):
-    lines = refusal(minimal, "num_stepz=3", "ppo.gamma=2", "reward.sources.0.name=a b").splitlines()
-    assert lines[0] == f"config {minimal} has 3 fault(s):"
-    assert sorted(line.split()[0].rstrip(":") for line in lines[1:]) == [
-        "num_stepz",
-        "ppo.gamma",
-        "reward.sources.0.name",
-    ]
-
-
-def test_several_broken_rules_are_all_reported_at_once(minimal):
-    message = refusal(minimal, "sampling.min_new_tokens=300", "num_steps=5", "optimizer.warmup_steps=6")
-    assert "sampling.min_new_tokens (300)" in message
-    assert "optimizer.warmup_steps (6)" in message
-
-
-def test_describe_lists_every_leaf_once_with_a_description():
-    cfg = Config.model_validate({"prompts": {"train": "t"}, "reward": {"sources": [{"name": "s", "function": "m:f"}]}})
-    described = [(key, meaning) for key, _, _, meaning in describe()]
-    assert [key for key, _ in described] == list(leaves(cfg.model_dump(mode="json")))
-    assert [key for key, meaning in described if len(meaning) < 10] == []
-
-
-def test_every_field_of_every_section_has_a_description():
-    def sections(cls):
-        return [cls, *(nested for sub in cls.__subclasses__() for nested in sections(sub))]
-
-    fields = [
-        (cls.__name__, name, field.description)
-        for cls in sections(Section)
-        for name, field in cls.model_fields.items()
-        if cls is not Config or name in ("seed", "num_steps", "rollouts_per_step", "max_staleness")  # others: sections
-    ]
-    assert len(fields) > 60
-    assert [(cls, name) for cls, name, description in fields if not description] == []
-    assert [cls.__name__ for cls in sections(Section)[1:] if not cls.__doc__] == []
-
-
-def test_describe_states_bounds_choices_and_defaults():
-    rows = {key: (kind, default) for key, kind, default, _ in describe()}
-    assert rows["num_steps"] == ("integer >= 1", "100")
-    assert rows["ppo.gamma"] == ("number >= 0 <= 1", "1.0")
-    assert rows["learner.critic"] == ("shared | separate", "shared")
-    assert rows["ppo.whiten_advantages"] == ("true | false", "true")
-    assert rows["prompts.train"] == ("text", "required")
-    assert rows["prompts.heldout"] == ("text", "none")
-    assert rows["reward.sources"] == ("list", "required")
-    assert rows["reward.sources[].weight"] == ("number", "1.0")
-
-
-@pytest.mark.parametrize(("section", "in_flight"), [("generators", 128), ("reference", 128), ("reward", 8)])
-def test_roles_of_which_there_may_be_several_share_their_settings(minimal, section, in_flight):
-    role = getattr(load_config(minimal), section)
-    assert (role.replicas, role.in_flight, role.timeout_s) == (1, in_flight, 300)
-    for key in ("replicas", "in_flight", "timeout_s"):
-        assert getattr(getattr(load_config(minimal, [f"{section}.{key}=3"]), section), key) == 3
-        assert f"{section}.{key} = 0" in refusal(minimal, f"{section}.{key}=0")
-
-
-def test_the_learner_is_not_replicated(minimal):
-    assert "learner.replicas: unknown key" in refusal(minimal, "learner.replicas=2")
-
-
-def test_describe_does_not_call_a_pair_of_numbers_a_number():
-    assert {key: kind for key, kind, _, _ in describe()}["optimizer.betas"] != "number"
-
-
-def test_configs_are_shipped():
-    assert SHIPPED
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_config_parses(path):
-    cfg = load_config(path)
-    assert cfg.reward.sources
-
-
-def test_the_tree_is_frozen(minimal):
-    cfg = load_config(minimal)
-    for section, name in ((cfg, "seed"), (cfg.ppo, "gamma"), (cfg.reward.sources[0], "weight")):
-        with pytest.raises(ValidationError, match="frozen"):
-            setattr(section, name, 0)
-    with pytest.raises(ValidationError, match="frozen"):
-        cfg.reward = cfg.reward
-    assert (cfg.seed, cfg.ppo.gamma, cfg.reward.sources[0].weight) == (0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize("source", ["minimal", *SHIPPED], ids=lambda source: getattr(source, "name", source))
-def test_a_resolved_config_written_out_loads_back_equal(minimal, tmp_path, source):
-    overrides = ["seed=3", "optimizer.eps=1e-9", "optimizer.betas=[0.5, 0.6]", "reward.sources.0.weight=0.1"]
-    cfg = load_config(minimal if source == "minimal" else source, overrides)
-    resolved = tmp_path / "resolved.toml"
-    resolved.write_text(tomli_w.dumps(cfg.model_dump(exclude_none=True, mode="json")), encoding="utf-8")
-    assert load_config(resolved) == cfg
+def test_each_broken_rule_of_reward_training_is_refused_with_its_values(sections, parts):
+    (message,) = broken_rules(RewardTrainingConfig, reward_training(**sections))
+    assert [part for part in parts if part not in message] == []
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("sections", "parts"),
     [
-        ({}, "reward source s must have either function or urls"),
-        ({"function": "m:f", "urls": ["http://h/"]}, "reward source s must have either function or urls"),
-        ({"urls": ["h:8001/score"]}, "reward source s: 'h:8001/score' in urls must begin with http:// or https://"),
+        ({"labeller": {"sources": []}}, ["labeller.sources is empty", "[[labeller.sources]]"]),
+        (
+            {"labeller": {"sources": [MODEL, {**FUNCTION, "name": "helpful"}]}},
+            ["labeller.sources", "['helpful', 'helpful']"],
+        ),
     ],
 )
-def test_a_reward_source_is_a_function_or_a_service(settings, message):
-    tree = {"prompts": {"train": "t"}, "reward": {"sources": [{"name": "s", **settings}]}}
-    with pytest.raises(ValueError, match=message):
-        Config.model_validate(tree)
+def test_each_broken_rule_of_pair_sampling_is_refused_with_its_values(sections, parts):
+    (message,) = broken_rules(PairSamplingConfig, pair_sampling(**sections))
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("root", "tree"),
+    [
+        (Config, ppo(learner={"micro_batch_tokens": 768}, reference={"max_batch_tokens": 768})),
+        (Config, ppo(sampling={"min_new_tokens": 256})),
+        (Config, ppo(num_steps=5, optimizer={"warmup_steps": 5}, learner={"critic_warmup_steps": 4})),
+        (Config, ppo(kl={"controller": "adaptive", "horizon": 64})),
+        (Config, ppo(kl={"controller": "fixed", "horizon": 1})),
+        (Config, ppo(ppo={"gamma": 1, "minibatches": 64})),
+        (Config, ppo(reward={"sources": [{**MODEL, "max_tokens": 100, "max_batch_tokens": 100}]})),
+        (RewardTrainingConfig, reward_training(learner={"micro_batch_tokens": 1024})),  # two of 512
+        (RewardTrainingConfig, reward_training(data={"train": "t", "heldout": "h"})),
+        (RewardTrainingConfig, reward_training(data={"train": "t", "heldout_pairs": 9})),
+    ],
+)
+def test_what_just_meets_a_rule_is_accepted(root, tree):
+    root.model_validate(tree)
+
+
+def test_several_broken_rules_are_all_told_at_once():
+    tree = ppo(sampling={"min_new_tokens": 300}, num_steps=5, optimizer={"warmup_steps": 6}, reward={"sources": []})
+    assert [message.split()[0] for message in broken_rules(Config, tree)] == [
+        "sampling.min_new_tokens",
+        "optimizer.warmup_steps",
+        "reward.sources",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        (ppo(optimizer={"learning_rate": float("inf")}), "learning_rate"),
+        (ppo(reward={"sources": [{**FUNCTION, "weight": float("nan")}]}), "weight"),
+        (ppo(evaluation={"pass_score": float("nan")}), "pass_score"),
+        (ppo(ppo={"gamma": 1.01}), "gamma"),
+        (ppo(max_staleness=1), "max_staleness"),
+        (ppo(learner={"ranks": 2}), "ranks"),
+    ],
+)
+def test_a_number_past_its_bounds_or_not_finite_is_refused(tree, key):
+    (fault,) = faults(Config, tree)
+    assert fault["loc"][-1] == key
+
+
+# Reward sources
+
+
+def test_the_key_that_a_source_has_says_which_kind_it_is():
+    sources = Config.model_validate(ppo(reward={"sources": [FUNCTION, MODEL, SERVICE]})).reward.sources
+    assert sources == (
+        FunctionSourceConfig(name="short", weight=-0.5, function="tasks:short"),
+        ModelSourceConfig(name="helpful", model="runs/reward/model"),
+        HttpSourceConfig(name="correct", urls=("http://h:8001/score",)),
+    )
+    assert [type(source) for source in sources] == [FunctionSourceConfig, ModelSourceConfig, HttpSourceConfig]
+
+
+def test_sources_made_in_python_are_taken_as_they_are():
+    made = FunctionSourceConfig.model_validate(FUNCTION), HttpSourceConfig.model_validate(SERVICE)
+    assert Config.model_validate(ppo(reward={"sources": made})).reward.sources == made
+
+
+@pytest.mark.parametrize(
+    ("root", "tree", "loc"),
+    [
+        (Config, lambda source: ppo(reward={"sources": [FUNCTION, source]}), ("reward", "sources", 1)),
+        (Config, lambda source: ppo(evaluation={"judges": [source]}), ("evaluation", "judges", 0)),
+        (PairSamplingConfig, lambda source: pair_sampling(labeller={"sources": [source]}), ("labeller", "sources", 0)),
+    ],
+)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"functoin": "m:f"},
+        {"function": "m:f", "model": "m"},
+        {"function": "m:f", "urls": ["http://h/"]},
+        {"model": "m", "urls": []},
+        {"function": "m:f", "model": "m", "urls": ["http://h/"]},
+    ],
+)
+def test_a_source_of_no_kind_or_of_several_is_one_fault_at_its_own_key(root, tree, loc, keys):
+    (fault,) = faults(root, tree({"name": "s", **keys}))
+    assert fault["loc"] == loc
+    assert fault["msg"] == "a source must have exactly one of function, model and urls"
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ({**FUNCTION, "retries": 1}, "retries"),
+        ({**FUNCTION, "dtype": "float32"}, "dtype"),
+        ({**MODEL, "request_timeout_s": 3}, "request_timeout_s"),
+        ({**SERVICE, "max_tokens": 3}, "max_tokens"),
+    ],
+)
+def test_a_setting_of_another_kind_of_source_is_refused(source, key):
+    (fault,) = faults(Config, ppo(reward={"sources": [source]}))
+    assert (fault["type"], fault["loc"][-1]) == ("extra_forbidden", key)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "1st", "a.b", "-"])
+@pytest.mark.parametrize("source", [FUNCTION, MODEL, SERVICE], ids=lambda source: source["name"])
+def test_a_name_that_could_not_stand_in_a_metrics_path_is_refused_for_every_kind(source, name):
+    (fault,) = faults(Config, ppo(reward={"sources": [{**source, "name": name}]}))
+    assert fault["loc"][-1] == "name"
+
+
+@pytest.mark.parametrize(
+    ("root", "tree"),
+    [
+        (Config, lambda source: ppo(reward={"sources": [FUNCTION, source]})),
+        (Config, lambda source: ppo(evaluation={"judges": [source]})),
+        (PairSamplingConfig, lambda source: pair_sampling(labeller={"sources": [source]})),
+    ],
+)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {"name": "s", "urls": ["https://h/", "h:8001/score"]},
+            "reward source s: 'h:8001/score' in urls must begin with http:// or https://",
+        ),
+        (
+            {"name": "s", "model": "m", "max_tokens": 4097},
+            "reward source s: max_batch_tokens (4096) must hold the longest sequence, max_tokens (4097); raise the "
+            "first or lower the second",
+        ),
+    ],
+)
+def test_the_rules_of_one_source_hold_wherever_sources_stand(root, tree, source, message):
+    assert broken_rules(root, tree(source)) == [message]
+
+
+def test_a_service_without_an_address_is_refused():
+    (fault,) = faults(Config, ppo(reward={"sources": [{"name": "s", "urls": []}]}))
+    assert (fault["type"], fault["loc"][-1]) == ("too_short", "urls")
+
+
+def test_sources_and_judges_all_have_names_of_their_own():
+    tree = ppo(evaluation={"judges": [MODEL, {**SERVICE, "name": "expert"}]})
+    assert [judge.name for judge in Config.model_validate(tree).evaluation.judges] == ["helpful", "expert"]
+    for sources, judges, names in (
+        ([FUNCTION, MODEL], [{**SERVICE, "name": "short"}], "['short', 'helpful', 'short']"),
+        ([FUNCTION, {**MODEL, "name": "short"}], [], "['short', 'short']"),
+        ([FUNCTION], [MODEL, {**SERVICE, "name": "helpful"}], "['short', 'helpful', 'helpful']"),
+    ):
+        (message,) = broken_rules(Config, ppo(reward={"sources": sources}, evaluation={"judges": judges}))
+        assert f"must have different names, not {names}; rename one" in message
+
+
+def test_judges_alone_are_no_reward():
+    (message,) = broken_rules(Config, ppo(reward={"sources": []}, evaluation={"judges": [MODEL]}))
+    assert message.startswith("reward.sources is empty")
+
+
+def test_a_judge_may_decide_who_passes():
+    evaluation = {"judges": [MODEL], "pass_source": "helpful"}
+    assert Config.model_validate(ppo(evaluation=evaluation)).evaluation.pass_source == "helpful"
+    (message,) = broken_rules(Config, ppo(evaluation={**evaluation, "pass_source": "brief"}))
+    assert message == "evaluation.pass_source (brief) must be one of ['correct', 'short', 'helpful']"
+
+
+# What holds of every section
+
+
+def every(cls):
+    return [cls, *(nested for sub in cls.__subclasses__() for nested in every(sub))]
+
+
+def test_every_section_and_every_field_of_one_says_what_it_means():
+    fields = [
+        (cls.__name__, name, field.description)
+        for cls in every(Section)
+        for name, field in cls.model_fields.items()
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+    ]
+    assert len(fields) > 100
+    assert [(cls, name) for cls, name, description in fields if not description] == []
+    assert [cls.__name__ for cls in every(Section)[1:] if not cls.__doc__] == []
+
+
+@pytest.mark.parametrize(
+    ("root", "tree", "section"),
+    [
+        (Config, ppo, "generators"),
+        (Config, ppo, "reference"),
+        (Config, ppo, "reward"),
+        (PairSamplingConfig, pair_sampling, "generators"),
+        (PairSamplingConfig, pair_sampling, "labeller"),
+        (RewardTrainingConfig, reward_training, "generators"),
+    ],
+)
+def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, section):
+    given = tree().get(section, {})
+    role = getattr(root.model_validate(tree()), section)
+    assert (role.replicas, role.in_flight, role.timeout_s, role.gpus, role.threads) == (1, 128, 300, 0, 1)
+    for key in ("replicas", "in_flight", "timeout_s", "gpus", "threads"):
+        changed = root.model_validate(tree(**{section: {**given, key: 3}}))
+        assert getattr(getattr(changed, section), key) == 3
+        (fault,) = faults(root, tree(**{section: {**given, key: -1}}))
+        assert fault["loc"] == (section, key)
+
+
+@pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])
+def test_a_learner_is_not_replicated(root, tree):
+    (fault,) = faults(root, tree(learner={"replicas": 2}))
+    assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("learner", "replicas"))
+
+
+def test_the_longest_sequence_is_prompt_and_response():
+    sections = {"sampling": {"max_new_tokens": 70}}
+    assert Config.model_validate(ppo(**sections, prompts={"train": "t", "max_tokens": 30})).max_sequence_tokens == 100
+    tree = pair_sampling(**sections, prompts={"source": "t", "max_tokens": 30})
+    assert PairSamplingConfig.model_validate(tree).max_sequence_tokens == 100
+
+
+def test_only_ppo_has_what_only_ppo_needs():
+    for root, tree in ((RewardTrainingConfig, reward_training), (PairSamplingConfig, pair_sampling)):
+        (fault,) = faults(root, tree(kl={"coef": 0.1}))
+        assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("kl",))
+
+
+def test_the_trees_are_frozen():
+    cfg = Config.model_validate(ppo())
+    reward_cfg = RewardTrainingConfig.model_validate(reward_training())
+    pairs_cfg = PairSamplingConfig.model_validate(pair_sampling())
+    frozen = [
+        (cfg, "seed"),
+        (cfg, "reward"),
+        (cfg.ppo, "gamma"),
+        (cfg.reward.sources[0], "weight"),
+        (reward_cfg.data, "train"),
+        (pairs_cfg.labeller, "min_gap"),
+    ]
+    for section, name in frozen:
+        before = getattr(section, name)
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, 0)
+        assert getattr(section, name) is before

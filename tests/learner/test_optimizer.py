@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from common.config import OptimizerConfig
-from learner.optimizer import learning_rate_scale, make_optimizer
+from learner.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
+from learner.policy import PolicyWithCritic
 
 CFG = OptimizerConfig(
     learning_rate=0.01, critic_learning_rate=0.02, value_head_learning_rate=0.04, weight_decay=0.5, eps=1e-8
@@ -22,11 +23,15 @@ def stand_in(*, separate=True):
     return network
 
 
+def optimizer_of(network):
+    return make_optimizer(PolicyWithCritic.parts(network, CFG), CFG)
+
+
 @pytest.mark.parametrize("separate", [True, False])
 def test_every_parameter_has_the_rate_of_its_part_and_only_matrices_decay(separate):
     network = stand_in(separate=separate)
     found = {}
-    for group in make_optimizer(network, CFG).param_groups:
+    for group in optimizer_of(network).param_groups:
         assert (group["betas"], group["eps"], group["peak_lr"]) == (CFG.betas, CFG.eps, group["lr"])
         for parameter in group["params"]:
             assert id(parameter) not in found
@@ -39,11 +44,26 @@ def test_every_parameter_has_the_rate_of_its_part_and_only_matrices_decay(separa
     assert found == expected
 
 
+def test_each_part_learns_at_its_own_rate_whatever_came_before():
+    parts = [nn.Linear(2, 2, bias=False), nn.Linear(3, 1, bias=False)]
+    optimizer = make_optimizer(list(zip(parts, (0.4, 0.1))), OptimizerConfig())
+    for scale, rates in {0.5: [0.2, 0.05], 0.25: [0.1, 0.025], 1.0: [0.4, 0.1], 0.0: [0.0, 0.0]}.items():
+        set_learning_rate(optimizer, scale)  # a share of the peak, not of the rate before
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates, abs=1e-12)
+    set_learning_rate(optimizer, 0.5)
+    before = [part.weight.detach().clone() for part in parts]
+    for part in parts:
+        part.weight.grad = torch.full_like(part.weight, 3.0)
+    optimizer.step()  # Adam's first step is rate * sign(g)
+    for part, old, rate in zip(parts, before, (0.2, 0.05)):
+        torch.testing.assert_close(old - part.weight.detach(), torch.full_like(old, rate), atol=1e-6, rtol=0)
+
+
 def test_frozen_parameters_are_left_out():
     network = stand_in()
     network.policy.requires_grad_(False)
     network.critic_body.bias.requires_grad_(False)
-    chosen = [p for group in make_optimizer(network, CFG).param_groups for p in group["params"]]
+    chosen = [p for group in optimizer_of(network).param_groups for p in group["params"]]
     names = {name for name, p in network.named_parameters() if any(p is q for q in chosen)}
     assert names == {"critic_body.weight", "value_head.weight", "value_head.bias"}
 
@@ -52,7 +72,7 @@ def test_weights_shared_within_a_part_are_stepped_once():
     network = stand_in(separate=False)
     network.policy.append(nn.Linear(4, 5, bias=False))
     network.policy[3].weight = network.policy[0].weight
-    chosen = [id(p) for group in make_optimizer(network, CFG).param_groups for p in group["params"]]
+    chosen = [id(p) for group in optimizer_of(network).param_groups for p in group["params"]]
     assert chosen.count(id(network.policy[0].weight)) == 1
 
 
@@ -62,7 +82,7 @@ def test_the_first_step_moves_each_weight_by_its_rate_and_decays_matrices():
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     for p in network.parameters():
         p.grad = torch.where(torch.arange(p.numel()).reshape(p.shape) % 2 == 0, 3.0, -0.2)
-    make_optimizer(network, CFG).step()
+    optimizer_of(network).step()
     for name, rate in {"policy.1": 0.01, "critic_body": 0.02, "value_head": 0.04}.items():
         for kind, keep in {"weight": 1 - rate * 0.5, "bias": 1.0}.items():
             new, old = network.get_parameter(f"{name}.{kind}"), before[f"{name}.{kind}"]

@@ -1,0 +1,59 @@
+"""A reward model as a reward source: conversations to scores, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from actors.scoring import Batcher
+from common.config import ModelSourceConfig
+from common.dialogues import dialogue_ids
+from common.models import find_device, load_tokenizer, resolve_model
+from common.reward_models import content_hash, load_reward_model, read_scale, sequence_scores
+from common.sequences import LANES
+from common.types import RewardInput
+
+
+class RewardModelSource:
+    """Scores in deviations about the reference policy's own responses, where the model's directory says what those
+    scored. The origin of a score is the model's name and content hash."""
+
+    def __init__(self, cfg: ModelSourceConfig, *, gpus: float) -> None:
+        directory = resolve_model(cfg.model)
+        device = find_device(gpus)
+        self._model: PreTrainedModel = load_reward_model(directory, dtype=getattr(torch, cfg.dtype), device=device)
+        self._tokenizer = load_tokenizer(directory)
+        self._scale = read_scale(directory)
+        self._origin = f"{cfg.model}@{content_hash(directory)}"
+        self._max_tokens = cfg.max_tokens
+        self._batcher: Batcher[list[int], float] = Batcher(
+            self.forward, num_tokens=len, max_tokens=cfg.max_batch_tokens, window_s=cfg.batch_window_ms / 1000
+        )
+
+    async def __call__(self, answer: RewardInput) -> tuple[float, str]:
+        return await self._batcher.submit(self.token_ids(answer)), self._origin
+
+    def token_ids(self, answer: RewardInput) -> list[int]:
+        """What the model reads: messages through its own chat template, text as it was trained on text; of what is too
+        long the end."""
+        chat = self._scale.chat
+        if chat is None:  # a model from elsewhere
+            chat = self._tokenizer.chat_template is not None and answer.messages is not None
+        prompt = answer.messages if chat and answer.messages is not None else answer.prompt
+        pad_id = self._model.config.pad_token_id
+        ids = dialogue_ids(self._tokenizer, prompt, answer.response, chat=chat, pad_id=pad_id)
+        return ids[-self._max_tokens :]
+
+    @torch.inference_mode()
+    def forward(self, sequences: Sequence[list[int]]) -> list[float]:
+        """One padded forward pass; each score is bit for bit the same in any company."""
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        width = -(-int(lengths.max()) // LANES) * LANES
+        input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+        for row, ids in zip(input_ids, sequences, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        device = self._model.device
+        scores = sequence_scores(self._model, input_ids.to(device), lengths.to(device)).double().cpu()
+        return ((scores - self._scale.mean) / self._scale.deviation).tolist()

@@ -1,0 +1,75 @@
+"""`ratchet evaluate`: a policy's answers to held-out prompts, scored by the sources and judges of a PPO config."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from actors.pool import GeneratorPool, ReferencePool, RewardPool
+from actors.reference_policy import ReferencePolicy
+from actors.reward_functions import Reward
+from common.config import Config, UserError
+from common.prompts import heldout_prompts, load_records
+from common.types import Prompt
+from deploy.cluster import cluster
+from deploy.placement import check_kv_cache, needs, place
+from deploy.progress import evaluation_table
+from deploy.roles import PolicyFiles, Starter, check_sources
+from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
+from learner.evaluation import Answer, Evaluation, evaluate
+
+
+def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, force: bool = False) -> dict[str, Any]:
+    """Evaluates `policy` (left out: model.path) against the reference model.path; leaves evaluation.json and
+    answers.jsonl in `directory` and returns the evaluation's record."""
+    if cfg.prompts.heldout is None or not cfg.evaluation.prompts:
+        raise UserError("prompts.heldout and evaluation.prompts must say what to ask; set both")
+    reference, judged = PolicyFiles.load(cfg.model.path), PolicyFiles.load(policy or cfg.model.path)
+    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges])
+    room = judged.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
+    check_kv_cache(cfg.generators, judged.size, max_tokens=cfg.max_sequence_tokens)
+    records = load_records(cfg.prompts.heldout, cfg.prompts, judged.tokenizer, seed=cfg.seed, max_tokens=room)
+    prompts = heldout_prompts(records, cfg.evaluation.prompts)
+    refuse_overwriting(directory, force=force)
+    with cluster(cfg.ray) as nodes:
+        place([need for need in needs(cfg, reference.size, reward_models) if need.section != "learner"], nodes)
+        with sole_owner(directory):
+            clear(directory)
+            write_config(directory, cfg)
+            evaluation, answers = asyncio.run(_evaluate(cfg, judged, reference, prompts))
+    write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
+    record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
+    (directory / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    console = Console(highlight=False)
+    console.print(evaluation_table({Path(judged.path).name: evaluation}))
+    console.print(f"{directory}: evaluation.json, answers.jsonl", markup=False)
+    return record
+
+
+async def _evaluate(
+    cfg: Config, policy: PolicyFiles, reference: PolicyFiles, prompts: list[Prompt]
+) -> tuple[Evaluation, list[Answer]]:
+    start = Starter(cfg.ray, on_loss=lambda name, error: None)
+    generators, rewards, references = await asyncio.gather(
+        start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
+        start.pool(Reward, cfg.reward, cfg.reward, model=policy.path, judges=cfg.evaluation.judges),
+        start.pool(
+            ReferencePolicy,
+            cfg.reference,
+            cfg.reference,
+            model=reference.path,
+            temperature=cfg.sampling.temperature,
+        ),
+    )
+    return await evaluate(
+        prompts,
+        GeneratorPool(generators),
+        RewardPool(rewards),
+        ReferencePool(references),
+        cfg.evaluation,
+        policy_version=0,
+    )

@@ -1,0 +1,89 @@
+"""Roles that several commands start: what an engine needs to know of a policy, and which class becomes which pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.engine import Engine
+from actors.generator import Generator
+from actors.pool import OnLoss, Pool
+from common.config import (
+    FunctionSourceConfig,
+    GeneratorsConfig,
+    ModelSourceConfig,
+    RayConfig,
+    RewardSource,
+    SamplingConfig,
+    UserError,
+)
+from common.functions import load_function
+from common.models import ModelSize, end_token_ids, load_tokenizer, model_size, resolve_model
+from common.reward_models import reward_model_size
+
+
+@dataclass(frozen=True)
+class PolicyFiles:
+    """A policy on disk, with what its config and tokenizer say."""
+
+    path: str
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    size: ModelSize
+
+    @classmethod
+    def load(cls, path: str) -> PolicyFiles:
+        """Raises UserError if there is no such policy, or none that can be trained."""
+        directory = resolve_model(path)
+        return cls(path, directory, load_tokenizer(directory), model_size(directory))
+
+    def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:
+        """Longest prompt in tokens that leaves room for a response. Raises UserError if there is no room."""
+        room = min(max_tokens, self.size.context - sampling.max_new_tokens)
+        if room < 1:
+            raise UserError(
+                f"sampling.max_new_tokens ({sampling.max_new_tokens}) leaves no room for a prompt in the model's "
+                f"context of {self.size.context} tokens; lower it"
+            )
+        return room
+
+
+class Starter:
+    """Starts pools of one run, all with its start-up time limit and its listener for lost replicas."""
+
+    def __init__(self, cfg: RayConfig, on_loss: OnLoss) -> None:
+        self.pool: Callable = partial(Pool.start, startup_timeout_s=cfg.startup_timeout_s, on_loss=on_loss)
+
+    async def generators(
+        self, policy: PolicyFiles, cfg: GeneratorsConfig, sampling: SamplingConfig, *, seed: int, max_tokens: int
+    ) -> Pool:
+        """Engines for sequences of up to `max_tokens`, or the model's context."""
+        end_tokens = end_token_ids(policy.directory, policy.tokenizer)
+        length = min(max_tokens, policy.size.context)
+        return await self.pool(
+            Generator, cfg, seed, partial(make_engine, policy.path, cfg, sampling, length, end_tokens)
+        )
+
+
+def make_engine(
+    path: str, cfg: GeneratorsConfig, sampling: SamplingConfig, max_model_len: int, end_tokens: list[int]
+) -> Engine:
+    """Called in the generator's process: only there is vLLM imported."""
+    from actors.vllm_engine import VLLMEngine
+
+    return VLLMEngine(resolve_model(path), cfg, sampling, max_model_len=max_model_len, end_token_ids=end_tokens)
+
+
+def check_sources(sources: Iterable[RewardSource]) -> Sequence[ModelSize]:
+    """The sizes of the reward models among them. Raises UserError for a function or model that is not there."""
+    sizes = []
+    for source in sources:
+        if isinstance(source, FunctionSourceConfig):
+            load_function(source.function, f"reward source {source.name}")
+        elif isinstance(source, ModelSourceConfig):
+            sizes.append(reward_model_size(resolve_model(source.model)))
+    return sizes

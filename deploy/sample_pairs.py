@@ -1,0 +1,128 @@
+"""`ratchet sample-pairs`: two responses of a policy to each prompt, and a labeller's preference between them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as ProgressBar
+
+from actors.pool import GeneratorPool, RewardPool
+from actors.reward_functions import Reward
+from common.config import PairSamplingConfig
+from common.metrics import append_record, read_records
+from common.prompts import PromptRecord, PromptStream, load_records
+from common.types import Prompt, Rollout, Void
+from deploy.cluster import cluster
+from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
+from deploy.roles import PolicyFiles, Starter, check_sources
+from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
+
+
+def run_pair_sampling(
+    cfg: PairSamplingConfig, directory: Path, *, resume: bool = False, force: bool = False
+) -> dict[str, Any]:
+    """Leaves pairs.jsonl in `directory`, as train-reward reads it, and returns the summary."""
+    started = time.perf_counter()
+    policy = PolicyFiles.load(cfg.model.path)
+    reward_models = check_sources(cfg.labeller.sources)
+    room = policy.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
+    check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
+    records = load_records(cfg.prompts.source, cfg.prompts, policy.tokenizer, seed=cfg.seed, max_tokens=room)
+    if not resume:
+        refuse_overwriting(directory, force=force)
+    console = Console(highlight=False)
+    with cluster(cfg.ray) as nodes:
+        needed = [
+            *generator_needs(cfg.generators, policy.size),
+            *reward_needs("labeller", cfg.labeller, reward_models),
+        ]
+        place(needed, nodes)
+        with sole_owner(directory):
+            if not resume:
+                clear(directory)
+            write_config(directory, cfg)
+            console.print(
+                f"ratchet sample-pairs {policy.path} · {cfg.prompts.pairs} pairs over {len(records)} prompts · "
+                f"seed {cfg.seed}\nrun directory {directory}; starting Ray actors ...",
+                markup=False,
+                soft_wrap=True,
+            )
+            asyncio.run(_sample(cfg, directory, policy, records, console))
+            summary = _finish(cfg, directory, seconds=time.perf_counter() - started)
+    console.print(
+        f"{summary['pairs']} pairs in {directory / 'pairs.jsonl'}, {summary['no_preference']} without a preference "
+        f"and {summary['voids']} void left out; {summary['seconds']:.0f} s",
+        markup=False,
+        soft_wrap=True,
+    )
+    return summary
+
+
+async def _sample(
+    cfg: PairSamplingConfig, directory: Path, policy: PolicyFiles, records: list[PromptRecord], console: Console
+) -> None:
+    """Adds one line to labelled.jsonl for each pair that has none yet, as soon as it is labelled."""
+    start = Starter(cfg.ray, on_loss=lambda name, error: console.print(f"{name} left: {error}", markup=False))
+    generators, labellers = await asyncio.gather(
+        start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
+        start.pool(Reward, cfg.labeller, cfg.labeller, model=policy.path),
+    )
+    generate, score = GeneratorPool(generators).generate, RewardPool(labellers).score
+    stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)
+    done = {record["pair"] for record in read_records(directory / "labelled.jsonl")}
+
+    async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:
+        rollouts = await asyncio.gather(*(generate(prompt) for prompt in prompts))
+        scores = await asyncio.gather(*(score(rollout) for rollout in rollouts))
+        record: dict[str, Any] = {"pair": number}
+        totals = [result.total for result in scores if not isinstance(result, Void)]
+        if len(totals) < len(scores):
+            record["void"] = next(result.reason for result in scores if isinstance(result, Void))
+        else:
+            better = int(totals[1] > totals[0])
+            if abs(totals[1] - totals[0]) > cfg.labeller.min_gap:
+                record |= {
+                    "prompt": prompts[0].messages or prompts[0].text,
+                    "chosen": _text(policy, rollouts[better]),
+                    "rejected": _text(policy, rollouts[1 - better]),
+                    "chosen_score": totals[better],
+                    "rejected_score": totals[1 - better],
+                }
+        append_record(directory / "labelled.jsonl", record)
+        bar.advance(task)
+
+    with ProgressBar(console=console, transient=True) as bar:
+        task = bar.add_task("sampling and labelling", total=cfg.prompts.pairs, completed=len(done))
+        async with asyncio.TaskGroup() as pairs:
+            for number in range(cfg.prompts.pairs):
+                prompts = stream.next(), stream.next()
+                if number not in done:
+                    pairs.create_task(label(number, prompts))
+
+
+def _text(policy: PolicyFiles, rollout: Rollout) -> str:
+    return policy.tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)
+
+
+def _finish(cfg: PairSamplingConfig, directory: Path, *, seconds: float) -> dict[str, Any]:
+    """labelled.jsonl to pairs.jsonl, in the order of the prompts, and summary.json."""
+    labelled = sorted(read_records(directory / "labelled.jsonl"), key=lambda record: record["pair"])
+    pairs = [record for record in labelled if "chosen" in record]
+    staging = directory / "pairs.jsonl.tmp"
+    staging.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    staging.rename(directory / "pairs.jsonl")
+    voids = sum("void" in record for record in labelled)
+    summary = {
+        "seed": cfg.seed,
+        "pairs": len(pairs),
+        "voids": voids,
+        "no_preference": len(labelled) - len(pairs) - voids,
+        "seconds": round(seconds, 1),
+    }
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary

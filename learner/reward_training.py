@@ -1,0 +1,278 @@
+"""The reward model from pairwise preferences: one optimizer step on one rank, and the loop over the pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.config import RewardTrainingConfig, UserError
+from common.metrics import Metrics, append_record, read_records
+from common.models import checkpoint_activations, find_device, resolve_model
+from common.preferences import Pair, Pairs
+from common.reward_models import ScoreScale, head_scores, load_reward_model, save_reward_model
+from common.sequences import token_batches
+from learner.calibration import PreferenceEvaluation, evaluate_preferences
+from learner.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from learner.distributed import Ranks
+from learner.losses import preference_loss
+from learner.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
+
+PAIRS_PER_EVALUATION_CALL = 64
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs, one row each: the shared tokens, then both endings, which do not see each other.
+
+    So what the two sequences share is computed once: 37 % fewer tokens on HH-RLHF.
+    """
+
+    input_ids: Tensor  # int64 [B, T]
+    positions: Tensor  # int64 [B, T], of each token in its own sequence
+    visible: Tensor  # bool [B, 1, T, T]: row t may look at column u
+    chosen_last: Tensor  # int64 [B], where the score is read
+    rejected_last: Tensor  # int64 [B]
+
+    @classmethod
+    def pad(cls, pairs: Sequence[Pair]) -> PairBatch:
+        width = max(pair.num_tokens for pair in pairs)
+        input_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+        positions = torch.zeros_like(input_ids)
+        visible = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(pairs), 1, 1)
+        for row, pair in enumerate(pairs):
+            shared, end = len(pair.shared_ids), pair.num_tokens
+            rejected = shared + len(pair.chosen_ids)  # where the second ending begins
+            input_ids[row, :end] = torch.from_numpy(
+                np.concatenate([pair.shared_ids, pair.chosen_ids, pair.rejected_ids])
+            )
+            positions[row, :rejected] = torch.arange(rejected)
+            positions[row, rejected:end] = torch.arange(shared, shared + len(pair.rejected_ids))
+            visible[row, rejected:, shared:rejected] = False
+        lasts = [len(p.shared_ids) + len(p.chosen_ids) - 1 for p in pairs], [p.num_tokens - 1 for p in pairs]
+        return cls(input_ids, positions, visible[:, None], *(torch.tensor(last) for last in lasts))
+
+    def last_states(self, model: PreTrainedModel) -> Tensor:
+        """Where the scores are read, of chosen and of rejected sequences: [2, B, H]."""
+        device = model.device
+        # Additive, as every attention implementation takes it.
+        blocked = torch.where(self.visible, 0.0, torch.finfo(torch.float32).min).to(device)
+        hidden = model.base_model(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.positions.to(device),
+            attention_mask=blocked,
+            use_cache=False,
+        ).last_hidden_state
+        rows = torch.arange(len(self.input_ids), device=device)
+        return torch.stack([hidden[rows, self.chosen_last.to(device)], hidden[rows, self.rejected_last.to(device)]])
+
+
+class RewardTrainer:
+    """Holds the reward model and its optimizer. Its state after step s is a function of config, weights and pairs."""
+
+    def __init__(self, cfg: RewardTrainingConfig, num_steps: int, *, model: PreTrainedModel | None = None) -> None:
+        torch.set_num_threads(cfg.learner.threads)
+        self.cfg = cfg
+        self.num_steps = num_steps
+        self.step = 0  # updates done
+        self._ranks = Ranks()
+        self._device = find_device(cfg.learner.gpus)
+        self.model = model or load_reward_model(resolve_model(cfg.model.path), dtype=torch.float32, device=self._device)
+        _check_masking(self.model, 2 * cfg.data.max_tokens)
+        if cfg.learner.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        parts = [
+            (self.model.base_model, cfg.optimizer.learning_rate),
+            (self.model.score, cfg.optimizer.head_learning_rate),
+        ]
+        self.optimizer = make_optimizer(parts, cfg.optimizer)
+
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        """Makes this one of the ranks of a group; returns the updates behind it."""
+        timeout_s = self.cfg.learner.timeout_s
+        self._ranks = Ranks.join(rank, world, rendezvous, device=self._device, timeout_s=timeout_s)
+        return self.step
+
+    def update(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """One optimizer step on `pairs`, of which each rank takes its share; returns its metrics."""
+        started, metrics, cfg = time.perf_counter(), Metrics(), self.cfg
+        scale = learning_rate_scale(self.step, self.num_steps, cfg.optimizer)
+        set_learning_rate(self.optimizer, scale)
+        mine = [pairs[i] for i in self._ranks.share([pair.num_tokens for pair in pairs])]
+        for rows in self._rows(mine):
+            micro_batch = [mine[i] for i in rows]
+            chosen, rejected = self._scores(micro_batch)
+            margins = cfg.loss.margin_coef * torch.tensor([p.margin for p in micro_batch], device=chosen.device)
+            loss, stats = preference_loss(
+                chosen, rejected, margins, centre_coef=cfg.loss.centre_coef, num_pairs=len(pairs)
+            )
+            loss.backward()
+            count = len(micro_batch)
+            metrics.mean("preference/loss", loss.item() * len(pairs), count)
+            metrics.mean("preference/accuracy", stats["correct"].item(), count)
+            metrics.mean("preference/margin", stats["margin"].item(), count)
+            metrics.mean("preference/score", (chosen + rejected).sum().item() / 2, count)
+        self._ranks.sum_gradients(self.model.parameters())
+        self._ranks.merge(metrics)
+        # A NaN stops the run here, while weights and checkpoint are still sound.
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optimizer.max_grad_norm, error_if_nonfinite=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        metrics.last("preference/grad_norm", norm.item())
+        metrics.last("preference/learning_rate", cfg.optimizer.learning_rate * scale)
+        metrics.last("learner/tokens", sum(pair.num_tokens for pair in pairs))
+        metrics.last("time/learn_s", time.perf_counter() - started)
+        return metrics.result()
+
+    @torch.no_grad()
+    def scores(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Scores of both sides of each pair, float32 [N, 2]."""
+        result = np.empty((len(pairs), 2), dtype=np.float32)
+        for rows in self._rows(pairs):
+            both = self._scores([pairs[i] for i in rows])
+            result[rows] = torch.stack(both, dim=1).cpu().numpy()
+        return result
+
+    def save(self, directory: Path) -> None:
+        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        save_checkpoint(directory, state)
+
+    def restore(self, directory: Path) -> int:
+        """Restores a saved state; returns the updates it has behind it."""
+        state = load_checkpoint(directory)
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return self.step
+
+    def save_model(self, directory: Path) -> None:
+        """The reward model as a Hugging Face directory."""
+        scale = ScoreScale(chat=self.cfg.data.format == "chat")
+        save_reward_model(self.model, resolve_model(self.cfg.model.path), directory, scale)
+
+    def _scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        bf16 = self.cfg.learner.precision == "bf16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
+            states = PairBatch.pad(pairs).last_states(self.model)
+        chosen, rejected = head_scores(self.model, states)
+        return chosen, rejected
+
+    def _rows(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """Of like lengths, each group within the token budget."""
+        return token_batches([pair.num_tokens for pair in pairs], self.cfg.learner.micro_batch_tokens)
+
+
+@torch.no_grad()
+def _check_masking(model: PreTrainedModel, longest: int) -> None:
+    """Two endings in one row need a model that heeds its mask and positions: raises UserError for others, such as those
+    with a sliding window shorter than a row, or with recurrent layers."""
+    window = getattr(model.config, "sliding_window", None)
+    ids = np.arange(2, 10, dtype=np.int32)
+    shared, ends = ids[:3], (ids[3:6], ids[6:])
+    together = PairBatch.pad([Pair(shared, *ends)]).last_states(model)[:, 0]
+    rows = (torch.from_numpy(np.concatenate([shared, end])).long()[None].to(model.device) for end in ends)
+    apart = torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in rows])
+    if (window and window < longest) or not torch.allclose(together, apart, rtol=1e-2, atol=1e-2):
+        raise UserError(
+            "this model cannot read two responses in one row (a sliding window, or layers that do not heed the "
+            "attention mask), which reward training needs; use a model with plain attention"
+        )
+
+
+class Trainers(Protocol):
+    """What the loop asks of the group of ranks."""
+
+    @property
+    def step(self) -> int: ...
+
+    async def update(self, pairs: Sequence[Pair]) -> dict[str, float]: ...
+
+    async def scores(self, pairs: Sequence[Pair]) -> np.ndarray: ...
+
+    async def save(self, directory: Path) -> None: ...
+
+    async def restore(self, directory: Path) -> None: ...
+
+    async def save_model(self, directory: Path) -> None: ...
+
+
+@dataclass
+class RewardRun:
+    """Everything a run of reward training is made of, joined."""
+
+    cfg: RewardTrainingConfig
+    directory: Path
+    pairs: Pairs
+    heldout: Pairs
+    trainer: Trainers
+    on_step: Callable[[dict[str, Any]], None] = lambda record: None
+    on_evaluation: Callable[[PreferenceEvaluation], None] = lambda evaluation: None
+    checkpoints: Checkpoints = field(init=False)
+
+    def __post_init__(self) -> None:
+        checkpoint = self.cfg.checkpoint
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", every=checkpoint.every, keep=checkpoint.keep)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.pairs), self.cfg)
+
+    def batch(self, step: int) -> list[Pair]:
+        """The pairs of one step: every epoch all of them, in an order that only seed and epoch decide."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.cfg.seed, 1, epoch]).permutation(len(self.pairs))
+        size = self.cfg.pairs_per_step
+        return [self.pairs[int(i)] for i in order[place * size : (place + 1) * size]]
+
+
+def steps_per_epoch(num_pairs: int, cfg: RewardTrainingConfig) -> int:
+    return -(-num_pairs // cfg.pairs_per_step)
+
+
+async def train_reward_model(run: RewardRun) -> list[PreferenceEvaluation]:
+    """From wherever the run directory stands to the last epoch; returns the evaluations, oldest first.
+
+    Evaluates after every epoch. Leaves the model in RUN/model.
+    """
+    trainer, num_steps = run.trainer, run.cfg.epochs * run.steps_per_epoch
+    if (checkpoint := run.checkpoints.newest()) is not None:
+        await trainer.restore(checkpoint)
+    evaluations = [PreferenceEvaluation.from_record(r) for r in read_records(run.directory / "evaluations.jsonl")]
+    logged = {record["step"] for record in read_records(run.directory / "metrics.jsonl")}
+    while trainer.step < num_steps:
+        step = trainer.step
+        stats = await trainer.update(run.batch(step))
+        record = {"step": step, "epoch": (step + 1) / run.steps_per_epoch, **stats}
+        if step not in logged:  # a resumed run repeats the steps since its checkpoint, to the same result
+            append_record(run.directory / "metrics.jsonl", record)
+        run.on_step(record)
+        if run.checkpoints.due(trainer.step, num_steps):
+            await trainer.save(run.checkpoints.path(trainer.step))
+            run.checkpoints.prune()
+        await _evaluate_if_due(run, evaluations)
+    await trainer.save_model(run.directory / "model")
+    return evaluations
+
+
+async def _evaluate_if_due(run: RewardRun, evaluations: list[PreferenceEvaluation]) -> None:
+    step = run.trainer.step
+    if step == 0 or step % run.steps_per_epoch or not run.heldout or any(done.step == step for done in evaluations):
+        return
+    calls = range(0, len(run.heldout), PAIRS_PER_EVALUATION_CALL)
+    scores = [
+        await run.trainer.scores([run.heldout[i] for i in range(start, min(start + calls.step, len(run.heldout)))])
+        for start in calls
+    ]
+    chosen, rejected = np.concatenate(scores).T
+    evaluation = evaluate_preferences(chosen, rejected, step=step, epoch=step / run.steps_per_epoch)
+    append_record(run.directory / "evaluations.jsonl", evaluation.record())
+    evaluations.append(evaluation)
+    run.on_evaluation(evaluation)
