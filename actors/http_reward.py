@@ -39,7 +39,7 @@ class HttpSource:
                 self._outstanding[url] += 1
                 try:
                     return await self._post(url, answer)
-                except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+                except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError, AttributeError) as error:
                     failed.append(url)
                     last = f"{url}: {type(error).__name__}: {error}"
                 finally:
@@ -52,4 +52,4 @@ class HttpSource:
         async with self._session.post(url, json={**asdict(answer), "fields": dict(answer.fields)}) as response:
             response.raise_for_status()
             found = await response.json()
-            return float(found["score"]), f"{found['model']} at {url}" if "model" in found else url
+            return float(found["score"]), f"{found['model']} at {url}" if found.get("model") else url

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from actors.scoring import Batcher
 from common.config import ReferenceConfig
 from common.models import find_device, load_policy, resolve_model
-from common.sequences import LANES, Sequences, response_logprobs
+from common.sequences import LANES, Sequences, response_logprobs, round_up
 from common.types import Rollout
 
 
@@ -28,7 +28,7 @@ class ReferencePolicy:
         self._model = model
         self._batcher = Batcher(
             self.forward,
-            num_tokens=lambda rollout: rollout.num_tokens,
+            num_tokens=lambda rollout: round_up(rollout.num_tokens, LANES),
             max_tokens=cfg.max_batch_tokens,
             window_s=cfg.batch_window_ms / 1000,
         )

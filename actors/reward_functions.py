@@ -36,13 +36,18 @@ class FunctionSource:
     """A Python function, called in a thread of its own so that models and services work on meanwhile."""
 
     def __init__(self, cfg: FunctionSourceConfig) -> None:
-        self._function = load_function(cfg.function, f"reward source {cfg.name}")
+        self._function: Callable[[RewardInput], float] = load_function(cfg.function, f"reward source {cfg.name}")
         self._origin = cfg.function
         self._thread = ThreadPoolExecutor(max_workers=1)  # one call at a time: few functions expect more
 
     async def __call__(self, answer: RewardInput) -> tuple[float, str]:
-        raw = await asyncio.get_running_loop().run_in_executor(self._thread, self._function, answer)
-        return float(raw), self._origin
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._call, answer), self._origin
+
+    def _call(self, answer: RewardInput) -> float:
+        try:
+            return float(self._function(answer))
+        except StopIteration as error:  # no future can carry one
+            raise RuntimeError("StopIteration: an iterator ran out") from error
 
 
 class Reward:

@@ -12,7 +12,7 @@ from common.config import ModelSourceConfig
 from common.dialogues import dialogue_ids
 from common.models import find_device, load_tokenizer, resolve_model
 from common.reward_models import content_hash, load_reward_model, read_scale, sequence_scores
-from common.sequences import LANES
+from common.sequences import LANES, round_up
 from common.types import RewardInput
 
 
@@ -27,9 +27,13 @@ class RewardModelSource:
         self._tokenizer = load_tokenizer(directory)
         self._scale = read_scale(directory)
         self._origin = f"{cfg.model}@{content_hash(directory)}"
-        self._max_tokens = cfg.max_tokens
+        context = getattr(self._model.config, "max_position_embeddings", None) or cfg.max_tokens
+        self._max_tokens = min(cfg.max_tokens, context)
         self._batcher: Batcher[list[int], float] = Batcher(
-            self.forward, num_tokens=len, max_tokens=cfg.max_batch_tokens, window_s=cfg.batch_window_ms / 1000
+            self.forward,
+            num_tokens=lambda ids: round_up(len(ids), LANES),
+            max_tokens=cfg.max_batch_tokens,
+            window_s=cfg.batch_window_ms / 1000,
         )
 
     async def __call__(self, answer: RewardInput) -> tuple[float, str]:
@@ -50,7 +54,7 @@ class RewardModelSource:
     def forward(self, sequences: Sequence[list[int]]) -> list[float]:
         """One padded forward pass; each score is bit for bit the same in any company."""
         lengths = torch.tensor([len(ids) for ids in sequences])
-        width = -(-int(lengths.max()) // LANES) * LANES
+        width = round_up(int(lengths.max()), LANES)
         input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
         for row, ids in zip(input_ids, sequences, strict=True):
             row[: len(ids)] = torch.tensor(ids)

@@ -1,8 +1,8 @@
 """Every setting of a run, as typed, frozen trees; `common/config_files.py` loads them from TOML.
 
 Each field has a bound in its type and a sentence saying what it means, its unit, and what moving it does;
-`ratchet config --describe` prints them. Rules that span fields stand in the `_broken_rules` of a tree's root. The roots:
-`Config` (ratchet train, evaluate), `RewardTrainingConfig` (train-reward), `PairSamplingConfig` (sample-pairs).
+`ratchet config --describe` prints them. Rules that span fields stand in `_broken_rules` of a tree's root. The roots:
+`Config` (train, evaluate), `RewardTrainingConfig` (train-reward) and `PairSamplingConfig` (sample-pairs).
 """
 
 from __future__ import annotations
@@ -217,6 +217,10 @@ SourceConfig = Annotated[
 class SourcesConfig(Replicated):
     """The reward service: which sources score a response."""
 
+    in_flight: Positive = 32
+    """Requests each process is sent at once. More let a reward model batch better; slow Python functions, which run one
+    after the other, want few, or the last one waits longer than timeout_s."""
+
     sources: tuple[SourceConfig, ...]
     """The sources: each has a name, a weight, and a function, a model or urls."""
 
@@ -414,11 +418,7 @@ class Config(Root):
             if batch % parts:
                 nearest = ", ".join(str(n) for n in (batch // parts * parts, batch // parts * parts + parts) if n)
                 yield f"rollouts_per_step ({batch}) must divide into {key} ({parts}); nearest: {nearest}"
-        if sampling.min_new_tokens > sampling.max_new_tokens:
-            yield (
-                f"sampling.min_new_tokens ({sampling.min_new_tokens}) must not exceed sampling.max_new_tokens "
-                f"({sampling.max_new_tokens}); lower the first or raise the second"
-            )
+        yield from _broken_sampling_rules(sampling)
         if self.optimizer.warmup_steps > steps:
             yield (
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must not exceed num_steps ({steps}); "
@@ -484,6 +484,7 @@ class PairSamplingConfig(Root):
         return self.prompts.max_tokens + self.sampling.max_new_tokens
 
     def _broken_rules(self) -> Iterator[str]:
+        yield from _broken_sampling_rules(self.sampling)
         yield from _broken_source_rules("labeller.sources", self.labeller.sources)
 
 
@@ -557,6 +558,7 @@ class RewardTrainingConfig(Root):
     ray: RayConfig = RayConfig()
 
     def _broken_rules(self) -> Iterator[str]:
+        yield from _broken_sampling_rules(self.sampling)
         if self.data.heldout is not None and self.data.heldout_pairs:
             yield "data.heldout and data.heldout_pairs both name held-out pairs; give one of the two"
         if self.learner.micro_batch_tokens < 2 * self.data.max_tokens:
@@ -564,6 +566,14 @@ class RewardTrainingConfig(Root):
                 f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) must hold the longest pair, twice "
                 f"data.max_tokens = {2 * self.data.max_tokens}; raise the first or lower the second"
             )
+
+
+def _broken_sampling_rules(cfg: SamplingConfig) -> Iterator[str]:
+    if cfg.min_new_tokens > cfg.max_new_tokens:
+        yield (
+            f"sampling.min_new_tokens ({cfg.min_new_tokens}) must not exceed sampling.max_new_tokens "
+            f"({cfg.max_new_tokens}); lower the first or raise the second"
+        )
 
 
 def _broken_source_rules(

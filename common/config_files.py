@@ -93,8 +93,8 @@ def _explain(fault: Any, root: type[Section]) -> str:
 
 def _names_at(parents: list[Any], root: type[Section]) -> list[str]:
     section = root
-    for part in parents:
-        if part in SOURCE_KINDS:  # the kind of a reward source, which pydantic puts behind its index
+    for before, part in zip([None, *parents], parents):
+        if isinstance(before, int):  # the kind of a reward source, which pydantic puts behind its index
             section = SOURCE_KINDS[part]
         elif isinstance(part, str) and isinstance(kind := section.model_fields[part].annotation, type):
             section = kind if issubclass(kind, Section) else section

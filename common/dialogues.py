@@ -24,7 +24,10 @@ def dialogue_ids(
     transformers reads a score before them, even where the end token is one.
     """
     if chat:
-        messages = [*as_messages(prompt, "user"), *as_messages(response, "assistant")]
+        asked = as_messages(prompt, "user")
+        if asked and isinstance(response, str):  # whatever turns it pretends to hold
+            response = [{"role": "assistant", "content": response}]
+        messages = [*asked, *as_messages(response, "assistant")]
         ids = _ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
     else:
         assert isinstance(prompt, str)

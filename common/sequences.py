@@ -33,7 +33,7 @@ class Sequences:
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt without tokens cannot be answered; give it at least one")
         lengths = torch.tensor([len(pair[0]) + len(pair[1]) for pair in zip(prompts, responses, strict=True)])
-        input_ids = torch.zeros(len(prompts), _round_up(int(lengths.max()), multiple_of), dtype=torch.int64)
+        input_ids = torch.zeros(len(prompts), round_up(int(lengths.max()), multiple_of), dtype=torch.int64)
         for row, pair, length in zip(input_ids, zip(prompts, responses, strict=True), lengths, strict=True):
             row[:length] = torch.from_numpy(np.concatenate(pair))
         return cls(input_ids, torch.tensor([len(prompt) for prompt in prompts]), lengths)
@@ -84,7 +84,7 @@ def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperatu
     """
     states, token_ids = sequences.response_states(model.base_model)
     count = len(token_ids)
-    fill = _round_up(count, LANES) - count
+    fill = round_up(count, LANES) - count
     states = torch.nn.functional.pad(states, (0, 0, 0, fill))
     token_ids = torch.nn.functional.pad(token_ids, (0, fill))
     logprobs, _ = chosen_logprobs(states, token_ids, model.get_output_embeddings(), temperature=temperature)
@@ -106,5 +106,6 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def _round_up(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
+    """The next multiple, or `count` if it is one."""
     return -(-count // multiple) * multiple

@@ -41,7 +41,7 @@ IMPORTS = 600 * MIB  # torch and transformers, or vLLM, before any weight
 
 def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
     """Every process of a PPO run with an estimate of its peak memory."""
-    trained = _training(cfg.learner, model, row=cfg.max_sequence_tokens)
+    trained = _training(cfg.learner, model, row=min(cfg.max_sequence_tokens, model.context))
     networks = 2 if cfg.learner.critic == "separate" else 1
     published = 2 * model.parameters + _logits(cfg.learner.micro_batch_tokens, model)
     reference = IMPORTS + _weights(cfg.reference.dtype, model) + _logits(cfg.reference.max_batch_tokens, model)
@@ -78,8 +78,7 @@ def _training(cfg: TrainerConfig, model: ModelSize, *, row: int) -> int:
     """
     tokens = cfg.micro_batch_tokens
     saved = (2 if cfg.precision == "bf16" else 4) * 20 * tokens * model.layers * model.hidden
-    width = min(row, model.context, tokens)
-    attention = 2 * 4 * tokens * width * model.heads * model.layers if cfg.gpus == 0 else 0
+    attention = 2 * 4 * tokens * min(row, tokens) * model.heads * model.layers if cfg.gpus == 0 else 0
     return 16 * model.parameters + saved + attention
 
 

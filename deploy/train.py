@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.pool import GeneratorPool, ReferencePool, RewardPool, actor
 from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
-from common.config import Config, UserError
+from common.config import Config, ModelSourceConfig, UserError
 from common.journal import Journal
+from common.models import resolve_model
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
+from common.reward_models import content_hash
 from common.types import Prompt
 from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, check_object_store, needs, place
@@ -46,6 +48,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
         refuse_overwriting(directory, force=force)
     elif last := Journal(directory / "journal").last():
         prompts.restore(last.prompts)  # refused now if these are not the run's prompts, not after minutes of replay
+        check_same_reward_models(cfg, dict(last.table["origins"][0].as_py()))
     with cluster(cfg.ray) as nodes:
         place(needs(cfg, policy.size, reward_models), nodes)
         with sole_owner(directory):
@@ -119,6 +122,18 @@ def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], 
             "an evaluation on prompts that were trained on says nothing: take them out of one"
         )
     return train_records, heldout
+
+
+def check_same_reward_models(cfg: Config, origins: Mapping[str, str]) -> None:
+    """A run that goes on must be scored by the models it was scored by. Raises UserError."""
+    for source in cfg.reward.sources:
+        if isinstance(source, ModelSourceConfig):
+            before, now = origins[source.name].rpartition("@")[2], content_hash(resolve_model(source.model))
+            if before != now:
+                raise UserError(
+                    f"reward source {source.name}: {source.model} is not the model the run began with (content hash "
+                    f"{now}, in the journal {before}); restore it, or start a new run"
+                )
 
 
 def summarise(cfg: Config, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:

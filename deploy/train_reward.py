@@ -48,6 +48,8 @@ def run_reward_training(
         pairs = directory / "pairs" if resume else Path(staging) / "pairs"
         if not resume:
             prepare_pairs(cfg, base, pairs)
+        elif not (pairs / "counts.json").exists():
+            raise UserError(f"{directory} was stopped before it held its pairs; begin again with --force")
         train, heldout = load_pairs(cfg, pairs)
         prompts = check_inputs(cfg, base, reference, train)
         with cluster(cfg.ray) as nodes:
@@ -63,9 +65,10 @@ def run_reward_training(
             with sole_owner(directory):
                 if not resume:
                     clear(directory)
+                write_config(directory, cfg)
+                if not resume:
                     shutil.move(pairs, directory / "pairs")
                     train, heldout = load_pairs(cfg, directory / "pairs")
-                write_config(directory, cfg)
                 progress = RewardProgress(cfg, directory)
                 progress.begin(read_counts(directory / "pairs"), len(train), len(heldout))
                 evaluations = asyncio.run(_train(cfg, directory, train, heldout, progress))

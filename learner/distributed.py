@@ -1,4 +1,4 @@
-"""Several processes as one learner: each takes a share of a batch, and their gradients are summed (torch.distributed)."""
+"""Several processes as one learner: each takes a share of a batch, and their gradients are summed."""
 
 from __future__ import annotations
 

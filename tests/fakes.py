@@ -113,6 +113,10 @@ class FakeRoles:
             return Void(rollout.prompt.sample_id, "told to fail")
         return Score(1.0, {"a_words": 1.0})
 
+    async def judge(self, rollout: Rollout) -> Score | Void:
+        score = await self.score(rollout)
+        return score if isinstance(score, Void) else Score(score.total, {**score.components, "gold": 0.5})
+
     async def logprobs(self, rollout: Rollout) -> np.ndarray:
         return rollout.rollout_logprobs
 

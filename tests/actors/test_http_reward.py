@@ -1,18 +1,20 @@
-"""The HTTP reward source against services on loopback that answer, stall, fail and lie."""
+"""The HTTP reward source against services on loopback that answer, stall, fail and lie, and where scores are from."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
 from actors.http_reward import HttpSource, HttpSourceError
-from common.config import RewardSource
+from common.config import HttpSourceConfig
 from common.types import RewardInput
 
 ANSWER = RewardInput("question", "yes", 2, "stop", {"expected": "yes"})
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "question"}]
 
 
 @asynccontextmanager
@@ -31,7 +33,7 @@ async def service(handler):
 
 
 def source(*urls: str, **settings) -> HttpSource:
-    return HttpSource(RewardSource(name="judge", urls=urls, **{"backoff_s": 0.01, **settings}))
+    return HttpSource(HttpSourceConfig(name="judge", urls=urls, **{"backoff_s": 0.01, **settings}))
 
 
 async def close(*sources: HttpSource) -> None:
@@ -40,7 +42,7 @@ async def close(*sources: HttpSource) -> None:
             await each._session.close()
 
 
-def test_the_answer_travels_as_json_and_the_score_comes_back():
+def test_the_answer_travels_as_json_and_the_score_comes_back_with_the_address():
     async def scenario():
         seen = []
 
@@ -50,21 +52,41 @@ def test_the_answer_travels_as_json_and_the_score_comes_back():
 
         async with service(handler) as url:
             judge = source(url)
-            score = await judge(ANSWER)
+            found = await judge(ANSWER), await judge(replace(ANSWER, messages=MESSAGES))
             await close(judge)
-        return score, seen
+        return url, found, seen
 
-    score, seen = asyncio.run(scenario())
-    assert score == 0.25
-    assert seen == [
-        {
-            "prompt": "question",
-            "response": "yes",
-            "response_tokens": 2,
-            "finish_reason": "stop",
-            "fields": {"expected": "yes"},
-        }
-    ]
+    url, found, seen = asyncio.run(scenario())
+    assert found == ((0.25, url), (0.25, url))
+    plain = {
+        "prompt": "question",
+        "response": "yes",
+        "response_tokens": 2,
+        "finish_reason": "stop",
+        "fields": {"expected": "yes"},
+        "messages": None,
+    }
+    assert seen == [plain, {**plain, "messages": MESSAGES}]
+
+
+def test_the_origin_names_the_model_of_each_answer_and_the_address_that_gave_it():
+    async def scenario():
+        answers = iter([{"score": 1, "model": "grader v1"}, {"score": 2, "model": "grader v2"}, {"score": 3}])
+
+        async def working(request):
+            return web.json_response(next(answers))
+
+        async def broken(request):
+            return web.json_response({"model": "no score"})
+
+        async with service(broken) as one, service(working) as other:
+            judge = source(one, other)
+            found = [await judge(ANSWER) for _ in range(3)]
+            await close(judge)
+        return found, other
+
+    found, url = asyncio.run(scenario())
+    assert found == [(1.0, f"grader v1 at {url}"), (2.0, f"grader v2 at {url}"), (3.0, url)]
 
 
 def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_again():
@@ -81,12 +103,12 @@ def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_agai
 
         async with service(broken) as one, service(shaky) as other:
             judge = source(one, other)
-            score = await judge(ANSWER)
+            score, origin = await judge(ANSWER)
             await close(judge)
-        return score, tries
+        return score, tries, origin == other
 
     # broken, shaky (first time: 503), broken again (each has failed once), shaky.
-    assert asyncio.run(scenario()) == (1.0, {"broken": 2, "shaky": 2})
+    assert asyncio.run(scenario()) == (1.0, {"broken": 2, "shaky": 2}, True)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +123,13 @@ def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_agai
 )
 def test_a_source_that_stays_broken_raises_with_its_last_failure(answer, message):
     async def scenario():
+        over = asyncio.Event()
+
         async def handler(request):
             await request.read()
             if answer is None:
-                await asyncio.sleep(30)
+                await over.wait()
+                return web.Response()
             return web.Response(status=answer.status, body=answer.body, content_type=answer.content_type)
 
         async with service(handler) as url:
@@ -112,6 +137,7 @@ def test_a_source_that_stays_broken_raises_with_its_last_failure(answer, message
             try:
                 await judge(ANSWER)
             finally:
+                over.set()  # or the server would wait for its handler
                 await close(judge)
 
     with pytest.raises(HttpSourceError, match=rf"gave up after 2 tries.*{message}"):

@@ -1,18 +1,31 @@
-"""The reward service: what a function is given, how scores add up, and what a failure becomes."""
+"""The reward service: what a source is given, how scores add up, who is asked, and what a failure becomes."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from aiohttp import web
 
-from actors.reward_functions import Reward
-from common.config import RewardConfig
+from actors.http_reward import HttpSource
+from actors.reward_functions import FunctionSource, Reward, make_source
+from common.config import FunctionSourceConfig, HttpSourceConfig, RewardConfig, RewardSource
 from common.models import load_tokenizer
 from common.types import RewardInput, Score, Void
+from tests.actors.test_http_reward import close, service
 from tests.fakes import END, make_prompt, make_rollout, save_tiny_model
 
+MODULE = "tests.actors.test_reward_functions"
+ANSWER = RewardInput("question", "yes", 2, "stop", {})
+ROLLOUT = make_rollout(make_prompt(7, answer=3), [4, 5, END])
+
 seen: list[RewardInput] = []
+events: list[str] = []
+began, go_on = threading.Event(), threading.Event()
 
 
 def remember(answer: RewardInput) -> float:
@@ -28,44 +41,190 @@ def wrong_type(answer: RewardInput) -> float:
     return "many"  # type: ignore[return-value]
 
 
+def first_digit(answer: RewardInput) -> float:
+    return float(next(word for word in answer.response.split() if word.isdigit()))
+
+
+def blocks(answer: RewardInput) -> float:
+    """Returns when it is told to; or after a while, so that a test can fail."""
+    events.append("function begins")
+    began.set()
+    go_on.wait(5)
+    events.append("function ends")
+    return 1.0
+
+
+def reports(answer: RewardInput) -> float:
+    events.append(f"{answer.prompt} begins")
+    threading.Event().wait(0.002)  # another call could begin now
+    events.append(f"{answer.prompt} ends")
+    return 1.0
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load_tokenizer(save_tiny_model(tmp_path_factory.mktemp("model")))
 
 
-def score(tokenizer, *sources: tuple[str, str, float]) -> Score | Void:
-    module = "tests.actors.test_reward_functions"
-    cfg = RewardConfig.model_validate(
-        {
-            "sources": [
-                {"name": name, "function": function if ":" in function else f"{module}:{function}", "weight": weight}
-                for name, function, weight in sources
-            ]
-        }
+@pytest.fixture
+def imported():
+    """This module as the service imports it: another copy than the one that pytest runs."""
+    import tests.actors.test_reward_functions as module
+
+    module.seen.clear()
+    module.events.clear()
+    module.began.clear()
+    module.go_on.clear()
+    return module
+
+
+def function(name: str, path: str, weight: float = 1.0) -> dict[str, Any]:
+    return {"name": name, "function": path if ":" in path else f"{MODULE}:{path}", "weight": weight}
+
+
+def make_reward(tokenizer, *sources: dict[str, Any], judges: tuple[dict[str, Any], ...] = ()) -> Reward:
+    cfg = RewardConfig.model_validate({"sources": sources})
+    return Reward("Reward(0)", cfg, model=tokenizer, judges=[FunctionSourceConfig(**judge) for judge in judges])
+
+
+def score(tokenizer, *sources: dict[str, Any]) -> Score | Void:
+    return asyncio.run(make_reward(tokenizer, *sources).score(ROLLOUT))
+
+
+# What a source is given, and what comes of it
+
+
+def test_a_function_gets_text_without_special_tokens_and_the_prompts_fields(tokenizer, imported):
+    score(tokenizer, function("seen", "remember"))
+    assert imported.seen == [RewardInput("prompt 7", "a0 a1", 3, "stop", {"answer": 3}, None)]
+
+
+def test_a_function_gets_the_prompts_messages(tokenizer, imported):
+    messages = [{"role": "user", "content": "a7"}]
+    rollout = replace(ROLLOUT, prompt=replace(ROLLOUT.prompt, messages=messages))
+    asyncio.run(make_reward(tokenizer, function("seen", "remember")).score(rollout))
+    assert imported.seen == [RewardInput("prompt 7", "a0 a1", 3, "stop", {"answer": 3}, messages)]
+
+
+def test_the_total_is_the_weighted_sum_and_every_raw_score_is_kept_with_its_origin(tokenizer):
+    result = score(tokenizer, function("two", "remember", 0.5), function("tokens", "length", -2.0))
+    assert result == Score(
+        0.5 * 2 - 2.0 * 3,
+        {"two": 2.0, "tokens": 3.0},
+        {"two": f"{MODULE}:remember", "tokens": f"{MODULE}:length"},
     )
-    rollout = make_rollout(make_prompt(7, answer=3), [4, 5, END])
-    return asyncio.run(Reward("Reward(0)", cfg, model=tokenizer).score(rollout))
 
 
-def test_a_function_gets_text_without_special_tokens_and_the_prompts_fields(tokenizer):
-    import tests.actors.test_reward_functions as module  # the copy that the service imported
+def test_functions_and_services_are_scored_together_each_under_its_own_origin(tokenizer):
+    async def scenario():
+        async def handler(request):
+            sent = await request.json()
+            return web.json_response({"score": len(sent["response"]), "model": "counter v2"})
 
-    score(tokenizer, ("seen", "remember", 1.0))
-    assert module.seen[-1] == RewardInput("prompt 7", "a0 a1", 3, "stop", {"answer": 3})
+        async with service(handler) as url:
+            counter = {"name": "letters", "urls": [url], "weight": 10.0}
+            reward = make_reward(tokenizer, function("tokens", "length"), counter)
+            found = await reward.score(ROLLOUT)
+            await close(*(call for _, call in reward._sources if isinstance(call, HttpSource)))
+        return found, url
 
-
-def test_the_total_is_the_weighted_sum_and_every_raw_score_is_kept(tokenizer):
-    result = score(tokenizer, ("two", "remember", 0.5), ("tokens", "length", -2.0))
-    assert result == Score(0.5 * 2 - 2.0 * 3, {"two": 2.0, "tokens": 3.0})
+    found, url = asyncio.run(scenario())
+    # 3 tokens; "a0 a1" has 5 letters.
+    assert found == Score(
+        53.0, {"tokens": 3.0, "letters": 5.0}, {"tokens": f"{MODULE}:length", "letters": f"counter v2 at {url}"}
+    )
 
 
 @pytest.mark.parametrize(
-    ("function", "reason"),
+    ("path", "reason"),
     [
         ("tests.tasks:not_a_number", "reward source broken returned nan"),
         ("wrong_type", "reward source broken raised ValueError: could not convert string to float: 'many'"),
     ],
 )
-def test_a_failure_voids_the_rollout_with_its_reason(tokenizer, function, reason):
-    result = score(tokenizer, ("two", "remember", 1.0), ("broken", function, 0.0))
-    assert result == Void(make_prompt(7).sample_id, reason)
+def test_a_failure_voids_the_rollout_with_its_reason(tokenizer, path, reason):
+    result = score(tokenizer, function("two", "remember"), function("broken", path, 0.0))
+    assert result == Void(ROLLOUT.prompt.sample_id, reason)
+
+
+def test_an_iterator_that_runs_out_in_a_function_is_a_failure_like_any_other(tokenizer):
+    """asyncio refuses to carry a StopIteration, and would leave who waits for it waiting."""
+
+    async def scenario():
+        return await asyncio.wait_for(make_reward(tokenizer, function("digit", "first_digit")).score(ROLLOUT), 5)
+
+    result = asyncio.run(scenario())
+    assert isinstance(result, Void)
+    assert result.sample_id == ROLLOUT.prompt.sample_id
+    assert result.reason.startswith("reward source digit raised ")
+    assert "StopIteration" in result.reason
+
+
+def test_a_source_of_no_known_kind_is_an_error():
+    with pytest.raises(TypeError, match="no reward source is configured by RewardSource"):
+        make_source(RewardSource(name="s"))
+
+
+# Judges
+
+
+def test_judges_stand_beside_the_sources_and_count_nothing(tokenizer):
+    reward = make_reward(tokenizer, function("two", "remember", 0.5), judges=(function("tokens", "length", 100.0),))
+    two = {"two": 2.0}, {"two": f"{MODULE}:remember"}
+    assert asyncio.run(reward.score(ROLLOUT)) == Score(1.0, *two)
+    assert asyncio.run(reward.judge(ROLLOUT)) == Score(
+        1.0, {**two[0], "tokens": 3.0}, {**two[1], "tokens": f"{MODULE}:length"}
+    )
+
+
+def test_training_never_asks_a_judge(tokenizer, imported):
+    reward = make_reward(tokenizer, function("tokens", "length"), judges=(function("judge", "remember"),))
+    asyncio.run(reward.score(ROLLOUT))
+    assert imported.seen == []
+    asyncio.run(reward.judge(ROLLOUT))
+    assert len(imported.seen) == 1
+
+
+def test_a_judge_that_fails_voids_what_it_was_to_judge_and_no_training(tokenizer):
+    reward = make_reward(tokenizer, function("tokens", "length"), judges=(function("strict", "wrong_type"),))
+    assert isinstance(asyncio.run(reward.score(ROLLOUT)), Score)
+    reason = "reward source strict raised ValueError: could not convert string to float: 'many'"
+    assert asyncio.run(reward.judge(ROLLOUT)) == Void(ROLLOUT.prompt.sample_id, reason)
+
+
+def test_without_judges_judging_is_scoring(tokenizer):
+    reward = make_reward(tokenizer, function("tokens", "length"))
+    assert asyncio.run(reward.judge(ROLLOUT)) == asyncio.run(reward.score(ROLLOUT))
+
+
+# Side by side
+
+
+def test_a_function_that_blocks_does_not_hold_up_a_service(imported):
+    async def scenario():
+        async def handler(request):
+            return web.json_response({"score": 2})
+
+        async with service(handler) as url:
+            slow = make_source(FunctionSourceConfig(name="slow", function=f"{MODULE}:blocks"))
+            quick = make_source(HttpSourceConfig(name="quick", urls=(url,)))
+            waiting = asyncio.create_task(slow(ANSWER))
+            assert await asyncio.to_thread(imported.began.wait, 5)
+            await quick(ANSWER)
+            imported.events.append("service has scored")
+            imported.go_on.set()
+            await waiting
+            await close(quick)
+
+    asyncio.run(scenario())
+    assert imported.events == ["function begins", "service has scored", "function ends"]
+
+
+def test_calls_of_a_function_come_one_at_a_time_in_order(imported):
+    async def ask(source: Callable) -> list[tuple[float, str]]:
+        return await asyncio.gather(*(source(replace(ANSWER, prompt=str(i))) for i in range(6)))
+
+    path = f"{MODULE}:reports"
+    found = asyncio.run(ask(FunctionSource(FunctionSourceConfig(name="s", function=path))))
+    assert found == [(1.0, path)] * 6
+    assert imported.events == [f"{i} {what}" for i in range(6) for what in ("begins", "ends")]

@@ -125,12 +125,11 @@ def test_a_chat_prompt_written_as_in_hh_becomes_its_turns(tokenizer):
     assert chat(tokenizer, prompt, "b5") == chat(tokenizer, "", HH) == expected
 
 
-def test_messages_stay_as_they_are_and_are_not_changed(tokenizer):
+def test_messages_stay_as_they_are_and_text_becomes_one():
     messages = said("system", HH, "user", " a1 ")
     assert as_messages(messages, "assistant") == messages
-    assert as_messages(tuple(messages), "assistant") is not messages
     assert as_messages("", "user") == []
-    assert as_messages(" a1 ", "user") == said("user", " a1 ")
+    assert as_messages("a1 a2", "user") == said("user", "a1 a2")
     assert as_messages("\n\nAssistant:", "user") == said("user", "\n\nAssistant:")  # names a turn, holds none
 
 
@@ -145,7 +144,8 @@ def test_messages_stay_as_they_are_and_are_not_changed(tokenizer):
         ("\n\nHuman: a1\n\nAssistant: \n", ("user", "a1")),
         ("\n\nHuman: a1\n\nHuman: a2", ("user", "a1", "user", "a2")),
         ("\n\nHuman:\n\nAssistant: b1", ("user", "", "assistant", "b1")),
-        (" \n\n\nHuman: a1\nHuman: a2 Assistant: a3\n\n a4\n\nhuman: a5\n", ("user", "a1\nHuman: a2 Assistant: a3\n\n a4\n\nhuman: a5")),
+        (" \n\n\nHuman: a1\n\n a2\n", ("user", "a1\n\n a2")),
+        ("\n\nHuman: a1\nHuman: a2 Assistant: a3\n\nhuman: a4", ("user", "a1\nHuman: a2 Assistant: a3\n\nhuman: a4")),
         ("\n\nAssistant: b1\n\nHuman: a1", ("assistant", "b1", "user", "a1")),
         ("Human: a1\n\nAssistant: b1", ()),  # something stands before the first turn
         ("a1\n\nHuman: a1", ()),

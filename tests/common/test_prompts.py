@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common.config import PromptsConfig, UserError
-from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
+from common.config import PairPromptsConfig, PromptFormat, PromptsConfig, UserError
+from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records, prompt_record
 from common.types import SampleId
 
 WORDS = ["<unk>", "<end>", "which", "is", "larger", "7", "9", "user", ":"]  # ids 0, 1, 2, ...
@@ -22,8 +22,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
 
 
+def said(index):
+    return [{"role": "user", "content": f"question {index}"}]
+
+
 def stream(*, prompts=5, seed=0, rollouts_per_prompt=1):
-    records = [PromptRecord(f"question {i}", np.array([i], np.int32), {"answer": i}) for i in range(prompts)]
+    records = [
+        PromptRecord(f"question {i}", np.array([i], np.int32), {"answer": i}, said(i) if i % 2 else None)
+        for i in range(prompts)
+    ]
     return PromptStream(records, seed=seed, rollouts_per_prompt=rollouts_per_prompt)
 
 
@@ -87,6 +94,7 @@ def test_a_prompt_carries_the_record_that_its_id_names():
             [index],
             {"answer": index},
         )
+        assert prompt.messages == (said(index) if index % 2 else None)
 
 
 def test_settled_samples_leave_the_state_and_the_others_stay_in_order_of_issue():
@@ -121,6 +129,9 @@ def test_a_restored_stream_reissues_the_outstanding_in_order_and_goes_on_as_the_
     reissued = [restored.next() for _ in range(3)]
     assert [p.sample_id for p in reissued] == [ids[2], ids[7], ids[16]]
     assert [p.text for p in reissued] == [f"question {i.prompt}" for i in (ids[2], ids[7], ids[16])]
+    assert [p.messages for p in reissued] == [
+        said(i.prompt) if i.prompt % 2 else None for i in (ids[2], ids[7], ids[16])
+    ]
     assert restored.state() == state  # issued again, still outstanding
     assert take(restored, 43) == uninterrupted[17:]
     restored.settle([ids[7]])
@@ -152,12 +163,17 @@ def test_a_state_of_other_prompts_is_refused():
 
 
 def test_heldout_prompts_are_the_first_ones_under_ids_no_training_stream_issues():
-    records = [PromptRecord(f"q{i}", np.array([i], np.int32), {"answer": i}) for i in range(3)]
-    prompts = heldout_prompts(records, 2)
-    assert [(p.sample_id, p.text, p.fields) for p in prompts] == [
-        (SampleId(-1, 0, 0), "q0", {"answer": 0}),
-        (SampleId(-1, 1, 0), "q1", {"answer": 1}),
+    records = [
+        PromptRecord("q0", np.array([0], np.int32), {"answer": 0}),
+        PromptRecord("q1", np.array([1], np.int32), {"answer": 1}, said(1)),
+        PromptRecord("q2", np.array([2], np.int32), {"answer": 2}),
     ]
+    prompts = heldout_prompts(records, 2)
+    assert [(p.sample_id, p.text, p.fields, p.messages) for p in prompts] == [
+        (SampleId(-1, 0, 0), "q0", {"answer": 0}, None),
+        (SampleId(-1, 1, 0), "q1", {"answer": 1}, said(1)),
+    ]
+    assert [p.token_ids.tolist() for p in prompts] == [[0], [1]]
     assert len(heldout_prompts(records, 9)) == 3
 
 
@@ -238,6 +254,51 @@ def test_format_chat_goes_through_the_tokenizers_template(tmp_path, tokenizer):
     records = load(tmp_path, tokenizer, messages, format="chat")
     assert [r.text for r in records] == ["user : 7 is <end>"] * 2  # bare text is one message of the user
     assert [r.token_ids.tolist() for r in records] == [[7, 8, 5, 3, 1]] * 2
+
+
+def test_a_prompt_carries_the_messages_that_its_template_was_given_and_plain_text_has_none(tmp_path, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}<end>"
+    dialogue = [
+        {"role": "system", "content": "larger"},
+        {"role": "user", "content": "7 is"},
+        {"role": "assistant", "content": "is", "name": "9"},  # a key that this template does not look at
+        {"role": "user", "content": "9"},
+    ]
+    lines = [json.dumps({"prompt": dialogue, "answer": 9}), '{"prompt": "7 is"}']
+    records = load(tmp_path, tokenizer, "\n".join(lines), format="chat")
+    assert [r.messages for r in records] == [dialogue, [{"role": "user", "content": "7 is"}]]
+    assert [r.text for r in records] == ["larger 7 is is 9 <end>", "7 is <end>"]
+    assert [r.fields for r in records] == [{"answer": 9}, {}]
+    assert [p.messages for p in heldout_prompts(records, 2)] == [dialogue, [{"role": "user", "content": "7 is"}]]
+    prompts = PromptStream(records, seed=0, rollouts_per_prompt=2)
+    issued = [prompts.next() for _ in range(4)]
+    assert [p.messages for p in issued] == [records[p.sample_id.prompt].messages for p in issued]
+
+    assert load(tmp_path, tokenizer, '{"prompt": "7 is"}')[0].messages is None
+
+
+def test_prompts_of_pairs_are_read_as_those_of_training(tmp_path, tokenizer):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "7 is", "answer": 7}\n')
+    (record,) = load_records(str(path), PairPromptsConfig(source=str(path)), tokenizer, seed=0, max_tokens=2)
+    assert (record.text, record.token_ids.tolist(), record.fields) == ("7 is", [5, 3], {"answer": 7})
+
+
+@pytest.mark.parametrize(
+    ("record", "format", "reason"),
+    [
+        ({"prompt": []}, "chat", "a record must be an object with text or chat messages under `prompt`"),
+        ({"prompt": [{"role": "user", "content": "is"}]}, "plain", 'set prompts.format = "chat"'),
+        ({"prompt": "is"}, "chat", "the tokenizer's chat template refuses the prompt"),  # it has none
+        ({"prompt": "  "}, "plain", "the prompt has no tokens"),
+        ({"prompt": "is", "answer": {9}}, "plain", "its fields go into the journal as JSON, and cannot"),
+    ],
+)
+def test_a_record_at_fault_is_named_by_where_it_is_from(tokenizer, record, format, reason):
+    with pytest.raises(UserError) as caught:
+        prompt_record("the prompt of pair 7", record, PromptFormat(format=format), tokenizer)
+    assert str(caught.value).startswith("the prompt of pair 7: ")
+    assert reason in str(caught.value)
 
 
 def test_the_tokenizers_own_special_tokens_are_added_to_plain_text_but_not_to_a_templates(tmp_path, tokenizer):

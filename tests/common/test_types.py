@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.types import EXPERIENCE_SCHEMA, Experience, Prompt, Rollout, SampleId, Score, experience_table
+from common.types import EXPERIENCE_SCHEMA, Experience, Prompt, RewardInput, Rollout, SampleId, Score, experience_table
 
 
 def int32(*values):
@@ -29,19 +29,23 @@ def ragged_rows():
                 "stop",
                 "Generator(0)",
             ),
-            Score(0.75, {"correct": 1.0, "short": 0.5}),
+            Score(
+                0.75,
+                {"correct": 1.0, "short": 0.5},
+                {"correct": "grader v2 at http://h:8001/score", "short": "tasks:short"},
+            ),
             float32(-1.5, -2.0),
         ),
         Experience(
             Rollout(
-                Prompt(SampleId(1, 0, 0), "", int32(1)),
+                Prompt(SampleId(1, 0, 0), "", int32(1), messages=[{"role": "user", "content": ""}]),
                 int32(4, 5, 6, 7),
                 float32(-1, -2, -3, -4),
                 int32(4, 4, 5, 5),
                 "length",
                 "Generator(1)",
             ),
-            Score(-3e8, {"correct": 0.0, "short": -6e8}),
+            Score(-3e8, {"correct": 0.0, "short": -6e8}, {"correct": "Größe@0123456789abcdef", "short": "tasks:short"}),
             float32(-4, -3, -2, -1),
         ),
         Experience(
@@ -72,6 +76,11 @@ def test_an_experience_table_gives_back_every_column_of_ragged_rows():
         "generator": ["Generator(0)", "Generator(1)", "Generator(0)"],
         "score": [0.75, -3e8, 0.0],
         "components": [[("correct", 1.0), ("short", 0.5)], [("correct", 0.0), ("short", -6e8)], []],
+        "origins": [
+            [("correct", "grader v2 at http://h:8001/score"), ("short", "tasks:short")],
+            [("correct", "Größe@0123456789abcdef"), ("short", "tasks:short")],
+            [],
+        ],
         "ref_logprobs": [[-1.5, -2.0], [-4.0, -3.0, -2.0, -1.0], []],
     }
 
@@ -85,6 +94,30 @@ def test_logprobs_and_scores_keep_every_bit():
         assert table[column][0].values.to_numpy().tobytes() == logprobs.tobytes()
     assert table["score"][0].as_py() == total
     assert dict(table["components"][0].as_py()) == {"s": total}
+
+
+def test_origins_can_be_looked_up_by_the_name_of_their_component():
+    table = experience_table(ragged_rows())
+    for column in ("components", "origins"):
+        assert list(dict(table[column][0].as_py())) == ["correct", "short"]
+    assert dict(table["origins"][1].as_py())["correct"] == "Größe@0123456789abcdef"
+
+
+def test_a_score_that_says_nothing_of_where_it_is_from_has_no_origins():
+    row = ragged_rows()[0]
+    table = experience_table([Experience(row.rollout, Score(1.0, {"correct": 1.0}), row.ref_logprobs)])
+    assert table["components"].to_pylist() == [[("correct", 1.0)]]
+    assert table["origins"].to_pylist() == [[]]
+    assert Score(1.0, {"correct": 1.0}) == Score(1.0, {"correct": 1.0}, {})
+    assert Score(1.0, {"correct": 1.0}, {"correct": "m:f"}) != Score(1.0, {"correct": 1.0}, {"correct": "m:g"})
+
+
+def test_prompt_and_reward_input_have_no_messages_unless_they_are_given():
+    assert Prompt(SampleId(0, 0, 0), "text", int32(1)).messages is None
+    assert RewardInput("text", "yes", 2, "stop", {}).messages is None
+    messages = [{"role": "user", "content": "text"}]
+    assert RewardInput("text", "yes", 2, "stop", {}, messages).messages is messages
+    assert ragged_rows()[1].rollout.prompt.messages == [{"role": "user", "content": ""}]
 
 
 def test_fields_of_a_record_come_back_from_their_json():

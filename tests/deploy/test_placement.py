@@ -4,9 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from common.config import Config, UserError
+from common.config import Config, GeneratorsConfig, PairSamplingConfig, RayConfig, TrainerConfig, UserError
 from common.models import ModelSize
-from deploy.placement import GIB, MIB, Need, Node, check_caches, needs, place
+from deploy.placement import (
+    GIB,
+    MIB,
+    Need,
+    Node,
+    check_kv_cache,
+    check_object_store,
+    generator_needs,
+    needs,
+    place,
+    reward_needs,
+    trainer_needs,
+)
 
 MODEL = ModelSize(
     parameters=1_000_000, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, vocabulary=100, context=4096
@@ -82,6 +94,7 @@ def test_the_estimates_of_a_small_model_worked_out_by_hand():
         ({}, {"learner": {"micro_batch_tokens": 4096}}, 10_485_760 + 100_663_296),  # logits stay those of one chunk
         ({}, {"sampling": {"max_new_tokens": 1024}}, 100_663_296),  # rows of 1536, not 768
         ({}, {"prompts": {"train": "t", "max_tokens": 128}}, -50_331_648),  # rows of 384
+        ({"context": 384}, {}, -50_331_648),  # the model has no longer ones
     ],
 )
 def test_the_learners_estimate_follows_model_micro_batch_and_row_length(change, settings, bytes_more):
@@ -117,42 +130,114 @@ def test_the_kv_cache_is_counted():
     assert large - small == 768 * MIB
 
 
+def test_a_trainer_on_a_gpu_keeps_no_attention_scores():
+    assert memory(config())["Learner(0)"] - memory(config(learner={"gpus": 1}))["Learner(0)"] == 100_663_296
+
+
+def test_every_reward_process_holds_every_reward_model_in_float32():
+    cfg = config(reward={"replicas": 2, "gpus": 0.5})
+    without, found = needs(cfg, MODEL), needs(cfg, MODEL, [MODEL, replace(MODEL, parameters=3_000_000)])
+    assert [n.name for n in found] == [n.name for n in without]
+    for before, after in zip(without, found, strict=True):
+        more = 4 * 1_000_000 + 4 * 3_000_000 if after.name.startswith("Reward(") else 0
+        assert after == replace(before, memory=before.memory + more)
+
+
+def test_the_needs_of_ppo_are_its_learner_and_reference_with_those_of_generators_and_rewards():
+    cfg = config(generators={"replicas": 2, "dtype": "float32"}, reward={"replicas": 2, "cpus": 0.5})
+    found = needs(cfg, MODEL, [MODEL])
+    assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL)
+    assert [n for n in found if n.section == "reward"] == reward_needs("reward", cfg.reward, [MODEL])
+    assert {n.section for n in found} == {"learner", "generators", "reference", "reward"}
+
+
+# What the other commands need
+
+
+def test_a_reward_trainer_holds_one_network_and_publishes_nothing():
+    cfg = TrainerConfig(cpus=3, gpus=0)
+    # As the learner's in the estimate above, with rows of 768 tokens and without the bf16 copy and the logits.
+    assert trainer_needs(cfg, MODEL, row=768) == [
+        Need("RewardTrainer(0)", "learner", 3, 0, 600 * MIB + 16_000_000 + 10_485_760 + 100_663_296)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "bytes_more"),
+    [
+        ({}, 384, -50_331_648),  # rows half as wide
+        ({"precision": "fp32"}, 768, 10_485_760),  # what is saved for the backward pass, not the scores
+        ({"gpus": 1}, 768, -100_663_296),
+        # A row cannot be wider than its micro-batch: 2048 * 2048 pairs of tokens, 268,435,456 bytes.
+        ({}, 5000, 167_772_160),
+    ],
+)
+def test_a_reward_trainers_estimate_follows_rows_precision_and_device(settings, row, bytes_more):
+    (usual,) = trainer_needs(TrainerConfig(), MODEL, row=768)
+    (need,) = trainer_needs(TrainerConfig(**settings), MODEL, row=row)
+    assert need.memory - usual.memory == bytes_more
+
+
+def test_sampling_pairs_needs_generators_and_a_labeller_under_the_labellers_name():
+    cfg = PairSamplingConfig.model_validate(
+        {
+            "prompts": {"source": "t"},
+            "generators": {"cpus": 2, "replicas": 2},
+            "labeller": {"sources": [{"name": "s", "function": "m:f"}], "replicas": 2, "cpus": 1, "gpus": 0.25},
+        }
+    )
+    engine = 600 * MIB + 4_000_000 + 256 * MIB
+    wanted = [*generator_needs(cfg.generators, MODEL), *reward_needs("labeller", cfg.labeller, [MODEL])]
+    assert wanted == [
+        Need("Generator(0)", "generators", 2, 0, engine),
+        Need("Generator(1)", "generators", 2, 0, engine),
+        Need("Reward(0)", "labeller", 1, 0.25, 600 * MIB + 4_000_000),
+        Need("Reward(1)", "labeller", 1, 0.25, 600 * MIB + 4_000_000),
+    ]
+    # The remedy is a setting that this command has.
+    message = refusal(wanted, [Node("n", 8, 0, 64 * GIB)])
+    assert "no node has room for Reward(0)" in message
+    assert "lower labeller.gpus" in message
+
+
 # Caches of fixed size
 
 
-def cache_refusal(model=MODEL, **sections):
+def cache_refusal(model, *, max_tokens=768, **settings):
     with pytest.raises(UserError) as caught:
-        check_caches(config(**sections), model)
+        check_kv_cache(GeneratorsConfig(**settings), model, max_tokens=max_tokens)
     return str(caught.value)
 
 
 def test_a_kv_cache_below_one_sequence_is_refused_with_what_it_takes():
-    # A token: keys and values * 2 layers * 2 heads * 1024 * 2 bytes = 16 KiB. 512 + 256 tokens: 12 MiB.
+    # A token: keys and values * 2 layers * 2 heads * 1024 * 2 bytes = 16 KiB. 768 tokens: 12 MiB.
     wide = replace(MODEL, head_dim=1024)
-    check_caches(config(generators={"kv_cache_mib": 12}), wide)
-    message = cache_refusal(wide, generators={"kv_cache_mib": 11})
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=12), wide, max_tokens=768)
+    message = cache_refusal(wide, kv_cache_mib=11)
     assert "generators.kv_cache_mib (11) must hold at least one sequence of 768 tokens, 12 MiB" in message
-    assert "lower prompts.max_tokens or sampling.max_new_tokens" in message
-    assert "768 tokens, 24 MiB" in cache_refusal(wide, generators={"kv_cache_mib": 12, "dtype": "float32"})
+    assert "raise it, or lower the longest prompt or sampling.max_new_tokens" in message
+    assert "768 tokens, 24 MiB" in cache_refusal(wide, kv_cache_mib=12, dtype="float32")
     # One token more takes a 13th MiB, of which 1/64 is used.
-    assert "769 tokens, 13 MiB" in cache_refusal(
-        wide, generators={"kv_cache_mib": 12}, sampling={"max_new_tokens": 257}
-    )
-    check_caches(config(generators={"kv_cache_mib": 12}), replace(wide, heads=64, hidden=4096))  # neither is cached
+    assert "769 tokens, 13 MiB" in cache_refusal(wide, kv_cache_mib=12, max_tokens=769)
+    uncached = replace(wide, heads=64, hidden=4096)
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=12), uncached, max_tokens=768)
 
 
 def test_no_sequence_is_longer_than_the_models_context():
     short = replace(MODEL, head_dim=1024, context=128)  # 128 of 16 KiB
-    check_caches(config(generators={"kv_cache_mib": 2}), short)
-    assert "one sequence of 128 tokens, 2 MiB" in cache_refusal(short, generators={"kv_cache_mib": 1})
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=2), short, max_tokens=768)
+    assert "one sequence of 128 tokens, 2 MiB" in cache_refusal(short, kv_cache_mib=1)
 
 
 def test_an_object_store_below_two_versions_of_the_weights_is_refused_unless_it_is_someone_elses():
     # A version of 1 million weights in bf16 is 2 million bytes; 4 million are 3.8 MiB.
-    check_caches(config(ray={"object_store_mib": 4}), MODEL)
-    message = cache_refusal(ray={"object_store_mib": 3})
-    assert "ray.object_store_mib (3) must hold two versions of the weights, 4 MiB with this model; raise it" in message
-    check_caches(config(ray={"object_store_mib": 3, "address": "10.0.0.1:6379"}), MODEL)  # not started here
+    check_object_store(RayConfig(object_store_mib=4), MODEL)
+    with pytest.raises(UserError) as caught:
+        check_object_store(RayConfig(object_store_mib=3), MODEL)
+    assert "ray.object_store_mib (3) must hold two versions of the weights, 4 MiB with this model; raise it" in str(
+        caught.value
+    )
+    check_object_store(RayConfig(object_store_mib=3, address="10.0.0.1:6379"), MODEL)  # not started here
 
 
 # Where it goes

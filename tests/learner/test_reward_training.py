@@ -74,6 +74,10 @@ def sequences(pair: Pair) -> list[torch.Tensor]:
     return [torch.from_numpy(np.concatenate([pair.shared_ids, end])).long()[None] for end in ends]
 
 
+def packed(pair: Pair) -> tuple[int, ...]:
+    return tuple(np.concatenate([pair.shared_ids, pair.chosen_ids, pair.rejected_ids]).tolist())
+
+
 def slow_scores(network: nn.Module, pairs: list[Pair]) -> torch.Tensor:
     """As transformers scores a row, every sequence by itself: [N, 2]."""
     return torch.stack([torch.cat([network(row).logits[:, 0] for row in sequences(pair)]) for pair in pairs])
@@ -197,7 +201,8 @@ def test_three_updates_agree_with_a_slow_derivation(model):
         before = parameters(slow.network)
         expected = slow.update(ragged_pairs(7 - seed, seed), scale)
         found = trainer.update(ragged_pairs(7 - seed, seed))
-        assert {key: x for key, x in found.items() if key != "time/learn_s"} == pytest.approx(expected, rel=1e-5)
+        assert found.pop("time/learn_s") > 0
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
         torch.testing.assert_close(parameters(trainer.model), parameters(slow.network), atol=1e-6, rtol=0)
         assert (parameters(slow.network) - before).abs().max() > 1e-3
         assert expected["preference/grad_norm"] > 2 * cfg.optimizer.max_grad_norm
@@ -333,7 +338,7 @@ class OneProcess:
         return result
 
     async def update(self, pairs):
-        self.batches.append([tuple(np.concatenate([p.shared_ids, p.chosen_ids, p.rejected_ids])) for p in pairs])
+        self.batches.append([packed(pair) for pair in pairs])
         return await self._do(self.trainer.update, pairs)
 
     async def scores(self, pairs):
@@ -439,15 +444,15 @@ def test_a_run_that_is_done_trains_no_more(model, ten_pairs, uninterrupted, tmp_
 def test_every_epoch_sees_every_pair_once_in_an_order_of_its_own(model, ten_pairs, tmp_path):
     group, _ = run_once(tmp_path, model, ten_pairs, epochs=3)
     assert [len(batch) for batch in group.batches] == [4, 4, 2] * 3
-    epochs = [sum(group.batches[start : start + 3], []) for start in (0, 3, 6)]
-    pairs = [tuple(np.concatenate([p.shared_ids, p.chosen_ids, p.rejected_ids])) for p in ten_pairs]
+    epochs = [[pair for batch in group.batches[start : start + 3] for pair in batch] for start in (0, 3, 6)]
+    pairs = [packed(pair) for pair in ten_pairs]
     assert len(set(pairs)) == 10
     for epoch in epochs:
         assert sorted(epoch) == sorted(pairs)
     orders = {tuple(epoch) for epoch in (*epochs, pairs)}
     assert len(orders) == 4
     other = RewardRun(reward_config(model, seed=1), tmp_path, ten_pairs, ten_pairs, group)
-    assert [p.num_tokens for p in other.batch(0)] != [len(ids) for ids in group.batches[0]]
+    assert [packed(pair) for pair in other.batch(0)] != group.batches[0]
 
 
 def counted_pairs(count: int, rng: np.random.Generator) -> list[dict[str, str]]:

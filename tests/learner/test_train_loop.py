@@ -212,7 +212,7 @@ def test_answers_that_cannot_be_scored_count_as_void_and_failed(tmp_path, unscor
         assert (evaluation.prompts, evaluation.voids, evaluation.pass_at_1) == (2, voids, passed)
         assert evaluation.interval == pytest.approx(interval, abs=1e-4)
         assert evaluation.score == score  # the mean over what was scored
-        assert evaluation.components == ({"a_words": 1.0} if score else {})
+        assert evaluation.components == ({"a_words": 1.0, "gold": 0.5} if score else {})
     assert [record["voids"] for record in read_records(tmp_path / "evaluations.jsonl")] == [voids, voids]
 
 

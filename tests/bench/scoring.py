@@ -1,0 +1,156 @@
+"""Does batching cost anything? Scoring services through the whole pool, against the same passes called directly.
+
+Prints ratios measured in one run on this machine, and writes runs/bench-scoring.json:
+
+- throughput: tokens/s of all requests sent at once through Ray, pool and batcher, over tokens/s of `forward` called on
+  the same requests in batches of the same token budget, in a process with as many threads. The two alternate.
+- idle latency: one request at a time, over the pass it needs alone plus the batch window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.pool import Pool, ReferencePool, RewardPool, actor
+from actors.reference_policy import ReferencePolicy
+from actors.reward_functions import Reward
+from actors.reward_model import RewardModelSource
+from common.config import ModelSourceConfig, RayConfig, ReferenceConfig, SourcesConfig
+from common.models import load_tokenizer, resolve_model
+from common.reward_models import ScoreScale, load_reward_model, save_reward_model
+from common.sequences import token_batches
+from common.types import Prompt, RewardInput, Rollout, SampleId, Score
+from deploy.cluster import cluster
+
+MODEL = "embedded:smollm2-135m-instruct"
+REQUESTS, ROUNDS, IDLE_REQUESTS = 128, 3, 15
+BUDGET, WINDOW_MS, THREADS = 4096, 5, 2
+
+
+class Direct:
+    """The same models in a process of their own, called without a service around them."""
+
+    def __init__(self, model: str) -> None:
+        torch.set_num_threads(THREADS)
+        self._reference = ReferencePolicy("direct", reference_config(), model=MODEL, temperature=1.0)
+        self._reward = RewardModelSource(model_config(model), gpus=0)
+        self._tokenizer = load_tokenizer(resolve_model(MODEL))
+
+    def logprobs(self, rollouts: list[Rollout]) -> float:
+        """Seconds for all of them, in as few passes as the budget allows."""
+        started = time.perf_counter()
+        for group in token_batches([r.num_tokens for r in rollouts], BUDGET):
+            self._reference.forward([rollouts[i] for i in group])
+        return time.perf_counter() - started
+
+    def score(self, rollouts: list[Rollout]) -> float:
+        started = time.perf_counter()
+        ids = [self._reward.token_ids(self._answer(rollout)) for rollout in rollouts]
+        for group in token_batches([len(row) for row in ids], BUDGET):
+            self._reward.forward([ids[i] for i in group])
+        return time.perf_counter() - started
+
+    def _answer(self, rollout: Rollout) -> RewardInput:
+        text = self._tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)
+        return RewardInput(rollout.prompt.text, text, len(rollout.response_ids), rollout.finish_reason, {})
+
+
+def reference_config() -> ReferenceConfig:
+    return ReferenceConfig(threads=THREADS, in_flight=REQUESTS, max_batch_tokens=BUDGET, batch_window_ms=WINDOW_MS)
+
+
+def model_config(model: str) -> ModelSourceConfig:
+    return ModelSourceConfig(name="reward", model=model, max_batch_tokens=BUDGET, batch_window_ms=WINDOW_MS)
+
+
+def make_rollouts(count: int) -> list[Rollout]:
+    """Ragged: prompts of 8 to 40 tokens, responses of 8 to 88."""
+    rng, tokenizer = np.random.default_rng(0), load_tokenizer(resolve_model(MODEL))
+    rollouts = []
+    for index in range(count):
+        prompt = rng.integers(100, 40_000, rng.integers(8, 41)).astype(np.int32)
+        response = rng.integers(100, 40_000, rng.integers(8, 89)).astype(np.int32)
+        zeros = np.zeros(len(response), np.float32)
+        text = tokenizer.decode(prompt.tolist())
+        asked = Prompt(SampleId(0, index, 0), text, prompt)
+        rollouts.append(Rollout(asked, response, zeros, zeros.astype(np.int32), "stop", "none"))
+    return rollouts
+
+
+async def measure(model: str) -> dict[str, Any]:
+    rollouts = make_rollouts(REQUESTS)
+    tokens = sum(rollout.num_tokens for rollout in rollouts)
+    service = SourcesConfig(sources=(model_config(model),), threads=THREADS, in_flight=REQUESTS)
+    start: dict[str, Any] = {"startup_timeout_s": 300, "on_loss": lambda name, error: None}
+    references = await Pool.start(
+        ReferencePolicy, reference_config(), reference_config(), model=MODEL, temperature=1.0, **start
+    )
+    rewards = await Pool.start(Reward, service, service, model=MODEL, **start)
+    direct = actor(Direct, service).remote(model)
+    calls = {
+        "reference": (ReferencePool(references).logprobs, direct.logprobs),
+        "reward_model": (RewardPool(rewards).score, direct.score),
+    }
+    result: dict[str, Any] = {}
+    for name, (call, directly) in calls.items():
+        await asyncio.gather(*(call(rollout) for rollout in rollouts[:8]))
+        await directly.remote(rollouts[:8])
+        served, plain, idle, alone = [], [], [], []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            answers = await asyncio.gather(*(call(rollout) for rollout in rollouts))
+            served.append(time.perf_counter() - started)
+            assert all(isinstance(answer, (np.ndarray, Score)) for answer in answers)
+            plain.append(await directly.remote(rollouts))
+        for rollout in rollouts[:IDLE_REQUESTS]:
+            started = time.perf_counter()
+            await call(rollout)
+            idle.append(time.perf_counter() - started)
+            alone.append(await directly.remote([rollout]))
+        result[name] = {
+            "throughput_ratio": statistics.median(plain) / statistics.median(served),
+            "served_tokens_per_s": tokens / statistics.median(served),
+            "direct_tokens_per_s": tokens / statistics.median(plain),
+            "idle_ms": 1000 * statistics.median(idle),
+            "idle_worst_ms": 1000 * max(idle),
+            "pass_alone_ms": 1000 * statistics.median(alone),
+            "window_ms": WINDOW_MS,
+        }
+    return result
+
+
+def make_reward_model(directory: Path) -> str:
+    """A reward model of the demo's size; its head's weights do not matter for speed."""
+    base = resolve_model(MODEL)
+    model = load_reward_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    torch.nn.init.normal_(model.score.weight, std=0.02)
+    save_reward_model(model, base, directory, ScoreScale(chat=False))
+    return str(directory.resolve())
+
+
+def main() -> None:
+    model = make_reward_model(Path("runs/bench-reward-model"))
+    with cluster(RayConfig(dashboard=False)):
+        result = asyncio.run(measure(model))
+        ray.shutdown()
+    Path("runs/bench-scoring.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"{'service':14}{'ratio':>7}{'served':>12}{'direct':>12}{'idle':>9}{'worst':>9}{'pass alone':>12}")
+    for name, row in result.items():
+        print(
+            f"{name:14}{row['throughput_ratio']:7.2f}{row['served_tokens_per_s']:7.0f} tok/s"
+            f"{row['direct_tokens_per_s']:7.0f} tok/s{row['idle_ms']:6.0f} ms{row['idle_worst_ms']:6.0f} ms"
+            f"{row['pass_alone_ms']:9.0f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The command line of reward models and the demo: what is refused before Ray starts, and what the demo hands on."""
+# ruff: noqa: F401, F811 - a fixture is used by its name
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import deploy.demo
+from tests.deploy.test_cli import (
+    NO_REWARD_MODEL,
+    accepted,
+    cfg,
+    configs,
+    contents,
+    model,
+    ratchet,
+    refusal,
+    run,
+    runs,
+    workplace,
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train-reward", ["data={}"], "data.train: required and missing"),
+        ("train-reward", ["data.train=no.jsonl"], "preference data no.jsonl: there is no such file"),
+        ("train-reward", ["data.train=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
+        ("train-reward", ["data.train=half.jsonl"], "half.jsonl, line 2: the record has no `rejected`"),
+        ("train-reward", ["data.heldout=half.jsonl"], "half.jsonl, line 2: the record has no `rejected`"),
+        ("train-reward", ["data.heldout_pairs=4"], "data.train (pairs.jsonl) leaves no pair to train on"),
+        ("train-reward", ["data.train=promptless.jsonl"], "give the records a `prompt`, or set scale.responses = 0"),
+        ("train-reward", ["data.max_tokens=129"], "data.max_tokens (129) exceeds the model's context of 128"),
+        ("train-reward", ["optimizer.warmup_steps=2"], "(2) must be below the 2 steps that 4 pairs make"),
+        ("train-reward", ["optimizer.warmup_steps=4", "epochs=2"], "(4) must be below the 4 steps that 4 pairs make"),
+        ("train-reward", ["model.path=nowhere"], "(nowhere) is neither a directory nor a hub name"),
+        ("train-reward", ["scale.policy=nowhere"], "(nowhere) is neither a directory nor a hub name"),
+        ("train-reward", ["sampling.max_new_tokens=128"], "(128) leaves no room for a prompt"),
+        ("sample-pairs", ["prompts={}"], "prompts.source: required and missing"),
+        ("sample-pairs", ["prompts.source=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
+        ("sample-pairs", ["prompts.max_tokens=2"], "train.jsonl, line 3: the prompt has 3 tokens"),
+        ("sample-pairs", ["labeller.sources=[]"], "labeller.sources is empty"),
+        ("sample-pairs", ["labeller.sources.0.function=json:no"], "module json has no function no"),
+        ("sample-pairs", ['labeller.sources=[{name="m", model="model"}]'], NO_REWARD_MODEL),
+        ("sample-pairs", ["model.path=nowhere"], "(nowhere) is neither a directory nor a hub name"),
+        ("sample-pairs", ["sampling.max_new_tokens=128"], "(128) leaves no room for a prompt"),
+        ("evaluate", ["evaluation.prompts=0"], "prompts.heldout and evaluation.prompts must say what to ask"),
+        ("evaluate", ["prompts.heldout=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
+        ("evaluate", ["--policy", "nowhere"], "(nowhere) is neither a directory nor a hub name"),
+        ("evaluate", ['reward.sources=[{name="m", model="model"}]'], NO_REWARD_MODEL),
+        ("evaluate", ['evaluation.judges=[{name="m", model="model"}]'], NO_REWARD_MODEL),
+    ],
+)
+def test_what_the_other_commands_cannot_do_is_refused(refusal, configs, command, arguments, message):
+    assert message in refusal(command, configs[command], *arguments, "--run", "new")
+
+
+def test_without_a_scale_to_measure_pairs_need_no_prompts(accepted, configs):
+    settings = ["data.train=promptless.jsonl", "scale.responses=0"]
+    accepted("train-reward", configs["train-reward"], *settings, "--run", "new")
+
+
+@pytest.mark.parametrize("function", ["train_prompts", "heldout_prompts"])
+def test_prompts_of_sample_pairs_may_be_a_function(accepted, configs, function):
+    accepted("sample-pairs", configs["sample-pairs"], f"prompts.source=tests.tasks:{function}")
+
+
+def test_a_reward_run_that_was_stopped_before_it_held_its_pairs_is_refused(refusal, runs):
+    shutil.rmtree(runs["train-reward"] / "pairs")
+    assert "stopped before it held its pairs" in refusal("train-reward", "--resume", runs["train-reward"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("ppo.clip_epsilon=1", "ppo.clip_epsilon=1: no stage of the demo has such a setting"),
+        ("nonsense", "nonsense: no stage of the demo has such a setting"),
+        ("seed", "override 'seed' must read key=value"),
+        ("labeller.min_gap=-1", "positive-pairs.toml has 1 fault(s):\n  labeller.min_gap = -1: "),
+        ("epochs=0", "positive-reward.toml has 1 fault(s):\n  epochs = 0: "),
+        ("optimizer.warmup_steps=17", "optimizer.warmup_steps (17) must not exceed num_steps (16)"),
+        ("model.path=nowhere", "(nowhere) is neither a directory nor a hub name"),
+    ],
+)
+def test_a_setting_that_the_demo_cannot_work_with_is_refused(ratchet, workplace, setting, message):
+    code, _, err = ratchet("demo", "rlhf", setting)
+    assert (code, err.count("ratchet: ")) == (2, 1)
+    assert message in err
+    assert contents(workplace) == {}
+
+
+@pytest.mark.parametrize("part", ["pairs", "reward", "ppo"])
+def test_the_demo_replaces_none_of_its_runs_unasked(refusal, accepted, run, workplace, part):
+    (workplace / "shown").mkdir()
+    run.rename(workplace / "shown" / part)
+    assert f"shown/{part} exists" in refusal("demo", "rlhf", "--run", "shown")
+    accepted("demo", "rlhf", "model.path=model", "--run", "shown", "--force")
+
+
+def test_each_stage_of_the_demo_gets_the_settings_it_has_and_the_last_ones_files(monkeypatch, ratchet):
+    stages = []
+
+    def stage(cfg, directory, *, force):
+        stages.append((cfg, directory))
+        if len(stages) == 3:
+            raise KeyboardInterrupt
+
+    for name in ("run_pair_sampling", "run_reward_training", "run_training"):
+        monkeypatch.setattr(deploy.demo, name, stage)
+    settings = ["seed=5", "sampling.max_new_tokens=7", "prompts.pairs=6", "epochs=9", "num_steps=8"]
+    ratchet("demo", "rlhf", *settings, "--run", 'a "b"')
+    (pairs, *places), (reward, *more), (ppo, *most) = stages
+    assert [*places, *more, *most] == [Path('a "b"') / part for part in ("pairs", "reward", "ppo")]
+    assert [(cfg.seed, cfg.sampling.max_new_tokens) for cfg in (pairs, reward, ppo)] == [(5, 7)] * 3
+    assert (pairs.prompts.pairs, reward.epochs, ppo.num_steps) == (6, 9, 8)
+    assert reward.data.train == 'a "b"/pairs/pairs.jsonl'
+    assert [source.model for source in ppo.reward.sources] == ['a "b"/reward/model']
+
+
+def test_a_demo_that_is_not_there_is_refused(ratchet):
+    code, out, err = ratchet("demo", "chess")
+    assert (code, out) == (2, "")
+    assert "rlhf" in err

@@ -1,0 +1,58 @@
+"""The shipped configs: each is one of a command, names what exists, and those of the demo fit together."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import Config, FunctionSourceConfig, PairSamplingConfig, RewardTrainingConfig
+from common.config_files import load_config
+from common.functions import load_function
+
+CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
+ROOTS = {
+    "larger.toml": Config,
+    "positive-pairs.toml": PairSamplingConfig,
+    "positive-reward.toml": RewardTrainingConfig,
+    "positive.toml": Config,
+}
+
+
+def load(name):
+    return load_config(CONFIGS / name, [], ROOTS[name])
+
+
+def test_every_shipped_config_has_a_row_here():
+    assert {path.name for path in CONFIGS.iterdir()} == set(ROOTS)
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_a_shipped_config_parses_and_the_functions_it_names_exist(name):
+    cfg = load(name)
+    sources, prompts = [], []
+    if isinstance(cfg, Config):
+        sources, prompts = [*cfg.reward.sources, *cfg.evaluation.judges], [cfg.prompts.train, cfg.prompts.heldout]
+        assert len(load_function(cfg.prompts.heldout, name)(0)) >= cfg.evaluation.prompts
+    elif isinstance(cfg, PairSamplingConfig):
+        sources, prompts = cfg.labeller.sources, [cfg.prompts.source]
+    functions = [source.function for source in sources if isinstance(source, FunctionSourceConfig)]
+    assert functions or name == "positive-reward.toml"
+    for function in [*functions, *prompts]:
+        assert load_function(function, name).__name__ == function.partition(":")[2]
+
+
+def test_the_stages_of_the_demo_fit_together():
+    pairs, reward, ppo = (load(f"positive{stage}.toml") for stage in ("-pairs", "-reward", ""))
+    # One policy, one way of writing: the scale of the reward model then is that of what PPO begins with.
+    assert pairs.model == reward.model == ppo.model
+    assert pairs.sampling == reward.sampling == ppo.sampling
+    assert pairs.prompts.source == ppo.prompts.train != ppo.prompts.heldout
+    # Alone, every stage finds what the one before it leaves in its default directory.
+    assert reward.data.train == "runs/positive-pairs/pairs.jsonl"
+    assert [source.model for source in ppo.reward.sources] == ["runs/positive-reward/model"]
+    # Whole sequences, the end token included, are what the reward model learns from and reads.
+    assert reward.data.format == pairs.prompts.format == ppo.prompts.format == "plain"
+    assert pairs.max_sequence_tokens < reward.data.max_tokens
+    assert ppo.max_sequence_tokens < ppo.reward.sources[0].max_tokens
+    # The human of the pairs is the judge of the outcome, and is no source.
+    assert [j.function for j in ppo.evaluation.judges] == [s.function for s in pairs.labeller.sources]
+    assert ppo.evaluation.pass_source == ppo.evaluation.judges[0].name
