@@ -559,6 +559,8 @@ class RewardTrainingConfig(Root):
 
     def _broken_rules(self) -> Iterator[str]:
         yield from _broken_sampling_rules(self.sampling)
+        if self.scale.responses == 1:
+            yield "scale.responses (1) has no deviation; ask for at least 2, or for 0"
         if self.data.heldout is not None and self.data.heldout_pairs:
             yield "data.heldout and data.heldout_pairs both name held-out pairs; give one of the two"
         if self.learner.micro_batch_tokens < 2 * self.data.max_tokens:

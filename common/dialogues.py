@@ -26,7 +26,7 @@ def dialogue_ids(
     if chat:
         asked = as_messages(prompt, "user")
         if asked and isinstance(response, str):  # whatever turns it pretends to hold
-            response = [{"role": "assistant", "content": response}]
+            response = [{"role": "assistant", "content": response.strip()}]
         messages = [*asked, *as_messages(response, "assistant")]
         ids = _ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
     else:

@@ -34,20 +34,21 @@ EMBEDDED = "embedded:smollm2-135m-instruct"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def resolve_model(name: str) -> Path:
-    """The local directory of a model, prepared or downloaded if need be. Raises UserError if there is none."""
+def resolve_model(name: str, setting: str = "model.path") -> Path:
+    """The local directory of the model that `setting` names, prepared or downloaded if need be. Raises UserError if
+    there is none."""
     if name == EMBEDDED:
         return _prepare_embedded()
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         if not (directory / "config.json").exists():
-            raise UserError(f"model.path ({name}) holds no config.json; name a Hugging Face model directory")
+            raise UserError(f"{setting} ({name}) holds no config.json; name a Hugging Face model directory")
         if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
-            raise UserError(f"model.path ({name}) holds no weights (*.safetensors); name a complete model directory")
+            raise UserError(f"{setting} ({name}) holds no weights (*.safetensors); name a complete model directory")
         return directory
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"model.path ({name}) is neither a directory nor a hub name such as org/model; "
+            f"{setting} ({name}) is neither a directory nor a hub name such as org/model; "
             f"give a Hugging Face directory, a hub name, or {EMBEDDED!r}"
         )
     from huggingface_hub import snapshot_download  # only a hub name needs it
@@ -56,7 +57,7 @@ def resolve_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except Exception as error:
         raise UserError(
-            f"model.path ({name}) is not a directory, and the hub could not give it: {type(error).__name__}; "
+            f"{setting} ({name}) is not a directory, and the hub could not give it: {type(error).__name__}; "
             "check the name, or download it once where there is a network and give its directory"
         ) from error
 

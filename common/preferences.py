@@ -9,7 +9,7 @@ import glob
 import gzip
 import hashlib
 import json
-import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,8 +122,19 @@ def without_prompts_of(pairs: Pairs, others: Pairs) -> Pairs:
     return pairs[np.flatnonzero(~np.isin(pairs.prompt_hashes(), others.prompt_hashes()))]
 
 
-def tokenise_pairs(source: str, cfg: PreferencesConfig, tokenizer: PreTrainedTokenizerBase, target: Path) -> PairCounts:
-    """Streams every record of `source` into an Arrow file of PAIR_SCHEMA. Raises UserError naming a broken record."""
+def tokenise_pairs(
+    source: str,
+    cfg: PreferencesConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    *,
+    pad_id: int | None = None,
+) -> PairCounts:
+    """Streams every record of `source` into an Arrow file of PAIR_SCHEMA. Raises UserError naming a broken record.
+
+    `pad_id` is the reward model's padding token (left out: the one that a new reward model gets).
+    """
+    pad_id = padding_id(tokenizer) if pad_id is None else pad_id
     counts = PairCounts()
     rows: list[tuple[Any, ...]] = []
 
@@ -134,11 +145,15 @@ def tokenise_pairs(source: str, cfg: PreferencesConfig, tokenizer: PreTrainedTok
 
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, PAIR_SCHEMA) as writer:
         for where, record in read_records(source):
+            record = {key: value for key, value in record.items() if value is not None}
             parts, margin = _parts(where, record, cfg), _margin(where, record)
             if _is_empty(parts[1]) or _is_empty(parts[2]):
                 counts.empty += 1
                 continue
-            whole = _tokenise(where, parts, cfg, tokenizer)
+            whole = _tokenise(where, parts, cfg, tokenizer, pad_id)
+            if not (whole[0] and whole[1]):
+                counts.empty += 1
+                continue
             sides = _to_length(*whole, cfg)
             if whole[0] == whole[1]:
                 counts.identical += 1
@@ -150,7 +165,8 @@ def tokenise_pairs(source: str, cfg: PreferencesConfig, tokenizer: PreTrainedTok
                 same = _common_length(*sides)
                 prompt = as_messages(parts[0], "user") if cfg.format == "chat" else parts[0]
                 text = json.dumps(prompt, sort_keys=True)
-                digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+                asked = text if prompt else json.dumps(parts)  # pairs without a prompt have nothing in common
+                digest = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=8).digest(), signed=True)
                 rows.append((text, digest, sides[0][:same], sides[0][same:], sides[1][same:], margin))
             if len(rows) == _ROWS_PER_BATCH:
                 flush()
@@ -162,7 +178,8 @@ def tokenise_pairs(source: str, cfg: PreferencesConfig, tokenizer: PreTrainedTok
 def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of every line or row, one at a time. `source` is a .jsonl, .jsonl.gz or .parquet file, or a
     pattern of such names."""
-    paths = sorted(glob.glob(str(Path(source).expanduser())))
+    name = str(Path(source).expanduser())
+    paths = [name] if Path(name).is_file() else sorted(glob.glob(name))
     if not paths:
         raise UserError(f"preference data {source}: there is no such file; give a .jsonl, .jsonl.gz or .parquet file")
     for path in paths:
@@ -188,8 +205,10 @@ def _json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(
             f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
         ) from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} cannot be read after line {number} ({error}); restore the file") from None
+    except (ValueError, RecursionError) as error:  # digits or brackets without end
+        raise UserError(f"{path}, line {number}: not usable JSON ({error}); mend or remove the line") from None
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -198,7 +217,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH):
             for record in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", {key: value for key, value in record.items() if value is not None}
+                yield f"{path}, row {number}", record
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}); restore or convert the file") from None
 
@@ -217,7 +236,10 @@ def _parts(where: str, record: dict[str, Any], cfg: PreferencesConfig) -> tuple[
         raise UserError(f"{where}: `chosen` and `rejected` must both be text or both be chat messages; mend the record")
     if not isinstance(chosen, str):
         # [user, assistant]: a whole dialogue, whatever `prompt` repeats of it; [assistant]: the response to `prompt`.
-        if chosen and rejected and chosen[0]["role"] != "assistant":
+        whole = [bool(side) and side[0]["role"] != "assistant" for side in (chosen, rejected)]
+        if chosen and rejected and whole[0] != whole[1]:
+            raise UserError(f"{where}: one of `chosen` and `rejected` is a whole dialogue, the other is not; mend it")
+        if chosen and rejected and whole[0]:
             same = 0
             while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
                 same += 1
@@ -246,17 +268,21 @@ def _is_empty(response: Text) -> bool:
 
 def _margin(where: str, record: dict[str, Any]) -> float:
     margin = record.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise UserError(f"{where}: `margin` is {margin!r}; it must be a number, or be left out")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e30:
+        raise UserError(f"{where}: `margin` is {margin!r:.40}; it must be a number within 1e30, or be left out")
     return float(margin)
 
 
 def _tokenise(
-    where: str, parts: tuple[Text, Text, Text], cfg: PreferencesConfig, tokenizer: PreTrainedTokenizerBase
+    where: str,
+    parts: tuple[Text, Text, Text],
+    cfg: PreferencesConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pad_id: int | None,
 ) -> tuple[list[int], list[int]]:
     """Both sequences, whole."""
     prompt, *ends = parts
-    chat, pad_id = cfg.format == "chat", padding_id(tokenizer)
+    chat = cfg.format == "chat"
     try:
         first, second = (dialogue_ids(tokenizer, prompt, end, chat=chat, pad_id=pad_id) for end in ends)
     except Exception as error:

@@ -52,7 +52,7 @@ def load_reward_model(directory: Path, *, dtype: torch.dtype, device: torch.devi
         raise UserError(f"model ({directory}) cannot be a reward model: {error}; name another model") from error
     if not is_reward_model:
         nn.init.zeros_(model.score.weight)
-        model.config.pad_token_id = padding_id(load_tokenizer(directory))
+        model.config.pad_token_id = scored_padding_id(directory)
     model.score.float()
     return model.to(device).eval()
 
@@ -67,6 +67,14 @@ def reward_model_size(directory: Path) -> ModelSize:
             "with ratchet train-reward"
         )
     return model_size(directory)
+
+
+def scored_padding_id(directory: Path) -> int | None:
+    """The padding token before which a reward model that starts from `directory` reads its score."""
+    config = AutoConfig.from_pretrained(directory)
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        return config.pad_token_id
+    return padding_id(load_tokenizer(directory))
 
 
 def save_reward_model(model: PreTrainedModel, tokenizer_from: Path, target: Path, scale: ScoreScale) -> None:

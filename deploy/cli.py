@@ -133,7 +133,7 @@ def evaluate(
 ) -> None:
     """Judge a policy on the held-out prompts of a PPO config."""
     cfg = load_config(Path(config), settings or [], Config)
-    name = Path(config).parent.name if Path(config).name == "config.toml" else Path(config).stem
+    name = Path(config).resolve().parent.name if Path(config).name == "config.toml" else Path(config).stem
     _find_users_modules()
     from deploy.evaluate import run_evaluation
 
@@ -154,6 +154,7 @@ def demo(
     force: Force = False,
 ) -> None:
     """Show human feedback from beginning to end, on two cores."""
+    _find_users_modules()
     from deploy.demo import run_rlhf_demo
 
     run_rlhf_demo(run, settings or [], force=force)

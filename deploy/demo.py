@@ -34,7 +34,7 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
     pairs, reward, ppo = directory / "pairs", directory / "reward", directory / "ppo"
 
     def config(name: str, root: type[AnyRoot], *own: str) -> AnyRoot:
-        return load_config(CONFIGS / name, [*_settings_of(root, settings), *own], root)
+        return load_config(CONFIGS / name, [*own, *_settings_of(root, settings)], root)
 
     stages = (
         config("positive-pairs.toml", PairSamplingConfig),
@@ -43,6 +43,12 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
     )
     if unused := [s for s in settings if not any(_settings_of(type(stage), [s]) for stage in stages)]:
         raise UserError(f"{', '.join(unused)}: no stage of the demo has such a setting; see ratchet config --describe")
+    if not (stages[1].data.heldout or stages[1].data.heldout_pairs) or not stages[2].evaluation.prompts:
+        raise UserError(
+            "the demo compares held-out pairs and prompts: data.heldout_pairs and evaluation.prompts must be > 0"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"run directory {directory} is a file; name another")
     for part in (pairs, reward, ppo):
         refuse_overwriting(part, force=force)
 

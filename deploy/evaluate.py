@@ -28,13 +28,18 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     answers.jsonl in `directory` and returns the evaluation's record."""
     if cfg.prompts.heldout is None or not cfg.evaluation.prompts:
         raise UserError("prompts.heldout and evaluation.prompts must say what to ask; set both")
-    reference, judged = PolicyFiles.load(cfg.model.path), PolicyFiles.load(policy or cfg.model.path)
+    reference, judged = PolicyFiles.load(cfg.model.path), PolicyFiles.load(policy or cfg.model.path, "--policy")
+    if judged.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise UserError(
+            f"--policy ({policy}) and model.path ({cfg.model.path}) have different tokenizers, so there is no KL "
+            "between them; set model.path to the policy's own reference"
+        )
     reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges])
     room = judged.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, judged.size, max_tokens=cfg.max_sequence_tokens)
     records = load_records(cfg.prompts.heldout, cfg.prompts, judged.tokenizer, seed=cfg.seed, max_tokens=room)
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
-    refuse_overwriting(directory, force=force)
+    refuse_overwriting(directory, force=force, can_resume=False)
     with cluster(cfg.ray) as nodes:
         place([need for need in needs(cfg, reference.size, reward_models) if need.section != "learner"], nodes)
         with sole_owner(directory):

@@ -36,9 +36,9 @@ class PolicyFiles:
     size: ModelSize
 
     @classmethod
-    def load(cls, path: str) -> PolicyFiles:
+    def load(cls, path: str, setting: str = "model.path") -> PolicyFiles:
         """Raises UserError if there is no such policy, or none that can be trained."""
-        directory = resolve_model(path)
+        directory = resolve_model(path, setting)
         return cls(path, directory, load_tokenizer(directory), model_size(directory))
 
     def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:
@@ -85,5 +85,5 @@ def check_sources(sources: Iterable[RewardSource]) -> Sequence[ModelSize]:
         if isinstance(source, FunctionSourceConfig):
             load_function(source.function, f"reward source {source.name}")
         elif isinstance(source, ModelSourceConfig):
-            sizes.append(reward_model_size(resolve_model(source.model)))
+            sizes.append(reward_model_size(resolve_model(source.model, f"reward source {source.name}")))
     return sizes

@@ -17,7 +17,7 @@ from common.config import Root, UserError
 from common.types import Rollout, Score, Void
 
 
-def refuse_overwriting(directory: Path, *, force: bool) -> None:
+def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True) -> None:
     """Raises UserError unless a new run may begin in `directory`."""
     if not directory.exists():
         return
@@ -28,8 +28,8 @@ def refuse_overwriting(directory: Path, *, force: bool) -> None:
             raise UserError(f"run directory {directory} holds something that is no run; empty it or name another")
         if not force:
             raise UserError(
-                f"run directory {directory} exists; go on with --resume {directory}, replace it with --force, "
-                "or name another"
+                f"run directory {directory} exists; {f'go on with --resume {directory}, ' if can_resume else ''}"
+                "replace it with --force, or name another"
             )
 
 

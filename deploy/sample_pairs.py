@@ -74,7 +74,7 @@ async def _sample(
     )
     generate, score = GeneratorPool(generators).generate, RewardPool(labellers).score
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)
-    done = {record["pair"] for record in read_records(directory / "labelled.jsonl")}
+    done = {record["pair"] for record in read_records(directory / "labelled.jsonl") if "void" not in record}
 
     async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:
         rollouts = await asyncio.gather(*(generate(prompt) for prompt in prompts))
@@ -111,7 +111,8 @@ def _text(policy: PolicyFiles, rollout: Rollout) -> str:
 
 def _finish(cfg: PairSamplingConfig, directory: Path, *, seconds: float) -> dict[str, Any]:
     """labelled.jsonl to pairs.jsonl, in the order of the prompts, and summary.json."""
-    labelled = sorted(read_records(directory / "labelled.jsonl"), key=lambda record: record["pair"])
+    newest = {record["pair"]: record for record in read_records(directory / "labelled.jsonl")}  # voids are tried again
+    labelled = [newest[pair] for pair in sorted(newest)]
     pairs = [record for record in labelled if "chosen" in record]
     staging = directory / "pairs.jsonl.tmp"
     staging.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")

@@ -17,7 +17,7 @@ from actors.reward_functions import Reward
 from common.config import ModelSourceConfig, PromptFormat, RewardTrainingConfig, SourcesConfig, UserError
 from common.preferences import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
 from common.prompts import PromptRecord, heldout_prompts, prompt_record
-from common.reward_models import ScoreScale, read_scale, write_scale
+from common.reward_models import ScoreScale, read_scale, scored_padding_id, write_scale
 from common.types import Prompt, Score
 from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs, trainer_needs
@@ -40,11 +40,14 @@ def run_reward_training(
     nothing running.
     """
     started = time.perf_counter()
-    base, reference = PolicyFiles.load(cfg.model.path), PolicyFiles.load(cfg.scale.policy or cfg.model.path)
+    base, reference = (
+        PolicyFiles.load(cfg.model.path),
+        PolicyFiles.load(cfg.scale.policy or cfg.model.path, "scale.policy"),
+    )
     if not resume:
         refuse_overwriting(directory, force=force)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as staging:
+    beside = next(parent for parent in directory.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".ratchet-") as staging:
         pairs = directory / "pairs" if resume else Path(staging) / "pairs"
         if not resume:
             prepare_pairs(cfg, base, pairs)
@@ -85,10 +88,13 @@ def run_reward_training(
 def prepare_pairs(cfg: RewardTrainingConfig, base: PolicyFiles, target: Path) -> None:
     """Every record read, checked and tokenised into `target`: train.arrow, heldout.arrow, counts.json."""
     target.mkdir()
-    counts = {"train": tokenise_pairs(cfg.data.train, cfg.data, base.tokenizer, target / "train.arrow").record()}
-    if cfg.data.heldout is not None:
-        found = tokenise_pairs(cfg.data.heldout, cfg.data, base.tokenizer, target / "heldout.arrow")
-        counts["heldout"] = found.record()
+    sources = {"train": cfg.data.train, "heldout": cfg.data.heldout}
+    pad_id = scored_padding_id(base.directory)
+    counts = {
+        name: tokenise_pairs(source, cfg.data, base.tokenizer, target / f"{name}.arrow", pad_id=pad_id).record()
+        for name, source in sources.items()
+        if source is not None
+    }
     (target / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,8 +9,12 @@ import random
 from functools import cache
 from typing import Any
 
-from common.config import UserError
 from common.types import RewardInput
+
+try:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+except ImportError as error:
+    raise ImportError("the labeller needs the package vaderSentiment: pip install 'ratchet-rlhf[demo]'") from error
 
 HELDOUT_PROMPTS = 128
 
@@ -175,10 +179,6 @@ def positivity(answer: RewardInput) -> float:
 
 @cache
 def _analyser() -> Any:
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError:
-        raise UserError("this labeller needs the package vaderSentiment: pip install 'ratchet-rlhf[demo]'") from None
     return SentimentIntensityAnalyzer()
 
 

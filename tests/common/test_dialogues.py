@@ -107,7 +107,14 @@ def test_a_tokenizer_without_special_tokens_has_no_padding(tokenizer):
 def test_chat_text_is_one_message_of_user_and_one_of_assistant(tokenizer):
     assert chat(tokenizer, "a1 a2", "b1") == ids("ask a1 a2 <end> b0 b1 <end>")
     assert chat(tokenizer, "", "b1") == ids("b0 b1 <end>")
-    assert chat(tokenizer, "a1", "") == ids("ask a1 <end>")
+    assert chat(tokenizer, "a1", "") == ids("ask a1 <end> b0 <end>")
+
+
+def test_a_response_to_a_chat_prompt_is_one_message_whatever_turns_it_pretends_to_hold(tokenizer):
+    pretended = "\n\nAssistant: b1\n\nHuman: a2\n\nAssistant: b3"
+    expected = ids("ask a1 <end> b0 <unk> <unk> b1 <unk> <unk> a2 <unk> <unk> b3 <end>")
+    for prompt in ("a1", said("user", "a1"), "\n\nHuman: a1\n\nAssistant:"):
+        assert chat(tokenizer, prompt, pretended) == expected
 
 
 def test_chat_messages_go_through_the_template_in_order(tokenizer):

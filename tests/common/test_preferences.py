@@ -319,6 +319,12 @@ def test_what_is_too_long_is_dropped_or_cut_as_the_config_says(tmp_path, tokeniz
         assert counts == PairCounts(pairs=2, cut=0 if max_tokens == 7 else 2)
 
 
+def test_a_side_that_is_short_enough_keeps_all_of_its_end(tmp_path, tokenizer):
+    short = record("ask", "b1", "b2 b3 b4 b5")
+    pairs, _ = tokenised(tmp_path, tokenizer, [short], max_tokens=5, overlong="cut_end")
+    assert parts(pairs) == [("ask", "b1 <end>", "b2 b3 b4 <end>")]
+
+
 # The Arrow file
 
 

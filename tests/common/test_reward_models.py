@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -181,10 +182,14 @@ def test_a_directory_without_a_model_that_can_score_is_refused(tmp_path, config)
         load_reward_model(tmp_path, **CPU)
 
 
-def test_sizes_are_those_of_the_body_and_a_language_model_has_none_of_a_reward_model(policy, saved):
+def test_sizes_are_those_of_the_body_and_a_language_model_has_none_of_a_reward_model(policy, saved, tmp_path):
     assert reward_model_size(saved) == model_size(policy)
     with pytest.raises(UserError, match=r"is no reward model: .* is LlamaForCausalLM with 2; train one with"):
         reward_model_size(policy)
+    one_label = shutil.copytree(policy, tmp_path / "copy")
+    change_config(one_label, id2label={"0": "score"})
+    with pytest.raises(UserError, match=r"is no reward model: .* is LlamaForCausalLM with 1"):
+        reward_model_size(one_label)
 
 
 # Saving
@@ -201,6 +206,7 @@ def test_a_saved_model_is_one_that_transformers_loads_in_bf16_by_itself(policy, 
     loaded, loading = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(loading.values())  # nothing missing, nothing left over
     assert (loaded.dtype, loaded.config.num_labels) == (torch.bfloat16, 1)
+    assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
     expected = {name: weight.bfloat16() for name, weight in trained.state_dict().items()}
     assert expected.keys() == loaded.state_dict().keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
@@ -250,17 +256,16 @@ def test_a_hash_does_not_change_with_place_or_time(saved, copied):
     assert content_hash(copied) == known
 
 
-def test_a_hash_changes_with_a_weight_a_setting_a_token_or_the_scale(policy, saved, copied):
+def test_a_hash_changes_with_a_weight_a_setting_a_token_or_the_scale(saved, copied):
     hashes = [content_hash(saved)]
 
     def changed():
         hashes.append(content_hash(copied))
         assert len(set(hashes)) == len(hashes)
 
-    model = load_reward_model(copied, **CPU)
-    with torch.no_grad():
-        model.score.weight[0, 3] += 0.5
-    save_reward_model(model, policy, copied, ScoreScale())
+    weights = load_file(copied / "model.safetensors")
+    weights["score.weight"][0, 3] += 0.5
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     changed()
     for scale in (ScoreScale(mean=1e-9), ScoreScale(deviation=1.5), ScoreScale(chat=True)):
         write_scale(copied, scale)

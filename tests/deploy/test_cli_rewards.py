@@ -2,11 +2,21 @@
 # ruff: noqa: F401, F811 - a fixture is used by its name
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import deploy.demo
+from common.config import Config
+from common.config_files import load_config
+from common.journal import Journal
+from common.prompts import PromptStream, load_records
+from common.reward_models import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
+from common.types import Score, experience_table
+from deploy.roles import PolicyFiles
+from deploy.run_directory import write_config
 from tests.deploy.test_cli import (
     NO_REWARD_MODEL,
     accepted,
@@ -20,6 +30,7 @@ from tests.deploy.test_cli import (
     runs,
     workplace,
 )
+from tests.fakes import make_experience
 
 
 @pytest.mark.parametrize(
@@ -70,6 +81,28 @@ def test_prompts_of_sample_pairs_may_be_a_function(accepted, configs, function):
 def test_a_reward_run_that_was_stopped_before_it_held_its_pairs_is_refused(refusal, runs):
     shutil.rmtree(runs["train-reward"] / "pairs")
     assert "stopped before it held its pairs" in refusal("train-reward", "--resume", runs["train-reward"])
+
+
+@pytest.fixture
+def scored_run(run, model):
+    """A PPO run with a step in its journal that a reward model has scored."""
+    network = load_reward_model(model, dtype=torch.float32, device=torch.device("cpu"))
+    save_reward_model(network, model, Path("rm"), ScoreScale())
+    cfg = load_config(run / "config.toml", ['reward.sources=[{name="rm", model="rm"}]'], Config)
+    write_config(run, cfg)
+    records = load_records("train.jsonl", cfg.prompts, PolicyFiles.load("model").tokenizer, seed=0, max_tokens=16)
+    stream = PromptStream(records, seed=0, rollouts_per_prompt=1)
+    score = Score(1.0, {"rm": 1.0}, {"rm": f"rm@{content_hash(Path('rm'))}"})
+    table = experience_table([replace(make_experience(0, [4, 1]), score=score)])
+    Journal(run / "journal").append(table, policy_version=0, prompts=stream.state(), voids=[])
+    return run
+
+
+def test_a_run_goes_on_only_with_the_reward_model_it_began_with(accepted, refusal, scored_run):
+    accepted("train", "--resume", scored_run)
+    write_scale(Path("rm"), ScoreScale(mean=1.0))
+    message = refusal("train", "--resume", scored_run)
+    assert "reward source rm: rm is not the model the run began with" in message
 
 
 @pytest.mark.parametrize(

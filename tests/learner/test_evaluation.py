@@ -90,6 +90,13 @@ def test_components_are_those_of_sources_and_judges_and_the_score_is_the_total()
     assert (found.policy_version, found.prompts, found.voids) == (7, 3, 0)
 
 
+def check_passed(evaluation: Evaluation, passed: int) -> None:
+    """Of three. Wilson: both ends p of the interval have (passed / 3 - p)^2 = 1.96^2 p (1 - p) / 3."""
+    assert evaluation.pass_at_1 == passed / 3
+    for end in evaluation.interval:
+        assert (passed / 3 - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 3, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("settings", "passed"),
     [
@@ -100,16 +107,13 @@ def test_components_are_those_of_sources_and_judges_and_the_score_is_the_total()
     ],
 )
 def test_a_source_or_a_judge_says_what_passes(settings, passed):
-    found = evaluated(**settings)[0]
-    assert found.pass_at_1 == passed / 3
-    # Wilson: both ends p have (passed / 3 - p)^2 = 1.96^2 p (1 - p) / 3.
-    for end in found.interval:
-        assert (passed / 3 - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 3, abs=1e-12)
+    check_passed(evaluated(**settings)[0], passed)
 
 
 def test_an_answer_without_a_score_fails_but_counts_in_all_that_needs_none():
     whole, found = evaluated()[0], evaluated([SCORES[0], None, SCORES[2]])[0]
-    assert (found.prompts, found.voids, found.pass_at_1) == (3, 1, 2 / 3)
+    assert (found.prompts, found.voids) == (3, 1)
+    check_passed(found, 2)
     assert found.score == 1.25  # of two
     assert found.components == pytest.approx({"rm": 1.25, "gold": -0.075}, abs=1e-12)
     for name in ("kl_per_response", "response_tokens", "distinct_1", "distinct_2"):

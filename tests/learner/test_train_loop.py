@@ -15,6 +15,7 @@ from common.journal import JournalError
 from common.metrics import read_records
 from common.prompts import PromptRecord, PromptStream
 from common.types import Prompt, Rollout, SampleId, Score
+from learner.evaluation import Answer, Evaluation
 from learner.train_loop import Run, train
 from tests.fakes import FakeRoles, make_prompt, tiny_config
 
@@ -219,9 +220,34 @@ def test_answers_that_cannot_be_scored_count_as_void_and_failed(tmp_path, unscor
 def test_evaluation_happens_before_after_and_every_so_many_steps(tmp_path):
     roles = FakeRoles([])
     run = make_run(tmp_path, roles, num_steps=5, evaluation={"every": 2})
+    told: list[tuple[Evaluation, list[Answer]]] = []
+    run.on_evaluation = lambda *both: told.append(both)
     evaluations = asyncio.run(train(run))
     assert [evaluation.policy_version for evaluation in evaluations] == [0, 2, 4, 5]
     assert all(evaluation.pass_at_1 == 1.0 and evaluation.prompts == 2 for evaluation in evaluations)
+    assert [evaluation for evaluation, _ in told] == evaluations
+    for evaluation, answers in told:
+        assert [rollout.prompt.sample_id for rollout, _ in answers] == [SampleId(-1, 0, 0), SampleId(-1, 1, 0)]
+        assert all(set(rollout.policy_versions) == {evaluation.policy_version} for rollout, _ in answers)
+
+
+def test_judges_are_heard_in_evaluations_only(tmp_path):
+    roles = FakeRoles([])
+    evaluations = asyncio.run(train(make_run(tmp_path, roles, num_steps=2)))
+    assert [evaluation.components for evaluation in evaluations] == [{"a_words": 1.0, "gold": 0.5}] * 2
+    assert {key for table in roles.tables for row in table["components"].to_pylist() for key, _ in row} == {"a_words"}
+    assert not any("gold" in key for record in read_records(tmp_path / "metrics.jsonl") for key in record)
+
+
+def test_a_run_that_goes_on_remembers_its_evaluations_and_repeats_none(tmp_path):
+    first = asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=2)))
+    told: list[Evaluation] = []
+    run = make_run(tmp_path, FakeRoles([]), num_steps=4)
+    run.on_evaluation = lambda evaluation, answers: told.append(evaluation)
+    evaluations = asyncio.run(train(run))
+    assert [evaluation.policy_version for evaluation in evaluations] == [0, 2, 4]
+    assert evaluations[:2] == first
+    assert told == evaluations[2:]
 
 
 def test_a_journal_that_is_gone_altogether_is_refused_where_a_checkpoint_remembers_it(tmp_path):
