@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +109,22 @@ class Progress:
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
-    """One row per named evaluation."""
-    table = Table(title="held-out prompts, one sampled answer each")
-    components = next(iter(evaluations.values())).components
-    for heading in ("", "pass@1", "95 % interval", "score", *components, "KL", "tokens", "distinct-1", "-2"):
-        table.add_column(heading, justify="right")
-    for label, row in evaluations.items():
-        low, high = row.interval
-        table.add_row(
-            label,
-            f"{row.pass_at_1:.1%}",
-            f"{low:.1%} - {high:.1%}",
-            f"{row.score:.3f}",
-            *(f"{row.components[name]:.3f}" if name in row.components else "" for name in components),
-            f"{row.kl_per_response:.2f}",
-            f"{row.response_tokens:.1f}",
-            f"{row.distinct_1:.3f}",
-            f"{row.distinct_2:.3f}",
-        )
+    """One column per named evaluation."""
+    table = Table(title="held-out prompts, one sampled answer each", title_justify="left")
+    table.add_column("")
+    for label in evaluations:
+        table.add_column(label, justify="right")
+
+    def row(name: str, cells: Callable[[Evaluation], str]) -> None:
+        table.add_row(name, *(cells(evaluation) for evaluation in evaluations.values()))
+
+    row("pass@1", lambda e: f"{e.pass_at_1:.1%}")
+    row("  95 % interval", lambda e: f"{e.interval[0]:.1%} - {e.interval[1]:.1%}")
+    row("score", lambda e: f"{e.score:.3f}")
+    for name in dict.fromkeys(name for e in evaluations.values() for name in e.components):
+        raw = (e.components.get(name) for e in evaluations.values())
+        table.add_row(f"  {name}", *("" if value is None else f"{value:.3f}" for value in raw))
+    row("KL from reference, nats", lambda e: f"{e.kl_per_response:.2f}")
+    row("tokens", lambda e: f"{e.response_tokens:.1f}")
+    row("distinct-1, -2", lambda e: f"{e.distinct_1:.2f}, {e.distinct_2:.2f}")
     return table

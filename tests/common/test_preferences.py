@@ -402,3 +402,50 @@ def test_pairs_whose_prompt_is_among_others_are_left_out(tmp_path, tokenizer):
     assert numbers(without_prompts_of(pairs[5:9], others[1:])) == [6, 7, 8]
     assert len(without_prompts_of(pairs, pairs)) == 0
     assert numbers(without_prompts_of(pairs, pairs[:0])) == list(range(14))
+
+
+# What a first round of tests found
+
+
+def test_pairs_without_a_prompt_are_not_one_group(tmp_path, tokenizer):
+    records = [{"chosen": f"a{i}", "rejected": f"b{i}"} for i in range(10)]
+    pairs, _ = tokenised(tmp_path, tokenizer, records)
+    train, heldout = split(pairs, 2, seed=0)
+    assert (len(train), len(heldout)) == (8, 2)
+
+
+def test_null_is_as_good_as_absent(tmp_path, tokenizer):
+    nothing = {"prompt": None, "margin": None}
+    pairs, counts = tokenised(tmp_path, tokenizer, [{"chosen": "a1", "rejected": "b1", **nothing}])
+    assert (counts.pairs, pairs[0].margin) == (1, 0.0)
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path, tokenizer):
+    _, counts = tokenised(tmp_path, tokenizer, GOOD, name="pairs[1].jsonl")
+    assert counts.pairs == 1
+
+
+@pytest.mark.parametrize("margin", ["1e39", "1" + "0" * 400, "1" + "0" * 5000])
+def test_a_margin_beyond_float32_is_refused_by_line(tmp_path, tokenizer, margin):
+    broken = GOOD + f'{{"prompt": "ask", "chosen": "a1", "rejected": "b1", "margin": {margin}}}\n'
+    assert "line 2" in refusal(tmp_path, tokenizer, broken)
+
+
+def test_json_nested_beyond_reason_is_refused_by_line(tmp_path, tokenizer):
+    assert "line 2" in refusal(tmp_path, tokenizer, GOOD + "[" * 100_000 + "\n")
+
+
+def test_a_dialogue_beside_a_mere_response_is_refused(tmp_path, tokenizer):
+    mixed = [{"chosen": said("user", "ask", "assistant", "a1"), "rejected": said("assistant", "b1")}]
+    assert "whole dialogue" in refusal(tmp_path, tokenizer, mixed, format="chat")
+
+
+def test_a_damaged_gzip_file_is_refused_whatever_zlib_says(tmp_path):
+    records = [record("ask", f"a{i % 30}", f"b{i * 7 % 30}") for i in range(3000)]
+    path = tmp_path / "pairs.jsonl.gz"
+    write(path, records)
+    sound = path.read_bytes()
+    for place in range(100, len(sound) - 60, len(sound) // 7):
+        path.write_bytes(sound[:place] + b"\xff" * 40 + sound[place + 40 :])
+        with pytest.raises(UserError, match=r"pairs\.jsonl\.gz"):
+            list(read_records(str(path)))

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import PairSamplingConfig, RewardTrainingConfig
+from common.config import PairSamplingConfig, RewardTrainingConfig, UserError
 from common.journal import Journal
 from common.metrics import read_records
 from common.reward_models import content_hash, read_scale
 from deploy.evaluate import run_evaluation
 from deploy.sample_pairs import run_pair_sampling
-from deploy.train import run_training
+from deploy.train import check_same_reward_models, run_training
 from deploy.train_reward import run_reward_training
 from tests.fakes import save_tiny_model, tiny_config
 
@@ -165,6 +165,13 @@ def test_a_first_score_is_near_0_with_deviation_1_and_says_which_model_gave_it(p
         (("reward", f"{model}@{content_hash(model)}"),)
     }
     assert [dict(row) for row in first["components"].to_pylist()] == [{"reward": score} for score in scores]
+
+
+def test_a_run_goes_on_only_under_the_reward_model_it_began_with(ppo, reward):
+    cfg, _ = ppo
+    check_same_reward_models(cfg, {"reward": f"moved elsewhere@{content_hash(reward / 'model')}"})
+    with pytest.raises(UserError, match="is not the model the run began with"):
+        check_same_reward_models(cfg, {"reward": "model@0123456789abcdef"})
 
 
 def test_evaluate_judges_the_saved_policy_as_the_run_did(ppo, tmp_path):
