@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 # vLLM comes as one of two builds: with an NVIDIA GPU `gpu`, else `cpu`. Override with EXTRA=...
 EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-# One GPU is shared by the three roles that hold a model.
-DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=0.2 learner.gpus=0.4)
+# One GPU is shared by the roles that hold a model.
+DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=0.1 reward.gpus=0.1 learner.gpus=0.4)
 
 demo: $(VENV)/.installed
 	$(BIN)/ratchet train deploy/configs/larger.toml seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force

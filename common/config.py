@@ -72,7 +72,8 @@ class ModelConfig(Section):
     """The language model that is trained."""
 
     path: str = "embedded:smollm2-135m-instruct"
-    """A Hugging Face directory, a hub name, or the embedded model. Policy, critic and reference all start from it."""
+    """A Hugging Face directory, a hub name, or the embedded model. All that is trained starts from it, and it is PPO's
+    reference."""
 
 
 class PromptFormat(Section):
@@ -223,6 +224,9 @@ class SourcesConfig(Replicated):
 
     sources: tuple[SourceConfig, ...]
     """The sources: each has a name, a weight, and a function, a model or urls."""
+    max_void_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The run stops when more than this share of responses (of a step, of an evaluation) had to be voided for want of a
+    score."""
 
 
 class RewardConfig(SourcesConfig):
@@ -234,8 +238,6 @@ class RewardConfig(SourcesConfig):
     units of the score."""
     clip: Annotated[float, Field(ge=0)] = 5.0
     """Normalised scores are clipped to +/- this many deviations, so that one outlier cannot own a batch; 0: never."""
-    max_void_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """The run stops when more than this share of a step's rollouts had to be voided for want of a score."""
 
 
 class PPOConfig(Section):
@@ -361,7 +363,8 @@ class CheckpointConfig(Section):
     """Learner state on disk."""
 
     every: Positive = 20
-    """Steps between checkpoints; the journal covers what lies between, so this trades disk for time to resume."""
+    """Steps between checkpoints. What lies between is done again on resume (PPO: from the journal, without generating
+    anything), so this trades disk for time."""
     keep: Positive = 2
     """Newest checkpoints kept."""
 
@@ -534,7 +537,8 @@ class RewardScaleConfig(Section):
     policy: str | None = None
     """The policy that PPO will start from; left out: `model.path`."""
     responses: NonNegative = 256
-    """Responses sampled from it after training, to prompts of the pairs; 0: scores stay as the head gives them."""
+    """Responses sampled from it after training, to prompts of the pairs, as [sampling] says (which should say what PPO
+    will); 0: scores stay as the head gives them."""
 
 
 class RewardTrainingConfig(Root):
@@ -559,6 +563,11 @@ class RewardTrainingConfig(Root):
 
     def _broken_rules(self) -> Iterator[str]:
         yield from _broken_sampling_rules(self.sampling)
+        if self.learner.ranks > 1 and self.learner.gpus not in (0, 1):
+            yield (
+                f"learner.gpus ({self.learner.gpus:g}) must be 1 for each of {self.learner.ranks} learner.ranks, or "
+                "0 for the CPU: ranks cannot share a GPU"
+            )
         if self.scale.responses == 1:
             yield "scale.responses (1) has no deviation; ask for at least 2, or for 0"
         if self.data.heldout is not None and self.data.heldout_pairs:

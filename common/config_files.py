@@ -28,6 +28,7 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot]) -> An
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
+    _make_models_absolute(tree)
     try:
         return root.model_validate(tree)
     except ValidationError as error:
@@ -49,6 +50,23 @@ def describe(section: type[Section], prefix: str = "", *, skip: Container[str] =
             yield from describe(RewardSource, f"{prefix}{name}[].")
             for source in SOURCE_KINDS.values():
                 yield from describe(source, f"{prefix}{name}[].", skip=RewardSource.model_fields)
+
+
+def _make_models_absolute(tree: Any) -> None:
+    """Model directories are opened by processes that may have been started elsewhere."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            _make_models_absolute(value)
+        elif isinstance(value, list):
+            for entry in value:
+                _make_models_absolute(entry)
+        elif (
+            key in ("path", "model", "policy")
+            and isinstance(value, str)
+            and value
+            and Path(value).expanduser().is_dir()
+        ):
+            tree[key] = str(Path(value).expanduser().resolve())
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -33,7 +33,7 @@ def dialogue_ids(
         assert isinstance(prompt, str)
         assert isinstance(response, str)
         # Tokenised apart, as in PPO the response's tokens stand apart from the prompt's.
-        begin = tokenizer(prompt)["input_ids"] if prompt else []
+        begin = tokenizer(prompt)["input_ids"]  # of no text the token that begins one, if there is such
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids = [*begin, *_ids(tokenizer, response), *end]
     while ids and ids[-1] == pad_id:

@@ -4,7 +4,7 @@ RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in
 pandas or DuckDB alone; step-000123.sha256 beside it is for `sha256sum -c`. The schema's metadata holds, under the key
 `ratchet`, a JSON object:
 
-    schema          version of this layout: 1
+    schema          version of this layout: 2
     step            number of this file, from 0
     policy_version  version the learner held when the batch was cut
     prompts         state of the prompt stream after this batch, outstanding sample ids included
@@ -26,6 +26,8 @@ import pyarrow as pa
 
 from common.config import UserError
 from common.types import EXPERIENCE_SCHEMA, Void
+
+SCHEMA_VERSION = 2  # 2: origins of scores
 
 
 class JournalError(UserError):
@@ -63,7 +65,7 @@ class Journal:
         """Writes the next step, synced to disk and renamed into place; returns its number."""
         step = self.next_step
         metadata = {
-            "schema": 1,
+            "schema": SCHEMA_VERSION,
             "step": step,
             "policy_version": policy_version,
             "prompts": prompts,
@@ -99,6 +101,11 @@ class Journal:
             metadata = json.loads(table.schema.metadata[b"ratchet"])
         except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise JournalError(f"{path} cannot be read as a journal step: {error}") from error
+        if metadata["schema"] != SCHEMA_VERSION:
+            raise JournalError(
+                f"{path} has schema {metadata['schema']}, this version of Ratchet writes {SCHEMA_VERSION}; go on with "
+                "the version that wrote it"
+            )
         if metadata["step"] != step or metadata["previous"] != self._hash(step - 1):
             raise JournalError(f"{path} does not follow step {step - 1}: a file was changed, lost or moved")
         voids = tuple((sample_id, reason) for sample_id, reason in metadata["voids"])

@@ -62,12 +62,12 @@ def resolve_model(name: str, setting: str = "model.path") -> Path:
         ) from error
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path, setting: str = "model.path") -> PreTrainedTokenizerBase:
     """Raises UserError if the directory holds none."""
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path ({directory}) has no tokenizer that transformers can load: {error}") from error
+        raise UserError(f"{setting} ({directory}) has no tokenizer that transformers can load: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ModelSize:
     context: int  # longest sequence, tokens
 
 
-def model_size(directory: Path) -> ModelSize:
+def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
     """Sizes of the model in `directory`, from its config alone: no weight is loaded. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(directory)
@@ -93,7 +93,7 @@ def model_size(directory: Path) -> ModelSize:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path ({directory}) cannot be trained: {error}; name another model") from error
+        raise UserError(f"{setting} ({directory}) cannot be trained: {error}; name another model") from error
     heads = config.num_attention_heads
     return ModelSize(
         parameters=parameters,

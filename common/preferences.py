@@ -144,7 +144,7 @@ def tokenise_pairs(
         rows.clear()
 
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, PAIR_SCHEMA) as writer:
-        for where, record in read_records(source):
+        for where, record in raw_records(source):
             record = {key: value for key, value in record.items() if value is not None}
             parts, margin = _parts(where, record, cfg), _margin(where, record)
             if _is_empty(parts[1]) or _is_empty(parts[2]):
@@ -175,7 +175,7 @@ def tokenise_pairs(
     return counts
 
 
-def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def raw_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of every line or row, one at a time. `source` is a .jsonl, .jsonl.gz or .parquet file, or a
     pattern of such names."""
     name = str(Path(source).expanduser())

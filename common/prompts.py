@@ -126,9 +126,7 @@ def _records(source: str, seed: int) -> Iterable[tuple[str, Any]]:
     try:
         lines = Path(source).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompt file {source} cannot be read ({error}); check prompts.train and prompts.heldout"
-        ) from None
+        raise UserError(f"prompt file {source} cannot be read ({error}); check its name under [prompts]") from None
     return [
         (f"{source}, line {n}", _parse(f"{source}, line {n}", line)) for n, line in enumerate(lines, 1) if line.strip()
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from common.config import UserError
 from common.dialogues import padding_id
@@ -34,46 +34,56 @@ class ScoreScale:
     deviation: float = 1.0
 
 
+def is_reward_model(directory: Path) -> bool:
+    """Whether its config says that it is a sequence classifier, not a language model."""
+    return any("SequenceClassification" in name for name in _config(directory).architectures or ())
+
+
 def load_reward_model(directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The sequence classifier in `directory`, in eval mode, its head in float32. A plain language model gets a head of
     zeros and a padding token. Raises UserError if the architecture has none."""
-    attention = "eager" if device.type == "cpu" else "sdpa"
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        is_reward_model = any("SequenceClassification" in name for name in config.architectures or ())
-        if is_reward_model and config.num_labels != 1:
-            raise ValueError(f"it classifies into {config.num_labels} labels; a reward model has one")
-        model = AutoModelForSequenceClassification.from_pretrained(
-            directory, num_labels=1, dtype=dtype, attn_implementation=attention
-        )
-        if not isinstance(getattr(model, "score", None), nn.Linear):
-            raise ValueError("its head is not one linear layer named `score`")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model ({directory}) cannot be a reward model: {error}; name another model") from error
-    if not is_reward_model:
+    check_trainable(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=1, dtype=dtype, attn_implementation="eager" if device.type == "cpu" else "sdpa"
+    )
+    if not is_reward_model(directory):
         nn.init.zeros_(model.score.weight)
         model.config.pad_token_id = scored_padding_id(directory)
     model.score.float()
     return model.to(device).eval()
 
 
+def check_trainable(directory: Path) -> None:
+    """Raises UserError unless the model is, or can become, a sequence classifier with one label and a linear head."""
+    config = _config(directory)
+    try:
+        if is_reward_model(directory) and config.num_labels != 1:
+            raise ValueError(f"it classifies into {config.num_labels} labels; a reward model has one")
+        config.num_labels = 1
+        with torch.device("meta"):
+            head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
+        if not isinstance(head, nn.Linear):
+            raise ValueError("its head is not one linear layer named `score`")
+    except ValueError as error:
+        raise UserError(f"model ({directory}) cannot be a reward model: {error}; name another model") from error
+
+
 def reward_model_size(directory: Path) -> ModelSize:
-    """Sizes from the config alone. Raises UserError if the directory holds no reward model."""
-    config = AutoConfig.from_pretrained(directory)
-    if config.num_labels != 1 or not any("SequenceClassification" in name for name in config.architectures or ()):
+    """Sizes from the config alone. Raises UserError if the directory holds no reward model that can be served."""
+    if not is_reward_model(directory):
         raise UserError(
             f"model ({directory}) is no reward model: it must be a sequence classifier with one label, but is "
-            f"{', '.join(config.architectures or ['of unknown architecture'])} with {config.num_labels}; train one "
-            "with ratchet train-reward"
+            f"{', '.join(_config(directory).architectures or ['of unknown architecture'])}; train one with "
+            "ratchet train-reward"
         )
+    check_trainable(directory)
     return model_size(directory)
 
 
 def scored_padding_id(directory: Path) -> int | None:
     """The padding token before which a reward model that starts from `directory` reads its score."""
-    config = AutoConfig.from_pretrained(directory)
-    if any("SequenceClassification" in name for name in config.architectures or ()):
-        return config.pad_token_id
+    if is_reward_model(directory):
+        return _config(directory).pad_token_id
     return padding_id(load_tokenizer(directory))
 
 
@@ -131,3 +141,10 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
     states = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
     fill = -len(lengths) % LANES
     return head_scores(model, nn.functional.pad(states, (0, 0, 0, fill)))[: len(lengths)]
+
+
+def _config(directory: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model ({directory}) has no config that transformers can read: {error}") from error

@@ -47,7 +47,16 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
         "reward.max_void_share",
         "evaluation.",
     ),
-    RewardTrainingConfig: ("epochs", *_COMPUTING, "generators.", "scale.", "sampling."),
+    RewardTrainingConfig: (
+        "epochs",
+        "learner.ranks",
+        "learner.cpus",
+        "learner.gpus",
+        *_COMPUTING,
+        "generators.",
+        "scale.",
+        "sampling.",
+    ),
     PairSamplingConfig: ("generators.", "labeller.replicas", "labeller.timeout_s", "ray."),
 }
 
@@ -213,7 +222,9 @@ def _run(
     try:
         work(cfg, directory)
     except KeyboardInterrupt:
-        typer.echo(f"ratchet: interrupted; go on with ratchet {command} --resume {directory}", err=True)
+        begun = (directory / "config.toml").exists()
+        advice = f"go on with ratchet {command} --resume {directory}" if begun else "nothing was begun"
+        typer.echo(f"ratchet: interrupted; {advice}", err=True)
         sys.exit(130)
 
 

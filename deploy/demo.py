@@ -50,7 +50,7 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
     if directory.exists() and not directory.is_dir():
         raise UserError(f"run directory {directory} is a file; name another")
     for part in (pairs, reward, ppo):
-        refuse_overwriting(part, force=force)
+        refuse_overwriting(part, force=force, can_resume=False)
 
     console.rule("1 of 3: pairs from the base policy, and the labeller's preferences")
     run_pair_sampling(stages[0], pairs, force=force)

@@ -34,7 +34,7 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
             f"--policy ({policy}) and model.path ({cfg.model.path}) have different tokenizers, so there is no KL "
             "between them; set model.path to the policy's own reference"
         )
-    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges])
+    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges], chat=cfg.prompts.format == "chat")
     room = judged.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, judged.size, max_tokens=cfg.max_sequence_tokens)
     records = load_records(cfg.prompts.heldout, cfg.prompts, judged.tokenizer, seed=cfg.seed, max_tokens=room)
@@ -77,4 +77,5 @@ async def _evaluate(
         ReferencePool(references),
         cfg.evaluation,
         policy_version=0,
+        max_void_share=cfg.reward.max_void_share,
     )

@@ -73,6 +73,9 @@ class Progress:
             f"held-out pass@1 at version {evaluation.policy_version}: [bold]{evaluation.pass_at_1:.1%}[/] "
             f"({low:.1%} to {high:.1%}, {evaluation.prompts} prompts)"
         )
+        if evaluation.voids:
+            reason = escape(evaluation.void_reason[:200])
+            self._print(f"      {evaluation.voids} answer(s) without a score, most often: {reason}", style="yellow")
         if evaluation.policy_version == 0:
             self._header()
 
@@ -124,6 +127,8 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     for name in dict.fromkeys(name for e in evaluations.values() for name in e.components):
         raw = (e.components.get(name) for e in evaluations.values())
         table.add_row(f"  {name}", *("" if value is None else f"{value:.3f}" for value in raw))
+    if any(e.voids for e in evaluations.values()):
+        row("answers without a score", lambda e: f"{e.voids}")
     row("KL from reference, nats", lambda e: f"{e.kl_per_response:.2f}")
     row("tokens", lambda e: f"{e.response_tokens:.1f}")
     row("distinct-1, -2", lambda e: f"{e.distinct_1:.2f}, {e.distinct_2:.2f}")

@@ -39,18 +39,20 @@ class RewardProgress:
         self._started = time.perf_counter()
         self._header_shown = False
 
-    def begin(self, counts: dict[str, PairCounts], train: int, heldout: int) -> None:
+    def begin(self, counts: dict[str, Any], train: int, heldout: int) -> None:
         cfg = self._cfg
         self._print(
             f"[bold]ratchet train-reward[/] {escape(cfg.model.path)} · {train} training pairs, {heldout} held out · "
             f"{cfg.epochs} epoch(s), {cfg.pairs_per_step} pairs a step · seed {cfg.seed}"
         )
-        for name, found in counts.items():
-            self._print(f"{name}: {found}", style="dim")
-        self._print(f"run directory {escape(str(self._directory))}; starting ...", style="dim")
-
-    def ready(self) -> None:
-        self._print(f"ready after {time.perf_counter() - self._started:.0f} s", style="dim")
+        for name, counted in counts.items():
+            found = dict(counted)
+            shared = found.pop("prompt_in_train", None)
+            self._print(f"{name}: {PairCounts(**found)}", style="dim")
+            if shared is not None:
+                self._print(f"{shared} held-out pairs left out: their prompt is also in the training data", style="dim")
+        waited = time.perf_counter() - self._started
+        self._print(f"run directory {escape(str(self._directory))}; ready after {waited:.0f} s", style="dim")
 
     def lost(self, name: str, error: BaseException) -> None:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
@@ -71,7 +73,7 @@ class RewardProgress:
             f"{time.perf_counter() - self._started:.0f} s"
         )
 
-    def end(self, evaluations: Sequence[PreferenceEvaluation], scale: ScoreScale, *, seconds: float) -> None:
+    def end(self, evaluations: Sequence[PreferenceEvaluation], scale: ScoreScale | None, *, seconds: float) -> None:
         if evaluations:
             table = Table(title="calibration: of held-out pairs predicted with ..., the human agreed with ...")
             for heading in ("predicted", "pairs", "mean", "right", "95 % interval"):
@@ -87,10 +89,11 @@ class RewardProgress:
                 )
             self._console.print(table)
             self._print(f"calibration error {evaluations[-1].calibration_error:.3f}")
-        self._print(
-            f"scores of the reference policy's own responses: mean {scale.mean:.3f}, deviation {scale.deviation:.3f} "
-            "(stored with the model: a served score is in these deviations about that mean)"
-        )
+        if scale is not None:
+            self._print(
+                f"scores of the reference policy's own responses: mean {scale.mean:.3f}, deviation "
+                f"{scale.deviation:.3f} (stored with the model: a served score is in these deviations about that mean)"
+            )
         self._print(
             f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (model/: the reward model "
             "as a Hugging Face directory; summary.json, metrics.jsonl, calibration.png)"

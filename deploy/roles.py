@@ -23,7 +23,7 @@ from common.config import (
 )
 from common.functions import load_function
 from common.models import ModelSize, end_token_ids, load_tokenizer, model_size, resolve_model
-from common.reward_models import reward_model_size
+from common.reward_models import read_scale, reward_model_size
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PolicyFiles:
     def load(cls, path: str, setting: str = "model.path") -> PolicyFiles:
         """Raises UserError if there is no such policy, or none that can be trained."""
         directory = resolve_model(path, setting)
-        return cls(path, directory, load_tokenizer(directory), model_size(directory))
+        return cls(path, directory, load_tokenizer(directory, setting), model_size(directory, setting))
 
     def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:
         """Longest prompt in tokens that leaves room for a response. Raises UserError if there is no room."""
@@ -78,12 +78,19 @@ def make_engine(
     return VLLMEngine(resolve_model(path), cfg, sampling, max_model_len=max_model_len, end_token_ids=end_tokens)
 
 
-def check_sources(sources: Iterable[RewardSource]) -> Sequence[ModelSize]:
-    """The sizes of the reward models among them. Raises UserError for a function or model that is not there."""
+def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[ModelSize]:
+    """The sizes of the reward models among them. Raises UserError for a function or model that is not there, or that
+    reads text where the prompts are chat messages (`chat`)."""
     sizes = []
     for source in sources:
         if isinstance(source, FunctionSourceConfig):
             load_function(source.function, f"reward source {source.name}")
         elif isinstance(source, ModelSourceConfig):
-            sizes.append(reward_model_size(resolve_model(source.model, f"reward source {source.name}")))
+            directory = resolve_model(source.model, f"reward source {source.name}")
+            sizes.append(reward_model_size(directory))
+            if chat and read_scale(directory).chat is False:
+                raise UserError(
+                    f"reward source {source.name} ({source.model}) was trained on plain text, but prompts.format is "
+                    'chat; train it with data.format = "chat", or set prompts.format = "plain"'
+                )
     return sizes

@@ -13,7 +13,7 @@ from rich.progress import Progress as ProgressBar
 
 from actors.pool import GeneratorPool, RewardPool
 from actors.reward_functions import Reward
-from common.config import PairSamplingConfig
+from common.config import PairSamplingConfig, UserError
 from common.metrics import append_record, read_records
 from common.prompts import PromptRecord, PromptStream, load_records
 from common.types import Prompt, Rollout, Void
@@ -22,6 +22,8 @@ from deploy.placement import check_kv_cache, generator_needs, place, reward_need
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
 
+FEW_VOIDS = 8  # so few say nothing about a labeller yet
+
 
 def run_pair_sampling(
     cfg: PairSamplingConfig, directory: Path, *, resume: bool = False, force: bool = False
@@ -29,7 +31,7 @@ def run_pair_sampling(
     """Leaves pairs.jsonl in `directory`, as train-reward reads it, and returns the summary."""
     started = time.perf_counter()
     policy = PolicyFiles.load(cfg.model.path)
-    reward_models = check_sources(cfg.labeller.sources)
+    reward_models = check_sources(cfg.labeller.sources, chat=cfg.prompts.format == "chat")
     room = policy.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
     records = load_records(cfg.prompts.source, cfg.prompts, policy.tokenizer, seed=cfg.seed, max_tokens=room)
@@ -52,11 +54,15 @@ def run_pair_sampling(
                 markup=False,
                 soft_wrap=True,
             )
-            asyncio.run(_sample(cfg, directory, policy, records, console))
+            try:
+                asyncio.run(_sample(cfg, directory, policy, records, console))
+            except ExceptionGroup as group:  # many pairs may fail of one cause; the first tells it
+                raise group.exceptions[0] from None
             summary = _finish(cfg, directory, seconds=time.perf_counter() - started)
+    reason = f" (the last: {summary['last_void']})" if summary["voids"] else ""
     console.print(
         f"{summary['pairs']} pairs in {directory / 'pairs.jsonl'}, {summary['no_preference']} without a preference "
-        f"and {summary['voids']} void left out; {summary['seconds']:.0f} s",
+        f"and {summary['voids']} void left out{reason}; {summary['seconds']:.0f} s",
         markup=False,
         soft_wrap=True,
     )
@@ -76,13 +82,18 @@ async def _sample(
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)
     done = {record["pair"] for record in read_records(directory / "labelled.jsonl") if "void" not in record}
 
+    room = asyncio.Semaphore(2 * cfg.generators.replicas * cfg.generators.in_flight)  # pairs begun at a time
+    voids: list[str] = []
+
     async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:
         rollouts = await asyncio.gather(*(generate(prompt) for prompt in prompts))
         scores = await asyncio.gather(*(score(rollout) for rollout in rollouts))
         record: dict[str, Any] = {"pair": number}
-        totals = [result.total for result in scores if not isinstance(result, Void)]
-        if len(totals) < len(scores):
+        given = [result for result in scores if not isinstance(result, Void)]
+        totals = [result.total for result in given]
+        if len(given) < len(scores):
             record["void"] = next(result.reason for result in scores if isinstance(result, Void))
+            voids.append(record["void"])
         else:
             better = int(totals[1] > totals[0])
             if abs(totals[1] - totals[0]) > cfg.labeller.min_gap:
@@ -92,9 +103,17 @@ async def _sample(
                     "rejected": _text(policy, rollouts[1 - better]),
                     "chosen_score": totals[better],
                     "rejected_score": totals[1 - better],
+                    "origins": given[0].origins,
                 }
         append_record(directory / "labelled.jsonl", record)
         bar.advance(task)
+        done.add(number)
+        if len(voids) > max(cfg.labeller.max_void_share * len(done), FEW_VOIDS):
+            raise UserError(
+                f"{len(voids)} of {len(done)} pairs could not be labelled, more than labeller.max_void_share "
+                f"({cfg.labeller.max_void_share:.0%}); the last reason: {voids[-1]}; mend it and go on with --resume"
+            )
+        room.release()
 
     with ProgressBar(console=console, transient=True) as bar:
         task = bar.add_task("sampling and labelling", total=cfg.prompts.pairs, completed=len(done))
@@ -102,6 +121,7 @@ async def _sample(
             for number in range(cfg.prompts.pairs):
                 prompts = stream.next(), stream.next()
                 if number not in done:
+                    await room.acquire()
                     pairs.create_task(label(number, prompts))
 
 
@@ -117,12 +137,13 @@ def _finish(cfg: PairSamplingConfig, directory: Path, *, seconds: float) -> dict
     staging = directory / "pairs.jsonl.tmp"
     staging.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     staging.rename(directory / "pairs.jsonl")
-    voids = sum("void" in record for record in labelled)
+    voids = [record["void"] for record in labelled if "void" in record]
     summary = {
         "seed": cfg.seed,
         "pairs": len(pairs),
-        "voids": voids,
-        "no_preference": len(labelled) - len(pairs) - voids,
+        "voids": len(voids),
+        "last_void": voids[-1] if voids else None,
+        "no_preference": len(labelled) - len(pairs) - len(voids),
         "seconds": round(seconds, 1),
     }
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     """
     started = time.perf_counter()
     policy = PolicyFiles.load(cfg.model.path)
-    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges])
+    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges], chat=cfg.prompts.format == "chat")
     records, heldout_records = check_inputs(cfg, policy)
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)

@@ -7,6 +7,9 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,17 @@ import numpy as np
 from actors.pool import GeneratorPool, RewardPool, actor
 from actors.reward_functions import Reward
 from common.config import ModelSourceConfig, PromptFormat, RewardTrainingConfig, SourcesConfig, UserError
-from common.preferences import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
-from common.prompts import PromptRecord, heldout_prompts, prompt_record
-from common.reward_models import ScoreScale, read_scale, scored_padding_id, write_scale
-from common.types import Prompt, Score
+from common.preferences import Pairs, split, tokenise_pairs, without_prompts_of
+from common.prompts import PromptRecord, prompt_record
+from common.reward_models import (
+    ScoreScale,
+    check_trainable,
+    is_reward_model,
+    read_scale,
+    scored_padding_id,
+    write_scale,
+)
+from common.types import HELDOUT_EPOCH, Prompt, SampleId, Score
 from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs, trainer_needs
 from deploy.reward_progress import RewardProgress, plot_calibration
@@ -40,67 +50,67 @@ def run_reward_training(
     nothing running.
     """
     started = time.perf_counter()
-    base, reference = (
-        PolicyFiles.load(cfg.model.path),
-        PolicyFiles.load(cfg.scale.policy or cfg.model.path, "scale.policy"),
-    )
+    base = PolicyFiles.load(cfg.model.path)
+    reference = PolicyFiles.load(cfg.scale.policy or cfg.model.path, "scale.policy")
+    check_trainable(base.directory)
     if not resume:
         refuse_overwriting(directory, force=force)
-    beside = next(parent for parent in directory.absolute().parents if parent.exists())
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".ratchet-") as staging:
-        pairs = directory / "pairs" if resume else Path(staging) / "pairs"
-        if not resume:
-            prepare_pairs(cfg, base, pairs)
-        elif not (pairs / "counts.json").exists():
-            raise UserError(f"{directory} was stopped before it held its pairs; begin again with --force")
+    elif not (directory / "pairs/counts.json").exists():
+        raise UserError(f"{directory} was stopped before it held its pairs; begin again with --force")
+    progress = RewardProgress(cfg, directory)
+    with prepared_pairs(cfg, base, directory, resume=resume) as pairs:
         train, heldout = load_pairs(cfg, pairs)
-        prompts = check_inputs(cfg, base, reference, train)
+        counts = json.loads((pairs / "counts.json").read_text(encoding="utf-8"))
+        prompts = check_inputs(cfg, base, reference, train, heldout)
+
+        def begin() -> None:
+            """From here on the run directory is this run's."""
+            if not resume:
+                clear(directory)
+            write_config(directory, cfg)
+            if not resume:
+                shutil.move(pairs, directory / "pairs")  # what is mapped stays readable
+            progress.begin(counts, len(train), len(heldout))
+
         with cluster(cfg.ray) as nodes:
             place(trainer_needs(cfg.learner, base.size, row=2 * cfg.data.max_tokens), nodes)
             if prompts:
-                place(
-                    [
-                        *generator_needs(cfg.generators, reference.size),
-                        *reward_needs("reward", _service(cfg, directory), [base.size]),
-                    ],
-                    nodes,
-                )
+                service = reward_needs("learner", _service(cfg, directory), [base.size])
+                place([*generator_needs(cfg.generators, reference.size), *service], nodes)
             with sole_owner(directory):
-                if not resume:
-                    clear(directory)
-                write_config(directory, cfg)
-                if not resume:
-                    shutil.move(pairs, directory / "pairs")
-                    train, heldout = load_pairs(cfg, directory / "pairs")
-                progress = RewardProgress(cfg, directory)
-                progress.begin(read_counts(directory / "pairs"), len(train), len(heldout))
-                evaluations = asyncio.run(_train(cfg, directory, train, heldout, progress))
+                evaluations = asyncio.run(_train(cfg, directory, train, heldout, begin, progress))
                 if prompts:
                     asyncio.run(_measure(cfg, directory, reference, prompts, progress))
     if evaluations:
         plot_calibration(evaluations[-1], directory / "calibration.png")
-    summary = summarise(cfg, directory, evaluations, len(train), seconds=time.perf_counter() - started)
+    scale = read_scale(directory / "model") if prompts else None
+    summary = summarise(cfg, counts, evaluations, scale, len(train), seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    progress.end(evaluations, read_scale(directory / "model"), seconds=summary["seconds"])
+    progress.end(evaluations, scale, seconds=summary["seconds"])
     return summary
 
 
-def prepare_pairs(cfg: RewardTrainingConfig, base: PolicyFiles, target: Path) -> None:
-    """Every record read, checked and tokenised into `target`: train.arrow, heldout.arrow, counts.json."""
-    target.mkdir()
-    sources = {"train": cfg.data.train, "heldout": cfg.data.heldout}
-    pad_id = scored_padding_id(base.directory)
-    counts = {
-        name: tokenise_pairs(source, cfg.data, base.tokenizer, target / f"{name}.arrow", pad_id=pad_id).record()
-        for name, source in sources.items()
-        if source is not None
-    }
-    (target / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-
-
-def read_counts(directory: Path) -> dict[str, PairCounts]:
-    counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
-    return {name: PairCounts(**record) for name, record in counts.items()}
+@contextmanager
+def prepared_pairs(cfg: RewardTrainingConfig, base: PolicyFiles, directory: Path, *, resume: bool) -> Iterator[Path]:
+    """A directory with every record read, checked and tokenised: train.arrow, heldout.arrow, counts.json. That of the
+    run if it goes on; else one beside it, which is gone afterwards."""
+    if resume:
+        yield directory / "pairs"
+        return
+    beside = next(parent for parent in directory.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".ratchet-") as staging:
+        target = Path(staging) / "pairs"
+        target.mkdir()
+        pad_id = scored_padding_id(base.directory)
+        counts: dict[str, Any] = {}
+        for name, source in (("train", cfg.data.train), ("heldout", cfg.data.heldout)):
+            if source is not None:
+                path = target / f"{name}.arrow"
+                counts[name] = tokenise_pairs(source, cfg.data, base.tokenizer, path, pad_id=pad_id).record()
+        if cfg.data.heldout is not None:
+            counts["heldout"]["prompt_in_train"] = counts["heldout"]["pairs"] - len(load_pairs(cfg, target)[1])
+        (target / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        yield target
 
 
 def load_pairs(cfg: RewardTrainingConfig, directory: Path) -> tuple[Pairs, Pairs]:
@@ -111,7 +121,9 @@ def load_pairs(cfg: RewardTrainingConfig, directory: Path) -> tuple[Pairs, Pairs
     return split(pairs, cfg.data.heldout_pairs, seed=cfg.seed)
 
 
-def check_inputs(cfg: RewardTrainingConfig, base: PolicyFiles, reference: PolicyFiles, train: Pairs) -> list[Prompt]:
+def check_inputs(
+    cfg: RewardTrainingConfig, base: PolicyFiles, reference: PolicyFiles, train: Pairs, heldout: Pairs
+) -> list[Prompt]:
     """What the reference policy will be asked; none if the config wants none. Raises UserError."""
     if not train:
         raise UserError(f"data.train ({cfg.data.train}) leaves no pair to train on; give more, or hold out fewer")
@@ -124,37 +136,56 @@ def check_inputs(cfg: RewardTrainingConfig, base: PolicyFiles, reference: Policy
         raise UserError(
             f"data.max_tokens ({cfg.data.max_tokens}) exceeds the model's context of {base.size.context}; lower it"
         )
-    if cfg.scale.responses == 0:
-        return []
+    if (cfg.data.heldout or cfg.data.heldout_pairs) and not heldout:
+        raise UserError("no held-out pair is left: all were dropped, or have their prompt in data.train; give others")
+    return reference_prompts(cfg, reference, train) if cfg.scale.responses else []
+
+
+def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: Pairs) -> list[Prompt]:
+    """`scale.responses` prompts of the pairs, in seeded order, several samples of each where there are fewer. Raises
+    UserError if there is none that fits."""
+    if is_reward_model(reference.directory):
+        raise UserError(
+            f"scale.policy ({reference.path}) is itself a reward model and cannot answer; name the policy that PPO "
+            "will start from, or set scale.responses = 0"
+        )
     room = reference.prompt_room(cfg.data.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, reference.size, max_tokens=room + cfg.sampling.max_new_tokens)
     form = PromptFormat(format=cfg.data.format, max_tokens=room)
-    records: dict[str, PromptRecord] = {}
-    order = np.random.default_rng([cfg.seed, 2]).permutation(len(train))
-    for index in order:
+    _, firsts = np.unique(pairs.prompt_hashes(), return_index=True)
+    records: list[PromptRecord] = []
+    for index in np.random.default_rng([cfg.seed, 2]).permutation(firsts):
+        if prompt := pairs.prompt(int(index)):
+            with suppress(UserError):  # the reference's template may refuse what the model's took
+                record = prompt_record("", {"prompt": prompt}, form, reference.tokenizer)
+                records += [record] * (len(record.token_ids) <= room)
         if len(records) == cfg.scale.responses:
             break
-        if prompt := train.prompt(int(index)):
-            record = prompt_record(f"the prompt of pair {index}", {"prompt": prompt}, form, reference.tokenizer)
-            if len(record.token_ids) <= room:
-                records[record.text] = record
-    if len(records) < 2:
+    if not records:
         raise UserError(
             "scale.responses wants responses to the prompts of the pairs, but these have none that fit; give the "
             "records a `prompt`, or set scale.responses = 0"
         )
-    return heldout_prompts(list(records.values()), len(records))
+    return [
+        Prompt(SampleId(HELDOUT_EPOCH, i % len(records), i // len(records)), r.text, r.token_ids, r.fields, r.messages)
+        for i, r in zip(range(cfg.scale.responses), cycle(records))
+    ]
 
 
 async def _train(
-    cfg: RewardTrainingConfig, directory: Path, train: Pairs, heldout: Pairs, progress: RewardProgress
+    cfg: RewardTrainingConfig,
+    directory: Path,
+    train: Pairs,
+    heldout: Pairs,
+    begin: Callable[[], None],
+    progress: RewardProgress,
 ) -> list[PreferenceEvaluation]:
     num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
     ranks = [actor(RewardTrainer, cfg.learner).remote(cfg, num_steps) for _ in range(cfg.learner.ranks)]
     group = RewardTrainerGroup(ranks, timeout_s=cfg.learner.timeout_s)
-    await group.start(cfg.ray.startup_timeout_s)
-    progress.ready()
     try:
+        await group.start(cfg.ray.startup_timeout_s)
+        begin()
         return await train_reward_model(
             RewardRun(cfg, directory, train, heldout, group, progress.step, progress.evaluation)
         )
@@ -204,15 +235,14 @@ def _service(cfg: RewardTrainingConfig, directory: Path) -> SourcesConfig:
 
 def summarise(
     cfg: RewardTrainingConfig,
-    directory: Path,
+    counts: dict[str, Any],
     evaluations: list[PreferenceEvaluation],
+    scale: ScoreScale | None,
     pairs: int,
     *,
     seconds: float,
 ) -> dict[str, Any]:
     """What RUN/summary.json says."""
-    scale = read_scale(directory / "model")
-    counts = {name: count.record() for name, count in read_counts(directory / "pairs").items()}
     summary = {"seed": cfg.seed, "epochs": cfg.epochs, "training_pairs": pairs, "data": counts}
     if evaluations:
         last = evaluations[-1]
@@ -224,8 +254,10 @@ def summarise(
             "calibration_error": last.calibration_error,
             "accuracy_by_epoch": {f"{e.epoch:g}": e.accuracy for e in evaluations},
         }
-    return summary | {
-        "reference_score_mean": scale.mean,
-        "reference_score_std": scale.deviation,
-        "seconds": round(seconds, 1),
-    }
+    if scale is not None:
+        summary |= {
+            "reference_responses": cfg.scale.responses,
+            "reference_score_mean": scale.mean,
+            "reference_score_std": scale.deviation,
+        }
+    return summary | {"seconds": round(seconds, 1)}

@@ -29,7 +29,7 @@ class Ranks:
         """
         if world > 1:
             if rendezvous.startswith("file://"):
-                os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+                os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend, init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)

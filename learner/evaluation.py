@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from common.config import EvaluationConfig
+from common.config import EvaluationConfig, UserError
 from common.metrics import wilson_interval
 from common.types import Prompt, Rollout, Score, Void
 from learner.roles import Generators, Reference, Reward
@@ -24,6 +25,7 @@ class Evaluation:
     policy_version: int
     prompts: int
     voids: int  # answers that could not be scored; they count as failed
+    void_reason: str  # the most frequent one
     pass_at_1: float
     interval: tuple[float, float]  # 95 %
     score: float  # mean total score
@@ -49,8 +51,10 @@ async def evaluate(
     cfg: EvaluationConfig,
     *,
     policy_version: int,
+    max_void_share: float = 1.0,
 ) -> tuple[Evaluation, list[Answer]]:
-    """Asks every prompt once. Nothing of it is journalled or trained on."""
+    """Asks every prompt once. Nothing of it is journalled or trained on. Raises UserError when more than
+    `max_void_share` of the answers cannot be scored."""
 
     async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
         rollout = await generators.generate(prompt)
@@ -58,6 +62,13 @@ async def evaluate(
 
     answers = await asyncio.gather(*(ask(prompt) for prompt in prompts))
     scores = [score for _, score, _ in answers if isinstance(score, Score)]
+    voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
+    if len(voids) > max_void_share * len(answers):
+        raise UserError(
+            f"{len(voids)} of {len(answers)} held-out answers could not be scored, more than reward.max_void_share "
+            f"({max_void_share:.0%}); most often: {Counter(voids).most_common(1)[0][0]}; mend it and go on with "
+            "--resume, or raise the share"
+        )
     source = cfg.pass_source or (next(iter(scores[0].components)) if scores else "")
     passed = sum(score.components[source] >= cfg.pass_score for score in scores)
     scored, asked = max(1, len(scores)), max(1, len(answers))
@@ -65,7 +76,8 @@ async def evaluate(
     evaluation = Evaluation(
         policy_version=policy_version,
         prompts=len(prompts),
-        voids=len(prompts) - len(scores),
+        voids=len(voids),
+        void_reason=Counter(voids).most_common(1)[0][0] if voids else "",
         pass_at_1=passed / max(1, len(prompts)),
         interval=wilson_interval(passed, len(prompts)),
         score=sum(score.total for score in scores) / scored,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 
+from common.config import UserError
 from common.preferences import Pair
 
 
@@ -22,6 +25,7 @@ class RankGroup:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._step = 0
+        self._rendezvous = ""  # where the ranks meet, if there are several
 
     @property
     def step(self) -> int:
@@ -29,18 +33,24 @@ class RankGroup:
 
     async def start(self, timeout_s: float) -> None:
         """Waits until every rank has loaded its networks and met the others."""
-        [rendezvous] = await self._wait("start", [self._ranks[0].__ray_call__.remote(_rendezvous)], timeout_s=timeout_s)
         world = len(self._ranks)
-        joined = [rank.join.remote(index, world, rendezvous) for index, rank in enumerate(self._ranks)]
+        if world > 1:
+            [self._rendezvous] = await self._wait(
+                "start", [self._ranks[0].__ray_call__.remote(_rendezvous)], timeout_s=timeout_s
+            )
+        joined = [rank.join.remote(index, world, self._rendezvous) for index, rank in enumerate(self._ranks)]
         await self._wait("start", joined, timeout_s=timeout_s)
 
     def stop(self) -> None:
         """Ends every rank, and frees what it reserved."""
         for rank in self._ranks:
             ray.kill(rank)
+        if self._rendezvous.startswith("file://"):
+            shutil.rmtree(Path(self._rendezvous.removeprefix("file://")).parent, ignore_errors=True)
 
     async def update(self, batch: Any) -> dict[str, float]:
-        stats = await self._wait("update", [rank.update.remote(batch) for rank in self._ranks])
+        shared = ray.put(batch)  # once, however many ranks
+        stats = await self._wait("update", [rank.update.remote(shared) for rank in self._ranks])
         self._step += 1
         return stats[0]
 
@@ -57,6 +67,10 @@ class RankGroup:
         limit = timeout_s or self._timeout_s
         try:
             return await asyncio.wait_for(asyncio.gather(*calls), limit)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):  # it is the user's to mend, without the trace of a process
+                raise error.cause from None
+            raise
         except TimeoutError as error:
             raise RuntimeError(f"the learner did not {what} at step {self._step} within {limit:g} s") from error
 

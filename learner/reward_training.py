@@ -63,7 +63,7 @@ class PairBatch:
         """Where the scores are read, of chosen and of rejected sequences: [2, B, H]."""
         device = model.device
         # Additive, as every attention implementation takes it.
-        blocked = torch.where(self.visible, 0.0, torch.finfo(torch.float32).min).to(device)
+        blocked = torch.where(self.visible.to(device), 0.0, torch.finfo(torch.float32).min)
         hidden = model.base_model(
             input_ids=self.input_ids.to(device),
             position_ids=self.positions.to(device),
@@ -85,7 +85,6 @@ class RewardTrainer:
         self._ranks = Ranks()
         self._device = find_device(cfg.learner.gpus)
         self.model = model or load_reward_model(resolve_model(cfg.model.path), dtype=torch.float32, device=self._device)
-        _check_masking(self.model, cfg.data.max_tokens)
         if cfg.learner.gradient_checkpointing:
             checkpoint_activations(self.model)
         parts = [
@@ -95,7 +94,9 @@ class RewardTrainer:
         self.optimizer = make_optimizer(parts, cfg.optimizer)
 
     def join(self, rank: int, world: int, rendezvous: str) -> int:
-        """Makes this one of the ranks of a group; returns the updates behind it."""
+        """Makes this one of the ranks of a group; returns the updates behind it. Raises UserError for a model that
+        cannot read two responses in one row."""
+        _check_masking(self.model, self.cfg.data.max_tokens)
         timeout_s = self.cfg.learner.timeout_s
         self._ranks = Ranks.join(rank, world, rendezvous, device=self._device, timeout_s=timeout_s)
         return self.step
@@ -222,6 +223,7 @@ class RewardRun:
     on_step: Callable[[dict[str, Any]], None] = lambda record: None
     on_evaluation: Callable[[PreferenceEvaluation], None] = lambda evaluation: None
     checkpoints: Checkpoints = field(init=False)
+    _order: tuple[int, np.ndarray] = field(init=False, default=(-1, np.empty(0)))  # (epoch, permutation)
 
     def __post_init__(self) -> None:
         checkpoint = self.cfg.checkpoint
@@ -234,9 +236,10 @@ class RewardRun:
     def batch(self, step: int) -> list[Pair]:
         """The pairs of one step: every epoch all of them, in an order that only seed and epoch decide."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.cfg.seed, 1, epoch]).permutation(len(self.pairs))
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.cfg.seed, 1, epoch]).permutation(len(self.pairs))
         size = self.cfg.pairs_per_step
-        return [self.pairs[int(i)] for i in order[place * size : (place + 1) * size]]
+        return [self.pairs[int(i)] for i in self._order[1][place * size : (place + 1) * size]]
 
 
 def steps_per_epoch(num_pairs: int, cfg: RewardTrainingConfig) -> int:

@@ -152,11 +152,17 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
     if not (run.heldout and wanted) or any(done.policy_version == step for done in evaluations):
         return
     evaluation, answers = await evaluate(
-        run.heldout, run.generators, run.reward, run.reference, run.cfg.evaluation, policy_version=step
+        run.heldout,
+        run.generators,
+        run.reward,
+        run.reference,
+        run.cfg.evaluation,
+        policy_version=step,
+        max_void_share=run.cfg.reward.max_void_share,
     )
+    run.on_evaluation(evaluation, answers)  # keeps the answers: before the record, after which none would
     append_record(run.directory / "evaluations.jsonl", evaluation.record())
     evaluations.append(evaluation)
-    run.on_evaluation(evaluation, answers)
 
 
 async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from common import preferences
 from common.config import PreferencesConfig, UserError
 from common.models import load_tokenizer
-from common.preferences import PairCounts, Pairs, read_records, split, tokenise_pairs, without_prompts_of
+from common.preferences import PairCounts, Pairs, raw_records, split, tokenise_pairs, without_prompts_of
 from tests.fakes import WORDS, save_tiny_model
 
 # `ask` before what the user says, `b0` before what the assistant says, and the end token after each message.
@@ -88,7 +88,7 @@ def test_every_kind_of_file_gives_its_records_in_order(tmp_path, monkeypatch, na
     monkeypatch.setattr(preferences, "_ROWS_PER_BATCH", 2)
     records = [record(f"Grüße\u2028 {i}", said("assistant", "b1"), [], margin=0.5) for i in range(5)]
     path = write(tmp_path / name, records)
-    assert list(read_records(path)) == [(f"{path}, {unit} {i}", found) for i, found in enumerate(records, 1)]
+    assert list(raw_records(path)) == [(f"{path}, {unit} {i}", found) for i, found in enumerate(records, 1)]
 
 
 def test_a_pattern_reads_its_files_by_name(tmp_path, monkeypatch):
@@ -98,26 +98,26 @@ def test_a_pattern_reads_its_files_by_name(tmp_path, monkeypatch):
     expected = [(f"{tmp_path}/a.parquet, row 1", {"chosen": "a.parquet"}),
                 (f"{tmp_path}/b.jsonl.gz, line 1", {"chosen": "b.jsonl.gz"}),
                 (f"{tmp_path}/c.jsonl, line 1", {"chosen": "c.jsonl"})]  # fmt: skip
-    assert list(read_records(f"{tmp_path}/[abc].*")) == list(read_records("~/?.*")) == expected
+    assert list(raw_records(f"{tmp_path}/[abc].*")) == list(raw_records("~/?.*")) == expected
 
 
 def test_empty_lines_are_counted_and_hold_no_record_and_missing_values_of_a_column_are_left_out(tmp_path):
     (tmp_path / "p.jsonl").write_text('\n{"chosen": "a"}\n  \n{"chosen": "b"}')
-    assert [where[-6:] for where, _ in read_records(f"{tmp_path}/p.jsonl")] == ["line 2", "line 4"]
+    assert [where[-6:] for where, _ in raw_records(f"{tmp_path}/p.jsonl")] == ["line 2", "line 4"]
     path = write(tmp_path / "p.parquet", [{"chosen": "a", "margin": None}, {"chosen": "b", "margin": 1.0}])
-    assert [found for _, found in read_records(path)] == [{"chosen": "a"}, {"chosen": "b", "margin": 1.0}]
+    assert [found for _, found in raw_records(path)] == [{"chosen": "a"}, {"chosen": "b", "margin": 1.0}]
 
 
 def test_records_are_given_out_before_later_ones_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_text(GOOD + "{broken\n")
-    records = read_records(f"{tmp_path}/a.jsonl")
+    records = raw_records(f"{tmp_path}/a.jsonl")
     assert next(records)[1]["chosen"] == "b1"
     with pytest.raises(UserError, match="line 2"):
         next(records)
 
     write(tmp_path / "1.parquet", [{"chosen": "a"}])
     (tmp_path / "2.parquet").write_bytes(b"PAR1 broken PAR1")
-    records = read_records(f"{tmp_path}/*.parquet")
+    records = raw_records(f"{tmp_path}/*.parquet")
     assert next(records)[1] == {"chosen": "a"}
     with pytest.raises(UserError, match=r"2\.parquet cannot be read as Parquet"):
         next(records)
@@ -173,7 +173,7 @@ def test_a_truncated_gzip_file_is_refused_where_it_ends(tmp_path):
     (tmp_path / "p.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     found = []
     with pytest.raises(UserError) as caught:
-        found.extend(got["chosen"] for _, got in read_records(path))
+        found.extend(got["chosen"] for _, got in raw_records(path))
     assert 0 < len(found) < 2000
     assert found == texts[: len(found)]
     assert f"{path} cannot be read after line {len(found)} (" in str(caught.value)
@@ -186,16 +186,16 @@ def test_a_truncated_gzip_file_is_refused_where_it_ends(tmp_path):
 def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} cannot be read"):
-        list(read_records(str(tmp_path / name)))
+        list(raw_records(str(tmp_path / name)))
 
 
 def test_a_missing_file_and_another_ending_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing\*\.jsonl: there is no such file; give a \.jsonl, "):
-        list(read_records(f"{tmp_path}/nothing*.jsonl"))
+        list(raw_records(f"{tmp_path}/nothing*.jsonl"))
     for name in ("p.json", "p.csv", "p.gz", "jsonl"):
         (tmp_path / name).write_text(GOOD)
         with pytest.raises(UserError, match=rf"preference data .*/{name} must be a \.jsonl, \.jsonl\.gz or \.parquet"):
-            list(read_records(f"{tmp_path}/{name}"))
+            list(raw_records(f"{tmp_path}/{name}"))
 
 
 # Forms of a record
@@ -448,4 +448,4 @@ def test_a_damaged_gzip_file_is_refused_whatever_zlib_says(tmp_path):
     for place in range(100, len(sound) - 60, len(sound) // 7):
         path.write_bytes(sound[:place] + b"\xff" * 40 + sound[place + 40 :])
         with pytest.raises(UserError, match=r"pairs\.jsonl\.gz"):
-            list(read_records(str(path)))
+            list(raw_records(str(path)))
