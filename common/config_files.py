@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Container, Iterable, Iterator
 from difflib import get_close_matches
@@ -60,13 +61,14 @@ def _make_models_absolute(tree: Any) -> None:
         elif isinstance(value, list):
             for entry in value:
                 _make_models_absolute(entry)
-        elif (
-            key in ("path", "model", "policy")
-            and isinstance(value, str)
-            and value
-            and Path(value).expanduser().is_dir()
-        ):
-            tree[key] = str(Path(value).expanduser().resolve())
+        elif key in ("path", "model", "policy") and isinstance(value, str):
+            tree[key] = absolute_if_directory(value)
+
+
+def absolute_if_directory(name: str) -> str:
+    """A model directory as every process finds it; any other name as it is."""
+    path = Path(os.path.expanduser(name))
+    return str(path.resolve()) if name and path.is_dir() else name
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -39,7 +39,7 @@ def resolve_model(name: str, setting: str = "model.path") -> Path:
     there is none."""
     if name == EMBEDDED:
         return _prepare_embedded()
-    directory = Path(name).expanduser()
+    directory = Path(os.path.expanduser(name))
     if name and directory.is_dir():
         if not (directory / "config.json").exists():
             raise UserError(f"{setting} ({name}) holds no config.json; name a Hugging Face model directory")

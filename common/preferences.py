@@ -74,9 +74,9 @@ class PairCounts:
 class Pairs(Sequence[Pair]):
     """Pairs of an Arrow file, all of them or chosen rows; any order of access costs the same."""
 
-    def __init__(self, path: Path, rows: np.ndarray | None = None) -> None:
+    def __init__(self, path: Path, rows: np.ndarray | None = None, *, _file: Any = None) -> None:
         self._path = path
-        self._batches = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._batches = _file or pa.ipc.open_file(pa.memory_map(str(path)))  # readable also once the file has moved
         ends = np.cumsum([self._batches.get_batch(i).num_rows for i in range(self._batches.num_record_batches)])
         self._ends = ends.astype(np.int64)
         self._rows = np.arange(ends[-1] if len(ends) else 0) if rows is None else rows
@@ -86,7 +86,7 @@ class Pairs(Sequence[Pair]):
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, (int, np.integer)):
-            return Pairs(self._path, self._rows[index])
+            return Pairs(self._path, self._rows[index], _file=self._batches)
         batch, row = self._locate(int(index))
         shared, chosen, rejected = (batch[name][row].values.to_numpy() for name in PAIR_SCHEMA.names[2:5])
         return Pair(shared, chosen, rejected, batch["margin"][row].as_py())

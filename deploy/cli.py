@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from common.config import AdamWConfig, Config, PairSamplingConfig, RewardTrainingConfig, Root, UserError
-from common.config_files import AnyRoot, describe, load_config
+from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
 
 
 def _settings(root: type[Root]) -> str:
@@ -146,7 +146,8 @@ def evaluate(
     _find_users_modules()
     from deploy.evaluate import run_evaluation
 
-    run_evaluation(cfg, run or Path("runs") / f"{name}-evaluation", policy=policy, force=force)
+    judged = absolute_if_directory(policy) if policy else None
+    run_evaluation(cfg, run or Path("runs") / f"{name}-evaluation", policy=judged, force=force)
 
 
 class Demo(StrEnum):

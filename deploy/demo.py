@@ -31,6 +31,7 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
     a section or field of that name."""
     started = time.perf_counter()
     console = Console(highlight=False)
+    directory = directory.absolute()  # the stages name each other's files
     pairs, reward, ppo = directory / "pairs", directory / "reward", directory / "ppo"
 
     def config(name: str, root: type[AnyRoot], *own: str) -> AnyRoot:

@@ -66,8 +66,8 @@ async def evaluate(
     if len(voids) > max_void_share * len(answers):
         raise UserError(
             f"{len(voids)} of {len(answers)} held-out answers could not be scored, more than reward.max_void_share "
-            f"({max_void_share:.0%}); most often: {Counter(voids).most_common(1)[0][0]}; mend it and go on with "
-            "--resume, or raise the share"
+            f"({max_void_share:.0%}); most often: {Counter(voids).most_common(1)[0][0]}; mend it and try "
+            "again, or raise the share"
         )
     source = cfg.pass_source or (next(iter(scores[0].components)) if scores else "")
     passed = sum(score.components[source] >= cfg.pass_score for score in scores)

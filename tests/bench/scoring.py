@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from actors.pool import Pool, ReferencePool, RewardPool, actor
@@ -32,8 +31,8 @@ from common.types import Prompt, RewardInput, Rollout, SampleId, Score
 from deploy.cluster import cluster
 
 MODEL = "embedded:smollm2-135m-instruct"
-REQUESTS, ROUNDS, IDLE_REQUESTS = 128, 3, 15
-BUDGET, WINDOW_MS, THREADS = 4096, 5, 2
+REQUESTS, ROUNDS, IDLE_REQUESTS = 64, 3, 15
+BUDGET, WINDOW_MS, THREADS = 4096, 5, 1  # one thread: the driver needs a core too
 
 
 class Direct:
@@ -141,7 +140,6 @@ def main() -> None:
     model = make_reward_model(Path("runs/bench-reward-model"))
     with cluster(RayConfig(dashboard=False)):
         result = asyncio.run(measure(model))
-        ray.shutdown()
     Path("runs/bench-scoring.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{'service':14}{'ratio':>7}{'served':>12}{'direct':>12}{'idle':>9}{'worst':>9}{'pass alone':>12}")
     for name, row in result.items():

@@ -86,6 +86,7 @@ def test_each_broken_rule_of_ppo_is_refused_with_its_values(sections, parts):
             {"data": {"train": "t", "heldout": "h", "heldout_pairs": 1}},
             ["data.heldout", "data.heldout_pairs", "give one of the two"],
         ),
+        ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
         # A pair has two sequences of 513 tokens.
         (
             {"data": {"train": "t", "max_tokens": 513}, "learner": {"micro_batch_tokens": 1025}},
@@ -124,6 +125,8 @@ def test_each_broken_rule_of_pair_sampling_is_refused_with_its_values(sections, 
         (Config, ppo(ppo={"gamma": 1, "minibatches": 64})),
         (Config, ppo(reward={"sources": [{**MODEL, "max_tokens": 100, "max_batch_tokens": 100}]})),
         (RewardTrainingConfig, reward_training(learner={"micro_batch_tokens": 1024})),  # two of 512
+        (RewardTrainingConfig, reward_training(learner={"ranks": 2, "gpus": 1})),
+        (RewardTrainingConfig, reward_training(learner={"ranks": 1, "gpus": 0.5})),
         (RewardTrainingConfig, reward_training(data={"train": "t", "heldout": "h"})),
         (RewardTrainingConfig, reward_training(data={"train": "t", "heldout_pairs": 9})),
     ],
@@ -296,25 +299,34 @@ def test_every_section_and_every_field_of_one_says_what_it_means():
 
 
 @pytest.mark.parametrize(
-    ("root", "tree", "section"),
+    ("root", "tree", "section", "in_flight"),
     [
-        (Config, ppo, "generators"),
-        (Config, ppo, "reference"),
-        (Config, ppo, "reward"),
-        (PairSamplingConfig, pair_sampling, "generators"),
-        (PairSamplingConfig, pair_sampling, "labeller"),
-        (RewardTrainingConfig, reward_training, "generators"),
+        (Config, ppo, "generators", 128),
+        (Config, ppo, "reference", 128),
+        (Config, ppo, "reward", 32),
+        (PairSamplingConfig, pair_sampling, "generators", 128),
+        (PairSamplingConfig, pair_sampling, "labeller", 32),
+        (RewardTrainingConfig, reward_training, "generators", 128),
     ],
 )
-def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, section):
+def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, section, in_flight):
     given = tree().get(section, {})
     role = getattr(root.model_validate(tree()), section)
-    assert (role.replicas, role.in_flight, role.timeout_s, role.gpus, role.threads) == (1, 128, 300, 0, 1)
+    assert (role.replicas, role.in_flight, role.timeout_s, role.gpus, role.threads) == (1, in_flight, 300, 0, 1)
     for key in ("replicas", "in_flight", "timeout_s", "gpus", "threads"):
         changed = root.model_validate(tree(**{section: {**given, key: 3}}))
         assert getattr(getattr(changed, section), key) == 3
         (fault,) = faults(root, tree(**{section: {**given, key: -1}}))
         assert fault["loc"] == (section, key)
+
+
+def test_whoever_scores_says_what_share_of_voids_stops_the_run():
+    for root, tree, section in ((Config, ppo, "reward"), (PairSamplingConfig, pair_sampling, "labeller")):
+        given = tree()[section]
+        assert getattr(root.model_validate(tree()), section).max_void_share == 0.5
+        root.model_validate(tree(**{section: {**given, "max_void_share": 1}}))
+        (fault,) = faults(root, tree(**{section: {**given, "max_void_share": 1.01}}))
+        assert fault["loc"] == (section, "max_void_share")
 
 
 @pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])

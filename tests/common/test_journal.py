@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from common import journal as journal_module
 from common.journal import Journal, JournalError
 from common.types import EXPERIENCE_SCHEMA, Experience, Prompt, Rollout, SampleId, Score, Void, experience_table
 
@@ -83,7 +84,7 @@ def test_a_file_is_readable_with_pyarrow_alone_and_its_metadata_is_json(tmp_path
     assert table.schema == EXPERIENCE_SCHEMA
     assert table["response_ids"].to_pylist() == [[1, 1], [1, 1, 1]]
     assert metadata(path(tmp_path, 1)) == {
-        "schema": 1,
+        "schema": 2,
         "step": 1,
         "policy_version": 1,
         "prompts": {"issued": 1},
@@ -195,6 +196,15 @@ def test_a_step_of_another_run_is_found(tmp_path):
     path(tmp_path / "one", 1).write_bytes(path(tmp_path / "two", 1).read_bytes())
     with pytest.raises(JournalError, match=r"step-000001\.arrow"):
         read_all(tmp_path / "one")
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_step_of_another_layout_is_refused_by_version(tmp_path, monkeypatch, version):
+    with monkeypatch.context() as other:
+        other.setattr(journal_module, "SCHEMA_VERSION", version)
+        write(tmp_path)
+    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 2; go on with"):
+        Journal(tmp_path).last()
 
 
 def test_a_step_that_was_never_written_cannot_be_read(tmp_path):

@@ -228,7 +228,7 @@ def test_an_empty_file_is_refused(tmp_path, tokenizer, text):
 
 
 def test_a_missing_file_is_refused_by_name(tokenizer):
-    with pytest.raises(UserError, match=r"prompt file nowhere\.jsonl cannot be read .*check prompts\.train"):
+    with pytest.raises(UserError, match=r"prompt file nowhere\.jsonl cannot be read .* under \[prompts\]"):
         load_records("nowhere.jsonl", PromptsConfig(train="nowhere.jsonl"), tokenizer, seed=0, max_tokens=5)
 
 

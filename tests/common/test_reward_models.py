@@ -21,8 +21,10 @@ from common.dialogues import dialogue_ids
 from common.models import load_policy, load_tokenizer, model_size
 from common.reward_models import (
     ScoreScale,
+    check_trainable,
     content_hash,
     head_scores,
+    is_reward_model,
     load_reward_model,
     read_scale,
     reward_model_size,
@@ -159,12 +161,9 @@ def change_config(directory, **changes):
 
 def test_a_classifier_into_several_labels_is_refused(copied):
     change_config(copied, id2label={str(i): str(i) for i in range(3)})
-    with pytest.raises(
-        UserError, match=r"copy\) cannot be a reward model: it classifies into 3 labels; a reward model"
-    ):
-        load_reward_model(copied, **CPU)
-    with pytest.raises(UserError, match=r"is no reward model: .* is LlamaForSequenceClassification with 3; train one"):
-        reward_model_size(copied)
+    for refused in (check_trainable, reward_model_size, lambda directory: load_reward_model(directory, **CPU)):
+        with pytest.raises(UserError, match=r"copy\) cannot be a reward model: it classifies into 3 labels; a reward"):
+            refused(copied)
 
 
 def test_a_head_of_another_form_is_refused(tmp_path):
@@ -174,22 +173,34 @@ def test_a_head_of_another_form_is_refused(tmp_path):
         load_reward_model(tmp_path, **CPU)
 
 
-@pytest.mark.parametrize("config", ["{}", '{"model_type": "no_such_type"}', '{"model_type": "vit"}', "{", None])
-def test_a_directory_without_a_model_that_can_score_is_refused(tmp_path, config):
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ('{"model_type": "vit"}', "cannot be a reward model: "),
+        ('{"model_type": "no_such_type"}', "has no config that transformers can read: "),
+        ("{}", "has no config that transformers can read: "),
+        ("{", "has no config that transformers can read: "),
+        (None, "has no config that transformers can read: "),
+    ],
+)
+def test_a_directory_without_a_model_that_can_score_is_refused(tmp_path, config, complaint):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UserError, match="cannot be a reward model"):
-        load_reward_model(tmp_path, **CPU)
+    for refused in (check_trainable, lambda directory: load_reward_model(directory, **CPU)):
+        with pytest.raises(UserError, match=complaint):
+            refused(tmp_path)
 
 
 def test_sizes_are_those_of_the_body_and_a_language_model_has_none_of_a_reward_model(policy, saved, tmp_path):
     assert reward_model_size(saved) == model_size(policy)
-    with pytest.raises(UserError, match=r"is no reward model: .* is LlamaForCausalLM with 2; train one with"):
-        reward_model_size(policy)
     one_label = shutil.copytree(policy, tmp_path / "copy")
     change_config(one_label, id2label={"0": "score"})
-    with pytest.raises(UserError, match=r"is no reward model: .* is LlamaForCausalLM with 1"):
-        reward_model_size(one_label)
+    assert is_reward_model(saved)
+    for language_model in (policy, one_label):
+        check_trainable(language_model)  # it can become one
+        assert not is_reward_model(language_model)
+        with pytest.raises(UserError, match=r"is no reward model: .* is LlamaForCausalLM; train one with"):
+            reward_model_size(language_model)
 
 
 # Saving

@@ -19,6 +19,7 @@ from common.config_files import describe, load_config
 from deploy.cli import main
 from deploy.placement import GIB, Node
 from deploy.roles import PolicyFiles
+from deploy.run_directory import write_config
 from tests.fakes import save_tiny_model
 
 ROOTS = {"train": Config, "train-reward": RewardTrainingConfig, "sample-pairs": PairSamplingConfig}
@@ -29,7 +30,7 @@ MODULES = {
     "sample-pairs": deploy.sample_pairs,
     "evaluate": deploy.evaluate,
 }
-NO_REWARD_MODEL = "model (model) is no reward model: it must be a sequence classifier with one label, but is Llama"
+NO_REWARD_MODEL = ") is no reward model: it must be a sequence classifier with one label, but is LlamaForCausalLM"
 
 
 class RayWouldStart(Exception):
@@ -120,7 +121,9 @@ def runs(configs, run):
         directory.mkdir(exist_ok=True)
         (directory / "config.toml").write_text(configs[command].read_text())
     reward = load_config(configs["train-reward"], [], RewardTrainingConfig)
-    deploy.train_reward.prepare_pairs(reward, PolicyFiles.load("model"), directories["train-reward"] / "pairs")
+    directory, base = directories["train-reward"], PolicyFiles.load("model")
+    with deploy.train_reward.prepared_pairs(reward, base, directory, resume=False) as pairs:
+        shutil.move(pairs, directory / "pairs")
     Path("pairs.jsonl").unlink()
     return directories
 
@@ -198,7 +201,7 @@ def test_the_configs_of_these_tests_are_accepted(accepted, configs, command):
         ("num_steps", "override 'num_steps' must read key=value"),
         ("model.path=/nowhere/at/all", "model.path (/nowhere/at/all) is neither a directory nor a hub name"),
         ("model.path=nowhere", "model.path (nowhere) is neither a directory nor a hub name"),
-        ("model.path=.", "model.path (.) holds no config.json; name a Hugging Face model directory"),
+        ("model.path=.", ") holds no config.json; name a Hugging Face model directory"),
         ("prompts.train=no.jsonl", "prompt file no.jsonl cannot be read"),
         ("prompts.train=no_module:f", "prompts (no_module:f): module no_module cannot be imported"),
         ("prompts.max_tokens=2", "train.jsonl, line 3: the prompt has 3 tokens"),
@@ -285,7 +288,7 @@ def test_a_run_that_does_not_fit_the_cluster_is_refused_without_a_trace(refusal,
 def test_an_existing_run_directory_is_refused_with_the_ways_on(refusal, configs, run, command):
     message = refusal(command, configs[command], "--run", run)
     assert f"{run} exists" in message
-    assert f"--resume {run}" in message
+    assert (f"--resume {run}" in message) == (command in ROOTS)
     assert "--force" in message
 
 
@@ -351,7 +354,7 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
         (
             "train-reward",
             "seed=1 pairs_per_step=4 model.path=other data.train=more.jsonl data.max_tokens=12 loss.centre_coef=1 "
-            "optimizer.learning_rate=1 learner.precision=fp32 learner.ranks=2",
+            "optimizer.learning_rate=1 learner.precision=fp32",
         ),
         (
             "sample-pairs",
@@ -364,7 +367,7 @@ def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, 
     told = {
         "train": "num_steps, learner.micro_batch_tokens, learner.gradient_checkpointing, learner.threads, "
         "learner.timeout_s, checkpoint, ray, generators, reference, reward.replicas, ",
-        "train-reward": "epochs, learner.micro_batch_tokens, ",
+        "train-reward": "epochs, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, ",
         "sample-pairs": "generators, labeller.replicas, labeller.timeout_s, ray; or start a new run",
     }[command]  # whole sections are named without a dot
     for setting in settings.split():
@@ -391,6 +394,7 @@ def test_resume_checks_the_settings_it_may_change(refusal, runs, command):
         ("train-reward", ""),
         ("train-reward", "epochs=9 generators.replicas=2 scale.responses=3 sampling.temperature=0.5"),
         ("train-reward", "learner.micro_batch_tokens=4096 learner.timeout_s=9 checkpoint.every=1 ray.dashboard=false"),
+        ("train-reward", "learner.ranks=2 learner.cpus=2 learner.gpus=1"),
         ("sample-pairs", ""),
         ("sample-pairs", "generators.replicas=2 labeller.replicas=2 labeller.timeout_s=9 ray.dashboard=false"),
     ],
@@ -441,6 +445,25 @@ def test_config_prints_the_resolved_settings_as_toml(ratchet, configs):
         assert tree == ROOTS[command].model_validate(tree).model_dump(mode="json", exclude_none=True)
 
 
+def test_model_directories_are_absolute_once_loaded_and_other_names_stay(ratchet, configs, workplace, monkeypatch):
+    monkeypatch.setenv("HOME", str(workplace))
+    there = str((workplace / "model").resolve())
+
+    def resolved(command, *settings):
+        code, out, _ = ratchet("config", configs[command], *settings, "--for", command)
+        assert code == 0
+        return tomllib.loads(out)
+
+    tree = resolved("train", 'evaluation.judges=[{name="m", model="./model"}, {name="n", model="org/name"}]')
+    assert tree["model"]["path"] == there
+    assert [judge["model"] for judge in tree["evaluation"]["judges"]] == [there, "org/name"]
+    assert tree["prompts"]["train"] == "train.jsonl"  # read here, before anything starts
+    tree = resolved("train-reward", "model.path=nowhere", "scale.policy=~/model")
+    assert (tree["model"]["path"], tree["scale"]["policy"]) == ("nowhere", there)
+    tree = resolved("sample-pairs", "model.path=embedded:smollm2-135m-instruct")
+    assert tree["model"]["path"] == "embedded:smollm2-135m-instruct"
+
+
 def test_config_refuses_the_file_of_another_command_and_a_command_without_configs(refusal, ratchet, configs):
     assert "data: required and missing" in refusal("config", configs["train"], "--for", "train-reward")
     code, out, err = ratchet("config", configs["train"], "--for", "demo")
@@ -452,14 +475,21 @@ def test_config_refuses_the_file_of_another_command_and_a_command_without_config
     ("command", "work"),
     [("train", "run_training"), ("train-reward", "run_reward_training"), ("sample-pairs", "run_pair_sampling")],
 )
-def test_an_interrupted_run_says_how_to_go_on(ratchet, configs, monkeypatch, command, work):
-    def interrupted(*args, **kwargs):
+def test_an_interrupted_run_says_how_to_go_on_if_it_had_begun(ratchet, configs, monkeypatch, command, work):
+    begins = False
+
+    def interrupted(cfg, directory, **kwargs):
+        if begins:
+            directory.mkdir(parents=True)
+            write_config(directory, cfg)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MODULES[command], work, interrupted)
+    assert ratchet(command, configs[command]) == (130, "", "ratchet: interrupted; nothing was begun\n")
+    begins = True
     code, _, err = ratchet(command, configs[command])
     assert code == 130
-    assert f"ratchet {command} --resume runs/{configs[command].stem}" in err
+    assert f"go on with ratchet {command} --resume runs/{configs[command].stem}" in err
 
 
 def test_an_error_that_is_no_fault_of_the_user_keeps_its_traceback(cfg, monkeypatch):

@@ -1,6 +1,7 @@
 """The command line of reward models and the demo: what is refused before Ray starts, and what the demo hands on."""
 # ruff: noqa: F401, F811 - a fixture is used by its name
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import deploy.demo
-from common.config import Config
+from common.config import Config, RewardTrainingConfig
 from common.config_files import load_config
 from common.journal import Journal
 from common.prompts import PromptStream, load_records
@@ -17,6 +18,7 @@ from common.reward_models import ScoreScale, content_hash, load_reward_model, sa
 from common.types import Score, experience_table
 from deploy.roles import PolicyFiles
 from deploy.run_directory import write_config
+from deploy.train_reward import load_pairs, prepared_pairs
 from tests.deploy.test_cli import (
     NO_REWARD_MODEL,
     accepted,
@@ -29,6 +31,7 @@ from tests.deploy.test_cli import (
     run,
     runs,
     workplace,
+    write_lines,
 )
 from tests.fakes import make_experience
 
@@ -41,6 +44,7 @@ from tests.fakes import make_experience
         ("train-reward", ["data.train=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
         ("train-reward", ["data.train=half.jsonl"], "half.jsonl, line 2: the record has no `rejected`"),
         ("train-reward", ["data.heldout=half.jsonl"], "half.jsonl, line 2: the record has no `rejected`"),
+        ("train-reward", ["data.heldout=pairs.jsonl"], "no held-out pair is left: all were dropped, or have their"),
         ("train-reward", ["data.heldout_pairs=4"], "data.train (pairs.jsonl) leaves no pair to train on"),
         ("train-reward", ["data.train=promptless.jsonl"], "give the records a `prompt`, or set scale.responses = 0"),
         ("train-reward", ["data.max_tokens=129"], "data.max_tokens (129) exceeds the model's context of 128"),
@@ -83,16 +87,56 @@ def test_a_reward_run_that_was_stopped_before_it_held_its_pairs_is_refused(refus
     assert "stopped before it held its pairs" in refusal("train-reward", "--resume", runs["train-reward"])
 
 
+def test_pairs_are_prepared_beside_the_run_with_counts_of_what_was_found(configs, workplace):
+    held_out = [{"prompt": f"ask a{i}", "chosen": "a1", "rejected": "b1"} for i in (3, 4, 5)]  # a3 is trained on
+    write_lines(workplace / "more.jsonl", *held_out, {"prompt": "ask a6", "chosen": "a1", "rejected": ""})
+    before = contents(workplace)
+    cfg = load_config(configs["train-reward"], ["data.heldout=more.jsonl"], RewardTrainingConfig)
+    with prepared_pairs(cfg, PolicyFiles.load("model"), Path("runs/new"), resume=False) as pairs:
+        counts = json.loads((pairs / "counts.json").read_text())
+        assert [len(side) for side in load_pairs(cfg, pairs)] == [4, 2]
+    none = {"empty": 0, "identical": 0, "cut": 0, "overlong": 0}
+    assert counts == {"train": {**none, "pairs": 4}, "heldout": {**none, "pairs": 3, "empty": 1, "prompt_in_train": 1}}
+    assert contents(workplace) == before
+
+
 @pytest.fixture
-def scored_run(run, model):
-    """A PPO run with a step in its journal that a reward model has scored."""
+def reward_model(cfg, model):
+    """A reward model beside the user."""
     network = load_reward_model(model, dtype=torch.float32, device=torch.device("cpu"))
     save_reward_model(network, model, Path("rm"), ScoreScale())
+    return Path("rm")
+
+
+@pytest.mark.parametrize("setting", ["scale.policy=rm", "model.path=rm"])
+def test_a_reward_model_is_refused_as_the_policy_that_answers(refusal, accepted, configs, reward_model, setting):
+    message = refusal("train-reward", configs["train-reward"], setting, "--run", "new")
+    assert f"scale.policy ({reward_model.resolve()}) is itself a reward model and cannot answer" in message
+    accepted("train-reward", configs["train-reward"], setting, "scale.responses=0", "--run", "new")
+
+
+@pytest.mark.parametrize("command", ["train", "sample-pairs", "evaluate"])
+def test_a_reward_model_of_plain_text_is_refused_under_chat_prompts(refusal, accepted, configs, reward_model, command):
+    section = "labeller" if command == "sample-pairs" else "reward"
+    source, chat = f'{section}.sources=[{{name="rm", model="rm"}}]', "prompts.format=chat"
+    write_scale(reward_model, ScoreScale(chat=False))
+    message = refusal(command, configs[command], source, chat)
+    directory = reward_model.resolve()
+    assert f"reward source rm ({directory}) was trained on plain text, but prompts.format is chat" in message
+    accepted(command, configs[command], source)
+    for scale in (ScoreScale(chat=True), ScoreScale(chat=None)):  # then only the tokenizer has no template
+        write_scale(reward_model, scale)
+        assert "chat template refuses the prompt" in refusal(command, configs[command], source, chat)
+
+
+@pytest.fixture
+def scored_run(run, reward_model):
+    """A PPO run with a step in its journal that a reward model has scored."""
     cfg = load_config(run / "config.toml", ['reward.sources=[{name="rm", model="rm"}]'], Config)
     write_config(run, cfg)
     records = load_records("train.jsonl", cfg.prompts, PolicyFiles.load("model").tokenizer, seed=0, max_tokens=16)
     stream = PromptStream(records, seed=0, rollouts_per_prompt=1)
-    score = Score(1.0, {"rm": 1.0}, {"rm": f"rm@{content_hash(Path('rm'))}"})
+    score = Score(1.0, {"rm": 1.0}, {"rm": f"rm@{content_hash(reward_model)}"})
     table = experience_table([replace(make_experience(0, [4, 1]), score=score)])
     Journal(run / "journal").append(table, policy_version=0, prompts=stream.state(), voids=[])
     return run
@@ -102,7 +146,7 @@ def test_a_run_goes_on_only_with_the_reward_model_it_began_with(accepted, refusa
     accepted("train", "--resume", scored_run)
     write_scale(Path("rm"), ScoreScale(mean=1.0))
     message = refusal("train", "--resume", scored_run)
-    assert "reward source rm: rm is not the model the run began with" in message
+    assert f"reward source rm: {Path('rm').resolve()} is not the model the run began with" in message
 
 
 @pytest.mark.parametrize(
@@ -128,7 +172,9 @@ def test_a_setting_that_the_demo_cannot_work_with_is_refused(ratchet, workplace,
 def test_the_demo_replaces_none_of_its_runs_unasked(refusal, accepted, run, workplace, part):
     (workplace / "shown").mkdir()
     run.rename(workplace / "shown" / part)
-    assert f"shown/{part} exists" in refusal("demo", "rlhf", "--run", "shown")
+    message = refusal("demo", "rlhf", "--run", "shown")
+    assert f"shown/{part} exists; replace it with --force" in message
+    assert "--resume" not in message
     accepted("demo", "rlhf", "model.path=model", "--run", "shown", "--force")
 
 

@@ -7,7 +7,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from common.config import RewardTrainingConfig
-from common.preferences import PairCounts
 from common.reward_models import ScoreScale
 from deploy.reward_progress import RewardProgress, plot_calibration
 from learner.calibration import evaluate_preferences
@@ -88,11 +87,15 @@ def test_without_held_out_pairs_there_is_no_table(progress, capsys):
     assert "calibration:" not in out
     assert "mean 0.000, deviation 1.000" in out
     assert "[run]" in out  # a name is no markup
+    progress.end([], None, seconds=1)  # nor were scores measured
+    assert "deviation" not in capsys.readouterr().out
 
 
 def test_a_run_begins_with_what_was_found_and_has_a_line_a_step_under_one_heading(progress, capsys):
-    counts = {"train": PairCounts(pairs=7, empty=1, identical=2, cut=3, overlong=4)}
-    progress.begin(counts, train=6, heldout=1)
+    found = {"pairs": 7, "empty": 1, "identical": 2, "cut": 3, "overlong": 4}
+    counts = {"train": found, "heldout": {**found, "cut": 0, "prompt_in_train": 5}}
+    progress.begin(counts, train=7, heldout=2)
+    assert "prompt_in_train" in counts["heldout"]  # the summary tells it, too
     keys = ("loss", "accuracy", "margin", "grad_norm")
     record = {f"preference/{key}": value for key, value in zip(keys, (0.6931, 0.5, 0.25, 1.75))}
     for step in range(2):
@@ -100,9 +103,12 @@ def test_a_run_begins_with_what_was_found_and_has_a_line_a_step_under_one_headin
     progress.lost("Reward(0)", RuntimeError("many\nlines [of] it"))
     progress.lost("Reward(1)", ValueError())
     lines = capsys.readouterr().out.splitlines()
-    assert "a[b]c · 6 training pairs, 1 held out" in lines[0]
+    assert "a[b]c · 7 training pairs, 2 held out" in lines[0]
     assert lines[1] == "train: 7 pairs, 3 of them cut to length; dropped: 1 empty, 2 identical, 4 too long"
-    assert lines[3].split() == ["step", "epoch", "loss", "accuracy", "margin", "grad", "tokens", "seconds"]
-    assert lines[4].split() == ["1", "0.50", "0.693", "50.0%", "0.25", "1.8", "99", "0.1"]
-    assert lines[5].split()[:2] == ["2", "1.00"]
-    assert [line.split("; ")[1].split(": ")[1] for line in lines[6:]] == ["lines [of] it", "ValueError"]
+    assert lines[2] == "heldout: 7 pairs, 0 of them cut to length; dropped: 1 empty, 2 identical, 4 too long"
+    assert lines[3] == "5 held-out pairs left out: their prompt is also in the training data"
+    assert "[run]; ready after" in lines[4]
+    assert lines[5].split() == ["step", "epoch", "loss", "accuracy", "margin", "grad", "tokens", "seconds"]
+    assert lines[6].split() == ["1", "0.50", "0.693", "50.0%", "0.25", "1.8", "99", "0.1"]
+    assert lines[7].split()[:2] == ["2", "1.00"]
+    assert [line.split("; ")[1].split(": ")[1] for line in lines[8:]] == ["lines [of] it", "ValueError"]

@@ -5,8 +5,10 @@ import sys
 import pytest
 
 from common.config import UserError
+from common.functions import load_function
 from common.types import RewardInput
-from deploy.tasks import sentiment
+
+pytest.importorskip("vaderSentiment")
 from deploy.tasks.sentiment import heldout_prompts, positivity, train_prompts
 
 
@@ -41,7 +43,6 @@ def test_openings_are_whole_words_to_go_on_from():
 
 
 def test_openings_say_nothing_good_or_bad_by_themselves():
-    pytest.importorskip("vaderSentiment")
     scores = [said(text) for text in texts(train_prompts) + texts(heldout_prompts)]
     assert sum(score == 0 for score in scores) > 0.8 * len(scores)
 
@@ -58,7 +59,6 @@ def test_openings_say_nothing_good_or_bad_by_themselves():
     ],
 )
 def test_a_clear_sentence_has_the_right_sign_whatever_the_prompt_says(response, sign):
-    pytest.importorskip("vaderSentiment")
     for prompt in ("The happy, brilliant, lovely", "The cruel, disgusting, terrible", ""):
         score = said(response, prompt)
         assert 0.4 < sign * score <= 1 if sign else score == 0
@@ -66,6 +66,7 @@ def test_a_clear_sentence_has_the_right_sign_whatever_the_prompt_says(response, 
 
 def test_the_missing_package_is_told_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)  # importing it raises ImportError
-    sentiment._analyser.cache_clear()
-    with pytest.raises(UserError, match=r"pip install 'ratchet-rlhf\[demo\]'"):
-        said("good")
+    monkeypatch.delitem(sys.modules, "deploy.tasks.sentiment")
+    for function in ("positivity", "train_prompts"):
+        with pytest.raises(UserError, match=r"pip install 'ratchet-rlhf\[demo\]'"):
+            load_function(f"deploy.tasks.sentiment:{function}", "reward source human")

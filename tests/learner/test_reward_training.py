@@ -296,11 +296,11 @@ def windowed(window: int) -> nn.Module:
     return MistralForSequenceClassification(config).eval()
 
 
-def test_a_sliding_window_shorter_than_a_row_is_refused(model):
-    cfg = reward_config(model, data={"max_tokens": 12})  # two sequences may make a row of 24
+def test_a_sliding_window_shorter_than_a_sequence_is_refused(model):
+    cfg = reward_config(model, data={"max_tokens": 12})
     with pytest.raises(UserError, match="sliding window"):
-        RewardTrainer(cfg, 1, model=windowed(23))
-    RewardTrainer(cfg, 1, model=windowed(24))
+        RewardTrainer(cfg, 1, model=windowed(11)).join(0, 1, "")
+    RewardTrainer(cfg, 1, model=windowed(12)).join(0, 1, "")
 
 
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
@@ -310,7 +310,7 @@ def test_a_model_that_does_not_heed_mask_or_positions_is_refused(model, ignored)
         lambda _, args, kwargs: (args, {key: x for key, x in kwargs.items() if key != ignored}), with_kwargs=True
     )
     with pytest.raises(UserError, match="plain attention"):
-        RewardTrainer(reward_config(model), 1, model=reward_model)
+        RewardTrainer(reward_config(model), 1, model=reward_model).join(0, 1, "")
 
 
 class Killed(Exception):

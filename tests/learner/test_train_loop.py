@@ -209,12 +209,21 @@ def test_rollouts_with_logprobs_that_are_not_finite_are_void_and_counted(tmp_pat
 )
 def test_answers_that_cannot_be_scored_count_as_void_and_failed(tmp_path, unscored, voids, passed, interval, score):
     roles = FakeRoles([], fail_prompts=frozenset(unscored))
-    for evaluation in asyncio.run(train(make_run(tmp_path, roles, num_steps=1))):
+    run = make_run(tmp_path, roles, num_steps=1, reward={"max_void_share": 1.0})
+    for evaluation in asyncio.run(train(run)):
+        assert evaluation.void_reason == "told to fail"
         assert (evaluation.prompts, evaluation.voids, evaluation.pass_at_1) == (2, voids, passed)
         assert evaluation.interval == pytest.approx(interval, abs=1e-4)
         assert evaluation.score == score  # the mean over what was scored
         assert evaluation.components == ({"a_words": 1.0, "gold": 0.5} if score else {})
     assert [record["voids"] for record in read_records(tmp_path / "evaluations.jsonl")] == [voids, voids]
+
+
+def test_an_evaluation_without_enough_scores_stops_the_run_with_the_reason(tmp_path):
+    run = make_run(tmp_path, FakeRoles([], fail_prompts=frozenset({0, 1})), num_steps=1)
+    with pytest.raises(UserError, match=r"2 of 2 held-out answers .* \(50%\); most often: told to fail"):
+        asyncio.run(train(run))
+    assert read_records(tmp_path / "evaluations.jsonl") == []
 
 
 def test_evaluation_happens_before_after_and_every_so_many_steps(tmp_path):
