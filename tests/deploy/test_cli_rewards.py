@@ -191,11 +191,11 @@ def test_each_stage_of_the_demo_gets_the_settings_it_has_and_the_last_ones_files
     settings = ["seed=5", "sampling.max_new_tokens=7", "prompts.pairs=6", "epochs=9", "num_steps=8"]
     ratchet("demo", "rlhf", *settings, "--run", 'a "b"')
     (pairs, *places), (reward, *more), (ppo, *most) = stages
-    assert [*places, *more, *most] == [Path('a "b"') / part for part in ("pairs", "reward", "ppo")]
+    assert [*places, *more, *most] == [Path('a "b"').absolute() / part for part in ("pairs", "reward", "ppo")]
     assert [(cfg.seed, cfg.sampling.max_new_tokens) for cfg in (pairs, reward, ppo)] == [(5, 7)] * 3
     assert (pairs.prompts.pairs, reward.epochs, ppo.num_steps) == (6, 9, 8)
-    assert reward.data.train == 'a "b"/pairs/pairs.jsonl'
-    assert [source.model for source in ppo.reward.sources] == ['a "b"/reward/model']
+    assert reward.data.train == str(Path('a "b"/pairs/pairs.jsonl').absolute())
+    assert [source.model for source in ppo.reward.sources] == [str(Path('a "b"/reward/model').absolute())]
 
 
 def test_a_demo_that_is_not_there_is_refused(ratchet):
