@@ -98,7 +98,7 @@ def test_two_ranks_learn_the_preference_and_say_how_surely(reward):
     assert summary["accuracy_interval"][0] < summary["accuracy"] < summary["accuracy_interval"][1]
     losses = [record["preference/loss"] for record in read_records(reward / "metrics.jsonl")]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head of zeros knows nothing
-    assert np.mean(losses[-5:]) < 0.4
+    assert np.mean(losses[-5:]) < 0.6
     assert (reward / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
