@@ -160,11 +160,16 @@ def _check_head(model: PreTrainedModel, directory: Path) -> None:
 def save_policy(model: PreTrainedModel, tokenizer_from: Path, target: Path) -> None:
     """Writes the model in bf16, with its tokenizer, as a Hugging Face directory in place of `target`."""
     with replaced_directory(target) as staging:
-        model.save_pretrained(staging, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
-        config = copy.deepcopy(model.config)  # the trained copy is float32, what was written is not
-        config.dtype = torch.bfloat16
-        config.save_pretrained(staging)
+        write_weights(model, staging)
         load_tokenizer(tokenizer_from).save_pretrained(staging)
+
+
+def write_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Weights in bf16, and the config that says so."""
+    model.save_pretrained(directory, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
+    config = copy.deepcopy(model.config)  # the trained copy is float32, what was written is not
+    config.dtype = torch.bfloat16
+    config.save_pretrained(directory)
 
 
 @contextmanager

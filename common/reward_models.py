@@ -6,7 +6,6 @@ the chat template, and what the reference policy's own responses scored.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from common.config import UserError
 from common.dialogues import padding_id
 from common.masking import length_mask
-from common.models import ModelSize, load_tokenizer, model_size, replaced_directory
+from common.models import ModelSize, load_tokenizer, model_size, replaced_directory, write_weights
 from common.sequences import LANES
 
 _KEY = "ratchet"
@@ -92,10 +91,7 @@ def save_reward_model(model: PreTrainedModel, tokenizer_from: Path, target: Path
     tokenizer = load_tokenizer(tokenizer_from)
     tokenizer.pad_token_id = model.config.pad_token_id
     with replaced_directory(target) as staging:
-        model.save_pretrained(staging, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
-        config = copy.deepcopy(model.config)  # the trained copy is float32, what was written is not
-        config.dtype = torch.bfloat16
-        config.save_pretrained(staging)
+        write_weights(model, staging)
         tokenizer.save_pretrained(staging)
         write_scale(staging, scale)
 

@@ -40,16 +40,30 @@ _LEGEND = (
 )
 
 
-class Progress:
+class Screen:
+    """What every run shows in the same way."""
+
+    def __init__(self, directory: Path) -> None:
+        self._console = Console(highlight=False)
+        self._directory = directory
+        self._started = time.perf_counter()
+        self._header_shown = False
+
+    def lost(self, name: str, error: BaseException) -> None:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        self._print(f"      {name} left; its work goes to the others: {escape(reason[0])}", style="yellow")
+
+    def _print(self, text: str, **style: Any) -> None:
+        self._console.print(text, soft_wrap=True, **style)  # a terminal may wrap; a log file should not
+
+
+class Progress(Screen):
     """Prints to the terminal; nothing else depends on it."""
 
     def __init__(self, cfg: Config, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._console = Console(highlight=False)
+        super().__init__(directory)
         self._cfg = cfg
-        self._directory = directory
         self._tokenizer = tokenizer
-        self._started = time.perf_counter()
-        self._header_shown = False
 
     def begin(self, *, num_prompts: int, num_heldout: int) -> None:
         cfg = self._cfg
@@ -62,10 +76,6 @@ class Progress:
     def ready(self, *, generators: int, rewards: int, references: int) -> None:
         roles = f"{generators} generator(s), {rewards} reward, {references} reference, learner"
         self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}", style="dim")
-
-    def lost(self, name: str, error: BaseException) -> None:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        self._print(f"      {name} left; its work goes to the others: {escape(reason[0])}", style="yellow")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         low, high = evaluation.interval
@@ -98,9 +108,6 @@ class Progress:
         self._header_shown = True
         self._print(_LEGEND, style="dim")
         self._print(" ".join(f"{heading:>5}" for heading, _, _ in _COLUMNS), style="bold")
-
-    def _print(self, text: str, **style: Any) -> None:
-        self._console.print(text, soft_wrap=True, **style)  # a terminal may wrap; a log file should not
 
     def end(self, evaluations: Sequence[Evaluation], *, seconds: float) -> None:
         if evaluations:

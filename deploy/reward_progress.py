@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from common.config import RewardTrainingConfig
 from common.preferences import PairCounts
 from common.reward_models import ScoreScale
+from deploy.progress import Screen
 from learner.calibration import PreferenceEvaluation
 
 # heading, metric, format
@@ -29,15 +29,12 @@ _COLUMNS = [
 ]
 
 
-class RewardProgress:
+class RewardProgress(Screen):
     """Prints to the terminal; nothing else depends on it."""
 
     def __init__(self, cfg: RewardTrainingConfig, directory: Path) -> None:
-        self._console = Console(highlight=False)
+        super().__init__(directory)
         self._cfg = cfg
-        self._directory = directory
-        self._started = time.perf_counter()
-        self._header_shown = False
 
     def begin(self, counts: dict[str, Any], train: int, heldout: int) -> None:
         cfg = self._cfg
@@ -53,10 +50,6 @@ class RewardProgress:
                 self._print(f"{shared} held-out pairs left out: their prompt is also in the training data", style="dim")
         waited = time.perf_counter() - self._started
         self._print(f"run directory {escape(str(self._directory))}; ready after {waited:.0f} s", style="dim")
-
-    def lost(self, name: str, error: BaseException) -> None:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        self._print(f"      {name} left; its work goes to the others: {escape(reason[0])}", style="yellow")
 
     def step(self, record: dict[str, Any]) -> None:
         if not self._header_shown:
@@ -98,9 +91,6 @@ class RewardProgress:
             f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (model/: the reward model "
             "as a Hugging Face directory; summary.json, metrics.jsonl, calibration.png)"
         )
-
-    def _print(self, text: str, **style: Any) -> None:
-        self._console.print(text, soft_wrap=True, **style)
 
 
 def plot_calibration(evaluation: PreferenceEvaluation, target: Path) -> None:
