@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from actors.scoring import Batcher
 from common.config import ReferenceConfig
+from common.masking import round_up
 from common.models import find_device, load_policy, resolve_model
-from common.sequences import LANES, Sequences, response_logprobs, round_up
+from common.sequences import LANES, Sequences, response_logprobs
 from common.types import Rollout
 
 
@@ -45,9 +46,10 @@ class ReferencePolicy:
 
     @torch.inference_mode()
     def forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """One padded forward pass; float32 [R] for each rollout, bit for bit the same in any company."""
-        sequences = Sequences.pad(
-            [r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts], multiple_of=LANES
-        )
-        logprobs = response_logprobs(self._model, sequences.to(self._device), temperature=self._temperature)
+        """One forward pass; float32 [R] for each rollout, on CPU bit for bit the same in any company: what stands
+        behind a response, up to a multiple of LANES, is never looked at."""
+        prompts = [rollout.prompt.token_ids for rollout in rollouts]
+        responses = [np.pad(r.response_ids, (0, -r.num_tokens % LANES)) for r in rollouts]
+        sequences = Sequences.pack(prompts, responses).to(self._device)
+        logprobs = response_logprobs(self._model, sequences, temperature=self._temperature)
         return [row[: len(r.response_ids)] for row, r in zip(logprobs.cpu().numpy(), rollouts, strict=True)]

@@ -314,6 +314,18 @@ class OptimizerConfig(AdamWConfig):
     """Peak learning rate of a separate critic's network; unused with a shared trunk."""
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters (arXiv:2106.09685): the policy's own weights stay as they are, W + (alpha / rank) B A is used.
+    """
+
+    rank: Positive = 16
+    """Width of the adapters; more can learn more, and takes more memory."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale of what the adapters add, divided by the rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get adapters, such as q_proj; all-linear: every one but the output embedding."""
+
+
 class TrainerConfig(Placed):
     """A learner group: one process per device, in step."""
 
@@ -323,24 +335,31 @@ class TrainerConfig(Placed):
     """Processes that train in step, each on its share of every batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Matrix products in forward and backward; weights, losses and optimizer state are float32 either way."""
-    micro_batch_tokens: Positive = 2048
-    """Tokens of one forward and backward, padding included; bounds activation memory, cannot change the gradient."""
+    micro_batch_tokens: Positive | None = None
+    """Tokens of one forward and backward; bounds activation memory, cannot change the gradient. Left out: 512 on CPU,
+    8192 on GPU. A longer sequence is a micro-batch of its own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a quarter slower, far less memory."""
     timeout_s: Seconds = 1800
-    """Longest update, seconds."""
+    """Longest update, and longest wait of one rank for another, seconds."""
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_tokens or (8192 if self.gpus else 512)
 
 
 class LearnerConfig(TrainerConfig):
     """The learner group: policy and critic in training."""
 
-    ranks: Annotated[int, Field(ge=1, le=1)] = 1
-    """Processes that train in step."""
     critic: Literal["shared", "separate"] = "shared"
     """shared: a value head on the policy's trunk, one forward pass; separate: its own network from the same
     checkpoint, twice the memory and compute, and value loss that cannot disturb the policy."""
     critic_warmup_steps: NonNegative = 0
     """First steps that train the critic alone."""
+    lora: LoRAConfig | None = None
+    """Train adapters instead of all weights: a fraction of the memory, and no reference service, since the policy with
+    its adapters off is the reference. Left out: all weights are trained."""
 
 
 class EvaluationConfig(Section):
@@ -437,15 +456,13 @@ class Config(Root):
                 f"kl.horizon ({self.kl.horizon}) must be at least rollouts_per_step ({batch}), or the controller "
                 "overshoots; raise it"
             )
-        for key, budget in (
-            ("learner.micro_batch_tokens", self.learner.micro_batch_tokens),
-            ("reference.max_batch_tokens", self.reference.max_batch_tokens),
-        ):
-            if budget < self.max_sequence_tokens:
-                yield (
-                    f"{key} ({budget}) must hold the longest sequence, prompts.max_tokens + sampling.max_new_tokens "
-                    f"= {self.max_sequence_tokens}; raise the first or lower one of the others"
-                )
+        if self.reference.max_batch_tokens < self.max_sequence_tokens:
+            yield (
+                f"reference.max_batch_tokens ({self.reference.max_batch_tokens}) must hold the longest sequence, "
+                f"prompts.max_tokens + sampling.max_new_tokens = {self.max_sequence_tokens}; raise the first or lower "
+                "one of the others"
+            )
+        yield from _broken_trainer_rules(self.learner)
         yield from _broken_source_rules("reward.sources", self.reward.sources, others=self.evaluation.judges)
         names = [source.name for source in (*self.reward.sources, *self.evaluation.judges)]
         if self.evaluation.pass_source not in (None, *names):
@@ -563,20 +580,19 @@ class RewardTrainingConfig(Root):
 
     def _broken_rules(self) -> Iterator[str]:
         yield from _broken_sampling_rules(self.sampling)
-        if self.learner.ranks > 1 and self.learner.gpus not in (0, 1):
-            yield (
-                f"learner.gpus ({self.learner.gpus:g}) must be 1 for each of {self.learner.ranks} learner.ranks, or "
-                "0 for the CPU: ranks cannot share a GPU"
-            )
+        yield from _broken_trainer_rules(self.learner)
         if self.scale.responses == 1:
             yield "scale.responses (1) has no deviation; ask for at least 2, or for 0"
         if self.data.heldout is not None and self.data.heldout_pairs:
             yield "data.heldout and data.heldout_pairs both name held-out pairs; give one of the two"
-        if self.learner.micro_batch_tokens < 2 * self.data.max_tokens:
-            yield (
-                f"learner.micro_batch_tokens ({self.learner.micro_batch_tokens}) must hold the longest pair, twice "
-                f"data.max_tokens = {2 * self.data.max_tokens}; raise the first or lower the second"
-            )
+
+
+def _broken_trainer_rules(cfg: TrainerConfig) -> Iterator[str]:
+    if cfg.ranks > 1 and cfg.gpus not in (0, 1):
+        yield (
+            f"learner.gpus ({cfg.gpus:g}) must be 1 for each of {cfg.ranks} learner.ranks, or 0 for the CPU: ranks "
+            "cannot share a GPU"
+        )
 
 
 def _broken_sampling_rules(cfg: SamplingConfig) -> Iterator[str]:

@@ -30,3 +30,8 @@ def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """Zero mean and unit variance over the True places, zero elsewhere."""
     centred = x - masked_mean(x, mask)
     return torch.where(mask, centred * torch.rsqrt(masked_var(x, mask) + eps), 0.0)
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The next multiple, or `count` if it is one."""
+    return -(-count // multiple) * multiple

@@ -11,13 +11,14 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.attention import PACKED
 from common.config import UserError
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
@@ -127,9 +129,7 @@ def find_device(gpus: float) -> torch.device:
 
 def load_policy(directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The causal language model in `directory`, in eval mode: dropout would make rollouts and updates disagree."""
-    # On CPU plain attention beats SDPA: 207 against 172 tokens/s forward and backward (135M, autocast bf16).
-    attention = "eager" if device.type == "cpu" else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=PACKED)
     model = model.to(device).eval()
     _check_head(model, directory)
     return model
@@ -148,8 +148,8 @@ def _check_head(model: PreTrainedModel, directory: Path) -> None:
     """Log-probabilities here are the output embedding over the body's states. Some models scale or cap what comes out
     of it, and with those every log-probability would be wrong: raises UserError."""
     ids = torch.arange(4, device=model.device)[None]
-    whole = model(ids).logits
-    parts = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    whole = model(ids, lengths=[4]).logits
+    parts = model.get_output_embeddings()(model.base_model(ids, lengths=[4]).last_hidden_state)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2):
         raise UserError(
             f"model.path ({directory}) changes its logits after the output embedding (soft-capping or scaling), which "
@@ -157,16 +157,21 @@ def _check_head(model: PreTrainedModel, directory: Path) -> None:
         )
 
 
-def save_policy(model: PreTrainedModel, tokenizer_from: Path, target: Path) -> None:
-    """Writes the model in bf16, with its tokenizer, as a Hugging Face directory in place of `target`."""
+def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None:
+    """Writes a policy of these weights, bf16, as a Hugging Face directory in place of `target`. Config and tokenizer
+    are those of `base`, which it started from."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    if (base / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(base)
     with replaced_directory(target) as staging:
-        write_weights(model, staging)
-        load_tokenizer(tokenizer_from).save_pretrained(staging)
+        write_weights(model, tensors, staging)
+        load_tokenizer(base).save_pretrained(staging)
 
 
-def write_weights(model: PreTrainedModel, directory: Path) -> None:
+def write_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Weights in bf16, and the config that says so."""
-    model.save_pretrained(directory, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
+    model.save_pretrained(directory, state_dict={k: v.to(torch.bfloat16) for k, v in tensors.items()})
     config = copy.deepcopy(model.config)  # the trained copy is float32, what was written is not
     config.dtype = torch.bfloat16
     config.save_pretrained(directory)

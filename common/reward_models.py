@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,12 +87,20 @@ def scored_padding_id(directory: Path) -> int | None:
     return padding_id(load_tokenizer(directory))
 
 
-def save_reward_model(model: PreTrainedModel, tokenizer_from: Path, target: Path, scale: ScoreScale) -> None:
-    """Writes the model in bf16, with its tokenizer, as a Hugging Face directory in place of `target`."""
+def save_reward_model(
+    model: PreTrainedModel,
+    tokenizer_from: Path,
+    target: Path,
+    scale: ScoreScale,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes the model in bf16, with its tokenizer, as a Hugging Face directory in place of `target`. Of a model whose
+    weights are spread over ranks `tensors` are the whole ones."""
     tokenizer = load_tokenizer(tokenizer_from)
     tokenizer.pad_token_id = model.config.pad_token_id
     with replaced_directory(target) as staging:
-        write_weights(model, staging)
+        write_weights(model, model.state_dict() if tensors is None else tensors, staging)
         tokenizer.save_pretrained(staging)
         write_scale(staging, scale)
 

@@ -1,4 +1,4 @@
-"""Prompts and responses as right-padded tensors, and rows grouped under a token budget."""
+"""Prompts and responses one after another, without padding, and how they are grouped under a token budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.logprobs import chosen_logprobs
-from common.masking import length_mask
+from common.masking import length_mask, round_up
 
 # Matrix products over whole vectors take the same kernels whatever else is in the batch. Measured with AVX-512, one
 # thread, float32 and bfloat16: without it 1 to 20 of 48 rows change in their last bits with the company they are in.
@@ -20,29 +20,30 @@ LANES = 16
 
 @dataclass(frozen=True)
 class Sequences:
-    """B prompts, each followed at once by its response; padding stands at the end of a row and is never looked at."""
+    """B prompts, each followed at once by its response, and that by the next prompt: N tokens in all."""
 
-    input_ids: Tensor  # int64 [B, T]
+    input_ids: Tensor  # int64 [N]
     prompt_lengths: Tensor  # int64 [B]
     lengths: Tensor  # int64 [B], prompt and response
 
     @classmethod
-    def pad(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, multiple_of: int = 1) -> Sequences:
-        """Pads to the longest row, or to the next multiple. A prompt must not be empty: the first response token needs
-        a state to come from."""
+    def pack(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> Sequences:
+        """A prompt must not be empty: the first response token needs a state to come from."""
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt without tokens cannot be answered; give it at least one")
-        lengths = torch.tensor([len(pair[0]) + len(pair[1]) for pair in zip(prompts, responses, strict=True)])
-        input_ids = torch.zeros(len(prompts), round_up(int(lengths.max()), multiple_of), dtype=torch.int64)
-        for row, pair, length in zip(input_ids, zip(prompts, responses, strict=True), lengths, strict=True):
-            row[:length] = torch.from_numpy(np.concatenate(pair))
-        return cls(input_ids, torch.tensor([len(prompt) for prompt in prompts]), lengths)
+        pairs = list(zip(prompts, responses, strict=True))
+        tokens = np.concatenate([part for pair in pairs for part in pair] or [np.empty(0)])
+        return cls(
+            torch.from_numpy(tokens.astype(np.int64)),
+            torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int64),
+            torch.tensor([len(prompt) + len(response) for prompt, response in pairs], dtype=torch.int64),
+        )
 
     def rows(self, index: Tensor) -> Sequences:
-        """The chosen rows, cut to the longest of them."""
-        lengths = self.lengths[index]
-        width = int(lengths.max()) if len(lengths) else 0
-        return Sequences(self.input_ids[index, :width], self.prompt_lengths[index], lengths)
+        """The chosen sequences, in that order."""
+        parts = self.input_ids.split(self.lengths.tolist())
+        chosen = [parts[i] for i in index.tolist()] or [self.input_ids[:0]]
+        return Sequences(torch.cat(chosen), self.prompt_lengths[index], self.lengths[index])
 
     def to(self, device: torch.device) -> Sequences:
         return Sequences(self.input_ids.to(device), self.prompt_lengths.to(device), self.lengths.to(device))
@@ -57,38 +58,39 @@ class Sequences:
         return length_mask(self.response_lengths, int(self.response_lengths.max()))
 
     def response_states(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        """The states that predict each response token, [N, H], and those tokens, [N]: row after row, no padding.
+        """The states that predict each response token, [n, H], and those tokens, [n], sequence after sequence.
 
-        `model` is any transformer body; prompt positions never reach a head.
+        `model` is any transformer body with packed attention; prompt positions never reach a head.
         """
+        device, lengths = self.input_ids.device, self.lengths.tolist()
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         hidden = model(
-            input_ids=self.input_ids,
-            attention_mask=length_mask(self.lengths, self.input_ids.shape[1]).long(),
+            inputs_embeds=embed(model, self.input_ids[None]),
+            position_ids=positions[None],
             use_cache=False,
-        ).last_hidden_state
-        position = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        is_response = (position >= self.prompt_lengths[:, None]) & (position < self.lengths[:, None])
+            lengths=lengths,
+        ).last_hidden_state[0]
+        is_response = positions >= self.prompt_lengths.repeat_interleave(self.lengths)
         # The state at position t predicts the token at t + 1.
-        return hidden[:, :-1][is_response[:, 1:]], self.input_ids[is_response]
+        return hidden[:-1][is_response[1:]], self.input_ids[is_response]
 
     def scatter(self, flat: Tensor) -> Tensor:
-        """[N] values, row after row, to [B, R] with zeros in the padding."""
+        """[n] values of response tokens, sequence after sequence, to [B, R] with zeros in the padding."""
         mask = self.response_mask
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
-    """Log-probability of every response token under a causal LM, float32 [B, R].
+def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The model's inputs. Under autocast in its precision: else all that flows between the layers stayed float32."""
+    embedded, device = model.get_input_embeddings()(input_ids), input_ids.device.type
+    return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
 
-    On CPU a row gets the same bits in any company if rows are padded to a multiple of LANES, as the head's are here.
-    """
+
+def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
+    """Log-probability of every response token under a causal LM, float32 [B, R]."""
     states, token_ids = sequences.response_states(model.base_model)
-    count = len(token_ids)
-    fill = round_up(count, LANES) - count
-    states = torch.nn.functional.pad(states, (0, 0, 0, fill))
-    token_ids = torch.nn.functional.pad(token_ids, (0, fill))
     logprobs, _ = chosen_logprobs(states, token_ids, model.get_output_embeddings(), temperature=temperature)
-    return sequences.scatter(logprobs[:count])
+    return sequences.scatter(logprobs)
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -106,6 +108,20 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def round_up(count: int, multiple: int) -> int:
-    """The next multiple, or `count` if it is one."""
-    return -(-count // multiple) * multiple
+def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of all sequences, in as few groups as hold no more than `max_tokens` each, and about equally many.
+
+    Within a group the longest come first. A single sequence longer than the budget is a group of its own.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    count = max(1, -(-sum(lengths) // max_tokens)) if lengths else 0
+    while True:
+        groups: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for index in longest_first:
+            emptiest = filled.index(min(filled))
+            groups[emptiest].append(index)
+            filled[emptiest] += lengths[index]
+        if all(total <= max_tokens or len(group) == 1 for total, group in zip(filled, groups)):
+            return groups
+        count += 1

@@ -1,30 +1,65 @@
-"""Learner state on disk: written aside, synced, marked complete last."""
+"""Learner state on disk: every rank writes its share, and the whole is marked complete last."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank alone is nothing to warn of
 
 _MARKER = "COMPLETE"
+_NUMBERS = "numbers.json"
+# What is frozen is in the model that a run starts from.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
-def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
-    """A directory without its marker is one that a crash cut short; it is never loaded."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    with open(directory / "learner.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    (directory / _MARKER).touch()
+def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, numbers: dict[str, Any]) -> None:
+    """Weights, optimizer state, and `numbers` (JSON, the same on every rank). Every rank must call it.
+
+    A directory without its marker is one that a crash cut short; it is never loaded.
+    """
+    alone = not dist.is_initialized()
+    first = alone or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    if not alone:
+        dist.barrier()
+    model_state, optimizer_state = get_state_dict(network, optimizer, options=_OPTIONS)
+    state = {"network": model_state, "optimizer": optimizer_state}
+    dcp.save(state, checkpoint_id=directory, no_dist=alone)  # returns when all ranks have synced their files
+    if first:
+        with open(directory / _NUMBERS, "w", encoding="utf-8") as file:
+            json.dump(numbers, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (directory / _MARKER).touch()
 
 
-def load_checkpoint(directory: Path) -> dict[str, Any]:
-    return torch.load(directory / "learner.pt", map_location="cpu", weights_only=True, mmap=True)
+def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Fills network and optimizer, whatever the number of ranks that wrote them, and returns the numbers. Every rank
+    must call it. Like the code beside it a checkpoint is trusted: torch reads its index with pickle."""
+    model_state, optimizer_state = get_state_dict(network, optimizer, options=_OPTIONS)
+    state = {"network": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    set_state_dict(
+        network,
+        optimizer,
+        model_state_dict=state["network"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),
+    )
+    return json.loads((directory / _NUMBERS).read_text(encoding="utf-8"))
 
 
 class Checkpoints:

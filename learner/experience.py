@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from common.models import ModelSize
 from common.sequences import Sequences
 
 
@@ -20,19 +21,34 @@ class ExperienceBatch:
     mask: Tensor  # bool [B, R], the response mask
     rollout_logprobs: Tensor  # float32 [B, R] nats
     ref_logprobs: Tensor  # float32 [B, R] nats
+    by_reference: Tensor  # bool [B], True: the reference itself wrote this, and its log-probabilities are the policy's
     scores: Tensor  # float64 [B]: hundreds of millions keep their small differences
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ExperienceBatch:
         """Rows in the table's order."""
-        sequences = Sequences.pad(_arrays(table, "prompt_ids"), _arrays(table, "response_ids"))
+        sequences = Sequences.pack(_arrays(table, "prompt_ids"), _arrays(table, "response_ids"))
+        mask = sequences.response_mask
+        by_reference = torch.from_numpy(table["ref_logprobs"].is_null().to_numpy())
+        measured = mask & ~by_reference[:, None]
         return cls(
             sequences,
-            sequences.response_mask,
+            mask,
             sequences.scatter(_flat(table, "rollout_logprobs")),
-            sequences.scatter(_flat(table, "ref_logprobs")),
+            torch.zeros(mask.shape).masked_scatter(measured, _flat(table, "ref_logprobs")),
+            by_reference,
             torch.tensor(table["score"].to_numpy(), dtype=torch.float64),
         )
+
+
+def estimated_costs(sequences: Sequences, size: ModelSize) -> list[int]:
+    """Of each sequence, about how many floating-point operations its forward pass takes: two for every weight and
+    token, with the head's only for response tokens, and attention's, which grow with the square of the length."""
+    tokens, answered = sequences.lengths.double(), sequences.response_lengths.double()
+    head = size.vocabulary * size.hidden
+    attention = 2 * size.layers * size.heads * size.head_dim
+    costs = 2 * (size.parameters - head) * tokens + 2 * head * answered + attention * tokens**2
+    return costs.long().tolist()
 
 
 def _arrays(table: pa.Table, name: str) -> list[np.ndarray]:

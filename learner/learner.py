@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import Config
 from common.masking import masked_mean, masked_sum, masked_var, whiten
 from common.metrics import Metrics
-from common.models import checkpoint_activations, find_device, load_policy, resolve_model, save_policy
-from common.sequences import token_batches
+from common.models import find_device, model_size, resolve_model, save_policy
+from common.sequences import Sequences, packed_batches
+from common.types import Rollout
 from common.weights import WeightSet, pack
+from learner import lora
 from learner.advantages import gae
 from learner.checkpoint import load_checkpoint, save_checkpoint
-from learner.experience import ExperienceBatch
+from learner.distributed import Ranks, clip_gradients, shard
+from learner.experience import ExperienceBatch, estimated_costs
 from learner.losses import entropy_bonus, importance_weights, policy_loss, value_loss
 from learner.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
 from learner.policy import PolicyWithCritic
@@ -35,6 +38,9 @@ from learner.shaping import (
     normalise,
     token_rewards,
 )
+
+Outputs = tuple[Tensor, Tensor, Tensor]  # logprobs, entropy, values, [b, r] of a micro-batch
+MicroBatches = list[Tensor]  # the rows of each; none in those that only keep a rank in step
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,12 @@ class Learner:
         self.cfg = cfg
         self.step = 0  # updates done
         self.device = find_device(cfg.learner.gpus)
-        self.network = network or load_network(cfg, self.device)
+        self._ranks = Ranks()
+        # Several ranks share it out before it goes to a device, where it might not fit as a whole.
+        held_on = self.device if cfg.learner.ranks == 1 else torch.device("cpu")
+        self.network = network or PolicyWithCritic.load(cfg.model.path, cfg.learner, held_on)
         self.optimizer = make_optimizer(self.network.parts(cfg.optimizer), cfg.optimizer)
+        self._size = model_size(resolve_model(cfg.model.path))
         self.score_moments = RunningMoments()
         self.kl_controller: KLController = (
             AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
@@ -76,69 +86,93 @@ class Learner:
         """Every update publishes once."""
         return self.step
 
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        """Makes this one of the ranks of a group, once; returns the updates behind it."""
+        cfg = self.cfg.learner
+        self._ranks = Ranks.join(rank, world, rendezvous, device=self.device, timeout_s=cfg.timeout_s)
+        if world > 1:
+            shard(self.network, [self.network.value_head], precision=cfg.precision, device=self.device)
+            self.optimizer = make_optimizer(self.network.parts(self.cfg.optimizer), self.cfg.optimizer)
+        return self.step
+
     def update(self, table: pa.Table) -> dict[str, float]:
-        """One PPO step on `table`; returns its metrics."""
+        """One PPO step on `table`, of which each rank takes its share; returns its metrics, the same on every rank."""
         started = time.perf_counter()
         metrics = Metrics()
         batch = ExperienceBatch.from_table(table)
-        targets = self._targets(batch, metrics)
+        plan = self._micro_batches(batch.sequences, np.arange(len(batch.scores)))
+        # A first optimizer step over the whole batch starts where the batch was written: if one forward pass takes it
+        # all, that pass also gives what the targets need.
+        first = self._forward(batch.sequences, plan[0]) if self.cfg.ppo.minibatches == 1 and len(plan) == 1 else None
+        targets = self._targets(batch, plan, first, metrics)
         forwarded = time.perf_counter()
 
         scale = learning_rate_scale(self.step, self.cfg.num_steps, self.cfg.optimizer)
         set_learning_rate(self.optimizer, scale)
         metrics.last("ppo/learning_rate", self.cfg.optimizer.learning_rate * scale)
-        self._optimise(batch, targets, metrics)
+        self._optimise(batch, targets, first, metrics)
 
+        self._ranks.merge(metrics)
         metrics.last("learner/tokens", int(batch.sequences.lengths.sum()))
         metrics.last("time/old_logprobs_s", forwarded - started)
         metrics.last("time/optimise_s", time.perf_counter() - forwarded)
         self.step += 1
         return metrics.result()
 
-    def join(self, rank: int, world: int, rendezvous: str) -> int:
-        """Called once by the group; returns the updates behind it. There is one rank as yet."""
-        return self.step
+    def ref_logprobs(self, rollouts: list[Rollout]) -> list[np.ndarray]:
+        """With LoRA: of each rollout's response the log-probabilities without adapters, float32 [R], nats."""
+        sequences = Sequences.pack([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
+        result = torch.zeros(sequences.response_mask.shape)
+        with torch.no_grad():
+            for rows in self._micro_batches(sequences, np.arange(len(rollouts))):
+                logprobs, _, _ = self._forward(sequences, rows, reference=True)
+                result[rows, : logprobs.shape[1]] = logprobs.cpu()
+        self._ranks.sum(result)
+        return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]
 
     def publish(self) -> tuple[int, WeightSet]:
         """The policy's version, and its weights apart from it: a caller may wait for the one and pass the other on."""
         return self.policy_version, pack(self.network.policy_tensors(), self.policy_version)
 
     def save(self, directory: Path) -> None:
-        save_checkpoint(directory, self._state())
+        """Every rank writes its share."""
+        numbers = {"step": self.step, "kl_coef": self.kl_controller.coef, "score_moments": asdict(self.score_moments)}
+        save_checkpoint(directory, self.network, self.optimizer, numbers)
 
     def restore(self, directory: Path) -> int:
-        """Restores a saved state; returns the updates it has behind it."""
-        state = load_checkpoint(directory)
-        self.step = state["step"]
-        self.kl_controller.coef = state["kl_coef"]
-        self.score_moments = RunningMoments(**state["score_moments"])
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Restores a saved state, whatever the number of ranks that wrote it; returns the updates it has behind it."""
+        numbers = load_checkpoint(directory, self.network, self.optimizer)
+        self.step = numbers["step"]
+        self.kl_controller.coef = numbers["kl_coef"]
+        self.score_moments = RunningMoments(**numbers["score_moments"])
         return self.step
 
     def save_policy(self, directory: Path) -> None:
-        """The policy as a Hugging Face directory."""
-        save_policy(self.network.policy, resolve_model(self.cfg.model.path), directory)
+        """The policy as a Hugging Face directory, with LoRA's adapters merged, and beside it the adapters alone."""
+        tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in self.network.policy_tensors()}
+        adapters = {name: tensor.cpu() for name, tensor in self.network.adapter_tensors()}
+        if self._ranks.rank == 0:
+            base = resolve_model(self.cfg.model.path)
+            save_policy(tensors, base, directory)
+            if self.cfg.learner.lora:
+                lora.save(adapters, self.cfg.learner.lora, str(base), directory.with_name("adapter"))
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "kl_coef": self.kl_controller.coef,
-            "score_moments": asdict(self.score_moments),
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def _targets(self, batch: ExperienceBatch, metrics: Metrics) -> Targets:
-        """Old log-probabilities and values, rewards, GAE, whitening, over the whole batch."""
+    def _targets(
+        self, batch: ExperienceBatch, plan: MicroBatches, first: Outputs | None, metrics: Metrics
+    ) -> Targets:
+        """Old log-probabilities and values, rewards, GAE, whitening, over the whole batch. Every rank computes the
+        forward passes of its share, and the rest in full."""
         cfg, mask = self.cfg.ppo, batch.mask
         old_logprobs, old_values = torch.zeros_like(batch.ref_logprobs), torch.zeros_like(batch.ref_logprobs)
         with torch.no_grad():
-            for rows in self._micro_batches(batch, np.arange(len(mask))):
-                logprobs, _, values = self._forward(batch, rows)
+            for rows in plan:
+                logprobs, _, values = first or self._forward(batch.sequences, rows)
                 old_logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
                 old_values[rows, : values.shape[1]] = values.cpu()
-        kl = KL_ESTIMATORS[self.cfg.kl.estimator](old_logprobs, batch.ref_logprobs)
+        self._ranks.sum(old_logprobs)
+        self._ranks.sum(old_values)
+        ref_logprobs = torch.where(batch.by_reference[:, None], old_logprobs, batch.ref_logprobs)
+        kl = KL_ESTIMATORS[self.cfg.kl.estimator](old_logprobs, ref_logprobs)
         rewards = token_rewards(self._shaped_scores(batch.scores, metrics), kl, mask, kl_coef=self.kl_controller.coef)
         advantages, returns = gae(rewards, old_values, mask, gamma=cfg.gamma, lam=cfg.lam)
 
@@ -180,11 +214,12 @@ class Learner:
             return scores.float()
         return normalise(scores, self.score_moments, centre=cfg.normalise == "mean_std", clip=cfg.clip)
 
-    def _optimise(self, batch: ExperienceBatch, targets: Targets, metrics: Metrics) -> None:
+    def _optimise(self, batch: ExperienceBatch, targets: Targets, first: Outputs | None, metrics: Metrics) -> None:
         """ppo_epochs x minibatches optimizer steps, ended early by target_kl."""
         target_kl, done = self.cfg.ppo.target_kl, 0
-        for minibatch in self._minibatches(len(batch.mask)):
-            approx_kl = self._backward(batch, targets, minibatch, metrics)
+        for minibatch in self._minibatches(len(batch.scores)):
+            approx_kl = self._backward(batch, targets, minibatch, first, metrics)
+            first = None
             if target_kl and approx_kl > target_kl:
                 self.optimizer.zero_grad(set_to_none=True)
                 break
@@ -192,13 +227,15 @@ class Learner:
             done += 1
         metrics.last("ppo/optimizer_steps", done)
 
-    def _backward(self, batch: ExperienceBatch, targets: Targets, minibatch: np.ndarray, metrics: Metrics) -> float:
+    def _backward(
+        self, batch: ExperienceBatch, targets: Targets, minibatch: np.ndarray, first: Outputs | None, metrics: Metrics
+    ) -> float:
         """Gradient of the loss on one minibatch; returns its mean KL from the old policy, nats per token."""
         cfg = self.cfg.ppo
         num_tokens = max(1, int(batch.mask[torch.from_numpy(minibatch)].sum()))
-        kl_sum = 0.0
-        for rows in self._micro_batches(batch, minibatch):
-            logprobs, entropy, values = self._forward(batch, rows)
+        kl_sum = torch.zeros((), dtype=torch.float64)
+        for rows in self._micro_batches(batch.sequences, minibatch):
+            logprobs, entropy, values = first or self._forward(batch.sequences, rows)
             fixed = targets.rows(rows, logprobs.shape[1], self.device)
             p_loss, p_stats = policy_loss(
                 logprobs,
@@ -215,8 +252,10 @@ class Learner:
             bonus = entropy_bonus(entropy, fixed.mask, num_tokens=num_tokens)
             loss = cfg.value_coef * v_loss
             if not self._critic_only:
-                loss = loss + p_loss - cfg.entropy_coef * bonus
-            loss.backward()
+                loss = loss + p_loss
+                if cfg.entropy_coef:
+                    loss = loss - cfg.entropy_coef * bonus
+            (loss * self._ranks.world).backward()  # gradients are averaged over ranks, and this wants their sum
 
             kl_sum += p_stats["approx_kl"].item()
             tokens = int(fixed.mask.sum())
@@ -229,17 +268,13 @@ class Learner:
                 ("value/clip_frac", v_stats["clipped"]),
             ):
                 metrics.mean(key, total.item(), tokens)
-        return kl_sum / num_tokens
+        return self._ranks.sum(kl_sum).item() / num_tokens
 
     def _optimizer_step(self, metrics: Metrics) -> None:
         if self._critic_only:
             for parameter in self.network.policy.parameters():
                 parameter.grad = None
-        # A NaN stops the run here, while weights and checkpoint are still sound.
-        grad_norm = nn.utils.clip_grad_norm_(
-            self.network.parameters(), self.cfg.optimizer.max_grad_norm, error_if_nonfinite=True
-        )
-        metrics.maximum("ppo/grad_norm", grad_norm.item())
+        metrics.maximum("ppo/grad_norm", clip_gradients(self.network.parameters(), self.cfg.optimizer.max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -247,11 +282,15 @@ class Learner:
     def _critic_only(self) -> bool:
         return self.step < self.cfg.learner.critic_warmup_steps
 
-    def _forward(self, batch: ExperienceBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sequences = batch.sequences.rows(rows).to(self.device)
+    def _forward(self, sequences: Sequences, rows: Tensor, *, reference: bool = False) -> Outputs:
+        """Of no rows, the pass over something short that keeps this rank in step, and nothing of it."""
+        chosen = sequences.rows(rows) if len(rows) else Sequences.pack([np.zeros(1)], [np.zeros(1)])
         bf16 = self.cfg.learner.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.network(sequences, temperature=self.cfg.sampling.temperature)
+            logprobs, entropy, values = self.network(
+                chosen.to(self.device), temperature=self.cfg.sampling.temperature, reference=reference
+            )
+        return logprobs[: len(rows)], entropy[: len(rows)], values[: len(rows)]
 
     def _minibatches(self, count: int) -> Iterator[np.ndarray]:
         """Every epoch all rows, in an order of its own that only the seed and the step decide."""
@@ -259,20 +298,12 @@ class Learner:
             order = np.random.default_rng([self.cfg.seed, self.step, epoch]).permutation(count)
             yield from np.split(order, self.cfg.ppo.minibatches)
 
-    def _micro_batches(self, batch: ExperienceBatch, rows: np.ndarray) -> Iterator[Tensor]:
-        lengths = batch.sequences.lengths[torch.from_numpy(rows)].tolist()
-        for group in token_batches(lengths, self.cfg.learner.micro_batch_tokens):
-            yield torch.from_numpy(rows[group])
-
-
-def load_network(cfg: Config, device: torch.device) -> PolicyWithCritic:
-    """Policy, and a separate critic if the config asks for one, in float32."""
-    directory = resolve_model(cfg.model.path)
-    policy = load_policy(directory, dtype=torch.float32, device=device)
-    critic = None
-    if cfg.learner.critic == "separate":
-        critic = load_policy(directory, dtype=torch.float32, device=device).base_model
-    if cfg.learner.gradient_checkpointing:
-        for model in filter(None, (policy, critic)):
-            checkpoint_activations(model)
-    return PolicyWithCritic(policy, critic)
+    def _micro_batches(self, sequences: Sequences, rows: np.ndarray) -> MicroBatches:
+        """This rank's share of the rows, packed under the token budget."""
+        chosen = torch.from_numpy(np.sort(rows))  # a minibatch is a set: one plan for it, whatever its order
+        costs, lengths = estimated_costs(sequences, self._size), sequences.lengths.tolist()
+        groups = self._ranks.micro_batches(
+            [costs[row] for row in chosen],
+            lambda share: packed_batches([lengths[chosen[i]] for i in share], self.cfg.learner.token_budget),
+        )
+        return [chosen[group] for group in groups]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.config import OptimizerConfig
+from common.config import LearnerConfig, OptimizerConfig
 from common.logprobs import chosen_logprobs
+from common.models import checkpoint_activations, load_policy, resolve_model
 from common.sequences import Sequences
+from learner import lora
+from learner.distributed import whole
+from learner.kernels import install
 
 
 class PolicyWithCritic(nn.Module):
@@ -27,9 +32,32 @@ class PolicyWithCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """logprobs, entropy and values of every response token, float32 [B, R]."""
-        states, token_ids = sequences.response_states(self.policy.base_model)
+    @classmethod
+    def load(cls, path: str, cfg: LearnerConfig, device: torch.device) -> PolicyWithCritic:
+        """In float32; with LoRA the frozen weights in the precision of the forward pass."""
+        frozen_bf16 = cfg.lora is not None and cfg.precision == "bf16"
+        dtype = torch.bfloat16 if frozen_bf16 else torch.float32
+        policy = load_policy(resolve_model(path), dtype=dtype, device=device)
+        critic = None
+        if cfg.critic == "separate":
+            critic = load_policy(resolve_model(path), dtype=dtype, device=device).base_model
+        for model in filter(None, (policy, critic)):
+            install(model)
+            if cfg.lora is not None:
+                lora.add(model, cfg.lora)
+            if cfg.gradient_checkpointing:
+                checkpoint_activations(model)
+        return cls(policy, critic)
+
+    def forward(
+        self, sequences: Sequences, *, temperature: float, reference: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logprobs, entropy and values of every response token, float32 [B, R].
+
+        With `reference` the log-probabilities are those of the weights that LoRA's adapters started from.
+        """
+        with lora.off(self.policy) if reference else nullcontext():
+            states, token_ids = sequences.response_states(self.policy.base_model)
         head = self.policy.get_output_embeddings()
         logprobs, entropy = chosen_logprobs(states, token_ids, head, temperature=temperature)
         if self.critic_body is not None:
@@ -44,6 +72,16 @@ class PolicyWithCritic(nn.Module):
         return parts if self.critic_body is None else [*parts, (self.critic_body, cfg.critic_learning_rate)]
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under their Hugging Face names, tied ones once."""
+        """The policy's weights under their Hugging Face names, tied ones once, LoRA's adapters merged.
+
+        Each is gathered from all ranks only when it is asked for, so every rank must run through them together.
+        """
         for name, parameter in self.policy.named_parameters():
-            yield name, parameter.detach()
+            if not lora.is_adapter(name):
+                yield lora.plain_name(name), lora.merged(self.policy, name, whole(parameter))
+
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's LoRA adapters, gathered as above; none without LoRA."""
+        for name, parameter in self.policy.named_parameters():
+            if lora.is_adapter(name):
+                yield name, whole(parameter)

@@ -18,10 +18,11 @@ from common.metrics import Metrics, append_record, read_records
 from common.models import checkpoint_activations, find_device, resolve_model
 from common.preferences import Pair, Pairs
 from common.reward_models import ScoreScale, head_scores, load_reward_model, save_reward_model
-from common.sequences import token_batches
+from common.sequences import embed, token_batches
 from learner.calibration import PreferenceEvaluation, evaluate_preferences
 from learner.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
-from learner.distributed import Ranks
+from learner.distributed import Ranks, clip_gradients, shard, whole
+from learner.kernels import install
 from learner.losses import preference_loss
 from learner.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
 
@@ -65,13 +66,26 @@ class PairBatch:
         # Additive, as every attention implementation takes it.
         blocked = torch.where(self.visible.to(device), 0.0, torch.finfo(torch.float32).min)
         hidden = model.base_model(
-            input_ids=self.input_ids.to(device),
+            inputs_embeds=embed(model.base_model, self.input_ids.to(device)),
             position_ids=self.positions.to(device),
             attention_mask=blocked,
             use_cache=False,
         ).last_hidden_state
         rows = torch.arange(len(self.input_ids), device=device)
         return torch.stack([hidden[rows, self.chosen_last.to(device)], hidden[rows, self.rejected_last.to(device)]])
+
+
+class PairScorer(nn.Module):
+    """The reward model over both sides of pairs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Scores of chosen and of rejected sequences, float32 [B]."""
+        chosen, rejected = head_scores(self.model, batch.last_states(self.model))
+        return chosen, rejected
 
 
 class RewardTrainer:
@@ -85,20 +99,21 @@ class RewardTrainer:
         self._ranks = Ranks()
         self._device = find_device(cfg.learner.gpus)
         self.model = model or load_reward_model(resolve_model(cfg.model.path), dtype=torch.float32, device=self._device)
+        install(self.model)
         if cfg.learner.gradient_checkpointing:
             checkpoint_activations(self.model)
-        parts = [
-            (self.model.base_model, cfg.optimizer.learning_rate),
-            (self.model.score, cfg.optimizer.head_learning_rate),
-        ]
-        self.optimizer = make_optimizer(parts, cfg.optimizer)
+        self._network = PairScorer(self.model)
+        self.optimizer = make_optimizer(self._parts(), cfg.optimizer)
 
     def join(self, rank: int, world: int, rendezvous: str) -> int:
         """Makes this one of the ranks of a group; returns the updates behind it. Raises UserError for a model that
         cannot read two responses in one row."""
         _check_masking(self.model, self.cfg.data.max_tokens)
-        timeout_s = self.cfg.learner.timeout_s
-        self._ranks = Ranks.join(rank, world, rendezvous, device=self._device, timeout_s=timeout_s)
+        cfg = self.cfg.learner
+        self._ranks = Ranks.join(rank, world, rendezvous, device=self._device, timeout_s=cfg.timeout_s)
+        if world > 1:
+            shard(self._network, [self.model.score], precision=cfg.precision, device=self._device)
+            self.optimizer = make_optimizer(self._parts(), self.cfg.optimizer)
         return self.step
 
     def update(self, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -106,28 +121,25 @@ class RewardTrainer:
         started, metrics, cfg = time.perf_counter(), Metrics(), self.cfg
         scale = learning_rate_scale(self.step, self.num_steps, cfg.optimizer)
         set_learning_rate(self.optimizer, scale)
-        mine = [pairs[i] for i in self._ranks.share([pair.num_tokens for pair in pairs])]
-        for rows in self._rows(mine):
-            micro_batch = [mine[i] for i in rows]
+        for rows in self._micro_batches(pairs):
+            micro_batch = [pairs[i] for i in rows]
             chosen, rejected = self._scores(micro_batch)
             margins = cfg.loss.margin_coef * torch.tensor([p.margin for p in micro_batch], device=chosen.device)
             loss, stats = preference_loss(
                 chosen, rejected, margins, centre_coef=cfg.loss.centre_coef, num_pairs=len(pairs)
             )
-            loss.backward()
+            (loss * self._ranks.world).backward()  # gradients are averaged over ranks, and this wants their sum
             count = len(micro_batch)
             metrics.mean("preference/loss", loss.item() * len(pairs), count)
             metrics.mean("preference/accuracy", stats["correct"].item(), count)
             metrics.mean("preference/margin", stats["margin"].item(), count)
             metrics.mean("preference/score", (chosen + rejected).sum().item() / 2, count)
-        self._ranks.sum_gradients(self.model.parameters())
         self._ranks.merge(metrics)
-        # A NaN stops the run here, while weights and checkpoint are still sound.
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optimizer.max_grad_norm, error_if_nonfinite=True)
+        norm = clip_gradients(self._network.parameters(), cfg.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        metrics.last("preference/grad_norm", norm.item())
+        metrics.last("preference/grad_norm", norm)
         metrics.last("preference/learning_rate", cfg.optimizer.learning_rate * scale)
         metrics.last("learner/tokens", sum(pair.num_tokens for pair in pairs))
         metrics.last("time/learn_s", time.perf_counter() - started)
@@ -135,40 +147,48 @@ class RewardTrainer:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """Scores of both sides of each pair, float32 [N, 2]."""
-        result = np.empty((len(pairs), 2), dtype=np.float32)
-        for rows in self._rows(pairs):
-            both = self._scores([pairs[i] for i in rows])
-            result[rows] = torch.stack(both, dim=1).cpu().numpy()
-        return result
+        """Scores of both sides of each pair, float32 [N, 2], of which each rank computes its share."""
+        result = torch.zeros(len(pairs), 2)
+        for rows in self._micro_batches(pairs):
+            result[rows] = torch.stack(self._scores([pairs[i] for i in rows]), dim=1).cpu()
+        return self._ranks.sum(result).numpy()
 
     def save(self, directory: Path) -> None:
-        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        save_checkpoint(directory, state)
+        """Every rank writes its share."""
+        save_checkpoint(directory, self._network, self.optimizer, {"step": self.step})
 
     def restore(self, directory: Path) -> int:
-        """Restores a saved state; returns the updates it has behind it."""
-        state = load_checkpoint(directory)
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Restores a saved state, whatever the number of ranks that wrote it; returns the updates it has behind it."""
+        self.step = load_checkpoint(directory, self._network, self.optimizer)["step"]
         return self.step
 
     def save_model(self, directory: Path) -> None:
         """The reward model as a Hugging Face directory."""
-        scale = ScoreScale(chat=self.cfg.data.format == "chat")
-        save_reward_model(self.model, resolve_model(self.cfg.model.path), directory, scale)
+        tensors = {name: whole(value).to("cpu", torch.bfloat16) for name, value in self.model.state_dict().items()}
+        if self._ranks.rank == 0:
+            scale = ScoreScale(chat=self.cfg.data.format == "chat")
+            save_reward_model(self.model, resolve_model(self.cfg.model.path), directory, scale, tensors=tensors)
+
+    def _parts(self) -> list[tuple[nn.Module, float]]:
+        cfg = self.cfg.optimizer
+        return [(self.model.base_model, cfg.learning_rate), (self.model.score, cfg.head_learning_rate)]
 
     def _scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Of no pairs, the pass over something short that keeps this rank in step, and nothing of it."""
         bf16 = self.cfg.learner.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-            states = PairBatch.pad(pairs).last_states(self.model)
-        chosen, rejected = head_scores(self.model, states)
-        return chosen, rejected
+            chosen, rejected = self._network(PairBatch.pad(pairs or [_SHORT]))
+        return chosen[: len(pairs)], rejected[: len(pairs)]
 
-    def _rows(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        """Of like lengths, each group within the token budget."""
-        return token_batches([pair.num_tokens for pair in pairs], self.cfg.learner.micro_batch_tokens)
+    def _micro_batches(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """This rank's share of the pairs, those of like lengths together, each group within the token budget."""
+        lengths = [pair.num_tokens for pair in pairs]
+        return self._ranks.micro_batches(
+            lengths, lambda share: token_batches([lengths[i] for i in share], self.cfg.learner.token_budget)
+        )
+
+
+_SHORT = Pair(*(np.zeros(1, dtype=np.int32) for _ in range(3)))
 
 
 @torch.no_grad()
