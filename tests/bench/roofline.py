@@ -124,6 +124,12 @@ def activation_bytes(model: Model, tokens: int, *, checkpointing: bool) -> float
     return tokens * model.layers * layer_activation_bytes(model)
 
 
+def rank_bytes(model: Model, work: Work) -> float:
+    """What a learner's rank needs at its peak, but for the logits of a chunk and what its libraries take."""
+    kept = activation_bytes(model, work.micro_batch_tokens, checkpointing=work.checkpointing)
+    return state_bytes(model, work.learners) + gathered_bytes(model) + kept
+
+
 def collective_bytes(model: Model, ranks: int) -> tuple[float, float]:
     """That each rank receives for one micro-batch: bf16 weights gathered for forward and again for backward; and the
     gradients it sends off, float32."""
@@ -139,9 +145,9 @@ def micro_batch_seconds(model: Model, machine: Machine, work: Work) -> tuple[flo
 
 
 def running(model: Model, machine: Machine, work: Work) -> int:
-    """Sequences whose KV cache fits on one GPU beside the weights, and beside what the other roles keep there if they
-    share it: the learner's state and the reference."""
-    others = state_bytes(model, work.learners) + BF16 * model.parameters if work.shared else 0
+    """Sequences whose KV cache fits on one GPU beside the weights, and beside what the other roles need there if they
+    share it: a learner's rank and the reference."""
+    others = rank_bytes(model, work) + BF16 * model.parameters if work.shared else 0
     room = machine.memory * machine.usable_memory - BF16 * model.parameters - others
     return int(room // (sequence(work) * model.kv_bytes))
 
@@ -219,12 +225,7 @@ def rows(model: Model, work: Work, machine: Machine) -> dict[str, str]:
     compute, communication = micro_batch_seconds(model, machine, work)
     phases = step_seconds(model, machine, work)
     at_once = min(work.rollouts // work.generators, running(model, machine, work))
-    whole = replace(work, checkpointing=False)
-
-    def rank_memory(work: Work) -> str:
-        kept = activation_bytes(model, work.micro_batch_tokens, checkpointing=work.checkpointing)
-        return gb(state_bytes(model, work.learners) + gathered_bytes(model) + kept)
-
+    whole, checkpointed = replace(work, checkpointing=False), replace(work, checkpointing=True)
     return {
         "parameters, 1e9": f"{model.parameters / 1e9:.2f}",
         "GPUs: learner, generators, reference": "all 8 in turn" if work.shared else _split(work),
@@ -232,15 +233,15 @@ def rows(model: Model, work: Work, machine: Machine) -> dict[str, str]:
         "- of which attention": f"{4 * model.layers * model.hidden * length / 2 / 1e9:.2f}",
         "- of which head": f"{share * 2 * model.hidden * model.vocabulary / 1e9:.2f}",
         "GFLOP a token, forward and backward": gflop(model, whole),
-        "- with checkpointing": gflop(model, replace(work, checkpointing=True)),
+        "- with checkpointing": gflop(model, checkpointed),
         "learner's rank: state, GB": gb(state_bytes(model, work.learners)),
         "- gathered, GB": gb(gathered_bytes(model)),
         "- activations, GB": gb(activation_bytes(model, work.micro_batch_tokens, checkpointing=False)),
         "- activations with checkpointing, GB": gb(
             activation_bytes(model, work.micro_batch_tokens, checkpointing=True)
         ),
-        "- in all, GB": rank_memory(whole),
-        "- in all with checkpointing, GB": rank_memory(replace(work, checkpointing=True)),
+        "- in all, GB": gb(rank_bytes(model, whole)),
+        "- in all with checkpointing, GB": gb(rank_bytes(model, checkpointed)),
         "micro-batch: all-gather, GB": gb(gathered),
         "- reduce-scatter, GB": gb(scattered),
         "- communication, s": f"{communication:.2f}",

@@ -14,6 +14,7 @@ from tests.bench.roofline import (
     forward_flops,
     gathered_bytes,
     layer_activation_bytes,
+    rank_bytes,
     running,
     state_bytes,
     step_seconds,
@@ -87,8 +88,11 @@ def test_the_cache_gets_what_the_weights_leave():
     # 9000 usable, 2704 of weights; 32 bytes for each of 10 tokens.
     own = Work(prompt=4, response=6)
     assert running(TOY, SLOW, own) == (9000 - 2704) // 320 == 19
-    # Shared with a reference of 2704 and a learner's 16 x 1352 / 8 = 2704.
-    assert running(TOY, SLOW, Work(prompt=4, response=6, learners=8, shared=True)) == (9000 - 3 * 2704) // 320
+    # Shared with a reference of 2704 and a rank: 16 x 1352 / 32 = 676, gathered 3872, activations of a token 272.
+    roomy = Machine(**{**vars(SLOW), "memory": 20_000})
+    shared = Work(prompt=4, response=6, micro_batch_tokens=1, learners=32, shared=True)
+    assert rank_bytes(TOY, shared) == 676 + 3872 + 272
+    assert running(TOY, roomy, shared) == (18_000 - 2 * 2704 - 4820) // 320 == 24
 
 
 def test_a_step_by_hand():
