@@ -1,10 +1,12 @@
 # make demo    train a small language model with PPO and show that it got better (SEED=n for another seed)
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
 # make test    every test;  make check: linter, formatter, types;  make bench: speed, as ratios
+#              (BENCH="learner step" for these modules of tests/bench alone)
 .PHONY: demo demo-rlhf test check bench clean
 
 PYTHON ?= python3
 SEED ?= 0
+BENCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # vLLM comes as one of two builds: with an NVIDIA GPU `gpu`, else `cpu`. Override with EXTRA=...
@@ -20,7 +22,7 @@ demo-rlhf: $(VENV)/.installed
 	$(BIN)/ratchet demo rlhf seed=$(SEED) $(DEMO_SETTINGS) --force
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m tests.bench.scoring
+	$(BIN)/python -m tests.bench $(BENCH)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

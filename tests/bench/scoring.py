@@ -1,17 +1,17 @@
 """Does batching cost anything? Scoring services through the whole pool, against the same passes called directly.
 
-Prints ratios measured in one run on this machine, and writes runs/bench-scoring.json:
+scoring: the lower of two services' throughput ratios, reference and reward model. For each, in the parts:
 
-- throughput: tokens/s of all requests sent at once through Ray, pool and batcher, over tokens/s of `forward` called on
-  the same requests in batches of the same token budget, in a process with as many threads. The two alternate.
-- idle latency: one request at a time, over the pass it needs alone plus the batch window.
+- throughput_ratio: tokens/s of all requests sent at once through Ray, pool and batcher, over tokens/s of `forward`
+  called on the same requests in batches of the same token budget, in a process with as many threads. The two alternate.
+- idle_ms: latency of one request at a time; compare pass_alone_ms, the pass it needs, plus the batch window.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from common.reward_models import ScoreScale, load_reward_model, save_reward_mode
 from common.sequences import token_batches
 from common.types import Prompt, RewardInput, Rollout, SampleId, Score
 from deploy.cluster import cluster
+from tests.bench.results import Result
 
 MODEL = "embedded:smollm2-135m-instruct"
 REQUESTS, ROUNDS, IDLE_REQUESTS = 64, 3, 15
@@ -85,7 +86,7 @@ def make_rollouts(count: int) -> list[Rollout]:
     return rollouts
 
 
-async def measure(model: str) -> dict[str, Any]:
+async def compare(model: str) -> dict[str, dict[str, float]]:
     rollouts = make_rollouts(REQUESTS)
     tokens = sum(rollout.num_tokens for rollout in rollouts)
     service = SourcesConfig(sources=(model_config(model),), threads=THREADS, in_flight=REQUESTS)
@@ -99,7 +100,7 @@ async def measure(model: str) -> dict[str, Any]:
         "reference": (ReferencePool(references).logprobs, direct.logprobs),
         "reward_model": (RewardPool(rewards).score, direct.score),
     }
-    result: dict[str, Any] = {}
+    result: dict[str, dict[str, float]] = {}
     for name, (call, directly) in calls.items():
         await asyncio.gather(*(call(rollout) for rollout in rollouts[:8]))
         await directly.remote(rollouts[:8])
@@ -136,19 +137,10 @@ def make_reward_model(directory: Path) -> str:
     return str(directory.resolve())
 
 
-def main() -> None:
-    model = make_reward_model(Path("runs/bench-reward-model"))
-    with cluster(RayConfig(dashboard=False)):
-        result = asyncio.run(measure(model))
-    Path("runs/bench-scoring.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{'service':14}{'ratio':>7}{'served':>12}{'direct':>12}{'idle':>9}{'worst':>9}{'pass alone':>12}")
-    for name, row in result.items():
-        print(
-            f"{name:14}{row['throughput_ratio']:7.2f}{row['served_tokens_per_s']:7.0f} tok/s"
-            f"{row['direct_tokens_per_s']:7.0f} tok/s{row['idle_ms']:6.0f} ms{row['idle_worst_ms']:6.0f} ms"
-            f"{row['pass_alone_ms']:9.0f} ms"
-        )
-
-
-if __name__ == "__main__":
-    main()
+def measure() -> dict[str, Result]:
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
+        model = make_reward_model(Path(folder) / "reward-model")
+        with cluster(RayConfig(dashboard=False)):
+            found = asyncio.run(compare(model))
+    parts = {f"{service}_{key}": value for service, row in found.items() for key, value in row.items()}
+    return {"scoring": Result(min(row["throughput_ratio"] for row in found.values()), ">= 0.9", parts)}

@@ -1,0 +1,131 @@
+"""How much of PyTorch's speed reaches the user: `Learner.update` against a bare training loop over the same tokens.
+
+learner_vs_bare: tokens/s of `Learner.update` (one epoch, one minibatch, policy and shared critic, bf16) on ragged
+rollouts, over those of a loop with no padding and no bookkeeping: the same token ids cut into rows of equal length,
+log-probabilities of as many positions, micro-batches of as many tokens, autocast, fused AdamW. The two alternate in
+one process, whose environment is that of Ratchet's workers. The update is timed from call to return: if it makes a
+pass without gradients first, as it must when there are several optimizer steps, that counts against it. The parts say
+what the ratio is without that pass, and for four epochs against a loop that makes it too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from common.models import resolve_model
+from learner.learner import Learner
+from tests.bench.batch import MODEL, batch, config
+from tests.bench.fresh import call
+from tests.bench.results import Result
+
+THREADS, ROUNDS, EPOCHS = 2, 5, 4
+ROW = 64  # tokens of a row in the bare loop
+
+
+class Bare:
+    """Forward, backward and AdamW on rows of equal length."""
+
+    def __init__(self, model: str, ids: Tensor, *, chosen: int, micro_batch_tokens: int) -> None:
+        """ids [N, ROW]; log-probabilities of each row's last `chosen` tokens."""
+        self.micro_batches = ids.split(micro_batch_tokens // ROW)
+        self.chosen = chosen
+        self.policy = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.value_head = nn.Linear(self.policy.config.hidden_size, 1)
+        self.parameters = [*self.policy.parameters(), *self.value_head.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            states = hidden[:, -self.chosen - 1 : -1]
+            logits = self.policy.lm_head(states)
+        logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, -self.chosen :, None])
+        return self.value_head(states.float()).sum() - logprobs.sum()
+
+    def step(self) -> None:
+        for ids in self.micro_batches:
+            self.loss(ids).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        for ids in self.micro_batches:
+            self.loss(ids)
+
+
+def bare_for(model: str, table: pa.Table, micro_batch_tokens: int) -> Bare:
+    """The loop over the table's tokens: as many, and as many log-probabilities."""
+    prompts, responses = table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist()
+    ids = torch.tensor([token for pair in zip(prompts, responses) for half in pair for token in half])
+    rows = ids.view(-1, ROW)
+    chosen, rest = divmod(count(table, "response_ids"), len(rows))
+    assert rest == 0, "the response tokens must divide into the rows"
+    return Bare(model, rows, chosen=chosen, micro_batch_tokens=micro_batch_tokens)
+
+
+def compare(model: str, threads: int, rounds: int) -> dict[str, float]:
+    """Medians of the rounds, all in this process."""
+    cfg, table = config(model, ppo={"ppo_epochs": 1}, learner={"threads": threads}), batch(model)
+    learner = Learner(cfg)
+    bare = bare_for(model, table, cfg.learner.micro_batch_tokens)
+    learner.update(table)
+    bare.step()
+    laps = []
+    for _ in range(rounds):
+        update_s, stats = timed(lambda: learner.update(table))
+        bare_s, _ = timed(bare.step)
+        forward_s, _ = timed(bare.forward)
+        phases = {key.removeprefix("time/"): value for key, value in stats.items() if key.startswith("time/")}
+        seconds = {"update_s": update_s, "bare_s": bare_s, "bare_forward_s": forward_s}
+        laps.append({"ratio": bare_s / update_s} | seconds | phases)
+    medians = {key: statistics.median(lap[key] for lap in laps) for key in laps[0]}
+    return medians | {"tokens": count(table, "prompt_ids", "response_ids")}
+
+
+def several_epochs(model: str, threads: int) -> float:
+    """Seconds of an update of EPOCHS epochs, after one on few rollouts."""
+    learner = Learner(config(model, ppo={"ppo_epochs": EPOCHS}, learner={"threads": threads}))
+    table = batch(model)
+    learner.update(table.slice(0, 8))
+    return timed(lambda: learner.update(table))[0]
+
+
+def count(table: pa.Table, *columns: str) -> int:
+    return sum(len(table[column].combine_chunks().flatten()) for column in columns)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came of it."""
+    started = time.perf_counter()
+    answer = work()
+    return time.perf_counter() - started, answer
+
+
+def measure() -> dict[str, Result]:
+    found = call("tests.bench.learner:compare", MODEL, THREADS, ROUNDS, threads=THREADS, worker=True)
+    four_epochs_s = call("tests.bench.learner:several_epochs", MODEL, THREADS, threads=THREADS, worker=True)
+    ratio, tokens, bare_s = found.pop("ratio"), found["tokens"], found["bare_s"]
+    parts = {
+        "learner_tokens_per_s": tokens / found["update_s"],
+        "bare_tokens_per_s": tokens / bare_s,
+        **found,
+        "four_epochs_s": four_epochs_s,
+        "four_epochs_tokens_per_s": EPOCHS * tokens / four_epochs_s,
+        # Against a loop that makes one pass without gradients first, too.
+        "four_epochs_ratio": (found["bare_forward_s"] + EPOCHS * bare_s) / four_epochs_s,
+    }
+    if "optimise_s" in found:
+        parts["ratio_without_old_logprobs"] = bare_s / found["optimise_s"]
+    return {"learner_vs_bare": Result(ratio, ">= 0.9", parts)}

@@ -1,0 +1,57 @@
+"""What a learner's process takes beside what training cannot do without.
+
+memory_vs_state: the largest resident set that a fresh process ever had (VmHWM: interpreter, libraries, allocator and
+activations, nothing left out), which loads a `Learner` with the default settings, makes two updates on ragged rollouts
+and packs the weights to publish, over weights, gradients and Adam's two moments in float32: 16 bytes a parameter of
+policy and critic. The process has the environment of Ratchet's workers; Ray is imported, as it is in theirs, but not
+running.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.bench.batch import MODEL, batch, config
+from tests.bench.fresh import call
+from tests.bench.results import Result
+
+BYTES_PER_PARAMETER = 4 * 4
+MB = 1e6
+
+
+def record(model: str) -> dict[str, float]:
+    """Resident megabytes of this process at each stage, and the peak until then."""
+    import ray  # noqa: F401
+
+    from learner.learner import Learner
+
+    parts: dict[str, float] = {}
+
+    def note(stage: str) -> None:
+        parts[f"{stage}_mb"], parts[f"{stage}_peak_mb"] = resident()
+
+    note("imported")
+    learner, table = Learner(config(model)), batch(model)
+    note("loaded")
+    learner.update(table)
+    note("first_update")
+    learner.update(table)
+    note("second_update")
+    published = learner.publish()
+    note("published")
+    del published
+    parameters = sum(parameter.numel() for parameter in learner.network.parameters())
+    return parts | {"state_mb": BYTES_PER_PARAMETER * parameters / MB, "parameters": parameters}
+
+
+def resident() -> tuple[float, float]:
+    """Resident set of this process now, and its largest so far, in megabytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    now, peak = (int(status[key].split()[0]) * 1024 / MB for key in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def measure() -> dict[str, Result]:
+    threads = config(MODEL).learner.threads
+    parts = call("tests.bench.memory:record", MODEL, threads=threads, worker=True)
+    return {"memory_vs_state": Result(parts["published_peak_mb"] / parts["state_mb"], "<= 1.5", parts)}

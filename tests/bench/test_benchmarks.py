@@ -1,0 +1,148 @@
+"""The benchmarks measure what they say: on a tiny model, and without looking at the clock."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from learner.advantages import gae as ratchet_gae
+from tests.bench import __main__ as bench
+from tests.bench import plain_ppo
+from tests.bench.batch import LONGEST, ROLLOUTS, SHORTEST, batch
+from tests.bench.fresh import call
+from tests.bench.learner import ROW, bare_for, compare, count
+from tests.bench.memory import record
+from tests.bench.plain_ppo import PlainPPO
+from tests.bench.results import Result, table
+from tests.bench.step import plain
+from tests.bench.task import prompts, variety
+from tests.fakes import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+def test_the_bare_loop_has_the_learners_tokens(tiny):
+    made = batch(tiny)
+    lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in made.to_pylist()]
+    assert (len(lengths), min(lengths), max(lengths)) == (ROLLOUTS, SHORTEST, LONGEST)
+    bare = bare_for(tiny, made, 256)
+    ids = torch.cat(bare.micro_batches)
+    assert ids.numel() == sum(lengths)
+    assert len(ids) * bare.chosen == count(made, "response_ids")
+    assert [len(rows) for rows in bare.micro_batches[:-1]] == [256 // ROW] * (len(bare.micro_batches) - 1)
+
+
+def test_the_bare_loop_computes_logprobs_of_the_tokens_that_follow(tiny):
+    bare = bare_for(tiny, batch(tiny), 256)
+    ids = bare.micro_batches[0]
+    with torch.no_grad():
+        logprobs = bare.policy(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+        values = bare.value_head(bare.policy.base_model(ids).last_hidden_state)[:, -bare.chosen - 1 : -1]
+        loss = bare.loss(ids)
+    assert loss.item() == pytest.approx((values.sum() - logprobs[:, -bare.chosen :].sum()).item(), rel=1e-2)  # bf16
+
+
+def test_both_loops_run_and_are_compared(tiny):
+    found = compare(tiny, 1, 1)
+    assert found["ratio"] == pytest.approx(found["bare_s"] / found["update_s"])
+    assert found["tokens"] == ROLLOUTS * (SHORTEST + LONGEST) / 2
+
+
+def test_memory_counts_the_interpreter(tiny):
+    parts = record(tiny)
+    assert parts["published_peak_mb"] >= parts["second_update_peak_mb"] >= parts["imported_mb"] > 100
+    assert parts["state_mb"] == pytest.approx(16 * parts["parameters"] / 1e6)
+
+
+def test_plain_padding_changes_no_logprob_and_no_value(tiny):
+    torch.manual_seed(0)
+    trainer = PlainPPO(tiny, max_new_tokens=5)
+    asked = [[4, 5, 6, 7, 8], [9, 10]]
+    ids, attended, mask = trainer.generate(asked)
+    assert ids[1, :3].tolist() == [0, 0, 0]
+    assert not attended[1, :3].any()
+    assert ids.shape == (2, 10)
+    assert mask.all()  # the end token is forbidden until the last
+    alone = ids[1:, 3:]
+    everywhere = torch.ones_like(alone, dtype=torch.bool)
+    with torch.no_grad():
+        together = plain_ppo.logprobs(trainer.policy, ids, attended, 5)[1]
+        by_itself = trainer.policy(alone).logits.log_softmax(-1)[0, :-1].gather(-1, alone[0, 1:, None]).squeeze(-1)
+        values = trainer.critic(ids, attended, 5)[1]
+        torch.testing.assert_close(together, by_itself[-5:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(values, trainer.critic(alone, everywhere, 5)[0], atol=1e-5, rtol=0)
+
+
+def test_plain_gae_is_ratchets():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
+    rewards, values = (torch.randn(2, 4, generator=generator) * mask for _ in range(2))
+    mine = plain_ppo.gae(rewards, values, mask)
+    theirs = ratchet_gae(rewards, values, mask, gamma=plain_ppo.GAMMA, lam=plain_ppo.LAM)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one * mask, other, atol=1e-6, rtol=0)
+
+
+def test_plain_steps_raise_the_reward(tiny, monkeypatch):
+    monkeypatch.setattr(plain_ppo, "LEARNING_RATE", 3e-3)
+    torch.manual_seed(0)
+    trainer = PlainPPO(tiny, max_new_tokens=6)
+    scores = []
+
+    def a_words(text):
+        words = text.split()
+        scores.append(sum(word.startswith("a") for word in words) / max(1, len(words)))
+        return scores[-1]
+
+    for _ in range(20):
+        trainer.step([[3, 4 + i] for i in range(32)], a_words)
+    assert sum(scores[-64:]) / 64 > sum(scores[:64]) / 64 + 0.2
+
+
+def test_plain_asks_every_prompt(tiny):
+    found = plain(tiny, 4, 1)
+    trainer = PlainPPO(tiny, max_new_tokens=4)
+    assert found["tokens"] == sum(len(trainer.tokenizer(p["prompt"])["input_ids"]) + 4 for p in prompts(0))
+    assert found["step_s"] == pytest.approx(found["generate_s"] + found["score_s"] + found["learn_s"])
+
+
+def test_prompts_are_the_same_whatever_the_seed():
+    assert prompts(0) == prompts(1)
+    assert variety("a b a b") == 0.5
+
+
+def fake_measure():
+    return {"fake": Result(0.5, ">= 0.9", {"part_s": 2.0}), "other": Result(1.0)}
+
+
+def test_a_call_brings_back_what_the_function_returns():
+    assert call("tests.bench.results:Result", 0.5, ">= 0.9") == asdict(Result(0.5, ">= 0.9"))
+
+
+def test_results_go_to_table_and_file_and_a_failure_does_not_stop_the_rest(tmp_path, monkeypatch, capsys):
+    def fake_call(function):
+        if function == "tests.bench.broken:measure":
+            raise bench.subprocess.CalledProcessError(1, function)
+        return {name: asdict(result) for name, result in fake_measure().items()}
+
+    monkeypatch.setattr(bench, "MODULES", {"broken": ["never"], "fake": ["fake", "other"]})
+    monkeypatch.setattr(bench, "call", fake_call)
+    path = tmp_path / "runs/bench.json"
+    assert bench.main([], path) == 1
+    assert json.loads(path.read_text())["fake"] == {"value": 0.5, "wanted": ">= 0.9", "parts": {"part_s": 2.0}}
+    printed = capsys.readouterr().out
+    assert "failed: broken" in printed
+    assert bench.main(["fake"], path) == 0
+
+
+def test_the_table_marks_what_is_missed():
+    lines = table(fake_measure()).splitlines()
+    assert lines[1].split() == ["!!", "fake", "0.500", ">=", "0.9"]
+    assert lines[2].split() == ["part_s", "2.000"]
+    assert lines[3].split() == ["ok", "other", "1.000"]
+    assert Result(1.5, "<= 1.5").met
+    assert not Result(1.6, "<= 1.5").met
