@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,20 @@ class GeneratorPool:
             cost=len(prompt.token_ids),
         )
 
-    async def load(self, weights: Any, version: int) -> None:
-        """`weights` is the object reference of a WeightSet: each replica pulls it from the object store."""
+    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
+        """`weights` are object references of Buckets: every replica pulls and stages one while the learner packs the
+        next; once all are there, every replica swaps."""
+        async for bucket in weights:
+            await self._pool.broadcast(f"stage weights version {version}", partial(_stage, bucket=bucket))
         held = await self._pool.broadcast(
-            f"load weights version {version}", lambda replica: replica.load_weights.remote(weights)
+            f"swap in weights version {version}", lambda replica: replica.swap.remote(version)
         )
         if wrong := {name: found for name, found in held.items() if found != version}:
             raise RoleError(f"wanted weights version {version} on every generator, but {wrong}")
+
+
+def _stage(replica: Any, bucket: Any) -> Awaitable[None]:
+    return replica.stage.remote(bucket)
 
 
 class RewardPool:

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,42 @@ class RankGroup:
                 raise error.cause from None
             raise
         except TimeoutError as error:
-            raise RuntimeError(f"the learner did not {what} at step {self._step} within {limit:g} s") from error
+            raise self._late(what, limit) from error
+
+    def _late(self, what: str, limit: float) -> RuntimeError:
+        return RuntimeError(f"the learner did not {what} at step {self._step} within {limit:g} s")
 
 
 class LearnerGroup(RankGroup):
     """`learner.roles.LearnerGroup` over the actors of the ranks."""
 
-    async def publish(self) -> Any:
-        """The object reference of a WeightSet. As a call's result it is owned here and outlives the rank."""
-        version, weights = self._ranks[0].publish.options(num_returns=2).remote()
-        await self._wait("publish weights", [version])
-        return weights
+    async def publish(self) -> AsyncIterator[Any]:
+        """Object references of the newest weights' Buckets, as rank 0 packs them. Every rank takes part: gathering
+        what is sharded takes all of them. As results of a call the buckets are owned here: they outlive the rank, and
+        are freed once nobody holds their references.
+
+        A bucket itself is never waited for, since that would fetch it: its number, which follows it, is.
+        """
+        streams = [rank.publish.options(num_returns="streaming").remote() for rank in self._ranks]
+        first, bucket = streams[0], None
+        while streams:
+            # In a thread: the stream's own asynchronous iteration would fetch the buckets too.
+            waiting = asyncio.to_thread(ray.wait, streams, timeout=self._timeout_s, fetch_local=False)
+            ready, _ = await waiting
+            if not ready:
+                raise self._late("publish weights", self._timeout_s)
+            item = next(ready[0], None)
+            if item is None:  # this rank is done; a bucket without a number is its error in a bucket's place
+                streams.remove(ready[0])
+                if ready[0] is first and bucket is not None:
+                    await self._wait("publish weights", [bucket])
+            elif ready[0] is first and bucket is None:
+                bucket = item
+            else:  # a bucket's number, or the error of another rank
+                await self._wait("publish weights", [item])
+                if ready[0] is first:
+                    yield bucket
+                    bucket = None
 
     async def save_policy(self, directory: Path) -> None:
         await self._wait("save the policy", [self._ranks[0].save_policy.remote(directory.resolve())])

@@ -19,7 +19,7 @@ from common.masking import masked_mean, masked_sum, masked_var, whiten
 from common.metrics import Metrics
 from common.models import checkpoint_activations, find_device, load_policy, resolve_model, save_policy
 from common.sequences import token_batches
-from common.weights import WeightSet, pack
+from common.weights import Bucket, buckets
 from learner.advantages import gae
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.experience import ExperienceBatch
@@ -99,9 +99,12 @@ class Learner:
         """Called once by the group; returns the updates behind it. There is one rank as yet."""
         return self.step
 
-    def publish(self) -> tuple[int, WeightSet]:
-        """The policy's version, and its weights apart from it: a caller may wait for the one and pass the other on."""
-        return self.policy_version, pack(self.network.policy_tensors(), self.policy_version)
+    def publish(self) -> Iterator[Bucket | int]:
+        """The policy's weights bucket by bucket, each followed by its number: a caller may wait for the number and
+        pass the bucket on unseen."""
+        for bucket in buckets(self.network.policy_tensors(), self.policy_version):
+            yield bucket
+            yield bucket.index
 
     def save(self, directory: Path) -> None:
         save_checkpoint(directory, self._state())

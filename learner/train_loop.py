@@ -82,7 +82,7 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
 
     stats = await run.learner.update(table)
     clock.lap("learn")
-    await run.generators.load(await run.learner.publish(), run.learner.step)
+    await run.generators.load(run.learner.publish(), run.learner.step)
     clock.lap("publish")
     record = {"step": step, **_rollout_metrics(table, len(voids), policy_version=step), **stats, **clock.laps}
     append_record(run.directory / "metrics.jsonl", record)  # before the checkpoint, after which no replay would do it
@@ -142,7 +142,7 @@ async def recover(run: Run) -> None:
     if (last := run.journal.last()) is None:
         return  # a new run
     run.prompts.restore(last.prompts)
-    await run.generators.load(await run.learner.publish(), run.learner.step)
+    await run.generators.load(run.learner.publish(), run.learner.step)
 
 
 async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
