@@ -33,11 +33,12 @@ class Generator:
             prompt, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason, generator=self._name
         )
 
-    async def stage(self, bucket: Bucket) -> None:
-        """Verifies a bucket of new weights and sets it aside. Raises CorruptWeightsError."""
-        self._arrivals.add(bucket)
-        if bucket.version != self._version:
-            await self._engine.stage(bucket)
+    async def stage(self, *buckets: Bucket) -> None:
+        """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError."""
+        for bucket in buckets:
+            self._arrivals.add(bucket)
+            if bucket.version != self._version:
+                await self._engine.stage(bucket)
 
     async def swap(self, version: int) -> int:
         """Samples with the staged weights from here on; returns the version now held. Raises CorruptWeightsError

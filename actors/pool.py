@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,11 @@ class GeneratorPool:
         )
 
     async def load(self, weights: AsyncIterable[Any], version: int) -> None:
-        """`weights` are object references of Buckets: every replica pulls and stages one while the learner packs the
-        next; once all are there, every replica swaps."""
-        async for bucket in weights:
-            await self._pool.broadcast(f"stage weights version {version}", partial(_stage, bucket=bucket))
+        """`weights` are object references of Buckets: every replica pulls and stages them while the learner packs
+        more; once all are there, every replica swaps."""
+        async with aclosing(_as_they_come(weights)) as arrivals:
+            async for buckets in arrivals:
+                await self._pool.broadcast(f"stage weights version {version}", partial(_stage, buckets=buckets))
         held = await self._pool.broadcast(
             f"swap in weights version {version}", lambda replica: replica.swap.remote(version)
         )
@@ -195,8 +197,35 @@ class GeneratorPool:
             raise RoleError(f"wanted weights version {version} on every generator, but {wrong}")
 
 
-def _stage(replica: Any, bucket: Any) -> Awaitable[None]:
-    return replica.stage.remote(bucket)
+def _stage(replica: Any, buckets: list[Any]) -> Awaitable[None]:
+    return replica.stage.remote(*buckets)
+
+
+async def _as_they_come(source: AsyncIterable[Any]) -> AsyncGenerator[list[Any], None]:
+    """All items that came since the last time, one at least: the source is read on while the caller is busy."""
+    arrived: list[Any] = []
+    changed = asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async for item in source:
+                arrived.append(item)
+                changed.set()
+        finally:
+            changed.set()
+
+    reader = asyncio.create_task(read())
+    try:
+        while arrived or not reader.done():
+            await changed.wait()
+            changed.clear()
+            if arrived:
+                items = arrived.copy()
+                arrived.clear()
+                yield items
+        await reader  # its error, if there was one
+    finally:
+        reader.cancel()
 
 
 class RewardPool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 import threading
 import traceback
 from collections import deque
@@ -321,6 +322,9 @@ class VLLMEngine:
         self._keys = itertools.count()
         self._failure: BaseException | None = None
         self._stager = ThreadPoolExecutor(1, "vllm-weights")
+        # Staging holds the interpreter for microseconds between long native calls. At Python's 5 ms it would wait for
+        # the engine's thread most of the time.
+        sys.setswitchinterval(0.0005)
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()

@@ -50,13 +50,13 @@ class Bucket:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, bf16 tensor) pairs: views of the values, for reading only."""
+        values = torch.from_dlpack(self.values).view(torch.bfloat16)
         for entry in self.entries:
-            flat = self.values[entry.offset : entry.offset + prod(entry.shape)]
-            yield entry.name, torch.from_dlpack(flat).view(torch.bfloat16).view(entry.shape)
+            yield entry.name, values[entry.offset : entry.offset + prod(entry.shape)].view(entry.shape)
 
 
 def buckets(
-    named_tensors: Iterable[tuple[str, Tensor]], version: int, *, bucket_bytes: int = 16 << 20
+    named_tensors: Iterable[tuple[str, Tensor]], version: int, *, bucket_bytes: int = 32 << 20
 ) -> Iterator[Bucket]:
     """Casts to bf16 and lays the tensors one after another into buckets of at most `bucket_bytes` (or one tensor).
 
