@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from common.weights import WeightSet
+from common.weights import Bucket
 
 
 class EngineDeadError(RuntimeError):
@@ -28,8 +28,16 @@ class Engine(Protocol):
     async def generate(self, prompt_ids: np.ndarray, *, seed: int) -> Completion:
         """One response. The same seed under the same weights gives the same tokens. Raises EngineDeadError."""
 
-    async def load_weights(self, weights: WeightSet) -> None:
-        """Replaces all weights between two engine steps; tokens sampled after this carry `weights.version`.
+    async def stage(self, bucket: Bucket) -> None:
+        """Sets a verified bucket aside for the next `swap`; running requests go on with the weights they have.
 
-        Raises EngineDeadError if that fails half way.
+        Buckets come one at a time and in order; bucket 0 drops what was staged before. Raises CorruptWeightsError if
+        the model has no place for a tensor.
+        """
+
+    async def swap(self, version: int) -> None:
+        """Puts the staged weights in place between two engine steps: tokens sampled after this carry `version`.
+
+        Raises CorruptWeightsError if they leave a parameter without a value, and keeps the old ones; EngineDeadError
+        if it fails half way.
         """

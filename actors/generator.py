@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from actors.engine import Engine
 from common.types import Prompt, Rollout, SampleId
-from common.weights import WeightSet
+from common.weights import Arrivals, Bucket
 
 
 class Generator:
@@ -18,6 +18,7 @@ class Generator:
         self._seed = seed
         self._engine = make_engine()
         self._version = 0
+        self._arrivals = Arrivals()
 
     def __repr__(self) -> str:
         return self._name
@@ -32,12 +33,20 @@ class Generator:
             prompt, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason, generator=self._name
         )
 
-    async def load_weights(self, weights: WeightSet) -> int:
-        """Verifies the set, then loads it; returns the version now held. Raises CorruptWeightsError."""
-        weights.verify()
-        if weights.version != self._version:
-            await self._engine.load_weights(weights)
-            self._version = weights.version
+    async def stage(self, *buckets: Bucket) -> None:
+        """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError."""
+        for bucket in buckets:
+            self._arrivals.add(bucket)
+            if bucket.version != self._version:
+                await self._engine.stage(bucket)
+
+    async def swap(self, version: int) -> int:
+        """Samples with the staged weights from here on; returns the version now held. Raises CorruptWeightsError
+        unless all of `version` is staged."""
+        if version != self._version:
+            self._arrivals.check_whole(version)
+            await self._engine.swap(version)
+            self._version = version
         return self._version
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +184,48 @@ class GeneratorPool:
             cost=len(prompt.token_ids),
         )
 
-    async def load(self, weights: Any, version: int) -> None:
-        """`weights` is the object reference of a WeightSet: each replica pulls it from the object store."""
+    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
+        """`weights` are object references of Buckets: every replica pulls and stages them while the learner packs
+        more; once all are there, every replica swaps."""
+        async with aclosing(_as_they_come(weights)) as arrivals:
+            async for buckets in arrivals:
+                await self._pool.broadcast(f"stage weights version {version}", partial(_stage, buckets=buckets))
         held = await self._pool.broadcast(
-            f"load weights version {version}", lambda replica: replica.load_weights.remote(weights)
+            f"swap in weights version {version}", lambda replica: replica.swap.remote(version)
         )
         if wrong := {name: found for name, found in held.items() if found != version}:
             raise RoleError(f"wanted weights version {version} on every generator, but {wrong}")
+
+
+def _stage(replica: Any, buckets: list[Any]) -> Awaitable[None]:
+    return replica.stage.remote(*buckets)
+
+
+async def _as_they_come(source: AsyncIterable[Any]) -> AsyncGenerator[list[Any], None]:
+    """All items that came since the last time, one at least: the source is read on while the caller is busy."""
+    arrived: list[Any] = []
+    changed = asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async for item in source:
+                arrived.append(item)
+                changed.set()
+        finally:
+            changed.set()
+
+    reader = asyncio.create_task(read())
+    try:
+        while arrived or not reader.done():
+            await changed.wait()
+            changed.clear()
+            if arrived:
+                items = arrived.copy()
+                arrived.clear()
+                yield items
+        await reader  # its error, if there was one
+    finally:
+        reader.cancel()
 
 
 class RewardPool:

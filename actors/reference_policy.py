@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actors.scoring import Batcher
+from common.batching import Batcher
 from common.config import ReferenceConfig
 from common.masking import round_up
 from common.models import find_device, load_policy, resolve_model
@@ -27,8 +28,8 @@ class ReferencePolicy:
         if isinstance(model, str):
             model = load_policy(resolve_model(model), dtype=getattr(torch, cfg.dtype), device=self._device)
         self._model = model
-        self._batcher = Batcher(
-            self.forward,
+        self._batcher: Batcher[Rollout, np.ndarray] = Batcher(
+            lambda items: asyncio.to_thread(self.forward, items),
             num_tokens=lambda rollout: round_up(rollout.num_tokens, LANES),
             max_tokens=cfg.max_batch_tokens,
             window_s=cfg.batch_window_ms / 1000,

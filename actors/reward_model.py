@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from actors.scoring import Batcher
+from common.batching import Batcher
 from common.config import ModelSourceConfig
 from common.dialogues import dialogue_ids
+from common.masking import round_up
 from common.models import find_device, load_tokenizer, resolve_model
 from common.reward_models import content_hash, load_reward_model, read_scale, sequence_scores
-from common.sequences import LANES, round_up
+from common.sequences import LANES
 from common.types import RewardInput
 
 
@@ -30,7 +32,7 @@ class RewardModelSource:
         context = getattr(self._model.config, "max_position_embeddings", None) or cfg.max_tokens
         self._max_tokens = min(cfg.max_tokens, context)
         self._batcher: Batcher[list[int], float] = Batcher(
-            self.forward,
+            lambda items: asyncio.to_thread(self.forward, items),
             num_tokens=lambda ids: round_up(len(ids), LANES),
             max_tokens=cfg.max_batch_tokens,
             window_s=cfg.batch_window_ms / 1000,

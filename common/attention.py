@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +43,17 @@ def packed_attention(
         return _CPUAttention.apply(query[0], key[0], value[0], lengths, scaling, window)[None], None
     if query.dtype in (torch.bfloat16, torch.float16):
         ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
-        packed = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         attended = varlen_attn(
-            *packed, ends, ends, longest, longest, scale=scaling, window_size=(window - 1, 0), enable_gqa=True
+            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(window - 1, 0), enable_gqa=True
         )
-        return attended[None], None
+        return cast(Tensor, attended)[None], None
     each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)  # flash attention has no float32
-    attended = [
+    parts = [
         scaled_dot_product_attention(q, k, v, attn_mask=_visible(q, window), scale=scaling, enable_gqa=True)
         for q, k, v in each
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

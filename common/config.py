@@ -315,12 +315,11 @@ class OptimizerConfig(AdamWConfig):
 
 
 class LoRAConfig(Section):
-    """Low-rank adapters (arXiv:2106.09685): the policy's own weights stay as they are, W + (alpha / rank) B A is used.
-    """
+    """Low-rank adapters (arXiv:2106.09685): the weights W stay as they are, and W + (alpha / rank) B A is used."""
 
     rank: Positive = 16
     """Width of the adapters; more can learn more, and takes more memory."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Positive = 32
     """Scale of what the adapters add, divided by the rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Names of the linear layers that get adapters, such as q_proj; all-linear: every one but the output embedding."""

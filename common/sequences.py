@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.logprobs import chosen_logprobs
-from common.masking import length_mask, round_up
+from common.masking import length_mask
 
 # Matrix products over whole vectors take the same kernels whatever else is in the batch. Measured with AVX-512, one
 # thread, float32 and bfloat16: without it 1 to 20 of 48 rows change in their last bits with the company they are in.

@@ -87,7 +87,9 @@ class Experience:
 
     rollout: Rollout
     score: Score
-    ref_logprobs: np.ndarray  # float32 [R] nats, frozen reference policy at the sampling temperature
+    # float32 [R] nats, frozen reference policy at the sampling temperature; None: the policy that learns from this in
+    # step 0 still is the reference, and computes them itself.
+    ref_logprobs: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("components", pa.map_(pa.string(), pa.float64())),
         ("origins", pa.map_(pa.string(), pa.string())),
-        ("ref_logprobs", pa.list_(pa.float32())),
+        ("ref_logprobs", pa.list_(pa.float32())),  # null: see Experience
     ]
 )
 

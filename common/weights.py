@@ -1,6 +1,6 @@
-"""A versioned set of weights as flat, checksummed bf16 buckets: pack on the learner, verify and unpack on a generator.
+"""A policy's weights on their way to the generators: flat, checksummed bf16 buckets, packed and verified one by one.
 
-Buckets are NumPy arrays, since those cross Ray's object store without a copy and arrive read-only.
+The values are NumPy arrays, since those cross Ray's object store without a copy and arrive read-only.
 """
 
 from __future__ import annotations
@@ -16,68 +16,122 @@ from torch import Tensor
 
 
 class CorruptWeightsError(RuntimeError):
-    """A bucket does not have the checksum its manifest states."""
+    """A new set of weights is not what was published, or not all of it: it is refused, and the old one goes on."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `shape` bf16 values from `offset` (in values) of bucket number `bucket`."""
+    """Where one tensor lies in its bucket: `shape` bf16 values from `offset` (in values)."""
 
     name: str
     shape: tuple[int, ...]
-    bucket: int
     offset: int
 
 
 @dataclass(frozen=True)
-class WeightSet:
-    """All weights of one policy version, under their Hugging Face names."""
+class Bucket:
+    """Some of the weights of one policy version, under their Hugging Face names."""
 
     version: int
+    index: int  # 0, 1, 2, ... within the version
+    last: bool  # no more of this version follow
     entries: tuple[Entry, ...]
-    buckets: tuple[np.ndarray, ...]  # int16 [n]: the bits of bf16 values
-    checksums: tuple[int, ...]  # xxh3_64 of each bucket's bytes
+    values: np.ndarray  # int16 [n]: the bits of bf16 values
+    checksum: int  # xxh3_64 of everything above
 
     def verify(self) -> None:
-        """Raises CorruptWeightsError if any bucket is not what the publisher packed."""
-        for i, (bucket, expected) in enumerate(zip(self.buckets, self.checksums, strict=True)):
-            if (found := _checksum(bucket)) != expected:
-                raise CorruptWeightsError(
-                    f"weights version {self.version}: bucket {i} has checksum {found:016x}, its manifest says "
-                    f"{expected:016x}; the set is refused and must be published again"
-                )
+        """Raises CorruptWeightsError if this is not what the publisher packed."""
+        found = _checksum(self.version, self.index, self.last, self.entries, self.values)
+        if found != self.checksum:
+            raise CorruptWeightsError(
+                f"weights version {self.version}: bucket {self.index} has checksum {found:016x}, but was packed with "
+                f"{self.checksum:016x}; the set is refused and must be published again"
+            )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, bf16 tensor) pairs: views of the buckets, for reading only."""
+        """(name, bf16 tensor) pairs: views of the values, for reading only."""
+        values = torch.from_dlpack(self.values).view(torch.bfloat16)
         for entry in self.entries:
-            flat = self.buckets[entry.bucket][entry.offset : entry.offset + prod(entry.shape)]
-            yield entry.name, torch.from_dlpack(flat).view(torch.bfloat16).view(entry.shape)
+            yield entry.name, values[entry.offset : entry.offset + prod(entry.shape)].view(entry.shape)
 
 
-def pack(named_tensors: Iterable[tuple[str, Tensor]], version: int, *, bucket_bytes: int = 64 << 20) -> WeightSet:
-    """Casts to bf16 and lays the tensors one after another into buckets of at most `bucket_bytes` (or one tensor)."""
+def buckets(
+    named_tensors: Iterable[tuple[str, Tensor]], version: int, *, bucket_bytes: int = 32 << 20
+) -> Iterator[Bucket]:
+    """Casts to bf16 and lays the tensors one after another into buckets of at most `bucket_bytes` (or one tensor).
+
+    Lazy: a tensor is asked for once all before it are packed, so gathered shards need not exist all at once. Only the
+    one that turns out not to fit is held while the bucket before it is handed over.
+    """
+    index, filled = 0, 0
     entries: list[Entry] = []
-    groups: list[list[Tensor]] = []
-    filled = 0
+    flat = torch.empty(0, dtype=torch.bfloat16)
     for name, tensor in named_tensors:
-        size = 2 * tensor.numel()
-        if not groups or filled + size > bucket_bytes:
-            groups.append([])
-            filled = 0
-        entries.append(Entry(name, tuple(tensor.shape), len(groups) - 1, filled // 2))
-        groups[-1].append(tensor)
+        size = tensor.numel()
+        if entries and 2 * (filled + size) > bucket_bytes:
+            yield _bucket(version, index, False, entries, flat[:filled])
+            index, filled, entries = index + 1, 0, []
+        if not entries:
+            flat = torch.empty(max(bucket_bytes // 2, size), dtype=torch.bfloat16)
+        flat[filled : filled + size].copy_(tensor.detach().reshape(-1))  # cast and device-to-host in one pass
+        entries.append(Entry(name, tuple(tensor.shape), filled))
         filled += size
-    buckets = tuple(_flatten(group) for group in groups)
-    return WeightSet(version, tuple(entries), buckets, tuple(_checksum(bucket) for bucket in buckets))
+    if entries:
+        yield _bucket(version, index, True, entries, flat[:filled])
 
 
-@torch.no_grad()
-def _flatten(tensors: list[Tensor]) -> np.ndarray:
-    flat = torch.empty(sum(t.numel() for t in tensors), dtype=torch.bfloat16)
-    for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
-        part.copy_(tensor.reshape(-1))  # cast and device-to-host in one pass
-    return flat.view(torch.int16).numpy()
+class Arrivals:
+    """What a receiver has of a new set: every bucket must come whole, once, in order and of one version.
+
+    Bucket 0 begins anew, whatever was left of a set that broke off.
+    """
+
+    def __init__(self) -> None:
+        self._begin(-1)
+
+    def _begin(self, version: int) -> None:
+        self._version = version
+        self._next = 0
+        self._whole = False
+        self._names: set[str] = set()
+
+    def add(self, bucket: Bucket) -> None:
+        """Raises CorruptWeightsError; then the set is void until it begins anew."""
+        try:
+            bucket.verify()
+            if bucket.index == 0:
+                self._begin(bucket.version)
+            if bucket.version != self._version or bucket.index != self._next or self._whole:
+                raise CorruptWeightsError(
+                    f"weights version {bucket.version}: bucket {bucket.index} came where "
+                    f"{'nothing more' if self._whole else f'bucket {self._next} of version {self._version}'} was due"
+                )
+            names = {entry.name for entry in bucket.entries}
+            if twice := names & self._names:
+                raise CorruptWeightsError(f"weights version {bucket.version}: {min(twice)} came twice")
+        except CorruptWeightsError:
+            self._begin(-1)
+            raise
+        self._names |= names
+        self._next += 1
+        self._whole = bucket.last
+
+    def check_whole(self, version: int) -> None:
+        """Raises CorruptWeightsError unless every bucket of `version` is there."""
+        if version != self._version or not self._whole:
+            raise CorruptWeightsError(
+                f"weights version {version} is not whole: {self._next} buckets of version {self._version} came"
+                f"{'' if self._whole else ', the last one not among them'}"
+            )
 
 
-def _checksum(bucket: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(bucket.data.cast("B"))
+def _bucket(version: int, index: int, last: bool, entries: list[Entry], flat: Tensor) -> Bucket:
+    values, named = flat.view(torch.int16).numpy(), tuple(entries)
+    return Bucket(version, index, last, named, values, _checksum(version, index, last, named, values))
+
+
+def _checksum(version: int, index: int, last: bool, entries: tuple[Entry, ...], values: np.ndarray) -> int:
+    # What is said about the values counts as much as they do: a right tensor under a wrong name is corruption too.
+    digest = xxhash.xxh3_64(repr((version, index, last, entries)).encode())
+    digest.update(values.data.cast("B"))
+    return digest.intdigest()

@@ -10,13 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from actors.pool import GeneratorPool, ReferencePool, RewardPool
-from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
 from common.config import Config, UserError
 from common.prompts import heldout_prompts, load_records
 from common.types import Prompt
 from deploy.cluster import cluster
-from deploy.placement import check_kv_cache, needs, place
+from deploy.placement import check_kv_cache, place, service_needs
 from deploy.progress import evaluation_table
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
@@ -41,11 +40,11 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
     refuse_overwriting(directory, force=force, can_resume=False)
     with cluster(cfg.ray) as nodes:
-        place([need for need in needs(cfg, reference.size, reward_models) if need.section != "learner"], nodes)
+        place(service_needs(cfg, reference.size, reward_models), nodes)
         with sole_owner(directory):
             clear(directory)
             write_config(directory, cfg)
-            evaluation, answers = asyncio.run(_evaluate(cfg, judged, reference, prompts))
+            evaluation, answers = asyncio.run(_evaluate(cfg, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
     (directory / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -55,20 +54,12 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     return record
 
 
-async def _evaluate(
-    cfg: Config, policy: PolicyFiles, reference: PolicyFiles, prompts: list[Prompt]
-) -> tuple[Evaluation, list[Answer]]:
+async def _evaluate(cfg: Config, policy: PolicyFiles, prompts: list[Prompt]) -> tuple[Evaluation, list[Answer]]:
     start = Starter(cfg.ray, on_loss=lambda name, error: None)
     generators, rewards, references = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
         start.pool(Reward, cfg.reward, cfg.reward, model=policy.path, judges=cfg.evaluation.judges),
-        start.pool(
-            ReferencePolicy,
-            cfg.reference,
-            cfg.reference,
-            model=reference.path,
-            temperature=cfg.sampling.temperature,
-        ),
+        start.references(cfg),
     )
     return await evaluate(
         prompts,

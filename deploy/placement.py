@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.config import Config, GeneratorsConfig, Placed, RayConfig, SourcesConfig, TrainerConfig, UserError
+from common.config import (
+    Config,
+    GeneratorsConfig,
+    LoRAConfig,
+    Placed,
+    RayConfig,
+    SourcesConfig,
+    TrainerConfig,
+    UserError,
+)
+from common.logprobs import CHUNK_ROWS
 from common.models import ModelSize
 
 MIB = 1 << 20
@@ -41,12 +51,20 @@ IMPORTS = 600 * MIB  # torch and transformers, or vLLM, before any weight
 
 def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
     """Every process of a PPO run with an estimate of its peak memory."""
-    trained = _training(cfg.learner, model, row=min(cfg.max_sequence_tokens, model.context))
     networks = 2 if cfg.learner.critic == "separate" else 1
-    published = 2 * model.parameters + _logits(cfg.learner.micro_batch_tokens, model)
+    services = service_needs(cfg, model, reward_models)
+    if cfg.learner.lora is not None:  # the learner is its own reference
+        services = [need for need in services if need.section != "reference"]
+    learner = _training(
+        cfg.learner, model, row=min(cfg.max_sequence_tokens, model.context), networks=networks, lora=cfg.learner.lora
+    )
+    return [*_role("Learner", "learner", cfg.learner, cfg.learner.ranks, learner), *services]
+
+
+def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
+    """Generators, reference and reward."""
     reference = IMPORTS + _weights(cfg.reference.dtype, model) + _logits(cfg.reference.max_batch_tokens, model)
     return [
-        *_role("Learner", "learner", cfg.learner, cfg.learner.ranks, IMPORTS + networks * trained + published),
         *generator_needs(cfg.generators, model),
         *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.replicas, reference),
         *reward_needs("reward", cfg.reward, reward_models),
@@ -55,7 +73,7 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
 
 def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:
     """The ranks of reward training; `row` is the longest pair in tokens."""
-    return _role("RewardTrainer", "learner", cfg, cfg.ranks, IMPORTS + _training(cfg, model, row=row))
+    return _role("RewardTrainer", "learner", cfg, cfg.ranks, _training(cfg, model, row=row, padded=True))
 
 
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
@@ -70,21 +88,35 @@ def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] =
     return _role("Reward", section, cfg, cfg.replicas, memory)
 
 
-def _training(cfg: TrainerConfig, model: ModelSize, *, row: int) -> int:
-    """Bytes of one network in training: float32 weights, gradients, two Adam moments, and activations.
+def _training(
+    cfg: TrainerConfig,
+    model: ModelSize,
+    *,
+    row: int,
+    networks: int = 1,
+    lora: LoRAConfig | None = None,
+    padded: bool = False,
+) -> int:
+    """Bytes of one rank: its share of weights, gradients and optimizer state, activations, and the head.
 
-    Of these about 20 saved values per token, layer and hidden unit; plain attention (on CPU) also keeps its scores and
-    their softmax for every pair of tokens of a row.
+    Trained weights take 16 bytes each (float32 weight, gradient, two Adam moments), frozen ones what the precision
+    says. For each token, layer and hidden unit about 18 values stay until the backward pass (measured), three of them
+    with checkpointing. Rows of pairs, not packed, keep their attention scores too. While they load, ranks hold it all.
     """
-    tokens = cfg.micro_batch_tokens
-    saved = (2 if cfg.precision == "bf16" else 4) * 20 * tokens * model.layers * model.hidden
-    attention = 2 * 4 * tokens * min(row, tokens) * model.heads * model.layers if cfg.gpus == 0 else 0
-    return 16 * model.parameters + saved + attention
+    size = 2 if cfg.precision == "bf16" else 4
+    adapters = 0 if lora is None else 2 * 7 * model.layers * lora.rank * model.hidden  # about seven matrices a layer
+    state = 16 * model.parameters if lora is None else size * model.parameters + 16 * adapters
+    tokens = max(row, cfg.token_budget)
+    saved = (3 if cfg.gradient_checkpointing else 18) * size * tokens * model.layers * model.hidden
+    attention = 2 * 4 * tokens * row * model.heads * model.layers if padded else 0
+    loading = 4 * model.parameters if cfg.ranks > 1 else 0
+    working = networks * saved + attention + 4 * model.vocabulary * model.hidden + _logits(tokens, model)
+    return IMPORTS + networks * max(state // cfg.ranks, loading) + working
 
 
 def _logits(tokens: int, model: ModelSize) -> int:
-    """Those of one chunk (see common/logprobs.py), with their log-softmax and a temporary, float32."""
-    return 3 * 4 * min(1024, tokens) * model.vocabulary
+    """Those of one chunk (see common/logprobs.py), twice, float32."""
+    return 2 * 4 * min(CHUNK_ROWS, tokens) * model.vocabulary
 
 
 def _weights(dtype: str, model: ModelSize) -> int:

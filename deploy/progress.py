@@ -74,7 +74,10 @@ class Progress(Screen):
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
     def ready(self, *, generators: int, rewards: int, references: int) -> None:
-        roles = f"{generators} generator(s), {rewards} reward, {references} reference, learner"
+        reference = f"{references} reference" if references else "reference in the learner (LoRA)"
+        ranks = self._cfg.learner.ranks
+        learner = "learner" if ranks == 1 else f"learner of {ranks} ranks"
+        roles = f"{generators} generator(s), {rewards} reward, {reference}, {learner}"
         self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}", style="dim")
 
     def evaluation(self, evaluation: Evaluation) -> None:

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from actors.engine import Engine
 from actors.generator import Generator
 from actors.pool import OnLoss, Pool
+from actors.reference_policy import ReferencePolicy
 from common.config import (
+    Config,
     FunctionSourceConfig,
     GeneratorsConfig,
     ModelSourceConfig,
@@ -66,6 +68,13 @@ class Starter:
         length = min(max_tokens, policy.size.context)
         return await self.pool(
             Generator, cfg, seed, partial(make_engine, policy.path, cfg, sampling, length, end_tokens)
+        )
+
+    async def references(self, cfg: Config) -> Pool:
+        """Of the model that PPO starts from."""
+        temperature = cfg.sampling.temperature
+        return await self.pool(
+            ReferencePolicy, cfg.reference, cfg.reference, model=cfg.model.path, temperature=temperature
         )
 
 

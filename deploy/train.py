@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from actors.pool import GeneratorPool, ReferencePool, RewardPool, actor
-from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
 from common.config import Config, ModelSourceConfig, UserError
 from common.journal import Journal
@@ -28,8 +27,9 @@ from deploy.progress import Progress
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
 from learner.evaluation import Answer, Evaluation
-from learner.group import LearnerGroup
+from learner.group import AdapterReference, LearnerGroup
 from learner.learner import Learner
+from learner.roles import Reference
 from learner.train_loop import Run, train
 
 
@@ -74,17 +74,23 @@ async def _train(
 ) -> list[Evaluation]:
     """Starts every role, joins them in a Run, and trains."""
     start = Starter(cfg.ray, on_loss=progress.lost)
-    path, temperature = cfg.model.path, cfg.sampling.temperature
     learner = LearnerGroup(
         [actor(Learner, cfg.learner).remote(cfg) for _ in range(cfg.learner.ranks)], timeout_s=cfg.learner.timeout_s
     )
-    generators, rewards, references, _ = await asyncio.gather(
+
+    async def start_reference() -> tuple[Reference, int]:
+        if cfg.learner.lora is not None:
+            return AdapterReference(learner), 0
+        pool = await start.references(cfg)
+        return ReferencePool(pool), len(pool)
+
+    generators, rewards, (reference, references), _ = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-        start.pool(Reward, cfg.reward, cfg.reward, model=path, judges=cfg.evaluation.judges),
-        start.pool(ReferencePolicy, cfg.reference, cfg.reference, model=path, temperature=temperature),
+        start.pool(Reward, cfg.reward, cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
+        start_reference(),
         learner.start(cfg.ray.startup_timeout_s),
     )
-    progress.ready(generators=len(generators), rewards=len(rewards), references=len(references))
+    progress.ready(generators=len(generators), rewards=len(rewards), references=references)
 
     def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
         write_answers(directory / f"answers/version-{evaluation.policy_version:06d}.jsonl", answers, policy.tokenizer)
@@ -97,7 +103,7 @@ async def _train(
         heldout=heldout,
         generators=GeneratorPool(generators),
         reward=RewardPool(rewards),
-        reference=ReferencePool(references),
+        reference=reference,
         learner=learner,
         on_step=progress.step,
         on_evaluation=evaluated,

@@ -228,7 +228,7 @@ def _service(cfg: RewardTrainingConfig, directory: Path) -> SourcesConfig:
         name=SOURCE,
         model=str((directory / "model").resolve()),
         max_tokens=longest,
-        max_batch_tokens=max(longest, cfg.learner.micro_batch_tokens),
+        max_batch_tokens=max(longest, 2048),
     )
     return SourcesConfig(sources=(model,), threads=cfg.learner.threads, gpus=cfg.learner.gpus)
 

@@ -50,7 +50,7 @@ def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -
     """Fills network and optimizer, whatever the number of ranks that wrote them, and returns the numbers. Every rank
     must call it. Like the code beside it a checkpoint is trusted: torch reads its index with pickle."""
     model_state, optimizer_state = get_state_dict(network, optimizer, options=_OPTIONS)
-    state = {"network": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"network": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     set_state_dict(
         network,

@@ -50,9 +50,7 @@ class Ranks:
             shares[least].append(index)
         return [sorted(share) for share in shares]
 
-    def micro_batches(
-        self, costs: Sequence[int], group: Callable[[list[int]], list[list[int]]]
-    ) -> list[list[int]]:
+    def micro_batches(self, costs: Sequence[int], group: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
         """This rank's share of the indices, in micro-batches; `group` makes groups of places in a share.
 
         Every rank gets the same number of them, since all gather and reduce together: the last ones may be empty.
@@ -80,13 +78,16 @@ class Ranks:
 
 
 def shard(network: nn.Module, exact: Iterable[nn.Module], *, precision: str, device: torch.device) -> None:
-    """Spreads parameters, and with them gradients and optimizer state, over all ranks (FSDP2; ZeRO-3, arXiv:1910.02054).
+    """Spreads parameters, and with them gradients and optimizer state, over all ranks (FSDP2, after ZeRO-3,
+    arXiv:1910.02054).
 
     Layer by layer, so that a device holds its share and one whole layer. Forward and backward passes gather a layer in
     `precision`; gradients are averaged over ranks in float32. The `exact` modules are gathered in float32.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32
+    )
     for module in exact:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for module in network.modules():
@@ -107,9 +108,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     Raises RuntimeError if it is not finite: the run stops here, while weights and checkpoint are still sound.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient's norm is not finite ({norm.item()}): nothing was updated; lower the learning rate")
+        raise RuntimeError(
+            f"the gradient's norm is not finite ({norm.item()}): nothing was updated; lower the learning rate"
+        )
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()

@@ -47,17 +47,19 @@ async def evaluate(
     prompts: Sequence[Prompt],
     generators: Generators,
     reward: Reward,
-    reference: Reference,
+    reference: Reference | None,
     cfg: EvaluationConfig,
     *,
     policy_version: int,
     max_void_share: float = 1.0,
 ) -> tuple[Evaluation, list[Answer]]:
-    """Asks every prompt once. Nothing of it is journalled or trained on. Raises UserError when more than
-    `max_void_share` of the answers cannot be scored."""
+    """Asks every prompt once. Nothing of it is journalled or trained on. `reference` is None if the policy itself is.
+    Raises UserError when more than `max_void_share` of the answers cannot be scored."""
 
     async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
         rollout = await generators.generate(prompt)
+        if reference is None:
+            return rollout, await reward.judge(rollout), rollout.rollout_logprobs
         return rollout, *await asyncio.gather(reward.judge(rollout), reference.logprobs(rollout))
 
     answers = await asyncio.gather(*(ask(prompt) for prompt in prompts))

@@ -6,16 +6,22 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayTaskError
+from torch.distributed import DistError
 
+from common.batching import Batcher
 from common.config import UserError
 from common.preferences import Pair
+from common.types import Rollout
+
+# Once a rank has failed, how long the others may take to say what they know of it, seconds.
+_AFTERMATH_S = 10.0
 
 
 class RankGroup:
@@ -55,7 +61,7 @@ class RankGroup:
         return stats[0]
 
     async def save(self, directory: Path) -> None:
-        await self._wait("save a checkpoint", [self._ranks[0].save.remote(directory.resolve())])
+        await self._wait("save a checkpoint", [rank.save.remote(directory.resolve()) for rank in self._ranks])
 
     async def restore(self, directory: Path) -> None:
         steps = await self._wait(
@@ -64,28 +70,84 @@ class RankGroup:
         self._step = steps[0]
 
     async def _wait(self, what: str, calls: list[Any], *, timeout_s: float | None = None) -> list[Any]:
+        """All answers. Of several errors the one that the others follow from is raised: when a rank fails, those that
+        wait for it lose their connection, and may say so first."""
         limit = timeout_s or self._timeout_s
-        try:
-            return await asyncio.wait_for(asyncio.gather(*calls), limit)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):  # it is the user's to mend, without the trace of a process
-                raise error.cause from None
-            raise
-        except TimeoutError as error:
-            raise RuntimeError(f"the learner did not {what} at step {self._step} within {limit:g} s") from error
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        done, _ = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.exception() for task in done):
+            done, _ = await asyncio.wait(tasks, timeout=min(limit, _AFTERMATH_S))
+        errors = {rank: task.exception() for rank, task in enumerate(tasks) if task in done and task.exception()}
+        if errors:
+            rank = min(errors, key=lambda rank: _follows(errors[rank]))
+            error = errors[rank]
+            if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+                raise error.cause from None  # it is the user's to mend, without the trace of a process
+            if len(self._ranks) > 1:
+                error.add_note(f"rank {rank} of {len(self._ranks)} did not {what} at step {self._step}")
+            raise error
+        if len(done) < len(tasks):
+            missing = [rank for rank, task in enumerate(tasks) if task not in done]
+            raise self._late(what, limit, missing)
+        return [task.result() for task in tasks]
+
+    def _late(self, what: str, limit: float, ranks: Sequence[int] = ()) -> RuntimeError:
+        who = f" (rank {', '.join(map(str, ranks))})" if len(self._ranks) > 1 and ranks else ""
+        return RuntimeError(f"the learner{who} did not {what} at step {self._step} within {limit:g} s")
 
 
 class LearnerGroup(RankGroup):
     """`learner.roles.LearnerGroup` over the actors of the ranks."""
 
-    async def publish(self) -> Any:
-        """The object reference of a WeightSet. As a call's result it is owned here and outlives the rank."""
-        version, weights = self._ranks[0].publish.options(num_returns=2).remote()
-        await self._wait("publish weights", [version])
-        return weights
+    async def publish(self) -> AsyncIterator[Any]:
+        """Object references of the newest weights' Buckets, as rank 0 packs them. Every rank takes part: gathering
+        what is sharded takes all of them. As results of a call the buckets are owned here: they outlive the rank, and
+        are freed once nobody holds their references.
+
+        A bucket itself is never waited for, since that would fetch it: its number, which follows it, is.
+        """
+        streams = [rank.publish.options(num_returns="streaming").remote() for rank in self._ranks]
+        first, bucket = streams[0], None
+        while streams:
+            # In a thread: the stream's own asynchronous iteration would fetch the buckets too.
+            waiting = asyncio.to_thread(ray.wait, streams, timeout=self._timeout_s, fetch_local=False)
+            ready, _ = await waiting
+            if not ready:
+                raise self._late("publish weights", self._timeout_s)
+            item = next(ready[0], None)
+            if item is None:  # this rank is done; a bucket without a number is its error in a bucket's place
+                streams.remove(ready[0])
+                if ready[0] is first and bucket is not None:
+                    await self._wait("publish weights", [bucket])
+            elif ready[0] is first and bucket is None:
+                bucket = item
+            else:  # a bucket's number, or the error of another rank
+                await self._wait("publish weights", [item])
+                if ready[0] is first:
+                    yield bucket
+                    bucket = None
 
     async def save_policy(self, directory: Path) -> None:
-        await self._wait("save the policy", [self._ranks[0].save_policy.remote(directory.resolve())])
+        await self._wait("save the policy", [rank.save_policy.remote(directory.resolve()) for rank in self._ranks])
+
+    async def ref_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """With LoRA: log-probabilities of each response without the adapters, float32 [R], nats."""
+        shared = ray.put(list(rollouts))
+        answers = await self._wait("measure rollouts", [rank.ref_logprobs.remote(shared) for rank in self._ranks])
+        return answers[0]
+
+
+class AdapterReference:
+    """`learner.roles.Reference` of a policy with LoRA adapters: the learner's own ranks, with the adapters off."""
+
+    def __init__(self, learner: LearnerGroup) -> None:
+        self._batcher: Batcher[Rollout, np.ndarray] = Batcher(
+            learner.ref_logprobs, num_tokens=lambda rollout: rollout.num_tokens, max_tokens=1 << 16, window_s=0.05
+        )
+
+    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+        """float32 [R], nats."""
+        return await self._batcher.submit(rollout)
 
 
 class RewardTrainerGroup(RankGroup):
@@ -93,15 +155,21 @@ class RewardTrainerGroup(RankGroup):
 
     async def scores(self, pairs: Sequence[Pair]) -> np.ndarray:
         """float32 [N, 2]; the ranks share the pairs."""
-        world = len(self._ranks)
-        parts = [rank.scores.remote(pairs[index::world]) for index, rank in enumerate(self._ranks)]
-        scores = np.empty((len(pairs), 2), dtype=np.float32)
-        for index, part in enumerate(await self._wait("score pairs", parts)):
-            scores[index::world] = part
-        return scores
+        shared = ray.put(list(pairs))
+        scores = await self._wait("score pairs", [rank.scores.remote(shared) for rank in self._ranks])
+        return scores[0]
 
     async def save_model(self, directory: Path) -> None:
-        await self._wait("save the reward model", [self._ranks[0].save_model.remote(directory.resolve())])
+        calls = [rank.save_model.remote(directory.resolve()) for rank in self._ranks]
+        await self._wait("save the reward model", calls)
+
+
+def _follows(error: BaseException | None) -> bool:
+    """Whether this is what a rank says that waited for another one, rather than what went wrong."""
+    if not isinstance(error, RayTaskError):
+        return False  # the process itself is gone
+    text = str(error.cause)
+    return isinstance(error.cause, DistError) or any(sign in text for sign in ("gloo", "Connection", "NCCL"))
 
 
 def _rendezvous(first: Any) -> str:

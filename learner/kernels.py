@@ -6,12 +6,16 @@ and about half as many values kept for the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
+
+Forward = Callable[[Any, Tensor], Tensor]
 
 
 def install(model: PreTrainedModel) -> int:
@@ -106,15 +110,15 @@ def _linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
     return cast_linear(x, self.weight, self.bias)
 
 
-def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _gated_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
-def _replacement(module: nn.Module):
+def _replacement(module: nn.Module) -> Forward | None:
     if type(module) is nn.Linear:
         return _linear_forward
     if hasattr(module, "weight") and hasattr(module, "variance_epsilon"):
@@ -125,7 +129,7 @@ def _replacement(module: nn.Module):
 
 
 @torch.no_grad()
-def _same(module: nn.Module, forward) -> bool:
+def _same(module: Any, forward: Forward) -> bool:
     """Whether the replacement gives what the module itself gives, on a few inputs of its own width."""
     weight = module.gate_proj.weight if forward is _gated_forward else module.weight
     generator = torch.Generator().manual_seed(0)

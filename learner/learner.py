@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from common.metrics import Metrics
 from common.models import find_device, model_size, resolve_model, save_policy
 from common.sequences import Sequences, packed_batches
 from common.types import Rollout
-from common.weights import WeightSet, pack
+from common.weights import Bucket, buckets
 from learner import lora
 from learner.advantages import gae
 from learner.checkpoint import load_checkpoint, save_checkpoint
@@ -130,9 +130,16 @@ class Learner:
         self._ranks.sum(result)
         return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]
 
-    def publish(self) -> tuple[int, WeightSet]:
-        """The policy's version, and its weights apart from it: a caller may wait for the one and pass the other on."""
-        return self.policy_version, pack(self.network.policy_tensors(), self.policy_version)
+    def publish(self) -> Iterator[Bucket | int]:
+        """The policy's weights bucket by bucket, each followed by its number: a caller may wait for the number and
+        pass the bucket on unseen. Ranks other than the first help to gather them, and give nothing."""
+        tensors = self.network.policy_tensors()
+        if self._ranks.rank > 0:
+            deque(tensors, maxlen=0)
+            return
+        for bucket in buckets(tensors, self.policy_version):
+            yield bucket
+            yield bucket.index
 
     def save(self, directory: Path) -> None:
         """Every rank writes its share."""
@@ -157,9 +164,7 @@ class Learner:
             if self.cfg.learner.lora:
                 lora.save(adapters, self.cfg.learner.lora, str(base), directory.with_name("adapter"))
 
-    def _targets(
-        self, batch: ExperienceBatch, plan: MicroBatches, first: Outputs | None, metrics: Metrics
-    ) -> Targets:
+    def _targets(self, batch: ExperienceBatch, plan: MicroBatches, first: Outputs | None, metrics: Metrics) -> Targets:
         """Old log-probabilities and values, rewards, GAE, whitening, over the whole batch. Every rank computes the
         forward passes of its share, and the rest in full."""
         cfg, mask = self.cfg.ppo, batch.mask
@@ -171,6 +176,8 @@ class Learner:
                 old_values[rows, : values.shape[1]] = values.cpu()
         self._ranks.sum(old_logprobs)
         self._ranks.sum(old_values)
+        if self.step > 0 and bool((batch.by_reference & mask.any(1)).any()):
+            raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
         ref_logprobs = torch.where(batch.by_reference[:, None], old_logprobs, batch.ref_logprobs)
         kl = KL_ESTIMATORS[self.cfg.kl.estimator](old_logprobs, ref_logprobs)
         rewards = token_rewards(self._shaped_scores(batch.scores, metrics), kl, mask, kl_coef=self.kl_controller.coef)

@@ -51,7 +51,7 @@ def merged(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
     layer = model.get_submodule(module_name) if module_name else None
     if kind != "weight" or not isinstance(layer, LoraLayer):
         return weight
-    down, up = (whole(part[_NAME].weight).float() for part in (layer.lora_A, layer.lora_B))
+    down, up = (whole(part.get_parameter(f"{_NAME}.weight")).float() for part in (layer.lora_A, layer.lora_B))
     return torch.addmm(weight.float(), up, down, alpha=layer.scaling[_NAME])
 
 
@@ -75,7 +75,7 @@ def save(adapters: dict[str, Tensor], cfg: LoRAConfig, base: str, directory: Pat
     save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "adapter_model.safetensors")
     peft_config = _peft_config(cfg)
     peft_config.base_model_name_or_path = base
-    peft_config.save_pretrained(directory)
+    peft_config.save_pretrained(str(directory))
 
 
 def _peft_config(cfg: LoRAConfig) -> LoraConfig:

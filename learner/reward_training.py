@@ -188,7 +188,8 @@ class RewardTrainer:
         )
 
 
-_SHORT = Pair(*(np.zeros(1, dtype=np.int32) for _ in range(3)))
+_ONE_TOKEN = np.zeros(1, dtype=np.int32)
+_SHORT = Pair(_ONE_TOKEN, _ONE_TOKEN, _ONE_TOKEN)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from common.types import Prompt, Rollout, Score, Void
 class Generators(Protocol):
     async def generate(self, prompt: Prompt) -> Rollout: ...
 
-    async def load(self, weights: Any, version: int) -> None:
+    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
         """Returns when every routable replica has verified and holds `version`."""
 
 
@@ -36,8 +37,9 @@ class LearnerGroup(Protocol):
 
     async def update(self, table: pa.Table) -> dict[str, float]: ...
 
-    async def publish(self) -> Any:
-        """A handle to the newest weights, for `Generators.load`; tensors do not pass through the caller."""
+    def publish(self) -> AsyncIterator[Any]:
+        """Handles to the newest weights, bucket by bucket as they are packed, for `Generators.load`; tensors do not
+        pass through the caller."""
 
     async def save(self, directory: Path) -> None: ...
 

@@ -16,7 +16,7 @@ from common.config import Config
 from common.journal import Journal, JournalError
 from common.metrics import append_record, read_records
 from common.prompts import PromptStream
-from common.types import Experience, Prompt, Void, experience_table
+from common.types import Experience, Prompt, Rollout, Void, experience_table
 from learner.checkpoint import Checkpoints
 from learner.evaluation import Answer, Evaluation, evaluate
 from learner.roles import Generators, LearnerGroup, Reference, Reward
@@ -82,7 +82,7 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
 
     stats = await run.learner.update(table)
     clock.lap("learn")
-    await run.generators.load(await run.learner.publish(), run.learner.step)
+    await run.generators.load(run.learner.publish(), run.learner.step)
     clock.lap("publish")
     record = {"step": step, **_rollout_metrics(table, len(voids), policy_version=step), **stats, **clock.laps}
     append_record(run.directory / "metrics.jsonl", record)  # before the checkpoint, after which no replay would do it
@@ -103,11 +103,11 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     async def one_rollout(prompt: Prompt) -> Experience | Void:
         rollout = await run.generators.generate(prompt)
         clock.text_written()
-        score, ref_logprobs = await asyncio.gather(run.reward.score(rollout), run.reference.logprobs(rollout))
+        score, ref_logprobs = await asyncio.gather(run.reward.score(rollout), _ref_logprobs(run, rollout))
         if isinstance(score, Void):
             return score
         for name, logprobs in (("generator", rollout.rollout_logprobs), ("reference", ref_logprobs)):
-            if not np.isfinite(logprobs).all():  # in the journal it would break every replay
+            if logprobs is not None and not np.isfinite(logprobs).all():  # in the journal it would break every replay
                 return Void(prompt.sample_id, f"the {name} gave a log-probability that is not finite")
         return Experience(rollout, score, ref_logprobs)
 
@@ -118,6 +118,13 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
         while True:
             ticket = await buffer.admit()
             rollouts.create_task(fill(ticket, run.prompts.next()))
+
+
+async def _ref_logprobs(run: Run, rollout: Rollout) -> np.ndarray | None:
+    """None in the first step of a run: the policy that wrote the rollout and will learn from it is the reference."""
+    if run.learner.step == 0 and run.cfg.max_staleness == 0:
+        return None
+    return await run.reference.logprobs(rollout)
 
 
 async def recover(run: Run) -> None:
@@ -142,7 +149,7 @@ async def recover(run: Run) -> None:
     if (last := run.journal.last()) is None:
         return  # a new run
     run.prompts.restore(last.prompts)
-    await run.generators.load(await run.learner.publish(), run.learner.step)
+    await run.generators.load(run.learner.publish(), run.learner.step)
 
 
 async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
@@ -155,7 +162,7 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
         run.heldout,
         run.generators,
         run.reward,
-        run.reference,
+        run.reference if step else None,  # version 0 is the reference
         run.cfg.evaluation,
         policy_version=step,
         max_void_share=run.cfg.reward.max_void_share,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,14 @@ class FakeRoles:
         self.updating = False
         return {"ppo/entropy": 1.0}
 
-    async def publish(self) -> str:
-        await asyncio.sleep(0.003)
+    async def publish(self) -> AsyncIterator[str]:
         self.events.append(f"publish v{self.step}")
-        return f"weights {self.step}"
+        for index in range(2):
+            await asyncio.sleep(0.002)
+            yield f"bucket {index} of {self.step}"
 
-    async def load(self, weights: Any, version: int) -> None:
-        assert weights == f"weights {version}"
+    async def load(self, weights: AsyncIterator[str], version: int) -> None:
+        assert [bucket async for bucket in weights] == [f"bucket {index} of {version}" for index in range(2)]
         await asyncio.sleep(0.003)  # long enough for a rollout that was let in too early to be written
         self.events.append(f"load v{version}")
         self.version = version

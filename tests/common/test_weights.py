@@ -1,13 +1,14 @@
-"""Packing and unpacking weights: bit for bit, in bounded buckets, and never a corrupt one."""
+"""Packing and receiving weights: bit for bit, in bounded buckets packed one at a time, and never a corrupt set."""
 
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from common.weights import CorruptWeightsError, WeightSet, pack
+from common.weights import Arrivals, CorruptWeightsError, buckets
 
 
 def bits(tensor):
@@ -20,100 +21,194 @@ def some_tensors():
     return [(name, torch.randn(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()]
 
 
-def read_only(weights):
-    """As Ray hands it over: arrays whose memory may not be written to."""
+def three_buckets(version=12):
+    # Bytes: embed 80, scalar 2, norm 8, cube 60, one 2, head 56; an eighty-byte bucket takes 80 | 2 + 8 + 60 + 2 | 56.
+    return list(buckets(some_tensors(), version, bucket_bytes=80))
+
+
+def unpack(packed):
+    return [pair for bucket in packed for pair in bucket.tensors()]
+
+
+def receive(packed, version):
+    arrivals = Arrivals()
+    for bucket in packed:
+        arrivals.add(bucket)
+    arrivals.check_whole(version)
+
+
+def read_only(bucket):
+    """As Ray hands it over: an array whose memory may not be written to."""
     buffers = []
-    data = pickle.dumps(weights, protocol=5, buffer_callback=buffers.append)
+    data = pickle.dumps(bucket, protocol=5, buffer_callback=buffers.append)
     copy = pickle.loads(data, buffers=[bytes(buffer.raw()) for buffer in buffers])
-    assert not any(bucket.flags.writeable for bucket in copy.buckets)
+    assert not copy.values.flags.writeable
     return copy
 
 
 def test_every_bf16_bit_pattern_survives_the_round_trip():
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16)  # infinities, every NaN and both zeros among them
-    weights = pack([("all", patterns.view(torch.bfloat16).reshape(256, 256))], 3)
-    weights.verify()
-    ((name, tensor),) = weights.tensors()
-    assert (name, tensor.shape, tensor.dtype, weights.version) == ("all", (256, 256), torch.bfloat16, 3)
+    packed = list(buckets([("all", patterns.view(torch.bfloat16).reshape(256, 256))], 3))
+    receive(packed, 3)
+    ((name, tensor),) = unpack(packed)
+    assert (name, tensor.shape, tensor.dtype) == ("all", (256, 256), torch.bfloat16)
     assert bits(tensor) == patterns.tolist()
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 7, 80, 81, 10_000])
 def test_names_shapes_order_and_bits_come_back_and_buckets_stay_within_bounds(bucket_bytes):
     named = some_tensors()
-    weights = pack(named, 1, bucket_bytes=bucket_bytes)
-    weights.verify()
-    found = list(weights.tensors())
-    assert [(n, t.shape, bits(t)) for n, t in found] == [(n, t.shape, bits(t)) for n, t in named]
-    for number, bucket in enumerate(weights.buckets):
-        inside = [entry for entry in weights.entries if entry.bucket == number]
-        assert bucket.nbytes <= bucket_bytes or len(inside) == 1
+    packed = list(buckets(named, 1, bucket_bytes=bucket_bytes))
+    receive(packed, 1)
+    assert [(n, t.shape, bits(t)) for n, t in unpack(packed)] == [(n, t.shape, bits(t)) for n, t in named]
+    assert all(bucket.values.nbytes <= bucket_bytes or len(bucket.entries) == 1 for bucket in packed)
     if bucket_bytes == 10_000:
-        assert len(weights.buckets) == 1
+        assert len(packed) == 1
 
 
-def test_buckets_are_filled_in_order():
-    # Bytes: embed 80, scalar 2, norm 8, cube 60, one 2, head 56; an eighty-byte bucket takes 80 | 2 + 8 + 60 + 2 | 56.
-    weights = pack(some_tensors(), 1, bucket_bytes=80)
-    assert [bucket.nbytes for bucket in weights.buckets] == [80, 72, 56]
-    assert [(e.bucket, e.offset) for e in weights.entries] == [(0, 0), (1, 0), (1, 1), (1, 5), (1, 35), (2, 0)]
+def test_buckets_are_filled_in_order_and_the_last_one_says_so():
+    packed = three_buckets()
+    assert [bucket.values.nbytes for bucket in packed] == [80, 72, 56]
+    assert [[entry.offset for entry in bucket.entries] for bucket in packed] == [[0], [0, 1, 5, 35], [0]]
+    assert [(bucket.version, bucket.index, bucket.last) for bucket in packed] == [
+        (12, 0, False), (12, 1, False), (12, 2, True),
+    ]  # fmt: skip
+
+
+def test_a_tensor_is_asked_for_only_when_those_before_it_are_packed():
+    asked = []
+
+    def named_tensors():
+        for name, tensor in some_tensors():
+            asked.append(name)
+            yield name, tensor
+
+    stream = buckets(named_tensors(), 1, bucket_bytes=80)
+    assert asked == []
+    seen = [(len(bucket.entries), list(asked)) for bucket in stream]
+    # One more than is packed is known each time: the tensor that did not fit.
+    assert seen[0] == (1, ["embed", "scalar"])
+    assert seen[1] == (4, ["embed", "scalar", "norm", "cube", "one", "head"])
+    assert seen[2] == (1, ["embed", "scalar", "norm", "cube", "one", "head"])
 
 
 def test_float32_parameters_are_rounded_to_the_nearest_bf16():
     # bf16 steps by 2^-7 above 1. Half a step is a tie and goes to the even neighbour: 1 + 2^-8 down, 1 + 3 * 2^-8 up.
     parameter = torch.nn.Parameter(torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -0.1]))
-    ((_, tensor),) = pack([("p", parameter)], 0).tensors()
+    ((_, tensor),) = unpack(buckets([("p", parameter)], 0))
     assert tensor.tolist() == [1.0, 1 + 2**-6, 1 + 2**-7, -0.10009765625]
     assert not tensor.requires_grad
 
 
 def test_strided_tensors_are_packed_in_the_order_they_are_read():
     tensor = torch.arange(6.0).reshape(2, 3)
-    found = dict(pack([("t", tensor.T), ("skip", tensor[:, ::2])], 0).tensors())
+    found = dict(unpack(buckets([("t", tensor.T), ("skip", tensor[:, ::2])], 0)))
     assert found["t"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     assert found["skip"].tolist() == [[0.0, 2.0], [3.0, 5.0]]
 
 
-def test_a_weight_set_does_not_follow_later_updates_of_the_parameters():
+def test_buckets_do_not_follow_later_updates_of_the_parameters_or_each_other():
     tensor = torch.ones(3, dtype=torch.bfloat16)
-    weights = pack([("t", tensor)], 0)
+    packed = list(buckets([("t", tensor), ("u", tensor + 1)], 0, bucket_bytes=6))
     tensor.zero_()
-    assert next(weights.tensors())[1].tolist() == [1.0, 1.0, 1.0]
+    assert [t.tolist() for _, t in unpack(packed)] == [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
 
 
-@pytest.mark.parametrize(("bucket", "value", "bit"), [(0, 0, 0), (0, 39, 15), (1, 17, 7), (2, 27, 8)])
-def test_one_flipped_bit_is_refused(bucket, value, bit):
-    weights = pack(some_tensors(), 12, bucket_bytes=80)
-    damaged = [array.copy() for array in weights.buckets]
-    damaged[bucket].view(np.uint16)[value] ^= 1 << bit
-    weights.verify()
-    with pytest.raises(CorruptWeightsError, match=rf"version 12: bucket {bucket} "):
-        WeightSet(12, weights.entries, tuple(damaged), weights.checksums).verify()
+@pytest.mark.parametrize(("index", "value", "bit"), [(0, 0, 0), (0, 39, 15), (1, 17, 7), (2, 27, 8)])
+def test_one_flipped_bit_is_refused(index, value, bit):
+    packed = three_buckets()
+    receive(packed, 12)
+    damaged = packed[index].values.copy()
+    damaged.view(np.uint16)[value] ^= 1 << bit
+    packed[index] = replace(packed[index], values=damaged)
+    with pytest.raises(CorruptWeightsError, match=rf"version 12: bucket {index} has checksum"):
+        receive(packed, 12)
 
 
-def test_swapped_buckets_are_refused():
-    weights = pack([("a", torch.ones(4)), ("b", torch.zeros(4))], 0, bucket_bytes=8)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 13},
+        {"index": 0},
+        {"last": True},
+        {"entries": (replace(three_buckets()[1].entries[0], name="other"), *three_buckets()[1].entries[1:])},
+        {"entries": three_buckets()[1].entries[:-1]},
+    ],
+    ids=str,
+)
+def test_what_is_said_about_the_values_is_part_of_the_checksum(change):
+    packed = three_buckets()
+    with pytest.raises(CorruptWeightsError, match="has checksum"):
+        replace(packed[1], **change).verify()
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([], "not whole: 0 buckets"),
+        ([0, 1], "the last one not among them"),
+        ([0], "the last one not among them"),
+        ([1, 2], "bucket 1 came where bucket 0 of version -1 was due"),
+        ([0, 2], "bucket 2 came where bucket 1 of version 12 was due"),
+        ([0, 2, 1], "bucket 2 came where bucket 1"),
+        ([0, 1, 1, 2], "bucket 1 came where bucket 2"),
+        ([0, 1, 2, 2], "bucket 2 came where nothing more was due"),
+        ([0, 1, 2, 1], "bucket 1 came where nothing more was due"),
+    ],
+    ids=str,
+)
+def test_a_set_with_a_lost_doubled_or_reordered_bucket_is_refused(order, message):
+    packed = three_buckets()
+    with pytest.raises(CorruptWeightsError, match=message):
+        receive([packed[index] for index in order], 12)
+
+
+def test_a_set_of_mixed_versions_is_refused():
+    old, new = three_buckets(11), three_buckets(12)
+    with pytest.raises(CorruptWeightsError, match="version 11: bucket 1 came where bucket 1 of version 12"):
+        receive([new[0], old[1], new[2]], 12)
+    with pytest.raises(CorruptWeightsError, match="version 12 is not whole: 3 buckets of version 11 came"):
+        receive(old, 12)
+
+
+def test_a_name_that_comes_twice_is_refused():
+    packed = list(buckets([("a", torch.ones(2)), ("b", torch.ones(2)), ("a", torch.zeros(2))], 4, bucket_bytes=4))
+    with pytest.raises(CorruptWeightsError, match="version 4: a came twice"):
+        receive(packed, 4)
+
+
+def test_after_a_refusal_nothing_counts_until_the_set_begins_anew():
+    arrivals, packed = Arrivals(), three_buckets()
+    arrivals.add(packed[0])
     with pytest.raises(CorruptWeightsError):
-        WeightSet(0, weights.entries, weights.buckets[::-1], weights.checksums).verify()
+        arrivals.add(packed[2])
+    for late in packed[1:]:
+        with pytest.raises(CorruptWeightsError, match="bucket 0 of version -1 was due"):
+            arrivals.add(late)
+    with pytest.raises(CorruptWeightsError, match="not whole"):
+        arrivals.check_whole(12)
+    for bucket in [packed[0], packed[1], *three_buckets(13)]:  # one more that breaks off, and a good one
+        arrivals.add(bucket)
+    arrivals.check_whole(13)
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_read_only_buckets_are_read_in_place():
-    weights = read_only(pack(some_tensors(), 1, bucket_bytes=80))
-    weights.verify()
-    found = list(weights.tensors())
-    assert [(n, bits(t)) for n, t in found] == [(n, bits(t)) for n, t in some_tensors()]
-    for entry, (_, tensor) in zip(weights.entries, found, strict=True):
-        assert tensor.data_ptr() == weights.buckets[entry.bucket].ctypes.data + 2 * entry.offset
+    packed = [read_only(bucket) for bucket in three_buckets()]
+    receive(packed, 12)
+    assert [(n, bits(t)) for n, t in unpack(packed)] == [(n, bits(t)) for n, t in some_tensors()]
+    for bucket in packed:
+        for entry, (_, tensor) in zip(bucket.entries, bucket.tensors(), strict=True):
+            assert tensor.data_ptr() == bucket.values.ctypes.data + 2 * entry.offset
 
 
 def test_reading_read_only_buckets_gives_no_warning():
-    weights = read_only(pack(some_tensors(), 1))
+    [bucket] = map(read_only, buckets(some_tensors(), 1))
     torch.set_warn_always(True)  # else PyTorch says it once per process, perhaps in an earlier test
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            list(weights.tensors())
+            list(bucket.tensors())
     finally:
         torch.set_warn_always(False)
 
@@ -122,6 +217,6 @@ def test_reading_read_only_buckets_gives_no_warning():
 def test_a_tensor_without_values_may_stand_anywhere(place):
     named = [("a", torch.ones(2)), ("b", torch.ones(3))]
     named.insert(place, ("empty", torch.empty(0, 5)))
-    weights = pack(named, 0, bucket_bytes=4)
-    weights.verify()
-    assert [(n, tuple(t.shape)) for n, t in weights.tensors()] == [(n, tuple(t.shape)) for n, t in named]
+    packed = list(buckets(named, 0, bucket_bytes=4))
+    receive(packed, 0)
+    assert [(n, tuple(t.shape)) for n, t in unpack(packed)] == [(n, tuple(t.shape)) for n, t in named]

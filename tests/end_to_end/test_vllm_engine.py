@@ -13,11 +13,11 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.config import GeneratorsConfig, SamplingConfig
 from common.types import Rollout, SampleId
-from common.weights import CorruptWeightsError, WeightSet, pack
+from common.weights import Bucket, CorruptWeightsError, buckets
 from tests.fakes import END, make_prompt, save_tiny_model
 
 pytestmark = pytest.mark.ray
@@ -25,25 +25,62 @@ pytestmark = pytest.mark.ray
 PROMPTS = [make_prompt(i, (3, *range(4, 5 + i % 7))) for i in range(12)]
 
 
-def perturbed(model_dir, version: int) -> WeightSet:
-    """Weights far enough from the start that no tolerance hides a missed tensor: every one of them moves."""
+def save_model_with_biases(directory):
+    """A random two-layer Qwen2: q, k and v have biases, and vLLM pads its vocabulary of 70 to 128."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=70,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=END,
+        initializer_range=0.05,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+MODELS = {
+    "tied": lambda directory: save_tiny_model(directory, tied=True),
+    "untied": lambda directory: save_tiny_model(directory, tied=False),
+    "biases": save_model_with_biases,
+}
+
+
+def perturbed(model_dir, version: int, keep=slice(None)) -> list[Bucket]:
+    """Weights far enough from the start that no tolerance hides a missed tensor: every one of them moves. In buckets
+    so small that q, k and v, which vLLM merges, come in different ones."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     torch.manual_seed(version)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    return pack(model.named_parameters(), version)
+    return list(buckets(list(model.named_parameters())[keep], version, bucket_bytes=10_000))
 
 
-def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", **sampling):
-    """Runs `scenario` in a fresh process with a Generator over vLLM."""
+def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", way="packed", **sampling):
+    """Runs `scenario` in a fresh process with a Generator over vLLM, whose weights are updated in the given way."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_in_engine, model_dir, dtype, list(weight_sets), sampling, scenario).result(300)
+        return process.submit(_in_engine, model_dir, dtype, list(weight_sets), sampling, scenario, way).result(300)
 
 
-def _in_engine(model_dir, dtype, weight_sets, sampling, scenario):
+def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
+    from actors import vllm_engine
     from actors.generator import Generator
     from actors.vllm_engine import VLLMEngine
+
+    def not_stageable(self, *args):
+        raise vllm_engine.NotStageableError("told so")
+
+    if way == "plain":  # layers without packed copies
+        vllm_engine.ops._supports_onednn = False
+    elif way == "reloaded":
+        vllm_engine.PackedWeights.__init__ = not_stageable
 
     def make_engine():
         return VLLMEngine(
@@ -56,14 +93,22 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario):
 
     torch.set_num_threads(1)
     generator = Generator("Generator(0)", 7, make_engine)
+    # Otherwise the quick way is not what is tested.
+    assert type(generator._engine._weights).__name__ == ("ReloadedWeights" if way == "reloaded" else "PackedWeights")
     return asyncio.run(globals()[scenario](generator, weight_sets))
+
+
+async def load(generator, weights: list[Bucket]) -> int:
+    for bucket in weights:
+        await generator.stage(bucket)
+    return await generator.swap(weights[0].version)
 
 
 async def rollouts(generator, weight_sets) -> list[list[Rollout]]:
     """All prompts at once, before any update and after each."""
     results = [list(await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS)))]
     for weights in weight_sets:
-        assert await generator.load_weights(weights) == weights.version
+        assert await load(generator, weights) == weights[0].version
         results.append(list(await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS))))
     return results
 
@@ -73,18 +118,33 @@ async def one_by_one(generator, weight_sets) -> list[Rollout]:
 
 
 async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
-    """A corrupt set is refused and the old weights go on; a good one in mid-response marks the tokens after it."""
-    [weights] = weight_sets
-    bad = WeightSet(weights.version, weights.entries, weights.buckets, tuple(c ^ 1 for c in weights.checksums))
-    try:
-        await generator.load_weights(bad)
-        refused = "not refused"
-    except CorruptWeightsError as error:
-        refused = str(error)
+    """A set that breaks off and a corrupt one leave no trace; a good one in mid-response marks the tokens after it."""
+    broken_off, weights = weight_sets
+    for bucket in broken_off[:-1]:
+        await generator.stage(bucket)
+    refused = await refusal(load(generator, [*weights[:-1], replace(weights[-1], checksum=0)]))
     running = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
     await asyncio.sleep(0.05)  # some way into 100 tokens
-    await generator.load_weights(weights)
+    await load(generator, weights)
     return refused, list(await asyncio.gather(*running))
+
+
+async def refusal(action) -> str:
+    try:
+        await action
+    except CorruptWeightsError as error:
+        return str(error)
+    return "not refused"
+
+
+async def refused_updates(generator, weight_sets) -> tuple[list[str], list[Rollout], list[Rollout]]:
+    """All sets but the last are to be refused, while the old weights go on serving."""
+    *bad, good = weight_sets
+    running = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
+    refused = [await refusal(load(generator, weights)) for weights in bad]
+    before = [*await asyncio.gather(*running), *await asyncio.gather(*map(generator.generate, PROMPTS))]
+    await load(generator, good)
+    return refused, before, list(await asyncio.gather(*map(generator.generate, PROMPTS)))
 
 
 async def give_up(generator, weight_sets) -> list[Rollout]:
@@ -99,19 +159,21 @@ async def give_up(generator, weight_sets) -> list[Rollout]:
 
 async def incomplete_update(generator, weight_sets) -> list[str]:
     """Half the weights are missing; requests stand before and behind the update."""
-    [weights] = weight_sets
-    half = replace(weights, entries=weights.entries[::2])
-    calls = [generator.generate(PROMPTS[0]), generator.load_weights(half), generator.generate(PROMPTS[1])]
+    [half] = weight_sets
+    for bucket in half:
+        await generator.stage(bucket)
+    calls = [generator.generate(PROMPTS[0]), generator.swap(1), generator.generate(PROMPTS[1])]
     outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
     late = await asyncio.gather(generator.generate(PROMPTS[2]), return_exceptions=True)
     return [f"{type(outcome).__name__}: {outcome}" for outcome in [*outcomes, *late]]
 
 
-def hf_logprobs(model_dir, rollout: Rollout, weights: WeightSet | None, temperature: float = 1.0) -> np.ndarray:
+def hf_logprobs(model_dir, rollout: Rollout, weights: list[Bucket] | None, temperature: float = 1.0) -> np.ndarray:
     """From a fresh Hugging Face model, one unpadded row in float32, with the given weights."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if weights is not None:
-        missing = model.load_state_dict(dict(weights.tensors()), strict=False).missing_keys
+        tensors = dict(pair for bucket in weights for pair in bucket.tensors())
+        missing = model.load_state_dict(tensors, strict=False).missing_keys
         assert set(missing) <= {"lm_head.weight"}
     ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids]).astype(np.int64)
     with torch.no_grad():
@@ -121,14 +183,23 @@ def hf_logprobs(model_dir, rollout: Rollout, weights: WeightSet | None, temperat
 
 
 @pytest.mark.parametrize(
-    ("tied", "dtype", "atol"), [(True, "float32", 1e-4), (True, "bfloat16", 0.06), (False, "float32", 1e-4)]
+    ("model", "dtype", "way", "atol"),
+    [
+        ("tied", "float32", "packed", 1e-4),
+        ("tied", "bfloat16", "packed", 0.06),
+        ("untied", "float32", "packed", 1e-4),
+        ("biases", "float32", "packed", 1e-4),
+        ("biases", "float32", "plain", 1e-4),
+        ("tied", "float32", "reloaded", 1e-4),
+    ],
 )
-def test_after_an_update_logprobs_are_those_of_a_fresh_model(tmp_path, tied, dtype, atol):
-    model_dir = save_tiny_model(tmp_path / "model", tied=tied)
+def test_after_an_update_logprobs_are_those_of_a_fresh_model(tmp_path, model, dtype, way, atol):
+    model_dir = MODELS[model](tmp_path / "model")
     sets = [perturbed(model_dir, 1), perturbed(model_dir, 2)]
-    before, *after = in_engine(model_dir, dtype, sets, temperature=0.8)
+    assert len(sets[0]) > 5
+    before, *after = in_engine(model_dir, dtype, sets, way=way, temperature=0.8)
     for weights, batch in zip([None, *sets], [before, *after], strict=True):
-        version = weights.version if weights else 0
+        version = weights[0].version if weights else 0
         for rollout in batch:
             assert set(rollout.policy_versions) == {version}
             expected = hf_logprobs(model_dir, rollout, weights, temperature=0.8)
@@ -157,7 +228,7 @@ def test_an_update_in_flight_is_verified_and_stamped_on_the_tokens_after_it(tmp_
     refused, batch = in_engine(
         model_dir,
         "float32",
-        [perturbed(model_dir, 5)],
+        [perturbed(model_dir, 4), perturbed(model_dir, 5)],
         scenario="update_in_flight",
         max_new_tokens=100,
     )
@@ -177,9 +248,29 @@ def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):
     assert one.response_ids.tolist() == other.response_ids.tolist()
 
 
-def test_an_update_that_leaves_weights_out_ends_the_engine_and_nobody_waits_for_it(tmp_path):
+def test_sets_that_do_not_fit_the_model_are_refused_and_the_old_weights_go_on(tmp_path):
+    model_dir = MODELS["biases"](tmp_path / "model")
+    lacking = perturbed(model_dir, 1, keep=slice(None, None, 2))  # half of q, k and v: no merged layer is whole
+    foreign = list(buckets([("model.layers.0.self_attn.z_proj.weight", torch.ones(2))], 2))
+    misshapen = list(buckets([("model.layers.0.self_attn.q_proj.bias", torch.ones(63))], 3))
+    good = perturbed(model_dir, 4)
+    refused, before, after = in_engine(
+        model_dir, "float32", [lacking, foreign, misshapen, good], scenario="refused_updates"
+    )
+    assert "weights version 1 leaves out all or part of" in refused[0]
+    assert "model.layers.0.self_attn.qkv_proj.weight" in refused[0]
+    assert "z_proj.weight has the shape (2,), but the engine has no such weight" in refused[1]
+    assert "q_proj.bias has the shape (63,), but the engine has" in refused[2]
+    for version, weights, batch in ((0, None, before), (4, good, after)):
+        for rollout in batch:
+            assert set(rollout.policy_versions) == {version}
+            np.testing.assert_allclose(rollout.rollout_logprobs, hf_logprobs(model_dir, rollout, weights), atol=1e-4)
+
+
+def test_a_reload_that_leaves_weights_out_ends_the_engine_and_nobody_waits_for_it(tmp_path):
     model_dir = save_tiny_model(tmp_path / "model")
-    outcomes = in_engine(model_dir, "float32", [perturbed(model_dir, 1)], scenario="incomplete_update")
+    half = perturbed(model_dir, 1, keep=slice(None, None, 2))
+    outcomes = in_engine(model_dir, "float32", [half], way="reloaded", scenario="incomplete_update")
     assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 4
     assert "weights version 1" in outcomes[1]
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config import Config
 from common.types import experience_table
+from common.weights import Arrivals
 from learner.learner import Learner
 from tests.fakes import make_experience, save_tiny_model, tiny_config
 
@@ -391,12 +392,17 @@ def test_empty_and_one_token_responses_are_harmless(model):
 def test_published_weights_are_the_policy_rounded_to_bf16(model):
     learner = make_learner(model)
     learner.update(batch())
-    version, weights = learner.publish()
-    weights.verify()
+    published = list(learner.publish())
+    buckets = published[::2]
+    assert published[1::2] == list(range(len(buckets)))  # each bucket's number follows it
+    arrivals = Arrivals()
+    for bucket in buckets:
+        arrivals.add(bucket)
+    arrivals.check_whole(1)
     named = dict(learner.network.policy.named_parameters())
-    assert weights.version == version == 1
-    assert dict(weights.tensors()).keys() == named.keys()
-    assert all(torch.equal(t, named[name].detach().bfloat16()) for name, t in weights.tensors())
+    tensors = dict(pair for bucket in buckets for pair in bucket.tensors())
+    assert tensors.keys() == named.keys()
+    assert all(torch.equal(t, named[name].detach().bfloat16()) for name, t in tensors.items())
 
 
 def test_the_saved_policy_is_a_hugging_face_directory(model, tmp_path):

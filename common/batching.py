@@ -1,9 +1,9 @@
-"""Batched frozen forward passes: requests that arrive close together share a pass, under a token budget."""
+"""Batched forward passes: requests that arrive close together share a pass, under a token budget."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from common.sequences import token_batches
@@ -16,13 +16,13 @@ class Batcher(Generic[Item, Result]):
     """Turns many single requests into few batched calls of `run`.
 
     The first request of an idle batcher waits `window_s` for company; what arrives while a pass runs shares the next
-    one. Batches are of like lengths and hold at most `max_tokens`, padding included. One pass runs at a time, in a
-    thread, so that requests are still accepted meanwhile.
+    one. Batches are of like lengths and hold at most `max_tokens`, padding included. One pass runs at a time; `run`
+    must not keep the event loop, so that requests are still accepted meanwhile.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[Item]], Sequence[Result]],
+        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
         *,
         num_tokens: Callable[[Item], int],
         max_tokens: int,
@@ -53,7 +53,7 @@ class Batcher(Generic[Item, Result]):
 
     async def _pass(self, requests: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
-            results = await asyncio.to_thread(self._run, [item for item, _ in requests])
+            results = await self._run([item for item, _ in requests])
         except Exception as error:
             for _, future in requests:
                 if not future.done():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
-from actors.scoring import Batcher
+from common.batching import Batcher
 
 
 def make_batcher(run, *, max_tokens: int = 100, window_s: float = 0.01) -> Batcher:
-    return Batcher(run, num_tokens=lambda item: item, max_tokens=max_tokens, window_s=window_s)
+    return Batcher(
+        partial(asyncio.to_thread, run), num_tokens=lambda item: item, max_tokens=max_tokens, window_s=window_s
+    )
 
 
 def test_requests_that_arrive_together_share_passes_under_the_token_budget():

@@ -1,0 +1,211 @@
+"""What does a weight update cost? A policy of 135M parameters, from the learner to a generator with requests running.
+
+Prints figures measured in one run on this machine, and writes runs/bench-weights.json:
+
+- standstill: how long the generator's requests wait for the swap, over one warm memcpy of the bytes sent;
+- publish to verified: from the learner's first packing to the new version verified, staged and in use, over the same;
+- how much slower an engine step is while a set is being staged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.generator import Generator
+from actors.pool import GeneratorPool, Pool, actor
+from common.config import GeneratorsConfig, LearnerConfig, RayConfig, SamplingConfig
+from common.models import load_policy, resolve_model
+from common.types import Prompt, SampleId
+from common.weights import Bucket, buckets
+from deploy.cluster import cluster
+from learner.group import LearnerGroup
+
+MODEL = "embedded:smollm2-135m-instruct"
+UPDATES, WARM_UP, RUNNING = 8, 3, 8
+PAUSE_S = 2.0  # between updates, in which undisturbed steps are timed
+
+
+class Publisher:
+    """The part of a learner that publishes: the policy in float32, which moves a little between two versions."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._policy = load_policy(resolve_model(MODEL), dtype=torch.float32, device=torch.device("cpu"))
+        self._version = 0
+
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        return 0
+
+    @torch.no_grad()
+    def move(self) -> int:
+        self._version += 1
+        for parameter in self._policy.parameters():
+            parameter.mul_(1 + 1e-4)
+        return self._version
+
+    def publish(self) -> Iterator[Bucket | int]:
+        named = ((name, parameter.detach()) for name, parameter in self._policy.named_parameters())
+        for bucket in buckets(named, self._version):
+            yield bucket
+            yield bucket.index
+
+    def memcpy_s(self, rounds: int = 9) -> tuple[float, int]:
+        """Seconds of one copy of the set's bytes into a buffer already in use, and the bytes."""
+        num_bytes = 2 * sum(parameter.numel() for parameter in self._policy.parameters())
+        source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
+        seconds = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            np.copyto(target, source)
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds), num_bytes
+
+
+class TimedGenerator(Generator):
+    """Notes, on the engine's thread, every step's time and every swap's."""
+
+    def __init__(self, name: str, seed: int, make_engine: Any) -> None:
+        super().__init__(name, seed, make_engine)
+        self._steps: list[tuple[float, float]] = []  # end, seconds
+        self._swaps: list[float] = []
+        engine: Any = self._engine
+        engine._engine.step = self._timed(engine._engine.step, self._note_step)
+        engine._weights.swap = self._timed(engine._weights.swap, self._note_swap)
+
+    def _timed(self, function: Any, note: Any) -> Any:
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args)
+            note(started, time.perf_counter())
+            return result
+
+        return timed
+
+    def _note_step(self, started: float, ended: float) -> None:
+        self._steps.append((ended, ended - started))
+
+    def _note_swap(self, started: float, ended: float) -> None:
+        self._swaps.append(ended - started)
+
+    async def take_notes(self) -> tuple[list[float], list[float], int]:
+        """Seconds of the steps and swaps since the last call, and this process's resident bytes."""
+        steps, swaps = [seconds for _, seconds in self._steps], list(self._swaps)
+        self._steps.clear()
+        self._swaps.clear()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return steps, swaps, pages * 4096
+
+
+def make_engine(cfg: GeneratorsConfig, sampling: SamplingConfig) -> Any:
+    from actors.vllm_engine import VLLMEngine
+
+    return VLLMEngine(resolve_model(MODEL), cfg, sampling, max_model_len=512, end_token_ids=[2])
+
+
+async def keep_busy(generators: GeneratorPool, number: int) -> None:
+    """One request after the other, until cancelled."""
+    rng = np.random.default_rng(number)
+    for index in range(10_000):
+        prompt = Prompt(SampleId(number, index, 0), "", rng.integers(100, 40_000, 20).astype(np.int32))
+        await generators.generate(prompt)
+
+
+async def measure(cfg: GeneratorsConfig | None = None) -> dict[str, Any]:
+    cfg = cfg or GeneratorsConfig()
+    sampling = SamplingConfig(max_new_tokens=256, min_new_tokens=256)
+    learner_cfg = LearnerConfig()
+    rank = actor(Publisher, learner_cfg).remote()
+    learner = LearnerGroup([rank], timeout_s=60)
+    pool, _ = await asyncio.gather(
+        Pool.start(
+            TimedGenerator,
+            cfg,
+            0,
+            partial(make_engine, cfg, sampling),
+            startup_timeout_s=300,
+            on_loss=lambda name, error: print(f"lost {name}: {error}"),
+        ),
+        learner.start(300),
+    )
+    generators = GeneratorPool(pool)
+    requests = [asyncio.create_task(keep_busy(generators, number)) for number in range(RUNNING)]
+
+    async def notes() -> tuple[list[float], list[float], int]:
+        [noted] = (await pool.broadcast("take notes", lambda replica: replica.take_notes.remote())).values()
+        return noted
+
+    rows: list[dict[str, Any]] = []
+    await asyncio.sleep(2 * PAUSE_S)
+    for _ in range(WARM_UP + UPDATES):
+        version = await rank.move.remote()
+        await notes()
+        await asyncio.sleep(PAUSE_S)
+        undisturbed, _, _ = await notes()
+        started = time.perf_counter()
+        await generators.load(learner.publish(), version)
+        loaded = time.perf_counter() - started
+        staging, [swap], resident = await notes()
+        rows.append(
+            {
+                "standstill_s": swap,
+                "publish_to_verified_s": loaded,
+                "step_s": statistics.median(undisturbed),
+                "step_while_staging_s": statistics.median(staging),
+                "longest_step_while_staging_s": max(staging),
+                "resident_mib": resident >> 20,
+            }
+        )
+    for request in requests:
+        request.cancel()
+    await asyncio.gather(*requests, return_exceptions=True)
+    memcpy_s, num_bytes = await rank.memcpy_s.remote()
+    pool.stop()
+    learner.stop()
+    return summarise(rows[WARM_UP:], memcpy_s, num_bytes) | {"updates": rows}
+
+
+def summarise(rows: list[dict[str, Any]], memcpy_s: float, num_bytes: int) -> dict[str, Any]:
+    def middle(key: str) -> float:
+        return statistics.median(row[key] for row in rows)
+
+    def worst(key: str) -> float:
+        return max(row[key] for row in rows)
+
+    return {
+        "bytes": num_bytes,
+        "memcpy_s": memcpy_s,
+        "standstill_s": middle("standstill_s"),
+        "standstill_ratio": middle("standstill_s") / memcpy_s,
+        "standstill_worst_ratio": worst("standstill_s") / memcpy_s,
+        "publish_to_verified_s": middle("publish_to_verified_s"),
+        "publish_ratio": middle("publish_to_verified_s") / memcpy_s,
+        "publish_worst_ratio": worst("publish_to_verified_s") / memcpy_s,
+        "step_s": middle("step_s"),
+        "step_slowdown": middle("step_while_staging_s") / middle("step_s"),
+        "longest_step_while_staging_s": worst("longest_step_while_staging_s"),
+        "resident_mib_first_last": [rows[0]["resident_mib"], rows[-1]["resident_mib"]],
+    }
+
+
+def main() -> None:
+    with cluster(RayConfig(dashboard=False)):
+        result = asyncio.run(measure())
+    Path("runs").mkdir(exist_ok=True)
+    Path("runs/bench-weights.json").write_text(json.dumps({"update_vs_memcpy": result}, indent=2) + "\n")
+    for key, value in result.items():
+        if key != "updates":
+            print(f"{key:32}{value:.4g}" if isinstance(value, float) else f"{key:32}{value}")
+
+
+if __name__ == "__main__":
+    main()
