@@ -71,7 +71,7 @@ class Learner:
         self._ranks = Ranks()
         # Several ranks share it out before it goes to a device, where it might not fit as a whole.
         held_on = self.device if cfg.learner.ranks == 1 else torch.device("cpu")
-        self.network = network or PolicyWithCritic.load(cfg.model.path, cfg.learner, held_on)
+        self.network = network or PolicyWithCritic.load(cfg.model.path, cfg.learner, held_on, seed=cfg.seed)
         self.optimizer = make_optimizer(self.network.parts(cfg.optimizer), cfg.optimizer)
         self._size = model_size(resolve_model(cfg.model.path))
         self.score_moments = RunningMoments()

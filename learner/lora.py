@@ -23,12 +23,14 @@ from learner.distributed import whole
 _NAME = "default"
 
 
-def add(model: PreTrainedModel, cfg: LoRAConfig) -> None:
+def add(model: PreTrainedModel, cfg: LoRAConfig, *, seed: int) -> None:
     """Freezes the model and puts adapters, float32, on its linear layers. Raises UserError if it has none of those."""
-    try:
-        model.add_adapter(_peft_config(cfg), adapter_name=_NAME)
-    except ValueError as error:
-        raise UserError(f"learner.lora.targets ({cfg.targets}) does not fit the model: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of A, which starts at random: the same on every rank, and in a repeated run
+        try:
+            model.add_adapter(_peft_config(cfg), adapter_name=_NAME)
+        except ValueError as error:
+            raise UserError(f"learner.lora.targets ({cfg.targets}) does not fit the model: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):

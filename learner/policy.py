@@ -33,7 +33,7 @@ class PolicyWithCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     @classmethod
-    def load(cls, path: str, cfg: LearnerConfig, device: torch.device) -> PolicyWithCritic:
+    def load(cls, path: str, cfg: LearnerConfig, device: torch.device, *, seed: int) -> PolicyWithCritic:
         """In float32; with LoRA the frozen weights in the precision of the forward pass."""
         frozen_bf16 = cfg.lora is not None and cfg.precision == "bf16"
         dtype = torch.bfloat16 if frozen_bf16 else torch.float32
@@ -44,7 +44,7 @@ class PolicyWithCritic(nn.Module):
         for model in filter(None, (policy, critic)):
             install(model)
             if cfg.lora is not None:
-                lora.add(model, cfg.lora)
+                lora.add(model, cfg.lora, seed=seed)
             if cfg.gradient_checkpointing:
                 checkpoint_activations(model)
         return cls(policy, critic)
