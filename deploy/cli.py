@@ -29,6 +29,9 @@ def _settings(root: type[Root]) -> str:
 # What a run may change when it goes on: nothing that decides what is learned. The learner's own way of computing it may
 # change, to get past a crash; repeated steps then agree to rounding, not to the bit.
 _COMPUTING = (
+    "learner.ranks",
+    "learner.cpus",
+    "learner.gpus",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
     "learner.threads",
@@ -49,9 +52,6 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
     ),
     RewardTrainingConfig: (
         "epochs",
-        "learner.ranks",
-        "learner.cpus",
-        "learner.gpus",
         *_COMPUTING,
         "generators.",
         "scale.",

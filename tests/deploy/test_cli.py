@@ -365,8 +365,8 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
 )
 def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, runs, command, settings):
     told = {
-        "train": "num_steps, learner.micro_batch_tokens, learner.gradient_checkpointing, learner.threads, "
-        "learner.timeout_s, checkpoint, ray, generators, reference, reward.replicas, ",
+        "train": "num_steps, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, "
+        "learner.gradient_checkpointing, learner.threads, learner.timeout_s, checkpoint, ray, generators, reference, reward.replicas, ",
         "train-reward": "epochs, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, ",
         "sample-pairs": "generators, labeller.replicas, labeller.timeout_s, ray; or start a new run",
     }[command]  # whole sections are named without a dot
@@ -389,6 +389,7 @@ def test_resume_checks_the_settings_it_may_change(refusal, runs, command):
         ("train", ""),
         ("train", "num_steps=9 generators.replicas=2 checkpoint.every=1"),
         ("train", "learner.micro_batch_tokens=4096 learner.gradient_checkpointing=true learner.threads=2"),
+        ("train", "learner.ranks=2 learner.cpus=2 learner.gpus=1"),
         ("train", "learner.timeout_s=9 reward.timeout_s=9 reward.replicas=2 reward.max_void_share=1"),
         ("train", "reference.dtype=float32 evaluation.every=1 ray.dashboard=false"),
         ("train-reward", ""),
