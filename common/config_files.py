@@ -42,9 +42,8 @@ def describe(section: type[Section], prefix: str = "", *, skip: Container[str] =
     for name, field in section.model_fields.items():
         if name in skip:
             continue
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from describe(kind, f"{prefix}{name}.")
+        if (nested := _section(field)) is not None:
+            yield from describe(nested, f"{prefix}{name}.")
             continue
         yield prefix + name, _type_name(field), _default(field), " ".join((field.description or "").split())
         if name == "sources":  # judges are described by them too
@@ -116,9 +115,15 @@ def _names_at(parents: list[Any], root: type[Section]) -> list[str]:
     for before, part in zip([None, *parents], parents):
         if isinstance(before, int):  # the kind of a reward source, which pydantic puts behind its index
             section = SOURCE_KINDS[part]
-        elif isinstance(part, str) and isinstance(kind := section.model_fields[part].annotation, type):
-            section = kind if issubclass(kind, Section) else section
+        elif isinstance(part, str):
+            section = _section(section.model_fields[part]) or section
     return list(section.model_fields)
+
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, or may hold."""
+    kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _type_name(field: FieldInfo) -> str:
@@ -139,8 +144,9 @@ def _type_name(field: FieldInfo) -> str:
         )
     else:
         args = [a for a in getattr(kind, "__args__", ()) if a is not type(None)]
-        inner = getattr(args[0], "__origin__", args[0]) if args else kind
-        text = {int: "integer", float: "number", str: "text"}.get(inner, "list")  # type: ignore[arg-type]
+        if len(args) == 1:  # or none
+            return _type_name(FieldInfo.from_annotation(args[0]))
+        text = {int: "integer", float: "number", str: "text"}.get(args[0] if args else kind, "list")  # type: ignore[arg-type]
     return " ".join([text, *bounds])
 
 

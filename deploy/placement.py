@@ -101,14 +101,15 @@ def _training(
 
     Trained weights take 16 bytes each (float32 weight, gradient, two Adam moments), frozen ones what the precision
     says. For each token, layer and hidden unit about 18 values stay until the backward pass (measured), three of them
-    with checkpointing. Rows of pairs, not packed, keep their attention scores too. While they load, ranks hold it all.
+    with checkpointing. On CPU rows of pairs, not packed, keep their attention scores too. While they load, ranks hold
+    it all.
     """
     size = 2 if cfg.precision == "bf16" else 4
     adapters = 0 if lora is None else 2 * 7 * model.layers * lora.rank * model.hidden  # about seven matrices a layer
     state = 16 * model.parameters if lora is None else size * model.parameters + 16 * adapters
     tokens = max(row, cfg.token_budget)
     saved = (3 if cfg.gradient_checkpointing else 18) * size * tokens * model.layers * model.hidden
-    attention = 2 * 4 * tokens * row * model.heads * model.layers if padded else 0
+    attention = 2 * 4 * tokens * row * model.heads * model.layers if padded and not cfg.gpus else 0
     loading = 4 * model.parameters if cfg.ranks > 1 else 0
     working = networks * saved + attention + 4 * model.vocabulary * model.hidden + _logits(tokens, model)
     return IMPORTS + networks * max(state // cfg.ranks, loading) + working

@@ -67,8 +67,9 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ({"num_steps": 5, "optimizer": {"warmup_steps": 6}}, ["warmup_steps (6)", "num_steps (5)", "lower"]),
         ({"num_steps": 5, "learner": {"critic_warmup_steps": 5}}, ["critic_warmup_steps (5)", "num_steps (5)"]),
         ({"kl": {"controller": "adaptive", "horizon": 63}}, ["kl.horizon (63)", "rollouts_per_step (64)", "raise"]),
+        ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
+        ({"learner": {"ranks": 64, "gpus": 2}}, ["learner.gpus (2)", "each of 64 learner.ranks", "cannot share a GPU"]),
         # 512 + 256 tokens
-        ({"learner": {"micro_batch_tokens": 767}}, ["learner.micro_batch_tokens (767)", "= 768", "raise"]),
         ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
         ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
         ({"evaluation": {"pass_source": "brief"}}, ["evaluation.pass_source (brief)", "['correct', 'short']"]),
@@ -87,11 +88,6 @@ def test_each_broken_rule_of_ppo_is_refused_with_its_values(sections, parts):
             ["data.heldout", "data.heldout_pairs", "give one of the two"],
         ),
         ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
-        # A pair has two sequences of 513 tokens.
-        (
-            {"data": {"train": "t", "max_tokens": 513}, "learner": {"micro_batch_tokens": 1025}},
-            ["learner.micro_batch_tokens (1025)", "twice data.max_tokens = 1026", "raise"],
-        ),
     ],
 )
 def test_each_broken_rule_of_reward_training_is_refused_with_its_values(sections, parts):
@@ -117,14 +113,18 @@ def test_each_broken_rule_of_pair_sampling_is_refused_with_its_values(sections, 
 @pytest.mark.parametrize(
     ("root", "tree"),
     [
-        (Config, ppo(learner={"micro_batch_tokens": 768}, reference={"max_batch_tokens": 768})),
+        (Config, ppo(reference={"max_batch_tokens": 768})),
         (Config, ppo(sampling={"min_new_tokens": 256})),
         (Config, ppo(num_steps=5, optimizer={"warmup_steps": 5}, learner={"critic_warmup_steps": 4})),
         (Config, ppo(kl={"controller": "adaptive", "horizon": 64})),
         (Config, ppo(kl={"controller": "fixed", "horizon": 1})),
         (Config, ppo(ppo={"gamma": 1, "minibatches": 64})),
         (Config, ppo(reward={"sources": [{**MODEL, "max_tokens": 100, "max_batch_tokens": 100}]})),
-        (RewardTrainingConfig, reward_training(learner={"micro_batch_tokens": 1024})),  # two of 512
+        (Config, ppo(learner={"micro_batch_tokens": 1})),  # a longer sequence is a micro-batch of its own
+        (Config, ppo(learner={"ranks": 64, "gpus": 0})),
+        (Config, ppo(learner={"ranks": 64, "gpus": 1})),
+        (Config, ppo(learner={"gpus": 0.5})),
+        (RewardTrainingConfig, reward_training(learner={"micro_batch_tokens": 1})),
         (RewardTrainingConfig, reward_training(learner={"ranks": 2, "gpus": 1})),
         (RewardTrainingConfig, reward_training(learner={"ranks": 1, "gpus": 0.5})),
         (RewardTrainingConfig, reward_training(data={"train": "t", "heldout": "h"})),
@@ -152,7 +152,9 @@ def test_several_broken_rules_are_all_told_at_once():
         (ppo(evaluation={"pass_score": float("nan")}), "pass_score"),
         (ppo(ppo={"gamma": 1.01}), "gamma"),
         (ppo(max_staleness=1), "max_staleness"),
-        (ppo(learner={"ranks": 2}), "ranks"),
+        (ppo(learner={"ranks": 0}), "ranks"),
+        (ppo(learner={"micro_batch_tokens": 0}), "micro_batch_tokens"),
+        (ppo(learner={"lora": {"rank": 0}}), "rank"),
     ],
 )
 def test_a_number_past_its_bounds_or_not_finite_is_refused(tree, key):
@@ -340,6 +342,23 @@ def test_the_longest_sequence_is_prompt_and_response():
     assert Config.model_validate(ppo(**sections, prompts={"train": "t", "max_tokens": 30})).max_sequence_tokens == 100
     tree = pair_sampling(**sections, prompts={"source": "t", "max_tokens": 30})
     assert PairSamplingConfig.model_validate(tree).max_sequence_tokens == 100
+
+
+@pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])
+def test_a_micro_batch_is_what_is_asked_for_or_what_suits_the_device(root, tree):
+    budgets = [
+        root.model_validate(tree(learner=learner)).learner.token_budget
+        for learner in ({}, {"gpus": 1}, {"micro_batch_tokens": 100}, {"gpus": 1, "micro_batch_tokens": 100})
+    ]
+    assert budgets == [512, 8192, 100, 100]
+
+
+def test_lora_is_off_until_its_section_is_there():
+    assert Config.model_validate(ppo()).learner.lora is None
+    lora = Config.model_validate(ppo(learner={"lora": {}})).learner.lora
+    assert (lora.rank, lora.alpha, lora.targets) == (16, 32, "all-linear")
+    (fault,) = faults(RewardTrainingConfig, reward_training(learner={"lora": {}}))
+    assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("learner", "lora"))
 
 
 def test_only_ppo_has_what_only_ppo_needs():

@@ -38,6 +38,7 @@ TREES = {
         "reward": {"sources": SOURCES, "replicas": 2, "normalise": "none"},
         "evaluation": {"judges": [{**source, "name": f"judge_{i}"} for i, source in enumerate(SOURCES)]},
         "optimizer": {"eps": 1e-9, "betas": [0.5, 0.6]},
+        "learner": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}},
         "ray": {"address": "10.0.0.1:6379"},
     },
     "reward training": {
@@ -94,6 +95,7 @@ def leaves(tree, prefix=""):
         ("reward.sources.1.wieght=2", "reward.sources.1.wieght: unknown key; did you mean weight?"),
         ("optimiser.eps=1", "optimiser: unknown key; did you mean optimizer?"),
         ("model.zzz=1", "model.zzz: unknown key; known here: path"),
+        ("learner.lora.rnk=1", "learner.lora.rnk: unknown key; did you mean rank?"),
         ("model.weigth=1", "model.weigth: unknown key; known here: path"),  # a section, not a source with a model
     ],
 )
@@ -312,6 +314,9 @@ def test_describe_states_bounds_choices_and_defaults():
     assert rows["prompts.train"] == ("text", "required")
     assert rows["prompts.heldout"] == ("text", "none")
     assert rows["optimizer.betas"][0] == "list"  # not a number
+    assert rows["learner.micro_batch_tokens"] == ("integer >= 1", "none")
+    assert rows["learner.lora.rank"] == ("integer >= 1", "16")  # of a section that may stay out
+    assert rows["learner.lora.targets"] == ("text", "all-linear")
     assert rows["reward.sources"] == ("list", "required")
     assert rows["reward.sources[].weight"] == ("number", "1.0")
     assert rows["reward.sources[].function"] == ("text", "required")
@@ -351,7 +356,8 @@ def test_a_resolved_config_of_every_root_loads_back_equal(tmp_path, name):
     assert again.to_toml() == cfg.to_toml()
     # Every default is written out, so that a run does not change when a default does; only what is left out stays so.
     written = set(leaves(tomllib.loads(cfg.to_toml())))
-    unset = {"prompts.heldout", "evaluation.pass_source", "ray.address", "data.heldout", "scale.policy"}
+    unset = {"prompts.heldout", "evaluation.pass_source", "ray.address", "data.heldout", "scale.policy",
+             "learner.micro_batch_tokens"}  # fmt: skip
     dumped = cfg.model_dump(mode="json")
     assert set(leaves(dumped)) - written <= unset
     assert written <= set(leaves(dumped))

@@ -67,37 +67,50 @@ def test_the_memory_estimate_grows_with_the_model_by_the_copies_each_role_holds(
     grown = {name: large[name] - small[name] for name in small}
     assert grown["ReferencePolicy(0)"] == 2 * 2_000_000  # one bf16 copy of 2 million weights more
     assert grown["Generator(0)"] == 2 * 2 * 2_000_000  # two bf16 copies while an update is staged
-    # float32 weights, gradients and two Adam moments, and the bf16 copy that is published
-    assert grown["Learner(0)"] == (4 + 4 + 8 + 2) * 2_000_000
+    assert grown["Learner(0)"] == (4 + 4 + 8) * 2_000_000  # float32 weights, gradients and two Adam moments
     assert grown["Reward(0)"] == 0  # Python functions hold no model
 
 
 def test_the_estimates_of_a_small_model_worked_out_by_hand():
-    # By default: rows of 512 + 256 tokens, 2048 tokens in a micro-batch, 4096 in a pass of the reference.
+    # By default: sequences of 512 + 256 tokens, more than the 512 of a micro-batch; 4096 in a pass of the reference.
     estimate = memory(config())
-    # Logits of a chunk of 1024 tokens, thrice in float32: 3 * 4 * 1024 * 100 = 1,228,800.
-    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000 + 1_228_800
+    # Logits of a chunk of 256 tokens, twice in float32: 2 * 4 * 256 * 100 = 204,800.
+    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000 + 204_800
     assert estimate["Generator(0)"] == 600 * MIB + 4_000_000 + 256 * MIB
-    # Saved for the backward pass: 20 bf16 values for 2048 tokens * 2 layers * 64 units, 10,485,760 bytes. Attention:
-    # scores and softmax, float32, of 2048 * 768 pairs * 4 heads * 2 layers, 2 * 4 * 12,582,912 = 100,663,296 bytes.
-    assert estimate["Learner(0)"] == 600 * MIB + 18_000_000 + 10_485_760 + 100_663_296 + 1_228_800
+    # Saved for the backward pass: 18 bf16 values for 768 tokens * 2 layers * 64 units, 3,538,944 bytes. A float32 copy
+    # of the output embedding, 4 * 100 * 64 = 25,600.
+    assert estimate["Learner(0)"] == 600 * MIB + 16_000_000 + 3_538_944 + 25_600 + 204_800
     assert estimate["Reward(0)"] == 600 * MIB
 
 
 @pytest.mark.parametrize(
     ("change", "settings", "bytes_more"),
     [
-        ({"layers": 4}, {}, 10_485_760 + 100_663_296),  # twice as deep: activations and attention once more
-        ({"hidden": 128}, {}, 10_485_760),
-        ({"heads": 8}, {}, 100_663_296),
-        ({"vocabulary": 300}, {}, 2 * 1_228_800),
-        ({}, {"learner": {"micro_batch_tokens": 4096}}, 10_485_760 + 100_663_296),  # logits stay those of one chunk
-        ({}, {"sampling": {"max_new_tokens": 1024}}, 100_663_296),  # rows of 1536, not 768
-        ({}, {"prompts": {"train": "t", "max_tokens": 128}}, -50_331_648),  # rows of 384
-        ({"context": 384}, {}, -50_331_648),  # the model has no longer ones
+        # A token takes 18 bf16 values * 2 layers * 64 units, 4608 bytes; 768 of them 3,538,944.
+        ({"layers": 4}, {}, 3_538_944),  # twice as deep: activations once more
+        ({"hidden": 128}, {}, 3_538_944 + 25_600),
+        ({"heads": 8}, {}, 0),  # attention keeps no scores
+        ({"vocabulary": 300}, {}, 2 * (25_600 + 204_800)),
+        ({}, {"learner": {"micro_batch_tokens": 4096}}, 3328 * 4608),  # logits stay those of one chunk
+        ({}, {"learner": {"gpus": 1}}, 7424 * 4608),  # 8192 tokens by default
+        ({}, {"learner": {"precision": "fp32"}}, 3_538_944),
+        ({}, {"learner": {"gradient_checkpointing": True}}, -2_949_120),  # 15 of 18 values
+        ({}, {"sampling": {"max_new_tokens": 1024}}, 3_538_944),  # sequences of 1536, not 768
+        (
+            {},
+            {"prompts": {"train": "t", "max_tokens": 128}},
+            -256 * 4608,
+        ),  # of 384, so 512 tokens at once
+        ({"context": 384}, {}, -256 * 4608),  # the model has no longer ones
+        # Of 16 bytes a weight each rank keeps its share, but while it loads 4 for each.
+        ({}, {"learner": {"ranks": 2}}, -8_000_000),
+        ({}, {"learner": {"ranks": 8}}, -12_000_000),
+        # Frozen weights of 2 bytes, and 16 for each of 2 * 7 * 2 layers * 64 units * rank 4 = 7168 of adapters.
+        ({}, {"learner": {"lora": {"rank": 4}}}, -14_000_000 + 16 * 7168),
+        ({}, {"learner": {"lora": {"rank": 4}, "precision": "fp32"}}, 3_538_944 - 12_000_000 + 16 * 7168),
     ],
 )
-def test_the_learners_estimate_follows_model_micro_batch_and_row_length(change, settings, bytes_more):
+def test_the_learners_estimate_follows_the_model_and_what_is_trained_at_once(change, settings, bytes_more):
     assert memory(config(**settings), replace(MODEL, **change))["Learner(0)"] - memory(config())["Learner(0)"] == (
         bytes_more
     )
@@ -105,15 +118,15 @@ def test_the_learners_estimate_follows_model_micro_batch_and_row_length(change, 
 
 def test_a_micro_batch_below_a_chunk_has_fewer_logits():
     short = {"prompts": {"train": "t", "max_tokens": 64}, "sampling": {"max_new_tokens": 64}}
-    less, more = (memory(config(**short, reference={"max_batch_tokens": n})) for n in (256, 8192))
-    # 256 tokens instead of a chunk's 1024: 3 * 4 * 768 * 100 bytes less.
-    assert more["ReferencePolicy(0)"] - less["ReferencePolicy(0)"] == 921_600
+    less, more = (memory(config(**short, reference={"max_batch_tokens": n})) for n in (128, 8192))
+    # 128 tokens instead of a chunk's 256: 2 * 4 * 128 * 100 bytes less.
+    assert more["ReferencePolicy(0)"] - less["ReferencePolicy(0)"] == 102_400
 
 
 def test_a_separate_critic_adds_a_second_trained_network():
     shared, separate = memory(config()), memory(config(learner={"critic": "separate"}))
-    # Its own 16 bytes a parameter, its own activations and attention.
-    assert separate["Learner(0)"] - shared["Learner(0)"] == 16 * 1_000_000 + 10_485_760 + 100_663_296
+    # Its own 16 bytes a parameter and its own activations.
+    assert separate["Learner(0)"] - shared["Learner(0)"] == 16 * 1_000_000 + 3_538_944
     assert {**separate, "Learner(0)": 0} == {**shared, "Learner(0)": 0}
 
 
@@ -130,8 +143,15 @@ def test_the_kv_cache_is_counted():
     assert large - small == 768 * MIB
 
 
-def test_a_trainer_on_a_gpu_keeps_no_attention_scores():
-    assert memory(config())["Learner(0)"] - memory(config(learner={"gpus": 1}))["Learner(0)"] == 100_663_296
+def test_every_rank_is_a_learner_of_its_own():
+    found = needs(config(learner={"ranks": 3, "gpus": 1}), MODEL)
+    assert [(n.name, n.section, n.gpus) for n in found[:3]] == [(f"Learner({i})", "learner", 1) for i in range(3)]
+    assert len({n.memory for n in found[:3]}) == 1
+    assert found[3:] == needs(config(), MODEL)[1:]
+
+
+def test_with_lora_the_learner_is_its_own_reference():
+    assert [n.name for n in needs(config(learner={"lora": {}}), MODEL)] == ["Learner(0)", "Generator(0)", "Reward(0)"]
 
 
 def test_every_reward_process_holds_every_reward_model_in_float32():
@@ -154,22 +174,24 @@ def test_the_needs_of_ppo_are_its_learner_and_reference_with_those_of_generators
 # What the other commands need
 
 
-def test_a_reward_trainer_holds_one_network_and_publishes_nothing():
-    cfg = TrainerConfig(cpus=3, gpus=0)
-    # As the learner's in the estimate above, with rows of 768 tokens and without the bf16 copy and the logits.
-    assert trainer_needs(cfg, MODEL, row=768) == [
-        Need("RewardTrainer(0)", "learner", 3, 0, 600 * MIB + 16_000_000 + 10_485_760 + 100_663_296)
+def test_a_reward_trainer_keeps_the_attention_scores_of_its_padded_rows():
+    # As the learner's in the estimate above, and scores and softmax, float32, of 768 * 768 pairs * 4 heads * 2 layers:
+    # 2 * 4 * 4,718,592 = 37,748,736 bytes.
+    usual = 600 * MIB + 16_000_000 + 3_538_944 + 25_600 + 204_800
+    assert trainer_needs(TrainerConfig(cpus=3, ranks=2), MODEL, row=768) == [
+        Need(f"RewardTrainer({i})", "learner", 3, 0, usual - 8_000_000 + 37_748_736) for i in range(2)
     ]
 
 
 @pytest.mark.parametrize(
     ("settings", "row", "bytes_more"),
     [
-        ({}, 384, -50_331_648),  # rows half as wide
-        ({"precision": "fp32"}, 768, 10_485_760),  # what is saved for the backward pass, not the scores
-        ({"gpus": 1}, 768, -100_663_296),
-        # A row cannot be wider than its micro-batch: 2048 * 2048 pairs of tokens, 268,435,456 bytes.
-        ({}, 5000, 167_772_160),
+        # A token takes 4608 bytes, and 64 with each it may look at. With rows of 384 a micro-batch has 512 tokens.
+        ({}, 384, -256 * 4608 - (768 * 768 - 512 * 384) * 64),
+        ({}, 1000, 232 * 4608 + (1000 * 1000 - 768 * 768) * 64),
+        ({"micro_batch_tokens": 1536}, 768, 768 * 4608 + 768 * 768 * 64),  # two rows at once
+        ({"precision": "fp32"}, 768, 3_538_944),  # what is saved for the backward pass, not the scores
+        ({"gpus": 1}, 768, 7424 * 4608 - 768 * 768 * 64),  # 8192 tokens, and no scores
     ],
 )
 def test_a_reward_trainers_estimate_follows_rows_precision_and_device(settings, row, bytes_more):
