@@ -114,7 +114,7 @@ def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     Within a group the longest come first. A single sequence longer than the budget is a group of its own.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = max(1, -(-sum(lengths) // max_tokens)) if lengths else 0
+    count = min(len(lengths), max(1, -(-sum(lengths) // max_tokens)))  # no group is empty
     while True:
         groups: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count

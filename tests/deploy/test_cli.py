@@ -366,7 +366,8 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
 def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, runs, command, settings):
     told = {
         "train": "num_steps, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, "
-        "learner.gradient_checkpointing, learner.threads, learner.timeout_s, checkpoint, ray, generators, reference, reward.replicas, ",
+        "learner.gradient_checkpointing, learner.threads, learner.timeout_s, checkpoint, ray, generators, reference, "
+        "reward.replicas, ",
         "train-reward": "epochs, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, ",
         "sample-pairs": "generators, labeller.replicas, labeller.timeout_s, ray; or start a new run",
     }[command]  # whole sections are named without a dot
