@@ -222,8 +222,7 @@ def test_every_row_is_in_one_batch_and_no_batch_is_over_budget_unless_it_is_one_
 
 
 def test_packed_groups_worked_by_hand():
-    # 22 tokens need 3 groups of 8 or more. 9 is over the budget and stays alone, so three others hold 13 tokens: with
-    # groups of 9 | 4 | 4 the 3 would join one 4 and the two 1s the other.
+    # 22 tokens need 3 groups of 8. Longest first, each to the emptiest: 9 | 4 | 4, then 3 to a 4, both 1s to the other.
     assert packed_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 0], [4, 2, 5]]
     assert packed_batches([2, 2, 2, 2], 4) == [[0, 2], [1, 3]]
     assert packed_batches([5], 8) == [[0]]
