@@ -162,10 +162,11 @@ def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None
     are those of `base`, which it started from."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    if (base / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(base)
     with replaced_directory(target) as staging:
         write_weights(model, tensors, staging)
+        if (base / "generation_config.json").exists():
+            # As it is: transformers refuses to write some that it reads.
+            shutil.copyfile(base / "generation_config.json", staging / "generation_config.json")
         load_tokenizer(base).save_pretrained(staging)
 
 

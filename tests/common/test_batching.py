@@ -82,3 +82,35 @@ def test_a_caller_that_gives_up_does_not_disturb_the_others():
         return await patient
 
     assert asyncio.run(scenario()) == 2
+
+
+def test_a_pass_that_waits_lets_the_loop_go_on_and_never_meets_another():
+    running, most = 0, 0
+
+    async def run(items):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.005)
+        running -= 1
+        return [-item for item in items]
+
+    async def scenario():
+        batcher = Batcher(run, num_tokens=lambda item: item, max_tokens=10, window_s=0)
+        beats = 0
+
+        async def heart():
+            nonlocal beats
+            while True:
+                await asyncio.sleep(0.001)
+                beats += 1
+
+        heartbeat = asyncio.create_task(heart())
+        found = await asyncio.gather(*(batcher.submit(n) for n in (9, 8, 7, 6)))
+        heartbeat.cancel()
+        return found, beats
+
+    found, beats = asyncio.run(scenario())
+    assert found == [-9, -8, -7, -6]
+    assert most == 1
+    assert beats >= 4

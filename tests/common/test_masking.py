@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from common.masking import length_mask, masked_mean, masked_sum, masked_var, whiten
+from common.masking import length_mask, masked_mean, masked_sum, masked_var, round_up, whiten
 
 LENGTHS = [4, 0, 1, 3]
 GARBAGE = [math.nan, math.inf, -math.inf, 1e9]
@@ -79,3 +79,8 @@ def test_whitening_uses_the_population_variance():
 def test_equal_values_whiten_to_zero(count):
     mask = torch.arange(3)[None] < count
     assert whiten(torch.full((1, 3), 5.0), mask).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_a_count_is_rounded_up_to_a_multiple_and_stays_if_it_is_one():
+    assert [round_up(count, 4) for count in (0, 1, 3, 4, 5, 8, 9)] == [0, 4, 4, 4, 8, 8, 12]
+    assert round_up(7, 1) == 7

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from common.config import UserError
 from common.models import (
@@ -16,6 +16,7 @@ from common.models import (
     model_size,
     replaced_directory,
     resolve_model,
+    save_policy,
 )
 from tests.fakes import END, save_tiny_model
 
@@ -171,3 +172,39 @@ def test_a_directory_is_replaced_only_when_the_block_ends_well(tmp_path):
         (staging / "new").write_text("new")
     assert {path.name: path.read_text() for path in target.iterdir()} == {"new": "new"}
     assert list(target.parent.iterdir()) == [target]
+
+
+# Saving it
+
+
+def test_a_saved_policy_has_the_given_weights_and_all_else_from_its_base(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    # Published models have such files, which transformers reads but does not write: top_k without do_sample.
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, 9], "top_k": 7}))
+    policy = load_policy(base, **CPU)
+    tensors = {name: 1.001 * parameter.detach() for name, parameter in policy.named_parameters()}
+    target = tmp_path / "runs" / "policy"
+    for factor in (1, 2):  # the second in place of the first
+        save_policy({name: factor * tensor for name, tensor in tensors.items()}, base, target)
+        saved = AutoModelForCausalLM.from_pretrained(target)
+        assert saved.dtype == torch.bfloat16
+        assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+        found = dict(saved.named_parameters())
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name], (factor * tensor).bfloat16()), name
+        assert load_tokenizer(target)("a1 b2")["input_ids"] == load_tokenizer(base)("a1 b2")["input_ids"]
+        assert end_token_ids(target, load_tokenizer(target)) == [END, 9]
+        assert model_size(target) == model_size(base)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_loaded_policy_attends_within_packed_sequences(tmp_path):
+    policy = load_policy(save_tiny_model(tmp_path), **CPU)
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with torch.no_grad():
+        logits = policy(ids, position_ids=positions, lengths=[3, 3]).logits[0]
+        whole = policy(ids, position_ids=positions, lengths=[6]).logits[0]
+    assert torch.equal(logits[:3], logits[3:])
+    assert not torch.allclose(whole[:3], whole[3:], atol=1e-3)

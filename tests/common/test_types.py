@@ -1,6 +1,7 @@
 """What travels, and that a table of experience holds every value of it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -146,3 +147,9 @@ def test_a_sample_id_reads_back_from_its_text():
 
 def test_a_rollout_counts_prompt_and_response_tokens():
     assert [row.rollout.num_tokens for row in ragged_rows()] == [5, 5, 2]
+
+
+def test_logprobs_that_the_reference_was_not_asked_for_are_null_and_not_empty():
+    first, second, empty = ragged_rows()
+    table = experience_table([replace(first, ref_logprobs=None), second, empty, replace(empty, ref_logprobs=None)])
+    assert table["ref_logprobs"].to_pylist() == [None, [-4.0, -3.0, -2.0, -1.0], [], None]

@@ -139,3 +139,11 @@ def test_a_record_survives_json():
     for scores in (SCORES, [None] * 3):
         found = evaluated(scores)[0]
         assert Evaluation.from_record(json.loads(json.dumps(found.record()))) == found
+
+
+def test_without_a_reference_the_policy_is_its_own_and_has_no_kl():
+    roles = ThreeAnswers(SCORES)
+    asked = [replace(make_prompt(i), sample_id=SampleId(-1, i, 0)) for i in range(3)]
+    found, answers = asyncio.run(evaluate(asked, roles, roles, None, EvaluationConfig(), policy_version=7))
+    assert found == replace(evaluated()[0], kl_per_response=0.0)
+    assert [score for _, score in answers] == SCORES

@@ -455,3 +455,119 @@ def test_score_statistics_are_restored_with_the_learner(model, tmp_path):
     restored.restore(tmp_path / "step-000001")
     assert restored.score_moments == learner.score_moments
     assert restored.score_moments.count == 8
+
+
+# The pass that gives both what the targets need and the first gradient
+
+
+def passes_of(learner: Learner) -> list[int]:
+    """Sequences in each forward pass from here on."""
+    passes: list[int] = []
+    learner.network.register_forward_pre_hook(lambda _, args: passes.append(len(args[0].lengths)))
+    return passes
+
+
+def assert_same_update(one: tuple[torch.Tensor, dict[str, float]], other: tuple[torch.Tensor, dict[str, float]]):
+    """Gradients and metrics of two updates, to 1e-5 of their size."""
+    assert float((one[0] - other[0]).norm()) < 1e-5 * float(other[0].norm())
+    metrics = [{k: v for k, v in stats.items() if not k.startswith("time/")} for _, stats in (one, other)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("more", [{}, {"ppo": {"entropy_coef": 0.1, "value_clip": 0.04}}], ids=["usual", "more"])
+def test_one_shared_first_pass_is_worth_a_pass_of_its_own(model, critic, epochs, more):
+    updates, passes = [], []
+    for tokens in (4096, 12):
+        learner = make_learner(
+            model,
+            ppo={"minibatches": 1, "ppo_epochs": epochs, **more.get("ppo", {})},
+            learner={"critic": critic, "micro_batch_tokens": tokens},
+        )
+        passes.append(passes_of(learner))
+        updates.append(gradients(learner, varied_batch(3)))
+    assert passes[0] == [8] * epochs
+    assert len(passes[1]) > 2 * (1 + epochs)
+    assert sum(passes[1]) == 8 * (1 + epochs)  # once more for the old log-probabilities
+    assert_same_update(*updates)
+
+
+def test_with_minibatches_the_batch_has_a_pass_of_its_own(model):
+    learner = make_learner(model, ppo={"minibatches": 2, "ppo_epochs": 1}, learner={"micro_batch_tokens": 4096})
+    passes = passes_of(learner)
+    learner.update(varied_batch(3))
+    assert passes == [8, 4, 4]
+
+
+@pytest.mark.parametrize("tokens", [4096, 24], ids=["one micro-batch", "several"])
+def test_the_order_of_rollouts_in_the_table_does_not_change_the_gradient(model, tokens):
+    table = varied_batch(2)
+    orders = [np.arange(8), np.arange(8)[::-1], np.random.default_rng(0).permutation(8)]
+    updates = [
+        gradients(
+            make_learner(model, ppo={"minibatches": 1, "ppo_epochs": 2}, learner={"micro_batch_tokens": tokens}),
+            table.take(order),
+        )
+        for order in orders
+    ]
+    for update in updates[1:]:
+        assert_same_update(update, updates[0])
+
+
+# Rollouts that the reference wrote itself
+
+
+def with_ref_logprobs(table: pa.Table, rows: list[list[float] | None]) -> pa.Table:
+    index = table.schema.get_field_index("ref_logprobs")
+    return table.set_column(index, table.schema.field(index), pa.array(rows, type=table.schema.field(index).type))
+
+
+def own_logprobs(model: Path, table: pa.Table, temperature: float) -> list[list[float]]:
+    """Of each response under the starting weights, a row at a time."""
+    policy = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = []
+    for row in table.to_pylist():
+        ids, first = row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"])
+        with torch.no_grad():
+            log_probs = (policy(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
+        found.append([log_probs[t - 1, ids[t]].item() for t in range(first, len(ids))])
+    return found
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("tokens", [4096, 24], ids=["shared pass", "pass of its own"])
+@pytest.mark.parametrize("nulls", [range(8), [1, 2, 5]], ids=["all", "some"])
+def test_in_step_0_rollouts_without_ref_logprobs_have_the_policys_own(model, estimator, tokens, nulls):
+    table = varied_batch(4)
+    own = own_logprobs(model, table, 0.7)
+    settings = {
+        "kl": {"coef": 0.5, "estimator": estimator},
+        "sampling": {"temperature": 0.7},
+        "ppo": {"minibatches": 1},
+        "learner": {"micro_batch_tokens": tokens},
+    }
+    given = table["ref_logprobs"].to_pylist()
+    given = [own[i] if i in nulls else given[i] for i in range(8)]
+    without = [None if i in nulls else given[i] for i in range(8)]
+    updates = [gradients(make_learner(model, **settings), with_ref_logprobs(table, rows)) for rows in (without, given)]
+    assert_same_update(*updates)
+    if len(nulls) == 8:
+        assert updates[0][1]["kl/per_token"] == 0.0
+        assert updates[0][1]["kl/per_response"] == 0.0
+    else:
+        assert abs(updates[0][1]["kl/per_token"]) > 0.01
+
+
+def test_after_step_0_rollouts_without_ref_logprobs_are_refused_and_nothing_is_learned(model):
+    learner = make_learner(model)
+    learner.update(with_ref_logprobs(varied_batch(4), [None] * 8))
+    before, moments = parameters(learner), replace(learner.score_moments)
+    table = varied_batch(5)
+    rows = table["ref_logprobs"].to_pylist()
+    with pytest.raises(RuntimeError, match="step 1 has rollouts without ref_logprobs; only those of step 0"):
+        learner.update(with_ref_logprobs(table, [*rows[:7], None]))
+    assert torch.equal(parameters(learner), before)
+    assert (learner.step, learner.score_moments) == (1, moments)
+    learner.update(with_ref_logprobs(table, [None, *rows[1:]]))  # the first response is empty: there is nothing to know
+    assert learner.step == 2

@@ -264,3 +264,37 @@ def test_a_journal_that_is_gone_altogether_is_refused_where_a_checkpoint_remembe
     shutil.rmtree(tmp_path / "journal")
     with pytest.raises(JournalError, match="step-000002 has 2 steps behind it, the journal only 0"):
         asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=4)))
+
+
+class Asked(FakeRoles):
+    """Remembers when the reference was asked, and of whom; it answers -7."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.asked: list[tuple[int, int]] = []
+
+    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+        self.asked.append((self.step, rollout.prompt.sample_id.epoch))
+        return np.full_like(rollout.rollout_logprobs, -7.0)
+
+
+def test_the_reference_is_asked_nothing_while_the_policy_still_is_the_reference(tmp_path):
+    roles = Asked()
+    evaluations = asyncio.run(train(make_run(tmp_path, roles, num_steps=3)))
+    training = [step for step, epoch in roles.asked if epoch >= 0]
+    assert training == [1] * 4 + [2] * 4
+    assert [step for step, epoch in roles.asked if epoch < 0] == [3] * 2  # held out, after training
+    found = [table["ref_logprobs"].to_pylist() for table in roles.tables]
+    assert found == [[None] * 4, [[-7.0, -7.0]] * 4, [[-7.0, -7.0]] * 4]
+    # Nulls are what the journal gives back, too.
+    assert next(make_run(tmp_path, roles).journal.since(0)).table.equals(roles.tables[0])
+    # rollout_logprobs are -4 for each of two tokens.
+    assert [evaluation.kl_per_response for evaluation in evaluations] == [0.0, 6.0]
+
+
+def test_a_run_that_goes_on_asks_the_reference_from_its_first_new_step(tmp_path):
+    asyncio.run(train(make_run(tmp_path, Asked(), num_steps=1)))
+    roles = Asked()
+    asyncio.run(train(make_run(tmp_path, roles, num_steps=2)))
+    assert [step for step, epoch in roles.asked if epoch >= 0] == [1] * 4
+    assert roles.tables[-1]["ref_logprobs"].null_count == 0
