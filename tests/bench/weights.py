@@ -168,8 +168,8 @@ async def measure(cfg: GeneratorsConfig | None = None) -> dict[str, Any]:
     for request in requests:
         request.cancel()
     await asyncio.gather(*requests, return_exceptions=True)
-    memcpy_s, num_bytes = await rank.memcpy_s.remote()
     pool.stop()
+    memcpy_s, num_bytes = await rank.memcpy_s.remote()  # with nothing else running
     learner.stop()
     return summarise(rows[WARM_UP:], memcpy_s, num_bytes) | {"updates": rows}
 
