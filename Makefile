@@ -21,6 +21,8 @@ demo-rlhf: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.scoring
+	$(BIN)/python -m tests.bench.weights
+	$(BIN)/python -m tests.bench.generation
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

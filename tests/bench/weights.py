@@ -3,7 +3,8 @@
 Prints figures measured in one run on this machine, and writes runs/bench-weights.json:
 
 - standstill: how long the generator's requests wait for the swap, over one warm memcpy of the bytes sent;
-- publish to verified: from the learner's first packing to the new version verified, staged and in use, over the same;
+- publish to verified: from the learner's first packing to the last bucket verified and staged on the generator, over
+  the same; publish to serving goes on until the swap is done and reported, for which the step under way must end;
 - how much slower an engine step is while a set is being staged.
 """
 
@@ -78,6 +79,7 @@ class TimedGenerator(Generator):
         super().__init__(name, seed, make_engine)
         self._steps: list[tuple[float, float]] = []  # end, seconds
         self._swaps: list[float] = []
+        self._staged_at = 0.0  # perf_counter, which all processes of a machine share on Linux
         engine: Any = self._engine
         engine._engine.step = self._timed(engine._engine.step, self._note_step)
         engine._weights.swap = self._timed(engine._weights.swap, self._note_swap)
@@ -97,13 +99,18 @@ class TimedGenerator(Generator):
     def _note_swap(self, started: float, ended: float) -> None:
         self._swaps.append(ended - started)
 
-    async def take_notes(self) -> tuple[list[float], list[float], int]:
-        """Seconds of the steps and swaps since the last call, and this process's resident bytes."""
+    async def stage(self, *buckets: Bucket) -> None:
+        await super().stage(*buckets)
+        self._staged_at = time.perf_counter()
+
+    async def take_notes(self) -> tuple[list[float], list[float], float, int]:
+        """Seconds of the steps and swaps since the last call, when the last bucket was staged, and this process's
+        resident bytes."""
         steps, swaps = [seconds for _, seconds in self._steps], list(self._swaps)
         self._steps.clear()
         self._swaps.clear()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return steps, swaps, pages * 4096
+        return steps, swaps, self._staged_at, pages * 4096
 
 
 def make_engine(cfg: GeneratorsConfig, sampling: SamplingConfig) -> Any:
@@ -140,7 +147,7 @@ async def measure(cfg: GeneratorsConfig | None = None) -> dict[str, Any]:
     generators = GeneratorPool(pool)
     requests = [asyncio.create_task(keep_busy(generators, number)) for number in range(RUNNING)]
 
-    async def notes() -> tuple[list[float], list[float], int]:
+    async def notes() -> tuple[list[float], list[float], float, int]:
         [noted] = (await pool.broadcast("take notes", lambda replica: replica.take_notes.remote())).values()
         return noted
 
@@ -150,15 +157,16 @@ async def measure(cfg: GeneratorsConfig | None = None) -> dict[str, Any]:
         version = await rank.move.remote()
         await notes()
         await asyncio.sleep(PAUSE_S)
-        undisturbed, _, _ = await notes()
+        undisturbed, *_ = await notes()
         started = time.perf_counter()
         await generators.load(learner.publish(), version)
         loaded = time.perf_counter() - started
-        staging, [swap], resident = await notes()
+        staging, [swap], staged_at, resident = await notes()
         rows.append(
             {
                 "standstill_s": swap,
-                "publish_to_verified_s": loaded,
+                "publish_to_verified_s": staged_at - started,
+                "publish_to_serving_s": loaded,
                 "step_s": statistics.median(undisturbed),
                 "step_while_staging_s": statistics.median(staging),
                 "longest_step_while_staging_s": max(staging),
@@ -190,6 +198,7 @@ def summarise(rows: list[dict[str, Any]], memcpy_s: float, num_bytes: int) -> di
         "publish_to_verified_s": middle("publish_to_verified_s"),
         "publish_ratio": middle("publish_to_verified_s") / memcpy_s,
         "publish_worst_ratio": worst("publish_to_verified_s") / memcpy_s,
+        "publish_to_serving_s": middle("publish_to_serving_s"),
         "step_s": middle("step_s"),
         "step_slowdown": middle("step_while_staging_s") / middle("step_s"),
         "longest_step_while_staging_s": worst("longest_step_while_staging_s"),
