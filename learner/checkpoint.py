@@ -31,6 +31,7 @@ def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, n
     alone = not dist.is_initialized()
     first = alone or dist.get_rank() == 0
     if first:
+        (directory / _MARKER).unlink(missing_ok=True)  # before what it vouches for
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     if not alone:

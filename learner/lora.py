@@ -81,5 +81,6 @@ def save(adapters: dict[str, Tensor], cfg: LoRAConfig, base: str, directory: Pat
 
 
 def _peft_config(cfg: LoRAConfig) -> LoraConfig:
-    targets = cfg.targets if isinstance(cfg.targets, str) else list(cfg.targets)
+    named = [cfg.targets] if isinstance(cfg.targets, str) else list(cfg.targets)
+    targets = named if named != ["all-linear"] else "all-linear"  # any other string peft would take for a pattern
     return LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, task_type="CAUSAL_LM")

@@ -163,6 +163,13 @@ def test_a_set_with_a_lost_doubled_or_reordered_bucket_is_refused(order, message
         receive([packed[index] for index in order], 12)
 
 
+def test_nothing_may_follow_the_last_bucket():
+    longer = list(buckets([*some_tensors(), ("more", torch.ones(40))], 12, bucket_bytes=80))
+    assert [bucket.index for bucket in longer if bucket.last] == [3]
+    with pytest.raises(CorruptWeightsError, match="bucket 3 came where nothing more was due"):
+        receive([*three_buckets(), longer[3]], 12)
+
+
 def test_a_set_of_mixed_versions_is_refused():
     old, new = three_buckets(11), three_buckets(12)
     with pytest.raises(CorruptWeightsError, match="version 11: bucket 1 came where bucket 1 of version 12"):

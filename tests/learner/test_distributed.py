@@ -126,8 +126,9 @@ def weights(trainer: RewardTrainer) -> torch.Tensor:
 
 
 def local_weights(trainer: RewardTrainer) -> torch.Tensor:
-    """This rank's share."""
-    return torch.cat([p.detach().to_local().flatten() for p in trainer.model.parameters()])
+    """This rank's share, as the optimizer holds it: a pass that broke off may have left the network's gathered."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return torch.cat([p.detach().to_local().flatten() for p in parameters])
 
 
 def facts_of_two_ranks(ranks: Ranks, trainer: RewardTrainer) -> dict[str, Any]:
@@ -231,6 +232,7 @@ def test_the_batches_leave_a_rank_without_a_pair_once():
 
 
 def test_two_ranks_give_the_weights_and_metrics_of_one(model, two_ranks):
+    """Metrics to 1e-5, and 1e-6 absolute: a margin is a difference of scores near one."""
     alone = new_trainer(model)
     before = weights(alone)
     expected = [alone.update(batch) for batch in batches()]
@@ -239,7 +241,7 @@ def test_two_ranks_give_the_weights_and_metrics_of_one(model, two_ranks):
     for result in two_ranks:
         for found, stats in zip(result["stats"], expected, strict=True):
             assert found.pop("time/learn_s") > 0
-            assert found == pytest.approx({k: v for k, v in stats.items() if k != "time/learn_s"}, rel=1e-5)
+            assert found == pytest.approx({k: v for k, v in stats.items() if k != "time/learn_s"}, rel=1e-5, abs=1e-6)
 
 
 def test_both_ranks_give_the_scores_of_one(model, two_ranks):
@@ -247,7 +249,7 @@ def test_both_ranks_give_the_scores_of_one(model, two_ranks):
     for batch in batches():
         alone.update(batch)
     for result in two_ranks:
-        np.testing.assert_allclose(result["scores"], alone.scores(ragged_pairs(5, 3)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result["scores"], alone.scores(ragged_pairs(5, 3)), atol=1e-5)
 
 
 def test_the_ranks_share_out_weights_and_optimizer_state_and_keep_them_float32(two_ranks):
