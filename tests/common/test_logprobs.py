@@ -214,14 +214,18 @@ def test_the_gradient_of_a_logprob_is_one_hot_minus_probabilities_over_temperatu
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation gives back, in numbers."""
+    """The largest tensor that any operation makes, in numbers; views of others are none."""
 
-    size = 0
+    def __init__(self):
+        super().__init__()
+        self.size = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
+        tensors = [[x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in (result, (args, kwargs))]
+        given = {x.untyped_storage().data_ptr() for x in tensors[1]}
+        for x in tensors[0]:
+            if x.untyped_storage().data_ptr() not in given:
                 self.size = max(self.size, x.numel())
         return result
 
@@ -239,6 +243,18 @@ def test_no_more_than_a_chunk_of_logits_exists_and_none_is_kept():
         assert largest.size == chunk * vocabulary
         (logprobs.sum() + entropy.sum()).backward()
     assert largest.size == chunk * vocabulary
+
+
+def test_into_a_weights_gradient_the_next_one_is_added_in_parts():
+    hidden, token_ids, head = inputs(6, 4, 20_000)
+    sizes = []
+    for _ in range(2):
+        logprobs, _ = chosen_logprobs(hidden, token_ids, head, temperature=1.0, chunk=2)
+        with Largest() as largest:
+            logprobs.sum().backward()
+        sizes.append(largest.size)
+    # The first one is as large as the weight; then nothing is larger than the logits of a chunk.
+    assert sizes == [20_000 * 4, 20_000 * 2]
 
 
 def test_results_are_float32_and_no_tokens_give_no_results():

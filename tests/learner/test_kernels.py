@@ -123,11 +123,11 @@ def test_under_autocast_gradients_have_the_types_of_what_they_belong_to():
 
 
 def test_a_bias_of_many_rows_is_summed_in_float32():
-    """4096 times 1: adding ones in bf16 would stop at 256."""
+    """4097 times 1: adding ones in bf16 would stop at 256, and 4097 is 4096 in bf16."""
     weight, bias = torch.ones(1, 1), torch.zeros(1, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        cast_linear(torch.ones(4096, 1), weight, bias).sum().backward()
-    assert bias.grad.item() == 4096
+        cast_linear(torch.ones(4097, 1), weight, bias).sum().backward()
+    assert bias.grad.item() == 4097
 
 
 def test_a_frozen_weight_gets_no_gradient_and_passes_one_on():
@@ -232,6 +232,25 @@ class HalvedMLP(LlamaMLP):
 class BiasedLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1
+
+
+class AdaptedLinear(nn.Linear):
+    """The same as a linear layer until it is trained."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.added = nn.Parameter(torch.zeros(sizes[1]))
+
+    def forward(self, x):
+        return super().forward(x) + self.added
+
+
+def test_a_linear_layer_of_another_kind_is_left_alone_even_if_it_begins_the_same():
+    layer = AdaptedLinear(32, 32)
+    assert install(layer) == 0
+    nn.init.ones_(layer.added)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + 1, atol=1e-6, rtol=1e-6)
 
 
 def test_a_module_that_computes_something_else_keeps_its_own_forward_pass():
