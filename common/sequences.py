@@ -89,8 +89,15 @@ def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
     """Log-probability of every response token under a causal LM, float32 [B, R]."""
     states, token_ids = sequences.response_states(model.base_model)
+    # Each response begins at a whole vector for the output embedding too.
+    missing = -sequences.response_lengths % LANES
+    places = torch.arange(len(states), device=states.device)
+    places += (missing.cumsum(0) - missing).repeat_interleave(sequences.response_lengths)
+    count = len(states) + int(missing.sum())
+    states = states.new_zeros(count, states.shape[1]).index_copy(0, places, states)
+    token_ids = token_ids.new_zeros(count).index_copy(0, places, token_ids)
     logprobs, _ = chosen_logprobs(states, token_ids, model.get_output_embeddings(), temperature=temperature)
-    return sequences.scatter(logprobs)
+    return sequences.scatter(logprobs[places])
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ _AFTERMATH_S = 10.0
 
 
 class RankGroup:
-    """What every kind of group does. All ranks update; rank 0 publishes and saves."""
+    """What every kind of group does. All ranks take part in every call: they gather and reduce together."""
 
     def __init__(self, ranks: list[Any], *, timeout_s: float) -> None:
         self._ranks = ranks

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -156,13 +157,15 @@ class Learner:
 
     def save_policy(self, directory: Path) -> None:
         """The policy as a Hugging Face directory, with LoRA's adapters merged, and beside it the adapters alone."""
+        if self._ranks.rank > 0:  # helps to gather them
+            deque(chain(self.network.policy_tensors(), self.network.adapter_tensors()), maxlen=0)
+            return
+        base = resolve_model(self.cfg.model.path)
         tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in self.network.policy_tensors()}
         adapters = {name: tensor.cpu() for name, tensor in self.network.adapter_tensors()}
-        if self._ranks.rank == 0:
-            base = resolve_model(self.cfg.model.path)
-            save_policy(tensors, base, directory)
-            if self.cfg.learner.lora:
-                lora.save(adapters, self.cfg.learner.lora, str(base), directory.with_name("adapter"))
+        save_policy(tensors, base, directory)
+        if self.cfg.learner.lora:
+            lora.save(adapters, self.cfg.learner.lora, str(base), directory.with_name("adapter"))
 
     def _targets(self, batch: ExperienceBatch, plan: MicroBatches, first: Outputs | None, metrics: Metrics) -> Targets:
         """Old log-probabilities and values, rewards, GAE, whitening, over the whole batch. Every rank computes the

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from common.config import UserError
@@ -190,6 +191,7 @@ def test_a_saved_policy_has_the_given_weights_and_all_else_from_its_base(tmp_pat
         assert saved.dtype == torch.bfloat16
         assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
         found = dict(saved.named_parameters())
+        assert {x.dtype for x in load_file(target / "model.safetensors").values()} == {torch.bfloat16}
         assert found.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert torch.equal(found[name], (factor * tensor).bfloat16()), name
