@@ -1,0 +1,232 @@
+"""A learner of several ranks on Ray: whole runs, with LoRA too, and ranks that fail, die or hang."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from actors.pool import actor
+from common.config import Config, RayConfig
+from common.journal import Journal
+from common.metrics import read_records
+from deploy import train
+from deploy.cluster import cluster
+from learner.group import LearnerGroup
+from learner.learner import Learner
+from tests.fakes import save_tiny_model, tiny_config
+from tests.learner.test_learner import varied_batch
+
+pytestmark = pytest.mark.ray
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+# Whole runs
+
+
+def run_config(model: Path, *, ranks: int, **overrides: Any) -> Config:
+    settings = {
+        "num_steps": STEPS,
+        "rollouts_per_step": 16,
+        "ppo": {"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 4},
+        # Such an eps keeps the size of the gradient in Adam's step, which otherwise almost cancels.
+        "optimizer": {"learning_rate": 4e-3, "value_head_learning_rate": 1e-2, "eps": 1e-3},
+        "evaluation": {"prompts": 4},
+        **overrides,
+    }
+    learner = {"precision": "fp32", "cpus": 0.5, "ranks": ranks, "timeout_s": 60, **settings.pop("learner", {})}
+    return tiny_config(model, learner=learner, **settings)
+
+
+def curve(directory: Path) -> list[dict[str, float]]:
+    """Every step's metrics but the clock's."""
+    records = read_records(directory / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "alone"
+    train.run_training(run_config(model, ranks=1), directory)
+    return directory
+
+
+def test_two_ranks_and_then_one_give_the_run_of_one(model, alone, tmp_path):
+    """Metrics to a relative 1e-4 and an absolute 1e-5: the weights of two ranks are those of one to 1e-6, and the few
+    that round to another bf16 move the log-probabilities of what is sampled next."""
+    directory = tmp_path / "run"
+    train.run_training(run_config(model, ranks=2, num_steps=STEPS - 1), directory)
+    assert len(list((directory / f"checkpoints/step-{STEPS - 1:06d}").glob("*.distcp"))) == 2
+    train.run_training(run_config(model, ranks=1), directory, resume=True)
+    assert len(curve(alone)) == STEPS
+    journals = [Journal(path / "journal") for path in (alone, directory)]
+    for step in range(STEPS):
+        responses = [journal.read(step).table["response_ids"].to_pylist() for journal in journals]
+        assert responses[0] == responses[1]
+    for found, expected in zip(curve(directory), curve(alone), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    losses = [record["value/loss"] for record in curve(alone)]
+    assert len(set(losses)) == STEPS
+
+
+def test_a_lora_run_on_two_ranks_has_no_reference_service_and_leaves_policy_and_adapter(model, tmp_path, monkeypatch):
+    started: list[str] = []
+
+    class Starter(train.Starter):
+        async def references(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("with LoRA the learner itself is the reference")
+
+    def note(role: type, section: Any) -> Any:
+        started.append(role.__name__)
+        return actor(role, section)
+
+    monkeypatch.setattr(train, "Starter", Starter)
+    monkeypatch.setattr("actors.pool.actor", note)
+    directory = tmp_path / "run"
+    lora = {"lora": {"rank": 4, "alpha": 8}}
+    train.run_training(run_config(model, ranks=2, num_steps=2, learner=lora), directory)
+    assert sorted(started) == ["Generator", "Reward"]
+    first, second = curve(directory)
+    assert first["kl/per_token"] == 0.0  # the policy is the reference
+    assert abs(second["kl/per_token"]) > 1e-6
+    assert abs(second["mismatch/kl"]) < 1e-3  # generators sample from base and adapters together
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["before"]["kl_per_response"] == 0.0
+    assert summary["after"]["kl_per_response"] != 0.0
+
+    row = Journal(directory / "journal").read(1).table.to_pylist()[0]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt, response = row["prompt_ids"], row["response_ids"]
+    with torch.no_grad():
+        logits = base(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)[range(len(response)), response]
+    np.testing.assert_allclose(row["ref_logprobs"], expected, atol=1e-4)
+
+    merged = AutoModelForCausalLM.from_pretrained(directory / "policy", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, directory / "adapter").eval()
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=0.02)  # which is rounded to bf16
+
+
+# Ranks that fail
+
+
+class Troubled(Learner):
+    """Rank 1 does as `trouble` says in its second update."""
+
+    trouble = ""
+
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        self._trouble = type(self).trouble if rank == 1 else ""
+        return super().join(rank, world, rendezvous)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def update(self, table: Any) -> dict[str, float]:
+        if self.step == 1 and self._trouble == "raises":
+            raise ValueError("rank 1 cannot learn from this")
+        if self.step == 1 and self._trouble == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.step == 1 and self._trouble == "hangs":
+            time.sleep(600)
+        return super().update(table)
+
+
+@dataclass
+class Outcome:
+    """How the second update ended."""
+
+    error: BaseException
+    seconds: float
+    rank_id: str  # of rank 1, as Ray names actors
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with cluster(RayConfig(object_store_mib=128, dashboard=False)) as nodes:
+        yield nodes
+
+
+def update_twice(model: Path, trouble: str, *, timeout_s: float) -> Outcome:
+    """With two ranks, of which one is in trouble the second time. Checks that stopping the group ends every process."""
+    role = type(f"{trouble.capitalize()}Learner", (Troubled,), {"trouble": trouble})
+    cfg = run_config(model, ranks=2, rollouts_per_step=8, learner={"cpus": 0, "timeout_s": timeout_s})
+
+    async def scenario() -> Outcome:
+        ranks = [actor(role, cfg.learner).remote(cfg) for _ in range(2)]
+        learner = LearnerGroup(ranks, timeout_s=cfg.learner.timeout_s)
+        try:
+            await learner.start(120)
+            pids = ray.get([rank.pid.remote() for rank in ranks])
+            stats = await learner.update(varied_batch(0))
+            assert stats["ppo/optimizer_steps"] == 8
+            started = time.monotonic()
+            with pytest.raises(Exception) as raised:  # noqa: PT011 - the tests look at it
+                await learner.update(varied_batch(1))
+            assert learner.step == 1
+            outcome = Outcome(raised.value, time.monotonic() - started, ranks[1]._actor_id.hex())
+        finally:
+            learner.stop()
+        deadline = time.monotonic() + 20
+        while any(_alive(pid) for pid in pids):
+            assert time.monotonic() < deadline, "a rank's process is left"
+            await asyncio.sleep(0.1)
+        assert not Path(learner._rendezvous.removeprefix("file://")).parent.exists()
+        return outcome
+
+    return asyncio.run(asyncio.wait_for(scenario(), 180))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_rank_that_raises_fails_the_step_with_its_own_error(model, ray_cluster):
+    """Within the time that the others are given to say what they know, 10 s."""
+    outcome = update_twice(model, "raises", timeout_s=60)
+    assert isinstance(outcome.error, ValueError)
+    text = str(outcome.error)
+    assert "rank 1 cannot learn from this" in text
+    assert 'raise ValueError("rank 1 cannot learn from this")' in text  # the trace of its own process
+    assert outcome.error.__notes__ == ["rank 1 of 2 did not update at step 1"]
+    assert outcome.seconds < 20
+
+
+def test_a_rank_that_is_killed_fails_the_step_by_its_name(model, ray_cluster):
+    """And not by what the other says, whose connection it takes along."""
+    outcome = update_twice(model, "dies", timeout_s=60)
+    assert isinstance(outcome.error, ray.exceptions.RayActorError)
+    assert outcome.rank_id in str(outcome.error)
+    assert outcome.error.__notes__ == ["rank 1 of 2 did not update at step 1"]
+    assert outcome.seconds < 20
+
+
+def test_a_rank_that_hangs_is_named_when_the_time_is_up(model, ray_cluster):
+    outcome = update_twice(model, "hangs", timeout_s=5)
+    assert type(outcome.error) is RuntimeError
+    assert str(outcome.error).startswith("the learner (rank ")
+    assert "1) did not update at step 1 within 5 s" in str(outcome.error)
+    assert 4 < outcome.seconds < 20
