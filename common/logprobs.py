@@ -95,5 +95,5 @@ def _blocks(rows: slice, logits: Tensor, temperature: float) -> Iterator[tuple[s
     step = _CPU_BLOCK_ROWS if logits.device.type == "cpu" else len(logits)
     for start in range(rows.start, rows.stop, step):
         block = slice(start, min(start + step, rows.stop))
-        scaled = logits[start - rows.start : block.stop - rows.start].to(torch.float32, copy=True)
+        scaled = logits[start - rows.start : block.stop - rows.start].float()
         yield block, scaled if temperature == 1 else scaled.div_(temperature)
