@@ -118,7 +118,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "checkpointing": (learner_of(gradient_checkpointing=True), one_batch),
     "checkpointing-separate": (merged(SEPARATE, learner_of(gradient_checkpointing=True)), one_batch),
     "no-entropy": (ppo(2, entropy_coef=0.0), one_batch),
-    "target-kl": (ppo(2, epochs=4, target_kl=2e-3), two_batches),
+    # Passed by the whole minibatch (0.35 and 0.52), by far not by either rank's part of the sum.
+    "target-kl": (ppo(2, epochs=4, target_kl=0.3), two_batches),
     "bf16": (learner_of(precision="bf16"), two_batches),
     "lora": (LORA, two_batches),
     "lora-separate-checkpointing": (
