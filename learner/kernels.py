@@ -19,8 +19,8 @@ Forward = Callable[[Any, Tensor], Tensor]
 
 
 def install(model: PreTrainedModel) -> int:
-    """Replaces the forward pass of linear layers, RMS norms and gated SiLU layers where its output stays the same;
-    returns how many."""
+    """Replaces the forward pass of embeddings, linear layers, RMS norms and gated SiLU layers where its output stays
+    the same; returns how many."""
     replaced = 0
     for module in model.modules():
         forward = _replacement(module)
@@ -49,6 +49,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (arXiv:2002.05202, eq. 6 with SiLU)."""
     return _GatedSiLU.apply(gate, up)
+
+
+def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+    """weight[input_ids]; on CPU the gradient goes straight into one that is there already, where a second one of that
+    size, almost all zeros, would take as long as a layer."""
+    if weight.device.type == "cpu":
+        return _Embedding.apply(input_ids, weight, padding_idx)
+    return torch.nn.functional.embedding(input_ids, weight, padding_idx)
+
+
+class _Embedding(torch.autograd.Function):
+    """As torch's, tokens of `padding_idx` give no gradient."""
+
+    @staticmethod
+    def forward(ctx, input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(input_ids, weight)
+        ctx.padding_idx = padding_idx
+        return torch.nn.functional.embedding(input_ids, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor | None, None]:
+        input_ids, weight = ctx.saved_tensors
+        ids, rows = input_ids.flatten(), gradient.flatten(0, -2).to(weight.dtype)
+        if ctx.padding_idx is not None:
+            rows = rows.masked_fill((ids == ctx.padding_idx)[:, None], 0.0)
+        if weight.grad is not None:
+            weight.grad.index_add_(0, ids, rows)
+            return None, None, None
+        return None, torch.zeros_like(weight).index_add_(0, ids, rows), None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -110,6 +139,10 @@ def _linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
     return cast_linear(x, self.weight, self.bias)
 
 
+def _embedding_forward(self: Any, input_ids: Tensor) -> Tensor:
+    return embedding(input_ids, self.weight, self.padding_idx)
+
+
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -121,6 +154,8 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 def _replacement(module: nn.Module) -> Forward | None:
     if type(module) is nn.Linear:
         return _linear_forward
+    if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
+        return _embedding_forward
     if hasattr(module, "weight") and hasattr(module, "variance_epsilon"):
         return _norm_forward
     if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
@@ -133,6 +168,9 @@ def _same(module: Any, forward: Forward) -> bool:
     """Whether the replacement gives what the module itself gives, on a few inputs of its own width."""
     weight = module.gate_proj.weight if forward is _gated_forward else module.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    if forward is _embedding_forward:
+        x = torch.randint(len(weight), (4,), generator=generator).to(weight.device)
+    else:
+        x = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
     return torch.allclose(forward(module, x), module(x), rtol=tolerance, atol=tolerance)

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from common.attention import PACKED
 from common.sequences import Sequences
-from learner.kernels import cast_linear, gated_silu, install, rms_norm
+from learner.kernels import cast_linear, embedding, gated_silu, install, rms_norm
 
 SIZES = {
     "vocab_size": 64,
@@ -199,6 +199,23 @@ def replaced(model):
     return {name for name, module in model.named_modules() if "forward" in vars(module)}
 
 
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_embedding_gives_torchs_gradient_and_adds_to_one_that_is_there(padding_idx, begun):
+    ids, pull = torch.tensor([[3, 5, 5, 0, 3]]), torch.randn(1, 5, 8)
+    weight = nn.Parameter(torch.randn(6, 8))
+    other = nn.Parameter(weight.detach().clone())
+    there = torch.randn(6, 8) if begun else torch.zeros(6, 8)
+    if begun:
+        weight.grad = there.clone()
+    out = embedding(ids, weight, padding_idx)
+    assert torch.equal(out, other[ids])
+    (out * pull).sum().backward()
+    (nn.functional.embedding(ids, other, padding_idx) * pull).sum().backward()
+    torch.testing.assert_close(weight.grad, there + other.grad, atol=1e-6, rtol=0)
+    assert padding_idx is None or torch.equal(weight.grad[3], there[3])
+
+
 def test_a_llama_has_its_linear_layers_norms_and_gates_replaced():
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     layer = [
@@ -206,7 +223,9 @@ def test_a_llama_has_its_linear_layers_norms_and_gates_replaced():
         *("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
         *("input_layernorm", "post_attention_layernorm"),
     ]
-    expected = {f"model.layers.{i}.{name}" for i in range(2) for name in layer} | {"model.norm", "lm_head"}
+    expected = {f"model.layers.{i}.{name}" for i in range(2) for name in layer} | {
+        *("model.norm", "lm_head", "model.embed_tokens")
+    }
     assert install(model) == len(expected)
     assert replaced(model) == expected
 
@@ -255,9 +274,9 @@ def test_a_linear_layer_of_another_kind_is_left_alone_even_if_it_begins_the_same
 
 def test_a_module_that_computes_something_else_keeps_its_own_forward_pass():
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES)
-    for module in (ShiftedNorm(32), BiasedLinear(32, 32), GemmaRMSNorm(32), nn.LayerNorm(32), nn.Embedding(4, 32)):
-        x = torch.randn(3, 32) if not isinstance(module, nn.Embedding) else torch.tensor([1, 2])
+    config, clipped = LlamaConfig(**SIZES), nn.Embedding(4, 32, max_norm=1.0)
+    for module in (ShiftedNorm(32), BiasedLinear(32, 32), GemmaRMSNorm(32), nn.LayerNorm(32), clipped):
+        x = torch.tensor([1, 2]) if module is clipped else torch.randn(3, 32)
         before = module(x)
         assert install(module) == 0
         assert torch.equal(module(x), before)
@@ -284,8 +303,8 @@ def test_a_model_of_other_parts_keeps_them_and_its_outputs(kind):
         before = model(ids).logits
         install(model)
         torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
-    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    assert replaced(model) == linear
+    plain = {name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
+    assert replaced(model) == plain
 
 
 def tiny(kind):
