@@ -28,7 +28,7 @@ from tests.bench.batch import MODEL, batch, config
 from tests.bench.fresh import call
 from tests.bench.results import Result
 
-THREADS, ROUNDS, EPOCHS = 2, 5, 4
+THREADS, ROUNDS, EPOCHS = 2, 3, 4
 WHOLE = 4096  # tokens of a micro-batch that holds the batch
 ROW = 64  # tokens of a row in the bare loop
 
