@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from common.config import Config, UserError
 from common.journal import Journal
 from common.metrics import read_records
+from common.models import load_policy
+from common.sequences import Sequences, response_logprobs
 from deploy.train import run_training
 from tests.fakes import save_tiny_model, tiny_config
 
@@ -71,10 +73,16 @@ def test_every_step_is_journalled_on_policy_and_measured_exactly(finished, model
     assert journal.next_step == STEPS
     first = journal.read(0).table
     assert first.num_rows == 32
-    # Before any update the generator (vLLM) and the reference (transformers) are one model: float32 on both sides.
-    logprobs = (first[column].to_pylist() for column in ("rollout_logprobs", "ref_logprobs"))
-    for sampled, reference in zip(*logprobs, strict=True):
-        np.testing.assert_allclose(sampled, reference, atol=1e-4)
+    # Before any update the policy is the reference, and nothing measures it; from then on the service does.
+    assert first["ref_logprobs"].null_count == 32
+    second = journal.read(1).table.to_pylist()
+    reference = load_policy(Path(model), dtype=torch.float32, device=torch.device("cpu"))
+    for row in second:
+        sequences = Sequences.pack([np.array(row["prompt_ids"])], [np.array(row["response_ids"])])
+        expected = response_logprobs(reference, sequences, temperature=1.0)[0].detach().numpy()
+        np.testing.assert_allclose(row["ref_logprobs"], expected, atol=1e-4)
+    # Generator (vLLM) and learner (transformers) are one model then: float32 on both sides.
+    assert abs(curve(finished)[0]["mismatch/kl"]) < 1e-8
     for step in journal.since(0):
         assert {version for row in step.table["policy_versions"].to_pylist() for version in row} == {step.step}
     # After each update the generators really sample from the published weights, but for their rounding to bf16.
