@@ -311,9 +311,10 @@ class Learner:
     def _micro_batches(self, sequences: Sequences, rows: np.ndarray) -> MicroBatches:
         """This rank's share of the rows, packed under the token budget."""
         chosen = torch.from_numpy(np.sort(rows))  # a minibatch is a set: one plan for it, whatever its order
-        costs, lengths = estimated_costs(sequences, self._size), sequences.lengths.tolist()
+        minibatch = sequences.rows(chosen)
+        lengths = minibatch.lengths.tolist()
         groups = self._ranks.micro_batches(
-            [costs[row] for row in chosen],
-            lambda share: packed_batches([lengths[chosen[i]] for i in share], self.cfg.learner.token_budget),
+            estimated_costs(minibatch, self._size),
+            lambda share: packed_batches([lengths[i] for i in share], self.cfg.learner.token_budget),
         )
         return [chosen[group] for group in groups]
