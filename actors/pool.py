@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 
 import common
 from actors.engine import EngineDeadError
-from common.config import Placed, Replicated
+from common.config import Placed, Replicated, TrainerConfig
 from common.types import Prompt, Rollout, Score, Void
 
 Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the remote call
@@ -143,17 +143,16 @@ class Pool:
 def actor(role: type, cfg: Placed) -> Any:
     """The Ray actor class of a role, with what its section reserves."""
     return ray.remote(role).options(
-        num_cpus=cfg.cpus,
-        num_gpus=cfg.gpus,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cfg.threads), **worker_environment()}},
+        num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env={"env_vars": worker_environment(cfg)}
     )
 
 
-def worker_environment() -> dict[str, str]:
-    """Environment of every worker process: quiet, and able to import what the driver can."""
+def worker_environment(cfg: Placed) -> dict[str, str]:
+    """Environment of a role's process: quiet, and able to import what the driver can."""
     project = str(Path(common.__path__[0]).parent)
     passed_on = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
-    return {
+    environment = {
+        "OMP_NUM_THREADS": str(cfg.threads),
         # Ours first: a user's own `common` beside the reward functions must not hide this one.
         "PYTHONPATH": os.pathsep.join(filter(None, [project, os.getcwd(), os.environ.get("PYTHONPATH")])),
         # glibc gives every large tensor back to the kernel and faults its pages in again at the next one: keeping them
@@ -169,6 +168,12 @@ def worker_environment() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         **passed_on,
     }
+    if isinstance(cfg, TrainerConfig):
+        # A small block in its thread's cache, which counts as used, keeps its two large free neighbours apart for good:
+        # without that cache a learner takes 4 % less memory. An engine is slower without it.
+        others = os.environ.get("GLIBC_TUNABLES")
+        environment["GLIBC_TUNABLES"] = ":".join(filter(None, [others, "glibc.malloc.tcache_count=0"]))
+    return environment
 
 
 class GeneratorPool:

@@ -6,9 +6,8 @@ number of tokens of each sequence, beside its inputs, and gives every sequence w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from typing import cast
 
 import torch
@@ -60,8 +59,8 @@ AttentionInterface.register(PACKED, packed_attention)
 
 
 class _CPUAttention(torch.autograd.Function):
-    """Sequence by sequence, neighbours of one length together; the backward pass computes the probabilities again, so
-    that nothing quadratic is kept."""
+    """Sequences of about one length together; the backward pass computes the probabilities again, so that nothing
+    quadratic is kept."""
 
     @staticmethod
     def forward(
@@ -69,78 +68,124 @@ class _CPUAttention(torch.autograd.Function):
     ) -> Tensor:
         """query [heads, N, D], key and value [kv_heads, N, D]; returns [N, heads, D]."""
         ctx.save_for_backward(query, key, value)
-        ctx.lengths, ctx.scaling, ctx.window = lengths, scaling, window
-        attended = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-        for place, length in _runs(lengths):
-            q, k, v = (_by_sequence(x[:, place], length, len(key)) for x in (query, key, value))
-            attended[place] = _by_token(_probabilities(q, k, scaling, window) @ v, length, len(key))
-        return attended
+        ctx.scaling, ctx.window = scaling, window
+        ctx.layout = layout = _layout(tuple(lengths), len(query), len(key))
+        q_rows, k_rows, v_rows = _rows(query), _rows(key), _rows(value)
+        attended = []
+        for group in layout.groups:
+            q, k, v = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows)
+            attended.append(_probabilities(q, k, scaling, window) @ v)
+        return _back(attended, layout.q_back).view(query.shape[1], query.shape[0], query.shape[2])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-        for place, length in _runs(ctx.lengths):
-            q, k, v = (_by_sequence(x[:, place], length, len(key)) for x in (query, key, value))
-            g = _by_sequence(gradient[place].transpose(0, 1), length, len(key))
+        q_rows, k_rows, v_rows, g_rows = _rows(query), _rows(key), _rows(value), gradient.flatten(0, 1)
+        d_queries, d_keys, d_values = [], [], []
+        for group in ctx.layout.groups:
+            q, k, v, g = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows), group.queries(g_rows)
+            g.mul_(group.is_token.to(g.dtype))
             p = _probabilities(q, k, ctx.scaling, ctx.window)
-            # Through the softmax: p (dp - sum p dp).
-            weighted = (g @ v.transpose(1, 2)).float().mul_(p)
-            scores = weighted.sub_(p * weighted.sum(-1, keepdim=True)).mul_(ctx.scaling).to(q.dtype)
-            for whole, part in (
-                (d_query, scores @ k),
-                (d_key, scores.transpose(1, 2) @ q),
-                (d_value, p.transpose(1, 2) @ g),
-            ):
-                whole[:, place] = _by_token(part, length, len(key)).transpose(0, 1)
+            d_scores = torch.ops.aten._softmax_backward_data(g @ v.transpose(1, 2), p, -1, p.dtype).mul_(ctx.scaling)
+            d_queries.append(d_scores @ k)
+            d_keys.append(d_scores.transpose(1, 2) @ q)
+            d_values.append(p.transpose(1, 2) @ g)
+        d_query, d_key, d_value = (
+            _back(parts, back).view(like.shape[1], like.shape[0], like.shape[2]).transpose(0, 1)
+            for parts, back, like in (
+                (d_queries, ctx.layout.q_back, query),
+                (d_keys, ctx.layout.k_back, key),
+                (d_values, ctx.layout.k_back, value),
+            )
+        )
         return d_query, d_key, d_value, None, None, None
 
 
-def _runs(lengths: list[int]) -> Iterator[tuple[slice, int]]:
-    """Where neighbouring sequences of one length lie, and that length."""
-    start = 0
-    for length, run in groupby(lengths):
-        stop = start + length * len(list(run))
-        yield slice(start, stop), length
-        start = stop
+# Sequences are padded to a multiple of this before they are multiplied. It depends on nothing but a sequence's own
+# length, so that its result does not depend on its company.
+_WIDTH = 32
 
 
-def _by_sequence(x: Tensor, length: int, kv_heads: int) -> Tensor:
-    """[heads, n * T, D] to [kv_heads * n, group * T, D]: heads that share keys stand below one another."""
-    heads, count, width = x.shape
-    return (
-        x.reshape(kv_heads, heads // kv_heads, count // length, length, width)
-        .transpose(1, 2)
-        .reshape(kv_heads * count // length, heads // kv_heads * length, width)
-    )
+@dataclass(frozen=True)
+class _Group:
+    """n sequences of one padded length T. Heads that share keys stand below one another, so that one product serves
+    them: queries are [kv_heads * n, group * T, D], keys and values [kv_heads * n, T, D]."""
+
+    length: int  # T
+    q_index: Tensor  # where each row of the queries stands among rows [N * heads, D]; padding repeats the last token
+    k_index: Tensor
+    is_token: Tensor  # bool [kv_heads * n, group * T, 1]: False in padding
+
+    def queries(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.q_index).view(*self.is_token.shape[:2], -1)
+
+    def keys(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.k_index).view(len(self.is_token), self.length, -1)
 
 
-def _by_token(x: Tensor, length: int, kv_heads: int) -> Tensor:
-    """The way back, but [n * T, heads, D]."""
-    count, group, width = x.shape[0] // kv_heads, x.shape[1] // length, x.shape[2]
-    x = x.view(kv_heads, count, group, length, width)
-    return x.permute(1, 3, 0, 2, 4).reshape(count * length, kv_heads * group, width)
+@dataclass(frozen=True)
+class _Layout:
+    groups: list[_Group]
+    q_back: Tensor  # [N * heads]: where each token's head stands among the rows of all groups
+    k_back: Tensor  # [N * kv_heads]
+
+
+@lru_cache(maxsize=4)  # every layer asks for the same one
+def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int) -> _Layout:
+    widths = [round_up(length, _WIDTH) for length in lengths]
+    ends = torch.tensor(lengths).cumsum(0)
+    groups, real = [], []
+    for width in sorted(set(widths)):
+        chosen = torch.tensor([w == width for w in widths])
+        own, last = torch.tensor(lengths)[chosen, None], ends[chosen, None] - 1
+        place = torch.arange(width)
+        tokens = (last - own + 1 + place).minimum(last)[:, None]  # [n, 1, T]
+        is_token = (place < own)[:, None, None].expand(-1, kv_heads, heads // kv_heads, -1)
+        q_index = tokens[:, None] * heads + torch.arange(heads).view(kv_heads, -1, 1)  # [n, kv_heads, group, T]
+        k_index = tokens * kv_heads + torch.arange(kv_heads)[:, None]  # [n, kv_heads, T]
+        shape = len(k_index) * kv_heads, heads // kv_heads * width, 1
+        groups.append(_Group(width, q_index.flatten(), k_index.flatten(), is_token.reshape(shape)))
+        real.append((is_token.flatten(), is_token[:, :, 0].flatten()))
+    q_real, k_real = (torch.cat(parts) for parts in zip(*real, strict=True))
+    q_back = _inverse(torch.cat([group.q_index for group in groups]), q_real)
+    return _Layout(groups, q_back, _inverse(torch.cat([group.k_index for group in groups]), k_real))
+
+
+def _inverse(index: Tensor, real: Tensor) -> Tensor:
+    """Of every row where it stands in `index`, its repetitions, which are not `real`, aside."""
+    places = real.nonzero().squeeze(1)
+    return torch.empty_like(places).index_copy(0, index[places], places)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[heads, N, D] to [N * heads, D]."""
+    return x.transpose(0, 1).reshape(-1, x.shape[-1])
+
+
+def _back(parts: list[Tensor], index: Tensor) -> Tensor:
+    """The groups' rows [.., D] in the order of the tokens and their heads."""
+    return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, index)
 
 
 def _probabilities(q: Tensor, k: Tensor, scaling: float, window: int) -> Tensor:
     """[kv_heads * n, group * T, T]; the softmax is float32 inside."""
     length = k.shape[1]
     scores = (q @ k.transpose(1, 2)).float().mul_(scaling).view(len(k), -1, length, length)
-    scores.masked_fill_(_hidden(length, window), float("-inf"))
-    return scores.softmax(-1).to(q.dtype).view(len(k), -1, length)
+    # Adding -inf takes an eighth of what filling by a mask takes.
+    return scores.add_(_barrier(length, window)).softmax(-1).to(q.dtype).view(len(k), -1, length)
 
 
 def _visible(like: Tensor, window: int) -> Tensor:
-    """[T, T], T = like.shape[-2]: a token sees itself and the `window` - 1 before it."""
-    return ~_hidden(like.shape[-2], window).to(like.device)
+    """bool [T, T], T = like.shape[-2]: a token sees itself and the `window` - 1 before it."""
+    return _barrier(like.shape[-2], window).isfinite().to(like.device)
 
 
-def _hidden(length: int, window: int) -> Tensor:
-    """bool [length, length]: True where a row may not look. Cut from a larger one, which serves many calls."""
-    return _all_hidden(round_up(length, 256), window)[:length, :length]
+def _barrier(length: int, window: int) -> Tensor:
+    """[length, length]: -inf where a row may not look, else 0. Cut from a larger one, which serves many calls."""
+    return _whole_barrier(round_up(length, 256), window)[:length, :length]
 
 
 @lru_cache(maxsize=4)
-def _all_hidden(length: int, window: int) -> Tensor:
+def _whole_barrier(length: int, window: int) -> Tensor:
     visible = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
-    return ~visible
+    return torch.zeros(length, length).masked_fill_(~visible, float("-inf"))

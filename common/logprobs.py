@@ -7,93 +7,111 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# A matrix product wants many rows; the element-wise work on float32 logits few, which stay in the cache (measured on
-# CPU: 32 rows of 49,152 logits). A GPU takes the whole chunk at once.
-CHUNK_ROWS = 256
-_CPU_BLOCK_ROWS = 32
-_PART_ROWS = 8192
+# Tokens and vocabulary of a tile of logits. What one takes stays in a CPU's cache between its matrix product and the
+# element-wise work on it; a GPU wants fewer and larger ones.
+CPU_TILE, GPU_TILE = (512, 2048), (2048, 16384)
 
 
 def chosen_logprobs(
-    hidden: Tensor, token_ids: Tensor, head: nn.Linear, *, temperature: float, chunk: int = CHUNK_ROWS
+    hidden: Tensor, token_ids: Tensor, head: nn.Linear, *, temperature: float, tile: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each chosen token, and the entropy of the distribution it was chosen from.
 
     hidden [N, H] are the states that predict token_ids [N]; head maps them to logits [N, V]. Returns two float32 [N],
-    in nats. Logits live for one chunk only, and the backward pass computes them again: memory grows with chunk * V, not
-    with N * V.
+    in nats. Logits live for one tile only, and the backward pass computes them again: memory grows with N + V, not with
+    N * V.
     """
-    return _ChosenLogprobs.apply(hidden, head.weight, head.bias, token_ids, temperature, chunk)
+    tile = tile or (CPU_TILE if hidden.device.type == "cpu" else GPU_TILE)
+    return _ChosenLogprobs.apply(hidden, head.weight, head.bias, token_ids, temperature, tile)
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """With logits z, p = softmax(z / T), l = log p and H = -sum p l:
+    """With logits z, already over the temperature T, m = log sum exp z, p = exp(z - m) and mean z' = sum p z:
 
-    dl_a / dz_j = (1[j = a] - p_j) / T      dH / dz_j = -p_j (l_j + H) / T
+    log p_a = z_a - m, H = -sum p log p = m - z'
+    T d(log p_a)/dz_j = 1[j = a] - p_j      T dH/dz_j = -p_j (z_j - z')
+
+    m and z' are gathered tile by tile: those of two parts of the vocabulary make those of both.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float, chunk: int
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float, tile: Tile
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        states, matrix = hidden.detach().to(dtype), weight.detach().to(dtype)
-        logprobs, entropy = (hidden.new_empty(len(token_ids), dtype=torch.float32) for _ in range(2))
+        states = hidden.detach().to(dtype)
+        chosen, mean = (hidden.new_zeros(len(token_ids), dtype=torch.float32) for _ in range(2))
+        total = torch.full_like(chosen, float("-inf"))
         with torch.autocast(device, enabled=False):
-            for rows, logits in _chunks(states, matrix, bias, chunk):
-                for block, scaled in _blocks(rows, logits, temperature):
-                    log_p = scaled.sub_(scaled.logsumexp(-1, keepdim=True))
-                    logprobs[block] = log_p.gather(-1, token_ids[block, None]).squeeze(-1)
-                    entropy[block] = -torch.linalg.vecdot(log_p.exp(), log_p)
+            for part, matrix, offset in _parts(weight, bias, dtype, tile[1]):
+                for rows in _slices(len(states), tile[0]):
+                    z = _logits(states[rows], matrix, offset, temperature)
+                    inside, place = _places(token_ids[rows], part)
+                    chosen[rows].add_(z.gather(-1, place).squeeze(-1).where(inside, 0.0))
+                    p = z.softmax(-1)
+                    part_total, part_mean = z.amax(-1) - p.amax(-1).log(), torch.linalg.vecdot(p, z)
+                    both = torch.logaddexp(total[rows], part_total)
+                    mean[rows].lerp_(part_mean, (part_total - both).exp_())
+                    total[rows] = both
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(states, weight, bias, token_ids, entropy)
-        ctx.temperature, ctx.chunk, ctx.dtypes = temperature, chunk, (hidden.dtype, dtype)
-        return logprobs, entropy
+        ctx.save_for_backward(states, weight, bias, token_ids, total, mean)
+        ctx.temperature, ctx.tile, ctx.hidden_dtype = temperature, tile, hidden.dtype
+        return chosen - total, total - mean
 
     @staticmethod
     def backward(ctx, g_logprobs: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        states, weight, bias, token_ids, entropy = ctx.saved_tensors
+        states, weight, bias, token_ids, total, mean = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        hidden_dtype, dtype = ctx.dtypes
-        matrix, d_hidden = weight.detach().to(dtype), torch.empty_like(states)
+        g_logprobs = torch.zeros_like(total) if g_logprobs is None else g_logprobs
+        d_hidden = torch.zeros_like(states, dtype=torch.float32)
         # Into the gradient that is there already: of the largest matrix a second one would be felt.
         d_weight = (torch.zeros_like(weight) if weight.grad is None else weight.grad) if of_weight else None
         d_bias = torch.zeros_like(bias) if of_bias else None
-        for rows, logits in _chunks(states, matrix, bias, ctx.chunk):
-            for block, scaled in _blocks(rows, logits, ctx.temperature):
-                log_p = scaled.sub_(scaled.logsumexp(-1, keepdim=True))
-                g = torch.zeros_like(entropy[block]) if g_logprobs is None else g_logprobs[block]
+        for part, matrix, offset in _parts(weight.detach(), bias, states.dtype, ctx.tile[1]):
+            for rows in _slices(len(states), ctx.tile[0]):
+                z = _logits(states[rows], matrix, offset, ctx.temperature)
+                inside, place = _places(token_ids[rows], part)
+                g = g_logprobs[rows, None]
+                p = (z - total[rows, None]).exp_()
                 if g_entropy is None:
-                    gradient = log_p.exp_().mul_(-g[:, None])
+                    gradient = p.mul_(-g)
                 else:
-                    inner = (log_p + entropy[block, None]).mul_(g_entropy[block, None]).add_(g[:, None])
-                    gradient = log_p.exp_().mul_(inner).neg_()
-                gradient.scatter_add_(-1, token_ids[block, None], g[:, None])
-                # In place of the logits, which nobody needs any more.
-                logits[block.start - rows.start : block.stop - rows.start] = gradient.div_(ctx.temperature)
-            if of_hidden:
-                d_hidden[rows] = logits @ matrix
-            if d_weight is not None:  # in parts, for each is a copy before it is added
-                for part, of_part in zip(d_weight.split(_PART_ROWS), logits.split(_PART_ROWS, dim=1), strict=True):
-                    part += of_part.t() @ states[rows]
-            if d_bias is not None:
-                d_bias += logits.sum(0)
+                    gradient = p.mul_(z.sub_(mean[rows, None]).mul_(g_entropy[rows, None]).add_(g)).neg_()
+                gradient.scatter_add_(-1, place, g.where(inside[:, None], 0.0))
+                gradient = gradient.div_(ctx.temperature).to(states.dtype)
+                if of_hidden:
+                    d_hidden[rows].add_(gradient @ matrix)
+                if d_weight is not None:
+                    d_weight[part].add_(gradient.t() @ states[rows])
+                if d_bias is not None:
+                    d_bias[part].add_(gradient.sum(0))
         returned = None if d_weight is weight.grad else d_weight
-        return d_hidden.to(hidden_dtype), returned, d_bias, None, None, None
+        return d_hidden.to(ctx.hidden_dtype) if of_hidden else None, returned, d_bias, None, None, None
 
 
-def _chunks(states: Tensor, matrix: Tensor, bias: Tensor | None, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and their logits [n, V]."""
-    for start in range(0, len(states), chunk):
-        rows = slice(start, min(start + chunk, len(states)))
-        yield rows, nn.functional.linear(states[rows], matrix, None if bias is None else bias.to(matrix.dtype))
+Tile = tuple[int, int]
 
 
-def _blocks(rows: slice, logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a chunk, a few at a time, and their logits over the temperature, float32, for the caller to change."""
-    step = _CPU_BLOCK_ROWS if logits.device.type == "cpu" else len(logits)
-    for start in range(rows.start, rows.stop, step):
-        block = slice(start, min(start + step, rows.stop))
-        scaled = logits[start - rows.start : block.stop - rows.start].float()
-        yield block, scaled if temperature == 1 else scaled.div_(temperature)
+def _parts(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, width: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The vocabulary part by part: which tokens, and weight and bias of their logits in `dtype`."""
+    for part in _slices(len(weight), width):
+        yield part, weight[part].detach().to(dtype), None if bias is None else bias[part].detach().to(dtype)
+
+
+def _slices(count: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, count)) for start in range(0, count, width)]
+
+
+def _logits(states: Tensor, matrix: Tensor, offset: Tensor | None, temperature: float) -> Tensor:
+    """Of one tile, over the temperature, float32."""
+    logits = nn.functional.linear(states, matrix, offset).float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _places(token_ids: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Which tokens [n] are in this part of the vocabulary, and where in it, [n, 1]; of the others anywhere."""
+    inside = (token_ids >= part.start) & (token_ids < part.stop)
+    return inside, (token_ids - part.start).clamp(0, part.stop - part.start - 1)[:, None]

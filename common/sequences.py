@@ -116,19 +116,21 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of all sequences, in as few groups as hold no more than `max_tokens` each, and about equally many.
+    """Indices of all sequences, in few groups of no more than `max_tokens` each, and sequences of like length together.
 
-    Within a group the longest come first. A single sequence longer than the budget is a group of its own.
+    Each group takes the longest sequence that is left, and goes on with the longest that still fits. A single sequence
+    longer than the budget is a group of its own.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = min(len(lengths), max(1, -(-sum(lengths) // max_tokens)))  # no group is empty
-    while True:
-        groups: list[list[int]] = [[] for _ in range(count)]
-        filled = [0] * count
-        for index in longest_first:
-            emptiest = filled.index(min(filled))
-            groups[emptiest].append(index)
-            filled[emptiest] += lengths[index]
-        if all(total <= max_tokens or len(group) == 1 for total, group in zip(filled, groups)):
-            return groups
-        count += 1
+    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    while left:
+        group, rest, room = [left[0]], [], max_tokens - lengths[left[0]]
+        for index in left[1:]:
+            if lengths[index] <= room:
+                group.append(index)
+                room -= lengths[index]
+            else:
+                rest.append(index)
+        groups.append(group)
+        left = rest
+    return groups

@@ -18,7 +18,6 @@ from common.config import (
     TrainerConfig,
     UserError,
 )
-from common.logprobs import CHUNK_ROWS
 from common.models import ModelSize
 
 MIB = 1 << 20
@@ -63,7 +62,7 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
     """Generators, reference and reward."""
-    reference = IMPORTS + _weights(cfg.reference.dtype, model) + _logits(cfg.reference.max_batch_tokens, model)
+    reference = IMPORTS + _weights(cfg.reference.dtype, model)
     return [
         *generator_needs(cfg.generators, model),
         *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.replicas, reference),
@@ -97,7 +96,8 @@ def _training(
     lora: LoRAConfig | None = None,
     padded: bool = False,
 ) -> int:
-    """Bytes of one rank: its share of weights, gradients and optimizer state, activations, and the head.
+    """Bytes of one rank: its share of weights, gradients and optimizer state, activations, and a second gradient of an
+    embedding that is also the head.
 
     Trained weights take 16 bytes each (float32 weight, gradient, two Adam moments), frozen ones what the precision
     says. For each token, layer and hidden unit about 18 values stay until the backward pass (measured), three of them
@@ -111,13 +111,8 @@ def _training(
     saved = (3 if cfg.gradient_checkpointing else 18) * size * tokens * model.layers * model.hidden
     attention = 2 * 4 * tokens * row * model.heads * model.layers if padded and not cfg.gpus else 0
     loading = 4 * model.parameters if cfg.ranks > 1 else 0
-    working = networks * saved + attention + 4 * model.vocabulary * model.hidden + _logits(tokens, model)
+    working = networks * saved + attention + 4 * model.vocabulary * model.hidden
     return IMPORTS + networks * max(state // cfg.ranks, loading) + working
-
-
-def _logits(tokens: int, model: ModelSize) -> int:
-    """Those of one chunk (see common/logprobs.py), twice, float32."""
-    return 2 * 4 * min(CHUNK_ROWS, tokens) * model.vocabulary
 
 
 def _weights(dtype: str, model: ModelSize) -> int:

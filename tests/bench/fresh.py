@@ -1,8 +1,4 @@
-"""Calls a function in a new Python process: what one benchmark leaves in memory must not touch the next.
-
-`worker=True` gives the process the environment that Ratchet gives its Ray workers, which decides how malloc behaves and
-thereby both speed and memory.
-"""
+"""Calls a function in a new Python process: what one benchmark leaves in memory must not touch the next."""
 
 from __future__ import annotations
 
@@ -16,17 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from actors.pool import worker_environment
+from common.config import Placed
 
-def call(function: str, *args: Any, threads: int | None = None, worker: bool = False) -> Any:
-    """`module:function`(*args), which come and go as JSON. `threads`: OMP_NUM_THREADS of the process. Raises
-    CalledProcessError if it fails."""
-    env = dict(os.environ)
+
+def call(function: str, *args: Any, threads: int | None = None, worker: Placed | None = None) -> Any:
+    """`module:function`(*args), which come and go as JSON.
+
+    `worker` gives the process the environment of Ratchet's Ray workers with that section, which decides how malloc
+    behaves and thereby both speed and memory. `threads`: OMP_NUM_THREADS. Raises CalledProcessError if it fails.
+    """
+    env = os.environ | (worker_environment(worker) if worker else {})
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
-    if worker:
-        from actors.pool import worker_environment
-
-        env.update(worker_environment())
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "tests.bench.fresh", function, json.dumps(args), str(answer)]

@@ -119,7 +119,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure() -> dict[str, Result]:
-    run: dict[str, Any] = {"threads": THREADS, "worker": True}
+    run: dict[str, Any] = {"threads": THREADS, "worker": config(MODEL).learner}
     found = call("tests.bench.learner:compare", MODEL, THREADS, ROUNDS, None, **run)
     together = call("tests.bench.learner:compare", MODEL, THREADS, ROUNDS, WHOLE, **run)
     four_epochs_s = call("tests.bench.learner:several_epochs", MODEL, THREADS, **run)

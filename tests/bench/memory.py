@@ -52,6 +52,5 @@ def resident() -> tuple[float, float]:
 
 
 def measure() -> dict[str, Result]:
-    threads = config(MODEL).learner.threads
-    parts = call("tests.bench.memory:record", MODEL, threads=threads, worker=True)
+    parts = call("tests.bench.memory:record", MODEL, worker=config(MODEL).learner)
     return {"memory_vs_state": Result(parts["published_peak_mb"] / parts["state_mb"], "<= 1.5", parts)}

@@ -35,8 +35,8 @@ def ratchet(model: str, new_tokens: int) -> dict[str, float]:
         prompts={"train": "tests.bench.task:prompts", "max_tokens": LONGEST + 10},
         sampling={"max_new_tokens": new_tokens, "min_new_tokens": new_tokens},
         ppo={"ppo_epochs": EPOCHS},
-        generators={"threads": 1},
-        reference={"threads": 1},
+        generators={"threads": THREADS},
+        reference={"threads": THREADS},
         learner={"threads": THREADS, "micro_batch_tokens": 4096},  # of 2,624 tokens
         evaluation={"prompts": 0},
         checkpoint={"every": 1000},

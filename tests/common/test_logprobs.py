@@ -32,11 +32,11 @@ def log_softmax_by_hand(state, head, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("tile", [(1, V), (3, 4), (7, 1), (100, 100)])
 @torch.no_grad()
-def test_logprobs_and_entropy_equal_a_log_softmax_done_by_hand(temperature, chunk):
+def test_logprobs_and_entropy_equal_a_log_softmax_done_by_hand(temperature, tile):
     hidden, token_ids, head = inputs()
-    logprobs, entropy = chosen_logprobs(hidden, token_ids, head, temperature=temperature, chunk=chunk)
+    logprobs, entropy = chosen_logprobs(hidden, token_ids, head, temperature=temperature, tile=tile)
     assert logprobs.shape == entropy.shape == (N,)
     for n in range(N):
         row = log_softmax_by_hand(hidden[n], head, temperature)
@@ -115,40 +115,53 @@ def check(found, expected):
 def test_values_and_all_gradients_equal_plain_autograd(temperature, of, bias):
     tensors = inputs(bias=bias)
     expected = derived(*tensors, of=of, temperature=temperature)
-    check(backward(*tensors, of=of, temperature=temperature, chunk=3), expected)
+    check(backward(*tensors, of=of, temperature=temperature, tile=(3, 4)), expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 9, 11])
 @pytest.mark.parametrize("of", [("logprobs", "entropy"), ("logprobs",)], ids="+".join)
-def test_any_number_of_tokens_fits_into_chunks(count, of):
-    """None, fewer than a chunk of 4, exactly one or two, and one more."""
+def test_any_number_of_tokens_fits_into_tiles(count, of):
+    """None, fewer than a tile's 4, exactly one or two, and one more."""
     tensors = inputs(count)
     check(
-        backward(*tensors, of=of, temperature=1.3, chunk=4),
+        backward(*tensors, of=of, temperature=1.3, tile=(4, 5)),
         derived(*tensors, of=of, temperature=1.3),
     )
 
 
-@pytest.mark.parametrize("count", [31, 32, 33, 64, 70, 255, 256, 257])
-def test_blocks_within_a_chunk_and_the_usual_chunks_change_nothing(count):
+@pytest.mark.parametrize("count", [511, 512, 513])
+def test_the_usual_tiles_change_nothing(count):
     tensors = inputs(count)
     check(backward(*tensors, temperature=0.8), derived(*tensors, temperature=0.8))
 
 
-@pytest.mark.parametrize("vocabulary", [8191, 8192, 8193])
+@pytest.mark.parametrize("vocabulary", [2047, 2048, 2049, 4097])
 def test_a_vocabulary_of_several_parts_has_all_of_its_gradient(vocabulary):
     tensors = inputs(3, 2, vocabulary)
-    check(backward(*tensors, temperature=1.0, chunk=2), derived(*tensors, temperature=1.0))
+    check(backward(*tensors, temperature=1.0), derived(*tensors, temperature=1.0))
 
 
-@pytest.mark.parametrize("chunk", [2, 100])
-def test_a_weight_that_has_a_gradient_keeps_it_beneath_the_new_one(chunk):
+def test_parts_of_very_different_size_neither_overflow_nor_lose_the_small_one():
+    """Tiles of one token each: exp(500) is beyond float32, exp(-500) below it."""
+    head = torch.nn.Linear(1, 3, bias=False)
+    head.weight.data = torch.tensor([[-500.0], [500.0], [499.0]])
+    ids = torch.tensor([0, 1, 2])
+    logprobs, entropy = chosen_logprobs(torch.ones(3, 1), ids, head, temperature=1.0, tile=(1, 1))
+    p = 1 / (1 + math.exp(-1.0))
+    expected = torch.tensor([-1000 + math.log(p), math.log(p), math.log(1 - p)])
+    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-4)
+    h = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+    torch.testing.assert_close(entropy, torch.full((3,), h), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [(2, 3), (100, 100)])
+def test_a_weight_that_has_a_gradient_keeps_it_beneath_the_new_one(tile):
     hidden, token_ids, head = inputs()
     expected = derived(hidden, token_ids, head, temperature=1.3)
     before = torch.full_like(head.weight, 3.0), torch.full_like(head.bias, -2.0)
     head.weight.grad, head.bias.grad = (x.clone() for x in before)
     held = head.weight.grad
-    found = backward(hidden, token_ids, head, temperature=1.3, chunk=chunk)
+    found = backward(hidden, token_ids, head, temperature=1.3, tile=tile)
     check(found, [*expected[:3], expected[3] + before[0], expected[4] + before[1]])
     assert head.weight.grad is held  # of the largest matrix there is no second gradient
 
@@ -174,7 +187,7 @@ def test_a_weight_that_is_also_the_input_embedding_gets_both_gradients():
     log_p = torch.log_softmax(exact[asked] @ exact.T, -1)
     (log_p[torch.arange(N), token_ids] * pulls(N)[0].double()).sum().backward()
     for passes in (1, 2):  # the second time there is a gradient already
-        logprobs, _ = chosen_logprobs(head.weight[asked], token_ids, head, temperature=1.0, chunk=2)
+        logprobs, _ = chosen_logprobs(head.weight[asked], token_ids, head, temperature=1.0, tile=(2, 4))
         (logprobs * pulls(N)[0]).sum().backward()
         check([head.weight.grad], [passes * exact.grad])
 
@@ -186,7 +199,7 @@ def test_a_frozen_head_gets_no_gradient_and_passes_one_on(held):
     head.requires_grad_(False)
     if held:
         head.weight.grad = torch.ones_like(head.weight)
-    found = backward(hidden, token_ids, head, temperature=1.3, chunk=2)
+    found = backward(hidden, token_ids, head, temperature=1.3, tile=(2, 4))
     check(found[:3], expected[:3])
     assert head.bias.grad is None
     assert head.weight.grad is None if not held else bool((head.weight.grad == 1).all())
@@ -202,7 +215,7 @@ def test_states_that_need_no_gradient_still_train_the_head():
 
 def test_the_gradient_of_a_logprob_is_one_hot_minus_probabilities_over_temperature():
     hidden, token_ids, head = inputs()
-    logprobs, _ = chosen_logprobs(hidden, token_ids, head, temperature=1.3, chunk=2)
+    logprobs, _ = chosen_logprobs(hidden, token_ids, head, temperature=1.3, tile=(2, 4))
     logprobs.sum().backward()
     rows = [log_softmax_by_hand(hidden[n], head, 1.3) for n in range(N)]
     for v in range(V):
@@ -230,31 +243,28 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_more_than_a_chunk_of_logits_exists_and_none_is_kept():
-    count, width, vocabulary, chunk = 64, 4, 500, 8
+def test_no_more_than_a_tile_of_logits_exists_and_none_is_kept():
+    count, width, vocabulary, tile = 64, 4, 500, (16, 50)
     hidden, token_ids, head = inputs(count, width, vocabulary)
     hidden.requires_grad_()
+    head.weight.grad, head.bias.grad = torch.zeros_like(head.weight), torch.zeros_like(head.bias)
     kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        chosen_logprobs(hidden, token_ids, head, temperature=1.0, tile=tile)
+    # The states, the head, the token ids, and two sums over the vocabulary.
+    assert sum(x.numel() for x in kept) == count * width + vocabulary * (width + 1) + 3 * count
     with Largest() as largest:
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            logprobs, entropy = chosen_logprobs(hidden, token_ids, head, temperature=1.0, chunk=chunk)
-        # The states, the head, the token ids and the entropy.
-        assert sum(x.numel() for x in kept) == count * width + vocabulary * (width + 1) + 2 * count
-        assert largest.size == chunk * vocabulary
+        logprobs, entropy = chosen_logprobs(hidden, token_ids, head, temperature=1.0, tile=tile)
         (logprobs.sum() + entropy.sum()).backward()
-    assert largest.size == chunk * vocabulary
+    assert largest.size == math.prod(tile)
 
 
-def test_into_a_weights_gradient_the_next_one_is_added_in_parts():
-    hidden, token_ids, head = inputs(6, 4, 20_000)
-    sizes = []
-    for _ in range(2):
-        logprobs, _ = chosen_logprobs(hidden, token_ids, head, temperature=1.0, chunk=2)
-        with Largest() as largest:
-            logprobs.sum().backward()
-        sizes.append(largest.size)
-    # The first one is as large as the weight; then nothing is larger than the logits of a chunk.
-    assert sizes == [20_000 * 4, 20_000 * 2]
+def test_a_second_backward_pass_gives_the_same():
+    hidden, token_ids, head = inputs()
+    hidden.requires_grad_()
+    logprobs, _ = chosen_logprobs(hidden, token_ids, head, temperature=1.0, tile=(3, 4))
+    first, second = (torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_results_are_float32_and_no_tokens_give_no_results():

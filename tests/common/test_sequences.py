@@ -222,9 +222,11 @@ def test_every_row_is_in_one_batch_and_no_batch_is_over_budget_unless_it_is_one_
 
 
 def test_packed_groups_worked_by_hand():
-    # 22 tokens need 3 groups of 8. Longest first, each to the emptiest: 9 | 4 | 4, then 3 to a 4, both 1s to the other.
-    assert packed_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 0], [4, 2, 5]]
-    assert packed_batches([2, 2, 2, 2], 4) == [[0, 2], [1, 3]]
+    # The 9 is over the budget alone; both 4s fill a group; the 3 takes what is left.
+    assert packed_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 4], [0, 2, 5]]
+    # Beside the 5 there is room for 3: the 4 waits, the 2 does not.
+    assert packed_batches([2, 4, 5], 8) == [[2, 0], [1]]
+    assert packed_batches([2, 2, 2, 2], 4) == [[0, 1], [2, 3]]
     assert packed_batches([5], 8) == [[0]]
     assert packed_batches([100, 100], 8) == [[0], [1]]
     assert packed_batches([], 8) == []
@@ -249,13 +251,12 @@ def test_every_sequence_is_in_one_packed_group_longest_first_and_none_is_over_bu
         assert packed_batches(lengths, max_tokens) == groups
 
 
-def test_packed_groups_are_about_equally_full():
+def test_what_is_in_a_later_packed_group_would_not_fit_into_an_earlier_one():
     for lengths, max_tokens in cases():
         groups = packed_batches(lengths, max_tokens)
-        filled = [sum(lengths[i] for i in group) for group in groups]
-        for group, total in zip(groups, filled, strict=True):
-            # Without its last and shortest sequence a group was the emptiest one.
-            assert total - lengths[group[-1]] <= min(filled)
+        for place, group in enumerate(groups):
+            filled = sum(lengths[i] for i in group)
+            assert all(filled + lengths[i] > max_tokens for later in groups[place + 1 :] for i in later)
 
 
 def fewest_groups(lengths: list[int], max_tokens: int) -> int:

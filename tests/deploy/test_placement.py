@@ -74,12 +74,11 @@ def test_the_memory_estimate_grows_with_the_model_by_the_copies_each_role_holds(
 def test_the_estimates_of_a_small_model_worked_out_by_hand():
     # By default: sequences of 512 + 256 tokens, more than the 512 of a micro-batch; 4096 in a pass of the reference.
     estimate = memory(config())
-    # Logits of a chunk of 256 tokens, twice in float32: 2 * 4 * 256 * 100 = 204,800.
-    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000 + 204_800
+    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000
     assert estimate["Generator(0)"] == 600 * MIB + 4_000_000 + 256 * MIB
     # Saved for the backward pass: 18 bf16 values for 768 tokens * 2 layers * 64 units, 3,538,944 bytes. A float32 copy
     # of the output embedding, 4 * 100 * 64 = 25,600.
-    assert estimate["Learner(0)"] == 600 * MIB + 16_000_000 + 3_538_944 + 25_600 + 204_800
+    assert estimate["Learner(0)"] == 600 * MIB + 16_000_000 + 3_538_944 + 25_600
     assert estimate["Reward(0)"] == 600 * MIB
 
 
@@ -90,8 +89,8 @@ def test_the_estimates_of_a_small_model_worked_out_by_hand():
         ({"layers": 4}, {}, 3_538_944),  # twice as deep: activations once more
         ({"hidden": 128}, {}, 3_538_944 + 25_600),
         ({"heads": 8}, {}, 0),  # attention keeps no scores
-        ({"vocabulary": 300}, {}, 2 * (25_600 + 204_800)),
-        ({}, {"learner": {"micro_batch_tokens": 4096}}, 3328 * 4608),  # logits stay those of one chunk
+        ({"vocabulary": 300}, {}, 2 * 25_600),
+        ({}, {"learner": {"micro_batch_tokens": 4096}}, 3328 * 4608),
         ({}, {"learner": {"gpus": 1}}, 7424 * 4608),  # 8192 tokens by default
         ({}, {"learner": {"precision": "fp32"}}, 3_538_944),
         ({}, {"learner": {"gradient_checkpointing": True}}, -2_949_120),  # 15 of 18 values
@@ -114,13 +113,6 @@ def test_the_learners_estimate_follows_the_model_and_what_is_trained_at_once(cha
     assert memory(config(**settings), replace(MODEL, **change))["Learner(0)"] - memory(config())["Learner(0)"] == (
         bytes_more
     )
-
-
-def test_a_micro_batch_below_a_chunk_has_fewer_logits():
-    short = {"prompts": {"train": "t", "max_tokens": 64}, "sampling": {"max_new_tokens": 64}}
-    less, more = (memory(config(**short, reference={"max_batch_tokens": n})) for n in (128, 8192))
-    # 128 tokens instead of a chunk's 256: 2 * 4 * 128 * 100 bytes less.
-    assert more["ReferencePolicy(0)"] - less["ReferencePolicy(0)"] == 102_400
 
 
 def test_a_separate_critic_adds_a_second_trained_network():
@@ -177,7 +169,7 @@ def test_the_needs_of_ppo_are_its_learner_and_reference_with_those_of_generators
 def test_a_reward_trainer_keeps_the_attention_scores_of_its_padded_rows():
     # As the learner's in the estimate above, and scores and softmax, float32, of 768 * 768 pairs * 4 heads * 2 layers:
     # 2 * 4 * 4,718,592 = 37,748,736 bytes.
-    usual = 600 * MIB + 16_000_000 + 3_538_944 + 25_600 + 204_800
+    usual = 600 * MIB + 16_000_000 + 3_538_944 + 25_600
     assert trainer_needs(TrainerConfig(cpus=3, ranks=2), MODEL, row=768) == [
         Need(f"RewardTrainer({i})", "learner", 3, 0, usual - 8_000_000 + 37_748_736) for i in range(2)
     ]
