@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from common.config import PreferencesConfig, UserError
+from common.config import UserError
 from common.dialogues import Text, as_messages, dialogue_ids, padding_id, split_hh
+from common.reward_config import PreferencesConfig
 
 _ROWS_PER_BATCH = 1024
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config import AdamWConfig, Config, PairSamplingConfig, RewardTrainingConfig, Root, UserError
+from common.config import AdamWConfig, Config, Root, UserError
 from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
+from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 
 
 def _settings(root: type[Root]) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from common.config import Config, PairSamplingConfig, RewardTrainingConfig, Root, UserError
+from common.config import Config, Root, UserError
 from common.config_files import AnyRoot, load_config
+from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy.run_directory import refuse_overwriting
 from deploy.sample_pairs import run_pair_sampling
 from deploy.train import run_training

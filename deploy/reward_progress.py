@@ -10,8 +10,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from common.config import RewardTrainingConfig
 from common.preferences import PairCounts
+from common.reward_config import RewardTrainingConfig
 from common.reward_models import ScoreScale
 from deploy.progress import Screen
 from learner.calibration import PreferenceEvaluation

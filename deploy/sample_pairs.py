@@ -13,9 +13,10 @@ from rich.progress import Progress as ProgressBar
 
 from actors.pool import GeneratorPool, RewardPool
 from actors.reward_functions import Reward
-from common.config import PairSamplingConfig, UserError
+from common.config import UserError
 from common.metrics import append_record, read_records
 from common.prompts import PromptRecord, PromptStream, load_records
+from common.reward_config import PairSamplingConfig
 from common.types import Prompt, Rollout, Void
 from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs

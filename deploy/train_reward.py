@@ -17,9 +17,10 @@ import numpy as np
 
 from actors.pool import GeneratorPool, RewardPool, actor
 from actors.reward_functions import Reward
-from common.config import ModelSourceConfig, PromptFormat, RewardTrainingConfig, SourcesConfig, UserError
+from common.config import ModelSourceConfig, PromptFormat, SourcesConfig, UserError
 from common.preferences import Pairs, split, tokenise_pairs, without_prompts_of
 from common.prompts import PromptRecord, prompt_record
+from common.reward_config import RewardTrainingConfig
 from common.reward_models import (
     ScoreScale,
     check_trainable,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.config import RewardTrainingConfig, UserError
+from common.config import UserError
 from common.metrics import Metrics, append_record, read_records
 from common.models import checkpoint_activations, find_device, resolve_model
 from common.preferences import Pair, Pairs
+from common.reward_config import RewardTrainingConfig
 from common.reward_models import ScoreScale, head_scores, load_reward_model, save_reward_model
 from common.sequences import embed, token_batches
 from learner.calibration import PreferenceEvaluation, evaluate_preferences

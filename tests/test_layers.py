@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "deploy": {"common", "actors", "learner", "deploy"},
 }
 RAY_FILES = {Path("actors/pool.py"), Path("learner/group.py")}
-VLLM_FILES = {Path("actors/vllm_engine.py")}
+VLLM_FILES = {Path("actors/vllm_engine.py"), Path("actors/vllm_weights.py")}
 
 BLOCKED = """
 import importlib, sys
@@ -69,7 +69,7 @@ def test_ray_is_imported_only_by_the_pool_the_group_and_deploy():
     assert {path for path in importers("ray") if path.parts[0] != "deploy"} <= RAY_FILES
 
 
-def test_vllm_is_imported_only_by_its_engine():
+def test_vllm_is_imported_only_by_its_engine_and_its_weights():
     assert importers("vllm") == VLLM_FILES
 
 

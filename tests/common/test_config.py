@@ -3,15 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from common.config import (
-    Config,
-    FunctionSourceConfig,
-    HttpSourceConfig,
-    ModelSourceConfig,
-    PairSamplingConfig,
-    RewardTrainingConfig,
-    Section,
-)
+from common.config import Config, FunctionSourceConfig, HttpSourceConfig, ModelSourceConfig, Section
+from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 
 FUNCTION = {"name": "short", "function": "tasks:short", "weight": -0.5}
 MODEL = {"name": "helpful", "model": "runs/reward/model"}

@@ -7,8 +7,9 @@ import pytest
 import tomli_w
 from pydantic import ValidationError
 
-from common.config import Config, PairSamplingConfig, RewardTrainingConfig, UserError
+from common.config import Config, UserError
 from common.config_files import describe, load_config
+from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 
 SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "configs").glob("*.toml"))
 ROOTS = {"reward": Config, "data": RewardTrainingConfig, "labeller": PairSamplingConfig}  # by a section only it has

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from common import preferences
-from common.config import PreferencesConfig, UserError
+from common.config import UserError
 from common.models import load_tokenizer
 from common.preferences import PairCounts, Pairs, raw_records, split, tokenise_pairs, without_prompts_of
+from common.reward_config import PreferencesConfig
 from tests.fakes import WORDS, save_tiny_model
 
 # `ask` before what the user says, `b0` before what the assistant says, and the end token after each message.

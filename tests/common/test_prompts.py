@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common.config import PairPromptsConfig, PromptFormat, PromptsConfig, UserError
+from common.config import PromptFormat, PromptsConfig, UserError
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records, prompt_record
+from common.reward_config import PairPromptsConfig
 from common.types import SampleId
 
 WORDS = ["<unk>", "<end>", "which", "is", "larger", "7", "9", "user", ":"]  # ids 0, 1, 2, ...

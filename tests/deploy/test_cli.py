@@ -14,8 +14,9 @@ import deploy.evaluate
 import deploy.sample_pairs
 import deploy.train
 import deploy.train_reward
-from common.config import Config, PairSamplingConfig, RewardTrainingConfig
+from common.config import Config
 from common.config_files import describe, load_config
+from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy.cli import main
 from deploy.placement import GIB, Node
 from deploy.roles import PolicyFiles

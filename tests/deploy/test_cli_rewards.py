@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import deploy.demo
-from common.config import Config, RewardTrainingConfig
+from common.config import Config
 from common.config_files import load_config
 from common.journal import Journal
 from common.prompts import PromptStream, load_records
+from common.reward_config import RewardTrainingConfig
 from common.reward_models import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
 from common.types import Score, experience_table
 from deploy.roles import PolicyFiles

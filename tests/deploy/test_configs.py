@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, FunctionSourceConfig, PairSamplingConfig, RewardTrainingConfig
+from common.config import Config, FunctionSourceConfig
 from common.config_files import load_config
 from common.functions import load_function
+from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 ROOTS = {

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from common.config import Config, GeneratorsConfig, PairSamplingConfig, RayConfig, TrainerConfig, UserError
+from common.config import Config, GeneratorsConfig, RayConfig, TrainerConfig, UserError
 from common.models import ModelSize
+from common.reward_config import PairSamplingConfig
 from deploy.placement import (
     GIB,
     MIB,

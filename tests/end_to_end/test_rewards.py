@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import PairSamplingConfig, RewardTrainingConfig, UserError
+from common.config import UserError
 from common.journal import Journal
 from common.metrics import read_records
+from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from common.reward_models import content_hash, read_scale
 from deploy.evaluate import run_evaluation
 from deploy.sample_pairs import run_pair_sampling

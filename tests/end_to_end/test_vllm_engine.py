@@ -70,17 +70,17 @@ def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", way="pac
 
 
 def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
-    from actors import vllm_engine
+    from actors import vllm_weights
     from actors.generator import Generator
     from actors.vllm_engine import VLLMEngine
 
     def not_stageable(self, *args):
-        raise vllm_engine.NotStageableError("told so")
+        raise vllm_weights.NotStageableError("told so")
 
     if way == "plain":  # layers without packed copies
-        vllm_engine.ops._supports_onednn = False
+        vllm_weights.ops._supports_onednn = False
     elif way == "reloaded":
-        vllm_engine.PackedWeights.__init__ = not_stageable
+        vllm_weights.PackedWeights.__init__ = not_stageable
 
     def make_engine():
         return VLLMEngine(

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, MistralConfig, MistralForSequenceClassification
 
-from common.config import RewardTrainingConfig, UserError
+from common.config import UserError
 from common.metrics import read_records
 from common.models import load_tokenizer
 from common.preferences import Pair, Pairs, tokenise_pairs
+from common.reward_config import RewardTrainingConfig
 from learner.reward_training import PairBatch, RewardRun, RewardTrainer, train_reward_model
 from tests.fakes import WORDS, save_tiny_model
 
