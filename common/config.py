@@ -409,8 +409,11 @@ class Config(Root):
     """Learner updates, each on rollouts_per_step rollouts."""
     rollouts_per_step: Positive = 64
     """Rollouts in a batch; more steadies the gradient and takes longer."""
-    max_staleness: Annotated[int, Field(ge=0, le=0)] = 0
-    """How many versions old the weights behind a trained token may be; 0 is strictly on-policy."""
+    max_staleness: NonNegative = 0
+    """How many versions old the weights behind a trained token may be. 0 is strictly on-policy: generators wait while
+    the learner learns; with 1 they write the next batch meanwhile."""
+    buffer_mib: Positive = 512
+    """Memory for rollouts between prompt and learner, MiB. Once it is full, only what the next step needs is begun."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -460,6 +463,11 @@ class Config(Root):
                 f"reference.max_batch_tokens ({self.reference.max_batch_tokens}) must hold the longest sequence, "
                 f"prompts.max_tokens + sampling.max_new_tokens = {self.max_sequence_tokens}; raise the first or lower "
                 "one of the others"
+            )
+        if self.max_staleness and not self.ppo.importance_cap:
+            yield (
+                f"ppo.importance_cap (0) must be above 0 with max_staleness ({self.max_staleness}): tokens of older "
+                "weights want their importance weight; raise it (2 is common) or set max_staleness = 0"
             )
         yield from broken_trainer_rules(self.learner)
         yield from broken_source_rules("reward.sources", self.reward.sources, others=self.evaluation.judges)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class PromptStream:
     """Yields prompts epoch after epoch, each epoch in its own seeded order, and knows which are still outstanding.
 
     A sample id is outstanding from `next` until `settle`. Restoring a state re-issues exactly the outstanding ones,
-    in the order they were first issued, and then goes on.
+    in the order they were first issued, and then goes on; `give_back` re-issues some of them next.
     """
 
     def __init__(self, records: Sequence[PromptRecord], *, seed: int, rollouts_per_prompt: int) -> None:
@@ -40,13 +41,13 @@ class PromptStream:
         self._replicas = rollouts_per_prompt
         self._issued = 0  # sample ids ever issued
         self._outstanding: dict[SampleId, None] = {}  # in order of issue
-        self._reissue: list[SampleId] = []
+        self._reissue: deque[SampleId] = deque()
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
         self._hash = hashlib.sha256("\0".join(record.text for record in records).encode()).hexdigest()
 
     def next(self) -> Prompt:
         if self._reissue:
-            return self._prompt(self._reissue.pop(0))
+            return self._prompt(self._reissue.popleft())
         position, replica = divmod(self._issued, self._replicas)
         epoch, place = divmod(position, len(self._records))
         sample_id = SampleId(epoch, int(self._permutation(epoch)[place]), replica)
@@ -58,6 +59,10 @@ class PromptStream:
         """These are in the journal now, as rollouts or as void."""
         for sample_id in sample_ids:
             del self._outstanding[sample_id]
+
+    def give_back(self, sample_ids: Sequence[SampleId]) -> None:
+        """These are to be asked again before any other, in this order; they stay outstanding."""
+        self._reissue.extendleft(reversed(sample_ids))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -74,7 +79,7 @@ class PromptStream:
                 "restore them, or start a new run"
             )
         self._issued = state["issued"]
-        self._reissue = [SampleId.parse(text) for text in state["outstanding"]]
+        self._reissue = deque(SampleId.parse(text) for text in state["outstanding"])
         self._outstanding = dict.fromkeys(self._reissue)
 
     def _prompt(self, sample_id: SampleId) -> Prompt:

@@ -91,6 +91,17 @@ class Experience:
     # step 0 still is the reference, and computes them itself.
     ref_logprobs: np.ndarray | None
 
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory."""
+        rollout, text = self.rollout, len(self.rollout.prompt.text)
+        arrays = (rollout.prompt.token_ids, rollout.response_ids, rollout.rollout_logprobs, rollout.policy_versions)
+        return text + sum(array.nbytes for array in arrays) + rollout.rollout_logprobs.nbytes
+
+    def staleness(self, policy_version: int) -> int:
+        """Versions between the weights behind its oldest token and `policy_version`; 0 without tokens."""
+        return policy_version - int(self.rollout.policy_versions.min(initial=policy_version))
+
 
 @dataclass(frozen=True)
 class Void:
@@ -98,6 +109,7 @@ class Void:
 
     sample_id: SampleId
     reason: str
+    asked_again: bool = False  # its prompt goes out once more, under the same sample id
 
 
 EXPERIENCE_SCHEMA = pa.schema(

@@ -3,74 +3,118 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 
 from common.config import UserError
 from common.types import Experience, Void
 
 
+@dataclass
+class Slot:
+    """A rollout between its admission and its cut; times are seconds on the buffer's clock."""
+
+    admitted: float
+    finished: float = 0.0
+    outcome: Experience | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from, what was given up since the batch before, and where the time went."""
+
+    experience: list[Experience]
+    voids: list[Void]
+    stats: dict[str, float]
+
+
 class RolloutBuffer:
     """At most `(max_staleness + 1) * rollouts_per_step` rollouts exist between `admit` and `release`.
 
-    Batches are cut in admission order, so short responses are not favoured. With max_staleness 0 that is synchronous
-    PPO: a batch's slots are freed only when the generators hold the weights that came of it.
+    Batches are cut in admission order, so short responses are not favoured. A rollout admitted under version v has at
+    most that many before it and beside it, so it is in the batch of version v + max_staleness at the latest. With
+    max_staleness 0 that is synchronous PPO: a batch's slots are freed only when the generators hold the weights that
+    came of it.
+
+    Rollouts that the next batch does not need are admitted only while all together, those in flight counted with
+    `rollout_bytes` each, take no more than `max_bytes`.
     """
 
-    def __init__(self, rollouts_per_step: int, max_staleness: int, *, max_void_share: float = 1.0) -> None:
+    def __init__(
+        self,
+        rollouts_per_step: int,
+        max_staleness: int,
+        *,
+        max_void_share: float = 1.0,
+        max_bytes: float = float("inf"),
+        rollout_bytes: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._batch_size = rollouts_per_step
         self._max_void_share = max_void_share
         self._free = (max_staleness + 1) * rollouts_per_step
         self._max_staleness = max_staleness
+        self._max_bytes, self._rollout_bytes = max_bytes, rollout_bytes
+        self._clock = clock
         self._next_ticket = 0
-        self._queue: deque[int] = deque()  # admitted and neither cut nor void, in order of admission
-        self._finished: dict[int, Experience] = {}
+        self._slots: dict[int, Slot] = {}  # admitted and neither cut nor void, in order of admission
+        self._in_flight = 0
+        self._bytes = 0  # of those that are finished
         self._voids: list[Void] = []
+        self._broken = 0  # of the voids, those that not age is the reason of
+        self._idle_since: float | None = None  # since when nothing is in flight
+        self._idle = 0.0
         self._changed = asyncio.Condition()
 
     async def admit(self) -> int:
-        """A ticket, once a slot is free. Woken by `release` and by voids."""
+        """A ticket, once there is a slot and room for it. Woken by `release`, cuts and voids."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._free > 0)
+            await self._changed.wait_for(self._has_room)
             self._free -= 1
             self._next_ticket += 1
-            self._queue.append(self._next_ticket)
+            self._slots[self._next_ticket] = Slot(self._clock())
+            self._fly(1)
             return self._next_ticket
 
     async def put(self, ticket: int, outcome: Experience | Void) -> None:
         """How the rollout of this ticket ended. A void gives its slot back at once."""
         async with self._changed:
             if isinstance(outcome, Void):
+                self._broken += 1
                 self._void(ticket, outcome)
             else:
-                self._finished[ticket] = outcome
+                slot = self._slots[ticket]
+                slot.finished, slot.outcome = self._clock(), outcome
+                self._bytes += outcome.num_bytes
+            self._fly(-1)
             self._changed.notify_all()
 
-    async def take(self, count: int, policy_version: int) -> tuple[list[Experience], list[Void]]:
+    async def take(self, count: int, policy_version: int) -> Batch:
         """The first `count` rollouts in admission order, and every void since the last call.
 
         Waits for the oldest ones to finish, however many younger ones already have. A rollout whose oldest token is
-        more than max_staleness versions behind `policy_version` is voided here, whatever let it through before.
-        Raises UserError when voids pass the configured share: a broken reward would otherwise go on for ever.
+        more than max_staleness versions behind `policy_version` is voided here, whatever let it through before, and its
+        prompt may be asked again. Raises UserError when voids of other reasons pass the configured share: a broken
+        reward would otherwise go on for ever.
         """
         async with self._changed:
             while True:
                 await self._changed.wait_for(lambda: self._oldest_finished(count) or self._too_many_voids(count))
                 if self._too_many_voids(count):
+                    reason = next(void.reason for void in reversed(self._voids) if not void.asked_again)
                     raise UserError(
-                        f"{len(self._voids)} rollouts were voided for the {count} that this step needs, over the share "
+                        f"{self._broken} rollouts were voided for the {count} that this step needs, over the share "
                         f"in reward.max_void_share ({self._max_void_share:.0%}); the last reason: "
-                        f"{self._voids[-1].reason}; mend it and go on with --resume, or raise the share"
+                        f"{reason}; mend it and go on with --resume, or raise the share"
                     )
-                stale = [ticket for ticket in list(self._queue)[:count] if self._is_stale(ticket, policy_version)]
-                if not stale:
+                if not self._void_stale(count, policy_version):
                     break
-                for ticket in stale:
-                    sample_id = self._finished.pop(ticket).rollout.prompt.sample_id
-                    self._void(ticket, Void(sample_id, f"older than {self._max_staleness} versions"))
                 self._changed.notify_all()
-            batch = [self._finished.pop(self._queue.popleft()) for _ in range(count)]
-            voids, self._voids = self._voids, []
-            return batch, voids
+            batch = self._cut(count)
+            self._changed.notify_all()  # there is more room
+            return batch
 
     async def release(self, count: int) -> None:
         """Frees the slots of a batch. Called after publication, so that no rollout is born stale."""
@@ -78,17 +122,54 @@ class RolloutBuffer:
             self._free += count
             self._changed.notify_all()
 
+    def _has_room(self) -> bool:
+        # Never fewer than the next batch needs, or it would wait for ever.
+        taken = self._bytes + (self._in_flight + 1) * self._rollout_bytes
+        return self._free > 0 and (len(self._slots) < self._batch_size or taken <= self._max_bytes)
+
     def _oldest_finished(self, count: int) -> bool:
-        return len(self._queue) >= count and all(ticket in self._finished for ticket in islice(self._queue, count))
+        return len(self._slots) >= count and all(slot.outcome for slot in islice(self._slots.values(), count))
 
     def _too_many_voids(self, count: int) -> bool:
-        return len(self._voids) > self._max_void_share * (len(self._voids) + count)
+        return self._broken > self._max_void_share * (self._broken + count)
+
+    def _void_stale(self, count: int, policy_version: int) -> int:
+        """Of the oldest `count`; returns how many."""
+        oldest = [(ticket, slot.outcome) for ticket, slot in islice(self._slots.items(), count) if slot.outcome]
+        stale = [pair for pair in oldest if pair[1].staleness(policy_version) > self._max_staleness]
+        for ticket, row in stale:
+            self._bytes -= row.num_bytes
+            reason = f"its oldest token is more than {self._max_staleness} versions old"
+            self._void(ticket, Void(row.rollout.prompt.sample_id, reason, asked_again=True))
+        return len(stale)
 
     def _void(self, ticket: int, void: Void) -> None:
-        self._queue.remove(ticket)
+        del self._slots[ticket]
         self._voids.append(void)
         self._free += 1
 
-    def _is_stale(self, ticket: int, policy_version: int) -> bool:
-        oldest = int(self._finished[ticket].rollout.policy_versions.min(initial=policy_version))
-        return policy_version - oldest > self._max_staleness
+    def _cut(self, count: int) -> Batch:
+        slots = [self._slots.pop(ticket) for ticket in list(islice(self._slots, count))]
+        rows = [slot.outcome for slot in slots if slot.outcome]
+        self._bytes -= sum(row.num_bytes for row in rows)
+        now = self._clock()
+        idle = self._idle + (now - self._idle_since if self._idle_since is not None else 0.0)
+        stats = {
+            "staleness/generating_s": sum(slot.finished - slot.admitted for slot in slots) / count,
+            "staleness/buffered_s": sum(now - slot.finished for slot in slots) / count,
+            "wait/generators_s": idle,
+        }
+        if self._idle_since is not None:
+            self._idle_since = now
+        self._idle = 0.0
+        voids, self._voids, self._broken = self._voids, [], 0
+        return Batch(rows, voids, stats)
+
+    def _fly(self, change: int) -> None:
+        """Counts what is in flight, and for how long nothing was."""
+        self._in_flight += change
+        if self._in_flight == 0:
+            self._idle_since = self._clock()
+        elif self._idle_since is not None:
+            self._idle += self._clock() - self._idle_since
+            self._idle_since = None

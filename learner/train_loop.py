@@ -22,6 +22,9 @@ from learner.evaluation import Answer, Evaluation, evaluate
 from learner.roles import Generators, LearnerGroup, Reference, Reward
 from learner.rollout_buffer import RolloutBuffer
 
+# About what a token takes while its rollout waits for the learner: id, two log-probabilities, version, text.
+BYTES_PER_TOKEN = 20
+
 
 @dataclass
 class Run:
@@ -52,7 +55,13 @@ async def train(run: Run) -> list[Evaluation]:
     await recover(run)
     evaluations = [Evaluation.from_record(record) for record in read_records(run.directory / "evaluations.jsonl")]
     await evaluate_if_due(run, evaluations)
-    buffer = RolloutBuffer(cfg.rollouts_per_step, cfg.max_staleness, max_void_share=cfg.reward.max_void_share)
+    buffer = RolloutBuffer(
+        cfg.rollouts_per_step,
+        cfg.max_staleness,
+        max_void_share=cfg.reward.max_void_share,
+        max_bytes=cfg.buffer_mib << 20,
+        rollout_bytes=BYTES_PER_TOKEN * cfg.max_sequence_tokens,
+    )
     producer = asyncio.create_task(produce(run, buffer, clock))
     try:
         while run.learner.step < cfg.num_steps:
@@ -71,27 +80,30 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     """One batch from the buffer to new weights on every generator."""
     step = run.learner.step
     clock.start()
-    experience, voids = await buffer.take(run.cfg.rollouts_per_step, policy_version=step)
+    batch = await buffer.take(run.cfg.rollouts_per_step, policy_version=step)
     clock.rollouts_taken()
 
-    run.prompts.settle([row.rollout.prompt.sample_id for row in experience] + [void.sample_id for void in voids])
-    table = experience_table(experience)
+    given_up = [void.sample_id for void in batch.voids if not void.asked_again]
+    run.prompts.settle([row.rollout.prompt.sample_id for row in batch.experience] + given_up)
+    run.prompts.give_back([void.sample_id for void in batch.voids if void.asked_again])
+    table = experience_table(batch.experience)
     # On disk before anyone learns from it.
-    run.journal.append(table, policy_version=step, prompts=run.prompts.state(), voids=voids)
+    run.journal.append(table, policy_version=step, prompts=run.prompts.state(), voids=batch.voids)
     clock.lap("journal")
 
     stats = await run.learner.update(table)
     clock.lap("learn")
     await run.generators.load(run.learner.publish(), run.learner.step)
     clock.lap("publish")
-    record = {"step": step, **_rollout_metrics(table, len(voids), policy_version=step), **stats, **clock.laps}
+    rollouts = _rollout_metrics(table, len(batch.voids), policy_version=step)
+    record = {"step": step, **rollouts, **batch.stats, **stats, **clock.laps}
     append_record(run.directory / "metrics.jsonl", record)  # before the checkpoint, after which no replay would do it
 
     if run.checkpoints.due(run.learner.step, run.cfg.num_steps):
         await run.learner.save(run.checkpoints.path(run.learner.step))
         run.checkpoints.prune()
     clock.lap("checkpoint")
-    run.on_step({**record, **clock.laps}, experience[0], voids)
+    run.on_step({**record, **clock.laps}, batch.experience[0], batch.voids)
 
 
 async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
@@ -189,14 +201,17 @@ async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
 def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:
     scores = table["score"].to_numpy()
     components = [dict(row) for row in table["components"].to_pylist()]
-    versions = table["policy_versions"].combine_chunks().flatten().to_numpy()
+    versions = [np.asarray(row) for row in table["policy_versions"].to_pylist()]
+    staleness = [policy_version - int(row.min(initial=policy_version)) for row in versions]  # of each oldest token
     return {
         "rollout/score/mean": float(scores.mean()),
         "rollout/score/std": float(scores.std()),
-        "rollout/response_tokens/mean": len(versions) / len(scores),
+        "rollout/response_tokens/mean": sum(map(len, versions)) / len(scores),
         "rollout/finished": table["finish_reason"].to_pylist().count("stop") / len(scores),
         "rollout/voids": num_voids,
-        "staleness/max": policy_version - int(versions.min(initial=policy_version)),
+        "staleness/min": min(staleness),
+        "staleness/mean": sum(staleness) / len(staleness),
+        "staleness/max": max(staleness),
         **{f"rollout/score/{name}": sum(row[name] for row in components) / len(scores) for name in components[0]},
     }
 
@@ -224,5 +239,10 @@ class Clock:
         """Ends two phases: generation at the newest text, scoring now. What overlaps counts as generation."""
         began = self._last
         self.lap("score")
-        generating = min(max(self._newest_text - began, 0.0), self.laps["time/score_s"])
-        self.laps = {"time/generate_s": generating, "time/score_s": self.laps["time/score_s"] - generating}
+        waited = self.laps["time/score_s"]
+        generating = min(max(self._newest_text - began, 0.0), waited)
+        self.laps = {
+            "wait/learner_s": waited,
+            "time/generate_s": generating,
+            "time/score_s": waited - generating,
+        }

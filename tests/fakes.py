@@ -93,8 +93,11 @@ def make_experience(index: int, response: list[int], *, score: float = 0.0, vers
 class FakeRoles:
     """All roles in one process. Records events in order, and refuses what no real role would be asked."""
 
-    def __init__(self, events: list[str], *, fail_prompts: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, events: list[str], *, fail_prompts: frozenset[int] = frozenset(), synchronous: bool = True
+    ) -> None:
         self.events = events
+        self._synchronous = synchronous
         self.version = 0
         self.step = 0
         self.tables: list[Any] = []
@@ -102,7 +105,7 @@ class FakeRoles:
         self._fail_prompts = fail_prompts
 
     async def generate(self, prompt: Prompt) -> Rollout:
-        assert not self.updating, "a synchronous step must not generate while it learns"
+        assert not (self._synchronous and self.updating), "a synchronous step must not generate while it learns"
         version = self.version
         await asyncio.sleep(0.001 * (prompt.sample_id.prompt % 3))  # finish out of order
         if prompt.sample_id.epoch >= 0:

@@ -144,7 +144,7 @@ def test_several_broken_rules_are_all_told_at_once():
         (ppo(reward={"sources": [{**FUNCTION, "weight": float("nan")}]}), "weight"),
         (ppo(evaluation={"pass_score": float("nan")}), "pass_score"),
         (ppo(ppo={"gamma": 1.01}), "gamma"),
-        (ppo(max_staleness=1), "max_staleness"),
+        (ppo(max_staleness=-1), "max_staleness"),
         (ppo(learner={"ranks": 0}), "ranks"),
         (ppo(learner={"micro_batch_tokens": 0}), "micro_batch_tokens"),
         (ppo(learner={"lora": {"rank": 0}}), "rank"),

@@ -165,7 +165,7 @@ def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(m
         ("sampling.temperature=0", "sampling.temperature = 0: input should be greater than 0"),
         ("learner.precision=fp16", "learner.precision = 'fp16': input should be 'bf16' or 'fp32'"),
         ("num_steps=many", "num_steps = 'many': input should be a valid integer"),
-        ("max_staleness=1", "max_staleness = 1: input should be less than or equal to 0"),
+        ("max_staleness=-1", "max_staleness = -1: input should be greater than or equal to 0"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas.1 = 1: input should be less than 1"),
         ("reward.sources.0.weight=nan", "reward.sources.0.weight = nan: input should be a finite number"),
         ("prompts={}", "prompts.train: required and missing"),

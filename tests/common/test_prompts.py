@@ -117,6 +117,19 @@ def test_settling_what_is_not_outstanding_is_an_error():
             prompts.settle([unknown])
 
 
+def test_what_is_given_back_is_asked_next_and_stays_outstanding():
+    once = stream(rollouts_per_prompt=1)
+    issued = [once.next().sample_id for _ in range(4)]
+    once.settle([issued[0]])
+    once.give_back([issued[1], issued[3]])
+    assert once.state()["outstanding"] == [str(i) for i in issued[1:]]
+    assert [once.next().sample_id for _ in range(2)] == [issued[1], issued[3]]
+    assert once.next().sample_id not in issued
+    restored = stream(rollouts_per_prompt=1)
+    restored.restore(once.state())
+    assert restored.next().sample_id == issued[1]
+
+
 def test_a_restored_stream_reissues_the_outstanding_in_order_and_goes_on_as_the_uninterrupted_one():
     uninterrupted = take(stream(rollouts_per_prompt=2), 60)
     prompts = stream(rollouts_per_prompt=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
@@ -19,6 +20,10 @@ async def pending(coroutine) -> asyncio.Task:
         await asyncio.sleep(0)
     assert not task.done()
     return task
+
+
+def ids(rows) -> list[int]:
+    return [row.rollout.prompt.sample_id.prompt for row in rows]
 
 
 def test_admission_waits_until_slots_are_released():
@@ -44,9 +49,9 @@ def test_a_batch_waits_for_the_oldest_rather_than_taking_the_fastest():
         await buffer.put(third, make_experience(third, [4, 1]))
         batch = await pending(buffer.take(2, policy_version=0))
         await buffer.put(first, make_experience(first, [4, 1]))
-        rows, voids = await batch
-        assert [row.rollout.prompt.sample_id.prompt for row in rows] == [first, second]
-        assert voids == []
+        cut = await batch
+        assert ids(cut.experience) == [first, second]
+        assert cut.voids == []
 
     asyncio.run(scenario())
 
@@ -58,8 +63,8 @@ def test_a_void_gives_its_slot_back_and_is_reported_once():
         await buffer.put(await buffer.admit(), void)
         ticket = await buffer.admit()
         await buffer.put(ticket, make_experience(ticket, [4, 1]))
-        rows, voids = await buffer.take(1, policy_version=0)
-        assert (len(rows), voids) == (1, [void])
+        batch = await buffer.take(1, policy_version=0)
+        assert (len(batch.experience), batch.voids) == (1, [void])
 
     asyncio.run(scenario())
 
@@ -70,10 +75,10 @@ def test_rollouts_whose_oldest_token_is_too_old_are_voided_at_the_cut():
         stale, fresh = await buffer.admit(), await buffer.admit()
         await buffer.put(stale, make_experience(stale, [4, 5, 1], version=0))
         await buffer.put(fresh, make_experience(fresh, [4, 5, 1], version=1))
-        rows, voids = await buffer.take(1, policy_version=2)
-        assert rows[0].rollout.prompt.sample_id.prompt == fresh
-        assert [void.sample_id.prompt for void in voids] == [stale]
-        assert "1 versions" in voids[0].reason
+        batch = await buffer.take(1, policy_version=2)
+        assert ids(batch.experience) == [fresh]
+        assert [(void.sample_id.prompt, void.asked_again) for void in batch.voids] == [(stale, True)]
+        assert "1 versions" in batch.voids[0].reason
         assert await buffer.admit() == 3  # the void's slot is free again
 
     asyncio.run(scenario())
@@ -88,3 +93,128 @@ def test_too_many_voids_end_the_wait():
             await buffer.take(2, policy_version=0)
 
     asyncio.run(scenario())
+
+
+def test_rollouts_that_are_merely_old_do_not_count_as_broken():
+    async def scenario():
+        # 3 old ones beside the 2 wanted would be over the share, 1 broken one is not.
+        buffer = RolloutBuffer(2, 1, max_void_share=0.4)
+        tickets = [await buffer.admit() for _ in range(4)]
+        for ticket, version in zip(tickets, (0, 0, 0, 2), strict=True):
+            await buffer.put(ticket, make_experience(ticket, [4, 1], version=version))
+        taking = asyncio.create_task(buffer.take(2, policy_version=2))
+        await buffer.put(await buffer.admit(), Void(SampleId(0, 99, 0), "broken"))  # in the place of an old one
+        last = await buffer.admit()
+        await buffer.put(last, make_experience(last, [4, 1], version=1))
+        batch = await taking
+        assert ids(batch.experience) == [tickets[3], last]
+        voids = [(void.sample_id.prompt, void.asked_again) for void in batch.voids]
+        assert voids == [(ticket, True) for ticket in tickets[:3]] + [(99, False)]
+
+    asyncio.run(scenario())
+
+
+def test_times_are_split_into_generating_and_waiting_in_the_buffer():
+    now = [0.0]
+
+    async def scenario():
+        buffer = RolloutBuffer(2, 0, clock=lambda: now[0])
+        first, second = await buffer.admit(), await buffer.admit()
+        now[0] = 3.0
+        await buffer.put(first, make_experience(first, [4, 1]))
+        now[0] = 5.0
+        await buffer.put(second, make_experience(second, [4, 1]))  # from here on nothing is in flight
+        now[0] = 6.0
+        stats = (await buffer.take(2, policy_version=0)).stats
+        # 3 and 5 seconds of generation, 3 and 1 in the buffer.
+        assert stats == {"staleness/generating_s": 4.0, "staleness/buffered_s": 2.0, "wait/generators_s": 1.0}
+        now[0] = 10.0
+        await buffer.release(2)
+        ticket = await buffer.admit()
+        now[0] = 11.0
+        await buffer.put(ticket, make_experience(ticket, [4, 1]))
+        stats = (await buffer.take(1, policy_version=1)).stats
+        assert stats == {"staleness/generating_s": 1.0, "staleness/buffered_s": 0.0, "wait/generators_s": 4.0}
+
+    asyncio.run(scenario())
+
+
+def test_long_rollouts_hold_back_those_that_the_next_batch_does_not_need():
+    row = make_experience(0, [4] * 100)
+    # Room for three finished ones; one in flight counts as much.
+    room = 3 * row.num_bytes
+
+    async def scenario():
+        buffer = RolloutBuffer(2, 3, max_bytes=room, rollout_bytes=row.num_bytes)
+        tickets = [await buffer.admit() for _ in range(3)]
+        fourth = await pending(buffer.admit())
+        await buffer.put(tickets[0], make_experience(1, [4] * 100))
+        await buffer.put(tickets[1], make_experience(2, [4]))  # a short one leaves room behind, but not for a long one
+        assert not fourth.done()
+        await buffer.take(2, policy_version=0)
+        assert await fourth == 4
+
+    asyncio.run(scenario())
+
+
+def test_the_next_batch_is_admitted_however_large_it_is():
+    async def scenario():
+        buffer = RolloutBuffer(2, 1, max_bytes=1, rollout_bytes=10)
+        tickets = [await buffer.admit(), await buffer.admit()]
+        third = await pending(buffer.admit())
+        for ticket in tickets:
+            await buffer.put(ticket, make_experience(ticket, [4] * 50))
+        assert len((await buffer.take(2, policy_version=0)).experience) == 2
+        assert await third == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_the_order_of_completion_nothing_is_older_than_allowed_and_no_slot_is_lost(max_staleness, seed):
+    """Producers that take random times, some of which end void, beside a consumer that publishes late."""
+    rng, count, steps = random.Random(seed), 3, 12
+    version, outstanding, most = 0, 0, 0
+
+    async def scenario():
+        nonlocal version, outstanding, most
+        buffer = RolloutBuffer(count, max_staleness)
+
+        async def rollout(ticket):
+            nonlocal outstanding
+            born = version
+            for _ in range(rng.randrange(12)):
+                await asyncio.sleep(0)
+            void = rng.random() < 0.2
+            outstanding -= void
+            row = make_experience(ticket, [4, 1], version=born)
+            await buffer.put(ticket, Void(row.rollout.prompt.sample_id, "chance") if void else row)
+
+        async def produce():
+            nonlocal outstanding, most
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    ticket = await buffer.admit()
+                    outstanding += 1
+                    most = max(most, outstanding)
+                    tasks.create_task(rollout(ticket))
+
+        producer = asyncio.create_task(produce())
+        seen = []
+        for step in range(steps):
+            batch = await buffer.take(count, policy_version=step)
+            assert all(row.staleness(step) <= max_staleness for row in batch.experience)
+            assert not any(void.asked_again for void in batch.voids)  # the budget alone keeps them young
+            seen += ids(batch.experience) + [void.sample_id.prompt for void in batch.voids]
+            for _ in range(rng.randrange(6)):
+                await asyncio.sleep(0)
+            version = step + 1
+            outstanding -= count
+            await buffer.release(count)
+        producer.cancel()
+        await asyncio.gather(producer, return_exceptions=True)
+        assert len(seen) == len(set(seen))
+
+    asyncio.run(scenario())
+    assert most == (max_staleness + 1) * count

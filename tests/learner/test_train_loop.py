@@ -57,6 +57,56 @@ def test_synchronous_training_is_on_policy(tmp_path):
     assert [record["staleness/max"] for record in read_records(tmp_path / "metrics.jsonl")] == [0, 0, 0, 0]
 
 
+def test_with_staleness_allowed_the_next_batch_is_written_while_the_learner_learns(tmp_path):
+    events: list[str] = []
+    roles = FakeRoles(events, synchronous=False)
+    run = make_run(tmp_path, roles, num_steps=6, max_staleness=1)
+    asyncio.run(train(run))
+    assert events[: events.index("update 0")].count("generate v0") == 8  # its own batch and the next
+    for step, table in enumerate(roles.tables):
+        versions = {version for row in table["policy_versions"].to_pylist() for version in row}
+        assert versions <= {step - 1, step}
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["staleness/max"] for record in records] == [0, 1, 1, 1, 1, 1]
+    assert all(record["staleness/min"] <= record["staleness/mean"] <= record["staleness/max"] for record in records)
+    trained = [
+        row for table in roles.tables for row in zip(table["epoch"].to_pylist(), table["prompt_index"].to_pylist())
+    ]
+    assert len(set(trained)) == len(trained) == 24
+
+
+def test_what_a_late_replica_wrote_is_voided_and_its_prompts_are_asked_again(tmp_path):
+    """A replica that still samples with version 0 when version 2 is to be trained."""
+
+    late: set[SampleId] = set()
+
+    class Late(FakeRoles):
+        async def generate(self, prompt: Prompt) -> Rollout:
+            rollout = await super().generate(prompt)
+            if self.version == 1 and len(late) < 2:
+                late.add(prompt.sample_id)
+                await asyncio.sleep(0.02)
+                rollout.policy_versions[:] = -1
+            return rollout
+
+    roles = Late([], synchronous=False)
+    run = make_run(tmp_path, roles, num_steps=6, max_staleness=1)
+    asyncio.run(train(run))
+    written = list(run.journal.since(0))
+    voids = [void for step in written for void in step.voids]
+    assert {name for name, _ in voids} == {str(i) for i in late}
+    assert all("1 versions old" in reason for _, reason in voids)
+    trained = [
+        SampleId(*key)
+        for table in roles.tables
+        for key in zip(*(table[name].to_pylist() for name in ("epoch", "prompt_index", "replica")), strict=True)
+    ]
+    assert len(set(trained)) == len(trained)
+    outstanding = {SampleId.parse(text) for text in written[-1].prompts["outstanding"]}
+    assert late <= set(trained) | outstanding
+    assert late & set(trained)  # with newer weights, in a later step
+
+
 def test_batches_hold_prompts_in_the_order_they_were_issued(tmp_path):
     roles = FakeRoles([])
     run = make_run(tmp_path, roles, num_steps=3)
