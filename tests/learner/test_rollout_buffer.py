@@ -132,7 +132,7 @@ def test_times_are_split_into_generating_and_waiting_in_the_buffer():
         await buffer.release(2)
         ticket = await buffer.admit()
         now[0] = 11.0
-        await buffer.put(ticket, make_experience(ticket, [4, 1]))
+        await buffer.put(ticket, make_experience(ticket, [4, 1], version=1))
         stats = (await buffer.take(1, policy_version=1)).stats
         assert stats == {"staleness/generating_s": 1.0, "staleness/buffered_s": 0.0, "wait/generators_s": 4.0}
 
