@@ -55,7 +55,7 @@ def finished(model, tmp_path_factory):
 def curve(directory) -> list[dict]:
     """Every step's metrics but the clock's."""
     records = read_records(directory / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in records]
 
 
 def test_the_reward_rises(finished):
@@ -111,6 +111,25 @@ def test_one_seed_gives_one_curve_also_when_the_run_is_cut_and_resumed(finished,
     assert all(whole.read(step).table.equals(cut.read(step).table) for step in range(STEPS))
     weights = [AutoModelForCausalLM.from_pretrained(d / "policy").state_dict() for d in (finished, directory)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_with_staleness_allowed_generators_write_while_the_learner_learns(model, tmp_path):
+    directory = tmp_path / "overlapped"
+    run_training(run_config(model, max_staleness=1), directory)
+    records = read_records(directory / "metrics.jsonl")
+    assert [record["staleness/max"] for record in records] == [0] + [1] * (STEPS - 1)
+    assert all(np.isfinite(record["ppo/policy_loss"]) for record in records)
+    assert np.mean([record["rollout/score/mean"] for record in records[-2:]]) > records[0]["rollout/score/mean"] + 0.1
+    steps = list(Journal(directory / "journal").since(0))
+    ids = [
+        key
+        for step in steps
+        for key in zip(*(step.table[name].to_pylist() for name in ("epoch", "prompt_index", "replica")), strict=True)
+    ]
+    assert len(set(ids)) == len(ids) == 32 * STEPS
+    for step in steps:
+        versions = {version for row in step.table["policy_versions"].to_pylist() for version in row}
+        assert versions <= {step.step - 1, step.step}
 
 
 def test_the_number_of_replicas_does_not_change_the_curve(finished, model, tmp_path):
