@@ -182,7 +182,8 @@ def _visible(like: Tensor, window: int) -> Tensor:
 
 def _barrier(length: int, window: int) -> Tensor:
     """[length, length]: -inf where a row may not look, else 0. Cut from a larger one, which serves many calls."""
-    return _whole_barrier(round_up(length, 256), window)[:length, :length]
+    size = round_up(length, 256)
+    return _whole_barrier(size, window if window < length else size)[:length, :length]
 
 
 @lru_cache(maxsize=4)

@@ -464,6 +464,11 @@ class Config(Root):
                 f"prompts.max_tokens + sampling.max_new_tokens = {self.max_sequence_tokens}; raise the first or lower "
                 "one of the others"
             )
+        if self.max_staleness and self.learner.lora is not None:
+            yield (
+                f"max_staleness ({self.max_staleness}) must be 0 with learner.lora: the learner then is its own "
+                "reference and cannot measure rollouts while it learns; lower the first or leave out the second"
+            )
         if self.max_staleness and not self.ppo.importance_cap:
             yield (
                 f"ppo.importance_cap (0) must be above 0 with max_staleness ({self.max_staleness}): tokens of older "

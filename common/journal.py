@@ -8,7 +8,8 @@ pandas or DuckDB alone; step-000123.sha256 beside it is for `sha256sum -c`. The 
     step            number of this file, from 0
     policy_version  version the learner held when the batch was cut
     prompts         state of the prompt stream after this batch, outstanding sample ids included
-    voids           [sample id, reason] of rollouts that were given up since the previous file
+    voids           [sample id, reason] of rollouts that were voided since the previous file; those that `prompts`
+                     still has outstanding are asked again
     previous        SHA-256 of the previous file, in hex ("" for step 0): the files form a chain
 """
 

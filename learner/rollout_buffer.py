@@ -33,10 +33,10 @@ class Batch:
 class RolloutBuffer:
     """At most `(max_staleness + 1) * rollouts_per_step` rollouts exist between `admit` and `release`.
 
-    Batches are cut in admission order, so short responses are not favoured. A rollout admitted under version v has at
-    most that many before it and beside it, so it is in the batch of version v + max_staleness at the latest. With
-    max_staleness 0 that is synchronous PPO: a batch's slots are freed only when the generators hold the weights that
-    came of it.
+    Batches are cut in admission order, so short responses are not favoured. When a rollout is admitted, it and all
+    before it that are not cut yet fit into these slots, so under version v it is in the batch of version v +
+    max_staleness at the latest. With max_staleness 0 that is synchronous PPO: a batch's slots are freed only when the
+    generators hold the weights that came of it.
 
     Rollouts that the next batch does not need are admitted only while all together, those in flight counted with
     `rollout_bytes` each, take no more than `max_bytes`.
@@ -63,7 +63,7 @@ class RolloutBuffer:
         self._in_flight = 0
         self._bytes = 0  # of those that are finished
         self._voids: list[Void] = []
-        self._broken = 0  # of the voids, those that not age is the reason of
+        self._scored = self._broken = 0  # since the last cut: finished, and void for another reason than age
         self._idle_since: float | None = None  # since when nothing is in flight
         self._idle = 0.0
         self._changed = asyncio.Condition()
@@ -88,6 +88,7 @@ class RolloutBuffer:
                 slot = self._slots[ticket]
                 slot.finished, slot.outcome = self._clock(), outcome
                 self._bytes += outcome.num_bytes
+                self._scored += 1
             self._fly(-1)
             self._changed.notify_all()
 
@@ -105,8 +106,8 @@ class RolloutBuffer:
                 if self._too_many_voids(count):
                     reason = next(void.reason for void in reversed(self._voids) if not void.asked_again)
                     raise UserError(
-                        f"{self._broken} rollouts were voided for the {count} that this step needs, over the share "
-                        f"in reward.max_void_share ({self._max_void_share:.0%}); the last reason: "
+                        f"{self._broken} rollouts were voided beside {max(count, self._scored)} scored or wanted, over "
+                        f"the share in reward.max_void_share ({self._max_void_share:.0%}); the last reason: "
                         f"{reason}; mend it and go on with --resume, or raise the share"
                     )
                 if not self._void_stale(count, policy_version):
@@ -131,7 +132,7 @@ class RolloutBuffer:
         return len(self._slots) >= count and all(slot.outcome for slot in islice(self._slots.values(), count))
 
     def _too_many_voids(self, count: int) -> bool:
-        return self._broken > self._max_void_share * (self._broken + count)
+        return self._broken > self._max_void_share * (self._broken + max(count, self._scored))
 
     def _void_stale(self, count: int, policy_version: int) -> int:
         """Of the oldest `count`; returns how many."""
@@ -162,7 +163,8 @@ class RolloutBuffer:
         if self._idle_since is not None:
             self._idle_since = now
         self._idle = 0.0
-        voids, self._voids, self._broken = self._voids, [], 0
+        voids, self._voids = self._voids, []
+        self._scored = self._broken = 0
         return Batch(rows, voids, stats)
 
     def _fly(self, change: int) -> None:

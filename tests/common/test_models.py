@@ -208,5 +208,6 @@ def test_a_loaded_policy_attends_within_packed_sequences(tmp_path):
     with torch.no_grad():
         logits = policy(ids, position_ids=positions, lengths=[3, 3]).logits[0]
         whole = policy(ids, position_ids=positions, lengths=[6]).logits[0]
+    # Not bit for bit: that takes sequences of whole vectors (common/sequences.py, LANES).
     torch.testing.assert_close(logits[:3], logits[3:], rtol=0, atol=1e-6)
     assert not torch.allclose(whole[:3], whole[3:], atol=1e-3)

@@ -77,8 +77,8 @@ def test_the_estimates_of_a_small_model_worked_out_by_hand():
     estimate = memory(config())
     assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000
     assert estimate["Generator(0)"] == 600 * MIB + 4_000_000 + 256 * MIB
-    # Saved for the backward pass: 18 bf16 values for 768 tokens * 2 layers * 64 units, 3,538,944 bytes. A float32 copy
-    # of the output embedding, 4 * 100 * 64 = 25,600.
+    # Saved for the backward pass: 18 bf16 values for 768 tokens * 2 layers * 64 units, 3,538,944 bytes. A second
+    # float32 gradient of the tied embedding, 4 * 100 * 64 = 25,600.
     assert estimate["Learner(0)"] == 600 * MIB + 16_000_000 + 3_538_944 + 25_600
     assert estimate["Reward(0)"] == 600 * MIB
 

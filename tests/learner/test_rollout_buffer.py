@@ -114,6 +114,25 @@ def test_rollouts_that_are_merely_old_do_not_count_as_broken():
     asyncio.run(scenario())
 
 
+def test_voids_are_held_against_all_that_was_scored_meanwhile_not_one_batch_of_it():
+    async def scenario():
+        buffer = RolloutBuffer(2, 3, max_void_share=0.5)
+        for ticket in [await buffer.admit() for _ in range(2)]:
+            await buffer.put(ticket, make_experience(ticket, [4, 1]))
+        await buffer.take(2, policy_version=0)
+        for index in range(4):  # 4 void and 5 scored while the learner learns: more than 2 of 4, but not half
+            await buffer.put(await buffer.admit(), Void(SampleId(0, 90 + index, 0), "broken"))
+        for ticket in [await buffer.admit() for _ in range(5)]:
+            await buffer.put(ticket, make_experience(ticket, [4, 1]))
+        assert len((await buffer.take(2, policy_version=1)).experience) == 2
+        for index in range(3):  # of what came since that cut
+            await buffer.put(await buffer.admit(), Void(SampleId(0, 95 + index, 0), f"reason {index}"))
+        with pytest.raises(UserError, match="reason 2"):
+            await buffer.take(2, policy_version=2)
+
+    asyncio.run(scenario())
+
+
 def test_times_are_split_into_generating_and_waiting_in_the_buffer():
     now = [0.0]
 
@@ -150,6 +169,8 @@ def test_long_rollouts_hold_back_those_that_the_next_batch_does_not_need():
         fourth = await pending(buffer.admit())
         await buffer.put(tickets[0], make_experience(1, [4] * 100))
         await buffer.put(tickets[1], make_experience(2, [4]))  # a short one leaves room behind, but not for a long one
+        for _ in range(5):
+            await asyncio.sleep(0)
         assert not fourth.done()
         await buffer.take(2, policy_version=0)
         assert await fourth == 4
@@ -211,10 +232,14 @@ def test_whatever_the_order_of_completion_nothing_is_older_than_allowed_and_no_s
                 await asyncio.sleep(0)
             version = step + 1
             outstanding -= count
+            most = 0  # so that a slot lost on the way is missed at the end
             await buffer.release(count)
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert not producer.done()
         producer.cancel()
         await asyncio.gather(producer, return_exceptions=True)
         assert len(seen) == len(set(seen))
 
-    asyncio.run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), 60))
     assert most == (max_staleness + 1) * count
