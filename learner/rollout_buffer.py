@@ -39,7 +39,7 @@ class RolloutBuffer:
     generators hold the weights that came of it.
 
     Rollouts that the next batch does not need are admitted only while all together, those in flight counted with
-    `rollout_bytes` each, take no more than `max_bytes`.
+    `rollout_bytes` each, take no more than `max_bytes`. Beyond `wanted`, what all batches to come hold, none is.
     """
 
     def __init__(
@@ -47,12 +47,14 @@ class RolloutBuffer:
         rollouts_per_step: int,
         max_staleness: int,
         *,
+        wanted: float = float("inf"),
         max_void_share: float = 1.0,
         max_bytes: float = float("inf"),
         rollout_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._batch_size = rollouts_per_step
+        self._wanted = wanted
         self._max_void_share = max_void_share
         self._free = (max_staleness + 1) * rollouts_per_step
         self._max_staleness = max_staleness
@@ -124,9 +126,11 @@ class RolloutBuffer:
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
+        if not self._free or len(self._slots) >= self._wanted:
+            return False
         # Never fewer than the next batch needs, or it would wait for ever.
         taken = self._bytes + (self._in_flight + 1) * self._rollout_bytes
-        return self._free > 0 and (len(self._slots) < self._batch_size or taken <= self._max_bytes)
+        return len(self._slots) < self._batch_size or taken <= self._max_bytes
 
     def _oldest_finished(self, count: int) -> bool:
         return len(self._slots) >= count and all(slot.outcome for slot in islice(self._slots.values(), count))
@@ -151,6 +155,7 @@ class RolloutBuffer:
 
     def _cut(self, count: int) -> Batch:
         slots = [self._slots.pop(ticket) for ticket in list(islice(self._slots, count))]
+        self._wanted -= count
         rows = [slot.outcome for slot in slots if slot.outcome]
         self._bytes -= sum(row.num_bytes for row in rows)
         now = self._clock()

@@ -58,6 +58,7 @@ async def train(run: Run) -> list[Evaluation]:
     buffer = RolloutBuffer(
         cfg.rollouts_per_step,
         cfg.max_staleness,
+        wanted=(cfg.num_steps - run.learner.step) * cfg.rollouts_per_step,
         max_void_share=cfg.reward.max_void_share,
         max_bytes=cfg.buffer_mib << 20,
         rollout_bytes=BYTES_PER_TOKEN * cfg.max_sequence_tokens,
@@ -67,8 +68,7 @@ async def train(run: Run) -> list[Evaluation]:
         while run.learner.step < cfg.num_steps:
             await _unless_failed(train_step(run, buffer, clock), producer)
             await evaluate_if_due(run, evaluations)
-            if run.learner.step < cfg.num_steps:
-                await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
+            await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
     finally:
         producer.cancel()
         await asyncio.gather(producer, return_exceptions=True)

@@ -178,6 +178,22 @@ def test_long_rollouts_hold_back_those_that_the_next_batch_does_not_need():
     asyncio.run(scenario())
 
 
+def test_no_more_is_admitted_than_the_batches_to_come_hold():
+    async def scenario():
+        buffer = RolloutBuffer(2, 1, wanted=4)
+        for ticket in [await buffer.admit() for _ in range(3)]:
+            await buffer.put(ticket, make_experience(ticket, [4, 1]))
+        await buffer.put(await buffer.admit(), Void(SampleId(0, 9, 0), "broken"))
+        fourth = await buffer.admit()  # in the place of the void
+        await buffer.take(2, policy_version=0)
+        await buffer.release(2)
+        await pending(buffer.admit())  # slots are free, but nothing more is wanted
+        await buffer.put(fourth, make_experience(fourth, [4, 1]))
+        assert len((await buffer.take(2, policy_version=1)).experience) == 2
+
+    asyncio.run(scenario())
+
+
 def test_the_next_batch_is_admitted_however_large_it_is():
     async def scenario():
         buffer = RolloutBuffer(2, 1, max_bytes=1, rollout_bytes=10)

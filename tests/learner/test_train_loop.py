@@ -73,6 +73,7 @@ def test_with_staleness_allowed_the_next_batch_is_written_while_the_learner_lear
         row for table in roles.tables for row in zip(table["epoch"].to_pylist(), table["prompt_index"].to_pylist())
     ]
     assert len(set(trained)) == len(trained) == 24
+    assert sum(event.startswith("generate") for event in events) == 24  # none for a step that will not be
 
 
 def test_what_a_late_replica_wrote_is_voided_and_its_prompts_are_asked_again(tmp_path):
