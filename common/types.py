@@ -99,8 +99,12 @@ class Experience:
         return text + sum(array.nbytes for array in arrays) + rollout.rollout_logprobs.nbytes
 
     def staleness(self, policy_version: int) -> int:
-        """Versions between the weights behind its oldest token and `policy_version`; 0 without tokens."""
-        return policy_version - int(self.rollout.policy_versions.min(initial=policy_version))
+        return staleness(self.rollout.policy_versions, policy_version)
+
+
+def staleness(policy_versions: np.ndarray, policy_version: int) -> int:
+    """Versions between the weights behind a response's oldest token and `policy_version`; 0 without tokens."""
+    return policy_version - int(policy_versions.min(initial=policy_version))
 
 
 @dataclass(frozen=True)

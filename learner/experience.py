@@ -27,7 +27,7 @@ class ExperienceBatch:
     @classmethod
     def from_table(cls, table: pa.Table) -> ExperienceBatch:
         """Rows in the table's order."""
-        sequences = Sequences.pack(_arrays(table, "prompt_ids"), _arrays(table, "response_ids"))
+        sequences = Sequences.pack(arrays(table, "prompt_ids"), arrays(table, "response_ids"))
         mask = sequences.response_mask
         by_reference = torch.from_numpy(table["ref_logprobs"].is_null().to_numpy())
         measured = mask & ~by_reference[:, None]
@@ -51,7 +51,8 @@ def estimated_costs(sequences: Sequences, size: ModelSize) -> list[int]:
     return costs.long().tolist()
 
 
-def _arrays(table: pa.Table, name: str) -> list[np.ndarray]:
+def arrays(table: pa.Table, name: str) -> list[np.ndarray]:
+    """Of a column of lists each row's own."""
     return [row.values.to_numpy() for row in table[name]]
 
 

@@ -16,9 +16,10 @@ from common.config import Config
 from common.journal import Journal, JournalError
 from common.metrics import append_record, read_records
 from common.prompts import PromptStream
-from common.types import Experience, Prompt, Rollout, Void, experience_table
+from common.types import Experience, Prompt, Rollout, Void, experience_table, staleness
 from learner.checkpoint import Checkpoints
 from learner.evaluation import Answer, Evaluation, evaluate
+from learner.experience import arrays
 from learner.roles import Generators, LearnerGroup, Reference, Reward
 from learner.rollout_buffer import RolloutBuffer
 
@@ -201,17 +202,17 @@ async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
 def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:
     scores = table["score"].to_numpy()
     components = [dict(row) for row in table["components"].to_pylist()]
-    versions = [np.asarray(row) for row in table["policy_versions"].to_pylist()]
-    staleness = [policy_version - int(row.min(initial=policy_version)) for row in versions]  # of each oldest token
+    versions = arrays(table, "policy_versions")
+    ages = [staleness(row, policy_version) for row in versions]
     return {
         "rollout/score/mean": float(scores.mean()),
         "rollout/score/std": float(scores.std()),
         "rollout/response_tokens/mean": sum(map(len, versions)) / len(scores),
         "rollout/finished": table["finish_reason"].to_pylist().count("stop") / len(scores),
         "rollout/voids": num_voids,
-        "staleness/min": min(staleness),
-        "staleness/mean": sum(staleness) / len(staleness),
-        "staleness/max": max(staleness),
+        "staleness/min": min(ages),
+        "staleness/mean": sum(ages) / len(ages),
+        "staleness/max": max(ages),
         **{f"rollout/score/{name}": sum(row[name] for row in components) / len(scores) for name in components[0]},
     }
 

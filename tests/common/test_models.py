@@ -19,6 +19,7 @@ from common.models import (
     resolve_model,
     save_policy,
 )
+from common.sequences import LANES
 from tests.fakes import END, save_tiny_model
 
 CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -203,11 +204,10 @@ def test_a_saved_policy_has_the_given_weights_and_all_else_from_its_base(tmp_pat
 
 def test_a_loaded_policy_attends_within_packed_sequences(tmp_path):
     policy = load_policy(save_tiny_model(tmp_path), **CPU)
-    ids = torch.tensor([[5, 6, 7, 5, 6, 7]])
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    once = torch.arange(LANES)  # bit for bit takes whole vectors
+    ids, positions = (once + 5).repeat(2)[None], once.repeat(2)[None]
     with torch.no_grad():
-        logits = policy(ids, position_ids=positions, lengths=[3, 3]).logits[0]
-        whole = policy(ids, position_ids=positions, lengths=[6]).logits[0]
-    # Not bit for bit: that takes sequences of whole vectors (common/sequences.py, LANES).
-    torch.testing.assert_close(logits[:3], logits[3:], rtol=0, atol=1e-6)
-    assert not torch.allclose(whole[:3], whole[3:], atol=1e-3)
+        logits = policy(ids, position_ids=positions, lengths=[LANES, LANES]).logits[0]
+        whole = policy(ids, position_ids=positions, lengths=[2 * LANES]).logits[0]
+    assert torch.equal(logits[:LANES], logits[LANES:])
+    assert not torch.allclose(whole[:LANES], whole[LANES:], atol=1e-3)
