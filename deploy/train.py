@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.pool import GeneratorPool, ReferencePool, RewardPool, actor
+from actors.hosting import actor
+from actors.pool import GeneratorPool, ReferencePool, RewardPool
 from actors.reward_functions import Reward
 from common.config import Config, ModelSourceConfig, UserError
 from common.journal import Journal

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.pool import GeneratorPool, RewardPool, actor
+from actors.hosting import actor
+from actors.pool import GeneratorPool, RewardPool
 from actors.reward_functions import Reward
 from common.config import ModelSourceConfig, PromptFormat, SourcesConfig, UserError
 from common.preferences import Pairs, split, tokenise_pairs, without_prompts_of

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.pool import worker_environment
+from actors.hosting import worker_environment
 from common.config import Placed
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from actors.engine import Engine
 from actors.generator import Generator, sampling_seed
-from actors.pool import GeneratorPool, Pool, actor
+from actors.hosting import actor
+from actors.pool import GeneratorPool, Pool
 from common.config import GeneratorsConfig, RayConfig, SamplingConfig
 from common.models import resolve_model
 from common.types import Prompt, SampleId

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.pool import Pool, ReferencePool, RewardPool, actor
+from actors.hosting import actor
+from actors.pool import Pool, ReferencePool, RewardPool
 from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
 from actors.reward_model import RewardModelSource

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from actors.generator import Generator
-from actors.pool import GeneratorPool, Pool, actor
+from actors.hosting import actor
+from actors.pool import GeneratorPool, Pool
 from common.config import GeneratorsConfig, LearnerConfig, RayConfig, SamplingConfig
 from common.models import load_policy, resolve_model
 from common.types import Prompt, SampleId

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from actors.pool import actor
+from actors.hosting import actor
 from common.config import Config, RayConfig
 from common.journal import Journal
 from common.metrics import read_records
