@@ -21,12 +21,16 @@ class Completion:
     token_ids: np.ndarray  # int32 [R], end token included when there is one
     logprobs: np.ndarray  # float32 [R] nats, of the distribution really sampled from
     policy_versions: np.ndarray  # int32 [R]
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or common.types.HANDED_OVER
 
 
 class Engine(Protocol):
-    async def generate(self, prompt_ids: np.ndarray, *, seed: int) -> Completion:
-        """One response. The same seed under the same weights gives the same tokens. Raises EngineDeadError."""
+    async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
+        """One response, or the rest of one whose first `num_begun` tokens end the `prompt_ids`. The same seed under the
+        same weights gives the same tokens. Raises EngineDeadError."""
+
+    async def hand_over(self) -> None:
+        """Ends every response where it is, now and from now on: `generate` returns what there is as HANDED_OVER."""
 
     async def stage(self, bucket: Bucket) -> None:
         """Sets a verified bucket aside for the next `swap`; running requests go on with the weights they have.

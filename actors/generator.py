@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
+import numpy as np
+
 from actors.engine import Engine
-from common.types import Prompt, Rollout, SampleId
+from common.types import Prompt, Rollout, SampleId, Written
 from common.weights import Arrivals, Bucket
 
 
@@ -26,12 +28,26 @@ class Generator:
     async def ready(self) -> str:
         return self._name
 
-    async def generate(self, prompt: Prompt) -> Rollout:
-        """A function of (weights, run seed, sample id) alone, so a re-issued prompt gives the same rollout."""
-        done = await self._engine.generate(prompt.token_ids, seed=sampling_seed(self._seed, prompt.sample_id))
-        return Rollout(
-            prompt, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason, generator=self._name
-        )
+    async def generate(self, prompt: Prompt, begun: Rollout | None = None) -> tuple[Rollout, Written]:
+        """The rollout, which stays here until it is fetched, and what the loop must know of it.
+
+        Under one version of the weights it is a function of them, run seed and sample id alone. What another generator
+        has begun is gone on with; its tokens keep the versions and log-probabilities they were sampled with.
+        """
+        written = prompt.token_ids if begun is None else np.concatenate([prompt.token_ids, begun.response_ids])
+        num_begun = len(written) - len(prompt.token_ids)
+        seed = sampling_seed(self._seed, prompt.sample_id, num_begun)
+        done = await self._engine.generate(written, seed=seed, num_begun=num_begun)
+        arrays = done.token_ids, done.logprobs, done.policy_versions
+        if begun is not None:
+            before = begun.response_ids, begun.rollout_logprobs, begun.policy_versions
+            arrays = tuple(np.concatenate(pair) for pair in zip(before, arrays, strict=True))
+        rollout = Rollout(prompt, *arrays, done.finish_reason, generator=self._name)
+        return rollout, Written.of(rollout)
+
+    async def hand_over(self) -> None:
+        """Ends every response where it is: `generate` returns what there is, for others to go on with."""
+        await self._engine.hand_over()
 
     async def stage(self, *buckets: Bucket) -> None:
         """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError."""
@@ -50,7 +66,8 @@ class Generator:
         return self._version
 
 
-def sampling_seed(run_seed: int, sample_id: SampleId) -> int:
-    """63 bits that differ for every run seed and sample id."""
-    digest = hashlib.blake2b(f"{run_seed}/{sample_id}".encode(), digest_size=8).digest()
+def sampling_seed(run_seed: int, sample_id: SampleId, num_begun: int = 0) -> int:
+    """63 bits that differ for every run seed, sample id, and token at which a response is gone on with."""
+    place = f"/{num_begun}" if num_begun else ""
+    digest = hashlib.blake2b(f"{run_seed}/{sample_id}{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -1,20 +1,66 @@
-"""How a role's plain class becomes a Ray actor: what it reserves, and the environment of its process."""
+"""How a role becomes Ray actors: what they reserve, the environment of their processes, where they are."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import state as ray_state
+from ray.exceptions import ObjectLostError, RayActorError
 
 import common
 from common.config import Placed, TrainerConfig
+from common.types import RolloutLostError
+
+# Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
+# caller: rollouts do, the few numbers beside them do not.
+_INLINE_BYTES = 1024
+
+
+class RayHost:
+    """`actors.pool.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
+
+    losses: tuple[type[BaseException], ...] = (RayActorError,)
+    lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
+
+    def __init__(self, role: type, cfg: Placed, *args: Any, **kwargs: Any) -> None:
+        self._actor = actor(role, cfg)
+        self._args, self._kwargs = args, kwargs
+
+    def create(self, name: str) -> Any:
+        return self._actor.options(name=name).remote(name, *self._args, **self._kwargs)
+
+    def kill(self, handle: Any) -> None:
+        ray.kill(handle)
+
+    def node(self, handle: Any) -> str | None:
+        # Ray's own table, which has no public form: the process id is there once the actor has found room.
+        entry = ray_state.actors(handle._actor_id.hex())
+        return entry["Address"]["NodeID"] if entry and entry["Pid"] else None
+
+    def leaving_nodes(self) -> Mapping[str, float]:
+        # Ray Train watches for preemption through the same private call.
+        deadlines_ms = ray_state.state.get_draining_nodes()
+        return {node: ms / 1000 - time.time() if ms else float("inf") for node, ms in deadlines_ms.items()}
+
+    def probe(self, handle: Any) -> Awaitable[Any]:
+        return handle.ready.options(concurrency_group="health").remote()
+
+    async def fetch(self, reference: Any) -> Any:
+        try:
+            return await reference
+        except ObjectLostError as error:
+            raise RolloutLostError(f"it was lost with the node it lay on: {error}") from error
 
 
 def actor(role: type, cfg: Placed) -> Any:
     """The Ray actor class of a role, with what its section reserves."""
-    return ray.remote(role).options(
+    # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
+    return ray.remote(concurrency_groups={"health": 1})(role).options(
         num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env={"env_vars": worker_environment(cfg)}
     )
 
@@ -32,6 +78,7 @@ def worker_environment(cfg: Placed) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
         "MALLOC_ARENA_MAX": "1",  # other threads' arenas cannot keep what is large
+        "RAY_max_direct_call_object_size": str(_INLINE_BYTES),
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

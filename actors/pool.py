@@ -1,226 +1,412 @@
-"""Replicas of a role behind one async method: least-loaded choice, retry elsewhere when one dies, a limit on waiting.
+"""The replicas of a role behind one async method: they join and leave while calls go on.
 
-The roles themselves are plain classes; here they become Ray actors.
+A replica's life is one coroutine: it waits for room on the cluster, starts, catches up, serves, and leaves or dies. Its
+calls go elsewhere then. Nothing here knows of Ray: `Host` says what a pool needs of whatever runs its replicas.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
-from contextlib import aclosing
-from functools import partial
-from typing import Any
-
-import numpy as np
-import ray
-from ray.exceptions import RayActorError
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from actors.engine import EngineDeadError
-from actors.hosting import actor
-from common.config import Replicated
-from common.types import Prompt, Rollout, Score, Void
+from actors.routing import Router
+from common.config import Replicated, UserError
+from common.types import GivenUpError, RolloutLostError
 
-Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the remote call
-OnLoss = Callable[[str, BaseException], None]  # told which replica left, and of what
+Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the call
 
 # One request that takes this many replicas with it is the cause, not the victim.
-MAX_LOSSES_PER_CALL = 2
+MAX_LOSSES_PER_CALL = 3
+# Creations that wait for room on the cluster at a time: a demand that an autoscaler sees, and no flood of it.
+MAX_PENDING = 2
+# How often a pool looks at its cluster and its own size, seconds.
+TICK_S = 0.5
+# Pause before the first replacement of a replica that died, doubled by each further death up to the longest, seconds.
+# A replica that has served for as long as the longest pause ends the series.
+BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 
 
 class RoleError(RuntimeError):
     """A role cannot do its work any more; the message names role, replica and what was asked."""
 
 
-class Pool:
-    """The replicas of one role. A replica that dies leaves the routing table at once and its calls go elsewhere.
+class Host(Protocol):
+    """What runs replicas. Handles are its own; a role's methods are called on them as `handle.method.remote(...)`."""
 
-    At most `in_flight` calls are with a replica at a time; the others wait here, where no time limit runs.
+    losses: tuple[type[BaseException], ...]  # what a call raises whose replica is gone
+    lost_values: tuple[type[BaseException], ...]  # what it raises if a value it was given by reference is gone
+
+    def create(self, name: str) -> Any:
+        """A handle, at once; the replica may have to wait for room, for ever if need be."""
+
+    def kill(self, handle: Any) -> None: ...
+
+    def node(self, handle: Any) -> str | None:
+        """Where it runs; None while it waits for room."""
+
+    def leaving_nodes(self) -> Mapping[str, float]:
+        """Nodes that must not be counted on any more, with the seconds until they are gone."""
+
+    def probe(self, handle: Any) -> Awaitable[Any]:
+        """Answered by the replica's process however busy its role is."""
+
+    async def fetch(self, reference: Any) -> Any:
+        """The value that a call has left where it ran. Raises RolloutLostError if it is gone."""
+
+
+@dataclass(frozen=True)
+class PoolEvent:
+    """Something that a person watching the pool wants to know."""
+
+    role: str
+    replica: str
+    event: str  # "joined", "leaving", "left" or "died"
+    reason: str = ""
+    node: str | None = None
+    seconds: float = 0.0  # joined: since it had room; left: since it joined
+    calls: int = 0  # it had so many when it left or died: they are asked again, or handed on
+
+
+OnEvent = Callable[[PoolEvent], None]
+
+
+@dataclass(eq=False)
+class Replica:
+    """One member of a pool, from its creation to its end."""
+
+    number: int  # never used again
+    name: str
+    handle: Any
+    state: str = "pending"  # "starting", "ready", "leaving"
+    node: str | None = None
+    since: float = field(default_factory=time.monotonic)  # in this state
+    calls_lost: int = 0  # what it had when it died
+    gone: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def enter(self, state: str) -> float:
+        """Returns the seconds spent in the state before."""
+        now = time.monotonic()
+        spent, self.state, self.since = now - self.since, state, now
+        return spent
+
+
+class Pool:
+    """Between `cfg.min` and `cfg.max` replicas of one role, as many as are wished for and the cluster has room for.
+
+    A call goes to the least loaded replica; if that dies, to another one. At most `in_flight` calls are with a replica
+    at a time; the others wait here, where no time limit runs. A replica is dead when its connection breaks or its
+    process answers no probe for `silent_s`, never because a call is slow. Dead ones are replaced,
+    after a growing pause.
     """
 
-    def __init__(
-        self, role: str, replicas: Mapping[str, Any], *, in_flight: int, timeout_s: float, on_loss: OnLoss
-    ) -> None:
-        self._role = role
-        self._replicas = dict(replicas)
-        self._calls = dict.fromkeys(replicas, 0)  # with each replica now
-        self._load = dict.fromkeys(replicas, 0)  # their cost
-        self._in_flight = in_flight
-        self._timeout_s = timeout_s
-        self._on_loss = on_loss
-        self._changed = asyncio.Condition()
+    def __init__(self, role: str, host: Host, cfg: Replicated, *, on_event: OnEvent = lambda event: None) -> None:
+        self.host = host
+        self.wish = cfg.most
+        # Brings a new replica to where the others are; returns only when it may be called.
+        self.catch_up: Callable[[Replica], Awaitable[None]] = _nothing_to_catch_up
+        # Has a replica end what it is at, with what it has. Left out: it finishes, or others begin again.
+        self.hand_over: Call | None = None
+        self._losses: tuple[type[BaseException], ...] = (EngineDeadError, *host.losses)
+        self.role = role
+        self._cfg = cfg
+        self._on_event = on_event
+        self._router = Router(cfg.in_flight)
+        self._replicas: dict[int, Replica] = {}
+        self._lives: set[asyncio.Task[None]] = set()
+        self._numbers = 0
+        self._backoff = 0.0
+        self._not_before = 0.0  # no creation
+        self._short_since: float | None = time.monotonic()  # since when fewer than `min` are ready
+        self._ever_ready = False
         self._last_error: BaseException | None = None
+        self._failure: asyncio.Future[None] | None = None
 
-    @classmethod
-    async def start(
-        cls, role: type, cfg: Replicated, *args: Any, startup_timeout_s: float, on_loss: OnLoss, **kwargs: Any
-    ) -> Pool:
-        """`cfg.replicas` actors `role(name, *args, **kwargs)`, named like Generator(0). Returns when all are ready."""
-        create = actor(role, cfg)
-        names = [f"{role.__name__}({index})" for index in range(cfg.replicas)]
-        replicas = {name: create.remote(name, *args, **kwargs) for name in names}
-        pool = cls(role.__name__, replicas, in_flight=cfg.in_flight, timeout_s=startup_timeout_s, on_loss=on_loss)
-        await pool.broadcast("start", lambda replica: replica.ready.remote())
-        pool._timeout_s = cfg.timeout_s
-        return pool
+    async def start(self, timeout_s: float) -> Pool:
+        """Returns when `min` replicas are ready. Raises RoleError if that takes too long, or the first one dies."""
+        self._failure = asyncio.get_running_loop().create_future()
+        self._startup_timeout_s = timeout_s
+        self._supervisor = asyncio.create_task(self._supervise())
+        self._supervisor.add_done_callback(self._supervised)
+        while len(self) < self._cfg.min:
+            if self._failure.done():
+                self.stop()
+                await self._failure
+            await asyncio.sleep(0.05)
+        return self
 
     def __len__(self) -> int:
-        return len(self._replicas)
+        """Replicas that are ready."""
+        return sum(replica.state == "ready" for replica in self._replicas.values())
+
+    @property
+    def least(self) -> int:
+        """Replicas that the run needs."""
+        return self._cfg.min
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return list(self._replicas.values())
+
+    @property
+    def ready(self) -> list[Replica]:
+        return [replica for replica in self._replicas.values() if replica.state == "ready"]
 
     def stop(self) -> None:
         """Ends every replica, and frees what it reserved."""
+        self._supervisor.cancel()
+        for life in self._lives:
+            life.cancel()
         for replica in self._replicas.values():
-            ray.kill(replica)
+            self.host.kill(replica.handle)
         self._replicas.clear()
 
     async def call(self, what: str, call: Call, *, cost: int = 1) -> Any:
-        """The answer of the least loaded replica. Raises RoleError when it takes too long or no replica is left."""
-        for _ in range(MAX_LOSSES_PER_CALL):
-            name, replica = await self._acquire(what, cost)
+        """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when it takes
+        replica after replica with it."""
+        losses = 0
+        while losses < MAX_LOSSES_PER_CALL:
+            number = await self._router.acquire(cost)
+            if (replica := self._replicas.get(number)) is None:
+                continue  # it died before its turn was taken
+            replica.idle.clear()
             try:
-                return await self._ask(name, replica, what, call)
-            except (RayActorError, EngineDeadError) as error:
-                self._lose(name, error)
+                return await self.ask(replica, what, call)
+            except self._losses as error:
+                self.lose(replica, error)
+                losses += 1
             finally:
-                await self._release(name, cost)
-        if not self._replicas:
-            raise self._none_left(what)
-        raise RoleError(f"{what}: {MAX_LOSSES_PER_CALL} {self._role} replicas died over it: {self._last_error}")
+                self._router.release(number, cost)
+                if not self._router.calls(number):
+                    replica.idle.set()
+        raise GivenUpError(f"{what}: {MAX_LOSSES_PER_CALL} {self.role} replicas died over it: {self._last_error}")
 
     async def broadcast(self, what: str, call: Call) -> dict[str, Any]:
-        """The answer of every replica. One that dies over it leaves the pool; raises RoleError if none is left."""
-        asked = dict(self._replicas)
-        answers = await asyncio.gather(
-            *(self._ask(name, replica, what, call) for name, replica in asked.items()), return_exceptions=True
-        )
-        for name, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, (RayActorError, EngineDeadError)):
-                self._lose(name, answer)
+        """The answer of every replica that is ready. One that dies over it leaves; other errors are raised."""
+        return await self.each(lambda replica: self.ask(replica, what, call))
+
+    async def each(self, work: Callable[[Replica], Awaitable[Any]]) -> dict[str, Any]:
+        """What `work` returns for every ready replica. One that dies over it leaves; other errors are raised."""
+        asked = self.ready
+        answers = await asyncio.gather(*(work(replica) for replica in asked), return_exceptions=True)
+        for replica, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, self._losses):
+                self.lose(replica, answer)
             elif isinstance(answer, BaseException):
                 raise answer
-        if not self._replicas:
-            raise self._none_left(what)
-        return {name: answer for name, answer in zip(asked, answers, strict=True) if name in self._replicas}
+        return {
+            replica.name: answer
+            for replica, answer in zip(asked, answers, strict=True)
+            if not isinstance(answer, BaseException)
+        }
 
-    async def _acquire(self, what: str, cost: int) -> tuple[str, Any]:
-        """The least loaded replica, once one has room for another call."""
-
-        def with_room() -> list[str]:
-            return [name for name in self._replicas if self._calls[name] < self._in_flight]
-
-        async with self._changed:
-            await self._changed.wait_for(lambda: with_room() or not self._replicas)
-            if not self._replicas:
-                raise self._none_left(what)
-            name = min(with_room(), key=lambda name: self._load[name])
-            self._calls[name] += 1
-            self._load[name] += cost
-            return name, self._replicas[name]
-
-    async def _release(self, name: str, cost: int) -> None:
-        async with self._changed:
-            self._calls[name] -= 1
-            self._load[name] -= cost
-            self._changed.notify_all()
-
-    async def _ask(self, name: str, replica: Any, what: str, call: Call) -> Any:
+    async def ask(self, replica: Replica, what: str, call: Call) -> Any:
+        """One replica's answer. Raises RoleError when it takes too long, RolloutLostError if what it was given is
+        gone."""
         try:
-            return await asyncio.wait_for(call(replica), self._timeout_s)
+            async with asyncio.timeout(self._cfg.timeout_s):
+                return await call(replica.handle)
+        except self.host.lost_values as error:
+            raise RolloutLostError(f"{what}: what {replica.name} was given is lost: {error}") from error
         except TimeoutError as error:
-            raise RoleError(f"{name} did not finish to {what} within {self._timeout_s:g} s") from error
+            raise RoleError(
+                f"{replica.name} did not finish to {what} within {self._cfg.timeout_s:g} s (timeout_s)"
+            ) from error
 
-    def _lose(self, name: str, error: BaseException) -> None:
-        if replica := self._replicas.pop(name, None):
-            self._last_error = error
-            ray.kill(replica)  # an engine may be dead in a process that lives
-            self._on_loss(name, error)
+    def suspend(self, replica: Replica) -> None:
+        """It gets no new calls until `resume`."""
+        self._router.close(replica.number)
 
-    def _none_left(self, what: str) -> RoleError:
-        return RoleError(f"{what}: no {self._role} replica is left; the last one died of: {self._last_error}")
+    def resume(self, replica: Replica) -> None:
+        if replica.state == "ready":
+            self._router.open(replica.number)
 
+    def lose(self, replica: Replica, error: BaseException) -> None:
+        """It is dead: out of the routing table at once, and to be replaced."""
+        if not replica.gone.done():
+            self._router.close(replica.number)
+            replica.calls_lost = self._router.calls(replica.number)
+            replica.gone.set_exception(error)
+            replica.gone.exception()  # it is asked for by the replica's life, if that still goes on
 
-class GeneratorPool:
-    """`learner.roles.Generators` on Ray."""
+    async def _supervise(self) -> None:
+        """Keeps as many replicas alive as are wished for; ends the pool when too few are left for too long. Woken by
+        the clock alone."""
+        while True:
+            for replica in self._replicas.values():
+                self._look_at(replica)
+            leaving = self.host.leaving_nodes()
+            for replica in self._replicas.values():
+                if replica.node in leaving:
+                    self._dismiss(replica, "its node is leaving")
+            staying = [replica for replica in self._replicas.values() if not replica.gone.done()]
+            for replica in _least_needed(staying, self._router)[: max(0, len(staying) - self.wish)]:
+                self._dismiss(replica, "fewer are wished for")
+            pending = sum(replica.state == "pending" for replica in staying)
+            room = min(self.wish - len(staying), MAX_PENDING - pending)
+            if time.monotonic() >= self._not_before:
+                for _ in range(room):
+                    self._create()
+            if self._too_few(self._cfg.short_s if self._ever_ready else self._startup_timeout_s):
+                return
+            await asyncio.sleep(TICK_S)
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def _supervised(self, supervisor: asyncio.Task[None]) -> None:
+        if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
+            self._fail(RoleError(f"the pool of {self.role} replicas broke: {error}"), error)
 
-    async def generate(self, prompt: Prompt) -> Rollout:
-        return await self._pool.call(
-            f"answer prompt {prompt.sample_id}",
-            lambda replica: replica.generate.remote(prompt),
-            cost=len(prompt.token_ids),
-        )
+    def _look_at(self, replica: Replica) -> None:
+        if replica.state == "pending" and (node := self.host.node(replica.handle)) is not None:
+            replica.node = node
+            replica.enter("starting")
+        elif replica.state == "starting" and time.monotonic() - replica.since > self._startup_timeout_s:
+            limit = f"{self._startup_timeout_s:g} s (ray.startup_timeout_s)"
+            self.lose(replica, RoleError(f"{replica.name} did not start within {limit}"))
 
-    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
-        """`weights` are object references of Buckets: every replica pulls and stages them while the learner packs
-        more; once all are there, every replica swaps."""
-        async with aclosing(_as_they_come(weights)) as arrivals:
-            async for buckets in arrivals:
-                await self._pool.broadcast(f"stage weights version {version}", partial(_stage, buckets=buckets))
-        held = await self._pool.broadcast(
-            f"swap in weights version {version}", lambda replica: replica.swap.remote(version)
-        )
-        if wrong := {name: found for name, found in held.items() if found != version}:
-            raise RoleError(f"wanted weights version {version} on every generator, but {wrong}")
+    def _create(self) -> None:
+        taken = {replica.name for replica in self._replicas.values()}
+        index = next(i for i in range(len(taken) + 1) if f"{self.role}({i})" not in taken)
+        self._numbers += 1
+        name = f"{self.role}({index})"
+        replica = Replica(self._numbers, name, self.host.create(name))
+        self._replicas[replica.number] = replica
+        life = asyncio.create_task(self._live(replica))
+        self._lives.add(life)
+        life.add_done_callback(self._lives.discard)
 
-
-def _stage(replica: Any, buckets: list[Any]) -> Awaitable[None]:
-    return replica.stage.remote(*buckets)
-
-
-async def _as_they_come(source: AsyncIterable[Any]) -> AsyncGenerator[list[Any], None]:
-    """All items that came since the last time, one at least: the source is read on while the caller is busy."""
-    arrived: list[Any] = []
-    changed = asyncio.Event()
-
-    async def read() -> None:
+    async def _live(self, replica: Replica) -> None:
+        """A replica from its creation to its end, which `gone` says: a result if it was told to go, else an error."""
+        joined = False
         try:
-            async for item in source:
-                arrived.append(item)
-                changed.set()
+            joined = await _unless_gone(self._join(replica), replica)
+            probing = asyncio.create_task(self._probe(replica))
+            try:
+                reason = await asyncio.shield(replica.gone)
+            finally:
+                probing.cancel()
+            await self._leave(replica, reason)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # it died, or never came to life: its work goes elsewhere, and another one comes
+            self._bury(replica, error, joined)
         finally:
-            changed.set()
+            self._router.forget(replica.number)
+            self._replicas.pop(replica.number, None)
+            self.host.kill(replica.handle)  # an engine may be dead in a process that lives
 
-    reader = asyncio.create_task(read())
+    async def _join(self, replica: Replica) -> None:
+        await replica.handle.ready.remote()
+        self._look_at(replica)
+        await self.catch_up(replica)
+        seconds = replica.enter("ready")
+        self._ever_ready = True
+        self._router.open(replica.number)
+        self._tell(replica, "joined", seconds=seconds)
+
+    async def _leave(self, replica: Replica, reason: str) -> None:
+        """No new work; what it has it finishes, or hands over when its time is up."""
+        if replica.state != "ready":
+            return
+        self._router.close(replica.number)
+        served = replica.enter("leaving")
+        calls = self._router.calls(replica.number)
+        self._tell(replica, "leaving", reason=reason, calls=calls)
+        limit = min(self._cfg.drain_s, self.host.leaving_nodes().get(replica.node or "", self._cfg.drain_s))
+        if calls:
+            try:
+                await asyncio.wait_for(replica.idle.wait(), limit)
+            except TimeoutError:
+                calls = self._router.calls(replica.number)
+                if self.hand_over is not None:
+                    await self.ask(replica, "hand over", self.hand_over)
+                    await asyncio.wait_for(replica.idle.wait(), self._cfg.drain_s)
+            else:
+                calls = 0
+        self._tell(replica, "left", reason=reason, seconds=served, calls=calls)
+
+    async def _probe(self, replica: Replica) -> None:
+        """Loses the replica when its process is silent. A slow answer to a call says nothing."""
+        limit = self._cfg.silent_s
+        while True:
+            await asyncio.sleep(limit / 4)
+            try:
+                await asyncio.wait_for(self.host.probe(replica.handle), limit)
+            except TimeoutError:
+                self.lose(replica, RoleError(f"{replica.name} answered no health probe for {limit:g} s (silent_s)"))
+            except self.host.losses as error:
+                self.lose(replica, error)
+
+    def _dismiss(self, replica: Replica, reason: str) -> None:
+        if not replica.gone.done():
+            replica.gone.set_result(reason)
+
+    def _bury(self, replica: Replica, error: BaseException, joined: bool) -> None:
+        self._last_error = error
+        served = time.monotonic() - replica.since
+        self._backoff = BACKOFF_S if joined and served > MAX_BACKOFF_S else min(2 * self._backoff, MAX_BACKOFF_S)
+        self._backoff = max(self._backoff, BACKOFF_S)
+        self._not_before = time.monotonic() + self._backoff
+        self._tell(replica, "died", reason=_last_line(error), seconds=served, calls=replica.calls_lost)
+        if not self._ever_ready:
+            self._fail(RoleError(f"start: {replica.name} died: {_last_line(error)}"), error)
+
+    def _too_few(self, limit: float) -> bool:
+        """Fails the pool if fewer than `min` have been ready for `limit` seconds."""
+        ready = len(self)
+        if ready >= self._cfg.min:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = time.monotonic()
+        elif time.monotonic() - self._short_since > limit:
+            states = ", ".join(f"{replica.name} {replica.state}" for replica in self._replicas.values()) or "none"
+            died = f"; the last one died of: {_last_line(self._last_error)}" if self._last_error else ""
+            self._fail(
+                UserError(
+                    f"{self.role}: {ready} replicas have been ready for {limit:g} s, at least {self._cfg.min} (min) "
+                    f"are needed; there are: {states}{died}. Give it room or lower min, and go on with --resume"
+                ),
+                self._last_error,
+            )
+            return True
+        return False
+
+    def _fail(self, error: Exception, cause: BaseException | None) -> None:
+        error.__cause__ = cause
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+            self._failure.exception()
+        self._router.fail(error)
+
+    def _tell(self, replica: Replica, event: str, **details: Any) -> None:
+        self._on_event(PoolEvent(self.role, replica.name, event, node=replica.node, **details))
+
+
+async def _nothing_to_catch_up(replica: Replica) -> None:
+    pass
+
+
+async def _unless_gone(work: Any, replica: Replica) -> bool:
+    """Awaits `work`, but ends it when the replica is gone. Returns whether it was done."""
+    task = asyncio.ensure_future(work)
     try:
-        while arrived or not reader.done():
-            await changed.wait()
-            changed.clear()
-            if arrived:
-                items = arrived.copy()
-                arrived.clear()
-                yield items
-        await reader  # its error, if there was one
+        await asyncio.wait({task, replica.gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        return task.done()
     finally:
-        reader.cancel()
+        task.cancel()
 
 
-class RewardPool:
-    """`learner.roles.Reward` on Ray."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-
-    async def score(self, rollout: Rollout) -> Score | Void:
-        return await self._pool.call(
-            f"score {rollout.prompt.sample_id}", lambda replica: replica.score.remote(rollout), cost=rollout.num_tokens
-        )
-
-    async def judge(self, rollout: Rollout) -> Score | Void:
-        return await self._pool.call(
-            f"judge {rollout.prompt.sample_id}", lambda replica: replica.judge.remote(rollout), cost=rollout.num_tokens
-        )
+def _least_needed(replicas: list[Replica], router: Router) -> list[Replica]:
+    """Those first that would be missed least: not ready yet, then the least loaded, then the newest."""
+    ranks = {"pending": 0, "starting": 1, "ready": 2}
+    return sorted(replicas, key=lambda r: (ranks.get(r.state, 3), router.cost(r.number), -r.number))
 
 
-class ReferencePool:
-    """`learner.roles.Reference` on Ray."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-
-    async def logprobs(self, rollout: Rollout) -> np.ndarray:
-        return await self._pool.call(
-            f"measure {rollout.prompt.sample_id}",
-            lambda replica: replica.logprobs.remote(rollout),
-            cost=rollout.num_tokens,
-        )
+def _last_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

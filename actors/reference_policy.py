@@ -41,9 +41,10 @@ class ReferencePolicy:
     async def ready(self) -> str:
         return self._name
 
-    async def logprobs(self, rollout: Rollout) -> np.ndarray:
-        """float32 [R], nats."""
-        return await self._batcher.submit(rollout)
+    async def logprobs(self, rollout: Rollout) -> tuple[np.ndarray, bool]:
+        """float32 [R], nats, which stay here until they are fetched; and whether all are finite."""
+        logprobs = await self._batcher.submit(rollout)
+        return logprobs, bool(np.isfinite(logprobs).all())
 
     @torch.inference_mode()
     def forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:

@@ -24,6 +24,7 @@ import torch
 
 from actors.engine import Completion, EngineDeadError
 from common.config import GeneratorsConfig, SamplingConfig
+from common.types import HANDED_OVER
 from common.weights import Bucket
 
 # Read while vllm is imported.
@@ -38,6 +39,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.vllm_weights import weights_of
@@ -92,6 +94,7 @@ class VLLMEngine:
         self._wake = threading.Condition()
         self._waiting: dict[str, Future] = {}  # request key -> its final output
         self._keys = itertools.count()
+        self._leaving = False
         self._failure: BaseException | None = None
         self._stager = ThreadPoolExecutor(1, "vllm-weights")
         # Staging holds the interpreter for microseconds between long native calls. At Python's 5 ms it would wait for
@@ -102,15 +105,18 @@ class VLLMEngine:
         self._thread.start()
         started.result()
 
-    async def generate(self, prompt_ids: np.ndarray, *, seed: int) -> Completion:
+    async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
         key = str(next(self._keys))
         output: Future = Future()
         output.set_running_or_notify_cancel()  # a caller that gives up must not make `set_result` an error
 
         def add() -> None:
-            params = SamplingParams(**self._sampling, seed=seed)
+            left = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
+            params = SamplingParams(**{**self._sampling, **left}, seed=seed)
             self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist()}, params)
             self._waiting[key] = output
+            if self._leaving:
+                self._end([key])
 
         def abort() -> None:
             if self._waiting.pop(key, None):
@@ -123,7 +129,7 @@ class VLLMEngine:
             self._submit(abort)
             raise
         versions = np.full(len(final.token_ids), -1, dtype=np.int32)
-        for span in final.weight_versions:
+        for span in final.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
         return Completion(
             np.asarray(final.token_ids, dtype=np.int32),
@@ -131,8 +137,25 @@ class VLLMEngine:
                 [at[t].logprob for t, at in zip(final.token_ids, final.logprobs, strict=True)], dtype=np.float32
             ),
             versions,
-            final.finish_reason,
+            HANDED_OVER if final.finish_reason == "abort" else final.finish_reason,
         )
+
+    async def hand_over(self) -> None:
+        def hand_over() -> None:
+            self._leaving = True
+            self._end(list(self._waiting))
+
+        await self._call(hand_over)
+
+    def _end(self, keys: list[str]) -> None:
+        """On the engine's thread: ends these requests with what they have. vLLM's own abort would drop that here, where
+        no queue waits for it."""
+        outputs = self._engine.output_processor
+        for key in keys:
+            [state] = [outputs.request_states[internal] for internal in outputs.external_req_ids[key]]
+            final = state.make_request_output([], None, FinishReason.ABORT, None)
+            self._engine.abort_request([key])
+            self._waiting.pop(key).set_result(final)
 
     async def stage(self, bucket: Bucket) -> None:
         await self._beside(partial(self._weights.stage, bucket))

@@ -60,12 +60,34 @@ class Placed(Section):
 class Replicated(Placed):
     """A role of which there may be several, each able to do the work of any other."""
 
-    replicas: Positive = 1
-    """Number of processes of this role."""
+    min: Positive = 1
+    """Processes of this role that the run needs: it starts when so many are ready, and stops, to be gone on with, when
+    fewer are for longer than short_s."""
+    max: Positive | None = None
+    """As many as are wished for: the cluster gets them as far as it has room, now or when nodes join. `ratchet scale`
+    changes the wish. Left out: min."""
     in_flight: Positive = 128
     """Requests each process is sent at once; the others wait their turn, and their time limit does not run."""
     timeout_s: Seconds = 300
     """Longest wait for an answer; what takes longer is an error that names the replica, seconds."""
+    silent_s: Seconds = 30
+    """A process that answers no health probe for this long is replaced, however its calls go, seconds."""
+    drain_s: Seconds = 10
+    """How long a process that must leave may go on with what it has; then a generator hands it over to others, and
+    other roles drop it for others to begin again, seconds."""
+    short_s: Seconds = 600
+    """How long fewer than `min` may be ready before the run stops, seconds."""
+
+    @property
+    def most(self) -> int:
+        """Replicas that are wished for."""
+        return self.max or self.min
+
+    @model_validator(mode="after")
+    def check_bounds(self) -> Replicated:
+        if self.most < self.min:
+            raise ValueError(f"max ({self.max}) must be at least min ({self.min}); raise the first or lower the second")
+        return self
 
 
 class ModelConfig(Section):

@@ -4,10 +4,11 @@ RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in
 pandas or DuckDB alone; step-000123.sha256 beside it is for `sha256sum -c`. The schema's metadata holds, under the key
 `ratchet`, a JSON object:
 
-    schema          version of this layout: 2
+    schema          version of this layout: 3
     step            number of this file, from 0
     policy_version  version the learner held when the batch was cut
-    prompts         state of the prompt stream after this batch, outstanding sample ids included
+    prompts         state of the prompt stream after this batch; `outstanding` holds ranges of the sample ids that are
+                     neither here nor in a file before, numbered in the order in which they were first asked
     voids           [sample id, reason] of rollouts that were voided since the previous file; those that `prompts`
                      still has outstanding are asked again
     previous        SHA-256 of the previous file, in hex ("" for step 0): the files form a chain
@@ -28,7 +29,7 @@ import pyarrow as pa
 from common.config import UserError
 from common.types import EXPERIENCE_SCHEMA, Void
 
-SCHEMA_VERSION = 2  # 2: origins of scores
+SCHEMA_VERSION = 3  # 2: origins of scores; 3: outstanding samples as ranges
 
 
 class JournalError(UserError):

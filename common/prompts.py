@@ -39,36 +39,48 @@ class PromptStream:
         self._records = records
         self._seed = seed
         self._replicas = rollouts_per_prompt
-        self._issued = 0  # sample ids ever issued
-        self._outstanding: dict[SampleId, None] = {}  # in order of issue
+        self._issued = 0  # sample ids ever issued, numbered from 0
+        self._outstanding: dict[SampleId, int] = {}  # with their numbers, in order of issue
+        self._settled_below = 0  # all numbers below are settled
+        self._settled: set[int] = set()  # of those above
         self._reissue: deque[SampleId] = deque()
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
         self._hash = hashlib.sha256("\0".join(record.text for record in records).encode()).hexdigest()
 
+    @property
+    def outstanding(self) -> list[SampleId]:
+        """In order of issue."""
+        return list(self._outstanding)
+
     def next(self) -> Prompt:
         if self._reissue:
             return self._prompt(self._reissue.popleft())
-        position, replica = divmod(self._issued, self._replicas)
-        epoch, place = divmod(position, len(self._records))
-        sample_id = SampleId(epoch, int(self._permutation(epoch)[place]), replica)
+        sample_id = self._id(self._issued)
+        self._outstanding[sample_id] = self._issued
         self._issued += 1
-        self._outstanding[sample_id] = None
         return self._prompt(sample_id)
 
     def settle(self, sample_ids: Iterable[SampleId]) -> None:
         """These are in the journal now, as rollouts or as void."""
         for sample_id in sample_ids:
-            del self._outstanding[sample_id]
+            self._settled.add(self._outstanding.pop(sample_id))
+        while self._settled_below in self._settled:
+            self._settled.remove(self._settled_below)
+            self._settled_below += 1
 
     def give_back(self, sample_ids: Sequence[SampleId]) -> None:
         """These are to be asked again before any other, in this order; they stay outstanding."""
         self._reissue.extendleft(reversed(sample_ids))
 
     def state(self) -> dict[str, Any]:
+        """Its size does not depend on how many are outstanding: `outstanding` holds ranges of their numbers, each from
+        its first to before its end."""
+        ends = [*sorted(self._settled), self._issued]
+        firsts = [self._settled_below, *(number + 1 for number in ends[:-1])]
         return {
             "prompts_hash": self._hash,
             "issued": self._issued,
-            "outstanding": [str(sample_id) for sample_id in self._outstanding],
+            "outstanding": [[first, end] for first, end in zip(firsts, ends, strict=True) if first < end],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -79,8 +91,16 @@ class PromptStream:
                 "restore them, or start a new run"
             )
         self._issued = state["issued"]
-        self._reissue = deque(SampleId.parse(text) for text in state["outstanding"])
-        self._outstanding = dict.fromkeys(self._reissue)
+        numbers = [number for first, end in state["outstanding"] for number in range(first, end)]
+        self._outstanding = {self._id(number): number for number in numbers}
+        self._reissue = deque(self._outstanding)
+        self._settled_below = numbers[0] if numbers else self._issued
+        self._settled = set(range(self._settled_below, self._issued)) - set(numbers)
+
+    def _id(self, number: int) -> SampleId:
+        position, replica = divmod(number, self._replicas)
+        epoch, place = divmod(position, len(self._records))
+        return SampleId(epoch, int(self._permutation(epoch)[place]), replica)
 
     def _prompt(self, sample_id: SampleId) -> Prompt:
         record = self._records[sample_id.prompt]

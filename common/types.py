@@ -15,6 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 HELDOUT_EPOCH = -1
+HANDED_OVER = "handed over"  # finish reason of what a generator began and another one is to finish
+# About what a token takes while its rollout waits for the learner: id, two log-probabilities, version, text.
+BYTES_PER_TOKEN = 20
 
 
 class SampleId(NamedTuple):
@@ -52,12 +55,44 @@ class Rollout:
     response_ids: np.ndarray  # int32 [R], end token included when there is one
     rollout_logprobs: np.ndarray  # float32 [R] nats, of the distribution really sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
-    finish_reason: str  # "stop": the end token was written; "length": cut off
-    generator: str  # replica that wrote it
+    finish_reason: str  # "stop": the end token was written; "length": cut off; HANDED_OVER
+    generator: str  # replica that wrote it, its end at least
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt.token_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the loop knows of a rollout whose tokens lie elsewhere: a few numbers, and where it is."""
+
+    sample_id: SampleId
+    num_tokens: int  # prompt and response
+    oldest_version: int | None  # of its tokens; None without tokens
+    finished: bool  # False: its generator had to leave, and another goes on with it
+    fault: str = ""  # why nobody may learn from it
+    rollout: Any = None  # the Rollout, or a reference to it
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Written:
+        """All but where it is."""
+        finite = bool(np.isfinite(rollout.rollout_logprobs).all())
+        return cls(
+            rollout.prompt.sample_id,
+            rollout.num_tokens,
+            oldest_version(rollout.policy_versions),
+            rollout.finish_reason != HANDED_OVER,
+            "" if finite else "the generator gave a log-probability that is not finite",
+        )
+
+
+class RolloutLostError(RuntimeError):
+    """What was written is gone, with the machine it lay on; its prompt must be asked again."""
+
+
+class GivenUpError(RuntimeError):
+    """So many processes died over one request that it seems to be the cause."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +126,32 @@ class Experience:
     # step 0 still is the reference, and computes them itself.
     ref_logprobs: np.ndarray | None
 
+
+@dataclass(frozen=True)
+class Scored:
+    """An `Experience` whose arrays lie elsewhere."""
+
+    written: Written
+    score: Score
+    ref_logprobs: Any  # float32 [R] nats or a reference to them, or None as in Experience
+
     @property
     def num_bytes(self) -> int:
         """About what it takes in memory."""
-        rollout, text = self.rollout, len(self.rollout.prompt.text)
-        arrays = (rollout.prompt.token_ids, rollout.response_ids, rollout.rollout_logprobs, rollout.policy_versions)
-        return text + sum(array.nbytes for array in arrays) + rollout.rollout_logprobs.nbytes
+        return BYTES_PER_TOKEN * self.written.num_tokens
 
     def staleness(self, policy_version: int) -> int:
-        return staleness(self.rollout.policy_versions, policy_version)
+        return staleness(self.written.oldest_version, policy_version)
 
 
-def staleness(policy_versions: np.ndarray, policy_version: int) -> int:
+def oldest_version(policy_versions: np.ndarray) -> int | None:
+    """Of a response's tokens; None without tokens."""
+    return int(policy_versions.min()) if len(policy_versions) else None
+
+
+def staleness(oldest: int | None, policy_version: int) -> int:
     """Versions between the weights behind a response's oldest token and `policy_version`; 0 without tokens."""
-    return policy_version - int(policy_versions.min(initial=policy_version))
+    return 0 if oldest is None else policy_version - oldest
 
 
 @dataclass(frozen=True)

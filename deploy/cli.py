@@ -1,4 +1,5 @@
-"""The command line: `ratchet train`, `train-reward`, `sample-pairs`, `evaluate`, `demo`, `config`.
+"""The command line: `ratchet train`, `train-reward`, `sample-pairs`, `evaluate`, `scale`, `demo`,
+`config`.
 
 Bad input ends in one message and exit code 2.
 """
@@ -40,14 +41,14 @@ _COMPUTING = (
     "checkpoint.",
     "ray.",
 )
+_REPLICATED = ("min", "max", "in_flight", "timeout_s", "silent_s", "drain_s", "short_s")
 _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
     Config: (
         "num_steps",
         *_COMPUTING,
         "generators.",
         "reference.",
-        "reward.replicas",
-        "reward.timeout_s",
+        *(f"reward.{key}" for key in _REPLICATED),
         "reward.max_void_share",
         "evaluation.",
     ),
@@ -58,7 +59,7 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
         "scale.",
         "sampling.",
     ),
-    PairSamplingConfig: ("generators.", "labeller.replicas", "labeller.timeout_s", "ray."),
+    PairSamplingConfig: ("generators.", *(f"labeller.{key}" for key in _REPLICATED), "ray."),
 }
 
 app = typer.Typer(
@@ -149,6 +150,21 @@ def evaluate(
 
     judged = absolute_if_directory(policy) if policy else None
     run_evaluation(cfg, run or Path("runs") / f"{name}-evaluation", policy=judged, force=force)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="The directory of a run that is going on.")],
+    generators: Annotated[int | None, typer.Option(help="Generators to have, as the cluster has room.")] = None,
+    reward: Annotated[int | None, typer.Option(help="Reward processes to have.")] = None,
+    reference: Annotated[int | None, typer.Option(help="Reference processes to have.")] = None,
+) -> None:
+    """Change how many processes of a role a run has, while it goes on; without options: show them."""
+    from deploy.scale import scale as scale_run
+    from deploy.scale import show
+
+    wishes = {"Generator": generators, "Reward": reward, "ReferencePolicy": reference}
+    show(scale_run(run, {role: number for role, number in wishes.items() if number is not None}))
 
 
 class Demo(StrEnum):

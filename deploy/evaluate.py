@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.pool import GeneratorPool, ReferencePool, RewardPool
 from actors.reward_functions import Reward
+from actors.services import ReferencePool, RewardPool
 from common.config import Config, UserError
 from common.prompts import heldout_prompts, load_records
 from common.types import Prompt
@@ -55,7 +55,7 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
 
 
 async def _evaluate(cfg: Config, policy: PolicyFiles, prompts: list[Prompt]) -> tuple[Evaluation, list[Answer]]:
-    start = Starter(cfg.ray, on_loss=lambda name, error: None)
+    start = Starter(cfg.ray, on_event=lambda event: None)
     generators, rewards, references = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
         start.pool(Reward, cfg.reward, cfg.reward, model=policy.path, judges=cfg.evaluation.judges),
@@ -63,7 +63,7 @@ async def _evaluate(cfg: Config, policy: PolicyFiles, prompts: list[Prompt]) -> 
     )
     return await evaluate(
         prompts,
-        GeneratorPool(generators),
+        generators,
         RewardPool(rewards),
         ReferencePool(references),
         cfg.evaluation,

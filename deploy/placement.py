@@ -65,7 +65,7 @@ def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSi
     reference = IMPORTS + _weights(cfg.reference.dtype, model)
     return [
         *generator_needs(cfg.generators, model),
-        *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.replicas, reference),
+        *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, reference),
         *reward_needs("reward", cfg.reward, reward_models),
     ]
 
@@ -78,13 +78,13 @@ def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Nee
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
     """An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old."""
     memory = IMPORTS + 2 * _weights(cfg.dtype, model) + cfg.kv_cache_mib * MIB
-    return _role("Generator", "generators", cfg, cfg.replicas, memory)
+    return _role("Generator", "generators", cfg, cfg.min, memory)
 
 
 def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:
     """Reward processes, each holding every reward model among the sources; float32 is assumed."""
     memory = IMPORTS + sum(_weights("float32", model) for model in models)
-    return _role("Reward", section, cfg, cfg.replicas, memory)
+    return _role("Reward", section, cfg, cfg.min, memory)
 
 
 def _training(
@@ -169,9 +169,9 @@ def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Se
 
     section = need.section
     remedies = (
-        f"lower {section}.cpus or the number of replicas",
+        f"lower {section}.cpus or the number of processes",
         f"lower {section}.gpus, or 0 to run on the CPU",
-        f"use a smaller model, fewer {section} replicas, or smaller caches and micro-batches",
+        f"use a smaller model, fewer {section} processes, or smaller caches and micro-batches",
     )
     takes = (need.cpus, need.gpus, need.memory)
     short = [

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from actors.pool import Pool, PoolEvent
 from common.config import Config
 from common.types import Experience, Void
 from learner.evaluation import Evaluation
@@ -49,9 +50,17 @@ class Screen:
         self._started = time.perf_counter()
         self._header_shown = False
 
-    def lost(self, name: str, error: BaseException) -> None:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        self._print(f"      {name} left; its work goes to the others: {escape(reason[0])}", style="yellow")
+    def pool(self, event: PoolEvent) -> None:
+        """Who joins and leaves."""
+        calls = f"; {event.calls} call(s) go on elsewhere" if event.calls else ""
+        texts = {
+            "joined": f"joined {event.seconds:.0f} s after it was placed",
+            "leaving": f"is leaving: {event.reason}",
+            "left": f"has left{calls}",
+            "died": f"died{calls}: {event.reason}",
+        }
+        text = f"      {event.replica} {texts[event.event]}"
+        self._print(escape(text), style="yellow" if event.event == "died" else "dim")
 
     def _print(self, text: str, **style: Any) -> None:
         self._console.print(text, soft_wrap=True, **style)  # a terminal may wrap; a log file should not
@@ -73,12 +82,13 @@ class Progress(Screen):
         )
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
-    def ready(self, *, generators: int, rewards: int, references: int) -> None:
-        reference = f"{references} reference" if references else "reference in the learner (LoRA)"
+    def ready(self, pools: Sequence[Pool]) -> None:
+        roles = [f"{len(pool)} {pool.role}" for pool in pools]
         ranks = self._cfg.learner.ranks
-        learner = "learner" if ranks == 1 else f"learner of {ranks} ranks"
-        roles = f"{generators} generator(s), {rewards} reward, {reference}, {learner}"
-        self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {roles}", style="dim")
+        learner = "Learner" if ranks == 1 else f"Learner of {ranks} ranks"
+        reference = ["the reference in it (LoRA)"] if self._cfg.learner.lora is not None else []
+        text = ", ".join([*roles, learner, *reference])
+        self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {text}", style="dim")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         low, high = evaluation.interval

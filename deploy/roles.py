@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
 from actors.generator import Generator
-from actors.pool import OnLoss, Pool
+from actors.hosting import RayHost
+from actors.pool import OnEvent, Pool
 from actors.reference_policy import ReferencePolicy
+from actors.services import GeneratorPool
 from common.config import (
     Config,
     FunctionSourceConfig,
     GeneratorsConfig,
     ModelSourceConfig,
     RayConfig,
+    Replicated,
     RewardSource,
     SamplingConfig,
     UserError,
@@ -55,20 +59,35 @@ class PolicyFiles:
 
 
 class Starter:
-    """Starts pools of one run, all with its start-up time limit and its listener for lost replicas."""
+    """Starts pools of one run, all with its start-up time limit and its listener."""
 
-    def __init__(self, cfg: RayConfig, on_loss: OnLoss) -> None:
-        self.pool: Callable = partial(Pool.start, startup_timeout_s=cfg.startup_timeout_s, on_loss=on_loss)
+    def __init__(self, cfg: RayConfig, on_event: OnEvent) -> None:
+        self._timeout_s = cfg.startup_timeout_s
+        self._on_event = on_event
+        self.pools: list[Pool] = []
+
+    async def pool(self, role: type, cfg: Replicated, *args: Any, **kwargs: Any) -> Pool:
+        """Replicas `role(name, *args, **kwargs)`; returns when `cfg.min` of them are ready."""
+        host = RayHost(role, cfg, *args, **kwargs)
+        pool = Pool(role.__name__, host, cfg, on_event=self._on_event)
+        self.pools.append(pool)
+        return await pool.start(self._timeout_s)
+
+    def stop(self) -> None:
+        """Ends all of them."""
+        for pool in self.pools:
+            pool.stop()
 
     async def generators(
         self, policy: PolicyFiles, cfg: GeneratorsConfig, sampling: SamplingConfig, *, seed: int, max_tokens: int
-    ) -> Pool:
+    ) -> GeneratorPool:
         """Engines for sequences of up to `max_tokens`, or the model's context."""
         end_tokens = end_token_ids(policy.directory, policy.tokenizer)
         length = min(max_tokens, policy.size.context)
-        return await self.pool(
+        pool = await self.pool(
             Generator, cfg, seed, partial(make_engine, policy.path, cfg, sampling, length, end_tokens)
         )
+        return GeneratorPool(pool, response_tokens=sampling.max_new_tokens)
 
     async def references(self, cfg: Config) -> Pool:
         """Of the model that PPO starts from."""

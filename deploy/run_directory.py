@@ -34,9 +34,10 @@ def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True)
 
 
 @contextmanager
-def sole_owner(directory: Path) -> Iterator[None]:
+def sole_owner(directory: Path, *, make: bool = True) -> Iterator[None]:
     """Makes the directory and holds it: two runs in one would tear its journal. Raises UserError if it is taken."""
-    directory.mkdir(parents=True, exist_ok=True)
+    if make:
+        directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -46,6 +47,17 @@ def sole_owner(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_owned(directory: Path) -> bool:
+    """Whether a run goes on in the directory."""
+    try:
+        with sole_owner(directory, make=False):
+            return False
+    except FileNotFoundError:
+        return False
+    except UserError:
+        return True
 
 
 def clear(directory: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
-from actors.pool import GeneratorPool, RewardPool
 from actors.reward_functions import Reward
+from actors.services import RewardPool
 from common.config import UserError
 from common.metrics import append_record, read_records
 from common.prompts import PromptRecord, PromptStream, load_records
@@ -20,6 +20,7 @@ from common.reward_config import PairSamplingConfig
 from common.types import Prompt, Rollout, Void
 from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
+from deploy.progress import Screen
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
 
@@ -74,21 +75,22 @@ async def _sample(
     cfg: PairSamplingConfig, directory: Path, policy: PolicyFiles, records: list[PromptRecord], console: Console
 ) -> None:
     """Adds one line to labelled.jsonl for each pair that has none yet, as soon as it is labelled."""
-    start = Starter(cfg.ray, on_loss=lambda name, error: console.print(f"{name} left: {error}", markup=False))
+    start = Starter(cfg.ray, on_event=Screen(directory).pool)
     generators, labellers = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
         start.pool(Reward, cfg.labeller, cfg.labeller, model=policy.path),
     )
-    generate, score = GeneratorPool(generators).generate, RewardPool(labellers).score
+    score = RewardPool(labellers).score
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)
     done = {record["pair"] for record in read_records(directory / "labelled.jsonl") if "void" not in record}
 
-    room = asyncio.Semaphore(2 * cfg.generators.replicas * cfg.generators.in_flight)  # pairs begun at a time
+    room = asyncio.Semaphore(2 * cfg.generators.most * cfg.generators.in_flight)  # pairs begun at a time
     voids: list[str] = []
 
     async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:
-        rollouts = await asyncio.gather(*(generate(prompt) for prompt in prompts))
-        scores = await asyncio.gather(*(score(rollout) for rollout in rollouts))
+        written = await asyncio.gather(*(generators.generate(prompt) for prompt in prompts))
+        scores = await asyncio.gather(*(score(one) for one in written))
+        rollouts = await asyncio.gather(*(generators.fetch(one.rollout) for one in written))
         record: dict[str, Any] = {"pair": number}
         given = [result for result in scores if not isinstance(result, Void)]
         totals = [result.total for result in given]

@@ -10,14 +10,17 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from actors.hosting import actor
-from actors.pool import GeneratorPool, ReferencePool, RewardPool
+from actors.pool import PoolEvent
 from actors.reward_functions import Reward
+from actors.services import ReferencePool, RewardPool
 from common.config import Config, ModelSourceConfig, UserError
 from common.journal import Journal
+from common.metrics import append_record
 from common.models import resolve_model
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.reward_models import content_hash
@@ -27,6 +30,7 @@ from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
+from deploy.scale import follow_wishes
 from learner.evaluation import Answer, Evaluation
 from learner.group import AdapterReference, LearnerGroup
 from learner.learner import Learner
@@ -74,24 +78,26 @@ async def _train(
     progress: Progress,
 ) -> list[Evaluation]:
     """Starts every role, joins them in a Run, and trains."""
-    start = Starter(cfg.ray, on_loss=progress.lost)
+
+    def pool_changed(event: PoolEvent) -> None:
+        append_record(directory / "pool.jsonl", {"time": time.time(), **asdict(event)})
+        progress.pool(event)
+
+    start = Starter(cfg.ray, on_event=pool_changed)
     learner = LearnerGroup(
         [actor(Learner, cfg.learner).remote(cfg) for _ in range(cfg.learner.ranks)], timeout_s=cfg.learner.timeout_s
     )
 
-    async def start_reference() -> tuple[Reference, int]:
-        if cfg.learner.lora is not None:
-            return AdapterReference(learner), 0
-        pool = await start.references(cfg)
-        return ReferencePool(pool), len(pool)
+    async def start_reference() -> Reference:
+        return AdapterReference(learner) if cfg.learner.lora is not None else ReferencePool(await start.references(cfg))
 
-    generators, rewards, (reference, references), _ = await asyncio.gather(
+    generators, rewards, reference, _ = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
         start.pool(Reward, cfg.reward, cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
         start_reference(),
         learner.start(cfg.ray.startup_timeout_s),
     )
-    progress.ready(generators=len(generators), rewards=len(rewards), references=references)
+    progress.ready(start.pools)
 
     def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
         write_answers(directory / f"answers/version-{evaluation.policy_version:06d}.jsonl", answers, policy.tokenizer)
@@ -102,14 +108,19 @@ async def _train(
         directory=directory,
         prompts=prompts,
         heldout=heldout,
-        generators=GeneratorPool(generators),
+        generators=generators,
         reward=RewardPool(rewards),
         reference=reference,
         learner=learner,
         on_step=progress.step,
         on_evaluation=evaluated,
     )
-    return await train(run)
+    following = asyncio.create_task(follow_wishes(directory, start.pools))
+    try:
+        return await train(run)
+    finally:
+        following.cancel()
+        start.stop()
 
 
 def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], list[PromptRecord]]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from actors.hosting import actor
-from actors.pool import GeneratorPool, RewardPool
 from actors.reward_functions import Reward
+from actors.services import RewardPool
 from common.config import ModelSourceConfig, PromptFormat, SourcesConfig, UserError
 from common.preferences import Pairs, split, tokenise_pairs, without_prompts_of
 from common.prompts import PromptRecord, prompt_record
@@ -200,13 +200,13 @@ async def _measure(
 ) -> None:
     """Has the reference policy answer the prompts, scores that through the service, and stores mean and deviation."""
     write_scale(directory / "model", ScoreScale(chat=cfg.data.format == "chat"))
-    start, service = Starter(cfg.ray, on_loss=progress.lost), _service(cfg, directory)
+    start, service = Starter(cfg.ray, on_event=progress.pool), _service(cfg, directory)
     longest = cfg.data.max_tokens + cfg.sampling.max_new_tokens
     generators, rewards = await asyncio.gather(
         start.generators(reference, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=longest),
         start.pool(Reward, service, service, model=reference.path),
     )
-    generate, score = GeneratorPool(generators).generate, RewardPool(rewards).score
+    generate, score = generators.generate, RewardPool(rewards).score
 
     async def one(prompt: Prompt) -> float:
         result = await score(await generate(prompt))
@@ -219,8 +219,7 @@ async def _measure(
         raise RuntimeError("the trained reward model gives every response of the reference policy the same score")
     scale = ScoreScale(cfg.data.format == "chat", float(scores.mean()), float(scores.std()))
     write_scale(directory / "model", scale)
-    generators.stop()
-    rewards.stop()
+    start.stop()
 
 
 def _service(cfg: RewardTrainingConfig, directory: Path) -> SourcesConfig:

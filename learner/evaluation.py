@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from common.config import EvaluationConfig, UserError
 from common.metrics import wilson_interval
-from common.types import Prompt, Rollout, Score, Void
+from common.types import Prompt, Rollout, RolloutLostError, Score, Void
 from learner.roles import Generators, Reference, Reward
 
 Answer = tuple[Rollout, Score | Void]
@@ -56,13 +57,21 @@ async def evaluate(
     """Asks every prompt once. Nothing of it is journalled or trained on. `reference` is None if the policy itself is.
     Raises UserError when more than `max_void_share` of the answers cannot be scored."""
 
-    async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
-        rollout = await generators.generate(prompt)
-        if reference is None:
-            return rollout, await reward.judge(rollout), rollout.rollout_logprobs
-        return rollout, *await asyncio.gather(reward.judge(rollout), reference.logprobs(rollout))
+    async def answered(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
+        while True:
+            with suppress(RolloutLostError):
+                return await ask(prompt)
 
-    answers = await asyncio.gather(*(ask(prompt) for prompt in prompts))
+    async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
+        written = await generators.generate(prompt)
+        if reference is None:
+            score, rollout = await asyncio.gather(reward.judge(written), generators.fetch(written.rollout))
+            return rollout, score, rollout.rollout_logprobs
+        score, (ref_logprobs, _) = await asyncio.gather(reward.judge(written), reference.logprobs(written))
+        rollout, ref = await asyncio.gather(generators.fetch(written.rollout), generators.fetch(ref_logprobs))
+        return rollout, score, ref
+
+    answers = await asyncio.gather(*(answered(prompt) for prompt in prompts))
     scores = [score for _, score, _ in answers if isinstance(score, Score)]
     voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
     if len(voids) > max_void_share * len(answers):

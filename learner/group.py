@@ -18,7 +18,7 @@ from torch.distributed import DistError
 from common.batching import Batcher
 from common.config import UserError
 from common.preferences import Pair
-from common.types import Rollout
+from common.types import Written
 
 # Once a rank has failed, how long the others may take to say what they know of it, seconds.
 _AFTERMATH_S = 10.0
@@ -130,10 +130,10 @@ class LearnerGroup(RankGroup):
     async def save_policy(self, directory: Path) -> None:
         await self._wait("save the policy", [rank.save_policy.remote(directory.resolve()) for rank in self._ranks])
 
-    async def ref_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """With LoRA: log-probabilities of each response without the adapters, float32 [R], nats."""
-        shared = ray.put(list(rollouts))
-        answers = await self._wait("measure rollouts", [rank.ref_logprobs.remote(shared) for rank in self._ranks])
+    async def ref_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
+        """With LoRA: log-probabilities of each response without the adapters, float32 [R], nats. `rollouts` may be
+        references."""
+        answers = await self._wait("measure rollouts", [rank.ref_logprobs.remote(*rollouts) for rank in self._ranks])
         return answers[0]
 
 
@@ -141,13 +141,17 @@ class AdapterReference:
     """`learner.roles.Reference` of a policy with LoRA adapters: the learner's own ranks, with the adapters off."""
 
     def __init__(self, learner: LearnerGroup) -> None:
-        self._batcher: Batcher[Rollout, np.ndarray] = Batcher(
-            learner.ref_logprobs, num_tokens=lambda rollout: rollout.num_tokens, max_tokens=1 << 16, window_s=0.05
+        self._batcher: Batcher[Written, np.ndarray] = Batcher(
+            lambda batch: learner.ref_logprobs([written.rollout for written in batch]),
+            num_tokens=lambda written: written.num_tokens,
+            max_tokens=1 << 16,
+            window_s=0.05,
         )
 
-    async def logprobs(self, rollout: Rollout) -> np.ndarray:
-        """float32 [R], nats."""
-        return await self._batcher.submit(rollout)
+    async def logprobs(self, written: Written) -> tuple[np.ndarray, bool]:
+        """Float32 [R], nats, and whether all are finite."""
+        logprobs = await self._batcher.submit(written)
+        return logprobs, bool(np.isfinite(logprobs).all())
 
 
 class RewardTrainerGroup(RankGroup):

@@ -120,7 +120,7 @@ class Learner:
         self.step += 1
         return metrics.result()
 
-    def ref_logprobs(self, rollouts: list[Rollout]) -> list[np.ndarray]:
+    def ref_logprobs(self, *rollouts: Rollout) -> list[np.ndarray]:
         """With LoRA: of each rollout's response the log-probabilities without adapters, float32 [R], nats."""
         sequences = Sequences.pack([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
         result = torch.zeros(sequences.response_mask.shape)

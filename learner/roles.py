@@ -6,28 +6,34 @@ from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
-from common.types import Prompt, Rollout, Score, Void
+from common.types import Prompt, Score, Void, Written
 
 
 class Generators(Protocol):
-    async def generate(self, prompt: Prompt) -> Rollout: ...
+    async def generate(self, prompt: Prompt) -> Written:
+        """Raises GivenUpError when replica after replica dies over this prompt."""
+
+    async def fetch(self, reference: Any) -> Any:
+        """What a reference in a Written or Scored stands for. Raises RolloutLostError if it is gone."""
 
     async def load(self, weights: AsyncIterable[Any], version: int) -> None:
         """Returns when every routable replica has verified and holds `version`."""
 
 
 class Reward(Protocol):
-    async def score(self, rollout: Rollout) -> Score | Void: ...
+    async def score(self, written: Written) -> Score | Void:
+        """Raises RolloutLostError if the rollout is gone."""
 
-    async def judge(self, rollout: Rollout) -> Score | Void:
+    async def judge(self, written: Written) -> Score | Void:
         """As `score`, with the components of the judges beside, which count nothing in the total."""
 
 
 class Reference(Protocol):
-    async def logprobs(self, rollout: Rollout) -> np.ndarray: ...
+    async def logprobs(self, written: Written) -> tuple[Any, bool]:
+        """Float32 [R] nats or a reference to them, and whether all are finite. Raises RolloutLostError if the rollout
+        is gone."""
 
 
 class LearnerGroup(Protocol):

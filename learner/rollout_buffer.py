@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import islice
 
 from common.config import UserError
-from common.types import Experience, Void
+from common.types import Experience, RolloutLostError, Scored, Void
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Slot:
 
     admitted: float
     finished: float = 0.0
-    outcome: Experience | None = None
+    outcome: Scored | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RolloutBuffer:
         rollouts_per_step: int,
         max_staleness: int,
         *,
+        fetch: Callable[[Scored], Awaitable[Experience]],
         wanted: float = float("inf"),
         max_void_share: float = 1.0,
         max_bytes: float = float("inf"),
@@ -54,6 +55,7 @@ class RolloutBuffer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._batch_size = rollouts_per_step
+        self._fetch = fetch
         self._wanted = wanted
         self._max_void_share = max_void_share
         self._free = (max_staleness + 1) * rollouts_per_step
@@ -62,6 +64,7 @@ class RolloutBuffer:
         self._clock = clock
         self._next_ticket = 0
         self._slots: dict[int, Slot] = {}  # admitted and neither cut nor void, in order of admission
+        self._blocking: int | None = None  # a ticket among the oldest that was seen unfinished, and still may be
         self._in_flight = 0
         self._bytes = 0  # of those that are finished
         self._voids: list[Void] = []
@@ -80,7 +83,7 @@ class RolloutBuffer:
             self._fly(1)
             return self._next_ticket
 
-    async def put(self, ticket: int, outcome: Experience | Void) -> None:
+    async def put(self, ticket: int, outcome: Scored | Void) -> None:
         """How the rollout of this ticket ended. A void gives its slot back at once."""
         async with self._changed:
             if isinstance(outcome, Void):
@@ -97,13 +100,14 @@ class RolloutBuffer:
     async def take(self, count: int, policy_version: int) -> Batch:
         """The first `count` rollouts in admission order, and every void since the last call.
 
-        Waits for the oldest ones to finish, however many younger ones already have. A rollout whose oldest token is
-        more than max_staleness versions behind `policy_version` is voided here, whatever let it through before, and its
-        prompt may be asked again. Raises UserError when voids of other reasons pass the configured share: a broken
-        reward would otherwise go on for ever.
+        Waits for the oldest ones to finish, however many younger ones already have, and fetches what they wrote: only
+        now do their tokens come here. A rollout whose oldest token is more than max_staleness versions behind
+        `policy_version` is voided, whatever let it through before, and so is one whose tokens are lost; their prompts
+        are to be asked again. Raises UserError when voids of other reasons pass the configured share: a broken reward
+        would otherwise go on for ever.
         """
-        async with self._changed:
-            while True:
+        while True:
+            async with self._changed:
                 await self._changed.wait_for(lambda: self._oldest_finished(count) or self._too_many_voids(count))
                 if self._too_many_voids(count):
                     reason = next(void.reason for void in reversed(self._voids) if not void.asked_again)
@@ -112,12 +116,25 @@ class RolloutBuffer:
                         f"the share in reward.max_void_share ({self._max_void_share:.0%}); the last reason: "
                         f"{reason}; mend it and go on with --resume, or raise the share"
                     )
-                if not self._void_stale(count, policy_version):
-                    break
-                self._changed.notify_all()
-            batch = self._cut(count)
-            self._changed.notify_all()  # there is more room
-            return batch
+                oldest = [(ticket, slot.outcome) for ticket, slot in islice(self._slots.items(), count) if slot.outcome]
+            unusable: dict[int, str] = {}
+            for ticket, row in oldest:
+                if row.staleness(policy_version) > self._max_staleness:
+                    unusable[ticket] = f"its oldest token is more than {self._max_staleness} versions old"
+            rows: list[Experience | BaseException] = []
+            if not unusable:
+                rows = await asyncio.gather(*(self._fetch(row) for _, row in oldest), return_exceptions=True)
+                for (ticket, _), fetched in zip(oldest, rows, strict=True):
+                    if isinstance(fetched, RolloutLostError):
+                        unusable[ticket] = str(fetched)
+                    elif isinstance(fetched, BaseException):
+                        raise fetched
+            async with self._changed:
+                for ticket, reason in unusable.items():
+                    self._ask_again(ticket, reason)
+                self._changed.notify_all()  # there is more room
+                if not unusable:
+                    return self._cut([row for row in rows if isinstance(row, Experience)])
 
     async def release(self, count: int) -> None:
         """Frees the slots of a batch. Called after publication, so that no rollout is born stale."""
@@ -133,31 +150,34 @@ class RolloutBuffer:
         return len(self._slots) < self._batch_size or taken <= self._max_bytes
 
     def _oldest_finished(self, count: int) -> bool:
-        return len(self._slots) >= count and all(slot.outcome for slot in islice(self._slots.values(), count))
+        if len(self._slots) < count:
+            return False
+        if (blocking := self._slots.get(self._blocking or 0)) is not None and not blocking.outcome:
+            return False  # most of the time: the slots are not all looked at for each that finishes
+        unfinished = (ticket for ticket, slot in islice(self._slots.items(), count) if not slot.outcome)
+        self._blocking = next(unfinished, None)
+        return self._blocking is None
 
     def _too_many_voids(self, count: int) -> bool:
         return self._broken > self._max_void_share * (self._broken + max(count, self._scored))
 
-    def _void_stale(self, count: int, policy_version: int) -> int:
-        """Of the oldest `count`; returns how many."""
-        oldest = [(ticket, slot.outcome) for ticket, slot in islice(self._slots.items(), count) if slot.outcome]
-        stale = [pair for pair in oldest if pair[1].staleness(policy_version) > self._max_staleness]
-        for ticket, row in stale:
+    def _ask_again(self, ticket: int, reason: str) -> None:
+        row = self._slots[ticket].outcome
+        if row is not None:
             self._bytes -= row.num_bytes
-            reason = f"its oldest token is more than {self._max_staleness} versions old"
-            self._void(ticket, Void(row.rollout.prompt.sample_id, reason, asked_again=True))
-        return len(stale)
+            self._void(ticket, Void(row.written.sample_id, reason, asked_again=True))
 
     def _void(self, ticket: int, void: Void) -> None:
         del self._slots[ticket]
         self._voids.append(void)
         self._free += 1
 
-    def _cut(self, count: int) -> Batch:
+    def _cut(self, rows: list[Experience]) -> Batch:
+        """Of the oldest slots, which these rows were in."""
+        count = len(rows)
         slots = [self._slots.pop(ticket) for ticket in list(islice(self._slots, count))]
         self._wanted -= count
-        rows = [slot.outcome for slot in slots if slot.outcome]
-        self._bytes -= sum(row.num_bytes for row in rows)
+        self._bytes -= sum(slot.outcome.num_bytes for slot in slots if slot.outcome)
         now = self._clock()
         idle = self._idle + (now - self._idle_since if self._idle_since is not None else 0.0)
         stats = {

@@ -6,25 +6,34 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from common.config import Config
 from common.journal import Journal, JournalError
 from common.metrics import append_record, read_records
 from common.prompts import PromptStream
-from common.types import Experience, Prompt, Rollout, Void, experience_table, staleness
+from common.types import (
+    BYTES_PER_TOKEN,
+    Experience,
+    GivenUpError,
+    Prompt,
+    RolloutLostError,
+    Scored,
+    Void,
+    Written,
+    experience_table,
+    oldest_version,
+    staleness,
+)
 from learner.checkpoint import Checkpoints
 from learner.evaluation import Answer, Evaluation, evaluate
 from learner.experience import arrays
 from learner.roles import Generators, LearnerGroup, Reference, Reward
-from learner.rollout_buffer import RolloutBuffer
-
-# About what a token takes while its rollout waits for the learner: id, two log-probabilities, version, text.
-BYTES_PER_TOKEN = 20
+from learner.rollout_buffer import Batch, RolloutBuffer
 
 
 @dataclass
@@ -59,6 +68,7 @@ async def train(run: Run) -> list[Evaluation]:
     buffer = RolloutBuffer(
         cfg.rollouts_per_step,
         cfg.max_staleness,
+        fetch=partial(fetch, run.generators),
         wanted=(cfg.num_steps - run.learner.step) * cfg.rollouts_per_step,
         max_void_share=cfg.reward.max_void_share,
         max_bytes=cfg.buffer_mib << 20,
@@ -87,9 +97,8 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     given_up = [void.sample_id for void in batch.voids if not void.asked_again]
     run.prompts.settle([row.rollout.prompt.sample_id for row in batch.experience] + given_up)
     run.prompts.give_back([void.sample_id for void in batch.voids if void.asked_again])
-    table = experience_table(batch.experience)
-    # On disk before anyone learns from it.
-    run.journal.append(table, policy_version=step, prompts=run.prompts.state(), voids=batch.voids)
+    # On disk before anyone learns from it; in a thread, since others wait for this one while the disk syncs.
+    table = await asyncio.to_thread(_write_down, run.journal, batch, step, run.prompts.state())
     clock.lap("journal")
 
     stats = await run.learner.update(table)
@@ -113,16 +122,25 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     Waits for slots, which `release` and voids free; runs until cancelled, and fails when one of its rollouts does.
     """
 
-    async def one_rollout(prompt: Prompt) -> Experience | Void:
-        rollout = await run.generators.generate(prompt)
+    async def one_rollout(prompt: Prompt) -> Scored | Void:
+        while True:
+            try:
+                return await scored(await run.generators.generate(prompt))
+            except RolloutLostError:
+                continue  # its tokens went down with a node before they were scored
+            except GivenUpError as error:
+                return Void(prompt.sample_id, str(error))
+
+    async def scored(written: Written) -> Scored | Void:
         clock.text_written()
-        score, ref_logprobs = await asyncio.gather(run.reward.score(rollout), _ref_logprobs(run, rollout))
+        if written.fault:  # in the journal it would break every replay
+            return Void(written.sample_id, written.fault)
+        score, (ref_logprobs, finite) = await asyncio.gather(run.reward.score(written), _ref_logprobs(run, written))
         if isinstance(score, Void):
             return score
-        for name, logprobs in (("generator", rollout.rollout_logprobs), ("reference", ref_logprobs)):
-            if logprobs is not None and not np.isfinite(logprobs).all():  # in the journal it would break every replay
-                return Void(prompt.sample_id, f"the {name} gave a log-probability that is not finite")
-        return Experience(rollout, score, ref_logprobs)
+        if not finite:
+            return Void(written.sample_id, "the reference gave a log-probability that is not finite")
+        return Scored(written, score, ref_logprobs)
 
     async def fill(ticket: int, prompt: Prompt) -> None:
         await buffer.put(ticket, await one_rollout(prompt))
@@ -133,11 +151,27 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
             rollouts.create_task(fill(ticket, run.prompts.next()))
 
 
-async def _ref_logprobs(run: Run, rollout: Rollout) -> np.ndarray | None:
+async def _ref_logprobs(run: Run, written: Written) -> tuple[Any, bool]:
     """None in the first step of a run: the policy that wrote the rollout and will learn from it is the reference."""
     if run.learner.step == 0 and run.cfg.max_staleness == 0:
-        return None
-    return await run.reference.logprobs(rollout)
+        return None, True
+    return await run.reference.logprobs(written)
+
+
+async def fetch(generators: Generators, scored: Scored) -> Experience:
+    """What a step learns from, brought here. Raises RolloutLostError."""
+    if scored.ref_logprobs is None:
+        return Experience(await generators.fetch(scored.written.rollout), scored.score, None)
+    rollout, ref_logprobs = await asyncio.gather(
+        generators.fetch(scored.written.rollout), generators.fetch(scored.ref_logprobs)
+    )
+    return Experience(rollout, scored.score, ref_logprobs)
+
+
+def _write_down(journal: Journal, batch: Batch, policy_version: int, prompts: dict[str, Any]) -> pa.Table:
+    table = experience_table(batch.experience)
+    journal.append(table, policy_version=policy_version, prompts=prompts, voids=batch.voids)
+    return table
 
 
 async def recover(run: Run) -> None:
@@ -203,7 +237,7 @@ def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) ->
     scores = table["score"].to_numpy()
     components = [dict(row) for row in table["components"].to_pylist()]
     versions = arrays(table, "policy_versions")
-    ages = [staleness(row, policy_version) for row in versions]
+    ages = [staleness(oldest_version(row), policy_version) for row in versions]
     return {
         "rollout/score/mean": float(scores.mean()),
         "rollout/score/std": float(scores.std()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.config import Config
-from common.types import Experience, Prompt, Rollout, SampleId, Score, Void
+from common.types import Experience, Prompt, Rollout, SampleId, Score, Scored, Void, Written
 
 END = 1
 WORDS = ["<pad>", "<end>", "<unk>", "ask", *(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(30))]
@@ -90,6 +91,135 @@ def make_experience(index: int, response: list[int], *, score: float = 0.0, vers
     return Experience(rollout, Score(score, {"made_up": score}), np.full(len(response), -4.0, dtype=np.float32))
 
 
+def make_scored(index: int, response: list[int], **about: Any) -> Scored:
+    """The same before it is fetched."""
+    row = make_experience(index, response, **about)
+    return Scored(replace(Written.of(row.rollout), rollout=row.rollout), row.score, row.ref_logprobs)
+
+
+async def fetch_scored(scored: Scored) -> Experience:
+    return Experience(scored.written.rollout, scored.score, scored.ref_logprobs)
+
+
+class LocalHost:
+    """`actors.pool.Host` in this process: replicas of a role that live until they are killed. `room` bounds them;
+    `nodes` says where each lives."""
+
+    losses = (ConnectionError,)
+    lost_values = (LookupError,)
+
+    def __init__(self, role: Any, *args: Any, room: int = 1 << 30) -> None:
+        self._role, self._args = role, args
+        self.room = room
+        self.handles: list[LocalHandle] = []
+        self.leaving: dict[str, float] = {}
+
+    def create(self, name: str) -> LocalHandle:
+        handle = LocalHandle(name)
+        self.handles.append(handle)
+        self._place()
+        return handle
+
+    def _place(self) -> None:
+        alive = [handle for handle in self.handles if not handle.dead]
+        for handle in alive[: self.room]:
+            if not handle.placed.done():
+                handle.role = self._role(handle.name, *self._args)
+                handle.placed.set_result(None)
+
+    def kill(self, handle: LocalHandle) -> None:
+        handle.die()
+        self._place()
+
+    def node(self, handle: LocalHandle) -> str | None:
+        return f"node of {handle.name}" if handle.placed.done() else None
+
+    def leaving_nodes(self) -> dict[str, float]:
+        return self.leaving
+
+    def make_room(self, room: int) -> None:
+        self.room = room
+        self._place()
+
+    async def probe(self, handle: LocalHandle) -> None:
+        if handle.silent:
+            await asyncio.sleep(3600)
+
+    async def fetch(self, reference: Any) -> Any:
+        return await reference
+
+    def alive(self, name: str) -> LocalHandle:
+        [handle] = [handle for handle in self.handles if handle.name == name and not handle.dead]
+        return handle
+
+
+class LocalHandle:
+    """Calls a role's methods as a Ray handle would: by `method.remote`, answered unless the replica dies."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.role: Any = None
+        self.placed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.dead = self.silent = False
+        self._calls: set[asyncio.Task] = set()
+
+    def die(self) -> None:
+        self.dead = True
+        for call in self._calls:
+            call.cancel()
+
+    def __getattr__(self, method: str) -> LocalMethod:
+        return LocalMethod(self, method)
+
+    async def run(self, method: str, args: tuple[Any, ...]) -> Any:
+        await self.placed
+        if self.dead:
+            raise ConnectionError(f"{self.name} is gone")
+        values = [await arg if isinstance(arg, asyncio.Future) else arg for arg in args]
+        call = asyncio.create_task(getattr(self.role, method)(*values))
+        self._calls.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                call.cancel()
+                raise
+            raise ConnectionError(f"{self.name} died") from None
+        finally:
+            self._calls.discard(call)
+
+
+class LocalMethod:
+    def __init__(self, handle: LocalHandle, method: str, num_returns: int = 1) -> None:
+        self._handle, self._method, self._num_returns = handle, method, num_returns
+
+    def options(self, *, num_returns: int) -> LocalMethod:
+        return LocalMethod(self._handle, self._method, num_returns)
+
+    def remote(self, *args: Any) -> Any:
+        answer = asyncio.ensure_future(self._handle.run(self._method, args))
+        if self._num_returns == 1:
+            return answer
+        parts = [asyncio.get_running_loop().create_future() for _ in range(self._num_returns)]
+
+        def deliver(done: asyncio.Future) -> None:
+            error = None if done.cancelled() else done.exception()
+            for index, part in enumerate(parts):
+                if part.done():
+                    continue
+                if done.cancelled():
+                    part.cancel()
+                elif error is not None:
+                    part.set_exception(error)
+                    part.exception()
+                else:
+                    part.set_result(done.result()[index])
+
+        answer.add_done_callback(deliver)
+        return parts
+
+
 class FakeRoles:
     """All roles in one process. Records events in order, and refuses what no real role would be asked."""
 
@@ -104,7 +234,14 @@ class FakeRoles:
         self.updating = False
         self._fail_prompts = fail_prompts
 
-    async def generate(self, prompt: Prompt) -> Rollout:
+    async def generate(self, prompt: Prompt) -> Written:
+        rollout = await self.write(prompt)
+        return replace(Written.of(rollout), rollout=rollout)
+
+    async def fetch(self, reference: Any) -> Any:
+        return reference
+
+    async def write(self, prompt: Prompt) -> Rollout:
         assert not (self._synchronous and self.updating), "a synchronous step must not generate while it learns"
         version = self.version
         await asyncio.sleep(0.001 * (prompt.sample_id.prompt % 3))  # finish out of order
@@ -112,16 +249,20 @@ class FakeRoles:
             self.events.append(f"generate v{version}")
         return make_rollout(prompt, [4 + prompt.sample_id.prompt % 20, END], version=version)
 
-    async def score(self, rollout: Rollout) -> Score | Void:
-        if rollout.prompt.sample_id.prompt in self._fail_prompts:
-            return Void(rollout.prompt.sample_id, "told to fail")
+    async def score(self, written: Written) -> Score | Void:
+        if written.sample_id.prompt in self._fail_prompts:
+            return Void(written.sample_id, "told to fail")
         return Score(1.0, {"a_words": 1.0})
 
-    async def judge(self, rollout: Rollout) -> Score | Void:
-        score = await self.score(rollout)
+    async def judge(self, written: Written) -> Score | Void:
+        score = await self.score(written)
         return score if isinstance(score, Void) else Score(score.total, {**score.components, "gold": 0.5})
 
-    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+    async def logprobs(self, written: Written) -> tuple[np.ndarray, bool]:
+        logprobs = await self.measure(written.rollout)
+        return logprobs, bool(np.isfinite(logprobs).all())
+
+    async def measure(self, rollout: Rollout) -> np.ndarray:
         return rollout.rollout_logprobs
 
     async def update(self, table: Any) -> dict[str, float]:

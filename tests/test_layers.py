@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "learner": {"common", "learner"},
     "deploy": {"common", "actors", "learner", "deploy"},
 }
-RAY_FILES = {Path("actors/hosting.py"), Path("actors/pool.py"), Path("learner/group.py")}
+RAY_FILES = {Path("actors/hosting.py"), Path("learner/group.py")}
 VLLM_FILES = {Path("actors/vllm_engine.py"), Path("actors/vllm_weights.py")}
 
 BLOCKED = """
@@ -51,7 +51,7 @@ def importers(module):
 
 def test_the_walk_sees_every_layer():
     assert {path.parts[0] for path in FILES} == set(LAYERS)
-    assert {"common", "ray"} <= imported(Path("actors/pool.py"))
+    assert {"common", "ray"} <= imported(Path("actors/hosting.py"))
     assert "vllm" in imported(Path("actors/vllm_engine.py"))
 
 
@@ -65,7 +65,7 @@ def test_no_product_file_imports_the_tests(path):
     assert imported(path) & {"tests", "fakes", "pytest"} == set()
 
 
-def test_ray_is_imported_only_by_the_pool_the_group_and_deploy():
+def test_ray_is_imported_only_where_roles_become_actors_the_group_and_deploy():
     assert {path for path in importers("ray") if path.parts[0] != "deploy"} <= RAY_FILES
 
 
@@ -85,7 +85,7 @@ def test_everything_else_imports_without_ray_and_vllm():
 
 def test_the_block_is_felt_by_what_needs_ray():
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, "actors.pool"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", BLOCKED, "actors.hosting"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
     assert "ModuleNotFoundError: import of ray halted" in done.stderr

@@ -103,9 +103,17 @@ def test_settled_samples_leave_the_state_and_the_others_stay_in_order_of_issue()
     ids = take(prompts, 5)
     prompts.settle([ids[3], ids[0]])
     state = prompts.state()
-    assert (state["issued"], state["outstanding"]) == (5, [str(ids[1]), str(ids[2]), str(ids[4])])
+    assert (state["issued"], state["outstanding"]) == (5, [[1, 3], [4, 5]])
+    assert prompts.outstanding == [ids[1], ids[2], ids[4]]
     prompts.settle(ids[1:3] + ids[4:])
-    assert prompts.state()["outstanding"] == []
+    assert (prompts.state()["outstanding"], prompts.outstanding) == ([], [])
+
+
+def test_the_state_does_not_grow_with_what_is_outstanding():
+    prompts = stream(rollouts_per_prompt=1)
+    ids = take(prompts, 20_000)
+    prompts.settle(ids[:64])
+    assert prompts.state()["outstanding"] == [[64, 20_000]]
 
 
 def test_settling_what_is_not_outstanding_is_an_error():
@@ -122,7 +130,7 @@ def test_what_is_given_back_is_asked_next_and_stays_outstanding():
     issued = [once.next().sample_id for _ in range(4)]
     once.settle([issued[0]])
     once.give_back([issued[1], issued[3]])
-    assert once.state()["outstanding"] == [str(i) for i in issued[1:]]
+    assert once.outstanding == issued[1:]
     assert [once.next().sample_id for _ in range(2)] == [issued[1], issued[3]]
     assert once.next().sample_id not in issued
     restored = stream(rollouts_per_prompt=1)
@@ -149,7 +157,7 @@ def test_a_restored_stream_reissues_the_outstanding_in_order_and_goes_on_as_the_
     assert restored.state() == state  # issued again, still outstanding
     assert take(restored, 43) == uninterrupted[17:]
     restored.settle([ids[7]])
-    assert restored.state()["outstanding"] == [str(i) for i in [ids[2], ids[16], *uninterrupted[17:]]]
+    assert restored.outstanding == [ids[2], ids[16], *uninterrupted[17:]]
 
 
 def test_a_state_taken_while_reissuing_restores_to_the_same_outstanding_samples():

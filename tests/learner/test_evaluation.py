@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.config import EvaluationConfig
-from common.types import Prompt, Rollout, SampleId, Score, Void
+from common.types import Prompt, Rollout, SampleId, Score, Void, Written
 from learner.evaluation import Answer, Evaluation, distinct, evaluate
 from tests.fakes import FakeRoles, make_prompt, make_rollout
 
@@ -32,20 +32,20 @@ class ThreeAnswers(FakeRoles):
         super().__init__([])
         self.scores, self.asked = scores, []
 
-    async def generate(self, prompt: Prompt) -> Rollout:
+    async def write(self, prompt: Prompt) -> Rollout:
         number = prompt.sample_id.prompt
         self.asked.append(number)
         await asyncio.sleep(0.001 * (3 - number))
         rollout = make_rollout(prompt, RESPONSES[number], version=7)
         return replace(rollout, rollout_logprobs=np.array(LOGPROBS[number], dtype=np.float32))
 
-    async def score(self, rollout: Rollout) -> Score | Void:
+    async def score(self, written: Written) -> Score | Void:
         raise AssertionError("held-out answers are judged, not only scored")
 
-    async def judge(self, rollout: Rollout) -> Score | Void:
-        return self.scores[rollout.prompt.sample_id.prompt] or Void(rollout.prompt.sample_id, "no service")
+    async def judge(self, written: Written) -> Score | Void:
+        return self.scores[written.sample_id.prompt] or Void(written.sample_id, "no service")
 
-    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+    async def measure(self, rollout: Rollout) -> np.ndarray:
         return np.array(REF_LOGPROBS[rollout.prompt.sample_id.prompt], dtype=np.float32)
 
 

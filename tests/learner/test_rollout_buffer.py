@@ -8,9 +8,13 @@ import random
 import pytest
 
 from common.config import UserError
-from common.types import SampleId, Void
+from common.types import RolloutLostError, SampleId, Void
 from learner.rollout_buffer import RolloutBuffer
-from tests.fakes import make_experience
+from tests.fakes import fetch_scored, make_scored
+
+
+def make_buffer(*args, **settings) -> RolloutBuffer:
+    return RolloutBuffer(*args, fetch=fetch_scored, **settings)
 
 
 async def pending(coroutine) -> asyncio.Task:
@@ -28,11 +32,11 @@ def ids(rows) -> list[int]:
 
 def test_admission_waits_until_slots_are_released():
     async def scenario():
-        buffer = RolloutBuffer(2, 0)
+        buffer = make_buffer(2, 0)
         tickets = [await buffer.admit(), await buffer.admit()]
         third = await pending(buffer.admit())
         for ticket in tickets:
-            await buffer.put(ticket, make_experience(ticket, [4, 1]))
+            await buffer.put(ticket, make_scored(ticket, [4, 1]))
         await buffer.take(2, policy_version=0)
         assert not third.done()  # taken, but the generators do not hold the new weights yet
         await buffer.release(2)
@@ -43,12 +47,12 @@ def test_admission_waits_until_slots_are_released():
 
 def test_a_batch_waits_for_the_oldest_rather_than_taking_the_fastest():
     async def scenario():
-        buffer = RolloutBuffer(2, 1)
+        buffer = make_buffer(2, 1)
         first, second, third, _ = [await buffer.admit() for _ in range(4)]
-        await buffer.put(second, make_experience(second, [4, 1]))
-        await buffer.put(third, make_experience(third, [4, 1]))
+        await buffer.put(second, make_scored(second, [4, 1]))
+        await buffer.put(third, make_scored(third, [4, 1]))
         batch = await pending(buffer.take(2, policy_version=0))
-        await buffer.put(first, make_experience(first, [4, 1]))
+        await buffer.put(first, make_scored(first, [4, 1]))
         cut = await batch
         assert ids(cut.experience) == [first, second]
         assert cut.voids == []
@@ -56,13 +60,56 @@ def test_a_batch_waits_for_the_oldest_rather_than_taking_the_fastest():
     asyncio.run(scenario())
 
 
+def test_what_is_lost_before_the_cut_is_voided_and_another_takes_its_place():
+    """Tokens are fetched only when a batch is cut, and may be gone by then with the node they lay on."""
+
+    lost = {2}
+
+    async def fetch(scored):
+        if scored.written.sample_id.prompt in lost:
+            raise RolloutLostError("its node is gone")
+        return await fetch_scored(scored)
+
+    async def scenario():
+        buffer = RolloutBuffer(2, 1, fetch=fetch)
+        for ticket in [await buffer.admit() for _ in range(3)]:
+            await buffer.put(ticket, make_scored(ticket, [4, 1]))
+        batch = await buffer.take(2, policy_version=0)
+        assert ids(batch.experience) == [1, 3]
+        assert batch.voids == [Void(SampleId(0, 2, 0), "its node is gone", asked_again=True)]
+        await asyncio.wait_for(buffer.admit(), 1)  # one slot was never used, one was given back
+        await asyncio.wait_for(buffer.admit(), 1)
+        await pending(buffer.admit())
+
+    asyncio.run(scenario())
+
+
+def test_a_fetch_that_fails_otherwise_is_an_error_and_takes_nothing_out():
+    async def scenario():
+        failing = [True]
+
+        async def fetch(scored):
+            if failing[0]:
+                raise ValueError("broken")
+            return await fetch_scored(scored)
+
+        buffer = RolloutBuffer(1, 0, fetch=fetch)
+        await buffer.put(await buffer.admit(), make_scored(1, [4, 1]))
+        with pytest.raises(ValueError, match="broken"):
+            await buffer.take(1, policy_version=0)
+        failing[0] = False
+        assert ids((await buffer.take(1, policy_version=0)).experience) == [1]
+
+    asyncio.run(scenario())
+
+
 def test_a_void_gives_its_slot_back_and_is_reported_once():
     async def scenario():
-        buffer = RolloutBuffer(1, 0)
+        buffer = make_buffer(1, 0)
         void = Void(SampleId(0, 7, 0), "broken")
         await buffer.put(await buffer.admit(), void)
         ticket = await buffer.admit()
-        await buffer.put(ticket, make_experience(ticket, [4, 1]))
+        await buffer.put(ticket, make_scored(ticket, [4, 1]))
         batch = await buffer.take(1, policy_version=0)
         assert (len(batch.experience), batch.voids) == (1, [void])
 
@@ -71,10 +118,10 @@ def test_a_void_gives_its_slot_back_and_is_reported_once():
 
 def test_rollouts_whose_oldest_token_is_too_old_are_voided_at_the_cut():
     async def scenario():
-        buffer = RolloutBuffer(1, 1)
+        buffer = make_buffer(1, 1)
         stale, fresh = await buffer.admit(), await buffer.admit()
-        await buffer.put(stale, make_experience(stale, [4, 5, 1], version=0))
-        await buffer.put(fresh, make_experience(fresh, [4, 5, 1], version=1))
+        await buffer.put(stale, make_scored(stale, [4, 5, 1], version=0))
+        await buffer.put(fresh, make_scored(fresh, [4, 5, 1], version=1))
         batch = await buffer.take(1, policy_version=2)
         assert ids(batch.experience) == [fresh]
         assert [(void.sample_id.prompt, void.asked_again) for void in batch.voids] == [(stale, True)]
@@ -86,7 +133,7 @@ def test_rollouts_whose_oldest_token_is_too_old_are_voided_at_the_cut():
 
 def test_too_many_voids_end_the_wait():
     async def scenario():
-        buffer = RolloutBuffer(2, 0, max_void_share=0.5)
+        buffer = make_buffer(2, 0, max_void_share=0.5)
         for index in range(3):  # 3 of 3 + 2 is more than half
             await buffer.put(await buffer.admit(), Void(SampleId(0, index, 0), f"reason {index}"))
         with pytest.raises(UserError, match="reason 2"):
@@ -98,14 +145,14 @@ def test_too_many_voids_end_the_wait():
 def test_rollouts_that_are_merely_old_do_not_count_as_broken():
     async def scenario():
         # 3 old ones beside the 2 wanted would be over the share, 1 broken one is not.
-        buffer = RolloutBuffer(2, 1, max_void_share=0.4)
+        buffer = make_buffer(2, 1, max_void_share=0.4)
         tickets = [await buffer.admit() for _ in range(4)]
         for ticket, version in zip(tickets, (0, 0, 0, 2), strict=True):
-            await buffer.put(ticket, make_experience(ticket, [4, 1], version=version))
+            await buffer.put(ticket, make_scored(ticket, [4, 1], version=version))
         taking = asyncio.create_task(buffer.take(2, policy_version=2))
         await buffer.put(await buffer.admit(), Void(SampleId(0, 99, 0), "broken"))  # in the place of an old one
         last = await buffer.admit()
-        await buffer.put(last, make_experience(last, [4, 1], version=1))
+        await buffer.put(last, make_scored(last, [4, 1], version=1))
         batch = await taking
         assert ids(batch.experience) == [tickets[3], last]
         voids = [(void.sample_id.prompt, void.asked_again) for void in batch.voids]
@@ -116,14 +163,14 @@ def test_rollouts_that_are_merely_old_do_not_count_as_broken():
 
 def test_voids_are_held_against_all_that_was_scored_meanwhile_not_one_batch_of_it():
     async def scenario():
-        buffer = RolloutBuffer(2, 3, max_void_share=0.5)
+        buffer = make_buffer(2, 3, max_void_share=0.5)
         for ticket in [await buffer.admit() for _ in range(2)]:
-            await buffer.put(ticket, make_experience(ticket, [4, 1]))
+            await buffer.put(ticket, make_scored(ticket, [4, 1]))
         await buffer.take(2, policy_version=0)
         for index in range(4):  # 4 void and 5 scored while the learner learns: more than 2 of 4, but not half
             await buffer.put(await buffer.admit(), Void(SampleId(0, 90 + index, 0), "broken"))
         for ticket in [await buffer.admit() for _ in range(5)]:
-            await buffer.put(ticket, make_experience(ticket, [4, 1]))
+            await buffer.put(ticket, make_scored(ticket, [4, 1]))
         assert len((await buffer.take(2, policy_version=1)).experience) == 2
         for index in range(3):  # of what came since that cut
             await buffer.put(await buffer.admit(), Void(SampleId(0, 95 + index, 0), f"reason {index}"))
@@ -137,12 +184,12 @@ def test_times_are_split_into_generating_and_waiting_in_the_buffer():
     now = [0.0]
 
     async def scenario():
-        buffer = RolloutBuffer(2, 0, clock=lambda: now[0])
+        buffer = make_buffer(2, 0, clock=lambda: now[0])
         first, second = await buffer.admit(), await buffer.admit()
         now[0] = 3.0
-        await buffer.put(first, make_experience(first, [4, 1]))
+        await buffer.put(first, make_scored(first, [4, 1]))
         now[0] = 5.0
-        await buffer.put(second, make_experience(second, [4, 1]))  # from here on nothing is in flight
+        await buffer.put(second, make_scored(second, [4, 1]))  # from here on nothing is in flight
         now[0] = 6.0
         stats = (await buffer.take(2, policy_version=0)).stats
         # 3 and 5 seconds of generation, 3 and 1 in the buffer.
@@ -151,7 +198,7 @@ def test_times_are_split_into_generating_and_waiting_in_the_buffer():
         await buffer.release(2)
         ticket = await buffer.admit()
         now[0] = 11.0
-        await buffer.put(ticket, make_experience(ticket, [4, 1], version=1))
+        await buffer.put(ticket, make_scored(ticket, [4, 1], version=1))
         stats = (await buffer.take(1, policy_version=1)).stats
         assert stats == {"staleness/generating_s": 1.0, "staleness/buffered_s": 0.0, "wait/generators_s": 4.0}
 
@@ -159,16 +206,16 @@ def test_times_are_split_into_generating_and_waiting_in_the_buffer():
 
 
 def test_long_rollouts_hold_back_those_that_the_next_batch_does_not_need():
-    row = make_experience(0, [4] * 100)
+    row = make_scored(0, [4] * 100)
     # Room for three finished ones; one in flight counts as much.
     room = 3 * row.num_bytes
 
     async def scenario():
-        buffer = RolloutBuffer(2, 3, max_bytes=room, rollout_bytes=row.num_bytes)
+        buffer = make_buffer(2, 3, max_bytes=room, rollout_bytes=row.num_bytes)
         tickets = [await buffer.admit() for _ in range(3)]
         fourth = await pending(buffer.admit())
-        await buffer.put(tickets[0], make_experience(1, [4] * 100))
-        await buffer.put(tickets[1], make_experience(2, [4]))  # a short one leaves room behind, but not for a long one
+        await buffer.put(tickets[0], make_scored(1, [4] * 100))
+        await buffer.put(tickets[1], make_scored(2, [4]))  # a short one leaves room behind, but not for a long one
         for _ in range(5):
             await asyncio.sleep(0)
         assert not fourth.done()
@@ -180,15 +227,15 @@ def test_long_rollouts_hold_back_those_that_the_next_batch_does_not_need():
 
 def test_no_more_is_admitted_than_the_batches_to_come_hold():
     async def scenario():
-        buffer = RolloutBuffer(2, 1, wanted=4)
+        buffer = make_buffer(2, 1, wanted=4)
         for ticket in [await buffer.admit() for _ in range(3)]:
-            await buffer.put(ticket, make_experience(ticket, [4, 1]))
+            await buffer.put(ticket, make_scored(ticket, [4, 1]))
         await buffer.put(await buffer.admit(), Void(SampleId(0, 9, 0), "broken"))
         fourth = await buffer.admit()  # in the place of the void
         await buffer.take(2, policy_version=0)
         await buffer.release(2)
         await pending(buffer.admit())  # slots are free, but nothing more is wanted
-        await buffer.put(fourth, make_experience(fourth, [4, 1]))
+        await buffer.put(fourth, make_scored(fourth, [4, 1]))
         assert len((await buffer.take(2, policy_version=1)).experience) == 2
 
     asyncio.run(scenario())
@@ -196,11 +243,11 @@ def test_no_more_is_admitted_than_the_batches_to_come_hold():
 
 def test_the_next_batch_is_admitted_however_large_it_is():
     async def scenario():
-        buffer = RolloutBuffer(2, 1, max_bytes=1, rollout_bytes=10)
+        buffer = make_buffer(2, 1, max_bytes=1, rollout_bytes=10)
         tickets = [await buffer.admit(), await buffer.admit()]
         third = await pending(buffer.admit())
         for ticket in tickets:
-            await buffer.put(ticket, make_experience(ticket, [4] * 50))
+            await buffer.put(ticket, make_scored(ticket, [4] * 50))
         assert len((await buffer.take(2, policy_version=0)).experience) == 2
         assert await third == 3
 
@@ -216,7 +263,7 @@ def test_whatever_the_order_of_completion_nothing_is_older_than_allowed_and_no_s
 
     async def scenario():
         nonlocal version, outstanding, most
-        buffer = RolloutBuffer(count, max_staleness)
+        buffer = make_buffer(count, max_staleness)
 
         async def rollout(ticket):
             nonlocal outstanding
@@ -225,8 +272,8 @@ def test_whatever_the_order_of_completion_nothing_is_older_than_allowed_and_no_s
                 await asyncio.sleep(0)
             void = rng.random() < 0.2
             outstanding -= void
-            row = make_experience(ticket, [4, 1], version=born)
-            await buffer.put(ticket, Void(row.rollout.prompt.sample_id, "chance") if void else row)
+            row = make_scored(ticket, [4, 1], version=born)
+            await buffer.put(ticket, Void(row.written.sample_id, "chance") if void else row)
 
         async def produce():
             nonlocal outstanding, most
@@ -241,7 +288,7 @@ def test_whatever_the_order_of_completion_nothing_is_older_than_allowed_and_no_s
         seen = []
         for step in range(steps):
             batch = await buffer.take(count, policy_version=step)
-            assert all(row.staleness(step) <= max_staleness for row in batch.experience)
+            assert all(step - row.rollout.policy_versions.min() <= max_staleness for row in batch.experience)
             assert not any(void.asked_again for void in batch.voids)  # the budget alone keeps them young
             seen += ids(batch.experience) + [void.sample_id.prompt for void in batch.voids]
             for _ in range(rng.randrange(6)):

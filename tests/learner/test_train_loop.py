@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
+from typing import ClassVar
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from common.config import UserError
 from common.journal import JournalError
 from common.metrics import read_records
 from common.prompts import PromptRecord, PromptStream
-from common.types import Prompt, Rollout, SampleId, Score
+from common.types import GivenUpError, Prompt, Rollout, RolloutLostError, SampleId, Score, Void, Written
 from learner.evaluation import Answer, Evaluation
 from learner.train_loop import Run, train
 from tests.fakes import FakeRoles, make_prompt, tiny_config
@@ -82,8 +83,8 @@ def test_what_a_late_replica_wrote_is_voided_and_its_prompts_are_asked_again(tmp
     late: set[SampleId] = set()
 
     class Late(FakeRoles):
-        async def generate(self, prompt: Prompt) -> Rollout:
-            rollout = await super().generate(prompt)
+        async def write(self, prompt: Prompt) -> Rollout:
+            rollout = await super().write(prompt)
             if self.version == 1 and len(late) < 2:
                 late.add(prompt.sample_id)
                 await asyncio.sleep(0.02)
@@ -103,7 +104,7 @@ def test_what_a_late_replica_wrote_is_voided_and_its_prompts_are_asked_again(tmp
         for key in zip(*(table[name].to_pylist() for name in ("epoch", "prompt_index", "replica")), strict=True)
     ]
     assert len(set(trained)) == len(trained)
-    outstanding = {SampleId.parse(text) for text in written[-1].prompts["outstanding"]}
+    outstanding = set(run.prompts.outstanding)
     assert late <= set(trained) | outstanding
     assert late & set(trained)  # with newer weights, in a later step
 
@@ -135,7 +136,8 @@ def test_every_sample_is_journalled_once_or_void_with_its_reason(tmp_path):
     assert not set(trained) & set(voids)
     # What was issued is journalled, void, or still outstanding: nothing is lost.
     state = written[-1].prompts
-    assert state["issued"] == len(trained) + len(voids) + len(state["outstanding"])
+    outstanding = sum(end - first for first, end in state["outstanding"])
+    assert state["issued"] == len(trained) + len(voids) + outstanding
 
 
 def test_a_reward_that_always_fails_stops_the_run_with_its_reason(tmp_path):
@@ -184,8 +186,8 @@ def test_a_checkpoint_ahead_of_the_journal_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 40], ids=["lost", "cut-short"])
 def test_a_run_killed_before_a_steps_metrics_has_its_whole_line_after_resuming(tmp_path, left):
-    async def score(rollout: Rollout) -> Score:
-        return Score(value := rollout.prompt.sample_id.prompt / 4, {"a_words": value})
+    async def score(written: Written) -> Score:
+        return Score(value := written.sample_id.prompt / 4, {"a_words": value})
 
     def run(num_steps: int) -> FakeRoles:
         roles = FakeRoles([])
@@ -215,13 +217,13 @@ def test_a_run_killed_before_a_steps_metrics_has_its_whole_line_after_resuming(t
 class NotFinite(FakeRoles):
     """The generator's log-probabilities of prompt 2 hold a NaN, the reference's of prompt 5 an infinity."""
 
-    async def generate(self, prompt: Prompt) -> Rollout:
-        rollout = await super().generate(prompt)
+    async def write(self, prompt: Prompt) -> Rollout:
+        rollout = await super().write(prompt)
         if prompt.sample_id.prompt == 2:
             rollout.rollout_logprobs[-1] = math.nan
         return rollout
 
-    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+    async def measure(self, rollout: Rollout) -> np.ndarray:
         logprobs = rollout.rollout_logprobs.copy()
         if rollout.prompt.sample_id.prompt == 5:
             logprobs[0] = -math.inf
@@ -247,6 +249,41 @@ def test_rollouts_with_logprobs_that_are_not_finite_are_void_and_counted(tmp_pat
     for table in roles.tables:
         assert table.num_rows == 4  # another was written in place of each
         assert not {2, 5} & set(table["prompt_index"].to_pylist())
+
+
+def test_a_rollout_that_is_lost_before_it_is_scored_is_written_again_under_its_id(tmp_path):
+    class LosesSome(FakeRoles):
+        lost: ClassVar[list[SampleId]] = []
+
+        async def score(self, written: Written) -> Score | Void:
+            if written.sample_id.prompt in (2, 5) and written.sample_id not in self.lost:
+                self.lost.append(written.sample_id)
+                raise RolloutLostError("its node is gone")
+            return await super().score(written)
+
+    roles = LosesSome([])
+    run = make_run(tmp_path, roles, num_steps=2)
+    asyncio.run(train(run))
+    rows = [row for table in roles.tables for row in zip(table["epoch"].to_pylist(), table["prompt_index"].to_pylist())]
+    assert len(set(rows)) == len(rows) == 8
+    assert roles.lost
+    assert {(i.epoch, i.prompt) for i in roles.lost} <= set(rows)
+    assert not any(step.voids for step in run.journal.since(0))
+    assert sum(event.startswith("generate") for event in roles.events) == 8 + len(roles.lost)
+
+
+def test_a_prompt_that_kills_its_generators_is_void_with_that_reason(tmp_path):
+    class Deadly(FakeRoles):
+        async def generate(self, prompt: Prompt) -> Written:
+            if prompt.sample_id.prompt == 2 and prompt.sample_id.epoch == 0:
+                raise GivenUpError("3 Generator replicas died over it")
+            return await super().generate(prompt)
+
+    roles = Deadly([])
+    run = make_run(tmp_path, roles, num_steps=3)
+    asyncio.run(train(run))
+    voids = [void for step in run.journal.since(0) for void in step.voids]
+    assert voids == [("0/2/0", "3 Generator replicas died over it")]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +361,7 @@ class Asked(FakeRoles):
         super().__init__([])
         self.asked: list[tuple[int, int]] = []
 
-    async def logprobs(self, rollout: Rollout) -> np.ndarray:
+    async def measure(self, rollout: Rollout) -> np.ndarray:
         self.asked.append((self.step, rollout.prompt.sample_id.epoch))
         return np.full_like(rollout.rollout_logprobs, -7.0)
 
