@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ray._private import state as ray_state
 from ray.exceptions import ObjectLostError, RayActorError
 
 import common
-from common.config import Placed, TrainerConfig
+from actors.pool import OnEvent, Pool
+from common.config import Placed, Replicated, TrainerConfig
 from common.types import RolloutLostError
 
 # Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
@@ -28,11 +30,11 @@ class RayHost:
     lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
 
     def __init__(self, role: type, cfg: Placed, *args: Any, **kwargs: Any) -> None:
-        self._actor = actor(role, cfg)
+        self._role, self._cfg = role, cfg
         self._args, self._kwargs = args, kwargs
 
     def create(self, name: str) -> Any:
-        return self._actor.options(name=name).remote(name, *self._args, **self._kwargs)
+        return actor(self._role, self._cfg, name=name).remote(name, *self._args, **self._kwargs)
 
     def kill(self, handle: Any) -> None:
         ray.kill(handle)
@@ -57,12 +59,30 @@ class RayHost:
             raise RolloutLostError(f"it was lost with the node it lay on: {error}") from error
 
 
-def actor(role: type, cfg: Placed) -> Any:
-    """The Ray actor class of a role, with what its section reserves."""
-    # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
-    return ray.remote(concurrency_groups={"health": 1})(role).options(
-        num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env={"env_vars": worker_environment(cfg)}
+async def start_pool(
+    role: type,
+    cfg: Replicated,
+    *args: Any,
+    startup_timeout_s: float,
+    on_event: OnEvent = lambda event: None,
+    **kwargs: Any,
+) -> Pool:
+    """Replicas `role(name, *args, **kwargs)`, named like Generator(0); returns when `cfg.min` of them are ready."""
+    pool = Pool(role.__name__, RayHost(role, cfg, *args, **kwargs), cfg, on_event=on_event)
+    return await pool.start(startup_timeout_s)
+
+
+def actor(role: type, cfg: Placed, *, name: str | None = None) -> Any:
+    """The Ray actor class of a role, with what its section reserves; `name` is what Ray's pages show."""
+    return _remote(role).options(
+        name=name, num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env={"env_vars": worker_environment(cfg)}
     )
+
+
+@cache
+def _remote(role: type) -> Any:
+    # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
+    return ray.remote(concurrency_groups={"health": 1})(role)
 
 
 def worker_environment(cfg: Placed) -> dict[str, str]:

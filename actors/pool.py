@@ -350,9 +350,9 @@ class Pool:
         self._backoff = BACKOFF_S if joined and served > MAX_BACKOFF_S else min(2 * self._backoff, MAX_BACKOFF_S)
         self._backoff = max(self._backoff, BACKOFF_S)
         self._not_before = time.monotonic() + self._backoff
-        self._tell(replica, "died", reason=_last_line(error), seconds=served, calls=replica.calls_lost)
+        self._tell(replica, "died", reason=_reason(error), seconds=served, calls=replica.calls_lost)
         if not self._ever_ready:
-            self._fail(RoleError(f"start: {replica.name} died: {_last_line(error)}"), error)
+            self._fail(RoleError(f"start: {replica.name} died: {_reason(error)}"), error)
 
     def _too_few(self, limit: float) -> bool:
         """Fails the pool if fewer than `min` have been ready for `limit` seconds."""
@@ -363,7 +363,7 @@ class Pool:
             self._short_since = time.monotonic()
         elif time.monotonic() - self._short_since > limit:
             states = ", ".join(f"{replica.name} {replica.state}" for replica in self._replicas.values()) or "none"
-            died = f"; the last one died of: {_last_line(self._last_error)}" if self._last_error else ""
+            died = f"; the last one died of: {_reason(self._last_error)}" if self._last_error else ""
             self._fail(
                 UserError(
                     f"{self.role}: {ready} replicas have been ready for {limit:g} s, at least {self._cfg.min} (min) "
@@ -407,6 +407,7 @@ def _least_needed(replicas: list[Replica], router: Router) -> list[Replica]:
     return sorted(replicas, key=lambda r: (ranks.get(r.state, 3), router.cost(r.number), -r.number))
 
 
-def _last_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+def _reason(error: BaseException | None) -> str:
+    """The last line of its message; Ray ends one with a line that says nothing."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "unexpected internal error" not in line]
+    return lines[-1].strip() if lines else type(error).__name__

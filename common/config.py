@@ -413,7 +413,8 @@ class RayConfig(Section):
     """The cluster."""
 
     address: str | None = None
-    """Address of a running cluster; left out: one is started on this machine, on loopback, and stopped at the end."""
+    """HOST:PORT of a running cluster; --address goes over it, and it goes over the variable RAY_ADDRESS. With none of
+    them, or local, one is started on this machine, on loopback, and stopped at the end."""
     object_store_mib: Positive = 1024
     """Shared memory of a cluster started here, MiB: holds two versions of the weights and a batch or two."""
     startup_timeout_s: Seconds = 300

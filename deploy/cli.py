@@ -1,11 +1,12 @@
-"""The command line: `ratchet train`, `train-reward`, `sample-pairs`, `evaluate`, `scale`, `demo`,
-`config`.
+"""The command line: `ratchet train`, `submit`, `scale`, `train-reward`, `sample-pairs`, `evaluate`, `demo`, `config`.
 
 Bad input ends in one message and exit code 2.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -62,6 +63,8 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
     PairSamplingConfig: ("generators.", *(f"labeller.{key}" for key in _REPLICATED), "ray."),
 }
 
+_DASHBOARD = "RAY_API_SERVER_ADDRESS"  # Ray's own variable
+
 app = typer.Typer(
     help="PPO from human feedback on Ray and vLLM.",
     no_args_is_help=True,
@@ -74,6 +77,13 @@ Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings o
 RunOption = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")]
 Resume = Annotated[Path | None, typer.Option(help="Go on with this run directory.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run directory if it exists.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="HOST:PORT of a running Ray cluster, auto, or local for one of its own. Goes over ray.address, which goes "
+        "over the variable RAY_ADDRESS. [default: local]"
+    ),
+]
 
 
 def _epilog(root: type[Root]) -> str:
@@ -86,6 +96,7 @@ def train(
     settings: Settings = None,
     run: RunOption = None,
     resume: Resume = None,
+    address: Address = None,
     force: Force = False,
 ) -> None:
     """Train a policy with PPO."""
@@ -95,7 +106,45 @@ def train(
 
         return run_training(cfg, directory, resume=resume is not None, force=force)
 
-    _run("train", Config, work, config, settings, run, resume)
+    _run("train", Config, work, config, _over(settings, address), run, resume)
+
+
+@app.command()
+def submit(
+    config: ConfigFile = "",
+    settings: Settings = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="URL of the cluster's dashboard, such as http://127.0.0.1:8265.", envvar=_DASHBOARD),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Run directory of a new run, on storage that every node sees under this path."),
+    ] = None,
+    resume: Resume = None,
+    force: Force = False,
+    follow: Annotated[bool, typer.Option(help="Print the job's log, and exit with its result.")] = True,
+) -> None:
+    """Train a policy with PPO, as a job of a running Ray cluster. The current directory travels with it."""
+    if address is None:
+        raise UserError("name the cluster's dashboard with --address, such as http://127.0.0.1:8265")
+    if run is None and resume is None:
+        raise UserError(
+            "name the run directory with --run: the job's own directory is deleted after it, so the run must lie on "
+            "storage that every node sees; a relative one is taken from the current directory"
+        )
+    cfg, named = _named(Config, config, settings or [], run, resume)
+    directory = Path(os.path.abspath(named))
+    _find_users_modules()
+    from deploy.run_directory import refuse_overwriting
+    from deploy.submit import submit_run
+
+    if resume is None:
+        refuse_overwriting(directory, force=force)  # where it can be seen from here
+        arguments = ["/dev/stdin", "--run", str(directory), *(["--force"] if force else [])]
+    else:
+        arguments = [*filter(None, [config]), *(settings or []), "--resume", str(directory)]
+    sys.exit(submit_run(cfg, arguments, directory, address=address, follow=follow))
 
 
 @app.command(epilog=_epilog(RewardTrainingConfig))
@@ -104,6 +153,7 @@ def train_reward(
     settings: Settings = None,
     run: RunOption = None,
     resume: Resume = None,
+    address: Address = None,
     force: Force = False,
 ) -> None:
     """Train a reward model from preference pairs."""
@@ -113,7 +163,7 @@ def train_reward(
 
         return run_reward_training(cfg, directory, resume=resume is not None, force=force)
 
-    _run("train-reward", RewardTrainingConfig, work, config, settings, run, resume)
+    _run("train-reward", RewardTrainingConfig, work, config, _over(settings, address), run, resume)
 
 
 @app.command(epilog=_epilog(PairSamplingConfig))
@@ -122,6 +172,7 @@ def sample_pairs(
     settings: Settings = None,
     run: RunOption = None,
     resume: Resume = None,
+    address: Address = None,
     force: Force = False,
 ) -> None:
     """Sample two responses to each prompt and have a labeller prefer one."""
@@ -131,7 +182,7 @@ def sample_pairs(
 
         return run_pair_sampling(cfg, directory, resume=resume is not None, force=force)
 
-    _run("sample-pairs", PairSamplingConfig, work, config, settings, run, resume)
+    _run("sample-pairs", PairSamplingConfig, work, config, _over(settings, address), run, resume)
 
 
 @app.command()
@@ -140,10 +191,11 @@ def evaluate(
     settings: Settings = None,
     policy: Annotated[str | None, typer.Option(help="The policy to judge [default: model.path].")] = None,
     run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-evaluation].")] = None,
+    address: Address = None,
     force: Force = False,
 ) -> None:
     """Judge a policy on the held-out prompts of a PPO config."""
-    cfg = load_config(Path(config), settings or [], Config)
+    cfg = load_config(Path(config), _over(settings, address), Config)
     name = Path(config).resolve().parent.name if Path(config).name == "config.toml" else Path(config).stem
     _find_users_modules()
     from deploy.evaluate import run_evaluation
@@ -178,13 +230,14 @@ def demo(
         list[str] | None, typer.Argument(help="key=value settings for every stage that has them.")
     ] = None,
     run: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo-rlhf"),
+    address: Address = None,
     force: Force = False,
 ) -> None:
     """Show human feedback from beginning to end, on two cores."""
     _find_users_modules()
     from deploy.demo import run_rlhf_demo
 
-    run_rlhf_demo(run, settings or [], force=force)
+    run_rlhf_demo(run, _over(settings, address), force=force)
 
 
 class Kind(StrEnum):
@@ -221,21 +274,12 @@ def _run(
     root: type[AnyRoot],
     work: Callable[[AnyRoot, Path], Any],
     config: str,
-    settings: Sequence[str] | None,
+    settings: Sequence[str],
     run: Path | None,
     resume: Path | None,
 ) -> None:
-    """Loads the config that was named, or the one of the run that goes on, and works in its run directory."""
-    overrides = list(settings or [])
-    if resume is not None:
-        if run is not None or config.endswith(".toml"):
-            raise UserError("--resume goes on with the config of its run directory; give no config file and no --run")
-        overrides = [config, *overrides] if config else overrides
-        cfg, directory = _resumed(root, resume, overrides), resume
-    elif config:
-        cfg, directory = load_config(Path(config), overrides, root), run or Path("runs") / Path(config).stem
-    else:
-        raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+    """Works in the run directory of the config that was named, or of the run that goes on."""
+    cfg, directory = _named(root, config, settings, run, resume)
     _find_users_modules()
     try:
         work(cfg, directory)
@@ -244,6 +288,24 @@ def _run(
         advice = f"go on with ratchet {command} --resume {directory}" if begun else "nothing was begun"
         typer.echo(f"ratchet: interrupted; {advice}", err=True)
         sys.exit(130)
+
+
+def _named(
+    root: type[AnyRoot], config: str, settings: Sequence[str], run: Path | None, resume: Path | None
+) -> tuple[AnyRoot, Path]:
+    """The config that was named, or that of the run that goes on, and its run directory."""
+    if resume is not None:
+        if run is not None or config.endswith(".toml"):
+            raise UserError("--resume goes on with the config of its run directory; give no config file and no --run")
+        return _resumed(root, resume, [config, *settings] if config else [*settings]), resume
+    if config:
+        return load_config(Path(config), settings, root), run or Path("runs") / Path(config).stem
+    raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+
+
+def _over(settings: Sequence[str] | None, address: str | None) -> list[str]:
+    """Settings with --address over them: it is ray.address by another name."""
+    return [*(settings or []), *([f"ray.address={json.dumps(address)}"] if address else [])]
 
 
 def _find_users_modules() -> None:
@@ -278,3 +340,7 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"ratchet: {error}", err=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":  # in a job, where no `ratchet` need be installed
+    main()

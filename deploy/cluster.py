@@ -6,23 +6,31 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import grpc
 import ray
 from ray._private import ray_constants
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import available_resources_per_node
 
 from common.config import RayConfig, UserError
 from deploy.placement import MIB, Node
+
+ANSWER_S = 10  # a cluster that answers does so in milliseconds; Ray itself would wait a minute
 
 
 @contextmanager
 def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
     """Connects, and yields what each node has free."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if cfg.address is not None:
+    if (address := named_address(cfg)) is not None:
+        _check_answers(address)
         try:
-            ray.init(address=cfg.address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ray.exceptions.RayError) as error:
-            raise UserError(f"no Ray cluster answers at ray.address ({cfg.address}): {error}") from error
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise UserError(
+                f"this machine cannot join the Ray cluster at {address}: {error}; start ratchet on one of the "
+                "cluster's nodes, or send the run there with ratchet submit"
+            ) from error
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles beside anything else
         # ray.init turns a loopback address into the machine's own, and its servers then listen on every interface;
@@ -40,6 +48,43 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
         yield _free_nodes()
     finally:
         ray.shutdown()
+
+
+def named_address(cfg: RayConfig) -> str | None:
+    """The running cluster that is named, by the config (where --address has gone) or by Ray's own variable."""
+    address = cfg.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+def refused(where: str) -> UserError:
+    return UserError(
+        f"the Ray cluster at {where} asks for authentication, and the token here is missing or wrong; set "
+        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+    )
+
+
+def _check_answers(address: str) -> None:
+    """Raises UserError unless a cluster is there and lets this process in: ray.init takes long to fail, and does not
+    tell a wrong token from a wrong address."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise UserError(
+            f"the Ray cluster's address ({address}) must read HOST:PORT, such as 127.0.0.1:6379, auto or local"
+        )
+    try:
+        with init_grpc_channel(address) as channel:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_S)
+    except ray.exceptions.AuthenticationError as error:
+        raise refused(address) from error
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise refused(address) from error
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error.details()}); name a running one with --address, ray.address "
+            "or the variable RAY_ADDRESS, or start one on this machine with --address local"
+        ) from error
 
 
 def _free_nodes() -> list[Node]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
 from actors.generator import Generator
-from actors.hosting import RayHost
+from actors.hosting import start_pool
 from actors.pool import OnEvent, Pool
 from actors.reference_policy import ReferencePolicy
 from actors.services import GeneratorPool
@@ -68,10 +68,10 @@ class Starter:
 
     async def pool(self, role: type, cfg: Replicated, *args: Any, **kwargs: Any) -> Pool:
         """Replicas `role(name, *args, **kwargs)`; returns when `cfg.min` of them are ready."""
-        host = RayHost(role, cfg, *args, **kwargs)
-        pool = Pool(role.__name__, host, cfg, on_event=self._on_event)
+        limit = self._timeout_s
+        pool = await start_pool(role, cfg, *args, startup_timeout_s=limit, on_event=self._on_event, **kwargs)
         self.pools.append(pool)
-        return await pool.start(self._timeout_s)
+        return pool
 
     def stop(self) -> None:
         """Ends all of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -346,9 +346,7 @@ def test_what_was_begun_is_begun_anew_when_it_is_lost_on_its_way():
         async def hands_over_first(what, call, *, cost):
             if not asked:
                 asked.append("first")
-                from dataclasses import replace
-
-                rollout, written = await generate(what, call, cost=cost)
+                _, written = await generate(what, call, cost=cost)
                 return lost, replace(written, finished=False)
             return await generate(what, call, cost=cost)
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from actors.engine import Engine
 from actors.generator import Generator, sampling_seed
-from actors.hosting import actor
-from actors.pool import GeneratorPool, Pool
+from actors.hosting import actor, start_pool
+from actors.services import GeneratorPool
 from common.config import GeneratorsConfig, RayConfig, SamplingConfig
 from common.models import resolve_model
 from common.types import Prompt, SampleId
@@ -64,9 +64,7 @@ async def compare(cfg: GeneratorsConfig) -> dict[str, float]:
         Prompt(SampleId(0, index, 0), "", rng.integers(100, 40_000, PROMPT_TOKENS).astype(np.int32))
         for index in range(REQUESTS)
     ]
-    pool = await Pool.start(
-        Generator, cfg, 0, partial(make_engine, cfg), startup_timeout_s=300, on_loss=lambda name, error: print(error)
-    )
+    pool = await start_pool(Generator, cfg, 0, partial(make_engine, cfg), startup_timeout_s=300)
     generators = GeneratorPool(pool)
     direct = actor(Direct, cfg).remote(cfg)
     served, plain = [], []
@@ -74,7 +72,7 @@ async def compare(cfg: GeneratorsConfig) -> dict[str, float]:
         started = time.perf_counter()
         rollouts = await asyncio.gather(*(generators.generate(prompt) for prompt in prompts))
         served.append(time.perf_counter() - started)
-        assert all(len(rollout.response_ids) == NEW_TOKENS for rollout in rollouts)
+        assert all(written.num_tokens == PROMPT_TOKENS + NEW_TOKENS for written in rollouts)
         plain.append(await direct.generate.remote(prompts))
     served, plain = served[1:], plain[1:]
     pool.stop()

@@ -13,22 +13,23 @@ import asyncio
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from actors.hosting import actor
-from actors.pool import Pool, ReferencePool, RewardPool
+from actors.hosting import actor, start_pool
 from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
 from actors.reward_model import RewardModelSource
+from actors.services import ReferencePool, RewardPool
 from common.config import ModelSourceConfig, RayConfig, ReferenceConfig, SourcesConfig
 from common.models import load_tokenizer, resolve_model
 from common.reward_models import ScoreScale, load_reward_model, save_reward_model
 from common.sequences import token_batches
-from common.types import Prompt, RewardInput, Rollout, SampleId, Score
+from common.types import Prompt, RewardInput, Rollout, SampleId, Score, Written
 from deploy.cluster import cluster
 from tests.bench.results import Result
 
@@ -91,11 +92,11 @@ async def compare(model: str) -> dict[str, dict[str, float]]:
     rollouts = make_rollouts(REQUESTS)
     tokens = sum(rollout.num_tokens for rollout in rollouts)
     service = SourcesConfig(sources=(model_config(model),), threads=THREADS, in_flight=REQUESTS)
-    start: dict[str, Any] = {"startup_timeout_s": 300, "on_loss": lambda name, error: None}
-    references = await Pool.start(
+    start: dict[str, Any] = {"startup_timeout_s": 300}
+    references = await start_pool(
         ReferencePolicy, reference_config(), reference_config(), model=MODEL, temperature=1.0, **start
     )
-    rewards = await Pool.start(Reward, service, service, model=MODEL, **start)
+    rewards = await start_pool(Reward, service, service, model=MODEL, **start)
     direct = actor(Direct, service).remote(model)
     calls = {
         "reference": (ReferencePool(references).logprobs, direct.logprobs),
@@ -103,20 +104,21 @@ async def compare(model: str) -> dict[str, dict[str, float]]:
     }
     result: dict[str, dict[str, float]] = {}
     for name, (call, directly) in calls.items():
-        await asyncio.gather(*(call(rollout) for rollout in rollouts[:8]))
+        asked = [replace(Written.of(rollout), rollout=rollout) for rollout in rollouts]
+        await asyncio.gather(*(call(written) for written in asked[:8]))
         await directly.remote(rollouts[:8])
         served, plain, idle, alone = [], [], [], []
         for _ in range(ROUNDS):
             started = time.perf_counter()
-            answers = await asyncio.gather(*(call(rollout) for rollout in rollouts))
+            answers = await asyncio.gather(*(call(written) for written in asked))
             served.append(time.perf_counter() - started)
-            assert all(isinstance(answer, (np.ndarray, Score)) for answer in answers)
+            assert all(isinstance(answer, Score) or answer[1] for answer in answers)
             plain.append(await directly.remote(rollouts))
-        for rollout in rollouts[:IDLE_REQUESTS]:
+        for written in asked[:IDLE_REQUESTS]:
             started = time.perf_counter()
-            await call(rollout)
+            await call(written)
             idle.append(time.perf_counter() - started)
-            alone.append(await directly.remote([rollout]))
+            alone.append(await directly.remote([written.rollout]))
         result[name] = {
             "throughput_ratio": statistics.median(plain) / statistics.median(served),
             "served_tokens_per_s": tokens / statistics.median(served),

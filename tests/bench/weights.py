@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from actors.generator import Generator
-from actors.hosting import actor
-from actors.pool import GeneratorPool, Pool
+from actors.hosting import actor, start_pool
+from actors.services import GeneratorPool
 from common.config import GeneratorsConfig, LearnerConfig, RayConfig, SamplingConfig
 from common.models import load_policy, resolve_model
 from common.types import Prompt, SampleId
@@ -132,13 +132,12 @@ async def update_often(cfg: GeneratorsConfig) -> dict[str, float]:
     rank = actor(Publisher, learner_cfg).remote()
     learner = LearnerGroup([rank], timeout_s=60)
     pool, _ = await asyncio.gather(
-        Pool.start(
+        start_pool(
             TimedGenerator,
             cfg,
             0,
             partial(make_engine, cfg, sampling),
             startup_timeout_s=300,
-            on_loss=lambda name, error: print(f"lost {name}: {error}"),
         ),
         learner.start(300),
     )

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.config import GeneratorsConfig, SamplingConfig
-from common.types import Rollout, SampleId
+from common.types import Rollout, SampleId, Written
 from common.weights import Bucket, CorruptWeightsError, buckets
 from tests.fakes import END, make_prompt, save_tiny_model
 
@@ -104,17 +104,23 @@ async def load(generator, weights: list[Bucket]) -> int:
     return await generator.swap(weights[0].version)
 
 
+async def write(generator, prompt) -> Rollout:
+    rollout, written = await generator.generate(prompt)
+    assert written == Written.of(rollout)
+    return rollout
+
+
 async def rollouts(generator, weight_sets) -> list[list[Rollout]]:
     """All prompts at once, before any update and after each."""
-    results = [list(await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS)))]
+    results = [list(await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS)))]
     for weights in weight_sets:
         assert await load(generator, weights) == weights[0].version
-        results.append(list(await asyncio.gather(*(generator.generate(prompt) for prompt in PROMPTS))))
+        results.append(list(await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS))))
     return results
 
 
 async def one_by_one(generator, weight_sets) -> list[Rollout]:
-    return [await generator.generate(prompt) for prompt in reversed(PROMPTS)][::-1]
+    return [await write(generator, prompt) for prompt in reversed(PROMPTS)][::-1]
 
 
 async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
@@ -123,7 +129,7 @@ async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
     for bucket in broken_off[:-1]:
         await generator.stage(bucket)
     refused = await refusal(load(generator, [*weights[:-1], replace(weights[-1], checksum=0)]))
-    running = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
+    running = [asyncio.create_task(write(generator, prompt)) for prompt in PROMPTS]
     await asyncio.sleep(0.05)  # some way into 100 tokens
     await load(generator, weights)
     return refused, list(await asyncio.gather(*running))
@@ -140,21 +146,21 @@ async def refusal(action) -> str:
 async def refused_updates(generator, weight_sets) -> tuple[list[str], list[Rollout], list[Rollout]]:
     """All sets but the last are to be refused, while the old weights go on serving."""
     *bad, good = weight_sets
-    running = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
+    running = [asyncio.create_task(write(generator, prompt)) for prompt in PROMPTS]
     refused = [await refusal(load(generator, weights)) for weights in bad]
-    before = [*await asyncio.gather(*running), *await asyncio.gather(*map(generator.generate, PROMPTS))]
+    before = [*await asyncio.gather(*running), *await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS))]
     await load(generator, good)
-    return refused, before, list(await asyncio.gather(*map(generator.generate, PROMPTS)))
+    return refused, before, list(await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS)))
 
 
 async def give_up(generator, weight_sets) -> list[Rollout]:
     """Callers that leave at any moment disturb nobody; the same prompt twice at once is two requests."""
     for delay in (0.0, 0.001, 0.004, 0.01, 0.02):
-        leaving = [asyncio.create_task(generator.generate(prompt)) for prompt in PROMPTS]
+        leaving = [asyncio.create_task(write(generator, prompt)) for prompt in PROMPTS]
         await asyncio.sleep(delay)
         for task in leaving:
             task.cancel()
-    return list(await asyncio.gather(generator.generate(PROMPTS[0]), generator.generate(PROMPTS[0])))
+    return list(await asyncio.gather(write(generator, PROMPTS[0]), write(generator, PROMPTS[0])))
 
 
 async def incomplete_update(generator, weight_sets) -> list[str]:
@@ -162,9 +168,9 @@ async def incomplete_update(generator, weight_sets) -> list[str]:
     [half] = weight_sets
     for bucket in half:
         await generator.stage(bucket)
-    calls = [generator.generate(PROMPTS[0]), generator.swap(1), generator.generate(PROMPTS[1])]
+    calls = [write(generator, PROMPTS[0]), generator.swap(1), write(generator, PROMPTS[1])]
     outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
-    late = await asyncio.gather(generator.generate(PROMPTS[2]), return_exceptions=True)
+    late = await asyncio.gather(write(generator, PROMPTS[2]), return_exceptions=True)
     return [f"{type(outcome).__name__}: {outcome}" for outcome in [*outcomes, *late]]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
-from typing import ClassVar
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest

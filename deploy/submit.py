@@ -1,0 +1,139 @@
+"""`ratchet submit`: a run of PPO as a Ray job, on a cluster that need not have Ratchet installed.
+
+What travels: Ratchet's own packages, the directory it is called from (reward functions, prompts), and the config.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+import typer
+from ray._private import ray_constants
+from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+from ray.job_submission import JobSubmissionClient
+
+import actors
+import common
+import deploy
+import learner
+from common.config import Config, UserError
+from common.functions import load_function
+from deploy.cluster import refused
+from deploy.placement import MIB
+
+EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out
+LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes of a request that the cluster takes
+
+
+def submit_run(cfg: Config, arguments: Sequence[str], directory: Path, *, address: str, follow: bool) -> int:
+    """Sends `ratchet train` with these arguments, which reads `cfg` on its standard input, and returns the exit code.
+
+    Everything that can be checked here is checked before anything is sent. Models cannot: they lie over there.
+    """
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.WARNING)  # else a line for every package that is sent
+    check_travels(cfg, Path.cwd())
+    client = _connect(address)
+    try:
+        job = client.submit_job(
+            # -P: a user's own `common` in the job's working directory must not hide ours.
+            entrypoint=f'printf %s "$RATCHET_CONFIG" | python -P -m deploy.cli train {shlex.join(arguments)} '
+            '--address "$RAY_ADDRESS"',
+            runtime_env={
+                "working_dir": str(Path.cwd()),
+                # Not in one directory with the user's files, which may have the same names; Python finds these first.
+                "py_modules": [package.__path__[0] for package in (actors, common, deploy, learner)],
+                "excludes": EXCLUDED,
+                "env_vars": {"RATCHET_CONFIG": cfg.to_toml()},
+            },
+            metadata={"run": str(directory)},
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"the cluster at {address} did not take the job: {error}") from error
+    at = f"{job} --address {address}"
+    typer.echo(
+        f"submitted {job}; run directory on the cluster: {directory}\n"
+        f"follow: ray job logs --follow {at}\nstop:   ray job stop {at}\nlist:   ray job list --address {address}"
+    )
+    return _follow(client, job) if follow else 0
+
+
+def check_travels(cfg: Config, directory: Path) -> None:
+    """Raises UserError unless prompts and functions of the config are in what is sent, and that is not too large."""
+    sent: dict[Path, int] = {}
+
+    def visit(path: Path) -> None:
+        if path.is_file():
+            sent[path.relative_to(directory)] = path.stat().st_size
+
+    default = ray_constants.get_runtime_env_default_excludes()
+    _dir_travel(directory, [_get_excludes(directory, [*default, *EXCLUDED])], visit, include_gitignore=True)
+    if (size := sum(sent.values())) > LIMIT:
+        largest = max(sent, key=lambda path: sent[path])
+        raise UserError(
+            f"the current directory, which travels with the job, holds {size / MIB:.0f} MiB, and a job may carry "
+            f"{LIMIT / MIB:.0f} (largest: {largest}); name what need not travel in .gitignore or .rayignore"
+        )
+    prompts = {"prompts.train": cfg.prompts.train, "prompts.heldout": cfg.prompts.heldout}
+    for key, source in prompts.items():
+        if source is None or Path(source).expanduser().is_absolute():
+            continue
+        if not source.endswith(".jsonl"):
+            load_function(source, key)
+        elif Path(os.path.normpath(source)) not in sent:
+            raise UserError(
+                f"{key} ({source}) does not travel with the job: it must lie in the current directory and not be "
+                "ignored there, or be named by an absolute path that the cluster's nodes see"
+            )
+    for rewards in (*cfg.reward.sources, *cfg.evaluation.judges):
+        if (function := getattr(rewards, "function", None)) is not None:
+            load_function(function, f"reward source {rewards.name}")
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise UserError(
+            f"--address ({address}) must be the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
+        )
+    os.environ[ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE] = address  # else RAY_ADDRESS would win
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
+        return JobSubmissionClient(address)
+    except ray.exceptions.AuthenticationError as error:
+        raise refused(f"--address ({address})") from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no Ray dashboard answers at --address ({address}): {error}; it is the URL that ray start --head prints, "
+            "port 8265 unless told otherwise, reached through a tunnel where it listens on loopback"
+        ) from error
+
+
+def _follow(client: JobSubmissionClient, job: str) -> int:
+    """Prints the job's log to its end; the exit code is that of its driver."""
+
+    async def stream() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    try:
+        asyncio.run(stream())
+        while not (info := client.get_job_info(job)).status.is_terminal():
+            time.sleep(1)
+    except (KeyboardInterrupt, OSError, RuntimeError, aiohttp.ClientError) as error:
+        reason = f" ({error})" if str(error) else ""
+        typer.echo(f"ratchet: no longer following{reason}; the job goes on", err=True)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    typer.echo(f"job {job}: {info.status.value.lower()}")
+    return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1

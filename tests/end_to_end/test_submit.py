@@ -1,0 +1,190 @@
+"""A running cluster: runs sent there as jobs from a user's own directory, and runs that join it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common.journal import Journal
+from tests.fakes import save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+NODES = """
+import json, sys
+from ray.cluster_utils import Cluster
+node = {"num_cpus": 1, "object_store_memory": 200 << 20}
+head = {**node, "include_dashboard": True, "dashboard_host": "127.0.0.1", "temp_dir": sys.argv[1] + "/1"}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+cluster.add_node(**node, temp_dir=sys.argv[1] + "/2")  # or each would delete packages that the other uses
+cluster.wait_for_nodes()
+print(json.dumps([cluster.address, "http://" + cluster.head_node.webui_url]), flush=True)
+sys.stdin.read()  # until the tests end, however they end
+cluster.shutdown()
+"""
+REWARD = """
+from pathlib import Path
+
+import ray
+
+import common.types
+from common.types import RewardInput
+
+LETTER = "a"
+
+
+def a_words(answer: RewardInput) -> float:
+    node = Path({notes!r}) / ray.get_runtime_context().get_node_id()
+    node.write_text(common.types.__file__)
+    words = answer.response.split()
+    return sum(word.startswith(LETTER) for word in words) / max(1, len(words))
+"""
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """Two nodes of one core on loopback, with a token and a dashboard."""
+    bin_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
+    environment |= {
+        "PATH": bin_first,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then leaves 127.0.0.1 as it is, and listens nowhere else
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    # Its sockets' paths must be short, which pytest's directories are not.
+    temp = Path("/tmp") / f"ratchet-{secrets.token_hex(3)}"
+    nodes = subprocess.Popen(
+        [sys.executable, "-c", NODES, str(temp)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        address, dashboard = json.loads(nodes.stdout.readline())
+        yield RunningCluster(address, dashboard, environment)
+    finally:
+        nodes.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            nodes.wait(timeout=30)
+        with suppress(ProcessLookupError):
+            os.killpg(nodes.pid, signal.SIGKILL)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A user's directory: prompts, a reward function and a config; and where the function notes where it ran."""
+    place = tmp_path_factory.mktemp("user")
+    notes = tmp_path_factory.mktemp("notes")
+    (place / "my_rewards.py").write_text(REWARD.format(notes=str(notes)))
+    (place / ".gitignore").write_text("ignored.jsonl\n")
+    for name in ("prompts.jsonl", "ignored.jsonl"):
+        (place / name).write_text("".join(json.dumps({"prompt": f"ask a{i}"}) + "\n" for i in range(8)))
+    cfg = tiny_config(
+        save_tiny_model(tmp_path_factory.mktemp("model")),
+        num_steps=2,
+        prompts={"train": "prompts.jsonl", "heldout": None, "max_tokens": 8},
+        evaluation={"prompts": 0},
+        # The two cores for the two of these, so that there is one on each node.
+        generators={"cpus": 0},
+        learner={"cpus": 0},
+        reward={"sources": [{"name": "a_words", "function": "my_rewards:a_words"}], "replicas": 2, "cpus": 1},
+    )
+    (place / "tiny.toml").write_text(cfg.to_toml())
+    return place, notes
+
+
+def ratchet(place, environment, *arguments):
+    """The command line as from an installation elsewhere: the user's directory is not the project's."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "deploy.cli", *arguments],
+        cwd=place,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_a_submitted_run_trains_on_every_node_with_what_travelled(running, place, tmp_path):
+    notes, run = place[1], tmp_path / "run"
+    directory = shutil.copytree(place[0], tmp_path / "user")
+    (directory / "common").mkdir()
+    (directory / "common/__init__.py").write_text("raise ImportError('a package named like one of ours')\n")
+    done = ratchet(
+        directory, running.environment, "submit", "tiny.toml", "seed=3", "--address", running.dashboard, "--run", run
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run directory on the cluster: {run}" in done.stdout
+    assert "ready after" in done.stdout  # the job's log
+    journal = Journal(run / "journal")
+    assert journal.next_step == 2
+    assert [step.table.num_rows for step in journal.since(0)] == [4, 4]
+    assert "seed = 3" in (run / "config.toml").read_text()
+    files = [note.read_text() for note in notes.iterdir()]
+    assert len(files) == 2  # nodes
+    assert all("_ray_pkg_" in file for file in files)  # neither the user's `common` nor an installed one
+
+
+def test_a_job_that_fails_gives_its_exit_code(running, place, tmp_path):
+    done = ratchet(
+        place[0],
+        running.environment,
+        *("submit", "tiny.toml", "model.path=nowhere/to-be-found", "--run", tmp_path / "run"),
+        *("--address", running.dashboard),
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "nowhere/to-be-found" in done.stdout.partition("submitted")[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_joins_the_cluster_that_is_named_and_resumes_there_as_a_job(running, place, tmp_path):
+    run = tmp_path / "run"
+    joined = {**running.environment, "RAY_ADDRESS": "127.0.0.1:9"}  # --address goes over it
+    done = ratchet(place[0], joined, "train", "tiny.toml", "num_steps=1", "--address", running.address, "--run", run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f'address = "{running.address}"' in (run / "config.toml").read_text()
+    done = ratchet(
+        place[0], joined, "submit", "num_steps=2", "--resume", run, "--address", running.dashboard, "--follow"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Journal(run / "journal").next_step == 2
+
+
+@pytest.mark.parametrize("token", [None, "f" * 64])
+@pytest.mark.parametrize("command", ["train", "submit"])
+def test_without_the_token_a_run_is_refused(running, place, tmp_path, command, token):
+    environment = {**running.environment, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token" if token else "disabled"}
+    environment["RAY_AUTH_TOKEN"] = token or ""
+    address = running.address if command == "train" else running.dashboard
+    done = ratchet(place[0], environment, command, "tiny.toml", "--address", address, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{address}" in done.stderr
+    assert "asks for authentication, and the token here is missing or wrong" in done.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
