@@ -24,8 +24,6 @@ pytestmark = pytest.mark.ray
 
 class Worker:
     def __init__(self, name: str) -> None:
-        if os.environ.get("BROKEN"):
-            raise ValueError("no such model")
         self._name = name
 
     def __repr__(self) -> str:
@@ -57,6 +55,7 @@ class Worker:
 
 class Broken(Worker):
     def __init__(self, name: str) -> None:
+        super().__init__(name)
         raise ValueError("no such model")
 
 

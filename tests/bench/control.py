@@ -1,0 +1,219 @@
+"""The control plane alone: how many rollouts a second pass from prompt to journal, and what one more costs when there
+are many replicas, or many prompts outstanding.
+
+Engines, scorer and reference answer at once; loop, pools, routing, generators, buffer and journal are the real ones, all
+in one process. Learning and publication are left out. Besides runs/bench.json this leaves runs/bench-control.json and a
+plot beside it; `make bench-control` runs it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+
+from actors.engine import Completion
+from actors.generator import Generator
+from actors.pool import Pool
+from actors.services import GeneratorPool, ReferencePool, RewardPool
+from common.config import Config, Replicated
+from common.prompts import PromptRecord, PromptStream
+from common.types import Rollout, Score
+from learner.train_loop import Run, train
+from tests.bench.results import Result
+from tests.fakes import LocalHost, tiny_config
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+BATCH = 50
+WARM_UP, STEPS = 4, 40
+ROUNDS = 3
+REPLICAS = (1, 10, 100, 1000)
+OUTSTANDING = (100, 1000, 10_000, 100_000)
+FREE_BATCH, FREE_STEPS = 500, 30
+
+
+class StubLearner:
+    """Learns nothing; its steps are counted."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    async def update(self, table: pa.Table) -> dict[str, float]:
+        self.step += 1
+        return {}
+
+    async def publish(self) -> AsyncIterator[Any]:
+        return
+        yield
+
+
+class StubEngine:
+    """Writes the same tokens under the learner's version, at once or as soon as `gate` lets a response through."""
+
+    _logprobs = np.full(NEW_TOKENS, -1.0, dtype=np.float32)
+
+    def __init__(self, learner: StubLearner, gate: asyncio.Semaphore | None) -> None:
+        self._learner, self._gate = learner, gate
+
+    async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
+        if self._gate is not None:
+            await self._gate.acquire()
+        versions = np.full(NEW_TOKENS, self._learner.step, dtype=np.int32)
+        return Completion(np.arange(NEW_TOKENS, dtype=np.int32), self._logprobs.copy(), versions, "length")
+
+
+class StubReward:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def ready(self) -> str:
+        return self._name
+
+    async def score(self, rollout: Rollout) -> Score:
+        return Score(1.0, {"stub": 1.0}, {"stub": "stub"})
+
+
+class StubReference(StubReward):
+    async def logprobs(self, rollout: Rollout) -> tuple[np.ndarray, bool]:
+        return rollout.rollout_logprobs.copy(), True
+
+
+class SameWeights(GeneratorPool):
+    async def load(self, weights: AsyncIterator[Any], version: int) -> None:
+        """Nothing is published."""
+
+
+class Measured(Exception):
+    """Enough steps."""
+
+
+async def steps(
+    directory: Path, *, batch: int, outstanding: int, replicas: int, in_step: bool, count: int
+) -> tuple[float, float]:
+    """Seconds and CPU seconds of `count` steps, once the pipe is full. `in_step`: the engines write a batch for each
+    that was consumed, so that what is measured is one rollout in for one out, however many wait."""
+    cfg: Config = tiny_config(
+        "none",
+        num_steps=10**9,
+        rollouts_per_step=batch,
+        max_staleness=outstanding // batch - 1,
+        buffer_mib=10**6,
+        sampling={"max_new_tokens": NEW_TOKENS},
+        prompts={"max_tokens": PROMPT_TOKENS},
+        ppo={"minibatches": 1},
+        evaluation={"prompts": 0},
+        checkpoint={"every": 10**9},
+    )
+    record = PromptRecord("a question", np.arange(PROMPT_TOKENS, dtype=np.int32), {"answer": 1})
+    learner, gate = StubLearner(), asyncio.Semaphore(batch) if in_step else None
+    quiet = {"silent_s": 1e6}  # probes cost by the second, not by the rollout
+    hosts = (
+        (LocalHost(Generator, 0, lambda: StubEngine(learner, gate)), Replicated(min=replicas, **quiet)),
+        (LocalHost(StubReward), Replicated(**quiet)),
+        (LocalHost(StubReference), Replicated(**quiet)),
+    )
+    generators, rewards, references = [
+        await Pool("Stub", host, section).start(timeout_s=600) for host, section in hosts
+    ]
+    marks: list[tuple[float, float]] = []
+
+    def on_step(*_: Any) -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+        if len(marks) > WARM_UP + count:
+            raise Measured
+        if gate is not None:
+            for _ in range(batch):
+                gate.release()
+
+    run = Run(
+        cfg=cfg,
+        directory=directory,
+        prompts=PromptStream([record] * 1000, seed=0, rollouts_per_prompt=1),
+        heldout=[],
+        generators=SameWeights(generators),
+        reward=RewardPool(rewards),
+        reference=ReferencePool(references),
+        learner=learner,
+        on_step=on_step,
+    )
+    try:
+        await train(run)
+    except Measured:
+        pass
+    finally:
+        for pool in (generators, rewards, references):
+            pool.stop()
+    (wall, cpu), (wall_end, cpu_end) = marks[WARM_UP], marks[-1]
+    return wall_end - wall, cpu_end - cpu
+
+
+def run_steps(**settings: Any) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as directory:
+        return asyncio.run(steps(Path(directory), **settings))
+
+
+def cost_us(**settings: Any) -> float:
+    """CPU time of one rollout, microseconds."""
+    _, cpu = run_steps(batch=BATCH, in_step=True, count=STEPS, **settings)
+    return 1e6 * cpu / (BATCH * STEPS)
+
+
+def measure() -> dict[str, Result]:
+    rates, by_replicas, by_outstanding = [], [], []
+    for _ in range(ROUNDS):
+        wall, _ = run_steps(batch=FREE_BATCH, outstanding=2 * FREE_BATCH, replicas=4, in_step=False, count=FREE_STEPS)
+        rates.append(FREE_BATCH * FREE_STEPS / wall)
+        by_replicas.append([cost_us(outstanding=1000, replicas=number) for number in REPLICAS])
+        by_outstanding.append([cost_us(outstanding=number, replicas=4) for number in OUTSTANDING])
+    # The least of several runs: whatever else the machine does only adds.
+    replicas_us, outstanding_us = np.min(by_replicas, axis=0), np.min(by_outstanding, axis=0)
+    rate = statistics.median(rates)
+    ratios = {
+        "rollouts_per_s": rate,
+        "cost_ratio_1000_replicas": float(replicas_us[-1] / replicas_us[0]),
+        "cost_ratio_100k_outstanding": float(outstanding_us[-1] / outstanding_us[0]),
+    }
+    parts = {
+        **{f"us_per_rollout_{n}_replicas": float(us) for n, us in zip(REPLICAS, replicas_us)},
+        **{f"us_per_rollout_{n}_outstanding": float(us) for n, us in zip(OUTSTANDING, outstanding_us)},
+    }
+    folder = Path("runs")
+    folder.mkdir(exist_ok=True)
+    (folder / "bench-control.json").write_text(json.dumps({**ratios, **parts}, indent=2) + "\n", encoding="utf-8")
+    plot(
+        folder / "bench-control.png",
+        {"replicas": (REPLICAS, replicas_us), "outstanding": (OUTSTANDING, outstanding_us)},
+    )
+    return {
+        "rollouts_per_s": Result(rate, ">= 5000"),
+        "cost_ratio_1000_replicas": Result(
+            ratios["cost_ratio_1000_replicas"], "<= 1.2", {k: v for k, v in parts.items() if k.endswith("replicas")}
+        ),
+        "cost_ratio_100k_outstanding": Result(
+            ratios["cost_ratio_100k_outstanding"], "<= 1.2", {k: v for k, v in parts.items() if k.endswith("ing")}
+        ),
+    }
+
+
+def plot(path: Path, curves: dict[str, tuple[tuple[int, ...], np.ndarray]]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for axis, (name, (counts, microseconds)) in zip(axes, curves.items(), strict=True):
+        axis.semilogx(counts, microseconds, "o-")
+        axis.set_xlabel({"replicas": "generator replicas", "outstanding": "prompts outstanding"}[name])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("CPU time of one rollout, µs")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
