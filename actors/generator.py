@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 
 from actors.engine import Engine
+from common import meters
 from common.types import Prompt, Rollout, SampleId
 from common.weights import Arrivals, Bucket
 
@@ -19,9 +21,10 @@ class Generator:
         self._engine = make_engine()
         self._version = 0
         self._arrivals = Arrivals()
-
-    def __repr__(self) -> str:
-        return self._name
+        self._staging_s = 0.0  # of the update that is under way
+        for counted in ("rollouts", "tokens", "nonfinite"):
+            meters.count(f"ratchet_generator_{counted}_total", 0)
+        meters.gauge("ratchet_generator_weights_version", self._version)
 
     async def ready(self) -> str:
         return self._name
@@ -29,6 +32,8 @@ class Generator:
     async def generate(self, prompt: Prompt) -> Rollout:
         """A function of (weights, run seed, sample id) alone, so a re-issued prompt gives the same rollout."""
         done = await self._engine.generate(prompt.token_ids, seed=sampling_seed(self._seed, prompt.sample_id))
+        meters.count("ratchet_generator_rollouts_total")
+        meters.count("ratchet_generator_tokens_total", len(done.token_ids))
         return Rollout(
             prompt, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason, generator=self._name
         )
@@ -36,9 +41,11 @@ class Generator:
     async def stage(self, *buckets: Bucket) -> None:
         """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError."""
         for bucket in buckets:
+            started = time.perf_counter()
             self._arrivals.add(bucket)
             if bucket.version != self._version:
                 await self._engine.stage(bucket)
+            self._staging_s = (self._staging_s if bucket.index else 0.0) + time.perf_counter() - started
 
     async def swap(self, version: int) -> int:
         """Samples with the staged weights from here on; returns the version now held. Raises CorruptWeightsError
@@ -47,6 +54,8 @@ class Generator:
             self._arrivals.check_whole(version)
             await self._engine.swap(version)
             self._version = version
+            meters.observe("ratchet_generator_stage_seconds", self._staging_s)
+            meters.gauge("ratchet_generator_weights_version", version)
         return self._version
 
 

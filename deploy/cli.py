@@ -50,6 +50,7 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
         "reward.timeout_s",
         "reward.max_void_share",
         "evaluation.",
+        "monitoring.",
     ),
     RewardTrainingConfig: (
         "epochs",

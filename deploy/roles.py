@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import ray
 from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
@@ -84,7 +85,14 @@ def make_engine(
     """Called in the generator's process: only there is vLLM imported."""
     from actors.vllm_engine import VLLMEngine
 
-    return VLLMEngine(resolve_model(path), cfg, sampling, max_model_len=max_model_len, end_token_ids=end_tokens)
+    return VLLMEngine(
+        resolve_model(path),
+        cfg,
+        sampling,
+        max_model_len=max_model_len,
+        end_token_ids=end_tokens,
+        export_metrics=ray.is_initialized(),
+    )
 
 
 def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[ModelSize]:
