@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+from ray.util.state import list_actors
 
 from common import meters
 from common.figures import FIGURES
@@ -90,11 +91,15 @@ def wait_for(condition: Callable[[], Any], limit_s: float = 60) -> Any:
         time.sleep(0.5)
 
 
+def not_up(targets: list[dict[str, Any]]) -> list[str]:
+    return [f"{target['scrapeUrl']}: {target['lastError']}" for target in targets if target["health"] != "up"]
+
+
 def scrape(program: str, directory: Path, files: list[Path], wanted: set[str]) -> tuple[list[dict[str, Any]], Samples]:
     """The targets, and all series, once every wanted metric is there; or what there is when that takes too long."""
     assert wait_for(lambda: all(path.exists() for path in files)), files
     with scraping(program, directory, files) as ask:
-        wait_for(lambda: wanted <= set(ask("label/__name__/values")))
+        wait_for(lambda: wanted <= set(ask("label/__name__/values")) and not not_up(ask("targets")["activeTargets"]))
         samples: Samples = {}
         for series in ask("query", query='{__name__=~"(ray_)?ratchet_.*|ray_vllm_.*"}')["result"]:
             labels = series["metric"]
@@ -122,11 +127,13 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(prometheus, tmp
         exported = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in role_meters}
         figures = {figure.metric for figure in FIGURES} | {"ratchet_policy_version", "ratchet_evaluation_pass_at_1"}
         found: list[Any] = []
+        labels_shown: set[tuple[str, str]] = set()
         shown = Progress.step
 
         def look(self: Progress, record: dict[str, Any], *rest: Any) -> None:
             shown(self, record, *rest)
             if record["step"] + 1 == cfg.num_steps:  # the run waits meanwhile
+                labels_shown.update((actor.class_name, actor.repr_name) for actor in list_actors(detail=True))
                 meters.gauge("ratchet_pool_replicas", 2, role="Generator", state="ready")
                 files = [Path(temporary) / "ray/prom_metrics_service_discovery.json", directory / "prometheus.json"]
                 vllms = {"ray_vllm_generation_tokens_total", "ray_vllm_e2e_request_latency_seconds_count"}
@@ -134,16 +141,17 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(prometheus, tmp
 
         monkeypatch.setattr(Progress, "step", look)
         run_training(cfg, directory)
+    replicas = {"Generator(0)", "Generator(1)", "Reward(0)", "ReferencePolicy(0)"}
+    assert labels_shown == {(name.partition("(")[0], name) for name in replicas | {"Learner(0)"}}
     [(targets, samples)] = found
     assert len(targets) >= 2
-    assert [target["lastError"] for target in targets if target["health"] != "up"] == []
+    assert not_up(targets) == []
 
     assert figures <= set(samples)
     assert samples["ratchet_rollout_score"][0]["source"] == "a_words"
     assert all(labels["run"] == "run" for name in figures for labels in samples[name])
 
     assert exported <= set(samples)
-    replicas = {"Generator(0)", "Generator(1)", "Reward(0)", "ReferencePolicy(0)"}
     for name in exported - {"ray_ratchet_pool_replicas"}:
         for labels in samples[name]:
             assert labels["replica"] in replicas
