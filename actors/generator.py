@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 
 import numpy as np
 
 from actors.engine import Engine
+from common import meters
 from common.types import Prompt, Rollout, SampleId, Written
 from common.weights import Arrivals, Bucket
 
@@ -21,9 +23,10 @@ class Generator:
         self._engine = make_engine()
         self._version = 0
         self._arrivals = Arrivals()
-
-    def __repr__(self) -> str:
-        return self._name
+        self._staging_s = 0.0  # of the update that is under way
+        for counted in ("rollouts", "tokens", "nonfinite"):
+            meters.count(f"ratchet_generator_{counted}_total", 0)
+        meters.gauge("ratchet_generator_weights_version", self._version)
 
     async def ready(self) -> str:
         return self._name
@@ -43,7 +46,11 @@ class Generator:
             before = begun.response_ids, begun.rollout_logprobs, begun.policy_versions
             arrays = tuple(np.concatenate(pair) for pair in zip(before, arrays, strict=True))
         rollout = Rollout(prompt, *arrays, done.finish_reason, generator=self._name)
-        return rollout, Written.of(rollout)
+        written_down = Written.of(rollout)
+        meters.count("ratchet_generator_tokens_total", len(done.token_ids))
+        meters.count("ratchet_generator_rollouts_total", written_down.finished)
+        meters.count("ratchet_generator_nonfinite_total", bool(written_down.fault))
+        return rollout, written_down
 
     async def hand_over(self) -> None:
         """Ends every response where it is: `generate` returns what there is, for others to go on with."""
@@ -52,9 +59,11 @@ class Generator:
     async def stage(self, *buckets: Bucket) -> None:
         """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError."""
         for bucket in buckets:
+            started = time.perf_counter()
             self._arrivals.add(bucket)
             if bucket.version != self._version:
                 await self._engine.stage(bucket)
+            self._staging_s = (self._staging_s if bucket.index else 0.0) + time.perf_counter() - started
 
     async def swap(self, version: int) -> int:
         """Samples with the staged weights from here on; returns the version now held. Raises CorruptWeightsError
@@ -63,6 +72,8 @@ class Generator:
             self._arrivals.check_whole(version)
             await self._engine.swap(version)
             self._version = version
+            meters.observe("ratchet_generator_stage_seconds", self._staging_s)
+            meters.gauge("ratchet_generator_weights_version", version)
         return self._version
 
 

@@ -1,88 +1,47 @@
-"""How a role becomes Ray actors: what they reserve, the environment of their processes, where they are."""
+"""How a role's plain class becomes a Ray actor: what it reserves, its process' environment, where its meters go."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Awaitable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import state as ray_state
-from ray.exceptions import ObjectLostError, RayActorError
 
 import common
-from actors.pool import OnEvent, Pool
-from common.config import Placed, Replicated, TrainerConfig
-from common.types import RolloutLostError
+from actors.ray_meters import RayMeters
+from common import meters
+from common.config import Placed, TrainerConfig
 
 # Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
 # caller: rollouts do, the few numbers beside them do not.
 _INLINE_BYTES = 1024
 
 
-class RayHost:
-    """`actors.pool.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
-
-    losses: tuple[type[BaseException], ...] = (RayActorError,)
-    lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
-
-    def __init__(self, role: type, cfg: Placed, *args: Any, **kwargs: Any) -> None:
-        self._role, self._cfg = role, cfg
-        self._args, self._kwargs = args, kwargs
-
-    def create(self, name: str) -> Any:
-        return actor(self._role, self._cfg, name=name).remote(name, *self._args, **self._kwargs)
-
-    def kill(self, handle: Any) -> None:
-        ray.kill(handle)
-
-    def node(self, handle: Any) -> str | None:
-        # Ray's own table, which has no public form: the process id is there once the actor has found room.
-        entry = ray_state.actors(handle._actor_id.hex())
-        return entry["Address"]["NodeID"] if entry and entry["Pid"] else None
-
-    def leaving_nodes(self) -> Mapping[str, float]:
-        # Ray Train watches for preemption through the same private call.
-        deadlines_ms = ray_state.state.get_draining_nodes()
-        return {node: ms / 1000 - time.time() if ms else float("inf") for node, ms in deadlines_ms.items()}
-
-    def probe(self, handle: Any) -> Awaitable[Any]:
-        return handle.ready.options(concurrency_group="health").remote()
-
-    async def fetch(self, reference: Any) -> Any:
-        try:
-            return await reference
-        except ObjectLostError as error:
-            raise RolloutLostError(f"it was lost with the node it lay on: {error}") from error
-
-
-async def start_pool(
-    role: type,
-    cfg: Replicated,
-    *args: Any,
-    startup_timeout_s: float,
-    on_event: OnEvent = lambda event: None,
-    **kwargs: Any,
-) -> Pool:
-    """Replicas `role(name, *args, **kwargs)`, named like Generator(0); returns when `cfg.min` of them are ready."""
-    pool = Pool(role.__name__, RayHost(role, cfg, *args, **kwargs), cfg, on_event=on_event)
-    return await pool.start(startup_timeout_s)
-
-
-def actor(role: type, cfg: Placed, *, name: str | None = None) -> Any:
-    """The Ray actor class of a role, with what its section reserves; `name` is what Ray's pages show."""
-    return _remote(role).options(
-        name=name, num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env={"env_vars": worker_environment(cfg)}
+def actor(role: type, cfg: Placed, label: str = "") -> Any:
+    """The Ray actor class of a role, with what its section reserves. An actor is shown, and its meters are tagged, by
+    `label`, or by its first argument, its name such as Generator(2)."""
+    environment = {"env_vars": worker_environment(cfg)}
+    # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
+    return ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, concurrency_groups={"health": 1})(
+        _hosted(role, label)
     )
 
 
-@cache
-def _remote(role: type) -> Any:
-    # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
-    return ray.remote(concurrency_groups={"health": 1})(role)
+def _hosted(role: type, label: str) -> type:
+    """The role, whose process exports its meters."""
+
+    class Hosted(role):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._label = label or (args[0] if args and isinstance(args[0], str) else role.__name__)
+            meters.install(RayMeters(), role=role.__name__, replica=self._label)
+            super().__init__(*args, **kwargs)
+
+        def __repr__(self) -> str:  # in Ray's dashboard and logs
+            return self._label
+
+    Hosted.__name__, Hosted.__qualname__, Hosted.__module__ = role.__name__, role.__qualname__, role.__module__
+    return Hosted
 
 
 def worker_environment(cfg: Placed) -> dict[str, str]:

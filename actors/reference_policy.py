@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from common import meters
 from common.batching import Batcher
 from common.config import ReferenceConfig
 from common.masking import round_up
@@ -28,6 +29,7 @@ class ReferencePolicy:
         if isinstance(model, str):
             model = load_policy(resolve_model(model), dtype=getattr(torch, cfg.dtype), device=self._device)
         self._model = model
+        meters.count("ratchet_scored_rollouts_total", 0)
         self._batcher: Batcher[Rollout, np.ndarray] = Batcher(
             lambda items: asyncio.to_thread(self.forward, items),
             num_tokens=lambda rollout: round_up(rollout.num_tokens, LANES),
@@ -35,15 +37,13 @@ class ReferencePolicy:
             window_s=cfg.batch_window_ms / 1000,
         )
 
-    def __repr__(self) -> str:
-        return self._name
-
     async def ready(self) -> str:
         return self._name
 
     async def logprobs(self, rollout: Rollout) -> tuple[np.ndarray, bool]:
         """float32 [R], nats, which stay here until they are fetched; and whether all are finite."""
         logprobs = await self._batcher.submit(rollout)
+        meters.count("ratchet_scored_rollouts_total")
         return logprobs, bool(np.isfinite(logprobs).all())
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.http_reward import HttpSource
 from actors.reward_model import RewardModelSource
+from common import meters
 from common.config import FunctionSourceConfig, HttpSourceConfig, ModelSourceConfig, RewardSource, SourcesConfig
 from common.functions import load_function
 from common.models import load_tokenizer, resolve_model
@@ -66,9 +67,9 @@ class Reward:
         self._tokenizer = load_tokenizer(resolve_model(model)) if isinstance(model, str) else model
         self._sources = [(source, make_source(source, gpus=cfg.gpus)) for source in cfg.sources]
         self._judges = [(judge, make_source(judge, gpus=cfg.gpus)) for judge in judges]
-
-    def __repr__(self) -> str:
-        return self._name
+        meters.count("ratchet_scored_rollouts_total", 0)
+        for source in (*cfg.sources, *judges):
+            meters.count("ratchet_reward_voids_total", 0, source=source.name)
 
     async def ready(self) -> str:
         return self._name
@@ -95,13 +96,18 @@ class Reward:
         origins: dict[str, str] = {}
         for (source, _), result in zip(asked, results, strict=True):
             if isinstance(result, Exception):
-                reason = f"reward source {source.name} raised {type(result).__name__}: {result}"
-                return Void(rollout.prompt.sample_id, reason)
+                return _void(rollout, source, f"raised {type(result).__name__}: {result}")
             if isinstance(result, BaseException):
                 raise result
             raw, origin = result
             if not math.isfinite(raw):
-                return Void(rollout.prompt.sample_id, f"reward source {source.name} returned {raw}")
+                return _void(rollout, source, f"returned {raw}")
             components[source.name], origins[source.name] = raw, origin
         total = sum(source.weight * components[source.name] for source, _ in self._sources)
+        meters.count("ratchet_scored_rollouts_total")
         return Score(total, components, origins)
+
+
+def _void(rollout: Rollout, source: RewardSource, what: str) -> Void:
+    meters.count("ratchet_reward_voids_total", source=source.name)
+    return Void(rollout.prompt.sample_id, f"reward source {source.name} {what}")

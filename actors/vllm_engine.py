@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from actors.engine import Completion, EngineDeadError
+from common import meters
 from common.config import GeneratorsConfig, SamplingConfig
 from common.types import HANDED_OVER
 from common.weights import Bucket
@@ -58,7 +60,9 @@ class VLLMEngine:
         *,
         max_model_len: int,
         end_token_ids: list[int],
+        export_metrics: bool = False,
     ) -> None:
+        """With `export_metrics` vLLM's own metrics go through Ray: in a process of Ray's only."""
         self._sampling: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -88,8 +92,9 @@ class VLLMEngine:
             # A cached prefix computed by old weights would serve new requests after an update.
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
-            disable_log_stats=True,
+            disable_log_stats=not export_metrics,
         )
+        self._load = (-1, -1)  # requests running and waiting, as last reported
         self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
         self._wake = threading.Condition()
         self._waiting: dict[str, Future] = {}  # request key -> its final output
@@ -162,8 +167,10 @@ class VLLMEngine:
 
     async def swap(self, version: int) -> None:
         def swap() -> list[Any]:
+            started = time.perf_counter()
             old = self._weights.swap(version)
             self._engine.set_weight_version(str(version))
+            meters.observe("ratchet_generator_swap_seconds", time.perf_counter() - started)
             return old
 
         old = await self._call(swap)
@@ -188,7 +195,8 @@ class VLLMEngine:
 
     def _run(self, started: Future[None]) -> None:
         try:
-            self._engine = LLMEngine.from_engine_args(self._args)
+            stat_loggers = None if self._args.disable_log_stats else [_ray_stat_logger()]
+            self._engine = LLMEngine.from_engine_args(self._args, stat_loggers=stat_loggers)
             self._engine.set_weight_version("0")
             [model_runner] = self._engine.collective_rpc(lambda worker: worker.model_runner)
             self._weights = weights_of(model_runner, Path(self._args.model))
@@ -203,9 +211,17 @@ class VLLMEngine:
                     for output in self._engine.step():
                         if output.finished and (waiting := self._waiting.pop(output.request_id, None)):
                             waiting.set_result(output)
+                self._report_load()
         except BaseException as error:
             traceback.print_exc()  # the callers get the message, the actor's log the place
             self._fail(error)
+
+    def _report_load(self) -> None:
+        load = self._engine.engine_core.engine_core.scheduler.get_request_counts()
+        if load != self._load:
+            self._load = load
+            for state, requests in zip(("running", "waiting"), load, strict=True):
+                meters.gauge("ratchet_generator_requests", requests, state=state)
 
     def _run_commands(self) -> None:
         with self._wake:
@@ -231,3 +247,9 @@ class VLLMEngine:
         for result in pending:
             if not result.done():
                 result.set_exception(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+
+
+def _ray_stat_logger() -> Any:
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # imports Ray, which this module does without
+
+    return RayPrometheusStatLogger

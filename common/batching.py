@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from common import meters
 from common.sequences import token_batches
 
 Item = TypeVar("Item")
@@ -49,7 +50,10 @@ class Batcher(Generic[Item, Result]):
         while self._waiting:
             batch, self._waiting = self._waiting, []
             for group in token_batches([self._num_tokens(item) for item, _ in batch], self._max_tokens):
-                await self._pass([batch[i] for i in group])
+                requests = [batch[i] for i in group]
+                meters.observe("ratchet_batch_rollouts", len(requests))
+                meters.observe("ratchet_batch_tokens", sum(self._num_tokens(item) for item, _ in requests))
+                await self._pass(requests)
 
     async def _pass(self, requests: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:

@@ -423,6 +423,13 @@ class RayConfig(Section):
     """Start Ray's dashboard with a cluster started here."""
 
 
+class MonitoringConfig(Section):
+    """The run's figures for Prometheus, on this machine alone."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of http://127.0.0.1:PORT/metrics; 0: any free one, which RUN/prometheus.json names."""
+
+
 class Config(Root):
     """A run of PPO."""
 
@@ -450,6 +457,7 @@ class Config(Root):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -52,6 +52,7 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
         *(f"reward.{key}" for key in _REPLICATED),
         "reward.max_void_share",
         "evaluation.",
+        "monitoring.",
     ),
     RewardTrainingConfig: (
         "epochs",

@@ -12,6 +12,8 @@ from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import available_resources_per_node
 
+from actors.ray_meters import RayMeters
+from common import meters
 from common.config import RayConfig, UserError
 from deploy.placement import MIB, Node
 
@@ -44,9 +46,13 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
             log_to_driver=False,
             logging_level="ERROR",
         )
+    exported = RayMeters()
+    meters.install(exported, role="Driver", replica="Driver")
     try:
         yield _free_nodes()
     finally:
+        exported.close()
+        meters.install(meters.InMemory())
         ray.shutdown()
 
 

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
 from actors.generator import Generator
-from actors.hosting import start_pool
 from actors.pool import OnEvent, Pool
+from actors.ray_host import start_pool
 from actors.reference_policy import ReferencePolicy
 from actors.services import GeneratorPool
 from common.config import (
@@ -103,7 +104,14 @@ def make_engine(
     """Called in the generator's process: only there is vLLM imported."""
     from actors.vllm_engine import VLLMEngine
 
-    return VLLMEngine(resolve_model(path), cfg, sampling, max_model_len=max_model_len, end_token_ids=end_tokens)
+    return VLLMEngine(
+        resolve_model(path),
+        cfg,
+        sampling,
+        max_model_len=max_model_len,
+        end_token_ids=end_tokens,
+        export_metrics=ray.is_initialized(),
+    )
 
 
 def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[ModelSize]:

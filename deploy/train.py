@@ -24,8 +24,9 @@ from common.metrics import append_record
 from common.models import resolve_model
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.reward_models import content_hash
-from common.types import Prompt
+from common.types import Experience, Prompt, Void
 from deploy.cluster import cluster
+from deploy.monitoring import RunFigures
 from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
 from deploy.roles import PolicyFiles, Starter, check_sources
@@ -54,7 +55,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     elif last := Journal(directory / "journal").last():
         prompts.restore(last.prompts)  # refused now if these are not the run's prompts, not after minutes of replay
         check_same_reward_models(cfg, dict(last.table["origins"][0].as_py()))
-    with cluster(cfg.ray) as nodes:
+    with RunFigures.served(cfg.monitoring) as figures, cluster(cfg.ray) as nodes:
         place(needs(cfg, policy.size, reward_models), nodes)
         with sole_owner(directory):
             if not resume:
@@ -62,7 +63,8 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             write_config(directory, cfg)
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
-            evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress))
+            with figures.discoverable(directory):
+                evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     progress.end(evaluations, seconds=summary["seconds"])
@@ -76,6 +78,7 @@ async def _train(
     prompts: PromptStream,
     heldout: Sequence[Prompt],
     progress: Progress,
+    figures: RunFigures,
 ) -> list[Evaluation]:
     """Starts every role, joins them in a Run, and trains."""
 
@@ -84,9 +87,8 @@ async def _train(
         progress.pool(event)
 
     start = Starter(cfg.ray, on_event=pool_changed)
-    learner = LearnerGroup(
-        [actor(Learner, cfg.learner).remote(cfg) for _ in range(cfg.learner.ranks)], timeout_s=cfg.learner.timeout_s
-    )
+    ranks = [actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg) for rank in range(cfg.learner.ranks)]
+    learner = LearnerGroup(ranks, timeout_s=cfg.learner.timeout_s)
 
     async def start_reference() -> Reference:
         return AdapterReference(learner) if cfg.learner.lora is not None else ReferencePool(await start.references(cfg))
@@ -99,8 +101,13 @@ async def _train(
     )
     progress.ready(start.pools)
 
+    def stepped(record: dict[str, Any], example: Experience, voids: list[Void]) -> None:
+        figures.step(record)
+        progress.step(record, example, voids)
+
     def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
         write_answers(directory / f"answers/version-{evaluation.policy_version:06d}.jsonl", answers, policy.tokenizer)
+        figures.evaluation(evaluation)
         progress.evaluation(evaluation)
 
     run = Run(
@@ -112,7 +119,7 @@ async def _train(
         reward=RewardPool(rewards),
         reference=reference,
         learner=learner,
-        on_step=progress.step,
+        on_step=stepped,
         on_evaluation=evaluated,
     )
     following = asyncio.create_task(follow_wishes(directory, start.pools))

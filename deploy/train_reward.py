@@ -183,7 +183,10 @@ async def _train(
     progress: RewardProgress,
 ) -> list[PreferenceEvaluation]:
     num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
-    ranks = [actor(RewardTrainer, cfg.learner).remote(cfg, num_steps) for _ in range(cfg.learner.ranks)]
+    ranks = [
+        actor(RewardTrainer, cfg.learner, f"RewardTrainer({rank})").remote(cfg, num_steps)
+        for rank in range(cfg.learner.ranks)
+    ]
     group = RewardTrainerGroup(ranks, timeout_s=cfg.learner.timeout_s)
     try:
         await group.start(cfg.ray.startup_timeout_s)

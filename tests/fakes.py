@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from common import meters
 from common.config import Config
 from common.types import Experience, Prompt, Rollout, SampleId, Score, Scored, Void, Written
 
@@ -68,6 +69,16 @@ def tiny_config(model: Path | str, **overrides: Any) -> Config:
     for key, value in overrides.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     return Config.model_validate(tree)
+
+
+def metered() -> meters.InMemory:
+    """What is recorded from here on, as by Role(0)."""
+    memory = meters.InMemory()
+    meters.install(memory, role="Role", replica="Role(0)")
+    return memory
+
+
+OWN_TAGS = {"role": "Role", "replica": "Role(0)"}
 
 
 def make_prompt(index: int = 0, token_ids: tuple[int, ...] = (3, 4, 5), **fields: Any) -> Prompt:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "learner": {"common", "learner"},
     "deploy": {"common", "actors", "learner", "deploy"},
 }
-RAY_FILES = {Path("actors/hosting.py"), Path("learner/group.py")}
+RAY_FILES = {Path(f"actors/{name}.py") for name in ("hosting", "ray_host", "ray_meters")} | {Path("learner/group.py")}
 VLLM_FILES = {Path("actors/vllm_engine.py"), Path("actors/vllm_weights.py")}
 
 BLOCKED = """

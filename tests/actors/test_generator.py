@@ -3,11 +3,14 @@
 import asyncio
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from actors.engine import Completion
 from actors.generator import Generator
 from common.weights import CorruptWeightsError, buckets
+from tests.fakes import OWN_TAGS, make_prompt, metered
 
 
 class RecordingEngine:
@@ -16,6 +19,10 @@ class RecordingEngine:
 
     async def stage(self, bucket) -> None:
         self.calls.append(f"stage {bucket.version}.{bucket.index}")
+
+    async def generate(self, prompt_ids, *, seed: int) -> Completion:
+        length = len(prompt_ids)
+        return Completion(np.ones(length, np.int32), np.zeros(length, np.float32), np.zeros(length, np.int32), "stop")
 
     async def swap(self, version: int) -> None:
         self.calls.append(f"swap {version}")
@@ -85,3 +92,27 @@ def test_only_the_version_asked_for_is_swapped_in():
     assert calls == ["stage 3.0", "stage 3.1", "stage 3.2", "swap 3"]
     assert "version 4 is not whole: 3 buckets of version 3 came" in refused[0]
     assert held == [3]
+
+
+def test_rollouts_tokens_and_updates_are_metered():
+    memory = metered()
+    generator = Generator("Generator(0)", 0, RecordingEngine)
+
+    def read(name: str) -> list[float]:
+        return memory.read(f"ratchet_generator_{name}", **OWN_TAGS)
+
+    assert [read("rollouts_total"), read("tokens_total"), read("nonfinite_total")] == [[0], [0], [0]]
+    assert [read("weights_version"), read("stage_seconds")] == [[0], []]
+
+    async def scenario():
+        for length in (2, 5):
+            await generator.generate(make_prompt(token_ids=tuple(range(length))))
+        for version in (3, 4):
+            await generator.stage(*packed(version))
+            await generator.swap(version)
+
+    asyncio.run(scenario())
+    assert [read("rollouts_total"), read("tokens_total")] == [[2], [7]]
+    assert read("weights_version") == [4]
+    assert len(read("stage_seconds")) == 2
+    assert all(0 < seconds < 60 for seconds in read("stage_seconds"))

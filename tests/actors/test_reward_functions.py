@@ -17,7 +17,7 @@ from common.config import FunctionSourceConfig, HttpSourceConfig, RewardConfig, 
 from common.models import load_tokenizer
 from common.types import RewardInput, Score, Void
 from tests.actors.test_http_reward import close, service
-from tests.fakes import END, make_prompt, make_rollout, save_tiny_model
+from tests.fakes import END, OWN_TAGS, make_prompt, make_rollout, metered, save_tiny_model
 
 MODULE = "tests.actors.test_reward_functions"
 ANSWER = RewardInput("question", "yes", 2, "stop", {})
@@ -228,3 +228,19 @@ def test_calls_of_a_function_come_one_at_a_time_in_order(imported):
     found = asyncio.run(ask(FunctionSource(FunctionSourceConfig(name="s", function=path))))
     assert found == [(1.0, path)] * 6
     assert imported.events == [f"{i} {what}" for i in range(6) for what in ("begins", "ends")]
+
+
+def test_rollouts_scored_are_metered_and_voids_under_the_source_that_failed(tokenizer):
+    memory = metered()
+    reward = make_reward(tokenizer, function("fine", "length"), function("broken", "wrong_type"))
+
+    async def scenario():
+        for _ in range(2):
+            await reward.score(ROLLOUT)
+        fine = make_reward(tokenizer, function("fine", "length"), judges=(function("judge", "length"),))
+        await asyncio.gather(fine.score(ROLLOUT), fine.score(ROLLOUT), fine.judge(ROLLOUT))
+
+    asyncio.run(scenario())
+    assert memory.read("ratchet_scored_rollouts_total", **OWN_TAGS) == [3]
+    voids = {name: memory.read("ratchet_reward_voids_total", **OWN_TAGS, source=name) for name in ("fine", "broken")}
+    assert voids == {"fine": [0], "broken": [2]}

@@ -1,8 +1,8 @@
 """The control plane alone: how many rollouts a second pass from prompt to journal, and what one more costs when there
 are many replicas, or many prompts outstanding.
 
-Engines, scorer and reference answer at once; loop, pools, routing, generators, buffer and journal are the real ones, all
-in one process. Learning and publication are left out. Besides runs/bench.json this leaves runs/bench-control.json and a
+Engines, scorer and reference answer at once; loop, pools, routing, generators, buffer and journal are the real ones,
+all in one process. Learning and publication are left out. Besides runs/bench.json this leaves runs/bench-control.json and a
 plot beside it; `make bench-control` runs it alone.
 """
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from actors.engine import Engine
 from actors.generator import Generator, sampling_seed
-from actors.hosting import actor, start_pool
+from actors.hosting import actor
+from actors.ray_host import start_pool
 from actors.services import GeneratorPool
 from common.config import GeneratorsConfig, RayConfig, SamplingConfig
 from common.models import resolve_model

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.hosting import actor, start_pool
+from actors.hosting import actor
+from actors.ray_host import start_pool
 from actors.reference_policy import ReferencePolicy
 from actors.reward_functions import Reward
 from actors.reward_model import RewardModelSource

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from actors.generator import Generator
-from actors.hosting import actor, start_pool
+from actors.hosting import actor
+from actors.ray_host import start_pool
 from actors.services import GeneratorPool
 from common.config import GeneratorsConfig, LearnerConfig, RayConfig, SamplingConfig
 from common.models import load_policy, resolve_model

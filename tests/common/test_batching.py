@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from common.batching import Batcher
+from tests.fakes import OWN_TAGS, metered
 
 
 def make_batcher(run, *, max_tokens: int = 100, window_s: float = 0.01) -> Batcher:
@@ -18,6 +19,7 @@ def make_batcher(run, *, max_tokens: int = 100, window_s: float = 0.01) -> Batch
 
 def test_requests_that_arrive_together_share_passes_under_the_token_budget():
     passes = []
+    memory = metered()
 
     def run(items):
         passes.append(list(items))
@@ -30,6 +32,8 @@ def test_requests_that_arrive_together_share_passes_under_the_token_budget():
     assert asyncio.run(scenario()) == [300, 50, 400, 250, 300, 600]
     # Longest first; a pass is padded to its first: 60 | 40 40 | 30 30 30
     assert passes == [[60], [40, 30], [30, 25, 5]]
+    assert memory.read("ratchet_batch_rollouts", **OWN_TAGS) == [1, 2, 3]
+    assert memory.read("ratchet_batch_tokens", **OWN_TAGS) == [60, 70, 60]
 
 
 def test_requests_that_arrive_during_a_pass_share_the_next_one():

@@ -14,8 +14,8 @@ import torch
 from ray._private.internal_api import memory_summary
 
 from actors.generator import Generator
-from actors.hosting import start_pool
 from actors.pool import Pool, RoleError
+from actors.ray_host import start_pool
 from actors.services import GeneratorPool
 from common.config import RayConfig, Replicated
 from common.weights import buckets

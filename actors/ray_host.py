@@ -1,0 +1,69 @@
+"""Replicas as Ray actors: where a pool finds, starts and loses them."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+import ray
+from ray._private import state as ray_state
+from ray.exceptions import ObjectLostError, RayActorError
+
+from actors.hosting import actor
+from actors.pool import OnEvent, Pool
+from common.config import Placed, Replicated
+from common.types import RolloutLostError
+
+
+class RayHost:
+    """`actors.pool.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
+
+    losses: tuple[type[BaseException], ...] = (RayActorError,)
+    lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
+
+    def __init__(self, role: type, cfg: Placed, *args: Any, **kwargs: Any) -> None:
+        self._role, self._cfg = role, cfg
+        self._args, self._kwargs = args, kwargs
+        self._numbers = itertools.count()
+
+    def create(self, name: str) -> Any:
+        # In Ray a name is free again only some time after its actor's death: it gets a number that never was.
+        unique = f"{name} #{next(self._numbers)}"
+        return actor(self._role, self._cfg, label=name).options(name=unique).remote(name, *self._args, **self._kwargs)
+
+    def kill(self, handle: Any) -> None:
+        ray.kill(handle)
+
+    def node(self, handle: Any) -> str | None:
+        # Ray's own table, which has no public form: the process id is there once the actor has found room.
+        entry = ray_state.actors(handle._actor_id.hex())
+        return entry["Address"]["NodeID"] if entry and entry["Pid"] else None
+
+    def leaving_nodes(self) -> Mapping[str, float]:
+        # Ray Train watches for preemption through the same private call.
+        deadlines_ms = ray_state.state.get_draining_nodes()
+        return {node: ms / 1000 - time.time() if ms else float("inf") for node, ms in deadlines_ms.items()}
+
+    def probe(self, handle: Any) -> Awaitable[Any]:
+        return handle.ready.options(concurrency_group="health").remote()
+
+    async def fetch(self, reference: Any) -> Any:
+        try:
+            return await reference
+        except ObjectLostError as error:
+            raise RolloutLostError(f"it was lost with the node it lay on: {error}") from error
+
+
+async def start_pool(
+    role: type,
+    cfg: Replicated,
+    *args: Any,
+    startup_timeout_s: float,
+    on_event: OnEvent = lambda event: None,
+    **kwargs: Any,
+) -> Pool:
+    """Replicas `role(name, *args, **kwargs)`, named like Generator(0); returns when `cfg.min` of them are ready."""
+    pool = Pool(role.__name__, RayHost(role, cfg, *args, **kwargs), cfg, on_event=on_event)
+    return await pool.start(startup_timeout_s)

@@ -1,0 +1,95 @@
+"""The run's figures for Prometheus: an endpoint on this machine, and the file by which a Prometheus finds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from common.config import MonitoringConfig, UserError
+from common.figures import FIGURES
+from learner.evaluation import Evaluation
+
+DISCOVERY = "prometheus.json"
+
+
+class RunFigures(Collector):
+    """The newest step record and evaluation; what was not measured yet is left out."""
+
+    def __init__(self) -> None:
+        self._record: Mapping[str, Any] = {}
+        self._evaluation: Evaluation | None = None
+        self._address = ""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        self._record = dict(record)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        record, evaluation = self._record, self._evaluation  # the loop may replace them meanwhile
+        known = {figure.key for figure in FIGURES}
+        for figure in FIGURES:
+            help_ = f"{figure.key} of RUN/metrics.jsonl: {figure.unit}, {figure.reduced_by}"
+            if figure.key.endswith("/NAME"):
+                prefix = figure.key.removesuffix("NAME")
+                by_source = GaugeMetricFamily(figure.metric, help_, labels=["source"])
+                for key in record:
+                    if key.startswith(prefix) and key not in known:
+                        by_source.add_metric([key.removeprefix(prefix)], record[key])
+                yield by_source
+            elif figure.key in record:
+                yield GaugeMetricFamily(figure.metric, help_, value=record[figure.key])
+        versions = [record["step"] + 1] if record else []
+        if evaluation is not None:
+            versions.append(evaluation.policy_version)
+            yield GaugeMetricFamily(
+                "ratchet_evaluation_pass_at_1",
+                "pass@1 of the newest held-out evaluation: share of prompts",
+                value=evaluation.pass_at_1,
+            )
+        if versions:
+            yield GaugeMetricFamily(
+                "ratchet_policy_version", "version that the generators hold: publications", value=max(versions)
+            )
+
+    @contextmanager
+    def discoverable(self, directory: Path) -> Iterator[None]:
+        """While it lasts, RUN/prometheus.json names the endpoint, as Prometheus' file_sd_configs read it."""
+        targets = [{"targets": [self._address], "labels": {"run": directory.resolve().name}}]
+        path = directory / DISCOVERY
+        staging = directory / f"{DISCOVERY}.tmp"
+        staging.write_text(json.dumps(targets) + "\n", encoding="utf-8")
+        staging.rename(path)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    @classmethod
+    @contextmanager
+    def served(cls, cfg: MonitoringConfig) -> Iterator[RunFigures]:
+        """Serves http://127.0.0.1:PORT/metrics until the end. Raises UserError if the port is taken."""
+        figures, registry = cls(), CollectorRegistry()
+        registry.register(figures)
+        try:
+            server, thread = start_http_server(cfg.port, addr="127.0.0.1", registry=registry)
+        except OSError as error:
+            raise UserError(
+                f"monitoring.port ({cfg.port}) cannot be served on 127.0.0.1 ({error.strerror}); name another, or 0 "
+                "for any free one"
+            ) from None
+        figures._address = f"127.0.0.1:{server.server_port}"
+        try:
+            yield figures
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()

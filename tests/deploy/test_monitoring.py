@@ -1,0 +1,90 @@
+"""The endpoint of a run's figures, value by value over HTTP, and the file by which it is found."""
+
+from __future__ import annotations
+
+import json
+import socket
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from common.config import MonitoringConfig, UserError
+from common.figures import FIGURES
+from deploy.monitoring import RunFigures
+from learner.evaluation import Evaluation
+
+
+def evaluation(version: int, pass_at_1: float) -> Evaluation:
+    return Evaluation(version, 4, 0, "", pass_at_1, (0.0, 1.0), 0.0, {}, 0.0, 1.0, 1.0, 1.0)
+
+
+def scrape(directory) -> dict:
+    """Every sample but those of the endpoint's own, found through the discovery file."""
+    [group] = json.loads((directory / "prometheus.json").read_text())
+    [target] = group["targets"]
+    assert target.startswith("127.0.0.1:")
+    with urlopen(f"http://{target}/metrics", timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
+    with RunFigures.served(MonitoringConfig()) as figures, figures.discoverable(tmp_path):
+        assert scrape(tmp_path) == {}
+        figures.evaluation(evaluation(0, 0.25))
+        assert scrape(tmp_path) == {("ratchet_evaluation_pass_at_1",): 0.25, ("ratchet_policy_version",): 0}
+        figures.step({"step": 0, "kl/coef": 0.1, "rollout/score/mean": -1.5, "rollout/score/my-judge": 7.0})
+        figures.step({"step": 1, "kl/coef": 0.3, "rollout/score/std": 2.5, "rollout/score/my-judge": 8.0})
+        assert scrape(tmp_path) == {
+            ("ratchet_evaluation_pass_at_1",): 0.25,
+            ("ratchet_policy_version",): 2,  # two updates done
+            ("ratchet_step",): 1,
+            ("ratchet_kl_coef",): 0.3,
+            ("ratchet_rollout_score_std",): 2.5,
+            ("ratchet_rollout_score", "my-judge"): 8.0,
+        }
+        figures.evaluation(evaluation(2, 0.75))
+        assert scrape(tmp_path)[("ratchet_evaluation_pass_at_1",)] == 0.75
+
+
+def test_every_figure_of_a_record_comes_out_under_its_own_name(tmp_path):
+    record = {figure.key.replace("NAME", "exact"): index for index, figure in enumerate(FIGURES)}
+    with RunFigures.served(MonitoringConfig()) as figures, figures.discoverable(tmp_path):
+        figures.step(record)
+        found = scrape(tmp_path)
+    assert found.pop(("ratchet_policy_version",)) == 1
+    assert sorted(found.values()) == list(range(len(FIGURES)))
+    assert found[("ratchet_wait_learner_s",)] == record["wait/learner_s"]
+    assert found[("ratchet_rollout_score", "exact")] == record["rollout/score/exact"]
+
+
+def test_the_discovery_file_names_the_run_and_is_gone_at_the_end_of_it_also_after_an_error(tmp_path):
+    directory = tmp_path / "my-run"
+    directory.mkdir()
+    with RunFigures.served(MonitoringConfig()) as figures:
+        with figures.discoverable(directory):
+            [group] = json.loads((directory / "prometheus.json").read_text())
+            assert group["labels"] == {"run": "my-run"}
+        assert list(directory.iterdir()) == []
+        with pytest.raises(KeyError), figures.discoverable(directory):
+            raise KeyError
+        assert list(directory.iterdir()) == []
+
+
+def test_a_chosen_port_is_taken_served_on_loopback_and_free_again_afterwards(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for _ in range(2):
+        with RunFigures.served(MonitoringConfig(port=port)) as figures, figures.discoverable(tmp_path):
+            assert f'"127.0.0.1:{port}"' in (tmp_path / "prometheus.json").read_text()
+
+
+def test_a_port_that_is_taken_is_the_users_to_mend():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"monitoring.port \({port}\) cannot be served"):
+            RunFigures.served(MonitoringConfig(port=port)).__enter__()
