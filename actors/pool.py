@@ -6,9 +6,9 @@ The roles themselves are plain classes; here they become Ray actors.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from actors.engine import EngineDeadError
 from actors.hosting import actor
 from common.config import Replicated
 from common.types import Prompt, Rollout, Score, Void
+from common.weights import CorruptWeightsError, Parcel
 
 Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the remote call
 OnLoss = Callable[[str, BaseException], None]  # told which replica left, and of what
@@ -143,6 +144,7 @@ class GeneratorPool:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._up_to_date: set[Any] = set()  # replicas that hold the version loaded last: what changes are made from
 
     async def generate(self, prompt: Prompt) -> Rollout:
         return await self._pool.call(
@@ -151,21 +153,71 @@ class GeneratorPool:
             cost=len(prompt.token_ids),
         )
 
-    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
-        """`weights` are object references of Buckets: every replica pulls and stages them while the learner packs
-        more; once all are there, every replica swaps."""
+    async def load(self, weights: AsyncIterable[Parcel], version: int) -> dict[str, float]:
+        """Every replica pulls and stages what is published while the learner packs more; once all is there, every
+        replica swaps. Returns bytes sent, and the longest time that a replica's engine did not step."""
+        parcels: list[Parcel] = []
+        deliveries: dict[Any, Delivery] = {}
+
+        async def stage(replica: Any) -> None:
+            if replica not in deliveries:
+                deliveries[replica] = Delivery(replica, in_full=replica not in self._up_to_date)
+            await deliveries[replica].bring(parcels)
+
+        async def swap(replica: Any) -> tuple[int, float]:
+            await stage(replica)  # a replica that has joined since gets all of it
+            return await replica.swap.remote(version)
+
         async with aclosing(_as_they_come(weights)) as arrivals:
-            async for buckets in arrivals:
-                await self._pool.broadcast(f"stage weights version {version}", partial(_stage, buckets=buckets))
-        held = await self._pool.broadcast(
-            f"swap in weights version {version}", lambda replica: replica.swap.remote(version)
-        )
-        if wrong := {name: found for name, found in held.items() if found != version}:
+            async for arrived in arrivals:
+                parcels.extend(arrived)
+                await self._pool.broadcast(f"stage weights version {version}", stage)
+                # Whoever is to begin anew, or has just joined, needs buckets: changes leave the object store.
+                parcels[:] = [replace(parcel, changes=None) for parcel in parcels]
+        swapped = await self._pool.broadcast(f"swap in weights version {version}", swap)
+        if wrong := {name: held for name, (held, _) in swapped.items() if held != version}:
             raise RoleError(f"wanted weights version {version} on every generator, but {wrong}")
+        self._up_to_date = set(deliveries)
+        return {
+            "weights/bytes": sum(delivery.num_bytes for delivery in deliveries.values()),
+            "weights/pause_s": max(pause_s for _, pause_s in swapped.values()),
+        }
 
 
-def _stage(replica: Any, buckets: list[Any]) -> Awaitable[None]:
-    return replica.stage.remote(*buckets)
+class Delivery:
+    """One set of weights on its way to one replica: changes until it refuses some, then all of it in full."""
+
+    def __init__(self, replica: Any, *, in_full: bool) -> None:
+        self._replica = replica
+        self._in_full = in_full
+        self._brought = 0
+        self.num_bytes = 0
+
+    async def bring(self, parcels: Sequence[Parcel]) -> None:
+        """Has the replica stage those of all `parcels` so far that it lacks. Raises CorruptWeightsError if it refuses
+        even the full set."""
+        new = parcels[self._brought :]
+        if not self._in_full:
+            try:
+                await self._send(new)
+            except CorruptWeightsError:
+                self._in_full, new = True, parcels
+        if self._in_full:
+            await self._send(new)
+        self._brought = len(parcels)
+
+    async def _send(self, parcels: Sequence[Parcel]) -> None:
+        if not parcels:
+            return
+        parts = []
+        for parcel in parcels:
+            if self._in_full or parcel.changes is None or parcel.changes_bytes is None:
+                parts.append(parcel.full)
+                self.num_bytes += parcel.full_bytes
+            else:
+                parts.append(parcel.changes)
+                self.num_bytes += parcel.changes_bytes
+        await self._replica.stage.remote(*parts)
 
 
 async def _as_they_come(source: AsyncIterable[Any]) -> AsyncGenerator[list[Any], None]:

@@ -15,8 +15,8 @@ from common.types import Prompt, Rollout, Score, Void
 class Generators(Protocol):
     async def generate(self, prompt: Prompt) -> Rollout: ...
 
-    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
-        """Returns when every routable replica has verified and holds `version`."""
+    async def load(self, weights: AsyncIterable[Any], version: int) -> dict[str, float]:
+        """Returns when every routable replica has verified and holds `version`, with what it took: `weights/*`."""
 
 
 class Reward(Protocol):

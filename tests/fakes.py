@@ -139,11 +139,12 @@ class FakeRoles:
             await asyncio.sleep(0.002)
             yield f"bucket {index} of {self.step}"
 
-    async def load(self, weights: AsyncIterator[str], version: int) -> None:
+    async def load(self, weights: AsyncIterator[str], version: int) -> dict[str, float]:
         assert [bucket async for bucket in weights] == [f"bucket {index} of {version}" for index in range(2)]
         await asyncio.sleep(0.003)  # long enough for a rollout that was let in too early to be written
         self.events.append(f"load v{version}")
         self.version = version
+        return {}
 
     async def restore(self, directory: Path) -> None:
         self.step = int((directory / "step").read_text())
