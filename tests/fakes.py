@@ -21,7 +21,7 @@ END = 1
 WORDS = ["<pad>", "<end>", "<unk>", "ask", *(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(30))]
 
 
-def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
+def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0, context: int = 128) -> Path:
     """A random two-layer Llama with a head size vLLM accepts, and a tokenizer of 64 words, half of them a-words."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -32,7 +32,7 @@ def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Pat
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=None,
