@@ -39,8 +39,9 @@ class Engine(Protocol):
         the model has no place for a tensor.
         """
 
-    async def swap(self, version: int) -> None:
-        """Puts the staged weights in place between two engine steps: tokens sampled after this carry `version`.
+    async def swap(self, version: int) -> float:
+        """Puts the staged weights in place between two engine steps: tokens sampled after this carry `version`. Returns
+        how long the engine did not step for it, seconds.
 
         Raises CorruptWeightsError if they leave a parameter without a value, and keeps the old ones; EngineDeadError
         if it fails half way.

@@ -5,19 +5,28 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
 from actors.engine import Engine
 from common import meters
 from common.types import Prompt, Rollout, SampleId, Written
-from common.weights import Arrivals, Bucket
+from common.weights import Arrivals, Bucket, Changes, CorruptWeightsError
 
 
 class Generator:
     """Writes rollouts, every token stamped with the policy version that sampled it."""
 
-    def __init__(self, name: str, seed: int, make_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        make_engine: Callable[[], Engine],
+        *,
+        updates: Literal["full", "changes"] = "full",
+    ) -> None:
+        """With updates = "changes" it keeps the buckets it holds, since the next ones may be given as changes."""
         self._name = name
         self._seed = seed
         self._engine = make_engine()
@@ -27,6 +36,9 @@ class Generator:
         for counted in ("rollouts", "tokens", "nonfinite"):
             meters.count(f"ratchet_generator_{counted}_total", 0)
         meters.gauge("ratchet_generator_weights_version", self._version)
+        self._keeps = updates == "changes"
+        self._held: dict[int, Bucket] = {}  # of `_version`
+        self._staged: dict[int, Bucket] = {}
 
     async def ready(self) -> str:
         return self._name
@@ -56,25 +68,40 @@ class Generator:
         """Ends every response where it is: `generate` returns what there is, for others to go on with."""
         await self._engine.hand_over()
 
-    async def stage(self, *buckets: Bucket) -> None:
-        """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError."""
-        for bucket in buckets:
+    async def stage(self, *parts: Bucket | Changes) -> None:
+        """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError, also for changes of
+        what is not held here; then the set may begin anew."""
+        for part in parts:
             started = time.perf_counter()
+            bucket = self._applied(part) if isinstance(part, Changes) else part
             self._arrivals.add(bucket)
             if bucket.version != self._version:
+                if bucket.index == 0:
+                    self._staged = {}
+                if self._keeps:
+                    self._staged[bucket.index] = bucket
                 await self._engine.stage(bucket)
             self._staging_s = (self._staging_s if bucket.index else 0.0) + time.perf_counter() - started
 
-    async def swap(self, version: int) -> int:
-        """Samples with the staged weights from here on; returns the version now held. Raises CorruptWeightsError
-        unless all of `version` is staged."""
+    def _applied(self, part: Changes) -> Bucket:
+        if part.index not in self._held:
+            raise CorruptWeightsError(
+                f"weights version {part.version}: changes of bucket {part.index} since version {part.base_version} "
+                f"came to {self._name}, which keeps no such bucket"
+            )
+        return part.apply(self._held[part.index])
+
+    async def swap(self, version: int) -> tuple[int, float]:
+        """Samples with the staged weights from here on; returns the version now held, and how long the engine did not
+        step, seconds. Raises CorruptWeightsError unless all of `version` is staged."""
+        pause_s = 0.0
         if version != self._version:
             self._arrivals.check_whole(version)
-            await self._engine.swap(version)
-            self._version = version
+            pause_s = await self._engine.swap(version)
+            self._version, self._held, self._staged = version, self._staged, {}
             meters.observe("ratchet_generator_stage_seconds", self._staging_s)
             meters.gauge("ratchet_generator_weights_version", version)
-        return self._version
+        return self._version, pause_s
 
 
 def sampling_seed(run_seed: int, sample_id: SampleId, num_begun: int = 0) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from actors.engine import EngineDeadError
 from actors.routing import Router
+from common import meters
 from common.config import Replicated, UserError
 from common.types import GivenUpError, RolloutLostError
 
@@ -21,6 +22,7 @@ Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the c
 
 # One request that takes this many replicas with it is the cause, not the victim.
 MAX_LOSSES_PER_CALL = 3
+STATES = ("pending", "starting", "ready", "leaving")  # of a replica: waits for room; loads; serves; finishes
 # Creations that wait for room on the cluster at a time: a demand that an autoscaler sees, and no flood of it.
 MAX_PENDING = 2
 # How often a pool looks at its cluster and its own size, seconds.
@@ -81,7 +83,7 @@ class Replica:
     number: int  # never used again
     name: str
     handle: Any
-    state: str = "pending"  # "starting", "ready", "leaving"
+    state: str = "pending"  # one of STATES
     node: str | None = None
     since: float = field(default_factory=time.monotonic)  # in this state
     calls_lost: int = 0  # what it had when it died
@@ -179,6 +181,7 @@ class Pool:
             except self._losses as error:
                 self.lose(replica, error)
                 losses += 1
+                meters.count("ratchet_pool_reissues_total", role=self.role)
             finally:
                 self._router.release(number, cost)
                 if not self._router.calls(number):
@@ -251,6 +254,10 @@ class Pool:
             if time.monotonic() >= self._not_before:
                 for _ in range(room):
                     self._create()
+            for state in STATES:
+                number = sum(replica.state == state for replica in self._replicas.values())
+                meters.gauge("ratchet_pool_replicas", number, role=self.role, state=state)
+            meters.gauge("ratchet_pool_waiting_calls", self._router.num_waiting, role=self.role)
             if self._too_few(self._cfg.short_s if self._ever_ready else self._startup_timeout_s):
                 return
             await asyncio.sleep(TICK_S)
@@ -306,6 +313,8 @@ class Pool:
         self._ever_ready = True
         self._router.open(replica.number)
         self._tell(replica, "joined", seconds=seconds)
+        meters.count("ratchet_pool_joins_total", role=self.role)
+        meters.observe("ratchet_pool_startup_seconds", seconds, role=self.role)
 
     async def _leave(self, replica: Replica, reason: str) -> None:
         """No new work; what it has it finishes, or hands over when its time is up."""
@@ -327,6 +336,7 @@ class Pool:
             else:
                 calls = 0
         self._tell(replica, "left", reason=reason, seconds=served, calls=calls)
+        meters.count("ratchet_pool_leaves_total", role=self.role, reason=reason)
 
     async def _probe(self, replica: Replica) -> None:
         """Loses the replica when its process is silent. A slow answer to a call says nothing."""
@@ -350,6 +360,7 @@ class Pool:
         self._backoff = BACKOFF_S if joined and served > MAX_BACKOFF_S else min(2 * self._backoff, MAX_BACKOFF_S)
         self._backoff = max(self._backoff, BACKOFF_S)
         self._not_before = time.monotonic() + self._backoff
+        meters.count("ratchet_pool_leaves_total", role=self.role, reason="died")
         self._tell(replica, "died", reason=_reason(error), seconds=served, calls=replica.calls_lost)
         if not self._ever_ready:
             self._fail(RoleError(f"start: {replica.name} died: {_reason(error)}"), error)
@@ -403,8 +414,7 @@ async def _unless_gone(work: Any, replica: Replica) -> bool:
 
 def _least_needed(replicas: list[Replica], router: Router) -> list[Replica]:
     """Those first that would be missed least: not ready yet, then the least loaded, then the newest."""
-    ranks = {"pending": 0, "starting": 1, "ready": 2}
-    return sorted(replicas, key=lambda r: (ranks.get(r.state, 3), router.cost(r.number), -r.number))
+    return sorted(replicas, key=lambda r: (STATES.index(r.state), router.cost(r.number), -r.number))
 
 
 def _reason(error: BaseException | None) -> str:

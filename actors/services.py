@@ -4,7 +4,7 @@ through here is references and a few numbers."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.pool import Pool, Replica, RoleError
 from common.types import Prompt, RolloutLostError, Score, Void, Written
+from common.weights import CorruptWeightsError, Parcel
 
 
 class GeneratorPool:
@@ -45,48 +46,98 @@ class GeneratorPool:
     async def fetch(self, reference: Any) -> Any:
         return await self._pool.host.fetch(reference)
 
-    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
-        """`weights` are object references of Buckets: every replica pulls and stages them while the learner packs
-        more; once all are there, every replica swaps."""
-        newest: list[Any] = []
-        staging: set[Replica] = set(self._pool.ready)
+    async def load(self, weights: AsyncIterable[Parcel], version: int) -> dict[str, float]:
+        """Every replica pulls and stages what is published while the learner packs more; once all is there, every
+        replica swaps. Returns bytes sent, and the longest time that a replica's engine did not step."""
+        parcels: list[Parcel] = []
+        deliveries: dict[int, Delivery] = {}
 
-        async def stage(replica: Replica, buckets: list[Any]) -> None:
-            if replica in staging:
-                await self._stage(replica, version, buckets)
+        async def stage(replica: Replica) -> None:
+            if (delivery := deliveries.get(replica.number)) is None:
+                send = partial(self._stage, replica, version)
+                delivery = deliveries[replica.number] = Delivery(send, in_full=self._version(replica) != self._wanted)
+            await delivery.bring(parcels)
 
         async with aclosing(_as_they_come(weights)) as arrivals:
-            async for buckets in arrivals:
-                newest += buckets
-                await self._pool.each(partial(stage, buckets=buckets))
+            async for arrived in arrivals:
+                parcels.extend(arrived)
+                await self._pool.each(stage)
+                # Whoever is to begin anew, or has just joined, needs buckets: changes leave the object store.
+                parcels[:] = [replace(parcel, changes=None) for parcel in parcels]
         # From here on who joins takes these, and who holds another version gets no new work.
-        self._newest, self._wanted = newest, version
+        self._newest, self._wanted = [parcel.full for parcel in parcels], version
 
-        async def swap(replica: Replica) -> None:
+        async def swap(replica: Replica) -> float:
             self._pool.suspend(replica)
-            if replica not in staging:  # it joined in between
-                await self._stage(replica, version, newest)
-            await self._swap(replica, version)
+            await stage(replica)  # one that has joined since gets all of it
+            pause_s = await self._swap(replica, version)
             self._pool.resume(replica)
+            return pause_s
 
-        await self._pool.each(swap)
+        pauses = await self._pool.each(swap)
+        return {
+            "weights/bytes": sum(delivery.num_bytes for delivery in deliveries.values()),
+            "weights/pause_s": max(pauses.values(), default=0.0),
+        }
 
     async def _catch_up(self, replica: Replica) -> None:
         """The newest weights, taken directly; again if newer ones came meanwhile."""
-        while (version := self._wanted) != self._held.get(replica.number, 0):
+        while (version := self._wanted) != self._version(replica):
             await self._stage(replica, version, self._newest)
             await self._swap(replica, version)
 
-    async def _stage(self, replica: Replica, version: int, buckets: list[Any]) -> None:
-        what = f"stage weights version {version}"
-        await self._pool.ask(replica, what, lambda handle: handle.stage.remote(*buckets))
+    def _version(self, replica: Replica) -> int:
+        """What it has verified and holds."""
+        return self._held.get(replica.number, 0)
 
-    async def _swap(self, replica: Replica, version: int) -> None:
+    async def _stage(self, replica: Replica, version: int, parts: list[Any]) -> None:
+        what = f"stage weights version {version}"
+        await self._pool.ask(replica, what, lambda handle: handle.stage.remote(*parts))
+
+    async def _swap(self, replica: Replica, version: int) -> float:
+        """Returns for how long its engine did not step, seconds."""
         what = f"swap in weights version {version}"
-        held = await self._pool.ask(replica, what, lambda handle: handle.swap.remote(version))
+        held, pause_s = await self._pool.ask(replica, what, lambda handle: handle.swap.remote(version))
         if held != version:
             raise RoleError(f"wanted weights version {version} on {replica.name}, but it holds {held}")
         self._held[replica.number] = held
+        return pause_s
+
+
+class Delivery:
+    """One set of weights on its way to one replica: changes until it refuses some, then all of it in full."""
+
+    def __init__(self, send: Callable[[list[Any]], Awaitable[None]], *, in_full: bool) -> None:
+        self._send = send
+        self._in_full = in_full
+        self._brought = 0
+        self.num_bytes = 0
+
+    async def bring(self, parcels: Sequence[Parcel]) -> None:
+        """Has the replica stage those of all `parcels` so far that it lacks. Raises CorruptWeightsError if it refuses
+        even the full set."""
+        new = parcels[self._brought :]
+        if not self._in_full:
+            try:
+                await self._stage(new)
+            except CorruptWeightsError:
+                self._in_full, new = True, parcels
+        if self._in_full:
+            await self._stage(new)
+        self._brought = len(parcels)
+
+    async def _stage(self, parcels: Sequence[Parcel]) -> None:
+        if not parcels:
+            return
+        parts = []
+        for parcel in parcels:
+            if self._in_full or parcel.changes is None or parcel.changes_bytes is None:
+                parts.append(parcel.full)
+                self.num_bytes += parcel.full_bytes
+            else:
+                parts.append(parcel.changes)
+                self.num_bytes += parcel.changes_bytes
+        await self._send(parts)
 
 
 async def _generate(handle: Any, prompt: Prompt, begun: Any) -> tuple[Any, Written]:

@@ -165,16 +165,18 @@ class VLLMEngine:
     async def stage(self, bucket: Bucket) -> None:
         await self._beside(partial(self._weights.stage, bucket))
 
-    async def swap(self, version: int) -> None:
-        def swap() -> list[Any]:
+    async def swap(self, version: int) -> float:
+        def swap() -> tuple[list[Any], float]:
             started = time.perf_counter()
             old = self._weights.swap(version)
             self._engine.set_weight_version(str(version))
-            meters.observe("ratchet_generator_swap_seconds", time.perf_counter() - started)
-            return old
+            pause_s = time.perf_counter() - started
+            meters.observe("ratchet_generator_swap_seconds", pause_s)
+            return old, pause_s
 
-        old = await self._call(swap)
+        old, pause_s = await self._call(swap)
         await self._beside(old.clear)
+        return pause_s
 
     async def _beside(self, function: Callable[[], T]) -> T:
         """Runs `function` on the thread that works on weights while the engine steps."""

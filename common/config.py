@@ -149,6 +149,10 @@ class GeneratorsConfig(Replicated):
     """Rollouts an engine works on at once; more raises throughput until the cores are full."""
     max_batched_tokens: Positive = 256
     """Tokens of one engine step; bounds how long a weight update waits for the step to end."""
+    updates: Literal["full", "changes"] = "full"
+    """What is sent after a step. full: every weight, best on one node, where engines read them in place; changes: the
+    values that differ in bfloat16, where they take fewer bytes: better over a slow network, at the price of finding
+    them and of one or two copies of the weights (bfloat16) in each engine's process."""
 
 
 class ReferenceConfig(Replicated):

@@ -1,6 +1,6 @@
 """Meters: what the processes of a run count while they work. One list of them all, and how a value is recorded.
 
-A process records by name and knows nothing of where values go: a Ray process exports them (`actors.hosting.RayMeters`),
+A process records by name and knows nothing of where values go: a Ray process exports them (`actors.ray_meters.RayMeters`),
 any other keeps them in memory, where tests read them.
 """
 
@@ -47,7 +47,9 @@ METERS = {
         Meter("ratchet_pool_leaves_total", "counter", "replicas", ("role", "reason"), "replicas that left"),
         Meter("ratchet_pool_reissues_total", "counter", "calls", ("role",), "calls sent again, to another replica"),
         Meter("ratchet_pool_waiting_calls", "gauge", "calls", ("role",), "calls that wait for a replica with room"),
-        Meter("ratchet_pool_startup_seconds", "histogram", "seconds", ("role",), "from creation to routable", _SECONDS),
+        Meter(
+            "ratchet_pool_startup_seconds", "histogram", "seconds", ("role",), "from having room to routable", _SECONDS
+        ),
     )
 }
 

@@ -76,8 +76,10 @@ def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Nee
 
 
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
-    """An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old."""
-    memory = IMPORTS + 2 * _weights(cfg.dtype, model) + cfg.kv_cache_mib * MIB
+    """An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old. Where
+    changes are sent, the generator keeps the buckets they are made from, and makes new ones beside them."""
+    kept = 2 * _weights("bfloat16", model) if cfg.updates == "changes" else 0
+    memory = IMPORTS + 2 * _weights(cfg.dtype, model) + kept + cfg.kv_cache_mib * MIB
     return _role("Generator", "generators", cfg, cfg.min, memory)
 
 

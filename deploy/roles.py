@@ -86,7 +86,11 @@ class Starter:
         end_tokens = end_token_ids(policy.directory, policy.tokenizer)
         length = min(max_tokens, policy.size.context)
         pool = await self.pool(
-            Generator, cfg, seed, partial(make_engine, policy.path, cfg, sampling, length, end_tokens)
+            Generator,
+            cfg,
+            seed,
+            partial(make_engine, policy.path, cfg, sampling, length, end_tokens),
+            updates=cfg.updates,
         )
         return GeneratorPool(pool, response_tokens=sampling.max_new_tokens)
 

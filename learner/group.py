@@ -19,6 +19,7 @@ from common.batching import Batcher
 from common.config import UserError
 from common.preferences import Pair
 from common.types import Written
+from common.weights import Parcel
 
 # Once a rank has failed, how long the others may take to say what they know of it, seconds.
 _AFTERMATH_S = 10.0
@@ -99,15 +100,23 @@ class RankGroup:
 class LearnerGroup(RankGroup):
     """`learner.roles.LearnerGroup` over the actors of the ranks."""
 
-    async def publish(self) -> AsyncIterator[Any]:
-        """Object references of the newest weights' Buckets, as rank 0 packs them. Every rank takes part: gathering
-        what is sharded takes all of them. As results of a call the buckets are owned here: they outlive the rank, and
-        are freed once nobody holds their references.
+    newest: Sequence[Any] = ()  # references of the Buckets of the newest set that was published whole
 
-        A bucket itself is never waited for, since that would fetch it: its number, which follows it, is.
+    async def publish(self) -> AsyncIterator[Parcel]:
+        """The newest weights, as rank 0 packs them. Every rank takes part: gathering what is sharded takes all of them.
+        As results of a call the buckets are owned here: they outlive the rank, and are freed once nobody holds their
+        references. `newest` does until the next set is whole, so rank 0 can tell what has changed and keep nothing.
+
+        Buckets and changes are never waited for, since that would fetch them: the note that follows them is.
         """
-        streams = [rank.publish.options(num_returns="streaming").remote() for rank in self._ranks]
-        first, bucket = streams[0], None
+        held = [self.newest, *[()] * (len(self._ranks) - 1)]
+        streams = [
+            rank.publish.options(num_returns="streaming").remote(*buckets)
+            for rank, buckets in zip(self._ranks, held, strict=True)
+        ]
+        first = streams[0]
+        parts: list[Any] = []  # a bucket and its changes, while their note has not come
+        published: list[Any] = []
         while streams:
             # In a thread: the stream's own asynchronous iteration would fetch the buckets too.
             waiting = asyncio.to_thread(ray.wait, streams, timeout=self._timeout_s, fetch_local=False)
@@ -115,17 +124,20 @@ class LearnerGroup(RankGroup):
             if not ready:
                 raise self._late("publish weights", self._timeout_s)
             item = next(ready[0], None)
-            if item is None:  # this rank is done; a bucket without a number is its error in a bucket's place
+            if item is None:  # this rank is done; what comes last without a note is its error in a part's place
                 streams.remove(ready[0])
-                if ready[0] is first and bucket is not None:
-                    await self._wait("publish weights", [bucket])
-            elif ready[0] is first and bucket is None:
-                bucket = item
-            else:  # a bucket's number, or the error of another rank
-                await self._wait("publish weights", [item])
+                if ready[0] is first and parts:
+                    await self._wait("publish weights", parts[-1:])
+            elif ready[0] is first and len(parts) < 2:
+                parts.append(item)
+            else:  # a note, or the error of another rank
+                [note] = await self._wait("publish weights", [item])
                 if ready[0] is first:
-                    yield bucket
-                    bucket = None
+                    (full, changes), (_, full_bytes, changes_bytes) = parts, note
+                    parts = []
+                    published.append(full)
+                    yield Parcel(full, None if changes_bytes is None else changes, full_bytes, changes_bytes)
+        self.newest = published
 
     async def save_policy(self, directory: Path) -> None:
         await self._wait("save the policy", [rank.save_policy.remote(directory.resolve()) for rank in self._ranks])

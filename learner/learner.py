@@ -21,7 +21,7 @@ from common.metrics import Metrics
 from common.models import find_device, model_size, resolve_model, save_policy
 from common.sequences import Sequences, packed_batches
 from common.types import Rollout
-from common.weights import Bucket, buckets
+from common.weights import Bucket, Changes, Note, buckets, publication
 from learner import lora
 from learner.advantages import gae
 from learner.checkpoint import load_checkpoint, save_checkpoint
@@ -131,16 +131,15 @@ class Learner:
         self._ranks.sum(result)
         return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]
 
-    def publish(self) -> Iterator[Bucket | int]:
-        """The policy's weights bucket by bucket, each followed by its number: a caller may wait for the number and
-        pass the bucket on unseen. Ranks other than the first help to gather them, and give nothing."""
+    def publish(self, *held: Bucket) -> Iterator[Bucket | Changes | Note | None]:
+        """The policy's weights bucket by bucket, with what has changed since the buckets `held` by the generators if
+        these are wanted: see `publication`. Ranks other than the first help to gather them, and give nothing."""
         tensors = self.network.policy_tensors()
         if self._ranks.rank > 0:
             deque(tensors, maxlen=0)
             return
-        for bucket in buckets(tensors, self.policy_version):
-            yield bucket
-            yield bucket.index
+        base = held if self.cfg.generators.updates == "changes" else ()
+        yield from publication(buckets(tensors, self.policy_version), base)
 
     def save(self, directory: Path) -> None:
         """Every rank writes its share."""

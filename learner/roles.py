@@ -18,8 +18,8 @@ class Generators(Protocol):
     async def fetch(self, reference: Any) -> Any:
         """What a reference in a Written or Scored stands for. Raises RolloutLostError if it is gone."""
 
-    async def load(self, weights: AsyncIterable[Any], version: int) -> None:
-        """Returns when every routable replica has verified and holds `version`."""
+    async def load(self, weights: AsyncIterable[Any], version: int) -> dict[str, float]:
+        """Returns when every routable replica has verified and holds `version`, with what it took: `weights/*`."""
 
 
 class Reward(Protocol):

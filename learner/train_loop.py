@@ -103,10 +103,10 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
 
     stats = await run.learner.update(table)
     clock.lap("learn")
-    await run.generators.load(run.learner.publish(), run.learner.step)
+    sent = await run.generators.load(run.learner.publish(), run.learner.step)
     clock.lap("publish")
     rollouts = _rollout_metrics(table, len(batch.voids), policy_version=step)
-    record = {"step": step, **rollouts, **batch.stats, **stats, **clock.laps}
+    record = {"step": step, **rollouts, **batch.stats, **stats, **sent, **clock.laps}
     append_record(run.directory / "metrics.jsonl", record)  # before the checkpoint, after which no replay would do it
 
     if run.checkpoints.due(run.learner.step, run.cfg.num_steps):

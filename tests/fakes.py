@@ -23,7 +23,7 @@ END = 1
 WORDS = ["<pad>", "<end>", "<unk>", "ask", *(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(30))]
 
 
-def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
+def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0, context: int = 128) -> Path:
     """A random two-layer Llama with a head size vLLM accepts, and a tokenizer of 64 words, half of them a-words."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -34,7 +34,7 @@ def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Pat
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=None,
@@ -291,11 +291,12 @@ class FakeRoles:
             await asyncio.sleep(0.002)
             yield f"bucket {index} of {self.step}"
 
-    async def load(self, weights: AsyncIterator[str], version: int) -> None:
+    async def load(self, weights: AsyncIterator[str], version: int) -> dict[str, float]:
         assert [bucket async for bucket in weights] == [f"bucket {index} of {version}" for index in range(2)]
         await asyncio.sleep(0.003)  # long enough for a rollout that was let in too early to be written
         self.events.append(f"load v{version}")
         self.version = version
+        return {}
 
     async def restore(self, directory: Path) -> None:
         self.step = int((directory / "step").read_text())

@@ -9,23 +9,26 @@ import torch
 
 from actors.engine import Completion
 from actors.generator import Generator
-from common.weights import CorruptWeightsError, buckets
+from common.weights import CorruptWeightsError, buckets, changes
 from tests.fakes import OWN_TAGS, make_prompt, metered
 
 
 class RecordingEngine:
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.staged: dict[str, list[float]] = {}
 
     async def stage(self, bucket) -> None:
         self.calls.append(f"stage {bucket.version}.{bucket.index}")
+        self.staged |= {name: tensor.tolist() for name, tensor in bucket.tensors()}
 
-    async def generate(self, prompt_ids, *, seed: int) -> Completion:
+    async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0) -> Completion:
         length = len(prompt_ids)
         return Completion(np.ones(length, np.int32), np.zeros(length, np.float32), np.zeros(length, np.int32), "stop")
 
-    async def swap(self, version: int) -> None:
+    async def swap(self, version: int) -> float:
         self.calls.append(f"swap {version}")
+        return 0.25
 
 
 def packed(version: int):
@@ -42,7 +45,7 @@ def run(*actions):
         for action in actions:
             try:
                 if isinstance(action, int):
-                    held.append(await generator.swap(action))
+                    held.append((await generator.swap(action))[0])
                 else:
                     await generator.stage(action)
             except CorruptWeightsError as error:
@@ -116,3 +119,82 @@ def test_rollouts_tokens_and_updates_are_metered():
     assert read("weights_version") == [4]
     assert len(read("stage_seconds")) == 2
     assert all(0 < seconds < 60 for seconds in read("stage_seconds"))
+
+
+def test_a_swap_says_how_long_the_engine_stood_still():
+    async def scenario():
+        generator = Generator("Generator(0)", 0, RecordingEngine)
+        await generator.stage(*packed(3))
+        return await generator.swap(3), await generator.swap(3)
+
+    assert asyncio.run(scenario()) == ((3, 0.25), (3, 0.0))
+
+
+def wide(version: int, moved: dict[str, float]):
+    """Three buckets of eight ones, in each of which the first value may be another."""
+    named = [(name, torch.tensor([moved.get(name, 1.0)] + [1.0] * 7)) for name in "abc"]
+    return list(buckets(named, version, bucket_bytes=16))
+
+
+def since(old, new):
+    return [changes(*pair) for pair in zip(old, new, strict=True)]
+
+
+V3, V4, V5 = wide(3, {}), wide(4, {"a": 2.0}), wide(5, {"a": 2.0, "c": 3.0})
+
+
+async def updated(engine, *updates, keeps="changes"):
+    """A generator given the updates one after the other."""
+    generator = Generator("Generator(0)", 0, lambda: engine, updates=keeps)
+    for parts in updates:
+        await generator.stage(*parts)
+        await generator.swap(parts[0].version)
+    return generator
+
+
+def test_changes_give_the_engine_the_whole_buckets_of_each_version():
+    engine = RecordingEngine()
+    full_between = [V5[0], *since(V4, V5)[1:]]  # one bucket had no changes that were any use
+    asyncio.run(updated(engine, V3, since(V3, V4), full_between))
+    assert engine.calls[-4:] == ["stage 5.0", "stage 5.1", "stage 5.2", "swap 5"]
+    assert engine.staged == {"a": [2.0] + [1.0] * 7, "b": [1.0] * 8, "c": [3.0] + [1.0] * 7}
+
+
+@pytest.mark.parametrize(
+    ("keeps", "loaded", "message"),
+    [
+        ("changes", [], "changes of bucket 0 since version 4 came to Generator(0), which keeps no such bucket"),
+        ("full", [V4], "changes of bucket 0 since version 4 came to Generator(0), which keeps no such bucket"),
+        ("changes", [V3], "since version 4 came where bucket 0 of version 3 is held"),
+    ],
+)
+def test_changes_of_what_is_not_held_are_refused_and_the_full_set_is_taken(keeps, loaded, message):
+    engine = RecordingEngine()
+
+    async def scenario():
+        generator = await updated(engine, *loaded, keeps=keeps)
+        with pytest.raises(CorruptWeightsError) as refused:
+            await generator.stage(*since(V4, V5))
+        assert message in str(refused.value)
+        with pytest.raises(CorruptWeightsError, match="version 5 is not whole"):
+            await generator.swap(5)
+        await generator.stage(*V5)
+        return await generator.swap(5)
+
+    assert asyncio.run(scenario())[0] == 5
+    assert engine.staged["c"][0] == 3.0
+
+
+def test_a_set_that_broke_off_is_no_base():
+    engine = RecordingEngine()
+
+    async def scenario():
+        generator = await updated(engine, V3)
+        await generator.stage(*since(V3, V4)[:2])
+        with pytest.raises(CorruptWeightsError, match="bucket 0 of version 3 is held"):
+            await generator.stage(*since(V4, V5))
+        await generator.stage(*since(V3, V5))
+        return await generator.swap(5)
+
+    assert asyncio.run(scenario())[0] == 5
+    assert engine.staged == {"a": [2.0] + [1.0] * 7, "b": [1.0] * 8, "c": [3.0] + [1.0] * 7}

@@ -15,7 +15,7 @@ from actors.pool import Pool, PoolEvent, RoleError
 from actors.services import GeneratorPool
 from common.config import Replicated, UserError
 from common.types import HANDED_OVER, GivenUpError
-from common.weights import buckets
+from common.weights import Parcel, buckets
 from tests.fakes import LocalHost, make_prompt
 
 
@@ -280,9 +280,10 @@ class SlowEngine:
         await asyncio.sleep(0.02)
         self.staged = bucket.version
 
-    async def swap(self, version: int) -> None:
+    async def swap(self, version: int) -> float:
         assert self.staged == version
         self.version = version
+        return 0.0
 
 
 async def generators(max_tokens: int = 40, **settings) -> tuple[Joined, GeneratorPool]:
@@ -297,7 +298,7 @@ async def published(version: int):
     import torch
 
     for bucket in buckets([("w", torch.full((4,), float(version)))], version):
-        yield bucket
+        yield Parcel(bucket, None, 8, None)
 
 
 def test_unfinished_responses_are_handed_over_and_gone_on_with_elsewhere():

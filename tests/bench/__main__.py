@@ -20,7 +20,7 @@ MODULES = {
     "memory": ["memory_vs_state"],
     "step": ["step_vs_plain"],
     "generation": ["generator_vs_vllm"],
-    "weights": ["update_vs_memcpy", "publish_vs_memcpy"],
+    "weights": ["update_vs_memcpy", "publish_vs_memcpy", "changes_vs_full"],
     "scoring": ["scoring"],
 }
 

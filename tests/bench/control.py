@@ -2,8 +2,8 @@
 are many replicas, or many prompts outstanding.
 
 Engines, scorer and reference answer at once; loop, pools, routing, generators, buffer and journal are the real ones,
-all in one process. Learning and publication are left out. Besides runs/bench.json this leaves runs/bench-control.json and a
-plot beside it; `make bench-control` runs it alone.
+all in one process. Learning and publication are left out. Besides runs/bench.json this leaves runs/bench-control.json
+and a plot; `make bench-control` runs it alone.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ class StubReference(StubReward):
 
 
 class SameWeights(GeneratorPool):
-    async def load(self, weights: AsyncIterator[Any], version: int) -> None:
+    async def load(self, weights: AsyncIterator[Any], version: int) -> dict[str, float]:
         """Nothing is published."""
+        return {}
 
 
 class Measured(Exception):

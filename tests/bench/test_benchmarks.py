@@ -3,8 +3,10 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from learner.advantages import gae as ratchet_gae
 from tests.bench import __main__ as bench
@@ -17,6 +19,7 @@ from tests.bench.plain_ppo import PlainPPO
 from tests.bench.results import Result, table
 from tests.bench.step import plain
 from tests.bench.task import prompts, variety
+from tests.bench.weights import find_changes, trained
 from tests.fakes import save_tiny_model
 
 
@@ -57,6 +60,26 @@ def test_memory_counts_the_interpreter(tiny):
     parts = record(tiny)
     assert parts["published_peak_mb"] >= parts["second_update_peak_mb"] >= parts["imported_mb"] > 100
     assert parts["state_mb"] == pytest.approx(16 * parts["parameters"] / 1e6)
+
+
+def test_trained_weights_lie_between_the_bf16_values_around_them():
+    weight = torch.tensor([1.0, -1.5, 0.75, 3e-3]).bfloat16().float().repeat(2000, 1)
+    moved = trained(weight)
+    # bf16 steps by 2^-7 from 1 to 2, by 2^-8 from 1/2 to 1, and by 2^-16 from 2^-9 to 2^-8.
+    steps = torch.tensor([2**-7, 2**-7, 2**-8, 2**-16])
+    assert ((moved - weight).abs() <= steps / 2).all()
+    torch.testing.assert_close((moved - weight).std(0), steps / 12**0.5, atol=0, rtol=0.05)  # uniform
+
+
+def test_changes_are_counted_in_bytes_of_the_full_set(tiny):
+    parts = find_changes(tiny)
+    named = LlamaForCausalLM.from_pretrained(tiny).named_parameters()
+    weights = torch.cat([weight.detach().double().abs().flatten() for _, weight in named]).numpy()
+    spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)  # of bf16 there: seven bits follow the leading one
+    for rate in (1e-6, 1e-5):
+        crossed = np.minimum(1, rate / spacing).mean()  # share of places from which such a step leads past a boundary
+        # A change takes three times the bytes of a value.
+        assert parts[f"trained_{rate:.0e}_bytes_ratio".replace("e-0", "e-")] == pytest.approx(3 * crossed, rel=0.05)
 
 
 def test_plain_padding_changes_no_logprob_and_no_value(tiny):

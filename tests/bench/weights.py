@@ -3,7 +3,11 @@
 - update_vs_memcpy: how long the generator's requests wait for the swap, over one warm memcpy of the bytes sent;
 - publish_vs_memcpy: from the learner's first packing to the last bucket verified and staged on the generator, over the
   same; publish_to_serving goes on until the swap is done and reported, for which the step under way must end;
-- step_slowdown: how much longer an engine step takes while a set is being staged.
+- step_slowdown: how much longer an engine step takes while a set is being staged;
+- changes_vs_full: bytes of the values that one AdamW step changes, over those of the full set, and what it takes to
+  find and to apply them, over the memcpy. No real step is made: as in AdamW's first, every float32 weight moves by the
+  learning rate, here up or down at random. It starts from the checkpoint's own values, or from where training brings
+  them: anywhere between one bf16 value and the next.
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.generator import Generator
 from actors.hosting import actor
@@ -26,7 +31,7 @@ from actors.services import GeneratorPool
 from common.config import GeneratorsConfig, LearnerConfig, RayConfig, SamplingConfig
 from common.models import load_policy, resolve_model
 from common.types import Prompt, SampleId
-from common.weights import Bucket, buckets
+from common.weights import Bucket, Changes, Note, buckets, changes, publication
 from deploy.cluster import cluster
 from learner.group import LearnerGroup
 from tests.bench.batch import MODEL
@@ -54,22 +59,29 @@ class Publisher:
             parameter.mul_(1 + 1e-4)
         return self._version
 
-    def publish(self) -> Iterator[Bucket | int]:
+    def publish(self, *held: Bucket) -> Iterator[Bucket | Changes | Note | None]:
         named = ((name, parameter.detach()) for name, parameter in self._policy.named_parameters())
-        for bucket in buckets(named, self._version):
-            yield bucket
-            yield bucket.index
+        yield from publication(buckets(named, self._version))
 
-    def memcpy_s(self, rounds: int = 9) -> tuple[float, int]:
+    def memcpy_s(self) -> tuple[float, int]:
         """Seconds of one copy of the set's bytes into a buffer already in use, and the bytes."""
         num_bytes = 2 * sum(parameter.numel() for parameter in self._policy.parameters())
-        source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
-        seconds = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            np.copyto(target, source)
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds), num_bytes
+        return memcpy_s(num_bytes), num_bytes
+
+
+def memcpy_s(num_bytes: int) -> float:
+    source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
+    return seconds_of(lambda: np.copyto(target, source))
+
+
+def seconds_of(function: Callable[[], Any], rounds: int = 9) -> float:
+    """Median of several calls."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 class TimedGenerator(Generator):
@@ -99,8 +111,8 @@ class TimedGenerator(Generator):
     def _note_swap(self, started: float, ended: float) -> None:
         self._swaps.append(ended - started)
 
-    async def stage(self, *buckets: Bucket) -> None:
-        await super().stage(*buckets)
+    async def stage(self, *parts: Bucket | Changes) -> None:
+        await super().stage(*parts)
         self._staged_at = time.perf_counter()
 
     async def take_notes(self) -> tuple[list[float], list[float], float, int]:
@@ -205,10 +217,45 @@ def summarise(rows: list[dict[str, Any]], memcpy_s: float, num_bytes: int) -> di
     }
 
 
+@torch.no_grad()
+def find_changes(model: str) -> dict[str, float]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    policy = load_policy(resolve_model(model), dtype=torch.float32, device=torch.device("cpu"))
+    checkpoint = dict(policy.named_parameters())
+    memcpy = memcpy_s(2 * sum(weight.numel() for weight in checkpoint.values()))
+    parts = {"memcpy_s": memcpy}
+    for start, weights in (("checkpoint", checkpoint), ("trained", {n: trained(w) for n, w in checkpoint.items()})):
+        old = list(buckets(weights.items(), 0))
+        for rate in ("1e-6", "1e-5"):
+            moved = ((name, weight + float(rate) * torch.randn_like(weight).sign()) for name, weight in weights.items())
+            pairs = list(zip(old, buckets(moved, 1), strict=True))
+            made = [changes(*pair) for pair in pairs]
+            sent = sum(new.values.nbytes if change is None else change.nbytes for change, (_, new) in zip(made, pairs))
+            found_s = seconds_of(lambda pairs=pairs: [changes(*pair) for pair in pairs])
+            applicable = [(change, base) for change, base in zip(made, old) if change is not None]
+            applied_s = seconds_of(lambda applicable=applicable: [change.apply(base) for change, base in applicable])
+            parts |= {
+                f"{start}_{rate}_bytes_ratio": sent / sum(bucket.values.nbytes for bucket in old),
+                f"{start}_{rate}_find_ratio": found_s / memcpy,
+                f"{start}_{rate}_apply_ratio": applied_s / memcpy,
+            }
+    return parts
+
+
+def trained(weight: Tensor) -> Tensor:
+    """Anywhere between the bf16 values around `weight`, where many small steps would have brought it."""
+    exponent = weight.frexp().exponent
+    step = torch.ldexp(torch.ones_like(weight), exponent - 8)  # eight bits of mantissa, the leading one among them
+    return weight + (torch.rand_like(weight) - 0.5) * step
+
+
 def measure() -> dict[str, Result]:
+    found = find_changes(MODEL)
     with cluster(RayConfig(dashboard=False)):
         parts = asyncio.run(update_often(GeneratorsConfig()))
     return {
+        "changes_vs_full": Result(found["trained_1e-6_bytes_ratio"], "", found),
         "update_vs_memcpy": Result(parts["standstill_ratio"], "<= 3", parts),
         "publish_vs_memcpy": Result(parts["publish_ratio"], "<= 20", {"publish_s": parts["publish_to_verified_s"]}),
     }

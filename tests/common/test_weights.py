@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.weights import Arrivals, CorruptWeightsError, buckets
+from common.weights import Arrivals, Changes, CorruptWeightsError, buckets, changes, publication
 
 
 def bits(tensor):
@@ -227,3 +227,105 @@ def test_a_tensor_without_values_may_stand_anywhere(place):
     packed = list(buckets(named, 0, bucket_bytes=4))
     receive(packed, 0)
     assert [(n, tuple(t.shape)) for n, t in unpack(packed)] == [(n, tuple(t.shape)) for n, t in named]
+
+
+def one_bucket(patterns, version, name="w"):
+    tensor = torch.tensor(patterns, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    [bucket] = buckets([(name, tensor)], version)
+    return bucket
+
+
+# Bits of bf16 values: 1, 0.0, -0.0, infinity, a quiet NaN, a signalling one with a sign, and 2.
+BEFORE = [0x3F80, 0x0000, 0x8000, 0x7F80, 0x7FC0, 0xFF81, 0x4000, *[0x3F80] * 20]
+
+
+@pytest.mark.parametrize(
+    ("place", "pattern"),
+    [(0, 0x3F81), (1, 0x8000), (2, 0x0000), (4, 0x7FC1), (5, 0x7F81), (6, 0x7FFF), (26, 0x0001)],
+)
+def test_changes_bring_over_every_bit_pattern_and_only_what_changed(place, pattern):
+    after = BEFORE.copy()
+    after[place] = pattern
+    old, new = one_bucket(BEFORE, 6), one_bucket(after, 7)
+    change = changes(old, new)
+    assert (change.positions.tolist(), change.positions.dtype) == ([place], np.uint32)
+    assert change.values.view(np.uint16).tolist() == [pattern]
+    assert (change.version, change.base_version, change.index, change.last, change.nbytes) == (7, 6, 0, True, 6)
+    found = change.apply(old)
+    assert found.values.view(np.uint16).tolist() == after
+    assert (found.version, found.entries, found.checksum) == (7, new.entries, new.checksum)
+    assert old.values.view(np.uint16).tolist() == BEFORE  # what is held stays as it is
+
+
+def test_nothing_changed_is_no_bytes_and_a_new_version():
+    old, new = three_buckets(11)[1], three_buckets(12)[1]
+    change = changes(old, new)
+    assert change.nbytes == 0
+    assert (change.apply(old).checksum, change.apply(old).version) == (new.checksum, 12)
+
+
+@pytest.mark.parametrize(("changed", "worth_it"), [(8, True), (9, False), (27, False)])
+def test_changes_are_made_only_where_they_are_smaller_than_the_bucket(changed, worth_it):
+    # 27 values are 54 bytes; a change takes 6, so eight of them are 48 and nine as many as the bucket.
+    after = [0x4100] * changed + BEFORE[changed:]
+    change = changes(one_bucket(BEFORE, 1), one_bucket(after, 2))
+    assert (change is not None) == worth_it
+
+
+def test_another_layout_is_sent_in_full():
+    old = three_buckets(1)
+    assert changes(old[0], three_buckets(2)[1]) is None
+    assert changes(one_bucket(BEFORE, 1), one_bucket(BEFORE, 2, name="v")) is None
+    assert changes(*buckets([("a", torch.empty(0))], 1), *buckets([("a", torch.empty(0))], 2)) is None
+
+
+def sparse_change():
+    old = one_bucket(BEFORE, 6)
+    return old, changes(old, one_bucket([0x4100, *BEFORE[1:20], 0x4200, *BEFORE[21:]], 7))
+
+
+def test_changes_of_another_base_are_refused():
+    old, change = sparse_change()
+    with pytest.raises(CorruptWeightsError, match="bucket 0 since version 6 came where bucket 0 of version 5 is held"):
+        change.apply(one_bucket(BEFORE, 5))
+    with pytest.raises(CorruptWeightsError, match="came where bucket 1 of version 6 is held"):
+        change.apply(replace(old, index=1))
+    for other in (BEFORE[:-1], [*BEFORE[:5], 0x0001, *BEFORE[6:]], BEFORE[:4]):  # called version 6 as well
+        with pytest.raises(CorruptWeightsError, match="version 7: bucket 0 has checksum"):
+            change.apply(one_bucket(other, 6))
+    change.apply(old)
+
+
+@pytest.mark.parametrize("field", ["positions", "values"])
+@pytest.mark.parametrize(("place", "bit"), [(0, 0), (1, 15), (1, 4)])
+def test_one_flipped_bit_of_the_changes_is_refused(field, place, bit):
+    old, change = sparse_change()
+    damaged = getattr(change, field).copy()
+    damaged.view(f"u{damaged.itemsize}")[place] ^= 1 << bit
+    with pytest.raises(CorruptWeightsError, match="changes of bucket 0 since version 6 has checksum"):
+        replace(change, **{field: damaged}).apply(old)
+
+
+@pytest.mark.parametrize("said", [{"version": 8}, {"index": 1}, {"last": False}, {"base_version": 5}, {"result": 0}])
+def test_what_is_said_about_the_changes_is_part_of_their_checksum(said):
+    old, change = sparse_change()
+    with pytest.raises(CorruptWeightsError, match="has checksum"):
+        replace(change, **said).apply(old)
+
+
+def test_a_publication_has_each_bucket_its_changes_and_a_note():
+    moved = [(name, tensor + 1 if name == "cube" else tensor) for name, tensor in some_tensors()]
+    stream = list(publication(buckets(moved, 13, bucket_bytes=80), [read_only(b) for b in three_buckets()]))
+    new, made, notes = stream[::3], stream[1::3], stream[2::3]
+    assert [bucket.checksum for bucket in new] == [b.checksum for b in buckets(moved, 13, bucket_bytes=80)]
+    assert notes == [(0, 80, 0), (1, 72, None), (2, 56, 0)]  # 30 of the 36 values of bucket 1 have changed
+    assert made[1] is None
+    applied = [made[0].apply(three_buckets()[0]), new[1], made[2].apply(three_buckets()[2])]
+    receive(applied, 13)
+    assert [(n, bits(t)) for n, t in unpack(applied)] == [(n, bits(t)) for n, t in moved]
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_buckets_beyond_those_held_have_no_changes(held):
+    stream = list(publication(three_buckets(13), three_buckets(12)[:held]))
+    assert [isinstance(item, Changes) for item in stream[1::3]] == [index < held for index in range(3)]

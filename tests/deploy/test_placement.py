@@ -131,6 +131,11 @@ def test_float32_doubles_the_weights_of_a_frozen_role(role, section, copies):
     assert full[role] - half[role] == copies * 2 * 1_000_000
 
 
+def test_where_changes_are_sent_a_generator_keeps_a_set_to_apply_them_to_and_makes_another():
+    full, changes = (memory(config(generators={"updates": updates})) for updates in ("full", "changes"))
+    assert changes["Generator(0)"] - full["Generator(0)"] == 2 * 2 * 1_000_000
+
+
 def test_the_kv_cache_is_counted():
     small, large = (memory(config(generators={"kv_cache_mib": mib}))["Generator(0)"] for mib in (256, 1024))
     assert large - small == 768 * MIB

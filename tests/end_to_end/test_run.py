@@ -53,9 +53,9 @@ def finished(model, tmp_path_factory):
 
 
 def curve(directory) -> list[dict]:
-    """Every step's metrics but the clock's."""
+    """Every step's metrics but the clock's, and what was sent, which grows with the replicas."""
     records = read_records(directory / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in records]
+    return [{k: v for k, v in record.items() if not k.endswith("_s") and k != "weights/bytes"} for record in records]
 
 
 def test_the_reward_rises(finished):
@@ -139,6 +139,22 @@ def test_the_number_of_replicas_does_not_change_the_curve(finished, model, tmp_p
     assert curve(directory) == curve(finished)[:2]
     generators = Journal(directory / "journal").read(1).table["generator"].to_pylist()
     assert set(generators) == {"Generator(0)", "Generator(1)"}
+
+
+def test_small_steps_are_sent_as_changes_where_they_are_wanted(model, tmp_path):
+    cfg = run_config(
+        model,
+        num_steps=3,
+        generators={"updates": "changes"},
+        optimizer={"learning_rate": 1e-6},
+        evaluation={"prompts": 0},
+    )
+    run_training(cfg, tmp_path / "changes")
+    records = read_records(tmp_path / "changes/metrics.jsonl")
+    full = 2 * load_policy(Path(model), dtype=torch.float32, device=torch.device("cpu")).num_parameters()
+    assert records[0]["weights/bytes"] == full  # nothing has been published that could have changed
+    assert all(0 < record["weights/bytes"] < full / 2 for record in records[1:])
+    assert all(abs(record["mismatch/kl"]) < 1e-3 for record in records)  # the last one's rollouts are of such weights
 
 
 def test_the_final_policy_loads_in_vllm_and_has_changed(finished, model):

@@ -6,8 +6,10 @@ vLLM changes global state of torch, so each scenario runs in a process of its ow
 from __future__ import annotations
 
 import asyncio
+import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
@@ -17,8 +19,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.config import GeneratorsConfig, SamplingConfig
 from common.types import Rollout, SampleId, Written
-from common.weights import Bucket, CorruptWeightsError, buckets
-from tests.fakes import END, make_prompt, save_tiny_model
+from common.weights import Bucket, Changes, CorruptWeightsError, buckets, changes
+from tests.fakes import END, WORDS, make_prompt, save_tiny_model
 
 pytestmark = pytest.mark.ray
 
@@ -87,21 +89,23 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
             model_dir,
             GeneratorsConfig(dtype=dtype, kv_cache_mib=16),
             SamplingConfig.model_validate({"max_new_tokens": 12, **sampling}),
-            max_model_len=128,
+            max_model_len=json.loads((model_dir / "config.json").read_text())["max_position_embeddings"],
             end_token_ids=[END],
         )
 
     torch.set_num_threads(1)
-    generator = Generator("Generator(0)", 7, make_engine)
+    generator = Generator("Generator(0)", 7, make_engine, updates="changes")
     # Otherwise the quick way is not what is tested.
     assert type(generator._engine._weights).__name__ == ("ReloadedWeights" if way == "reloaded" else "PackedWeights")
     return asyncio.run(globals()[scenario](generator, weight_sets))
 
 
-async def load(generator, weights: list[Bucket]) -> int:
-    for bucket in weights:
-        await generator.stage(bucket)
-    return await generator.swap(weights[0].version)
+async def load(generator, weights: list[Bucket | Changes]) -> int:
+    for part in weights:
+        await generator.stage(part)
+    version, pause_s = await generator.swap(weights[0].version)
+    assert pause_s > 0
+    return version
 
 
 async def write(generator, prompt) -> Rollout:
@@ -117,6 +121,33 @@ async def rollouts(generator, weight_sets) -> list[list[Rollout]]:
         assert await load(generator, weights) == weights[0].version
         results.append(list(await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS))))
     return results
+
+
+async def updates_in_flight(generator, weight_sets) -> list[Rollout]:
+    """As many requests as prompts all the time, while one update follows the other."""
+    finished: list[Rollout] = []
+    updating = True
+
+    async def keep_asking(prompt) -> None:
+        while updating:
+            finished.append(await write(generator, prompt))
+
+    asking = [asyncio.create_task(keep_asking(prompt)) for prompt in PROMPTS]
+    for weights in weight_sets:
+        assert await load(generator, weights) == weights[0].version
+    updating = False
+    await asyncio.gather(*asking)
+    return finished
+
+
+async def same_prompt_again(generator, weight_sets) -> list[Rollout]:
+    """A prompt of two whole blocks of the cache and more, asked before each update and after."""
+    prompt = make_prompt(0, tuple(4 + i % 50 for i in range(300)))
+    answers = [await write(generator, prompt), await write(generator, prompt)]
+    for weights in weight_sets:
+        await load(generator, weights)
+        answers.append(await write(generator, prompt))
+    return answers
 
 
 async def one_by_one(generator, weight_sets) -> list[Rollout]:
@@ -247,6 +278,55 @@ def test_an_update_in_flight_is_verified_and_stamped_on_the_tokens_after_it(tmp_
         difference = np.abs(rollout.rollout_logprobs - hf_logprobs(model_dir, rollout, None))
         assert difference[old].max() < 1e-4  # sampled by the old weights, as stamped
         assert difference[~old].mean() > 0.1  # and the others were not
+
+
+# Version v of the model below writes token 4 + v; there are words for so many.
+VERSIONS = range(1, len(WORDS) - 4)
+
+
+def save_model_that_writes_its_version(directory):
+    """Attention and MLP add nothing and all tokens look alike, so every position ends in one state, and the row of the
+    head that points along it is written whatever came before: that of token 4."""
+    save_tiny_model(directory, tied=False)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[4] = 0.5  # a logit of 32 against 0
+    model.save_pretrained(directory)
+    return directory
+
+
+def head_moved(tensors: dict[str, torch.Tensor], version: int) -> list[Bucket]:
+    """The weights that write token 4 + version."""
+    head = torch.roll(tensors["lm_head.weight"], version, dims=0)
+    return list(buckets({**tensors, "lm_head.weight": head}.items(), version, bucket_bytes=10_000))
+
+
+@pytest.mark.parametrize(("way", "sent"), [("packed", "changes"), ("reloaded", "full")])
+def test_every_token_is_one_that_the_version_it_is_stamped_with_would_write(tmp_path, way, sent):
+    model_dir = save_model_that_writes_its_version(tmp_path / "model")
+    tensors = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).state_dict()
+    sets = [head_moved(tensors, version) for version in VERSIONS]
+    if sent == "changes":
+        sets[1:] = [[changes(*pair) for pair in zip(old, new, strict=True)] for old, new in pairwise(sets)]
+    batch = in_engine(model_dir, "float32", sets, way=way, scenario="updates_in_flight", max_new_tokens=100)
+    for rollout in batch:
+        assert (rollout.response_ids - 4).tolist() == rollout.policy_versions.tolist()
+        assert np.isfinite(rollout.rollout_logprobs).all()
+    assert max(len(set(rollout.policy_versions)) for rollout in batch) >= 3
+
+
+def test_the_same_long_prompt_is_not_answered_from_what_older_weights_made_of_it(tmp_path):
+    model_dir = save_tiny_model(tmp_path / "model", context=512)
+    sets = [perturbed(model_dir, 1), perturbed(model_dir, 2)]
+    answers = in_engine(model_dir, "float32", sets, scenario="same_prompt_again")
+    for weights, rollout in zip([None, None, *sets], answers, strict=True):
+        assert set(rollout.policy_versions) == {weights[0].version if weights else 0}
+        np.testing.assert_allclose(rollout.rollout_logprobs, hf_logprobs(model_dir, rollout, weights), atol=1e-4)
 
 
 def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):

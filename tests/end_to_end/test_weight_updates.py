@@ -18,7 +18,7 @@ from actors.pool import Pool, RoleError
 from actors.ray_host import start_pool
 from actors.services import GeneratorPool
 from common.config import RayConfig, Replicated
-from common.weights import buckets
+from common.weights import CorruptWeightsError, buckets, publication
 from deploy.cluster import cluster
 from learner.group import LearnerGroup
 
@@ -26,10 +26,12 @@ pytestmark = pytest.mark.ray
 
 NUM_BUCKETS, VALUES = 6, 1 << 20
 BUCKET_BYTES = 2 * VALUES
+FULL_BYTES, CHANGES_BYTES = NUM_BUCKETS * BUCKET_BYTES, NUM_BUCKETS * VALUES // 8 * 6
+PAUSE_S = 0.125
 
 
 class Rank:
-    """Publishes `version` everywhere in every tensor; misbehaves before bucket 3 as told."""
+    """Publishes tensors an eighth of which is `version`, the rest ones; misbehaves before bucket 3 as told."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -37,7 +39,7 @@ class Rank:
     def join(self, rank: int, world: int, rendezvous: str) -> int:
         return 0
 
-    def publish(self):
+    def publish(self, *held):
         version, trouble = self._plan
 
         def named_tensors():
@@ -48,47 +50,57 @@ class Rank:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if index == 3 and trouble == "silence":
                     time.sleep(60)
-                yield f"w{index}", torch.full((VALUES,), float(version))
+                tensor = torch.ones(VALUES)
+                tensor[index::8] = version
+                yield f"w{index}", tensor
 
         if self._rank > 0:  # takes part in gathering, and yields nothing
+            assert not held
             list(named_tensors())
             return
-        for bucket in buckets(named_tensors(), version, bucket_bytes=BUCKET_BYTES):
-            yield bucket
-            yield bucket.index
+        yield from publication(buckets(named_tensors(), version, bucket_bytes=BUCKET_BYTES), held)
 
     def plan(self, version: int, trouble: str = "") -> None:
         self._plan = version, trouble
 
 
 class SumEngine:
-    """Serves the sums of its weights; may be told to lose its process at a bucket."""
+    """Serves the sums of its weights; may be told to lose its process at a bucket, or to refuse it."""
 
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
         self.staged: dict[str, float] = {}
-        self.die_at = -1
+        self.die_at = self.refuse_at = -1
 
     async def stage(self, bucket) -> None:
         if bucket.index == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if bucket.index == self.refuse_at:
+            raise CorruptWeightsError("told to refuse")
         if bucket.index == 0:
             self.staged = {}
-        self.staged.update((name, float(tensor.float().mean())) for name, tensor in bucket.tensors())
+        self.staged.update((name, tensor.double().sum().item()) for name, tensor in bucket.tensors())
 
-    async def swap(self, version: int) -> None:
+    async def swap(self, version: int) -> float:
         self.weights = self.staged
+        return PAUSE_S
 
 
 class Served(Generator):
-    def __init__(self, name: str) -> None:
-        super().__init__(name, 0, SumEngine)
+    def __init__(self, name: str, updates: str) -> None:
+        super().__init__(name, 0, SumEngine, updates=updates)
 
     async def weights(self) -> tuple[int, dict[str, float]]:
         return self._version, self._engine.weights
 
     async def die_at(self, index: int) -> None:
         self._engine.die_at = index
+
+    async def refuse_at(self, index: int) -> None:
+        self._engine.refuse_at = index
+
+    async def forget(self) -> None:
+        self._held = {}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +109,7 @@ def ray_cluster():
         yield nodes
 
 
-def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30):
+def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, updates: str = "changes"):
     """`scenario(learner, generators, pool, plan)`, with everything started and stopped around it."""
 
     async def whole():
@@ -106,6 +118,7 @@ def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30):
         pool = await start_pool(
             Served,
             Replicated(min=replicas, cpus=0),
+            updates,
             startup_timeout_s=60,
         )
 
@@ -127,23 +140,58 @@ async def served(pool: Pool) -> list[tuple[int, dict[str, float]]]:
 
 
 def all_of(version: int) -> tuple[int, dict[str, float]]:
-    return version, {f"w{index}": float(version) for index in range(NUM_BUCKETS)}
+    return version, {f"w{index}": VALUES / 8 * (7 + version) for index in range(NUM_BUCKETS)}
 
 
 @pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (3, 2)])
-def test_every_replica_serves_what_rank_0_published_and_the_store_keeps_the_newest_set(ray_cluster, ranks, replicas):
+def test_every_replica_serves_what_rank_0_published_and_one_set_stays_in_the_object_store(ray_cluster, ranks, replicas):
     async def scenario(learner, generators, pool, plan):
         for version in (1, 2, 3):
             await plan(version)
-            await generators.load(learner.publish(), version)
+            sent = await generators.load(learner.publish(), version)
             assert await served(pool) == [all_of(version)] * replicas
+            expected = FULL_BYTES if version == 1 else CHANGES_BYTES
+            assert sent == {"weights/bytes": replicas * expected, "weights/pause_s": PAUSE_S}
         gc.collect()  # pools of earlier tests, and what they held
         deadline = time.monotonic() + 20
         while f" {NUM_BUCKETS} objects" not in memory_summary(stats_only=True):
             assert time.monotonic() < deadline, memory_summary(stats_only=True)
             await asyncio.sleep(0.2)
+        assert len(learner.newest) == NUM_BUCKETS
 
     run(scenario, ranks=ranks, replicas=replicas)
+
+
+@pytest.mark.parametrize("updates", ["full", "changes"])
+def test_a_replica_that_refuses_changes_is_sent_the_full_set(ray_cluster, updates):
+    async def scenario(learner, generators, pool, plan):
+        for version in (1, 2):
+            await plan(version)
+            sent = await generators.load(learner.publish(), version)
+            await pool.ready[0].handle.forget.remote()
+            assert await served(pool) == [all_of(version)] * 2
+        changes, full = (CHANGES_BYTES, FULL_BYTES) if updates == "changes" else (0, 2 * FULL_BYTES)
+        # Besides, the changes that were refused: of one bucket at least and of all buckets at most, for each replica.
+        assert changes + full < sent["weights/bytes"] <= changes + full + 2 * CHANGES_BYTES
+
+    run(scenario, replicas=2, updates=updates)
+
+
+def test_a_replica_that_refuses_the_full_set_too_is_an_error_and_keeps_its_weights(ray_cluster):
+    async def scenario(learner, generators, pool, plan):
+        await plan(1)
+        await generators.load(learner.publish(), 1)
+        await pool.ready[0].handle.refuse_at.remote(2)
+        await plan(2)
+        with pytest.raises(CorruptWeightsError, match="told to refuse"):
+            await generators.load(learner.publish(), 2)
+        assert await served(pool) == [all_of(1)] * 2
+        await pool.ready[0].handle.refuse_at.remote(-1)
+        await plan(3)
+        await generators.load(learner.publish(), 3)
+        assert await served(pool) == [all_of(3)] * 2
+
+    run(scenario, replicas=2)
 
 
 def test_buckets_are_owned_here_and_outlive_the_rank(ray_cluster):
@@ -225,5 +273,6 @@ class Liar:
         self.stage = replica.stage
         self.swap = self
 
-    async def remote(self, version: int) -> int:
-        return await self.replica.swap.remote(version) - 1
+    async def remote(self, version: int) -> tuple[int, float]:
+        held, pause_s = await self.replica.swap.remote(version)
+        return held - 1, pause_s

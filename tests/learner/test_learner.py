@@ -393,8 +393,9 @@ def test_published_weights_are_the_policy_rounded_to_bf16(model):
     learner = make_learner(model)
     learner.update(batch())
     published = list(learner.publish())
-    buckets = published[::2]
-    assert published[1::2] == list(range(len(buckets)))  # each bucket's number follows it
+    buckets = published[::3]
+    assert published[1::3] == [None] * len(buckets)
+    assert published[2::3] == [(bucket.index, bucket.values.nbytes, None) for bucket in buckets]
     arrivals = Arrivals()
     for bucket in buckets:
         arrivals.add(bucket)
@@ -403,6 +404,18 @@ def test_published_weights_are_the_policy_rounded_to_bf16(model):
     tensors = dict(pair for bucket in buckets for pair in bucket.tensors())
     assert tensors.keys() == named.keys()
     assert all(torch.equal(t, named[name].detach().bfloat16()) for name, t in tensors.items())
+
+
+def test_changes_are_published_since_what_is_held_where_they_are_wanted(model):
+    learner = make_learner(model, generators={"updates": "changes"}, optimizer={"learning_rate": 1e-6})
+    held = list(learner.publish())[::3]
+    learner.update(batch())
+    published = list(learner.publish(*held))
+    new, made, notes = published[::3], published[1::3], published[2::3]
+    assert [change.apply(old).checksum for old, change in zip(held, made, strict=True)] == [b.checksum for b in new]
+    assert [note[2] for note in notes] == [6 * int((old.values != b.values).sum()) for old, b in zip(held, new)]
+    assert 0 < sum(note[2] for note in notes) < sum(note[1] for note in notes) / 4
+    assert list(make_learner(model).publish(*held))[1::3] == [None] * len(held)
 
 
 def test_the_saved_policy_is_a_hugging_face_directory(model, tmp_path):
