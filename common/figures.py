@@ -58,6 +58,8 @@ FIGURES = (
     Figure("reward/running_std", "reward units", "last"),
     Figure("value/explained_variance", "share", "last"),
     Figure("learner/tokens", "tokens", "last"),
+    Figure("weights/bytes", "bytes", "sum over replicas"),
+    Figure("weights/pause_s", "seconds", "max over replicas"),
     Figure("time/generate_s", "seconds", "last"),
     Figure("time/score_s", "seconds", "last"),
     Figure("time/journal_s", "seconds", "last"),

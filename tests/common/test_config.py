@@ -310,12 +310,26 @@ def test_every_section_and_every_field_of_one_says_what_it_means():
 def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, section, in_flight):
     given = tree().get(section, {})
     role = getattr(root.model_validate(tree()), section)
-    assert (role.replicas, role.in_flight, role.timeout_s, role.gpus, role.threads) == (1, in_flight, 300, 0, 1)
-    for key in ("replicas", "in_flight", "timeout_s", "gpus", "threads"):
+    assert (role.min, role.most, role.in_flight, role.timeout_s, role.gpus, role.threads) == (
+        1,
+        1,
+        in_flight,
+        300,
+        0,
+        1,
+    )
+    for key in ("min", "max", "in_flight", "timeout_s", "silent_s", "drain_s", "short_s", "gpus", "threads"):
         changed = root.model_validate(tree(**{section: {**given, key: 3}}))
         assert getattr(getattr(changed, section), key) == 3
         (fault,) = faults(root, tree(**{section: {**given, key: -1}}))
         assert fault["loc"] == (section, key)
+
+
+def test_a_role_cannot_have_fewer_processes_at_most_than_at_least():
+    assert Config.model_validate(ppo(generators={"min": 2, "max": 5})).generators.most == 5
+    assert Config.model_validate(ppo(generators={"min": 2})).generators.most == 2
+    (fault,) = faults(Config, ppo(generators={"min": 3, "max": 2}))
+    assert "max (2) must be at least min (3)" in fault["msg"]
 
 
 def test_whoever_scores_says_what_share_of_voids_stops_the_run():
@@ -329,8 +343,8 @@ def test_whoever_scores_says_what_share_of_voids_stops_the_run():
 
 @pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])
 def test_a_learner_is_not_replicated(root, tree):
-    (fault,) = faults(root, tree(learner={"replicas": 2}))
-    assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("learner", "replicas"))
+    (fault,) = faults(root, tree(learner={"max": 2}))
+    assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("learner", "max"))
 
 
 def test_the_longest_sequence_is_prompt_and_response():

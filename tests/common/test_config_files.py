@@ -36,7 +36,7 @@ TREES = {
     "ppo": {
         "seed": 3,
         "prompts": {"train": 'a "b" ü.jsonl', "heldout": "h.jsonl", "format": "chat"},
-        "reward": {"sources": SOURCES, "replicas": 2, "normalise": "none"},
+        "reward": {"sources": SOURCES, "min": 2, "normalise": "none"},
         "evaluation": {"judges": [{**source, "name": f"judge_{i}"} for i, source in enumerate(SOURCES)]},
         "optimizer": {"eps": 1e-9, "betas": [0.5, 0.6]},
         "learner": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}},
@@ -357,8 +357,8 @@ def test_a_resolved_config_of_every_root_loads_back_equal(tmp_path, name):
     assert again.to_toml() == cfg.to_toml()
     # Every default is written out, so that a run does not change when a default does; only what is left out stays so.
     written = set(leaves(tomllib.loads(cfg.to_toml())))
-    unset = {"prompts.heldout", "evaluation.pass_source", "ray.address", "data.heldout", "scale.policy",
-             "learner.micro_batch_tokens"}  # fmt: skip
+    unset = {"generators.max", "reference.max", "reward.max", "labeller.max", "prompts.heldout",
+             "evaluation.pass_source", "ray.address", "data.heldout", "scale.policy", "learner.micro_batch_tokens"}  # fmt: skip
     dumped = cfg.model_dump(mode="json")
     assert set(leaves(dumped)) - written <= unset
     assert written <= set(leaves(dumped))

@@ -368,9 +368,9 @@ def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, 
     told = {
         "train": "num_steps, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, "
         "learner.gradient_checkpointing, learner.threads, learner.timeout_s, checkpoint, ray, generators, reference, "
-        "reward.replicas, ",
+        "reward.min, reward.max, reward.in_flight, ",
         "train-reward": "epochs, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, ",
-        "sample-pairs": "generators, labeller.replicas, labeller.timeout_s, ray; or start a new run",
+        "sample-pairs": "generators, labeller.min, labeller.max, labeller.in_flight, labeller.timeout_s, ",
     }[command]  # whole sections are named without a dot
     for setting in settings.split():
         message = refusal(command, "--resume", runs[command], "generators.threads=2", setting)
@@ -380,26 +380,26 @@ def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, 
 
 @pytest.mark.parametrize("command", ROOTS)
 def test_resume_checks_the_settings_it_may_change(refusal, runs, command):
-    message = refusal(command, "--resume", runs[command], "generators.replicaz=2")
-    assert "generators.replicaz: unknown key; did you mean replicas?" in message
-    assert "generators.replicas = 0" in refusal(command, "--resume", runs[command], "generators.replicas=0")
+    message = refusal(command, "--resume", runs[command], "generators.minn=2")
+    assert "generators.minn: unknown key; did you mean min?" in message
+    assert "generators.min = 0" in refusal(command, "--resume", runs[command], "generators.min=0")
 
 
 @pytest.mark.parametrize(
     ("command", "settings"),
     [
         ("train", ""),
-        ("train", "num_steps=9 generators.replicas=2 checkpoint.every=1"),
+        ("train", "num_steps=9 generators.min=2 checkpoint.every=1"),
         ("train", "learner.micro_batch_tokens=4096 learner.gradient_checkpointing=true learner.threads=2"),
         ("train", "learner.ranks=2 learner.cpus=2 learner.gpus=1"),
-        ("train", "learner.timeout_s=9 reward.timeout_s=9 reward.replicas=2 reward.max_void_share=1"),
+        ("train", "learner.timeout_s=9 reward.timeout_s=9 reward.min=2 reward.max_void_share=1"),
         ("train", "reference.dtype=float32 evaluation.every=1 ray.dashboard=false monitoring.port=9100"),
         ("train-reward", ""),
-        ("train-reward", "epochs=9 generators.replicas=2 scale.responses=3 sampling.temperature=0.5"),
+        ("train-reward", "epochs=9 generators.min=2 scale.responses=3 sampling.temperature=0.5"),
         ("train-reward", "learner.micro_batch_tokens=4096 learner.timeout_s=9 checkpoint.every=1 ray.dashboard=false"),
         ("train-reward", "learner.ranks=2 learner.cpus=2 learner.gpus=1"),
         ("sample-pairs", ""),
-        ("sample-pairs", "generators.replicas=2 labeller.replicas=2 labeller.timeout_s=9 ray.dashboard=false"),
+        ("sample-pairs", "generators.min=2 labeller.min=2 labeller.timeout_s=9 ray.dashboard=false"),
     ],
 )
 def test_resume_with_other_settings_goes_on(accepted, runs, command, settings):

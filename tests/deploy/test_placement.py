@@ -50,9 +50,7 @@ def refusal(wanted, nodes):
 
 
 def test_every_replica_of_every_role_is_a_need_with_what_its_section_reserves():
-    cfg = config(
-        generators={"replicas": 2, "cpus": 3, "gpus": 1}, reward={"replicas": 2, "cpus": 0.5}, learner={"cpus": 4}
-    )
+    cfg = config(generators={"min": 2, "cpus": 3, "gpus": 1}, reward={"min": 2, "cpus": 0.5}, learner={"cpus": 4})
     assert [(n.name, n.section, n.cpus, n.gpus) for n in needs(cfg, MODEL)] == [
         ("Learner(0)", "learner", 4, 0),
         ("Generator(0)", "generators", 3, 1),
@@ -153,7 +151,7 @@ def test_with_lora_the_learner_is_its_own_reference():
 
 
 def test_every_reward_process_holds_every_reward_model_in_float32():
-    cfg = config(reward={"replicas": 2, "gpus": 0.5})
+    cfg = config(reward={"min": 2, "gpus": 0.5})
     without, found = needs(cfg, MODEL), needs(cfg, MODEL, [MODEL, replace(MODEL, parameters=3_000_000)])
     assert [n.name for n in found] == [n.name for n in without]
     for before, after in zip(without, found, strict=True):
@@ -162,7 +160,7 @@ def test_every_reward_process_holds_every_reward_model_in_float32():
 
 
 def test_the_needs_of_ppo_are_its_learner_and_reference_with_those_of_generators_and_rewards():
-    cfg = config(generators={"replicas": 2, "dtype": "float32"}, reward={"replicas": 2, "cpus": 0.5})
+    cfg = config(generators={"min": 2, "dtype": "float32"}, reward={"min": 2, "cpus": 0.5})
     found = needs(cfg, MODEL, [MODEL])
     assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL)
     assert [n for n in found if n.section == "reward"] == reward_needs("reward", cfg.reward, [MODEL])
@@ -202,8 +200,8 @@ def test_sampling_pairs_needs_generators_and_a_labeller_under_the_labellers_name
     cfg = PairSamplingConfig.model_validate(
         {
             "prompts": {"source": "t"},
-            "generators": {"cpus": 2, "replicas": 2},
-            "labeller": {"sources": [{"name": "s", "function": "m:f"}], "replicas": 2, "cpus": 1, "gpus": 0.25},
+            "generators": {"cpus": 2, "min": 2},
+            "labeller": {"sources": [{"name": "s", "function": "m:f"}], "min": 2, "cpus": 1, "gpus": 0.25},
         }
     )
     engine = 600 * MIB + 4_000_000 + 256 * MIB
@@ -321,7 +319,7 @@ def test_a_refusal_names_the_role_what_it_takes_what_there_is_and_a_remedy():
     assert "no node has room for Generator(0), which takes 2 CPUs, 0 GPUs, 1.0 GiB of memory" in message
     assert "the run takes 3 CPUs, 0 GPUs, 4.0 GiB of memory in all" in message
     assert "the cluster of 2 node(s) has 2 CPUs, 0 GPUs, 4.5 GiB of memory free" in message
-    assert "lower generators.cpus or the number of replicas" in message
+    assert "lower generators.cpus or the number of processes" in message
     assert "add a node" in message
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from actors.pool import PoolEvent
 from common.reward_config import RewardTrainingConfig
 from common.reward_models import ScoreScale
 from deploy.reward_progress import RewardProgress, plot_calibration
@@ -100,8 +101,8 @@ def test_a_run_begins_with_what_was_found_and_has_a_line_a_step_under_one_headin
     record = {f"preference/{key}": value for key, value in zip(keys, (0.6931, 0.5, 0.25, 1.75))}
     for step in range(2):
         progress.step({"step": step, "epoch": (step + 1) / 2, "learner/tokens": 99.0, "time/learn_s": 0.1, **record})
-    progress.lost("Reward(0)", RuntimeError("many\nlines [of] it"))
-    progress.lost("Reward(1)", ValueError())
+    progress.pool(PoolEvent("Reward", "Reward(0)", "died", "lines [of] it", calls=3))
+    progress.pool(PoolEvent("Reward", "Reward(1)", "leaving", "its node is leaving"))
     lines = capsys.readouterr().out.splitlines()
     assert "a[b]c · 7 training pairs, 2 held out" in lines[0]
     assert lines[1] == "train: 7 pairs, 3 of them cut to length; dropped: 1 empty, 2 identical, 4 too long"
@@ -111,4 +112,5 @@ def test_a_run_begins_with_what_was_found_and_has_a_line_a_step_under_one_headin
     assert lines[5].split() == ["step", "epoch", "loss", "accuracy", "margin", "grad", "tokens", "seconds"]
     assert lines[6].split() == ["1", "0.50", "0.693", "50.0%", "0.25", "1.8", "99", "0.1"]
     assert lines[7].split()[:2] == ["2", "1.00"]
-    assert [line.split("; ")[1].split(": ")[1] for line in lines[8:]] == ["lines [of] it", "ValueError"]
+    assert lines[8].strip() == "Reward(0) died; 3 call(s) go on elsewhere: lines [of] it"
+    assert lines[9].strip() == "Reward(1) is leaving: its node is leaving"
