@@ -318,7 +318,12 @@ def _resumed(root: type[AnyRoot], directory: Path, overrides: list[str]) -> AnyR
     if not (directory / "config.toml").exists():
         raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet has made")
     changeable = _RESUMABLE[root]
-    if fixed := [text for text in overrides if not text.startswith(changeable)]:
+
+    def may_change(override: str) -> bool:
+        key = override.partition("=")[0].strip()
+        return key in changeable or key.startswith(tuple(name for name in changeable if name.endswith(".")))
+
+    if fixed := [text for text in overrides if not may_change(text)]:
         raise UserError(
             f"{', '.join(fixed)} cannot change when a run goes on, since what it has done was done under the old "
             f"value; changeable: {', '.join(name.rstrip('.') for name in changeable)}; or start a new run"
