@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,8 +56,8 @@ class Host(Protocol):
     def probe(self, handle: Any) -> Awaitable[Any]:
         """Answered by the replica's process however busy its role is."""
 
-    async def fetch(self, reference: Any) -> Any:
-        """The value that a call has left where it ran. Raises RolloutLostError if it is gone."""
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        """The values that calls have left where they ran; a RolloutLostError in place of one that is gone."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -49,11 +50,15 @@ class RayHost:
     def probe(self, handle: Any) -> Awaitable[Any]:
         return handle.ready.options(concurrency_group="health").remote()
 
-    async def fetch(self, reference: Any) -> Any:
-        try:
-            return await reference
-        except ObjectLostError as error:
-            raise RolloutLostError(f"it was lost with the node it lay on: {error}") from error
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        values = await asyncio.gather(*(ref.as_future() for ref in references), return_exceptions=True)
+        return [_lost(value) if isinstance(value, ObjectLostError) else value for value in values]
+
+
+def _lost(error: ObjectLostError) -> RolloutLostError:
+    lost = RolloutLostError("its tokens were lost with the node they lay on")
+    lost.__cause__ = error
+    return lost
 
 
 async def start_pool(

@@ -43,8 +43,8 @@ class GeneratorPool:
                 return replace(written, rollout=rollout)
             begun = rollout
 
-    async def fetch(self, reference: Any) -> Any:
-        return await self._pool.host.fetch(reference)
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        return await self._pool.host.fetch(references)
 
     async def load(self, weights: AsyncIterable[Parcel], version: int) -> dict[str, float]:
         """Every replica pulls and stages what is published while the learner packs more; once all is there, every

@@ -90,7 +90,7 @@ async def _sample(
     async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:
         written = await asyncio.gather(*(generators.generate(prompt) for prompt in prompts))
         scores = await asyncio.gather(*(score(one) for one in written))
-        rollouts = await asyncio.gather(*(generators.fetch(one.rollout) for one in written))
+        rollouts = await generators.fetch([one.rollout for one in written])
         record: dict[str, Any] = {"pair": number}
         given = [result for result in scores if not isinstance(result, Void)]
         totals = [result.total for result in given]

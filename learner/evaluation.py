@@ -65,11 +65,11 @@ async def evaluate(
     async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
         written = await generators.generate(prompt)
         if reference is None:
-            score, rollout = await asyncio.gather(reward.judge(written), generators.fetch(written.rollout))
-            return rollout, score, rollout.rollout_logprobs
+            score, [rollout] = await asyncio.gather(reward.judge(written), generators.fetch([written.rollout]))
+            return _there(rollout), score, rollout.rollout_logprobs
         score, (ref_logprobs, _) = await asyncio.gather(reward.judge(written), reference.logprobs(written))
-        rollout, ref = await asyncio.gather(generators.fetch(written.rollout), generators.fetch(ref_logprobs))
-        return rollout, score, ref
+        rollout, ref = await generators.fetch([written.rollout, ref_logprobs])
+        return _there(rollout), score, _there(ref)
 
     answers = await asyncio.gather(*(answered(prompt) for prompt in prompts))
     scores = [score for _, score, _ in answers if isinstance(score, Score)]
@@ -102,6 +102,12 @@ async def evaluate(
         distinct_2=distinct(responses, 2),
     )
     return evaluation, [(rollout, score) for rollout, score, _ in answers]
+
+
+def _there(fetched: Any) -> Any:
+    if isinstance(fetched, BaseException):
+        raise fetched
+    return fetched
 
 
 def distinct(responses: Sequence[np.ndarray], n: int) -> float:

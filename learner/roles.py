@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +15,8 @@ class Generators(Protocol):
     async def generate(self, prompt: Prompt) -> Written:
         """Raises GivenUpError when replica after replica dies over this prompt."""
 
-    async def fetch(self, reference: Any) -> Any:
-        """What a reference in a Written or Scored stands for. Raises RolloutLostError if it is gone."""
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        """What the references in Written or Scored stand for; a RolloutLostError in place of what is gone."""
 
     async def load(self, weights: AsyncIterable[Any], version: int) -> dict[str, float]:
         """Returns when every routable replica has verified and holds `version`, with what it took: `weights/*`."""

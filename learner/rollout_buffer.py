@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -47,7 +47,7 @@ class RolloutBuffer:
         rollouts_per_step: int,
         max_staleness: int,
         *,
-        fetch: Callable[[Scored], Awaitable[Experience]],
+        fetch: Callable[[Sequence[Scored]], Awaitable[Sequence[Experience | RolloutLostError]]],
         wanted: float = float("inf"),
         max_void_share: float = 1.0,
         max_bytes: float = float("inf"),
@@ -121,14 +121,11 @@ class RolloutBuffer:
             for ticket, row in oldest:
                 if row.staleness(policy_version) > self._max_staleness:
                     unusable[ticket] = f"its oldest token is more than {self._max_staleness} versions old"
-            rows: list[Experience | BaseException] = []
+            rows: Sequence[Experience | RolloutLostError] = []
             if not unusable:
-                rows = await asyncio.gather(*(self._fetch(row) for _, row in oldest), return_exceptions=True)
-                for (ticket, _), fetched in zip(oldest, rows, strict=True):
-                    if isinstance(fetched, RolloutLostError):
-                        unusable[ticket] = str(fetched)
-                    elif isinstance(fetched, BaseException):
-                        raise fetched
+                rows = await self._fetch([row for _, row in oldest])
+                lost = (pair for pair in zip(oldest, rows, strict=True) if isinstance(pair[1], RolloutLostError))
+                unusable = {ticket: str(error) for (ticket, _), error in lost}
             async with self._changed:
                 for ticket, reason in unusable.items():
                     self._ask_again(ticket, reason)

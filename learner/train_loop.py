@@ -135,7 +135,12 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
         clock.text_written()
         if written.fault:  # in the journal it would break every replay
             return Void(written.sample_id, written.fault)
-        score, (ref_logprobs, finite) = await asyncio.gather(run.reward.score(written), _ref_logprobs(run, written))
+        measuring = asyncio.ensure_future(_ref_logprobs(run, written))
+        try:
+            score = await run.reward.score(written)
+            ref_logprobs, finite = await measuring
+        finally:
+            measuring.cancel()
         if isinstance(score, Void):
             return score
         if not finite:
@@ -158,14 +163,20 @@ async def _ref_logprobs(run: Run, written: Written) -> tuple[Any, bool]:
     return await run.reference.logprobs(written)
 
 
-async def fetch(generators: Generators, scored: Scored) -> Experience:
-    """What a step learns from, brought here. Raises RolloutLostError."""
-    if scored.ref_logprobs is None:
-        return Experience(await generators.fetch(scored.written.rollout), scored.score, None)
-    rollout, ref_logprobs = await asyncio.gather(
-        generators.fetch(scored.written.rollout), generators.fetch(scored.ref_logprobs)
-    )
-    return Experience(rollout, scored.score, ref_logprobs)
+async def fetch(generators: Generators, rows: Sequence[Scored]) -> list[Experience | RolloutLostError]:
+    """What a step learns from, brought here."""
+    measured = [row for row in rows if row.ref_logprobs is not None]
+    references = [row.written.rollout for row in rows] + [row.ref_logprobs for row in measured]
+    values = await generators.fetch(references)
+    ref_logprobs = dict(zip(map(id, measured), values[len(rows) :], strict=True))
+    fetched: list[Experience | RolloutLostError] = []
+    for row, rollout in zip(rows, values):
+        parts = rollout, ref_logprobs.get(id(row))
+        lost = next((part for part in parts if isinstance(part, BaseException)), None)
+        if lost is not None and not isinstance(lost, RolloutLostError):
+            raise lost
+        fetched.append(lost or Experience(rollout, row.score, parts[1]))
+    return fetched
 
 
 def _write_down(journal: Journal, batch: Batch, policy_version: int, prompts: dict[str, Any]) -> pa.Table:

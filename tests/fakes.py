@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def make_scored(index: int, response: list[int], **about: Any) -> Scored:
     return Scored(replace(Written.of(row.rollout), rollout=row.rollout), row.score, row.ref_logprobs)
 
 
-async def fetch_scored(scored: Scored) -> Experience:
-    return Experience(scored.written.rollout, scored.score, scored.ref_logprobs)
+async def fetch_scored(rows: Sequence[Scored]) -> list[Experience]:
+    return [Experience(row.written.rollout, row.score, row.ref_logprobs) for row in rows]
 
 
 class LocalHost:
@@ -156,8 +156,8 @@ class LocalHost:
         if handle.silent:
             await asyncio.sleep(3600)
 
-    async def fetch(self, reference: Any) -> Any:
-        return await reference
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        return [await reference for reference in references]
 
     def alive(self, name: str) -> LocalHandle:
         [handle] = [handle for handle in self.handles if handle.name == name and not handle.dead]
@@ -249,8 +249,8 @@ class FakeRoles:
         rollout = await self.write(prompt)
         return replace(Written.of(rollout), rollout=rollout)
 
-    async def fetch(self, reference: Any) -> Any:
-        return reference
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        return list(references)
 
     async def write(self, prompt: Prompt) -> Rollout:
         assert not (self._synchronous and self.updating), "a synchronous step must not generate while it learns"

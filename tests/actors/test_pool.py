@@ -311,7 +311,7 @@ def test_unfinished_responses_are_handed_over_and_gone_on_with_elsewhere():
         assert [event.calls for event in it.events if event.event == "left"] == [2]  # handed over
         await service.load(published(1), 1)
         it.host.leaving = {}
-        rollouts = [await service.fetch((await call).rollout) for call in calls]
+        rollouts = await service.fetch([(await call).rollout for call in calls])
         for rollout in rollouts:
             # Every token once, with the log-probability it was sampled with.
             assert rollout.rollout_logprobs.tolist() == [-float(i) for i in range(40)]
@@ -355,7 +355,7 @@ def test_what_was_begun_is_begun_anew_when_it_is_lost_on_its_way():
         written = await service.generate(make_prompt(3))
         assert written.finished
         assert asked == ["first", None, None]  # the second time it was given what is lost; then nothing
-        rollout = await service.fetch(written.rollout)
+        [rollout] = await service.fetch([written.rollout])
         assert rollout.rollout_logprobs.tolist() == [-float(i) for i in range(40)]
 
     run(scenario)
@@ -373,12 +373,12 @@ def test_a_replica_that_comes_late_takes_the_newest_weights_before_it_gets_work(
         versions = {}
         for _ in range(8):
             written = await service.generate(make_prompt())
-            rollout = await service.fetch(written.rollout)
+            [rollout] = await service.fetch([written.rollout])
             versions[rollout.generator] = set(rollout.policy_versions)
         assert versions == {"Generator(0)": {2}}
         calls = [service.generate(make_prompt(i)) for i in range(8)]
         for written in await asyncio.gather(*calls):
-            rollout = await service.fetch(written.rollout)
+            [rollout] = await service.fetch([written.rollout])
             assert set(rollout.policy_versions) == {2}, rollout.generator
 
     run(scenario)
@@ -408,7 +408,7 @@ def test_publications_and_joins_in_any_order_leave_every_routable_replica_with_t
             assert all(replica.handle.role._version == version for replica in it.pool.ready)
             answers = [asyncio.create_task(service.generate(make_prompt(i))) for i in range(12)]
             for answer in answers:
-                rollout = await service.fetch((await answer).rollout)
+                [rollout] = await service.fetch([(await answer).rollout])
                 assert set(rollout.policy_versions) == {version}
         assert not wrong
         await until(lambda: len(it.pool) == 6)

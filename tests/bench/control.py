@@ -13,7 +13,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,80 @@ class StubLearner:
 
 
 class StubEngine:
-    """Writes the same tokens under the learner's version, at once or as soon as `gate` lets a response through."""
+    """Writes the same tokens under the learner's version, at once."""
 
     _logprobs = np.full(NEW_TOKENS, -1.0, dtype=np.float32)
 
-    def __init__(self, learner: StubLearner, gate: asyncio.Semaphore | None) -> None:
-        self._learner, self._gate = learner, gate
+    def __init__(self, learner: StubLearner) -> None:
+        self._learner = learner
 
     async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
-        if self._gate is not None:
-            await self._gate.acquire()
         versions = np.full(NEW_TOKENS, self._learner.step, dtype=np.int32)
         return Completion(np.arange(NEW_TOKENS, dtype=np.int32), self._logprobs.copy(), versions, "length")
+
+
+class InstantHost(LocalHost):
+    """Calls its replicas' methods on the spot, or, with a gate, once as many as were let through before."""
+
+    def __init__(self, role: Any, *args: Any, gated: bool = False) -> None:
+        super().__init__(role, *args)
+        self.permits = 0.0 if gated else float("inf")
+        self.held: deque[Callable[[], None]] = deque()
+
+    def create(self, name: str) -> Any:
+        handle = InstantHandle(self, name, self._role(name, *self._args))
+        self.handles.append(handle)
+        return handle
+
+    def kill(self, handle: Any) -> None: ...
+
+    def node(self, handle: Any) -> str:
+        return "here"
+
+    def let_through(self, number: int) -> None:
+        self.permits += number
+        while self.permits >= 1 and self.held:
+            self.permits -= 1
+            self.held.popleft()()
+
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        return [reference.result() for reference in references]
+
+
+class InstantHandle:
+    def __init__(self, host: InstantHost, name: str, role: Any) -> None:
+        self.name = name
+        for method in ("ready", "generate", "score", "logprobs"):
+            if hasattr(role, method):
+                setattr(self, method, InstantMethod(host, getattr(role, method), gated=method == "generate"))
+
+
+class InstantMethod:
+    def __init__(self, host: InstantHost, method: Callable, *, gated: bool, num_returns: int = 1) -> None:
+        self._host, self._method, self._gated, self._num_returns = host, method, gated, num_returns
+
+    def options(self, *, num_returns: int) -> InstantMethod:
+        return InstantMethod(self._host, self._method, gated=self._gated, num_returns=num_returns)
+
+    def remote(self, *args: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        answers = [loop.create_future() for _ in range(self._num_returns)]
+
+        def run() -> None:
+            given = [arg.result() if isinstance(arg, asyncio.Future) else arg for arg in args]
+            try:
+                self._method(*given).send(None)
+            except StopIteration as returned:
+                values = [returned.value] if self._num_returns == 1 else returned.value
+                for answer, value in zip(answers, values, strict=True):
+                    answer.set_result(value)
+
+        if not self._gated:
+            run()
+        else:
+            self._host.held.append(run)
+            self._host.let_through(0)
+        return answers[0] if self._num_returns == 1 else answers
 
 
 class StubReward:
@@ -118,25 +181,25 @@ async def steps(
         checkpoint={"every": 10**9},
     )
     record = PromptRecord("a question", np.arange(PROMPT_TOKENS, dtype=np.int32), {"answer": 1})
-    learner, gate = StubLearner(), asyncio.Semaphore(batch) if in_step else None
+    learner = StubLearner()
     quiet = {"silent_s": 1e6}  # probes cost by the second, not by the rollout
     hosts = (
-        (LocalHost(Generator, 0, lambda: StubEngine(learner, gate)), Replicated(min=replicas, **quiet)),
-        (LocalHost(StubReward), Replicated(**quiet)),
-        (LocalHost(StubReference), Replicated(**quiet)),
+        (InstantHost(Generator, 0, lambda: StubEngine(learner), gated=in_step), Replicated(min=replicas, **quiet)),
+        (InstantHost(StubReward), Replicated(**quiet)),
+        (InstantHost(StubReference), Replicated(**quiet)),
     )
     generators, rewards, references = [
         await Pool("Stub", host, section).start(timeout_s=600) for host, section in hosts
     ]
+    hosts[0][0].let_through(batch)
     marks: list[tuple[float, float]] = []
 
     def on_step(*_: Any) -> None:
         marks.append((time.perf_counter(), time.process_time()))
         if len(marks) > WARM_UP + count:
             raise Measured
-        if gate is not None:
-            for _ in range(batch):
-                gate.release()
+        if in_step:
+            hosts[0][0].let_through(batch)
 
     run = Run(
         cfg=cfg,

@@ -173,6 +173,7 @@ def test_what_is_written_stays_where_it_is_and_goes_on_by_reference(ray_cluster)
         assert "1 objects" in memory_summary(stats_only=True)  # in shared memory, not with the caller
         assert await pool.call("add up", lambda handle: handle.add_up.remote(reference)) == 255 * 256 // 2
         os.kill((await pids(pool))["Worker(0)"], signal.SIGKILL)
-        assert (await pool.host.fetch(reference)).tolist() == list(range(256))  # it outlives its writer
+        [written] = await pool.host.fetch([reference])
+        assert written.tolist() == list(range(256))  # it outlives its writer
 
     run(scenario)

@@ -133,7 +133,7 @@ def test_with_staleness_allowed_generators_write_while_the_learner_learns(model,
 def test_the_number_of_replicas_does_not_change_the_curve(finished, model, tmp_path):
     """Sampling depends on weights, seed and sample id alone, and measuring on nobody's company."""
     directory = tmp_path / "replicas"
-    twice = {"replicas": 2}
+    twice = {"min": 2}
     cfg = run_config(model, num_steps=2, generators={**twice, "cpus": 0.5}, reference=twice, reward=twice)
     run_training(cfg, directory)
     assert curve(directory) == curve(finished)[:2]

@@ -65,10 +65,10 @@ def test_what_is_lost_before_the_cut_is_voided_and_another_takes_its_place():
 
     lost = {2}
 
-    async def fetch(scored):
-        if scored.written.sample_id.prompt in lost:
-            raise RolloutLostError("its node is gone")
-        return await fetch_scored(scored)
+    async def fetch(rows):
+        fetched = zip(rows, await fetch_scored(rows), strict=True)
+        gone = RolloutLostError("its node is gone")
+        return [gone if row.written.sample_id.prompt in lost else there for row, there in fetched]
 
     async def scenario():
         buffer = RolloutBuffer(2, 1, fetch=fetch)
@@ -88,10 +88,10 @@ def test_a_fetch_that_fails_otherwise_is_an_error_and_takes_nothing_out():
     async def scenario():
         failing = [True]
 
-        async def fetch(scored):
+        async def fetch(rows):
             if failing[0]:
                 raise ValueError("broken")
-            return await fetch_scored(scored)
+            return await fetch_scored(rows)
 
         buffer = RolloutBuffer(1, 0, fetch=fetch)
         await buffer.put(await buffer.admit(), make_scored(1, [4, 1]))
