@@ -1,8 +1,8 @@
 # make demo    train a small language model with PPO and show that it got better (SEED=n for another seed)
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
 # make test    every test;  make check: linter, formatter, types;  make bench: speed, as ratios
-#              (BENCH="learner step" for these modules of tests/bench alone)
-.PHONY: demo demo-rlhf test check bench clean
+#              (BENCH="learner step" for these modules of tests/bench alone);  make bench-control: the control plane
+.PHONY: demo demo-rlhf test check bench bench-control clean
 
 PYTHON ?= python3
 SEED ?= 0
@@ -23,6 +23,9 @@ demo-rlhf: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench $(BENCH)
+
+bench-control: $(VENV)/.installed
+	$(BIN)/python -m tests.bench control
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

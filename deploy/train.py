@@ -7,6 +7,7 @@ is one prompt's way through the system.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             write_config(directory, cfg)
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
+            gc.freeze()  # what was imported lives as long as the run: collecting garbage need not search it again
             with figures.discoverable(directory):
                 evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)

@@ -9,6 +9,7 @@ and a plot; `make bench-control` runs it alone.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 
+import actors.pool as pool_module
 from actors.engine import Completion
 from actors.generator import Generator
 from actors.pool import Pool
@@ -235,6 +237,8 @@ def cost_us(**settings: Any) -> float:
 
 
 def measure() -> dict[str, Result]:
+    pool_module.MAX_PENDING = max(REPLICAS)  # all of them at once: starting is not what is measured
+    gc.freeze()  # as a run does
     rates, by_replicas, by_outstanding = [], [], []
     for _ in range(ROUNDS):
         wall, _ = run_steps(batch=FREE_BATCH, outstanding=2 * FREE_BATCH, replicas=4, in_step=False, count=FREE_STEPS)
