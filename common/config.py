@@ -138,6 +138,8 @@ class SamplingConfig(Section):
 class GeneratorsConfig(Replicated):
     """The rollout generators: vLLM engines."""
 
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0
+    """GPUs each generator reserves; 0 runs it on the CPU. An engine spans one GPU at most."""
     cpus: Annotated[float, Field(ge=0)] = 1
     """CPU cores each generator reserves in Ray's bookkeeping."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -22,6 +22,7 @@ MODULES = {
     "generation": ["generator_vs_vllm"],
     "weights": ["update_vs_memcpy", "publish_vs_memcpy", "changes_vs_full"],
     "scoring": ["scoring"],
+    "elastic": ["three_replicas_vs_one"],
     "control": ["rollouts_per_s", "cost_ratio_1000_replicas", "cost_ratio_100k_outstanding"],
 }
 

@@ -119,7 +119,7 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(prometheus, tmp
             num_steps=2,
             rollouts_per_step=8,
             reward={"sources": sources},
-            generators={"replicas": 2, "cpus": 0.5},
+            generators={"min": 2, "cpus": 0.5},
             ray={"dashboard": True},
         )
         # Pools record from the driver; what one of theirs looks like there is enough.

@@ -112,7 +112,7 @@ def place(tmp_path_factory):
         # The two cores for the two of these, so that there is one on each node.
         generators={"cpus": 0},
         learner={"cpus": 0},
-        reward={"sources": [{"name": "a_words", "function": "my_rewards:a_words"}], "replicas": 2, "cpus": 1},
+        reward={"sources": [{"name": "a_words", "function": "my_rewards:a_words"}], "min": 2, "cpus": 1},
     )
     (place / "tiny.toml").write_text(cfg.to_toml())
     return place, notes

@@ -1,0 +1,98 @@
+"""`ratchet scale`: a wish reaches the pools of a run that goes on, and the answer says what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import actors.pool as pool_module
+from actors.pool import Pool
+from common.config import Replicated, UserError
+from deploy.run_directory import is_owned, sole_owner
+from deploy.scale import follow_wishes, scale, show
+from tests.fakes import LocalHost
+
+
+class Worker:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def ready(self) -> str:
+        return self.name
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(pool_module, "TICK_S", 0.01)
+    monkeypatch.setattr("deploy.scale._LOOK_EVERY_S", 0.02)
+
+
+def with_run(directory, ask):
+    """`ask()` in a thread while a run with a pool of one to three workers goes on in the directory."""
+
+    async def run():
+        pool = await Pool("Worker", LocalHost(Worker), Replicated(min=1, max=3)).start(5)
+        pool.wish = 1
+        following = asyncio.create_task(follow_wishes(directory, [pool]))
+        await asyncio.sleep(0.1)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), ask), pool.wish, len(pool)
+        finally:
+            following.cancel()
+            pool.stop()
+
+    with sole_owner(directory):
+        return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_wish_is_heard_and_fulfilled(tmp_path, capsys):
+    (tmp_path / "scale.json").write_text('{"Worker": 3}')  # of an earlier process: not a wish for this one
+
+    def ask():
+        before = scale(tmp_path, {})
+        scale(tmp_path, {"Worker": 2})
+        while sum(r["state"] == "ready" for r in scale(tmp_path, {})["Worker"]["replicas"]) != 2:
+            pass
+        return before, scale(tmp_path, {})
+
+    (before, after), wish, ready = with_run(tmp_path, ask)
+    assert (before["Worker"]["wish"], after["Worker"]["wish"], wish, ready) == (1, 2, 2, 2)
+    assert [r["name"] for r in after["Worker"]["replicas"]] in (
+        ["Worker(0)", "Worker(1)"], ["Worker(0)", "Worker(2)"], ["Worker(1)", "Worker(2)"]
+    )  # fmt: skip
+    show(after)
+    shown = capsys.readouterr().out
+    assert "Worker" in shown
+    assert "ready" in shown
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"Worker": 0}, "0 Worker replicas are fewer than the run needs"),
+        ({"Generator": 2}, "the run has no Generator pool, only Worker"),
+    ],
+)
+def test_wishes_that_cannot_be_are_refused_and_not_written_down(tmp_path, wishes, message):
+    def ask():
+        with pytest.raises(UserError, match=message):
+            scale(tmp_path, wishes)
+        return (tmp_path / "scale.json").exists()
+
+    written, wish, _ = with_run(tmp_path, ask)
+    assert (written, wish) == (False, 1)
+
+
+def test_where_no_run_goes_on_nothing_is_scaled(tmp_path):
+    (tmp_path / "pools.json").write_text(json.dumps({"Worker": {"min": 1, "wish": 1, "replicas": []}}))
+    assert not is_owned(tmp_path)
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no run is going on in"):
+            scale(directory, {"Worker": 2})
+    with sole_owner(tmp_path):
+        assert is_owned(tmp_path)
+        with pytest.raises(UserError, match=r"has not heard the wish within 0\.1 s"):
+            scale(tmp_path, {"Worker": 2}, timeout_s=0.1)  # the process is there and does not listen

@@ -1,0 +1,121 @@
+"""A run on a cluster of several nodes that come and go, all on this machine: `python elastic_run.py MODEL DIRECTORY`.
+
+A process of its own, since it starts and kills nodes. One generator begins; two nodes join; one is killed while it
+generates, the other is drained. What happened when goes to DIRECTORY/happened.json; the run itself is in DIRECTORY/run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ |= {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read at import: nothing then listens beyond loopback
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
+}
+
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+
+from common.config import Config
+from common.metrics import read_records
+from deploy.train import run_training
+from tests.fakes import tiny_config
+
+PREEMPTION = 2  # Ray's number for it
+NODE = {"num_cpus": 1, "object_store_memory": 150 << 20}
+
+
+class Conductor:
+    """Waits for what is to be seen in the run directory, and does the next thing to the cluster."""
+
+    def __init__(self, cluster: Cluster, cfg: Config, run: Path) -> None:
+        self._cluster, self._cfg, self._run = cluster, cfg, run
+        self.happened: dict[str, float] = {}
+
+    def events(self, event: str, role: str = "Generator") -> list[dict]:
+        return [e for e in read_records(self._run / "pool.jsonl") if (e["event"], e["role"]) == (event, role)]
+
+    def steps(self) -> int:
+        return len(read_records(self._run / "metrics.jsonl"))
+
+    def wait_for(self, what: str, condition: Callable[[], bool], limit_s: float = 120) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {limit_s:g} s for: {what}")
+            time.sleep(0.1)
+        self.happened[what] = time.time()
+        self.happened[f"steps when: {what}"] = self.steps()
+
+    def wait_for_steps(self, number: int) -> None:
+        wanted = self.steps() + number
+        self.wait_for(f"step {wanted}", lambda: self.steps() >= wanted)
+
+    def conduct(self) -> None:
+        try:
+            self.wait_for("started", lambda: self.steps() >= 3)
+            nodes = [self._cluster.add_node(**NODE) for _ in range(2)]
+            self.happened["nodes added"] = time.time()
+            self.wait_for("three generators", lambda: len(self.events("joined")) == 3)
+            self.wait_for_steps(4)
+            self.happened["killed"] = time.time()
+            self._cluster.remove_node(nodes[0], allow_graceful=False)  # SIGKILL of its raylet
+            self.wait_for("death noticed", lambda: len(self.events("died")) >= 1)
+            self.wait_for_steps(3)
+            self.happened["drained"] = time.time()
+            deadline_ms = int((time.time() + 60) * 1000)
+            gcs = GcsClient(address=self._cluster.address)
+            gcs.drain_node(nodes[1].node_id, PREEMPTION, "the machine is wanted back", deadline_ms)
+            self.wait_for("left", lambda: len(self.events("left")) == 1)
+            self._cluster.remove_node(nodes[1], allow_graceful=True)
+            self.wait_for_steps(2)
+        except Exception as error:
+            self.happened["error"] = str(error)
+        finally:
+            self._cfg.__dict__["num_steps"] = self.steps() + 2  # the loop looks at it at every step
+
+
+def main(model: str, directory: Path) -> None:
+    # As quick as a cluster may be told to notice a dead node.
+    quick = {
+        "health_check_initial_delay_ms": 1000,
+        "health_check_period_ms": 1000,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 3,
+    }
+    head = {**NODE, "num_cpus": 2, "include_dashboard": False, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cfg = tiny_config(
+        model,
+        num_steps=100_000,
+        rollouts_per_step=48,
+        max_staleness=1,
+        sampling={"max_new_tokens": 100, "min_new_tokens": 60},
+        # One core for the learner and one for a generator: the others need a node each.
+        generators={"dtype": "float32", "kv_cache_mib": 16, "min": 1, "max": 3, "cpus": 1, "drain_s": 0.2},
+        reference={"dtype": "float32", "max_batch_tokens": 4096},
+        ppo={"clip_eps": 0.2, "ppo_epochs": 1, "minibatches": 1},
+        evaluation={"prompts": 0},
+        ray={"address": cluster.address},
+    )
+    conductor = Conductor(cluster, cfg, directory / "run")
+    thread = threading.Thread(target=conductor.conduct, daemon=True)
+    thread.start()
+    try:
+        run_training(cfg, directory / "run")
+        thread.join(30)
+    finally:
+        (directory / "happened.json").write_text(json.dumps(conductor.happened, indent=2))
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
