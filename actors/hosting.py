@@ -18,14 +18,12 @@ from common.config import Placed, TrainerConfig
 _INLINE_BYTES = 1024
 
 
-def actor(role: type, cfg: Placed, label: str = "") -> Any:
+def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
     """The Ray actor class of a role, with what its section reserves. An actor is shown, and its meters are tagged, by
     `label`, or by its first argument, its name such as Generator(2)."""
     environment = {"env_vars": worker_environment(cfg)}
-    # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
-    return ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, concurrency_groups={"health": 1})(
-        _hosted(role, label)
-    )
+    placed = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, **options)
+    return placed(_hosted(role, label))
 
 
 def _hosted(role: type, label: str) -> type:

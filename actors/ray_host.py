@@ -32,7 +32,9 @@ class RayHost:
     def create(self, name: str) -> Any:
         # In Ray a name is free again only some time after its actor's death: it gets a number that never was.
         unique = f"{name} #{next(self._numbers)}"
-        return actor(self._role, self._cfg, label=name).options(name=unique).remote(name, *self._args, **self._kwargs)
+        # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
+        host = actor(self._role, self._cfg, name, concurrency_groups={"health": 1}).options(name=unique)
+        return host.remote(name, *self._args, **self._kwargs)
 
     def kill(self, handle: Any) -> None:
         ray.kill(handle)
