@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,8 +21,9 @@ from common.types import GivenUpError, RolloutLostError
 
 Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the call
 
-# One request that takes this many replicas with it is the cause, not the victim.
-MAX_LOSSES_PER_CALL = 3
+# A call that so many replicas died over is tried once more on a replica that has nothing else: if that dies too, the
+# call is the cause. Before, it may be the victim of another.
+SUSPECT_AFTER = 2
 STATES = ("pending", "starting", "ready", "leaving")  # of a replica: waits for room; loads; serves; finishes
 # Creations that wait for room on the cluster at a time: a demand that an autoscaler sees, and no flood of it.
 MAX_PENDING = 2
@@ -41,16 +43,17 @@ class Host(Protocol):
 
     losses: tuple[type[BaseException], ...]  # what a call raises whose replica is gone
     lost_values: tuple[type[BaseException], ...]  # what it raises if a value it was given by reference is gone
+    outages: type[BaseException]  # what `node` and `leaving_nodes` raise while the cluster cannot answer
 
     def create(self, name: str) -> Any:
         """A handle, at once; the replica may have to wait for room, for ever if need be."""
 
     def kill(self, handle: Any) -> None: ...
 
-    def node(self, handle: Any) -> str | None:
+    async def node(self, handle: Any) -> str | None:
         """Where it runs; None while it waits for room."""
 
-    def leaving_nodes(self) -> Mapping[str, float]:
+    async def leaving_nodes(self) -> Mapping[str, float]:
         """Nodes that must not be counted on any more, with the seconds until they are gone."""
 
     def probe(self, handle: Any) -> Awaitable[Any]:
@@ -86,6 +89,7 @@ class Replica:
     state: str = "pending"  # one of STATES
     node: str | None = None
     since: float = field(default_factory=time.monotonic)  # in this state
+    version: int = 0  # of the weights that it has verified and holds; 0: as they came from disk
     calls_lost: int = 0  # what it had when it died
     gone: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -124,12 +128,15 @@ class Pool:
         self._backoff = 0.0
         self._not_before = 0.0  # no creation
         self._short_since: float | None = time.monotonic()  # since when fewer than `min` are ready
-        self._ever_ready = False
+        self._ever_complete = False  # `min` were ready at some time
+        self._leaving: Mapping[str, float] = {}
+        self._suspects = asyncio.Lock()  # held by the one that is tried alone
         self._last_error: BaseException | None = None
         self._failure: asyncio.Future[None] | None = None
 
     async def start(self, timeout_s: float) -> Pool:
-        """Returns when `min` replicas are ready. Raises RoleError if that takes too long, or the first one dies."""
+        """Returns when `min` replicas are ready. Raises UserError if that takes too long, RoleError if one dies before
+        any was ready."""
         self._failure = asyncio.get_running_loop().create_future()
         self._startup_timeout_s = timeout_s
         self._supervisor = asyncio.create_task(self._supervise())
@@ -169,28 +176,43 @@ class Pool:
 
     async def call(self, what: str, call: Call, *, cost: int = 1) -> Any:
         """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when it takes
-        replica after replica with it."""
+        replica after replica with it, the last one of which had nothing else."""
         losses = 0
-        while losses < MAX_LOSSES_PER_CALL:
-            number = await self._router.acquire(cost)
-            if (replica := self._replicas.get(number)) is None:
-                continue  # it died before its turn was taken
-            replica.idle.clear()
-            try:
-                return await self.ask(replica, what, call)
-            except self._losses as error:
-                self.lose(replica, error)
-                losses += 1
-                meters.count("ratchet_pool_reissues_total", role=self.role)
-            finally:
-                self._router.release(number, cost)
-                if not self._router.calls(number):
-                    replica.idle.set()
-        raise GivenUpError(f"{what}: {MAX_LOSSES_PER_CALL} {self.role} replicas died over it: {self._last_error}")
+        while losses < SUSPECT_AFTER:
+            losses += await self._try(what, call, cost, answers := [])
+            if answers:
+                return answers[0]
+        async with self._suspects:
+            if await self._try(what, call, cost, answers := [], alone=True):
+                raise GivenUpError(f"{what}: {losses + 1} {self.role} replicas died over it: {self._last_error}")
+            return answers[0] if answers else await self.call(what, call, cost=cost)
 
-    async def broadcast(self, what: str, call: Call) -> dict[str, Any]:
-        """The answer of every replica that is ready. One that dies over it leaves; other errors are raised."""
-        return await self.each(lambda replica: self.ask(replica, what, call))
+    async def _try(self, what: str, call: Call, cost: int, answers: list[Any], *, alone: bool = False) -> bool:
+        """Adds the answer of one replica to `answers`. Returns whether the replica died over it instead; one that was
+        told to leave, or was dead already, did not."""
+        number = await self._router.acquire(cost)
+        if (replica := self._replicas.get(number)) is None:
+            return False  # it died before its turn was taken
+        replica.idle.clear()
+        try:
+            if alone:
+                self.suspend(replica)
+                while self._router.calls(number) > 1 and not replica.gone.done():
+                    await asyncio.sleep(TICK_S)
+            was_gone = replica.gone.done()
+            answers.append(await self.ask(replica, what, call))
+            return False
+        except self._losses as error:
+            self.lose(replica, error)
+            meters.count("ratchet_pool_reissues_total", role=self.role)
+            dismissed = replica.gone.done() and replica.gone.exception() is None
+            return not (was_gone or dismissed)
+        finally:
+            self._router.release(number, cost)
+            if not self._router.calls(number):
+                replica.idle.set()
+            if alone:
+                self.resume(replica)
 
     async def each(self, work: Callable[[Replica], Awaitable[Any]]) -> dict[str, Any]:
         """What `work` returns for every ready replica. One that dies over it leaves; other errors are raised."""
@@ -211,13 +233,16 @@ class Pool:
         """One replica's answer. Raises RoleError when it takes too long, RolloutLostError if what it was given is
         gone."""
         try:
-            async with asyncio.timeout(self._cfg.timeout_s):
+            async with asyncio.timeout(self._cfg.timeout_s) as limit:
                 return await call(replica.handle)
         except self.host.lost_values as error:
             raise RolloutLostError(f"{what}: what {replica.name} was given is lost: {error}") from error
         except TimeoutError as error:
+            if not limit.expired():
+                raise  # the role's own
             raise RoleError(
-                f"{replica.name} did not finish to {what} within {self._cfg.timeout_s:g} s (timeout_s)"
+                f"{replica.name} did not finish to {what} within {self._cfg.timeout_s:g} s (timeout_s); see what keeps "
+                "it, or raise the limit, and go on with --resume"
             ) from error
 
     def suspend(self, replica: Replica) -> None:
@@ -225,7 +250,7 @@ class Pool:
         self._router.close(replica.number)
 
     def resume(self, replica: Replica) -> None:
-        if replica.state == "ready":
+        if replica.state == "ready" and not replica.gone.done():
             self._router.open(replica.number)
 
     def lose(self, replica: Replica, error: BaseException) -> None:
@@ -240,11 +265,12 @@ class Pool:
         """Keeps as many replicas alive as are wished for; ends the pool when too few are left for too long. Woken by
         the clock alone."""
         while True:
+            for replica in self.replicas:
+                await self._look_at(replica)
+            with suppress(self.host.outages):  # of the cluster's directory: what was known still holds
+                self._leaving = await self.host.leaving_nodes()
             for replica in self._replicas.values():
-                self._look_at(replica)
-            leaving = self.host.leaving_nodes()
-            for replica in self._replicas.values():
-                if replica.node in leaving:
+                if replica.node in self._leaving:
                     self._dismiss(replica, "its node is leaving")
             staying = [replica for replica in self._replicas.values() if not replica.gone.done()]
             for replica in _least_needed(staying, self._router)[: max(0, len(staying) - self.wish)]:
@@ -258,7 +284,7 @@ class Pool:
                 number = sum(replica.state == state for replica in self._replicas.values())
                 meters.gauge("ratchet_pool_replicas", number, role=self.role, state=state)
             meters.gauge("ratchet_pool_waiting_calls", self._router.num_waiting, role=self.role)
-            if self._too_few(self._cfg.short_s if self._ever_ready else self._startup_timeout_s):
+            if self._too_few(self._cfg.short_s if self._ever_complete else self._startup_timeout_s):
                 return
             await asyncio.sleep(TICK_S)
 
@@ -266,10 +292,12 @@ class Pool:
         if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
             self._fail(RoleError(f"the pool of {self.role} replicas broke: {error}"), error)
 
-    def _look_at(self, replica: Replica) -> None:
-        if replica.state == "pending" and (node := self.host.node(replica.handle)) is not None:
-            replica.node = node
-            replica.enter("starting")
+    async def _look_at(self, replica: Replica) -> None:
+        if replica.state == "pending":
+            with suppress(self.host.outages):
+                replica.node = await self.host.node(replica.handle)
+            if replica.node is not None and replica.state == "pending":  # nobody was quicker
+                replica.enter("starting")
         elif replica.state == "starting" and time.monotonic() - replica.since > self._startup_timeout_s:
             limit = f"{self._startup_timeout_s:g} s (ray.startup_timeout_s)"
             self.lose(replica, RoleError(f"{replica.name} did not start within {limit}"))
@@ -307,10 +335,9 @@ class Pool:
 
     async def _join(self, replica: Replica) -> None:
         await replica.handle.ready.remote()
-        self._look_at(replica)
+        await self._look_at(replica)
         await self.catch_up(replica)
         seconds = replica.enter("ready")
-        self._ever_ready = True
         self._router.open(replica.number)
         self._tell(replica, "joined", seconds=seconds)
         meters.count("ratchet_pool_joins_total", role=self.role)
@@ -319,35 +346,42 @@ class Pool:
     async def _leave(self, replica: Replica, reason: str) -> None:
         """No new work; what it has it finishes, or hands over when its time is up."""
         if replica.state != "ready":
-            return
+            return  # it never was routable
         self._router.close(replica.number)
         served = replica.enter("leaving")
         calls = self._router.calls(replica.number)
         self._tell(replica, "leaving", reason=reason, calls=calls)
-        limit = min(self._cfg.drain_s, self.host.leaving_nodes().get(replica.node or "", self._cfg.drain_s))
+        time_left = self._leaving.get(replica.node or "", float("inf"))
         if calls:
-            try:
-                await asyncio.wait_for(replica.idle.wait(), limit)
-            except TimeoutError:
-                calls = self._router.calls(replica.number)
-                if self.hand_over is not None:
-                    await self.ask(replica, "hand over", self.hand_over)
-                    await asyncio.wait_for(replica.idle.wait(), self._cfg.drain_s)
-            else:
-                calls = 0
+            # Handing over takes time, too.
+            limit = min(self._cfg.drain_s, time_left / 2)
+            calls = await self._finish(replica, limit)
+            if calls and self.hand_over is not None:
+                with suppress(TimeoutError, *self._losses):
+                    async with asyncio.timeout(self._cfg.drain_s):
+                        await self.hand_over(replica.handle)
+                        await replica.idle.wait()
         self._tell(replica, "left", reason=reason, seconds=served, calls=calls)
         meters.count("ratchet_pool_leaves_total", role=self.role, reason=reason)
+
+    async def _finish(self, replica: Replica, limit_s: float) -> int:
+        """Waits until it has no calls any more; returns how many it still has when time is up."""
+        try:
+            await asyncio.wait_for(replica.idle.wait(), limit_s)
+        except TimeoutError:
+            return self._router.calls(replica.number)
+        return 0
 
     async def _probe(self, replica: Replica) -> None:
         """Loses the replica when its process is silent. A slow answer to a call says nothing."""
         limit = self._cfg.silent_s
-        while True:
+        while not replica.gone.done():
             await asyncio.sleep(limit / 4)
             try:
                 await asyncio.wait_for(self.host.probe(replica.handle), limit)
             except TimeoutError:
                 self.lose(replica, RoleError(f"{replica.name} answered no health probe for {limit:g} s (silent_s)"))
-            except self.host.losses as error:
+            except Exception as error:
                 self.lose(replica, error)
 
     def _dismiss(self, replica: Replica, reason: str) -> None:
@@ -361,15 +395,15 @@ class Pool:
         self._backoff = max(self._backoff, BACKOFF_S)
         self._not_before = time.monotonic() + self._backoff
         meters.count("ratchet_pool_leaves_total", role=self.role, reason="died")
-        self._tell(replica, "died", reason=_reason(error), seconds=served, calls=replica.calls_lost)
-        if not self._ever_ready:
+        if not self._ever_complete and not self.ready:
             self._fail(RoleError(f"start: {replica.name} died: {_reason(error)}"), error)
+        self._tell(replica, "died", reason=_reason(error), seconds=served, calls=replica.calls_lost)
 
     def _too_few(self, limit: float) -> bool:
         """Fails the pool if fewer than `min` have been ready for `limit` seconds."""
         ready = len(self)
         if ready >= self._cfg.min:
-            self._short_since = None
+            self._short_since, self._ever_complete = None, True
         elif self._short_since is None:
             self._short_since = time.monotonic()
         elif time.monotonic() - self._short_since > limit:
@@ -377,7 +411,7 @@ class Pool:
             died = f"; the last one died of: {_reason(self._last_error)}" if self._last_error else ""
             self._fail(
                 UserError(
-                    f"{self.role}: {ready} replicas have been ready for {limit:g} s, at least {self._cfg.min} (min) "
+                    f"{self.role}: for {limit:g} s only {ready} replicas were ready, at least {self._cfg.min} (min) "
                     f"are needed; there are: {states}{died}. Give it room or lower min, and go on with --resume"
                 ),
                 self._last_error,

@@ -23,37 +23,39 @@ class RayHost:
 
     losses: tuple[type[BaseException], ...] = (RayActorError,)
     lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
+    outages: type[BaseException] = Exception  # Ray's directory has no error of its own for being away
 
     def __init__(self, role: type, cfg: Placed, *args: Any, **kwargs: Any) -> None:
-        self._role, self._cfg = role, cfg
+        # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
+        self._actor = actor(role, cfg, concurrency_groups={"health": 1})
         self._args, self._kwargs = args, kwargs
         self._numbers = itertools.count()
 
     def create(self, name: str) -> Any:
         # In Ray a name is free again only some time after its actor's death: it gets a number that never was.
         unique = f"{name} #{next(self._numbers)}"
-        # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
-        host = actor(self._role, self._cfg, name, concurrency_groups={"health": 1}).options(name=unique)
-        return host.remote(name, *self._args, **self._kwargs)
+        return self._actor.options(name=unique).remote(name, *self._args, **self._kwargs)
 
     def kill(self, handle: Any) -> None:
         ray.kill(handle)
 
-    def node(self, handle: Any) -> str | None:
+    async def node(self, handle: Any) -> str | None:
         # Ray's own table, which has no public form: the process id is there once the actor has found room.
-        entry = ray_state.actors(handle._actor_id.hex())
+        entry = await asyncio.to_thread(ray_state.actors, handle._actor_id.hex())
         return entry["Address"]["NodeID"] if entry and entry["Pid"] else None
 
-    def leaving_nodes(self) -> Mapping[str, float]:
+    async def leaving_nodes(self) -> Mapping[str, float]:
         # Ray Train watches for preemption through the same private call.
-        deadlines_ms = ray_state.state.get_draining_nodes()
+        deadlines_ms = await asyncio.to_thread(ray_state.state.get_draining_nodes)
         return {node: ms / 1000 - time.time() if ms else float("inf") for node, ms in deadlines_ms.items()}
 
     def probe(self, handle: Any) -> Awaitable[Any]:
         return handle.ready.options(concurrency_group="health").remote()
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        values = await asyncio.gather(*(ref.as_future() for ref in references), return_exceptions=True)
+        awaited = [ref.as_future() for ref in references if isinstance(ref, ray.ObjectRef)]
+        fetched = iter(await asyncio.gather(*awaited, return_exceptions=True))
+        values = [next(fetched) if isinstance(ref, ray.ObjectRef) else ref for ref in references]
         return [_lost(value) if isinstance(value, ObjectLostError) else value for value in values]
 
 

@@ -24,7 +24,6 @@ class GeneratorPool:
         self._response_tokens = response_tokens
         self._wanted = 0  # the version from disk
         self._newest: list[Any] = []  # references of the wanted version's buckets, for those who come late
-        self._held: dict[int, int] = {}  # replica -> version it has verified
         pool.catch_up = self._catch_up
         pool.hand_over = lambda replica: replica.hand_over.remote()
 
@@ -55,12 +54,13 @@ class GeneratorPool:
         async def stage(replica: Replica) -> None:
             if (delivery := deliveries.get(replica.number)) is None:
                 send = partial(self._stage, replica, version)
-                delivery = deliveries[replica.number] = Delivery(send, in_full=self._version(replica) != self._wanted)
+                delivery = deliveries[replica.number] = Delivery(send, in_full=replica.version != self._wanted)
             await delivery.bring(parcels)
 
         async with aclosing(_as_they_come(weights)) as arrivals:
             async for arrived in arrivals:
                 parcels.extend(arrived)
+                arrived.clear()
                 await self._pool.each(stage)
                 # Whoever is to begin anew, or has just joined, needs buckets: changes leave the object store.
                 parcels[:] = [replace(parcel, changes=None) for parcel in parcels]
@@ -82,13 +82,9 @@ class GeneratorPool:
 
     async def _catch_up(self, replica: Replica) -> None:
         """The newest weights, taken directly; again if newer ones came meanwhile."""
-        while (version := self._wanted) != self._version(replica):
+        while (version := self._wanted) != replica.version:
             await self._stage(replica, version, self._newest)
             await self._swap(replica, version)
-
-    def _version(self, replica: Replica) -> int:
-        """What it has verified and holds."""
-        return self._held.get(replica.number, 0)
 
     async def _stage(self, replica: Replica, version: int, parts: list[Any]) -> None:
         what = f"stage weights version {version}"
@@ -100,7 +96,7 @@ class GeneratorPool:
         held, pause_s = await self._pool.ask(replica, what, lambda handle: handle.swap.remote(version))
         if held != version:
             raise RoleError(f"wanted weights version {version} on {replica.name}, but it holds {held}")
-        self._held[replica.number] = held
+        replica.version = held
         return pause_s
 
 

@@ -23,6 +23,7 @@ from deploy.placement import check_kv_cache, generator_needs, place, reward_need
 from deploy.progress import Screen
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
+from learner.evaluation import answer
 
 FEW_VOIDS = 8  # so few say nothing about a labeller yet
 
@@ -88,9 +89,8 @@ async def _sample(
     voids: list[str] = []
 
     async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:
-        written = await asyncio.gather(*(generators.generate(prompt) for prompt in prompts))
-        scores = await asyncio.gather(*(score(one) for one in written))
-        rollouts = await generators.fetch([one.rollout for one in written])
+        answers = await asyncio.gather(*(answer(prompt, generators, score) for prompt in prompts))
+        rollouts, scores, _ = zip(*answers, strict=True)
         record: dict[str, Any] = {"pair": number}
         given = [result for result in scores if not isinstance(result, Void)]
         totals = [result.total for result in given]

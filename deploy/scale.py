@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,23 @@ _LOOK_EVERY_S = 0.5
 async def follow_wishes(directory: Path, pools: Sequence[Pool]) -> None:
     """Tells the pools what RUN/scale.json wishes, and writes down what there is whenever it changes. Runs until
     cancelled."""
-    (directory / "scale.json").unlink(missing_ok=True)  # it was a wish for an earlier process
     written = None
     while True:
-        wishes = _read(directory / "scale.json")
-        for pool in pools:
-            pool.wish = max(pool.least, int(wishes.get(pool.role, pool.wish)))
-        state = {pool.role: _state(pool) for pool in pools}
-        if state != written:
-            _write(directory / "pools.json", state)
-            written = state
+        with suppress(ValueError, OSError):  # a file that is being mended, a disk that is full: the run goes on
+            wishes = _read(directory / "scale.json")
+            for pool in pools:
+                pool.wish = max(pool.least, int(wishes.get(pool.role, pool.wish)))
+            state = {pool.role: _state(pool) for pool in pools}
+            if state != written:
+                _write(directory / "pools.json", state)
+                written = state
         await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def forget(directory: Path) -> None:
+    """What an earlier process was told and told: no wish to this one, nor what it has."""
+    for name in ("scale.json", "pools.json"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def scale(directory: Path, wishes: Mapping[str, int], *, timeout_s: float = 10) -> dict[str, Any]:
@@ -85,6 +93,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Any) -> None:
-    staging = path.with_suffix(".tmp")
+    staging = path.with_suffix(f".{os.getpid()}.tmp")
     staging.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     staging.rename(path)

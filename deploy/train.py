@@ -32,7 +32,7 @@ from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
-from deploy.scale import follow_wishes
+from deploy.scale import follow_wishes, forget
 from learner.evaluation import Answer, Evaluation
 from learner.group import AdapterReference, LearnerGroup
 from learner.learner import Learner
@@ -61,6 +61,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
         with sole_owner(directory):
             if not resume:
                 clear(directory)
+            forget(directory)
             write_config(directory, cfg)
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
@@ -95,12 +96,16 @@ async def _train(
     async def start_reference() -> Reference:
         return AdapterReference(learner) if cfg.learner.lora is not None else ReferencePool(await start.references(cfg))
 
-    generators, rewards, reference, _ = await asyncio.gather(
-        start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-        start.pool(Reward, cfg.reward, cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
-        start_reference(),
-        learner.start(cfg.ray.startup_timeout_s),
-    )
+    try:
+        generators, rewards, reference, _ = await asyncio.gather(
+            start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
+            start.pool(Reward, cfg.reward, cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
+            start_reference(),
+            learner.start(cfg.ray.startup_timeout_s),
+        )
+    except BaseException:
+        learner.stop()
+        raise
     progress.ready(start.pools)
 
     def stepped(record: dict[str, Any], example: Experience, voids: list[Void]) -> None:
@@ -130,6 +135,7 @@ async def _train(
     finally:
         following.cancel()
         start.stop()
+        learner.stop()
 
 
 def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], list[PromptRecord]]:

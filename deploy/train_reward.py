@@ -37,6 +37,7 @@ from deploy.reward_progress import RewardProgress, plot_calibration
 from deploy.roles import PolicyFiles, Starter
 from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
 from learner.calibration import PreferenceEvaluation
+from learner.evaluation import answer
 from learner.group import RewardTrainerGroup
 from learner.reward_training import RewardRun, RewardTrainer, steps_per_epoch, train_reward_model
 
@@ -209,10 +210,10 @@ async def _measure(
         start.generators(reference, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=longest),
         start.pool(Reward, service, service, model=reference.path),
     )
-    generate, score = generators.generate, RewardPool(rewards).score
+    score = RewardPool(rewards).score
 
     async def one(prompt: Prompt) -> float:
-        result = await score(await generate(prompt))
+        _, result, _ = await answer(prompt, generators, score)
         if not isinstance(result, Score):
             raise RuntimeError(f"the trained reward model gave no score: {result.reason}")
         return result.components[SOURCE]

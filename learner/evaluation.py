@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from common.config import EvaluationConfig, UserError
 from common.metrics import wilson_interval
-from common.types import Prompt, Rollout, RolloutLostError, Score, Void
+from common.types import GivenUpError, Prompt, Rollout, RolloutLostError, Score, Void, Written
 from learner.roles import Generators, Reference, Reward
 
 Answer = tuple[Rollout, Score | Void]
@@ -57,21 +56,8 @@ async def evaluate(
     """Asks every prompt once. Nothing of it is journalled or trained on. `reference` is None if the policy itself is.
     Raises UserError when more than `max_void_share` of the answers cannot be scored."""
 
-    async def answered(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
-        while True:
-            with suppress(RolloutLostError):
-                return await ask(prompt)
-
-    async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
-        written = await generators.generate(prompt)
-        if reference is None:
-            score, [rollout] = await asyncio.gather(reward.judge(written), generators.fetch([written.rollout]))
-            return _there(rollout), score, rollout.rollout_logprobs
-        score, (ref_logprobs, _) = await asyncio.gather(reward.judge(written), reference.logprobs(written))
-        rollout, ref = await generators.fetch([written.rollout, ref_logprobs])
-        return _there(rollout), score, _there(ref)
-
-    answers = await asyncio.gather(*(answered(prompt) for prompt in prompts))
+    asking = (answer(prompt, generators, reward.judge, reference) for prompt in prompts)
+    answers = await asyncio.gather(*asking)
     scores = [score for _, score, _ in answers if isinstance(score, Score)]
     voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
     if len(voids) > max_void_share * len(answers):
@@ -104,10 +90,38 @@ async def evaluate(
     return evaluation, [(rollout, score) for rollout, score, _ in answers]
 
 
-def _there(fetched: Any) -> Any:
-    if isinstance(fetched, BaseException):
-        raise fetched
-    return fetched
+async def answer(
+    prompt: Prompt,
+    generators: Generators,
+    score: Callable[[Written], Awaitable[Score | Void]],
+    reference: Reference | None = None,
+) -> tuple[Rollout, Score | Void, np.ndarray]:
+    """One response, its score, and its log-probabilities under the reference, or without one its own. Asked again when
+    its tokens are lost; void, with zeros for log-probabilities, when it cannot be written or is not finite."""
+    while True:
+        try:
+            written = await generators.generate(prompt)
+            measuring = reference.logprobs(written) if reference is not None else _unmeasured()
+            scored, (ref_logprobs, finite) = await asyncio.gather(score(written), measuring)
+            [rollout] = await generators.fetch([written.rollout])
+            [measured] = [None] if reference is None else await generators.fetch([ref_logprobs])
+        except RolloutLostError:
+            continue
+        except GivenUpError as error:
+            none = np.zeros(0, dtype=np.int32)
+            zeros = np.zeros(0, dtype=np.float32)
+            return Rollout(prompt, none, zeros, none, "length", "none"), Void(prompt.sample_id, str(error)), zeros
+        if isinstance(rollout, RolloutLostError) or isinstance(measured, RolloutLostError):
+            continue
+        if written.fault or not finite:
+            zeros = np.zeros_like(rollout.rollout_logprobs)
+            reason = written.fault or "the reference gave a log-probability that is not finite"
+            return replace(rollout, rollout_logprobs=zeros), Void(prompt.sample_id, reason), zeros
+        return rollout, scored, rollout.rollout_logprobs if measured is None else measured
+
+
+async def _unmeasured() -> tuple[None, bool]:
+    return None, True
 
 
 def distinct(responses: Sequence[np.ndarray], n: int) -> float:

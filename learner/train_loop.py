@@ -136,6 +136,7 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
         if written.fault:  # in the journal it would break every replay
             return Void(written.sample_id, written.fault)
         measuring = asyncio.ensure_future(_ref_logprobs(run, written))
+        measuring.add_done_callback(lambda done: done.cancelled() or done.exception())  # if the score fails, too
         try:
             score = await run.reward.score(written)
             ref_logprobs, finite = await measuring
@@ -233,10 +234,14 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
 async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
     """Awaits `work`, but ends with the producer's error if that comes first: nothing would ever wake the work."""
     task = asyncio.ensure_future(work)
-    await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
-    if producer.done() and not task.done():
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    try:
+        await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        unfinished = not task.done()
+        if unfinished:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    if unfinished:
         error = producer.exception()
         while isinstance(error, BaseExceptionGroup):  # many rollouts may fail of one cause; the first tells it
             error = error.exceptions[0]

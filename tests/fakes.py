@@ -118,6 +118,7 @@ class LocalHost:
 
     losses = (ConnectionError,)
     lost_values = (LookupError,)
+    outages = OSError
 
     def __init__(self, role: Any, *args: Any, room: int = 1 << 30) -> None:
         self._role, self._args = role, args
@@ -142,10 +143,10 @@ class LocalHost:
         handle.die()
         self._place()
 
-    def node(self, handle: LocalHandle) -> str | None:
+    async def node(self, handle: LocalHandle) -> str | None:
         return f"node of {handle.name}" if handle.placed.done() else None
 
-    def leaving_nodes(self) -> dict[str, float]:
+    async def leaving_nodes(self) -> dict[str, float]:
         return self.leaving
 
     def make_room(self, room: int) -> None:

@@ -161,6 +161,51 @@ def test_a_call_that_takes_replica_after_replica_with_it_is_given_up():
     run(scenario)
 
 
+def test_the_calls_beside_a_deadly_one_are_answered():
+    """All share the replicas that die, but only one is alone with the last."""
+
+    async def scenario():
+        it = await Joined.start(min=1)
+        deadly = asyncio.create_task(
+            it.pool.call("fail", lambda handle: handle.fail.remote(EngineDeadError("broken step")))
+        )
+        others = [asyncio.create_task(it.work(0.05)) for _ in range(5)]
+        assert await asyncio.gather(*others) == ["Worker(0)"] * 5
+        with pytest.raises(GivenUpError, match="fail: 3 Worker replicas died over it"):
+            await deadly
+
+    run(scenario)
+
+
+def test_a_call_whose_replicas_are_told_to_go_is_never_given_up():
+    async def scenario():
+        it = await Joined.start(min=1, drain_s=0.02)
+        call = asyncio.create_task(it.work(0.3))
+        for index in range(5):
+            await asyncio.sleep(0.03)
+            [replica] = it.pool.ready or [None]
+            it.host.leaving = {replica.node: 60.0} if replica else {}
+            await until(lambda index=index: len(it.told("left")) > index)
+            it.host.leaving = {}
+            await until(lambda: len(it.pool) == 1)
+        assert (await call).startswith("Worker(")
+
+    run(scenario)
+
+
+def test_a_start_of_several_may_take_longer_than_a_later_shortage():
+    class Slow(Worker):
+        async def ready(self) -> str:
+            await asyncio.sleep(0.15 if self.name == "Worker(0)" else 0.4)
+            return self.name
+
+    async def scenario():
+        it = await Joined.start(role=Slow, min=2, short_s=0.1)
+        assert len(it.pool) == 2
+
+    run(scenario)
+
+
 def test_a_call_that_takes_too_long_names_replica_task_and_limit():
     async def scenario():
         it = await Joined.start(timeout_s=0.05)
@@ -224,7 +269,7 @@ def test_too_few_for_too_long_ends_the_pool_and_every_caller_hears_why():
         it.host.room = 0
         for handle in it.host.handles[:2]:
             handle.die()
-        message = r"Worker: 0 replicas have been ready for 0.2 s, at least 2 \(min\) are needed; .* go on with --resume"
+        message = r"Worker: for 0.2 s only 0 replicas were ready, at least 2 \(min\) are needed; .* go on with --resume"
         for call in waiting:
             with pytest.raises(UserError, match=message):
                 await call
@@ -237,7 +282,7 @@ def test_too_few_for_too_long_ends_the_pool_and_every_caller_hears_why():
 def test_a_pool_that_nobody_joins_says_so_when_start_up_time_is_over():
     async def scenario():
         pool = Pool("Worker", LocalHost(Worker, room=0), Replicated())
-        with pytest.raises(UserError, match=r"0 replicas have been ready for 0.1 s, .* Worker\(0\) pending"):
+        with pytest.raises(UserError, match=r"for 0.1 s only 0 replicas were ready, .* Worker\(0\) pending"):
             await pool.start(timeout_s=0.1)
 
     run(scenario)

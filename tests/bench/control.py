@@ -90,7 +90,7 @@ class InstantHost(LocalHost):
 
     def kill(self, handle: Any) -> None: ...
 
-    def node(self, handle: Any) -> str:
+    async def node(self, handle: Any) -> str:
         return "here"
 
     def let_through(self, number: int) -> None:

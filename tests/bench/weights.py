@@ -158,7 +158,7 @@ async def update_often(cfg: GeneratorsConfig) -> dict[str, float]:
     requests = [asyncio.create_task(keep_busy(generators, number)) for number in range(RUNNING)]
 
     async def notes() -> tuple[list[float], list[float], float, int]:
-        [noted] = (await pool.broadcast("take notes", lambda replica: replica.take_notes.remote())).values()
+        [noted] = (await pool.each(lambda replica: replica.handle.take_notes.remote())).values()
         return noted
 
     rows: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ import actors.pool as pool_module
 from actors.pool import Pool
 from common.config import Replicated, UserError
 from deploy.run_directory import is_owned, sole_owner
-from deploy.scale import follow_wishes, scale, show
+from deploy.scale import follow_wishes, forget, scale, show
 from tests.fakes import LocalHost
 
 
@@ -49,7 +49,8 @@ def with_run(directory, ask):
 
 
 def test_a_wish_is_heard_and_fulfilled(tmp_path, capsys):
-    (tmp_path / "scale.json").write_text('{"Worker": 3}')  # of an earlier process: not a wish for this one
+    (tmp_path / "scale.json").write_text('{"Worker": 3}')
+    forget(tmp_path)  # it was a wish for an earlier process
 
     def ask():
         before = scale(tmp_path, {})

@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read at import: nothing then listens beyond loopback
@@ -38,7 +40,8 @@ class Conductor:
 
     def __init__(self, cluster: Cluster, cfg: Config, run: Path) -> None:
         self._cluster, self._cfg, self._run = cluster, cfg, run
-        self.happened: dict[str, float] = {}
+        self.happened: dict[str, Any] = {}
+        self.ended = threading.Event()
 
     def events(self, event: str, role: str = "Generator") -> list[dict]:
         return [e for e in read_records(self._run / "pool.jsonl") if (e["event"], e["role"]) == (event, role)]
@@ -49,6 +52,8 @@ class Conductor:
     def wait_for(self, what: str, condition: Callable[[], bool], limit_s: float = 120) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
+            if self.ended.is_set():
+                raise RuntimeError(f"the run ended before: {what}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {limit_s:g} s for: {what}")
             time.sleep(0.1)
@@ -107,14 +112,15 @@ def main(model: str, directory: Path) -> None:
         ray={"address": cluster.address},
     )
     conductor = Conductor(cluster, cfg, directory / "run")
-    thread = threading.Thread(target=conductor.conduct, daemon=True)
-    thread.start()
-    try:
-        run_training(cfg, directory / "run")
-        thread.join(30)
-    finally:
-        (directory / "happened.json").write_text(json.dumps(conductor.happened, indent=2))
-        cluster.shutdown()
+    with ThreadPoolExecutor(1) as threads:  # nodes are started from the main thread
+        training = threads.submit(run_training, cfg, directory / "run")
+        training.add_done_callback(lambda done: conductor.ended.set())
+        try:
+            conductor.conduct()
+            training.result(60)
+        finally:
+            (directory / "happened.json").write_text(json.dumps(conductor.happened, indent=2))
+            cluster.shutdown()
 
 
 if __name__ == "__main__":

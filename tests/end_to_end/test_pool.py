@@ -81,7 +81,7 @@ def run(scenario, *, role: type = Worker, **settings) -> list[PoolEvent]:
 
 
 async def pids(pool: Pool) -> dict[str, int]:
-    return await pool.broadcast("tell pid", lambda handle: handle.pid.remote())
+    return await pool.each(lambda replica: replica.handle.pid.remote())
 
 
 async def sleep(pool: Pool, seconds: float) -> str:

@@ -94,12 +94,12 @@ def test_a_lora_run_on_two_ranks_has_no_reference_service_and_leaves_policy_and_
         async def references(self, *_: Any, **__: Any) -> Any:
             raise AssertionError("with LoRA the learner itself is the reference")
 
-    def note(role: type, section: Any) -> Any:
+    def note(role: type, section: Any, *label: str, **options: Any) -> Any:
         started.append(role.__name__)
-        return actor(role, section)
+        return actor(role, section, *label, **options)
 
     monkeypatch.setattr(train, "Starter", Starter)
-    monkeypatch.setattr("actors.pool.actor", note)
+    monkeypatch.setattr("actors.ray_host.actor", note)
     directory = tmp_path / "run"
     lora = {"lora": {"rank": 4, "alpha": 8}}
     train.run_training(run_config(model, ranks=2, num_steps=2, learner=lora), directory)

@@ -136,7 +136,7 @@ def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, u
 
 
 async def served(pool: Pool) -> list[tuple[int, dict[str, float]]]:
-    return list((await pool.broadcast("tell", lambda replica: replica.weights.remote())).values())
+    return list((await pool.each(lambda replica: replica.handle.weights.remote())).values())
 
 
 def all_of(version: int) -> tuple[int, dict[str, float]]:
