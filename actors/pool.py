@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,13 @@ BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 
 class RoleError(RuntimeError):
     """A role cannot do its work any more; the message names role, replica and what was asked."""
+
+
+class _Lost(Exception):
+    """A replica is gone and its answer with it; `over_it`: it may have died of this call."""
+
+    def __init__(self, *, over_it: bool) -> None:
+        self.over_it = over_it
 
 
 class Host(Protocol):
@@ -178,21 +185,20 @@ class Pool:
         """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when it takes
         replica after replica with it, the last one of which had nothing else."""
         losses = 0
-        while losses < SUSPECT_AFTER:
-            losses += await self._try(what, call, cost, answers := [])
-            if answers:
-                return answers[0]
-        async with self._suspects:
-            if await self._try(what, call, cost, answers := [], alone=True):
-                raise GivenUpError(f"{what}: {losses + 1} {self.role} replicas died over it: {self._last_error}")
-            return answers[0] if answers else await self.call(what, call, cost=cost)
+        while losses <= SUSPECT_AFTER:
+            alone = losses == SUSPECT_AFTER
+            try:
+                async with self._suspects if alone else nullcontext():
+                    return await self._try(what, call, cost, alone=alone)
+            except _Lost as lost:
+                losses += lost.over_it
+        raise GivenUpError(f"{what}: {losses} {self.role} replicas died over it: {self._last_error}")
 
-    async def _try(self, what: str, call: Call, cost: int, answers: list[Any], *, alone: bool = False) -> bool:
-        """Adds the answer of one replica to `answers`. Returns whether the replica died over it instead; one that was
-        told to leave, or was dead already, did not."""
+    async def _try(self, what: str, call: Call, cost: int, *, alone: bool) -> Any:
+        """The answer of one replica, which has nothing else if `alone`. Raises _Lost."""
         number = await self._router.acquire(cost)
         if (replica := self._replicas.get(number)) is None:
-            return False  # it died before its turn was taken
+            raise _Lost(over_it=False)  # it died before its turn was taken
         replica.idle.clear()
         try:
             if alone:
@@ -200,13 +206,12 @@ class Pool:
                 while self._router.calls(number) > 1 and not replica.gone.done():
                     await asyncio.sleep(TICK_S)
             was_gone = replica.gone.done()
-            answers.append(await self.ask(replica, what, call))
-            return False
+            return await self.ask(replica, what, call)
         except self._losses as error:
             self.lose(replica, error)
             meters.count("ratchet_pool_reissues_total", role=self.role)
-            dismissed = replica.gone.done() and replica.gone.exception() is None
-            return not (was_gone or dismissed)
+            was_told_to_go = replica.gone.exception() is None
+            raise _Lost(over_it=not (was_gone or was_told_to_go)) from error
         finally:
             self._router.release(number, cost)
             if not self._router.calls(number):
