@@ -113,8 +113,8 @@ class Pool:
 
     A call goes to the least loaded replica; if that dies, to another one. At most `in_flight` calls are with a replica
     at a time; the others wait here, where no time limit runs. A replica is dead when its connection breaks or its
-    process answers no probe for `silent_s`, never because a call is slow. Dead ones are replaced,
-    after a growing pause.
+    process answers no probe for `silent_s`, never because a call is slow. Dead ones are replaced after a growing
+    pause.
     """
 
     def __init__(self, role: str, host: Host, cfg: Replicated, *, on_event: OnEvent = lambda event: None) -> None:
@@ -185,7 +185,7 @@ class Pool:
         """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when it takes
         replica after replica with it, the last one of which had nothing else."""
         losses = 0
-        while losses <= SUSPECT_AFTER:
+        while losses <= SUSPECT_AFTER:  # a call that is suspected waits until no other one is tried alone
             alone = losses == SUSPECT_AFTER
             try:
                 async with self._suspects if alone else nullcontext():
