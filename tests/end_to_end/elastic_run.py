@@ -67,8 +67,10 @@ class Conductor:
     def conduct(self) -> None:
         try:
             self.wait_for("started", lambda: self.steps() >= 3)
-            nodes = [self._cluster.add_node(**NODE) for _ in range(2)]
-            self.happened["nodes added"] = time.time()
+            nodes = []
+            for _ in range(2):
+                nodes.append(self._cluster.add_node(**NODE))
+                self.happened[f"added {nodes[-1].node_id}"] = time.time()
             self.wait_for("three generators", lambda: len(self.events("joined")) == 3)
             self.wait_for_steps(4)
             self.happened["killed"] = time.time()
