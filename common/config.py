@@ -441,7 +441,8 @@ class Config(Root):
     """A run of PPO."""
 
     seed: NonNegative = 0
-    """Seeds prompts, sampling and minibatches; on one machine with one set of threads a seed gives one result."""
+    """Seeds prompts, sampling and minibatches; on one machine with one set of threads and max_staleness = 0 a seed gives
+    one result."""
     num_steps: Positive = 100
     """Learner updates, each on rollouts_per_step rollouts."""
     rollouts_per_step: Positive = 64
