@@ -1,8 +1,10 @@
-"""How a role's plain class becomes a Ray actor: what it reserves, its process' environment, where its meters go."""
+"""How a role's plain class becomes a Ray actor: what it reserves, its process' environment and cores, its meters."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import ray
 import common
 from actors.ray_meters import RayMeters
 from common import meters
-from common.config import Placed, TrainerConfig
+from common.config import Placed, TrainerConfig, UserError
 
 # Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
 # caller: rollouts do, the few numbers beside them do not.
@@ -23,15 +25,17 @@ def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
     `label`, or by its first argument, its name such as Generator(2)."""
     environment = {"env_vars": worker_environment(cfg)}
     placed = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, **options)
-    return placed(_hosted(role, label))
+    return placed(_hosted(role, label, cfg.cores))
 
 
-def _hosted(role: type, label: str) -> type:
-    """The role, whose process exports its meters."""
+def _hosted(role: type, label: str, cores: Collection[int]) -> type:
+    """The role, whose process keeps to its cores and exports its meters."""
 
     class Hosted(role):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._label = label or (args[0] if args and isinstance(args[0], str) else role.__name__)
+            if cores:
+                pin(self._label, cores)
             meters.install(RayMeters(), role=role.__name__, replica=self._label)
             super().__init__(*args, **kwargs)
 
@@ -40,6 +44,23 @@ def _hosted(role: type, label: str) -> type:
 
     Hosted.__name__, Hosted.__qualname__, Hosted.__module__ = role.__name__, role.__qualname__, role.__module__
     return Hosted
+
+
+def pin(name: str, cores: Collection[int]) -> None:
+    """Keeps every thread of this process, and those that they will begin, to these cores. Raises UserError."""
+    here = os.sched_getaffinity(0)
+    if missing := sorted(set(cores) - here):
+        raise UserError(
+            f"{name}: cores {missing} are not among those its machine has for it, {sorted(here)}; change `cores` in "
+            "its section, or leave it out"
+        )
+    pinned: set[int] = set()
+    # Until none is new: a thread that is not pinned yet may begin one meanwhile.
+    while loose := {int(thread) for thread in os.listdir("/proc/self/task")} - pinned:
+        for thread in loose:
+            with suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(thread, cores)
+        pinned |= loose
 
 
 def worker_environment(cfg: Placed) -> dict[str, str]:

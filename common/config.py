@@ -55,6 +55,9 @@ class Placed(Section):
     """GPUs each process reserves; 0 runs it on the CPU."""
     threads: Positive = 1
     """Compute threads of each process. Two busy processes that both use every core slow each other threefold."""
+    cores: tuple[NonNegative, ...] = ()
+    """CPU cores that each process, and all its threads, keep to; several processes of the role share them. Roles that
+    work at the same time disturb each other least on cores of their own. Empty: wherever the scheduler puts it."""
 
 
 class Replicated(Placed):
@@ -440,14 +443,15 @@ class Config(Root):
     """A run of PPO."""
 
     seed: NonNegative = 0
-    """Seeds prompts, sampling and minibatches; on one machine with one set of threads a seed gives one result."""
+    """Seeds prompts, sampling and minibatches; on one machine with one set of threads and max_staleness = 0 a seed
+    gives one result."""
     num_steps: Positive = 100
     """Learner updates, each on rollouts_per_step rollouts."""
     rollouts_per_step: Positive = 64
     """Rollouts in a batch; more steadies the gradient and takes longer."""
-    max_staleness: NonNegative = 0
-    """How many versions old the weights behind a trained token may be. 0 is strictly on-policy: generators wait while
-    the learner learns; with 1 they write the next batch meanwhile."""
+    max_staleness: NonNegative = 1
+    """How many versions old the weights behind a trained token may be. With 1 generators write the next batch while the
+    learner learns; 0 is strictly on-policy: they wait, which wins where all roles share the same cores."""
     buffer_mib: Positive = 512
     """Memory for rollouts between prompt and learner, MiB. Once it is full, only what the next step needs is begun."""
     model: ModelConfig = ModelConfig()
@@ -500,11 +504,6 @@ class Config(Root):
                 f"reference.max_batch_tokens ({self.reference.max_batch_tokens}) must hold the longest sequence, "
                 f"prompts.max_tokens + sampling.max_new_tokens = {self.max_sequence_tokens}; raise the first or lower "
                 "one of the others"
-            )
-        if self.max_staleness and self.learner.lora is not None:
-            yield (
-                f"max_staleness ({self.max_staleness}) must be 0 with learner.lora: the learner then is its own "
-                "reference and cannot measure rollouts while it learns; lower the first or leave out the second"
             )
         if self.max_staleness and not self.ppo.importance_cap:
             yield (

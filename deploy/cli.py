@@ -38,11 +38,12 @@ _COMPUTING = (
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
     "learner.threads",
+    "learner.cores",
     "learner.timeout_s",
     "checkpoint.",
     "ray.",
 )
-_REPLICATED = ("min", "max", "in_flight", "timeout_s", "silent_s", "drain_s", "short_s")
+_REPLICATED = ("min", "max", "cores", "in_flight", "timeout_s", "silent_s", "drain_s", "short_s")
 _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
     Config: (
         "num_steps",

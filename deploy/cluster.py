@@ -50,10 +50,24 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
     meters.install(exported, role="Driver", replica="Driver")
     try:
         yield _free_nodes()
+    except Exception as error:
+        if (fault := users_fault(error)) is not None:
+            raise fault from error
+        raise
     finally:
         exported.close()
         meters.install(meters.InMemory())
         ray.shutdown()
+
+
+def users_fault(error: BaseException | None) -> UserError | None:
+    """The UserError that a role raised as its process began, and that `error` follows from. Ray passes on its text."""
+    while error is not None:
+        if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+            _, found, message = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
+            return UserError(message.strip()) if found else None
+        error = error.__cause__
+    return None
 
 
 def named_address(cfg: RayConfig) -> str | None:

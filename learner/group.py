@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 from torch.distributed import DistError
 
 from common.batching import Batcher
 from common.config import UserError
 from common.preferences import Pair
-from common.types import Written
+from common.types import RolloutLostError, Written
 from common.weights import Parcel
 
 # Once a rank has failed, how long the others may take to say what they know of it, seconds.
@@ -26,11 +26,16 @@ _AFTERMATH_S = 10.0
 
 
 class RankGroup:
-    """What every kind of group does. All ranks take part in every call: they gather and reduce together."""
+    """What every kind of group does. All ranks take part in every call: they gather and reduce together.
+
+    One call is under way at a time, and the others wait for their turn here: in the ranks' own queue their time limit
+    would run.
+    """
 
     def __init__(self, ranks: list[Any], *, timeout_s: float) -> None:
         self._ranks = ranks
         self._timeout_s = timeout_s
+        self._turn = asyncio.Lock()
         self._step = 0
         self._rendezvous = ""  # where the ranks meet, if there are several
 
@@ -57,18 +62,19 @@ class RankGroup:
 
     async def update(self, batch: Any) -> dict[str, float]:
         shared = ray.put(batch)  # once, however many ranks
-        stats = await self._wait("update", [rank.update.remote(shared) for rank in self._ranks])
-        self._step += 1
+        async with self._turn:
+            stats = await self._wait("update", [rank.update.remote(shared) for rank in self._ranks])
+            self._step += 1
         return stats[0]
 
     async def save(self, directory: Path) -> None:
-        await self._wait("save a checkpoint", [rank.save.remote(directory.resolve()) for rank in self._ranks])
+        async with self._turn:
+            await self._wait("save a checkpoint", [rank.save.remote(directory.resolve()) for rank in self._ranks])
 
     async def restore(self, directory: Path) -> None:
-        steps = await self._wait(
-            "restore a checkpoint", [rank.restore.remote(directory.resolve()) for rank in self._ranks]
-        )
-        self._step = steps[0]
+        async with self._turn:
+            calls = [rank.restore.remote(directory.resolve()) for rank in self._ranks]
+            [self._step, *_] = await self._wait("restore a checkpoint", calls)
 
     async def _wait(self, what: str, calls: list[Any], *, timeout_s: float | None = None) -> list[Any]:
         """All answers. Of several errors the one that the others follow from is raised: when a rank fails, those that
@@ -109,6 +115,11 @@ class LearnerGroup(RankGroup):
 
         Buckets and changes are never waited for, since that would fetch them: the note that follows them is.
         """
+        async with self._turn:
+            async for parcel in self._publish():
+                yield parcel
+
+    async def _publish(self) -> AsyncIterator[Parcel]:
         held = [self.newest, *[()] * (len(self._ranks) - 1)]
         streams = [
             rank.publish.options(num_returns="streaming").remote(*buckets)
@@ -140,17 +151,21 @@ class LearnerGroup(RankGroup):
         self.newest = published
 
     async def save_policy(self, directory: Path) -> None:
-        await self._wait("save the policy", [rank.save_policy.remote(directory.resolve()) for rank in self._ranks])
+        async with self._turn:
+            await self._wait("save the policy", [rank.save_policy.remote(directory.resolve()) for rank in self._ranks])
 
     async def ref_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
         """With LoRA: log-probabilities of each response without the adapters, float32 [R], nats. `rollouts` may be
         references."""
-        answers = await self._wait("measure rollouts", [rank.ref_logprobs.remote(*rollouts) for rank in self._ranks])
+        async with self._turn:
+            calls = [rank.ref_logprobs.remote(*rollouts) for rank in self._ranks]
+            answers = await self._wait("measure rollouts", calls)
         return answers[0]
 
 
 class AdapterReference:
-    """`learner.roles.Reference` of a policy with LoRA adapters: the learner's own ranks, with the adapters off."""
+    """`learner.roles.Reference` of a policy with LoRA adapters: the learner's own ranks, with the adapters off, between
+    its other calls: what is written during an update is measured after it."""
 
     def __init__(self, learner: LearnerGroup) -> None:
         self._batcher: Batcher[Written, np.ndarray] = Batcher(
@@ -161,8 +176,12 @@ class AdapterReference:
         )
 
     async def logprobs(self, written: Written) -> tuple[np.ndarray, bool]:
-        """Float32 [R], nats, and whether all are finite."""
-        logprobs = await self._batcher.submit(written)
+        """Float32 [R], nats, and whether all are finite. Raises RolloutLostError if a rollout that was to share the pass
+        is gone."""
+        try:
+            logprobs = await self._batcher.submit(written)
+        except ObjectLostError as error:
+            raise RolloutLostError("its tokens were lost with the node they lay on") from error
         return logprobs, bool(np.isfinite(logprobs).all())
 
 
@@ -172,12 +191,14 @@ class RewardTrainerGroup(RankGroup):
     async def scores(self, pairs: Sequence[Pair]) -> np.ndarray:
         """float32 [N, 2]; the ranks share the pairs."""
         shared = ray.put(list(pairs))
-        scores = await self._wait("score pairs", [rank.scores.remote(shared) for rank in self._ranks])
+        async with self._turn:
+            scores = await self._wait("score pairs", [rank.scores.remote(shared) for rank in self._ranks])
         return scores[0]
 
     async def save_model(self, directory: Path) -> None:
-        calls = [rank.save_model.remote(directory.resolve()) for rank in self._ranks]
-        await self._wait("save the reward model", calls)
+        async with self._turn:
+            calls = [rank.save_model.remote(directory.resolve()) for rank in self._ranks]
+            await self._wait("save the reward model", calls)
 
 
 def _follows(error: BaseException | None) -> bool:

@@ -54,6 +54,7 @@ def tiny_config(model: Path | str, **overrides: Any) -> Config:
     tree: dict[str, Any] = {
         "num_steps": 3,
         "rollouts_per_step": 4,
+        "max_staleness": 0,
         "model": {"path": str(model)},
         "prompts": {"train": "tests.tasks:train_prompts", "heldout": "tests.tasks:heldout_prompts", "max_tokens": 8},
         "sampling": {"max_new_tokens": 8},

@@ -19,6 +19,7 @@ MODULES = {
     "learner": ["learner_vs_bare"],
     "memory": ["memory_vs_state"],
     "step": ["step_vs_plain"],
+    "overlap": ["overlap_step"],
     "generation": ["generator_vs_vllm"],
     "weights": ["update_vs_memcpy", "publish_vs_memcpy", "changes_vs_full"],
     "scoring": ["scoring"],

@@ -16,9 +16,10 @@ ROLLOUTS, SHORTEST, LONGEST = 48, 16, 128  # tokens, prompt and response, which 
 
 
 def config(model: str, **sections: Any) -> Config:
-    """The default settings, but for what is given."""
+    """The default settings, but for strictly on-policy steps and what is given."""
     tree = {
         "rollouts_per_step": ROLLOUTS,
+        "max_staleness": 0,
         "model": {"path": model},
         "prompts": {"train": "tests.bench.task:prompts"},
         "reward": {"sources": [{"name": "variety", "function": "tests.bench.task:reward"}]},

@@ -367,10 +367,10 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
 def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, runs, command, settings):
     told = {
         "train": "num_steps, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, "
-        "learner.gradient_checkpointing, learner.threads, learner.timeout_s, checkpoint, ray, generators, reference, "
-        "reward.min, reward.max, reward.in_flight, ",
+        "learner.gradient_checkpointing, learner.threads, learner.cores, learner.timeout_s, checkpoint, ray, "
+        "generators, reference, reward.min, reward.max, reward.cores, reward.in_flight, ",
         "train-reward": "epochs, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, ",
-        "sample-pairs": "generators, labeller.min, labeller.max, labeller.in_flight, labeller.timeout_s, ",
+        "sample-pairs": "generators, labeller.min, labeller.max, labeller.cores, labeller.in_flight, ",
     }[command]  # whole sections are named without a dot
     for setting in settings.split():
         message = refusal(command, "--resume", runs[command], "generators.threads=2", setting)

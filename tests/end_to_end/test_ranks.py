@@ -94,9 +94,9 @@ def test_a_lora_run_on_two_ranks_has_no_reference_service_and_leaves_policy_and_
         async def references(self, *_: Any, **__: Any) -> Any:
             raise AssertionError("with LoRA the learner itself is the reference")
 
-    def note(role: type, section: Any, *label: str, **options: Any) -> Any:
+    def note(role: type, *about: Any, **more: Any) -> Any:
         started.append(role.__name__)
-        return actor(role, section, *label, **options)
+        return actor(role, *about, **more)
 
     monkeypatch.setattr(train, "Starter", Starter)
     monkeypatch.setattr("actors.ray_host.actor", note)
@@ -114,17 +114,32 @@ def test_a_lora_run_on_two_ranks_has_no_reference_service_and_leaves_policy_and_
 
     row = Journal(directory / "journal").read(1).table.to_pylist()[0]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    prompt, response = row["prompt_ids"], row["response_ids"]
-    with torch.no_grad():
-        logits = base(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    expected = logits.log_softmax(-1)[range(len(response)), response]
-    np.testing.assert_allclose(row["ref_logprobs"], expected, atol=1e-4)
+    np.testing.assert_allclose(row["ref_logprobs"], logprobs_of(base, row), atol=1e-4)
 
     merged = AutoModelForCausalLM.from_pretrained(directory / "policy", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, directory / "adapter").eval()
-    ids = torch.tensor([prompt + response])
+    ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
     with torch.no_grad():
         assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=0.02)  # which is rounded to bf16
+
+
+def logprobs_of(model: Any, row: dict[str, Any]) -> np.ndarray:
+    prompt, response = row["prompt_ids"], row["response_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(response)), response].numpy()
+
+
+def test_with_lora_what_is_written_during_an_update_is_measured_by_the_policy_without_its_adapters(model, tmp_path):
+    directory = tmp_path / "run"
+    learner = {"lora": {"rank": 4, "alpha": 8}}
+    cfg = run_config(model, ranks=1, max_staleness=1, learner=learner, evaluation={"prompts": 0})
+    train.run_training(cfg, directory)
+    assert [record["staleness/max"] for record in curve(directory)] == [0, 1, 1]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for step in Journal(directory / "journal").since(0):
+        for row in step.table.to_pylist():
+            np.testing.assert_allclose(row["ref_logprobs"], logprobs_of(base, row), atol=1e-4)
 
 
 # Ranks that fail

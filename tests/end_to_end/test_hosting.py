@@ -1,0 +1,62 @@
+"""Roles on real Ray keep to the cores they are given."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from actors.hosting import actor
+from actors.ray_host import start_pool
+from common.config import LearnerConfig, RayConfig, Replicated, UserError
+from deploy.cluster import cluster
+from learner.group import LearnerGroup
+
+pytestmark = pytest.mark.ray
+
+SMALL = RayConfig(object_store_mib=128, dashboard=False)
+
+
+class Worker:
+    def __init__(self, name: str = "Worker") -> None:
+        self._pinned_before_it_began = os.sched_getaffinity(0)
+
+    def ready(self) -> str:
+        return "ready"
+
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        return 0
+
+    def affinities(self) -> list[set[int]]:
+        threads = [os.sched_getaffinity(int(thread.name)) for thread in Path("/proc/self/task").iterdir()]
+        return [self._pinned_before_it_began, *threads]
+
+
+def test_every_thread_of_a_role_keeps_to_its_cores():
+    core = max(os.sched_getaffinity(0))
+
+    async def scenario():
+        pool = await start_pool(Worker, Replicated(cores=(core,)), startup_timeout_s=60)
+        affinities = await pool.broadcast("tell affinities", lambda handle: handle.affinities.remote())
+        pool.stop()
+        return affinities["Worker(0)"]
+
+    with cluster(SMALL):
+        affinities = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert len(affinities) > 5  # Ray's own threads, too
+    assert all(allowed == {core} for allowed in affinities)
+
+
+@pytest.mark.parametrize("role", ["pool", "learner"])
+def test_a_core_that_no_machine_has_is_the_users_to_mend(role):
+    async def start():
+        if role == "pool":
+            await start_pool(Worker, Replicated(cores=(4096,)), startup_timeout_s=60)
+        else:
+            ranks = [actor(Worker, LearnerConfig(cores=(4096,), cpus=0), "Worker(0)").remote()]
+            await LearnerGroup(ranks, timeout_s=60).start(60)
+
+    with pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"), cluster(SMALL):
+        asyncio.run(asyncio.wait_for(start(), 60))
