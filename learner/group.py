@@ -176,8 +176,8 @@ class AdapterReference:
         )
 
     async def logprobs(self, written: Written) -> tuple[np.ndarray, bool]:
-        """Float32 [R], nats, and whether all are finite. Raises RolloutLostError if a rollout that was to share the pass
-        is gone."""
+        """Float32 [R], nats, and whether all are finite. Raises RolloutLostError if one of those that share the pass is
+        gone."""
         try:
             logprobs = await self._batcher.submit(written)
         except ObjectLostError as error:
