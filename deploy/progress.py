@@ -83,7 +83,7 @@ class Progress(Screen):
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
     def ready(self, pools: Sequence[Pool]) -> None:
-        roles = [f"{len(pool)} {pool.role}" for pool in pools]
+        roles = sorted(f"{len(pool)} {pool.role}" for pool in pools)
         ranks = self._cfg.learner.ranks
         learner = "Learner" if ranks == 1 else f"Learner of {ranks} ranks"
         reference = ["the reference in it (LoRA)"] if self._cfg.learner.lora is not None else []
