@@ -451,7 +451,7 @@ class Config(Root):
     """Rollouts in a batch; more steadies the gradient and takes longer."""
     max_staleness: NonNegative = 1
     """How many versions old the weights behind a trained token may be. With 1 generators write the next batch while the
-    learner learns; 0 is strictly on-policy: they wait, which wins where all roles share the same cores."""
+    learner learns; 0 is strictly on-policy: they wait, and roles can take turns on the same cores."""
     buffer_mib: Positive = 512
     """Memory for rollouts between prompt and learner, MiB. Once it is full, only what the next step needs is begun."""
     model: ModelConfig = ModelConfig()
