@@ -10,7 +10,8 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,22 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             write_config(directory, cfg)
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
-            gc.freeze()  # what was imported lives as long as the run: collecting garbage need not search it again
-            with figures.discoverable(directory):
+            with figures.discoverable(directory), _imports_left_alone():
                 evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     progress.end(evaluations, seconds=summary["seconds"])
     return summary
+
+
+@contextmanager
+def _imports_left_alone() -> Iterator[None]:
+    """What there is now lives as long as the run: collecting garbage need not search it again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 async def _train(

@@ -238,13 +238,14 @@ def cost_us(**settings: Any) -> float:
 
 def measure() -> dict[str, Result]:
     pool_module.MAX_PENDING = max(REPLICAS)  # all of them at once: starting is not what is measured
-    gc.freeze()  # as a run does
     rates, by_replicas, by_outstanding = [], [], []
+    gc.freeze()  # as a run does
     for _ in range(ROUNDS):
         wall, _ = run_steps(batch=FREE_BATCH, outstanding=2 * FREE_BATCH, replicas=4, in_step=False, count=FREE_STEPS)
         rates.append(FREE_BATCH * FREE_STEPS / wall)
         by_replicas.append([cost_us(outstanding=1000, replicas=number) for number in REPLICAS])
         by_outstanding.append([cost_us(outstanding=number, replicas=4) for number in OUTSTANDING])
+    gc.unfreeze()
     # The least of several runs: whatever else the machine does only adds.
     replicas_us, outstanding_us = np.min(by_replicas, axis=0), np.min(by_outstanding, axis=0)
     rate = statistics.median(rates)
