@@ -146,6 +146,9 @@ class Pool:
         any was ready."""
         self._failure = asyncio.get_running_loop().create_future()
         self._startup_timeout_s = timeout_s
+        meters.count("ratchet_pool_joins_total", 0, role=self.role)
+        meters.count("ratchet_pool_reissues_total", 0, role=self.role)
+        meters.count("ratchet_pool_leaves_total", 0, role=self.role, reason="died")
         self._supervisor = asyncio.create_task(self._supervise())
         self._supervisor.add_done_callback(self._supervised)
         while len(self) < self._cfg.min:

@@ -39,7 +39,7 @@ def test_every_thread_of_a_role_keeps_to_its_cores():
 
     async def scenario():
         pool = await start_pool(Worker, Replicated(cores=(core,)), startup_timeout_s=60)
-        affinities = await pool.broadcast("tell affinities", lambda handle: handle.affinities.remote())
+        affinities = await pool.each(lambda replica: replica.handle.affinities.remote())
         pool.stop()
         return affinities["Worker(0)"]
 

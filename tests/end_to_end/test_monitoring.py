@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import pytest
 from ray.util.state import list_actors
 
-from common import meters
+from actors.pool import STATES
 from common.figures import FIGURES
 from common.meters import METERS
 from deploy.progress import Progress
@@ -122,9 +122,7 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(prometheus, tmp
             generators={"min": 2, "cpus": 0.5},
             ray={"dashboard": True},
         )
-        # Pools record from the driver; what one of theirs looks like there is enough.
-        role_meters = {name for name in METERS if not name.startswith("ratchet_pool_")} | {"ratchet_pool_replicas"}
-        exported = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in role_meters}
+        exported = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in METERS}
         figures = {figure.metric for figure in FIGURES} | {"ratchet_policy_version", "ratchet_evaluation_pass_at_1"}
         found: list[Any] = []
         labels_shown: set[tuple[str, str]] = set()
@@ -134,7 +132,6 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(prometheus, tmp
             shown(self, record, *rest)
             if record["step"] + 1 == cfg.num_steps:  # the run waits meanwhile
                 labels_shown.update((actor.class_name, actor.repr_name) for actor in list_actors(detail=True))
-                meters.gauge("ratchet_pool_replicas", 2, role="Generator", state="ready")
                 files = [Path(temporary) / "ray/prom_metrics_service_discovery.json", directory / "prometheus.json"]
                 vllms = {"ray_vllm_generation_tokens_total", "ray_vllm_e2e_request_latency_seconds_count"}
                 found.append(scrape(prometheus, tmp_path, files, exported | figures | vllms))
@@ -152,7 +149,10 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(prometheus, tmp
     assert all(labels["run"] == "run" for name in figures for labels in samples[name])
 
     assert exported <= set(samples)
-    for name in exported - {"ray_ratchet_pool_replicas"}:
+    pools = {name for name in exported if name.startswith("ray_ratchet_pool_")}  # recorded by the driver
+    for name in pools:
+        assert {labels["role"] for labels in samples[name]} == {"Generator", "Reward", "ReferencePolicy"}
+    for name in exported - pools:
         for labels in samples[name]:
             assert labels["replica"] in replicas
             assert labels["role"] == labels["replica"].partition("(")[0]
@@ -163,7 +163,7 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(prometheus, tmp
     assert seen("ray_ratchet_generator_requests") == {"Generator(0)", "Generator(1)"}
     assert seen("ray_ratchet_scored_rollouts_total") == {"Reward(0)", "ReferencePolicy(0)"}
     assert seen("ray_ratchet_batch_tokens_count") == {"ReferencePolicy(0)"}
-    assert {"role": "Generator", "state": "ready"}.items() <= samples["ray_ratchet_pool_replicas"][0].items()
+    assert {labels["state"] for labels in samples["ray_ratchet_pool_replicas"]} == set(STATES)
     assert any(name.startswith("ray_vllm_") for name in samples)
     workers = {labels["WorkerId"] for labels in samples["ray_ratchet_generator_weights_version"]}
     assert {labels["WorkerId"] for labels in samples["ray_vllm_generation_tokens_total"]} == workers
