@@ -30,7 +30,8 @@ def test_logprobs_do_not_depend_on_company_and_follow_the_temperature(tmp_path, 
         return await asyncio.gather(*(reference.logprobs(rollout) for rollout in rollouts))
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    for rollout, found in zip(rollouts, asyncio.run(ask()), strict=True):
+    for rollout, (found, finite) in zip(rollouts, asyncio.run(ask()), strict=True):
+        assert finite
         ids = [*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0] / temperature

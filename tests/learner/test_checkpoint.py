@@ -74,9 +74,8 @@ def uninterrupted(learner: Learner, directory: Path) -> dict[str, Any]:
     """An update, a checkpoint of it in `directory`, and two more."""
     update(learner, 0)
     if learner.cfg.learner.lora:
-        learner.ref_logprobs(
-            [make_rollout(make_prompt(), [4, 5])]
-        )  # a pass without gradients may come between, and leaves layers gathered
+        # A pass without gradients may come between, and leaves layers gathered.
+        learner.ref_logprobs(make_rollout(make_prompt(), [4, 5]))
     learner.save(directory)
     return go_on(learner)
 

@@ -214,7 +214,7 @@ def test_the_learner_measures_the_reference_from_the_definition(model, trained):
         make_rollout(make_prompt(index, tuple(prompt)), response)
         for index, (prompt, response) in enumerate(rows_of(sequences()))
     ]
-    found = trained.ref_logprobs(rollouts)
+    found = trained.ref_logprobs(*rollouts)
     network = base(model)
     for row, rollout in zip(found, rollouts, strict=True):
         assert row.dtype == np.float32

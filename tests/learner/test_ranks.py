@@ -173,7 +173,7 @@ def outputs(learner: Learner, directory: Path) -> dict[str, Any]:
     ref_logprobs = []
     if learner.cfg.learner.lora:
         rows = [make_experience(i, [4 + i] * (i % 5)).rollout for i in range(7)]
-        ref_logprobs = [*learner.ref_logprobs(rows), *learner.ref_logprobs(rows[:1])]
+        ref_logprobs = [*learner.ref_logprobs(*rows), *learner.ref_logprobs(rows[0])]
     return {"published": published, "ref_logprobs": ref_logprobs, "peaks": peaks}
 
 
