@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from actors.engine import Completion
-from actors.generator import Generator
+from actors.generator import Generator, sampling_seed
+from common.types import SampleId
 from common.weights import CorruptWeightsError, buckets, changes
-from tests.fakes import OWN_TAGS, make_prompt, metered
+from tests.fakes import OWN_TAGS, make_prompt, make_rollout, metered
 
 
 class RecordingEngine:
@@ -119,6 +120,28 @@ def test_rollouts_tokens_and_updates_are_metered():
     assert read("weights_version") == [4]
     assert len(read("stage_seconds")) == 2
     assert all(0 < seconds < 60 for seconds in read("stage_seconds"))
+
+
+def test_a_response_that_is_gone_on_with_draws_anew():
+    seeds = [sampling_seed(7, SampleId(0, 3, 1), begun) for begun in (0, 1, 2)]
+    assert len(set(seeds)) == 3
+    assert seeds[0] == sampling_seed(7, SampleId(0, 3, 1))
+    asked: list[tuple[int, int, list[int]]] = []
+
+    class Asked(RecordingEngine):
+        async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0) -> Completion:
+            asked.append((seed, num_begun, prompt_ids.tolist()))
+            return await super().generate(prompt_ids[:1], seed=seed)
+
+    async def scenario():
+        generator = Generator("Generator(1)", 7, Asked)
+        prompt = make_prompt(3, (3, 4))
+        rollout, _ = await generator.generate(prompt, make_rollout(prompt, [8, 9], version=5))
+        return rollout
+
+    rollout = asyncio.run(scenario())
+    assert asked == [(sampling_seed(7, make_prompt(3).sample_id, 2), 2, [3, 4, 8, 9])]
+    assert (rollout.response_ids.tolist(), rollout.policy_versions.tolist()) == ([8, 9, 1], [5, 5, 0])
 
 
 def test_a_swap_says_how_long_the_engine_stood_still():

@@ -303,13 +303,17 @@ def test_a_first_replica_that_dies_in_its_start_is_the_error():
 class SlowEngine:
     """Writes token `version` every 10 ms, up to `max_tokens`; its log-probabilities count the tokens."""
 
+    stage_s = 0.02
+
     def __init__(self, max_tokens: int = 40) -> None:
+        self.begun: list[int] = []
         self.version = self.staged = 0
         self.max_tokens = max_tokens
         self.leaving = False
         self.stages: list[int] = []
 
     async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
+        self.begun.append(num_begun)
         tokens: list[int] = []
         while num_begun + len(tokens) < self.max_tokens and not self.leaving:
             await asyncio.sleep(0.01)
@@ -322,7 +326,7 @@ class SlowEngine:
         self.leaving = True
 
     async def stage(self, bucket) -> None:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(self.stage_s)
         self.staged = bucket.version
 
     async def swap(self, version: int) -> float:
@@ -331,8 +335,8 @@ class SlowEngine:
         return 0.0
 
 
-async def generators(max_tokens: int = 40, **settings) -> tuple[Joined, GeneratorPool]:
-    host = LocalHost(Generator, 0, lambda: SlowEngine(max_tokens))
+async def generators(max_tokens: int = 40, room: int = 1 << 30, **settings) -> tuple[Joined, GeneratorPool]:
+    host = LocalHost(Generator, 0, lambda: SlowEngine(max_tokens), room=room)
     events: list[PoolEvent] = []
     pool = Pool("Generator", host, Replicated(**settings), on_event=events.append)
     service = GeneratorPool(pool)
@@ -365,6 +369,8 @@ def test_unfinished_responses_are_handed_over_and_gone_on_with_elsewhere():
             assert (np.diff(rollout.policy_versions) >= 0).all()
         assert "Generator(0)" not in {rollout.generator for rollout in rollouts}
         assert any(set(rollout.policy_versions) == {0, 1} for rollout in rollouts)
+        engines = [handle.role._engine for handle in it.host.handles]
+        assert sum(begun > 0 for engine in engines for begun in engine.begun) == 2  # gone on with, not begun anew
 
     run(scenario)
 
@@ -408,10 +414,8 @@ def test_what_was_begun_is_begun_anew_when_it_is_lost_on_its_way():
 
 def test_a_replica_that_comes_late_takes_the_newest_weights_before_it_gets_work():
     async def scenario():
-        it, service = await generators(min=1, max=2, max_tokens=1)
-        it.host.room = 1
+        it, service = await generators(min=1, max=2, max_tokens=1, room=1)
         await service.load(published(1), 1)
-        it.host.make_room(0)
         await service.load(published(2), 2)
         it.host.make_room(2)
         await until(lambda: len(it.pool) == 2)
@@ -425,6 +429,22 @@ def test_a_replica_that_comes_late_takes_the_newest_weights_before_it_gets_work(
         for written in await asyncio.gather(*calls):
             [rollout] = await service.fetch([written.rollout])
             assert set(rollout.policy_versions) == {2}, rollout.generator
+
+    run(scenario)
+
+
+def test_who_catches_up_while_newer_weights_come_takes_those_too_before_it_gets_work():
+    async def scenario():
+        it, service = await generators(min=1, max=2, max_tokens=1, room=1)
+        await service.load(published(1), 1)
+        await until(lambda: len(it.host.handles) == 2)
+        it.host.make_room(2)
+        it.host.handles[1].role._engine.stage_s = 0.2
+        await asyncio.sleep(0.05)
+        await service.load(published(2), 2)
+        assert len(it.pool) == 1  # the other one still stages version 1
+        await until(lambda: len(it.pool) == 2)
+        assert [replica.handle.role._version for replica in it.pool.ready] == [2, 2]
 
     run(scenario)
 

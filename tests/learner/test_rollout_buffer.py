@@ -84,6 +84,23 @@ def test_what_is_lost_before_the_cut_is_voided_and_another_takes_its_place():
     asyncio.run(scenario())
 
 
+def test_what_is_asked_again_gives_its_bytes_back():
+    async def scenario():
+        row = make_scored(1, [4, 1])
+        # Room for the next batch and one rollout more.
+        buffer = make_buffer(1, 9, max_bytes=2 * row.num_bytes, rollout_bytes=row.num_bytes)
+        await buffer.put(await buffer.admit(), make_scored(1, [4, 1], version=0))
+        second = await buffer.admit()
+        waiting = await pending(buffer.admit())
+        taking = asyncio.create_task(buffer.take(1, policy_version=99))  # the first one is too old by now
+        assert await asyncio.wait_for(waiting, 1) == 3
+        await buffer.put(second, make_scored(2, [4, 1], version=99))
+        assert ids((await taking).experience) == [2]
+        assert buffer._bytes == 0
+
+    asyncio.run(scenario())
+
+
 def test_a_fetch_that_fails_otherwise_is_an_error_and_takes_nothing_out():
     async def scenario():
         failing = [True]
