@@ -67,7 +67,8 @@ class Host(Protocol):
         """Answered by the replica's process however busy its role is."""
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        """The values that calls have left where they ran; a RolloutLostError in place of one that is gone."""
+        """The values that calls have left where they ran; a RolloutLostError in place of one that is gone. What
+        is no reference stands for itself."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Pool:
 
     def __len__(self) -> int:
         """Replicas that are ready."""
-        return sum(replica.state == "ready" for replica in self._replicas.values())
+        return len(self.ready)
 
     @property
     def least(self) -> int:

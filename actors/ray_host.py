@@ -55,14 +55,18 @@ class RayHost:
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
         awaited = [ref.as_future() for ref in references if isinstance(ref, ray.ObjectRef)]
         fetched = iter(await asyncio.gather(*awaited, return_exceptions=True))
-        values = [next(fetched) if isinstance(ref, ray.ObjectRef) else ref for ref in references]
-        return [_lost(value) if isinstance(value, ObjectLostError) else value for value in values]
+        return [_there(next(fetched)) if isinstance(ref, ray.ObjectRef) else ref for ref in references]
 
 
-def _lost(error: ObjectLostError) -> RolloutLostError:
-    lost = RolloutLostError("its tokens were lost with the node they lay on")
-    lost.__cause__ = error
-    return lost
+def _there(fetched: Any) -> Any:
+    """The value, or in its place the RolloutLostError; other errors are raised."""
+    if isinstance(fetched, ObjectLostError):
+        lost = RolloutLostError("its tokens were lost with the node they lay on")
+        lost.__cause__ = fetched
+        return lost
+    if isinstance(fetched, BaseException):
+        raise fetched
+    return fetched
 
 
 async def start_pool(

@@ -11,7 +11,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,18 +106,6 @@ async def _train(
     async def start_reference() -> Reference:
         return AdapterReference(learner) if cfg.learner.lora is not None else ReferencePool(await start.references(cfg))
 
-    try:
-        generators, rewards, reference, _ = await asyncio.gather(
-            start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-            start.pool(Reward, cfg.reward, cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
-            start_reference(),
-            learner.start(cfg.ray.startup_timeout_s),
-        )
-    except BaseException:
-        learner.stop()
-        raise
-    progress.ready(start.pools)
-
     def stepped(record: dict[str, Any], example: Experience, voids: list[Void]) -> None:
         figures.step(record)
         progress.step(record, example, voids)
@@ -127,25 +115,31 @@ async def _train(
         figures.evaluation(evaluation)
         progress.evaluation(evaluation)
 
-    run = Run(
-        cfg=cfg,
-        directory=directory,
-        prompts=prompts,
-        heldout=heldout,
-        generators=generators,
-        reward=RewardPool(rewards),
-        reference=reference,
-        learner=learner,
-        on_step=stepped,
-        on_evaluation=evaluated,
-    )
-    following = asyncio.create_task(follow_wishes(directory, start.pools))
-    try:
+    with ExitStack() as ending:
+        ending.callback(learner.stop)
+        ending.callback(start.stop)
+        generators, rewards, reference, _ = await asyncio.gather(
+            start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
+            start.pool(Reward, cfg.reward, cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
+            start_reference(),
+            learner.start(cfg.ray.startup_timeout_s),
+        )
+        progress.ready(start.pools)
+        run = Run(
+            cfg=cfg,
+            directory=directory,
+            prompts=prompts,
+            heldout=heldout,
+            generators=generators,
+            reward=RewardPool(rewards),
+            reference=reference,
+            learner=learner,
+            on_step=stepped,
+            on_evaluation=evaluated,
+        )
+        following = asyncio.create_task(follow_wishes(directory, start.pools))
+        ending.callback(following.cancel)
         return await train(run)
-    finally:
-        following.cancel()
-        start.stop()
-        learner.stop()
 
 
 def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], list[PromptRecord]]:

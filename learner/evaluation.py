@@ -103,8 +103,7 @@ async def answer(
             written = await generators.generate(prompt)
             measuring = reference.logprobs(written) if reference is not None else _unmeasured()
             scored, (ref_logprobs, finite) = await asyncio.gather(score(written), measuring)
-            [rollout] = await generators.fetch([written.rollout])
-            [measured] = [None] if reference is None else await generators.fetch([ref_logprobs])
+            rollout, measured = await generators.fetch([written.rollout, ref_logprobs])
         except RolloutLostError:
             continue
         except GivenUpError as error:

@@ -16,7 +16,8 @@ class Generators(Protocol):
         """Raises GivenUpError when replica after replica dies over this prompt."""
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        """What the references in Written or Scored stand for; a RolloutLostError in place of what is gone."""
+        """What the references in Written or Scored stand for; a RolloutLostError in place of what is gone. What
+        is no reference stands for itself."""
 
     async def load(self, weights: AsyncIterable[Any], version: int) -> dict[str, float]:
         """Returns when every routable replica has verified and holds `version`, with what it took: `weights/*`."""

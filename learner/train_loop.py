@@ -166,17 +166,11 @@ async def _ref_logprobs(run: Run, written: Written) -> tuple[Any, bool]:
 
 async def fetch(generators: Generators, rows: Sequence[Scored]) -> list[Experience | RolloutLostError]:
     """What a step learns from, brought here."""
-    measured = [row for row in rows if row.ref_logprobs is not None]
-    references = [row.written.rollout for row in rows] + [row.ref_logprobs for row in measured]
-    values = await generators.fetch(references)
-    ref_logprobs = dict(zip(map(id, measured), values[len(rows) :], strict=True))
+    values = await generators.fetch([row.written.rollout for row in rows] + [row.ref_logprobs for row in rows])
     fetched: list[Experience | RolloutLostError] = []
-    for row, rollout in zip(rows, values):
-        parts = rollout, ref_logprobs.get(id(row))
-        lost = next((part for part in parts if isinstance(part, BaseException)), None)
-        if lost is not None and not isinstance(lost, RolloutLostError):
-            raise lost
-        fetched.append(lost or Experience(rollout, row.score, parts[1]))
+    for row, rollout, ref_logprobs in zip(rows, values[: len(rows)], values[len(rows) :], strict=True):
+        lost = next((part for part in (rollout, ref_logprobs) if isinstance(part, RolloutLostError)), None)
+        fetched.append(lost or Experience(rollout, row.score, ref_logprobs))
     return fetched
 
 

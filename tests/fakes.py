@@ -103,6 +103,15 @@ def make_experience(index: int, response: list[int], *, score: float = 0.0, vers
     return Experience(rollout, Score(score, {"made_up": score}), np.full(len(response), -4.0, dtype=np.float32))
 
 
+async def pending(coroutine: Any) -> asyncio.Task:
+    """The coroutine as a task that had every chance to run and is still waiting."""
+    task = asyncio.create_task(coroutine)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not task.done()
+    return task
+
+
 def make_scored(index: int, response: list[int], **about: Any) -> Scored:
     """The same before it is fetched."""
     row = make_experience(index, response, **about)
@@ -159,7 +168,7 @@ class LocalHost:
             await asyncio.sleep(3600)
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        return [await reference for reference in references]
+        return [await ref if isinstance(ref, asyncio.Future) else ref for ref in references]
 
     def alive(self, name: str) -> LocalHandle:
         [handle] = [handle for handle in self.handles if handle.name == name and not handle.dead]

@@ -8,14 +8,7 @@ import random
 import pytest
 
 from actors.routing import Router
-
-
-async def pending(coroutine) -> asyncio.Task:
-    task = asyncio.create_task(coroutine)
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert not task.done()
-    return task
+from tests.fakes import pending
 
 
 def test_the_least_loaded_by_cost_gets_the_call():

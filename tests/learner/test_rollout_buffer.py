@@ -10,20 +10,11 @@ import pytest
 from common.config import UserError
 from common.types import RolloutLostError, SampleId, Void
 from learner.rollout_buffer import RolloutBuffer
-from tests.fakes import fetch_scored, make_scored
+from tests.fakes import fetch_scored, make_scored, pending
 
 
 def make_buffer(*args, **settings) -> RolloutBuffer:
     return RolloutBuffer(*args, fetch=fetch_scored, **settings)
-
-
-async def pending(coroutine) -> asyncio.Task:
-    """The coroutine as a task that had every chance to run and is still waiting."""
-    task = asyncio.create_task(coroutine)
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert not task.done()
-    return task
 
 
 def ids(rows) -> list[int]:
