@@ -12,7 +12,8 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -107,10 +108,10 @@ def _connect(address: str) -> JobSubmissionClient:
         raise UserError(
             f"--address ({address}) must be the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
         )
-    os.environ[ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE] = address  # else RAY_ADDRESS would win
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
-        return JobSubmissionClient(address)
+        with _in_environment(ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE, address):
+            return JobSubmissionClient(address)  # by itself it would prefer RAY_ADDRESS to what it is given
     except ray.exceptions.AuthenticationError as error:
         raise refused(f"--address ({address})") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -118,6 +119,19 @@ def _connect(address: str) -> JobSubmissionClient:
             f"no Ray dashboard answers at --address ({address}): {error}; it is the URL that ray start --head prints, "
             "port 8265 unless told otherwise, reached through a tunnel where it listens on loopback"
         ) from error
+
+
+@contextmanager
+def _in_environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _follow(client: JobSubmissionClient, job: str) -> int:

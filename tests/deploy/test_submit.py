@@ -1,6 +1,7 @@
 """What can be refused before a job is sent, or a cluster joined: with no Ray running."""
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -108,6 +109,23 @@ def test_bad_input_is_refused_before_anything_is_sent(capsys, monkeypatch, place
 def test_a_job_is_refused_where_no_dashboard_answers(capsys, monkeypatch, place, nowhere):
     message = refusal(capsys, monkeypatch, "submit", "tiny.toml", "--address", f"http://{nowhere}", "--run", "run")
     assert message.startswith(f"ratchet: no Ray dashboard answers at --address (http://{nowhere}): ")
+
+
+@pytest.mark.parametrize("before", [None, "http://127.0.0.1:1"])
+def test_connecting_leaves_the_environment_as_it_was(monkeypatch, before):
+    if before is None:
+        monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", before)
+    asked = []
+    monkeypatch.setattr(
+        deploy.submit, "JobSubmissionClient", lambda address: asked.append(os.environ["RAY_API_SERVER_ADDRESS"])
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        deploy.submit._connect(address)
+    assert asked == [address]
+    assert os.environ.get("RAY_API_SERVER_ADDRESS") == before
 
 
 def check(place, **sections):
