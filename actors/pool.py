@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -189,19 +189,24 @@ class Pool:
         """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when it takes
         replica after replica with it, the last one of which had nothing else."""
         losses = 0
-        while losses <= SUSPECT_AFTER:  # a call that is suspected waits until no other one is tried alone
-            alone = losses == SUSPECT_AFTER
+        while losses <= SUSPECT_AFTER:
+            suspected = losses == SUSPECT_AFTER
+            if suspected:
+                await self._suspects.acquire()  # waits until no other call is tried alone
             try:
-                async with self._suspects if alone else nullcontext():
-                    return await self._try(what, call, cost, alone=alone)
+                number = await self._router.acquire(cost)
+                return await self._try(number, what, call, cost, alone=suspected)
             except _Lost as lost:
                 losses += lost.over_it
+            finally:
+                if suspected:
+                    self._suspects.release()
         raise GivenUpError(f"{what}: {losses} {self.role} replicas died over it: {self._last_error}")
 
-    async def _try(self, what: str, call: Call, cost: int, *, alone: bool) -> Any:
-        """The answer of one replica, which has nothing else if `alone`. Raises _Lost."""
-        number = await self._router.acquire(cost)
-        if (replica := self._replicas.get(number)) is None:
+    async def _try(self, number: int, what: str, call: Call, cost: int, *, alone: bool) -> Any:
+        """The answer of the replica whose turn was taken, which has nothing else if `alone`. Raises _Lost."""
+        replica = self._replicas.get(number)
+        if replica is None:
             raise _Lost(over_it=False)  # it died before its turn was taken
         replica.idle.clear()
         try:

@@ -32,7 +32,7 @@ class GeneratorPool:
         cost = len(prompt.token_ids) + self._response_tokens
         begun: Any = None
         while True:
-            ask = partial(_generate, prompt=prompt, begun=begun)
+            ask = partial(_generate, prompt, begun)
             try:
                 rollout, written = await self._pool.call(f"answer prompt {prompt.sample_id}", ask, cost=cost)
             except RolloutLostError:  # with the node that had begun it
@@ -136,13 +136,13 @@ class Delivery:
         await self._send(parts)
 
 
-async def _generate(handle: Any, prompt: Prompt, begun: Any) -> tuple[Any, Written]:
+async def _generate(prompt: Prompt, begun: Any, handle: Any) -> tuple[Any, Written]:
     """A reference to the rollout, and what the loop must know of it."""
     rollout, written = handle.generate.options(num_returns=2).remote(prompt, begun)
     return rollout, await written
 
 
-async def _measure(handle: Any, rollout: Any) -> tuple[Any, bool]:
+async def _measure(rollout: Any, handle: Any) -> tuple[Any, bool]:
     logprobs, finite = handle.logprobs.options(num_returns=2).remote(rollout)
     return logprobs, await finite
 
@@ -199,5 +199,5 @@ class ReferencePool:
 
     async def logprobs(self, written: Written) -> tuple[Any, bool]:
         return await self._pool.call(
-            f"measure {written.sample_id}", partial(_measure, rollout=written.rollout), cost=written.num_tokens
+            f"measure {written.sample_id}", partial(_measure, written.rollout), cost=written.num_tokens
         )

@@ -66,7 +66,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             write_config(directory, cfg)
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
-            with figures.discoverable(directory), _imports_left_alone():
+            with figures.discoverable(directory), rare_full_collections():
                 evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -74,13 +74,22 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     return summary
 
 
+# Objects made beyond those that are gone, collections of the youngest, and collections of the younger, after which the
+# next older ones are searched. Python's own are 700, 10 and 10.
+COLLECT_AFTER = (10_000, 10, 100)
+
+
 @contextmanager
-def _imports_left_alone() -> Iterator[None]:
-    """What there is now lives as long as the run: collecting garbage need not search it again and again."""
+def rare_full_collections() -> Iterator[None]:
+    """Full garbage collections look for cycles through all that is outstanding, and hardly find any: what the loop
+    makes goes by reference counts. What there is now lives as long as the run, and is not searched at all."""
     gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(*COLLECT_AFTER)
     try:
         yield
     finally:
+        gc.set_threshold(*before)
         gc.unfreeze()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -63,7 +64,9 @@ class RolloutBuffer:
         self._max_bytes, self._rollout_bytes = max_bytes, rollout_bytes
         self._clock = clock
         self._next_ticket = 0
-        self._slots: dict[int, Slot] = {}  # admitted and neither cut nor void, in order of admission
+        # Admitted and neither cut nor void, in order of admission. A dict would pass over the places of all that were
+        # cut before to find its first.
+        self._slots: OrderedDict[int, Slot] = OrderedDict()
         self._blocking: int | None = None  # a ticket among the oldest that was seen unfinished, and still may be
         self._in_flight = 0
         self._bytes = 0  # of those that are finished

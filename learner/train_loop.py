@@ -122,15 +122,6 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     Waits for slots, which `release` and voids free; runs until cancelled, and fails when one of its rollouts does.
     """
 
-    async def one_rollout(prompt: Prompt) -> Scored | Void:
-        while True:
-            try:
-                return await scored(await run.generators.generate(prompt))
-            except RolloutLostError:
-                continue  # its tokens went down with a node before they were scored
-            except GivenUpError as error:
-                return Void(prompt.sample_id, str(error))
-
     async def scored(written: Written) -> Scored | Void:
         clock.text_written()
         if written.fault:  # in the journal it would break every replay
@@ -149,7 +140,15 @@ async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
         return Scored(written, score, ref_logprobs)
 
     async def fill(ticket: int, prompt: Prompt) -> None:
-        await buffer.put(ticket, await one_rollout(prompt))
+        outcome: Scored | Void | None = None
+        while outcome is None:
+            try:
+                outcome = await scored(await run.generators.generate(prompt))
+            except RolloutLostError:
+                continue  # its tokens went down with a node before they were scored
+            except GivenUpError as error:
+                outcome = Void(prompt.sample_id, str(error))
+        await buffer.put(ticket, outcome)
 
     async with asyncio.TaskGroup() as rollouts:
         while True:

@@ -9,13 +9,14 @@ and a plot; `make bench-control` runs it alone.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from actors.services import GeneratorPool, ReferencePool, RewardPool
 from common.config import Config, Replicated
 from common.prompts import PromptRecord, PromptStream
 from common.types import Rollout, Score
+from deploy.train import rare_full_collections
 from learner.train_loop import Run, train
 from tests.bench.results import Result
 from tests.fakes import LocalHost, tiny_config
@@ -40,7 +42,8 @@ import matplotlib.pyplot as plt
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 BATCH = 50
-WARM_UP, STEPS = 4, 40
+WARM_UP = 4
+TURN, TURNS = 20, 60  # steps at a time in each process; times
 ROUNDS = 3
 REPLICAS = (1, 10, 100, 1000)
 OUTSTANDING = (100, 1000, 10_000, 100_000)
@@ -166,10 +169,10 @@ class Measured(Exception):
 
 
 async def steps(
-    directory: Path, *, batch: int, outstanding: int, replicas: int, in_step: bool, count: int
-) -> tuple[float, float]:
-    """Seconds and CPU seconds of `count` steps, once the pipe is full. `in_step`: the engines write a batch for each
-    that was consumed, so that what is measured is one rollout in for one out, however many wait."""
+    directory: Path, *, batch: int, outstanding: int, replicas: int, in_step: bool, after_step: Callable[[], None]
+) -> None:
+    """Steps until `after_step` raises Measured. `in_step`: the engines write a batch for each that was consumed, so
+    that what is measured is one rollout in for one out, however many wait."""
     cfg: Config = tiny_config(
         "none",
         num_steps=10**9,
@@ -194,12 +197,9 @@ async def steps(
         await Pool("Stub", host, section).start(timeout_s=600) for host, section in hosts
     ]
     hosts[0][0].let_through(batch)
-    marks: list[tuple[float, float]] = []
 
     def on_step(*_: Any) -> None:
-        marks.append((time.perf_counter(), time.process_time()))
-        if len(marks) > WARM_UP + count:
-            raise Measured
+        after_step()
         if in_step:
             hosts[0][0].let_through(batch)
 
@@ -221,42 +221,78 @@ async def steps(
     finally:
         for pool in (generators, rewards, references):
             pool.stop()
-    (wall, cpu), (wall_end, cpu_end) = marks[WARM_UP], marks[-1]
-    return wall_end - wall, cpu_end - cpu
 
 
-def run_steps(**settings: Any) -> tuple[float, float]:
-    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as directory:
-        return asyncio.run(steps(Path(directory), **settings))
+def run_steps(**settings: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as directory, rare_full_collections():
+        asyncio.run(steps(Path(directory), **settings))
 
 
-def cost_us(**settings: Any) -> float:
-    """CPU time of one rollout, microseconds."""
-    _, cpu = run_steps(batch=BATCH, in_step=True, count=STEPS, **settings)
-    return 1e6 * cpu / (BATCH * STEPS)
+def rollouts_per_s() -> float:
+    marks: list[float] = []
+
+    def mark() -> None:
+        marks.append(time.perf_counter())
+        if len(marks) > WARM_UP + FREE_STEPS:
+            raise Measured
+
+    run_steps(batch=FREE_BATCH, outstanding=2 * FREE_BATCH, replicas=4, in_step=False, after_step=mark)
+    return FREE_BATCH * FREE_STEPS / (marks[-1] - marks[WARM_UP])
+
+
+def take_turns(orders: Connection, settings: dict[str, int]) -> None:
+    """In a process of its own: for each order a turn of steps, answered with its CPU seconds."""
+    pool_module.MAX_PENDING = max(REPLICAS)  # all of them at once: starting is not what is measured
+    done, began = 0, 0.0
+
+    def after_step() -> None:
+        nonlocal done, began
+        done += 1
+        if done < WARM_UP or (done - WARM_UP) % TURN:
+            return
+        orders.send(time.process_time() - began)
+        if not orders.recv():
+            raise Measured
+        began = time.process_time()
+
+    run_steps(batch=BATCH, in_step=True, after_step=after_step, **settings)
+
+
+def costs_us(settings: Sequence[dict[str, int]]) -> list[float]:
+    """CPU time of one rollout under each of these, microseconds. They take turns of a fraction of a second, so that all
+    meet the same machine, and so many that full garbage collections have their share."""
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], []
+    for chosen in settings:
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=take_turns, args=(theirs, chosen), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        ours.recv()  # its pipe is full
+        pipes.append(ours)
+    seconds = np.zeros(len(settings))
+    for _ in range(TURNS):
+        for i, pipe in enumerate(pipes):
+            pipe.send(True)
+            seconds[i] += pipe.recv()
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        process.join()
+    return [float(1e6 * total / (TURNS * TURN * BATCH)) for total in seconds]
 
 
 def measure() -> dict[str, Result]:
-    pool_module.MAX_PENDING = max(REPLICAS)  # all of them at once: starting is not what is measured
-    rates, by_replicas, by_outstanding = [], [], []
-    gc.freeze()  # as a run does
-    for _ in range(ROUNDS):
-        wall, _ = run_steps(batch=FREE_BATCH, outstanding=2 * FREE_BATCH, replicas=4, in_step=False, count=FREE_STEPS)
-        rates.append(FREE_BATCH * FREE_STEPS / wall)
-        by_replicas.append([cost_us(outstanding=1000, replicas=number) for number in REPLICAS])
-        by_outstanding.append([cost_us(outstanding=number, replicas=4) for number in OUTSTANDING])
-    gc.unfreeze()
-    # The least of several runs: whatever else the machine does only adds.
-    replicas_us, outstanding_us = np.min(by_replicas, axis=0), np.min(by_outstanding, axis=0)
-    rate = statistics.median(rates)
+    rate = statistics.median(rollouts_per_s() for _ in range(ROUNDS))
+    replicas_us = costs_us([{"replicas": number, "outstanding": 1000} for number in REPLICAS])
+    outstanding_us = costs_us([{"replicas": 4, "outstanding": number} for number in OUTSTANDING])
     ratios = {
         "rollouts_per_s": rate,
-        "cost_ratio_1000_replicas": float(replicas_us[-1] / replicas_us[0]),
-        "cost_ratio_100k_outstanding": float(outstanding_us[-1] / outstanding_us[0]),
+        "cost_ratio_1000_replicas": replicas_us[-1] / replicas_us[0],
+        "cost_ratio_100k_outstanding": outstanding_us[-1] / outstanding_us[0],
     }
     parts = {
-        **{f"us_per_rollout_{n}_replicas": float(us) for n, us in zip(REPLICAS, replicas_us)},
-        **{f"us_per_rollout_{n}_outstanding": float(us) for n, us in zip(OUTSTANDING, outstanding_us)},
+        **{f"us_per_rollout_{n}_replicas": us for n, us in zip(REPLICAS, replicas_us, strict=True)},
+        **{f"us_per_rollout_{n}_outstanding": us for n, us in zip(OUTSTANDING, outstanding_us, strict=True)},
     }
     folder = Path("runs")
     folder.mkdir(exist_ok=True)
@@ -276,7 +312,7 @@ def measure() -> dict[str, Result]:
     }
 
 
-def plot(path: Path, curves: dict[str, tuple[tuple[int, ...], np.ndarray]]) -> None:
+def plot(path: Path, curves: dict[str, tuple[tuple[int, ...], list[float]]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for axis, (name, (counts, microseconds)) in zip(axes, curves.items(), strict=True):
         axis.semilogx(counts, microseconds, "o-")
