@@ -13,13 +13,14 @@ from ray._private import state as ray_state
 from ray.exceptions import ObjectLostError, RayActorError
 
 from actors.hosting import actor
-from actors.pool import OnEvent, Pool
+from actors.membership import OnEvent
+from actors.pool import Pool
 from common.config import Placed, Replicated
 from common.types import RolloutLostError
 
 
 class RayHost:
-    """`actors.pool.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
+    """`actors.membership.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
 
     losses: tuple[type[BaseException], ...] = (RayActorError,)
     lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)

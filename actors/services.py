@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from actors.pool import Pool, Replica, RoleError
+from actors.membership import Replica, RoleError
+from actors.pool import Pool
 from common.types import Prompt, RolloutLostError, Score, Void, Written
 from common.weights import CorruptWeightsError, Parcel
 

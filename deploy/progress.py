@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from actors.pool import Pool, PoolEvent
+from actors.membership import PoolEvent
+from actors.pool import Pool
 from common.config import Config
 from common.types import Experience, Void
 from learner.evaluation import Evaluation

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
 from actors.generator import Generator
-from actors.pool import OnEvent, Pool
+from actors.membership import OnEvent
+from actors.pool import Pool
 from actors.ray_host import start_pool
 from actors.reference_policy import ReferencePolicy
 from actors.services import GeneratorPool

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.hosting import actor
-from actors.pool import PoolEvent
+from actors.membership import PoolEvent
 from actors.reward_functions import Reward
 from actors.services import ReferencePool, RewardPool
 from common.config import Config, ModelSourceConfig, UserError

@@ -123,7 +123,7 @@ async def fetch_scored(rows: Sequence[Scored]) -> list[Experience]:
 
 
 class LocalHost:
-    """`actors.pool.Host` in this process: replicas of a role that live until they are killed. `room` bounds them;
+    """`actors.membership.Host` in this process: replicas of a role that live until they are killed. `room` bounds them;
     `nodes` says where each lives."""
 
     losses = (ConnectionError,)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+import actors.membership as membership
 import actors.pool as pool_module
 from actors.engine import Completion, EngineDeadError
 from actors.generator import Generator
-from actors.pool import Pool, PoolEvent, RoleError
+from actors.membership import PoolEvent, RoleError
+from actors.pool import Pool
 from actors.services import GeneratorPool
 from common.config import Replicated, UserError
 from common.types import HANDED_OVER, GivenUpError
@@ -21,8 +23,9 @@ from tests.fakes import LocalHost, make_prompt
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
+    monkeypatch.setattr(membership, "TICK_S", 0.01)
     monkeypatch.setattr(pool_module, "TICK_S", 0.01)
-    monkeypatch.setattr(pool_module, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(membership, "BACKOFF_S", 0.02)
 
 
 class Worker:

@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 
-import actors.pool as pool_module
+import actors.membership as membership
 from actors.engine import Completion
 from actors.generator import Generator
 from actors.pool import Pool
@@ -242,7 +242,7 @@ def rollouts_per_s() -> float:
 
 def take_turns(orders: Connection, settings: dict[str, int]) -> None:
     """In a process of its own: for each order a turn of steps, answered with its CPU seconds."""
-    pool_module.MAX_PENDING = max(REPLICAS)  # all of them at once: starting is not what is measured
+    membership.MAX_PENDING = max(REPLICAS)  # all of them at once: starting is not what is measured
     done, began = 0, 0.0
 
     def after_step() -> None:

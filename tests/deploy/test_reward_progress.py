@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from actors.pool import PoolEvent
+from actors.membership import PoolEvent
 from common.reward_config import RewardTrainingConfig
 from common.reward_models import ScoreScale
 from deploy.reward_progress import RewardProgress, plot_calibration

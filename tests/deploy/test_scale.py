@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import actors.pool as pool_module
+import actors.membership as membership
 from actors.pool import Pool
 from common.config import Replicated, UserError
 from deploy.run_directory import is_owned, sole_owner
@@ -26,7 +26,7 @@ class Worker:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(pool_module, "TICK_S", 0.01)
+    monkeypatch.setattr(membership, "TICK_S", 0.01)
     monkeypatch.setattr("deploy.scale._LOOK_EVERY_S", 0.02)
 
 

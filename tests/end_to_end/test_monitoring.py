@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import pytest
 from ray.util.state import list_actors
 
-from actors.pool import STATES
+from actors.membership import STATES
 from common.figures import FIGURES
 from common.meters import METERS
 from deploy.progress import Progress

@@ -14,7 +14,8 @@ import ray
 from ray._private.internal_api import memory_summary
 
 from actors.engine import EngineDeadError
-from actors.pool import Pool, PoolEvent, RoleError
+from actors.membership import PoolEvent, RoleError
+from actors.pool import Pool
 from actors.ray_host import start_pool
 from common.config import RayConfig, Replicated
 from deploy.cluster import cluster

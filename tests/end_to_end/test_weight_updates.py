@@ -14,7 +14,8 @@ import torch
 from ray._private.internal_api import memory_summary
 
 from actors.generator import Generator
-from actors.pool import Pool, RoleError
+from actors.membership import RoleError
+from actors.pool import Pool
 from actors.ray_host import start_pool
 from actors.services import GeneratorPool
 from common.config import RayConfig, Replicated
