@@ -18,6 +18,7 @@ import typer
 
 from common.config import AdamWConfig, Config, Root, UserError
 from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
+from common.functions import import_ours
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 
 
@@ -312,6 +313,7 @@ def _over(settings: Sequence[str] | None, address: str | None) -> list[str]:
 
 def _find_users_modules() -> None:
     """Reward functions and prompts may lie beside the user."""
+    import_ours()  # an editable installation would be asked after the path
     sys.path.append(str(Path.cwd()))
 
 
