@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 import common
 from actors.ray_meters import RayMeters
 from common import meters
 from common.config import Placed, TrainerConfig, UserError
+from common.functions import import_ours
 
 # Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
 # caller: rollouts do, the few numbers beside them do not.
@@ -69,8 +71,10 @@ def worker_environment(cfg: Placed) -> dict[str, str]:
     passed_on = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
     environment = {
         "OMP_NUM_THREADS": str(cfg.threads),
-        # Ours first: a user's own `common` beside the reward functions must not hide this one.
-        "PYTHONPATH": os.pathsep.join(filter(None, [project, os.getcwd(), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [project, os.environ.get("PYTHONPATH")])),
+        # Called as the process begins. Only then Ray puts the driver's directory, where reward functions lie, on the
+        # path, and first.
+        ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{import_ours.__module__}.{import_ours.__name__}",
         # glibc gives every large tensor back to the kernel and faults its pages in again at the next one: keeping them
         # makes an update 15 % faster (135M, two cores).
         "MALLOC_MMAP_THRESHOLD_": str(8 << 30),

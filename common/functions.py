@@ -1,4 +1,4 @@
-"""Python functions that a config names: `module:function`."""
+"""The user's Python functions, which a config names as `module:function`, and how their modules leave ours alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from importlib import import_module
 from typing import Any
 
 from common.config import UserError
+
+
+def import_ours() -> None:
+    """Ratchet's packages, imported before the user's directory is on the path: a `common` there then hides none."""
+    for package in ("actors", "common", "deploy", "learner"):
+        import_module(package)
 
 
 def load_function(path: str, setting: str) -> Callable[..., Any]:

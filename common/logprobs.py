@@ -25,6 +25,11 @@ def chosen_logprobs(
     return _ChosenLogprobs.apply(hidden, head.weight, head.bias, token_ids, temperature, tile)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this kind of device, if it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 class _ChosenLogprobs(torch.autograd.Function):
     """With logits z, already over the temperature T, m = log sum exp z, p = exp(z - m) and mean z' = sum p z:
 
@@ -39,7 +44,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float, tile: Tile
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(device) or weight.dtype
         states = hidden.detach().to(dtype)
         chosen, mean = (hidden.new_zeros(len(token_ids), dtype=torch.float32) for _ in range(2))
         total = torch.full_like(chosen, float("-inf"))

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from common.config import UserError
 from common.dialogues import padding_id
+from common.files import write_json
 from common.masking import length_mask
 from common.models import ModelSize, load_tokenizer, model_size, replaced_directory, write_weights
 from common.sequences import LANES
@@ -108,9 +109,7 @@ def save_reward_model(
 def write_scale(directory: Path, scale: ScoreScale) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    staging = directory / "config.json.tmp"
-    staging.write_text(json.dumps({**config, _KEY: asdict(scale)}, indent=2) + "\n", encoding="utf-8")
-    staging.rename(path)
+    write_json(path, {**config, _KEY: asdict(scale)})
 
 
 def read_scale(directory: Path) -> ScoreScale:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.logprobs import chosen_logprobs
+from common.logprobs import autocast_dtype, chosen_logprobs
 from common.masking import length_mask
 
 # Matrix products over whole vectors take the same kernels whatever else is in the batch. Measured with AVX-512, one
@@ -82,8 +82,8 @@ class Sequences:
 
 def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The model's inputs. Under autocast in its precision: else all that flows between the layers stayed float32."""
-    embedded, device = model.get_input_embeddings()(input_ids), input_ids.device.type
-    return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
+    embedded = model.get_input_embeddings()(input_ids)
+    return embedded.to(autocast_dtype(embedded.device.type) or embedded.dtype)
 
 
 def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:

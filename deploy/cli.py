@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from textwrap import fill, indent
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from common.config import AdamWConfig, Config, Root, UserError
 from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
+from common.functions import import_ours
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 
 
@@ -86,29 +87,50 @@ Address = Annotated[
         "over the variable RAY_ADDRESS. [default: local]"
     ),
 ]
+Work = Callable[..., None]  # (config, run directory, resume=, force=)
 
 
 def _epilog(root: type[Root]) -> str:
     return "\b\nSettings, any of which may be given as key=value:\n" + indent(_settings(root), "  ")
 
 
-@app.command(epilog=_epilog(Config))
-def train(
-    config: ConfigFile = "",
-    settings: Settings = None,
-    run: RunOption = None,
-    resume: Resume = None,
-    address: Address = None,
-    force: Force = False,
-) -> None:
+def _in_run_directory(root: type[Root]) -> Callable[[Work], Work]:
+    """The decorated function as a command with the options that every run has: it works with the config that was named,
+    or that of the run that goes on, and in its run directory."""
+
+    def register(work: Work) -> Work:
+        name = work.__name__.replace("_", "-")
+
+        @app.command(name, help=work.__doc__, epilog=_epilog(root))
+        def command(
+            config: ConfigFile = "",
+            settings: Settings = None,
+            run: RunOption = None,
+            resume: Resume = None,
+            address: Address = None,
+            force: Force = False,
+        ) -> None:
+            cfg, directory = _named(root, config, _over(settings, address), run, resume)
+            _find_users_modules()
+            try:
+                work(cfg, directory, resume=resume is not None, force=force)
+            except KeyboardInterrupt:
+                begun = (directory / "config.toml").exists()
+                advice = f"go on with ratchet {name} --resume {directory}" if begun else "nothing was begun"
+                typer.echo(f"ratchet: interrupted; {advice}", err=True)
+                sys.exit(130)
+
+        return work
+
+    return register
+
+
+@_in_run_directory(Config)
+def train(cfg: Config, directory: Path, *, resume: bool, force: bool) -> None:
     """Train a policy with PPO."""
+    from deploy.train import run_training  # slow to import: torch, transformers, Ray
 
-    def work(cfg: Config, directory: Path) -> Any:
-        from deploy.train import run_training  # slow to import: torch, transformers, Ray
-
-        return run_training(cfg, directory, resume=resume is not None, force=force)
-
-    _run("train", Config, work, config, _over(settings, address), run, resume)
+    run_training(cfg, directory, resume=resume, force=force)
 
 
 @app.command()
@@ -149,42 +171,20 @@ def submit(
     sys.exit(submit_run(cfg, arguments, directory, address=address, follow=follow))
 
 
-@app.command(epilog=_epilog(RewardTrainingConfig))
-def train_reward(
-    config: ConfigFile = "",
-    settings: Settings = None,
-    run: RunOption = None,
-    resume: Resume = None,
-    address: Address = None,
-    force: Force = False,
-) -> None:
+@_in_run_directory(RewardTrainingConfig)
+def train_reward(cfg: RewardTrainingConfig, directory: Path, *, resume: bool, force: bool) -> None:
     """Train a reward model from preference pairs."""
+    from deploy.train_reward import run_reward_training
 
-    def work(cfg: RewardTrainingConfig, directory: Path) -> Any:
-        from deploy.train_reward import run_reward_training
-
-        return run_reward_training(cfg, directory, resume=resume is not None, force=force)
-
-    _run("train-reward", RewardTrainingConfig, work, config, _over(settings, address), run, resume)
+    run_reward_training(cfg, directory, resume=resume, force=force)
 
 
-@app.command(epilog=_epilog(PairSamplingConfig))
-def sample_pairs(
-    config: ConfigFile = "",
-    settings: Settings = None,
-    run: RunOption = None,
-    resume: Resume = None,
-    address: Address = None,
-    force: Force = False,
-) -> None:
+@_in_run_directory(PairSamplingConfig)
+def sample_pairs(cfg: PairSamplingConfig, directory: Path, *, resume: bool, force: bool) -> None:
     """Sample two responses to each prompt and have a labeller prefer one."""
+    from deploy.sample_pairs import run_pair_sampling
 
-    def work(cfg: PairSamplingConfig, directory: Path) -> Any:
-        from deploy.sample_pairs import run_pair_sampling
-
-        return run_pair_sampling(cfg, directory, resume=resume is not None, force=force)
-
-    _run("sample-pairs", PairSamplingConfig, work, config, _over(settings, address), run, resume)
+    run_pair_sampling(cfg, directory, resume=resume, force=force)
 
 
 @app.command()
@@ -271,27 +271,6 @@ def config(
         raise UserError("name a config file to resolve, or ask for --describe")
 
 
-def _run(
-    command: str,
-    root: type[AnyRoot],
-    work: Callable[[AnyRoot, Path], Any],
-    config: str,
-    settings: Sequence[str],
-    run: Path | None,
-    resume: Path | None,
-) -> None:
-    """Works in the run directory of the config that was named, or of the run that goes on."""
-    cfg, directory = _named(root, config, settings, run, resume)
-    _find_users_modules()
-    try:
-        work(cfg, directory)
-    except KeyboardInterrupt:
-        begun = (directory / "config.toml").exists()
-        advice = f"go on with ratchet {command} --resume {directory}" if begun else "nothing was begun"
-        typer.echo(f"ratchet: interrupted; {advice}", err=True)
-        sys.exit(130)
-
-
 def _named(
     root: type[AnyRoot], config: str, settings: Sequence[str], run: Path | None, resume: Path | None
 ) -> tuple[AnyRoot, Path]:
@@ -312,6 +291,7 @@ def _over(settings: Sequence[str] | None, address: str | None) -> list[str]:
 
 def _find_users_modules() -> None:
     """Reward functions and prompts may lie beside the user."""
+    import_ours()  # an editable installation would be asked after the path
     sys.path.append(str(Path.cwd()))
 
 

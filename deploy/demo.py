@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from common.config import Config, Root, UserError
 from common.config_files import AnyRoot, load_config
+from common.files import write_json
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy.run_directory import refuse_overwriting
 from deploy.sample_pairs import run_pair_sampling
@@ -78,7 +79,7 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
         "distinct_2_after": after["distinct_2"],
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "summary.json", summary)
     _show(console, ppo, summary, judge)
     console.print(f"summary: {directory / 'summary.json'}", markup=False)
     return summary

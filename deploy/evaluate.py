@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from actors.reward_functions import Reward
 from actors.services import ReferencePool, RewardPool
 from common.config import Config, UserError
+from common.files import write_json
 from common.prompts import heldout_prompts, load_records
 from common.types import Prompt
 from deploy.cluster import cluster
@@ -47,7 +47,7 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
             evaluation, answers = asyncio.run(_evaluate(cfg, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
-    (directory / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "evaluation.json", record)
     console = Console(highlight=False)
     console.print(evaluation_table({Path(judged.path).name: evaluation}))
     console.print(f"{directory}: evaluation.json, answers.jsonl", markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from common.config import MonitoringConfig, UserError
 from common.figures import FIGURES
+from common.files import write_json
 from learner.evaluation import Evaluation
 
 DISCOVERY = "prometheus.json"
@@ -65,9 +65,7 @@ class RunFigures(Collector):
         """While it lasts, RUN/prometheus.json names the endpoint, as Prometheus' file_sd_configs read it."""
         targets = [{"targets": [self._address], "labels": {"run": directory.resolve().name}}]
         path = directory / DISCOVERY
-        staging = directory / f"{DISCOVERY}.tmp"
-        staging.write_text(json.dumps(targets) + "\n", encoding="utf-8")
-        staging.rename(path)
+        write_json(path, targets)
         try:
             yield
         finally:

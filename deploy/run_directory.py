@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from common.config import Root, UserError
+from common.files import write_whole
 from common.types import Rollout, Score, Void
 
 
@@ -70,10 +71,8 @@ def clear(directory: Path) -> None:
 
 
 def write_config(directory: Path, cfg: Root) -> None:
-    """RUN/config.toml: the resolved configuration, whole or not at all."""
-    staging = directory / "config.toml.tmp"
-    staging.write_text(cfg.to_toml(), encoding="utf-8")
-    staging.rename(directory / "config.toml")
+    """RUN/config.toml: the resolved configuration."""
+    write_whole(directory / "config.toml", cfg.to_toml())
 
 
 def write_answers(

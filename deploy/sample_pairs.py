@@ -14,6 +14,7 @@ from rich.progress import Progress as ProgressBar
 from actors.reward_functions import Reward
 from actors.services import RewardPool
 from common.config import UserError
+from common.files import write_json, write_whole
 from common.metrics import append_record, read_records
 from common.prompts import PromptRecord, PromptStream, load_records
 from common.reward_config import PairSamplingConfig
@@ -137,9 +138,7 @@ def _finish(cfg: PairSamplingConfig, directory: Path, *, seconds: float) -> dict
     newest = {record["pair"]: record for record in read_records(directory / "labelled.jsonl")}  # voids are tried again
     labelled = [newest[pair] for pair in sorted(newest)]
     pairs = [record for record in labelled if "chosen" in record]
-    staging = directory / "pairs.jsonl.tmp"
-    staging.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    staging.rename(directory / "pairs.jsonl")
+    write_whole(directory / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     voids = [record["void"] for record in labelled if "void" in record]
     summary = {
         "seed": cfg.seed,
@@ -149,5 +148,5 @@ def _finish(cfg: PairSamplingConfig, directory: Path, *, seconds: float) -> dict
         "no_preference": len(labelled) - len(pairs) - len(voids),
         "seconds": round(seconds, 1),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "summary.json", summary)
     return summary

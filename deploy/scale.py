@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from actors.pool import Pool
 from common.config import UserError
+from common.files import write_json
 from deploy.run_directory import is_owned
 
 _LOOK_EVERY_S = 0.5
@@ -35,7 +35,7 @@ async def follow_wishes(directory: Path, pools: Sequence[Pool]) -> None:
                 pool.wish = max(pool.least, int(wishes.get(pool.role, pool.wish)))
             state = {pool.role: _state(pool) for pool in pools}
             if state != written:
-                _write(directory / "pools.json", state)
+                write_json(directory / "pools.json", state)
                 written = state
         await asyncio.sleep(_LOOK_EVERY_S)
 
@@ -61,7 +61,7 @@ def scale(directory: Path, wishes: Mapping[str, int], *, timeout_s: float = 10) 
                 "or more, or stop the run and go on with another min"
             )
     if wishes:
-        _write(directory / "scale.json", {**_read(directory / "scale.json"), **wishes})
+        write_json(directory / "scale.json", {**_read(directory / "scale.json"), **wishes})
     deadline = time.monotonic() + timeout_s
     while any(state.get(role, {}).get("wish") != number for role, number in wishes.items()):
         if time.monotonic() > deadline:
@@ -90,9 +90,3 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-
-
-def _write(path: Path, value: Any) -> None:
-    staging = path.with_suffix(f".{os.getpid()}.tmp")
-    staging.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    staging.rename(path)

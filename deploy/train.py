@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from actors.membership import PoolEvent
 from actors.reward_functions import Reward
 from actors.services import ReferencePool, RewardPool
 from common.config import Config, ModelSourceConfig, UserError
+from common.files import write_json
 from common.journal import Journal
 from common.metrics import append_record
 from common.models import resolve_model
@@ -69,7 +69,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             with figures.discoverable(directory), rare_full_collections():
                 evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "summary.json", summary)
     progress.end(evaluations, seconds=summary["seconds"])
     return summary
 

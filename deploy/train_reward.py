@@ -19,6 +19,7 @@ from actors.hosting import actor
 from actors.reward_functions import Reward
 from actors.services import RewardPool
 from common.config import ModelSourceConfig, PromptFormat, SourcesConfig, UserError
+from common.files import write_json
 from common.preferences import Pairs, split, tokenise_pairs, without_prompts_of
 from common.prompts import PromptRecord, prompt_record
 from common.reward_config import RewardTrainingConfig
@@ -88,7 +89,7 @@ def run_reward_training(
         plot_calibration(evaluations[-1], directory / "calibration.png")
     scale = read_scale(directory / "model") if prompts else None
     summary = summarise(cfg, counts, evaluations, scale, len(train), seconds=time.perf_counter() - started)
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "summary.json", summary)
     progress.end(evaluations, scale, seconds=summary["seconds"])
     return summary
 
@@ -112,7 +113,7 @@ def prepared_pairs(cfg: RewardTrainingConfig, base: PolicyFiles, directory: Path
                 counts[name] = tokenise_pairs(source, cfg.data, base.tokenizer, path, pad_id=pad_id).record()
         if cfg.data.heldout is not None:
             counts["heldout"]["prompt_in_train"] = counts["heldout"]["pairs"] - len(load_pairs(cfg, target)[1])
-        (target / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        write_json(target / "counts.json", counts)
         yield target
 
 

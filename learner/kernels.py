@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
+from common.logprobs import autocast_dtype
+
 Forward = Callable[[Any, Tensor], Tensor]
 
 
@@ -35,10 +37,10 @@ def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Copies of all weights would be an eighth of what weights, gradients and optimizer state take together.
     """
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or weight.dtype == torch.get_autocast_dtype(device):
+    dtype = autocast_dtype(x.device.type)
+    if dtype in (None, weight.dtype):
         return linear(x, weight, bias)
-    return _CastLinear.apply(x, weight, bias, torch.get_autocast_dtype(device))
+    return _CastLinear.apply(x, weight, bias, dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

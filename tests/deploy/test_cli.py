@@ -31,6 +31,22 @@ MODULES = {
     "sample-pairs": deploy.sample_pairs,
     "evaluate": deploy.evaluate,
 }
+EDITABLE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Editable:  # as of an editable installation: asked after every directory of the path
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, path or [sys.argv[1]])
+
+sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, Editable)
+from deploy import cli
+cli._find_users_modules()
+from actors import engine
+from learner import losses
+import my_rewards
+print(engine.__file__, losses.__file__, my_rewards.__file__)
+"""
 NO_REWARD_MODEL = ") is no reward model: it must be a sequence classifier with one label, but is LlamaForCausalLM"
 
 
@@ -232,6 +248,16 @@ def test_a_reward_function_beside_the_user_is_found_and_its_error_told(refusal, 
     sources = "labeller.sources" if command == "sample-pairs" else "reward.sources"
     message = refusal(command, configs[command], f"{sources}.0.function=my_broken_reward:score")
     assert "my_broken_reward cannot be imported (ModuleNotFoundError: No module named 'no_such_package')" in message
+
+
+def test_modules_of_the_user_named_like_our_packages_hide_none_of_ours(workplace):
+    for name in ("actors", "common", "deploy", "learner"):
+        (workplace / f"{name}.py").write_text("raise ImportError('a module named like one of our packages')")
+    (workplace / "my_rewards.py").touch()
+    root = Path(deploy.train.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-P", "-c", EDITABLE, root], capture_output=True, text=True, timeout=60)
+    files = [root / "actors/engine.py", root / "learner/losses.py", workplace / "my_rewards.py"]
+    assert done.stdout.split() == [str(file) for file in files], done.stderr
 
 
 def test_a_model_without_a_tokenizer_is_refused(refusal, cfg, model, workplace):

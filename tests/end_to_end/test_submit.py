@@ -97,11 +97,14 @@ def running(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A user's directory: prompts, a reward function and a config; and where the function notes where it ran."""
+    """A user's directory: prompts, a reward function, a config, and modules that must not hide ours; and where the
+    function notes where it ran."""
     place = tmp_path_factory.mktemp("user")
     notes = tmp_path_factory.mktemp("notes")
     (place / "my_rewards.py").write_text(REWARD.format(notes=str(notes)))
     (place / ".gitignore").write_text("ignored.jsonl\n")
+    for name in ("actors", "common", "deploy", "learner"):
+        (place / f"{name}.py").write_text("raise ImportError('a module named like one of our packages')\n")
     for name in ("prompts.jsonl", "ignored.jsonl"):
         (place / name).write_text("".join(json.dumps({"prompt": f"ask a{i}"}) + "\n" for i in range(8)))
     cfg = tiny_config(
@@ -131,10 +134,7 @@ def ratchet(place, environment, *arguments):
 
 
 def test_a_submitted_run_trains_on_every_node_with_what_travelled(running, place, tmp_path):
-    notes, run = place[1], tmp_path / "run"
-    directory = shutil.copytree(place[0], tmp_path / "user")
-    (directory / "common").mkdir()
-    (directory / "common/__init__.py").write_text("raise ImportError('a package named like one of ours')\n")
+    (directory, notes), run = place, tmp_path / "run"
     done = ratchet(
         directory, running.environment, "submit", "tiny.toml", "seed=3", "--address", running.dashboard, "--run", run
     )
@@ -168,6 +168,7 @@ def test_train_joins_the_cluster_that_is_named_and_resumes_there_as_a_job(runnin
     done = ratchet(place[0], joined, "train", "tiny.toml", "num_steps=1", "--address", running.address, "--run", run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f'address = "{running.address}"' in (run / "config.toml").read_text()
+    assert {note.read_text() for note in place[1].iterdir()} == {str(ROOT / "common/types.py")}
     done = ratchet(
         place[0], joined, "submit", "num_steps=2", "--resume", run, "--address", running.dashboard, "--follow"
     )
