@@ -7,10 +7,13 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,17 +24,28 @@ from tests.fakes import save_tiny_model, tiny_config
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
-NODES = """
-import json, sys
-from ray.cluster_utils import Cluster
-node = {"num_cpus": 1, "object_store_memory": 200 << 20}
-head = {**node, "include_dashboard": True, "dashboard_host": "127.0.0.1", "temp_dir": sys.argv[1] + "/1"}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-cluster.add_node(**node, temp_dir=sys.argv[1] + "/2")  # or each would delete packages that the other uses
-cluster.wait_for_nodes()
-print(json.dumps([cluster.address, "http://" + cluster.head_node.webui_url]), flush=True)
+SECOND_NODE = """
+import sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+node = Node(
+    RayParams(
+        gcs_address=sys.argv[1],
+        temp_dir=sys.argv[2],  # or each would delete packages that the other uses
+        node_ip_address="127.0.0.1",
+        num_cpus=1,
+        object_store_memory=200 << 20,
+        min_worker_port=0,
+        max_worker_port=0,
+        node_manager_port=0,
+        dashboard_agent_listen_port=None,
+    ),
+    head=False,
+    shutdown_at_exit=True,
+)
+print("started", flush=True)
 sys.stdin.read()  # until the tests end, however they end
-cluster.shutdown()
+node.kill_all_processes(check_alive=False, allow_graceful=True)
 """
 REWARD = """
 from pathlib import Path
@@ -61,7 +75,7 @@ class RunningCluster:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """Two nodes of one core on loopback, with a token and a dashboard."""
+    """`ray start --head` and a second node, of one core each, on loopback, with a token and a dashboard."""
     bin_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {
@@ -74,24 +88,40 @@ def running(tmp_path_factory):
     }
     # Its sockets' paths must be short, which pytest's directories are not.
     temp = Path("/tmp") / f"ratchet-{secrets.token_hex(3)}"
-    nodes = subprocess.Popen(
-        [sys.executable, "-c", NODES, str(temp)],
-        env=environment,
-        stdin=subprocess.PIPE,
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        dashboard = f"127.0.0.1:{probe.getsockname()[1]}"
+    host, _, port = dashboard.partition(":")
+    start = partial(subprocess.Popen, env=environment, text=True, stderr=subprocess.DEVNULL, start_new_session=True)
+    head = start(
+        [
+            *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0", "--num-cpus=1"),
+            *(f"--dashboard-host={host}", f"--dashboard-port={port}", f"--object-store-memory={200 << 20}"),
+            f"--temp-dir={temp}/1",
+        ],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
     )
+    processes = [head]
     try:
-        address, dashboard = json.loads(nodes.stdout.readline())
-        yield RunningCluster(address, dashboard, environment)
+        assert any("Ray runtime started" in line for line in head.stdout)
+        while not (written := temp / "1/ray_current_cluster").exists():  # soon
+            assert head.poll() is None
+            time.sleep(0.1)
+        address = written.read_text()
+        # `ray start --address` would do the same, but with that variable it refuses to.
+        second = start(
+            [sys.executable, "-c", SECOND_NODE, address, f"{temp}/2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        processes.append(second)
+        assert second.stdout.readline() == "started\n"
+        yield RunningCluster(address, f"http://{dashboard}", environment)
+        second.stdin.close()
+        second.wait(timeout=30)
+        head.terminate()
+        head.wait(timeout=30)
     finally:
-        nodes.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            nodes.wait(timeout=30)
-        with suppress(ProcessLookupError):
-            os.killpg(nodes.pid, signal.SIGKILL)
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(temp, ignore_errors=True)
 
 
