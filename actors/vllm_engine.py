@@ -84,6 +84,8 @@ class VLLMEngine:
             # do that on CPU ("CPU Generator does not use offset"): there, every prompt fits into one step.
             enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
+            # With a batch in flight between two steps, tokens of the old weights would be stamped with the new version.
+            async_scheduling=False,
             kv_cache_memory_bytes=cfg.kv_cache_mib << 20,
             gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # of a shared GPU vLLM may count on its share
             enforce_eager=on_cpu,  # compiling for the CPU: 71 s for at most 10 %
