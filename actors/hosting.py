@@ -26,6 +26,7 @@ def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
     """The Ray actor class of a role, with what its section reserves. An actor is shown, and its meters are tagged, by
     `label`, or by its first argument, its name such as Generator(2)."""
     environment = {"env_vars": worker_environment(cfg)}
+    # All that one actor reserves is on one node: an engine over several GPUs needs no placement group.
     placed = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, **options)
     return placed(_hosted(role, label, cfg.cores))
 

@@ -1,7 +1,8 @@
-"""vLLM behind the `Engine` protocol: the whole engine in this process, stepped by one thread of its own.
+"""vLLM behind the `Engine` protocol: the engine in this process, stepped by one thread of its own.
 
 Everything that touches the engine runs on that thread between two steps, so a weight update never meets a step half
-way and each token's weight version is exact. One process starts faster and is smaller than vLLM's own layouts.
+way and each token's weight version is exact. One process starts faster and is smaller than vLLM's own layouts; only
+with tensor parallelism does each device have a process of its own, which ends with this one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ from common.weights import Bucket
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core stays in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Worker processes begin anew, since a copy of this one with its threads would hang, and keep to its cores and threads.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# They are all on this node, and need no network.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 if not torch.cuda.is_available():
     # The kernel that ranks log-probabilities would be compiled for 13 s, for nothing at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -84,7 +91,11 @@ class VLLMEngine:
             # do that on CPU ("CPU Generator does not use offset"): there, every prompt fits into one step.
             enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
-            kv_cache_memory_bytes=cfg.kv_cache_mib << 20,
+            tensor_parallel_size=cfg.tensor_parallel,
+            distributed_executor_backend="mp" if cfg.tensor_parallel > 1 else None,
+            # With a batch in flight between two steps, tokens of the old weights would be stamped with the new version.
+            async_scheduling=False,
+            kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # of each device
             gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # of a shared GPU vLLM may count on its share
             enforce_eager=on_cpu,  # compiling for the CPU: 71 s for at most 10 %
             # Log-probabilities of the distribution sampled from: after temperature and truncation.
@@ -200,8 +211,7 @@ class VLLMEngine:
             stat_loggers = None if self._args.disable_log_stats else [_ray_stat_logger()]
             self._engine = LLMEngine.from_engine_args(self._args, stat_loggers=stat_loggers)
             self._engine.set_weight_version("0")
-            [model_runner] = self._engine.collective_rpc(lambda worker: worker.model_runner)
-            self._weights = weights_of(model_runner, Path(self._args.model))
+            self._weights = weights_of(self._engine, Path(self._args.model))
             started.set_result(None)
         except BaseException as error:
             started.set_exception(error)
@@ -217,6 +227,7 @@ class VLLMEngine:
         except BaseException as error:
             traceback.print_exc()  # the callers get the message, the actor's log the place
             self._fail(error)
+            self._engine.engine_core.shutdown()  # worker processes end
 
     def _report_load(self) -> None:
         load = self._engine.engine_core.engine_core.scheduler.get_request_counts()

@@ -1,17 +1,20 @@
 """New weights for a vLLM engine, prepared beside the old ones while it steps, and exchanged between two steps.
 
-On CPU that is a packed copy of every layer's weights and then an exchange of pointers; other models and devices go
-through vLLM's own reload. vLLM is read from the inside here: what is not known is refused, never guessed.
+On CPU that is a packed copy of every layer's weights and then an exchange of pointers; other models and devices, and
+engines over several, go through vLLM's own reload. vLLM is read from the inside here: what is not known is refused,
+never guessed.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import vllm._custom_ops as ops
 from safetensors import safe_open
@@ -29,7 +32,8 @@ from vllm.model_executor.models.utils import WeightsMapper, _get_tied_embedding_
 from vllm.platforms import current_platform
 
 from actors.engine import EngineDeadError
-from common.weights import Bucket, CorruptWeightsError
+from common.models import parameter_shapes
+from common.weights import Bucket, CorruptWeightsError, Entry
 
 
 class NotStageableError(RuntimeError):
@@ -212,34 +216,101 @@ class ReloadedWeights:
             self._tensors[name] = tensor.to(self._runner.device)
 
     def swap(self, version: int) -> list[Any]:
-        """Raises EngineDeadError if a parameter kept its old value: vLLM by itself would only log that."""
-        model = self._runner.get_model()
-        wanted, loaded = {name for name, _ in model.named_parameters()}, set()
-        load_weights = model.load_weights
-
-        def load_and_note(tensors: Any) -> Any:
-            loaded.update(load_weights(tensors))
-            return loaded
-
-        model.load_weights = load_and_note
+        """Raises EngineDeadError if it fails half way."""
         try:
-            self._runner.reload_weights(weights_iterator=iter(self._tensors.items()))
-            if missing := wanted - loaded:
-                raise RuntimeError(f"{sorted(missing)[:5]} left out: the engine is mixed")
-            if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
-                # vLLM 0.32 on CPU: the tied head keeps a packed copy of the old embedding (0.19 nats off, silently).
-                model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+            _reload(self._runner, self._tensors)
         except Exception as error:
             raise EngineDeadError(f"loading weights version {version} failed half way: {error}") from error
-        finally:
-            del model.load_weights
         old = [self._tensors]
         self._tensors = {}
         return old
 
 
-def weights_of(model_runner: Any, directory: Path) -> PackedWeights | ReloadedWeights:
-    """The quicker way of updating this model's weights, if there is one."""
+def _reload(model_runner: Any, tensors: dict[str, Tensor]) -> None:
+    """Raises an error also if a parameter kept its old value: vLLM by itself would only log that."""
+    model = model_runner.get_model()
+    wanted, loaded = {name for name, _ in model.named_parameters()}, set()
+    load_weights = model.load_weights
+
+    def load_and_note(tensors: Any) -> Any:
+        loaded.update(load_weights(tensors))
+        return loaded
+
+    model.load_weights = load_and_note
+    try:
+        model_runner.reload_weights(weights_iterator=iter(tensors.items()))
+    finally:
+        del model.load_weights
+    if missing := wanted - loaded:
+        raise RuntimeError(f"{sorted(missing)[:5]} left out: the engine is mixed")
+    if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
+        # vLLM 0.32 on CPU: the tied head keeps a packed copy of the old embedding (0.19 nats off, silently).
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+class ShardedWeights:
+    """Weight updates of an engine over several devices, each of which has a process with a shard of every layer: staged
+    in memory that all of them see; between two steps each loads its shard from there, while every request waits."""
+
+    def __init__(self, collective_rpc: Callable[..., list[Any]], directory: Path) -> None:
+        """`collective_rpc` calls a function in every process; the model in `directory` says what a set must hold."""
+        self._collective_rpc = collective_rpc
+        # vLLM cuts its shard out of a tensor that is too large, and does not miss one part of a merged layer.
+        self._shapes = parameter_shapes(directory)
+        self._begin()
+
+    def _begin(self) -> None:
+        # A file in memory alone: it goes with the last process that has it open, however that ends.
+        self._file = os.fdopen(os.memfd_create("weights"), "wb")
+        self._entries: list[Entry] = []
+
+    def stage(self, bucket: Bucket) -> None:
+        """On any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        if bucket.index == 0:
+            self._begin()
+        for name, shape in ((entry.name, entry.shape) for entry in bucket.entries):
+            if self._shapes.get(name) != shape:
+                wanted = f"it as {self._shapes[name]}" if name in self._shapes else "no such weight"
+                raise CorruptWeightsError(f"{name} has the shape {shape}, but the engine has {wanted}")
+        begin = self._file.tell() // bucket.values.itemsize
+        self._file.write(bucket.values.data)
+        self._file.flush()
+        self._entries += [replace(entry, offset=begin + entry.offset) for entry in bucket.entries]
+
+    def swap(self, version: int) -> list[Any]:
+        """On the engine's thread. Returns what is to be freed. Raises CorruptWeightsError, with the old set in place,
+        if a parameter has no new value; EngineDeadError if it fails half way, in any of the processes."""
+        if missing := sorted(self._shapes.keys() - {entry.name for entry in self._entries}):
+            raise CorruptWeightsError(f"weights version {version} leaves out {missing[:5]}")
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        try:
+            faults = self._collective_rpc(_reload_shard, args=(path, tuple(self._entries)))
+        except Exception as error:  # one of the processes is gone
+            raise EngineDeadError(f"loading weights version {version} failed half way: {error}") from error
+        if any(faults):
+            raise EngineDeadError(f"loading weights version {version} failed half way: {faults}")
+        old = [self._file]
+        self._begin()
+        return old
+
+
+def _reload_shard(worker: Any, path: str, entries: tuple[Entry, ...]) -> str | None:
+    """In a worker's process: loads its shard of the tensors in the file. Returns what went wrong, since an error raised
+    here would leave the other workers' answers in vLLM's queues, to be taken for those of the next call."""
+    try:
+        values = np.memmap(path, np.int16, "r")
+        whole = Bucket(0, 0, True, entries, values, 0)
+        _reload(worker.model_runner, dict(whole.tensors()))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def weights_of(engine: Any, directory: Path) -> PackedWeights | ReloadedWeights | ShardedWeights:
+    """The quickest way of updating the weights of this vLLM engine."""
+    if engine.vllm_config.parallel_config.tensor_parallel_size > 1:
+        return ShardedWeights(engine.collective_rpc, directory)
+    [model_runner] = engine.collective_rpc(lambda worker: worker.model_runner)
     if current_platform.is_cpu():
         try:
             return PackedWeights(model_runner, directory)

@@ -141,15 +141,18 @@ class SamplingConfig(Section):
 class GeneratorsConfig(Replicated):
     """The rollout generators: vLLM engines."""
 
-    gpus: Annotated[float, Field(ge=0, le=1)] = 0
-    """GPUs each generator reserves; 0 runs it on the CPU. An engine spans one GPU at most."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs each generator reserves: a share of one, or as many as tensor_parallel; 0 runs it on the CPU."""
+    tensor_parallel: Positive = 1
+    """Devices that one engine's weights are split over: GPUs, or processes on the CPU, each with `threads` threads. For
+    models too large for one GPU: every layer waits for all devices, and an update for all to load their part."""
     cpus: Annotated[float, Field(ge=0)] = 1
     """CPU cores each generator reserves in Ray's bookkeeping."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the engine. bfloat16 is about twice as fast; float32 agrees with the learner
     exactly on CPU, but for the rounding of new weights to bfloat16."""
     kv_cache_mib: Positive = 256
-    """KV cache of each engine, MiB; bounds how many tokens it works on at once."""
+    """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once."""
     max_running: Positive = 64
     """Rollouts an engine works on at once; more raises throughput until the cores are full."""
     max_batched_tokens: Positive = 256
@@ -158,6 +161,18 @@ class GeneratorsConfig(Replicated):
     """What is sent after a step. full: every weight, best on one node, where engines read them in place; changes: the
     values that differ in bfloat16, where they take fewer bytes: better over a slow network, at the price of finding
     them and of one or two copies of the weights (bfloat16) in each engine's process."""
+
+    @model_validator(mode="after")
+    def check_devices(self) -> GeneratorsConfig:
+        parts = self.tensor_parallel
+        fits = self.gpus <= 1 if parts == 1 else self.gpus in (0, parts)
+        if not fits:
+            allowed = "at most 1" if parts == 1 else f"{parts}, or 0 for the CPU,"
+            raise ValueError(
+                f"gpus ({self.gpus:g}) must be {allowed} with tensor_parallel ({parts}): an engine uses a GPU for each "
+                "part of its weights; make both the same, or lower gpus"
+            )
+        return self
 
 
 class ReferenceConfig(Replicated):

@@ -109,6 +109,14 @@ def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
     )
 
 
+def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight that the learner trains and publishes of the model in `directory`, by its name; a tied head
+    is the embedding. No weight is loaded."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def end_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a response: the tokenizer's, and those of the model's generation config."""
     ids = {tokenizer.eos_token_id}

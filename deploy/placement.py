@@ -77,9 +77,19 @@ def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Nee
 
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
     """An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old. Where
-    changes are sent, the generator keeps the buckets they are made from, and makes new ones beside them."""
+    changes are sent, the generator keeps the buckets they are made from, and makes new ones beside them. With tensor
+    parallelism each device has a process, which loads its part of what is staged in bfloat16 for all of them. Raises
+    UserError if the model cannot be split so."""
+    parts, kv_heads = cfg.tensor_parallel, model.kv_heads
+    if model.heads % parts or (kv_heads % parts and parts % kv_heads):
+        raise UserError(
+            f"generators.tensor_parallel ({parts}) must divide the model's {model.heads} attention heads, and divide "
+            f"its {kv_heads} key-value heads or be a multiple of them; change it, or use another model"
+        )
     kept = 2 * _weights("bfloat16", model) if cfg.updates == "changes" else 0
     memory = IMPORTS + 2 * _weights(cfg.dtype, model) + kept + cfg.kv_cache_mib * MIB
+    if parts > 1:
+        memory += parts * IMPORTS + _weights("bfloat16", model)
     return _role("Generator", "generators", cfg, cfg.min, memory)
 
 
@@ -129,7 +139,8 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
     """The engine's cache must hold the longest sequence. Raises UserError."""
     bytes_per_value = 2 if cfg.dtype == "bfloat16" else 4
     tokens = min(max_tokens, model.context)
-    sequence = tokens * 2 * model.layers * model.kv_heads * model.head_dim * bytes_per_value
+    kv_heads = max(model.kv_heads, cfg.tensor_parallel)  # every device has one at least
+    sequence = tokens * 2 * model.layers * kv_heads * model.head_dim * bytes_per_value
     if cfg.kv_cache_mib * MIB < sequence:
         raise UserError(
             f"generators.kv_cache_mib ({cfg.kv_cache_mib}) must hold at least one sequence of {tokens} "

@@ -319,7 +319,7 @@ def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, se
         1,
     )
     for key in ("min", "max", "in_flight", "timeout_s", "silent_s", "drain_s", "short_s", "gpus", "threads"):
-        value = 1 if key == "gpus" else 3  # an engine spans one at most
+        value = 1 if key == "gpus" else 3  # an engine over several wants tensor_parallel too
         changed = root.model_validate(tree(**{section: {**given, key: value}}))
         assert getattr(getattr(changed, section), key) == value
         (fault,) = faults(root, tree(**{section: {**given, key: -1}}))
@@ -331,6 +331,30 @@ def test_a_role_cannot_have_fewer_processes_at_most_than_at_least():
     assert Config.model_validate(ppo(generators={"min": 2})).generators.most == 2
     (fault,) = faults(Config, ppo(generators={"min": 3, "max": 2}))
     assert "max (2) must be at least min (3)" in fault["msg"]
+
+
+@pytest.mark.parametrize(("gpus", "parts"), [(0, 1), (0.4, 1), (1, 1), (0, 2), (2, 2), (8, 8)])
+def test_an_engine_has_a_share_of_a_gpu_or_one_for_each_part_of_its_weights_or_none(gpus, parts):
+    for root, tree in ((Config, ppo), (PairSamplingConfig, pair_sampling), (RewardTrainingConfig, reward_training)):
+        generators = root.model_validate(tree(generators={"gpus": gpus, "tensor_parallel": parts})).generators
+        assert (generators.gpus, generators.tensor_parallel) == (gpus, parts)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "parts", "allowed"),
+    [
+        (2, 1, "at most 1"),
+        (1.5, 1, "at most 1"),
+        (1, 2, "2, or 0 for the CPU,"),
+        (0.5, 2, "2, or 0 for the CPU,"),
+        (4, 2, "2, or 0 for the CPU,"),
+    ],
+)
+def test_other_numbers_of_gpus_are_refused(gpus, parts, allowed):
+    (fault,) = faults(Config, ppo(generators={"gpus": gpus, "tensor_parallel": parts}))
+    assert fault["loc"] == ("generators",)
+    assert f"gpus ({gpus}) must be {allowed} with tensor_parallel ({parts})" in fault["msg"]
+    assert "make both the same, or lower gpus" in fault["msg"]
 
 
 def test_whoever_scores_says_what_share_of_voids_stops_the_run():

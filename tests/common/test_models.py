@@ -15,6 +15,7 @@ from common.models import (
     load_policy,
     load_tokenizer,
     model_size,
+    parameter_shapes,
     replaced_directory,
     resolve_model,
     save_policy,
@@ -89,6 +90,14 @@ def test_sizes_are_those_counted_by_hand(tmp_path):
     assert model_size(save_tiny_model(tmp_path / "tied")) == expected
     # An output embedding of its own: 4096 more.
     assert model_size(save_tiny_model(tmp_path / "untied", tied=False)).parameters == 82_240
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_learner_publishes_is_what_the_files_hold(tmp_path, tied):
+    directory = save_tiny_model(tmp_path / "model", tied=tied)
+    held = load_file(directory / "model.safetensors")
+    assert ("lm_head.weight" in held) is not tied
+    assert parameter_shapes(directory) == {name: tuple(tensor.shape) for name, tensor in held.items()}
 
 
 def test_heads_that_a_config_does_not_mention_follow_from_the_others(tmp_path):

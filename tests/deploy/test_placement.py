@@ -134,6 +134,26 @@ def test_where_changes_are_sent_a_generator_keeps_a_set_to_apply_them_to_and_mak
     assert changes["Generator(0)"] - full["Generator(0)"] == 2 * 2 * 1_000_000
 
 
+def test_an_engine_over_several_devices_has_a_process_for_each_and_stages_a_set_for_all_of_them():
+    one, two = (memory(config(generators={"dtype": "float32", "tensor_parallel": n})) for n in (1, 2))
+    assert two["Generator(0)"] - one["Generator(0)"] == 2 * 600 * MIB + 2 * 1_000_000
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(4, 2, 3), (6, 3, 2), (6, 4, 6), (9, 3, 2)])
+def test_a_split_that_leaves_a_part_of_a_head_is_refused(heads, kv_heads, parts):
+    with pytest.raises(UserError) as caught:
+        generator_needs(GeneratorsConfig(tensor_parallel=parts), replace(MODEL, heads=heads, kv_heads=kv_heads))
+    assert (
+        f"generators.tensor_parallel ({parts}) must divide the model's {heads} attention heads, and divide its "
+        f"{kv_heads} key-value heads or be a multiple of them; change it, or use another model"
+    ) in str(caught.value)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(9, 3, 3), (9, 3, 9), (8, 4, 2), (8, 2, 4), (4, 1, 2)])
+def test_a_split_into_whole_heads_is_not_refused(heads, kv_heads, parts):
+    assert generator_needs(GeneratorsConfig(tensor_parallel=parts), replace(MODEL, heads=heads, kv_heads=kv_heads))
+
+
 def test_the_kv_cache_is_counted():
     small, large = (memory(config(generators={"kv_cache_mib": mib}))["Generator(0)"] for mib in (256, 1024))
     assert large - small == 768 * MIB
@@ -237,6 +257,9 @@ def test_a_kv_cache_below_one_sequence_is_refused_with_what_it_takes():
     assert "768 tokens, 24 MiB" in cache_refusal(wide, kv_cache_mib=12, dtype="float32")
     # One token more takes a 13th MiB, of which 1/64 is used.
     assert "769 tokens, 13 MiB" in cache_refusal(wide, kv_cache_mib=12, max_tokens=769)
+    # Four devices keep a key-value head each, though the model has two.
+    assert "768 tokens, 24 MiB" in cache_refusal(wide, kv_cache_mib=12, tensor_parallel=4)
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=12, tensor_parallel=2), wide, max_tokens=768)
     uncached = replace(wide, heads=64, hidden=4096)
     check_kv_cache(GeneratorsConfig(kv_cache_mib=12), uncached, max_tokens=768)
 

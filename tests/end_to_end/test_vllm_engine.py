@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -87,7 +88,7 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     def make_engine():
         return VLLMEngine(
             model_dir,
-            GeneratorsConfig(dtype=dtype, kv_cache_mib=16),
+            GeneratorsConfig(dtype=dtype, kv_cache_mib=16, tensor_parallel=2 if way == "sharded" else 1),
             SamplingConfig.model_validate({"max_new_tokens": 12, **sampling}),
             max_model_len=json.loads((model_dir / "config.json").read_text())["max_position_embeddings"],
             end_token_ids=[END],
@@ -95,8 +96,10 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
 
     torch.set_num_threads(1)
     generator = Generator("Generator(0)", 7, make_engine, updates="changes")
-    # Otherwise the quick way is not what is tested.
-    assert type(generator._engine._weights).__name__ == ("ReloadedWeights" if way == "reloaded" else "PackedWeights")
+    # Otherwise the way wanted is not what is tested.
+    expected = {"reloaded": "ReloadedWeights", "sharded": "ShardedWeights"}.get(way, "PackedWeights")
+    assert type(generator._engine._weights).__name__ == expected
+    assert len(multiprocessing.active_children()) == (2 if way == "sharded" else 0)
     return asyncio.run(globals()[scenario](generator, weight_sets))
 
 
@@ -205,6 +208,35 @@ async def incomplete_update(generator, weight_sets) -> list[str]:
     return [f"{type(outcome).__name__}: {outcome}" for outcome in [*outcomes, *late]]
 
 
+async def device_dies(generator, weight_sets) -> list[str]:
+    """One of the engine's processes, before a whole set is swapped in."""
+    [weights] = weight_sets
+    for bucket in weights:
+        await generator.stage(bucket)
+    multiprocessing.active_children()[0].kill()
+    return await dead_engine(generator)
+
+
+async def devices_fail(generator, weight_sets) -> list[str]:
+    """The engine's processes, over a tensor that only the model as the learner has it knows of."""
+    [weights] = weight_sets
+    generator._engine._weights._shapes["surprise.weight"] = (2,)
+    for bucket in weights:
+        await generator.stage(bucket)
+    return await dead_engine(generator)
+
+
+async def dead_engine(generator) -> list[str]:
+    """What an update, a request behind it and a later one come to; its processes end, too."""
+    calls = [generator.swap(1), write(generator, PROMPTS[0])]
+    async with asyncio.timeout(60):
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        late = await asyncio.gather(write(generator, PROMPTS[1]), return_exceptions=True)
+        while multiprocessing.active_children():
+            await asyncio.sleep(0.1)
+    return [f"{type(outcome).__name__}: {outcome}" for outcome in [*outcomes, *late]]
+
+
 def hf_logprobs(model_dir, rollout: Rollout, weights: list[Bucket] | None, temperature: float = 1.0) -> np.ndarray:
     """From a fresh Hugging Face model, one unpadded row in float32, with the given weights."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -228,6 +260,7 @@ def hf_logprobs(model_dir, rollout: Rollout, weights: list[Bucket] | None, tempe
         ("biases", "float32", "packed", 1e-4),
         ("biases", "float32", "plain", 1e-4),
         ("tied", "float32", "reloaded", 1e-4),
+        ("tied", "float32", "sharded", 1e-4),
     ],
 )
 def test_after_an_update_logprobs_are_those_of_a_fresh_model(tmp_path, model, dtype, way, atol):
@@ -246,10 +279,11 @@ def test_after_an_update_logprobs_are_those_of_a_fresh_model(tmp_path, model, dt
     assert np.abs(np.concatenate(stale)).mean() > 5 * atol
 
 
-def test_a_sample_id_gives_the_same_rollout_in_any_company(tmp_path):
+@pytest.mark.parametrize("way", ["packed", "sharded"])
+def test_a_sample_id_gives_the_same_rollout_in_any_company_on_one_device_or_two(tmp_path, way):
     model_dir = save_tiny_model(tmp_path / "model")
     [together] = in_engine(model_dir, "float32")
-    alone = in_engine(model_dir, "float32", scenario="one_by_one")
+    alone = in_engine(model_dir, "float32", scenario="one_by_one", way=way)
     for one, other in zip(together, alone, strict=True):
         assert one.response_ids.tolist() == other.response_ids.tolist()
         np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=1e-5)
@@ -306,7 +340,7 @@ def head_moved(tensors: dict[str, torch.Tensor], version: int) -> list[Bucket]:
     return list(buckets({**tensors, "lm_head.weight": head}.items(), version, bucket_bytes=10_000))
 
 
-@pytest.mark.parametrize(("way", "sent"), [("packed", "changes"), ("reloaded", "full")])
+@pytest.mark.parametrize(("way", "sent"), [("packed", "changes"), ("reloaded", "full"), ("sharded", "changes")])
 def test_every_token_is_one_that_the_version_it_is_stamped_with_would_write(tmp_path, way, sent):
     model_dir = save_model_that_writes_its_version(tmp_path / "model")
     tensors = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).state_dict()
@@ -334,20 +368,26 @@ def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):
     assert one.response_ids.tolist() == other.response_ids.tolist()
 
 
-def test_sets_that_do_not_fit_the_model_are_refused_and_the_old_weights_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("way", "left_out"),
+    [("packed", "model.layers.0.self_attn.qkv_proj.weight"), ("sharded", "model.layers.0.self_attn.k_proj.weight")],
+)
+def test_sets_that_do_not_fit_the_model_are_refused_and_the_old_weights_go_on(tmp_path, way, left_out):
     model_dir = MODELS["biases"](tmp_path / "model")
     lacking = perturbed(model_dir, 1, keep=slice(None, None, 2))  # half of q, k and v: no merged layer is whole
     foreign = list(buckets([("model.layers.0.self_attn.z_proj.weight", torch.ones(2))], 2))
     misshapen = list(buckets([("model.layers.0.self_attn.q_proj.bias", torch.ones(63))], 3))
-    good = perturbed(model_dir, 4)
-    refused, before, after = in_engine(
-        model_dir, "float32", [lacking, foreign, misshapen, good], scenario="refused_updates"
-    )
-    assert "weights version 1 leaves out all or part of" in refused[0]
-    assert "model.layers.0.self_attn.qkv_proj.weight" in refused[0]
+    # A shard could be cut out of it all the same.
+    too_large = list(buckets([("model.layers.0.self_attn.o_proj.weight", torch.ones(64, 128))], 4))
+    good = perturbed(model_dir, 5)
+    bad = [lacking, foreign, misshapen, too_large]
+    refused, before, after = in_engine(model_dir, "float32", [*bad, good], scenario="refused_updates", way=way)
+    assert "weights version 1 leaves out" in refused[0]
+    assert left_out in refused[0]
     assert "z_proj.weight has the shape (2,), but the engine has no such weight" in refused[1]
     assert "q_proj.bias has the shape (63,), but the engine has" in refused[2]
-    for version, weights, batch in ((0, None, before), (4, good, after)):
+    assert "o_proj.weight has the shape (64, 128), but the engine has" in refused[3]
+    for version, weights, batch in ((0, None, before), (5, good, after)):
         for rollout in batch:
             assert set(rollout.policy_versions) == {version}
             np.testing.assert_allclose(rollout.rollout_logprobs, hf_logprobs(model_dir, rollout, weights), atol=1e-4)
@@ -359,6 +399,17 @@ def test_a_reload_that_leaves_weights_out_ends_the_engine_and_nobody_waits_for_i
     outcomes = in_engine(model_dir, "float32", [half], way="reloaded", scenario="incomplete_update")
     assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 4
     assert "weights version 1" in outcomes[1]
+
+
+@pytest.mark.parametrize("scenario", ["device_dies", "devices_fail"])
+def test_an_engine_over_two_devices_that_fails_fails_its_callers_and_frees_both(tmp_path, scenario):
+    model_dir = save_tiny_model(tmp_path / "model")
+    weights = dict(pair for bucket in perturbed(model_dir, 1) for pair in bucket.tensors())
+    if scenario == "devices_fail":
+        weights["surprise.weight"] = torch.ones(2)
+    outcomes = in_engine(model_dir, "float32", [list(buckets(weights.items(), 1))], way="sharded", scenario=scenario)
+    assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 3
+    assert "loading weights version 1 failed half way" in outcomes[0]
 
 
 def test_sampling_seeds_differ_by_run_and_sample():
