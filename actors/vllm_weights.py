@@ -201,22 +201,47 @@ def _multiply(handler: CPUDNNLGEMMHandler, x: Tensor, weight: Tensor, bias: Tens
     return ops.onednn_mm(handler, x, bias)
 
 
+class Inventory:
+    """What a full set of weights holds. vLLM's reload by itself cuts what it needs out of a tensor that is too large,
+    and does not miss one part of a merged layer."""
+
+    def __init__(self, directory: Path) -> None:
+        self.shapes = parameter_shapes(directory)
+
+    def check(self, bucket: Bucket) -> None:
+        """Raises CorruptWeightsError for a tensor that the model in the directory has no place for."""
+        for name, shape in ((entry.name, entry.shape) for entry in bucket.entries):
+            if self.shapes.get(name) != shape:
+                wanted = f"it as {self.shapes[name]}" if name in self.shapes else "no such weight"
+                raise CorruptWeightsError(f"{name} has the shape {shape}, but the engine has {wanted}")
+
+    def check_whole(self, names: Iterable[str], version: int) -> None:
+        """Raises CorruptWeightsError unless these are all."""
+        if missing := sorted(self.shapes.keys() - set(names)):
+            raise CorruptWeightsError(f"weights version {version} leaves out {missing[:5]}")
+
+
 class ReloadedWeights:
     """Weight updates of any model through vLLM's own reload: staged on the model's device as they came, and worked in
     between two steps, while every request waits."""
 
-    def __init__(self, model_runner: Any) -> None:
+    def __init__(self, model_runner: Any, directory: Path) -> None:
         self._runner = model_runner
+        self._inventory = Inventory(directory)
         self._tensors: dict[str, Tensor] = {}
 
     def stage(self, bucket: Bucket) -> None:
+        """On any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
         if bucket.index == 0:
             self._tensors = {}
+        self._inventory.check(bucket)
         for name, tensor in bucket.tensors():
             self._tensors[name] = tensor.to(self._runner.device)
 
     def swap(self, version: int) -> list[Any]:
-        """Raises EngineDeadError if it fails half way."""
+        """On the engine's thread. Returns what is to be freed. Raises CorruptWeightsError, with the old set in place,
+        if a parameter has no new value; EngineDeadError if it fails half way."""
+        self._inventory.check_whole(self._tensors, version)
         try:
             _reload(self._runner, self._tensors)
         except Exception as error:
@@ -255,8 +280,7 @@ class ShardedWeights:
     def __init__(self, collective_rpc: Callable[..., list[Any]], directory: Path) -> None:
         """`collective_rpc` calls a function in every process; the model in `directory` says what a set must hold."""
         self._collective_rpc = collective_rpc
-        # vLLM cuts its shard out of a tensor that is too large, and does not miss one part of a merged layer.
-        self._shapes = parameter_shapes(directory)
+        self._inventory = Inventory(directory)
         self._begin()
 
     def _begin(self) -> None:
@@ -268,10 +292,7 @@ class ShardedWeights:
         """On any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
         if bucket.index == 0:
             self._begin()
-        for name, shape in ((entry.name, entry.shape) for entry in bucket.entries):
-            if self._shapes.get(name) != shape:
-                wanted = f"it as {self._shapes[name]}" if name in self._shapes else "no such weight"
-                raise CorruptWeightsError(f"{name} has the shape {shape}, but the engine has {wanted}")
+        self._inventory.check(bucket)
         begin = self._file.tell() // bucket.values.itemsize
         self._file.write(bucket.values.data)
         self._file.flush()
@@ -280,8 +301,7 @@ class ShardedWeights:
     def swap(self, version: int) -> list[Any]:
         """On the engine's thread. Returns what is to be freed. Raises CorruptWeightsError, with the old set in place,
         if a parameter has no new value; EngineDeadError if it fails half way, in any of the processes."""
-        if missing := sorted(self._shapes.keys() - {entry.name for entry in self._entries}):
-            raise CorruptWeightsError(f"weights version {version} leaves out {missing[:5]}")
+        self._inventory.check_whole((entry.name for entry in self._entries), version)
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         try:
             faults = self._collective_rpc(_reload_shard, args=(path, tuple(self._entries)))
@@ -316,4 +336,4 @@ def weights_of(engine: Any, directory: Path) -> PackedWeights | ReloadedWeights 
             return PackedWeights(model_runner, directory)
         except NotStageableError as reason:
             print(f"weight updates go through vLLM's reload, while requests wait: {reason}", flush=True)
-    return ReloadedWeights(model_runner)
+    return ReloadedWeights(model_runner, directory)

@@ -197,17 +197,6 @@ async def give_up(generator, weight_sets) -> list[Rollout]:
     return list(await asyncio.gather(write(generator, PROMPTS[0]), write(generator, PROMPTS[0])))
 
 
-async def incomplete_update(generator, weight_sets) -> list[str]:
-    """Half the weights are missing; requests stand before and behind the update."""
-    [half] = weight_sets
-    for bucket in half:
-        await generator.stage(bucket)
-    calls = [write(generator, PROMPTS[0]), generator.swap(1), write(generator, PROMPTS[1])]
-    outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
-    late = await asyncio.gather(write(generator, PROMPTS[2]), return_exceptions=True)
-    return [f"{type(outcome).__name__}: {outcome}" for outcome in [*outcomes, *late]]
-
-
 async def device_dies(generator, weight_sets) -> list[str]:
     """One of the engine's processes, before a whole set is swapped in."""
     [weights] = weight_sets
@@ -217,10 +206,10 @@ async def device_dies(generator, weight_sets) -> list[str]:
     return await dead_engine(generator)
 
 
-async def devices_fail(generator, weight_sets) -> list[str]:
-    """The engine's processes, over a tensor that only the model as the learner has it knows of."""
+async def reload_fails(generator, weight_sets) -> list[str]:
+    """Over a tensor that only the model as the learner has it knows of."""
     [weights] = weight_sets
-    generator._engine._weights._shapes["surprise.weight"] = (2,)
+    generator._engine._weights._inventory.shapes["surprise.weight"] = (2,)
     for bucket in weights:
         await generator.stage(bucket)
     return await dead_engine(generator)
@@ -370,7 +359,11 @@ def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):
 
 @pytest.mark.parametrize(
     ("way", "left_out"),
-    [("packed", "model.layers.0.self_attn.qkv_proj.weight"), ("sharded", "model.layers.0.self_attn.k_proj.weight")],
+    [
+        ("packed", "model.layers.0.self_attn.qkv_proj.weight"),
+        ("reloaded", "model.layers.0.self_attn.k_proj.weight"),
+        ("sharded", "model.layers.0.self_attn.k_proj.weight"),
+    ],
 )
 def test_sets_that_do_not_fit_the_model_are_refused_and_the_old_weights_go_on(tmp_path, way, left_out):
     model_dir = MODELS["biases"](tmp_path / "model")
@@ -393,21 +386,15 @@ def test_sets_that_do_not_fit_the_model_are_refused_and_the_old_weights_go_on(tm
             np.testing.assert_allclose(rollout.rollout_logprobs, hf_logprobs(model_dir, rollout, weights), atol=1e-4)
 
 
-def test_a_reload_that_leaves_weights_out_ends_the_engine_and_nobody_waits_for_it(tmp_path):
-    model_dir = save_tiny_model(tmp_path / "model")
-    half = perturbed(model_dir, 1, keep=slice(None, None, 2))
-    outcomes = in_engine(model_dir, "float32", [half], way="reloaded", scenario="incomplete_update")
-    assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 4
-    assert "weights version 1" in outcomes[1]
-
-
-@pytest.mark.parametrize("scenario", ["device_dies", "devices_fail"])
-def test_an_engine_over_two_devices_that_fails_fails_its_callers_and_frees_both(tmp_path, scenario):
+@pytest.mark.parametrize(
+    ("scenario", "way"), [("reload_fails", "reloaded"), ("reload_fails", "sharded"), ("device_dies", "sharded")]
+)
+def test_an_engine_that_fails_half_way_fails_its_callers_and_frees_its_devices(tmp_path, scenario, way):
     model_dir = save_tiny_model(tmp_path / "model")
     weights = dict(pair for bucket in perturbed(model_dir, 1) for pair in bucket.tensors())
-    if scenario == "devices_fail":
+    if scenario == "reload_fails":
         weights["surprise.weight"] = torch.ones(2)
-    outcomes = in_engine(model_dir, "float32", [list(buckets(weights.items(), 1))], way="sharded", scenario=scenario)
+    outcomes = in_engine(model_dir, "float32", [list(buckets(weights.items(), 1))], way=way, scenario=scenario)
     assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 3
     assert "loading weights version 1 failed half way" in outcomes[0]
 
