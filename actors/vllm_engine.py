@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+import common
 from actors.engine import Completion, EngineDeadError
 from common import meters
 from common.config import GeneratorsConfig, SamplingConfig
@@ -116,6 +117,9 @@ class VLLMEngine:
         # Staging holds the interpreter for microseconds between long native calls. At Python's 5 ms it would wait for
         # the engine's thread most of the time.
         sys.setswitchinterval(0.0005)
+        if cfg.tensor_parallel > 1:
+            # Worker processes begin with this path: a user's own `common` on it must not hide ours from them.
+            sys.path.insert(0, str(Path(common.__path__[0]).parent))
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from vllm.config import set_current_vllm_config
 
 from actors.engine import EngineDeadError
 from common.models import parameter_shapes
@@ -79,7 +80,8 @@ def _reload(model_runner: Any, tensors: dict[str, Tensor]) -> None:
 
     model.load_weights = load_and_note
     try:
-        model_runner.reload_weights(weights_iterator=iter(tensors.items()))
+        with set_current_vllm_config(model_runner.vllm_config):  # some layers ask for it
+            model_runner.reload_weights(weights_iterator=iter(tensors.items()))
     finally:
         del model.load_weights
     if missing := wanted - loaded:

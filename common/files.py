@@ -11,8 +11,12 @@ from typing import Any
 def write_whole(path: Path, text: str) -> None:
     """In place of what was there."""
     staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    staging.rename(path)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        staging.rename(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -84,6 +84,7 @@ class ModelSize:
     head_dim: int
     vocabulary: int
     context: int  # longest sequence, tokens
+    intermediate: int | None = None  # width of a feed-forward layer, where the config says it
 
 
 def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
@@ -106,6 +107,7 @@ def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocabulary=config.vocab_size,
         context=config.max_position_embeddings,
+        intermediate=getattr(config, "intermediate_size", None),
     )
 
 
@@ -154,7 +156,14 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def _check_head(model: PreTrainedModel, directory: Path) -> None:
     """Log-probabilities here are the output embedding over the body's states. Some models scale or cap what comes out
-    of it, and with those every log-probability would be wrong: raises UserError."""
+    of it, and with those every log-probability would be wrong; what is published is one tied weight or two. Raises
+    UserError."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not tied:
+        raise UserError(
+            f"model.path ({directory}) holds an output embedding beside the input embedding, but its config says they "
+            "are one (tie_word_embeddings); set that to false in its config.json"
+        )
     ids = torch.arange(4, device=model.device)[None]
     whole = model(ids, lengths=[4]).logits
     parts = model.get_output_embeddings()(model.base_model(ids, lengths=[4]).last_hidden_state)

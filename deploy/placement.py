@@ -80,17 +80,29 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
     changes are sent, the generator keeps the buckets they are made from, and makes new ones beside them. With tensor
     parallelism each device has a process, which loads its part of what is staged in bfloat16 for all of them. Raises
     UserError if the model cannot be split so."""
-    parts, kv_heads = cfg.tensor_parallel, model.kv_heads
-    if model.heads % parts or (kv_heads % parts and parts % kv_heads):
-        raise UserError(
-            f"generators.tensor_parallel ({parts}) must divide the model's {model.heads} attention heads, and divide "
-            f"its {kv_heads} key-value heads or be a multiple of them; change it, or use another model"
-        )
+    parts = cfg.tensor_parallel
+    _check_split(parts, model)
     kept = 2 * _weights("bfloat16", model) if cfg.updates == "changes" else 0
     memory = IMPORTS + 2 * _weights(cfg.dtype, model) + kept + cfg.kv_cache_mib * MIB
     if parts > 1:
         memory += parts * IMPORTS + _weights("bfloat16", model)
     return _role("Generator", "generators", cfg, cfg.min, memory)
+
+
+def _check_split(parts: int, model: ModelSize) -> None:
+    """What vLLM splits must split evenly; it copies key-value heads where there are fewer than parts."""
+    even = {
+        f"{model.heads} attention heads": model.heads,
+        f"feed-forward width ({model.intermediate})": model.intermediate or 0,
+        f"vocabulary ({model.vocabulary}, filled up to a multiple of 64)": -(-model.vocabulary // 64) * 64,
+    }
+    if parts % model.kv_heads:
+        even[f"{model.kv_heads} key-value heads, or be a multiple of them"] = model.kv_heads
+    for what, number in even.items():
+        if number % parts:
+            raise UserError(
+                f"generators.tensor_parallel ({parts}) must divide the model's {what}; change it, or use another model"
+            )
 
 
 def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:

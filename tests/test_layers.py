@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "deploy": {"common", "actors", "learner", "deploy"},
 }
 RAY_FILES = {Path(f"actors/{name}.py") for name in ("hosting", "ray_host", "ray_meters")} | {Path("learner/group.py")}
-VLLM_FILES = {Path("actors/vllm_engine.py"), Path("actors/vllm_weights.py")}
+VLLM_FILES = {Path(f"actors/vllm_{name}.py") for name in ("engine", "weights", "reload")}
 
 BLOCKED = """
 import importlib, sys

@@ -9,6 +9,7 @@ and a plot; `make bench-control` runs it alone.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import statistics
@@ -241,7 +242,8 @@ def rollouts_per_s() -> float:
 
 
 def take_turns(orders: Connection, settings: dict[str, int]) -> None:
-    """In a process of its own: for each order a turn of steps, answered with its CPU seconds."""
+    """In a process of its own: for each order a turn of steps, answered with its CPU seconds; at the end with those of
+    a full garbage collection."""
     membership.MAX_PENDING = max(REPLICAS)  # all of them at once: starting is not what is measured
     done, began = 0, 0.0
 
@@ -252,15 +254,18 @@ def take_turns(orders: Connection, settings: dict[str, int]) -> None:
             return
         orders.send(time.process_time() - began)
         if not orders.recv():
+            began = time.process_time()
+            gc.collect()
+            orders.send(time.process_time() - began)
             raise Measured
         began = time.process_time()
 
     run_steps(batch=BATCH, in_step=True, after_step=after_step, **settings)
 
 
-def costs_us(settings: Sequence[dict[str, int]]) -> list[float]:
-    """CPU time of one rollout under each of these, microseconds. They take turns of a fraction of a second, so that all
-    meet the same machine, and so many that full garbage collections have their share."""
+def costs(settings: Sequence[dict[str, int]]) -> tuple[list[float], list[float]]:
+    """CPU time of one rollout under each of these, microseconds, and of a full garbage collection, seconds, of which
+    there is hardly one in so many rollouts. They take turns of a fraction of a second: all meet the same machine."""
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
     for chosen in settings:
@@ -275,16 +280,18 @@ def costs_us(settings: Sequence[dict[str, int]]) -> list[float]:
         for i, pipe in enumerate(pipes):
             pipe.send(True)
             seconds[i] += pipe.recv()
+    collections = []
     for pipe, process in zip(pipes, processes, strict=True):
         pipe.send(False)
+        collections.append(pipe.recv())
         process.join()
-    return [float(1e6 * total / (TURNS * TURN * BATCH)) for total in seconds]
+    return [float(1e6 * total / (TURNS * TURN * BATCH)) for total in seconds], collections
 
 
 def measure() -> dict[str, Result]:
     rate = statistics.median(rollouts_per_s() for _ in range(ROUNDS))
-    replicas_us = costs_us([{"replicas": number, "outstanding": 1000} for number in REPLICAS])
-    outstanding_us = costs_us([{"replicas": 4, "outstanding": number} for number in OUTSTANDING])
+    replicas_us, _ = costs([{"replicas": number, "outstanding": 1000} for number in REPLICAS])
+    outstanding_us, collections_s = costs([{"replicas": 4, "outstanding": number} for number in OUTSTANDING])
     ratios = {
         "rollouts_per_s": rate,
         "cost_ratio_1000_replicas": replicas_us[-1] / replicas_us[0],
@@ -293,6 +300,7 @@ def measure() -> dict[str, Result]:
     parts = {
         **{f"us_per_rollout_{n}_replicas": us for n, us in zip(REPLICAS, replicas_us, strict=True)},
         **{f"us_per_rollout_{n}_outstanding": us for n, us in zip(OUTSTANDING, outstanding_us, strict=True)},
+        "full_collection_s_100000_outstanding": collections_s[-1],
     }
     folder = Path("runs")
     folder.mkdir(exist_ok=True)

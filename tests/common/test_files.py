@@ -23,3 +23,4 @@ def test_a_file_that_cannot_be_written_to_its_end_stays_what_it_was(tmp_path):
     with pytest.raises(UnicodeEncodeError):  # after the file was opened
         write_whole(path, "new \ud800")
     assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]

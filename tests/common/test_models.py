@@ -85,11 +85,27 @@ def test_sizes_are_those_counted_by_hand(tmp_path):
     # Embedding 64 * 64 = 4096. A layer: queries and output 2 * 64 * 64, keys and values 2 * 64 * 32, three matrices
     # 64 * 128, two norms of 64: 8192 + 4096 + 24,576 + 128 = 36,992. A last norm of 64: 4096 + 2 * 36,992 + 64.
     expected = ModelSize(
-        parameters=78_144, layers=2, hidden=64, heads=2, kv_heads=1, head_dim=32, vocabulary=64, context=128
+        parameters=78_144,
+        layers=2,
+        hidden=64,
+        heads=2,
+        kv_heads=1,
+        head_dim=32,
+        vocabulary=64,
+        context=128,
+        intermediate=128,
     )
     assert model_size(save_tiny_model(tmp_path / "tied")) == expected
     # An output embedding of its own: 4096 more.
     assert model_size(save_tiny_model(tmp_path / "untied", tied=False)).parameters == 82_240
+
+
+def test_two_embeddings_that_the_config_calls_one_are_refused(tmp_path):
+    directory = save_tiny_model(tmp_path / "model", tied=False)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(UserError, match=r"its config says they are one \(tie_word_embeddings\); set that to false"):
+        load_policy(directory, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -22,7 +22,15 @@ from deploy.placement import (
 )
 
 MODEL = ModelSize(
-    parameters=1_000_000, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, vocabulary=100, context=4096
+    parameters=1_000_000,
+    layers=2,
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocabulary=100,
+    context=4096,
+    intermediate=144,
 )
 
 
@@ -139,19 +147,29 @@ def test_an_engine_over_several_devices_has_a_process_for_each_and_stages_a_set_
     assert two["Generator(0)"] - one["Generator(0)"] == 2 * 600 * MIB + 2 * 1_000_000
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(4, 2, 3), (6, 3, 2), (6, 4, 6), (9, 3, 2)])
-def test_a_split_that_leaves_a_part_of_a_head_is_refused(heads, kv_heads, parts):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "vocabulary", "parts", "what"),
+    [
+        (4, 2, 12, 192, 3, "4 attention heads;"),
+        (6, 4, 12, 192, 6, "4 key-value heads, or be a multiple of them;"),
+        (9, 3, 1536, 49_152, 9, "feed-forward width (1536);"),
+        (9, 9, 1536, 49_157, 3, "vocabulary (49157, filled up to a multiple of 64);"),  # 49,216
+    ],
+)
+def test_a_split_that_vllm_cannot_make_is_refused(heads, kv_heads, width, vocabulary, parts, what):
+    model = replace(MODEL, heads=heads, kv_heads=kv_heads, intermediate=width, vocabulary=vocabulary)
     with pytest.raises(UserError) as caught:
-        generator_needs(GeneratorsConfig(tensor_parallel=parts), replace(MODEL, heads=heads, kv_heads=kv_heads))
-    assert (
-        f"generators.tensor_parallel ({parts}) must divide the model's {heads} attention heads, and divide its "
-        f"{kv_heads} key-value heads or be a multiple of them; change it, or use another model"
-    ) in str(caught.value)
+        generator_needs(GeneratorsConfig(tensor_parallel=parts), model)
+    assert f"generators.tensor_parallel ({parts}) must divide the model's {what} change it" in str(caught.value)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(9, 3, 3), (9, 3, 9), (8, 4, 2), (8, 2, 4), (4, 1, 2)])
-def test_a_split_into_whole_heads_is_not_refused(heads, kv_heads, parts):
-    assert generator_needs(GeneratorsConfig(tensor_parallel=parts), replace(MODEL, heads=heads, kv_heads=kv_heads))
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "vocabulary", "parts"),
+    [(9, 3, 1536, 49_152, 3), (8, 4, 12, 100, 2), (8, 2, 12, 100, 4), (4, 1, None, 100, 2)],
+)
+def test_a_split_that_vllm_can_make_is_not_refused(heads, kv_heads, width, vocabulary, parts):
+    model = replace(MODEL, heads=heads, kv_heads=kv_heads, intermediate=width, vocabulary=vocabulary)
+    assert generator_needs(GeneratorsConfig(tensor_parallel=parts), model)
 
 
 def test_the_kv_cache_is_counted():

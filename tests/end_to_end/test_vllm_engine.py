@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -95,6 +96,8 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
         )
 
     torch.set_num_threads(1)
+    (model_dir.parent / "common.py").write_text("raise ImportError('a module named like one of our packages')")
+    sys.path.insert(0, str(model_dir.parent))
     generator = Generator("Generator(0)", 7, make_engine, updates="changes")
     # Otherwise the way wanted is not what is tested.
     expected = {"reloaded": "ReloadedWeights", "sharded": "ShardedWeights"}.get(way, "PackedWeights")
@@ -216,11 +219,11 @@ async def reload_fails(generator, weight_sets) -> list[str]:
 
 
 async def dead_engine(generator) -> list[str]:
-    """What an update, a request behind it and a later one come to; its processes end, too."""
-    calls = [generator.swap(1), write(generator, PROMPTS[0])]
+    """What an update, the requests before and behind it and a later one come to; its processes, if any, end too."""
+    calls = [write(generator, PROMPTS[0]), generator.swap(1), write(generator, PROMPTS[1])]
     async with asyncio.timeout(60):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        late = await asyncio.gather(write(generator, PROMPTS[1]), return_exceptions=True)
+        late = await asyncio.gather(write(generator, PROMPTS[2]), return_exceptions=True)
         while multiprocessing.active_children():
             await asyncio.sleep(0.1)
     return [f"{type(outcome).__name__}: {outcome}" for outcome in [*outcomes, *late]]
@@ -395,8 +398,8 @@ def test_an_engine_that_fails_half_way_fails_its_callers_and_frees_its_devices(t
     if scenario == "reload_fails":
         weights["surprise.weight"] = torch.ones(2)
     outcomes = in_engine(model_dir, "float32", [list(buckets(weights.items(), 1))], way=way, scenario=scenario)
-    assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 3
-    assert "loading weights version 1 failed half way" in outcomes[0]
+    assert [outcome.partition(":")[0] for outcome in outcomes] == ["EngineDeadError"] * 4
+    assert "loading weights version 1 failed half way" in outcomes[1]
 
 
 def test_sampling_seeds_differ_by_run_and_sample():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from common.config import UserError
+from common.models import parameter_shapes
 from common.sequences import Sequences
 from learner import lora
 from learner.learner import Learner
@@ -50,6 +51,15 @@ def trained(model):
     for seed in range(3):
         learner.update(varied_batch(seed))
     return learner
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_published_has_the_names_and_shapes_that_engines_expect(tmp_path, tied, adapted):
+    directory = save_tiny_model(tmp_path / "model", tied=tied)
+    learner = new_learner(directory) if adapted else new_learner(directory, lora=None)
+    published = {name: tuple(tensor.shape) for name, tensor in learner.network.policy_tensors()}
+    assert published == parameter_shapes(directory)
 
 
 def sequences(seed: int = 0) -> Sequences:
