@@ -253,8 +253,13 @@ class VLLMEngine:
             except EngineDeadError as error:
                 result.set_exception(error)
                 raise
-            except Exception as error:  # the caller's mistake, such as a prompt beyond the context; the engine goes on
-                result.set_exception(error)
+            except Exception as error:
+                if not getattr(self._engine.engine_core.engine_core.model_executor, "is_failed", False):
+                    result.set_exception(error)  # the caller's mistake, such as a prompt beyond the context; go on
+                    continue
+                dead = EngineDeadError(f"one of its processes is gone: {error}")
+                result.set_exception(dead)
+                raise dead from error
 
     def _fail(self, error: BaseException) -> None:
         """A broken engine fails every caller, present and future."""
