@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 
-import common
 from actors.ray_meters import RayMeters
 from common import meters
 from common.config import Placed, TrainerConfig, UserError
-from common.functions import import_ours
+from common.functions import import_ours, our_directory
 
 # Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
 # caller: rollouts do, the few numbers beside them do not.
@@ -68,11 +66,10 @@ def pin(name: str, cores: Collection[int]) -> None:
 
 def worker_environment(cfg: Placed) -> dict[str, str]:
     """Environment of a role's process: quiet, and able to import what the driver can."""
-    project = str(Path(common.__path__[0]).parent)
     passed_on = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
     environment = {
         "OMP_NUM_THREADS": str(cfg.threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, [project, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [our_directory(), os.environ.get("PYTHONPATH")])),
         # Called as the process begins. Only then Ray puts the driver's directory, where reward functions lie, on the
         # path, and first.
         ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{import_ours.__module__}.{import_ours.__name__}",

@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-import common
 from actors.engine import Completion, EngineDeadError
 from common import meters
 from common.config import GeneratorsConfig, SamplingConfig
+from common.functions import our_directory
 from common.types import HANDED_OVER
 from common.weights import Bucket
 
@@ -119,7 +119,7 @@ class VLLMEngine:
         sys.setswitchinterval(0.0005)
         if cfg.tensor_parallel > 1:
             # Worker processes begin with this path: a user's own `common` on it must not hide ours from them.
-            sys.path.insert(0, str(Path(common.__path__[0]).parent))
+            sys.path.insert(0, our_directory())
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()

@@ -14,9 +14,8 @@ def write_whole(path: Path, text: str) -> None:
     try:
         staging.write_text(text, encoding="utf-8")
         staging.rename(path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
+    finally:
+        staging.unlink(missing_ok=True)  # it has its new name by now, or is worth nothing
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from common.config import UserError
+
+
+def our_directory() -> str:
+    """Where Ratchet's packages are imported from."""
+    return str(Path(__file__).parents[1])
 
 
 def import_ours() -> None:

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -93,8 +94,7 @@ def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
         config = AutoConfig.from_pretrained(directory)
         if getattr(config, "final_logit_softcapping", None):
             raise ValueError("it caps its logits after the output embedding, which is not supported")
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        parameters = sum(p.numel() for p in _without_weights(config).parameters())
     except (OSError, ValueError) as error:
         raise UserError(f"{setting} ({directory}) cannot be trained: {error}; name another model") from error
     heads = config.num_attention_heads
@@ -114,9 +114,13 @@ def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
 def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every weight that the learner trains and publishes of the model in `directory`, by its name; a tied head
     is the embedding. No weight is loaded."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    model = _without_weights(AutoConfig.from_pretrained(directory))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def end_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -177,8 +181,7 @@ def _check_head(model: PreTrainedModel, directory: Path) -> None:
 def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None:
     """Writes a policy of these weights, bf16, as a Hugging Face directory in place of `target`. Config and tokenizer
     are those of `base`, which it started from."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    model = _without_weights(AutoConfig.from_pretrained(base))
     with replaced_directory(target) as staging:
         write_weights(model, tensors, staging)
         if (base / "generation_config.json").exists():
