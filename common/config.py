@@ -323,7 +323,8 @@ class KLConfig(Section):
     coef: Annotated[float, Field(ge=0)] = 0.05
     """Reward lost per nat of KL at each token; more stays closer to the reference."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How a token's KL is estimated: k1 unbiased, k2 and k3 never far from or below zero (lower variance)."""
+    """How a token's KL is estimated: k1 unbiased, k2 and k3 never far from or below zero (lower variance). k3 is capped
+    at 10 nats where the reference finds the token likelier."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """fixed keeps `coef`; adaptive steers it so that the KL per response meets `target`."""
     target: Annotated[float, Field(gt=0)] = 6.0
@@ -338,7 +339,8 @@ class AdamWConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of the language model's weights."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay, or fall to zero at the last step along a line or a half cosine."""
+    """After warm-up: stay at the peak, or fall along a line or a half cosine that would be zero one step after the last.
+    The last of n steps after warm-up still runs at 1 / n of the peak (linear)."""
     warmup_steps: NonNegative = 0
     """Steps below the peak rate, which rises along a line: the first runs at 1 / (warmup_steps + 1) of it."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
@@ -508,6 +510,11 @@ class Config(Root):
             yield (
                 f"learner.critic_warmup_steps ({self.learner.critic_warmup_steps}) must be below num_steps ({steps}), "
                 "or the policy is never trained; lower the first or raise the second"
+            )
+        if self.kl.controller == "adaptive" and self.kl.coef == 0:
+            yield (
+                'kl.coef (0) must be above 0 with kl.controller = "adaptive": the controller multiplies it, so it would '
+                'stay 0; raise it, or set kl.controller = "fixed"'
             )
         if self.kl.controller == "adaptive" and self.kl.horizon < batch:
             yield (

@@ -31,8 +31,9 @@ def policy_loss(
     `weights` are per-token importance weights of the sampler (see `importance_weights`). Statistics: `clipped`, tokens
     whose gradient the clip removed; `approx_kl`, k3 estimate of KL(old || new) in nats; `ratio`.
     """
-    # Outside the mask before exp, so that garbage there cannot become NaN in the gradient.
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Beyond +/- 20 the clip has the
+    # last word anyway, and exp would overflow: its gradient would be 0 x inf.
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -59,7 +60,7 @@ def value_loss(
     error = (values - returns) ** 2
     if value_clip == 0:
         return masked_sum(error, mask) / 2 / num_tokens, {"clipped": torch.zeros_like(error).sum()}
-    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    near = values.clamp(old_values - value_clip, old_values + value_clip)  # inside the bounds exactly the value itself
     near_error = (near - returns) ** 2
     with torch.no_grad():
         stats = {"clipped": masked_sum((near_error > error).float(), mask)}

@@ -32,7 +32,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
 
 
 def learning_rate_scale(step: int, num_steps: int, cfg: AdamWConfig) -> float:
-    """Share of the peak learning rate at `step`: a line up over warmup_steps, then the schedule down to zero."""
+    """Share of the peak learning rate at `step`: a line up over warmup_steps, then the schedule, which is zero at
+    `num_steps`, one step after the last."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
     progress = (step - cfg.warmup_steps) / max(1, num_steps - cfg.warmup_steps)

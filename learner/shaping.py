@@ -21,8 +21,11 @@ def k2(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """exp(x) - 1 - x: unbiased and never negative."""
-    return torch.expm1(other_logprobs - logprobs) - (other_logprobs - logprobs)
+    """exp(x) - 1 - x: unbiased and never negative. Where the other policy finds the token likelier (x > 0) the estimate
+    is capped at 10 nats, as in verl, SkyRL and OpenRLHF: uncapped it grows exponentially, and one token would then
+    decide the whole batch or overflow."""
+    x = other_logprobs - logprobs
+    return torch.where(x > 0, (torch.expm1(x) - x).clamp(max=10), torch.expm1(x) - x)
 
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}

@@ -59,6 +59,7 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ({"sampling": {"min_new_tokens": 300}}, ["min_new_tokens (300)", "max_new_tokens (256)", "lower"]),
         ({"num_steps": 5, "optimizer": {"warmup_steps": 6}}, ["warmup_steps (6)", "num_steps (5)", "lower"]),
         ({"num_steps": 5, "learner": {"critic_warmup_steps": 5}}, ["critic_warmup_steps (5)", "num_steps (5)"]),
+        ({"kl": {"controller": "adaptive", "coef": 0}}, ["kl.coef (0)", "above 0", '"fixed"']),
         ({"kl": {"controller": "adaptive", "horizon": 63}}, ["kl.horizon (63)", "rollouts_per_step (64)", "raise"]),
         ({"max_staleness": 2, "ppo": {"importance_cap": 0}}, ["ppo.importance_cap (0)", "max_staleness (2)", "raise"]),
         ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),

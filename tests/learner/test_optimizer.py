@@ -111,6 +111,11 @@ def test_after_warm_up_the_schedule_falls_to_zero_and_stays_there(schedule, scal
     assert found == pytest.approx(scales, abs=1e-12)
 
 
+def test_the_last_step_runs_at_the_share_that_the_config_says():
+    # Two steps of warm-up and eight after it: the last one is at 1 / 8 of the peak.
+    assert learning_rate_scale(9, 10, OptimizerConfig(schedule="linear", warmup_steps=2)) == pytest.approx(1 / 8)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_no_step_of_a_run_is_without_a_rate_even_where_warm_up_fills_the_run(schedule):
     for warmup_steps in (0, 4, 5, 9):
