@@ -339,8 +339,8 @@ class AdamWConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of the language model's weights."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay at the peak, or fall along a line or a half cosine that would be zero one step after the last.
-    The last of n steps after warm-up still runs at 1 / n of the peak (linear)."""
+    """After warm-up: stay at the peak, or fall along a line or a half cosine that reaches zero one step after the last:
+    with linear the last of n steps after warm-up still runs at 1 / n of the peak."""
     warmup_steps: NonNegative = 0
     """Steps below the peak rate, which rises along a line: the first runs at 1 / (warmup_steps + 1) of it."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
@@ -513,8 +513,8 @@ class Config(Root):
             )
         if self.kl.controller == "adaptive" and self.kl.coef == 0:
             yield (
-                'kl.coef (0) must be above 0 with kl.controller = "adaptive": the controller multiplies it, so it would '
-                'stay 0; raise it, or set kl.controller = "fixed"'
+                'kl.coef (0) must be above 0 with kl.controller = "adaptive", which multiplies it: it would stay 0; '
+                'raise it, or set kl.controller = "fixed"'
             )
         if self.kl.controller == "adaptive" and self.kl.horizon < batch:
             yield (

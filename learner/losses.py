@@ -31,8 +31,8 @@ def policy_loss(
     `weights` are per-token importance weights of the sampler (see `importance_weights`). Statistics: `clipped`, tokens
     whose gradient the clip removed; `approx_kl`, k3 estimate of KL(old || new) in nats; `ratio`.
     """
-    # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Beyond +/- 20 the clip has the
-    # last word anyway, and exp would overflow: its gradient would be 0 x inf.
+    # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Bounded, since exp would
+    # overflow beyond 88, and the gradient of a token that the clip removes would be 0 x inf.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
