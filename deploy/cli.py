@@ -20,6 +20,7 @@ from common.config import AdamWConfig, Config, Root, UserError
 from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
 from common.functions import import_ours
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
+from deploy.console import complain
 
 
 def _settings(root: type[Root]) -> str:
@@ -117,7 +118,7 @@ def _in_run_directory(root: type[Root]) -> Callable[[Work], Work]:
             except KeyboardInterrupt:
                 begun = (directory / "config.toml").exists()
                 advice = f"go on with ratchet {name} --resume {directory}" if begun else "nothing was begun"
-                typer.echo(f"ratchet: interrupted; {advice}", err=True)
+                complain(f"interrupted; {advice}")
                 sys.exit(130)
 
         return work
@@ -325,7 +326,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        typer.echo(f"ratchet: {error}", err=True)
+        complain(str(error))
         sys.exit(2)
 
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from common.config import Config, Root, UserError
 from common.config_files import AnyRoot, load_config
 from common.files import write_json
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
+from deploy.console import Output
 from deploy.run_directory import refuse_overwriting
 from deploy.sample_pairs import run_pair_sampling
 from deploy.train import run_training
@@ -32,7 +32,7 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
     """Runs every stage below `directory` and returns what its summary.json says. A setting goes to each stage that has
     a section or field of that name."""
     started = time.perf_counter()
-    console = Console(highlight=False)
+    console = Output()
     directory = directory.absolute()  # the stages name each other's files
     pairs, reward, ppo = directory / "pairs", directory / "reward", directory / "ppo"
 
@@ -99,7 +99,7 @@ def _settings_of(root: type[Root], settings: Sequence[str]) -> list[str]:
     return [setting for setting in settings if known(setting.partition("=")[0])]
 
 
-def _show(console: Console, ppo: Path, summary: dict[str, Any], judge: str) -> None:
+def _show(console: Output, ppo: Path, summary: dict[str, Any], judge: str) -> None:
     """Some held-out answers before and after, and the figures."""
     answers = [
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

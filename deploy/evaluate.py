@@ -6,8 +6,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from actors.reward_functions import Reward
 from actors.services import ReferencePool, RewardPool
 from common.config import Config, UserError
@@ -15,6 +13,7 @@ from common.files import write_json
 from common.prompts import heldout_prompts, load_records
 from common.types import Prompt
 from deploy.cluster import cluster
+from deploy.console import Output
 from deploy.placement import check_kv_cache, place, service_needs
 from deploy.progress import evaluation_table
 from deploy.roles import PolicyFiles, Starter, check_sources
@@ -48,7 +47,7 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
     write_json(directory / "evaluation.json", record)
-    console = Console(highlight=False)
+    console = Output()
     console.print(evaluation_table({Path(judged.path).name: evaluation}))
     console.print(f"{directory}: evaluation.json, answers.jsonl", markup=False)
     return record

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from actors.membership import PoolEvent
 from actors.pool import Pool
 from common.config import Config
 from common.types import Experience, Void
+from deploy.console import Output
 from learner.evaluation import Evaluation
 
 # heading, metric, format
@@ -46,7 +46,7 @@ class Screen:
     """What every run shows in the same way."""
 
     def __init__(self, directory: Path) -> None:
-        self._console = Console(highlight=False)
+        self._console = Output()
         self._directory = directory
         self._started = time.perf_counter()
         self._header_shown = False

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
 from actors.reward_functions import Reward
@@ -20,6 +19,7 @@ from common.prompts import PromptRecord, PromptStream, load_records
 from common.reward_config import PairSamplingConfig
 from common.types import Prompt, Rollout, Void
 from deploy.cluster import cluster
+from deploy.console import Output
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
 from deploy.progress import Screen
 from deploy.roles import PolicyFiles, Starter, check_sources
@@ -41,7 +41,7 @@ def run_pair_sampling(
     records = load_records(cfg.prompts.source, cfg.prompts, policy.tokenizer, seed=cfg.seed, max_tokens=room)
     if not resume:
         refuse_overwriting(directory, force=force)
-    console = Console(highlight=False)
+    console = Output()
     with cluster(cfg.ray) as nodes:
         needed = [
             *generator_needs(cfg.generators, policy.size),
@@ -74,7 +74,7 @@ def run_pair_sampling(
 
 
 async def _sample(
-    cfg: PairSamplingConfig, directory: Path, policy: PolicyFiles, records: list[PromptRecord], console: Console
+    cfg: PairSamplingConfig, directory: Path, policy: PolicyFiles, records: list[PromptRecord], console: Output
 ) -> None:
     """Adds one line to labelled.jsonl for each pair that has none yet, as soon as it is labelled."""
     start = Starter(cfg.ray, on_event=Screen(directory).pool)

@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from actors.pool import Pool
 from common.config import UserError
 from common.files import write_json
+from deploy.console import Output
 from deploy.run_directory import is_owned
 
 _LOOK_EVERY_S = 0.5
@@ -77,7 +77,7 @@ def show(state: Mapping[str, Any]) -> None:
     for role, pool in state.items():
         replicas = ", ".join(f"{r['name']} {r['state']}" for r in pool["replicas"])
         table.add_row(role, str(pool["wish"]), str(sum(r["state"] == "ready" for r in pool["replicas"])), replicas)
-    Console(highlight=False).print(table)
+    Output().print(table)
 
 
 def _state(pool: Pool) -> dict[str, Any]:

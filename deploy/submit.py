@@ -31,6 +31,7 @@ import learner
 from common.config import Config, UserError
 from common.functions import load_function
 from deploy.cluster import refused
+from deploy.console import Lenient, complain, printable
 from deploy.placement import MIB
 
 EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out
@@ -137,9 +138,12 @@ def _in_environment(name: str, value: str) -> Iterator[None]:
 def _follow(client: JobSubmissionClient, job: str) -> int:
     """Prints the job's log to its end; the exit code is that of its driver."""
 
+    log = Lenient()
+
     async def stream() -> None:
         async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
+            log.write(printable(lines))
+            log.flush()
 
     try:
         asyncio.run(stream())
@@ -147,7 +151,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             time.sleep(1)
     except (KeyboardInterrupt, OSError, RuntimeError, aiohttp.ClientError) as error:
         reason = f" ({error})" if str(error) else ""
-        typer.echo(f"ratchet: no longer following{reason}; the job goes on", err=True)
+        complain(f"no longer following{reason}; the job goes on")
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     typer.echo(f"job {job}: {info.status.value.lower()}")
     return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1
