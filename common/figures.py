@@ -24,6 +24,7 @@ FIGURES = (
     Figure("step", "count", "-"),
     Figure("rollout/score/mean", "reward units", "mean over rollouts"),
     Figure("rollout/score/std", "reward units", "over rollouts"),
+    Figure("rollout/score/zero_std", "share", "mean over prompts"),
     Figure("rollout/score/NAME", "raw units of the source", "mean over rollouts"),
     Figure("rollout/response_tokens/mean", "tokens", "mean over rollouts"),
     Figure("rollout/finished", "share", "mean over rollouts"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,31 +17,67 @@ from transformers import PreTrainedTokenizerBase
 from actors.membership import PoolEvent
 from actors.pool import Pool
 from common.config import Config
-from common.types import Experience, Void
-from deploy.console import Output
+from common.types import Experience, Prompt, Void
+from deploy.console import Output, printable
 from learner.evaluation import Evaluation
 
-# heading, metric, format
-_COLUMNS = [
-    ("step", "step", "{:d}"),
-    ("score", "rollout/score/mean", "{:.2f}"),
-    ("KL", "kl/per_response", "{:.2f}"),
-    ("entropy", "ppo/entropy", "{:.2f}"),
-    ("tokens", "rollout/response_tokens/mean", "{:.1f}"),
-    ("clip", "ppo/clip_frac", "{:.0%}"),
-    ("expl.var", "value/explained_variance", "{:.2f}"),
-    ("var.left", "value/variance_ratio", "{:.2f}"),
-    ("| gen", "time/generate_s", "{:.1f}"),
-    ("score", "time/score_s", "{:.1f}"),
-    ("learn", "time/learn_s", "{:.1f}"),
-    ("sync", "time/publish_s", "{:.1f}"),
-    ("save", "time/checkpoint_s", "{:.1f}"),
+
+def _step(record: Mapping[str, float]) -> str:
+    return f"{record['step']:.0f}/{record['num_steps']:.0f}"
+
+
+# Heading, width, what a step's record shows there. Together 80 columns.
+_COLUMNS: list[tuple[str, int, Callable[[Mapping[str, float]], str]]] = [
+    ("step", 9, _step),
+    ("score", 7, lambda r: short(r["rollout/score/mean"])),
+    ("std", 6, lambda r: short(r["rollout/score/std"])),
+    ("KL", 6, lambda r: short(r["kl/per_response"])),
+    ("mismatch", 8, lambda r: f"{r['mismatch/kl']:.1e}"),
+    ("entropy", 7, lambda r: short(r["ppo/entropy"])),
+    ("tokens", 6, lambda r: short(r["rollout/response_tokens/mean"])),
+    ("clip", 4, lambda r: f"{r['ppo/clip_frac']:.0%}"),
+    ("critic", 6, lambda r: short(r["value/explained_variance"])),
+    ("tok/s", 5, lambda r: short(r["tokens_per_s"], 5)),
+    ("left", 5, lambda r: duration(r["seconds_left"])),
 ]
-_LEGEND = (
-    "means per step: score; KL from the reference, nats per response; entropy, nats per token; tokens per response; "
-    "share of tokens clipped; share of the returns' variance that the critic explains; variance of the advantages over "
-    "that of the returns | seconds in each phase"
+_LEGEND = (  # each at most 80 columns
+    "score, std: mean and standard deviation of the scores",
+    "KL: from the reference, nats per response; mismatch: learner from generator,",
+    "    nats per token; entropy: nats per token; tokens: per response",
+    "clip: share of tokens clipped; critic: share of the returns' variance that it",
+    "    explains; tok/s: response tokens per second; left: time until the end",
+    "below: seconds of the step by phase; one of its prompts and responses",
 )
+# What the line below says of a step's seconds: word, metric.
+_PHASES = [
+    ("generate", "time/generate_s"),
+    ("reward", "time/score_s"),
+    ("learn", "time/learn_s"),
+    ("publish", "time/publish_s"),
+    ("save", "time/checkpoint_s"),
+]
+
+
+def short(value: float, width: int = 6) -> str:
+    """A number with as many decimals, two at most, as `width` characters have room for."""
+    for form in (".2f", ".1f", ".0f"):
+        if len(text := f"{value:{form}}") <= width:
+            return text
+    return f"{value:.0e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in at most five characters: 42s, 17m, 3h05, 12d."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f}s"
+    if minutes < 100:
+        return f"{minutes}m"
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}"
+    return f"{seconds / 86400:.0f}d"
 
 
 class Screen:
@@ -74,6 +112,8 @@ class Progress(Screen):
         super().__init__(directory)
         self._cfg = cfg
         self._tokenizer = tokenizer
+        self._seconds: deque[float] = deque(maxlen=20)  # of the newest steps
+        self._equal_steps = 0  # since when all scores of a step are equal
 
     def begin(self, *, num_prompts: int, num_heldout: int) -> None:
         cfg = self._cfg
@@ -106,22 +146,45 @@ class Progress(Screen):
     def step(self, record: dict[str, Any], example: Experience, voids: Sequence[Void]) -> None:
         if not self._header_shown:
             self._header()
-        shown = {**record, "step": record["step"] + 1}
-        cells = (f"{form.format(shown[key]):>{max(5, len(heading))}}" for heading, key, form in _COLUMNS)
-        self._print(" ".join(cells))
+        cfg, number = self._cfg, record["step"] + 1
+        phases = [(word, record[key]) for word, key in _PHASES if key in record]
+        seconds = sum(took for _, took in phases)
+        self._seconds.append(seconds)
+        left = (cfg.num_steps - number) * statistics.median(self._seconds)
+        tokens = record["rollout/response_tokens/mean"] * cfg.rollouts_per_step
+        rate = tokens / seconds if seconds else math.nan
+        shown = {**record, "step": number, "num_steps": cfg.num_steps, "tokens_per_s": rate, "seconds_left": left}
+        self._print(" ".join(f"{cell(shown):>{width}}" for _, width, cell in _COLUMNS))
+        spent = ", ".join(f"{word} {took:.1f}" for word, took in phases if took >= 0.05)
+        self._print(f"      {seconds:.1f} s: {spent}", style="dim")
+        self._warn_of_equal_scores(record)
         for reason, count in Counter(void.reason for void in voids).most_common(3):
             self._print(f"      {count} rollout(s) voided: {escape(reason[:200])}", style="yellow")
-        rollout = example.rollout
-        question = " ".join(rollout.prompt.text.split())
-        answer = self._tokenizer.decode(rollout.response_ids.tolist())
+        answer = self._tokenizer.decode(example.rollout.response_ids.tolist())
+        score = f" = {example.score.total:g}"
+        self._print(escape(one_line(question(example.rollout.prompt), answer, score, self._console.width)), style="dim")
+
+    def _warn_of_equal_scores(self, record: Mapping[str, float]) -> None:
+        """Says when a step's scores teach nothing; a long row of such steps is told now and then."""
+        if record["rollout/score/zero_std"] != 1:
+            self._equal_steps = 0
+            return
+        self._equal_steps += 1
+        if self._equal_steps % 10 != 1:
+            return
+        responses = "all responses" if record["rollout/score/std"] == 0 else "all responses to one prompt"
+        since = f" ({self._equal_steps} steps in a row)" if self._equal_steps > 1 else ""
         self._print(
-            f"      {escape(question[-70:])} -> {escape(repr(answer[:60]))} = {example.score.total:g}", style="dim"
+            f"      {responses} score the same{since}: these scores teach nothing. If it stays so, the task is too "
+            "hard or too easy, or the reward is broken",
+            style="yellow",
         )
 
     def _header(self) -> None:
         self._header_shown = True
-        self._print(_LEGEND, style="dim")
-        self._print(" ".join(f"{heading:>5}" for heading, _, _ in _COLUMNS), style="bold")
+        for line in _LEGEND:
+            self._print(line, style="dim")
+        self._print(" ".join(f"{heading:>{width}}" for heading, width, _ in _COLUMNS), style="bold")
 
     def end(self, evaluations: Sequence[Evaluation], *, seconds: float) -> None:
         if evaluations:
@@ -130,6 +193,24 @@ class Progress(Screen):
             f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, "
             "metrics.jsonl, journal/, policy/: a Hugging Face directory)"
         )
+
+
+def question(prompt: Prompt) -> str:
+    """What the user asked last, without the chat template around it."""
+    asked = [message["content"] for message in prompt.messages or () if message.get("role") == "user"]
+    return str(asked[-1]) if asked else prompt.text
+
+
+def one_line(asked: str, answer: str, score: str, width: int) -> str:
+    """Question, answer and score in one line of `width` columns: of the question its end, of the answer its begin."""
+    asked, answer = " ".join(printable(asked).split()), repr(answer)
+    room = max(20, width - len(f"       -> {score}"))
+    if len(asked) + len(answer) > room:
+        kept = max(room // 2, room - len(answer))
+        asked = asked if len(asked) <= kept else "..." + asked[len(asked) - kept + 3 :]
+        kept = room - len(asked)
+        answer = answer if len(answer) <= kept else answer[: kept - 3] + "..."
+    return f"      {asked} -> {answer}{score}"
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:

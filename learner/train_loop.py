@@ -249,7 +249,8 @@ def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) ->
     ages = [staleness(oldest_version(row), policy_version) for row in versions]
     return {
         "rollout/score/mean": float(scores.mean()),
-        "rollout/score/std": float(scores.std()),
+        "rollout/score/std": float(scores.std()) if scores.min() < scores.max() else 0.0,
+        "rollout/score/zero_std": _equally_scored(table),
         "rollout/response_tokens/mean": sum(map(len, versions)) / len(scores),
         "rollout/finished": table["finish_reason"].to_pylist().count("stop") / len(scores),
         "rollout/voids": num_voids,
@@ -258,6 +259,17 @@ def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) ->
         "staleness/max": max(ages),
         **{f"rollout/score/{name}": sum(row[name] for row in components) / len(scores) for name in components[0]},
     }
+
+
+def _equally_scored(table: pa.Table) -> float:
+    """Share of prompts whose responses all score the same. With one response per prompt, the batch is one prompt."""
+    by_prompt: dict[tuple[int, int], set[float]] = {}
+    keys = zip(table["epoch"].to_pylist(), table["prompt_index"].to_pylist())
+    for key, score in zip(keys, table["score"].to_pylist(), strict=True):
+        by_prompt.setdefault(key, set()).add(score)
+    if len(by_prompt) == table.num_rows:
+        return float(len(set(table["score"].to_pylist())) == 1)
+    return sum(len(scores) == 1 for scores in by_prompt.values()) / len(by_prompt)
 
 
 class Clock:

@@ -15,10 +15,20 @@ from common.config import UserError
 from common.journal import JournalError
 from common.metrics import read_records
 from common.prompts import PromptRecord, PromptStream
-from common.types import GivenUpError, Prompt, Rollout, RolloutLostError, SampleId, Score, Void, Written
+from common.types import (
+    GivenUpError,
+    Prompt,
+    Rollout,
+    RolloutLostError,
+    SampleId,
+    Score,
+    Void,
+    Written,
+    experience_table,
+)
 from learner.evaluation import Answer, Evaluation
-from learner.train_loop import Run, train
-from tests.fakes import FakeRoles, make_prompt, tiny_config
+from learner.train_loop import Run, _rollout_metrics, train
+from tests.fakes import END, FakeRoles, make_experience, make_prompt, tiny_config
 
 
 def make_run(directory: Path, roles: FakeRoles, **overrides) -> Run:
@@ -386,3 +396,19 @@ def test_a_run_that_goes_on_asks_the_reference_from_its_first_new_step(tmp_path)
     asyncio.run(train(make_run(tmp_path, roles, num_steps=2)))
     assert [step for step, epoch in roles.asked if epoch >= 0] == [1] * 4
     assert roles.tables[-1]["ref_logprobs"].null_count == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "scores", "share"),
+    [
+        ([1, 2, 3], [0.5, 0.5, 0.5], 1.0),  # one response per prompt: the batch counts as one prompt
+        ([1, 2, 3], [0.5, 0.5, 0.6], 0.0),
+        ([1, 1, 2, 2], [0.1, 0.1, 0.7, 0.7], 1.0),  # equal within each prompt
+        ([1, 1, 2, 2, 3, 3, 3], [0.1, 0.1, 0.7, 0.8, 1.0, 1.0, 1.0], 2 / 3),
+    ],
+)
+def test_the_share_of_prompts_with_equal_scores_is_recorded(prompts, scores, share):
+    rows = [make_experience(prompt, [5, END], score=score) for prompt, score in zip(prompts, scores)]
+    record = _rollout_metrics(experience_table(rows), 0, policy_version=0)
+    assert record["rollout/score/zero_std"] == pytest.approx(share)
+    assert (record["rollout/score/std"] == 0.0) == (len(set(scores)) == 1)
