@@ -16,9 +16,11 @@ EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=0.1 reward.gpus=0.1 learner.gpus=0.4)
 
 demo: $(VENV)/.installed
+	rm -rf runs/demo.old-*
 	$(BIN)/ratchet train deploy/configs/larger.toml seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force
 
 demo-rlhf: $(VENV)/.installed
+	rm -rf runs/demo-rlhf/*.old-*
 	$(BIN)/ratchet demo rlhf seed=$(SEED) $(DEMO_SETTINGS) --force
 
 bench: $(VENV)/.installed

@@ -17,7 +17,7 @@ from deploy.console import Output
 from deploy.placement import check_kv_cache, place, service_needs
 from deploy.progress import evaluation_table
 from deploy.roles import PolicyFiles, Starter, check_sources
-from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
+from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
 from learner.evaluation import Answer, Evaluation, evaluate
 
 
@@ -40,9 +40,8 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     refuse_overwriting(directory, force=force, can_resume=False)
     with cluster(cfg.ray) as nodes:
         place(service_needs(cfg, reference.size, reward_models), nodes)
-        with sole_owner(directory):
-            clear(directory)
-            write_config(directory, cfg)
+        with sole_owner(directory) as held:
+            held.begin(cfg, "evaluate", force=force)
             evaluation, answers = asyncio.run(_evaluate(cfg, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}

@@ -23,7 +23,7 @@ from deploy.console import Output
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
 from deploy.progress import Screen
 from deploy.roles import PolicyFiles, Starter, check_sources
-from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
+from deploy.run_directory import refuse_overwriting, sole_owner
 from learner.evaluation import answer
 
 FEW_VOIDS = 8  # so few say nothing about a labeller yet
@@ -48,10 +48,11 @@ def run_pair_sampling(
             *reward_needs("labeller", cfg.labeller, reward_models),
         ]
         place(needed, nodes)
-        with sole_owner(directory):
-            if not resume:
-                clear(directory)
-            write_config(directory, cfg)
+        with sole_owner(directory) as held:
+            if resume:
+                held.resume(cfg)
+            else:
+                held.begin(cfg, "sample-pairs", force=force)
             console.print(
                 f"ratchet sample-pairs {policy.path} · {cfg.prompts.pairs} pairs over {len(records)} prompts · "
                 f"seed {cfg.seed}\nrun directory {directory}; starting Ray actors ...",

@@ -32,7 +32,7 @@ from deploy.monitoring import RunFigures
 from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
 from deploy.roles import PolicyFiles, Starter, check_sources
-from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_answers, write_config
+from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
 from deploy.scale import follow_wishes, forget
 from learner.evaluation import Answer, Evaluation
 from learner.group import AdapterReference, LearnerGroup
@@ -59,11 +59,12 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
         check_same_reward_models(cfg, dict(last.table["origins"][0].as_py()))
     with RunFigures.served(cfg.monitoring) as figures, cluster(cfg.ray) as nodes:
         place(needs(cfg, policy.size, reward_models), nodes)
-        with sole_owner(directory):
-            if not resume:
-                clear(directory)
+        with sole_owner(directory) as held:
+            if resume:
+                held.resume(cfg)
+            else:
+                held.begin(cfg, "train", force=force)
             forget(directory)
-            write_config(directory, cfg)
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
             with figures.discoverable(directory), rare_full_collections():

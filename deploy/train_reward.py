@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs, trainer_needs
 from deploy.reward_progress import RewardProgress, plot_calibration
 from deploy.roles import PolicyFiles, Starter
-from deploy.run_directory import clear, refuse_overwriting, sole_owner, write_config
+from deploy.run_directory import RunDirectory, refuse_overwriting, sole_owner
 from learner.calibration import PreferenceEvaluation
 from learner.evaluation import answer
 from learner.group import RewardTrainerGroup
@@ -67,12 +68,12 @@ def run_reward_training(
         counts = json.loads((pairs / "counts.json").read_text(encoding="utf-8"))
         prompts = check_inputs(cfg, base, reference, train, heldout)
 
-        def begin() -> None:
+        def begin(held: RunDirectory) -> None:
             """From here on the run directory is this run's."""
-            if not resume:
-                clear(directory)
-            write_config(directory, cfg)
-            if not resume:
+            if resume:
+                held.resume(cfg)
+            else:
+                held.begin(cfg, "train-reward", force=force)
                 shutil.move(pairs, directory / "pairs")  # what is mapped stays readable
             progress.begin(counts, len(train), len(heldout))
 
@@ -81,8 +82,8 @@ def run_reward_training(
             if prompts:
                 service = reward_needs("learner", _service(cfg, directory), [base.size])
                 place([*generator_needs(cfg.generators, reference.size), *service], nodes)
-            with sole_owner(directory):
-                evaluations = asyncio.run(_train(cfg, directory, train, heldout, begin, progress))
+            with sole_owner(directory) as held:
+                evaluations = asyncio.run(_train(cfg, directory, train, heldout, partial(begin, held), progress))
                 if prompts:
                     asyncio.run(_measure(cfg, directory, reference, prompts, progress))
     if evaluations:

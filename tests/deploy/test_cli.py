@@ -20,7 +20,7 @@ from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy.cli import main
 from deploy.placement import GIB, Node
 from deploy.roles import PolicyFiles
-from deploy.run_directory import write_config
+from deploy.run_directory import sole_owner
 from tests.fakes import save_tiny_model
 
 ROOTS = {"train": Config, "train-reward": RewardTrainingConfig, "sample-pairs": PairSamplingConfig}
@@ -509,8 +509,8 @@ def test_an_interrupted_run_says_how_to_go_on_if_it_had_begun(ratchet, configs, 
 
     def interrupted(cfg, directory, **kwargs):
         if begins:
-            directory.mkdir(parents=True)
-            write_config(directory, cfg)
+            with sole_owner(directory) as held:
+                held.begin(cfg, command, force=False)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MODULES[command], work, interrupted)
