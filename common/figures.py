@@ -22,6 +22,7 @@ class Figure(NamedTuple):
 # rollout/score/NAME stands for one key per reward source.
 FIGURES = (
     Figure("step", "count", "-"),
+    Figure("time", "seconds since 1970", "last"),
     Figure("rollout/score/mean", "reward units", "mean over rollouts"),
     Figure("rollout/score/std", "reward units", "over rollouts"),
     Figure("rollout/score/zero_std", "share", "mean over prompts"),

@@ -1,16 +1,17 @@
 """The experience journal: one Arrow file per step, durable before the learner sees the batch.
 
-RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in admission order, readable with pyarrow,
-pandas or DuckDB alone; step-000123.sha256 beside it is for `sha256sum -c`. The schema's metadata holds, under the key
-`ratchet`, a JSON object:
+RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in admission order. pyarrow and pandas
+read it alone, DuckDB through pyarrow (docs/metrics.md shows how); step-000123.sha256 beside it is for `sha256sum -c`.
+The schema's metadata holds, under the key `ratchet`, a JSON object:
 
-    schema          version of this layout: 3
+    schema          version of this layout: 4
     step            number of this file, from 0
+    time            when the batch was cut, in seconds since 1970 (UTC)
     policy_version  version the learner held when the batch was cut
     prompts         state of the prompt stream after this batch; `outstanding` holds ranges of the sample ids that are
                      neither here nor in a file before, numbered in the order in which they were first asked
-    voids           [sample id, reason] of rollouts that were voided since the previous file; those that `prompts`
-                     still has outstanding are asked again
+    voids           [sample id, reason, response] of rollouts that were voided since the previous file, `response`
+                     null where it is not known; those that `prompts` still has outstanding are asked again
     previous        SHA-256 of the previous file, in hex ("" for step 0): the files form a chain
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,9 @@ import pyarrow as pa
 from common.config import UserError
 from common.types import EXPERIENCE_SCHEMA, Void
 
-SCHEMA_VERSION = 3  # 2: origins of scores; 3: outstanding samples as ranges
+# 2: origins of scores; 3: outstanding samples as ranges; 4: step, time, text of responses. An older layout is refused:
+# another version of Ratchet may also compute other bits from it, so a replay would not lead where the run was.
+SCHEMA_VERSION = 4
 
 
 class JournalError(UserError):
@@ -44,7 +48,8 @@ class JournalStep:
     table: pa.Table
     policy_version: int
     prompts: dict[str, Any]
-    voids: tuple[tuple[str, str], ...]
+    voids: tuple[tuple[str, str], ...]  # (sample id, reason)
+    time: float  # when it was cut, seconds since 1970
 
 
 class Journal:
@@ -69,9 +74,10 @@ class Journal:
         metadata = {
             "schema": SCHEMA_VERSION,
             "step": step,
+            "time": time.time(),
             "policy_version": policy_version,
             "prompts": prompts,
-            "voids": [[str(void.sample_id), void.reason] for void in voids],
+            "voids": [[str(void.sample_id), void.reason, void.response] for void in voids],
             "previous": self._last_hash,
         }
         path = self._path(step)
@@ -110,8 +116,8 @@ class Journal:
             )
         if metadata["step"] != step or metadata["previous"] != self._hash(step - 1):
             raise JournalError(f"{path} does not follow step {step - 1}: a file was changed, lost or moved")
-        voids = tuple((sample_id, reason) for sample_id, reason in metadata["voids"])
-        return JournalStep(step, table, metadata["policy_version"], metadata["prompts"], voids)
+        voids = tuple((sample_id, reason) for sample_id, reason, _ in metadata["voids"])
+        return JournalStep(step, table, metadata["policy_version"], metadata["prompts"], voids, metadata["time"])
 
     def last(self) -> JournalStep | None:
         """The newest step, if there is one."""

@@ -7,7 +7,7 @@ stands at the end of this file. Arrays are one-dimensional and unpadded: R is th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -161,14 +161,20 @@ class Void:
     sample_id: SampleId
     reason: str
     asked_again: bool = False  # its prompt goes out once more, under the same sample id
+    response: str | None = None  # its text, where that is known
 
+
+# How a rollout's response tokens become text, many rollouts at once.
+Decode = Callable[[Sequence[np.ndarray]], Sequence[str]]
 
 EXPERIENCE_SCHEMA = pa.schema(
     [
+        ("step", pa.int32()),
         ("epoch", pa.int32()),
         ("prompt_index", pa.int32()),
         ("replica", pa.int32()),
         ("prompt", pa.string()),
+        ("response", pa.string()),  # decoded without special tokens, to be read; learning uses response_ids alone
         ("fields", pa.string()),  # JSON
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),
@@ -184,15 +190,18 @@ EXPERIENCE_SCHEMA = pa.schema(
 )
 
 
-def experience_table(rows: Sequence[Experience]) -> pa.Table:
-    """Rows in the given order as one Arrow table of EXPERIENCE_SCHEMA."""
+def experience_table(rows: Sequence[Experience], *, step: int = 0, decode: Decode | None = None) -> pa.Table:
+    """Rows in the given order as one Arrow table of EXPERIENCE_SCHEMA. Without `decode`, responses are null."""
     rollouts = [row.rollout for row in rows]
+    responses = decode([rollout.response_ids for rollout in rollouts]) if decode and rows else [None] * len(rows)
     ids = [rollout.prompt.sample_id for rollout in rollouts]
     columns = [
+        [step] * len(rows),
         [i.epoch for i in ids],
         [i.prompt for i in ids],
         [i.replica for i in ids],
         [r.prompt.text for r in rollouts],
+        responses,
         [json.dumps(dict(r.prompt.fields), sort_keys=True) for r in rollouts],
         [r.prompt.token_ids for r in rollouts],
         [r.response_ids for r in rollouts],

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from transformers import PreTrainedTokenizerBase
 
@@ -48,6 +49,10 @@ class PolicyFiles:
         """Raises UserError if there is no such policy, or none that can be trained."""
         directory = resolve_model(path, setting)
         return cls(path, directory, load_tokenizer(directory, setting), model_size(directory, setting))
+
+    def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
+        """Texts without special tokens, as reward functions get them."""
+        return list(self.tokenizer.batch_decode([ids.tolist() for ids in responses], skip_special_tokens=True))
 
     def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:
         """Longest prompt in tokens that leaves room for a response. Raises UserError if there is no room."""

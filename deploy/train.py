@@ -144,6 +144,7 @@ async def _train(
             reward=RewardPool(rewards),
             reference=reference,
             learner=learner,
+            decode=policy.decode,
             on_step=stepped,
             on_evaluation=evaluated,
         )

@@ -46,7 +46,8 @@ class PreferenceEvaluation:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PreferenceEvaluation:
         bins = tuple(Bin(**{**entry, "interval": tuple(entry["interval"])}) for entry in record["bins"])
-        return cls(**{**record, "interval": tuple(record["interval"]), "bins": bins})
+        known = {key: value for key, value in record.items() if key != "time"}  # when it was written
+        return cls(**{**known, "interval": tuple(record["interval"]), "bins": bins})
 
 
 def evaluate_preferences(chosen: np.ndarray, rejected: np.ndarray, *, step: int, epoch: float) -> PreferenceEvaluation:

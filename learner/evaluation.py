@@ -40,7 +40,8 @@ class Evaluation:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
-        return cls(**{**record, "interval": tuple(record["interval"])})
+        known = {key: value for key, value in record.items() if key != "time"}  # when it was written
+        return cls(**{**known, "interval": tuple(record["interval"])})
 
 
 async def evaluate(

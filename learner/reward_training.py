@@ -285,7 +285,7 @@ async def train_reward_model(run: RewardRun) -> list[PreferenceEvaluation]:
         stats = await trainer.update(run.batch(step))
         record = {"step": step, "epoch": (step + 1) / run.steps_per_epoch, **stats}
         if step not in logged:  # a resumed run repeats the steps since its checkpoint, to the same result
-            append_record(run.directory / "metrics.jsonl", record)
+            append_record(run.directory / "metrics.jsonl", {"time": time.time(), **record})
         run.on_step(record)
         if run.checkpoints.due(trainer.step, num_steps):
             await trainer.save(run.checkpoints.path(trainer.step))
@@ -306,6 +306,6 @@ async def _evaluate_if_due(run: RewardRun, evaluations: list[PreferenceEvaluatio
     ]
     chosen, rejected = np.concatenate(scores).T
     evaluation = evaluate_preferences(chosen, rejected, step=step, epoch=step / run.steps_per_epoch)
-    append_record(run.directory / "evaluations.jsonl", evaluation.record())
+    append_record(run.directory / "evaluations.jsonl", {"time": time.time(), **evaluation.record()})
     evaluations.append(evaluation)
     run.on_evaluation(evaluation)

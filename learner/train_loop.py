@@ -18,6 +18,7 @@ from common.metrics import append_record, read_records
 from common.prompts import PromptStream
 from common.types import (
     BYTES_PER_TOKEN,
+    Decode,
     Experience,
     GivenUpError,
     Prompt,
@@ -48,6 +49,7 @@ class Run:
     reward: Reward
     reference: Reference
     learner: LearnerGroup
+    decode: Decode | None = None  # for the text in the journal
     on_step: Callable[[dict[str, Any], Experience, list[Void]], None] = lambda record, example, voids: None
     on_evaluation: Callable[[Evaluation, list[Answer]], None] = lambda evaluation, answers: None
     journal: Journal = field(init=False)
@@ -98,7 +100,7 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     run.prompts.settle([row.rollout.prompt.sample_id for row in batch.experience] + given_up)
     run.prompts.give_back([void.sample_id for void in batch.voids if void.asked_again])
     # On disk before anyone learns from it; in a thread, since others wait for this one while the disk syncs.
-    table = await asyncio.to_thread(_write_down, run.journal, batch, step, run.prompts.state())
+    table = await asyncio.to_thread(_write_down, run, batch, step, run.prompts.state())
     clock.lap("journal")
 
     stats = await run.learner.update(table)
@@ -106,7 +108,7 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     sent = await run.generators.load(run.learner.publish(), run.learner.step)
     clock.lap("publish")
     rollouts = _rollout_metrics(table, len(batch.voids), policy_version=step)
-    record = {"step": step, **rollouts, **batch.stats, **stats, **sent, **clock.laps}
+    record = {"step": step, "time": time.time(), **rollouts, **batch.stats, **stats, **sent, **clock.laps}
     append_record(run.directory / "metrics.jsonl", record)  # before the checkpoint, after which no replay would do it
 
     if run.checkpoints.due(run.learner.step, run.cfg.num_steps):
@@ -173,9 +175,9 @@ async def fetch(generators: Generators, rows: Sequence[Scored]) -> list[Experien
     return fetched
 
 
-def _write_down(journal: Journal, batch: Batch, policy_version: int, prompts: dict[str, Any]) -> pa.Table:
-    table = experience_table(batch.experience)
-    journal.append(table, policy_version=policy_version, prompts=prompts, voids=batch.voids)
+def _write_down(run: Run, batch: Batch, step: int, prompts: dict[str, Any]) -> pa.Table:
+    table = experience_table(batch.experience, step=step, decode=run.decode)
+    run.journal.append(table, policy_version=step, prompts=prompts, voids=batch.voids)
     return table
 
 
@@ -197,7 +199,9 @@ async def recover(run: Run) -> None:
         stats = await run.learner.update(written.table)
         if written.step not in logged:
             rollouts = _rollout_metrics(written.table, len(written.voids), policy_version=written.policy_version)
-            append_record(run.directory / "metrics.jsonl", {"step": written.step, **rollouts, **stats})
+            append_record(
+                run.directory / "metrics.jsonl", {"step": written.step, "time": written.time, **rollouts, **stats}
+            )
     if (last := run.journal.last()) is None:
         return  # a new run
     run.prompts.restore(last.prompts)
@@ -220,7 +224,7 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
         max_void_share=run.cfg.reward.max_void_share,
     )
     run.on_evaluation(evaluation, answers)  # keeps the answers: before the record, after which none would
-    append_record(run.directory / "evaluations.jsonl", evaluation.record())
+    append_record(run.directory / "evaluations.jsonl", {"time": time.time(), **evaluation.record()})
     evaluations.append(evaluation)
 
 

@@ -54,9 +54,13 @@ def read_all(directory):
     return [written.step for written in Journal(directory).since(0)]
 
 
-def test_a_step_reads_back_as_it_was_written(tmp_path):
+def test_a_step_reads_back_as_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module.time, "time", lambda: 1700000000.5)
     journal = Journal(tmp_path)
-    voids = [Void(SampleId(0, 3, 1), "reward source correct raised ValueError: ü"), Void(SampleId(1, 0, 0), "too old")]
+    voids = [
+        Void(SampleId(0, 3, 1), "reward source correct raised ValueError: ü", response="Größe"),
+        Void(SampleId(1, 0, 0), "too old"),
+    ]
     state = {"issued": 7, "outstanding": ["0/4/0", "1/2/1"]}
     assert journal.append(batch(0), policy_version=0, prompts={"issued": 2, "outstanding": []}) == 0
     assert journal.append(batch(1, rows=5), policy_version=3, prompts=state, voids=voids) == 1
@@ -64,6 +68,11 @@ def test_a_step_reads_back_as_it_was_written(tmp_path):
     assert (written.step, written.policy_version, written.prompts) == (1, 3, state)
     assert written.voids == (("0/3/1", "reward source correct raised ValueError: ü"), ("1/0/0", "too old"))
     assert written.table.equals(batch(1, rows=5))
+    assert written.time == 1700000000.5
+    assert metadata(path(tmp_path, 1))["voids"] == [
+        ["0/3/1", "reward source correct raised ValueError: ü", "Größe"],
+        ["1/0/0", "too old", None],
+    ]
     assert journal.read(0).voids == ()
     assert journal.next_step == 2
 
@@ -77,15 +86,17 @@ def test_since_yields_steps_in_order_from_the_one_asked_for(tmp_path):
     assert list(journal.since(4)) == []
 
 
-def test_a_file_is_readable_with_pyarrow_alone_and_its_metadata_is_json(tmp_path):
+def test_a_file_is_readable_with_pyarrow_alone_and_its_metadata_is_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module.time, "time", lambda: 1700000000.5)
     write(tmp_path, steps=2)
     with pa.ipc.open_file(path(tmp_path, 1)) as file:
         table = file.read_all()
     assert table.schema == EXPERIENCE_SCHEMA
     assert table["response_ids"].to_pylist() == [[1, 1], [1, 1, 1]]
     assert metadata(path(tmp_path, 1)) == {
-        "schema": 3,
+        "schema": 4,
         "step": 1,
+        "time": 1700000000.5,
         "policy_version": 1,
         "prompts": {"issued": 1},
         "voids": [],
@@ -198,12 +209,12 @@ def test_a_step_of_another_run_is_found(tmp_path):
         read_all(tmp_path / "one")
 
 
-@pytest.mark.parametrize("version", [2, 4])
+@pytest.mark.parametrize("version", [3, 5])
 def test_a_step_of_another_layout_is_refused_by_version(tmp_path, monkeypatch, version):
     with monkeypatch.context() as other:
         other.setattr(journal_module, "SCHEMA_VERSION", version)
         write(tmp_path)
-    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 3; go on with"):
+    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 4; go on with"):
         Journal(tmp_path).last()
 
 

@@ -64,10 +64,12 @@ def test_an_experience_table_gives_back_every_column_of_ragged_rows():
     assert table.schema == EXPERIENCE_SCHEMA
     table.validate(full=True)
     assert table.to_pydict() == {
+        "step": [0, 0, 0],
         "epoch": [0, 1, 1],
         "prompt_index": [5, 0, 2],
         "replica": [1, 0, 0],
         "prompt": ["Grüße, 7 or 9?", "", "third"],
+        "response": [None, None, None],
         "fields": ['{"larger": 9, "tags": ["a", null]}', "{}", "{}"],
         "prompt_ids": [[7, 8, 9], [1], [2, 2]],
         "response_ids": [[3, 2], [4, 5, 6, 7], []],
@@ -84,6 +86,16 @@ def test_an_experience_table_gives_back_every_column_of_ragged_rows():
         ],
         "ref_logprobs": [[-1.5, -2.0], [-4.0, -3.0, -2.0, -1.0], []],
     }
+
+
+def test_a_table_has_its_step_and_the_text_of_every_response():
+    def decode(responses):
+        return [" ".join(map(str, ids.tolist())) for ids in responses]
+
+    table = experience_table(ragged_rows(), step=7, decode=decode)
+    assert table["step"].to_pylist() == [7, 7, 7]
+    assert table["response"].to_pylist() == ["3 2", "4 5 6 7", ""]
+    assert experience_table([], step=7, decode=decode).num_rows == 0
 
 
 def test_logprobs_and_scores_keep_every_bit():

@@ -384,7 +384,7 @@ def run_once(directory: Path, model: Path, pairs: Pairs, *, dies: tuple[int, str
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_records(path)]
+    return [{k: v for k, v in record.items() if k.split("/")[0] != "time"} for record in read_records(path)]
 
 
 @pytest.fixture(scope="module")

@@ -219,6 +219,7 @@ def test_a_run_killed_before_a_steps_metrics_has_its_whole_line_after_resuming(t
     after = read_records(metrics)
     assert [record["step"] for record in after] == [0, 1, 2]
     untimed = [{key: value for key, value in record.items() if not key.endswith("_s")} for record in before]
+    untimed[1]["time"] = make_run(tmp_path, FakeRoles([])).journal.read(1).time
     assert after[:2] == [before[0], untimed[1]]  # all but the seconds, which nobody knows any more
     assert {"rollout/score/mean", "rollout/score/a_words", "staleness/max", "ppo/entropy"} <= after[1].keys()
     assert after[1]["rollout/score/mean"] != after[0]["rollout/score/mean"]  # each step's own
@@ -412,3 +413,25 @@ def test_the_share_of_prompts_with_equal_scores_is_recorded(prompts, scores, sha
     record = _rollout_metrics(experience_table(rows), 0, policy_version=0)
     assert record["rollout/score/zero_std"] == pytest.approx(share)
     assert (record["rollout/score/std"] == 0.0) == (len(set(scores)) == 1)
+
+
+def test_records_say_when_they_were_written_and_replayed_ones_when_their_batch_was_cut(tmp_path, monkeypatch):
+    asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=1)))
+    [first], [before, after] = (read_records(tmp_path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+    [written] = make_run(tmp_path, FakeRoles([])).journal.since(0)
+    assert before["time"] <= written.time <= first["time"] <= after["time"]
+    (tmp_path / "metrics.jsonl").unlink()  # a crash before the record was written, and before the checkpoint
+    shutil.rmtree(tmp_path / "checkpoints")
+    asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=2)))
+    again, second = read_records(tmp_path / "metrics.jsonl")
+    assert again["time"] == written.time < second["time"]
+
+
+def test_the_journal_has_the_text_of_every_response_and_its_step(tmp_path):
+    run = make_run(tmp_path, FakeRoles([]), num_steps=2)
+    run.decode = lambda responses: [f"{len(ids)} tokens, first {ids[0]}" for ids in responses]
+    asyncio.run(train(run))
+    for step, written in enumerate(run.journal.since(0)):
+        rows = written.table.to_pylist()
+        assert [row["step"] for row in rows] == [step] * 4
+        assert [row["response"] for row in rows] == [f"2 tokens, first {row['response_ids'][0]}" for row in rows]
