@@ -31,6 +31,14 @@ class Section(BaseModel):
 class Root(Section):
     """A whole config file."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_nul(cls, tree: Any) -> Any:
+        """No file, model, function or address has a NUL in its name, and most libraries fail on it."""
+        if any("\0" in text for text in _texts(tree)):
+            raise ValueError("a text has a NUL character in it; remove it")
+        return tree
+
     def to_toml(self) -> str:
         """The resolved tree as `load_config` reads it back."""
         return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
@@ -44,6 +52,15 @@ class Root(Section):
 
     def _broken_rules(self) -> Iterator[str]:
         yield from ()
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Every text in a tree of tables and lists."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, (Mapping, list, tuple)):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _texts(part)
 
 
 class Placed(Section):
@@ -302,7 +319,7 @@ class PPOConfig(Section):
     ppo_epochs: Positive = 2
     """Passes over each batch; more reuses the data and moves further from the policy that wrote it."""
     minibatches: Positive = 1
-    """Optimizer steps per pass; rollouts_per_step must divide into them."""
+    """Optimizer steps per pass, each on an equal part of the batch: rollouts_per_step must be a multiple of it."""
     value_coef: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the value loss beside the policy loss; matters for what the critic shares with the policy."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
@@ -499,7 +516,7 @@ class Config(Root):
         ):
             if batch % parts:
                 nearest = ", ".join(str(n) for n in (batch // parts * parts, batch // parts * parts + parts) if n)
-                yield f"rollouts_per_step ({batch}) must divide into {key} ({parts}); nearest: {nearest}"
+                yield f"rollouts_per_step ({batch}) must be a multiple of {key} ({parts}); nearest: {nearest}"
         yield from broken_sampling_rules(sampling)
         if self.optimizer.warmup_steps > steps:
             yield (

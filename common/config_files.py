@@ -1,10 +1,15 @@
-"""Configuration files: a TOML file and `key=value` overrides to a tree of `common/config.py`, or every fault in it."""
+"""Configuration files: a TOML file and `key=value` settings to a tree of `common/config.py`, or every fault in it.
+
+Names of files and model directories in it are looked up in the current directory first, then next to the TOML file.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import tomllib
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,25 +21,35 @@ from common.config import SOURCE_KINDS, RewardSource, Root, Section, UserError
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
 
+_DEEPEST = 8  # sections that a key is in; more than any has
+_LONGEST_SHOWN = 200  # characters of the user's text in a message
 
-def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot]) -> AnyRoot:
-    """The tree of kind `root` in `path` with `key=value` overrides applied. Raises UserError with every fault found."""
+
+def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, keep_relative: bool = False) -> AnyRoot:
+    """The tree of kind `root` in `path` with `key=value` overrides applied. Raises UserError with every fault found.
+
+    Names of files are made absolute, unless `keep_relative`: the current directory will be another one on a cluster."""
+    given = tuple(overrides)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
+        for override in given:
+            _apply(tree, override)
+        _find_files(tree, (Path.cwd(), path.absolute().parent), keep_relative)
+        return root.model_validate(tree)
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist; shipped ones lie in deploy/configs/") from None
     except OSError as error:
         raise UserError(f"config {path} cannot be read ({error.strerror}); name a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(tree, override)
-    _make_models_absolute(tree)
-    try:
-        return root.model_validate(tree)
+    except RecursionError:
+        raise UserError(
+            f"config file {path} has brackets or sections within each other too deeply; no setting is"
+        ) from None
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(fault, root)}" for fault in error.errors())
-        raise UserError(f"config {path} has {error.error_count()} fault(s):\n{faults}") from None
+        faults = [(fault, _explain(fault, root)) for fault in error.errors()]
+        lines = "\n".join(f"  {text}" for _, text in faults)
+        raise UserError(f"{_at_fault(path, given, faults)} {len(faults)} fault(s):\n{lines}") from None
+    except ValueError as error:  # TOML's and UTF-8's own errors, NUL in the path, a number of 5,000 digits
+        raise UserError(f"config file {path} is not valid TOML: {error}") from None
 
 
 def describe(section: type[Section], prefix: str = "", *, skip: Container[str] = ()) -> Iterator[tuple[str, ...]]:
@@ -52,62 +67,125 @@ def describe(section: type[Section], prefix: str = "", *, skip: Container[str] =
                 yield from describe(source, f"{prefix}{name}[].", skip=RewardSource.model_fields)
 
 
-def _make_models_absolute(tree: Any) -> None:
-    """Model directories are opened by processes that may have been started elsewhere."""
+def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> None:
+    """Makes names of model directories and data files that are found in one of the directories absolute: they are
+    opened by processes that may have been started elsewhere, and again when the run is resumed. Other names stay."""
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):
-            _make_models_absolute(value)
+            _find_files(value, directories, keep_relative)
         elif isinstance(value, list):
             for entry in value:
-                _make_models_absolute(entry)
+                _find_files(entry, directories, keep_relative)
         elif key in ("path", "model", "policy") and isinstance(value, str):
-            tree[key] = absolute_if_directory(value)
+            tree[key] = absolute_if_directory(value, directories)
+        elif key in ("train", "heldout", "source") and isinstance(value, str):
+            found = _absolute_if_file(value, directories)
+            tree[key] = _relative_if_here(found, value) if keep_relative else found
 
 
-def absolute_if_directory(name: str) -> str:
-    """A model directory as every process finds it; any other name as it is."""
-    path = Path(os.path.expanduser(name))
-    return str(path.resolve()) if name and path.is_dir() else name
+def absolute_if_directory(name: str, directories: Sequence[Path] = (Path(),)) -> str:
+    """A model directory as every process finds it; any other name, such as one of the hub, as it is."""
+    paths = (os.path.join(directory, os.path.expanduser(name)) for directory in directories)
+    return next((os.path.realpath(path) for path in paths if name and os.path.isdir(path)), name)
+
+
+def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
+    """A data file, or a pattern that such files match, as every process finds it; any other name as it is."""
+    pattern = os.path.expanduser(name)
+    for directory in directories:
+        if name and os.path.exists(path := os.path.join(directory, pattern)):
+            return os.path.abspath(path)
+        if glob.has_magic(pattern) and "\0" not in pattern and glob.glob(pattern, root_dir=directory):
+            return os.path.join(glob.escape(os.path.abspath(directory)), pattern)
+    return name
+
+
+def _relative_if_here(found: str, given: str) -> str:
+    """The file in relation to the current directory, if it is in that and was not given by an absolute name."""
+    absolute = os.path.isabs(os.path.expanduser(given)) or not Path(found).is_relative_to(Path.cwd())
+    return found if absolute else os.path.relpath(found)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} must read key=value, such as ppo.clip_eps=0.1")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
     *sections, leaf = key.split(".")
+    if len(sections) > _DEEPEST:
+        raise UserError(f"override {shortened(override)}: no setting is so many sections deep")
+    try:
+        override.encode()
+        value = tomllib.loads(f"value = {text}")["value"]
+    except UnicodeEncodeError:
+        raise UserError(f"override {override!r} is not valid UTF-8; write it in a UTF-8 terminal") from None
+    except RecursionError:
+        raise UserError(f"override {shortened(override)} has brackets within each other too deeply") from None
+    except ValueError:
+        value = text  # a bare word is a string
     for name in sections:
-        if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):  # reward.sources.0.weight
-            tree = tree[int(name)]
+        if isinstance(tree, list) and re.fullmatch("[0-9]{1,4}", name) and int(name) < len(tree):
+            tree = tree[int(name)]  # reward.sources.0.weight
         elif isinstance(tree, dict):
             tree = tree.setdefault(name, {})
         else:
             break
     if not isinstance(tree, dict):
-        raise UserError(f"override {override!r}: {leaf} would be set inside a value that is no section of settings")
+        raise UserError(
+            f"override {shortened(repr(override))}: {leaf} would be set inside a value that is no section of settings"
+        )
     tree[leaf] = value
+
+
+def _at_fault(path: Path, overrides: Sequence[str], faults: Sequence[tuple[Any, str]]) -> str:
+    """The beginning of the message: what has the faults, the file, or settings of the command line, or both."""
+    blamed = [[text for text in overrides if _is_about(text, fault, told)] for fault, told in faults]
+    given = " ".join(shortened(text) for text in dict.fromkeys(overrides) if any(text in texts for texts in blamed))
+    if not given:
+        return f"config {path} has"
+    if all(blamed) and all(fault["loc"] for fault, _ in faults):
+        return f"the command line ({given}) has"
+    return f"config {path} with {given} has"
+
+
+def _is_about(override: str, fault: Any, told: str) -> bool:
+    """Whether a fault, as it is told, is one of the key that an override sets, or breaks a rule that this key is in."""
+    key = override.partition("=")[0]
+    if not (place := ".".join(_keys(fault["loc"]))):
+        return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", told) is not None
+    return f"{place}.".startswith(f"{key}.")
+
+
+def shortened(text: str) -> str:
+    """For a message."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} ..."
+
+
+def _keys(loc: Sequence[str | int]) -> list[str]:
+    """The keys in the file of what pydantic locates: behind the index of a reward source it puts the source's kind,
+    which the file does not have."""
+    return [str(part) for k, part in enumerate(loc) if not (k and isinstance(loc[k - 1], int))]
 
 
 def _explain(fault: Any, root: type[Section]) -> str:
     """One pydantic error in the words of the file: key, what is wrong, remedy."""
-    loc = fault["loc"]
-    # Behind the index of a reward source pydantic puts its kind, which the file does not have.
-    key = ".".join(str(part) for k, part in enumerate(loc) if not (k and isinstance(loc[k - 1], int)))
+    key = shortened(".".join(_keys(fault["loc"])))
     match fault["type"]:
         case "extra_forbidden":
             *parents, leaf = (part for part in fault["loc"])
             close = get_close_matches(str(leaf), _names_at(parents, root), n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(_names_at(parents, root))}"
+            if not any(isinstance(part, int) for part in parents):  # perhaps one of another section
+                places = [known for known, *_ in describe(root) if known.endswith(f".{leaf}") and "[" not in known]
+                close = [*close, *places] if parents else places or close
+            hint = (
+                f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(_names_at(parents, root))}"
+            )
             return f"{key}: unknown key; {hint}"
         case "missing":
             return f"{key}: required and missing"
         case "value_error":
             return str(fault["ctx"]["error"]) if not key else f"{key}: {fault['ctx']['error']}"
         case _:
-            return f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            return f"{key} = {shortened(repr(fault['input']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def _names_at(parents: list[Any], root: type[Section]) -> list[str]:

@@ -43,7 +43,7 @@ def resolve_model(name: str, setting: str = "model.path") -> Path:
     if name == EMBEDDED:
         return _prepare_embedded()
     directory = Path(os.path.expanduser(name))
-    if name and directory.is_dir():
+    if name and os.path.isdir(directory):  # no error for names that are too long
         if not (directory / "config.json").exists():
             raise UserError(f"{setting} ({name}) holds no config.json; name a Hugging Face model directory")
         if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):

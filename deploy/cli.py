@@ -68,6 +68,7 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
 }
 
 _DASHBOARD = "RAY_API_SERVER_ADDRESS"  # Ray's own variable
+IN_A_JOB = "RATCHET_IN_A_JOB"  # set in the environment of a submitted run
 
 app = typer.Typer(
     help="PPO from human feedback on Ray and vLLM.",
@@ -158,14 +159,15 @@ def submit(
             "name the run directory with --run: the job's own directory is deleted after it, so the run must lie on "
             "storage that every node sees; a relative one is taken from the current directory"
         )
-    cfg, named = _named(Config, config, settings or [], run, resume)
+    cfg, named = _named(Config, config, settings or [], run, resume, travels=True)
     directory = Path(os.path.abspath(named))
     _find_users_modules()
     from deploy.run_directory import refuse_overwriting
     from deploy.submit import submit_run
 
     if resume is None:
-        refuse_overwriting(directory, force=force)  # where it can be seen from here
+        if os.path.lexists(directory):  # it may be seen from the cluster only
+            refuse_overwriting(directory, force=force)
         arguments = ["/dev/stdin", "--run", str(directory), *(["--force"] if force else [])]
     else:
         arguments = [*filter(None, [config]), *(settings or []), "--resume", str(directory)]
@@ -273,15 +275,25 @@ def config(
 
 
 def _named(
-    root: type[AnyRoot], config: str, settings: Sequence[str], run: Path | None, resume: Path | None
+    root: type[AnyRoot],
+    config: str,
+    settings: Sequence[str],
+    run: Path | None,
+    resume: Path | None,
+    *,
+    travels: bool = False,
 ) -> tuple[AnyRoot, Path]:
-    """The config that was named, or that of the run that goes on, and its run directory."""
+    """The config that was named, or that of the run that goes on, and its run directory. In a config that travels with
+    a job, or has done so, names of files stay relative: every job has a current directory of its own."""
+    travels |= IN_A_JOB in os.environ
     if resume is not None:
         if run is not None or config.endswith(".toml"):
             raise UserError("--resume goes on with the config of its run directory; give no config file and no --run")
-        return _resumed(root, resume, [config, *settings] if config else [*settings]), resume
+        overrides = [config, *settings] if config else [*settings]
+        return _resumed(root, resume, overrides, travels=travels), resume
     if config:
-        return load_config(Path(config), settings, root), run or Path("runs") / Path(config).stem
+        cfg = load_config(Path(config), settings, root, keep_relative=travels)
+        return cfg, run or Path("runs") / Path(config).stem
     raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
 
 
@@ -296,8 +308,8 @@ def _find_users_modules() -> None:
     sys.path.append(str(Path.cwd()))
 
 
-def _resumed(root: type[AnyRoot], directory: Path, overrides: list[str]) -> AnyRoot:
-    if not (directory / "config.toml").exists():
+def _resumed(root: type[AnyRoot], directory: Path, overrides: list[str], *, travels: bool) -> AnyRoot:
+    if not os.path.exists(directory / "config.toml"):
         raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet has made")
     changeable = _RESUMABLE[root]
 
@@ -310,7 +322,9 @@ def _resumed(root: type[AnyRoot], directory: Path, overrides: list[str]) -> AnyR
             f"{', '.join(fixed)} cannot change when a run goes on, since what it has done was done under the old "
             f"value; changeable: {', '.join(name.rstrip('.') for name in changeable)}; or start a new run"
         )
-    before, after = (load_config(directory / "config.toml", given, root) for given in ([], overrides))
+    before, after = (
+        load_config(directory / "config.toml", given, root, keep_relative=travels) for given in ([], overrides)
+    )
     optimizer: AdamWConfig | None = getattr(after, "optimizer", None)
     for key in ("num_steps", "epochs"):
         old, new = getattr(before, key, None), getattr(after, key, None)

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import typer
 from transformers import PreTrainedTokenizerBase
 
 from common.config import Config, Root, UserError
@@ -23,6 +22,7 @@ from common.config_files import load_config
 from common.files import write_json, write_whole
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from common.types import Rollout, Score, Void
+from deploy.console import complain
 
 RECORD = "run.json"
 _MARK = "ratchet_run"  # the key of run.json that nothing else writes; its value is the version of the layout
@@ -125,7 +125,7 @@ class RunDirectory:
         old, self._descriptor = self._descriptor, self._take()
         os.close(old)
         refuse_overwriting(self.directory, force=False)  # until now another process could have taken the new one
-        typer.echo(f"ratchet: the old run is now {aside}; remove it when you no longer need it", err=True)
+        complain(f"the old run is now {aside}; remove it when you no longer need it")
 
     def _take(self) -> int:
         while True:

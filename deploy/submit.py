@@ -57,7 +57,7 @@ def submit_run(cfg: Config, arguments: Sequence[str], directory: Path, *, addres
                 # Not in one directory with the user's files, which may have the same names; Python finds these first.
                 "py_modules": [package.__path__[0] for package in (actors, common, deploy, learner)],
                 "excludes": EXCLUDED,
-                "env_vars": {"RATCHET_CONFIG": cfg.to_toml()},
+                "env_vars": {"RATCHET_CONFIG": cfg.to_toml(), "RATCHET_IN_A_JOB": "1"},
             },
             metadata={"run": str(directory)},
         )

@@ -43,13 +43,13 @@ def broken_rules(root, tree):
 def test_an_impossible_batch_split_names_rule_values_and_nearest():
     tree = ppo(rollouts_per_step=100, ppo={"minibatches": 16})
     assert broken_rules(Config, tree) == [
-        "rollouts_per_step (100) must divide into ppo.minibatches (16); nearest: 96, 112"  # 6 x, 7 x 16
+        "rollouts_per_step (100) must be a multiple of ppo.minibatches (16); nearest: 96, 112"  # 6 x, 7 x 16
     ]
     (message,) = broken_rules(Config, ppo(rollouts_per_step=3, ppo={"minibatches": 16}))
     assert message.endswith("nearest: 16")  # no rollouts at all is no batch
     tree = ppo(rollouts_per_step=64, prompts={"train": "t", "rollouts_per_prompt": 3})
     assert broken_rules(Config, tree) == [
-        "rollouts_per_step (64) must divide into prompts.rollouts_per_prompt (3); nearest: 63, 66"
+        "rollouts_per_step (64) must be a multiple of prompts.rollouts_per_prompt (3); nearest: 63, 66"
     ]
 
 

@@ -97,6 +97,17 @@ def leaves(tree, prefix=""):
         ("optimiser.eps=1", "optimiser: unknown key; did you mean optimizer?"),
         ("model.zzz=1", "model.zzz: unknown key; known here: path"),
         ("learner.lora.rnk=1", "learner.lora.rnk: unknown key; did you mean rank?"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
+        ("reward.temperature=1", "reward.temperature: unknown key; did you mean sampling.temperature?"),
+        (
+            "max_tokens=1",
+            "max_tokens: unknown key; did you mean prompts.max_tokens?",
+        ),
+        (
+            "threads=2",
+            "threads: unknown key; did you mean generators.threads or reference.threads or reward.threads or "
+            "learner.threads?",
+        ),
         ("model.weigth=1", "model.weigth: unknown key; known here: path"),  # a section, not a source with a model
     ],
 )
@@ -174,8 +185,115 @@ def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(m
 )
 def test_a_fault_is_told_with_the_key_as_the_file_has_it(minimal, override, message):
     first, *lines = refusal(minimal, override).splitlines()
-    assert first == f"config {minimal} has 1 fault(s):"
+    assert first == f"the command line ({override}) has 1 fault(s):"
     assert [line[: len(message) + 2] for line in lines] == [f"  {message}"]
+
+
+def test_faults_of_file_and_command_line_are_told_apart(minimal):
+    minimal.write_text(MINIMAL + "\n[ppo]\ngamma = 2\nminibatches = 4\n")
+    assert refusal(minimal).startswith(f"config {minimal} has 1 fault(s):")
+    assert refusal(minimal, "seed=3").startswith(f"config {minimal} has 1 fault(s):")
+    assert refusal(minimal, "ppo.lam=3").startswith(f"config {minimal} with ppo.lam=3 has 2 fault(s):")
+    # A rule about several settings is broken by those of the file and of the command line together.
+    broken = refusal(minimal, "seed=3", "ppo.gamma=1", "rollouts_per_step=6")
+    assert broken.startswith(f"config {minimal} with rollouts_per_step=6 has 1 fault(s):")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward.sources.².weight=1", "weight would be set inside a value that is no section"),
+        (f"reward.sources.{'0' * 5000}.weight=1", "weight would be set inside a value that is no section"),
+        ("num_steps=" + "1" * 5000, "num_steps = '1111"),
+        ("reward.sources=" + "[" * 3000, "has brackets within each other too deeply"),
+        ("a." * 3000 + "b=1", "no setting is so many sections deep"),
+        ('model.path="a\\u0000b"', "a text has a NUL character in it; remove it"),
+        ('reward.sources=[{name="a",function="m:f\\u0000"}]', "a text has a NUL character in it; remove it"),
+        ("model.path=\udcff", "is not valid UTF-8"),
+        ("seed\udcff=1", "is not valid UTF-8"),
+        ("x" * 5000 + "=1", "unknown key; known here: seed"),
+    ],
+)
+def test_input_that_no_parser_likes_is_refused_in_a_short_message(minimal, override, message):
+    told = refusal(minimal, override)
+    assert message in told
+    assert len(told) < 1500
+
+
+@pytest.mark.parametrize(
+    "content", ["seed = " + "1" * 5000, "a = " + "[" * 3000, ".".join("a" * 3000) + " = 1", 'a = "\\u0000"', "a = \x00"]
+)
+def test_a_file_that_no_parser_likes_is_refused_by_name(minimal, content):
+    minimal.write_text(content)
+    told = refusal(minimal)
+    assert str(minimal) in told
+    assert len(told) < 1500
+
+
+def test_a_name_that_no_file_can_have_stays_for_those_who_look_for_it(minimal):
+    long = "x" * 5000
+    cfg = load_config(minimal, [f"model.path={long}", f"prompts.train={long}.jsonl"], Config)
+    assert (cfg.model.path, cfg.prompts.train) == (long, f"{long}.jsonl")
+    assert "cannot be read" in refusal(Path(f"{long}.toml"))
+    assert "not valid TOML" in refusal(Path("a\0.toml"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(minimal):
+    minimal.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_config(minimal, [], Config).prompts.train == "questions.jsonl"
+
+
+# Where files are looked for
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A config in a directory of its own, with data and a model next to it; the current directory is another."""
+    home, here = tmp_path / "Проект 設定 é", tmp_path / "here"
+    for directory in (home / "data", home / "model", here):
+        directory.mkdir(parents=True)
+    for name in ("train.jsonl", "data/a.parquet"):
+        (home / name).touch()
+    (home / "run.toml").write_text(MINIMAL.replace("questions.jsonl", "train.jsonl") + '[model]\npath = "model"\n')
+    monkeypatch.chdir(here)
+    return home
+
+
+def test_names_in_a_config_are_found_next_to_it_and_first_in_the_current_directory(beside):
+    def names():
+        cfg = load_config(beside / "run.toml", ["prompts.heldout=data/*.parquet"], Config)
+        return cfg.model.path, cfg.prompts.train, cfg.prompts.heldout
+
+    there = tuple(str(beside / name) for name in ("model", "train.jsonl", "data/*.parquet"))
+    assert names() == there
+    for name in ("model", "data"):
+        Path(name).mkdir()
+    for name in ("train.jsonl", "data/b.parquet"):
+        Path(name).touch()
+    assert names() == tuple(str(Path(name).absolute()) for name in ("model", "train.jsonl", "data/*.parquet"))
+
+
+def test_names_that_are_found_nowhere_and_functions_stay_as_they_are(beside):
+    names = {"prompts.train": "deploy.tasks.larger:prompts", "prompts.heldout": "no.jsonl", "model.path": "org/model"}
+    cfg = load_config(beside / "run.toml", [f"{key}={name}" for key, name in names.items()], Config)
+    assert [cfg.prompts.train, cfg.prompts.heldout, cfg.model.path] == list(names.values())
+
+
+def test_in_a_config_that_travels_names_below_the_current_directory_stay_relative(beside, monkeypatch):
+    monkeypatch.chdir(beside.parent)
+    cfg = load_config(Path(beside.name) / "run.toml", ["prompts.heldout=~/x.jsonl"], Config, keep_relative=True)
+    assert (cfg.prompts.train, cfg.prompts.heldout) == (f"{beside.name}/train.jsonl", "~/x.jsonl")
+    absolute = [f"prompts.train={beside / 'train.jsonl'}"]
+    assert load_config(beside / "run.toml", absolute, Config, keep_relative=True).prompts.train == str(
+        beside / "train.jsonl"
+    )
+
+
+def test_a_resolved_config_finds_its_files_from_anywhere(beside, tmp_path, monkeypatch):
+    resolved = tmp_path / "config.toml"
+    resolved.write_text(load_config(beside / "run.toml", [], Config).to_toml(), encoding="utf-8")
+    monkeypatch.chdir("/")
+    assert load_config(resolved, [], Config).prompts.train == str(beside / "train.jsonl")
 
 
 def test_an_unknown_key_in_the_file_is_refused_as_one_in_an_override_is(minimal):
@@ -187,7 +305,7 @@ def test_an_unknown_key_in_the_file_is_refused_as_one_in_an_override_is(minimal)
 
 def test_several_faults_are_all_reported_at_once(minimal):
     lines = refusal(minimal, "num_stepz=3", "ppo.gamma=2", "reward.sources.0.name=a b").splitlines()
-    assert lines[0] == f"config {minimal} has 3 fault(s):"
+    assert lines[0] == "the command line (num_stepz=3 ppo.gamma=2 reward.sources.0.name=a b) has 3 fault(s):"
     assert sorted(line.split()[0].rstrip(":") for line in lines[1:]) == [
         "num_stepz",
         "ppo.gamma",
