@@ -387,7 +387,8 @@ class LoRAConfig(Section):
     alpha: Positive = 32
     """Scale of what the adapters add, divided by the rank."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get adapters, such as q_proj; all-linear: every one but the output embedding."""
+    """Names of the linear layers that get adapters, such as q_proj; all-linear: every one but the output embedding, and
+    the experts of a mixture of experts. Embeddings are refused."""
 
 
 class TrainerConfig(Placed):

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -32,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import PACKED
 from common.config import UserError
+from common.saved_weights import as_saved
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -112,10 +114,25 @@ def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
 
 
 def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight that the learner trains and publishes of the model in `directory`, by its name; a tied head
-    is the embedding. No weight is loaded."""
+    """Shape of every weight that the learner trains and publishes of the model in `directory`, by its name in files; a
+    tied head is the embedding. No weight is loaded."""
     model = _without_weights(AutoConfig.from_pretrained(directory))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    saved = as_saved(model, ((name, parameter.detach) for name, parameter in model.named_parameters()))
+    return {name: tuple(tensor.shape) for name, tensor in saved}
+
+
+def constants(directory: Path) -> dict[str, Tensor]:
+    """What belongs to the model in `directory` beside weights and is never trained, such as the bias that balances the
+    load of experts: as its safetensors files hold it, by name."""
+    model = _without_weights(AutoConfig.from_pretrained(directory))
+    persistent = model.state_dict().keys()
+    buffers = ((name, buffer.detach) for name, buffer in model.named_buffers() if name in persistent)
+    names = {name for name, _ in as_saved(model, buffers)}
+    found: dict[str, Tensor] = {}
+    for file in directory.glob("*.safetensors") if names else ():
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
+    return found
 
 
 def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
@@ -179,11 +196,13 @@ def _check_head(model: PreTrainedModel, directory: Path) -> None:
 
 
 def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None:
-    """Writes a policy of these weights, bf16, as a Hugging Face directory in place of `target`. Config and tokenizer
-    are those of `base`, which it started from."""
+    """Writes a policy of these weights, bf16, under their names in files, as a Hugging Face directory in place of
+    `target`. All else is that of `base`, which it started from."""
     model = _without_weights(AutoConfig.from_pretrained(base))
     with replaced_directory(target) as staging:
-        write_weights(model, tensors, staging)
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        model.save_pretrained(staging, state_dict=weights | constants(base), save_original_format=False)
+        write_config(model, staging)
         if (base / "generation_config.json").exists():
             # As it is: transformers refuses to write some that it reads.
             shutil.copyfile(base / "generation_config.json", staging / "generation_config.json")
@@ -191,8 +210,13 @@ def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None
 
 
 def write_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Weights in bf16, and the config that says so."""
+    """Weights in bf16, by their names in the model, and the config that says so."""
     model.save_pretrained(directory, state_dict={k: v.to(torch.bfloat16) for k, v in tensors.items()})
+    write_config(model, directory)
+
+
+def write_config(model: PreTrainedModel, directory: Path) -> None:
+    """Config of a model whose weights in `directory` are bf16."""
     config = copy.deepcopy(model.config)  # the trained copy is float32, what was written is not
     config.dtype = torch.bfloat16
     config.save_pretrained(directory)

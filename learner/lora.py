@@ -6,31 +6,40 @@ reference.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config import LoRAConfig, UserError
+from common.saved_weights import NamedTensor
 from learner.distributed import whole
 
 _NAME = "default"
+Adapted = Linear | ParamWrapper  # layers whose adapters can be published
 
 
 def add(model: PreTrainedModel, cfg: LoRAConfig, *, seed: int) -> None:
-    """Freezes the model and puts adapters, float32, on its linear layers. Raises UserError if it has none of those."""
+    """Freezes the model and puts adapters, float32, on the layers that `cfg.targets` names. Raises UserError if there
+    are no such layers, or if their adapters could not be trained or published."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of A, which starts at random: the same on every rank, and in a repeated run
         try:
             model.add_adapter(_peft_config(cfg), adapter_name=_NAME)
         except ValueError as error:
-            raise UserError(f"learner.lora.targets ({cfg.targets}) does not fit the model: {error}") from error
+            raise UserError(
+                f"learner.lora.targets ({cfg.targets}) does not fit the model: {error}; name linear layers, "
+                'or use "all-linear" for all of them'
+            ) from error
+    _refuse_untrainable(model, cfg)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):
@@ -42,19 +51,56 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def plain_name(name: str) -> str:
-    """The name that a frozen weight has without adapters."""
-    return name.replace(".base_layer.", ".")
+def merged(model: PreTrainedModel) -> Iterator[NamedTensor]:
+    """Every weight under the name that it has without adapters, with a call that gives it in full and with its adapter
+    added. Every rank must make these calls together."""
+    layers = {id(_adapted(layer)): layer for layer in model.modules() if isinstance(layer, Adapted)}
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            plain = ".".join(part for part in name.split(".") if part != "base_layer")
+            yield plain, partial(_merged, parameter, layers.get(id(parameter)))
 
 
-def merged(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
-    """The weight called `name`, in full, with its adapter added, float32; as it is if it has none."""
-    module_name, _, kind = name.rpartition(".base_layer.")
-    layer = model.get_submodule(module_name) if module_name else None
-    if kind != "weight" or not isinstance(layer, LoraLayer):
-        return weight
-    down, up = (whole(part.get_parameter(f"{_NAME}.weight")).float() for part in (layer.lora_A, layer.lora_B))
-    return torch.addmm(weight.float(), up, down, alpha=layer.scaling[_NAME])
+def _merged(parameter: nn.Parameter, layer: Adapted | None) -> Tensor:
+    """The parameter in full; with a layer's adapter added, in float32."""
+    weight = whole(parameter)
+    return weight if layer is None else weight.float() + _delta(layer)
+
+
+@torch.no_grad()
+def _delta(layer: Adapted) -> Tensor:
+    """What the adapter adds, in full, by peft's own rule for this kind of layer: a Conv1D keeps its weight transposed,
+    and experts have one product each."""
+    gathered = copy.copy(layer)  # shares all but what is replaced here
+    gathered._modules = dict(layer._modules)
+    for kind in ("lora_A", "lora_B"):
+        linear = copy.copy(getattr(layer, kind)[_NAME])
+        linear._parameters = {"weight": nn.Parameter(whole(linear.weight), requires_grad=False)}
+        gathered._modules[kind] = nn.ModuleDict({_NAME: linear})
+    return gathered.get_delta_weight(_NAME)
+
+
+def _adapted(layer: Adapted) -> nn.Parameter:
+    """The frozen parameter that the layer's adapter adds to."""
+    return getattr(layer.get_base_layer(), layer.parameter_name if isinstance(layer, ParamWrapper) else "weight")
+
+
+def _refuse_untrainable(model: PreTrainedModel, cfg: LoRAConfig) -> None:
+    """Raises UserError for adapters of embeddings, and of kinds of layers that are not known to be published right."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if layer is embedding or layer is head:
+            which = "output" if layer is head else "input"
+            reason = f"{name} is the {which} embedding, which cannot be adapted: it may be tied to the other one"
+        elif not isinstance(layer, Adapted):
+            reason = f"{name} is a {type(layer.get_base_layer()).__name__}, which cannot be adapted here"
+        else:
+            continue
+        raise UserError(
+            f'learner.lora.targets ({cfg.targets}): {reason}; name linear layers, or use "all-linear" for all of them'
+        )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from common.config import LearnerConfig, OptimizerConfig
 from common.logprobs import chosen_logprobs
 from common.models import checkpoint_activations, load_policy, resolve_model
+from common.saved_weights import as_saved
 from common.sequences import Sequences
 from learner import lora
 from learner.distributed import whole
@@ -72,13 +73,12 @@ class PolicyWithCritic(nn.Module):
         return parts if self.critic_body is None else [*parts, (self.critic_body, cfg.critic_learning_rate)]
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under their Hugging Face names, tied ones once, LoRA's adapters merged.
+        """The policy's weights under the names of `save_pretrained`, tied ones once, LoRA's adapters merged.
 
-        Each is gathered from all ranks only when it is asked for, so every rank must run through them together.
+        They are gathered from all ranks as they are asked for, at most a layer at a time, so every rank must run
+        through them together.
         """
-        for name, parameter in self.policy.named_parameters():
-            if not lora.is_adapter(name):
-                yield lora.plain_name(name), lora.merged(self.policy, name, whole(parameter))
+        return as_saved(self.policy, lora.merged(self.policy))
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's LoRA adapters, gathered as above; none without LoRA."""

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common import meters
 from common.config import Config
@@ -42,10 +42,58 @@ def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0, contex
         initializer_range=0.05,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
+    _save_tiny_tokenizer(directory)
+    return directory
+
+
+def _save_tiny_tokenizer(directory: Path) -> None:
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
     tokenizer.save_pretrained(directory)
+
+
+_TINY_DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}
+_TINY_KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "mixtral": {**_TINY_DECODER, "num_local_experts": 4},
+    "olmoe": {**_TINY_DECODER, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_TINY_DECODER,
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+    },
+    "glm4_moe": {
+        **_TINY_DECODER,
+        "head_dim": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+    },
+}
+
+
+def save_tiny_kind(directory: Path, kind: str, *, seed: int = 0) -> Path:
+    """A random model of another kind (GPT-2, mixtures of experts) with the same tokenizer."""
+    torch.manual_seed(seed)
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": END}
+    config = AutoConfig.for_model(kind, **_TINY_KINDS[kind], **tokens, initializer_range=0.1)
+    model = AutoModelForCausalLM.from_config(config)
+    for buffer in model.buffers():
+        if buffer.dtype == torch.float32 and buffer.ndim == 1 and len(buffer) == 4:
+            buffer.copy_(torch.randn(4))  # of experts: all zeros as they are made
+    model.save_pretrained(directory)
+    _save_tiny_tokenizer(directory)
     return directory
 
 

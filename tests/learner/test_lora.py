@@ -16,7 +16,7 @@ from common.models import parameter_shapes
 from common.sequences import Sequences
 from learner import lora
 from learner.learner import Learner
-from tests.fakes import make_prompt, make_rollout, save_tiny_model, tiny_config
+from tests.fakes import make_prompt, make_rollout, save_tiny_kind, save_tiny_model, tiny_config
 from tests.learner.test_learner import varied_batch
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -211,6 +211,54 @@ def test_targets_decide_which_layers_get_adapters(model, targets, tmp_path):
     assert layers == ({targets} if isinstance(targets, str) else set(targets))
     learner.save_policy(tmp_path / "policy")
     assert_logprobs_of(PeftModel.from_pretrained(base(model), tmp_path / "adapter").eval(), logprobs(learner))
+
+
+KINDS = {
+    "Conv1D": ("gpt2", "all-linear"),  # keeps its weight transposed
+    "Conv1D, square": ("gpt2", ("attn.c_proj",)),
+    "experts": ("mixtral", "all-linear"),  # peft adapts the fused weights of all experts, and the router's
+    "one weight of the experts": ("qwen3_moe", ("q_proj", "down_proj")),
+}
+
+
+@pytest.mark.parametrize(("kind", "targets"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_adapted_layer_publishes_what_it_trains(tmp_path, kind, targets):
+    directory = save_tiny_kind(tmp_path / "model", kind)
+    start = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    learner = new_learner(directory, targets=targets)
+    for seed in range(2):
+        learner.update(varied_batch(seed))
+    moved = [not torch.equal(p, torch.zeros_like(p)) for n, p in learner.network.adapter_tensors() if "lora_B" in n]
+    assert moved
+    assert all(moved)
+    assert (logprobs(learner) - logprobs(learner, reference=True)).abs().max() > 0.05
+    assert_logprobs_of(start, logprobs(learner, reference=True))
+
+    tensors = dict(learner.network.policy_tensors())
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == parameter_shapes(directory)
+    start.save_pretrained(tmp_path / "merged", state_dict=tensors, save_original_format=False)
+    assert_logprobs_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), logprobs(learner))
+
+    learner.save_policy(tmp_path / "policy")
+    assert_logprobs_of(PeftModel.from_pretrained(start, tmp_path / "adapter").eval(), logprobs(learner))
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (("q_proj", "lm_head"), "lm_head is the output embedding"),
+        ("embed_tokens", "model.embed_tokens is the input embedding"),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_of_an_embedding_are_refused(tmp_path, targets, reason, tied):
+    with pytest.raises(UserError, match=rf"learner\.lora\.targets .*{reason}.* name linear layers, or use"):
+        new_learner(save_tiny_model(tmp_path, tied=tied), targets=targets)
+
+
+def test_part_of_a_fused_weight_is_no_target(tmp_path):
+    with pytest.raises(UserError, match=r"gate_proj without also targeting up_proj .* name linear layers"):
+        new_learner(save_tiny_kind(tmp_path, "qwen3_moe"), targets="gate_proj")
 
 
 @pytest.mark.parametrize("targets", ["no_such_layer", ("no_such_layer",)])
