@@ -16,6 +16,7 @@ from actors.engine import EngineDeadError
 from actors.routing import Router
 from common import meters
 from common.config import Replicated, UserError
+from common.types import RoleError as RoleError
 
 STATES = ("pending", "starting", "ready", "leaving")  # of a replica: waits for room; loads; serves; finishes
 # Creations that wait for room on the cluster at a time: a demand that an autoscaler sees, and no flood of it.
@@ -25,10 +26,6 @@ TICK_S = 0.5
 # Pause before the first replacement of a replica that died, doubled by each further death up to the longest, seconds.
 # A replica that has served for as long as the longest pause ends the series.
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
-
-
-class RoleError(RuntimeError):
-    """A role cannot do its work any more; the message names role, replica and what was asked."""
 
 
 class Host(Protocol):

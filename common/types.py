@@ -91,6 +91,10 @@ class RolloutLostError(RuntimeError):
     """What was written is gone, with the machine it lay on; its prompt must be asked again."""
 
 
+class RoleError(RuntimeError):
+    """A role cannot do its work any more; the message names role, replica and what was asked."""
+
+
 class GivenUpError(RuntimeError):
     """So many processes died over one request that it seems to be the cause."""
 

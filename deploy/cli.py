@@ -1,6 +1,6 @@
 """The command line: `ratchet train`, `submit`, `scale`, `train-reward`, `sample-pairs`, `evaluate`, `demo`, `config`.
 
-Bad input ends in one message and exit code 2.
+deploy/ends.py says how a command ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from common.config import AdamWConfig, Config, Root, UserError
 from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
 from common.functions import import_ours
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
-from deploy.console import complain
+from deploy import ends
 
 
 def _settings(root: type[Root]) -> str:
@@ -114,13 +114,8 @@ def _in_run_directory(root: type[Root]) -> Callable[[Work], Work]:
         ) -> None:
             cfg, directory = _named(root, config, _over(settings, address), run, resume)
             _find_users_modules()
-            try:
-                work(cfg, directory, resume=resume is not None, force=force)
-            except KeyboardInterrupt:
-                begun = (directory / "config.toml").exists()
-                advice = f"go on with ratchet {name} --resume {directory}" if begun else "nothing was begun"
-                complain(f"interrupted; {advice}")
-                sys.exit(130)
+            ends.begins(directory, f"continue with ratchet {name} --resume {directory}")
+            work(cfg, directory, resume=resume is not None, force=force)
 
         return work
 
@@ -206,7 +201,9 @@ def evaluate(
     from deploy.evaluate import run_evaluation
 
     judged = absolute_if_directory(policy) if policy else None
-    run_evaluation(cfg, run or Path("runs") / f"{name}-evaluation", policy=judged, force=force)
+    directory = run or Path("runs") / f"{name}-evaluation"
+    ends.begins(directory, "begin again with --force")
+    run_evaluation(cfg, directory, policy=judged, force=force)
 
 
 @app.command()
@@ -242,6 +239,7 @@ def demo(
     _find_users_modules()
     from deploy.demo import run_rlhf_demo
 
+    ends.begins(run, "begin again with --force")
     run_rlhf_demo(run, _over(settings, address), force=force)
 
 
@@ -337,11 +335,7 @@ def _resumed(root: type[AnyRoot], directory: Path, overrides: list[str], *, trav
 
 
 def main() -> None:
-    try:
-        app(standalone_mode=True)
-    except UserError as error:
-        complain(str(error))
-        sys.exit(2)
+    ends.main(app)
 
 
 if __name__ == "__main__":  # in a job, where no `ratchet` need be installed

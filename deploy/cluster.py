@@ -24,6 +24,8 @@ ANSWER_S = 10  # a cluster that answers does so in milliseconds; Ray itself woul
 def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
     """Connects, and yields what each node has free."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without it Ray's C++ code takes SIGTERM over as it connects, prints a stack and aborts.
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     if (address := named_address(cfg)) is not None:
         _check_answers(address)
         try:

@@ -12,6 +12,7 @@ from common.config import Config, UserError
 from common.files import write_json
 from common.prompts import heldout_prompts, load_records
 from common.types import Prompt
+from deploy import signals
 from deploy.cluster import cluster
 from deploy.console import Output
 from deploy.placement import check_kv_cache, place, service_needs
@@ -42,7 +43,7 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
         place(service_needs(cfg, reference.size, reward_models), nodes)
         with sole_owner(directory) as held:
             held.begin(cfg, "evaluate", force=force)
-            evaluation, answers = asyncio.run(_evaluate(cfg, judged, prompts))
+            evaluation, answers = signals.run(_evaluate(cfg, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
     write_json(directory / "evaluation.json", record)

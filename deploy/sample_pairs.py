@@ -18,6 +18,7 @@ from common.metrics import append_record, read_records
 from common.prompts import PromptRecord, PromptStream, load_records
 from common.reward_config import PairSamplingConfig
 from common.types import Prompt, Rollout, Void
+from deploy import signals
 from deploy.cluster import cluster
 from deploy.console import Output
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
@@ -60,7 +61,7 @@ def run_pair_sampling(
                 soft_wrap=True,
             )
             try:
-                asyncio.run(_sample(cfg, directory, policy, records, console))
+                signals.run(_sample(cfg, directory, policy, records, console))
             except ExceptionGroup as group:  # many pairs may fail of one cause; the first tells it
                 raise group.exceptions[0] from None
             summary = _finish(cfg, directory, seconds=time.perf_counter() - started)

@@ -27,6 +27,7 @@ from common.models import resolve_model
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.reward_models import content_hash
 from common.types import Experience, Prompt, Void
+from deploy import signals
 from deploy.cluster import cluster
 from deploy.monitoring import RunFigures
 from deploy.placement import check_kv_cache, check_object_store, needs, place
@@ -68,7 +69,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
             with figures.discoverable(directory), rare_full_collections():
-                evaluations = asyncio.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
+                evaluations = signals.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     write_json(directory / "summary.json", summary)
     progress.end(evaluations, seconds=summary["seconds"])

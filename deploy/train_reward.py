@@ -33,6 +33,7 @@ from common.reward_models import (
     write_scale,
 )
 from common.types import HELDOUT_EPOCH, Prompt, SampleId, Score
+from deploy import signals
 from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs, trainer_needs
 from deploy.reward_progress import RewardProgress, plot_calibration
@@ -83,9 +84,9 @@ def run_reward_training(
                 service = reward_needs("learner", _service(cfg, directory), [base.size])
                 place([*generator_needs(cfg.generators, reference.size), *service], nodes)
             with sole_owner(directory) as held:
-                evaluations = asyncio.run(_train(cfg, directory, train, heldout, partial(begin, held), progress))
+                evaluations = signals.run(_train(cfg, directory, train, heldout, partial(begin, held), progress))
                 if prompts:
-                    asyncio.run(_measure(cfg, directory, reference, prompts, progress))
+                    signals.run(_measure(cfg, directory, reference, prompts, progress))
     if evaluations:
         plot_calibration(evaluations[-1], directory / "calibration.png")
     scale = read_scale(directory / "model") if prompts else None

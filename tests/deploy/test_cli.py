@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import deploy.train_reward
 from common.config import Config
 from common.config_files import describe, load_config
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
+from deploy import signals
 from deploy.cli import main
 from deploy.placement import GIB, Node
 from deploy.roles import PolicyFiles
@@ -50,8 +52,10 @@ print(engine.__file__, losses.__file__, my_rewards.__file__)
 NO_REWARD_MODEL = ") is no reward model: it must be a sequence classifier with one label, but is LlamaForCausalLM"
 
 
-class RayWouldStart(Exception):
+class RayWouldStart(SystemExit):
     """Raised where a run would start Ray: the input has passed every check."""
+
+    CODE = 99
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +69,13 @@ def workplace(tmp_path, monkeypatch):
     """An empty current directory that reward functions are imported from, and no Ray."""
 
     def no_ray(cfg):
-        raise RayWouldStart
+        raise RayWouldStart(RayWouldStart.CODE)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(signals, "catch", lambda: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     for module in MODULES.values():
         monkeypatch.setattr(module, "cluster", no_ray)
     return tmp_path
@@ -178,8 +185,9 @@ def accepted(monkeypatch, workplace):
     def call(*arguments):
         before = contents(workplace)
         monkeypatch.setattr(sys, "argv", ["ratchet", *map(str, arguments)])
-        with pytest.raises(RayWouldStart):
+        with pytest.raises(SystemExit) as ended:
             main()
+        assert ended.value.code == RayWouldStart.CODE
         assert contents(workplace) == before
 
     return call
@@ -518,17 +526,21 @@ def test_an_interrupted_run_says_how_to_go_on_if_it_had_begun(ratchet, configs, 
     begins = True
     code, _, err = ratchet(command, configs[command])
     assert code == 130
-    assert f"go on with ratchet {command} --resume runs/{configs[command].stem}" in err
+    assert f"continue with ratchet {command} --resume runs/{configs[command].stem}" in err
 
 
-def test_an_error_that_is_no_fault_of_the_user_keeps_its_traceback(cfg, monkeypatch):
+def test_an_error_that_is_no_fault_of_the_user_is_one_line_and_its_traceback_is_kept(cfg, monkeypatch, ratchet):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(deploy.train, "run_training", broken)
-    monkeypatch.setattr(sys, "argv", ["ratchet", "train", str(cfg)])
-    with pytest.raises(RuntimeError, match="a bug"):
-        main()
+    code, out, err = ratchet("train", cfg)
+    assert (code, out) == (1, "")
+    assert err.startswith("ratchet: RuntimeError: a bug; this is a fault of Ratchet or of a library; the traceback is")
+    assert err.count("\n") == 1
+    [kept] = (cfg.parent / "temporary").iterdir()
+    assert str(kept) in err
+    assert "in broken\n" in kept.read_text()
 
 
 def test_the_installed_command_refuses_in_the_same_way(cfg, workplace):

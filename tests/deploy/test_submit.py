@@ -11,6 +11,7 @@ import pytest
 import deploy.submit
 import deploy.train
 from common.config import RayConfig, UserError
+from deploy import signals
 from deploy.cli import main
 from deploy.cluster import cluster, named_address
 from tests.fakes import save_tiny_model, tiny_config
@@ -41,6 +42,7 @@ def nowhere():
 def refusal(capsys, monkeypatch, *arguments):
     """Runs the command line and returns the message that it ends with."""
     monkeypatch.setattr(sys, "argv", ["ratchet", *map(str, arguments)])
+    monkeypatch.setattr(signals, "catch", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
@@ -70,6 +72,7 @@ def test_the_option_goes_over_the_config(monkeypatch, place):
     monkeypatch.setattr(
         sys, "argv", ["ratchet", "train", "tiny.toml", "ray.address=10.0.0.2:6379", "--address", "10.0.0.3:6379"]
     )
+    monkeypatch.setattr(signals, "catch", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main()
     assert (ended.value.code, seen) == (0, ["10.0.0.3:6379"])
