@@ -472,6 +472,9 @@ class MonitoringConfig(Section):
 
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of http://127.0.0.1:PORT/metrics; 0: any free one, which RUN/prometheus.json names."""
+    discovery: str | None = None
+    """Directory in which a file names this run to Prometheus while it goes on, beside RUN/prometheus.json. With one
+    directory for all runs, Prometheus watches its *.json and finds every run. Left out: none."""
 
 
 class Config(Root):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import ray
 from ray._private import ray_constants
+from ray._private import worker as _worker
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import available_resources_per_node
 
@@ -60,6 +62,18 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
         exported.close()
         meters.install(meters.InMemory())
         ray.shutdown()
+
+
+def metrics_addresses() -> Path:
+    """The file in which Ray keeps the metrics addresses of all nodes while it has a dashboard, as Prometheus reads
+    them. It is on the cluster's first node."""
+    session = _worker._global_node.get_session_dir_path()
+    return Path(session) / ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+
+def dashboard() -> str | None:
+    """The dashboard's HOST:PORT, if there is one."""
+    return _worker._global_node.webui_url or None
 
 
 def users_fault(error: BaseException | None) -> UserError | None:

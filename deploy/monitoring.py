@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from common.files import write_json
 from learner.evaluation import Evaluation
 
 DISCOVERY = "prometheus.json"
+RAYS_DISCOVERY = "prometheus-ray.json"
 
 
 class RunFigures(Collector):
@@ -25,7 +27,8 @@ class RunFigures(Collector):
     def __init__(self) -> None:
         self._record: Mapping[str, Any] = {}
         self._evaluation: Evaluation | None = None
-        self._address = ""
+        self._shared: Path | None = None  # where all runs are listed
+        self.address = ""  # HOST:PORT
 
     def step(self, record: Mapping[str, Any]) -> None:
         self._record = dict(record)
@@ -61,21 +64,34 @@ class RunFigures(Collector):
             )
 
     @contextmanager
-    def discoverable(self, directory: Path) -> Iterator[None]:
-        """While it lasts, RUN/prometheus.json names the endpoint, as Prometheus' file_sd_configs read it."""
-        targets = [{"targets": [self._address], "labels": {"run": directory.resolve().name}}]
-        path = directory / DISCOVERY
-        write_json(path, targets)
+    def discoverable(self, directory: Path, rays: Path | None = None) -> Iterator[None]:
+        """While it lasts, RUN/prometheus.json names the endpoint, as Prometheus' file_sd_configs read it, and
+        RUN/prometheus-ray.json is a link to `rays`, Ray's own file of this kind. The directory that the config names
+        has both too."""
+        run = directory.resolve().name
+        places = [(directory / DISCOVERY, directory / RAYS_DISCOVERY)]
+        if self._shared is not None:
+            unique = f"{run}-{self.address.rpartition(':')[2]}"  # no two runs of a machine have one port
+            places.append((self._shared / f"{unique}.json", self._shared / f"{unique}-ray.json"))
         try:
+            for own, link in places:
+                write_json(own, [{"targets": [self.address], "labels": {"run": run}}])
+                link.unlink(missing_ok=True)  # of a run that was killed
+                if rays is not None:
+                    link.symlink_to(rays)
             yield
         finally:
-            path.unlink(missing_ok=True)
+            for path in (path for pair in places for path in pair):
+                path.unlink(missing_ok=True)
 
     @classmethod
     @contextmanager
     def served(cls, cfg: MonitoringConfig) -> Iterator[RunFigures]:
-        """Serves http://127.0.0.1:PORT/metrics until the end. Raises UserError if the port is taken."""
+        """Serves http://127.0.0.1:PORT/metrics until the end. Raises UserError if the port is taken, or the directory
+        for discovery files cannot be written."""
         figures, registry = cls(), CollectorRegistry()
+        if cfg.discovery is not None:
+            figures._shared = _writable(Path(cfg.discovery).expanduser())
         registry.register(figures)
         try:
             server, thread = start_http_server(cfg.port, addr="127.0.0.1", registry=registry)
@@ -84,10 +100,24 @@ class RunFigures(Collector):
                 f"monitoring.port ({cfg.port}) cannot be served on 127.0.0.1 ({error.strerror}); name another, or 0 "
                 "for any free one"
             ) from None
-        figures._address = f"127.0.0.1:{server.server_port}"
+        figures.address = f"127.0.0.1:{server.server_port}"
         try:
             yield figures
         finally:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+def _writable(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"monitoring.discovery ({directory}) cannot be written ({error.strerror}); name a directory of your own, "
+            "or leave it out"
+        ) from None
+    return directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections import Counter, deque
@@ -123,13 +124,16 @@ class Progress(Screen):
         )
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
-    def ready(self, pools: Sequence[Pool]) -> None:
+    def ready(self, pools: Sequence[Pool], *, dashboard: str | None, figures: str) -> None:
+        """`dashboard` is Ray's, `figures` the run's own endpoint, both HOST:PORT."""
         roles = sorted(f"{len(pool)} {pool.role}" for pool in pools)
         ranks = self._cfg.learner.ranks
         learner = "Learner" if ranks == 1 else f"Learner of {ranks} ranks"
         reference = ["the reference in it (LoRA)"] if self._cfg.learner.lora is not None else []
         text = ", ".join([*roles, learner, *reference])
         self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {text}", style="dim")
+        watch = [f"Ray's dashboard http://{dashboard} (its token is in {token_place()})"] if dashboard else []
+        self._print(f"watch it: {', '.join([*watch, f'figures http://{figures}/metrics'])}", style="dim")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         low, high = evaluation.interval
@@ -193,6 +197,13 @@ class Progress(Screen):
             f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, "
             "metrics.jsonl, journal/, policy/: a Hugging Face directory)"
         )
+
+
+def token_place() -> str:
+    """Where the token is that Ray's dashboard asks for, by Ray's own order."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "the variable RAY_AUTH_TOKEN"
+    return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
 def question(prompt: Prompt) -> str:

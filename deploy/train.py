@@ -28,7 +28,7 @@ from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_rec
 from common.reward_models import content_hash
 from common.types import Experience, Prompt, Void
 from deploy import signals
-from deploy.cluster import cluster
+from deploy.cluster import cluster, dashboard, metrics_addresses
 from deploy.monitoring import RunFigures
 from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
@@ -68,7 +68,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             forget(directory)
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
-            with figures.discoverable(directory), rare_full_collections():
+            with figures.discoverable(directory, metrics_addresses()), rare_full_collections():
                 evaluations = signals.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
     summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
     write_json(directory / "summary.json", summary)
@@ -135,7 +135,7 @@ async def _train(
             start_reference(),
             learner.start(cfg.ray.startup_timeout_s),
         )
-        progress.ready(start.pools)
+        progress.ready(start.pools, dashboard=dashboard(), figures=figures.address)
         run = Run(
             cfg=cfg,
             directory=directory,

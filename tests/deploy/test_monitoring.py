@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import ExitStack
 from urllib.request import urlopen
 
 import pytest
@@ -13,6 +14,7 @@ from common.config import MonitoringConfig, UserError
 from common.figures import FIGURES
 from deploy.monitoring import RunFigures
 from learner.evaluation import Evaluation
+from tests.prometheus import documented, find_prometheus, scraping, wait_for
 
 
 def evaluation(version: int, pass_at_1: float) -> Evaluation:
@@ -88,3 +90,50 @@ def test_a_port_that_is_taken_is_the_users_to_mend():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"monitoring.port \({port}\) cannot be served"):
             RunFigures.served(MonitoringConfig(port=port)).__enter__()
+
+
+def test_a_shared_directory_lists_every_run_and_a_link_to_rays_file_and_forgets_them(tmp_path):
+    rays = tmp_path / "session/prom_metrics_service_discovery.json"  # Ray writes it a little later
+    run, shared = tmp_path / "my-run", tmp_path / "new/discovery"
+    run.mkdir()
+    with RunFigures.served(MonitoringConfig(discovery=str(shared))) as figures:
+        port = figures.address.removeprefix("127.0.0.1:")
+        shared.joinpath(f"my-run-{port}-ray.json").symlink_to("what a killed run left")
+        with figures.discoverable(run, rays):
+            own = json.loads((run / "prometheus.json").read_text())
+            assert json.loads((shared / f"my-run-{port}.json").read_text()) == own
+            assert {path.name for path in shared.iterdir()} == {f"my-run-{port}.json", f"my-run-{port}-ray.json"}
+            for link in (run / "prometheus-ray.json", shared / f"my-run-{port}-ray.json"):
+                assert link.readlink() == rays
+        assert list(run.iterdir()) == list(shared.iterdir()) == []
+
+
+def test_a_shared_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"monitoring.discovery \(.*file/below\) cannot be written \(Not a directory\)"):
+        RunFigures.served(MonitoringConfig(discovery=str(tmp_path / "file/below"))).__enter__()
+
+
+def test_prometheus_with_the_documented_configuration_finds_every_run(tmp_path):
+    """A real one: one run by its directory, two by a shared directory, and Ray's file through the first one's link."""
+    find_prometheus()
+    shared, rays = tmp_path / "discovery", tmp_path / "rays.json"
+    with ExitStack() as serving:
+        for number, discovery in enumerate([None, str(shared), str(shared)]):
+            directory = tmp_path / f"run{number}"
+            directory.mkdir()
+            figures = serving.enter_context(RunFigures.served(MonitoringConfig(discovery=discovery)))
+            figures.step({"step": number})
+            serving.enter_context(figures.discoverable(directory, None if discovery else rays))
+        elsewhere = serving.enter_context(RunFigures.served(MonitoringConfig()))
+        elsewhere.step({"step": 7})
+        rays.write_text(json.dumps([{"targets": [elsewhere.address], "labels": {"job": "ray"}}]))  # as Ray writes it
+        config = documented(run=tmp_path / "run0", discovery=shared)
+        with scraping(config, tmp_path) as ask:
+            wait_for(lambda: len(ask("query", query="ratchet_step")["result"]) == 4)
+            found = {
+                (series["metric"]["job"], series["metric"].get("run")): series["value"][1]
+                for series in ask("query", query="ratchet_step")["result"]
+            }
+    runs = {("ratchet", f"run{number}"): str(number) for number in range(3)}
+    assert found == {**runs, ("ray", None): "7"}, (tmp_path / "prometheus.log").read_text()

@@ -166,3 +166,27 @@ def test_the_example_shows_the_last_question_of_the_user(capsys, progress):
 def test_an_example_keeps_the_end_of_the_question_and_the_begin_of_the_answer(asked, answer, shown):
     assert one_line(asked, answer, " = 1", width=34) == shown
     assert len(shown) <= 34
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, "~/.ray/auth_token"),
+        ({"RAY_AUTH_TOKEN_PATH": "/tokens/mine"}, "/tokens/mine"),
+        ({"RAY_AUTH_TOKEN": "secret", "RAY_AUTH_TOKEN_PATH": "/tokens/mine"}, "the variable RAY_AUTH_TOKEN"),
+    ],
+)
+def test_when_ready_the_screen_names_the_dashboard_its_token_and_the_figures(
+    capsys, progress, monkeypatch, variables, place
+):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    progress.ready([], dashboard="127.0.0.1:8265", figures="127.0.0.1:4000")
+    progress.ready([], dashboard=None, figures="127.0.0.1:4000")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("watch it")]
+    assert said == [
+        f"watch it: Ray's dashboard http://127.0.0.1:8265 (its token is in {place}), figures http://127.0.0.1:4000/metrics",
+        "watch it: figures http://127.0.0.1:4000/metrics",
+    ]

@@ -1,0 +1,104 @@
+"""A real Prometheus for tests: the program, the configuration of docs/metrics.md, and a server over it on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs/metrics.md"
+
+
+def find_prometheus() -> Path:
+    """The directory with `prometheus` and `promtool`. Skips the test where there is none and none can be had."""
+    found, fault = _find()
+    if found is None:
+        pytest.skip(f"Prometheus is not installed, and Debian's package cannot be had: {fault}")
+    return found
+
+
+@cache
+def _find() -> tuple[Path | None, str]:
+    """Debian's package, if it is not installed, is unpacked and not installed: that needs no root and starts no
+    service."""
+    cached = Path(tempfile.gettempdir()) / f"ratchet-prometheus-{os.getuid()}"
+    if found := shutil.which("prometheus"):
+        return Path(found).parent, ""
+    if (cached / "usr/bin/prometheus").exists():
+        return cached / "usr/bin", ""
+    try:
+        cached.mkdir(exist_ok=True)
+        download = partial(subprocess.run, ["apt-get", "download", "prometheus"], cwd=cached, capture_output=True)
+        if download(timeout=120).returncode:  # a slim image has no lists of packages
+            subprocess.run(["apt-get", "update"], check=True, capture_output=True, timeout=120)
+            download(timeout=120, check=True)
+        [package] = cached.glob("prometheus_*.deb")
+        with tempfile.TemporaryDirectory(dir=cached) as staging:
+            subprocess.run(["dpkg", "-x", package, staging], check=True, capture_output=True, timeout=120)
+            (Path(staging) / "usr").rename(cached / "usr")
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return None, str(error)
+    return cached / "usr/bin", ""
+
+
+def documented(*, run: Path = Path("/no/run"), discovery: Path = Path("/no/discovery")) -> str:
+    """The prometheus.yml of the docs, with real paths for its example paths and an interval for the impatient."""
+    text = DOCS.read_text(encoding="utf-8")
+    [yaml] = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    values = {"/path/to/runs/mine": str(run), "/path/to/discovery": str(discovery), "10s": "1s"}
+    for placeholder, value in values.items():
+        assert placeholder in yaml
+        yaml = yaml.replace(placeholder, value)
+    return yaml
+
+
+@contextmanager
+def scraping(config: str, directory: Path) -> Iterator[Callable[..., Any]]:
+    """A Prometheus with this configuration, which its own checker accepts; gives a function that asks its HTTP API."""
+    programs = find_prometheus()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    path = directory / "prometheus.yml"
+    path.write_text(config)
+    checked = subprocess.run([programs / "promtool", "check", "config", path], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    arguments = [f"--config.file={path}", f"--storage.tsdb.path={directory}/data", f"--web.listen-address={address}"]
+
+    def ask(what: str, **parameters: str) -> Any:
+        with urlopen(f"http://{address}/api/v1/{what}?{urlencode(parameters)}", timeout=10) as response:
+            return json.load(response)["data"]
+
+    with open(directory / "prometheus.log", "wb") as log:
+        process = subprocess.Popen([programs / "prometheus", *arguments], stdout=log, stderr=log)
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(condition: Callable[[], Any], limit_s: float = 60) -> Any:
+    """Its first true answer, or its last one."""
+    end = time.monotonic() + limit_s
+    while True:
+        try:
+            answer = condition()
+        except OSError:  # it does not listen yet
+            answer = None
+        if answer or time.monotonic() > end:
+            return answer
+        time.sleep(0.2)
