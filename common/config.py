@@ -437,8 +437,8 @@ class EvaluationConfig(Section):
     judges: tuple[SourceConfig, ...] = ()
     """Reward sources that score held-out responses only: training never sees them, so they show over-optimisation."""
     pass_source: str | None = None
-    """A response passes (pass@1) when this source or judge scores it at least `pass_score`; left out: the first
-    source."""
+    """A response passes (pass@1) when this source or judge scores it at least `pass_score`. Left out: the first source,
+    as far as all its scores are 0 or 1; other scores, such as a reward model's, then give no pass@1."""
     pass_score: float = 0.5
     """See pass_source."""
 
@@ -556,6 +556,11 @@ class Config(Root):
         yield from broken_trainer_rules(self.learner)
         yield from broken_source_rules("reward.sources", self.reward.sources, others=self.evaluation.judges)
         names = [source.name for source in (*self.reward.sources, *self.evaluation.judges)]
+        if self.evaluation.pass_source is None and self.evaluation.pass_score != 0.5:
+            yield (
+                f"evaluation.pass_score ({self.evaluation.pass_score:g}) needs evaluation.pass_source: name the source "
+                f"or judge that it is a score of ({', '.join(names)})"
+            )
         if self.evaluation.pass_source not in (None, *names):
             yield f"evaluation.pass_source ({self.evaluation.pass_source}) must be one of {names}"
 

@@ -54,10 +54,16 @@ class RunFigures(Collector):
         if evaluation is not None:
             versions.append(evaluation.policy_version)
             yield GaugeMetricFamily(
-                "ratchet_evaluation_pass_at_1",
-                "pass@1 of the newest held-out evaluation: share of prompts",
-                value=evaluation.pass_at_1,
+                "ratchet_evaluation_score",
+                "score of the newest held-out evaluation: reward units, mean over answers",
+                value=evaluation.score,
             )
+            if evaluation.pass_at_1 is not None:
+                yield GaugeMetricFamily(
+                    "ratchet_evaluation_pass_at_1",
+                    "pass@1 of the newest held-out evaluation: share of prompts",
+                    value=evaluation.pass_at_1,
+                )
         if versions:
             yield GaugeMetricFamily(
                 "ratchet_policy_version", "version that the generators hold: publications", value=max(versions)

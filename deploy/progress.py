@@ -136,11 +136,15 @@ class Progress(Screen):
         self._print(f"watch it: {', '.join([*watch, f'figures http://{figures}/metrics'])}", style="dim")
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        low, high = evaluation.interval
-        self._print(
-            f"held-out pass@1 at version {evaluation.policy_version}: [bold]{evaluation.pass_at_1:.1%}[/] "
-            f"({low:.1%} to {high:.1%}, {evaluation.prompts} prompts)"
-        )
+        at = f"at version {evaluation.policy_version}"
+        if evaluation.pass_at_1 is not None and evaluation.interval is not None:
+            low, high = evaluation.interval
+            self._print(
+                f"held-out pass@1 {at}: [bold]{evaluation.pass_at_1:.1%}[/] ({low:.1%} to {high:.1%}, "
+                f"{evaluation.prompts} prompts)"
+            )
+        else:
+            self._print(f"held-out score {at}: [bold]{evaluation.score:.3f}[/] ({evaluation.prompts} prompts)")
         if evaluation.voids:
             reason = escape(evaluation.void_reason[:200])
             self._print(f"      {evaluation.voids} answer(s) without a score, most often: {reason}", style="yellow")
@@ -190,9 +194,13 @@ class Progress(Screen):
             self._print(line, style="dim")
         self._print(" ".join(f"{heading:>{width}}" for heading, width, _ in _COLUMNS), style="bold")
 
-    def end(self, evaluations: Sequence[Evaluation], *, seconds: float) -> None:
+    def end(self, evaluations: Sequence[Evaluation], *, wins: float | None = None, seconds: float) -> None:
+        """`wins`: share of held-out prompts whose answer scores higher after training than before."""
         if evaluations:
-            self._console.print(evaluation_table({"before": evaluations[0], "after": evaluations[-1]}))
+            table = evaluation_table({"before": evaluations[0], "after": evaluations[-1]})
+            if wins is not None:
+                table.add_row("higher score than before", "", f"{wins:.1%}")
+            self._console.print(table)
         self._print(
             f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, "
             "metrics.jsonl, journal/, policy/: a Hugging Face directory)"
@@ -234,8 +242,9 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     def row(name: str, cells: Callable[[Evaluation], str]) -> None:
         table.add_row(name, *(cells(evaluation) for evaluation in evaluations.values()))
 
-    row("pass@1", lambda e: f"{e.pass_at_1:.1%}")
-    row("  95 % interval", lambda e: f"{e.interval[0]:.1%} - {e.interval[1]:.1%}")
+    if any(e.pass_at_1 is not None for e in evaluations.values()):
+        row("pass@1", lambda e: "" if e.pass_at_1 is None else f"{e.pass_at_1:.1%}")
+        row("  95 % interval", lambda e: "" if e.interval is None else f"{e.interval[0]:.1%} - {e.interval[1]:.1%}")
     row("score", lambda e: f"{e.score:.3f}")
     for name in dict.fromkeys(name for e in evaluations.values() for name in e.components):
         raw = (e.components.get(name) for e in evaluations.values())

@@ -22,7 +22,7 @@ from actors.services import ReferencePool, RewardPool
 from common.config import Config, ModelSourceConfig, UserError
 from common.files import write_json
 from common.journal import Journal
-from common.metrics import append_record
+from common.metrics import append_record, read_records
 from common.models import resolve_model
 from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
 from common.reward_models import content_hash
@@ -35,7 +35,7 @@ from deploy.progress import Progress
 from deploy.roles import PolicyFiles, Starter, check_sources
 from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
 from deploy.scale import follow_wishes, forget
-from learner.evaluation import Answer, Evaluation
+from learner.evaluation import Answer, Evaluation, win_rate
 from learner.group import AdapterReference, LearnerGroup
 from learner.learner import Learner
 from learner.roles import Reference
@@ -70,9 +70,9 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
             with figures.discoverable(directory, metrics_addresses()), rare_full_collections():
                 evaluations = signals.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
-    summary = summarise(cfg, evaluations, seconds=time.perf_counter() - started)
+    summary = summarise(cfg, directory, evaluations, seconds=time.perf_counter() - started)
     write_json(directory / "summary.json", summary)
-    progress.end(evaluations, seconds=summary["seconds"])
+    progress.end(evaluations, wins=summary.get("win_rate"), seconds=summary["seconds"])
     return summary
 
 
@@ -122,7 +122,7 @@ async def _train(
         progress.step(record, example, voids)
 
     def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
-        write_answers(directory / f"answers/version-{evaluation.policy_version:06d}.jsonl", answers, policy.tokenizer)
+        write_answers(directory / _answers(evaluation), answers, policy.tokenizer)
         figures.evaluation(evaluation)
         progress.evaluation(evaluation)
 
@@ -185,18 +185,39 @@ def check_same_reward_models(cfg: Config, origins: Mapping[str, str]) -> None:
                 )
 
 
-def summarise(cfg: Config, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
-    """What RUN/summary.json says."""
+def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
+    """What RUN/summary.json says. pass@1 is in it where both evaluations have one."""
     summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
     if evaluations:
         before, after = evaluations[0], evaluations[-1]
+        if before.pass_at_1 is not None and after.pass_at_1 is not None:
+            summary |= {
+                "pass_at_1_before": before.pass_at_1,
+                "pass_at_1_before_interval": before.interval,
+                "pass_at_1_after": after.pass_at_1,
+                "pass_at_1_after_interval": after.interval,
+            }
         summary |= {
-            "pass_at_1_before": before.pass_at_1,
-            "pass_at_1_before_interval": before.interval,
-            "pass_at_1_after": after.pass_at_1,
-            "pass_at_1_after_interval": after.interval,
+            "score_before": before.score,
+            "score_after": after.score,
+            "win_rate": _win_rate(directory, before, after),
             "heldout_prompts": after.prompts,
             "before": before.record(),
             "after": after.record(),
         }
     return summary
+
+
+def _answers(evaluation: Evaluation) -> str:
+    """Where the run directory has its answers."""
+    return f"answers/version-{evaluation.policy_version:06d}.jsonl"
+
+
+def _win_rate(directory: Path, before: Evaluation, after: Evaluation) -> float | None:
+    """None if there was one evaluation only, or if answers are missing."""
+    scores = [
+        [a.get("score") for a in read_records(directory / _answers(evaluation))] for evaluation in (before, after)
+    ]
+    if before.policy_version == after.policy_version or not len(scores[0]) == len(scores[1]) == after.prompts:
+        return None
+    return win_rate(*scores)

@@ -26,8 +26,8 @@ class Evaluation:
     prompts: int
     voids: int  # answers that could not be scored; they count as failed
     void_reason: str  # the most frequent one
-    pass_at_1: float
-    interval: tuple[float, float]  # 95 %
+    pass_at_1: float | None  # None: scores other than 0 and 1, and no source named that says what passes
+    interval: tuple[float, float] | None  # 95 %, of pass_at_1
     score: float  # mean total score
     components: Mapping[str, float]  # mean raw score of each source and judge
     kl_per_response: float  # from the reference, nats: mean of sum(rollout_logprobs - ref_logprobs)
@@ -41,7 +41,7 @@ class Evaluation:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
         known = {key: value for key, value in record.items() if key != "time"}  # when it was written
-        return cls(**{**known, "interval": tuple(record["interval"])})
+        return cls(**{**known, "interval": record["interval"] and tuple(record["interval"])})
 
 
 async def evaluate(
@@ -68,7 +68,9 @@ async def evaluate(
             "again, or raise the share"
         )
     source = cfg.pass_source or (next(iter(scores[0].components)) if scores else "")
-    passed = sum(score.components[source] >= cfg.pass_score for score in scores)
+    raw = [score.components[source] for score in scores]
+    can_pass = cfg.pass_source is not None or set(raw) <= {0, 1}
+    passed = sum(value >= cfg.pass_score for value in raw)
     scored, asked = max(1, len(scores)), max(1, len(answers))
     responses = [rollout.response_ids for rollout, _, _ in answers]
     evaluation = Evaluation(
@@ -76,8 +78,8 @@ async def evaluate(
         prompts=len(prompts),
         voids=len(voids),
         void_reason=Counter(voids).most_common(1)[0][0] if voids else "",
-        pass_at_1=passed / max(1, len(prompts)),
-        interval=wilson_interval(passed, len(prompts)),
+        pass_at_1=passed / max(1, len(prompts)) if can_pass else None,
+        interval=wilson_interval(passed, len(prompts)) if can_pass else None,
         score=sum(score.total for score in scores) / scored,
         components={
             name: sum(score.components[name] for score in scores) / scored
@@ -122,6 +124,14 @@ async def answer(
 
 async def _unmeasured() -> tuple[None, bool]:
     return None, True
+
+
+def win_rate(before: Sequence[float | None], after: Sequence[float | None]) -> float | None:
+    """Share of prompts whose answer scores higher after than before, ties counted half. None is an answer without a
+    score: its prompt does not count. None if no prompt counts."""
+    both = [(old, new) for old, new in zip(before, after, strict=True) if old is not None and new is not None]
+    wins = sum(1.0 if new > old else 0.5 if new == old else 0.0 for old, new in both)
+    return wins / len(both) if both else None
 
 
 def distinct(responses: Sequence[np.ndarray], n: int) -> float:

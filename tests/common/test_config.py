@@ -68,6 +68,7 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
         ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
         ({"evaluation": {"pass_source": "brief"}}, ["evaluation.pass_source (brief)", "['correct', 'short']"]),
+        ({"evaluation": {"pass_score": 0.8}}, ["evaluation.pass_score (0.8) needs evaluation.pass_source", "short"]),
     ],
 )
 def test_each_broken_rule_of_ppo_is_refused_with_its_values(sections, parts):

@@ -17,8 +17,8 @@ from learner.evaluation import Evaluation
 from tests.prometheus import documented, find_prometheus, scraping, wait_for
 
 
-def evaluation(version: int, pass_at_1: float) -> Evaluation:
-    return Evaluation(version, 4, 0, "", pass_at_1, (0.0, 1.0), 0.0, {}, 0.0, 1.0, 1.0, 1.0)
+def evaluation(version: int, pass_at_1: float | None) -> Evaluation:
+    return Evaluation(version, 4, 0, "", pass_at_1, (0.0, 1.0), 0.5, {}, 0.0, 1.0, 1.0, 1.0)
 
 
 def scrape(directory) -> dict:
@@ -35,11 +35,12 @@ def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
     with RunFigures.served(MonitoringConfig()) as figures, figures.discoverable(tmp_path):
         assert scrape(tmp_path) == {}
         figures.evaluation(evaluation(0, 0.25))
-        assert scrape(tmp_path) == {("ratchet_evaluation_pass_at_1",): 0.25, ("ratchet_policy_version",): 0}
+        evaluated = {("ratchet_evaluation_score",): 0.5, ("ratchet_evaluation_pass_at_1",): 0.25}
+        assert scrape(tmp_path) == {**evaluated, ("ratchet_policy_version",): 0}
         figures.step({"step": 0, "kl/coef": 0.1, "rollout/score/mean": -1.5, "rollout/score/my-judge": 7.0})
         figures.step({"step": 1, "kl/coef": 0.3, "rollout/score/std": 2.5, "rollout/score/my-judge": 8.0})
         assert scrape(tmp_path) == {
-            ("ratchet_evaluation_pass_at_1",): 0.25,
+            **evaluated,
             ("ratchet_policy_version",): 2,  # two updates done
             ("ratchet_step",): 1,
             ("ratchet_kl_coef",): 0.3,
@@ -48,6 +49,8 @@ def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
         }
         figures.evaluation(evaluation(2, 0.75))
         assert scrape(tmp_path)[("ratchet_evaluation_pass_at_1",)] == 0.75
+        figures.evaluation(evaluation(2, None))
+        assert ("ratchet_evaluation_pass_at_1",) not in scrape(tmp_path)
 
 
 def test_every_figure_of_a_record_comes_out_under_its_own_name(tmp_path):

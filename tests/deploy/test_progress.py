@@ -9,6 +9,7 @@ import pytest
 
 from common.types import Score, Void
 from deploy.progress import Progress, duration, one_line, question, short
+from learner.evaluation import Evaluation
 from tests.fakes import make_experience, make_prompt, tiny_config
 
 RECORD = {
@@ -190,3 +191,24 @@ def test_when_ready_the_screen_names_the_dashboard_its_token_and_the_figures(
         f"watch it: Ray's dashboard http://127.0.0.1:8265 (its token is in {place}), figures http://127.0.0.1:4000/metrics",
         "watch it: figures http://127.0.0.1:4000/metrics",
     ]
+
+
+def evaluation(version: int, score: float, pass_at_1: float | None) -> Evaluation:
+    interval = None if pass_at_1 is None else (0.25, 0.75)
+    return Evaluation(version, 8, 0, "", pass_at_1, interval, score, {"rm": score}, 0.0, 1.0, 1.0, 1.0)
+
+
+def test_an_evaluation_shows_its_score_where_pass_at_1_means_nothing(capsys, progress):
+    before, after = evaluation(0, 0.125, None), evaluation(7, 0.25, None)
+    progress.evaluation(before)
+    assert capsys.readouterr().out.splitlines()[0] == "held-out score at version 0: 0.125 (8 prompts)"
+    progress.end([before, after], wins=0.625, seconds=9)
+    shown = capsys.readouterr().out
+    assert "pass@1" not in shown
+    [wins] = [line for line in shown.splitlines() if "higher score than before" in line]
+    assert "62.5%" in wins
+    progress.evaluation(evaluation(3, 0.125, 0.5))
+    assert capsys.readouterr().out.splitlines()[0] == "held-out pass@1 at version 3: 50.0% (25.0% to 75.0%, 8 prompts)"
+    progress.end([evaluation(0, 0.1, 0.5), evaluation(7, 0.1, 0.625)], seconds=9)
+    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if "pass@1" in line]
+    assert [cell for cell in row if "%" in cell] == ["50.0%", "62.5%"]

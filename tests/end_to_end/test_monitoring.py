@@ -50,13 +50,15 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(tmp_path, monke
         cfg = tiny_config(
             model,
             num_steps=2,
+            evaluation={"pass_source": "a_words"},
             rollouts_per_step=8,
             reward={"sources": sources},
             generators={"min": 2, "cpus": 0.5},
             ray={"dashboard": True},
         )
         exported = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in METERS}
-        figures = {figure.metric for figure in FIGURES} | {"ratchet_policy_version", "ratchet_evaluation_pass_at_1"}
+        figures = {figure.metric for figure in FIGURES} | {"ratchet_policy_version"}
+        figures |= {"ratchet_evaluation_score", "ratchet_evaluation_pass_at_1"}
         found: list[Any] = []
         labels_shown: set[tuple[str, str]] = set()
         shown = Progress.step

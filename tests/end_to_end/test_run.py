@@ -33,7 +33,7 @@ def run_config(model, **overrides) -> Config:
             "checkpoint": {"every": 3},
             "ppo": {"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 4},
             "optimizer": {"learning_rate": 4e-3, "value_head_learning_rate": 1e-2},
-            "evaluation": {"prompts": 16},
+            "evaluation": {"prompts": 16, "pass_source": "a_words"},
             **overrides,
         },
     )
@@ -67,6 +67,8 @@ def test_the_reward_rises(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["heldout_prompts"] == 16
     assert summary["pass_at_1_after"] >= summary["pass_at_1_before"]
+    assert summary["score_after"] > summary["score_before"]
+    assert summary["win_rate"] > 0.5
 
 
 def test_every_step_is_journalled_on_policy_and_measured_exactly(finished, model):

@@ -12,7 +12,7 @@ import pytest
 
 from common.config import EvaluationConfig
 from common.types import Prompt, Rollout, SampleId, Score, Void, Written
-from learner.evaluation import Answer, Evaluation, distinct, evaluate
+from learner.evaluation import Answer, Evaluation, distinct, evaluate, win_rate
 from tests.fakes import FakeRoles, make_prompt, make_rollout
 
 RESPONSES = [[4, 5, 4, 5, 1], [5, 4, 1], [6]]
@@ -100,7 +100,7 @@ def check_passed(evaluation: Evaluation, passed: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "passed"),
     [
-        ({}, 2),  # the first source, at least 0.5: 2 and 0.5
+        ({"pass_source": "rm"}, 2),  # at least 0.5: 2 and 0.5
         ({"pass_source": "rm", "pass_score": -1}, 3),
         ({"pass_source": "gold", "pass_score": 0.05}, 2),
         ({"pass_source": "gold", "pass_score": 0.06}, 1),
@@ -110,8 +110,30 @@ def test_a_source_or_a_judge_says_what_passes(settings, passed):
     check_passed(evaluated(**settings)[0], passed)
 
 
+def test_scores_other_than_0_and_1_have_no_pass_share_unless_a_source_is_named():
+    found = evaluated()[0]
+    assert (found.pass_at_1, found.interval) == (None, None)
+    exact = [Score(5.0, {"exact": value, "rm": 2.5}) for value in (1.0, 0.0, 1.0)]
+    check_passed(evaluated(exact)[0], 2)
+    check_passed(evaluated(exact, pass_source="rm")[0], 3)
+    assert evaluated([*exact[:2], Score(0.0, {"exact": 0.5, "rm": 0.0})])[0].pass_at_1 is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share"),
+    [
+        ([0.0, 0.5, 1.0, 2.0], [1.0, 0.4, 1.0, 3.0], 2.5 / 4),  # higher, lower, the same, higher
+        ([0.0, None, 1.0], [1.0, 1.0, None], 1.0),  # only the first was scored twice
+        ([None], [1.0], None),
+        ([], [], None),
+    ],
+)
+def test_the_win_rate_counts_ties_half_and_leaves_out_what_has_no_score(before, after, share):
+    assert win_rate(before, after) == share
+
+
 def test_an_answer_without_a_score_fails_but_counts_in_all_that_needs_none():
-    whole, found = evaluated()[0], evaluated([SCORES[0], None, SCORES[2]])[0]
+    whole, found = evaluated()[0], evaluated([SCORES[0], None, SCORES[2]], pass_source="rm")[0]
     assert (found.prompts, found.voids) == (3, 1)
     check_passed(found, 2)
     assert found.score == 1.25  # of two
@@ -136,8 +158,8 @@ def test_every_prompt_is_asked_once_and_its_answer_comes_back_in_its_place():
 
 
 def test_a_record_survives_json():
-    for scores in (SCORES, [None] * 3):
-        found = evaluated(scores)[0]
+    for scores, settings in ((SCORES, {}), (SCORES, {"pass_source": "gold"}), ([None] * 3, {})):
+        found = evaluated(scores, **settings)[0]
         assert Evaluation.from_record(json.loads(json.dumps(found.record()))) == found
 
 
