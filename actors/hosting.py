@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -13,7 +14,8 @@ from ray._private import ray_constants
 from actors.ray_meters import RayMeters
 from common import meters
 from common.config import Placed, TrainerConfig, UserError
-from common.functions import import_ours, our_directory
+from common.functions import our_directory
+from common.import_path import IMPORT_FROM, prepare_process, users_directories
 
 # Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
 # caller: rollouts do, the few numbers beside them do not.
@@ -72,7 +74,8 @@ def worker_environment(cfg: Placed) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [our_directory(), os.environ.get("PYTHONPATH")])),
         # Called as the process begins. Only then Ray puts the driver's directory, where reward functions lie, on the
         # path, and first.
-        ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{import_ours.__module__}.{import_ours.__name__}",
+        ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{prepare_process.__module__}.{prepare_process.__name__}",
+        IMPORT_FROM: json.dumps(users_directories()),
         # glibc gives every large tensor back to the kernel and faults its pages in again at the next one: keeping them
         # makes an update 15 % faster (135M, two cores).
         "MALLOC_MMAP_THRESHOLD_": str(8 << 30),

@@ -34,7 +34,10 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
         for override in given:
             _apply(tree, override)
-        _find_files(tree, (Path.cwd(), path.absolute().parent), keep_relative)
+        directories = [Path.cwd(), path.absolute().parent]
+        if keep_relative:  # others do not travel to the cluster
+            directories = [directory for directory in directories if directory.is_relative_to(Path.cwd())]
+        _find_files(tree, directories, keep_relative)
         return root.model_validate(tree)
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist; shipped ones lie in deploy/configs/") from None

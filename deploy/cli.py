@@ -16,11 +16,14 @@ from typing import Annotated
 
 import typer
 
-from common.config import AdamWConfig, Config, Root, UserError
+from common.config import Config, Root, UserError
 from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
-from common.functions import import_ours
+from common.import_path import find_users_modules
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy import ends
+from deploy.provenance import IN_A_JOB
+from deploy.resume import enter_starting_directory, resumed_config
+from deploy.run_record import read_record
 
 
 def _settings(root: type[Root]) -> str:
@@ -31,44 +34,7 @@ def _settings(root: type[Root]) -> str:
     )
 
 
-# What a run may change when it goes on: nothing that decides what is learned. The learner's own way of computing it may
-# change, to get past a crash; repeated steps then agree to rounding, not to the bit.
-_COMPUTING = (
-    "learner.ranks",
-    "learner.cpus",
-    "learner.gpus",
-    "learner.micro_batch_tokens",
-    "learner.gradient_checkpointing",
-    "learner.threads",
-    "learner.cores",
-    "learner.timeout_s",
-    "checkpoint.",
-    "ray.",
-)
-_REPLICATED = ("min", "max", "cores", "in_flight", "timeout_s", "silent_s", "drain_s", "short_s")
-_RESUMABLE: dict[type[Root], tuple[str, ...]] = {
-    Config: (
-        "num_steps",
-        *_COMPUTING,
-        "generators.",
-        "reference.",
-        *(f"reward.{key}" for key in _REPLICATED),
-        "reward.max_void_share",
-        "evaluation.",
-        "monitoring.",
-    ),
-    RewardTrainingConfig: (
-        "epochs",
-        *_COMPUTING,
-        "generators.",
-        "scale.",
-        "sampling.",
-    ),
-    PairSamplingConfig: ("generators.", *(f"labeller.{key}" for key in _REPLICATED), "ray."),
-}
-
 _DASHBOARD = "RAY_API_SERVER_ADDRESS"  # Ray's own variable
-IN_A_JOB = "RATCHET_IN_A_JOB"  # set in the environment of a submitted run
 
 app = typer.Typer(
     help="PPO from human feedback on Ray and vLLM.",
@@ -113,7 +79,6 @@ def _in_run_directory(root: type[Root]) -> Callable[[Work], Work]:
             force: Force = False,
         ) -> None:
             cfg, directory = _named(root, config, _over(settings, address), run, resume)
-            _find_users_modules()
             ends.begins(directory, f"continue with ratchet {name} --resume {directory}")
             work(cfg, directory, resume=resume is not None, force=force)
 
@@ -154,9 +119,8 @@ def submit(
             "name the run directory with --run: the job's own directory is deleted after it, so the run must lie on "
             "storage that every node sees; a relative one is taken from the current directory"
         )
-    cfg, named = _named(Config, config, settings or [], run, resume, travels=True)
-    directory = Path(os.path.abspath(named))
-    _find_users_modules()
+    cfg, modules = _travelling(config, settings or [], run, resume)
+    directory = Path(os.path.abspath(resume or run or ""))
     from deploy.run_directory import refuse_overwriting
     from deploy.submit import submit_run
 
@@ -166,7 +130,7 @@ def submit(
         arguments = ["/dev/stdin", "--run", str(directory), *(["--force"] if force else [])]
     else:
         arguments = [*filter(None, [config]), *(settings or []), "--resume", str(directory)]
-    sys.exit(submit_run(cfg, arguments, directory, address=address, follow=follow))
+    sys.exit(submit_run(cfg, arguments, directory, modules=modules, address=address, follow=follow))
 
 
 @_in_run_directory(RewardTrainingConfig)
@@ -195,13 +159,18 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Judge a policy on the held-out prompts of a PPO config."""
-    cfg = load_config(Path(config), _over(settings, address), Config)
-    name = Path(config).resolve().parent.name if Path(config).name == "config.toml" else Path(config).stem
-    _find_users_modules()
+    path = Path(config)
+    cfg = load_config(path, _over(settings, address), Config)
+    judged = absolute_if_directory(policy) if policy else None
+    name = path.resolve().parent.name if path.name == "config.toml" else path.stem
+    directory = run or Path("runs") / f"{name}-evaluation"
+    if path.name == "config.toml" and read_record(path.parent):
+        directory = directory.absolute()
+        find_users_modules(*enter_starting_directory(path.parent)[1])
+    else:
+        find_users_modules(path.absolute().parent)
     from deploy.evaluate import run_evaluation
 
-    judged = absolute_if_directory(policy) if policy else None
-    directory = run or Path("runs") / f"{name}-evaluation"
     ends.begins(directory, "begin again with --force")
     run_evaluation(cfg, directory, policy=judged, force=force)
 
@@ -236,7 +205,7 @@ def demo(
     force: Force = False,
 ) -> None:
     """Show human feedback from beginning to end, on two cores."""
-    _find_users_modules()
+    find_users_modules()
     from deploy.demo import run_rlhf_demo
 
     ends.begins(run, "begin again with --force")
@@ -273,65 +242,47 @@ def config(
 
 
 def _named(
-    root: type[AnyRoot],
-    config: str,
-    settings: Sequence[str],
-    run: Path | None,
-    resume: Path | None,
-    *,
-    travels: bool = False,
+    root: type[AnyRoot], config: str, settings: Sequence[str], run: Path | None, resume: Path | None
 ) -> tuple[AnyRoot, Path]:
-    """The config that was named, or that of the run that goes on, and its run directory. In a config that travels with
-    a job, or has done so, names of files stay relative: every job has a current directory of its own."""
-    travels |= IN_A_JOB in os.environ
+    """The config that was named, or that of the run that continues, and its run directory; from here on the user's
+    modules are found."""
+    # Names of files stay relative in a job: each job has a current directory of its own.
+    travels = IN_A_JOB in os.environ
     if resume is not None:
-        if run is not None or config.endswith(".toml"):
-            raise UserError("--resume goes on with the config of its run directory; give no config file and no --run")
-        overrides = [config, *settings] if config else [*settings]
-        return _resumed(root, resume, overrides, travels=travels), resume
-    if config:
-        cfg = load_config(Path(config), settings, root, keep_relative=travels)
-        return cfg, run or Path("runs") / Path(config).stem
-    raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+        cfg = resumed_config(root, resume, _changes(config, settings, run), travels=travels)
+        directory, modules = enter_starting_directory(resume)
+        find_users_modules(*modules)
+        return cfg, directory
+    if not config:
+        raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+    cfg = load_config(Path(config), settings, root, keep_relative=travels)
+    find_users_modules(Path(config).absolute().parent)
+    return cfg, run or Path("runs") / Path(config).stem
+
+
+def _travelling(
+    config: str, settings: Sequence[str], run: Path | None, resume: Path | None
+) -> tuple[Config, Sequence[Path]]:
+    """As `_named`, for a job: what is in the current directory travels, and is called by its relative name. Gives the
+    config, and where in the current directory modules are looked for too."""
+    modules = [Path(config).absolute().parent] if resume is None else []
+    here = [Path(os.path.relpath(directory)) for directory in modules if directory.is_relative_to(Path.cwd())]
+    find_users_modules(*here)
+    if resume is not None:
+        return resumed_config(Config, resume, _changes(config, settings, run), travels=True), here
+    return load_config(Path(config), settings, Config, keep_relative=True), here
+
+
+def _changes(config: str, settings: Sequence[str], run: Path | None) -> Sequence[str]:
+    """The settings that --resume is given; the first one stands where a config file would."""
+    if run is not None or config.endswith(".toml"):
+        raise UserError("--resume continues with the config of its run directory; give no config file and no --run")
+    return [config, *settings] if config else settings
 
 
 def _over(settings: Sequence[str] | None, address: str | None) -> list[str]:
     """Settings with --address over them: it is ray.address by another name."""
     return [*(settings or []), *([f"ray.address={json.dumps(address)}"] if address else [])]
-
-
-def _find_users_modules() -> None:
-    """Reward functions and prompts may lie beside the user."""
-    import_ours()  # an editable installation would be asked after the path
-    sys.path.append(str(Path.cwd()))
-
-
-def _resumed(root: type[AnyRoot], directory: Path, overrides: list[str], *, travels: bool) -> AnyRoot:
-    if not os.path.exists(directory / "config.toml"):
-        raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet has made")
-    changeable = _RESUMABLE[root]
-
-    def may_change(override: str) -> bool:
-        key = override.partition("=")[0].strip()
-        return key in changeable or key.startswith(tuple(name for name in changeable if name.endswith(".")))
-
-    if fixed := [text for text in overrides if not may_change(text)]:
-        raise UserError(
-            f"{', '.join(fixed)} cannot change when a run goes on, since what it has done was done under the old "
-            f"value; changeable: {', '.join(name.rstrip('.') for name in changeable)}; or start a new run"
-        )
-    before, after = (
-        load_config(directory / "config.toml", given, root, keep_relative=travels) for given in ([], overrides)
-    )
-    optimizer: AdamWConfig | None = getattr(after, "optimizer", None)
-    for key in ("num_steps", "epochs"):
-        old, new = getattr(before, key, None), getattr(after, key, None)
-        if old != new and optimizer is not None and optimizer.schedule != "constant":
-            raise UserError(
-                f"{key}={new} cannot change when a run goes on: the {optimizer.schedule} schedule was laid out for "
-                f"{old}; start a new run"
-            )
-    return after
 
 
 def main() -> None:

@@ -19,13 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from common.config import Config, Root, UserError
 from common.config_files import load_config
-from common.files import write_json, write_whole
+from common.files import write_whole
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from common.types import Rollout, Score, Void
 from deploy.console import complain
+from deploy.run_record import RECORD, add_start, read_record, write_first_record
 
-RECORD = "run.json"
-_MARK = "ratchet_run"  # the key of run.json that nothing else writes; its value is the version of the layout
 _LEFTOVER = re.compile(r"(run\.json|config\.toml)\.\d+\.tmp")  # of a process that was killed as a run began
 # What runs wrote before there was a run.json.
 _OLD_NAMES = {
@@ -66,8 +65,8 @@ def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True)
 
 def is_run(directory: Path) -> bool:
     """Whether Ratchet made this directory."""
-    if (record := read_record(directory)) is not None:
-        return _MARK in record
+    if read_record(directory):
+        return True
     if not _entries(directory) <= _OLD_NAMES or len(_entries(directory)) == 1:
         return False
     for root in (Config, RewardTrainingConfig, PairSamplingConfig):
@@ -75,15 +74,6 @@ def is_run(directory: Path) -> bool:
             load_config(directory / "config.toml", [], root)
             return True
     return False
-
-
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """RUN/run.json; None where there is none that can be read."""
-    try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 class RunDirectory:
@@ -101,11 +91,12 @@ class RunDirectory:
             self._move_aside()
         for leftover in self.directory.iterdir():
             leftover.unlink()
-        write_json(self.directory / RECORD, {_MARK: 1, "command": command})
+        write_first_record(self.directory, command)
         write_whole(self.directory / "config.toml", cfg.to_toml())
 
     def resume(self, cfg: Root) -> None:
         """Continues its run with these settings."""
+        add_start(self.directory)
         write_whole(self.directory / "config.toml", cfg.to_toml())
 
     def release(self) -> None:

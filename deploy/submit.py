@@ -6,6 +6,7 @@ What travels: Ratchet's own packages, the directory it is called from (reward fu
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -30,16 +31,21 @@ import deploy
 import learner
 from common.config import Config, UserError
 from common.functions import load_function
+from common.import_path import IMPORT_FROM
 from deploy.cluster import refused
 from deploy.console import Lenient, complain, printable
 from deploy.placement import MIB
+from deploy.provenance import IN_A_JOB
 
 EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out
 LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes of a request that the cluster takes
 
 
-def submit_run(cfg: Config, arguments: Sequence[str], directory: Path, *, address: str, follow: bool) -> int:
+def submit_run(
+    cfg: Config, arguments: Sequence[str], directory: Path, *, modules: Sequence[Path], address: str, follow: bool
+) -> int:
     """Sends `ratchet train` with these arguments, which reads `cfg` on its standard input, and returns the exit code.
+    Functions are also found in the directories `modules` below the current one.
 
     Everything that can be checked here is checked before anything is sent. Models cannot: they lie over there.
     """
@@ -57,7 +63,11 @@ def submit_run(cfg: Config, arguments: Sequence[str], directory: Path, *, addres
                 # Not in one directory with the user's files, which may have the same names; Python finds these first.
                 "py_modules": [package.__path__[0] for package in (actors, common, deploy, learner)],
                 "excludes": EXCLUDED,
-                "env_vars": {"RATCHET_CONFIG": cfg.to_toml(), "RATCHET_IN_A_JOB": "1"},
+                "env_vars": {
+                    "RATCHET_CONFIG": cfg.to_toml(),
+                    IN_A_JOB: "1",
+                    IMPORT_FROM: json.dumps([str(path) for path in modules]),
+                },
             },
             metadata={"run": str(directory)},
         )

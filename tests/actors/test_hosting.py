@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from ray._private import ray_constants
 
-from actors.hosting import pin
-from common.config import UserError
+from actors.hosting import pin, worker_environment
+from common.config import Placed, UserError
+from common.import_path import find_users_modules
 
 PINNED = """
 import json, os, sys, threading
@@ -29,6 +31,21 @@ late = begin()
 print(json.dumps([sorted(os.sched_getaffinity(thread)) for thread in (0, early.native_id, late.native_id)]))
 done.set()
 """
+
+
+def test_a_role_finds_the_users_modules_where_the_driver_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    home = tmp_path / "é 設定"
+    home.mkdir()
+    (home / "users_module.py").write_text("FOUND = 1")
+    find_users_modules(home)
+    environment = worker_environment(Placed())
+    hook = environment[ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR]
+    script = f"import {hook.rpartition('.')[0]}; {hook}(); import users_module; print(users_module.FOUND)"
+    started = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", env=started, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+    find_users_modules()
 
 
 def test_every_thread_that_is_there_and_every_later_one_keeps_to_the_cores():

@@ -17,6 +17,7 @@ import deploy.train
 import deploy.train_reward
 from common.config import Config
 from common.config_files import describe, load_config
+from common.import_path import find_users_modules
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy import signals
 from deploy.cli import main
@@ -42,8 +43,8 @@ class Editable:  # as of an editable installation: asked after every directory o
         return PathFinder.find_spec(name, path or [sys.argv[1]])
 
 sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, Editable)
-from deploy import cli
-cli._find_users_modules()
+from common.import_path import find_users_modules
+find_users_modules()
 from actors import engine
 from learner import losses
 import my_rewards
@@ -258,6 +259,54 @@ def test_a_reward_function_beside_the_user_is_found_and_its_error_told(refusal, 
     assert "my_broken_reward cannot be imported (ModuleNotFoundError: No module named 'no_such_package')" in message
 
 
+def test_a_function_next_to_the_config_is_found_after_the_current_directory(accepted, cfg, workplace, monkeypatch):
+    home, here = workplace / "Réglages 設定", workplace / "here"
+    home.mkdir()
+    here.mkdir()
+    cfg.write_text(cfg.read_text().replace("deploy.tasks.larger:correct", "rewards_by_config:score"))
+    for path in (*workplace.glob("*.jsonl"), cfg, workplace / "model"):
+        path.rename(home / path.name)
+    (home / "rewards_by_config.py").write_text("def score(answer): return 1.0")
+    monkeypatch.chdir(here)
+    accepted("train", home / "tiny.toml")
+    assert sys.modules.pop("rewards_by_config").__file__ == str(home / "rewards_by_config.py")
+    (here / "rewards_by_config.py").write_text("def score(answer): return 2.0")
+    accepted("train", home / "tiny.toml")
+    assert sys.modules.pop("rewards_by_config").__file__ == str(here / "rewards_by_config.py")
+
+
+@pytest.mark.parametrize("command", ["train", "train-reward", "sample-pairs"])
+def test_a_run_continues_from_anywhere(accepted, configs, workplace, monkeypatch, command):
+    home, run = workplace / "Проект é", workplace / "läufe/実行 1"
+    home.mkdir()
+    for path in (*workplace.glob("*.jsonl"), configs[command], workplace / "model"):
+        path.rename(home / path.name)
+    sources = {"train": "reward", "sample-pairs": "labeller"}.get(command)
+    function = [f"{sources}.sources.0.function=their_rewards:score"] if sources else []
+    # What it opens is found in the directory that the run is started from.
+    (home / "their_rewards.py").write_text("TEXT = open('answers.txt').read()\ndef score(answer): return 1.0\n")
+    (home / "answers.txt").touch()
+    monkeypatch.chdir(home)
+    path, root = Path(configs[command].name), ROOTS[command]
+    find_users_modules(path.absolute().parent)
+    with sole_owner(run) as held:
+        held.begin(load_config(path, function, root), command, force=False)
+    (run / "journal").mkdir()
+    if command == "train-reward":
+        reward, base = load_config(run / "config.toml", [], root), PolicyFiles.load("model")
+        with deploy.train_reward.prepared_pairs(reward, base, run, resume=False) as pairs:
+            shutil.move(pairs, run / "pairs")
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    accepted(command, "--resume", run.relative_to(workplace))
+    assert Path.cwd() == home
+    if command == "train":
+        monkeypatch.chdir("/")
+        sys.modules.pop("their_rewards")
+        accepted("evaluate", run / "config.toml", "--run", workplace / "verdict")
+    sys.modules.pop("their_rewards", None)
+
+
 def test_modules_of_the_user_named_like_our_packages_hide_none_of_ours(workplace):
     for name in ("actors", "common", "deploy", "learner"):
         (workplace / f"{name}.py").write_text("raise ImportError('a module named like one of our packages')")
@@ -373,7 +422,7 @@ def test_resume_of_a_directory_that_is_no_run_is_refused(refusal, command, direc
 def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, runs, command):
     for more in ([configs[command]], ["--run", "new"]):
         message = refusal(command, "--resume", runs[command], *more)
-        assert "--resume goes on with the config of its run directory; give no config file and no --run" in message
+        assert "--resume continues with the config of its run directory; give no config file and no --run" in message
     other = runs["train" if command == "train-reward" else "train-reward"]
     assert "required and missing" in refusal(command, "--resume", other)  # begun by another command
 
@@ -408,7 +457,7 @@ def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, 
     }[command]  # whole sections are named without a dot
     for setting in settings.split():
         message = refusal(command, "--resume", runs[command], "generators.threads=2", setting)
-        assert message.startswith(f"ratchet: {setting} cannot change when a run goes on")
+        assert message.startswith(f"ratchet: {setting} cannot change when a run continues")
         assert f"changeable: {told}" in message
 
 
@@ -444,7 +493,7 @@ def test_resume_with_other_settings_goes_on(accepted, runs, command, settings):
 def test_resume_does_not_lengthen_a_schedule_that_is_laid_out(refusal, runs, command, key):
     config = runs[command] / "config.toml"
     config.write_text(config.read_text() + '\n[optimizer]\nschedule = "linear"\n')
-    assert f"{key}=9 cannot change when a run goes on: the linear" in refusal(
+    assert f"{key}=9 cannot change when a run continues: the linear" in refusal(
         command, "--resume", runs[command], f"{key}=9"
     )
 

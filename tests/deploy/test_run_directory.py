@@ -6,14 +6,24 @@ import fcntl
 import itertools
 import json
 import os
+import platform
+import subprocess
+import time
 from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 
 from common.config import UserError
+from common.import_path import find_users_modules
 from common.models import load_tokenizer
 from common.types import Score, Void
+from deploy.provenance import VERSION, git_state
 from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
 from tests.fakes import END, WORDS, make_prompt, make_rollout, save_tiny_model, tiny_config
 
@@ -148,6 +158,57 @@ def test_leftovers_of_a_run_killed_as_it_began_are_no_obstacle(tmp_path, cfg):
     (tmp_path / "config.toml").unlink()
     begin(tmp_path, cfg)
     assert names(tmp_path) == {"run.json", "config.toml"}
+
+
+def test_a_run_knows_where_when_and_with_what_it_was_started(tmp_path, cfg, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    find_users_modules(tmp_path / "config")
+    git = partial(subprocess.run, check=True, capture_output=True)
+    git(["git", "init", "-q", "."])
+    Path("tracked").touch()
+    git(["git", "add", "tracked"])
+    git(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "first"])
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    begin(tmp_path / "run", cfg)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["command"], record["directory"]) == ("train", str(tmp_path))
+    assert record["import_from"] == [str(tmp_path / "config")]
+    (start,) = record["starts"]
+    assert start["git"] == {"commit": head, "dirty": False}
+    assert start["directory"] == str(tmp_path)
+    assert start["versions"]["python"] == platform.python_version()
+    assert start["versions"]["ray"] == ray.__version__
+    assert start["versions"]["torch"] == torch.__version__
+    assert {"ratchet", "transformers"} < start["versions"].keys()
+    assert abs(datetime.fromisoformat(start["time"]).timestamp() - time.time()) < 60
+    assert start["ratchet_git"] is None or len(start["ratchet_git"]["commit"]) == 40
+
+    Path("tracked").write_text("changed")
+    with sole_owner(tmp_path / "run") as held:
+        held.resume(cfg)
+    resumed = json.loads((tmp_path / "run/run.json").read_text())
+    assert resumed["starts"][0] == start
+    assert resumed["starts"][1]["git"] == {"commit": head, "dirty": True}
+    assert resumed | {"starts": 0} == record | {"starts": 0}
+
+
+def test_a_run_made_before_there_was_a_record_gets_one_when_it_continues(tmp_path, cfg):
+    with sole_owner(old_run(tmp_path / "old", cfg)) as held:
+        held.resume(cfg)
+    assert len(json.loads((tmp_path / "old/run.json").read_text())["starts"]) == 1
+
+
+def test_a_directory_without_git_or_without_a_commit_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state(tmp_path) is None
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert git_state(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git there
+    assert git_state(tmp_path) is None
+
+
+def test_the_version_is_that_of_the_package():
+    assert version("ratchet-rlhf") == VERSION
 
 
 def test_two_runs_cannot_hold_one_directory(tmp_path, cfg):

@@ -99,7 +99,7 @@ def test_an_address_must_be_a_host_and_a_port(address):
         (["--address", "http://127.0.0.1:8265"], "name the run directory with --run"),
         (["--address", "http://127.0.0.1:8265", "--run", "run", "ppo.clip=1"], "did you mean clip_eps or reward.clip?"),
         (["--address", "http://127.0.0.1:8265", "--run", "taken"], "holds something that is no run"),
-        (["--address", "http://127.0.0.1:8265", "--resume", "taken"], "--resume goes on with the config of its run"),
+        (["--address", "http://127.0.0.1:8265", "--resume", "taken"], "--resume continues with the config of its run"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(capsys, monkeypatch, place, arguments, says):

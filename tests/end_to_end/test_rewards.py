@@ -53,7 +53,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(model, tmp_path_factory):
     """Two responses to each prompt; the labeller prefers the one with more a-words."""
-    directory = tmp_path_factory.mktemp("runs") / "pairs"
+    directory = tmp_path_factory.mktemp("Läufe 実行") / "pairs"
     cfg = PairSamplingConfig.model_validate(
         {
             "model": {"path": str(model)},
@@ -77,7 +77,7 @@ def pairs(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(model, pairs, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / "reward"
+    directory = tmp_path_factory.mktemp("Läufe 実行") / "reward"
     run_reward_training(reward_config(model, pairs, learner={"ranks": 2}), directory)
     return directory
 

@@ -47,7 +47,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     """One whole run, shared by the tests below."""
-    directory = tmp_path_factory.mktemp("runs") / "whole"
+    directory = tmp_path_factory.mktemp("Läufe 実行") / "whole"
     run_training(run_config(model), directory)
     return directory
 
