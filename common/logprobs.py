@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 # Tokens and vocabulary of a tile of logits. What one takes stays in a CPU's cache between its matrix product and the
 # element-wise work on it; a GPU wants fewer and larger ones.
 CPU_TILE, GPU_TILE = (512, 2048), (2048, 16384)
 
 
+@dataclass(frozen=True)
+class Finish:
+    """What a model does to its logits after the output embedding: cap * tanh(scale * z / cap), or scale * z."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Finish:
+        """As the config says: Gemma 2 caps, Cohere multiplies, Granite divides. Whether the model does that, and
+        nothing else, only the probe can tell."""
+        text = config.get_text_config()
+        factor, divisor = _number(text, "logit_scale"), _number(text, "logits_scaling")
+        return cls(factor or 1 / (divisor or 1.0), _number(text, "final_logit_softcapping"))
+
+
+def _number(config: PretrainedConfig, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) and 0 < value < math.inf else None
+
+
+AS_IT_IS = Finish()
+
+
 def chosen_logprobs(
-    hidden: Tensor, token_ids: Tensor, head: nn.Linear, *, temperature: float, tile: tuple[int, int] | None = None
+    hidden: Tensor,
+    token_ids: Tensor,
+    head: nn.Linear,
+    *,
+    temperature: float,
+    finish: Finish = AS_IT_IS,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each chosen token, and the entropy of the distribution it was chosen from.
 
-    hidden [N, H] are the states that predict token_ids [N]; head maps them to logits [N, V]. Returns two float32 [N],
-    in nats. Logits live for one tile only, and the backward pass computes them again: memory grows with N + V, not with
-    N * V.
+    hidden [N, H] are the states that predict token_ids [N]; head and `finish` map them to logits [N, V]. Returns two
+    float32 [N], in nats. Logits live for one tile only, and the backward pass computes them again: memory grows with
+    N + V, not with N * V.
     """
     tile = tile or (CPU_TILE if hidden.device.type == "cpu" else GPU_TILE)
-    return _ChosenLogprobs.apply(hidden, head.weight, head.bias, token_ids, temperature, tile)
+    return _ChosenLogprobs.apply(hidden, head.weight, head.bias, token_ids, temperature, finish, tile)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -36,12 +69,20 @@ class _ChosenLogprobs(torch.autograd.Function):
     log p_a = z_a - m, H = -sum p log p = m - z'
     T d(log p_a)/dz_j = 1[j = a] - p_j      T dH/dz_j = -p_j (z_j - z')
 
-    m and z' are gathered tile by tile: those of two parts of the vocabulary make those of both.
+    m and z' are gathered tile by tile: those of two parts of the vocabulary make those of both. A cap c makes
+    z = c tanh(u) / T of what the head gives, u = head scale / c; its slope is scale (1 - tanh(u)^2) / T.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float, tile: Tile
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        temperature: float,
+        finish: Finish,
+        tile: Tile,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = autocast_dtype(device) or weight.dtype
@@ -51,7 +92,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for part, matrix, offset in _parts(weight, bias, dtype, tile[1]):
                 for rows in _slices(len(states), tile[0]):
-                    z = _logits(states[rows], matrix, offset, temperature)
+                    z = _logits(states[rows], matrix, offset, temperature, finish)
                     inside, place = _places(token_ids[rows], part)
                     chosen[rows].add_(z.gather(-1, place).squeeze(-1).where(inside, 0.0))
                     p = z.softmax(-1)
@@ -61,7 +102,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                     total[rows] = both
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(states, weight, bias, token_ids, total, mean)
-        ctx.temperature, ctx.tile, ctx.hidden_dtype = temperature, tile, hidden.dtype
+        ctx.temperature, ctx.finish, ctx.tile, ctx.hidden_dtype = temperature, finish, tile, hidden.dtype
         return chosen - total, total - mean
 
     @staticmethod
@@ -75,7 +116,8 @@ class _ChosenLogprobs(torch.autograd.Function):
         d_bias = torch.zeros_like(bias) if of_bias else None
         for part, matrix, offset in _parts(weight.detach(), bias, states.dtype, ctx.tile[1]):
             for rows in _slices(len(states), ctx.tile[0]):
-                z = _logits(states[rows], matrix, offset, ctx.temperature)
+                z = _logits(states[rows], matrix, offset, ctx.temperature, ctx.finish)
+                slope = None if ctx.finish.cap is None else 1 - (z * (ctx.temperature / ctx.finish.cap)).square_()
                 inside, place = _places(token_ids[rows], part)
                 g = g_logprobs[rows, None]
                 p = (z - total[rows, None]).exp_()
@@ -84,7 +126,9 @@ class _ChosenLogprobs(torch.autograd.Function):
                 else:
                     gradient = p.mul_(z.sub_(mean[rows, None]).mul_(g_entropy[rows, None]).add_(g)).neg_()
                 gradient.scatter_add_(-1, place, g.where(inside[:, None], 0.0))
-                gradient = gradient.div_(ctx.temperature).to(states.dtype)
+                if slope is not None:
+                    gradient.mul_(slope)
+                gradient = gradient.div_(ctx.temperature / ctx.finish.scale).to(states.dtype)
                 if of_hidden:
                     d_hidden[rows].add_(gradient @ matrix)
                 if d_weight is not None:
@@ -92,7 +136,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 if d_bias is not None:
                     d_bias[part].add_(gradient.sum(0))
         returned = None if d_weight is weight.grad else d_weight
-        return d_hidden.to(ctx.hidden_dtype) if of_hidden else None, returned, d_bias, None, None, None
+        return d_hidden.to(ctx.hidden_dtype) if of_hidden else None, returned, d_bias, None, None, None, None
 
 
 Tile = tuple[int, int]
@@ -110,10 +154,12 @@ def _slices(count: int, width: int) -> list[slice]:
     return [slice(start, min(start + width, count)) for start in range(0, count, width)]
 
 
-def _logits(states: Tensor, matrix: Tensor, offset: Tensor | None, temperature: float) -> Tensor:
+def _logits(states: Tensor, matrix: Tensor, offset: Tensor | None, temperature: float, finish: Finish) -> Tensor:
     """Of one tile, over the temperature, float32."""
     logits = nn.functional.linear(states, matrix, offset).float()
-    return logits if temperature == 1 else logits.div_(temperature)
+    if finish.cap is not None:
+        return logits.mul_(finish.scale / finish.cap).tanh_().mul_(finish.cap / temperature)
+    return logits if temperature == finish.scale else logits.div_(temperature / finish.scale)
 
 
 def _places(token_ids: Tensor, part: slice) -> tuple[Tensor, Tensor]:

@@ -11,15 +11,17 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +35,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import PACKED
 from common.config import UserError
+from common.model_files import check_finite, check_loaded, reading
+from common.probe import alone, compare
 from common.saved_weights import as_saved
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
@@ -158,11 +162,31 @@ def find_device(gpus: float) -> torch.device:
     return torch.device("cuda")
 
 
-def load_policy(directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal language model in `directory`, in eval mode: dropout would make rollouts and updates disagree."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=PACKED)
-    model = model.to(device).eval()
-    _check_head(model, directory)
+def load_policy(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    install: Callable[[PreTrainedModel], object] | None = None,
+    setting: str = "model.path",
+) -> PreTrainedModel:
+    """The causal language model in `directory`, in eval mode: dropout would make rollouts and updates disagree.
+
+    `install` replaces what the model computes with. Raises UserError for a model that is incomplete, or that does not
+    give packed sequences what transformers' eager attention gives each alone.
+    """
+    with reading(directory, setting, "be trained"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=PACKED, output_loading_info=True
+        )
+        check_loaded(found)
+        check_finite(model)
+        _check_tied(model)
+        model = model.to(device).eval()
+        expected = alone(model)
+        if install is not None:
+            install(model)
+        compare(model, expected)
     return model
 
 
@@ -171,27 +195,28 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True  # the flag it looks at; its children stay in eval mode, without dropout
+            # A layer looks at the flag to see whether it is to be recomputed. Some look again for their dropout.
+            layer.training = True
+            layer._gradient_checkpointing_func = partial(_recomputed, layer, layer._gradient_checkpointing_func)
 
 
-@torch.inference_mode()
-def _check_head(model: PreTrainedModel, directory: Path) -> None:
-    """Log-probabilities here are the output embedding over the body's states. Some models scale or cap what comes out
-    of it, and with those every log-probability would be wrong; what is published is one tied weight or two. Raises
-    UserError."""
+def _recomputed(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    def in_eval_mode(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_eval_mode, *inputs)
+
+
+def _check_tied(model: PreTrainedModel) -> None:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if model.config.tie_word_embeddings and not tied:
-        raise UserError(
-            f"model.path ({directory}) holds an output embedding beside the input embedding, but its config says they "
-            "are one (tie_word_embeddings); set that to false in its config.json"
-        )
-    ids = torch.arange(4, device=model.device)[None]
-    whole = model(ids, lengths=[4]).logits
-    parts = model.get_output_embeddings()(model.base_model(ids, lengths=[4]).last_hidden_state)
-    if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2):
-        raise UserError(
-            f"model.path ({directory}) changes its logits after the output embedding (soft-capping or scaling), which "
-            "is not supported; use a model that does not"
+    if getattr(model.config, "tie_word_embeddings", False) and not tied:
+        raise ValueError(
+            "it holds an output embedding beside the input embedding, but its config says they are one "
+            "(tie_word_embeddings); set that to false in its config.json"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.logprobs import autocast_dtype, chosen_logprobs
+from common.logprobs import Finish, autocast_dtype, chosen_logprobs
 from common.masking import length_mask
 
 # Matrix products over whole vectors take the same kernels whatever else is in the batch. Measured with AVX-512, one
@@ -96,7 +96,8 @@ def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperatu
     count = len(states) + int(missing.sum())
     states = states.new_zeros(count, states.shape[1]).index_copy(0, places, states)
     token_ids = token_ids.new_zeros(count).index_copy(0, places, token_ids)
-    logprobs, _ = chosen_logprobs(states, token_ids, model.get_output_embeddings(), temperature=temperature)
+    head, finish = model.get_output_embeddings(), Finish.of(model.config)
+    logprobs, _ = chosen_logprobs(states, token_ids, head, temperature=temperature, finish=finish)
     return sequences.scatter(logprobs[places])
 
 

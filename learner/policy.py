@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config import LearnerConfig, OptimizerConfig
-from common.logprobs import chosen_logprobs
+from common.logprobs import Finish, chosen_logprobs
 from common.models import checkpoint_activations, load_policy, resolve_model
 from common.saved_weights import as_saved
 from common.sequences import Sequences
@@ -29,7 +29,8 @@ class PolicyWithCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.critic_body = critic_body  # None: the policy's trunk serves both
-        self.value_head = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
+        width = policy.get_output_embeddings().weight.shape[1]  # of the states; OPT-350m's are narrower than its layers
+        self.value_head = nn.Linear(width, 1, device=policy.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -38,12 +39,11 @@ class PolicyWithCritic(nn.Module):
         """In float32; with LoRA the frozen weights in the precision of the forward pass."""
         frozen_bf16 = cfg.lora is not None and cfg.precision == "bf16"
         dtype = torch.bfloat16 if frozen_bf16 else torch.float32
-        policy = load_policy(resolve_model(path), dtype=dtype, device=device)
+        policy = load_policy(resolve_model(path), dtype=dtype, device=device, install=install)
         critic = None
         if cfg.critic == "separate":
-            critic = load_policy(resolve_model(path), dtype=dtype, device=device).base_model
+            critic = load_policy(resolve_model(path), dtype=dtype, device=device, install=install).base_model
         for model in filter(None, (policy, critic)):
-            install(model)
             if cfg.lora is not None:
                 lora.add(model, cfg.lora, seed=seed)
             if cfg.gradient_checkpointing:
@@ -59,8 +59,8 @@ class PolicyWithCritic(nn.Module):
         """
         with lora.off(self.policy) if reference else nullcontext():
             states, token_ids = sequences.response_states(self.policy.base_model)
-        head = self.policy.get_output_embeddings()
-        logprobs, entropy = chosen_logprobs(states, token_ids, head, temperature=temperature)
+        head, finish = self.policy.get_output_embeddings(), Finish.of(self.policy.config)
+        logprobs, entropy = chosen_logprobs(states, token_ids, head, temperature=temperature, finish=finish)
         if self.critic_body is not None:
             states, _ = sequences.response_states(self.critic_body)
         with torch.autocast(states.device.type, enabled=False):  # eight bits would be a coarse value

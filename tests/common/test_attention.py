@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from common.attention import PACKED, packed_attention
+from common.attention import PACKED, AttentionError, packed_attention
 from common.sequences import Sequences
 
 HEAD_SIZE = 5
@@ -82,7 +82,7 @@ def test_windows_worked_by_hand():
     def means(**how):
         return packed_attention(nn.Module(), zeros, zeros, value, None, scaling=1.0, **how)[0].flatten().tolist()
 
-    assert means() == pytest.approx([1, 3 / 2, 7 / 3, 15 / 4])  # without lengths all is one sequence
+    assert means(lengths=[4]) == pytest.approx([1, 3 / 2, 7 / 3, 15 / 4])
     assert means(lengths=[2, 2]) == [1, 1.5, 4, 6]
     assert means(lengths=[4], sliding_window=2) == [1, 1.5, 3, 6]
     assert means(lengths=[1, 1, 1, 1]) == [1, 2, 4, 8]
@@ -93,6 +93,91 @@ def test_masks_of_different_windows_and_lengths_are_not_mixed_up():
     for lengths, window in (([3], 2), ([5, 4], 2), ([5, 4], 3), ([4, 5], None), ([260], 2), ([5], 2), ([5], None)):
         tensors = inputs(lengths, dtype=torch.float32)
         check(packed(*tensors, lengths, window=window), dense(*tensors, lengths, window=window), atol=2e-5)
+
+
+# What some models do to scores
+
+
+def with_sinks(query, key, value, sinks, gradient, lengths, *, cap, window):
+    """Each token of each head on its own in float64: its scores and its sink, one softmax, the sink's share dropped."""
+    leaves = [x.double().clone().requires_grad_() for x in (query[0], key[0], value[0], sinks)]
+    q, k, v, s = leaves
+    rows = []
+    for head in range(len(q)):
+        shared = head // (len(q) // len(k))
+        for end in torch.tensor(lengths).cumsum(0).tolist():
+            begin = end - lengths[len(rows) % len(lengths)]
+            part = []
+            for t in range(begin, end):
+                seen = slice(max(begin, t - window + 1) if window else begin, t + 1)
+                scores = 0.4 * k[shared, seen] @ q[head, t]
+                if cap:
+                    scores = cap * torch.tanh(scores / cap)
+                weights = torch.cat([scores, s[head, None]]).softmax(0)[:-1]
+                part.append(weights @ v[shared, seen])
+            rows.append(torch.stack(part))
+    per_head = [torch.cat(rows[i : i + len(lengths)]) for i in range(0, len(rows), len(lengths))]
+    attended = torch.stack(per_head, dim=1)
+    return attended[None].detach(), *torch.autograd.grad(attended, leaves, gradient[0].double())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("width", [HEAD_SIZE, 3, 9])
+def test_sinks_caps_and_values_of_another_width_equal_a_derivation_token_by_token(cap, window, width):
+    lengths = [3, 7, 1, 40]
+    query, key, _, _ = inputs(lengths, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    value, gradient = (torch.randn(s, generator=generator) for s in ((1, 2, 51, width), (1, 51, 4, width)))
+    sinks = torch.tensor([-1.0, 0.3, 2.0, 0.0])
+    leaves = [x.clone().requires_grad_() for x in (query, key, value, sinks)]
+    attended, _ = packed_attention(
+        nn.Module(),
+        *leaves[:3],
+        None,
+        scaling=0.4,
+        lengths=lengths,
+        sliding_window=window,
+        softcap=cap,
+        s_aux=leaves[3],
+    )
+    found = attended.detach(), *torch.autograd.grad(attended, leaves, gradient)
+    expected = with_sinks(query, key, value, sinks, gradient, lengths, cap=cap, window=window)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double().view(other.shape), other, atol=1e-5, rtol=0)
+
+
+def test_a_sink_worked_by_hand():
+    # Scores 0 and a sink of ln 2: the first token gives 1 / (1 + 2) to itself, the second 1 / 4 to each of two.
+    zeros, value = torch.zeros(1, 1, 2, 1), torch.tensor([3.0, 5.0]).view(1, 1, 2, 1)
+    sink = torch.tensor([2.0]).log()
+    out = packed_attention(nn.Module(), zeros, zeros, value, None, scaling=1.0, lengths=[2], s_aux=sink)[0]
+    assert out.flatten().tolist() == pytest.approx([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"lengths": None}, "do not tell their attention where each sequence of a packed row ends"),
+        ({"position_bias": torch.zeros(1)}, "its attention uses position_bias"),
+        ({"dropout": 0.1}, "its attention uses dropout"),
+        ({"position_bias": None, "position_ids": torch.zeros(1), "use_cache": False}, None),
+    ],
+)
+def test_what_packed_attention_does_not_know_is_refused(asked, reason):
+    zeros = torch.zeros(1, 1, 2, 1)
+
+    def attend():
+        return packed_attention(nn.Module(), zeros, zeros, zeros, None, **{"lengths": [2], **asked})
+
+    if reason is None:
+        attend()
+    else:
+        with pytest.raises(AttentionError, match=reason):
+            attend()
+
+
+# Company
 
 
 @pytest.mark.parametrize("lengths", [[3, 4, 2], [3, 3, 3], [1, 1, 1]], ids=str)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.logprobs import chosen_logprobs
+from common.logprobs import Finish, chosen_logprobs
 
 N, H, V = 7, 5, 11
 
@@ -92,10 +92,14 @@ def backward(hidden, token_ids, head, *, of=("logprobs", "entropy"), **settings)
     return [*(x.detach() for x in results.values()), hidden.grad, *(p.grad for p in head.parameters())]
 
 
-def derived(hidden, token_ids, head, *, of=("logprobs", "entropy"), temperature):
+def derived(hidden, token_ids, head, *, of=("logprobs", "entropy"), temperature, finish=None):
     """The same in float64, from all logits at once."""
     leaves = [hidden.double().requires_grad_(), *(p.detach().double().requires_grad_() for p in head.parameters())]
     logits = leaves[0] @ leaves[1].T + (leaves[2] if len(leaves) > 2 else 0)
+    if finish is not None:
+        logits = finish.scale * logits
+        if finish.cap is not None:
+            logits = finish.cap * torch.tanh(logits / finish.cap)
     log_p = torch.log_softmax(logits / temperature, -1)
     results = {"logprobs": log_p[torch.arange(len(log_p)), token_ids], "entropy": -(log_p.exp() * log_p).sum(-1)}
     by_name = dict(zip(results, pulls(len(token_ids)), strict=True))
@@ -116,6 +120,14 @@ def test_values_and_all_gradients_equal_plain_autograd(temperature, of, bias):
     tensors = inputs(bias=bias)
     expected = derived(*tensors, of=of, temperature=temperature)
     check(backward(*tensors, of=of, temperature=temperature, tile=(3, 4)), expected)
+
+
+@pytest.mark.parametrize("finish", [Finish(3.0), Finish(cap=0.8), Finish(0.25, 0.1)], ids=str)
+@pytest.mark.parametrize("of", [("logprobs", "entropy"), ("logprobs",)], ids="+".join)
+def test_scaled_and_capped_logits_have_the_values_and_gradients_of_plain_autograd(finish, of):
+    tensors = inputs()
+    settings = {"of": of, "temperature": 1.3, "finish": finish}
+    check(backward(*tensors, **settings, tile=(3, 4)), derived(*tensors, **settings))
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 9, 11])

@@ -104,7 +104,8 @@ def test_states_come_with_the_response_tokens_they_predict(model, pairs):
     assert token_ids.tolist() == np.concatenate(pairs[1]).tolist()
     first = 0
     for prompt, response in zip(*pairs, strict=True):
-        alone = model.base_model(torch.from_numpy(np.concatenate([prompt, response])).long()[None]).last_hidden_state[0]
+        ids = torch.from_numpy(np.concatenate([prompt, response])).long()
+        alone = model.base_model(ids[None], lengths=[len(ids)]).last_hidden_state[0]
         # The first response token comes from the state of the last prompt token.
         expected = alone[len(prompt) - 1 : len(prompt) - 1 + len(response)]
         torch.testing.assert_close(states[first : first + len(response)], expected, atol=1e-5, rtol=0)
@@ -119,7 +120,7 @@ def test_a_packed_batch_gives_the_logprobs_of_each_sequence_alone(model, pairs, 
     assert logprobs.dtype == torch.float32
     for b, (prompt, response) in enumerate(zip(*pairs, strict=True)):
         ids = prompt.tolist() + response.tolist()
-        full = torch.log_softmax(model(torch.tensor([ids])).logits[0].double() / temperature, -1)
+        full = torch.log_softmax(model(torch.tensor([ids]), lengths=[len(ids)]).logits[0].double() / temperature, -1)
         for t, token in enumerate(response.tolist()):
             before = full[len(prompt) + t - 1]  # what the model says after the prompt and t response tokens
             assert float(logprobs[b, t]) == pytest.approx(float(before[token]), abs=1e-5)

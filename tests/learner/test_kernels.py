@@ -236,6 +236,39 @@ class GeluMLP(LlamaMLP):
         self.act_fn = nn.GELU()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gelu_layer_whose_output_is_tiny_is_not_taken_for_a_silu_layer(dtype):
+    mlp = GeluMLP(LlamaConfig(**SIZES)).to(dtype)
+    nn.init.normal_(mlp.down_proj.weight, std=1e-4)
+    install(mlp)
+    assert "forward" not in vars(mlp)
+
+
+class GatedNorm(LlamaRMSNorm):
+    """A plain norm as long as it gets no gate."""
+
+    def forward(self, hidden_states, gate=None):
+        out = super().forward(hidden_states)
+        return out if gate is None else out * torch.sigmoid(gate)
+
+
+def test_a_norm_that_may_get_a_gate_is_left_alone():
+    norm = GatedNorm(12)
+    install(norm)
+    x, gate = random((2, 12), (2, 12))
+    assert torch.equal(norm(x, gate), LlamaRMSNorm.forward(norm, x) * torch.sigmoid(gate))
+
+
+class NeedyNorm(LlamaRMSNorm):
+    def forward(self, packed):
+        raise TypeError("not a tensor")
+
+
+def test_a_module_that_fails_on_a_trial_is_left_alone():
+    norm = NeedyNorm(12)
+    assert install(norm) == 0
+
+
 class ShiftedNorm(LlamaRMSNorm):
     """As Gemma's, under Llama's names."""
 

@@ -49,7 +49,7 @@ def parameters(learner: Learner) -> torch.Tensor:
 
 def first_token_logprob(learner: Learner, token: int) -> float:
     with torch.no_grad():
-        logits = learner.network.policy(torch.tensor([[3, 4]])).logits[0, -1]
+        logits = learner.network.policy(torch.tensor([[3, 4]]), lengths=[2]).logits[0, -1]
     return logits.log_softmax(-1)[token].item()
 
 

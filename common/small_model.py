@@ -1,0 +1,118 @@
+"""A small random model of the same architecture as a large one: what its layers do can be tried in a moment.
+
+Runs in the driver and in tests.
+"""
+
+from __future__ import annotations
+
+import copy
+from math import gcd
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 96, 8, 64
+# Shorter than the probe's sequences, so that what happens beyond a window or an original length is seen.
+WINDOW = 5
+ORIGINAL_LENGTH = 12
+
+
+def small_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy with few layers, heads and experts, narrow feed-forward layers, a small vocabulary and short windows. Head
+    sizes, kinds of layers and all that is computed stay."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    for part in _parts(small):
+        _shrink(part, is_text=part is text)
+    return small
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Gives every parameter values at which its effect is seen: fresh models have zero biases and unit norms."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.2 * noise)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.mul_(module.weight.shape[-1] ** 0.5)
+    return model
+
+
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config and all configs inside it."""
+    inside = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return [config, *(part for nested in inside for part in _parts(nested))]
+
+
+def _shrink(config: PretrainedConfig, *, is_text: bool) -> None:
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > 0:
+        _keep_layers(config, layers)
+    for name, value in list(vars(config).items()):
+        if type(value) is not int or value <= 0:
+            continue
+        if any(word in name for word in ("intermediate", "ffn", "n_inner")):
+            setattr(config, name, min(value, WIDTH))
+        elif name.startswith("vocab_size"):
+            setattr(config, name, min(value, VOCABULARY))
+        elif name.endswith("token_id"):
+            setattr(config, name, value % VOCABULARY)
+        elif name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+            setattr(config, name, min(value, max(EXPERTS, 2 * (getattr(config, "n_group", None) or 1))))
+        elif name in ("sliding_window", "attention_chunk_size"):
+            setattr(config, name, min(value, WINDOW))
+    if not is_text:
+        return
+    experts = [v for k, v in vars(config).items() if k in ("num_experts", "num_local_experts", "n_routed_experts")]
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if experts and isinstance(chosen, int):
+        config.num_experts_per_tok = min(chosen, max(1, min(e for e in experts if e) // 2))
+    _keep_heads(config)
+    _shorten_rope(config)
+
+
+def _keep_layers(config: PretrainedConfig, layers: int) -> None:
+    """The first layers, and the first of every kind that is not among them."""
+    kept = list(range(min(layers, LAYERS)))
+    kinds = getattr(config, "layer_types", None)
+    if isinstance(kinds, list) and len(kinds) == layers:
+        kept += [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in kinds[: len(kept)]]
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == layers:
+            setattr(config, name, [value[i] for i in kept])
+    config.num_hidden_layers = len(kept)
+    if (getattr(config, "first_k_dense_replace", None) or 0) > 1:
+        config.first_k_dense_replace = 1
+
+
+def _keep_heads(config: PretrainedConfig) -> None:
+    """As few heads as keep their size and how many share keys and values."""
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not (type(heads) is int and type(hidden) is int and heads > 1):
+        return
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    fewer = gcd(heads, hidden) if shared == 1 else gcd(gcd(heads, shared), hidden)
+    least = heads if shared == 1 else shared
+    factor = max((f for f in range(1, fewer + 1) if fewer % f == 0 and least // f >= 2), default=1)
+    if (hidden // factor) % 2 or factor == 1:
+        return
+    config.hidden_size, config.num_attention_heads = hidden // factor, heads // factor
+    if getattr(config, "num_key_value_heads", None):
+        config.num_key_value_heads = max(1, shared // factor)
+
+
+def _shorten_rope(config: PretrainedConfig) -> None:
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type") in ("longrope", "dynamic"):
+            one["original_max_position_embeddings"] = ORIGINAL_LENGTH
+            if one["rope_type"] == "dynamic":
+                config.max_position_embeddings = ORIGINAL_LENGTH
