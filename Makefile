@@ -2,11 +2,16 @@
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
 # make test    every test;  make check: linter, formatter, types;  make bench: speed, as ratios
 #              (BENCH="learner step" for these modules of tests/bench alone);  make bench-control: the control plane
-.PHONY: demo demo-rlhf test check bench bench-control clean
+# make fuzz    odd inputs with new seeds, longer than `make test` does (FUZZ_CASES and FUZZ_MINUTES bound each target,
+#              FUZZ="config prompts" runs these alone, FUZZ=config:17 one case again)
+.PHONY: demo demo-rlhf test fuzz check bench bench-control clean
 
 PYTHON ?= python3
 SEED ?= 0
 BENCH ?=
+FUZZ ?=
+FUZZ_CASES ?= 5000
+FUZZ_MINUTES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 # vLLM comes as one of two builds: with an NVIDIA GPU `gpu`, else `cpu`. Override with EXTRA=...
@@ -31,6 +36,9 @@ bench-control: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz $(FUZZ) --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

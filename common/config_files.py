@@ -22,6 +22,7 @@ from common.config import SOURCE_KINDS, RewardSource, Root, Section, UserError
 AnyRoot = TypeVar("AnyRoot", bound=Root)
 
 _DEEPEST = 8  # sections that a key is in; more than any has
+_LONGEST_PATH = 4096  # bytes, Linux's own limit; matching a longer pattern can take minutes
 _LONGEST_SHOWN = 200  # characters of the user's text in a message
 
 
@@ -95,10 +96,11 @@ def absolute_if_directory(name: str, directories: Sequence[Path] = (Path(),)) ->
 def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
     """A data file, or a pattern that such files match, as every process finds it; any other name as it is."""
     pattern = os.path.expanduser(name)
+    has_magic = glob.has_magic(pattern) and "\0" not in pattern and len(pattern) <= _LONGEST_PATH
     for directory in directories:
         if name and os.path.exists(path := os.path.join(directory, pattern)):
             return os.path.abspath(path)
-        if glob.has_magic(pattern) and "\0" not in pattern and glob.glob(pattern, root_dir=directory):
+        if has_magic and glob.glob(pattern, root_dir=directory):
             return os.path.join(glob.escape(os.path.abspath(directory)), pattern)
     return name
 
@@ -163,6 +165,16 @@ def shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} ..."
 
 
+def _without_its_middle(text: str) -> str:
+    """For a message that has values in it: long ones are between what is wrong and what helps."""
+    return text if len(text) <= 4 * _LONGEST_SHOWN else f"{text[: 2 * _LONGEST_SHOWN]} ... {text[-_LONGEST_SHOWN:]}"
+
+
+def _visible(key: str) -> str:
+    """A key as a message can show it, also one that is empty or holds line ends."""
+    return key if key.isprintable() and key.strip() == key != "" else repr(key)
+
+
 def _keys(loc: Sequence[str | int]) -> list[str]:
     """The keys in the file of what pydantic locates: behind the index of a reward source it puts the source's kind,
     which the file does not have."""
@@ -171,7 +183,7 @@ def _keys(loc: Sequence[str | int]) -> list[str]:
 
 def _explain(fault: Any, root: type[Section]) -> str:
     """One pydantic error in the words of the file: key, what is wrong, remedy."""
-    key = shortened(".".join(_keys(fault["loc"])))
+    key = shortened(".".join(map(_visible, _keys(fault["loc"]))))
     match fault["type"]:
         case "extra_forbidden":
             *parents, leaf = (part for part in fault["loc"])
@@ -186,7 +198,8 @@ def _explain(fault: Any, root: type[Section]) -> str:
         case "missing":
             return f"{key}: required and missing"
         case "value_error":
-            return str(fault["ctx"]["error"]) if not key else f"{key}: {fault['ctx']['error']}"
+            told = "\n".join(map(_without_its_middle, str(fault["ctx"]["error"]).split("\n")))
+            return f"{key}: {told}" if key else told
         case _:
             return f"{key} = {shortened(repr(fault['input']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 

@@ -487,3 +487,22 @@ def test_a_loaded_config_is_frozen(minimal):
     cfg = load_config(minimal, [], Config)
     with pytest.raises(ValidationError, match="frozen"):
         cfg.seed = 1
+
+
+@pytest.mark.parametrize(("key", "shown"), [("\n", "'\\n'"), ("", "''"), (" a", "' a'"), ("\x1b[31m", "'\\x1b[31m'")])
+def test_a_key_that_cannot_be_seen_is_written_out(tmp_path, key, shown):
+    path = tmp_path / "odd.toml"
+    path.write_text(tomli_w.dumps({key: 1, **tomllib.loads(MINIMAL)}))
+    assert refusal(path).splitlines()[1].startswith(f"  {shown}: unknown key; known here: seed, ")
+
+
+def test_a_long_value_in_a_broken_rule_leaves_its_remedy_readable(minimal):
+    [_, told] = refusal(minimal, f"evaluation.pass_source={'x' * 100_000}").splitlines()
+    assert len(told) < 1000
+    assert told.startswith("  evaluation.pass_source (xxx")
+    assert "must be one of" in told
+
+
+def test_a_file_name_no_file_can_have_is_not_searched_for(minimal):
+    name = "a" + "[" * 100_000  # translating such a pattern takes the square of its length
+    assert load_config(minimal, [f"prompts.train={name}"], Config).prompts.train == name
