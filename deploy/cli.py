@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from textwrap import fill, indent
+from textwrap import fill
 from typing import Annotated
 
 import typer
@@ -21,7 +21,7 @@ from common.config_files import AnyRoot, absolute_if_directory, describe, load_c
 from common.import_path import find_users_modules
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy import ends
-from deploy.provenance import IN_A_JOB
+from deploy.provenance import IN_A_JOB, ratchets_git_state, versions
 from deploy.resume import enter_starting_directory, resumed_config
 from deploy.run_record import read_record
 
@@ -36,30 +36,58 @@ def _settings(root: type[Root]) -> str:
 
 _DASHBOARD = "RAY_API_SERVER_ADDRESS"  # Ray's own variable
 
-app = typer.Typer(
-    help="PPO from human feedback on Ray and vLLM.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 ConfigFile = Annotated[str, typer.Argument(help="A TOML file; with --resume: a first key=value setting.")]
-Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings over the file's.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file's.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")]
-Resume = Annotated[Path | None, typer.Option(help="Go on with this run directory.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the run directory if it exists.")]
+Resume = Annotated[Path | None, typer.Option(help="Continue the run in this directory.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Begin a new run where one exists, which is renamed to RUN.old-1.")
+]
 Address = Annotated[
     str | None,
     typer.Option(
-        help="HOST:PORT of a running Ray cluster, auto, or local for one of its own. Goes over ray.address, which goes "
-        "over the variable RAY_ADDRESS. [default: local]"
+        help="HOST:PORT of a running Ray cluster, auto, or local for one of its own. Overrides ray.address, which "
+        "overrides the variable RAY_ADDRESS. [default: local]"
     ),
 ]
 Work = Callable[..., None]  # (config, run directory, resume=, force=)
 
 
-def _epilog(root: type[Root]) -> str:
-    return "\b\nSettings, any of which may be given as key=value:\n" + indent(_settings(root), "  ")
+def _show_versions(show: bool) -> None:
+    if not show:
+        return
+    found, git = versions(), ratchets_git_state()
+    commit = f" (commit {git['commit'][:12]}{', changed' if git['dirty'] else ''})" if git else ""
+    typer.echo(f"ratchet {found.pop('ratchet')}{commit}")
+    typer.echo(", ".join(f"{name} {number}" for name, number in found.items()))
+    raise typer.Exit
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Python turns what is not valid UTF-8 into characters that nothing can write. Raises UserError."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument!r} on the command line is not valid UTF-8; rename the file, or type it in a UTF-8 terminal"
+            ) from None
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show versions and exit.", callback=_show_versions, is_eager=True)
+    ] = False,
+) -> None:
+    """PPO from human feedback on Ray and vLLM."""
+    _check_arguments(sys.argv[1:])
+
+
+def _epilog(kind: str) -> str:
+    option = "" if kind == "train" else f" --for {kind}"
+    return f"Every setting is explained by: ratchet config --describe{option}"
 
 
 def _in_run_directory(root: type[Root]) -> Callable[[Work], Work]:
@@ -69,7 +97,7 @@ def _in_run_directory(root: type[Root]) -> Callable[[Work], Work]:
     def register(work: Work) -> Work:
         name = work.__name__.replace("_", "-")
 
-        @app.command(name, help=work.__doc__, epilog=_epilog(root))
+        @app.command(name, help=work.__doc__, epilog=_epilog(name))
         def command(
             config: ConfigFile = "",
             settings: Settings = None,

@@ -81,6 +81,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.0f}d"
 
 
+_PLURALS = {"Generator": "Generators", "Reward": "Rewards", "ReferencePolicy": "ReferencePolicies"}
+
+
 class Screen:
     """What every run shows in the same way."""
 
@@ -126,7 +129,7 @@ class Progress(Screen):
 
     def ready(self, pools: Sequence[Pool], *, dashboard: str | None, figures: str) -> None:
         """`dashboard` is Ray's, `figures` the run's own endpoint, both HOST:PORT."""
-        roles = sorted(f"{len(pool)} {pool.role}" for pool in pools)
+        roles = sorted(f"{len(pool)} {pool.role if len(pool) == 1 else _PLURALS[pool.role]}" for pool in pools)
         ranks = self._cfg.learner.ranks
         learner = "Learner" if ranks == 1 else f"Learner of {ranks} ranks"
         reference = ["the reference in it (LoRA)"] if self._cfg.learner.lora is not None else []

@@ -19,6 +19,7 @@ from common.prompts import PromptRecord, PromptStream, load_records
 from common.reward_config import PairSamplingConfig
 from common.types import Prompt, Rollout, Void
 from deploy import signals
+from deploy.already_done import finished_pair_sampling
 from deploy.cluster import cluster
 from deploy.console import Output
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
@@ -35,6 +36,8 @@ def run_pair_sampling(
 ) -> dict[str, Any]:
     """Leaves pairs.jsonl in `directory`, as train-reward reads it, and returns the summary."""
     started = time.perf_counter()
+    if resume and (finished := finished_pair_sampling(cfg, directory)) is not None:
+        return finished
     policy = PolicyFiles.load(cfg.model.path)
     reward_models = check_sources(cfg.labeller.sources, chat=cfg.prompts.format == "chat")
     room = policy.prompt_room(cfg.prompts.max_tokens, cfg.sampling)

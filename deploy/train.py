@@ -28,6 +28,7 @@ from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_rec
 from common.reward_models import content_hash
 from common.types import Experience, Prompt, Void
 from deploy import signals
+from deploy.already_done import finished_training
 from deploy.cluster import cluster, dashboard, metrics_addresses
 from deploy.monitoring import RunFigures
 from deploy.placement import check_kv_cache, check_object_store, needs, place
@@ -48,6 +49,8 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     Everything a user can get wrong is checked first: a UserError leaves nothing written and nothing running.
     """
     started = time.perf_counter()
+    if resume and (finished := finished_training(cfg, directory)) is not None:
+        return finished
     policy = PolicyFiles.load(cfg.model.path)
     reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges], chat=cfg.prompts.format == "chat")
     records, heldout_records = check_inputs(cfg, policy)

@@ -34,6 +34,7 @@ from common.reward_models import (
 )
 from common.types import HELDOUT_EPOCH, Prompt, SampleId, Score
 from deploy import signals
+from deploy.already_done import finished_reward_training
 from deploy.cluster import cluster
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs, trainer_needs
 from deploy.reward_progress import RewardProgress, plot_calibration
@@ -56,6 +57,8 @@ def run_reward_training(
     nothing running.
     """
     started = time.perf_counter()
+    if resume and (finished := finished_reward_training(cfg, directory)) is not None:
+        return finished
     base = PolicyFiles.load(cfg.model.path)
     reference = PolicyFiles.load(cfg.scale.policy or cfg.model.path, "scale.policy")
     check_trainable(base.directory)

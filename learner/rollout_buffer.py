@@ -115,9 +115,9 @@ class RolloutBuffer:
                 if self._too_many_voids(count):
                     reason = next(void.reason for void in reversed(self._voids) if not void.asked_again)
                     raise UserError(
-                        f"{self._broken} rollouts were voided beside {max(count, self._scored)} scored or wanted, over "
-                        f"the share in reward.max_void_share ({self._max_void_share:.0%}); the last reason: "
-                        f"{reason}; mend it and go on with --resume, or raise the share"
+                        f"{self._broken} of {self._broken + max(count, self._scored)} rollouts were voided, more than "
+                        f"reward.max_void_share ({self._max_void_share:.0%}) allows; the last reason: {reason}; fix it "
+                        "and continue with --resume, or raise reward.max_void_share"
                     )
                 oldest = [(ticket, slot.outcome) for ticket, slot in islice(self._slots.items(), count) if slot.outcome]
             unusable: dict[int, str] = {}

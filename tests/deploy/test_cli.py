@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
 import deploy.evaluate
 import deploy.sample_pairs
@@ -20,8 +21,10 @@ from common.config_files import describe, load_config
 from common.import_path import find_users_modules
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy import signals
+from deploy.already_done import finished_training
 from deploy.cli import main
 from deploy.placement import GIB, Node
+from deploy.provenance import VERSION
 from deploy.roles import PolicyFiles
 from deploy.run_directory import sole_owner
 from tests.fakes import save_tiny_model
@@ -133,7 +136,7 @@ def run(cfg):
     directory = cfg.parent / "runs" / "earlier"
     directory.mkdir(parents=True)
     (directory / "config.toml").write_text(cfg.read_text())
-    (directory / "metrics.jsonl").write_text("{}\n")
+    (directory / "pool.jsonl").write_text("{}\n")
     (directory / "journal").mkdir()
     return directory
 
@@ -489,6 +492,78 @@ def test_resume_with_other_settings_goes_on(accepted, runs, command, settings):
     accepted(command, "--resume", runs[command], *settings.split())
 
 
+@pytest.fixture
+def trained(run):
+    """A run that has done 4 steps of 4, as far as its files' names tell."""
+    for step in range(4):
+        (run / f"journal/step-{step:06d}.arrow").touch()
+    for name in ("checkpoints/step-000004/COMPLETE", "policy/config.json"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).touch()
+    (run / "summary.json").write_text('{"num_steps": 4}')
+    return run
+
+
+def test_a_finished_run_says_so_at_once(ratchet, trained, workplace):
+    before = contents(workplace)
+    code, out, err = ratchet("train", "--resume", trained)
+    assert (code, err) == (0, "")
+    assert out == (
+        f"{trained} is finished: 4 of num_steps = 4 steps are done; raise num_steps to continue; ratchet export "
+        f"{trained} writes the policy of its newest checkpoint\n"
+    )
+    config = trained / "config.toml"
+    config.write_text(config.read_text() + '[optimizer]\nschedule = "cosine"\n')
+    assert "its cosine schedule ends here" in ratchet("train", "--resume", trained)[1]
+    config.write_bytes(before[config.relative_to(workplace)])
+    assert contents(workplace) == before
+
+
+def test_a_run_that_ended_before_its_policy_was_written_continues(trained):
+    (trained / "summary.json").unlink()
+    assert finished_training(load_config(trained / "config.toml", [], Config), trained) is None
+    (trained / "summary.json").write_text("{}")
+    (trained / "policy/config.json").unlink()
+    assert finished_training(load_config(trained / "config.toml", [], Config), trained) is None
+
+
+def test_finished_runs_of_the_other_commands_say_so_unless_something_is_left(ratchet, accepted, runs):
+    (runs["train-reward"] / "summary.json").write_text("{}")
+    (runs["sample-pairs"] / "summary.json").write_text('{"voids": 0}')
+    for command in ("train-reward", "sample-pairs"):
+        code, out, _ = ratchet(command, "--resume", runs[command])
+        assert code == 0
+        assert f"{runs[command]} is finished: " in out
+    (runs["sample-pairs"] / "summary.json").write_text('{"voids": 1}')  # tried again
+    accepted("sample-pairs", "--resume", runs["sample-pairs"])
+    accepted("train-reward", "--resume", runs["train-reward"], "scale.responses=3")  # measured again
+
+
+def test_resume_with_fewer_steps_than_are_done_is_refused(refusal, trained):
+    message = refusal("train", "--resume", trained, "num_steps=1")
+    assert f"num_steps (1) is fewer than the 4 steps that {trained} has done" in message
+    assert f"ratchet export {trained} writes the policy" in message
+
+
+def test_resume_without_the_journal_is_refused_before_ray_starts(refusal, trained):
+    (trained / "journal/step-000003.arrow").unlink()
+    assert "journal holds 3 steps, but" in refusal("train", "--resume", trained)
+    shutil.rmtree(trained / "journal")
+    message = refusal("train", "--resume", trained)
+    assert "journal holds 0 steps, but" in message
+    assert "is their storage mounted?" in message
+    shutil.rmtree(trained / "checkpoints")
+    (trained / "metrics.jsonl").write_text("{}\n")
+    assert "journal holds no step, but the run has done some" in refusal("train", "--resume", trained)
+
+
+@pytest.mark.parametrize("command", ROOTS)
+def test_resume_of_a_run_that_is_going_on_is_refused_before_ray_starts(refusal, runs, command):
+    (runs["train"] / "journal/step-000000.tmp").touch()  # the step that the other process is writing
+    with sole_owner(runs[command]):
+        assert f"another process works in {runs[command]}" in refusal(command, "--resume", runs[command])
+
+
 @pytest.mark.parametrize(("command", "key"), [("train", "num_steps"), ("train-reward", "epochs")])
 def test_resume_does_not_lengthen_a_schedule_that_is_laid_out(refusal, runs, command, key):
     config = runs[command] / "config.toml"
@@ -501,12 +576,35 @@ def test_resume_does_not_lengthen_a_schedule_that_is_laid_out(refusal, runs, com
 # What is told
 
 
-@pytest.mark.parametrize("command", ROOTS)
-def test_help_lists_every_setting_with_its_default(ratchet, command):
-    code, out, _ = ratchet(command, "--help")
+@pytest.mark.parametrize("command", [*COMMANDS, "submit", "scale", "demo", "config", ""])
+def test_help_fits_a_screen(ratchet, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = ratchet(*filter(None, [command]), "--help")
     assert code == 0
-    settings = describe(ROOTS[command])
-    assert [key for key, kind, default, _ in settings if f"  {key} ({kind}; default {default})\n" not in out] == []
+    assert len(out.splitlines()) <= 24
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", ROOTS)
+def test_help_says_where_the_settings_are_explained(ratchet, command):
+    _, out, _ = ratchet(command, "--help")
+    words = out.partition("Every setting is explained by: ratchet ")[2].split()
+    code, told, _ = ratchet(*words)
+    assert code == 0
+    assert told.count("; default ") == len(list(describe(ROOTS[command])))
+
+
+def test_version_tells_ratchets_and_that_of_the_libraries(ratchet):
+    code, out, _ = ratchet("--version")
+    first, second = out.splitlines()
+    assert code == 0
+    assert first.split()[:2] == ["ratchet", VERSION]
+    assert f"ray {ray.__version__}" in second.split(", ")
+
+
+def test_an_argument_that_is_not_utf8_is_refused(refusal):
+    for arguments in (["\udcff.toml"], ["tiny.toml", "--run", "a\udcff"], ["tiny.toml", "a\udcff=1"]):
+        assert "is not valid UTF-8" in refusal("train", *arguments)
 
 
 @pytest.mark.parametrize("command", ROOTS)
