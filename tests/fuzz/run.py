@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-TARGETS = ("config",)
+TARGETS = ("config", "prompts", "preferences", "replies", "models")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Replies of an HTTP reward service: the score that the service gave, or a void with one message, after one request."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import math
+import threading
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from actors.reward_functions import Reward
+from common.config import RewardConfig
+from common.types import Score, Void
+from tests.fakes import END, make_prompt, make_rollout
+from tests.fuzz.data_files import byte_tokenizer
+from tests.fuzz.judge import LIMIT_S, WrongAnswer, check_message
+from tests.fuzz.mutate import ODD_TEXTS, json_text, mutate_bytes, mutate_text, mutate_tree, odd_value
+
+RIGHT = {"score": 0.75, "model": "grader v1"}
+REQUEST_S = 0.2
+STATUSES = ("200 OK", "200 OK", "200 OK", "204 No Content", "301 Moved", "302 Found", "308 Moved", "400 Bad", "401 No",
+            "404 Gone", "418 I'm a teapot", "429 Slow", "500 Error", "503 Busy", "999 ?", "20 OK", "200")  # fmt: skip
+
+
+class Service:
+    """Answers every request with the bytes that it was told to, and counts them."""
+
+    def __init__(self) -> None:
+        self.reply = b""
+        self.requests = 0
+        self.stays_open = False
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(lambda loop, context: None)  # sessions that end with their process
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = self.run(asyncio.start_server(self._answer, "127.0.0.1", 0))
+        port = self._server.sockets[0].getsockname()[1]
+        source = {"name": "fuzz", "urls": [f"http://127.0.0.1:{port}/"], "retries": 0, "request_timeout_s": REQUEST_S}
+        cfg = RewardConfig.model_validate({"sources": [source]})
+        self.reward = self.run(self._make(cfg))
+
+    async def _make(self, cfg: RewardConfig) -> Reward:
+        return Reward("Reward(0)", cfg, model=byte_tokenizer())
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(LIMIT_S)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError, TimeoutError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.requests += 1
+            length = next(
+                (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0
+            )
+            await reader.readexactly(length)
+            writer.write(self.reply)
+            await writer.drain()
+            if self.stays_open:
+                await asyncio.wait_for(reader.read(1), 2 * REQUEST_S)
+        writer.close()
+
+    def close(self) -> None:
+        self._server.close()
+
+        async def end() -> None:
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.run(end())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+def prepare(directory: Path) -> Service:
+    return Service()
+
+
+def close(shared: Service) -> None:
+    shared.close()
+
+
+def case(rng: Random, shared: Service, scratch: Path) -> None:
+    body = make_body(rng)
+    shared.reply, shared.stays_open, shared.requests = make_reply(rng, body), rng.random() < 0.05, 0
+    (scratch / "reply").write_bytes(shared.reply[:100_000])
+    found = shared.run(shared.reward.score(make_rollout(make_prompt(0), [70, 71, END])))
+    if shared.requests > 1:  # none: it used a connection that the service was about to close
+        raise WrongAnswer(f"{shared.requests} requests for one answer, without retries")
+    if isinstance(found, Void):
+        check_message(found.reason)
+        if len(found.reason) > 2000:
+            raise WrongAnswer(f"a reason of {len(found.reason)} characters: {found.reason[:300]!r} ...")
+        return
+    if not isinstance(found, Score) or not math.isfinite(found.total):
+        raise WrongAnswer(f"neither a score nor a void: {found}")
+    if found.total != json.loads(body)["score"] or not isinstance(json.loads(body)["score"], (int, float)):
+        raise WrongAnswer(f"{found.total} is not the score in {body[:300]!r}")
+
+
+def make_body(rng: Random) -> bytes:
+    kind = rng.randrange(6)
+    if kind == 0:
+        return json.dumps(RIGHT).encode()
+    if kind == 1:
+        return json_text(rng, odd_value(rng, json_only=True)).encode("utf-8", "surrogatepass")
+    if kind == 2:
+        score = {"score": odd_value(rng, json_only=True)}
+        return json_text(rng, {**RIGHT, **score}).encode("utf-8", "surrogatepass")
+    if kind == 3:
+        return mutate_text(rng, json.dumps(RIGHT, indent=1)).encode("utf-8", "surrogatepass")
+    if kind == 4:
+        return mutate_bytes(rng, json.dumps(RIGHT).encode())
+    return json_text(rng, mutate_tree(rng, RIGHT, json_only=True)).encode("utf-8", "surrogatepass")
+
+
+def make_reply(rng: Random, body: bytes) -> bytes:
+    """Head and body as a server might send them, most of the time well-formed."""
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    status = rng.choice(STATUSES)
+    if status.startswith("3") and rng.random() < 0.8:
+        headers["Location"] = rng.choice(["/again", "http://127.0.0.1:9/", "//", "", "file:///etc/passwd"])
+    change = rng.randrange(12)
+    if change == 0:
+        headers["Content-Type"] = rng.choice(
+            ["text/html", "application/json; charset=utf-16", "x", "text/plain; charset=?"]
+        )
+    elif change == 1:
+        headers["Content-Length"] = str(rng.choice([0, max(0, len(body) - 3), len(body) + 50, -1, "x", 2**70]))
+    elif change == 2:
+        del headers["Content-Length"]
+        headers["Transfer-Encoding"] = "chunked"
+        body = rng.choice([b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), b"zz\r\n", b"5\r\nab", b"ffffffffff\r\nab"])
+    elif change == 3:
+        headers["Content-Encoding"] = rng.choice(["gzip", "deflate", "br", "x"])
+        body = rng.choice([gzip.compress(body), body, gzip.compress(b" " * 3_000_000 + body)])
+        headers["Content-Length"] = str(len(body))
+    elif change == 4:
+        headers["X-Long"] = "x" * rng.choice([100, 20_000])
+    elif change == 5:
+        body += b" " * 5_000_000
+        headers["Content-Length"] = str(len(body))
+    elif change == 6:
+        headers[rng.choice(["Set-Cookie", "X Y", "", "\x00", "Connection"])] = rng.choice(ODD_TEXTS[:20])
+    head = f"HTTP/1.1 {status}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+    reply = head.encode("utf-8", "surrogatepass") + body
+    if rng.random() < 0.1:
+        return mutate_bytes(rng, reply)
+    return reply
