@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from common.reward_input import RewardInput as RewardInput
+
 HELDOUT_EPOCH = -1
 HANDED_OVER = "handed over"  # finish reason of what a generator began and another one is to finish
 # About what a token takes while its rollout waits for the learner: id, two log-probabilities, version, text.
@@ -99,16 +101,12 @@ class GivenUpError(RuntimeError):
     """So many processes died over one request that it seems to be the cause."""
 
 
-@dataclass(frozen=True)
-class RewardInput:
-    """What a reward function is given: `def reward(answer: RewardInput) -> float`."""
+class Raw(NamedTuple):
+    """What one reward source says of a response."""
 
-    prompt: str
-    response: str  # decoded, without special tokens
-    response_tokens: int  # end token included
-    finish_reason: str  # "stop" or "length"
-    fields: Mapping[str, Any]  # the prompt record's other fields, such as a reference answer
-    messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, if it was
+    score: float
+    origin: str  # what gave it: function, model@hash, or URL
+    figures: Mapping[str, float] = {}  # what else it said, by name
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,7 @@ class Score:
     total: float
     components: Mapping[str, float]
     origins: Mapping[str, str] = field(default_factory=dict)  # of each component: function, model@hash, or URL
+    figures: Mapping[str, float] = field(default_factory=dict)  # what else sources said, under SOURCE/NAME
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,16 @@ def staleness(oldest: int | None, policy_version: int) -> int:
 
 
 @dataclass(frozen=True)
+class ScoringError:
+    """What a reward source failed on, for RUN/errors."""
+
+    fault: str  # the same for every answer that meets the same fault
+    traceback: str
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
 class Void:
     """A rollout that will not be trained on, and why. It is recorded, counted, and never becomes a zero."""
 
@@ -166,6 +175,7 @@ class Void:
     reason: str
     asked_again: bool = False  # its prompt goes out once more, under the same sample id
     response: str | None = None  # its text, where that is known
+    error: ScoringError | None = None  # until it is written down
 
 
 # How a rollout's response tokens become text, many rollouts at once.

@@ -1,0 +1,84 @@
+"""A Python function as a reward source: one answer or several a call, each call within a limit. Runs in each reward
+process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+from actors.function_threads import Runner, ThreadRunner
+from common.config import FunctionSourceConfig, SourcesConfig, UserError
+from common.functions import load_function
+from common.reward_input import RewardInput
+from common.types import Raw
+from common.user_code import Outcome, UserCodeError, form_of
+
+
+class FunctionSource:
+    """Calls come one at a time, of an async function up to `concurrency` at a time, so that models and services work on
+    meanwhile. A function that takes a list is given all answers that wait, up to `batch`."""
+
+    def __init__(self, cfg: FunctionSourceConfig, service: SourcesConfig) -> None:
+        self._origin = cfg.function
+        self._runner = make_runner(cfg, service)
+        form = self._runner.form
+        self._most = cfg.concurrency if form.is_async else 1
+        self._batch = cfg.batch if form.takes_list else 1
+        self._waiting: deque[tuple[RewardInput, asyncio.Future[Outcome]]] = deque()
+        self._callers: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, answer: RewardInput) -> Raw:
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((answer, future))
+        if len(self._callers) < self._most:
+            caller = asyncio.create_task(self._call_while_any_waits())
+            self._callers.add(caller)
+            caller.add_done_callback(self._callers.discard)
+        outcome = await future
+        if isinstance(outcome, UserCodeError):
+            raise outcome
+        return Raw(outcome[0], self._origin, outcome[1])
+
+    def close(self) -> None:
+        self._runner.close()
+
+    async def _call_while_any_waits(self) -> None:
+        """Ends when nothing waits; only `__call__` adds to what waits, and begins another one then."""
+        while self._waiting:
+            count = min(self._batch, len(self._waiting))
+            await self._serve([self._waiting.popleft() for _ in range(count)])
+
+    async def _serve(self, taken: Sequence[tuple[RewardInput, asyncio.Future[Outcome]]]) -> None:
+        """One call. When a call with several answers fails, each is tried alone: one bad answer costs no other."""
+        wanted = [(answer, future) for answer, future in taken if not future.done()]  # or their caller has given up
+        if not wanted:
+            return
+        outcomes: Sequence[Outcome]
+        try:
+            outcomes = await self._runner.run([answer for answer, _ in wanted])
+        except UserCodeError as error:
+            if len(wanted) > 1:
+                for one in wanted:
+                    await self._serve([one])
+                return
+            outcomes = [error]
+        except Exception as error:  # ours: whoever waits must hear of it
+            for _, future in wanted:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), outcome in zip(wanted, outcomes, strict=True):
+            if not future.done():
+                future.set_result(outcome)
+
+
+def make_runner(cfg: FunctionSourceConfig, service: SourcesConfig) -> Runner:
+    """Raises UserError for a function that cannot be called with a RewardInput."""
+    setting = f"reward source {cfg.name}"
+    function = load_function(cfg.function, setting)
+    try:
+        form = form_of(function, cfg.takes)
+    except UserCodeError as error:
+        raise UserError(f"{setting} ({cfg.function}) {error.reason}") from None
+    return ThreadRunner(function, form, limit_s=service.call_limit_s)

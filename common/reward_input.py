@@ -1,0 +1,23 @@
+"""What a reward function is given. Runs anywhere: only the standard library, since worker processes of reward functions
+load this file by its path (actors/function_worker.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RewardInput:
+    """What a reward function is given: `def reward(answer: RewardInput) -> float`."""
+
+    prompt: str
+    response: str  # decoded, without special tokens
+    response_tokens: int  # end token included
+    finish_reason: str  # "stop" or "length"
+    fields: Mapping[str, Any]  # the prompt record's other fields, such as a reference answer
+    messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, if it was
+    raw_response: str = ""  # decoded with every special token, the end token among them
+    prompt_ids: Sequence[int] = ()
+    response_ids: Sequence[int] = ()
