@@ -26,7 +26,7 @@ class FunctionSource:
         self._most = cfg.concurrency if form.is_async else 1
         self._batch = cfg.batch if form.takes_list else 1
         self._waiting: deque[tuple[RewardInput, asyncio.Future[Outcome]]] = deque()
-        self._callers: set[asyncio.Task[None]] = set()
+        self._callers: set[asyncio.Task[None]] = set()  # those that will look at what waits once more
 
     async def __call__(self, answer: RewardInput) -> Raw:
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -34,7 +34,6 @@ class FunctionSource:
         if len(self._callers) < self._most:
             caller = asyncio.create_task(self._call_while_any_waits())
             self._callers.add(caller)
-            caller.add_done_callback(self._callers.discard)
         outcome = await future
         if isinstance(outcome, UserCodeError):
             raise outcome
@@ -44,10 +43,14 @@ class FunctionSource:
         self._runner.close()
 
     async def _call_while_any_waits(self) -> None:
-        """Ends when nothing waits; only `__call__` adds to what waits, and begins another one then."""
+        """Ends when nothing waits. From then on `__call__` begins another one: it must see that without delay, so the
+        task takes itself off the list."""
         while self._waiting:
             count = min(self._batch, len(self._waiting))
             await self._serve([self._waiting.popleft() for _ in range(count)])
+        task = asyncio.current_task()
+        assert task is not None
+        self._callers.remove(task)
 
     async def _serve(self, taken: Sequence[tuple[RewardInput, asyncio.Future[Outcome]]]) -> None:
         """One call. When a call with several answers fails, each is tried alone: one bad answer costs no other."""

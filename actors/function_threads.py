@@ -61,7 +61,7 @@ class LoopThread:
     def __init__(self, function: Callable[..., Any], form: Form) -> None:
         self._function, self._form = function, form
         self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="async reward function", daemon=True)
+        self._thread = Thread(target=self._run, name="async reward function", daemon=True)
         self._thread.start()
 
     def submit(self, answers: Sequence[RewardInput]) -> Future[list[Outcome]]:
@@ -69,7 +69,8 @@ class LoopThread:
 
     async def blocked(self) -> bool:
         """After a call that passed its limit: it did not give way when it was cancelled."""
-        answer = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop)
+        answer: Future[None] = Future()
+        self._loop.call_soon_threadsafe(answer.set_result, None)
         try:
             await asyncio.wait_for(asyncio.wrap_future(answer), ANSWERS_WITHIN_S)
         except TimeoutError:
@@ -77,10 +78,20 @@ class LoopThread:
         return False
 
     def leave(self) -> None:
+        """It ends when the call that blocks it does; what else it has is cancelled."""
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        calls = asyncio.all_tasks(self._loop)
+        for call_ in calls:
+            call_.cancel()
+        if calls:
+            self._loop.run_until_complete(asyncio.wait(calls))
+        self._loop.close()
 
 
 class Runner(Protocol):
@@ -113,17 +124,23 @@ class ThreadRunner:
                 f"was not called: {len(self._left_behind)} earlier calls of it go on past call_timeout_s "
                 f'({self._limit_s:g} s), and threads cannot be ended; isolation = "process" ends such calls'
             )
-        thread = self._thread
-        limit = asyncio.timeout(self._limit_s)
+        thread, limit = self._thread, asyncio.timeout(self._limit_s)
+        future = asyncio.wrap_future(thread.submit(answers))
         try:
             async with limit:
-                return await asyncio.wrap_future(thread.submit(answers))
+                # Not awaited itself: if its thread is left behind it is cancelled, which would cancel the caller.
+                await asyncio.wait([future])
         except TimeoutError:
-            if not limit.expired():
-                raise
+            future.cancel()
             if await thread.blocked():
                 self._replace(thread)
             raise too_long(self._limit_s) from None
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        if future.cancelled():
+            raise UserCodeError("was cancelled: another call of this async function blocked their thread")
+        return future.result()
 
     def close(self) -> None:
         self._thread.leave()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
 
 import aiohttp
 
 from common.config import HttpSourceConfig
-from common.types import RewardInput
+from common.types import Raw, RewardInput
+
+_SENT = ("prompt", "response", "response_tokens", "finish_reason", "fields", "messages")
 
 
 class HttpSourceError(RuntimeError):
@@ -27,7 +28,7 @@ class HttpSource:
         self._slots = asyncio.Semaphore(cfg.concurrency)
         self._session: aiohttp.ClientSession | None = None
 
-    async def __call__(self, answer: RewardInput) -> tuple[float, str]:
+    async def __call__(self, answer: RewardInput) -> Raw:
         """The service's score. Raises HttpSourceError after `retries` further tries, each at the least loaded URL that
         this answer has not failed at yet."""
         failed: list[str] = []
@@ -46,10 +47,10 @@ class HttpSource:
                     self._outstanding[url] -= 1
         raise HttpSourceError(f"gave up after {len(failed)} tries; the last one at {last}")
 
-    async def _post(self, url: str, answer: RewardInput) -> tuple[float, str]:
+    async def _post(self, url: str, answer: RewardInput) -> Raw:
         if self._session is None:  # made on the loop that uses it
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._cfg.request_timeout_s))
-        async with self._session.post(url, json={**asdict(answer), "fields": dict(answer.fields)}) as response:
+        async with self._session.post(url, json={key: getattr(answer, key) for key in _SENT}) as response:
             response.raise_for_status()
             found = await response.json()
-            return float(found["score"]), f"{found['model']} at {url}" if found.get("model") else url
+            return Raw(float(found["score"]), f"{found['model']} at {url}" if found.get("model") else url)

@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from actors.function_source import FunctionSource
 from actors.http_reward import HttpSource
 from actors.reward_model import RewardModelSource
 from common import meters
 from common.config import FunctionSourceConfig, HttpSourceConfig, ModelSourceConfig, RewardSource, SourcesConfig
-from common.functions import load_function
 from common.models import load_tokenizer, resolve_model
-from common.types import RewardInput, Rollout, Score, Void
+from common.plain_text import one_line
+from common.types import Raw, RewardInput, Rollout, Score, ScoringError, Void
+from common.user_code import LARGEST, UserCodeError
 
-Source = Callable[[RewardInput], Awaitable[tuple[float, str]]]  # raw score, and what gave it
+Source = Callable[[RewardInput], Awaitable[Raw]]
 
 
-def make_source(cfg: RewardSource, *, gpus: float = 0) -> Source:
+def make_source(cfg: RewardSource, service: SourcesConfig) -> Source:
     """One reward source as an async function."""
     match cfg:
         case ModelSourceConfig():
-            return RewardModelSource(cfg, gpus=gpus)
+            return RewardModelSource(cfg, gpus=service.gpus)
         case HttpSourceConfig():
             return HttpSource(cfg)
         case FunctionSourceConfig():
-            return FunctionSource(cfg)
+            return FunctionSource(cfg, service)
     raise TypeError(f"no reward source is configured by {type(cfg).__name__}")
-
-
-class FunctionSource:
-    """A Python function, called in a thread of its own so that models and services work on meanwhile."""
-
-    def __init__(self, cfg: FunctionSourceConfig) -> None:
-        self._function: Callable[[RewardInput], float] = load_function(cfg.function, f"reward source {cfg.name}")
-        self._origin = cfg.function
-        self._thread = ThreadPoolExecutor(max_workers=1)  # one call at a time: few functions expect more
-
-    async def __call__(self, answer: RewardInput) -> tuple[float, str]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._call, answer), self._origin
-
-    def _call(self, answer: RewardInput) -> float:
-        try:
-            return float(self._function(answer))
-        except StopIteration as error:  # no future can carry one
-            raise RuntimeError("StopIteration: an iterator ran out") from error
 
 
 class Reward:
@@ -64,9 +46,10 @@ class Reward:
     ) -> None:
         torch.set_num_threads(cfg.threads)
         self._name = name
+        self._limit_s = cfg.answer_limit_s
         self._tokenizer = load_tokenizer(resolve_model(model)) if isinstance(model, str) else model
-        self._sources = [(source, make_source(source, gpus=cfg.gpus)) for source in cfg.sources]
-        self._judges = [(judge, make_source(judge, gpus=cfg.gpus)) for judge in judges]
+        self._sources = [(source, make_source(source, cfg)) for source in cfg.sources]
+        self._judges = [(judge, make_source(judge, cfg)) for judge in judges]
         meters.count("ratchet_scored_rollouts_total", 0)
         for source in (*cfg.sources, *judges):
             meters.count("ratchet_reward_voids_total", 0, source=source.name)
@@ -83,31 +66,62 @@ class Reward:
         return await self._ask([*self._sources, *self._judges], rollout)
 
     async def _ask(self, asked: Sequence[tuple[RewardSource, Source]], rollout: Rollout) -> Score | Void:
-        answer = RewardInput(
-            prompt=rollout.prompt.text,
-            messages=rollout.prompt.messages,
-            response=self._tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True),
-            response_tokens=len(rollout.response_ids),
-            finish_reason=rollout.finish_reason,
-            fields=rollout.prompt.fields,
-        )
-        results = await asyncio.gather(*(call(answer) for _, call in asked), return_exceptions=True)
+        answer = self._answer(rollout)
+        results = await asyncio.gather(*(self._within_limit(call, answer) for _, call in asked), return_exceptions=True)
         components: dict[str, float] = {}
         origins: dict[str, str] = {}
+        figures: dict[str, float] = {}
         for (source, _), result in zip(asked, results, strict=True):
             if isinstance(result, Exception):
-                return _void(rollout, source, f"raised {type(result).__name__}: {result}")
+                return _void(rollout, answer, source, result)
             if isinstance(result, BaseException):
                 raise result
-            raw, origin = result
-            if not math.isfinite(raw):
-                return _void(rollout, source, f"returned {raw}")
-            components[source.name], origins[source.name] = raw, origin
+            if not abs(result.score) <= LARGEST:  # also what is not a number
+                return _void(rollout, answer, source, UserCodeError(f"returned {result.score:g}"))
+            components[source.name], origins[source.name] = result.score, result.origin
+            figures |= {f"{source.name}/{key}": value for key, value in result.figures.items()}
         total = sum(source.weight * components[source.name] for source, _ in self._sources)
+        if not abs(total) <= LARGEST:
+            shown = f"{_sum(self._sources, components)} = {total:g}"
+            return Void(rollout.prompt.sample_id, f"the total of the weighted scores must fit float32: {shown}")
         meters.count("ratchet_scored_rollouts_total")
-        return Score(total, components, origins)
+        return Score(total, components, origins, figures)
+
+    async def _within_limit(self, call: Source, answer: RewardInput) -> Raw:
+        limit = asyncio.timeout(self._limit_s)
+        try:
+            async with limit:
+                return await call(answer)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise UserCodeError(
+                f"gave no score within {self._limit_s:g} s (0.9 * timeout_s), waiting for its turn included"
+            ) from None
+
+    def _answer(self, rollout: Rollout) -> RewardInput:
+        response_ids = rollout.response_ids.tolist()
+        return RewardInput(
+            prompt=rollout.prompt.text,
+            messages=rollout.prompt.messages,
+            response=self._tokenizer.decode(response_ids, skip_special_tokens=True),
+            response_tokens=len(response_ids),
+            finish_reason=rollout.finish_reason,
+            fields=rollout.prompt.fields,
+            raw_response=self._tokenizer.decode(response_ids),
+            prompt_ids=rollout.prompt.token_ids.tolist(),
+            response_ids=response_ids,
+        )
 
 
-def _void(rollout: Rollout, source: RewardSource, what: str) -> Void:
+def _sum(asked: Sequence[tuple[RewardSource, Source]], components: Mapping[str, float]) -> str:
+    return " + ".join(f"{source.weight:g} * {components[source.name]:g} ({source.name})" for source, _ in asked)
+
+
+def _void(rollout: Rollout, answer: RewardInput, source: RewardSource, error: Exception) -> Void:
     meters.count("ratchet_reward_voids_total", source=source.name)
-    return Void(rollout.prompt.sample_id, f"reward source {source.name} {what}")
+    if not isinstance(error, UserCodeError):
+        error = UserCodeError(f"raised {type(error).__name__}: {error}", fault=f"raised {type(error).__name__}")
+    reason, fault = (f"reward source {source.name} {one_line(text)}" for text in (error.reason, error.fault))
+    kept = ScoringError(fault, error.details, answer.prompt, answer.raw_response)
+    return Void(rollout.prompt.sample_id, reason, error=kept)

@@ -15,7 +15,7 @@ from common.masking import round_up
 from common.models import find_device, load_tokenizer, resolve_model
 from common.reward_models import content_hash, load_reward_model, read_scale, sequence_scores
 from common.sequences import LANES
-from common.types import RewardInput
+from common.types import Raw, RewardInput
 
 
 class RewardModelSource:
@@ -38,8 +38,8 @@ class RewardModelSource:
             window_s=cfg.batch_window_ms / 1000,
         )
 
-    async def __call__(self, answer: RewardInput) -> tuple[float, str]:
-        return await self._batcher.submit(self.token_ids(answer)), self._origin
+    async def __call__(self, answer: RewardInput) -> Raw:
+        return Raw(await self._batcher.submit(self.token_ids(answer)), self._origin)
 
     def token_ids(self, answer: RewardInput) -> list[int]:
         """What the model reads: messages through its own chat template, text as it was trained on text; of what is too

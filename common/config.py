@@ -7,25 +7,27 @@ is `Config` (train, evaluate); common/reward_config.py has those of the commands
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-
-class UserError(Exception):
-    """Something the user can mend. The message states rule, value and remedy; the command line exits with 2."""
-
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Seconds = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+from common.sections import NonNegative as NonNegative
+from common.sections import Positive as Positive
+from common.sections import Rate as Rate
+from common.sections import Seconds as Seconds
+from common.sections import Section as Section
+from common.sections import UserError as UserError
+from common.source_config import SOURCE_KINDS as SOURCE_KINDS
+from common.source_config import FunctionSourceConfig as FunctionSourceConfig
+from common.source_config import HttpSourceConfig as HttpSourceConfig
+from common.source_config import JudgeSourceConfig as JudgeSourceConfig
+from common.source_config import ModelSourceConfig as ModelSourceConfig
+from common.source_config import RewardSource as RewardSource
+from common.source_config import ServiceConfig as ServiceConfig
+from common.source_config import SourceConfig
+from common.source_config import broken_source_rules as broken_source_rules
 
 
 class Root(Section):
@@ -203,81 +205,6 @@ class ReferenceConfig(Replicated):
     """How long a request waits for others to share its forward pass, milliseconds."""
 
 
-class RewardSource(Section):
-    """Where a raw score comes from; which of the three kinds below it is, its keys say."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
-    """Under this name its raw score is logged, journalled and shown."""
-    weight: float = 1.0
-    """Its share in the total: score = sum of weight * raw score. A judge's weight counts nowhere."""
-
-
-class FunctionSourceConfig(RewardSource):
-    """A Python function."""
-
-    function: str
-    """`module:function` taking a RewardInput and returning a number. Calls come one at a time."""
-
-
-class ModelSourceConfig(RewardSource):
-    """A reward model: a Hugging Face sequence classifier with one label."""
-
-    model: str
-    """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. Its raw score
-    is in deviations about the reference policy's own responses where the directory says what those scored."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the forward pass; the head is float32 either way."""
-    max_tokens: Positive = 2048
-    """Longest prompt and response it reads; a longer one loses the beginning of its prompt."""
-    max_batch_tokens: Positive = 4096
-    """Tokens of one forward pass, padding included; more is faster until memory or cache runs out."""
-    batch_window_ms: Annotated[float, Field(ge=0)] = 5
-    """How long a request waits for others to share its forward pass, milliseconds."""
-
-
-class HttpSourceConfig(RewardSource):
-    """An HTTP service."""
-
-    urls: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Addresses of the service: each is POSTed the RewardInput as JSON and answers {"score": number}, and may add
-    {"model": "name and version"} for the journal. With several, a request goes to the one with the fewest
-    outstanding."""
-    concurrency: Positive = 16
-    """Requests outstanding at a time, over all addresses, from each reward process."""
-    request_timeout_s: Seconds = 10
-    """Longest wait for one answer, seconds."""
-    retries: NonNegative = 3
-    """Further tries after a failure, at another address where there is one; then the rollout is void."""
-    backoff_s: Seconds = 0.5
-    """Pause before the first further try, doubled before each next one, seconds."""
-
-
-SOURCE_KINDS: dict[str, type[RewardSource]] = {
-    "function": FunctionSourceConfig,
-    "model": ModelSourceConfig,
-    "urls": HttpSourceConfig,
-}
-
-
-def _source_kind(source: Any) -> str | None:
-    """The one of SOURCE_KINDS whose key a source has; None if it has none of them, or several."""
-    given = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
-    kinds = [kind for kind in SOURCE_KINDS if kind in given]
-    return kinds[0] if len(kinds) == 1 else None
-
-
-SourceConfig = Annotated[
-    Annotated[FunctionSourceConfig, Tag("function")]
-    | Annotated[ModelSourceConfig, Tag("model")]
-    | Annotated[HttpSourceConfig, Tag("urls")],
-    Discriminator(
-        _source_kind,
-        custom_error_type="source_kind",
-        custom_error_message="a source must have exactly one of function, model and urls",
-    ),
-]
-
-
 class SourcesConfig(Replicated):
     """The reward service: which sources score a response."""
 
@@ -286,10 +213,38 @@ class SourcesConfig(Replicated):
     after the other, want few, or the last one waits longer than timeout_s."""
 
     sources: tuple[SourceConfig, ...]
-    """The sources: each has a name, a weight, and a function, a model or urls."""
+    """The sources: each has a name, a weight, and a function, a model, urls or judge_urls."""
+    isolation: Literal["thread", "process"] = "thread"
+    """Where reward functions run. thread: in threads of the reward process. process: in worker processes, where
+    functions that use signals work, a crash costs one rollout, a call past its limit is ended, and your modules may
+    have any name."""
+    workers: Positive = 1
+    """Worker processes of each function, in each reward process; only with isolation = "process"."""
+    call_timeout_s: Seconds | None = None
+    """Longest call of a reward function, seconds; a longer one voids the rollout that it was to score. Left out: a
+    fifth of timeout_s."""
     max_void_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The run stops when more than this share of responses (of a step, of an evaluation) had to be voided for want of a
     score."""
+
+    @property
+    def call_limit_s(self) -> float:
+        """Seconds that one call of a reward function may take."""
+        return self.call_timeout_s or self.timeout_s / 5
+
+    @property
+    def answer_limit_s(self) -> float:
+        """Seconds until a rollout without a score is void: before timeout_s, which would end the run."""
+        return 0.9 * self.timeout_s
+
+    @model_validator(mode="after")
+    def check_limits(self) -> SourcesConfig:
+        if self.call_limit_s >= self.answer_limit_s:
+            raise ValueError(
+                f"call_timeout_s ({self.call_timeout_s:g}) must be below 0.9 * timeout_s ({self.answer_limit_s:g}), "
+                "since a call also waits for its turn; lower the first or raise the second"
+            )
+        return self
 
 
 class RewardConfig(SourcesConfig):
@@ -582,22 +537,3 @@ def broken_sampling_rules(cfg: SamplingConfig) -> Iterator[str]:
             f"sampling.min_new_tokens ({cfg.min_new_tokens}) must not exceed sampling.max_new_tokens "
             f"({cfg.max_new_tokens}); lower the first or raise the second"
         )
-
-
-def broken_source_rules(
-    key: str, sources: Sequence[RewardSource], *, others: Sequence[RewardSource] = ()
-) -> Iterator[str]:
-    if not sources:
-        yield f"{key} is empty, so nothing could be learned; name at least one [[{key}]]"
-    names = [source.name for source in (*sources, *others)]
-    if len(set(names)) < len(names):
-        yield f"{key} must have different names, not {names}; rename one"
-    for source in (*sources, *others):
-        urls = source.urls if isinstance(source, HttpSourceConfig) else ()
-        if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
-            yield f"reward source {source.name}: {wrong[0]!r} in urls must begin with http:// or https://"
-        if isinstance(source, ModelSourceConfig) and source.max_batch_tokens < source.max_tokens:
-            yield (
-                f"reward source {source.name}: max_batch_tokens ({source.max_batch_tokens}) must hold the longest "
-                f"sequence, max_tokens ({source.max_tokens}); raise the first or lower the second"
-            )

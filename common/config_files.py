@@ -9,7 +9,7 @@ import glob
 import os
 import re
 import tomllib
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -66,9 +66,11 @@ def describe(section: type[Section], prefix: str = "", *, skip: Container[str] =
             continue
         yield prefix + name, _type_name(field), _default(field), " ".join((field.description or "").split())
         if name == "sources":  # judges are described by them too
-            yield from describe(RewardSource, f"{prefix}{name}[].")
-            for source in SOURCE_KINDS.values():
-                yield from describe(source, f"{prefix}{name}[].", skip=RewardSource.model_fields)
+            described: set[str] = set()
+            kinds: list[type[RewardSource]] = [RewardSource, *SOURCE_KINDS.values()]
+            for source in kinds:
+                yield from describe(source, f"{prefix}{name}[].", skip=described)
+                described |= source.model_fields.keys()
 
 
 def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> None:
@@ -232,6 +234,8 @@ def _type_name(field: FieldInfo) -> str:
         text = "list"
     elif getattr(kind, "__origin__", None) is Literal:
         text = " | ".join(kind.__args__)  # type: ignore[union-attr]
+    elif getattr(kind, "__origin__", None) is Mapping:
+        text = "table"
     elif isinstance(kind, type) and not hasattr(kind, "__origin__"):
         text = {"int": "integer", "float": "number", "str": "text", "bool": "true | false"}.get(
             kind.__name__, kind.__name__

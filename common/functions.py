@@ -44,7 +44,7 @@ def explain_import(path: str, setting: str, error: UserCodeError) -> str:
             f"{message}; {there} exists, but here the name {name} means Ratchet's own package: rename yours, or for a "
             'reward function set reward.isolation = "process" (labeller.isolation for a labeller), where yours is found'
         )
-    if isinstance(missing, ModuleNotFoundError):
+    if isinstance(missing, (ModuleNotFoundError, ValueError)):
         return f"{message}; it must be installed, or lie in the directory ratchet is started from"
     return message
 

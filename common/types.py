@@ -175,7 +175,7 @@ class Void:
     reason: str
     asked_again: bool = False  # its prompt goes out once more, under the same sample id
     response: str | None = None  # its text, where that is known
-    error: ScoringError | None = None  # until it is written down
+    error: ScoringError | None = field(default=None, compare=False)  # until it is written down
 
 
 # How a rollout's response tokens become text, many rollouts at once.

@@ -162,10 +162,22 @@ async def call_async(function: Callable[..., Awaitable[Any]], form: Form, answer
     try:
         result = await function(list(answers) if form.takes_list else answers[0])
     except BaseException as error:
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise  # cancelled from outside
+        if _from_outside(error, task):
+            raise
         raise failure(error) from error
     return outcomes(result, form, len(answers))
+
+
+def _from_outside(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
+    """Whether the call was cancelled, or thrown away unfinished, and did not raise this itself."""
+    if isinstance(error, asyncio.CancelledError):
+        return task is not None and task.cancelling() > 0
+    if isinstance(error, GeneratorExit):
+        try:
+            return asyncio.current_task() is not task
+        except RuntimeError:  # no loop runs any more
+            return True
+    return False
 
 
 def failure(error: BaseException) -> UserCodeError:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from actors.http_reward import HttpSource, HttpSourceError
 from common.config import HttpSourceConfig
-from common.types import RewardInput
+from common.types import Raw, RewardInput
 
 ANSWER = RewardInput("question", "yes", 2, "stop", {"expected": "yes"})
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "question"}]
@@ -57,7 +57,7 @@ def test_the_answer_travels_as_json_and_the_score_comes_back_with_the_address():
         return url, found, seen
 
     url, found, seen = asyncio.run(scenario())
-    assert found == ((0.25, url), (0.25, url))
+    assert found == (Raw(0.25, url), Raw(0.25, url))
     plain = {
         "prompt": "question",
         "response": "yes",
@@ -86,7 +86,7 @@ def test_the_origin_names_the_model_of_each_answer_and_the_address_that_gave_it(
         return found, other
 
     found, url = asyncio.run(scenario())
-    assert found == [(1.0, f"grader v1 at {url}"), (2.0, f"grader v2 at {url}"), (3.0, url)]
+    assert found == [Raw(1.0, f"grader v1 at {url}"), Raw(2.0, f"grader v2 at {url}"), Raw(3.0, url)]
 
 
 def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_again():
@@ -103,7 +103,7 @@ def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_agai
 
         async with service(broken) as one, service(shaky) as other:
             judge = source(one, other)
-            score, origin = await judge(ANSWER)
+            score, origin, _ = await judge(ANSWER)
             await close(judge)
         return score, tries, origin == other
 

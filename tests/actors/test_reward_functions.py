@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from actors.function_source import FunctionSource
 from actors.http_reward import HttpSource
-from actors.reward_functions import FunctionSource, Reward, make_source
-from common.config import FunctionSourceConfig, HttpSourceConfig, RewardConfig, RewardSource
+from actors.reward_functions import Reward, make_source
+from common.config import FunctionSourceConfig, HttpSourceConfig, RewardConfig, RewardSource, SourcesConfig
 from common.models import load_tokenizer
-from common.types import RewardInput, Score, Void
+from common.types import Raw, RewardInput, Score, Void
 from tests.actors.test_http_reward import close, service
 from tests.fakes import END, OWN_TAGS, make_prompt, make_rollout, metered, save_tiny_model
 
 MODULE = "tests.actors.test_reward_functions"
+SERVICE = SourcesConfig(sources=())
 ANSWER = RewardInput("question", "yes", 2, "stop", {})
 ROLLOUT = make_rollout(make_prompt(7, answer=3), [4, 5, END])
 
@@ -39,6 +41,14 @@ def length(answer: RewardInput) -> float:
 
 def wrong_type(answer: RewardInput) -> float:
     return "many"  # type: ignore[return-value]
+
+
+def huge(answer: RewardInput) -> float:
+    return 3e38
+
+
+def fills_float64(answer: RewardInput) -> float:
+    return 1e308
 
 
 def first_digit(answer: RewardInput) -> float:
@@ -94,16 +104,19 @@ def score(tokenizer, *sources: dict[str, Any]) -> Score | Void:
 # What a source is given, and what comes of it
 
 
-def test_a_function_gets_text_without_special_tokens_and_the_prompts_fields(tokenizer, imported):
+def test_a_function_gets_text_with_and_without_special_tokens_token_ids_and_the_prompts_fields(tokenizer, imported):
     score(tokenizer, function("seen", "remember"))
-    assert imported.seen == [RewardInput("prompt 7", "a0 a1", 3, "stop", {"answer": 3}, None)]
+    prompt = ROLLOUT.prompt.token_ids.tolist()
+    raw = tokenizer.decode([4, 5, END])
+    assert raw != "a0 a1"
+    assert imported.seen == [RewardInput("prompt 7", "a0 a1", 3, "stop", {"answer": 3}, None, raw, prompt, [4, 5, END])]
 
 
 def test_a_function_gets_the_prompts_messages(tokenizer, imported):
     messages = [{"role": "user", "content": "a7"}]
     rollout = replace(ROLLOUT, prompt=replace(ROLLOUT.prompt, messages=messages))
     asyncio.run(make_reward(tokenizer, function("seen", "remember")).score(rollout))
-    assert imported.seen == [RewardInput("prompt 7", "a0 a1", 3, "stop", {"answer": 3}, messages)]
+    assert [(answer.prompt, answer.messages) for answer in imported.seen] == [("prompt 7", messages)]
 
 
 def test_the_total_is_the_weighted_sum_and_every_raw_score_is_kept_with_its_origin(tokenizer):
@@ -139,12 +152,61 @@ def test_functions_and_services_are_scored_together_each_under_its_own_origin(to
     ("path", "reason"),
     [
         ("tests.tasks:not_a_number", "reward source broken returned nan"),
-        ("wrong_type", "reward source broken raised ValueError: could not convert string to float: 'many'"),
+        ("wrong_type", "reward source broken returned 'many' (str) where a number is needed"),
     ],
 )
 def test_a_failure_voids_the_rollout_with_its_reason(tokenizer, path, reason):
     result = score(tokenizer, function("two", "remember"), function("broken", path, 0.0))
     assert result == Void(ROLLOUT.prompt.sample_id, reason)
+
+
+@pytest.mark.parametrize(
+    ("sources", "reason"),
+    [
+        ([("big", "fills_float64", 1e-300)], "reward source big returned 1e+308, which float32 cannot hold"),
+        (
+            [("big", "huge", 2.0)],
+            "the total of the weighted scores must fit float32: 2 * 3e+38 (big) = 6e+38",
+        ),
+        (
+            [("up", "huge", 1e308), ("down", "huge", -1e308)],  # inf - inf
+            "the total of the weighted scores must fit float32: 1e+308 * 3e+38 (up) + -1e+308 * 3e+38 (down) = nan",
+        ),
+    ],
+)
+def test_a_score_or_total_that_float32_cannot_hold_voids_the_rollout(tokenizer, sources, reason):
+    result = score(tokenizer, *(function(name, path, weight) for name, path, weight in sources))
+    assert result == Void(ROLLOUT.prompt.sample_id, reason)
+
+
+def test_totals_up_to_the_largest_of_float32_count(tokenizer):
+    assert score(tokenizer, function("big", "huge")).total == 3e38
+
+
+def test_a_void_carries_what_was_asked_and_answered_and_the_traceback(tokenizer):
+    result = score(tokenizer, function("digit", "first_digit"))
+    assert isinstance(result, Void)
+    assert (result.error.prompt, result.error.response) == ("prompt 7", tokenizer.decode([4, 5, END]))
+    assert "in first_digit" in result.error.traceback
+    assert result.error.fault.startswith("reward source digit raised StopIteration (test_reward_functions.py, line ")
+
+
+def test_a_source_that_does_not_answer_before_the_driver_gives_up_voids_the_rollout(tokenizer, imported):
+    cfg = RewardConfig.model_validate(
+        {"sources": [function("slow", "blocks")], "timeout_s": 0.2, "call_timeout_s": 0.1}
+    )
+    reward = Reward("Reward(0)", cfg, model=tokenizer)
+
+    async def scenario():
+        return await asyncio.gather(*(reward.score(ROLLOUT) for _ in range(4)))
+
+    results = asyncio.run(scenario())
+    imported.go_on.set()
+    waited = "reward source slow gave no score within 0.18 s (0.9 * timeout_s), waiting for its turn included"
+    assert [result.reason for result in results] == [
+        "reward source slow took longer than call_timeout_s (0.1 s)",
+        *[waited] * 3,
+    ]
 
 
 def test_an_iterator_that_runs_out_in_a_function_is_a_failure_like_any_other(tokenizer):
@@ -162,7 +224,7 @@ def test_an_iterator_that_runs_out_in_a_function_is_a_failure_like_any_other(tok
 
 def test_a_source_of_no_known_kind_is_an_error():
     with pytest.raises(TypeError, match="no reward source is configured by RewardSource"):
-        make_source(RewardSource(name="s"))
+        make_source(RewardSource(name="s"), SERVICE)
 
 
 # Judges
@@ -188,7 +250,7 @@ def test_training_never_asks_a_judge(tokenizer, imported):
 def test_a_judge_that_fails_voids_what_it_was_to_judge_and_no_training(tokenizer):
     reward = make_reward(tokenizer, function("tokens", "length"), judges=(function("strict", "wrong_type"),))
     assert isinstance(asyncio.run(reward.score(ROLLOUT)), Score)
-    reason = "reward source strict raised ValueError: could not convert string to float: 'many'"
+    reason = "reward source strict returned 'many' (str) where a number is needed"
     assert asyncio.run(reward.judge(ROLLOUT)) == Void(ROLLOUT.prompt.sample_id, reason)
 
 
@@ -206,8 +268,8 @@ def test_a_function_that_blocks_does_not_hold_up_a_service(imported):
             return web.json_response({"score": 2})
 
         async with service(handler) as url:
-            slow = make_source(FunctionSourceConfig(name="slow", function=f"{MODULE}:blocks"))
-            quick = make_source(HttpSourceConfig(name="quick", urls=(url,)))
+            slow = make_source(FunctionSourceConfig(name="slow", function=f"{MODULE}:blocks"), SERVICE)
+            quick = make_source(HttpSourceConfig(name="quick", urls=(url,)), SERVICE)
             waiting = asyncio.create_task(slow(ANSWER))
             assert await asyncio.to_thread(imported.began.wait, 5)
             await quick(ANSWER)
@@ -221,12 +283,12 @@ def test_a_function_that_blocks_does_not_hold_up_a_service(imported):
 
 
 def test_calls_of_a_function_come_one_at_a_time_in_order(imported):
-    async def ask(source: Callable) -> list[tuple[float, str]]:
+    async def ask(source: Callable) -> list[Raw]:
         return await asyncio.gather(*(source(replace(ANSWER, prompt=str(i))) for i in range(6)))
 
     path = f"{MODULE}:reports"
-    found = asyncio.run(ask(FunctionSource(FunctionSourceConfig(name="s", function=path))))
-    assert found == [(1.0, path)] * 6
+    found = asyncio.run(ask(FunctionSource(FunctionSourceConfig(name="s", function=path), SERVICE)))
+    assert found == [Raw(1.0, path)] * 6
     assert imported.events == [f"{i} {what}" for i in range(6) for what in ("begins", "ends")]
 
 

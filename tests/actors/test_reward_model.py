@@ -82,7 +82,7 @@ def ask(model: RewardModelSource, answers: list[RewardInput]) -> list[float]:
     async def scenario():
         return await asyncio.gather(*(model(each) for each in answers))
 
-    return [score for score, _ in asyncio.run(scenario())]
+    return [raw.score for raw in asyncio.run(scenario())]
 
 
 def classified(directory: Path, sequence: list[int]) -> float:
@@ -220,8 +220,7 @@ def test_what_is_read_depends_on_what_the_model_was_trained_on(tmp_path, trained
 def test_the_origin_names_the_model_and_its_content(plain, tmp_path):
     def origin(directory: Path) -> tuple[str, str]:
         model = source(directory)
-        _, found = asyncio.run(model(answer("ask", "a1")))
-        name, _, digest = found.rpartition("@")
+        name, _, digest = asyncio.run(model(answer("ask", "a1"))).origin.rpartition("@")
         return name, digest
 
     name, digest = origin(plain)

@@ -200,7 +200,7 @@ def test_sources_made_in_python_are_taken_as_they_are():
 def test_a_source_of_no_kind_or_of_several_is_one_fault_at_its_own_key(root, tree, loc, keys):
     (fault,) = faults(root, tree({"name": "s", **keys}))
     assert fault["loc"] == loc
-    assert fault["msg"] == "a source must have exactly one of function, model and urls"
+    assert fault["msg"] == "a source must have exactly one of function, model, urls and judge_urls"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ SOURCES = [
     {"name": "short", "function": "tasks:short", "weight": -0.5},
     {"name": "helpful", "model": "runs/reward/model", "dtype": "float32", "max_tokens": 700, "batch_window_ms": 0.0},
     {"name": "correct", "urls": ["http://a/score", "https://b/score"], "retries": 0, "request_timeout_s": 2.5},
+    {
+        "name": "kind",
+        "judge_urls": ["http://a/v1"],
+        "judge_model": "m",
+        "template": "{response}",
+        "score_range": [0, 1],
+    },
 ]
 TREES = {
     "ppo": {
@@ -77,7 +84,7 @@ def refusal(path, *overrides, root=Config):
 def leaves(tree, prefix=""):
     """Dotted keys of a nested dict; of a list of tables those of any of them, with `[]` for its index."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in ("headers", "request"):  # tables of the user's own keys
             yield from leaves(value, f"{prefix}{key}.")
             continue
         yield prefix + key
@@ -119,7 +126,11 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_name(minimal, override,
     ("kind", "key", "message"),
     [
         ('function = "m:f"', "wieght", "did you mean weight?"),
-        ('function = "m:f"', "retires", "known here: name, weight, function"),  # only a service has retries
+        (
+            'function = "m:f"',
+            "min_length",
+            "known here: name, weight, function, takes, batch, concurrency",
+        ),  # only a service has urls
         ('model = "m"', "max_tokns", "did you mean max_tokens?"),
         ('model = "m"', "batch_window", "did you mean batch_window_ms?"),
         (
@@ -132,7 +143,8 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_name(minimal, override,
         (
             'urls = ["http://h"]',
             "dtype",
-            "known here: name, weight, urls, concurrency, request_timeout_s, retries, backoff_s",
+            "known here: name, weight, headers, concurrency, request_timeout_s, max_answer_kib, retries, backoff_s, "
+            "follow_redirects, urls, batch, send_tokens",
         ),
     ],
 )
@@ -163,7 +175,7 @@ def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(m
     assert first.endswith("has 1 fault(s):")
     assert len(lines) == 1
     assert lines[0].startswith(f"  {list_key}.{2 if list_key == 'reward.sources' else 0} = ")
-    assert lines[0].endswith(": a source must have exactly one of function, model and urls")
+    assert lines[0].endswith(": a source must have exactly one of function, model, urls and judge_urls")
 
 
 @pytest.mark.parametrize(
@@ -414,13 +426,15 @@ def test_describe_lists_every_leaf_of_a_root_once_and_in_order_with_a_descriptio
 
 
 @pytest.mark.parametrize(("root", "key"), [(Config, "reward.sources[]"), (PairSamplingConfig, "labeller.sources[]")])
-def test_describe_lists_the_fields_of_all_three_kinds_of_source(root, key):
+def test_describe_lists_the_fields_of_every_kind_of_source_once(root, key):
     fields = [row[0].removeprefix(f"{key}.") for row in describe(root) if row[0].startswith(f"{key}.")]
     assert fields == [
         *("name", "weight"),
-        "function",
+        *("function", "takes", "batch", "concurrency"),
         *("model", "dtype", "max_tokens", "max_batch_tokens", "batch_window_ms"),
-        *("urls", "concurrency", "request_timeout_s", "retries", "backoff_s"),
+        *("headers", "request_timeout_s", "max_answer_kib", "retries", "backoff_s", "follow_redirects"),
+        *("urls", "send_tokens"),
+        *("judge_urls", "judge_model", "template", "system", "score_range", "score_pattern", "score_field", "request"),
     ]
 
 
@@ -477,7 +491,9 @@ def test_a_resolved_config_of_every_root_loads_back_equal(tmp_path, name):
     written = set(leaves(tomllib.loads(cfg.to_toml())))
     unset = {"generators.max", "reference.max", "reward.max", "labeller.max", "prompts.heldout",
              "evaluation.pass_source", "ray.address", "data.heldout", "scale.policy",
-             "learner.micro_batch_tokens", "monitoring.discovery"}  # fmt: skip
+             "learner.micro_batch_tokens", "monitoring.discovery", "reward.call_timeout_s", "labeller.call_timeout_s"}  # fmt: skip
+    lists = ("reward.sources", "labeller.sources", "evaluation.judges")
+    unset |= {f"{key}[].{name}" for key in lists for name in ("batch", "system", "score_field")}
     dumped = cfg.model_dump(mode="json")
     assert set(leaves(dumped)) - written <= unset
     assert written <= set(leaves(dumped))

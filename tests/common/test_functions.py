@@ -40,4 +40,4 @@ def test_a_module_that_raises_when_imported_is_refused_with_its_error(tmp_path, 
 def test_a_name_that_is_no_function_is_refused(name):
     with pytest.raises(UserError) as caught:
         load_function(f"json:{name}", "reward source s")
-    assert str(caught.value) == f"reward source s (json:{name}): module json has no function {name}"
+    assert str(caught.value) == f"reward source s (json:{name}): module json ({json.__file__}) has no function {name}"
