@@ -83,7 +83,11 @@ class Reward:
         total = sum(source.weight * components[source.name] for source, _ in self._sources)
         if not abs(total) <= LARGEST:
             shown = f"{_sum(self._sources, components)} = {total:g}"
-            return Void(rollout.prompt.sample_id, f"the total of the weighted scores must fit float32: {shown}")
+            return Void(
+                rollout.prompt.sample_id,
+                f"the total of the weighted scores must fit float32: {shown}",
+                response=answer.response,
+            )
         meters.count("ratchet_scored_rollouts_total")
         return Score(total, components, origins, figures)
 
@@ -124,4 +128,4 @@ def _void(rollout: Rollout, answer: RewardInput, source: RewardSource, error: Ex
         error = UserCodeError(f"raised {type(error).__name__}: {error}", fault=f"raised {type(error).__name__}")
     reason, fault = (f"reward source {source.name} {one_line(text)}" for text in (error.reason, error.fault))
     kept = ScoringError(fault, error.details, answer.prompt, answer.raw_response)
-    return Void(rollout.prompt.sample_id, reason, error=kept)
+    return Void(rollout.prompt.sample_id, reason, response=answer.response, error=kept)

@@ -7,8 +7,8 @@ is `Config` (train, evaluate); common/reward_config.py has those of the commands
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import Field, model_validator

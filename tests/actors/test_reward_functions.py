@@ -157,7 +157,7 @@ def test_functions_and_services_are_scored_together_each_under_its_own_origin(to
 )
 def test_a_failure_voids_the_rollout_with_its_reason(tokenizer, path, reason):
     result = score(tokenizer, function("two", "remember"), function("broken", path, 0.0))
-    assert result == Void(ROLLOUT.prompt.sample_id, reason)
+    assert result == Void(ROLLOUT.prompt.sample_id, reason, response="a0 a1")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_failure_voids_the_rollout_with_its_reason(tokenizer, path, reason):
 )
 def test_a_score_or_total_that_float32_cannot_hold_voids_the_rollout(tokenizer, sources, reason):
     result = score(tokenizer, *(function(name, path, weight) for name, path, weight in sources))
-    assert result == Void(ROLLOUT.prompt.sample_id, reason)
+    assert result == Void(ROLLOUT.prompt.sample_id, reason, response="a0 a1")
 
 
 def test_totals_up_to_the_largest_of_float32_count(tokenizer):
@@ -251,7 +251,8 @@ def test_a_judge_that_fails_voids_what_it_was_to_judge_and_no_training(tokenizer
     reward = make_reward(tokenizer, function("tokens", "length"), judges=(function("strict", "wrong_type"),))
     assert isinstance(asyncio.run(reward.score(ROLLOUT)), Score)
     reason = "reward source strict returned 'many' (str) where a number is needed"
-    assert asyncio.run(reward.judge(ROLLOUT)) == Void(ROLLOUT.prompt.sample_id, reason)
+    result = asyncio.run(reward.judge(ROLLOUT))
+    assert result == Void(ROLLOUT.prompt.sample_id, reason, response="a0 a1")
 
 
 def test_without_judges_judging_is_scoring(tokenizer):
