@@ -70,7 +70,7 @@ class LoopThread:
     async def blocked(self) -> bool:
         """After a call that passed its limit: it did not give way when it was cancelled."""
         answer: Future[None] = Future()
-        self._loop.call_soon_threadsafe(answer.set_result, None)
+        self._loop.call_soon_threadsafe(_resolve, answer)
         try:
             await asyncio.wait_for(asyncio.wrap_future(answer), ANSWERS_WITHIN_S)
         except TimeoutError:
@@ -92,6 +92,11 @@ class LoopThread:
         if calls:
             self._loop.run_until_complete(asyncio.wait(calls))
         self._loop.close()
+
+
+def _resolve(answer: Future[None]) -> None:
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(None)
 
 
 class Runner(Protocol):
