@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import statistics
@@ -117,6 +118,7 @@ class Progress(Screen):
         self._cfg = cfg
         self._tokenizer = tokenizer
         self._seconds: deque[float] = deque(maxlen=20)  # of the newest steps
+        self._shown_at = time.perf_counter()
         self._equal_steps = 0  # since when all scores of a step are equal
 
     def begin(self, *, num_prompts: int, num_heldout: int) -> None:
@@ -138,7 +140,17 @@ class Progress(Screen):
         watch = [f"Ray's dashboard http://{dashboard} (its token is in {token_place()})"] if dashboard else []
         self._print(f"watch it: {', '.join([*watch, f'figures http://{figures}/metrics'])}", style="dim")
 
+    async def while_silent(self, doing: Callable[[], str], *, after_s: float = 60) -> None:
+        """Says what the run is doing whenever nothing has been shown of it for so long. Runs until cancelled."""
+        while True:
+            silent_s = time.perf_counter() - self._shown_at
+            if silent_s >= after_s:
+                self._shown_at = time.perf_counter()
+                self._print(f"      {time.strftime('%H:%M:%S')} {doing()}", style="dim")
+            await asyncio.sleep(min(after_s, max(0.01, after_s - silent_s)))
+
     def evaluation(self, evaluation: Evaluation) -> None:
+        self._shown_at = time.perf_counter()
         at = f"at version {evaluation.policy_version}"
         if evaluation.pass_at_1 is not None and evaluation.interval is not None:
             low, high = evaluation.interval
@@ -155,6 +167,7 @@ class Progress(Screen):
             self._header()
 
     def step(self, record: dict[str, Any], example: Experience, voids: Sequence[Void]) -> None:
+        self._shown_at = time.perf_counter()
         if not self._header_shown:
             self._header()
         cfg, number = self._cfg, record["step"] + 1

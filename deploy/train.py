@@ -152,8 +152,8 @@ async def _train(
             on_step=stepped,
             on_evaluation=evaluated,
         )
-        following = asyncio.create_task(follow_wishes(directory, start.pools))
-        ending.callback(following.cancel)
+        for beside in (follow_wishes(directory, start.pools), progress.while_silent(lambda: run.doing())):
+            ending.callback(asyncio.create_task(beside).cancel)
         return await train(run)
 
 

@@ -142,6 +142,10 @@ class RolloutBuffer:
             self._free += count
             self._changed.notify_all()
 
+    def num_finished(self, count: int) -> int:
+        """How many of the `count` oldest rollouts are written and scored."""
+        return sum(slot.outcome is not None for slot in islice(self._slots.values(), count))
+
     def _has_room(self) -> bool:
         if not self._free or len(self._slots) >= self._wanted:
             return False

@@ -52,6 +52,7 @@ class Run:
     decode: Decode | None = None  # for the text in the journal
     on_step: Callable[[dict[str, Any], Experience, list[Void]], None] = lambda record, example, voids: None
     on_evaluation: Callable[[Evaluation, list[Answer]], None] = lambda evaluation, answers: None
+    doing: Callable[[], str] = lambda: "roles start"  # what the loop is waiting for, told to who watches
     journal: Journal = field(init=False)
     checkpoints: Checkpoints = field(init=False)
 
@@ -85,6 +86,7 @@ async def train(run: Run) -> list[Evaluation]:
     finally:
         producer.cancel()
         await asyncio.gather(producer, return_exceptions=True)
+    run.doing = lambda: "the policy is written"
     await run.learner.save_policy(run.directory / "policy")
     return evaluations
 
@@ -93,6 +95,8 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     """One batch from the buffer to new weights on every generator."""
     step = run.learner.step
     clock.start()
+    wanted = run.cfg.rollouts_per_step
+    run.doing = lambda: f"step {step + 1}: {buffer.num_finished(wanted)} of {wanted} rollouts are written and scored"
     batch = await buffer.take(run.cfg.rollouts_per_step, policy_version=step)
     clock.rollouts_taken()
 
@@ -103,8 +107,10 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     table = await asyncio.to_thread(_write_down, run, batch, step, run.prompts.state())
     clock.lap("journal")
 
+    run.doing = lambda: f"step {step + 1}: the learner learns"
     stats = await run.learner.update(table)
     clock.lap("learn")
+    run.doing = lambda: f"step {step + 1}: generators take the new weights"
     sent = await run.generators.load(run.learner.publish(), run.learner.step)
     clock.lap("publish")
     rollouts = _rollout_metrics(table, len(batch.voids), policy_version=step)
@@ -112,6 +118,7 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
     append_record(run.directory / "metrics.jsonl", record)  # before the checkpoint, after which no replay would do it
 
     if run.checkpoints.due(run.learner.step, run.cfg.num_steps):
+        run.doing = lambda: f"step {step + 1}: a checkpoint is written"
         await run.learner.save(run.checkpoints.path(run.learner.step))
         run.checkpoints.prune()
     clock.lap("checkpoint")
@@ -196,6 +203,7 @@ async def recover(run: Run) -> None:
         )
     logged = {record["step"] for record in read_records(run.directory / "metrics.jsonl")}
     for written in run.journal.since(run.learner.step):
+        run.doing = partial("step {} is learned again from the journal".format, written.step + 1)
         stats = await run.learner.update(written.table)
         if written.step not in logged:
             rollouts = _rollout_metrics(written.table, len(written.voids), policy_version=written.policy_version)
@@ -214,6 +222,7 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
     wanted = step in (0, run.cfg.num_steps) or (every > 0 and step % every == 0)
     if not (run.heldout and wanted) or any(done.policy_version == step for done in evaluations):
         return
+    run.doing = lambda: f"version {step} of the policy answers {len(run.heldout)} held-out prompts"
     evaluation, answers = await evaluate(
         run.heldout,
         run.generators,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -212,3 +214,28 @@ def test_an_evaluation_shows_its_score_where_pass_at_1_means_nothing(capsys, pro
     progress.end([evaluation(0, 0.1, 0.5), evaluation(7, 0.1, 0.625)], seconds=9)
     [row] = [line.split() for line in capsys.readouterr().out.splitlines() if "pass@1" in line]
     assert [cell for cell in row if "%" in cell] == ["50.0%", "62.5%"]
+
+
+def test_a_long_silence_is_broken_by_what_the_run_is_doing(capsys, progress):
+    async def watch() -> str:
+        watching = asyncio.create_task(progress.while_silent(lambda: "step 7: the learner learns", after_s=0.01))
+        shown = ""
+        while "learns" not in shown:
+            await asyncio.sleep(0.01)
+            shown += capsys.readouterr().out
+        watching.cancel()
+        return shown
+
+    shown = asyncio.run(asyncio.wait_for(watch(), 60))
+    assert re.match(r"      \d\d:\d\d:\d\d step 7: the learner learns\n", shown)
+
+
+def test_a_run_that_shows_its_steps_is_not_interrupted(capsys, progress):
+    async def watch() -> None:
+        watching = asyncio.create_task(progress.while_silent(lambda: "never shown", after_s=3600))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        watching.cancel()
+
+    asyncio.run(watch())
+    assert capsys.readouterr().out == ""

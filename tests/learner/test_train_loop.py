@@ -435,3 +435,47 @@ def test_the_journal_has_the_text_of_every_response_and_its_step(tmp_path):
         rows = written.table.to_pylist()
         assert [row["step"] for row in rows] == [step] * 4
         assert [row["response"] for row in rows] == [f"2 tokens, first {row['response_ids'][0]}" for row in rows]
+
+
+def test_a_run_says_at_every_moment_what_it_is_doing(tmp_path):
+    said: list[str] = []
+
+    class Told(FakeRoles):
+        async def write(self, prompt: Prompt) -> Rollout:
+            rollout = await super().write(prompt)
+            said.append(run.doing())
+            return rollout
+
+        async def update(self, table):
+            said.append(run.doing())
+            return await super().update(table)
+
+        async def load(self, weights, version):
+            said.append(run.doing())
+            return await super().load(weights, version)
+
+        async def save(self, directory):
+            said.append(run.doing())
+            await super().save(directory)
+
+        async def save_policy(self, directory):
+            said.append(run.doing())
+            await super().save_policy(directory)
+
+    run = make_run(tmp_path, Told([]), num_steps=1)
+    asyncio.run(train(run))
+    assert set(said) >= {
+        "version 0 of the policy answers 2 held-out prompts",
+        "step 1: 0 of 4 rollouts are written and scored",
+        "step 1: 3 of 4 rollouts are written and scored",
+        "step 1: the learner learns",
+        "step 1: generators take the new weights",
+        "step 1: a checkpoint is written",
+        "version 1 of the policy answers 2 held-out prompts",
+        "the policy is written",
+    }
+    again = make_run(tmp_path, Told([]), num_steps=1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    run = again
+    asyncio.run(train(again))
+    assert "step 1 is learned again from the journal" in said
