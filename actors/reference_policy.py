@@ -21,13 +21,22 @@ from common.types import Rollout
 class ReferencePolicy:
     """Per-token log-probabilities at the sampling temperature, so that they compare with the policy's own."""
 
-    def __init__(self, name: str, cfg: ReferenceConfig, *, model: str | PreTrainedModel, temperature: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        cfg: ReferenceConfig,
+        *,
+        model: str | PreTrainedModel,
+        temperature: float,
+        trust_remote_code: bool = False,
+    ) -> None:
         torch.set_num_threads(cfg.threads)
         self._name = name
         self._temperature = temperature
         self._device = find_device(cfg.gpus)
         if isinstance(model, str):
-            model = load_policy(resolve_model(model), dtype=getattr(torch, cfg.dtype), device=self._device)
+            directory = resolve_model(model, trust_remote_code=trust_remote_code)
+            model = load_policy(directory, dtype=getattr(torch, cfg.dtype), device=self._device)
         self._model = model
         meters.count("ratchet_scored_rollouts_total", 0)
         self._batcher: Batcher[Rollout, np.ndarray] = Batcher(

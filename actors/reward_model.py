@@ -23,7 +23,7 @@ class RewardModelSource:
     scored. The origin of a score is the model's name and content hash."""
 
     def __init__(self, cfg: ModelSourceConfig, *, gpus: float) -> None:
-        directory = resolve_model(cfg.model)
+        directory = resolve_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
         device = find_device(gpus)
         self._model: PreTrainedModel = load_reward_model(directory, dtype=getattr(torch, cfg.dtype), device=device)
         self._tokenizer = load_tokenizer(directory)

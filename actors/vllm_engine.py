@@ -68,6 +68,7 @@ class VLLMEngine:
         *,
         max_model_len: int,
         end_token_ids: list[int],
+        trust_remote_code: bool = False,
         export_metrics: bool = False,
     ) -> None:
         """With `export_metrics` vLLM's own metrics go through Ray: in a process of Ray's only."""
@@ -85,6 +86,7 @@ class VLLMEngine:
         on_cpu = current_platform.is_cpu()
         self._args = EngineArgs(
             model=str(model),
+            trust_remote_code=trust_remote_code,
             dtype=cfg.dtype,
             max_model_len=max_model_len,
             max_num_seqs=cfg.max_running,

@@ -118,6 +118,9 @@ class ModelConfig(Section):
     path: str = "embedded:smollm2-135m-instruct"
     """A Hugging Face directory, a hub name, or the embedded model. All that is trained starts from it, and it is PPO's
     reference."""
+    trust_remote_code: bool = False
+    """Whether Python code from the model's directory (`auto_map`) may run, in every process that loads it. Such code
+    can do whatever you can; models that transformers knows need none."""
 
 
 class PromptFormat(Section):

@@ -23,7 +23,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -35,17 +34,35 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import PACKED
 from common.config import UserError
-from common.model_files import check_finite, check_loaded, reading
+from common.model_files import (
+    check_finite,
+    check_finite_files,
+    check_loaded,
+    check_special_tokens,
+    check_weights,
+    read_config,
+    reading,
+)
 from common.probe import alone, compare
+from common.remote_code import allow, trusted
+from common.rotary import original_length
 from common.saved_weights import as_saved
+from common.small_model import try_small
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def resolve_model(name: str, setting: str = "model.path") -> Path:
+def resolve_model(name: str, setting: str = "model.path", *, trust_remote_code: bool = False) -> Path:
     """The local directory of the model that `setting` names, prepared or downloaded if need be. Raises UserError if
-    there is none."""
+    there is none. With `trust_remote_code` this process may run code from the directory."""
+    directory = _find_model(name, setting)
+    if trust_remote_code:
+        allow(directory)
+    return directory
+
+
+def _find_model(name: str, setting: str) -> Path:
     if name == EMBEDDED:
         return _prepare_embedded()
     directory = Path(os.path.expanduser(name))
@@ -62,8 +79,9 @@ def resolve_model(name: str, setting: str = "model.path") -> Path:
         )
     from huggingface_hub import snapshot_download  # only a hub name needs it
 
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         raise UserError(
             f"{setting} ({name}) is not a directory, and the hub could not give it: {type(error).__name__}; "
@@ -73,10 +91,8 @@ def resolve_model(name: str, setting: str = "model.path") -> Path:
 
 def load_tokenizer(directory: Path, setting: str = "model.path") -> PreTrainedTokenizerBase:
     """Raises UserError if the directory holds none."""
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting} ({directory}) has no tokenizer that transformers can load: {error}") from error
+    with reading(directory, setting, "be used, because its tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted(directory))
 
 
 @dataclass(frozen=True)
@@ -89,38 +105,43 @@ class ModelSize:
     heads: int
     kv_heads: int
     head_dim: int
-    vocabulary: int
+    vocabulary: int  # rows of the embedding: every token id must be below
     context: int  # longest sequence, tokens
     intermediate: int | None = None  # width of a feed-forward layer, where the config says it
 
 
 def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
     """Sizes of the model in `directory`, from its config alone: no weight is loaded. Raises UserError."""
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        if getattr(config, "final_logit_softcapping", None):
-            raise ValueError("it caps its logits after the output embedding, which is not supported")
+    with reading(directory, setting, "be trained"):
+        config = read_config(directory)
         parameters = sum(p.numel() for p in _without_weights(config).parameters())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting} ({directory}) cannot be trained: {error}; name another model") from error
-    heads = config.num_attention_heads
-    return ModelSize(
-        parameters=parameters,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocabulary=config.vocab_size,
-        context=config.max_position_embeddings,
-        intermediate=getattr(config, "intermediate_size", None),
-    )
+        text = config.get_text_config()
+        hidden, heads = _count(text, "hidden_size"), _count(text, "num_attention_heads")
+        widths = getattr(text, "intermediate_size", None)
+        return ModelSize(
+            parameters=parameters,
+            layers=_count(text, "num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            vocabulary=_count(text, "vocab_size"),
+            context=min(_count(text, "max_position_embeddings"), original_length(text)),
+            intermediate=widths if isinstance(widths, int) else None,
+        )
+
+
+def _count(config: PretrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"its config must state {name} as a whole number above 0, but has {value!r}")
+    return value
 
 
 def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every weight that the learner trains and publishes of the model in `directory`, by its name in files; a
     tied head is the embedding. No weight is loaded."""
-    model = _without_weights(AutoConfig.from_pretrained(directory))
+    model = _without_weights(read_config(directory))
     saved = as_saved(model, ((name, parameter.detach) for name, parameter in model.named_parameters()))
     return {name: tuple(tensor.shape) for name, tensor in saved}
 
@@ -128,7 +149,7 @@ def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 def constants(directory: Path) -> dict[str, Tensor]:
     """What belongs to the model in `directory` beside weights and is never trained, such as the bias that balances the
     load of experts: as its safetensors files hold it, by name."""
-    model = _without_weights(AutoConfig.from_pretrained(directory))
+    model = _without_weights(read_config(directory))
     persistent = model.state_dict().keys()
     buffers = ((name, buffer.detach) for name, buffer in model.named_buffers() if name in persistent)
     names = {name for name, _ in as_saved(model, buffers)}
@@ -141,16 +162,39 @@ def constants(directory: Path) -> dict[str, Tensor]:
 
 def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(Path(config._name_or_path)))
 
 
-def end_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those of the model's generation config."""
+def check_policy_files(directory: Path, setting: str = "model.path") -> None:
+    """Refuses weights that are missing, left over or not finite, as far as the files tell without loading the model.
+    Raises UserError."""
+    with reading(directory, setting, "be used"):
+        check_weights(directory, AutoModelForCausalLM)
+        check_finite_files(directory)
+
+
+def check_trainable_kind(
+    directory: Path, setting: str = "model.path", *, install: Callable[[PreTrainedModel], object] | None = None
+) -> None:
+    """Tries on a small random model of the same kind what `load_policy` tries on the whole one. Raises UserError."""
+    with reading(directory, setting, "be trained"):
+        try_small(read_config(directory), install)
+
+
+def end_token_ids(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, rows: int | None = None, setting: str = "model.path"
+) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those of the model's generation config. Raises UserError
+    if one is beyond the embedding's `rows`."""
     ids = {tokenizer.eos_token_id}
-    if (directory / "generation_config.json").exists():
-        configured = GenerationConfig.from_pretrained(directory).eos_token_id
-        ids.update(configured if isinstance(configured, list) else [configured])
-    return sorted(ids - {None})
+    with reading(directory, setting, "be used"):
+        if (directory / "generation_config.json").exists():
+            configured = GenerationConfig.from_pretrained(directory).eos_token_id
+            ids.update(configured if isinstance(configured, list) else [configured])
+        found = sorted(ids - {None})
+        if rows is not None:
+            check_special_tokens(tokenizer, rows, found)
+        return found
 
 
 def find_device(gpus: float) -> torch.device:
@@ -177,7 +221,11 @@ def load_policy(
     """
     with reading(directory, setting, "be trained"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=PACKED, output_loading_info=True
+            directory,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            output_loading_info=True,
+            trust_remote_code=trusted(directory),
         )
         check_loaded(found)
         check_finite(model)
@@ -223,7 +271,7 @@ def _check_tied(model: PreTrainedModel) -> None:
 def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None:
     """Writes a policy of these weights, bf16, under their names in files, as a Hugging Face directory in place of
     `target`. All else is that of `base`, which it started from."""
-    model = _without_weights(AutoConfig.from_pretrained(base))
+    model = _without_weights(read_config(base))
     with replaced_directory(target) as staging:
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
         model.save_pretrained(staging, state_dict=weights | constants(base), save_original_format=False)

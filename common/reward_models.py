@@ -10,20 +10,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.config import UserError
 from common.dialogues import padding_id
 from common.files import write_json
 from common.masking import length_mask
+from common.model_files import check_finite, check_finite_files, check_loaded, check_weights, read_config, reading
 from common.models import ModelSize, load_tokenizer, model_size, replaced_directory, write_weights
+from common.probe import UnsuitedModelError
+from common.remote_code import trusted
 from common.sequences import LANES
 
 _KEY = "ratchet"
+_PURPOSE = "be a reward model"
 
 
 @dataclass(frozen=True)
@@ -34,57 +39,96 @@ class ScoreScale:
     mean: float = 0.0  # of the reference policy's own responses
     deviation: float = 1.0
 
+    @classmethod
+    def of(cls, found: object) -> ScoreScale:
+        """What a config.json holds. Raises ValueError for anything that `write_scale` does not write."""
+        if not isinstance(found, dict) or not found.keys() <= {"chat", "mean", "deviation"}:
+            raise ValueError(f"`{_KEY}` in its config.json must hold chat, mean and deviation, but is {found!r}")
+        scale = cls(**found)
+        numbers = all(type(x) in (int, float) and isfinite(x) for x in (scale.mean, scale.deviation))
+        if scale.chat not in (None, True, False) or not numbers or scale.deviation <= 0:
+            raise ValueError(
+                f"`{_KEY}` in its config.json must have chat true, false or null, a finite mean and a deviation above "
+                f"0, but is {found!r}"
+            )
+        return scale
+
 
 def is_reward_model(directory: Path) -> bool:
     """Whether its config says that it is a sequence classifier, not a language model."""
-    return any("SequenceClassification" in name for name in _config(directory).architectures or ())
+    with reading(directory, "model", _PURPOSE):
+        return any("SequenceClassification" in name for name in read_config(directory).architectures or ())
 
 
 def load_reward_model(directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The sequence classifier in `directory`, in eval mode, its head in float32. A plain language model gets a head of
-    zeros and a padding token. Raises UserError if the architecture has none."""
+    zeros and a padding token. Raises UserError if the architecture has none, or if a score depends on the other rows
+    of a batch."""
     check_trainable(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        directory, num_labels=1, dtype=dtype, attn_implementation="eager" if device.type == "cpu" else "sdpa"
-    )
-    if not is_reward_model(directory):
-        nn.init.zeros_(model.score.weight)
-        model.config.pad_token_id = scored_padding_id(directory)
-    model.score.float()
-    return model.to(device).eval()
+    trained = is_reward_model(directory)
+    with reading(directory, "model", _PURPOSE):
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            num_labels=1,
+            dtype=dtype,
+            attn_implementation="eager" if device.type == "cpu" else "sdpa",
+            output_loading_info=True,
+            trust_remote_code=trusted(directory),
+        )
+        check_loaded(found, **({} if trained else _NEW_HEAD))
+        if not trained:
+            nn.init.zeros_(model.score.weight)
+            model.config.pad_token_id = scored_padding_id(directory)
+        check_finite(model)
+        model.score.float()
+        model = model.to(device).eval()
+        check_company(model)
+    return model
+
+
+# A language model that becomes a reward model gets this head, and has no use for its own.
+_NEW_HEAD = {"new": ("score.",), "dropped": ("lm_head.", "model.lm_head.", "embed_out.")}
 
 
 def check_trainable(directory: Path) -> None:
     """Raises UserError unless the model is, or can become, a sequence classifier with one label and a linear head."""
-    config = _config(directory)
-    try:
-        if is_reward_model(directory) and config.num_labels != 1:
+    with reading(directory, "model", _PURPOSE):
+        trained, config = is_reward_model(directory), read_config(directory)
+        if trained and config.num_labels != 1:
             raise ValueError(f"it classifies into {config.num_labels} labels; a reward model has one")
         config.num_labels = 1
         with torch.device("meta"):
-            head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
-        if not isinstance(head, nn.Linear):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted(directory))
+        if not isinstance(getattr(model, "score", None), nn.Linear):
             raise ValueError("its head is not one linear layer named `score`")
-    except ValueError as error:
-        raise UserError(f"model ({directory}) cannot be a reward model: {error}; name another model") from error
 
 
-def reward_model_size(directory: Path) -> ModelSize:
+def check_reward_files(directory: Path, setting: str = "model.path") -> None:
+    """What `load_reward_model` refuses, as far as the files tell. Raises UserError."""
+    check_trainable(directory)
+    trained = is_reward_model(directory)
+    with reading(directory, setting, _PURPOSE):
+        check_weights(directory, AutoModelForSequenceClassification, num_labels=1, **({} if trained else _NEW_HEAD))
+        check_finite_files(directory)
+
+
+def reward_model_size(directory: Path, setting: str = "model") -> ModelSize:
     """Sizes from the config alone. Raises UserError if the directory holds no reward model that can be served."""
     if not is_reward_model(directory):
+        kinds = ", ".join(read_config(directory).architectures or ["of unknown architecture"])
         raise UserError(
-            f"model ({directory}) is no reward model: it must be a sequence classifier with one label, but is "
-            f"{', '.join(_config(directory).architectures or ['of unknown architecture'])}; train one with "
-            "ratchet train-reward"
+            f"{setting} ({directory}) is no reward model: it must be a sequence classifier with one label, but is "
+            f"{kinds}; train one with ratchet train-reward"
         )
-    check_trainable(directory)
-    return model_size(directory)
+    check_reward_files(directory, setting)
+    read_scale(directory)
+    return model_size(directory, setting)
 
 
 def scored_padding_id(directory: Path) -> int | None:
     """The padding token before which a reward model that starts from `directory` reads its score."""
     if is_reward_model(directory):
-        return _config(directory).pad_token_id
+        return read_config(directory).pad_token_id
     return padding_id(load_tokenizer(directory))
 
 
@@ -114,8 +158,8 @@ def write_scale(directory: Path, scale: ScoreScale) -> None:
 
 def read_scale(directory: Path) -> ScoreScale:
     """What `write_scale` wrote; the head's own output for a model from elsewhere."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return ScoreScale(**config.get(_KEY, {}))
+    with reading(directory, "model", _PURPOSE):
+        return ScoreScale.of(json.loads((directory / "config.json").read_text(encoding="utf-8")).get(_KEY, {}))
 
 
 def content_hash(directory: Path) -> str:
@@ -147,8 +191,29 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
     return head_scores(model, nn.functional.pad(states, (0, 0, 0, fill)))[: len(lengths)]
 
 
-def _config(directory: Path) -> PreTrainedConfig:
+@torch.no_grad()
+def check_company(model: PreTrainedModel) -> None:
+    """Raises UnsuitedModelError if a score depends on padding or on the other rows of a batch, or is not what the model
+    itself gives a sequence alone."""
+    rows, lengths = len(model.get_input_embeddings().weight), torch.tensor([5, 23, 1, 9], device=model.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, rows - 1), rows, (len(lengths), 2 * LANES), generator=generator).to(model.device)
+    head = model.score.weight.clone()
+    if not head.any():  # a new head: any direction serves
+        model.score.weight.copy_(torch.randn(head.shape, generator=generator) * head.shape[1] ** -0.5)
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model ({directory}) has no config that transformers can read: {error}") from error
+        together = sequence_scores(model, ids.masked_fill(~length_mask(lengths, ids.shape[1]), 0), lengths)
+        alone = torch.cat(
+            [
+                head_scores(model, model.base_model(row[None, :n], use_cache=False).last_hidden_state[:, -1])
+                for row, n in zip(ids, lengths.tolist(), strict=True)
+            ]
+        )
+    finally:
+        model.score.weight.copy_(head)
+    off = float((together - alone).norm() / alone.norm().clamp_min(1e-9))
+    if not off < (1e-3 if model.dtype == torch.float32 else 0.1):  # not a number is refused, too
+        raise UnsuitedModelError(
+            f"a sequence's score depends on the padding or the other sequences of its batch: it is off by {off:.2g} of "
+            "its size"
+        )

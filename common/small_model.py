@@ -6,16 +6,44 @@ Runs in the driver and in tests.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from math import gcd
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from common.attention import PACKED
+from common.probe import UnsuitedModelError, alone, compare
 
 LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 96, 8, 64
 # Shorter than the probe's sequences, so that what happens beyond a window or an original length is seen.
 WINDOW = 5
 ORIGINAL_LENGTH = 12
+
+
+_LARGEST = 60_000_000  # parameters of a small model; a second or so
+
+
+def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], object] | None = None) -> None:
+    """Raises UnsuitedModelError if a small model of this kind is not computed as its own eager attention computes it.
+
+    Says nothing of a kind that cannot be made small: the probe of the whole model then decides."""
+    try:
+        small = small_config(config)
+        with torch.device("meta"):
+            if sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters()) > _LARGEST:
+                return
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=PACKED)
+        expected = alone(randomise(model.eval()))
+    except Exception as error:
+        if PACKED in str(error):  # a KeyError: its attention is no registered one
+            raise UnsuitedModelError("its attention is written out in its layers, where it cannot be packed") from error
+        return
+    if install is not None:
+        install(model)
+    compare(model, expected)
 
 
 def small_config(config: PretrainedConfig) -> PretrainedConfig:

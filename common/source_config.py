@@ -48,6 +48,8 @@ class ModelSourceConfig(RewardSource):
     model: str
     """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. Its raw score
     is in deviations about the reference policy's own responses where the directory says what those scored."""
+    trust_remote_code: bool = False
+    """Whether Python code from the model's directory may run. Such code can do whatever you can."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the forward pass; the head is float32 either way."""
     max_tokens: Positive = 2048

@@ -27,7 +27,9 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     answers.jsonl in `directory` and returns the evaluation's record."""
     if cfg.prompts.heldout is None or not cfg.evaluation.prompts:
         raise UserError("prompts.heldout and evaluation.prompts must say what to ask; set both")
-    reference, judged = PolicyFiles.load(cfg.model.path), PolicyFiles.load(policy or cfg.model.path, "--policy")
+    trust = cfg.model.trust_remote_code
+    reference = PolicyFiles.load(cfg.model.path, trust_remote_code=trust)
+    judged = PolicyFiles.load(policy, "--policy", trust_remote_code=trust) if policy else reference
     if judged.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise UserError(
             f"--policy ({policy}) and model.path ({cfg.model.path}) have different tokenizers, so there is no KL "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +32,17 @@ from common.config import (
     UserError,
 )
 from common.functions import load_function
-from common.models import ModelSize, end_token_ids, load_tokenizer, model_size, resolve_model
-from common.reward_models import read_scale, reward_model_size
+from common.models import (
+    ModelSize,
+    check_policy_files,
+    check_trainable_kind,
+    end_token_ids,
+    load_tokenizer,
+    model_size,
+    resolve_model,
+)
+from common.reward_models import is_reward_model, read_scale, reward_model_size
+from learner.kernels import install
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,28 @@ class PolicyFiles:
     directory: Path
     tokenizer: PreTrainedTokenizerBase
     size: ModelSize
+    trust_remote_code: bool = False
 
     @classmethod
-    def load(cls, path: str, setting: str = "model.path") -> PolicyFiles:
-        """Raises UserError if there is no such policy, or none that can be trained."""
-        directory = resolve_model(path, setting)
-        return cls(path, directory, load_tokenizer(directory, setting), model_size(directory, setting))
+    def load(
+        cls, path: str, setting: str = "model.path", *, trust_remote_code: bool = False, packed: bool = True
+    ) -> PolicyFiles:
+        """Raises UserError if there is no such policy, or with `packed` none that learner and reference can compute. A
+        classifier gets no more than a look at its config: what is wrong with it depends on what becomes of it."""
+        directory = resolve_model(path, setting, trust_remote_code=trust_remote_code)
+        size = model_size(directory, setting)
+        if not is_reward_model(directory):
+            check_policy_files(directory, setting)
+            if packed:
+                check_trainable_kind(directory, setting, install=install)
+        tokenizer = load_tokenizer(directory, setting)
+        if not end_token_ids(directory, tokenizer, size.vocabulary, setting):
+            print(
+                f"warning: {setting} ({path}) has no end token, so every response runs to sampling.max_new_tokens; set "
+                "eos_token in its tokenizer_config.json, or eos_token_id in its generation_config.json",
+                file=sys.stderr,
+            )
+        return cls(path, directory, tokenizer, size, trust_remote_code)
 
     def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
         """Texts without special tokens, as reward functions get them."""
@@ -95,7 +121,7 @@ class Starter:
             Generator,
             cfg,
             seed,
-            partial(make_engine, policy.path, cfg, sampling, length, end_tokens),
+            partial(make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code),
             updates=cfg.updates,
         )
         return GeneratorPool(pool, response_tokens=sampling.max_new_tokens)
@@ -104,20 +130,31 @@ class Starter:
         """Of the model that PPO starts from."""
         temperature = cfg.sampling.temperature
         return await self.pool(
-            ReferencePolicy, cfg.reference, cfg.reference, model=cfg.model.path, temperature=temperature
+            ReferencePolicy,
+            cfg.reference,
+            cfg.reference,
+            model=cfg.model.path,
+            temperature=temperature,
+            trust_remote_code=cfg.model.trust_remote_code,
         )
 
 
 def make_engine(
-    path: str, cfg: GeneratorsConfig, sampling: SamplingConfig, max_model_len: int, end_tokens: list[int]
+    path: str,
+    cfg: GeneratorsConfig,
+    sampling: SamplingConfig,
+    max_model_len: int,
+    end_tokens: list[int],
+    trust_remote_code: bool,
 ) -> Engine:
     """Called in the generator's process: only there is vLLM imported."""
     from actors.vllm_engine import VLLMEngine
 
     return VLLMEngine(
-        resolve_model(path),
+        resolve_model(path, trust_remote_code=trust_remote_code),
         cfg,
         sampling,
+        trust_remote_code=trust_remote_code,
         max_model_len=max_model_len,
         end_token_ids=end_tokens,
         export_metrics=ray.is_initialized(),
@@ -132,8 +169,9 @@ def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[Mo
         if isinstance(source, FunctionSourceConfig):
             load_function(source.function, f"reward source {source.name}")
         elif isinstance(source, ModelSourceConfig):
-            directory = resolve_model(source.model, f"reward source {source.name}")
-            sizes.append(reward_model_size(directory))
+            setting = f"reward source {source.name}"
+            directory = resolve_model(source.model, setting, trust_remote_code=source.trust_remote_code)
+            sizes.append(reward_model_size(directory, setting))
             if chat and read_scale(directory).chat is False:
                 raise UserError(
                     f"reward source {source.name} ({source.model}) was trained on plain text, but prompts.format is "

@@ -38,7 +38,7 @@ def run_pair_sampling(
     started = time.perf_counter()
     if resume and (finished := finished_pair_sampling(cfg, directory)) is not None:
         return finished
-    policy = PolicyFiles.load(cfg.model.path)
+    policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code, packed=False)
     reward_models = check_sources(cfg.labeller.sources, chat=cfg.prompts.format == "chat")
     room = policy.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)

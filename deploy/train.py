@@ -51,7 +51,7 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     started = time.perf_counter()
     if resume and (finished := finished_training(cfg, directory)) is not None:
         return finished
-    policy = PolicyFiles.load(cfg.model.path)
+    policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
     reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges], chat=cfg.prompts.format == "chat")
     records, heldout_records = check_inputs(cfg, policy)
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)

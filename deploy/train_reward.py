@@ -26,7 +26,7 @@ from common.prompts import PromptRecord, prompt_record
 from common.reward_config import RewardTrainingConfig
 from common.reward_models import (
     ScoreScale,
-    check_trainable,
+    check_reward_files,
     is_reward_model,
     read_scale,
     scored_padding_id,
@@ -59,9 +59,12 @@ def run_reward_training(
     started = time.perf_counter()
     if resume and (finished := finished_reward_training(cfg, directory)) is not None:
         return finished
-    base = PolicyFiles.load(cfg.model.path)
-    reference = PolicyFiles.load(cfg.scale.policy or cfg.model.path, "scale.policy")
-    check_trainable(base.directory)
+    trust = cfg.model.trust_remote_code
+    base = PolicyFiles.load(cfg.model.path, trust_remote_code=trust, packed=False)
+    reference = base
+    if cfg.scale.policy:
+        reference = PolicyFiles.load(cfg.scale.policy, "scale.policy", trust_remote_code=trust, packed=False)
+    check_reward_files(base.directory)
     if not resume:
         refuse_overwriting(directory, force=force)
     elif not (directory / "pairs/counts.json").exists():

@@ -71,10 +71,11 @@ class Learner:
         self.device = find_device(cfg.learner.gpus)
         self._ranks = Ranks()
         # Several ranks share it out before it goes to a device, where it might not fit as a whole.
+        directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
         held_on = self.device if cfg.learner.ranks == 1 else torch.device("cpu")
-        self.network = network or PolicyWithCritic.load(cfg.model.path, cfg.learner, held_on, seed=cfg.seed)
+        self.network = network or PolicyWithCritic.load(directory, cfg.learner, held_on, seed=cfg.seed)
         self.optimizer = make_optimizer(self.network.parts(cfg.optimizer), cfg.optimizer)
-        self._size = model_size(resolve_model(cfg.model.path))
+        self._size = model_size(directory)
         self.score_moments = RunningMoments()
         self.kl_controller: KLController = (
             AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)

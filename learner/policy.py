@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from common.config import LearnerConfig, OptimizerConfig
 from common.logprobs import Finish, chosen_logprobs
-from common.models import checkpoint_activations, load_policy, resolve_model
+from common.models import checkpoint_activations, load_policy
 from common.saved_weights import as_saved
 from common.sequences import Sequences
 from learner import lora
@@ -35,14 +36,14 @@ class PolicyWithCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     @classmethod
-    def load(cls, path: str, cfg: LearnerConfig, device: torch.device, *, seed: int) -> PolicyWithCritic:
+    def load(cls, directory: Path, cfg: LearnerConfig, device: torch.device, *, seed: int) -> PolicyWithCritic:
         """In float32; with LoRA the frozen weights in the precision of the forward pass."""
         frozen_bf16 = cfg.lora is not None and cfg.precision == "bf16"
         dtype = torch.bfloat16 if frozen_bf16 else torch.float32
-        policy = load_policy(resolve_model(path), dtype=dtype, device=device, install=install)
+        policy = load_policy(directory, dtype=dtype, device=device, install=install)
         critic = None
         if cfg.critic == "separate":
-            critic = load_policy(resolve_model(path), dtype=dtype, device=device, install=install).base_model
+            critic = load_policy(directory, dtype=dtype, device=device, install=install).base_model
         for model in filter(None, (policy, critic)):
             if cfg.lora is not None:
                 lora.add(model, cfg.lora, seed=seed)

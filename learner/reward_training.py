@@ -99,7 +99,8 @@ class RewardTrainer:
         self.step = 0  # updates done
         self._ranks = Ranks()
         self._device = find_device(cfg.learner.gpus)
-        self.model = model or load_reward_model(resolve_model(cfg.model.path), dtype=torch.float32, device=self._device)
+        directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
+        self.model = model or load_reward_model(directory, dtype=torch.float32, device=self._device)
         install(self.model)
         if cfg.learner.gradient_checkpointing:
             checkpoint_activations(self.model)

@@ -287,11 +287,9 @@ def test_an_error_in_a_forward_pass_voids_the_rollouts_that_shared_it_and_no_lat
     assert isinstance(later, Score)
 
 
-def test_a_score_that_is_not_finite_voids_the_rollout(plain, tmp_path):
-    directory = shutil.copytree(plain, tmp_path / "broken")
-    model = load_reward_model(directory, dtype=torch.float32, device=torch.device("cpu"))
+def test_a_score_that_is_not_finite_voids_the_rollout(plain):
+    rollout, serving = make_rollout(make_prompt(4), [4, END]), service(plain)
+    (model,) = (source._model for _, source in serving._sources if isinstance(source, RewardModelSource))
     torch.nn.init.constant_(model.score.weight, float("nan"))
-    save_reward_model(model, plain, directory, ScoreScale())
-    rollout = make_rollout(make_prompt(4), [4, END])
-    result = asyncio.run(service(directory).score(rollout))
+    result = asyncio.run(serving.score(rollout))
     assert result == Void(rollout.prompt.sample_id, "reward source helpful returned nan")

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common import reward_models
 from common.config import UserError
 from common.dialogues import dialogue_ids
 from common.models import load_policy, load_tokenizer, model_size
@@ -162,7 +163,9 @@ def change_config(directory, **changes):
 def test_a_classifier_into_several_labels_is_refused(copied):
     change_config(copied, id2label={str(i): str(i) for i in range(3)})
     for refused in (check_trainable, reward_model_size, lambda directory: load_reward_model(directory, **CPU)):
-        with pytest.raises(UserError, match=r"copy\) cannot be a reward model: it classifies into 3 labels; a reward"):
+        with pytest.raises(
+            UserError, match="a llama model, cannot be a reward model: it classifies into 3 labels; a re"
+        ):
             refused(copied)
 
 
@@ -176,11 +179,11 @@ def test_a_head_of_another_form_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ('{"model_type": "vit"}', "cannot be a reward model: "),
-        ('{"model_type": "no_such_type"}', "has no config that transformers can read: "),
-        ("{}", "has no config that transformers can read: "),
-        ("{", "has no config that transformers can read: "),
-        (None, "has no config that transformers can read: "),
+        ('{"model_type": "vit"}', "cannot be a reward model: Unrecognized configuration class"),
+        ('{"model_type": "no_such_type"}', "cannot be a reward model: .* model type `no_such_type`"),
+        ("{}", "cannot be a reward model: .* `model_type` key in its config.json"),
+        ("{", "cannot be a reward model: .* not a valid JSON file"),
+        (None, "cannot be a reward model: .* `model_type` key in its config.json"),
     ],
 )
 def test_a_directory_without_a_model_that_can_score_is_refused(tmp_path, config, complaint):
@@ -290,3 +293,39 @@ def test_a_hash_changes_with_a_weight_a_setting_a_token_or_the_scale(saved, copi
     changed()
     (copied / "chat_template.jinja").rename(copied / "other_template.jinja")
     changed()
+
+
+def test_a_head_that_is_not_in_the_files_is_refused(copied):
+    model = load_reward_model(copied, **CPU)
+    model.save_pretrained(copied, state_dict={k: v for k, v in model.state_dict().items() if k != "score.weight"})
+    change_config(copied, architectures=["LlamaForSequenceClassification"])
+    for refused in (reward_model_size, lambda directory: load_reward_model(directory, **CPU)):
+        with pytest.raises(UserError, match=r"score.weight is not in its files; complete the download"):
+            refused(copied)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [[], {"men": 1.0}, {"mean": "x"}, {"deviation": 0}, {"deviation": -1.0}, {"mean": float("inf")}, {"chat": "yes"}],
+    ids=str,
+)
+def test_a_scale_that_ratchet_does_not_write_is_refused(copied, scale):
+    change_config(copied, ratchet=scale)
+    for refused in (reward_model_size, read_scale):
+        with pytest.raises(UserError, match=r"`ratchet` in its config.json must"):
+            refused(copied)
+
+
+def test_a_model_whose_scores_depend_on_the_rest_of_the_batch_is_refused(saved, monkeypatch):
+    plain = reward_models.sequence_scores
+
+    def coloured(model, input_ids, lengths):
+        return plain(model, input_ids, lengths) + 0.1 * input_ids.float().mean() / 64
+
+    monkeypatch.setattr(reward_models, "sequence_scores", coloured)
+    with pytest.raises(UserError, match="a sequence's score depends on the padding or the other sequences"):
+        load_reward_model(saved, **CPU)
+
+
+def test_the_check_leaves_a_new_head_at_zero(policy):
+    assert not load_reward_model(policy, **CPU).score.weight.any()
