@@ -102,7 +102,7 @@ def leaves(tree, prefix=""):
         ("ppo.clip_epsilon=0.1", "ppo.clip_epsilon: unknown key; did you mean clip_eps?"),
         ("reward.sources.1.wieght=2", "reward.sources.1.wieght: unknown key; did you mean weight?"),
         ("optimiser.eps=1", "optimiser: unknown key; did you mean optimizer?"),
-        ("model.zzz=1", "model.zzz: unknown key; known here: path"),
+        ("model.zzz=1", "model.zzz: unknown key; known here: path, trust_remote_code"),
         ("learner.lora.rnk=1", "learner.lora.rnk: unknown key; did you mean rank?"),
         ("learning_rate=1", "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
         ("reward.temperature=1", "reward.temperature: unknown key; did you mean sampling.temperature?"),
@@ -115,7 +115,10 @@ def leaves(tree, prefix=""):
             "threads: unknown key; did you mean generators.threads or reference.threads or reward.threads or "
             "learner.threads?",
         ),
-        ("model.weigth=1", "model.weigth: unknown key; known here: path"),  # a section, not a source with a model
+        (
+            "model.weigth=1",
+            "model.weigth: unknown key; known here: path, trust_remote_code",
+        ),  # a section, not a source with a model
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_valid_name(minimal, override, message):
