@@ -139,7 +139,7 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_name(minimal, override,
         (
             'model = "m"',
             "retries",
-            "known here: name, weight, model, dtype, max_tokens, max_batch_tokens, batch_window_ms",
+            "known here: name, weight, model, trust_remote_code, dtype, max_tokens, max_batch_tokens, batch_window_ms",
         ),
         ('urls = ["http://h"]', "retires", "did you mean retries?"),
         ('urls = ["http://h"]', "url", "did you mean urls?"),
@@ -434,7 +434,7 @@ def test_describe_lists_the_fields_of_every_kind_of_source_once(root, key):
     assert fields == [
         *("name", "weight"),
         *("function", "takes", "batch", "concurrency"),
-        *("model", "dtype", "max_tokens", "max_batch_tokens", "batch_window_ms"),
+        *("model", "trust_remote_code", "dtype", "max_tokens", "max_batch_tokens", "batch_window_ms"),
         *("headers", "request_timeout_s", "max_answer_kib", "retries", "backoff_s", "follow_redirects"),
         *("urls", "send_tokens"),
         *("judge_urls", "judge_model", "template", "system", "score_range", "score_pattern", "score_field", "request"),
