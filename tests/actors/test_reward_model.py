@@ -19,7 +19,7 @@ from actors.reward_model import RewardModelSource
 from common.config import ModelSourceConfig, RewardConfig
 from common.models import load_tokenizer
 from common.reward_models import ScoreScale, load_reward_model, save_reward_model, write_scale
-from common.types import RewardInput, Score, Void
+from common.types import RewardInput, Score
 from tests.fakes import END, WORDS, make_prompt, make_rollout, save_tiny_model
 
 # What the policy was shown is another template's; this is the reward model's own.
@@ -282,7 +282,7 @@ def test_an_error_in_a_forward_pass_voids_the_rollouts_that_shared_it_and_no_lat
 
     failed, later = asyncio.run(scenario())
     reason = "reward source helpful raised RuntimeError: out of memory"
-    assert failed == [Void(rollout.prompt.sample_id, reason) for rollout in rollouts]
+    assert [(void.sample_id, void.reason) for void in failed] == [(r.prompt.sample_id, reason) for r in rollouts]
     assert calls == [3, 1]
     assert isinstance(later, Score)
 
@@ -292,4 +292,4 @@ def test_a_score_that_is_not_finite_voids_the_rollout(plain):
     (model,) = (source._model for _, source in serving._sources if isinstance(source, RewardModelSource))
     torch.nn.init.constant_(model.score.weight, float("nan"))
     result = asyncio.run(serving.score(rollout))
-    assert result == Void(rollout.prompt.sample_id, "reward source helpful returned nan")
+    assert (result.sample_id, result.reason) == (rollout.prompt.sample_id, "reward source helpful returned nan")
