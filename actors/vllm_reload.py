@@ -6,15 +6,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
 
 from actors.engine import EngineDeadError
-from common.models import parameter_shapes
+from common.models import constants, parameter_shapes
 from common.weights import Bucket, CorruptWeightsError, Entry
 
 
@@ -44,6 +47,7 @@ class ReloadedWeights:
 
     def __init__(self, model_runner: Any, directory: Path) -> None:
         self._runner = model_runner
+        self._directory = directory
         self._inventory = Inventory(directory)
         self._tensors: dict[str, Tensor] = {}
 
@@ -60,7 +64,7 @@ class ReloadedWeights:
         if a parameter has no new value; EngineDeadError if it fails half way."""
         self._inventory.check_whole(self._tensors, version)
         try:
-            _reload(self._runner, self._tensors)
+            _reload(self._runner, self._tensors, self._directory)
         except Exception as error:
             raise EngineDeadError(f"loading weights version {version} failed half way: {error}") from error
         old = [self._tensors]
@@ -68,8 +72,9 @@ class ReloadedWeights:
         return old
 
 
-def _reload(model_runner: Any, tensors: dict[str, Tensor]) -> None:
-    """Raises an error also if a parameter kept its old value: vLLM by itself would only log that."""
+def _reload(model_runner: Any, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Raises an error also if a parameter kept its old value: vLLM by itself would only log that. What is never trained
+    is not published, and some of it is a parameter to vLLM: it comes from the files in the directory again."""
     model = model_runner.get_model()
     wanted, loaded = {name for name, _ in model.named_parameters()}, set()
     load_weights = model.load_weights
@@ -78,10 +83,16 @@ def _reload(model_runner: Any, tensors: dict[str, Tensor]) -> None:
         loaded.update(load_weights(tensors))
         return loaded
 
+    if current_platform.is_cpu():
+        # vLLM 0.32 packs the weights of experts only when it builds the kernel that multiplies by them: once, so that a
+        # reload would leave them unpacked (nats off, silently). Without a kernel it builds one again.
+        for method in (getattr(module, "quant_method", None) for module in model.modules()):
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
     model.load_weights = load_and_note
     try:
         with set_current_vllm_config(model_runner.vllm_config):  # some layers ask for it
-            model_runner.reload_weights(weights_iterator=iter(tensors.items()))
+            model_runner.reload_weights(weights_iterator=chain(tensors.items(), constants(directory).items()))
     finally:
         del model.load_weights
     if missing := wanted - loaded:
@@ -98,6 +109,7 @@ class ShardedWeights:
     def __init__(self, collective_rpc: Callable[..., list[Any]], directory: Path) -> None:
         """`collective_rpc` calls a function in every process; the model in `directory` says what a set must hold."""
         self._collective_rpc = collective_rpc
+        self._directory = directory
         self._inventory = Inventory(directory)
         self._begin()
 
@@ -122,7 +134,7 @@ class ShardedWeights:
         self._inventory.check_whole((entry.name for entry in self._entries), version)
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         try:
-            faults = self._collective_rpc(_reload_shard, args=(path, tuple(self._entries)))
+            faults = self._collective_rpc(_reload_shard, args=(path, tuple(self._entries), self._directory))
         except Exception as error:  # one of the processes is gone
             raise EngineDeadError(f"loading weights version {version} failed half way: {error}") from error
         if any(faults):
@@ -132,13 +144,13 @@ class ShardedWeights:
         return old
 
 
-def _reload_shard(worker: Any, path: str, entries: tuple[Entry, ...]) -> str | None:
+def _reload_shard(worker: Any, path: str, entries: tuple[Entry, ...], directory: Path) -> str | None:
     """In a worker's process: loads its shard of the tensors in the file. Returns what went wrong, since an error raised
     here would leave the other workers' answers in vLLM's queues, to be taken for those of the next call."""
     try:
         values = np.memmap(path, np.int16, "r")
         whole = Bucket(0, 0, True, entries, values, 0)
-        _reload(worker.model_runner, dict(whole.tensors()))
+        _reload(worker.model_runner, dict(whole.tensors()), directory)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import vllm._custom_ops as ops
-from safetensors import safe_open
 from torch import Tensor, nn
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -29,6 +28,7 @@ from vllm.model_executor.models.utils import WeightsMapper, _get_tied_embedding_
 from vllm.platforms import current_platform
 
 from actors.vllm_reload import ReloadedWeights, ShardedWeights
+from common.models import parameter_shapes
 from common.weights import Bucket, CorruptWeightsError
 
 
@@ -62,8 +62,8 @@ class PackedWeights:
     """
 
     def __init__(self, model_runner: Any, directory: Path) -> None:
-        """Raises NotStageableError unless every weight is of a known kind, and the tensors of the model's `directory`
-        are just what they are made of."""
+        """Raises NotStageableError unless every weight is of a known kind, and what a learner publishes of the model in
+        `directory` is just what they are made of."""
         model = model_runner.get_model()
         if model_runner.model_config.use_mla:
             raise NotStageableError("attention keeps weights derived from its layers'")
@@ -88,17 +88,14 @@ class PackedWeights:
         self._staged: dict[str, Staged] = {}
 
     def _rehearse(self, directory: Path) -> None:
-        """Goes through an update with the names and shapes of the model's files."""
-        for file in directory.glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    shape = tensors.get_slice(name).get_shape()
-                    try:
-                        self._add_part(name, torch.empty(shape, device="meta"))
-                    except CorruptWeightsError as error:
-                        raise NotStageableError(str(error)) from error
+        """Goes through an update with the names and shapes that a learner publishes."""
+        for name, shape in parameter_shapes(directory).items():
+            try:
+                self._add_part(name, torch.empty(shape, device="meta"))
+            except CorruptWeightsError as error:
+                raise NotStageableError(str(error)) from error
         if missing := [name for name in self._slots if self._whole(name) is None]:
-            raise NotStageableError(f"the model's files do not hold {missing[:5]}")
+            raise NotStageableError(f"a learner does not publish {missing[:5]}")
 
     @torch.no_grad()
     def stage(self, bucket: Bucket) -> None:

@@ -63,7 +63,7 @@ _TINY_DECODER = {
 }
 _TINY_KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
-    "mixtral": {**_TINY_DECODER, "num_local_experts": 4},
+    "mixtral": {**_TINY_DECODER, "num_local_experts": 4, "tie_word_embeddings": True},
     "olmoe": {**_TINY_DECODER, "num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         **_TINY_DECODER,
