@@ -7,12 +7,13 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
+from actors.function_processes import ProcessRunner
 from actors.function_threads import Runner, ThreadRunner
 from common.config import FunctionSourceConfig, SourcesConfig, UserError
-from common.functions import load_function
+from common.functions import explain_import
 from common.reward_input import RewardInput
 from common.types import Raw
-from common.user_code import Outcome, UserCodeError, form_of
+from common.user_code import Outcome, UserCodeError, find_function, form_of
 
 
 class FunctionSource:
@@ -23,7 +24,7 @@ class FunctionSource:
         self._origin = cfg.function
         self._runner = make_runner(cfg, service)
         form = self._runner.form
-        self._most = cfg.concurrency if form.is_async else 1
+        self._most = cfg.concurrency if form.is_async else service.workers if service.isolation == "process" else 1
         self._batch = cfg.batch if form.takes_list else 1
         self._waiting: deque[tuple[RewardInput, asyncio.Future[Outcome]]] = deque()
         self._callers: set[asyncio.Task[None]] = set()  # those that will look at what waits once more
@@ -77,11 +78,13 @@ class FunctionSource:
 
 
 def make_runner(cfg: FunctionSourceConfig, service: SourcesConfig) -> Runner:
-    """Raises UserError for a function that cannot be called with a RewardInput."""
-    setting = f"reward source {cfg.name}"
-    function = load_function(cfg.function, setting)
+    """Raises UserError for a function that cannot be had, or called with a RewardInput."""
+    in_process = service.isolation == "process"
     try:
-        form = form_of(function, cfg.takes)
+        if in_process:
+            return ProcessRunner(cfg.function, takes=cfg.takes, limit_s=service.call_limit_s, workers=service.workers)
+        function = find_function(cfg.function)
+        return ThreadRunner(function, form_of(function, cfg.takes), limit_s=service.call_limit_s)
     except UserCodeError as error:
-        raise UserError(f"{setting} ({cfg.function}) {error.reason}") from None
-    return ThreadRunner(function, form, limit_s=service.call_limit_s)
+        setting = f"reward source {cfg.name}"
+        raise UserError(explain_import(cfg.function, setting, error, ours_last=in_process)) from None

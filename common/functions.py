@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import UserError
-from common.user_code import UserCodeError, find_function
+from common.user_code import NotFoundError, UserCodeError, find_function
 
 OURS = ("actors", "common", "deploy", "learner")
 
@@ -34,29 +34,39 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
         raise UserError(explain_import(path, setting, error)) from error
 
 
-def explain_import(path: str, setting: str, error: UserCodeError) -> str:
-    """Why a function could not be had, with the remedy."""
-    message = f"{setting} ({path}){'' if error.reason.startswith('must') else ':'} {error.reason}"
-    missing = error.__cause__
-    if ours := _hidden_by_ours(path, missing):
-        name, there = ours
+def explain_import(path: str, setting: str, error: UserCodeError, *, ours_last: bool = False) -> str:
+    """Why a function could not be had, with the remedy. `ours_last`: where the user's modules are found before
+    Ratchet's."""
+    message = f"{setting} ({path}){':' if error.reason.startswith('module ') else ''} {error.reason}"
+    hidden = _hidden_by_ours(error.missing if isinstance(error, NotFoundError) else path.partition(":")[0])
+    if hidden and ours_last:
         return (
-            f"{message}; {there} exists, but here the name {name} means Ratchet's own package: rename yours, or for a "
-            'reward function set reward.isolation = "process" (labeller.isolation for a labeller), where yours is found'
+            f"{message}; the name {hidden[0]} means your own {hidden[1]} here, whose modules hide Ratchet's of the "
+            "same names: RewardInput is needed for annotations only, so import it under `if TYPE_CHECKING:`"
         )
-    if isinstance(missing, (ModuleNotFoundError, ValueError)):
+    if hidden:
+        return (
+            f"{message}; {hidden[1]} exists, but here the name {hidden[0]} means Ratchet's own package: rename yours, "
+            'or for a reward function set reward.isolation = "process" (labeller.isolation for a labeller), where '
+            "yours is found"
+        )
+    if isinstance(error, NotFoundError):
         return f"{message}; it must be installed, or lie in the directory ratchet is started from"
     return message
 
 
-def _hidden_by_ours(path: str, error: BaseException | None) -> tuple[str, str] | None:
-    """The package of Ratchet's that stood for one of the user's, and where theirs is."""
-    missing = error.name if isinstance(error, ImportError) and error.name else path.partition(":")[0]
-    name = missing.partition(".")[0]
+def _hidden_by_ours(module: str) -> tuple[str, Path] | None:
+    """The package of Ratchet's that a module is looked for in, and the user's of the same name, if there is one."""
+    name = module.partition(".")[0]
     if name not in OURS:
         return None
-    for directory in (os.getcwd(), *sys.path):
+    for directory in dict.fromkeys((os.getcwd(), *sys.path)):
         for there in (Path(directory, name), Path(directory, f"{name}.py")):
-            if there.exists() and there.parent.resolve() != Path(our_directory()).resolve():
-                return name, str(there)
+            if there.exists() and not holds_ours(directory):
+                return name, there
     return None
+
+
+def holds_ours(directory: str) -> bool:
+    """Whether Ratchet's packages are in a directory, those that run here or another copy of them."""
+    return all(Path(directory, file).exists() for file in ("common/reward_input.py", "actors/function_worker.py"))

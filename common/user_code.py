@@ -44,6 +44,12 @@ class UserCodeError(Exception):
         return functools.partial(UserCodeError, details=self.details, fault=self.fault), (self.reason,)
 
 
+class NotFoundError(UserCodeError):
+    """A module that is not there; `missing` is its name, which may be one that the user's module imports."""
+
+    missing = ""
+
+
 @dataclass(frozen=True)
 class Form:
     """How a function is called."""
@@ -67,10 +73,12 @@ def find_function(path: str) -> Callable[..., Any]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise UserCodeError(
-            f"module {module_name} cannot be imported ({_why_not_imported(error, printed.getvalue())})",
-            details=text_of(error),
-        ) from error
+        reason = f"module {module_name} cannot be imported ({_why_not_imported(error, printed.getvalue())})"
+        if not isinstance(error, ImportError) and module_name:
+            raise UserCodeError(reason, details=text_of(error)) from error
+        not_found = NotFoundError(reason, details=text_of(error))
+        not_found.missing = getattr(error, "name", None) or module_name
+        raise not_found from error
     function = getattr(module, name, None)
     if not callable(function):
         file = getattr(module, "__file__", None) or "built in"
