@@ -86,7 +86,7 @@ def send(connection, message):
 
 def serve(stream, connection, first):
     """`first` holds function (module:function), takes (see common/user_code.py), path (for sys.path), limit_s, and
-    users: the directories where a user's packages may have names of Ratchet's. None: Ratchet's come first, as in its own
+    users: directories where a user's packages may have names of Ratchet's. None: Ratchet's come first, as in its own
     processes."""
     sys.path[:] = first["path"]
     sys.argv = [""]
