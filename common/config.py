@@ -8,7 +8,7 @@ is `Config` (train, evaluate); common/reward_config.py has those of the commands
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -123,21 +123,50 @@ class ModelConfig(Section):
     can do whatever you can; models that transformers knows need none."""
 
 
-class PromptFormat(Section):
-    """How a prompt record becomes tokens."""
+class TextFormat(Section):
+    """What text and chat messages of a record may be; the same rules for prompts and preference pairs."""
 
+    section: ClassVar[str]  # its name in the config file, for messages
     format: Literal["plain", "chat"] = "plain"
     """plain: the prompt's text as it is; chat: through the tokenizer's chat template."""
+    roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("system", "developer", "user", "assistant", "tool")
+    """Roles that chat messages may have; a message with another role is refused."""
+    last_assistant: Literal["refuse", "remove", "continue"] = "refuse"
+    """What becomes of a chat prompt whose last message is the assistant's. refuse: an error, since it often is an
+    answer left in the data; remove: the prompt is what comes before it; continue: the response goes on with this
+    message."""
+    last_end_token: Literal["refuse", "remove", "keep"] = "refuse"
+    """What becomes of an end token that text or chat template put at the end of a prompt, where the policy is to write
+    on. keep is for the few chat models (DialoGPT) that were trained so. One that the tokenizer adds is always
+    removed."""
+
+
+class PromptColumns(Section):
+    """Names of the columns that prompt records have."""
+
+    prompt: str = "prompt"
+    """Column with the prompt: text or chat messages. All others are handed to the reward as fields."""
+
+
+class PromptFormat(TextFormat):
+    """How a prompt record becomes tokens."""
+
+    section: ClassVar[str] = "prompts"
     max_tokens: Positive = 512
-    """Longest prompt allowed, in tokens; a longer one is refused before the run starts."""
+    """Longest prompt allowed, in tokens; sampling.max_new_tokens and the model's context may leave less."""
+    overlong: Literal["refuse", "drop", "cut_start"] = "refuse"
+    """A longer prompt is refused before the run starts, dropped and counted, or loses its first tokens (all but the one
+    that begins a sequence)."""
+    columns: PromptColumns = PromptColumns()
 
 
 class PromptsConfig(PromptFormat):
     """What is asked."""
 
     train: str
-    """Training prompts: a .jsonl file (one record a line, text or chat messages under `prompt`), or a Python function
-    `module:function` that takes a seed and returns such records."""
+    """Training prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or
+    a Python function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat
+    messages. CSV cells are text."""
     heldout: str | None = None
     """Prompts for evaluation, same forms; must share none with `train`. Left out: no evaluation."""
     rollouts_per_prompt: Positive = 1

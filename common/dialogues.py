@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]  # role and content
-Text = str | Sequence[Message]
+from common.messages import Message
+from common.prompt_tokens import rendered, rendered_ids, text_ids
+
+Dialogue = str | Sequence[Mapping[str, Any]]  # text, or chat messages
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def dialogue_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text, *, chat: bool, pad_id: int | None
+    tokenizer: PreTrainedTokenizerBase, prompt: Dialogue, response: Dialogue, *, chat: bool, pad_id: int | None
 ) -> list[int]:
     """Token ids of prompt and response. The reward model's score is read at the last one.
 
@@ -23,19 +26,32 @@ def dialogue_ids(
     text, which is joined as it is and followed by the end token. Padding tokens at the end are taken away, since
     transformers reads a score before them, even where the end token is one.
     """
-    if chat:
-        asked = as_messages(prompt, "user")
-        if asked and isinstance(response, str):  # whatever turns it pretends to hold
-            response = [{"role": "assistant", "content": response.strip()}]
-        messages = [*asked, *as_messages(response, "assistant")]
-        ids = _ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
-    else:
+    if not chat:
         assert isinstance(prompt, str)
         assert isinstance(response, str)
-        # Tokenised apart, as in PPO the response's tokens stand apart from the prompt's.
-        begin = tokenizer(prompt)["input_ids"]  # of no text the token that begins one, if there is such
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = [*begin, *_ids(tokenizer, response), *end]
+        return joined_ids(tokenizer, text_ids(tokenizer, prompt), response, pad_id=pad_id)
+    messages = as_messages(prompt, "user")
+    if not isinstance(response, str) or not messages:
+        messages += as_messages(response, "assistant")
+    elif messages[-1]["role"] == "assistant":  # prompts.last_assistant = "continue": the response goes on with it
+        begun = messages.pop()
+        messages.append({**begun, "content": (begun.get("content", "") + response).strip()})
+    else:
+        # One message, whatever turns it pretends to hold.
+        messages.append({"role": "assistant", "content": response.strip()})
+    return _without_padding(rendered_ids(tokenizer, rendered(tokenizer, messages)), pad_id)
+
+
+def joined_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response: str, *, pad_id: int | None
+) -> list[int]:
+    """A plain prompt's tokens, then the response's, tokenised apart as in PPO, then the end token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return _without_padding([*prompt_ids, *response_ids, *end], pad_id)
+
+
+def _without_padding(ids: list[int], pad_id: int | None) -> list[int]:
     while ids and ids[-1] == pad_id:
         ids.pop()
     return ids
@@ -49,10 +65,10 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id
 
 
-def as_messages(text: Text, role: str) -> list[Message]:
+def as_messages(text: Dialogue, role: str) -> list[Message]:
     """Chat messages as they are; text as one message of `role`; a dialogue as in HH-RLHF as its turns."""
     if not isinstance(text, str):
-        return list(text)
+        return [dict(message) for message in text]
     return hh_turns(text) or ([{"role": role, "content": text}] if text else [])
 
 
@@ -74,7 +90,3 @@ def split_hh(text: str) -> tuple[str, str] | None:
         return None
     end = turns[-1].end()
     return text[:end], text[end:]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,27 +1,29 @@
-"""Preference pairs: files of records, once tokenised to an Arrow file, then read from there in any order.
+"""Preference pairs: records, once tokenised to an Arrow file, then read from there in any order. Runs anywhere.
 
 The Arrow file is mapped, not loaded: data larger than memory works, and every epoch may have its own full shuffle.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from common.config import UserError
-from common.dialogues import Text, as_messages, dialogue_ids, padding_id, split_hh
+from common.dialogues import as_messages, dialogue_ids, joined_ids, padding_id, split_hh
+from common.json_values import Record, shown
+from common.messages import Text, checked_text, column, is_empty, settle_last_message
+from common.prompt_tokens import check_embedded, open_ended, text_ids
+from common.records import read_source
 from common.reward_config import PreferencesConfig
 
 _ROWS_PER_BATCH = 1024
@@ -58,6 +60,7 @@ class PairCounts:
     """What was found in a file of pairs."""
 
     pairs: int = 0  # kept
+    repeated: int = 0  # kept; an earlier pair has the same prompt and responses
     empty: int = 0  # dropped: a side has no text
     identical: int = 0  # dropped: both sides are the same tokens
     cut: int = 0  # kept, shortened to max_tokens
@@ -66,7 +69,8 @@ class PairCounts:
     def __str__(self) -> str:
         found = {"empty": self.empty, "identical": self.identical, "too long": self.overlong}
         dropped = ", ".join(f"{count} {what}" for what, count in found.items())
-        return f"{self.pairs} pairs, {self.cut} of them cut to length; dropped: {dropped}"
+        kept = f"{self.pairs} pairs, {self.repeated} of them repeat an earlier one, {self.cut} cut to length"
+        return f"{kept}; dropped: {dropped}"
 
     def record(self) -> dict[str, int]:
         return asdict(self)
@@ -130,14 +134,19 @@ def tokenise_pairs(
     target: Path,
     *,
     pad_id: int | None = None,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    setting: str = "data.train",
 ) -> PairCounts:
     """Streams every record of `source` into an Arrow file of PAIR_SCHEMA. Raises UserError naming a broken record.
 
-    `pad_id` is the reward model's padding token (left out: the one that a new reward model gets).
+    pad_id: the reward model's padding token (left out: the one that a new reward model gets). vocabulary: rows of its
+    embedding.
     """
     pad_id = padding_id(tokenizer) if pad_id is None else pad_id
     counts = PairCounts()
     rows: list[tuple[Any, ...]] = []
+    seen = array("q")  # a digest of each kept pair
 
     def flush() -> None:
         columns = [pa.array(values, type=field.type) for values, field in zip(zip(*rows), PAIR_SCHEMA)]
@@ -145,16 +154,14 @@ def tokenise_pairs(
         rows.clear()
 
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, PAIR_SCHEMA) as writer:
-        for where, record in raw_records(source):
-            record = {key: value for key, value in record.items() if value is not None}
-            parts, margin = _parts(where, record, cfg), _margin(where, record)
-            if _is_empty(parts[1]) or _is_empty(parts[2]):
+        for where, record in read_source(source, setting, seed=seed):
+            parts, margin = _parts(where, record, cfg), _margin(where, record, cfg.columns.margin)
+            whole = ([], []) if parts is None else _tokenised(where, parts, cfg, tokenizer, pad_id)
+            if parts is None or not (whole[0] and whole[1]):
                 counts.empty += 1
                 continue
-            whole = _tokenise(where, parts, cfg, tokenizer, pad_id)
-            if not (whole[0] and whole[1]):
-                counts.empty += 1
-                continue
+            for ids in whole:
+                check_embedded(where, ids, tokenizer, vocabulary)
             sides = _to_length(*whole, cfg)
             if whole[0] == whole[1]:
                 counts.identical += 1
@@ -165,116 +172,76 @@ def tokenise_pairs(
                 counts.cut += sides != whole
                 same = _common_length(*sides)
                 prompt = as_messages(parts[0], "user") if cfg.format == "chat" else parts[0]
-                text = json.dumps(prompt, sort_keys=True)
-                asked = text if prompt else json.dumps(parts)  # pairs without a prompt have nothing in common
-                digest = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=8).digest(), signed=True)
-                rows.append((text, digest, sides[0][:same], sides[0][same:], sides[1][same:], margin))
+                text, pair = json.dumps(prompt, sort_keys=True), json.dumps(parts)
+                asked = _digest(text if prompt else pair)  # pairs without a prompt have nothing in common
+                seen.append(_digest(pair))
+                rows.append((text, asked, sides[0][:same], sides[0][same:], sides[1][same:], margin))
             if len(rows) == _ROWS_PER_BATCH:
                 flush()
         if rows:
             flush()
+    counts.repeated = len(seen) - len(np.unique(np.frombuffer(seen, np.int64)))
     return counts
 
 
-def raw_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of every line or row, one at a time. `source` is a .jsonl, .jsonl.gz or .parquet file, or a
-    pattern of such names."""
-    name = str(Path(source).expanduser())
-    paths = [name] if Path(name).is_file() else sorted(glob.glob(name))
-    if not paths:
-        raise UserError(f"preference data {source}: there is no such file; give a .jsonl, .jsonl.gz or .parquet file")
-    for path in paths:
-        if path.endswith(".parquet"):
-            yield from _parquet_rows(path)
-        elif path.endswith((".jsonl", ".jsonl.gz")):
-            yield from _json_lines(path)
-        else:
-            raise UserError(f"preference data {path} must be a .jsonl, .jsonl.gz or .parquet file; convert it")
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
-def _json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise UserError(f"{path}, line {number}: a record must be a JSON object; mend or remove it")
-                    yield f"{path}, line {number}", record
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
-        ) from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read after line {number} ({error}); restore the file") from None
-    except (ValueError, RecursionError) as error:  # digits or brackets without end
-        raise UserError(f"{path}, line {number}: not usable JSON ({error}); mend or remove the line") from None
-
-
-def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", record
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); restore or convert the file") from None
-
-
-def _parts(where: str, record: dict[str, Any], cfg: PreferencesConfig) -> tuple[Text, Text, Text]:
-    """Prompt, preferred response, other response. Whole dialogues are split before their last message."""
-    for key in ("chosen", "rejected"):
-        if key not in record:
-            raise UserError(
-                f"{where}: the record has no `{key}`; it needs `chosen` and `rejected`, and may have `prompt`"
-            )
-    prompt, chosen, rejected = (record.get(key, "") for key in ("prompt", "chosen", "rejected"))
-    for key, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        _check_text(where, key, value, cfg)
+def _parts(where: str, record: Record, cfg: PreferencesConfig) -> tuple[Text, Text, Text] | None:
+    """Prompt, preferred response, other response; None if a response or a message of the record is empty. Whole
+    dialogues are split before their last message."""
+    names = cfg.columns
+    given = [
+        "" if record.get(names.prompt) is None else record[names.prompt],
+        column(where, record, names.chosen, cfg, key="chosen"),
+        column(where, record, names.rejected, cfg, key="rejected"),
+    ]
+    prompt, chosen, rejected = (
+        checked_text(where, name, value, cfg)
+        for name, value in zip((names.prompt, names.chosen, names.rejected), given)
+    )
+    if is_empty(chosen) or is_empty(rejected) or (isinstance(prompt, list) and prompt and is_empty(prompt)):
+        return None
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise UserError(f"{where}: `chosen` and `rejected` must both be text or both be chat messages; mend the record")
-    if not isinstance(chosen, str):
+        raise UserError(
+            f"{where}: `{names.chosen}` and `{names.rejected}` must both be text or both be chat messages; fix the "
+            "record"
+        )
+    if not isinstance(chosen, str) and not isinstance(rejected, str):
         # [user, assistant]: a whole dialogue, whatever `prompt` repeats of it; [assistant]: the response to `prompt`.
-        whole = [bool(side) and side[0]["role"] != "assistant" for side in (chosen, rejected)]
-        if chosen and rejected and whole[0] != whole[1]:
-            raise UserError(f"{where}: one of `chosen` and `rejected` is a whole dialogue, the other is not; mend it")
-        if chosen and rejected and whole[0]:
+        whole = [side[0]["role"] != "assistant" for side in (chosen, rejected)]
+        if whole[0] != whole[1]:
+            raise UserError(
+                f"{where}: one of `{names.chosen}` and `{names.rejected}` is a whole dialogue, the other is not; fix "
+                "the record"
+            )
+        if whole[0]:
             same = 0
             while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
                 same += 1
             return chosen[:same], chosen[same:], rejected[same:]
-    elif not prompt:
+    elif isinstance(chosen, str) and isinstance(rejected, str) and not prompt:
         first, second = split_hh(chosen), split_hh(rejected)
         if first is not None and second is not None and first[0] == second[0]:
-            return first[0], first[1], second[1]
+            return None if is_empty(first[1]) or is_empty(second[1]) else (first[0], first[1], second[1])
+    if cfg.format == "chat":
+        prompt = settle_last_message(where, as_messages(prompt, "user"), cfg)
     return prompt, chosen, rejected
 
 
-def _check_text(where: str, key: str, value: Any, cfg: PreferencesConfig) -> None:
-    if isinstance(value, str):
-        return
-    if cfg.format == "plain" and isinstance(value, list):
-        raise UserError(f'{where}: `{key}` is a list of chat messages; set data.format = "chat"')
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        raise UserError(f"{where}: `{key}` must be text, or a list of messages that each have a role and a content")
+def _margin(where: str, record: Record, name: str) -> float:
+    margin = record.get(name)
+    if margin is None or margin == "":
+        return 0.0
+    with suppress(TypeError, ValueError, OverflowError):
+        number = float(margin)  # CSV has text
+        if not isinstance(margin, bool) and abs(number) < 1e30:
+            return number
+    raise UserError(f"{where}: `{name}` is {shown(margin)}; it must be a number within 1e30, or be left out")
 
 
-def _is_empty(response: Text) -> bool:
-    return not (response if isinstance(response, str) else "".join(m["content"] for m in response)).strip()
-
-
-def _margin(where: str, record: dict[str, Any]) -> float:
-    margin = record.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e30:
-        raise UserError(f"{where}: `margin` is {margin!r:.40}; it must be a number within 1e30, or be left out")
-    return float(margin)
-
-
-def _tokenise(
+def _tokenised(
     where: str,
     parts: tuple[Text, Text, Text],
     cfg: PreferencesConfig,
@@ -283,9 +250,15 @@ def _tokenise(
 ) -> tuple[list[int], list[int]]:
     """Both sequences, whole."""
     prompt, *ends = parts
-    chat = cfg.format == "chat"
     try:
-        first, second = (dialogue_ids(tokenizer, prompt, end, chat=chat, pad_id=pad_id) for end in ends)
+        if cfg.format == "chat":
+            first, second = (dialogue_ids(tokenizer, prompt, end, chat=True, pad_id=pad_id) for end in ends)
+        else:
+            assert isinstance(prompt, str)
+            prompt, prompt_ids = open_ended(where, tokenizer, prompt, text_ids(tokenizer, prompt), cfg)
+            first, second = (joined_ids(tokenizer, prompt_ids, str(end), pad_id=pad_id) for end in ends)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{where}: the tokenizer or its chat template refuses the record: {error}") from error
     return first, second

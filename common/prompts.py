@@ -1,31 +1,17 @@
-"""The seeded, resumable prompt stream: records to tokenised prompts, in an order that is a function of the seed."""
+"""The seeded, resumable prompt stream: prompts in an order that is a function of the seed."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from common.config import PromptFormat, UserError
-from common.functions import load_function
+from common.config import UserError
+from common.prompt_records import PromptRecord
 from common.types import HELDOUT_EPOCH, Prompt, SampleId
-
-
-@dataclass(frozen=True)
-class PromptRecord:
-    """A prompt before anyone asks it: text, token ids and the record's other fields."""
-
-    text: str
-    token_ids: np.ndarray
-    fields: dict[str, Any]
-    messages: list[dict[str, str]] | None = None  # chat format only
 
 
 class PromptStream:
@@ -118,76 +104,3 @@ def heldout_prompts(records: Sequence[PromptRecord], count: int) -> list[Prompt]
         Prompt(SampleId(HELDOUT_EPOCH, index, 0), record.text, record.token_ids, record.fields, record.messages)
         for index, record in enumerate(records[:count])
     ]
-
-
-def load_records(
-    source: str, cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_tokens: int
-) -> list[PromptRecord]:
-    """All prompts of a source, tokenised and checked. Raises UserError naming the record that is at fault."""
-    loaded = []
-    for where, record in _records(source, seed):
-        prompt = prompt_record(where, record, cfg, tokenizer)
-        if len(prompt.token_ids) > max_tokens:
-            raise UserError(
-                f"{where}: the prompt has {len(prompt.token_ids)} tokens, more than prompts.max_tokens and the "
-                f"model's context leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, or lower "
-                "sampling.max_new_tokens"
-            )
-        loaded.append(prompt)
-    if not loaded:
-        raise UserError(f"{source} holds no prompts; it must give at least one")
-    return loaded
-
-
-def _records(source: str, seed: int) -> Iterable[tuple[str, Any]]:
-    """(where, record) pairs of a .jsonl file or a `module:function`."""
-    if not source.endswith(".jsonl"):
-        function = load_function(source, "prompts")
-        try:
-            records = list(function(seed))
-        except Exception as error:
-            raise UserError(f"{source} did not give a list of records: {type(error).__name__}: {error}") from error
-        return [(f"{source}, record {i}", record) for i, record in enumerate(records)]
-    try:
-        lines = Path(source).expanduser().read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {source} cannot be read ({error}); check its name under [prompts]") from None
-    return [
-        (f"{source}, line {n}", _parse(f"{source}, line {n}", line)) for n, line in enumerate(lines, 1) if line.strip()
-    ]
-
-
-def _parse(where: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
-        ) from None
-
-
-def prompt_record(where: str, record: Any, cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> PromptRecord:
-    """One record, tokenised and checked. Raises UserError that begins with `where`."""
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)) or not record["prompt"]:
-        raise UserError(f"{where}: a record must be an object with text or chat messages under `prompt`")
-    prompt, messages = record["prompt"], None
-    if cfg.format == "plain" and isinstance(prompt, list):
-        raise UserError(f'{where}: `prompt` is a list of chat messages; set prompts.format = "chat"')
-    if cfg.format == "chat":
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            raise UserError(f"{where}: the tokenizer's chat template refuses the prompt: {error}") from error
-    else:
-        text = prompt
-    # A chat template writes its own special tokens.
-    token_ids = tokenizer(text, add_special_tokens=cfg.format == "plain")["input_ids"]
-    if not token_ids:
-        raise UserError(f"{where}: the prompt has no tokens; write something or remove the record")
-    fields = {key: value for key, value in record.items() if key != "prompt"}
-    try:
-        json.dumps(fields)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: its fields go into the journal as JSON, and cannot: {error}") from None
-    return PromptRecord(text, np.asarray(token_ids, dtype=np.int32), fields, messages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from common.config import (
     SamplingConfig,
     Section,
     SourcesConfig,
+    TextFormat,
     TrainerConfig,
     broken_sampling_rules,
     broken_source_rules,
@@ -31,8 +32,9 @@ class PairPromptsConfig(PromptFormat):
     """What is asked when pairs are sampled."""
 
     source: str
-    """Prompts: a .jsonl file (one record a line, text or chat messages under `prompt`), or a Python function
-    `module:function` that takes a seed and returns such records."""
+    """Prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a Python
+    function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat messages.
+    CSV cells are text."""
     pairs: Positive = 512
     """Pairs to sample, one for each prompt in seeded order, beginning again when the prompts are used up."""
 
@@ -66,13 +68,27 @@ class PairSamplingConfig(Root):
         yield from broken_source_rules("labeller.sources", self.labeller.sources)
 
 
-class PreferencesConfig(Section):
+class PairColumns(Section):
+    """Names of the columns that records of pairs have."""
+
+    prompt: str = "prompt"
+    """Column with the prompt, if there is one: text or chat messages."""
+    chosen: str = "chosen"
+    """Column with the preferred response, or the whole dialogue that ends in it."""
+    rejected: str = "rejected"
+    """Column with the other response, or the whole dialogue that ends in it."""
+    margin: str = "margin"
+    """Column with a number, if there is one: how much better the preferred response is (loss.margin_coef)."""
+
+
+class PreferencesConfig(TextFormat):
     """Pairwise human preferences."""
 
+    section: ClassVar[str] = "data"
     train: str
-    """Training pairs: a .jsonl, .jsonl.gz or .parquet file, or a pattern such as "data/*.parquet". A record has
-    `chosen` and `rejected` (text or chat messages: responses to its `prompt`, or whole dialogues) and may have
-    `margin`."""
+    """Training pairs: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a
+    Python function `module:function` that takes a seed and returns records. A record has `chosen` and `rejected` (text
+    or chat messages: responses to its `prompt`, or whole dialogues) and may have `margin`."""
     heldout: str | None = None
     """Pairs for evaluation, same forms; those whose prompt is also in `train` are left out and counted."""
     heldout_pairs: NonNegative = 0
@@ -85,6 +101,7 @@ class PreferencesConfig(Section):
     overlong: Literal["drop", "cut_start", "cut_end"] = "cut_start"
     """A pair with a longer sequence is dropped, loses the beginning of its prompt, or the ends of its responses.
     Counted and reported either way."""
+    columns: PairColumns = PairColumns()
 
 
 class PreferenceLossConfig(Section):

@@ -10,7 +10,7 @@ from actors.reward_functions import Reward
 from actors.services import ReferencePool, RewardPool
 from common.config import Config, UserError
 from common.files import write_json
-from common.prompts import heldout_prompts, load_records
+from common.prompts import heldout_prompts
 from common.types import Prompt
 from deploy import signals
 from deploy.cluster import cluster
@@ -36,9 +36,10 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
             "between them; set model.path to the policy's own reference"
         )
     reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges], chat=cfg.prompts.format == "chat")
-    room = judged.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, judged.size, max_tokens=cfg.max_sequence_tokens)
-    records = load_records(cfg.prompts.heldout, cfg.prompts, judged.tokenizer, seed=cfg.seed, max_tokens=room)
+    records = judged.load_prompts(
+        cfg.prompts.heldout, cfg.prompts, cfg.sampling, seed=cfg.seed, setting="prompts.heldout"
+    )
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
     refuse_overwriting(directory, force=force, can_resume=False)
     with cluster(cfg.ray) as nodes:

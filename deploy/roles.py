@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import typer
 from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
@@ -25,6 +26,7 @@ from common.config import (
     FunctionSourceConfig,
     GeneratorsConfig,
     ModelSourceConfig,
+    PromptFormat,
     RayConfig,
     Replicated,
     RewardSource,
@@ -41,6 +43,7 @@ from common.models import (
     model_size,
     resolve_model,
 )
+from common.prompt_records import PromptRecord, load_records
 from common.reward_models import is_reward_model, read_scale, reward_model_size
 from learner.kernels import install
 
@@ -79,6 +82,27 @@ class PolicyFiles:
     def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
         """Texts without special tokens, as reward functions get them."""
         return list(self.tokenizer.batch_decode([ids.tolist() for ids in responses], skip_special_tokens=True))
+
+    def load_prompts(
+        self,
+        source: str,
+        cfg: PromptFormat,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        setting: str,
+    ) -> list[PromptRecord]:
+        """Every prompt of a source, as this policy reads it. Tells the user what was dropped or cut."""
+        return load_records(
+            source,
+            cfg,
+            self.tokenizer,
+            seed=seed,
+            max_tokens=self.prompt_room(cfg.max_tokens, sampling),
+            vocabulary=self.size.vocabulary,
+            setting=setting,
+            report=typer.echo,
+        )
 
     def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:
         """Longest prompt in tokens that leaves room for a response. Raises UserError if there is no room."""

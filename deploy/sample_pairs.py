@@ -15,7 +15,8 @@ from actors.services import RewardPool
 from common.config import UserError
 from common.files import write_json, write_whole
 from common.metrics import append_record, read_records
-from common.prompts import PromptRecord, PromptStream, load_records
+from common.prompt_records import PromptRecord
+from common.prompts import PromptStream
 from common.reward_config import PairSamplingConfig
 from common.types import Prompt, Rollout, Void
 from deploy import signals
@@ -40,9 +41,10 @@ def run_pair_sampling(
         return finished
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code, packed=False)
     reward_models = check_sources(cfg.labeller.sources, chat=cfg.prompts.format == "chat")
-    room = policy.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
-    records = load_records(cfg.prompts.source, cfg.prompts, policy.tokenizer, seed=cfg.seed, max_tokens=room)
+    records = policy.load_prompts(
+        cfg.prompts.source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting="prompts.source"
+    )
     if not resume:
         refuse_overwriting(directory, force=force)
     console = Output()

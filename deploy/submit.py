@@ -32,6 +32,7 @@ import learner
 from common.config import Config, UserError
 from common.functions import load_function
 from common.import_path import IMPORT_FROM
+from common.records import is_function, matching_files
 from deploy.cluster import refused
 from deploy.console import Lenient, complain, printable
 from deploy.placement import MIB
@@ -101,9 +102,9 @@ def check_travels(cfg: Config, directory: Path) -> None:
     for key, source in prompts.items():
         if source is None or Path(source).expanduser().is_absolute():
             continue
-        if not source.endswith(".jsonl"):
+        if is_function(source, key):
             load_function(source, key)
-        elif Path(os.path.normpath(source)) not in sent:
+        elif not (files := matching_files(source)) or any(Path(os.path.normpath(file)) not in sent for file in files):
             raise UserError(
                 f"{key} ({source}) does not travel with the job: it must lie in the current directory and not be "
                 "ignored there, or be named by an absolute path that the cluster's nodes see"

@@ -24,7 +24,8 @@ from common.files import write_json
 from common.journal import Journal
 from common.metrics import append_record, read_records
 from common.models import resolve_model
-from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records
+from common.prompt_records import PromptRecord
+from common.prompts import PromptStream, heldout_prompts
 from common.reward_models import content_hash
 from common.types import Experience, Prompt, Void
 from deploy import signals
@@ -159,15 +160,15 @@ async def _train(
 
 def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Training and held-out prompts. Checks all that can be checked with nothing started; raises UserError."""
-    room = policy.prompt_room(cfg.prompts.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
     check_object_store(cfg.ray, policy.size)
 
-    def load(source: str) -> list[PromptRecord]:
-        return load_records(source, cfg.prompts, policy.tokenizer, seed=cfg.seed, max_tokens=room)
+    def load(source: str, setting: str) -> list[PromptRecord]:
+        return policy.load_prompts(source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting=setting)
 
-    train_records = load(cfg.prompts.train)
-    heldout = load(cfg.prompts.heldout) if cfg.prompts.heldout and cfg.evaluation.prompts else []
+    train_records = load(cfg.prompts.train, "prompts.train")
+    wanted = cfg.prompts.heldout if cfg.evaluation.prompts else None
+    heldout = load(wanted, "prompts.heldout") if wanted is not None else []
     if shared := {r.text for r in train_records} & {r.text for r in heldout}:
         raise UserError(
             f"{len(shared)} prompt(s) stand in both prompts.train and prompts.heldout, such as {min(shared)!r}; "

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import cycle
@@ -21,8 +21,8 @@ from actors.reward_functions import Reward
 from actors.services import RewardPool
 from common.config import ModelSourceConfig, PromptFormat, SourcesConfig, UserError
 from common.files import write_json
-from common.preferences import Pairs, split, tokenise_pairs, without_prompts_of
-from common.prompts import PromptRecord, prompt_record
+from common.preferences import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
+from common.prompt_records import PromptRecord, prompt_record
 from common.reward_config import RewardTrainingConfig
 from common.reward_models import (
     ScoreScale,
@@ -73,7 +73,7 @@ def run_reward_training(
     with prepared_pairs(cfg, base, directory, resume=resume) as pairs:
         train, heldout = load_pairs(cfg, pairs)
         counts = json.loads((pairs / "counts.json").read_text(encoding="utf-8"))
-        prompts = check_inputs(cfg, base, reference, train, heldout)
+        prompts = check_inputs(cfg, base, reference, train, heldout, counts)
 
         def begin(held: RunDirectory) -> None:
             """From here on the run directory is this run's."""
@@ -118,7 +118,16 @@ def prepared_pairs(cfg: RewardTrainingConfig, base: PolicyFiles, directory: Path
         for name, source in (("train", cfg.data.train), ("heldout", cfg.data.heldout)):
             if source is not None:
                 path = target / f"{name}.arrow"
-                counts[name] = tokenise_pairs(source, cfg.data, base.tokenizer, path, pad_id=pad_id).record()
+                counts[name] = tokenise_pairs(
+                    source,
+                    cfg.data,
+                    base.tokenizer,
+                    path,
+                    pad_id=pad_id,
+                    seed=cfg.seed,
+                    vocabulary=base.size.vocabulary,
+                    setting=f"data.{name}",
+                ).record()
         if cfg.data.heldout is not None:
             counts["heldout"]["prompt_in_train"] = counts["heldout"]["pairs"] - len(load_pairs(cfg, target)[1])
         write_json(target / "counts.json", counts)
@@ -134,11 +143,20 @@ def load_pairs(cfg: RewardTrainingConfig, directory: Path) -> tuple[Pairs, Pairs
 
 
 def check_inputs(
-    cfg: RewardTrainingConfig, base: PolicyFiles, reference: PolicyFiles, train: Pairs, heldout: Pairs
+    cfg: RewardTrainingConfig,
+    base: PolicyFiles,
+    reference: PolicyFiles,
+    train: Pairs,
+    heldout: Pairs,
+    counts: Mapping[str, Any],
 ) -> list[Prompt]:
     """What the reference policy will be asked; none if the config wants none. Raises UserError."""
     if not train:
-        raise UserError(f"data.train ({cfg.data.train}) leaves no pair to train on; give more, or hold out fewer")
+        held = f", of which {len(heldout)} are held out with all pairs of their prompts" if heldout else ""
+        raise UserError(
+            f"data.train ({cfg.data.train}) leaves no pair to train on: it has {_counted(counts['train'])}{held}; give "
+            "more, or hold out fewer (data.heldout_pairs)"
+        )
     if (steps := cfg.epochs * steps_per_epoch(len(train), cfg)) <= cfg.optimizer.warmup_steps:
         raise UserError(
             f"optimizer.warmup_steps ({cfg.optimizer.warmup_steps}) must be below the {steps} steps that {len(train)} "
@@ -149,8 +167,17 @@ def check_inputs(
             f"data.max_tokens ({cfg.data.max_tokens}) exceeds the model's context of {base.size.context}; lower it"
         )
     if (cfg.data.heldout or cfg.data.heldout_pairs) and not heldout:
-        raise UserError("no held-out pair is left: all were dropped, or have their prompt in data.train; give others")
+        found = counts.get("heldout", counts["train"])
+        shared = found.get("prompt_in_train", 0)
+        raise UserError(
+            f"no held-out pair is left: the data has {_counted(found)}, and {shared} pairs have their prompt in "
+            "data.train too; give others"
+        )
     return reference_prompts(cfg, reference, train) if cfg.scale.responses else []
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return str(PairCounts(**{key: count for key, count in counts.items() if key != "prompt_in_train"}))
 
 
 def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: Pairs) -> list[Prompt]:
@@ -163,14 +190,21 @@ def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: 
         )
     room = reference.prompt_room(cfg.data.max_tokens, cfg.sampling)
     check_kv_cache(cfg.generators, reference.size, max_tokens=room + cfg.sampling.max_new_tokens)
-    form = PromptFormat(format=cfg.data.format, max_tokens=room)
+    form = PromptFormat(
+        format=cfg.data.format,
+        max_tokens=room,
+        roles=cfg.data.roles,
+        last_assistant=cfg.data.last_assistant,
+        last_end_token=cfg.data.last_end_token,
+    )
     _, firsts = np.unique(pairs.prompt_hashes(), return_index=True)
     records: list[PromptRecord] = []
     for index in np.random.default_rng([cfg.seed, 2]).permutation(firsts):
         if prompt := pairs.prompt(int(index)):
             with suppress(UserError):  # the reference's template may refuse what the model's took
                 record = prompt_record("", {"prompt": prompt}, form, reference.tokenizer)
-                records += [record] * (len(record.token_ids) <= room)
+                if record is not None and len(record.token_ids) <= room:
+                    records.append(record)
         if len(records) == cfg.scale.responses:
             break
     if not records:

@@ -1,26 +1,14 @@
-"""The prompt stream's order, its state, and what is refused before a run starts."""
+"""The prompt stream's order and its state."""
 
 import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from common.config import PromptFormat, PromptsConfig, UserError
-from common.prompts import PromptRecord, PromptStream, heldout_prompts, load_records, prompt_record
-from common.reward_config import PairPromptsConfig
+from common.config import UserError
+from common.prompt_records import PromptRecord
+from common.prompts import PromptStream, heldout_prompts
 from common.types import SampleId
-
-WORDS = ["<unk>", "<end>", "which", "is", "larger", "7", "9", "user", ":"]  # ids 0, 1, 2, ...
-
-
-@pytest.fixture
-def tokenizer():
-    """One token a word."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
 
 
 def said(index):
@@ -37,20 +25,6 @@ def stream(*, prompts=5, seed=0, rollouts_per_prompt=1):
 
 def take(prompts, count):
     return [prompts.next().sample_id for _ in range(count)]
-
-
-def load(tmp_path, tokenizer, text, *, format="plain", max_tokens=100):
-    path = tmp_path / "questions.jsonl"
-    path.write_text(text, encoding="utf-8")
-    return load_records(
-        str(path), PromptsConfig(train=str(path), format=format), tokenizer, seed=0, max_tokens=max_tokens
-    )
-
-
-def refusal(tmp_path, tokenizer, text, **settings):
-    with pytest.raises(UserError) as caught:
-        load(tmp_path, tokenizer, text, **settings)
-    return str(caught.value)
 
 
 # The stream
@@ -197,146 +171,3 @@ def test_heldout_prompts_are_the_first_ones_under_ids_no_training_stream_issues(
     ]
     assert [p.token_ids.tolist() for p in prompts] == [[0], [1]]
     assert len(heldout_prompts(records, 9)) == 3
-
-
-# Reading prompts
-
-
-def test_records_of_a_file_are_read_in_order(tmp_path, tokenizer):
-    records = load(
-        tmp_path,
-        tokenizer,
-        '{"prompt": "which is larger 7 9", "answer": 9, "prompt_kind": null}\n\n  \n{"prompt": "7 Grüße\u2028"}\n',
-    )
-    assert [r.text for r in records] == ["which is larger 7 9", "7 Grüße\u2028"]  # a line separator ends no line
-    assert [r.token_ids.tolist() for r in records] == [[2, 3, 4, 5, 6], [5, 0]]
-    assert [r.token_ids.dtype for r in records] == [np.int32, np.int32]
-    assert [r.fields for r in records] == [{"answer": 9, "prompt_kind": None}, {}]
-
-
-def test_records_of_a_function_are_those_of_the_seed(tmp_path, tokenizer, monkeypatch):
-    (tmp_path / "made_prompts.py").write_text(
-        "def train(seed): return [{'prompt': f'is {seed}'}, {'prompt': 'larger'}]"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    source = "made_prompts:train"
-    records = load_records(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=5)
-    assert [r.token_ids.tolist() for r in records] == [[3, 5], [4]]
-    with pytest.raises(UserError, match="made_prompts:train, record 0: the prompt has 2 tokens"):
-        load_records(source, PromptsConfig(train=source), tokenizer, seed=7, max_tokens=1)
-
-
-@pytest.mark.parametrize("line", ['{"prompt": "is"', "prompt: is", '{"prompt": "is"} {"prompt": "is"}'])
-def test_a_broken_json_line_is_named_by_number(tmp_path, tokenizer, line):
-    message = refusal(tmp_path, tokenizer, f'{{"prompt": "is"}}\n\n{line}\n{{"prompt": "is"}}\n')
-    assert f"{tmp_path / 'questions.jsonl'}, line 3: not valid JSON" in message
-    assert "mend or remove the line" in message
-
-
-@pytest.mark.parametrize("record", ['{"question": "is"}', '{"prompt": ""}', '{"prompt": []}', '{"prompt": 7}', '"is"'])
-def test_a_record_without_a_prompt_is_named_by_line(tmp_path, tokenizer, record):
-    message = refusal(tmp_path, tokenizer, f'{{"prompt": "is"}}\n{record}\n')
-    assert "questions.jsonl, line 2: a record must be an object with text or chat messages under `prompt`" in message
-
-
-def test_a_prompt_without_a_single_token_is_refused(tmp_path, tokenizer):
-    assert "line 1" in refusal(tmp_path, tokenizer, '{"prompt": "  "}\n')
-
-
-@pytest.mark.parametrize("text", ["", "\n\n"])
-def test_an_empty_file_is_refused(tmp_path, tokenizer, text):
-    message = refusal(tmp_path, tokenizer, text)
-    assert message == f"{tmp_path / 'questions.jsonl'} holds no prompts; it must give at least one"
-
-
-def test_a_missing_file_is_refused_by_name(tokenizer):
-    with pytest.raises(UserError, match=r"prompt file nowhere\.jsonl cannot be read .* under \[prompts\]"):
-        load_records("nowhere.jsonl", PromptsConfig(train="nowhere.jsonl"), tokenizer, seed=0, max_tokens=5)
-
-
-def test_a_prompt_at_the_limit_is_accepted_and_one_token_more_refused(tmp_path, tokenizer):
-    text = '{"prompt": "which is"}\n{"prompt": "which is larger"}\n'
-    assert [len(r.token_ids) for r in load(tmp_path, tokenizer, text, max_tokens=3)] == [2, 3]
-    message = refusal(tmp_path, tokenizer, text, max_tokens=2)
-    assert "questions.jsonl, line 2: the prompt has 3 tokens" in message
-    assert "(2); shorten it, raise prompts.max_tokens, or lower sampling.max_new_tokens" in message
-
-
-def test_chat_messages_under_format_plain_are_refused_with_the_setting_to_change(tmp_path, tokenizer):
-    message = refusal(tmp_path, tokenizer, '{"prompt": [{"role": "user", "content": "is"}]}')
-    assert 'line 1: `prompt` is a list of chat messages; set prompts.format = "chat"' in message
-
-
-def test_format_chat_goes_through_the_tokenizers_template(tmp_path, tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ' : ' + m.content }}{% endfor %}"
-        "{% if add_generation_prompt %} <end>{% endif %}"
-    )
-    messages = '{"prompt": [{"role": "user", "content": "7 is"}]}\n{"prompt": "7 is"}\n'
-    records = load(tmp_path, tokenizer, messages, format="chat")
-    assert [r.text for r in records] == ["user : 7 is <end>"] * 2  # bare text is one message of the user
-    assert [r.token_ids.tolist() for r in records] == [[7, 8, 5, 3, 1]] * 2
-
-
-def test_a_prompt_carries_the_messages_that_its_template_was_given_and_plain_text_has_none(tmp_path, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}<end>"
-    dialogue = [
-        {"role": "system", "content": "larger"},
-        {"role": "user", "content": "7 is"},
-        {"role": "assistant", "content": "is", "name": "9"},  # a key that this template does not look at
-        {"role": "user", "content": "9"},
-    ]
-    lines = [json.dumps({"prompt": dialogue, "answer": 9}), '{"prompt": "7 is"}']
-    records = load(tmp_path, tokenizer, "\n".join(lines), format="chat")
-    assert [r.messages for r in records] == [dialogue, [{"role": "user", "content": "7 is"}]]
-    assert [r.text for r in records] == ["larger 7 is is 9 <end>", "7 is <end>"]
-    assert [r.fields for r in records] == [{"answer": 9}, {}]
-    assert [p.messages for p in heldout_prompts(records, 2)] == [dialogue, [{"role": "user", "content": "7 is"}]]
-    prompts = PromptStream(records, seed=0, rollouts_per_prompt=2)
-    issued = [prompts.next() for _ in range(4)]
-    assert [p.messages for p in issued] == [records[p.sample_id.prompt].messages for p in issued]
-
-    assert load(tmp_path, tokenizer, '{"prompt": "7 is"}')[0].messages is None
-
-
-def test_prompts_of_pairs_are_read_as_those_of_training(tmp_path, tokenizer):
-    path = tmp_path / "questions.jsonl"
-    path.write_text('{"prompt": "7 is", "answer": 7}\n')
-    (record,) = load_records(str(path), PairPromptsConfig(source=str(path)), tokenizer, seed=0, max_tokens=2)
-    assert (record.text, record.token_ids.tolist(), record.fields) == ("7 is", [5, 3], {"answer": 7})
-
-
-@pytest.mark.parametrize(
-    ("record", "format", "reason"),
-    [
-        ({"prompt": []}, "chat", "a record must be an object with text or chat messages under `prompt`"),
-        ({"prompt": [{"role": "user", "content": "is"}]}, "plain", 'set prompts.format = "chat"'),
-        ({"prompt": "is"}, "chat", "the tokenizer's chat template refuses the prompt"),  # it has none
-        ({"prompt": "  "}, "plain", "the prompt has no tokens"),
-        ({"prompt": "is", "answer": {9}}, "plain", "its fields go into the journal as JSON, and cannot"),
-    ],
-)
-def test_a_record_at_fault_is_named_by_where_it_is_from(tokenizer, record, format, reason):
-    with pytest.raises(UserError) as caught:
-        prompt_record("the prompt of pair 7", record, PromptFormat(format=format), tokenizer)
-    assert str(caught.value).startswith("the prompt of pair 7: ")
-    assert reason in str(caught.value)
-
-
-def test_the_tokenizers_own_special_tokens_are_added_to_plain_text_but_not_to_a_templates(tmp_path, tokenizer):
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<end> $A", special_tokens=[("<end>", 1)]
-    )
-    tokenizer.chat_template = "<end>{{ messages[0].content }}"  # writes its own
-    text = '{"prompt": "7 is"}\n'
-    for format in ("plain", "chat"):
-        assert load(tmp_path, tokenizer, text, format=format)[0].token_ids.tolist() == [1, 5, 3]
-
-
-def test_a_template_that_refuses_a_prompt_or_is_missing_names_the_line(tmp_path, tokenizer):
-    text = '{"prompt": [{"role": "user", "content": "is"}]}'
-    assert "line 1: the tokenizer's chat template refuses the prompt" in refusal(
-        tmp_path, tokenizer, text, format="chat"
-    )
-    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    assert "no system role" in refusal(tmp_path, tokenizer, text, format="chat")

@@ -13,7 +13,8 @@ import deploy.demo
 from common.config import Config
 from common.config_files import load_config
 from common.journal import Journal
-from common.prompts import PromptStream, load_records
+from common.prompt_records import load_records
+from common.prompts import PromptStream
 from common.reward_config import RewardTrainingConfig
 from common.reward_models import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
 from common.types import Score, experience_table

@@ -1,0 +1,173 @@
+"""Prompts before anyone asks them: records of a source, checked, tokenised and counted. Runs anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from common.config import PromptFormat, UserError
+from common.dialogues import as_messages
+from common.messages import Message, Text, checked_text, column, is_empty, settle_last_message
+from common.prompt_tokens import check_embedded, open_ended, rendered, rendered_ids, text_ids
+from common.records import read_source
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt before anyone asks it: text, token ids and the record's other fields."""
+
+    text: str
+    token_ids: np.ndarray  # int32
+    fields: dict[str, Any]
+    messages: list[Message] | None = None  # chat format only
+
+
+@dataclass
+class PromptCounts:
+    """What was found in a source of prompts."""
+
+    prompts: int = 0  # kept
+    repeated: int = 0  # kept; an earlier prompt has the same text
+    cut: int = 0  # kept, without their first tokens
+    empty: int = 0  # dropped: no text, or a message without any
+    overlong: int = 0  # dropped
+
+    def __str__(self) -> str:
+        kept = f"{self.prompts} prompts, {self.repeated} of them repeat an earlier one, {self.cut} cut to length"
+        return f"{kept}; dropped: {self.empty} empty, {self.overlong} too long"
+
+    @property
+    def notable(self) -> bool:
+        """Something other than different prompts that are used as they are."""
+        return bool(self.repeated or self.cut or self.empty or self.overlong)
+
+
+def load_records(
+    source: str,
+    cfg: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_tokens: int,
+    vocabulary: int | None = None,
+    setting: str = "prompts.train",
+    report: Callable[[str], None] = lambda text: None,
+) -> list[PromptRecord]:
+    """All prompts of a source, tokenised and checked. Raises UserError naming the record that is at fault.
+
+    max_tokens: what prompts.max_tokens and the model's context leave. vocabulary: rows of the model's embedding.
+    report: is told what was found, if some of it is not used as it is.
+    """
+    loaded: list[PromptRecord] = []
+    counts, texts = PromptCounts(), set()
+    for where, record in read_source(source, setting, seed=seed):
+        prompt = prompt_record(where, record, cfg, tokenizer, vocabulary=vocabulary)
+        if prompt is None:
+            counts.empty += 1
+            continue
+        if (length := len(prompt.token_ids)) > max_tokens:
+            if cfg.overlong == "refuse":
+                raise UserError(
+                    f"{where}: the prompt has {length} tokens, more than prompts.max_tokens and the model's context "
+                    f"leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, lower "
+                    'sampling.max_new_tokens, or set prompts.overlong = "drop" or "cut_start"'
+                )
+            if cfg.overlong == "drop":
+                counts.overlong += 1
+                continue
+            prompt = _without_first_tokens(prompt, tokenizer, max_tokens)
+            counts.cut += 1
+        loaded.append(prompt)
+        texts.add(prompt.text)
+    counts.prompts, counts.repeated = len(loaded), len(loaded) - len(texts)
+    if not loaded:
+        why = f" ({counts})" if counts.notable else ""
+        raise UserError(f"{setting} ({source}) holds no usable prompt{why}; it must give at least one")
+    if counts.notable:
+        report(f"{setting} ({source}): {counts}")
+    return loaded
+
+
+def prompt_record(
+    where: str,
+    record: dict[str, Any],
+    cfg: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary: int | None = None,
+) -> PromptRecord | None:
+    """One record, tokenised and checked; None if the prompt is empty. Raises UserError that begins with `where`."""
+    name = cfg.columns.prompt
+    prompt = checked_text(where, name, column(where, record, name, cfg, key="prompt"), cfg)
+    if is_empty(prompt):
+        return None
+    messages = settle_last_message(where, as_messages(prompt, "user"), cfg) if cfg.format == "chat" else None
+    if messages == []:
+        return None
+    try:
+        text, ids = _tokenised(prompt, messages, tokenizer)
+    except Exception as error:
+        what = "tokenizer" if messages is None else "tokenizer or its chat template"
+        raise UserError(f"{where}: the {what} refuses the prompt: {error}") from error
+    if not ids:
+        raise UserError(f"{where}: the prompt has no tokens; write something or remove the record")
+    text, ids = open_ended(where, tokenizer, text, ids, cfg)
+    check_embedded(where, ids, tokenizer, vocabulary)
+    fields = {key: value for key, value in record.items() if key != name}
+    return PromptRecord(text, np.asarray(ids, dtype=np.int32), _journal_fields(where, fields), messages)
+
+
+def _tokenised(
+    prompt: Text, messages: list[Message] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[int]]:
+    if messages is None:
+        assert isinstance(prompt, str)
+        return prompt, text_ids(tokenizer, prompt)
+    if messages[-1]["role"] == "assistant":
+        text = rendered(tokenizer, messages, continue_final_message=True)
+    else:
+        text = rendered(tokenizer, messages, add_generation_prompt=True)
+    return text, rendered_ids(tokenizer, text)
+
+
+def _without_first_tokens(prompt: PromptRecord, tokenizer: PreTrainedTokenizerBase, most: int) -> PromptRecord:
+    """The last tokens of a prompt, behind the token that begins a sequence if it has one. Its text is what they say;
+    its messages stay whole."""
+    ids = prompt.token_ids
+    begin = 1 if ids[0] == tokenizer.bos_token_id and most > 1 else 0
+    ids = np.concatenate([ids[:begin], ids[len(ids) - most + begin :]])
+    said = (
+        ids if prompt.messages else ids[begin:]
+    )  # a chat template writes this token into the text, a tokenizer does not
+    return PromptRecord(tokenizer.decode(said.tolist()), ids, prompt.fields, prompt.messages)
+
+
+def _journal_fields(where: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as the journal and HTTP services get them: NaN, which JSON does not have, becomes None."""
+    try:
+        json.dumps(fields, allow_nan=False)
+        return fields
+    except (TypeError, ValueError):
+        fields = {key: _without_nan(value) for key, value in fields.items()}
+    for key, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: `{key}` goes into the journal as JSON and cannot ({error}); write it as text, or leave it "
+                "out"
+            ) from None
+    return fields
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
