@@ -42,12 +42,18 @@ from tests.fakes import make_experience
     ("command", "arguments", "message"),
     [
         ("train-reward", ["data={}"], "data.train: required and missing"),
-        ("train-reward", ["data.train=no.jsonl"], "preference data no.jsonl: there is no such file"),
+        ("train-reward", ["data.train=no.jsonl"], "data.train (no.jsonl): there is no such file"),
         ("train-reward", ["data.train=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
-        ("train-reward", ["data.train=half.jsonl"], "half.jsonl, line 2: the record has no `rejected`"),
-        ("train-reward", ["data.heldout=half.jsonl"], "half.jsonl, line 2: the record has no `rejected`"),
-        ("train-reward", ["data.heldout=pairs.jsonl"], "no held-out pair is left: all were dropped, or have their"),
-        ("train-reward", ["data.heldout_pairs=4"], "data.train (pairs.jsonl) leaves no pair to train on"),
+        ("train-reward", ["data.train=half.jsonl"], "half.jsonl, line 2: the column `rejected` does not exist"),
+        ("train-reward", ["data.heldout=half.jsonl"], "half.jsonl, line 2: the column `rejected` does not exist"),
+        ("train-reward", ["data.heldout=pairs.jsonl"], "and 4 pairs have their prompt in data.train too; give others"),
+        ("train-reward", ["data.heldout_pairs=4"], "leaves no pair to train on: it has 4 pairs, 0 of them repeat an"),
+        (
+            "train-reward",
+            ["data.heldout_pairs=4"],
+            "0 too long, of which 4 are held out with all pairs of their prompts",
+        ),
+        ("train-reward", ["data.train=tests.tasks:no"], "module tests.tasks has no function no"),
         ("train-reward", ["data.train=promptless.jsonl"], "give the records a `prompt`, or set scale.responses = 0"),
         ("train-reward", ["data.max_tokens=129"], "data.max_tokens (129) exceeds the model's context of 128"),
         ("train-reward", ["optimizer.warmup_steps=2"], "(2) must be below the 2 steps that 4 pairs make"),
@@ -97,7 +103,7 @@ def test_pairs_are_prepared_beside_the_run_with_counts_of_what_was_found(configs
     with prepared_pairs(cfg, PolicyFiles.load("model"), Path("runs/new"), resume=False) as pairs:
         counts = json.loads((pairs / "counts.json").read_text())
         assert [len(side) for side in load_pairs(cfg, pairs)] == [4, 2]
-    none = {"empty": 0, "identical": 0, "cut": 0, "overlong": 0}
+    none = {"repeated": 0, "empty": 0, "identical": 0, "cut": 0, "overlong": 0}
     assert counts == {"train": {**none, "pairs": 4}, "heldout": {**none, "pairs": 3, "empty": 1, "prompt_in_train": 1}}
     assert contents(workplace) == before
 
