@@ -28,6 +28,7 @@ Located = tuple[str, Record]  # where it is, for messages, and the record
 
 FORMATS = "JSON lines (.jsonl), JSON (.json), CSV (.csv), each also compressed (.gz), and Parquet (.parquet)"
 _ROWS_PER_BATCH = 1024
+_LONGEST_NAME = 4096  # Linux's own limit; matching a longer pattern can take minutes
 _FILE = re.compile(r"\.(jsonl|json|csv)(\.gz)?$|\.parquet$", re.IGNORECASE)
 
 
@@ -76,6 +77,8 @@ def matching_files(source: str) -> list[str]:
     name = os.path.expanduser(source)
     if os.path.isfile(name):
         return [name]
+    if len(name) > _LONGEST_NAME:
+        return []
     try:
         return sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
     except ValueError:  # characters that no name may have

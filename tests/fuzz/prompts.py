@@ -9,7 +9,8 @@ from random import Random
 from typing import Any
 
 from common.config import PromptsConfig
-from common.prompts import PromptStream, load_records
+from common.prompt_records import load_records
+from common.prompts import PromptStream
 from common.types import Experience, Score, experience_table
 from tests.fakes import make_rollout
 from tests.fuzz.data_files import byte_tokenizer, write_records
