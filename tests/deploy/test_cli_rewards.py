@@ -19,7 +19,6 @@ from common.reward_config import RewardTrainingConfig
 from common.reward_models import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
 from common.types import Score, experience_table
 from deploy.roles import PolicyFiles
-from deploy.run_directory import write_config
 from deploy.train_reward import load_pairs, prepared_pairs
 from tests.deploy.test_cli import (
     NO_REWARD_MODEL,
@@ -141,7 +140,7 @@ def test_a_reward_model_of_plain_text_is_refused_under_chat_prompts(refusal, acc
 def scored_run(run, reward_model):
     """A PPO run with a step in its journal that a reward model has scored."""
     cfg = load_config(run / "config.toml", ['reward.sources=[{name="rm", model="rm"}]'], Config)
-    write_config(run, cfg)
+    (run / "config.toml").write_text(cfg.to_toml(), encoding="utf-8")
     records = load_records("train.jsonl", cfg.prompts, PolicyFiles.load("model").tokenizer, seed=0, max_tokens=16)
     stream = PromptStream(records, seed=0, rollouts_per_prompt=1)
     score = Score(1.0, {"rm": 1.0}, {"rm": f"rm@{content_hash(reward_model)}"})
