@@ -137,8 +137,9 @@ class Progress(Screen):
         reference = ["the reference in it (LoRA)"] if self._cfg.learner.lora is not None else []
         text = ", ".join([*roles, learner, *reference])
         self._print(f"ready after {time.perf_counter() - self._started:.0f} s: {text}", style="dim")
-        watch = [f"Ray's dashboard http://{dashboard} (its token is in {token_place()})"] if dashboard else []
-        self._print(f"watch it: {', '.join([*watch, f'figures http://{figures}/metrics'])}", style="dim")
+        if dashboard:
+            self._print(f"Ray's dashboard: http://{dashboard} (token in {token_place()})", style="dim")
+        self._print(f"figures of this run: http://{figures}/metrics", style="dim")
 
     async def while_silent(self, doing: Callable[[], str], *, after_s: float = 60) -> None:
         """Says what the run is doing whenever nothing has been shown of it for so long. Runs until cancelled."""

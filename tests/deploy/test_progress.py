@@ -188,11 +188,13 @@ def test_when_ready_the_screen_names_the_dashboard_its_token_and_the_figures(
         monkeypatch.setenv(name, value)
     progress.ready([], dashboard="127.0.0.1:8265", figures="127.0.0.1:4000")
     progress.ready([], dashboard=None, figures="127.0.0.1:4000")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("watch it")]
+    said = [line for line in capsys.readouterr().out.splitlines() if "http" in line]
     assert said == [
-        f"watch it: Ray's dashboard http://127.0.0.1:8265 (its token is in {place}), figures http://127.0.0.1:4000/metrics",
-        "watch it: figures http://127.0.0.1:4000/metrics",
+        f"Ray's dashboard: http://127.0.0.1:8265 (token in {place})",
+        "figures of this run: http://127.0.0.1:4000/metrics",
+        "figures of this run: http://127.0.0.1:4000/metrics",
     ]
+    assert max(map(len, said)) <= 80
 
 
 def evaluation(version: int, score: float, pass_at_1: float | None) -> Evaluation:
