@@ -155,10 +155,11 @@ def submit(
     if resume is None:
         if os.path.lexists(directory):  # it may be seen from the cluster only
             refuse_overwriting(directory, force=force)
-        arguments = ["/dev/stdin", "--run", str(directory), *(["--force"] if force else [])]
+        arguments = ["--run", str(directory), *(["--force"] if force else [])]
     else:
         arguments = [*filter(None, [config]), *(settings or []), "--resume", str(directory)]
-    sys.exit(submit_run(cfg, arguments, directory, modules=modules, address=address, follow=follow))
+    resumed = resume is not None
+    sys.exit(submit_run(cfg, arguments, directory, resume=resumed, modules=modules, address=address, follow=follow))
 
 
 @_in_run_directory(RewardTrainingConfig)

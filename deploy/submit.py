@@ -1,6 +1,7 @@
 """`ratchet submit`: a run of PPO as a Ray job, on a cluster that need not have Ratchet installed.
 
 What travels: Ratchet's own packages, the directory it is called from (reward functions, prompts), and the config.
+No environment variable does: API keys must be set where the cluster's processes are started.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import asyncio
 import json
 import logging
 import os
-import shlex
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from common.import_path import IMPORT_FROM
 from common.records import is_function, matching_files
 from deploy.cluster import refused
 from deploy.console import Lenient, complain, printable
+from deploy.job import ENTRYPOINT, write_package
 from deploy.placement import MIB
 from deploy.provenance import IN_A_JOB
 
@@ -43,43 +45,52 @@ LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes of a request that the c
 
 
 def submit_run(
-    cfg: Config, arguments: Sequence[str], directory: Path, *, modules: Sequence[Path], address: str, follow: bool
+    cfg: Config,
+    arguments: Sequence[str],
+    directory: Path,
+    *,
+    resume: bool,
+    modules: Sequence[Path],
+    address: str,
+    follow: bool,
 ) -> int:
-    """Sends `ratchet train` with these arguments, which reads `cfg` on its standard input, and returns the exit code.
-    Functions are also found in the directories `modules` below the current one.
+    """Sends `ratchet train` with these arguments and, unless the run has one already, this config; returns the exit
+    code. Functions are also found in the directories `modules` below the current one.
 
     Everything that can be checked here is checked before anything is sent. Models cannot: they lie over there.
     """
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)  # else a line for every package that is sent
     check_travels(cfg, Path.cwd())
-    client = _connect(address)
-    try:
-        job = client.submit_job(
-            # -P: a user's own `common` in the job's working directory must not hide ours.
-            entrypoint=f'printf %s "$RATCHET_CONFIG" | python -P -m deploy.cli train {shlex.join(arguments)} '
-            '--address "$RAY_ADDRESS"',
-            runtime_env={
-                "working_dir": str(Path.cwd()),
-                # Not in one directory with the user's files, which may have the same names; Python finds these first.
-                "py_modules": [package.__path__[0] for package in (actors, common, deploy, learner)],
-                "excludes": EXCLUDED,
-                "env_vars": {
-                    "RATCHET_CONFIG": cfg.to_toml(),
-                    IN_A_JOB: "1",
-                    IMPORT_FROM: json.dumps([str(path) for path in modules]),
-                },
-            },
-            metadata={"run": str(directory)},
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"the cluster at {address} did not take the job: {error}") from error
+    with no_proxy_for(address):
+        client = _connect(address)
+        try:
+            with tempfile.TemporaryDirectory(prefix="ratchet-") as staging:
+                carried = write_package(Path(staging), None if resume else cfg, arguments)
+                job = client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    runtime_env={
+                        "working_dir": str(Path.cwd()),
+                        # Not in one directory with the user's files, which may have the same names; Python finds these
+                        # first.
+                        "py_modules": [*(our.__path__[0] for our in (actors, common, deploy, learner)), str(carried)],
+                        "excludes": EXCLUDED,
+                        "env_vars": {IN_A_JOB: "1", IMPORT_FROM: json.dumps([str(path) for path in modules])},
+                    },
+                    metadata={"run": str(directory)},
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"the cluster at {address} did not take the job: {error}") from error
+        _tell(job, directory, address)
+        return _follow(client, job) if follow else 0
+
+
+def _tell(job: str, directory: Path, address: str) -> None:
     at = f"{job} --address {address}"
     typer.echo(
         f"submitted {job}; run directory on the cluster: {directory}\n"
         f"follow: ray job logs --follow {at}\nstop:   ray job stop {at}\nlist:   ray job list --address {address}"
     )
-    return _follow(client, job) if follow else 0
 
 
 def check_travels(cfg: Config, directory: Path) -> None:
@@ -100,7 +111,7 @@ def check_travels(cfg: Config, directory: Path) -> None:
         )
     prompts = {"prompts.train": cfg.prompts.train, "prompts.heldout": cfg.prompts.heldout}
     for key, source in prompts.items():
-        if source is None or Path(source).expanduser().is_absolute():
+        if source is None or os.path.isabs(os.path.expanduser(source)):
             continue
         if is_function(source, key):
             load_function(source, key)
@@ -131,6 +142,16 @@ def _connect(address: str) -> JobSubmissionClient:
             f"no Ray dashboard answers at --address ({address}): {error}; it is the URL that ray start --head prints, "
             "port 8265 unless told otherwise, reached through a tunnel where it listens on loopback"
         ) from error
+
+
+@contextmanager
+def no_proxy_for(address: str) -> Iterator[None]:
+    """Requests to this URL's host pass by any proxy that the environment names: they carry the cluster's token."""
+    host = urlsplit(address).hostname or ""
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = ",".join(filter(None, [others, host]))
+    with _in_environment("no_proxy", hosts), _in_environment("NO_PROXY", hosts):
+        yield
 
 
 @contextmanager

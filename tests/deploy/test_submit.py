@@ -2,18 +2,27 @@
 
 import json
 import os
+import re
 import socket
+import subprocess
 import sys
+import threading
+import tomllib
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+import deploy.job
 import deploy.submit
 import deploy.train
-from common.config import RayConfig, UserError
+from common.config import Config, RayConfig, UserError
+from common.config_files import load_config
 from deploy import signals
 from deploy.cli import main
 from deploy.cluster import cluster, named_address
+from deploy.run_directory import sole_owner
 from tests.fakes import save_tiny_model, tiny_config
 
 
@@ -131,6 +140,128 @@ def test_connecting_leaves_the_environment_as_it_was(monkeypatch, before):
     assert os.environ.get("RAY_API_SERVER_ADDRESS") == before
 
 
+def test_a_proxy_never_sees_a_request_to_the_cluster(monkeypatch, place):
+    asked = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.server.server_port, self.headers["Authorization"]))
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with ExitStack() as serving:
+        dashboard, proxy = (serving.enter_context(HTTPServer(("127.0.0.1", 0), Dashboard)) for _ in range(2))
+        for server in (dashboard, proxy):
+            threading.Thread(target=server.serve_forever).start()
+            serving.callback(server.shutdown)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+        monkeypatch.setenv("no_proxy", "example.org")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+        address = f"http://127.0.0.1:{dashboard.server_port}"
+        with pytest.raises(UserError, match="no Ray dashboard answers"), deploy.submit.no_proxy_for(address):
+            assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,127.0.0.1"
+            deploy.submit._connect(address)
+    assert asked
+    assert {port for port, _ in asked} == {dashboard.server_port}
+    assert os.environ["no_proxy"] == "example.org"
+    assert "NO_PROXY" not in os.environ
+
+
+class Client:
+    """Instead of Ray's: keeps what it is asked to run, and the files that travel."""
+
+    def submit_job(self, **job):
+        self.job = job
+        carried = Path(job["runtime_env"]["py_modules"][-1])
+        self.carried = carried
+        self.files = {path.name: path.read_text() for path in carried.iterdir()}
+        return "job_1"
+
+
+@pytest.fixture
+def sent(monkeypatch, capsys):
+    """Submits with these arguments; what was sent."""
+    client = Client()
+    monkeypatch.setattr(deploy.submit, "_connect", lambda address: client)
+
+    def submit(*arguments):
+        options = ["--address", "http://127.0.0.1:1", "--no-follow"]
+        monkeypatch.setattr(sys, "argv", ["ratchet", "submit", *map(str, arguments), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, capsys.readouterr().err
+        return client
+
+    return submit
+
+
+def test_config_and_arguments_travel_as_files_and_are_in_no_metadata(sent, place):
+    client = sent("tiny.toml", "seed=7", "--run", "a run", "--force")
+    shown = json.dumps({key: value for key, value in client.job.items() if key != "runtime_env"})
+    shown += json.dumps(client.job["runtime_env"]["env_vars"])
+    config = tomllib.loads(client.files["config.toml"])
+    assert config["seed"] == 7
+    assert config["prompts"]["train"] == "prompts.jsonl"  # where the job's directory will be
+    for secret in (config["model"]["path"], "seed", "sources"):
+        assert secret not in shown
+    assert not client.carried.parent.exists()  # nothing is left here
+    package = deploy.job.write_package(place, load_config(Path("tiny.toml"), [], Config), ["--run", "/a run"])
+    assert deploy.job.command_line(package, "10.0.0.1:6379") == [
+        *("train", f"{place}/ratchet_job/config.toml", "--run", "/a run", "--address", "10.0.0.1:6379")
+    ]
+
+
+def test_a_run_that_continues_as_a_job_takes_its_config_from_its_directory(sent, place):
+    cfg = load_config(Path("tiny.toml"), [], Config, keep_relative=True)
+    with sole_owner(place / "run") as held:
+        held.begin(cfg, "train", force=False)
+    client = sent("num_steps=9", "--resume", "run")
+    assert "config.toml" not in client.files
+    assert json.loads(client.files["arguments.json"]) == ["num_steps=9", "--resume", str(place / "run")]
+
+
+def test_modules_next_to_a_config_below_the_current_directory_travel(sent, place):
+    home = place / "configs"
+    home.mkdir()
+    for name in ("tiny.toml", "prompts.jsonl"):
+        Path(name).rename(home / name)
+    (home / "rewards_next_to_it.py").write_text("def score(answer): return 1.0")
+    source = 'reward.sources=[{name="a", function="rewards_next_to_it:score"}]'
+    client = sent("configs/tiny.toml", source, "--run", "run")
+    assert tomllib.loads(client.files["config.toml"])["prompts"]["train"] == "configs/prompts.jsonl"
+    assert client.job["runtime_env"]["env_vars"] == {"RATCHET_IN_A_JOB": "1", "RATCHET_IMPORT_FROM": '["configs"]'}
+
+
+def test_what_is_next_to_a_config_elsewhere_does_not_travel(capsys, monkeypatch, place, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "rewards_elsewhere.py").write_text("def score(answer): return 1.0")
+    for name in ("tiny.toml", "prompts.jsonl"):
+        Path(name).rename(elsewhere / name)
+    to = ("submit", elsewhere / "tiny.toml", "--address", "http://127.0.0.1:1", "--run", "run")
+    assert "prompts.train (prompts.jsonl) does not travel with the job" in refusal(capsys, monkeypatch, *to)
+    (place / "prompts.jsonl").touch()
+    source = 'reward.sources=[{name="a", function="rewards_elsewhere:score"}]'
+    assert "module rewards_elsewhere cannot be imported" in refusal(capsys, monkeypatch, *to, source)
+
+
+def test_the_command_of_a_job_finds_the_interpreter_of_the_raylet(tmp_path):
+    """A process that looks like a raylet starts one that looks like a supervisor, which runs the job's command."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho ran: "$@"\n')
+    python.chmod(0o755)
+    supervisor = "import subprocess, sys; subprocess.run(sys.argv[1], shell=True, env={'PATH': '/usr/bin:/bin'})"
+    raylet = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:3]])"
+    command = [sys.executable, "-c", raylet, supervisor, deploy.job.ENTRYPOINT]
+    worker = f"--python_worker_command={python} /setup_worker.py --node-ip-address=127.0.0.1"
+    done = subprocess.run([*command, "--session_dir=/x", worker], capture_output=True, text=True)
+    assert done.stdout == "ran: -P -m deploy.job\n", done.stderr
+
+
 def check(place, **sections):
     deploy.submit.check_travels(tiny_config("model", **sections), place)
 
@@ -145,10 +276,18 @@ def test_prompts_travel_only_from_the_current_directory(place):
     Path("data/prompts.jsonl").touch()
     check(place, **prompts("data/prompts.jsonl"))
     check(place, **prompts("./prompts.jsonl"))
+    check(place, **prompts("data/*.jsonl"))
     check(place, **prompts("/data/on-the-cluster.jsonl"))
     Path(".gitignore").write_text("data/\n")
-    for source in ("data/prompts.jsonl", "runs/prompts.jsonl", "../prompts.jsonl", "missing.jsonl"):
-        with pytest.raises(UserError, match=rf"prompts.train \({source}\) does not travel with the job: "):
+    for source in (
+        "data/prompts.jsonl",
+        "data/*.jsonl",
+        "data.parquet",
+        "runs/prompts.jsonl",
+        "../prompts.jsonl",
+        "missing.jsonl",
+    ):
+        with pytest.raises(UserError, match=re.escape(f"prompts.train ({source}) does not travel with the job: ")):
             check(place, **prompts(source))
 
 

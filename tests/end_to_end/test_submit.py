@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -72,14 +73,17 @@ class RunningCluster:
     dashboard: str
     environment: dict[str, str]
 
+    @property
+    def token(self) -> str:
+        return self.environment["RAY_AUTH_TOKEN"]
+
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     """`ray start --head` and a second node, of one core each, on loopback, with a token and a dashboard."""
-    bin_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {
-        "PATH": bin_first,
+        "PATH": "/usr/bin:/bin",  # no environment is activated: jobs must find the interpreter by themselves
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then leaves 127.0.0.1 as it is, and listens nowhere else
@@ -94,7 +98,15 @@ def running(tmp_path_factory):
     start = partial(subprocess.Popen, env=environment, text=True, stderr=subprocess.DEVNULL, start_new_session=True)
     head = start(
         [
-            *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0", "--num-cpus=1"),
+            *(
+                str(Path(sys.executable).with_name("ray")),
+                "start",
+                "--head",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                "--port=0",
+                "--num-cpus=1",
+            ),
             *(f"--dashboard-host={host}", f"--dashboard-port={port}", f"--object-store-memory={200 << 20}"),
             f"--temp-dir={temp}/1",
         ],
@@ -177,6 +189,12 @@ def test_a_submitted_run_trains_on_every_node_with_what_travelled(running, place
     assert "seed = 3" in (run / "config.toml").read_text()
     files = [note.read_text() for note in notes.iterdir()]
     assert len(files) == 2  # nodes
+    jobs = Request(f"{running.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {running.token}"})
+    with urlopen(jobs) as answer:
+        shown = answer.read().decode()
+    assert str(run) in shown
+    assert "seed" not in shown  # the config is in no job's metadata
+    assert "a_words" not in shown
     assert all("_ray_pkg_" in file for file in files)  # neither the user's `common` nor an installed one
 
 
