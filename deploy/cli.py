@@ -1,4 +1,4 @@
-"""The command line: `ratchet train`, `submit`, `scale`, `train-reward`, `sample-pairs`, `evaluate`, `demo`, `config`.
+"""The command line: `ratchet train`, `submit`, `export` and the others.
 
 deploy/ends.py says how a command ends.
 """
@@ -202,6 +202,17 @@ def evaluate(
 
     ends.begins(directory, "begin again with --force")
     run_evaluation(cfg, directory, policy=judged, force=force)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, finished or not.")],
+    to: Annotated[Path | None, typer.Option(help="A new directory [default: RUN/exported/step-NNNNNN].")] = None,
+) -> None:
+    """Write the policy of a run's newest checkpoint as a Hugging Face directory."""
+    from deploy.export import run_export
+
+    run_export(run, to)
 
 
 @app.command()

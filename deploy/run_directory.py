@@ -29,7 +29,7 @@ _LEFTOVER = re.compile(r"(run\.json|config\.toml)\.\d+\.tmp")  # of a process th
 # What runs wrote before there was a run.json.
 _OLD_NAMES = {
     *("config.toml", "journal", "checkpoints", "metrics.jsonl", "pool.jsonl", "pools.json", "scale.json"),
-    *("evaluations.jsonl", "prometheus.json", "answers", "policy", "adapter", "summary.json"),  # train
+    *("exported", "evaluations.jsonl", "prometheus.json", "answers", "policy", "adapter", "summary.json"),  # train
     *("pairs", "model", "calibration.png", "labelled.jsonl", "pairs.jsonl"),  # train-reward, sample-pairs
     *("answers.jsonl", "evaluation.json"),  # evaluate
 }

@@ -12,7 +12,13 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank alone is nothing to warn of
@@ -60,6 +66,14 @@ def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -
         optim_state_dict=state["optimizer"],
         options=StateDictOptions(strict=False),
     )
+    return json.loads((directory / _NUMBERS).read_text(encoding="utf-8"))
+
+
+def load_network(directory: Path, network: nn.Module) -> dict[str, Any]:
+    """Fills the network alone, in one process, and returns the numbers."""
+    state = {"network": get_model_state_dict(network, options=_OPTIONS)}
+    dcp.load(state, checkpoint_id=directory, no_dist=True)
+    set_model_state_dict(network, state["network"], options=StateDictOptions(strict=False))
     return json.loads((directory / _NUMBERS).read_text(encoding="utf-8"))
 
 

@@ -24,7 +24,7 @@ from common.types import Rollout
 from common.weights import Bucket, Changes, Note, buckets, publication
 from learner import lora
 from learner.advantages import gae
-from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.checkpoint import load_checkpoint, load_network, save_checkpoint
 from learner.distributed import Ranks, clip_gradients, shard
 from learner.experience import ExperienceBatch, estimated_costs
 from learner.losses import entropy_bonus, importance_weights, policy_loss, value_loss
@@ -155,8 +155,15 @@ class Learner:
         self.score_moments = RunningMoments(**numbers["score_moments"])
         return self.step
 
-    def save_policy(self, directory: Path) -> None:
-        """The policy as a Hugging Face directory, with LoRA's adapters merged, and beside it the adapters alone."""
+    def restore_policy(self, directory: Path) -> int:
+        """Restores policy and critic of a saved state, not the optimizer, in a learner of one rank that will not train;
+        returns the updates they have behind them."""
+        self.step = load_network(directory, self.network)["step"]
+        return self.step
+
+    def save_policy(self, directory: Path, *, adapter: Path | None = None) -> None:
+        """The policy as a Hugging Face directory, with LoRA's adapters merged, and the adapters alone in `adapter`, or
+        next to the policy."""
         if self._ranks.rank > 0:  # helps to gather them
             deque(chain(self.network.policy_tensors(), self.network.adapter_tensors()), maxlen=0)
             return
@@ -165,7 +172,7 @@ class Learner:
         adapters = {name: tensor.cpu() for name, tensor in self.network.adapter_tensors()}
         save_policy(tensors, base, directory)
         if self.cfg.learner.lora:
-            lora.save(adapters, self.cfg.learner.lora, str(base), directory.with_name("adapter"))
+            lora.save(adapters, self.cfg.learner.lora, str(base), adapter or directory.with_name("adapter"))
 
     def _targets(self, batch: ExperienceBatch, plan: MicroBatches, first: Outputs | None, metrics: Metrics) -> Targets:
         """Old log-probabilities and values, rewards, GAE, whitening, over the whole batch. Every rank computes the

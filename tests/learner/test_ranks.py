@@ -197,6 +197,7 @@ def rank_process(rank: int, ready: Barrier, directory: Path, model: Path) -> Non
             result = run_case(learner, name)
             if name in OUTPUTS:
                 learner.restore(directory / "one" / name / "checkpoint")
+                learner.save(directory / "two" / name / "checkpoint")
                 result |= outputs(learner, directory / "two" / name)
         except BaseException as error:
             raise RuntimeError(f"rank {rank}, case {name}") from error
@@ -285,6 +286,16 @@ def test_the_order_of_the_rollouts_does_not_change_the_gradient(runs):
         for one, other in zip(*(shuffle["gradients"] for shuffle in shuffles), strict=True):
             largest = max(g.abs().max() for g in one.values())
             assert all((one[name] - other[name]).abs().max() <= 1e-5 * largest for name in one)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_one_process_without_the_others_exports_a_checkpoint_of_two_ranks(runs, model, tmp_path, name):
+    alone = new_learner(model, name)
+    alone.restore_policy(runs[0] / "two" / name / "checkpoint")
+    alone.save_policy(tmp_path / "policy")
+    found, expected = (load_file(path / "policy/model.safetensors") for path in (tmp_path, runs[0] / "one" / name))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_target_kl_ends_the_step_of_every_rank_at_once(runs):

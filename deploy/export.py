@@ -1,0 +1,55 @@
+"""`ratchet export`: the policy of a run's newest checkpoint as a Hugging Face directory, without Ray.
+
+Runs in the driver. The run may go on meanwhile; nothing else in its directory changes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from common.config import Config, UserError
+from common.config_files import load_config
+from deploy.console import Output
+from deploy.run_record import read_record
+from learner.checkpoint import Checkpoints
+from learner.learner import Learner
+
+
+def run_export(run: Path, to: Path | None = None) -> Path:
+    """Writes the policy, with LoRA also its adapters below it, and returns its directory: `to`, or one in RUN/exported
+    named after the step. Raises UserError."""
+    if not os.path.exists(run / "config.toml"):
+        raise UserError(f"{run} is no run directory (no config.toml); name one that ratchet train has made")
+    if (command := read_record(run).get("command", "train")) != "train":
+        raise UserError(f"{run} was made by ratchet {command}; export is for the policies of ratchet train")
+    if to is not None and os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
+        raise UserError(f"--to ({to}) exists; name a new directory")
+    cfg = load_config(run / "config.toml", [], Config)
+    checkpoint = Checkpoints(run / "checkpoints", every=1, keep=1).newest()
+    if checkpoint is None:
+        raise UserError(
+            f"{run} has no complete checkpoint: one is written every {cfg.checkpoint.every} steps (checkpoint.every); "
+            f"continue the run with ratchet train --resume {run}"
+        )
+    # One process on the CPU, however many ranks on whatever devices wrote the checkpoint.
+    alone = cfg.learner.model_copy(update={"ranks": 1, "gpus": 0, "gradient_checkpointing": False})
+    learner = Learner(cfg.model_copy(update={"learner": alone}))
+    try:
+        step = learner.restore_policy(checkpoint)
+    except (Exception, CheckpointException) as error:  # the second one is no Exception
+        reason = str(error).strip().rpartition("\n")[2]
+        raise UserError(
+            f"{checkpoint} cannot be read ({reason}); if the run goes on, it may have removed that checkpoint for a "
+            "newer one: try again; else remove it, and the one before is exported"
+        ) from error
+    target = to or run / "exported" / checkpoint.name
+    learner.save_policy(target, adapter=target / "adapter")
+    Output().print(
+        f"policy after {step} of {cfg.num_steps} steps: {target} (transformers and vLLM load it as it is)",
+        markup=False,
+        soft_wrap=True,
+    )
+    return target
