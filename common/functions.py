@@ -51,7 +51,7 @@ def explain_import(path: str, setting: str, error: UserCodeError, *, ours_last: 
             "yours is found"
         )
     if isinstance(error, NotFoundError):
-        return f"{message}; it must be installed, or lie in the directory ratchet is started from"
+        return f"{message}; it must be installed, in the directory ratchet is started from, or next to the config file"
     return message
 
 
