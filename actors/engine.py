@@ -25,9 +25,15 @@ class Completion:
 
 
 class Engine(Protocol):
-    async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
+    async def generate(
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+    ) -> Completion:
         """One response, or the rest of one whose first `num_begun` tokens end the `prompt_ids`. The same seed under the
-        same weights gives the same tokens. Raises EngineDeadError."""
+        same weights gives the same tokens. Raises EngineDeadError.
+
+        With `plain_tokens` this many tokens of the model's whole distribution: nothing is cut off from it or forbidden,
+        and no end token ends it.
+        """
 
     async def hand_over(self) -> None:
         """Ends every response where it is, now and from now on: `generate` returns what there is as HANDED_OVER."""

@@ -41,6 +41,9 @@ class Generator:
         self._staged: dict[int, Bucket] = {}
 
     async def ready(self) -> str:
+        """Answers once the engine has written a token: until then nobody knows whether it can compute this model.
+        Raises EngineDeadError with its reason."""
+        await self._engine.generate(np.zeros(1, dtype=np.int32), seed=0, plain_tokens=1)
         return self._name
 
     async def generate(self, prompt: Prompt, begun: Rollout | None = None) -> tuple[Rollout, Written]:

@@ -56,6 +56,9 @@ from actors.vllm_weights import weights_of
 
 T = TypeVar("T")
 
+# The whole distribution at the run's temperature, whatever the run does with it.
+_PLAIN: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": True}
+
 
 class VLLMEngine:
     """See `Engine`. Any thread's event loop may call it."""
@@ -86,6 +89,8 @@ class VLLMEngine:
         on_cpu = current_platform.is_cpu()
         self._args = EngineArgs(
             model=str(model),
+            # A tag of vLLM's metrics: Ray refuses one with letters beyond ASCII, which the path may have.
+            served_model_name="policy",
             trust_remote_code=trust_remote_code,
             dtype=cfg.dtype,
             max_model_len=max_model_len,
@@ -127,14 +132,18 @@ class VLLMEngine:
         self._thread.start()
         started.result()
 
-    async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
+    async def generate(
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+    ) -> Completion:
         key = str(next(self._keys))
         output: Future = Future()
         output.set_running_or_notify_cancel()  # a caller that gives up must not make `set_result` an error
 
         def add() -> None:
-            left = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
-            params = SamplingParams(**{**self._sampling, **left}, seed=seed)
+            changed = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
+            if plain_tokens:
+                changed = {**_PLAIN, "max_tokens": plain_tokens}
+            params = SamplingParams(**{**self._sampling, **changed}, seed=seed)
             self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist()}, params)
             self._waiting[key] = output
             if self._leaving:

@@ -176,12 +176,13 @@ class PromptsConfig(PromptFormat):
 class SamplingConfig(Section):
     """How responses are drawn from the policy."""
 
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits, for sampling and for every log-probability in the run; lower explores less."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM has none
+    below 0.01; top_k = 1 takes the likeliest token every time, for evaluations only."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; below 1 the learner's log-probabilities no longer are those of the sampled distribution."""
     top_k: NonNegative = 0
-    """Sample among the k likeliest tokens only; 0 is off. The same caution as for top_p."""
+    """Sample among the k likeliest tokens only; 1: always the likeliest; 0 is off. The same caution as for top_p."""
     max_new_tokens: Positive = 256
     """Longest response, in tokens; a response that reaches it has finish reason `length`."""
     min_new_tokens: NonNegative = 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine import Completion
+from actors.engine import Completion, EngineDeadError
 from actors.generator import Generator, sampling_seed
 from common.types import SampleId
 from common.weights import CorruptWeightsError, buckets, changes
@@ -23,7 +23,7 @@ class RecordingEngine:
         self.calls.append(f"stage {bucket.version}.{bucket.index}")
         self.staged |= {name: tensor.tolist() for name, tensor in bucket.tensors()}
 
-    async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0) -> Completion:
+    async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0) -> Completion:
         length = len(prompt_ids)
         return Completion(np.ones(length, np.int32), np.zeros(length, np.float32), np.zeros(length, np.int32), "stop")
 
@@ -129,7 +129,7 @@ def test_a_response_that_is_gone_on_with_draws_anew():
     asked: list[tuple[int, int, list[int]]] = []
 
     class Asked(RecordingEngine):
-        async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0) -> Completion:
+        async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0) -> Completion:
             asked.append((seed, num_begun, prompt_ids.tolist()))
             return await super().generate(prompt_ids[:1], seed=seed)
 
@@ -221,3 +221,24 @@ def test_a_set_that_broke_off_is_no_base():
 
     assert asyncio.run(scenario())[0] == 5
     assert engine.staged == {"a": [2.0] + [1.0] * 7, "b": [1.0] * 8, "c": [3.0] + [1.0] * 7}
+
+
+def test_a_generator_is_ready_once_its_engine_has_written_a_token():
+    asked = []
+
+    class Asked(RecordingEngine):
+        async def generate(self, prompt_ids, **options) -> Completion:
+            asked.append((prompt_ids.tolist(), options))
+            return await super().generate(prompt_ids, **options)
+
+    assert asyncio.run(Generator("Generator(1)", 7, Asked).ready()) == "Generator(1)"
+    assert asked == [([0], {"seed": 0, "plain_tokens": 1})]
+
+
+def test_an_engine_that_cannot_compute_its_model_is_never_ready_and_says_why():
+    class Unfit(RecordingEngine):
+        async def generate(self, prompt_ids, **options) -> Completion:
+            raise EngineDeadError("the engine failed: NotImplementedError: head_dim=16")
+
+    with pytest.raises(EngineDeadError, match="head_dim=16"):
+        asyncio.run(Generator("Generator(0)", 7, Unfit).ready())

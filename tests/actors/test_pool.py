@@ -315,7 +315,12 @@ class SlowEngine:
         self.leaving = False
         self.stages: list[int] = []
 
-    async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
+    async def generate(
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+    ) -> Completion:
+        if plain_tokens:
+            ids = np.zeros(plain_tokens, dtype=np.int32)
+            return Completion(ids, ids.astype(np.float32), ids + self.version, "length")
         self.begun.append(num_begun)
         tokens: list[int] = []
         while num_begun + len(tokens) < self.max_tokens and not self.leaving:

@@ -74,7 +74,9 @@ class StubEngine:
     def __init__(self, learner: StubLearner) -> None:
         self._learner = learner
 
-    async def generate(self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0) -> Completion:
+    async def generate(
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+    ) -> Completion:
         versions = np.full(NEW_TOKENS, self._learner.step, dtype=np.int32)
         return Completion(np.arange(NEW_TOKENS, dtype=np.int32), self._logprobs.copy(), versions, "length")
 

@@ -188,7 +188,7 @@ def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(m
         ('reward.sources=[{function="m:f"}]', "reward.sources.0.name: required and missing"),
         ('reward.sources=[{name="s",urls=["http://h",3]}]', "reward.sources.0.urls.1 = 3: input should be a"),
         ('evaluation.judges=[{name="s",model="m",dtype="fp8"}]', "evaluation.judges.0.dtype = 'fp8': "),
-        ("sampling.temperature=0", "sampling.temperature = 0: input should be greater than 0"),
+        ("sampling.temperature=0", "sampling.temperature = 0: input should be greater than or equal to 0.01"),
         ("learner.precision=fp16", "learner.precision = 'fp16': input should be 'bf16' or 'fp32'"),
         ("num_steps=many", "num_steps = 'many': input should be a valid integer"),
         ("max_staleness=-1", "max_staleness = -1: input should be greater than or equal to 0"),

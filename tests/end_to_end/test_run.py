@@ -41,7 +41,7 @@ def run_config(model, **overrides) -> Config:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "modèle")  # paths must not reach vLLM's metrics
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,7 @@ async def write(generator, prompt) -> Rollout:
 
 async def rollouts(generator, weight_sets) -> list[list[Rollout]]:
     """All prompts at once, before any update and after each."""
+    assert await generator.ready() == "Generator(0)"
     results = [list(await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS)))]
     for weights in weight_sets:
         assert await load(generator, weights) == weights[0].version
