@@ -17,8 +17,9 @@ from deploy.cluster import cluster
 from deploy.console import Output
 from deploy.placement import check_kv_cache, place, service_needs
 from deploy.progress import evaluation_table
-from deploy.roles import PolicyFiles, Starter, check_sources
+from deploy.roles import PolicyFiles, Starter
 from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
+from deploy.source_checks import check_sources, try_functions
 from learner.evaluation import Answer, Evaluation, evaluate
 
 
@@ -35,12 +36,14 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
             f"--policy ({policy}) and model.path ({cfg.model.path}) have different tokenizers, so there is no KL "
             "between them; set model.path to the policy's own reference"
         )
-    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges], chat=cfg.prompts.format == "chat")
+    sources = [*cfg.reward.sources, *cfg.evaluation.judges]
+    reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
     check_kv_cache(cfg.generators, judged.size, max_tokens=cfg.max_sequence_tokens)
     records = judged.load_prompts(
         cfg.prompts.heldout, cfg.prompts, cfg.sampling, seed=cfg.seed, setting="prompts.heldout"
     )
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
+    try_functions(cfg.reward, sources, records[0], judged.tokenizer)
     refuse_overwriting(directory, force=force, can_resume=False)
     with cluster(cfg.ray) as nodes:
         place(service_needs(cfg, reference.size, reward_models), nodes)

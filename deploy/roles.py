@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,17 +23,13 @@ from actors.reference_policy import ReferencePolicy
 from actors.services import GeneratorPool
 from common.config import (
     Config,
-    FunctionSourceConfig,
     GeneratorsConfig,
-    ModelSourceConfig,
     PromptFormat,
     RayConfig,
     Replicated,
-    RewardSource,
     SamplingConfig,
     UserError,
 )
-from common.functions import load_function
 from common.models import (
     ModelSize,
     check_policy_files,
@@ -44,7 +40,7 @@ from common.models import (
     resolve_model,
 )
 from common.prompt_records import PromptRecord, load_records
-from common.reward_models import is_reward_model, read_scale, reward_model_size
+from common.reward_models import is_reward_model
 from learner.kernels import install
 
 
@@ -183,22 +179,3 @@ def make_engine(
         end_token_ids=end_tokens,
         export_metrics=ray.is_initialized(),
     )
-
-
-def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[ModelSize]:
-    """The sizes of the reward models among them. Raises UserError for a function or model that is not there, or that
-    reads text where the prompts are chat messages (`chat`)."""
-    sizes = []
-    for source in sources:
-        if isinstance(source, FunctionSourceConfig):
-            load_function(source.function, f"reward source {source.name}")
-        elif isinstance(source, ModelSourceConfig):
-            setting = f"reward source {source.name}"
-            directory = resolve_model(source.model, setting, trust_remote_code=source.trust_remote_code)
-            sizes.append(reward_model_size(directory, setting))
-            if chat and read_scale(directory).chat is False:
-                raise UserError(
-                    f"reward source {source.name} ({source.model}) was trained on plain text, but prompts.format is "
-                    'chat; train it with data.format = "chat", or set prompts.format = "plain"'
-                )
-    return sizes

@@ -25,8 +25,9 @@ from deploy.cluster import cluster
 from deploy.console import Output
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
 from deploy.progress import Screen
-from deploy.roles import PolicyFiles, Starter, check_sources
+from deploy.roles import PolicyFiles, Starter
 from deploy.run_directory import refuse_overwriting, sole_owner
+from deploy.source_checks import check_sources, try_functions
 from learner.evaluation import answer
 
 FEW_VOIDS = 8  # so few say nothing about a labeller yet
@@ -45,6 +46,7 @@ def run_pair_sampling(
     records = policy.load_prompts(
         cfg.prompts.source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting="prompts.source"
     )
+    try_functions(cfg.labeller, cfg.labeller.sources, records[0], policy.tokenizer)
     if not resume:
         refuse_overwriting(directory, force=force)
     console = Output()

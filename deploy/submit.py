@@ -39,6 +39,7 @@ from deploy.console import Lenient, complain, printable
 from deploy.job import ENTRYPOINT, write_package
 from deploy.placement import MIB
 from deploy.provenance import IN_A_JOB
+from deploy.source_checks import import_functions
 
 EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out
 LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes of a request that the cluster takes
@@ -120,9 +121,7 @@ def check_travels(cfg: Config, directory: Path) -> None:
                 f"{key} ({source}) does not travel with the job: it must lie in the current directory and not be "
                 "ignored there, or be named by an absolute path that the cluster's nodes see"
             )
-    for rewards in (*cfg.reward.sources, *cfg.evaluation.judges):
-        if (function := getattr(rewards, "function", None)) is not None:
-            load_function(function, f"reward source {rewards.name}")
+    import_functions(cfg.reward, [*cfg.reward.sources, *cfg.evaluation.judges])
 
 
 def _connect(address: str) -> JobSubmissionClient:

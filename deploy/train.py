@@ -34,9 +34,10 @@ from deploy.cluster import cluster, dashboard, metrics_addresses
 from deploy.monitoring import RunFigures
 from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
-from deploy.roles import PolicyFiles, Starter, check_sources
+from deploy.roles import PolicyFiles, Starter
 from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
 from deploy.scale import follow_wishes, forget
+from deploy.source_checks import check_sources, try_functions
 from learner.evaluation import Answer, Evaluation, win_rate
 from learner.group import AdapterReference, LearnerGroup
 from learner.learner import Learner
@@ -53,8 +54,10 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     if resume and (finished := finished_training(cfg, directory)) is not None:
         return finished
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
-    reward_models = check_sources([*cfg.reward.sources, *cfg.evaluation.judges], chat=cfg.prompts.format == "chat")
+    sources = [*cfg.reward.sources, *cfg.evaluation.judges]
+    reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
     records, heldout_records = check_inputs(cfg, policy)
+    try_functions(cfg.reward, sources, records[0], policy.tokenizer)
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
     if not resume:

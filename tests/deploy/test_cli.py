@@ -16,8 +16,9 @@ import deploy.evaluate
 import deploy.sample_pairs
 import deploy.train
 import deploy.train_reward
-from common.config import Config
+from common.config import Config, FunctionSourceConfig
 from common.config_files import describe, load_config
+from common.functions import load_function
 from common.import_path import find_users_modules
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 from deploy import signals
@@ -68,6 +69,12 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+def import_here(service, sources, record, tokenizer):
+    for source in sources:
+        if isinstance(source, FunctionSourceConfig):
+            load_function(source.function, f"reward source {source.name}")
+
+
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     """An empty current directory that reward functions are imported from, and no Ray."""
@@ -82,6 +89,8 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     for module in MODULES.values():
         monkeypatch.setattr(module, "cluster", no_ray)
+        # Without a process for each: what they refuse, and that they leave nothing here, is in test_source_checks.py.
+        monkeypatch.setattr(module, "try_functions", import_here, raising=False)
     return tmp_path
 
 

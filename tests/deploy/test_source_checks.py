@@ -1,0 +1,115 @@
+"""Reward functions are tried once before anything starts: which are refused, and which are only warned of."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from common.config import FunctionSourceConfig, SourcesConfig, UserError
+from common.models import load_tokenizer
+from common.prompt_records import PromptRecord
+from deploy.source_checks import MADE_UP, try_functions
+from tests.fakes import save_tiny_model
+
+RECORD = PromptRecord("ask a3", np.array([3, 4], dtype=np.int32), {"k": 1}, [{"role": "user", "content": "ask a3"}])
+FUNCTIONS = f"""
+import os, time
+from common.types import RewardInput
+
+
+def fine(answer: RewardInput) -> float:
+    assert (answer.prompt, answer.response, answer.fields) == ("ask a3", {MADE_UP!r}, {{"k": 1}})
+    assert list(answer.prompt_ids) == [3, 4]
+    assert len(answer.response_ids) == answer.response_tokens > 0
+    return 1
+
+
+async def awaited(answer): return 0.5
+def listed(answers: list[RewardInput]): return [{{"score": 1.0, "ok": True}} for _ in answers]
+def none(answer): return None
+def text(answer): return "0.5"
+def true(answer): return True
+def generator(answer): return (x for x in [1.0])
+def coroutine(answer): return awaited(answer)
+def too_few(answers: list[RewardInput]): return []
+def typo(answer): return answer.respnse
+def noargs(): return 1
+def splits(answer): return float(answer.response.split()[100])
+def not_a_number(answer): return float("nan")
+def exits(answer): raise SystemExit(3)
+def sleeps(answer): time.sleep(60)
+def ends(answer): print("no licence", flush=True); os._exit(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def tried(tmp_path, monkeypatch, tokenizer):
+    """Tries a function of FUNCTIONS."""
+    (tmp_path / "tried_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def attempt(name: str, **settings) -> None:
+        source = FunctionSourceConfig(name="s", function=f"tried_functions:{name}")
+        try_functions(SourcesConfig(sources=(source,), **settings), [source], RECORD, tokenizer)
+
+    return attempt
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_a_function_that_scores_passes_in_silence_and_leaves_nothing_here(tried, capfd, isolation):
+    for name in ("fine", "awaited", "listed"):
+        tried(name, isolation=isolation)
+    assert "tried_functions" not in sys.modules
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "returned None where a number is needed"),
+        ("text", r"returned '0\.5' \(str\) where a number is needed"),
+        ("true", r"returned True \(bool\) where a number is needed"),
+        ("generator", "returned a generator where a number is needed"),
+        ("coroutine", "declare the function itself with async def"),
+        ("too_few", "returned 0 scores for 1 answers"),
+        (
+            "typo",
+            "raised AttributeError: .*'respnse'.*; it has prompt, response, response_tokens, ",
+        ),
+        ("noargs", r"takes \(\), but is called with one RewardInput"),
+        ("nowhere", r"module tried_functions \(.*tried_functions\.py\) has no function nowhere"),
+        (
+            "ends",
+            r"it ended with exit code 3 \(its last words: no licence\); mend it, or set reward.isolation",
+        ),
+    ],
+)
+def test_a_function_that_can_give_no_score_is_refused(tried, name, message):
+    with pytest.raises(UserError, match=rf"reward source s \(tried_functions:{name}\).*{message}"):
+        tried(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("splits", {}, r"raised IndexError: list index out of range \(tried_functions.py, line \d+\)"),
+        ("not_a_number", {}, "returned nan"),
+        ("exits", {}, "raised SystemExit: 3"),
+        ("sleeps", {"call_timeout_s": 0.5}, r"took longer than call_timeout_s \(0.5 s\)"),
+        ("ends", {"isolation": "process"}, r"it ended with exit code 3 \(its last words: no licence\)"),
+    ],
+)
+def test_what_may_be_for_the_made_up_response_alone_is_a_warning(tried, capfd, name, settings, message):
+    tried(name, **settings)
+    warning = capfd.readouterr().err
+    assert warning.startswith(f"ratchet: warning: reward source s (tried_functions:{name}), tried on the first prompt")
+    assert re.search(message, warning)
+    assert warning.count("\n") == 1
