@@ -18,7 +18,7 @@ from common.recomputed_attention import Scores, barrier, recomputed_attention
 
 PACKED = "packed"
 # Models hand these to their attention, and nothing here depends on them.
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+_HARMLESS = ("position_ids", "cache_position", "use_cache", "output_")  # with all that begins so
 
 
 class AttentionError(ValueError):
@@ -79,7 +79,7 @@ def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]
     """What is not known must not be ignored: the result would be wrong without a word."""
     if not lengths:
         raise AttentionError("its layers do not tell their attention where each sequence of a packed row ends")
-    asked = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
+    asked = [name for name, value in others.items() if value is not None and not name.startswith(_HARMLESS)]
     if dropout:
         asked.append("dropout")
     if asked:

@@ -45,7 +45,7 @@ from common.model_files import (
 )
 from common.probe import alone, compare
 from common.remote_code import allow, trusted
-from common.rotary import original_length
+from common.rotary import original_length, use_own_lengths
 from common.saved_weights import as_saved
 from common.small_model import try_small
 
@@ -231,6 +231,7 @@ def load_policy(
         check_finite(model)
         _check_tied(model)
         model = model.to(device).eval()
+        use_own_lengths(model)
         expected = alone(model)
         if install is not None:
             install(model)

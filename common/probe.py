@@ -41,6 +41,8 @@ class Alone:
 @torch.no_grad()
 def alone(model: PreTrainedModel) -> Alone:
     """Call it before anything in the model is replaced: this is what replacements are compared with."""
+    if model.base_model is model:
+        raise UnsuitedModelError("its layers cannot be called without its output embedding")
     sequences = _sequences(model)
     states, logprobs = [], []
     usual = model.config._attn_implementation

@@ -25,6 +25,7 @@ from common.model_files import check_finite, check_finite_files, check_loaded, c
 from common.models import ModelSize, load_tokenizer, model_size, replaced_directory, write_weights
 from common.probe import UnsuitedModelError
 from common.remote_code import trusted
+from common.rotary import depends_on_length, use_own_lengths
 from common.sequences import LANES
 
 _KEY = "ratchet"
@@ -82,6 +83,7 @@ def load_reward_model(directory: Path, *, dtype: torch.dtype, device: torch.devi
         check_finite(model)
         model.score.float()
         model = model.to(device).eval()
+        use_own_lengths(model)
         check_company(model)
     return model
 
@@ -184,8 +186,11 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
 
     On CPU a row gets the same bits in any company if T is a multiple of LANES, as the number of head rows is here.
     """
-    mask = length_mask(lengths, input_ids.shape[1]).long()
-    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    mask, positions = length_mask(lengths, input_ids.shape[1]).long(), {}
+    if depends_on_length(model.config):  # padding at a row's last position, so that it makes no row longer
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = {"position_ids": places.minimum(lengths[:, None] - 1)}
+    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
     states = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
     fill = -len(lengths) % LANES
     return head_scores(model, nn.functional.pad(states, (0, 0, 0, fill)))[: len(lengths)]

@@ -15,44 +15,59 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.attention import PACKED
 from common.probe import UnsuitedModelError, alone, compare
+from common.rotary import use_own_lengths
 
-LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 96, 8, 64
+LAYERS, VOCABULARY, EXPERTS, WIDTH = 3, 96, 8, 64
 # Shorter than the probe's sequences, so that what happens beyond a window or an original length is seen.
 WINDOW = 5
 ORIGINAL_LENGTH = 12
 
 
-_LARGEST = 60_000_000  # parameters of a small model; a second or so
+_LARGEST = 120_000_000  # parameters of a small model: two seconds
 
 
 def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], object] | None = None) -> None:
     """Raises UnsuitedModelError if a small model of this kind is not computed as its own eager attention computes it.
 
     Says nothing of a kind that cannot be made small: the probe of the whole model then decides."""
-    try:
-        small = small_config(config)
-        with torch.device("meta"):
-            if sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters()) > _LARGEST:
-                return
-        with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=PACKED)
-        expected = alone(randomise(model.eval()))
-    except Exception as error:
-        if PACKED in str(error):  # a KeyError: its attention is no registered one
-            raise UnsuitedModelError("its attention is written out in its layers, where it cannot be packed") from error
+    for narrow in (True, False):
+        try:
+            model = random_model(small_config(config, narrow=narrow))
+            expected = None if model is None else alone(model)
+        except UnsuitedModelError:
+            raise
+        except Exception as error:
+            if PACKED in str(error):  # a KeyError: its attention is no registered one
+                raise UnsuitedModelError("its attention is its own and cannot be replaced") from error
+            continue  # sizes that depend on one another, or a model that does not even run by itself
+        if model is not None and expected is not None:
+            if install is not None:
+                install(model)
+            compare(model, expected)
         return
-    if install is not None:
-        install(model)
-    compare(model, expected)
 
 
-def small_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy with few layers, heads and experts, narrow feed-forward layers, a small vocabulary and short windows. Head
-    sizes, kinds of layers and all that is computed stay."""
+def random_model(config: PretrainedConfig) -> PreTrainedModel | None:
+    """In eval mode, with packed attention; None if it has too many parameters to be made in passing."""
+    with torch.device("meta"):
+        if sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) > _LARGEST:
+            return None
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=PACKED)
+    use_own_lengths(model)
+    return randomise(model.eval())
+
+
+def small_config(config: PretrainedConfig, *, narrow: bool = True) -> PretrainedConfig:
+    """A copy with few layers and experts, narrow feed-forward layers, a small vocabulary and short windows, and if
+    `narrow` with few heads. Head sizes, kinds of layers and all that is computed stay."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     for part in _parts(small):
-        _shrink(part, is_text=part is text)
+        _shrink(part)
+    _shorten_rope(text)
+    if narrow:
+        _keep_heads(text)
     return small
 
 
@@ -78,10 +93,11 @@ def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
     return [config, *(part for nested in inside for part in _parts(nested))]
 
 
-def _shrink(config: PretrainedConfig, *, is_text: bool) -> None:
+def _shrink(config: PretrainedConfig) -> None:
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > 0:
         _keep_layers(config, layers)
+    longest = getattr(config, "max_position_embeddings", None) or 0  # a window of that size is none
     for name, value in list(vars(config).items()):
         if type(value) is not int or value <= 0:
             continue
@@ -93,16 +109,14 @@ def _shrink(config: PretrainedConfig, *, is_text: bool) -> None:
             setattr(config, name, value % VOCABULARY)
         elif name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
             setattr(config, name, min(value, max(EXPERTS, 2 * (getattr(config, "n_group", None) or 1))))
-        elif name in ("sliding_window", "attention_chunk_size"):
+        elif name in ("sliding_window", "attention_chunk_size") and value < longest:
             setattr(config, name, min(value, WINDOW))
-    if not is_text:
-        return
+        elif name.startswith("index_") and ("topk" in name or "block_size" in name):
+            setattr(config, name, min(value, 2))  # attention to chosen tokens, which is full attention to few
     experts = [v for k, v in vars(config).items() if k in ("num_experts", "num_local_experts", "n_routed_experts")]
     chosen = getattr(config, "num_experts_per_tok", None)
     if experts and isinstance(chosen, int):
         config.num_experts_per_tok = min(chosen, max(1, min(e for e in experts if e) // 2))
-    _keep_heads(config)
-    _shorten_rope(config)
 
 
 def _keep_layers(config: PretrainedConfig, layers: int) -> None:
@@ -127,7 +141,10 @@ def _keep_heads(config: PretrainedConfig) -> None:
     shared = getattr(config, "num_key_value_heads", None) or heads
     fewer = gcd(heads, hidden) if shared == 1 else gcd(gcd(heads, shared), hidden)
     least = heads if shared == 1 else shared
-    factor = max((f for f in range(1, fewer + 1) if fewer % f == 0 and least // f >= 2), default=1)
+    factors = [f for f in range(1, fewer + 1) if fewer % f == 0]
+    factor = max((f for f in factors if least // f >= 2), default=1)
+    if factor == 1:
+        factor = max(factors)
     if (hidden // factor) % 2 or factor == 1:
         return
     config.hidden_size, config.num_attention_heads = hidden // factor, heads // factor
@@ -140,7 +157,7 @@ def _shorten_rope(config: PretrainedConfig) -> None:
     if not isinstance(rope, dict):
         return
     for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if one.get("rope_type") in ("longrope", "dynamic"):
+        if "original_max_position_embeddings" in one or one.get("rope_type") == "longrope":
             one["original_max_position_embeddings"] = ORIGINAL_LENGTH
-            if one["rope_type"] == "dynamic":
-                config.max_position_embeddings = ORIGINAL_LENGTH
+        if one.get("rope_type") == "dynamic":
+            config.max_position_embeddings = ORIGINAL_LENGTH
