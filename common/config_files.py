@@ -102,7 +102,7 @@ def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
     for directory in directories:
         if name and os.path.exists(path := os.path.join(directory, pattern)):
             return os.path.abspath(path)
-        if has_magic and glob.glob(pattern, root_dir=directory):
+        if has_magic and glob.glob(pattern, root_dir=directory, recursive=True):
             return os.path.join(glob.escape(os.path.abspath(directory)), pattern)
     return name
 

@@ -123,7 +123,7 @@ def train(cfg: Config, directory: Path, *, resume: bool, force: bool) -> None:
     run_training(cfg, directory, resume=resume, force=force)
 
 
-@app.command()
+@app.command(epilog=_epilog("train"))
 def submit(
     config: ConfigFile = "",
     settings: Settings = None,
@@ -178,7 +178,7 @@ def sample_pairs(cfg: PairSamplingConfig, directory: Path, *, resume: bool, forc
     run_pair_sampling(cfg, directory, resume=resume, force=force)
 
 
-@app.command()
+@app.command(epilog=_epilog("train"))
 def evaluate(
     config: Annotated[str, typer.Argument(help="The TOML file of a PPO run, such as RUN/config.toml.")],
     settings: Settings = None,

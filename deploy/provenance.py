@@ -59,7 +59,8 @@ def _git(directory: Path, *arguments: str) -> str | None:
     """What git prints; None if it cannot tell."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(directory), "--no-optional-locks", *arguments],
+            # A repository's own configuration could name a program as its file monitor.
+            ["git", "-C", str(directory), "--no-optional-locks", "-c", "core.fsmonitor=false", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_GIT_S,
