@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from common.sections import NonNegative as NonNegative
 from common.sections import Positive as Positive
+from common.sections import Processes as Processes
 from common.sections import Rate as Rate
 from common.sections import Seconds as Seconds
 from common.sections import Section as Section
@@ -82,10 +83,10 @@ class Placed(Section):
 class Replicated(Placed):
     """A role of which there may be several, each able to do the work of any other."""
 
-    min: Positive = 1
+    min: Processes = 1
     """Processes of this role that the run needs: it starts when so many are ready, and stops, to be gone on with, when
     fewer are for longer than short_s."""
-    max: Positive | None = None
+    max: Processes | None = None
     """As many as are wished for: the cluster gets them as far as it has room, now or when nodes join. `ratchet scale`
     changes the wish. Left out: min."""
     in_flight: Positive = 128
@@ -384,7 +385,7 @@ class TrainerConfig(Placed):
 
     cpus: Annotated[float, Field(ge=0)] = 1
     """CPU cores each rank reserves in Ray's bookkeeping."""
-    ranks: Positive = 1
+    ranks: Processes = 1
     """Processes that train in step, each on its share of every batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Matrix products in forward and backward; weights, losses and optimizer state are float32 either way."""

@@ -12,6 +12,8 @@ class UserError(Exception):
 
 
 Positive = Annotated[int, Field(ge=1)]
+MOST_PROCESSES = 10_000  # of one role; each is listed when a run is placed
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]

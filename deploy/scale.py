@@ -18,6 +18,7 @@ from rich.table import Table
 from actors.pool import Pool
 from common.config import UserError
 from common.files import write_json
+from common.sections import MOST_PROCESSES
 from deploy.console import Output
 from deploy.run_directory import is_owned
 
@@ -60,6 +61,8 @@ def scale(directory: Path, wishes: Mapping[str, int], *, timeout_s: float = 10) 
                 f"{number} {role} replicas are fewer than the run needs ({least}, its setting `min`); wish for {least} "
                 "or more, or stop the run and go on with another min"
             )
+        if number > MOST_PROCESSES:
+            raise UserError(f"{number} {role} replicas are more than a run may have ({MOST_PROCESSES}); wish for fewer")
     if wishes:
         write_json(directory / "scale.json", {**_read(directory / "scale.json"), **wishes})
     deadline = time.monotonic() + timeout_s

@@ -196,6 +196,9 @@ def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(m
         ("reward.sources.0.weight=nan", "reward.sources.0.weight = nan: input should be a finite number"),
         ("prompts={}", "prompts.train: required and missing"),
         ("num_steps=0", "num_steps = 0: input should be greater than or equal to 1"),
+        ("generators.min=1000000000", "generators.min = 1000000000: input should be less than or equal to 10000"),
+        ("reward.max=1000000000", "reward.max = 1000000000: input should be less than or equal to 10000"),
+        ("learner.ranks=1000000000", "learner.ranks = 1000000000: input should be less than or equal to 10000"),
     ],
 )
 def test_a_fault_is_told_with_the_key_as_the_file_has_it(minimal, override, message):

@@ -75,6 +75,7 @@ def test_a_wish_is_heard_and_fulfilled(tmp_path, capsys):
     [
         ({"Worker": 0}, "0 Worker replicas are fewer than the run needs"),
         ({"Generator": 2}, "the run has no Generator pool, only Worker"),
+        ({"Worker": 10_001}, "more than a run may have"),
     ],
 )
 def test_wishes_that_cannot_be_are_refused_and_not_written_down(tmp_path, wishes, message):
