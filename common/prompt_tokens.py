@@ -3,6 +3,7 @@ it. Runs anywhere."""
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class _TemplateClock:
         self._ticks, self._rendering = 0, True
         if not self._runs:
             self._runs = True
+            atexit.register(signal.setitimer, signal.ITIMER_VIRTUAL, 0)  # a tick after Python's end kills the process
             self._before = signal.signal(signal.SIGVTALRM, self._tick)
             signal.setitimer(signal.ITIMER_VIRTUAL, self.TICK_S, self.TICK_S)
 

@@ -11,7 +11,7 @@ from common.config import UserError
 from tests.fuzz.judge import Hang, WrongAnswer, limited, value_or_message
 from tests.fuzz.run import TARGETS, Fuzzer
 
-CASES = {"config": 1200, "preferences": 700, "models": 150}
+CASES = {"config": 1000, "prompts": 500, "preferences": 450, "models": 80}
 
 
 def test_at_least_two_thousand_cases_are_run():
