@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.config import PromptFormat, UserError
 from common.dialogues import as_messages
-from common.messages import Message, Text, checked_text, column, is_empty, settle_last_message
-from common.prompt_tokens import check_embedded, open_ended, rendered, rendered_ids, text_ids
+from common.messages import Message, checked_text, column, is_empty, settle_last_message
+from common.prompt_tokens import bare_ids, begun, check_embedded, open_ended, rendered
 from common.records import read_source
+
+_TOKENISED_AT_ONCE = 256
+_STRICT = json.JSONEncoder(allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -65,25 +68,36 @@ def load_records(
     """
     loaded: list[PromptRecord] = []
     counts, texts = PromptCounts(), set()
+
+    def finish(drafts: list[_Draft]) -> None:
+        for draft, ids in zip(drafts, _tokenised(drafts, tokenizer), strict=True):
+            prompt = _finished(draft, ids, cfg, tokenizer, vocabulary)
+            if (length := len(prompt.token_ids)) > max_tokens:
+                if cfg.overlong == "refuse":
+                    raise UserError(
+                        f"{draft.where}: the prompt has {length} tokens, more than prompts.max_tokens and the model's "
+                        f"context leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, lower "
+                        'sampling.max_new_tokens, or set prompts.overlong = "drop" or "cut_start"'
+                    )
+                if cfg.overlong == "drop":
+                    counts.overlong += 1
+                    continue
+                prompt = _without_first_tokens(prompt, tokenizer, max_tokens)
+                counts.cut += 1
+            loaded.append(prompt)
+            texts.add(prompt.text)
+        drafts.clear()
+
+    drafts: list[_Draft] = []
     for where, record in read_source(source, setting, seed=seed):
-        prompt = prompt_record(where, record, cfg, tokenizer, vocabulary=vocabulary)
-        if prompt is None:
+        draft = _draft(where, record, cfg, tokenizer)
+        if draft is None:
             counts.empty += 1
             continue
-        if (length := len(prompt.token_ids)) > max_tokens:
-            if cfg.overlong == "refuse":
-                raise UserError(
-                    f"{where}: the prompt has {length} tokens, more than prompts.max_tokens and the model's context "
-                    f"leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, lower "
-                    'sampling.max_new_tokens, or set prompts.overlong = "drop" or "cut_start"'
-                )
-            if cfg.overlong == "drop":
-                counts.overlong += 1
-                continue
-            prompt = _without_first_tokens(prompt, tokenizer, max_tokens)
-            counts.cut += 1
-        loaded.append(prompt)
-        texts.add(prompt.text)
+        drafts.append(draft)
+        if len(drafts) == _TOKENISED_AT_ONCE:
+            finish(drafts)
+    finish(drafts)
     counts.prompts, counts.repeated = len(loaded), len(loaded) - len(texts)
     if not loaded:
         why = f" ({counts})" if counts.notable else ""
@@ -102,37 +116,63 @@ def prompt_record(
     vocabulary: int | None = None,
 ) -> PromptRecord | None:
     """One record, tokenised and checked; None if the prompt is empty. Raises UserError that begins with `where`."""
+    draft = _draft(where, record, cfg, tokenizer)
+    if draft is None:
+        return None
+    [ids] = _tokenised([draft], tokenizer)
+    return _finished(draft, ids, cfg, tokenizer, vocabulary)
+
+
+class _Draft(NamedTuple):
+    """A prompt that is not tokenised yet."""
+
+    where: str
+    text: str
+    messages: list[Message] | None
+    fields: dict[str, Any]
+
+
+def _draft(where: str, record: dict[str, Any], cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> _Draft | None:
+    """None if the prompt is empty."""
     name = cfg.columns.prompt
     prompt = checked_text(where, name, column(where, record, name, cfg, key="prompt"), cfg)
     if is_empty(prompt):
         return None
-    messages = settle_last_message(where, as_messages(prompt, "user"), cfg) if cfg.format == "chat" else None
-    if messages == []:
+    fields = _journal_fields(where, {key: value for key, value in record.items() if key != name})
+    if isinstance(prompt, str) and cfg.format == "plain":
+        return _Draft(where, prompt, None, fields)
+    messages = settle_last_message(where, as_messages(prompt, "user"), cfg)
+    if not messages:
         return None
+    continues = messages[-1]["role"] == "assistant"
     try:
-        text, ids = _tokenised(prompt, messages, tokenizer)
+        text = rendered(tokenizer, messages, continue_final_message=continues, add_generation_prompt=not continues)
     except Exception as error:
-        what = "tokenizer" if messages is None else "tokenizer or its chat template"
-        raise UserError(f"{where}: the {what} refuses the prompt: {error}") from error
-    if not ids:
-        raise UserError(f"{where}: the prompt has no tokens; write something or remove the record")
-    text, ids = open_ended(where, tokenizer, text, ids, cfg)
-    check_embedded(where, ids, tokenizer, vocabulary)
-    fields = {key: value for key, value in record.items() if key != name}
-    return PromptRecord(text, np.asarray(ids, dtype=np.int32), _journal_fields(where, fields), messages)
+        raise UserError(f"{where}: the tokenizer's chat template refuses the prompt: {error}") from error
+    return _Draft(where, text, messages, fields)
 
 
-def _tokenised(
-    prompt: Text, messages: list[Message] | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[int]]:
-    if messages is None:
-        assert isinstance(prompt, str)
-        return prompt, text_ids(tokenizer, prompt)
-    if messages[-1]["role"] == "assistant":
-        text = rendered(tokenizer, messages, continue_final_message=True)
-    else:
-        text = rendered(tokenizer, messages, add_generation_prompt=True)
-    return text, rendered_ids(tokenizer, text)
+def _tokenised(drafts: list[_Draft], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Bare token ids of each. Raises UserError naming the first that has none."""
+    try:
+        found = bare_ids(tokenizer, [draft.text for draft in drafts])
+    except Exception as error:
+        if len(drafts) == 1:
+            raise UserError(f"{drafts[0].where}: the tokenizer refuses the prompt: {error}") from error
+        return [ids for draft in drafts for ids in _tokenised([draft], tokenizer)]
+    for draft, ids in zip(drafts, found, strict=True):
+        if not ids:
+            raise UserError(f"{draft.where}: the prompt has no tokens; write something or remove the record")
+    return found
+
+
+def _finished(
+    draft: _Draft, ids: list[int], cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None
+) -> PromptRecord:
+    ids = begun(tokenizer, draft.text, ids, chat=draft.messages is not None)
+    text, ids = open_ended(draft.where, tokenizer, draft.text, ids, cfg)
+    check_embedded(draft.where, ids, tokenizer, vocabulary)
+    return PromptRecord(text, np.asarray(ids, dtype=np.int32), draft.fields, draft.messages)
 
 
 def _without_first_tokens(prompt: PromptRecord, tokenizer: PreTrainedTokenizerBase, most: int) -> PromptRecord:
@@ -141,22 +181,21 @@ def _without_first_tokens(prompt: PromptRecord, tokenizer: PreTrainedTokenizerBa
     ids = prompt.token_ids
     begin = 1 if ids[0] == tokenizer.bos_token_id and most > 1 else 0
     ids = np.concatenate([ids[:begin], ids[len(ids) - most + begin :]])
-    said = (
-        ids if prompt.messages else ids[begin:]
-    )  # a chat template writes this token into the text, a tokenizer does not
+    # A chat template writes the first token into the text, a tokenizer does not.
+    said = ids if prompt.messages else ids[begin:]
     return PromptRecord(tokenizer.decode(said.tolist()), ids, prompt.fields, prompt.messages)
 
 
 def _journal_fields(where: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields as the journal and HTTP services get them: NaN, which JSON does not have, becomes None."""
     try:
-        json.dumps(fields, allow_nan=False)
+        _STRICT.encode(fields)
         return fields
     except (TypeError, ValueError):
         fields = {key: _without_nan(value) for key, value in fields.items()}
     for key, value in fields.items():
         try:
-            json.dumps(value, allow_nan=False)
+            _STRICT.encode(value)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{where}: `{key}` goes into the journal as JSON and cannot ({error}); write it as text, or leave it "

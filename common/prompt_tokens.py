@@ -70,14 +70,23 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **
 
 def rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of what a chat template wrote: it writes its own special tokens."""
-    return _one_bos(tokenizer, text, tokenizer(text, add_special_tokens=False)["input_ids"])
+    return begun(tokenizer, text, bare_ids(tokenizer, [text])[0], chat=True)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a plain text, with the tokens that the tokenizer puts before a text and without those that it puts
     behind one."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _one_bos(tokenizer, text, [*_added_before(tokenizer), *ids])
+    return begun(tokenizer, text, bare_ids(tokenizer, [text])[0], chat=False)
+
+
+def bare_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with nothing added. Many texts at once take half the time of one by one."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def begun(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], *, chat: bool) -> list[int]:
+    """The bare ids of a text, or of what a chat template wrote, as a sequence begins with them."""
+    return _one_bos(tokenizer, text, ids if chat else [*_added_before(tokenizer), *ids])
 
 
 def open_ended(
@@ -113,8 +122,10 @@ def check_embedded(where: str, ids: Sequence[int], tokenizer: PreTrainedTokenize
 def _one_bos(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
     """The ids without a second token that begins the sequence. Where the text has none, every token counts: some
     tokenizers have one token for BOS and for unknown words."""
+    if len(ids) < 2 or ids[0] != ids[1]:  # quick, and true of almost every text
+        return ids
     bos = tokenizer.bos_token_id
-    if bos is None or ids[:2] != [bos, bos] or not text.lstrip().startswith(tokenizer.bos_token):
+    if bos is None or ids[0] != bos or not text.lstrip().startswith(tokenizer.bos_token):
         return ids
     return ids[next((i for i, token in enumerate(ids) if token != bos), len(ids)) - 1 :]
 

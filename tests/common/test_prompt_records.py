@@ -159,7 +159,7 @@ def test_prompts_of_pairs_are_read_as_those_of_training(tmp_path, tokenizer):
     ("record", "format", "reason"),
     [
         ({"prompt": said("user", "is")}, "plain", 'set prompts.format = "chat"'),
-        ({"prompt": "is"}, "chat", "the tokenizer or its chat template refuses the prompt"),  # it has none
+        ({"prompt": "is"}, "chat", "the tokenizer's chat template refuses the prompt"),  # it has none
         ({"prompt": "is", "answer": {9}}, "plain", "`answer` goes into the journal as JSON and cannot"),
     ],
 )
@@ -182,7 +182,7 @@ def test_the_tokenizers_own_special_tokens_are_added_to_plain_text_but_not_to_a_
 
 def test_a_template_that_refuses_a_prompt_or_is_missing_names_the_line(tmp_path, tokenizer):
     text = '{"prompt": [{"role": "user", "content": "is"}]}'
-    reason = "line 1: the tokenizer or its chat template refuses the prompt"
+    reason = "line 1: the tokenizer's chat template refuses the prompt"
     assert reason in refusal(tmp_path, tokenizer, text, format="chat")
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     assert "no system role" in refusal(tmp_path, tokenizer, text, format="chat")

@@ -246,7 +246,7 @@ def test_the_configs_of_these_tests_are_accepted(accepted, configs, command):
         ("sampling.max_new_tokens=126", "model's context leave room for (2)"),  # of the context's 128
         ("sampling.max_new_tokens=128", "sampling.max_new_tokens (128) leaves no room for a prompt"),
         ("prompts.heldout=train.jsonl", "3 prompt(s) stand in both prompts.train and prompts.heldout, such as 'a1'"),
-        ("prompts.format=chat", "train.jsonl, line 1: the tokenizer or its chat template refuses the prompt"),
+        ("prompts.format=chat", "train.jsonl, line 1: the tokenizer's chat template refuses the prompt"),
         ("reward.sources.0.function=no_module:f", "reward source correct (no_module:f): module no_module cannot be"),
         ("reward.sources.0.function=json:no_function", "json/__init__.py) has no function no_function"),
         ("reward.sources.0.function=json.dumps", "reward source correct (json.dumps) must read module:function"),
