@@ -126,6 +126,12 @@ def test_chat_messages_go_through_the_template_in_order(tokenizer):
     assert chat(tokenizer, [], [*before, *said("assistant", "b2")]) == expected
 
 
+def test_a_response_goes_on_with_a_last_message_of_the_assistant(tokenizer):
+    begun = said("user", "a1", "assistant", "b1")
+    assert chat(tokenizer, begun, " b2") == chat(tokenizer, begun[:1], "b1 b2") == ids("ask a1 <end> b0 b1 b2 <end>")
+    assert begun == said("user", "a1", "assistant", "b1")  # the caller's
+
+
 def test_a_chat_prompt_written_as_in_hh_becomes_its_turns(tokenizer):
     expected = ids("ask a1 a2 <end> b0 b3 <end> ask a4 <end> b0 b5 <end>")
     prompt, _ = split_hh(HH)

@@ -1,11 +1,10 @@
 """Preference data: what is read, what is refused by line, what is cut, and the pairs in the Arrow file."""
 
-import gzip
-import json
+
+from random import Random
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from common import preferences
@@ -14,6 +13,7 @@ from common.models import load_tokenizer
 from common.preferences import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
 from common.reward_config import PreferencesConfig
 from tests.fakes import WORDS, save_tiny_model
+from tests.record_files import write
 
 # `ask` before what the user says, `b0` before what the assistant says, and the end token after each message.
 TEMPLATE = """{% for m in messages %}{{ {'system': 'a0', 'user': 'ask', 'assistant': 'b0'}[m.role] + ' ' }}
@@ -31,15 +31,6 @@ def tokenizer(directory):
     tokenizer = load_tokenizer(directory)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-def write(path, records):
-    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-    else:
-        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
-    return str(path)
 
 
 def tokenised(tmp_path, tokenizer, records, *, name="pairs.jsonl", **settings):
@@ -199,6 +190,61 @@ def test_margins_come_with_their_pairs(tmp_path, tokenizer):
     records = [record("ask", "b1", "b2", margin=m) for m in (0.75, -2, 0)] + [record("ask", "b1", "b2")]
     pairs, _ = tokenised(tmp_path, tokenizer, records)
     assert [pair.margin for pair in pairs] == [0.75, -2.0, 0.0, 0.0]
+
+
+FORMATS = ["p.jsonl.gz", "p.json", "p.csv", "p.parquet"]
+
+
+@pytest.mark.parametrize("format", ["plain", "chat"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_records_in_another_format_are_the_same_pairs(tmp_path, tokenizer, name, format):
+    random = Random(name)
+
+    def text():
+        return " ".join(random.choices(WORDS[3:], k=random.randint(1, 9)))
+
+    records = [record(text(), text(), text(), margin=random.random()) for _ in range(40)]
+    records += [record(text(), *[random.choice(["", text()])] * 2, margin=0.0) for _ in range(10)]
+    if format == "chat":
+        for found in records[:30]:
+            found["prompt"] = said("system", text(), "user", text())
+            found["chosen"], found["rejected"] = (said("assistant", text()) for _ in range(2))
+        if name == "p.parquet":  # a column has one type
+            records = records[:30]
+    expected, counts = tokenised(tmp_path, tokenizer, records, format=format)
+    found, others = tokenised(tmp_path, tokenizer, records, name=name, format=format)
+    assert (len(found), others) == (len(expected), counts)
+    assert (parts(found), [p.margin for p in found]) == (parts(expected), [p.margin for p in expected])
+    assert [found.prompt(i) for i in range(len(found))] == [expected.prompt(i) for i in range(len(found))]
+
+
+def test_columns_have_the_names_of_the_config(tmp_path, tokenizer):
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad", "margin": "by"}
+    records = [{"question": "ask", "good": "b1", "bad": "b2", "by": 0.5, "prompt": 7, "margin": "no"}]
+    pairs, _ = tokenised(tmp_path, tokenizer, records, columns=columns)
+    assert (parts(pairs), pairs.prompt(0), pairs[0].margin) == ([("ask", "b1 <end>", "b2 <end>")], "ask", 0.5)
+    message = refusal(tmp_path, tokenizer, [record("ask", "b1", "b2")], columns=columns)
+    assert (
+        "the column `good` does not exist; the record has `prompt`, `chosen`, `rejected`; fix the record, or" in message
+    )
+    assert message.endswith("set data.columns.chosen")
+
+
+def test_pairs_of_a_function_are_read_as_those_of_a_file(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "made_pairs.py").write_text("def some(seed): yield {'chosen': f'b{seed}', 'rejected': 'b2'}")
+    monkeypatch.syspath_prepend(tmp_path)
+    source, target = "made_pairs:some", tmp_path / "pairs.arrow"
+    assert tokenise_pairs(source, PreferencesConfig(train=source), tokenizer, target, seed=7).pairs == 1
+    assert parts(Pairs(target)) == [("", "b7 <end>", "b2 <end>")]
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_treated_as_those_of_training(tmp_path, tokenizer):
+    records = [record(said("user", "a1", "assistant", "b1"), " b2", " b3")]
+    assert 'data.last_assistant = "remove"' in refusal(tmp_path, tokenizer, records, format="chat")
+    pairs, _ = tokenised(tmp_path, tokenizer, records, format="chat", last_assistant="remove")
+    assert parts(pairs) == [("ask a1 <end> b0", "b2 <end>", "b3 <end>")]
+    pairs, _ = tokenised(tmp_path, tokenizer, records, format="chat", last_assistant="continue")
+    assert parts(pairs) == [("ask a1 <end> b0 b1", "b2 <end>", "b3 <end>")]
 
 
 # What is dropped and what is cut

@@ -1,6 +1,7 @@
 """Prompts from records: what is read, counted, cut and refused before a run starts."""
 
 import json
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from common.config import PromptFormat, PromptsConfig, UserError
 from common.prompt_records import PromptCounts, load_records, prompt_record
 from common.prompts import PromptStream, heldout_prompts
 from common.reward_config import PairPromptsConfig
+from tests.record_files import write
 
 WORDS = ["<unk>", "<end>", "which", "is", "larger", "7", "9", "user", ":", "<s>", "assistant"]  # ids 0, 1, 2, ...
 ROLES = "{% for m in messages %}{{ m.role + ' : ' + m.content + ' ' }}{% endfor %}"
@@ -186,6 +188,23 @@ def test_a_template_that_refuses_a_prompt_or_is_missing_names_the_line(tmp_path,
     assert reason in refusal(tmp_path, tokenizer, text, format="chat")
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     assert "no system role" in refusal(tmp_path, tokenizer, text, format="chat")
+
+
+@pytest.mark.parametrize("format", ["plain", "chat"])
+@pytest.mark.parametrize("name", ["p.jsonl.gz", "p.json", "p.csv", "p.parquet"])
+def test_the_same_records_in_another_format_are_the_same_prompts(tmp_path, tokenizer, name, format):
+    tokenizer.chat_template = ROLES
+    random = Random(name)
+
+    def text():
+        return " ".join(random.choices(WORDS[2:9], k=random.randint(1, 9)))
+
+    prompts = [said("system", text(), "user", text()) if format == "chat" else text() for _ in range(50)]
+    rows = [{"prompt": prompt, "answer": text(), "n": "7"} for prompt in prompts]
+    expected, cfg = load(tmp_path, tokenizer, rows, format=format), PromptsConfig(train="", format=format)
+    found = load_records(write(tmp_path / name, rows), cfg, tokenizer, seed=0, max_tokens=100)
+    assert [(r.text, r.messages, r.fields) for r in found] == [(r.text, r.messages, r.fields) for r in expected]
+    assert [r.token_ids.tolist() for r in found] == [r.token_ids.tolist() for r in expected]
 
 
 # The beginning and the end of a prompt

@@ -1,6 +1,5 @@
 """Records from files of every format and from functions: the same ones from each, and broken ones by line."""
 
-import csv
 import gzip
 import hashlib
 import json
@@ -14,30 +13,11 @@ import pytest
 from common import records
 from common.config import UserError
 from common.records import is_function, matching_files, read_source
+from tests.record_files import write
 
 
 def raw_records(source):
     return read_source(str(source), "data.train", seed=3)
-
-
-def write(path, rows):
-    """The rows as a file of the format that its name says."""
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith(".parquet"):
-        pq.write_table(pa.Table.from_pylist(rows), path)
-        return str(path)
-    if name.endswith(".csv"):
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
-        text = path.read_bytes()
-    elif name.endswith(".json"):
-        text = json.dumps(rows, indent=1).encode()
-    else:
-        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
-    return str(path)
 
 
 GOOD = '{"prompt": "ask", "chosen": "b1", "rejected": "b2"}\n'

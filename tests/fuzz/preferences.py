@@ -44,6 +44,8 @@ def case(rng: Random, shared: Any, scratch: Path) -> None:
         format="chat" if chat else "plain",
         max_tokens=rng.choice([20, MAX_TOKENS]),
         overlong=rng.choice(["drop", "cut_start", "cut_end"]),
+        last_assistant=rng.choice(["refuse", "remove", "continue"]),
+        last_end_token=rng.choice(["refuse", "remove", "keep"]),
     )
     target = scratch / "pairs.arrow"
     found = value_or_message(

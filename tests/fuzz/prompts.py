@@ -43,7 +43,13 @@ def prepare(directory: Path) -> Any:
 def case(rng: Random, shared: Any, scratch: Path) -> None:
     chat = rng.random() < 0.5
     path = write_records(rng, CHAT if chat else PLAIN, scratch)
-    cfg = PromptsConfig(train=str(path), format="chat" if chat else "plain")
+    cfg = PromptsConfig(
+        train=str(path),
+        format="chat" if chat else "plain",
+        overlong=rng.choice(["refuse", "drop", "cut_start"]),
+        last_assistant=rng.choice(["refuse", "remove", "continue"]),
+        last_end_token=rng.choice(["refuse", "remove", "keep"]),
+    )
     found = value_or_message(lambda: load_records(str(path), cfg, shared, seed=0, max_tokens=MAX_TOKENS), scratch)
     if isinstance(found, str):
         return
