@@ -1,6 +1,5 @@
 """Preference data: what is read, what is refused by line, what is cut, and the pairs in the Arrow file."""
 
-
 from random import Random
 
 import numpy as np
