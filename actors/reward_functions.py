@@ -10,24 +10,35 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.function_source import FunctionSource
 from actors.http_reward import HttpSource
+from actors.judge import JudgeSource
 from actors.reward_model import RewardModelSource
 from common import meters
-from common.config import FunctionSourceConfig, HttpSourceConfig, ModelSourceConfig, RewardSource, SourcesConfig
+from common.config import (
+    FunctionSourceConfig,
+    HttpSourceConfig,
+    JudgeSourceConfig,
+    ModelSourceConfig,
+    RewardSource,
+    SourcesConfig,
+)
 from common.models import load_tokenizer, resolve_model
 from common.plain_text import one_line
+from common.secrets import Secrets
 from common.types import Raw, RewardInput, Rollout, Score, ScoringError, Void
 from common.user_code import LARGEST, UserCodeError
 
 Source = Callable[[RewardInput], Awaitable[Raw]]
 
 
-def make_source(cfg: RewardSource, service: SourcesConfig) -> Source:
+def make_source(cfg: RewardSource, service: SourcesConfig, secrets: Secrets | None = None) -> Source:
     """One reward source as an async function."""
     match cfg:
         case ModelSourceConfig():
             return RewardModelSource(cfg, gpus=service.gpus)
         case HttpSourceConfig():
-            return HttpSource(cfg)
+            return HttpSource(cfg, secrets)
+        case JudgeSourceConfig():
+            return JudgeSource(cfg, secrets)
         case FunctionSourceConfig():
             return FunctionSource(cfg, service)
     raise TypeError(f"no reward source is configured by {type(cfg).__name__}")
@@ -43,13 +54,14 @@ class Reward:
         *,
         model: str | PreTrainedTokenizerBase,
         judges: Sequence[RewardSource] = (),
+        secrets: Secrets | None = None,
     ) -> None:
         torch.set_num_threads(cfg.threads)
         self._name = name
         self._limit_s = cfg.answer_limit_s
         self._tokenizer = load_tokenizer(resolve_model(model)) if isinstance(model, str) else model
-        self._sources = [(source, make_source(source, cfg)) for source in cfg.sources]
-        self._judges = [(judge, make_source(judge, cfg)) for judge in judges]
+        self._sources = [(source, make_source(source, cfg, secrets)) for source in cfg.sources]
+        self._judges = [(judge, make_source(judge, cfg, secrets)) for judge in judges]
         meters.count("ratchet_scored_rollouts_total", 0)
         for source in (*cfg.sources, *judges):
             meters.count("ratchet_reward_voids_total", 0, source=source.name)

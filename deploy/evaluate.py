@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from actors.reward_functions import Reward
 from actors.services import ReferencePool, RewardPool
 from common.config import Config, UserError
 from common.files import write_json
@@ -63,7 +62,7 @@ async def _evaluate(cfg: Config, policy: PolicyFiles, prompts: list[Prompt]) -> 
     start = Starter(cfg.ray, on_event=lambda event: None)
     generators, rewards, references = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-        start.pool(Reward, cfg.reward, cfg.reward, model=policy.path, judges=cfg.evaluation.judges),
+        start.rewards(cfg.reward, model=policy.path, judges=cfg.evaluation.judges),
         start.references(cfg),
     )
     return await evaluate(

@@ -20,6 +20,7 @@ from actors.membership import OnEvent
 from actors.pool import Pool
 from actors.ray_host import start_pool
 from actors.reference_policy import ReferencePolicy
+from actors.reward_functions import Reward
 from actors.services import GeneratorPool
 from common.config import (
     Config,
@@ -27,7 +28,9 @@ from common.config import (
     PromptFormat,
     RayConfig,
     Replicated,
+    RewardSource,
     SamplingConfig,
+    SourcesConfig,
     UserError,
 )
 from common.models import (
@@ -41,6 +44,7 @@ from common.models import (
 )
 from common.prompt_records import PromptRecord, load_records
 from common.reward_models import is_reward_model
+from common.secrets import read_secrets
 from learner.kernels import install
 
 
@@ -145,6 +149,11 @@ class Starter:
             updates=cfg.updates,
         )
         return GeneratorPool(pool, response_tokens=sampling.max_new_tokens)
+
+    async def rewards(self, cfg: SourcesConfig, *, model: str, judges: Sequence[RewardSource] = ()) -> Pool:
+        """Sources, and judges that count nothing, for responses of this model."""
+        secrets = read_secrets([*cfg.sources, *judges])
+        return await self.pool(Reward, cfg, cfg, model=model, judges=judges, secrets=secrets)
 
     async def references(self, cfg: Config) -> Pool:
         """Of the model that PPO starts from."""

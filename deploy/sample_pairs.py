@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.progress import Progress as ProgressBar
 
-from actors.reward_functions import Reward
 from actors.services import RewardPool
 from common.config import UserError
 from common.files import write_json, write_whole
@@ -89,7 +88,7 @@ async def _sample(
     start = Starter(cfg.ray, on_event=Screen(directory).pool)
     generators, labellers = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-        start.pool(Reward, cfg.labeller, cfg.labeller, model=policy.path),
+        start.rewards(cfg.labeller, model=policy.path),
     )
     score = RewardPool(labellers).score
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)

@@ -12,13 +12,22 @@ from typing import IO
 from transformers import PreTrainedTokenizerBase
 
 from actors.function_processes import Worker, WorkerDiedError
-from common.config import FunctionSourceConfig, ModelSourceConfig, RewardSource, SourcesConfig, UserError
+from actors.judge import check_template
+from common.config import (
+    FunctionSourceConfig,
+    JudgeSourceConfig,
+    ModelSourceConfig,
+    RewardSource,
+    SourcesConfig,
+    UserError,
+)
 from common.functions import explain_import
 from common.models import ModelSize, resolve_model
 from common.plain_text import one_line
 from common.prompt_records import PromptRecord
 from common.reward_input import RewardInput
 from common.reward_models import read_scale, reward_model_size
+from common.secrets import read_secrets
 from common.user_code import Outcome, UserCodeError
 from deploy.console import complain
 
@@ -31,7 +40,9 @@ _NO_SUCH_FIELD = "raised AttributeError: 'RewardInput' object has no attribute "
 
 def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[ModelSize]:
     """The sizes of the reward models among them. Raises UserError for a model that is not there, or that reads text
-    where the prompts are chat messages (`chat`)."""
+    where the prompts are chat messages (`chat`), and for a service whose key is not in the environment."""
+    sources = list(sources)
+    read_secrets(sources)
     sizes = []
     for source in sources:
         if isinstance(source, ModelSourceConfig):
@@ -67,6 +78,8 @@ def try_functions(
     for source in sources:
         if isinstance(source, FunctionSourceConfig):
             _try_function(source, service, answer)
+        elif isinstance(source, JudgeSourceConfig):
+            check_template(source, record.fields)
 
 
 def import_functions(service: SourcesConfig, sources: Iterable[RewardSource]) -> None:

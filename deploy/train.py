@@ -17,7 +17,6 @@ from typing import Any
 
 from actors.hosting import actor
 from actors.membership import PoolEvent
-from actors.reward_functions import Reward
 from actors.services import ReferencePool, RewardPool
 from common.config import Config, ModelSourceConfig, UserError
 from common.files import write_json
@@ -138,7 +137,7 @@ async def _train(
         ending.callback(start.stop)
         generators, rewards, reference, _ = await asyncio.gather(
             start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-            start.pool(Reward, cfg.reward, cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
+            start.rewards(cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
             start_reference(),
             learner.start(cfg.ray.startup_timeout_s),
         )

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
+import json
+import pickle
+import zlib
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 from aiohttp import web
 
-from actors.http_reward import HttpSource, HttpSourceError
-from common.config import HttpSourceConfig
+from actors.http_reward import HttpSource
+from actors.http_service import HttpSourceError, retry_after
+from common.config import HttpSourceConfig, UserError
+from common.secrets import read_secrets
 from common.types import Raw, RewardInput
 
 ANSWER = RewardInput("question", "yes", 2, "stop", {"expected": "yes"})
@@ -38,8 +47,7 @@ def source(*urls: str, **settings) -> HttpSource:
 
 async def close(*sources: HttpSource) -> None:
     for each in sources:
-        if each._session is not None:
-            await each._session.close()
+        await each.close()
 
 
 def test_the_answer_travels_as_json_and_the_score_comes_back_with_the_address():
@@ -114,11 +122,11 @@ def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_agai
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (web.Response(status=500), "500"),
+        (web.Response(status=500, text="KeyError: 'x'"), "HTTP 500: KeyError: 'x'"),
         (web.Response(text="not json", content_type="application/json"), "JSONDecodeError"),
-        (web.json_response({"points": 1}), "KeyError"),
-        (web.json_response({"score": "high"}), "ValueError"),
-        (None, "TimeoutError"),
+        (web.json_response({"points": 1}), "the answer has no 'score'; its keys are 'points'"),
+        (web.json_response({"score": "high"}), "must hold a number, not 'high'"),
+        (None, "no whole answer within request_timeout_s"),
     ],
 )
 def test_a_source_that_stays_broken_raises_with_its_last_failure(answer, message):
@@ -170,3 +178,292 @@ def test_requests_are_bounded_and_spread_over_the_addresses():
         return peak
 
     assert asyncio.run(scenario()) == {"a": 3, "b": 3}
+
+
+# What a hostile or broken service can do
+
+
+def ask_once(handler, **settings) -> tuple[Raw | str, str]:
+    """What comes of one question to the handler, and its address."""
+
+    async def scenario():
+        async with service(handler) as url:
+            judge = source(url, **{"retries": 0, **settings})
+            try:
+                return await judge(ANSWER), url
+            except HttpSourceError as error:
+                return str(error), url
+            finally:
+                await close(judge)
+
+    return asyncio.run(scenario())
+
+
+def answers(**answer):
+    async def handler(request):
+        return web.json_response(answer)
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"score": "0.7"}, "\"score\" must hold a number, not '0.7'"),
+        ({"score": True}, '"score" must hold a number, not True'),
+        ({"score": None}, '"score" must hold a number, not None'),
+        ({"score": [1]}, '"score" must hold a number, not [1]'),
+        ({"score": 10**40}, '"score" must hold a number that float32 holds, not 1000'),
+        ({"score": float("nan")}, '"score" must hold a number that float32 holds, not nan'),
+        ({"score": 1, "model": "\ud800"}, '"model" must be printable text of at most 200 characters'),
+        ({"score": 1, "model": "x" * 201}, '"model" must be printable text of at most 200 characters'),
+        ({"score": 1, "model": "a\x1b[2Jb"}, '"model" must be printable text of at most 200 characters'),
+        ({"score": 1, "model": ["grader"]}, '"model" must be printable text of at most 200 characters'),
+    ],
+)
+def test_only_numbers_are_scores_and_only_short_text_names_a_model(answer, message):
+    found, _ = ask_once(answers(**answer))
+    assert message in found
+
+
+@pytest.mark.parametrize("packed", [None, "gzip", "deflate"])
+def test_an_answer_beyond_the_limit_is_not_read_whole_packed_or_not(packed):
+    sent = []
+
+    async def handler(request):
+        headers = {} if packed is None else {"Content-Encoding": packed}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        packer = zlib.compressobj(wbits=31 if packed == "gzip" else 15) if packed else None
+        try:
+            for _ in range(200):  # 200 MiB of spaces
+                part = b" " * (1 << 20)
+                await response.write(
+                    part if packer is None else packer.compress(part) + packer.flush(zlib.Z_SYNC_FLUSH)
+                )
+                sent.append(1)
+        except ConnectionError:
+            pass
+        return response
+
+    found, _ = ask_once(handler, max_answer_kib=64)
+    assert "the answer is longer than max_answer_kib (64)" in found
+    assert packed or len(sent) < 100  # it hung up; a packed answer of that length is too short to tell
+
+
+def test_a_packed_answer_within_the_limit_is_read():
+    async def handler(request):
+        body = gzip.compress(json.dumps({"score": 0.5}).encode())
+        return web.Response(body=body, headers={"Content-Encoding": "gzip"}, content_type="application/json")
+
+    assert ask_once(handler)[0].score == 0.5
+
+
+def test_an_answer_that_comes_too_slowly_is_given_up():
+    async def handler(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                await response.write(b" ")
+                await asyncio.sleep(0.05)
+        return response
+
+    assert "no whole answer within request_timeout_s (0.5 s)" in ask_once(handler, request_timeout_s=0.5)[0]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_followed_only_if_asked_for_and_take_no_headers_elsewhere(monkeypatch, status):
+    async def scenario():
+        seen = []
+
+        async def elsewhere(request):
+            seen.append((request.method, (await request.json())["response"], request.headers.get("X-Tenant")))
+            return web.json_response({"score": 1})
+
+        async with service(elsewhere) as target:
+
+            async def redirects(request):
+                return web.Response(status=status, headers={"Location": f"{target}?secret=1"})
+
+            async with service(redirects) as url:
+                settings = {"retries": 2, "headers": {"X-Tenant": "ours"}}
+                strict, lenient = source(url, **settings), source(url, follow_redirects=True, **settings)
+                with pytest.raises(HttpSourceError) as caught:
+                    await strict(ANSWER)
+                assert seen == []
+                found = await lenient(ANSWER)
+                await close(strict, lenient)
+        return str(caught.value), found, seen, url, target
+
+    message, found, seen, url, target = asyncio.run(scenario())
+    assert message == (
+        f"gave up after 1 try at {url}: HTTP {status}, a redirect to {target}; name that address, or set "
+        "follow_redirects = true"
+    )
+    assert seen == [("POST", "yes", None)]
+    assert found == Raw(1.0, f"{url}, redirected to {target}")
+
+
+def test_redirects_in_a_circle_end():
+    async def handler(request):
+        return web.Response(status=307, headers={"Location": "/score"})
+
+    assert "more than 5 redirects" in ask_once(handler, follow_redirects=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "tries"), [(400, 1), (401, 1), (404, 1), (422, 1), (408, 3), (425, 3), (429, 3), (503, 3)]
+)
+def test_what_is_refused_for_good_is_not_tried_again(status, tries):
+    seen = []
+
+    async def handler(request):
+        seen.append(1)
+        return web.Response(status=status, text="no such \x1b[2J model\n\n" + "x" * 1000)
+
+    found, _ = ask_once(handler, retries=2)
+    assert len(seen) == tries
+    assert f"HTTP {status}: no such \\x1b[2J model xxx" in found
+    assert len(found) < 400
+
+
+def test_an_address_that_refuses_for_good_is_left_for_another():
+    async def scenario():
+        async def missing(request):
+            return web.Response(status=404)
+
+        async def working(request):
+            return web.json_response({"score": 1})
+
+        async with service(missing) as one, service(working) as other:
+            judge = source(one, other, retries=1)
+            found = await judge(ANSWER)
+            await close(judge)
+        return found == Raw(1.0, other)
+
+    assert asyncio.run(scenario())
+
+
+def test_retry_after_lengthens_the_pause_and_a_long_one_gives_up(monkeypatch):
+    pauses, real = [], asyncio.sleep
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr("actors.http_service.asyncio.sleep", sleep)
+    waits = iter(["7", "0", "86400"])
+
+    async def handler(request):
+        return web.Response(status=429, headers={"Retry-After": next(waits)})
+
+    found, _ = ask_once(handler, retries=9, backoff_s=0.25)
+    assert pauses == [7.0, 0.5]
+    assert "gave up after 3 tries; the last one at" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("12", 12), ("", 0), ("soon", 0), ("-5", 0), ("Fri, 01 Jan 1999 00:00:00 GMT", 0)]
+)
+def test_retry_after_is_read_in_both_forms(text, seconds):
+    assert retry_after(text) == seconds
+
+
+def test_retry_after_may_be_a_date():
+    assert 3000 < retry_after(format_datetime(datetime.now(UTC) + timedelta(hours=1))) < 3700
+
+
+# Headers and keys
+
+
+def test_keys_come_from_the_environment_and_are_in_no_message(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "s3cret-value")
+    seen = []
+
+    async def handler(request):
+        seen.append((request.headers["Authorization"], request.headers["X-Tenant"]))
+        return web.Response(status=401, text="wrong key s3cret-value")
+
+    async def scenario():
+        async with service(handler) as url:
+            headers = {"Authorization": "Bearer env:JUDGE_KEY", "X-Tenant": "ours"}
+            cfg = HttpSourceConfig(name="judge", urls=[url], headers=headers)
+            secrets = read_secrets([cfg])
+            assert "s3cret" not in repr(secrets) + repr(cfg)
+            judge = HttpSource(cfg, pickle.loads(pickle.dumps(secrets)))
+            with pytest.raises(HttpSourceError) as caught:
+                await judge(ANSWER)
+            await close(judge)
+        return str(caught.value)
+
+    message = asyncio.run(scenario())
+    assert seen == [("Bearer s3cret-value", "ours")]
+    assert message.endswith("HTTP 401: wrong key [JUDGE_KEY]")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("", "is not set here; export it"), ("a\nb", "characters that no header")]
+)
+def test_a_key_that_is_missing_or_no_header_is_refused_before_anything_starts(monkeypatch, value, message):
+    monkeypatch.setenv("JUDGE_KEY", value)
+    cfg = HttpSourceConfig(name="judge", urls=["http://h"], headers={"X-Api-Key": "env:JUDGE_KEY"})
+    with pytest.raises(UserError, match=rf"reward source judge: headers.X-Api-Key.*JUDGE_KEY.*{message}"):
+        read_secrets([cfg])
+
+
+# Several answers a request
+
+
+def test_several_answers_go_in_one_request_and_scores_come_back_in_order():
+    async def scenario():
+        sizes = []
+
+        async def handler(request):
+            answers = (await request.json())["answers"]
+            sizes.append(len(answers))
+            await asyncio.sleep(0.05)
+            return web.json_response({"scores": [int(answer["prompt"]) for answer in answers], "model": "g"})
+
+        async with service(handler) as url:
+            judge = source(url, batch=4, concurrency=1)
+            found = await asyncio.gather(*(judge(replace(ANSWER, prompt=str(n))) for n in range(10)))
+            found.append(await judge(replace(ANSWER, prompt="10")))
+            await close(judge)
+        return found, sizes, url
+
+    found, sizes, url = asyncio.run(scenario())
+    assert found == [Raw(float(n), f"g at {url}") for n in range(11)]
+    assert sizes == [4, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"scores": [1.0, 2.0]}, '"scores" must be a list of 1 numbers, not 2 of them'),
+        ({"scores": 1.0}, '"scores" must be a list of 1 numbers, not a float'),
+        ({"scores": ["1"]}, "\"scores\" must hold a number, not '1'"),
+        ({"score": 1.0}, "the answer has no 'scores'; its keys are 'score'"),
+    ],
+)
+def test_scores_of_another_form_are_a_failure(answer, message):
+    assert message in ask_once(answers(**answer), batch=3)[0]
+
+
+def test_token_ids_and_raw_text_are_sent_if_asked_for():
+    seen = []
+
+    async def handler(request):
+        seen.append(await request.json())
+        return web.json_response({"score": 1})
+
+    answer = replace(ANSWER, prompt_ids=[1, 2], response_ids=[3], raw_response="yes</s>")
+
+    async def scenario():
+        async with service(handler) as url:
+            judge = source(url, send_tokens=True)
+            await judge(answer)
+            await close(judge)
+
+    asyncio.run(scenario())
+    assert (seen[0]["prompt_ids"], seen[0]["response_ids"], seen[0]["raw_response"]) == ([1, 2], [3], "yes</s>")
