@@ -98,7 +98,9 @@ class HttpService:
     async def _post(self, url: str, payload: Mapping[str, Any]) -> tuple[Any, str]:
         if self._session is None:  # made on the loop that uses it
             self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=self._cfg.request_timeout_s), auto_decompress=False
+                timeout=aiohttp.ClientTimeout(total=self._cfg.request_timeout_s),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
             )
         target, where = URL(url), shown(url)
         async with asyncio.timeout(self._cfg.request_timeout_s):  # redirects together

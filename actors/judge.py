@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from actors.http_reward import entry, model_name, number
@@ -86,12 +87,12 @@ def fill(template: str, answer: RewardInput) -> str:
     return _PLACE.sub(value, template)
 
 
-def check_template(cfg: JudgeSourceConfig, fields: object) -> None:
+def check_template(cfg: JudgeSourceConfig, fields: Mapping[str, Any]) -> None:
     """Raises UserError for a place of the template that the first prompt has no field for."""
     for text in filter(None, (cfg.template, cfg.system)):
         for place in _PLACE.finditer(text):
-            if place[2] is not None and (not isinstance(fields, dict) or place[2] not in fields):
+            if place[2] is not None and place[2] not in fields:
                 raise UserError(
-                    f"reward source {cfg.name}: the template names {{fields.{place[2]}}}, but the first prompt's record "
-                    f"has {', '.join(fields) if isinstance(fields, dict) and fields else 'no fields'}; correct the name"
+                    f"reward source {cfg.name}: the template names {{fields.{place[2]}}}, but the first prompt's "
+                    f"record has {', '.join(fields) or 'no fields'}; correct the name"
                 )

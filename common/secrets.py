@@ -28,8 +28,8 @@ def read_secrets(sources: Iterable[RewardSource]) -> dict[str, SecretStr]:
             secret, setting = os.environ.get(named["name"], ""), f"reward source {source.name}: headers.{header}"
             if not secret:
                 raise UserError(
-                    f"{setting} is read from the environment variable {named['name']}, which is not set here; export it "
-                    "in the shell that starts the run (of a submitted run: before `ray start` on the head node)"
+                    f"{setting} is read from the environment variable {named['name']}, which is not set here; export "
+                    "it in the shell that starts the run (of a submitted run: before `ray start` on the head node)"
                 )
             if not (secret.isascii() and secret.isprintable()):
                 raise UserError(

@@ -120,7 +120,7 @@ class JudgeSourceConfig(ServiceConfig):
     """The system message, with the same places to fill. Left out: none."""
     score_range: tuple[float, float]
     """Lowest and highest score that counts; another is a failure."""
-    score_pattern: str = r"[Ss]core\W{0,5}(-?\d{1,9}(?:\.\d{1,9})?)"
+    score_pattern: str = r"[Ss]core[^\w-]{0,5}(-?\d{1,9}(?:\.\d{1,9})?)"
     """Regular expression whose first group is the score; its last match in the judge's text counts."""
     score_field: str | None = None
     """Read the judge's text as a JSON object, and the score from this field. Left out: by score_pattern."""

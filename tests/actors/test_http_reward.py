@@ -359,7 +359,7 @@ def test_retry_after_lengthens_the_pause_and_a_long_one_gives_up(monkeypatch):
         return web.Response(status=429, headers={"Retry-After": next(waits)})
 
     found, _ = ask_once(handler, retries=9, backoff_s=0.25)
-    assert pauses == [7.0, 0.5]
+    assert [pause for pause in pauses if pause] == [7.0, 0.5]  # aiohttp's server sleeps for 0 s
     assert "gave up after 3 tries; the last one at" in found
 
 
@@ -402,9 +402,7 @@ def test_keys_come_from_the_environment_and_are_in_no_message(monkeypatch):
     assert message.endswith("HTTP 401: wrong key [JUDGE_KEY]")
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [("", "is not set here; export it"), ("a\nb", "characters that no header")]
-)
+@pytest.mark.parametrize(("value", "message"), [("", "is not set here; export"), ("a\nb", "that no header")])
 def test_a_key_that_is_missing_or_no_header_is_refused_before_anything_starts(monkeypatch, value, message):
     monkeypatch.setenv("JUDGE_KEY", value)
     cfg = HttpSourceConfig(name="judge", urls=["http://h"], headers={"X-Api-Key": "env:JUDGE_KEY"})
