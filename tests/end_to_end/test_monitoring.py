@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.util.state import list_actors
 
 from actors.membership import STATES
@@ -66,7 +67,10 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(tmp_path, monke
         def look(self: Progress, record: dict[str, Any], *rest: Any) -> None:
             shown(self, record, *rest)
             if record["step"] + 1 == cfg.num_steps:  # the run waits meanwhile
-                labels_shown.update((actor.class_name, actor.repr_name) for actor in list_actors(detail=True))
+                labels_shown.update(
+                    (actor.class_name, actor.repr_name)
+                    for actor in list_actors(address=ray.get_runtime_context().gcs_address, detail=True)
+                )
                 listed = directory / "prometheus-ray.json"
                 assert wait_for(listed.exists), f"{os.readlink(listed)} is not there"  # Ray writes it a little later
                 vllms = {"ray_vllm_generation_tokens_total", "ray_vllm_e2e_request_latency_seconds_count"}

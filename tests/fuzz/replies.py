@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import math
+import re
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -20,9 +21,13 @@ from tests.fuzz.data_files import byte_tokenizer
 from tests.fuzz.judge import LIMIT_S, WrongAnswer, check_message
 from tests.fuzz.mutate import ODD_TEXTS, json_text, mutate_bytes, mutate_text, mutate_tree, odd_value
 
-RIGHT = {"score": 0.75, "model": "grader v1"}
+RIGHT = {
+    "one": {"score": 0.75, "model": "grader v1"},
+    "batch": {"scores": [0.75], "model": "grader v1"},
+    "judge": {"choices": [{"message": {"role": "assistant", "content": "It is fine. Score: 7"}}], "model": "judge v1"},
+}
 REQUEST_S = 0.2
-STATUSES = ("200 OK", "200 OK", "200 OK", "204 No Content", "301 Moved", "302 Found", "308 Moved", "400 Bad", "401 No",
+STATUSES = ("204 No Content", "301 Moved", "302 Found", "308 Moved", "400 Bad", "401 No",
             "404 Gone", "418 I'm a teapot", "429 Slow", "500 Error", "503 Busy", "999 ?", "20 OK", "200")  # fmt: skip
 
 
@@ -39,12 +44,13 @@ class Service:
         self._thread.start()
         self._server = self.run(asyncio.start_server(self._answer, "127.0.0.1", 0))
         port = self._server.sockets[0].getsockname()[1]
-        source = {"name": "fuzz", "urls": [f"http://127.0.0.1:{port}/"], "retries": 0, "request_timeout_s": REQUEST_S}
-        cfg = RewardConfig.model_validate({"sources": [source]})
-        self.reward = self.run(self._make(cfg))
+        url, limits = f"http://127.0.0.1:{port}", {"retries": 0, "request_timeout_s": REQUEST_S}
+        judge = {"judge_urls": [url], "judge_model": "judge", "template": "Rate {response}.", "score_range": [0, 10]}
+        kinds = {"one": {"urls": [url]}, "batch": {"urls": [url], "batch": 4}, "judge": judge}
+        self.rewards = {name: self.run(self._make({"name": "fuzz", **limits, **kind})) for name, kind in kinds.items()}
 
-    async def _make(self, cfg: RewardConfig) -> Reward:
-        return Reward("Reward(0)", cfg, model=byte_tokenizer())
+    async def _make(self, source: dict[str, Any]) -> Reward:
+        return Reward("Reward(0)", RewardConfig.model_validate({"sources": [source]}), model=byte_tokenizer())
 
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(LIMIT_S)
@@ -87,10 +93,11 @@ def close(shared: Service) -> None:
 
 
 def case(rng: Random, shared: Service, scratch: Path) -> None:
-    body = make_body(rng)
+    kind = rng.choice([*RIGHT])
+    body = make_body(rng, RIGHT[kind])
     shared.reply, shared.stays_open, shared.requests = make_reply(rng, body), rng.random() < 0.05, 0
     (scratch / "reply").write_bytes(shared.reply[:100_000])
-    found = shared.run(shared.reward.score(make_rollout(make_prompt(0), [70, 71, END])))
+    found = shared.run(shared.rewards[kind].score(make_rollout(make_prompt(0), [70, 71, END])))
     if shared.requests > 1:  # none: it used a connection that the service was about to close
         raise WrongAnswer(f"{shared.requests} requests for one answer, without retries")
     if isinstance(found, Void):
@@ -100,33 +107,43 @@ def case(rng: Random, shared: Service, scratch: Path) -> None:
         return
     if not isinstance(found, Score) or not math.isfinite(found.total):
         raise WrongAnswer(f"neither a score nor a void: {found}")
-    if found.total != json.loads(body)["score"] or not isinstance(json.loads(body)["score"], (int, float)):
+    score = score_in(json.loads(body), kind)
+    if found.total != score or isinstance(score, bool):
         raise WrongAnswer(f"{found.total} is not the score in {body[:300]!r}")
 
 
-def make_body(rng: Random) -> bytes:
+def score_in(answer: Any, kind: str) -> Any:
+    """What the service said."""
+    if kind == "judge":
+        return float(re.findall(r"Score: (\d+)", answer["choices"][0]["message"]["content"])[-1])
+    return answer["score"] if kind == "one" else answer["scores"][0]
+
+
+def make_body(rng: Random, right: dict[str, Any]) -> bytes:
     kind = rng.randrange(6)
     if kind == 0:
-        return json.dumps(RIGHT).encode()
+        return json.dumps(right).encode()
     if kind == 1:
         return json_text(rng, odd_value(rng, json_only=True)).encode("utf-8", "surrogatepass")
     if kind == 2:
-        score = {"score": odd_value(rng, json_only=True)}
-        return json_text(rng, {**RIGHT, **score}).encode("utf-8", "surrogatepass")
+        key = next(iter(right))
+        value = odd_value(rng, json_only=True)
+        value = value if key == "score" or rng.random() < 0.5 else [value]
+        return json_text(rng, {**right, key: value}).encode("utf-8", "surrogatepass")
     if kind == 3:
-        return mutate_text(rng, json.dumps(RIGHT, indent=1)).encode("utf-8", "surrogatepass")
+        return mutate_text(rng, json.dumps(right, indent=1)).encode("utf-8", "surrogatepass")
     if kind == 4:
-        return mutate_bytes(rng, json.dumps(RIGHT).encode())
-    return json_text(rng, mutate_tree(rng, RIGHT, json_only=True)).encode("utf-8", "surrogatepass")
+        return mutate_bytes(rng, json.dumps(right).encode())
+    return json_text(rng, mutate_tree(rng, right, json_only=True)).encode("utf-8", "surrogatepass")
 
 
 def make_reply(rng: Random, body: bytes) -> bytes:
     """Head and body as a server might send them, most of the time well-formed."""
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    status = rng.choice(STATUSES)
+    status = rng.choice(STATUSES) if rng.random() < 0.3 else "200 OK"
     if status.startswith("3") and rng.random() < 0.8:
         headers["Location"] = rng.choice(["/again", "http://127.0.0.1:9/", "//", "", "file:///etc/passwd"])
-    change = rng.randrange(12)
+    change = rng.randrange(20)
     if change == 0:
         headers["Content-Type"] = rng.choice(
             ["text/html", "application/json; charset=utf-16", "x", "text/plain; charset=?"]
