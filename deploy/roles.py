@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import typer
 from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine
@@ -45,6 +44,7 @@ from common.models import (
 from common.prompt_records import PromptRecord, load_records
 from common.reward_models import is_reward_model
 from common.secrets import read_secrets
+from deploy.console import complain
 from learner.kernels import install
 
 
@@ -101,7 +101,7 @@ class PolicyFiles:
             max_tokens=self.prompt_room(cfg.max_tokens, sampling),
             vocabulary=self.size.vocabulary,
             setting=setting,
-            report=typer.echo,
+            report=complain,
         )
 
     def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:

@@ -202,7 +202,9 @@ def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: 
     for index in np.random.default_rng([cfg.seed, 2]).permutation(firsts):
         if prompt := pairs.prompt(int(index)):
             with suppress(UserError):  # the reference's template may refuse what the model's took
-                record = prompt_record("", {"prompt": prompt}, form, reference.tokenizer)
+                record = prompt_record(
+                    "", {"prompt": prompt}, form, reference.tokenizer, vocabulary=reference.size.vocabulary
+                )
                 if record is not None and len(record.token_ids) <= room:
                     records.append(record)
         if len(records) == cfg.scale.responses:

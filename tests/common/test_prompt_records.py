@@ -1,6 +1,8 @@
 """Prompts from records: what is read, counted, cut and refused before a run starts."""
 
 import json
+import tomllib
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from common.config import PromptFormat, PromptsConfig, UserError
 from common.prompt_records import PromptCounts, load_records, prompt_record
 from common.prompts import PromptStream, heldout_prompts
-from common.reward_config import PairPromptsConfig
+from common.reward_config import PairPromptsConfig, PreferencesConfig
 from tests.record_files import write
 
 WORDS = ["<unk>", "<end>", "which", "is", "larger", "7", "9", "user", ":", "<s>", "assistant"]  # ids 0, 1, 2, ...
@@ -338,3 +340,10 @@ def test_nan_in_a_field_is_no_value(tmp_path, tokenizer):
     nan = float("nan")
     (found,) = load(tmp_path, tokenizer, [{"prompt": "is", "a": nan, "b": {"c": [1.5, nan]}, "d": 1}])
     assert found.fields == {"a": None, "b": {"c": [1.5, None]}, "d": 1}
+
+
+def test_the_settings_of_the_data_page_are_settings():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    tree = tomllib.loads(page.split("```toml\n")[1].split("```")[0])
+    assert PromptsConfig(**tree["prompts"]).columns.prompt == "question"
+    assert PreferencesConfig(**tree["data"]).columns.chosen == "better"

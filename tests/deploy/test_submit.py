@@ -279,6 +279,13 @@ def test_prompts_travel_only_from_the_current_directory(place):
     check(place, **prompts("./prompts.jsonl"))
     check(place, **prompts("data/*.jsonl"))
     check(place, **prompts("/data/on-the-cluster.jsonl"))
+    Path("data/more.parquet").touch()
+    check(place, **prompts("data/*"))
+    Path(".gitignore").write_text("data/more*\n")
+    with pytest.raises(UserError, match=r"prompts.train \(data/\*\) does not travel with the job: "):
+        check(place, **prompts("data/*"))  # one of its two files does not
+    with pytest.raises(UserError, match=r"prompts.train \(openai/gsm8k\) is neither a file nor a function"):
+        check(place, **prompts("openai/gsm8k"))
     Path(".gitignore").write_text("data/\n")
     for source in (
         "data/prompts.jsonl",
