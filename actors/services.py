@@ -178,18 +178,22 @@ async def _as_they_come(source: AsyncIterable[Any]) -> AsyncGenerator[list[Any],
 class RewardPool:
     """`learner.roles.Reward`."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, keep: Callable[[Void], Void] = lambda void: void) -> None:
+        """`keep` writes down what a void says of its error, and returns the void without it."""
         self._pool = pool
+        self._keep = keep
 
     async def score(self, written: Written) -> Score | Void:
-        return await self._pool.call(
+        result = await self._pool.call(
             f"score {written.sample_id}", lambda handle: handle.score.remote(written.rollout), cost=written.num_tokens
         )
+        return self._keep(result) if isinstance(result, Void) else result
 
     async def judge(self, written: Written) -> Score | Void:
-        return await self._pool.call(
+        result = await self._pool.call(
             f"judge {written.sample_id}", lambda handle: handle.judge.remote(written.rollout), cost=written.num_tokens
         )
+        return self._keep(result) if isinstance(result, Void) else result
 
 
 class ReferencePool:

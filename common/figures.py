@@ -16,17 +16,21 @@ class Figure(NamedTuple):
     @property
     def metric(self) -> str:
         """Its name in Prometheus."""
-        return "ratchet_" + self.key.removesuffix("/NAME").replace("/", "_")
+        if self.key == "reward/NAME/KEY":
+            return "ratchet_reward_figure"
+        return "ratchet_" + self.key.replace("/NAME", "").replace("/", "_")
 
 
-# rollout/score/NAME stands for one key per reward source.
+# NAME stands for one key per reward source, KEY for one per further figure of its results. Both have a path of their
+# own: no name that a user chooses is that of another figure.
 FIGURES = (
     Figure("step", "count", "-"),
     Figure("time", "seconds since 1970", "last"),
     Figure("rollout/score/mean", "reward units", "mean over rollouts"),
     Figure("rollout/score/std", "reward units", "over rollouts"),
     Figure("rollout/score/zero_std", "share", "mean over prompts"),
-    Figure("rollout/score/NAME", "raw units of the source", "mean over rollouts"),
+    Figure("reward/NAME/score", "raw units of the source", "mean over rollouts"),
+    Figure("reward/NAME/KEY", "as the source gives it", "mean over rollouts that have it"),
     Figure("rollout/response_tokens/mean", "tokens", "mean over rollouts"),
     Figure("rollout/finished", "share", "mean over rollouts"),
     Figure("rollout/voids", "rollouts", "sum"),

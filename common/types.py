@@ -199,6 +199,7 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("components", pa.map_(pa.string(), pa.float64())),
         ("origins", pa.map_(pa.string(), pa.string())),
+        ("figures", pa.map_(pa.string(), pa.float64())),  # what else sources said, under SOURCE/NAME
         ("ref_logprobs", pa.list_(pa.float32())),  # null: see Experience
     ]
 )
@@ -226,6 +227,7 @@ def experience_table(rows: Sequence[Experience], *, step: int = 0, decode: Decod
         [row.score.total for row in rows],
         [list(row.score.components.items()) for row in rows],
         [list(row.score.origins.items()) for row in rows],
+        [list(row.score.figures.items()) for row in rows],
         [row.ref_logprobs for row in rows],
     ]
     arrays = [pa.array(values, type=column.type) for values, column in zip(columns, EXPERIENCE_SCHEMA)]

@@ -14,6 +14,7 @@ from common.types import Prompt
 from deploy import signals
 from deploy.cluster import cluster
 from deploy.console import Output
+from deploy.error_files import ErrorFiles
 from deploy.placement import check_kv_cache, place, service_needs
 from deploy.progress import evaluation_table
 from deploy.roles import PolicyFiles, Starter
@@ -48,7 +49,7 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
         place(service_needs(cfg, reference.size, reward_models), nodes)
         with sole_owner(directory) as held:
             held.begin(cfg, "evaluate", force=force)
-            evaluation, answers = signals.run(_evaluate(cfg, judged, prompts))
+            evaluation, answers = signals.run(_evaluate(cfg, directory, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
     write_json(directory / "evaluation.json", record)
@@ -58,7 +59,9 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     return record
 
 
-async def _evaluate(cfg: Config, policy: PolicyFiles, prompts: list[Prompt]) -> tuple[Evaluation, list[Answer]]:
+async def _evaluate(
+    cfg: Config, directory: Path, policy: PolicyFiles, prompts: list[Prompt]
+) -> tuple[Evaluation, list[Answer]]:
     start = Starter(cfg.ray, on_event=lambda event: None)
     generators, rewards, references = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
@@ -68,7 +71,7 @@ async def _evaluate(cfg: Config, policy: PolicyFiles, prompts: list[Prompt]) -> 
     return await evaluate(
         prompts,
         generators,
-        RewardPool(rewards),
+        RewardPool(rewards, ErrorFiles(directory).keep),
         ReferencePool(references),
         cfg.evaluation,
         policy_version=0,

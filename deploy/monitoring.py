@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from learner.evaluation import Evaluation
 
 DISCOVERY = "prometheus.json"
 RAYS_DISCOVERY = "prometheus-ray.json"
+
+_BY_SOURCE = re.compile("reward/[^/]+/[^/]+")
 
 
 class RunFigures(Collector):
@@ -38,16 +41,21 @@ class RunFigures(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         record, evaluation = self._record, self._evaluation  # the loop may replace them meanwhile
-        known = {figure.key for figure in FIGURES}
+        by_source = [(key.split("/")[1:], value) for key, value in record.items() if _BY_SOURCE.fullmatch(key)]
         for figure in FIGURES:
             help_ = f"{figure.key} of RUN/metrics.jsonl: {figure.unit}, {figure.reduced_by}"
-            if figure.key.endswith("/NAME"):
-                prefix = figure.key.removesuffix("NAME")
-                by_source = GaugeMetricFamily(figure.metric, help_, labels=["source"])
-                for key in record:
-                    if key.startswith(prefix) and key not in known:
-                        by_source.add_metric([key.removeprefix(prefix)], record[key])
-                yield by_source
+            if figure.key == "reward/NAME/score":
+                scores = GaugeMetricFamily(figure.metric, help_, labels=["source"])
+                for (source, key), value in by_source:
+                    if key == "score":
+                        scores.add_metric([source], value)
+                yield scores
+            elif figure.key == "reward/NAME/KEY":
+                others = GaugeMetricFamily(figure.metric, help_, labels=["source", "figure"])
+                for (source, key), value in by_source:
+                    if key != "score":
+                        others.add_metric([source, key], value)
+                yield others
             elif figure.key in record:
                 yield GaugeMetricFamily(figure.metric, help_, value=record[figure.key])
         versions = [record["step"] + 1] if record else []

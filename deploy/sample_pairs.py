@@ -22,6 +22,7 @@ from deploy import signals
 from deploy.already_done import finished_pair_sampling
 from deploy.cluster import cluster
 from deploy.console import Output
+from deploy.error_files import ErrorFiles
 from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
 from deploy.progress import Screen
 from deploy.roles import PolicyFiles, Starter
@@ -90,7 +91,7 @@ async def _sample(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
         start.rewards(cfg.labeller, model=policy.path),
     )
-    score = RewardPool(labellers).score
+    score = RewardPool(labellers, ErrorFiles(directory).keep).score
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)
     done = {record["pair"] for record in read_records(directory / "labelled.jsonl") if "void" not in record}
 

@@ -30,6 +30,7 @@ from common.types import Experience, Prompt, Void
 from deploy import signals
 from deploy.already_done import finished_training
 from deploy.cluster import cluster, dashboard, metrics_addresses
+from deploy.error_files import ErrorFiles
 from deploy.monitoring import RunFigures
 from deploy.placement import check_kv_cache, check_object_store, needs, place
 from deploy.progress import Progress
@@ -135,6 +136,7 @@ async def _train(
     with ExitStack() as ending:
         ending.callback(learner.stop)
         ending.callback(start.stop)
+        errors = ErrorFiles(directory)
         generators, rewards, reference, _ = await asyncio.gather(
             start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
             start.rewards(cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
@@ -148,7 +150,7 @@ async def _train(
             prompts=prompts,
             heldout=heldout,
             generators=generators,
-            reward=RewardPool(rewards),
+            reward=RewardPool(rewards, errors.keep),
             reference=reference,
             learner=learner,
             decode=policy.decode,

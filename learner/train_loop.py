@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +32,7 @@ from common.types import (
     oldest_version,
     staleness,
 )
+from common.user_code import FIGURES
 from learner.checkpoint import Checkpoints
 from learner.evaluation import Answer, Evaluation, evaluate
 from learner.experience import arrays
@@ -270,8 +273,22 @@ def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) ->
         "staleness/min": min(ages),
         "staleness/mean": sum(ages) / len(ages),
         "staleness/max": max(ages),
-        **{f"rollout/score/{name}": sum(row[name] for row in components) / len(scores) for name in components[0]},
+        **{f"reward/{name}/score": sum(row[name] for row in components) / len(scores) for name in components[0]},
+        **_mean_figures(table),
     }
+
+
+def _mean_figures(table: pa.Table) -> dict[str, float]:
+    """What sources said beside their scores, each over the rollouts that have it. At most FIGURES of them a source, the
+    first by name: a function may make up names as it goes."""
+    values: dict[str, list[float]] = {}
+    for row in table["figures"].to_pylist():
+        for key, value in row:
+            values.setdefault(key, []).append(value)
+    kept: list[str] = []
+    for _, keys in groupby(sorted(values), key=lambda key: key.partition("/")[0]):
+        kept.extend(islice(keys, FIGURES))
+    return {f"reward/{key}": fmean(values[key]) for key in kept}
 
 
 def _equally_scored(table: pa.Table) -> float:

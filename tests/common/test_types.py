@@ -34,6 +34,7 @@ def ragged_rows():
                 0.75,
                 {"correct": 1.0, "short": 0.5},
                 {"correct": "grader v2 at http://h:8001/score", "short": "tasks:short"},
+                {"correct/digits": 2.0},
             ),
             float32(-1.5, -2.0),
         ),
@@ -84,6 +85,7 @@ def test_an_experience_table_gives_back_every_column_of_ragged_rows():
             [("correct", "Größe@0123456789abcdef"), ("short", "tasks:short")],
             [],
         ],
+        "figures": [[("correct/digits", 2.0)], [], []],
         "ref_logprobs": [[-1.5, -2.0], [-4.0, -3.0, -2.0, -1.0], []],
     }
 

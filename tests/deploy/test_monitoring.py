@@ -37,15 +37,26 @@ def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
         figures.evaluation(evaluation(0, 0.25))
         evaluated = {("ratchet_evaluation_score",): 0.5, ("ratchet_evaluation_pass_at_1",): 0.25}
         assert scrape(tmp_path) == {**evaluated, ("ratchet_policy_version",): 0}
-        figures.step({"step": 0, "kl/coef": 0.1, "rollout/score/mean": -1.5, "rollout/score/my-judge": 7.0})
-        figures.step({"step": 1, "kl/coef": 0.3, "rollout/score/std": 2.5, "rollout/score/my-judge": 8.0})
+        figures.step({"step": 0, "kl/coef": 0.1, "rollout/score/mean": -1.5, "reward/my-judge/score": 7.0})
+        figures.step(
+            {
+                "step": 1,
+                "kl/coef": 0.3,
+                "rollout/score/std": 2.5,
+                "reward/my-judge/score": 8.0,
+                "reward/mean/std": 0.5,
+                "reward/running_mean": 4.0,
+            }
+        )
         assert scrape(tmp_path) == {
             **evaluated,
             ("ratchet_policy_version",): 2,  # two updates done
             ("ratchet_step",): 1,
             ("ratchet_kl_coef",): 0.3,
             ("ratchet_rollout_score_std",): 2.5,
-            ("ratchet_rollout_score", "my-judge"): 8.0,
+            ("ratchet_reward_score", "my-judge"): 8.0,
+            ("ratchet_reward_figure", "std", "mean"): 0.5,  # figure, source
+            ("ratchet_reward_running_mean",): 4.0,
         }
         figures.evaluation(evaluation(2, 0.75))
         assert scrape(tmp_path)[("ratchet_evaluation_pass_at_1",)] == 0.75
@@ -54,14 +65,14 @@ def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
 
 
 def test_every_figure_of_a_record_comes_out_under_its_own_name(tmp_path):
-    record = {figure.key.replace("NAME", "exact"): index for index, figure in enumerate(FIGURES)}
+    record = {f.key.replace("NAME", "exact").replace("KEY", "ok"): index for index, f in enumerate(FIGURES)}
     with RunFigures.served(MonitoringConfig()) as figures, figures.discoverable(tmp_path):
         figures.step(record)
         found = scrape(tmp_path)
     assert found.pop(("ratchet_policy_version",)) == 1
     assert sorted(found.values()) == list(range(len(FIGURES)))
     assert found[("ratchet_wait_learner_s",)] == record["wait/learner_s"]
-    assert found[("ratchet_rollout_score", "exact")] == record["rollout/score/exact"]
+    assert found[("ratchet_reward_score", "exact")] == record["reward/exact/score"]
 
 
 def test_the_discovery_file_names_the_run_and_is_gone_at_the_end_of_it_also_after_an_error(tmp_path):

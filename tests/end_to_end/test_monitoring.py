@@ -85,7 +85,7 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(tmp_path, monke
     assert not_up(targets) == []
 
     assert figures <= set(samples)
-    assert samples["ratchet_rollout_score"][0]["source"] == "a_words"
+    assert samples["ratchet_reward_score"][0]["source"] == "a_words"
     assert all(labels["run"] == "run" for name in figures for labels in samples[name])
 
     assert exported <= set(samples)

@@ -16,6 +16,7 @@ from common.journal import JournalError
 from common.metrics import read_records
 from common.prompts import PromptRecord, PromptStream
 from common.types import (
+    Experience,
     GivenUpError,
     Prompt,
     Rollout,
@@ -26,9 +27,10 @@ from common.types import (
     Written,
     experience_table,
 )
+from common.user_code import FIGURES
 from learner.evaluation import Answer, Evaluation
 from learner.train_loop import Run, _rollout_metrics, train
-from tests.fakes import END, FakeRoles, make_experience, make_prompt, tiny_config
+from tests.fakes import END, FakeRoles, make_experience, make_prompt, make_rollout, tiny_config
 
 
 def make_run(directory: Path, roles: FakeRoles, **overrides) -> Run:
@@ -221,7 +223,7 @@ def test_a_run_killed_before_a_steps_metrics_has_its_whole_line_after_resuming(t
     untimed = [{key: value for key, value in record.items() if not key.endswith("_s")} for record in before]
     untimed[1]["time"] = make_run(tmp_path, FakeRoles([])).journal.read(1).time
     assert after[:2] == [before[0], untimed[1]]  # all but the seconds, which nobody knows any more
-    assert {"rollout/score/mean", "rollout/score/a_words", "staleness/max", "ppo/entropy"} <= after[1].keys()
+    assert {"rollout/score/mean", "reward/a_words/score", "staleness/max", "ppo/entropy"} <= after[1].keys()
     assert after[1]["rollout/score/mean"] != after[0]["rollout/score/mean"]  # each step's own
 
 
@@ -479,3 +481,26 @@ def test_a_run_says_at_every_moment_what_it_is_doing(tmp_path):
     run = again
     asyncio.run(train(again))
     assert "step 1 is learned again from the journal" in said
+
+
+# What sources said beside their scores
+
+
+def test_figures_of_sources_are_means_over_the_rollouts_that_have_them_under_a_path_of_their_own():
+    scores = [
+        Score(1.0, {"mean": 1.0, "std": 4.0}, {}, {"mean/std": 2.0, "std/rare": 5.0}),
+        Score(3.0, {"mean": 3.0, "std": 8.0}, {}, {"mean/std": 4.0}),
+    ]
+    rows = [Experience(make_rollout(make_prompt(n), [4, END]), score, None) for n, score in enumerate(scores)]
+    record = _rollout_metrics(experience_table(rows), 0, policy_version=0)
+    assert (record["rollout/score/mean"], record["rollout/score/std"]) == (2.0, 1.0)  # of the totals 1 and 3
+    own = {key: value for key, value in record.items() if key.startswith("reward/")}
+    assert own == {"reward/mean/score": 2.0, "reward/std/score": 6.0, "reward/mean/std": 3.0, "reward/std/rare": 5.0}
+
+
+def test_the_number_of_figures_of_a_source_is_bounded_however_many_names_it_makes_up():
+    scores = [Score(1.0, {"s": 1.0}, {}, {f"s/f{n:03d}": 1.0, "t/x": 2.0}) for n in range(FIGURES + 5)]
+    rows = [Experience(make_rollout(make_prompt(n), [4, END]), score, None) for n, score in enumerate(scores)]
+    record = _rollout_metrics(experience_table(rows), 0, policy_version=0)
+    assert sum(key.startswith("reward/s/f") for key in record) == FIGURES
+    assert record["reward/t/x"] == 2.0
