@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from common.config import Config, UserError
@@ -23,7 +24,7 @@ def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
     steps = len(list((directory / "journal").glob("step-*.arrow")))  # Journal itself would tidy up
     newest = Checkpoints(directory / "checkpoints", every=1, keep=1).newest()
     saved = int(newest.name.removeprefix("step-")) if newest is not None else 0
-    export = f"ratchet export {directory} writes the policy of its newest checkpoint"
+    export = f"ratchet export {quote(str(directory))} writes the policy of its newest checkpoint"
     if saved > steps:
         raise UserError(
             f"{directory}/journal holds {steps} steps, but {newest} has {saved} steps behind it: files of the journal "
@@ -44,14 +45,14 @@ def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
     more = f"raise num_steps to continue; {export if saved else ''}".rstrip("; ")
     if cfg.optimizer.schedule != "constant":
         more = f"its {cfg.optimizer.schedule} schedule ends here, so for more steps start a new run"
-    return _finished(directory, f"{steps} of num_steps = {cfg.num_steps} steps are done; {more}")
+    return _finished(directory, f"all {steps} steps are done; {more}")
 
 
 def finished_reward_training(cfg: RewardTrainingConfig, directory: Path) -> dict[str, Any] | None:
     _refuse_held(directory)
     if cfg != load_config(directory / "config.toml", [], RewardTrainingConfig):
         return None  # the score's scale, say, is to be measured again
-    return _finished(directory, f"{cfg.epochs} of epochs = {cfg.epochs} are done; raise epochs to continue")
+    return _finished(directory, f"all {cfg.epochs} epochs are done; raise epochs to continue")
 
 
 def finished_pair_sampling(cfg: PairSamplingConfig, directory: Path) -> dict[str, Any] | None:

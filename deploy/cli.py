@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from textwrap import fill
 from typing import Annotated
 
@@ -64,8 +65,19 @@ def _show_versions(show: bool) -> None:
     raise typer.Exit
 
 
-def _check_arguments(arguments: Sequence[str]) -> None:
-    """Python turns what is not valid UTF-8 into characters that nothing can write. Raises UserError."""
+def _check_surroundings(arguments: Sequence[str]) -> None:
+    """Python turns what is not valid UTF-8 into characters that nothing can write, and names of files are made absolute
+    with the current directory. Raises UserError."""
+    try:
+        here = os.getcwd()
+    except OSError:
+        raise UserError("the current directory does not exist any more; change to another") from None
+    try:
+        here.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the current directory ({here!r}) is not valid UTF-8; rename it, or change to another"
+        ) from None
     for argument in arguments:
         try:
             argument.encode()
@@ -82,7 +94,7 @@ def options(
     ] = False,
 ) -> None:
     """PPO from human feedback on Ray and vLLM."""
-    _check_arguments(sys.argv[1:])
+    _check_surroundings(sys.argv[1:])
 
 
 def _epilog(kind: str) -> str:
@@ -107,7 +119,7 @@ def _in_run_directory(root: type[Root]) -> Callable[[Work], Work]:
             force: Force = False,
         ) -> None:
             cfg, directory = _named(root, config, _over(settings, address), run, resume)
-            ends.begins(directory, f"continue with ratchet {name} --resume {directory}")
+            ends.begins(directory, f"continue with ratchet {name} --resume {quote(str(directory))}")
             work(cfg, directory, resume=resume is not None, force=force)
 
         return work

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers.utils import logging as transformers_logging
 
 from common.config import Config, UserError
 from common.config_files import load_config
@@ -32,8 +34,9 @@ def run_export(run: Path, to: Path | None = None) -> Path:
     if checkpoint is None:
         raise UserError(
             f"{run} has no complete checkpoint: one is written every {cfg.checkpoint.every} steps (checkpoint.every); "
-            f"continue the run with ratchet train --resume {run}"
+            f"continue the run with ratchet train --resume {quote(str(run))}"
         )
+    transformers_logging.disable_progress_bar()
     # One process on the CPU, however many ranks on whatever devices wrote the checkpoint.
     alone = cfg.learner.model_copy(update={"ranks": 1, "gpus": 0, "gradient_checkpointing": False})
     learner = Learner(cfg.model_copy(update={"learner": alone}))

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -56,9 +57,9 @@ def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True)
             "or name another"
         )
     if not force:
+        resume = f"continue it with --resume {quote(str(directory))}, "
         raise UserError(
-            f"run directory {directory} exists; {f'continue it with --resume {directory}, ' if can_resume else ''}"
-            "replace it with --force, or name another"
+            f"run directory {directory} exists; {resume if can_resume else ''}replace it with --force, or name another"
         )
     _check_can_be_moved(directory.resolve())
 

@@ -1,6 +1,7 @@
 """The command line: bad input ends in one message, exit code 2 and nothing written, before Ray starts."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -518,7 +519,7 @@ def test_a_finished_run_says_so_at_once(ratchet, trained, workplace):
     code, out, err = ratchet("train", "--resume", trained)
     assert (code, err) == (0, "")
     assert out == (
-        f"{trained} is finished: 4 of num_steps = 4 steps are done; raise num_steps to continue; ratchet export "
+        f"{trained} is finished: all 4 steps are done; raise num_steps to continue; ratchet export "
         f"{trained} writes the policy of its newest checkpoint\n"
     )
     config = trained / "config.toml"
@@ -609,6 +610,22 @@ def test_version_tells_ratchets_and_that_of_the_libraries(ratchet):
     assert code == 0
     assert first.split()[:2] == ["ratchet", VERSION]
     assert f"ray {ray.__version__}" in second.split(", ")
+
+
+def test_a_current_directory_that_is_gone_or_not_utf8_is_refused(ratchet, tmp_path, monkeypatch):
+    for name, message in (("gone", "does not exist any more"), ("\udcff", "is not valid UTF-8")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "gone":
+            (tmp_path / name).rmdir()
+        code, out, err = ratchet("train", "tiny.toml")
+        assert (code, out) == (2, "")
+        assert message in err
+
+
+def test_a_remedy_can_be_copied_whatever_the_run_directory_is_called(refusal, configs, run):
+    run = run.rename(run.with_name("it's mine é"))
+    assert f"--resume {shlex.quote(str(run))}, replace it" in refusal("train", configs["train"], "--run", run)
 
 
 def test_an_argument_that_is_not_utf8_is_refused(refusal):
