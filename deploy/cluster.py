@@ -1,126 +1,151 @@
-"""The Ray cluster of a run: the one that is named, or one started on this machine and stopped at the end."""
+"""The Ray cluster of a run: the one that is named, or one started on this machine and stopped at the end.
+
+Runs in the driver.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import grpc
 import ray
-from ray._private import ray_constants
-from ray._private import worker as _worker
-from ray._private.grpc_utils import init_grpc_channel
+from ray._private import ray_constants, utils, worker
 from ray._private.state import available_resources_per_node
 
 from actors.ray_meters import RayMeters
 from common import meters
 from common.config import RayConfig, UserError
-from deploy.placement import MIB, Node
+from common.types import RoleError
+from deploy import ends, own_cluster, signals
+from deploy.addresses import ask, named_address, reachable
+from deploy.deaths import explained, lost_cluster
+from deploy.native_errors import native_errors_to
+from deploy.placement import Node
 
-ANSWER_S = 10  # a cluster that answers does so in milliseconds; Ray itself would wait a minute
+SHUTDOWN_S = 15.0  # Ray takes 2 s as a rule, but waits without a limit for processes that stand still
+SILENT_S = 40.0  # a cluster that does not answer for so long is gone; after 60 s Ray would abort the driver
 
 
 @contextmanager
 def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
-    """Connects, and yields what each node has free."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without it Ray's C++ code takes SIGTERM over as it connects, prints a stack and aborts.
-    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
-    if (address := named_address(cfg)) is not None:
-        _check_answers(address)
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise UserError(
-                f"this machine cannot join the Ray cluster at {address}: {error}; start ratchet on one of the "
-                "cluster's nodes, or send the run there with ratchet submit"
-            ) from error
-    else:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles beside anything else
-        # ray.init turns a loopback address into the machine's own, and its servers then listen on every interface;
-        # with this switch, read at import and in every process it starts, they stay on loopback.
-        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            address="local",
-            include_dashboard=cfg.dashboard,
-            object_store_memory=cfg.object_store_mib * MIB,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+    """Connects, and yields what each node has free. What is raised in the body comes out as the error to show."""
+    address = named_address(cfg)
+    joined = None if address is None else reachable(address)
+    leaving = ExitStack()
+    try:
+        directory = leaving.enter_context(own_cluster.private_directory())
+        signals.when_cut_short(lambda: own_cluster.remove(directory, wait_s=0))
+        leaving.callback(signals.when_cut_short, None)
+        leaving.enter_context(native_errors_to(directory / "driver.err"))
+        leaving.enter_context(_quiet_ray())
+        leaving.callback(_shut_down)
+        if joined is None:
+            own_cluster.start(cfg, directory)
+        else:
+            _join(joined)
+        leaving.enter_context(_watched())
+        leaving.enter_context(_metered())
+        yield _free_nodes()
+    except Exception as error:
+        with signals.held():
+            shown = explained(error)
+            ends.tell(shown)  # before Ray is shut down, which may take long
+        if shown is error:
+            raise
+        raise shown from error
+    finally:
+        with signals.held():
+            leaving.close()
+    signals.check()
+
+
+@contextmanager
+def _metered() -> Iterator[None]:
     exported = RayMeters()
     meters.install(exported, role="Driver", replica="Driver")
     try:
-        yield _free_nodes()
-    except Exception as error:
-        if (fault := users_fault(error)) is not None:
-            raise fault from error
-        raise
+        yield
     finally:
         exported.close()
         meters.install(meters.InMemory())
-        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"this machine cannot join the Ray cluster at {address}: {error}; start ratchet on one of the "
+            "cluster's nodes, or send the run there with ratchet submit"
+        ) from error
+
+
+@contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Keeps Ray from taking over SIGTERM, and from printing paragraphs of its own when one of its processes dies."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without it Ray's C++ code takes SIGTERM over as it connects, prints a stack and aborts.
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
+    sets_handler, prints = utils.set_sigterm_handler, worker.print_to_stdstream
+    if signals.caught():
+        utils.set_sigterm_handler = lambda handler: None
+    worker.print_to_stdstream = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler, worker.print_to_stdstream = sets_handler, prints
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Ends the run when its cluster is gone: nothing else would say so, or only after minutes."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        address, answered = ray.get_runtime_context().gcs_address, time.monotonic()
+        while not ended.wait(1.0):
+            gone = lost_cluster(within_s=0)
+            if gone is None and time.monotonic() - answered > SILENT_S / 4:
+                with suppress(grpc.RpcError, ray.exceptions.RayError):
+                    ask(address, timeout_s=SILENT_S / 8)
+                    answered = time.monotonic()
+                if (silent := time.monotonic() - answered) > SILENT_S:
+                    gone = RoleError(f"the Ray cluster at {address} has not answered for {silent:.0f} s")
+            if gone is not None and not ended.is_set():
+                signals.fail(gone)
+                return
+
+    threading.Thread(target=watch, name="cluster", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _shut_down() -> None:
+    """Also where processes of Ray stand still, for which it would wait without a limit."""
+    thread = threading.Thread(target=ray.shutdown, name="shutdown", daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_S)
+    if thread.is_alive():
+        signals.leave_at_once()
 
 
 def metrics_addresses() -> Path:
     """The file in which Ray keeps the metrics addresses of all nodes while it has a dashboard, as Prometheus reads
     them. It is on the cluster's first node."""
-    session = _worker._global_node.get_session_dir_path()
+    session = worker._global_node.get_session_dir_path()
     return Path(session) / ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
 
 
 def dashboard() -> str | None:
     """The dashboard's HOST:PORT, if there is one."""
-    return _worker._global_node.webui_url or None
-
-
-def users_fault(error: BaseException | None) -> UserError | None:
-    """The UserError that a role raised as its process began, and that `error` follows from. Ray passes on its text."""
-    while error is not None:
-        if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
-            _, found, message = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
-            return UserError(message.strip()) if found else None
-        error = error.__cause__
-    return None
-
-
-def named_address(cfg: RayConfig) -> str | None:
-    """The running cluster that is named, by the config (where --address has gone) or by Ray's own variable."""
-    address = cfg.address or os.environ.get("RAY_ADDRESS")
-    return None if address in (None, "", "local") else address
-
-
-def refused(where: str) -> UserError:
-    return UserError(
-        f"the Ray cluster at {where} asks for authentication, and the token here is missing or wrong; set "
-        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-    )
-
-
-def _check_answers(address: str) -> None:
-    """Raises UserError unless a cluster is there and lets this process in: ray.init takes long to fail, and does not
-    tell a wrong token from a wrong address."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        raise UserError(
-            f"the Ray cluster's address ({address}) must read HOST:PORT, such as 127.0.0.1:6379, auto or local"
-        )
-    try:
-        with init_grpc_channel(address) as channel:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_S)
-    except ray.exceptions.AuthenticationError as error:
-        raise refused(address) from error
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            raise refused(address) from error
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error.details()}); name a running one with --address, ray.address "
-            "or the variable RAY_ADDRESS, or start one on this machine with --address local"
-        ) from error
+    return worker._global_node.webui_url or None
 
 
 def _free_nodes() -> list[Node]:

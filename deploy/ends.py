@@ -21,10 +21,12 @@ from typing import Any
 from common.config import UserError
 from common.types import RoleError
 from deploy import signals
-from deploy.console import complain
+from deploy.console import Lenient, complain
 
 FAILED, USERS = 1, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_active = False  # the command line runs
+_told: tuple[BaseException, int] | None = None  # the error whose message was printed, and its exit code
 _run: tuple[str, Path] | None = None  # how to continue the run of this process, and its directory
 
 
@@ -36,6 +38,8 @@ def begins(directory: Path, remedy: str) -> None:
 
 def main(app: Callable[..., Any]) -> None:
     """Runs the command line and exits with its code. Nothing but one message is printed, whatever happens."""
+    global _active, _run, _told
+    _active, _run, _told = True, None, None
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -45,12 +49,10 @@ def main(app: Callable[..., Any]) -> None:
         code = _code(app)
     except BaseException as error:  # also what a user's module raises to end its own process
         with signals.held():
-            code, message = told(error)
-            complain(message)
-    signals.finished()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+            code = tell(error)
+    for stream in (Lenient("stdout"), Lenient("stderr")):
+        stream.flush()
+    signals.finished(code)
     sys.exit(code)
 
 
@@ -65,6 +67,19 @@ def _code(app: Callable[..., Any]) -> int:
             return end.code
         raise
     return 0
+
+
+def tell(error: BaseException) -> int:
+    """Prints the message of the error that ends the command, once, and returns the exit code. Elsewhere, where
+    run_training is called from Python, it does nothing: the error itself is raised."""
+    global _told
+    if not _active:
+        return FAILED
+    if _told is None or _told[0] is not error:
+        code, message = told(error)
+        complain(message)
+        _told = error, code
+    return _told[1]
 
 
 def told(error: BaseException) -> tuple[int, str]:

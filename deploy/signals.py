@@ -37,12 +37,15 @@ class Stopped(KeyboardInterrupt):
 class _State:
     """What this process knows of signals."""
 
-    number: int | None = None  # the first signal that came
+    caught = False  # this process' signals are handled here
+    number: int | None = None  # the first signal that came; 0 once nothing may be stopped any more
+    failure: Exception | None = None  # why the run must end, found by a thread that watches
+    leave_at_once = False  # what Python does at its exit would wait without a limit
     since = 0.0
     end_s = END_S
     held = 0  # code that must not be interrupted is running
     cancel: Callable[[], Any] | None = None  # of the coroutine that is running
-    cut_short: Callable[[], None] = staticmethod(lambda: None)  # called before the process ends at once
+    cut_short: Callable[[], None] | None = None  # called before the process ends at once
 
 
 _state = _State()
@@ -50,6 +53,7 @@ _state = _State()
 
 def catch() -> None:
     """From here on signals stop this process as the module says. Called once, in the main thread."""
+    _state.caught = True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
@@ -96,7 +100,8 @@ def _limit(number: int) -> None:
 def _end_now(number: int, why: str) -> None:
     complain(why)
     with suppress(Exception):
-        _state.cut_short()
+        if _state.cut_short is not None:
+            _state.cut_short()
     os._exit(128 + number)
 
 
@@ -105,21 +110,40 @@ def number() -> int | None:
     return _state.number
 
 
+def caught() -> bool:
+    """Whether this process handles signals as this module says."""
+    return _state.caught
+
+
+def fail(error: Exception) -> None:
+    """Called in a thread: cancels the coroutine that `run` runs, which then raises the error."""
+    _state.failure = error
+    if (cancel := _state.cancel) is not None:
+        cancel()
+
+
+def leave_at_once() -> None:
+    """The process ends without what Python does at its exit."""
+    _state.leave_at_once = True
+
+
 def check() -> None:
     """Raises Stopped if a signal came that nothing has acted on yet."""
     if _state.number:
         raise Stopped(_state.number)
 
 
-def when_cut_short(action: Callable[[], None]) -> None:
+def when_cut_short(action: Callable[[], None] | None) -> None:
     """`action` is called if the process has to end without its own end: it must not wait for anything."""
-    _state.cut_short = action  # type: ignore[assignment]
+    _state.cut_short = action
 
 
-def finished() -> None:
+def finished(code: int) -> None:
     """The command has ended: from here on signals change nothing, and its time limit is over."""
-    _state.number = _state.number or 0
+    _state.number = 0
     _state.end_s = float("inf")
+    if _state.leave_at_once:
+        os._exit(code)
 
 
 @contextmanager
@@ -136,7 +160,7 @@ def run(main: Coroutine[Any, Any, T], *, grace_s: float = 0.0) -> T:
     """Like asyncio.run, also where a loop is running already, as in a notebook: then in a thread. A signal cancels
     `main`, which then has END_S and `grace_s` to end."""
     check()
-    _state.end_s = END_S + grace_s
+    _state.end_s, _state.failure = END_S + grace_s, None
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -168,6 +192,8 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
         result = asyncio.run(cancellable())
     except asyncio.CancelledError:
         check()
+        if _state.failure is not None:
+            raise _state.failure from None
         raise
     check()  # it may have come as `main` returned
     return result

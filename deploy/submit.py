@@ -34,7 +34,7 @@ from common.config import Config, UserError
 from common.functions import load_function
 from common.import_path import IMPORT_FROM
 from common.records import is_function, matching_files
-from deploy.cluster import refused
+from deploy.addresses import refused
 from deploy.console import Lenient, complain, printable
 from deploy.job import ENTRYPOINT, write_package
 from deploy.placement import MIB

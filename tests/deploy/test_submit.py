@@ -21,7 +21,8 @@ from common.config import Config, RayConfig, UserError
 from common.config_files import load_config
 from deploy import signals
 from deploy.cli import main
-from deploy.cluster import cluster, named_address
+from deploy.addresses import named_address
+from deploy.cluster import cluster
 from deploy.run_directory import sole_owner
 from tests.fakes import save_tiny_model, tiny_config
 
