@@ -132,8 +132,6 @@ def _shut_down() -> None:
     thread = threading.Thread(target=ray.shutdown, name="shutdown", daemon=True)
     thread.start()
     thread.join(SHUTDOWN_S)
-    if thread.is_alive():
-        signals.leave_at_once()
 
 
 def metrics_addresses() -> Path:

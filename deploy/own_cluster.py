@@ -49,7 +49,7 @@ def private_directory() -> Iterator[Path]:
         os.close(lock)
 
 
-def remove(directory: Path, wait_s: float = 5.0) -> None:
+def remove(directory: Path, wait_s: float = 1.5) -> None:
     """Removes the directory, and ends the processes of its cluster: those that take longer than this to end, some of
     Ray's take minutes, and those that stand still."""
     deadline = time.monotonic() + wait_s

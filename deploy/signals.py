@@ -38,9 +38,8 @@ class _State:
     """What this process knows of signals."""
 
     caught = False  # this process' signals are handled here
-    number: int | None = None  # the first signal that came; 0 once nothing may be stopped any more
+    number: int | None = None  # the first signal that came
     failure: Exception | None = None  # why the run must end, found by a thread that watches
-    leave_at_once = False  # what Python does at its exit would wait without a limit
     since = 0.0
     end_s = END_S
     held = 0  # code that must not be interrupted is running
@@ -122,11 +121,6 @@ def fail(error: Exception) -> None:
         cancel()
 
 
-def leave_at_once() -> None:
-    """The process ends without what Python does at its exit."""
-    _state.leave_at_once = True
-
-
 def check() -> None:
     """Raises Stopped if a signal came that nothing has acted on yet."""
     if _state.number:
@@ -139,10 +133,9 @@ def when_cut_short(action: Callable[[], None] | None) -> None:
 
 
 def finished(code: int) -> None:
-    """The command has ended: from here on signals change nothing, and its time limit is over."""
-    _state.number = 0
-    _state.end_s = float("inf")
-    if _state.leave_at_once:
+    """The command has ended, and everything it started too: the process ends without what Python does at its exit,
+    where Ray would wait for seconds, and where a signal would end in a traceback, or in an abort from C++."""
+    if _state.caught:
         os._exit(code)
 
 
