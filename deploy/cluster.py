@@ -48,6 +48,7 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
             own_cluster.start(cfg, directory)
         else:
             _join(joined)
+        signals.take_back()
         leaving.enter_context(_watched())
         leaving.enter_context(_metered())
         yield _free_nodes()
@@ -89,8 +90,6 @@ def _join(address: str) -> None:
 def _quiet_ray() -> Iterator[None]:
     """Keeps Ray from taking over SIGTERM, and from printing paragraphs of its own when one of its processes dies."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without it Ray's C++ code takes SIGTERM over as it connects, prints a stack and aborts.
-    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     sets_handler, prints = utils.set_sigterm_handler, worker.print_to_stdstream
     if signals.caught():
         utils.set_sigterm_handler = lambda handler: None

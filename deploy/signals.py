@@ -57,6 +57,15 @@ def catch() -> None:
     os.set_blocking(writing, False)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    # Read when ray is imported. Without it Ray's C++ code takes SIGTERM over as it connects, prints a stack and aborts.
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
+    take_back()
+
+
+def take_back() -> None:
+    """Handles the signals again, whoever has taken them over."""
+    if not _state.caught or threading.current_thread() is not threading.main_thread():
+        return
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(number, _caught)

@@ -22,7 +22,6 @@ from common.config_files import describe, load_config
 from common.functions import load_function
 from common.import_path import find_users_modules
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
-from deploy import signals
 from deploy.already_done import finished_training
 from deploy.cli import main
 from deploy.placement import GIB, Node
@@ -85,7 +84,6 @@ def workplace(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(signals, "catch", lambda: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     for module in MODULES.values():

@@ -19,9 +19,8 @@ import deploy.submit
 import deploy.train
 from common.config import Config, RayConfig, UserError
 from common.config_files import load_config
-from deploy import signals
-from deploy.cli import main
 from deploy.addresses import named_address
+from deploy.cli import main
 from deploy.cluster import cluster
 from deploy.run_directory import sole_owner
 from tests.fakes import save_tiny_model, tiny_config
@@ -52,7 +51,6 @@ def nowhere():
 def refusal(capsys, monkeypatch, *arguments):
     """Runs the command line and returns the message that it ends with."""
     monkeypatch.setattr(sys, "argv", ["ratchet", *map(str, arguments)])
-    monkeypatch.setattr(signals, "catch", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
@@ -82,7 +80,6 @@ def test_the_option_goes_over_the_config(monkeypatch, place):
     monkeypatch.setattr(
         sys, "argv", ["ratchet", "train", "tiny.toml", "ray.address=10.0.0.2:6379", "--address", "10.0.0.3:6379"]
     )
-    monkeypatch.setattr(signals, "catch", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main()
     assert (ended.value.code, seen) == (0, ["10.0.0.3:6379"])
