@@ -55,11 +55,15 @@ class Reward:
         model: str | PreTrainedTokenizerBase,
         judges: Sequence[RewardSource] = (),
         secrets: Secrets | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
+        """`trust_remote_code`: of the model, whose tokenizer decodes the responses."""
         torch.set_num_threads(cfg.threads)
         self._name = name
         self._limit_s = cfg.answer_limit_s
-        self._tokenizer = load_tokenizer(resolve_model(model)) if isinstance(model, str) else model
+        if isinstance(model, str):
+            model = load_tokenizer(resolve_model(model, trust_remote_code=trust_remote_code))
+        self._tokenizer = model
         self._sources = [(source, make_source(source, cfg, secrets)) for source in cfg.sources]
         self._judges = [(judge, make_source(judge, cfg, secrets)) for judge in judges]
         meters.count("ratchet_scored_rollouts_total", 0)

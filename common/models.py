@@ -281,6 +281,8 @@ def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None
             # As it is: transformers refuses to write some that it reads.
             shutil.copyfile(base / "generation_config.json", staging / "generation_config.json")
         load_tokenizer(base).save_pretrained(staging)
+        for code in base.glob("*.py") if trusted(base) else ():
+            shutil.copyfile(code, staging / code.name)
 
 
 def write_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:

@@ -65,7 +65,7 @@ async def _evaluate(
     start = Starter(cfg.ray, on_event=lambda event: None)
     generators, rewards, references = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-        start.rewards(cfg.reward, model=policy.path, judges=cfg.evaluation.judges),
+        start.rewards(cfg.reward, policy=policy, judges=cfg.evaluation.judges),
         start.references(cfg),
     )
     return await evaluate(

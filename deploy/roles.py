@@ -150,10 +150,12 @@ class Starter:
         )
         return GeneratorPool(pool, response_tokens=sampling.max_new_tokens)
 
-    async def rewards(self, cfg: SourcesConfig, *, model: str, judges: Sequence[RewardSource] = ()) -> Pool:
-        """Sources, and judges that count nothing, for responses of this model."""
-        secrets = read_secrets([*cfg.sources, *judges])
-        return await self.pool(Reward, cfg, cfg, model=model, judges=judges, secrets=secrets)
+    async def rewards(self, cfg: SourcesConfig, *, policy: PolicyFiles, judges: Sequence[RewardSource] = ()) -> Pool:
+        """Sources, and judges that count nothing, for responses of this policy."""
+        secrets, trust = read_secrets([*cfg.sources, *judges]), policy.trust_remote_code
+        return await self.pool(
+            Reward, cfg, cfg, model=policy.path, judges=judges, secrets=secrets, trust_remote_code=trust
+        )
 
     async def references(self, cfg: Config) -> Pool:
         """Of the model that PPO starts from."""

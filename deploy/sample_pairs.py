@@ -89,7 +89,7 @@ async def _sample(
     start = Starter(cfg.ray, on_event=Screen(directory).pool)
     generators, labellers = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-        start.rewards(cfg.labeller, model=policy.path),
+        start.rewards(cfg.labeller, policy=policy),
     )
     score = RewardPool(labellers, ErrorFiles(directory).keep).score
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)

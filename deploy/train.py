@@ -139,7 +139,7 @@ async def _train(
         errors = ErrorFiles(directory)
         generators, rewards, reference, _ = await asyncio.gather(
             start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
-            start.rewards(cfg.reward, model=cfg.model.path, judges=cfg.evaluation.judges),
+            start.rewards(cfg.reward, policy=policy, judges=cfg.evaluation.judges),
             start_reference(),
             learner.start(cfg.ray.startup_timeout_s),
         )

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from actors.hosting import actor
-from actors.reward_functions import Reward
 from actors.services import RewardPool
 from common.config import ModelSourceConfig, PromptFormat, SourcesConfig, UserError
 from common.files import write_json
@@ -253,7 +252,7 @@ async def _measure(
     longest = cfg.data.max_tokens + cfg.sampling.max_new_tokens
     generators, rewards = await asyncio.gather(
         start.generators(reference, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=longest),
-        start.pool(Reward, service, service, model=reference.path),
+        start.rewards(service, policy=reference),
     )
     score = RewardPool(rewards).score
 

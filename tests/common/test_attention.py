@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from common import recomputed_attention
 from common.attention import PACKED, AttentionError, packed_attention
 from common.sequences import Sequences
 
@@ -145,6 +146,25 @@ def test_sinks_caps_and_values_of_another_width_equal_a_derivation_token_by_toke
     expected = with_sinks(query, key, value, sinks, gradient, lengths, cap=cap, window=window)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double().view(other.shape), other, atol=1e-5, rtol=0)
+
+
+def test_groups_that_are_split_for_a_gpu_give_the_same(monkeypatch):
+    """A GPU takes a group of like lengths in parts: here one sequence at a time, and two."""
+    lengths = [3, 7, 40, 1, 33, 5]
+    tensors = inputs(lengths, dtype=torch.float32)
+    whole, sizes = packed(*tensors, lengths), []
+    split = recomputed_attention._layout.__wrapped__
+    for most in (1, 2 * 4 * 32 * 32):
+
+        def layout(lengths, heads, kv_heads, device, _, most=most):
+            made = split(lengths, heads, kv_heads, device, most)
+            sizes.append(len(made.groups))
+            return made
+
+        monkeypatch.setattr(recomputed_attention, "_layout", layout)
+        for one, other in zip(packed(*tensors, lengths), whole, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert sizes == [6, 4]  # four of up to 32 tokens in twos, two of up to 64 by themselves
 
 
 def test_a_sink_worked_by_hand():
