@@ -6,6 +6,13 @@ from pydantic import ValidationError
 from common.config import Config, FunctionSourceConfig, HttpSourceConfig, ModelSourceConfig, Section
 from common.reward_config import PairSamplingConfig, RewardTrainingConfig
 
+JUDGE = {
+    "name": "s",
+    "judge_urls": ["http://h/v1"],
+    "judge_model": "m",
+    "template": "{response}",
+    "score_range": [0, 1],
+}
 FUNCTION = {"name": "short", "function": "tasks:short", "weight": -0.5}
 MODEL = {"name": "helpful", "model": "runs/reward/model"}
 SERVICE = {"name": "correct", "urls": ["http://h:8001/score"]}
@@ -244,6 +251,50 @@ def test_a_name_that_could_not_stand_in_a_metrics_path_is_refused_for_every_kind
             "reward source s: max_batch_tokens (4096) must hold the longest sequence, max_tokens (4097); raise the "
             "first or lower the second",
         ),
+        (
+            {"name": "s", "urls": ["http://me:hunter2@h:8001/score?x=1"]},
+            "reward source s: the address http://h:8001/score has a user name or password in it, which the journal "
+            'would show; remove it, and set headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }',
+        ),
+        (
+            {"name": "s", "urls": ["http://h/score?api_key=hunter2"]},
+            "reward source s: the address http://h/score has api_key in it, which the config would show; remove it, "
+            'and set headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }',
+        ),
+        (
+            {"name": "s", "urls": ["http://h"], "headers": {"X-Api-Key": "hunter2"}},
+            "reward source s: headers.X-Api-Key must not be written in the config; put its value into an environment "
+            'variable, and set headers.X-Api-Key = "env:NAME_OF_THE_VARIABLE"',
+        ),
+        (
+            {"name": "s", "urls": ["http://h"], "headers": {"X-Key": "env:NOT A NAME"}},
+            'reward source s: headers.X-Key must be of the form "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY"',
+        ),
+        (
+            {"name": "s", "urls": ["http://h"], "headers": {"X Key": "a"}},
+            "reward source s: 'X Key' is no name of a header; it has letters, digits and - only",
+        ),
+        (
+            {**JUDGE, "judge_urls": ["h:8000/v1"]},
+            "reward source s: 'h:8000/v1' in urls must begin with http:// or https://",
+        ),
+        (
+            {**JUDGE, "template": "Grade this: {prompt}"},
+            "reward source s: template must have {response} in it, or the judge does not see what it is to score",
+        ),
+        ({**JUDGE, "score_range": [5, 5]}, "reward source s: score_range must be [lowest, highest], not [5, 5]"),
+        (
+            {**JUDGE, "score_pattern": "[0-9]+"},
+            "reward source s: score_pattern must have a group, in parentheses, that matches the number",
+        ),
+        (
+            {**JUDGE, "score_pattern": "(["},
+            "reward source s: score_pattern is no regular expression (unterminated character set at position 1)",
+        ),
+        (
+            {**JUDGE, "request": {"stream": True}},
+            "reward source s: request must not have stream, which Ratchet sets itself; remove it",
+        ),
     ],
 )
 def test_the_rules_of_one_source_hold_wherever_sources_stand(root, tree, source, message):
@@ -421,3 +472,21 @@ def test_the_trees_are_frozen():
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, name, 0)
         assert getattr(section, name) is before
+
+
+def test_headers_that_carry_no_key_may_stand_in_the_config_and_others_name_variables():
+    headers = {"X-Tenant": "rl", "Authorization": "Bearer env:JUDGE_KEY", "Cookie": "env:COOKIE"}
+    source = {"name": "s", "urls": ["http://h"], "headers": headers}
+    assert Config.model_validate(ppo(reward={"sources": [source]})).reward.sources[0].headers == headers
+
+
+def test_a_call_limit_must_leave_room_to_wait_for_a_turn():
+    assert Config.model_validate(ppo()).reward.call_limit_s == 60  # a fifth of timeout_s
+    assert Config.model_validate(ppo(reward={"sources": [FUNCTION], "timeout_s": 20})).reward.call_limit_s == 4
+    with pytest.raises(ValidationError, match=r"call_timeout_s \(18\) must be below 0.9 \* timeout_s \(18\)"):
+        Config.model_validate(ppo(reward={"sources": [FUNCTION], "timeout_s": 20, "call_timeout_s": 18}))
+
+
+def test_a_name_of_a_source_is_short_enough_for_a_metric():
+    with pytest.raises(ValidationError, match="at most 64"):
+        FunctionSourceConfig(name="x" * 65, function="m:f")
