@@ -20,7 +20,7 @@ MAX_TOKENS = 200
 PLAIN = [
     {"prompt": "Which is larger, 7 or 9?", "answer": 9},
     {"prompt": "Größe?", "answer": None, "tags": ["a", {"b": 1.5}]},
-    {"prompt": "2 + 2", "id": "x-1", "answer": "4"},
+    {"prompt": "2 + 2<|im_end|>", "id": "x-1", "answer": "4"},
 ]
 CHAT = [
     {"prompt": [{"role": "user", "content": "Which is larger?"}], "answer": 9},
@@ -50,14 +50,17 @@ def case(rng: Random, shared: Any, scratch: Path) -> None:
         last_assistant=rng.choice(["refuse", "remove", "continue"]),
         last_end_token=rng.choice(["refuse", "remove", "keep"]),
     )
-    found = value_or_message(lambda: load_records(str(path), cfg, shared, seed=0, max_tokens=MAX_TOKENS), scratch)
+    most = rng.choice([15, MAX_TOKENS])
+    found = value_or_message(lambda: load_records(str(path), cfg, shared, seed=0, max_tokens=most), scratch)
     if isinstance(found, str):
         return
     stream = PromptStream(found, seed=0, rollouts_per_prompt=1)
     for record in found:
         ids = record.token_ids
-        if not 1 <= len(ids) <= MAX_TOKENS or ids.min() < 0 or ids.max() >= len(shared):
+        if not 1 <= len(ids) <= most or ids.min() < 0 or ids.max() >= len(shared):
             raise WrongAnswer(f"token ids {ids}")
+        if len(ids) > 1 and ids[-1] == shared.eos_token_id and cfg.last_end_token != "keep":
+            raise WrongAnswer(f"a prompt that ends with the end token: {record.text!r}")
         prompt = replace(stream.next(), text=record.text, fields=record.fields)
         row = experience_table([Experience(make_rollout(prompt, [5]), Score(1.0, {"s": 1.0}), None)]).to_pylist()[0]
         if row["prompt"] != record.text or json.dumps(json.loads(row["fields"])) == "":
