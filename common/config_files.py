@@ -137,16 +137,17 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         else:
             break
     if not isinstance(tree, dict):
-        raise UserError(
-            f"override {shortened(repr(override))}: {leaf} would be set inside a value that is no section of settings"
-        )
+        override = _without_secrets(override)
+        raise UserError(f"override {override!r}: {leaf} would be set inside a value that is no section of settings")
     tree[leaf] = value
 
 
 def _at_fault(path: Path, overrides: Sequence[str], faults: Sequence[tuple[Any, str]]) -> str:
     """The beginning of the message: what has the faults, the file, or settings of the command line, or both."""
     blamed = [[text for text in overrides if _is_about(text, fault, told)] for fault, told in faults]
-    given = " ".join(shortened(text) for text in dict.fromkeys(overrides) if any(text in texts for texts in blamed))
+    given = " ".join(
+        _without_secrets(text) for text in dict.fromkeys(overrides) if any(text in part for part in blamed)
+    )
     if not given:
         return f"config {path} has"
     if all(blamed) and all(fault["loc"] for fault, _ in faults):
@@ -160,6 +161,21 @@ def _is_about(override: str, fault: Any, told: str) -> bool:
     if not (place := ".".join(_keys(fault["loc"]))):
         return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", told) is not None
     return f"{place}.".startswith(f"{key}.")
+
+
+def _without_secrets(override: str) -> str:
+    """An override as a message can show it: addresses and headers of services may hold passwords and keys."""
+    key, _, text = override.partition("=")
+    return f"{key}=..." if "{" in text or "://" in text or ".headers." in key else shortened(override)
+
+
+def _shown(value: Any) -> str:
+    """A value at fault; of a table its keys only, for the same reason."""
+    if isinstance(value, dict):
+        return shortened(f"{{{', '.join(map(_visible, value))}}}")
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return shortened(re.sub("://[^/]*@", "://", repr(value)))
 
 
 def shortened(text: str) -> str:
@@ -203,7 +219,7 @@ def _explain(fault: Any, root: type[Section]) -> str:
             told = "\n".join(map(_without_its_middle, str(fault["ctx"]["error"]).split("\n")))
             return f"{key}: {told}" if key else told
         case _:
-            return f"{key} = {shortened(repr(fault['input']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            return f"{key} = {_shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def _names_at(parents: list[Any], root: type[Section]) -> list[str]:

@@ -203,8 +203,24 @@ def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(m
 )
 def test_a_fault_is_told_with_the_key_as_the_file_has_it(minimal, override, message):
     first, *lines = refusal(minimal, override).splitlines()
-    assert first == f"the command line ({override}) has 1 fault(s):"
+    shown = f"{override.partition('=')[0]}=..." if "{" in override else override
+    assert first == f"the command line ({shown}) has 1 fault(s):"
     assert [line[: len(message) + 2] for line in lines] == [f"  {message}"]
+
+
+def test_a_message_about_a_source_shows_none_of_its_values(minimal):
+    source = '{name="a", urls=["http://me:sekret@host"], headers={Authorization="Bearer sekret"}, function="m:f"}'
+    assert "{name, urls, headers, function}: a source must have exactly one" in refusal(
+        minimal, f"reward.sources=[{source}]"
+    )
+    for override in (
+        f"reward.sources=[{source}]",
+        f"reward.sources.0={source}",
+        "reward.sources=http://me:sekret@host",
+        f"seed=[{source}]",
+        'reward.sources=[{name="a", urls=["http://host"], headers={Authorization="Bearer sekret"}}]',
+    ):
+        assert "sekret" not in refusal(minimal, override)
 
 
 def test_faults_of_file_and_command_line_are_told_apart(minimal):
