@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def read_config(directory: Path) -> PretrainedConfig:
             "model in bfloat16, or load it with transformers, dequantise it and save it"
         )
     return config
+
+
+def check_engine_packages(config: PretrainedConfig) -> None:
+    """Raises ValueError if vLLM cannot load such a model for want of a package."""
+    if getattr(config, "vision_config", None) is not None and find_spec("torchvision") is None:
+        raise ValueError(
+            "its type also reads images, and vLLM needs the package torchvision for those types; install the "
+            "torchvision that belongs to your torch"
+        )
 
 
 def check_weights(

@@ -19,7 +19,8 @@ from common.models import (
     model_size,
     resolve_model,
 )
-from common.small_model import small_config
+from common.small_model import random_model, small_config
+from tests.common.model_kinds import tiny_config
 from tests.fakes import save_tiny_model
 
 
@@ -216,3 +217,13 @@ def test_a_float_of_half_precision_is_read_as_it_is(directory):
     AutoModelForCausalLM.from_pretrained(directory).half().save_pretrained(directory)
     check(directory)
     load_policy(directory, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_a_kind_that_reads_images_is_refused_where_vllm_could_not_load_it(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path)
+    random_model(tiny_config("gemma3")).save_pretrained(tmp_path)
+    monkeypatch.setattr("common.model_files.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="its type also reads images, and vLLM needs the package torchvision"):
+        check_policy_files(tmp_path)
+    monkeypatch.setattr("common.model_files.find_spec", lambda name: object())
+    check(tmp_path)
