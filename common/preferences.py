@@ -69,8 +69,8 @@ class PairCounts:
     def __str__(self) -> str:
         found = {"empty": self.empty, "identical": self.identical, "too long": self.overlong}
         dropped = ", ".join(f"{count} {what}" for what, count in found.items())
-        kept = f"{self.pairs} pairs, {self.repeated} of them repeat an earlier one, {self.cut} cut to length"
-        return f"{kept}; dropped: {dropped}"
+        repeated = f", {self.repeated} of them repeat an earlier one" if self.repeated else ""
+        return f"{self.pairs} pairs{repeated}, {self.cut} of them cut to length; dropped: {dropped}"
 
     def record(self) -> dict[str, int]:
         return asdict(self)

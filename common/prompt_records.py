@@ -41,8 +41,9 @@ class PromptCounts:
     overlong: int = 0  # dropped
 
     def __str__(self) -> str:
-        kept = f"{self.prompts} prompts, {self.repeated} of them repeat an earlier one, {self.cut} cut to length"
-        return f"{kept}; dropped: {self.empty} empty, {self.overlong} too long"
+        repeated = f", {self.repeated} of them repeat an earlier one" if self.repeated else ""
+        cut = f", {self.cut} of them cut to length" if self.cut else ""
+        return f"{self.prompts} prompts{repeated}{cut}; dropped: {self.empty} empty, {self.overlong} too long"
 
     @property
     def notable(self) -> bool:

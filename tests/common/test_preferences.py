@@ -263,12 +263,17 @@ def test_what_is_empty_or_the_same_on_both_sides_is_dropped_and_counted(tmp_path
     pairs, counts = tokenised(tmp_path, tokenizer, records, max_tokens=6, overlong="drop")
     assert counts == PairCounts(pairs=1, empty=2, identical=2, cut=0, overlong=1)
     assert parts(pairs) == [("", "b1 <end>", "b2 <end>")]
-    assert str(counts) == (
-        "1 pairs, 0 of them repeat an earlier one, 0 cut to length; dropped: 2 empty, 2 identical, 1 too long"
-    )
+    assert str(counts) == ("1 pairs, 0 of them cut to length; dropped: 2 empty, 2 identical, 1 too long")
     assert PairCounts(**counts.record()) == counts
     empty = [record("a1", [], said("assistant", "b1")), record("a1", said("assistant", "b1"), said("assistant", " "))]
     assert tokenised(tmp_path, tokenizer, empty, format="chat")[1] == PairCounts(empty=2)
+
+
+def test_pairs_that_repeat_an_earlier_one_stay_and_are_counted(tmp_path, tokenizer):
+    records = [record("ask", "b1", "b2"), record("ask", "b2", "b1"), record("ask", "b1", "b2", margin=1.0)]
+    pairs, counts = tokenised(tmp_path, tokenizer, [*records, record("", "b1", "b2")])
+    assert (len(pairs), counts) == (4, PairCounts(pairs=4, repeated=1))
+    assert str(counts).startswith("4 pairs, 1 of them repeat an earlier one, 0 of them cut")
 
 
 @pytest.mark.parametrize(

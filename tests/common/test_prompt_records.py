@@ -292,8 +292,8 @@ def test_long_prompts_are_dropped_or_lose_their_first_tokens_and_are_counted(tmp
     assert [(r.text, r.fields) for r in found] == [("7 is", {}), ("is larger 7", {"n": 2})]
     source = f"prompts.train ({tmp_path}/questions.jsonl)"
     assert reports == [
-        f"{source}: 1 prompts, 0 of them repeat an earlier one, 0 cut to length; dropped: 0 empty, 1 too long",
-        f"{source}: 2 prompts, 0 of them repeat an earlier one, 1 cut to length; dropped: 0 empty, 0 too long",
+        f"{source}: 1 prompts; dropped: 0 empty, 1 too long",
+        f"{source}: 2 prompts, 1 of them cut to length; dropped: 0 empty, 0 too long",
     ]
 
 
@@ -314,7 +314,7 @@ def test_empty_prompts_are_dropped_repeated_ones_kept_and_both_are_counted(tmp_p
     found = load(tmp_path, tokenizer, records, format="chat", report=reports.append)
     assert [r.text for r in found] == ["user : is ", "user : is ", "user : 7 "]
     (report,) = reports
-    assert report.endswith("3 prompts, 1 of them repeat an earlier one, 0 cut to length; dropped: 5 empty, 0 too long")
+    assert report.endswith("3 prompts, 1 of them repeat an earlier one; dropped: 5 empty, 0 too long")
     load(tmp_path, tokenizer, [{"prompt": "is"}], report=reports.append)
     assert len(reports) == 1  # nothing to tell
 

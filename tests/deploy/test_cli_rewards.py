@@ -46,7 +46,7 @@ from tests.fakes import make_experience
         ("train-reward", ["data.train=half.jsonl"], "half.jsonl, line 2: the column `rejected` does not exist"),
         ("train-reward", ["data.heldout=half.jsonl"], "half.jsonl, line 2: the column `rejected` does not exist"),
         ("train-reward", ["data.heldout=pairs.jsonl"], "and 4 pairs have their prompt in data.train too; give others"),
-        ("train-reward", ["data.heldout_pairs=4"], "leaves no pair to train on: it has 4 pairs, 0 of them repeat an"),
+        ("train-reward", ["data.heldout_pairs=4"], "leaves no pair to train on: it has 4 pairs, 0 of them cut to"),
         (
             "train-reward",
             ["data.heldout_pairs=4"],
