@@ -1,4 +1,4 @@
-"""What a submitted run carries besides code, and how it begins on the cluster.
+"""What a submitted run carries besides the user's directory, and how it begins on the cluster.
 
 `write_package` runs where `ratchet submit` is called, `main` in the job's driver. Config and arguments travel as files
 of a package, not as command line or environment: those two are shown to everyone who may list the cluster's jobs.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from common.config import Config
+from common.functions import OURS
 
 PACKAGE = "ratchet_job"
 # The job's command. Its parent process is Ray's job supervisor, whose parent is the raylet, and the raylet's command
@@ -27,8 +29,10 @@ ENTRYPOINT = (
 
 
 def write_package(staging: Path, cfg: Config | None, arguments: Sequence[str]) -> Path:
-    """Config and arguments of `ratchet train` as a Python package below `staging`; without a config they name a run to
-    continue."""
+    """Fills `staging` with Ratchet's packages, and returns one that has the config and arguments of `ratchet train`;
+    without a config they name a run to continue. All are in one directory, as in an installation."""
+    for name in OURS:
+        shutil.copytree(import_module(name).__path__[0], staging / name, ignore=shutil.ignore_patterns("__pycache__"))
     package = staging / PACKAGE
     package.mkdir()
     (package / "__init__.py").touch()

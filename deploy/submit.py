@@ -26,10 +26,6 @@ from ray._private import ray_constants
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.job_submission import JobSubmissionClient
 
-import actors
-import common
-import deploy
-import learner
 from common.config import Config, UserError
 from common.functions import load_function
 from common.import_path import IMPORT_FROM
@@ -67,14 +63,16 @@ def submit_run(
         client = _connect(address)
         try:
             with tempfile.TemporaryDirectory(prefix="ratchet-") as staging:
-                carried = write_package(Path(staging), None if resume else cfg, arguments)
+                write_package(Path(staging), None if resume else cfg, arguments)
+                # Left to itself Ray would put each of our packages into a directory of its own.
+                ours = client._upload_package_if_needed(staging, include_gitignore=False)
                 job = client.submit_job(
                     entrypoint=ENTRYPOINT,
                     runtime_env={
                         "working_dir": str(Path.cwd()),
                         # Not in one directory with the user's files, which may have the same names; Python finds these
                         # first.
-                        "py_modules": [*(our.__path__[0] for our in (actors, common, deploy, learner)), str(carried)],
+                        "py_modules": [ours],
                         "excludes": EXCLUDED,
                         "env_vars": {IN_A_JOB: "1", IMPORT_FROM: json.dumps([str(path) for path in modules])},
                     },

@@ -174,11 +174,14 @@ def test_a_proxy_never_sees_a_request_to_the_cluster(monkeypatch, place):
 class Client:
     """Instead of Ray's: keeps what it is asked to run, and the files that travel."""
 
+    def _upload_package_if_needed(self, directory, *, include_gitignore):
+        self.carried = Path(directory)
+        self.files = {path.name: path.read_text() for path in (self.carried / "ratchet_job").iterdir()}
+        self.packages = {path.name for path in self.carried.iterdir()}
+        return "gcs://_ray_pkg_0.zip"
+
     def submit_job(self, **job):
         self.job = job
-        carried = Path(job["runtime_env"]["py_modules"][-1])
-        self.carried = carried
-        self.files = {path.name: path.read_text() for path in carried.iterdir()}
         return "job_1"
 
 
@@ -208,7 +211,9 @@ def test_config_and_arguments_travel_as_files_and_are_in_no_metadata(sent, place
     assert config["prompts"]["train"] == "prompts.jsonl"  # where the job's directory will be
     for secret in (config["model"]["path"], "seed", "sources"):
         assert secret not in shown
-    assert not client.carried.parent.exists()  # nothing is left here
+    assert client.job["runtime_env"]["py_modules"] == ["gcs://_ray_pkg_0.zip"]
+    assert client.packages == {"ratchet_job", "actors", "common", "deploy", "learner"}  # and nothing else of ours
+    assert not client.carried.exists()  # nothing is left here
     package = deploy.job.write_package(place, load_config(Path("tiny.toml"), [], Config), ["--run", "/a run"])
     assert deploy.job.command_line(package, "10.0.0.1:6379") == [
         *("train", f"{place}/ratchet_job/config.toml", "--run", "/a run", "--address", "10.0.0.1:6379")
