@@ -30,6 +30,8 @@ _COMPUTING = (
     "ray.",
 )
 _REPLICATED = ("min", "max", "cores", "in_flight", "timeout_s", "silent_s", "drain_s", "short_s")
+# How functions are called, not what they return: a run that stopped over one that hangs can be continued with others.
+_SCORING = ("max_void_share", "isolation", "workers", "call_timeout_s")
 _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
     Config: (
         "num_steps",
@@ -37,7 +39,7 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
         "generators.",
         "reference.",
         *(f"reward.{key}" for key in _REPLICATED),
-        "reward.max_void_share",
+        *(f"reward.{key}" for key in _SCORING),
         "evaluation.",
         "monitoring.",
     ),
@@ -48,7 +50,7 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
         "scale.",
         "sampling.",
     ),
-    PairSamplingConfig: ("generators.", *(f"labeller.{key}" for key in _REPLICATED), "ray."),
+    PairSamplingConfig: ("generators.", *(f"labeller.{key}" for key in (*_REPLICATED, *_SCORING)), "ray."),
 }
 
 
