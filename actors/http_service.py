@@ -108,7 +108,7 @@ class HttpService:
                 headers = self._headers if target.origin() == URL(url).origin() else {}
                 async with self._session.post(target, json=payload, headers=headers, allow_redirects=False) as response:
                     if (moved := self._redirect(response)) is None:
-                        return json.loads(await self._body(response)), where
+                        return json.loads((await self._body(response)).decode("utf-8-sig")), where
                 target = target.join(moved)
                 where = f"{shown(url)}, redirected to {shown(str(target))}"
         raise _Refused(f"more than {REDIRECTS} redirects", for_good=True)

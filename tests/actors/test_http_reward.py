@@ -465,3 +465,14 @@ def test_token_ids_and_raw_text_are_sent_if_asked_for():
 
     asyncio.run(scenario())
     assert (seen[0]["prompt_ids"], seen[0]["response_ids"], seen[0]["raw_response"]) == ([1, 2], [3], "yes</s>")
+
+
+def test_an_answer_that_is_not_utf8_is_a_failure_and_a_byte_order_mark_is_none():
+    def handler(body):
+        async def handle(request):
+            return web.Response(body=body, content_type="application/json")
+
+        return handle
+
+    assert "UnicodeDecodeError" in ask_once(handler(b'{"score": 1, "why": "\xed\xa0\x80"}'))[0]
+    assert ask_once(handler(b'\xef\xbb\xbf{"score": 1}'))[0].score == 1.0
