@@ -115,7 +115,7 @@ def case(rng: Random, shared: Service, scratch: Path) -> None:
 def score_in(answer: Any, kind: str) -> Any:
     """What the service said."""
     if kind == "judge":
-        return float(re.findall(r"Score: (\d+)", answer["choices"][0]["message"]["content"])[-1])
+        return float(re.findall(r"[Ss]core[^\w-]{0,5}(-?\d+)", answer["choices"][0]["message"]["content"])[-1])
     return answer["score"] if kind == "one" else answer["scores"][0]
 
 
