@@ -79,6 +79,8 @@ def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]
     """What is not known must not be ignored: the result would be wrong without a word."""
     if not lengths:
         raise AttentionError("its layers do not tell their attention where each sequence of a packed row ends")
+    if others.get("is_causal") is True:
+        others = {**others, "is_causal": None}
     asked = [name for name, value in others.items() if value is not None and not name.startswith(_HARMLESS)]
     if dropout:
         asked.append("dropout")

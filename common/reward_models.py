@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -61,10 +61,16 @@ def is_reward_model(directory: Path) -> bool:
         return any("SequenceClassification" in name for name in read_config(directory).architectures or ())
 
 
-def load_reward_model(directory: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_reward_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    install: Callable[[PreTrainedModel], object] | None = None,
+) -> PreTrainedModel:
     """The sequence classifier in `directory`, in eval mode, its head in float32. A plain language model gets a head of
-    zeros and a padding token. Raises UserError if the architecture has none, or if a score depends on the other rows
-    of a batch."""
+    zeros and a padding token. `install` replaces what the model computes with. Raises UserError if the architecture has
+    no such head, or if a score is not what the model's own code gives a sequence alone."""
     check_trainable(directory)
     trained = is_reward_model(directory)
     with reading(directory, "model", _PURPOSE):
@@ -84,7 +90,7 @@ def load_reward_model(directory: Path, *, dtype: torch.dtype, device: torch.devi
         model.score.float()
         model = model.to(device).eval()
         use_own_lengths(model)
-        check_company(model)
+        check_company(model, install)
     return model
 
 
@@ -197,9 +203,9 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
 
 
 @torch.no_grad()
-def check_company(model: PreTrainedModel) -> None:
-    """Raises UnsuitedModelError if a score depends on padding or on the other rows of a batch, or is not what the model
-    itself gives a sequence alone."""
+def check_company(model: PreTrainedModel, install: Callable[[PreTrainedModel], object] | None = None) -> None:
+    """Calls `install`. Raises UnsuitedModelError if a score then depends on padding or on the other rows of a batch, or
+    is not what the model itself gave a sequence alone before."""
     rows, lengths = len(model.get_input_embeddings().weight), torch.tensor([5, 23, 1, 9], device=model.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, rows - 1), rows, (len(lengths), 2 * LANES), generator=generator).to(model.device)
@@ -207,13 +213,14 @@ def check_company(model: PreTrainedModel) -> None:
     if not head.any():  # a new head: any direction serves
         model.score.weight.copy_(torch.randn(head.shape, generator=generator) * head.shape[1] ** -0.5)
     try:
+        states = [
+            model.base_model(row[None, :n], use_cache=False).last_hidden_state[:, -1]
+            for row, n in zip(ids, lengths.tolist(), strict=True)
+        ]
+        alone = torch.cat([head_scores(model, state) for state in states])
+        if install is not None:
+            install(model)
         together = sequence_scores(model, ids.masked_fill(~length_mask(lengths, ids.shape[1]), 0), lengths)
-        alone = torch.cat(
-            [
-                head_scores(model, model.base_model(row[None, :n], use_cache=False).last_hidden_state[:, -1])
-                for row, n in zip(ids, lengths.tolist(), strict=True)
-            ]
-        )
     finally:
         model.score.weight.copy_(head)
     off = float((together - alone).norm() / alone.norm().clamp_min(1e-9))

@@ -99,9 +99,12 @@ class RewardTrainer:
         self.step = 0  # updates done
         self._ranks = Ranks()
         self._device = find_device(cfg.learner.gpus)
-        directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
-        self.model = model or load_reward_model(directory, dtype=torch.float32, device=self._device)
-        install(self.model)
+        if model is None:
+            directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
+            model = load_reward_model(directory, dtype=torch.float32, device=self._device, install=install)
+        else:
+            install(model)
+        self.model = model
         if cfg.learner.gradient_checkpointing:
             checkpoint_activations(self.model)
         self._network = PairScorer(self.model)

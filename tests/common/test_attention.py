@@ -181,6 +181,8 @@ def test_a_sink_worked_by_hand():
         ({"lengths": None}, "do not tell their attention where each sequence of a packed row ends"),
         ({"position_bias": torch.zeros(1)}, "its attention uses position_bias"),
         ({"dropout": 0.1}, "its attention uses dropout"),
+        ({"is_causal": False}, "its attention uses is_causal"),
+        ({"is_causal": True}, None),
         ({"position_bias": None, "position_ids": torch.zeros(1), "use_cache": False}, None),
     ],
 )

@@ -329,3 +329,12 @@ def test_a_model_whose_scores_depend_on_the_rest_of_the_batch_is_refused(saved, 
 
 def test_the_check_leaves_a_new_head_at_zero(policy):
     assert not load_reward_model(policy, **CPU).score.weight.any()
+
+
+def test_a_replacement_that_computes_something_else_is_refused(saved):
+    def install(model):
+        forward = model.base_model.norm.forward
+        model.base_model.norm.forward = lambda x: 1.01 * forward(x)
+
+    with pytest.raises(UserError, match=r"is off by 0\.0"):
+        load_reward_model(saved, **CPU, install=install)
