@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.batching import Batcher
 from common.config import ModelSourceConfig
@@ -16,6 +16,17 @@ from common.models import find_device, load_tokenizer, resolve_model
 from common.reward_models import content_hash, load_reward_model, read_scale, sequence_scores
 from common.sequences import LANES
 from common.types import Raw, RewardInput
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, answer: RewardInput, *, chat: bool | None, pad_id: int | None
+) -> list[int]:
+    """Messages through the reward model's own chat template, text as it was trained on text. chat: what it was trained
+    on; None, for a model from elsewhere: whichever the answer and the tokenizer have."""
+    if chat is None:
+        chat = tokenizer.chat_template is not None and answer.messages is not None
+    prompt = answer.messages if chat and answer.messages is not None else answer.prompt
+    return dialogue_ids(tokenizer, prompt, answer.response, chat=chat, pad_id=pad_id)
 
 
 class RewardModelSource:
@@ -42,15 +53,9 @@ class RewardModelSource:
         return Raw(await self._batcher.submit(self.token_ids(answer)), self._origin)
 
     def token_ids(self, answer: RewardInput) -> list[int]:
-        """What the model reads: messages through its own chat template, text as it was trained on text; of what is too
-        long the end."""
-        chat = self._scale.chat
-        if chat is None:  # a model from elsewhere
-            chat = self._tokenizer.chat_template is not None and answer.messages is not None
-        prompt = answer.messages if chat and answer.messages is not None else answer.prompt
+        """What the model reads; of what is too long the end."""
         pad_id = self._model.config.pad_token_id
-        ids = dialogue_ids(self._tokenizer, prompt, answer.response, chat=chat, pad_id=pad_id)
-        return ids[-self._max_tokens :]
+        return answer_ids(self._tokenizer, answer, chat=self._scale.chat, pad_id=pad_id)[-self._max_tokens :]
 
     @torch.inference_mode()
     def forward(self, sequences: Sequence[list[int]]) -> list[float]:

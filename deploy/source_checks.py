@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.function_processes import Worker, WorkerDiedError
 from actors.judge import check_template
+from actors.reward_model import answer_ids
 from common.config import (
     FunctionSourceConfig,
     JudgeSourceConfig,
@@ -22,9 +23,10 @@ from common.config import (
     UserError,
 )
 from common.functions import explain_import
-from common.models import ModelSize, resolve_model
+from common.models import ModelSize, load_tokenizer, resolve_model
 from common.plain_text import one_line
 from common.prompt_records import PromptRecord
+from common.prompt_tokens import check_embedded
 from common.reward_input import RewardInput
 from common.reward_models import read_scale, reward_model_size
 from common.secrets import read_secrets
@@ -60,9 +62,10 @@ def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[Mo
 def try_functions(
     service: SourcesConfig, sources: Iterable[RewardSource], record: PromptRecord, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Calls every function once, on the first prompt and a made-up response, in a process of its own: nothing of it
-    stays in this one. Raises UserError for a function that cannot be imported or called, or whose result is no score.
-    One that raises or takes long is only warned of: it may do so for this response alone."""
+    """Has every reward model's tokenizer read the first prompt and a made-up response, and calls every function once on
+    them, in a process of its own: nothing of it stays in this one. Raises UserError for a model that cannot read them,
+    and for a function that cannot be imported or called, or whose result is no score. A function that raises or takes
+    long is only warned of: it may do so for this response alone."""
     response_ids = tokenizer(MADE_UP, add_special_tokens=False)["input_ids"]
     answer = RewardInput(
         prompt=record.text,
@@ -80,6 +83,24 @@ def try_functions(
             _try_function(source, service, answer)
         elif isinstance(source, JudgeSourceConfig):
             check_template(source, record.fields)
+        elif isinstance(source, ModelSourceConfig):
+            _try_reading(source, answer)
+
+
+def _try_reading(source: ModelSourceConfig, answer: RewardInput) -> None:
+    """Raises UserError if the reward model's tokenizer or chat template cannot read the answer, or does not end."""
+    setting = f"reward source {source.name}"
+    directory = resolve_model(source.model, setting, trust_remote_code=source.trust_remote_code)
+    tokenizer = load_tokenizer(directory, setting)
+    try:
+        ids = answer_ids(tokenizer, answer, chat=read_scale(directory).chat, pad_id=None)
+    except Exception as error:
+        raise UserError(
+            f"{setting} ({source.model}): its tokenizer or chat template refuses the first prompt: {error}; give the "
+            "model's tokenizer a template that can read it, or use another model"
+        ) from error
+    where = f"{setting} ({source.model}), tried on the first prompt"
+    check_embedded(where, ids, tokenizer, reward_model_size(directory, setting).vocabulary)
 
 
 def import_functions(service: SourcesConfig, sources: Iterable[RewardSource]) -> None:

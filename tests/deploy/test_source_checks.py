@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from common.config import FunctionSourceConfig, SourcesConfig, UserError
+from common import prompt_tokens
+from common.config import FunctionSourceConfig, ModelSourceConfig, SourcesConfig, UserError
 from common.models import load_tokenizer
 from common.prompt_records import PromptRecord
+from common.reward_models import ScoreScale, load_reward_model, save_reward_model, write_scale
 from deploy.source_checks import MADE_UP, try_functions
 from tests.fakes import save_tiny_model
 
@@ -113,3 +118,57 @@ def test_what_may_be_for_the_made_up_response_alone_is_a_warning(tried, capfd, n
     assert warning.startswith(f"ratchet: warning: reward source s (tried_functions:{name}), tried on the first prompt")
     assert re.search(message, warning)
     assert warning.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model with the tokenizer of the tiny policy, whose embedding has 64 rows."""
+    policy, target = save_tiny_model(tmp_path_factory.mktemp("policy")), tmp_path_factory.mktemp("models") / "rm"
+    network = load_reward_model(policy, dtype=torch.float32, device=torch.device("cpu"))
+    save_reward_model(network, policy, target, ScoreScale())
+    return target
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "reason"),
+    [
+        ("{{ messages[1].content }}", True, None),
+        (None, False, None),
+        (None, True, "its tokenizer or chat template refuses the first prompt: Cannot use chat template functions"),
+        ("{{ raise_exception('no users') }}", None, "refuses the first prompt: no users; give the model's tokenizer"),
+        (ENDLESS, True, "refuses the first prompt: it did not end within 0.1 s of computing"),
+    ],
+)
+def test_a_reward_model_that_cannot_read_the_first_prompt_is_refused(
+    tmp_path, monkeypatch, tokenizer, reward_model, template, chat, reason
+):
+    monkeypatch.setattr(prompt_tokens._TemplateClock, "TICK_S", 0.05)
+    monkeypatch.setattr(prompt_tokens._TemplateClock, "LIMIT", 2)
+    monkeypatch.setattr(prompt_tokens, "_clock", prompt_tokens._TemplateClock())
+    directory = shutil.copytree(reward_model, tmp_path / "rm")
+    own = load_tokenizer(directory)
+    own.chat_template = template
+    own.save_pretrained(directory)
+    write_scale(directory, ScoreScale(chat=chat))
+    source = ModelSourceConfig(name="s", model=str(directory))
+    service = SourcesConfig(sources=(source,))
+    if reason is None:
+        return try_functions(service, [source], RECORD, tokenizer)
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        try_functions(service, [source], RECORD, tokenizer)
+    assert str(caught.value).startswith(f"reward source s ({directory}): its tokenizer or chat template")
+
+
+def test_a_reward_model_whose_tokenizer_is_anothers_is_refused(tmp_path, tokenizer, reward_model):
+    directory = shutil.copytree(reward_model, tmp_path / "rm")
+    own = load_tokenizer(directory)
+    own.add_tokens(["a3!"])
+    own.save_pretrained(directory)
+    write_scale(directory, ScoreScale(chat=False))
+    source = ModelSourceConfig(name="s", model=str(directory))
+    record = replace(RECORD, text="ask a3!", messages=None)
+    with pytest.raises(UserError, match=r"it holds 'a3!', token 64, but the model's embedding has 64 rows"):
+        try_functions(SourcesConfig(sources=(source,)), [source], record, tokenizer)
