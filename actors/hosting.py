@@ -43,7 +43,7 @@ def _hosted(role: type, label: str, cores: Collection[int]) -> type:
             super().__init__(*args, **kwargs)
 
         def __repr__(self) -> str:  # in Ray's dashboard and logs
-            return self._label
+            return getattr(self, "_label", role.__name__)  # asked for also where its creation failed
 
     Hosted.__name__, Hosted.__qualname__, Hosted.__module__ = role.__name__, role.__qualname__, role.__module__
     return Hosted

@@ -6,6 +6,7 @@ A replica's life is one coroutine. Nothing here knows of Ray: `Host` says what i
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,11 +22,17 @@ from common.types import RoleError as RoleError
 STATES = ("pending", "starting", "ready", "leaving")  # of a replica: waits for room; loads; serves; finishes
 # Creations that wait for room on the cluster at a time: a demand that an autoscaler sees, and no flood of it.
 MAX_PENDING = 2
+# So many deaths of one cause, with no call answered between them, end the run: replacements would die of it too.
+MOST_DEATHS = 3
 # How often a pool looks at its cluster and its own size, seconds.
 TICK_S = 0.5
 # Pause before the first replacement of a replica that died, doubled by each further death up to the longest, seconds.
 # A replica that has served for as long as the longest pause ends the series.
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+
+
+# What differs between two deaths of one cause: addresses, process ids, counts.
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|\d+")
 
 
 class Host(Protocol):
@@ -82,6 +89,7 @@ class Replica:
     since: float = field(default_factory=time.monotonic)  # in this state
     version: int = 0  # of the weights that it has verified and holds; 0: as they came from disk
     calls_lost: int = 0  # what it had when it died
+    tried_alone: bool = False  # it died over a call that was tried alone, which is then given up
     gone: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -120,6 +128,8 @@ class Membership:
         self._ever_complete = False  # `min` were ready at some time
         self._leaving: Mapping[str, float] = {}
         self._last_error: BaseException | None = None
+        self._deaths: list[str] = []  # causes, since a call was last answered; all the same
+        self._given_up = False  # since then a call has been given up
         self._failure: asyncio.Future[None] | None = None
 
     async def start(self, timeout_s: float) -> Self:
@@ -250,6 +260,7 @@ class Membership:
         await self._look_at(replica)
         await self.catch_up(replica)
         seconds = replica.enter("ready")
+        self._ever_complete |= len(self) >= self._cfg.min
         self._router.open(replica.number)
         self._tell(replica, "joined", seconds=seconds)
         meters.count("ratchet_pool_joins_total", role=self.role)
@@ -307,9 +318,33 @@ class Membership:
         self._backoff = max(self._backoff, BACKOFF_S)
         self._not_before = time.monotonic() + self._backoff
         meters.count("ratchet_pool_leaves_total", role=self.role, reason="died")
+        reason = death_reason(error)
         if not self._ever_complete and not self.ready:
-            self._fail(RoleError(f"start: {replica.name} died: {_reason(error)}"), error)
-        self._tell(replica, "died", reason=_reason(error), seconds=served, calls=replica.calls_lost)
+            self._fail(RoleError(f"start: {replica.name} died: {reason}"), error)
+        self._tell(replica, "died", reason=reason, seconds=served, calls=replica.calls_lost)
+        if self._dies_again(replica, reason):
+            self._fail(
+                RoleError(
+                    f"{self.role} died {MOST_DEATHS} times of the same cause, and answered no call in between: "
+                    f"{reason}; fix the cause, and continue with --resume"
+                ),
+                error,
+            )
+
+    def _dies_again(self, replica: Replica, reason: str) -> bool:
+        """Whether this death is one too many. The first call that is given up is taken for the cause of its death: one
+        sample that ends every process must not end the run."""
+        if replica.tried_alone and not self._given_up:
+            self._given_up = True
+            return False
+        cause = _NUMBERS.sub("", reason)
+        self._deaths = [*self._deaths, cause] if cause in self._deaths else [cause]
+        return len(self._deaths) >= MOST_DEATHS
+
+    def _answered(self) -> None:
+        """A call was answered: the deaths so far do not keep the role from its work."""
+        self._deaths.clear()
+        self._given_up = False
 
     def _too_few(self, limit: float) -> bool:
         """Fails the pool if fewer than `min` have been ready for `limit` seconds."""
@@ -320,7 +355,7 @@ class Membership:
             self._short_since = time.monotonic()
         elif time.monotonic() - self._short_since > limit:
             states = ", ".join(f"{replica.name} {replica.state}" for replica in self._replicas.values()) or "none"
-            died = f"; the last one died of: {_reason(self._last_error)}" if self._last_error else ""
+            died = f"; the last one died of: {death_reason(self._last_error)}" if self._last_error else ""
             self._fail(
                 UserError(
                     f"{self.role}: for {limit:g} s only {ready} replicas were ready, at least {self._cfg.min} (min) "
@@ -339,7 +374,8 @@ class Membership:
         self._router.fail(error)
 
     def _tell(self, replica: Replica, event: str, **details: Any) -> None:
-        self._on_event(PoolEvent(self.role, replica.name, event, node=replica.node, **details))
+        with suppress(OSError):  # it could not be written down or shown, which is no reason to lose a replica
+            self._on_event(PoolEvent(self.role, replica.name, event, node=replica.node, **details))
 
 
 async def _nothing_to_catch_up(replica: Replica) -> None:
@@ -363,7 +399,13 @@ def _least_needed(replicas: list[Replica], router: Router) -> list[Replica]:
     return sorted(replicas, key=lambda r: (STATES.index(r.state), router.cost(r.number), -r.number))
 
 
-def _reason(error: BaseException | None) -> str:
-    """The last line of its message; Ray ends one with a line that says nothing."""
+def death_reason(error: BaseException | None) -> str:
+    """Why a process died, in one line: the last one of the message. Ray's own texts are paragraphs, or end with a line
+    that says nothing."""
+    if "The actor is dead because its worker process has died" in str(error):
+        pid = re.search(r"\bpid: (\d+)", str(error))
+        code = re.search(r"exit code (\d+)", str(error))
+        how = f"ended with exit code {code[1]}" if code else "was killed by a signal, for want of memory, or crashed"
+        return f"its process{f' {pid[1]}' if pid else ''} {how}"
     lines = [line for line in str(error).splitlines() if line.strip() and "unexpected internal error" not in line]
     return lines[-1].strip() if lines else type(error).__name__

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from actors.membership import TICK_S, Host, Membership, Replica, RoleError
+from actors.membership import TICK_S, Host, Membership, Replica, RoleError, death_reason
 from common import meters
 from common.config import Replicated
 from common.types import GivenUpError, RolloutLostError
@@ -49,7 +49,7 @@ class Pool(Membership):
             finally:
                 if suspected:
                     self._suspects.release()
-        raise GivenUpError(f"{what}: {losses} {self.role} replicas died over it: {self._last_error}")
+        raise GivenUpError(f"{what}: {losses} {self.role} replicas died over it: {death_reason(self._last_error)}")
 
     async def _try(self, number: int, what: str, call: Call, cost: int, *, alone: bool) -> Any:
         """The answer of the replica whose turn was taken, which has nothing else if `alone`. Raises _Lost."""
@@ -63,8 +63,11 @@ class Pool(Membership):
                 while self._router.calls(number) > 1 and not replica.gone.done():
                     await asyncio.sleep(TICK_S)
             was_gone = replica.gone.done()
-            return await self.ask(replica, what, call)
+            answer = await self.ask(replica, what, call)
+            self._answered()
+            return answer
         except self._losses as error:
+            replica.tried_alone = alone and not was_gone
             self.lose(replica, error)
             meters.count("ratchet_pool_reissues_total", role=self.role)
             was_told_to_go = replica.gone.exception() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import socket
 import tempfile
@@ -12,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from torch.distributed import DistError
 
 from common.batching import Batcher
 from common.config import UserError
 from common.preferences import Pair
-from common.types import RolloutLostError, Written
+from common.types import RoleError, RolloutLostError, Written
 from common.weights import Parcel
 
 # Once a rank has failed, how long the others may take to say what they know of it, seconds.
@@ -31,6 +32,8 @@ class RankGroup:
     One call is under way at a time, and the others wait for their turn here: in the ranks' own queue their time limit
     would run.
     """
+
+    role = "Learner"  # of each rank, as it is shown
 
     def __init__(self, ranks: list[Any], *, timeout_s: float) -> None:
         self._ranks = ranks
@@ -90,6 +93,10 @@ class RankGroup:
             error = errors[rank]
             if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
                 raise error.cause from None  # it is the user's to mend, without the trace of a process
+            if isinstance(error, RayActorError):
+                raise RoleError(
+                    f"{self.role}({rank}) died as it was to {what} at step {self._step}: {_last_words(error)}"
+                ) from error
             if len(self._ranks) > 1:
                 error.add_note(f"rank {rank} of {len(self._ranks)} did not {what} at step {self._step}")
             raise error
@@ -98,9 +105,13 @@ class RankGroup:
             raise self._late(what, limit, missing)
         return [task.result() for task in tasks]
 
-    def _late(self, what: str, limit: float, ranks: Sequence[int] = ()) -> RuntimeError:
-        who = f" (rank {', '.join(map(str, ranks))})" if len(self._ranks) > 1 and ranks else ""
-        return RuntimeError(f"the learner{who} did not {what} at step {self._step} within {limit:g} s")
+    def _late(self, what: str, limit: float, ranks: Sequence[int] = ()) -> RoleError:
+        who = ", ".join(f"{self.role}({rank})" for rank in ranks) if ranks else self.role
+        setting = "ray.startup_timeout_s" if what == "start" else "learner.timeout_s"
+        return RoleError(
+            f"{who} did not {what} at step {self._step} within {limit:g} s ({setting}); see what keeps it, or raise "
+            "the limit, and continue with --resume"
+        )
 
 
 class LearnerGroup(RankGroup):
@@ -188,6 +199,8 @@ class AdapterReference:
 class RewardTrainerGroup(RankGroup):
     """`learner.reward_training.Trainers` over the actors of the ranks."""
 
+    role = "RewardTrainer"
+
     async def scores(self, pairs: Sequence[Pair]) -> np.ndarray:
         """float32 [N, 2]; the ranks share the pairs."""
         shared = ray.put(list(pairs))
@@ -199,6 +212,14 @@ class RewardTrainerGroup(RankGroup):
         async with self._turn:
             calls = [rank.save_model.remote(directory.resolve()) for rank in self._ranks]
             await self._wait("save the reward model", calls)
+
+
+def _last_words(error: BaseException) -> str:
+    """Why a process died, in one line."""
+    pid = re.search(r"\bpid: (\d+)", str(error))
+    if "its worker process has died" in str(error):
+        return f"its process{f' {pid[1]}' if pid else ''} was killed by a signal, for want of memory, or crashed"
+    return str(error).strip().splitlines()[-1]
 
 
 def _follows(error: BaseException | None) -> bool:

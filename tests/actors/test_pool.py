@@ -180,6 +180,81 @@ def test_the_calls_beside_a_deadly_one_are_answered():
     run(scenario)
 
 
+def test_three_deaths_of_one_cause_without_an_answered_call_end_the_run():
+    """As where every process dies at its first request. What differs in the message, such as an address, is no other
+    cause."""
+
+    async def scenario():
+        it = await Joined.start(min=1)
+        deaths = iter(range(100))
+
+        async def fail(handle):
+            return await handle.fail.remote(EngineDeadError(f"head_dim=16 at 0x7f{next(deaths)}a, pid {next(deaths)}"))
+
+        calls = [asyncio.create_task(it.pool.call("fail", fail)) for _ in range(4)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        # The first call that is tried alone is given up, as if it alone were deadly. The second one's death ends the
+        # run, and the others with it.
+        assert sorted(type(answer).__name__ for answer in answers) == ["GivenUpError"] * 2 + ["RoleError"] * 2
+        [message] = {str(answer) for answer in answers if isinstance(answer, RoleError)}
+        assert message.startswith("Worker died 3 times of the same cause, and answered no call in between: head_dim=16")
+        await until(lambda: len(it.told("died")) >= 4)
+        with pytest.raises(RoleError, match="died 3 times"):
+            await it.work()
+
+    run(scenario)
+
+
+def test_deaths_of_one_cause_between_answered_calls_end_nothing():
+    async def scenario():
+        it = await Joined.start(min=1)
+        for death in range(5):
+            await until(lambda: len(it.pool) == 1)
+            it.pool.lose(it.pool.ready[0], EngineDeadError("killed"))
+            await until(lambda death=death: len(it.told("died")) == death + 1)
+            assert await it.work() == "Worker(0)"
+
+    run(scenario)
+
+
+def test_deaths_of_different_causes_end_nothing():
+    async def scenario():
+        it = await Joined.start(min=1)
+        for death, cause in enumerate(["killed", "out of memory", "killed", "out of memory"]):
+            await until(lambda: len(it.pool) == 1)
+            it.pool.lose(it.pool.ready[0], EngineDeadError(cause))
+            await until(lambda death=death: len(it.told("died")) == death + 1)
+        assert await it.work() == "Worker(0)"
+
+    run(scenario)
+
+
+def test_the_only_replica_is_replaced_as_soon_as_it_has_joined_once(monkeypatch):
+    """Also where the pool has not looked at its cluster since, which may not answer for a while."""
+
+    async def scenario():
+        host = LocalHost(Worker)
+        monkeypatch.setattr(membership, "TICK_S", 0.3)
+        pool = Pool("Worker", host, Replicated())
+        await pool.start(timeout_s=5)
+        host.alive("Worker(0)").die()
+        assert await pool.call("work", lambda handle: handle.work.remote(0)) == "Worker(0)"
+
+    run(scenario)
+
+
+def test_an_event_that_cannot_be_written_down_loses_no_replica():
+    def full(event: PoolEvent) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def scenario():
+        pool = Pool("Worker", LocalHost(Worker), Replicated(), on_event=full)
+        await pool.start(timeout_s=5)
+        assert await pool.call("work", lambda handle: handle.work.remote(0)) == "Worker(0)"
+
+    run(scenario)
+
+
 def test_a_call_whose_replicas_are_told_to_go_is_never_given_up():
     async def scenario():
         it = await Joined.start(min=1, drain_s=0.02)
