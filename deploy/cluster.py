@@ -23,7 +23,7 @@ from common.config import RayConfig, UserError
 from common.types import RoleError
 from deploy import ends, own_cluster, signals
 from deploy.addresses import ask, named_address, reachable
-from deploy.deaths import explained, lost_cluster
+from deploy.deaths import essential_processes, explained, lost_cluster
 from deploy.native_errors import native_errors_to
 from deploy.placement import Node
 
@@ -102,24 +102,35 @@ def _quiet_ray() -> Iterator[None]:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """Ends the run when its cluster is gone: nothing else would say so, or only after minutes."""
+    """Ends the run when its cluster is gone. Nothing else would say so: when its node manager or control service dies,
+    Ray's C++ code ends this process without a word, at once or after a minute."""
     ended = threading.Event()
 
-    def watch() -> None:
+    def gone(error: RoleError | None) -> None:
+        if error is not None and not ended.is_set():
+            if signals.caught():
+                signals.end_now(ends.tell(error))
+            signals.fail(error)
+
+    def wait_for(pid: int) -> None:
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        if not ended.is_set():
+            gone(lost_cluster())
+
+    def ask_again_and_again() -> None:
         address, answered = ray.get_runtime_context().gcs_address, time.monotonic()
-        while not ended.wait(1.0):
-            gone = lost_cluster(within_s=0)
-            if gone is None and time.monotonic() - answered > SILENT_S / 4:
-                with suppress(grpc.RpcError, ray.exceptions.RayError):
-                    ask(address, timeout_s=SILENT_S / 8)
-                    answered = time.monotonic()
-                if (silent := time.monotonic() - answered) > SILENT_S:
-                    gone = RoleError(f"the Ray cluster at {address} has not answered for {silent:.0f} s")
-            if gone is not None and not ended.is_set():
-                signals.fail(gone)
+        while not ended.wait(SILENT_S / 8):
+            with suppress(grpc.RpcError, ray.exceptions.RayError):
+                ask(address, timeout_s=SILENT_S / 8)
+                answered = time.monotonic()
+            if (silent := time.monotonic() - answered) > SILENT_S:
+                gone(RoleError(f"the Ray cluster at {address} has not answered for {silent:.0f} s"))
                 return
 
-    threading.Thread(target=watch, name="cluster", daemon=True).start()
+    for pid in essential_processes():
+        threading.Thread(target=wait_for, args=(pid,), name="cluster", daemon=True).start()
+    threading.Thread(target=ask_again_and_again, name="cluster", daemon=True).start()
     try:
         yield
     finally:

@@ -51,6 +51,14 @@ def users_fault(error: BaseException | None) -> UserError | None:
     return None
 
 
+def essential_processes() -> list[int]:
+    """The processes without which a cluster of our own does not work; none of a cluster that was joined."""
+    node = worker._global_node
+    if node is None or not node.head:
+        return []
+    return [started.process.pid for name in _ESSENTIAL for started in node.all_processes.get(name, [])]
+
+
 def lost_cluster(within_s: float = 0.5) -> RoleError | None:
     """What to say if a process has died that a cluster of our own cannot do without. Its other processes lose their
     connections at the same time, and may be heard of first."""

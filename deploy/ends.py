@@ -26,7 +26,7 @@ from deploy.console import Lenient, complain
 FAILED, USERS = 1, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _active = False  # the command line runs
-_told: tuple[BaseException, int] | None = None  # the error whose message was printed, and its exit code
+_told: int | None = None  # the exit code, once the message was printed: what follows from an error is not told too
 _run: tuple[str, Path] | None = None  # how to continue the run of this process, and its directory
 
 
@@ -75,11 +75,10 @@ def tell(error: BaseException) -> int:
     global _told
     if not _active:
         return FAILED
-    if _told is None or _told[0] is not error:
-        code, message = told(error)
+    if _told is None:
+        _told, message = told(error)
         complain(message)
-        _told = error, code
-    return _told[1]
+    return _told
 
 
 def told(error: BaseException) -> tuple[int, str]:

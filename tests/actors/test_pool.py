@@ -212,7 +212,7 @@ def test_deaths_of_one_cause_between_answered_calls_end_nothing():
             await until(lambda: len(it.pool) == 1)
             it.pool.lose(it.pool.ready[0], EngineDeadError("killed"))
             await until(lambda death=death: len(it.told("died")) == death + 1)
-            assert await it.work() == "Worker(0)"
+            assert (await it.work()).startswith("Worker(")
 
     run(scenario)
 
@@ -224,7 +224,7 @@ def test_deaths_of_different_causes_end_nothing():
             await until(lambda: len(it.pool) == 1)
             it.pool.lose(it.pool.ready[0], EngineDeadError(cause))
             await until(lambda death=death: len(it.told("died")) == death + 1)
-        assert await it.work() == "Worker(0)"
+        assert (await it.work()).startswith("Worker(")
 
     run(scenario)
 
@@ -238,7 +238,8 @@ def test_the_only_replica_is_replaced_as_soon_as_it_has_joined_once(monkeypatch)
         pool = Pool("Worker", host, Replicated())
         await pool.start(timeout_s=5)
         host.alive("Worker(0)").die()
-        assert await pool.call("work", lambda handle: handle.work.remote(0)) == "Worker(0)"
+        answer = await pool.call("work", lambda handle: handle.work.remote(0))
+        assert answer.startswith("Worker(")
 
     run(scenario)
 
