@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -38,6 +39,7 @@ from deploy.provenance import IN_A_JOB
 from deploy.source_checks import import_functions
 
 EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out
+AGENT_S = 30  # longest wait for the agent of a cluster that has just started
 LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes of a request that the cluster takes
 
 
@@ -66,7 +68,8 @@ def submit_run(
                 write_package(Path(staging), None if resume else cfg, arguments)
                 # Left to itself Ray would put each of our packages into a directory of its own.
                 ours = client._upload_package_if_needed(staging, include_gitignore=False)
-                job = client.submit_job(
+                job = _submit(
+                    client,
                     entrypoint=ENTRYPOINT,
                     runtime_env={
                         "working_dir": str(Path.cwd()),
@@ -82,6 +85,18 @@ def submit_run(
             raise UserError(f"the cluster at {address} did not take the job: {error}") from error
         _tell(job, directory, address)
         return _follow(client, job) if follow else 0
+
+
+def _submit(client: JobSubmissionClient, **job: Any) -> str:
+    """Asks again for a while where a cluster that has just started has no agent yet to run jobs."""
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def _tell(job: str, directory: Path, address: str) -> None:

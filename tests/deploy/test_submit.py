@@ -180,7 +180,12 @@ class Client:
         self.packages = {path.name for path in self.carried.iterdir()}
         return "gcs://_ray_pkg_0.zip"
 
+    refusals = ("Request failed with status code 500: No available agent to submit job",)
+
     def submit_job(self, **job):
+        if self.refusals:
+            refusal, *self.refusals = self.refusals
+            raise RuntimeError(refusal)
         self.job = job
         return "job_1"
 
@@ -218,6 +223,12 @@ def test_config_and_arguments_travel_as_files_and_are_in_no_metadata(sent, place
     assert deploy.job.command_line(package, "10.0.0.1:6379") == [
         *("train", f"{place}/ratchet_job/config.toml", "--run", "/a run", "--address", "10.0.0.1:6379")
     ]
+
+
+def test_a_job_that_the_cluster_refuses_is_not_sent_again(monkeypatch, sent, place):
+    monkeypatch.setattr(Client, "refusals", ("No available agent", "Request failed with status code 500: disk full"))
+    with pytest.raises(AssertionError, match="did not take the job: Request failed with status code 500: disk full"):
+        sent("tiny.toml", "--run", "run")
 
 
 def test_a_run_that_continues_as_a_job_takes_its_config_from_its_directory(sent, place):
