@@ -164,7 +164,7 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
 def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
     """A store made here must hold what is published. Raises UserError."""
     two_versions = 2 * 2 * model.parameters
-    if cfg.address is None and cfg.object_store_mib * MIB < two_versions:
+    if cfg.object_store_mib * MIB < two_versions:
         raise UserError(
             f"ray.object_store_mib ({cfg.object_store_mib}) must hold two versions of the weights, "
             f"{-(-two_versions // MIB)} MiB with this model; raise it"

@@ -28,6 +28,7 @@ from common.prompts import PromptStream, heldout_prompts
 from common.reward_models import content_hash
 from common.types import Experience, Prompt, Void
 from deploy import signals
+from deploy.addresses import named_address
 from deploy.already_done import finished_training
 from deploy.cluster import cluster, dashboard, metrics_addresses
 from deploy.error_files import ErrorFiles
@@ -165,7 +166,8 @@ async def _train(
 def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Training and held-out prompts. Checks all that can be checked with nothing started; raises UserError."""
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
-    check_object_store(cfg.ray, policy.size)
+    if named_address(cfg.ray) is None:  # the store of another cluster was made by whoever started it
+        check_object_store(cfg.ray, policy.size)
 
     def load(source: str, setting: str) -> list[PromptRecord]:
         return policy.load_prompts(source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting=setting)
