@@ -162,8 +162,8 @@ def test_a_run_goes_on_only_with_the_reward_model_it_began_with(accepted, refusa
         ("ppo.clip_epsilon=1", "ppo.clip_epsilon=1: no stage of the demo has such a setting"),
         ("nonsense", "nonsense: no stage of the demo has such a setting"),
         ("seed", "override 'seed' must read key=value"),
-        ("labeller.min_gap=-1", "positive-pairs.toml has 1 fault(s):\n  labeller.min_gap = -1: "),
-        ("epochs=0", "positive-reward.toml has 1 fault(s):\n  epochs = 0: "),
+        ("labeller.min_gap=-1", "(labeller.min_gap=-1) has 1 fault(s):\n  labeller.min_gap = -1: "),
+        ("epochs=0", "(epochs=0) has 1 fault(s):\n  epochs = 0: "),
         ("optimizer.warmup_steps=17", "optimizer.warmup_steps (17) must not exceed num_steps (16)"),
         ("model.path=nowhere", "(nowhere) is neither a directory nor a hub name"),
     ],
@@ -172,7 +172,7 @@ def test_a_setting_that_the_demo_cannot_work_with_is_refused(ratchet, workplace,
     code, _, err = ratchet("demo", "rlhf", setting)
     assert (code, err.count("ratchet: ")) == (2, 1)
     assert message in err
-    assert contents(workplace) == {}
+    assert contents(workplace) == {Path("temporary"): None}  # the directory for temporary files, and nothing in it
 
 
 @pytest.mark.parametrize("part", ["pairs", "reward", "ppo"])
