@@ -30,7 +30,7 @@ _PREFIX = "ratchet-ray-"
 _LOCK = "in-use"
 # A socket's path may have 107 characters, and Ray adds /session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store
 # and a number to the directory's.
-_LONGEST = 107 - 68
+_LONGEST = 107 - 70
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def start(cfg: RayConfig, directory: Path) -> None:
             object_store_memory=cfg.object_store_mib * MIB,
             log_to_driver=False,
             logging_level="ERROR",
-            _temp_dir=str(directory),
+            _temp_dir=str(directory / "r"),  # which Ray opens to everybody: what is around it stays closed
         )
     except (OSError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -85,7 +85,7 @@ def test_the_directory_of_a_cluster_is_private_short_and_gone_afterwards(tmp_pat
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 99)))
     with own_cluster.private_directory() as directory:
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-        socket = f"{directory}/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store.1"
+        socket = f"{directory}/r/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store.1"
         assert len(socket) <= 107
     assert not directory.exists()
 
