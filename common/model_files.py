@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +64,12 @@ def read_config(directory: Path) -> PretrainedConfig:
     return config
 
 
-def check_engine_packages(config: PretrainedConfig) -> None:
-    """Raises ValueError if vLLM cannot load such a model for want of a package."""
-    if getattr(config, "vision_config", None) is not None and find_spec("torchvision") is None:
+def check_generated(config: PretrainedConfig) -> None:
+    """Raises ValueError if the engine cannot serve such a model."""
+    if getattr(config, "vision_config", None) is not None:
         raise ValueError(
-            "its type also reads images, and vLLM needs the package torchvision for those types; install the "
-            "torchvision that belongs to your torch"
+            "its type also reads images, and the generators cannot start vLLM with such a type; save its text part as a "
+            "model of its own (gemma3_text for gemma3) and name that"
         )
 
 

@@ -35,9 +35,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common.attention import PACKED
 from common.config import UserError
 from common.model_files import (
-    check_engine_packages,
     check_finite,
     check_finite_files,
+    check_generated,
     check_loaded,
     check_special_tokens,
     check_weights,
@@ -170,7 +170,7 @@ def check_policy_files(directory: Path, setting: str = "model.path") -> None:
     """Refuses weights that are missing, left over or not finite, as far as the files tell without loading the model.
     Raises UserError."""
     with reading(directory, setting, "be used"):
-        check_engine_packages(check_weights(directory, AutoModelForCausalLM))
+        check_generated(check_weights(directory, AutoModelForCausalLM))
         check_finite_files(directory)
 
 

@@ -16,7 +16,9 @@ from learner.kernels import install
 from tests.common.model_kinds import listed, tiny_config
 
 _LONG = {"short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 7.0, 9.0], "rope_theta": 1e4}
-PLAIN: dict[str, tuple[str, dict]] = {kind: (kind, {}) for kind in listed("Supported")}
+PLAIN: dict[str, tuple[str, dict]] = {
+    kind: (kind, {}) for kind in listed("Supported") | listed("Computed, but not generated")
+}
 SPECIAL: dict[str, tuple[str, dict]] = {
     "OPT-350m": ("opt", {"word_embed_proj_dim": 16}),
     "longrope": (
