@@ -68,8 +68,8 @@ def check_generated(config: PretrainedConfig) -> None:
     """Raises ValueError if the engine cannot serve such a model."""
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
-            "its type also reads images, and the generators cannot start vLLM with such a type; save its text part as a "
-            "model of its own (gemma3_text for gemma3) and name that"
+            "its type also reads images, and the generators cannot start vLLM with such a type; save its text part as "
+            "a model of its own (gemma3_text for gemma3) and name that"
         )
 
 
