@@ -30,12 +30,12 @@ class Generator:
         self._name = name
         self._seed = seed
         self._engine = make_engine()
-        self._version = 0
+        self._version: int | None = None  # of a learner's weights; None: those of the model's files
         self._arrivals = Arrivals()
         self._staging_s = 0.0  # of the update that is under way
         for counted in ("rollouts", "tokens", "nonfinite"):
             meters.count(f"ratchet_generator_{counted}_total", 0)
-        meters.gauge("ratchet_generator_weights_version", self._version)
+        meters.gauge("ratchet_generator_weights_version", 0)
         self._keeps = updates == "changes"
         self._held: dict[int, Bucket] = {}  # of `_version`
         self._staged: dict[int, Bucket] = {}
@@ -46,7 +46,9 @@ class Generator:
         await self._engine.generate(np.zeros(1, dtype=np.int32), seed=0, plain_tokens=1)
         return self._name
 
-    async def generate(self, prompt: Prompt, begun: Rollout | None = None) -> tuple[Rollout, Written]:
+    async def generate(
+        self, prompt: Prompt, begun: Rollout | None = None, plain_tokens: int = 0
+    ) -> tuple[Rollout, Written]:
         """The rollout, which stays here until it is fetched, and what the loop must know of it.
 
         Under one version of the weights it is a function of them, run seed and sample id alone. What another generator
@@ -55,7 +57,8 @@ class Generator:
         written = prompt.token_ids if begun is None else np.concatenate([prompt.token_ids, begun.response_ids])
         num_begun = len(written) - len(prompt.token_ids)
         seed = sampling_seed(self._seed, prompt.sample_id, num_begun)
-        done = await self._engine.generate(written, seed=seed, num_begun=num_begun)
+        left = max(1, plain_tokens - num_begun) if plain_tokens else 0
+        done = await self._engine.generate(written, seed=seed, num_begun=num_begun, plain_tokens=left)
         arrays = done.token_ids, done.logprobs, done.policy_versions
         if begun is not None:
             before = begun.response_ids, begun.rollout_logprobs, begun.policy_versions
@@ -104,7 +107,7 @@ class Generator:
             self._version, self._held, self._staged = version, self._staged, {}
             meters.observe("ratchet_generator_stage_seconds", self._staging_s)
             meters.gauge("ratchet_generator_weights_version", version)
-        return self._version, pause_s
+        return version, pause_s
 
 
 def sampling_seed(run_seed: int, sample_id: SampleId, num_begun: int = 0) -> int:

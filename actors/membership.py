@@ -87,7 +87,7 @@ class Replica:
     state: str = "pending"  # one of STATES
     node: str | None = None
     since: float = field(default_factory=time.monotonic)  # in this state
-    version: int = 0  # of the weights that it has verified and holds; 0: as they came from disk
+    version: int | None = None  # of the learner's weights that it has verified and holds; None: those of the files
     calls_lost: int = 0  # what it had when it died
     tried_alone: bool = False  # it died over a call that was tried alone, which is then given up
     gone: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())

@@ -23,17 +23,17 @@ class GeneratorPool:
         """`response_tokens`: the longest response, which counts as a prompt's share of the load beside its own."""
         self._pool = pool
         self._response_tokens = response_tokens
-        self._wanted = 0  # the version from disk
+        self._wanted: int | None = None  # the learner's newest version; None: nothing came from it yet
         self._newest: list[Any] = []  # references of the wanted version's buckets, for those who come late
         pool.catch_up = self._catch_up
         pool.hand_over = lambda replica: replica.hand_over.remote()
 
-    async def generate(self, prompt: Prompt) -> Written:
+    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> Written:
         """Begins again where a replica dies; goes on where one hands over what it has."""
         cost = len(prompt.token_ids) + self._response_tokens
         begun: Any = None
         while True:
-            ask = partial(_generate, prompt, begun)
+            ask = partial(_generate, prompt, begun, plain_tokens)
             try:
                 rollout, written = await self._pool.call(f"answer prompt {prompt.sample_id}", ask, cost=cost)
             except RolloutLostError:  # with the node that had begun it
@@ -83,7 +83,7 @@ class GeneratorPool:
 
     async def _catch_up(self, replica: Replica) -> None:
         """The newest weights, taken directly; again if newer ones came meanwhile."""
-        while (version := self._wanted) != replica.version:
+        while (version := self._wanted) is not None and version != replica.version:
             await self._stage(replica, version, self._newest)
             await self._swap(replica, version)
 
@@ -137,9 +137,9 @@ class Delivery:
         await self._send(parts)
 
 
-async def _generate(prompt: Prompt, begun: Any, handle: Any) -> tuple[Any, Written]:
+async def _generate(prompt: Prompt, begun: Any, plain_tokens: int, handle: Any) -> tuple[Any, Written]:
     """A reference to the rollout, and what the loop must know of it."""
-    rollout, written = handle.generate.options(num_returns=2).remote(prompt, begun)
+    rollout, written = handle.generate.options(num_returns=2).remote(prompt, begun, plain_tokens)
     return rollout, await written
 
 

@@ -321,6 +321,11 @@ class PPOConfig(Section):
     importance_cap: Annotated[float, Field(ge=0)] = 2.0
     """Cap of the importance weight between the learner's and the generator's log-probability of a token, which
     corrects for stale or differently rounded samplers; 0: no correction."""
+    max_mismatch_kl: Annotated[float, Field(ge=0)] = 0.1
+    """The run stops when mismatch/kl (k3 between learner and generator, nats per token) is above this for
+    max_mismatch_steps steps in a row: the two then compute different policies; 0: never."""
+    max_mismatch_steps: Positive = 5
+    """See max_mismatch_kl."""
 
 
 class KLConfig(Section):

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.config import UserError
 from common.prompt_records import PromptRecord
-from common.types import HELDOUT_EPOCH, Prompt, SampleId
+from common.types import HELDOUT_EPOCH, PROBE_EPOCH, Prompt, SampleId
 
 
 class PromptStream:
@@ -45,6 +45,11 @@ class PromptStream:
         self._outstanding[sample_id] = self._issued
         self._issued += 1
         return self._prompt(sample_id)
+
+    def probes(self, count: int) -> list[Prompt]:
+        """The first `count` prompts under ids that `next` never gives: to ask them changes nothing here."""
+        ids = [SampleId(PROBE_EPOCH, index, 0) for index in range(min(count, len(self._records)))]
+        return [self._prompt(sample_id) for sample_id in ids]
 
     def settle(self, sample_ids: Iterable[SampleId]) -> None:
         """These are in the journal now, as rollouts or as void."""

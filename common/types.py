@@ -17,6 +17,7 @@ import pyarrow as pa
 from common.reward_input import RewardInput as RewardInput
 
 HELDOUT_EPOCH = -1
+PROBE_EPOCH = -2
 HANDED_OVER = "handed over"  # finish reason of what a generator began and another one is to finish
 # About what a token takes while its rollout waits for the learner: id, two log-probabilities, version, text.
 BYTES_PER_TOKEN = 20
@@ -25,7 +26,7 @@ BYTES_PER_TOKEN = 20
 class SampleId(NamedTuple):
     """Names one rollout for ever: the same id under the same weights and run seed is the same text."""
 
-    epoch: int  # pass over the training prompts, from 0; HELDOUT_EPOCH for evaluation
+    epoch: int  # pass over the training prompts, from 0; HELDOUT_EPOCH for evaluation, PROBE_EPOCH for a check
     prompt: int  # index of the prompt in its data set
     replica: int  # which of the prompt's `rollouts_per_prompt` responses
 

@@ -40,6 +40,8 @@ _RESUMABLE: dict[type[Root], tuple[str, ...]] = {
         "reference.",
         *(f"reward.{key}" for key in _REPLICATED),
         *(f"reward.{key}" for key in _SCORING),
+        "ppo.max_mismatch_kl",
+        "ppo.max_mismatch_steps",
         "evaluation.",
         "monitoring.",
     ),

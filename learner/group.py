@@ -165,6 +165,12 @@ class LearnerGroup(RankGroup):
         async with self._turn:
             await self._wait("save the policy", [rank.save_policy.remote(directory.resolve()) for rank in self._ranks])
 
+    async def policy_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
+        async with self._turn:
+            calls = [rank.policy_logprobs.remote(*rollouts) for rank in self._ranks]
+            answers = await self._wait("measure rollouts", calls)
+        return answers[0]
+
     async def ref_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
         """With LoRA: log-probabilities of each response without the adapters, float32 [R], nats. `rollouts` may be
         references."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -121,13 +121,20 @@ class Learner:
         self.step += 1
         return metrics.result()
 
+    def policy_logprobs(self, *rollouts: Rollout) -> list[np.ndarray]:
+        """Log-probabilities of each rollout's response, float32 [R], nats."""
+        return self._logprobs(rollouts, reference=False)
+
     def ref_logprobs(self, *rollouts: Rollout) -> list[np.ndarray]:
         """With LoRA: of each rollout's response the log-probabilities without adapters, float32 [R], nats."""
+        return self._logprobs(rollouts, reference=True)
+
+    def _logprobs(self, rollouts: Sequence[Rollout], *, reference: bool) -> list[np.ndarray]:
         sequences = Sequences.pack([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
         result = torch.zeros(sequences.response_mask.shape)
         with torch.no_grad():
             for rows in self._micro_batches(sequences, np.arange(len(rollouts))):
-                logprobs, _, _ = self._forward(sequences, rows, reference=True)
+                logprobs, _, _ = self._forward(sequences, rows, reference=reference)
                 result[rows, : logprobs.shape[1]] = logprobs.cpu()
         self._ranks.sum(result)
         return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]

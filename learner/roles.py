@@ -6,14 +6,16 @@ from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from common.types import Prompt, Score, Void, Written
 
 
 class Generators(Protocol):
-    async def generate(self, prompt: Prompt) -> Written:
-        """Raises GivenUpError when replica after replica dies over this prompt."""
+    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> Written:
+        """With `plain_tokens` this many tokens of the whole distribution, with nothing cut off or forbidden and past
+        any end token. Raises GivenUpError when replica after replica dies over this prompt."""
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
         """What the references in Written or Scored stand for; a RolloutLostError in place of what is gone. What
@@ -47,6 +49,9 @@ class LearnerGroup(Protocol):
     def publish(self) -> AsyncIterator[Any]:
         """Handles to the newest weights, bucket by bucket as they are packed, for `Generators.load`; tensors do not
         pass through the caller."""
+
+    async def policy_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
+        """Log-probabilities of each response under the newest weights, float32 [R], nats."""
 
     async def save(self, directory: Path) -> None: ...
 

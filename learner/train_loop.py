@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -33,11 +33,14 @@ from common.types import (
     staleness,
 )
 from common.user_code import FIGURES
+from learner.agreement import NUM_PROMPTS, MismatchBound, check_engines
 from learner.checkpoint import Checkpoints
 from learner.evaluation import Answer, Evaluation, evaluate
 from learner.experience import arrays
 from learner.roles import Generators, LearnerGroup, Reference, Reward
 from learner.rollout_buffer import Batch, RolloutBuffer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -69,6 +72,9 @@ async def train(run: Run) -> list[Evaluation]:
     """From wherever the run directory stands to num_steps; returns the held-out evaluations, oldest first."""
     cfg, clock = run.cfg, Clock()
     await recover(run)
+    run.doing = lambda: "the engines are compared with the learner"
+    await check_engines(cfg, run.prompts.probes(NUM_PROMPTS), run.generators, run.learner)
+    mismatch = MismatchBound(cfg)
     evaluations = [Evaluation.from_record(record) for record in read_records(run.directory / "evaluations.jsonl")]
     await evaluate_if_due(run, evaluations)
     buffer = RolloutBuffer(
@@ -83,7 +89,7 @@ async def train(run: Run) -> list[Evaluation]:
     producer = asyncio.create_task(produce(run, buffer, clock))
     try:
         while run.learner.step < cfg.num_steps:
-            await _unless_failed(train_step(run, buffer, clock), producer)
+            mismatch.check(await _unless_failed(train_step(run, buffer, clock), producer))
             await evaluate_if_due(run, evaluations)
             await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
     finally:
@@ -94,8 +100,8 @@ async def train(run: Run) -> list[Evaluation]:
     return evaluations
 
 
-async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
-    """One batch from the buffer to new weights on every generator."""
+async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> dict[str, float]:
+    """One batch from the buffer to new weights on every generator; returns the update's metrics."""
     step = run.learner.step
     clock.start()
     wanted = run.cfg.rollouts_per_step
@@ -126,6 +132,7 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
         run.checkpoints.prune()
     clock.lap("checkpoint")
     run.on_step({**record, **clock.laps}, batch.experience[0], batch.voids)
+    return stats
 
 
 async def produce(run: Run, buffer: RolloutBuffer, clock: Clock) -> None:
@@ -213,9 +220,9 @@ async def recover(run: Run) -> None:
             append_record(
                 run.directory / "metrics.jsonl", {"step": written.step, "time": written.time, **rollouts, **stats}
             )
-    if (last := run.journal.last()) is None:
-        return  # a new run
-    run.prompts.restore(last.prompts)
+    if (last := run.journal.last()) is not None:
+        run.prompts.restore(last.prompts)
+    # In a new run, too: it shows whether engines take new weights, before anything is learned.
     await run.generators.load(run.learner.publish(), run.learner.step)
 
 
@@ -240,8 +247,8 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
     evaluations.append(evaluation)
 
 
-async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
-    """Awaits `work`, but ends with the producer's error if that comes first: nothing would ever wake the work."""
+async def _unless_failed(work: Coroutine[Any, Any, T], producer: asyncio.Task[None]) -> T:
+    """The result of `work`; or the producer's error if that comes first, since nothing would wake the work then."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
@@ -255,7 +262,7 @@ async def _unless_failed(work: Any, producer: asyncio.Task[None]) -> None:
         while isinstance(error, BaseExceptionGroup):  # many rollouts may fail of one cause; the first tells it
             error = error.exceptions[0]
         raise error or RuntimeError("the rollout producer ended by itself")
-    await task
+    return await task
 
 
 def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:

@@ -304,8 +304,8 @@ class FakeRoles:
         self.updating = False
         self._fail_prompts = fail_prompts
 
-    async def generate(self, prompt: Prompt) -> Written:
-        rollout = await self.write(prompt)
+    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> Written:
+        rollout = make_rollout(prompt, [4, END]) if plain_tokens else await self.write(prompt)
         return replace(Written.of(rollout), rollout=rollout)
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
@@ -342,7 +342,10 @@ class FakeRoles:
         self.tables.append(table)
         self.step += 1
         self.updating = False
-        return {"ppo/entropy": 1.0}
+        return {"ppo/entropy": 1.0, "mismatch/kl": 0.0}
+
+    async def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        return [rollout.rollout_logprobs for rollout in rollouts]
 
     async def publish(self) -> AsyncIterator[str]:
         self.events.append(f"publish v{self.step}")

@@ -153,6 +153,12 @@ def test_a_swap_says_how_long_the_engine_stood_still():
     assert asyncio.run(scenario()) == ((3, 0.25), (3, 0.0))
 
 
+def test_a_learners_version_0_is_taken_although_the_files_hold_it_too_and_only_once():
+    calls, refused, held = run(*packed(0), 0, *packed(0), 0)
+    assert calls == ["stage 0.0", "stage 0.1", "stage 0.2", "swap 0"]
+    assert (refused, held) == ([], [0, 0])
+
+
 def wide(version: int, moved: dict[str, float]):
     """Three buckets of eight ones, in each of which the first value may be another."""
     named = [(name, torch.tensor([moved.get(name, 1.0)] + [1.0] * 7)) for name in "abc"]

@@ -471,9 +471,9 @@ def test_what_was_begun_is_begun_anew_when_it_is_lost_on_its_way():
         answer = handle.role.generate
         asked = []
 
-        async def begin(prompt, begun=None):
+        async def begin(prompt, begun, plain_tokens):
             asked.append(begun)
-            rollout, written = await answer(prompt, begun)
+            rollout, written = await answer(prompt, begun, plain_tokens)
             return rollout, written
 
         handle.role.generate = begin

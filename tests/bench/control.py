@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ from actors.pool import Pool
 from actors.services import GeneratorPool, ReferencePool, RewardPool
 from common.config import Config, Replicated
 from common.prompts import PromptRecord, PromptStream
-from common.types import Rollout, Score
+from common.types import Prompt, Rollout, Score, Written
 from deploy.train import rare_full_collections
 from learner.train_loop import Run, train
 from tests.bench.results import Result
-from tests.fakes import LocalHost, tiny_config
+from tests.fakes import LocalHost, make_rollout, tiny_config
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,7 +60,10 @@ class StubLearner:
 
     async def update(self, table: pa.Table) -> dict[str, float]:
         self.step += 1
-        return {}
+        return {"mismatch/kl": 0.0}
+
+    async def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        return [rollout.rollout_logprobs for rollout in rollouts]
 
     async def publish(self) -> AsyncIterator[Any]:
         return
@@ -165,6 +169,15 @@ class SameWeights(GeneratorPool):
     async def load(self, weights: AsyncIterator[Any], version: int) -> dict[str, float]:
         """Nothing is published."""
         return {}
+
+    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> Written:
+        if not plain_tokens:
+            return await super().generate(prompt)
+        # The comparison of engines and learner before training, which is no part of what is measured.
+        rollout = make_rollout(prompt, [1])
+        reference = asyncio.get_running_loop().create_future()
+        reference.set_result(rollout)
+        return replace(Written.of(rollout), rollout=reference)
 
 
 class Measured(Exception):

@@ -486,7 +486,7 @@ def test_resume_checks_the_settings_it_may_change(refusal, runs, command):
         ("train", "num_steps=9 generators.min=2 checkpoint.every=1"),
         ("train", "learner.micro_batch_tokens=4096 learner.gradient_checkpointing=true learner.threads=2"),
         ("train", "learner.ranks=2 learner.cpus=2 learner.gpus=1"),
-        ("train", "learner.timeout_s=9 reward.timeout_s=9 reward.min=2 reward.max_void_share=1"),
+        ("train", "learner.timeout_s=9 reward.timeout_s=9 reward.min=2 reward.max_void_share=1 ppo.max_mismatch_kl=0"),
         ("train", "reference.dtype=float32 evaluation.every=1 ray.dashboard=false monitoring.port=9100"),
         ("train-reward", ""),
         ("train-reward", "epochs=9 generators.min=2 scale.responses=3 sampling.temperature=0.5"),

@@ -41,7 +41,11 @@ def run_config(model, **overrides) -> Config:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "modèle")  # paths must not reach vLLM's metrics
+    """Weights that bfloat16 holds exactly, as most models' are: what is published then is just what the learner has."""
+    directory = save_tiny_model(tmp_path_factory.mktemp("model") / "modèle")  # paths must not reach vLLM's metrics
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.to(torch.bfloat16).to(torch.float32).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +161,7 @@ def test_small_steps_are_sent_as_changes_where_they_are_wanted(model, tmp_path):
     run_training(cfg, tmp_path / "changes")
     records = read_records(tmp_path / "changes/metrics.jsonl")
     full = 2 * load_policy(Path(model), dtype=torch.float32, device=torch.device("cpu")).num_parameters()
-    assert records[0]["weights/bytes"] == full  # nothing has been published that could have changed
-    assert all(0 < record["weights/bytes"] < full / 2 for record in records[1:])
+    assert all(0 < record["weights/bytes"] < full / 2 for record in records)  # the full set went out before the first
     assert all(abs(record["mismatch/kl"]) < 1e-3 for record in records)  # the last one's rollouts are of such weights
 
 

@@ -273,6 +273,9 @@ def test_the_learner_measures_the_reference_from_the_definition(model, trained):
         for index, (prompt, response) in enumerate(rows_of(sequences()))
     ]
     found = trained.ref_logprobs(*rollouts)
+    policy = logprobs(trained)
+    for index, row in enumerate(trained.policy_logprobs(*rollouts)):
+        assert row.tolist() == pytest.approx(policy[index, : len(row)].tolist(), abs=1e-6)
     network = base(model)
     for row, rollout in zip(found, rollouts, strict=True):
         assert row.dtype == np.float32

@@ -56,6 +56,7 @@ def test_a_step_generates_writes_learns_publishes_and_only_then_generates_again(
     asyncio.run(train(run))
 
     assert events == [
+        "publish v0", "load v0",  # and the engines are compared with the learner
         *["generate v0"] * 4, "journal 0", "update 0", "publish v1", "load v1",
         *["generate v1"] * 4, "journal 1", "update 1", "publish v2", "load v2", "save 2",
         "save policy",
@@ -287,10 +288,10 @@ def test_a_rollout_that_is_lost_before_it_is_scored_is_written_again_under_its_i
 
 def test_a_prompt_that_kills_its_generators_is_void_with_that_reason(tmp_path):
     class Deadly(FakeRoles):
-        async def generate(self, prompt: Prompt) -> Written:
+        async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> Written:
             if prompt.sample_id.prompt == 2 and prompt.sample_id.epoch == 0:
                 raise GivenUpError("3 Generator replicas died over it")
-            return await super().generate(prompt)
+            return await super().generate(prompt, plain_tokens=plain_tokens)
 
     roles = Deadly([])
     run = make_run(tmp_path, roles, num_steps=3)
