@@ -445,6 +445,9 @@ class CheckpointConfig(Section):
     anything), so this trades disk for time."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    on_signal: bool = False
+    """Whether a signal that stops the run (Ctrl-C, SIGTERM, SIGHUP) lets the step under way end and then writes a
+    checkpoint. A run that continues then repeats no step, but stopping takes as long as a step; without it, seconds."""
 
 
 class RayConfig(Section):

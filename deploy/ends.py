@@ -87,7 +87,7 @@ def told(error: BaseException) -> tuple[int, str]:
         number = getattr(error, "number", signal.SIGINT)
         what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         return 128 + number, f"{what}; {_advice() or 'nothing was begun'}"
-    if (full := _first(error, lambda cause: getattr(cause, "errno", None) in _FULL)) is not None:
+    if (full := _first(error, _is_full)) is not None:
         return USERS, _full(full)
     if isinstance(error, UserError):
         return USERS, str(error)
@@ -102,10 +102,15 @@ def told(error: BaseException) -> tuple[int, str]:
     )
 
 
+def _is_full(error: BaseException) -> bool:
+    """Also by the words of libraries that do not pass on the number, such as safetensors."""
+    return getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
+
+
 def _full(error: BaseException) -> str:
     name = getattr(error, "filename", None) or (_run[1] if _run else None)
     where = f" under {name}" if name else ""
-    why = "the disk is full" if getattr(error, "errno", 0) == errno.ENOSPC else "the disk quota is used up"
+    why = "the disk quota is used up" if getattr(error, "errno", None) == errno.EDQUOT else "the disk is full"
     return _with_advice(f"{why}{where}: what was being written is lost, what was written before is whole; make room")
 
 

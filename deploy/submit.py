@@ -6,10 +6,10 @@ No environment variable does: API keys must be set where the cluster's processes
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -31,6 +31,7 @@ from common.config import Config, UserError
 from common.functions import load_function
 from common.import_path import IMPORT_FROM
 from common.records import is_function, matching_files
+from deploy import signals
 from deploy.addresses import refused
 from deploy.console import Lenient, complain, printable
 from deploy.job import ENTRYPOINT, write_package
@@ -190,12 +191,12 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             log.flush()
 
     try:
-        asyncio.run(stream())
+        signals.run(stream())
         while not (info := client.get_job_info(job)).status.is_terminal():
             time.sleep(1)
     except (KeyboardInterrupt, OSError, RuntimeError, aiohttp.ClientError) as error:
         reason = f" ({error})" if str(error) else ""
         complain(f"no longer following{reason}; the job goes on")
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 1)
     typer.echo(f"job {job}: {info.status.value.lower()}")
     return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1

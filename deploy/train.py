@@ -77,7 +77,9 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
             progress = Progress(cfg, directory, policy.tokenizer)
             progress.begin(num_prompts=len(records), num_heldout=len(heldout))
             with figures.discoverable(directory, metrics_addresses()), rare_full_collections():
-                evaluations = signals.run(_train(cfg, directory, policy, prompts, heldout, progress, figures))
+                training = _train(cfg, directory, policy, prompts, heldout, progress, figures)
+                step_s = cfg.learner.timeout_s if cfg.checkpoint.on_signal else 0.0  # for the step under way
+                evaluations = signals.run(training, grace_s=step_s)
     summary = summarise(cfg, directory, evaluations, seconds=time.perf_counter() - started)
     write_json(directory / "summary.json", summary)
     progress.end(evaluations, wins=summary.get("win_rate"), seconds=summary["seconds"])

@@ -89,7 +89,9 @@ def run_reward_training(
                 service = reward_needs("learner", _service(cfg, directory), [base.size])
                 place([*generator_needs(cfg.generators, reference.size), *service], nodes)
             with sole_owner(directory) as held:
-                evaluations = signals.run(_train(cfg, directory, train, heldout, partial(begin, held), progress))
+                training = _train(cfg, directory, train, heldout, partial(begin, held), progress)
+                step_s = cfg.learner.timeout_s if cfg.checkpoint.on_signal else 0.0  # for the step under way
+                evaluations = signals.run(training, grace_s=step_s)
                 if prompts:
                     signals.run(_measure(cfg, directory, reference, prompts, progress))
     if evaluations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -44,13 +46,27 @@ def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, n
         dist.barrier()
     model_state, optimizer_state = get_state_dict(network, optimizer, options=_OPTIONS)
     state = {"network": model_state, "optimizer": optimizer_state}
-    dcp.save(state, checkpoint_id=directory, no_dist=alone)  # returns when all ranks have synced their files
+    try:
+        dcp.save(state, checkpoint_id=directory, no_dist=alone)  # returns when all ranks have synced their files
+    except CheckpointException as error:  # not an Exception: in an actor it would end the process
+        raise _explained(error, directory) from None
     if first:
         with open(directory / _NUMBERS, "w", encoding="utf-8") as file:
             json.dump(numbers, file)
             file.flush()
             os.fsync(file.fileno())
         (directory / _MARKER).touch()
+
+
+def _explained(error: CheckpointException, directory: Path) -> Exception:
+    """What went wrong on the first rank that failed. torch reports a file that it could not write to its end, as on a
+    full disk, as an "unexpected pos"."""
+    cause = next(failure for failure, _ in error.failures.values())
+    if isinstance(cause, OSError):
+        return cause
+    if "unexpected pos" in str(cause):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+    return RuntimeError(f"the checkpoint {directory} cannot be written: {cause}")
 
 
 def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from learner.distributed import Ranks, clip_gradients, shard, whole
 from learner.kernels import install
 from learner.losses import preference_loss
 from learner.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
+from learner.stopping import completed, save_now
 
 PAIRS_PER_EVALUATION_CALL = 64
 
@@ -284,19 +286,30 @@ async def train_reward_model(run: RewardRun) -> list[PreferenceEvaluation]:
     evaluations = [PreferenceEvaluation.from_record(r) for r in read_records(run.directory / "evaluations.jsonl")]
     logged = {record["step"] for record in read_records(run.directory / "metrics.jsonl")}
     await _evaluate_if_due(run, evaluations)  # a crash may have come between a checkpoint and its evaluation
-    while trainer.step < num_steps:
-        step = trainer.step
-        stats = await trainer.update(run.batch(step))
-        record = {"step": step, "epoch": (step + 1) / run.steps_per_epoch, **stats}
-        if step not in logged:  # a resumed run repeats the steps since its checkpoint, to the same result
-            append_record(run.directory / "metrics.jsonl", {"time": time.time(), **record})
-        run.on_step(record)
-        if run.checkpoints.due(trainer.step, num_steps):
-            await trainer.save(run.checkpoints.path(trainer.step))
-            run.checkpoints.prune()
-        await _evaluate_if_due(run, evaluations)
+    try:
+        while trainer.step < num_steps:
+            learning = _train_step(run, num_steps, logged)
+            await (completed(learning) if run.cfg.checkpoint.on_signal else learning)
+            await _evaluate_if_due(run, evaluations)
+    except asyncio.CancelledError:
+        if run.cfg.checkpoint.on_signal:
+            await save_now(trainer, run.checkpoints)
+        raise
     await trainer.save_model(run.directory / "model")
     return evaluations
+
+
+async def _train_step(run: RewardRun, num_steps: int, logged: Container[int]) -> None:
+    """One optimizer step, its record, and a checkpoint if one is due."""
+    trainer, step = run.trainer, run.trainer.step
+    stats = await trainer.update(run.batch(step))
+    record = {"step": step, "epoch": (step + 1) / run.steps_per_epoch, **stats}
+    if step not in logged:  # a resumed run repeats the steps since its checkpoint, to the same result
+        append_record(run.directory / "metrics.jsonl", {"time": time.time(), **record})
+    run.on_step(record)
+    if run.checkpoints.due(trainer.step, num_steps):
+        await trainer.save(run.checkpoints.path(trainer.step))
+        run.checkpoints.prune()
 
 
 async def _evaluate_if_due(run: RewardRun, evaluations: list[PreferenceEvaluation]) -> None:

@@ -39,6 +39,7 @@ from learner.evaluation import Answer, Evaluation, evaluate
 from learner.experience import arrays
 from learner.roles import Generators, LearnerGroup, Reference, Reward
 from learner.rollout_buffer import Batch, RolloutBuffer
+from learner.stopping import completed, save_now
 
 T = TypeVar("T")
 
@@ -92,6 +93,10 @@ async def train(run: Run) -> list[Evaluation]:
             mismatch.check(await _unless_failed(train_step(run, buffer, clock), producer))
             await evaluate_if_due(run, evaluations)
             await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
+    except asyncio.CancelledError:
+        if cfg.checkpoint.on_signal:
+            await save_now(run.learner, run.checkpoints)
+        raise
     finally:
         producer.cancel()
         await asyncio.gather(producer, return_exceptions=True)
@@ -116,6 +121,13 @@ async def train_step(run: Run, buffer: RolloutBuffer, clock: Clock) -> dict[str,
     table = await asyncio.to_thread(_write_down, run, batch, step, run.prompts.state())
     clock.lap("journal")
 
+    learning = learn(run, batch, table, clock)
+    return await (completed(learning) if run.cfg.checkpoint.on_signal else learning)
+
+
+async def learn(run: Run, batch: Batch, table: pa.Table, clock: Clock) -> dict[str, float]:
+    """One batch that is on disk to new weights on every generator; returns the update's metrics."""
+    step = run.learner.step
     run.doing = lambda: f"step {step + 1}: the learner learns"
     stats = await run.learner.update(table)
     clock.lap("learn")

@@ -46,6 +46,11 @@ def test_a_full_disk_is_found_among_the_causes(run):
     assert message.endswith(f"make room; continue with ratchet train --resume {run}")
 
 
+def test_a_full_disk_is_known_by_the_words_of_a_library_too(run):
+    code, message = ends.told(ValueError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert (code, message.partition(":")[0]) == (2, f"the disk is full under {run}")
+
+
 def test_a_path_that_cannot_be_used_is_the_users_to_fix(run):
     code, message = ends.told(PermissionError(errno.EACCES, "Permission denied", "/sys/nope"))
     assert (code, message.partition(";")[0]) == (2, "/sys/nope: Permission denied")

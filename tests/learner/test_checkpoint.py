@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import traceback
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from learner import checkpoint
 from learner.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
@@ -211,6 +214,25 @@ def test_numbers_come_back_exactly(trained, tmp_path):
     found = load_checkpoint(tmp_path / "step-000001", *trained)
     assert found == NUMBERS
     assert repr(found) == repr(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), errno.ENOSPC),
+        (OSError(errno.EACCES, "Permission denied"), errno.EACCES),
+        (RuntimeError("something else"), None),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_says_why(trained, tmp_path, monkeypatch, cause, kind):
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise CheckpointException("save", {0: (cause, traceback.StackSummary())})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", failing)
+    with pytest.raises((OSError, RuntimeError)) as raised:
+        save_checkpoint(tmp_path / "c", *trained, {})
+    assert getattr(raised.value, "errno", None) == kind
+    assert not (tmp_path / "c/COMPLETE").exists()
 
 
 def test_a_checkpoint_takes_the_place_of_what_lay_there(trained, tmp_path):

@@ -505,3 +505,29 @@ def test_the_number_of_figures_of_a_source_is_bounded_however_many_names_it_make
     record = _rollout_metrics(experience_table(rows), 0, policy_version=0)
     assert sum(key.startswith("reward/s/f") for key in record) == FIGURES
     assert record["reward/t/x"] == 2.0
+
+
+@pytest.mark.parametrize("on_signal", [True, False])
+def test_a_run_told_to_stop_ends_its_step_and_saves_it_only_where_wanted(tmp_path, on_signal):
+    events: list[str] = []
+    roles = FakeRoles(events)
+    run = make_run(tmp_path, roles, num_steps=5, checkpoint={"every": 100, "on_signal": on_signal})
+
+    async def stopped_while_learning() -> None:
+        training = asyncio.create_task(train(run))
+        while not (roles.step == 2 and roles.updating):
+            await asyncio.sleep(0.0005)
+        training.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await training
+
+    asyncio.run(stopped_while_learning())
+    logged = [record["step"] for record in read_records(tmp_path / "metrics.jsonl")]
+    if on_signal:
+        assert logged == [0, 1, 2]
+        assert events[-1] == "save 3"
+        assert run.checkpoints.newest() == run.checkpoints.path(3)
+    else:
+        assert logged == [0, 1]
+        assert not [event for event in events if event.startswith("save")]
+    assert run.journal.next_step == 3  # the third batch is on disk either way: nothing is lost

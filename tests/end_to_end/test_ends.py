@@ -1,0 +1,109 @@
+"""How a real run ends: when a role's process is killed, and when it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from common.metrics import read_records
+from tests.fakes import save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def temporary():
+    """The directory for temporary files of a run: short, since Ray's sockets lie below it."""
+    directory = Path(tempfile.mkdtemp(prefix="ends-"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+def wait_for(what: str, condition: Callable[[], object], process: subprocess.Popen, limit_s: float = 240) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, f"the run ended before: {what}: {process.communicate()}"
+        assert time.monotonic() < deadline, f"waited {limit_s:g} s for: {what}"
+        time.sleep(0.05)
+
+
+def process_called(name: str, temporary: Path) -> int | None:
+    """The process of this name that belongs to the run with this directory for temporary files."""
+    mark = f"TMPDIR={temporary}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            is_it = (path / "cmdline").read_bytes().startswith(name.encode())
+            if is_it and mark in (path / "environ").read_bytes():
+                return int(path.name)
+    return None
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory, temporary):
+    """A run whose learner is killed, and its continuation, which SIGTERM stops: exit code, message and steps of each."""
+    directory = tmp_path_factory.mktemp("ends")
+    run, config = directory / "run", directory / "tiny.toml"
+    model = save_tiny_model(directory / "model")
+    checkpoint = {"every": 1_000_000, "on_signal": True}
+    cfg = tiny_config(model, num_steps=1_000_000, checkpoint=checkpoint, evaluation={"prompts": 0})
+    config.write_text(cfg.to_toml(), encoding="utf-8")
+    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def steps() -> int:
+        return len(read_records(run / "metrics.jsonl"))
+
+    def started(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "deploy.cli", "train", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+    def ended(process: subprocess.Popen) -> tuple[int, str, int]:
+        _, told = process.communicate(timeout=60)
+        return process.returncode, told, steps()
+
+    first = started(str(config), "--run", str(run))
+    wait_for("two steps", lambda: steps() >= 2, first)
+    learner = process_called("ray::Learner", temporary)
+    assert learner is not None
+    os.kill(learner, signal.SIGKILL)
+    killed = ended(first)
+    second = started("--resume", str(run))
+    wait_for("two more steps", lambda: steps() >= killed[2] + 2, second)
+    second.send_signal(signal.SIGTERM)
+    return run, killed, ended(second)
+
+
+def test_a_killed_learner_ends_the_run_with_one_message(ends):
+    run, (code, told, _), _ = ends
+    assert code == 1
+    assert told.count("\n") == 1, told
+    assert told.startswith("ratchet: Learner(0) died")
+    assert f"continue with ratchet train --resume {run}" in told
+
+
+def test_sigterm_stops_a_run_like_ctrl_c(ends):
+    run, _, (code, told, _) = ends
+    assert code == 143
+    assert told == f"ratchet: stopped by SIGTERM; continue with ratchet train --resume {run}\n"
+
+
+def test_a_signal_writes_a_checkpoint_of_the_last_step_where_wanted(ends):
+    run, _, (_, _, steps) = ends
+    assert (run / f"checkpoints/step-{steps:06d}/COMPLETE").exists()
+
+
+def test_both_ends_leave_no_temporary_files_and_no_process(ends, temporary):
+    assert [path.name for path in temporary.iterdir()] == []
+    assert process_called("", temporary) is None
