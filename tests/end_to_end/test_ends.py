@@ -52,7 +52,7 @@ def process_called(name: str, temporary: Path) -> int | None:
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory, temporary):
-    """A run whose learner is killed, and its continuation, which SIGTERM stops: exit code, message and steps of each."""
+    """A run whose learner is killed, and its continuation, which SIGTERM stops. Of each: exit code, message, steps."""
     directory = tmp_path_factory.mktemp("ends")
     run, config = directory / "run", directory / "tiny.toml"
     model = save_tiny_model(directory / "model")
