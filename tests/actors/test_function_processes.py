@@ -227,7 +227,7 @@ def test_modules_that_a_users_package_lacks_are_ratchets(tmp_path, monkeypatch):
         ("f = 3", r"module bad_grader \(.*bad_grader.py\) has no function f"),
         (
             "import nowhere_to_be_found",
-            "No module named 'nowhere_to_be_found'.*must be installed, or lie in the directory",
+            "No module named 'nowhere_to_be_found'.*must be installed, in the directory ratchet is started from, or",
         ),
     ],
 )

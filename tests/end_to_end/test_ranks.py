@@ -22,6 +22,7 @@ from actors.hosting import actor
 from common.config import Config, RayConfig
 from common.journal import Journal
 from common.metrics import read_records
+from common.types import RoleError
 from deploy import train
 from deploy.cluster import cluster
 from learner.group import LearnerGroup
@@ -233,15 +234,14 @@ def test_a_rank_that_raises_fails_the_step_with_its_own_error(model, ray_cluster
 def test_a_rank_that_is_killed_fails_the_step_by_its_name(model, ray_cluster):
     """And not by what the other says, whose connection it takes along."""
     outcome = update_twice(model, "dies", timeout_s=60)
-    assert isinstance(outcome.error, ray.exceptions.RayActorError)
-    assert outcome.rank_id in str(outcome.error)
-    assert outcome.error.__notes__ == ["rank 1 of 2 did not update at step 1"]
+    assert isinstance(outcome.error, RoleError)
+    assert str(outcome.error).startswith("Learner(1) died as it was to update at step 1: its process")
+    assert outcome.rank_id in str(outcome.error.__cause__)
     assert outcome.seconds < 20
 
 
 def test_a_rank_that_hangs_is_named_when_the_time_is_up(model, ray_cluster):
     outcome = update_twice(model, "hangs", timeout_s=5)
-    assert type(outcome.error) is RuntimeError
-    assert str(outcome.error).startswith("the learner (rank ")
-    assert "1) did not update at step 1 within 5 s" in str(outcome.error)
+    assert isinstance(outcome.error, RoleError)
+    assert "Learner(1) did not update at step 1 within 5 s (learner.timeout_s)" in str(outcome.error)
     assert 4 < outcome.seconds < 20
