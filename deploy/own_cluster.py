@@ -40,9 +40,10 @@ def private_directory() -> Iterator[Path]:
     base = _temporary_directory()
     _sweep(base)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    lock = os.open(directory / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    lock = os.open(directory / "new", os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(directory / "new", directory / _LOCK)  # `_sweep` of another process never sees it without its lock
         yield directory
     finally:
         remove(directory)
