@@ -39,19 +39,41 @@ def wait_for(what: str, condition: Callable[[], object], process: subprocess.Pop
         time.sleep(0.05)
 
 
-def process_called(name: str, temporary: Path) -> int | None:
-    """The process of this name that belongs to the run with this directory for temporary files."""
-    mark = f"TMPDIR={temporary}".encode()
+def descendant(ancestor: int, name: str) -> int:
+    """The process of this name that `ancestor` has started, directly or through others."""
+    parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
-            is_it = (path / "cmdline").read_bytes().startswith(name.encode())
-            if is_it and mark in (path / "environ").read_bytes():
-                return int(path.name)
-    return None
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(path.name)] = (path / "cmdline").read_bytes().decode(errors="replace")
+    found = {ancestor}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    [pid] = [pid for pid in found if names[pid].startswith(name)]
+    return pid
+
+
+def any_process_of(temporary: Path) -> bool:
+    """Whether a process lives that was started with this directory for temporary files."""
+    mark = f"TMPDIR={temporary}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark in path.read_bytes():
+                return True
+    return False
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory, temporary):
+def processes():
+    """Every process that a test starts: none outlives the tests."""
+    started: list[subprocess.Popen] = []
+    yield started
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory, temporary, processes):
     """A run whose learner is killed, and its continuation, which SIGTERM stops. Of each: exit code, message, steps."""
     directory = tmp_path_factory.mktemp("ends")
     run, config = directory / "run", directory / "tiny.toml"
@@ -67,7 +89,8 @@ def ends(tmp_path_factory, temporary):
     def started(*arguments: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "deploy.cli", "train", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        return processes[-1]
 
     def ended(process: subprocess.Popen) -> tuple[int, str, int]:
         _, told = process.communicate(timeout=60)
@@ -75,9 +98,7 @@ def ends(tmp_path_factory, temporary):
 
     first = started(str(config), "--run", str(run))
     wait_for("two steps", lambda: steps() >= 2, first)
-    learner = process_called("ray::Learner", temporary)
-    assert learner is not None
-    os.kill(learner, signal.SIGKILL)
+    os.kill(descendant(first.pid, "ray::Learner"), signal.SIGKILL)
     killed = ended(first)
     second = started("--resume", str(run))
     wait_for("two more steps", lambda: steps() >= killed[2] + 2, second)
@@ -106,4 +127,4 @@ def test_a_signal_writes_a_checkpoint_of_the_last_step_where_wanted(ends):
 
 def test_both_ends_leave_no_temporary_files_and_no_process(ends, temporary):
     assert [path.name for path in temporary.iterdir()] == []
-    assert process_called("", temporary) is None
+    assert not any_process_of(temporary)
