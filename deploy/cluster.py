@@ -24,6 +24,7 @@ from common.types import RoleError
 from deploy import ends, own_cluster, signals
 from deploy.addresses import ask, named_address, reachable
 from deploy.deaths import essential_processes, explained, lost_cluster
+from deploy.last_words import watched
 from deploy.native_errors import native_errors_to
 from deploy.placement import Node
 
@@ -39,7 +40,13 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
     leaving = ExitStack()
     try:
         directory = leaving.enter_context(own_cluster.private_directory())
-        signals.when_cut_short(lambda: own_cluster.remove(directory, wait_s=0))
+        watcher = leaving.enter_context(watched(directory, *ends.remedy()))
+
+        def cut_short() -> None:
+            watcher.dismiss()
+            own_cluster.remove(directory, wait_s=0)
+
+        signals.when_cut_short(cut_short)
         leaving.callback(signals.when_cut_short, None)
         leaving.enter_context(native_errors_to(directory / "driver.err"))
         leaving.enter_context(_quiet_ray())

@@ -36,6 +36,11 @@ def begins(directory: Path, remedy: str) -> None:
     _run = remedy, directory
 
 
+def remedy() -> tuple[str, Path | None]:
+    """How to continue once something of the run is on disk, and its directory; "" and None where there is no run."""
+    return _run or ("", None)
+
+
 def main(app: Callable[..., Any]) -> None:
     """Runs the command line and exits with its code. Nothing but one message is printed, whatever happens."""
     global _active, _run, _told

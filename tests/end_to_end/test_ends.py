@@ -74,7 +74,8 @@ def processes():
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory, temporary, processes):
-    """A run whose learner is killed, and its continuation, which SIGTERM stops. Of each: exit code, message, steps."""
+    """A run whose learner is killed; its continuation, which SIGTERM stops; one more, which SIGKILL ends. Of each: exit
+    code, message, steps."""
     directory = tmp_path_factory.mktemp("ends")
     run, config = directory / "run", directory / "tiny.toml"
     model = save_tiny_model(directory / "model")
@@ -103,11 +104,15 @@ def ends(tmp_path_factory, temporary, processes):
     second = started("--resume", str(run))
     wait_for("two more steps", lambda: steps() >= killed[2] + 2, second)
     second.send_signal(signal.SIGTERM)
-    return run, killed, ended(second)
+    stopped = ended(second)
+    third = started("--resume", str(run))
+    wait_for("one more step", lambda: steps() > stopped[2], third)
+    third.send_signal(signal.SIGKILL)
+    return run, killed, stopped, ended(third)
 
 
 def test_a_killed_learner_ends_the_run_with_one_message(ends):
-    run, (code, told, _), _ = ends
+    run, (code, told, _), *_ = ends
     assert code == 1
     assert told.count("\n") == 1, told
     assert told.startswith("ratchet: Learner(0) died")
@@ -115,16 +120,23 @@ def test_a_killed_learner_ends_the_run_with_one_message(ends):
 
 
 def test_sigterm_stops_a_run_like_ctrl_c(ends):
-    run, _, (code, told, _) = ends
+    run, _, (code, told, _), _ = ends
     assert code == 143
     assert told == f"ratchet: stopped by SIGTERM; continue with ratchet train --resume {run}\n"
 
 
 def test_a_signal_writes_a_checkpoint_of_the_last_step_where_wanted(ends):
-    run, _, (_, _, steps) = ends
+    run, _, (_, _, steps), _ = ends
     assert (run / f"checkpoints/step-{steps:06d}/COMPLETE").exists()
 
 
-def test_both_ends_leave_no_temporary_files_and_no_process(ends, temporary):
+def test_a_killed_driver_leaves_a_message_too(ends):
+    run, _, _, (code, told, _) = ends
+    assert code == -signal.SIGKILL
+    assert told.count("\n") == 1, told
+    assert told.endswith(f"had died; continue with ratchet train --resume {run}\n")
+
+
+def test_no_end_leaves_temporary_files_or_a_process(ends, temporary):
     assert [path.name for path in temporary.iterdir()] == []
     assert not any_process_of(temporary)
