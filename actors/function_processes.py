@@ -61,7 +61,7 @@ class Worker:
                     stdout=output,
                     stderr=output,
                     env=_environment(),
-                    start_new_session=True,  # so that what it starts can be killed with it
+                    start_new_session=True,  # so that the processes it starts can be killed with it
                 )
             first = {
                 "function": function,
@@ -258,7 +258,7 @@ def _frame(message: dict[str, Any]) -> bytes:
 
 
 def _plain(answer: RewardInput) -> dict[str, Any]:
-    """Its fields as they are, without the class: the worker has its own."""
+    """The fields alone: the worker process has its own class for them."""
     return {field.name: getattr(answer, field.name) for field in fields(answer)}
 
 

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 from actors.function_processes import ProcessRunner
 from actors.function_threads import Runner, ThreadRunner
+from common.batching import settle
 from common.config import FunctionSourceConfig, SourcesConfig, UserError
 from common.functions import explain_import
 from common.reward_input import RewardInput
 from common.types import Raw
-from common.user_code import Outcome, UserCodeError, find_function, form_of
+from common.user_code import UserCodeError, find_function, form_of
+
+Result = tuple[float, dict[str, float]]  # score and figures of one answer
 
 
 class FunctionSource:
@@ -26,19 +29,17 @@ class FunctionSource:
         form = self._runner.form
         self._most = cfg.concurrency if form.is_async else service.workers if service.isolation == "process" else 1
         self._batch = cfg.batch if form.takes_list else 1
-        self._waiting: deque[tuple[RewardInput, asyncio.Future[Outcome]]] = deque()
+        self._waiting: deque[tuple[RewardInput, asyncio.Future[Result]]] = deque()
         self._callers: set[asyncio.Task[None]] = set()  # those that will look at what waits once more
 
     async def __call__(self, answer: RewardInput) -> Raw:
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((answer, future))
         if len(self._callers) < self._most:
             caller = asyncio.create_task(self._call_while_any_waits())
             self._callers.add(caller)
-        outcome = await future
-        if isinstance(outcome, UserCodeError):
-            raise outcome
-        return Raw(outcome[0], self._origin, outcome[1])
+        score, figures = await future
+        return Raw(score, self._origin, figures)
 
     def close(self) -> None:
         self._runner.close()
@@ -53,12 +54,12 @@ class FunctionSource:
         assert task is not None
         self._callers.remove(task)
 
-    async def _serve(self, taken: Sequence[tuple[RewardInput, asyncio.Future[Outcome]]]) -> None:
+    async def _serve(self, taken: Sequence[tuple[RewardInput, asyncio.Future[Result]]]) -> None:
         """One call. When a call with several answers fails, each is tried alone: one bad answer costs no other."""
         wanted = [(answer, future) for answer, future in taken if not future.done()]  # or their caller has given up
         if not wanted:
             return
-        outcomes: Sequence[Outcome]
+        outcomes: Sequence[Result | Exception]
         try:
             outcomes = await self._runner.run([answer for answer, _ in wanted])
         except UserCodeError as error:
@@ -67,14 +68,9 @@ class FunctionSource:
                     await self._serve([one])
                 return
             outcomes = [error]
-        except Exception as error:  # ours: whoever waits must hear of it
-            for _, future in wanted:
-                if not future.done():
-                    future.set_exception(error)
-            return
-        for (_, future), outcome in zip(wanted, outcomes, strict=True):
-            if not future.done():
-                future.set_result(outcome)
+        except Exception as error:  # a fault of ours: every caller must hear of it
+            outcomes = [error] * len(wanted)
+        settle(wanted, outcomes)
 
 
 def make_runner(cfg: FunctionSourceConfig, service: SourcesConfig) -> Runner:

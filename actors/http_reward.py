@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.http_service import AnswerError, HttpService
+from common.batching import settle
 from common.config import HttpSourceConfig
 from common.plain_text import one_line
 from common.secrets import Secrets
@@ -65,13 +66,9 @@ class HttpSource:
             payload = {"answers": [self._json(answer) for answer, _ in wanted]}
             (scores, model), where = await self._service.ask(payload, lambda found: _scores(found, len(wanted)))
         except Exception as error:
-            for _, future in wanted:
-                if not future.done():
-                    future.set_exception(error)
+            settle(wanted, [error] * len(wanted))
             return
-        for (_, future), score in zip(wanted, scores, strict=True):
-            if not future.done():
-                future.set_result(Raw(score, _origin(model, where)))
+        settle(wanted, [Raw(score, _origin(model, where)) for score in scores])
 
     def _json(self, answer: RewardInput) -> dict[str, Any]:
         return {key: getattr(answer, key) for key in self._sent}

@@ -22,7 +22,7 @@ from common.types import RoleError as RoleError
 STATES = ("pending", "starting", "ready", "leaving")  # of a replica: waits for room; loads; serves; finishes
 # Creations that wait for room on the cluster at a time: a demand that an autoscaler sees, and no flood of it.
 MAX_PENDING = 2
-# So many deaths of one cause, with no call answered between them, end the run: replacements would die of it too.
+# This many deaths of one cause, with no call answered between them, end the run: replacements would die of it too.
 MOST_DEATHS = 3
 # How often a pool looks at its cluster and its own size, seconds.
 TICK_S = 0.5

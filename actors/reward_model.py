@@ -53,7 +53,7 @@ class RewardModelSource:
         return Raw(await self._batcher.submit(self.token_ids(answer)), self._origin)
 
     def token_ids(self, answer: RewardInput) -> list[int]:
-        """What the model reads; of what is too long the end."""
+        """Token ids that the model reads. Of an input that is too long, the end."""
         pad_id = self._model.config.pad_token_id
         return answer_ids(self._tokenizer, answer, chat=self._scale.chat, pad_id=pad_id)[-self._max_tokens :]
 

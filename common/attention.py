@@ -76,7 +76,7 @@ AttentionInterface.register(PACKED, packed_attention)
 
 
 def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]) -> None:
-    """What is not known must not be ignored: the result would be wrong without a word."""
+    """Raises AttentionError for unknown arguments. If they were ignored, the result would be silently wrong."""
     if not lengths:
         raise AttentionError("its layers do not tell their attention where each sequence of a packed row ends")
     if others.get("is_causal") is True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from common import meters
 from common.sequences import token_batches
@@ -59,10 +59,17 @@ class Batcher(Generic[Item, Result]):
         try:
             results = await self._run([item for item, _ in requests])
         except Exception as error:
-            for _, future in requests:
-                if not future.done():
-                    future.set_exception(error)
+            settle(requests, [error] * len(requests))
             return
-        for (_, future), result in zip(requests, results, strict=True):
-            if not future.done():  # its caller may have given up
-                future.set_result(result)
+        settle(requests, results)
+
+
+def settle(requests: Sequence[tuple[Any, asyncio.Future[Result]]], outcomes: Sequence[Result | Exception]) -> None:
+    """Gives every caller that still waits its own result, or raises its error there."""
+    for (_, future), outcome in zip(requests, outcomes, strict=True):
+        if future.done():
+            continue  # its caller has given up
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

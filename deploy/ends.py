@@ -124,10 +124,10 @@ def _advice() -> str:
     if _run is None:
         return ""
     remedy, directory = _run
-    return remedy if _begun(directory) else ""
+    return remedy if begun(directory) else ""
 
 
-def _begun(directory: Path) -> bool:
+def begun(directory: Path) -> bool:
     """Whether the directory holds a run, or a stage of the demo is one."""
     return any(directory.glob("config.toml")) or any(directory.glob("*/config.toml"))
 
@@ -139,7 +139,7 @@ def _with_advice(message: str) -> str:
 
 def errors_directory() -> Path:
     """RUN/errors, or a place outside where there is no run yet."""
-    if _run is not None and _begun(_run[1]):
+    if _run is not None and begun(_run[1]):
         directory = _run[1] / "errors"
         directory.mkdir(exist_ok=True)
         return directory

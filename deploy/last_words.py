@@ -7,7 +7,6 @@ the small process prints the message, and removes what the cluster of the run ha
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,14 +17,18 @@ WHY = "this process was killed, or Ray ended it because the node manager (raylet
 
 
 class Watcher:
-    """Waits for the end of this process, which closes a pipe however it comes."""
+    """The small process. It reads from a pipe that the end of this one closes, whatever the cause."""
 
     def __init__(self, directory: Path, remedy: str, run: Path | None) -> None:
         """`directory` is removed then; the message ends with `remedy` if `run` holds a config."""
-        command = [sys.executable, "-P", "-m", __name__, str(directory), remedy, str((run or Path()).resolve())]
-        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-P", "-m", __name__, str(directory), remedy, str(run.resolve()) if run else ""]
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # signals to the command's group, such as Ctrl-C, are for the driver
         )
 
     def dismiss(self) -> None:
@@ -47,19 +50,18 @@ def watched(directory: Path, remedy: str = "", run: Path | None = None) -> Itera
         watcher._process.wait()
 
 
-def main(directory: Path, remedy: str, run: Path) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the driver
+def main(directory: Path, remedy: str, run: str) -> None:
     if sys.stdin.buffer.read():
         return
-    begun = any(run.glob("config.toml")) or any(run.glob("*/config.toml"))
-    with suppress(OSError):
-        advice = f"; {remedy}" if remedy and begun else ""
-        print(f"ratchet: {WHY}{advice}", file=sys.stderr, flush=True)
-    from deploy.own_cluster import remove  # imports Ray, which takes a second and is seldom needed
+    # Imported now, since they are seldom needed, and this process waits as long as a run.
+    from deploy.console import complain
+    from deploy.ends import begun
+
+    complain(f"{WHY}; {remedy}" if run and begun(Path(run)) else WHY)
+    from deploy.own_cluster import remove  # imports Ray, which takes a second
 
     remove(directory)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
