@@ -1,7 +1,7 @@
 """Meters: what the processes of a run count while they work. One list of them all, and how a value is recorded.
 
-A process records by name and knows nothing of where values go: a Ray process exports them (actors/ray_meters.py), any
-other keeps them in memory, where tests read them.
+A process records by name and knows nothing of where values go: a Ray process exports them
+(actors/pool/ray_meters.py), any other keeps them in memory, where tests read them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What a reward function is given. Runs anywhere: only the standard library, since worker processes of reward functions
-load this file by its path (actors/function_worker.py)."""
+load this file by its path (actors/scoring/function_worker.py)."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Written:
+class RolloutRef:
     """What the loop knows of a rollout whose tokens lie elsewhere: a few numbers, and where it is."""
 
     sample_id: SampleId
@@ -78,7 +78,7 @@ class Written:
     rollout: Any = None  # the Rollout, or a reference to it
 
     @classmethod
-    def of(cls, rollout: Rollout) -> Written:
+    def of(cls, rollout: Rollout) -> RolloutRef:
         """All but where it is."""
         finite = bool(np.isfinite(rollout.rollout_logprobs).all())
         return cls(
@@ -88,18 +88,6 @@ class Written:
             rollout.finish_reason != HANDED_OVER,
             "" if finite else "the generator gave a log-probability that is not finite",
         )
-
-
-class RolloutLostError(RuntimeError):
-    """What was written is gone, with the machine it lay on; its prompt must be asked again."""
-
-
-class RoleError(RuntimeError):
-    """A role cannot do its work any more; the message names role, replica and what was asked."""
-
-
-class GivenUpError(RuntimeError):
-    """So many processes died over one request that it seems to be the cause."""
 
 
 class Raw(NamedTuple):
@@ -132,10 +120,10 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ExperienceRef:
     """An `Experience` whose arrays lie elsewhere."""
 
-    written: Written
+    written: RolloutRef
     score: Score
     ref_logprobs: Any  # float32 [R] nats or a reference to them, or None as in Experience
 

@@ -16,9 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-
-class CorruptWeightsError(RuntimeError):
-    """A new set of weights is not what was published, or not all of it: it is refused, and the old one goes on."""
+from common.errors import CorruptWeightsError
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def changes(old: Bucket, new: Bucket) -> Changes | None:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class PublishedBucket:
     """A published bucket, as it is passed on without being looked into: object references, and what they weigh."""
 
     full: Any  # of a Bucket
@@ -147,7 +145,7 @@ def buckets(
         yield _bucket(version, index, True, entries, flat[:filled])
 
 
-class Arrivals:
+class IncomingWeights:
     """What a receiver has of a new set: every bucket must come whole, once, in order and of one version.
 
     Bucket 0 begins anew, whatever was left of a set that broke off.

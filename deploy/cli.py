@@ -1,6 +1,6 @@
 """The command line: `ratchet train`, `submit`, `export` and the others.
 
-deploy/ends.py says how a command ends.
+deploy/ending/ends.py says how a command ends.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Annotated
 
 import typer
 
-from common.config import Config, Root, UserError
-from common.config_files import AnyRoot, absolute_if_directory, describe, load_config
-from common.import_path import find_users_modules
-from common.reward_config import PairSamplingConfig, RewardTrainingConfig
-from deploy import ends
-from deploy.provenance import IN_A_JOB, ratchets_git_state, versions
-from deploy.resume import enter_starting_directory, resumed_config
-from deploy.run_record import read_record
+from common.config.base import Root
+from common.config.loading import AnyRoot, absolute_if_directory, describe, load_config
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.errors import UserError
+from common.user_code.import_path import find_users_modules
+from deploy.ending import ends
+from deploy.run.provenance import IN_A_JOB, ratchets_git_state, versions
+from deploy.run.record import read_record
+from deploy.run.resume import enter_starting_directory, resumed_config
 
 
 def _settings(root: type[Root]) -> str:
@@ -161,7 +163,7 @@ def submit(
         )
     cfg, modules = _travelling(config, settings or [], run, resume)
     directory = Path(os.path.abspath(resume or run or ""))
-    from deploy.run_directory import refuse_overwriting
+    from deploy.run.directory import refuse_overwriting
     from deploy.submit import submit_run
 
     if resume is None:

@@ -14,13 +14,15 @@ from typing import Any
 
 from rich.markup import escape
 
-from common.config import Config, Root, UserError
-from common.config_files import AnyRoot, load_config
+from common.config.base import Root
+from common.config.loading import AnyRoot, load_config
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.errors import UserError
 from common.files import write_json
-from common.reward_config import PairSamplingConfig, RewardTrainingConfig
-from deploy.console import Output
-from deploy.run_directory import refuse_overwriting
+from deploy.run.directory import refuse_overwriting
 from deploy.sample_pairs import run_pair_sampling
+from deploy.screen.console import Output
 from deploy.train import run_training
 from deploy.train_reward import run_reward_training
 

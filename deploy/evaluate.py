@@ -6,21 +6,23 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from actors.services import ReferencePool, RewardPool
-from common.config import Config, UserError
+from actors.pool.roles import ReferencePool, RewardPool
+from common.config.ppo import Config
+from common.errors import UserError
 from common.files import write_json
-from common.prompts import heldout_prompts
 from common.types import Prompt
-from deploy import signals
-from deploy.cluster import cluster
-from deploy.console import Output
-from deploy.error_files import ErrorFiles
-from deploy.placement import check_kv_cache, place, service_needs
-from deploy.progress import evaluation_table
-from deploy.roles import PolicyFiles, Starter
-from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
+from deploy.capacity import check_kv_cache, place, service_needs
+from deploy.cluster.connection import cluster
+from deploy.ending import signals
+from deploy.run.directory import refuse_overwriting, sole_owner, write_answers
+from deploy.run.error_files import ErrorFiles
+from deploy.screen.console import Output
+from deploy.screen.progress import evaluation_table
 from deploy.source_checks import check_sources, try_functions
-from learner.evaluation import Answer, Evaluation, evaluate
+from deploy.starting import PolicyFiles, Starter
+from learner.loop.answers import Answer
+from learner.loop.evaluation import Evaluation, evaluate
+from learner.loop.prompts import heldout_prompts
 
 
 def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, force: bool = False) -> dict[str, Any]:

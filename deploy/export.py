@@ -12,12 +12,13 @@ from shlex import quote
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import logging as transformers_logging
 
-from common.config import Config, UserError
-from common.config_files import load_config
-from deploy.console import Output
-from deploy.run_record import read_record
-from learner.checkpoint import Checkpoints
-from learner.learner import Learner
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.errors import UserError
+from deploy.run.record import read_record
+from deploy.screen.console import Output
+from learner.ppo.learner import Learner
+from learner.ranks.checkpoint import Checkpoints
 
 
 def run_export(run: Path, to: Path | None = None) -> Path:

@@ -10,25 +10,24 @@ from typing import Any
 
 from rich.progress import Progress as ProgressBar
 
-from actors.services import RewardPool
-from common.config import UserError
-from common.files import write_json, write_whole
-from common.metrics import append_record, read_records
-from common.prompt_records import PromptRecord
-from common.prompts import PromptStream
-from common.reward_config import PairSamplingConfig
+from actors.pool.roles import RewardPool
+from common.config.reward_model import PairSamplingConfig
+from common.data.prompt_records import PromptRecord
+from common.errors import UserError
+from common.files import append_record, read_records, write_json, write_whole
 from common.types import Prompt, Rollout, Void
-from deploy import signals
-from deploy.already_done import finished_pair_sampling
-from deploy.cluster import cluster
-from deploy.console import Output
-from deploy.error_files import ErrorFiles
-from deploy.placement import check_kv_cache, generator_needs, place, reward_needs
-from deploy.progress import Screen
-from deploy.roles import PolicyFiles, Starter
-from deploy.run_directory import refuse_overwriting, sole_owner
+from deploy.capacity import check_kv_cache, generator_needs, place, reward_needs
+from deploy.cluster.connection import cluster
+from deploy.ending import signals
+from deploy.run.already_done import finished_pair_sampling
+from deploy.run.directory import refuse_overwriting, sole_owner
+from deploy.run.error_files import ErrorFiles
+from deploy.screen.console import Output
+from deploy.screen.progress import Screen
 from deploy.source_checks import check_sources, try_functions
-from learner.evaluation import answer
+from deploy.starting import PolicyFiles, Starter
+from learner.loop.answers import answer
+from learner.loop.prompts import PromptStream
 
 FEW_VOIDS = 8  # so few say nothing about a labeller yet
 

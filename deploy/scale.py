@@ -1,6 +1,6 @@
 """`ratchet scale`: more or fewer replicas while a run goes on.
 
-The wish goes into RUN/scale.json, which the run follows; what there is it writes to RUN/pools.json.
+The wish goes into RUN/scale.json, which the run follows; what there is it writes to RUN/pool-state.json.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from rich.table import Table
 
-from actors.pool import Pool
-from common.config import UserError
+from actors.pool.pool import Pool
+from common.config.base import MOST_PROCESSES
+from common.errors import UserError
 from common.files import write_json
-from common.sections import MOST_PROCESSES
-from deploy.console import Output
-from deploy.run_directory import is_owned
+from deploy.run.directory import is_owned
+from deploy.screen.console import Output
 
 _LOOK_EVERY_S = 0.5
 
@@ -36,23 +36,23 @@ async def follow_wishes(directory: Path, pools: Sequence[Pool]) -> None:
                 pool.wish = max(pool.least, int(wishes.get(pool.role, pool.wish)))
             state = {pool.role: _state(pool) for pool in pools}
             if state != written:
-                write_json(directory / "pools.json", state)
+                write_json(directory / "pool-state.json", state)
                 written = state
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
 def forget(directory: Path) -> None:
     """What an earlier process was told and told: no wish to this one, nor what it has."""
-    for name in ("scale.json", "pools.json"):
+    for name in ("scale.json", "pool-state.json"):
         (directory / name).unlink(missing_ok=True)
 
 
 def scale(directory: Path, wishes: Mapping[str, int], *, timeout_s: float = 10) -> dict[str, Any]:
-    """Writes the wishes (role: replicas) down and returns RUN/pools.json once the run has heard them. Raises
+    """Writes the wishes (role: replicas) down and returns RUN/pool-state.json once the run has heard them. Raises
     UserError."""
     if not is_owned(directory):
         raise UserError(f"no run is going on in {directory}; name the directory of one that is")
-    state = _read(directory / "pools.json")
+    state = _read(directory / "pool-state.json")
     for role, number in wishes.items():
         if role not in state:
             raise UserError(f"the run has no {role} pool, only {', '.join(state) or 'none yet'}; scale one of those")
@@ -70,7 +70,7 @@ def scale(directory: Path, wishes: Mapping[str, int], *, timeout_s: float = 10) 
         if time.monotonic() > deadline:
             raise UserError(f"the run in {directory} has not heard the wish within {timeout_s:g} s; does it hang?")
         time.sleep(_LOOK_EVERY_S / 2)
-        state = _read(directory / "pools.json")
+        state = _read(directory / "pool-state.json")
     return state
 
 

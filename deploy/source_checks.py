@@ -11,27 +11,23 @@ from typing import IO
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.function_processes import Worker, WorkerDiedError
-from actors.judge import check_template
-from actors.reward_model import answer_ids
-from common.config import (
-    FunctionSourceConfig,
-    JudgeSourceConfig,
-    ModelSourceConfig,
-    RewardSource,
-    SourcesConfig,
-    UserError,
-)
-from common.functions import explain_import
-from common.models import ModelSize, load_tokenizer, resolve_model
+from actors.scoring.function_processes import Worker, WorkerDiedError
+from actors.scoring.judge_source import check_template
+from actors.scoring.model_source import answer_ids
+from actors.scoring.secrets import read_secrets
+from common.config.actors import SourcesConfig
+from common.config.sources import FunctionSourceConfig, JudgeSourceConfig, ModelSourceConfig, RewardSource
+from common.data.prompt_records import PromptRecord
+from common.data.prompt_tokens import check_embedded
+from common.errors import UserError
+from common.model.files import load_tokenizer, resolve_model
+from common.model.reward_head import read_scale, reward_model_size
+from common.model.size import ModelSize
 from common.plain_text import one_line
-from common.prompt_records import PromptRecord
-from common.prompt_tokens import check_embedded
 from common.reward_input import RewardInput
-from common.reward_models import read_scale, reward_model_size
-from common.secrets import read_secrets
-from common.user_code import Outcome, UserCodeError
-from deploy.console import complain
+from common.user_code.calls import Outcome, UserCodeError
+from common.user_code.functions import explain_import
+from deploy.screen.console import complain
 
 MADE_UP = "(A made-up response, to try the reward function.)"
 TRY_S = 30.0  # longest try of one function, seconds

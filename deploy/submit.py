@@ -27,16 +27,17 @@ from ray._private import ray_constants
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.job_submission import JobSubmissionClient
 
-from common.config import Config, UserError
-from common.functions import load_function
-from common.import_path import IMPORT_FROM
-from common.records import is_function, matching_files
-from deploy import signals
-from deploy.addresses import refused
-from deploy.console import Lenient, complain, printable
-from deploy.job import ENTRYPOINT, write_package
-from deploy.placement import MIB
-from deploy.provenance import IN_A_JOB
+from common.config.ppo import Config
+from common.data.records import is_function, matching_files
+from common.errors import UserError
+from common.user_code.functions import load_function
+from common.user_code.import_path import IMPORT_FROM
+from deploy.capacity import MIB
+from deploy.cluster.addresses import refused
+from deploy.cluster.job import ENTRYPOINT, write_package
+from deploy.ending import signals
+from deploy.run.provenance import IN_A_JOB
+from deploy.screen.console import Lenient, complain, printable
 from deploy.source_checks import import_functions
 
 EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out

@@ -1,7 +1,7 @@
 """`ratchet train`: who exists and how they are joined.
 
-Read on from here in the order the README lists: common/types.py, learner/train_loop.py, actors/generator.py, and so on
-is one prompt's way through the system.
+Read on from here in the order the README lists: common/types.py,
+learner/loop/train_loop.py, actors/generation/generator.py, and so on is one prompt's way through the system.
 """
 
 from __future__ import annotations
@@ -15,35 +15,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.hosting import actor
-from actors.membership import PoolEvent
-from actors.services import ReferencePool, RewardPool
-from common.config import Config, ModelSourceConfig, UserError
-from common.files import write_json
-from common.journal import Journal
-from common.metrics import append_record, read_records
-from common.models import resolve_model
-from common.prompt_records import PromptRecord
-from common.prompts import PromptStream, heldout_prompts
-from common.reward_models import content_hash
+from actors.pool.membership import PoolEvent
+from actors.pool.ray_actor import actor
+from actors.pool.roles import ReferencePool, RewardPool
+from common.config.ppo import Config
+from common.config.sources import ModelSourceConfig
+from common.data.prompt_records import PromptRecord
+from common.errors import UserError
+from common.files import append_record, read_records, write_json
+from common.model.files import resolve_model
+from common.model.reward_head import content_hash
 from common.types import Experience, Prompt, Void
-from deploy import signals
-from deploy.addresses import named_address
-from deploy.already_done import finished_training
-from deploy.cluster import cluster, dashboard, metrics_addresses
-from deploy.error_files import ErrorFiles
-from deploy.monitoring import RunFigures
-from deploy.placement import check_kv_cache, check_object_store, needs, place
-from deploy.progress import Progress
-from deploy.roles import PolicyFiles, Starter
-from deploy.run_directory import refuse_overwriting, sole_owner, write_answers
+from deploy.capacity import check_kv_cache, check_object_store, needs, place
+from deploy.cluster.addresses import named_address
+from deploy.cluster.connection import cluster, dashboard, metrics_addresses
+from deploy.ending import signals
+from deploy.monitoring.endpoint import RunFigures
+from deploy.run.already_done import finished_training
+from deploy.run.directory import refuse_overwriting, sole_owner, write_answers
+from deploy.run.error_files import ErrorFiles
 from deploy.scale import follow_wishes, forget
+from deploy.screen.progress import Progress
 from deploy.source_checks import check_sources, try_functions
-from learner.evaluation import Answer, Evaluation, win_rate
-from learner.group import AdapterReference, LearnerGroup
-from learner.learner import Learner
-from learner.roles import Reference
-from learner.train_loop import Run, train
+from deploy.starting import PolicyFiles, Starter
+from learner.loop.answers import Answer
+from learner.loop.evaluation import Evaluation, win_rate
+from learner.loop.journal import Journal
+from learner.loop.prompts import PromptStream, heldout_prompts
+from learner.loop.roles import Reference
+from learner.loop.train_loop import Run, train
+from learner.ppo.learner import Learner
+from learner.ranks.group import AdapterReference, LearnerGroup
 
 
 def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
@@ -117,7 +119,7 @@ async def _train(
     """Starts every role, joins them in a Run, and trains."""
 
     def pool_changed(event: PoolEvent) -> None:
-        append_record(directory / "pool.jsonl", {"time": time.time(), **asdict(event)})
+        append_record(directory / "pool-events.jsonl", {"time": time.time(), **asdict(event)})
         progress.pool(event)
 
     start = Starter(cfg.ray, on_event=pool_changed)

@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from actors.hosting import actor
-from actors.services import RewardPool
-from common.config import ModelSourceConfig, PromptFormat, SourcesConfig, UserError
+from actors.pool.ray_actor import actor
+from actors.pool.roles import RewardPool
+from common.config.actors import PromptFormat, SourcesConfig
+from common.config.reward_model import RewardTrainingConfig
+from common.config.sources import ModelSourceConfig
+from common.data.prompt_records import PromptRecord, prompt_record
+from common.errors import UserError
 from common.files import write_json
-from common.preferences import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
-from common.prompt_records import PromptRecord, prompt_record
-from common.reward_config import RewardTrainingConfig
-from common.reward_models import (
+from common.model.reward_head import (
     ScoreScale,
     check_reward_files,
     is_reward_model,
@@ -32,17 +33,18 @@ from common.reward_models import (
     write_scale,
 )
 from common.types import HELDOUT_EPOCH, Prompt, SampleId, Score
-from deploy import signals
-from deploy.already_done import finished_reward_training
-from deploy.cluster import cluster
-from deploy.placement import check_kv_cache, generator_needs, place, reward_needs, trainer_needs
-from deploy.reward_progress import RewardProgress, plot_calibration
-from deploy.roles import PolicyFiles, Starter
-from deploy.run_directory import RunDirectory, refuse_overwriting, sole_owner
-from learner.calibration import PreferenceEvaluation
-from learner.evaluation import answer
-from learner.group import RewardTrainerGroup
-from learner.reward_training import RewardRun, RewardTrainer, steps_per_epoch, train_reward_model
+from deploy.capacity import check_kv_cache, generator_needs, place, reward_needs, trainer_needs
+from deploy.cluster.connection import cluster
+from deploy.ending import signals
+from deploy.run.already_done import finished_reward_training
+from deploy.run.directory import RunDirectory, refuse_overwriting, sole_owner
+from deploy.screen.reward_progress import RewardProgress, plot_calibration
+from deploy.starting import PolicyFiles, Starter
+from learner.loop.answers import answer
+from learner.ranks.group import RewardTrainerGroup
+from learner.reward_model.calibration import PreferenceEvaluation
+from learner.reward_model.pairs import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
+from learner.reward_model.training import RewardRun, RewardTrainer, steps_per_epoch, train_reward_model
 
 SOURCE = "reward"  # the model's name among the sources of the service that scores the reference policy's responses
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy import signals
+from deploy.ending import signals
 
 
 @pytest.fixture(autouse=True)

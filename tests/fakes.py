@@ -16,8 +16,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common import meters
-from common.config import Config
-from common.types import Experience, Prompt, Rollout, SampleId, Score, Scored, Void, Written
+from common.config.ppo import Config
+from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Void
 
 END = 1
 WORDS = ["<pad>", "<end>", "<unk>", "ask", *(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(30))]
@@ -160,18 +160,19 @@ async def pending(coroutine: Any) -> asyncio.Task:
     return task
 
 
-def make_scored(index: int, response: list[int], **about: Any) -> Scored:
+def make_scored(index: int, response: list[int], **about: Any) -> ExperienceRef:
     """The same before it is fetched."""
     row = make_experience(index, response, **about)
-    return Scored(replace(Written.of(row.rollout), rollout=row.rollout), row.score, row.ref_logprobs)
+    return ExperienceRef(replace(RolloutRef.of(row.rollout), rollout=row.rollout), row.score, row.ref_logprobs)
 
 
-async def fetch_scored(rows: Sequence[Scored]) -> list[Experience]:
+async def fetch_scored(rows: Sequence[ExperienceRef]) -> list[Experience]:
     return [Experience(row.written.rollout, row.score, row.ref_logprobs) for row in rows]
 
 
 class LocalHost:
-    """`actors.membership.Host` in this process: replicas of a role that live until they are killed. `room` bounds them;
+    """`actors.pool.membership.Host` in this process: replicas of a role that live until they are killed. `room` bounds
+    them;
     `nodes` says where each lives."""
 
     losses = (ConnectionError,)
@@ -304,9 +305,9 @@ class FakeRoles:
         self.updating = False
         self._fail_prompts = fail_prompts
 
-    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> Written:
+    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
         rollout = make_rollout(prompt, [4, END]) if plain_tokens else await self.write(prompt)
-        return replace(Written.of(rollout), rollout=rollout)
+        return replace(RolloutRef.of(rollout), rollout=rollout)
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
         return list(references)
@@ -319,16 +320,16 @@ class FakeRoles:
             self.events.append(f"generate v{version}")
         return make_rollout(prompt, [4 + prompt.sample_id.prompt % 20, END], version=version)
 
-    async def score(self, written: Written) -> Score | Void:
+    async def score(self, written: RolloutRef) -> Score | Void:
         if written.sample_id.prompt in self._fail_prompts:
             return Void(written.sample_id, "told to fail")
         return Score(1.0, {"a_words": 1.0})
 
-    async def judge(self, written: Written) -> Score | Void:
+    async def judge(self, written: RolloutRef) -> Score | Void:
         score = await self.score(written)
         return score if isinstance(score, Void) else Score(score.total, {**score.components, "gold": 0.5})
 
-    async def logprobs(self, written: Written) -> tuple[np.ndarray, bool]:
+    async def logprobs(self, written: RolloutRef) -> tuple[np.ndarray, bool]:
         logprobs = await self.measure(written.rollout)
         return logprobs, bool(np.isfinite(logprobs).all())
 

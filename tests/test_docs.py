@@ -13,12 +13,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from common.journal import Journal
-from common.metrics import read_records
-from common.types import Prompt, RewardInput, Rollout, Score, Void, Written
-from learner.train_loop import train
+from common.files import read_records
+from common.types import Prompt, RewardInput, Rollout, RolloutRef, Score, Void
+from learner.loop.journal import Journal
+from learner.loop.train_loop import train
 from tests.fakes import END, FakeRoles
-from tests.learner.test_train_loop import make_run
+from tests.learner.loop.test_train_loop import make_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ class Writers(FakeRoles):
             rollout = replace(rollout, finish_reason="length")
         return replace(rollout, generator=f"Generator({number % 2})")
 
-    async def score(self, written: Written) -> Score | Void:
+    async def score(self, written: RolloutRef) -> Score | Void:
         number = written.sample_id.prompt
         if number == 5:
             return Void(written.sample_id, "told to fail", response="five")

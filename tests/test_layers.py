@@ -16,8 +16,13 @@ MAY_IMPORT = {
     "learner": {"common", "learner"},
     "deploy": {"common", "actors", "learner", "deploy"},
 }
-RAY_FILES = {Path(f"actors/{name}.py") for name in ("hosting", "ray_host", "ray_meters")} | {Path("learner/group.py")}
-VLLM_FILES = {Path(f"actors/vllm_{name}.py") for name in ("engine", "weights", "reload")}
+RAY_FILES = {
+    Path("actors/pool/ray_actor.py"),
+    Path("actors/pool/ray_host.py"),
+    Path("actors/pool/ray_meters.py"),
+    Path("learner/ranks/group.py"),
+}
+VLLM_FILES = {Path(f"actors/generation/vllm_{name}.py") for name in ("engine", "weights", "reload")}
 
 BLOCKED = """
 import importlib, sys
@@ -51,8 +56,8 @@ def importers(module):
 
 def test_the_walk_sees_every_layer():
     assert {path.parts[0] for path in FILES} == set(LAYERS)
-    assert {"common", "ray"} <= imported(Path("actors/hosting.py"))
-    assert "vllm" in imported(Path("actors/vllm_engine.py"))
+    assert {"common", "ray"} <= imported(Path("actors/pool/ray_actor.py"))
+    assert "vllm" in imported(Path("actors/generation/vllm_engine.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -75,7 +80,7 @@ def test_vllm_is_imported_only_by_its_engine_and_its_weights():
 
 def test_everything_else_imports_without_ray_and_vllm():
     outside = [path for path in FILES if path.parts[0] != "deploy" and path not in RAY_FILES | VLLM_FILES]
-    outside += [Path("deploy/cli.py"), Path("deploy/placement.py"), Path("deploy/tasks/larger.py")]  # need no cluster
+    outside += [Path("deploy/cli.py"), Path("deploy/capacity.py"), Path("deploy/tasks/larger.py")]  # need no cluster
     names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in outside]
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, *names], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -85,7 +90,7 @@ def test_everything_else_imports_without_ray_and_vllm():
 
 def test_the_block_is_felt_by_what_needs_ray():
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, "actors.hosting"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", BLOCKED, "actors.pool.ray_actor"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
     assert "ModuleNotFoundError: import of ray halted" in done.stderr

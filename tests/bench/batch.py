@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from common.config import Config
-from common.models import model_size, resolve_model
+from common.config.ppo import Config
+from common.model.files import resolve_model
+from common.model.size import model_size
 from common.types import Experience, Prompt, Rollout, SampleId, Score, experience_table
 
 MODEL = "embedded:smollm2-135m-instruct"

@@ -26,16 +26,17 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 
-import actors.membership as membership
-from actors.engine import Completion
-from actors.generator import Generator
-from actors.pool import Pool
-from actors.services import GeneratorPool, ReferencePool, RewardPool
-from common.config import Config, Replicated
-from common.prompts import PromptRecord, PromptStream
-from common.types import Prompt, Rollout, Score, Written
+import actors.pool.membership as membership
+from actors.generation.engine import Completion
+from actors.generation.generator import Generator
+from actors.pool.pool import Pool
+from actors.pool.roles import GeneratorPool, ReferencePool, RewardPool
+from common.config.base import Replicated
+from common.config.ppo import Config
+from common.types import Prompt, Rollout, RolloutRef, Score
 from deploy.train import rare_full_collections
-from learner.train_loop import Run, train
+from learner.loop.prompts import PromptRecord, PromptStream
+from learner.loop.train_loop import Run, train
 from tests.bench.results import Result
 from tests.fakes import LocalHost, make_rollout, tiny_config
 
@@ -170,14 +171,14 @@ class SameWeights(GeneratorPool):
         """Nothing is published."""
         return {}
 
-    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> Written:
+    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
         if not plain_tokens:
             return await super().generate(prompt)
         # The comparison of engines and learner before training, which is no part of what is measured.
         rollout = make_rollout(prompt, [1])
         reference = asyncio.get_running_loop().create_future()
         reference.set_result(rollout)
-        return replace(Written.of(rollout), rollout=reference)
+        return replace(RolloutRef.of(rollout), rollout=reference)
 
 
 class Measured(Exception):
@@ -203,7 +204,7 @@ async def steps(
     )
     record = PromptRecord("a question", np.arange(PROMPT_TOKENS, dtype=np.int32), {"answer": 1})
     learner = StubLearner()
-    quiet = {"silent_s": 1e6}  # probes cost by the second, not by the rollout
+    quiet = {"probe_timeout_s": 1e6}  # probes cost by the second, not by the rollout
     hosts = (
         (InstantHost(Generator, 0, lambda: StubEngine(learner), gated=in_step), Replicated(min=replicas, **quiet)),
         (InstantHost(StubReward), Replicated(**quiet)),

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine import Completion
-from actors.generator import Generator
-from actors.ray_host import start_pool
-from actors.services import GeneratorPool
-from common.config import GeneratorsConfig, RayConfig, SamplingConfig
+from actors.generation.engine import Completion
+from actors.generation.generator import Generator
+from actors.pool.ray_host import start_pool
+from actors.pool.roles import GeneratorPool
+from common.config.actors import GeneratorsConfig, SamplingConfig
+from common.config.base import RayConfig
 from common.types import Prompt, SampleId
-from deploy.cluster import cluster
+from deploy.cluster.connection import cluster
 from tests.bench.results import Result
 from tests.fakes import save_tiny_model
 
@@ -47,7 +48,7 @@ class DistantEngine:
 
 
 def real_engine(model: str) -> Any:
-    from actors.vllm_engine import VLLMEngine
+    from actors.generation.vllm_engine import VLLMEngine
 
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     cfg = GeneratorsConfig(kv_cache_mib=32, max_running=RUNNING)

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.hosting import worker_environment
-from common.config import Placed
+from actors.pool.ray_actor import worker_environment
+from common.config.base import Placed
 
 
 def call(function: str, *args: Any, threads: int | None = None, worker: Placed | None = None) -> Any:

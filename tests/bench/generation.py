@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine import Engine
-from actors.generator import Generator, sampling_seed
-from actors.hosting import actor
-from actors.ray_host import start_pool
-from actors.services import GeneratorPool
-from common.config import GeneratorsConfig, RayConfig, SamplingConfig
-from common.models import resolve_model
+from actors.generation.engine import Engine
+from actors.generation.generator import Generator, sampling_seed
+from actors.pool.ray_actor import actor
+from actors.pool.ray_host import start_pool
+from actors.pool.roles import GeneratorPool
+from common.config.actors import GeneratorsConfig, SamplingConfig
+from common.config.base import RayConfig
+from common.model.files import resolve_model
 from common.types import Prompt, SampleId
-from deploy.cluster import cluster
+from deploy.cluster.connection import cluster
 from tests.bench.batch import MODEL
 from tests.bench.results import Result
 
@@ -30,7 +31,7 @@ REQUESTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 50, 32, 3
 
 
 def make_engine(cfg: GeneratorsConfig) -> Engine:
-    from actors.vllm_engine import VLLMEngine
+    from actors.generation.vllm_engine import VLLMEngine
 
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     return VLLMEngine(resolve_model(MODEL), cfg, sampling, max_model_len=128, end_token_ids=[2])

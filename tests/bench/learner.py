@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from common.models import resolve_model
-from learner.learner import Learner
+from common.model.files import resolve_model
+from learner.ppo.learner import Learner
 from tests.bench.batch import MODEL, batch, config
 from tests.bench.fresh import call
 from tests.bench.results import Result

@@ -23,7 +23,7 @@ def record(model: str) -> dict[str, float]:
     """Resident megabytes of this process at each stage, and the peak until then."""
     import ray  # noqa: F401
 
-    from learner.learner import Learner
+    from learner.ppo.learner import Learner
 
     parts: dict[str, float] = {}
 

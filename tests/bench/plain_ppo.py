@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from common.models import load_tokenizer, resolve_model
+from common.model.files import load_tokenizer, resolve_model
 
 MICRO_BATCH, EPOCHS = 8, 4
 GAMMA, LAM, KL_COEF, CLIP, VALUE_CLIP, VALUE_COEF = 1.0, 0.95, 0.05, 0.2, 0.2, 0.1

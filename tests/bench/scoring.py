@@ -20,18 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.hosting import actor
-from actors.ray_host import start_pool
-from actors.reference_policy import ReferencePolicy
-from actors.reward_functions import Reward
-from actors.reward_model import RewardModelSource
-from actors.services import ReferencePool, RewardPool
-from common.config import ModelSourceConfig, RayConfig, ReferenceConfig, SourcesConfig
-from common.models import load_tokenizer, resolve_model
-from common.reward_models import ScoreScale, load_reward_model, save_reward_model
-from common.sequences import token_batches
-from common.types import Prompt, RewardInput, Rollout, SampleId, Score, Written
-from deploy.cluster import cluster
+from actors.pool.ray_actor import actor
+from actors.pool.ray_host import start_pool
+from actors.pool.roles import ReferencePool, RewardPool
+from actors.scoring.model_source import RewardModelSource
+from actors.scoring.reference import ReferencePolicy
+from actors.scoring.reward import Reward
+from common.config.actors import ReferenceConfig, SourcesConfig
+from common.config.base import RayConfig
+from common.config.sources import ModelSourceConfig
+from common.model.batches import token_batches
+from common.model.files import load_tokenizer, resolve_model
+from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model
+from common.types import Prompt, RewardInput, Rollout, RolloutRef, SampleId, Score
+from deploy.cluster.connection import cluster
 from tests.bench.results import Result
 
 MODEL = "embedded:smollm2-135m-instruct"
@@ -105,7 +107,7 @@ async def compare(model: str) -> dict[str, dict[str, float]]:
     }
     result: dict[str, dict[str, float]] = {}
     for name, (call, directly) in calls.items():
-        asked = [replace(Written.of(rollout), rollout=rollout) for rollout in rollouts]
+        asked = [replace(RolloutRef.of(rollout), rollout=rollout) for rollout in rollouts]
         await asyncio.gather(*(call(written) for written in asked[:8]))
         await directly.remote(rollouts[:8])
         served, plain, idle, alone = [], [], [], []

@@ -24,7 +24,7 @@ THREADS, STEPS, NEW_TOKENS, WARM_UP = 2, 3, 32, 4
 
 def ratchet(model: str, new_tokens: int) -> dict[str, float]:
     """Seconds of each phase of a step, mean of the steps after the first."""
-    from common.metrics import read_records
+    from common.files import read_records
     from deploy.train import run_training
     from tests.bench.plain_ppo import EPOCHS
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from learner.advantages import gae as ratchet_gae
+from learner.ppo.advantages import gae as ratchet_gae
 from tests.bench import __main__ as bench
 from tests.bench import plain_ppo
 from tests.bench.batch import LONGEST, ROLLOUTS, SHORTEST, batch

@@ -24,16 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.generator import Generator
-from actors.hosting import actor
-from actors.ray_host import start_pool
-from actors.services import GeneratorPool
-from common.config import GeneratorsConfig, LearnerConfig, RayConfig, SamplingConfig
-from common.models import load_policy, resolve_model
+from actors.generation.generator import Generator
+from actors.pool.ray_actor import actor
+from actors.pool.ray_host import start_pool
+from actors.pool.roles import GeneratorPool
+from common.config.actors import GeneratorsConfig, SamplingConfig
+from common.config.base import RayConfig
+from common.config.ppo import LearnerConfig
+from common.model.files import load_policy, resolve_model
 from common.types import Prompt, SampleId
 from common.weights import Bucket, Changes, Note, buckets, changes, publication
-from deploy.cluster import cluster
-from learner.group import LearnerGroup
+from deploy.cluster.connection import cluster
+from learner.ranks.group import LearnerGroup
 from tests.bench.batch import MODEL
 from tests.bench.results import Result
 
@@ -126,7 +128,7 @@ class TimedGenerator(Generator):
 
 
 def make_engine(cfg: GeneratorsConfig, sampling: SamplingConfig) -> Any:
-    from actors.vllm_engine import VLLMEngine
+    from actors.generation.vllm_engine import VLLMEngine
 
     return VLLMEngine(resolve_model(MODEL), cfg, sampling, max_model_len=512, end_token_ids=[2])
 

@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from common.metrics import Metrics, append_record, read_records, wilson_interval
+from common.files import append_record, read_records
+from common.metrics import Metrics
+from learner.loop.evaluation import wilson_interval
 
 
 def test_a_mean_is_weighted_by_its_counts():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.weights import Arrivals, Changes, CorruptWeightsError, buckets, changes, publication
+from common.errors import CorruptWeightsError
+from common.weights import Changes, IncomingWeights, buckets, changes, publication
 
 
 def bits(tensor):
@@ -31,7 +32,7 @@ def unpack(packed):
 
 
 def receive(packed, version):
-    arrivals = Arrivals()
+    arrivals = IncomingWeights()
     for bucket in packed:
         arrivals.add(bucket)
     arrivals.check_whole(version)
@@ -185,7 +186,7 @@ def test_a_name_that_comes_twice_is_refused():
 
 
 def test_after_a_refusal_nothing_counts_until_the_set_begins_anew():
-    arrivals, packed = Arrivals(), three_buckets()
+    arrivals, packed = IncomingWeights(), three_buckets()
     arrivals.add(packed[0])
     with pytest.raises(CorruptWeightsError):
         arrivals.add(packed[2])

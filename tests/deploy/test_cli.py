@@ -17,17 +17,18 @@ import deploy.evaluate
 import deploy.sample_pairs
 import deploy.train
 import deploy.train_reward
-from common.config import Config, FunctionSourceConfig
-from common.config_files import describe, load_config
-from common.functions import load_function
-from common.import_path import find_users_modules
-from common.reward_config import PairSamplingConfig, RewardTrainingConfig
-from deploy.already_done import finished_training
+from common.config.loading import describe, load_config
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.config.sources import FunctionSourceConfig
+from common.user_code.functions import load_function
+from common.user_code.import_path import find_users_modules
+from deploy.capacity import GIB, Node
 from deploy.cli import main
-from deploy.placement import GIB, Node
-from deploy.provenance import VERSION
-from deploy.roles import PolicyFiles
-from deploy.run_directory import sole_owner
+from deploy.run.already_done import finished_training
+from deploy.run.directory import sole_owner
+from deploy.run.provenance import VERSION
+from deploy.starting import PolicyFiles
 from tests.fakes import save_tiny_model
 
 ROOTS = {"train": Config, "train-reward": RewardTrainingConfig, "sample-pairs": PairSamplingConfig}
@@ -47,10 +48,10 @@ class Editable:  # as of an editable installation: asked after every directory o
         return PathFinder.find_spec(name, path or [sys.argv[1]])
 
 sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, Editable)
-from common.import_path import find_users_modules
+from common.user_code.import_path import find_users_modules
 find_users_modules()
-from actors import engine
-from learner import losses
+from actors.generation import engine
+from learner.ppo import losses
 import my_rewards
 print(engine.__file__, losses.__file__, my_rewards.__file__)
 """
@@ -144,7 +145,7 @@ def run(cfg):
     directory = cfg.parent / "runs" / "earlier"
     directory.mkdir(parents=True)
     (directory / "config.toml").write_text(cfg.read_text())
-    (directory / "pool.jsonl").write_text("{}\n")
+    (directory / "pool-events.jsonl").write_text("{}\n")
     (directory / "journal").mkdir()
     return directory
 
@@ -324,7 +325,7 @@ def test_modules_of_the_user_named_like_our_packages_hide_none_of_ours(workplace
     (workplace / "my_rewards.py").touch()
     root = Path(deploy.train.__file__).parents[1]
     done = subprocess.run([sys.executable, "-P", "-c", EDITABLE, root], capture_output=True, text=True, timeout=60)
-    files = [root / "actors/engine.py", root / "learner/losses.py", workplace / "my_rewards.py"]
+    files = [root / "actors/generation/engine.py", root / "learner/ppo/losses.py", workplace / "my_rewards.py"]
     assert done.stdout.split() == [str(file) for file in files], done.stderr
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import deploy.demo
-from common.config import Config
-from common.config_files import load_config
-from common.journal import Journal
-from common.prompt_records import load_records
-from common.prompts import PromptStream
-from common.reward_config import RewardTrainingConfig
-from common.reward_models import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.config.reward_model import RewardTrainingConfig
+from common.data.prompt_records import load_records
+from common.model.reward_head import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
 from common.types import Score, experience_table
-from deploy.roles import PolicyFiles
+from deploy.starting import PolicyFiles
 from deploy.train_reward import load_pairs, prepared_pairs
+from learner.loop.journal import Journal
+from learner.loop.prompts import PromptStream
 from tests.deploy.test_cli import (
     NO_REWARD_MODEL,
     accepted,

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, FunctionSourceConfig
-from common.config_files import load_config
-from common.functions import load_function
-from common.reward_config import PairSamplingConfig, RewardTrainingConfig
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.config.sources import FunctionSourceConfig
+from common.user_code.functions import load_function
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 ROOTS = {

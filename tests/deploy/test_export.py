@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.config import UserError
+from common.errors import UserError
 from deploy.export import run_export
-from deploy.run_directory import sole_owner
-from learner.learner import Learner
+from deploy.run.directory import sole_owner
+from learner.ppo.learner import Learner
 from tests.fakes import save_tiny_model, tiny_config
-from tests.learner.test_learner import varied_batch
+from tests.learner.ppo.test_learner import varied_batch
 
 KINDS = {
     "shared": {},

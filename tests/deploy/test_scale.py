@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import actors.membership as membership
-from actors.pool import Pool
-from common.config import Replicated, UserError
-from deploy.run_directory import is_owned, sole_owner
+import actors.pool.membership as membership
+from actors.pool.pool import Pool
+from common.config.base import Replicated
+from common.errors import UserError
+from deploy.run.directory import is_owned, sole_owner
 from deploy.scale import follow_wishes, forget, scale, show
 from tests.fakes import LocalHost
 
@@ -89,7 +90,7 @@ def test_wishes_that_cannot_be_are_refused_and_not_written_down(tmp_path, wishes
 
 
 def test_where_no_run_goes_on_nothing_is_scaled(tmp_path):
-    (tmp_path / "pools.json").write_text(json.dumps({"Worker": {"min": 1, "wish": 1, "replicas": []}}))
+    (tmp_path / "pool-state.json").write_text(json.dumps({"Worker": {"min": 1, "wish": 1, "replicas": []}}))
     assert not is_owned(tmp_path)
     for directory in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="no run is going on in"):

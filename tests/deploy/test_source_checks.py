@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from common import prompt_tokens
-from common.config import FunctionSourceConfig, ModelSourceConfig, SourcesConfig, UserError
-from common.models import load_tokenizer
-from common.prompt_records import PromptRecord
-from common.reward_models import ScoreScale, load_reward_model, save_reward_model, write_scale
+from common.config.actors import SourcesConfig
+from common.config.sources import FunctionSourceConfig, ModelSourceConfig
+from common.data import prompt_tokens
+from common.data.prompt_records import PromptRecord
+from common.errors import UserError
+from common.model.files import load_tokenizer
+from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model, write_scale
 from deploy.source_checks import MADE_UP, try_functions
 from tests.fakes import save_tiny_model
 

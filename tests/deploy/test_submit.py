@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 
-import deploy.job
+import deploy.cluster.job
 import deploy.submit
 import deploy.train
-from common.config import Config, RayConfig, UserError
-from common.config_files import load_config
-from deploy.addresses import named_address
+from common.config.base import RayConfig
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.errors import UserError
 from deploy.cli import main
-from deploy.cluster import cluster
-from deploy.run_directory import sole_owner
+from deploy.cluster.addresses import named_address
+from deploy.cluster.connection import cluster
+from deploy.run.directory import sole_owner
 from tests.fakes import save_tiny_model, tiny_config
 
 
@@ -219,8 +221,8 @@ def test_config_and_arguments_travel_as_files_and_are_in_no_metadata(sent, place
     assert client.job["runtime_env"]["py_modules"] == ["gcs://_ray_pkg_0.zip"]
     assert client.packages == {"ratchet_job", "actors", "common", "deploy", "learner"}  # and nothing else of ours
     assert not client.carried.exists()  # nothing is left here
-    package = deploy.job.write_package(place, load_config(Path("tiny.toml"), [], Config), ["--run", "/a run"])
-    assert deploy.job.command_line(package, "10.0.0.1:6379") == [
+    package = deploy.cluster.job.write_package(place, load_config(Path("tiny.toml"), [], Config), ["--run", "/a run"])
+    assert deploy.cluster.job.command_line(package, "10.0.0.1:6379") == [
         *("train", f"{place}/ratchet_job/config.toml", "--run", "/a run", "--address", "10.0.0.1:6379")
     ]
 
@@ -271,10 +273,10 @@ def test_the_command_of_a_job_finds_the_interpreter_of_the_raylet(tmp_path):
     python.chmod(0o755)
     supervisor = "import subprocess, sys; subprocess.run(sys.argv[1], shell=True, env={'PATH': '/usr/bin:/bin'})"
     raylet = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:3]])"
-    command = [sys.executable, "-c", raylet, supervisor, deploy.job.ENTRYPOINT]
+    command = [sys.executable, "-c", raylet, supervisor, deploy.cluster.job.ENTRYPOINT]
     worker = f"--python_worker_command={python} /setup_worker.py --node-ip-address=127.0.0.1"
     done = subprocess.run([*command, "--session_dir=/x", worker], capture_output=True, text=True)
-    assert done.stdout == "ran: -P -m deploy.job\n", done.stderr
+    assert done.stdout == "ran: -P -m deploy.cluster.job\n", done.stderr
 
 
 def check(place, **sections):

@@ -26,8 +26,8 @@ os.environ |= {
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
-from common.config import Config
-from common.metrics import read_records
+from common.config.ppo import Config
+from common.files import read_records
 from deploy.train import run_training
 from tests.fakes import tiny_config
 
@@ -44,7 +44,7 @@ class Conductor:
         self.ended = threading.Event()
 
     def events(self, event: str, role: str = "Generator") -> list[dict]:
-        return [e for e in read_records(self._run / "pool.jsonl") if (e["event"], e["role"]) == (event, role)]
+        return [e for e in read_records(self._run / "pool-events.jsonl") if (e["event"], e["role"]) == (event, role)]
 
     def steps(self) -> int:
         return len(read_records(self._run / "metrics.jsonl"))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from common.journal import Journal
-from common.metrics import read_records
+from common.files import read_records
+from learner.loop.journal import Journal
 from tests.fakes import save_tiny_model
 
 pytestmark = pytest.mark.ray
@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_pool_grew_by_the_nodes_that_joined_and_shrank_by_those_that_went(finished):
-    events = [event for event in read_records(finished[0] / "pool.jsonl") if event["role"] == "Generator"]
+    events = [event for event in read_records(finished[0] / "pool-events.jsonl") if event["role"] == "Generator"]
     assert [event["event"] for event in events] == ["joined", "joined", "joined", "died", "leaving", "left"]
     *joined, died, leaving, left = events
     nodes = {event["replica"]: event["node"] for event in joined}
@@ -57,7 +57,7 @@ def test_the_pool_grew_by_the_nodes_that_joined_and_shrank_by_those_that_went(fi
     assert (leaving["reason"], leaving["node"]) == ("its node is leaving", nodes[leaving["replica"]])
     assert left["replica"] == leaving["replica"]
     assert died["calls"] > 0  # it was generating
-    assert not [event for event in read_records(finished[0] / "pool.jsonl") if event["role"] != "Generator"][2:]
+    assert not [event for event in read_records(finished[0] / "pool-events.jsonl") if event["role"] != "Generator"][2:]
 
 
 def test_every_sample_is_in_the_journal_once_or_void_with_its_reason(finished):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from common.metrics import read_records
+from common.files import read_records
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from actors.hosting import actor
-from actors.ray_host import start_pool
-from common.config import LearnerConfig, RayConfig, Replicated, UserError
-from deploy.cluster import cluster
-from learner.group import LearnerGroup
+from actors.pool.ray_actor import actor
+from actors.pool.ray_host import start_pool
+from common.config.base import RayConfig, Replicated
+from common.config.ppo import LearnerConfig
+from common.errors import UserError
+from deploy.cluster.connection import cluster
+from learner.ranks.group import LearnerGroup
 
 pytestmark = pytest.mark.ray
 

@@ -11,10 +11,10 @@ import pytest
 import ray
 from ray.util.state import list_actors
 
-from actors.membership import STATES
+from actors.pool.membership import STATES
 from common.figures import FIGURES
 from common.meters import METERS
-from deploy.progress import Progress
+from deploy.screen.progress import Progress
 from deploy.train import run_training
 from tests.fakes import save_tiny_model, tiny_config
 from tests.prometheus import documented, find_prometheus, scraping, wait_for

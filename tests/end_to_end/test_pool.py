@@ -1,4 +1,4 @@
-"""The pool on real Ray, with a role that does as it is told. What needs no Ray is in tests/actors/test_pool.py."""
+"""The pool on real Ray, with a role that does as it is told. What needs no Ray is in tests/actors/pool/test_pool.py."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import ray
 from ray._private.internal_api import memory_summary
 
-from actors.engine import EngineDeadError
-from actors.membership import PoolEvent, RoleError
-from actors.pool import Pool
-from actors.ray_host import start_pool
-from common.config import RayConfig, Replicated
-from deploy.cluster import cluster
+from actors.pool.membership import PoolEvent
+from actors.pool.pool import Pool
+from actors.pool.ray_host import start_pool
+from common.config.base import RayConfig, Replicated
+from common.errors import EngineDeadError, RoleError
+from deploy.cluster.connection import cluster
 
 pytestmark = pytest.mark.ray
 
@@ -124,7 +124,7 @@ def test_a_process_that_stands_still_is_replaced_and_one_that_is_busy_is_not(ray
         while len(pool) < 2:
             await asyncio.sleep(0.1)
 
-    events = run(scenario, min=2, silent_s=2)
+    events = run(scenario, min=2, probe_timeout_s=2)
     [died] = [event for event in events if event.event == "died"]
     assert "answered no health probe for 2 s" in died.reason
 

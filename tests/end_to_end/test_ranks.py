@@ -18,17 +18,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from actors.hosting import actor
-from common.config import Config, RayConfig
-from common.journal import Journal
-from common.metrics import read_records
-from common.types import RoleError
+from actors.pool.ray_actor import actor
+from common.config.base import RayConfig
+from common.config.ppo import Config
+from common.errors import RoleError
+from common.files import read_records
 from deploy import train
-from deploy.cluster import cluster
-from learner.group import LearnerGroup
-from learner.learner import Learner
+from deploy.cluster.connection import cluster
+from learner.loop.journal import Journal
+from learner.ppo.learner import Learner
+from learner.ranks.group import LearnerGroup
 from tests.fakes import save_tiny_model, tiny_config
-from tests.learner.test_learner import varied_batch
+from tests.learner.ppo.test_learner import varied_batch
 
 pytestmark = pytest.mark.ray
 
@@ -100,7 +101,7 @@ def test_a_lora_run_on_two_ranks_has_no_reference_service_and_leaves_policy_and_
         return actor(role, *about, **more)
 
     monkeypatch.setattr(train, "Starter", Starter)
-    monkeypatch.setattr("actors.ray_host.actor", note)
+    monkeypatch.setattr("actors.pool.ray_host.actor", note)
     directory = tmp_path / "run"
     lora = {"lora": {"rank": 4, "alpha": 8}}
     train.run_training(run_config(model, ranks=2, num_steps=2, learner=lora), directory)

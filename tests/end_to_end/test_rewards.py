@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import UserError
-from common.journal import Journal
-from common.metrics import read_records
-from common.reward_config import PairSamplingConfig, RewardTrainingConfig
-from common.reward_models import content_hash, read_scale
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.errors import UserError
+from common.files import read_records
+from common.model.reward_head import content_hash, read_scale
 from deploy.evaluate import run_evaluation
 from deploy.sample_pairs import run_pair_sampling
 from deploy.train import check_same_reward_models, run_training
 from deploy.train_reward import run_reward_training
+from learner.loop.journal import Journal
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray

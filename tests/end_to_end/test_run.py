@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.config import Config, UserError
+from common.config.ppo import Config
+from common.errors import UserError
 from common.figures import FIGURES
-from common.journal import Journal
-from common.metrics import read_records
-from common.models import load_policy
-from common.sequences import Sequences, response_logprobs
+from common.files import read_records
+from common.model.files import load_policy
+from common.model.packing import Sequences, response_logprobs
 from deploy.train import run_training
+from learner.loop.journal import Journal
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray

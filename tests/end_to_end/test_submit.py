@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from common.journal import Journal
+from learner.loop.journal import Journal
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray

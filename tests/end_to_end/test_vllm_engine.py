@@ -19,11 +19,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from common.config import GeneratorsConfig, SamplingConfig
-from common.models import save_policy
-from common.saved_weights import as_saved
-from common.types import Rollout, SampleId, Written
-from common.weights import Bucket, Changes, CorruptWeightsError, buckets, changes
+from common.config.actors import GeneratorsConfig, SamplingConfig
+from common.errors import CorruptWeightsError
+from common.model.files import save_policy
+from common.model.saved_weights import as_saved
+from common.types import Rollout, RolloutRef, SampleId
+from common.weights import Bucket, Changes, buckets, changes
 from tests.fakes import END, WORDS, make_prompt, save_tiny_kind, save_tiny_model
 
 pytestmark = pytest.mark.ray
@@ -79,9 +80,9 @@ def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", way="pac
 
 
 def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
-    from actors import vllm_weights
-    from actors.generator import Generator
-    from actors.vllm_engine import VLLMEngine
+    from actors.generation import vllm_weights
+    from actors.generation.generator import Generator
+    from actors.generation.vllm_engine import VLLMEngine
 
     def not_stageable(self, *args):
         raise vllm_weights.NotStageableError("told so")
@@ -123,7 +124,7 @@ async def load(generator, weights: list[Bucket | Changes]) -> int:
 
 async def write(generator, prompt) -> Rollout:
     rollout, written = await generator.generate(prompt)
-    assert written == Written.of(rollout)
+    assert written == RolloutRef.of(rollout)
     return rollout
 
 
@@ -419,7 +420,7 @@ def test_an_engine_that_fails_half_way_fails_its_callers_and_frees_its_devices(t
 
 
 def test_sampling_seeds_differ_by_run_and_sample():
-    from actors.generator import sampling_seed
+    from actors.generation.generator import sampling_seed
 
     ids = [SampleId(e, p, r) for e in range(3) for p in range(20) for r in range(3)]
     seeds = {sampling_seed(run, i) for run in range(3) for i in ids}

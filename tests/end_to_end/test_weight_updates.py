@@ -14,16 +14,16 @@ import ray
 import torch
 from ray._private.internal_api import memory_summary
 
-from actors.engine import Completion
-from actors.generator import Generator
-from actors.membership import RoleError
-from actors.pool import Pool
-from actors.ray_host import start_pool
-from actors.services import GeneratorPool
-from common.config import RayConfig, Replicated
-from common.weights import CorruptWeightsError, buckets, publication
-from deploy.cluster import cluster
-from learner.group import LearnerGroup
+from actors.generation.engine import Completion
+from actors.generation.generator import Generator
+from actors.pool.pool import Pool
+from actors.pool.ray_host import start_pool
+from actors.pool.roles import GeneratorPool
+from common.config.base import RayConfig, Replicated
+from common.errors import CorruptWeightsError, RoleError
+from common.weights import buckets, publication
+from deploy.cluster.connection import cluster
+from learner.ranks.group import LearnerGroup
 
 pytestmark = pytest.mark.ray
 

@@ -8,9 +8,9 @@ from random import Random
 
 import tomli_w
 
-from common.config import Config
-from common.config_files import load_config
-from common.reward_config import PairSamplingConfig, RewardTrainingConfig
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from tests.fuzz.judge import WrongAnswer, value_or_message
 from tests.fuzz.mutate import ODD_TEXTS, mutate_bytes, mutate_text, mutate_tree, odd_value, places
 

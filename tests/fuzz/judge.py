@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from common.config import UserError
+from common.errors import UserError
 
 LIMIT_S = 20.0  # for what takes milliseconds: only a hang takes longer, also on a busy machine
 LONGEST_MESSAGE = 8000  # characters; a config's message may list dozens of faults

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from common.models import end_token_ids, load_policy
-from common.reward_models import load_reward_model, read_scale, reward_model_size
-from deploy.roles import PolicyFiles
+from common.model.files import end_token_ids, load_policy
+from common.model.reward_head import load_reward_model, read_scale, reward_model_size
+from deploy.starting import PolicyFiles
 from tests.fakes import save_tiny_model
 from tests.fuzz.judge import WrongAnswer, value_or_message
 from tests.fuzz.mutate import mutate_bytes, mutate_text, mutate_tree, odd_value

@@ -6,8 +6,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from common.preferences import Pairs, tokenise_pairs
-from common.reward_config import PreferencesConfig
+from common.config.reward_model import PreferencesConfig
+from learner.reward_model.pairs import Pairs, tokenise_pairs
 from tests.fuzz.data_files import byte_tokenizer, write_records
 from tests.fuzz.judge import WrongAnswer, value_or_message
 

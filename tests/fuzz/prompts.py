@@ -8,10 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from common.config import PromptsConfig
-from common.prompt_records import load_records
-from common.prompts import PromptStream
+from common.config.actors import PromptsConfig
+from common.data.prompt_records import load_records
 from common.types import Experience, Score, experience_table
+from learner.loop.prompts import PromptStream
 from tests.fakes import make_rollout
 from tests.fuzz.data_files import byte_tokenizer, write_records
 from tests.fuzz.judge import WrongAnswer, value_or_message

@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from actors.reward_functions import Reward
-from common.config import RewardConfig
+from actors.scoring.reward import Reward
+from common.config.actors import RewardConfig
 from common.types import Score, Void
 from tests.fakes import END, make_prompt, make_rollout
 from tests.fuzz.data_files import byte_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import UserError
+from common.errors import UserError
 from tests.fuzz.judge import Hang, WrongAnswer, limited, value_or_message
 from tests.fuzz.run import TARGETS, Fuzzer
 

@@ -1,0 +1,1 @@
+"""What writes responses: the engine, its weights, the generator. Runs in each generator."""

@@ -1,0 +1,289 @@
+"""vLLM behind the `Engine` protocol: the engine in this process, stepped by one thread of its own.
+
+Everything that touches the engine runs on that thread between two steps, so a weight update never meets a step half
+way and each token's weight version is exact. One process starts faster and is smaller than vLLM's own layouts; only
+with tensor parallelism does each device have a process of its own, which ends with this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from actors.generation.engine import Completion
+from common import meters
+from common.config.actors import GeneratorsConfig, SamplingConfig
+from common.errors import EngineDeadError
+from common.types import HANDED_OVER
+from common.user_code.functions import package_root
+from common.weights import Bucket
+
+# Read while vllm is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core stays in this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Worker processes begin anew, since a copy of this one with its threads would hang, and keep to its cores and threads.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# They are all on this node, and need no network.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+if not torch.cuda.is_available():
+    # The kernel that ranks log-probabilities would be compiled for 13 s, for nothing at these sizes.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from actors.generation.vllm_weights import weights_of
+
+T = TypeVar("T")
+
+# The whole distribution at the run's temperature, whatever the run does with it.
+_PLAIN: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": True}
+
+
+class VLLMEngine:
+    """See `Engine`. Any thread's event loop may call it."""
+
+    def __init__(
+        self,
+        model: Path,
+        cfg: GeneratorsConfig,
+        sampling: SamplingConfig,
+        *,
+        max_model_len: int,
+        end_token_ids: list[int],
+        trust_remote_code: bool = False,
+        export_metrics: bool = False,
+    ) -> None:
+        """With `export_metrics` vLLM's own metrics go through Ray: in a process of Ray's only."""
+        self._sampling: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_new_tokens,
+            "min_tokens": sampling.min_new_tokens,
+            "stop_token_ids": end_token_ids,
+            "logprobs": 0,  # of the sampled token only
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        on_cpu = current_platform.is_cpu()
+        self._args = EngineArgs(
+            model=str(model),
+            # A tag of vLLM's metrics: Ray refuses one with letters beyond ASCII, which the path may have.
+            served_model_name="policy",
+            trust_remote_code=trust_remote_code,
+            dtype=cfg.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=cfg.max_running,
+            # A seeded request whose prompt is split over steps must rewind its random generator, and vLLM 0.32 cannot
+            # do that on CPU ("CPU Generator does not use offset"): there, every prompt fits into one step.
+            enable_chunked_prefill=not on_cpu,
+            max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
+            tensor_parallel_size=cfg.tensor_parallel,
+            distributed_executor_backend="mp" if cfg.tensor_parallel > 1 else None,
+            # With a batch in flight between two steps, tokens of the old weights would be stamped with the new version.
+            async_scheduling=False,
+            kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # of each device
+            gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # of a shared GPU vLLM may count on its share
+            enforce_eager=on_cpu,  # compiling for the CPU: 71 s for at most 10 %
+            # Log-probabilities of the distribution sampled from: after temperature and truncation.
+            logprobs_mode="processed_logprobs",
+            # A cached prefix computed by old weights would serve new requests after an update.
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            disable_log_stats=not export_metrics,
+        )
+        self._load = (-1, -1)  # requests running and waiting, as last reported
+        self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._wake = threading.Condition()
+        self._waiting: dict[str, Future] = {}  # request key -> its final output
+        self._keys = itertools.count()
+        self._leaving = False
+        self._failure: BaseException | None = None
+        self._stager = ThreadPoolExecutor(1, "vllm-weights")
+        # Staging holds the interpreter for microseconds between long native calls. At Python's 5 ms it would wait for
+        # the engine's thread most of the time.
+        sys.setswitchinterval(0.0005)
+        if cfg.tensor_parallel > 1:
+            # Worker processes begin with this path: a user's own `common` on it must not hide ours from them.
+            sys.path.insert(0, package_root())
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
+        self._thread.start()
+        started.result()
+
+    async def generate(
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+    ) -> Completion:
+        key = str(next(self._keys))
+        output: Future = Future()
+        output.set_running_or_notify_cancel()  # a caller that gives up must not make `set_result` an error
+
+        def add() -> None:
+            changed = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
+            if plain_tokens:
+                changed = {**_PLAIN, "max_tokens": plain_tokens}
+            params = SamplingParams(**{**self._sampling, **changed}, seed=seed)
+            self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist()}, params)
+            self._waiting[key] = output
+            if self._leaving:
+                self._end([key])
+
+        def abort() -> None:
+            if self._waiting.pop(key, None):
+                self._engine.abort_request([key])
+
+        await self._call(add)
+        try:
+            final = (await asyncio.wrap_future(output)).outputs[0]
+        except asyncio.CancelledError:
+            self._submit(abort)
+            raise
+        versions = np.full(len(final.token_ids), -1, dtype=np.int32)
+        for span in final.weight_versions or ():
+            versions[span.start : span.end] = int(span.version)
+        return Completion(
+            np.asarray(final.token_ids, dtype=np.int32),
+            np.asarray(
+                [at[t].logprob for t, at in zip(final.token_ids, final.logprobs, strict=True)], dtype=np.float32
+            ),
+            versions,
+            HANDED_OVER if final.finish_reason == "abort" else final.finish_reason,
+        )
+
+    async def hand_over(self) -> None:
+        def hand_over() -> None:
+            self._leaving = True
+            self._end(list(self._waiting))
+
+        await self._call(hand_over)
+
+    def _end(self, keys: list[str]) -> None:
+        """On the engine's thread: ends these requests with what they have. vLLM's own abort would drop that here, where
+        no queue waits for it."""
+        outputs = self._engine.output_processor
+        for key in keys:
+            [state] = [outputs.request_states[internal] for internal in outputs.external_req_ids[key]]
+            final = state.make_request_output([], None, FinishReason.ABORT, None)
+            self._engine.abort_request([key])
+            self._waiting.pop(key).set_result(final)
+
+    async def stage(self, bucket: Bucket) -> None:
+        await self._beside(partial(self._weights.stage, bucket))
+
+    async def swap(self, version: int) -> float:
+        def swap() -> tuple[list[Any], float]:
+            started = time.perf_counter()
+            old = self._weights.swap(version)
+            self._engine.set_weight_version(str(version))
+            pause_s = time.perf_counter() - started
+            meters.observe("ratchet_generator_swap_seconds", pause_s)
+            return old, pause_s
+
+        old, pause_s = await self._call(swap)
+        await self._beside(old.clear)
+        return pause_s
+
+    async def _beside(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the thread that works on weights while the engine steps."""
+        return await asyncio.get_running_loop().run_in_executor(self._stager, function)
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._submit(function))
+
+    def _submit(self, function: Callable[[], T]) -> Future[T]:
+        """Runs `function` on the engine thread before its next step."""
+        result: Future[T] = Future()
+        with self._wake:
+            if self._failure is not None:
+                raise EngineDeadError("the engine failed earlier") from self._failure
+            self._commands.append((function, result))
+            self._wake.notify()
+        return result
+
+    def _run(self, started: Future[None]) -> None:
+        try:
+            stat_loggers = None if self._args.disable_log_stats else [_ray_stat_logger()]
+            self._engine = LLMEngine.from_engine_args(self._args, stat_loggers=stat_loggers)
+            self._engine.set_weight_version("0")
+            self._weights = weights_of(self._engine, Path(self._args.model))
+            started.set_result(None)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        try:
+            while True:
+                self._run_commands()
+                if self._engine.has_unfinished_requests():
+                    for output in self._engine.step():
+                        if output.finished and (waiting := self._waiting.pop(output.request_id, None)):
+                            waiting.set_result(output)
+                self._report_load()
+        except BaseException as error:
+            traceback.print_exc()  # the callers get the message, the actor's log the place
+            self._fail(error)
+            self._engine.engine_core.shutdown()  # worker processes end
+
+    def _report_load(self) -> None:
+        load = self._engine.engine_core.engine_core.scheduler.get_request_counts()
+        if load != self._load:
+            self._load = load
+            for state, requests in zip(("running", "waiting"), load, strict=True):
+                meters.gauge("ratchet_generator_requests", requests, state=state)
+
+    def _run_commands(self) -> None:
+        with self._wake:
+            while not (self._commands or self._engine.has_unfinished_requests()):
+                self._wake.wait()
+        while self._commands:  # one leaves the queue at a time: what stands behind a fatal one, `_fail` still finds
+            function, result = self._commands.popleft()
+            if not result.set_running_or_notify_cancel():
+                continue
+            try:
+                result.set_result(function())
+            except EngineDeadError as error:
+                result.set_exception(error)
+                raise
+            except Exception as error:
+                if not getattr(self._engine.engine_core.engine_core.model_executor, "is_failed", False):
+                    result.set_exception(error)  # the caller's mistake, such as a prompt beyond the context; go on
+                    continue
+                dead = EngineDeadError(f"one of its processes is gone: {error}")
+                result.set_exception(dead)
+                raise dead from error
+
+    def _fail(self, error: BaseException) -> None:
+        """A broken engine fails every caller, present and future."""
+        with self._wake:
+            self._failure = error
+            pending = [result for _, result in self._commands] + list(self._waiting.values())
+        for result in pending:
+            if not result.done():
+                result.set_exception(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+
+
+def _ray_stat_logger() -> Any:
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # imports Ray, which this module does without
+
+    return RayPrometheusStatLogger

@@ -1,0 +1,1 @@
+"""The replicas of a role and the calls to them. Runs in the driver."""

@@ -1,0 +1,1 @@
+"""Reward sources and the reference policy. Runs in each reward or reference replica."""

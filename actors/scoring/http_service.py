@@ -1,0 +1,180 @@
+"""One request to a service of a reward source: bounded in number, time and size, tried again, and every failure told.
+Runs in each reward process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import aiohttp
+from yarl import URL
+
+from actors.scoring.secrets import Secrets, request_headers, without_secrets
+from common.config.sources import ServiceConfig
+from common.plain_text import one_line
+
+LONGEST_PAUSE_S = 60.0  # a service that asks for a longer one is given up
+REDIRECTS = 5
+SHOWN = 200  # characters of a failed answer's body that are shown
+_PASSING = (408, 425, 429)  # of 4xx: another try may succeed
+
+Found = TypeVar("Found")
+
+
+class HttpSourceError(RuntimeError):
+    """Every try failed; the message holds the last failure."""
+
+
+class AnswerError(ValueError):
+    """A service's answer is not what it should be."""
+
+
+class _Refused(Exception):
+    """A failed answer. `for_good`: another try at the same address would fail too."""
+
+    def __init__(self, what: str, *, for_good: bool = False, pause_s: float = 0.0) -> None:
+        super().__init__(what)
+        self.for_good, self.pause_s = for_good, pause_s
+
+
+class HttpService:
+    """Several addresses of one service. A request goes to the one with the fewest outstanding that has not failed."""
+
+    def __init__(self, cfg: ServiceConfig, secrets: Secrets, *, path: str = "") -> None:
+        """`path` is added to every address."""
+        self._cfg = cfg
+        self._secrets = secrets
+        self._headers = {**request_headers(cfg.headers, secrets), "Accept-Encoding": "identity"}
+        self._outstanding = dict.fromkeys((url.rstrip("/") + path if path else url for url in cfg.addresses), 0)
+        self._slots = asyncio.Semaphore(cfg.concurrency)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def ask(self, payload: Mapping[str, Any], read: Callable[[Any], Found]) -> tuple[Found, str]:
+        """What `read` makes of the JSON answer, and the address that gave it. `read` raises AnswerError for an answer
+        that is not usable. Raises HttpSourceError after `retries` further tries."""
+        failed: list[str] = []
+        hopeless: set[str] = set()
+        pause_s, last = 0.0, ""
+        async with self._slots:
+            for attempt in range(self._cfg.retries + 1):
+                if attempt:
+                    await asyncio.sleep(max(self._cfg.backoff_s * 2 ** (attempt - 1), pause_s))
+                open_to_us = [url for url in self._outstanding if url not in hopeless]
+                url = min(open_to_us, key=lambda url: (failed.count(url), self._outstanding[url]))
+                pause_s = 0.0
+                self._outstanding[url] += 1
+                try:
+                    found, where = await self._post(url, payload)
+                    return read(found), where
+                except _Refused as refused:
+                    last, pause_s = str(refused), refused.pause_s
+                    if refused.for_good or pause_s > LONGEST_PAUSE_S:
+                        hopeless.add(url)
+                        pause_s = 0.0
+                except TimeoutError:
+                    last = f"no whole answer within request_timeout_s ({self._cfg.request_timeout_s:g} s)"
+                except (aiohttp.ClientError, ValueError, RecursionError, OSError) as error:
+                    last = str(error) if isinstance(error, AnswerError) else f"{type(error).__name__}: {error}"
+                finally:
+                    self._outstanding[url] -= 1
+                failed.append(url)
+                last = f"{shown(url)}: {one_line(without_secrets(last, self._secrets))}"
+                if len(hopeless) == len(self._outstanding):
+                    break
+        tries = "1 try" if len(failed) == 1 else f"{len(failed)} tries; the last one"
+        raise HttpSourceError(f"gave up after {tries} at {last}")
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _post(self, url: str, payload: Mapping[str, Any]) -> tuple[Any, str]:
+        if self._session is None:  # made on the loop that uses it
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=self._cfg.request_timeout_s),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        target, where = URL(url), shown(url)
+        async with asyncio.timeout(self._cfg.request_timeout_s):  # redirects together
+            for _ in range(REDIRECTS + 1):
+                headers = self._headers if target.origin() == URL(url).origin() else {}
+                async with self._session.post(target, json=payload, headers=headers, allow_redirects=False) as response:
+                    if (moved := self._redirect(response)) is None:
+                        return json.loads((await self._body(response)).decode("utf-8-sig")), where
+                target = target.join(moved)
+                where = f"{shown(url)}, redirected to {shown(str(target))}"
+        raise _Refused(f"more than {REDIRECTS} redirects", for_good=True)
+
+    def _redirect(self, response: aiohttp.ClientResponse) -> URL | None:
+        if response.status not in (301, 302, 303, 307, 308):
+            return None
+        to = response.headers.get("Location", "")
+        if not self._cfg.follow_redirects:
+            raise _Refused(
+                f"HTTP {response.status}, a redirect to {shown(to)}; name that address, or set follow_redirects = true",
+                for_good=True,
+            )
+        moved = URL(to)
+        if moved.is_absolute() and moved.scheme not in ("http", "https"):
+            raise _Refused(f"HTTP {response.status}, a redirect to {shown(to)}, which is not http", for_good=True)
+        return moved
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        """The whole body, unpacked, of at most max_answer_kib. Raises _Refused unless the status is 2xx."""
+        if response.status // 100 == 2:
+            return await read_body(response, self._cfg.max_answer_kib << 10)
+        try:
+            text = (await read_body(response, 16 << 10)).decode(errors="replace")
+        except (AnswerError, aiohttp.ClientError):
+            text = ""
+        said = f": {one_line(text, SHOWN)}" if text.strip() else ""
+        raise _Refused(
+            f"HTTP {response.status}{said}",
+            for_good=response.status // 100 == 4 and response.status not in _PASSING,
+            pause_s=retry_after(response.headers.get("Retry-After", "")),
+        )
+
+
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body, unpacked. Raises AnswerError for one of more than `limit` bytes, without reading or unpacking more."""
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("identity", "", "gzip", "deflate"):
+        raise AnswerError(f"the answer is packed with {one_line(coding, 40)}, though it was asked for as it is")
+    unpack = zlib.decompressobj(wbits=47) if coding in ("gzip", "deflate") else None  # 47: either of the two
+    body = b""
+    async for part in response.content.iter_chunked(64 << 10):
+        try:
+            body += part if unpack is None else unpack.decompress(part, limit + 1 - len(body))
+        except zlib.error as error:
+            raise AnswerError(f"the answer cannot be unpacked ({error})") from None
+        if len(body) > limit:
+            raise AnswerError(f"the answer is longer than max_answer_kib ({limit >> 10})")
+    return body
+
+
+def retry_after(text: str) -> float:
+    """Seconds that a service asks for, in either form of the header; 0 for anything else."""
+    try:
+        seconds = (
+            float(text) if text.strip().isdigit() else (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+        )
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else math.inf
+
+
+def shown(url: str) -> str:
+    """An address without what may be a secret: user, password, query."""
+    try:
+        parts = urlsplit(url)
+        return one_line(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")), SHOWN)
+    except ValueError:
+        return "an address that is none"

@@ -1,0 +1,99 @@
+"""A language model behind an OpenAI-compatible service as a reward source: it writes its score, which is read from its
+text. Runs in each reward process.
+
+What it judges is text of the policy, which may learn to talk the judge round: its score says what the judge was made to
+write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from actors.scoring.http_service import AnswerError, HttpService
+from actors.scoring.http_source import entry, model_name, number
+from actors.scoring.secrets import Secrets
+from common.config.sources import JudgeSourceConfig
+from common.errors import UserError
+from common.plain_text import one_line
+from common.types import Raw, RewardInput
+
+JUDGEMENT_CHARS = 4000  # the end of a judge's text, in which its score is looked for
+_PLACE = re.compile(r"\{(prompt|response|fields\.([^{}]+))\}")
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
+
+
+class JudgeSource:
+    """Asks for one chat completion an answer. The origin of a score is the judge's model and address."""
+
+    def __init__(self, cfg: JudgeSourceConfig, secrets: Secrets | None = None) -> None:
+        self._cfg = cfg
+        self._service = HttpService(cfg, secrets or {}, path="/chat/completions")
+        self._pattern = re.compile(cfg.score_pattern)
+
+    async def __call__(self, answer: RewardInput) -> Raw:
+        """The judge's score. Raises HttpSourceError, also when no try gives a score within score_range."""
+        texts = [("system", self._cfg.system), ("user", self._cfg.template)]
+        messages = [{"role": role, "content": fill(text, answer)} for role, text in texts if text is not None]
+        payload = {**self._cfg.request, "model": self._cfg.judge_model, "messages": messages, "stream": False}
+        (score, model), where = await self._service.ask(payload, self._read)
+        return Raw(score, f"{model or self._cfg.judge_model} at {where}")
+
+    async def close(self) -> None:
+        await self._service.close()
+
+    def _read(self, found: Any) -> tuple[float, str]:
+        choices = entry(found, "choices")
+        message = entry(choices[0], "message") if isinstance(choices, list) and choices else {}
+        text = entry(message, "content")
+        if not isinstance(text, str):
+            raise AnswerError(f"the judge wrote no text, but {one_line(repr(text), 80)}")
+        score = self._score(text)
+        low, high = self._cfg.score_range
+        if not low <= score <= high:
+            raise AnswerError(f"the judge's score {score:g} is outside score_range ({low:g} to {high:g})")
+        return score, model_name(found)
+
+    def _score(self, text: str) -> float:
+        end = text[-JUDGEMENT_CHARS:]
+        if self._cfg.score_field is not None:
+            fenced = _FENCED.findall(end)
+            try:
+                found = json.loads(fenced[-1] if fenced else end)
+            except (ValueError, RecursionError):
+                raise AnswerError(f"the judge's text is no JSON object: {one_line(end, 120)}") from None
+            return number(entry(found, self._cfg.score_field), f"{self._cfg.score_field!r}")
+        matches = list(self._pattern.finditer(end))
+        if not matches:
+            raise AnswerError(f"score_pattern is not in the judge's text: {one_line(end, 120)}")
+        try:
+            return float(matches[-1][1])
+        except (TypeError, ValueError):
+            raise AnswerError(f"score_pattern found {one_line(repr(matches[-1][1]), 80)}, which is no number") from None
+
+
+def fill(template: str, answer: RewardInput) -> str:
+    """The template with its places filled in. What is filled in is not looked at for further places."""
+
+    def value(place: re.Match[str]) -> str:
+        if place[2] is None:
+            return answer.prompt if place[1] == "prompt" else answer.response
+        if place[2] not in answer.fields:
+            raise AnswerError(f"the prompt's record has no field {place[2]!r}, which the template names")
+        found = answer.fields[place[2]]
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+    return _PLACE.sub(value, template)
+
+
+def check_template(cfg: JudgeSourceConfig, fields: Mapping[str, Any]) -> None:
+    """Raises UserError for a place of the template that the first prompt has no field for."""
+    for text in filter(None, (cfg.template, cfg.system)):
+        for place in _PLACE.finditer(text):
+            if place[2] is not None and place[2] not in fields:
+                raise UserError(
+                    f"reward source {cfg.name}: the template names {{fields.{place[2]}}}, but the first prompt's "
+                    f"record has {', '.join(fields) or 'no fields'}; correct the name"
+                )

@@ -1,0 +1,59 @@
+"""Keys of services: read from the driver's environment, handed to the processes that use them, written nowhere.
+
+They travel as arguments of Ray actors, which are in memory only. Environment variables of a Ray job or actor, on the
+other hand, are shown in Ray's dashboard and stand in its logs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from pydantic import SecretStr
+
+from common.config.sources import VARIABLE, RewardSource, ServiceConfig
+from common.errors import UserError
+
+Secrets = Mapping[str, SecretStr]  # by the name of the variable; printing one shows asterisks
+
+
+def read_secrets(sources: Iterable[RewardSource]) -> dict[str, SecretStr]:
+    """The variables that the headers of these sources name. Raises UserError for one that is not set, or cannot be a
+    header's value."""
+    found: dict[str, SecretStr] = {}
+    for source in sources:
+        for header, value in source.headers.items() if isinstance(source, ServiceConfig) else ():
+            if (named := VARIABLE.fullmatch(value)) is None:
+                continue
+            secret, setting = os.environ.get(named["name"], ""), f"reward source {source.name}: headers.{header}"
+            if not secret:
+                raise UserError(
+                    f"{setting} is read from the environment variable {named['name']}, which is not set here; export "
+                    "it in the shell that starts the run (of a submitted run: before `ray start` on the head node)"
+                )
+            if not (secret.isascii() and secret.isprintable()):
+                raise UserError(
+                    f"{setting}: the environment variable {named['name']} holds characters that no header may have, "
+                    "such as a line end; set it again without them"
+                )
+            found[named["name"]] = SecretStr(secret)
+    return found
+
+
+def request_headers(headers: Mapping[str, str], secrets: Secrets) -> dict[str, str]:
+    """Headers with their secrets in them."""
+    filled = {}
+    for header, value in headers.items():
+        named = VARIABLE.fullmatch(value)
+        if named is not None:
+            secret = secrets[named["name"]].get_secret_value()
+            value = f"{named['scheme']} {secret}" if named["scheme"] else secret
+        filled[header] = value
+    return filled
+
+
+def without_secrets(text: str, secrets: Secrets) -> str:
+    """What a service sent, which may repeat a key, for a message."""
+    for name, secret in secrets.items():
+        text = text.replace(secret.get_secret_value(), f"[{name}]")
+    return text

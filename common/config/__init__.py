@@ -1,0 +1,1 @@
+"""Every setting, as typed, frozen sections. Runs anywhere."""

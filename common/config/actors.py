@@ -1,0 +1,187 @@
+"""Settings of what the actors do: prompts, sampling, generators, reference and reward services. Runs anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from common.config.base import NonNegative, Positive, Replicated, Seconds, Section
+from common.config.sources import SourceConfig
+
+
+class TextFormat(Section):
+    """What text and chat messages of a record may be; the same rules for prompts and preference pairs."""
+
+    section: ClassVar[str]  # its name in the config file, for messages
+    format: Literal["plain", "chat"] = "plain"
+    """plain: the prompt's text as it is; chat: through the tokenizer's chat template."""
+    roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("system", "developer", "user", "assistant", "tool")
+    """Roles that chat messages may have; a message with another role is refused."""
+    last_assistant: Literal["refuse", "remove", "continue"] = "refuse"
+    """What becomes of a chat prompt whose last message is the assistant's. refuse: an error, since it often is an
+    answer left in the data; remove: the prompt is what comes before it; continue: the response goes on with this
+    message."""
+    last_end_token: Literal["refuse", "remove", "keep"] = "refuse"
+    """What becomes of an end token that text or chat template put at the end of a prompt, where the policy is to write
+    on. keep is for the few chat models (DialoGPT) that were trained so. One that the tokenizer adds is always
+    removed."""
+
+
+class PromptColumns(Section):
+    """Names of the columns that prompt records have."""
+
+    prompt: str = "prompt"
+    """Column with the prompt: text or chat messages. All others are handed to the reward as fields."""
+
+
+class PromptFormat(TextFormat):
+    """How a prompt record becomes tokens."""
+
+    section: ClassVar[str] = "prompts"
+    max_tokens: Positive = 512
+    """Longest prompt allowed, in tokens; sampling.max_new_tokens and the model's context may leave less."""
+    overlong: Literal["refuse", "drop", "cut_start"] = "refuse"
+    """A longer prompt is refused before the run starts, dropped and counted, or loses its first tokens (all but the one
+    that begins a sequence)."""
+    columns: PromptColumns = PromptColumns()
+
+
+class PromptsConfig(PromptFormat):
+    """What is asked."""
+
+    train: str
+    """Training prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or
+    a Python function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat
+    messages. CSV cells are text."""
+    heldout: str | None = None
+    """Prompts for evaluation, same forms; must share none with `train`. Left out: no evaluation."""
+    rollouts_per_prompt: Positive = 1
+    """Responses sampled for each prompt; more lowers the variance per prompt, fewer sees more prompts."""
+
+
+class SamplingConfig(Section):
+    """How responses are drawn from the policy."""
+
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM has none
+    below 0.01; top_k = 1 takes the likeliest token every time, for evaluations only."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; below 1 the learner's log-probabilities no longer are those of the sampled distribution."""
+    top_k: NonNegative = 0
+    """Sample among the k likeliest tokens only; 1: always the likeliest; 0 is off. The same caution as for top_p."""
+    max_new_tokens: Positive = 256
+    """Longest response, in tokens; a response that reaches it has finish reason `length`."""
+    min_new_tokens: NonNegative = 0
+    """The end token is forbidden before this many tokens. The learner does not know that: the same caution as for
+    top_p."""
+
+
+class GeneratorsConfig(Replicated):
+    """The rollout generators: vLLM engines."""
+
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs each generator reserves: a share of one, or as many as tensor_parallel; 0 runs it on the CPU."""
+    tensor_parallel: Positive = 1
+    """Devices that one engine's weights are split over: GPUs, or processes on the CPU, each with `threads` threads. For
+    models too large for one GPU: every layer waits for all devices, and an update for all to load their part."""
+    cpus: Annotated[float, Field(ge=0)] = 1
+    """CPU cores each generator reserves in Ray's bookkeeping."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the engine. bfloat16 is about twice as fast; float32 agrees with the learner
+    exactly on CPU, but for the rounding of new weights to bfloat16."""
+    kv_cache_mib: Positive = 256
+    """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once."""
+    max_running: Positive = 64
+    """Rollouts an engine works on at once; more raises throughput until the cores are full."""
+    max_batched_tokens: Positive = 256
+    """Tokens of one engine step; bounds how long a weight update waits for the step to end."""
+    updates: Literal["full", "changes"] = "full"
+    """What is sent after a step. full: every weight, best on one node, where engines read them in place; changes: the
+    values that differ in bfloat16, where they take fewer bytes: better over a slow network, at the price of finding
+    them and of one or two copies of the weights (bfloat16) in each engine's process."""
+
+    @model_validator(mode="after")
+    def check_devices(self) -> GeneratorsConfig:
+        parts = self.tensor_parallel
+        fits = self.gpus <= 1 if parts == 1 else self.gpus in (0, parts)
+        if not fits:
+            allowed = "at most 1" if parts == 1 else f"{parts}, or 0 for the CPU,"
+            raise ValueError(
+                f"gpus ({self.gpus:g}) must be {allowed} with tensor_parallel ({parts}): an engine uses a GPU for each "
+                "part of its weights; make both the same, or lower gpus"
+            )
+        return self
+
+
+class ReferenceConfig(Replicated):
+    """The reference-policy service: the frozen starting policy."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the forward pass; log-probabilities are float32 either way."""
+    max_batch_tokens: Positive = 4096
+    """Tokens of one forward pass, padding included; more is faster until memory or cache runs out."""
+    batch_window_ms: Annotated[float, Field(ge=0)] = 5
+    """How long a request waits for others to share its forward pass, milliseconds."""
+
+
+class SourcesConfig(Replicated):
+    """The reward service: which sources score a response."""
+
+    in_flight: Positive = 32
+    """Requests each process is sent at once. More let a reward model batch better; slow Python functions, which run one
+    after the other, want few, or the last one waits longer than timeout_s."""
+
+    sources: tuple[SourceConfig, ...]
+    """The sources: each has a name, a weight, and a function, a model, urls or judge_urls."""
+    isolation: Literal["thread", "process"] = "thread"
+    """Where reward functions run. thread: in threads of the reward process. process: in worker processes, where
+    functions that use signals work, a crash costs one rollout, a call past its limit is ended, and your modules may
+    have any name."""
+    workers: Positive = 1
+    """Worker processes of each function, in each reward process; only with isolation = "process"."""
+    call_timeout_s: Seconds | None = None
+    """Longest call of a reward function, seconds; a longer one voids the rollout that it was to score. Left out: a
+    fifth of timeout_s."""
+    max_void_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The run stops when more than this share of responses (of a step, of an evaluation) had to be voided for want of a
+    score."""
+
+    @property
+    def call_limit_s(self) -> float:
+        """Seconds that one call of a reward function may take."""
+        return self.call_timeout_s or self.timeout_s / 5
+
+    @property
+    def answer_limit_s(self) -> float:
+        """Seconds until a rollout without a score is void: before timeout_s, which would end the run."""
+        return 0.9 * self.timeout_s
+
+    @model_validator(mode="after")
+    def check_limits(self) -> SourcesConfig:
+        if self.call_limit_s >= self.answer_limit_s:
+            raise ValueError(
+                f"call_timeout_s ({self.call_timeout_s:g}) must be below 0.9 * timeout_s ({self.answer_limit_s:g}), "
+                "since a call also waits for its turn; lower the first or raise the second"
+            )
+        return self
+
+
+class RewardConfig(SourcesConfig):
+    """The reward service: which sources score a response, and how they add up."""
+
+    normalise: Literal["mean_std", "std", "none"] = "mean_std"
+    """Scores in deviations of every score seen so far in the run: mean_std about their mean, so that neither unit nor
+    origin of the reward matters; std keeps the origin; none leaves them as they are, and the KL coefficient then is in
+    units of the score."""
+    clip: Annotated[float, Field(ge=0)] = 5.0
+    """Normalised scores are clipped to +/- this many deviations, so that one outlier cannot own a batch; 0: never."""
+
+
+def broken_sampling_rules(cfg: SamplingConfig) -> Iterator[str]:
+    if cfg.min_new_tokens > cfg.max_new_tokens:
+        yield (
+            f"sampling.min_new_tokens ({cfg.min_new_tokens}) must not exceed sampling.max_new_tokens "
+            f"({cfg.max_new_tokens}); lower the first or raise the second"
+        )

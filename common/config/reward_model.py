@@ -1,0 +1,154 @@
+"""Settings of what comes before PPO: `PairSamplingConfig` (sample-pairs) and `RewardTrainingConfig` (train-reward)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from common.config.actors import (
+    GeneratorsConfig,
+    PromptFormat,
+    SamplingConfig,
+    SourcesConfig,
+    TextFormat,
+    broken_sampling_rules,
+)
+from common.config.base import CheckpointConfig, ModelConfig, NonNegative, Positive, RayConfig, Root, Section
+from common.config.ppo import AdamWConfig, TrainerConfig, broken_trainer_rules
+from common.config.sources import broken_source_rules
+
+
+class PairPromptsConfig(PromptFormat):
+    """What is asked when pairs are sampled."""
+
+    source: str
+    """Prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a Python
+    function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat messages.
+    CSV cells are text."""
+    pairs: Positive = 512
+    """Pairs to sample, one for each prompt in seeded order, beginning again when the prompts are used up."""
+
+
+class LabellerConfig(SourcesConfig):
+    """Who prefers one response of a pair to the other: the one with the higher total score is chosen."""
+
+    min_gap: Annotated[float, Field(ge=0)] = 0
+    """Pairs whose scores differ by no more than this express no preference and are left out."""
+
+
+class PairSamplingConfig(Root):
+    """Sampling of preference pairs from a policy, and their labels."""
+
+    seed: NonNegative = 0
+    """Seeds prompts and sampling."""
+    model: ModelConfig = ModelConfig()
+    prompts: PairPromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    generators: GeneratorsConfig = GeneratorsConfig()
+    labeller: LabellerConfig
+    ray: RayConfig = RayConfig()
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt and response together."""
+        return self.prompts.max_tokens + self.sampling.max_new_tokens
+
+    def _broken_rules(self) -> Iterator[str]:
+        yield from broken_sampling_rules(self.sampling)
+        yield from broken_source_rules("labeller.sources", self.labeller.sources)
+
+
+class PairColumns(Section):
+    """Names of the columns that records of pairs have."""
+
+    prompt: str = "prompt"
+    """Column with the prompt, if there is one: text or chat messages."""
+    chosen: str = "chosen"
+    """Column with the preferred response, or the whole dialogue that ends in it."""
+    rejected: str = "rejected"
+    """Column with the other response, or the whole dialogue that ends in it."""
+    margin: str = "margin"
+    """Column with a number, if there is one: how much better the preferred response is (loss.margin_coef)."""
+
+
+class PreferencesConfig(TextFormat):
+    """Pairwise human preferences."""
+
+    section: ClassVar[str] = "data"
+    train: str
+    """Training pairs: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a
+    Python function `module:function` that takes a seed and returns records. A record has `chosen` and `rejected` (text
+    or chat messages: responses to its `prompt`, or whole dialogues) and may have `margin`."""
+    heldout: str | None = None
+    """Pairs for evaluation, same forms; those whose prompt is also in `train` are left out and counted."""
+    heldout_pairs: NonNegative = 0
+    """Without `heldout`: take this many pairs from `train` for evaluation, all pairs of a prompt together."""
+    format: Literal["plain", "chat"] = "plain"
+    """plain: prompt and response are joined as they are, and the end token added; chat: through the tokenizer's chat
+    template, text as a single message, and dialogues written as in HH-RLHF (Human: ... Assistant: ...) as theirs."""
+    max_tokens: Positive = 512
+    """Longest prompt and response together, in tokens."""
+    overlong: Literal["drop", "cut_start", "cut_end"] = "cut_start"
+    """A pair with a longer sequence is dropped, loses the beginning of its prompt, or the ends of its responses.
+    Counted and reported either way."""
+    columns: PairColumns = PairColumns()
+
+
+class PreferenceLossConfig(Section):
+    """-log sigmoid(r_chosen - r_rejected - margin) + centre_coef (r_chosen + r_rejected)^2."""
+
+    margin_coef: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplies each record's `margin` (Llama 2, arXiv:2307.09288, eq. 2); records without one have 0."""
+    centre_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the pull of scores towards 0 (Eisenstein et al. 2023, arXiv:2312.09244), which pairs alone leave
+    free; 0.01 is common."""
+
+
+class RewardOptimizerConfig(AdamWConfig):
+    """AdamW for the reward model."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate of the language model's weights."""
+    head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of the scalar head, which starts at zero."""
+
+
+class RewardScaleConfig(Section):
+    """What a score is measured by: responses of the reference policy, whose scores get mean 0 and deviation 1."""
+
+    policy: str | None = None
+    """The policy that PPO will start from; left out: `model.path`."""
+    responses: NonNegative = 256
+    """Responses sampled from it after training, to prompts of the pairs, as [sampling] says (which should say what PPO
+    will); 0: scores stay as the head gives them."""
+
+
+class RewardTrainingConfig(Root):
+    """Training of a reward model from preference pairs."""
+
+    seed: NonNegative = 0
+    """Seeds the split and the order of the pairs."""
+    epochs: Positive = 1
+    """Passes over the pairs; reward models usually overfit after one or two."""
+    pairs_per_step: Positive = 64
+    """Pairs behind each optimizer step."""
+    model: ModelConfig = ModelConfig()
+    data: PreferencesConfig
+    loss: PreferenceLossConfig = PreferenceLossConfig()
+    optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
+    learner: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    scale: RewardScaleConfig = RewardScaleConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    generators: GeneratorsConfig = GeneratorsConfig()
+    ray: RayConfig = RayConfig()
+
+    def _broken_rules(self) -> Iterator[str]:
+        yield from broken_sampling_rules(self.sampling)
+        yield from broken_trainer_rules(self.learner)
+        if self.scale.responses == 1:
+            yield "scale.responses (1) has no deviation; ask for at least 2, or for 0"
+        if self.data.heldout is not None and self.data.heldout_pairs:
+            yield "data.heldout and data.heldout_pairs both name held-out pairs; give one of the two"

@@ -1,0 +1,119 @@
+"""Values as JSON has them: what the columns of a record may hold. Runs anywhere.
+
+Text has no broken characters, and lists and objects are nested at most DEEPEST levels: so every value can be written to
+the journal, sent to an HTTP service and pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from common.errors import UserError
+
+Record = dict[str, Any]
+
+DEEPEST = 100
+
+
+def parse_json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{where}: not valid JSON ({error.msg} at {place}); fix or remove it") from None
+    except (ValueError, RecursionError) as error:  # digits or brackets without end
+        raise UserError(f"{where}: not usable JSON ({cause(error)}); fix or remove it") from None
+
+
+def is_simple(text: str) -> bool:
+    """False for JSON that may hold what json_values refuses: escaped characters, or deep nesting."""
+    return "\\u" not in text and text.count("[") + text.count("{") <= DEEPEST
+
+
+def as_object(where: str, record: Any) -> Record:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a record must be an object of columns, not {shown(record)}; fix or remove it")
+    return record
+
+
+def json_values(where: str, record: Any) -> Record:
+    """The record with dates as text, arrays as lists and so on. Raises UserError that names the column."""
+    found = {}
+    for key, value in as_object(where, record).items():
+        try:
+            found[_json_value(key, 0)] = _json_value(value, 1)
+        except ValueError as error:
+            raise UserError(f"{where}: {column_name(key)} {error}; fix it or leave it out") from None
+        if not isinstance(key, str):
+            raise UserError(f"{where}: a column is named {shown(key)}; names must be text")
+    return found
+
+
+def _json_value(value: Any, depth: int) -> Any:
+    if depth > DEEPEST:
+        raise ValueError(f"is nested deeper than {DEEPEST} levels")
+    match value:
+        case None | bool():
+            return value
+        case str():
+            if not value.isascii():
+                _refuse_surrogates(value)
+            return str.__str__(value)  # of a text that is also an enum: its value
+        case int():
+            if value.bit_length() > 14_000:  # Python writes no more than 4,300 digits
+                raise ValueError("is a number of more than 4,300 digits")
+            return int(value)
+        case float() | Decimal():
+            return float(value)
+        case date() | time():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case UUID():
+            return str(value)
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                raise ValueError("is bytes that are not UTF-8 text") from None
+        case Mapping():
+            if wrong := [key for key in value if not isinstance(key, str)]:
+                raise ValueError(f"has a key that is not text ({shown(wrong[0])})")
+            return {_json_value(key, depth): _json_value(item, depth + 1) for key, item in value.items()}
+        case list() | tuple():
+            return [_json_value(item, depth + 1) for item in value]
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+        return _json_value(value.tolist(), depth + 1)
+    raise ValueError(f"is a {type(value).__name__}, which JSON does not have")
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds half of a surrogate pair ({text[error.start]!a} at character {error.start + 1}), which is no text"
+        ) from None
+
+
+def column_name(key: Any) -> str:
+    """As messages show it."""
+    return f"`{shown(key)[1:-1] if isinstance(key, str) else shown(key)}`"
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: short, and without characters that a terminal may take for commands."""
+    try:
+        text = ascii(value)
+    except Exception:  # nested too deep, or an object of the user's that cannot be shown
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

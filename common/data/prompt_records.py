@@ -1,0 +1,214 @@
+"""Prompts before anyone asks them: records of a source, checked, tokenised and counted. Runs anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from common.config.actors import PromptFormat
+from common.data.dialogues import as_messages
+from common.data.messages import Message, checked_text, column, is_empty, settle_last_message
+from common.data.prompt_tokens import bare_ids, begun, check_embedded, open_ended, rendered
+from common.data.records import read_source
+from common.errors import UserError
+
+_TOKENISED_AT_ONCE = 256
+_STRICT = json.JSONEncoder(allow_nan=False)
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt before anyone asks it: text, token ids and the record's other fields."""
+
+    text: str
+    token_ids: np.ndarray  # int32
+    fields: dict[str, Any]
+    messages: list[Message] | None = None  # chat format only
+
+
+@dataclass
+class PromptCounts:
+    """What was found in a source of prompts."""
+
+    prompts: int = 0  # kept
+    repeated: int = 0  # kept; an earlier prompt has the same text
+    cut: int = 0  # kept, without their first tokens
+    empty: int = 0  # dropped: no text, or a message without any
+    overlong: int = 0  # dropped
+
+    def __str__(self) -> str:
+        repeated = f", {self.repeated} of them repeat an earlier one" if self.repeated else ""
+        cut = f", {self.cut} of them cut to length" if self.cut else ""
+        return f"{self.prompts} prompts{repeated}{cut}; dropped: {self.empty} empty, {self.overlong} too long"
+
+    @property
+    def notable(self) -> bool:
+        """Something other than different prompts that are used as they are."""
+        return bool(self.repeated or self.cut or self.empty or self.overlong)
+
+
+def load_records(
+    source: str,
+    cfg: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_tokens: int,
+    vocabulary: int | None = None,
+    setting: str = "prompts.train",
+    report: Callable[[str], None] = lambda text: None,
+) -> list[PromptRecord]:
+    """All prompts of a source, tokenised and checked. Raises UserError naming the record that is at fault.
+
+    max_tokens: what prompts.max_tokens and the model's context leave. vocabulary: rows of the model's embedding.
+    report: is told what was found, if some of it is not used as it is.
+    """
+    loaded: list[PromptRecord] = []
+    counts, texts = PromptCounts(), set()
+
+    def finish(drafts: list[_Draft]) -> None:
+        for draft, ids in zip(drafts, _tokenised(drafts, tokenizer), strict=True):
+            prompt = _finished(draft, ids, cfg, tokenizer, vocabulary)
+            if (length := len(prompt.token_ids)) > max_tokens:
+                if cfg.overlong == "refuse":
+                    raise UserError(
+                        f"{draft.where}: the prompt has {length} tokens, more than prompts.max_tokens and the model's "
+                        f"context leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, lower "
+                        'sampling.max_new_tokens, or set prompts.overlong = "drop" or "cut_start"'
+                    )
+                if cfg.overlong == "drop":
+                    counts.overlong += 1
+                    continue
+                prompt = _without_first_tokens(prompt, tokenizer, max_tokens)
+                counts.cut += 1
+            loaded.append(prompt)
+            texts.add(prompt.text)
+        drafts.clear()
+
+    drafts: list[_Draft] = []
+    for where, record in read_source(source, setting, seed=seed):
+        draft = _draft(where, record, cfg, tokenizer)
+        if draft is None:
+            counts.empty += 1
+            continue
+        drafts.append(draft)
+        if len(drafts) == _TOKENISED_AT_ONCE:
+            finish(drafts)
+    finish(drafts)
+    counts.prompts, counts.repeated = len(loaded), len(loaded) - len(texts)
+    if not loaded:
+        why = f" ({counts})" if counts.notable else ""
+        raise UserError(f"{setting} ({source}) holds no usable prompt{why}; it must give at least one")
+    if counts.notable:
+        report(f"{setting} ({source}): {counts}")
+    return loaded
+
+
+def prompt_record(
+    where: str,
+    record: dict[str, Any],
+    cfg: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary: int | None = None,
+) -> PromptRecord | None:
+    """One record, tokenised and checked; None if the prompt is empty. Raises UserError that begins with `where`."""
+    draft = _draft(where, record, cfg, tokenizer)
+    if draft is None:
+        return None
+    [ids] = _tokenised([draft], tokenizer)
+    return _finished(draft, ids, cfg, tokenizer, vocabulary)
+
+
+class _Draft(NamedTuple):
+    """A prompt that is not tokenised yet."""
+
+    where: str
+    text: str
+    messages: list[Message] | None
+    fields: dict[str, Any]
+
+
+def _draft(where: str, record: dict[str, Any], cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> _Draft | None:
+    """None if the prompt is empty."""
+    name = cfg.columns.prompt
+    prompt = checked_text(where, name, column(where, record, name, cfg, key="prompt"), cfg)
+    if is_empty(prompt):
+        return None
+    fields = _journal_fields(where, {key: value for key, value in record.items() if key != name})
+    if isinstance(prompt, str) and cfg.format == "plain":
+        return _Draft(where, prompt, None, fields)
+    messages = settle_last_message(where, as_messages(prompt, "user"), cfg)
+    if not messages:
+        return None
+    continues = messages[-1]["role"] == "assistant"
+    try:
+        text = rendered(tokenizer, messages, continue_final_message=continues, add_generation_prompt=not continues)
+    except Exception as error:
+        raise UserError(f"{where}: the tokenizer's chat template refuses the prompt: {error}") from error
+    return _Draft(where, text, messages, fields)
+
+
+def _tokenised(drafts: list[_Draft], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Bare token ids of each. Raises UserError naming the first that has none."""
+    try:
+        found = bare_ids(tokenizer, [draft.text for draft in drafts])
+    except Exception as error:
+        if len(drafts) == 1:
+            raise UserError(f"{drafts[0].where}: the tokenizer refuses the prompt: {error}") from error
+        return [ids for draft in drafts for ids in _tokenised([draft], tokenizer)]
+    for draft, ids in zip(drafts, found, strict=True):
+        if not ids:
+            raise UserError(f"{draft.where}: the prompt has no tokens; write something or remove the record")
+    return found
+
+
+def _finished(
+    draft: _Draft, ids: list[int], cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None
+) -> PromptRecord:
+    ids = begun(tokenizer, draft.text, ids, chat=draft.messages is not None)
+    text, ids = open_ended(draft.where, tokenizer, draft.text, ids, cfg)
+    check_embedded(draft.where, ids, tokenizer, vocabulary)
+    return PromptRecord(text, np.asarray(ids, dtype=np.int32), draft.fields, draft.messages)
+
+
+def _without_first_tokens(prompt: PromptRecord, tokenizer: PreTrainedTokenizerBase, most: int) -> PromptRecord:
+    """The last tokens of a prompt, behind the token that begins a sequence if it has one. Its text is what they say;
+    its messages stay whole."""
+    ids = prompt.token_ids
+    begin = 1 if ids[0] == tokenizer.bos_token_id and most > 1 else 0
+    ids = np.concatenate([ids[:begin], ids[len(ids) - most + begin :]])
+    # A chat template writes the first token into the text, a tokenizer does not.
+    said = ids if prompt.messages else ids[begin:]
+    return PromptRecord(tokenizer.decode(said.tolist()), ids, prompt.fields, prompt.messages)
+
+
+def _journal_fields(where: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as the journal and HTTP services get them: NaN, which JSON does not have, becomes None."""
+    try:
+        _STRICT.encode(fields)
+        return fields
+    except (TypeError, ValueError):
+        fields = {key: _without_nan(value) for key, value in fields.items()}
+    for key, value in fields.items():
+        try:
+            _STRICT.encode(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: `{key}` goes into the journal as JSON and cannot ({error}); write it as text, or leave it "
+                "out"
+            ) from None
+    return fields
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,1 @@
+"""Language models as every role computes with them: files, packed sequences, attention, heads. Runs anywhere."""

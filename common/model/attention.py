@@ -1,0 +1,93 @@
+"""Causal attention within sequences that lie one after another, without padding between them.
+
+Importing this registers it with transformers as "packed"; a model loaded with that implementation takes `lengths`, the
+number of tokens of each sequence, beside its inputs, and gives every sequence what it would have had alone.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from common.model.recomputed_attention import Scores, barrier, recomputed_attention
+
+PACKED = "packed"
+# Models hand these to their attention, and nothing here depends on them.
+_HARMLESS = ("position_ids", "cache_position", "use_cache", "output_")  # with all that begins so
+
+
+class AttentionError(ValueError):
+    """A model asks for an attention that is not the packed one. The message is about the model."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """query and key [1, heads, N, D], value [1, heads, N, E], N = sum(lengths); key and value may have fewer heads.
+    Returns [1, N, heads, E].
+
+    softcap: scores become c tanh(score / c). s_aux [heads]: sinks, a score per head that takes part in the softmax and
+    has no value. Raises AttentionError for anything else a model asks for, and without `lengths`.
+    """
+    _refuse(lengths, dropout, others)
+    lengths = cast("list[int]", lengths)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    longest = max(lengths)
+    window = sliding_window if sliding_window and sliding_window < longest else longest
+    on_cpu, plain = query.device.type == "cpu", softcap is None and s_aux is None
+    if on_cpu or not plain or value.shape[-1] > query.shape[-1]:
+        how = Scores(scaling, window, softcap)
+        return recomputed_attention(query[0], key[0], value[0], s_aux, lengths, how)[None], None
+    if query.dtype in (torch.bfloat16, torch.float16):
+        ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+        narrow, width = value.shape[-1], query.shape[-1]  # flash attention wants values as wide as keys
+        value = value if narrow == width else pad(value, (0, width - narrow))
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        attended = varlen_attn(
+            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(window - 1, 0), enable_gqa=True
+        )
+        return cast(Tensor, attended)[None, ..., :narrow], None
+    each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)  # flash attention has no float32
+    parts = [
+        scaled_dot_product_attention(q, k, v, attn_mask=_visible(q, window), scale=scaling, enable_gqa=True)
+        for q, k, v in each
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]) -> None:
+    """Raises AttentionError for unknown arguments. If they were ignored, the result would be silently wrong."""
+    if not lengths:
+        raise AttentionError("its layers do not tell their attention where each sequence of a packed row ends")
+    if others.get("is_causal") is True:
+        others = {**others, "is_causal": None}
+    asked = [name for name, value in others.items() if value is not None and not name.startswith(_HARMLESS)]
+    if dropout:
+        asked.append("dropout")
+    if asked:
+        raise AttentionError(f"its attention uses {', '.join(asked)}, which packed attention does not have")
+
+
+def _visible(like: Tensor, window: int) -> Tensor:
+    """bool [T, T], T = like.shape[-2]: a token sees itself and the `window` - 1 before it."""
+    return barrier(like.shape[-2], window, like.device).isfinite()

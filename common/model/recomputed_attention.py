@@ -1,0 +1,193 @@
+"""Attention within sequences that lie one after another, in plain matrix products, with a backward pass by hand.
+
+On CPUs for all models; on GPUs for those that flash attention has no kernel for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from common.model.masking import round_up
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores are made of q and k: c tanh(scaling q k / c) with a cap c, within a window of tokens."""
+
+    scaling: float
+    window: int
+    cap: float | None
+
+
+def recomputed_attention(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, lengths: list[int], scores: Scores
+) -> Tensor:
+    """query [heads, N, D], key [kv_heads, N, D], value [kv_heads, N, E], sinks [heads]; returns [N, heads, E]."""
+    return _Recomputed.apply(query, key, value, sinks, lengths, scores)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Sequences of about one length together; the backward pass computes the probabilities again, so that nothing
+    quadratic is kept."""
+
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, lengths: list[int], scores: Scores
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, sinks)
+        ctx.scores = scores
+        # All sequences of a length at once on a CPU, which has the memory; a GPU fills with one.
+        most = None if query.device.type == "cpu" else _GPU_SCORES
+        ctx.layout = layout = _layout(tuple(lengths), len(query), len(key), query.device, most)
+        q_rows, k_rows, v_rows = _rows(query), _rows(key), _rows(value)
+        attended = []
+        for group in layout.groups:
+            q, k, v = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows)
+            attended.append(_probabilities(q, k, sinks, scores)[0] @ v)
+        return _back(attended, layout.q_back).view(query.shape[1], query.shape[0], value.shape[2])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks = ctx.saved_tensors
+        q_rows, k_rows, v_rows, g_rows = _rows(query), _rows(key), _rows(value), gradient.flatten(0, 1)
+        d_queries, d_keys, d_values = [], [], []
+        d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
+        for group in ctx.layout.groups:
+            q, k, v, g = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows), group.queries(g_rows)
+            g.mul_(group.is_token.to(g.dtype))
+            p, slope, at_sink = _probabilities(q, k, sinks, ctx.scores)
+            d_p = g @ v.transpose(1, 2)
+            if d_sinks is not None:
+                # d p_i / d sink = -p_i p_sink, of every token of every head.
+                pulled = torch.linalg.vecdot(p, d_p).float() * at_sink
+                d_sinks -= pulled.view(-1, len(key), len(query) // len(key), group.length).sum((0, 3)).flatten()
+            d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(ctx.scores.scaling)
+            if slope is not None:
+                d_scores.mul_(slope)
+            d_queries.append(d_scores @ k)
+            d_keys.append(d_scores.transpose(1, 2) @ q)
+            d_values.append(p.transpose(1, 2) @ g)
+        d_query, d_key, d_value = (
+            _back(parts, back).view(like.shape[1], like.shape[0], like.shape[2]).transpose(0, 1)
+            for parts, back, like in (
+                (d_queries, ctx.layout.q_back, query),
+                (d_keys, ctx.layout.k_back, key),
+                (d_values, ctx.layout.k_back, value),
+            )
+        )
+        return d_query, d_key, d_value, d_sinks if d_sinks is None else d_sinks.to(sinks.dtype), None, None
+
+
+# Sequences are padded to a multiple of this before they are multiplied. It depends on nothing but a sequence's own
+# length, so that its result does not depend on its company.
+_WIDTH = 32
+_GPU_SCORES = 1 << 27  # scores of a group on a GPU, float32: 512 MiB
+
+
+@dataclass(frozen=True)
+class _Group:
+    """n sequences of one padded length T. Heads that share keys stand below one another, so that one product serves
+    them: queries are [kv_heads * n, group * T, D], keys and values [kv_heads * n, T, D]."""
+
+    length: int  # T
+    q_index: Tensor  # where each row of the queries stands among rows [N * heads, D]; padding repeats the last token
+    k_index: Tensor
+    is_token: Tensor  # bool [kv_heads * n, group * T, 1]: False in padding
+
+    def queries(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.q_index).view(*self.is_token.shape[:2], -1)
+
+    def keys(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.k_index).view(len(self.is_token), self.length, -1)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    groups: list[_Group]
+    q_back: Tensor  # [N * heads]: where each token's head stands among the rows of all groups
+    k_back: Tensor  # [N * kv_heads]
+
+
+@lru_cache(maxsize=4)  # every layer asks for the same one
+def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device, most: int | None) -> _Layout:
+    """`most`: how many scores a group may have, unless it is a single sequence."""
+    widths = [round_up(length, _WIDTH) for length in lengths]
+    ends = torch.tensor(lengths).cumsum(0)
+    groups, real = [], []
+    for width in sorted(set(widths)):
+        alike = torch.tensor([i for i, w in enumerate(widths) if w == width])
+        many = len(alike) if most is None else max(1, most // (heads * width * width))
+        for chosen in alike.split(many):
+            own, last = torch.tensor(lengths)[chosen, None], ends[chosen, None] - 1
+            place = torch.arange(width)
+            tokens = (last - own + 1 + place).minimum(last)[:, None]  # [n, 1, T]
+            is_token = (place < own)[:, None, None].expand(-1, kv_heads, heads // kv_heads, -1)
+            q_index = tokens[:, None] * heads + torch.arange(heads).view(kv_heads, -1, 1)  # [n, kv_heads, group, T]
+            k_index = tokens * kv_heads + torch.arange(kv_heads)[:, None]  # [n, kv_heads, T]
+            shape = len(k_index) * kv_heads, heads // kv_heads * width, 1
+            groups.append(_Group(width, q_index.flatten(), k_index.flatten(), is_token.reshape(shape)))
+            real.append((is_token.flatten(), is_token[:, :, 0].flatten()))
+    q_real, k_real = (torch.cat(parts) for parts in zip(*real, strict=True))
+    q_back = _inverse(torch.cat([group.q_index for group in groups]), q_real)
+    k_back = _inverse(torch.cat([group.k_index for group in groups]), k_real)
+    groups = [_Group(g.length, *(x.to(device) for x in (g.q_index, g.k_index, g.is_token))) for g in groups]
+    return _Layout(groups, q_back.to(device), k_back.to(device))
+
+
+def _inverse(index: Tensor, real: Tensor) -> Tensor:
+    """Of every row where it stands in `index`, its repetitions, which are not `real`, aside."""
+    places = real.nonzero().squeeze(1)
+    return torch.empty_like(places).index_copy(0, index[places], places)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[heads, N, D] to [N * heads, D]."""
+    return x.transpose(0, 1).reshape(-1, x.shape[-1])
+
+
+def _back(parts: list[Tensor], index: Tensor) -> Tensor:
+    """The groups' rows [.., D] in the order of the tokens and their heads."""
+    return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, index)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, sinks: Tensor | None, how: Scores
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The probabilities [kv_heads * n, group * T, T], the softmax float32 inside. With a cap also the slope of the
+    capped scores, of the same shape; with sinks also what goes to them, [kv_heads * n, group * T]."""
+    count, length = k.shape[:2]
+    scores, slope, at_sink = (
+        (q @ k.transpose(1, 2)).float().mul_(how.scaling).view(count, -1, length, length),
+        None,
+        None,
+    )
+    if how.cap is not None:
+        scores = scores.div_(how.cap).tanh_()
+        slope = (1 - scores.square()).to(q.dtype).view(count, -1, length)
+        scores = scores.mul_(how.cap)
+    # Adding -inf takes an eighth of what filling by a mask takes.
+    scores.add_(barrier(length, how.window, q.device))
+    if sinks is None:
+        p = scores.softmax(-1)
+    else:
+        own = sinks.float().view(-1, scores.shape[1])  # [kv_heads, group]
+        own = own.repeat(count // len(own), 1)[..., None, None].expand(-1, -1, length, 1)
+        p, last = torch.cat([scores, own], dim=-1).softmax(-1).split([length, 1], dim=-1)
+        at_sink = last.reshape(count, -1)
+    return p.to(q.dtype).reshape(count, -1, length), slope, at_sink
+
+
+def barrier(length: int, window: int, device: torch.device) -> Tensor:
+    """[length, length]: -inf where a row may not look, else 0. Cut from a larger one, which serves many calls."""
+    size = round_up(length, 256)
+    return _whole_barrier(size, window if window < length else size, device)[:length, :length]
+
+
+@lru_cache(maxsize=4)
+def _whole_barrier(length: int, window: int, device: torch.device) -> Tensor:
+    visible = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+    return torch.zeros(length, length).masked_fill_(~visible, float("-inf")).to(device)

@@ -1,0 +1,233 @@
+"""Reward models: a language model with a scalar head, as transformers' sequence classification with one label saves it.
+
+What else must be known to serve one stands in its config.json under `ratchet`: whether prompt and response go through
+the chat template, and what the reference policy's own responses scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from common.data.dialogues import padding_id
+from common.errors import UserError
+from common.files import replaced_directory, write_json
+from common.model.checks import check_finite, check_finite_files, check_loaded, check_weights, read_config, reading
+from common.model.files import load_tokenizer, write_weights
+from common.model.masking import length_mask
+from common.model.packing import ROW_MULTIPLE
+from common.model.probe import UnsuitedModelError
+from common.model.remote_code import trusted
+from common.model.rotary import depends_on_length, use_own_lengths
+from common.model.size import ModelSize, model_size
+
+_KEY = "ratchet"
+_PURPOSE = "be a reward model"
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """How a served reward model reads and reports: raw score = (head's output - mean) / deviation."""
+
+    chat: bool | None = None  # None: through the chat template where there is one and the prompt is messages
+    mean: float = 0.0  # of the reference policy's own responses
+    deviation: float = 1.0
+
+    @classmethod
+    def of(cls, found: object) -> ScoreScale:
+        """What a config.json holds. Raises ValueError for anything that `write_scale` does not write."""
+        if not isinstance(found, dict) or not found.keys() <= {"chat", "mean", "deviation"}:
+            raise ValueError(f"`{_KEY}` in its config.json must hold chat, mean and deviation, but is {found!r}")
+        scale = cls(**found)
+        numbers = all(type(x) in (int, float) and isfinite(x) for x in (scale.mean, scale.deviation))
+        if scale.chat not in (None, True, False) or not numbers or scale.deviation <= 0:
+            raise ValueError(
+                f"`{_KEY}` in its config.json must have chat true, false or null, a finite mean and a deviation above "
+                f"0, but is {found!r}"
+            )
+        return scale
+
+
+def is_reward_model(directory: Path) -> bool:
+    """Whether its config says that it is a sequence classifier, not a language model."""
+    with reading(directory, "model", _PURPOSE):
+        return any("SequenceClassification" in name for name in read_config(directory).architectures or ())
+
+
+def load_reward_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    install: Callable[[PreTrainedModel], object] | None = None,
+) -> PreTrainedModel:
+    """The sequence classifier in `directory`, in eval mode, its head in float32. A plain language model gets a head of
+    zeros and a padding token. `install` replaces what the model computes with. Raises UserError if the architecture has
+    no such head, or if a score is not what the model's own code gives a sequence alone."""
+    check_trainable(directory)
+    trained = is_reward_model(directory)
+    with reading(directory, "model", _PURPOSE):
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            num_labels=1,
+            dtype=dtype,
+            attn_implementation="eager" if device.type == "cpu" else "sdpa",
+            output_loading_info=True,
+            trust_remote_code=trusted(directory),
+        )
+        check_loaded(found, **({} if trained else _NEW_HEAD))
+        if not trained:
+            nn.init.zeros_(model.score.weight)
+            model.config.pad_token_id = scored_padding_id(directory)
+        check_finite(model)
+        model.score.float()
+        model = model.to(device).eval()
+        use_own_lengths(model)
+        check_company(model, install)
+    return model
+
+
+# A language model that becomes a reward model gets this head, and has no use for its own.
+_NEW_HEAD = {"new": ("score.",), "dropped": ("lm_head.", "model.lm_head.", "embed_out.")}
+
+
+def check_trainable(directory: Path) -> None:
+    """Raises UserError unless the model is, or can become, a sequence classifier with one label and a linear head."""
+    with reading(directory, "model", _PURPOSE):
+        trained, config = is_reward_model(directory), read_config(directory)
+        if trained and config.num_labels != 1:
+            raise ValueError(f"it classifies into {config.num_labels} labels; a reward model has one")
+        config.num_labels = 1
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted(directory))
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise ValueError("its head is not one linear layer named `score`")
+
+
+def check_reward_files(directory: Path, setting: str = "model.path") -> None:
+    """What `load_reward_model` refuses, as far as the files tell. Raises UserError."""
+    check_trainable(directory)
+    trained = is_reward_model(directory)
+    with reading(directory, setting, _PURPOSE):
+        check_weights(directory, AutoModelForSequenceClassification, num_labels=1, **({} if trained else _NEW_HEAD))
+        check_finite_files(directory)
+
+
+def reward_model_size(directory: Path, setting: str = "model") -> ModelSize:
+    """Sizes from the config alone. Raises UserError if the directory holds no reward model that can be served."""
+    if not is_reward_model(directory):
+        kinds = ", ".join(read_config(directory).architectures or ["of unknown architecture"])
+        raise UserError(
+            f"{setting} ({directory}) is no reward model: it must be a sequence classifier with one label, but is "
+            f"{kinds}; train one with ratchet train-reward"
+        )
+    check_reward_files(directory, setting)
+    read_scale(directory)
+    return model_size(directory, setting)
+
+
+def scored_padding_id(directory: Path) -> int | None:
+    """The padding token before which a reward model that starts from `directory` reads its score."""
+    if is_reward_model(directory):
+        return read_config(directory).pad_token_id
+    return padding_id(load_tokenizer(directory))
+
+
+def save_reward_model(
+    model: PreTrainedModel,
+    tokenizer_from: Path,
+    target: Path,
+    scale: ScoreScale,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes the model in bf16, with its tokenizer, as a Hugging Face directory in place of `target`. Of a model whose
+    weights are spread over ranks `tensors` are the whole ones."""
+    tokenizer = load_tokenizer(tokenizer_from)
+    tokenizer.pad_token_id = model.config.pad_token_id
+    with replaced_directory(target) as staging:
+        write_weights(model, model.state_dict() if tensors is None else tensors, staging)
+        tokenizer.save_pretrained(staging)
+        write_scale(staging, scale)
+
+
+def write_scale(directory: Path, scale: ScoreScale) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**config, _KEY: asdict(scale)})
+
+
+def read_scale(directory: Path) -> ScoreScale:
+    """What `write_scale` wrote; the head's own output for a model from elsewhere."""
+    with reading(directory, "model", _PURPOSE):
+        return ScoreScale.of(json.loads((directory / "config.json").read_text(encoding="utf-8")).get(_KEY, {}))
+
+
+def content_hash(directory: Path) -> str:
+    """16 hex digits that change with any weight, setting or token of the model in `directory`."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"):
+            digest.update(path.name.encode() + b"\0")
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def head_scores(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The head over states [N, H]: float32 [N], also under autocast, where eight bits would be a coarse score."""
+    with torch.autocast(states.device.type, enabled=False):
+        return model.score(states.float()).squeeze(-1)
+
+
+def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Score of each row of right-padded input_ids [B, T], read at its last token: float32 [B].
+
+    On CPU a row gets the same bits in any company if T is a multiple of ROW_MULTIPLE, as the number of head rows
+    is here.
+    """
+    mask, positions = length_mask(lengths, input_ids.shape[1]).long(), {}
+    if depends_on_length(model.config):  # padding at a row's last position, so that it makes no row longer
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = {"position_ids": places.minimum(lengths[:, None] - 1)}
+    hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+    states = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+    fill = -len(lengths) % ROW_MULTIPLE
+    return head_scores(model, nn.functional.pad(states, (0, 0, 0, fill)))[: len(lengths)]
+
+
+@torch.no_grad()
+def check_company(model: PreTrainedModel, install: Callable[[PreTrainedModel], object] | None = None) -> None:
+    """Calls `install`. Raises UnsuitedModelError if a score then depends on padding or on the other rows of a batch, or
+    is not what the model itself gave a sequence alone before."""
+    rows, lengths = len(model.get_input_embeddings().weight), torch.tensor([5, 23, 1, 9], device=model.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, rows - 1), rows, (len(lengths), 2 * ROW_MULTIPLE), generator=generator).to(model.device)
+    head = model.score.weight.clone()
+    if not head.any():  # a new head: any direction serves
+        model.score.weight.copy_(torch.randn(head.shape, generator=generator) * head.shape[1] ** -0.5)
+    try:
+        states = [
+            model.base_model(row[None, :n], use_cache=False).last_hidden_state[:, -1]
+            for row, n in zip(ids, lengths.tolist(), strict=True)
+        ]
+        alone = torch.cat([head_scores(model, state) for state in states])
+        if install is not None:
+            install(model)
+        together = sequence_scores(model, ids.masked_fill(~length_mask(lengths, ids.shape[1]), 0), lengths)
+    finally:
+        model.score.weight.copy_(head)
+    off = float((together - alone).norm() / alone.norm().clamp_min(1e-9))
+    if not off < (1e-3 if model.dtype == torch.float32 else 0.1):  # not a number is refused, too
+        raise UnsuitedModelError(
+            f"a sequence's score depends on the padding or the other sequences of its batch: it is off by {off:.2g} of "
+            "its size"
+        )

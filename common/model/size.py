@@ -1,0 +1,93 @@
+"""Sizes and shapes of a model, from its config alone: no weight is loaded. Runs anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from common.model.checks import (
+    read_config,
+    reading,
+)
+from common.model.remote_code import trusted
+from common.model.rotary import original_length
+from common.model.saved_weights import as_saved
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What memory estimates depend on."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int  # rows of the embedding: every token id must be below
+    context: int  # longest sequence, tokens
+    intermediate: int | None = None  # width of a feed-forward layer, where the config says it
+
+
+def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
+    """Sizes of the model in `directory`, from its config alone: no weight is loaded. Raises UserError."""
+    with reading(directory, setting, "be trained"):
+        config = read_config(directory)
+        parameters = sum(p.numel() for p in without_weights(config).parameters())
+        text = config.get_text_config()
+        hidden, heads = _count(text, "hidden_size"), _count(text, "num_attention_heads")
+        widths = getattr(text, "intermediate_size", None)
+        return ModelSize(
+            parameters=parameters,
+            layers=_count(text, "num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            vocabulary=_count(text, "vocab_size"),
+            context=min(_count(text, "max_position_embeddings"), original_length(text)),
+            intermediate=widths if isinstance(widths, int) else None,
+        )
+
+
+def _count(config: PretrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"its config must state {name} as a whole number above 0, but has {value!r}")
+    return value
+
+
+def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight that the learner trains and publishes of the model in `directory`, by its name in files; a
+    tied head is the embedding. No weight is loaded."""
+    model = without_weights(read_config(directory))
+    saved = as_saved(model, ((name, parameter.detach) for name, parameter in model.named_parameters()))
+    return {name: tuple(tensor.shape) for name, tensor in saved}
+
+
+def constants(directory: Path) -> dict[str, Tensor]:
+    """What belongs to the model in `directory` beside weights and is never trained, such as the bias that balances the
+    load of experts: as its safetensors files hold it, by name."""
+    model = without_weights(read_config(directory))
+    persistent = model.state_dict().keys()
+    buffers = ((name, buffer.detach) for name, buffer in model.named_buffers() if name in persistent)
+    names = {name for name, _ in as_saved(model, buffers)}
+    found: dict[str, Tensor] = {}
+    for file in directory.glob("*.safetensors") if names else ():
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
+    return found
+
+
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(Path(config._name_or_path)))

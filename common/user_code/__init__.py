@@ -1,0 +1,1 @@
+"""The user's Python functions: found, called, and what they raise. Runs anywhere."""

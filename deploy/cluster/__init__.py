@@ -1,0 +1,1 @@
+"""Ray's cluster: found or started, joined, left. Runs in the driver."""

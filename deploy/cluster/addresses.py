@@ -1,0 +1,91 @@
+"""Which Ray cluster a run joins, and whether it answers. Runs in the driver, before anything is started."""
+
+from __future__ import annotations
+
+import os
+
+import grpc
+import ray
+from ray._private import services
+from ray._private.grpc_utils import init_grpc_channel
+
+from common.config.base import RayConfig
+from common.errors import UserError
+
+ANSWER_S = 10  # a cluster that answers does so in milliseconds; Ray itself would wait a minute
+_NAME_ONE = "name a running one with --address, ray.address or the variable RAY_ADDRESS, or start one on this machine"
+
+
+def named_address(cfg: RayConfig) -> str | None:
+    """The running cluster that is named, by the config (where --address has gone) or by Ray's own variable."""
+    address = cfg.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+def refused(where: str) -> UserError:
+    return UserError(
+        f"the Ray cluster at {where} asks for authentication, and the token here is missing or wrong; set "
+        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+    )
+
+
+def reachable(address: str) -> str:
+    """The address as HOST:PORT, of a cluster that is there and lets this process in. Raises UserError: ray.init takes
+    long to fail, and does not tell a wrong token from a wrong address."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "auto":
+        return _only_one()
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UserError(
+            f"the Ray cluster's address ({address}) must read HOST:PORT, such as 127.0.0.1:6379, auto or local"
+        )
+    if (fault := _fault(address)) is not None:
+        raise fault
+    if _fault(_as_ray_reads_it(address)) is not None:
+        raise UserError(
+            f"the Ray cluster at {address} listens on loopback only: another run has started it for itself, or "
+            f"ray.init has, and no other process can join it; {_NAME_ONE} with --address local"
+        )
+    return address
+
+
+def ask(address: str, timeout_s: float = ANSWER_S) -> None:
+    """Returns if the cluster's control service answers."""
+    with init_grpc_channel(address) as channel:
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=timeout_s)
+
+
+def _fault(address: str) -> UserError | None:
+    try:
+        ask(address)
+    except ray.exceptions.AuthenticationError:
+        return refused(address)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return refused(address)
+        return UserError(f"no Ray cluster answers at {address} ({error.details()}); {_NAME_ONE} with --address local")
+    return None
+
+
+def _as_ray_reads_it(address: str) -> str:
+    """Ray takes a loopback address for this machine's own one, where a cluster of one machine does not listen."""
+    return services.canonicalize_bootstrap_address(address) or address
+
+
+def _only_one() -> str:
+    """The cluster of this machine that others may join, as `ray start` makes it."""
+    services.find_gcs_addresses.cache_clear()
+    joinable = [found for found in sorted(services.find_gcs_addresses()) if _fault(_as_ray_reads_it(found)) is None]
+    if not joinable:
+        raise UserError(
+            "--address auto: no Ray cluster that others may join runs on this machine; start one with ray start --head "
+            "or name one with --address HOST:PORT"
+        )
+    if len(joinable) > 1:
+        raise UserError(
+            f"--address auto: {len(joinable)} Ray clusters run on this machine ({', '.join(joinable)}); name one of "
+            "them with --address HOST:PORT"
+        )
+    return joinable[0]

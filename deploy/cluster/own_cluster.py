@@ -1,0 +1,174 @@
+"""The Ray cluster that a command starts for itself on this machine: in a private directory, and nothing is left of it.
+
+Runs in the driver. Ray's logs, sockets and spilled objects, and the temporary files of all its processes, are in one
+directory that only its owner can enter.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import ray
+from ray._private import ray_constants
+from ray._private.utils import estimate_available_memory, get_shared_memory_bytes
+
+from common.config.base import RayConfig
+from common.errors import RoleError, UserError
+from deploy.capacity import MIB
+
+_PREFIX = "ratchet-ray-"
+_LOCK = "in-use"
+# A socket's path may have 107 characters, and Ray adds /session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store
+# and a number to the directory's.
+_LONGEST = 107 - 70
+
+
+@contextmanager
+def private_directory() -> Iterator[Path]:
+    """A directory that only its owner can enter, and that is gone afterwards, with all that Ray left in it. Raises
+    UserError if there is no place for one."""
+    base = _temporary_directory()
+    _sweep(base)
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    lock = os.open(directory / "new", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(directory / "new", directory / _LOCK)  # `_sweep` of another process never sees it without its lock
+        yield directory
+    finally:
+        remove(directory)
+        os.close(lock)
+
+
+def remove(directory: Path, wait_s: float = 1.5) -> None:
+    """Removes the directory, and ends the processes of its cluster: those that take longer than this to end, some of
+    Ray's take minutes, and those that stand still."""
+    deadline = time.monotonic() + wait_s
+    while (left := _processes_of(directory)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    for _ in range(10):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)  # something was written meanwhile
+
+
+def _processes_of(directory: Path) -> set[int]:
+    """Those that were started with the directory for temporary files, and their descendants."""
+    mark = f"TMPDIR={directory}".encode()
+    found, parents = set(), {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with suppress(OSError, IndexError, ValueError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.add(int(entry.name))
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _temporary_directory() -> str:
+    """Where Ray's directory goes: TMPDIR if its path is short enough for Ray's sockets, else /tmp."""
+    given = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    why: dict[str, str] = {}
+    for base in dict.fromkeys((os.path.abspath(given), "/tmp")):
+        if len(f"{base}/{_PREFIX}12345678") > _LONGEST:
+            why[base] = f"its path has {len(base)} characters, more than {_LONGEST - len(_PREFIX) - 9}"
+        elif not os.access(base, os.W_OK | os.X_OK) or not os.path.isdir(base):
+            why[base] = "it cannot be written"
+        else:
+            return base
+    reasons = "; ".join(f"{base}: {reason}" for base, reason in why.items())
+    raise UserError(f"Ray needs a temporary directory ({reasons}); set TMPDIR to a short path that can be written")
+
+
+def _sweep(base: str) -> None:
+    """Removes the directories of processes that were killed before they could."""
+    for left in Path(base).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            lock = os.open(left / _LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def start(cfg: RayConfig, directory: Path) -> None:
+    """Starts Ray in the directory. Raises UserError or RoleError if it cannot."""
+    check_store(cfg, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
+    _make_token_private()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles beside anything else
+    # ray.init turns a loopback address into the machine's own, and its servers then listen on every interface;
+    # with this switch, read at import and in every process it starts, they stay on loopback.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(directory)  # of every process that Ray starts: vLLM leaves files there
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=cfg.dashboard,
+            object_store_memory=cfg.object_store_mib * MIB,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(directory / "r"),  # which Ray opens to everybody: what is around it stays closed
+        )
+    except (OSError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RoleError(f"Ray cannot start on this machine: {reason}") from error
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
+def check_store(cfg: RayConfig, memory: int, shared: int, disk: int) -> None:
+    """Raises UserError unless the object store fits into what is free: memory, /dev/shm, the temporary directory's
+    disk; all in bytes."""
+    size, setting = cfg.object_store_mib * MIB, f"ray.object_store_mib ({cfg.object_store_mib})"
+    if size < (least := ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES):
+        raise UserError(f"{setting} must be at least {-(-least // MIB)}; raise it")
+    if size > memory - 256 * MIB:
+        raise UserError(
+            f"{setting} must fit into the machine's free memory, {memory // MIB} MiB, and leave 256 MiB; lower it, or "
+            "free memory"
+        )
+    slow = min(disk, ray_constants.REQUIRE_SHM_SIZE_THRESHOLD)  # Ray's store may then be a file on this disk
+    if size > max(shared, slow):
+        raise UserError(
+            f"{setting} must fit into /dev/shm, which has {shared // MIB} MiB free, or into the temporary directory, "
+            f"{slow // MIB} MiB; lower it, or enlarge /dev/shm (a container's with --shm-size)"
+        )
+
+
+def _make_token_private() -> None:
+    """Ray writes the token of its clusters so that every user of the machine can read it: written here first, it is
+    its owner's alone."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray/auth_token"
+    token = secrets.token_hex(32)
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError), open(path, "x", opener=partial(os.open, mode=0o600)) as file:
+            file.write(token)
+        path.chmod(0o600)
+    except OSError:  # a home that cannot be written: the token then passes through the environment
+        if not os.access(path, os.R_OK):
+            os.environ["RAY_AUTH_TOKEN"] = token

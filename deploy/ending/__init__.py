@@ -1,0 +1,1 @@
+"""How a command ends: signals, errors, exit codes. Runs in the driver."""

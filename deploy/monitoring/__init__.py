@@ -1,0 +1,1 @@
+"""The run's figures for Prometheus. Runs in the driver."""

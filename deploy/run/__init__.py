@@ -1,0 +1,1 @@
+"""The run directory and what is recorded there. Runs in the driver."""

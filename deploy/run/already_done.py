@@ -1,0 +1,83 @@
+"""What a run that is to be continued has on disk already: checked before Ray starts, with nothing changed.
+
+Runs in the driver. Each `finished_...` returns the summary of a run that has nothing left to do, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.errors import UserError
+from deploy.run.directory import is_owned
+from deploy.screen.console import Output
+from learner.ranks.checkpoint import Checkpoints
+
+
+def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
+    """Raises UserError if the run cannot be continued: with fewer steps, or without the journal of what it did."""
+    _refuse_held(directory)
+    steps = len(list((directory / "journal").glob("step-*.arrow")))  # Journal itself would tidy up
+    newest = Checkpoints(directory / "checkpoints", every=1, keep=1).newest()
+    saved = int(newest.name.removeprefix("step-")) if newest is not None else 0
+    export = f"ratchet export {quote(str(directory))} writes the policy of its newest checkpoint"
+    if saved > steps:
+        raise UserError(
+            f"{directory}/journal holds {steps} steps, but {newest} has {saved} steps behind it: files of the journal "
+            f"are missing; restore them (is their storage mounted?) or start a new run; {export}"
+        )
+    if steps == 0 and (directory / "metrics.jsonl").exists():
+        raise UserError(
+            f"{directory}/journal holds no step, but the run has done some (metrics.jsonl): files of the journal are "
+            "missing; restore them (is their storage mounted?) or start a new run"
+        )
+    if steps > cfg.num_steps:
+        raise UserError(
+            f"num_steps ({cfg.num_steps}) is fewer than the {steps} steps that {directory} has done; raise it to "
+            f"continue; {export}"
+        )
+    if steps < cfg.num_steps or not (directory / "policy/config.json").exists():
+        return None
+    more = f"raise num_steps to continue; {export if saved else ''}".rstrip("; ")
+    if cfg.optimizer.schedule != "constant":
+        more = f"its {cfg.optimizer.schedule} schedule ends here, so for more steps start a new run"
+    return _finished(directory, f"all {steps} steps are done; {more}")
+
+
+def finished_reward_training(cfg: RewardTrainingConfig, directory: Path) -> dict[str, Any] | None:
+    _refuse_held(directory)
+    if cfg != load_config(directory / "config.toml", [], RewardTrainingConfig):
+        return None  # the score's scale, say, is to be measured again
+    return _finished(directory, f"all {cfg.epochs} epochs are done; raise epochs to continue")
+
+
+def finished_pair_sampling(cfg: PairSamplingConfig, directory: Path) -> dict[str, Any] | None:
+    _refuse_held(directory)
+    if (_summary(directory) or {"voids": 1}).get("voids"):
+        return None  # pairs that were voided are tried again
+    return _finished(directory, f"every pair is labelled, in {directory / 'pairs.jsonl'}")
+
+
+def _refuse_held(directory: Path) -> None:
+    if is_owned(directory):
+        raise UserError(f"another process works in {directory}; stop it first")
+
+
+def _finished(directory: Path, what: str) -> dict[str, Any] | None:
+    """The summary, which is written last; None where there is none."""
+    if (summary := _summary(directory)) is not None:
+        Output().print(f"{directory} is finished: {what}", markup=False, soft_wrap=True)
+    return summary
+
+
+def _summary(directory: Path) -> dict[str, Any] | None:
+    try:
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None

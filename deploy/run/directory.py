@@ -1,0 +1,223 @@
+"""The run directory: never overwritten unasked, never shared by two runs, and never emptied.
+
+Runs in the driver. RUN/run.json is written first and whole: it says that Ratchet made the directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from common.config.base import Root
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.errors import UserError
+from common.files import write_whole
+from common.types import Rollout, Score, Void
+from deploy.run.record import RECORD, add_start, read_record, write_first_record
+from deploy.screen.console import complain
+
+_LEFTOVER = re.compile(r"(run\.json|config\.toml)\.\d+\.tmp")  # of a process that was killed as a run began
+# What runs wrote before there was a run.json.
+_OLD_NAMES = {
+    *("config.toml", "journal", "checkpoints", "metrics.jsonl", "pool-events.jsonl", "pool-state.json", "scale.json"),
+    *("exported", "evaluations.jsonl", "prometheus.json", "answers", "policy", "adapter", "summary.json"),  # train
+    *("pairs", "model", "calibration.png", "labelled.jsonl", "pairs.jsonl"),  # train-reward, sample-pairs
+    *("answers.jsonl", "evaluation.json"),  # evaluate
+}
+
+
+def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True) -> None:
+    """Raises UserError unless a new run may begin in `directory`."""
+    try:
+        if not os.path.lexists(directory):
+            _check_can_be_made(directory)
+            return
+        if not directory.is_dir():
+            raise UserError(f"run directory {directory} is a file; name another")
+        entries = _entries(directory)
+    except OSError as error:
+        raise UserError(f"run directory {directory} cannot be used ({error.strerror}); name another") from None
+    if not entries or (entries == {RECORD} and is_run(directory)):  # nothing has begun
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UserError(f"run directory {directory} cannot be written; change its permissions or name another")
+        return
+    if not is_run(directory):
+        raise UserError(
+            f"run directory {directory} holds something that is no run of Ratchet (such as {min(entries)}); empty it "
+            "or name another"
+        )
+    if not force:
+        resume = f"continue it with --resume {quote(str(directory))}, "
+        raise UserError(
+            f"run directory {directory} exists; {resume if can_resume else ''}replace it with --force, or name another"
+        )
+    _check_can_be_moved(directory.resolve())
+
+
+def is_run(directory: Path) -> bool:
+    """Whether Ratchet made this directory."""
+    if read_record(directory):
+        return True
+    if not _entries(directory) <= _OLD_NAMES or len(_entries(directory)) == 1:
+        return False
+    for root in (Config, RewardTrainingConfig, PairSamplingConfig):
+        with suppress(UserError):
+            load_config(directory / "config.toml", [], root)
+            return True
+    return False
+
+
+class RunDirectory:
+    """A run directory that this process holds: two runs in one would tear its journal."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._descriptor = self._take()
+
+    def begin(self, cfg: Root, command: str, *, force: bool) -> None:
+        """Makes it the directory of a new run. An old run is moved aside by renaming its directory, so whenever this
+        process is killed, the directory holds the old run, nothing, or the new one."""
+        refuse_overwriting(self.directory, force=force)  # again: another run may have begun and ended meanwhile
+        if _entries(self.directory) - {RECORD}:
+            self._move_aside()
+        for leftover in self.directory.iterdir():
+            leftover.unlink()
+        write_first_record(self.directory, command)
+        write_whole(self.directory / "config.toml", cfg.to_toml())
+
+    def resume(self, cfg: Root) -> None:
+        """Continues its run with these settings."""
+        add_start(self.directory)
+        write_whole(self.directory / "config.toml", cfg.to_toml())
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+    def _move_aside(self) -> None:
+        real = self.directory.resolve()  # where it is a link, the link stays
+        names = (real.with_name(f"{real.name}.old-{n}") for n in itertools.count(1))
+        aside = next(path for path in names if not os.path.lexists(path))
+        try:
+            real.rename(aside)
+            make_private(real)
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.directory} cannot be moved aside to {aside} ({error.strerror})"
+            ) from None
+        old, self._descriptor = self._descriptor, self._take()
+        os.close(old)
+        refuse_overwriting(self.directory, force=False)  # until now another process could have taken the new one
+        complain(f"the old run is now {aside}; remove it when you no longer need it")
+
+    def _take(self) -> int:
+        while True:
+            descriptor = os.open(self.directory, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.directory)):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                raise UserError(f"another process trains in {self.directory}; stop it first, or name another") from None
+            except OSError:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # it was moved aside meanwhile, and this is the old one
+
+
+@contextmanager
+def sole_owner(directory: Path, *, make: bool = True) -> Iterator[RunDirectory]:
+    """Makes the directory, readable by its owner only, and holds it. Raises UserError if another process does."""
+    if make:
+        try:
+            make_private(directory)
+        except OSError as error:
+            raise UserError(f"run directory {directory} cannot be made ({error.strerror}); name another") from None
+    held = RunDirectory(directory)
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+def is_owned(directory: Path) -> bool:
+    """Whether a run goes on in the directory."""
+    try:
+        with sole_owner(directory, make=False):
+            return False
+    except FileNotFoundError:
+        return False
+    except UserError:
+        return True
+
+
+def make_private(directory: Path) -> None:
+    """Makes the directory if there is none. What Ratchet makes is readable by its owner only: prompts and answers are
+    in it. One that exists keeps its permissions: whoever made it chose them."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def _entries(directory: Path) -> set[str]:
+    """Names in the directory but for leftovers, which are worth nothing."""
+    return {name for name in os.listdir(directory) if not _LEFTOVER.fullmatch(name)}
+
+
+def _check_can_be_made(directory: Path) -> None:
+    """Makes the directory and removes it again, with every parent that was missing: permissions alone do not tell."""
+    missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+    except OSError as error:
+        raise UserError(f"run directory {directory} cannot be made ({error.strerror}); name another") from None
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):  # another process has begun to use it
+                path.rmdir()
+
+
+def _check_can_be_moved(real: Path) -> None:
+    here = Path.cwd()
+    if real == here or real in here.parents:
+        reason = "the current directory is in it"
+    elif os.path.ismount(real):
+        reason = "it is a mount point"
+    elif not os.access(real.parent, os.W_OK | os.X_OK):
+        reason = f"{real.parent} cannot be written"
+    else:
+        return
+    raise UserError(f"--force would move the run {real} aside, but {reason}; move it yourself, or name another --run")
+
+
+def write_answers(
+    path: Path, answers: Sequence[tuple[Rollout, Score | Void]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Held-out answers with their scores, one JSON record a line; a void has its reason instead of a score."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for rollout, score in answers:
+            record: dict[str, Any] = {
+                "prompt": rollout.prompt.text,
+                "response": tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True),
+                "finish_reason": rollout.finish_reason,
+            }
+            if isinstance(score, Void):
+                record["void"] = score.reason
+            else:
+                record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,122 @@
+"""What a person watching reward training sees: one line a step, an evaluation per epoch, a plot of calibration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from common.config.reward_model import RewardTrainingConfig
+from common.model.reward_head import ScoreScale
+from deploy.screen.progress import Screen
+from learner.reward_model.calibration import PreferenceEvaluation
+from learner.reward_model.pairs import PairCounts
+
+# heading, metric, format
+_COLUMNS = [
+    ("step", "step", "{:d}"),
+    ("epoch", "epoch", "{:.2f}"),
+    ("loss", "preference/loss", "{:.3f}"),
+    ("accuracy", "preference/accuracy", "{:.1%}"),
+    ("margin", "preference/margin", "{:.2f}"),
+    ("grad", "preference/grad_norm", "{:.1f}"),
+    ("tokens", "learner/tokens", "{:.0f}"),
+    ("seconds", "time/learn_s", "{:.1f}"),
+]
+
+
+class RewardProgress(Screen):
+    """Prints to the terminal; nothing else depends on it."""
+
+    def __init__(self, cfg: RewardTrainingConfig, directory: Path) -> None:
+        super().__init__(directory)
+        self._cfg = cfg
+
+    def begin(self, counts: dict[str, Any], train: int, heldout: int) -> None:
+        cfg = self._cfg
+        self._print(
+            f"[bold]ratchet train-reward[/] {escape(cfg.model.path)} · {train} training pairs, {heldout} held out · "
+            f"{cfg.epochs} epoch(s), {cfg.pairs_per_step} pairs a step · seed {cfg.seed}"
+        )
+        for name, counted in counts.items():
+            found = dict(counted)
+            shared = found.pop("prompt_in_train", None)
+            self._print(f"{name}: {PairCounts(**found)}", style="dim")
+            if shared is not None:
+                self._print(f"{shared} held-out pairs left out: their prompt is also in the training data", style="dim")
+        waited = time.perf_counter() - self._started
+        self._print(f"run directory {escape(str(self._directory))}; ready after {waited:.0f} s", style="dim")
+
+    def step(self, record: dict[str, Any]) -> None:
+        if not self._header_shown:
+            self._header_shown = True
+            self._print(" ".join(f"{heading:>7}" for heading, _, _ in _COLUMNS), style="bold")
+        shown = {**record, "step": record["step"] + 1}
+        self._print(" ".join(f"{form.format(shown[key]):>{max(7, len(heading))}}" for heading, key, form in _COLUMNS))
+
+    def evaluation(self, evaluation: PreferenceEvaluation) -> None:
+        low, high = evaluation.interval
+        self._print(
+            f"held-out after {evaluation.epoch:g} epoch(s): accuracy [bold]{evaluation.accuracy:.1%}[/] ({low:.1%} to "
+            f"{high:.1%}, {evaluation.pairs} pairs), loss {evaluation.loss:.3f}, margin {evaluation.margin:.2f}; "
+            f"{time.perf_counter() - self._started:.0f} s"
+        )
+
+    def end(self, evaluations: Sequence[PreferenceEvaluation], scale: ScoreScale | None, *, seconds: float) -> None:
+        if evaluations:
+            table = Table(title="calibration: of held-out pairs predicted with ..., the human agreed with ...")
+            for heading in ("predicted", "pairs", "mean", "right", "95 % interval"):
+                table.add_column(heading, justify="right")
+            for part in evaluations[-1].bins:
+                low, high = part.interval
+                table.add_row(
+                    f"{part.low:.0%} - {part.high:.0%}",
+                    f"{part.pairs}",
+                    f"{part.predicted:.1%}",
+                    f"{part.right:.1%}",
+                    f"{low:.1%} - {high:.1%}",
+                )
+            self._console.print(table)
+            self._print(f"calibration error {evaluations[-1].calibration_error:.3f}")
+        if scale is not None:
+            self._print(
+                f"scores of the reference policy's own responses: mean {scale.mean:.3f}, deviation "
+                f"{scale.deviation:.3f} (stored with the model: a served score is in these deviations about that mean)"
+            )
+        self._print(
+            f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (model/: the reward model "
+            "as a Hugging Face directory; summary.json, metrics.jsonl, calibration.png)"
+        )
+
+
+def plot_calibration(evaluation: PreferenceEvaluation, target: Path) -> None:
+    """Predicted probability against the share that came true, with 95 % intervals and the number of pairs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
+    axes.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", label="perfectly calibrated")
+    predicted = [part.predicted for part in evaluation.bins]
+    right = [part.right for part in evaluation.bins]
+    below = [part.right - part.interval[0] for part in evaluation.bins]
+    above = [part.interval[1] - part.right for part in evaluation.bins]
+    axes.errorbar(predicted, right, yerr=[below, above], marker="o", capsize=3, label="held-out pairs, 95 % interval")
+    for part in evaluation.bins:
+        axes.annotate(f"{part.pairs}", (part.predicted, part.right), textcoords="offset points", xytext=(6, -12))
+    low, high = evaluation.interval
+    axes.set(
+        xlabel="predicted probability of the preferred response",
+        ylabel="share of pairs in which the human agreed",
+        title=f"accuracy {evaluation.accuracy:.1%} ({low:.1%} - {high:.1%}), {evaluation.pairs} held-out pairs",
+        xlim=(0.48, 1.02),
+        ylim=(0, 1.02),
+    )
+    axes.legend(loc="lower right")
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)

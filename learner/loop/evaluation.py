@@ -1,0 +1,119 @@
+"""Held-out evaluation: how well the policy answers prompts it never trained on, and at what cost."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from common.config.ppo import EvaluationConfig
+from common.errors import UserError
+from common.types import Prompt, Score, Void
+from learner.loop.answers import Answer, answer
+from learner.loop.roles import Generators, Reference, Reward
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One answer to each held-out prompt, sampled as in training, under one policy version."""
+
+    policy_version: int
+    prompts: int
+    voids: int  # answers that could not be scored; they count as failed
+    void_reason: str  # the most frequent one
+    pass_at_1: float | None  # None: scores other than 0 and 1, and no source named that says what passes
+    interval: tuple[float, float] | None  # 95 %, of pass_at_1
+    score: float  # mean total score
+    components: Mapping[str, float]  # mean raw score of each source and judge
+    kl_per_response: float  # from the reference, nats: mean of sum(rollout_logprobs - ref_logprobs)
+    response_tokens: float  # mean
+    distinct_1: float  # distinct tokens over tokens, all answers together (Li et al. 2016, arXiv:1510.03055)
+    distinct_2: float  # the same of token pairs; falls when answers grow alike
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
+        known = {key: value for key, value in record.items() if key != "time"}  # when it was written
+        return cls(**{**known, "interval": record["interval"] and tuple(record["interval"])})
+
+
+async def evaluate(
+    prompts: Sequence[Prompt],
+    generators: Generators,
+    reward: Reward,
+    reference: Reference | None,
+    cfg: EvaluationConfig,
+    *,
+    policy_version: int,
+    max_void_share: float = 1.0,
+) -> tuple[Evaluation, list[Answer]]:
+    """Asks every prompt once. Nothing of it is journalled or trained on. `reference` is None if the policy itself is.
+    Raises UserError when more than `max_void_share` of the answers cannot be scored."""
+
+    asking = (answer(prompt, generators, reward.judge, reference) for prompt in prompts)
+    answers = await asyncio.gather(*asking)
+    scores = [score for _, score, _ in answers if isinstance(score, Score)]
+    voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
+    if len(voids) > max_void_share * len(answers):
+        raise UserError(
+            f"{len(voids)} of {len(answers)} held-out answers could not be scored, more than reward.max_void_share "
+            f"({max_void_share:.0%}); most often: {Counter(voids).most_common(1)[0][0]}; mend it and try "
+            "again, or raise the share"
+        )
+    source = cfg.pass_source or (next(iter(scores[0].components)) if scores else "")
+    raw = [score.components[source] for score in scores]
+    can_pass = cfg.pass_source is not None or set(raw) <= {0, 1}
+    passed = sum(value >= cfg.pass_score for value in raw)
+    scored, asked = max(1, len(scores)), max(1, len(answers))
+    responses = [rollout.response_ids for rollout, _, _ in answers]
+    evaluation = Evaluation(
+        policy_version=policy_version,
+        prompts=len(prompts),
+        voids=len(voids),
+        void_reason=Counter(voids).most_common(1)[0][0] if voids else "",
+        pass_at_1=passed / max(1, len(prompts)) if can_pass else None,
+        interval=wilson_interval(passed, len(prompts)) if can_pass else None,
+        score=sum(score.total for score in scores) / scored,
+        components={
+            name: sum(score.components[name] for score in scores) / scored
+            for name in (scores[0].components if scores else ())
+        },
+        kl_per_response=sum(float((r.rollout_logprobs - ref).sum()) for r, _, ref in answers) / asked,
+        response_tokens=sum(map(len, responses)) / asked,
+        distinct_1=distinct(responses, 1),
+        distinct_2=distinct(responses, 2),
+    )
+    return evaluation, [(rollout, score) for rollout, score, _ in answers]
+
+
+def win_rate(before: Sequence[float | None], after: Sequence[float | None]) -> float | None:
+    """Share of prompts whose answer scores higher after than before, ties counted half. None is an answer without a
+    score: its prompt does not count. None if no prompt counts."""
+    both = [(old, new) for old, new in zip(before, after, strict=True) if old is not None and new is not None]
+    wins = sum(1.0 if new > old else 0.5 if new == old else 0.0 for old, new in both)
+    return wins / len(both) if both else None
+
+
+def distinct(responses: Sequence[np.ndarray], n: int) -> float:
+    """Distinct token n-grams over all n-grams of the responses; 0 if there are none."""
+    grams = [gram for ids in responses for gram in zip(*(ids[i:].tolist() for i in range(n)))]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927), which stays inside [0, 1] also near its ends."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding must not leave the share outside

@@ -1,0 +1,1 @@
+"""One PPO update. Runs in each learner rank."""

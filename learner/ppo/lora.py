@@ -1,0 +1,133 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) on a policy, through peft: W + (alpha / rank) B A.
+
+B starts at zero, so training starts from the weights as they were, and with the adapters off the policy is its own
+reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.config.ppo import LoRAConfig
+from common.errors import UserError
+from common.model.saved_weights import NamedTensor
+from learner.ranks.distributed import whole
+
+_NAME = "default"
+Adapted = Linear | ParamWrapper  # layers whose adapters can be published
+
+
+def add(model: PreTrainedModel, cfg: LoRAConfig, *, seed: int) -> None:
+    """Freezes the model and puts adapters, float32, on the layers that `cfg.targets` names. Raises UserError if there
+    are no such layers, or if their adapters could not be trained or published."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of A, which starts at random: the same on every rank, and in a repeated run
+        try:
+            model.add_adapter(_peft_config(cfg), adapter_name=_NAME)
+        except ValueError as error:
+            raise UserError(
+                f"learner.lora.targets ({cfg.targets}) does not fit the model: {error}; name linear layers, "
+                'or use "all-linear" for all of them'
+            ) from error
+    _refuse_untrainable(model, cfg)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is LoRA's."""
+    return ".lora_" in name
+
+
+def merged(model: PreTrainedModel) -> Iterator[NamedTensor]:
+    """Every weight under the name that it has without adapters, with a call that gives it in full and with its adapter
+    added. Every rank must make these calls together."""
+    layers = {id(_adapted(layer)): layer for layer in model.modules() if isinstance(layer, Adapted)}
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            plain = ".".join(part for part in name.split(".") if part != "base_layer")
+            yield plain, partial(_merged, parameter, layers.get(id(parameter)))
+
+
+def _merged(parameter: nn.Parameter, layer: Adapted | None) -> Tensor:
+    """The parameter in full; with a layer's adapter added, in float32."""
+    weight = whole(parameter)
+    return weight if layer is None else weight.float() + _delta(layer)
+
+
+@torch.no_grad()
+def _delta(layer: Adapted) -> Tensor:
+    """What the adapter adds, in full, by peft's own rule for this kind of layer: a Conv1D keeps its weight transposed,
+    and experts have one product each."""
+    gathered = copy.copy(layer)  # shares all but what is replaced here
+    gathered._modules = dict(layer._modules)
+    for kind in ("lora_A", "lora_B"):
+        linear = copy.copy(getattr(layer, kind)[_NAME])
+        linear._parameters = {"weight": nn.Parameter(whole(linear.weight), requires_grad=False)}
+        gathered._modules[kind] = nn.ModuleDict({_NAME: linear})
+    return gathered.get_delta_weight(_NAME)
+
+
+def _adapted(layer: Adapted) -> nn.Parameter:
+    """The frozen parameter that the layer's adapter adds to."""
+    return getattr(layer.get_base_layer(), layer.parameter_name if isinstance(layer, ParamWrapper) else "weight")
+
+
+def _refuse_untrainable(model: PreTrainedModel, cfg: LoRAConfig) -> None:
+    """Raises UserError for adapters of embeddings, and of kinds of layers that are not known to be published right."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if layer is embedding or layer is head:
+            which = "output" if layer is head else "input"
+            reason = f"{name} is the {which} embedding, which cannot be adapted: it may be tied to the other one"
+        elif not isinstance(layer, Adapted):
+            reason = f"{name} is a {type(layer.get_base_layer()).__name__}, which cannot be adapted here"
+        else:
+            continue
+        raise UserError(
+            f'learner.lora.targets ({cfg.targets}): {reason}; name linear layers, or use "all-linear" for all of them'
+        )
+
+
+@contextmanager
+def off(model: PreTrainedModel) -> Iterator[None]:
+    """Without adapters while it lasts."""
+    layers = [(layer, layer.scaling[_NAME]) for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer, _ in layers:
+        layer.scaling[_NAME] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scaling in layers:
+            layer.scaling[_NAME] = scaling
+
+
+def save(adapters: dict[str, Tensor], cfg: LoRAConfig, base: str, directory: Path) -> None:
+    """Writes adapters, by the names that `add` gave them, as peft reads them beside the model called `base`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {"base_model.model." + name.replace(f".{_NAME}.", "."): value for name, value in adapters.items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "adapter_model.safetensors")
+    peft_config = _peft_config(cfg)
+    peft_config.base_model_name_or_path = base
+    peft_config.save_pretrained(str(directory))
+
+
+def _peft_config(cfg: LoRAConfig) -> LoraConfig:
+    named = [cfg.targets] if isinstance(cfg.targets, str) else list(cfg.targets)
+    targets = named if named != ["all-linear"] else "all-linear"  # any other string peft would take for a pattern
+    return LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, task_type="CAUSAL_LM")

@@ -1,0 +1,1 @@
+"""What the ranks of a trainer share: group, collectives, checkpoint, optimizer."""

@@ -1,0 +1,46 @@
+"""AdamW with a learning rate per part of the network, and the schedule of that rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from common.config.ppo import AdamWConfig
+
+
+def make_optimizer(parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW over (module, peak learning rate) pairs, with weight decay on matrices only."""
+    groups = []
+    for part, rate in parts:
+        parameters = [p for p in part.parameters() if p.requires_grad]
+        for decay, chosen in (
+            (cfg.weight_decay, [p for p in parameters if p.ndim >= 2]),
+            (0.0, [p for p in parameters if p.ndim < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "peak_lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Every part at `scale` of its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+
+
+def learning_rate_scale(step: int, num_steps: int, cfg: AdamWConfig) -> float:
+    """Share of the peak learning rate at `step`: a line up over warmup_steps, then the schedule, which is zero at
+    `num_steps`, one step after the last."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    progress = (step - cfg.warmup_steps) / max(1, num_steps - cfg.warmup_steps)
+    match cfg.schedule:
+        case "linear":
+            return max(0.0, 1 - progress)
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        case _:
+            return 1.0

@@ -1,0 +1,121 @@
+"""Which replica gets a call, and that every caller's turn comes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from actors.pool.routing import Router
+from tests.fakes import pending
+
+
+def test_the_least_loaded_by_cost_gets_the_call():
+    async def scenario():
+        router = Router(in_flight=10)
+        for replica in (1, 2, 3):
+            router.open(replica)
+        assert [await router.acquire(cost) for cost in (5, 3, 4)] == [1, 2, 3]
+        # Loads 5, 3, 4: the next goes to 2 (3 + 9 = 12), then 3 (4 + 2 = 6), then 1.
+        assert [await router.acquire(cost) for cost in (9, 2, 1)] == [2, 3, 1]
+        router.release(2, 9)  # 6, 3, 6
+        assert await router.acquire(1) == 2
+        assert (router.cost(1), router.cost(2), router.cost(3)) == (6, 4, 6)
+
+    asyncio.run(scenario())
+
+
+def test_no_replica_takes_more_than_in_flight_and_those_who_wait_are_served_in_order():
+    async def scenario():
+        router = Router(in_flight=2)
+        router.open(1)
+        assert [await router.acquire(1), await router.acquire(100)] == [1, 1]
+        third, fourth = await pending(router.acquire(1)), await pending(router.acquire(1))
+        assert router.num_waiting == 2
+        router.release(1, 1)
+        assert await third == 1
+        assert not fourth.done()
+        router.open(2)
+        assert await fourth == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_closed_replica_gets_nothing_and_a_forgotten_one_owes_nothing():
+    async def scenario():
+        router = Router(in_flight=2)
+        router.open(1)
+        await router.acquire(7)
+        router.close(1)
+        waiting = await pending(router.acquire(1))
+        router.release(1, 7)  # room, but closed
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        router.open(1)
+        assert await waiting == 1
+        router.forget(1)
+        router.release(1, 1)  # its caller hears of it only now
+        assert (router.calls(1), router.cost(1)) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_turn_whose_caller_has_gone_is_given_to_the_next():
+    async def scenario():
+        router = Router(in_flight=1)
+        router.open(1)
+        await router.acquire(1)
+        first, second = await pending(router.acquire(1)), await pending(router.acquire(1))
+        router.release(1, 1)  # the first one's turn
+        first.cancel()  # who is gone before it takes it
+        assert await second == 1
+        assert router.calls(1) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_router_that_failed_tells_everyone_the_reason():
+    async def scenario():
+        router = Router(in_flight=1)
+        waiting = await pending(router.acquire(1))
+        router.fail(RuntimeError("too few"))
+        with pytest.raises(RuntimeError, match="too few"):
+            await waiting
+        with pytest.raises(RuntimeError, match="too few"):
+            await router.acquire(1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_happens_the_choice_is_the_least_loaded_open_replica_with_room(seed):
+    """Against a plain search over a table."""
+
+    async def scenario():
+        chance = random.Random(seed)
+        router, in_flight = Router(in_flight=3), 3
+        is_open: set[int] = set()
+        held: list[tuple[int, int]] = []
+        for _ in range(3000):
+            replica = chance.randrange(1, 8)
+            action = chance.random()
+            if action < 0.05:
+                router.open(replica)
+                is_open.add(replica)
+            elif action < 0.08:
+                router.close(replica)
+                is_open.discard(replica)
+            elif action < 0.5 and held:
+                router.release(*held.pop(chance.randrange(len(held))))
+            else:
+                calls = {r: sum(h[0] == r for h in held) for r in is_open}
+                costs = {r: sum(h[1] for h in held if h[0] == r) for r in is_open}
+                if free := [r for r in is_open if calls[r] < in_flight]:
+                    cost = chance.randrange(1, 50)
+                    chosen = await asyncio.wait_for(router.acquire(cost), 1)
+                    assert costs[chosen] == min(costs[r] for r in free)
+                    held.append((chosen, cost))
+        assert len(router._heap) <= 8 * 7 + 64 + 1
+
+    asyncio.run(scenario())

@@ -1,0 +1,119 @@
+"""A judge behind an OpenAI-compatible service: what it is asked, and how its score is read."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from actors.scoring.http_service import HttpSourceError
+from actors.scoring.judge_source import JudgeSource, check_template, fill
+from common.config.sources import JudgeSourceConfig
+from common.errors import UserError
+from common.types import Raw, RewardInput
+
+ANSWER = RewardInput("{response}?", "yes {prompt}", 2, "stop", {"answer": "no", "points": [1, 2]})
+
+
+def config(*urls: str, **settings) -> JudgeSourceConfig:
+    given = {"template": "Q: {prompt}\nA: {response}", "score_range": (0, 10), "retries": 1, "backoff_s": 0.01}
+    return JudgeSourceConfig(
+        name="j", judge_urls=urls or ("http://h/v1",), judge_model="judge-1", **{**given, **settings}
+    )
+
+
+def ask(text, *, model: str | None = None, **settings) -> tuple[Raw | str, list, str]:
+    """What a judge that writes this text makes of ANSWER, the requests it got, and its address."""
+    seen: list = []
+
+    async def handler(request):
+        seen.append(await request.json())
+        message = {"role": "assistant", "content": text}
+        return web.json_response({"choices": [{"index": 0, "message": message}], **({"model": model} if model else {})})
+
+    async def scenario():
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/v1"
+        judge = JudgeSource(config(url, **settings))
+        try:
+            return await judge(ANSWER), seen, url
+        except HttpSourceError as error:
+            return str(error), seen, url
+        finally:
+            await judge.close()
+            await runner.cleanup()
+
+    return asyncio.run(scenario())
+
+
+def test_a_judge_is_asked_one_chat_completion_and_its_score_read():
+    found, seen, url = ask("It is fine.\nScore: 7.5", system="You grade {fields.answer}.")
+    assert found == Raw(7.5, f"judge-1 at {url}/chat/completions")
+    assert seen == [
+        {
+            "model": "judge-1",
+            "messages": [
+                {"role": "system", "content": "You grade no."},
+                {"role": "user", "content": "Q: {response}?\nA: yes {prompt}"},  # what is filled in stays as it is
+            ],
+            "temperature": 0,
+            "max_tokens": 512,
+            "stream": False,
+        }
+    ]
+
+
+def test_the_request_and_the_models_own_name_can_be_set():
+    found, [request], url = ask("score 1", model="judge-1-0425", request={"top_p": 0.5})
+    assert found == Raw(1.0, f"judge-1-0425 at {url}/chat/completions")
+    assert "temperature" not in request
+    assert request["top_p"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "score"),
+    [
+        ("Score: 3 at first, but in the end score: 4", {}, 4.0),  # the last one counts
+        ("<answer>-2</answer>", {"score_pattern": r"<answer>(-?\d+)</answer>", "score_range": (-5, 5)}, -2.0),
+        ('{"why": "good", "grade": 0.25}', {"score_field": "grade"}, 0.25),
+        ('Here:\n```json\n{"grade": 9}\n```', {"score_field": "grade"}, 9.0),
+    ],
+)
+def test_the_score_is_read_by_pattern_or_from_a_field(text, settings, score):
+    assert ask(text, **settings)[0].score == score
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("I cannot say.", {}, "score_pattern is not in the judge's text: I cannot say."),
+        ("Score: 11", {}, "the judge's score 11 is outside score_range (0 to 10)"),
+        ("Score: -1", {}, "the judge's score -1 is outside score_range (0 to 10)"),
+        ("grade: A", {"score_pattern": "grade: (.)"}, "score_pattern found 'A', which is no number"),
+        ("no json", {"score_field": "grade"}, "the judge's text is no JSON object: no json"),
+        ('{"other": 1}', {"score_field": "grade"}, "the answer has no 'grade'; its keys are 'other'"),
+        ('{"grade": "7"}', {"score_field": "grade"}, "'grade' must hold a number, not '7'"),
+        ('{"grade": true}', {"score_field": "grade"}, "'grade' must hold a number, not True"),
+        (None, {}, "the judge wrote no text, but None"),
+    ],
+)
+def test_a_judgement_without_a_score_in_bounds_is_a_failure_that_is_tried_again(text, settings, message):
+    found, seen, _ = ask(text, **settings)
+    assert message in found
+    assert len(seen) == 2
+
+
+def test_fields_that_are_no_text_are_written_as_json_and_other_braces_stay():
+    assert fill('{fields.points} {"score": 1} {} {response}', ANSWER) == '[1, 2] {"score": 1} {} yes {prompt}'
+
+
+def test_a_template_that_names_a_field_the_prompts_lack_is_refused_before_the_start():
+    check_template(config(template="{response} {fields.answer}"), {"answer": "x"})
+    with pytest.raises(UserError, match=r"names \{fields.reference\}, but the first prompt's record has answer, id"):
+        check_template(config(template="{response} {fields.reference}"), {"answer": "x", "id": 1})

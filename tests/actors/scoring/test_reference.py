@@ -1,0 +1,77 @@
+"""Reference log-probabilities against an unpadded forward pass of the same model, one rollout at a time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.scoring.reference import ReferencePolicy
+from common.config.actors import ReferenceConfig
+from tests.fakes import END, make_prompt, make_rollout, save_tiny_model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("max_batch_tokens", [1, 24, 4096])
+def test_logprobs_do_not_depend_on_company_and_follow_the_temperature(tmp_path, temperature, max_batch_tokens):
+    directory = save_tiny_model(tmp_path)
+    cfg = ReferenceConfig(dtype="float32", max_batch_tokens=max_batch_tokens)
+    reference = ReferencePolicy("ReferencePolicy(0)", cfg, model=str(directory), temperature=temperature)
+    rng = np.random.default_rng(0)
+    rollouts = [
+        make_rollout(make_prompt(i, tuple(range(3, 5 + i))), [*rng.integers(4, 60, i % 4).tolist(), END])
+        for i in range(9)
+    ]
+
+    async def ask():
+        return await asyncio.gather(*(reference.logprobs(rollout) for rollout in rollouts))
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for rollout, (found, finite) in zip(rollouts, asyncio.run(ask()), strict=True):
+        assert finite
+        ids = [*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0] / temperature
+        first = len(rollout.prompt.token_ids)
+        expected = [logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(first, len(ids))]
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_rollout_has_the_same_bits_in_any_company_and_any_order(tmp_path):
+    """On one thread, as a reference process runs by default."""
+    cfg = ReferenceConfig(dtype="float32", threads=1)
+    reference = ReferencePolicy("ReferencePolicy(0)", cfg, model=str(save_tiny_model(tmp_path)), temperature=0.7)
+    rng = np.random.default_rng(0)
+    rollouts = [
+        make_rollout(make_prompt(i, tuple(rng.integers(3, 60, rng.integers(1, 40)))), rng.integers(3, 60, n).tolist())
+        for i, n in enumerate(rng.integers(0, 20, 28))
+    ]
+    # With what fills their lanes these have a response of one token, whose product with a matrix is another kernel's.
+    rollouts += [make_rollout(make_prompt(n, tuple(range(3, 3 + n))), [7]) for n in (15, 31)]
+    alone = [reference.forward([rollout])[0] for rollout in rollouts]
+    assert [len(row) for row in alone] == [len(rollout.response_ids) for rollout in rollouts]
+    for size in (2, 3, 7, 30):
+        order = rng.permutation(30)
+        for first in range(0, 30, size):
+            chosen = order[first : first + size]
+            for i, found in zip(chosen, reference.forward([rollouts[i] for i in chosen]), strict=True):
+                assert found.tobytes() == alone[i].tobytes(), (size, i)
+
+
+def test_no_pass_holds_more_than_its_budget_of_whole_lanes(tmp_path):
+    cfg = ReferenceConfig(dtype="float32", max_batch_tokens=64)
+    reference = ReferencePolicy("ReferencePolicy(0)", cfg, model=str(save_tiny_model(tmp_path)), temperature=1.0)
+    passes = []
+    reference._model.base_model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    # Prompts of 3 tokens: 16, 17, 16, 33 and 8 tokens become 16, 32, 16, 48 and 16 with what fills their lanes.
+    rollouts = [make_rollout(make_prompt(i), [4] * n) for i, n in enumerate([13, 14, 13, 30, 5])]
+
+    async def ask():
+        return await asyncio.gather(*(reference.logprobs(rollout) for rollout in rollouts))
+
+    asyncio.run(ask())
+    assert passes == [48, 48, 32]  # 48 | 32 + 16, which counts as two rows of 32 | 16 + 16

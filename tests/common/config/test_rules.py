@@ -1,0 +1,504 @@
+"""The settings trees: which values and combinations are refused, what a reward source is, and what stays as it was."""
+
+import pytest
+from pydantic import ValidationError
+
+from common.config.base import Section
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.config.sources import FunctionSourceConfig, HttpSourceConfig, ModelSourceConfig
+
+JUDGE = {
+    "name": "s",
+    "judge_urls": ["http://h/v1"],
+    "judge_model": "m",
+    "template": "{response}",
+    "score_range": [0, 1],
+}
+FUNCTION = {"name": "short", "function": "tasks:short", "weight": -0.5}
+MODEL = {"name": "helpful", "model": "runs/reward/model"}
+SERVICE = {"name": "correct", "urls": ["http://h:8001/score"]}
+
+
+def ppo(**sections):
+    """The least that PPO is told, with sections in place of its own."""
+    return {"prompts": {"train": "questions.jsonl"}, "reward": {"sources": [SERVICE, FUNCTION]}, **sections}
+
+
+def reward_training(**sections):
+    return {"data": {"train": "pairs.jsonl"}, **sections}
+
+
+def pair_sampling(**sections):
+    return {"prompts": {"source": "questions.jsonl"}, "labeller": {"sources": [FUNCTION]}, **sections}
+
+
+def faults(root, tree):
+    with pytest.raises(ValidationError) as caught:
+        root.model_validate(tree)
+    return caught.value.errors()
+
+
+def broken_rules(root, tree):
+    """The messages of the rules across fields, when nothing else is wrong."""
+    (fault,) = faults(root, tree)
+    assert (fault["type"], fault["loc"]) == ("value_error", ())
+    return str(fault["ctx"]["error"]).split("\n  ")
+
+
+# Rules across fields
+
+
+def test_an_impossible_batch_split_names_rule_values_and_nearest():
+    tree = ppo(rollouts_per_step=100, ppo={"minibatches": 16})
+    assert broken_rules(Config, tree) == [
+        "rollouts_per_step (100) must be a multiple of ppo.minibatches (16); nearest: 96, 112"  # 6 x, 7 x 16
+    ]
+    (message,) = broken_rules(Config, ppo(rollouts_per_step=3, ppo={"minibatches": 16}))
+    assert message.endswith("nearest: 16")  # no rollouts at all is no batch
+    tree = ppo(rollouts_per_step=64, prompts={"train": "t", "rollouts_per_prompt": 3})
+    assert broken_rules(Config, tree) == [
+        "rollouts_per_step (64) must be a multiple of prompts.rollouts_per_prompt (3); nearest: 63, 66"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({"sampling": {"min_new_tokens": 300}}, ["min_new_tokens (300)", "max_new_tokens (256)", "lower"]),
+        ({"num_steps": 5, "optimizer": {"warmup_steps": 6}}, ["warmup_steps (6)", "num_steps (5)", "lower"]),
+        ({"num_steps": 5, "learner": {"critic_warmup_steps": 5}}, ["critic_warmup_steps (5)", "num_steps (5)"]),
+        ({"kl": {"controller": "adaptive", "coef": 0}}, ["kl.coef (0)", "above 0", '"fixed"']),
+        ({"kl": {"controller": "adaptive", "horizon": 63}}, ["kl.horizon (63)", "rollouts_per_step (64)", "raise"]),
+        ({"max_staleness": 2, "ppo": {"importance_cap": 0}}, ["ppo.importance_cap (0)", "max_staleness (2)", "raise"]),
+        ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
+        ({"learner": {"ranks": 64, "gpus": 2}}, ["learner.gpus (2)", "each of 64 learner.ranks", "cannot share a GPU"]),
+        # 512 + 256 tokens
+        ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
+        ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
+        ({"evaluation": {"pass_source": "brief"}}, ["evaluation.pass_source (brief)", "['correct', 'short']"]),
+        ({"evaluation": {"pass_score": 0.8}}, ["evaluation.pass_score (0.8) needs evaluation.pass_source", "short"]),
+    ],
+)
+def test_each_broken_rule_of_ppo_is_refused_with_its_values(sections, parts):
+    (message,) = broken_rules(Config, ppo(**sections))
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        (
+            {"data": {"train": "t", "heldout": "h", "heldout_pairs": 1}},
+            ["data.heldout", "data.heldout_pairs", "give one of the two"],
+        ),
+        ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
+    ],
+)
+def test_each_broken_rule_of_reward_training_is_refused_with_its_values(sections, parts):
+    (message,) = broken_rules(RewardTrainingConfig, reward_training(**sections))
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({"labeller": {"sources": []}}, ["labeller.sources is empty", "[[labeller.sources]]"]),
+        (
+            {"labeller": {"sources": [MODEL, {**FUNCTION, "name": "helpful"}]}},
+            ["labeller.sources", "['helpful', 'helpful']"],
+        ),
+    ],
+)
+def test_each_broken_rule_of_pair_sampling_is_refused_with_its_values(sections, parts):
+    (message,) = broken_rules(PairSamplingConfig, pair_sampling(**sections))
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("root", "tree"),
+    [
+        (Config, ppo(reference={"max_batch_tokens": 768})),
+        (Config, ppo(sampling={"min_new_tokens": 256})),
+        (Config, ppo(num_steps=5, optimizer={"warmup_steps": 5}, learner={"critic_warmup_steps": 4})),
+        (Config, ppo(kl={"controller": "adaptive", "horizon": 64})),
+        (Config, ppo(max_staleness=0, ppo={"importance_cap": 0})),
+        (Config, ppo(max_staleness=1, learner={"lora": {}})),
+        (Config, ppo(kl={"controller": "fixed", "horizon": 1})),
+        (Config, ppo(ppo={"gamma": 1, "minibatches": 64})),
+        (Config, ppo(reward={"sources": [{**MODEL, "max_tokens": 100, "max_batch_tokens": 100}]})),
+        (Config, ppo(learner={"micro_batch_tokens": 1})),  # a longer sequence is a micro-batch of its own
+        (Config, ppo(learner={"ranks": 64, "gpus": 0})),
+        (Config, ppo(learner={"ranks": 64, "gpus": 1})),
+        (Config, ppo(learner={"gpus": 0.5})),
+        (RewardTrainingConfig, reward_training(learner={"micro_batch_tokens": 1})),
+        (RewardTrainingConfig, reward_training(learner={"ranks": 2, "gpus": 1})),
+        (RewardTrainingConfig, reward_training(learner={"ranks": 1, "gpus": 0.5})),
+        (RewardTrainingConfig, reward_training(data={"train": "t", "heldout": "h"})),
+        (RewardTrainingConfig, reward_training(data={"train": "t", "heldout_pairs": 9})),
+    ],
+)
+def test_what_just_meets_a_rule_is_accepted(root, tree):
+    root.model_validate(tree)
+
+
+def test_several_broken_rules_are_all_told_at_once():
+    tree = ppo(sampling={"min_new_tokens": 300}, num_steps=5, optimizer={"warmup_steps": 6}, reward={"sources": []})
+    assert [message.split()[0] for message in broken_rules(Config, tree)] == [
+        "sampling.min_new_tokens",
+        "optimizer.warmup_steps",
+        "reward.sources",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        (ppo(optimizer={"learning_rate": float("inf")}), "learning_rate"),
+        (ppo(reward={"sources": [{**FUNCTION, "weight": float("nan")}]}), "weight"),
+        (ppo(evaluation={"pass_score": float("nan")}), "pass_score"),
+        (ppo(ppo={"gamma": 1.01}), "gamma"),
+        (ppo(max_staleness=-1), "max_staleness"),
+        (ppo(learner={"ranks": 0}), "ranks"),
+        (ppo(learner={"micro_batch_tokens": 0}), "micro_batch_tokens"),
+        (ppo(learner={"lora": {"rank": 0}}), "rank"),
+    ],
+)
+def test_a_number_past_its_bounds_or_not_finite_is_refused(tree, key):
+    (fault,) = faults(Config, tree)
+    assert fault["loc"][-1] == key
+
+
+# Reward sources
+
+
+def test_the_key_that_a_source_has_says_which_kind_it_is():
+    sources = Config.model_validate(ppo(reward={"sources": [FUNCTION, MODEL, SERVICE]})).reward.sources
+    assert sources == (
+        FunctionSourceConfig(name="short", weight=-0.5, function="tasks:short"),
+        ModelSourceConfig(name="helpful", model="runs/reward/model"),
+        HttpSourceConfig(name="correct", urls=("http://h:8001/score",)),
+    )
+    assert [type(source) for source in sources] == [FunctionSourceConfig, ModelSourceConfig, HttpSourceConfig]
+
+
+def test_sources_made_in_python_are_taken_as_they_are():
+    made = FunctionSourceConfig.model_validate(FUNCTION), HttpSourceConfig.model_validate(SERVICE)
+    assert Config.model_validate(ppo(reward={"sources": made})).reward.sources == made
+
+
+@pytest.mark.parametrize(
+    ("root", "tree", "loc"),
+    [
+        (Config, lambda source: ppo(reward={"sources": [FUNCTION, source]}), ("reward", "sources", 1)),
+        (Config, lambda source: ppo(evaluation={"judges": [source]}), ("evaluation", "judges", 0)),
+        (PairSamplingConfig, lambda source: pair_sampling(labeller={"sources": [source]}), ("labeller", "sources", 0)),
+    ],
+)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"functoin": "m:f"},
+        {"function": "m:f", "model": "m"},
+        {"function": "m:f", "urls": ["http://h/"]},
+        {"model": "m", "urls": []},
+        {"function": "m:f", "model": "m", "urls": ["http://h/"]},
+    ],
+)
+def test_a_source_of_no_kind_or_of_several_is_one_fault_at_its_own_key(root, tree, loc, keys):
+    (fault,) = faults(root, tree({"name": "s", **keys}))
+    assert fault["loc"] == loc
+    assert fault["msg"] == "a source must have exactly one of function, model, urls and judge_urls"
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ({**FUNCTION, "retries": 1}, "retries"),
+        ({**FUNCTION, "dtype": "float32"}, "dtype"),
+        ({**MODEL, "request_timeout_s": 3}, "request_timeout_s"),
+        ({**SERVICE, "max_tokens": 3}, "max_tokens"),
+    ],
+)
+def test_a_setting_of_another_kind_of_source_is_refused(source, key):
+    (fault,) = faults(Config, ppo(reward={"sources": [source]}))
+    assert (fault["type"], fault["loc"][-1]) == ("extra_forbidden", key)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "1st", "a.b", "-"])
+@pytest.mark.parametrize("source", [FUNCTION, MODEL, SERVICE], ids=lambda source: source["name"])
+def test_a_name_that_could_not_stand_in_a_metrics_path_is_refused_for_every_kind(source, name):
+    (fault,) = faults(Config, ppo(reward={"sources": [{**source, "name": name}]}))
+    assert fault["loc"][-1] == "name"
+
+
+@pytest.mark.parametrize(
+    ("root", "tree"),
+    [
+        (Config, lambda source: ppo(reward={"sources": [FUNCTION, source]})),
+        (Config, lambda source: ppo(evaluation={"judges": [source]})),
+        (PairSamplingConfig, lambda source: pair_sampling(labeller={"sources": [source]})),
+    ],
+)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {"name": "s", "urls": ["https://h/", "h:8001/score"]},
+            "reward source s: 'h:8001/score' in urls must begin with http:// or https://",
+        ),
+        (
+            {"name": "s", "model": "m", "max_tokens": 4097},
+            "reward source s: max_batch_tokens (4096) must hold the longest sequence, max_tokens (4097); raise the "
+            "first or lower the second",
+        ),
+        (
+            {"name": "s", "urls": ["http://me:hunter2@h:8001/score?x=1"]},
+            "reward source s: the address http://h:8001/score has a user name or password in it, which the journal "
+            'would show; remove it, and set headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }',
+        ),
+        (
+            {"name": "s", "urls": ["http://h/score?api_key=hunter2"]},
+            "reward source s: the address http://h/score has api_key in it, which the config would show; remove it, "
+            'and set headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }',
+        ),
+        (
+            {"name": "s", "urls": ["http://h"], "headers": {"X-Api-Key": "hunter2"}},
+            "reward source s: headers.X-Api-Key must not be written in the config; put its value into an environment "
+            'variable, and set headers.X-Api-Key = "env:NAME_OF_THE_VARIABLE"',
+        ),
+        (
+            {"name": "s", "urls": ["http://h"], "headers": {"X-Key": "env:NOT A NAME"}},
+            'reward source s: headers.X-Key must be of the form "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY"',
+        ),
+        (
+            {"name": "s", "urls": ["http://h"], "headers": {"X Key": "a"}},
+            "reward source s: 'X Key' is no name of a header; it has letters, digits and - only",
+        ),
+        (
+            {**JUDGE, "judge_urls": ["h:8000/v1"]},
+            "reward source s: 'h:8000/v1' in urls must begin with http:// or https://",
+        ),
+        (
+            {**JUDGE, "template": "Grade this: {prompt}"},
+            "reward source s: template must have {response} in it, or the judge does not see what it is to score",
+        ),
+        ({**JUDGE, "score_range": [5, 5]}, "reward source s: score_range must be [lowest, highest], not [5, 5]"),
+        (
+            {**JUDGE, "score_pattern": "[0-9]+"},
+            "reward source s: score_pattern must have a group, in parentheses, that matches the number",
+        ),
+        (
+            {**JUDGE, "score_pattern": "(["},
+            "reward source s: score_pattern is no regular expression (unterminated character set at position 1)",
+        ),
+        (
+            {**JUDGE, "request": {"stream": True}},
+            "reward source s: request must not have stream, which Ratchet sets itself; remove it",
+        ),
+    ],
+)
+def test_the_rules_of_one_source_hold_wherever_sources_stand(root, tree, source, message):
+    assert broken_rules(root, tree(source)) == [message]
+
+
+def test_a_service_without_an_address_is_refused():
+    (fault,) = faults(Config, ppo(reward={"sources": [{"name": "s", "urls": []}]}))
+    assert (fault["type"], fault["loc"][-1]) == ("too_short", "urls")
+
+
+def test_sources_and_judges_all_have_names_of_their_own():
+    tree = ppo(evaluation={"judges": [MODEL, {**SERVICE, "name": "expert"}]})
+    assert [judge.name for judge in Config.model_validate(tree).evaluation.judges] == ["helpful", "expert"]
+    for sources, judges, names in (
+        ([FUNCTION, MODEL], [{**SERVICE, "name": "short"}], "['short', 'helpful', 'short']"),
+        ([FUNCTION, {**MODEL, "name": "short"}], [], "['short', 'short']"),
+        ([FUNCTION], [MODEL, {**SERVICE, "name": "helpful"}], "['short', 'helpful', 'helpful']"),
+    ):
+        (message,) = broken_rules(Config, ppo(reward={"sources": sources}, evaluation={"judges": judges}))
+        assert f"must have different names, not {names}; rename one" in message
+
+
+def test_judges_alone_are_no_reward():
+    (message,) = broken_rules(Config, ppo(reward={"sources": []}, evaluation={"judges": [MODEL]}))
+    assert message.startswith("reward.sources is empty")
+
+
+def test_a_judge_may_decide_who_passes():
+    evaluation = {"judges": [MODEL], "pass_source": "helpful"}
+    assert Config.model_validate(ppo(evaluation=evaluation)).evaluation.pass_source == "helpful"
+    (message,) = broken_rules(Config, ppo(evaluation={**evaluation, "pass_source": "brief"}))
+    assert message == "evaluation.pass_source (brief) must be one of ['correct', 'short', 'helpful']"
+
+
+# What holds of every section
+
+
+def every(cls):
+    return [cls, *(nested for sub in cls.__subclasses__() for nested in every(sub))]
+
+
+def test_every_section_and_every_field_of_one_says_what_it_means():
+    fields = [
+        (cls.__name__, name, field.description)
+        for cls in every(Section)
+        for name, field in cls.model_fields.items()
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+    ]
+    assert len(fields) > 100
+    assert [(cls, name) for cls, name, description in fields if not description] == []
+    assert [cls.__name__ for cls in every(Section)[1:] if not cls.__doc__] == []
+
+
+@pytest.mark.parametrize(
+    ("root", "tree", "section", "in_flight"),
+    [
+        (Config, ppo, "generators", 128),
+        (Config, ppo, "reference", 128),
+        (Config, ppo, "reward", 32),
+        (PairSamplingConfig, pair_sampling, "generators", 128),
+        (PairSamplingConfig, pair_sampling, "labeller", 32),
+        (RewardTrainingConfig, reward_training, "generators", 128),
+    ],
+)
+def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, section, in_flight):
+    given = tree().get(section, {})
+    role = getattr(root.model_validate(tree()), section)
+    assert (role.min, role.most, role.in_flight, role.timeout_s, role.gpus, role.threads) == (
+        1,
+        1,
+        in_flight,
+        300,
+        0,
+        1,
+    )
+    for key in (
+        "min",
+        "max",
+        "in_flight",
+        "timeout_s",
+        "probe_timeout_s",
+        "drain_s",
+        "max_shortage_s",
+        "gpus",
+        "threads",
+    ):
+        value = 1 if key == "gpus" else 3  # an engine over several wants tensor_parallel too
+        changed = root.model_validate(tree(**{section: {**given, key: value}}))
+        assert getattr(getattr(changed, section), key) == value
+        (fault,) = faults(root, tree(**{section: {**given, key: -1}}))
+        assert fault["loc"] == (section, key)
+
+
+def test_a_role_cannot_have_fewer_processes_at_most_than_at_least():
+    assert Config.model_validate(ppo(generators={"min": 2, "max": 5})).generators.most == 5
+    assert Config.model_validate(ppo(generators={"min": 2})).generators.most == 2
+    (fault,) = faults(Config, ppo(generators={"min": 3, "max": 2}))
+    assert "max (2) must be at least min (3)" in fault["msg"]
+
+
+@pytest.mark.parametrize(("gpus", "parts"), [(0, 1), (0.4, 1), (1, 1), (0, 2), (2, 2), (8, 8)])
+def test_an_engine_has_a_share_of_a_gpu_or_one_for_each_part_of_its_weights_or_none(gpus, parts):
+    for root, tree in ((Config, ppo), (PairSamplingConfig, pair_sampling), (RewardTrainingConfig, reward_training)):
+        generators = root.model_validate(tree(generators={"gpus": gpus, "tensor_parallel": parts})).generators
+        assert (generators.gpus, generators.tensor_parallel) == (gpus, parts)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "parts", "allowed"),
+    [
+        (2, 1, "at most 1"),
+        (1.5, 1, "at most 1"),
+        (1, 2, "2, or 0 for the CPU,"),
+        (0.5, 2, "2, or 0 for the CPU,"),
+        (4, 2, "2, or 0 for the CPU,"),
+    ],
+)
+def test_other_numbers_of_gpus_are_refused(gpus, parts, allowed):
+    (fault,) = faults(Config, ppo(generators={"gpus": gpus, "tensor_parallel": parts}))
+    assert fault["loc"] == ("generators",)
+    assert f"gpus ({gpus}) must be {allowed} with tensor_parallel ({parts})" in fault["msg"]
+    assert "make both the same, or lower gpus" in fault["msg"]
+
+
+def test_whoever_scores_says_what_share_of_voids_stops_the_run():
+    for root, tree, section in ((Config, ppo, "reward"), (PairSamplingConfig, pair_sampling, "labeller")):
+        given = tree()[section]
+        assert getattr(root.model_validate(tree()), section).max_void_share == 0.5
+        root.model_validate(tree(**{section: {**given, "max_void_share": 1}}))
+        (fault,) = faults(root, tree(**{section: {**given, "max_void_share": 1.01}}))
+        assert fault["loc"] == (section, "max_void_share")
+
+
+@pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])
+def test_a_learner_is_not_replicated(root, tree):
+    (fault,) = faults(root, tree(learner={"max": 2}))
+    assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("learner", "max"))
+
+
+def test_the_longest_sequence_is_prompt_and_response():
+    sections = {"sampling": {"max_new_tokens": 70}}
+    assert Config.model_validate(ppo(**sections, prompts={"train": "t", "max_tokens": 30})).max_sequence_tokens == 100
+    tree = pair_sampling(**sections, prompts={"source": "t", "max_tokens": 30})
+    assert PairSamplingConfig.model_validate(tree).max_sequence_tokens == 100
+
+
+@pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])
+def test_a_micro_batch_is_what_is_asked_for_or_what_suits_the_device(root, tree):
+    budgets = [
+        root.model_validate(tree(learner=learner)).learner.token_budget
+        for learner in ({}, {"gpus": 1}, {"micro_batch_tokens": 100}, {"gpus": 1, "micro_batch_tokens": 100})
+    ]
+    assert budgets == [512, 8192, 100, 100]
+
+
+def test_lora_is_off_until_its_section_is_there():
+    assert Config.model_validate(ppo()).learner.lora is None
+    lora = Config.model_validate(ppo(learner={"lora": {}})).learner.lora
+    assert (lora.rank, lora.alpha, lora.targets) == (16, 32, "all-linear")
+    (fault,) = faults(RewardTrainingConfig, reward_training(learner={"lora": {}}))
+    assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("learner", "lora"))
+
+
+def test_only_ppo_has_what_only_ppo_needs():
+    for root, tree in ((RewardTrainingConfig, reward_training), (PairSamplingConfig, pair_sampling)):
+        (fault,) = faults(root, tree(kl={"coef": 0.1}))
+        assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("kl",))
+
+
+def test_the_trees_are_frozen():
+    cfg = Config.model_validate(ppo())
+    reward_cfg = RewardTrainingConfig.model_validate(reward_training())
+    pairs_cfg = PairSamplingConfig.model_validate(pair_sampling())
+    frozen = [
+        (cfg, "seed"),
+        (cfg, "reward"),
+        (cfg.ppo, "gamma"),
+        (cfg.reward.sources[0], "weight"),
+        (reward_cfg.data, "train"),
+        (pairs_cfg.labeller, "min_gap"),
+    ]
+    for section, name in frozen:
+        before = getattr(section, name)
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, 0)
+        assert getattr(section, name) is before
+
+
+def test_headers_that_carry_no_key_may_stand_in_the_config_and_others_name_variables():
+    headers = {"X-Tenant": "rl", "Authorization": "Bearer env:JUDGE_KEY", "Cookie": "env:COOKIE"}
+    source = {"name": "s", "urls": ["http://h"], "headers": headers}
+    assert Config.model_validate(ppo(reward={"sources": [source]})).reward.sources[0].headers == headers
+
+
+def test_a_call_limit_must_leave_room_to_wait_for_a_turn():
+    assert Config.model_validate(ppo()).reward.call_limit_s == 60  # a fifth of timeout_s
+    assert Config.model_validate(ppo(reward={"sources": [FUNCTION], "timeout_s": 20})).reward.call_limit_s == 4
+    with pytest.raises(ValidationError, match=r"call_timeout_s \(18\) must be below 0.9 \* timeout_s \(18\)"):
+        Config.model_validate(ppo(reward={"sources": [FUNCTION], "timeout_s": 20, "call_timeout_s": 18}))
+
+
+def test_a_name_of_a_source_is_short_enough_for_a_metric():
+    with pytest.raises(ValidationError, match="at most 64"):
+        FunctionSourceConfig(name="x" * 65, function="m:f")

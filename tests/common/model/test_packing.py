@@ -1,0 +1,296 @@
+"""Packed sequences against the same sequences one at a time, through a tiny random Llama; and how they are grouped."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common.model.attention import PACKED
+from common.model.batches import packed_batches, token_batches
+from common.model.packing import ROW_MULTIPLE, Sequences, response_logprobs
+
+PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 1, 6, 2, 4], [4, 7, 0, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        attn_implementation=PACKED,
+    )
+    return LlamaForCausalLM(config).float().eval()
+
+
+@pytest.fixture
+def pairs():
+    rng = np.random.default_rng(0)
+    return tuple([rng.integers(64, size=n, dtype=np.int32) for n in ns] for ns in (PROMPT_LENGTHS, RESPONSE_LENGTHS))
+
+
+def check_equal(found, expected):
+    for name in ("input_ids", "prompt_lengths", "lengths", "response_mask"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_a_response_follows_its_prompt_and_the_next_prompt_the_response():
+    sequences = Sequences.pack([np.array([5, 6]), np.array([7])], [np.array([8, 9, 0], np.int32), np.array([0])])
+    assert sequences.input_ids.tolist() == [5, 6, 8, 9, 0, 7, 0]
+    assert sequences.input_ids.dtype == torch.int64
+    assert sequences.prompt_lengths.tolist() == [2, 1]
+    assert sequences.lengths.tolist() == [5, 2]
+    assert sequences.response_lengths.tolist() == [3, 1]
+    # From lengths, not from ids: token 0 counts where it was written.
+    assert sequences.response_mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_prompt_without_tokens_is_refused(empty):
+    prompts = [np.array([1]), np.array([2])]
+    prompts[empty] = np.array([], dtype=np.int32)
+    with pytest.raises(ValueError, match="a prompt without tokens cannot be answered"):
+        Sequences.pack(prompts, [np.array([3]), np.array([4])])
+
+
+def test_every_prompt_has_a_response():
+    with pytest.raises(ValueError, match="zip"):
+        Sequences.pack([np.array([1])], [])
+
+
+@pytest.mark.parametrize("rows", [[3, 0], [2], [4, 3, 2, 1, 0], [1, 1]], ids=str)
+def test_chosen_rows_are_those_sequences_in_that_order(pairs, rows):
+    chosen = Sequences.pack([pairs[0][i] for i in rows], [pairs[1][i] for i in rows])
+    check_equal(Sequences.pack(*pairs).rows(torch.tensor(rows)), chosen)
+
+
+def test_no_rows_are_no_tokens(pairs):
+    nothing = Sequences.pack(*pairs).rows(torch.tensor([], dtype=torch.int64))
+    assert (nothing.input_ids.tolist(), nothing.lengths.tolist()) == ([], [])
+    assert nothing.input_ids.dtype == torch.int64
+
+
+def test_scattered_values_stand_at_their_tokens_with_zeros_behind(pairs):
+    sequences = Sequences.pack(*pairs)
+    flat = torch.arange(1.0, 18.0, requires_grad=True)
+    scattered = sequences.scatter(flat)
+    assert scattered.tolist() == [
+        [1, 2, 3, 4, 0, 0, 0],
+        [5, 6, 7, 8, 9, 10, 11],
+        [0, 0, 0, 0, 0, 0, 0],
+        [12, 0, 0, 0, 0, 0, 0],
+        [13, 14, 15, 16, 17, 0, 0],
+    ]
+    weights = torch.arange(35.0).view(5, 7)
+    (scattered * weights).sum().backward()
+    assert flat.grad.tolist() == weights[sequences.response_mask].tolist()
+
+
+def test_states_come_with_the_response_tokens_they_predict(model, pairs):
+    sequences = Sequences.pack(*pairs)
+    states, token_ids = sequences.response_states(model.base_model)
+    assert token_ids.tolist() == np.concatenate(pairs[1]).tolist()
+    first = 0
+    for prompt, response in zip(*pairs, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response])).long()
+        alone = model.base_model(ids[None], lengths=[len(ids)]).last_hidden_state[0]
+        # The first response token comes from the state of the last prompt token.
+        expected = alone[len(prompt) - 1 : len(prompt) - 1 + len(response)]
+        torch.testing.assert_close(states[first : first + len(response)], expected, atol=1e-5, rtol=0)
+        first += len(response)
+    assert first == len(states)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@torch.no_grad()
+def test_a_packed_batch_gives_the_logprobs_of_each_sequence_alone(model, pairs, temperature):
+    logprobs = response_logprobs(model, Sequences.pack(*pairs), temperature=temperature)
+    assert logprobs.dtype == torch.float32
+    for b, (prompt, response) in enumerate(zip(*pairs, strict=True)):
+        ids = prompt.tolist() + response.tolist()
+        full = torch.log_softmax(model(torch.tensor([ids]), lengths=[len(ids)]).logits[0].double() / temperature, -1)
+        for t, token in enumerate(response.tolist()):
+            before = full[len(prompt) + t - 1]  # what the model says after the prompt and t response tokens
+            assert float(logprobs[b, t]) == pytest.approx(float(before[token]), abs=1e-5)
+        assert logprobs[b, len(response) :].abs().sum() == 0
+
+
+def test_the_order_of_sequences_changes_neither_logprobs_nor_gradients(model, pairs):
+    def result(order):
+        model.zero_grad()
+        sequences = Sequences.pack(*pairs).rows(torch.tensor(order))
+        logprobs = response_logprobs(model, sequences, temperature=1.0)
+        (logprobs * logprobs.detach().cos()).sum().backward()  # a gradient of its own for every token
+        back = torch.argsort(torch.tensor(order))
+        return [logprobs.detach()[back]] + [p.grad.clone() for p in model.parameters()]
+
+    expected = result([0, 1, 2, 3, 4])
+    assert float(expected[-1].norm()) > 1
+    for order in ([4, 3, 2, 1, 0], [2, 0, 3, 1, 4]):
+        for found, one in zip(result(order), expected, strict=True):
+            torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_of_one_sequence_do_not_touch_the_logprobs_of_another(model, pairs):
+    def logprobs():
+        return response_logprobs(model, Sequences.pack(*pairs), temperature=1.0)
+
+    with torch.no_grad():
+        before = logprobs()
+        pairs[0][1][:] += 1
+        pairs[1][4][:] += 1
+        after = logprobs()
+    changed = (before != after).any(1).tolist()
+    assert changed == [False, True, False, False, True]
+
+
+def test_a_batch_of_empty_responses_has_no_logprobs(model):
+    sequences = Sequences.pack([np.array([1, 2]), np.array([3])], [np.array([], int), np.array([], int)])
+    logprobs = response_logprobs(model, sequences, temperature=1.0)
+    assert logprobs.shape == (2, 0)
+
+
+@torch.no_grad()
+def test_logprobs_are_float32_under_autocast_and_near_the_exact_ones(model, pairs):
+    sequences = Sequences.pack(*pairs)
+    exact = response_logprobs(model, sequences, temperature=1.0)
+    seen = []
+    hook = model.base_model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = response_logprobs(model, sequences, temperature=1.0)
+    hook.remove()
+    assert seen == [torch.bfloat16]  # what flows between layers is not float32
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert float((rounded - exact).norm()) < 0.05 * float(exact.norm())
+
+
+@torch.no_grad()
+def test_a_sequence_of_whole_lanes_has_the_same_bits_in_any_company(model):
+    """On one thread, as a reference process runs by default."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 60, rng.integers(1, 30)) for _ in range(24)]
+    responses = [rng.integers(1, 60, rng.integers(1, 12)) for _ in range(24)]
+    lanes = [np.pad(r, (0, -(len(p) + len(r)) % ROW_MULTIPLE)) for p, r in zip(prompts, responses, strict=True)]
+
+    def logprobs(rows):
+        packed = Sequences.pack([prompts[i] for i in rows], [lanes[i] for i in rows])
+        found = response_logprobs(model, packed, temperature=1.0)
+        return [row[: len(responses[i])] for row, i in zip(found, rows, strict=True)]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        together = logprobs(range(24))
+        for size in (1, 2, 5, 7, 13):
+            apart = [row for first in range(0, 24, size) for row in logprobs(range(first, min(24, first + size)))]
+            assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True)), size
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Groups under a budget
+
+
+def test_rows_of_like_length_share_a_batch():
+    # Longest first: 9 alone is over 8; 4 and 4 fill 2 x 4; 3 and 1 take 2 x 3, and a third row would take 9.
+    assert token_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 4], [0, 2], [5]]
+    assert token_batches([], 8) == []
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 40, 64, 10_000])
+def test_every_row_is_in_one_batch_and_no_batch_is_over_budget_unless_it_is_one_row(max_tokens):
+    rng = np.random.default_rng(max_tokens)
+    for _ in range(20):
+        lengths = rng.integers(0, 50, size=rng.integers(1, 30)).tolist()
+        batches = token_batches(lengths, max_tokens)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+        assert len(batches) == 1 or max_tokens < 10_000  # 29 rows of 49 tokens fit
+
+
+def test_packed_groups_worked_by_hand():
+    # The 9 is over the budget alone; both 4s fill a group; the 3 takes what is left.
+    assert packed_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 4], [0, 2, 5]]
+    # Beside the 5 there is room for 3: the 4 waits, the 2 does not.
+    assert packed_batches([2, 4, 5], 8) == [[2, 0], [1]]
+    assert packed_batches([2, 2, 2, 2], 4) == [[0, 1], [2, 3]]
+    assert packed_batches([5], 8) == [[0]]
+    assert packed_batches([100, 100], 8) == [[0], [1]]
+    assert packed_batches([], 8) == []
+
+
+def cases() -> Iterator[tuple[list[int], int]]:
+    rng = np.random.default_rng(0)
+    for max_tokens in (1, 7, 40, 64, 200, 10_000):
+        for _ in range(20):
+            yield rng.integers(1, 50, size=rng.integers(1, 30)).tolist(), max_tokens
+
+
+def test_every_sequence_is_in_one_packed_group_longest_first_and_none_is_over_budget_unless_single():
+    for lengths, max_tokens in cases():
+        groups = packed_batches(lengths, max_tokens)
+        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+        for group in groups:
+            inside = [lengths[i] for i in group]
+            assert inside == sorted(inside, reverse=True)
+            assert sum(inside) <= max_tokens or len(inside) == 1
+            assert inside
+        assert packed_batches(lengths, max_tokens) == groups
+
+
+def test_what_is_in_a_later_packed_group_would_not_fit_into_an_earlier_one():
+    for lengths, max_tokens in cases():
+        groups = packed_batches(lengths, max_tokens)
+        for place, group in enumerate(groups):
+            filled = sum(lengths[i] for i in group)
+            assert all(filled + lengths[i] > max_tokens for later in groups[place + 1 :] for i in later)
+
+
+def fewest_groups(lengths: list[int], max_tokens: int) -> int:
+    """By trying everything: each sequence in turn joins every group with room, or begins one."""
+    best = len(lengths)
+
+    def place(rest: list[int], filled: tuple[int, ...]) -> None:
+        nonlocal best
+        if len(filled) >= best and rest:
+            return
+        if not rest:
+            best = min(best, len(filled))
+            return
+        for i, total in enumerate(filled):
+            if total + rest[0] <= max_tokens and total not in filled[:i]:
+                place(rest[1:], (*filled[:i], total + rest[0], *filled[i + 1 :]))
+        place(rest[1:], (*filled, rest[0]))
+
+    place(sorted(lengths, reverse=True), ())
+    return best
+
+
+def test_hardly_ever_is_there_a_packed_group_more_than_needed():
+    rng, more = np.random.default_rng(1), Counter()
+    for _ in range(200):
+        lengths = rng.integers(1, 30, size=rng.integers(1, 9)).tolist()
+        more[len(packed_batches(lengths, 40)) - fewest_groups(lengths, 40)] += 1
+    assert set(more) <= {0, 1}
+    assert more[1] <= 10
+
+
+def test_many_short_sequences_fill_their_groups():
+    lengths = np.random.default_rng(2).integers(16, 129, size=200).tolist()
+    groups = packed_batches(lengths, 2048)
+    assert len(groups) == math.ceil(sum(lengths) / 2048)

@@ -1,0 +1,387 @@
+"""Who runs where: what fits is placed within each node's limits, what does not is refused with a remedy."""
+
+from dataclasses import replace
+
+import pytest
+
+from common.config.actors import GeneratorsConfig
+from common.config.base import RayConfig
+from common.config.ppo import Config, TrainerConfig
+from common.config.reward_model import PairSamplingConfig
+from common.errors import UserError
+from common.model.size import ModelSize
+from deploy.capacity import (
+    GIB,
+    MIB,
+    Need,
+    Node,
+    check_kv_cache,
+    check_object_store,
+    generator_needs,
+    needs,
+    place,
+    reward_needs,
+    trainer_needs,
+)
+
+MODEL = ModelSize(
+    parameters=1_000_000,
+    layers=2,
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocabulary=100,
+    context=4096,
+    intermediate=144,
+)
+
+
+def config(**sections):
+    rewards = {"sources": [{"name": "s", "function": "m:f"}], **sections.pop("reward", {})}
+    return Config.model_validate({"prompts": {"train": "t"}, "reward": rewards, **sections})
+
+
+def need(name, *, cpus=0.0, gpus=0.0, memory=0, section="generators"):
+    return Need(name, section, cpus, gpus, memory)
+
+
+def memory(cfg, model=MODEL):
+    """Bytes by process name."""
+    return {n.name: n.memory for n in needs(cfg, model)}
+
+
+def refusal(wanted, nodes):
+    with pytest.raises(UserError) as caught:
+        place(wanted, nodes)
+    return str(caught.value)
+
+
+# What a run needs
+
+
+def test_every_replica_of_every_role_is_a_need_with_what_its_section_reserves():
+    cfg = config(generators={"min": 2, "cpus": 3, "gpus": 1}, reward={"min": 2, "cpus": 0.5}, learner={"cpus": 4})
+    assert [(n.name, n.section, n.cpus, n.gpus) for n in needs(cfg, MODEL)] == [
+        ("Learner(0)", "learner", 4, 0),
+        ("Generator(0)", "generators", 3, 1),
+        ("Generator(1)", "generators", 3, 1),
+        ("ReferencePolicy(0)", "reference", 0, 0),
+        ("Reward(0)", "reward", 0.5, 0),
+        ("Reward(1)", "reward", 0.5, 0),
+    ]
+
+
+def test_the_memory_estimate_grows_with_the_model_by_the_copies_each_role_holds():
+    small, large = memory(config()), memory(config(), replace(MODEL, parameters=3_000_000))
+    grown = {name: large[name] - small[name] for name in small}
+    assert grown["ReferencePolicy(0)"] == 2 * 2_000_000  # one bf16 copy of 2 million weights more
+    assert grown["Generator(0)"] == 2 * 2 * 2_000_000  # two bf16 copies while an update is staged
+    assert grown["Learner(0)"] == (4 + 4 + 8) * 2_000_000  # float32 weights, gradients and two Adam moments
+    assert grown["Reward(0)"] == 0  # Python functions hold no model
+
+
+def test_the_estimates_of_a_small_model_worked_out_by_hand():
+    # By default: sequences of 512 + 256 tokens, more than the 512 of a micro-batch; 4096 in a pass of the reference.
+    estimate = memory(config())
+    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000
+    assert estimate["Generator(0)"] == 600 * MIB + 4_000_000 + 256 * MIB
+    # Saved for the backward pass: 18 bf16 values for 768 tokens * 2 layers * 64 units, 3,538,944 bytes. A second
+    # float32 gradient of the tied embedding, 4 * 100 * 64 = 25,600.
+    assert estimate["Learner(0)"] == 600 * MIB + 16_000_000 + 3_538_944 + 25_600
+    assert estimate["Reward(0)"] == 600 * MIB
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "bytes_more"),
+    [
+        # A token takes 18 bf16 values * 2 layers * 64 units, 4608 bytes; 768 of them 3,538,944.
+        ({"layers": 4}, {}, 3_538_944),  # twice as deep: activations once more
+        ({"hidden": 128}, {}, 3_538_944 + 25_600),
+        ({"heads": 8}, {}, 0),  # attention keeps no scores
+        ({"vocabulary": 300}, {}, 2 * 25_600),
+        ({}, {"learner": {"micro_batch_tokens": 4096}}, 3328 * 4608),
+        ({}, {"learner": {"gpus": 1}}, 7424 * 4608),  # 8192 tokens by default
+        ({}, {"learner": {"precision": "fp32"}}, 3_538_944),
+        ({}, {"learner": {"gradient_checkpointing": True}}, -2_949_120),  # 15 of 18 values
+        ({}, {"sampling": {"max_new_tokens": 1024}}, 3_538_944),  # sequences of 1536, not 768
+        (
+            {},
+            {"prompts": {"train": "t", "max_tokens": 128}},
+            -256 * 4608,
+        ),  # of 384, so 512 tokens at once
+        ({"context": 384}, {}, -256 * 4608),  # the model has no longer ones
+        # Of 16 bytes a weight each rank keeps its share, but while it loads 4 for each.
+        ({}, {"learner": {"ranks": 2}}, -8_000_000),
+        ({}, {"learner": {"ranks": 8}}, -12_000_000),
+        # Frozen weights of 2 bytes, and 16 for each of 2 * 7 * 2 layers * 64 units * rank 4 = 7168 of adapters.
+        ({}, {"learner": {"lora": {"rank": 4}}}, -14_000_000 + 16 * 7168),
+        ({}, {"learner": {"lora": {"rank": 4}, "precision": "fp32"}}, 3_538_944 - 12_000_000 + 16 * 7168),
+    ],
+)
+def test_the_learners_estimate_follows_the_model_and_what_is_trained_at_once(change, settings, bytes_more):
+    assert memory(config(**settings), replace(MODEL, **change))["Learner(0)"] - memory(config())["Learner(0)"] == (
+        bytes_more
+    )
+
+
+def test_a_separate_critic_adds_a_second_trained_network():
+    shared, separate = memory(config()), memory(config(learner={"critic": "separate"}))
+    # Its own 16 bytes a parameter and its own activations.
+    assert separate["Learner(0)"] - shared["Learner(0)"] == 16 * 1_000_000 + 3_538_944
+    assert {**separate, "Learner(0)": 0} == {**shared, "Learner(0)": 0}
+
+
+@pytest.mark.parametrize(
+    ("role", "section", "copies"), [("Generator(0)", "generators", 2), ("ReferencePolicy(0)", "reference", 1)]
+)
+def test_float32_doubles_the_weights_of_a_frozen_role(role, section, copies):
+    half, full = memory(config(**{section: {"dtype": "bfloat16"}})), memory(config(**{section: {"dtype": "float32"}}))
+    assert full[role] - half[role] == copies * 2 * 1_000_000
+
+
+def test_where_changes_are_sent_a_generator_keeps_a_set_to_apply_them_to_and_makes_another():
+    full, changes = (memory(config(generators={"updates": updates})) for updates in ("full", "changes"))
+    assert changes["Generator(0)"] - full["Generator(0)"] == 2 * 2 * 1_000_000
+
+
+def test_an_engine_over_several_devices_has_a_process_for_each_and_stages_a_set_for_all_of_them():
+    one, two = (memory(config(generators={"dtype": "float32", "tensor_parallel": n})) for n in (1, 2))
+    assert two["Generator(0)"] - one["Generator(0)"] == 2 * 600 * MIB + 2 * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "vocabulary", "parts", "what"),
+    [
+        (4, 2, 12, 192, 3, "4 attention heads;"),
+        (6, 4, 12, 192, 6, "4 key-value heads, or be a multiple of them;"),
+        (9, 3, 1536, 49_152, 9, "feed-forward width (1536);"),
+        (9, 9, 1536, 49_157, 3, "vocabulary (49157, filled up to a multiple of 64);"),  # 49,216
+    ],
+)
+def test_a_split_that_vllm_cannot_make_is_refused(heads, kv_heads, width, vocabulary, parts, what):
+    model = replace(MODEL, heads=heads, kv_heads=kv_heads, intermediate=width, vocabulary=vocabulary)
+    with pytest.raises(UserError) as caught:
+        generator_needs(GeneratorsConfig(tensor_parallel=parts), model)
+    assert f"generators.tensor_parallel ({parts}) must divide the model's {what} change it" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "vocabulary", "parts"),
+    [(9, 3, 1536, 49_152, 3), (8, 4, 12, 100, 2), (8, 2, 12, 100, 4), (4, 1, None, 100, 2)],
+)
+def test_a_split_that_vllm_can_make_is_not_refused(heads, kv_heads, width, vocabulary, parts):
+    model = replace(MODEL, heads=heads, kv_heads=kv_heads, intermediate=width, vocabulary=vocabulary)
+    assert generator_needs(GeneratorsConfig(tensor_parallel=parts), model)
+
+
+def test_the_kv_cache_is_counted():
+    small, large = (memory(config(generators={"kv_cache_mib": mib}))["Generator(0)"] for mib in (256, 1024))
+    assert large - small == 768 * MIB
+
+
+def test_every_rank_is_a_learner_of_its_own():
+    found = needs(config(learner={"ranks": 3, "gpus": 1}), MODEL)
+    assert [(n.name, n.section, n.gpus) for n in found[:3]] == [(f"Learner({i})", "learner", 1) for i in range(3)]
+    assert len({n.memory for n in found[:3]}) == 1
+    assert found[3:] == needs(config(), MODEL)[1:]
+
+
+def test_with_lora_the_learner_is_its_own_reference():
+    assert [n.name for n in needs(config(learner={"lora": {}}), MODEL)] == ["Learner(0)", "Generator(0)", "Reward(0)"]
+
+
+def test_every_reward_process_holds_every_reward_model_in_float32():
+    cfg = config(reward={"min": 2, "gpus": 0.5})
+    without, found = needs(cfg, MODEL), needs(cfg, MODEL, [MODEL, replace(MODEL, parameters=3_000_000)])
+    assert [n.name for n in found] == [n.name for n in without]
+    for before, after in zip(without, found, strict=True):
+        more = 4 * 1_000_000 + 4 * 3_000_000 if after.name.startswith("Reward(") else 0
+        assert after == replace(before, memory=before.memory + more)
+
+
+def test_the_needs_of_ppo_are_its_learner_and_reference_with_those_of_generators_and_rewards():
+    cfg = config(generators={"min": 2, "dtype": "float32"}, reward={"min": 2, "cpus": 0.5})
+    found = needs(cfg, MODEL, [MODEL])
+    assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL)
+    assert [n for n in found if n.section == "reward"] == reward_needs("reward", cfg.reward, [MODEL])
+    assert {n.section for n in found} == {"learner", "generators", "reference", "reward"}
+
+
+# What the other commands need
+
+
+def test_a_reward_trainer_keeps_the_attention_scores_of_its_padded_rows():
+    # As the learner's in the estimate above, and scores and softmax, float32, of 768 * 768 pairs * 4 heads * 2 layers:
+    # 2 * 4 * 4,718,592 = 37,748,736 bytes.
+    usual = 600 * MIB + 16_000_000 + 3_538_944 + 25_600
+    assert trainer_needs(TrainerConfig(cpus=3, ranks=2), MODEL, row=768) == [
+        Need(f"RewardTrainer({i})", "learner", 3, 0, usual - 8_000_000 + 37_748_736) for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "bytes_more"),
+    [
+        # A token takes 4608 bytes, and 64 with each it may look at. With rows of 384 a micro-batch has 512 tokens.
+        ({}, 384, -256 * 4608 - (768 * 768 - 512 * 384) * 64),
+        ({}, 1000, 232 * 4608 + (1000 * 1000 - 768 * 768) * 64),
+        ({"micro_batch_tokens": 1536}, 768, 768 * 4608 + 768 * 768 * 64),  # two rows at once
+        ({"precision": "fp32"}, 768, 3_538_944),  # what is saved for the backward pass, not the scores
+        ({"gpus": 1}, 768, 7424 * 4608 - 768 * 768 * 64),  # 8192 tokens, and no scores
+    ],
+)
+def test_a_reward_trainers_estimate_follows_rows_precision_and_device(settings, row, bytes_more):
+    (usual,) = trainer_needs(TrainerConfig(), MODEL, row=768)
+    (need,) = trainer_needs(TrainerConfig(**settings), MODEL, row=row)
+    assert need.memory - usual.memory == bytes_more
+
+
+def test_sampling_pairs_needs_generators_and_a_labeller_under_the_labellers_name():
+    cfg = PairSamplingConfig.model_validate(
+        {
+            "prompts": {"source": "t"},
+            "generators": {"cpus": 2, "min": 2},
+            "labeller": {"sources": [{"name": "s", "function": "m:f"}], "min": 2, "cpus": 1, "gpus": 0.25},
+        }
+    )
+    engine = 600 * MIB + 4_000_000 + 256 * MIB
+    wanted = [*generator_needs(cfg.generators, MODEL), *reward_needs("labeller", cfg.labeller, [MODEL])]
+    assert wanted == [
+        Need("Generator(0)", "generators", 2, 0, engine),
+        Need("Generator(1)", "generators", 2, 0, engine),
+        Need("Reward(0)", "labeller", 1, 0.25, 600 * MIB + 4_000_000),
+        Need("Reward(1)", "labeller", 1, 0.25, 600 * MIB + 4_000_000),
+    ]
+    # The remedy is a setting that this command has.
+    message = refusal(wanted, [Node("n", 8, 0, 64 * GIB)])
+    assert "no node has room for Reward(0)" in message
+    assert "lower labeller.gpus" in message
+
+
+# Caches of fixed size
+
+
+def cache_refusal(model, *, max_tokens=768, **settings):
+    with pytest.raises(UserError) as caught:
+        check_kv_cache(GeneratorsConfig(**settings), model, max_tokens=max_tokens)
+    return str(caught.value)
+
+
+def test_a_kv_cache_below_one_sequence_is_refused_with_what_it_takes():
+    # A token: keys and values * 2 layers * 2 heads * 1024 * 2 bytes = 16 KiB. 768 tokens: 12 MiB.
+    wide = replace(MODEL, head_dim=1024)
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=12), wide, max_tokens=768)
+    message = cache_refusal(wide, kv_cache_mib=11)
+    assert "generators.kv_cache_mib (11) must hold at least one sequence of 768 tokens, 12 MiB" in message
+    assert "raise it, or lower the longest prompt or sampling.max_new_tokens" in message
+    assert "768 tokens, 24 MiB" in cache_refusal(wide, kv_cache_mib=12, dtype="float32")
+    # One token more takes a 13th MiB, of which 1/64 is used.
+    assert "769 tokens, 13 MiB" in cache_refusal(wide, kv_cache_mib=12, max_tokens=769)
+    # Four devices keep a key-value head each, though the model has two.
+    assert "768 tokens, 24 MiB" in cache_refusal(wide, kv_cache_mib=12, tensor_parallel=4)
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=12, tensor_parallel=2), wide, max_tokens=768)
+    uncached = replace(wide, heads=64, hidden=4096)
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=12), uncached, max_tokens=768)
+
+
+def test_no_sequence_is_longer_than_the_models_context():
+    short = replace(MODEL, head_dim=1024, context=128)  # 128 of 16 KiB
+    check_kv_cache(GeneratorsConfig(kv_cache_mib=2), short, max_tokens=768)
+    assert "one sequence of 128 tokens, 2 MiB" in cache_refusal(short, kv_cache_mib=1)
+
+
+def test_an_object_store_below_two_versions_of_the_weights_is_refused_unless_it_is_someone_elses():
+    # A version of 1 million weights in bf16 is 2 million bytes; 4 million are 3.8 MiB.
+    check_object_store(RayConfig(object_store_mib=4), MODEL)
+    with pytest.raises(UserError) as caught:
+        check_object_store(RayConfig(object_store_mib=3), MODEL)
+    assert "ray.object_store_mib (3) must hold two versions of the weights, 4 MiB with this model; raise it" in str(
+        caught.value
+    )
+
+
+# Where it goes
+
+
+def test_what_fits_is_placed():
+    wanted = needs(config(), MODEL)
+    assert place(wanted, [Node("laptop", 2, 0, 8 * GIB)]) == {
+        "Learner(0)": "laptop",
+        "Generator(0)": "laptop",
+        "ReferencePolicy(0)": "laptop",
+        "Reward(0)": "laptop",
+    }
+
+
+def test_what_fits_exactly_is_placed():
+    assert place([need("a", cpus=2, gpus=1, memory=5)], [Node("n", 2, 1, 5)]) == {"a": "n"}
+
+
+def test_fractions_that_add_up_to_the_whole_node_fit():
+    assert place([need(f"r{i}", cpus=0.6) for i in range(5)], [Node("n", 3, 0, 1)]) == {f"r{i}": "n" for i in range(5)}
+
+
+def test_each_nodes_cpus_gpus_and_memory_are_respected():
+    nodes = [Node("a", 4, 1, 10 * GIB), Node("b", 8, 1, 6 * GIB), Node("c", 2, 0, 30 * GIB)]
+    wanted = [
+        need("gpu-1", cpus=1, gpus=1, memory=2 * GIB),
+        need("gpu-2", cpus=1, gpus=1, memory=2 * GIB),
+        need("large", cpus=1, memory=20 * GIB),
+        need("medium", cpus=1, memory=8 * GIB),
+        *[need(f"small-{i}", cpus=1, memory=GIB) for i in range(5)],
+    ]
+    placed = place(wanted, nodes)
+    assert placed["large"] == "c"
+    assert {placed["gpu-1"], placed["gpu-2"]} == {"a", "b"}
+    for node in nodes:
+        here = [n for n in wanted if placed[n.name] == node.name]
+        for key in ("cpus", "gpus", "memory"):
+            assert sum(getattr(n, key) for n in here) <= getattr(node, key)
+
+
+def test_the_largest_is_placed_first_so_that_small_ones_do_not_take_its_room():
+    nodes = [Node("big", 9, 0, 10), Node("small", 9, 0, 4)]
+    assert place([need("little", memory=4), need("large", memory=7)], nodes) == {"large": "big", "little": "small"}
+    nodes = [Node("gpu", 2, 1, 10), Node("cpu", 2, 0, 10)]
+    wanted = [need("hungry", cpus=2, memory=9), need("accelerated", cpus=1, gpus=1, memory=2)]
+    assert place(wanted, nodes) == {"accelerated": "gpu", "hungry": "cpu"}  # GPUs are the scarcest
+
+
+def test_nodes_of_one_name_each_count():
+    nodes = [Node("127.0.0.1", 1, 0, 10), Node("127.0.0.1", 1, 0, 10)]
+    assert place([need("a", cpus=1, memory=9), need("b", cpus=1, memory=9)], nodes) == dict.fromkeys("ab", "127.0.0.1")
+
+
+# What is refused
+
+
+def test_a_refusal_names_the_role_what_it_takes_what_there_is_and_a_remedy():
+    wanted = [need("Learner(0)", cpus=1, memory=3 * GIB, section="learner"), need("Generator(0)", cpus=2, memory=GIB)]
+    message = refusal(wanted, [Node("a", 1, 0, 4 * GIB), Node("b", 1, 0, GIB // 2)])
+    assert "no node has room for Generator(0), which takes 2 CPUs, 0 GPUs, 1.0 GiB of memory" in message
+    assert "the run takes 3 CPUs, 0 GPUs, 4.0 GiB of memory in all" in message
+    assert "the cluster of 2 node(s) has 2 CPUs, 0 GPUs, 4.5 GiB of memory free" in message
+    assert "lower generators.cpus or the number of processes" in message
+    assert "add a node" in message
+
+
+@pytest.mark.parametrize(
+    ("lacking", "node"),
+    [("cpus", Node("n", 1.9, 1, 10)), ("gpus", Node("n", 2, 0.5, 10)), ("memory", Node("n", 2, 1, 9))],
+)
+def test_lacking_any_one_resource_is_refused(lacking, node):
+    assert "Learner(0)" in refusal([need("Learner(0)", cpus=2, gpus=1, memory=10, section="learner")], [node])
+
+
+def test_room_spread_over_nodes_is_not_room_for_one_process():
+    assert "Learner(0)" in refusal([need("Learner(0)", memory=6)], [Node("a", 9, 0, 4), Node("b", 9, 0, 4)])
+
+
+def test_a_cluster_without_nodes_is_refused():
+    assert "the cluster of 0 node(s) has 0 CPUs" in refusal([need("Learner(0)", memory=1)], [])
+
+
+def test_a_refusal_for_want_of_gpus_says_so():
+    message = refusal([need("Learner(0)", cpus=1, gpus=1, memory=GIB, section="learner")], [Node("n", 8, 0, 64 * GIB)])
+    assert "learner.gpus" in message

@@ -1,0 +1,223 @@
+"""The journal: what is written is read back, and nothing that happened to a file goes unnoticed."""
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from common.types import EXPERIENCE_SCHEMA, Experience, Prompt, Rollout, SampleId, Score, Void, experience_table
+from learner.loop import journal as journal_module
+from learner.loop.journal import Journal, JournalError
+
+
+def batch(step, rows=2):
+    """Row i has i + 1 prompt tokens and i + 2 response tokens, all numbered after the step."""
+
+    def row(i):
+        prompt = Prompt(
+            SampleId(0, 10 * step + i, 0), f"What is {step}?", np.full(i + 1, step, np.int32), {"answer": i}
+        )
+        logprobs = np.full(i + 2, -0.5 * (step + 1), np.float32)
+        rollout = Rollout(
+            prompt, np.full(i + 2, step, np.int32), logprobs, np.full(i + 2, step, np.int32), "stop", "Generator(0)"
+        )
+        return Experience(rollout, Score(float(step), {"correct": float(step)}), logprobs - 1)
+
+    return experience_table([row(i) for i in range(rows)])
+
+
+def write(directory, steps=3):
+    """A journal of steps 0, 1, ...; step s was cut at version s."""
+    journal = Journal(directory)
+    for step in range(steps):
+        journal.append(batch(step), policy_version=step, prompts={"issued": step})
+    return journal
+
+
+def path(directory, step):
+    return directory / f"step-{step:06d}.arrow"
+
+
+def change(file, old=b"What", new=b"Whxt"):
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+
+
+def metadata(file):
+    return json.loads(pa.ipc.open_file(file).schema.metadata[b"ratchet"])
+
+
+def read_all(directory):
+    return [written.step for written in Journal(directory).since(0)]
+
+
+def test_a_step_reads_back_as_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module.time, "time", lambda: 1700000000.5)
+    journal = Journal(tmp_path)
+    voids = [
+        Void(SampleId(0, 3, 1), "reward source correct raised ValueError: ü", response="Größe"),
+        Void(SampleId(1, 0, 0), "too old"),
+    ]
+    state = {"issued": 7, "outstanding": ["0/4/0", "1/2/1"]}
+    assert journal.append(batch(0), policy_version=0, prompts={"issued": 2, "outstanding": []}) == 0
+    assert journal.append(batch(1, rows=5), policy_version=3, prompts=state, voids=voids) == 1
+    written = journal.read(1)
+    assert (written.step, written.policy_version, written.prompts) == (1, 3, state)
+    assert written.voids == (("0/3/1", "reward source correct raised ValueError: ü"), ("1/0/0", "too old"))
+    assert written.table.equals(batch(1, rows=5))
+    assert written.time == 1700000000.5
+    assert metadata(path(tmp_path, 1))["voids"] == [
+        ["0/3/1", "reward source correct raised ValueError: ü", "Größe"],
+        ["1/0/0", "too old", None],
+    ]
+    assert journal.read(0).voids == ()
+    assert journal.next_step == 2
+
+
+def test_since_yields_steps_in_order_from_the_one_asked_for(tmp_path):
+    journal = write(tmp_path, steps=4)
+    assert [(w.step, w.policy_version, w.table["prompt_index"].to_pylist()) for w in journal.since(2)] == [
+        (2, 2, [20, 21]),
+        (3, 3, [30, 31]),
+    ]
+    assert list(journal.since(4)) == []
+
+
+def test_a_file_is_readable_with_pyarrow_alone_and_its_metadata_is_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module.time, "time", lambda: 1700000000.5)
+    write(tmp_path, steps=2)
+    with pa.ipc.open_file(path(tmp_path, 1)) as file:
+        table = file.read_all()
+    assert table.schema == EXPERIENCE_SCHEMA
+    assert table["response_ids"].to_pylist() == [[1, 1], [1, 1, 1]]
+    assert metadata(path(tmp_path, 1)) == {
+        "schema": 4,
+        "step": 1,
+        "time": 1700000000.5,
+        "policy_version": 1,
+        "prompts": {"issued": 1},
+        "voids": [],
+        "previous": hashlib.sha256(path(tmp_path, 0).read_bytes()).hexdigest(),
+    }
+    assert metadata(path(tmp_path, 0))["previous"] == ""
+
+
+def test_a_table_in_several_chunks_is_written_whole(tmp_path):
+    journal = Journal(tmp_path)
+    table = pa.concat_tables([batch(0, rows=1), batch(1, rows=3)])
+    journal.append(table, policy_version=0, prompts={})
+    assert journal.read(0).table.equals(table.combine_chunks())
+
+
+def test_a_journal_opened_again_continues_the_chain(tmp_path):
+    write(tmp_path, steps=2)
+    journal = Journal(tmp_path)
+    assert journal.next_step == 2
+    assert journal.append(batch(2), policy_version=2, prompts={"issued": 2}) == 2
+    assert metadata(path(tmp_path, 2))["previous"] == hashlib.sha256(path(tmp_path, 1).read_bytes()).hexdigest()
+    assert read_all(tmp_path) == [0, 1, 2]
+
+
+def test_a_write_cut_short_is_removed_and_not_counted(tmp_path):
+    write(tmp_path, steps=2)
+    leftover = tmp_path / "step-000002.tmp"
+    leftover.write_bytes(path(tmp_path, 1).read_bytes()[:100])
+    journal = Journal(tmp_path)
+    assert journal.next_step == 2
+    assert not leftover.exists()
+    assert sorted(file.name for file in tmp_path.glob("*.arrow")) == ["step-000000.arrow", "step-000001.arrow"]
+    journal.append(batch(2), policy_version=2, prompts={})
+    assert read_all(tmp_path) == [0, 1, 2]
+
+
+def test_a_changed_byte_is_found_and_the_step_named(tmp_path):
+    write(tmp_path)
+    change(path(tmp_path, 1))
+    with pytest.raises(JournalError, match=r"step-000001\.arrow|does not follow step 1"):
+        read_all(tmp_path)
+
+
+def test_a_changed_byte_is_found_before_its_step_is_handed_out(tmp_path):
+    journal = write(tmp_path)
+    change(path(tmp_path, 1))
+    with pytest.raises(JournalError, match=r"step-000001\.arrow"):
+        journal.read(1)
+
+
+def test_a_changed_byte_in_the_newest_file_is_found(tmp_path):
+    write(tmp_path)
+    change(path(tmp_path, 2))
+    with pytest.raises(JournalError, match=r"step-000002\.arrow"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_changed_metadata_is_found(tmp_path, step):
+    write(tmp_path)
+    change(path(tmp_path, step), b'"policy_version": %d' % step, b'"policy_version": 9')
+    with pytest.raises(JournalError, match=rf"step-00000{step}\.arrow|does not follow step {step}"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 20, 400])
+def test_a_file_cut_short_is_found(tmp_path, keep):
+    write(tmp_path)
+    file = path(tmp_path, 2)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(JournalError, match=r"step-000002\.arrow"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_deleted_file_is_found_and_named(tmp_path, lost):
+    write(tmp_path, steps=4)
+    path(tmp_path, lost).unlink()
+    with pytest.raises(JournalError, match=rf"step-00000{lost}\.arrow"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_journal_with_a_gap_never_overwrites_a_step(tmp_path, lost):
+    write(tmp_path, steps=4)
+    path(tmp_path, lost).unlink()
+    newest = path(tmp_path, 3).read_bytes()
+    with pytest.raises(JournalError, match=rf"step-00000{lost}\.arrow"):
+        Journal(tmp_path).append(batch(7), policy_version=7, prompts={})
+    assert path(tmp_path, 3).read_bytes() == newest
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 2)])
+def test_swapped_files_are_found_and_named(tmp_path, first, second):
+    write(tmp_path)
+    swapped = path(tmp_path, first).read_bytes()
+    path(tmp_path, first).write_bytes(path(tmp_path, second).read_bytes())
+    path(tmp_path, second).write_bytes(swapped)
+    with pytest.raises(JournalError, match=rf"step-00000({first}|{second})\.arrow"):
+        read_all(tmp_path)
+
+
+def test_a_step_of_another_run_is_found(tmp_path):
+    write(tmp_path / "one")
+    other = Journal(tmp_path / "two")
+    for step in range(2):
+        other.append(batch(step + 5), policy_version=step, prompts={})
+    path(tmp_path / "one", 1).write_bytes(path(tmp_path / "two", 1).read_bytes())
+    with pytest.raises(JournalError, match=r"step-000001\.arrow"):
+        read_all(tmp_path / "one")
+
+
+@pytest.mark.parametrize("version", [3, 5])
+def test_a_step_of_another_layout_is_refused_by_version(tmp_path, monkeypatch, version):
+    with monkeypatch.context() as other:
+        other.setattr(journal_module, "SCHEMA_VERSION", version)
+        write(tmp_path)
+    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 4; go on with"):
+        Journal(tmp_path).last()
+
+
+def test_a_step_that_was_never_written_cannot_be_read(tmp_path):
+    with pytest.raises(JournalError, match=r"step-000003\.arrow"):
+        write(tmp_path).read(3)

@@ -1,0 +1,85 @@
+"""A table of experience as tensors, and what a sequence costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from common.model.packing import Sequences
+from common.model.size import ModelSize
+from common.types import Experience, experience_table
+from learner.ppo.experience import ExperienceBatch, estimated_costs
+from tests.fakes import make_experience
+
+
+def experience(index: int, length: int, ref_logprobs: list[float] | None) -> Experience:
+    """Of prompts of 2, 3 and 4 tokens in turn; rollout_logprobs -1, -2, ... and a score of 10 * index."""
+    made = make_experience(index, list(range(10, 10 + length)), score=10.0 * index)
+    sampled = -np.arange(1, length + 1, dtype=np.float32)
+    ref = None if ref_logprobs is None else np.array(ref_logprobs, dtype=np.float32)
+    return replace(made, rollout=replace(made.rollout, rollout_logprobs=sampled), ref_logprobs=ref)
+
+
+ROWS = [experience(0, 2, None), experience(1, 3, [-5, -6, -7]), experience(2, 0, []), experience(3, 1, [-8])]
+
+
+def check(batch: ExperienceBatch) -> None:
+    assert batch.sequences.input_ids.tolist() == [3, 4, 10, 11, 3, 4, 5, 10, 11, 12, 3, 4, 5, 6, 3, 4, 10]
+    assert batch.sequences.prompt_lengths.tolist() == [2, 3, 4, 2]
+    assert batch.sequences.lengths.tolist() == [4, 6, 4, 3]
+    assert batch.mask.int().tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]]
+    assert batch.rollout_logprobs.tolist() == [[-1, -2, 0], [-1, -2, -3], [0, 0, 0], [-1, 0, 0]]
+    assert batch.ref_logprobs.tolist() == [[0, 0, 0], [-5, -6, -7], [0, 0, 0], [-8, 0, 0]]
+    assert batch.by_reference.tolist() == [True, False, False, False]
+    assert batch.scores.tolist() == [0, 10, 20, 30]
+    assert (batch.rollout_logprobs.dtype, batch.ref_logprobs.dtype) == (torch.float32, torch.float32)
+    assert batch.scores.dtype == torch.float64
+
+
+def test_rows_stand_in_the_tables_order_with_zeros_in_the_padding():
+    check(ExperienceBatch.from_table(experience_table(ROWS)))
+
+
+def test_a_table_of_several_pieces_or_a_part_of_another_is_the_same():
+    check(ExperienceBatch.from_table(pa.concat_tables([experience_table(ROWS[:2]), experience_table(ROWS[2:])])))
+    more = experience_table([experience(5, 4, None), *ROWS, experience(6, 2, [-1, -1])])
+    check(ExperienceBatch.from_table(more.slice(1, 4)))
+
+
+@pytest.mark.parametrize("known", [0, 4])
+def test_all_or_none_may_be_by_the_reference(known):
+    rows = [experience(i, 2, [-5, -6] if i < known else None) for i in range(4)]
+    batch = ExperienceBatch.from_table(experience_table(rows))
+    assert batch.by_reference.tolist() == [i >= known for i in range(4)]
+    assert batch.ref_logprobs.tolist() == [[-5, -6] if i < known else [0, 0] for i in range(4)]
+
+
+def test_costs_of_a_small_model_worked_by_hand():
+    size = ModelSize(parameters=1000, layers=3, hidden=8, heads=2, kv_heads=1, head_dim=5, vocabulary=10, context=4096)
+    prompts, responses = [np.ones(2), np.ones(6), np.ones(1)], [np.ones(5), np.ones(1), np.ones(0)]
+    # A token passes 1000 - 80 weights, a response token the 80 of the head too, each for 2 operations. Scores of T
+    # tokens with half of T others on average, and the sums of values: 2 * 2 * T * T / 2 for each of 3 * 2 * 5 numbers.
+    assert estimated_costs(Sequences.pack(prompts, responses), size) == [
+        2 * (7 * 920 + 5 * 80) + 2 * 30 * 7 * 7,
+        2 * (7 * 920 + 1 * 80) + 2 * 30 * 7 * 7,
+        2 * 1 * 920 + 2 * 30,
+    ]
+
+
+def test_costs_of_large_models_and_long_sequences_do_not_overflow():
+    size = ModelSize(
+        parameters=70_000_000_000,
+        layers=80,
+        hidden=8192,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        vocabulary=128_256,
+        context=131_072,
+    )
+    (cost,) = estimated_costs(Sequences.pack([np.ones(100_000)], [np.ones(31_072)]), size)
+    assert cost == pytest.approx(2 * 70e9 * 131_072 + 2 * 80 * 64 * 128 * 131_072**2, rel=0.02)

@@ -1,0 +1,155 @@
+"""KL estimators by exact summation, rewards by a loop over tokens, the adaptive controller by hand."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from learner.ppo.shaping import KL_ESTIMATORS, AdaptiveKL, FixedKL, RunningMoments, k1, k2, k3, normalise, token_rewards
+
+P, Q = [0.1, 0.2, 0.3, 0.4], [0.4, 0.05, 0.35, 0.2]
+
+
+def expectation(estimator, p, q):
+    """Sum over the whole distribution of p times the estimate at each outcome."""
+    estimates = estimator(torch.tensor(p, dtype=torch.float64).log(), torch.tensor(q, dtype=torch.float64).log())
+    return math.fsum(prob * float(e) for prob, e in zip(p, estimates, strict=True))
+
+
+def true_kl(p, q):
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("estimator", [k1, k3])
+@pytest.mark.parametrize(("p", "q"), [(P, Q), (Q, P), (P, P)])
+def test_k1_and_k3_are_unbiased_estimates_of_the_kl_from_the_sampler(estimator, p, q):
+    assert expectation(estimator, p, q) == pytest.approx(true_kl(p, q), abs=1e-12)
+
+
+def test_the_bias_of_k2_is_of_third_order():
+    def bias(step):
+        q = [p + step * d for p, d in zip(P, [4, -1, -1, -2], strict=True)]
+        return expectation(k2, P, q) - true_kl(P, q)
+
+    # With u = q / p - 1: x^2 / 2 + x = u - u^3 / 6 + ..., and E[u] = 0, so the bias is -E[u^3] / 6, here -6314 / 6.
+    assert bias(1e-4) / 1e-12 == pytest.approx(-6314 / 6, abs=10)
+
+
+@pytest.mark.parametrize("estimator", [k2, k3])
+def test_k2_and_k3_are_never_negative(estimator):
+    other = torch.arange(-500, 501) / 100
+    estimates = estimator(torch.zeros(1001), other)
+    assert (estimates >= 0).all()
+    assert float(estimates[500]) == 0.0
+
+
+def test_estimates_where_the_other_policy_is_twice_as_likely():
+    # x = log(0.5 / 0.25) = 0.6931: k1 = -0.6931, k2 = 0.6931^2 / 2 = 0.2402, k3 = 2 - 1 - 0.6931 = 0.3069.
+    sampler, other = torch.tensor(0.25).log(), torch.tensor(0.5).log()
+    for name, expected in {"k1": -0.6931, "k2": 0.2402, "k3": 0.3069}.items():
+        assert float(KL_ESTIMATORS[name](sampler, other)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_k3_keeps_small_differences_in_float32():
+    # exp(x) - 1 - x is x^2 / 2 + x^3 / 6 here: a plain exp(x) - 1 would lose most of it at x = 1e-2.
+    assert float(k3(torch.tensor(0.0), torch.tensor(1e-2))) == pytest.approx(5.01671e-5, abs=2e-9)
+
+
+def test_k3_is_capped_where_the_other_policy_is_likelier_and_grows_linearly_elsewhere():
+    # exp(2.6) - 3.6 = 9.86 is below the cap of 10, exp(2.7) - 3.7 = 11.2 is not; exp(-50) + 49 = 49.
+    x = torch.tensor([2.6, 2.7, 50.0, 500.0, -50.0, -500.0])
+    assert k3(torch.zeros(6), x).tolist() == pytest.approx([9.8637, 10.0, 10.0, 10.0, 49.0, 499.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e9])
+def test_every_token_pays_for_its_kl_and_the_last_one_gets_the_score(garbage):
+    lengths, kl_coef = [4, 0, 1, 3], 0.3
+    torch.manual_seed(0)
+    scores, kl = torch.randn(4), torch.full((4, 5), garbage)
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    for b, n in enumerate(lengths):
+        mask[b, :n], kl[b, :n] = True, torch.randn(n)
+    scores[1] = garbage  # nothing was written, so nobody gets it
+    before = kl.clone()
+    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
+    for b, n in enumerate(lengths):
+        expected = [-kl_coef * float(kl[b, t]) for t in range(n)]
+        if n:
+            expected[-1] += float(scores[b])
+        assert rewards[b].tolist() == pytest.approx(expected + [0.0] * (5 - n), abs=1e-6)
+    torch.testing.assert_close(kl, before, equal_nan=True, atol=0, rtol=0)
+
+
+def test_rewards_worked_by_hand():
+    # kl_coef 0.5: -0.5 * 2 = -1 and -0.5 * -4 + 10 = 12; one token: -0.5 * 6 + 20 = 17.
+    rewards = token_rewards(
+        torch.tensor([10.0, 20.0]),
+        torch.tensor([[2.0, -4.0], [6.0, 8.0]]),
+        torch.tensor([[True, True], [True, False]]),
+        kl_coef=0.5,
+    )
+    assert rewards.tolist() == [[-1.0, 12.0], [17.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("kl", "coef"),
+    [
+        (6.6, 0.2 * 1.001),  # error 0.1; factor 1 + 0.1 * 100 / 10000
+        (5.4, 0.2 * 0.999),  # error -0.1
+        (6.0, 0.2),  # on target
+        (60.0, 0.2 * 1.002),  # error 9, clipped to 0.2
+        (0.0, 0.2 * 0.998),  # error -1, clipped to -0.2
+        (-3.0, 0.2 * 0.998),  # a k1 estimate may be negative
+    ],
+)
+def test_the_adaptive_coefficient_follows_the_kl(kl, coef):
+    controller = AdaptiveKL(0.2, target=6.0, horizon=10_000)
+    controller.update(kl, 100)
+    assert controller.coef == pytest.approx(coef, abs=1e-12)
+
+
+def test_adaptive_changes_compound_and_a_fixed_coefficient_stays():
+    adaptive, fixed = AdaptiveKL(0.1, target=2.0, horizon=100), FixedKL(0.1)
+    for controller in (adaptive, fixed):
+        controller.update(100.0, 50)  # factor 1 + 0.2 * 50 / 100 = 1.1
+        controller.update(1.8, 20)  # error -0.1, factor 1 - 0.1 * 20 / 100 = 0.98
+    assert adaptive.coef == pytest.approx(0.1078, abs=1e-12)
+    assert fixed.coef == 0.1
+
+
+def test_running_moments_are_those_of_all_numbers_seen():
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(3e8, 2.0, n) for n in (5, 1, 0, 40)]
+    moments = RunningMoments()
+    for batch in batches:
+        moments.update(torch.from_numpy(batch))
+    seen = [float(x) for batch in batches for x in batch]
+    assert moments.count == len(seen) == 46
+    assert moments.mean == pytest.approx(statistics.fmean(seen), rel=1e-12)
+    assert moments.deviation == pytest.approx(statistics.pstdev(seen), rel=1e-6)
+
+
+def test_normalised_scores_by_hand():
+    # Seen: 1, 3, 5, 7. Mean 4, squares 9 + 1 + 1 + 9 = 20, deviation sqrt(5).
+    moments = RunningMoments()
+    moments.update(torch.tensor([1.0, 3.0]))
+    moments.update(torch.tensor([5.0, 7.0]))
+    scores = torch.tensor([4.0, 9.0, -100.0], dtype=torch.float64)
+    root = math.sqrt(5)
+    centred = normalise(scores, moments, centre=True, clip=3.0)
+    assert centred.tolist() == pytest.approx([0.0, 5 / root, -3.0], abs=1e-6)
+    assert normalise(scores, moments, centre=False, clip=0).tolist() == pytest.approx(
+        [4 / root, 9 / root, -100 / root], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 3e8 + 0.1])
+def test_scores_that_never_varied_become_zero(value):
+    moments = RunningMoments()
+    for _ in range(3):
+        moments.update(torch.full((7,), value, dtype=torch.float64))
+    scores = torch.full((2,), value, dtype=torch.float64)
+    for centre in (True, False):
+        assert normalise(scores, moments, centre=centre, clip=5.0).tolist() == [0.0, 0.0]

@@ -1,0 +1,278 @@
+"""Several ranks: who takes what, two processes against one, and what the others do when a rank is gone."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from common.metrics import Metrics
+from common.model.batches import packed_batches
+from learner.ranks.distributed import Ranks, clip_gradients, whole
+from learner.reward_model.pairs import Pair
+from learner.reward_model.training import RewardTrainer
+from tests.fakes import save_tiny_model
+from tests.learner.reward_model.test_training import make_pair, ragged_pairs, reward_config
+
+LIMIT_S = 120  # of a test's processes, far above what they take: one that is still there hangs
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+def test_every_index_is_one_ranks_and_loads_differ_by_no_more_than_the_dearest(world, count):
+    for seed in range(5):
+        costs = np.random.default_rng(seed).integers(1, 200, count).tolist()
+        shares = Ranks(0, world).shares(costs)
+        assert len(shares) == world
+        assert sorted(index for share in shares for index in share) == list(range(count))
+        assert all(share == sorted(share) for share in shares)
+        loads = [sum(costs[index] for index in share) for share in shares]
+        assert max(loads) - min(loads) <= max(costs, default=0)
+        assert all(Ranks(rank, world).shares(costs) == shares for rank in range(world))
+
+
+def test_shares_worked_by_hand():
+    # Dearest first to the least loaded: 5 to rank 0; 3 and 3 to rank 1, which has 3 when it gets the second; 2 to rank
+    # 0, since 5 < 6; 2 to rank 1, since 6 < 7. Of two that cost the same the first goes first.
+    assert Ranks(0, 2).shares([2, 3, 5, 3, 2]) == [[0, 2], [1, 3, 4]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("budget", [1, 50, 10**6])
+def test_all_ranks_have_equally_many_micro_batches_and_the_empty_ones_come_last(world, count, budget):
+    costs = np.random.default_rng(count).integers(1, 200, count).tolist()
+
+    def group(share: list[int]) -> list[list[int]]:
+        return packed_batches([costs[index] for index in share], budget)
+
+    plans = [Ranks(rank, world).micro_batches(costs, group) for rank in range(world)]
+    shares = Ranks(0, world).shares(costs)
+    assert len({len(plan) for plan in plans}) == 1
+    for plan, share in zip(plans, shares, strict=True):
+        assert sorted(index for rows in plan for index in rows) == share
+        filled = [bool(rows) for rows in plan]
+        assert filled == sorted(filled, reverse=True)
+        assert all(len(rows) == 1 or sum(costs[index] for index in rows) <= budget for rows in plan)
+    assert not plans[0] or any(all(plan) for plan in plans)  # none has more empty ones than it needs
+
+
+def test_micro_batches_hold_indices_and_not_places_in_a_share():
+    # By hand as above: rank 1's share is [1, 3, 4]; alone they make three micro-batches, and rank 0's two make two.
+    plans = [Ranks(rank, 2).micro_batches([2, 3, 5, 3, 2], lambda share: [[i] for i in range(len(share))])
+             for rank in range(2)]  # fmt: skip
+    assert plans == [[[0], [2], []], [[1], [3], [4]]]
+
+
+# Alone
+
+
+def test_a_rank_alone_sums_and_merges_nothing_and_holds_every_weight_whole():
+    tensor, metrics = torch.tensor([1.0, 2.0]), Metrics()
+    metrics.mean("a", 3.0, 2)
+    assert torch.equal(Ranks().sum(tensor), torch.tensor([1.0, 2.0]))
+    Ranks().merge(metrics)
+    assert metrics.result() == {"a": 1.5}
+    weight = nn.Parameter(torch.ones(3))
+    assert torch.equal(whole(weight), torch.ones(3))
+    assert not whole(weight).requires_grad
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(2.6, 0.2), (13.0, 1.0), (100.0, 1.0)])
+def test_gradients_are_scaled_to_their_joint_norm(limit, scale):
+    # |(3, 4, 12)| = 13 over both parameters; the one without a gradient counts for nothing.
+    weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(5))]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
+    assert clip_gradients(weights, limit) == pytest.approx(13.0, rel=1e-6)
+    torch.testing.assert_close(weights[0].grad, scale * torch.tensor([3.0, 4.0]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(weights[1].grad, scale * torch.tensor([12.0]), rtol=1e-5, atol=0)
+    assert weights[2].grad is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_an_error(bad):
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, bad])
+    with pytest.raises(RuntimeError, match="not finite"):
+        clip_gradients([weight], 1.0)
+
+
+# Processes
+
+
+def batches() -> list[list[Pair]]:
+    """Of many pairs, of fewer, of one, which leaves a rank with none, and of as many as there are ranks."""
+    return [ragged_pairs(9), ragged_pairs(5, 1), [make_pair([3, 4], [5], [36, 37], 0.5)], ragged_pairs(2, 2)]
+
+
+def new_trainer(model: Path) -> RewardTrainer:
+    learner = {"precision": "fp32", "micro_batch_tokens": 40, "timeout_s": LIMIT_S / 2}
+    optimizer = {"schedule": "linear", "warmup_steps": 1, "max_grad_norm": 0.3}
+    return RewardTrainer(reward_config(model, learner=learner, optimizer=optimizer), len(batches()) + 1)
+
+
+def weights(trainer: RewardTrainer) -> torch.Tensor:
+    return torch.cat([whole(p).flatten() for p in trainer.model.parameters()])
+
+
+def local_weights(trainer: RewardTrainer) -> torch.Tensor:
+    """This rank's share, as the optimizer holds it: a pass that broke off may have left the network's gathered."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return torch.cat([p.detach().to_local().flatten() for p in parameters])
+
+
+def facts_of_two_ranks(ranks: Ranks, trainer: RewardTrainer) -> dict[str, Any]:
+    """What one rank sees of exchanges whose results are known, and of weights that are shared out."""
+    metrics = Metrics()
+    metrics.mean("both", ranks.rank + 1, 2 + ranks.rank)  # (1 + 2) / (2 + 3)
+    if ranks.rank == 1:
+        metrics.mean("one", 3.0, 4)
+    metrics.last("same", 7.0)
+    ranks.merge(metrics)
+    total = ranks.sum(torch.tensor([1.0, 10.0]) * (ranks.rank + 1))
+    parameters = list(trainer.model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    norm = clip_gradients(parameters, 0.5)
+    largest = max(whole(p.grad).abs().max().item() for p in parameters)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return {
+        "merged": metrics.result(),
+        "sum": total,
+        "norm": norm,
+        "largest": largest,
+        "held": sum(p.to_local().numel() for p in parameters),
+        "moments": sum(state["exp_avg"].to_local().numel() for state in trainer.optimizer.state.values()),
+        "dtypes": {whole(p).dtype for p in parameters},
+        "all": sum(p.numel() for p in parameters),
+    }
+
+
+def train_on_two_ranks(rank: int, ready: Barrier, directory: Path, model: Path) -> None:
+    """One rank's process: an update for each batch; then rank 1 dies, and rank 0 tries to go on."""
+    trainer = new_trainer(model)
+    ready.wait()
+    assert trainer.join(rank, 2, f"file://{directory}/rendezvous") == 0
+    stats = [trainer.update(batch) for batch in batches()]
+    result: dict[str, Any] = {"stats": stats, "weights": weights(trainer), "local": local_weights(trainer)}
+    result |= facts_of_two_ranks(Ranks(rank, 2), trainer)
+    result["scores"] = trainer.scores(ragged_pairs(5, 3))
+    if rank == 1:
+        torch.save(result, directory / "rank-1.pt")
+        os._exit(0)
+    with pytest.raises(RuntimeError):
+        trainer.update(batches()[0])
+    torch.save({**result, "step": trainer.step, "local_after": local_weights(trainer)}, directory / "rank-0.pt")
+    os._exit(0)  # without waiting for what the other still owes
+
+
+def wait_for_a_rank_that_hangs(rank: int, ready: Barrier, directory: Path) -> None:
+    """Rank 1 joins and then does nothing; rank 0 ends well if it is told."""
+    ready.wait()
+    ranks = Ranks.join(rank, 2, f"file://{directory}/rendezvous", device=torch.device("cpu"), timeout_s=3)
+    if rank == 1:
+        time.sleep(2 * LIMIT_S)
+    with pytest.raises(RuntimeError):
+        ranks.sum(torch.zeros(3))
+    os._exit(0)  # without waiting for what the other still owes
+
+
+def run_ranks(target: Any, *arguments: Any, wait_for: tuple[int, ...] = (0, 1)) -> None:
+    """`target(rank, ready, *arguments)` in a process for each of two ranks; those in `wait_for` must end well, and none
+    is left behind."""
+    context = multiprocessing.get_context("forkserver")  # which imports once for all tests
+    context.set_forkserver_preload(["learner.ppo.learner", "learner.reward_model.training"])
+    ready = context.Barrier(2, timeout=LIMIT_S)  # imports take their time, which the ranks' own limit is not for
+    processes = [context.Process(target=target, args=(rank, ready, *arguments)) for rank in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for process in processes:
+            process.start()
+    try:
+        for rank in wait_for:
+            processes[rank].join(LIMIT_S)
+            assert processes[rank].exitcode == 0, f"rank {rank}: {processes[rank].exitcode}"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A reward model whose head is not zero, so that a first step moves all its weights."""
+    directory = save_tiny_model(tmp_path_factory.mktemp("model"))
+    reward_model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, pad_token_id=0)
+    nn.init.normal_(reward_model.score.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    reward_model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model, tmp_path_factory):
+    """What both ranks had in the end."""
+    directory = tmp_path_factory.mktemp("ranks")
+    run_ranks(train_on_two_ranks, directory, model)
+    return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_the_batches_leave_a_rank_without_a_pair_once():
+    shares = [[len(share) for share in Ranks(0, 2).shares([p.num_tokens for p in batch])] for batch in batches()]
+    assert [min(share) for share in shares].count(0) == 1
+
+
+def test_two_ranks_give_the_weights_and_metrics_of_one(model, two_ranks):
+    """Metrics to 1e-5, and 1e-6 absolute: a margin is a difference of scores near one."""
+    alone = new_trainer(model)
+    before = weights(alone)
+    expected = [alone.update(batch) for batch in batches()]
+    torch.testing.assert_close(two_ranks[0]["weights"], weights(alone), rtol=1e-5, atol=1e-7)
+    assert (weights(alone) - before).abs().max() > 1e-3
+    for result in two_ranks:
+        for found, stats in zip(result["stats"], expected, strict=True):
+            assert found.pop("time/learn_s") > 0
+            assert found == pytest.approx({k: v for k, v in stats.items() if k != "time/learn_s"}, rel=1e-5, abs=1e-6)
+
+
+def test_both_ranks_give_the_scores_of_one(model, two_ranks):
+    alone = new_trainer(model)
+    for batch in batches():
+        alone.update(batch)
+    for result in two_ranks:
+        np.testing.assert_allclose(result["scores"], alone.scores(ragged_pairs(5, 3)), atol=1e-5)
+
+
+def test_the_ranks_share_out_weights_and_optimizer_state_and_keep_them_float32(two_ranks):
+    assert torch.equal(two_ranks[0]["weights"], two_ranks[1]["weights"])
+    every = two_ranks[0]["all"]
+    for held in ("held", "moments"):
+        assert sum(result[held] for result in two_ranks) == every
+        assert max(result[held] for result in two_ranks) < 0.51 * every
+    assert two_ranks[0]["dtypes"] == {torch.float32}
+
+
+def test_sums_means_and_the_gradient_norm_are_those_of_both_ranks(two_ranks):
+    for result in two_ranks:
+        assert torch.equal(result["sum"], torch.tensor([3.0, 30.0]))
+        assert result["merged"] == {"both": 3 / 5, "one": 3 / 4, "same": 7.0}
+        assert result["norm"] == pytest.approx(math.sqrt(result["all"]), rel=1e-6)  # of ones
+        assert result["largest"] == pytest.approx(0.5 / math.sqrt(result["all"]), rel=1e-5)
+
+
+def test_a_rank_whose_partner_died_raises_with_its_weights_as_they_were(two_ranks):
+    assert two_ranks[0]["step"] == len(batches())
+    assert torch.equal(two_ranks[0]["local_after"], two_ranks[0]["local"])
+
+
+def test_a_rank_whose_partner_hangs_raises(tmp_path):
+    run_ranks(wait_for_a_rank_that_hangs, tmp_path, wait_for=(0,))
