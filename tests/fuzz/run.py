@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import shutil
 import traceback
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -45,13 +44,6 @@ class Fuzzer:
         except BaseException:  # SystemExit and its kin are failures too
             return Failure(self.target, seed, traceback.format_exc())
         return None
-
-    def failures(self, seeds: Iterable[int], go_on: Callable[[], bool] = lambda: True) -> Iterator[Failure]:
-        for seed in seeds:
-            if not go_on():
-                return
-            if (failure := self.run(seed)) is not None:
-                yield failure
 
     def close(self) -> None:
         if (close := getattr(self._module, "close", None)) is not None:
