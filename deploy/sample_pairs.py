@@ -23,7 +23,7 @@ from deploy.run.already_done import finished_pair_sampling
 from deploy.run.directory import refuse_overwriting, sole_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.screen.console import Output
-from deploy.screen.progress import Screen
+from deploy.screen.screen import Screen
 from deploy.source_checks import check_sources, try_functions
 from deploy.starting import PolicyFiles, Starter
 from learner.loop.answers import answer

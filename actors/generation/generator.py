@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from actors.generation.engine import Engine
-from common import meters
 from common.errors import CorruptWeightsError
+from common.metrics import meters
 from common.types import Prompt, Rollout, RolloutRef, SampleId
 from common.weights import Bucket, Changes, IncomingWeights
 

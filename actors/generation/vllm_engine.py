@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from actors.generation.engine import Completion
-from common import meters
 from common.config.actors import GeneratorsConfig, SamplingConfig
 from common.errors import EngineDeadError
+from common.metrics import meters
 from common.types import HANDED_OVER
 from common.user_code.functions import package_root
 from common.weights import Bucket

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from actors.pool.routing import Router
-from common import meters
 from common.config.base import Replicated
 from common.errors import EngineDeadError, UserError
 from common.errors import RoleError as RoleError
+from common.metrics import meters
 
 STATES = ("pending", "starting", "ready", "leaving")  # of a replica: waits for room; loads; serves; finishes
 # Creations that wait for room on the cluster at a time: a demand that an autoscaler sees, and no flood of it.

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from actors.pool.membership import TICK_S, Host, Membership, Replica, death_reason
-from common import meters
 from common.config.base import Replicated
 from common.errors import GivenUpError, RoleError, RolloutLostError
+from common.metrics import meters
 
 Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the call
 

@@ -12,10 +12,10 @@ import ray
 from ray._private import ray_constants
 
 from actors.pool.ray_meters import RayMeters
-from common import meters
 from common.config.base import Placed
 from common.config.ppo import TrainerConfig
 from common.errors import UserError
+from common.metrics import meters
 from common.user_code.functions import package_root
 from common.user_code.import_path import IMPORT_FROM, prepare_process, users_directories
 

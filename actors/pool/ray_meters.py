@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.util import metrics
 
-from common.meters import Meter
+from common.metrics.table import Meter
 
 # Ray drops a gauge that was not set for two of its reports (RAY_metrics_report_interval_ms, at least 1 s each).
 _REFRESH_S = 1.0
@@ -43,7 +43,7 @@ class RayMeters:
 
 
 def _export(meter: Meter) -> Any:
-    help_, tags = f"{meter.help}, {meter.unit}", meter.tags
+    help_, tags = f"{meter.meaning}, {meter.unit}", meter.tags
     match meter.kind:
         case "counter":
             return metrics.Counter(meter.name, help_, tags)

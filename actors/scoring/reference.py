@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from common import meters
 from common.config.actors import ReferenceConfig
+from common.metrics import meters
 from common.model.batcher import Batcher
 from common.model.files import find_device, load_policy, resolve_model
 from common.model.masking import round_up

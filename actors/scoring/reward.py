@@ -13,7 +13,6 @@ from actors.scoring.http_source import HttpSource
 from actors.scoring.judge_source import JudgeSource
 from actors.scoring.model_source import RewardModelSource
 from actors.scoring.secrets import Secrets
-from common import meters
 from common.config.actors import SourcesConfig
 from common.config.sources import (
     FunctionSourceConfig,
@@ -22,6 +21,7 @@ from common.config.sources import (
     ModelSourceConfig,
     RewardSource,
 )
+from common.metrics import meters
 from common.model.files import load_tokenizer, resolve_model
 from common.plain_text import one_line
 from common.types import Raw, RewardInput, Rollout, Score, ScoringError, Void

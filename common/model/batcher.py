@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from common import meters
+from common.metrics import meters
 from common.model.batches import token_batches
 
 Item = TypeVar("Item")

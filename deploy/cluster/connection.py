@@ -18,9 +18,9 @@ from ray._private import ray_constants, utils, worker
 from ray._private.state import available_resources_per_node
 
 from actors.pool.ray_meters import RayMeters
-from common import meters
 from common.config.base import RayConfig
 from common.errors import RoleError, UserError
+from common.metrics import meters
 from deploy.capacity import Node
 from deploy.cluster import own_cluster
 from deploy.cluster.addresses import ask, named_address, reachable

@@ -1,4 +1,4 @@
-"""The run's figures for Prometheus: an endpoint on this machine, and the file by which a Prometheus finds it."""
+"""The Prometheus endpoint of a run, and the files by which a Prometheus finds it. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prometheus_client.registry import Collector
 
 from common.config.base import MonitoringConfig
 from common.errors import UserError
-from common.figures import FIGURES
 from common.files import write_json
+from common.metrics.table import ENDPOINT, STEP
 from learner.loop.evaluation import Evaluation
 
 DISCOVERY = "prometheus.json"
@@ -26,72 +26,59 @@ _BY_SOURCE = re.compile("reward/[^/]+/[^/]+")
 
 
 class RunFigures(Collector):
-    """The newest step record and evaluation; what was not measured yet is left out."""
+    """The newest step record and the newest evaluation. A value that was not measured yet is left out."""
 
     def __init__(self) -> None:
         self._record: Mapping[str, Any] = {}
-        self._evaluation: Evaluation | None = None
-        self._shared: Path | None = None  # where all runs are listed
+        self._evaluated: Mapping[str, float] = {}
+        self._shared: Path | None = None  # the directory that lists all runs
         self.address = ""  # HOST:PORT
 
     def step(self, record: Mapping[str, Any]) -> None:
-        self._record = dict(record)
+        self._record = {**record, "policy_version": record["step"] + 1}
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        self._evaluation = evaluation
+        passed = {} if evaluation.pass_at_1 is None else {"evaluation/pass_at_1": evaluation.pass_at_1}
+        self._evaluated = {"policy_version": evaluation.policy_version, "evaluation/score": evaluation.score, **passed}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        record, evaluation = self._record, self._evaluation  # the loop may replace them meanwhile
-        by_source = [(key.split("/")[1:], value) for key, value in record.items() if _BY_SOURCE.fullmatch(key)]
-        for figure in FIGURES:
-            help_ = f"{figure.key} of RUN/metrics.jsonl: {figure.unit}, {figure.reduced_by}"
-            if figure.key == "reward/NAME/score":
-                scores = GaugeMetricFamily(figure.metric, help_, labels=["source"])
-                for (source, key), value in by_source:
+        step, evaluated = self._record, self._evaluated  # the loop may replace them meanwhile
+        values = {**step, **evaluated}
+        versions = [found["policy_version"] for found in (step, evaluated) if found]
+        if versions:
+            values["policy_version"] = max(versions)
+        by_source = [(*key.split("/")[1:], value) for key, value in values.items() if _BY_SOURCE.fullmatch(key)]
+        for metric in (*STEP, *ENDPOINT):
+            name, help_ = metric.prometheus, f"{metric.key}: {metric.unit}, {metric.reduced_by}"
+            if metric.key == "reward/NAME/score":
+                scores = GaugeMetricFamily(name, help_, labels=["source"])
+                for source, key, value in by_source:
                     if key == "score":
                         scores.add_metric([source], value)
                 yield scores
-            elif figure.key == "reward/NAME/KEY":
-                others = GaugeMetricFamily(figure.metric, help_, labels=["source", "figure"])
-                for (source, key), value in by_source:
+            elif metric.key == "reward/NAME/KEY":
+                others = GaugeMetricFamily(name, help_, labels=["source", "figure"])
+                for source, key, value in by_source:
                     if key != "score":
                         others.add_metric([source, key], value)
                 yield others
-            elif figure.key in record:
-                yield GaugeMetricFamily(figure.metric, help_, value=record[figure.key])
-        versions = [record["step"] + 1] if record else []
-        if evaluation is not None:
-            versions.append(evaluation.policy_version)
-            yield GaugeMetricFamily(
-                "ratchet_evaluation_score",
-                "score of the newest held-out evaluation: reward units, mean over answers",
-                value=evaluation.score,
-            )
-            if evaluation.pass_at_1 is not None:
-                yield GaugeMetricFamily(
-                    "ratchet_evaluation_pass_at_1",
-                    "pass@1 of the newest held-out evaluation: share of prompts",
-                    value=evaluation.pass_at_1,
-                )
-        if versions:
-            yield GaugeMetricFamily(
-                "ratchet_policy_version", "version that the generators hold: publications", value=max(versions)
-            )
+            elif metric.key in values:
+                yield GaugeMetricFamily(name, help_, value=values[metric.key])
 
     @contextmanager
     def discoverable(self, directory: Path, rays: Path | None = None) -> Iterator[None]:
-        """While it lasts, RUN/prometheus.json names the endpoint, as Prometheus' file_sd_configs read it, and
-        RUN/prometheus-ray.json is a link to `rays`, Ray's own file of this kind. The directory that the config names
-        has both too."""
+        """For the time of the block, RUN/prometheus.json names the endpoint for Prometheus' file_sd_configs, and
+        RUN/prometheus-ray.json links to `rays`, the file of the same kind that Ray writes. The directory of
+        `monitoring.discovery` gets both too."""
         run = directory.resolve().name
         places = [(directory / DISCOVERY, directory / RAYS_DISCOVERY)]
         if self._shared is not None:
-            unique = f"{run}-{self.address.rpartition(':')[2]}"  # no two runs of a machine have one port
+            unique = f"{run}-{self.address.rpartition(':')[2]}"  # two runs on one machine never share a port
             places.append((self._shared / f"{unique}.json", self._shared / f"{unique}-ray.json"))
         try:
             for own, link in places:
                 write_json(own, [{"targets": [self.address], "labels": {"run": run}}])
-                link.unlink(missing_ok=True)  # of a run that was killed
+                link.unlink(missing_ok=True)  # left by a run that was killed
                 if rays is not None:
                     link.symlink_to(rays)
             yield
@@ -102,8 +89,8 @@ class RunFigures(Collector):
     @classmethod
     @contextmanager
     def served(cls, cfg: MonitoringConfig) -> Iterator[RunFigures]:
-        """Serves http://127.0.0.1:PORT/metrics until the end. Raises UserError if the port is taken, or the directory
-        for discovery files cannot be written."""
+        """Serve http://127.0.0.1:PORT/metrics during the block. Raises UserError if the port is taken or the directory
+        of `monitoring.discovery` cannot be written."""
         figures, registry = cls(), CollectorRegistry()
         if cfg.discovery is not None:
             figures._shared = _writable(Path(cfg.discovery).expanduser())

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: one line a step, an example now and then, a table of before and after."""
+"""What `ratchet train` shows: a row and an example for each step, a table of before and after. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,27 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from actors.pool.membership import PoolEvent
 from actors.pool.pool import Pool
 from common.config.ppo import Config
+from common.metrics.table import STEP
 from common.types import Experience, Prompt, Void
-from deploy.screen.console import Output, printable
+from deploy.screen.console import printable
+from deploy.screen.screen import Column, Screen, columns_of, duration, short
 from learner.loop.evaluation import Evaluation
 
-
-def _step(record: Mapping[str, float]) -> str:
-    return f"{record['step']:.0f}/{record['num_steps']:.0f}"
-
-
-# Heading, width, what a step's record shows there. Together 80 columns.
-_COLUMNS: list[tuple[str, int, Callable[[Mapping[str, float]], str]]] = [
-    ("step", 9, _step),
-    ("score", 7, lambda r: short(r["rollout/score/mean"])),
-    ("std", 6, lambda r: short(r["rollout/score/std"])),
-    ("KL", 6, lambda r: short(r["kl/per_response"])),
-    ("mismatch", 8, lambda r: f"{r['mismatch/kl']:.1e}"),
-    ("entropy", 7, lambda r: short(r["ppo/entropy"])),
-    ("tokens", 6, lambda r: short(r["rollout/response_tokens/mean"])),
-    ("clip", 4, lambda r: f"{r['ppo/clip_frac']:.0%}"),
-    ("critic", 6, lambda r: short(r["value/explained_variance"])),
-    ("tok/s", 5, lambda r: short(r["tokens_per_s"], 5)),
-    ("left", 5, lambda r: duration(r["seconds_left"])),
-]
+# What the row of a step shows, 80 columns in all: width and text by the heading in common/metrics/table.py. "step",
+# "tok/s" and "left" need more than one value and are made in `Progress.step`.
+_CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
+    "score": (7, short),
+    "std": (6, short),
+    "KL": (6, short),
+    "mismatch": (8, "{:.1e}".format),
+    "entropy": (7, short),
+    "tokens": (6, short),
+    "clip": (4, "{:.0%}".format),
+    "critic": (6, short),
+}
+_PHASES = {metric.screen: metric.key for metric in STEP if metric.screen and metric.key.startswith("time/")}
 _LEGEND = (  # each at most 80 columns
     "score, std: mean and standard deviation of the scores",
     "KL: from the reference, nats per response; mismatch: learner from generator,",
@@ -50,76 +46,25 @@ _LEGEND = (  # each at most 80 columns
     "    explains; tok/s: response tokens per second; left: time until the end",
     "below: seconds of the step by phase; one of its prompts and responses",
 )
-# What the line below says of a step's seconds: word, metric.
-_PHASES = [
-    ("generate", "time/generate_s"),
-    ("reward", "time/score_s"),
-    ("learn", "time/learn_s"),
-    ("publish", "time/publish_s"),
-    ("save", "time/checkpoint_s"),
-]
-
-
-def short(value: float, width: int = 6) -> str:
-    """A number with as many decimals, two at most, as `width` characters have room for."""
-    for form in (".2f", ".1f", ".0f"):
-        if len(text := f"{value:{form}}") <= width:
-            return text
-    return f"{value:.0e}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in at most five characters: 42s, 17m, 3h05, 12d."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f}s"
-    if minutes < 100:
-        return f"{minutes}m"
-    if minutes < 48 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}"
-    return f"{seconds / 86400:.0f}d"
-
-
 _PLURALS = {"Generator": "Generators", "Reward": "Rewards", "ReferencePolicy": "ReferencePolicies"}
 
 
-class Screen:
-    """What every run shows in the same way."""
-
-    def __init__(self, directory: Path) -> None:
-        self._console = Output()
-        self._directory = directory
-        self._started = time.perf_counter()
-        self._header_shown = False
-
-    def pool(self, event: PoolEvent) -> None:
-        """Who joins and leaves."""
-        calls = f"; {event.calls} call(s) go on elsewhere" if event.calls else ""
-        texts = {
-            "joined": f"joined {event.seconds:.0f} s after it was placed",
-            "leaving": f"is leaving: {event.reason}",
-            "left": f"has left{calls}",
-            "died": f"died{calls}: {event.reason}",
-        }
-        text = f"      {event.replica} {texts[event.event]}"
-        self._print(escape(text), style="yellow" if event.event == "died" else "dim")
-
-    def _print(self, text: str, **style: Any) -> None:
-        self._console.print(text, soft_wrap=True, **style)  # a terminal may wrap; a log file should not
-
-
 class Progress(Screen):
-    """Prints to the terminal; nothing else depends on it."""
+    """A run of `ratchet train`."""
 
     def __init__(self, cfg: Config, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(directory)
+        columns = [
+            Column("step", 9, "step", lambda step: f"{step + 1:.0f}/{cfg.num_steps}"),
+            *columns_of(STEP, _CELLS),
+            Column("tok/s", 5, "tokens_per_s", partial(short, width=5)),
+            Column("left", 5, "seconds_left", duration),
+        ]
+        super().__init__(directory, columns, _LEGEND)
         self._cfg = cfg
         self._tokenizer = tokenizer
         self._seconds: deque[float] = deque(maxlen=20)  # of the newest steps
         self._shown_at = time.perf_counter()
-        self._equal_steps = 0  # since when all scores of a step are equal
+        self._equal_steps = 0  # steps in a row whose scores are all equal
 
     def begin(self, *, num_prompts: int, num_heldout: int) -> None:
         cfg = self._cfg
@@ -130,7 +75,7 @@ class Progress(Screen):
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
     def ready(self, pools: Sequence[Pool], *, dashboard: str | None, figures: str) -> None:
-        """`dashboard` is Ray's, `figures` the run's own endpoint, both HOST:PORT."""
+        """`dashboard` is the address of Ray's dashboard, `figures` that of the run's endpoint, both HOST:PORT."""
         roles = sorted(f"{len(pool)} {pool.role if len(pool) == 1 else _PLURALS[pool.role]}" for pool in pools)
         ranks = self._cfg.learner.ranks
         learner = "Learner" if ranks == 1 else f"Learner of {ranks} ranks"
@@ -142,13 +87,13 @@ class Progress(Screen):
         self._print(f"figures of this run: http://{figures}/metrics", style="dim")
 
     async def while_silent(self, doing: Callable[[], str], *, after_s: float = 60) -> None:
-        """Says what the run is doing whenever nothing has been shown of it for so long. Runs until cancelled."""
+        """Show what the run is doing after each `after_s` without output. Runs until cancelled."""
         while True:
-            probe_timeout_s = time.perf_counter() - self._shown_at
-            if probe_timeout_s >= after_s:
+            silent_s = time.perf_counter() - self._shown_at
+            if silent_s >= after_s:
                 self._shown_at = time.perf_counter()
                 self._print(f"      {time.strftime('%H:%M:%S')} {doing()}", style="dim")
-            await asyncio.sleep(min(after_s, max(0.01, after_s - probe_timeout_s)))
+            await asyncio.sleep(min(after_s, max(0.01, after_s - silent_s)))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._shown_at = time.perf_counter()
@@ -169,17 +114,13 @@ class Progress(Screen):
 
     def step(self, record: dict[str, Any], example: Experience, voids: Sequence[Void]) -> None:
         self._shown_at = time.perf_counter()
-        if not self._header_shown:
-            self._header()
-        cfg, number = self._cfg, record["step"] + 1
-        phases = [(word, record[key]) for word, key in _PHASES if key in record]
+        phases = [(word, record[key]) for word, key in _PHASES.items() if key in record]
         seconds = sum(took for _, took in phases)
         self._seconds.append(seconds)
-        left = (cfg.num_steps - number) * statistics.median(self._seconds)
-        tokens = record["rollout/response_tokens/mean"] * cfg.rollouts_per_step
+        left = (self._cfg.num_steps - record["step"] - 1) * statistics.median(self._seconds)
+        tokens = record["rollout/response_tokens/mean"] * self._cfg.rollouts_per_step
         rate = tokens / seconds if seconds else math.nan
-        shown = {**record, "step": number, "num_steps": cfg.num_steps, "tokens_per_s": rate, "seconds_left": left}
-        self._print(" ".join(f"{cell(shown):>{width}}" for _, width, cell in _COLUMNS))
+        self._row({**record, "tokens_per_s": rate, "seconds_left": left})
         spent = ", ".join(f"{word} {took:.1f}" for word, took in phases if took >= 0.05)
         self._print(f"      {seconds:.1f} s: {spent}", style="dim")
         self._warn_of_equal_scores(record)
@@ -190,7 +131,7 @@ class Progress(Screen):
         self._print(escape(one_line(question(example.rollout.prompt), answer, score, self._console.width)), style="dim")
 
     def _warn_of_equal_scores(self, record: Mapping[str, float]) -> None:
-        """Says when a step's scores teach nothing; a long row of such steps is told now and then."""
+        """Warn when the scores of a step teach nothing; in a long row of such steps, at every tenth."""
         if record["rollout/score/zero_std"] != 1:
             self._equal_steps = 0
             return
@@ -200,45 +141,36 @@ class Progress(Screen):
         responses = "all responses" if record["rollout/score/std"] == 0 else "all responses to one prompt"
         since = f" ({self._equal_steps} steps in a row)" if self._equal_steps > 1 else ""
         self._print(
-            f"      {responses} score the same{since}: these scores teach nothing. If it stays so, the task is too "
+            f"      {responses} score the same{since}: these scores teach nothing. If this lasts, the task is too "
             "hard or too easy, or the reward is broken",
             style="yellow",
         )
 
-    def _header(self) -> None:
-        self._header_shown = True
-        for line in _LEGEND:
-            self._print(line, style="dim")
-        self._print(" ".join(f"{heading:>{width}}" for heading, width, _ in _COLUMNS), style="bold")
-
     def end(self, evaluations: Sequence[Evaluation], *, wins: float | None = None, seconds: float) -> None:
-        """`wins`: share of held-out prompts whose answer scores higher after training than before."""
+        """`wins` is the share of held-out prompts whose answer scores higher after training than before."""
         if evaluations:
             table = evaluation_table({"before": evaluations[0], "after": evaluations[-1]})
             if wins is not None:
                 table.add_row("higher score than before", "", f"{wins:.1%}")
             self._console.print(table)
-        self._print(
-            f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (summary.json, "
-            "metrics.jsonl, journal/, policy/: a Hugging Face directory)"
-        )
+        self._end(seconds, "summary.json, metrics.jsonl, journal/, policy/: a Hugging Face directory")
 
 
 def token_place() -> str:
-    """Where the token is that Ray's dashboard asks for, by Ray's own order."""
+    """Where the user finds the token of Ray's dashboard. Ray looks in the same order."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "the variable RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
 def question(prompt: Prompt) -> str:
-    """What the user asked last, without the chat template around it."""
+    """The last message of the user, without the chat template."""
     asked = [message["content"] for message in prompt.messages or () if message.get("role") == "user"]
     return str(asked[-1]) if asked else prompt.text
 
 
 def one_line(asked: str, answer: str, score: str, width: int) -> str:
-    """Question, answer and score in one line of `width` columns: of the question its end, of the answer its begin."""
+    """Question, answer and score in `width` columns: the end of a long question, the start of a long answer."""
     asked, answer = " ".join(printable(asked).split()), repr(answer)
     room = max(20, width - len(f"       -> {score}"))
     if len(asked) + len(answer) > room:

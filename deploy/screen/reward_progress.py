@@ -1,9 +1,9 @@
-"""What a person watching reward training sees: one line a step, an evaluation per epoch, a plot of calibration."""
+"""What `ratchet train-reward` shows: a row for each step, each epoch's evaluation, calibration. Runs in the driver."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,30 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.config.reward_model import RewardTrainingConfig
+from common.metrics.table import REWARD_STEP
 from common.model.reward_head import ScoreScale
-from deploy.screen.progress import Screen
+from deploy.screen.screen import Screen, columns_of
 from learner.reward_model.calibration import PreferenceEvaluation
 from learner.reward_model.pairs import PairCounts
 
-# heading, metric, format
-_COLUMNS = [
-    ("step", "step", "{:d}"),
-    ("epoch", "epoch", "{:.2f}"),
-    ("loss", "preference/loss", "{:.3f}"),
-    ("accuracy", "preference/accuracy", "{:.1%}"),
-    ("margin", "preference/margin", "{:.2f}"),
-    ("grad", "preference/grad_norm", "{:.1f}"),
-    ("tokens", "learner/tokens", "{:.0f}"),
-    ("seconds", "time/learn_s", "{:.1f}"),
-]
+# Width and text of each column, by the heading in common/metrics/table.py.
+_CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
+    "step": (7, lambda step: f"{step + 1}"),
+    "epoch": (7, "{:.2f}".format),
+    "loss": (7, "{:.3f}".format),
+    "accuracy": (8, "{:.1%}".format),
+    "margin": (7, "{:.2f}".format),
+    "grad": (7, "{:.1f}".format),
+    "tokens": (7, "{:.0f}".format),
+    "seconds": (7, "{:.1f}".format),
+}
 
 
 class RewardProgress(Screen):
-    """Prints to the terminal; nothing else depends on it."""
+    """A run of `ratchet train-reward`."""
 
     def __init__(self, cfg: RewardTrainingConfig, directory: Path) -> None:
-        super().__init__(directory)
+        super().__init__(directory, columns_of(REWARD_STEP, _CELLS))
         self._cfg = cfg
 
     def begin(self, counts: dict[str, Any], train: int, heldout: int) -> None:
@@ -52,11 +53,7 @@ class RewardProgress(Screen):
         self._print(f"run directory {escape(str(self._directory))}; ready after {waited:.0f} s", style="dim")
 
     def step(self, record: dict[str, Any]) -> None:
-        if not self._header_shown:
-            self._header_shown = True
-            self._print(" ".join(f"{heading:>7}" for heading, _, _ in _COLUMNS), style="bold")
-        shown = {**record, "step": record["step"] + 1}
-        self._print(" ".join(f"{form.format(shown[key]):>{max(7, len(heading))}}" for heading, key, form in _COLUMNS))
+        self._row(record)
 
     def evaluation(self, evaluation: PreferenceEvaluation) -> None:
         low, high = evaluation.interval
@@ -68,7 +65,9 @@ class RewardProgress(Screen):
 
     def end(self, evaluations: Sequence[PreferenceEvaluation], scale: ScoreScale | None, *, seconds: float) -> None:
         if evaluations:
-            table = Table(title="calibration: of held-out pairs predicted with ..., the human agreed with ...")
+            table = Table(
+                title="calibration: predicted probability of the human's choice, and the share that came true"
+            )
             for heading in ("predicted", "pairs", "mean", "right", "95 % interval"):
                 table.add_column(heading, justify="right")
             for part in evaluations[-1].bins:
@@ -85,16 +84,14 @@ class RewardProgress(Screen):
         if scale is not None:
             self._print(
                 f"scores of the reference policy's own responses: mean {scale.mean:.3f}, deviation "
-                f"{scale.deviation:.3f} (stored with the model: a served score is in these deviations about that mean)"
+                f"{scale.deviation:.3f} (stored with the model: it serves (score - mean) / deviation)"
             )
-        self._print(
-            f"{seconds:.0f} s in all. Run directory: [bold]{escape(str(self._directory))}[/] (model/: the reward model "
-            "as a Hugging Face directory; summary.json, metrics.jsonl, calibration.png)"
-        )
+        files = "model/: the reward model as a Hugging Face directory; summary.json, metrics.jsonl, calibration.png"
+        self._end(seconds, files)
 
 
 def plot_calibration(evaluation: PreferenceEvaluation, target: Path) -> None:
-    """Predicted probability against the share that came true, with 95 % intervals and the number of pairs."""
+    """Draw predicted probability against the share that came true, with 95 % intervals and numbers of pairs."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.files import write_json, write_whole
+from common.files import append_record, read_records, write_json, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left_behind(tmp_path):
@@ -24,3 +24,12 @@ def test_a_file_that_cannot_be_written_to_its_end_stays_what_it_was(tmp_path):
         write_whole(path, "new \ud800")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_records_come_back_in_order_and_a_missing_file_has_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_records(path) == []
+    records = [{"step": 0, "text": "zwei\nZeilen"}, {"step": 1, "value": 0.1}]
+    for record in records:
+        append_record(path, record)
+    assert read_records(path) == records

@@ -12,8 +12,7 @@ import ray
 from ray.util.state import list_actors
 
 from actors.pool.membership import STATES
-from common.figures import FIGURES
-from common.meters import METERS
+from common.metrics.table import ENDPOINT, METERS, STEP
 from deploy.screen.progress import Progress
 from deploy.train import run_training
 from tests.fakes import save_tiny_model, tiny_config
@@ -58,8 +57,7 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(tmp_path, monke
             ray={"dashboard": True},
         )
         exported = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in METERS}
-        figures = {figure.metric for figure in FIGURES} | {"ratchet_policy_version"}
-        figures |= {"ratchet_evaluation_score", "ratchet_evaluation_pass_at_1"}
+        figures = {metric.prometheus for metric in (*STEP, *ENDPOINT)}
         figures.remove("ratchet_reward_figure")  # this source gives a score and nothing else
         found: list[Any] = []
         labels_shown: set[tuple[str, str]] = set()

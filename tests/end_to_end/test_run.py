@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from common.config.ppo import Config
 from common.errors import UserError
-from common.figures import FIGURES
 from common.files import read_records
+from common.metrics.table import STEP
 from common.model.files import load_policy
 from common.model.packing import Sequences, response_logprobs
 from deploy.train import run_training
@@ -101,7 +101,7 @@ def test_the_figures_are_those_of_a_step_record(finished):
     logged = {
         key.replace("reward/a_words/score", "reward/NAME/score") for key in read_records(finished / "metrics.jsonl")[0]
     }
-    assert logged == {figure.key for figure in FIGURES} - {
+    assert logged == {metric.key for metric in STEP} - {
         "time/checkpoint_s",  # which is known only afterwards
         "reward/NAME/KEY",  # this source gives a number alone
     }

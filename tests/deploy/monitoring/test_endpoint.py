@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common.config.base import MonitoringConfig
 from common.errors import UserError
-from common.figures import FIGURES
+from common.metrics.table import STEP
 from deploy.monitoring.endpoint import RunFigures
 from learner.loop.evaluation import Evaluation
 from tests.prometheus import documented, find_prometheus, scraping, wait_for
@@ -66,12 +66,12 @@ def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
 
 
 def test_every_figure_of_a_record_comes_out_under_its_own_name(tmp_path):
-    record = {f.key.replace("NAME", "exact").replace("KEY", "ok"): index for index, f in enumerate(FIGURES)}
+    record = {f.key.replace("NAME", "exact").replace("KEY", "ok"): index for index, f in enumerate(STEP)}
     with RunFigures.served(MonitoringConfig()) as figures, figures.discoverable(tmp_path):
         figures.step(record)
         found = scrape(tmp_path)
     assert found.pop(("ratchet_policy_version",)) == 1
-    assert sorted(found.values()) == list(range(len(FIGURES)))
+    assert sorted(found.values()) == list(range(len(STEP)))
     assert found[("ratchet_wait_learner_s",)] == record["wait/learner_s"]
     assert found[("ratchet_reward_score", "exact")] == record["reward/exact/score"]
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from common.types import Score, Void
-from deploy.screen.progress import Progress, duration, one_line, question, short
+from deploy.screen.progress import Progress, one_line, question
+from deploy.screen.screen import duration, short
 from learner.loop.evaluation import Evaluation
 from tests.fakes import make_experience, make_prompt, tiny_config
 

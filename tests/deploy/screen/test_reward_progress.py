@@ -112,5 +112,5 @@ def test_a_run_begins_with_what_was_found_and_has_a_line_a_step_under_one_headin
     assert lines[5].split() == ["step", "epoch", "loss", "accuracy", "margin", "grad", "tokens", "seconds"]
     assert lines[6].split() == ["1", "0.50", "0.693", "50.0%", "0.25", "1.8", "99", "0.1"]
     assert lines[7].split()[:2] == ["2", "1.00"]
-    assert lines[8].strip() == "Reward(0) died; 3 call(s) go on elsewhere: lines [of] it"
+    assert lines[8].strip() == "Reward(0) died; 3 call(s) are sent elsewhere: lines [of] it"
     assert lines[9].strip() == "Reward(1) is leaving: its node is leaving"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from common.metrics import Metrics
+from common.metrics.step import StepMetrics
 from common.model.batches import packed_batches
 from learner.ranks.distributed import Ranks, clip_gradients, whole
 from learner.reward_model.pairs import Pair
@@ -78,11 +78,11 @@ def test_micro_batches_hold_indices_and_not_places_in_a_share():
 
 
 def test_a_rank_alone_sums_and_merges_nothing_and_holds_every_weight_whole():
-    tensor, metrics = torch.tensor([1.0, 2.0]), Metrics()
-    metrics.mean("a", 3.0, 2)
+    tensor, metrics = torch.tensor([1.0, 2.0]), StepMetrics()
+    metrics.add("ppo/ratio", 3.0, 2)
     assert torch.equal(Ranks().sum(tensor), torch.tensor([1.0, 2.0]))
     Ranks().merge(metrics)
-    assert metrics.result() == {"a": 1.5}
+    assert metrics.result() == {"ppo/ratio": 1.5}
     weight = nn.Parameter(torch.ones(3))
     assert torch.equal(whole(weight), torch.ones(3))
     assert not whole(weight).requires_grad
@@ -133,11 +133,11 @@ def local_weights(trainer: RewardTrainer) -> torch.Tensor:
 
 def facts_of_two_ranks(ranks: Ranks, trainer: RewardTrainer) -> dict[str, Any]:
     """What one rank sees of exchanges whose results are known, and of weights that are shared out."""
-    metrics = Metrics()
-    metrics.mean("both", ranks.rank + 1, 2 + ranks.rank)  # (1 + 2) / (2 + 3)
+    metrics = StepMetrics()
+    metrics.add("ppo/ratio", ranks.rank + 1, 2 + ranks.rank)  # (1 + 2) / (2 + 3)
     if ranks.rank == 1:
-        metrics.mean("one", 3.0, 4)
-    metrics.last("same", 7.0)
+        metrics.add("ppo/entropy", 3.0, 4)
+    metrics.add("kl/coef", 7.0)
     ranks.merge(metrics)
     total = ranks.sum(torch.tensor([1.0, 10.0]) * (ranks.rank + 1))
     parameters = list(trainer.model.parameters())
@@ -264,7 +264,7 @@ def test_the_ranks_share_out_weights_and_optimizer_state_and_keep_them_float32(t
 def test_sums_means_and_the_gradient_norm_are_those_of_both_ranks(two_ranks):
     for result in two_ranks:
         assert torch.equal(result["sum"], torch.tensor([3.0, 30.0]))
-        assert result["merged"] == {"both": 3 / 5, "one": 3 / 4, "same": 7.0}
+        assert result["merged"] == {"ppo/ratio": 3 / 5, "ppo/entropy": 3 / 4, "kl/coef": 7.0}
         assert result["norm"] == pytest.approx(math.sqrt(result["all"]), rel=1e-6)  # of ones
         assert result["largest"] == pytest.approx(0.5 / math.sqrt(result["all"]), rel=1e-5)
 

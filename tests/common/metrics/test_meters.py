@@ -1,21 +1,17 @@
-"""Meters: what is recorded, under which tags, and what is refused; the docs list the same meters and figures."""
+"""Process metrics: how values are recorded, under which tags, and what is refused."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from common import meters
-from common.figures import FIGURES
-from common.meters import METERS
+from common.metrics import meters
+from common.metrics.table import METERS
 from tests.fakes import OWN_TAGS, metered
 
-DOCS = Path("docs/metrics.md").read_text(encoding="utf-8")
 
-
-def test_a_counter_adds_up_a_gauge_keeps_the_newest_and_a_histogram_keeps_all():
+def test_counters_add_up_gauges_keep_the_newest_histograms_keep_all():
     memory = metered()
     for value in (3, 0, 4):
         meters.count("ratchet_generator_tokens_total", value)
@@ -37,7 +33,7 @@ def test_values_under_different_tags_are_kept_apart():
     assert memory.read("ratchet_reward_voids_total", role="Role", replica="Role(1)", source="b") == [5]
 
 
-def test_a_pools_meters_carry_the_role_they_are_about_and_not_that_of_the_process():
+def test_a_pools_meters_carry_the_pools_role_not_the_processs():
     memory = metered()
     meters.gauge("ratchet_pool_replicas", 3, role="Generator", state="ready")
     assert memory.read("ratchet_pool_replicas", role="Generator", state="ready") == [3]
@@ -46,14 +42,14 @@ def test_a_pools_meters_carry_the_role_they_are_about_and_not_that_of_the_proces
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (lambda: meters.count("ratchet_made_up_total"), "ratchet_made_up_total is no declared counter; declare it"),
-        (lambda: meters.gauge("ratchet_generator_tokens_total", 1), "is no declared gauge"),
+        (lambda: meters.count("ratchet_made_up_total"), "ratchet_made_up_total is not a declared counter; declare it"),
+        (lambda: meters.gauge("ratchet_generator_tokens_total", 1), "is not a declared gauge"),
         (lambda: meters.count("ratchet_generator_tokens_total", -1), "cannot go down by 1"),
         (lambda: meters.count("ratchet_reward_voids_total"), "takes the tags"),
         (lambda: meters.count("ratchet_generator_tokens_total", colour="red"), "takes the tags"),
     ],
 )
-def test_what_is_not_declared_is_refused(record, message):
+def test_undeclared_names_kinds_and_tags_are_refused(record, message):
     memory = metered()
     with pytest.raises(ValueError, match=message):
         record()
@@ -68,21 +64,3 @@ def test_a_name_follows_prometheus_conventions(meter):
     assert bool(meter.buckets) == (meter.kind == "histogram")
     assert list(meter.buckets) == sorted(set(meter.buckets))
     assert all(bucket > 0 for bucket in meter.buckets)  # Ray takes no others
-
-
-def test_every_meter_has_its_row_in_the_docs():
-    rows = re.findall(r"^\| `ray_(ratchet_\w+)` \| (\w+) \| (\w+) \| ([^|]+) \|", DOCS, flags=re.MULTILINE)
-    documented = [(name, kind, unit, tuple(tags.split(", "))) for name, kind, unit, tags in rows]
-    assert documented == [(meter.name, meter.kind, meter.unit, meter.tags) for meter in METERS.values()]
-
-
-def test_every_figure_has_its_row_in_the_docs():
-    steps = DOCS.partition("## ")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \|", steps, flags=re.MULTILINE)
-    assert [tuple(row) for row in rows] == [tuple(figure) for figure in FIGURES]
-
-
-def test_no_two_figures_have_one_name_in_prometheus():
-    names = [figure.metric for figure in FIGURES]
-    assert len(set(names)) == len(names)
-    assert FIGURES[2].metric == "ratchet_rollout_score_mean"

@@ -1,0 +1,480 @@
+"""Every metric once: its name, its unit, how it is reduced, what it means and where it is shown. Runs anywhere.
+
+A step metric is a key of RUN/metrics.jsonl. Its row says under which heading the screen shows it; the run's Prometheus
+endpoint exports it as `prometheus`. A process metric is counted inside an actor, and Ray exports it as `ray_<name>`.
+The tables of docs/metrics.md are made from these rows (`python -m tests.metrics_tables`), and a test compares them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Reducer = Literal["mean", "max", "min", "sum", "std", "var", "last"]
+_WORDS = {"std": "standard deviation", "var": "variance"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value of a step record. In a key, NAME stands for a reward source and KEY for a figure that it returns."""
+
+    key: str
+    unit: str
+    reducer: Reducer  # how partial values of a step become one
+    over: str  # what the values belong to, such as tokens; "" for a value that a step has once
+    meaning: str  # ... and what a bad value means
+    screen: str = ""  # heading of its column, or its word in the line of seconds
+
+    @property
+    def reduced_by(self) -> str:
+        return f"{_WORDS.get(self.reducer, self.reducer)} over {self.over}" if self.over else self.reducer
+
+    @property
+    def prometheus(self) -> str:
+        """Its name at the run's endpoint."""
+        if self.key == "reward/NAME/KEY":
+            return "ratchet_reward_figure"
+        return "ratchet_" + self.key.replace("/NAME", "").replace("/", "_")
+
+
+# Sources have a path of their own, `reward/NAME/`: no name that a user chooses collides with another key.
+STEP = (
+    Metric("step", "count", "last", "", "number of the step, from 0", "step"),
+    Metric(
+        "time",
+        "seconds since 1970",
+        "last",
+        "",
+        "when the record was written; for a step that a resumed run replayed, when its batch was cut",
+    ),
+    Metric(
+        "rollout/score/mean",
+        "reward units",
+        "mean",
+        "rollouts",
+        "what is optimised; flat for long: no signal, or steps that are too small",
+        "score",
+    ),
+    Metric(
+        "rollout/score/std",
+        "reward units",
+        "std",
+        "rollouts",
+        "0: every response scores the same, so there is nothing to learn from",
+        "std",
+    ),
+    Metric(
+        "rollout/score/zero_std",
+        "share",
+        "mean",
+        "prompts",
+        "prompts whose responses all score the same; with one response per prompt the whole batch counts as one prompt."
+        " 1: these scores teach nothing. Near 1 for long: the task is too hard or too easy, or the reward is broken",
+    ),
+    Metric(
+        "reward/NAME/score", "raw units of the source", "mean", "rollouts", "one per reward source, before its weight"
+    ),
+    Metric(
+        "reward/NAME/KEY",
+        "as the source gives it",
+        "mean",
+        "rollouts that have it",
+        "what a reward function returns in addition to `score` ([rewards.md](rewards.md))",
+    ),
+    Metric(
+        "rollout/response_tokens/mean",
+        "tokens",
+        "mean",
+        "rollouts",
+        "a steady rise often means that the reward likes length",
+        "tokens",
+    ),
+    Metric(
+        "rollout/finished",
+        "share",
+        "mean",
+        "rollouts",
+        "responses that ended with their end token; low: `max_new_tokens` cuts them off",
+    ),
+    Metric(
+        "rollout/voids",
+        "rollouts",
+        "sum",
+        "",
+        "voided since the previous step; should be 0. The journal has each reason. Prompts of rollouts that were too "
+        "old are asked again",
+    ),
+    Metric("staleness/min", "versions", "min", "rollouts", "age of a rollout's oldest token when it is learned from"),
+    Metric("staleness/mean", "versions", "mean", "rollouts", "0 when training is synchronous"),
+    Metric("staleness/max", "versions", "max", "rollouts", "never above `max_staleness`"),
+    Metric(
+        "staleness/generating_s", "seconds", "mean", "rollouts", "from admission until written, scored and measured"
+    ),
+    Metric(
+        "staleness/buffered_s",
+        "seconds",
+        "mean",
+        "rollouts",
+        "from then until a step took it; a rollout only gets older in this time",
+    ),
+    Metric(
+        "wait/learner_s",
+        "seconds",
+        "last",
+        "",
+        "the learner waited for rollouts; with staleness allowed: generation is the bottleneck",
+    ),
+    Metric(
+        "wait/generators_s",
+        "seconds",
+        "sum",
+        "the time since the previous step",
+        "no training rollout was being written or scored, because no slot was free or the buffer was full "
+        "(`buffer_mib`); held-out evaluations count too. High: learning is the bottleneck, or `max_staleness` is 0",
+    ),
+    Metric("kl/per_token", "nats", "mean", "tokens", "distance from the reference by the configured estimator"),
+    Metric(
+        "kl/per_response",
+        "nats",
+        "mean",
+        "rollouts",
+        "the same, summed over a response; tens of nats: the policy has left the reference",
+        "KL",
+    ),
+    Metric("kl/coef", "reward per nat", "last", "", "changes only with the adaptive controller"),
+    Metric(
+        "mismatch/kl",
+        "nats",
+        "mean",
+        "tokens",
+        "k3 between learner and generator on the sampled tokens (at most 10 each); above 0.01 without staleness: the "
+        "two disagree about the model. The run stops when it stays above `ppo.max_mismatch_kl` for "
+        "`ppo.max_mismatch_steps` steps in a row",
+        "mismatch",
+    ),
+    Metric("mismatch/capped", "share", "mean", "tokens", "tokens whose importance weight reached `importance_cap`"),
+    Metric("ppo/policy_loss", "-", "mean", "tokens", "near 0 with whitened advantages; its trend means little"),
+    Metric(
+        "ppo/entropy",
+        "nats",
+        "mean",
+        "tokens",
+        "spread of the policy; a sudden fall to 0: it has collapsed to few responses",
+        "entropy",
+    ),
+    Metric(
+        "ppo/clip_frac",
+        "share",
+        "mean",
+        "tokens",
+        "tokens whose gradient the clip removed; above 0.3: the learning rate is too high for `clip_eps`",
+        "clip",
+    ),
+    Metric(
+        "ppo/approx_kl",
+        "nats",
+        "mean",
+        "tokens",
+        "k3 from the policy at the start of the step, while the step goes on; compare `target_kl`",
+    ),
+    Metric("ppo/ratio", "-", "mean", "tokens", "near 1"),
+    Metric("ppo/grad_norm", "-", "max", "optimizer steps", "before clipping to `max_grad_norm`"),
+    Metric("ppo/learning_rate", "-", "last", "", "after warm-up and schedule"),
+    Metric(
+        "ppo/optimizer_steps",
+        "count",
+        "last",
+        "",
+        "fewer than `ppo_epochs` x `minibatches`: `target_kl` ended the step early",
+    ),
+    Metric("value/loss", "reward units squared", "mean", "tokens", "half the squared error to the returns"),
+    Metric("value/clip_frac", "share", "mean", "tokens", "tokens that `value_clip` held back"),
+    Metric("value/mean", "reward units", "mean", "tokens", "what the critic expects; should approach the score"),
+    Metric("value/returns_var", "reward units squared", "var", "tokens", "the variance that a critic could remove"),
+    Metric(
+        "value/advantages_var",
+        "reward units squared",
+        "var",
+        "tokens",
+        "the variance that is left for the policy gradient, before whitening",
+    ),
+    Metric(
+        "value/variance_ratio",
+        "share",
+        "last",
+        "",
+        "variance of advantages over variance of returns: what the critic left; above 1 it adds noise",
+    ),
+    Metric("reward/running_mean", "reward units", "last", "", "mean of every score of the run so far"),
+    Metric("reward/running_std", "reward units", "last", "", "their deviation: the unit of normalised scores"),
+    Metric(
+        "value/explained_variance",
+        "share",
+        "last",
+        "",
+        "1 - Var(returns - values) / Var(returns); 1: perfect, 0: no better than a constant, below 0: worse than one",
+        "critic",
+    ),
+    Metric("learner/tokens", "tokens", "last", "", "prompt and response tokens of the batch"),
+    Metric(
+        "weights/bytes",
+        "bytes",
+        "sum",
+        "replicas",
+        'sent to generators for the new version. With `generators.updates = "changes"` and as many bytes as a full set:'
+        " too much changes, or replicas refuse changes",
+    ),
+    Metric(
+        "weights/pause_s",
+        "seconds",
+        "max",
+        "replicas",
+        "an engine sampled nothing while it took the new weights; longer where vLLM's own reload is used",
+    ),
+    Metric(
+        "time/generate_s",
+        "seconds",
+        "last",
+        "",
+        "from the start of the step until the last response was written",
+        "generate",
+    ),
+    Metric(
+        "time/score_s",
+        "seconds",
+        "last",
+        "",
+        "from then until the last response was scored and measured; other scoring ran during generation",
+        "reward",
+    ),
+    Metric("time/journal_s", "seconds", "last", "", "writing the batch to disk"),
+    Metric("time/learn_s", "seconds", "last", "", "the update, which includes the next two", "learn"),
+    Metric(
+        "time/old_logprobs_s",
+        "seconds",
+        "last",
+        "",
+        "the pass for old log-probabilities and values; where the first optimizer step shares it, its forward half",
+    ),
+    Metric("time/optimise_s", "seconds", "last", "", "all other passes with gradients, and the optimizer"),
+    Metric(
+        "time/publish_s",
+        "seconds",
+        "last",
+        "",
+        "new weights packed, sent, verified, staged and swapped in on every generator",
+        "publish",
+    ),
+    Metric(
+        "time/checkpoint_s",
+        "seconds",
+        "last",
+        "",
+        "writing a checkpoint, if one was due; on the screen and at the endpoint only, since `metrics.jsonl` is "
+        "written first",
+        "save",
+    ),
+)
+
+# Shown at the run's endpoint next to the newest step; RUN/evaluations.jsonl and the journal have the same values.
+ENDPOINT = (
+    Metric("evaluation/score", "reward units", "mean", "answers", "score of the newest held-out evaluation"),
+    Metric("evaluation/pass_at_1", "share", "mean", "prompts", "pass@1 of the newest held-out evaluation"),
+    Metric("policy_version", "publications", "last", "", "version that the generators hold"),
+)
+
+# What `ratchet train-reward` records for each optimizer step.
+REWARD_STEP = (
+    Metric("step", "count", "last", "", "number of the step, from 0", "step"),
+    Metric("time", "seconds since 1970", "last", "", "when the record was written"),
+    Metric("epoch", "epochs", "last", "", "passes over the pairs when the step was done", "epoch"),
+    Metric(
+        "preference/loss",
+        "nats",
+        "mean",
+        "pairs",
+        "ln 2 = 0.693: it knows nothing. Margins and centring are included, if configured. Far below the held-out "
+        "loss, which has neither: overfitting",
+        "loss",
+    ),
+    Metric(
+        "preference/accuracy",
+        "share",
+        "mean",
+        "pairs",
+        "pairs whose chosen response scores higher, before the step learned from them",
+        "accuracy",
+    ),
+    Metric(
+        "preference/margin",
+        "head units",
+        "mean",
+        "pairs",
+        "chosen minus rejected score; large with a poor held-out loss: overconfident",
+        "margin",
+    ),
+    Metric(
+        "preference/score",
+        "head units",
+        "mean",
+        "responses",
+        "pairs do not fix the origin: it may drift, unless `loss.centre_coef` holds it",
+    ),
+    Metric("preference/grad_norm", "-", "last", "", "before clipping to `max_grad_norm`", "grad"),
+    Metric("preference/learning_rate", "-", "last", "", "after warm-up and schedule"),
+    Metric(
+        "learner/tokens",
+        "tokens",
+        "last",
+        "",
+        "tokens of the step; the part that the two responses share counts once",
+        "tokens",
+    ),
+    Metric("time/learn_s", "seconds", "last", "", "the step", "seconds"),
+)
+
+# How the trainers reduce partial values. Both tables agree where they share a key, and a test checks it.
+REDUCERS: dict[str, Reducer] = {metric.key: metric.reducer for metric in (*STEP, *REWARD_STEP)}
+
+
+@dataclass(frozen=True)
+class Meter:
+    """One value that a process counts. Prometheus' conventions: base units, and a counter ends in _total."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    tags: tuple[str, ...]
+    meaning: str
+    buckets: tuple[float, ...] = ()  # upper ends, of a histogram
+
+
+OWN = ("role", "replica")  # tags that the recording process fills in: its role, and its name in the pool
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_TOKENS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
+
+METERS = {
+    meter.name: meter
+    for meter in (
+        Meter(
+            "ratchet_generator_rollouts_total",
+            "counter",
+            "rollouts",
+            OWN,
+            "responses written to their end; a replica that falls behind the others is slow or has no work",
+        ),
+        Meter(
+            "ratchet_generator_tokens_total",
+            "counter",
+            "tokens",
+            OWN,
+            "response tokens of these rollouts; the rate is the throughput",
+        ),
+        Meter(
+            "ratchet_generator_nonfinite_total",
+            "counter",
+            "rollouts",
+            OWN,
+            "rollouts with a log-probability that is not finite; should stay 0",
+        ),
+        Meter(
+            "ratchet_generator_requests",
+            "gauge",
+            "requests",
+            (*OWN, "state"),
+            "in the engine now, `state` is running or waiting; waiting for long: `max_running` or the KV cache is too "
+            "small",
+        ),
+        Meter(
+            "ratchet_generator_weights_version",
+            "gauge",
+            "versions",
+            OWN,
+            "policy version it samples from; replicas differ only during an update",
+        ),
+        Meter(
+            "ratchet_generator_stage_seconds",
+            "histogram",
+            "seconds",
+            OWN,
+            "verifying and storing one update, during generation",
+            _SECONDS,
+        ),
+        Meter(
+            "ratchet_generator_swap_seconds",
+            "histogram",
+            "seconds",
+            OWN,
+            "pause for one update, in which no token is sampled",
+            _SECONDS,
+        ),
+        Meter(
+            "ratchet_scored_rollouts_total",
+            "counter",
+            "rollouts",
+            OWN,
+            "scored (Reward) or measured (ReferencePolicy), evaluations included",
+        ),
+        Meter(
+            "ratchet_reward_voids_total",
+            "counter",
+            "rollouts",
+            (*OWN, "source"),
+            "without a score because this source failed; should stay 0",
+        ),
+        Meter(
+            "ratchet_batch_rollouts",
+            "histogram",
+            "rollouts",
+            OWN,
+            "in one forward pass of a reward model or the reference; 1: no two rollouts share a pass",
+            _COUNTS,
+        ),
+        Meter(
+            "ratchet_batch_tokens",
+            "histogram",
+            "tokens",
+            OWN,
+            "in one forward pass; far below `max_batch_tokens`: the service waits for work",
+            _TOKENS,
+        ),
+        Meter(
+            "ratchet_pool_replicas",
+            "gauge",
+            "replicas",
+            ("role", "state"),
+            "in each state: pending (waits for room), starting, ready, leaving",
+        ),
+        Meter("ratchet_pool_joins_total", "counter", "replicas", ("role",), "became ready to be called"),
+        Meter(
+            "ratchet_pool_leaves_total",
+            "counter",
+            "replicas",
+            ("role", "reason"),
+            "left, with the reason why they were told to, or `died`",
+        ),
+        Meter(
+            "ratchet_pool_reissues_total",
+            "counter",
+            "calls",
+            ("role",),
+            "sent again to another replica, because the first one was lost",
+        ),
+        Meter(
+            "ratchet_pool_waiting_calls",
+            "gauge",
+            "calls",
+            ("role",),
+            "wait for a replica with room; 0 for long: more replicas would have no work",
+        ),
+        Meter(
+            "ratchet_pool_startup_seconds",
+            "histogram",
+            "seconds",
+            ("role",),
+            "from getting room on the cluster until ready to be called",
+            _SECONDS,
+        ),
+    )
+}

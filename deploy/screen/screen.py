@@ -1,0 +1,95 @@
+"""What every run shows in the same way: its rows of numbers and who joins and leaves. Runs in the driver."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.markup import escape
+
+from actors.pool.membership import PoolEvent
+from common.metrics.table import Metric
+from deploy.screen.console import Output
+
+
+class Column(NamedTuple):
+    """One number of a row."""
+
+    heading: str
+    width: int
+    key: str  # of the step record
+    text: Callable[[float], str]
+
+
+def columns_of(metrics: Iterable[Metric], shown: Mapping[str, tuple[int, Callable[[float], str]]]) -> list[Column]:
+    """The columns `shown`: heading to width and text. The table of metrics says which metric has which heading."""
+    keys = {metric.screen: metric.key for metric in metrics}
+    return [Column(heading, width, keys[heading], text) for heading, (width, text) in shown.items()]
+
+
+class Screen:
+    """Prints to the terminal. Nothing else depends on it."""
+
+    def __init__(self, directory: Path, columns: Sequence[Column] = (), legend: Sequence[str] = ()) -> None:
+        self._console = Output()
+        self._directory = directory
+        self._columns, self._legend = columns, legend
+        self._started = time.perf_counter()
+        self._header_shown = False
+
+    def pool(self, event: PoolEvent) -> None:
+        """A replica joins or leaves."""
+        calls = f"; {event.calls} call(s) are sent elsewhere" if event.calls else ""
+        texts = {
+            "joined": f"joined {event.seconds:.0f} s after it was placed",
+            "leaving": f"is leaving: {event.reason}",
+            "left": f"has left{calls}",
+            "died": f"died{calls}: {event.reason}",
+        }
+        text = f"      {event.replica} {texts[event.event]}"
+        self._print(escape(text), style="yellow" if event.event == "died" else "dim")
+
+    def _row(self, record: Mapping[str, float]) -> None:
+        """One step's numbers, below the headings. A metric that this run does not have is shown as "-"."""
+        if not self._header_shown:
+            self._header()
+        cells = (f"{c.text(record[c.key]) if c.key in record else '-':>{c.width}}" for c in self._columns)
+        self._print(" ".join(cells))
+
+    def _header(self) -> None:
+        self._header_shown = True
+        for line in self._legend:
+            self._print(line, style="dim")
+        self._print(" ".join(f"{column.heading:>{column.width}}" for column in self._columns), style="bold")
+
+    def _end(self, seconds: float, files: str) -> None:
+        where = escape(str(self._directory))
+        self._print(f"{seconds:.0f} s in all. Run directory: [bold]{where}[/] ({files})")
+
+    def _print(self, text: str, **style: Any) -> None:
+        self._console.print(text, soft_wrap=True, **style)  # a terminal may wrap; a log file should not
+
+
+def short(value: float, width: int = 6) -> str:
+    """A number with as many decimals, two at most, as `width` characters have room for."""
+    for form in (".2f", ".1f", ".0f"):
+        if len(text := f"{value:{form}}") <= width:
+            return text
+    return f"{value:.0e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in at most five characters: 42s, 17m, 3h05, 12d."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f}s"
+    if minutes < 100:
+        return f"{minutes}m"
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}"
+    return f"{seconds / 86400:.0f}d"
