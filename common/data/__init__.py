@@ -1,1 +1,1 @@
-"""The records that users bring, prompts and preference pairs, read and tokenised. Runs in the driver."""
+"""Reads, checks and tokenises what users bring: prompts and preference pairs. Runs anywhere."""

@@ -1,4 +1,7 @@
-"""A prompt and a response as the tokens a reward model reads: one function for its training and for its service."""
+"""Turns a prompt and a response into the tokens that a reward model reads.
+
+Runs in the driver and in each reward replica: training and serving must build the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ def dialogue_ids(
 ) -> list[int]:
     """Token ids of prompt and response. The reward model's score is read at the last one.
 
-    chat: all through the tokenizer's template, plain text as one message of user or assistant. Otherwise both must be
-    text, which is joined as it is and followed by the end token. Padding tokens at the end are taken away, since
-    transformers reads a score before them, even where the end token is one.
+    chat: everything goes through the tokenizer's template, and plain text becomes one message of user or assistant.
+    Otherwise both must be text; they are joined unchanged and followed by the end token.
+    Padding tokens at the end are removed, because transformers reads the score before them. This also holds where the
+    end token doubles as the padding token.
     """
     if not chat:
         assert isinstance(prompt, str)
@@ -33,11 +37,11 @@ def dialogue_ids(
     messages = as_messages(prompt, "user")
     if not isinstance(response, str) or not messages:
         messages += as_messages(response, "assistant")
-    elif messages[-1]["role"] == "assistant":  # prompts.last_assistant = "continue": the response goes on with it
+    elif messages[-1]["role"] == "assistant":  # prompts.last_assistant = "continue": one message
         begun = messages.pop()
         messages.append({**begun, "content": (begun.get("content", "") + response).strip()})
     else:
-        # One message, whatever turns it pretends to hold.
+        # One message, even if the response imitates further turns: only the prompt is split into turns.
         messages.append({"role": "assistant", "content": response.strip()})
     return _without_padding(rendered_ids(tokenizer, rendered(tokenizer, messages)), pad_id)
 
@@ -45,7 +49,7 @@ def dialogue_ids(
 def joined_ids(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response: str, *, pad_id: int | None
 ) -> list[int]:
-    """A plain prompt's tokens, then the response's, tokenised apart as in PPO, then the end token."""
+    """A plain prompt's tokens, the response's, and the end token. The two are tokenised separately, as in PPO."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     return _without_padding([*prompt_ids, *response_ids, *end], pad_id)
@@ -58,7 +62,7 @@ def _without_padding(ids: list[int], pad_id: int | None) -> list[int]:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A padding token that no text ends with, so that the score can be read at the end token; else the end token."""
+    """A padding token that ends no text, so that the score is read at the end token. Otherwise the end token."""
     for token in (tokenizer.pad_token_id, tokenizer.unk_token_id):
         if token is not None and token != tokenizer.eos_token_id:
             return token
@@ -66,25 +70,25 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def as_messages(text: Dialogue, role: str) -> list[Message]:
-    """Chat messages as they are; text as one message of `role`; a dialogue as in HH-RLHF as its turns."""
+    """Chat messages unchanged; a dialogue in HH-RLHF's form as its turns; any other text as one message of `role`."""
     if not isinstance(text, str):
         return [dict(message) for message in text]
     return hh_turns(text) or ([{"role": role, "content": text}] if text else [])
 
 
 def hh_turns(text: str) -> list[Message]:
-    """The turns of a dialogue written `\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, arXiv:2204.05862); none if the
-    text is no such dialogue."""
+    """The turns of a dialogue written `\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, arXiv:2204.05862). Empty for
+    any other text."""
     before, *rest = _TURN.split(text)
     if before.strip() or not rest:
         return []
     turns: list[Message] = [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(rest[::2], rest[1::2])]
-    # A prompt ends with `Assistant:`, which a chat template writes by itself.
+    # A prompt ends with `Assistant:`, which a chat template adds itself.
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def split_hh(text: str) -> tuple[str, str] | None:
-    """A dialogue of HH-RLHF as all up to the last `Assistant:`, and the response after it; None if it is none."""
+    """Splits an HH-RLHF dialogue after its last `Assistant:` into prompt and response. None for any other text."""
     turns = list(_TURN.finditer(text))
     if not turns or turns[-1][1] != "Assistant" or text[: turns[0].start()].strip():
         return None

@@ -1,6 +1,6 @@
-"""Values as JSON has them: what the columns of a record may hold. Runs anywhere.
+"""The values that a record's columns may hold: those of JSON. Runs anywhere.
 
-Text has no broken characters, and lists and objects are nested at most DEEPEST levels: so every value can be written to
+Text has no broken characters, and lists and objects are nested at most DEEPEST levels. So every value can be written to
 the journal, sent to an HTTP service and pickled.
 """
 
@@ -18,31 +18,34 @@ from common.errors import UserError
 Record = dict[str, Any]
 
 DEEPEST = 100
+_STRICT = json.JSONEncoder(allow_nan=False)
 
 
 def parse_json(where: str, text: str) -> Any:
+    """The value of a JSON text. Raises UserError that begins with `where`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{where}: not valid JSON ({error.msg} at {place}); fix or remove it") from None
-    except (ValueError, RecursionError) as error:  # digits or brackets without end
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise UserError(f"{where}: not usable JSON ({cause(error)}); fix or remove it") from None
 
 
 def is_simple(text: str) -> bool:
-    """False for JSON that may hold what json_values refuses: escaped characters, or deep nesting."""
+    """Whether json_values would accept this JSON text unchanged. False where it has escapes or deep nesting."""
     return "\\u" not in text and text.count("[") + text.count("{") <= DEEPEST
 
 
 def as_object(where: str, record: Any) -> Record:
+    """The record, checked to be an object of columns. Raises UserError otherwise."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record must be an object of columns, not {shown(record)}; fix or remove it")
     return record
 
 
 def json_values(where: str, record: Any) -> Record:
-    """The record with dates as text, arrays as lists and so on. Raises UserError that names the column."""
+    """Converts every value to one of JSON: a date to text, an array to a list. Raises UserError naming the column."""
     found = {}
     for key, value in as_object(where, record).items():
         try:
@@ -63,9 +66,9 @@ def _json_value(value: Any, depth: int) -> Any:
         case str():
             if not value.isascii():
                 _refuse_surrogates(value)
-            return str.__str__(value)  # of a text that is also an enum: its value
+            return str.__str__(value)  # a str that is also an enum member becomes its plain value
         case int():
-            if value.bit_length() > 14_000:  # Python writes no more than 4,300 digits
+            if value.bit_length() > 14_000:  # Python prints at most 4,300 digits
                 raise ValueError("is a number of more than 4,300 digits")
             return int(value)
         case float() | Decimal():
@@ -87,7 +90,7 @@ def _json_value(value: Any, depth: int) -> Any:
             return {_json_value(key, depth): _json_value(item, depth + 1) for key, item in value.items()}
         case list() | tuple():
             return [_json_value(item, depth + 1) for item in value]
-    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+    if hasattr(value, "tolist"):  # numpy and torch
         return _json_value(value.tolist(), depth + 1)
     raise ValueError(f"is a {type(value).__name__}, which JSON does not have")
 
@@ -97,23 +100,49 @@ def _refuse_surrogates(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"holds half of a surrogate pair ({text[error.start]!a} at character {error.start + 1}), which is no text"
+            f"has half of a surrogate pair ({text[error.start]!a} at character {error.start + 1}), which is not text"
         ) from None
 
 
 def column_name(key: Any) -> str:
-    """As messages show it."""
+    """A column's name in backquotes, for messages."""
     return f"`{shown(key)[1:-1] if isinstance(key, str) else shown(key)}`"
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: short, and without characters that a terminal may take for commands."""
+    """A value for messages: short, and without characters that could control the terminal."""
     try:
         text = ascii(value)
-    except Exception:  # nested too deep, or an object of the user's that cannot be shown
+    except Exception:  # nested too deeply, or a user's object whose repr fails
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def without_nan(where: str, fields: Record) -> Record:
+    """Fields for the journal and HTTP services: NaN, which JSON lacks, becomes None. Raises UserError for the rest."""
+    try:
+        _STRICT.encode(fields)
+        return fields
+    except (TypeError, ValueError):
+        fields = {key: _nan_to_none(value) for key, value in fields.items()}
+    for key, value in fields.items():
+        try:
+            _STRICT.encode(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: `{key}` cannot be written to the journal as JSON ({error}); "
+                "write it as text, or leave it out"
+            ) from None
+    return fields
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,4 +1,4 @@
-"""What a text and a chat message must be: the rules that prompts and preference pairs share. Runs anywhere."""
+"""The rules for texts and chat messages, shared by prompts and preference pairs. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from common.config.actors import TextFormat
 from common.data.json_values import Record, column_name, shown
 from common.errors import UserError
 
-Message = dict[str, Any]  # role, content, and what else the chat template reads
+Message = dict[str, Any]  # role, content, and further keys for the chat template
 Text = str | list[Message]
 
 
 def column(where: str, record: Record, name: str, cfg: TextFormat, *, key: str) -> Any:
-    """The value in a column that every record must have. `key` is its setting in `columns`."""
+    """The value of a column that every record must have. `key` names the column's setting in `columns`."""
     value = record.get(name)
     if value is None:
         known = ", ".join(column_name(other) for other in list(record)[:20]) or "none"
@@ -24,7 +24,7 @@ def column(where: str, record: Record, name: str, cfg: TextFormat, *, key: str) 
 
 
 def checked_text(where: str, name: str, value: Any, cfg: TextFormat) -> Text:
-    """Text, or chat messages with text contents. Raises UserError for anything else."""
+    """Returns text, or chat messages whose contents are text. Raises UserError for anything else."""
     if isinstance(value, str):
         _refuse_nul(where, f"`{name}`", value)
         return value
@@ -42,11 +42,13 @@ def _checked_message(where: str, what: str, message: Any, cfg: TextFormat) -> Me
         raise UserError(
             f"{where}: {what} must be an object with `role` and `content`, not {shown(message)}; fix the record"
         )
-    message = {key: value for key, value in message.items() if value is not None}  # Parquet has null for absent
+    message = {
+        key: value for key, value in message.items() if value is not None
+    }  # Parquet writes null for a missing key
     if message["role"] not in cfg.roles:
         raise UserError(
-            f"{where}: {what} has the role {shown(message['role'])}; known are {', '.join(cfg.roles)}: fix the record, "
-            f"or add the role to {cfg.section}.roles"
+            f"{where}: {what} has the role {shown(message['role'])}; allowed are {', '.join(cfg.roles)}. Fix the "
+            f"record, or add the role to {cfg.section}.roles"
         )
     content = message.get("content")
     if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
@@ -65,26 +67,26 @@ def _is_text_part(part: Any) -> bool:
 
 def _refuse_nul(where: str, what: str, text: str) -> None:
     if "\0" in text:
-        raise UserError(f"{where}: {what} holds the character NUL, which is no text; fix or remove the record")
+        raise UserError(f"{where}: {what} has the character NUL, which is not text; fix or remove the record")
 
 
 def is_empty(text: Text) -> bool:
-    """No text, no messages, or a message that says nothing."""
+    """Whether there is no text, no message, or a message without text and tool calls."""
     if isinstance(text, str):
         return not text.strip()
     return not text or any(not message.get("content", "").strip() and not message.get("tool_calls") for message in text)
 
 
 def settle_last_message(where: str, messages: Sequence[Message], cfg: TextFormat) -> list[Message]:
-    """Messages of a prompt, with a last one of the assistant treated as the config says."""
+    """A prompt's messages. If the last is the assistant's, `last_assistant` says what happens to it."""
     prompt = list(messages)
     if not prompt or prompt[-1]["role"] != "assistant" or cfg.last_assistant == "continue":
         return prompt
     if cfg.last_assistant == "refuse":
         raise UserError(
-            f"{where}: the prompt ends with a message of the assistant, which may be an answer left in the data; set "
-            f'{cfg.section}.last_assistant = "remove" to ask for another answer, or "continue" to let the response go '
-            "on with it"
+            f"{where}: the prompt ends with a message of the assistant, which may be an answer left in the data. Set "
+            f'{cfg.section}.last_assistant = "remove" to get another answer, or "continue" to let the response '
+            "continue that message"
         )
     while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()

@@ -1,8 +1,7 @@
-"""Prompts before anyone asks them: records of a source, checked, tokenised and counted. Runs anywhere."""
+"""Loads prompts: reads the records of a source, checks, tokenises and counts them. Runs in the driver."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,18 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from common.config.actors import PromptFormat
 from common.data.dialogues import as_messages
+from common.data.json_values import without_nan
 from common.data.messages import Message, checked_text, column, is_empty, settle_last_message
-from common.data.prompt_tokens import bare_ids, begun, check_embedded, open_ended, rendered
+from common.data.prompt_tokens import bare_ids, check_embedded, rendered, with_beginning, without_end_token
 from common.data.records import read_source
 from common.errors import UserError
 
 _TOKENISED_AT_ONCE = 256
-_STRICT = json.JSONEncoder(allow_nan=False)
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt before anyone asks it: text, token ids and the record's other fields."""
+    """One loaded prompt, not yet given a sample id: text, token ids and the record's other fields."""
 
     text: str
     token_ids: np.ndarray  # int32
@@ -33,7 +32,7 @@ class PromptRecord:
 
 @dataclass
 class PromptCounts:
-    """What was found in a source of prompts."""
+    """How many prompts of a source were kept, changed or dropped."""
 
     prompts: int = 0  # kept
     repeated: int = 0  # kept; an earlier prompt has the same text
@@ -48,7 +47,7 @@ class PromptCounts:
 
     @property
     def notable(self) -> bool:
-        """Something other than different prompts that are used as they are."""
+        """Whether anything was dropped, cut or repeated."""
         return bool(self.repeated or self.cut or self.empty or self.overlong)
 
 
@@ -63,10 +62,10 @@ def load_records(
     setting: str = "prompts.train",
     report: Callable[[str], None] = lambda text: None,
 ) -> list[PromptRecord]:
-    """All prompts of a source, tokenised and checked. Raises UserError naming the record that is at fault.
+    """All prompts of a source, tokenised and checked. Raises UserError naming the faulty record.
 
-    max_tokens: what prompts.max_tokens and the model's context leave. vocabulary: rows of the model's embedding.
-    report: is told what was found, if some of it is not used as it is.
+    max_tokens: the limit that prompts.max_tokens and the model's context leave. vocabulary: rows of the model's
+    embedding. report: called with the counts if any prompt was dropped, cut or repeated.
     """
     loaded: list[PromptRecord] = []
     counts, texts = PromptCounts(), set()
@@ -77,8 +76,8 @@ def load_records(
             if (length := len(prompt.token_ids)) > max_tokens:
                 if cfg.overlong == "refuse":
                     raise UserError(
-                        f"{draft.where}: the prompt has {length} tokens, more than prompts.max_tokens and the model's "
-                        f"context leave room for ({max_tokens}); shorten it, raise prompts.max_tokens, lower "
+                        f"{draft.where}: the prompt has {length} tokens, but prompts.max_tokens and the model's "
+                        f"context allow {max_tokens}; shorten it, raise prompts.max_tokens, lower "
                         'sampling.max_new_tokens, or set prompts.overlong = "drop" or "cut_start"'
                     )
                 if cfg.overlong == "drop":
@@ -103,7 +102,7 @@ def load_records(
     counts.prompts, counts.repeated = len(loaded), len(loaded) - len(texts)
     if not loaded:
         why = f" ({counts})" if counts.notable else ""
-        raise UserError(f"{setting} ({source}) holds no usable prompt{why}; it must give at least one")
+        raise UserError(f"{setting} ({source}) has no usable prompt{why}; it must have at least one")
     if counts.notable:
         report(f"{setting} ({source}): {counts}")
     return loaded
@@ -117,7 +116,7 @@ def prompt_record(
     *,
     vocabulary: int | None = None,
 ) -> PromptRecord | None:
-    """One record, tokenised and checked; None if the prompt is empty. Raises UserError that begins with `where`."""
+    """One record, tokenised and checked. None if the prompt is empty. Raises UserError that begins with `where`."""
     draft = _draft(where, record, cfg, tokenizer)
     if draft is None:
         return None
@@ -135,12 +134,12 @@ class _Draft(NamedTuple):
 
 
 def _draft(where: str, record: dict[str, Any], cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> _Draft | None:
-    """None if the prompt is empty."""
+    """A record's prompt as text. None if it is empty."""
     name = cfg.columns.prompt
     prompt = checked_text(where, name, column(where, record, name, cfg, key="prompt"), cfg)
     if is_empty(prompt):
         return None
-    fields = _journal_fields(where, {key: value for key, value in record.items() if key != name})
+    fields = without_nan(where, {key: value for key, value in record.items() if key != name})
     if isinstance(prompt, str) and cfg.format == "plain":
         return _Draft(where, prompt, None, fields)
     messages = settle_last_message(where, as_messages(prompt, "user"), cfg)
@@ -155,7 +154,7 @@ def _draft(where: str, record: dict[str, Any], cfg: PromptFormat, tokenizer: Pre
 
 
 def _tokenised(drafts: list[_Draft], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Bare token ids of each. Raises UserError naming the first that has none."""
+    """Token ids of each draft, without special tokens. Raises UserError naming the first draft without any token."""
     try:
         found = bare_ids(tokenizer, [draft.text for draft in drafts])
     except Exception as error:
@@ -164,51 +163,25 @@ def _tokenised(drafts: list[_Draft], tokenizer: PreTrainedTokenizerBase) -> list
         return [ids for draft in drafts for ids in _tokenised([draft], tokenizer)]
     for draft, ids in zip(drafts, found, strict=True):
         if not ids:
-            raise UserError(f"{draft.where}: the prompt has no tokens; write something or remove the record")
+            raise UserError(f"{draft.where}: the prompt has no tokens; add text or remove the record")
     return found
 
 
 def _finished(
     draft: _Draft, ids: list[int], cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None
 ) -> PromptRecord:
-    ids = begun(tokenizer, draft.text, ids, chat=draft.messages is not None)
-    text, ids = open_ended(draft.where, tokenizer, draft.text, ids, cfg)
+    ids = with_beginning(tokenizer, draft.text, ids, chat=draft.messages is not None)
+    text, ids = without_end_token(draft.where, tokenizer, draft.text, ids, cfg)
     check_embedded(draft.where, ids, tokenizer, vocabulary)
     return PromptRecord(text, np.asarray(ids, dtype=np.int32), draft.fields, draft.messages)
 
 
-def _without_first_tokens(prompt: PromptRecord, tokenizer: PreTrainedTokenizerBase, most: int) -> PromptRecord:
-    """The last tokens of a prompt, behind the token that begins a sequence if it has one. Its text is what they say;
-    its messages stay whole."""
+def _without_first_tokens(prompt: PromptRecord, tokenizer: PreTrainedTokenizerBase, limit: int) -> PromptRecord:
+    """The prompt cut to its last tokens; BOS stays at the beginning. The text is decoded from the tokens that remain,
+    the messages are not cut."""
     ids = prompt.token_ids
-    begin = 1 if ids[0] == tokenizer.bos_token_id and most > 1 else 0
-    ids = np.concatenate([ids[:begin], ids[len(ids) - most + begin :]])
-    # A chat template writes the first token into the text, a tokenizer does not.
-    said = ids if prompt.messages else ids[begin:]
-    return PromptRecord(tokenizer.decode(said.tolist()), ids, prompt.fields, prompt.messages)
-
-
-def _journal_fields(where: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields as the journal and HTTP services get them: NaN, which JSON does not have, becomes None."""
-    try:
-        _STRICT.encode(fields)
-        return fields
-    except (TypeError, ValueError):
-        fields = {key: _without_nan(value) for key, value in fields.items()}
-    for key, value in fields.items():
-        try:
-            _STRICT.encode(value)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}: `{key}` goes into the journal as JSON and cannot ({error}); write it as text, or leave it "
-                "out"
-            ) from None
-    return fields
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    begin = 1 if ids[0] == tokenizer.bos_token_id and limit > 1 else 0
+    ids = np.concatenate([ids[:begin], ids[len(ids) - limit + begin :]])
+    # A chat template writes BOS into the text; a tokenizer adds it to the tokens only.
+    shown = ids if prompt.messages else ids[begin:]
+    return PromptRecord(tokenizer.decode(shown.tolist()), ids, prompt.fields, prompt.messages)

@@ -1,5 +1,4 @@
-"""The tokens of a text or of chat messages that are to be continued: one that begins the sequence (BOS), none that ends
-it. Runs anywhere."""
+"""Tokens of a text or of chat messages that a response will continue: BOS once, no end token. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ from common.errors import UserError
 
 
 class _TemplateClock:
-    """Stops a chat template that computes for longer than LIMIT ticks. Without it two nested loops in a template keep a
-    run from starting for ever. Works in the main thread only, where prompts and pairs are read: elsewhere the time
-    limits of a process's calls hold.
+    """Stops a chat template that computes for longer than LIMIT ticks. Without it, two nested loops in a template could
+    keep a run from ever starting. Works only in the main thread, which reads prompts and pairs; in other processes the
+    time limits of calls apply.
 
-    The timer runs on while one template follows another, so that none pays for a system call.
+    The timer keeps running between templates, so that rendering one needs no system call.
     """
 
-    TICK_S = 1.0  # of computing, whatever else the machine does
+    TICK_S = 1.0  # of this process's CPU time
     LIMIT = 10  # usual templates take less than a millisecond
 
     def __init__(self) -> None:
@@ -61,7 +60,7 @@ _clock = _TemplateClock()
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
-    """The messages as the tokenizer's chat template writes them. Raises what the template raises."""
+    """The text that the tokenizer's chat template makes of the messages. Raises any error of the template."""
     _clock.start()
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
@@ -70,40 +69,40 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **
 
 
 def rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of what a chat template wrote: it writes its own special tokens."""
-    return begun(tokenizer, text, bare_ids(tokenizer, [text])[0], chat=True)
+    """Token ids of a chat template's text. The template writes its own special tokens."""
+    return with_beginning(tokenizer, text, bare_ids(tokenizer, [text])[0], chat=True)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a plain text, with the tokens that the tokenizer puts before a text and without those that it puts
-    behind one."""
-    return begun(tokenizer, text, bare_ids(tokenizer, [text])[0], chat=False)
+    """Token ids of a plain text: with the tokens that the tokenizer adds before it, without those it adds after it."""
+    return with_beginning(tokenizer, text, bare_ids(tokenizer, [text])[0], chat=False)
 
 
 def bare_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, with nothing added. Many texts at once take half the time of one by one."""
+    """Token ids of each text, with nothing added. A batch takes half the time of one text after another."""
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def begun(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], *, chat: bool) -> list[int]:
-    """The bare ids of a text, or of what a chat template wrote, as a sequence begins with them."""
+def with_beginning(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], *, chat: bool) -> list[int]:
+    """Adds to bare ids the tokens that begin a sequence. For a chat template's text it adds none. BOS is never
+    doubled."""
     return _one_bos(tokenizer, text, ids if chat else [*_added_before(tokenizer), *ids])
 
 
-def open_ended(
+def without_end_token(
     where: str, tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], cfg: TextFormat
 ) -> tuple[str, list[int]]:
-    """A prompt as text and tokens, with an end token at its end treated as the config says."""
+    """A prompt's text and tokens. If they end with the end token, `last_end_token` says what happens to it."""
     end = tokenizer.eos_token_id
-    # A text of one token may be the BOS, which some tokenizers have in common with the end.
+    # A single token may be BOS: some tokenizers use one token for BOS and end.
     if end is None or len(ids) < 2 or ids[-1] != end or cfg.last_end_token == "keep":
         return text, ids
     if cfg.last_end_token == "refuse":
         origin = "chat template" if cfg.format == "chat" else "text"
         raise UserError(
-            f"{where}: the {origin} ends the prompt with the end token {shown(tokenizer.eos_token)}, but the policy is "
-            f'to write on; remove it from the {origin}, or set {cfg.section}.last_end_token = "remove" (or "keep", if '
-            "the model was trained so)"
+            f"{where}: the {origin} ends the prompt with the end token {shown(tokenizer.eos_token)}, but the policy "
+            f'must continue it; remove the token from the {origin}, or set {cfg.section}.last_end_token = "remove" '
+            '("keep" if the model was trained this way)'
         )
     while len(ids) > 1 and ids[-1] == end:
         ids, text = ids[:-1], text.rstrip().removesuffix(tokenizer.eos_token)
@@ -111,19 +110,19 @@ def open_ended(
 
 
 def check_embedded(where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
-    """Raises UserError for a token beyond the model's embedding of `vocabulary` rows (None: not known here)."""
+    """Raises UserError for a token id that the embedding of `vocabulary` rows lacks. None: its size is not known."""
     if vocabulary is not None and (largest := max(ids)) >= vocabulary:
         raise UserError(
-            f"{where}: it holds {shown(tokenizer.convert_ids_to_tokens(largest))}, token {largest}, but the model's "
+            f"{where}: it has {shown(tokenizer.convert_ids_to_tokens(largest))}, token {largest}, but the model's "
             f"embedding has {vocabulary} rows: the tokenizer is not the model's. Use the model's own, or resize its "
             "embedding"
         )
 
 
 def _one_bos(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
-    """The ids without a second token that begins the sequence. Where the text has none, every token counts: some
-    tokenizers have one token for BOS and for unknown words."""
-    if len(ids) < 2 or ids[0] != ids[1]:  # quick, and true of almost every text
+    """The ids with one BOS at most. Only BOS tokens that the text spells out are removed, because some tokenizers use
+    one token for BOS and for unknown words."""
+    if len(ids) < 2 or ids[0] != ids[1]:  # a quick test that decides almost every text
         return ids
     bos = tokenizer.bos_token_id
     if bos is None or ids[0] != bos or not text.lstrip().startswith(tokenizer.bos_token):
@@ -131,9 +130,9 @@ def _one_bos(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> l
     return ids[next((i for i, token in enumerate(ids) if token != bos), len(ids)) - 1 :]
 
 
-@lru_cache(maxsize=16)  # by identity: nobody changes a tokenizer that is in use
+@lru_cache(maxsize=16)  # keyed by identity: nobody changes a tokenizer in use
 def _added_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer's post-processor puts before every text."""
+    """The tokens that the tokenizer's post-processor adds before every text."""
     for probe in ("a", "0", ".", *sorted(tokenizer.get_vocab())[:100]):
         bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
         whole = tokenizer(probe)["input_ids"]

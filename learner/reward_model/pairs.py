@@ -22,7 +22,7 @@ from common.config.reward_model import PreferencesConfig
 from common.data.dialogues import as_messages, dialogue_ids, joined_ids, padding_id, split_hh
 from common.data.json_values import Record, shown
 from common.data.messages import Text, checked_text, column, is_empty, settle_last_message
-from common.data.prompt_tokens import check_embedded, open_ended, text_ids
+from common.data.prompt_tokens import check_embedded, text_ids, without_end_token
 from common.data.records import read_source
 from common.errors import UserError
 
@@ -255,7 +255,7 @@ def _tokenised(
             first, second = (dialogue_ids(tokenizer, prompt, end, chat=True, pad_id=pad_id) for end in ends)
         else:
             assert isinstance(prompt, str)
-            prompt, prompt_ids = open_ended(where, tokenizer, prompt, text_ids(tokenizer, prompt), cfg)
+            prompt, prompt_ids = without_end_token(where, tokenizer, prompt, text_ids(tokenizer, prompt), cfg)
             first, second = (joined_ids(tokenizer, prompt_ids, str(end), pad_id=pad_id) for end in ends)
     except UserError:
         raise

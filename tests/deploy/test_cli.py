@@ -243,7 +243,7 @@ def test_the_configs_of_these_tests_are_accepted(accepted, configs, command):
         ("prompts.train=no.jsonl", "prompts.train (no.jsonl): there is no such file"),
         ("prompts.train=no_module:f", "prompts.train (no_module:f): module no_module cannot be imported"),
         ("prompts.max_tokens=2", "train.jsonl, line 3: the prompt has 3 tokens"),
-        ("sampling.max_new_tokens=126", "model's context leave room for (2)"),  # of the context's 128
+        ("sampling.max_new_tokens=126", "model's context allow 2"),  # of the context's 128
         ("sampling.max_new_tokens=128", "sampling.max_new_tokens (128) leaves no room for a prompt"),
         ("prompts.heldout=train.jsonl", "3 prompt(s) stand in both prompts.train and prompts.heldout, such as 'a1'"),
         ("prompts.format=chat", "train.jsonl, line 1: the tokenizer's chat template refuses the prompt"),

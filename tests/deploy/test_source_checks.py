@@ -172,5 +172,5 @@ def test_a_reward_model_whose_tokenizer_is_anothers_is_refused(tmp_path, tokeniz
     write_scale(directory, ScoreScale(chat=False))
     source = ModelSourceConfig(name="s", model=str(directory))
     record = replace(RECORD, text="ask a3!", messages=None)
-    with pytest.raises(UserError, match=r"it holds 'a3!', token 64, but the model's embedding has 64 rows"):
+    with pytest.raises(UserError, match=r"it has 'a3!', token 64, but the model's embedding has 64 rows"):
         try_functions(SourcesConfig(sources=(source,)), [source], record, tokenizer)

@@ -1,4 +1,4 @@
-"""Prompts from records: what is read, counted, cut and refused before a run starts."""
+"""Prompts from records: reading, counting, cutting and refusing before a run starts."""
 
 import json
 import tomllib
@@ -74,7 +74,7 @@ def test_records_of_a_file_are_read_in_order(tmp_path, tokenizer):
     assert [r.fields for r in records] == [{"answer": 9, "prompt_kind": None}, {}]
 
 
-def test_records_of_a_function_are_those_of_the_seed(tmp_path, tokenizer, monkeypatch):
+def test_a_function_makes_the_records_of_the_seed(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "made_prompts.py").write_text(
         "def train(seed): return [{'prompt': f'is {seed}'}, {'prompt': 'larger'}]"
     )
@@ -94,12 +94,12 @@ def test_records_of_a_function_are_those_of_the_seed(tmp_path, tokenizer, monkey
         ({"prompt": None}, "the column `prompt` is empty (null)"),
         ({"prompt": 7}, "`prompt` must be text or a list of chat messages, not 7"),
         ({"prompt": {"role": "user"}}, "`prompt` must be text or a list of chat messages, not {'role': 'user'}"),
-        ({"prompt": "is \0"}, "`prompt` holds the character NUL"),
-        ({"prompt": "is \ud83d"}, "`prompt` holds half of a surrogate pair ('\\ud83d' at character 4)"),
-        ({"prompt": "is", "answer": float("inf")}, "`answer` goes into the journal as JSON and cannot"),
+        ({"prompt": "is \0"}, "`prompt` has the character NUL"),
+        ({"prompt": "is \ud83d"}, "`prompt` has half of a surrogate pair ('\\ud83d' at character 4)"),
+        ({"prompt": "is", "answer": float("inf")}, "`answer` cannot be written to the journal as JSON"),
     ],
 )  # fmt: skip
-def test_a_record_at_fault_is_named_by_line(tmp_path, tokenizer, record, reason):
+def test_a_faulty_record_is_named_by_line(tmp_path, tokenizer, record, reason):
     message = refusal(tmp_path, tokenizer, [{"prompt": "is"}, record])
     assert message.startswith("line 2: ")
     assert reason in message
@@ -109,18 +109,18 @@ def test_a_record_at_fault_is_named_by_line(tmp_path, tokenizer, record, reason)
 def test_an_empty_file_is_refused(tmp_path, tokenizer, text):
     message = refusal(tmp_path, tokenizer, text)
     path = tmp_path / "questions.jsonl"
-    assert message == f"prompts.train ({path}) holds no usable prompt; it must give at least one"
+    assert message == f"prompts.train ({path}) has no usable prompt; it must have at least one"
 
 
-def test_a_prompt_at_the_limit_is_accepted_and_one_token_more_refused(tmp_path, tokenizer):
+def test_a_prompt_of_one_token_over_the_limit_is_refused(tmp_path, tokenizer):
     text = '{"prompt": "which is"}\n{"prompt": "which is larger"}\n'
     assert [len(r.token_ids) for r in load(tmp_path, tokenizer, text, max_tokens=3)] == [2, 3]
     message = refusal(tmp_path, tokenizer, text, max_tokens=2)
     assert message.startswith("line 2: the prompt has 3 tokens")
-    assert "leave room for (2); shorten it, raise prompts.max_tokens, lower sampling.max_new_tokens, or set" in message
+    assert "context allow 2; shorten it, raise prompts.max_tokens, lower sampling.max_new_tokens, or set" in message
 
 
-def test_chat_messages_under_format_plain_are_refused_with_the_setting_to_change(tmp_path, tokenizer):
+def test_chat_messages_under_format_plain_are_refused(tmp_path, tokenizer):
     message = refusal(tmp_path, tokenizer, '{"prompt": [{"role": "user", "content": "is"}]}')
     assert 'line 1: `prompt` is a list of chat messages; set prompts.format = "chat"' in message
 
@@ -132,7 +132,7 @@ def test_format_chat_goes_through_the_tokenizers_template(tmp_path, tokenizer):
     assert [r.token_ids.tolist() for r in records] == [ids("user : 7 is assistant :")] * 2
 
 
-def test_a_prompt_carries_the_messages_that_its_template_was_given_and_plain_text_has_none(tmp_path, tokenizer):
+def test_a_chat_prompt_keeps_its_messages(tmp_path, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}:"
     dialogue = [
         {"role": "system", "content": "larger"},
@@ -153,7 +153,7 @@ def test_a_prompt_carries_the_messages_that_its_template_was_given_and_plain_tex
     assert load(tmp_path, tokenizer, '{"prompt": "7 is"}')[0].messages is None
 
 
-def test_prompts_of_pairs_are_read_as_those_of_training(tmp_path, tokenizer):
+def test_prompts_for_pairs_are_read_like_prompts_for_training(tmp_path, tokenizer):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "7 is", "answer": 7}\n')
     (record,) = load_records(str(path), PairPromptsConfig(source=str(path)), tokenizer, seed=0, max_tokens=2)
@@ -165,17 +165,17 @@ def test_prompts_of_pairs_are_read_as_those_of_training(tmp_path, tokenizer):
     [
         ({"prompt": said("user", "is")}, "plain", 'set prompts.format = "chat"'),
         ({"prompt": "is"}, "chat", "the tokenizer's chat template refuses the prompt"),  # it has none
-        ({"prompt": "is", "answer": {9}}, "plain", "`answer` goes into the journal as JSON and cannot"),
+        ({"prompt": "is", "answer": {9}}, "plain", "`answer` cannot be written to the journal as JSON"),
     ],
 )
-def test_a_record_at_fault_is_named_by_where_it_is_from(tokenizer, record, format, reason):
+def test_a_faulty_record_is_named_by_its_origin(tokenizer, record, format, reason):
     with pytest.raises(UserError) as caught:
         prompt_record("the prompt of pair 7", record, PromptFormat(format=format), tokenizer)
     assert str(caught.value).startswith("the prompt of pair 7: ")
     assert reason in str(caught.value)
 
 
-def test_the_tokenizers_own_special_tokens_are_added_to_plain_text_but_not_to_a_templates(tmp_path, tokenizer):
+def test_special_tokens_are_added_to_plain_text_only(tmp_path, tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         "<end> $A", special_tokens=[("<end>", 1)]
     )
@@ -185,7 +185,7 @@ def test_the_tokenizers_own_special_tokens_are_added_to_plain_text_but_not_to_a_
         assert load(tmp_path, tokenizer, text, format=format)[0].token_ids.tolist() == [1, 5, 3]
 
 
-def test_a_template_that_refuses_a_prompt_or_is_missing_names_the_line(tmp_path, tokenizer):
+def test_a_missing_or_failing_template_is_refused_by_line(tmp_path, tokenizer):
     text = '{"prompt": [{"role": "user", "content": "is"}]}'
     reason = "line 1: the tokenizer's chat template refuses the prompt"
     assert reason in refusal(tmp_path, tokenizer, text, format="chat")
@@ -195,7 +195,7 @@ def test_a_template_that_refuses_a_prompt_or_is_missing_names_the_line(tmp_path,
 
 @pytest.mark.parametrize("format", ["plain", "chat"])
 @pytest.mark.parametrize("name", ["p.jsonl.gz", "p.json", "p.csv", "p.parquet"])
-def test_the_same_records_in_another_format_are_the_same_prompts(tmp_path, tokenizer, name, format):
+def test_every_file_format_gives_the_same_prompts(tmp_path, tokenizer, name, format):
     tokenizer.chat_template = ROLES
     random = Random(name)
 
@@ -214,7 +214,7 @@ def test_the_same_records_in_another_format_are_the_same_prompts(tmp_path, token
 
 
 @pytest.mark.parametrize("template", ["$A <end>", "<s> $A <end>", "<s> $A <end> <end>", "<s> $A"])
-def test_what_a_tokenizer_adds_before_a_text_stays_and_what_it_adds_behind_goes(tmp_path, tokenizer, template):
+def test_added_tokens_before_a_prompt_stay_and_those_after_it_go(tmp_path, tokenizer, template):
     adding(tokenizer, template)
     (record,) = load(tmp_path, tokenizer, [{"prompt": "7 is"}])
     assert record.token_ids.tolist() == ids("<s> 7 is" if template.startswith("<s>") else "7 is")
@@ -222,7 +222,7 @@ def test_what_a_tokenizer_adds_before_a_text_stays_and_what_it_adds_behind_goes(
 
 
 @pytest.mark.parametrize("text", ["<s> 7 is", "7 is", " <s> <s> 7 is"])
-def test_the_token_that_begins_a_sequence_is_never_doubled(tmp_path, tokenizer, text):
+def test_bos_is_never_doubled(tmp_path, tokenizer, text):
     adding(tokenizer, "<s> $A")
     tokenizer.chat_template = "{{ bos_token + ' ' + messages[0].content }}"
     for format in ("plain", "chat"):
@@ -230,13 +230,13 @@ def test_the_token_that_begins_a_sequence_is_never_doubled(tmp_path, tokenizer, 
         assert record.token_ids.tolist() == ids("<s> 7 is")
 
 
-def test_unknown_words_at_the_beginning_stay_where_bos_is_the_unknown_token(tmp_path, tokenizer):
+def test_unknown_words_stay_where_bos_is_the_unknown_token(tmp_path, tokenizer):
     tokenizer.bos_token = "<unk>"
     assert load(tmp_path, tokenizer, [{"prompt": "what now 7"}])[0].token_ids.tolist() == ids("<unk> <unk> 7")
 
 
 @pytest.mark.parametrize("format", ["plain", "chat"])
-def test_an_end_token_that_text_or_template_wrote_is_refused_removed_or_kept(tmp_path, tokenizer, format):
+def test_an_end_token_at_the_end_is_refused_removed_or_kept(tmp_path, tokenizer, format):
     tokenizer.chat_template = "{{ messages[0].content }}"
     records = [{"prompt": "7 is"}, {"prompt": "7 <end> is <end> <end>"}]
     origin = {"plain": "text", "chat": "chat template"}[format]
@@ -252,7 +252,7 @@ def test_a_token_beyond_the_embedding_is_refused_by_line(tmp_path, tokenizer):
     records = [{"prompt": "7 is"}, {"prompt": "7 : 9"}]  # `:` is token 8
     assert len(load(tmp_path, tokenizer, records, vocabulary=9)) == 2
     message = refusal(tmp_path, tokenizer, records, vocabulary=8)
-    assert message.startswith("line 2: it holds ':', token 8, but the model's embedding has 8 rows")
+    assert message.startswith("line 2: it has ':', token 8, but the model's embedding has 8 rows")
 
 
 # A last message of the assistant
@@ -273,7 +273,7 @@ def test_a_last_message_of_the_assistant_is_refused_removed_or_continued(tmp_pat
     assert continued.token_ids.tolist() == ids("user : 7 assistant : is larger")
 
 
-def test_a_prompt_of_the_assistant_alone_is_empty_once_that_is_removed(tmp_path, tokenizer):
+def test_a_prompt_with_only_the_removed_message_counts_as_empty(tmp_path, tokenizer):
     tokenizer.chat_template = ROLES
     records = [{"prompt": ANSWERED[1:]}]
     assert "1 empty" in refusal(tmp_path, tokenizer, records, format="chat", last_assistant="remove")
@@ -282,7 +282,7 @@ def test_a_prompt_of_the_assistant_alone_is_empty_once_that_is_removed(tmp_path,
 # What is dropped, cut and counted
 
 
-def test_long_prompts_are_dropped_or_lose_their_first_tokens_and_are_counted(tmp_path, tokenizer):
+def test_long_prompts_are_dropped_or_cut_and_counted(tmp_path, tokenizer):
     adding(tokenizer, "<s> $A")
     records = [{"prompt": "7 is"}, {"prompt": "which is larger 7", "n": 2}]
     reports = []
@@ -298,7 +298,7 @@ def test_long_prompts_are_dropped_or_lose_their_first_tokens_and_are_counted(tmp
     ]
 
 
-def test_a_cut_chat_prompt_keeps_its_messages_and_shows_what_the_policy_reads(tmp_path, tokenizer):
+def test_a_cut_chat_prompt_keeps_its_messages(tmp_path, tokenizer):
     tokenizer.chat_template = "{{ bos_token }} " + ROLES + "assistant :"
     messages = said("user", "which is larger 7")
     (found,) = load(tmp_path, tokenizer, [{"prompt": messages}], format="chat", max_tokens=5, overlong="cut_start")
@@ -306,7 +306,7 @@ def test_a_cut_chat_prompt_keeps_its_messages_and_shows_what_the_policy_reads(tm
     assert (found.text, found.messages) == ("<s> larger 7 assistant :", messages)
 
 
-def test_empty_prompts_are_dropped_repeated_ones_kept_and_both_are_counted(tmp_path, tokenizer):
+def test_empty_prompts_are_dropped_and_repeated_ones_kept(tmp_path, tokenizer):
     tokenizer.chat_template = ROLES
     records = [
         {"prompt": p} for p in ("is", "", " \n", [], said("user", " "), "is", said("user", "7", "user", ""), "7")
@@ -323,7 +323,7 @@ def test_empty_prompts_are_dropped_repeated_ones_kept_and_both_are_counted(tmp_p
 def test_when_no_prompt_is_left_the_message_says_why(tmp_path, tokenizer):
     records = [{"prompt": ""}, {"prompt": "which is larger"}, {"prompt": "7 is larger"}]
     message = refusal(tmp_path, tokenizer, records, max_tokens=2, overlong="drop")
-    assert "holds no usable prompt (0 prompts" in message
+    assert "has no usable prompt (0 prompts" in message
     assert "dropped: 1 empty, 2 too long" in message
     assert not PromptCounts(prompts=3).notable
 
@@ -343,7 +343,7 @@ def test_nan_in_a_field_is_no_value(tmp_path, tokenizer):
     assert found.fields == {"a": None, "b": {"c": [1.5, None]}, "d": 1}
 
 
-def test_the_settings_of_the_data_page_are_settings():
+def test_the_settings_named_in_the_data_page_exist():
     page = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
     tree = tomllib.loads(page.split("```toml\n")[1].split("```")[0])
     assert PromptsConfig(**tree["prompts"]).columns.prompt == "question"

@@ -1,4 +1,4 @@
-"""Tokens of what is to be continued, with tokenizers that add something before a text, behind it, or nothing."""
+"""Tokens of texts to continue, for tokenizers that add tokens before a text, after it, or none."""
 
 import signal
 import string
@@ -22,7 +22,7 @@ PIECES = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, **{letter: 4 + i for i, let
 
 
 def t5():
-    """Puts </s> behind every text, and has no BOS."""
+    """Adds </s> after every text and has no BOS."""
     return T5Tokenizer(
         vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in LETTERS)]
     )
@@ -37,7 +37,7 @@ def llama(*, bos, eos):
 
 
 def bert():
-    """Puts [CLS] before a text and [SEP] behind it; neither is called BOS or EOS."""
+    """Adds [CLS] before a text and [SEP] after it; neither is named BOS or EOS."""
     words = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "hi": 2, "[UNK]": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
@@ -45,7 +45,7 @@ def bert():
 
 
 def gpt2():
-    """One token for BOS, EOS and unknown, and nothing added."""
+    """Uses one token for BOS, EOS and unknown words, and adds none."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return GPT2Tokenizer(vocab={"<|endoftext|>": 0, **{c: i for i, c in enumerate(letters, 1)}}, merges=[])
 
@@ -61,7 +61,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_text_to_be_continued_keeps_what_is_added_before_it_and_loses_what_is_added_behind(name):
+def test_tokens_added_before_a_text_stay_and_those_added_after_it_go(name):
     make, before, behind = TOKENIZERS[name]
     tokenizer = make()
     [bare] = bare_ids(tokenizer, ["hi"])
@@ -100,7 +100,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(prompt_tokens, "_clock", prompt_tokens._TemplateClock())
 
 
-def test_a_template_that_does_not_end_is_refused_with_its_reason(tmp_path, impatient):
+def test_an_endless_template_is_refused_with_its_reason(tmp_path, impatient):
     tokenizer = llama(bos=True, eos=False)
     tokenizer.chat_template = "{% if messages[0].content == 'on' %}" + ENDLESS + "{% endif %}hi"
     (tmp_path / "p.jsonl").write_text('{"prompt": "off"}\n{"prompt": "on"}\n')
@@ -111,7 +111,7 @@ def test_a_template_that_does_not_end_is_refused_with_its_reason(tmp_path, impat
     assert message in str(caught.value)
 
 
-def test_time_between_templates_does_not_count_and_the_timer_stops_by_itself(impatient):
+def test_time_between_templates_does_not_count(impatient):
     tokenizer = llama(bos=True, eos=False)
     tokenizer.chat_template = "hi"
     before = signal.getsignal(signal.SIGVTALRM)
@@ -124,7 +124,7 @@ def test_time_between_templates_does_not_count_and_the_timer_stops_by_itself(imp
 
 
 def compute(ticks):
-    """Computes until the timer has fired so often, or stopped."""
+    """Computes until the timer has fired `ticks` times, or has stopped."""
     fired, handler = [], signal.getsignal(signal.SIGVTALRM)
 
     def counted(number, frame):
@@ -151,7 +151,7 @@ def test_templates_are_rendered_in_other_threads_too():
 
 PROGRAM = """
 import atexit, signal
-atexit.register(lambda: print(signal.getitimer(signal.ITIMER_VIRTUAL)[0]))  # runs after what is registered later
+atexit.register(lambda: print(signal.getitimer(signal.ITIMER_VIRTUAL)[0]))  # runs after handlers registered later
 from common.data.prompt_tokens import rendered
 
 class Tokenizer:
@@ -163,8 +163,8 @@ rendered(Tokenizer(), [])
 """
 
 
-def test_no_timer_is_left_that_would_kill_the_process_while_python_ends():
-    """Python puts signals back to their defaults before it has ended, and this one's default kills."""
+def test_no_timer_is_left_when_python_ends():
+    """Python resets signals to their defaults while it ends, and the default of this one kills the process."""
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300)
     assert ended.returncode not in (-signal.SIGVTALRM, 128 + signal.SIGVTALRM)
     assert (ended.stdout.split(), ended.stderr) == (["True", "0.0"], "")

@@ -1,4 +1,4 @@
-"""Records from files of every format and from functions: the same ones from each, and broken ones by line."""
+"""Every format and a function give the same records; broken ones are refused by line."""
 
 import gzip
 import hashlib
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common.data import records
+from common.data import file_formats
 from common.data.records import is_function, matching_files, read_source
 from common.errors import UserError
 from tests.record_files import write
@@ -29,7 +29,7 @@ FILES = ["p.jsonl", "p.jsonl.gz", "p.json", "p.json.gz", "p.csv", "p.csv.gz", "p
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_the_same_records_in_order(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(records, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(file_formats, "_ROWS_PER_BATCH", 2)
     texts = ["Grüße\u2028 ", 'a, "b"\nc\r\n', "[1]", " ", "0", "\U0001f600", "é" * 200_000]
     chat = [{"role": "user", "content": "a\n"}, {"role": "assistant", "content": '"b"'}]
     rows = [{"prompt": text, "chosen": chat, "k": str(i)} for i, text in enumerate(texts)]
@@ -55,7 +55,7 @@ def test_json_may_hold_columns_instead_of_records(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.jsonl.gz"])
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, name):
     path = tmp_path / name
     write(path, [{"prompt": "a"}])
     plain = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
@@ -64,7 +64,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
     assert [record for _, record in raw_records(path)] == [{"prompt": "a"}]
 
 
-def test_parquet_values_become_json(tmp_path):
+def test_parquet_values_become_values_of_json(tmp_path):
     table = pa.table(
         {
             "prompt": ["a", "b"],
@@ -90,7 +90,7 @@ def test_parquet_values_become_json(tmp_path):
     assert json.loads(json.dumps(first)) == first
 
 
-def test_a_function_is_given_the_seed_and_its_values_become_json(tmp_path, monkeypatch):
+def test_a_function_gets_the_seed_and_its_values_become_json(tmp_path, monkeypatch):
     (tmp_path / "made_records.py").write_text(
         "import numpy as np\n"
         "def some(seed):\n"
@@ -115,7 +115,7 @@ def test_a_function_is_given_the_seed_and_its_values_become_json(tmp_path, monke
         ("return [{'a': {1: 2}}]", "record 1: `a` has a key that is not text (1)"),
         ("return [{1: 'a'}]", "record 1: a column is named 1; names must be text"),
         ("return [{'a': 10 ** 5000}]", "record 1: `a` is a number of more than 4,300 digits"),
-        ("return [{'a': 'x\\ud83d'}]", "record 1: `a` holds half of a surrogate pair"),
+        ("return [{'a': 'x\\ud83d'}]", "record 1: `a` has half of a surrogate pair"),
         ("return [{'a': b'\\xff'}]", "record 1: `a` is bytes that are not UTF-8 text"),
         ("a = []; a.append(a); return [{'a': a}]", "record 1: `a` is nested deeper than 100 levels"),
     ],
@@ -132,7 +132,7 @@ def test_a_function_that_gives_no_records_is_refused(tmp_path, monkeypatch, requ
 # Names
 
 
-def test_a_pattern_reads_its_files_by_name(tmp_path, monkeypatch):
+def test_a_pattern_reads_its_files_sorted_by_name(tmp_path, monkeypatch):
     for name in ("b.jsonl.gz", "a.parquet", "c.jsonl", "other.txt"):
         write(tmp_path / name, [{"chosen": name}])
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -142,12 +142,12 @@ def test_a_pattern_reads_its_files_by_name(tmp_path, monkeypatch):
     assert list(raw_records(f"{tmp_path}/[abc].*")) == list(raw_records("~/?.*")) == expected
 
 
-def test_empty_lines_are_counted_and_hold_no_record(tmp_path):
+def test_empty_lines_count_as_lines_but_not_as_records(tmp_path):
     (tmp_path / "p.jsonl").write_text('\n{"chosen": "a"}\n  \n{"chosen": "b"}')
     assert [where[-6:] for where, _ in raw_records(f"{tmp_path}/p.jsonl")] == ["line 2", "line 4"]
 
 
-def test_records_are_given_out_before_later_ones_are_read(tmp_path):
+def test_records_are_yielded_before_later_ones_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_text(GOOD + "{broken\n")
     records = raw_records(f"{tmp_path}/a.jsonl")
     assert next(records)[1]["chosen"] == "b1"
@@ -186,13 +186,13 @@ def test_a_truncated_gzip_file_is_refused_where_it_ends(tmp_path):
         ("p.parquet", b'{"a": "a"}\n', "p.parquet cannot be read as Parquet after row 0"),
         ("p.jsonl", b"{}\n{}{}\n", "p.jsonl, line 2: not valid JSON (Extra data at column 3)"),
         ("p.json", b'{"a": 1}\n{"a": 2}\n', "p.json: not valid JSON (Extra data at line 2, column 1)"),
-        ("p.json", b'{"a": [1, 2], "b": [1]}', "p.json: it must hold a list of records, or columns of one length"),
-        ("p.json", b'{"a": {"0": 1}, "b": {"1": 1}}', "or columns of one length; convert it"),
-        ("p.json", b'{"a": 1}', "or columns of one length; convert it"),
-        ("p.json", b"{}", "or columns of one length; convert it"),
-        ("p.json", b"7", "p.json: it must hold a list of records, not 7"),
+        ("p.json", b'{"a": [1, 2], "b": [1]}', "p.json: it must be a list of records, or columns of equal length"),
+        ("p.json", b'{"a": {"0": 1}, "b": {"1": 1}}', "or columns of equal length; convert it"),
+        ("p.json", b'{"a": 1}', "or columns of equal length; convert it"),
+        ("p.json", b"{}", "or columns of equal length; convert it"),
+        ("p.json", b"7", "p.json: it must be a list of records, not 7"),
         ("p.json", b'[{"a": 1}, []]', "p.json, record 2: a record must be an object of columns, not []"),
-        ("p.json", b'[{"a": 1}, {"a": "\\ud83d"}]', "p.json, record 2: `a` holds half of a surrogate pair"),
+        ("p.json", b'[{"a": 1}, {"a": "\\ud83d"}]', "p.json, record 2: `a` has half of a surrogate pair"),
         ("p.jsonl", b"[" * 200_000, "p.jsonl, line 1: not usable JSON (RecursionError"),
         (
             "p.jsonl",
@@ -212,13 +212,13 @@ def test_a_broken_file_is_refused_where_it_is_broken(tmp_path, name, content, co
     assert complaint in str(caught.value)
 
 
-def test_a_missing_file_and_unknown_formats_are_refused_with_those_that_exist(tmp_path):
+def test_a_missing_file_and_an_unknown_format_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"nothing\*\.jsonl\): there is no such file; .* Formats: JSON lines \(\.jsonl\)"
     ):
         list(raw_records(f"{tmp_path}/nothing*.jsonl"))
     (tmp_path / "p.txt").write_text(GOOD)
-    with pytest.raises(UserError, match=r"the format of .*/p\.txt is not known by its ending; known are JSON lines"):
+    with pytest.raises(UserError, match=r"the ending of .*/p\.txt names no known format; known are JSON lines"):
         list(raw_records(tmp_path / "p.txt"))
     with pytest.raises(UserError, match=r"\) is a directory; give a file, .* Formats: JSON lines"):
         list(raw_records(tmp_path))
@@ -242,7 +242,7 @@ def test_a_source_is_a_function_or_names_files(tmp_path):
     assert matching_files(f"{tmp_path}/missing.csv") == []
 
 
-def test_a_damaged_gzip_file_is_refused_whatever_zlib_says(tmp_path):
+def test_every_error_of_zlib_becomes_a_refusal_naming_the_file(tmp_path):
     path = tmp_path / "pairs.jsonl.gz"
     write(path, [{"chosen": f"a{i % 30}", "rejected": f"b{i * 7 % 30}"} for i in range(3000)])
     sound = path.read_bytes()
