@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from common.config.actors import GeneratorsConfig, SourcesConfig
 from common.config.base import Placed, RayConfig
-from common.config.ppo import Config, LoRAConfig, TrainerConfig
+from common.config.ppo import Config, LoRAConfig
+from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.model.size import ModelSize
 

@@ -17,8 +17,9 @@ from typing import Annotated
 
 import typer
 
-from common.config.base import Root
-from common.config.loading import AnyRoot, absolute_if_directory, describe, load_config
+from common.config.base import MAY_CHANGE, Root
+from common.config.description import describe
+from common.config.loading import AnyRoot, absolute_if_directory, load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
@@ -32,8 +33,9 @@ from deploy.run.resume import enter_starting_directory, resumed_config
 def _settings(root: type[Root]) -> str:
     """Every setting with its meaning, as `ratchet config --describe` prints it."""
     return "\n".join(
-        f"{key} ({kind}; default {default})\n" + fill(meaning, 100, initial_indent="    ", subsequent_indent="    ")
-        for key, kind, default, meaning in describe(root)
+        f"{s.key} ({s.kind}; default {s.default}{f'; {MAY_CHANGE}' if s.may_change else ''})\n"
+        + fill(s.meaning, 100, initial_indent="    ", subsequent_indent="    ")
+        for s in describe(root)
     )
 
 

@@ -94,7 +94,7 @@ async def _sample(
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)
     done = {record["pair"] for record in read_records(directory / "labelled.jsonl") if "void" not in record}
 
-    room = asyncio.Semaphore(2 * cfg.generators.most * cfg.generators.in_flight)  # pairs begun at a time
+    room = asyncio.Semaphore(2 * cfg.generators.max_replicas * cfg.generators.in_flight)  # pairs begun at a time
     voids: list[str] = []
 
     async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:

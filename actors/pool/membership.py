@@ -111,7 +111,7 @@ class Membership:
     def __init__(self, role: str, host: Host, cfg: Replicated, *, on_event: OnEvent = lambda event: None) -> None:
         self.role = role
         self.host = host
-        self.wish = cfg.most
+        self.wish = cfg.max_replicas
         # Brings a new replica to where the others are; returns only when it may be called.
         self.catch_up: Callable[[Replica], Awaitable[None]] = _nothing_to_catch_up
         # Has a replica end what it is at, with what it has. Left out: it finishes, or others begin again.

@@ -13,7 +13,7 @@ from ray._private import ray_constants
 
 from actors.pool.ray_meters import RayMeters
 from common.config.base import Placed
-from common.config.ppo import TrainerConfig
+from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.metrics import meters
 from common.user_code.functions import package_root

@@ -1,4 +1,4 @@
-"""Settings of what the actors do: prompts, sampling, generators, reference and reward services. Runs anywhere."""
+"""Settings of the actors: prompts, sampling, generators, reference and reward services. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -7,33 +7,32 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from common.config.base import NonNegative, Positive, Replicated, Seconds, Section
+from common.config.base import MayChange, NonNegative, Positive, Replicated, Seconds, Section
 from common.config.sources import SourceConfig
 
 
 class TextFormat(Section):
-    """What text and chat messages of a record may be; the same rules for prompts and preference pairs."""
+    """Which text and chat messages a record may have; prompts and preference pairs follow the same rules."""
 
     section: ClassVar[str]  # its name in the config file, for messages
     format: Literal["plain", "chat"] = "plain"
-    """plain: the prompt's text as it is; chat: through the tokenizer's chat template."""
+    """plain: the prompt's text is used unchanged; chat: it goes through the tokenizer's chat template."""
     roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("system", "developer", "user", "assistant", "tool")
     """Roles that chat messages may have; a message with another role is refused."""
     last_assistant: Literal["refuse", "remove", "continue"] = "refuse"
-    """What becomes of a chat prompt whose last message is the assistant's. refuse: an error, since it often is an
-    answer left in the data; remove: the prompt is what comes before it; continue: the response goes on with this
-    message."""
+    """What to do with a chat prompt whose last message is the assistant's. refuse: an error, since such a message is
+    often an answer left in the data; remove: drop the message; continue: the response continues the message."""
     last_end_token: Literal["refuse", "remove", "keep"] = "refuse"
-    """What becomes of an end token that text or chat template put at the end of a prompt, where the policy is to write
-    on. keep is for the few chat models (DialoGPT) that were trained so. One that the tokenizer adds is always
-    removed."""
+    """What to do with an end token that text or chat template put at the end of a prompt, where the response should
+    begin. keep is for the few chat models (DialoGPT) that were trained so. An end token that the tokenizer adds is
+    always removed."""
 
 
 class PromptColumns(Section):
     """Names of the columns that prompt records have."""
 
     prompt: str = "prompt"
-    """Column with the prompt: text or chat messages. All others are handed to the reward as fields."""
+    """Column with the prompt: text or chat messages. The reward gets all other columns as fields."""
 
 
 class PromptFormat(TextFormat):
@@ -43,13 +42,13 @@ class PromptFormat(TextFormat):
     max_tokens: Positive = 512
     """Longest prompt allowed, in tokens; sampling.max_new_tokens and the model's context may leave less."""
     overlong: Literal["refuse", "drop", "cut_start"] = "refuse"
-    """A longer prompt is refused before the run starts, dropped and counted, or loses its first tokens (all but the one
-    that begins a sequence)."""
+    """What to do with a longer prompt. refuse: an error before the run starts; drop: leave it out and count it;
+    cut_start: remove its first tokens, except the one that begins a sequence."""
     columns: PromptColumns = PromptColumns()
 
 
 class PromptsConfig(PromptFormat):
-    """What is asked."""
+    """The prompts of training and evaluation."""
 
     train: str
     """Training prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or
@@ -65,17 +64,17 @@ class SamplingConfig(Section):
     """How responses are drawn from the policy."""
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM has none
-    below 0.01; top_k = 1 takes the likeliest token every time, for evaluations only."""
+    """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM allows none
+    below 0.01; top_k = 1 always takes the likeliest token, for evaluations only."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; below 1 the learner's log-probabilities no longer are those of the sampled distribution."""
+    """Nucleus sampling. Below 1 the learner's log-probabilities are not those of the distribution sampled from."""
     top_k: NonNegative = 0
-    """Sample among the k likeliest tokens only; 1: always the likeliest; 0 is off. The same caution as for top_p."""
+    """Sample among the k likeliest tokens only; 1: always the likeliest; 0: off. The caution of top_p applies."""
     max_new_tokens: Positive = 256
     """Longest response, in tokens; a response that reaches it has finish reason `length`."""
     min_new_tokens: NonNegative = 0
-    """The end token is forbidden before this many tokens. The learner does not know that: the same caution as for
-    top_p."""
+    """Forbid the end token before this many tokens. The learner does not take this into account: the caution of top_p
+    applies."""
 
 
 class GeneratorsConfig(Replicated):
@@ -85,12 +84,13 @@ class GeneratorsConfig(Replicated):
     """GPUs each generator reserves: a share of one, or as many as tensor_parallel; 0 runs it on the CPU."""
     tensor_parallel: Positive = 1
     """Devices that one engine's weights are split over: GPUs, or processes on the CPU, each with `threads` threads. For
-    models too large for one GPU: every layer waits for all devices, and an update for all to load their part."""
+    models too large for one GPU. Every layer waits for all devices, and an update waits until all have loaded their
+    part."""
     cpus: Annotated[float, Field(ge=0)] = 1
     """CPU cores each generator reserves in Ray's bookkeeping."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the engine. bfloat16 is about twice as fast; float32 agrees with the learner
-    exactly on CPU, but for the rounding of new weights to bfloat16."""
+    """Precision of the engine. bfloat16 is about twice as fast. On CPU float32 agrees with the learner exactly, except
+    that published weights are rounded to bfloat16."""
     kv_cache_mib: Positive = 256
     """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once."""
     max_running: Positive = 64
@@ -98,9 +98,9 @@ class GeneratorsConfig(Replicated):
     max_batched_tokens: Positive = 256
     """Tokens of one engine step; bounds how long a weight update waits for the step to end."""
     updates: Literal["full", "changes"] = "full"
-    """What is sent after a step. full: every weight, best on one node, where engines read them in place; changes: the
-    values that differ in bfloat16, where they take fewer bytes: better over a slow network, at the price of finding
-    them and of one or two copies of the weights (bfloat16) in each engine's process."""
+    """Weights sent after a step. full: all of them; best on one node, where engines read them in place. changes: only
+    values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs the search for changes,
+    and one or two copies of the weights (bfloat16) in each engine's process."""
 
     @model_validator(mode="after")
     def check_devices(self) -> GeneratorsConfig:
@@ -127,26 +127,25 @@ class ReferenceConfig(Replicated):
 
 
 class SourcesConfig(Replicated):
-    """The reward service: which sources score a response."""
+    """The reward service and the sources that score a response."""
 
-    in_flight: Positive = 32
-    """Requests each process is sent at once. More let a reward model batch better; slow Python functions, which run one
-    after the other, want few, or the last one waits longer than timeout_s."""
+    in_flight: MayChange[Positive] = 32
+    """Requests sent to each process at once. More let a reward model batch better. Slow Python functions run one after
+    the other and need a low number: otherwise the last request waits longer than timeout_s."""
 
     sources: tuple[SourceConfig, ...]
     """The sources: each has a name, a weight, and a function, a model, urls or judge_urls."""
-    isolation: Literal["thread", "process"] = "thread"
-    """Where reward functions run. thread: in threads of the reward process. process: in worker processes, where
-    functions that use signals work, a crash costs one rollout, a call past its limit is ended, and your modules may
-    have any name."""
-    workers: Positive = 1
+    isolation: MayChange[Literal["thread", "process"]] = "thread"
+    """Where reward functions run. thread: in threads of the reward process. process: in worker processes. There,
+    functions may use signals, a crash costs one rollout, a call past its limit is ended, and your modules may have any
+    name."""
+    workers: MayChange[Positive] = 1
     """Worker processes of each function, in each reward process; only with isolation = "process"."""
-    call_timeout_s: Seconds | None = None
-    """Longest call of a reward function, seconds; a longer one voids the rollout that it was to score. Left out: a
-    fifth of timeout_s."""
-    max_void_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """The run stops when more than this share of responses (of a step, of an evaluation) had to be voided for want of a
-    score."""
+    call_timeout_s: MayChange[Seconds | None] = None
+    """Longest call of a reward function, seconds; a longer call voids its rollout. Left out: a fifth of timeout_s."""
+    max_void_share: MayChange[Annotated[float, Field(ge=0, le=1)]] = 0.5
+    """Stop the run when more than this share of the responses (of a step, of an evaluation) got no score and are
+    void."""
 
     @property
     def call_limit_s(self) -> float:
@@ -155,7 +154,7 @@ class SourcesConfig(Replicated):
 
     @property
     def answer_limit_s(self) -> float:
-        """Seconds until a rollout without a score is void: before timeout_s, which would end the run."""
+        """Seconds until a rollout without a score becomes void: before timeout_s, which would end the run."""
         return 0.9 * self.timeout_s
 
     @model_validator(mode="after")
@@ -169,14 +168,14 @@ class SourcesConfig(Replicated):
 
 
 class RewardConfig(SourcesConfig):
-    """The reward service: which sources score a response, and how they add up."""
+    """The reward service, its sources, and how their scores add up."""
 
     normalise: Literal["mean_std", "std", "none"] = "mean_std"
-    """Scores in deviations of every score seen so far in the run: mean_std about their mean, so that neither unit nor
-    origin of the reward matters; std keeps the origin; none leaves them as they are, and the KL coefficient then is in
-    units of the score."""
+    """Unit of the scores. mean_std: standard deviations from the mean of all scores so far in the run, so that neither
+    unit nor origin of the reward matters. std: standard deviations from 0. none: the raw scores; the KL coefficient
+    then is in their unit."""
     clip: Annotated[float, Field(ge=0)] = 5.0
-    """Normalised scores are clipped to +/- this many deviations, so that one outlier cannot own a batch; 0: never."""
+    """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: never."""
 
 
 def broken_sampling_rules(cfg: SamplingConfig) -> Iterator[str]:

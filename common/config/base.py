@@ -1,19 +1,28 @@
-"""What every tree of settings is built from: the section, the bounds of its numbers, and the error for bad input."""
+"""What every tree of settings is built from: the section, the bounds of its numbers, and what several sections share.
+
+Runs anywhere.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+T = TypeVar("T")
 Positive = Annotated[int, Field(ge=1)]
-MOST_PROCESSES = 10_000  # of one role; each is listed when a run is placed
+MOST_PROCESSES = 10_000  # of one role; the check whether a run fits the cluster lists each
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
+# Marks a setting, or a whole section of a root, that may change when a run continues: it does not decide what is
+# learned. It may decide how that is computed, so that a run can get past a crash; repeated steps then agree up to
+# rounding. All other settings are fixed when the run begins.
+MAY_CHANGE = "may change on --resume"
+MayChange = Annotated[T, MAY_CHANGE]
 
 
 class Section(BaseModel):
@@ -56,48 +65,49 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 class Placed(Section):
-    """Where a role runs: what each of its processes takes from the cluster."""
+    """What each process of a role takes from the cluster."""
 
     cpus: Annotated[float, Field(ge=0)] = 0
-    """CPU cores each process reserves in Ray's bookkeeping; 0 lets it share whatever is there."""
+    """CPU cores each process reserves in Ray's bookkeeping; with 0 it shares the cores that there are."""
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs each process reserves; 0 runs it on the CPU."""
     threads: Positive = 1
     """Compute threads of each process. Two busy processes that both use every core slow each other threefold."""
-    cores: tuple[NonNegative, ...] = ()
-    """CPU cores that each process, and all its threads, keep to; several processes of the role share them. Roles that
-    work at the same time disturb each other least on cores of their own. Empty: wherever the scheduler puts it."""
+    cores: MayChange[tuple[NonNegative, ...]] = ()
+    """CPU cores that each process keeps to, with all its threads; the processes of the role share them. Roles that work
+    at the same time disturb each other least on separate cores. Empty: the operating system chooses."""
 
 
 class Replicated(Placed):
-    """A role of which there may be several, each able to do the work of any other."""
+    """A role with one or more processes (replicas) that all do the same work."""
 
-    min: Processes = 1
-    """Processes of this role that the run needs: it starts when so many are ready, and stops, to be gone on with, when
-    fewer are for longer than max_shortage_s."""
-    max: Processes | None = None
-    """As many as are wished for: the cluster gets them as far as it has room, now or when nodes join. `ratchet scale`
-    changes the wish. Left out: min."""
-    in_flight: Positive = 128
-    """Requests each process is sent at once; the others wait their turn, and their time limit does not run."""
-    timeout_s: Seconds = 300
-    """Longest wait for an answer; what takes longer is an error that names the replica, seconds."""
-    probe_timeout_s: Seconds = 30
-    """A process that answers no health probe for this long is replaced, however its calls go, seconds."""
-    drain_s: Seconds = 10
-    """How long a process that must leave may go on with what it has; then a generator hands it over to others, and
-    other roles drop it for others to begin again, seconds."""
-    max_shortage_s: Seconds = 600
-    """How long fewer than `min` may be ready before the run stops, seconds."""
+    min: MayChange[Processes] = 1
+    """Fewest processes the run works with. It starts once this many are ready, and stops (continue with --resume) if
+    fewer are ready for longer than max_shortage_s."""
+    max: MayChange[Processes | None] = None
+    """Most processes the run asks for; the cluster starts them as it has room, now or when nodes join. `ratchet scale`
+    changes the number while the run goes on. Left out: min."""
+    in_flight: MayChange[Positive] = 128
+    """Requests sent to each process at once. Further requests wait in the driver; timeout_s does not count that
+    wait."""
+    timeout_s: MayChange[Seconds] = 300
+    """Longest wait for an answer, seconds; a longer one is an error that names the replica."""
+    probe_timeout_s: MayChange[Seconds] = 30
+    """A process that answers no health probe for this long is replaced, even if its calls succeed, seconds."""
+    drain_s: MayChange[Seconds] = 10
+    """How long a process that must leave may finish its work, seconds. After that a generator hands its unfinished
+    responses to others; other roles drop their requests, and others answer them from the beginning."""
+    max_shortage_s: MayChange[Seconds] = 600
+    """How long fewer than `min` processes may be ready before the run stops, seconds."""
 
     @property
-    def most(self) -> int:
-        """Replicas that are wished for."""
+    def max_replicas(self) -> int:
+        """Most replicas the run asks for."""
         return self.max or self.min
 
     @model_validator(mode="after")
     def check_bounds(self) -> Replicated:
-        if self.most < self.min:
+        if self.max_replicas < self.min:
             raise ValueError(f"max ({self.max}) must be at least min ({self.min}); raise the first or lower the second")
         return self
 
@@ -106,34 +116,21 @@ class ModelConfig(Section):
     """The language model that is trained."""
 
     path: str = "embedded:smollm2-135m-instruct"
-    """A Hugging Face directory, a hub name, or the embedded model. All that is trained starts from it, and it is PPO's
+    """A Hugging Face directory, a hub name, or the embedded model. Training starts from it, and PPO uses it as its
     reference."""
     trust_remote_code: bool = False
-    """Whether Python code from the model's directory (`auto_map`) may run, in every process that loads it. Such code
-    can do whatever you can; models that transformers knows need none."""
-
-
-class CheckpointConfig(Section):
-    """Learner state on disk."""
-
-    every: Positive = 20
-    """Steps between checkpoints. What lies between is done again on resume (PPO: from the journal, without generating
-    anything), so this trades disk for time."""
-    keep: Positive = 2
-    """Newest checkpoints kept."""
-    on_signal: bool = False
-    """Whether a signal that stops the run (Ctrl-C, SIGTERM, SIGHUP) lets the step under way end and then writes a
-    checkpoint. A run that continues then repeats no step, but stopping takes as long as a step; without it, seconds."""
+    """Run Python code from the model's directory (`auto_map`) in every process that loads the model. Such code can do
+    whatever you can; models that transformers knows need none."""
 
 
 class RayConfig(Section):
     """The cluster."""
 
     address: str | None = None
-    """HOST:PORT of a running cluster; --address goes over it, and it goes over the variable RAY_ADDRESS. With none of
-    them, or local, one is started on this machine, on loopback, and stopped at the end."""
+    """HOST:PORT of a running cluster. --address overrides it; it overrides the variable RAY_ADDRESS. With none of them,
+    or with local, a cluster is started on this machine, on loopback, and stopped at the end."""
     object_store_mib: Positive = 1024
-    """Shared memory of a cluster started here, MiB: holds two versions of the weights and a batch or two."""
+    """Shared memory of a cluster started here, MiB: must hold two versions of the weights and one or two batches."""
     startup_timeout_s: Seconds = 300
     """Longest start of any role, model loading included, seconds."""
     dashboard: bool = True
@@ -141,10 +138,10 @@ class RayConfig(Section):
 
 
 class MonitoringConfig(Section):
-    """The run's figures for Prometheus, on this machine alone."""
+    """The run's figures for Prometheus, served on this machine only."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of http://127.0.0.1:PORT/metrics; 0: any free one, which RUN/prometheus.json names."""
+    """Port of http://127.0.0.1:PORT/metrics; 0: any free port, which is written to RUN/prometheus.json."""
     discovery: str | None = None
-    """Directory in which a file names this run to Prometheus while it goes on, beside RUN/prometheus.json. With one
-    directory for all runs, Prometheus watches its *.json and finds every run. Left out: none."""
+    """Directory for a second copy of RUN/prometheus.json while the run goes on. Let all runs use one directory and
+    Prometheus watch its *.json: it then finds every run. Left out: no copy."""

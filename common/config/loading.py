@@ -1,6 +1,7 @@
-"""Configuration files: a TOML file and `key=value` settings to a tree of `common/config.py`, or every fault in it.
+"""Loads a config: a TOML file and `key=value` overrides become a tree of settings, or one error with every fault.
 
-Names of files and model directories in it are looked up in the current directory first, then next to the TOML file.
+Runs anywhere. Names of files and model directories are looked up in the current directory first, then next to the TOML
+file.
 """
 
 from __future__ import annotations
@@ -9,75 +10,59 @@ import glob
 import os
 import re
 import tomllib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
-from common.config.base import Root, Section
-from common.config.sources import SOURCE_KINDS, RewardSource
+from common.config.base import Root
+from common.config.faults import fault_message, shortened, without_secrets
 from common.errors import UserError
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
 
 _DEEPEST = 8  # sections that a key is in; more than any has
 _LONGEST_PATH = 4096  # bytes, Linux's own limit; matching a longer pattern can take minutes
-_LONGEST_SHOWN = 200  # characters of the user's text in a message
 
 
 def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, keep_relative: bool = False) -> AnyRoot:
     """The tree of kind `root` in `path` with `key=value` overrides applied. Raises UserError with every fault found.
 
-    Names of files are made absolute, unless `keep_relative`: the current directory will be another one on a cluster."""
+    Names of files become absolute. With `keep_relative` they stay relative, for a job: on the cluster its current
+    directory has another path."""
     given = tuple(overrides)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
         for override in given:
             _apply(tree, override)
         directories = [Path.cwd(), path.absolute().parent]
-        if keep_relative:  # others do not travel to the cluster
+        if keep_relative:  # only the current directory is sent to the cluster
             directories = [directory for directory in directories if directory.is_relative_to(Path.cwd())]
         _find_files(tree, directories, keep_relative)
         return root.model_validate(tree)
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist; shipped ones lie in deploy/configs/") from None
+        raise UserError(f"config file {path} does not exist; deploy/configs/ has shipped ones") from None
     except OSError as error:
         raise UserError(f"config {path} cannot be read ({error.strerror}); name a .toml file") from None
     except RecursionError:
-        raise UserError(
-            f"config file {path} has brackets or sections within each other too deeply; no setting is"
-        ) from None
+        raise UserError(f"config file {path} nests brackets or sections too deeply; no setting needs that") from None
     except ValidationError as error:
-        faults = [(fault, _explain(fault, root)) for fault in error.errors()]
-        lines = "\n".join(f"  {text}" for _, text in faults)
-        raise UserError(f"{_at_fault(path, given, faults)} {len(faults)} fault(s):\n{lines}") from None
+        raise UserError(fault_message(error, root, path, given)) from None
     except ValueError as error:  # TOML's and UTF-8's own errors, NUL in the path, a number of 5,000 digits
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
 
 
-def describe(section: type[Section], prefix: str = "", *, skip: Container[str] = ()) -> Iterator[tuple[str, ...]]:
-    """(key, type, default, meaning) of every field not in `skip`, depth first, in the order of the file."""
-    for name, field in section.model_fields.items():
-        if name in skip:
-            continue
-        if (nested := _section(field)) is not None:
-            yield from describe(nested, f"{prefix}{name}.")
-            continue
-        yield prefix + name, _type_name(field), _default(field), " ".join((field.description or "").split())
-        if name == "sources":  # judges are described by them too
-            described: set[str] = set()
-            kinds: list[type[RewardSource]] = [RewardSource, *SOURCE_KINDS.values()]
-            for source in kinds:
-                yield from describe(source, f"{prefix}{name}[].", skip=described)
-                described |= source.model_fields.keys()
+def absolute_if_directory(name: str, directories: Sequence[Path] = (Path(),)) -> str:
+    """The absolute path of a model directory, so that every process finds it; other names, such as one of the hub,
+    unchanged."""
+    paths = (os.path.join(directory, os.path.expanduser(name)) for directory in directories)
+    return next((os.path.realpath(path) for path in paths if name and os.path.isdir(path)), name)
 
 
 def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> None:
-    """Makes names of model directories and data files that are found in one of the directories absolute: they are
-    opened by processes that may have been started elsewhere, and again when the run is resumed. Other names stay."""
+    """Makes names of model directories and data files absolute if they are found in one of the directories: processes
+    with other current directories open them, and a resumed run does again. Other names stay unchanged."""
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):
             _find_files(value, directories, keep_relative)
@@ -88,17 +73,11 @@ def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> 
             tree[key] = absolute_if_directory(value, directories)
         elif key in ("train", "heldout", "source") and isinstance(value, str):
             found = _absolute_if_file(value, directories)
-            tree[key] = _relative_if_here(found, value) if keep_relative else found
-
-
-def absolute_if_directory(name: str, directories: Sequence[Path] = (Path(),)) -> str:
-    """A model directory as every process finds it; any other name, such as one of the hub, as it is."""
-    paths = (os.path.join(directory, os.path.expanduser(name)) for directory in directories)
-    return next((os.path.realpath(path) for path in paths if name and os.path.isdir(path)), name)
+            tree[key] = _relative_if_below(found, value) if keep_relative else found
 
 
 def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
-    """A data file, or a pattern that such files match, as every process finds it; any other name as it is."""
+    """The absolute path of a data file, or of a pattern that data files match; any other name unchanged."""
     pattern = os.path.expanduser(name)
     has_magic = glob.has_magic(pattern) and "\0" not in pattern and len(pattern) <= _LONGEST_PATH
     for directory in directories:
@@ -109,28 +88,21 @@ def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
     return name
 
 
-def _relative_if_here(found: str, given: str) -> str:
-    """The file in relation to the current directory, if it is in that and was not given by an absolute name."""
+def _relative_if_below(found: str, given: str) -> str:
+    """The file's path from the current directory, if it is below that and the user gave no absolute path."""
     absolute = os.path.isabs(os.path.expanduser(given)) or not Path(found).is_relative_to(Path.cwd())
     return found if absolute else os.path.relpath(found)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets the value of one `key=value` in the tree."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} must read key=value, such as ppo.clip_eps=0.1")
     *sections, leaf = key.split(".")
     if len(sections) > _DEEPEST:
-        raise UserError(f"override {shortened(override)}: no setting is so many sections deep")
-    try:
-        override.encode()
-        value = tomllib.loads(f"value = {text}")["value"]
-    except UnicodeEncodeError:
-        raise UserError(f"override {override!r} is not valid UTF-8; write it in a UTF-8 terminal") from None
-    except RecursionError:
-        raise UserError(f"override {shortened(override)} has brackets within each other too deeply") from None
-    except ValueError:
-        value = text  # a bare word is a string
+        raise UserError(f"override {shortened(override)}: no setting is in more than {_DEEPEST} sections")
+    value = _value(override, text)
     for name in sections:
         if isinstance(tree, list) and re.fullmatch("[0-9]{1,4}", name) and int(name) < len(tree):
             tree = tree[int(name)]  # reward.sources.0.weight
@@ -139,136 +111,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         else:
             break
     if not isinstance(tree, dict):
-        override = _without_secrets(override)
-        raise UserError(f"override {override!r}: {leaf} would be set inside a value that is no section of settings")
+        raise UserError(f"override {without_secrets(override)!r}: {leaf} would be set inside a value, not a section")
     tree[leaf] = value
 
 
-def _at_fault(path: Path, overrides: Sequence[str], faults: Sequence[tuple[Any, str]]) -> str:
-    """The beginning of the message: what has the faults, the file, or settings of the command line, or both."""
-    blamed = [[text for text in overrides if _is_about(text, fault, told)] for fault, told in faults]
-    given = " ".join(
-        _without_secrets(text) for text in dict.fromkeys(overrides) if any(text in part for part in blamed)
-    )
-    if not given:
-        return f"config {path} has"
-    if all(blamed) and all(fault["loc"] for fault, _ in faults):
-        return f"the command line ({given}) has"
-    return f"config {path} with {given} has"
-
-
-def _is_about(override: str, fault: Any, told: str) -> bool:
-    """Whether a fault, as it is told, is one of the key that an override sets, or breaks a rule that this key is in."""
-    key = override.partition("=")[0]
-    if not (place := ".".join(_keys(fault["loc"]))):
-        return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", told) is not None
-    return f"{place}.".startswith(f"{key}.")
-
-
-def _without_secrets(override: str) -> str:
-    """An override as a message can show it: addresses and headers of services may hold passwords and keys."""
-    key, _, text = override.partition("=")
-    return f"{key}=..." if "{" in text or "://" in text or ".headers." in key else shortened(override)
-
-
-def _shown(value: Any) -> str:
-    """A value at fault; of a table its keys only, for the same reason."""
-    if isinstance(value, dict):
-        return shortened(f"{{{', '.join(map(_visible, value))}}}")
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    return shortened(re.sub("://[^/]*@", "://", repr(value)))
-
-
-def shortened(text: str) -> str:
-    """For a message."""
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} ..."
-
-
-def _without_its_middle(text: str) -> str:
-    """For a message that has values in it: long ones are between what is wrong and what helps."""
-    return text if len(text) <= 4 * _LONGEST_SHOWN else f"{text[: 2 * _LONGEST_SHOWN]} ... {text[-_LONGEST_SHOWN:]}"
-
-
-def _visible(key: str) -> str:
-    """A key as a message can show it, also one that is empty or holds line ends."""
-    return key if key.isprintable() and key.strip() == key != "" else repr(key)
-
-
-def _keys(loc: Sequence[str | int]) -> list[str]:
-    """The keys in the file of what pydantic locates: behind the index of a reward source it puts the source's kind,
-    which the file does not have."""
-    return [str(part) for k, part in enumerate(loc) if not (k and isinstance(loc[k - 1], int))]
-
-
-def _explain(fault: Any, root: type[Section]) -> str:
-    """One pydantic error in the words of the file: key, what is wrong, remedy."""
-    key = shortened(".".join(map(_visible, _keys(fault["loc"]))))
-    match fault["type"]:
-        case "extra_forbidden":
-            *parents, leaf = (part for part in fault["loc"])
-            close = get_close_matches(str(leaf), _names_at(parents, root), n=1, cutoff=0.5)
-            if not any(isinstance(part, int) for part in parents):  # perhaps one of another section
-                places = [known for known, *_ in describe(root) if known.endswith(f".{leaf}") and "[" not in known]
-                close = [*close, *places] if parents else places or close
-            hint = (
-                f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(_names_at(parents, root))}"
-            )
-            return f"{key}: unknown key; {hint}"
-        case "missing":
-            return f"{key}: required and missing"
-        case "value_error":
-            told = "\n".join(map(_without_its_middle, str(fault["ctx"]["error"]).split("\n")))
-            return f"{key}: {told}" if key else told
-        case _:
-            return f"{key} = {_shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-
-
-def _names_at(parents: list[Any], root: type[Section]) -> list[str]:
-    section = root
-    for before, part in zip([None, *parents], parents):
-        if isinstance(before, int):  # the kind of a reward source, which pydantic puts behind its index
-            section = SOURCE_KINDS[part]
-        elif isinstance(part, str):
-            section = _section(section.model_fields[part]) or section
-    return list(section.model_fields)
-
-
-def _section(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, or may hold."""
-    kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
-def _type_name(field: FieldInfo) -> str:
-    bounds = [
-        f"{symbol} {value}"
-        for item in field.metadata
-        for name, symbol in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-        if (value := getattr(item, name, None)) is not None
-    ]
-    kind = field.annotation
-    if getattr(kind, "__origin__", None) is tuple:
-        text = "list"
-    elif getattr(kind, "__origin__", None) is Literal:
-        text = " | ".join(kind.__args__)  # type: ignore[union-attr]
-    elif getattr(kind, "__origin__", None) is Mapping:
-        text = "table"
-    elif isinstance(kind, type) and not hasattr(kind, "__origin__"):
-        text = {"int": "integer", "float": "number", "str": "text", "bool": "true | false"}.get(
-            kind.__name__, kind.__name__
-        )
-    else:
-        args = [a for a in getattr(kind, "__args__", ()) if a is not type(None)]
-        if len(args) == 1:  # or none
-            return _type_name(FieldInfo.from_annotation(args[0]))
-        text = {int: "integer", float: "number", str: "text"}.get(args[0] if args else kind, "list")  # type: ignore[arg-type]
-    return " ".join([text, *bounds])
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None:
-        return "none"
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+def _value(override: str, text: str) -> Any:
+    """The TOML value of an override; a bare word is a string."""
+    try:
+        override.encode()
+        return tomllib.loads(f"value = {text}")["value"]
+    except UnicodeEncodeError:
+        raise UserError(f"override {override!r} is not valid UTF-8; write it in a UTF-8 terminal") from None
+    except RecursionError:
+        raise UserError(f"override {shortened(override)} nests brackets too deeply") from None
+    except ValueError:
+        return text

@@ -1,4 +1,5 @@
-"""Settings of what comes before PPO: `PairSamplingConfig` (sample-pairs) and `RewardTrainingConfig` (train-reward)."""
+"""Settings of the commands that make reward models: `PairSamplingConfig` (sample-pairs) and `RewardTrainingConfig`
+(train-reward). Runs anywhere."""
 
 from __future__ import annotations
 
@@ -15,27 +16,27 @@ from common.config.actors import (
     TextFormat,
     broken_sampling_rules,
 )
-from common.config.base import CheckpointConfig, ModelConfig, NonNegative, Positive, RayConfig, Root, Section
-from common.config.ppo import AdamWConfig, TrainerConfig, broken_trainer_rules
+from common.config.base import MayChange, ModelConfig, NonNegative, Positive, RayConfig, Root, Section
 from common.config.sources import broken_source_rules
+from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig, broken_trainer_rules
 
 
 class PairPromptsConfig(PromptFormat):
-    """What is asked when pairs are sampled."""
+    """The prompts that pairs are sampled for."""
 
     source: str
     """Prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a Python
     function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat messages.
     CSV cells are text."""
     pairs: Positive = 512
-    """Pairs to sample, one for each prompt in seeded order, beginning again when the prompts are used up."""
+    """Pairs to sample, one for each prompt in seeded order; the order repeats when the prompts are used up."""
 
 
 class LabellerConfig(SourcesConfig):
-    """Who prefers one response of a pair to the other: the one with the higher total score is chosen."""
+    """The reward service that labels pairs: the response with the higher total score is chosen."""
 
     min_gap: Annotated[float, Field(ge=0)] = 0
-    """Pairs whose scores differ by no more than this express no preference and are left out."""
+    """Leave out pairs whose scores differ by no more than this: they express no preference."""
 
 
 class PairSamplingConfig(Root):
@@ -46,9 +47,9 @@ class PairSamplingConfig(Root):
     model: ModelConfig = ModelConfig()
     prompts: PairPromptsConfig
     sampling: SamplingConfig = SamplingConfig()
-    generators: GeneratorsConfig = GeneratorsConfig()
+    generators: MayChange[GeneratorsConfig] = GeneratorsConfig()
     labeller: LabellerConfig
-    ray: RayConfig = RayConfig()
+    ray: MayChange[RayConfig] = RayConfig()
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -86,13 +87,14 @@ class PreferencesConfig(TextFormat):
     heldout_pairs: NonNegative = 0
     """Without `heldout`: take this many pairs from `train` for evaluation, all pairs of a prompt together."""
     format: Literal["plain", "chat"] = "plain"
-    """plain: prompt and response are joined as they are, and the end token added; chat: through the tokenizer's chat
-    template, text as a single message, and dialogues written as in HH-RLHF (Human: ... Assistant: ...) as theirs."""
+    """plain: prompt and response are joined unchanged, and the end token is added. chat: both go through the
+    tokenizer's chat template: text as a single message, and dialogues written as in HH-RLHF (Human: ... Assistant: ...)
+    as their messages."""
     max_tokens: Positive = 512
     """Longest prompt and response together, in tokens."""
     overlong: Literal["drop", "cut_start", "cut_end"] = "cut_start"
-    """A pair with a longer sequence is dropped, loses the beginning of its prompt, or the ends of its responses.
-    Counted and reported either way."""
+    """What to do with a pair that has a longer sequence. drop: leave it out; cut_start: remove the beginning of its
+    prompt; cut_end: remove the ends of its responses. Such pairs are counted and reported."""
     columns: PairColumns = PairColumns()
 
 
@@ -102,8 +104,8 @@ class PreferenceLossConfig(Section):
     margin_coef: Annotated[float, Field(ge=0)] = 1.0
     """Multiplies each record's `margin` (Llama 2, arXiv:2307.09288, eq. 2); records without one have 0."""
     centre_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the pull of scores towards 0 (Eisenstein et al. 2023, arXiv:2312.09244), which pairs alone leave
-    free; 0.01 is common."""
+    """Weight of the term that pulls scores towards 0 (Eisenstein et al. 2023, arXiv:2312.09244); pairs alone determine
+    scores only up to a constant. 0.01 is common."""
 
 
 class RewardOptimizerConfig(AdamWConfig):
@@ -116,13 +118,13 @@ class RewardOptimizerConfig(AdamWConfig):
 
 
 class RewardScaleConfig(Section):
-    """What a score is measured by: responses of the reference policy, whose scores get mean 0 and deviation 1."""
+    """The scale of scores: the reference policy's own responses get mean 0 and standard deviation 1."""
 
     policy: str | None = None
-    """The policy that PPO will start from; left out: `model.path`."""
+    """The reference policy, which PPO will start from; left out: `model.path`."""
     responses: NonNegative = 256
-    """Responses sampled from it after training, to prompts of the pairs, as [sampling] says (which should say what PPO
-    will); 0: scores stay as the head gives them."""
+    """Responses sampled from it after training, to prompts of the pairs. Give [sampling] the settings that PPO will
+    use. 0: scores keep the scale of the reward head."""
 
 
 class RewardTrainingConfig(Root):
@@ -130,7 +132,7 @@ class RewardTrainingConfig(Root):
 
     seed: NonNegative = 0
     """Seeds the split and the order of the pairs."""
-    epochs: Positive = 1
+    epochs: MayChange[Positive] = 1
     """Passes over the pairs; reward models usually overfit after one or two."""
     pairs_per_step: Positive = 64
     """Pairs behind each optimizer step."""
@@ -139,16 +141,16 @@ class RewardTrainingConfig(Root):
     loss: PreferenceLossConfig = PreferenceLossConfig()
     optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
     learner: TrainerConfig = TrainerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    scale: RewardScaleConfig = RewardScaleConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    generators: GeneratorsConfig = GeneratorsConfig()
-    ray: RayConfig = RayConfig()
+    checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
+    scale: MayChange[RewardScaleConfig] = RewardScaleConfig()
+    sampling: MayChange[SamplingConfig] = SamplingConfig()
+    generators: MayChange[GeneratorsConfig] = GeneratorsConfig()
+    ray: MayChange[RayConfig] = RayConfig()
 
     def _broken_rules(self) -> Iterator[str]:
         yield from broken_sampling_rules(self.sampling)
         yield from broken_trainer_rules(self.learner)
         if self.scale.responses == 1:
-            yield "scale.responses (1) has no deviation; ask for at least 2, or for 0"
+            yield "scale.responses (1) must be 0 or at least 2: one response has no standard deviation"
         if self.data.heldout is not None and self.data.heldout_pairs:
             yield "data.heldout and data.heldout_pairs both name held-out pairs; give one of the two"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from common.config.ppo import AdamWConfig
+from common.config.training import AdamWConfig
 
 
 def make_optimizer(parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -> torch.optim.AdamW:

@@ -6,8 +6,9 @@ import pytest
 
 from common.config.actors import GeneratorsConfig
 from common.config.base import RayConfig
-from common.config.ppo import Config, TrainerConfig
+from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig
+from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.model.size import ModelSize
 from deploy.capacity import (

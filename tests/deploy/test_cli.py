@@ -17,7 +17,8 @@ import deploy.evaluate
 import deploy.sample_pairs
 import deploy.train
 import deploy.train_reward
-from common.config.loading import describe, load_config
+from common.config.description import describe
+from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.config.sources import FunctionSourceConfig
@@ -461,11 +462,13 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
 )
 def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, runs, command, settings):
     told = {
-        "train": "num_steps, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, "
-        "learner.gradient_checkpointing, learner.threads, learner.cores, learner.timeout_s, checkpoint, ray, "
-        "generators, reference, reward.min, reward.max, reward.cores, reward.in_flight, ",
-        "train-reward": "epochs, learner.ranks, learner.cpus, learner.gpus, learner.micro_batch_tokens, ",
-        "sample-pairs": "generators, labeller.min, labeller.max, labeller.cores, labeller.in_flight, ",
+        "train": "num_steps, generators, reference, reward.cores, reward.min, reward.max, reward.in_flight, "
+        "reward.timeout_s, reward.probe_timeout_s, reward.drain_s, reward.max_shortage_s, reward.isolation, "
+        "reward.workers, reward.call_timeout_s, reward.max_void_share, ppo.max_mismatch_kl, ppo.max_mismatch_steps, "
+        "learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, learner.micro_batch_tokens, "
+        "learner.gradient_checkpointing, learner.timeout_s, evaluation, checkpoint, ray, monitoring; ",
+        "train-reward": "epochs, learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, ",
+        "sample-pairs": "generators, labeller.cores, labeller.min, labeller.max, labeller.in_flight, ",
     }[command]  # whole sections are named without a dot
     for setting in settings.split():
         message = refusal(command, "--resume", runs[command], "generators.threads=2", setting)
@@ -636,8 +639,11 @@ def test_an_argument_that_is_not_utf8_is_refused(refusal):
 def test_config_describe_explains_every_setting_of_a_command_and_no_other(ratchet, command):
     code, out, _ = ratchet("config", "--describe", *(["--for", command] if command != "train" else []))
     assert code == 0
-    told = [f"{key} ({kind}; default {default}) {text}" for key, kind, default, text in describe(ROOTS[command])]
-    assert "".join(out.split()) == "".join("".join(told).split())  # long sentences are wrapped
+    expected = [
+        f"{key} ({kind}; default {default}{'; may change on --resume' if may_change else ''}) {meaning}"
+        for key, kind, default, meaning, may_change in describe(ROOTS[command])
+    ]
+    assert "".join(out.split()) == "".join("".join(expected).split())  # long sentences are wrapped
 
 
 def test_config_prints_the_resolved_settings_as_toml(ratchet, configs):

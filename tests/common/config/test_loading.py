@@ -7,13 +7,13 @@ import pytest
 import tomli_w
 from pydantic import ValidationError
 
-from common.config.loading import describe, load_config
+from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
+from tests.common.config.trees import TREES, leaves, root_of
 
 SHIPPED = sorted((Path(__file__).parents[3] / "deploy" / "configs").glob("*.toml"))
-ROOTS = {"reward": Config, "data": RewardTrainingConfig, "labeller": PairSamplingConfig}  # by a section only it has
 MINIMAL = """
 [prompts]
 train = "questions.jsonl"
@@ -27,41 +27,6 @@ name = "short"
 function = "tasks:short"
 weight = -0.5
 """
-# Every kind of source, and in each root something in every section that may stay out.
-SOURCES = [
-    {"name": "short", "function": "tasks:short", "weight": -0.5},
-    {"name": "helpful", "model": "runs/reward/model", "dtype": "float32", "max_tokens": 700, "batch_window_ms": 0.0},
-    {"name": "correct", "urls": ["http://a/score", "https://b/score"], "retries": 0, "request_timeout_s": 2.5},
-    {
-        "name": "kind",
-        "judge_urls": ["http://a/v1"],
-        "judge_model": "m",
-        "template": "{response}",
-        "score_range": [0, 1],
-    },
-]
-TREES = {
-    "ppo": {
-        "seed": 3,
-        "prompts": {"train": 'a "b" ü.jsonl', "heldout": "h.jsonl", "format": "chat"},
-        "reward": {"sources": SOURCES, "min": 2, "normalise": "none"},
-        "evaluation": {"judges": [{**source, "name": f"judge_{i}"} for i, source in enumerate(SOURCES)]},
-        "optimizer": {"eps": 1e-9, "betas": [0.5, 0.6]},
-        "learner": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}},
-        "ray": {"address": "10.0.0.1:6379"},
-    },
-    "reward training": {
-        "model": {"path": "org/model"},
-        "data": {"train": "data/*.parquet", "heldout_pairs": 20, "overlong": "drop"},
-        "loss": {"centre_coef": 0.01},
-        "optimizer": {"head_learning_rate": 1e-2},
-    },
-    "pair sampling": {
-        "prompts": {"source": "tasks:prompts", "pairs": 7},
-        "labeller": {"sources": SOURCES, "min_gap": 0.25, "gpus": 0.5},
-        "sampling": {"temperature": 0.7},
-    },
-}
 
 
 @pytest.fixture
@@ -71,26 +36,10 @@ def minimal(tmp_path):
     return path
 
 
-def root_of(tree):
-    (root,) = (root for section, root in ROOTS.items() if section in tree)
-    return root
-
-
 def refusal(path, *overrides, root=Config):
     with pytest.raises(UserError) as caught:
         load_config(path, overrides, root)
     return str(caught.value)
-
-
-def leaves(tree, prefix=""):
-    """Dotted keys of a nested dict; of a list of tables those of any of them, with `[]` for its index."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and key not in ("headers", "request"):  # tables of the user's own keys
-            yield from leaves(value, f"{prefix}{key}.")
-            continue
-        yield prefix + key
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            yield from dict.fromkeys(leaf for item in value for leaf in leaves(item, f"{prefix}{key}[]."))
 
 
 # How faults are told
@@ -237,11 +186,11 @@ def test_faults_of_file_and_command_line_are_told_apart(minimal):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward.sources.².weight=1", "weight would be set inside a value that is no section"),
-        (f"reward.sources.{'0' * 5000}.weight=1", "weight would be set inside a value that is no section"),
+        ("reward.sources.².weight=1", "weight would be set inside a value, not a section"),
+        (f"reward.sources.{'0' * 5000}.weight=1", "weight would be set inside a value, not a section"),
         ("num_steps=" + "1" * 5000, "num_steps = '1111"),
-        ("reward.sources=" + "[" * 3000, "has brackets within each other too deeply"),
-        ("a." * 3000 + "b=1", "no setting is so many sections deep"),
+        ("reward.sources=" + "[" * 3000, "nests brackets too deeply"),
+        ("a." * 3000 + "b=1", "no setting is in more than 8 sections"),
         ('model.path="a\\u0000b"', "a text has a NUL character in it; remove it"),
         ('reward.sources=[{name="a",function="m:f\\u0000"}]', "a text has a NUL character in it; remove it"),
         ("model.path=\udcff", "is not valid UTF-8"),
@@ -432,55 +381,6 @@ def test_an_override_without_key_or_value_is_refused_with_the_form_to_use(minima
 @pytest.mark.parametrize("override", ["reward.sources.2.weight=1", "prompts.train.x=1"])
 def test_an_override_inside_something_that_is_no_section_is_refused(minimal, override):
     assert f"override {override!r}" in refusal(minimal, override)
-
-
-# What is described
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_describe_lists_every_leaf_of_a_root_once_and_in_order_with_a_description(name):
-    root = root_of(TREES[name])
-    tree = root.model_validate(TREES[name]).model_dump(mode="json")
-    if root is Config:
-        tree["evaluation"]["judges"] = []  # described with the sources
-    described = [(key, meaning) for key, _, _, meaning in describe(root)]
-    assert [key for key, _ in described] == list(leaves(tree))
-    assert [key for key, meaning in described if len(meaning) < 10] == []
-
-
-@pytest.mark.parametrize(("root", "key"), [(Config, "reward.sources[]"), (PairSamplingConfig, "labeller.sources[]")])
-def test_describe_lists_the_fields_of_every_kind_of_source_once(root, key):
-    fields = [row[0].removeprefix(f"{key}.") for row in describe(root) if row[0].startswith(f"{key}.")]
-    assert fields == [
-        *("name", "weight"),
-        *("function", "takes", "batch", "concurrency"),
-        *("model", "trust_remote_code", "dtype", "max_tokens", "max_batch_tokens", "batch_window_ms"),
-        *("headers", "request_timeout_s", "max_answer_kib", "retries", "backoff_s", "follow_redirects"),
-        *("urls", "send_tokens"),
-        *("judge_urls", "judge_model", "template", "system", "score_range", "score_pattern", "score_field", "request"),
-    ]
-
-
-def test_describe_states_bounds_choices_and_defaults():
-    rows = {key: (kind, default) for key, kind, default, _ in describe(Config)}
-    assert rows["num_steps"] == ("integer >= 1", "100")
-    assert rows["ppo.gamma"] == ("number >= 0 <= 1", "1.0")
-    assert rows["learner.critic"] == ("shared | separate", "shared")
-    assert rows["ppo.whiten_advantages"] == ("true | false", "true")
-    assert rows["prompts.train"] == ("text", "required")
-    assert rows["prompts.heldout"] == ("text", "none")
-    assert rows["optimizer.betas"][0] == "list"  # not a number
-    assert rows["learner.micro_batch_tokens"] == ("integer >= 1", "none")
-    assert rows["learner.lora.rank"] == ("integer >= 1", "16")  # of a section that may stay out
-    assert rows["learner.lora.targets"] == ("text", "all-linear")
-    assert rows["reward.sources"] == ("list", "required")
-    assert rows["reward.sources[].weight"] == ("number", "1.0")
-    assert rows["reward.sources[].function"] == ("text", "required")
-    assert rows["reward.sources[].dtype"] == ("bfloat16 | float32", "bfloat16")
-    assert rows["reward.sources[].urls"] == ("list", "required")
-    assert rows["reward.sources[].request_timeout_s"] == ("number > 0", "10")
-    assert rows["evaluation.judges"][0] == "list"
-    assert {key: default for key, _, default, _ in describe(RewardTrainingConfig)}["data.train"] == "required"
 
 
 # Files that ship, and files that runs leave

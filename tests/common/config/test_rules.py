@@ -365,7 +365,7 @@ def test_every_section_and_every_field_of_one_says_what_it_means():
 def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, section, in_flight):
     given = tree().get(section, {})
     role = getattr(root.model_validate(tree()), section)
-    assert (role.min, role.most, role.in_flight, role.timeout_s, role.gpus, role.threads) == (
+    assert (role.min, role.max_replicas, role.in_flight, role.timeout_s, role.gpus, role.threads) == (
         1,
         1,
         in_flight,
@@ -392,8 +392,8 @@ def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, se
 
 
 def test_a_role_cannot_have_fewer_processes_at_most_than_at_least():
-    assert Config.model_validate(ppo(generators={"min": 2, "max": 5})).generators.most == 5
-    assert Config.model_validate(ppo(generators={"min": 2})).generators.most == 2
+    assert Config.model_validate(ppo(generators={"min": 2, "max": 5})).generators.max_replicas == 5
+    assert Config.model_validate(ppo(generators={"min": 2})).generators.max_replicas == 2
     (fault,) = faults(Config, ppo(generators={"min": 3, "max": 2}))
     assert "max (2) must be at least min (3)" in fault["msg"]
 

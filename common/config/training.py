@@ -1,0 +1,78 @@
+"""Settings that PPO and reward training share: ranks, optimizer, checkpoints. Runs anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from common.config.base import MayChange, NonNegative, Placed, Positive, Processes, Rate, Seconds, Section
+
+
+class TrainerConfig(Placed):
+    """The processes (ranks) that train, in step with each other, each on its own device."""
+
+    cpus: MayChange[Annotated[float, Field(ge=0)]] = 1
+    """CPU cores each rank reserves in Ray's bookkeeping."""
+    gpus: MayChange[Annotated[float, Field(ge=0)]] = 0
+    """GPUs each rank reserves: one where there are several ranks; 0 runs it on the CPU."""
+    threads: MayChange[Positive] = 1
+    """Compute threads of each rank. Two busy processes that both use every core slow each other threefold."""
+    ranks: MayChange[Processes] = 1
+    """Processes that train in step, each on its share of every batch."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of matrix products in forward and backward; weights, losses and optimizer state are always float32."""
+    micro_batch_tokens: MayChange[Positive | None] = None
+    """Tokens of one forward and backward pass; bounds activation memory and cannot change the gradient. A longer
+    sequence is a micro-batch of its own. Left out: 512 on CPU, 8192 on GPU."""
+    gradient_checkpointing: MayChange[bool] = False
+    """Recompute activations in the backward pass: about a quarter slower, far less memory."""
+    timeout_s: MayChange[Seconds] = 1800
+    """Longest update, and longest wait of one rank for another, seconds."""
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_tokens or (8192 if self.gpus else 512)
+
+
+def broken_trainer_rules(cfg: TrainerConfig) -> Iterator[str]:
+    if cfg.ranks > 1 and cfg.gpus not in (0, 1):
+        yield (
+            f"learner.gpus ({cfg.gpus:g}) must be 1 for each of {cfg.ranks} learner.ranks, or 0 for the CPU: ranks "
+            "cannot share a GPU"
+        )
+
+
+class AdamWConfig(Section):
+    """AdamW and the schedule of its learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate of the language model's weights."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up. constant stays at the peak; linear and cosine fall to zero, which they reach one
+    step after the last one: with linear, the last of n steps still runs at 1 / n of the peak."""
+    warmup_steps: NonNegative = 0
+    """Steps in which the rate rises in a line to the peak: the first runs at 1 / (warmup_steps + 1) of it."""
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """Decay of Adam's running mean and variance of the gradient."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to Adam's denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, per unit of learning rate; applies to matrices only."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A gradient with a larger norm is scaled down to this norm."""
+
+
+class CheckpointConfig(Section):
+    """Learner state on disk."""
+
+    every: Positive = 20
+    """Steps between checkpoints. A resumed run repeats the steps after its newest checkpoint (PPO: from the journal,
+    without generating anything), so a smaller number trades disk for time."""
+    keep: Positive = 2
+    """Checkpoints kept; older ones are removed."""
+    on_signal: bool = False
+    """When a signal stops the run (Ctrl-C, SIGTERM, SIGHUP), finish the current step and write a checkpoint first. The
+    resumed run then repeats no step, but stopping takes as long as a step; without it, seconds."""

@@ -1,0 +1,102 @@
+"""What `ratchet config --describe` lists, and which settings may change when a run continues."""
+
+import pytest
+
+from common.config.description import changeable, describe
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from tests.common.config.trees import TREES, leaves, root_of
+
+REPLICATED = "cores min max in_flight timeout_s probe_timeout_s drain_s max_shortage_s"
+SCORING = f"{REPLICATED} isolation workers call_timeout_s max_void_share"
+COMPUTING = "cpus gpus threads cores ranks micro_batch_tokens gradient_checkpointing timeout_s"
+# Per root: section -> its settings that may change. "*": all; "" is the root itself.
+MAY_CHANGE = {
+    Config: {
+        "": "num_steps",
+        "generators": "*",
+        "reference": "*",
+        "reward": SCORING,
+        "ppo": "max_mismatch_kl max_mismatch_steps",
+        "learner": COMPUTING,
+        "evaluation": "*",
+        "checkpoint": "*",
+        "ray": "*",
+        "monitoring": "*",
+    },
+    RewardTrainingConfig: {
+        "": "epochs",
+        "learner": COMPUTING,
+        "checkpoint": "*",
+        "scale": "*",
+        "sampling": "*",
+        "generators": "*",
+        "ray": "*",
+    },
+    PairSamplingConfig: {"generators": "*", "labeller": SCORING, "ray": "*"},
+}
+
+
+@pytest.mark.parametrize("root", MAY_CHANGE, ids=lambda root: root.__name__)
+def test_only_the_listed_settings_may_change_on_resume(root):
+    """Walks every setting of the root, so a new one has to be listed here, or be fixed."""
+    for setting in describe(root):
+        section, _, name = setting.key.rpartition(".")
+        allowed = MAY_CHANGE[root].get(section, "").split()
+        assert setting.may_change == (name in allowed or allowed == ["*"]), setting.key
+
+
+@pytest.mark.parametrize("root", MAY_CHANGE, ids=lambda root: root.__name__)
+def test_changeable_names_whole_sections_with_a_dot(root):
+    expected = {
+        f"{section}." if names == "*" else f"{section}.{name}".lstrip(".")
+        for section, names in MAY_CHANGE[root].items()
+        for name in names.split()
+    }
+    assert set(changeable(root)) == expected
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_describe_lists_every_leaf_of_a_root_once_and_in_order_with_a_description(name):
+    root = root_of(TREES[name])
+    tree = root.model_validate(TREES[name]).model_dump(mode="json")
+    if root is Config:
+        tree["evaluation"]["judges"] = []  # described with the sources
+    described = [(key, meaning) for key, _, _, meaning, _ in describe(root)]
+    assert [key for key, _ in described] == list(leaves(tree))
+    assert [key for key, meaning in described if len(meaning) < 10] == []
+
+
+@pytest.mark.parametrize(("root", "key"), [(Config, "reward.sources[]"), (PairSamplingConfig, "labeller.sources[]")])
+def test_describe_lists_the_fields_of_every_kind_of_source_once(root, key):
+    fields = [row[0].removeprefix(f"{key}.") for row in describe(root) if row[0].startswith(f"{key}.")]
+    assert fields == [
+        *("name", "weight"),
+        *("function", "takes", "batch", "concurrency"),
+        *("model", "trust_remote_code", "dtype", "max_tokens", "max_batch_tokens", "batch_window_ms"),
+        *("headers", "request_timeout_s", "max_answer_kib", "retries", "backoff_s", "follow_redirects"),
+        *("urls", "send_tokens"),
+        *("judge_urls", "judge_model", "template", "system", "score_range", "score_pattern", "score_field", "request"),
+    ]
+
+
+def test_describe_states_bounds_choices_and_defaults():
+    rows = {key: (kind, default) for key, kind, default, *_ in describe(Config)}
+    assert rows["num_steps"] == ("integer >= 1", "100")
+    assert rows["ppo.gamma"] == ("number >= 0 <= 1", "1.0")
+    assert rows["learner.critic"] == ("shared | separate", "shared")
+    assert rows["ppo.whiten_advantages"] == ("true | false", "true")
+    assert rows["prompts.train"] == ("text", "required")
+    assert rows["prompts.heldout"] == ("text", "none")
+    assert rows["optimizer.betas"][0] == "list"  # not a number
+    assert rows["learner.micro_batch_tokens"] == ("integer >= 1", "none")
+    assert rows["learner.lora.rank"] == ("integer >= 1", "16")  # of a section that may stay out
+    assert rows["learner.lora.targets"] == ("text", "all-linear")
+    assert rows["reward.sources"] == ("list", "required")
+    assert rows["reward.sources[].weight"] == ("number", "1.0")
+    assert rows["reward.sources[].function"] == ("text", "required")
+    assert rows["reward.sources[].dtype"] == ("bfloat16 | float32", "bfloat16")
+    assert rows["reward.sources[].urls"] == ("list", "required")
+    assert rows["reward.sources[].request_timeout_s"] == ("number > 0", "10")
+    assert rows["evaluation.judges"][0] == "list"
+    assert {key: default for key, _, default, *_ in describe(RewardTrainingConfig)}["data.train"] == "required"
