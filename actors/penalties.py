@@ -1,4 +1,8 @@
-"""Ordinary reward functions for common faults of form, meant for negative weights in [[reward.sources]]."""
+"""Ready-made reward functions for common faults of form, meant for negative weights in [[reward.sources]]. Runs where
+reward functions run: in each reward replica or its worker processes.
+
+This file stays here, and not in actors/scoring/, because users' configs name `actors.penalties:unfinished`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ def unfinished(answer: RewardInput) -> float:
 
 
 def length(answer: RewardInput) -> float:
-    """Tokens of the response: the weight is per token."""
+    """Tokens of the response, so that the source's weight is per token."""
     return float(answer.response_tokens)
 
 
 def repetition(answer: RewardInput) -> float:
-    """Share of the response's word trigrams that it had written before, 0 to 1."""
+    """Share of the response's word trigrams that already occurred earlier in it, 0 to 1."""
     words = answer.response.lower().split()
     trigrams = list(zip(words, words[1:], words[2:]))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0

@@ -1,5 +1,8 @@
-"""What a reward function is given. Runs anywhere: only the standard library, since worker processes of reward functions
-load this file by its path (actors/scoring/function_worker.py)."""
+"""The argument of a reward function. Runs anywhere.
+
+Worker processes of reward functions load this file by path (actors/scoring/function_worker.py), so it imports only the
+standard library.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RewardInput:
-    """What a reward function is given: `def reward(answer: RewardInput) -> float`."""
+    """The argument of a reward function: `def reward(answer: RewardInput) -> float`."""
 
     prompt: str
     response: str  # decoded, without special tokens
@@ -18,6 +21,6 @@ class RewardInput:
     finish_reason: str  # "stop" or "length"
     fields: Mapping[str, Any]  # the prompt record's other fields, such as a reference answer
     messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, if it was
-    raw_response: str = ""  # decoded with every special token, the end token among them
+    raw_response: str = ""  # decoded with every special token, the end token included
     prompt_ids: Sequence[int] = ()
     response_ids: Sequence[int] = ()

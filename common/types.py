@@ -90,12 +90,12 @@ class RolloutRef:
         )
 
 
-class Raw(NamedTuple):
-    """What one reward source says of a response."""
+class RawScore(NamedTuple):
+    """The score that one reward source gives a response, before its weight."""
 
     score: float
     origin: str  # what gave it: function, model@hash, or URL
-    figures: Mapping[str, float] = {}  # what else it said, by name
+    figures: Mapping[str, float] = {}  # further numbers that the source gave, by name
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from deploy.run.directory import refuse_overwriting, sole_owner, write_answers
 from deploy.run.error_files import ErrorFiles
 from deploy.screen.console import Output
 from deploy.screen.progress import evaluation_table
-from deploy.source_checks import check_sources, try_functions
+from deploy.source_checks import check_sources, try_sources
 from deploy.starting import PolicyFiles, Starter
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation, evaluate
@@ -45,7 +45,7 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
         cfg.prompts.heldout, cfg.prompts, cfg.sampling, seed=cfg.seed, setting="prompts.heldout"
     )
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
-    try_functions(cfg.reward, sources, records[0], judged.tokenizer)
+    try_sources(cfg.reward, sources, records[0], judged.tokenizer)
     refuse_overwriting(directory, force=force, can_resume=False)
     with cluster(cfg.ray) as nodes:
         place(service_needs(cfg, reference.size, reward_models), nodes)

@@ -24,7 +24,7 @@ from deploy.run.directory import refuse_overwriting, sole_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.screen.console import Output
 from deploy.screen.screen import Screen
-from deploy.source_checks import check_sources, try_functions
+from deploy.source_checks import check_sources, try_sources
 from deploy.starting import PolicyFiles, Starter
 from learner.loop.answers import answer
 from learner.loop.prompts import PromptStream
@@ -45,7 +45,7 @@ def run_pair_sampling(
     records = policy.load_prompts(
         cfg.prompts.source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting="prompts.source"
     )
-    try_functions(cfg.labeller, cfg.labeller.sources, records[0], policy.tokenizer)
+    try_sources(cfg.labeller, cfg.labeller.sources, records[0], policy.tokenizer)
     if not resume:
         refuse_overwriting(directory, force=force)
     console = Output()

@@ -19,9 +19,9 @@ from actors.pool.membership import OnEvent
 from actors.pool.pool import Pool
 from actors.pool.ray_host import start_pool
 from actors.pool.roles import GeneratorPool
+from actors.scoring.kinds import read_secrets
 from actors.scoring.reference import ReferencePolicy
 from actors.scoring.reward import Reward
-from actors.scoring.secrets import read_secrets
 from common.config.actors import GeneratorsConfig, PromptFormat, SamplingConfig, SourcesConfig
 from common.config.base import RayConfig, Replicated
 from common.config.ppo import Config

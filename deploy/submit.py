@@ -27,6 +27,7 @@ from ray._private import ray_constants
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.job_submission import JobSubmissionClient
 
+from actors.scoring.kinds import kind_of
 from common.config.ppo import Config
 from common.data.records import is_function, matching_files
 from common.errors import UserError
@@ -38,7 +39,6 @@ from deploy.cluster.job import ENTRYPOINT, write_package
 from deploy.ending import signals
 from deploy.run.provenance import IN_A_JOB
 from deploy.screen.console import Lenient, complain, printable
-from deploy.source_checks import import_functions
 
 EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out
 AGENT_S = 30  # longest wait for the agent of a cluster that has just started
@@ -136,7 +136,8 @@ def check_travels(cfg: Config, directory: Path) -> None:
                 f"{key} ({source}) does not travel with the job: it must lie in the current directory and not be "
                 "ignored there, or be named by an absolute path that the cluster's nodes see"
             )
-    import_functions(cfg.reward, [*cfg.reward.sources, *cfg.evaluation.judges])
+    for reward_source in (*cfg.reward.sources, *cfg.evaluation.judges):
+        kind_of(reward_source).check_travels(reward_source, cfg.reward)
 
 
 def _connect(address: str) -> JobSubmissionClient:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +19,9 @@ from actors.pool.membership import PoolEvent
 from actors.pool.ray_actor import actor
 from actors.pool.roles import ReferencePool, RewardPool
 from common.config.ppo import Config
-from common.config.sources import ModelSourceConfig
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.files import append_record, read_records, write_json
-from common.model.files import resolve_model
-from common.model.reward_head import content_hash
 from common.types import Experience, Prompt, Void
 from deploy.capacity import check_kv_cache, check_object_store, needs, place
 from deploy.cluster.addresses import named_address
@@ -36,7 +33,7 @@ from deploy.run.directory import refuse_overwriting, sole_owner, write_answers
 from deploy.run.error_files import ErrorFiles
 from deploy.scale import follow_wishes, forget
 from deploy.screen.progress import Progress
-from deploy.source_checks import check_sources, try_functions
+from deploy.source_checks import check_sources, check_unchanged, try_sources
 from deploy.starting import PolicyFiles, Starter
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation, win_rate
@@ -60,14 +57,14 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     sources = [*cfg.reward.sources, *cfg.evaluation.judges]
     reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
     records, heldout_records = check_inputs(cfg, policy)
-    try_functions(cfg.reward, sources, records[0], policy.tokenizer)
+    try_sources(cfg.reward, sources, records[0], policy.tokenizer)
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
     if not resume:
         refuse_overwriting(directory, force=force)
     elif last := Journal(directory / "journal").last():
         prompts.restore(last.prompts)  # refused now if these are not the run's prompts, not after minutes of replay
-        check_same_reward_models(cfg, dict(last.table["origins"][0].as_py()))
+        check_unchanged(cfg.reward.sources, dict(last.table["origins"][0].as_py()))
     with RunFigures.served(cfg.monitoring) as figures, cluster(cfg.ray) as nodes:
         place(needs(cfg, policy.size, reward_models), nodes)
         with sole_owner(directory) as held:
@@ -185,18 +182,6 @@ def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], 
             "an evaluation on prompts that were trained on says nothing: take them out of one"
         )
     return train_records, heldout
-
-
-def check_same_reward_models(cfg: Config, origins: Mapping[str, str]) -> None:
-    """A run that goes on must be scored by the models it was scored by. Raises UserError."""
-    for source in cfg.reward.sources:
-        if isinstance(source, ModelSourceConfig):
-            before, now = origins[source.name].rpartition("@")[2], content_hash(resolve_model(source.model))
-            if before != now:
-                raise UserError(
-                    f"reward source {source.name}: {source.model} is not the model the run began with (content hash "
-                    f"{now}, in the journal {before}); restore it, or start a new run"
-                )
 
 
 def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:

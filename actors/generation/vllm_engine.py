@@ -29,7 +29,7 @@ from common.config.actors import GeneratorsConfig, SamplingConfig
 from common.errors import EngineDeadError
 from common.metrics import meters
 from common.types import HANDED_OVER
-from common.user_code.functions import package_root
+from common.user_code.packages import package_root
 from common.weights import Bucket
 
 # Read while vllm is imported.

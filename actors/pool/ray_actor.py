@@ -16,8 +16,8 @@ from common.config.base import Placed
 from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.metrics import meters
-from common.user_code.functions import package_root
 from common.user_code.import_path import IMPORT_FROM, prepare_process, users_directories
+from common.user_code.packages import package_root
 
 # Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
 # caller: rollouts do, the few numbers beside them do not.

@@ -1,9 +1,11 @@
-"""A worker process that calls one reward function for its parent. Run as a script, never imported by Ratchet: only the
-standard library, so that the user's modules may have any name.
+"""Calls one reward function for its parent process. Runs in a worker process of a reward replica, or of the driver.
 
-usage: python -P function_worker.py FD, with FD one end of a socket pair. Messages both ways are pickles with their
-lengths before them. The first one says which function (see `serve`); the answer says how it is called, or why it cannot
-be. From then on each message is a call, and each answer its outcomes.
+It is run as a script and imports only the standard library, so that the user's modules may have any name. Ratchet's
+code that it needs is loaded by path, under a name that no user's module has.
+
+usage: python -P function_worker.py FD, where FD is one end of a socket pair. Messages both ways are pickles with their
+lengths before them. The first one names the function (see `serve`); the answer says how it is called, or why it cannot
+be. Each later message is a call, and each answer holds its outcomes.
 """
 
 import asyncio
@@ -19,12 +21,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 HEADER = struct.Struct("!Q")
 RATCHET = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-OURS = ("actors", "common", "deploy", "learner")
 
 
 def load_file(name, path):
-    """A module by its path, under a name that no user's module has."""
-    spec = importlib.util.spec_from_file_location(name, path)
+    """The module in a file, under this name."""
+    spec = importlib.util.spec_from_file_location(name, path)  # a package, if the file is an __init__.py
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,7 +34,10 @@ def load_file(name, path):
     return module
 
 
-user_code = load_file("_ratchet_user_code", os.path.join(RATCHET, "common", "user_code", "calls.py"))
+load_file("_ratchet_user_code", os.path.join(RATCHET, "common", "user_code", "__init__.py"))
+calls = importlib.import_module("_ratchet_user_code.calls")
+packages = importlib.import_module("_ratchet_user_code.packages")
+UserCodeError = importlib.import_module("_ratchet_user_code.errors").UserCodeError
 INPUT_FILE = os.path.join(RATCHET, "common", "reward_input.py")
 reward_input = load_file("_ratchet_reward_input", INPUT_FILE)
 
@@ -45,14 +49,14 @@ def input_class():
 
 
 class UsersFirst:
-    """Finds the user's packages of the names that Ratchet's have, also those without an __init__.py, which Python puts
-    behind every package that has one. Modules that are only in Ratchet's are found in them too."""
+    """Finds the user's packages that have the names of Ratchet's, also those without an __init__.py, which Python would
+    find after all packages that have one. Modules that only Ratchet's package has are found in it too."""
 
     def __init__(self, directories):
         self.directories = directories
 
     def find_spec(self, name, path=None, target=None):
-        spec = PathFinder.find_spec(name, self.directories) if name in OURS else None
+        spec = PathFinder.find_spec(name, self.directories) if name in packages.RATCHET_PACKAGES else None
         if spec is None or spec.submodule_search_locations is None:
             return spec
         found = [*spec.submodule_search_locations, os.path.join(RATCHET, name)]
@@ -70,7 +74,7 @@ def main():
 
 
 def end_with_parent():
-    """The kernel kills this process when its parent is gone, also in the middle of a call."""
+    """Has the kernel kill this process when its parent ends, also in the middle of a call."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -85,50 +89,48 @@ def send(connection, message):
 
 
 def serve(stream, connection, first):
-    """`first` holds function (module:function), takes (see common/user_code/calls.py), path (for sys.path), limit_s,
-    and
-    users: directories where a user's packages may have names of Ratchet's. None: Ratchet's come first, as in its own
-    processes."""
+    """The first message holds: `function` (module:function); `takes` (see call_style in common/user_code/calls.py);
+    `path`, the new sys.path; `limit_s` of a call; `users`, the directories where the user's packages may have the names
+    of Ratchet's, or None if Ratchet's are to be found first, as in its own processes."""
     sys.path[:] = first["path"]
     sys.argv = [""]
     if first["users"] is None:
-        for package in OURS:
-            importlib.import_module(package)
+        packages.import_ratchet_first()
     else:
         sys.meta_path.insert(0, UsersFirst(first["users"]))
     try:
-        function = user_code.find_function(first["function"])
-        form = user_code.form_of(function, first["takes"])
-    except user_code.UserCodeError as error:
-        send(connection, {"refused": fault(error), "missing": getattr(error, "missing", None)})
+        function = calls.find_function(first["function"])
+        style = calls.call_style(function, first["takes"])
+    except UserCodeError as error:
+        send(connection, {"error": vars(error)})
         return
-    send(connection, {"form": (form.is_async, form.takes_list)})
-    if form.is_async:
-        asyncio.run(serve_async(connection, function, form, first["limit_s"]))
+    send(connection, {"style": (style.is_async, style.takes_list)})
+    if style.is_async:
+        asyncio.run(serve_async(connection, function, style, first["limit_s"]))
         return
     while (message := receive(stream)) is not None:
         try:
             answers = [input_class()(**answer) for answer in message["answers"]]
-            outcomes = user_code.call(function, form, answers)
-        except user_code.UserCodeError as error:
-            send(connection, {"id": message["id"], "failed": fault(error)})
+            outcomes = calls.call(function, style, answers)
+        except UserCodeError as error:
+            send(connection, {"id": message["id"], "error": vars(error)})
         else:
             send(connection, {"id": message["id"], "outcomes": [plain(outcome) for outcome in outcomes]})
 
 
-async def serve_async(connection, function, form, limit_s):
-    """Calls overlap, and each is cancelled past its limit."""
+async def serve_async(connection, function, style, limit_s):
+    """Calls overlap. A call that passes its limit is cancelled."""
     reader, _ = await asyncio.open_connection(sock=connection.dup())
-    calls = set()
+    tasks = set()
 
-    async def call(message):
+    async def serve_one(message):
         limit = asyncio.timeout(limit_s)
         try:
             answers = [input_class()(**answer) for answer in message["answers"]]
             async with limit:
-                outcomes = await user_code.call_async(function, form, answers)
-        except user_code.UserCodeError as error:
-            send(connection, {"id": message["id"], "failed": fault(error)})
+                outcomes = await calls.call_async(function, style, answers)
+        except UserCodeError as error:
+            send(connection, {"id": message["id"], "error": vars(error)})
         except TimeoutError:
             send(connection, {"id": message["id"], "too_long": True})
         else:
@@ -139,18 +141,15 @@ async def serve_async(connection, function, form, limit_s):
             header = await reader.readexactly(HEADER.size)
             message = pickle.loads(await reader.readexactly(*HEADER.unpack(header)))
         except asyncio.IncompleteReadError:
-            os._exit(0)  # the parent is gone, and nobody waits for what goes on
-        task = asyncio.create_task(call(message))
-        calls.add(task)
-        task.add_done_callback(calls.discard)
+            os._exit(0)  # the parent has ended, so nobody waits for the calls that still run
+        task = asyncio.create_task(serve_one(message))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
 
 def plain(outcome):
-    return {"fault": fault(outcome)} if isinstance(outcome, user_code.UserCodeError) else outcome
-
-
-def fault(error):
-    return (error.reason, error.details, error.fault)
+    """An outcome in Python's own types: the parent has another class for the error."""
+    return vars(outcome) if isinstance(outcome, UserCodeError) else outcome
 
 
 if __name__ == "__main__":

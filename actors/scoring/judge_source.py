@@ -1,27 +1,26 @@
 """A language model behind an OpenAI-compatible service as a reward source: it writes its score, which is read from its
-text. Runs in each reward process.
+text. Runs in each reward replica; its template is checked in the driver.
 
-What it judges is text of the policy, which may learn to talk the judge round: its score says what the judge was made to
-write.
+The judge reads text of the policy, which may learn to talk the judge into a high score.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from actors.scoring.http_service import AnswerError, HttpService
-from actors.scoring.http_source import entry, model_name, number
+from actors.scoring.http_source import read_entry, read_model_name, read_number
 from actors.scoring.secrets import Secrets
+from common.config.actors import SourcesConfig
 from common.config.sources import JudgeSourceConfig
 from common.errors import UserError
 from common.plain_text import one_line
-from common.types import Raw, RewardInput
+from common.types import RawScore, RewardInput
 
-JUDGEMENT_CHARS = 4000  # the end of a judge's text, in which its score is looked for
-_PLACE = re.compile(r"\{(prompt|response|fields\.([^{}]+))\}")
+JUDGEMENT_CHARS = 4000  # the score is looked for in this many characters at the end of a judge's text
+_PLACEHOLDER = re.compile(r"\{(prompt|response|fields\.([^{}]+))\}")
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
 
 
@@ -33,28 +32,28 @@ class JudgeSource:
         self._service = HttpService(cfg, secrets or {}, path="/chat/completions")
         self._pattern = re.compile(cfg.score_pattern)
 
-    async def __call__(self, answer: RewardInput) -> Raw:
+    async def __call__(self, answer: RewardInput) -> RawScore:
         """The judge's score. Raises HttpSourceError, also when no try gives a score within score_range."""
         texts = [("system", self._cfg.system), ("user", self._cfg.template)]
         messages = [{"role": role, "content": fill(text, answer)} for role, text in texts if text is not None]
         payload = {**self._cfg.request, "model": self._cfg.judge_model, "messages": messages, "stream": False}
         (score, model), where = await self._service.ask(payload, self._read)
-        return Raw(score, f"{model or self._cfg.judge_model} at {where}")
+        return RawScore(score, f"{model or self._cfg.judge_model} at {where}")
 
     async def close(self) -> None:
         await self._service.close()
 
     def _read(self, found: Any) -> tuple[float, str]:
-        choices = entry(found, "choices")
-        message = entry(choices[0], "message") if isinstance(choices, list) and choices else {}
-        text = entry(message, "content")
+        choices = read_entry(found, "choices")
+        message = read_entry(choices[0], "message") if isinstance(choices, list) and choices else {}
+        text = read_entry(message, "content")
         if not isinstance(text, str):
             raise AnswerError(f"the judge wrote no text, but {one_line(repr(text), 80)}")
         score = self._score(text)
         low, high = self._cfg.score_range
         if not low <= score <= high:
             raise AnswerError(f"the judge's score {score:g} is outside score_range ({low:g} to {high:g})")
-        return score, model_name(found)
+        return score, read_model_name(found)
 
     def _score(self, text: str) -> float:
         end = text[-JUDGEMENT_CHARS:]
@@ -64,7 +63,7 @@ class JudgeSource:
                 found = json.loads(fenced[-1] if fenced else end)
             except (ValueError, RecursionError):
                 raise AnswerError(f"the judge's text is no JSON object: {one_line(end, 120)}") from None
-            return number(entry(found, self._cfg.score_field), f"{self._cfg.score_field!r}")
+            return read_number(read_entry(found, self._cfg.score_field), f"{self._cfg.score_field!r}")
         matches = list(self._pattern.finditer(end))
         if not matches:
             raise AnswerError(f"score_pattern is not in the judge's text: {one_line(end, 120)}")
@@ -75,25 +74,26 @@ class JudgeSource:
 
 
 def fill(template: str, answer: RewardInput) -> str:
-    """The template with its places filled in. What is filled in is not looked at for further places."""
+    """The template with its placeholders filled in. Placeholders in the texts that are filled in stay as they are."""
 
-    def value(place: re.Match[str]) -> str:
-        if place[2] is None:
-            return answer.prompt if place[1] == "prompt" else answer.response
-        if place[2] not in answer.fields:
-            raise AnswerError(f"the prompt's record has no field {place[2]!r}, which the template names")
-        found = answer.fields[place[2]]
-        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+    def value(found: re.Match[str]) -> str:
+        if found[2] is None:
+            return answer.prompt if found[1] == "prompt" else answer.response
+        if found[2] not in answer.fields:
+            raise AnswerError(f"the prompt's record has no field {found[2]!r}, which the template names")
+        field = answer.fields[found[2]]
+        return field if isinstance(field, str) else json.dumps(field, ensure_ascii=False)
 
-    return _PLACE.sub(value, template)
+    return _PLACEHOLDER.sub(value, template)
 
 
-def check_template(cfg: JudgeSourceConfig, fields: Mapping[str, Any]) -> None:
-    """Raises UserError for a place of the template that the first prompt has no field for."""
+def try_template(cfg: JudgeSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:
+    """Raises UserError if the template names a field that the first prompt's record does not have."""
     for text in filter(None, (cfg.template, cfg.system)):
-        for place in _PLACE.finditer(text):
-            if place[2] is not None and place[2] not in fields:
+        for found in _PLACEHOLDER.finditer(text):
+            if found[2] is not None and found[2] not in answer.fields:
                 raise UserError(
-                    f"reward source {cfg.name}: the template names {{fields.{place[2]}}}, but the first prompt's "
-                    f"record has {', '.join(fields) or 'no fields'}; correct the name"
+                    f"reward source {cfg.name}: the template names {{fields.{found[2]}}}, but the first prompt's "
+                    f"record has {', '.join(answer.fields) or 'no fields'}; correct the name"
                 )
+    return ""

@@ -1,45 +1,40 @@
-"""A reward model as a reward source: conversations to scores, batched."""
+"""A reward model as a reward source: conversations become scores, in batches. Runs in each reward replica; the checks
+before a run run in the driver."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.config.actors import SourcesConfig
 from common.config.sources import ModelSourceConfig
 from common.data.dialogues import dialogue_ids
+from common.data.prompt_tokens import check_embedded
+from common.errors import UserError
 from common.model.batcher import Batcher
 from common.model.files import find_device, load_tokenizer, resolve_model
 from common.model.masking import round_up
 from common.model.packing import ROW_MULTIPLE
-from common.model.reward_head import content_hash, load_reward_model, read_scale, sequence_scores
-from common.types import Raw, RewardInput
-
-
-def answer_ids(
-    tokenizer: PreTrainedTokenizerBase, answer: RewardInput, *, chat: bool | None, pad_id: int | None
-) -> list[int]:
-    """Messages through the reward model's own chat template, text as it was trained on text. chat: what it was trained
-    on; None, for a model from elsewhere: whichever the answer and the tokenizer have."""
-    if chat is None:
-        chat = tokenizer.chat_template is not None and answer.messages is not None
-    prompt = answer.messages if chat and answer.messages is not None else answer.prompt
-    return dialogue_ids(tokenizer, prompt, answer.response, chat=chat, pad_id=pad_id)
+from common.model.reward_head import content_hash, load_reward_model, read_scale, reward_model_size, sequence_scores
+from common.model.size import ModelSize, model_size
+from common.types import RawScore, RewardInput
 
 
 class RewardModelSource:
-    """Scores in deviations about the reference policy's own responses, where the model's directory says what those
-    scored. The origin of a score is the model's name and content hash."""
+    """Raw scores count in standard deviations from the mean score of the reference policy's own responses, if the
+    model's directory has these two numbers. The origin of a score is the model's name and content hash."""
 
     def __init__(self, cfg: ModelSourceConfig, *, gpus: float) -> None:
-        directory = resolve_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
+        directory = _directory(cfg)
         device = find_device(gpus)
         self._model: PreTrainedModel = load_reward_model(directory, dtype=getattr(torch, cfg.dtype), device=device)
         self._tokenizer = load_tokenizer(directory)
         self._scale = read_scale(directory)
-        self._origin = f"{cfg.model}@{content_hash(directory)}"
+        self._origin = f"{cfg.model}@{content_hash(directory)}"  # as check_same_model reads it
         context = getattr(self._model.config, "max_position_embeddings", None) or cfg.max_tokens
         self._max_tokens = min(cfg.max_tokens, context)
         self._batcher: Batcher[list[int], float] = Batcher(
@@ -49,17 +44,17 @@ class RewardModelSource:
             window_s=cfg.batch_window_ms / 1000,
         )
 
-    async def __call__(self, answer: RewardInput) -> Raw:
-        return Raw(await self._batcher.submit(self.token_ids(answer)), self._origin)
+    async def __call__(self, answer: RewardInput) -> RawScore:
+        return RawScore(await self._batcher.submit(self.token_ids(answer)), self._origin)
 
     def token_ids(self, answer: RewardInput) -> list[int]:
-        """Token ids that the model reads. Of an input that is too long, the end."""
+        """Token ids that the model reads. An input that is too long loses its beginning."""
         pad_id = self._model.config.pad_token_id
         return answer_ids(self._tokenizer, answer, chat=self._scale.chat, pad_id=pad_id)[-self._max_tokens :]
 
     @torch.inference_mode()
     def forward(self, sequences: Sequence[list[int]]) -> list[float]:
-        """One padded forward pass; each score is bit for bit the same in any company."""
+        """One padded forward pass. The other rows of the batch do not change the bits of a score."""
         lengths = torch.tensor([len(ids) for ids in sequences])
         width = round_up(int(lengths.max()), ROW_MULTIPLE)
         input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
@@ -68,3 +63,67 @@ class RewardModelSource:
         device = self._model.device
         scores = sequence_scores(self._model, input_ids.to(device), lengths.to(device)).double().cpu()
         return ((scores - self._scale.mean) / self._scale.deviation).tolist()
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, answer: RewardInput, *, chat: bool | None, pad_id: int | None
+) -> list[int]:
+    """Token ids of prompt and response: through the reward model's own chat template if it was trained on chat messages
+    (`chat`), else as plain text. None, for a model from elsewhere: as chat if the prompt is messages and the tokenizer
+    has a template."""
+    if chat is None:
+        chat = tokenizer.chat_template is not None and answer.messages is not None
+    prompt = answer.messages if chat and answer.messages is not None else answer.prompt
+    return dialogue_ids(tokenizer, prompt, answer.response, chat=chat, pad_id=pad_id)
+
+
+# Before a run
+
+
+def _setting(cfg: ModelSourceConfig) -> str:
+    return f"reward source {cfg.name}"
+
+
+def _directory(cfg: ModelSourceConfig) -> Path:
+    return resolve_model(cfg.model, _setting(cfg), trust_remote_code=cfg.trust_remote_code)
+
+
+def check_reward_model(cfg: ModelSourceConfig, chat: bool) -> None:
+    """Raises UserError for a model that cannot be served, or that reads text where the prompts are chat messages."""
+    directory = _directory(cfg)
+    reward_model_size(directory, _setting(cfg))
+    if chat and read_scale(directory).chat is False:
+        raise UserError(
+            f"{_setting(cfg)} ({cfg.model}) was trained on plain text, but prompts.format is chat; train it with "
+            'data.format = "chat", or set prompts.format = "plain"'
+        )
+
+
+def size_of_reward_model(cfg: ModelSourceConfig) -> ModelSize:
+    return model_size(_directory(cfg), _setting(cfg))
+
+
+def try_reading(cfg: ModelSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:
+    """Raises UserError if the model's tokenizer or chat template cannot read the answer, or takes too long."""
+    directory, setting = _directory(cfg), f"{_setting(cfg)} ({cfg.model})"
+    tokenizer = load_tokenizer(directory, _setting(cfg))
+    try:
+        ids = answer_ids(tokenizer, answer, chat=read_scale(directory).chat, pad_id=None)
+    except Exception as error:
+        raise UserError(
+            f"{setting}: its tokenizer or chat template refuses the first prompt: {error}; give the model's tokenizer "
+            "a template that can read it, or use another model"
+        ) from error
+    vocabulary = size_of_reward_model(cfg).vocabulary
+    check_embedded(f"{setting}, tried on the first prompt", ids, tokenizer, vocabulary)
+    return ""
+
+
+def check_same_model(cfg: ModelSourceConfig, origin: str) -> None:
+    """Raises UserError if the model is not the one that gave a score of this origin."""
+    before, now = origin.rpartition("@")[2], content_hash(_directory(cfg))
+    if before != now:
+        raise UserError(
+            f"{_setting(cfg)}: {cfg.model} is not the model the run began with (content hash {now}, in the journal "
+            f"{before}); restore it, or start a new run"
+        )

@@ -1,47 +1,24 @@
-"""The reward service: the sources that score a response, and how several are combined."""
+"""The reward service: asks every source for the score of a response and adds the scores up. Runs in each reward
+replica."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from actors.scoring.function_source import FunctionSource
-from actors.scoring.http_source import HttpSource
-from actors.scoring.judge_source import JudgeSource
-from actors.scoring.model_source import RewardModelSource
+from actors.scoring.kinds import Source, kind_of
 from actors.scoring.secrets import Secrets
 from common.config.actors import SourcesConfig
-from common.config.sources import (
-    FunctionSourceConfig,
-    HttpSourceConfig,
-    JudgeSourceConfig,
-    ModelSourceConfig,
-    RewardSource,
-)
+from common.config.sources import RewardSource
 from common.metrics import meters
 from common.model.files import load_tokenizer, resolve_model
 from common.plain_text import one_line
-from common.types import Raw, RewardInput, Rollout, Score, ScoringError, Void
-from common.user_code.calls import LARGEST, UserCodeError
-
-Source = Callable[[RewardInput], Awaitable[Raw]]
-
-
-def make_source(cfg: RewardSource, service: SourcesConfig, secrets: Secrets | None = None) -> Source:
-    """One reward source as an async function."""
-    match cfg:
-        case ModelSourceConfig():
-            return RewardModelSource(cfg, gpus=service.gpus)
-        case HttpSourceConfig():
-            return HttpSource(cfg, secrets)
-        case JudgeSourceConfig():
-            return JudgeSource(cfg, secrets)
-        case FunctionSourceConfig():
-            return FunctionSource(cfg, service)
-    raise TypeError(f"no reward source is configured by {type(cfg).__name__}")
+from common.types import RawScore, RewardInput, Rollout, Score, ScoringError, Void
+from common.user_code.errors import UserCodeError
+from common.user_code.results import FLOAT32_MAX
 
 
 class Reward:
@@ -57,15 +34,15 @@ class Reward:
         secrets: Secrets | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """`trust_remote_code`: of the model, whose tokenizer decodes the responses."""
+        """`model` is the policy, whose tokenizer decodes the responses; `trust_remote_code` is about it."""
         torch.set_num_threads(cfg.threads)
         self._name = name
         self._limit_s = cfg.answer_limit_s
         if isinstance(model, str):
             model = load_tokenizer(resolve_model(model, trust_remote_code=trust_remote_code))
         self._tokenizer = model
-        self._sources = [(source, make_source(source, cfg, secrets)) for source in cfg.sources]
-        self._judges = [(judge, make_source(judge, cfg, secrets)) for judge in judges]
+        self._sources = [(source, kind_of(source).make(source, cfg, secrets or {})) for source in cfg.sources]
+        self._judges = [(judge, kind_of(judge).make(judge, cfg, secrets or {})) for judge in judges]
         meters.count("ratchet_scored_rollouts_total", 0)
         for source in (*cfg.sources, *judges):
             meters.count("ratchet_reward_voids_total", 0, source=source.name)
@@ -78,7 +55,7 @@ class Reward:
         return await self._ask(self._sources, rollout)
 
     async def judge(self, rollout: Rollout) -> Score | Void:
-        """The score with the judges' components beside the sources'; they count nothing in the total."""
+        """The score with the judges' components added to the sources'. Judges do not change the total."""
         return await self._ask([*self._sources, *self._judges], rollout)
 
     async def _ask(self, asked: Sequence[tuple[RewardSource, Source]], rollout: Rollout) -> Score | Void:
@@ -92,22 +69,23 @@ class Reward:
                 return _void(rollout, answer, source, result)
             if isinstance(result, BaseException):
                 raise result
-            if not abs(result.score) <= LARGEST:  # also what is not a number
+            if not abs(result.score) <= FLOAT32_MAX:  # NaN is refused here too
                 return _void(rollout, answer, source, UserCodeError(f"returned {result.score:g}"))
             components[source.name], origins[source.name] = result.score, result.origin
             figures |= {f"{source.name}/{key}": value for key, value in result.figures.items()}
-        total = sum(source.weight * components[source.name] for source, _ in self._sources)
-        if not abs(total) <= LARGEST:
-            shown = f"{_sum(self._sources, components)} = {total:g}"
+        weighted = [(source, components[source.name]) for source, _ in self._sources]
+        total = sum(source.weight * score for source, score in weighted)
+        if not abs(total) <= FLOAT32_MAX:
+            terms = " + ".join(f"{source.weight:g} * {score:g} ({source.name})" for source, score in weighted)
             return Void(
                 rollout.prompt.sample_id,
-                f"the total of the weighted scores must fit float32: {shown}",
+                f"the total of the weighted scores must fit float32: {terms} = {total:g}",
                 response=answer.response,
             )
         meters.count("ratchet_scored_rollouts_total")
         return Score(total, components, origins, figures)
 
-    async def _within_limit(self, call: Source, answer: RewardInput) -> Raw:
+    async def _within_limit(self, call: Source, answer: RewardInput) -> RawScore:
         limit = asyncio.timeout(self._limit_s)
         try:
             async with limit:
@@ -132,10 +110,6 @@ class Reward:
             prompt_ids=rollout.prompt.token_ids.tolist(),
             response_ids=response_ids,
         )
-
-
-def _sum(asked: Sequence[tuple[RewardSource, Source]], components: Mapping[str, float]) -> str:
-    return " + ".join(f"{source.weight:g} * {components[source.name]:g} ({source.name})" for source, _ in asked)
 
 
 def _void(rollout: Rollout, answer: RewardInput, source: RewardSource, error: Exception) -> Void:

@@ -1,10 +1,14 @@
-"""Settings of reward sources: functions, models and HTTP services; common/config.py says where they may be named."""
+"""Settings of reward sources: one class for each kind. Runs anywhere.
+
+Sources are named in reward.sources, evaluation.judges and labeller.sources. What a kind does with its settings is in
+actors/scoring/kinds.py.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, Union
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Discriminator, Field, Tag
@@ -12,152 +16,180 @@ from pydantic import Discriminator, Field, Tag
 from common.config.base import NonNegative, Positive, Seconds, Section
 
 _HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
-VARIABLE = re.compile(r"(?:(?P<scheme>[A-Za-z]+) )?env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)")  # of a header's value
+VARIABLE = re.compile(r"(?:(?P<scheme>[A-Za-z]+) )?env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)")  # the value of a header
 _SECRET = re.compile(r"auth|key|token|secret|passw|cookie|credential|signature", re.IGNORECASE)
 _HEADERS = 'headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }'
 
 
 class RewardSource(Section):
-    """Where a raw score comes from; its keys say which of the kinds below it is."""
+    """Something that gives responses a raw score. `key` is the setting that only this kind of source has."""
+
+    key: ClassVar[str]
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
     """Under this name its raw score is logged, journalled and shown."""
     weight: float = 1.0
-    """Its share in the total: score = sum of weight * raw score. A judge's weight counts nowhere."""
+    """Its share in the total: score = sum of weight * raw score. The weight of a judge has no effect."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Faults that no single field shows; each message says rule, value and remedy."""
+        yield from ()
 
 
 class FunctionSourceConfig(RewardSource):
     """A Python function."""
 
+    key = "function"
     function: str
     """`module:function`, def or async def. It takes a RewardInput and returns a number, or a dict with the number under
-    "score" and further figures for the metrics; docs/rewards.md explains both."""
+    "score" and further numbers for the metrics. docs/rewards.md explains both."""
     takes: Literal["annotated", "answer", "list"] = "annotated"
-    """What one call is given. answer: one RewardInput; list: a list of them, for which a list of results is returned;
-    annotated: what the annotation of the function's parameter says, such as list[RewardInput], without one an
-    answer."""
+    """What the function takes. answer: one RewardInput. list: a list of them; it then returns a list of results.
+    annotated: the annotation of its parameter decides, such as list[RewardInput]; without one it takes one answer."""
     batch: Positive = 32
-    """Most answers of one call, where it takes a list: it is given those that wait."""
+    """Most answers in one call of a function that takes a list. A call never waits for more answers to come."""
     concurrency: Positive = 16
-    """Calls of an async function that overlap, in each reward process. Others are made one at a time."""
+    """Most calls of an async function that overlap, in each reward process. Other functions are called one at a
+    time."""
 
 
 class ModelSourceConfig(RewardSource):
     """A reward model: a Hugging Face sequence classifier with one label."""
 
+    key = "model"
     model: str
-    """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. Its raw score
-    is in deviations about the reference policy's own responses where the directory says what those scored."""
+    """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. With the mean
+    and deviation of the reference policy's own scores in it, raw scores count in deviations from that mean."""
     trust_remote_code: bool = False
     """Whether Python code from the model's directory may run. Such code can do whatever you can."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the forward pass; the head is float32 either way."""
     max_tokens: Positive = 2048
-    """Longest prompt and response it reads; a longer one loses the beginning of its prompt."""
+    """Longest prompt and response together. If they are longer, the model does not see the beginning of the prompt."""
     max_batch_tokens: Positive = 4096
-    """Tokens of one forward pass, padding included; more is faster until memory or cache runs out."""
+    """Most tokens in one forward pass, padding included. More is faster until memory or cache runs out."""
     batch_window_ms: Annotated[float, Field(ge=0)] = 5
-    """How long a request waits for others to share its forward pass, milliseconds."""
+    """How long a request waits for others that can share its forward pass, milliseconds."""
+
+    def broken_rules(self) -> Iterator[str]:
+        if self.max_batch_tokens < self.max_tokens:
+            yield (
+                f"max_batch_tokens ({self.max_batch_tokens}) must hold the longest sequence, max_tokens "
+                f"({self.max_tokens}); raise the first or lower the second"
+            )
 
 
 class ServiceConfig(RewardSource):
-    """What all services behind HTTP have in common."""
+    """Settings that all services behind HTTP have."""
 
     headers: Mapping[str, str] = {}
     """Headers of every request. A value such as "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY" is read from that environment
-    variable of the process that starts the run, so that keys are in no file; those that carry keys must be given so."""
+    variable of the process that starts the run, so that no file holds a key. Headers with keys must be given so."""
     concurrency: Positive = 16
-    """Requests outstanding at a time, over all addresses, from each reward process."""
+    """Most outstanding requests of each reward process, over all addresses."""
     request_timeout_s: Seconds = 10
     """Longest wait for one whole answer, seconds."""
     max_answer_kib: Positive = 1024
-    """Longest answer that is read, unpacked, KiB."""
+    """Longest answer that is accepted, after decompression, KiB."""
     retries: NonNegative = 3
-    """Further tries after a failure, at another address where there is one; then the rollout is void. What a service
-    refuses for good (HTTP 4xx but 408, 425 and 429) is not tried there again."""
+    """Further tries after a failure, at another address if there is one. After the last one the rollout is void. An
+    address that refuses a request for good (HTTP 4xx, except 408, 425 and 429) is not asked again."""
     backoff_s: Seconds = 0.5
-    """Pause before the first further try, doubled before each next one, seconds. A service's Retry-After lengthens
-    it."""
+    """Pause before the first further try, seconds. It doubles before each later one. A service's Retry-After makes it
+    longer."""
     follow_redirects: bool = False
-    """Send the request on to where a service redirects it. Headers go along to the same address only. Off: a redirect
-    is a failure."""
+    """Whether to follow redirects. Headers are not sent on to another host. Off: a redirect is a failure."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where its requests go."""
-        raise NotImplementedError
+        """Where requests go: the setting that the kind's `key` names."""
+        return getattr(self, self.key)
+
+    def broken_rules(self) -> Iterator[str]:
+        for url in self.addresses:
+            yield from _broken_address_rules(self.key, url)
+        for name, value in self.headers.items():
+            yield from _broken_header_rules(name, value)
 
 
 class HttpSourceConfig(ServiceConfig):
     """An HTTP service."""
 
+    key = "urls"
     urls: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Addresses of the service: each is POSTed the RewardInput as JSON and answers {"score": number}, and may add
-    {"model": "name and version"} for the journal. With several, a request goes to the one with the fewest
-    outstanding."""
+    """Addresses of the service. Each is POSTed the RewardInput as JSON and answers {"score": number}; it may add
+    {"model": "name and version"} for the journal. A request goes to the address with the fewest outstanding ones."""
     batch: Positive | None = None
-    """Send up to this many answers in one request, as {"answers": [...]}, for {"scores": [...]} in the same order. Left
-    out: one answer a request, in the form above."""
+    """Send up to this many answers in one request, as {"answers": [...]}. The service then answers {"scores": [...]} in
+    the same order. Left out: one answer a request, in the form above."""
     send_tokens: bool = False
     """Also send prompt_ids, response_ids and raw_response, the text with its special tokens."""
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        return self.urls
 
 
 class JudgeSourceConfig(ServiceConfig):
     """A language model behind an OpenAI-compatible service (chat completions) that writes its score as text."""
 
+    key = "judge_urls"
     judge_urls: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Addresses up to the version, such as http://127.0.0.1:8000/v1. With several, a request goes to the one with the
-    fewest outstanding."""
+    """Addresses of the service up to the version, such as http://127.0.0.1:8000/v1. A request goes to the address with
+    the fewest outstanding ones."""
     judge_model: Annotated[str, Field(min_length=1, max_length=200)]
     """The model's name at the service."""
     template: str
-    """What the judge is asked. {prompt}, {response} and {fields.NAME} stand for the rollout's; other braces stay."""
+    """The message to the judge. {prompt}, {response} and {fields.NAME} are filled in; other braces stay."""
     system: str | None = None
-    """The system message, with the same places to fill. Left out: none."""
+    """The system message, with the same placeholders. Left out: none."""
     score_range: tuple[float, float]
-    """Lowest and highest score that counts; another is a failure."""
+    """Lowest and highest score that is accepted. Any other score is a failure."""
     score_pattern: str = r"[Ss]core[^\w-]{0,5}(-?\d{1,9}(?:\.\d{1,9})?)"
-    """Regular expression whose first group is the score; its last match in the judge's text counts."""
+    """Regular expression whose first group is the score. The last match in the judge's text counts."""
     score_field: str | None = None
-    """Read the judge's text as a JSON object, and the score from this field. Left out: by score_pattern."""
+    """Read the judge's text as a JSON object and take the score from this field. Left out: score_pattern is used."""
     request: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}
-    """Further entries of the request, such as temperature and max_tokens; given here, they replace all of these."""
+    """Further entries of the request, such as temperature and max_tokens. A table of yours replaces the default as a
+    whole."""
 
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        return self.judge_urls
+    def broken_rules(self) -> Iterator[str]:
+        yield from super().broken_rules()
+        if "{response}" not in self.template:
+            yield "template must have {response} in it, or the judge does not see the response"
+        low, high = self.score_range
+        if not low < high:
+            yield f"score_range must be [lowest, highest], not [{low:g}, {high:g}]"
+        try:
+            groups = re.compile(self.score_pattern).groups
+        except re.error as error:
+            yield f"score_pattern is no regular expression ({error})"
+        else:
+            if not groups:
+                yield "score_pattern must have a group, in parentheses, that matches the number"
+        if own := sorted({"model", "messages", "stream", "n"} & self.request.keys()):
+            yield f"request must not have {own[0]}, which Ratchet sets itself; remove it"
 
 
-SOURCE_KINDS: dict[str, type[RewardSource]] = {
-    "function": FunctionSourceConfig,
-    "model": ModelSourceConfig,
-    "urls": HttpSourceConfig,
-    "judge_urls": JudgeSourceConfig,
-}
+_KINDS = (FunctionSourceConfig, ModelSourceConfig, HttpSourceConfig, JudgeSourceConfig)
+SOURCE_KINDS: dict[str, type[RewardSource]] = {kind.key: kind for kind in _KINDS}
+*_FIRST_KEYS, _LAST_KEY = SOURCE_KINDS
 
 
-def _source_kind(source: Any) -> str | None:
+def _kind_key(source: Any) -> str | None:
     """The one of SOURCE_KINDS whose key a source has; None if it has none of them, or several."""
     given = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
-    kinds = [kind for kind in SOURCE_KINDS if kind in given]
-    return kinds[0] if len(kinds) == 1 else None
+    keys = [key for key in SOURCE_KINDS if key in given]
+    return keys[0] if len(keys) == 1 else None
 
 
-SourceConfig = Annotated[
-    Annotated[FunctionSourceConfig, Tag("function")]
-    | Annotated[ModelSourceConfig, Tag("model")]
-    | Annotated[HttpSourceConfig, Tag("urls")]
-    | Annotated[JudgeSourceConfig, Tag("judge_urls")],
-    Discriminator(
-        _source_kind,
-        custom_error_type="source_kind",
-        custom_error_message="a source must have exactly one of function, model, urls and judge_urls",
-    ),
-]
+if TYPE_CHECKING:
+    SourceConfig: TypeAlias = RewardSource
+else:
+    SourceConfig = Annotated[
+        Union[tuple(Annotated[kind, Tag(key)] for key, kind in SOURCE_KINDS.items())],  # noqa: UP007
+        Discriminator(
+            _kind_key,
+            custom_error_type="source_kind",
+            custom_error_message=f"a source must have exactly one of {', '.join(_FIRST_KEYS)} and {_LAST_KEY}",
+        ),
+    ]
 
 
 def broken_source_rules(
@@ -169,69 +201,45 @@ def broken_source_rules(
     if len(set(names)) < len(names):
         yield f"{key} must have different names, not {names}; rename one"
     for source in (*sources, *others):
-        if isinstance(source, ServiceConfig):
-            yield from (f"reward source {source.name}: {fault}" for fault in _broken_service_rules(source))
-        if isinstance(source, ModelSourceConfig) and source.max_batch_tokens < source.max_tokens:
-            yield (
-                f"reward source {source.name}: max_batch_tokens ({source.max_batch_tokens}) must hold the longest "
-                f"sequence, max_tokens ({source.max_tokens}); raise the first or lower the second"
-            )
+        yield from (f"reward source {source.name}: {fault}" for fault in source.broken_rules())
 
 
-def _broken_service_rules(source: ServiceConfig) -> Iterator[str]:
-    for url in source.addresses:
-        try:
-            parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            known = False
-        if not known or not url.isprintable():
-            yield f"{_without_secrets(url)!r} in urls must begin with http:// or https://"
-        elif parts.username is not None or parts.password is not None:
-            yield (
-                f"the address {_without_secrets(url)} has a user name or password in it, which the journal would show; "
-                f"remove it, and set {_HEADERS}"
-            )
-        elif secret := [key for key, _ in parse_qsl(parts.query) if _SECRET.search(key)]:
-            yield (
-                f"the address {_without_secrets(url)} has {secret[0]} in it, which the config would show; remove it, "
-                f"and set {_HEADERS}"
-            )
-    for name, value in source.headers.items():
-        if not _HEADER.fullmatch(name):
-            yield f"{name[:80]!r} is no name of a header; it has letters, digits and - only"
-        elif VARIABLE.fullmatch(value):
-            continue
-        elif "env:" in value:
-            yield f'headers.{name} must be of the form "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY"'
-        elif _SECRET.search(name) or not (value.isascii() and value.isprintable()):
-            yield (
-                f"headers.{name} must not be written in the config; put its value into an environment variable, and "
-                f'set headers.{name} = "env:NAME_OF_THE_VARIABLE"'
-            )
-    if isinstance(source, JudgeSourceConfig):
-        yield from _broken_judge_rules(source)
-
-
-def _broken_judge_rules(source: JudgeSourceConfig) -> Iterator[str]:
-    if "{response}" not in source.template:
-        yield "template must have {response} in it, or the judge does not see what it is to score"
-    low, high = source.score_range
-    if not low < high:
-        yield f"score_range must be [lowest, highest], not [{low:g}, {high:g}]"
+def _broken_address_rules(key: str, url: str) -> Iterator[str]:
     try:
-        groups = re.compile(source.score_pattern).groups
-    except re.error as error:
-        yield f"score_pattern is no regular expression ({error})"
-    else:
-        if not groups:
-            yield "score_pattern must have a group, in parentheses, that matches the number"
-    if own := sorted({"model", "messages", "stream", "n"} & source.request.keys()):
-        yield f"request must not have {own[0]}, which Ratchet sets itself; remove it"
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        known = False
+    if not known or not url.isprintable():
+        yield f"{_without_secrets(url)!r} in {key} must begin with http:// or https://"
+    elif parts.username is not None or parts.password is not None:
+        yield (
+            f"the address {_without_secrets(url)} has a user name or password in it, which the journal would show; "
+            f"remove it, and set {_HEADERS}"
+        )
+    elif secret := [key for key, _ in parse_qsl(parts.query) if _SECRET.search(key)]:
+        yield (
+            f"the address {_without_secrets(url)} has {secret[0]} in it, which the config would show; remove it, and "
+            f"set {_HEADERS}"
+        )
+
+
+def _broken_header_rules(name: str, value: str) -> Iterator[str]:
+    if not _HEADER.fullmatch(name):
+        yield f"{name[:80]!r} is no name of a header; it has letters, digits and - only"
+    elif VARIABLE.fullmatch(value):
+        return
+    elif "env:" in value:
+        yield f'headers.{name} must be of the form "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY"'
+    elif _SECRET.search(name) or not (value.isascii() and value.isprintable()):
+        yield (
+            f"headers.{name} must not be written in the config; put its value into an environment variable, and set "
+            f'headers.{name} = "env:NAME_OF_THE_VARIABLE"'
+        )
 
 
 def _without_secrets(url: str) -> str:
-    """Without user, password and query."""
+    """The address without user, password and query."""
     scheme, separator, rest = url.partition("://")
     host = re.split(r"[?#]", rest)[0].rpartition("@")[2]
     return f"{scheme}{separator}{host}" if separator else re.split(r"[?#]", url)[0].rpartition("@")[2]

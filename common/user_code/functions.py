@@ -1,29 +1,17 @@
-"""The user's Python functions, which a config names as `module:function`, and how their modules leave ours alone."""
+"""Functions that a config names as `module:function`, and the message when one cannot be imported. Runs anywhere."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.user_code.calls import NotFoundError, UserCodeError, find_function
-
-OURS = ("actors", "common", "deploy", "learner")
-
-
-def package_root() -> str:
-    """Where Ratchet's packages are imported from."""
-    return str(Path(__file__).parents[2])
-
-
-def import_ratchet_first() -> None:
-    """Ratchet's packages, imported before the user's directory is on the path: a `common` there then hides none."""
-    for package in OURS:
-        import_module(package)
+from common.user_code.calls import find_function
+from common.user_code.errors import UserCodeError
+from common.user_code.packages import RATCHET_PACKAGES, holds_ratchet
 
 
 def load_function(path: str, setting: str) -> Callable[..., Any]:
@@ -34,41 +22,35 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
         raise UserError(explain_import(path, setting, error)) from error
 
 
-def explain_import(path: str, setting: str, error: UserCodeError, *, ours_last: bool = False) -> str:
-    """Why a function could not be had, with the remedy. `ours_last`: where the user's modules are found before
-    Ratchet's."""
+def explain_import(path: str, setting: str, error: UserCodeError, *, users_first: bool = False) -> str:
+    """Why a function cannot be imported, with the remedy. `users_first`: the user's modules are found before Ratchet's,
+    as in a worker process."""
     message = f"{setting} ({path}){':' if error.reason.startswith('module ') else ''} {error.reason}"
-    hidden = _hidden_by_ours(error.missing if isinstance(error, NotFoundError) else path.partition(":")[0])
-    if hidden and ours_last:
+    same_name = _users_package(error.missing or path.partition(":")[0])
+    if same_name and users_first:
         return (
-            f"{message}; the name {hidden[0]} means your own {hidden[1]} here, whose modules hide Ratchet's of the "
-            "same names: RewardInput is needed for annotations only, so import it under `if TYPE_CHECKING:`"
+            f"{message}; here the name {same_name[0]} means your own {same_name[1]}, which hides Ratchet's modules of "
+            "the same names: RewardInput is needed for annotations only, so import it under `if TYPE_CHECKING:`"
         )
-    if hidden:
+    if same_name:
         return (
-            f"{message}; {hidden[1]} exists, but here the name {hidden[0]} means Ratchet's own package: rename yours, "
-            'or for a reward function set reward.isolation = "process" (labeller.isolation for a labeller), where '
-            "yours is found"
+            f"{message}; {same_name[1]} exists, but here the name {same_name[0]} means Ratchet's own package: rename "
+            'yours, or for a reward function set reward.isolation = "process" (labeller.isolation for a labeller), '
+            "where yours is found"
         )
-    if isinstance(error, NotFoundError):
+    if error.missing:
         return f"{message}; it must be installed, in the directory ratchet is started from, or next to the config file"
     return message
 
 
-def _hidden_by_ours(module: str) -> tuple[str, Path] | None:
-    """The package of Ratchet's that a module is looked for in, and the user's of the same name, if there is one."""
+def _users_package(module: str) -> tuple[str, Path] | None:
+    """The name of Ratchet's package that a module is looked for in, and the user's package of the same name, if there
+    is one."""
     name = module.partition(".")[0]
-    if name not in OURS:
+    if name not in RATCHET_PACKAGES:
         return None
     for directory in dict.fromkeys((os.getcwd(), *sys.path)):
-        for there in (Path(directory, name), Path(directory, f"{name}.py")):
-            if there.exists() and not holds_ours(directory):
-                return name, there
+        for path in (Path(directory, name), Path(directory, f"{name}.py")):
+            if path.exists() and not holds_ratchet(directory):
+                return name, path
     return None
-
-
-def holds_ours(directory: str) -> bool:
-    """Whether Ratchet's packages are in a directory, those that run here or another copy of them."""
-    return all(
-        Path(directory, file).exists() for file in ("common/reward_input.py", "actors/scoring/function_worker.py")
-    )

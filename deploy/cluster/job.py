@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from common.config.ppo import Config
-from common.user_code.functions import OURS
+from common.user_code.packages import RATCHET_PACKAGES
 
 PACKAGE = "ratchet_job"
 # The job's command. Its parent process is Ray's job supervisor, whose parent is the raylet, and the raylet's command
@@ -31,7 +31,7 @@ ENTRYPOINT = (
 def write_package(staging: Path, cfg: Config | None, arguments: Sequence[str]) -> Path:
     """Fills `staging` with Ratchet's packages, and returns one that has the config and arguments of `ratchet train`;
     without a config they name a run to continue. All are in one directory, as in an installation."""
-    for name in OURS:
+    for name in RATCHET_PACKAGES:
         shutil.copytree(import_module(name).__path__[0], staging / name, ignore=shutil.ignore_patterns("__pycache__"))
     package = staging / PACKAGE
     package.mkdir()

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.user_code.functions import package_root
+from common.user_code.packages import package_root
 
 VERSION = "0.1.0"  # pyproject.toml reads it from here; in a submitted job no package is installed that could tell it
 IN_A_JOB = "RATCHET_IN_A_JOB"  # set in the environment of a submitted run, whose current directory is gone after it

@@ -29,7 +29,7 @@ from common.types import (
     oldest_version,
     staleness,
 )
-from common.user_code.calls import FIGURES
+from common.user_code.results import MAX_FIGURES
 from learner.loop.agreement import NUM_PROMPTS, MismatchBound, check_engines
 from learner.loop.answers import Answer
 from learner.loop.buffer import Batch, RolloutBuffer
@@ -298,15 +298,15 @@ def _rollout_metrics(table: pa.Table, num_voids: int, *, policy_version: int) ->
 
 
 def _mean_figures(table: pa.Table) -> dict[str, float]:
-    """What sources said beside their scores, each over the rollouts that have it. At most FIGURES of them a source, the
-    first by name: a function may make up names as it goes."""
+    """The mean of each further figure of the sources, over the rollouts that have it. At most MAX_FIGURES a source, the
+    first by name: a function may invent new names for every rollout."""
     values: dict[str, list[float]] = {}
     for row in table["figures"].to_pylist():
         for key, value in row:
             values.setdefault(key, []).append(value)
     kept: list[str] = []
     for _, keys in groupby(sorted(values), key=lambda key: key.partition("/")[0]):
-        kept.extend(islice(keys, FIGURES))
+        kept.extend(islice(keys, MAX_FIGURES))
     return {f"reward/{key}": fmean(values[key]) for key in kept}
 
 

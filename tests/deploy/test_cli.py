@@ -91,7 +91,7 @@ def workplace(tmp_path, monkeypatch):
     for module in MODULES.values():
         monkeypatch.setattr(module, "cluster", no_ray)
         # Without a process for each: what they refuse, and that they leave nothing here, is in test_source_checks.py.
-        monkeypatch.setattr(module, "try_functions", import_here, raising=False)
+        monkeypatch.setattr(module, "try_sources", import_here, raising=False)
     return tmp_path
 
 

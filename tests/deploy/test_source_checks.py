@@ -18,7 +18,7 @@ from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.files import load_tokenizer
 from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model, write_scale
-from deploy.source_checks import MADE_UP, try_functions
+from deploy.source_checks import MADE_UP, try_sources
 from tests.fakes import save_tiny_model
 
 RECORD = PromptRecord("ask a3", np.array([3, 4], dtype=np.int32), {"k": 1}, [{"role": "user", "content": "ask a3"}])
@@ -65,7 +65,7 @@ def tried(tmp_path, monkeypatch, tokenizer):
 
     def attempt(name: str, **settings) -> None:
         source = FunctionSourceConfig(name="s", function=f"tried_functions:{name}")
-        try_functions(SourcesConfig(sources=(source,), **settings), [source], RECORD, tokenizer)
+        try_sources(SourcesConfig(sources=(source,), **settings), [source], RECORD, tokenizer)
 
     return attempt
 
@@ -95,7 +95,7 @@ def test_a_function_that_scores_passes_in_silence_and_leaves_nothing_here(tried,
         ("nowhere", r"module tried_functions \(.*tried_functions\.py\) has no function nowhere"),
         (
             "ends",
-            r"it ended with exit code 3 \(its last words: no licence\); mend it, or set reward.isolation",
+            r"it ended with exit code 3 \(the last line it printed: no licence\); fix it, or set reward.isolation",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_function_that_can_give_no_score_is_refused(tried, name, message):
         ("not_a_number", {}, "returned nan"),
         ("exits", {}, "raised SystemExit: 3"),
         ("sleeps", {"call_timeout_s": 0.5}, r"took longer than call_timeout_s \(0.5 s\)"),
-        ("ends", {"isolation": "process"}, r"it ended with exit code 3 \(its last words: no licence\)"),
+        ("ends", {"isolation": "process"}, r"it ended with exit code 3 \(the last line it printed: no licence\)"),
     ],
 )
 def test_what_may_be_for_the_made_up_response_alone_is_a_warning(tried, capfd, name, settings, message):
@@ -158,9 +158,9 @@ def test_a_reward_model_that_cannot_read_the_first_prompt_is_refused(
     source = ModelSourceConfig(name="s", model=str(directory))
     service = SourcesConfig(sources=(source,))
     if reason is None:
-        return try_functions(service, [source], RECORD, tokenizer)
+        return try_sources(service, [source], RECORD, tokenizer)
     with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        try_functions(service, [source], RECORD, tokenizer)
+        try_sources(service, [source], RECORD, tokenizer)
     assert str(caught.value).startswith(f"reward source s ({directory}): its tokenizer or chat template")
 
 
@@ -173,4 +173,4 @@ def test_a_reward_model_whose_tokenizer_is_anothers_is_refused(tmp_path, tokeniz
     source = ModelSourceConfig(name="s", model=str(directory))
     record = replace(RECORD, text="ask a3!", messages=None)
     with pytest.raises(UserError, match=r"it has 'a3!', token 64, but the model's embedding has 64 rows"):
-        try_functions(SourcesConfig(sources=(source,)), [source], record, tokenizer)
+        try_sources(SourcesConfig(sources=(source,)), [source], record, tokenizer)

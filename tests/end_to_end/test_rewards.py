@@ -15,7 +15,8 @@ from common.files import read_records
 from common.model.reward_head import content_hash, read_scale
 from deploy.evaluate import run_evaluation
 from deploy.sample_pairs import run_pair_sampling
-from deploy.train import check_same_reward_models, run_training
+from deploy.source_checks import check_unchanged
+from deploy.train import run_training
 from deploy.train_reward import run_reward_training
 from learner.loop.journal import Journal
 from tests.fakes import save_tiny_model, tiny_config
@@ -171,9 +172,9 @@ def test_a_first_score_is_near_0_with_deviation_1_and_says_which_model_gave_it(p
 
 def test_a_run_goes_on_only_under_the_reward_model_it_began_with(ppo, reward):
     cfg, _ = ppo
-    check_same_reward_models(cfg, {"reward": f"moved elsewhere@{content_hash(reward / 'model')}"})
+    check_unchanged(cfg.reward.sources, {"reward": f"moved elsewhere@{content_hash(reward / 'model')}"})
     with pytest.raises(UserError, match="is not the model the run began with"):
-        check_same_reward_models(cfg, {"reward": "model@0123456789abcdef"})
+        check_unchanged(cfg.reward.sources, {"reward": "model@0123456789abcdef"})
 
 
 def test_evaluate_judges_the_saved_policy_as_the_run_did(ppo, tmp_path):

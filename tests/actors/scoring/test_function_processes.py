@@ -14,7 +14,7 @@ from actors.scoring.function_source import FunctionSource
 from common.config.actors import SourcesConfig
 from common.config.sources import FunctionSourceConfig
 from common.errors import UserError
-from common.types import Raw, RewardInput
+from common.types import RawScore, RewardInput
 
 ANSWER = RewardInput(
     "question", "yes", 2, "stop", {"k": (1, 2)}, [{"role": "user", "content": "q"}], "yes</s>", [1], [2]
@@ -111,7 +111,7 @@ def ask(function: str, *prompts: str | RewardInput, together: bool = True, **set
         finally:
             asked.close()
 
-    return [found.score if isinstance(found, Raw) else str(found) for found in asyncio.run(scenario())]
+    return [found.score if isinstance(found, RawScore) else str(found) for found in asyncio.run(scenario())]
 
 
 def test_signals_work_and_a_crash_an_exit_and_a_raise_cost_one_answer_each(graders):
@@ -154,7 +154,7 @@ def test_an_answer_arrives_as_it_was_sent(graders):
         finally:
             asked.close()
 
-    assert asyncio.run(scenario()) == Raw(1.0, "process_graders:echo", {"same": 1.0})
+    assert asyncio.run(scenario()) == RawScore(1.0, "process_graders:echo", {"same": 1.0})
 
 
 def test_a_worker_serves_many_calls_and_several_workers_share_them(graders):

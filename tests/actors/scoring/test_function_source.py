@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 
 from actors.scoring.function_source import FunctionSource
-from actors.scoring.function_threads import MOST_LEFT_BEHIND
+from actors.scoring.function_threads import MAX_LEFT_BEHIND
 from common.config.actors import SourcesConfig
 from common.config.sources import FunctionSourceConfig
 from common.errors import UserError
-from common.types import Raw, RewardInput
-from common.user_code.calls import UserCodeError
+from common.types import RawScore, RewardInput
+from common.user_code.errors import UserCodeError
 
 MODULE = "tests.actors.scoring.test_function_source"
 ANSWER = RewardInput("question", "yes", 2, "stop", {})
@@ -85,7 +85,7 @@ def source(function: str, *, call_timeout_s: float = 10.0, **settings) -> Functi
     return FunctionSource(cfg, SourcesConfig(sources=(cfg,), call_timeout_s=call_timeout_s))
 
 
-def ask(function: str, prompts: list[str], **settings) -> list[Raw | BaseException]:
+def ask(function: str, prompts: list[str], **settings) -> list[RawScore | BaseException]:
     """What each prompt's call gives, all asked at once."""
 
     async def scenario():
@@ -99,8 +99,8 @@ def ask(function: str, prompts: list[str], **settings) -> list[Raw | BaseExcepti
     return asyncio.run(scenario())
 
 
-def shown(results: list[Raw | BaseException]) -> list[float | str]:
-    return [result.score if isinstance(result, Raw) else str(result) for result in results]
+def shown(results: list[RawScore | BaseException]) -> list[float | str]:
+    return [result.score if isinstance(result, RawScore) else str(result) for result in results]
 
 
 # In threads
@@ -119,16 +119,16 @@ def test_a_call_past_its_limit_costs_its_own_answer_only(module):
 
 
 def test_calls_that_never_end_are_bounded_and_the_message_names_the_way_out(module):
-    found = shown(ask("by_prompt", ["hangs"] * MOST_LEFT_BEHIND + ["a"], call_timeout_s=0.05))
-    assert found[:-1] == ["took longer than call_timeout_s (0.05 s)"] * MOST_LEFT_BEHIND
-    assert found[-1].startswith(f"was not called: {MOST_LEFT_BEHIND} earlier calls of it go on past call_timeout_s")
+    found = shown(ask("by_prompt", ["hangs"] * MAX_LEFT_BEHIND + ["a"], call_timeout_s=0.05))
+    assert found[:-1] == ["took longer than call_timeout_s (0.05 s)"] * MAX_LEFT_BEHIND
+    assert found[-1].startswith(f"was not called: {MAX_LEFT_BEHIND} earlier calls of it still run past call_timeout_s")
     assert 'isolation = "process"' in found[-1]
 
 
 def test_threads_that_come_to_an_end_after_all_make_room(module):
     async def scenario():
         asked = source("by_prompt", call_timeout_s=0.05)
-        hanging = (asked(replace(ANSWER, prompt="hangs")) for _ in range(MOST_LEFT_BEHIND))
+        hanging = (asked(replace(ANSWER, prompt="hangs")) for _ in range(MAX_LEFT_BEHIND))
         await asyncio.gather(*hanging, return_exceptions=True)
         with pytest.raises(UserCodeError, match="was not called"):
             await asked(ANSWER)

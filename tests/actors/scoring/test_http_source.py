@@ -18,10 +18,10 @@ from aiohttp import web
 
 from actors.scoring.http_service import HttpSourceError, retry_after
 from actors.scoring.http_source import HttpSource
-from actors.scoring.secrets import read_secrets
+from actors.scoring.kinds import read_secrets
 from common.config.sources import HttpSourceConfig
 from common.errors import UserError
-from common.types import Raw, RewardInput
+from common.types import RawScore, RewardInput
 
 ANSWER = RewardInput("question", "yes", 2, "stop", {"expected": "yes"})
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "question"}]
@@ -66,7 +66,7 @@ def test_the_answer_travels_as_json_and_the_score_comes_back_with_the_address():
         return url, found, seen
 
     url, found, seen = asyncio.run(scenario())
-    assert found == (Raw(0.25, url), Raw(0.25, url))
+    assert found == (RawScore(0.25, url), RawScore(0.25, url))
     plain = {
         "prompt": "question",
         "response": "yes",
@@ -95,7 +95,7 @@ def test_the_origin_names_the_model_of_each_answer_and_the_address_that_gave_it(
         return found, other
 
     found, url = asyncio.run(scenario())
-    assert found == [Raw(1.0, f"grader v1 at {url}"), Raw(2.0, f"grader v2 at {url}"), Raw(3.0, url)]
+    assert found == [RawScore(1.0, f"grader v1 at {url}"), RawScore(2.0, f"grader v2 at {url}"), RawScore(3.0, url)]
 
 
 def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_again():
@@ -184,7 +184,7 @@ def test_requests_are_bounded_and_spread_over_the_addresses():
 # What a hostile or broken service can do
 
 
-def ask_once(handler, **settings) -> tuple[Raw | str, str]:
+def ask_once(handler, **settings) -> tuple[RawScore | str, str]:
     """What comes of one question to the handler, and its address."""
 
     async def scenario():
@@ -303,7 +303,7 @@ def test_redirects_are_followed_only_if_asked_for_and_take_no_headers_elsewhere(
         "follow_redirects = true"
     )
     assert seen == [("POST", "yes", None)]
-    assert found == Raw(1.0, f"{url}, redirected to {target}")
+    assert found == RawScore(1.0, f"{url}, redirected to {target}")
 
 
 def test_redirects_in_a_circle_end():
@@ -341,7 +341,7 @@ def test_an_address_that_refuses_for_good_is_left_for_another():
             judge = source(one, other, retries=1)
             found = await judge(ANSWER)
             await close(judge)
-        return found == Raw(1.0, other)
+        return found == RawScore(1.0, other)
 
     assert asyncio.run(scenario())
 
@@ -432,7 +432,7 @@ def test_several_answers_go_in_one_request_and_scores_come_back_in_order():
         return found, sizes, url
 
     found, sizes, url = asyncio.run(scenario())
-    assert found == [Raw(float(n), f"g at {url}") for n in range(11)]
+    assert found == [RawScore(float(n), f"g at {url}") for n in range(11)]
     assert sizes == [4, 4, 2, 1]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
 from actors.scoring.http_service import HttpSourceError
-from actors.scoring.judge_source import JudgeSource, check_template, fill
+from actors.scoring.judge_source import JudgeSource, fill, try_template
+from common.config.actors import SourcesConfig
 from common.config.sources import JudgeSourceConfig
 from common.errors import UserError
-from common.types import Raw, RewardInput
+from common.types import RawScore, RewardInput
 
 ANSWER = RewardInput("{response}?", "yes {prompt}", 2, "stop", {"answer": "no", "points": [1, 2]})
 
@@ -23,7 +25,7 @@ def config(*urls: str, **settings) -> JudgeSourceConfig:
     )
 
 
-def ask(text, *, model: str | None = None, **settings) -> tuple[Raw | str, list, str]:
+def ask(text, *, model: str | None = None, **settings) -> tuple[RawScore | str, list, str]:
     """What a judge that writes this text makes of ANSWER, the requests it got, and its address."""
     seen: list = []
 
@@ -54,7 +56,7 @@ def ask(text, *, model: str | None = None, **settings) -> tuple[Raw | str, list,
 
 def test_a_judge_is_asked_one_chat_completion_and_its_score_read():
     found, seen, url = ask("It is fine.\nScore: 7.5", system="You grade {fields.answer}.")
-    assert found == Raw(7.5, f"judge-1 at {url}/chat/completions")
+    assert found == RawScore(7.5, f"judge-1 at {url}/chat/completions")
     assert seen == [
         {
             "model": "judge-1",
@@ -71,7 +73,7 @@ def test_a_judge_is_asked_one_chat_completion_and_its_score_read():
 
 def test_the_request_and_the_models_own_name_can_be_set():
     found, [request], url = ask("score 1", model="judge-1-0425", request={"top_p": 0.5})
-    assert found == Raw(1.0, f"judge-1-0425 at {url}/chat/completions")
+    assert found == RawScore(1.0, f"judge-1-0425 at {url}/chat/completions")
     assert "temperature" not in request
     assert request["top_p"] == 0.5
 
@@ -113,7 +115,9 @@ def test_fields_that_are_no_text_are_written_as_json_and_other_braces_stay():
     assert fill('{fields.points} {"score": 1} {} {response}', ANSWER) == '[1, 2] {"score": 1} {} yes {prompt}'
 
 
-def test_a_template_that_names_a_field_the_prompts_lack_is_refused_before_the_start():
-    check_template(config(template="{response} {fields.answer}"), {"answer": "x"})
-    with pytest.raises(UserError, match=r"names \{fields.reference\}, but the first prompt's record has answer, id"):
-        check_template(config(template="{response} {fields.reference}"), {"answer": "x", "id": 1})
+def test_a_template_with_a_field_that_the_prompts_lack_is_refused():
+    service, answer = SourcesConfig(sources=()), replace(ANSWER, fields={"answer": "x", "id": 1})
+    assert try_template(config(template="{response} {fields.answer}"), service, answer) == ""
+    for wrong in ({"template": "{response} {fields.reference}"}, {"system": "{fields.reference}"}):
+        with pytest.raises(UserError, match=r"names \{fields.reference\}, but .* record has answer, id;"):
+            try_template(config(**wrong), service, answer)

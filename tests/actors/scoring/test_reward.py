@@ -13,11 +13,11 @@ from aiohttp import web
 
 from actors.scoring.function_source import FunctionSource
 from actors.scoring.http_source import HttpSource
-from actors.scoring.reward import Reward, make_source
+from actors.scoring.reward import Reward
 from common.config.actors import RewardConfig, SourcesConfig
-from common.config.sources import FunctionSourceConfig, HttpSourceConfig, RewardSource
+from common.config.sources import FunctionSourceConfig, HttpSourceConfig
 from common.model.files import load_tokenizer
-from common.types import Raw, RewardInput, Score, Void
+from common.types import RawScore, RewardInput, Score, Void
 from tests.actors.scoring.test_http_source import close, service
 from tests.fakes import END, OWN_TAGS, make_prompt, make_rollout, metered, save_tiny_model
 
@@ -223,11 +223,6 @@ def test_an_iterator_that_runs_out_in_a_function_is_a_failure_like_any_other(tok
     assert "StopIteration" in result.reason
 
 
-def test_a_source_of_no_known_kind_is_an_error():
-    with pytest.raises(TypeError, match="no reward source is configured by RewardSource"):
-        make_source(RewardSource(name="s"), SERVICE)
-
-
 # Judges
 
 
@@ -270,8 +265,8 @@ def test_a_function_that_blocks_does_not_hold_up_a_service(imported):
             return web.json_response({"score": 2})
 
         async with service(handler) as url:
-            slow = make_source(FunctionSourceConfig(name="slow", function=f"{MODULE}:blocks"), SERVICE)
-            quick = make_source(HttpSourceConfig(name="quick", urls=(url,)), SERVICE)
+            slow = FunctionSource(FunctionSourceConfig(name="slow", function=f"{MODULE}:blocks"), SERVICE)
+            quick = HttpSource(HttpSourceConfig(name="quick", urls=(url,)))
             waiting = asyncio.create_task(slow(ANSWER))
             assert await asyncio.to_thread(imported.began.wait, 5)
             await quick(ANSWER)
@@ -285,12 +280,12 @@ def test_a_function_that_blocks_does_not_hold_up_a_service(imported):
 
 
 def test_calls_of_a_function_come_one_at_a_time_in_order(imported):
-    async def ask(source: Callable) -> list[Raw]:
+    async def ask(source: Callable) -> list[RawScore]:
         return await asyncio.gather(*(source(replace(ANSWER, prompt=str(i))) for i in range(6)))
 
     path = f"{MODULE}:reports"
     found = asyncio.run(ask(FunctionSource(FunctionSourceConfig(name="s", function=path), SERVICE)))
-    assert found == [Raw(1.0, path)] * 6
+    assert found == [RawScore(1.0, path)] * 6
     assert imported.events == [f"{i} {what}" for i in range(6) for what in ("begins", "ends")]
 
 

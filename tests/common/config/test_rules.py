@@ -278,11 +278,11 @@ def test_a_name_that_could_not_stand_in_a_metrics_path_is_refused_for_every_kind
         ),
         (
             {**JUDGE, "judge_urls": ["h:8000/v1"]},
-            "reward source s: 'h:8000/v1' in urls must begin with http:// or https://",
+            "reward source s: 'h:8000/v1' in judge_urls must begin with http:// or https://",
         ),
         (
             {**JUDGE, "template": "Grade this: {prompt}"},
-            "reward source s: template must have {response} in it, or the judge does not see what it is to score",
+            "reward source s: template must have {response} in it, or the judge does not see the response",
         ),
         ({**JUDGE, "score_range": [5, 5]}, "reward source s: score_range must be [lowest, highest], not [5, 5]"),
         (

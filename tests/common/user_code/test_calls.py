@@ -1,34 +1,21 @@
-"""A user's function: which are refused and why, and which results are numbers."""
+"""Finding a user's function and calling it: which functions are refused and why, and what a call that fails gives."""
 
 from __future__ import annotations
 
 import asyncio
-import decimal
-import fractions
 import functools
 import math
 import pickle
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
-import torch
 
 from common.reward_input import RewardInput
-from common.user_code.calls import (
-    FIGURES,
-    Form,
-    UserCodeError,
-    call,
-    call_async,
-    find_function,
-    form_of,
-    outcome,
-    outcomes,
-)
+from common.user_code.calls import CallStyle, call, call_async, call_style, find_function
+from common.user_code.errors import UserCodeError
 
 ANSWER = RewardInput("question", "yes", 2, "stop", {})
-ONE, MANY = Form(), Form(takes_list=True)
+ONE, MANY = CallStyle(), CallStyle(takes_list=True)
 
 
 class Grader:
@@ -102,15 +89,11 @@ def exits(answer: RewardInput) -> float:
     raise SystemExit(3)
 
 
-def wrapper(answer: RewardInput) -> float:
-    return awaited(answer)
-
-
 # Signatures
 
 
 @pytest.mark.parametrize(
-    ("function", "form"),
+    ("function", "style"),
     [
         (plain, ONE),
         (with_options, ONE),
@@ -122,17 +105,17 @@ def wrapper(answer: RewardInput) -> float:
         (listed, MANY),
         (sequence, MANY),
         (unknown_annotation, MANY),
-        (awaited, Form(is_async=True)),
-        (AsyncGrader(), Form(is_async=True)),
+        (awaited, CallStyle(is_async=True)),
+        (AsyncGrader(), CallStyle(is_async=True)),
     ],
 )
-def test_the_signature_says_how_a_function_is_called(function, form):
-    assert form_of(function) == form
+def test_the_signature_says_how_a_function_is_called(function, style):
+    assert call_style(function) == style
 
 
 def test_a_setting_overrides_the_annotation():
-    assert form_of(plain, "list") == MANY
-    assert form_of(listed, "answer") == ONE
+    assert call_style(plain, "list") == MANY
+    assert call_style(listed, "answer") == ONE
 
 
 @pytest.mark.parametrize(
@@ -151,103 +134,7 @@ def test_a_setting_overrides_the_annotation():
 )
 def test_a_function_that_no_answer_can_be_given_to_is_refused(function, reason):
     with pytest.raises(UserCodeError, match=reason):
-        form_of(function)
-
-
-# Results
-
-
-@pytest.mark.parametrize(
-    ("value", "score"),
-    [
-        (3, 3.0),
-        (-0.5, -0.5),
-        (np.float32(0.25), 0.25),
-        (np.int64(7), 7.0),
-        (np.array(5), 5.0),
-        (np.array([[4.0]]), 4.0),
-        (torch.tensor(6.0), 6.0),
-        (torch.tensor([2], dtype=torch.bfloat16), 2.0),
-        (decimal.Decimal("1.5"), 1.5),
-        (fractions.Fraction(1, 4), 0.25),
-    ],
-)
-def test_numbers_numpy_scalars_and_arrays_of_one_element_are_scores(value, score):
-    assert outcome(value) == (score, {})
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        ("0.5", "returned '0.5' (str) where a number is needed"),
-        (True, "returned True (bool) where a number is needed"),
-        (np.True_, "returned a bool where a number is needed"),
-        (torch.tensor([True]), "returned a Tensor where a number is needed"),
-        (np.str_("1"), "returned np.str_('1') (str_) where a number is needed"),
-        (None, "returned None where a number is needed"),
-        (b"1", "returned b'1' (bytes) where a number is needed"),
-        (1j, "returned a complex where a number is needed"),
-        ([1.0], "returned a list where a number is needed"),
-        (np.zeros(2), "returned a ndarray where a number is needed"),
-        ((x for x in ()), "returned a generator where a number is needed"),
-        (float("nan"), "returned nan"),
-        (float("-inf"), "returned -inf"),
-        (10**400, "returned inf"),
-        (3.5e38, "returned 3.5e+38, which float32 cannot hold"),
-        ({"reward": 1.0}, "returned a dict without \"score\" (its keys: 'reward')"),
-        ({"score": "1"}, "returned '1' (str) where a number is needed"),
-        ({"score": 1, "format": "ok"}, "returned 'ok' (str) for 'format' where a number is needed"),
-    ],
-)
-def test_what_is_no_finite_number_is_a_fault(value, reason):
-    found = outcome(value)
-    assert isinstance(found, UserCodeError)
-    assert found.reason == reason
-
-
-def test_a_coroutine_is_no_score_and_is_closed():
-    found = outcome(wrapper(ANSWER))  # a coroutine that nobody closed would warn, and the suite fail
-    assert isinstance(found, UserCodeError)
-    assert "declare the function itself with async def" in found.reason
-
-
-def test_a_dict_gives_a_score_and_figures():
-    given = {"score": np.float64(0.5), "format_ok": True, "length": torch.tensor(3), "depth": None, "ratio": math.nan}
-    assert outcome(given) == (0.5, {"format_ok": 1.0, "length": 3.0})
-
-
-@pytest.mark.parametrize("key", ["a b", "a/b", "", "ü", "x\n", "9", 3, "x" * 65])
-def test_a_figure_must_have_a_name_that_a_metric_can_have(key):
-    found = outcome({"score": 1.0, key: 1.0})
-    assert isinstance(found, UserCodeError)
-    assert "a figure's name has letters, digits, _ and - only" in found.reason
-
-
-def test_the_number_of_figures_is_bounded():
-    figures = {f"f{i}": 1.0 for i in range(FIGURES)}
-    assert outcome({"score": 1.0, **figures}) == (1.0, figures)
-    assert isinstance(outcome({"score": 1.0, **figures, "more": 1.0}), UserCodeError)
-
-
-def test_a_list_holds_an_outcome_for_each_answer():
-    first, second, third = outcomes([1, "2", {"score": 3, "x": 4}], MANY, 3)
-    assert (first, third) == ((1.0, {}), (3.0, {"x": 4.0}))
-    assert isinstance(second, UserCodeError)
-    assert outcomes(np.array([1.0, 2.0]), MANY, 2) == [(1.0, {}), (2.0, {})]
-
-
-@pytest.mark.parametrize(
-    ("result", "reason"),
-    [
-        ([1.0], "returned 1 scores for 2 answers"),
-        (1.0, "returned a float where a list of scores is needed"),
-        ("12", "returned '12' [(]str[)] where a list of scores is needed"),
-        (None, "returned None where a list of scores is needed"),
-    ],
-)
-def test_a_list_of_another_length_or_none_is_a_fault_of_the_whole_call(result, reason):
-    with pytest.raises(UserCodeError, match=reason):
-        outcomes(result, MANY, 2)
+        call_style(function)
 
 
 # Calls
@@ -278,7 +165,7 @@ def test_whatever_a_function_raises_is_a_fault_of_it(error):
         call(function, ONE, [ANSWER])
     if not isinstance(error, StopIteration):  # Python itself turns that into a RuntimeError
         with pytest.raises(UserCodeError, match=f"raised {type(error).__name__}"):
-            asyncio.run(call_async(async_function, Form(is_async=True), [ANSWER]))
+            asyncio.run(call_async(async_function, CallStyle(is_async=True), [ANSWER]))
 
 
 def test_an_async_function_that_cancels_itself_is_a_fault_and_a_cancelled_call_is_cancelled():
@@ -290,8 +177,8 @@ def test_an_async_function_that_cancels_itself_is_a_fault_and_a_cancelled_call_i
 
     async def scenario():
         with pytest.raises(UserCodeError, match="raised CancelledError"):
-            await call_async(cancels_itself, Form(is_async=True), [ANSWER])
-        task = asyncio.create_task(call_async(waits, Form(is_async=True), [ANSWER]))
+            await call_async(cancels_itself, CallStyle(is_async=True), [ANSWER])
+        task = asyncio.create_task(call_async(waits, CallStyle(is_async=True), [ANSWER]))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -12,7 +12,7 @@ def test_a_function_is_loaded_by_module_and_name():
     assert load_function("json:dumps", "reward source s") is json.dumps
 
 
-@pytest.mark.parametrize("path", ["questions.csv", "json.dumps", ""])
+@pytest.mark.parametrize("path", ["questions.csv", "json.dumps", "", ":f"])
 def test_a_function_without_a_colon_is_refused_with_the_form_to_use(path):
     with pytest.raises(UserError) as caught:
         load_function(path, "reward source s")
@@ -21,7 +21,7 @@ def test_a_function_without_a_colon_is_refused_with_the_form_to_use(path):
     )
 
 
-@pytest.mark.parametrize("path", ["no_such_module:f", "json.no_such_module:f", ":f"])
+@pytest.mark.parametrize("path", ["no_such_module:f", "json.no_such_module:f"])
 def test_a_function_in_a_module_that_is_not_there_is_refused(path):
     with pytest.raises(UserError) as caught:
         load_function(path, "prompts")

@@ -14,7 +14,7 @@ import pytest
 from common.errors import GivenUpError, RolloutLostError, UserError
 from common.files import read_records
 from common.types import Experience, Prompt, Rollout, RolloutRef, SampleId, Score, Void, experience_table
-from common.user_code.calls import FIGURES
+from common.user_code.results import MAX_FIGURES
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation
 from learner.loop.journal import JournalError
@@ -490,10 +490,10 @@ def test_figures_of_sources_are_means_over_the_rollouts_that_have_them_under_a_p
 
 
 def test_the_number_of_figures_of_a_source_is_bounded_however_many_names_it_makes_up():
-    scores = [Score(1.0, {"s": 1.0}, {}, {f"s/f{n:03d}": 1.0, "t/x": 2.0}) for n in range(FIGURES + 5)]
+    scores = [Score(1.0, {"s": 1.0}, {}, {f"s/f{n:03d}": 1.0, "t/x": 2.0}) for n in range(MAX_FIGURES + 5)]
     rows = [Experience(make_rollout(make_prompt(n), [4, END]), score, None) for n, score in enumerate(scores)]
     record = _rollout_metrics(experience_table(rows), 0, policy_version=0)
-    assert sum(key.startswith("reward/s/f") for key in record) == FIGURES
+    assert sum(key.startswith("reward/s/f") for key in record) == MAX_FIGURES
     assert record["reward/t/x"] == 2.0
 
 

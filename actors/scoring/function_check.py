@@ -1,0 +1,96 @@
+"""A reward function is imported and called once before anything starts. Runs in the driver.
+
+This happens in a worker process: nothing of the user's module stays in the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from tempfile import TemporaryFile
+from typing import IO
+
+from actors.scoring.function_processes import ended_its_process
+from actors.scoring.worker_process import Worker, WorkerDiedError
+from common.config.actors import SourcesConfig
+from common.config.sources import FunctionSourceConfig
+from common.errors import UserError
+from common.plain_text import one_line
+from common.reward_input import RewardInput
+from common.user_code.errors import UserCodeError
+from common.user_code.functions import explain_import
+from common.user_code.results import Outcome
+
+TRY_S = 30.0  # longest trial call of one function, seconds
+
+
+def check_import(cfg: FunctionSourceConfig, service: SourcesConfig) -> None:
+    """Raises UserError for a function that cannot be imported, or whose signature does not fit."""
+    with TemporaryFile() as output, _worker(cfg, service, output):
+        pass
+
+
+def try_function(cfg: FunctionSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:
+    """Raises UserError for a function that cannot be imported or called, or whose result can never be a score. Returns
+    a warning if it raises, takes long or gives no finite number: it may do so for this answer alone."""
+    remedy = "; return the score as a number, or a dict with it"
+    with TemporaryFile() as output, _worker(cfg, service, output) as worker:
+        try:
+            [outcome] = asyncio.run(_call(worker, answer))
+        except UserCodeError as error:
+            outcome = error
+            attributes = ", ".join(field.name for field in fields(answer))
+            remedy = f"; it has {attributes}" if error.details else ""  # only a wrong attribute is permanent
+        except WorkerDiedError as died:
+            reason = ended_its_process(died).reason + _last_line(output)
+            outcome = UserCodeError(reason, permanent=service.isolation == "thread")
+            remedy = (
+                '; fix it, or set reward.isolation = "process" (labeller.isolation for a labeller), where that costs '
+                "one rollout"
+            )
+    if not isinstance(outcome, UserCodeError):
+        return ""
+    fault = (
+        f"reward source {cfg.name} ({cfg.function}), tried on the first prompt with a made-up response, "
+        f"{one_line(outcome.reason)}"
+    )
+    if outcome.permanent:
+        raise UserError(fault + remedy)
+    return f"{fault}; a response for which it does so gets no score"
+
+
+@contextmanager
+def _worker(cfg: FunctionSourceConfig, service: SourcesConfig, output: IO[bytes]) -> Iterator[Worker]:
+    """A process that finds modules as the run will, and has imported the function."""
+    own_process = service.isolation == "process"
+    try:
+        worker = Worker(
+            cfg.function,
+            takes=cfg.takes,
+            limit_s=min(service.call_limit_s, TRY_S),
+            ratchet_first=not own_process,
+            output=output,
+        )
+    except UserCodeError as error:
+        message = explain_import(cfg.function, f"reward source {cfg.name}", error, users_first=own_process)
+        raise UserError(message + _last_line(output)) from None
+    try:
+        yield worker
+    finally:
+        worker.kill()
+
+
+async def _call(worker: Worker, answer: RewardInput) -> list[Outcome]:
+    try:
+        return await worker.call([answer])
+    finally:
+        worker.kill()  # here, because its connection belongs to this event loop
+
+
+def _last_line(output: IO[bytes]) -> str:
+    """The last line that the function's process printed."""
+    output.seek(0)
+    lines = output.read()[-10_000:].decode(errors="replace").strip().splitlines()
+    return f" (the last line it printed: {one_line(lines[-1], 200)})" if lines else ""

@@ -1,0 +1,30 @@
+"""What a function source needs of threads (function_threads.py) and of worker processes (function_processes.py). Runs
+in each reward replica."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from common.reward_input import RewardInput
+from common.user_code.calls import CallStyle
+from common.user_code.errors import UserCodeError
+from common.user_code.results import Outcome
+
+
+class Runner(Protocol):
+    """Calls one function of the user's. Several calls may be made at once."""
+
+    style: CallStyle
+
+    async def run(self, answers: Sequence[RewardInput]) -> list[Outcome]:
+        """Makes one call and returns the outcome of each answer. There is one answer, or several if the function takes
+        a list. Raises UserCodeError if the call as a whole fails or passes its time limit."""
+
+    def close(self) -> None:
+        """Ends threads and processes."""
+
+
+def too_long(limit_s: float) -> UserCodeError:
+    """The error of a call that passed its limit."""
+    return UserCodeError(f"took longer than call_timeout_s ({limit_s:g} s)", permanent=False)

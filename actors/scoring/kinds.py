@@ -1,0 +1,93 @@
+"""The table of reward source kinds: everything that the rest of Ratchet must know about a kind is here or in the kind's
+own file. Runs in the driver, which checks the sources, and in each reward replica, which asks them.
+
+A kind's settings are a class in common/config/sources.py. CONTRIBUTING.md says how to add a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from actors.scoring.function_check import check_import, try_function
+from actors.scoring.function_source import FunctionSource
+from actors.scoring.http_source import HttpSource
+from actors.scoring.judge_source import JudgeSource, try_template
+from actors.scoring.model_source import (
+    RewardModelSource,
+    check_reward_model,
+    check_same_model,
+    size_of_reward_model,
+    try_reading,
+)
+from actors.scoring.secrets import Secrets, secrets_of
+from common.config.actors import SourcesConfig
+from common.config.sources import (
+    FunctionSourceConfig,
+    HttpSourceConfig,
+    JudgeSourceConfig,
+    ModelSourceConfig,
+    RewardSource,
+)
+from common.model.size import ModelSize
+from common.types import RawScore, RewardInput
+
+
+class Source(Protocol):
+    """One reward source in a reward replica."""
+
+    async def __call__(self, answer: RewardInput) -> RawScore:
+        """The score of one answer. Raises any exception for a failure, which voids the rollout; UserCodeError for one
+        with a traceback of the user's code."""
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """The functions of one kind. Each is given a source's config first; the defaults do nothing."""
+
+    make: Callable[[Any, SourcesConfig, Secrets], Source]
+    """The source itself. Called in each reward replica."""
+    secrets: Callable[[Any], Secrets] = lambda cfg: {}
+    """Keys that the source needs, from the environment of the driver. Raises UserError for one that is missing."""
+    check: Callable[[Any, bool], None] = lambda cfg, chat: None
+    """Before anything starts: raises UserError for a source that cannot be used. `chat`: prompts are chat messages."""
+    model_size: Callable[[Any], ModelSize | None] = lambda cfg: None
+    """Size of the model that each reward replica loads for it, if any."""
+    try_once: Callable[[Any, SourcesConfig, RewardInput], str] = lambda cfg, service, answer: ""
+    """Before anything starts: tries the first prompt with a made-up response. Raises UserError for a source that fails
+    on every answer; returns a warning for one that may have failed because of the made-up response, else ""."""
+    check_travels: Callable[[Any, SourcesConfig], None] = lambda cfg, service: None
+    """In `ratchet submit`: raises UserError for a source that needs something which does not travel with the job."""
+    check_unchanged: Callable[[Any, str], None] = lambda cfg, origin: None
+    """In `ratchet train --resume`: raises UserError if the source no longer is the one that gave the journal's scores,
+    whose origin there is `origin`."""
+
+
+KINDS: Mapping[type[RewardSource], SourceKind] = {
+    FunctionSourceConfig: SourceKind(
+        make=lambda cfg, service, secrets: FunctionSource(cfg, service),
+        try_once=try_function,
+        check_travels=check_import,
+    ),
+    ModelSourceConfig: SourceKind(
+        make=lambda cfg, service, secrets: RewardModelSource(cfg, gpus=service.gpus),
+        check=check_reward_model,
+        model_size=size_of_reward_model,
+        try_once=try_reading,
+        check_unchanged=check_same_model,
+    ),
+    HttpSourceConfig: SourceKind(make=lambda cfg, service, secrets: HttpSource(cfg, secrets), secrets=secrets_of),
+    JudgeSourceConfig: SourceKind(
+        make=lambda cfg, service, secrets: JudgeSource(cfg, secrets), secrets=secrets_of, try_once=try_template
+    ),
+}
+
+
+def kind_of(source: RewardSource) -> SourceKind:
+    return KINDS[type(source)]
+
+
+def read_secrets(sources: Iterable[RewardSource]) -> Secrets:
+    """The keys of all these sources. Raises UserError for one that is missing."""
+    return {name: secret for source in sources for name, secret in kind_of(source).secrets(source).items()}

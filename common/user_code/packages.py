@@ -1,0 +1,26 @@
+"""The names of Ratchet's packages, which packages of the user may have too. Runs anywhere; standard library only."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+RATCHET_PACKAGES = ("actors", "common", "deploy", "learner")
+
+
+def package_root() -> str:
+    """The directory that Ratchet's packages are imported from."""
+    return str(Path(__file__).parents[2])
+
+
+def import_ratchet_first() -> None:
+    """Imports Ratchet's packages before the user's directory joins sys.path, where a `common` would hide Ratchet's."""
+    for package in RATCHET_PACKAGES:
+        import_module(package)
+
+
+def holds_ratchet(directory: str) -> bool:
+    """Whether a directory holds Ratchet's packages: those that run here or another copy of them."""
+    return all(
+        Path(directory, file).exists() for file in ("common/reward_input.py", "actors/scoring/function_worker.py")
+    )
