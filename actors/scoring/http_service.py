@@ -1,5 +1,5 @@
-"""One request to a service of a reward source: bounded in number, time and size, tried again, and every failure told.
-Runs in each reward process."""
+"""Requests to the service of a reward source, with limits on number, time and size, further tries, and a reason for
+every failure. Runs in each reward replica."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from actors.scoring.secrets import Secrets, request_headers, without_secrets
 from common.config.sources import ServiceConfig
 from common.plain_text import one_line
 
-LONGEST_PAUSE_S = 60.0  # a service that asks for a longer one is given up
+LONGEST_PAUSE_S = 60.0  # an address that asks for a longer one is not asked again
 REDIRECTS = 5
-SHOWN = 200  # characters of a failed answer's body that are shown
-_PASSING = (408, 425, 429)  # of 4xx: another try may succeed
+SHOWN_CHARS = 200  # of an address or of a failed answer's body, in a message
+_TEMPORARY = (408, 425, 429)  # the only 4xx after which another try may succeed
 
 Found = TypeVar("Found")
 
@@ -33,11 +33,12 @@ class HttpSourceError(RuntimeError):
 
 
 class AnswerError(ValueError):
-    """A service's answer is not what it should be."""
+    """A service's answer does not have the right form."""
 
 
 class _Refused(Exception):
-    """A failed answer. `for_good`: another try at the same address would fail too."""
+    """The service refused the request. `for_good`: another try at the same address would fail too. `pause_s`: how long
+    it asks to wait."""
 
     def __init__(self, what: str, *, for_good: bool = False, pause_s: float = 0.0) -> None:
         super().__init__(what)
@@ -45,7 +46,8 @@ class _Refused(Exception):
 
 
 class HttpService:
-    """Several addresses of one service. A request goes to the one with the fewest outstanding that has not failed."""
+    """The addresses of one service. A request goes to the address that failed it least often; among these, to the one
+    with the fewest outstanding requests."""
 
     def __init__(self, cfg: ServiceConfig, secrets: Secrets, *, path: str = "") -> None:
         """`path` is added to every address."""
@@ -57,8 +59,8 @@ class HttpService:
         self._session: aiohttp.ClientSession | None = None
 
     async def ask(self, payload: Mapping[str, Any], read: Callable[[Any], Found]) -> tuple[Found, str]:
-        """What `read` makes of the JSON answer, and the address that gave it. `read` raises AnswerError for an answer
-        that is not usable. Raises HttpSourceError after `retries` further tries."""
+        """The JSON answer as `read` returns it, and the address that gave it. `read` raises AnswerError for an answer
+        that cannot be used. Raises HttpSourceError when the first try and `retries` further ones failed."""
         failed: list[str] = []
         hopeless: set[str] = set()
         pause_s, last = 0.0, ""
@@ -66,8 +68,8 @@ class HttpService:
             for attempt in range(self._cfg.retries + 1):
                 if attempt:
                     await asyncio.sleep(max(self._cfg.backoff_s * 2 ** (attempt - 1), pause_s))
-                open_to_us = [url for url in self._outstanding if url not in hopeless]
-                url = min(open_to_us, key=lambda url: (failed.count(url), self._outstanding[url]))
+                left = [url for url in self._outstanding if url not in hopeless]
+                url = min(left, key=lambda url: (failed.count(url), self._outstanding[url]))
                 pause_s = 0.0
                 self._outstanding[url] += 1
                 try:
@@ -96,14 +98,14 @@ class HttpService:
             await self._session.close()
 
     async def _post(self, url: str, payload: Mapping[str, Any]) -> tuple[Any, str]:
-        if self._session is None:  # made on the loop that uses it
+        if self._session is None:  # made here, because a session belongs to one event loop
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=self._cfg.request_timeout_s),
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         target, where = URL(url), shown(url)
-        async with asyncio.timeout(self._cfg.request_timeout_s):  # redirects together
+        async with asyncio.timeout(self._cfg.request_timeout_s):  # for all redirects together
             for _ in range(REDIRECTS + 1):
                 headers = self._headers if target.origin() == URL(url).origin() else {}
                 async with self._session.post(target, json=payload, headers=headers, allow_redirects=False) as response:
@@ -128,40 +130,42 @@ class HttpService:
         return moved
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        """The whole body, unpacked, of at most max_answer_kib. Raises _Refused unless the status is 2xx."""
+        """The whole body, decompressed. Raises _Refused unless the status is 2xx."""
         if response.status // 100 == 2:
             return await read_body(response, self._cfg.max_answer_kib << 10)
         try:
             text = (await read_body(response, 16 << 10)).decode(errors="replace")
         except (AnswerError, aiohttp.ClientError):
             text = ""
-        said = f": {one_line(text, SHOWN)}" if text.strip() else ""
+        said = f": {one_line(text, SHOWN_CHARS)}" if text.strip() else ""
         raise _Refused(
             f"HTTP {response.status}{said}",
-            for_good=response.status // 100 == 4 and response.status not in _PASSING,
+            for_good=response.status // 100 == 4 and response.status not in _TEMPORARY,
             pause_s=retry_after(response.headers.get("Retry-After", "")),
         )
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """The body, unpacked. Raises AnswerError for one of more than `limit` bytes, without reading or unpacking more."""
+    """The decompressed body. Raises AnswerError if it has more than `limit` bytes, without decompressing more."""
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("identity", "", "gzip", "deflate"):
-        raise AnswerError(f"the answer is packed with {one_line(coding, 40)}, though it was asked for as it is")
-    unpack = zlib.decompressobj(wbits=47) if coding in ("gzip", "deflate") else None  # 47: either of the two
+        raise AnswerError(f"the answer is compressed with {one_line(coding, 40)}, which the request did not allow")
+    decompressor = (
+        zlib.decompressobj(wbits=47) if coding in ("gzip", "deflate") else None
+    )  # 47: finds out which of the two
     body = b""
     async for part in response.content.iter_chunked(64 << 10):
         try:
-            body += part if unpack is None else unpack.decompress(part, limit + 1 - len(body))
+            body += part if decompressor is None else decompressor.decompress(part, limit + 1 - len(body))
         except zlib.error as error:
-            raise AnswerError(f"the answer cannot be unpacked ({error})") from None
+            raise AnswerError(f"the answer cannot be decompressed ({error})") from None
         if len(body) > limit:
             raise AnswerError(f"the answer is longer than max_answer_kib ({limit >> 10})")
     return body
 
 
 def retry_after(text: str) -> float:
-    """Seconds that a service asks for, in either form of the header; 0 for anything else."""
+    """Seconds in a Retry-After header, which has a number or a date; 0 for anything else."""
     try:
         seconds = (
             float(text) if text.strip().isdigit() else (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
@@ -172,9 +176,9 @@ def retry_after(text: str) -> float:
 
 
 def shown(url: str) -> str:
-    """An address without what may be a secret: user, password, query."""
+    """The address without user, password and query, which may be secrets."""
     try:
         parts = urlsplit(url)
-        return one_line(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")), SHOWN)
+        return one_line(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")), SHOWN_CHARS)
     except ValueError:
-        return "an address that is none"
+        return "an address that cannot be read"

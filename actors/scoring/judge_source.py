@@ -1,5 +1,5 @@
 """A language model behind an OpenAI-compatible service as a reward source: it writes its score, which is read from its
-text. Runs in each reward replica; its template is checked in the driver.
+text. Runs in the driver, which checks the template, and in each reward replica.
 
 The judge reads text of the policy, which may learn to talk the judge into a high score.
 """

@@ -1,5 +1,5 @@
 """The table of reward source kinds: everything that the rest of Ratchet must know about a kind is here or in the kind's
-own file. Runs in the driver, which checks the sources, and in each reward replica, which asks them.
+own file. Runs in the driver and in each reward replica.
 
 A kind's settings are a class in common/config/sources.py. CONTRIBUTING.md says how to add a kind.
 """

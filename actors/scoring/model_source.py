@@ -1,5 +1,5 @@
-"""A reward model as a reward source: conversations become scores, in batches. Runs in each reward replica; the checks
-before a run run in the driver."""
+"""A reward model as a reward source: conversations become scores, in batches. Runs in the driver, for the checks before
+a run, and in each reward replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The reference policy: log-probabilities of rollouts under the frozen starting weights."""
+"""The reference policy: log-probabilities of rollouts under the frozen starting weights. Runs in each reference
+replica."""
 
 from __future__ import annotations
 
@@ -50,15 +51,15 @@ class ReferencePolicy:
         return self._name
 
     async def logprobs(self, rollout: Rollout) -> tuple[np.ndarray, bool]:
-        """float32 [R], nats, which stay here until they are fetched; and whether all are finite."""
+        """float32 [R] in nats, and whether all are finite. Ray keeps the array here until somebody fetches it."""
         logprobs = await self._batcher.submit(rollout)
         meters.count("ratchet_scored_rollouts_total")
         return logprobs, bool(np.isfinite(logprobs).all())
 
     @torch.inference_mode()
     def forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """One forward pass; float32 [R] for each rollout, on CPU bit for bit the same in any company: what stands
-        behind a response, up to a multiple of ROW_MULTIPLE, is never looked at."""
+        """One forward pass; float32 [R] for each rollout. On CPU the other rows of the batch do not change its bits,
+        because responses are padded so that each sequence has a multiple of ROW_MULTIPLE tokens."""
         prompts = [rollout.prompt.token_ids for rollout in rollouts]
         responses = [np.pad(r.response_ids, (0, -r.num_tokens % ROW_MULTIPLE)) for r in rollouts]
         sequences = Sequences.pack(prompts, responses).to(self._device)

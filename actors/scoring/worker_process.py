@@ -1,5 +1,5 @@
-"""The parent's side of one worker process (function_worker.py is the other side). Runs in each reward replica, and in
-the driver, which tries functions before a run.
+"""The parent's side of one worker process (function_worker.py is the other side). Runs in the driver, which tries
+functions before a run, and in each reward replica.
 
 A worker that passes its limit is killed, with every process that it has started.
 """

@@ -1,4 +1,5 @@
-"""Finding a user's reward function, reading its signature and calling it. Runs anywhere; standard library only.
+"""Finding a user's reward function, reading its signature and calling it. Runs anywhere. Imports only the
+standard library.
 
 Every failure is a UserCodeError.
 """

@@ -1,5 +1,5 @@
-"""What went wrong in the user's code: one exception for everything, `sys.exit()` included. Runs anywhere; standard
-library only."""
+"""One exception for everything that can go wrong in the user's code, `sys.exit()` included. Runs anywhere. Imports only
+the standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The names of Ratchet's packages, which packages of the user may have too. Runs anywhere; standard library only."""
+"""The names of Ratchet's packages, which packages of the user may have too. Runs anywhere. Imports only the
+standard library."""
 
 from __future__ import annotations
 

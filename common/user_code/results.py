@@ -1,4 +1,5 @@
-"""The result of a user's function becomes a score and figures, or an error. Runs anywhere; standard library only."""
+"""The result of a user's function becomes a score and figures, or an error. Runs anywhere. Imports only the standard
+library."""
 
 from __future__ import annotations
 

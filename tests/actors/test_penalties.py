@@ -31,5 +31,5 @@ def test_length_counts_tokens_not_words():
         ("No no no NO", 0.5),  # nnn nnn, whatever the case
     ],
 )
-def test_repetition_is_the_share_of_trigrams_written_before(response, share):
+def test_repetition_is_the_share_of_repeated_trigrams(response, share):
     assert repetition(answer(response)) == pytest.approx(share)

@@ -1,4 +1,4 @@
-"""The command line of reward models and the demo: what is refused before Ray starts, and what the demo hands on."""
+"""The commands for reward models and the demo: refusals before Ray starts, and the settings of the demo's stages."""
 # ruff: noqa: F401, F811 - a fixture is used by its name
 
 import json
@@ -75,11 +75,11 @@ from tests.fakes import make_experience
         ("evaluate", ['evaluation.judges=[{name="m", model="model"}]'], NO_REWARD_MODEL),
     ],
 )
-def test_what_the_other_commands_cannot_do_is_refused(refusal, configs, command, arguments, message):
+def test_wrong_input_of_the_other_commands_is_refused(refusal, configs, command, arguments, message):
     assert message in refusal(command, configs[command], *arguments, "--run", "new")
 
 
-def test_without_a_scale_to_measure_pairs_need_no_prompts(accepted, configs):
+def test_pairs_need_no_prompts_if_no_scale_is_measured(accepted, configs):
     settings = ["data.train=promptless.jsonl", "scale.responses=0"]
     accepted("train-reward", configs["train-reward"], *settings, "--run", "new")
 
@@ -89,12 +89,12 @@ def test_prompts_of_sample_pairs_may_be_a_function(accepted, configs, function):
     accepted("sample-pairs", configs["sample-pairs"], f"prompts.source=tests.tasks:{function}")
 
 
-def test_a_reward_run_that_was_stopped_before_it_held_its_pairs_is_refused(refusal, runs):
+def test_a_reward_run_stopped_before_its_pairs_were_ready_is_refused(refusal, runs):
     shutil.rmtree(runs["train-reward"] / "pairs")
     assert "stopped before it held its pairs" in refusal("train-reward", "--resume", runs["train-reward"])
 
 
-def test_pairs_are_prepared_beside_the_run_with_counts_of_what_was_found(configs, workplace):
+def test_pairs_are_prepared_in_a_temporary_directory_with_counts(configs, workplace):
     held_out = [{"prompt": f"ask a{i}", "chosen": "a1", "rejected": "b1"} for i in (3, 4, 5)]  # a3 is trained on
     write_lines(workplace / "more.jsonl", *held_out, {"prompt": "ask a6", "chosen": "a1", "rejected": ""})
     before = contents(workplace)
@@ -109,7 +109,7 @@ def test_pairs_are_prepared_beside_the_run_with_counts_of_what_was_found(configs
 
 @pytest.fixture
 def reward_model(cfg, model):
-    """A reward model beside the user."""
+    """A reward model in the current directory."""
     network = load_reward_model(model, dtype=torch.float32, device=torch.device("cpu"))
     save_reward_model(network, model, Path("rm"), ScoreScale())
     return Path("rm")
@@ -138,7 +138,7 @@ def test_a_reward_model_of_plain_text_is_refused_under_chat_prompts(refusal, acc
 
 @pytest.fixture
 def scored_run(run, reward_model):
-    """A PPO run with a step in its journal that a reward model has scored."""
+    """A PPO run whose journal has a step that a reward model scored."""
     cfg = load_config(run / "config.toml", ['reward.sources=[{name="rm", model="rm"}]'], Config)
     (run / "config.toml").write_text(cfg.to_toml(), encoding="utf-8")
     records = load_records("train.jsonl", cfg.prompts, PolicyFiles.load("model").tokenizer, seed=0, max_tokens=16)
@@ -149,7 +149,7 @@ def scored_run(run, reward_model):
     return run
 
 
-def test_a_run_goes_on_only_with_the_reward_model_it_began_with(accepted, refusal, scored_run):
+def test_a_run_continues_only_with_the_reward_model_it_began_with(accepted, refusal, scored_run):
     accepted("train", "--resume", scored_run)
     write_scale(Path("rm"), ScoreScale(mean=1.0))
     message = refusal("train", "--resume", scored_run)
@@ -176,7 +176,7 @@ def test_a_setting_that_the_demo_cannot_work_with_is_refused(ratchet, workplace,
 
 
 @pytest.mark.parametrize("part", ["pairs", "reward", "ppo"])
-def test_the_demo_replaces_none_of_its_runs_unasked(refusal, accepted, run, workplace, part):
+def test_the_demo_replaces_its_runs_only_with_force(refusal, accepted, run, workplace, part):
     (workplace / "shown").mkdir()
     run.rename(workplace / "shown" / part)
     message = refusal("demo", "rlhf", "--run", "shown")
@@ -185,7 +185,7 @@ def test_the_demo_replaces_none_of_its_runs_unasked(refusal, accepted, run, work
     accepted("demo", "rlhf", "model.path=model", "--run", "shown", "--force")
 
 
-def test_each_stage_of_the_demo_gets_the_settings_it_has_and_the_last_ones_files(monkeypatch, ratchet):
+def test_each_stage_of_the_demo_gets_its_own_settings(monkeypatch, ratchet):
     stages = []
 
     def stage(cfg, directory, *, force):

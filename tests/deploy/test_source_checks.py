@@ -1,4 +1,4 @@
-"""Reward functions are tried once before anything starts: which are refused, and which are only warned of."""
+"""Sources are tried once before anything starts: which are refused, and which only cause a warning."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def tried(tmp_path, monkeypatch, tokenizer):
 
 
 @pytest.mark.parametrize("isolation", ["thread", "process"])
-def test_a_function_that_scores_passes_in_silence_and_leaves_nothing_here(tried, capfd, isolation):
+def test_a_good_function_passes_silently_and_is_not_imported_here(tried, capfd, isolation):
     for name in ("fine", "awaited", "listed"):
         tried(name, isolation=isolation)
     assert "tried_functions" not in sys.modules
@@ -99,7 +99,7 @@ def test_a_function_that_scores_passes_in_silence_and_leaves_nothing_here(tried,
         ),
     ],
 )
-def test_a_function_that_can_give_no_score_is_refused(tried, name, message):
+def test_a_function_that_never_gives_a_score_is_refused(tried, name, message):
     with pytest.raises(UserError, match=rf"reward source s \(tried_functions:{name}\).*{message}"):
         tried(name)
 
@@ -114,7 +114,7 @@ def test_a_function_that_can_give_no_score_is_refused(tried, name, message):
         ("ends", {"isolation": "process"}, r"it ended with exit code 3 \(the last line it printed: no licence\)"),
     ],
 )
-def test_what_may_be_for_the_made_up_response_alone_is_a_warning(tried, capfd, name, settings, message):
+def test_a_failure_that_may_depend_on_the_response_is_a_warning(tried, capfd, name, settings, message):
     tried(name, **settings)
     warning = capfd.readouterr().err
     assert warning.startswith(f"ratchet: warning: reward source s (tried_functions:{name}), tried on the first prompt")
@@ -124,7 +124,7 @@ def test_what_may_be_for_the_made_up_response_alone_is_a_warning(tried, capfd, n
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A reward model with the tokenizer of the tiny policy, whose embedding has 64 rows."""
+    """A reward model with the tiny policy's tokenizer and 64 rows in its embedding."""
     policy, target = save_tiny_model(tmp_path_factory.mktemp("policy")), tmp_path_factory.mktemp("models") / "rm"
     network = load_reward_model(policy, dtype=torch.float32, device=torch.device("cpu"))
     save_reward_model(network, policy, target, ScoreScale())

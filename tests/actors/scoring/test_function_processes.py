@@ -1,4 +1,4 @@
-"""Reward functions in worker processes: what signals, crashes, hanging calls and modules of any name come to there."""
+"""Reward functions in worker processes: signals, crashes, hanging calls, and modules of any name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from common.types import RewardInput
 
 
 def graded(answer: RewardInput) -> float:
-    """Uses a signal, which works in a process' main thread alone."""
+    """Uses a signal, which only the main thread of a process can."""
     assert isinstance(answer, RewardInput)
     match answer.prompt:
         case "exits":
@@ -85,7 +85,7 @@ async def overlapping(answer: RewardInput) -> float:
 
 @pytest.fixture
 def graders(tmp_path, monkeypatch):
-    """A module of the user's beside the tests."""
+    """A directory with a module of the user's."""
     (tmp_path / "process_graders.py").write_text(GRADERS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -99,7 +99,7 @@ def source(function: str, *, call_timeout_s: float = 20.0, workers: int = 1) -> 
 
 
 def ask(function: str, *prompts: str | RewardInput, together: bool = True, **settings) -> list[float | str]:
-    """The score of each prompt, or why there is none; asked at once, or each after the one before."""
+    """The score of each prompt, or the error. All are asked at once, or, without `together`, one after the other."""
 
     async def scenario():
         asked = source(function, **settings)
@@ -114,7 +114,7 @@ def ask(function: str, *prompts: str | RewardInput, together: bool = True, **set
     return [found.score if isinstance(found, RawScore) else str(found) for found in asyncio.run(scenario())]
 
 
-def test_signals_work_and_a_crash_an_exit_and_a_raise_cost_one_answer_each(graders):
+def test_a_crash_an_exit_and_a_raise_cost_one_answer_each(graders):
     found = ask("process_graders:graded", "slow", "exits", "a", "crashes", "raises", "bb")
     assert found[:4] == [
         -1.0,
@@ -135,7 +135,7 @@ def test_a_call_past_its_limit_is_killed_with_what_it_started(graders):
 
 
 def runs_no_more(pid: int) -> bool:
-    """Within 10 s: it is gone, or a zombie that nobody has waited for."""
+    """True if, within 10 s, the process is gone or a zombie."""
     for _ in range(1000):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -157,18 +157,18 @@ def test_an_answer_arrives_as_it_was_sent(graders):
     assert asyncio.run(scenario()) == RawScore(1.0, "process_graders:echo", {"same": 1.0})
 
 
-def test_a_worker_serves_many_calls_and_several_workers_share_them(graders):
+def test_several_workers_share_the_calls(graders):
     assert len(set(ask("process_graders:graded", "pid", "pid", "pid"))) == 1
     assert len(set(ask("process_graders:graded", "pid", "pid", workers=2))) == 2
 
 
-def test_lists_work_and_the_one_that_ends_the_process_is_found(graders):
+def test_the_answer_of_a_list_that_ends_the_process_is_found(graders):
     assert ask("process_graders:listed", "a", "b", "c") == [3.0, 3.0, 3.0]
     ended = "ended its process: it ended with exit code 7"
     assert ask("process_graders:listed", "a", "exits", "c") == [1.0, ended, 1.0]
 
 
-def test_async_calls_overlap_and_the_one_that_ends_the_process_costs_no_other(graders):
+def test_an_async_call_that_ends_its_process_costs_no_other(graders):
     ended = "ended its process: it ended with exit code 7"
     found = ask("process_graders:overlapping", "a", "exits", "bb", "waits", call_timeout_s=3)
     assert found == [1.0, ended, 2.0, "took longer than call_timeout_s (3 s)"]
@@ -189,7 +189,7 @@ def test_a_users_own_package_may_have_any_name(tmp_path, monkeypatch, name, has_
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # as the command line adds it: last
     assert ask(f"{name}.grading:points", "a") == [5.0]
     assert ask("my_reward:score", "a") == [5.0]
-    # In Ratchet's own processes the same is refused as what it is.
+    # In a thread of Ratchet's own process the name means Ratchet's package, and the message says so.
     for function in (f"{name}.grading:points", "my_reward:score"):
         cfg = FunctionSourceConfig(name="s", function=function)
         with pytest.raises(UserError) as caught:
@@ -208,7 +208,7 @@ def f(answer: RewardInput) -> float:
 """
 
 
-def test_modules_that_a_users_package_lacks_are_ratchets(tmp_path, monkeypatch):
+def test_modules_that_a_users_package_lacks_are_found_in_ratchets(tmp_path, monkeypatch):
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "mine.py").write_text("points = 7")
     (tmp_path / "uses_both.py").write_text(USES_BOTH)

@@ -1,4 +1,4 @@
-"""Reward functions as sources, in threads and in worker processes: what one bad call costs, and what it does not."""
+"""Reward functions as sources, in threads: what a bad call costs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ running: list[int] = []
 
 
 def by_prompt(answer: RewardInput) -> float:
-    """What a grader does with one bad answer in it."""
+    """A grader that fails on some answers."""
     if answer.prompt == "hangs":
         let_go.wait(20)
     if answer.prompt == "exits":
@@ -69,7 +69,7 @@ def noargs() -> float:
 
 @pytest.fixture
 def module():
-    """This module as sources import it: another copy than the one that pytest runs."""
+    """This module as sources import it. pytest runs another copy of it."""
     import tests.actors.scoring.test_function_source as module
 
     module.let_go.clear()
@@ -86,7 +86,7 @@ def source(function: str, *, call_timeout_s: float = 10.0, **settings) -> Functi
 
 
 def ask(function: str, prompts: list[str], **settings) -> list[RawScore | BaseException]:
-    """What each prompt's call gives, all asked at once."""
+    """The result or error of each prompt. All are asked at once."""
 
     async def scenario():
         asked = source(function, **settings)
@@ -106,7 +106,7 @@ def shown(results: list[RawScore | BaseException]) -> list[float | str]:
 # In threads
 
 
-def test_what_exits_or_interrupts_costs_its_own_answer_only(module):
+def test_an_exit_or_interrupt_costs_its_own_answer_only(module):
     found = shown(ask("by_prompt", ["a", "exits", "bb", "interrupts", "ccc"]))
     assert [found[0], found[2], found[4]] == [1.0, 2.0, 3.0]
     assert found[1].startswith("raised SystemExit: 3 (test_function_source.py, line ")
@@ -118,14 +118,14 @@ def test_a_call_past_its_limit_costs_its_own_answer_only(module):
     assert found == [1.0, "took longer than call_timeout_s (1 s)", 2.0]
 
 
-def test_calls_that_never_end_are_bounded_and_the_message_names_the_way_out(module):
+def test_with_too_many_endless_calls_no_further_call_is_made(module):
     found = shown(ask("by_prompt", ["hangs"] * MAX_LEFT_BEHIND + ["a"], call_timeout_s=0.05))
     assert found[:-1] == ["took longer than call_timeout_s (0.05 s)"] * MAX_LEFT_BEHIND
     assert found[-1].startswith(f"was not called: {MAX_LEFT_BEHIND} earlier calls of it still run past call_timeout_s")
     assert 'isolation = "process"' in found[-1]
 
 
-def test_threads_that_come_to_an_end_after_all_make_room(module):
+def test_when_late_calls_end_further_calls_are_made(module):
     async def scenario():
         asked = source("by_prompt", call_timeout_s=0.05)
         hanging = (asked(replace(ANSWER, prompt="hangs")) for _ in range(MAX_LEFT_BEHIND))
@@ -150,14 +150,14 @@ def test_calls_of_an_async_function_overlap_up_to_the_concurrency(module):
     assert max(module.peaks) == 4
 
 
-def test_an_async_call_past_its_limit_is_cancelled_and_costs_its_own_answer_only(module):
+def test_an_async_call_past_its_limit_costs_its_own_answer_only(module):
     found = shown(ask("by_prompt_async", ["a", "waits", "exits", "bb"], call_timeout_s=1))
     assert [found[0], found[1], found[3]] == [1.0, "took longer than call_timeout_s (1 s)", 2.0]
     assert found[2].startswith("raised SystemExit: 3")
     assert module.running == []  # its finally clause ran
 
 
-def test_an_async_function_that_blocks_its_thread_does_not_block_later_calls(module, monkeypatch):
+def test_a_blocking_async_call_does_not_block_later_calls(module, monkeypatch):
     monkeypatch.setattr("actors.scoring.function_threads.ANSWERS_WITHIN_S", 0.1)
 
     async def scenario():
@@ -174,7 +174,7 @@ def test_an_async_function_that_blocks_its_thread_does_not_block_later_calls(mod
     assert asyncio.run(scenario()).score == len(ANSWER.prompt)
 
 
-def test_a_function_that_takes_a_list_is_given_what_waits_up_to_the_batch(module):
+def test_a_function_that_takes_a_list_gets_what_waits_up_to_batch(module):
     assert shown(ask("listed", ["x" * n for n in range(10)], batch=4)) == [float(n) for n in range(10)]
     assert module.batches == [4, 4, 2]
 
@@ -186,7 +186,7 @@ def test_when_a_call_with_several_answers_fails_each_is_tried_alone(module):
     assert module.batches == [3, 1, 1, 1]
 
 
-def test_a_function_that_no_answer_can_be_given_to_is_refused():
+def test_a_function_that_cannot_take_an_answer_is_refused():
     with pytest.raises(
         UserError, match=r"reward source s \(tests.*:noargs\) takes \(\) -> float, but is called with one"
     ):

@@ -1,4 +1,4 @@
-"""The HTTP reward source against services on loopback that answer, stall, fail and lie, and where scores are from."""
+"""The HTTP reward source against services on loopback that answer, stall, fail or send nonsense."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def close(*sources: HttpSource) -> None:
         await each.close()
 
 
-def test_the_answer_travels_as_json_and_the_score_comes_back_with_the_address():
+def test_an_answer_is_sent_as_json_and_a_score_comes_back():
     async def scenario():
         seen = []
 
@@ -78,7 +78,7 @@ def test_the_answer_travels_as_json_and_the_score_comes_back_with_the_address():
     assert seen == [plain, {**plain, "messages": MESSAGES}]
 
 
-def test_the_origin_names_the_model_of_each_answer_and_the_address_that_gave_it():
+def test_the_origin_names_model_and_address_of_each_answer():
     async def scenario():
         answers = iter([{"score": 1, "model": "grader v1"}, {"score": 2, "model": "grader v2"}, {"score": 3}])
 
@@ -98,7 +98,7 @@ def test_the_origin_names_the_model_of_each_answer_and_the_address_that_gave_it(
     assert found == [RawScore(1.0, f"grader v1 at {url}"), RawScore(2.0, f"grader v2 at {url}"), RawScore(3.0, url)]
 
 
-def test_a_failing_address_is_left_for_another_and_a_passing_fault_is_tried_again():
+def test_a_failed_request_goes_to_another_address():
     async def scenario():
         tries = {"broken": 0, "shaky": 0}
 
@@ -153,7 +153,7 @@ def test_a_source_that_stays_broken_raises_with_its_last_failure(answer, message
         asyncio.run(scenario())
 
 
-def test_nobody_listening_is_a_failure_too():
+def test_an_address_where_nothing_listens_is_a_failure():
     with pytest.raises(HttpSourceError, match="ClientConnectorError"):
         asyncio.run(source("http://127.0.0.1:9/score", retries=0)(ANSWER))
 
@@ -181,11 +181,11 @@ def test_requests_are_bounded_and_spread_over_the_addresses():
     assert asyncio.run(scenario()) == {"a": 3, "b": 3}
 
 
-# What a hostile or broken service can do
+# A hostile or broken service
 
 
 def ask_once(handler, **settings) -> tuple[RawScore | str, str]:
-    """What comes of one question to the handler, and its address."""
+    """The result or error of one request to the handler, and its address."""
 
     async def scenario():
         async with service(handler) as url:
@@ -222,13 +222,13 @@ def answers(**answer):
         ({"score": 1, "model": ["grader"]}, '"model" must be printable text of at most 200 characters'),
     ],
 )
-def test_only_numbers_are_scores_and_only_short_text_names_a_model(answer, message):
+def test_a_score_must_be_a_number_and_a_model_a_short_text(answer, message):
     found, _ = ask_once(answers(**answer))
     assert message in found
 
 
 @pytest.mark.parametrize("packed", [None, "gzip", "deflate"])
-def test_an_answer_beyond_the_limit_is_not_read_whole_packed_or_not(packed):
+def test_an_answer_beyond_the_limit_is_not_read_to_its_end(packed):
     sent = []
 
     async def handler(request):
@@ -249,10 +249,10 @@ def test_an_answer_beyond_the_limit_is_not_read_whole_packed_or_not(packed):
 
     found, _ = ask_once(handler, max_answer_kib=64)
     assert "the answer is longer than max_answer_kib (64)" in found
-    assert packed or len(sent) < 100  # it hung up; a packed answer of that length is too short to tell
+    assert packed or len(sent) < 100  # it hung up; a compressed answer of that length is too short to tell
 
 
-def test_a_packed_answer_within_the_limit_is_read():
+def test_a_compressed_answer_within_the_limit_is_read():
     async def handler(request):
         body = gzip.compress(json.dumps({"score": 0.5}).encode())
         return web.Response(body=body, headers={"Content-Encoding": "gzip"}, content_type="application/json")
@@ -274,7 +274,7 @@ def test_an_answer_that_comes_too_slowly_is_given_up():
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects_are_followed_only_if_asked_for_and_take_no_headers_elsewhere(monkeypatch, status):
+def test_redirects_are_followed_only_if_set_and_without_headers(monkeypatch, status):
     async def scenario():
         seen = []
 
@@ -316,7 +316,7 @@ def test_redirects_in_a_circle_end():
 @pytest.mark.parametrize(
     ("status", "tries"), [(400, 1), (401, 1), (404, 1), (422, 1), (408, 3), (425, 3), (429, 3), (503, 3)]
 )
-def test_what_is_refused_for_good_is_not_tried_again(status, tries):
+def test_a_request_that_is_refused_for_good_is_not_tried_again(status, tries):
     seen = []
 
     async def handler(request):
@@ -346,7 +346,7 @@ def test_an_address_that_refuses_for_good_is_left_for_another():
     assert asyncio.run(scenario())
 
 
-def test_retry_after_lengthens_the_pause_and_a_long_one_gives_up(monkeypatch):
+def test_retry_after_lengthens_the_pause_up_to_a_limit(monkeypatch):
     pauses, real = [], asyncio.sleep
 
     async def sleep(seconds):
@@ -404,7 +404,7 @@ def test_keys_come_from_the_environment_and_are_in_no_message(monkeypatch):
 
 
 @pytest.mark.parametrize(("value", "message"), [("", "is not set here; export"), ("a\nb", "that no header")])
-def test_a_key_that_is_missing_or_no_header_is_refused_before_anything_starts(monkeypatch, value, message):
+def test_a_key_that_is_missing_or_no_header_is_refused(monkeypatch, value, message):
     monkeypatch.setenv("JUDGE_KEY", value)
     cfg = HttpSourceConfig(name="judge", urls=["http://h"], headers={"X-Api-Key": "env:JUDGE_KEY"})
     with pytest.raises(UserError, match=rf"reward source judge: headers.X-Api-Key.*JUDGE_KEY.*{message}"):
@@ -414,7 +414,7 @@ def test_a_key_that_is_missing_or_no_header_is_refused_before_anything_starts(mo
 # Several answers a request
 
 
-def test_several_answers_go_in_one_request_and_scores_come_back_in_order():
+def test_several_answers_in_one_request_are_scored_in_order():
     async def scenario():
         sizes = []
 
@@ -468,7 +468,7 @@ def test_token_ids_and_raw_text_are_sent_if_asked_for():
     assert (seen[0]["prompt_ids"], seen[0]["response_ids"], seen[0]["raw_response"]) == ([1, 2], [3], "yes</s>")
 
 
-def test_an_answer_that_is_not_utf8_is_a_failure_and_a_byte_order_mark_is_none():
+def test_an_answer_must_be_utf8_with_or_without_byte_order_mark():
     def handler(body):
         async def handle(request):
             return web.Response(body=body, content_type="application/json")

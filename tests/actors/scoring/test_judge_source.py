@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible service: what it is asked, and how its score is read."""
+"""A judge behind an OpenAI-compatible service: its request, and how its score is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(*urls: str, **settings) -> JudgeSourceConfig:
 
 
 def ask(text, *, model: str | None = None, **settings) -> tuple[RawScore | str, list, str]:
-    """What a judge that writes this text makes of ANSWER, the requests it got, and its address."""
+    """The score or error of ANSWER from a judge that writes this text, the requests it got, and its address."""
     seen: list = []
 
     async def handler(request):
@@ -54,7 +54,7 @@ def ask(text, *, model: str | None = None, **settings) -> tuple[RawScore | str, 
     return asyncio.run(scenario())
 
 
-def test_a_judge_is_asked_one_chat_completion_and_its_score_read():
+def test_a_judge_is_asked_for_one_chat_completion():
     found, seen, url = ask("It is fine.\nScore: 7.5", system="You grade {fields.answer}.")
     assert found == RawScore(7.5, f"judge-1 at {url}/chat/completions")
     assert seen == [
@@ -62,7 +62,10 @@ def test_a_judge_is_asked_one_chat_completion_and_its_score_read():
             "model": "judge-1",
             "messages": [
                 {"role": "system", "content": "You grade no."},
-                {"role": "user", "content": "Q: {response}?\nA: yes {prompt}"},  # what is filled in stays as it is
+                {
+                    "role": "user",
+                    "content": "Q: {response}?\nA: yes {prompt}",
+                },  # placeholders in the texts are not filled in
             ],
             "temperature": 0,
             "max_tokens": 512,
@@ -105,13 +108,13 @@ def test_the_score_is_read_by_pattern_or_from_a_field(text, settings, score):
         (None, {}, "the judge wrote no text, but None"),
     ],
 )
-def test_a_judgement_without_a_score_in_bounds_is_a_failure_that_is_tried_again(text, settings, message):
+def test_a_judgement_without_a_score_in_bounds_is_tried_again(text, settings, message):
     found, seen, _ = ask(text, **settings)
     assert message in found
     assert len(seen) == 2
 
 
-def test_fields_that_are_no_text_are_written_as_json_and_other_braces_stay():
+def test_fields_other_than_text_are_filled_in_as_json():
     assert fill('{fields.points} {"score": 1} {} {response}', ANSWER) == '[1, 2] {"score": 1} {} yes {prompt}'
 
 

@@ -1,4 +1,4 @@
-"""The reward model as a source: scores against transformers' own classifier, and what is read of a conversation."""
+"""The reward model as a source: scores against transformers' own classifier, and which tokens it reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from common.model.reward_head import ScoreScale, load_reward_model, save_reward_
 from common.types import RewardInput, Score
 from tests.fakes import END, WORDS, make_prompt, make_rollout, save_tiny_model
 
-# What the policy was shown is another template's; this is the reward model's own.
+# The reward model's own template. The policy's prompt was made with another one.
 TEMPLATE = "{% for m in messages %}{{ 'b0' if m.role == 'user' else 'a0' }} {{ m.content }} <end> {% endfor %}"
 TURNS = [
     {"role": "user", "content": "a1 a2"},
@@ -103,7 +103,7 @@ def ragged_answers(count: int) -> list[RewardInput]:
 
 
 def passes_of(model: RewardModelSource) -> list[tuple[int, int]]:
-    """Fills with (rows, width) of every forward pass from now on."""
+    """A list that gets (rows, width) of every forward pass from now on."""
     shapes: list[tuple[int, int]] = []
     model._model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -114,15 +114,15 @@ def passes_of(model: RewardModelSource) -> list[tuple[int, int]]:
 # Scores
 
 
-def test_scores_are_transformers_own_in_deviations_about_the_stored_mean(plain):
+def test_scores_are_transformers_own_in_deviations_from_the_mean(plain):
     answers = [answer("ask a1 b2", "a3 b4 b5"), answer("ask a1 b2", ""), answer("b7", "a9 a9 a9 a9 a9 a9 a9")]
     texts = ["ask a1 b2 a3 b4 b5 <end>", "ask a1 b2 <end>", "b7 a9 a9 a9 a9 a9 a9 a9 <end>"]
     expected = [(classified(plain, ids(text)) - 1.25) / 4.0 for text in texts]
-    assert len({round(score, 2) for score in expected}) == 3  # the head does tell them apart
+    assert len({round(score, 2) for score in expected}) == 3  # the scores differ
     np.testing.assert_allclose(ask(source(plain), answers), expected, atol=1e-5)
 
 
-def test_a_model_from_elsewhere_scores_as_its_head_says(plain, tmp_path):
+def test_a_model_without_mean_and_deviation_gives_its_heads_scores(plain, tmp_path):
     directory = shutil.copytree(plain, tmp_path / "elsewhere")
     config = json.loads((directory / "config.json").read_text())
     del config["ratchet"]
@@ -132,7 +132,7 @@ def test_a_model_from_elsewhere_scores_as_its_head_says(plain, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_many_at_a_time_get_to_the_bit_what_each_gets_alone_and_share_forward_passes(plain, dtype):
+def test_other_rows_of_a_batch_do_not_change_the_bits_of_a_score(plain, dtype):
     answers = ragged_answers(40)
     model = source(plain, dtype=dtype)
     passes = passes_of(model)
@@ -141,7 +141,7 @@ def test_many_at_a_time_get_to_the_bit_what_each_gets_alone_and_share_forward_pa
     passes.clear()
     alone = [score for each in answers for score in ask(model, [each])]
     assert [rows for rows, _ in passes] == [1] * 40
-    assert len({width for _, width in passes}) > 1  # padded each to a width of its own
+    assert len({width for _, width in passes}) > 1  # each is padded to its own width
     assert together == alone
     assert len(set(together)) == 40
 
@@ -152,13 +152,13 @@ def test_many_at_a_time_get_to_the_bit_what_each_gets_alone_and_share_forward_pa
     assert sum(rows for rows, _ in passes) == 40
 
 
-def test_a_request_waits_for_company_before_its_forward_pass(plain):
+def test_a_request_waits_for_others_before_its_forward_pass(plain):
     model = source(plain, batch_window_ms=300)
     passes = passes_of(model)
 
     async def scenario():
         first = asyncio.create_task(model(answer("ask", "a1")))
-        for _ in range(10):  # whoever does not wait has begun by now
+        for _ in range(10):  # without waiting, its pass would have begun by now
             await asyncio.sleep(0)
         await asyncio.gather(first, model(answer("ask", "a2")))
 
@@ -166,7 +166,7 @@ def test_a_request_waits_for_company_before_its_forward_pass(plain):
     assert passes == [(2, 16)]
 
 
-def test_a_pass_holds_no_more_tokens_than_it_may_and_one_kind_of_length(plain):
+def test_a_pass_holds_like_lengths_within_its_budget(plain):
     model = source(plain, max_tokens=64, max_batch_tokens=96)
     passes = passes_of(model)
     # 16, 32 and 48 tokens with the end token: 48 + 48 | 32 * 3 | 16 * 6
@@ -175,7 +175,7 @@ def test_a_pass_holds_no_more_tokens_than_it_may_and_one_kind_of_length(plain):
     assert passes == [(2, 48), (3, 32), (6, 16)]
 
 
-# What it reads
+# Tokens that it reads
 
 
 def test_a_conversation_that_is_too_long_loses_its_beginning(plain):
@@ -204,18 +204,18 @@ def test_messages_go_through_the_models_own_template(chat):
         (True, TEMPLATE, None, "b0 ask a7 <end> a0 b5 <end>"),  # text is one message of the user
         (False, TEMPLATE, TURNS, "ask a7 b5 <end>"),
         (False, None, TURNS, "ask a7 b5 <end>"),
-        # From elsewhere: through the template where there is one and the prompt is messages.
+        # A model from elsewhere reads messages through its template, if it has one.
         (None, TEMPLATE, TURNS, "b0 a1 a2 <end> a0 b3 <end> b0 a4 <end> a0 b5 <end>"),
         (None, TEMPLATE, None, "ask a7 b5 <end>"),
         (None, None, TURNS, "ask a7 b5 <end>"),
     ],
 )
-def test_what_is_read_depends_on_what_the_model_was_trained_on(tmp_path, trained_on_chat, template, messages, expected):
+def test_a_model_reads_chat_or_text_as_it_was_trained(tmp_path, trained_on_chat, template, messages, expected):
     model = source(save_model(tmp_path, ScoreScale(chat=trained_on_chat), template=template))
     assert model.token_ids(answer("ask a7", "b5", messages)) == ids(expected)
 
 
-# Where a score comes from
+# Origin of a score
 
 
 def test_the_origin_names_the_model_and_its_content(plain, tmp_path):
@@ -229,7 +229,7 @@ def test_the_origin_names_the_model_and_its_content(plain, tmp_path):
     assert len(digest) == 16
     assert int(digest, 16) >= 0
     copied = shutil.copytree(plain, tmp_path / "copied")
-    assert origin(copied) == (str(copied), digest)  # what it holds, not where it lies
+    assert origin(copied) == (str(copied), digest)  # the hash is of its content, not of its path
     write_scale(copied, ScoreScale(chat=False, mean=MEAN, deviation=5.0))
     rescaled = origin(copied)[1]
     weights = load_file(copied / "model.safetensors")
@@ -244,7 +244,7 @@ def test_the_origin_names_the_model_and_its_content(plain, tmp_path):
 def service(directory: Path, **settings) -> Reward:
     model = {"name": "helpful", "model": str(directory), "dtype": "float32", "weight": 0.5, **settings}
     sources = [{"name": "a_words", "function": "tests.tasks:a_words"}, model]
-    policy = load_tokenizer(directory)  # any that knows the words
+    policy = load_tokenizer(directory)  # any tokenizer that has these words
     return Reward("Reward(0)", RewardConfig.model_validate({"sources": sources}), model=policy)
 
 
@@ -265,7 +265,7 @@ def test_a_rollout_is_scored_by_its_text_and_messages(plain, chat):
         assert score.origins["helpful"].startswith(f"{directory}@")
 
 
-def test_an_error_in_a_forward_pass_voids_the_rollouts_that_shared_it_and_no_later_one(plain, monkeypatch):
+def test_an_error_in_a_forward_pass_voids_only_the_rollouts_in_it(plain, monkeypatch):
     forward, calls = RewardModelSource.forward, []
 
     def fails_once(self, sequences):

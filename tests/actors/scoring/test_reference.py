@@ -16,7 +16,7 @@ from tests.fakes import END, make_prompt, make_rollout, save_tiny_model
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("max_batch_tokens", [1, 24, 4096])
-def test_logprobs_do_not_depend_on_company_and_follow_the_temperature(tmp_path, temperature, max_batch_tokens):
+def test_logprobs_are_transformers_own_at_the_temperature(tmp_path, temperature, max_batch_tokens):
     directory = save_tiny_model(tmp_path)
     cfg = ReferenceConfig(dtype="float32", max_batch_tokens=max_batch_tokens)
     reference = ReferencePolicy("ReferencePolicy(0)", cfg, model=str(directory), temperature=temperature)
@@ -41,7 +41,7 @@ def test_logprobs_do_not_depend_on_company_and_follow_the_temperature(tmp_path, 
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_rollout_has_the_same_bits_in_any_company_and_any_order(tmp_path):
+def test_other_rows_of_a_batch_do_not_change_a_rollouts_bits(tmp_path):
     """On one thread, as a reference process runs by default."""
     cfg = ReferenceConfig(dtype="float32", threads=1)
     reference = ReferencePolicy("ReferencePolicy(0)", cfg, model=str(save_tiny_model(tmp_path)), temperature=0.7)
@@ -50,7 +50,7 @@ def test_a_rollout_has_the_same_bits_in_any_company_and_any_order(tmp_path):
         make_rollout(make_prompt(i, tuple(rng.integers(3, 60, rng.integers(1, 40)))), rng.integers(3, 60, n).tolist())
         for i, n in enumerate(rng.integers(0, 20, 28))
     ]
-    # With what fills their lanes these have a response of one token, whose product with a matrix is another kernel's.
+    # These two have a single response token, also after padding: torch multiplies one row with another kernel.
     rollouts += [make_rollout(make_prompt(n, tuple(range(3, 3 + n))), [7]) for n in (15, 31)]
     alone = [reference.forward([rollout])[0] for rollout in rollouts]
     assert [len(row) for row in alone] == [len(rollout.response_ids) for rollout in rollouts]
@@ -62,12 +62,12 @@ def test_a_rollout_has_the_same_bits_in_any_company_and_any_order(tmp_path):
                 assert found.tobytes() == alone[i].tobytes(), (size, i)
 
 
-def test_no_pass_holds_more_than_its_budget_of_whole_lanes(tmp_path):
+def test_no_pass_holds_more_than_its_budget_with_padding(tmp_path):
     cfg = ReferenceConfig(dtype="float32", max_batch_tokens=64)
     reference = ReferencePolicy("ReferencePolicy(0)", cfg, model=str(save_tiny_model(tmp_path)), temperature=1.0)
     passes = []
     reference._model.base_model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
-    # Prompts of 3 tokens: 16, 17, 16, 33 and 8 tokens become 16, 32, 16, 48 and 16 with what fills their lanes.
+    # Prompts have 3 tokens, so rollouts have 16, 17, 16, 33 and 8: padded 16, 32, 16, 48 and 16.
     rollouts = [make_rollout(make_prompt(i), [4] * n) for i, n in enumerate([13, 14, 13, 30, 5])]
 
     async def ask():

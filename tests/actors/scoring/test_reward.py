@@ -1,4 +1,4 @@
-"""The reward service: what a source is given, how scores add up, who is asked, and what a failure becomes."""
+"""The reward service: the input of a source, the sum of scores, judges, and failures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def first_digit(answer: RewardInput) -> float:
 
 
 def blocks(answer: RewardInput) -> float:
-    """Returns when it is told to; or after a while, so that a test can fail."""
+    """Returns when the test lets it go on, or after 5 s, so that the test can fail."""
     events.append("function begins")
     began.set()
     go_on.wait(5)
@@ -79,7 +79,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def imported():
-    """This module as the service imports it: another copy than the one that pytest runs."""
+    """This module as the service imports it. pytest runs another copy of it."""
     import tests.actors.scoring.test_reward as module
 
     module.seen.clear()
@@ -102,10 +102,10 @@ def score(tokenizer, *sources: dict[str, Any]) -> Score | Void:
     return asyncio.run(make_reward(tokenizer, *sources).score(ROLLOUT))
 
 
-# What a source is given, and what comes of it
+# Input and score
 
 
-def test_a_function_gets_text_with_and_without_special_tokens_token_ids_and_the_prompts_fields(tokenizer, imported):
+def test_a_function_gets_texts_token_ids_and_fields(tokenizer, imported):
     score(tokenizer, function("seen", "remember"))
     prompt = ROLLOUT.prompt.token_ids.tolist()
     raw = tokenizer.decode([4, 5, END])
@@ -120,7 +120,7 @@ def test_a_function_gets_the_prompts_messages(tokenizer, imported):
     assert [(answer.prompt, answer.messages) for answer in imported.seen] == [("prompt 7", messages)]
 
 
-def test_the_total_is_the_weighted_sum_and_every_raw_score_is_kept_with_its_origin(tokenizer):
+def test_the_total_is_the_weighted_sum_of_raw_scores(tokenizer):
     result = score(tokenizer, function("two", "remember", 0.5), function("tokens", "length", -2.0))
     assert result == Score(
         0.5 * 2 - 2.0 * 3,
@@ -129,7 +129,7 @@ def test_the_total_is_the_weighted_sum_and_every_raw_score_is_kept_with_its_orig
     )
 
 
-def test_functions_and_services_are_scored_together_each_under_its_own_origin(tokenizer):
+def test_a_function_and_a_service_score_the_same_rollout(tokenizer):
     async def scenario():
         async def handler(request):
             sent = await request.json()
@@ -184,7 +184,7 @@ def test_totals_up_to_the_largest_of_float32_count(tokenizer):
     assert score(tokenizer, function("big", "huge")).total == 3e38
 
 
-def test_a_void_carries_what_was_asked_and_answered_and_the_traceback(tokenizer):
+def test_a_void_carries_prompt_response_and_traceback(tokenizer):
     result = score(tokenizer, function("digit", "first_digit"))
     assert isinstance(result, Void)
     assert (result.error.prompt, result.error.response) == ("prompt 7", tokenizer.decode([4, 5, END]))
@@ -192,7 +192,7 @@ def test_a_void_carries_what_was_asked_and_answered_and_the_traceback(tokenizer)
     assert result.error.fault.startswith("reward source digit raised StopIteration (test_reward.py, line ")
 
 
-def test_a_source_that_does_not_answer_before_the_driver_gives_up_voids_the_rollout(tokenizer, imported):
+def test_a_source_that_is_too_slow_for_the_driver_voids_the_rollout(tokenizer, imported):
     cfg = RewardConfig.model_validate(
         {"sources": [function("slow", "blocks")], "timeout_s": 0.2, "call_timeout_s": 0.1}
     )
@@ -210,8 +210,8 @@ def test_a_source_that_does_not_answer_before_the_driver_gives_up_voids_the_roll
     ]
 
 
-def test_an_iterator_that_runs_out_in_a_function_is_a_failure_like_any_other(tokenizer):
-    """asyncio refuses to carry a StopIteration, and would leave who waits for it waiting."""
+def test_a_stop_iteration_in_a_function_is_an_ordinary_failure(tokenizer):
+    """A future refuses a StopIteration: without care the caller would wait for ever."""
 
     async def scenario():
         return await asyncio.wait_for(make_reward(tokenizer, function("digit", "first_digit")).score(ROLLOUT), 5)
@@ -226,7 +226,7 @@ def test_an_iterator_that_runs_out_in_a_function_is_a_failure_like_any_other(tok
 # Judges
 
 
-def test_judges_stand_beside_the_sources_and_count_nothing(tokenizer):
+def test_judges_do_not_change_the_total(tokenizer):
     reward = make_reward(tokenizer, function("two", "remember", 0.5), judges=(function("tokens", "length", 100.0),))
     two = {"two": 2.0}, {"two": f"{MODULE}:remember"}
     assert asyncio.run(reward.score(ROLLOUT)) == Score(1.0, *two)
@@ -243,7 +243,7 @@ def test_training_never_asks_a_judge(tokenizer, imported):
     assert len(imported.seen) == 1
 
 
-def test_a_judge_that_fails_voids_what_it_was_to_judge_and_no_training(tokenizer):
+def test_a_judge_that_fails_voids_its_judgement_only(tokenizer):
     reward = make_reward(tokenizer, function("tokens", "length"), judges=(function("strict", "wrong_type"),))
     assert isinstance(asyncio.run(reward.score(ROLLOUT)), Score)
     reason = "reward source strict returned 'many' (str) where a number is needed"
@@ -256,7 +256,7 @@ def test_without_judges_judging_is_scoring(tokenizer):
     assert asyncio.run(reward.judge(ROLLOUT)) == asyncio.run(reward.score(ROLLOUT))
 
 
-# Side by side
+# Several sources at once
 
 
 def test_a_function_that_blocks_does_not_hold_up_a_service(imported):
@@ -289,7 +289,7 @@ def test_calls_of_a_function_come_one_at_a_time_in_order(imported):
     assert imported.events == [f"{i} {what}" for i in range(6) for what in ("begins", "ends")]
 
 
-def test_rollouts_scored_are_metered_and_voids_under_the_source_that_failed(tokenizer):
+def test_a_void_is_counted_under_the_source_that_failed(tokenizer):
     memory = metered()
     reward = make_reward(tokenizer, function("fine", "length"), function("broken", "wrong_type"))
 

@@ -1,4 +1,4 @@
-"""Finding a user's function and calling it: which functions are refused and why, and what a call that fails gives."""
+"""Finding a user's function and calling it: which functions are refused, and which errors failed calls give."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_setting_overrides_the_annotation():
         (len, "is built into Python"),
     ],
 )
-def test_a_function_that_no_answer_can_be_given_to_is_refused(function, reason):
+def test_a_function_that_cannot_take_an_answer_is_refused(function, reason):
     with pytest.raises(UserCodeError, match=reason):
         call_style(function)
 
@@ -140,7 +140,7 @@ def test_a_function_that_no_answer_can_be_given_to_is_refused(function, reason):
 # Calls
 
 
-def test_what_a_function_raises_is_told_with_file_and_line_and_its_own_traceback():
+def test_an_error_names_file_and_line_and_has_the_users_traceback():
     with pytest.raises(UserCodeError) as caught:
         call(raises, ONE, [ANSWER])
     line = raises.__code__.co_firstlineno + 1
@@ -154,7 +154,7 @@ def test_what_a_function_raises_is_told_with_file_and_line_and_its_own_traceback
 @pytest.mark.parametrize(
     "error", [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), StopIteration(), TimeoutError()]
 )
-def test_whatever_a_function_raises_is_a_fault_of_it(error):
+def test_any_exception_of_a_function_becomes_a_user_code_error(error):
     def function(answer):
         raise error
 
@@ -168,7 +168,7 @@ def test_whatever_a_function_raises_is_a_fault_of_it(error):
             asyncio.run(call_async(async_function, CallStyle(is_async=True), [ANSWER]))
 
 
-def test_an_async_function_that_cancels_itself_is_a_fault_and_a_cancelled_call_is_cancelled():
+def test_only_a_cancellation_from_outside_cancels_an_async_call():
     async def cancels_itself(answer):
         raise asyncio.CancelledError
 
@@ -187,7 +187,7 @@ def test_an_async_function_that_cancels_itself_is_a_fault_and_a_cancelled_call_i
     asyncio.run(scenario())
 
 
-def test_a_fault_travels_whole():
+def test_an_error_survives_pickling():
     error = pickle.loads(pickle.dumps(UserCodeError("reason", details="trace", fault="same")))
     assert (error.reason, error.details, error.fault, str(error)) == ("reason", "trace", "same", "reason")
 
@@ -207,18 +207,16 @@ def test_a_fault_travels_whole():
         ("def f(:", "SyntaxError"),
     ],
 )
-def test_a_module_that_ends_the_program_or_raises_on_import_is_told_as_such(
-    tmp_path, monkeypatch, capfd, source, reason
-):
+def test_a_module_that_exits_or_raises_on_import_is_refused(tmp_path, monkeypatch, capfd, source, reason):
     name = f"user_module_{abs(hash(source))}"
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserCodeError, match=f"module {name} cannot be imported .*{reason}"):
         find_function(f"{name}:f")
-    assert capfd.readouterr().err == ""  # argparse's own words are in the message
+    assert capfd.readouterr().err == ""  # the message has argparse's text instead
 
 
-def test_the_file_that_was_imported_is_named_when_it_has_no_such_function():
+def test_a_missing_function_is_reported_with_the_modules_file():
     with pytest.raises(UserCodeError, match=rf"module json \({json_file()}\) has no function score"):
         find_function("json:score")
 

@@ -1,4 +1,4 @@
-"""Functions that a config names: loaded by module and name, or refused with what failed."""
+"""Functions that a config names: loaded, or refused with the reason."""
 
 import json
 
@@ -13,7 +13,7 @@ def test_a_function_is_loaded_by_module_and_name():
 
 
 @pytest.mark.parametrize("path", ["questions.csv", "json.dumps", "", ":f"])
-def test_a_function_without_a_colon_is_refused_with_the_form_to_use(path):
+def test_a_name_that_is_not_module_colon_function_is_refused(path):
     with pytest.raises(UserError) as caught:
         load_function(path, "reward source s")
     assert (
@@ -37,7 +37,7 @@ def test_a_module_that_raises_when_imported_is_refused_with_its_error(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["no_such_function", "__doc__", ""])
-def test_a_name_that_is_no_function_is_refused(name):
+def test_a_module_without_the_function_is_refused(name):
     with pytest.raises(UserError) as caught:
         load_function(f"json:{name}", "reward source s")
     assert str(caught.value) == f"reward source s (json:{name}): module json ({json.__file__}) has no function {name}"

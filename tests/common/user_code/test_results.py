@@ -29,7 +29,7 @@ from common.user_code.results import MAX_FIGURES, read_result, read_results
         (fractions.Fraction(1, 4), 0.25),
     ],
 )
-def test_numbers_numpy_scalars_and_arrays_of_one_element_are_scores(value, score):
+def test_numbers_of_numpy_torch_and_python_are_scores(value, score):
     assert read_result(value) == (score, {})
 
 
@@ -56,7 +56,7 @@ def test_numbers_numpy_scalars_and_arrays_of_one_element_are_scores(value, score
         ({"score": 1, "format": "ok"}, "returned 'ok' (str) for 'format' where a number is needed"),
     ],
 )
-def test_what_is_no_finite_number_is_a_fault(value, reason):
+def test_a_score_must_be_a_finite_number(value, reason):
     found = read_result(value)
     assert isinstance(found, UserCodeError)
     assert found.reason == reason
@@ -105,6 +105,6 @@ def test_a_list_holds_an_outcome_for_each_answer():
         (None, "returned None instead of a list of scores"),
     ],
 )
-def test_a_list_of_another_length_or_none_is_a_fault_of_the_whole_call(result, reason):
+def test_a_list_of_another_length_is_an_error_of_the_whole_call(result, reason):
     with pytest.raises(UserCodeError, match=reason):
         read_results(result, 2)
