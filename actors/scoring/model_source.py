@@ -114,8 +114,7 @@ def try_reading(cfg: ModelSourceConfig, service: SourcesConfig, answer: RewardIn
             f"{setting}: its tokenizer or chat template refuses the first prompt: {error}; give the model's tokenizer "
             "a template that can read it, or use another model"
         ) from error
-    vocabulary = size_of_reward_model(cfg).vocabulary
-    check_embedded(f"{setting}, tried on the first prompt", ids, tokenizer, vocabulary)
+    check_embedded(f"{setting}, tried on the first prompt", ids, tokenizer, model_size(directory).vocabulary)
     return ""
 
 

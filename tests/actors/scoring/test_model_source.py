@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from actors.scoring.model_source import RewardModelSource
+from actors.scoring.model_source import RewardModelSource, check_same_model, try_reading
 from actors.scoring.reward import Reward
-from common.config.actors import RewardConfig
+from common.config.actors import RewardConfig, SourcesConfig
 from common.config.sources import ModelSourceConfig
+from common.data import prompt_tokens
+from common.errors import UserError
 from common.model.files import load_tokenizer
 from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model, write_scale
 from common.types import RewardInput, Score
@@ -294,3 +297,56 @@ def test_a_score_that_is_not_finite_voids_the_rollout(plain):
     torch.nn.init.constant_(model.score.weight, float("nan"))
     result = asyncio.run(serving.score(rollout))
     assert (result.sample_id, result.reason) == (rollout.prompt.sample_id, "reward source helpful returned nan")
+
+
+# Before a run
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+ASKED = answer("ask a3", "a4", [{"role": "user", "content": "ask a3"}])
+
+
+def tried(directory: Path, asked: RewardInput = ASKED) -> str:
+    cfg = ModelSourceConfig(name="s", model=str(directory))
+    return try_reading(cfg, SourcesConfig(sources=(cfg,)), asked)
+
+
+@pytest.mark.parametrize(("template", "chat"), [("{{ messages[1].content }}", True), (None, False)])
+def test_a_model_that_can_read_the_first_prompt_passes(tmp_path, template, chat):
+    assert tried(save_model(tmp_path, ScoreScale(chat=chat), template=template)) == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "reason"),
+    [
+        (None, True, "its tokenizer or chat template refuses the first prompt: Cannot use chat template functions"),
+        ("{{ raise_exception('no users') }}", None, "refuses the first prompt: no users; give the model's tokenizer"),
+        (ENDLESS, True, "refuses the first prompt: it did not end within 0.1 s of computing"),
+    ],
+)
+def test_a_model_that_cannot_read_the_first_prompt_is_refused(tmp_path, monkeypatch, template, chat, reason):
+    monkeypatch.setattr(prompt_tokens._TemplateClock, "TICK_S", 0.05)
+    monkeypatch.setattr(prompt_tokens._TemplateClock, "LIMIT", 2)
+    monkeypatch.setattr(prompt_tokens, "_clock", prompt_tokens._TemplateClock())
+    directory = save_model(tmp_path, ScoreScale(chat=chat), template=template)
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        tried(directory)
+    assert str(caught.value).startswith(f"reward source s ({directory}): its tokenizer or chat template")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(plain, tmp_path):
+    directory = shutil.copytree(plain, tmp_path / "rm")
+    own = load_tokenizer(directory)
+    own.add_tokens(["a3!"])
+    own.save_pretrained(directory)
+    with pytest.raises(UserError, match=r"it has 'a3!', token 64, but the model's embedding has 64 rows"):
+        tried(directory, answer("ask a3!", "a4"))
+
+
+def test_a_model_is_the_same_as_long_as_its_content_is(plain, tmp_path):
+    directory = shutil.copytree(plain, tmp_path / "moved")
+    cfg = ModelSourceConfig(name="s", model=str(directory))
+    origin = asyncio.run(source(plain)(answer("ask", "a1"))).origin
+    check_same_model(cfg, origin)
+    write_scale(directory, ScoreScale(chat=False, mean=MEAN, deviation=5.0))
+    with pytest.raises(UserError, match=rf"{directory} is not the model the run began with .*{origin[-16:]}"):
+        check_same_model(cfg, origin)
