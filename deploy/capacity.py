@@ -1,6 +1,7 @@
-"""Can it run here? What a config needs, what a cluster has free, and a refusal that says what is missing.
+"""Checks, before anything starts, that a run fits: its processes the cluster, a sequence the KV cache, weights the
+object store.
 
-Pure arithmetic, done before anything starts. Ray then decides what runs where.
+Runs in the driver. The estimates are pure arithmetic; Ray then decides on which node each process runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine of the cluster has free."""
+    """One machine of the cluster and its free resources."""
 
     name: str
     cpus: float
@@ -31,16 +32,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Need:
-    """What one process takes."""
+    """The resources that one process takes."""
 
     name: str
-    section: str  # of the config, to say where to turn
+    section: str  # of the config, for the message
     cpus: float
     gpus: float
     memory: int  # bytes, estimated
 
 
-IMPORTS = 600 * MIB  # torch and transformers, or vLLM, before any weight
+IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
 
 
 def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
@@ -56,7 +57,7 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
 
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
-    """Generators, reference and reward."""
+    """The processes of generators, reference and reward, without the learner."""
     reference = IMPORTS + _weights(cfg.reference.dtype, model)
     return [
         *generator_needs(cfg.generators, model),
@@ -66,42 +67,45 @@ def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSi
 
 
 def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:
-    """The ranks of reward training; `row` is the longest pair in tokens."""
+    """The ranks of reward training. `row` is the longest pair in tokens."""
     return _role("RewardTrainer", "learner", cfg, cfg.ranks, _training(cfg, model, row=row, padded=True))
 
 
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
-    """An engine on CPU holds the packed copy beside some plain weights, and stages a new set beside the old. Where
-    changes are sent, the generator keeps the buckets they are made from, and makes new ones beside them. With tensor
-    parallelism each device has a process, which loads its part of what is staged in bfloat16 for all of them. Raises
-    UserError if the model cannot be split so."""
+    """The generators, each with its weights twice: an engine holds the old set while it stages a new one.
+
+    With updates = "changes" a generator also keeps the buckets that changes apply to, and makes new ones next to them.
+    With tensor parallelism each device has a process of its own, and one more copy in bfloat16 is staged for all of
+    them. Raises UserError if vLLM cannot split the model into this many parts."""
     parts = cfg.tensor_parallel
     _check_split(parts, model)
-    kept = 2 * _weights("bfloat16", model) if cfg.updates == "changes" else 0
-    memory = IMPORTS + 2 * _weights(cfg.dtype, model) + kept + cfg.kv_cache_mib * MIB
+    memory = IMPORTS + 2 * _weights(cfg.dtype, model) + cfg.kv_cache_mib * MIB
+    if cfg.updates == "changes":
+        memory += 2 * _weights("bfloat16", model)
     if parts > 1:
         memory += parts * IMPORTS + _weights("bfloat16", model)
     return _role("Generator", "generators", cfg, cfg.min, memory)
 
 
 def _check_split(parts: int, model: ModelSize) -> None:
-    """What vLLM splits must split evenly; it copies key-value heads where there are fewer than parts."""
-    even = {
+    """Raises UserError unless everything that vLLM splits divides evenly. It copies key-value heads if there are fewer
+    than parts."""
+    sizes = {
         f"{model.heads} attention heads": model.heads,
         f"feed-forward width ({model.intermediate})": model.intermediate or 0,
         f"vocabulary ({model.vocabulary}, filled up to a multiple of 64)": -(-model.vocabulary // 64) * 64,
     }
     if parts % model.kv_heads:
-        even[f"{model.kv_heads} key-value heads, or be a multiple of them"] = model.kv_heads
-    for what, number in even.items():
+        sizes[f"{model.kv_heads} key-value heads, or be a multiple of them"] = model.kv_heads
+    for name, number in sizes.items():
         if number % parts:
             raise UserError(
-                f"generators.tensor_parallel ({parts}) must divide the model's {what}; change it, or use another model"
+                f"generators.tensor_parallel ({parts}) must divide the model's {name}; change it, or use another model"
             )
 
 
 def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:
-    """Reward processes, each holding every reward model among the sources; float32 is assumed."""
+    """The reward processes, each with every reward model among the sources, counted as float32."""
     memory = IMPORTS + sum(_weights("float32", model) for model in models)
     return _role("Reward", section, cfg, cfg.min, memory)
 
@@ -115,13 +119,13 @@ def _training(
     lora: LoRAConfig | None = None,
     padded: bool = False,
 ) -> int:
-    """Bytes of one rank: its share of weights, gradients and optimizer state, activations, and a second gradient of an
-    embedding that is also the head.
+    """Memory of one rank, bytes: its share of weights, gradients and optimizer state; activations; and a second
+    gradient of the output embedding, in case it is shared with the input.
 
-    Trained weights take 16 bytes each (float32 weight, gradient, two Adam moments), frozen ones what the precision
-    says. For each token, layer and hidden unit about 18 values stay until the backward pass (measured), three of them
-    with checkpointing. On CPU rows of pairs, not packed, keep their attention scores too. While they load, ranks hold
-    it all.
+    A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments), a frozen one its precision. Each
+    token, layer and hidden unit keeps about 18 values until the backward pass (measured), or 3 with checkpointing.
+    Pairs are padded, not packed (`padded`), and on CPU they also keep their attention scores. While several ranks
+    load, each holds all weights.
     """
     size = 2 if cfg.precision == "bf16" else 4
     adapters = 0 if lora is None else 2 * 7 * model.layers * lora.rank * model.hidden  # about seven matrices a layer
@@ -143,10 +147,10 @@ def _role(name: str, section: str, cfg: Placed, count: int, memory: int) -> list
 
 
 def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> None:
-    """The engine's cache must hold the longest sequence. Raises UserError."""
+    """Raises UserError if the KV cache cannot hold the longest sequence."""
     bytes_per_value = 2 if cfg.dtype == "bfloat16" else 4
     tokens = min(max_tokens, model.context)
-    kv_heads = max(model.kv_heads, cfg.tensor_parallel)  # every device has one at least
+    kv_heads = max(model.kv_heads, cfg.tensor_parallel)  # every device has at least one
     sequence = tokens * 2 * model.layers * kv_heads * model.head_dim * bytes_per_value
     if cfg.kv_cache_mib * MIB < sequence:
         raise UserError(
@@ -157,7 +161,7 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
 
 
 def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
-    """A store made here must hold what is published. Raises UserError."""
+    """Raises UserError if an object store started here cannot hold two published versions of the weights."""
     two_versions = 2 * 2 * model.parameters
     if cfg.object_store_mib * MIB < two_versions:
         raise UserError(
@@ -166,23 +170,22 @@ def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
         )
 
 
-def place(wanted: Sequence[Need], nodes: Sequence[Node]) -> dict[str, str]:
-    """Process name to node name, largest first, each on the first node with room. Raises UserError if one has none."""
+def check_fits(wanted: Sequence[Need], nodes: Sequence[Node]) -> None:
+    """Raises UserError if a process finds no room: largest first, each goes to the first node that has room."""
     free = [[node.cpus, node.gpus, float(node.memory)] for node in nodes]
-    placed: dict[str, str] = {}
     for need in sorted(wanted, key=lambda n: (-n.gpus, -n.memory, -n.cpus)):
         takes = (need.cpus, need.gpus, need.memory)
-        # Ray counts in ten-thousandths, so a sum of fractions that is short by rounding still fits.
+        # Ray counts in ten-thousandths, so a sum of fractions may exceed the node by a rounding error.
         fits = [all(have >= take - 1e-4 for have, take in zip(left, takes)) for left in free]
         if True not in fits:
             raise UserError(_refusal(need, wanted, nodes, free))
         chosen = fits.index(True)
-        placed[need.name] = nodes[chosen].name
         free[chosen] = [have - take for have, take in zip(free[chosen], takes)]
-    return placed
 
 
 def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Sequence[Sequence[float]]) -> str:
+    """The message that `need` finds no room, with a setting to change for every resource that is short."""
+
     def total(rows: Sequence[Node] | Sequence[Need]) -> str:
         cpus, gpus, memory = (sum(getattr(row, key) for row in rows) for key in ("cpus", "gpus", "memory"))
         return f"{cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.1f} GiB of memory"
@@ -196,7 +199,7 @@ def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Se
     takes = (need.cpus, need.gpus, need.memory)
     short = [
         remedy for i, remedy in enumerate(remedies) if takes[i] - 1e-4 > max((left[i] for left in free), default=0.0)
-    ] or list(remedies)  # each is there, but not on one node
+    ] or list(remedies)  # no single node has all of them
     return (
         f"no node has room for {need.name}, which takes {total([need])}: the run takes {total(wanted)} in all, "
         f"the cluster of {len(nodes)} node(s) has {total(nodes)} free; {'; '.join(short)}; or add a node"

@@ -25,7 +25,7 @@ from deploy.screen.console import Output
 _LOOK_EVERY_S = 0.5
 
 
-async def follow_wishes(directory: Path, pools: Sequence[Pool]) -> None:
+async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
     """Tells the pools what RUN/scale.json wishes, and writes down what there is whenever it changes. Runs until
     cancelled."""
     written = None
@@ -41,7 +41,7 @@ async def follow_wishes(directory: Path, pools: Sequence[Pool]) -> None:
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def forget(directory: Path) -> None:
+def clear_stale_state(directory: Path) -> None:
     """What an earlier process was told and told: no wish to this one, nor what it has."""
     for name in ("scale.json", "pool-state.json"):
         (directory / name).unlink(missing_ok=True)

@@ -1,16 +1,15 @@
-"""`ratchet train`: who exists and how they are joined.
+"""`ratchet train`: which processes exist and how they are connected. Runs in the driver.
 
-Read on from here in the order the README lists: common/types.py,
-learner/loop/train_loop.py, actors/generation/generator.py, and so on is one prompt's way through the system.
+The README lists the files to read after this one, in order: common/types.py, learner/loop/train_loop.py,
+actors/generation/generator.py and so on. They follow one prompt through the system.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,24 @@ from actors.pool.membership import PoolEvent
 from actors.pool.ray_actor import actor
 from actors.pool.roles import ReferencePool, RewardPool
 from common.config.ppo import Config
-from common.data.prompt_records import PromptRecord
-from common.errors import UserError
-from common.files import append_record, read_records, write_json
+from common.files import append_record, write_json
 from common.types import Experience, Prompt, Void
-from deploy.capacity import check_kv_cache, check_object_store, needs, place
-from deploy.cluster.addresses import named_address
-from deploy.cluster.connection import cluster, dashboard, metrics_addresses
+from deploy.capacity import needs
+from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
 from deploy.monitoring.endpoint import RunFigures
+from deploy.policy_files import PolicyFiles
 from deploy.run.already_done import finished_training
-from deploy.run.directory import refuse_overwriting, sole_owner, write_answers
+from deploy.run.directory import refuse_overwriting
 from deploy.run.error_files import ErrorFiles
-from deploy.scale import follow_wishes, forget
+from deploy.run.summary import answers_path, summarise, write_answers
+from deploy.scale import follow_targets
 from deploy.screen.progress import Progress
-from deploy.source_checks import check_sources, check_unchanged, try_sources
-from deploy.starting import PolicyFiles, Starter
+from deploy.session import load_inputs, rare_full_collections, session, step_grace_s
+from deploy.source_checks import check_unchanged
+from deploy.starting import Starter
 from learner.loop.answers import Answer
-from learner.loop.evaluation import Evaluation, win_rate
+from learner.loop.evaluation import Evaluation
 from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream, heldout_prompts
 from learner.loop.roles import Reference
@@ -54,54 +53,31 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     if resume and (finished := finished_training(cfg, directory)) is not None:
         return finished
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
-    sources = [*cfg.reward.sources, *cfg.evaluation.judges]
-    reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
-    records, heldout_records = check_inputs(cfg, policy)
-    try_sources(cfg.reward, sources, records[0], policy.tokenizer)
-    prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
+    heldout_source = cfg.prompts.heldout if cfg.evaluation.prompts else None
+    sources = {"prompts.train": cfg.prompts.train, "prompts.heldout": heldout_source}
+    inputs = load_inputs(cfg, policy, cfg.reward, sources, judges=cfg.evaluation.judges, publishes_weights=True)
+    train_records, heldout_records = inputs.records
+    prompts = PromptStream(train_records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
     if not resume:
         refuse_overwriting(directory, force=force)
     elif last := Journal(directory / "journal").last():
-        prompts.restore(last.prompts)  # refused now if these are not the run's prompts, not after minutes of replay
+        prompts.restore(last.prompts)  # refuses prompts other than the run's now, not after minutes of replay
         check_unchanged(cfg.reward.sources, dict(last.table["origins"][0].as_py()))
-    with RunFigures.served(cfg.monitoring) as figures, cluster(cfg.ray) as nodes:
-        place(needs(cfg, policy.size, reward_models), nodes)
-        with sole_owner(directory) as held:
-            if resume:
-                held.resume(cfg)
-            else:
-                held.begin(cfg, "train", force=force)
-            forget(directory)
-            progress = Progress(cfg, directory, policy.tokenizer)
-            progress.begin(num_prompts=len(records), num_heldout=len(heldout))
-            with figures.discoverable(directory, metrics_addresses()), rare_full_collections():
-                training = _train(cfg, directory, policy, prompts, heldout, progress, figures)
-                step_s = cfg.learner.timeout_s if cfg.checkpoint.on_signal else 0.0  # for the step under way
-                evaluations = signals.run(training, grace_s=step_s)
+    processes = needs(cfg, policy.size, inputs.reward_models)
+    with (
+        RunFigures.served(cfg.monitoring) as figures,
+        session(cfg, "train", directory, processes, resume=resume, force=force),
+    ):
+        progress = Progress(cfg, directory, policy.tokenizer)
+        progress.begin(num_prompts=len(train_records), num_heldout=len(heldout))
+        with figures.discoverable(directory, metrics_addresses()), rare_full_collections():
+            training = _train(cfg, directory, policy, prompts, heldout, progress, figures)
+            evaluations = signals.run(training, grace_s=step_grace_s(cfg))
     summary = summarise(cfg, directory, evaluations, seconds=time.perf_counter() - started)
     write_json(directory / "summary.json", summary)
     progress.end(evaluations, wins=summary.get("win_rate"), seconds=summary["seconds"])
     return summary
-
-
-# Objects made beyond those that are gone, collections of the youngest, and collections of the younger, after which the
-# next older ones are searched. Python's own are 700, 10 and 10.
-COLLECT_AFTER = (10_000, 10, 100)
-
-
-@contextmanager
-def rare_full_collections() -> Iterator[None]:
-    """Full garbage collections look for cycles through all that is outstanding, and hardly find any: what the loop
-    makes goes by reference counts. What there is now lives as long as the run, and is not searched at all."""
-    gc.freeze()
-    before = gc.get_threshold()
-    gc.set_threshold(*COLLECT_AFTER)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 async def _train(
@@ -113,7 +89,7 @@ async def _train(
     progress: Progress,
     figures: RunFigures,
 ) -> list[Evaluation]:
-    """Starts every role, joins them in a Run, and trains."""
+    """Starts every role, connects them in a Run, and trains."""
 
     def pool_changed(event: PoolEvent) -> None:
         append_record(directory / "pool-events.jsonl", {"time": time.time(), **asdict(event)})
@@ -131,7 +107,7 @@ async def _train(
         progress.step(record, example, voids)
 
     def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
-        write_answers(directory / _answers(evaluation), answers, policy.tokenizer)
+        write_answers(answers_path(directory, evaluation), answers, policy.tokenizer)
         figures.evaluation(evaluation)
         progress.evaluation(evaluation)
 
@@ -159,64 +135,6 @@ async def _train(
             on_step=stepped,
             on_evaluation=evaluated,
         )
-        for beside in (follow_wishes(directory, start.pools), progress.while_silent(lambda: run.doing())):
-            ending.callback(asyncio.create_task(beside).cancel)
+        for background in (follow_targets(directory, start.pools), progress.while_silent(lambda: run.doing())):
+            ending.callback(asyncio.create_task(background).cancel)
         return await train(run)
-
-
-def check_inputs(cfg: Config, policy: PolicyFiles) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """Training and held-out prompts. Checks all that can be checked with nothing started; raises UserError."""
-    check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
-    if named_address(cfg.ray) is None:  # the store of another cluster was made by whoever started it
-        check_object_store(cfg.ray, policy.size)
-
-    def load(source: str, setting: str) -> list[PromptRecord]:
-        return policy.load_prompts(source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting=setting)
-
-    train_records = load(cfg.prompts.train, "prompts.train")
-    wanted = cfg.prompts.heldout if cfg.evaluation.prompts else None
-    heldout = load(wanted, "prompts.heldout") if wanted is not None else []
-    if shared := {r.text for r in train_records} & {r.text for r in heldout}:
-        raise UserError(
-            f"{len(shared)} prompt(s) stand in both prompts.train and prompts.heldout, such as {min(shared)!r}; "
-            "an evaluation on prompts that were trained on says nothing: take them out of one"
-        )
-    return train_records, heldout
-
-
-def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
-    """What RUN/summary.json says. pass@1 is in it where both evaluations have one."""
-    summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
-    if evaluations:
-        before, after = evaluations[0], evaluations[-1]
-        if before.pass_at_1 is not None and after.pass_at_1 is not None:
-            summary |= {
-                "pass_at_1_before": before.pass_at_1,
-                "pass_at_1_before_interval": before.interval,
-                "pass_at_1_after": after.pass_at_1,
-                "pass_at_1_after_interval": after.interval,
-            }
-        summary |= {
-            "score_before": before.score,
-            "score_after": after.score,
-            "win_rate": _win_rate(directory, before, after),
-            "heldout_prompts": after.prompts,
-            "before": before.record(),
-            "after": after.record(),
-        }
-    return summary
-
-
-def _answers(evaluation: Evaluation) -> str:
-    """Where the run directory has its answers."""
-    return f"answers/version-{evaluation.policy_version:06d}.jsonl"
-
-
-def _win_rate(directory: Path, before: Evaluation, after: Evaluation) -> float | None:
-    """None if there was one evaluation only, or if answers are missing."""
-    scores = [
-        [a.get("score") for a in read_records(directory / _answers(evaluation))] for evaluation in (before, after)
-    ]
-    if before.policy_version == after.policy_version or not len(scores[0]) == len(scores[1]) == after.prompts:
-        return None
-    return win_rate(*scores)

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from common.config.base import Root
 from common.config.loading import load_config
@@ -24,7 +20,6 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
 from common.files import write_whole
-from common.types import Rollout, Score, Void
 from deploy.run.record import RECORD, add_start, read_record, write_first_record
 from deploy.screen.console import complain
 
@@ -202,22 +197,3 @@ def _check_can_be_moved(real: Path) -> None:
     else:
         return
     raise UserError(f"--force would move the run {real} aside, but {reason}; move it yourself, or name another --run")
-
-
-def write_answers(
-    path: Path, answers: Sequence[tuple[Rollout, Score | Void]], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Held-out answers with their scores, one JSON record a line; a void has its reason instead of a score."""
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for rollout, score in answers:
-            record: dict[str, Any] = {
-                "prompt": rollout.prompt.text,
-                "response": tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True),
-                "finish_reason": rollout.finish_reason,
-            }
-            if isinstance(score, Void):
-                record["void"] = score.reason
-            else:
-                record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
-            file.write(json.dumps(record) + "\n")

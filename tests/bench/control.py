@@ -34,7 +34,7 @@ from actors.pool.roles import GeneratorPool, ReferencePool, RewardPool
 from common.config.base import Replicated
 from common.config.ppo import Config
 from common.types import Prompt, Rollout, RolloutRef, Score
-from deploy.train import rare_full_collections
+from deploy.session import rare_full_collections
 from learner.loop.prompts import PromptRecord, PromptStream
 from learner.loop.train_loop import Run, train
 from tests.bench.results import Result

@@ -15,6 +15,7 @@ import ray
 
 import deploy.evaluate
 import deploy.sample_pairs
+import deploy.session
 import deploy.train
 import deploy.train_reward
 from common.config.description import describe
@@ -26,10 +27,11 @@ from common.user_code.functions import load_function
 from common.user_code.import_path import find_users_modules
 from deploy.capacity import GIB, Node
 from deploy.cli import main
+from deploy.policy_files import PolicyFiles
+from deploy.reward_inputs import prepared_pairs
 from deploy.run.already_done import finished_training
 from deploy.run.directory import sole_owner
 from deploy.run.provenance import VERSION
-from deploy.starting import PolicyFiles
 from tests.fakes import save_tiny_model
 
 ROOTS = {"train": Config, "train-reward": RewardTrainingConfig, "sample-pairs": PairSamplingConfig}
@@ -88,10 +90,9 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    for module in MODULES.values():
-        monkeypatch.setattr(module, "cluster", no_ray)
-        # Without a process for each: what they refuse, and that they leave nothing here, is in test_source_checks.py.
-        monkeypatch.setattr(module, "try_sources", import_here, raising=False)
+    monkeypatch.setattr(deploy.session, "cluster", no_ray)
+    # Imports functions here, not in a process for each; test_source_checks.py tests the real check.
+    monkeypatch.setattr(deploy.session, "try_sources", import_here)
     return tmp_path
 
 
@@ -160,7 +161,7 @@ def runs(configs, run):
         (directory / "config.toml").write_text(configs[command].read_text())
     reward = load_config(configs["train-reward"], [], RewardTrainingConfig)
     directory, base = directories["train-reward"], PolicyFiles.load("model")
-    with deploy.train_reward.prepared_pairs(reward, base, directory, resume=False) as pairs:
+    with prepared_pairs(reward, base, directory, resume=False) as pairs:
         shutil.move(pairs, directory / "pairs")
     Path("pairs.jsonl").unlink()
     return directories
@@ -246,7 +247,7 @@ def test_the_configs_of_these_tests_are_accepted(accepted, configs, command):
         ("prompts.max_tokens=2", "train.jsonl, line 3: the prompt has 3 tokens"),
         ("sampling.max_new_tokens=126", "model's context allow 2"),  # of the context's 128
         ("sampling.max_new_tokens=128", "sampling.max_new_tokens (128) leaves no room for a prompt"),
-        ("prompts.heldout=train.jsonl", "3 prompt(s) stand in both prompts.train and prompts.heldout, such as 'a1'"),
+        ("prompts.heldout=train.jsonl", "prompts.train and prompts.heldout share 3 prompt(s), such as 'a1'"),
         ("prompts.format=chat", "train.jsonl, line 1: the tokenizer's chat template refuses the prompt"),
         ("reward.sources.0.function=no_module:f", "reward source correct (no_module:f): module no_module cannot be"),
         ("reward.sources.0.function=json:no_function", "json/__init__.py) has no function no_function"),
@@ -307,7 +308,7 @@ def test_a_run_continues_from_anywhere(accepted, configs, workplace, monkeypatch
     (run / "journal").mkdir()
     if command == "train-reward":
         reward, base = load_config(run / "config.toml", [], root), PolicyFiles.load("model")
-        with deploy.train_reward.prepared_pairs(reward, base, run, resume=False) as pairs:
+        with prepared_pairs(reward, base, run, resume=False) as pairs:
             shutil.move(pairs, run / "pairs")
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -373,7 +374,7 @@ def test_a_run_that_does_not_fit_the_cluster_is_refused_without_a_trace(refusal,
     def small(cfg):
         yield [Node("127.0.0.1", 2, 0, GIB)]  # torch alone takes 600 MiB in each of two to four processes
 
-    monkeypatch.setattr(MODULES[command], "cluster", small)
+    monkeypatch.setattr(deploy.session, "cluster", small)
     assert "no node has room for" in refusal(command, configs[command])
     assert "no node has room for" in refusal(command, configs[command], "--run", run, "--force")  # it is still there
 

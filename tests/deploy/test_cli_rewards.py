@@ -16,8 +16,8 @@ from common.config.reward_model import RewardTrainingConfig
 from common.data.prompt_records import load_records
 from common.model.reward_head import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
 from common.types import Score, experience_table
-from deploy.starting import PolicyFiles
-from deploy.train_reward import load_pairs, prepared_pairs
+from deploy.policy_files import PolicyFiles
+from deploy.reward_inputs import load_pairs, prepared_pairs
 from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream
 from tests.deploy.test_cli import (
@@ -68,7 +68,7 @@ from tests.fakes import make_experience
         ("sample-pairs", ['labeller.sources=[{name="m", model="model"}]'], NO_REWARD_MODEL),
         ("sample-pairs", ["model.path=nowhere"], "(nowhere) is neither a directory nor a hub name"),
         ("sample-pairs", ["sampling.max_new_tokens=128"], "(128) leaves no room for a prompt"),
-        ("evaluate", ["evaluation.prompts=0"], "prompts.heldout and evaluation.prompts must say what to ask"),
+        ("evaluate", ["evaluation.prompts=0"], "set both prompts.heldout and evaluation.prompts"),
         ("evaluate", ["prompts.heldout=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
         ("evaluate", ["--policy", "nowhere"], "(nowhere) is neither a directory nor a hub name"),
         ("evaluate", ['reward.sources=[{name="m", model="model"}]'], NO_REWARD_MODEL),
@@ -91,7 +91,7 @@ def test_prompts_of_sample_pairs_may_be_a_function(accepted, configs, function):
 
 def test_a_reward_run_stopped_before_its_pairs_were_ready_is_refused(refusal, runs):
     shutil.rmtree(runs["train-reward"] / "pairs")
-    assert "stopped before it held its pairs" in refusal("train-reward", "--resume", runs["train-reward"])
+    assert "stopped before its pairs were written" in refusal("train-reward", "--resume", runs["train-reward"])
 
 
 def test_pairs_are_prepared_in_a_temporary_directory_with_counts(configs, workplace):

@@ -13,7 +13,7 @@ from actors.pool.pool import Pool
 from common.config.base import Replicated
 from common.errors import UserError
 from deploy.run.directory import is_owned, sole_owner
-from deploy.scale import follow_wishes, forget, scale, show
+from deploy.scale import clear_stale_state, follow_targets, scale, show
 from tests.fakes import LocalHost
 
 
@@ -37,7 +37,7 @@ def with_run(directory, ask):
     async def run():
         pool = await Pool("Worker", LocalHost(Worker), Replicated(min=1, max=3)).start(5)
         pool.wish = 1
-        following = asyncio.create_task(follow_wishes(directory, [pool]))
+        following = asyncio.create_task(follow_targets(directory, [pool]))
         await asyncio.sleep(0.1)
         try:
             return await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), ask), pool.wish, len(pool)
@@ -51,7 +51,7 @@ def with_run(directory, ask):
 
 def test_a_wish_is_heard_and_fulfilled(tmp_path, capsys):
     (tmp_path / "scale.json").write_text('{"Worker": 3}')
-    forget(tmp_path)  # it was a wish for an earlier process
+    clear_stale_state(tmp_path)  # it was a wish for an earlier process
 
     def ask():
         before = scale(tmp_path, {})

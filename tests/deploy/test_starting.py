@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from common.errors import UserError
 from common.model.small_model import small_config
-from deploy.starting import PolicyFiles
+from deploy.policy_files import PolicyFiles
 from tests.fakes import save_tiny_model
 
 

@@ -13,7 +13,7 @@ import torch
 
 from common.model.files import end_token_ids, load_policy
 from common.model.reward_head import load_reward_model, read_scale, reward_model_size
-from deploy.starting import PolicyFiles
+from deploy.policy_files import PolicyFiles
 from tests.fakes import save_tiny_model
 from tests.fuzz.judge import WrongAnswer, value_or_message
 from tests.fuzz.mutate import mutate_bytes, mutate_text, mutate_tree, odd_value

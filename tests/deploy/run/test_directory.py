@@ -23,8 +23,9 @@ from common.errors import UserError
 from common.model.files import load_tokenizer
 from common.types import Score, Void
 from common.user_code.import_path import find_users_modules
-from deploy.run.directory import refuse_overwriting, sole_owner, write_answers
+from deploy.run.directory import refuse_overwriting, sole_owner
 from deploy.run.provenance import VERSION, git_state
+from deploy.run.summary import write_answers
 from tests.fakes import END, WORDS, make_prompt, make_rollout, save_tiny_model, tiny_config
 
 

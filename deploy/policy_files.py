@@ -1,0 +1,87 @@
+"""A policy on disk: checked, measured, and its tokenizer applied to prompts. Runs in the driver."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from common.config.actors import PromptFormat, SamplingConfig
+from common.data.prompt_records import PromptRecord, load_records
+from common.errors import UserError
+from common.model.files import check_policy_files, check_trainable_kind, end_token_ids, load_tokenizer, resolve_model
+from common.model.kernels import install
+from common.model.reward_head import is_reward_model
+from common.model.size import ModelSize, model_size
+from deploy.screen.console import complain
+
+
+@dataclass(frozen=True)
+class PolicyFiles:
+    """A policy on disk, its tokenizer and its size."""
+
+    path: str
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    size: ModelSize
+    trust_remote_code: bool = False
+
+    @classmethod
+    def load(
+        cls, path: str, setting: str = "model.path", *, trust_remote_code: bool = False, packed: bool = True
+    ) -> PolicyFiles:
+        """Raises UserError if there is no such policy or, with `packed`, if learner and reference cannot compute it.
+        Of a classifier only the config is read here: the command that uses it checks the rest."""
+        directory = resolve_model(path, setting, trust_remote_code=trust_remote_code)
+        size = model_size(directory, setting)
+        if not is_reward_model(directory):
+            check_policy_files(directory, setting)
+            if packed:
+                check_trainable_kind(directory, setting, install=install)
+        tokenizer = load_tokenizer(directory, setting)
+        if not end_token_ids(directory, tokenizer, size.vocabulary, setting):
+            print(
+                f"warning: {setting} ({path}) has no end token, so every response runs to sampling.max_new_tokens; set "
+                "eos_token in its tokenizer_config.json, or eos_token_id in its generation_config.json",
+                file=sys.stderr,
+            )
+        return cls(path, directory, tokenizer, size, trust_remote_code)
+
+    def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
+        """The texts without special tokens, as reward functions get them."""
+        return list(self.tokenizer.batch_decode([ids.tolist() for ids in responses], skip_special_tokens=True))
+
+    def load_prompts(
+        self,
+        source: str,
+        cfg: PromptFormat,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        setting: str,
+    ) -> list[PromptRecord]:
+        """Every prompt of a source as tokens of this policy. Prints how many were dropped or cut."""
+        return load_records(
+            source,
+            cfg,
+            self.tokenizer,
+            seed=seed,
+            max_tokens=self.prompt_room(cfg.max_tokens, sampling),
+            vocabulary=self.size.vocabulary,
+            setting=setting,
+            report=complain,
+        )
+
+    def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:
+        """Longest prompt in tokens that leaves room for a response. Raises UserError if there is no room."""
+        room = min(max_tokens, self.size.context - sampling.max_new_tokens)
+        if room < 1:
+            raise UserError(
+                f"sampling.max_new_tokens ({sampling.max_new_tokens}) leaves no room for a prompt in the model's "
+                f"context of {self.size.context} tokens; lower it"
+            )
+        return room

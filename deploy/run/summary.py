@@ -1,0 +1,73 @@
+"""RUN/summary.json and RUN/answers of a PPO run. Runs in the driver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from common.config.ppo import Config
+from common.files import read_records
+from common.types import Rollout, Score, Void
+from learner.loop.evaluation import Evaluation, win_rate
+
+
+def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
+    """The contents of summary.json: the first evaluation beside the last; pass@1 if both have one."""
+    summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
+    if not evaluations:
+        return summary
+    before, after = evaluations[0], evaluations[-1]
+    if before.pass_at_1 is not None and after.pass_at_1 is not None:
+        summary |= {
+            "pass_at_1_before": before.pass_at_1,
+            "pass_at_1_before_interval": before.interval,
+            "pass_at_1_after": after.pass_at_1,
+            "pass_at_1_after_interval": after.interval,
+        }
+    return summary | {
+        "score_before": before.score,
+        "score_after": after.score,
+        "win_rate": _win_rate(directory, before, after),
+        "heldout_prompts": after.prompts,
+        "before": before.record(),
+        "after": after.record(),
+    }
+
+
+def answers_path(directory: Path, evaluation: Evaluation) -> Path:
+    """The file with the answers of an evaluation."""
+    return directory / f"answers/version-{evaluation.policy_version:06d}.jsonl"
+
+
+def write_answers(
+    path: Path, answers: Sequence[tuple[Rollout, Score | Void]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Held-out answers with their scores, one JSON record a line; a void has its reason instead of a score."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for rollout, score in answers:
+            record: dict[str, Any] = {
+                "prompt": rollout.prompt.text,
+                "response": tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True),
+                "finish_reason": rollout.finish_reason,
+            }
+            if isinstance(score, Void):
+                record["void"] = score.reason
+            else:
+                record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
+            file.write(json.dumps(record) + "\n")
+
+
+def _win_rate(directory: Path, before: Evaluation, after: Evaluation) -> float | None:
+    """None if there was only one evaluation, or if answers are missing."""
+    scores = [
+        [record.get("score") for record in read_records(answers_path(directory, evaluation))]
+        for evaluation in (before, after)
+    ]
+    if before.policy_version == after.policy_version or not len(scores[0]) == len(scores[1]) == after.prompts:
+        return None
+    return win_rate(*scores)

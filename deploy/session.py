@@ -1,0 +1,120 @@
+"""The steps that every command shares before its own work. Runs in the driver.
+
+`load_inputs` checks everything a user can get wrong, with nothing written and nothing started. `session` then joins or
+starts the cluster, checks that the processes fit, takes the run directory and writes the config into it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config.actors import SourcesConfig
+from common.config.ppo import Config
+from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
+from common.config.sources import RewardSource
+from common.data.prompt_records import PromptRecord
+from common.errors import UserError
+from common.model.size import ModelSize
+from deploy.capacity import Need, check_fits, check_kv_cache, check_object_store
+from deploy.cluster.addresses import named_address
+from deploy.cluster.connection import cluster
+from deploy.policy_files import PolicyFiles
+from deploy.run.directory import sole_owner
+from deploy.scale import clear_stale_state
+from deploy.source_checks import check_sources, try_sources
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts and reward models of a run, all of them checked."""
+
+    records: Sequence[Sequence[PromptRecord]]  # one list for each setting that names prompts
+    reward_models: Sequence[ModelSize]
+
+
+def load_inputs(
+    cfg: Config | PairSamplingConfig,
+    policy: PolicyFiles,
+    service: SourcesConfig,
+    prompts: Mapping[str, str | None],
+    *,
+    judges: Sequence[RewardSource] = (),
+    publishes_weights: bool = False,
+) -> Inputs:
+    """Loads the prompts, given as {setting: source}, and checks them, the reward sources and the sizes of caches. Tries
+    every reward function once, on the first prompt. Raises UserError."""
+    sources = [*service.sources, *judges]
+    reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
+    check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
+    if publishes_weights and named_address(cfg.ray) is None:  # the store of a running cluster already has its size
+        check_object_store(cfg.ray, policy.size)
+
+    def load(setting: str, source: str | None) -> list[PromptRecord]:
+        if source is None:
+            return []
+        return policy.load_prompts(source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting=setting)
+
+    records = [load(setting, source) for setting, source in prompts.items()]
+    texts = [{record.text for record in part} for part in records]
+    if len(texts) > 1 and (shared := set.intersection(*texts)):
+        raise UserError(
+            f"{' and '.join(prompts)} share {len(shared)} prompt(s), such as {min(shared)!r}; an evaluation on "
+            "training prompts says nothing: remove them from one"
+        )
+    try_sources(service, sources, records[0][0], policy.tokenizer)
+    return Inputs(records, reward_models)
+
+
+@contextmanager
+def session(
+    cfg: Config | RewardTrainingConfig | PairSamplingConfig,
+    command: str,
+    directory: Path,
+    *phases: Sequence[Need],
+    resume: bool = False,
+    force: bool = False,
+) -> Iterator[None]:
+    """While it lasts, this process is connected to the cluster and owns the run directory, which has the config.
+
+    `phases` are the processes that run at the same time, for each phase of the run. Raises UserError if those of one
+    do not fit the cluster, or if another process owns the directory.
+    """
+    with cluster(cfg.ray) as nodes:
+        for processes in phases:
+            check_fits(processes, nodes)
+        with sole_owner(directory) as owned:
+            if resume:
+                owned.resume(cfg)
+            else:
+                owned.begin(cfg, command, force=force)
+            clear_stale_state(directory)
+            yield
+
+
+def step_grace_s(cfg: Config | RewardTrainingConfig) -> float:
+    """How long a signal waits for the current step to end, seconds."""
+    return cfg.learner.timeout_s if cfg.checkpoint.on_signal else 0.0
+
+
+# Arguments of gc.set_threshold: net allocations per young collection, young collections per middle one, middle ones per
+# full one. CPython's defaults are 700, 10 and 10.
+COLLECT_AFTER = (10_000, 10, 100)
+
+
+@contextmanager
+def rare_full_collections() -> Iterator[None]:
+    """Makes full garbage collections rare. They walk every outstanding rollout and find almost no cycles, because
+    reference counting already frees what the loop creates. gc.freeze() exempts objects that exist already: they live as
+    long as the run."""
+    gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(*COLLECT_AFTER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
