@@ -1,13 +1,18 @@
-# make demo    train a small language model with PPO and show that it got better (SEED=n for another seed)
+# make demo        train a small language model with PPO and show that it improved (SEED=n for another seed)
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
-# make test    every test;  make check: linter, formatter, types;  make bench: speed, as ratios
-#              (BENCH="learner step" for these modules of tests/bench alone);  make bench-control: the control plane
-# make fuzz    odd inputs with new seeds, longer than `make test` does (FUZZ_CASES and FUZZ_MINUTES bound each target,
-#              FUZZ="config prompts" runs these alone, FUZZ=config:17 one case again)
-.PHONY: demo demo-rlhf test fuzz check bench bench-control clean
+# make test        every test
+# make test-quick  every test that starts neither Ray nor vLLM
+#                  Both run two pytest processes; WORKERS=n runs n.
+# make check       linter, formatter, types
+# make bench       speed, as ratios (BENCH="learner step" runs these modules of tests/bench only)
+# make bench-control   speed of the control plane
+# make fuzz        odd inputs with new seeds, for longer than `make test` (FUZZ_CASES and FUZZ_MINUTES bound each
+#                  target; FUZZ="config prompts" runs these targets only; FUZZ=config:17 repeats one case)
+.PHONY: demo demo-rlhf test test-quick fuzz check bench bench-control clean
 
 PYTHON ?= python3
 SEED ?= 0
+WORKERS ?= 2
 BENCH ?=
 FUZZ ?=
 FUZZ_CASES ?= 5000
@@ -34,8 +39,15 @@ bench: $(VENV)/.installed
 bench-control: $(VENV)/.installed
 	$(BIN)/python -m tests.bench control
 
+# A run on Ray waits half of its time, so two at once take little longer than one. Each file stays in one process,
+# because its tests share what its fixtures start.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-quick: $(VENV)/.installed
+	$(PYTEST) -m "not ray"
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ) --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,39 +23,39 @@ DOCS = Path(__file__).parent.parent / "docs/metrics.md"
 
 
 def find_prometheus() -> Path:
-    """The directory with `prometheus` and `promtool`. Skips the test where there is none and none can be had."""
+    """The directory with `prometheus` and `promtool`. Skips the test if neither can be had."""
     found, fault = _find()
     if found is None:
-        pytest.skip(f"Prometheus is not installed, and Debian's package cannot be had: {fault}")
+        pytest.skip(f"Prometheus is not installed, and Debian's package cannot be downloaded: {fault}")
     return found
 
 
 @cache
 def _find() -> tuple[Path | None, str]:
-    """Debian's package, if it is not installed, is unpacked and not installed: that needs no root and starts no
-    service."""
+    """Where it is not installed, Debian's package is unpacked, which needs no root and starts no service."""
     cached = Path(tempfile.gettempdir()) / f"ratchet-prometheus-{os.getuid()}"
     if found := shutil.which("prometheus"):
         return Path(found).parent, ""
     if (cached / "usr/bin/prometheus").exists():
         return cached / "usr/bin", ""
+    cached.mkdir(exist_ok=True)
     try:
-        cached.mkdir(exist_ok=True)
-        download = partial(subprocess.run, ["apt-get", "download", "prometheus"], cwd=cached, capture_output=True)
-        if download(timeout=120).returncode:  # a slim image has no lists of packages
-            subprocess.run(["apt-get", "update"], check=True, capture_output=True, timeout=120)
-            download(timeout=120, check=True)
-        [package] = cached.glob("prometheus_*.deb")
         with tempfile.TemporaryDirectory(dir=cached) as staging:
+            download = partial(subprocess.run, ["apt-get", "download", "prometheus"], cwd=staging, capture_output=True)
+            if download(timeout=120).returncode:  # a slim image has no lists of packages
+                subprocess.run(["apt-get", "update"], check=True, capture_output=True, timeout=120)
+                download(timeout=120, check=True)
+            [package] = Path(staging).glob("prometheus_*.deb")
             subprocess.run(["dpkg", "-x", package, staging], check=True, capture_output=True, timeout=120)
-            (Path(staging) / "usr").rename(cached / "usr")
+            with suppress(OSError):  # another process of the tests was faster
+                (Path(staging) / "usr").rename(cached / "usr")
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return None, str(error)
     return cached / "usr/bin", ""
 
 
 def documented(*, run: Path = Path("/no/run"), discovery: Path = Path("/no/discovery")) -> str:
-    """The prometheus.yml of the docs, with real paths for its example paths and an interval for the impatient."""
+    """The prometheus.yml of the docs, with real paths for its example paths and a shorter interval."""
     text = DOCS.read_text(encoding="utf-8")
     [yaml] = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
     values = {"/path/to/runs/mine": str(run), "/path/to/discovery": str(discovery), "10s": "1s"}
@@ -67,7 +67,7 @@ def documented(*, run: Path = Path("/no/run"), discovery: Path = Path("/no/disco
 
 @contextmanager
 def scraping(config: str, directory: Path) -> Iterator[Callable[..., Any]]:
-    """A Prometheus with this configuration, which its own checker accepts; gives a function that asks its HTTP API."""
+    """Runs a Prometheus with this configuration, after its own checker. Yields a function that asks its HTTP API."""
     programs = find_prometheus()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def show(scratch: Path) -> None:
-    """The input of a case."""
+    """Prints the input of a case."""
     for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
         print(f"{path.relative_to(scratch)}: {path.read_bytes()[:2000]!r}")
 

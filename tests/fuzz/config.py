@@ -1,4 +1,4 @@
-"""Config files and `key=value` settings: a tree that loads back equal, or a UserError."""
+"""Config files and `key=value` settings give a config that loads back equal, or a UserError."""
 
 from __future__ import annotations
 

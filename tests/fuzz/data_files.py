@@ -1,4 +1,4 @@
-"""Records as files of every kind that prompts and pairs may come in, odd in content, form and bytes."""
+"""Writes records to files of every kind that prompts and pairs may have, with odd content, structure and bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every byte, so that no text is unknown to it, and the special tokens of a chat model."""
+    """A tokenizer with a token for every byte, so that it knows every text, and the special tokens of a chat model."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_ = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,7 +38,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_records(rng: Random, records: list[dict[str, Any]], directory: Path, *, suffix: str = "") -> Path:
-    """The records, changed, in a file of some kind; one in four files is changed in its bytes too."""
+    """Writes changed records to a file of a random kind. The bytes of one file in four are changed too."""
     suffix = suffix or rng.choice(SUFFIXES)
     changed = mutate_tree(rng, records, changes=3, json_only=True) if rng.random() < 0.8 else records
     rows = changed if isinstance(changed, list) else [changed]
@@ -76,7 +76,7 @@ def _csv(rows: list[Any]) -> bytes:
 
 
 def _parquet(rows: list[Any]) -> bytes:
-    """Every column in Arrow's form of it, or as JSON text where its values have none."""
+    """A Parquet file. A column whose values Arrow cannot hold is written as JSON text."""
     flat = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     columns = dict.fromkeys(str(key) for row in flat for key in row)
     arrays = [_column([row.get(name) for row in flat]) for name in columns]
@@ -88,7 +88,7 @@ def _parquet(rows: list[Any]) -> bytes:
 def _column(values: list[Any]) -> pa.Array:
     try:
         found = pa.array(values)
-        pq.write_table(pa.table([found], names=["a"]), io.BytesIO())  # not every type of Arrow can be written
+        pq.write_table(pa.table([found], names=["a"]), io.BytesIO())  # Parquet cannot hold every type of Arrow
         return found
     except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
         return pa.array([json.dumps(value) for value in values])

@@ -1,4 +1,4 @@
-"""What a fuzzed call may do: give a value or raise UserError with one message, in time, and leave no file behind."""
+"""A fuzzed call may return a value or raise UserError with one message, in time, and leaves no file behind."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import TypeVar
 
 from common.errors import UserError
 
-LIMIT_S = 20.0  # for what takes milliseconds: only a hang takes longer, also on a busy machine
+LIMIT_S = 20.0  # a case takes milliseconds: also on a busy machine only a hang takes longer
 LONGEST_MESSAGE = 8000  # characters; a config's message may list dozens of faults
 
 Value = TypeVar("Value")
 
 
 class Hang(BaseException):
-    """No Exception: what is fuzzed may catch those."""
+    """Not an Exception, because the code under test may catch those."""
 
 
 class WrongAnswer(AssertionError):
-    """The call ended as no call may."""
+    """The call ended in a way that is not allowed."""
 
 
 @contextmanager
 def limited(seconds: float = LIMIT_S) -> Iterator[None]:
-    """Raises Hang in this, the main thread when that many seconds have passed."""
+    """Raises Hang in the main thread after this many seconds. Only the main thread may call it."""
 
     def stop(*_: object) -> None:
         raise Hang(f"still running after {seconds:g} s")
@@ -42,7 +42,7 @@ def limited(seconds: float = LIMIT_S) -> Iterator[None]:
 
 
 def value_or_message(call: Callable[[], Value], scratch: Path, *, may_write: tuple[str, ...] = ()) -> Value | str:
-    """What `call` returned, or the message of its UserError. Any other exception is the caller's."""
+    """Returns what `call` returned, or the message of its UserError. Passes on any other exception."""
     before = files(scratch)
     try:
         with limited():
@@ -61,9 +61,9 @@ def files(directory: Path) -> set[str]:
 
 
 def check_message(message: str) -> None:
-    """One message that a person can read: some text, of bounded length, without a traceback in it."""
+    """Raises WrongAnswer unless a person can read the message: not empty, not too long, without a traceback."""
     if not message.strip() or message != message.strip("\n"):
-        raise WrongAnswer(f"a message must say something, in lines that belong together: {message!r}")
+        raise WrongAnswer(f"a message must not be empty, nor begin or end with an empty line: {message!r}")
     if len(message) > LONGEST_MESSAGE:
         raise WrongAnswer(f"a message of {len(message)} characters: {message[:500]!r} ...")
     if "Traceback (most recent call last)" in message or re.search(r'File ".*\.py", line \d+', message):

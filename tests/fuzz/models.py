@@ -1,4 +1,4 @@
-"""Model directories: a policy or reward model that can be loaded, or a UserError."""
+"""Model directories give a policy or reward model that can be loaded, or a UserError."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def case(rng: Random, shared: dict[str, Path], scratch: Path) -> None:
 
 
 def change_one(rng: Random, directory: Path) -> None:
-    """One file of the model: its text, bytes or one of its values changed, or it is gone."""
+    """Changes the text, the bytes or one value of one of the model's files, or removes the file."""
     names = sorted(path.name for path in directory.iterdir())
     if not names:
         return
@@ -71,7 +71,7 @@ def change_one(rng: Random, directory: Path) -> None:
     else:
         try:
             tree = json.loads(data)
-        except ValueError:  # changed before
+        except ValueError:  # an earlier change broke it
             return
         if way < 6 and name == "config.json" and isinstance(tree, dict):
             tree[rng.choice(SETTINGS)] = rng.choice([odd_value(rng, json_only=True), -1, 0, 3, 1000, None, "llama", {}])

@@ -1,4 +1,4 @@
-"""Seeded changes to texts, bytes and trees of values, mostly small ones: what is refused at once tests little."""
+"""Seeded changes to texts, bytes and trees of values. Most are small: an input that is refused at once tests little."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from random import Random
 from typing import Any
 
-# Text that has broken programs: empty, invisible, undecodable, long, numbers and paths that are none.
+# Texts that often break programs: empty, invisible, undecodable, very long, or like a number or a path.
 ODD_TEXTS = (
     "", " ", "\n", "\t", "\0", "\x1b[31m", "\ufeff", "\u2028", "\u202e", "\ufffd", "\U0001f600", "e\u0301" * 20, "ß",
     "nan", "inf", "-inf", "1e999", "-0", "0x10", "1_000", "true", "null", "None", "[]", "{}", "{", "[[", '"', "'''",
@@ -19,7 +19,7 @@ SURROGATE = "\ud800"  # half a character, as JSON can write it
 
 
 def odd_value(rng: Random, *, json_only: bool = False) -> Any:
-    """A value that is seldom meant. `json_only`: also such as only JSON can write."""
+    """A value that a user seldom means. With `json_only` also values that only JSON can write."""
     kind = rng.randrange(8)
     if kind < 3:
         return rng.choice(ODD_TEXTS)
@@ -34,7 +34,7 @@ def odd_value(rng: Random, *, json_only: bool = False) -> Any:
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all values in a tree of dicts and lists, the tree's own left out."""
+    """Paths of all values in a tree of dicts and lists, without the empty path of the tree itself."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     found = []
     for key, value in items:
@@ -126,7 +126,7 @@ def mutate_bytes(rng: Random, data: bytes) -> bytes:
 
 
 def json_text(rng: Random, tree: Any) -> str:
-    """A tree as JSON, now and then with what is not JSON: NaN, raw characters, one key twice."""
+    """A tree as JSON. Sometimes it is not valid: NaN, raw characters, or a key that occurs twice."""
     text = json.dumps(tree, ensure_ascii=rng.random() < 0.7)
     if rng.random() < 0.05 and text.startswith("{") and len(text) > 2:
         text = "{" + text[1:-1] + ", " + text[1:]

@@ -1,4 +1,4 @@
-"""Files of preference pairs: pairs that a reward model can read, or a UserError."""
+"""Files of preference pairs give pairs that a reward model can read, or a UserError."""
 
 from __future__ import annotations
 

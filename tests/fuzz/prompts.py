@@ -1,4 +1,4 @@
-"""Prompt files: prompts that can be asked, journalled and read back, or a UserError."""
+"""Prompt files give prompts that can be sampled, journalled and read back, or a UserError."""
 
 from __future__ import annotations
 

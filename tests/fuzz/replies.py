@@ -1,4 +1,4 @@
-"""Replies of an HTTP reward service: the score that the service gave, or a void with one message, after one request."""
+"""Replies of an HTTP reward service give the score in the reply, or a void with one message, after one request."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ STATUSES = ("204 No Content", "301 Moved", "302 Found", "308 Moved", "400 Bad", 
 
 
 class Service:
-    """Answers every request with the bytes that it was told to, and counts them."""
+    """Answers every request with the bytes in `reply`, and counts the requests."""
 
     def __init__(self) -> None:
         self.reply = b""
         self.requests = 0
         self.stays_open = False
         self.loop = asyncio.new_event_loop()
-        self.loop.set_exception_handler(lambda loop, context: None)  # sessions that end with their process
+        self.loop.set_exception_handler(lambda loop, context: None)  # unclosed sessions end with this process
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self._server = self.run(asyncio.start_server(self._answer, "127.0.0.1", 0))
@@ -98,7 +98,7 @@ def case(rng: Random, shared: Service, scratch: Path) -> None:
     shared.reply, shared.stays_open, shared.requests = make_reply(rng, body), rng.random() < 0.05, 0
     (scratch / "reply").write_bytes(shared.reply[:100_000])
     found = shared.run(shared.rewards[kind].score(make_rollout(make_prompt(0), [70, 71, END])))
-    if shared.requests > 1:  # none: it used a connection that the service was about to close
+    if shared.requests > 1:  # zero: the client used a connection that the service had closed
         raise WrongAnswer(f"{shared.requests} requests for one answer, without retries")
     if isinstance(found, Void):
         check_message(found.reason)
@@ -113,7 +113,7 @@ def case(rng: Random, shared: Service, scratch: Path) -> None:
 
 
 def score_in(answer: Any, kind: str) -> Any:
-    """What the service said."""
+    """The score in the service's answer."""
     if kind == "judge":
         return float(re.findall(r"[Ss]core[^\w-]{0,5}(-?\d+)", answer["choices"][0]["message"]["content"])[-1])
     return answer["score"] if kind == "one" else answer["scores"][0]
@@ -137,8 +137,12 @@ def make_body(rng: Random, right: dict[str, Any]) -> bytes:
     return json_text(rng, mutate_tree(rng, right, json_only=True)).encode("utf-8", "surrogatepass")
 
 
+def packed(body: bytes) -> bytes:
+    return gzip.compress(body, mtime=0)  # the same bytes at any time
+
+
 def make_reply(rng: Random, body: bytes) -> bytes:
-    """Head and body as a server might send them, most of the time well-formed."""
+    """A reply as a server might send it, mostly well-formed."""
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
     status = rng.choice(STATUSES) if rng.random() < 0.3 else "200 OK"
     if status.startswith("3") and rng.random() < 0.8:
@@ -156,7 +160,7 @@ def make_reply(rng: Random, body: bytes) -> bytes:
         body = rng.choice([b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), b"zz\r\n", b"5\r\nab", b"ffffffffff\r\nab"])
     elif change == 3:
         headers["Content-Encoding"] = rng.choice(["gzip", "deflate", "br", "x"])
-        body = rng.choice([gzip.compress(body), body, gzip.compress(b" " * 3_000_000 + body)])
+        body = rng.choice([packed(body), body, packed(b" " * 3_000_000 + body)])
         headers["Content-Length"] = str(len(body))
     elif change == 4:
         headers["X-Long"] = "x" * rng.choice([100, 20_000])

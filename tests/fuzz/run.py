@@ -1,4 +1,4 @@
-"""Runs cases by target and seed, and tells how to run a failed one again."""
+"""Runs cases by target and seed. A failure says how to run its case again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Failure:
 
 
 class Fuzzer:
-    """One target, ready to run cases in a directory of its own."""
+    """Runs cases of one target in a directory of its own."""
 
     def __init__(self, target: str, directory: Path) -> None:
         self.target = target
@@ -41,7 +41,7 @@ class Fuzzer:
             self._module.case(Random(f"{self.target}:{seed}"), self._shared, scratch)
         except KeyboardInterrupt:
             raise
-        except BaseException:  # SystemExit and its kin are failures too
+        except BaseException:  # SystemExit and other BaseExceptions are failures too
             return Failure(self.target, seed, traceback.format_exc())
         return None
 

@@ -1,4 +1,4 @@
-"""A short soak of every fuzzer, always with the same seeds; `make fuzz` is the long one, with new seeds."""
+"""A short run of every fuzzer with fixed seeds. `make fuzz` runs longer, with new seeds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_value_or_one_message_is_right(tmp_path):
 
 
 @pytest.mark.parametrize("message", ["", "  ", "one\n\ntwo", "\nlate", "x" * 10_000, 'File "/a/b.py", line 3, in f'])
-def test_a_message_that_nobody_can_read_is_wrong(tmp_path, message):
+def test_an_unreadable_message_is_wrong(tmp_path, message):
     def refuse():
         raise UserError(message)
 
@@ -46,7 +46,7 @@ def test_a_message_that_nobody_can_read_is_wrong(tmp_path, message):
         value_or_message(refuse, tmp_path)
 
 
-def test_another_exception_a_file_left_behind_and_a_hang_are_wrong(tmp_path):
+def test_any_other_exception_a_file_left_behind_and_a_hang_are_wrong(tmp_path):
     with pytest.raises(ZeroDivisionError):
         value_or_message(lambda: 1 / 0, tmp_path)
     with pytest.raises(WrongAnswer, match=r"left behind: .*half\.tmp"):

@@ -182,7 +182,7 @@ def test_a_truncated_gzip_file_is_refused_where_it_ends(tmp_path):
         ("p.jsonl", b'{"a": "a"}\n{"a": "\xff"}\n', "p.jsonl, line 2: byte 8 of the line (0xff) is not UTF-8"),
         ("p.csv", b"a\nb\n\xe4\n", "p.csv, line 3: byte 1 of the line (0xe4) is not UTF-8"),
         ("p.jsonl", '{"a": "a"}'.encode("utf-16"), "p.jsonl is UTF-16 text; save it as UTF-8"),
-        ("p.jsonl", gzip.compress(b"{}"), "p.jsonl is compressed with gzip; add .gz to its name"),
+        ("p.jsonl", gzip.compress(b"{}", mtime=0), "p.jsonl is compressed with gzip; add .gz to its name"),
         ("p.parquet", b'{"a": "a"}\n', "p.parquet cannot be read as Parquet after row 0"),
         ("p.jsonl", b"{}\n{}{}\n", "p.jsonl, line 2: not valid JSON (Extra data at column 3)"),
         ("p.json", b'{"a": 1}\n{"a": 2}\n', "p.json: not valid JSON (Extra data at line 2, column 1)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -432,10 +433,15 @@ def test_the_journal_has_the_text_of_every_response_and_its_step(tmp_path):
 
 def test_a_run_says_at_every_moment_what_it_is_doing(tmp_path):
     said: list[str] = []
+    written = itertools.count()
 
     class Told(FakeRoles):
         async def write(self, prompt: Prompt) -> Rollout:
             rollout = await super().write(prompt)
+            if prompt.sample_id.epoch >= 0:  # the next one is written when this one is scored
+                scored = f"step 1: {next(written)} of 4 rollouts are written and scored"
+                while run.doing() != scored:
+                    await asyncio.sleep(0)
             said.append(run.doing())
             return rollout
 
