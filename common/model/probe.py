@@ -1,7 +1,7 @@
-"""Whether a model gives packed sequences what transformers' own eager attention gives each of them alone.
+"""Tests a model when it is loaded: do packed sequences give the results of transformers' eager attention on each alone?
 
-Runs wherever a model is loaded, before it is used. Nothing here knows a type of model: what is right is decided by
-computing it both ways, through the functions that the learner and the reference use.
+Runs anywhere. Every process that loads a policy calls it before using the model. Nothing here depends on the type of
+the model: both results are computed, the packed one with the functions of the learner and the reference.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from common.model.attention import AttentionError
 from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
 
-# Different lengths, one of a single token: whatever runs over from one sequence to the next shows in it most.
+# Different lengths. State that leaks from one sequence into the next shows most in the sequence of a single token.
 LENGTHS = (5, 23, 1, 9)
 
-# How far states may be off, relative to their size, and log-probabilities, nats. Measured over 75 types of models: in
-# float32 right ones are off by at most 5e-6 and wrong ones by at least 0.03; in bfloat16 right ones by 0.015.
+# Largest accepted errors: of states relative to their size, of log-probabilities in nats. Measured over 75 types: in
+# float32 correct models are off by at most 5e-6 and wrong ones by at least 0.03; in bfloat16 correct ones by 0.015.
 _EXACT, _COARSE = (1e-4, 2e-3), (0.1, 0.5)
 
 
 class UnsuitedModelError(ValueError):
-    """What a model computes otherwise; the message begins in the middle of a sentence about the model."""
+    """A model does not compute what it should. The message continues a sentence about the model."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """What eager attention gives each sequence by itself."""
+    """The results of eager attention on each sequence alone."""
 
     sequences: Sequences
     states: list[Tensor]  # of each sequence [length - 1, H]
@@ -40,7 +40,7 @@ class Alone:
 
 @torch.no_grad()
 def alone(model: PreTrainedModel) -> Alone:
-    """Call it before anything in the model is replaced: this is what replacements are compared with."""
+    """The expected results. Call it before any module of the model is replaced."""
     if model.base_model is model:
         raise UnsuitedModelError("its layers cannot be called without its output embedding")
     sequences = _sequences(model)
@@ -59,7 +59,7 @@ def alone(model: PreTrainedModel) -> Alone:
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, expected: Alone) -> None:
-    """Raises UnsuitedModelError if a packed row is computed otherwise."""
+    """Raises UnsuitedModelError if the results of a packed row differ from the expected ones."""
     exact = model.dtype == torch.float32
     near, near_logprobs = _EXACT if exact else _COARSE
     try:
@@ -68,7 +68,7 @@ def compare(model: PreTrainedModel, expected: Alone) -> None:
         logprobs, entropy = chosen_logprobs(states, token_ids, head, temperature=1.0, finish=finish)
     except AttentionError as error:
         raise UnsuitedModelError(str(error)) from error
-    except Exception as error:  # what a model raises that takes no packed row is its own choice
+    except Exception as error:  # a model without packed rows may raise any error
         raise UnsuitedModelError(
             f"it cannot read several sequences in one row ({type(error).__name__}: {error})"
         ) from error
@@ -97,18 +97,18 @@ def compare(model: PreTrainedModel, expected: Alone) -> None:
 
 
 def _error(pairs: list[tuple[Tensor, Tensor]], *, exact: bool) -> float:
-    """The largest relative error of any sequence."""
+    """The largest relative error over all sequences."""
     errors = [(a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1).clamp_min(1e-9) for a, b in pairs if len(a)]
     return max(_typical(error, exact=exact) for error in errors)
 
 
 def _typical(errors: Tensor, *, exact: bool) -> float:
-    """In bfloat16 the median over tokens: rounding sends a token to another expert now and then."""
+    """The largest error. In bfloat16 the median over tokens, because rounding can send a token to another expert."""
     return float(errors.max() if exact else errors.median())
 
 
 def _sequences(model: PreTrainedModel) -> Sequences:
     rng = np.random.default_rng(0)
     rows = len(model.get_input_embeddings().weight)
-    ids = [rng.integers(min(3, rows - 1), rows, size=length) for length in LENGTHS]  # 0 to 2 are often padding
+    ids = [rng.integers(min(3, rows - 1), rows, size=length) for length in LENGTHS]  # ids 0 to 2 are often padding
     return Sequences.pack([x[:1] for x in ids], [x[1:] for x in ids]).to(model.device)

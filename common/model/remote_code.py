@@ -1,6 +1,6 @@
-"""Which model directories may run Python code of their own in this process: none, unless the config says so.
+"""Records which model directories may run their own Python code in this process: only those the config allows.
 
-Runs wherever a model or its tokenizer is loaded.
+Runs anywhere. Every process that loads a model or a tokenizer has a record of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ _allowed: set[Path] = set()
 
 
 def allow(directory: Path) -> None:
-    """`model.trust_remote_code` is set for this directory."""
+    """Allows code from this directory: its `trust_remote_code` is set."""
     _allowed.add(directory.resolve())
 
 
 def trusted(directory: Path) -> bool:
-    """What transformers gets as trust_remote_code. It is never left out: transformers would ask on the terminal."""
+    """The value of transformers' trust_remote_code. Always pass it: without it transformers asks on the terminal."""
     return directory.resolve() in _allowed

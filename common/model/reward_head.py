@@ -1,7 +1,7 @@
-"""Reward models: a language model with a scalar head, as transformers' sequence classification with one label saves it.
+"""Reward models: a language model with a scalar head, in the format of transformers' sequence classification.
 
-What else must be known to serve one stands in its config.json under `ratchet`: whether prompt and response go through
-the chat template, and what the reference policy's own responses scored.
+Runs anywhere. The key `ratchet` of config.json says how to serve the model: whether text goes through the chat
+template, and the scale of its scores.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _PURPOSE = "be a reward model"
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """How a served reward model reads and reports: raw score = (head's output - mean) / deviation."""
+    """How a reward model is served. A raw score is (head's output - mean) / deviation."""
 
-    chat: bool | None = None  # None: through the chat template where there is one and the prompt is messages
-    mean: float = 0.0  # of the reference policy's own responses
+    chat: bool | None = None  # None: chat template if there is one and the prompt is a list of messages
+    mean: float = 0.0  # of the head's output on responses of the reference policy
     deviation: float = 1.0
 
     @classmethod
     def of(cls, found: object) -> ScoreScale:
-        """What a config.json holds. Raises ValueError for anything that `write_scale` does not write."""
+        """The scale in a config.json. Raises ValueError for a value that `write_scale` would not write."""
         if not isinstance(found, dict) or not found.keys() <= {"chat", "mean", "deviation"}:
-            raise ValueError(f"`{_KEY}` in its config.json must hold chat, mean and deviation, but is {found!r}")
+            raise ValueError(f"`{_KEY}` in its config.json must have chat, mean and deviation, but is {found!r}")
         scale = cls(**found)
         numbers = all(type(x) in (int, float) and isfinite(x) for x in (scale.mean, scale.deviation))
         if scale.chat not in (None, True, False) or not numbers or scale.deviation <= 0:
@@ -57,7 +57,7 @@ class ScoreScale:
 
 
 def is_reward_model(directory: Path) -> bool:
-    """Whether its config says that it is a sequence classifier, not a language model."""
+    """Whether the config in `directory` names a sequence classifier instead of a language model."""
     with reading(directory, "model", _PURPOSE):
         return any("SequenceClassification" in name for name in read_config(directory).architectures or ())
 
@@ -69,9 +69,9 @@ def load_reward_model(
     device: torch.device,
     install: Callable[[PreTrainedModel], object] | None = None,
 ) -> PreTrainedModel:
-    """The sequence classifier in `directory`, in eval mode, its head in float32. A plain language model gets a head of
-    zeros and a padding token. `install` replaces what the model computes with. Raises UserError if the architecture has
-    no such head, or if a score is not what the model's own code gives a sequence alone."""
+    """The sequence classifier in `directory`, in eval mode, with a float32 head. A language model gets a head of zeros
+    and a padding token. `install` replaces modules of the model by faster ones. Raises UserError if the architecture
+    has no such head, or if a score differs from the one of the model's own code for the sequence alone."""
     check_trainable(directory)
     trained = is_reward_model(directory)
     with reading(directory, "model", _PURPOSE):
@@ -91,11 +91,11 @@ def load_reward_model(
         model.score.float()
         model = model.to(device).eval()
         use_own_lengths(model)
-        check_company(model, install)
+        check_rows_independent(model, install)
     return model
 
 
-# A language model that becomes a reward model gets this head, and has no use for its own.
+# A language model that becomes a reward model gets a new head and loses its output embedding.
 _NEW_HEAD = {"new": ("score.",), "dropped": ("lm_head.", "model.lm_head.", "embed_out.")}
 
 
@@ -113,7 +113,7 @@ def check_trainable(directory: Path) -> None:
 
 
 def check_reward_files(directory: Path, setting: str = "model.path") -> None:
-    """What `load_reward_model` refuses, as far as the files tell. Raises UserError."""
+    """Raises UserError for models that `load_reward_model` would refuse, as far as the files show it."""
     check_trainable(directory)
     trained = is_reward_model(directory)
     with reading(directory, setting, _PURPOSE):
@@ -122,11 +122,11 @@ def check_reward_files(directory: Path, setting: str = "model.path") -> None:
 
 
 def reward_model_size(directory: Path, setting: str = "model") -> ModelSize:
-    """Sizes from the config alone. Raises UserError if the directory holds no reward model that can be served."""
+    """Sizes from the config alone. Raises UserError if the directory has no reward model that can be served."""
     if not is_reward_model(directory):
         kinds = ", ".join(read_config(directory).architectures or ["of unknown architecture"])
         raise UserError(
-            f"{setting} ({directory}) is no reward model: it must be a sequence classifier with one label, but is "
+            f"{setting} ({directory}) is not a reward model: it must be a sequence classifier with one label, but is "
             f"{kinds}; train one with ratchet train-reward"
         )
     check_reward_files(directory, setting)
@@ -135,7 +135,7 @@ def reward_model_size(directory: Path, setting: str = "model") -> ModelSize:
 
 
 def scored_padding_id(directory: Path) -> int | None:
-    """The padding token before which a reward model that starts from `directory` reads its score."""
+    """The padding token of a reward model that starts from `directory`: the score is read at the token before it."""
     if is_reward_model(directory):
         return read_config(directory).pad_token_id
     return padding_id(load_tokenizer(directory))
@@ -149,8 +149,8 @@ def save_reward_model(
     *,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes the model in bf16, with its tokenizer, as a Hugging Face directory in place of `target`. Of a model whose
-    weights are spread over ranks `tensors` are the whole ones."""
+    """Writes `target` as a Hugging Face directory: the model in bf16, its tokenizer and its scale. If the weights are
+    sharded over ranks, `tensors` are the gathered ones."""
     tokenizer = load_tokenizer(tokenizer_from)
     tokenizer.pad_token_id = model.config.pad_token_id
     with replaced_directory(target) as staging:
@@ -160,19 +160,20 @@ def save_reward_model(
 
 
 def write_scale(directory: Path, scale: ScoreScale) -> None:
+    """Writes the scale into the config.json of a reward model."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**config, _KEY: asdict(scale)})
 
 
 def read_scale(directory: Path) -> ScoreScale:
-    """What `write_scale` wrote; the head's own output for a model from elsewhere."""
+    """The scale that `write_scale` wrote. For a model from elsewhere, the scale that leaves its scores unchanged."""
     with reading(directory, "model", _PURPOSE):
         return ScoreScale.of(json.loads((directory / "config.json").read_text(encoding="utf-8")).get(_KEY, {}))
 
 
 def content_hash(directory: Path) -> str:
-    """16 hex digits that change with any weight, setting or token of the model in `directory`."""
+    """16 hex digits that change with every weight, setting and token of the model in `directory`."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"):
@@ -183,19 +184,19 @@ def content_hash(directory: Path) -> str:
 
 
 def head_scores(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """The head over states [N, H]: float32 [N], also under autocast, where eight bits would be a coarse score."""
+    """The head's scores of states [N, H], float32 [N]. Autocast is off: bfloat16 has only eight bits for a score."""
     with torch.autocast(states.device.type, enabled=False):
         return model.score(states.float()).squeeze(-1)
 
 
 def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Score of each row of right-padded input_ids [B, T], read at its last token: float32 [B].
+    """Score of each row of right-padded input_ids [B, T], read at its last token, float32 [B].
 
-    On CPU a row gets the same bits in any company if T is a multiple of ROW_MULTIPLE, as the number of head rows
-    is here.
+    On CPU the bits of a score do not depend on the other rows if T is a multiple of ROW_MULTIPLE. The rows of the head
+    are padded to such a multiple here.
     """
     mask, positions = length_mask(lengths, input_ids.shape[1]).long(), {}
-    if depends_on_length(model.config):  # padding at a row's last position, so that it makes no row longer
+    if depends_on_length(model.config):  # padding takes the row's last position, so rows do not get longer
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = {"position_ids": places.minimum(lengths[:, None] - 1)}
     hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
@@ -205,14 +206,14 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
 
 
 @torch.no_grad()
-def check_company(model: PreTrainedModel, install: Callable[[PreTrainedModel], object] | None = None) -> None:
-    """Calls `install`. Raises UnsuitedModelError if a score then depends on padding or on the other rows of a batch, or
-    is not what the model itself gave a sequence alone before."""
+def check_rows_independent(model: PreTrainedModel, install: Callable[[PreTrainedModel], object] | None = None) -> None:
+    """Calls `install`. Raises UnsuitedModelError if scores then depend on padding or on the other rows of a batch, or
+    differ from those that the unchanged model gave each sequence alone."""
     rows, lengths = len(model.get_input_embeddings().weight), torch.tensor([5, 23, 1, 9], device=model.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, rows - 1), rows, (len(lengths), 2 * ROW_MULTIPLE), generator=generator).to(model.device)
     head = model.score.weight.clone()
-    if not head.any():  # a new head: any direction serves
+    if not head.any():  # a new head is zero; a random one makes the states count
         model.score.weight.copy_(torch.randn(head.shape, generator=generator) * head.shape[1] ** -0.5)
     try:
         states = [
@@ -226,7 +227,7 @@ def check_company(model: PreTrainedModel, install: Callable[[PreTrainedModel], o
     finally:
         model.score.weight.copy_(head)
     off = float((together - alone).norm() / alone.norm().clamp_min(1e-9))
-    if not off < (1e-3 if model.dtype == torch.float32 else 0.1):  # not a number is refused, too
+    if not off < (1e-3 if model.dtype == torch.float32 else 0.1):  # also refuses NaN
         raise UnsuitedModelError(
             f"a sequence's score depends on the padding or the other sequences of its batch: it is off by {off:.2g} of "
             "its size"

@@ -1,7 +1,7 @@
-"""Rotary embeddings whose frequencies depend on how long a sequence is.
+"""Rotary embeddings whose frequencies depend on the length of a sequence. Runs anywhere.
 
-Runs wherever a model is loaded. transformers chooses the frequencies of a whole batch by its longest sequence, and with
-"dynamic" also by earlier batches. Here each sequence takes its own, as if it were alone.
+transformers chooses the frequencies of a batch by its longest sequence, and for "dynamic" also by earlier batches. Here
+each sequence gets the frequencies of its own length, as if it were alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _BY_LENGTH = ("longrope", "dynamic")
 
 
 def original_length(config: PretrainedConfig) -> int:
-    """The longest sequence that every engine computes alike. Beyond, vLLM 0.32 chooses the frequencies by the longest
-    sequence it may get, and transformers by the sequence at hand."""
+    """The longest sequence for which all engines agree. Beyond it vLLM 0.32 chooses frequencies by the longest sequence
+    it accepts, and transformers by the current sequence."""
     found = [
         rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
         for rope in _by_length(config)
@@ -28,11 +28,12 @@ def original_length(config: PretrainedConfig) -> int:
 
 
 def depends_on_length(config: PretrainedConfig) -> bool:
+    """Whether the model has such embeddings."""
     return bool(_by_length(config.get_text_config()))
 
 
 def use_own_lengths(model: nn.Module) -> None:
-    """Makes such embeddings look at each sequence by itself. A sequence begins where the position is 0."""
+    """Makes such embeddings treat each sequence separately. A sequence begins where the position is 0."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
@@ -49,16 +50,16 @@ def _forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: A
         ends = [*starts[1:], len(positions)]
         parts = []
         for part in positions.split([end - start for start, end in zip([0, *starts[1:]], ends, strict=True)]):
-            _forget(self)
+            _reset(self)
             parts.append(forward(self, x, part[None], *args, **kwargs))
         rows.append([torch.cat(found, dim=1) for found in zip(*parts, strict=True)])
-    _forget(self)
+    _reset(self)
     cos, sin = (torch.cat(found) for found in zip(*rows, strict=True))
     return cos, sin
 
 
-def _forget(module: Any) -> None:
-    """Takes back what "dynamic" remembers of longer sequences before."""
+def _reset(module: Any) -> None:
+    """Resets the frequencies that "dynamic" keeps from earlier, longer sequences."""
     for name in list(module._buffers):
         if name.endswith("original_inv_freq"):
             prefix = name.removesuffix("original_inv_freq")

@@ -1,7 +1,7 @@
-"""Names of weights as `save_pretrained` writes them, which are those that engines read. Runs anywhere.
+"""Converts weights from their form in memory to names and shapes of files, which engines read. Runs anywhere.
 
-transformers keeps some weights in another form while a model is in memory: the experts of a layer are one tensor there,
-and one tensor each in files.
+transformers keeps some weights in another form in memory. For example, all experts of a layer are one tensor there, but
+one tensor each in files.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
-NamedTensor = tuple[str, Callable[[], Tensor]]  # a name in memory, and a call that gives the tensor
+NamedTensor = tuple[str, Callable[[], Tensor]]  # name in memory, and a function that returns the tensor
 
 
 def as_saved(model: PreTrainedModel, tensors: Iterable[NamedTensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under the names, and in the form, that files of this kind of model have.
+    """Yields the tensors with the names and shapes that `save_pretrained` writes.
 
-    Tensors are asked for one by one, or layer by layer where a file's tensor may take several of them: so no more than
-    one layer is held at a time. The names depend on the model's config alone, not on how the files that it came from
-    were named: learner, engines and `RUN/policy` agree without comparing files.
+    It calls for one tensor after another, or for the tensors of one layer where a file's tensor combines several. So it
+    holds at most one layer. Names depend on the model's config alone, not on the names in the files that were loaded:
+    learner, engines and `RUN/policy` agree without comparing files.
     """
     conversions = get_model_conversion_mapping(model, add_legacy=False)
-    # What `revert_weight_conversion` goes by; loading has left there what these files needed.
+    # `revert_weight_conversion` reads this attribute. Loading set it to the conversions of the files it read.
     model._weight_conversions = [entry for entry in conversions if not isinstance(entry, PrefixChange)]
     if not model._weight_conversions:
         for name, give in tensors:
@@ -36,10 +36,10 @@ def as_saved(model: PreTrainedModel, tensors: Iterable[NamedTensor]) -> Iterator
         converted = revert_weight_conversion(model, {name: give() for name, give in layer})
         while converted:
             name = next(iter(converted))
-            yield name, converted.pop(name)  # released here before the next layer is asked for
+            yield name, converted.pop(name)  # popped, so that it is freed before the next layer
 
 
 def _layer(name: str) -> str:
-    """What the names of one layer's weights have in common; a weight outside of the layers is its own."""
+    """The common prefix of one layer's names. A weight outside the layers forms a group by itself."""
     found = re.match(r".*?\.\d+\.", name)
     return found[0] if found else name

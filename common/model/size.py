@@ -1,4 +1,4 @@
-"""Sizes and shapes of a model, from its config alone: no weight is loaded. Runs anywhere."""
+"""Sizes and shapes of a model from its config alone; no weight is loaded. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from common.model.checks import (
-    read_config,
-    reading,
-)
+from common.model.checks import read_config, reading
 from common.model.remote_code import trusted
 from common.model.rotary import original_length
 from common.model.saved_weights import as_saved
@@ -25,7 +18,7 @@ from common.model.saved_weights import as_saved
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What memory estimates depend on."""
+    """The sizes that memory estimates need."""
 
     parameters: int
     layers: int
@@ -33,13 +26,13 @@ class ModelSize:
     heads: int
     kv_heads: int
     head_dim: int
-    vocabulary: int  # rows of the embedding: every token id must be below
+    vocabulary: int  # rows of the embedding; every token id is smaller
     context: int  # longest sequence, tokens
-    intermediate: int | None = None  # width of a feed-forward layer, where the config says it
+    intermediate: int | None = None  # width of a feed-forward layer, if the config has it
 
 
 def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
-    """Sizes of the model in `directory`, from its config alone: no weight is loaded. Raises UserError."""
+    """Sizes of the model in `directory`. Raises UserError if the config cannot be read or lacks one."""
     with reading(directory, setting, "be trained"):
         config = read_config(directory)
         parameters = sum(p.numel() for p in without_weights(config).parameters())
@@ -67,16 +60,16 @@ def _count(config: PretrainedConfig, name: str) -> int:
 
 
 def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight that the learner trains and publishes of the model in `directory`, by its name in files; a
-    tied head is the embedding. No weight is loaded."""
+    """Shape of every weight that the learner trains and publishes, by its name in files. A tied output embedding is
+    listed once, as the input embedding."""
     model = without_weights(read_config(directory))
     saved = as_saved(model, ((name, parameter.detach) for name, parameter in model.named_parameters()))
     return {name: tuple(tensor.shape) for name, tensor in saved}
 
 
 def constants(directory: Path) -> dict[str, Tensor]:
-    """What belongs to the model in `directory` beside weights and is never trained, such as the bias that balances the
-    load of experts: as its safetensors files hold it, by name."""
+    """Saved tensors of the model in `directory` that are never trained, such as the bias that balances the load of
+    experts. By name, as its safetensors files have them."""
     model = without_weights(read_config(directory))
     persistent = model.state_dict().keys()
     buffers = ((name, buffer.detach) for name, buffer in model.named_buffers() if name in persistent)
@@ -89,5 +82,6 @@ def constants(directory: Path) -> dict[str, Tensor]:
 
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: modules and shapes, no memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(Path(config._name_or_path)))

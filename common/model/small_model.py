@@ -1,6 +1,6 @@
-"""A small random model of the same architecture as a large one: what its layers do can be tried in a moment.
+"""Builds a small random model with the architecture of a large one, to test its layers within seconds.
 
-Runs in the driver and in tests.
+Runs in the driver.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from common.model.probe import UnsuitedModelError, alone, compare
 from common.model.rotary import use_own_lengths
 
 LAYERS, VOCABULARY, EXPERTS, WIDTH = 3, 96, 8, 64
-# Shorter than the probe's sequences, so that what happens beyond a window or an original length is seen.
+# Shorter than the probe's sequences, so that the probe also covers positions beyond a window or an original length.
 WINDOW = 5
 ORIGINAL_LENGTH = 12
-
-
-_LARGEST = 120_000_000  # parameters of a small model: two seconds
+_LARGEST = 120_000_000  # parameters of a small model; it takes two seconds
 
 
 def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], object] | None = None) -> None:
-    """Raises UnsuitedModelError if a small model of this kind is not computed as its own eager attention computes it.
+    """Raises UnsuitedModelError if a small model of this type fails the probe.
 
-    Says nothing of a kind that cannot be made small: the probe of the whole model then decides."""
+    Accepts a type that cannot be made small: the probe of the whole model decides later.
+    """
     for narrow in (True, False):
         try:
             model = random_model(small_config(config, narrow=narrow))
@@ -37,9 +36,9 @@ def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], obj
         except UnsuitedModelError:
             raise
         except Exception as error:
-            if PACKED in str(error):  # a KeyError: its attention is no registered one
+            if PACKED in str(error):  # a KeyError: its attention does not come from transformers' registry
                 raise UnsuitedModelError("its attention is its own and cannot be replaced") from error
-            continue  # sizes that depend on one another, or a model that does not even run by itself
+            continue  # its sizes depend on each other, or the model does not run at all
         if model is not None and expected is not None:
             if install is not None:
                 install(model)
@@ -48,7 +47,7 @@ def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], obj
 
 
 def random_model(config: PretrainedConfig) -> PreTrainedModel | None:
-    """In eval mode, with packed attention; None if it has too many parameters to be made in passing."""
+    """A model in eval mode with packed attention. None if it has too many parameters for a quick test."""
     with torch.device("meta"):
         if sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) > _LARGEST:
             return None
@@ -59,8 +58,8 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
 
 def small_config(config: PretrainedConfig, *, narrow: bool = True) -> PretrainedConfig:
-    """A copy with few layers and experts, narrow feed-forward layers, a small vocabulary and short windows, and if
-    `narrow` with few heads. Head sizes, kinds of layers and all that is computed stay."""
+    """A copy with few layers and experts, narrow feed-forward layers, a small vocabulary and short windows. `narrow`:
+    also with few heads. Sizes of heads, types of layers and all operations stay."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     for part in _parts(small):
@@ -72,7 +71,7 @@ def small_config(config: PretrainedConfig, *, narrow: bool = True) -> Pretrained
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Gives every parameter values at which its effect is seen: fresh models have zero biases and unit norms."""
+    """Sets every parameter to random values that affect the result: a new model has zero biases and unit norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +87,7 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """The config and all configs inside it."""
+    """The config and all configs nested in it."""
     inside = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
     return [config, *(part for nested in inside for part in _parts(nested))]
 
@@ -97,7 +96,7 @@ def _shrink(config: PretrainedConfig) -> None:
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > 0:
         _keep_layers(config, layers)
-    longest = getattr(config, "max_position_embeddings", None) or 0  # a window of that size is none
+    longest = getattr(config, "max_position_embeddings", None) or 0  # a window of this length excludes nothing
     for name, value in list(vars(config).items()):
         if type(value) is not int or value <= 0:
             continue
@@ -112,7 +111,7 @@ def _shrink(config: PretrainedConfig) -> None:
         elif name in ("sliding_window", "attention_chunk_size") and value < longest:
             setattr(config, name, min(value, WINDOW))
         elif name.startswith("index_") and ("topk" in name or "block_size" in name):
-            setattr(config, name, min(value, 2))  # attention to chosen tokens, which is full attention to few
+            setattr(config, name, min(value, 2))  # attention to selected tokens; with few tokens it selects all
     experts = [v for k, v in vars(config).items() if k in ("num_experts", "num_local_experts", "n_routed_experts")]
     chosen = getattr(config, "num_experts_per_tok", None)
     if experts and isinstance(chosen, int):
@@ -120,7 +119,7 @@ def _shrink(config: PretrainedConfig) -> None:
 
 
 def _keep_layers(config: PretrainedConfig, layers: int) -> None:
-    """The first layers, and the first of every kind that is not among them."""
+    """Keeps the first layers, and the first layer of every type that is not among them."""
     kept = list(range(min(layers, LAYERS)))
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list) and len(kinds) == layers:
@@ -134,7 +133,7 @@ def _keep_layers(config: PretrainedConfig, layers: int) -> None:
 
 
 def _keep_heads(config: PretrainedConfig) -> None:
-    """As few heads as keep their size and how many share keys and values."""
+    """Keeps as few heads as possible: their size and the number that share keys and values stay."""
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not (type(heads) is int and type(hidden) is int and heads > 1):
         return
@@ -153,6 +152,7 @@ def _keep_heads(config: PretrainedConfig) -> None:
 
 
 def _shorten_rope(config: PretrainedConfig) -> None:
+    """Sets the original context of rotary embeddings that change beyond it to ORIGINAL_LENGTH."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return

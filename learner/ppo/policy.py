@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config.ppo import LearnerConfig, OptimizerConfig
-from common.model.files import checkpoint_activations, load_policy
+from common.model.files import load_policy
 from common.model.kernels import install
 from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
+from common.model.recomputed_layers import checkpoint_activations
 from common.model.saved_weights import as_saved
 from learner.ppo import lora
 from learner.ranks.distributed import whole

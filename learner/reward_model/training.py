@@ -19,9 +19,10 @@ from common.errors import UserError
 from common.files import append_record, read_records
 from common.metrics import Metrics
 from common.model.batches import token_batches
-from common.model.files import checkpoint_activations, find_device, resolve_model
+from common.model.files import find_device, resolve_model
 from common.model.kernels import install
 from common.model.packing import embed
+from common.model.recomputed_layers import checkpoint_activations
 from common.model.reward_head import ScoreScale, head_scores, load_reward_model, save_reward_model
 from learner.loop.stopping import completed, save_now
 from learner.ranks.checkpoint import Checkpoints, load_checkpoint, save_checkpoint

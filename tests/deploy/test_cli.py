@@ -58,7 +58,7 @@ from learner.ppo import losses
 import my_rewards
 print(engine.__file__, losses.__file__, my_rewards.__file__)
 """
-NO_REWARD_MODEL = ") is no reward model: it must be a sequence classifier with one label, but is LlamaForCausalLM"
+NO_REWARD_MODEL = ") is not a reward model: it must be a sequence classifier with one label, but is LlamaForCausalLM"
 
 
 class RayWouldStart(SystemExit):
@@ -241,7 +241,7 @@ def test_the_configs_of_these_tests_are_accepted(accepted, configs, command):
         ("num_steps", "override 'num_steps' must read key=value"),
         ("model.path=/nowhere/at/all", "model.path (/nowhere/at/all) is neither a directory nor a hub name"),
         ("model.path=nowhere", "model.path (nowhere) is neither a directory nor a hub name"),
-        ("model.path=.", ") holds no config.json; name a Hugging Face model directory"),
+        ("model.path=.", ") has no config.json; name a Hugging Face model directory"),
         ("prompts.train=no.jsonl", "prompts.train (no.jsonl): there is no such file"),
         ("prompts.train=no_module:f", "prompts.train (no_module:f): module no_module cannot be imported"),
         ("prompts.max_tokens=2", "train.jsonl, line 3: the prompt has 3 tokens"),

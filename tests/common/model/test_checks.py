@@ -1,4 +1,4 @@
-"""What is found in the files of a model before anything starts: each fault is one UserError that names its cause."""
+"""Each fault in the files of a model is one UserError that names its cause, before anything starts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def change_config(directory, **changes):
 
 
 def check(directory):
-    """What the driver does before it starts anything."""
+    """The checks that the driver makes before it starts anything."""
     resolve_model(str(directory))
     model_size(directory)
     check_policy_files(directory)
@@ -93,7 +93,7 @@ def test_an_odd_config_is_refused(directory, changes):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '"llama"', "{}", "\0"])
-def test_a_config_that_is_no_config_is_refused(directory, text):
+def test_a_file_without_a_config_is_refused(directory, text):
     (directory / "config.json").write_text(text)
     refusal(directory)
 
@@ -130,16 +130,16 @@ def add_code(directory, monkeypatch):
     return ran
 
 
-def test_code_from_the_directory_is_refused_without_a_question_and_does_not_run(directory, monkeypatch):
+def test_code_from_the_directory_is_refused_and_does_not_run(directory, monkeypatch):
     ran = add_code(directory, monkeypatch)
     assert "set model.trust_remote_code = true if you trust that code" in refusal(directory)
     assert not ran.exists()
 
 
-def test_code_from_the_directory_runs_where_the_config_allows_it(directory, monkeypatch):
+def test_code_from_the_directory_runs_if_the_config_allows_it(directory, monkeypatch):
     ran = add_code(directory, monkeypatch)
     assert resolve_model(str(directory), trust_remote_code=True) == directory
-    with pytest.raises(UserError, match="Unrecognized configuration class"):  # it brings no model class
+    with pytest.raises(UserError, match="Unrecognized configuration class"):  # it has no model class
         model_size(directory)
     assert ran.exists()
 
@@ -168,16 +168,16 @@ def test_a_weight_that_is_not_finite_is_named(directory, bad):
     weight = torch.zeros(64, 128)
     weight[3, 5] = bad
     saved_without(directory, **{"model.layers.0.mlp.down_proj.weight": weight})
-    assert "its weight model.layers.0.mlp.down_proj.weight holds numbers that are not finite" in refusal(directory)
+    assert "its weight model.layers.0.mlp.down_proj.weight has numbers that are not finite" in refusal(directory)
 
 
-def test_large_weights_are_not_taken_for_infinite_ones(directory):
-    """Their sum overflows."""
+def test_large_finite_weights_are_accepted(directory):
+    """Their sum overflows, but each one is finite."""
     saved_without(directory, **{"model.norm.weight": torch.full((64,), 1e38)})
     check_policy_files(directory)
 
 
-def test_files_that_are_cut_off_are_refused(directory):
+def test_truncated_files_are_refused(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refusal(directory)
@@ -203,23 +203,23 @@ def test_an_end_token_beyond_the_embedding_is_refused(directory):
     assert "its embedding has 64 rows; resize it with resize_token_embeddings" in refusal(directory)
 
 
-# Kinds of models
+# Types of models
 
 
 @pytest.mark.parametrize("kind", ["stablelm", "falcon_mamba", "gptj", "bloom", "doge"])
-def test_a_kind_that_cannot_be_packed_is_found_without_its_weights(tmp_path, kind):
+def test_a_type_that_cannot_be_packed_is_refused_without_weights(tmp_path, kind):
     small_config(CONFIG_MAPPING[kind]()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"a {kind} model, cannot be trained: .*; docs/models.md lists what is supp"):
         check_trainable_kind(tmp_path)
 
 
-def test_a_float_of_half_precision_is_read_as_it_is(directory):
+def test_a_model_in_half_precision_is_accepted(directory):
     AutoModelForCausalLM.from_pretrained(directory).half().save_pretrained(directory)
     check(directory)
     load_policy(directory, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def test_a_kind_that_reads_images_is_refused_because_no_generator_could_start_it(tmp_path):
+def test_a_type_that_reads_images_is_refused(tmp_path):
     save_tiny_model(tmp_path)
     random_model(tiny_config("gemma3")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its type also reads images, and the generators cannot start vLLM with such a"):

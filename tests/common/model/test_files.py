@@ -1,4 +1,4 @@
-"""Models on disk: what is refused, what their sizes are, and that a directory is replaced whole or not at all."""
+"""Models on disk: refusals, sizes, loading, and saving in place of an older one."""
 
 import json
 
@@ -27,36 +27,36 @@ def refusal(name) -> str:
 # Finding a model
 
 
-def test_a_complete_directory_is_its_own_resolution(tmp_path):
+def test_a_complete_directory_is_used_directly(tmp_path):
     assert resolve_model(str(save_tiny_model(tmp_path))) == tmp_path
 
 
 def test_a_directory_without_config_or_weights_is_refused(tmp_path):
-    assert f"model.path ({tmp_path}) holds no config.json" in refusal(tmp_path)
+    assert f"model.path ({tmp_path}) has no config.json" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert f"model.path ({tmp_path}) holds no weights (*.safetensors)" in refusal(tmp_path)
+    assert f"model.path ({tmp_path}) has no weights (*.safetensors)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./no/model", "/no/model", "~/no-model", "embedded:other"])
-def test_a_name_that_is_neither_directory_nor_hub_name_is_refused_with_what_to_give(name, tmp_path, monkeypatch):
+def test_a_name_that_is_no_directory_and_no_hub_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal(name)
     assert f"model.path ({name}) is neither a directory nor a hub name" in message
     assert EMBEDDED in message
 
 
-def test_a_hub_name_that_cannot_be_had_is_refused_with_the_cause(monkeypatch):
+def test_a_failed_download_is_refused_with_its_cause(monkeypatch):
     def no_network(name, **options):
         raise ConnectionError(name)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
-    assert "model.path (org/model) is not a directory, and the hub could not give it: ConnectionError" in refusal(
+    assert "model.path (org/model) is not a directory, and downloading it failed: ConnectionError" in refusal(
         "org/model"
     )
 
 
 @pytest.mark.ray
-def test_the_embedded_model_is_converted_once_and_knows_the_capital_of_france(tmp_path, monkeypatch):
+def test_the_embedded_model_is_converted_once(tmp_path, monkeypatch):
     monkeypatch.setenv("RATCHET_CACHE", str(tmp_path))
     directory = resolve_model(EMBEDDED)
     assert directory.parent == tmp_path
@@ -70,7 +70,7 @@ def test_the_embedded_model_is_converted_once_and_knows_the_capital_of_france(tm
         assert tokenizer.decode([int(policy(ids, lengths=[ids.shape[1]]).logits[0, -1].argmax())]) == " Paris"
 
 
-# What it is made of
+# Sizes and shapes
 
 
 def test_sizes_are_those_counted_by_hand(tmp_path):
@@ -88,7 +88,7 @@ def test_sizes_are_those_counted_by_hand(tmp_path):
         intermediate=128,
     )
     assert model_size(save_tiny_model(tmp_path / "tied")) == expected
-    # An output embedding of its own: 4096 more.
+    # A separate output embedding: 4096 more.
     assert model_size(save_tiny_model(tmp_path / "untied", tied=False)).parameters == 82_240
 
 
@@ -101,14 +101,14 @@ def test_two_embeddings_that_the_config_calls_one_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_a_learner_publishes_is_what_the_files_hold(tmp_path, tied):
+def test_published_shapes_are_those_in_the_files(tmp_path, tied):
     directory = save_tiny_model(tmp_path / "model", tied=tied)
     held = load_file(directory / "model.safetensors")
     assert ("lm_head.weight" in held) is not tied
     assert parameter_shapes(directory) == {name: tuple(tensor.shape) for name, tensor in held.items()}
 
 
-def test_heads_that_a_config_does_not_mention_follow_from_the_others(tmp_path):
+def test_missing_sizes_of_heads_follow_from_the_others(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "gpt2", "n_layer": 1, "n_head": 4, "n_embd": 32, "vocab_size": 10, "n_positions": 16})
     )
@@ -116,7 +116,7 @@ def test_heads_that_a_config_does_not_mention_follow_from_the_others(tmp_path):
     assert (size.heads, size.kv_heads, size.head_dim, size.context) == (4, 4, 8, 16)
 
 
-def test_a_directory_of_no_language_model_is_refused(tmp_path):
+def test_a_directory_without_a_language_model_is_refused(tmp_path):
     for config in ("{}", '{"model_type": "no_such_type"}', '{"model_type": "vit"}'):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(UserError, match="cannot be trained"):
@@ -132,7 +132,7 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path, conf
     assert end_token_ids(tmp_path, load_tokenizer(tmp_path)) == expected
 
 
-# Loading it
+# Loading
 
 
 def save_changed_head(directory, kind, value):
@@ -164,7 +164,7 @@ def test_models_that_cap_or_scale_their_logits_are_loaded(tmp_path, kind, value,
 # Replacing a directory
 
 
-def test_a_directory_is_replaced_only_when_the_block_ends_well(tmp_path):
+def test_a_directory_is_replaced_only_if_the_block_succeeds(tmp_path):
     target = tmp_path / "some" / "policy"
     with replaced_directory(target) as staging:
         (staging / "old").write_text("old")
@@ -178,7 +178,7 @@ def test_a_directory_is_replaced_only_when_the_block_ends_well(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert {path.name: path.read_text() for path in target.iterdir()} == {"old": "old"}
-    assert list(target.parent.iterdir()) == [target]  # nothing is left of the attempt
+    assert list(target.parent.iterdir()) == [target]  # the failed attempt leaves nothing
 
     with replaced_directory(target) as staging:
         (staging / "new").write_text("new")
@@ -186,17 +186,17 @@ def test_a_directory_is_replaced_only_when_the_block_ends_well(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-# Saving it
+# Saving
 
 
-def test_a_saved_policy_has_the_given_weights_and_all_else_from_its_base(tmp_path):
+def test_a_saved_policy_has_the_given_weights_and_its_bases_config(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     # Published models have such files, which transformers reads but does not write: top_k without do_sample.
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, 9], "top_k": 7}))
     policy = load_policy(base, **CPU)
     tensors = {name: 1.001 * parameter.detach() for name, parameter in policy.named_parameters()}
     target = tmp_path / "runs" / "policy"
-    for factor in (1, 2):  # the second in place of the first
+    for factor in (1, 2):  # the second replaces the first
         save_policy({name: factor * tensor for name, tensor in tensors.items()}, base, target)
         saved = AutoModelForCausalLM.from_pretrained(target)
         assert saved.dtype == torch.bfloat16
@@ -214,7 +214,7 @@ def test_a_saved_policy_has_the_given_weights_and_all_else_from_its_base(tmp_pat
 
 def test_a_loaded_policy_attends_within_packed_sequences(tmp_path):
     policy = load_policy(save_tiny_model(tmp_path), **CPU)
-    once = torch.arange(ROW_MULTIPLE)  # bit for bit takes whole vectors
+    once = torch.arange(ROW_MULTIPLE)  # equal bits need whole vectors
     ids, positions = (once + 5).repeat(2)[None], once.repeat(2)[None]
     with torch.no_grad():
         logits = policy(ids, position_ids=positions, lengths=[ROW_MULTIPLE, ROW_MULTIPLE]).logits[0]

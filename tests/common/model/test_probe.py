@@ -1,4 +1,4 @@
-"""The probe at load: what it lets pass, what it refuses, and the reasons it gives."""
+"""The probe at load accepts correct models and refuses the others with the reason."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from common.errors import UserError
 from common.model.attention import PACKED
-from common.model.files import checkpoint_activations, load_policy
+from common.model.files import load_policy
 from common.model.kernels import install
 from common.model.packing import Sequences
 from common.model.probe import UnsuitedModelError, alone, compare
+from common.model.recomputed_layers import checkpoint_activations
 from common.model.small_model import randomise, small_config
 from tests.fakes import save_tiny_model
 
@@ -50,7 +51,7 @@ def test_models_that_cannot_be_packed_are_refused_with_the_reason(kind, reason):
         probe(small(kind, **layers))
 
 
-def test_a_kernel_that_computes_something_else_is_found():
+def test_a_kernel_with_wrong_results_is_found():
     def change(model):
         norm = model.model.norm
         original = norm.forward
@@ -62,7 +63,7 @@ def test_a_kernel_that_computes_something_else_is_found():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gemma2"])
-def test_right_models_pass_in_both_precisions_and_keep_their_attention(kind, dtype):
+def test_correct_models_pass_in_both_precisions(kind, dtype):
     model = small(kind).to(dtype)
     probe(model)
     assert model.config._attn_implementation == PACKED
@@ -83,11 +84,11 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"its weight model.layers.1.mlp.up_proj.weight holds numbers that are not fin"):
+    with pytest.raises(UserError, match=r"its weight model.layers.1.mlp.up_proj.weight has numbers that are not fin"):
         load_policy(tmp_path, **CPU)
 
 
-def test_missing_and_left_over_weights_are_refused_by_name(tmp_path):
+def test_missing_and_surplus_weights_are_refused_by_name(tmp_path):
     save_tiny_model(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     whole = model.state_dict()
@@ -103,8 +104,8 @@ def test_missing_and_left_over_weights_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["opt", "biogpt", "llama"])
-def test_recomputed_layers_drop_nothing(kind):
-    """OPT and BioGPT drop by a tenth in training, and look at their layer's flag to know."""
+def test_recomputed_layers_apply_no_dropout(kind):
+    """In training mode OPT and BioGPT drop a tenth of the activations; they read their layer's flag."""
     model = small(kind)
     ids = torch.arange(3, 15)
     sequences = Sequences.pack([ids[:2].numpy(), ids[5:6].numpy()], [ids[2:5].numpy(), ids[6:].numpy()])
@@ -129,6 +130,6 @@ def test_recomputed_layers_drop_nothing(kind):
 
     plain, all_kept = gradients(), kept()
     checkpoint_activations(model)
-    assert kept() < all_kept / 2  # so that layers are recomputed at all
+    assert kept() < all_kept / 2  # so layers really are recomputed
     for one, other in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Reward models on disk: scores against transformers' own, what a directory says of itself, and what is refused."""
+"""Reward models on disk: scores against transformers' own, the stored scale, hashes and refusals."""
 
 import json
 import os
@@ -81,13 +81,13 @@ def padded(rows, *, multiple_of=1):
     ("special", "pad"),
     [
         ({"pad_token": "<pad>", "unk_token": "<unk>"}, PAD),
-        ({"pad_token": "<end>", "unk_token": "<unk>"}, UNK),  # another than the end token is found
+        ({"pad_token": "<end>", "unk_token": "<unk>"}, UNK),  # the unknown token pads instead
         ({"pad_token": "<end>"}, END),
         ({}, END),
     ],
 )
 @torch.no_grad()
-def test_scores_are_those_of_transformers_on_the_tokenizers_own_batch(tmp_path, special, pad):
+def test_scores_are_those_of_transformers_on_a_padded_batch(tmp_path, special, pad):
     base = save_tiny_model(tmp_path / "base")
     words = load_tokenizer(base).backend_tokenizer
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", **special).save_pretrained(base)
@@ -98,7 +98,7 @@ def test_scores_are_those_of_transformers_on_the_tokenizers_own_batch(tmp_path, 
     assert tokenizer.pad_token_id == model.config.pad_token_id == pad
     batch = tokenizer([f"{prompt} {response} <end>" for prompt, response in TEXTS], padding=True, return_tensors="pt")
     expected = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-    assert expected.std() > 0.1  # nothing to compare otherwise
+    assert expected.std() > 0.1  # otherwise the comparison would say nothing
 
     ours = load_reward_model(saved, **CPU)
     rows = [dialogue_ids(tokenizer, prompt, response, chat=False, pad_id=pad) for prompt, response in TEXTS]
@@ -112,7 +112,7 @@ def test_scores_are_those_of_transformers_on_the_tokenizers_own_batch(tmp_path, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_row_has_the_same_score_bit_for_bit_in_any_company(saved, dtype):
+def test_the_bits_of_a_score_do_not_depend_on_the_batch(saved, dtype):
     """On one thread, as a reward process runs by default."""
     model = load_reward_model(saved, dtype=dtype, device=torch.device("cpu"))
     rng = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def test_a_row_has_the_same_score_bit_for_bit_in_any_company(saved, dtype):
 
 
 @torch.no_grad()
-def test_the_head_scores_in_float32_whatever_the_body_computes_in(saved):
+def test_the_head_always_computes_in_float32(saved):
     model = load_reward_model(saved, dtype=torch.bfloat16, device=torch.device("cpu"))
     states = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     expected = [sum(s * w for s, w in zip(state, model.score.weight[0].tolist())) for state in states.tolist()]
@@ -144,7 +144,7 @@ def test_the_head_scores_in_float32_whatever_the_body_computes_in(saved):
 
 
 @torch.no_grad()
-def test_a_plain_language_model_gets_a_head_of_zeros(policy):
+def test_a_language_model_gets_a_head_of_zeros(policy):
     model = load_reward_model(policy, **CPU)
     assert sequence_scores(model, torch.tensor([[3, 4, 5], [3, 6, 1]]), torch.tensor([3, 2])).tolist() == [0.0, 0.0]
     body = load_policy(policy, **CPU).base_model.state_dict()
@@ -172,7 +172,7 @@ def test_a_classifier_into_several_labels_is_refused(copied):
             refused(copied)
 
 
-def test_a_head_of_another_form_is_refused(tmp_path):
+def test_a_head_that_is_not_one_linear_layer_is_refused(tmp_path):
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
     BertForSequenceClassification(BertConfig(**small, vocab_size=64, num_labels=1)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot be a reward model: its head is not one linear layer named `score`"):
@@ -197,7 +197,7 @@ def test_a_directory_without_a_model_that_can_score_is_refused(tmp_path, config,
             refused(tmp_path)
 
 
-def test_sizes_are_those_of_the_body_and_a_language_model_has_none_of_a_reward_model(policy, saved, tmp_path):
+def test_only_a_reward_model_has_a_reward_models_size(policy, saved, tmp_path):
     assert reward_model_size(saved) == model_size(policy)
     one_label = shutil.copytree(policy, tmp_path / "copy")
     change_config(one_label, id2label={"0": "score"})
@@ -205,7 +205,7 @@ def test_sizes_are_those_of_the_body_and_a_language_model_has_none_of_a_reward_m
     for language_model in (policy, one_label):
         check_trainable(language_model)  # it can become one
         assert not is_reward_model(language_model)
-        with pytest.raises(UserError, match=r"is no reward model: .* is LlamaForCausalLM; train one with"):
+        with pytest.raises(UserError, match=r"is not a reward model: .* is LlamaForCausalLM; train one with"):
             reward_model_size(language_model)
 
 
@@ -213,15 +213,15 @@ def test_sizes_are_those_of_the_body_and_a_language_model_has_none_of_a_reward_m
 
 
 @torch.no_grad()
-def test_a_saved_model_is_one_that_transformers_loads_in_bf16_by_itself(policy, tmp_path):
+def test_transformers_loads_a_saved_model_in_bf16(policy, tmp_path):
     trained = load_reward_model(policy, **CPU)
     for parameter in trained.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
     save_reward_model(trained, policy, tmp_path / "model", ScoreScale(chat=True, mean=1.0, deviation=2.0))
-    assert trained.dtype == torch.float32  # goes on training
+    assert trained.dtype == torch.float32  # training continues in float32
 
     loaded, loading = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not any(loading.values())  # nothing missing, nothing left over
+    assert not any(loading.values())  # no missing and no surplus weight
     assert (loaded.dtype, loaded.config.num_labels) == (torch.bfloat16, 1)
     assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
     expected = {name: weight.bfloat16() for name, weight in trained.state_dict().items()}
@@ -235,16 +235,16 @@ def contents(directory):
     return {name: json.loads(data) if name == "config.json" else data for name, data in files.items()}
 
 
-def test_a_model_is_replaced_by_the_next_one_saved(saved, tmp_path):
+def test_saving_replaces_the_model_saved_before(saved, tmp_path):
     save_reward_model(load_reward_model(saved, **CPU), saved, tmp_path / "m", ScoreScale(chat=True, mean=7.0))
     (tmp_path / "m" / "leftover.json").touch()
     save_reward_model(load_reward_model(tmp_path / "m", **CPU), saved, tmp_path / "m", ScoreScale())
     assert read_scale(tmp_path / "m") == ScoreScale()
-    assert contents(tmp_path / "m") == contents(saved)  # every weight, setting and token came through
+    assert contents(tmp_path / "m") == contents(saved)  # every weight, setting and token is kept
 
 
 @pytest.mark.parametrize("scale", [ScoreScale(), ScoreScale(True, 0.1, 1 / 3), ScoreScale(False, -1e-30, 1e30)])
-def test_a_scale_comes_back_as_it_was_written_and_changes_nothing_else(copied, scale):
+def test_writing_a_scale_changes_nothing_else(copied, scale):
     before = json.loads((copied / "config.json").read_text())
     names = sorted(path.name for path in copied.iterdir())
     write_scale(copied, ScoreScale(True, 5.0, 6.0))
@@ -256,20 +256,20 @@ def test_a_scale_comes_back_as_it_was_written_and_changes_nothing_else(copied, s
     load_reward_model(copied, **CPU)
 
 
-def test_a_model_from_elsewhere_has_the_scale_of_its_own_head(policy):
+def test_a_model_from_elsewhere_keeps_its_scores(policy):
     assert read_scale(policy) == ScoreScale(chat=None, mean=0.0, deviation=1.0)
 
 
-# What a model is known by
+# Content hashes
 
 
-def test_a_hash_does_not_change_with_place_or_time(saved, copied):
+def test_a_hash_does_not_depend_on_place_or_time(saved, copied):
     known = content_hash(saved)
     assert len(known) == 16
     assert int(known, 16) >= 0
     for path in copied.iterdir():
         os.utime(path, (0, 0))
-    write_scale(copied, ScoreScale())  # written anew, the same
+    write_scale(copied, ScoreScale())  # the same bytes written again
     assert content_hash(copied) == known
 
 
@@ -298,7 +298,7 @@ def test_a_hash_changes_with_a_weight_a_setting_a_token_or_the_scale(saved, copi
     changed()
 
 
-def test_a_head_that_is_not_in_the_files_is_refused(copied):
+def test_a_head_missing_in_the_files_is_refused(copied):
     model = load_reward_model(copied, **CPU)
     model.save_pretrained(copied, state_dict={k: v for k, v in model.state_dict().items() if k != "score.weight"})
     change_config(copied, architectures=["LlamaForSequenceClassification"])
@@ -312,14 +312,14 @@ def test_a_head_that_is_not_in_the_files_is_refused(copied):
     [[], {"men": 1.0}, {"mean": "x"}, {"deviation": 0}, {"deviation": -1.0}, {"mean": float("inf")}, {"chat": "yes"}],
     ids=str,
 )
-def test_a_scale_that_ratchet_does_not_write_is_refused(copied, scale):
+def test_a_malformed_scale_is_refused(copied, scale):
     change_config(copied, ratchet=scale)
     for refused in (reward_model_size, read_scale):
         with pytest.raises(UserError, match=r"`ratchet` in its config.json must"):
             refused(copied)
 
 
-def test_a_model_whose_scores_depend_on_the_rest_of_the_batch_is_refused(saved, monkeypatch):
+def test_a_model_whose_scores_depend_on_the_batch_is_refused(saved, monkeypatch):
     plain = reward_models.sequence_scores
 
     def coloured(model, input_ids, lengths):
@@ -334,7 +334,7 @@ def test_the_check_leaves_a_new_head_at_zero(policy):
     assert not load_reward_model(policy, **CPU).score.weight.any()
 
 
-def test_a_replacement_that_computes_something_else_is_refused(saved):
+def test_a_replacement_with_wrong_results_is_refused(saved):
     def install(model):
         forward = model.base_model.norm.forward
         model.base_model.norm.forward = lambda x: 1.01 * forward(x)

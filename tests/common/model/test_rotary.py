@@ -1,4 +1,4 @@
-"""Rotary embeddings by each sequence's own length, against each sequence alone in a model that saw nothing before."""
+"""Rotary embeddings by each sequence's length, against each sequence alone in a newly loaded model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-LENGTHS = [5, 30, 11, 1, 12, 40, 13]  # 12 is the original length; longer ones before and after shorter ones
+LENGTHS = [5, 30, 11, 1, 12, 40, 13]  # the original length is 12; longer sequences before and after shorter ones
 
 
 @pytest.fixture(params=["longrope", "dynamic"])
@@ -45,7 +45,7 @@ def directory(request, tmp_path):
 
 
 def alone(directory, ids):
-    """In a model of its own, so that nothing is remembered."""
+    """Log-probabilities from a newly loaded model, which remembers no earlier sequence."""
     fresh = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         return fresh(torch.from_numpy(ids)[None]).logits[0].log_softmax(-1)
@@ -57,10 +57,10 @@ def sequences():
 
 
 @torch.no_grad()
-def test_a_packed_row_gives_each_sequence_the_frequencies_of_its_own_length(directory):
+def test_packed_sequences_get_the_frequencies_of_their_own_length(directory):
     policy, rows = load_policy(directory, **CPU), sequences()
     packed = Sequences.pack([row[:1] for row in rows], [row[1:] for row in rows])
-    for _ in range(2):  # the second time as the first: nothing is remembered
+    for _ in range(2):  # the second pass must not depend on the first
         found = response_logprobs(policy, packed, temperature=1.0)
         for mine, row in zip(found, rows, strict=True):
             expected = alone(directory, row)[range(len(row) - 1), row[1:]]
@@ -68,7 +68,7 @@ def test_a_packed_row_gives_each_sequence_the_frequencies_of_its_own_length(dire
 
 
 @torch.no_grad()
-def test_the_padding_of_its_batch_does_not_change_a_score(directory):
+def test_padding_does_not_change_a_score(directory):
     model = load_reward_model(directory, **CPU)
     torch.nn.init.normal_(model.score.weight)
     rows = sequences()
@@ -80,11 +80,11 @@ def test_the_padding_of_its_batch_does_not_change_a_score(directory):
         fresh = load_reward_model(directory, **CPU)
         fresh.score.weight.copy_(model.score.weight)
         body = fresh.base_model
-        body.rotary_emb.__dict__.pop("forward")  # as transformers has it
+        body.rotary_emb.__dict__.pop("forward")  # transformers' own
         state = body(input_ids=torch.from_numpy(row)[None], use_cache=False).last_hidden_state[0, -1]
         torch.testing.assert_close(score, model.score.weight[0] @ state, atol=2e-5, rtol=0)
 
 
-def test_the_context_ends_where_engines_begin_to_differ(directory):
+def test_the_context_ends_where_engines_start_to_differ(directory):
     assert model_size(directory).context == 12
     assert AutoConfig.from_pretrained(directory).max_position_embeddings in (12, 64)

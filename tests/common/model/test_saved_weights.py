@@ -1,4 +1,4 @@
-"""Names and forms of weights against what `save_pretrained` puts into files, and how many are held at once."""
+"""Names and shapes of weights against the files of `save_pretrained`, and how many are in memory at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_names_and_values_are_those_of_the_files(tmp_path, kind):
     assert ("model.layers.1.mlp.experts.3.up_proj.weight" in found) == (kind not in ("gpt2", "mixtral"))
 
 
-def test_what_is_not_trained_comes_from_the_files_as_it_is(tmp_path):
+def test_untrained_tensors_are_copied_from_the_base(tmp_path):
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     directory = save_tiny_kind(tmp_path / "base", "glm4_moe")
     [(found, bias)] = constants(directory).items()
@@ -49,12 +49,12 @@ def test_what_is_not_trained_comes_from_the_files_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_a_saved_policy_computes_what_its_weights_do(tmp_path, kind):
+def test_a_saved_policy_computes_the_same_logits(tmp_path, kind):
     base = save_tiny_kind(tmp_path / "base", kind)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_((1.5 * parameter).bfloat16())  # what bf16 holds exactly
+            parameter.copy_((1.5 * parameter).bfloat16())  # exact in bf16
     tensors = as_saved(model, ((name, parameter.detach) for name, parameter in model.named_parameters()))
     save_policy(dict(tensors), base, tmp_path / "policy")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32).eval()
@@ -65,7 +65,7 @@ def test_a_saved_policy_computes_what_its_weights_do(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_no_more_than_one_layer_is_held_at_a_time(tmp_path, kind):
+def test_at_most_one_layer_is_in_memory(tmp_path, kind):
     directory = save_tiny_model(tmp_path) if kind == "llama" else save_tiny_kind(tmp_path, kind)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     alive, peak = [0], 0
@@ -84,5 +84,5 @@ def test_no_more_than_one_layer_is_held_at_a_time(tmp_path, kind):
     gc.collect()
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     assert alive == [0]
-    assert peak <= layer + 64 * 64  # the last one before it, which the loop above still has
+    assert peak <= layer + 64 * 64  # plus the tensor that the loop above still holds
     assert peak < sum(parameter.numel() for parameter in model.parameters()) / 1.8

@@ -1,5 +1,8 @@
-"""A tiny model of every type that docs/models.md lists: supported ones are computed as transformers computes each
-sequence alone, gradients included; the others are refused with the reason that the table gives."""
+"""Tiny models of every type that docs/models.md lists.
+
+Supported types have the values and gradients of transformers on each sequence alone; the others are refused with the
+reason in the table.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ REFUSED = listed("Refused")
 
 
 def logprobs_alone(model, sequences):
-    """From all logits of each sequence by itself, in transformers' own eager attention."""
+    """From all logits of each sequence alone, with transformers' own eager attention."""
     model.set_attn_implementation("eager")
     parts = []
     for ids in sequences.input_ids.split(sequences.lengths.tolist()):
@@ -45,14 +48,14 @@ def logprobs_alone(model, sequences):
 
 
 def logprobs_packed(model, sequences):
-    """As the learner computes them."""
+    """With the learner's functions."""
     states, token_ids = sequences.response_states(model.base_model)
     head, finish = model.get_output_embeddings(), Finish.of(model.config)
     return chosen_logprobs(states, token_ids, head, temperature=1.0, finish=finish)[0]
 
 
 def with_gradients(model, logprobs):
-    """Log-probabilities, and the gradient of every parameter that they depend on, for a pull on each of them."""
+    """Log-probabilities, and the gradient of a random weighted sum of them for every parameter."""
     found = logprobs(model)
     model.zero_grad(set_to_none=True)
     pull = torch.randn(len(found), generator=torch.Generator().manual_seed(3))
@@ -61,7 +64,7 @@ def with_gradients(model, logprobs):
 
 
 @pytest.mark.parametrize(("kind", "changes"), [*PLAIN.values(), *SPECIAL.values()], ids=[*PLAIN, *SPECIAL])
-def test_a_supported_model_has_the_values_and_gradients_of_each_sequence_alone(kind, changes):
+def test_a_supported_model_has_the_results_of_each_sequence_alone(kind, changes):
     config = tiny_config(kind, **changes)
     model = random_model(config)
     sequences: Sequences = alone(model).sequences
@@ -73,13 +76,13 @@ def test_a_supported_model_has_the_values_and_gradients_of_each_sequence_alone(k
     torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=0)
     size = max(float(gradient.abs().max()) for gradient in slow.values())
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for name in slow.keys() | fast.keys():  # an expert that no token takes may have zeros, or none
+    for name in slow.keys() | fast.keys():  # an unused expert may have zeros or no gradient
         one, other = fast.get(name, zeros[name]), slow.get(name, zeros[name])
         assert float((one - other).abs().max()) < 2e-5 * size, name
 
 
 @pytest.mark.parametrize(("kind", "reason"), REFUSED.items(), ids=REFUSED)
-def test_a_refused_model_is_refused_with_its_reason(kind, reason):
+def test_an_unsupported_model_is_refused_with_its_reason(kind, reason):
     with pytest.raises(UnsuitedModelError, match=re.escape(reason)):
         try_small(tiny_config(kind), install)
 
@@ -90,6 +93,6 @@ def test_no_type_is_in_both_tables():
     assert not PLAIN.keys() & REFUSED.keys()
 
 
-def test_a_window_that_only_the_mask_knows_is_refused():
+def test_a_window_that_is_only_in_the_mask_is_refused():
     with pytest.raises(UnsuitedModelError):
         try_small(tiny_config("phimoe", sliding_window=5))

@@ -89,7 +89,7 @@ def said(*turns):
         ('{"chosen": "b1", "rejected": [{"role": "user"}]}', "`rejected`, message 1 must have text as `content`"),
         ('{"chosen": "b1", "rejected": [{"role": 1, "content": "b2"}]}', "`rejected`, message 1 must be an object"),
         ('{"chosen": "b1", "rejected": [{"role": "robot", "content": "b2"}]}', "message 1 has the role 'robot'"),
-        ('{"chosen": "b1", "rejected": "b\\u0000"}', "`rejected` holds the character NUL"),
+        ('{"chosen": "b1", "rejected": "b\\u0000"}', "`rejected` has the character NUL"),
         ('{"chosen": "b1", "rejected": "b\\ud83d"}', "`rejected` has half of a surrogate pair"),
         ('{"chosen": "b1", "rejected": [{"role": "assistant", "content": "b2"}]}', "must both be text or both be chat"),
         ('{"chosen": "b1", "rejected": "b2", "margin": "1x"}', "`margin` is '1x'"),

@@ -1,0 +1,35 @@
+"""Gradient checkpointing for models in eval mode. Runs in every learner rank.
+
+transformers recomputes layers only in training mode, which would also turn on their dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes the model recompute its layers' activations in the backward pass instead of keeping them."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            # A layer is recomputed only if this flag is set. `_recomputed` clears it inside, where it turns on dropout.
+            layer.training = True
+            layer._gradient_checkpointing_func = partial(_recomputed, layer, layer._gradient_checkpointing_func)
+
+
+def _recomputed(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    def in_eval_mode(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_eval_mode, *inputs)
