@@ -46,7 +46,7 @@ IMPORTS = 600 * MIB  # memory of a process that has imported torch and transform
 
 def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
     """Every process of a PPO run with an estimate of its peak memory."""
-    networks = 2 if cfg.learner.critic == "separate" else 1
+    networks = 2 if cfg.ppo.has_critic and cfg.learner.critic == "separate" else 1
     services = service_needs(cfg, model, reward_models)
     if cfg.learner.lora is not None:  # the learner is its own reference
         services = [need for need in services if need.section != "reference"]

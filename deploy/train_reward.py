@@ -34,7 +34,8 @@ from learner.loop.answers import answer
 from learner.ranks.group import RewardTrainerGroup
 from learner.reward_model.calibration import PreferenceEvaluation
 from learner.reward_model.pairs import Pairs
-from learner.reward_model.training import RewardRun, RewardTrainer, steps_per_epoch, train_reward_model
+from learner.reward_model.trainer import RewardTrainer
+from learner.reward_model.training import RewardRun, steps_per_epoch, train_reward_model
 
 SOURCE = "reward"  # the model's name in the reward service that scores the reference policy's responses
 

@@ -35,10 +35,14 @@ from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig,
 
 
 class PPOConfig(Section):
-    """Proximal policy optimisation with a learned critic (Schulman et al. 2017, arXiv:1707.06347)."""
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347)."""
 
+    advantages: Literal["gae", "group", "returns"] = "gae"
+    """The baseline that rewards are compared with. gae: a learned critic (arXiv:1506.02438). group: the mean of the
+    prompt's other responses (RLOO, arXiv:2402.14740). returns: none. The last two build no critic, and ignore its
+    settings: lam, value_clip, value_coef, learner.critic and the critic's learning rates."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Discount per token; 1 counts the score in full at the first token."""
+    """Discount per token; 1 counts the score in full at the first token. Unused with advantages = "group"."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
     critic's bias for variance."""
@@ -69,6 +73,11 @@ class PPOConfig(Section):
     max_mismatch_steps steps in a row: the two then compute different policies; 0: never."""
     max_mismatch_steps: MayChange[Positive] = 5
     """See max_mismatch_kl."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the advantages need a critic."""
+        return self.advantages == "gae"
 
 
 class KLConfig(Section):
@@ -195,6 +204,11 @@ def _broken_batch_rules(cfg: Config) -> Iterator[str]:
         if batch % parts:
             nearest = ", ".join(str(n) for n in (batch // parts * parts, batch // parts * parts + parts) if n)
             yield f"rollouts_per_step ({batch}) must be a multiple of {key} ({parts}); nearest: {nearest}"
+    if cfg.ppo.advantages == "group" and cfg.prompts.rollouts_per_prompt < 2:
+        yield (
+            f"prompts.rollouts_per_prompt ({cfg.prompts.rollouts_per_prompt}) must be at least 2 with "
+            'ppo.advantages = "group", which compares the responses to one prompt; raise it, or use "gae" or "returns"'
+        )
 
 
 def _broken_schedule_rules(cfg: Config) -> Iterator[str]:
@@ -207,6 +221,11 @@ def _broken_schedule_rules(cfg: Config) -> Iterator[str]:
         yield (
             f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be below num_steps "
             f"({cfg.num_steps}), or the policy is never trained; lower the first or raise the second"
+        )
+    if cfg.learner.critic_warmup_steps and not cfg.ppo.has_critic:
+        yield (
+            f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be 0 with ppo.advantages = "
+            f'"{cfg.ppo.advantages}", which has no critic to train alone; set it to 0, or use "gae"'
         )
 
 

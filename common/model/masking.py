@@ -1,4 +1,7 @@
-"""Means, variances and whitening over the True places of a mask. A mask is True where something counts."""
+"""Masks, and means, variances and whitening over their True places. A mask is True where something counts.
+
+Runs anywhere.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,45 @@ from torch import Tensor
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """[B] lengths to a [B, width] mask: True on the first `lengths[b]` places of row b."""
+    """Lengths [B] as a mask [B, width]: row b is True on its first `lengths[b]` places."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
+def check_no_holes(mask: Tensor) -> None:
+    """Raises ValueError unless every row of the mask [B, R] is True from its first place to its last True one.
+
+    What is computed backwards from the last token of a response would otherwise lose everything behind the first gap.
+    """
+    wrong = mask != length_mask(mask.sum(1), mask.shape[1])
+    if wrong.any():
+        row, place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"a response mask must be True from place 0 to the response's last token, without gaps, but row {row} is "
+            f"{bool(mask[row, place])} at place {place}; put the tokens of a response side by side from place 0 on"
+        )
+
+
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x where mask is True; what stands elsewhere, NaN included, is never looked at."""
+    """Sum of x where the mask is True. Other values, NaN included, are ignored."""
     return torch.where(mask, x, 0.0).sum()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is True; 0 where nothing counts."""
+    """Mean of x where the mask is True; 0 if it is nowhere True."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """Population variance of x where mask is True."""
+    """Population variance of x where the mask is True."""
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
 def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Zero mean and unit variance over the True places, zero elsewhere."""
+    """x shifted and scaled to mean 0 and variance 1 over the True places; 0 elsewhere."""
     centred = x - masked_mean(x, mask)
     return torch.where(mask, centred * torch.rsqrt(masked_var(x, mask) + eps), 0.0)
 
 
 def round_up(count: int, multiple: int) -> int:
-    """The next multiple, or `count` if it is one."""
+    """The smallest multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple

@@ -1,4 +1,7 @@
-"""The language model with its critic: a value head on the policy's own trunk, or a separate network."""
+"""The policy and its critic: a value head on the policy's own trunk, or on a network of its own.
+
+Runs in every learner rank.
+"""
 
 from __future__ import annotations
 
@@ -22,62 +25,79 @@ from learner.ranks.distributed import whole
 
 
 class PolicyWithCritic(nn.Module):
-    """Policy and critic from one checkpoint; the value head starts at zero, so at first it expects nothing.
+    """Policy and critic from one checkpoint. The value head starts at zero, so the first values are zero.
 
     V_t is read from the state that the policy chooses response token t from: it knows the prompt and the tokens before.
+    Without a critic `value_head` is None, and no values are computed.
     """
 
-    def __init__(self, policy: PreTrainedModel, critic_body: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, critic_body: PreTrainedModel | None = None, *, has_critic: bool = True
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.critic_body = critic_body  # None: the policy's trunk serves both
-        width = policy.get_output_embeddings().weight.shape[1]  # of the states; OPT-350m's are narrower than its layers
-        self.value_head = nn.Linear(width, 1, device=policy.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head: nn.Linear | None = None
+        if has_critic:
+            width = policy.get_output_embeddings().weight.shape[1]  # in OPT-350m not that of its layers
+            self.value_head = nn.Linear(width, 1, device=policy.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
 
     @classmethod
-    def load(cls, directory: Path, cfg: LearnerConfig, device: torch.device, *, seed: int) -> PolicyWithCritic:
-        """In float32; with LoRA the frozen weights in the precision of the forward pass."""
+    def load(
+        cls, directory: Path, cfg: LearnerConfig, device: torch.device, *, has_critic: bool, seed: int
+    ) -> PolicyWithCritic:
+        """In float32; with LoRA the frozen weights are in the precision of the forward pass."""
         frozen_bf16 = cfg.lora is not None and cfg.precision == "bf16"
         dtype = torch.bfloat16 if frozen_bf16 else torch.float32
         policy = load_policy(directory, dtype=dtype, device=device, install=install)
-        critic = None
-        if cfg.critic == "separate":
-            critic = load_policy(directory, dtype=dtype, device=device, install=install).base_model
-        for model in filter(None, (policy, critic)):
+        critic_body = None
+        if has_critic and cfg.critic == "separate":
+            critic_body = load_policy(directory, dtype=dtype, device=device, install=install).base_model
+        for model in filter(None, (policy, critic_body)):
             if cfg.lora is not None:
                 lora.add(model, cfg.lora, seed=seed)
             if cfg.gradient_checkpointing:
                 checkpoint_activations(model)
-        return cls(policy, critic)
+        return cls(policy, critic_body, has_critic=has_critic)
 
     def forward(
         self, sequences: Sequences, *, temperature: float, reference: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """logprobs, entropy and values of every response token, float32 [B, R].
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities, entropy and values of every response token, float32 [B, R]; values None without a critic.
 
-        With `reference` the log-probabilities are those of the weights that LoRA's adapters started from.
+        With `reference` the log-probabilities are those without LoRA's adapters.
         """
         with lora.off(self.policy) if reference else nullcontext():
             states, token_ids = sequences.response_states(self.policy.base_model)
         head, finish = self.policy.get_output_embeddings(), Finish.of(self.policy.config)
         logprobs, entropy = chosen_logprobs(states, token_ids, head, temperature=temperature, finish=finish)
+        return sequences.scatter(logprobs), sequences.scatter(entropy), self._values(sequences, states)
+
+    def _values(self, sequences: Sequences, states: Tensor) -> Tensor | None:
+        """Values [B, R] from the policy's states, or from those of the critic's own network."""
+        if self.value_head is None:
+            return None
         if self.critic_body is not None:
             states, _ = sequences.response_states(self.critic_body)
-        with torch.autocast(states.device.type, enabled=False):  # eight bits would be a coarse value
+        with torch.autocast(states.device.type, enabled=False):  # bfloat16 has 8 bits: too coarse for a value
             values = self.value_head(states.float()).squeeze(-1)
-        return sequences.scatter(logprobs), sequences.scatter(entropy), sequences.scatter(values)
+        return sequences.scatter(values)
 
     def parts(self, cfg: OptimizerConfig) -> list[tuple[nn.Module, float]]:
-        """Each part with its peak learning rate."""
-        parts = [(self.policy, cfg.learning_rate), (self.value_head, cfg.value_head_learning_rate)]
-        return parts if self.critic_body is None else [*parts, (self.critic_body, cfg.critic_learning_rate)]
+        """The policy, and the parts of the critic, each with its peak learning rate."""
+        parts: list[tuple[nn.Module | None, float]] = [
+            (self.policy, cfg.learning_rate),
+            (self.value_head, cfg.value_head_learning_rate),
+            (self.critic_body, cfg.critic_learning_rate),
+        ]
+        return [(part, rate) for part, rate in parts if part is not None]
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under the names of `save_pretrained`, tied ones once, LoRA's adapters merged.
 
-        They are gathered from all ranks as they are asked for, at most a layer at a time, so every rank must run
+        Each is gathered from all ranks when the iterator reaches it, at most one layer at once. So every rank must run
         through them together.
         """
         return as_saved(self.policy, lora.merged(self.policy))

@@ -1,4 +1,7 @@
-"""Score and KL penalty to per-token rewards, and the controllers of the penalty's coefficient."""
+"""From scores and a KL penalty to rewards per token, and the controllers of the penalty's coefficient.
+
+Runs in every learner rank.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from common.config.ppo import KLConfig
+from common.model.masking import check_no_holes
 
 
 def k1(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
@@ -21,9 +27,11 @@ def k2(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """exp(x) - 1 - x: unbiased and never negative. Where the other policy finds the token likelier (x > 0) the estimate
-    is capped at 10 nats, as in verl, SkyRL and OpenRLHF: uncapped it grows exponentially, and one token would then
-    decide the whole batch or overflow."""
+    """exp(x) - 1 - x: unbiased and never negative.
+
+    Where the other policy finds the token likelier (x > 0) the estimate is capped at 10 nats, as in verl, SkyRL and
+    OpenRLHF. Without the cap it grows exponentially, and one token could dominate the whole batch or overflow.
+    """
     x = other_logprobs - logprobs
     return torch.where(x > 0, (torch.expm1(x) - x).clamp(max=10), torch.expm1(x) - x)
 
@@ -32,7 +40,12 @@ KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """Rewards [B, R]: every response token pays `kl_coef * kl`, the last one gets the score [B] on top."""
+    """Rewards [B, R]: every response token pays `kl_coef * kl`, and the last one also gets the score [B].
+
+    An empty response has no token for its score. Raises ValueError for a mask with holes, because the score would then
+    go to a token that does not count.
+    """
+    check_no_holes(mask)
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     lengths = mask.sum(1)
     written = lengths > 0
@@ -42,7 +55,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
 
 @dataclass
 class RunningMoments:
-    """Mean and variance of every number seen, in float64, batch by batch (Chan et al. 1979, eq. 2.1)."""
+    """Mean and variance of all numbers seen so far, updated by batches in float64 (Chan et al. 1979, eq. 2.1)."""
 
     count: int = 0
     mean: float = 0.0
@@ -64,10 +77,11 @@ class RunningMoments:
 
 
 def normalise(scores: Tensor, moments: RunningMoments, *, centre: bool, clip: float) -> Tensor:
-    """Scores [B] in deviations of everything seen so far, about its mean if `centre`, clipped to +/- clip (0: not).
+    """Scores [B] divided by the deviation of all scores seen so far, about their mean if `centre`, clipped to +/- clip
+    (0: not clipped).
 
-    The unit of the score, and with `centre` its origin, then cannot matter. Scores that never varied say nothing about
-    better or worse: they become 0. Rounding of the mean alone is not variation.
+    The unit of the score then cannot matter, nor with `centre` its origin. Scores that never varied become 0, since
+    they do not tell better from worse. Rounding of the mean alone does not count as variation.
     """
     scores = scores.double()
     if moments.deviation <= 1e-12 * abs(moments.mean):
@@ -82,11 +96,13 @@ class KLController(Protocol):
     coef: float
 
     def update(self, kl_per_response: float, num_responses: int) -> None:
-        """Told after each step what KL from the reference the batch had, nats per response."""
+        """Called after each step with the batch's KL from the reference, nats per response."""
 
 
 @dataclass
 class FixedKL:
+    """Never changes the coefficient."""
+
     coef: float
 
     def update(self, kl_per_response: float, num_responses: int) -> None:
@@ -108,3 +124,8 @@ class AdaptiveKL:
     def update(self, kl_per_response: float, num_responses: int) -> None:
         error = min(max(kl_per_response / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * num_responses / self.horizon
+
+
+def kl_controller(cfg: KLConfig) -> KLController:
+    """The controller that the config names."""
+    return AdaptiveKL(cfg.coef, cfg.target, cfg.horizon) if cfg.controller == "adaptive" else FixedKL(cfg.coef)

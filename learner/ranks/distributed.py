@@ -1,10 +1,13 @@
-"""Several processes as one learner: each takes a share of a batch and holds a share of every weight."""
+"""Several processes as one trainer: how they exchange numbers, and how each holds a share of every weight.
+
+Runs in every trainer rank.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -14,11 +17,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.metrics import Metrics
+from common.metrics.step import StepMetrics
 
 
 class Ranks:
-    """This process among `world` that do the same. Alone, every method is free of communication."""
+    """This process as one of `world` ranks. With a single rank no method communicates."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank = rank
@@ -26,10 +29,10 @@ class Ranks:
 
     @classmethod
     def join(cls, rank: int, world: int, rendezvous: str, *, device: torch.device, timeout_s: float) -> Ranks:
-        """Returns when all have joined. No later exchange waits longer than `timeout_s` for a rank that is gone.
+        """Returns when all ranks have joined. Later exchanges wait at most `timeout_s` for a rank.
 
-        `rendezvous` is a torch.distributed init method; a `file://` one says that all ranks are on this machine, and
-        they then talk over loopback only.
+        `rendezvous` is an init method of torch.distributed. With a `file://` one all ranks are on this machine, and
+        communicate over loopback only.
         """
         if world > 1:
             if rendezvous.startswith("file://"):
@@ -40,33 +43,14 @@ class Ranks:
             )
         return cls(rank, world)
 
-    def shares(self, costs: Sequence[int]) -> list[list[int]]:
-        """Of every rank the indices that are its own: every index is some rank's, and the ranks' costs are as even as
-        giving the dearest first to the least loaded makes them."""
-        loads, shares = [0] * self.world, [[] for _ in range(self.world)]  # type: tuple[list[int], list[list[int]]]
-        for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-            least = loads.index(min(loads))
-            loads[least] += costs[index]
-            shares[least].append(index)
-        return [sorted(share) for share in shares]
-
-    def micro_batches(self, costs: Sequence[int], group: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
-        """This rank's share of the indices, in micro-batches; `group` makes groups of places in a share.
-
-        Every rank gets the same number of them, since all gather and reduce together: the last ones may be empty.
-        """
-        plans = [[[share[i] for i in places] for places in group(share)] for share in self.shares(costs)]
-        mine = plans[self.rank]
-        return mine + [[] for _ in range(max(map(len, plans)) - len(mine))]
-
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place, of a tensor on the CPU."""
+        """Sums a tensor on the CPU over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def merge(self, metrics: Metrics) -> None:
-        """Means become those over all ranks; the other values are the same on each already."""
+    def merge(self, metrics: StepMetrics) -> None:
+        """Makes every mean the mean over all ranks. Other values are the same on each rank already."""
         if self.world == 1:
             return
         parts: list[dict[str, tuple[float, float]]] = [{} for _ in range(self.world)]
@@ -74,15 +58,14 @@ class Ranks:
         for rank, sums in enumerate(parts):
             if rank != self.rank:
                 for key, (total, count) in sums.items():
-                    metrics.mean(key, total, count)
+                    metrics.add(key, total, count)
 
 
 def shard(network: nn.Module, exact: Iterable[nn.Module], *, precision: str, device: torch.device) -> None:
-    """Spreads parameters, and with them gradients and optimizer state, over all ranks (FSDP2, after ZeRO-3,
-    arXiv:1910.02054).
+    """Spreads parameters, gradients and optimizer state over all ranks (FSDP2, after ZeRO-3, arXiv:1910.02054).
 
     Layer by layer, so that a device holds its share and one whole layer. Forward and backward passes gather a layer in
-    `precision`; gradients are averaged over ranks in float32. The `exact` modules are gathered in float32.
+    `precision`, and the `exact` modules in float32. Gradients are averaged over ranks in float32.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
@@ -91,28 +74,28 @@ def shard(network: nn.Module, exact: Iterable[nn.Module], *, precision: str, dev
     for module in exact:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for module in network.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # what transformers calls one layer of a model
+        if isinstance(module, GradientCheckpointingLayer):  # transformers' class for one layer of a model
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter in full, without its gradient. Every rank must ask for it at the same time."""
+    """A parameter in full, detached. Every rank must call this at the same time."""
     value = parameter.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients down to a joint norm of `max_norm` if it is larger; returns what it was, over all ranks.
+    """Scales all gradients down to a joint norm of `max_norm` if it is larger. Returns the norm before, over all ranks.
 
-    Raises RuntimeError if it is not finite: the run stops here, while weights and checkpoint are still sound.
+    Raises RuntimeError if it is not finite. The run then stops while weights and checkpoints are still sound.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not math.isfinite(norm):
         raise RuntimeError(
-            f"the gradient's norm is not finite ({norm.item()}): nothing was updated; lower the learning rate"
+            f"the gradient's norm is not finite ({norm.item()}), and nothing was updated; lower the learning rate"
         )
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()

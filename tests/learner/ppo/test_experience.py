@@ -1,4 +1,4 @@
-"""A table of experience as tensors, and what a sequence costs."""
+"""A table of experience as tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from common.model.packing import Sequences
-from common.model.size import ModelSize
 from common.types import Experience, experience_table
-from learner.ppo.experience import ExperienceBatch, estimated_costs
+from learner.ppo.experience import ExperienceBatch
 from tests.fakes import make_experience
 
 
@@ -34,7 +32,7 @@ def check(batch: ExperienceBatch) -> None:
     assert batch.mask.int().tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]]
     assert batch.rollout_logprobs.tolist() == [[-1, -2, 0], [-1, -2, -3], [0, 0, 0], [-1, 0, 0]]
     assert batch.ref_logprobs.tolist() == [[0, 0, 0], [-5, -6, -7], [0, 0, 0], [-8, 0, 0]]
-    assert batch.by_reference.tolist() == [True, False, False, False]
+    assert batch.ref_is_policy.tolist() == [True, False, False, False]
     assert batch.scores.tolist() == [0, 10, 20, 30]
     assert (batch.rollout_logprobs.dtype, batch.ref_logprobs.dtype) == (torch.float32, torch.float32)
     assert batch.scores.dtype == torch.float64
@@ -54,32 +52,5 @@ def test_a_table_of_several_pieces_or_a_part_of_another_is_the_same():
 def test_all_or_none_may_be_by_the_reference(known):
     rows = [experience(i, 2, [-5, -6] if i < known else None) for i in range(4)]
     batch = ExperienceBatch.from_table(experience_table(rows))
-    assert batch.by_reference.tolist() == [i >= known for i in range(4)]
+    assert batch.ref_is_policy.tolist() == [i >= known for i in range(4)]
     assert batch.ref_logprobs.tolist() == [[-5, -6] if i < known else [0, 0] for i in range(4)]
-
-
-def test_costs_of_a_small_model_worked_by_hand():
-    size = ModelSize(parameters=1000, layers=3, hidden=8, heads=2, kv_heads=1, head_dim=5, vocabulary=10, context=4096)
-    prompts, responses = [np.ones(2), np.ones(6), np.ones(1)], [np.ones(5), np.ones(1), np.ones(0)]
-    # A token passes 1000 - 80 weights, a response token the 80 of the head too, each for 2 operations. Scores of T
-    # tokens with half of T others on average, and the sums of values: 2 * 2 * T * T / 2 for each of 3 * 2 * 5 numbers.
-    assert estimated_costs(Sequences.pack(prompts, responses), size) == [
-        2 * (7 * 920 + 5 * 80) + 2 * 30 * 7 * 7,
-        2 * (7 * 920 + 1 * 80) + 2 * 30 * 7 * 7,
-        2 * 1 * 920 + 2 * 30,
-    ]
-
-
-def test_costs_of_large_models_and_long_sequences_do_not_overflow():
-    size = ModelSize(
-        parameters=70_000_000_000,
-        layers=80,
-        hidden=8192,
-        heads=64,
-        kv_heads=8,
-        head_dim=128,
-        vocabulary=128_256,
-        context=131_072,
-    )
-    (cost,) = estimated_costs(Sequences.pack([np.ones(100_000)], [np.ones(31_072)]), size)
-    assert cost == pytest.approx(2 * 70e9 * 131_072 + 2 * 80 * 64 * 128 * 131_072**2, rel=0.02)

@@ -17,61 +17,14 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from common.metrics.step import StepMetrics
-from common.model.batches import packed_batches
 from learner.ranks.distributed import Ranks, clip_gradients, whole
+from learner.ranks.rows import shares
 from learner.reward_model.pairs import Pair
-from learner.reward_model.training import RewardTrainer
+from learner.reward_model.trainer import RewardTrainer
 from tests.fakes import save_tiny_model
 from tests.learner.reward_model.test_training import make_pair, ragged_pairs, reward_config
 
 LIMIT_S = 120  # of a test's processes, far above what they take: one that is still there hangs
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
-def test_every_index_is_one_ranks_and_loads_differ_by_no_more_than_the_dearest(world, count):
-    for seed in range(5):
-        costs = np.random.default_rng(seed).integers(1, 200, count).tolist()
-        shares = Ranks(0, world).shares(costs)
-        assert len(shares) == world
-        assert sorted(index for share in shares for index in share) == list(range(count))
-        assert all(share == sorted(share) for share in shares)
-        loads = [sum(costs[index] for index in share) for share in shares]
-        assert max(loads) - min(loads) <= max(costs, default=0)
-        assert all(Ranks(rank, world).shares(costs) == shares for rank in range(world))
-
-
-def test_shares_worked_by_hand():
-    # Dearest first to the least loaded: 5 to rank 0; 3 and 3 to rank 1, which has 3 when it gets the second; 2 to rank
-    # 0, since 5 < 6; 2 to rank 1, since 6 < 7. Of two that cost the same the first goes first.
-    assert Ranks(0, 2).shares([2, 3, 5, 3, 2]) == [[0, 2], [1, 3, 4]]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
-@pytest.mark.parametrize("budget", [1, 50, 10**6])
-def test_all_ranks_have_equally_many_micro_batches_and_the_empty_ones_come_last(world, count, budget):
-    costs = np.random.default_rng(count).integers(1, 200, count).tolist()
-
-    def group(share: list[int]) -> list[list[int]]:
-        return packed_batches([costs[index] for index in share], budget)
-
-    plans = [Ranks(rank, world).micro_batches(costs, group) for rank in range(world)]
-    shares = Ranks(0, world).shares(costs)
-    assert len({len(plan) for plan in plans}) == 1
-    for plan, share in zip(plans, shares, strict=True):
-        assert sorted(index for rows in plan for index in rows) == share
-        filled = [bool(rows) for rows in plan]
-        assert filled == sorted(filled, reverse=True)
-        assert all(len(rows) == 1 or sum(costs[index] for index in rows) <= budget for rows in plan)
-    assert not plans[0] or any(all(plan) for plan in plans)  # none has more empty ones than it needs
-
-
-def test_micro_batches_hold_indices_and_not_places_in_a_share():
-    # By hand as above: rank 1's share is [1, 3, 4]; alone they make three micro-batches, and rank 0's two make two.
-    plans = [Ranks(rank, 2).micro_batches([2, 3, 5, 3, 2], lambda share: [[i] for i in range(len(share))])
-             for rank in range(2)]  # fmt: skip
-    assert plans == [[[0], [2], []], [[1], [3], [4]]]
 
 
 # Alone
@@ -191,7 +144,7 @@ def run_ranks(target: Any, *arguments: Any, wait_for: tuple[int, ...] = (0, 1)) 
     """`target(rank, ready, *arguments)` in a process for each of two ranks; those in `wait_for` must end well, and none
     is left behind."""
     context = multiprocessing.get_context("forkserver")  # which imports once for all tests
-    context.set_forkserver_preload(["learner.ppo.learner", "learner.reward_model.training"])
+    context.set_forkserver_preload(["learner.ppo.learner", "learner.reward_model.trainer"])
     ready = context.Barrier(2, timeout=LIMIT_S)  # imports take their time, which the ranks' own limit is not for
     processes = [context.Process(target=target, args=(rank, ready, *arguments)) for rank in range(2)]
     with pytest.MonkeyPatch.context() as patch:
@@ -227,8 +180,8 @@ def two_ranks(model, tmp_path_factory):
 
 
 def test_the_batches_leave_a_rank_without_a_pair_once():
-    shares = [[len(share) for share in Ranks(0, 2).shares([p.num_tokens for p in batch])] for batch in batches()]
-    assert [min(share) for share in shares].count(0) == 1
+    sizes = [[len(share) for share in shares([p.num_tokens for p in batch], 2)] for batch in batches()]
+    assert [min(size) for size in sizes].count(0) == 1
 
 
 def test_two_ranks_give_the_weights_and_metrics_of_one(model, two_ranks):

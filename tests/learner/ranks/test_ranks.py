@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from common.model.size import model_size
 from common.types import experience_table
 from common.weights import Bucket, buckets
-from learner.ppo.experience import ExperienceBatch, estimated_costs
+from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
-from learner.ranks.distributed import Ranks, whole
+from learner.ranks.distributed import whole
+from learner.ranks.rows import sequence_costs, shares
 from tests.fakes import make_experience, make_prompt, save_tiny_kind, save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import OTHERWISE, UNUSUAL, varied_batch
 from tests.learner.ranks.test_distributed import run_ranks
@@ -264,11 +265,12 @@ def test_the_cases_are_what_their_names_say(model, runs):
     found = runs[1]
     size = model_size(model)
 
-    def shares(table: pa.Table) -> list[list[int]]:
-        return Ranks(0, 2).shares(estimated_costs(ExperienceBatch.from_table(table).sequences, size))
+    def sizes(table: pa.Table) -> list[int]:
+        costs = sequence_costs(ExperienceBatch.from_table(table).sequences, size)
+        return sorted(map(len, shares(costs, 2)))
 
-    assert sorted(map(len, shares(lopsided_batches()[0]))) == [1, 7]
-    assert sorted(map(len, shares(one_rollout()[0]))) == [0, 1]
+    assert sizes(lopsided_batches()[0]) == [1, 7]
+    assert sizes(one_rollout()[0]) == [0, 1]
     assert found["clipped"][0]["stats"][0]["ppo/grad_norm"] > 0.4
     assert "policy.model.norm.weight" not in found["warmup"][0]["gradients"][0]
     assert "policy.model.norm.weight" in found["warmup"][0]["gradients"][-1]

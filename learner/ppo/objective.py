@@ -1,0 +1,58 @@
+"""The loss of PPO on one micro-batch: its three terms put together, and their statistics.
+
+Runs in every learner rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from common.config.ppo import PPOConfig
+from learner.ppo.losses import entropy_bonus, policy_loss, value_loss
+from learner.ppo.targets import Targets
+
+
+def objective(
+    logprobs: Tensor,
+    entropy: Tensor,
+    values: Tensor | None,
+    fixed: Targets,
+    *,
+    ppo: PPOConfig,
+    num_tokens: int,
+    critic_only: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """policy loss + value_coef * value loss - entropy_coef * entropy, and sums over tokens by metric key.
+
+    The tensors are [B, R], and values None without a critic. `num_tokens` counts the whole minibatch over all ranks.
+    With `critic_only` the loss is that of the critic alone.
+    """
+    terms = []
+    bonus = entropy_bonus(entropy, fixed.mask, num_tokens=num_tokens)
+    p_loss, p_stats = policy_loss(
+        logprobs,
+        fixed.old_logprobs,
+        fixed.advantages,
+        fixed.mask,
+        clip_eps=ppo.clip_eps,
+        num_tokens=num_tokens,
+        weights=fixed.importance,
+    )
+    stats = {
+        "ppo/policy_loss": p_loss.item() * num_tokens,
+        "ppo/entropy": bonus.item() * num_tokens,
+        "ppo/clip_frac": p_stats["clipped"].item(),
+        "ppo/approx_kl": p_stats["approx_kl"].item(),
+        "ppo/ratio": p_stats["ratio"].item(),
+    }
+    if values is not None:
+        v_loss, v_stats = value_loss(
+            values, fixed.old_values, fixed.returns, fixed.mask, value_clip=ppo.value_clip, num_tokens=num_tokens
+        )
+        stats |= {"value/loss": v_loss.item() * num_tokens, "value/clip_frac": v_stats["clipped"].item()}
+        terms.append(ppo.value_coef * v_loss)
+    if not critic_only:
+        terms.append(p_loss)
+        if ppo.entropy_coef:
+            terms.append(-ppo.entropy_coef * bonus)
+    return sum(terms[1:], terms[0]), stats

@@ -1,0 +1,94 @@
+"""The targets of an update: what stays fixed while it makes several passes over a batch.
+
+Runs in every learner rank. Each rank computes them in full from the whole batch, so whitening is over the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from common.config.ppo import PPOConfig
+from common.model.masking import masked_mean, masked_sum, masked_var, whiten
+from learner.ppo.advantages import ADVANTAGES
+from learner.ppo.experience import ExperienceBatch
+from learner.ppo.losses import importance_weights
+from learner.ppo.shaping import KL_ESTIMATORS, token_rewards
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All [B, R]; zeros outside the mask."""
+
+    mask: Tensor
+    old_logprobs: Tensor
+    old_values: Tensor  # zeros without a critic
+    advantages: Tensor
+    returns: Tensor
+    importance: Tensor  # weights that correct for the sampler, see `importance_weights`; 1 without a correction
+
+    def rows(self, rows: Tensor, width: int, device: torch.device) -> Targets:
+        """The given rows, cut to `width` tokens, on the device."""
+        return Targets(*(getattr(self, field.name)[rows, :width].to(device) for field in fields(self)))
+
+
+def targets(
+    batch: ExperienceBatch,
+    old_logprobs: Tensor,
+    old_values: Tensor,
+    scores: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str,
+    ppo: PPOConfig,
+) -> tuple[Targets, dict[str, float]]:
+    """The targets, and statistics over the batch by metric key.
+
+    old_logprobs, old_values [B, R]: of the policy and the critic before the update; values are zeros without a critic.
+    scores [B]: as they are to be rewarded, float32.
+    """
+    mask = batch.mask
+    ref_logprobs = torch.where(batch.ref_is_policy[:, None], old_logprobs, batch.ref_logprobs)
+    kl = KL_ESTIMATORS[kl_estimator](old_logprobs, ref_logprobs)
+    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
+    advantages, returns = ADVANTAGES[ppo.advantages](
+        rewards, old_values, mask, groups=batch.groups, gamma=ppo.gamma, lam=ppo.lam
+    )
+    importance, mismatch = importance_weights(
+        old_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap or math.inf
+    )
+    fixed = Targets(
+        mask,
+        old_logprobs,
+        old_values,
+        whiten(advantages, mask) if ppo.whiten_advantages else advantages,
+        returns,
+        importance if ppo.importance_cap else torch.ones_like(importance),
+    )
+    num_tokens, kl_sum = max(1, int(mask.sum())), float(masked_sum(kl, mask))
+    stats = {
+        "kl/coef": kl_coef,
+        "kl/per_token": kl_sum / num_tokens,
+        "kl/per_response": kl_sum / len(mask),
+        "mismatch/kl": mismatch["mismatch_kl"].item() / num_tokens,
+        "mismatch/capped": mismatch["capped"].item() / num_tokens,
+    }
+    if ppo.has_critic:
+        stats |= _value_statistics(old_values, returns, advantages, mask)
+    return fixed, stats
+
+
+def _value_statistics(values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:
+    """How well the critic predicts the returns."""
+    returns_var, advantages_var = float(masked_var(returns, mask)), float(masked_var(advantages, mask))
+    unexplained = float(masked_var(returns - values, mask))
+    return {
+        "value/mean": float(masked_mean(values, mask)),
+        "value/returns_var": returns_var,
+        "value/advantages_var": advantages_var,
+        "value/variance_ratio": advantages_var / returns_var if returns_var else 0.0,
+        "value/explained_variance": 1 - unexplained / returns_var if returns_var else 0.0,
+    }

@@ -1,0 +1,72 @@
+"""Which rows of a batch go together: the minibatches of an update, each rank's share, and its micro-batches.
+
+Runs in every trainer rank. Each rank computes the whole plan from the same numbers, so the ranks agree on it without
+communication.
+
+A minibatch is what one optimizer step learns from. It is divided among the ranks by cost, and each rank divides its
+share into micro-batches: the rows of one forward and backward pass, under a token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from common.model.packing import Sequences
+from common.model.size import ModelSize
+
+
+def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """In every epoch all `count` rows once, in `parts` equal parts, in an order that depends on seed, step and epoch
+    alone."""
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, step, epoch]).permutation(count)
+        yield from np.split(order, parts)
+
+
+def shares(costs: Sequence[int], world: int) -> list[list[int]]:
+    """Assigns every row to one of `world` ranks: costliest first, each to the least loaded rank so far (LPT).
+
+    Returns one sorted list of rows per rank.
+    """
+    loads, rows = [0] * world, [[] for _ in range(world)]  # type: tuple[list[int], list[list[int]]]
+    for row in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least_loaded = loads.index(min(loads))
+        loads[least_loaded] += costs[row]
+        rows[least_loaded].append(row)
+    return [sorted(share) for share in rows]
+
+
+def micro_batches(
+    costs: Sequence[int],
+    lengths: Sequence[int],
+    pack: Callable[[list[int], int], list[list[int]]],
+    *,
+    max_tokens: int,
+    rank: int,
+    world: int,
+) -> list[list[int]]:
+    """The micro-batches of this rank's share of the rows.
+
+    `pack` groups lengths under the token budget, and is one of `common.model.batches`. Every rank gets the same number
+    of micro-batches, because all ranks gather and reduce together; the last ones of a rank may be empty.
+    """
+    plans = []
+    for share in shares(costs, world):
+        groups = pack([lengths[row] for row in share], max_tokens)
+        plans.append([[share[place] for place in group] for group in groups])
+    return plans[rank] + [[] for _ in range(max(map(len, plans)) - len(plans[rank]))]
+
+
+def sequence_costs(sequences: Sequences, size: ModelSize) -> list[int]:
+    """About how many floating-point operations the forward pass of each sequence takes.
+
+    Two for every weight and token, where only response tokens pass the output embedding, and attention's, which grow
+    with the square of the length.
+    """
+    tokens, answered = sequences.lengths.double(), sequences.response_lengths.double()
+    head = size.vocabulary * size.hidden
+    attention = 2 * size.layers * size.heads * size.head_dim
+    costs = 2 * (size.parameters - head) * tokens + 2 * head * answered + attention * tokens**2
+    return costs.long().tolist()

@@ -1,0 +1,118 @@
+"""What the two trainers share: `Learner` for PPO and `RewardTrainer` for reward models.
+
+Runs in every trainer rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config.ppo import Config
+from common.config.reward_model import RewardTrainingConfig
+from learner.ranks.checkpoint import load_checkpoint, save_checkpoint
+from learner.ranks.distributed import Ranks, clip_gradients, shard
+from learner.ranks.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
+from learner.ranks.rows import micro_batches
+
+
+class Trainer:
+    """One rank that trains a network. It takes its share of every batch and, among several ranks, holds its share of
+    every weight.
+
+    Its state after step s is a function of config, initial weights and the batches 0..s: nothing else is random here.
+    """
+
+    cfg: Config | RewardTrainingConfig
+
+    def __init__(
+        self, network: nn.Module, cfg: Config | RewardTrainingConfig, *, num_steps: int, device: torch.device
+    ) -> None:
+        self.network, self.cfg, self.num_steps, self.device = network, cfg, num_steps, device
+        self.step = 0  # updates done
+        self._ranks = Ranks()
+        self.optimizer = make_optimizer(self.parts(), cfg.optimizer)
+
+    # Each trainer defines these.
+
+    def parts(self) -> list[tuple[nn.Module, float]]:
+        """The parts of the network, each with its peak learning rate."""
+        raise NotImplementedError
+
+    def exact_modules(self) -> list[nn.Module]:
+        """Modules that compute in float32 whatever `learner.precision` is."""
+        raise NotImplementedError
+
+    def dummy_batch(self) -> Any:
+        """The smallest batch that the network takes."""
+        raise NotImplementedError
+
+    def numbers(self) -> dict[str, Any]:
+        """State other than `step`, network and optimizer, as JSON values."""
+        return {}
+
+    def restore_numbers(self, numbers: dict[str, Any]) -> None:
+        """Takes back what `numbers` returned."""
+
+    # The state
+
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        """Makes this process one of the ranks of a group. Called once, before training. Returns the updates done."""
+        cfg = self.cfg.learner
+        self._ranks = Ranks.join(rank, world, rendezvous, device=self.device, timeout_s=cfg.timeout_s)
+        if world > 1:
+            shard(self.network, self.exact_modules(), precision=cfg.precision, device=self.device)
+            self.optimizer = make_optimizer(self.parts(), self.cfg.optimizer)
+        return self.step
+
+    def save(self, directory: Path) -> None:
+        """Writes a checkpoint, to which every rank adds its share."""
+        save_checkpoint(directory, self.network, self.optimizer, {"step": self.step, **self.numbers()})
+
+    def restore(self, directory: Path) -> int:
+        """Restores a checkpoint, whatever the number of ranks that wrote it. Returns the updates it has done."""
+        numbers = load_checkpoint(directory, self.network, self.optimizer)
+        self.step = numbers["step"]
+        self.restore_numbers(numbers)
+        return self.step
+
+    # One update: set the rate, then for each minibatch forward and backward, then step.
+
+    def set_learning_rate(self) -> float:
+        """Sets the rates of this step. Returns them as a share of their peaks."""
+        scale = learning_rate_scale(self.step, self.num_steps, self.cfg.optimizer)
+        set_learning_rate(self.optimizer, scale)
+        return scale
+
+    def micro_batches(
+        self, costs: Sequence[int], lengths: Sequence[int], pack: Callable[[list[int], int], list[list[int]]]
+    ) -> list[list[int]]:
+        """The micro-batches of this rank's share of some rows: see `learner.ranks.rows`."""
+        max_tokens, ranks = self.cfg.learner.token_budget, self._ranks
+        return micro_batches(costs, lengths, pack, max_tokens=max_tokens, rank=ranks.rank, world=ranks.world)
+
+    def forward(self, batch: Any, num_rows: int, **options: Any) -> tuple[Any, ...]:
+        """The network's outputs [num_rows, ...] in the configured precision.
+
+        With no rows: run a dummy pass, so that this rank joins the collective operations of the others, and return
+        empty tensors.
+        """
+        bf16 = self.cfg.learner.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            outputs = self.network(batch if num_rows else self.dummy_batch(), **options)
+        return tuple(None if output is None else output[:num_rows] for output in outputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of this rank's part of the loss. FSDP averages over ranks; the factor makes it a sum."""
+        (loss * self._ranks.world).backward()
+
+    def optimizer_step(self) -> float:
+        """Clips the gradients, updates the weights and drops the gradients. Returns the norm before clipping."""
+        norm = clip_gradients(self.network.parameters(), self.cfg.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
