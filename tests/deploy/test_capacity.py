@@ -133,6 +133,11 @@ def test_a_separate_critic_adds_a_second_trained_network():
     assert {**separate, "Learner(0)": 0} == {**shared, "Learner(0)": 0}
 
 
+def test_without_a_critic_a_separate_one_takes_no_memory():
+    settings = {"ppo": {"advantages": "returns"}}
+    assert memory(config(learner={"critic": "separate"}, **settings)) == memory(config(**settings))
+
+
 @pytest.mark.parametrize(
     ("role", "section", "copies"), [("Generator(0)", "generators", 2), ("ReferencePolicy(0)", "reference", 1)]
 )

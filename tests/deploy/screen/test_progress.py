@@ -63,6 +63,11 @@ def row_of(lines: list[str]) -> dict[str, str]:
     return dict(zip(lines[at].split(), lines[at + 1].split(), strict=True))
 
 
+def test_a_step_without_a_critic_shows_a_dash_for_it(capsys, progress):
+    record = {key: value for key, value in RECORD.items() if not key.startswith("value/")}
+    assert row_of(lines_of(capsys, progress, record))["critic"] == "-"
+
+
 def test_a_step_shows_these_numbers(capsys, progress):
     lines = lines_of(capsys, progress, RECORD)
     assert row_of(lines) == {

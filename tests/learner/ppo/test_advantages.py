@@ -1,11 +1,13 @@
-"""GAE against its definition, in Python floats, on unpadded rows."""
+"""Each advantage estimator against its definition, in Python floats, on unpadded rows."""
 
 import math
+import typing
 
 import pytest
 import torch
 
-from learner.ppo.advantages import gae
+from common.config.ppo import PPOConfig
+from learner.ppo.advantages import ADVANTAGES, gae, leave_one_out, returns_to_go
 
 LENGTHS, WIDTH = [5, 0, 1, 3, 6], 7
 
@@ -67,7 +69,7 @@ def test_with_lambda_one_returns_are_discounted_sums_of_rewards():
 
 def test_advantages_worked_by_hand():
     # gamma 0.5, lam 0.5. Last token: delta = 4 - 2 = 2. Before it: delta = 1 + 0.5 * 2 - 3 = -1, A = -1 + 0.25 * 2.
-    # The row of one token: 5 - 1 = 4. The 7s stand in the padding.
+    # The row of one token: 5 - 1 = 4. The 7s are padding.
     advantages, returns = gae(
         torch.tensor([[1.0, 4.0, 7.0], [5.0, 7.0, 7.0], [7.0, 7.0, 7.0]]),
         torch.tensor([[3.0, 2.0, 7.0], [1.0, 7.0, 7.0], [7.0, 7.0, 7.0]]),
@@ -79,14 +81,139 @@ def test_advantages_worked_by_hand():
     assert returns.tolist() == [[2.5, 4.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
-def test_no_columns_give_no_advantages():
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_no_columns_give_no_advantages(name):
     empty = torch.zeros(2, 0)
-    advantages, returns = gae(empty, empty, empty.bool(), gamma=1.0, lam=0.95)
+    advantages, returns = ADVANTAGES[name](
+        empty, empty, empty.bool(), groups=torch.zeros(2, dtype=torch.int64), gamma=1.0, lam=0.95
+    )
     assert advantages.shape == returns.shape == (2, 0)
 
 
-def test_inputs_are_left_as_they_were():
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_inputs_are_not_changed(name):
     rewards, values, mask = ragged(3.0)
     copies = rewards.clone(), values.clone(), mask.clone()
-    gae(rewards, values, mask, gamma=0.9, lam=0.9)
+    ADVANTAGES[name](rewards, values, mask, groups=torch.zeros(len(LENGTHS)), gamma=0.9, lam=0.9)
     assert all(torch.equal(x, copy) for x, copy in zip((rewards, values, mask), copies, strict=True))
+
+
+# RLOO: the mean of the group's other responses as baseline
+
+GROUPS = [7, 3, 7, 3, 7]  # of the rows of LENGTHS; the second row is empty, so the fourth is alone
+
+
+def mean_of_the_others(totals, i):
+    """The definition: R_i minus the mean of R_j over the other written responses j of its group."""
+    others = [totals[j] for j in range(len(totals)) if j != i and GROUPS[j] == GROUPS[i] and LENGTHS[j]]
+    return totals[i] - math.fsum(others) / len(others) if others else 0.0
+
+
+def scaled_distance_from_the_group_mean(totals, i):
+    """The same by another road: n / (n - 1) times the distance from the mean of the whole group of n."""
+    group = [totals[j] for j in range(len(totals)) if GROUPS[j] == GROUPS[i] and LENGTHS[j]]
+    n = len(group)
+    return n / (n - 1) * (totals[i] - math.fsum(group) / n) if n > 1 else 0.0
+
+
+@pytest.mark.parametrize("definition", [mean_of_the_others, scaled_distance_from_the_group_mean])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e9])
+def test_leave_one_out_equals_its_definition_whatever_the_padding(definition, garbage):
+    rewards, values, mask = ragged(garbage)
+    advantages, returns = leave_one_out(rewards, values, mask, groups=torch.tensor(GROUPS))
+    totals = [math.fsum(rewards[b, :n].tolist()) for b, n in enumerate(LENGTHS)]
+    for b, n in enumerate(LENGTHS):
+        padding = [0.0] * (WIDTH - n)
+        assert advantages[b].tolist() == pytest.approx([definition(totals, b)] * n + padding, abs=1e-10)
+        assert returns[b].tolist() == pytest.approx([totals[b]] * n + padding, abs=1e-10)
+
+
+def test_leave_one_out_worked_by_hand():
+    # Totals of the first group: 1, 4, 3. Baselines 3.5, 2, 2.5, so the advantages are -2.5, 2, 0.5. The other group
+    # lost its second response, so the one that is left has nothing to compare with. Padding holds 9s.
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    advantages, _ = leave_one_out(
+        torch.tensor([[-0.5, 1.5], [4.0, 9.0], [2.0, 1.0], [5.0, 5.0]]),
+        torch.full((4, 2), 9.0),
+        mask,
+        groups=torch.tensor([6, 6, 6, 8]),
+    )
+    assert advantages.tolist() == [[-2.5, -2.5], [2.0, 0.0], [0.5, 0.5], [0.0, 0.0]]
+
+
+def test_leave_one_out_keeps_small_differences_of_large_rewards():
+    # Float32 sums of three rewards near 1e6 are exact to 0.25 only, and the baselines come from such sums.
+    rewards = torch.tensor([[1e6 + 0.125], [1e6], [1e6 - 0.125]])
+    advantages, _ = leave_one_out(rewards, rewards, rewards.bool(), groups=torch.zeros(3, dtype=torch.int64))
+    assert advantages.flatten().tolist() == [0.1875, 0.0, -0.1875]
+
+
+def test_the_order_of_rows_does_not_matter_to_groups():
+    rewards, values, mask = ragged(0.0)
+    groups, order = torch.tensor(GROUPS), torch.tensor([3, 0, 4, 1, 2])
+    plain, _ = leave_one_out(rewards, values, mask, groups=groups)
+    shuffled, _ = leave_one_out(rewards[order], values[order], mask[order], groups=groups[order])
+    assert torch.allclose(shuffled, plain[order], atol=1e-12, rtol=0)
+
+
+# No baseline
+
+
+def sum_from_here_on(rewards, gamma):
+    return [math.fsum(gamma**i * r for i, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+
+
+def polynomial_of_gamma(rewards, gamma):
+    """Horner's rule on the rewards from the last to the first."""
+    result, value = [], 0.0
+    for reward in reversed(rewards):
+        value = reward + gamma * value
+        result.append(value)
+    return result[::-1]
+
+
+@pytest.mark.parametrize("definition", [sum_from_here_on, polynomial_of_gamma])
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e9])
+def test_returns_to_go_equal_their_definition_whatever_the_padding(definition, gamma, garbage):
+    rewards, values, mask = ragged(garbage)
+    advantages, returns = returns_to_go(rewards, values, mask, gamma=gamma)
+    for b, n in enumerate(LENGTHS):
+        expected = definition(rewards[b, :n].tolist(), gamma) + [0.0] * (WIDTH - n)
+        assert advantages[b].tolist() == pytest.approx(expected, abs=1e-10)
+        assert torch.equal(returns, advantages)
+
+
+def test_returns_to_go_worked_by_hand():
+    # gamma 0.5: 4; 2 + 0.5 * 4 = 4; 1 + 0.5 * 4 = 3. The 7s are padding.
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [5.0, 7.0, 7.0]])
+    advantages, _ = returns_to_go(rewards, rewards, torch.tensor([[True] * 3, [True, False, False]]), gamma=0.5)
+    assert advantages.tolist() == [[3.0, 4.0, 4.0], [5.0, 0.0, 0.0]]
+
+
+# The table
+
+
+def test_the_table_has_every_name_of_the_setting():
+    assert set(ADVANTAGES) == set(typing.get_args(PPOConfig.model_fields["advantages"].annotation))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_only_estimators_that_read_values_have_a_critic(name):
+    rewards, values, mask = ragged(0.0)
+    found = [
+        ADVANTAGES[name](rewards, given, mask, groups=torch.tensor(GROUPS), gamma=0.9, lam=0.8)[0]
+        for given in (values, torch.zeros_like(values))
+    ]
+    assert torch.equal(*found) == (not PPOConfig(advantages=name).has_critic)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize(
+    ("row", "place", "found"),
+    [([True, False, True], 1, False), ([False, True, True], 0, False), ([False, False, True], 0, False)],
+)
+def test_a_mask_with_holes_is_refused(name, row, place, found):
+    mask = torch.tensor([[True, True, False], row])
+    with pytest.raises(ValueError, match=rf"without gaps, but row 1 is {found} at place {place}; put the tokens"):
+        ADVANTAGES[name](torch.ones(2, 3), torch.ones(2, 3), mask, groups=torch.zeros(2), gamma=1.0, lam=1.0)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from common.types import Experience, experience_table
+from common.types import Experience, SampleId, experience_table
 from learner.ppo.experience import ExperienceBatch
 from tests.fakes import make_experience
 
@@ -34,6 +34,7 @@ def check(batch: ExperienceBatch) -> None:
     assert batch.ref_logprobs.tolist() == [[0, 0, 0], [-5, -6, -7], [0, 0, 0], [-8, 0, 0]]
     assert batch.ref_is_policy.tolist() == [True, False, False, False]
     assert batch.scores.tolist() == [0, 10, 20, 30]
+    assert len(set(batch.groups.tolist())) == 4  # each row is of a prompt of its own
     assert (batch.rollout_logprobs.dtype, batch.ref_logprobs.dtype) == (torch.float32, torch.float32)
     assert batch.scores.dtype == torch.float64
 
@@ -54,3 +55,16 @@ def test_all_or_none_may_be_by_the_reference(known):
     batch = ExperienceBatch.from_table(experience_table(rows))
     assert batch.ref_is_policy.tolist() == [i >= known for i in range(4)]
     assert batch.ref_logprobs.tolist() == [[-5, -6] if i < known else [0, 0] for i in range(4)]
+
+
+def test_groups_are_the_responses_to_one_prompt_in_one_epoch():
+    last = 2**31 - 1
+    ids = [SampleId(0, 0, 0), SampleId(0, last, 0), SampleId(0, 0, 1), SampleId(1, 0, 0), SampleId(1, last, 0)]
+    made = [experience(index, 1, [-5]) for index in range(5)]
+    rows = [
+        replace(row, rollout=replace(row.rollout, prompt=replace(row.rollout.prompt, sample_id=sample_id)))
+        for row, sample_id in zip(made, ids, strict=True)
+    ]
+    groups = ExperienceBatch.from_table(experience_table(rows)).groups.tolist()
+    assert groups[0] == groups[2]
+    assert len(set(groups)) == 4

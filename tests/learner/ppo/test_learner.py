@@ -76,7 +76,8 @@ class SlowLearner:
         if cfg.learner.critic == "separate":
             self.critic = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).model
             parts.append((list(self.critic.parameters()), opt.critic_learning_rate))
-        parts.append((self.value_head, opt.value_head_learning_rate))
+        if cfg.ppo.has_critic:
+            parts.append((self.value_head, opt.value_head_learning_rate))
         self.parameters = [p for part, _ in parts for p in part]
         self.rates = [rate for part, rate in parts for _ in part]
         groups = [{"params": [p], "weight_decay": opt.weight_decay if p.ndim == 2 else 0.0} for p in self.parameters]
@@ -108,19 +109,40 @@ class SlowLearner:
         for row in rows:
             with torch.no_grad():
                 old = [{key: x.item() for key, x in token.items()} for token in self.tokens(row)]
-            next_value = next_advantage = 0.0
-            for t in reversed(range(len(old))):
-                token, logprob, value = old[t], old[t]["logprob"], old[t]["value"]
-                x = row["ref_logprobs"][t] - logprob
+            for t, token in enumerate(old):
+                x = row["ref_logprobs"][t] - token["logprob"]
                 token["kl"] = {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[self.cfg.kl.estimator]
-                reward = -self.kl_coef * token["kl"] + (self.shaped(row["score"]) if t == len(old) - 1 else 0)
-                next_advantage = reward + ppo.gamma * next_value - value + ppo.gamma * ppo.lam * next_advantage
-                next_value = value
-                token["advantage"], token["return"] = next_advantage, next_advantage + value
-                token["mismatch"] = math.exp(logprob - row["rollout_logprobs"][t])
+                token["reward"] = -self.kl_coef * token["kl"] + (self.shaped(row["score"]) if t == len(old) - 1 else 0)
+                token["mismatch"] = math.exp(token["logprob"] - row["rollout_logprobs"][t])
                 token["weight"] = min(token["mismatch"], ppo.importance_cap) if ppo.importance_cap else 1.0
             batch.append(old)
+        for index, old in enumerate(batch):
+            if ppo.advantages == "group":
+                self.compare_with_the_group(index, rows, batch)
+            else:
+                self.look_ahead(old)
         return batch
+
+    def look_ahead(self, old: list[dict[str, float]]) -> None:
+        """Advantages and returns with a critic, or with none whose values would be zero."""
+        gamma, lam = self.cfg.ppo.gamma, self.cfg.ppo.lam if self.cfg.ppo.has_critic else 1.0
+        next_value = next_advantage = 0.0
+        for token in reversed(old):
+            next_advantage = token["reward"] + gamma * next_value - token["value"] + gamma * lam * next_advantage
+            next_value = token["value"]
+            token["advantage"], token["return"] = next_advantage, next_advantage + next_value
+
+    def compare_with_the_group(self, index: int, rows: list[dict[str, Any]], batch: list[list[dict]]) -> None:
+        """Advantage: the response's whole reward minus the mean of the prompt's other responses."""
+        prompt = rows[index]["epoch"], rows[index]["prompt_index"]
+        others = [
+            sum(t["reward"] for t in batch[j])
+            for j, row in enumerate(rows)
+            if j != index and (row["epoch"], row["prompt_index"]) == prompt and batch[j]
+        ]
+        whole = sum(t["reward"] for t in batch[index])
+        for token in batch[index]:
+            token["advantage"], token["return"] = whole - np.mean(others) if others else 0.0, whole
 
     def update(self, rows: list[dict[str, Any]], minibatches: list[list[int]], scale: float) -> dict[str, float]:
         cfg, targets = self.cfg, self.targets(rows)
@@ -169,7 +191,8 @@ class SlowLearner:
                 group["lr"] = rate * scale
             self.optimizer.step()
             seen += [{key: float(torch.as_tensor(x).detach()) for key, x in part.items()} for part in parts]
-        return {**stats, **{key: np.mean([s[key] for s in seen]) for key in seen[0]}, "ppo/grad_norm": max(norms)}
+        found = {**stats, **{key: np.mean([s[key] for s in seen]) for key in seen[0]}, "ppo/grad_norm": max(norms)}
+        return {key: x for key, x in found.items() if cfg.ppo.has_critic or not key.startswith("value/")}
 
     def losses(self, now: dict[str, torch.Tensor], fixed: dict[str, float]) -> dict[str, Any]:
         """The terms and statistics of one token."""
@@ -245,11 +268,89 @@ def test_three_updates_agree_with_a_slow_derivation(model, critic, other):
         found = {key: x for key, x in found.items() if not key.startswith("time/")}
         assert found == pytest.approx(expected, rel=2e-5, abs=2e-6)
         assert torch.allclose(parameters(learner), torch.cat([p.flatten() for p in slow.parameters]), atol=1e-6)
-    # Nothing above was idle.
+    # Every part above had an effect.
     assert expected["ppo/clip_frac"] > 0.1
     assert expected["ppo/grad_norm"] > 2 * learner.cfg.optimizer.max_grad_norm
     assert other or (expected["value/clip_frac"] > 0.02 and 0.1 < expected["mismatch/capped"] < 0.9)
     assert other or expected["kl/coef"] != learner.cfg.kl.coef
+
+
+def grouped(table: pa.Table) -> pa.Table:
+    """The same rollouts as responses to four prompts: three, the first one empty, then two, one, and two."""
+    index = table.schema.get_field_index("prompt_index")
+    return table.set_column(index, table.schema.field(index), pa.array([0, 0, 0, 1, 1, 2, 3, 3], pa.int32()))
+
+
+WITHOUT_CRITIC = {
+    "group": {"ppo": {"advantages": "group"}, "prompts": {"rollouts_per_prompt": 2}},
+    "returns": {"ppo": {"advantages": "returns"}},
+}
+
+
+@pytest.mark.parametrize("advantages", WITHOUT_CRITIC)
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_updates_without_a_critic_agree_with_a_slow_derivation(model, advantages, critic):
+    settings = {**UNUSUAL, "ppo": {**UNUSUAL["ppo"], **WITHOUT_CRITIC[advantages]["ppo"]}}
+    settings["prompts"] = WITHOUT_CRITIC[advantages].get("prompts", {})
+    settings["reward"] = {**UNUSUAL["reward"], "sources": [{"name": "a_words", "function": "tests.tasks:a_words"}]}
+    settings["learner"] = {**UNUSUAL["learner"], "critic": critic}
+    learner = Learner(tiny_config(model, rollouts_per_step=8, **settings))
+    assert [name for name, _ in learner.network.named_parameters() if not name.startswith("policy.")] == []
+    slow = SlowLearner(model, learner.cfg)
+    for seed, scale in enumerate([1 / 2, 1]):
+        minibatches = [rows.tolist() for rows in learner._minibatches(8)]
+        table = grouped(varied_batch(seed))
+        expected = slow.update(table.to_pylist(), minibatches, scale)
+        found = {key: x for key, x in learner.update(table).items() if not key.startswith("time/")}
+        assert found == pytest.approx(expected, rel=2e-5, abs=2e-6)
+        weights = torch.cat([p.detach().flatten() for p in slow.policy.parameters()])
+        assert torch.allclose(parameters(learner), weights, atol=1e-6)
+
+
+def without_critic(model, advantages: str, lora: dict[str, int] | None) -> Learner:
+    rates = {"learning_rate": 1e-2 if lora else 1e-3}
+    return make_learner(model, **WITHOUT_CRITIC[advantages], learner={"lora": lora}, optimizer=rates)
+
+
+def two_to_a_prompt(seed: int) -> pa.Table:
+    """A batch whose prompts have two responses each, of which one scores 1 and the other 0."""
+    table = batch(seed)
+    index = table.schema.get_field_index("prompt_index")
+    return table.set_column(index, table.schema.field(index), pa.array([0, 0, 1, 1, 2, 2, 3, 3], pa.int32()))
+
+
+LORA = pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+
+
+@pytest.mark.parametrize("advantages", WITHOUT_CRITIC)
+@LORA
+def test_a_learner_without_a_critic_learns_and_resumes_bit_for_bit(model, tmp_path, advantages, lora):
+    learner = without_critic(model, advantages, lora)
+    before = first_token_logprob(learner, 4) - first_token_logprob(learner, 40)
+    for seed in range(3):
+        stats = learner.update(two_to_a_prompt(seed))
+        assert not [key for key in stats if key.startswith("value/")]
+    assert first_token_logprob(learner, 4) - first_token_logprob(learner, 40) > before + 0.2
+    learner.save(tmp_path / "step-000003")
+    learner.update(two_to_a_prompt(3))
+    restored = without_critic(model, advantages, lora)
+    assert restored.restore(tmp_path / "step-000003") == 3
+    restored.update(two_to_a_prompt(3))
+    assert torch.equal(parameters(restored), parameters(learner))
+
+
+@LORA
+def test_a_learner_without_a_critic_publishes_and_exports_its_policy(model, tmp_path, lora):
+    learner = without_critic(model, "returns", lora)
+    learner.update(two_to_a_prompt(0))
+    learner.save(tmp_path / "step-000001")
+    exported = without_critic(model, "returns", lora)
+    assert exported.restore_policy(tmp_path / "step-000001") == 1
+    exported.save_policy(tmp_path / "policy")
+    loaded = dict(LlamaForCausalLM.from_pretrained(tmp_path / "policy").named_parameters())
+    published = dict(learner.network.policy_tensors())
+    assert loaded.keys() == published.keys()
+    assert all(torch.equal(tensor, published[name].bfloat16()) for name, tensor in loaded.items())
 
 
 def test_the_first_pass_over_a_batch_starts_where_the_batch_was_written(model):

@@ -71,7 +71,7 @@ def test_every_token_pays_for_its_kl_and_the_last_one_gets_the_score(garbage):
     mask = torch.zeros(4, 5, dtype=torch.bool)
     for b, n in enumerate(lengths):
         mask[b, :n], kl[b, :n] = True, torch.randn(n)
-    scores[1] = garbage  # nothing was written, so nobody gets it
+    scores[1] = garbage  # an empty response: no token gets it
     before = kl.clone()
     rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
     for b, n in enumerate(lengths):
@@ -91,6 +91,13 @@ def test_rewards_worked_by_hand():
         kl_coef=0.5,
     )
     assert rewards.tolist() == [[-1.0, 12.0], [17.0, 0.0]]
+
+
+@pytest.mark.parametrize("row", [[True, False, True], [False, True, True]])
+def test_a_mask_with_holes_is_refused_before_a_score_is_lost(row):
+    mask = torch.tensor([[True, False, False], row])
+    with pytest.raises(ValueError, match="without gaps, but row 1 is False at place"):
+        token_rewards(torch.ones(2), torch.zeros(2, 3), mask, kl_coef=0.1)
 
 
 @pytest.mark.parametrize(

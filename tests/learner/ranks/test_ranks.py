@@ -27,7 +27,7 @@ from learner.ppo.learner import Learner
 from learner.ranks.distributed import whole
 from learner.ranks.rows import sequence_costs, shares
 from tests.fakes import make_experience, make_prompt, save_tiny_kind, save_tiny_model, tiny_config
-from tests.learner.ppo.test_learner import OTHERWISE, UNUSUAL, varied_batch
+from tests.learner.ppo.test_learner import OTHERWISE, UNUSUAL, WITHOUT_CRITIC, grouped, varied_batch
 from tests.learner.ranks.test_distributed import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -61,6 +61,10 @@ def one_batch() -> list[pa.Table]:
 
 def two_batches() -> list[pa.Table]:
     return [varied_batch(0), varied_batch(1)]
+
+
+def grouped_batches() -> list[pa.Table]:
+    return [grouped(table) for table in two_batches()]
 
 
 def shuffled_batches(seed: int) -> list[pa.Table]:
@@ -123,6 +127,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "target-kl": (ppo(2, epochs=4, target_kl=0.3), two_batches),
     "bf16": (learner_of(precision="bf16"), two_batches),
     "lora": (LORA, two_batches),
+    "group": (WITHOUT_CRITIC["group"], grouped_batches),
+    "returns": (merged(WITHOUT_CRITIC["returns"], ppo(1), learner_of(micro_batch_tokens=512)), two_batches),
     "experts": ({}, two_batches),
     "experts-lora": (LORA, two_batches),
     "lora-separate-checkpointing": (

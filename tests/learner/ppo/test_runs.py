@@ -1,0 +1,114 @@
+"""Whole runs with each advantage estimator: the loop, a real learner and its policy's own responses, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.config.ppo import Config
+from common.files import read_records
+from common.types import Prompt, Rollout, RolloutRef, Score
+from learner.loop.prompts import PromptRecord, PromptStream
+from learner.loop.train_loop import Run, train
+from learner.ppo.advantages import ADVANTAGES
+from learner.ppo.learner import Learner
+from tests.fakes import FakeRoles, make_rollout, save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+STEPS, LENGTH = 8, 3
+
+
+class OneProcess(FakeRoles):
+    """The roles around a real learner: its policy writes, and a response scores its share of tokens below 32."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__([])
+        self.learner = Learner(cfg)
+
+    async def write(self, prompt: Prompt) -> Rollout:
+        sample_id, ids, logprobs = prompt.sample_id, prompt.token_ids.tolist(), []
+        seed = 1000 * self.version + 100 * sample_id.epoch + 10 * sample_id.prompt + sample_id.replica
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(LENGTH):
+            with torch.no_grad():
+                logits = self.learner.network.policy(torch.tensor([ids]), lengths=[len(ids)]).logits[0, -1]
+            ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+            logprobs.append(logits.log_softmax(-1)[ids[-1]].item())
+        plain = make_rollout(prompt, ids[-LENGTH:], version=self.version)
+        return Rollout(**{**vars(plain), "rollout_logprobs": np.array(logprobs, dtype=np.float32)})
+
+    async def score(self, written: RolloutRef) -> Score:
+        share = float((written.rollout.response_ids < 32).mean())
+        return Score(share, {"a_words": share})
+
+    async def update(self, table):
+        stats = self.learner.update(table)
+        self.step = self.learner.step
+        return stats
+
+    async def restore(self, directory: Path) -> None:
+        self.step = self.learner.restore(directory)
+
+    async def save(self, directory: Path) -> None:
+        self.learner.save(directory)
+
+
+def run(directory: Path, model: Path, advantages: str, num_steps: int) -> torch.Tensor:
+    """Trains in `directory` up to `num_steps`. Returns the policy's weights."""
+    cfg = tiny_config(
+        model,
+        num_steps=num_steps,
+        rollouts_per_step=16,
+        prompts={"rollouts_per_prompt": 4},
+        ppo={"advantages": advantages, "minibatches": 2},
+        optimizer={"learning_rate": 3e-3},
+        evaluation={"prompts": 0},
+        checkpoint={"every": 3, "keep": 9},
+    )
+    records = [PromptRecord(f"q{i}", np.array([3, 4 + i], dtype=np.int32), {}) for i in range(6)]
+    prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=4)
+    roles = OneProcess(cfg)
+    asyncio.run(train(Run(cfg, directory, prompts, [], roles, roles, roles, roles)))
+    return torch.cat([p.detach().flatten() for p in roles.learner.network.policy.parameters()])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=list(ADVANTAGES))
+def whole(request, model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    return request.param, run(directory, model, request.param, STEPS), directory
+
+
+def curve(directory: Path) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in record.items() if not key.endswith("_s") and key != "time"}
+        for record in read_records(directory / "metrics.jsonl")
+    ]
+
+
+def test_the_reward_rises_with_every_estimator(whole):
+    scores = [record["rollout/score/mean"] for record in curve(whole[2])]
+    assert np.mean(scores[-2:]) > np.mean(scores[:2]) + 0.15, scores
+
+
+def test_only_runs_with_a_critic_log_its_metrics(whole):
+    logged = {key for record in curve(whole[2]) for key in record if key.startswith("value/")}
+    assert bool(logged) == (whole[0] == "gae")
+
+
+def test_a_run_of_every_estimator_resumes_bit_for_bit(whole, model, tmp_path):
+    advantages, weights, directory = whole
+    run(tmp_path / "run", model, advantages, 5)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000005")  # so that steps 3 and 4 are replayed from the journal
+    assert torch.equal(run(tmp_path / "run", model, advantages, STEPS), weights)
+    assert curve(tmp_path / "run") == curve(directory)
