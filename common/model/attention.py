@@ -1,7 +1,7 @@
-"""Causal attention within sequences that lie one after another, without padding between them.
+"""Causal attention within packed sequences: one follows another in one long row, without padding.
 
-Importing this registers it with transformers as "packed"; a model loaded with that implementation takes `lengths`, the
-number of tokens of each sequence, beside its inputs, and gives every sequence what it would have had alone.
+Runs anywhere. Importing this module registers it with transformers as "packed". A model loaded with that implementation
+also takes `lengths`, the number of tokens of each sequence, and computes for every sequence the same as for it alone.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from common.model.recomputed_attention import Scores, barrier, recomputed_attention
+from common.model.recomputed_attention import Scores, causal_bias, recomputed_attention
 
 PACKED = "packed"
-# Models hand these to their attention, and nothing here depends on them.
-_HARMLESS = ("position_ids", "cache_position", "use_cache", "output_")  # with all that begins so
+# Arguments that begin so do not change the result, and are ignored.
+_HARMLESS = ("position_ids", "cache_position", "use_cache", "output_")
 
 
 class AttentionError(ValueError):
-    """A model asks for an attention that is not the packed one. The message is about the model."""
+    """A model passes arguments that packed attention does not support. The message describes the model."""
 
 
 def packed_attention(
@@ -57,7 +57,7 @@ def packed_attention(
         return recomputed_attention(query[0], key[0], value[0], s_aux, lengths, how)[None], None
     if query.dtype in (torch.bfloat16, torch.float16):
         ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
-        narrow, width = value.shape[-1], query.shape[-1]  # flash attention wants values as wide as keys
+        narrow, width = value.shape[-1], query.shape[-1]  # flash attention needs values as wide as keys
         value = value if narrow == width else pad(value, (0, width - narrow))
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         attended = varlen_attn(
@@ -66,7 +66,7 @@ def packed_attention(
         return cast(Tensor, attended)[None, ..., :narrow], None
     each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)  # flash attention has no float32
     parts = [
-        scaled_dot_product_attention(q, k, v, attn_mask=_visible(q, window), scale=scaling, enable_gqa=True)
+        scaled_dot_product_attention(q, k, v, attn_mask=_causal_mask(q, window), scale=scaling, enable_gqa=True)
         for q, k, v in each
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
@@ -76,9 +76,9 @@ AttentionInterface.register(PACKED, packed_attention)
 
 
 def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]) -> None:
-    """Raises AttentionError for unknown arguments. If they were ignored, the result would be silently wrong."""
+    """Raises AttentionError for unknown arguments. Ignoring them would make the result silently wrong."""
     if not lengths:
-        raise AttentionError("its layers do not tell their attention where each sequence of a packed row ends")
+        raise AttentionError("its layers do not pass `lengths`, the ends of packed sequences, on to their attention")
     if others.get("is_causal") is True:
         others = {**others, "is_causal": None}
     asked = [name for name, value in others.items() if value is not None and not name.startswith(_HARMLESS)]
@@ -88,6 +88,6 @@ def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]
         raise AttentionError(f"its attention uses {', '.join(asked)}, which packed attention does not have")
 
 
-def _visible(like: Tensor, window: int) -> Tensor:
-    """bool [T, T], T = like.shape[-2]: a token sees itself and the `window` - 1 before it."""
-    return barrier(like.shape[-2], window, like.device).isfinite()
+def _causal_mask(like: Tensor, window: int) -> Tensor:
+    """bool [T, T], T = like.shape[-2]: a token attends to itself and the `window` - 1 tokens before it."""
+    return causal_bias(like.shape[-2], window, like.device).isfinite()

@@ -1,7 +1,9 @@
-"""What a transformer does between its matrix products, with backward passes written by hand: fewer passes over memory,
-and about half as many values kept for the backward pass.
+"""Linear layers, RMS norms and embeddings with backward passes written by hand. They keep less for the backward pass.
 
-`install` puts them in place of a model's own modules where they compute the same, and leaves all others alone.
+Runs anywhere. `install` puts them in place of a model's own modules where they compute the same.
+
+They save memory, not time. Measured: one PPO update of a 135M-parameter model on 3,456 ragged tokens, bfloat16, one CPU
+thread. It takes 2,960 MB and 12 CPU s; without this file 3,520 MB (19 % more) and the same time within 5 %.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from common.model.logprobs import autocast_dtype
@@ -22,8 +24,8 @@ Forward = Callable[[Any, Tensor], Tensor]
 
 
 def install(model: PreTrainedModel) -> int:
-    """Replaces the forward pass of embeddings, linear layers, RMS norms and gated SiLU layers where its output stays
-    the same; returns how many."""
+    """Replaces the forward pass of linear layers, RMS norms and embeddings where the output stays the same. Returns how
+    many it replaced."""
     replaced = 0
     for module in model.modules():
         forward = _replacement(module)
@@ -36,7 +38,8 @@ def install(model: PreTrainedModel) -> int:
 def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer under autocast that keeps no cast copy of its weight: the backward pass casts it again.
 
-    Copies of all weights would be an eighth of what weights, gradients and optimizer state take together.
+    The copies of all weights would take an eighth of the memory of weights, gradients and optimizer state. Saves 7 % of
+    the peak memory of the update above.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype in (None, weight.dtype):
@@ -45,25 +48,26 @@ def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis (arXiv:1910.07467, eq. 4), float32 inside."""
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis (arXiv:1910.07467, eq. 4), computed in float32.
+
+    Keeps its input and one number per row. Saves 8 % of the peak memory of the update above.
+    """
     return _RMSNorm.apply(x, weight, eps)
 
 
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv:2002.05202, eq. 6 with SiLU)."""
-    return _GatedSiLU.apply(gate, up)
-
-
 def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-    """weight[input_ids]; on CPU the gradient goes straight into one that is there already, where a second one of that
-    size, almost all zeros, would take as long as a layer."""
+    """weight[input_ids]. On CPU its gradient is added in place to a gradient that exists already.
+
+    Autograd would first fill a second matrix of that size, almost all zeros. Saves 3 % of the peak memory of the update
+    above.
+    """
     if weight.device.type == "cpu":
         return _Embedding.apply(input_ids, weight, padding_idx)
     return torch.nn.functional.embedding(input_ids, weight, padding_idx)
 
 
 class _Embedding(torch.autograd.Function):
-    """As torch's, tokens of `padding_idx` give no gradient."""
+    """As with torch's embedding, tokens of `padding_idx` give no gradient."""
 
     @staticmethod
     def forward(ctx, input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
@@ -106,6 +110,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _CastLinear(torch.autograd.Function):
+    """Casts to `dtype` in both passes. Gradients have the types of what they belong to."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x.to(dtype), weight)
@@ -123,21 +129,6 @@ class _CastLinear(torch.autograd.Function):
         return d_x, d_weight, rows.sum(0, dtype=ctx.dtypes[1]) if of_bias else None, None
 
 
-class _GatedSiLU(torch.autograd.Function):
-    """Keeps its two inputs; silu(gate) is computed again."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        d_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return d_gate, silu(gate).mul_(gradient)
-
-
 def _linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
     return cast_linear(x, self.weight, self.bias)
 
@@ -150,38 +141,22 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _gated_forward(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
-
-
 def _replacement(module: Any) -> Forward | None:
     if len(signature(module.forward).parameters) != 1:
-        return None  # a gated norm, for one, is a plain one only as long as it gets no gate
+        return None  # a gated norm, for example, takes a second argument: its gate
     if type(module) is nn.Linear:
         return _linear_forward
     if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
         return _embedding_forward
     if hasattr(module, "weight") and hasattr(module, "variance_epsilon"):
         return _norm_forward
-    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        return _gated_forward if _is_silu(module.act_fn) else None
     return None
 
 
 @torch.no_grad()
-def _is_silu(act: Any) -> bool:
-    """On numbers where SiLU and GELU differ by up to 0.2; through a layer of small weights they look alike."""
-    x = torch.linspace(-8, 8, 161)
-    try:
-        return torch.allclose(act(x), silu(x), rtol=0, atol=1e-5)
-    except Exception:  # an activation with parameters of its own
-        return False
-
-
-@torch.no_grad()
 def _same(module: Any, forward: Forward) -> bool:
-    """Whether the replacement gives what the module itself gives, on a few inputs of its own width. An error means no:
-    modules with such names can be anything."""
+    """True if the replacement gives the module's own output on a few random inputs. False after an error too, because a
+    module with the right names may take other inputs."""
     try:
         return _outputs_agree(module, forward)
     except Exception:
@@ -189,7 +164,7 @@ def _same(module: Any, forward: Forward) -> bool:
 
 
 def _outputs_agree(module: Any, forward: Forward) -> bool:
-    weight = module.gate_proj.weight if forward is _gated_forward else module.weight
+    weight = module.weight
     generator = torch.Generator().manual_seed(0)
     if forward is _embedding_forward:
         x = torch.randint(len(weight), (4,), generator=generator).to(weight.device)

@@ -1,6 +1,8 @@
-"""Attention within sequences that lie one after another, in plain matrix products, with a backward pass by hand.
+"""Attention within packed sequences in plain matrix products, with a backward pass written by hand.
 
-On CPUs for all models; on GPUs for those that flash attention has no kernel for.
+Runs anywhere: on CPUs for all models, on GPUs for those without a kernel in flash attention. Measured on the update of
+common/model/kernels.py: a loop of torch's scaled_dot_product_attention would take 14 to 28 % more CPU time and 6 % more
+peak memory.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from common.model.masking import round_up
 
 @dataclass(frozen=True)
 class Scores:
-    """How scores are made of q and k: c tanh(scaling q k / c) with a cap c, within a window of tokens."""
+    """How scores are computed from q and k: scaling q k, with a cap c also c tanh(scaling q k / c), in a window."""
 
     scaling: float
     window: int
@@ -31,8 +33,8 @@ def recomputed_attention(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Sequences of about one length together; the backward pass computes the probabilities again, so that nothing
-    quadratic is kept."""
+    """Sequences of similar length are computed together. The backward pass computes the probabilities again, so nothing
+    of quadratic size is kept."""
 
     @staticmethod
     def forward(
@@ -40,7 +42,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, sinks)
         ctx.scores = scores
-        # All sequences of a length at once on a CPU, which has the memory; a GPU fills with one.
+        # A CPU has the memory for all sequences of a length at once. On a GPU their scores are bounded.
         most = None if query.device.type == "cpu" else _GPU_SCORES
         ctx.layout = layout = _layout(tuple(lengths), len(query), len(key), query.device, most)
         q_rows, k_rows, v_rows = _rows(query), _rows(key), _rows(value)
@@ -48,7 +50,7 @@ class _Recomputed(torch.autograd.Function):
         for group in layout.groups:
             q, k, v = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows)
             attended.append(_probabilities(q, k, sinks, scores)[0] @ v)
-        return _back(attended, layout.q_back).view(query.shape[1], query.shape[0], value.shape[2])
+        return _to_token_order(attended, layout.q_order).view(query.shape[1], query.shape[0], value.shape[2])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,7 +64,7 @@ class _Recomputed(torch.autograd.Function):
             p, slope, at_sink = _probabilities(q, k, sinks, ctx.scores)
             d_p = g @ v.transpose(1, 2)
             if d_sinks is not None:
-                # d p_i / d sink = -p_i p_sink, of every token of every head.
+                # d p_i / d sink = -p_i p_sink, for every token of every head.
                 pulled = torch.linalg.vecdot(p, d_p).float() * at_sink
                 d_sinks -= pulled.view(-1, len(key), len(query) // len(key), group.length).sum((0, 3)).flatten()
             d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(ctx.scores.scaling)
@@ -72,29 +74,29 @@ class _Recomputed(torch.autograd.Function):
             d_keys.append(d_scores.transpose(1, 2) @ q)
             d_values.append(p.transpose(1, 2) @ g)
         d_query, d_key, d_value = (
-            _back(parts, back).view(like.shape[1], like.shape[0], like.shape[2]).transpose(0, 1)
-            for parts, back, like in (
-                (d_queries, ctx.layout.q_back, query),
-                (d_keys, ctx.layout.k_back, key),
-                (d_values, ctx.layout.k_back, value),
+            _to_token_order(parts, order).view(like.shape[1], like.shape[0], like.shape[2]).transpose(0, 1)
+            for parts, order, like in (
+                (d_queries, ctx.layout.q_order, query),
+                (d_keys, ctx.layout.k_order, key),
+                (d_values, ctx.layout.k_order, value),
             )
         )
         return d_query, d_key, d_value, d_sinks if d_sinks is None else d_sinks.to(sinks.dtype), None, None
 
 
-# Sequences are padded to a multiple of this before they are multiplied. It depends on nothing but a sequence's own
-# length, so that its result does not depend on its company.
+# Sequences are padded to a multiple of this before they are multiplied. So a padded length depends on the sequence's
+# own length alone, and its result does not depend on the other sequences of the batch.
 _WIDTH = 32
 _GPU_SCORES = 1 << 27  # scores of a group on a GPU, float32: 512 MiB
 
 
 @dataclass(frozen=True)
 class _Group:
-    """n sequences of one padded length T. Heads that share keys stand below one another, so that one product serves
-    them: queries are [kv_heads * n, group * T, D], keys and values [kv_heads * n, T, D]."""
+    """n sequences of one padded length T. Heads that share keys are stacked, so that one product computes them all:
+    queries are [kv_heads * n, group * T, D], keys and values [kv_heads * n, T, D]."""
 
     length: int  # T
-    q_index: Tensor  # where each row of the queries stands among rows [N * heads, D]; padding repeats the last token
+    q_index: Tensor  # the row in [N * heads, D] of each row of the queries; padding repeats the last token
     k_index: Tensor
     is_token: Tensor  # bool [kv_heads * n, group * T, 1]: False in padding
 
@@ -108,13 +110,13 @@ class _Group:
 @dataclass(frozen=True)
 class _Layout:
     groups: list[_Group]
-    q_back: Tensor  # [N * heads]: where each token's head stands among the rows of all groups
-    k_back: Tensor  # [N * kv_heads]
+    q_order: Tensor  # [N * heads]: the place of each token's head among the rows of all groups
+    k_order: Tensor  # [N * kv_heads]
 
 
-@lru_cache(maxsize=4)  # every layer asks for the same one
+@lru_cache(maxsize=4)  # every layer needs the same one
 def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device, most: int | None) -> _Layout:
-    """`most`: how many scores a group may have, unless it is a single sequence."""
+    """`most`: largest number of scores in a group of several sequences; None: no limit."""
     widths = [round_up(length, _WIDTH) for length in lengths]
     ends = torch.tensor(lengths).cumsum(0)
     groups, real = [], []
@@ -132,14 +134,14 @@ def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.d
             groups.append(_Group(width, q_index.flatten(), k_index.flatten(), is_token.reshape(shape)))
             real.append((is_token.flatten(), is_token[:, :, 0].flatten()))
     q_real, k_real = (torch.cat(parts) for parts in zip(*real, strict=True))
-    q_back = _inverse(torch.cat([group.q_index for group in groups]), q_real)
-    k_back = _inverse(torch.cat([group.k_index for group in groups]), k_real)
+    q_order = _inverse(torch.cat([group.q_index for group in groups]), q_real)
+    k_order = _inverse(torch.cat([group.k_index for group in groups]), k_real)
     groups = [_Group(g.length, *(x.to(device) for x in (g.q_index, g.k_index, g.is_token))) for g in groups]
-    return _Layout(groups, q_back.to(device), k_back.to(device))
+    return _Layout(groups, q_order.to(device), k_order.to(device))
 
 
 def _inverse(index: Tensor, real: Tensor) -> Tensor:
-    """Of every row where it stands in `index`, its repetitions, which are not `real`, aside."""
+    """Inverse of `index`: the place of each row in it, ignoring padding (`real` is False)."""
     places = real.nonzero().squeeze(1)
     return torch.empty_like(places).index_copy(0, index[places], places)
 
@@ -149,16 +151,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(-1, x.shape[-1])
 
 
-def _back(parts: list[Tensor], index: Tensor) -> Tensor:
-    """The groups' rows [.., D] in the order of the tokens and their heads."""
+def _to_token_order(parts: list[Tensor], index: Tensor) -> Tensor:
+    """The rows [.., D] of all groups, in the order of tokens and heads."""
     return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, index)
 
 
 def _probabilities(
     q: Tensor, k: Tensor, sinks: Tensor | None, how: Scores
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The probabilities [kv_heads * n, group * T, T], the softmax float32 inside. With a cap also the slope of the
-    capped scores, of the same shape; with sinks also what goes to them, [kv_heads * n, group * T]."""
+    """The probabilities [kv_heads * n, group * T, T], with the softmax in float32. Also, with a cap, the slope of the
+    capped scores, of the same shape; with sinks, the probability of the sink, [kv_heads * n, group * T]."""
     count, length = k.shape[:2]
     scores, slope, at_sink = (
         (q @ k.transpose(1, 2)).float().mul_(how.scaling).view(count, -1, length, length),
@@ -169,8 +171,8 @@ def _probabilities(
         scores = scores.div_(how.cap).tanh_()
         slope = (1 - scores.square()).to(q.dtype).view(count, -1, length)
         scores = scores.mul_(how.cap)
-    # Adding -inf takes an eighth of what filling by a mask takes.
-    scores.add_(barrier(length, how.window, q.device))
+    # Adding -inf takes an eighth of the time of masked_fill.
+    scores.add_(causal_bias(length, how.window, q.device))
     if sinks is None:
         p = scores.softmax(-1)
     else:
@@ -181,13 +183,13 @@ def _probabilities(
     return p.to(q.dtype).reshape(count, -1, length), slope, at_sink
 
 
-def barrier(length: int, window: int, device: torch.device) -> Tensor:
-    """[length, length]: -inf where a row may not look, else 0. Cut from a larger one, which serves many calls."""
+def causal_bias(length: int, window: int, device: torch.device) -> Tensor:
+    """[length, length]: 0 where a token attends, else -inf. A slice of a larger, cached one."""
     size = round_up(length, 256)
-    return _whole_barrier(size, window if window < length else size, device)[:length, :length]
+    return _whole_bias(size, window if window < length else size, device)[:length, :length]
 
 
 @lru_cache(maxsize=4)
-def _whole_barrier(length: int, window: int, device: torch.device) -> Tensor:
+def _whole_bias(length: int, window: int, device: torch.device) -> Tensor:
     visible = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
     return torch.zeros(length, length).masked_fill_(~visible, float("-inf")).to(device)

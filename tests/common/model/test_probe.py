@@ -38,7 +38,7 @@ def test_a_model_passes_with_the_learners_kernels():
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("stablelm", "do not tell their attention where each sequence of a packed row ends"),
+        ("stablelm", "do not pass `lengths`, the ends of packed sequences, on to their attention"),
         ("lfm2", "mix the sequences of a packed row"),
         ("falcon_mamba", "mix the sequences of a packed row"),
         ("doge", "attention is not the packed one"),
@@ -74,7 +74,7 @@ def test_a_refused_model_is_named_with_its_setting_and_type(tmp_path):
     with pytest.raises(UserError) as caught:
         load_policy(tmp_path, **CPU)
     message = str(caught.value)
-    assert message.startswith(f"model.path ({tmp_path}), a stablelm model, cannot be trained: its layers do not tell")
+    assert message.startswith(f"model.path ({tmp_path}), a stablelm model, cannot be trained: its layers do not pass")
     assert message.endswith("docs/models.md lists what is supported")
 
 
