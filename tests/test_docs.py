@@ -1,4 +1,7 @@
-"""Every Python block of README and docs runs as it is written, against a small run, and gives the right values."""
+"""README, CONTRIBUTING and docs name files, tests and settings that exist, and their Python blocks run unchanged.
+
+The blocks run against a small run and must give the right values.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from common.files import read_records
+from common.metrics.table import STEP
 from common.types import Prompt, RewardInput, Rollout, RolloutRef, Score, Void
 from learner.loop.journal import Journal
 from learner.loop.train_loop import train
@@ -28,7 +32,26 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if blocks(page, "python")]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in TEXTS if blocks(page, "python")]
+PATH = re.compile(r"`((?:actors|common|learner|deploy|tests|docs|\.ci)/[\w./-]*)(?:::(\w+))?`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_every_file_and_test_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    assert {link for link in LINK.findall(text) if not (page.parent / link).exists()} == set()
+    named = PATH.findall(text)
+    keys = {metric.key for metric in STEP}  # one of them looks like a path
+    assert {path for path, _ in named if not (ROOT / path).exists()} - keys == set()
+    tests = [(path, test) for path, test in named if test]
+    assert [pair for pair in tests if f"def {pair[1]}(" not in (ROOT / pair[0]).read_text(encoding="utf-8")] == []
+
+
+def test_the_readme_links_to_every_page():
+    links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} | {"CONTRIBUTING.md", "LICENSE"} <= set(links)
 
 
 class Writers(FakeRoles):
@@ -107,7 +130,7 @@ def check_reading(names: dict[str, Any], run_directory: Path) -> None:
 CHECKS = {"README.md": check_reward, "metrics.md": check_reading}
 
 
-def test_maps_of_the_journal_are_read_as_the_docs_say(run_directory):
+def test_maps_of_the_journal_are_readable_as_the_docs_say(run_directory):
     import duckdb
     import pyarrow.dataset
 
