@@ -1,9 +1,10 @@
-"""The control plane alone: how many rollouts a second pass from prompt to journal, and what one more costs when there
-are many replicas, or many prompts outstanding.
+"""The control plane alone: how many rollouts pass from prompt to journal in a second, and what each costs when there
+are many replicas or many outstanding prompts.
 
-Engines, scorer and reference answer at once; loop, pools, routing, generators, buffer and journal are the real ones,
-all in one process. Learning and publication are left out. Besides runs/bench.json this leaves runs/bench-control.json
-and a plot; `make bench-control` runs it alone.
+Engines, scorer and reference answer at once. Loop, pools, routing, generators, buffer and journal are the real ones,
+all in one process. Learning and publication are left out. The compared settings take turns of a fifth of a second, so
+that they meet the same state of the machine. This also writes runs/bench-control.json and a plot; `make bench-control`
+runs it alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a second and a third generator add: rollouts a second of a pool that is scaled while it works.
+"""What do a second and a third generator add? Rollouts/s of a pool that is scaled while it works.
 
-Once with real engines of a tiny model on this machine's cores, which are what then limits; once with engines that take
-as long as a distant one would and use no core, which shows the pool's own share.
+Once with real engines of a tiny model on this machine's cores, which are the limit then. Once with engines that take
+the time of a distant one (16 responses in 0.5 s) and use no core, which shows the pool's own share.
 """
 
 from __future__ import annotations

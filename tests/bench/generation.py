@@ -1,7 +1,7 @@
 """What does serving vLLM through a pool cost? Rollouts through Ray, pool and generator, against vLLM called directly.
 
 generator_vs_vllm: tokens/s of 64 requests sent one by one to the pool, over tokens/s of the same requests given to
-vLLM's engine at once, in a process of its own with the same engine settings and as many threads. The two alternate.
+vLLM's engine at once, in a separate process with the same engine settings and number of threads. The two alternate.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""Does a step cost only the longer of generating and learning, when both go on at once?
+"""If generating and learning overlap, does a step cost only the longer of the two?
 
-overlap_step: median seconds of a step with max_staleness = 1, over the larger of two medians: what the generators need
-for one batch, and what the learner does (time/learn_s of the same steps). Two cores: the generator and those that score
-and measure what it writes keep to the first, the learner and its one thread to the second. 32 prompts of 30 to 70
-tokens, 64 new tokens for each, one epoch.
+overlap_step: median seconds of a step with max_staleness = 1, over the larger of two medians: the generators' time for
+one batch, and the learner's (time/learn_s of the same steps). On two cores: the generator and the services that score
+its rollouts keep to the first, the learner with one thread to the second. 32 prompts of 30 to 70 tokens, 64 new tokens
+for each, one epoch.
 
-With max_staleness = 1 a generator often waits, for slots or for nothing to measure, so its time for a batch is taken
-from a second run, the same with max_staleness = 0: time/generate_s + time/score_s there is from the moment that the
-prompts may begin until the last rollout is scored and measured, on the same core, while the learner stands still.
-That is the most that can be hidden behind learning. What generating and learning cost each other by sharing a machine,
-publication and journal included, so counts against the value.
+With max_staleness = 1 a generator often waits for slots. So its time for a batch comes from a second run with
+max_staleness = 0: time/generate_s + time/score_s is there the time from the first prompt to the last score, on the same
+core, while the learner is idle. That is the most that learning can hide. The slowdown that generating and learning
+cause each other, publication and journal therefore count against the value.
 
-A step's time runs from the record of the step before to its own. The first two steps of either run do not count, since
-the first waits for its rollouts and writes the next ones meanwhile, nor does the last with max_staleness = 1, during
-which nothing is generated.
+A step's time runs from the record of the step before to its own. The first two steps of either run do not count: the
+first waits for its rollouts and writes the next ones meanwhile. With max_staleness = 1 the last step does not count
+either, because nothing is generated during it. Steps next to a generator scatter by about 20 %, and a role that is
+pinned to a core cannot move away from another program: repeat a surprising result. Both runs give each role one core;
+roles that take turns with both cores, as in the shipped configs, are not compared.
 """
 
 from __future__ import annotations

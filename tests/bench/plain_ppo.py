@@ -1,18 +1,19 @@
-"""One PPO step the way classic single-process trainers do it: what `step_vs_plain` compares with.
+"""One PPO step in the way of classic single-process trainers: `step_vs_plain` compares with it.
 
-It follows `new/ppo_left_padding.py` of vwxyzjn/summarize_from_feedback_details (Huang et al. 2024, arXiv:2403.17031),
-whose order of work trl's PPOTrainer took over; lm-human-preferences before them is the same in outline. With them:
+It follows `new/ppo_left_padding.py` of vwxyzjn/summarize_from_feedback_details (Huang et al. 2024, arXiv:2403.17031).
+trl's PPOTrainer took over its order of work; lm-human-preferences before them is similar. Common to them:
 
 - prompts padded on the left to the longest, responses of a fixed length, written by Hugging Face `generate`;
 - everything in float32 with the library's default attention (sdpa);
-- policy, critic (a trunk and scalar head of its own) and frozen reference in one process, which do one thing at a time;
-- passes of their own over the finished rollouts for old log-probabilities, reference and old values, in micro-batches;
-- logits on all positions, prompt included, of which the response's are kept;
+- policy, critic (with its own trunk and scalar head) and frozen reference in one process, which does one thing after
+  another;
+- separate passes over the finished rollouts for old log-probabilities, reference and old values, in micro-batches;
+- logits on all positions including the prompt, of which the response's are kept;
 - epochs over the batch in micro-batches with accumulated gradients, clipped policy and value losses, one AdamW over
   policy and critic.
 
-Nothing is slower here than that way implies, and some is faster than there: all prompts generate as one batch, AdamW
-is the fused one, and no statistics (entropy, clipped shares) are computed.
+Nothing here is slower than that way implies. Some parts are faster: all prompts generate as one batch, AdamW is fused,
+and no statistics (entropy, clipped shares) are computed.
 """
 
 from __future__ import annotations

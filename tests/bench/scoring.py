@@ -1,10 +1,11 @@
 """Does batching cost anything? Scoring services through the whole pool, against the same passes called directly.
 
-scoring: the lower of two services' throughput ratios, reference and reward model. For each, in the parts:
+scoring: the lower throughput ratio of two services, reference and reward model. The parts have for each:
 
-- throughput_ratio: tokens/s of all requests sent at once through Ray, pool and batcher, over tokens/s of `forward`
-  called on the same requests in batches of the same token budget, in a process with as many threads. The two alternate.
-- idle_ms: latency of one request at a time; compare pass_alone_ms, the pass it needs, plus the batch window.
+- throughput_ratio: tokens/s of 64 requests sent at once through Ray, pool and batcher, over tokens/s of `forward`
+  called on the same requests in batches of the same token budget, in a process with the same number of threads. The two
+  alternate.
+- idle_ms: latency of a single request. Compare pass_alone_ms, the pass that it needs, plus the batch window.
 """
 
 from __future__ import annotations

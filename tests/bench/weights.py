@@ -1,13 +1,16 @@
 """What does a weight update cost? A policy of 135M parameters, from the learner to a generator with requests running.
 
 - update_vs_memcpy: how long the generator's requests wait for the swap, over one warm memcpy of the bytes sent;
-- publish_vs_memcpy: from the learner's first packing to the last bucket verified and staged on the generator, over the
-  same; publish_to_serving goes on until the swap is done and reported, for which the step under way must end;
+- publish_vs_memcpy: time from the learner's first packing until the last bucket is verified and staged on the
+  generator, over the same; publish_to_serving ends when the swap is reported, for which the current engine step must
+  end;
 - step_slowdown: how much longer an engine step takes while a set is being staged;
-- changes_vs_full: bytes of the values that one AdamW step changes, over those of the full set, and what it takes to
-  find and to apply them, over the memcpy. No real step is made: as in AdamW's first, every float32 weight moves by the
-  learning rate, here up or down at random. It starts from the checkpoint's own values, or from where training brings
-  them: anywhere between one bf16 value and the next.
+- changes_vs_full: bytes of the values that one AdamW step changes, over those of the full set, and the time to find and
+  to apply them, over the memcpy.
+
+For changes_vs_full no real step is made. As in AdamW's first step, every float32 weight moves by the learning rate, up
+or down at random; later steps move most weights less. It starts from the checkpoint's own values, and from the values
+of training: anywhere between one bf16 value and the next. From the checkpoint fewer values change.
 """
 
 from __future__ import annotations
