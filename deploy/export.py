@@ -1,6 +1,6 @@
 """`ratchet export`: the policy of a run's newest checkpoint as a Hugging Face directory, without Ray.
 
-Runs in the driver. The run may go on meanwhile; nothing else in its directory changes.
+Runs in the driver. The run may go on meanwhile; only RUN/exported changes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from learner.ranks.checkpoint import Checkpoints
 
 
 def run_export(run: Path, to: Path | None = None) -> Path:
-    """Writes the policy, with LoRA also its adapters below it, and returns its directory: `to`, or one in RUN/exported
-    named after the step. Raises UserError."""
+    """Writes the policy into `to`, or into a directory of RUN/exported named after the step. Returns that directory.
+    With LoRA, its subdirectory `adapter` has the adapters. Raises UserError."""
     if not os.path.exists(run / "config.toml"):
         raise UserError(f"{run} is no run directory (no config.toml); name one that ratchet train has made")
     if (command := read_record(run).get("command", "train")) != "train":
@@ -38,21 +38,21 @@ def run_export(run: Path, to: Path | None = None) -> Path:
             f"continue the run with ratchet train --resume {quote(str(run))}"
         )
     transformers_logging.disable_progress_bar()
-    # One process on the CPU, however many ranks on whatever devices wrote the checkpoint.
+    # One process on the CPU reads the checkpoint of any number of ranks on any devices.
     alone = cfg.learner.model_copy(update={"ranks": 1, "gpus": 0, "gradient_checkpointing": False})
     learner = Learner(cfg.model_copy(update={"learner": alone}))
     try:
         step = learner.restore_policy(checkpoint)
-    except (Exception, CheckpointException) as error:  # the second one is no Exception
+    except (Exception, CheckpointException) as error:  # the second one is not an Exception
         reason = str(error).strip().rpartition("\n")[2]
         raise UserError(
             f"{checkpoint} cannot be read ({reason}); if the run goes on, it may have removed that checkpoint for a "
-            "newer one: try again; else remove it, and the one before is exported"
+            "newer one: try again; otherwise remove it, and the earlier one is exported"
         ) from error
     target = to or run / "exported" / checkpoint.name
     learner.save_policy(target, adapter=target / "adapter")
     Output().print(
-        f"policy after {step} of {cfg.num_steps} steps: {target} (transformers and vLLM load it as it is)",
+        f"policy after {step} of {cfg.num_steps} steps: {target} (transformers and vLLM can load it)",
         markup=False,
         soft_wrap=True,
     )

@@ -23,9 +23,9 @@ from common.types import Prompt, Rollout, Score, Void
 from deploy.capacity import generator_needs, reward_needs
 from deploy.ending import signals
 from deploy.policy_files import PolicyFiles
-from deploy.run.already_done import finished_pair_sampling
 from deploy.run.directory import refuse_overwriting
 from deploy.run.error_files import ErrorFiles
+from deploy.run.finished import finished_pair_sampling
 from deploy.screen.console import Output
 from deploy.screen.screen import Screen
 from deploy.session import load_inputs, session

@@ -1,6 +1,7 @@
-"""`ratchet scale`: more or fewer replicas while a run goes on.
+"""`ratchet scale`: changes the number of replicas while a run goes on.
 
-The wish goes into RUN/scale.json, which the run follows; what there is it writes to RUN/pool-state.json.
+Runs in the driver, except `scale` and `show`, which run in the command's own process. The command writes target numbers
+into RUN/scale.json; the run reads them, and writes the state of its pools into RUN/pool-state.json.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _LOOK_EVERY_S = 0.5
 
 
 async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
-    """Tells the pools what RUN/scale.json wishes, and writes down what there is whenever it changes. Runs until
+    """Gives the pools the targets of RUN/scale.json, and writes RUN/pool-state.json when it changes. Runs until
     cancelled."""
     written = None
     while True:
-        with suppress(ValueError, OSError):  # a file that is being mended, a disk that is full: the run goes on
-            wishes = _read(directory / "scale.json")
+        with suppress(ValueError, OSError):  # a user is editing the file, or the disk is full: the run continues
+            targets = _read(directory / "scale.json")
             for pool in pools:
-                pool.wish = max(pool.least, int(wishes.get(pool.role, pool.wish)))
+                pool.wish = max(pool.least, int(targets.get(pool.role, pool.wish)))
             state = {pool.role: _state(pool) for pool in pools}
             if state != written:
                 write_json(directory / "pool-state.json", state)
@@ -42,33 +43,33 @@ async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
 
 
 def clear_stale_state(directory: Path) -> None:
-    """What an earlier process was told and told: no wish to this one, nor what it has."""
+    """Deletes scale.json and pool-state.json of an earlier process; they do not describe this one."""
     for name in ("scale.json", "pool-state.json"):
         (directory / name).unlink(missing_ok=True)
 
 
-def scale(directory: Path, wishes: Mapping[str, int], *, timeout_s: float = 10) -> dict[str, Any]:
-    """Writes the wishes (role: replicas) down and returns RUN/pool-state.json once the run has heard them. Raises
+def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10) -> dict[str, Any]:
+    """Writes the targets, {role: replicas}, and returns RUN/pool-state.json once the run has read them. Raises
     UserError."""
     if not is_owned(directory):
         raise UserError(f"no run is going on in {directory}; name the directory of one that is")
     state = _read(directory / "pool-state.json")
-    for role, number in wishes.items():
+    for role, number in targets.items():
         if role not in state:
             raise UserError(f"the run has no {role} pool, only {', '.join(state) or 'none yet'}; scale one of those")
-        if number < (least := state[role]["min"]):
+        if number < (fewest := state[role]["min"]):
             raise UserError(
-                f"{number} {role} replicas are fewer than the run needs ({least}, its setting `min`); wish for {least} "
-                "or more, or stop the run and go on with another min"
+                f"{number} {role} replicas are fewer than the run needs ({fewest}, its setting `min`); ask for "
+                f"{fewest} or more, or stop the run and continue it with another min"
             )
         if number > MOST_PROCESSES:
-            raise UserError(f"{number} {role} replicas are more than a run may have ({MOST_PROCESSES}); wish for fewer")
-    if wishes:
-        write_json(directory / "scale.json", {**_read(directory / "scale.json"), **wishes})
+            raise UserError(f"{number} {role} replicas are more than a run may have ({MOST_PROCESSES}); ask for fewer")
+    if targets:
+        write_json(directory / "scale.json", {**_read(directory / "scale.json"), **targets})
     deadline = time.monotonic() + timeout_s
-    while any(state.get(role, {}).get("wish") != number for role, number in wishes.items()):
+    while any(state.get(role, {}).get("wish") != number for role, number in targets.items()):
         if time.monotonic() > deadline:
-            raise UserError(f"the run in {directory} has not heard the wish within {timeout_s:g} s; does it hang?")
+            raise UserError(f"the run in {directory} has not read the target within {timeout_s:g} s; it may hang")
         time.sleep(_LOOK_EVERY_S / 2)
         state = _read(directory / "pool-state.json")
     return state
@@ -76,7 +77,7 @@ def scale(directory: Path, wishes: Mapping[str, int], *, timeout_s: float = 10) 
 
 def show(state: Mapping[str, Any]) -> None:
     """The pools of a run as a table."""
-    table = Table("role", "wished for", "ready", "replicas")
+    table = Table("role", "target", "ready", "replicas")
     for role, pool in state.items():
         replicas = ", ".join(f"{r['name']} {r['state']}" for r in pool["replicas"])
         table.add_row(role, str(pool["wish"]), str(sum(r["state"] == "ready" for r in pool["replicas"])), replicas)

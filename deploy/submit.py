@@ -1,7 +1,8 @@
 """`ratchet submit`: a run of PPO as a Ray job, on a cluster that need not have Ratchet installed.
 
-What travels: Ratchet's own packages, the directory it is called from (reward functions, prompts), and the config.
-No environment variable does: API keys must be set where the cluster's processes are started.
+Runs in a process of its own, which is not the driver of the run. Sent with the job are Ratchet's own packages, the
+current directory (reward functions, prompts) and the config, but no environment variables: API keys must be set where
+the cluster's processes are started.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from deploy.ending import signals
 from deploy.run.provenance import IN_A_JOB
 from deploy.screen.console import Lenient, complain, printable
 
-EXCLUDED = ["/runs", "__pycache__"]  # over what Ray, .gitignore and .rayignore leave out
+EXCLUDED = ["/runs", "__pycache__"]  # not sent, nor is what Ray, .gitignore and .rayignore exclude
 AGENT_S = 30  # longest wait for the agent of a cluster that has just started
-LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes of a request that the cluster takes
+LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # largest request that the cluster accepts, bytes
 
 
 def submit_run(
@@ -55,28 +56,28 @@ def submit_run(
     address: str,
     follow: bool,
 ) -> int:
-    """Sends `ratchet train` with these arguments and, unless the run has one already, this config; returns the exit
-    code. Functions are also found in the directories `modules` below the current one.
+    """Sends `ratchet train` with these arguments and, for a new run, this config; returns the exit code. Functions are
+    also imported from the directories `modules` below the current one.
 
-    Everything that can be checked here is checked before anything is sent. Models cannot: they lie over there.
+    Everything that can be checked here is checked before anything is sent; models cannot, because they are on the
+    cluster.
     """
     for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.WARNING)  # else a line for every package that is sent
+        handler.setLevel(logging.WARNING)  # otherwise Ray prints a line for every package that is sent
     check_travels(cfg, Path.cwd())
     with no_proxy_for(address):
         client = _connect(address)
         try:
             with tempfile.TemporaryDirectory(prefix="ratchet-") as staging:
                 write_package(Path(staging), None if resume else cfg, arguments)
-                # Left to itself Ray would put each of our packages into a directory of its own.
+                # As an installation has them; Ray itself would put each package into its own directory.
                 ours = client._upload_package_if_needed(staging, include_gitignore=False)
                 job = _submit(
                     client,
                     entrypoint=ENTRYPOINT,
                     runtime_env={
                         "working_dir": str(Path.cwd()),
-                        # Not in one directory with the user's files, which may have the same names; Python finds these
-                        # first.
+                        # Separate from the user's files, which may have the same names; Python finds these first.
                         "py_modules": [ours],
                         "excludes": EXCLUDED,
                         "env_vars": {IN_A_JOB: "1", IMPORT_FROM: json.dumps([str(path) for path in modules])},
@@ -85,12 +86,12 @@ def submit_run(
                 )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"the cluster at {address} did not take the job: {error}") from error
-        _tell(job, directory, address)
+        _print_commands(job, directory, address)
         return _follow(client, job) if follow else 0
 
 
 def _submit(client: JobSubmissionClient, **job: Any) -> str:
-    """Asks again for a while where a cluster that has just started has no agent yet to run jobs."""
+    """Submits the job. Retries for AGENT_S, since a cluster that has just started has no agent yet to run jobs."""
     deadline = time.monotonic() + AGENT_S
     while True:
         try:
@@ -101,7 +102,8 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
         time.sleep(0.5)
 
 
-def _tell(job: str, directory: Path, address: str) -> None:
+def _print_commands(job: str, directory: Path, address: str) -> None:
+    """Prints Ray's commands for the job."""
     at = f"{job} --address {address}"
     typer.echo(
         f"submitted {job}; run directory on the cluster: {directory}\n"
@@ -110,7 +112,8 @@ def _tell(job: str, directory: Path, address: str) -> None:
 
 
 def check_travels(cfg: Config, directory: Path) -> None:
-    """Raises UserError unless prompts and functions of the config are in what is sent, and that is not too large."""
+    """Raises UserError if the current directory is too large to send, or if it lacks prompts or functions of the
+    config."""
     sent: dict[Path, int] = {}
 
     def visit(path: Path) -> None:
@@ -122,8 +125,8 @@ def check_travels(cfg: Config, directory: Path) -> None:
     if (size := sum(sent.values())) > LIMIT:
         largest = max(sent, key=lambda path: sent[path])
         raise UserError(
-            f"the current directory, which travels with the job, holds {size / MIB:.0f} MiB, and a job may carry "
-            f"{LIMIT / MIB:.0f} (largest: {largest}); name what need not travel in .gitignore or .rayignore"
+            f"the current directory, which is sent with the job, has {size / MIB:.0f} MiB, and a job may have "
+            f"{LIMIT / MIB:.0f} (largest: {largest}); exclude files with .gitignore or .rayignore"
         )
     prompts = {"prompts.train": cfg.prompts.train, "prompts.heldout": cfg.prompts.heldout}
     for key, source in prompts.items():
@@ -133,8 +136,8 @@ def check_travels(cfg: Config, directory: Path) -> None:
             load_function(source, key)
         elif not (files := matching_files(source)) or any(Path(os.path.normpath(file)) not in sent for file in files):
             raise UserError(
-                f"{key} ({source}) does not travel with the job: it must lie in the current directory and not be "
-                "ignored there, or be named by an absolute path that the cluster's nodes see"
+                f"{key} ({source}) would not be sent with the job: it must be in the current directory and not be "
+                "excluded there, or have an absolute path that the cluster's nodes see"
             )
     for reward_source in (*cfg.reward.sources, *cfg.evaluation.judges):
         kind_of(reward_source).check_travels(reward_source, cfg.reward)
@@ -149,19 +152,19 @@ def _connect(address: str) -> JobSubmissionClient:
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
         with _in_environment(ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE, address):
-            return JobSubmissionClient(address)  # by itself it would prefer RAY_ADDRESS to what it is given
+            return JobSubmissionClient(address)  # otherwise it would prefer RAY_ADDRESS to its argument
     except ray.exceptions.AuthenticationError as error:
         raise refused(f"--address ({address})") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"no Ray dashboard answers at --address ({address}): {error}; it is the URL that ray start --head prints, "
-            "port 8265 unless told otherwise, reached through a tunnel where it listens on loopback"
+            "port 8265 by default; where it listens on loopback only, use a tunnel"
         ) from error
 
 
 @contextmanager
 def no_proxy_for(address: str) -> Iterator[None]:
-    """Requests to this URL's host pass by any proxy that the environment names: they carry the cluster's token."""
+    """Requests to this URL's host use no proxy of the environment, because they contain the cluster's token."""
     host = urlsplit(address).hostname or ""
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = ",".join(filter(None, [others, host]))
@@ -183,8 +186,7 @@ def _in_environment(name: str, value: str) -> Iterator[None]:
 
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
-    """Prints the job's log to its end; the exit code is that of its driver."""
-
+    """Prints the job's log to its end. Returns the exit code of the job's driver."""
     log = Lenient()
 
     async def stream() -> None:

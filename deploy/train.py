@@ -25,9 +25,9 @@ from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
 from deploy.monitoring.endpoint import RunFigures
 from deploy.policy_files import PolicyFiles
-from deploy.run.already_done import finished_training
 from deploy.run.directory import refuse_overwriting
 from deploy.run.error_files import ErrorFiles
+from deploy.run.finished import finished_training
 from deploy.run.summary import answers_path, summarise, write_answers
 from deploy.scale import follow_targets
 from deploy.screen.progress import Progress

@@ -25,8 +25,8 @@ from deploy.capacity import generator_needs, reward_needs, trainer_needs
 from deploy.ending import signals
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import check_pairs, load_pairs, prepared_pairs, reference_prompts
-from deploy.run.already_done import finished_reward_training
 from deploy.run.directory import refuse_overwriting
+from deploy.run.finished import finished_reward_training
 from deploy.screen.reward_progress import RewardProgress, plot_calibration
 from deploy.session import session, step_grace_s
 from deploy.starting import Starter

@@ -23,4 +23,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def signals_stay_pytests_own(monkeypatch):
     """The command line takes over signals and ends its process: not when a test calls it in this one."""
-    monkeypatch.setattr(signals, "catch", lambda: None)
+    monkeypatch.setattr(signals, "install_handlers", lambda: None)

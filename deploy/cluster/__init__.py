@@ -1,1 +1,1 @@
-"""Ray's cluster: found or started, joined, left. Runs in the driver."""
+"""Finds or starts, joins and leaves the Ray cluster. Runs in the driver."""

@@ -1,4 +1,5 @@
-"""Which Ray cluster a run joins, and whether it answers. Runs in the driver, before anything is started."""
+"""The address of the Ray cluster that a run joins, and a check that it answers. Runs in the driver, before anything
+starts."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from ray._private.grpc_utils import init_grpc_channel
 from common.config.base import RayConfig
 from common.errors import UserError
 
-ANSWER_S = 10  # a cluster that answers does so in milliseconds; Ray itself would wait a minute
+ANSWER_S = 10  # a cluster usually answers in milliseconds; Ray itself would wait for a minute
 _NAME_ONE = "name a running one with --address, ray.address or the variable RAY_ADDRESS, or start one on this machine"
 
 
 def named_address(cfg: RayConfig) -> str | None:
-    """The running cluster that is named, by the config (where --address has gone) or by Ray's own variable."""
+    """The running cluster that the config (--address sets it too) or Ray's own variable names; None for one of its
+    own."""
     address = cfg.address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
 
@@ -30,8 +32,8 @@ def refused(where: str) -> UserError:
 
 
 def reachable(address: str) -> str:
-    """The address as HOST:PORT, of a cluster that is there and lets this process in. Raises UserError: ray.init takes
-    long to fail, and does not tell a wrong token from a wrong address."""
+    """The address as HOST:PORT, once its cluster has answered and accepted this process' token. Raises UserError.
+    ray.init alone takes long to fail, and its error does not distinguish a wrong token from a wrong address."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "auto")
     if address == "auto":
@@ -45,8 +47,8 @@ def reachable(address: str) -> str:
         raise fault
     if _fault(_as_ray_reads_it(address)) is not None:
         raise UserError(
-            f"the Ray cluster at {address} listens on loopback only: another run has started it for itself, or "
-            f"ray.init has, and no other process can join it; {_NAME_ONE} with --address local"
+            f"the Ray cluster at {address} listens on loopback only: another run or ray.init has started it for "
+            f"itself, and no other process can join it; {_NAME_ONE} with --address local"
         )
     return address
 
@@ -70,12 +72,13 @@ def _fault(address: str) -> UserError | None:
 
 
 def _as_ray_reads_it(address: str) -> str:
-    """Ray takes a loopback address for this machine's own one, where a cluster of one machine does not listen."""
+    """The address that Ray makes of it. Ray replaces a loopback address by the machine's own, where a cluster for one
+    machine does not listen."""
     return services.canonicalize_bootstrap_address(address) or address
 
 
 def _only_one() -> str:
-    """The cluster of this machine that others may join, as `ray start` makes it."""
+    """The only cluster on this machine that others may join, such as `ray start` starts."""
     services.find_gcs_addresses.cache_clear()
     joinable = [found for found in sorted(services.find_gcs_addresses()) if _fault(_as_ray_reads_it(found)) is None]
     if not joinable:

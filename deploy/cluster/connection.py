@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: the one that is named, or one started on this machine and stopped at the end.
+"""The Ray cluster of a run: the one the user names, or one started on this machine and stopped at the end.
 
 Runs in the driver.
 """
@@ -24,31 +24,31 @@ from common.metrics import meters
 from deploy.capacity import Node
 from deploy.cluster import own_cluster
 from deploy.cluster.addresses import ask, named_address, reachable
-from deploy.ending import ends, signals
-from deploy.ending.deaths import essential_processes, explained, lost_cluster
-from deploy.ending.last_words import watched
+from deploy.ending import exit_message, signals
+from deploy.ending.driver_watcher import watched
 from deploy.ending.native_errors import native_errors_to
+from deploy.ending.ray_errors import dead_cluster_process, essential_processes, readable
 
-SHUTDOWN_S = 15.0  # Ray takes 2 s as a rule, but waits without a limit for processes that stand still
-SILENT_S = 40.0  # a cluster that does not answer for so long is gone; after 60 s Ray would abort the driver
+SHUTDOWN_S = 15.0  # Ray usually takes 2 s, but waits without a limit for processes that are suspended
+SILENT_S = 40.0  # a cluster that does not answer for this long is lost; after 60 s Ray would abort the driver
 
 
 @contextmanager
 def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
-    """Connects, and yields what each node has free. What is raised in the body comes out as the error to show."""
+    """Connects, and yields the free resources of each node. Errors of the body are raised as the error to show."""
     address = named_address(cfg)
     joined = None if address is None else reachable(address)
     leaving = ExitStack()
     try:
         directory = leaving.enter_context(own_cluster.private_directory())
-        watcher = leaving.enter_context(watched(directory, *ends.remedy()))
+        watcher = leaving.enter_context(watched(directory, *exit_message.how_to_continue()))
 
-        def cut_short() -> None:
+        def before_hard_exit() -> None:
             watcher.dismiss()
             own_cluster.remove(directory, wait_s=0)
 
-        signals.when_cut_short(cut_short)
-        leaving.callback(signals.when_cut_short, None)
+        signals.call_before_hard_exit(before_hard_exit)
+        leaving.callback(signals.call_before_hard_exit, None)
         leaving.enter_context(native_errors_to(directory / "driver.err"))
         leaving.enter_context(_quiet_ray())
         leaving.callback(_shut_down)
@@ -56,25 +56,26 @@ def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
             own_cluster.start(cfg, directory)
         else:
             _join(joined)
-        signals.take_back()
+        signals.reinstall_handlers()
         leaving.enter_context(_watched())
         leaving.enter_context(_metered())
         yield _free_nodes()
     except Exception as error:
-        with signals.held():
-            shown = explained(error)
-            ends.tell(shown)  # before Ray is shut down, which may take long
+        with signals.uninterrupted():
+            shown = readable(error)
+            exit_message.print_once(shown)  # before Ray is shut down, which may take long
         if shown is error:
             raise
         raise shown from error
     finally:
-        with signals.held():
+        with signals.uninterrupted():
             leaving.close()
-    signals.check()
+    signals.raise_if_stopped()
 
 
 @contextmanager
 def _metered() -> Iterator[None]:
+    """Exports the driver's meters through Ray."""
     exported = RayMeters()
     meters.install(exported, role="Driver", replica="Driver")
     try:
@@ -99,7 +100,7 @@ def _quiet_ray() -> Iterator[None]:
     """Keeps Ray from taking over SIGTERM, and from printing paragraphs of its own when one of its processes dies."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     sets_handler, prints = utils.set_sigterm_handler, worker.print_to_stdstream
-    if signals.caught():
+    if signals.handlers_installed():
         utils.set_sigterm_handler = lambda handler: None
     worker.print_to_stdstream = lambda *args, **kwargs: None
     try:
@@ -110,35 +111,35 @@ def _quiet_ray() -> Iterator[None]:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """Ends the run when its cluster is gone. Nothing else would say so: when its node manager or control service dies,
-    Ray's C++ code ends this process without a word, at once or after a minute."""
+    """Ends the run with a message when its cluster is lost. Otherwise, when the node manager or the control service
+    dies, Ray's C++ code ends this process without a message, at once or after a minute."""
     ended = threading.Event()
 
-    def gone(error: RoleError | None) -> None:
+    def lost(error: RoleError | None) -> None:
         if error is not None and not ended.is_set():
-            if signals.caught():
-                signals.end_now(ends.tell(error))
+            if signals.handlers_installed():
+                signals.hard_exit(exit_message.print_once(error))
             signals.fail(error)
 
     def wait_for(pid: int) -> None:
         with suppress(ChildProcessError):
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         if not ended.is_set():
-            gone(lost_cluster())
+            lost(dead_cluster_process())
 
-    def ask_again_and_again() -> None:
+    def ask_repeatedly() -> None:
         address, answered = ray.get_runtime_context().gcs_address, time.monotonic()
         while not ended.wait(SILENT_S / 8):
             with suppress(grpc.RpcError, ray.exceptions.RayError):
                 ask(address, timeout_s=SILENT_S / 8)
                 answered = time.monotonic()
             if (silent := time.monotonic() - answered) > SILENT_S:
-                gone(RoleError(f"the Ray cluster at {address} has not answered for {silent:.0f} s"))
+                lost(RoleError(f"the Ray cluster at {address} has not answered for {silent:.0f} s"))
                 return
 
     for pid in essential_processes():
         threading.Thread(target=wait_for, args=(pid,), name="cluster", daemon=True).start()
-    threading.Thread(target=ask_again_and_again, name="cluster", daemon=True).start()
+    threading.Thread(target=ask_repeatedly, name="cluster", daemon=True).start()
     try:
         yield
     finally:
@@ -146,15 +147,15 @@ def _watched() -> Iterator[None]:
 
 
 def _shut_down() -> None:
-    """Also where processes of Ray stand still, for which it would wait without a limit."""
+    """Shuts Ray down, for SHUTDOWN_S at most."""
     thread = threading.Thread(target=ray.shutdown, name="shutdown", daemon=True)
     thread.start()
     thread.join(SHUTDOWN_S)
 
 
 def metrics_addresses() -> Path:
-    """The file in which Ray keeps the metrics addresses of all nodes while it has a dashboard, as Prometheus reads
-    them. It is on the cluster's first node."""
+    """The file, for Prometheus, in which Ray keeps the metrics addresses of all nodes while it has a dashboard. It is
+    on the cluster's first node."""
     session = worker._global_node.get_session_dir_path()
     return Path(session) / ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
 
@@ -168,6 +169,6 @@ def _free_nodes() -> list[Node]:
     alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     return [
         Node(alive[node_id], free.get("CPU", 0), free.get("GPU", 0), int(free.get("memory", 0)))
-        for node_id, free in available_resources_per_node().items()  # what other jobs hold is not in it
+        for node_id, free in available_resources_per_node().items()  # without the resources of other jobs
         if node_id in alive
     ]

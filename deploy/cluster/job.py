@@ -1,7 +1,7 @@
-"""What a submitted run carries besides the user's directory, and how it begins on the cluster.
+"""A submitted run: the package that `ratchet submit` sends with the user's directory, and the start of the job.
 
-`write_package` runs where `ratchet submit` is called, `main` in the job's driver. Config and arguments travel as files
-of a package, not as command line or environment: those two are shown to everyone who may list the cluster's jobs.
+Runs in the driver: `write_package` where `ratchet submit` is called, `main` on the cluster. Config and arguments are
+sent as files of a package, not as command line or environment, which everyone who may list the cluster's jobs can see.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from common.config.ppo import Config
 from common.user_code.packages import RATCHET_PACKAGES
 
 PACKAGE = "ratchet_job"
-# The job's command. Its parent process is Ray's job supervisor, whose parent is the raylet, and the raylet's command
-# line names the interpreter that all the cluster's processes run with: PATH may have another one, or none. -P: a user's
-# own `common` in the job's working directory must not hide ours.
+# The job's command. Its parent process is Ray's job supervisor, and the supervisor's parent is the raylet. The raylet's
+# command line names the interpreter of all the cluster's processes; PATH may have another one, or none. -P: otherwise a
+# user's own `common` in the job's working directory would hide Ratchet's.
 ENTRYPOINT = (
     "raylet=$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$PPID/status); "
     r"python=$(tr '\0' '\n' < /proc/$raylet/cmdline | sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'); "
@@ -29,8 +29,8 @@ ENTRYPOINT = (
 
 
 def write_package(staging: Path, cfg: Config | None, arguments: Sequence[str]) -> Path:
-    """Fills `staging` with Ratchet's packages, and returns one that has the config and arguments of `ratchet train`;
-    without a config they name a run to continue. All are in one directory, as in an installation."""
+    """Copies Ratchet's packages into `staging` and adds one with the config and the arguments of `ratchet train`, which
+    is returned. Without a config, the arguments name a run to continue."""
     for name in RATCHET_PACKAGES:
         shutil.copytree(import_module(name).__path__[0], staging / name, ignore=shutil.ignore_patterns("__pycache__"))
     package = staging / PACKAGE

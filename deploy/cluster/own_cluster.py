@@ -1,4 +1,4 @@
-"""The Ray cluster that a command starts for itself on this machine: in a private directory, and nothing is left of it.
+"""The Ray cluster that a command starts for itself on this machine, in a private directory that it removes at the end.
 
 Runs in the driver. Ray's logs, sockets and spilled objects, and the temporary files of all its processes, are in one
 directory that only its owner can enter.
@@ -35,8 +35,8 @@ _LONGEST = 107 - 70
 
 @contextmanager
 def private_directory() -> Iterator[Path]:
-    """A directory that only its owner can enter, and that is gone afterwards, with all that Ray left in it. Raises
-    UserError if there is no place for one."""
+    """A directory that only its owner can enter. It is removed at the end with everything in it. Raises UserError if
+    there is no place for one."""
     base = _temporary_directory()
     _sweep(base)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
@@ -51,8 +51,8 @@ def private_directory() -> Iterator[Path]:
 
 
 def remove(directory: Path, wait_s: float = 1.5) -> None:
-    """Removes the directory, and ends the processes of its cluster: those that take longer than this to end, some of
-    Ray's take minutes, and those that stand still."""
+    """Removes the directory, and kills the processes of its cluster that are still there after `wait_s`: some of Ray's
+    would take minutes to end, and suspended ones never would."""
     deadline = time.monotonic() + wait_s
     while (left := _processes_of(directory)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -67,7 +67,7 @@ def remove(directory: Path, wait_s: float = 1.5) -> None:
 
 
 def _processes_of(directory: Path) -> set[int]:
-    """Those that were started with the directory for temporary files, and their descendants."""
+    """The processes that were started with the directory as TMPDIR, and their descendants."""
     mark = f"TMPDIR={directory}".encode()
     found, parents = set(), {}
     for entry in Path("/proc").iterdir():
@@ -82,7 +82,7 @@ def _processes_of(directory: Path) -> set[int]:
 
 
 def _temporary_directory() -> str:
-    """Where Ray's directory goes: TMPDIR if its path is short enough for Ray's sockets, else /tmp."""
+    """The parent of the private directory: TMPDIR if its path is short enough for Ray's sockets, else /tmp."""
     given = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     why: dict[str, str] = {}
     for base in dict.fromkeys((os.path.abspath(given), "/tmp")):
@@ -97,7 +97,7 @@ def _temporary_directory() -> str:
 
 
 def _sweep(base: str) -> None:
-    """Removes the directories of processes that were killed before they could."""
+    """Removes the directories of processes that were killed before they could remove them."""
     for left in Path(base).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(left / _LOCK, os.O_RDWR)
@@ -112,13 +112,13 @@ def start(cfg: RayConfig, directory: Path) -> None:
     """Starts Ray in the directory. Raises UserError or RoleError if it cannot."""
     check_store(cfg, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
     _make_token_private()
-    os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles beside anything else
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles when other programs run
     # ray.init turns a loopback address into the machine's own, and its servers then listen on every interface;
     # with this switch, read at import and in every process it starts, they stay on loopback.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(directory)  # of every process that Ray starts: vLLM leaves files there
+    os.environ["TMPDIR"] = str(directory)  # for every process that Ray starts: vLLM leaves files there
     try:
         ray.init(
             address="local",
@@ -126,7 +126,7 @@ def start(cfg: RayConfig, directory: Path) -> None:
             object_store_memory=cfg.object_store_mib * MIB,
             log_to_driver=False,
             logging_level="ERROR",
-            _temp_dir=str(directory / "r"),  # which Ray opens to everybody: what is around it stays closed
+            _temp_dir=str(directory / "r"),  # Ray makes it readable to all; its parent stays closed
         )
     except (OSError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -139,8 +139,8 @@ def start(cfg: RayConfig, directory: Path) -> None:
 
 
 def check_store(cfg: RayConfig, memory: int, shared: int, disk: int) -> None:
-    """Raises UserError unless the object store fits into what is free: memory, /dev/shm, the temporary directory's
-    disk; all in bytes."""
+    """Raises UserError unless the object store fits into the free memory and into /dev/shm or the temporary directory's
+    disk, whose free bytes are given."""
     size, setting = cfg.object_store_mib * MIB, f"ray.object_store_mib ({cfg.object_store_mib})"
     if size < (least := ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES):
         raise UserError(f"{setting} must be at least {-(-least // MIB)}; raise it")
@@ -149,7 +149,8 @@ def check_store(cfg: RayConfig, memory: int, shared: int, disk: int) -> None:
             f"{setting} must fit into the machine's free memory, {memory // MIB} MiB, and leave 256 MiB; lower it, or "
             "free memory"
         )
-    slow = min(disk, ray_constants.REQUIRE_SHM_SIZE_THRESHOLD)  # Ray's store may then be a file on this disk
+    # A store that is too large for /dev/shm may be a file on this disk, up to Ray's threshold.
+    slow = min(disk, ray_constants.REQUIRE_SHM_SIZE_THRESHOLD)
     if size > max(shared, slow):
         raise UserError(
             f"{setting} must fit into /dev/shm, which has {shared // MIB} MiB free, or into the temporary directory, "
@@ -158,8 +159,8 @@ def check_store(cfg: RayConfig, memory: int, shared: int, disk: int) -> None:
 
 
 def _make_token_private() -> None:
-    """Ray writes the token of its clusters so that every user of the machine can read it: written here first, it is
-    its owner's alone."""
+    """Writes the token of Ray's clusters so that only its owner can read it. Ray itself would make it readable to every
+    user of the machine."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     path = Path.home() / ".ray/auth_token"
@@ -169,6 +170,6 @@ def _make_token_private() -> None:
         with suppress(FileExistsError), open(path, "x", opener=partial(os.open, mode=0o600)) as file:
             file.write(token)
         path.chmod(0o600)
-    except OSError:  # a home that cannot be written: the token then passes through the environment
+    except OSError:  # if the home cannot be written, pass the token through the environment
         if not os.access(path, os.R_OK):
             os.environ["RAY_AUTH_TOKEN"] = token

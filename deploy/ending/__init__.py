@@ -1,1 +1,1 @@
-"""How a command ends: signals, errors, exit codes. Runs in the driver."""
+"""The end of a command: signals, errors, exit codes. Runs in the driver."""

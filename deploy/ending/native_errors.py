@@ -1,4 +1,4 @@
-"""What C++ code of the driver prints: into a file instead of onto the terminal. Python's own messages stay there."""
+"""Sends the messages of C++ code to a file and leaves Python's on the terminal. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 @contextmanager
 def native_errors_to(path: Path) -> Iterator[None]:
-    """While it lasts, file descriptor 2 is this file, and sys.stderr what descriptor 2 was. Ray's C++ code prints
-    paragraphs and stacks there when a process dies."""
+    """While it lasts, file descriptor 2 is this file, and sys.stderr writes to the former descriptor 2. Ray's C++ code
+    prints paragraphs and stacks to descriptor 2 when a process dies."""
     try:
         terminal = os.dup(2)
     except OSError:  # the shell has closed it
@@ -29,7 +29,7 @@ def native_errors_to(path: Path) -> Iterator[None]:
             )
         ours = not faulthandler.is_enabled()
         if ours:
-            faulthandler.enable(file)  # else Ray has it print onto the terminal
+            faulthandler.enable(file)  # otherwise Ray enables it on the terminal
         try:
             yield
         finally:

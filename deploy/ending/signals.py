@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP: each stops a command in the same way. Runs in the driver.
+"""Stops a command on Ctrl-C, SIGTERM or SIGHUP, all in the same way. Runs in the driver.
 
-The first signal raises Stopped in the main thread, or cancels the coroutine that `run` runs. Later ones are ignored, so
-that none interrupts the end; but Ctrl-C more than a second after it ends the process at once. An end that takes longer
-than END_S is cut short too, whatever it waits for: a thread of its own watches the clock.
+The first signal raises Stopped in the main thread, or cancels the coroutine that `run` runs. Later signals are ignored,
+so that they do not interrupt the cleanup; only another Ctrl-C, more than a second later, ends the process at once. So
+does a cleanup that takes longer than CLEANUP_S, whatever it waits for: a separate thread watches the clock.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from deploy.screen.console import complain
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-END_S = 20.0  # an end takes 3 s as a rule
-IMPATIENT_S = 1.0  # Ctrl-C so long after the first signal is another wish, not a second press of the same
+CLEANUP_S = 20.0  # a cleanup usually takes 3 s
+IMPATIENT_S = 1.0  # an earlier Ctrl-C counts as part of the first one
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,47 +35,46 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    """What this process knows of signals."""
+    """The signals of this process."""
 
-    caught = False  # this process' signals are handled here
+    installed = False  # this module handles the signals of this process
     number: int | None = None  # the first signal that came
-    failure: Exception | None = None  # why the run must end, found by a thread that watches
-    since = 0.0
-    end_s = END_S
-    held = 0  # code that must not be interrupted is running
-    cancel: Callable[[], Any] | None = None  # of the coroutine that is running
-    cut_short: Callable[[], None] | None = None  # called before the process ends at once
+    failure: Exception | None = None  # why the run must end, found by a watching thread
+    cleanup_s = CLEANUP_S
+    uninterrupted = 0  # nesting of code that must not be interrupted
+    cancel: Callable[[], Any] | None = None  # cancels the running coroutine
+    before_hard_exit: Callable[[], None] | None = None
 
 
 _state = _State()
 
 
-def catch() -> None:
-    """From here on signals stop this process as the module says. Called once, in the main thread."""
-    _state.caught = True
+def install_handlers() -> None:
+    """From here on signals stop this process as this module's docstring says. Called once, in the main thread."""
+    _state.installed = True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # Read when ray is imported. Without it Ray's C++ code takes SIGTERM over as it connects, prints a stack and aborts.
+    # Ray reads this when it is imported. Otherwise its C++ code handles SIGTERM: it prints a stack and aborts.
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
-    take_back()
+    reinstall_handlers()
 
 
-def take_back() -> None:
-    """Handles the signals again, whoever has taken them over."""
-    if not _state.caught or threading.current_thread() is not threading.main_thread():
+def reinstall_handlers() -> None:
+    """Handles the signals again, after a library has installed its own handlers."""
+    if not _state.installed or threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
-            signal.signal(number, _caught)
+            signal.signal(number, _on_signal)
 
 
-def _caught(number: int, frame: Any) -> None:
+def _on_signal(number: int, frame: Any) -> None:
     if _state.number is not None:
         return
-    _state.number, _state.since = number, time.monotonic()
-    if _state.held:
+    _state.number = number
+    if _state.uninterrupted:
         return
     if _state.cancel is not None:
         _state.cancel()
@@ -84,7 +83,8 @@ def _caught(number: int, frame: Any) -> None:
 
 
 def _watch(reading: int) -> None:
-    """Python's handlers run in the main thread, which may be waiting in C; this thread hears of a signal at once."""
+    """Starts the limit of the cleanup. Python runs handlers in the main thread, which may be waiting in C code; this
+    thread learns of a signal at once."""
     first: float | None = None
     while True:
         for number in os.read(reading, 64):
@@ -93,81 +93,76 @@ def _watch(reading: int) -> None:
                 continue
             if first is None:
                 first = now
-                threading.Thread(target=_limit, args=(number,), name="end", daemon=True).start()
+                threading.Thread(target=_limit_cleanup, args=(number,), name="cleanup limit", daemon=True).start()
             elif number == signal.SIGINT and now - first > IMPATIENT_S:
-                _end_now(number, "stopped at once, as asked again")
+                _complain_and_exit(number, "stopped at once, since Ctrl-C came again")
 
 
-def _limit(number: int) -> None:
+def _limit_cleanup(number: int) -> None:
     began = time.monotonic()
-    while time.monotonic() - began < _state.end_s:  # the limit may change meanwhile
+    while time.monotonic() - began < _state.cleanup_s:  # `run` may change the limit meanwhile
         time.sleep(0.1)
-    _end_now(number, f"stopped; something did not end within {_state.end_s:g} s and was cut short")
+    _complain_and_exit(number, f"stopped; the cleanup did not end within {_state.cleanup_s:g} s and was cut short")
 
 
-def _end_now(number: int, why: str) -> None:
+def _complain_and_exit(number: int, why: str) -> None:
     complain(why)
-    end_now(128 + number)
+    hard_exit(128 + number)
 
 
-def end_now(code: int) -> None:
-    """Ends this process and what it started, from any thread, without waiting for anything."""
+def hard_exit(code: int) -> None:
+    """Ends this process and the processes it started, from any thread, without waiting for anything."""
     with suppress(Exception):
-        if _state.cut_short is not None:
-            _state.cut_short()
+        if _state.before_hard_exit is not None:
+            _state.before_hard_exit()
     os._exit(code)
 
 
-def number() -> int | None:
-    """The signal that told this process to stop."""
-    return _state.number
-
-
-def caught() -> bool:
-    """Whether this process handles signals as this module says."""
-    return _state.caught
+def handlers_installed() -> bool:
+    """Whether this module handles the signals of this process."""
+    return _state.installed
 
 
 def fail(error: Exception) -> None:
-    """Called in a thread: cancels the coroutine that `run` runs, which then raises the error."""
+    """Called in a thread: cancels the coroutine that `run` runs; `run` then raises the error."""
     _state.failure = error
     if (cancel := _state.cancel) is not None:
         cancel()
 
 
-def check() -> None:
-    """Raises Stopped if a signal came that nothing has acted on yet."""
+def raise_if_stopped() -> None:
+    """Raises Stopped if a signal came while nothing could be interrupted."""
     if _state.number:
         raise Stopped(_state.number)
 
 
-def when_cut_short(action: Callable[[], None] | None) -> None:
-    """`action` is called if the process has to end without its own end: it must not wait for anything."""
-    _state.cut_short = action
+def call_before_hard_exit(action: Callable[[], None] | None) -> None:
+    """`action` is called if the process has to end without its cleanup. It must not wait for anything."""
+    _state.before_hard_exit = action
 
 
-def finished(code: int) -> None:
-    """The command has ended, and everything it started too: the process ends without what Python does at its exit,
-    where Ray would wait for seconds, and where a signal would end in a traceback, or in an abort from C++."""
-    if _state.caught:
+def exit_process(code: int) -> None:
+    """Ends the process after its cleanup, without Python's own exit: there Ray would wait for seconds, and a signal
+    would end in a traceback or in an abort from C++."""
+    if _state.installed:
         os._exit(code)
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """No signal interrupts the body."""
-    _state.held += 1
+    _state.uninterrupted += 1
     try:
         yield
     finally:
-        _state.held -= 1
+        _state.uninterrupted -= 1
 
 
 def run(main: Coroutine[Any, Any, T], *, grace_s: float = 0.0) -> T:
-    """Like asyncio.run, also where a loop is running already, as in a notebook: then in a thread. A signal cancels
-    `main`, which then has END_S and `grace_s` to end."""
-    check()
-    _state.end_s, _state.failure = END_S + grace_s, None
+    """Like asyncio.run, but a signal cancels `main`, which then has CLEANUP_S and `grace_s` to end. Works inside a
+    running loop too, as in a notebook: then in a thread."""
+    raise_if_stopped()
+    _state.cleanup_s, _state.failure = CLEANUP_S + grace_s, None
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -198,9 +193,9 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
     try:
         result = asyncio.run(cancellable())
     except asyncio.CancelledError:
-        check()
+        raise_if_stopped()
         if _state.failure is not None:
             raise _state.failure from None
         raise
-    check()  # it may have come as `main` returned
+    raise_if_stopped()  # the signal may have come as `main` returned
     return result

@@ -1,6 +1,7 @@
-"""The run directory: never overwritten unasked, never shared by two runs, and never emptied.
+"""The run directory: overwritten only with --force, used by one process at a time, and never emptied.
 
-Runs in the driver. RUN/run.json is written first and whole: it says that Ratchet made the directory.
+Runs in the driver. RUN/run.json is the first file in it, and is written atomically: it says that Ratchet made the
+directory.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from common.files import write_whole
 from deploy.run.record import RECORD, add_start, read_record, write_first_record
 from deploy.screen.console import complain
 
-_LEFTOVER = re.compile(r"(run\.json|config\.toml)\.\d+\.tmp")  # of a process that was killed as a run began
-# What runs wrote before there was a run.json.
+_LEFTOVER = re.compile(r"(run\.json|config\.toml)\.\d+\.tmp")  # left by a process that was killed as its run began
+# Files of runs from before there was a run.json.
 _OLD_NAMES = {
     *("config.toml", "journal", "checkpoints", "metrics.jsonl", "pool-events.jsonl", "pool-state.json", "scale.json"),
     *("exported", "evaluations.jsonl", "prometheus.json", "answers", "policy", "adapter", "summary.json"),  # train
@@ -50,8 +51,8 @@ def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True)
         return
     if not is_run(directory):
         raise UserError(
-            f"run directory {directory} holds something that is no run of Ratchet (such as {min(entries)}); empty it "
-            "or name another"
+            f"run directory {directory} has files that are no run of Ratchet (such as {min(entries)}); empty it or "
+            "name another"
         )
     if not force:
         resume = f"continue it with --resume {quote(str(directory))}, "
@@ -75,16 +76,16 @@ def is_run(directory: Path) -> bool:
 
 
 class RunDirectory:
-    """A run directory that this process holds: two runs in one would tear its journal."""
+    """A run directory that this process owns: two runs in one would corrupt its journal."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._descriptor = self._take()
+        self._descriptor = self._lock()
 
     def begin(self, cfg: Root, command: str, *, force: bool) -> None:
-        """Makes it the directory of a new run. An old run is moved aside by renaming its directory, so whenever this
-        process is killed, the directory holds the old run, nothing, or the new one."""
-        refuse_overwriting(self.directory, force=force)  # again: another run may have begun and ended meanwhile
+        """Makes it the directory of a new run. The directory of an old run is renamed, so that at any moment the
+        directory has the old run, nothing, or the new run, even if this process is killed."""
+        refuse_overwriting(self.directory, force=force)  # again: another run may have used it meanwhile
         if _entries(self.directory) - {RECORD}:
             self._move_aside()
         for leftover in self.directory.iterdir():
@@ -93,7 +94,7 @@ class RunDirectory:
         write_whole(self.directory / "config.toml", cfg.to_toml())
 
     def resume(self, cfg: Root) -> None:
-        """Continues its run with these settings."""
+        """Continues the run in it with these settings."""
         add_start(self.directory)
         write_whole(self.directory / "config.toml", cfg.to_toml())
 
@@ -101,22 +102,21 @@ class RunDirectory:
         os.close(self._descriptor)
 
     def _move_aside(self) -> None:
-        real = self.directory.resolve()  # where it is a link, the link stays
+        real = self.directory.resolve()  # if the directory is a link, the link stays
         names = (real.with_name(f"{real.name}.old-{n}") for n in itertools.count(1))
         aside = next(path for path in names if not os.path.lexists(path))
         try:
             real.rename(aside)
             make_private(real)
         except OSError as error:
-            raise UserError(
-                f"run directory {self.directory} cannot be moved aside to {aside} ({error.strerror})"
-            ) from None
-        old, self._descriptor = self._descriptor, self._take()
+            raise UserError(f"run directory {self.directory} cannot be renamed to {aside} ({error.strerror})") from None
+        old, self._descriptor = self._descriptor, self._lock()
         os.close(old)
-        refuse_overwriting(self.directory, force=False)  # until now another process could have taken the new one
+        refuse_overwriting(self.directory, force=False)  # another process may have used the new one already
         complain(f"the old run is now {aside}; remove it when you no longer need it")
 
-    def _take(self) -> int:
+    def _lock(self) -> int:
+        """Locks the directory and returns its descriptor. Raises UserError if another process holds the lock."""
         while True:
             descriptor = os.open(self.directory, os.O_RDONLY)
             try:
@@ -129,26 +129,27 @@ class RunDirectory:
             except OSError:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # it was moved aside meanwhile, and this is the old one
+            os.close(descriptor)  # it was renamed meanwhile, and this is the lock of the old one
 
 
 @contextmanager
 def sole_owner(directory: Path, *, make: bool = True) -> Iterator[RunDirectory]:
-    """Makes the directory, readable by its owner only, and holds it. Raises UserError if another process does."""
+    """Makes the directory, readable by its user only, and owns it until the end. Raises UserError if another process
+    owns it."""
     if make:
         try:
             make_private(directory)
         except OSError as error:
             raise UserError(f"run directory {directory} cannot be made ({error.strerror}); name another") from None
-    held = RunDirectory(directory)
+    owned = RunDirectory(directory)
     try:
-        yield held
+        yield owned
     finally:
-        held.release()
+        owned.release()
 
 
 def is_owned(directory: Path) -> bool:
-    """Whether a run goes on in the directory."""
+    """Whether a process is working in the directory."""
     try:
         with sole_owner(directory, make=False):
             return False
@@ -159,19 +160,20 @@ def is_owned(directory: Path) -> bool:
 
 
 def make_private(directory: Path) -> None:
-    """Makes the directory if there is none. What Ratchet makes is readable by its owner only: prompts and answers are
-    in it. One that exists keeps its permissions: whoever made it chose them."""
+    """Makes the directory if there is none. It is readable by its user only, because it will have prompts and answers.
+    An existing directory keeps its permissions."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def _entries(directory: Path) -> set[str]:
-    """Names in the directory but for leftovers, which are worth nothing."""
+    """Names of the files in the directory, without leftovers of killed processes."""
     return {name for name in os.listdir(directory) if not _LEFTOVER.fullmatch(name)}
 
 
 def _check_can_be_made(directory: Path) -> None:
-    """Makes the directory and removes it again, with every parent that was missing: permissions alone do not tell."""
+    """Makes the directory, with every missing parent, and removes it again: permissions alone do not say whether it
+    works. Raises UserError if it does not."""
     missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
     made: list[Path] = []
     try:
@@ -187,6 +189,7 @@ def _check_can_be_made(directory: Path) -> None:
 
 
 def _check_can_be_moved(real: Path) -> None:
+    """Raises UserError if the directory of the old run cannot be renamed."""
     here = Path.cwd()
     if real == here or real in here.parents:
         reason = "the current directory is in it"
@@ -196,4 +199,4 @@ def _check_can_be_moved(real: Path) -> None:
         reason = f"{real.parent} cannot be written"
     else:
         return
-    raise UserError(f"--force would move the run {real} aside, but {reason}; move it yourself, or name another --run")
+    raise UserError(f"--force would rename the run {real}, but {reason}; move it yourself, or name another --run")

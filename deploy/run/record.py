@@ -1,4 +1,7 @@
-"""RUN/run.json: that Ratchet made the directory, with which command, from where and with which versions."""
+"""RUN/run.json: says that Ratchet made the directory, with which command, from which directory, with which versions.
+
+Runs in the driver.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from common.user_code.import_path import users_directories
 from deploy.run.provenance import start_record
 
 RECORD = "run.json"
-_MARK = "ratchet_run"  # the key that nothing else writes; its value is the version of the layout
+_MARK = "ratchet_run"  # a key that only Ratchet writes; its value is the version of the layout
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """RUN/run.json; empty where there is none, or one that Ratchet did not write."""
+    """RUN/run.json; {} if there is none, or if Ratchet did not write it."""
     try:
         record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -24,13 +27,13 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def write_first_record(directory: Path, command: str) -> None:
-    """Says that the directory is a run's."""
+    """Writes the record of a new run."""
     start = start_record()
     _write(directory, {"command": command, "directory": start["directory"], "starts": [start]})
 
 
 def add_start(directory: Path) -> None:
-    """Adds that the run is continued now."""
+    """Adds to the record that the run is continued now."""
     record = read_record(directory)
     starts = record.get("starts")
     _write(directory, {**record, "starts": [*(starts if isinstance(starts, list) else []), start_record()]})

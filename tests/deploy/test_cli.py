@@ -29,8 +29,8 @@ from deploy.capacity import GIB, Node
 from deploy.cli import main
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import prepared_pairs
-from deploy.run.already_done import finished_training
 from deploy.run.directory import sole_owner
+from deploy.run.finished import finished_training
 from deploy.run.provenance import VERSION
 from tests.fakes import save_tiny_model
 
@@ -419,7 +419,7 @@ def test_what_is_no_run_is_not_replaced(refusal, configs, workplace, command):
     assert "notes.txt is a file" in refusal(command, configs[command], "--run", "notes.txt", "--force")
     (workplace / "home").mkdir()
     (workplace / "home" / "thesis.txt").write_text("mine")
-    assert "home holds something that is no run" in refusal(command, configs[command], "--run", "home", "--force")
+    assert "home has files that are no run" in refusal(command, configs[command], "--run", "home", "--force")
 
 
 # Going on

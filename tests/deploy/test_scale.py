@@ -97,5 +97,5 @@ def test_where_no_run_goes_on_nothing_is_scaled(tmp_path):
             scale(directory, {"Worker": 2})
     with sole_owner(tmp_path):
         assert is_owned(tmp_path)
-        with pytest.raises(UserError, match=r"has not heard the wish within 0\.1 s"):
+        with pytest.raises(UserError, match=r"has not read the target within 0\.1 s"):
             scale(tmp_path, {"Worker": 2}, timeout_s=0.1)  # the process is there and does not listen

@@ -107,7 +107,7 @@ def test_an_address_must_be_a_host_and_a_port(address):
         (["--address", "127.0.0.1:8265", "--run", "run"], "--address (127.0.0.1:8265) must be the URL of"),
         (["--address", "http://127.0.0.1:8265"], "name the run directory with --run"),
         (["--address", "http://127.0.0.1:8265", "--run", "run", "ppo.clip=1"], "did you mean clip_eps or reward.clip?"),
-        (["--address", "http://127.0.0.1:8265", "--run", "taken"], "holds something that is no run"),
+        (["--address", "http://127.0.0.1:8265", "--run", "taken"], "has files that are no run"),
         (["--address", "http://127.0.0.1:8265", "--resume", "taken"], "--resume continues with the config of its run"),
     ],
 )
@@ -260,7 +260,7 @@ def test_what_is_next_to_a_config_elsewhere_does_not_travel(capsys, monkeypatch,
     for name in ("tiny.toml", "prompts.jsonl"):
         Path(name).rename(elsewhere / name)
     to = ("submit", elsewhere / "tiny.toml", "--address", "http://127.0.0.1:1", "--run", "run")
-    assert "prompts.train (prompts.jsonl) does not travel with the job" in refusal(capsys, monkeypatch, *to)
+    assert "prompts.train (prompts.jsonl) would not be sent with the job" in refusal(capsys, monkeypatch, *to)
     (place / "prompts.jsonl").touch()
     source = 'reward.sources=[{name="a", function="rewards_elsewhere:score"}]'
     assert "module rewards_elsewhere cannot be imported" in refusal(capsys, monkeypatch, *to, source)
@@ -298,7 +298,7 @@ def test_prompts_travel_only_from_the_current_directory(place):
     Path("data/more.parquet").touch()
     check(place, **prompts("data/*"))
     Path(".gitignore").write_text("data/more*\n")
-    with pytest.raises(UserError, match=r"prompts.train \(data/\*\) does not travel with the job: "):
+    with pytest.raises(UserError, match=r"prompts.train \(data/\*\) would not be sent with the job: "):
         check(place, **prompts("data/*"))  # one of its two files does not
     with pytest.raises(UserError, match=r"prompts.train \(openai/gsm8k\) is neither a file nor a function"):
         check(place, **prompts("openai/gsm8k"))
@@ -311,7 +311,7 @@ def test_prompts_travel_only_from_the_current_directory(place):
         "../prompts.jsonl",
         "missing.jsonl",
     ):
-        with pytest.raises(UserError, match=re.escape(f"prompts.train ({source}) does not travel with the job: ")):
+        with pytest.raises(UserError, match=re.escape(f"prompts.train ({source}) would not be sent with the job: ")):
             check(place, **prompts(source))
 
 
@@ -327,7 +327,7 @@ def test_a_directory_too_large_to_travel_is_refused_naming_the_largest_file(monk
     Path("runs/huge.bin").write_bytes(bytes(4 << 20))
     check(place)  # runs/ stays here
     Path("large.bin").write_bytes(bytes(2 << 20))
-    with pytest.raises(UserError, match=r"holds 3 MiB, and a job may carry 3 \(largest: large\.bin\)"):
+    with pytest.raises(UserError, match=r"has 3 MiB, and a job may have 3 \(largest: large\.bin\)"):
         check(place)
     Path(".gitignore").write_text("*.bin\n")
     check(place)

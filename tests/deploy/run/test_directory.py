@@ -71,7 +71,7 @@ def test_a_run_is_replaced_only_when_asked(tmp_path, cfg):
 def test_a_directory_with_files_of_the_user_is_no_run(tmp_path, cfg, mine):
     directory = old_run(tmp_path / "project", cfg)  # their own config.toml and journal/
     (directory / mine).write_text('{"name": "mine"}')
-    with pytest.raises(UserError, match="holds something that is no run of Ratchet"):
+    with pytest.raises(UserError, match="has files that are no run of Ratchet"):
         refuse_overwriting(directory, force=True)
 
 

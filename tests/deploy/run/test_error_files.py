@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from common.types import SampleId, ScoringError, Void
-from deploy.run.error_files import MOST, ErrorFiles
+from deploy.run.error_files import MOST_FILES, ErrorFiles
 
 
 def void(fault: str, *, number: int = 0, response: str = "yes") -> Void:
@@ -42,10 +42,10 @@ def test_a_void_of_another_kind_passes_and_nothing_is_written(tmp_path):
 
 def test_files_are_bounded_and_counts_go_on(tmp_path):
     errors = ErrorFiles(tmp_path)
-    for n in range(MOST):
+    for n in range(MOST_FILES):
         errors.keep(void(f"fault {n}"))
     assert errors.keep(void("one more", number=7)).reason == "one more: 7"
-    assert len(list((tmp_path / "errors").glob("*.txt"))) == MOST
+    assert len(list((tmp_path / "errors").glob("*.txt"))) == MOST_FILES
     assert ("one more", 1, None) in counts(tmp_path)
 
 

@@ -1,7 +1,8 @@
-"""Speaks for the driver when it ends without a word. Runs in the driver, and in a small process that waits for its end.
+"""A small process that prints the message and cleans up if the driver is killed. Runs in the driver.
 
-Ray's C++ code ends the driver at once when the node manager (raylet) of its node dies, and SIGKILL ends it anyway: then
-the small process prints the message, and removes what the cluster of the run has left.
+Ray's C++ code ends the driver at once, without a message, when the node manager (raylet) of its node dies; SIGKILL does
+so too. `main` runs in the small process: it waits for the driver's end, then prints the message and removes the
+directory of the run's cluster.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-WHY = "this process was killed, or Ray ended it because the node manager (raylet) that it was connected to had died"
+KILLED = "this process was killed, or Ray ended it because the node manager (raylet) that it was connected to had died"
 
 
 class Watcher:
-    """The small process. It reads from a pipe that the end of this one closes, whatever the cause."""
+    """The small process, as the driver sees it. It reads from a pipe that the driver's end closes, for any reason."""
 
     def __init__(self, directory: Path, remedy: str, run: Path | None) -> None:
-        """`directory` is removed then; the message ends with `remedy` if `run` holds a config."""
+        """If the driver is killed, `directory` is removed, and the message ends with `remedy` if `run` has a config."""
         command = [sys.executable, "-P", "-m", __name__, str(directory), remedy, str(run.resolve()) if run else ""]
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
@@ -32,7 +33,7 @@ class Watcher:
         )
 
     def dismiss(self) -> None:
-        """This process ends by itself, with a message of its own."""
+        """The driver ends normally and prints its own message."""
         pipe = self._process.stdin
         assert pipe is not None
         with suppress(OSError, ValueError):
@@ -42,6 +43,7 @@ class Watcher:
 
 @contextmanager
 def watched(directory: Path, remedy: str = "", run: Path | None = None) -> Iterator[Watcher]:
+    """While it lasts, the small process watches the driver."""
     watcher = Watcher(directory, remedy, run)
     try:
         yield watcher
@@ -53,11 +55,11 @@ def watched(directory: Path, remedy: str = "", run: Path | None = None) -> Itera
 def main(directory: Path, remedy: str, run: str) -> None:
     if sys.stdin.buffer.read():
         return
-    # Imported now, since they are seldom needed, and this process waits as long as a run.
-    from deploy.ending.ends import begun
+    # Imported only when needed: this process exists as long as the run, and imports take memory.
+    from deploy.ending.exit_message import has_config
     from deploy.screen.console import complain
 
-    complain(f"{WHY}; {remedy}" if run and begun(Path(run)) else WHY)
+    complain(f"{KILLED}; {remedy}" if run and has_config(Path(run)) else KILLED)
     from deploy.cluster.own_cluster import remove
 
     remove(directory)

@@ -1,6 +1,6 @@
-"""What a run that is to be continued has on disk already: checked before Ray starts, with nothing changed.
+"""Checks, before Ray starts, whether a run to continue is finished already. Changes nothing. Runs in the driver.
 
-Runs in the driver. Each `finished_...` returns the summary of a run that has nothing left to do, and says so.
+Each `finished_...` prints and returns the summary of a run that has nothing left to do, and returns None for others.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from learner.ranks.checkpoint import Checkpoints
 
 
 def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
-    """Raises UserError if the run cannot be continued: with fewer steps, or without the journal of what it did."""
-    _refuse_held(directory)
-    steps = len(list((directory / "journal").glob("step-*.arrow")))  # Journal itself would tidy up
+    """Raises UserError if the run cannot be continued: if it has more steps than num_steps, or if files of its journal
+    are missing."""
+    _refuse_owned(directory)
+    steps = len(list((directory / "journal").glob("step-*.arrow")))  # Journal itself would remove leftovers
     newest = Checkpoints(directory / "checkpoints", every=1, keep=1).newest()
     saved = int(newest.name.removeprefix("step-")) if newest is not None else 0
     export = f"ratchet export {quote(str(directory))} writes the policy of its newest checkpoint"
     if saved > steps:
         raise UserError(
-            f"{directory}/journal holds {steps} steps, but {newest} has {saved} steps behind it: files of the journal "
-            f"are missing; restore them (is their storage mounted?) or start a new run; {export}"
+            f"{directory}/journal holds {steps} steps, but {newest} was written after {saved} steps: files of the "
+            f"journal are missing; restore them (is their storage mounted?) or start a new run; {export}"
         )
     if steps == 0 and (directory / "metrics.jsonl").exists():
         raise UserError(
@@ -50,28 +51,28 @@ def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
 
 
 def finished_reward_training(cfg: RewardTrainingConfig, directory: Path) -> dict[str, Any] | None:
-    _refuse_held(directory)
+    _refuse_owned(directory)
     if cfg != load_config(directory / "config.toml", [], RewardTrainingConfig):
-        return None  # the score's scale, say, is to be measured again
+        return None  # for example, the scale of scores is measured again
     return _finished(directory, f"all {cfg.epochs} epochs are done; raise epochs to continue")
 
 
 def finished_pair_sampling(cfg: PairSamplingConfig, directory: Path) -> dict[str, Any] | None:
-    _refuse_held(directory)
+    _refuse_owned(directory)
     if (_summary(directory) or {"voids": 1}).get("voids"):
-        return None  # pairs that were voided are tried again
+        return None  # void pairs are tried again
     return _finished(directory, f"every pair is labelled, in {directory / 'pairs.jsonl'}")
 
 
-def _refuse_held(directory: Path) -> None:
+def _refuse_owned(directory: Path) -> None:
     if is_owned(directory):
         raise UserError(f"another process works in {directory}; stop it first")
 
 
-def _finished(directory: Path, what: str) -> dict[str, Any] | None:
-    """The summary, which is written last; None where there is none."""
+def _finished(directory: Path, message: str) -> dict[str, Any] | None:
+    """Prints the message and returns the summary; None without one, since a run writes it last."""
     if (summary := _summary(directory)) is not None:
-        Output().print(f"{directory} is finished: {what}", markup=False, soft_wrap=True)
+        Output().print(f"{directory} is finished: {message}", markup=False, soft_wrap=True)
     return summary
 
 

@@ -1,7 +1,7 @@
-"""Which process died, and where its log is: Ray's errors as one message. Runs in the driver.
+"""Ray's errors as one message: which process died, and where its log is. Runs in the driver.
 
-Ray's logs lie in the cluster's directory, which is removed with a cluster of our own: the log that a message names is
-copied to RUN/errors first.
+Ray's logs are in the cluster's directory. A cluster that the run started removes it at the end, so the log that a
+message names is first copied to RUN/errors.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import ray
 from ray._private import worker
 
 from common.errors import RoleError, UserError
-from deploy.ending import ends
+from deploy.ending import exit_message
 
 _PID = re.compile(r"\bpid[=:]\s*(\d+)")
 _ESSENTIAL = {"gcs_server": "Ray's control service (gcs_server)", "raylet": "Ray's node manager (raylet)"}
-_MOST = 64 << 10  # bytes of a log that are kept
+_LOG_BYTES = 64 << 10  # the end of a log that is copied
 
 
-def explained(error: Exception) -> Exception:
-    """The error that is shown in place of `error`."""
+def readable(error: Exception) -> Exception:
+    """The error to show in place of `error`: the first cause that says what to do."""
     if (fault := users_fault(error)) is not None:
         return fault
-    if (gone := lost_cluster()) is not None:
-        return gone
-    for cause in ends.causes(error):
+    if (dead := dead_cluster_process()) is not None:
+        return dead
+    for cause in exit_message.causes(error):
         if isinstance(cause, (ray.exceptions.OutOfMemoryError, ray.exceptions.OutOfDiskError)):
             first = str(error if isinstance(error, RoleError) else cause).strip().splitlines()[0]
             return RoleError(f"{first}; make the roles' processes smaller or fewer, or use a larger machine")
@@ -41,7 +41,7 @@ def explained(error: Exception) -> Exception:
 
 
 def users_fault(error: BaseException | None) -> UserError | None:
-    """The UserError that a role raised as its process began, and that `error` follows from. Ray passes on its text."""
+    """The UserError that a role raised while its process started, if `error` follows from one. Ray passes its text."""
     while error is not None:
         if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
             _, found, message = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
@@ -51,25 +51,25 @@ def users_fault(error: BaseException | None) -> UserError | None:
 
 
 def essential_processes() -> list[int]:
-    """The processes without which a cluster of our own does not work; none of a cluster that was joined."""
+    """Process ids of the control service and node manager of a cluster that the run started; none if it joined one."""
     node = worker._global_node
     if node is None or not node.head:
         return []
     return [started.process.pid for name in _ESSENTIAL for started in node.all_processes.get(name, [])]
 
 
-def lost_cluster(within_s: float = 0.5) -> RoleError | None:
-    """What to say if a process has died that a cluster of our own cannot do without. Its other processes lose their
-    connections at the same time, and may be heard of first."""
+def dead_cluster_process(within_s: float = 0.5) -> RoleError | None:
+    """The error to show if an essential process of the run's own cluster has died. Waits for it a moment: other
+    processes lose their connections at the same time, and their errors may arrive first."""
     node = worker._global_node
     deadline = time.monotonic() + within_s
     while node is not None and node.head:
-        for name, what in _ESSENTIAL.items():
+        for name, title in _ESSENTIAL.items():
             for started in node.all_processes.get(name, []):
                 if (code := started.process.poll()) is not None:
                     how = f"was killed by signal {-code} ({_signal(-code)})" if code < 0 else f"ended with code {code}"
-                    kept = _kept(f"{name}.out", f"{name}.err")
-                    return RoleError(f"{what}, process {started.process.pid}, {how}{kept}")
+                    log = _copied_logs(f"{name}.out", f"{name}.err")
+                    return RoleError(f"{title}, process {started.process.pid}, {how}{log}")
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
@@ -83,14 +83,14 @@ def _signal(number: int) -> str:
 
 
 def _with_log(error: Exception, pid: int) -> Exception:
-    kept = _kept(f"worker-*-{pid}.out", f"worker-*-{pid}.err", f"python-core-worker-*_{pid}.log")
+    log = _copied_logs(f"worker-*-{pid}.out", f"worker-*-{pid}.err", f"python-core-worker-*_{pid}.log")
     if isinstance(error, (RoleError, UserError)):
-        return type(error)(f"{error}{kept}")
-    return RoleError(f"{str(error).strip().splitlines()[-1]}{kept}")
+        return type(error)(f"{error}{log}")
+    return RoleError(f"{str(error).strip().splitlines()[-1]}{log}")
 
 
-def _kept(*patterns: str) -> str:
-    """Copies the newest part of these logs to where errors are kept; says where."""
+def _copied_logs(*patterns: str) -> str:
+    """Copies the end of these logs to RUN/errors. Returns the end of the message, which names the file."""
     logs = _logs()
     found = [path for pattern in patterns for path in sorted(logs.glob(pattern))] if logs else []
     parts = [(path.name, _tail(path)) for path in found]
@@ -98,7 +98,8 @@ def _kept(*patterns: str) -> str:
     if not text:
         return ""
     with suppress(OSError):
-        target = ends.errors_directory() / f"log-{time.strftime('%Y%m%d-%H%M%S')}-{patterns[0].replace('*', '')}.txt"
+        name = f"log-{time.strftime('%Y%m%d-%H%M%S')}-{patterns[0].replace('*', '')}.txt"
+        target = exit_message.errors_directory() / name
         target.write_text(text, encoding="utf-8")
         return f"; its log is {target}"
     return ""
@@ -106,7 +107,7 @@ def _kept(*patterns: str) -> str:
 
 def _tail(path: Path) -> str:
     with suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _MOST))
+        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
         return file.read().decode(errors="replace")
     return ""
 

@@ -1,7 +1,7 @@
-"""How a command ends: every exception as one message and an exit code. Runs in the driver.
+"""The end of a command: every exception becomes one message and an exit code. Runs in the driver.
 
-0: done. 1: a role or a machine failed. 2: the user can fix it. 129, 130, 143: stopped by SIGHUP, Ctrl-C, SIGTERM.
-The traceback of what is no fault of the user goes to a file, which the message names.
+0: success. 1: a role or a machine failed. 2: the user can fix it. 129, 130, 143: stopped by SIGHUP, Ctrl-C, SIGTERM.
+If the user cannot fix it, the traceback goes to a file that the message names.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from common.errors import RoleError, UserError
 from deploy.ending import signals
 from deploy.screen.console import Lenient, complain
 
-FAILED, USERS = 1, 2
+FAILED, USERS_FAULT = 1, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _active = False  # the command line runs
-_told: int | None = None  # the exit code, once the message was printed: what follows from an error is not told too
+_printed: int | None = None  # the exit code, once a message was printed; errors that follow from the first are silent
 _run: tuple[str, Path] | None = None  # how to continue the run of this process, and its directory
 
 
-def begins(directory: Path, remedy: str) -> None:
-    """From here on a message ends with `remedy`, once something of the run is on disk; tracebacks are kept there."""
+def run_begins(directory: Path, remedy: str) -> None:
+    """From here on messages end with `remedy`, and tracebacks go to the run directory, once it has a config."""
     global _run
     _run = remedy, directory
 
 
-def remedy() -> tuple[str, Path | None]:
-    """How to continue once something of the run is on disk, and its directory; "" and None where there is no run."""
+def how_to_continue() -> tuple[str, Path | None]:
+    """The remedy, and the run directory that must have a config for it to apply; "" and None without a run."""
     return _run or ("", None)
 
 
 def main(app: Callable[..., Any]) -> None:
-    """Runs the command line and exits with its code. Nothing but one message is printed, whatever happens."""
-    global _active, _run, _told
-    _active, _run, _told = True, None, None
+    """Runs the command line and exits with its code. Whatever happens, only one message is printed."""
+    global _active, _run, _printed
+    _active, _run, _printed = True, None, None
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    signals.catch()
+    signals.install_handlers()
     code = FAILED
     try:
         code = _code(app)
     except BaseException as error:  # also what a user's module raises to end its own process
-        with signals.held():
-            code = tell(error)
+        with signals.uninterrupted():
+            code = print_once(error)
     for stream in (Lenient("stdout"), Lenient("stderr")):
         stream.flush()
-    signals.finished(code)
+    signals.exit_process(code)
     sys.exit(code)
 
 
@@ -64,7 +64,7 @@ def _code(app: Callable[..., Any]) -> int:
     try:
         app()
     except SystemExit as end:
-        # Typer makes these two exits of its own of them.
+        # Typer turns these two errors into exits of its own.
         if swallowed := _first(end, lambda cause: isinstance(cause, (KeyboardInterrupt, BrokenPipeError))):
             raise swallowed from None
         if isinstance(end.code, int):
@@ -73,61 +73,61 @@ def _code(app: Callable[..., Any]) -> int:
     return 0
 
 
-def tell(error: BaseException) -> int:
-    """Prints the message of the error that ends the command, once, and returns the exit code. Elsewhere, where
-    run_training is called from Python, it does nothing: the error itself is raised."""
-    global _told
+def print_once(error: BaseException) -> int:
+    """Prints the message of the error that ends the command, once, and returns the exit code. Without the command line,
+    as when Python code calls run_training, it prints nothing: the caller gets the error itself."""
+    global _printed
     if not _active:
         return FAILED
-    if _told is None:
-        _told, message = told(error)
+    if _printed is None:
+        _printed, message = code_and_message(error)
         complain(message)
-    return _told
+    return _printed
 
 
-def told(error: BaseException) -> tuple[int, str]:
-    """Exit code and message."""
+def code_and_message(error: BaseException) -> tuple[int, str]:
+    """The exit code and the message of an error."""
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "number", signal.SIGINT)
         what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         return 128 + number, f"{what}; {_advice() or 'nothing was begun'}"
     if (full := _first(error, _is_full)) is not None:
-        return USERS, _full(full)
+        return USERS_FAULT, _full_disk_message(full)
     if isinstance(error, UserError):
-        return USERS, str(error)
+        return USERS_FAULT, str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return USERS, _with_advice(f"{error.filename}: {error.strerror}; make it usable, or name another")
-    kept = _keep(error)
+        return USERS_FAULT, _with_advice(f"{error.filename}: {error.strerror}; make it usable, or name another")
+    file = _save_traceback(error)
     if isinstance(error, RoleError):
-        return FAILED, _with_advice(f"{error}; details are in {kept}")
+        return FAILED, _with_advice(f"{error}; details are in {file}")
     last = str(error).strip().splitlines() or [""]
     return FAILED, _with_advice(
-        f"{type(error).__name__}: {last[-1]}; this is a fault of Ratchet or of a library; the traceback is in {kept}"
+        f"{type(error).__name__}: {last[-1]}; this is a fault of Ratchet or of a library; the traceback is in {file}"
     )
 
 
 def _is_full(error: BaseException) -> bool:
-    """Also by the words of libraries that do not pass on the number, such as safetensors."""
+    """Whether a disk is full. Some libraries, such as safetensors, only give the words of the error, not its number."""
     return getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
 
 
-def _full(error: BaseException) -> str:
+def _full_disk_message(error: BaseException) -> str:
     name = getattr(error, "filename", None) or (_run[1] if _run else None)
     where = f" under {name}" if name else ""
     why = "the disk quota is used up" if getattr(error, "errno", None) == errno.EDQUOT else "the disk is full"
-    return _with_advice(f"{why}{where}: what was being written is lost, what was written before is whole; make room")
+    return _with_advice(f"{why}{where}: the file being written is lost, earlier files are complete; free some space")
 
 
 def _advice() -> str:
-    """How to continue, if anything was begun."""
+    """How to continue, if the run has a config on disk."""
     if _run is None:
         return ""
     remedy, directory = _run
-    return remedy if begun(directory) else ""
+    return remedy if has_config(directory) else ""
 
 
-def begun(directory: Path) -> bool:
-    """Whether the directory holds a run, or a stage of the demo is one."""
+def has_config(directory: Path) -> bool:
+    """Whether the directory is a run's, or a stage of the demo is a run."""
     return any(directory.glob("config.toml")) or any(directory.glob("*/config.toml"))
 
 
@@ -137,16 +137,16 @@ def _with_advice(message: str) -> str:
 
 
 def errors_directory() -> Path:
-    """RUN/errors, or a place outside where there is no run yet."""
-    if _run is not None and begun(_run[1]):
+    """RUN/errors, or the directory for temporary files while there is no run yet."""
+    if _run is not None and has_config(_run[1]):
         directory = _run[1] / "errors"
         directory.mkdir(exist_ok=True)
         return directory
     return Path(tempfile.gettempdir())
 
 
-def _keep(error: BaseException) -> str:
-    """Writes the traceback down and returns where."""
+def _save_traceback(error: BaseException) -> str:
+    """Writes the traceback into a file and returns its name."""
     text = "".join(traceback.format_exception(error))
     name = f"ratchet-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for directory in (errors_directory, lambda: Path(tempfile.gettempdir())):
@@ -162,7 +162,7 @@ def _first(error: BaseException, wanted: Callable[[BaseException], bool]) -> Bas
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it follows from, and what a role raised, which Ray keeps in `cause`."""
+    """The error, all errors that it follows from, and the errors that roles raised, which Ray keeps in `cause`."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

@@ -1,0 +1,171 @@
+"""What the commands of the command line share: their options, and how these become a config and a run directory.
+
+Runs in the driver, before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from shlex import quote
+from textwrap import fill
+from typing import Annotated
+
+import typer
+
+from common.config.base import MAY_CHANGE, Root
+from common.config.description import describe
+from common.config.loading import AnyRoot, load_config
+from common.config.ppo import Config
+from common.errors import UserError
+from common.user_code.import_path import find_users_modules
+from deploy.ending import exit_message
+from deploy.run.provenance import IN_A_JOB, ratchets_git_state, versions
+from deploy.run.resume import enter_starting_directory, resumed_config
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+ROOTS: dict[str, type[Root]] = {}  # the kind of config of each command that has run directories
+
+ConfigFile = Annotated[str, typer.Argument(help="A TOML file; with --resume: a first key=value setting.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file's.")]
+RunOption = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")]
+Resume = Annotated[Path | None, typer.Option(help="Continue the run in this directory.")]
+Force = Annotated[bool, typer.Option("--force", help="Begin a new run; an existing one is renamed to RUN.old-1.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="HOST:PORT of a running Ray cluster, auto, or local for one of its own. Overrides ray.address, which "
+        "overrides the variable RAY_ADDRESS. [default: local]"
+    ),
+]
+
+
+def _show_versions(show: bool) -> None:
+    if not show:
+        return
+    found, git = versions(), ratchets_git_state()
+    commit = f" (commit {git['commit'][:12]}{', changed' if git['dirty'] else ''})" if git else ""
+    typer.echo(f"ratchet {found.pop('ratchet')}{commit}")
+    typer.echo(", ".join(f"{name} {number}" for name, number in found.items()))
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show versions and exit.", callback=_show_versions, is_eager=True)
+    ] = False,
+) -> None:
+    """PPO from human feedback on Ray and vLLM."""
+    check_encodings(sys.argv[1:])
+
+
+def check_encodings(arguments: Sequence[str]) -> None:
+    """Raises UserError unless the current directory and the arguments are valid UTF-8. Python turns other bytes into
+    characters that cannot be written to any file, and the directory becomes part of file names."""
+    try:
+        here = os.getcwd()
+    except OSError:
+        raise UserError("the current directory does not exist any more; change to another") from None
+    try:
+        here.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the current directory ({here!r}) is not valid UTF-8; rename it, or change to another"
+        ) from None
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument!r} on the command line is not valid UTF-8; rename the file, or type it in a UTF-8 terminal"
+            ) from None
+
+
+def epilog(command: str) -> str:
+    option = "" if command == "train" else f" --for {command}"
+    return f"Every setting is explained by: ratchet config --describe{option}"
+
+
+Work = Callable[..., None]  # (config, run directory, resume=, force=)
+
+
+def run_command(root: type[Root]) -> Callable[[Work], Work]:
+    """Registers the decorated function as a command with the options that every run has. The function gets the config,
+    a new run's or that of the run to continue, and the run directory."""
+
+    def register(work: Work) -> Work:
+        name = work.__name__.replace("_", "-")
+        ROOTS[name] = root
+
+        @app.command(name, help=work.__doc__, epilog=epilog(name))
+        def command(
+            config: ConfigFile = "",
+            settings: Settings = None,
+            run: RunOption = None,
+            resume: Resume = None,
+            address: Address = None,
+            force: Force = False,
+        ) -> None:
+            cfg, directory = config_and_directory(root, config, with_address(settings, address), run, resume)
+            exit_message.run_begins(directory, f"continue with ratchet {name} --resume {quote(str(directory))}")
+            work(cfg, directory, resume=resume is not None, force=force)
+
+        return work
+
+    return register
+
+
+def config_and_directory(
+    root: type[AnyRoot], config: str, settings: Sequence[str], run: Path | None, resume: Path | None
+) -> tuple[AnyRoot, Path]:
+    """The config and the run directory of a new run, or of the run to continue. From here on the user's modules can be
+    imported."""
+    in_a_job = IN_A_JOB in os.environ  # file names stay relative, because each job has its own current directory
+    if resume is not None:
+        cfg = resumed_config(root, resume, _changes(config, settings, run), travels=in_a_job)
+        directory, modules = enter_starting_directory(resume)
+        find_users_modules(*modules)
+        return cfg, directory
+    if not config:
+        raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+    cfg = load_config(Path(config), settings, root, keep_relative=in_a_job)
+    find_users_modules(Path(config).absolute().parent)
+    return cfg, run or Path("runs") / Path(config).stem
+
+
+def config_of_a_job(
+    config: str, settings: Sequence[str], run: Path | None, resume: Path | None
+) -> tuple[Config, Sequence[Path]]:
+    """The config of a job, with relative file names: the job's current directory is a copy of this one. Also returns
+    the directories below it, other than itself, that modules are imported from."""
+    modules = [Path(config).absolute().parent] if resume is None else []
+    here = [Path(os.path.relpath(directory)) for directory in modules if directory.is_relative_to(Path.cwd())]
+    find_users_modules(*here)
+    if resume is not None:
+        return resumed_config(Config, resume, _changes(config, settings, run), travels=True), here
+    return load_config(Path(config), settings, Config, keep_relative=True), here
+
+
+def _changes(config: str, settings: Sequence[str], run: Path | None) -> Sequence[str]:
+    """The settings given with --resume; the first one is in the place of the config file."""
+    if run is not None or config.endswith(".toml"):
+        raise UserError("--resume continues with the config of its run directory; give no config file and no --run")
+    return [config, *settings] if config else settings
+
+
+def with_address(settings: Sequence[str] | None, address: str | None) -> list[str]:
+    """The settings, then --address as the setting ray.address, which overrides earlier ones."""
+    return [*(settings or []), *([f"ray.address={json.dumps(address)}"] if address else [])]
+
+
+def settings_text(root: type[Root]) -> str:
+    """Every setting with its meaning, for `ratchet config --describe`."""
+    return "\n".join(
+        f"{s.key} ({s.kind}; default {s.default}{f'; {MAY_CHANGE}' if s.may_change else ''})\n"
+        + fill(s.meaning, 100, initial_indent="    ", subsequent_indent="    ")
+        for s in describe(root)
+    )
