@@ -1,4 +1,4 @@
-"""The real thing, small: Ray, vLLM, reference, reward, learner and weight sync, on a tiny random model."""
+"""Whole runs, small: Ray, vLLM, reference, reward, learner and weight sync, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_config(model, **overrides) -> Config:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Weights that bfloat16 holds exactly, as most models' are: what is published then is just what the learner has."""
+    """A model whose weights bfloat16 holds exactly, as most models'. The learner then publishes exactly its weights."""
     directory = save_tiny_model(tmp_path_factory.mktemp("model") / "modèle")  # paths must not reach vLLM's metrics
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.to(torch.bfloat16).to(torch.float32).save_pretrained(directory)
@@ -58,7 +58,7 @@ def finished(model, tmp_path_factory):
 
 
 def curve(directory) -> list[dict]:
-    """Every step's metrics but the clock's, and what was sent, which grows with the replicas."""
+    """Every step's metrics except times and the bytes that were sent, which grow with the number of replicas."""
     records = read_records(directory / "metrics.jsonl")
     apart = {"weights/bytes", "time"}
     return [{k: v for k, v in record.items() if not k.endswith("_s") and k not in apart} for record in records]
@@ -81,7 +81,7 @@ def test_every_step_is_journalled_on_policy_and_measured_exactly(finished, model
     assert journal.next_step == STEPS
     first = journal.read(0).table
     assert first.num_rows == 32
-    # Before any update the policy is the reference, and nothing measures it; from then on the service does.
+    # Before the first update the policy is the reference, so the service measures from the second step on.
     assert first["ref_logprobs"].null_count == 32
     second = journal.read(1).table.to_pylist()
     reference = load_policy(Path(model), dtype=torch.float32, device=torch.device("cpu"))
@@ -89,11 +89,11 @@ def test_every_step_is_journalled_on_policy_and_measured_exactly(finished, model
         sequences = Sequences.pack([np.array(row["prompt_ids"])], [np.array(row["response_ids"])])
         expected = response_logprobs(reference, sequences, temperature=1.0)[0].detach().numpy()
         np.testing.assert_allclose(row["ref_logprobs"], expected, atol=1e-4)
-    # Generator (vLLM) and learner (transformers) are one model then: float32 on both sides.
+    # In step 0 generator (vLLM) and learner (transformers) have the same weights, both in float32.
     assert abs(curve(finished)[0]["mismatch/kl"]) < 1e-8
     for step in journal.since(0):
         assert {version for row in step.table["policy_versions"].to_pylist() for version in row} == {step.step}
-    # After each update the generators really sample from the published weights, but for their rounding to bf16.
+    # After each update the generators sample from the published weights, which are rounded to bf16.
     assert all(abs(record["mismatch/kl"]) < 1e-3 for record in curve(finished))
 
 
@@ -102,22 +102,39 @@ def test_the_figures_are_those_of_a_step_record(finished):
         key.replace("reward/a_words/score", "reward/NAME/score") for key in read_records(finished / "metrics.jsonl")[0]
     }
     assert logged == {metric.key for metric in STEP} - {
-        "time/checkpoint_s",  # which is known only afterwards
-        "reward/NAME/KEY",  # this source gives a number alone
+        "time/checkpoint_s",  # known only after the record is written
+        "reward/NAME/KEY",  # this source gives a number only
     }
 
 
-def test_one_seed_gives_one_curve_also_when_the_run_is_cut_and_resumed(finished, model, tmp_path):
-    directory = tmp_path / "cut"
-    run_training(run_config(model, num_steps=5), directory)
-    assert curve(directory) == curve(finished)[:5]
-    # As if the process had died while it wrote its last checkpoint: step 3 and the journal after it must do.
-    (directory / "checkpoints/step-000005/COMPLETE").unlink()
-    run_training(run_config(model), directory, resume=True)
-    assert curve(directory) == curve(finished)
-    whole, cut = (Journal(d / "journal") for d in (finished, directory))
-    assert all(whole.read(step).table.equals(cut.read(step).table) for step in range(STEPS))
-    weights = [AutoModelForCausalLM.from_pretrained(d / "policy").state_dict() for d in (finished, directory)]
+# Several tests share each run, because starting one takes far longer than its steps.
+
+
+@pytest.fixture(scope="module")
+def cut(model, tmp_path_factory):
+    """The first five steps with two replicas of every role. Its last checkpoint is left incomplete, as by a crash."""
+    directory = tmp_path_factory.mktemp("runs") / "cut"
+    twice = {"min": 2}
+    cfg = run_config(model, num_steps=5, generators={**twice, "cpus": 0.5}, reference=twice, reward=twice)
+    run_training(cfg, directory)
+    (directory / "checkpoints/step-000005/COMPLETE").unlink()  # the checkpoint of step 3 and the journal remain
+    return directory
+
+
+def test_the_number_of_replicas_does_not_change_the_curve(finished, cut):
+    """A sample depends only on weights, seed and sample id. Its log-probabilities depend on no other row."""
+    assert curve(cut)[:5] == curve(finished)[:5]
+    generators = Journal(cut / "journal").read(1).table["generator"].to_pylist()
+    assert set(generators) == {"Generator(0)", "Generator(1)"}
+
+
+def test_a_run_that_is_cut_and_resumed_has_the_bits_of_a_whole_one(finished, model, cut):
+    run_training(run_config(model), cut, resume=True)
+    assert curve(cut) == curve(finished)
+    whole, resumed = (Journal(d / "journal") for d in (finished, cut))
+    bits = [[j.read(step).table.drop_columns("generator") for step in range(STEPS)] for j in (whole, resumed)]
+    assert all(one.equals(other) for one, other in zip(*bits, strict=True))
+    weights = [AutoModelForCausalLM.from_pretrained(d / "policy").state_dict() for d in (finished, cut)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -140,46 +157,38 @@ def test_with_staleness_allowed_generators_write_while_the_learner_learns(model,
         assert versions <= {step.step - 1, step.step}
 
 
-def test_the_number_of_replicas_does_not_change_the_curve(finished, model, tmp_path):
-    """Sampling depends on weights, seed and sample id alone, and measuring on nobody's company."""
-    directory = tmp_path / "replicas"
-    twice = {"min": 2}
-    cfg = run_config(model, num_steps=2, generators={**twice, "cpus": 0.5}, reference=twice, reward=twice)
-    run_training(cfg, directory)
-    assert curve(directory) == curve(finished)[:2]
-    generators = Journal(directory / "journal").read(1).table["generator"].to_pylist()
-    assert set(generators) == {"Generator(0)", "Generator(1)"}
-
-
-def test_small_steps_are_sent_as_changes_where_they_are_wanted(model, tmp_path):
+@pytest.fixture(scope="module")
+def continued(finished, tmp_path_factory):
+    """A run of small steps from the policy that another run saved, with a reward that fails on some prompts."""
+    directory = tmp_path_factory.mktemp("runs") / "continued"
     cfg = run_config(
-        model,
+        finished / "policy",
         num_steps=3,
         generators={"updates": "changes"},
         optimizer={"learning_rate": 1e-6},
+        reward={"sources": [{"name": "a_words", "function": "tests.tasks:fails_on_some"}]},
         evaluation={"prompts": 0},
     )
-    run_training(cfg, tmp_path / "changes")
-    records = read_records(tmp_path / "changes/metrics.jsonl")
+    run_training(cfg, directory)
+    return directory
+
+
+def test_small_steps_are_sent_as_changes_where_changes_are_wanted(continued, model):
+    records = read_records(continued / "metrics.jsonl")
     full = 2 * load_policy(Path(model), dtype=torch.float32, device=torch.device("cpu")).num_parameters()
-    assert all(0 < record["weights/bytes"] < full / 2 for record in records)  # the full set went out before the first
-    assert all(abs(record["mismatch/kl"]) < 1e-3 for record in records)  # the last one's rollouts are of such weights
+    assert all(0 < record["weights/bytes"] < full / 2 for record in records)  # the full set went before step 0
+    assert all(abs(record["mismatch/kl"]) < 1e-3 for record in records)  # also with updated weights
 
 
-def test_the_final_policy_loads_in_vllm_and_has_changed(finished, model):
-    from tests.end_to_end.test_vllm_engine import in_engine
-
-    [batch] = in_engine(finished / "policy", "float32")
-    responses = np.concatenate([rollout.response_ids for rollout in batch])
-    assert np.mean((responses >= 4) & (responses < 34)) > 0.6  # a-words, which half of them were at first
+def test_a_run_can_begin_with_the_policy_that_another_saved(continued):
+    table = Journal(continued / "journal").read(0).table
+    responses = np.concatenate(table["response_ids"].to_pylist())
+    assert np.mean((responses >= 4) & (responses < 34)) > 0.6  # a-words; the untrained model writes a half
 
 
-def test_rollouts_whose_reward_fails_are_voided_and_counted(model, tmp_path):
-    sources = [{"name": "a_words", "function": "tests.tasks:fails_on_some"}]
-    directory = tmp_path / "voids"
-    run_training(run_config(model, num_steps=1, reward={"sources": sources}, evaluation={"prompts": 0}), directory)
-    step = Journal(directory / "journal").read(0)
-    assert len(step.voids) == curve(directory)[0]["rollout/voids"] > 0
+def test_rollouts_whose_reward_fails_are_voided_and_counted(continued):
+    step = Journal(continued / "journal").read(0)
+    assert len(step.voids) == curve(continued)[0]["rollout/voids"] > 0
     assert all("a_words raised ValueError: b3 is not to be scored" in reason for _, reason in step.voids)
     assert not any(prompt.endswith("b3") for prompt in step.table["prompt"].to_pylist())
 

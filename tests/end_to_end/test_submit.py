@@ -1,4 +1,4 @@
-"""A running cluster: runs sent there as jobs from a user's own directory, and runs that join it."""
+"""Runs on a cluster that is already running: sent as jobs from a user's own directory, or joined by the driver."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ray._private.parameter import RayParams
 node = Node(
     RayParams(
         gcs_address=sys.argv[1],
-        temp_dir=sys.argv[2],  # or each would delete packages that the other uses
+        temp_dir=sys.argv[2],  # with a shared one, each node would delete packages that the other uses
         node_ip_address="127.0.0.1",
         num_cpus=1,
         object_store_memory=200 << 20,
@@ -45,7 +45,7 @@ node = Node(
     shutdown_at_exit=True,
 )
 print("started", flush=True)
-sys.stdin.read()  # until the tests end, however they end
+sys.stdin.read()  # returns when the tests end, also when they are killed
 node.kill_all_processes(check_alive=False, allow_graceful=True)
 """
 REWARD = """
@@ -56,14 +56,14 @@ import ray
 import common.types
 from common.types import RewardInput
 
-LETTER = "a"
+if ray.is_initialized():  # only in a reward replica, which imports this module when it starts
+    note = Path({notes!r}) / ray.get_runtime_context().get_node_id()
+    note.write_text(common.types.__file__)
 
 
 def a_words(answer: RewardInput) -> float:
-    node = Path({notes!r}) / ray.get_runtime_context().get_node_id()
-    node.write_text(common.types.__file__)
     words = answer.response.split()
-    return sum(word.startswith(LETTER) for word in words) / max(1, len(words))
+    return sum(word.startswith("a") for word in words) / max(1, len(words))
 """
 
 
@@ -83,14 +83,14 @@ def running(tmp_path_factory):
     """`ray start --head` and a second node, of one core each, on loopback, with a token and a dashboard."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {
-        "PATH": "/usr/bin:/bin",  # no environment is activated: jobs must find the interpreter by themselves
+        "PATH": "/usr/bin:/bin",  # no activated environment: jobs must find the interpreter without it
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then leaves 127.0.0.1 as it is, and listens nowhere else
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then keeps 127.0.0.1 and listens only there
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
     }
-    # Its sockets' paths must be short, which pytest's directories are not.
+    # The paths of Ray's sockets must be short; pytest's directories are too long.
     temp = Path("/tmp") / f"ratchet-{secrets.token_hex(3)}"
     with socket.create_server(("127.0.0.1", 0)) as probe:
         dashboard = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -115,11 +115,11 @@ def running(tmp_path_factory):
     processes = [head]
     try:
         assert any("Ray runtime started" in line for line in head.stdout)
-        while not (written := temp / "1/ray_current_cluster").exists():  # soon
+        while not (written := temp / "1/ray_current_cluster").exists():
             assert head.poll() is None
             time.sleep(0.1)
         address = written.read_text()
-        # `ray start --address` would do the same, but with that variable it refuses to.
+        # `ray start --address` refuses to run with RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.
         second = start(
             [sys.executable, "-c", SECOND_NODE, address, f"{temp}/2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -138,11 +138,16 @@ def running(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A user's directory: prompts, a reward function, a config, and modules that must not hide ours; and where the
-    function notes where it ran."""
-    place = tmp_path_factory.mktemp("user")
-    notes = tmp_path_factory.mktemp("notes")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def place(model, tmp_path):
+    """A user's directory: prompts, a reward function, a config, and modules with the names of our packages."""
+    place, notes = tmp_path / "user", tmp_path / "notes"
+    place.mkdir()
+    notes.mkdir()
     (place / "my_rewards.py").write_text(REWARD.format(notes=str(notes)))
     (place / ".gitignore").write_text("ignored.jsonl\n")
     for name in ("actors", "common", "deploy", "learner"):
@@ -150,21 +155,26 @@ def place(tmp_path_factory):
     for name in ("prompts.jsonl", "ignored.jsonl"):
         (place / name).write_text("".join(json.dumps({"prompt": f"ask a{i}"}) + "\n" for i in range(8)))
     cfg = tiny_config(
-        save_tiny_model(tmp_path_factory.mktemp("model")),
+        model,
         num_steps=2,
         prompts={"train": "prompts.jsonl", "heldout": None, "max_tokens": 8},
         evaluation={"prompts": 0},
-        # The two cores for the two of these, so that there is one on each node.
+        # Each of the two replicas takes a whole core, so each node gets one of them.
         generators={"cpus": 0},
         learner={"cpus": 0},
         reward={"sources": [{"name": "a_words", "function": "my_rewards:a_words"}], "min": 2, "cpus": 1},
     )
     (place / "tiny.toml").write_text(cfg.to_toml())
-    return place, notes
+    return place
+
+
+def notes(place) -> list[str]:
+    """For each node with a reward replica: the file from which it imported common.types."""
+    return [note.read_text() for note in place.with_name("notes").iterdir()]
 
 
 def ratchet(place, environment, *arguments):
-    """The command line as from an installation elsewhere: the user's directory is not the project's."""
+    """Runs the command line in the user's directory, with the project imported from elsewhere."""
     return subprocess.run(
         [sys.executable, "-P", "-m", "deploy.cli", *arguments],
         cwd=place,
@@ -175,10 +185,10 @@ def ratchet(place, environment, *arguments):
     )
 
 
-def test_a_submitted_run_trains_on_every_node_with_what_travelled(running, place, tmp_path):
-    (directory, notes), run = place, tmp_path / "run"
+def test_a_submitted_run_trains_on_every_node_with_the_uploaded_code(running, place, tmp_path):
+    run = tmp_path / "run"
     done = ratchet(
-        directory, running.environment, "submit", "tiny.toml", "seed=3", "--address", running.dashboard, "--run", run
+        place, running.environment, "submit", "tiny.toml", "seed=3", "--address", running.dashboard, "--run", run
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"run directory on the cluster: {run}" in done.stdout
@@ -187,20 +197,19 @@ def test_a_submitted_run_trains_on_every_node_with_what_travelled(running, place
     assert journal.next_step == 2
     assert [step.table.num_rows for step in journal.since(0)] == [4, 4]
     assert "seed = 3" in (run / "config.toml").read_text()
-    files = [note.read_text() for note in notes.iterdir()]
-    assert len(files) == 2  # nodes
+    assert len(notes(place)) == 2  # nodes
     jobs = Request(f"{running.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {running.token}"})
     with urlopen(jobs) as answer:
         shown = answer.read().decode()
     assert str(run) in shown
     assert "seed" not in shown  # the config is in no job's metadata
     assert "a_words" not in shown
-    assert all("_ray_pkg_" in file for file in files)  # neither the user's `common` nor an installed one
+    assert all("_ray_pkg_" in file for file in notes(place))  # neither the user's `common` nor an installed one
 
 
 def test_a_job_that_fails_gives_its_exit_code(running, place, tmp_path):
     done = ratchet(
-        place[0],
+        place,
         running.environment,
         *("submit", "tiny.toml", "model.path=nowhere/to-be-found", "--run", tmp_path / "run"),
         *("--address", running.dashboard),
@@ -210,16 +219,14 @@ def test_a_job_that_fails_gives_its_exit_code(running, place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_train_joins_the_cluster_that_is_named_and_resumes_there_as_a_job(running, place, tmp_path):
+def test_a_run_that_joined_the_named_cluster_resumes_there_as_a_job(running, place, tmp_path):
     run = tmp_path / "run"
-    joined = {**running.environment, "RAY_ADDRESS": "127.0.0.1:9"}  # --address goes over it
-    done = ratchet(place[0], joined, "train", "tiny.toml", "num_steps=1", "--address", running.address, "--run", run)
+    joined = {**running.environment, "RAY_ADDRESS": "127.0.0.1:9"}  # --address overrides it
+    done = ratchet(place, joined, "train", "tiny.toml", "num_steps=1", "--address", running.address, "--run", run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f'address = "{running.address}"' in (run / "config.toml").read_text()
-    assert {note.read_text() for note in place[1].iterdir()} == {str(ROOT / "common/types.py")}
-    done = ratchet(
-        place[0], joined, "submit", "num_steps=2", "--resume", run, "--address", running.dashboard, "--follow"
-    )
+    assert notes(place) == 2 * [str(ROOT / "common/types.py")]
+    done = ratchet(place, joined, "submit", "num_steps=2", "--resume", run, "--address", running.dashboard, "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
     assert Journal(run / "journal").next_step == 2
 
@@ -230,7 +237,7 @@ def test_without_the_token_a_run_is_refused(running, place, tmp_path, command, t
     environment = {**running.environment, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token" if token else "disabled"}
     environment["RAY_AUTH_TOKEN"] = token or ""
     address = running.address if command == "train" else running.dashboard
-    done = ratchet(place[0], environment, command, "tiny.toml", "--address", address, "--run", tmp_path / "run")
+    done = ratchet(place, environment, command, "tiny.toml", "--address", address, "--run", tmp_path / "run")
     assert done.returncode == 2
     assert f"{address}" in done.stderr
     assert "asks for authentication, and the token here is missing or wrong" in done.stderr

@@ -1,6 +1,7 @@
 """Real vLLM: log-probabilities, weight updates, seeds and stop reasons against Hugging Face models.
 
-vLLM changes global state of torch, so each scenario runs in a process of its own.
+vLLM changes global state of torch, so each scenario runs in a process of its own, forked from one that has imported
+vLLM.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 
 import numpy as np
 import pytest
@@ -73,9 +75,18 @@ def perturbed(model_dir, version: int, keep=slice(None)) -> list[Bucket]:
     return list(buckets(list(saved)[keep], version, bucket_bytes=10_000))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported_once():
+    """The processes of this module are forked from one that has imported vLLM. Other modules' processes are not."""
+    forkserver._forkserver._stop()
+    get_context("forkserver").set_forkserver_preload(["actors.generation.vllm_engine", __name__])
+    yield
+    forkserver._forkserver._stop()
+
+
 def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", way="packed", **sampling):
     """Runs `scenario` in a fresh process with a Generator over vLLM, whose weights are updated in the given way."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as process:
         return process.submit(_in_engine, model_dir, dtype, list(weight_sets), sampling, scenario, way).result(300)
 
 
@@ -89,6 +100,13 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
 
     if way == "plain":  # layers without packed copies
         vllm_weights.ops._supports_onednn = False
+    elif way == "sharded" and scenario != "rollouts":
+        # The engine's two processes come from where this one does, instead of importing vLLM again, which takes longer
+        # than all the rest. In the one scenario left they are spawned, as in a run.
+        from vllm.v1.executor import multiproc_executor
+
+        forkserver._forkserver.ensure_running = lambda: None
+        multiproc_executor.get_mp_context = partial(get_context, "forkserver")
     elif way == "reloaded":
         vllm_weights.PackedWeights.__init__ = not_stageable
 
@@ -175,10 +193,19 @@ async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
     for bucket in broken_off[:-1]:
         await generator.stage(bucket)
     refused = await refusal(load(generator, [*weights[:-1], replace(weights[-1], checksum=0)]))
+    for bucket in weights[:-1]:
+        await generator.stage(bucket)
     running = [asyncio.create_task(write(generator, prompt)) for prompt in PROMPTS]
-    await asyncio.sleep(0.05)  # some way into 100 tokens
-    await load(generator, weights)
+    while not await generator._engine._call(partial(tokens_written, generator._engine)):
+        await asyncio.sleep(0)
+    await load(generator, weights[-1:])
     return refused, list(await asyncio.gather(*running))
+
+
+def tokens_written(engine) -> int:
+    """Number of tokens in unfinished responses. Runs on the engine's thread."""
+    states = engine._engine.output_processor.request_states.values()
+    return sum(state.detokenizer.num_output_tokens() for state in states)
 
 
 async def refusal(action) -> str:
