@@ -23,7 +23,8 @@ from common.model.reward_head import is_reward_model, scored_padding_id
 from common.types import HELDOUT_EPOCH, Prompt, SampleId
 from deploy.capacity import check_kv_cache
 from deploy.policy_files import PolicyFiles
-from learner.reward_model.pairs import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
+from learner.reward_model.pair_records import PairCounts, tokenise_pairs
+from learner.reward_model.pairs import Pairs, split, without_prompts_of
 from learner.reward_model.training import steps_per_epoch
 
 

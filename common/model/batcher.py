@@ -1,4 +1,4 @@
-"""Batched forward passes: requests that arrive close together share a pass, under a token budget."""
+"""Batched forward passes: requests that arrive close together share a pass, under a token budget. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 class Batcher(Generic[Item, Result]):
     """Turns many single requests into few batched calls of `run`.
 
-    The first request of an idle batcher waits `window_s` for company; what arrives while a pass runs shares the next
-    one. Batches are of like lengths and hold at most `max_tokens`, padding included. One pass runs at a time; `run`
-    must not keep the event loop, so that requests are still accepted meanwhile.
+    The first request of an idle batcher waits `window_s` for others. Requests that arrive during a pass share the next
+    one. Batches have similar lengths and at most `max_tokens`, padding included. Only one pass runs at once. `run` must
+    not block the event loop, so that requests are still accepted during a pass.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Batcher(Generic[Item, Result]):
         self._worker: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> Result:
-        """The item's own result. An error in a pass is raised to every request that shared it."""
+        """The result of this item. An error in a pass is raised to every request that shared it."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._worker is None or self._worker.done():
@@ -45,7 +45,7 @@ class Batcher(Generic[Item, Result]):
         return await future
 
     async def _drain(self) -> None:
-        """Runs passes until nobody waits."""
+        """Runs passes until no request waits."""
         await asyncio.sleep(self._window_s)
         while self._waiting:
             batch, self._waiting = self._waiting, []
@@ -65,10 +65,10 @@ class Batcher(Generic[Item, Result]):
 
 
 def settle(requests: Sequence[tuple[Any, asyncio.Future[Result]]], outcomes: Sequence[Result | Exception]) -> None:
-    """Gives every caller that still waits its own result, or raises its error there."""
+    """Gives each waiting caller its result, or raises its error there."""
     for (_, future), outcome in zip(requests, outcomes, strict=True):
         if future.done():
-            continue  # its caller has given up
+            continue  # its caller was cancelled
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:

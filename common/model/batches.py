@@ -1,4 +1,4 @@
-"""Which sequences share a forward pass, under a token budget. Runs anywhere."""
+"""Groups of sequences for one forward pass each, under a token budget. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of all rows, grouped so that no group holds more than `max_tokens` once padded to its longest row.
+    """Groups the indices of rows so that no group has more than `max_tokens` when padded to its longest row.
 
-    Rows of like length share a group, so little is padded. A single row longer than the budget is a group of its own.
+    Rows of similar length share a group, so there is little padding. A row longer than the budget is a group of its
+    own.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -21,10 +22,10 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of all sequences, in few groups of no more than `max_tokens` each, and sequences of like length together.
+    """Groups the indices of sequences into few groups of at most `max_tokens` each, with similar lengths together.
 
-    Each group takes the longest sequence that is left, and goes on with the longest that still fits. A single sequence
-    longer than the budget is a group of its own.
+    Each group takes the longest sequence left, then again and again the longest that still fits. A sequence longer than
+    the budget is a group of its own.
     """
     left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Prompts and responses one after another, without padding, and how they are grouped under a token budget."""
+"""Packed sequences: prompts and responses one after another in one long row, without padding. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from common.model.logprobs import Finish, autocast_dtype, chosen_logprobs
 from common.model.masking import length_mask
 
-# Matrix products over whole vectors take the same kernels whatever else is in the batch. Measured with AVX-512, one
-# thread, float32 and bfloat16: without it 1 to 20 of 48 rows change in their last bits with the company they are in.
+# Row counts of matrix products are padded to a multiple of this. The kernel is chosen by shape, so without it the last
+# bits of a row depend on the other rows of its batch. Measured with AVX-512, one thread, float32 and bfloat16: 1 to 20
+# of 48 rows changed.
 ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """B prompts, each followed at once by its response, and that by the next prompt: N tokens in all."""
+    """B sequences, each a prompt and its response, one after another: N tokens in all."""
 
     input_ids: Tensor  # int64 [N]
     prompt_lengths: Tensor  # int64 [B]
@@ -28,7 +29,7 @@ class Sequences:
 
     @classmethod
     def pack(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> Sequences:
-        """A prompt must not be empty: the first response token needs a state to come from."""
+        """A prompt must not be empty: the state of its last token predicts the first response token."""
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt without tokens cannot be answered; give it at least one")
         pairs = list(zip(prompts, responses, strict=True))
@@ -40,7 +41,7 @@ class Sequences:
         )
 
     def rows(self, index: Tensor) -> Sequences:
-        """The chosen sequences, in that order."""
+        """The sequences at `index`, in that order."""
         parts = self.input_ids.split(self.lengths.tolist())
         chosen = [parts[i] for i in index.tolist()] or [self.input_ids[:0]]
         return Sequences(torch.cat(chosen), self.prompt_lengths[index], self.lengths[index])
@@ -54,13 +55,14 @@ class Sequences:
 
     @property
     def response_mask(self) -> Tensor:
-        """[B, R], R the longest response."""
+        """bool [B, R], R the longest response."""
         return length_mask(self.response_lengths, int(self.response_lengths.max()))
 
     def response_states(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """The states that predict each response token, [n, H], and those tokens, [n], sequence after sequence.
 
-        `model` is any transformer body with packed attention; prompt positions never reach a head.
+        `model` is any transformer body with packed attention. States of prompt tokens are left out, so no output
+        embedding computes them.
         """
         device, lengths = self.input_ids.device, self.lengths.tolist()
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])
@@ -81,7 +83,7 @@ class Sequences:
 
 
 def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """The model's inputs. Under autocast in its precision: else all that flows between the layers stayed float32."""
+    """Input embeddings, under autocast in its dtype. Otherwise the residual stream would stay float32."""
     embedded = model.get_input_embeddings()(input_ids)
     return embedded.to(autocast_dtype(embedded.device.type) or embedded.dtype)
 
@@ -89,7 +91,7 @@ def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
     """Log-probability of every response token under a causal LM, float32 [B, R]."""
     states, token_ids = sequences.response_states(model.base_model)
-    # Each response begins at a whole vector for the output embedding too.
+    # The output embedding's rows too: each response begins at a multiple of ROW_MULTIPLE.
     missing = -sequences.response_lengths % ROW_MULTIPLE
     places = torch.arange(len(states), device=states.device)
     places += (missing.cumsum(0) - missing).repeat_interleave(sequences.response_lengths)

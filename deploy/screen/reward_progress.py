@@ -15,7 +15,7 @@ from common.metrics.table import REWARD_STEP
 from common.model.reward_head import ScoreScale
 from deploy.screen.screen import Screen, columns_of
 from learner.reward_model.calibration import PreferenceEvaluation
-from learner.reward_model.pairs import PairCounts
+from learner.reward_model.pair_records import PairCounts
 
 # Width and text of each column, by the heading in common/metrics/table.py.
 _CELLS: dict[str, tuple[int, Callable[[float], str]]] = {

@@ -1,1 +1,1 @@
-"""One PPO update. Runs in each learner rank."""
+"""One PPO update. Runs in every learner rank."""

@@ -141,7 +141,7 @@ class Learner(Trainer):
         if self.cfg.learner.lora:
             lora.save(adapters, self.cfg.learner.lora, str(base), adapter or directory.with_name("adapter"))
 
-    # What is the learner's own of a trainer
+    # The learner's part of `Trainer`
 
     def parts(self) -> list[tuple[nn.Module, float]]:
         return self.network.parts(self.cfg.optimizer)

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) on a policy, through peft: W + (alpha / rank) B A.
 
-B starts at zero, so training starts from the weights as they were, and with the adapters off the policy is its own
-reference.
+Runs in every learner rank. B starts at zero, so training starts from the frozen weights. With the adapters off the
+policy is its own reference.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Adapted = Linear | ParamWrapper  # layers whose adapters can be published
 
 
 def add(model: PreTrainedModel, cfg: LoRAConfig, *, seed: int) -> None:
-    """Freezes the model and puts adapters, float32, on the layers that `cfg.targets` names. Raises UserError if there
-    are no such layers, or if their adapters could not be trained or published."""
+    """Freezes the model and puts float32 adapters on the layers that `cfg.targets` names. Raises UserError if there are
+    no such layers, or if their adapters could not be trained or published."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of A, which starts at random: the same on every rank, and in a repeated run
+        torch.manual_seed(seed)  # A starts at random: the same on every rank and in a repeated run
         try:
             model.add_adapter(_peft_config(cfg), adapter_name=_NAME)
         except ValueError as error:
@@ -48,13 +48,13 @@ def add(model: PreTrainedModel, cfg: LoRAConfig, *, seed: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is LoRA's."""
+    """True for the name of an adapter's parameter."""
     return ".lora_" in name
 
 
 def merged(model: PreTrainedModel) -> Iterator[NamedTensor]:
-    """Every weight under the name that it has without adapters, with a call that gives it in full and with its adapter
-    added. Every rank must make these calls together."""
+    """Every weight under its name without adapters, with a function that returns it in full with its adapter added.
+    Every rank must call these functions together."""
     layers = {id(_adapted(layer)): layer for layer in model.modules() if isinstance(layer, Adapted)}
     for name, parameter in model.named_parameters():
         if not is_adapter(name):
@@ -63,16 +63,16 @@ def merged(model: PreTrainedModel) -> Iterator[NamedTensor]:
 
 
 def _merged(parameter: nn.Parameter, layer: Adapted | None) -> Tensor:
-    """The parameter in full; with a layer's adapter added, in float32."""
+    """The parameter in full. If its layer has an adapter, float32 with the adapter added."""
     weight = whole(parameter)
     return weight if layer is None else weight.float() + _delta(layer)
 
 
 @torch.no_grad()
 def _delta(layer: Adapted) -> Tensor:
-    """What the adapter adds, in full, by peft's own rule for this kind of layer: a Conv1D keeps its weight transposed,
-    and experts have one product each."""
-    gathered = copy.copy(layer)  # shares all but what is replaced here
+    """The product that the adapter adds, in full. peft computes it, because it differs by kind of layer: a Conv1D has a
+    transposed weight, and each expert has a product of its own."""
+    gathered = copy.copy(layer)  # shares everything that is not replaced below
     gathered._modules = dict(layer._modules)
     for kind in ("lora_A", "lora_B"):
         linear = copy.copy(getattr(layer, kind)[_NAME])
@@ -87,7 +87,7 @@ def _adapted(layer: Adapted) -> nn.Parameter:
 
 
 def _refuse_untrainable(model: PreTrainedModel, cfg: LoRAConfig) -> None:
-    """Raises UserError for adapters of embeddings, and of kinds of layers that are not known to be published right."""
+    """Raises UserError for adapters of embeddings, and of kinds of layers that `merged` does not support."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -106,7 +106,7 @@ def _refuse_untrainable(model: PreTrainedModel, cfg: LoRAConfig) -> None:
 
 @contextmanager
 def off(model: PreTrainedModel) -> Iterator[None]:
-    """Without adapters while it lasts."""
+    """Turns the adapters off inside the with block."""
     layers = [(layer, layer.scaling[_NAME]) for layer in model.modules() if isinstance(layer, LoraLayer)]
     for layer, _ in layers:
         layer.scaling[_NAME] = 0.0
@@ -118,7 +118,7 @@ def off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def save(adapters: dict[str, Tensor], cfg: LoRAConfig, base: str, directory: Path) -> None:
-    """Writes adapters, by the names that `add` gave them, as peft reads them beside the model called `base`."""
+    """Writes adapters, under the names that `add` gave them, in peft's format for the model called `base`."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {"base_model.model." + name.replace(f".{_NAME}.", "."): value for name, value in adapters.items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "adapter_model.safetensors")
@@ -129,5 +129,5 @@ def save(adapters: dict[str, Tensor], cfg: LoRAConfig, base: str, directory: Pat
 
 def _peft_config(cfg: LoRAConfig) -> LoraConfig:
     named = [cfg.targets] if isinstance(cfg.targets, str) else list(cfg.targets)
-    targets = named if named != ["all-linear"] else "all-linear"  # any other string peft would take for a pattern
+    targets = named if named != ["all-linear"] else "all-linear"  # peft takes any other string for a pattern
     return LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, task_type="CAUSAL_LM")

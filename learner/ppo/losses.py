@@ -1,9 +1,8 @@
-"""The three terms of PPO's objective (Schulman et al. 2017, arXiv:1707.06347, eq. 9), and the preference loss of reward
-models, as pure functions.
+"""The three terms of PPO's objective (Schulman et al. 2017, arXiv:1707.06347, eq. 9), as pure functions.
 
-Every PPO loss is a sum over the True places of the mask divided by `num_tokens`, the token count of the whole minibatch
-over all ranks: so neither micro-batches nor ranks can change the gradient. Statistics come back beside the loss,
-detached, as sums over tokens.
+Runs in every learner rank. Every loss is a sum over the True places of the mask divided by `num_tokens`, the token
+count of the whole minibatch over all ranks. So neither micro-batches nor ranks can change the gradient. Each also
+returns statistics, detached, as sums over tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ def policy_loss(
     `weights` are per-token importance weights of the sampler (see `importance_weights`). Statistics: `clipped`, tokens
     whose gradient the clip removed; `approx_kl`, k3 estimate of KL(old || new) in nats; `ratio`.
     """
-    # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Bounded, since exp would
-    # overflow beyond 88, and the gradient of a token that the clip removes would be 0 x inf.
+    # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Bounded: exp overflows
+    # beyond 88, and the gradient of a token that the clip removes would be 0 x inf.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
@@ -51,15 +50,18 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip: float, num_tokens: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error to the returns, all [B, R]; with `value_clip` > 0 the larger of the error of the value
-    and of the value kept within +/- value_clip of its old one. Statistic: `clipped`, tokens where that was so."""
-    # Outside the mask zeros, so that garbage there cannot become NaN in the gradient.
+    """Half the squared error to the returns; all tensors [B, R].
+
+    With `value_clip` > 0 it is the larger of two errors: that of the value, and that of the value kept within
+    +/- value_clip of its old one. Statistic: `clipped`, tokens where the second was larger.
+    """
+    # Zeros outside the mask, so that garbage there cannot become NaN in the gradient.
     values, returns = torch.where(mask, values, 0.0), torch.where(mask, returns, 0.0)
     old_values = torch.where(mask, old_values, 0.0)
     error = (values - returns) ** 2
     if value_clip == 0:
         return masked_sum(error, mask) / 2 / num_tokens, {"clipped": torch.zeros_like(error).sum()}
-    near = values.clamp(old_values - value_clip, old_values + value_clip)  # inside the bounds exactly the value itself
+    near = values.clamp(old_values - value_clip, old_values + value_clip)  # inside the bounds: the value itself
     near_error = (near - returns) ** 2
     with torch.no_grad():
         stats = {"clipped": masked_sum((near_error > error).float(), mask)}
@@ -77,7 +79,7 @@ def importance_weights(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Truncated weights min(pi_old / pi_rollout, cap), [B, R], 1 outside the mask; they carry no gradient.
 
-    They correct for tokens sampled by older weights or by an engine that rounds differently (decoupled PPO, Hilton et
+    They correct for tokens that older weights sampled, or an engine that rounds differently (decoupled PPO, Hilton et
     al. 2021, arXiv:2110.00641; truncation, Ionides 2008). Statistics: `capped` tokens; `mismatch_kl`, k3 in nats.
     """
     difference = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).clamp(-20, 20)

@@ -1,4 +1,4 @@
-"""The targets of an update: what stays fixed while it makes several passes over a batch.
+"""The targets of an update: the numbers that stay fixed during its passes over a batch.
 
 Runs in every learner rank. Each rank computes them in full from the whole batch, so whitening is over the whole batch.
 """
@@ -48,7 +48,7 @@ def targets(
     """The targets, and statistics over the batch by metric key.
 
     old_logprobs, old_values [B, R]: of the policy and the critic before the update; values are zeros without a critic.
-    scores [B]: as they are to be rewarded, float32.
+    scores [B]: after normalisation, float32.
     """
     mask = batch.mask
     ref_logprobs = torch.where(batch.ref_is_policy[:, None], old_logprobs, batch.ref_logprobs)

@@ -1,1 +1,1 @@
-"""What the ranks of a trainer share: group, collectives, checkpoint, optimizer."""
+"""The ranks of both trainers: their group, collectives, checkpoint, optimizer. Runs in the driver and in every rank."""

@@ -1,4 +1,7 @@
-"""Learner state on disk: every rank writes its share, and the whole is marked complete last."""
+"""Learner state on disk: every rank writes its share, and a marker is written last.
+
+Runs in the driver and in every rank: ranks write and read checkpoints, the driver counts and prunes them.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,23 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank alone is nothing to warn of
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # with one rank that is intended
 
 _MARKER = "COMPLETE"
 _NUMBERS = "numbers.json"
-# What is frozen is in the model that a run starts from.
+# Frozen weights are left out: they are in the model that a run starts from.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
 def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, numbers: dict[str, Any]) -> None:
-    """Weights, optimizer state, and `numbers` (JSON, the same on every rank). Every rank must call it.
+    """Writes weights, optimizer state and `numbers` (JSON, the same on every rank). Every rank must call it.
 
-    A directory without its marker is one that a crash cut short; it is never loaded.
+    A directory without its marker was cut short by a crash, and is never loaded.
     """
     alone = not dist.is_initialized()
     first = alone or dist.get_rank() == 0
     if first:
-        (directory / _MARKER).unlink(missing_ok=True)  # before what it vouches for
+        (directory / _MARKER).unlink(missing_ok=True)  # first: a marker without its files would be wrong
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     if not alone:
@@ -47,7 +50,7 @@ def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, n
     model_state, optimizer_state = get_state_dict(network, optimizer, options=_OPTIONS)
     state = {"network": model_state, "optimizer": optimizer_state}
     try:
-        dcp.save(state, checkpoint_id=directory, no_dist=alone)  # returns when all ranks have synced their files
+        dcp.save(state, checkpoint_id=directory, no_dist=alone)  # returns once the files of all ranks are synced
     except CheckpointException as error:  # not an Exception: in an actor it would end the process
         raise _explained(error, directory) from None
     if first:
@@ -59,8 +62,7 @@ def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, n
 
 
 def _explained(error: CheckpointException, directory: Path) -> Exception:
-    """What went wrong on the first rank that failed. torch reports a file that it could not write to its end, as on a
-    full disk, as an "unexpected pos"."""
+    """The error of the first rank that failed. For a file cut short by a full disk torch says "unexpected pos"."""
     cause = next(failure for failure, _ in error.failures.values())
     if isinstance(cause, OSError):
         return cause
@@ -70,8 +72,10 @@ def _explained(error: CheckpointException, directory: Path) -> Exception:
 
 
 def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Fills network and optimizer, whatever the number of ranks that wrote them, and returns the numbers. Every rank
-    must call it. Like the code beside it a checkpoint is trusted: torch reads its index with pickle."""
+    """Fills network and optimizer from a checkpoint that any number of ranks wrote, and returns its numbers.
+
+    Every rank must call it. A checkpoint is trusted like code: torch reads its index with pickle.
+    """
     model_state, optimizer_state = get_state_dict(network, optimizer, options=_OPTIONS)
     state: dict[str, Any] = {"network": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
@@ -86,7 +90,7 @@ def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -
 
 
 def load_network(directory: Path, network: nn.Module) -> dict[str, Any]:
-    """Fills the network alone, in one process, and returns the numbers."""
+    """Fills the network without the optimizer, in one process, and returns the numbers."""
     state = {"network": get_model_state_dict(network, options=_OPTIONS)}
     dcp.load(state, checkpoint_id=directory, no_dist=True)
     set_model_state_dict(network, state["network"], options=StateDictOptions(strict=False))
@@ -102,13 +106,15 @@ class Checkpoints:
         self._keep = keep
 
     def due(self, step: int, num_steps: int) -> bool:
+        """True if a checkpoint is to be written after `step` of `num_steps` updates."""
         return step % self._every == 0 or step == num_steps
 
     def path(self, step: int) -> Path:
+        """Directory of the checkpoint after `step` updates."""
         return self._directory / f"step-{step:06d}"
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """The newest complete checkpoint; None if there is none."""
         complete = sorted(marker.parent for marker in self._directory.glob(f"step-*/{_MARKER}"))
         return complete[-1] if complete else None
 

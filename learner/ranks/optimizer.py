@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per part of the network, and the schedule of that rate."""
+"""AdamW with a learning rate per part of the network, and the schedule of that rate. Runs in every trainer rank."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def make_optimizer(parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """Every part at `scale` of its own peak."""
+    """Sets the rate of every part to `scale` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
 
 
 def learning_rate_scale(step: int, num_steps: int, cfg: AdamWConfig) -> float:
-    """Share of the peak learning rate at `step`: a line up over warmup_steps, then the schedule, which is zero at
-    `num_steps`, one step after the last."""
+    """Share of the peak learning rate at `step`: a line up over warmup_steps, then the schedule. A linear or cosine
+    schedule reaches zero at `num_steps`, one step after the last."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
     progress = (step - cfg.warmup_steps) / max(1, num_steps - cfg.warmup_steps)

@@ -1,4 +1,4 @@
-"""What the two trainers share: `Learner` for PPO and `RewardTrainer` for reward models.
+"""The base of both trainers, `Learner` for PPO and `RewardTrainer` for reward models.
 
 Runs in every trainer rank.
 """
@@ -44,7 +44,7 @@ class Trainer:
         raise NotImplementedError
 
     def exact_modules(self) -> list[nn.Module]:
-        """Modules that compute in float32 whatever `learner.precision` is."""
+        """Modules that compute in float32 under any `learner.precision`."""
         raise NotImplementedError
 
     def dummy_batch(self) -> Any:
@@ -56,7 +56,7 @@ class Trainer:
         return {}
 
     def restore_numbers(self, numbers: dict[str, Any]) -> None:
-        """Takes back what `numbers` returned."""
+        """Restores the state that `numbers` returned."""
 
     # The state
 
@@ -74,7 +74,7 @@ class Trainer:
         save_checkpoint(directory, self.network, self.optimizer, {"step": self.step, **self.numbers()})
 
     def restore(self, directory: Path) -> int:
-        """Restores a checkpoint, whatever the number of ranks that wrote it. Returns the updates it has done."""
+        """Restores a checkpoint that any number of ranks wrote. Returns the updates it has done."""
         numbers = load_checkpoint(directory, self.network, self.optimizer)
         self.step = numbers["step"]
         self.restore_numbers(numbers)

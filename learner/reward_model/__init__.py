@@ -1,1 +1,1 @@
-"""Training of a reward model from preference pairs. Runs in each trainer rank, its loop in the driver."""
+"""Training of a reward model from preference pairs. Runs in the driver and in every rank."""

@@ -1,4 +1,4 @@
-"""How good a reward model's predictions are: accuracy on held-out pairs, and whether its probabilities come true."""
+"""Evaluation of a reward model: its accuracy and the calibration of its probabilities. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose winner was predicted with a probability in [low, high)."""
+    """The pairs whose predicted winner has a probability in [low, high)."""
 
     low: float
     high: float
     pairs: int
     predicted: float  # mean probability
-    right: float  # share of them in which the human preferred that one too
+    right: float  # share of pairs whose human preference agrees
     interval: tuple[float, float]  # 95 %, of `right`
 
 
@@ -46,12 +46,12 @@ class PreferenceEvaluation:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PreferenceEvaluation:
         bins = tuple(Bin(**{**entry, "interval": tuple(entry["interval"])}) for entry in record["bins"])
-        known = {key: value for key, value in record.items() if key != "time"}  # when it was written
+        known = {key: value for key, value in record.items() if key != "time"}  # the time of writing
         return cls(**{**known, "interval": tuple(record["interval"]), "bins": bins})
 
 
 def evaluate_preferences(chosen: np.ndarray, rejected: np.ndarray, *, step: int, epoch: float) -> PreferenceEvaluation:
-    """Scores [N] of both sides of every pair to the evaluation."""
+    """The evaluation of scores [N] of both sides of every pair."""
     difference = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))  # of the predicted winner, 0.5 to 1
     right = difference > 0

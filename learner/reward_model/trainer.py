@@ -88,7 +88,7 @@ class RewardTrainer(Trainer):
             scale = ScoreScale(chat=self.cfg.data.format == "chat")
             save_reward_model(self.model, resolve_model(self.cfg.model.path), directory, scale, tensors=tensors)
 
-    # What is this trainer's own
+    # This trainer's part of `Trainer`
 
     def parts(self) -> list[tuple[nn.Module, float]]:
         cfg = self.cfg.optimizer

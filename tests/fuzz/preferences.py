@@ -7,7 +7,8 @@ from random import Random
 from typing import Any
 
 from common.config.reward_model import PreferencesConfig
-from learner.reward_model.pairs import Pairs, tokenise_pairs
+from learner.reward_model.pair_records import tokenise_pairs
+from learner.reward_model.pairs import Pairs
 from tests.fuzz.data_files import byte_tokenizer, write_records
 from tests.fuzz.judge import WrongAnswer, value_or_message
 

@@ -9,8 +9,9 @@ import pytest
 from common.config.reward_model import PreferencesConfig
 from common.errors import UserError
 from common.model.files import load_tokenizer
-from learner.reward_model import pairs as preferences
-from learner.reward_model.pairs import PairCounts, Pairs, split, tokenise_pairs, without_prompts_of
+from learner.reward_model import pair_records
+from learner.reward_model.pair_records import PairCounts, tokenise_pairs
+from learner.reward_model.pairs import Pairs, split, without_prompts_of
 from tests.fakes import WORDS, save_tiny_model
 from tests.record_files import write
 
@@ -324,7 +325,7 @@ def numbers(pairs):
 
 @pytest.mark.parametrize(("count", "batches"), [(0, []), (1, [1]), (3, [3]), (10, [3, 3, 3, 1]), (12, [3, 3, 3, 3])])
 def test_pairs_come_back_from_any_number_of_record_batches(tmp_path, tokenizer, monkeypatch, count, batches):
-    monkeypatch.setattr(preferences, "_ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(pair_records, "_ROWS_PER_BATCH", 3)
     pairs = many(tmp_path, tokenizer, [i % 4 for i in range(count)])
     with pa.ipc.open_file(str(tmp_path / "many.jsonl.arrow")) as file:
         assert [file.get_batch(i).num_rows for i in range(file.num_record_batches)] == batches
@@ -337,7 +338,7 @@ def test_pairs_come_back_from_any_number_of_record_batches(tmp_path, tokenizer, 
 
 
 def test_pairs_are_chosen_in_any_order(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(preferences, "_ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(pair_records, "_ROWS_PER_BATCH", 3)
     pairs = many(tmp_path, tokenizer, range(10))
     assert [numbers([pairs[i]])[0] for i in (9, 0, 3, 2, -1, np.int64(5))] == [9, 0, 3, 2, 9, 5]
     chosen = pairs[np.array([7, 1, 1, 8])]

@@ -21,7 +21,8 @@ from common.errors import UserError
 from common.files import read_records
 from common.model.files import load_tokenizer
 from learner.reward_model.pair_batch import PairBatch
-from learner.reward_model.pairs import Pair, Pairs, tokenise_pairs
+from learner.reward_model.pair_records import tokenise_pairs
+from learner.reward_model.pairs import Pair, Pairs
 from learner.reward_model.trainer import RewardTrainer
 from learner.reward_model.training import RewardRun, train_reward_model
 from tests.fakes import WORDS, save_tiny_model
