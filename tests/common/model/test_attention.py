@@ -23,7 +23,7 @@ NEIGHBOURS = {
 
 
 def inputs(lengths, heads=4, kv_heads=2, dtype=torch.float64):
-    """query, key and value, and a gradient for what comes out."""
+    """query, key and value, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     count = sum(lengths)
     shapes = [(1, n, count, HEAD_SIZE) for n in (heads, kv_heads, kv_heads)] + [(1, count, heads, HEAD_SIZE)]
@@ -31,7 +31,7 @@ def inputs(lengths, heads=4, kv_heads=2, dtype=torch.float64):
 
 
 def packed(query, key, value, gradient, lengths, *, scaling=0.4, window=None):
-    """What comes out, and the gradients of what goes in."""
+    """The output, and the gradients of the inputs."""
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     attended, weights = packed_attention(
         nn.Module(), *leaves, None, scaling=scaling, lengths=lengths, sliding_window=window, dropout=0.0
@@ -96,7 +96,7 @@ def test_masks_of_different_windows_and_lengths_are_not_mixed_up():
         check(packed(*tensors, lengths, window=window), dense(*tensors, lengths, window=window), atol=2e-5)
 
 
-# What some models do to scores
+# Scores of some models
 
 
 def with_sinks(query, key, value, sinks, gradient, lengths, *, cap, window):
@@ -125,7 +125,7 @@ def with_sinks(query, key, value, sinks, gradient, lengths, *, cap, window):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("width", [HEAD_SIZE, 3, 9])
-def test_sinks_caps_and_values_of_another_width_equal_a_derivation_token_by_token(cap, window, width):
+def test_sinks_caps_and_value_widths_equal_a_token_by_token_derivation(cap, window, width):
     lengths = [3, 7, 1, 40]
     query, key, _, _ = inputs(lengths, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
@@ -149,7 +149,7 @@ def test_sinks_caps_and_values_of_another_width_equal_a_derivation_token_by_toke
 
 
 def test_groups_that_are_split_for_a_gpu_give_the_same(monkeypatch):
-    """A GPU takes a group of like lengths in parts: here one sequence at a time, and two."""
+    """A GPU computes a group of similar lengths in parts: here of one sequence, and of two."""
     lengths = [3, 7, 40, 1, 33, 5]
     tensors = inputs(lengths, dtype=torch.float32)
     whole, sizes = packed(*tensors, lengths), []
@@ -204,7 +204,7 @@ def test_what_packed_attention_does_not_know_is_refused(asked, reason):
 
 @pytest.mark.parametrize("lengths", [[3, 4, 2], [3, 3, 3], [1, 1, 1]], ids=str)
 @pytest.mark.parametrize("changed", [0, 1, 2])
-def test_changing_one_sequence_changes_no_bit_of_anyone_elses_output_or_gradient(lengths, changed):
+def test_changing_one_sequence_changes_no_bit_of_the_others(lengths, changed):
     tensors = inputs(lengths, dtype=torch.float32)
     place = slice(sum(lengths[:changed]), sum(lengths[: changed + 1]))
     other = [x.clone() for x in tensors]
@@ -274,7 +274,7 @@ def save_model(kind, directory):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2 with biases", "qwen2 with a sliding window"])
-def test_a_packed_model_gives_every_sequence_what_eager_attention_gives_it_alone(kind, tmp_path):
+def test_a_packed_model_equals_eager_attention_on_each_sequence_alone(kind, tmp_path):
     save_model(kind, tmp_path)
     one, other = (
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=how).eval()

@@ -1,4 +1,4 @@
-"""The batcher: who shares a pass, how large it gets, and what happens to an error."""
+"""The batcher: requests that share a pass, its size, and errors in it."""
 
 from __future__ import annotations
 

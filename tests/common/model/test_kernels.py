@@ -135,7 +135,7 @@ def test_a_frozen_weight_gets_no_gradient_but_its_input_does():
 
 
 def kept_by(function, *tensors):
-    """Numbers by type of what is saved for the backward pass."""
+    """Number of values kept for the backward pass, by type."""
     kept: dict[torch.dtype, int] = {}
 
     def keep(x):

@@ -84,7 +84,7 @@ def pulls(count):
 
 
 def backward(hidden, token_ids, head, *, of=("logprobs", "entropy"), **settings):
-    """Values, and the gradients of a weighted sum of what is named in `of`."""
+    """Values, and the gradients of a weighted sum of the outputs named in `of`."""
     hidden = hidden.clone().requires_grad_()
     results = dict(zip(("logprobs", "entropy"), chosen_logprobs(hidden, token_ids, head, **settings), strict=True))
     by_name = dict(zip(results, pulls(len(token_ids)), strict=True))
@@ -124,7 +124,7 @@ def test_values_and_all_gradients_equal_plain_autograd(temperature, of, bias):
 
 @pytest.mark.parametrize("finish", [Finish(3.0), Finish(cap=0.8), Finish(0.25, 0.1)], ids=str)
 @pytest.mark.parametrize("of", [("logprobs", "entropy"), ("logprobs",)], ids="+".join)
-def test_scaled_and_capped_logits_have_the_values_and_gradients_of_plain_autograd(finish, of):
+def test_scaled_and_capped_logits_have_autograds_values_and_gradients(finish, of):
     tensors = inputs()
     settings = {"of": of, "temperature": 1.3, "finish": finish}
     check(backward(*tensors, **settings, tile=(3, 4)), derived(*tensors, **settings))
@@ -153,7 +153,7 @@ def test_a_vocabulary_of_several_parts_has_all_of_its_gradient(vocabulary):
     check(backward(*tensors, temperature=1.0), derived(*tensors, temperature=1.0))
 
 
-def test_parts_of_very_different_size_neither_overflow_nor_lose_the_small_one():
+def test_parts_of_very_different_size_keep_the_small_one():
     """Tiles of one token each: exp(500) is beyond float32, exp(-500) below it."""
     head = torch.nn.Linear(1, 3, bias=False)
     head.weight.data = torch.tensor([[-500.0], [500.0], [499.0]])
@@ -225,7 +225,7 @@ def test_states_that_need_no_gradient_still_train_the_head():
     check([head.weight.grad, head.bias.grad], expected[3:])
 
 
-def test_the_gradient_of_a_logprob_is_one_hot_minus_probabilities_over_temperature():
+def test_the_gradient_of_a_logprob_is_one_hot_minus_probabilities():
     hidden, token_ids, head = inputs()
     logprobs, _ = chosen_logprobs(hidden, token_ids, head, temperature=1.3, tile=(2, 4))
     logprobs.sum().backward()

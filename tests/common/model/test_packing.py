@@ -1,4 +1,4 @@
-"""Packed sequences against the same sequences one at a time, through a tiny random Llama; and how they are grouped."""
+"""Packed sequences against the same sequences one by one, through a tiny random Llama; and their groups."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_packed_batch_gives_the_logprobs_of_each_sequence_alone(model, pairs, 
         ids = prompt.tolist() + response.tolist()
         full = torch.log_softmax(model(torch.tensor([ids]), lengths=[len(ids)]).logits[0].double() / temperature, -1)
         for t, token in enumerate(response.tolist()):
-            before = full[len(prompt) + t - 1]  # what the model says after the prompt and t response tokens
+            before = full[len(prompt) + t - 1]  # the model's logits after the prompt and t response tokens
             assert float(logprobs[b, t]) == pytest.approx(float(before[token]), abs=1e-5)
         assert logprobs[b, len(response) :].abs().sum() == 0
 
@@ -172,7 +172,7 @@ def test_logprobs_are_float32_under_autocast_and_near_the_exact_ones(model, pair
     with torch.autocast("cpu", torch.bfloat16):
         rounded = response_logprobs(model, sequences, temperature=1.0)
     hook.remove()
-    assert seen == [torch.bfloat16]  # what flows between layers is not float32
+    assert seen == [torch.bfloat16]  # the residual stream is not float32
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     assert float((rounded - exact).norm()) < 0.05 * float(exact.norm())
@@ -212,7 +212,7 @@ def test_rows_of_like_length_share_a_batch():
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 40, 64, 10_000])
-def test_every_row_is_in_one_batch_and_no_batch_is_over_budget_unless_it_is_one_row(max_tokens):
+def test_every_row_is_in_one_batch_within_the_budget(max_tokens):
     rng = np.random.default_rng(max_tokens)
     for _ in range(20):
         lengths = rng.integers(0, 50, size=rng.integers(1, 30)).tolist()
@@ -224,7 +224,7 @@ def test_every_row_is_in_one_batch_and_no_batch_is_over_budget_unless_it_is_one_
 
 
 def test_packed_groups_worked_by_hand():
-    # The 9 is over the budget alone; both 4s fill a group; the 3 takes what is left.
+    # The 9 is over the budget alone; both 4s fill a group; the 3 takes the rest.
     assert packed_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 4], [0, 2, 5]]
     # Beside the 5 there is room for 3: the 4 waits, the 2 does not.
     assert packed_batches([2, 4, 5], 8) == [[2, 0], [1]]
@@ -241,7 +241,7 @@ def cases() -> Iterator[tuple[list[int], int]]:
             yield rng.integers(1, 50, size=rng.integers(1, 30)).tolist(), max_tokens
 
 
-def test_every_sequence_is_in_one_packed_group_longest_first_and_none_is_over_budget_unless_single():
+def test_every_sequence_is_in_one_packed_group_within_the_budget():
     for lengths, max_tokens in cases():
         groups = packed_batches(lengths, max_tokens)
         assert sorted(i for group in groups for i in group) == list(range(len(lengths)))

@@ -15,7 +15,7 @@ from tests.fakes import make_experience
 
 
 def experience(index: int, length: int, ref_logprobs: list[float] | None) -> Experience:
-    """Of prompts of 2, 3 and 4 tokens in turn; rollout_logprobs -1, -2, ... and a score of 10 * index."""
+    """Prompts have 2, 3 and 4 tokens in turn; rollout_logprobs are -1, -2, ..., the score 10 * index."""
     made = make_experience(index, list(range(10, 10 + length)), score=10.0 * index)
     sampled = -np.arange(1, length + 1, dtype=np.float32)
     ref = None if ref_logprobs is None else np.array(ref_logprobs, dtype=np.float32)
@@ -39,18 +39,18 @@ def check(batch: ExperienceBatch) -> None:
     assert batch.scores.dtype == torch.float64
 
 
-def test_rows_stand_in_the_tables_order_with_zeros_in_the_padding():
+def test_rows_keep_the_tables_order_with_zeros_in_the_padding():
     check(ExperienceBatch.from_table(experience_table(ROWS)))
 
 
-def test_a_table_of_several_pieces_or_a_part_of_another_is_the_same():
+def test_chunks_and_slices_of_a_table_give_the_same_batch():
     check(ExperienceBatch.from_table(pa.concat_tables([experience_table(ROWS[:2]), experience_table(ROWS[2:])])))
     more = experience_table([experience(5, 4, None), *ROWS, experience(6, 2, [-1, -1])])
     check(ExperienceBatch.from_table(more.slice(1, 4)))
 
 
 @pytest.mark.parametrize("known", [0, 4])
-def test_all_or_none_may_be_by_the_reference(known):
+def test_all_or_no_rows_may_lack_ref_logprobs(known):
     rows = [experience(i, 2, [-5, -6] if i < known else None) for i in range(4)]
     batch = ExperienceBatch.from_table(experience_table(rows))
     assert batch.ref_is_policy.tolist() == [i >= known for i in range(4)]

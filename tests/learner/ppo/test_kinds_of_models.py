@@ -1,4 +1,4 @@
-"""One update of types that are unlike Llama: what is trained, and that the saved policy is the learner's."""
+"""One update of model types unlike Llama: the trained weights, and the saved policy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = {
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("kind", "changes"), KINDS.items(), ids=KINDS)
-def test_an_update_trains_the_text_part_and_the_saved_policy_is_the_learners(tmp_path, kind, changes, checkpointing):
+def test_the_text_part_is_trained_and_saved(tmp_path, kind, changes, checkpointing):
     base = save_tiny_model(tmp_path / "base")
     random_model(kind_config(kind, **changes)).save_pretrained(base)
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
@@ -50,6 +50,6 @@ def test_an_update_trains_the_text_part_and_the_saved_policy_is_the_learners(tmp
         assert torch.equal(value, after[name].bfloat16().float()), name
     sequences = Sequences.pack([np.array([3, 4]), np.array([5])], [np.array([9, 10, 11]), np.array([7, 1])])
     with torch.no_grad():
-        learner.network.policy.bfloat16().float()  # rounded as what was saved
+        learner.network.policy.bfloat16().float()  # rounded like the saved weights
         mine = response_logprobs(learner.network.policy, sequences, temperature=1.0)
         torch.testing.assert_close(response_logprobs(saved, sequences, temperature=1.0), mine, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""One update of a tiny real model: what it changes, and what must not change it."""
+"""Updates of a tiny real model against a slow derivation, and changes that must not matter."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_updates_raise_what_scores_and_lower_what_does_not(model):
 
 
 class SlowLearner:
-    """PPO from the definitions in docs/ppo.md: a row and a token at a time, without padding, masks or micro-batches."""
+    """PPO from the definitions in docs/ppo.md, token by token, without padding, masks or micro-batches."""
 
     def __init__(self, model: Path, cfg: Config) -> None:
         self.cfg, self.step, self.kl_coef, self.scores = cfg, 0, cfg.kl.coef, []
@@ -84,7 +84,7 @@ class SlowLearner:
         self.optimizer = torch.optim.AdamW(groups, betas=opt.betas, eps=opt.eps, foreach=False)
 
     def tokens(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """What the network says now of each response token."""
+        """The network's present outputs for each response token."""
         ids, start = row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"])
         logits, states = self.policy(torch.tensor([ids])).logits[0], self.critic(torch.tensor([ids]))[0][0]
         found = []
@@ -353,7 +353,7 @@ def test_a_learner_without_a_critic_publishes_and_exports_its_policy(model, tmp_
     assert all(torch.equal(tensor, published[name].bfloat16()) for name, tensor in loaded.items())
 
 
-def test_the_first_pass_over_a_batch_starts_where_the_batch_was_written(model):
+def test_the_first_pass_over_a_batch_has_ratio_one(model):
     learner = make_learner(model, ppo={"ppo_epochs": 1, "minibatches": 1}, sampling={"temperature": 0.7})
     for seed in range(2):
         stats = learner.update(varied_batch(seed))
@@ -386,7 +386,7 @@ def test_two_learners_on_one_journal_agree_bit_for_bit(model):
 
 
 @pytest.mark.parametrize("controller", ["fixed", "adaptive"])
-def test_a_restored_learner_goes_on_bit_for_bit(model, tmp_path, controller):
+def test_a_restored_learner_continues_bit_for_bit(model, tmp_path, controller):
     kl = {"controller": controller, "horizon": 100}
     whole = make_learner(model, kl=kl)
     whole.update(batch(0))
@@ -430,7 +430,7 @@ def test_a_step_that_has_moved_too_far_ends_early(model):
     for seed in range(2):  # the second update would show a gradient left over from the first
         single.update(batch(seed))
         stats = bound.update(batch(seed))
-        assert len(passes) == 2 * (seed + 1)  # the step, from whose pass the targets come, and what went too far
+        assert len(passes) == 2 * (seed + 1)  # the first step shares its pass with the targets; the second went too far
         assert stats["ppo/optimizer_steps"] == 1
         assert stats["ppo/approx_kl"] > 1e-5
         assert torch.equal(parameters(bound), parameters(single))
@@ -571,7 +571,7 @@ def test_score_statistics_are_restored_with_the_learner(model, tmp_path):
     assert restored.score_moments.count == 8
 
 
-# The pass that gives both what the targets need and the first gradient
+# The pass that the targets and the first gradient share
 
 
 def passes_of(learner: Learner) -> list[int]:
@@ -591,7 +591,7 @@ def assert_same_update(one: tuple[torch.Tensor, dict[str, float]], other: tuple[
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("more", [{}, {"ppo": {"entropy_coef": 0.1, "value_clip": 0.04}}], ids=["usual", "more"])
-def test_one_shared_first_pass_is_worth_a_pass_of_its_own(model, critic, epochs, more):
+def test_sharing_the_first_pass_does_not_change_the_update(model, critic, epochs, more):
     updates, passes = [], []
     for tokens in (4096, 12):
         learner = make_learner(
@@ -629,7 +629,7 @@ def test_the_order_of_rollouts_in_the_table_does_not_change_the_gradient(model, 
         assert_same_update(update, updates[0])
 
 
-# Rollouts that the reference wrote itself
+# Rollouts without ref_logprobs
 
 
 def with_ref_logprobs(table: pa.Table, rows: list[list[float] | None]) -> pa.Table:
@@ -638,7 +638,7 @@ def with_ref_logprobs(table: pa.Table, rows: list[list[float] | None]) -> pa.Tab
 
 
 def own_logprobs(model: Path, table: pa.Table, temperature: float) -> list[list[float]]:
-    """Of each response under the starting weights, a row at a time."""
+    """Log-probabilities of each response under the starting weights, row by row."""
     policy = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     found = []
     for row in table.to_pylist():
@@ -652,7 +652,7 @@ def own_logprobs(model: Path, table: pa.Table, temperature: float) -> list[list[
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 @pytest.mark.parametrize("tokens", [4096, 24], ids=["shared pass", "pass of its own"])
 @pytest.mark.parametrize("nulls", [range(8), [1, 2, 5]], ids=["all", "some"])
-def test_in_step_0_rollouts_without_ref_logprobs_have_the_policys_own(model, estimator, tokens, nulls):
+def test_in_step_0_missing_ref_logprobs_are_the_policys_own(model, estimator, tokens, nulls):
     table = varied_batch(4)
     own = own_logprobs(model, table, 0.7)
     settings = {
@@ -673,7 +673,7 @@ def test_in_step_0_rollouts_without_ref_logprobs_have_the_policys_own(model, est
         assert abs(updates[0][1]["kl/per_token"]) > 0.01
 
 
-def test_after_step_0_rollouts_without_ref_logprobs_are_refused_and_nothing_is_learned(model):
+def test_after_step_0_rollouts_without_ref_logprobs_are_refused(model):
     learner = make_learner(model)
     learner.update(with_ref_logprobs(varied_batch(4), [None] * 8))
     before, moments = parameters(learner), replace(learner.score_moments)
@@ -683,5 +683,5 @@ def test_after_step_0_rollouts_without_ref_logprobs_are_refused_and_nothing_is_l
         learner.update(with_ref_logprobs(table, [*rows[:7], None]))
     assert torch.equal(parameters(learner), before)
     assert (learner.step, learner.score_moments) == (1, moments)
-    learner.update(with_ref_logprobs(table, [None, *rows[1:]]))  # the first response is empty: there is nothing to know
+    learner.update(with_ref_logprobs(table, [None, *rows[1:]]))  # the first response is empty
     assert learner.step == 2

@@ -1,4 +1,4 @@
-"""LoRA: what adapters change, what they leave alone, and how they are published and saved. Two ranks: test_ranks.py."""
+"""LoRA: training, publishing and saving of adapters. For two ranks see test_ranks.py."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def logprobs(learner: Learner, **options) -> torch.Tensor:
 
 
 def slow_logprobs(network: LlamaForCausalLM, prompt: list[int], response: list[int]) -> list[float]:
-    """From the definition, a token at a time."""
+    """From the definition, token by token."""
     found = []
     for t, token in enumerate(response):
         with torch.no_grad():
@@ -123,7 +123,7 @@ def test_adapters_are_on_again_after_an_error(trained):
     assert torch.equal(logprobs(trained), before)
 
 
-def test_the_published_weights_give_the_logprobs_of_the_policy_with_its_adapters(model, trained):
+def test_published_weights_give_the_logprobs_of_the_adapted_policy(model, trained):
     network = base(model)
     names = dict(network.named_parameters())
     tensors = dict(trained.network.policy_tensors())

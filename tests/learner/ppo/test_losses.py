@@ -1,4 +1,4 @@
-"""Losses and their gradients against loops over the tokens or pairs that count, and numbers worked by hand."""
+"""Losses and their gradients against loops over the tokens that count, and numbers worked by hand."""
 
 import math
 

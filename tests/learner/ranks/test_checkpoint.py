@@ -1,4 +1,4 @@
-"""Sharded checkpoints: what they hold, on how many ranks they may be read, and what a crash leaves of them."""
+"""Sharded checkpoints: their contents, reading on any number of ranks, and crashes while writing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def new_learner(model: Path, kind: str) -> Learner:
 
 
 def state(learner: Learner) -> dict[str, Any]:
-    """Every weight and every moment of it, in full, and the numbers beside them."""
+    """Every weight and its moments, in full, and the learner's numbers."""
     named = {id(p): name for name, p in learner.network.named_parameters()}
     moments = {
         (named[id(p)], key): whole(value).clone()
@@ -68,7 +68,7 @@ def update(learner: Learner, seed: int) -> dict[str, float]:
     return {k: v for k, v in learner.update(varied_batch(seed)).items() if not k.startswith("time/")}
 
 
-def go_on(learner: Learner) -> dict[str, Any]:
+def continued(learner: Learner) -> dict[str, Any]:
     """Two more updates, and where they lead."""
     return {"at": state(learner), "stats": [update(learner, seed) for seed in (1, 2)], "then": state(learner)}
 
@@ -80,18 +80,18 @@ def uninterrupted(learner: Learner, directory: Path) -> dict[str, Any]:
         # A pass without gradients may come between, and leaves layers gathered.
         learner.ref_logprobs(make_rollout(make_prompt(), [4, 5]))
     learner.save(directory)
-    return go_on(learner)
+    return continued(learner)
 
 
 def restored(learner: Learner, directory: Path) -> dict[str, Any]:
     for seed in (5, 6):  # moments and numbers that must not stay
         update(learner, seed)
     assert learner.restore(directory) == 1
-    return go_on(learner)
+    return continued(learner)
 
 
 def rank_process(rank: int, ready: Barrier, directory: Path, model: Path) -> None:
-    """One rank's process: goes on from checkpoints of two ranks and of one."""
+    """One rank's process: continues from checkpoints of two ranks and of one."""
     ready.wait()
     for kind in KINDS:
         for name in ("two", "two-two", "one-two"):
@@ -137,7 +137,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["one-one", "two-two", "one-two", "two-one"])
-def test_weights_moments_and_numbers_travel_bit_for_bit_to_any_number_of_ranks(runs, kind, how):
+def test_a_checkpoint_restores_every_bit_on_any_number_of_ranks(runs, kind, how):
     found, written = runs[1][kind, how], runs[1][kind, how.split("-")[0]]
     assert_same(found["at"], written["at"])
     moments = written["at"]["moments"]
@@ -148,7 +148,7 @@ def test_weights_moments_and_numbers_travel_bit_for_bit_to_any_number_of_ranks(r
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["one-one", "two-two"])
-def test_a_restored_learner_goes_on_bit_for_bit_on_as_many_ranks(runs, kind, how):
+def test_a_restored_learner_continues_bit_for_bit_on_as_many_ranks(runs, kind, how):
     found, expected = runs[1][kind, how], runs[1][kind, how.split("-")[0]]
     assert found["stats"] == expected["stats"]
     assert_same(found["then"], expected["then"])
@@ -156,7 +156,7 @@ def test_a_restored_learner_goes_on_bit_for_bit_on_as_many_ranks(runs, kind, how
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["one-two", "two-one"])
-def test_a_restored_learner_goes_on_alike_on_another_number_of_ranks(runs, kind, how):
+def test_a_restored_learner_continues_alike_on_other_numbers_of_ranks(runs, kind, how):
     """To 1e-5 in metrics; in weights, which these two updates move by up to 1e-2, to 1e-6."""
     found, expected = runs[1][kind, how], runs[1][kind, how.split("-")[0]]
     for stats, others in zip(found["stats"], expected["stats"], strict=True):
@@ -189,7 +189,7 @@ def test_every_rank_writes_its_share(runs):
     assert shares[0].stat().st_size == pytest.approx(shares[1].stat().st_size, rel=0.4)
 
 
-# What a crash leaves
+# Crashes
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ checkpoint.save_checkpoint(checkpoints.path(2), network, optimizer, {"step": 2})
 """
 
 
-def test_a_process_killed_after_its_weights_were_written_leaves_the_checkpoint_before(tmp_path):
+def test_a_process_killed_before_the_marker_leaves_the_older_checkpoint(tmp_path):
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120
     )

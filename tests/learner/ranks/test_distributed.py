@@ -1,4 +1,4 @@
-"""Several ranks: who takes what, two processes against one, and what the others do when a rank is gone."""
+"""Several ranks: two processes against one, and a rank that dies or hangs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from learner.reward_model.trainer import RewardTrainer
 from tests.fakes import save_tiny_model
 from tests.learner.reward_model.test_training import make_pair, ragged_pairs, reward_config
 
-LIMIT_S = 120  # of a test's processes, far above what they take: one that is still there hangs
+LIMIT_S = 120  # for the processes of a test: they take far less, so one that is still alive hangs
 
 
-# Alone
+# A single rank
 
 
-def test_a_rank_alone_sums_and_merges_nothing_and_holds_every_weight_whole():
+def test_a_single_rank_sums_and_merges_nothing():
     tensor, metrics = torch.tensor([1.0, 2.0]), StepMetrics()
     metrics.add("ppo/ratio", 3.0, 2)
     assert torch.equal(Ranks().sum(tensor), torch.tensor([1.0, 2.0]))
@@ -64,7 +64,7 @@ def test_a_gradient_that_is_not_finite_is_an_error(bad):
 
 
 def batches() -> list[list[Pair]]:
-    """Of many pairs, of fewer, of one, which leaves a rank with none, and of as many as there are ranks."""
+    """Batches of many pairs, of fewer, of one, which leaves a rank without a pair, and of one per rank."""
     return [ragged_pairs(9), ragged_pairs(5, 1), [make_pair([3, 4], [5], [36, 37], 0.5)], ragged_pairs(2, 2)]
 
 
@@ -85,7 +85,7 @@ def local_weights(trainer: RewardTrainer) -> torch.Tensor:
 
 
 def facts_of_two_ranks(ranks: Ranks, trainer: RewardTrainer) -> dict[str, Any]:
-    """What one rank sees of exchanges whose results are known, and of weights that are shared out."""
+    """One rank's results of exchanges with known results, and of sharded weights."""
     metrics = StepMetrics()
     metrics.add("ppo/ratio", ranks.rank + 1, 2 + ranks.rank)  # (1 + 2) / (2 + 3)
     if ranks.rank == 1:
@@ -112,7 +112,7 @@ def facts_of_two_ranks(ranks: Ranks, trainer: RewardTrainer) -> dict[str, Any]:
 
 
 def train_on_two_ranks(rank: int, ready: Barrier, directory: Path, model: Path) -> None:
-    """One rank's process: an update for each batch; then rank 1 dies, and rank 0 tries to go on."""
+    """One rank's process: an update for each batch; then rank 1 dies, and rank 0 tries to continue."""
     trainer = new_trainer(model)
     ready.wait()
     assert trainer.join(rank, 2, f"file://{directory}/rendezvous") == 0
@@ -126,7 +126,7 @@ def train_on_two_ranks(rank: int, ready: Barrier, directory: Path, model: Path) 
     with pytest.raises(RuntimeError):
         trainer.update(batches()[0])
     torch.save({**result, "step": trainer.step, "local_after": local_weights(trainer)}, directory / "rank-0.pt")
-    os._exit(0)  # without waiting for what the other still owes
+    os._exit(0)  # without waiting for the other's part
 
 
 def wait_for_a_rank_that_hangs(rank: int, ready: Barrier, directory: Path) -> None:
@@ -137,7 +137,7 @@ def wait_for_a_rank_that_hangs(rank: int, ready: Barrier, directory: Path) -> No
         time.sleep(2 * LIMIT_S)
     with pytest.raises(RuntimeError):
         ranks.sum(torch.zeros(3))
-    os._exit(0)  # without waiting for what the other still owes
+    os._exit(0)  # without waiting for the other's part
 
 
 def run_ranks(target: Any, *arguments: Any, wait_for: tuple[int, ...] = (0, 1)) -> None:
@@ -173,7 +173,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(model, tmp_path_factory):
-    """What both ranks had in the end."""
+    """The results of both ranks."""
     directory = tmp_path_factory.mktemp("ranks")
     run_ranks(train_on_two_ranks, directory, model)
     return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
@@ -205,7 +205,7 @@ def test_both_ranks_give_the_scores_of_one(model, two_ranks):
         np.testing.assert_allclose(result["scores"], alone.scores(ragged_pairs(5, 3)), atol=1e-5)
 
 
-def test_the_ranks_share_out_weights_and_optimizer_state_and_keep_them_float32(two_ranks):
+def test_ranks_shard_weights_and_optimizer_state_in_float32(two_ranks):
     assert torch.equal(two_ranks[0]["weights"], two_ranks[1]["weights"])
     every = two_ranks[0]["all"]
     for held in ("held", "moments"):
@@ -222,7 +222,7 @@ def test_sums_means_and_the_gradient_norm_are_those_of_both_ranks(two_ranks):
         assert result["largest"] == pytest.approx(0.5 / math.sqrt(result["all"]), rel=1e-5)
 
 
-def test_a_rank_whose_partner_died_raises_with_its_weights_as_they_were(two_ranks):
+def test_a_rank_whose_partner_died_raises_with_unchanged_weights(two_ranks):
     assert two_ranks[0]["step"] == len(batches())
     assert torch.equal(two_ranks[0]["local_after"], two_ranks[0]["local"])
 

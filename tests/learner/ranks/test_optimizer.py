@@ -1,4 +1,4 @@
-"""Which parameters learn at which rate, what a step of them does, and the rate's course."""
+"""Learning rates of the parts, weight decay, and the schedule."""
 
 import math
 
@@ -117,7 +117,7 @@ def test_the_last_step_runs_at_the_share_that_the_config_says():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_no_step_of_a_run_is_without_a_rate_even_where_warm_up_fills_the_run(schedule):
+def test_every_step_of_a_run_has_a_rate_above_zero(schedule):
     for warmup_steps in (0, 4, 5, 9):
         cfg = OptimizerConfig(schedule=schedule, warmup_steps=warmup_steps)
         assert all(0 < learning_rate_scale(step, 5, cfg) <= 1 for step in range(5))

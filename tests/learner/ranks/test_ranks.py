@@ -32,7 +32,7 @@ from tests.learner.ranks.test_distributed import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-# One exchange of a case takes milliseconds: a rank that waits longer waits for what will not come.
+# One exchange takes milliseconds. A rank that waits this long waits for an exchange that the other does not join.
 TIMEOUT_S = 20
 BUCKET_BYTES = 20_000  # so that the tiny model fills several
 NO_CLIPPING = {"optimizer": {"max_grad_norm": 1e9}}  # which would hide a wrong scale
@@ -72,7 +72,7 @@ def shuffled_batches(seed: int) -> list[pa.Table]:
 
 
 def lopsided_batches() -> list[pa.Table]:
-    """One rollout dearer than all the others together, which therefore is one rank's only one."""
+    """One rollout costs more than all others together, so it is the only one of its rank."""
     rng = np.random.default_rng(3)
     rows = [make_experience(i, rng.integers(2, 60, n).tolist(), score=rng.normal()) for i, n in enumerate([3, 2] * 3)]
     long = make_experience(6, rng.integers(2, 60, 7).tolist(), score=1.0)
@@ -82,7 +82,7 @@ def lopsided_batches() -> list[pa.Table]:
     return [experience_table(rows)]
 
 
-def written_by_the_reference() -> list[pa.Table]:
+def without_ref_logprobs() -> list[pa.Table]:
     """A first batch without ref_logprobs, as in step 0 of a run."""
     rows = [make_experience(i, [4 + i, *range(i % 4), 1], score=float(i % 3)) for i in range(8)]
     return [experience_table([replace(row, ref_logprobs=None) for row in rows]), varied_batch(1)]
@@ -99,7 +99,7 @@ def one_rollout() -> list[pa.Table]:
 
 SEPARATE = learner_of(critic="separate")
 LORA = learner_of(lora={"rank": 4, "alpha": 8})
-# What is unlike UNUSUAL in each, and the batches.
+# Each case: settings that differ from UNUSUAL, and the batches.
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "unclipped": ({}, two_batches),
     "clipped": ({"optimizer": {"max_grad_norm": 0.2}}, two_batches),
@@ -119,7 +119,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "one-for-a-rank": (ppo(1), lopsided_batches),
     "none-for-a-rank": (merged(ppo(1, 1), {"rollouts_per_step": 1}), one_rollout),
     "empty-responses": (ppo(4), only_empty_responses),
-    "by-the-reference": (ppo(2), written_by_the_reference),
+    "no-ref-logprobs": (ppo(2), without_ref_logprobs),
     "checkpointing": (learner_of(gradient_checkpointing=True), one_batch),
     "checkpointing-separate": (merged(SEPARATE, learner_of(gradient_checkpointing=True)), one_batch),
     "no-entropy": (ppo(2, entropy_coef=0.0), one_batch),
@@ -140,7 +140,7 @@ EXACT = [name for name in CASES if name != "bf16"]
 
 
 def new_learner(model: Path, name: str) -> Learner:
-    """Of the model, or of the one beside it with experts."""
+    """A learner of the tiny model, or of the one with experts."""
     overrides, _ = CASES[name]
     model = model.with_name("experts") if name.startswith("experts") else model
     settings = merged(UNUSUAL, NO_CLIPPING, ppo(2, target_kl=0.0), learner_of(timeout_s=TIMEOUT_S), overrides)
@@ -149,7 +149,7 @@ def new_learner(model: Path, name: str) -> Learner:
 
 
 def run_case(learner: Learner, name: str) -> dict[str, Any]:
-    """Of every optimizer step all gradients, in full, by name; and the metrics of every update."""
+    """Runs a case. Returns all gradients of every optimizer step by name, in full, and the metrics of every update."""
     steps: list[dict[str, torch.Tensor]] = []
     hook = learner.optimizer.register_step_pre_hook(
         lambda *_: steps.append(
@@ -162,7 +162,7 @@ def run_case(learner: Learner, name: str) -> dict[str, Any]:
 
 
 def outputs(learner: Learner, directory: Path) -> dict[str, Any]:
-    """What a learner gives out, and how many values of gathered tensors were alive at once meanwhile."""
+    """A learner's outputs, and the largest number of values of gathered tensors alive at once."""
     alive, peaks = [0], {}
 
     def counted(parameter: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(model, tmp_path_factory):
-    """A directory, and of every case what one rank and each of two gave."""
+    """A directory, and for every case the results of one rank and of each of two."""
     directory, found = tmp_path_factory.mktemp("ranks"), {}
     for name in CASES:
         learner = new_learner(model, name)
@@ -297,7 +297,7 @@ def test_the_order_of_the_rollouts_does_not_change_the_gradient(runs):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_one_process_without_the_others_exports_a_checkpoint_of_two_ranks(runs, model, tmp_path, name):
+def test_one_process_exports_a_checkpoint_of_two_ranks(runs, model, tmp_path, name):
     alone = new_learner(model, name)
     alone.restore_policy(runs[0] / "two" / name / "checkpoint")
     alone.save_policy(tmp_path / "policy")
@@ -329,7 +329,7 @@ def test_two_ranks_in_bf16_stay_near_one_in_float32(runs):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_the_first_rank_publishes_the_bits_that_one_rank_would_and_the_others_nothing(runs, name):
+def test_only_the_first_rank_publishes_and_its_bits_are_those_of_one(runs, name):
     alone, first, second = (run["published"] for run in runs[1][name])
     assert second == []
     assert len(alone) == len(first) > 6
@@ -344,12 +344,12 @@ def test_the_first_rank_publishes_the_bits_that_one_rank_would_and_the_others_no
 
 
 @pytest.mark.parametrize("name", [name for name in OUTPUTS if name not in WHOLE_LAYERS])
-def test_no_rank_holds_more_than_two_whole_tensors_while_weights_are_gathered(runs, name):
+def test_gathering_weights_holds_at_most_two_whole_tensors(runs, name):
     entries = [entry for item in runs[1][name][0]["published"] if isinstance(item, Bucket) for entry in item.entries]
     sizes = [int(np.prod(entry.shape)) for entry in entries]
     for run in runs[1][name]:
         for what, peak in run["peaks"].items():
-            # The one before may be held until the next is there, and beside it the two small ones of its adapter.
+            # A tensor may be alive until the next is gathered, together with the two small ones of its adapter.
             assert 0 < peak <= 2 * max(sizes) + 2 * 4 * (64 + 128), what
             assert peak < sum(sizes) / 3
 

@@ -1,4 +1,4 @@
-"""Which rows go together: minibatches, shares of ranks, micro-batches, and what a sequence costs."""
+"""Rows that go together: minibatches, shares of ranks and micro-batches, and the cost of a sequence."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ DIFFERENCES = [LN3, -LN2, LN19, LN3, 0.0, LN2, -LN3, LN3]
 
 
 def evaluated(differences) -> PreferenceEvaluation:
-    """Of scores with these differences, each pair about an origin of its own."""
+    """The evaluation of pairs with these score differences, each with a random origin."""
     differences = np.asarray(differences)
     rejected = np.random.default_rng(0).normal(size=len(differences))
     return evaluate_preferences(rejected + differences, rejected, step=4, epoch=0.5)
@@ -40,8 +40,8 @@ def test_bins_and_calibration_error_worked_by_hand():
 
 
 def test_accuracy_loss_and_margin_worked_by_hand():
-    # Right 5 of 8. Probabilities of what was chosen: 3/4 thrice, 1/4, 1/3, 2/3, 19/20, 1/2; the loss is the mean -log:
-    # their product is 27/64 * 1/4 * 2/9 * 19/40. Differences add up to 2 ln 3 + ln 19.
+    # Right 5 of 8. Probabilities of the preferred side: 3/4 three times, 1/4, 1/3, 2/3, 19/20, 1/2. The loss is
+    # the mean -log, and their product is 27/64 * 1/4 * 2/9 * 19/40. Differences add up to 2 ln 3 + ln 19.
     found = evaluated(DIFFERENCES)
     assert (found.step, found.epoch, found.pairs, found.accuracy) == (4, 0.5, 8, 0.625)
     assert found.interval == pytest.approx(wilson(5, 8), abs=1e-8)
@@ -75,7 +75,7 @@ def test_an_evaluation_comes_back_from_its_file(tmp_path):
     assert record == json.loads(json.dumps(found.record()))
 
 
-def test_a_model_that_knows_the_odds_is_calibrated_and_one_that_boasts_is_not():
+def test_a_model_that_knows_the_odds_is_calibrated():
     rng = np.random.default_rng(0)
     odds = rng.normal(0, 1.5, 20_000)  # the model's log-odds of the first response, which come true
     preferred = np.where(rng.random(len(odds)) < 1 / (1 + np.exp(-odds)), odds, -odds)

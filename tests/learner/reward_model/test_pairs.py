@@ -1,4 +1,4 @@
-"""Preference data: what is read, what is refused by line, what is cut, and the pairs in the Arrow file."""
+"""Preference pairs: records read, refused and cut, and access to the Arrow file."""
 
 from random import Random
 
@@ -15,7 +15,7 @@ from learner.reward_model.pairs import Pairs, split, without_prompts_of
 from tests.fakes import WORDS, save_tiny_model
 from tests.record_files import write
 
-# `ask` before what the user says, `b0` before what the assistant says, and the end token after each message.
+# `ask` before a user message, `b0` before an assistant message, and the end token after each message.
 TEMPLATE = """{% for m in messages %}{{ {'system': 'a0', 'user': 'ask', 'assistant': 'b0'}[m.role] + ' ' }}
 {{ m.content }} <end> {% endfor %}"""
 GOOD = '{"prompt": "ask", "chosen": "b1", "rejected": "b2"}\n'
@@ -106,7 +106,7 @@ def test_a_broken_record_is_refused_with_file_and_line(tmp_path, tokenizer, line
 
 
 @pytest.mark.parametrize("key", ["prompt", "chosen", "rejected"])
-def test_messages_under_format_plain_are_refused_with_the_setting_to_change(tmp_path, tokenizer, key):
+def test_messages_under_format_plain_are_refused_with_the_setting(tmp_path, tokenizer, key):
     message = refusal(tmp_path, tokenizer, [{**record("ask", "b1", "b2"), key: said("user", "a1")}])
     assert message == f'{tmp_path}/pairs.jsonl, line 1: `{key}` is a list of chat messages; set data.format = "chat"'
 
@@ -168,7 +168,7 @@ def test_every_form_of_chat_gives_the_same_prompt_and_tokens(tmp_path, tokenizer
     assert len(without_prompts_of(pairs, reference)) == 0  # known as one prompt
 
 
-def test_dialogues_of_messages_are_split_where_they_first_differ_and_before_the_last_message(tmp_path, tokenizer):
+def test_dialogues_are_split_where_their_messages_first_differ(tmp_path, tokenizer):
     def whole(*turns):
         return said("system", "a9", "user", "a1", "assistant", "b1", *turns)
 
@@ -238,7 +238,7 @@ def test_pairs_of_a_function_are_read_as_those_of_a_file(tmp_path, tokenizer, mo
     assert parts(Pairs(target)) == [("", "b7 <end>", "b2 <end>")]
 
 
-def test_a_prompt_that_ends_with_the_assistant_is_treated_as_those_of_training(tmp_path, tokenizer):
+def test_a_prompt_ending_with_the_assistant_is_treated_as_in_training(tmp_path, tokenizer):
     records = [record(said("user", "a1", "assistant", "b1"), " b2", " b3")]
     assert 'data.last_assistant = "remove"' in refusal(tmp_path, tokenizer, records, format="chat")
     pairs, _ = tokenised(tmp_path, tokenizer, records, format="chat", last_assistant="remove")
@@ -247,12 +247,12 @@ def test_a_prompt_that_ends_with_the_assistant_is_treated_as_those_of_training(t
     assert parts(pairs) == [("ask a1 <end> b0 b1", "b2 <end>", "b3 <end>")]
 
 
-# What is dropped and what is cut
+# Dropped and cut pairs
 
 LONG = record("ask a1 a2 a3", "b1 b2", "b3")  # 7 tokens and 6, of which 4 are shared
 
 
-def test_what_is_empty_or_the_same_on_both_sides_is_dropped_and_counted(tmp_path, tokenizer):
+def test_empty_and_identical_pairs_are_dropped_and_counted(tmp_path, tokenizer):
     records = [
         record("ask", "", "b1"),
         record("ask", "b1", " \n"),
@@ -270,7 +270,7 @@ def test_what_is_empty_or_the_same_on_both_sides_is_dropped_and_counted(tmp_path
     assert tokenised(tmp_path, tokenizer, empty, format="chat")[1] == PairCounts(empty=2)
 
 
-def test_pairs_that_repeat_an_earlier_one_stay_and_are_counted(tmp_path, tokenizer):
+def test_repeated_pairs_are_kept_and_counted(tmp_path, tokenizer):
     records = [record("ask", "b1", "b2"), record("ask", "b2", "b1"), record("ask", "b1", "b2", margin=1.0)]
     pairs, counts = tokenised(tmp_path, tokenizer, [*records, record("", "b1", "b2")])
     assert (len(pairs), counts) == (4, PairCounts(pairs=4, repeated=1))
@@ -287,12 +287,16 @@ def test_pairs_that_repeat_an_earlier_one_stay_and_are_counted(tmp_path, tokeniz
         ("cut_start", 4, ("a3", "b1 b2 <end>", "b3 <end>")),
         ("cut_start", 3, None),  # nothing of the prompt would be left
         ("cut_end", 7, ("ask a1 a2 a3", "b1 b2 <end>", "b3 <end>")),
-        ("cut_end", 6, ("ask a1 a2 a3", "b1 <end>", "b3 <end>")),  # only what is too long, and never the last token
+        (
+            "cut_end",
+            6,
+            ("ask a1 a2 a3", "b1 <end>", "b3 <end>"),
+        ),  # the long side only, not its last token
         ("cut_end", 5, None),  # ask a1 a2 a3 <end>, on both sides
         ("cut_end", 1, None),
     ],
 )
-def test_what_is_too_long_is_dropped_or_cut_as_the_config_says(tmp_path, tokenizer, overlong, max_tokens, expected):
+def test_long_pairs_are_dropped_or_cut_as_the_config_says(tmp_path, tokenizer, overlong, max_tokens, expected):
     swapped = record(LONG["prompt"], LONG["rejected"], LONG["chosen"])
     pairs, counts = tokenised(tmp_path, tokenizer, [LONG, swapped], max_tokens=max_tokens, overlong=overlong)
     if expected is None:
@@ -303,7 +307,7 @@ def test_what_is_too_long_is_dropped_or_cut_as_the_config_says(tmp_path, tokeniz
         assert counts == PairCounts(pairs=2, cut=0 if max_tokens == 7 else 2)
 
 
-def test_a_side_that_is_short_enough_keeps_all_of_its_end(tmp_path, tokenizer):
+def test_a_side_that_is_short_enough_keeps_its_whole_end(tmp_path, tokenizer):
     short = record("ask", "b1", "b2 b3 b4 b5")
     pairs, _ = tokenised(tmp_path, tokenizer, [short], max_tokens=5, overlong="cut_end")
     assert parts(pairs) == [("ask", "b1 <end>", "b2 b3 b4 <end>")]
@@ -388,7 +392,7 @@ def test_pairs_whose_prompt_is_among_others_are_left_out(tmp_path, tokenizer):
     assert numbers(without_prompts_of(pairs, pairs[:0])) == list(range(14))
 
 
-# What a first round of tests found
+# Rare inputs
 
 
 def test_pairs_without_a_prompt_are_not_one_group(tmp_path, tokenizer):
@@ -399,7 +403,7 @@ def test_pairs_without_a_prompt_are_not_one_group(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
-def test_null_is_as_good_as_absent(tmp_path, tokenizer, name):
+def test_null_means_absent(tmp_path, tokenizer, name):
     records = [record(None, "a1", "b1", margin=None), record("ask", "a1", "b1", margin=1.0)]
     pairs, counts = tokenised(tmp_path, tokenizer, records, name=name)
     assert (counts, [pair.margin for pair in pairs]) == (PairCounts(pairs=2), [0.0, 1.0])
@@ -421,6 +425,6 @@ def test_json_nested_beyond_reason_is_refused_by_line(tmp_path, tokenizer):
     assert "line 2" in refusal(tmp_path, tokenizer, GOOD + "[" * 100_000 + "\n")
 
 
-def test_a_dialogue_beside_a_mere_response_is_refused(tmp_path, tokenizer):
+def test_a_dialogue_paired_with_a_single_response_is_refused(tmp_path, tokenizer):
     mixed = [{"chosen": said("user", "ask", "assistant", "a1"), "rejected": said("assistant", "b1")}]
     assert "whole dialogue" in refusal(tmp_path, tokenizer, mixed, format="chat")

@@ -64,7 +64,7 @@ def make_pair(shared: list[int], chosen: list[int], rejected: list[int], margin:
 
 
 def ragged_pairs(count: int = 7, seed: int = 0) -> list[Pair]:
-    """Of 2 to 17 tokens; the first shares nothing, the second all but the last token."""
+    """Pairs of 2 to 17 tokens; the first shares no token, the second all but the last."""
     rng = np.random.default_rng(seed)
     lengths = [(0, 2, 5), (5, 1, 1), *rng.integers((0, 1, 1), (6, 7, 7), (count - 2, 3))]
     return [
@@ -101,7 +101,7 @@ def write_pairs(directory: Path, model: Path, records: list[dict[str, Any]]) -> 
 def test_a_packed_row_worked_by_hand():
     batch = PairBatch.pad([make_pair([3, 4], [5, 6, 7], [8, 9]), make_pair([2], [10], [11, 12])])
     assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 9], [2, 10, 11, 12, 0, 0, 0]]
-    # The second ending goes on where the shared tokens end.
+    # Positions of the second ending continue after the shared tokens.
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 2, 3]
     assert batch.positions[1, :4].tolist() == [0, 1, 1, 2]
     assert (batch.chosen_last.tolist(), batch.rejected_last.tolist()) == ([4, 1], [6, 3])
@@ -284,7 +284,7 @@ def test_bf16_stays_near_float32(model):
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
 
 
-def test_a_loss_that_is_not_a_number_stops_the_step_while_the_weights_are_sound(model):
+def test_a_loss_that_is_nan_stops_the_step_before_the_weights_change(model):
     trainer = RewardTrainer(reward_config(model), 1)
     before = parameters(trainer.model)
     with pytest.raises(RuntimeError, match="not finite"):
@@ -308,7 +308,7 @@ def test_a_sliding_window_shorter_than_a_sequence_is_refused(model):
 
 
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
-def test_a_model_that_does_not_heed_mask_or_positions_is_refused(model, ignored):
+def test_a_model_that_ignores_mask_or_positions_is_refused(model, ignored):
     reward_model = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
     reward_model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {key: x for key, x in kwargs.items() if key != ignored}), with_kwargs=True
@@ -375,7 +375,7 @@ CALLS = ["update", "update", "save", "update", "scores", "update", "save", "upda
 
 
 def run_once(directory: Path, model: Path, pairs: Pairs, *, dies: tuple[int, str] | None = None, **overrides: Any):
-    """A process that trains in `directory` from wherever that stands: its group, dead or not, and the evaluations."""
+    """Trains in `directory` from its newest checkpoint. Returns the group, dead or not, and the evaluations."""
     directory.mkdir(exist_ok=True)
     cfg = reward_config(model, **{**LOOP, **overrides})
     group = OneProcess(RewardTrainer(cfg, 3 * cfg.epochs), dies=dies)
@@ -410,14 +410,14 @@ def test_the_loop_updates_saves_evaluates_every_epoch_and_leaves_the_model(unint
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", range(len(CALLS) + 1), ids=[*map("{0[1]}-{0[0]}".format, enumerate(CALLS)), "model"])
-def test_training_cut_anywhere_goes_on_to_the_same_bits(model, ten_pairs, uninterrupted, tmp_path, number, when):
+def test_training_killed_anywhere_resumes_to_the_same_bits(model, ten_pairs, uninterrupted, tmp_path, number, when):
     whole, evaluations, directory = uninterrupted
     cut, nothing = run_once(tmp_path, model, ten_pairs, dies=(number, when))
     assert (nothing, len(cut.calls)) == (None, number + 1)
     saves = cut.calls[: number + (when == "after")].count("save")
     resumed, found = run_once(tmp_path, model, ten_pairs)
     assert resumed.calls.count("restore") == min(1, saves)
-    assert resumed.calls.count("update") == 6 - 2 * saves  # all that lies behind the newest checkpoint, once more
+    assert resumed.calls.count("update") == 6 - 2 * saves  # every step after the newest checkpoint, again
     one, other = (group.trainer.model.state_dict() for group in (resumed, whole))
     assert all(torch.equal(one[key], other[key]) for key in other)
     assert timeless(tmp_path / "metrics.jsonl") == timeless(directory / "metrics.jsonl")
@@ -426,7 +426,7 @@ def test_training_cut_anywhere_goes_on_to_the_same_bits(model, ten_pairs, uninte
     assert (tmp_path / "model" / "config.json").exists()
 
 
-def test_a_checkpoint_without_its_marker_is_passed_over(model, ten_pairs, uninterrupted, tmp_path):
+def test_a_checkpoint_without_its_marker_is_ignored(model, ten_pairs, uninterrupted, tmp_path):
     run_once(tmp_path, model, ten_pairs, dies=(7, "before"))  # after the checkpoints of steps 2 and 4
     newest = tmp_path / "checkpoints/step-000004"
     (newest / "COMPLETE").unlink()
@@ -472,7 +472,7 @@ def counted_pairs(count: int, rng: np.random.Generator) -> list[dict[str, str]]:
     return [{"prompt": "ask", "chosen": c, "rejected": r} for c, r in zip(kinds[True][:count], kinds[False])]
 
 
-def test_a_tiny_model_learns_to_tell_responses_it_has_never_seen(language_model, tmp_path):
+def test_a_tiny_model_learns_to_judge_unseen_responses(language_model, tmp_path):
     pairs = write_pairs(tmp_path, language_model, counted_pairs(500, np.random.default_rng(0)))
     train, heldout = pairs[np.arange(350)], pairs[np.arange(350, 500)]  # more than one call's worth are held out
     texts = [{tuple(row[0].tolist()) for pair in part for row in sequences(pair)} for part in (train, heldout)]
@@ -488,7 +488,7 @@ def test_a_tiny_model_learns_to_tell_responses_it_has_never_seen(language_model,
     assert evaluations[-1].pairs == 150
     assert evaluations[-1].accuracy > 0.95
     assert evaluations[-1].loss < 0.2  # ln 2 = 0.69 at first
-    with torch.no_grad():  # what was left behind, as transformers alone reads it
+    with torch.no_grad():  # the saved model, read by transformers alone
         left = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model", dtype=torch.float32).eval()
         chosen, rejected = slow_scores(left, list(heldout)).T
     assert (chosen > rejected).double().mean().item() == pytest.approx(evaluations[-1].accuracy, abs=0.02)
