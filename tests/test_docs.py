@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+import typer.main
 
+from common.config.ppo import Config
 from common.files import read_records
 from common.metrics.table import STEP
 from common.types import Prompt, RewardInput, Rollout, RolloutRef, Score, Void
+from deploy import cli
 from learner.loop.journal import Journal
 from learner.loop.train_loop import train
 from tests.fakes import END, FakeRoles
@@ -52,6 +56,21 @@ def test_every_file_and_test_that_a_page_names_exists(page):
 def test_the_readme_links_to_every_page():
     links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} | {"CONTRIBUTING.md", "LICENSE"} <= set(links)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_every_shell_line_names_a_command_and_files_that_exist(page):
+    known = typer.main.get_command(cli.app).commands.keys()
+    lines = "\n".join(re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S))
+    assert set(re.findall(r"^ratchet +([a-z-]+)", lines, flags=re.M)) - {"embedded"} <= known  # "ratchet embedded:..."
+    assert {name for name in re.findall(r"\bdeploy/\S+\.toml", lines) if not (ROOT / name).exists()} == set()
+
+
+def test_the_config_in_the_readme_is_valid():
+    complete, more_sources = blocks(ROOT / "README.md", "toml")
+    cfg = Config.model_validate(tomllib.loads(complete + more_sources))
+    assert [source.name for source in cfg.reward.sources] == ["exact", "helpful", "judge", "unfinished"]
+    assert cfg.prompts.format == "chat"
 
 
 class Writers(FakeRoles):
