@@ -111,7 +111,7 @@ def parquet_rows(path: str) -> Iterator[Located]:
 
 
 def _has_json_form(kind: pa.DataType) -> bool:
-    """Whether Python values of this Arrow type are values of JSON already."""
+    """True if Python values of this Arrow type are values of JSON already."""
     types = pa.types
     if types.is_struct(kind):
         return all(_has_json_form(kind.field(i).type) for i in range(kind.num_fields))

@@ -33,7 +33,7 @@ def parse_json(where: str, text: str) -> Any:
 
 
 def is_simple(text: str) -> bool:
-    """Whether json_values would accept this JSON text unchanged. False where it has escapes or deep nesting."""
+    """True if json_values would accept this JSON text unchanged. False where it has escapes or deep nesting."""
     return "\\u" not in text and text.count("[") + text.count("{") <= DEEPEST
 
 

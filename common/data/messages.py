@@ -71,7 +71,7 @@ def _refuse_nul(where: str, what: str, text: str) -> None:
 
 
 def is_empty(text: Text) -> bool:
-    """Whether there is no text, no message, or a message without text and tool calls."""
+    """True if there is no text, no message, or a message without text and tool calls."""
     if isinstance(text, str):
         return not text.strip()
     return not text or any(not message.get("content", "").strip() and not message.get("tool_calls") for message in text)

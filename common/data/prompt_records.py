@@ -32,7 +32,7 @@ class PromptRecord:
 
 @dataclass
 class PromptCounts:
-    """How many prompts of a source were kept, changed or dropped."""
+    """Counts of the prompts of a source that were kept, changed or dropped."""
 
     prompts: int = 0  # kept
     repeated: int = 0  # kept; an earlier prompt has the same text
@@ -47,7 +47,7 @@ class PromptCounts:
 
     @property
     def notable(self) -> bool:
-        """Whether anything was dropped, cut or repeated."""
+        """True if anything was dropped, cut or repeated."""
         return bool(self.repeated or self.cut or self.empty or self.overlong)
 
 

@@ -35,7 +35,7 @@ _PURPOSE = "be a reward model"
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """How a reward model is served. A raw score is (head's output - mean) / deviation."""
+    """The settings to serve a reward model with. A raw score is (head's output - mean) / deviation."""
 
     chat: bool | None = None  # None: chat template if there is one and the prompt is a list of messages
     mean: float = 0.0  # of the head's output on responses of the reference policy
@@ -57,7 +57,7 @@ class ScoreScale:
 
 
 def is_reward_model(directory: Path) -> bool:
-    """Whether the config in `directory` names a sequence classifier instead of a language model."""
+    """True if the config in `directory` names a sequence classifier instead of a language model."""
     with reading(directory, "model", _PURPOSE):
         return any("SequenceClassification" in name for name in read_config(directory).architectures or ())
 

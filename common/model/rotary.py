@@ -28,7 +28,7 @@ def original_length(config: PretrainedConfig) -> int:
 
 
 def depends_on_length(config: PretrainedConfig) -> bool:
-    """Whether the model has such embeddings."""
+    """True if the model has such embeddings."""
     return bool(_by_length(config.get_text_config()))
 
 

@@ -39,7 +39,7 @@ def main(modules: list[str], path: Path = Path("runs/bench.json")) -> int:
         try:
             answers = call(f"tests.bench.{module}:measure")
         except subprocess.CalledProcessError:
-            failed.append(module)  # its own traceback stands above
+            failed.append(module)  # its own traceback is above
             continue
         print(f"{module}: {time.perf_counter() - started:.0f} s", flush=True)
         measured = {name: Result(**answer) for name, answer in answers.items()}

@@ -175,7 +175,7 @@ class SameWeights(GeneratorPool):
     async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
         if not plain_tokens:
             return await super().generate(prompt)
-        # The comparison of engines and learner before training, which is no part of what is measured.
+        # The comparison of engines and learner before training, which is not measured.
         rollout = make_rollout(prompt, [1])
         reference = asyncio.get_running_loop().create_future()
         reference.set_result(rollout)
@@ -189,8 +189,8 @@ class Measured(Exception):
 async def steps(
     directory: Path, *, batch: int, outstanding: int, replicas: int, in_step: bool, after_step: Callable[[], None]
 ) -> None:
-    """Steps until `after_step` raises Measured. `in_step`: the engines write a batch for each that was consumed, so
-    that what is measured is one rollout in for one out, however many wait."""
+    """Steps until `after_step` raises Measured. `in_step`: the engines write one batch for each consumed one, so that
+    the number of waiting rollouts stays the same."""
     cfg: Config = tiny_config(
         "none",
         num_steps=10**9,
@@ -281,8 +281,8 @@ def take_turns(orders: Connection, settings: dict[str, int]) -> None:
 
 
 def costs(settings: Sequence[dict[str, int]]) -> tuple[list[float], list[float]]:
-    """CPU time of one rollout under each of these, microseconds, and of a full garbage collection, seconds, of which
-    there is hardly one in so many rollouts. They take turns of a fraction of a second: all meet the same machine."""
+    """CPU time under each of these settings: of a rollout in microseconds, and of a full garbage collection in seconds,
+    which hardly happens during a measurement. The settings take short turns, so that they meet the same machine."""
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
     for chosen in settings:

@@ -33,7 +33,7 @@ REPLICAS = 3
 
 
 class DistantEngine:
-    """Sixteen responses at a time, each after half a second."""
+    """Answers sixteen requests at once, each after half a second."""
 
     def __init__(self) -> None:
         self._room = asyncio.Semaphore(RUNNING)

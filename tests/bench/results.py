@@ -1,4 +1,4 @@
-"""What a benchmark module answers, and the table and file that `make bench` makes of it.
+"""The result of a benchmark module, and the table and file that `make bench` makes of all results.
 
 Every module of this package has `measure() -> dict[str, Result]`, which `python -m tests.bench` calls in a fresh
 process. The keys are the measurements' names, and those of runs/bench.json.

@@ -1,4 +1,4 @@
-"""What both sides of `step_vs_plain` are asked, and how it is scored."""
+"""The prompts of both sides of `step_vs_plain`, and their score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = ["time", "people", "way", "water", "day", "part", "place", "work", "year
 
 
 def prompts(seed: int) -> list[dict[str, Any]]:
-    """The same 32 whatever the seed: every step asks all of them."""
+    """32 prompts, the same for every seed: each step uses all of them."""
     rng = random.Random(0)
     step = (LONGEST - SHORTEST) / (PROMPTS - 1)
     lengths = [round(SHORTEST + index * step) for index in range(PROMPTS)]

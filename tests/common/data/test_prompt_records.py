@@ -279,7 +279,7 @@ def test_a_prompt_with_only_the_removed_message_counts_as_empty(tmp_path, tokeni
     assert "1 empty" in refusal(tmp_path, tokenizer, records, format="chat", last_assistant="remove")
 
 
-# What is dropped, cut and counted
+# Dropping, cutting and counting
 
 
 def test_long_prompts_are_dropped_or_cut_and_counted(tmp_path, tokenizer):

@@ -41,8 +41,8 @@ SIZES: dict[str, Any] = {
     "is_decoder": True,
 }
 
-# What a type needs besides, where the sizes above do not go together.
-_LATENT = {"num_key_value_heads": 4}  # each head has keys of its own, made from one latent
+# Further settings of types for which the sizes above do not fit together.
+_LATENT = {"num_key_value_heads": 4}  # each head has its own keys, made from one latent
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _CONV = {"layer_types": ["conv", "full_attention"]}
 NEEDED: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
-    """Of a few thousand parameters; with a composite type `changes` are of its text part."""
+    """A config of a few thousand parameters. For a composite type `changes` apply to its text part."""
     config_class = CONFIG_MAPPING[kind]
     changes = {**NEEDED.get(kind, {}), **changes}
     if "text_config" in config_class.sub_configs:
