@@ -26,6 +26,7 @@ pytestmark = pytest.mark.ray
 class Worker:
     def __init__(self, name: str) -> None:
         self._name = name
+        self._released = asyncio.Event()
 
     def __repr__(self) -> str:
         return self._name
@@ -36,9 +37,12 @@ class Worker:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def sleep(self, seconds: float) -> str:
-        await asyncio.sleep(seconds)
+    async def hold(self) -> str:
+        await self._released.wait()
         return self._name
+
+    async def release(self) -> None:
+        self._released.set()
 
     async def block(self, seconds: float) -> str:
         time.sleep(seconds)
@@ -85,8 +89,9 @@ async def pids(pool: Pool) -> dict[str, int]:
     return await pool.each(lambda replica: replica.handle.pid.remote())
 
 
-async def sleep(pool: Pool, seconds: float) -> str:
-    return await pool.call("sleep", lambda handle: handle.sleep.remote(seconds))
+def calls(pool: Pool) -> list[int]:
+    """The number of calls in flight on each ready replica."""
+    return [pool._router.calls(replica.number) for replica in pool.ready]
 
 
 def test_a_cluster_started_here_listens_on_loopback_only(ray_cluster):
@@ -96,10 +101,13 @@ def test_a_cluster_started_here_listens_on_loopback_only(ray_cluster):
 def test_the_calls_of_a_killed_process_are_answered_by_another_and_it_is_replaced(ray_cluster):
     async def scenario(pool, events):
         killed = await pids(pool)
-        calls = [asyncio.create_task(sleep(pool, 1.0)) for _ in range(4)]
-        await asyncio.sleep(0.3)
+        held = [asyncio.create_task(pool.call("hold", lambda handle: handle.hold.remote())) for _ in range(4)]
+        while calls(pool) != [2, 2]:
+            await asyncio.sleep(0.05)
+        [other] = [replica for replica in pool.ready if replica.name == "Worker(1)"]
         os.kill(killed["Worker(0)"], signal.SIGKILL)
-        assert await asyncio.gather(*calls) == ["Worker(1)"] * 4
+        await other.handle.release.remote()
+        assert await asyncio.gather(*held) == ["Worker(1)"] * 4
         while len(pool) < 2:
             await asyncio.sleep(0.1)
         assert set(await pids(pool)) == {"Worker(0)", "Worker(1)"}
@@ -113,8 +121,9 @@ def test_the_calls_of_a_killed_process_are_answered_by_another_and_it_is_replace
 def test_a_process_that_stands_still_is_replaced_and_one_that_is_busy_is_not(ray_cluster):
     async def scenario(pool, events):
         stopped = await pids(pool)
-        busy = asyncio.create_task(pool.call("block", lambda handle: handle.block.remote(6.0)))
-        await asyncio.sleep(0.3)
+        busy = asyncio.create_task(pool.call("block", lambda handle: handle.block.remote(8.0)))
+        while not any(calls(pool)):
+            await asyncio.sleep(0.05)
         [taken] = [replica for replica in pool.ready if pool._router.calls(replica.number)]
         [idle] = [replica for replica in pool.ready if replica is not taken]
         os.kill(stopped[idle.name], signal.SIGSTOP)
@@ -124,9 +133,9 @@ def test_a_process_that_stands_still_is_replaced_and_one_that_is_busy_is_not(ray
         while len(pool) < 2:
             await asyncio.sleep(0.1)
 
-    events = run(scenario, min=2, probe_timeout_s=2)
+    events = run(scenario, min=2, probe_timeout_s=3)
     [died] = [event for event in events if event.event == "died"]
-    assert "answered no health probe for 2 s" in died.reason
+    assert "answered no health probe for 3 s" in died.reason
 
 
 def test_a_dead_engine_counts_as_a_dead_replica_and_a_roles_own_error_reaches_the_caller(ray_cluster):
@@ -143,7 +152,7 @@ def test_a_dead_engine_counts_as_a_dead_replica_and_a_roles_own_error_reaches_th
             if not failed:
                 failed.append(handle)
                 return await handle.fail.remote(EngineDeadError("broken step"))
-            return await handle.sleep.remote(0)
+            return await handle.ready.remote()
 
         assert await pool.call("fail once", fail_once) != name
         while not any(event.event == "died" for event in events):
@@ -158,6 +167,11 @@ def test_a_role_that_cannot_start_is_an_error_with_its_reason(ray_cluster):
         run(None, role=Broken)
 
 
+def stored() -> str:
+    """What this cluster's object store holds. Without the address Ray would ask any cluster of the machine."""
+    return memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+
+
 async def write(handle, tokens: int):
     reference, number = handle.write.options(num_returns=2).remote(tokens)
     return reference, await number
@@ -167,11 +181,11 @@ def test_what_is_written_stays_where_it_is_and_goes_on_by_reference(ray_cluster)
     """64 tokens and more are more than may come along with an answer."""
 
     async def scenario(pool, events):
-        assert "Plasma memory usage 0 MiB, 0 objects" in memory_summary(stats_only=True)
+        assert "Plasma memory usage 0 MiB, 0 objects" in stored()
         reference, number = await pool.call("write", partial(write, tokens=256))
         assert isinstance(reference, ray.ObjectRef)
         assert number == 256
-        assert "1 objects" in memory_summary(stats_only=True)  # in shared memory, not with the caller
+        assert "1 objects" in stored()  # in shared memory, not with the caller
         assert await pool.call("add up", lambda handle: handle.add_up.remote(reference)) == 255 * 256 // 2
         os.kill((await pids(pool))["Worker(0)"], signal.SIGKILL)
         [written] = await pool.host.fetch([reference])

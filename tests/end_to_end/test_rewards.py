@@ -1,4 +1,4 @@
-"""Human feedback from beginning to end, small: pairs, reward model on two ranks, PPO against it, verdict, on Ray."""
+"""Human feedback from beginning to end on Ray, small: pairs, a reward model on two ranks, PPO against it, a verdict."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def pairs(model, tmp_path_factory):
     summary = run_pair_sampling(cfg, directory)
     labelled = read_records(directory / "labelled.jsonl")
     assert sorted(record["pair"] for record in labelled) == list(range(240))
-    # Begun again after a crash that left half of the lines, it ends with the same pairs.
+    # After a crash that left half of the lines, the command resumes and ends with the same pairs.
     whole = (directory / "pairs.jsonl").read_bytes()
     (directory / "labelled.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled[:100]))
     assert run_pair_sampling(cfg, directory, resume=True)["pairs"] == summary["pairs"]
@@ -93,34 +93,41 @@ def test_the_labeller_preferred_more_a_words(pairs):
         assert shares[0] > shares[1]
 
 
-def test_two_ranks_learn_the_preference_and_say_how_surely(reward):
+def test_two_ranks_learn_the_preference_and_report_its_interval(reward):
     summary = json.loads((reward / "summary.json").read_text())
     assert summary["accuracy"] > 0.7
     assert summary["heldout_pairs"] >= 40
     assert summary["accuracy_interval"][0] < summary["accuracy"] < summary["accuracy_interval"][1]
     losses = [record["preference/loss"] for record in read_records(reward / "metrics.jsonl")]
-    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head of zeros knows nothing
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head of zeros gives both sides the same score
     assert np.mean(losses[-5:]) < 0.6
     assert (reward / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ranks_do_not_change_what_is_learned(model, pairs, reward, tmp_path):
-    run_reward_training(reward_config(model, pairs, epochs=1, scale={"responses": 0}), tmp_path / "alone")
-    alone = read_records(tmp_path / "alone/metrics.jsonl")
-    together = read_records(reward / "metrics.jsonl")[: len(alone)]
-    for one, two in zip(alone, together, strict=True):
+@pytest.fixture(scope="module")
+def alone(model, pairs, tmp_path_factory):
+    """The config and directory of a training on one rank, without a scale."""
+    cfg = reward_config(model, pairs, epochs=2, scale={"responses": 0}, checkpoint={"every": 3})
+    directory = tmp_path_factory.mktemp("runs") / "alone"
+    run_reward_training(cfg, directory)
+    return cfg, directory
+
+
+def test_ranks_do_not_change_what_is_learned(alone, reward):
+    one_rank, two_ranks = (read_records(directory / "metrics.jsonl") for directory in (alone[1], reward))
+    first_epoch = len(one_rank) // 2
+    for one, two in zip(one_rank[:first_epoch], two_ranks[:first_epoch], strict=True):
         for key in ("preference/loss", "preference/accuracy", "preference/margin", "preference/grad_norm"):
             assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
 
 
-def test_reward_training_cut_and_resumed_gives_the_same_model(model, pairs, tmp_path):
-    changes = {"scale": {"responses": 0}, "checkpoint": {"every": 3}}
-    run_reward_training(reward_config(model, pairs, epochs=2, **changes), tmp_path / "whole")
-    run_reward_training(reward_config(model, pairs, epochs=1, **changes), tmp_path / "cut")
-    run_reward_training(reward_config(model, pairs, epochs=2, **changes), tmp_path / "cut", resume=True)
-    assert content_hash(tmp_path / "cut/model") == content_hash(tmp_path / "whole/model")
-    curves = [read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
-    assert [r["preference/loss"] for r in curves[0]] == [r["preference/loss"] for r in curves[1]]
+def test_reward_training_cut_and_resumed_gives_the_same_model(alone, tmp_path):
+    cfg, whole = alone
+    run_reward_training(cfg.model_copy(update={"epochs": 1}), tmp_path / "cut")
+    run_reward_training(cfg, tmp_path / "cut", resume=True)
+    assert content_hash(tmp_path / "cut/model") == content_hash(whole / "model")
+    losses = [[r["preference/loss"] for r in read_records(d / "metrics.jsonl")] for d in (whole, tmp_path / "cut")]
+    assert losses[0] == losses[1]
 
 
 def test_every_metric_of_reward_training_has_a_row_in_the_docs(reward):
@@ -157,7 +164,7 @@ def test_the_policy_improves_by_the_judge_that_it_never_saw(ppo):
     assert after["kl_per_response"] > 0.1
 
 
-def test_a_first_score_is_near_0_with_deviation_1_and_says_which_model_gave_it(ppo, reward):
+def test_first_scores_are_near_0_with_deviation_1_and_name_their_model(ppo, reward):
     _, directory = ppo
     first = next(iter(Journal(directory / "journal").since(0))).table
     scores = first["score"].to_numpy()
@@ -170,7 +177,7 @@ def test_a_first_score_is_near_0_with_deviation_1_and_says_which_model_gave_it(p
     assert [dict(row) for row in first["components"].to_pylist()] == [{"reward": score} for score in scores]
 
 
-def test_a_run_goes_on_only_under_the_reward_model_it_began_with(ppo, reward):
+def test_a_run_continues_only_under_the_reward_model_it_began_with(ppo, reward):
     cfg, _ = ppo
     check_unchanged(cfg.reward.sources, {"reward": f"moved elsewhere@{content_hash(reward / 'model')}"})
     with pytest.raises(UserError, match="is not the model the run began with"):
