@@ -40,6 +40,16 @@ class SampleId(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PromptRecord:
+    """One loaded prompt, tokenised, which has no sample id yet."""
+
+    text: str
+    token_ids: np.ndarray  # int32 [P]
+    fields: dict[str, Any]  # of the record, for the reward
+    messages: list[dict[str, Any]] | None = None  # with prompts.format = "chat": the input of the template
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One question to the policy, already tokenised."""
 

@@ -17,8 +17,8 @@ from common.config.ppo import Config
 from common.errors import UserError
 from deploy.run.record import read_record
 from deploy.screen.console import Output
+from learner.loop.checkpoints import Checkpoints
 from learner.ppo.learner import Learner
-from learner.ranks.checkpoint import Checkpoints
 
 
 def run_export(run: Path, to: Path | None = None) -> Path:

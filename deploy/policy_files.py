@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class PolicyFiles:
                 file=sys.stderr,
             )
         return cls(path, directory, tokenizer, size, trust_remote_code)
+
+    @property
+    def model_type(self) -> str:
+        """The kind of model, such as llama."""
+        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("model_type", "unknown"))
 
     def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
         """The texts without special tokens, as reward functions get them."""

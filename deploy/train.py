@@ -39,7 +39,8 @@ from learner.loop.evaluation import Evaluation
 from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream, heldout_prompts
 from learner.loop.roles import Reference
-from learner.loop.train_loop import Run, train
+from learner.loop.run import Run
+from learner.loop.train_loop import train
 from learner.ppo.learner import Learner
 from learner.ranks.group import AdapterReference, LearnerGroup
 
@@ -131,6 +132,7 @@ async def _train(
             reward=RewardPool(rewards, errors.keep),
             reference=reference,
             learner=learner,
+            model_type=policy.model_type,
             decode=policy.decode,
             on_step=stepped,
             on_evaluation=evaluated,

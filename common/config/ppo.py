@@ -184,6 +184,11 @@ class Config(Root):
         """Longest prompt and response together."""
         return self.prompts.max_tokens + self.sampling.max_new_tokens
 
+    @property
+    def group_size(self) -> int:
+        """Rollouts that stay together in one batch: all responses to a prompt if each is a baseline for the others."""
+        return self.prompts.rollouts_per_prompt if self.ppo.advantages == "group" else 1
+
     def _broken_rules(self) -> Iterator[str]:
         yield from _broken_batch_rules(self)
         yield from broken_sampling_rules(self.sampling)

@@ -16,18 +16,9 @@ from common.data.messages import Message, checked_text, column, is_empty, settle
 from common.data.prompt_tokens import bare_ids, check_embedded, rendered, with_beginning, without_end_token
 from common.data.records import read_source
 from common.errors import UserError
+from common.types import PromptRecord
 
 _TOKENISED_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class PromptRecord:
-    """One loaded prompt, not yet given a sample id: text, token ids and the record's other fields."""
-
-    text: str
-    token_ids: np.ndarray  # int32
-    fields: dict[str, Any]
-    messages: list[Message] | None = None  # chat format only
 
 
 @dataclass

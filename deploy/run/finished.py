@@ -16,7 +16,7 @@ from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
 from deploy.run.directory import is_owned
 from deploy.screen.console import Output
-from learner.ranks.checkpoint import Checkpoints
+from learner.loop.checkpoints import Checkpoints
 
 
 def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:

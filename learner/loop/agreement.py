@@ -1,12 +1,11 @@
-"""Whether the generators' engines compute the policy that the learner trains. Runs in the driver.
+"""Checks that the engines compute the same policy as the learner. Runs in the driver.
 
-Log-probabilities of sampled tokens are compared: of a few short answers before anything is learned, then of each batch.
+It compares log-probabilities of sampled tokens: those of a few short answers before training, then those of each batch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,20 +13,21 @@ import numpy as np
 
 from common.config.ppo import Config
 from common.errors import RolloutLostError, UserError
-from common.model.files import resolve_model
 from common.types import Prompt
 from learner.loop.roles import Generators, LearnerGroup
 
-NUM_PROMPTS, NUM_TOKENS = 4, 32  # asked before training, and the tokens of each answer
-# Largest mean difference that rounding explains, nats per token: with both sides in float32, where new weights alone
-# are rounded to bfloat16, and with either of them in bfloat16. A temperature below 1 magnifies it.
-# Measured: 0.005 and less (0 where the model's files hold bfloat16), and 0.05 (SmolLM2-135M; 0.01 in tiny experts).
+NUM_PROMPTS, NUM_TOKENS = 4, 32  # asked before training; tokens of each answer
+# Largest mean difference that rounding explains, nats per token. EXACT: both sides in float32, so only the
+# published weights are rounded, to bfloat16 (measured: at most 0.005). ROUNDED: one side computes in bfloat16
+# (measured: 0.05 with SmolLM2-135M, 0.01 with tiny mixtures of experts). A temperature below 1 magnifies it.
 EXACT, ROUNDED = 0.05, 0.2
 
 
-async def check_engines(cfg: Config, prompts: Sequence[Prompt], generators: Generators, learner: LearnerGroup) -> None:
-    """Has an engine that holds the learner's weights answer a few prompts, and the learner measure the answers. Raises
-    UserError if they differ by more than rounding explains."""
+async def check_engines(
+    cfg: Config, model_type: str, prompts: Sequence[Prompt], generators: Generators, learner: LearnerGroup
+) -> None:
+    """Engines that hold the learner's weights answer a few prompts, and the learner measures the answers. Raises
+    UserError if the two differ by more than rounding explains. `model_type` is for the message."""
     written = await asyncio.gather(*(generators.generate(prompt, plain_tokens=NUM_TOKENS) for prompt in prompts))
     fetched = await generators.fetch([answer.rollout for answer in written])
     rollouts = [rollout for rollout in fetched if not isinstance(rollout, RolloutLostError)]
@@ -35,19 +35,19 @@ async def check_engines(cfg: Config, prompts: Sequence[Prompt], generators: Gene
     difference = mean_difference(found, [rollout.rollout_logprobs for rollout in rollouts])
     exact = (cfg.generators.dtype, cfg.learner.precision) == ("float32", "fp32")
     bound = (EXACT if exact else ROUNDED) / min(1.0, cfg.sampling.temperature)
-    if not difference <= bound:  # nor is NaN
+    if not difference <= bound:  # true for NaN too
         tokens = sum(map(len, found))
         raise UserError(
-            f"model.path ({cfg.model.path}), a {_model_type(cfg)} model: vLLM's log-probabilities of {tokens} sampled "
+            f"model.path ({cfg.model.path}), a {model_type} model: vLLM's log-probabilities of {tokens} sampled "
             f"tokens differ from the learner's by {difference:.3g} nats each (mean), but rounding explains at most "
-            f"{bound:g}. Both had the same weights, so vLLM computes this kind of model otherwise, or "
+            f"{bound:g}. Both had the same weights, so vLLM computes this kind of model differently, or "
             "misreads its published weights; training would learn from wrong numbers. Use a model that docs/models.md "
             'lists as tested, or rule out rounding with generators.dtype = "float32" and learner.precision = "fp32"'
         )
 
 
 def mean_difference(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    """Mean absolute difference of two sets of log-probabilities, nats; 0 of none, NaN if one is not finite."""
+    """Mean absolute difference of two sets of log-probabilities, nats; 0 without any, NaN if one is not finite."""
     if sum(map(len, found)) == 0:
         return 0.0
     difference = np.abs(np.concatenate(found).astype(np.float64) - np.concatenate(expected))
@@ -55,14 +55,14 @@ def mean_difference(found: Sequence[np.ndarray], expected: Sequence[np.ndarray])
 
 
 class MismatchBound:
-    """Ends a run whose `mismatch/kl` passes `ppo.max_mismatch_kl` in `ppo.max_mismatch_steps` steps in a row."""
+    """Ends a run whose `mismatch/kl` is above `ppo.max_mismatch_kl` for `ppo.max_mismatch_steps` steps in a row."""
 
     def __init__(self, cfg: Config) -> None:
         self._cfg = cfg
         self._steps = 0  # in a row
 
     def check(self, stats: Mapping[str, float]) -> None:
-        """Told of every step. Raises UserError."""
+        """Called after every step. Raises UserError."""
         bound, limit, found = self._cfg.ppo.max_mismatch_kl, self._cfg.ppo.max_mismatch_steps, stats["mismatch/kl"]
         self._steps = self._steps + 1 if bound and not found <= bound else 0
         if self._steps >= limit:
@@ -75,24 +75,19 @@ class MismatchBound:
 
 
 def _causes(cfg: Config) -> list[str]:
-    """What may be behind a mismatch under these settings, the likeliest first, each with its remedy."""
+    """Possible causes of a mismatch under these settings, the likeliest first, each with its remedy."""
     sampling, causes = cfg.sampling, []
     cut = [
         name for name, off in (("top_p", 1.0), ("top_k", 0), ("min_new_tokens", 0)) if getattr(sampling, name) != off
     ]
     if cut:
         named = ", ".join(f"sampling.{name} = {getattr(sampling, name)}" for name in cut)
-        causes.append(f"{named} cuts tokens off, which the learner does not know: turn it off")
+        causes.append(f"{named} removes tokens, which the learner does not know: turn it off")
     if cfg.max_staleness:
         causes.append(f"max_staleness = {cfg.max_staleness} lets weights differ: lower it, or the learning rate")
     if sampling.temperature < 0.5:
         causes.append(f"sampling.temperature = {sampling.temperature:g} magnifies rounding: raise it")
     if (cfg.generators.dtype, cfg.learner.precision) != ("float32", "fp32"):
         causes.append('bfloat16 rounds: set generators.dtype = "float32" and learner.precision = "fp32"')
-    causes.append("vLLM may compute this kind of model otherwise: use one that docs/models.md lists as tested")
+    causes.append("vLLM may compute this kind of model differently: use one that docs/models.md lists as tested")
     return causes
-
-
-def _model_type(cfg: Config) -> str:
-    config = resolve_model(cfg.model.path) / "config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")

@@ -1,4 +1,19 @@
-"""Bounded slots between admission and consumption: what is in flight, and which rollouts make the next batch."""
+"""Bounded slots between a prompt's admission and the step that learns from its rollouts. Runs in the driver.
+
+A worked example with `rollouts_per_step` = 2 and `max_staleness` = 1, so 4 slots:
+
+    version  event                                   slots, oldest first; * is written and scored
+    0        four prompts are admitted               a  b  c  d        the producer waits: no slot is free
+    0        b and d are scored                      a  b* c  d*       the loop waits in `take`: a is the oldest
+    0        a is scored, `take` cuts a and b        c  d*             a and b still hold their slots
+    1        a and b are learned from, generators
+             hold version 1, `release(2)`            c  d* e  f        e and f are written with version 1
+    1        c is void, its slot is free at once     d* e  f  g        g takes its place
+    1        d and e make the second batch           f  g              d is 1 version old, which is allowed
+
+Every admitted rollout holds a slot until `release`. One that is admitted under version v has at most 3 others before it
+here, so it is in the batch of version v + 1 at the latest; in general, of version v + max_staleness.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +21,37 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from common.errors import RolloutLostError, UserError
-from common.types import Experience, ExperienceRef, Void
+from common.types import Experience, ExperienceRef, SampleId, Void
 
 
 @dataclass
-class Slot:
-    """A rollout between its admission and its cut; times are seconds on the buffer's clock."""
+class Group:
+    """The rollouts that are admitted, cut and given up together; times are seconds on the buffer's clock."""
 
     admitted: float
-    finished: float = 0.0
-    outcome: ExperienceRef | None = None
+    outcomes: list[ExperienceRef | Void | None]  # one per rollout; None while it is in flight
+    finished: list[float]
+
+    @property
+    def complete(self) -> bool:
+        return None not in self.outcomes
+
+    @property
+    def rows(self) -> list[ExperienceRef]:
+        return [outcome for outcome in self.outcomes if isinstance(outcome, ExperienceRef)]
+
+    @property
+    def voids(self) -> list[Void]:
+        return [outcome for outcome in self.outcomes if isinstance(outcome, Void)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from, what was given up since the batch before, and where the time went."""
+    """The rollouts of one step, the voids since the batch before, and where the time went."""
 
     experience: list[Experience]
     voids: list[Void]
@@ -32,15 +59,19 @@ class Batch:
 
 
 class RolloutBuffer:
-    """At most `(max_staleness + 1) * rollouts_per_step` rollouts exist between `admit` and `release`.
+    """Cuts batches in the order of admission, so that short responses are not favoured.
 
-    Batches are cut in admission order, so short responses are not favoured. When a rollout is admitted, it and all
-    before it that are not cut yet fit into these slots, so under version v it is in the batch of version v +
-    max_staleness at the latest. With max_staleness 0 that is synchronous PPO: a batch's slots are freed only when the
-    generators hold the weights that came of it.
+    At most `(max_staleness + 1) * rollouts_per_step` rollouts exist between `admit` and `release`. With max_staleness 0
+    this is synchronous PPO: slots are freed only when generators hold the weights that came from the batch. Memory is
+    bounded too: beyond the next batch, rollouts are admitted only while all of them take at most `max_bytes`, with
+    `rollout_bytes` for each one in flight. `wanted` is the number of rollouts that all remaining steps will consume;
+    no more are admitted.
 
-    Rollouts that the next batch does not need are admitted only while all together, those in flight counted with
-    `rollout_bytes` each, take no more than `max_bytes`. Beyond `wanted`, what all batches to come hold, none is.
+    With `group_size` above 1, this many rollouts of one prompt are one group, and a group is never split over two
+    batches. A batch then has `rollouts_per_step / group_size` groups. If a rollout is void for good, the rest of its
+    group is learned from without it, and its slot stays with the group; if all are void, the group leaves at once and
+    another prompt takes its place. If a rollout has to be asked again, so has its whole group: the others would be too
+    old by the time it is written. So no group ever waits for a rollout that nobody is writing.
     """
 
     def __init__(
@@ -49,13 +80,16 @@ class RolloutBuffer:
         max_staleness: int,
         *,
         fetch: Callable[[Sequence[ExperienceRef]], Awaitable[Sequence[Experience | RolloutLostError]]],
+        group_size: int = 1,
         wanted: float = float("inf"),
         max_void_share: float = 1.0,
         max_bytes: float = float("inf"),
         rollout_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._batch_size = rollouts_per_step
+        if rollouts_per_step % group_size:
+            raise ValueError(f"rollouts_per_step ({rollouts_per_step}) must divide into groups of {group_size}")
+        self._batch_size, self._group_size = rollouts_per_step, group_size
         self._fetch = fetch
         self._wanted = wanted
         self._max_void_share = max_void_share
@@ -64,129 +98,151 @@ class RolloutBuffer:
         self._max_bytes, self._rollout_bytes = max_bytes, rollout_bytes
         self._clock = clock
         self._next_ticket = 0
-        # Admitted and neither cut nor void, in order of admission. A dict would pass over the places of all that were
-        # cut before to find its first.
-        self._slots: OrderedDict[int, Slot] = OrderedDict()
-        self._blocking: int | None = None  # a ticket among the oldest that was seen unfinished, and still may be
+        # Admitted and not cut, by ticket, in order of admission. A plain dict would scan past the places of all earlier
+        # removals to find its first key; an OrderedDict does not.
+        self._groups: OrderedDict[int, Group] = OrderedDict()
+        self._blocking: int | None = None  # an old ticket, last seen incomplete; while it is so, no scan is needed
         self._in_flight = 0
-        self._bytes = 0  # of those that are finished
+        self._bytes = 0  # of finished rollouts
         self._voids: list[Void] = []
-        self._scored = self._broken = 0  # since the last cut: finished, and void for another reason than age
+        self._scored = self._broken = 0  # since the last cut: rollouts scored, and void for a reason other than age
+        self._last_reason = ""  # of a broken one
         self._idle_since: float | None = None  # since when nothing is in flight
         self._idle = 0.0
         self._changed = asyncio.Condition()
 
     async def admit(self) -> int:
-        """A ticket, once there is a slot and room for it. Woken by `release`, cuts and voids."""
+        """Consumes the slots of one group; returns its ticket. Waits for slots and memory: woken by `release`, voids
+        and cuts."""
         async with self._changed:
             await self._changed.wait_for(self._has_room)
-            self._free -= 1
+            self._free -= self._group_size
             self._next_ticket += 1
-            self._slots[self._next_ticket] = Slot(self._clock())
-            self._fly(1)
+            size = self._group_size
+            self._groups[self._next_ticket] = Group(self._clock(), [None] * size, [0.0] * size)
+            self._count_in_flight(size)
             return self._next_ticket
 
-    async def put(self, ticket: int, outcome: ExperienceRef | Void) -> None:
-        """How the rollout of this ticket ended. A void gives its slot back at once."""
+    async def put(self, ticket: int, outcome: ExperienceRef | Void, member: int = 0) -> None:
+        """Says how a rollout of this ticket's group ended. Wakes `take`, and `admit` if it is a void."""
         async with self._changed:
+            group = self._groups[ticket]
+            group.outcomes[member], group.finished[member] = outcome, self._clock()
             if isinstance(outcome, Void):
                 self._broken += 1
-                self._void(ticket, outcome)
+                self._last_reason = outcome.reason
             else:
-                slot = self._slots[ticket]
-                slot.finished, slot.outcome = self._clock(), outcome
                 self._bytes += outcome.num_bytes
                 self._scored += 1
-            self._fly(-1)
+            if len(group.voids) == self._group_size:
+                self._drop(ticket, group.voids)
+            self._count_in_flight(-1)
             self._changed.notify_all()
 
     async def take(self, count: int, policy_version: int) -> Batch:
-        """The first `count` rollouts in admission order, and every void since the last call.
+        """Cuts the oldest `count` rollouts, less those of them that are void for good, and returns all new voids.
 
-        Waits for the oldest ones to finish, however many younger ones already have, and fetches what they wrote: only
-        now do their tokens come here. A rollout whose oldest token is more than max_staleness versions behind
-        `policy_version` is voided, whatever let it through before, and so is one whose tokens are lost; their prompts
-        are to be asked again. Raises UserError when voids of other reasons pass the configured share: a broken reward
-        would otherwise go on for ever.
+        Waits until the oldest groups are complete, even if younger ones are: woken by `put`. Only then are the tokens
+        fetched. A rollout with a token older than `max_staleness` versions behind `policy_version`, or whose tokens are
+        lost, is voided to be asked again, and the next group takes the place of its group. Raises UserError when voids
+        for other reasons pass the configured share: a broken reward function would otherwise go on unnoticed.
         """
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._oldest_finished(count) or self._too_many_voids(count))
+                await self._changed.wait_for(lambda: self._oldest_complete(count) or self._too_many_voids(count))
                 if self._too_many_voids(count):
-                    reason = next(void.reason for void in reversed(self._voids) if not void.asked_again)
                     raise UserError(
                         f"{self._broken} of {self._broken + max(count, self._scored)} rollouts were voided, more than "
-                        f"reward.max_void_share ({self._max_void_share:.0%}) allows; the last reason: {reason}; fix it "
-                        "and continue with --resume, or raise reward.max_void_share"
+                        f"reward.max_void_share ({self._max_void_share:.0%}) allows; the last reason: "
+                        f"{self._last_reason}; fix it and continue with --resume, or raise reward.max_void_share"
                     )
-                oldest = [(ticket, slot.outcome) for ticket, slot in islice(self._slots.items(), count) if slot.outcome]
-            unusable: dict[int, str] = {}
-            for ticket, row in oldest:
-                if row.staleness(policy_version) > self._max_staleness:
-                    unusable[ticket] = f"its oldest token is more than {self._max_staleness} versions old"
-            rows: Sequence[Experience | RolloutLostError] = []
-            if not unusable:
-                rows = await self._fetch([row for _, row in oldest])
-                lost = (pair for pair in zip(oldest, rows, strict=True) if isinstance(pair[1], RolloutLostError))
-                unusable = {ticket: str(error) for (ticket, _), error in lost}
+                oldest = dict(islice(self._groups.items(), count // self._group_size))
+            rows = [row for group in oldest.values() for row in group.rows]
+            too_old = f"its oldest token is more than {self._max_staleness} versions old"
+            faults = {
+                row.written.sample_id: too_old for row in rows if row.staleness(policy_version) > self._max_staleness
+            }
+            fetched: Sequence[Experience | RolloutLostError] = []
+            if not faults:
+                fetched = await self._fetch(rows)
+                lost = (pair for pair in zip(rows, fetched, strict=True) if isinstance(pair[1], RolloutLostError))
+                faults = {row.written.sample_id: str(error) for row, error in lost}
             async with self._changed:
-                for ticket, reason in unusable.items():
-                    self._ask_again(ticket, reason)
                 self._changed.notify_all()  # there is more room
-                if not unusable:
-                    return self._cut([row for row in rows if isinstance(row, Experience)])
+                if not faults:
+                    return self._cut(oldest, [row for row in fetched if isinstance(row, Experience)])
+                for ticket, group in oldest.items():
+                    if any(row.written.sample_id in faults for row in group.rows):
+                        self._ask_again(ticket, faults)
 
     async def release(self, count: int) -> None:
-        """Frees the slots of a batch. Called after publication, so that no rollout is born stale."""
+        """Frees the slots of a batch. The loop calls it after publication, so that no rollout is born stale."""
         async with self._changed:
             self._free += count
             self._changed.notify_all()
 
     def num_finished(self, count: int) -> int:
         """How many of the `count` oldest rollouts are written and scored."""
-        return sum(slot.outcome is not None for slot in islice(self._slots.values(), count))
+        oldest = islice(self._groups.values(), count // self._group_size)
+        return sum(outcome is not None for group in oldest for outcome in group.outcomes)
 
     def _has_room(self) -> bool:
-        if not self._free or len(self._slots) >= self._wanted:
+        admitted = len(self._groups) * self._group_size
+        if self._free < self._group_size or admitted >= self._wanted:
             return False
-        # Never fewer than the next batch needs, or it would wait for ever.
-        taken = self._bytes + (self._in_flight + 1) * self._rollout_bytes
-        return len(self._slots) < self._batch_size or taken <= self._max_bytes
+        # The next batch is always admitted, however large it is: the loop would wait for it without end.
+        taken = self._bytes + (self._in_flight + self._group_size) * self._rollout_bytes
+        return admitted < self._batch_size or taken <= self._max_bytes
 
-    def _oldest_finished(self, count: int) -> bool:
-        if len(self._slots) < count:
+    def _oldest_complete(self, count: int) -> bool:
+        num_groups = count // self._group_size
+        if len(self._groups) < num_groups:
             return False
-        if (blocking := self._slots.get(self._blocking or 0)) is not None and not blocking.outcome:
-            return False  # most of the time: the slots are not all looked at for each that finishes
-        unfinished = (ticket for ticket, slot in islice(self._slots.items(), count) if not slot.outcome)
-        self._blocking = next(unfinished, None)
+        if (blocking := self._groups.get(self._blocking or 0)) is not None and not blocking.complete:
+            return False
+        oldest = islice(self._groups.items(), num_groups)
+        self._blocking = next((ticket for ticket, group in oldest if not group.complete), None)
         return self._blocking is None
 
     def _too_many_voids(self, count: int) -> bool:
         return self._broken > self._max_void_share * (self._broken + max(count, self._scored))
 
-    def _ask_again(self, ticket: int, reason: str) -> None:
-        row = self._slots[ticket].outcome
-        if row is not None:
-            self._bytes -= row.num_bytes
-            self._void(ticket, Void(row.written.sample_id, reason, asked_again=True))
+    def _ask_again(self, ticket: int, faults: dict[SampleId, str]) -> None:
+        """Drops a group whose rollouts are all asked again, under their ids."""
+        voids = []
+        for outcome in self._groups[ticket].outcomes:
+            if isinstance(outcome, Void):
+                voids.append(replace(outcome, asked_again=True))
+            elif outcome is not None:
+                self._bytes -= outcome.num_bytes
+                sample_id = outcome.written.sample_id
+                reason = faults.get(sample_id, "another response to its prompt has to be asked again")
+                voids.append(Void(sample_id, reason, asked_again=True))
+        self._drop(ticket, voids)
 
-    def _void(self, ticket: int, void: Void) -> None:
-        del self._slots[ticket]
-        self._voids.append(void)
-        self._free += 1
+    def _drop(self, ticket: int, voids: list[Void]) -> None:
+        del self._groups[ticket]
+        self._voids += voids
+        self._free += self._group_size
 
-    def _cut(self, rows: list[Experience]) -> Batch:
-        """Of the oldest slots, which these rows were in."""
-        count = len(rows)
-        slots = [self._slots.pop(ticket) for ticket in list(islice(self._slots, count))]
-        self._wanted -= count
-        self._bytes -= sum(slot.outcome.num_bytes for slot in slots if slot.outcome)
+    def _cut(self, oldest: dict[int, Group], rows: list[Experience]) -> Batch:
+        """Takes these groups out, with the `rows` that were fetched for them."""
+        for ticket, group in oldest.items():
+            del self._groups[ticket]
+            self._wanted -= self._group_size
+            self._bytes -= sum(row.num_bytes for row in group.rows)
+            self._voids += group.voids
         now = self._clock()
+        times = [
+            (finished - group.admitted, now - finished)
+            for group in oldest.values()
+            for finished, outcome in zip(group.finished, group.outcomes)
+            if isinstance(outcome, ExperienceRef)
+        ]
         idle = self._idle + (now - self._idle_since if self._idle_since is not None else 0.0)
         stats = {
-            "staleness/generating_s": sum(slot.finished - slot.admitted for slot in slots) / count,
-            "staleness/buffered_s": sum(now - slot.finished for slot in slots) / count,
+            "staleness/generating_s": sum(generating for generating, _ in times) / len(times),
+            "staleness/buffered_s": sum(buffered for _, buffered in times) / len(times),
             "wait/generators_s": idle,
         }
         if self._idle_since is not None:
@@ -196,8 +252,8 @@ class RolloutBuffer:
         self._scored = self._broken = 0
         return Batch(rows, voids, stats)
 
-    def _fly(self, change: int) -> None:
-        """Counts what is in flight, and for how long nothing was."""
+    def _count_in_flight(self, change: int) -> None:
+        """Counts rollouts in flight, and the time in which there were none."""
         self._in_flight += change
         if self._in_flight == 0:
             self._idle_since = self._clock()

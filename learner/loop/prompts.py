@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.prompt_records import PromptRecord
 from common.errors import UserError
-from common.types import HELDOUT_EPOCH, PROBE_EPOCH, Prompt, SampleId
+from common.types import HELDOUT_EPOCH, PROBE_EPOCH, Prompt, PromptRecord, SampleId
 
 
 class PromptStream:

@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from learner.loop.checkpoints import COMPLETE
+
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # with one rank that is intended
 
-_MARKER = "COMPLETE"
 _NUMBERS = "numbers.json"
 # Frozen weights are left out: they are in the model that a run starts from.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
@@ -42,7 +43,7 @@ def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, n
     alone = not dist.is_initialized()
     first = alone or dist.get_rank() == 0
     if first:
-        (directory / _MARKER).unlink(missing_ok=True)  # first: a marker without its files would be wrong
+        (directory / COMPLETE).unlink(missing_ok=True)  # first: a marker without its files would be wrong
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     if not alone:
@@ -58,7 +59,7 @@ def save_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer, n
             json.dump(numbers, file)
             file.flush()
             os.fsync(file.fileno())
-        (directory / _MARKER).touch()
+        (directory / COMPLETE).touch()
 
 
 def _explained(error: CheckpointException, directory: Path) -> Exception:
@@ -95,32 +96,3 @@ def load_network(directory: Path, network: nn.Module) -> dict[str, Any]:
     dcp.load(state, checkpoint_id=directory, no_dist=True)
     set_model_state_dict(network, state["network"], options=StateDictOptions(strict=False))
     return json.loads((directory / _NUMBERS).read_text(encoding="utf-8"))
-
-
-class Checkpoints:
-    """The checkpoints of a run: RUN/checkpoints/step-000100 holds the learner after 100 updates."""
-
-    def __init__(self, directory: Path, *, every: int, keep: int) -> None:
-        self._directory = directory
-        self._every = every
-        self._keep = keep
-
-    def due(self, step: int, num_steps: int) -> bool:
-        """True if a checkpoint is to be written after `step` of `num_steps` updates."""
-        return step % self._every == 0 or step == num_steps
-
-    def path(self, step: int) -> Path:
-        """Directory of the checkpoint after `step` updates."""
-        return self._directory / f"step-{step:06d}"
-
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint; None if there is none."""
-        complete = sorted(marker.parent for marker in self._directory.glob(f"step-*/{_MARKER}"))
-        return complete[-1] if complete else None
-
-    def prune(self) -> None:
-        """Removes all but the newest `keep` complete checkpoints, and leftovers of a crash."""
-        complete = sorted(marker.parent for marker in self._directory.glob(f"step-*/{_MARKER}"))
-        for directory in self._directory.glob("step-*"):
-            if directory not in complete[-self._keep :]:
-                shutil.rmtree(directory)

@@ -16,8 +16,7 @@ import numpy as np
 
 from common.config.reward_model import RewardTrainingConfig
 from common.files import append_record, read_records
-from learner.loop.stopping import completed, save_now
-from learner.ranks.checkpoint import Checkpoints
+from learner.loop.checkpoints import Checkpoints, completed, save_now
 from learner.reward_model.calibration import PreferenceEvaluation, evaluate_preferences
 from learner.reward_model.pairs import Pair, Pairs
 

@@ -37,7 +37,8 @@ from common.config.ppo import Config
 from common.types import Prompt, Rollout, RolloutRef, Score
 from deploy.session import rare_full_collections
 from learner.loop.prompts import PromptRecord, PromptStream
-from learner.loop.train_loop import Run, train
+from learner.loop.run import Run
+from learner.loop.train_loop import train
 from tests.bench.results import Result
 from tests.fakes import LocalHost, make_rollout, tiny_config
 

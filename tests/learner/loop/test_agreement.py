@@ -53,7 +53,7 @@ def records(count: int = 10):
 
 def check(cfg, roles) -> PromptStream:
     prompts = PromptStream(records(), seed=0, rollouts_per_prompt=2)
-    asyncio.run(check_engines(cfg, prompts.probes(4), roles, roles))
+    asyncio.run(check_engines(cfg, "made_up", prompts.probes(4), roles, roles))
     return prompts
 
 
@@ -136,7 +136,7 @@ def test_the_likely_causes_are_those_of_the_settings(tmp_path):
         with pytest.raises(UserError) as error:
             MismatchBound(cfg).check({"mismatch/kl": 1.0})
         assert all((other in str(error.value)) == (other == cause) for other in told)
-        assert "vLLM may compute this kind of model otherwise" in str(error.value)
+        assert "vLLM may compute this kind of model differently" in str(error.value)
 
 
 def test_a_run_whose_mismatch_stays_stops_after_its_steps_are_on_disk(tmp_path):

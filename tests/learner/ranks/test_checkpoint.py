@@ -20,9 +20,10 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from learner.loop.checkpoints import COMPLETE, Checkpoints
 from learner.ppo.learner import Learner
 from learner.ranks import checkpoint
-from learner.ranks.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from learner.ranks.checkpoint import load_checkpoint, save_checkpoint
 from learner.ranks.distributed import whole
 from tests.fakes import make_prompt, make_rollout, save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import varied_batch
@@ -276,10 +277,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
+from learner.loop.checkpoints import Checkpoints
 from learner.ranks import checkpoint
 network = torch.nn.Linear(3, 2)
 optimizer = torch.optim.AdamW(network.parameters())
-checkpoints = checkpoint.Checkpoints(Path(sys.argv[1]), every=1, keep=2)
+checkpoints = Checkpoints(Path(sys.argv[1]), every=1, keep=2)
 checkpoint.save_checkpoint(checkpoints.path(1), network, optimizer, {"step": 1})
 write = checkpoint.dcp.save
 def save(*args, **kwargs):
@@ -312,7 +314,7 @@ def test_the_marker_is_the_last_thing_written(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "touch", note)
     save_checkpoint(directory, *trained, {"step": 1})
     assert len(seen) == 1
-    assert {p.name for p in directory.iterdir()} - seen[0] == {checkpoint._MARKER}
+    assert {p.name for p in directory.iterdir()} - seen[0] == {COMPLETE}
 
 
 def test_an_incomplete_checkpoint_is_passed_over_and_pruned(trained, tmp_path):

@@ -1,0 +1,56 @@
+"""The metrics of one batch: what its rollouts scored, how long and how old they are. Runs in the driver."""
+
+from __future__ import annotations
+
+from itertools import groupby, islice
+from statistics import fmean
+
+import pyarrow as pa
+
+from common.types import oldest_version, staleness
+from common.user_code.results import MAX_FIGURES
+
+
+def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:
+    """From a batch as the journal holds it; `policy_version` is the learner's when the batch was cut."""
+    scores = table["score"].to_numpy()
+    components = [dict(row) for row in table["components"].to_pylist()]
+    versions = [row.values.to_numpy() for row in table["policy_versions"]]
+    ages = [staleness(oldest_version(row), policy_version) for row in versions]
+    return {
+        "rollout/score/mean": float(scores.mean()),
+        "rollout/score/std": float(scores.std()) if scores.min() < scores.max() else 0.0,
+        "rollout/score/zero_std": _equally_scored(table),
+        "rollout/response_tokens/mean": sum(map(len, versions)) / len(scores),
+        "rollout/finished": table["finish_reason"].to_pylist().count("stop") / len(scores),
+        "rollout/voids": num_voids,
+        "staleness/min": min(ages),
+        "staleness/mean": sum(ages) / len(ages),
+        "staleness/max": max(ages),
+        **{f"reward/{name}/score": sum(row[name] for row in components) / len(scores) for name in components[0]},
+        **_mean_figures(table),
+    }
+
+
+def _mean_figures(table: pa.Table) -> dict[str, float]:
+    """Means of the figures that sources return with their scores, each over the rollouts that have it. Keeps the first
+    MAX_FIGURES names of a source: a function could invent a new name for every response."""
+    values: dict[str, list[float]] = {}
+    for row in table["figures"].to_pylist():
+        for key, value in row:
+            values.setdefault(key, []).append(value)
+    kept: list[str] = []
+    for _, keys in groupby(sorted(values), key=lambda key: key.partition("/")[0]):
+        kept.extend(islice(keys, MAX_FIGURES))
+    return {f"reward/{key}": fmean(values[key]) for key in kept}
+
+
+def _equally_scored(table: pa.Table) -> float:
+    """Share of prompts whose responses all score the same. With one response per prompt, the batch is one prompt."""
+    by_prompt: dict[tuple[int, int], set[float]] = {}
+    keys = zip(table["epoch"].to_pylist(), table["prompt_index"].to_pylist())
+    for key, score in zip(keys, table["score"].to_pylist(), strict=True):
+        by_prompt.setdefault(key, set()).add(score)
+    if len(by_prompt) == table.num_rows:
+        return float(len(set(table["score"].to_pylist())) == 1)
+    return sum(len(scores) == 1 for scores in by_prompt.values()) / len(by_prompt)

@@ -1,0 +1,65 @@
+"""Everything a run is made of, joined, and what its loop is doing right now. Runs in the driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config.ppo import Config
+from common.types import Decode, Experience, Prompt, Void
+from learner.loop.answers import Answer
+from learner.loop.checkpoints import Checkpoints
+from learner.loop.evaluation import Evaluation
+from learner.loop.journal import Journal
+from learner.loop.prompts import PromptStream
+from learner.loop.roles import Generators, LearnerGroup, Reference, Reward
+
+
+@dataclass
+class Run:
+    """The parts of a run, and the seconds of the current step by phase."""
+
+    cfg: Config
+    directory: Path
+    prompts: PromptStream
+    heldout: Sequence[Prompt]
+    generators: Generators
+    reward: Reward
+    reference: Reference
+    learner: LearnerGroup
+    model_type: str = "unknown"  # from the policy's config.json, for messages
+    decode: Decode | None = None  # for the text in the journal
+    on_step: Callable[[dict[str, Any], Experience, list[Void]], None] = lambda record, example, voids: None
+    on_evaluation: Callable[[Evaluation, list[Answer]], None] = lambda evaluation, answers: None
+    doing: Callable[[], str] = lambda: "roles start"  # for the screen
+    seconds: dict[str, float] = field(default_factory=dict)  # of the current step, by metric
+    newest_text: float = 0.0  # when a response was last written, on time.perf_counter's clock
+    journal: Journal = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.directory / "journal")
+        checkpoint = self.cfg.checkpoint
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", every=checkpoint.every, keep=checkpoint.keep)
+
+    @contextmanager
+    def phase(self, name: str, doing: str) -> Iterator[None]:
+        """A phase of a step: shown while it lasts, and measured as `time/NAME_s`."""
+        self.doing = lambda: doing
+        began = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}_s"] = time.perf_counter() - began
+
+    def waited_for_batch(self, began: float) -> None:
+        """Starts a step's seconds. Until the newest response was written, the wait was generation, and then scoring."""
+        waited = time.perf_counter() - began
+        generating = min(max(self.newest_text - began, 0.0), waited)
+        self.seconds = {
+            "wait/learner_s": waited,
+            "time/generate_s": generating,
+            "time/score_s": waited - generating,
+        }
