@@ -28,15 +28,6 @@ class StepMetrics:
             case _:
                 self._values[key] = float(value)
 
-    # Until every caller uses `add`.
-    def mean(self, key: str, total: float, count: float) -> None:
-        self.add(key, total, count)
-
-    def last(self, key: str, value: float) -> None:
-        self.add(key, value)
-
-    maximum = last
-
     def sums(self) -> dict[str, tuple[float, float]]:
         """(total, count) of every mean so far, for other ranks."""
         return dict(self._sums)

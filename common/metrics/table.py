@@ -189,7 +189,13 @@ STEP = (
     ),
     Metric("value/loss", "reward units squared", "mean", "tokens", "half the squared error to the returns"),
     Metric("value/clip_frac", "share", "mean", "tokens", "tokens that `value_clip` held back"),
-    Metric("value/mean", "reward units", "mean", "tokens", "what the critic expects; should approach the score"),
+    Metric(
+        "value/mean",
+        "reward units",
+        "mean",
+        "tokens",
+        "what the critic expects; should approach the score. A run without a critic has no `value/*`",
+    ),
     Metric("value/returns_var", "reward units squared", "var", "tokens", "the variance that a critic could remove"),
     Metric(
         "value/advantages_var",

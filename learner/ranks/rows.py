@@ -18,11 +18,13 @@ from common.model.size import ModelSize
 
 
 def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    """In every epoch all `count` rows once, in `parts` equal parts, in an order that depends on seed, step and epoch
-    alone."""
+    """In every epoch all `count` rows once, in `parts` parts, in an order that depends on seed, step and epoch alone.
+
+    The parts are equal, except after a void in a batch of whole groups: some then have a row less.
+    """
     for epoch in range(epochs):
         order = np.random.default_rng([seed, step, epoch]).permutation(count)
-        yield from np.split(order, parts)
+        yield from (part for part in np.array_split(order, parts) if len(part))
 
 
 def shares(costs: Sequence[int], world: int) -> list[list[int]]:

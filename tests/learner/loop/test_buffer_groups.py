@@ -14,7 +14,9 @@ from common.errors import RolloutLostError
 from common.types import ExperienceRef, PromptRecord, SampleId, Void
 from learner.loop.buffer import RolloutBuffer
 from learner.loop.prompts import PromptStream
-from tests.fakes import fetch_scored, make_scored, pending
+from learner.loop.train_loop import train
+from tests.fakes import FakeRoles, fetch_scored, make_scored, pending, tiny_config
+from tests.learner.loop.test_train_loop import make_run
 
 
 def scored(prompt: int, replica: int, version: int = 0) -> ExperienceRef:
@@ -192,3 +194,54 @@ def test_whatever_happens_no_group_is_split_and_no_slot_is_lost(size, batch_size
         assert settled.isdisjoint(prompts.outstanding)
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+class SomeFail(FakeRoles):
+    """Scores no prompt 2, and no second response to prompt 5."""
+
+    async def score(self, written):
+        if written.sample_id.prompt == 2 or written.sample_id[1:] == (5, 1):
+            return Void(written.sample_id, "told to fail")
+        return await super().score(written)
+
+
+def grouped_run(directory, roles, **overrides):
+    settings = {"rollouts_per_step": 6, "prompts": {"rollouts_per_prompt": 3}, "ppo": {"advantages": "group"}}
+    run = make_run(directory, roles, **settings, **overrides)
+    records = [PromptRecord(f"q{i}", np.array([3, 4], dtype=np.int32), {}) for i in range(10)]
+    run.prompts = PromptStream(records, seed=0, rollouts_per_prompt=3)
+    run.heldout = []
+    return run
+
+
+def prompts_of(tables) -> list[dict[int, list[int]]]:
+    """Of each batch: prompts with their replicas."""
+    batches = []
+    for table in tables:
+        groups = defaultdict(list)
+        for prompt, replica in zip(table["prompt_index"].to_pylist(), table["replica"].to_pylist()):
+            groups[prompt].append(replica)
+        batches.append(dict(groups))
+    return batches
+
+
+def test_the_loop_learns_from_whole_groups_also_after_voids_and_a_resume(tmp_path):
+    whole, cut, rest = SomeFail([]), SomeFail([]), SomeFail([])
+    asyncio.run(train(grouped_run(tmp_path / "whole", whole, num_steps=5)))
+    asyncio.run(train(grouped_run(tmp_path / "cut", cut, num_steps=2)))
+    asyncio.run(train(grouped_run(tmp_path / "cut", rest, num_steps=5)))
+    batches = prompts_of(whole.tables)
+    assert [len(batch) for batch in batches] == [2] * 5
+    assert all(
+        replicas == ([0, 2] if prompt == 5 else [0, 1, 2]) for batch in batches for prompt, replicas in batch.items()
+    )
+    assert {prompt for batch in batches for prompt in batch} >= {5}
+    assert not any(2 in batch for batch in batches)
+    assert prompts_of(cut.tables + rest.tables) == batches
+
+
+def test_without_groups_the_responses_of_a_prompt_may_part(tmp_path):
+    run = grouped_run(tmp_path, SomeFail([]), num_steps=3)
+    run.cfg = tiny_config("unused", num_steps=3, rollouts_per_step=6, prompts={"rollouts_per_prompt": 3})
+    asyncio.run(train(run))
+    assert [step.table.num_rows for step in run.journal.since(0)] == [6] * 3  # every void is replaced

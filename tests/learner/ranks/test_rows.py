@@ -58,6 +58,13 @@ def test_micro_batches_hold_rows_of_the_batch_and_follow_lengths():
     assert plans == [[[0, 2], [], []], [[1], [3], [4]]]
 
 
+def test_a_batch_that_voids_made_smaller_still_has_every_row_once():
+    for count, sizes in ((5, [2, 2, 1]), (2, [1, 1])):  # never an empty minibatch
+        found = [rows.tolist() for rows in minibatches(count, epochs=1, parts=3, seed=1, step=4)]
+        assert [len(rows) for rows in found] == sizes
+        assert sorted(row for rows in found for row in rows) == list(range(count))
+
+
 def test_every_epoch_has_every_row_once_in_equal_minibatches():
     found = [rows.tolist() for rows in minibatches(6, epochs=2, parts=3, seed=1, step=4)]
     assert [len(rows) for rows in found] == [2] * 6
