@@ -14,7 +14,8 @@ from common.config.ppo import Config
 from common.files import read_records
 from common.types import Prompt, Rollout, RolloutRef, Score
 from learner.loop.prompts import PromptRecord, PromptStream
-from learner.loop.train_loop import Run, train
+from learner.loop.run import Run
+from learner.loop.train_loop import train
 from learner.ppo.advantages import ADVANTAGES
 from learner.ppo.learner import Learner
 from tests.fakes import FakeRoles, make_rollout, save_tiny_model, tiny_config
