@@ -14,8 +14,8 @@ from common.user_code.results import Outcome
 class ProcessRunner:
     """A Runner in worker processes. A worker that ended is replaced.
 
-    Each worker has one call at a time, or, of an async function, several. When a worker ends during several calls, each
-    of them is made again in a worker of its own: the one that ends that too was the cause.
+    A worker has one call at a time, but several if the function is async. If it ends during several calls, each of them
+    is made again in a worker of its own: the call that ends this one too was the cause.
     """
 
     def __init__(self, function: str, *, takes: str, limit_s: float, workers: int) -> None:

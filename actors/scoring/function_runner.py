@@ -1,5 +1,5 @@
-"""What a function source needs of threads (function_threads.py) and of worker processes (function_processes.py). Runs
-in each reward replica."""
+"""The protocol that threads (function_threads.py) and worker processes (function_processes.py) implement. Runs in each
+reward replica."""
 
 from __future__ import annotations
 

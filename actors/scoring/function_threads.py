@@ -38,7 +38,7 @@ class CallThread:
         return future
 
     async def is_blocked(self) -> bool:
-        """Whether a call that passed its limit still has the thread: always, since nothing can end it."""
+        """True if a call that passed its limit still has the thread: always, since nothing can end a call."""
         return True
 
     def leave(self) -> None:
@@ -72,7 +72,7 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(call_async(self._function, self._style, answers), self._loop)
 
     async def is_blocked(self) -> bool:
-        """Whether a call that passed its limit still has the thread: it was cancelled, but may not give way."""
+        """True if a call that passed its limit still has the thread. It was cancelled, but it may not give way."""
         response: Future[None] = Future()
         self._loop.call_soon_threadsafe(_respond, response)
         try:

@@ -42,12 +42,6 @@ INPUT_FILE = os.path.join(RATCHET, "common", "reward_input.py")
 reward_input = load_file("_ratchet_reward_input", INPUT_FILE)
 
 
-def input_class():
-    """RewardInput: the class that user code imports from Ratchet's `common`, if it does, so that isinstance works."""
-    imported = sys.modules.get("common.reward_input", reward_input)
-    return (imported if imported.__file__ == INPUT_FILE else reward_input).RewardInput
-
-
 class UsersFirst:
     """Finds the user's packages that have the names of Ratchet's, also those without an __init__.py, which Python would
     find after all packages that have one. Modules that only Ratchet's package has are found in it too."""
@@ -110,12 +104,10 @@ def serve(stream, connection, first):
         return
     while (message := receive(stream)) is not None:
         try:
-            answers = [input_class()(**answer) for answer in message["answers"]]
-            outcomes = calls.call(function, style, answers)
+            reply = as_reply(calls.call(function, style, inputs(message)))
         except UserCodeError as error:
-            send(connection, {"id": message["id"], "error": vars(error)})
-        else:
-            send(connection, {"id": message["id"], "outcomes": [plain(outcome) for outcome in outcomes]})
+            reply = {"error": vars(error)}
+        send(connection, {"id": message["id"], **reply})
 
 
 async def serve_async(connection, function, style, limit_s):
@@ -126,15 +118,13 @@ async def serve_async(connection, function, style, limit_s):
     async def serve_one(message):
         limit = asyncio.timeout(limit_s)
         try:
-            answers = [input_class()(**answer) for answer in message["answers"]]
             async with limit:
-                outcomes = await calls.call_async(function, style, answers)
+                reply = as_reply(await calls.call_async(function, style, inputs(message)))
         except UserCodeError as error:
-            send(connection, {"id": message["id"], "error": vars(error)})
+            reply = {"error": vars(error)}
         except TimeoutError:
-            send(connection, {"id": message["id"], "too_long": True})
-        else:
-            send(connection, {"id": message["id"], "outcomes": [plain(outcome) for outcome in outcomes]})
+            reply = {"too_long": True}
+        send(connection, {"id": message["id"], **reply})
 
     while True:
         try:
@@ -147,9 +137,17 @@ async def serve_async(connection, function, style, limit_s):
         task.add_done_callback(tasks.discard)
 
 
-def plain(outcome):
-    """An outcome in Python's own types: the parent has another class for the error."""
-    return vars(outcome) if isinstance(outcome, UserCodeError) else outcome
+def inputs(message):
+    """The answers as RewardInput: the class that user code imports from Ratchet's `common`, if it does, so that
+    isinstance works."""
+    imported = sys.modules.get("common.reward_input", reward_input)
+    module = imported if imported.__file__ == INPUT_FILE else reward_input
+    return [module.RewardInput(**answer) for answer in message["answers"]]
+
+
+def as_reply(outcomes):
+    """Outcomes in Python's own types: the parent has another class for errors."""
+    return {"outcomes": [vars(found) if isinstance(found, UserCodeError) else found for found in outcomes]}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Settings of reward sources: one class for each kind. Runs anywhere.
 
-Sources are named in reward.sources, evaluation.judges and labeller.sources. What a kind does with its settings is in
-actors/scoring/kinds.py.
+Sources are named in reward.sources, evaluation.judges and labeller.sources. actors/scoring/kinds.py says which code
+belongs to a kind.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FunctionSourceConfig(RewardSource):
     """`module:function`, def or async def. It takes a RewardInput and returns a number, or a dict with the number under
     "score" and further numbers for the metrics. docs/rewards.md explains both."""
     takes: Literal["annotated", "answer", "list"] = "annotated"
-    """What the function takes. answer: one RewardInput. list: a list of them; it then returns a list of results.
+    """Argument of the function. answer: one RewardInput. list: a list of them; it then returns a list of results.
     annotated: the annotation of its parameter decides, such as list[RewardInput]; without one it takes one answer."""
     batch: Positive = 32
     """Most answers in one call of a function that takes a list. A call never waits for more answers to come."""
@@ -61,7 +61,7 @@ class ModelSourceConfig(RewardSource):
     """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. With the mean
     and deviation of the reference policy's own scores in it, raw scores count in deviations from that mean."""
     trust_remote_code: bool = False
-    """Whether Python code from the model's directory may run. Such code can do whatever you can."""
+    """Allow Python code from the model's directory to run. Such code can do everything that you can."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the forward pass; the head is float32 either way."""
     max_tokens: Positive = 2048
@@ -69,7 +69,7 @@ class ModelSourceConfig(RewardSource):
     max_batch_tokens: Positive = 4096
     """Most tokens in one forward pass, padding included. More is faster until memory or cache runs out."""
     batch_window_ms: Annotated[float, Field(ge=0)] = 5
-    """How long a request waits for others that can share its forward pass, milliseconds."""
+    """Time that a request waits for others to share its forward pass, milliseconds."""
 
     def broken_rules(self) -> Iterator[str]:
         if self.max_batch_tokens < self.max_tokens:
@@ -98,11 +98,11 @@ class ServiceConfig(RewardSource):
     """Pause before the first further try, seconds. It doubles before each later one. A service's Retry-After makes it
     longer."""
     follow_redirects: bool = False
-    """Whether to follow redirects. Headers are not sent on to another host. Off: a redirect is a failure."""
+    """Follow redirects. Headers are not sent on to another host. Off: a redirect is a failure."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where requests go: the setting that the kind's `key` names."""
+        """The setting that the kind's `key` names."""
         return getattr(self, self.key)
 
     def broken_rules(self) -> Iterator[str]:

@@ -26,7 +26,7 @@ _LISTS = re.compile(r"(\w+\.)*(list|List|Sequence|Collection|Iterable)\b")
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How a function is called."""
+    """The way a function is called."""
 
     is_async: bool = False
     takes_list: bool = False
@@ -149,7 +149,7 @@ async def call_async(
 
 
 def _is_cancelled_from_outside(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
-    """Whether the call was cancelled, or dropped before its end. False if the function raised this itself."""
+    """True if the call was cancelled, or dropped before its end; False if the function raised this itself."""
     if isinstance(error, asyncio.CancelledError):
         return task is not None and task.cancelling() > 0
     if isinstance(error, GeneratorExit):

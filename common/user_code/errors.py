@@ -33,7 +33,7 @@ class UserCodeError(Exception):
 
 
 def error_of(raised: BaseException) -> UserCodeError:
-    """What a function raised, and where."""
+    """The error for an exception that a function raised, with its file and line."""
     frames = traceback.extract_tb(_from_users_code(raised.__traceback__))
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     kind = type(raised).__name__

@@ -1,4 +1,4 @@
-"""Where the user's modules are found: in the current directory, and in the directory of the config file.
+"""Directories where the user's modules are found: the current one, and the one of the config file.
 
 Runs in the driver, and in every role's process when it starts.
 """

@@ -21,7 +21,7 @@ def import_ratchet_first() -> None:
 
 
 def holds_ratchet(directory: str) -> bool:
-    """Whether a directory holds Ratchet's packages: those that run here or another copy of them."""
+    """True if a directory holds Ratchet's packages: those that run here or another copy of them."""
     return all(
         Path(directory, file).exists() for file in ("common/reward_input.py", "actors/scoring/function_worker.py")
     )

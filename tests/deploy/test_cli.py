@@ -91,7 +91,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(deploy.session, "cluster", no_ray)
-    # Imports functions here, not in a process for each; test_source_checks.py tests the real check.
+    # Imports functions here, which is faster. The real check is tested in actors/scoring/test_function_check.py.
     monkeypatch.setattr(deploy.session, "try_sources", import_here)
     return tmp_path
 

@@ -25,7 +25,7 @@ class ProbeConfig(RewardSource):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the probe's kind was asked, in order. Its model has the size 7, and its try gives a warning."""
+    """Calls of the functions of the probe's kind, in order. Its model has the size 7, and its try gives a warning."""
     calls: list[tuple] = []
 
     def note(name: str, result=None):

@@ -188,8 +188,10 @@ def test_only_a_cancellation_from_outside_cancels_an_async_call():
 
 
 def test_an_error_survives_pickling():
-    error = pickle.loads(pickle.dumps(UserCodeError("reason", details="trace", fault="same")))
-    assert (error.reason, error.details, error.fault, str(error)) == ("reason", "trace", "same", "reason")
+    error = UserCodeError("reason", details="trace", fault="same", permanent=False, missing="numpy")
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found)) == (UserCodeError, "reason")
+    assert vars(found) == vars(error)
 
 
 # Modules
