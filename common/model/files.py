@@ -36,7 +36,7 @@ from common.model.checks import (
     reading,
 )
 from common.model.embedded import EMBEDDED, prepare_embedded
-from common.model.probe import alone, compare
+from common.model.probe import check_packed, eager_results
 from common.model.remote_code import allow, trusted
 from common.model.rotary import use_own_lengths
 from common.model.size import constants, without_weights
@@ -151,10 +151,10 @@ def load_policy(
         _check_tied(model)
         model = model.to(device).eval()
         use_own_lengths(model)
-        expected = alone(model)
+        expected = eager_results(model)
         if install is not None:
             install(model)
-        compare(model, expected)
+        check_packed(model, expected)
     return model
 
 

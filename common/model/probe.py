@@ -30,7 +30,7 @@ class UnsuitedModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class Alone:
+class EagerResults:
     """The results of eager attention on each sequence alone."""
 
     sequences: Sequences
@@ -39,7 +39,7 @@ class Alone:
 
 
 @torch.no_grad()
-def alone(model: PreTrainedModel) -> Alone:
+def eager_results(model: PreTrainedModel) -> EagerResults:
     """The expected results. Call it before any module of the model is replaced."""
     if model.base_model is model:
         raise UnsuitedModelError("its layers cannot be called without its output embedding")
@@ -54,11 +54,11 @@ def alone(model: PreTrainedModel) -> Alone:
             logprobs.append(logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1))
     finally:
         model.set_attn_implementation(usual)
-    return Alone(sequences, states, logprobs)
+    return EagerResults(sequences, states, logprobs)
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, expected: Alone) -> None:
+def check_packed(model: PreTrainedModel, expected: EagerResults) -> None:
     """Raises UnsuitedModelError if the results of a packed row differ from the expected ones."""
     exact = model.dtype == torch.float32
     near, near_logprobs = _EXACT if exact else _COARSE

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.model.attention import PACKED
-from common.model.probe import UnsuitedModelError, alone, compare
+from common.model.probe import UnsuitedModelError, check_packed, eager_results
 from common.model.rotary import use_own_lengths
 
 LAYERS, VOCABULARY, EXPERTS, WIDTH = 3, 96, 8, 64
@@ -32,7 +32,7 @@ def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], obj
     for narrow in (True, False):
         try:
             model = random_model(small_config(config, narrow=narrow))
-            expected = None if model is None else alone(model)
+            expected = None if model is None else eager_results(model)
         except UnsuitedModelError:
             raise
         except Exception as error:
@@ -42,7 +42,7 @@ def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], obj
         if model is not None and expected is not None:
             if install is not None:
                 install(model)
-            compare(model, expected)
+            check_packed(model, expected)
         return
 
 

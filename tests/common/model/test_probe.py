@@ -11,7 +11,7 @@ from common.model.attention import PACKED
 from common.model.files import load_policy
 from common.model.kernels import install
 from common.model.packing import Sequences
-from common.model.probe import UnsuitedModelError, alone, compare
+from common.model.probe import UnsuitedModelError, check_packed, eager_results
 from common.model.recomputed_layers import checkpoint_activations
 from common.model.small_model import randomise, small_config
 from tests.fakes import save_tiny_model
@@ -26,9 +26,9 @@ def small(kind: str, **changed) -> PreTrainedModel:
 
 
 def probe(model, change=lambda model: None):
-    expected = alone(model)
+    expected = eager_results(model)
     change(model)
-    compare(model, expected)
+    check_packed(model, expected)
 
 
 def test_a_model_passes_with_the_learners_kernels():

@@ -14,7 +14,7 @@ import torch
 from common.model.kernels import install
 from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
-from common.model.probe import UnsuitedModelError, alone
+from common.model.probe import UnsuitedModelError, eager_results
 from common.model.small_model import random_model, try_small
 from tests.common.model.model_kinds import listed, tiny_config
 
@@ -67,7 +67,7 @@ def with_gradients(model, logprobs):
 def test_a_supported_model_has_the_results_of_each_sequence_alone(kind, changes):
     config = tiny_config(kind, **changes)
     model = random_model(config)
-    sequences: Sequences = alone(model).sequences
+    sequences: Sequences = eager_results(model).sequences
     expected, slow = with_gradients(model, lambda m: logprobs_alone(m, sequences))
     model.set_attn_implementation("packed")
     install(model)
