@@ -19,7 +19,8 @@ from common.model.batcher import Batcher
 from common.model.files import find_device, load_tokenizer, resolve_model
 from common.model.masking import round_up
 from common.model.packing import ROW_MULTIPLE
-from common.model.reward_head import content_hash, load_reward_model, read_scale, reward_model_size, sequence_scores
+from common.model.reward_head import content_hash, load_reward_model, read_scale, reward_model_size
+from common.model.reward_scores import sequence_scores
 from common.model.size import ModelSize, model_size
 from common.types import RawScore, RewardInput
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from common.errors import UserError
 from common.model.packing import embed
-from common.model.reward_head import head_scores
+from common.model.reward_scores import head_scores
 from learner.reward_model.pairs import Pair
 
 

@@ -18,22 +18,21 @@ from transformers import (
 
 from common.data.dialogues import dialogue_ids
 from common.errors import UserError
-from common.model import reward_head as reward_models
+from common.model import reward_scores
 from common.model.files import load_policy, load_tokenizer
 from common.model.packing import ROW_MULTIPLE
 from common.model.reward_head import (
     ScoreScale,
     check_trainable,
     content_hash,
-    head_scores,
     is_reward_model,
     load_reward_model,
     read_scale,
     reward_model_size,
     save_reward_model,
-    sequence_scores,
     write_scale,
 )
+from common.model.reward_scores import head_scores, sequence_scores
 from common.model.size import model_size
 from tests.fakes import END, WORDS, save_tiny_model
 
@@ -320,12 +319,12 @@ def test_a_malformed_scale_is_refused(copied, scale):
 
 
 def test_a_model_whose_scores_depend_on_the_batch_is_refused(saved, monkeypatch):
-    plain = reward_models.sequence_scores
+    plain = reward_scores.sequence_scores
 
     def coloured(model, input_ids, lengths):
         return plain(model, input_ids, lengths) + 0.1 * input_ids.float().mean() / 64
 
-    monkeypatch.setattr(reward_models, "sequence_scores", coloured)
+    monkeypatch.setattr(reward_scores, "sequence_scores", coloured)
     with pytest.raises(UserError, match="a sequence's score depends on the padding or the other sequences"):
         load_reward_model(saved, **CPU)
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from common.model.files import load_policy
 from common.model.packing import Sequences, response_logprobs
-from common.model.reward_head import load_reward_model, sequence_scores
+from common.model.reward_head import load_reward_model
+from common.model.reward_scores import sequence_scores
 from common.model.size import model_size
 from common.model.small_model import randomise
 from tests.fakes import save_tiny_model
