@@ -31,11 +31,11 @@ class FunctionSource:
         self._origin = cfg.function
         self._runner = make_runner(cfg, service)
         style = self._runner.style
-        one_by_one = service.workers if service.isolation == "process" else 1
+        workers = service.workers if service.isolation == "process" else 1
         self._queue: CallQueue[Result] = CallQueue(
             self._serve,
             batch=cfg.batch if style.takes_list else 1,
-            concurrency=cfg.concurrency if style.is_async else one_by_one,
+            concurrency=cfg.concurrency if style.is_async else workers,
         )
 
     async def __call__(self, answer: RewardInput) -> RawScore:

@@ -98,7 +98,7 @@ class ServiceConfig(RewardSource):
     """Pause before the first further try, seconds. It doubles before each later one. A service's Retry-After makes it
     longer."""
     follow_redirects: bool = False
-    """Follow redirects. Headers are not sent on to another host. Off: a redirect is a failure."""
+    """Follow redirects. Headers are not sent on to another host or port. Off: a redirect is a failure."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
