@@ -1,27 +1,40 @@
-"""Errors that cross processes or folders. Runs anywhere."""
+"""Errors that cross processes or folders, and the reason of a process's death in one line. Runs anywhere."""
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
-    """Something the user can mend. The message states rule, value and remedy; the command line exits with 2."""
+    """Something the user can fix. The message states rule, value and remedy; the command line exits with 2."""
 
 
 class RolloutLostError(RuntimeError):
-    """What was written is gone, with the machine it lay on; its prompt must be asked again."""
+    """A rollout is gone, with the machine that held its tokens; its prompt must be generated again."""
 
 
 class RoleError(RuntimeError):
-    """A role cannot do its work any more; the message names role, replica and what was asked."""
+    """A role cannot do its work any more; the message names role, replica and request."""
 
 
 class GivenUpError(RuntimeError):
-    """So many processes died over one request that it seems to be the cause."""
+    """Several processes died while running one request, so the request seems to be the cause."""
 
 
 class CorruptWeightsError(RuntimeError):
-    """A new set of weights is not what was published, or not all of it: it is refused, and the old one goes on."""
+    """A new set of weights is damaged or incomplete. It is refused, and the old set stays in use."""
 
 
 class EngineDeadError(RuntimeError):
     """The engine failed and will not answer again; its replica must be replaced."""
+
+
+def death_reason(error: BaseException | None) -> str:
+    """Why a process died, in one line. Ray's messages are paragraphs whose last line may say nothing."""
+    text = str(error)
+    if "its worker process has died" in text:
+        pid, code = re.search(r"\bpid: (\d+)", text), re.search(r"exit code (\d+)", text)
+        how = f"ended with exit code {code[1]}" if code else "was killed by a signal, ran out of memory, or crashed"
+        return f"its process{f' {pid[1]}' if pid else ''} {how}"
+    lines = [line for line in text.splitlines() if line.strip() and "unexpected internal error" not in line]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,7 +1,9 @@
-"""A policy's weights on their way to the generators: flat, checksummed bf16 buckets, packed and verified one by one,
-whole or as what has changed since the version before.
+"""A policy's weights on their way from the learner to the generators. Runs anywhere.
 
-The values are NumPy arrays, since those cross Ray's object store without a copy and arrive read-only.
+The learner packs its weights into buckets: flat arrays of bf16 values with a checksum. A generator verifies each bucket
+as it arrives. Where generators keep the previous set, a bucket may travel as a delta: only the values that changed.
+
+The values are NumPy arrays, because Ray's object store hands those over without a copy; they arrive read-only.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from common.errors import CorruptWeightsError
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in its bucket: `shape` bf16 values from `offset` (in values)."""
+    """The place of one tensor in its bucket: `shape` bf16 values from `offset` (counted in values)."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,10 +36,10 @@ class Bucket:
 
     version: int
     index: int  # 0, 1, 2, ... within the version
-    last: bool  # no more of this version follow
+    last: bool  # this is the last bucket of its version
     entries: tuple[Entry, ...]
     values: np.ndarray  # int16 [n]: the bits of bf16 values
-    checksum: int  # xxh3_64 of everything above
+    checksum: int  # xxh3_64 of all fields above
 
     def verify(self) -> None:
         """Raises CorruptWeightsError if this is not what the publisher packed."""
@@ -45,88 +47,95 @@ class Bucket:
         _compare(f"weights version {self.version}: bucket {self.index}", found, self.checksum)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, bf16 tensor) pairs: views of the values, for reading only."""
+        """(name, bf16 tensor) pairs. The tensors are views of the values and must not be written to."""
         values = torch.from_dlpack(self.values).view(torch.bfloat16)
         for entry in self.entries:
             yield entry.name, values[entry.offset : entry.offset + prod(entry.shape)].view(entry.shape)
 
 
 @dataclass(frozen=True)
-class Changes:
-    """The values of a Bucket that differ from an older version's: to one who holds that, the whole bucket."""
+class Delta:
+    """The values of a Bucket that differ from an older version's. A holder of that version makes the bucket from it."""
 
     version: int
     index: int
     last: bool
     base_version: int
-    positions: np.ndarray  # uint32 [k], rising
-    values: np.ndarray  # int16 [k]: what stands there now, the bits of bf16 values
-    result: int  # checksum of the whole new Bucket
-    checksum: int  # xxh3_64 of everything above
+    positions: np.ndarray  # uint32 [k], increasing
+    values: np.ndarray  # int16 [k]: the new bits at these positions
+    bucket_checksum: int  # checksum of the whole new Bucket
+    checksum: int  # xxh3_64 of all fields above
 
     @property
     def nbytes(self) -> int:
         return self.positions.nbytes + self.values.nbytes
 
-    def apply(self, held: Bucket) -> Bucket:
-        """The new bucket, bit for bit. Raises CorruptWeightsError unless base and result are what the publisher had."""
-        what = f"weights version {self.version}: changes of bucket {self.index} since version {self.base_version}"
-        _compare(what, _checksum(self._facts(), self.positions, self.values), self.checksum)
-        if (held.version, held.index) != (self.base_version, self.index):
-            raise CorruptWeightsError(f"{what} came where bucket {held.index} of version {held.version} is held")
-        values = held.values.copy()
-        # A bucket of another layout has other positions: then the checksum below is wrong, wherever these are clipped.
+    def apply(self, base: Bucket) -> Bucket:
+        """The new bucket, bit for bit. Raises CorruptWeightsError unless base and result are the publisher's."""
+        what = f"weights version {self.version}: delta of bucket {self.index} since version {self.base_version}"
+        _compare(what, _checksum(self._header(), self.positions, self.values), self.checksum)
+        if (base.version, base.index) != (self.base_version, self.index):
+            raise CorruptWeightsError(f"{what} was applied to bucket {base.index} of version {base.version}")
+        values = base.values.copy()
+        # A base of another layout may be too short for some positions. They are clipped, and the checksum finds it.
         np.put(values, self.positions, self.values, mode="clip")
-        bucket = Bucket(self.version, self.index, self.last, held.entries, values, self.result)
+        bucket = Bucket(self.version, self.index, self.last, base.entries, values, self.bucket_checksum)
         bucket.verify()
         return bucket
 
-    def _facts(self) -> tuple:
-        return self.version, self.index, self.last, self.base_version, self.result
+    def _header(self) -> tuple:
+        return self.version, self.index, self.last, self.base_version, self.bucket_checksum
 
 
-def changes(old: Bucket, new: Bucket) -> Changes | None:
-    """From `old` to `new`; None where the layout differs, or the whole bucket is no larger."""
+def make_delta(old: Bucket, new: Bucket) -> Delta | None:
+    """The delta from `old` to `new`; None where their layouts differ, or where it would not be smaller than `new`."""
     if (old.index, old.entries) != (new.index, new.entries):
         return None
-    different = old.values != new.values  # as bits: NaN equals itself, and -0.0 is not 0.0
+    different = old.values != new.values  # compared as bits: NaN equals itself, and -0.0 is not 0.0
     if (4 + 2) * np.count_nonzero(different) >= new.values.nbytes:
         return None
     positions = np.flatnonzero(different).astype(np.uint32)
-    made = Changes(new.version, new.index, new.last, old.version, positions, new.values[positions], new.checksum, 0)
-    return replace(made, checksum=_checksum(made._facts(), made.positions, made.values))
+    delta = Delta(new.version, new.index, new.last, old.version, positions, new.values[positions], new.checksum, 0)
+    return replace(delta, checksum=_checksum(delta._header(), delta.positions, delta.values))
 
 
 @dataclass(frozen=True)
 class PublishedBucket:
-    """A published bucket, as it is passed on without being looked into: object references, and what they weigh."""
+    """References to one published bucket. The driver forwards them and never fetches them."""
 
-    full: Any  # of a Bucket
-    changes: Any | None  # of its Changes since the version published before, if there are any
-    full_bytes: int
-    changes_bytes: int | None
+    full: Any  # reference to a Bucket
+    best: Any  # reference to its Delta where a smaller one exists, else to the Bucket: for a holder of the last version
 
 
-Note = tuple[int, int, int | None]  # a bucket's index, its bytes, those of its changes
+@dataclass(frozen=True)
+class Manifest:
+    """The end of a publication: bytes of each bucket, in full and in its best form."""
+
+    full_bytes: tuple[int, ...]
+    best_bytes: tuple[int, ...]
 
 
-def publication(packed: Iterable[Bucket], held: Sequence[Bucket] = ()) -> Iterator[Bucket | Changes | Note | None]:
-    """Each bucket, its changes since the one of `held` if they are any use, and a note: who waits for the note may pass
-    both on unseen."""
+def publication(packed: Iterable[Bucket], base: Sequence[Bucket] = ()) -> Iterator[Bucket | Delta | Manifest]:
+    """What a rank publishes: all buckets and last the manifest. With `base`, the buckets of the version before, each
+    bucket is followed by its best form: its delta, or itself again where no delta is smaller."""
+    full_bytes, best_bytes = [], []
     for bucket in packed:
         yield bucket
-        changed = changes(held[bucket.index], bucket) if bucket.index < len(held) else None
-        yield changed
-        yield bucket.index, bucket.values.nbytes, None if changed is None else changed.nbytes
+        delta = make_delta(base[bucket.index], bucket) if bucket.index < len(base) else None
+        if base:
+            yield bucket if delta is None else delta
+        full_bytes.append(bucket.values.nbytes)
+        best_bytes.append(bucket.values.nbytes if delta is None else delta.nbytes)
+    yield Manifest(tuple(full_bytes), tuple(best_bytes))
 
 
 def buckets(
     named_tensors: Iterable[tuple[str, Tensor]], version: int, *, bucket_bytes: int = 32 << 20
 ) -> Iterator[Bucket]:
-    """Casts to bf16 and lays the tensors one after another into buckets of at most `bucket_bytes` (or one tensor).
+    """Casts tensors to bf16 and packs them, in order, into buckets of at most `bucket_bytes` (or of one tensor).
 
-    Lazy: a tensor is asked for once all before it are packed, so gathered shards need not exist all at once. Only the
-    one that turns out not to fit is held while the bucket before it is handed over.
+    Lazy: the next tensor is requested once those before it are packed, so a sharded model is never gathered as a whole.
+    While a bucket is handed over, only the tensor that no longer fitted into it is held.
     """
     index, filled = 0, 0
     entries: list[Entry] = []
@@ -138,7 +147,7 @@ def buckets(
             index, filled, entries = index + 1, 0, []
         if not entries:
             flat = torch.empty(max(bucket_bytes // 2, size), dtype=torch.bfloat16)
-        flat[filled : filled + size].copy_(tensor.detach().reshape(-1))  # cast and device-to-host in one pass
+        flat[filled : filled + size].copy_(tensor.detach().reshape(-1))  # cast and copy to the host in one pass
         entries.append(Entry(name, tuple(tensor.shape), filled))
         filled += size
     if entries:
@@ -146,58 +155,58 @@ def buckets(
 
 
 class IncomingWeights:
-    """What a receiver has of a new set: every bucket must come whole, once, in order and of one version.
+    """Checks a new set as it arrives: every bucket must come whole, once, in order and of one version.
 
-    Bucket 0 begins anew, whatever was left of a set that broke off.
+    Bucket 0 starts a new set, also after one that broke off.
     """
 
     def __init__(self) -> None:
-        self._begin(-1)
+        self._start(-1)
 
-    def _begin(self, version: int) -> None:
+    def _start(self, version: int) -> None:
         self._version = version
         self._next = 0
-        self._whole = False
+        self._complete = False
         self._names: set[str] = set()
 
     def add(self, bucket: Bucket) -> None:
-        """Raises CorruptWeightsError; then the set is void until it begins anew."""
+        """Raises CorruptWeightsError; the set is then refused until bucket 0 starts it again."""
         try:
             bucket.verify()
             if bucket.index == 0:
-                self._begin(bucket.version)
-            if bucket.version != self._version or bucket.index != self._next or self._whole:
+                self._start(bucket.version)
+            if bucket.version != self._version or bucket.index != self._next or self._complete:
+                expected = "no more" if self._complete else f"bucket {self._next} of version {self._version}"
                 raise CorruptWeightsError(
-                    f"weights version {bucket.version}: bucket {bucket.index} came where "
-                    f"{'nothing more' if self._whole else f'bucket {self._next} of version {self._version}'} was due"
+                    f"weights version {bucket.version}: bucket {bucket.index} came, but {expected} was expected"
                 )
             names = {entry.name for entry in bucket.entries}
             if twice := names & self._names:
                 raise CorruptWeightsError(f"weights version {bucket.version}: {min(twice)} came twice")
         except CorruptWeightsError:
-            self._begin(-1)
+            self._start(-1)
             raise
         self._names |= names
         self._next += 1
-        self._whole = bucket.last
+        self._complete = bucket.last
 
-    def check_whole(self, version: int) -> None:
-        """Raises CorruptWeightsError unless every bucket of `version` is there."""
-        if version != self._version or not self._whole:
+    def check_complete(self, version: int) -> None:
+        """Raises CorruptWeightsError unless every bucket of `version` has come."""
+        if version != self._version or not self._complete:
             raise CorruptWeightsError(
-                f"weights version {version} is not whole: {self._next} buckets of version {self._version} came"
-                f"{'' if self._whole else ', the last one not among them'}"
+                f"weights version {version} is not complete: {self._next} buckets of version {self._version} came"
+                f"{'' if self._complete else ', without the last one'}"
             )
 
 
 def _bucket(version: int, index: int, last: bool, entries: list[Entry], flat: Tensor) -> Bucket:
-    values, named = flat.view(torch.int16).numpy(), tuple(entries)
-    return Bucket(version, index, last, named, values, _checksum((version, index, last, named), values))
+    values, layout = flat.view(torch.int16).numpy(), tuple(entries)
+    return Bucket(version, index, last, layout, values, _checksum((version, index, last, layout), values))
 
 
-def _checksum(facts: tuple, *arrays: np.ndarray) -> int:
-    # What is said about the values counts as much as they do: a right tensor under a wrong name is corruption too.
-    digest = xxhash.xxh3_64(repr(facts).encode())
+def _checksum(header: tuple, *arrays: np.ndarray) -> int:
+    # The header counts as much as the values: a right tensor under a wrong name is corruption too.
+    digest = xxhash.xxh3_64(repr(header).encode())
     for array in arrays:
         digest.update(array.data.cast("B"))
     return digest.intdigest()

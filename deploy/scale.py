@@ -34,7 +34,8 @@ async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
         with suppress(ValueError, OSError):  # a user is editing the file, or the disk is full: the run continues
             targets = _read(directory / "scale.json")
             for pool in pools:
-                pool.wish = max(pool.least, int(targets.get(pool.role, pool.wish)))
+                members = pool.members
+                members.target = max(members.min_replicas, int(targets.get(pool.role, members.target)))
             state = {pool.role: _state(pool) for pool in pools}
             if state != written:
                 write_json(directory / "pool-state.json", state)
@@ -85,8 +86,8 @@ def show(state: Mapping[str, Any]) -> None:
 
 
 def _state(pool: Pool) -> dict[str, Any]:
-    replicas = [{"name": r.name, "state": r.state, "node": r.node} for r in pool.replicas]
-    return {"min": pool.least, "wish": pool.wish, "replicas": replicas}
+    replicas = [{"name": r.name, "state": r.state, "node": r.node} for r in pool.members.replicas]
+    return {"min": pool.members.min_replicas, "wish": pool.members.target, "replicas": replicas}
 
 
 def _read(path: Path) -> dict[str, Any]:

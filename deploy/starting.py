@@ -12,7 +12,7 @@ from actors.generation.engine import Engine
 from actors.generation.generator import Generator
 from actors.pool.membership import OnEvent
 from actors.pool.pool import Pool
-from actors.pool.ray_host import start_pool
+from actors.pool.ray_host import RayHost, start_pool
 from actors.pool.roles import GeneratorPool
 from actors.scoring.kinds import read_secrets
 from actors.scoring.reference import ReferencePolicy
@@ -51,14 +51,11 @@ class Starter:
         """Generators for sequences of up to `max_tokens`, or of the model's context if that is shorter."""
         end_tokens = end_token_ids(policy.directory, policy.tokenizer)
         length = min(max_tokens, policy.size.context)
-        pool = await self.pool(
-            Generator,
-            cfg,
-            seed,
-            partial(make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code),
-            updates=cfg.updates,
-        )
-        return GeneratorPool(pool, response_tokens=sampling.max_new_tokens)
+        make = partial(make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code)
+        host = RayHost(Generator, cfg, seed, make, updates=cfg.updates)
+        generators = GeneratorPool(host, cfg, on_event=self._on_event, response_tokens=sampling.max_new_tokens)
+        self.pools.append(await generators.pool.start(self._timeout_s))
+        return generators
 
     async def rewards(self, cfg: SourcesConfig, *, policy: PolicyFiles, judges: Sequence[RewardSource] = ()) -> Pool:
         """Reward replicas for responses of this policy; `judges` do not count in the total."""

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.pool.membership import PoolEvent
 from actors.pool.ray_actor import actor
+from actors.pool.replica import PoolEvent
 from actors.pool.roles import ReferencePool, RewardPool
 from common.config.ppo import Config
 from common.files import append_record, write_json
@@ -98,7 +98,7 @@ async def _train(
 
     start = Starter(cfg.ray, on_event=pool_changed)
     ranks = [actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg) for rank in range(cfg.learner.ranks)]
-    learner = LearnerGroup(ranks, timeout_s=cfg.learner.timeout_s)
+    learner = LearnerGroup(ranks, timeout_s=cfg.learner.timeout_s, deltas=cfg.generators.updates == "changes")
 
     async def start_reference() -> Reference:
         return AdapterReference(learner) if cfg.learner.lora is not None else ReferencePool(await start.references(cfg))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.config.ppo import Config
+from common.errors import EngineDeadError
 from common.metrics import meters
 from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Void
 
@@ -171,16 +172,15 @@ async def fetch_scored(rows: Sequence[ExperienceRef]) -> list[Experience]:
 
 
 class LocalHost:
-    """`actors.pool.membership.Host` in this process: replicas of a role that live until they are killed. `room` bounds
-    them;
-    `nodes` says where each lives."""
+    """`actors.pool.host.Host` in this process: at most `room` replicas of a role, which live until they are killed."""
 
-    losses = (ConnectionError,)
+    losses = (ConnectionError, EngineDeadError)
     lost_values = (LookupError,)
     outages = OSError
 
     def __init__(self, role: Any, *args: Any, room: int = 1 << 30) -> None:
-        self._role, self._args = role, args
+        self.role = role.__name__
+        self._make, self._args = role, args
         self.room = room
         self.handles: list[LocalHandle] = []
         self.leaving: dict[str, float] = {}
@@ -195,7 +195,7 @@ class LocalHost:
         alive = [handle for handle in self.handles if not handle.dead]
         for handle in alive[: self.room]:
             if not handle.placed.done():
-                handle.role = self._role(handle.name, *self._args)
+                handle.role = self._make(handle.name, *self._args)
                 handle.placed.set_result(None)
 
     def kill(self, handle: LocalHandle) -> None:
@@ -320,17 +320,17 @@ class FakeRoles:
             self.events.append(f"generate v{version}")
         return make_rollout(prompt, [4 + prompt.sample_id.prompt % 20, END], version=version)
 
-    async def score(self, written: RolloutRef) -> Score | Void:
-        if written.sample_id.prompt in self._fail_prompts:
-            return Void(written.sample_id, "told to fail")
+    async def score(self, ref: RolloutRef) -> Score | Void:
+        if ref.sample_id.prompt in self._fail_prompts:
+            return Void(ref.sample_id, "told to fail")
         return Score(1.0, {"a_words": 1.0})
 
-    async def judge(self, written: RolloutRef) -> Score | Void:
-        score = await self.score(written)
+    async def judge(self, ref: RolloutRef) -> Score | Void:
+        score = await self.score(ref)
         return score if isinstance(score, Void) else Score(score.total, {**score.components, "gold": 0.5})
 
-    async def logprobs(self, written: RolloutRef) -> tuple[np.ndarray, bool]:
-        logprobs = await self.measure(written.rollout)
+    async def logprobs(self, ref: RolloutRef) -> tuple[np.ndarray, bool]:
+        logprobs = await self.measure(ref.rollout)
         return logprobs, bool(np.isfinite(logprobs).all())
 
     async def measure(self, rollout: Rollout) -> np.ndarray:
@@ -348,13 +348,13 @@ class FakeRoles:
     async def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         return [rollout.rollout_logprobs for rollout in rollouts]
 
-    async def publish(self) -> AsyncIterator[str]:
+    async def publish(self) -> AsyncGenerator[str, None]:
         self.events.append(f"publish v{self.step}")
         for index in range(2):
             await asyncio.sleep(0.002)
             yield f"bucket {index} of {self.step}"
 
-    async def load(self, weights: AsyncIterator[str], version: int) -> dict[str, float]:
+    async def load(self, weights: AsyncGenerator[str, None], version: int) -> dict[str, float]:
         assert [bucket async for bucket in weights] == [f"bucket {index} of {version}" for index in range(2)]
         await asyncio.sleep(0.003)  # long enough for a rollout that was let in too early to be written
         self.events.append(f"load v{version}")

@@ -1,4 +1,7 @@
-"""Prompt to rollout: a generator over an `Engine`. The pool makes it a Ray actor; nothing here knows of that."""
+"""From a prompt to a rollout: a generator over an `Engine`. Runs in each generator.
+
+A plain class: `actors.pool.ray_actor` makes it a Ray actor.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from actors.generation.engine import Engine
 from common.errors import CorruptWeightsError
 from common.metrics import meters
 from common.types import Prompt, Rollout, RolloutRef, SampleId
-from common.weights import Bucket, Changes, IncomingWeights
+from common.weights import Bucket, Delta, IncomingWeights
 
 
 class Generator:
-    """Writes rollouts, every token stamped with the policy version that sampled it."""
+    """Writes rollouts. Every token has the version of the policy that sampled it."""
 
     def __init__(
         self,
@@ -27,83 +30,82 @@ class Generator:
         *,
         updates: Literal["full", "changes"] = "full",
     ) -> None:
-        """With updates = "changes" it keeps the buckets it holds, since the next ones may be given as changes."""
+        """With updates = "changes" it keeps the buckets of its weights, because the next ones may come as deltas."""
         self._name = name
         self._seed = seed
         self._engine = make_engine()
-        self._version: int | None = None  # of a learner's weights; None: those of the model's files
-        self._arrivals = IncomingWeights()
-        self._staging_s = 0.0  # of the update that is under way
+        self._version: int | None = None  # of the learner's weights; None: those of the model's files
+        self._incoming = IncomingWeights()
+        self._staging_s = 0.0  # spent on the current update
         for counted in ("rollouts", "tokens", "nonfinite"):
             meters.count(f"ratchet_generator_{counted}_total", 0)
         meters.gauge("ratchet_generator_weights_version", 0)
-        self._keeps = updates == "changes"
-        self._held: dict[int, Bucket] = {}  # of `_version`
+        self._keeps_buckets = updates == "changes"
+        self._held: dict[int, Bucket] = {}  # buckets of `_version`, by index
         self._staged: dict[int, Bucket] = {}
 
     async def ready(self) -> str:
-        """Answers once the engine has written a token: until then nobody knows whether it can compute this model.
-        Raises EngineDeadError with its reason."""
+        """Answers once the engine has written a token, which shows that it can compute this model. Raises
+        EngineDeadError with the reason."""
         await self._engine.generate(np.zeros(1, dtype=np.int32), seed=0, plain_tokens=1)
         return self._name
 
     async def generate(
         self, prompt: Prompt, begun: Rollout | None = None, plain_tokens: int = 0
     ) -> tuple[Rollout, RolloutRef]:
-        """The rollout, which stays here until it is fetched, and what the loop must know of it.
+        """The rollout, which stays in this process until it is fetched, and the facts about it that the loop needs.
 
-        Under one version of the weights it is a function of them, run seed and sample id alone. What another generator
-        has begun is gone on with; its tokens keep the versions and log-probabilities they were sampled with.
+        Under one version of the weights it depends on them, the run's seed and the sample id only. `begun` is a partial
+        response of another generator: it is continued, and its tokens keep their versions and log-probabilities.
         """
-        written = prompt.token_ids if begun is None else np.concatenate([prompt.token_ids, begun.response_ids])
-        num_begun = len(written) - len(prompt.token_ids)
+        context = prompt.token_ids if begun is None else np.concatenate([prompt.token_ids, begun.response_ids])
+        num_begun = len(context) - len(prompt.token_ids)
         seed = sampling_seed(self._seed, prompt.sample_id, num_begun)
-        left = max(1, plain_tokens - num_begun) if plain_tokens else 0
-        done = await self._engine.generate(written, seed=seed, num_begun=num_begun, plain_tokens=left)
+        plain_left = max(1, plain_tokens - num_begun) if plain_tokens else 0
+        done = await self._engine.generate(context, seed=seed, num_begun=num_begun, plain_tokens=plain_left)
         arrays = done.token_ids, done.logprobs, done.policy_versions
         if begun is not None:
             before = begun.response_ids, begun.rollout_logprobs, begun.policy_versions
             arrays = tuple(np.concatenate(pair) for pair in zip(before, arrays, strict=True))
         rollout = Rollout(prompt, *arrays, done.finish_reason, generator=self._name)
-        written_down = RolloutRef.of(rollout)
+        ref = RolloutRef.of(rollout)
         meters.count("ratchet_generator_tokens_total", len(done.token_ids))
-        meters.count("ratchet_generator_rollouts_total", written_down.finished)
-        meters.count("ratchet_generator_nonfinite_total", bool(written_down.fault))
-        return rollout, written_down
+        meters.count("ratchet_generator_rollouts_total", ref.finished)
+        meters.count("ratchet_generator_nonfinite_total", bool(ref.fault))
+        return rollout, ref
 
     async def hand_over(self) -> None:
-        """Ends every response where it is: `generate` returns what there is, for others to go on with."""
+        """Ends every response now: `generate` returns the partial ones, for other generators to continue."""
         await self._engine.hand_over()
 
-    async def stage(self, *parts: Bucket | Changes) -> None:
-        """Verifies the next buckets of new weights and sets them aside. Raises CorruptWeightsError, also for changes of
-        what is not held here; then the set may begin anew."""
+    async def stage(self, *parts: Bucket | Delta) -> None:
+        """Verifies the next buckets of new weights and keeps them for `swap`. Raises CorruptWeightsError, also for a
+        delta whose base is not held here; bucket 0 may then start the set again."""
         for part in parts:
             started = time.perf_counter()
-            bucket = self._applied(part) if isinstance(part, Changes) else part
-            self._arrivals.add(bucket)
+            bucket = self._apply(part) if isinstance(part, Delta) else part
+            self._incoming.add(bucket)
             if bucket.version != self._version:
                 if bucket.index == 0:
                     self._staged = {}
-                if self._keeps:
+                if self._keeps_buckets:
                     self._staged[bucket.index] = bucket
                 await self._engine.stage(bucket)
             self._staging_s = (self._staging_s if bucket.index else 0.0) + time.perf_counter() - started
 
-    def _applied(self, part: Changes) -> Bucket:
-        if part.index not in self._held:
+    def _apply(self, delta: Delta) -> Bucket:
+        if delta.index not in self._held:
             raise CorruptWeightsError(
-                f"weights version {part.version}: changes of bucket {part.index} since version {part.base_version} "
-                f"came to {self._name}, which keeps no such bucket"
+                f"weights version {delta.version}: {self._name} holds no bucket {delta.index} to apply the delta to"
             )
-        return part.apply(self._held[part.index])
+        return delta.apply(self._held[delta.index])
 
     async def swap(self, version: int) -> tuple[int, float]:
-        """Samples with the staged weights from here on; returns the version now held, and how long the engine did not
-        step, seconds. Raises CorruptWeightsError unless all of `version` is staged."""
+        """Samples with the staged weights from now on. Returns the version held, and how long the engine did not step,
+        seconds. Raises CorruptWeightsError unless all of `version` is staged."""
         pause_s = 0.0
         if version != self._version:
-            self._arrivals.check_whole(version)
+            self._incoming.check_complete(version)
             pause_s = await self._engine.swap(version)
             self._version, self._held, self._staged = version, self._staged, {}
             meters.observe("ratchet_generator_stage_seconds", self._staging_s)
@@ -112,7 +114,7 @@ class Generator:
 
 
 def sampling_seed(run_seed: int, sample_id: SampleId, num_begun: int = 0) -> int:
-    """63 bits that differ for every run seed, sample id, and token at which a response is gone on with."""
+    """63 bits that differ by run seed, sample id, and the number of tokens after which a response is continued."""
     place = f"/{num_begun}" if num_begun else ""
     digest = hashlib.blake2b(f"{run_seed}/{sample_id}{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -1,119 +1,140 @@
-"""The replicas of a role behind one async method: a call goes to one of them, and elsewhere if that one dies."""
+"""The replicas of a role behind one async method: a call goes to one of them, and to another if that one dies.
+
+Runs in the driver. A pool has a `Membership` (the lives of its replicas) and a `Router` (which one gets a call).
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Self
 
-from actors.pool.membership import TICK_S, Host, Membership, Replica, death_reason
+from actors.pool.host import Host
+from actors.pool.membership import TICK_S, CatchUp, HandOver, Membership, OnEvent
+from actors.pool.replica import Replica
+from actors.pool.routing import Router
 from common.config.base import Replicated
 from common.errors import GivenUpError, RoleError, RolloutLostError
 from common.metrics import meters
 
-Call = Callable[[Any], Awaitable[Any]]  # given a replica's handle, starts the call
+Call = Callable[[Any], Awaitable[Any]]  # starts a call, given the handle of a replica
 
-# A call that so many replicas died over is tried once more on a replica that has nothing else: if that dies too, the
-# call is the cause. Before, it may be the victim of another.
+# After this many replicas died while running a call, the call is a suspect: it is tried once more on a replica that
+# runs nothing else. If that one dies too, the call is given up. Until then another call may have been to blame.
 SUSPECT_AFTER = 2
 
 
 class _Lost(Exception):
-    """A replica is gone and its answer with it; `over_it`: it may have died of this call."""
+    """The replica of a call is gone. `by_death`: it died, perhaps because of this call; else it was told to leave."""
 
-    def __init__(self, *, over_it: bool) -> None:
-        self.over_it = over_it
+    def __init__(self, *, by_death: bool) -> None:
+        self.by_death = by_death
 
 
-class Pool(Membership):
-    """A call goes to the least loaded replica; if that dies, to another one. At most `in_flight` calls are with a
-    replica at a time; the others wait here, where no time limit runs."""
+class Pool:
+    """A call goes to the least loaded replica; if that one dies, to another. Each replica has at most `in_flight` calls
+    at once. Further calls wait here, and their time limit does not run."""
 
-    def __init__(self, role: str, host: Host, cfg: Replicated, **kwargs: Any) -> None:
-        super().__init__(role, host, cfg, **kwargs)
-        self._suspects = asyncio.Lock()  # held by the one that is tried alone
+    def __init__(
+        self,
+        host: Host,
+        cfg: Replicated,
+        *,
+        on_event: OnEvent = lambda event: None,
+        catch_up: CatchUp | None = None,
+        hand_over: HandOver | None = None,
+    ) -> None:
+        """`catch_up` and `hand_over`: see Membership."""
+        self.role, self.host = host.role, host
+        self._cfg = cfg
+        self._router = Router(cfg.in_flight)
+        self.members = Membership(host, cfg, self._router, on_event=on_event, catch_up=catch_up, hand_over=hand_over)
+        self._trying_alone = asyncio.Lock()  # held by the suspect that is tried alone
+
+    async def start(self, timeout_s: float) -> Self:
+        """Returns when `min` replicas are ready; see Membership."""
+        await self.members.start(timeout_s)
+        return self
+
+    def stop(self) -> None:
+        self.members.stop()
+
+    @property
+    def ready(self) -> list[Replica]:
+        return self.members.ready
 
     async def call(self, what: str, call: Call, *, cost: int = 1) -> Any:
-        """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when it takes
-        replica after replica with it, the last one of which had nothing else."""
-        losses = 0
-        while losses <= SUSPECT_AFTER:
-            suspected = losses == SUSPECT_AFTER
-            if suspected:
-                await self._suspects.acquire()  # waits until no other call is tried alone
+        """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when several
+        replicas died while running it, the last one running nothing else."""
+        deaths = 0
+        while deaths <= SUSPECT_AFTER:
+            suspect = deaths == SUSPECT_AFTER
+            if suspect:
+                await self._trying_alone.acquire()
             try:
                 number = await self._router.acquire(cost)
-                return await self._try(number, what, call, cost, alone=suspected)
+                return await self._try(number, what, call, cost, alone=suspect)
             except _Lost as lost:
-                losses += lost.over_it
+                deaths += lost.by_death
             finally:
-                if suspected:
-                    self._suspects.release()
-        raise GivenUpError(f"{what}: {losses} {self.role} replicas died over it: {death_reason(self._last_error)}")
+                if suspect:
+                    self._trying_alone.release()
+        raise GivenUpError(f"{what}: {deaths} {self.role} replicas died of it: {self.members.last_death}")
 
     async def _try(self, number: int, what: str, call: Call, cost: int, *, alone: bool) -> Any:
-        """The answer of the replica whose turn was taken, which has nothing else if `alone`. Raises _Lost."""
-        replica = self._replicas.get(number)
+        """The answer of the replica that the router chose; with `alone`, once it has no other calls. Raises _Lost."""
+        replica = self.members.find(number)
         if replica is None:
-            raise _Lost(over_it=False)  # it died before its turn was taken
+            raise _Lost(by_death=False)  # it ended between the router's choice and now
         replica.idle.clear()
         try:
             if alone:
-                self.suspend(replica)
-                while self._router.calls(number) > 1 and not replica.gone.done():
+                self.members.suspend(replica, "a suspect is tried alone")
+                while self._router.calls(number) > 1 and not replica.ended:
                     await asyncio.sleep(TICK_S)
-            was_gone = replica.gone.done()
+            had_ended = replica.ended
             answer = await self.ask(replica, what, call)
-            self._answered()
+            self.members.answered()
             return answer
-        except self._losses as error:
-            replica.tried_alone = alone and not was_gone
-            self.lose(replica, error)
+        except self.host.losses as error:
+            replica.tried_alone = alone and not had_ended
+            self.members.lose(replica, error)
             meters.count("ratchet_pool_reissues_total", role=self.role)
-            was_told_to_go = replica.gone.exception() is None
-            raise _Lost(over_it=not (was_gone or was_told_to_go)) from error
+            raise _Lost(by_death=not had_ended and replica.state == "dead") from error
         finally:
             self._router.release(number, cost)
             if not self._router.calls(number):
                 replica.idle.set()
             if alone:
-                self.resume(replica)
+                self.members.resume(replica, "a suspect is tried alone")
 
     async def each(self, work: Callable[[Replica], Awaitable[Any]]) -> dict[str, Any]:
-        """What `work` returns for every ready replica. One that dies over it leaves; other errors are raised."""
+        """The result of `work` for every ready replica. One that dies of it leaves the pool; other errors are
+        raised."""
         asked = self.ready
         answers = await asyncio.gather(*(work(replica) for replica in asked), return_exceptions=True)
+        results = {}
         for replica, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, self._losses):
-                self.lose(replica, answer)
+            if isinstance(answer, self.host.losses):
+                self.members.lose(replica, answer)
             elif isinstance(answer, BaseException):
                 raise answer
-        return {
-            replica.name: answer
-            for replica, answer in zip(asked, answers, strict=True)
-            if not isinstance(answer, BaseException)
-        }
+            else:
+                results[replica.name] = answer
+        return results
 
     async def ask(self, replica: Replica, what: str, call: Call) -> Any:
-        """One replica's answer. Raises RoleError when it takes too long, RolloutLostError if what it was given is
+        """One replica's answer. Raises RoleError when it takes too long, RolloutLostError if a referenced argument is
         gone."""
         try:
             async with asyncio.timeout(self._cfg.timeout_s) as limit:
                 return await call(replica.handle)
         except self.host.lost_values as error:
-            raise RolloutLostError(f"{what}: what {replica.name} was given is lost: {error}") from error
+            raise RolloutLostError(f"{what}: an argument of {replica.name} is lost: {error}") from error
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the role's own
             raise RoleError(
-                f"{replica.name} did not finish to {what} within {self._cfg.timeout_s:g} s (timeout_s); see what keeps "
-                "it, or raise the limit, and go on with --resume"
+                f"{replica.name} did not {what} within {self._cfg.timeout_s:g} s (timeout_s); find out what blocks it, "
+                "or raise the limit, and continue with --resume"
             ) from error
-
-    def suspend(self, replica: Replica) -> None:
-        """It gets no new calls until `resume`."""
-        self._router.close(replica.number)
-
-    def resume(self, replica: Replica) -> None:
-        if replica.state == "ready" and not replica.gone.done():
-            self._router.open(replica.number)

@@ -1,4 +1,4 @@
-"""Replicas as Ray actors: where a pool finds, starts and loses them."""
+"""Replicas as Ray actors: how a pool starts, watches and kills them. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from actors.pool.membership import OnEvent
 from actors.pool.pool import Pool
 from actors.pool.ray_actor import actor
 from common.config.base import Placed, Replicated
-from common.errors import RolloutLostError
+from common.errors import EngineDeadError, RolloutLostError
 
 
 class RayHost:
-    """`actors.pool.membership.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
+    """`actors.pool.host.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
 
-    losses: tuple[type[BaseException], ...] = (RayActorError,)
+    losses: tuple[type[BaseException], ...] = (RayActorError, EngineDeadError)
     lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
-    outages: type[BaseException] = Exception  # Ray's directory has no error of its own for being away
+    outages: type[BaseException] = Exception  # Ray has no error of its own for an unreachable directory
 
     def __init__(self, role: type, cfg: Placed, *args: Any, **kwargs: Any) -> None:
-        # A concurrency group of its own is a thread of its own: probes are answered however busy the others are.
+        self.role = role.__name__
+        # A concurrency group has its own thread, so probes are answered while all other threads are busy.
         self._actor = actor(role, cfg, concurrency_groups={"health": 1})
         self._args, self._kwargs = args, kwargs
         self._numbers = itertools.count()
 
     def create(self, name: str) -> Any:
-        # In Ray a name is free again only some time after its actor's death: it gets a number that never was.
+        # Ray frees the name of a dead actor only after some time, so every name gets a new number.
         unique = f"{name} #{next(self._numbers)}"
         return self._actor.options(name=unique).remote(name, *self._args, **self._kwargs)
 
@@ -41,7 +42,7 @@ class RayHost:
         ray.kill(handle)
 
     async def node(self, handle: Any) -> str | None:
-        # Ray's own table, which has no public form: the process id is there once the actor has found room.
+        # Ray's own table of actors, which has no public form. It has the process id once the actor has found room.
         entry = await asyncio.to_thread(ray_state.actors, handle._actor_id.hex())
         return entry["Address"]["NodeID"] if entry and entry["Pid"] else None
 
@@ -56,13 +57,13 @@ class RayHost:
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
         awaited = [ref.as_future() for ref in references if isinstance(ref, ray.ObjectRef)]
         fetched = iter(await asyncio.gather(*awaited, return_exceptions=True))
-        return [_there(next(fetched)) if isinstance(ref, ray.ObjectRef) else ref for ref in references]
+        return [_value_or_lost(next(fetched)) if isinstance(ref, ray.ObjectRef) else ref for ref in references]
 
 
-def _there(fetched: Any) -> Any:
-    """The value, or in its place the RolloutLostError; other errors are raised."""
+def _value_or_lost(fetched: Any) -> Any:
+    """The value, or the RolloutLostError that takes its place. Other errors are raised."""
     if isinstance(fetched, ObjectLostError):
-        lost = RolloutLostError("its tokens were lost with the node they lay on")
+        lost = RolloutLostError("its tokens were lost with the node that held them")
         lost.__cause__ = fetched
         return lost
     if isinstance(fetched, BaseException):
@@ -78,6 +79,5 @@ async def start_pool(
     on_event: OnEvent = lambda event: None,
     **kwargs: Any,
 ) -> Pool:
-    """Replicas `role(name, *args, **kwargs)`, named like Generator(0); returns when `cfg.min` of them are ready."""
-    pool = Pool(role.__name__, RayHost(role, cfg, *args, **kwargs), cfg, on_event=on_event)
-    return await pool.start(startup_timeout_s)
+    """A pool of replicas `role(name, *args, **kwargs)`, named like Reward(0); returns when `cfg.min` are ready."""
+    return await Pool(RayHost(role, cfg, *args, **kwargs), cfg, on_event=on_event).start(startup_timeout_s)

@@ -76,7 +76,8 @@ class Progress(Screen):
 
     def ready(self, pools: Sequence[Pool], *, dashboard: str | None, figures: str) -> None:
         """`dashboard` is the address of Ray's dashboard, `figures` that of the run's endpoint, both HOST:PORT."""
-        roles = sorted(f"{len(pool)} {pool.role if len(pool) == 1 else _PLURALS[pool.role]}" for pool in pools)
+        ready = [(len(pool.ready), pool.role) for pool in pools]
+        roles = sorted(f"{number} {role if number == 1 else _PLURALS[role]}" for number, role in ready)
         ranks = self._cfg.learner.ranks
         learner = "Learner" if ranks == 1 else f"Learner of {ranks} ranks"
         reference = ["the reference in it (LoRA)"] if self._cfg.learner.lora is not None else []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.markup import escape
 
-from actors.pool.membership import PoolEvent
+from actors.pool.replica import PoolEvent
 from common.metrics.table import Metric
 from deploy.screen.console import Output
 

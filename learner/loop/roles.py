@@ -1,8 +1,11 @@
-"""What the loop asks of the roles around it. The pool and the learner group fulfil it on Ray, fakes in the tests."""
+"""What the loop needs of the roles around it. Runs in the driver.
+
+`actors.pool.roles` and `learner.ranks.group` implement these protocols on Ray; the tests use fakes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,48 +17,61 @@ from common.types import Prompt, RolloutRef, Score, Void
 
 class Generators(Protocol):
     async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
-        """With `plain_tokens` this many tokens of the whole distribution, with nothing cut off or forbidden and past
-        any end token. Raises GivenUpError when replica after replica dies over this prompt."""
+        """One response to the prompt. With `plain_tokens`: this many tokens sampled from the whole distribution, past
+        any end token. Raises GivenUpError when several replicas die while they run this prompt."""
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        """What the references in RolloutRef or ExperienceRef stand for; a RolloutLostError in place of what is gone.
-        What
-        is no reference stands for itself."""
+        """The values behind the references of a RolloutRef or ExperienceRef. A value that is gone becomes a
+        RolloutLostError in its place; an item that is no reference is returned unchanged."""
 
-    async def load(self, weights: AsyncIterable[Any], version: int) -> dict[str, float]:
-        """Returns when every routable replica has verified and holds `version`, with what it took: `weights/*`."""
+    async def load(self, weights: AsyncGenerator[Any, None], version: int) -> dict[str, float]:
+        """Brings a publication of `LearnerGroup.publish` to every replica. Returns the metrics `weights/*` when every
+        replica that gets prompts has verified and holds `version`.
+
+        It keeps the references to the full buckets until the next version is loaded, for replicas that join later, and
+        drops each reference to a delta as soon as all replicas have staged it.
+        """
 
 
 class Reward(Protocol):
-    async def score(self, written: RolloutRef) -> Score | Void:
+    async def score(self, ref: RolloutRef) -> Score | Void:
         """Raises RolloutLostError if the rollout is gone."""
 
-    async def judge(self, written: RolloutRef) -> Score | Void:
-        """As `score`, with the components of the judges beside, which count nothing in the total."""
+    async def judge(self, ref: RolloutRef) -> Score | Void:
+        """Like `score`, with the judges' components as well. They do not count in the total."""
 
 
 class Reference(Protocol):
-    async def logprobs(self, written: RolloutRef) -> tuple[Any, bool]:
-        """Float32 [R] nats or a reference to them, and whether all are finite. Raises RolloutLostError if the rollout
-        is gone."""
+    async def logprobs(self, ref: RolloutRef) -> tuple[Any, bool]:
+        """Log-probabilities of the response, float32 [R] nats or a reference to them, and whether all are finite.
+        Raises RolloutLostError if the rollout is gone."""
 
 
 class LearnerGroup(Protocol):
     @property
     def step(self) -> int:
-        """Updates done; also the policy version that the next publication carries."""
+        """Updates done; also the policy version that the next publication has."""
 
-    async def update(self, table: pa.Table) -> dict[str, float]: ...
+    async def update(self, table: pa.Table) -> dict[str, float]:
+        """One PPO step on a batch of experience. Returns its metrics."""
 
-    def publish(self) -> AsyncIterator[Any]:
-        """Handles to the newest weights, bucket by bucket as they are packed, for `Generators.load`; tensors do not
-        pass through the caller."""
+    def publish(self) -> AsyncGenerator[Any, None]:
+        """The newest weights, for `Generators.load`: a PublishedBucket each time one more bucket is packed, and last
+        the Manifest. Raises an error that names the rank when one fails.
+
+        The driver owns every published object: they outlive the rank that packed them, and the object store frees each
+        when no reference is left. No tensor passes through the driver. A learner that publishes deltas keeps references
+        to the newest complete set as their base.
+        """
 
     async def policy_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
         """Log-probabilities of each response under the newest weights, float32 [R], nats."""
 
-    async def save(self, directory: Path) -> None: ...
+    async def save(self, directory: Path) -> None:
+        """Writes a checkpoint into the directory."""
 
-    async def restore(self, directory: Path) -> None: ...
+    async def restore(self, directory: Path) -> None:
+        """Continues from a checkpoint, whatever number of ranks wrote it."""
 
-    async def save_policy(self, directory: Path) -> None: ...
+    async def save_policy(self, directory: Path) -> None:
+        """Writes the policy as a Hugging Face directory."""

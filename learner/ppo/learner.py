@@ -22,7 +22,7 @@ from common.model.files import find_device, resolve_model, save_policy
 from common.model.packing import Sequences
 from common.model.size import model_size
 from common.types import Rollout
-from common.weights import Bucket, Changes, Note, buckets, publication
+from common.weights import Bucket, Delta, Manifest, buckets, publication
 from learner.ppo import lora
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.objective import objective
@@ -112,14 +112,12 @@ class Learner(Trainer):
         """With LoRA: log-probabilities of each rollout's response without the adapters, float32 [R], nats."""
         return self._logprobs(rollouts, reference=True)
 
-    def publish(self, *held: Bucket) -> Iterator[Bucket | Changes | Note | None]:
-        """The policy's weights bucket by bucket, with what has changed since the buckets `held` by the generators if
-        these are wanted: see `publication`. Ranks other than the first help to gather them, and give nothing."""
+    def publish(self, *base: Bucket) -> Iterator[Bucket | Delta | Manifest]:
+        """The policy's weights as a `publication`, with deltas against the buckets of `base` if there are any. The
+        other ranks help to gather the tensors, and publish nothing but an empty manifest."""
         tensors = self.network.policy_tensors()
         if self._ranks.rank > 0:
             deque(tensors, maxlen=0)
-            return
-        base = held if self.cfg.generators.updates == "changes" else ()
         yield from publication(buckets(tensors, self.policy_version), base)
 
     def restore_policy(self, directory: Path) -> int:

@@ -1,13 +1,17 @@
-"""Groups of ranks: one `Learner` or `RewardTrainer` per device as Ray actors, seen as one object."""
+"""Groups of ranks: one `Learner` or `RewardTrainer` per device, as Ray actors behind one object. Runs in the driver.
+
+(Only `_rendezvous` is sent to the first rank, and runs there.)
+"""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +20,30 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from torch.distributed import DistError
 
-from common.errors import RoleError, RolloutLostError, UserError
+from common.errors import RoleError, RolloutLostError, UserError, death_reason
 from common.model.batcher import Batcher
 from common.types import RolloutRef
-from common.weights import PublishedBucket
+from common.weights import Manifest, PublishedBucket
 from learner.reward_model.pairs import Pair
 
-# Once a rank has failed, how long the others may take to say what they know of it, seconds.
+# After one rank has failed, the time in which the others may still report their own errors, seconds.
 _AFTERMATH_S = 10.0
 
 
 class RankGroup:
-    """What every kind of group does. All ranks take part in every call: they gather and reduce together.
+    """The calls that every kind of group has. All ranks take part in each, because they gather and reduce together.
 
-    One call is under way at a time, and the others wait for their turn here: in the ranks' own queue their time limit
-    would run.
+    One call runs at a time. The others wait here for their turn: in the ranks' own queues their time limit would run.
     """
 
-    role = "Learner"  # of each rank, as it is shown
+    role = "Learner"  # the name of each rank in messages
 
     def __init__(self, ranks: list[Any], *, timeout_s: float) -> None:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._turn = asyncio.Lock()
         self._step = 0
-        self._rendezvous = ""  # where the ranks meet, if there are several
+        self._rendezvous = ""  # address where several ranks meet
 
     @property
     def step(self) -> int:
@@ -57,14 +60,14 @@ class RankGroup:
         await self._wait("start", joined, timeout_s=timeout_s)
 
     def stop(self) -> None:
-        """Ends every rank, and frees what it reserved."""
+        """Kills every rank, which frees its resources."""
         for rank in self._ranks:
             ray.kill(rank)
         if self._rendezvous.startswith("file://"):
             shutil.rmtree(Path(self._rendezvous.removeprefix("file://")).parent, ignore_errors=True)
 
     async def update(self, batch: Any) -> dict[str, float]:
-        shared = ray.put(batch)  # once, however many ranks
+        shared = ray.put(batch)  # one copy for all ranks
         async with self._turn:
             stats = await self._wait("update", [rank.update.remote(shared) for rank in self._ranks])
             self._step += 1
@@ -79,87 +82,101 @@ class RankGroup:
             calls = [rank.restore.remote(directory.resolve()) for rank in self._ranks]
             [self._step, *_] = await self._wait("restore a checkpoint", calls)
 
-    async def _wait(self, what: str, calls: list[Any], *, timeout_s: float | None = None) -> list[Any]:
-        """All answers. Of several errors the one that the others follow from is raised: when a rank fails, those that
-        wait for it lose their connection, and may say so first."""
-        limit = timeout_s or self._timeout_s
-        tasks = [asyncio.ensure_future(call) for call in calls]
-        done, _ = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
-        if any(task.exception() for task in done):
-            done, _ = await asyncio.wait(tasks, timeout=min(limit, _AFTERMATH_S))
-        errors = {rank: task.exception() for rank, task in enumerate(tasks) if task in done and task.exception()}
-        if errors:
-            rank = min(errors, key=lambda rank: _follows(errors[rank]))
-            error = errors[rank]
-            if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
-                raise error.cause from None  # it is the user's to mend, without the trace of a process
-            if isinstance(error, RayActorError):
-                raise RoleError(
-                    f"{self.role}({rank}) died as it was to {what} at step {self._step}: {_last_words(error)}"
-                ) from error
-            if len(self._ranks) > 1:
-                error.add_note(f"rank {rank} of {len(self._ranks)} did not {what} at step {self._step}")
-            raise error
-        if len(done) < len(tasks):
-            missing = [rank for rank, task in enumerate(tasks) if task not in done]
-            raise self._late(what, limit, missing)
-        return [task.result() for task in tasks]
+    async def _wait(
+        self, what: str, calls: Sequence[Any], *, ranks: Sequence[int] | None = None, timeout_s: float | None = None
+    ) -> list[Any]:
+        """The answers of all `calls`, one to each of `ranks` (default: all in order).
 
-    def _late(self, what: str, limit: float, ranks: Sequence[int] = ()) -> RoleError:
-        who = ", ".join(f"{self.role}({rank})" for rank in ranks) if ranks else self.role
+        When one rank fails, ranks that wait for it lose their connection and may report that first. Of several errors
+        the original one is raised.
+        """
+        limit = timeout_s or self._timeout_s
+        tasks = dict(zip(ranks or range(len(calls)), map(asyncio.ensure_future, calls), strict=True))
+        done, _ = await asyncio.wait(tasks.values(), timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.exception() for task in done):
+            done, _ = await asyncio.wait(tasks.values(), timeout=min(limit, _AFTERMATH_S))
+        errors = {rank: error for rank, task in tasks.items() if task in done and (error := task.exception())}
+        if errors:
+            raise self._role_error(what, *min(errors.items(), key=lambda item: _is_consequence(item[1])))
+        if len(done) < len(tasks):
+            raise self._timeout_error(what, limit, [rank for rank, task in tasks.items() if task not in done])
+        return [task.result() for task in tasks.values()]
+
+    def _role_error(self, what: str, rank: int, error: BaseException) -> BaseException:
+        """The error to raise when a rank failed: it names the rank, unless the user has to fix something."""
+        if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+            return error.cause  # without the trace of another process
+        if isinstance(error, RayActorError):
+            reason = death_reason(error)
+            died = RoleError(f"{self.role}({rank}) died while it was to {what} at step {self._step}: {reason}")
+            died.__cause__ = error
+            return died
+        if len(self._ranks) > 1:
+            error.add_note(f"rank {rank} of {len(self._ranks)} did not {what} at step {self._step}")
+        return error
+
+    def _timeout_error(self, what: str, limit: float, ranks: Sequence[int]) -> RoleError:
+        names = ", ".join(f"{self.role}({rank})" for rank in ranks)
         setting = "ray.startup_timeout_s" if what == "start" else "learner.timeout_s"
         return RoleError(
-            f"{who} did not {what} at step {self._step} within {limit:g} s ({setting}); see what keeps it, or raise "
-            "the limit, and continue with --resume"
+            f"{names} did not {what} at step {self._step} within {limit:g} s ({setting}); find out what blocks it, or "
+            "raise the limit, and continue with --resume"
         )
 
 
 class LearnerGroup(RankGroup):
-    """`learner.roles.LearnerGroup` over the actors of the ranks."""
+    """`learner.loop.roles.LearnerGroup` over the actors of the ranks."""
 
-    newest: Sequence[Any] = ()  # references of the Buckets of the newest set that was published whole
+    def __init__(self, ranks: list[Any], *, timeout_s: float, deltas: bool = False) -> None:
+        """With `deltas` a publication has each bucket's delta against the set before, which is kept for that."""
+        super().__init__(ranks, timeout_s=timeout_s)
+        self._deltas = deltas
+        self._base: Sequence[Any] = ()  # references to the Buckets of the last set that was published completely
 
-    async def publish(self) -> AsyncIterator[PublishedBucket]:
-        """The newest weights, as rank 0 packs them. Every rank takes part: gathering what is sharded takes all of them.
-        As results of a call the buckets are owned here: they outlive the rank, and are freed once nobody holds their
-        references. `newest` does until the next set is whole, so rank 0 can tell what has changed and keep nothing.
+    async def publish(self) -> AsyncGenerator[PublishedBucket | Manifest, None]:
+        """The newest weights, bucket by bucket while rank 0 packs more, and last their manifest. Every rank takes part,
+        because sharded tensors must be gathered from all of them."""
+        async with self._turn, aclosing(self._publish()) as publication:
+            async for item in publication:
+                yield item
 
-        Buckets and changes are never waited for, since that would fetch them: the note that follows them is.
-        """
-        async with self._turn:
-            async for parcel in self._publish():
-                yield parcel
-
-    async def _publish(self) -> AsyncIterator[PublishedBucket]:
-        held = [self.newest, *[()] * (len(self._ranks) - 1)]
-        streams = [
-            rank.publish.options(num_returns="streaming").remote(*buckets)
-            for rank, buckets in zip(self._ranks, held, strict=True)
-        ]
-        first = streams[0]
-        parts: list[Any] = []  # a bucket and its changes, while their note has not come
+    async def _publish(self) -> AsyncGenerator[PublishedBucket | Manifest, None]:
+        base: Sequence[Any] = self._base
         published: list[Any] = []
-        while streams:
-            # In a thread: the stream's own asynchronous iteration would fetch the buckets too.
-            waiting = asyncio.to_thread(ray.wait, streams, timeout=self._timeout_s, fetch_local=False)
-            ready, _ = await waiting
+        calls = [rank.publish.options(num_returns="streaming").remote for rank in self._ranks]
+        items = self._read("publish weights", [call(*base) if call is calls[0] else call() for call in calls])
+        async for item in items:
+            if isinstance(item, Manifest):
+                self._base = published if self._deltas else ()
+                yield item
+            else:
+                published.append(item)
+                yield PublishedBucket(item, best=await anext(items) if base else item)
+
+    async def _read(self, what: str, streams: list[ray.ObjectRefGenerator]) -> AsyncGenerator[Any, None]:
+        """The references that rank 0 streams, unread, but for the last one: its value.
+
+        Ray puts the error of a rank into its stream, in place of the last item. So the last item of every rank is read
+        and all others are not. An item is passed on when the next one has come and shows that it was not the last.
+        """
+        running, newest, manifest = dict(enumerate(streams)), dict[int, Any](), None
+        while running:
+            # Ray's own asynchronous iteration of a stream would fetch every item, so a thread waits.
+            wait = partial(ray.wait, list(running.values()), timeout=self._timeout_s, fetch_local=False)
+            ready, _ = await asyncio.to_thread(wait)
             if not ready:
-                raise self._late("publish weights", self._timeout_s)
+                raise self._timeout_error(what, self._timeout_s, list(running))
+            rank = streams.index(ready[0])
             item = next(ready[0], None)
-            if item is None:  # this rank is done; what comes last without a note is its error in a part's place
-                streams.remove(ready[0])
-                if ready[0] is first and parts:
-                    await self._wait("publish weights", parts[-1:])
-            elif ready[0] is first and len(parts) < 2:
-                parts.append(item)
-            else:  # a note, or the error of another rank
-                [note] = await self._wait("publish weights", [item])
-                if ready[0] is first:
-                    (full, changes), (_, full_bytes, changes_bytes) = parts, note
-                    parts = []
-                    published.append(full)
-                    yield PublishedBucket(full, None if changes_bytes is None else changes, full_bytes, changes_bytes)
-        self.newest = published
+            if item is None:
+                del running[rank]
+                [last] = await self._wait(what, [newest[rank]], ranks=[rank])
+                manifest = last if rank == 0 else manifest
+            else:
+                if rank == 0 and rank in newest:
+                    yield newest[rank]
+                newest[rank] = item
+        yield manifest
 
     async def save_policy(self, directory: Path) -> None:
         async with self._turn:
@@ -172,7 +189,7 @@ class LearnerGroup(RankGroup):
         return answers[0]
 
     async def ref_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
-        """With LoRA: log-probabilities of each response without the adapters, float32 [R], nats. `rollouts` may be
+        """Log-probabilities of each response with the LoRA adapters off, float32 [R], nats. `rollouts` may be
         references."""
         async with self._turn:
             calls = [rank.ref_logprobs.remote(*rollouts) for rank in self._ranks]
@@ -181,24 +198,26 @@ class LearnerGroup(RankGroup):
 
 
 class AdapterReference:
-    """`learner.roles.Reference` of a policy with LoRA adapters: the learner's own ranks, with the adapters off, between
-    its other calls: what is written during an update is measured after it."""
+    """`learner.loop.roles.Reference` of a policy with LoRA adapters: the learner's own ranks with the adapters off.
+
+    It takes turns with the learner's other calls: rollouts that arrive during an update are measured after it.
+    """
 
     def __init__(self, learner: LearnerGroup) -> None:
         self._batcher: Batcher[RolloutRef, np.ndarray] = Batcher(
-            lambda batch: learner.ref_logprobs([written.rollout for written in batch]),
-            num_tokens=lambda written: written.num_tokens,
+            lambda batch: learner.ref_logprobs([ref.rollout for ref in batch]),
+            num_tokens=lambda ref: ref.num_tokens,
             max_tokens=1 << 16,
             window_s=0.05,
         )
 
-    async def logprobs(self, written: RolloutRef) -> tuple[np.ndarray, bool]:
-        """Float32 [R], nats, and whether all are finite. Raises RolloutLostError if one of those that share the pass is
-        gone."""
+    async def logprobs(self, ref: RolloutRef) -> tuple[np.ndarray, bool]:
+        """Float32 [R], nats, and whether all are finite. Raises RolloutLostError if any rollout of the same pass is
+        lost."""
         try:
-            logprobs = await self._batcher.submit(written)
+            logprobs = await self._batcher.submit(ref)
         except ObjectLostError as error:
-            raise RolloutLostError("its tokens were lost with the node they lay on") from error
+            raise RolloutLostError("its tokens were lost with the node that held them") from error
         return logprobs, bool(np.isfinite(logprobs).all())
 
 
@@ -220,16 +239,8 @@ class RewardTrainerGroup(RankGroup):
             await self._wait("save the reward model", calls)
 
 
-def _last_words(error: BaseException) -> str:
-    """Why a process died, in one line."""
-    pid = re.search(r"\bpid: (\d+)", str(error))
-    if "its worker process has died" in str(error):
-        return f"its process{f' {pid[1]}' if pid else ''} was killed by a signal, for want of memory, or crashed"
-    return str(error).strip().splitlines()[-1]
-
-
-def _follows(error: BaseException | None) -> bool:
-    """Whether this is what a rank says that waited for another one, rather than what went wrong."""
+def _is_consequence(error: BaseException) -> bool:
+    """True for the error of a rank that only lost its connection to another one."""
     if not isinstance(error, RayTaskError):
         return False  # the process itself is gone
     text = str(error.cause)
@@ -237,8 +248,8 @@ def _follows(error: BaseException | None) -> bool:
 
 
 def _rendezvous(first: Any) -> str:
-    """Called in the first rank's process. Where ranks meet: a file on a cluster that is this machine alone, so that
-    nothing listens; else a free port of that rank's node."""
+    """Called in the first rank's process: the address where the ranks meet. On a cluster of this machine alone that is
+    a file, so that nothing listens on a port; otherwise a free port of this rank's node."""
     host = ray.util.get_node_ip_address()
     if host.startswith("127."):
         return f"file://{tempfile.mkdtemp(prefix='ratchet-')}/rendezvous"

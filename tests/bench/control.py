@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -68,7 +68,7 @@ class StubLearner:
     async def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         return [rollout.rollout_logprobs for rollout in rollouts]
 
-    async def publish(self) -> AsyncIterator[Any]:
+    async def publish(self) -> AsyncGenerator[Any, None]:
         return
         yield
 
@@ -97,7 +97,7 @@ class InstantHost(LocalHost):
         self.held: deque[Callable[[], None]] = deque()
 
     def create(self, name: str) -> Any:
-        handle = InstantHandle(self, name, self._role(name, *self._args))
+        handle = InstantHandle(self, name, self._make(name, *self._args))
         self.handles.append(handle)
         return handle
 
@@ -169,7 +169,7 @@ class StubReference(StubReward):
 
 
 class SameWeights(GeneratorPool):
-    async def load(self, weights: AsyncIterator[Any], version: int) -> dict[str, float]:
+    async def load(self, weights: AsyncGenerator[Any, None], version: int) -> dict[str, float]:
         """Nothing is published."""
         return {}
 
@@ -207,27 +207,25 @@ async def steps(
     record = PromptRecord("a question", np.arange(PROMPT_TOKENS, dtype=np.int32), {"answer": 1})
     learner = StubLearner()
     quiet = {"probe_timeout_s": 1e6}  # probes cost by the second, not by the rollout
-    hosts = (
-        (InstantHost(Generator, 0, lambda: StubEngine(learner), gated=in_step), Replicated(min=replicas, **quiet)),
-        (InstantHost(StubReward), Replicated(**quiet)),
-        (InstantHost(StubReference), Replicated(**quiet)),
-    )
-    generators, rewards, references = [
-        await Pool("Stub", host, section).start(timeout_s=600) for host, section in hosts
-    ]
-    hosts[0][0].let_through(batch)
+    host = InstantHost(Generator, 0, lambda: StubEngine(learner), gated=in_step)
+    generators = SameWeights(host, Replicated(min=replicas, **quiet))
+    rewards, references = (Pool(InstantHost(role), Replicated(**quiet)) for role in (StubReward, StubReference))
+    pools = (generators.pool, rewards, references)
+    for pool in pools:
+        await pool.start(timeout_s=600)
+    host.let_through(batch)
 
     def on_step(*_: Any) -> None:
         after_step()
         if in_step:
-            hosts[0][0].let_through(batch)
+            host.let_through(batch)
 
     run = Run(
         cfg=cfg,
         directory=directory,
         prompts=PromptStream([record] * 1000, seed=0, rollouts_per_prompt=1),
         heldout=[],
-        generators=SameWeights(generators),
+        generators=generators,
         reward=RewardPool(rewards),
         reference=ReferencePool(references),
         learner=learner,
@@ -238,7 +236,7 @@ async def steps(
     except Measured:
         pass
     finally:
-        for pool in (generators, rewards, references):
+        for pool in pools:
             pool.stop()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from actors.generation.engine import Completion
 from actors.generation.generator import Generator
-from actors.pool.ray_host import start_pool
+from actors.pool.ray_host import RayHost
 from actors.pool.roles import GeneratorPool
 from common.config.actors import GeneratorsConfig, SamplingConfig
 from common.config.base import RayConfig
@@ -58,9 +58,9 @@ def real_engine(model: str) -> Any:
 async def rates(make_engine: Any) -> list[float]:
     """Rollouts a second with 1, 2, ... replicas."""
     cfg = GeneratorsConfig(min=1, max=REPLICAS, cpus=0, in_flight=2 * RUNNING)
-    pool = await start_pool(Generator, cfg, 0, make_engine, startup_timeout_s=300)
-    pool.wish = 1
-    generators, written = GeneratorPool(pool), 0
+    generators, written = GeneratorPool(RayHost(Generator, cfg, 0, make_engine), cfg), 0
+    pool = await generators.pool.start(300)
+    pool.members.target = 1
 
     async def ask_on(number: int) -> None:
         nonlocal written
@@ -72,8 +72,8 @@ async def rates(make_engine: Any) -> list[float]:
     asking = [asyncio.create_task(ask_on(number)) for number in range(2 * RUNNING * REPLICAS)]
     found = []
     for wish in range(1, REPLICAS + 1):
-        pool.wish = wish
-        while len(pool) != wish:
+        pool.members.target = wish
+        while len(pool.ready) != wish:
             await asyncio.sleep(0.1)
         await asyncio.sleep(2)
         before, started = written, time.perf_counter()

@@ -17,7 +17,7 @@ import numpy as np
 from actors.generation.engine import Engine
 from actors.generation.generator import Generator, sampling_seed
 from actors.pool.ray_actor import actor
-from actors.pool.ray_host import start_pool
+from actors.pool.ray_host import RayHost
 from actors.pool.roles import GeneratorPool
 from common.config.actors import GeneratorsConfig, SamplingConfig
 from common.config.base import RayConfig
@@ -66,8 +66,8 @@ async def compare(cfg: GeneratorsConfig) -> dict[str, float]:
         Prompt(SampleId(0, index, 0), "", rng.integers(100, 40_000, PROMPT_TOKENS).astype(np.int32))
         for index in range(REQUESTS)
     ]
-    pool = await start_pool(Generator, cfg, 0, partial(make_engine, cfg), startup_timeout_s=300)
-    generators = GeneratorPool(pool)
+    generators = GeneratorPool(RayHost(Generator, cfg, 0, partial(make_engine, cfg)), cfg)
+    pool = await generators.pool.start(300)
     direct = actor(Direct, cfg).remote(cfg)
     served, plain = [], []
     for _ in range(1 + ROUNDS):  # the first only warms up

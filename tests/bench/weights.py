@@ -29,14 +29,14 @@ from torch import Tensor
 
 from actors.generation.generator import Generator
 from actors.pool.ray_actor import actor
-from actors.pool.ray_host import start_pool
+from actors.pool.ray_host import RayHost
 from actors.pool.roles import GeneratorPool
 from common.config.actors import GeneratorsConfig, SamplingConfig
 from common.config.base import RayConfig
 from common.config.ppo import LearnerConfig
 from common.model.files import load_policy, resolve_model
 from common.types import Prompt, SampleId
-from common.weights import Bucket, Changes, Note, buckets, changes, publication
+from common.weights import Bucket, Delta, Manifest, buckets, make_delta, publication
 from deploy.cluster.connection import cluster
 from learner.ranks.group import LearnerGroup
 from tests.bench.batch import MODEL
@@ -64,7 +64,7 @@ class Publisher:
             parameter.mul_(1 + 1e-4)
         return self._version
 
-    def publish(self, *held: Bucket) -> Iterator[Bucket | Changes | Note | None]:
+    def publish(self) -> Iterator[Bucket | Delta | Manifest]:
         named = ((name, parameter.detach()) for name, parameter in self._policy.named_parameters())
         yield from publication(buckets(named, self._version))
 
@@ -116,7 +116,7 @@ class TimedGenerator(Generator):
     def _note_swap(self, started: float, ended: float) -> None:
         self._swaps.append(ended - started)
 
-    async def stage(self, *parts: Bucket | Changes) -> None:
+    async def stage(self, *parts: Bucket | Delta) -> None:
         await super().stage(*parts)
         self._staged_at = time.perf_counter()
 
@@ -149,17 +149,8 @@ async def update_often(cfg: GeneratorsConfig) -> dict[str, float]:
     learner_cfg = LearnerConfig()
     rank = actor(Publisher, learner_cfg).remote()
     learner = LearnerGroup([rank], timeout_s=60)
-    pool, _ = await asyncio.gather(
-        start_pool(
-            TimedGenerator,
-            cfg,
-            0,
-            partial(make_engine, cfg, sampling),
-            startup_timeout_s=300,
-        ),
-        learner.start(300),
-    )
-    generators = GeneratorPool(pool)
+    generators = GeneratorPool(RayHost(TimedGenerator, cfg, 0, partial(make_engine, cfg, sampling)), cfg)
+    pool, _ = await asyncio.gather(generators.pool.start(300), learner.start(300))
     requests = [asyncio.create_task(keep_busy(generators, number)) for number in range(RUNNING)]
 
     async def notes() -> tuple[list[float], list[float], float, int]:
@@ -235,9 +226,9 @@ def find_changes(model: str) -> dict[str, float]:
         for rate in ("1e-6", "1e-5"):
             moved = ((name, weight + float(rate) * torch.randn_like(weight).sign()) for name, weight in weights.items())
             pairs = list(zip(old, buckets(moved, 1), strict=True))
-            made = [changes(*pair) for pair in pairs]
+            made = [make_delta(*pair) for pair in pairs]
             sent = sum(new.values.nbytes if change is None else change.nbytes for change, (_, new) in zip(made, pairs))
-            found_s = seconds_of(lambda pairs=pairs: [changes(*pair) for pair in pairs])
+            found_s = seconds_of(lambda pairs=pairs: [make_delta(*pair) for pair in pairs])
             applicable = [(change, base) for change, base in zip(made, old) if change is not None]
             applied_s = seconds_of(lambda applicable=applicable: [change.apply(base) for change, base in applicable])
             parts |= {

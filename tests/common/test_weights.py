@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import CorruptWeightsError
-from common.weights import Changes, IncomingWeights, buckets, changes, publication
+from common.weights import Bucket, Delta, IncomingWeights, Manifest, buckets, make_delta, publication
 
 
 def bits(tensor):
@@ -32,10 +32,10 @@ def unpack(packed):
 
 
 def receive(packed, version):
-    arrivals = IncomingWeights()
+    incoming = IncomingWeights()
     for bucket in packed:
-        arrivals.add(bucket)
-    arrivals.check_whole(version)
+        incoming.add(bucket)
+    incoming.check_complete(version)
 
 
 def read_only(bucket):
@@ -146,15 +146,15 @@ def test_what_is_said_about_the_values_is_part_of_the_checksum(change):
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ([], "not whole: 0 buckets"),
-        ([0, 1], "the last one not among them"),
-        ([0], "the last one not among them"),
-        ([1, 2], "bucket 1 came where bucket 0 of version -1 was due"),
-        ([0, 2], "bucket 2 came where bucket 1 of version 12 was due"),
-        ([0, 2, 1], "bucket 2 came where bucket 1"),
-        ([0, 1, 1, 2], "bucket 1 came where bucket 2"),
-        ([0, 1, 2, 2], "bucket 2 came where nothing more was due"),
-        ([0, 1, 2, 1], "bucket 1 came where nothing more was due"),
+        ([], "not complete: 0 buckets"),
+        ([0, 1], "without the last one"),
+        ([0], "without the last one"),
+        ([1, 2], "bucket 1 came, but bucket 0 of version -1 was expected"),
+        ([0, 2], "bucket 2 came, but bucket 1 of version 12 was expected"),
+        ([0, 2, 1], "bucket 2 came, but bucket 1"),
+        ([0, 1, 1, 2], "bucket 1 came, but bucket 2"),
+        ([0, 1, 2, 2], "bucket 2 came, but no more was expected"),
+        ([0, 1, 2, 1], "bucket 1 came, but no more was expected"),
     ],
     ids=str,
 )
@@ -167,15 +167,15 @@ def test_a_set_with_a_lost_doubled_or_reordered_bucket_is_refused(order, message
 def test_nothing_may_follow_the_last_bucket():
     longer = list(buckets([*some_tensors(), ("more", torch.ones(40))], 12, bucket_bytes=80))
     assert [bucket.index for bucket in longer if bucket.last] == [3]
-    with pytest.raises(CorruptWeightsError, match="bucket 3 came where nothing more was due"):
+    with pytest.raises(CorruptWeightsError, match="bucket 3 came, but no more was expected"):
         receive([*three_buckets(), longer[3]], 12)
 
 
 def test_a_set_of_mixed_versions_is_refused():
     old, new = three_buckets(11), three_buckets(12)
-    with pytest.raises(CorruptWeightsError, match="version 11: bucket 1 came where bucket 1 of version 12"):
+    with pytest.raises(CorruptWeightsError, match="version 11: bucket 1 came, but bucket 1 of version 12"):
         receive([new[0], old[1], new[2]], 12)
-    with pytest.raises(CorruptWeightsError, match="version 12 is not whole: 3 buckets of version 11 came"):
+    with pytest.raises(CorruptWeightsError, match="version 12 is not complete: 3 buckets of version 11 came"):
         receive(old, 12)
 
 
@@ -186,18 +186,18 @@ def test_a_name_that_comes_twice_is_refused():
 
 
 def test_after_a_refusal_nothing_counts_until_the_set_begins_anew():
-    arrivals, packed = IncomingWeights(), three_buckets()
-    arrivals.add(packed[0])
+    incoming, packed = IncomingWeights(), three_buckets()
+    incoming.add(packed[0])
     with pytest.raises(CorruptWeightsError):
-        arrivals.add(packed[2])
+        incoming.add(packed[2])
     for late in packed[1:]:
-        with pytest.raises(CorruptWeightsError, match="bucket 0 of version -1 was due"):
-            arrivals.add(late)
-    with pytest.raises(CorruptWeightsError, match="not whole"):
-        arrivals.check_whole(12)
+        with pytest.raises(CorruptWeightsError, match="bucket 0 of version -1 was expected"):
+            incoming.add(late)
+    with pytest.raises(CorruptWeightsError, match="not complete"):
+        incoming.check_complete(12)
     for bucket in [packed[0], packed[1], *three_buckets(13)]:  # one more that breaks off, and a good one
-        arrivals.add(bucket)
-    arrivals.check_whole(13)
+        incoming.add(bucket)
+    incoming.check_complete(13)
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -244,11 +244,11 @@ BEFORE = [0x3F80, 0x0000, 0x8000, 0x7F80, 0x7FC0, 0xFF81, 0x4000, *[0x3F80] * 20
     ("place", "pattern"),
     [(0, 0x3F81), (1, 0x8000), (2, 0x0000), (4, 0x7FC1), (5, 0x7F81), (6, 0x7FFF), (26, 0x0001)],
 )
-def test_changes_bring_over_every_bit_pattern_and_only_what_changed(place, pattern):
+def test_deltas_bring_over_every_bit_pattern_and_only_what_changed(place, pattern):
     after = BEFORE.copy()
     after[place] = pattern
     old, new = one_bucket(BEFORE, 6), one_bucket(after, 7)
-    change = changes(old, new)
+    change = make_delta(old, new)
     assert (change.positions.tolist(), change.positions.dtype) == ([place], np.uint32)
     assert change.values.view(np.uint16).tolist() == [pattern]
     assert (change.version, change.base_version, change.index, change.last, change.nbytes) == (7, 6, 0, True, 6)
@@ -260,36 +260,36 @@ def test_changes_bring_over_every_bit_pattern_and_only_what_changed(place, patte
 
 def test_nothing_changed_is_no_bytes_and_a_new_version():
     old, new = three_buckets(11)[1], three_buckets(12)[1]
-    change = changes(old, new)
+    change = make_delta(old, new)
     assert change.nbytes == 0
     assert (change.apply(old).checksum, change.apply(old).version) == (new.checksum, 12)
 
 
 @pytest.mark.parametrize(("changed", "worth_it"), [(8, True), (9, False), (27, False)])
-def test_changes_are_made_only_where_they_are_smaller_than_the_bucket(changed, worth_it):
+def test_deltas_are_made_only_where_they_are_smaller_than_the_bucket(changed, worth_it):
     # 27 values are 54 bytes; a change takes 6, so eight of them are 48 and nine as many as the bucket.
     after = [0x4100] * changed + BEFORE[changed:]
-    change = changes(one_bucket(BEFORE, 1), one_bucket(after, 2))
+    change = make_delta(one_bucket(BEFORE, 1), one_bucket(after, 2))
     assert (change is not None) == worth_it
 
 
 def test_another_layout_is_sent_in_full():
     old = three_buckets(1)
-    assert changes(old[0], three_buckets(2)[1]) is None
-    assert changes(one_bucket(BEFORE, 1), one_bucket(BEFORE, 2, name="v")) is None
-    assert changes(*buckets([("a", torch.empty(0))], 1), *buckets([("a", torch.empty(0))], 2)) is None
+    assert make_delta(old[0], three_buckets(2)[1]) is None
+    assert make_delta(one_bucket(BEFORE, 1), one_bucket(BEFORE, 2, name="v")) is None
+    assert make_delta(*buckets([("a", torch.empty(0))], 1), *buckets([("a", torch.empty(0))], 2)) is None
 
 
 def sparse_change():
     old = one_bucket(BEFORE, 6)
-    return old, changes(old, one_bucket([0x4100, *BEFORE[1:20], 0x4200, *BEFORE[21:]], 7))
+    return old, make_delta(old, one_bucket([0x4100, *BEFORE[1:20], 0x4200, *BEFORE[21:]], 7))
 
 
-def test_changes_of_another_base_are_refused():
+def test_deltas_of_another_base_are_refused():
     old, change = sparse_change()
-    with pytest.raises(CorruptWeightsError, match="bucket 0 since version 6 came where bucket 0 of version 5 is held"):
+    with pytest.raises(CorruptWeightsError, match="bucket 0 since version 6 was applied to bucket 0 of version 5"):
         change.apply(one_bucket(BEFORE, 5))
-    with pytest.raises(CorruptWeightsError, match="came where bucket 1 of version 6 is held"):
+    with pytest.raises(CorruptWeightsError, match="was applied to bucket 1 of version 6"):
         change.apply(replace(old, index=1))
     for other in (BEFORE[:-1], [*BEFORE[:5], 0x0001, *BEFORE[6:]], BEFORE[:4]):  # called version 6 as well
         with pytest.raises(CorruptWeightsError, match="version 7: bucket 0 has checksum"):
@@ -299,34 +299,44 @@ def test_changes_of_another_base_are_refused():
 
 @pytest.mark.parametrize("field", ["positions", "values"])
 @pytest.mark.parametrize(("place", "bit"), [(0, 0), (1, 15), (1, 4)])
-def test_one_flipped_bit_of_the_changes_is_refused(field, place, bit):
+def test_one_flipped_bit_of_a_delta_is_refused(field, place, bit):
     old, change = sparse_change()
     damaged = getattr(change, field).copy()
     damaged.view(f"u{damaged.itemsize}")[place] ^= 1 << bit
-    with pytest.raises(CorruptWeightsError, match="changes of bucket 0 since version 6 has checksum"):
+    with pytest.raises(CorruptWeightsError, match="delta of bucket 0 since version 6 has checksum"):
         replace(change, **{field: damaged}).apply(old)
 
 
-@pytest.mark.parametrize("said", [{"version": 8}, {"index": 1}, {"last": False}, {"base_version": 5}, {"result": 0}])
-def test_what_is_said_about_the_changes_is_part_of_their_checksum(said):
-    old, change = sparse_change()
+@pytest.mark.parametrize("field", ["version", "index", "base_version", "bucket_checksum", "last"])
+def test_the_header_of_a_delta_is_part_of_its_checksum(field):
+    old, delta = sparse_change()
+    damaged = not delta.last if field == "last" else getattr(delta, field) + 1
     with pytest.raises(CorruptWeightsError, match="has checksum"):
-        replace(change, **said).apply(old)
+        replace(delta, **{field: damaged}).apply(old)
 
 
-def test_a_publication_has_each_bucket_its_changes_and_a_note():
+def test_a_publication_has_each_bucket_its_best_form_and_a_manifest():
     moved = [(name, tensor + 1 if name == "cube" else tensor) for name, tensor in some_tensors()]
-    stream = list(publication(buckets(moved, 13, bucket_bytes=80), [read_only(b) for b in three_buckets()]))
-    new, made, notes = stream[::3], stream[1::3], stream[2::3]
-    assert [bucket.checksum for bucket in new] == [b.checksum for b in buckets(moved, 13, bucket_bytes=80)]
-    assert notes == [(0, 80, 0), (1, 72, None), (2, 56, 0)]  # 30 of the 36 values of bucket 1 have changed
-    assert made[1] is None
-    applied = [made[0].apply(three_buckets()[0]), new[1], made[2].apply(three_buckets()[2])]
+    packed = list(buckets(moved, 13, bucket_bytes=80))
+    *stream, manifest = publication(packed, [read_only(b) for b in three_buckets()])
+    new, best = stream[::2], stream[1::2]
+    assert new == packed
+    # 30 of the 36 values of bucket 1 have changed: its delta would be larger than the bucket.
+    assert [type(item) for item in best] == [Delta, Bucket, Delta]
+    assert manifest == Manifest((80, 72, 56), (0, 72, 0))
+    applied = [best[0].apply(three_buckets()[0]), best[1], best[2].apply(three_buckets()[2])]
     receive(applied, 13)
     assert [(n, bits(t)) for n, t in unpack(applied)] == [(n, bits(t)) for n, t in moved]
 
 
-@pytest.mark.parametrize("held", [0, 1])
-def test_buckets_beyond_those_held_have_no_changes(held):
-    stream = list(publication(three_buckets(13), three_buckets(12)[:held]))
-    assert [isinstance(item, Changes) for item in stream[1::3]] == [index < held for index in range(3)]
+def test_without_a_base_there_are_no_deltas():
+    packed = three_buckets(13)
+    *stream, manifest = publication(packed)
+    assert stream == packed
+    assert manifest == Manifest((80, 72, 56), (80, 72, 56))
+
+
+def test_a_bucket_beyond_the_base_is_its_own_best_form():
+    *stream, manifest = publication(three_buckets(13), three_buckets(12)[:1])
+    assert [type(item) for item in stream[1::2]] == [Delta, Bucket, Bucket]
+    assert manifest.best_bytes == (0, 72, 56)

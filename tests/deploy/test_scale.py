@@ -35,12 +35,13 @@ def with_run(directory, ask):
     """`ask()` in a thread while a run with a pool of one to three workers goes on in the directory."""
 
     async def run():
-        pool = await Pool("Worker", LocalHost(Worker), Replicated(min=1, max=3)).start(5)
-        pool.wish = 1
+        pool = await Pool(LocalHost(Worker), Replicated(min=1, max=3)).start(5)
+        pool.members.target = 1
         following = asyncio.create_task(follow_targets(directory, [pool]))
         await asyncio.sleep(0.1)
         try:
-            return await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), ask), pool.wish, len(pool)
+            answer = await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), ask)
+            return answer, pool.members.target, len(pool.ready)
         finally:
             following.cancel()
             pool.stop()

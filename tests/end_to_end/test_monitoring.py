@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.util.state import list_actors
 
-from actors.pool.membership import STATES
+from actors.pool.replica import STATES
 from common.metrics.table import ENDPOINT, METERS, STEP
 from deploy.screen.progress import Progress
 from deploy.train import run_training

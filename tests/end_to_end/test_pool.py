@@ -13,9 +13,9 @@ import pytest
 import ray
 from ray._private.internal_api import memory_summary
 
-from actors.pool.membership import PoolEvent
 from actors.pool.pool import Pool
 from actors.pool.ray_host import start_pool
+from actors.pool.replica import PoolEvent
 from common.config.base import RayConfig, Replicated
 from common.errors import EngineDeadError, RoleError
 from deploy.cluster.connection import cluster
@@ -108,7 +108,7 @@ def test_the_calls_of_a_killed_process_are_answered_by_another_and_it_is_replace
         os.kill(killed["Worker(0)"], signal.SIGKILL)
         await other.handle.release.remote()
         assert await asyncio.gather(*held) == ["Worker(1)"] * 4
-        while len(pool) < 2:
+        while len(pool.ready) < 2:
             await asyncio.sleep(0.1)
         assert set(await pids(pool)) == {"Worker(0)", "Worker(1)"}
         assert (await pids(pool))["Worker(0)"] != killed["Worker(0)"]
@@ -130,7 +130,7 @@ def test_a_process_that_stands_still_is_replaced_and_one_that_is_busy_is_not(ray
         assert await busy == taken.name
         while not any(event.event == "died" for event in events):
             await asyncio.sleep(0.1)
-        while len(pool) < 2:
+        while len(pool.ready) < 2:
             await asyncio.sleep(0.1)
 
     events = run(scenario, min=2, probe_timeout_s=3)
@@ -142,7 +142,7 @@ def test_a_dead_engine_counts_as_a_dead_replica_and_a_roles_own_error_reaches_th
     async def scenario(pool, events):
         with pytest.raises(ValueError, match="my mistake"):
             await pool.call("fail", lambda handle: handle.fail.remote(ValueError("my mistake")))
-        assert len(pool) == 2
+        assert len(pool.ready) == 2
         [name] = [replica.name for replica in pool.ready[:1]]
         with pytest.raises(EngineDeadError):
             await pool.ready[0].handle.fail.remote(EngineDeadError("broken step"))

@@ -236,7 +236,7 @@ def test_a_rank_that_is_killed_fails_the_step_by_its_name(model, ray_cluster):
     """And not by what the other says, whose connection it takes along."""
     outcome = update_twice(model, "dies", timeout_s=60)
     assert isinstance(outcome.error, RoleError)
-    assert str(outcome.error).startswith("Learner(1) died as it was to update at step 1: its process")
+    assert str(outcome.error).startswith("Learner(1) died while it was to update at step 1: its process")
     assert outcome.rank_id in str(outcome.error.__cause__)
     assert outcome.seconds < 20
 

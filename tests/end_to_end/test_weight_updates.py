@@ -17,7 +17,7 @@ from ray._private.internal_api import memory_summary
 from actors.generation.engine import Completion
 from actors.generation.generator import Generator
 from actors.pool.pool import Pool
-from actors.pool.ray_host import start_pool
+from actors.pool.ray_host import RayHost
 from actors.pool.roles import GeneratorPool
 from common.config.base import RayConfig, Replicated
 from common.errors import CorruptWeightsError, RoleError
@@ -42,7 +42,7 @@ class Rank:
     def join(self, rank: int, world: int, rendezvous: str) -> int:
         return 0
 
-    def publish(self, *held):
+    def publish(self, *base):
         version, trouble = self._plan
 
         def named_tensors():
@@ -58,10 +58,11 @@ class Rank:
                 yield f"w{index}", tensor
 
         if self._rank > 0:  # takes part in gathering, and yields nothing
-            assert not held
+            assert not base
             list(named_tensors())
-            return
-        yield from publication(buckets(named_tensors(), version, bucket_bytes=BUCKET_BYTES), held)
+            yield from publication(())
+        else:
+            yield from publication(buckets(named_tensors(), version, bucket_bytes=BUCKET_BYTES), base)
 
     def plan(self, version: int, trouble: str = "") -> None:
         self._plan = version, trouble
@@ -120,19 +121,16 @@ def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, u
 
     async def whole():
         handles = [ray.remote(num_cpus=0)(Rank).remote(rank) for rank in range(ranks)]
-        learner = LearnerGroup(handles, timeout_s=timeout_s)
-        pool = await start_pool(
-            Served,
-            Replicated(min=replicas, cpus=0),
-            updates,
-            startup_timeout_s=60,
-        )
+        learner = LearnerGroup(handles, timeout_s=timeout_s, deltas=True)
+        cfg = Replicated(min=replicas, cpus=0)
+        generators = GeneratorPool(RayHost(Served, cfg, updates), cfg)
+        pool = await generators.pool.start(60)
 
         async def plan(version: int, troubles: tuple[str, ...] = ("",) * ranks) -> None:
             await asyncio.gather(*(rank.plan.remote(version, t) for rank, t in zip(handles, troubles, strict=True)))
 
         try:
-            return await scenario(learner, GeneratorPool(pool), pool, plan)
+            return await scenario(learner, generators, pool, plan)
         finally:
             pool.stop()
             for rank in handles:
@@ -163,7 +161,7 @@ def test_every_replica_serves_what_rank_0_published_and_one_set_stays_in_the_obj
         while f" {NUM_BUCKETS} objects" not in memory_summary(stats_only=True):
             assert time.monotonic() < deadline, memory_summary(stats_only=True)
             await asyncio.sleep(0.2)
-        assert len(learner.newest) == NUM_BUCKETS
+        assert len(learner._base) == NUM_BUCKETS
 
     run(scenario, ranks=ranks, replicas=replicas)
 
@@ -222,7 +220,7 @@ def test_buckets_are_owned_here_and_outlive_the_rank(ray_cluster):
     [
         ("error", 0, ValueError, "cannot gather"),
         ("error", 1, ValueError, "cannot gather"),
-        ("death", 0, RoleError, r"Learner\(0\) died as it was to publish weights at step 0"),
+        ("death", 0, RoleError, r"Learner\(0\) died while it was to publish weights at step 0"),
         ("silence", 0, RoleError, "did not publish weights at step 0 within 3 s"),
     ],
 )
@@ -252,7 +250,7 @@ def test_a_replica_that_dies_in_between_is_replaced_by_one_with_the_newest_weigh
         await pool.ready[0].handle.die_at.remote(2)
         await generators.load(learner.publish(), 1)
         assert await served(pool) == [all_of(1)]
-        while len(pool) < 2:
+        while len(pool.ready) < 2:
             await asyncio.sleep(0.1)
         return await served(pool)
 
@@ -264,7 +262,7 @@ def test_a_replica_that_reports_another_version_is_an_error(ray_cluster):
         await plan(4)
         [replica] = pool.ready
         replica.handle = Liar(replica.handle)
-        with pytest.raises(RoleError, match=r"wanted weights version 4 on Served\(0\), but it holds 3"):
+        with pytest.raises(RoleError, match=r"Served\(0\) was to load weights version 4, but it holds version 3"):
             await generators.load(learner.publish(), 4)
         replica.handle = replica.handle.replica
 

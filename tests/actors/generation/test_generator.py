@@ -11,7 +11,7 @@ from actors.generation.engine import Completion
 from actors.generation.generator import Generator, sampling_seed
 from common.errors import CorruptWeightsError, EngineDeadError
 from common.types import SampleId
-from common.weights import buckets, changes
+from common.weights import buckets, make_delta
 from tests.fakes import OWN_TAGS, make_prompt, make_rollout, metered
 
 
@@ -95,7 +95,7 @@ def test_after_an_update_that_broke_off_the_next_one_is_loaded():
 def test_only_the_version_asked_for_is_swapped_in():
     calls, refused, held = run(*packed(3), 4, 3)
     assert calls == ["stage 3.0", "stage 3.1", "stage 3.2", "swap 3"]
-    assert "version 4 is not whole: 3 buckets of version 3 came" in refused[0]
+    assert "version 4 is not complete: 3 buckets of version 3 came" in refused[0]
     assert held == [3]
 
 
@@ -167,7 +167,7 @@ def wide(version: int, moved: dict[str, float]):
 
 
 def since(old, new):
-    return [changes(*pair) for pair in zip(old, new, strict=True)]
+    return [make_delta(*pair) for pair in zip(old, new, strict=True)]
 
 
 V3, V4, V5 = wide(3, {}), wide(4, {"a": 2.0}), wide(5, {"a": 2.0, "c": 3.0})
@@ -193,9 +193,9 @@ def test_changes_give_the_engine_the_whole_buckets_of_each_version():
 @pytest.mark.parametrize(
     ("keeps", "loaded", "message"),
     [
-        ("changes", [], "changes of bucket 0 since version 4 came to Generator(0), which keeps no such bucket"),
-        ("full", [V4], "changes of bucket 0 since version 4 came to Generator(0), which keeps no such bucket"),
-        ("changes", [V3], "since version 4 came where bucket 0 of version 3 is held"),
+        ("changes", [], "Generator(0) holds no bucket 0 to apply the delta to"),
+        ("full", [V4], "Generator(0) holds no bucket 0 to apply the delta to"),
+        ("changes", [V3], "since version 4 was applied to bucket 0 of version 3"),
     ],
 )
 def test_changes_of_what_is_not_held_are_refused_and_the_full_set_is_taken(keeps, loaded, message):
@@ -206,7 +206,7 @@ def test_changes_of_what_is_not_held_are_refused_and_the_full_set_is_taken(keeps
         with pytest.raises(CorruptWeightsError) as refused:
             await generator.stage(*since(V4, V5))
         assert message in str(refused.value)
-        with pytest.raises(CorruptWeightsError, match="version 5 is not whole"):
+        with pytest.raises(CorruptWeightsError, match="version 5 is not complete"):
             await generator.swap(5)
         await generator.stage(*V5)
         return await generator.swap(5)
@@ -221,7 +221,7 @@ def test_a_set_that_broke_off_is_no_base():
     async def scenario():
         generator = await updated(engine, V3)
         await generator.stage(*since(V3, V4)[:2])
-        with pytest.raises(CorruptWeightsError, match="bucket 0 of version 3 is held"):
+        with pytest.raises(CorruptWeightsError, match="was applied to bucket 0 of version 3"):
             await generator.stage(*since(V4, V5))
         await generator.stage(*since(V3, V5))
         return await generator.swap(5)

@@ -8,17 +8,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+import actors.pool.deaths as deaths
 import actors.pool.membership as membership
 import actors.pool.pool as pool_module
 from actors.generation.engine import Completion
 from actors.generation.generator import Generator
-from actors.pool.membership import PoolEvent
 from actors.pool.pool import Pool
+from actors.pool.replica import PoolEvent
 from actors.pool.roles import GeneratorPool
 from common.config.base import Replicated
 from common.errors import EngineDeadError, GivenUpError, RoleError, UserError
 from common.types import HANDED_OVER
-from common.weights import PublishedBucket, buckets
+from common.weights import Manifest, PublishedBucket, buckets
 from tests.fakes import LocalHost, make_prompt
 
 
@@ -26,7 +27,7 @@ from tests.fakes import LocalHost, make_prompt
 def quick(monkeypatch):
     monkeypatch.setattr(membership, "TICK_S", 0.01)
     monkeypatch.setattr(pool_module, "TICK_S", 0.01)
-    monkeypatch.setattr(membership, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(deaths, "BACKOFF_S", 0.02)
 
 
 class Worker:
@@ -62,7 +63,7 @@ class Joined:
     async def start(cls, room: int = 1 << 30, role: type = Worker, **settings) -> Joined:
         host = LocalHost(role, room=room)
         events: list[PoolEvent] = []
-        pool = Pool("Worker", host, Replicated(**settings), on_event=events.append)
+        pool = Pool(host, Replicated(**settings), on_event=events.append)
         return cls(host, await pool.start(timeout_s=5), events)
 
     def told(self, event: str) -> list[str]:
@@ -85,14 +86,14 @@ def run(scenario) -> None:
 def test_a_pool_starts_with_min_and_grows_to_max_as_there_is_room():
     async def scenario():
         it = await Joined.start(room=1, max=5)
-        assert len(it.pool) == 1
+        assert len(it.pool.ready) == 1
         await asyncio.sleep(0.1)
         # One runs, and no more than two wait for room: a demand that an autoscaler sees, and no flood of it.
         assert [handle.name for handle in it.host.handles] == ["Worker(0)", "Worker(1)", "Worker(2)"]
         it.host.make_room(4)
-        await until(lambda: len(it.pool) == 4)
+        await until(lambda: len(it.pool.ready) == 4)
         it.host.make_room(9)
-        await until(lambda: len(it.pool) == 5)
+        await until(lambda: len(it.pool.ready) == 5)
         await asyncio.sleep(0.05)
         assert len(it.host.handles) == 5
         assert it.told("joined") == [f"Worker({i})" for i in range(5)]
@@ -109,7 +110,7 @@ def test_the_calls_of_a_dead_replica_are_answered_by_another_and_it_is_replaced(
         assert await asyncio.gather(*calls) == ["Worker(1)"] * 6
         [death] = [event for event in it.events if event.event == "died"]
         assert (death.replica, death.calls, death.node) == ("Worker(0)", 3, "node of Worker(0)")
-        await until(lambda: len(it.pool) == 2)
+        await until(lambda: len(it.pool.ready) == 2)
         assert it.told("joined") == ["Worker(0)", "Worker(1)", "Worker(0)"]
 
     run(scenario)
@@ -128,11 +129,11 @@ def test_replacements_that_die_come_after_growing_pauses(monkeypatch):
 
         monkeypatch.setattr(it.host, "create", note)
         began = loop.time()
-        for deaths in range(1, 5):
-            await until(lambda: len(it.pool) == 1)
+        for number in range(1, 5):
+            await until(lambda: len(it.pool.ready) == 1)
             it.host.alive("Worker(0)").die()
             await asyncio.gather(it.work())  # the call finds out
-            await until(lambda deaths=deaths: len(created) == deaths)
+            await until(lambda number=number: len(created) == number)
         pauses = np.diff([began, *created])
         # 20, 40, 80, 160 ms at least, whatever the machine adds.
         assert all(pause >= 0.02 * 2**i for i, pause in enumerate(pauses)), pauses
@@ -157,7 +158,7 @@ def test_a_silent_process_is_replaced_and_a_slow_call_alone_kills_nobody():
 def test_a_call_that_takes_replica_after_replica_with_it_is_given_up():
     async def scenario():
         it = await Joined.start(min=4)
-        with pytest.raises(GivenUpError, match="fail: 3 Worker replicas died over it: broken step"):
+        with pytest.raises(GivenUpError, match="fail: 3 Worker replicas died of it: broken step"):
             await it.pool.call("fail", lambda handle: handle.fail.remote(EngineDeadError("broken step")))
         await until(lambda: len(it.told("died")) == 3)
         assert await it.work() == "Worker(3)"
@@ -175,7 +176,7 @@ def test_the_calls_beside_a_deadly_one_are_answered():
         )
         others = [asyncio.create_task(it.work(0.05)) for _ in range(5)]
         assert await asyncio.gather(*others) == ["Worker(0)"] * 5
-        with pytest.raises(GivenUpError, match="fail: 3 Worker replicas died over it"):
+        with pytest.raises(GivenUpError, match="fail: 3 Worker replicas died of it"):
             await deadly
 
     run(scenario)
@@ -210,8 +211,8 @@ def test_deaths_of_one_cause_between_answered_calls_end_nothing():
     async def scenario():
         it = await Joined.start(min=1)
         for death in range(5):
-            await until(lambda: len(it.pool) == 1)
-            it.pool.lose(it.pool.ready[0], EngineDeadError("killed"))
+            await until(lambda: len(it.pool.ready) == 1)
+            it.pool.members.lose(it.pool.ready[0], EngineDeadError("killed"))
             await until(lambda death=death: len(it.told("died")) == death + 1)
             assert (await it.work()).startswith("Worker(")
 
@@ -222,8 +223,8 @@ def test_deaths_of_different_causes_end_nothing():
     async def scenario():
         it = await Joined.start(min=1)
         for death, cause in enumerate(["killed", "out of memory", "killed", "out of memory"]):
-            await until(lambda: len(it.pool) == 1)
-            it.pool.lose(it.pool.ready[0], EngineDeadError(cause))
+            await until(lambda: len(it.pool.ready) == 1)
+            it.pool.members.lose(it.pool.ready[0], EngineDeadError(cause))
             await until(lambda death=death: len(it.told("died")) == death + 1)
         assert (await it.work()).startswith("Worker(")
 
@@ -236,7 +237,7 @@ def test_the_only_replica_is_replaced_as_soon_as_it_has_joined_once(monkeypatch)
     async def scenario():
         host = LocalHost(Worker)
         monkeypatch.setattr(membership, "TICK_S", 0.3)
-        pool = Pool("Worker", host, Replicated())
+        pool = Pool(host, Replicated())
         await pool.start(timeout_s=5)
         host.alive("Worker(0)").die()
         answer = await pool.call("work", lambda handle: handle.work.remote(0))
@@ -250,7 +251,7 @@ def test_an_event_that_cannot_be_written_down_loses_no_replica():
         raise OSError(28, "No space left on device")
 
     async def scenario():
-        pool = Pool("Worker", LocalHost(Worker), Replicated(), on_event=full)
+        pool = Pool(LocalHost(Worker), Replicated(), on_event=full)
         await pool.start(timeout_s=5)
         assert await pool.call("work", lambda handle: handle.work.remote(0)) == "Worker(0)"
 
@@ -267,7 +268,7 @@ def test_a_call_whose_replicas_are_told_to_go_is_never_given_up():
             it.host.leaving = {replica.node: 60.0} if replica else {}
             await until(lambda index=index: len(it.told("left")) > index)
             it.host.leaving = {}
-            await until(lambda: len(it.pool) == 1)
+            await until(lambda: len(it.pool.ready) == 1)
         assert (await call).startswith("Worker(")
 
     run(scenario)
@@ -276,12 +277,12 @@ def test_a_call_whose_replicas_are_told_to_go_is_never_given_up():
 def test_a_start_of_several_may_take_longer_than_a_later_shortage():
     class Slow(Worker):
         async def ready(self) -> str:
-            await asyncio.sleep(0.15 if self.name == "Worker(0)" else 0.4)
+            await asyncio.sleep(0.15 if self.name == "Slow(0)" else 0.4)
             return self.name
 
     async def scenario():
         it = await Joined.start(role=Slow, min=2, max_shortage_s=0.1)
-        assert len(it.pool) == 2
+        assert len(it.pool.ready) == 2
 
     run(scenario)
 
@@ -289,7 +290,7 @@ def test_a_start_of_several_may_take_longer_than_a_later_shortage():
 def test_a_call_that_takes_too_long_names_replica_task_and_limit():
     async def scenario():
         it = await Joined.start(timeout_s=0.05)
-        with pytest.raises(RoleError, match=r"Worker\(0\) did not finish to work within 0.05 s \(timeout_s\)"):
+        with pytest.raises(RoleError, match=r"Worker\(0\) did not work within 0.05 s \(timeout_s\)"):
             await it.work(5)
         assert it.told("died") == []
 
@@ -307,19 +308,19 @@ def test_calls_beyond_in_flight_wait_here_and_their_time_does_not_run():
 def test_a_lower_wish_dismisses_the_least_loaded_which_finishes_what_it_has():
     async def scenario():
         it = await Joined.start(min=1, max=3)
-        await until(lambda: len(it.pool) == 3)
+        await until(lambda: len(it.pool.ready) == 3)
         calls = [asyncio.create_task(it.work(0.2, cost=cost)) for cost in (1, 10, 10)]
         await asyncio.sleep(0.02)
-        it.pool.wish = 2
+        it.pool.members.target = 2
         await until(lambda: it.told("leaving") == ["Worker(0)"])
         assert await it.work(0) in ("Worker(1)", "Worker(2)")  # no new work for it
         assert await asyncio.gather(*calls) == ["Worker(0)", "Worker(1)", "Worker(2)"]
         await until(lambda: it.told("left") == ["Worker(0)"])
         [left] = [event for event in it.events if event.event == "left"]
-        assert (left.reason, left.calls) == ("fewer are wished for", 0)
+        assert (left.reason, left.calls) == ("the target was lowered", 0)
         assert it.host.handles[0].dead
-        it.pool.wish = 3
-        await until(lambda: len(it.pool) == 3)
+        it.pool.members.target = 3
+        await until(lambda: len(it.pool.ready) == 3)
 
     run(scenario)
 
@@ -349,7 +350,10 @@ def test_too_few_for_too_long_ends_the_pool_and_every_caller_hears_why():
         it.host.room = 0
         for handle in it.host.handles[:2]:
             handle.die()
-        message = r"Worker: for 0.2 s only 0 replicas were ready, at least 2 \(min\) are needed; .* go on with --resume"
+        message = (
+            r"Worker: for 0.2 s only 0 replicas were ready, but at least 2 \(min\) are needed; "
+            r".* continue with --resume"
+        )
         for call in waiting:
             with pytest.raises(UserError, match=message):
                 await call
@@ -361,7 +365,7 @@ def test_too_few_for_too_long_ends_the_pool_and_every_caller_hears_why():
 
 def test_a_pool_that_nobody_joins_says_so_when_start_up_time_is_over():
     async def scenario():
-        pool = Pool("Worker", LocalHost(Worker, room=0), Replicated())
+        pool = Pool(LocalHost(Worker, room=0), Replicated())
         with pytest.raises(UserError, match=r"for 0.1 s only 0 replicas were ready, .* Worker\(0\) pending"):
             await pool.start(timeout_s=0.1)
 
@@ -374,7 +378,7 @@ def test_a_first_replica_that_dies_in_its_start_is_the_error():
             raise ValueError("no such model")
 
     async def scenario():
-        with pytest.raises(RoleError, match=r"start: Worker\(0\) died: no such model"):
+        with pytest.raises(RoleError, match=r"start: Broken\(0\) died: no such model"):
             await Joined.start(role=Broken)
 
     run(scenario)
@@ -423,16 +427,16 @@ class SlowEngine:
 async def generators(max_tokens: int = 40, room: int = 1 << 30, **settings) -> tuple[Joined, GeneratorPool]:
     host = LocalHost(Generator, 0, lambda: SlowEngine(max_tokens), room=room)
     events: list[PoolEvent] = []
-    pool = Pool("Generator", host, Replicated(**settings), on_event=events.append)
-    service = GeneratorPool(pool)
-    return Joined(host, await pool.start(timeout_s=5), events), service
+    service = GeneratorPool(host, Replicated(**settings), on_event=events.append)
+    return Joined(host, await service.pool.start(timeout_s=5), events), service
 
 
 async def published(version: int):
     import torch
 
     for bucket in buckets([("w", torch.full((4,), float(version)))], version):
-        yield PublishedBucket(bucket, None, 8, None)
+        yield PublishedBucket(bucket, bucket)
+    yield Manifest((8,), (8,))
 
 
 def test_unfinished_responses_are_handed_over_and_gone_on_with_elsewhere():
@@ -478,7 +482,7 @@ def test_what_was_begun_is_begun_anew_when_it_is_lost_on_its_way():
             return rollout, written
 
         handle.role.generate = begin
-        generate = service._pool.call
+        generate = service.pool.call
 
         async def hands_over_first(what, call, *, cost):
             if not asked:
@@ -487,7 +491,7 @@ def test_what_was_begun_is_begun_anew_when_it_is_lost_on_its_way():
                 return lost, replace(written, finished=False)
             return await generate(what, call, cost=cost)
 
-        service._pool.call = hands_over_first
+        service.pool.call = hands_over_first
         written = await service.generate(make_prompt(3))
         assert written.finished
         assert asked == ["first", None, None]  # the second time it was given what is lost; then nothing
@@ -503,7 +507,7 @@ def test_a_replica_that_comes_late_takes_the_newest_weights_before_it_gets_work(
         await service.load(published(1), 1)
         await service.load(published(2), 2)
         it.host.make_room(2)
-        await until(lambda: len(it.pool) == 2)
+        await until(lambda: len(it.pool.ready) == 2)
         versions = {}
         for _ in range(8):
             written = await service.generate(make_prompt())
@@ -527,8 +531,8 @@ def test_who_catches_up_while_newer_weights_come_takes_those_too_before_it_gets_
         it.host.handles[1].role._engine.stage_s = 0.2
         await asyncio.sleep(0.05)
         await service.load(published(2), 2)
-        assert len(it.pool) == 1  # the other one still stages version 1
-        await until(lambda: len(it.pool) == 2)
+        assert len(it.pool.ready) == 1  # the other one still stages version 1
+        await until(lambda: len(it.pool.ready) == 2)
         assert [replica.handle.role._version for replica in it.pool.ready] == [2, 2]
 
     run(scenario)
@@ -542,9 +546,9 @@ def test_publications_and_joins_in_any_order_leave_every_routable_replica_with_t
         opened = it.pool._router.open
 
         def check_and_open(number):
-            replica = it.pool._replicas[number]
-            if replica.handle.role._version != service._wanted:
-                wrong.append(f"{replica.name} holds {replica.handle.role._version}, wanted {service._wanted}")
+            replica = it.pool.members.find(number)
+            if replica.handle.role._version != service._version:
+                wrong.append(f"{replica.name} holds {replica.handle.role._version}, wanted {service._version}")
             opened(number)
 
         it.pool._router.open = check_and_open
@@ -561,6 +565,6 @@ def test_publications_and_joins_in_any_order_leave_every_routable_replica_with_t
                 [rollout] = await service.fetch([(await answer).rollout])
                 assert set(rollout.policy_versions) == {version}
         assert not wrong
-        await until(lambda: len(it.pool) == 6)
+        await until(lambda: len(it.pool.ready) == 6)
 
     run(scenario)

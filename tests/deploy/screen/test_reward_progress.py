@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from actors.pool.membership import PoolEvent
+from actors.pool.replica import PoolEvent
 from common.config.reward_model import RewardTrainingConfig
 from common.model.reward_head import ScoreScale
 from deploy.screen.reward_progress import RewardProgress, plot_calibration

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config.ppo import Config
 from common.types import experience_table
-from common.weights import IncomingWeights
+from common.weights import IncomingWeights, Manifest
 from learner.ppo.learner import Learner
 from tests.fakes import make_experience, save_tiny_model, tiny_config
 
@@ -493,30 +493,29 @@ def test_empty_and_one_token_responses_are_harmless(model):
 def test_published_weights_are_the_policy_rounded_to_bf16(model):
     learner = make_learner(model)
     learner.update(batch())
-    published = list(learner.publish())
-    buckets = published[::3]
-    assert published[1::3] == [None] * len(buckets)
-    assert published[2::3] == [(bucket.index, bucket.values.nbytes, None) for bucket in buckets]
-    arrivals = IncomingWeights()
+    *buckets, manifest = learner.publish()
+    sizes = tuple(bucket.values.nbytes for bucket in buckets)
+    assert manifest == Manifest(sizes, sizes)
+    incoming = IncomingWeights()
     for bucket in buckets:
-        arrivals.add(bucket)
-    arrivals.check_whole(1)
+        incoming.add(bucket)
+    incoming.check_complete(1)
     named = dict(learner.network.policy.named_parameters())
     tensors = dict(pair for bucket in buckets for pair in bucket.tensors())
     assert tensors.keys() == named.keys()
     assert all(torch.equal(t, named[name].detach().bfloat16()) for name, t in tensors.items())
 
 
-def test_changes_are_published_since_what_is_held_where_they_are_wanted(model):
-    learner = make_learner(model, generators={"updates": "changes"}, optimizer={"learning_rate": 1e-6})
-    held = list(learner.publish())[::3]
+def test_deltas_are_published_against_a_base(model):
+    learner = make_learner(model, optimizer={"learning_rate": 1e-6})
+    *base, _ = learner.publish()
     learner.update(batch())
-    published = list(learner.publish(*held))
-    new, made, notes = published[::3], published[1::3], published[2::3]
-    assert [change.apply(old).checksum for old, change in zip(held, made, strict=True)] == [b.checksum for b in new]
-    assert [note[2] for note in notes] == [6 * int((old.values != b.values).sum()) for old, b in zip(held, new)]
-    assert 0 < sum(note[2] for note in notes) < sum(note[1] for note in notes) / 4
-    assert list(make_learner(model).publish(*held))[1::3] == [None] * len(held)
+    *published, manifest = learner.publish(*base)
+    new, deltas = published[::2], published[1::2]
+    assert [delta.apply(old).checksum for old, delta in zip(base, deltas, strict=True)] == [b.checksum for b in new]
+    changed = [int((old.values != bucket.values).sum()) for old, bucket in zip(base, new, strict=True)]
+    assert manifest.best_bytes == tuple(6 * count for count in changed)
+    assert 0 < sum(manifest.best_bytes) < sum(manifest.full_bytes) / 4
 
 
 def test_the_saved_policy_is_a_hugging_face_directory(model, tmp_path):

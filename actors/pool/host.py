@@ -1,0 +1,34 @@
+"""`Host`: what a pool needs of the system that runs its replicas. Runs in the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Host(Protocol):
+    """Runs replicas of one role. Handles are its own; a role's methods are called as `handle.method.remote(...)`."""
+
+    role: str  # name of the role
+    losses: tuple[type[BaseException], ...]  # errors of a call which say that its replica will never answer
+    lost_values: tuple[type[BaseException], ...]  # errors of a call which say that a referenced argument is gone
+    outages: type[BaseException]  # error of `node` and `leaving_nodes` while the cluster cannot answer
+
+    def create(self, name: str) -> Any:
+        """A handle, at once. The replica itself may have to wait for room, without limit."""
+
+    def kill(self, handle: Any) -> None:
+        """Ends the replica's process and frees its resources."""
+
+    async def node(self, handle: Any) -> str | None:
+        """The node where the replica runs; None while it waits for room."""
+
+    async def leaving_nodes(self) -> Mapping[str, float]:
+        """Nodes that are about to go, with the seconds until then."""
+
+    def probe(self, handle: Any) -> Awaitable[Any]:
+        """Answered by the replica's process even while its role is busy."""
+
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        """The values behind references. A value that is gone becomes a RolloutLostError in its place; an item that is
+        no reference is returned unchanged."""

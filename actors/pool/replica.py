@@ -1,0 +1,71 @@
+"""One replica of a role: its state, and the events that people see. Runs in the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any
+
+# The states of a living replica: it waits for room; loads; serves; finishes its last calls. "dead" may follow each.
+STATES = ("pending", "starting", "ready", "leaving")
+
+
+@dataclass(frozen=True)
+class PoolEvent:
+    """A change in a pool that the user should see."""
+
+    role: str
+    replica: str
+    event: str  # "joined", "leaving", "left" or "died"
+    reason: str = ""
+    node: str | None = None
+    seconds: float = 0.0  # joined: since it had room; left: since it joined
+    calls: int = 0  # calls it had when it left or died: they are sent to others
+
+
+@dataclass(eq=False)
+class Replica:
+    """One member of a pool. It goes through STATES in order, or is told to leave, or dies."""
+
+    number: int  # never used again
+    name: str
+    handle: Any
+    state: str = "pending"
+    since: float = field(default_factory=time.monotonic)  # start of this state
+    lasted_s: float = 0.0  # duration of the state before
+    node: str | None = None
+    joined: bool = False  # it was ready at some time
+    reason: str = ""  # why it was told to leave
+    error: BaseException | None = None  # why it died
+    version: int | None = None  # the learner's weights that it has verified and holds; None: those of the model's files
+    calls_lost: int = 0  # calls it had when it died
+    tried_alone: bool = False  # it died of a call that was tried alone, which is then given up
+    suspended_for: set[str] = field(default_factory=set)  # reasons why it gets no new calls although it is ready
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # it has no calls
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)  # it is leaving or dead
+
+    def enter(self, state: str) -> None:
+        now = time.monotonic()
+        self.lasted_s, self.state, self.since = now - self.since, state, now
+        if self.ended:
+            self._ended.set()
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("leaving", "dead")
+
+    async def unless_ended(self, work: Awaitable[None]) -> None:
+        """Runs `work`, but cancels it when the replica is told to leave or dies. Raises the error of the work, or the
+        one that the replica died of."""
+        task, ended = asyncio.ensure_future(work), asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                await task
+            if self.error is not None:
+                raise self.error
+        finally:
+            task.cancel()
+            ended.cancel()
