@@ -1,8 +1,8 @@
-"""vLLM behind the `Engine` protocol: the engine in this process, stepped by one thread of its own.
+"""vLLM behind the `Engine` protocol: the engine in this process, stepped by its own thread. Runs in each generator.
 
-Everything that touches the engine runs on that thread between two steps, so a weight update never meets a step half
-way and each token's weight version is exact. One process starts faster and is smaller than vLLM's own layouts; only
-with tensor parallelism does each device have a process of its own, which ends with this one.
+Everything that touches the engine runs on that thread between two steps. So no weight update can fall into a step, and
+every token's weight version is exact. The engine shares the generator's process, which starts faster and is smaller
+than vLLM's own layouts. Only with tensor parallelism each device has its own process, which ends with this one.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from common.types import HANDED_OVER
 from common.user_code.packages import package_root
 from common.weights import Bucket
 
-# Read while vllm is imported.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core stays in this process
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# Worker processes begin anew, since a copy of this one with its threads would hang, and keep to its cores and threads.
+# vLLM reads its variables while it is imported.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core must run in this process
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+# Worker processes are spawned: a fork of this process with its threads would hang. They inherit its cores and threads.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# They are all on this node, and need no network.
+# All worker processes are on this node, so the loopback interface is enough.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 if not torch.cuda.is_available():
-    # The kernel that ranks log-probabilities would be compiled for 13 s, for nothing at these sizes.
+    # Otherwise the kernel that ranks log-probabilities is compiled for 13 s, with no gain at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from vllm import SamplingParams
@@ -57,7 +57,7 @@ from actors.generation.vllm_weights import weights_of
 
 T = TypeVar("T")
 
-# The whole distribution at the run's temperature, whatever the run does with it.
+# Sampling from the whole distribution at the run's temperature, without the run's truncation and end tokens.
 _PLAIN: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": True}
 
 
@@ -75,7 +75,7 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         export_metrics: bool = False,
     ) -> None:
-        """With `export_metrics` vLLM's own metrics go through Ray: in a process of Ray's only."""
+        """With `export_metrics` vLLM's own metrics go through Ray, which needs a Ray process."""
         self._sampling: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -90,31 +90,32 @@ class VLLMEngine:
         on_cpu = current_platform.is_cpu()
         self._args = EngineArgs(
             model=str(model),
-            # A tag of vLLM's metrics: Ray refuses one with letters beyond ASCII, which the path may have.
+            # A tag of vLLM's metrics. By default it is the path, and Ray refuses tags with letters outside ASCII.
             served_model_name="policy",
             trust_remote_code=trust_remote_code,
             dtype=cfg.dtype,
             max_model_len=max_model_len,
             max_num_seqs=cfg.max_running,
-            # A seeded request whose prompt is split over steps must rewind its random generator, and vLLM 0.32 cannot
-            # do that on CPU ("CPU Generator does not use offset"): there, every prompt fits into one step.
+            # A seeded request whose prompt is split over several steps rewinds its random generator, which vLLM 0.32
+            # cannot do on CPU ("CPU Generator does not use offset"). So on CPU every prompt must fit into one step.
             enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
             tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="mp" if cfg.tensor_parallel > 1 else None,
-            # With a batch in flight between two steps, tokens of the old weights would be stamped with the new version.
+            # With asynchronous scheduling a batch is in flight between two steps: tokens of the old weights would get
+            # the new version.
             async_scheduling=False,
-            kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # of each device
-            gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # of a shared GPU vLLM may count on its share
-            enforce_eager=on_cpu,  # compiling for the CPU: 71 s for at most 10 %
-            # Log-probabilities of the distribution sampled from: after temperature and truncation.
+            kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # per device
+            gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # a share of a GPU may be reserved
+            enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
+            # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
             logprobs_mode="processed_logprobs",
-            # A cached prefix computed by old weights would serve new requests after an update.
+            # After an update, a cached prefix would serve states that the old weights computed.
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
             disable_log_stats=not export_metrics,
         )
-        self._load = (-1, -1)  # requests running and waiting, as last reported
+        self._load = (-1, -1)  # requests running and waiting, as reported last
         self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
         self._wake = threading.Condition()
         self._waiting: dict[str, Future] = {}  # request key -> its final output
@@ -122,11 +123,11 @@ class VLLMEngine:
         self._leaving = False
         self._failure: BaseException | None = None
         self._stager = ThreadPoolExecutor(1, "vllm-weights")
-        # Staging holds the interpreter for microseconds between long native calls. At Python's 5 ms it would wait for
-        # the engine's thread most of the time.
+        # Staging needs the interpreter lock for microseconds between long native calls. With Python's default of 5 ms
+        # it would mostly wait for the engine's thread.
         sys.setswitchinterval(0.0005)
         if cfg.tensor_parallel > 1:
-            # Worker processes begin with this path: a user's own `common` on it must not hide ours from them.
+            # Worker processes start with this path: a user's own package `common` must not hide ours.
             sys.path.insert(0, package_root())
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
@@ -138,7 +139,7 @@ class VLLMEngine:
     ) -> Completion:
         key = str(next(self._keys))
         output: Future = Future()
-        output.set_running_or_notify_cancel()  # a caller that gives up must not make `set_result` an error
+        output.set_running_or_notify_cancel()  # else `set_result` fails after a caller was cancelled
 
         def add() -> None:
             changed = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
@@ -180,8 +181,8 @@ class VLLMEngine:
         await self._call(hand_over)
 
     def _end(self, keys: list[str]) -> None:
-        """On the engine's thread: ends these requests with what they have. vLLM's own abort would drop that here, where
-        no queue waits for it."""
+        """On the engine's thread: ends these requests with their partial responses. vLLM's own abort would drop those,
+        because it delivers them only to a queue."""
         outputs = self._engine.output_processor
         for key in keys:
             [state] = [outputs.request_states[internal] for internal in outputs.external_req_ids[key]]
@@ -190,7 +191,7 @@ class VLLMEngine:
             self._waiting.pop(key).set_result(final)
 
     async def stage(self, bucket: Bucket) -> None:
-        await self._beside(partial(self._weights.stage, bucket))
+        await self._on_stager(partial(self._weights.stage, bucket))
 
     async def swap(self, version: int) -> float:
         def swap() -> tuple[list[Any], float]:
@@ -202,11 +203,11 @@ class VLLMEngine:
             return old, pause_s
 
         old, pause_s = await self._call(swap)
-        await self._beside(old.clear)
+        await self._on_stager(old.clear)
         return pause_s
 
-    async def _beside(self, function: Callable[[], T]) -> T:
-        """Runs `function` on the thread that works on weights while the engine steps."""
+    async def _on_stager(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the thread that prepares weights while the engine steps."""
         return await asyncio.get_running_loop().run_in_executor(self._stager, function)
 
     async def _call(self, function: Callable[[], T]) -> T:
@@ -241,7 +242,7 @@ class VLLMEngine:
                             waiting.set_result(output)
                 self._report_load()
         except BaseException as error:
-            traceback.print_exc()  # the callers get the message, the actor's log the place
+            traceback.print_exc()  # into the actor's log; the callers get only the message
             self._fail(error)
             self._engine.engine_core.shutdown()  # worker processes end
 
@@ -256,7 +257,7 @@ class VLLMEngine:
         with self._wake:
             while not (self._commands or self._engine.has_unfinished_requests()):
                 self._wake.wait()
-        while self._commands:  # one leaves the queue at a time: what stands behind a fatal one, `_fail` still finds
+        while self._commands:  # popped one by one, so that after a fatal one `_fail` finds the others in the queue
             function, result = self._commands.popleft()
             if not result.set_running_or_notify_cancel():
                 continue
@@ -267,14 +268,14 @@ class VLLMEngine:
                 raise
             except Exception as error:
                 if not getattr(self._engine.engine_core.engine_core.model_executor, "is_failed", False):
-                    result.set_exception(error)  # the caller's mistake, such as a prompt beyond the context; go on
+                    result.set_exception(error)  # the caller's mistake, such as a prompt longer than the context
                     continue
                 dead = EngineDeadError(f"one of its processes is gone: {error}")
                 result.set_exception(dead)
                 raise dead from error
 
     def _fail(self, error: BaseException) -> None:
-        """A broken engine fails every caller, present and future."""
+        """Gives the error to every caller, waiting or later."""
         with self._wake:
             self._failure = error
             pending = [result for _, result in self._commands] + list(self._waiting.values())
@@ -284,6 +285,6 @@ class VLLMEngine:
 
 
 def _ray_stat_logger() -> Any:
-    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # imports Ray, which this module does without
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # imports Ray, which nothing else here needs
 
     return RayPrometheusStatLogger

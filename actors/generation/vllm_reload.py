@@ -1,10 +1,12 @@
-"""New weights through vLLM's own reload, for engines whose weights are not known well enough to be exchanged, or are
-split over several devices: every request waits while they are worked in."""
+"""New weights through vLLM's own reload, during which every request waits. Runs in each generator.
+
+For engines whose layers `vllm_weights.PackedWeights` does not know, and for engines over several devices.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,28 +24,38 @@ from common.weights import Bucket, Entry
 
 
 class Inventory:
-    """What a full set of weights holds. vLLM's reload by itself cuts what it needs out of a tensor that is too large,
-    and does not miss one part of a merged layer."""
+    """Names and shapes of a complete set of weights, and the names that have come of the current set.
+
+    vLLM's reload does not check them: it slices an oversized tensor, and does not notice a missing part of a merged
+    layer.
+    """
 
     def __init__(self, directory: Path) -> None:
+        """The set that a learner publishes of the model in `directory`."""
         self.shapes = parameter_shapes(directory)
+        self._names: set[str] = set()
 
-    def check(self, bucket: Bucket) -> None:
-        """Raises CorruptWeightsError for a tensor that the model in the directory has no place for."""
-        for name, shape in ((entry.name, entry.shape) for entry in bucket.entries):
+    def add(self, bucket: Bucket) -> None:
+        """Bucket 0 starts a new set. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        if bucket.index == 0:
+            self._names = set()
+        for entry in bucket.entries:
+            name, shape = entry.name, entry.shape
             if self.shapes.get(name) != shape:
-                wanted = f"it as {self.shapes[name]}" if name in self.shapes else "no such weight"
-                raise CorruptWeightsError(f"{name} has the shape {shape}, but the engine has {wanted}")
+                expected = f"it with shape {self.shapes[name]}" if name in self.shapes else "no such weight"
+                raise CorruptWeightsError(f"{name} has the shape {shape}, but the engine has {expected}")
+            self._names.add(name)
 
-    def check_whole(self, names: Iterable[str], version: int) -> None:
-        """Raises CorruptWeightsError unless these are all."""
-        if missing := sorted(self.shapes.keys() - set(names)):
+    def finish(self, version: int) -> None:
+        """Ends the current set. Raises CorruptWeightsError unless all tensors have come."""
+        if missing := sorted(self.shapes.keys() - self._names):
             raise CorruptWeightsError(f"weights version {version} leaves out {missing[:5]}")
+        self._names = set()
 
 
 class ReloadedWeights:
-    """Weight updates of any model through vLLM's own reload: staged on the model's device as they came, and worked in
-    between two steps, while every request waits."""
+    """Weight updates of any model: tensors are staged on the model's device, and reloaded between two steps while every
+    request waits."""
 
     def __init__(self, model_runner: Any, directory: Path) -> None:
         self._runner = model_runner
@@ -55,14 +67,14 @@ class ReloadedWeights:
         """On any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
         if bucket.index == 0:
             self._tensors = {}
-        self._inventory.check(bucket)
+        self._inventory.add(bucket)
         for name, tensor in bucket.tensors():
             self._tensors[name] = tensor.to(self._runner.device)
 
     def swap(self, version: int) -> list[Any]:
-        """On the engine's thread. Returns what is to be freed. Raises CorruptWeightsError, with the old set in place,
-        if a parameter has no new value; EngineDeadError if it fails half way."""
-        self._inventory.check_whole(self._tensors, version)
+        """On the engine's thread. Returns objects to be freed. Raises CorruptWeightsError, with the old set in place,
+        if a parameter has no new value; EngineDeadError if the reload fails half way."""
+        self._inventory.finish(version)
         try:
             _reload(self._runner, self._tensors, self._directory)
         except Exception as error:
@@ -73,10 +85,10 @@ class ReloadedWeights:
 
 
 def _reload(model_runner: Any, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Raises an error also if a parameter kept its old value: vLLM by itself would only log that. What is never trained
-    is not published, and some of it is a parameter to vLLM: it comes from the files in the directory again."""
+    """Raises an error if any parameter kept its old value, which vLLM would only log. Some constants, which are never
+    trained and so never published, are parameters to vLLM: they come from the files in the directory again."""
     model = model_runner.get_model()
-    wanted, loaded = {name for name, _ in model.named_parameters()}, set()
+    expected, loaded = {name for name, _ in model.named_parameters()}, set()
     load_weights = model.load_weights
 
     def load_and_note(tensors: Any) -> Any:
@@ -84,54 +96,57 @@ def _reload(model_runner: Any, tensors: dict[str, Tensor], directory: Path) -> N
         return loaded
 
     if current_platform.is_cpu():
-        # vLLM 0.32 packs the weights of experts only when it builds the kernel that multiplies by them: once, so that a
-        # reload would leave them unpacked (nats off, silently). Without a kernel it builds one again.
+        # vLLM 0.32 packs the weights of experts only when it builds the kernel that multiplies by them, which it does
+        # once. A reload would leave them unpacked, with log-probabilities that are nats off. So the kernel is dropped.
         for method in (getattr(module, "quant_method", None) for module in model.modules()):
             if isinstance(method, UnquantizedFusedMoEMethod):
                 method.moe_kernel = None
     model.load_weights = load_and_note
     try:
-        with set_current_vllm_config(model_runner.vllm_config):  # some layers ask for it
+        with set_current_vllm_config(model_runner.vllm_config):  # some layers need it
             model_runner.reload_weights(weights_iterator=chain(tensors.items(), constants(directory).items()))
     finally:
         del model.load_weights
-    if missing := wanted - loaded:
-        raise RuntimeError(f"{sorted(missing)[:5]} left out: the engine is mixed")
+    if missing := expected - loaded:
+        raise RuntimeError(f"{sorted(missing)[:5]} kept old values, so the engine holds a mixture")
     if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
-        # vLLM 0.32 on CPU: the tied head keeps a packed copy of the old embedding (0.19 nats off, silently).
+        # vLLM 0.32 on CPU: a tied head keeps a packed copy of the old embedding (0.19 nats off), so it is packed again.
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class ShardedWeights:
-    """Weight updates of an engine over several devices, each of which has a process with a shard of every layer: staged
-    in memory that all of them see; between two steps each loads its shard from there, while every request waits."""
+    """Weight updates of an engine over several devices. Each has a process with a shard of every layer.
+
+    Buckets are staged in memory that all processes share. Between two steps each process loads its shards from there,
+    while every request waits.
+    """
 
     def __init__(self, collective_rpc: Callable[..., list[Any]], directory: Path) -> None:
-        """`collective_rpc` calls a function in every process; the model in `directory` says what a set must hold."""
+        """`collective_rpc` calls a function in every process."""
         self._collective_rpc = collective_rpc
         self._directory = directory
         self._inventory = Inventory(directory)
-        self._begin()
+        self._start()
 
-    def _begin(self) -> None:
-        # A file in memory alone: it goes with the last process that has it open, however that ends.
+    def _start(self) -> None:
+        # A file in memory only. It goes with the last process that has it open, even if that one is killed.
         self._file = os.fdopen(os.memfd_create("weights"), "wb")
         self._entries: list[Entry] = []
 
     def stage(self, bucket: Bucket) -> None:
         """On any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
         if bucket.index == 0:
-            self._begin()
-        self._inventory.check(bucket)
-        begin = self._file.tell() // bucket.values.itemsize
+            self._start()
+        self._inventory.add(bucket)
+        offset = self._file.tell() // bucket.values.itemsize
         self._file.write(bucket.values.data)
         self._file.flush()
-        self._entries += [replace(entry, offset=begin + entry.offset) for entry in bucket.entries]
+        self._entries += [replace(entry, offset=offset + entry.offset) for entry in bucket.entries]
 
     def swap(self, version: int) -> list[Any]:
-        """On the engine's thread. Returns what is to be freed. Raises CorruptWeightsError, with the old set in place,
-        if a parameter has no new value; EngineDeadError if it fails half way, in any of the processes."""
-        self._inventory.check_whole((entry.name for entry in self._entries), version)
+        """On the engine's thread. Returns objects to be freed. Raises CorruptWeightsError, with the old set in place,
+        if a parameter has no new value; EngineDeadError if the reload fails half way in any process."""
+        self._inventory.finish(version)
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         try:
             faults = self._collective_rpc(_reload_shard, args=(path, tuple(self._entries), self._directory))
@@ -140,13 +155,13 @@ class ShardedWeights:
         if any(faults):
             raise EngineDeadError(f"loading weights version {version} failed half way: {faults}")
         old = [self._file]
-        self._begin()
+        self._start()
         return old
 
 
 def _reload_shard(worker: Any, path: str, entries: tuple[Entry, ...], directory: Path) -> str | None:
-    """In a worker's process: loads its shard of the tensors in the file. Returns what went wrong, since an error raised
-    here would leave the other workers' answers in vLLM's queues, to be taken for those of the next call."""
+    """In a worker process: loads its shards of the tensors in the file. Returns an error as text. An error raised here
+    would leave the answers of the other workers in vLLM's queues, where the next call would take them for its own."""
     try:
         values = np.memmap(path, np.int16, "r")
         whole = Bucket(0, 0, True, entries, values, 0)

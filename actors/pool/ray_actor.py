@@ -1,4 +1,7 @@
-"""How a role's plain class becomes a Ray actor: what it reserves, its process' environment and cores, its meters."""
+"""Makes a role's plain class a Ray actor: its resources, its process's environment and cores, its meters.
+
+Runs in the driver. The class that `_hosted` makes runs in the role's own process.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,22 @@ from common.metrics import meters
 from common.user_code.import_path import IMPORT_FROM, prepare_process, users_directories
 from common.user_code.packages import package_root
 
-# Results of at least this many bytes stay in shared memory where they were made, and only references to them reach the
-# caller: rollouts do, the few numbers beside them do not.
+# Results of at least this many bytes stay in the shared memory of their node, and the caller gets only a reference. So
+# rollouts stay there, while the few numbers about them travel with the answer.
 _INLINE_BYTES = 1024
 
 
 def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
-    """The Ray actor class of a role, with what its section reserves. An actor is shown, and its meters are tagged, by
-    `label`, or by its first argument, its name such as Generator(2)."""
+    """The Ray actor class of a role, with the resources of its section. `label` names the actor in Ray's dashboard and
+    tags its meters; by default its first argument does, such as Generator(2)."""
     environment = {"env_vars": worker_environment(cfg)}
-    # All that one actor reserves is on one node: an engine over several GPUs needs no placement group.
+    # Ray reserves all resources of one actor on one node, so an engine over several GPUs needs no placement group.
     placed = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, **options)
     return placed(_hosted(role, label, cfg.cores))
 
 
 def _hosted(role: type, label: str, cores: Collection[int]) -> type:
-    """The role, whose process keeps to its cores and exports its meters."""
+    """The role's class, in a process that is pinned to its cores and exports its meters."""
 
     class Hosted(role):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,57 +47,57 @@ def _hosted(role: type, label: str, cores: Collection[int]) -> type:
             meters.install(RayMeters(), role=role.__name__, replica=self._label)
             super().__init__(*args, **kwargs)
 
-        def __repr__(self) -> str:  # in Ray's dashboard and logs
-            return getattr(self, "_label", role.__name__)  # asked for also where its creation failed
+        def __repr__(self) -> str:  # shown in Ray's dashboard and logs
+            return getattr(self, "_label", role.__name__)  # _label is missing if the creation failed
 
     Hosted.__name__, Hosted.__qualname__, Hosted.__module__ = role.__name__, role.__qualname__, role.__module__
     return Hosted
 
 
 def pin(name: str, cores: Collection[int]) -> None:
-    """Keeps every thread of this process, and those that they will begin, to these cores. Raises UserError."""
+    """Pins all threads of this process, and the threads they start later, to these cores. Raises UserError."""
     here = os.sched_getaffinity(0)
     if missing := sorted(set(cores) - here):
         raise UserError(
-            f"{name}: cores {missing} are not among those its machine has for it, {sorted(here)}; change `cores` in "
+            f"{name}: cores {missing} are not among those that its machine offers, {sorted(here)}; change `cores` in "
             "its section, or leave it out"
         )
     pinned: set[int] = set()
-    # Until none is new: a thread that is not pinned yet may begin one meanwhile.
-    while loose := {int(thread) for thread in os.listdir("/proc/self/task")} - pinned:
-        for thread in loose:
+    # Repeated until no thread is new: a thread that is not pinned yet may start another one meanwhile.
+    while unpinned := {int(thread) for thread in os.listdir("/proc/self/task")} - pinned:
+        for thread in unpinned:
             with suppress(ProcessLookupError):  # it has ended
                 os.sched_setaffinity(thread, cores)
-        pinned |= loose
+        pinned |= unpinned
 
 
 def worker_environment(cfg: Placed) -> dict[str, str]:
-    """Environment of a role's process: quiet, and able to import what the driver can."""
-    passed_on = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
+    """Environment of a role's process: few log lines, and the same importable modules as in the driver.
+
+    vLLM's own variables are set where it is imported, in actors/generation/vllm_engine.py.
+    """
+    inherited = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
     environment = {
         "OMP_NUM_THREADS": str(cfg.threads),
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")])),
-        # Called as the process begins. Only then Ray puts the driver's directory, where reward functions lie, on the
-        # path, and first.
+        # Called when the process starts. Ray puts the driver's directory, which has the user's reward functions, first
+        # on sys.path only after PYTHONPATH was read.
         ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{prepare_process.__module__}.{prepare_process.__name__}",
         IMPORT_FROM: json.dumps(users_directories()),
-        # glibc gives every large tensor back to the kernel and faults its pages in again at the next one: keeping them
-        # makes an update 15 % faster (135M, two cores).
+        # Without these, glibc returns every large tensor to the kernel, and the next one faults its pages in again.
+        # Keeping them makes an update 15 % faster (135M, two cores).
         "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-        "MALLOC_ARENA_MAX": "1",  # other threads' arenas cannot keep what is large
+        "MALLOC_ARENA_MAX": "1",  # arenas of other threads cannot keep large blocks
         "RAY_max_direct_call_object_size": str(_INLINE_BYTES),
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        **passed_on,
+        **inherited,
     }
     if isinstance(cfg, TrainerConfig):
-        # A small block in its thread's cache, which counts as used, keeps its two large free neighbours apart for good:
-        # without that cache a learner takes 4 % less memory. An engine is slower without it.
+        # Disable glibc's per-thread cache: a small freed block in it still counts as in use, so the large free blocks
+        # around it never merge. Saves 4 % of a learner's memory. Learners only: it makes an engine slower.
         others = os.environ.get("GLIBC_TUNABLES")
         environment["GLIBC_TUNABLES"] = ":".join(filter(None, [others, "glibc.malloc.tcache_count=0"]))
     return environment

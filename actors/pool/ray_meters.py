@@ -1,4 +1,4 @@
-"""Meters of a Ray process, exported by its node's metrics agent."""
+"""Exports the meters of a Ray process through the metrics agent of its node. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ray.util import metrics
 
 from common.metrics.table import Meter
 
-# Ray drops a gauge that was not set for two of its reports (RAY_metrics_report_interval_ms, at least 1 s each).
+# Ray drops a gauge that was not set during two of its reports (RAY_metrics_report_interval_ms, at least 1 s each).
 _REFRESH_S = 1.0
 
 
 class RayMeters:
-    """Exports meters through the node's metrics agent as `ray_<name>`."""
+    """A meter NAME is exported as `ray_NAME`."""
 
     def __init__(self) -> None:
         self._exported: dict[str, Any] = {}
@@ -29,10 +29,10 @@ class RayMeters:
             exported = self._exported.get(meter.name) or self._exported.setdefault(meter.name, _export(meter))
             if meter.kind == "gauge":
                 self._gauges[meter.name, tuple(tags.items())] = value
-            exported._record(float(value), dict(tags))  # as inc, set and observe do; but inc refuses 0
+            exported._record(float(value), dict(tags))  # like inc, set and observe; but inc refuses 0
 
     def close(self) -> None:
-        """Ends the refreshing of gauges, before Ray does."""
+        """Stops refreshing the gauges; called before Ray shuts down."""
         self._closed.set()
 
     def _refresh(self) -> None:

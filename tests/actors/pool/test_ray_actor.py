@@ -62,7 +62,7 @@ def test_a_core_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(UserError) as caught:
         pin("Generator(0)", [min(before), 4096])
     assert str(caught.value) == (
-        f"Generator(0): cores [4096] are not among those its machine has for it, {sorted(before)}; change `cores` in "
+        f"Generator(0): cores [4096] are not among those that its machine offers, {sorted(before)}; change `cores` in "
         "its section, or leave it out"
     )
     assert os.sched_getaffinity(0) == before
