@@ -1,4 +1,4 @@
-"""Packing and receiving weights: bit for bit, in bounded buckets packed one at a time, and never a corrupt set."""
+"""Packing and receiving weights: exact bits, buckets of bounded size packed one by one, corrupt sets refused."""
 
 import pickle
 import warnings
@@ -23,7 +23,7 @@ def some_tensors():
 
 
 def three_buckets(version=12):
-    # Bytes: embed 80, scalar 2, norm 8, cube 60, one 2, head 56; an eighty-byte bucket takes 80 | 2 + 8 + 60 + 2 | 56.
+    # Bytes: embed 80, scalar 2, norm 8, cube 60, one 2, head 56; buckets of 80 bytes hold 80 | 2 + 8 + 60 + 2 | 56.
     return list(buckets(some_tensors(), version, bucket_bytes=80))
 
 
@@ -39,7 +39,7 @@ def receive(packed, version):
 
 
 def read_only(bucket):
-    """As Ray hands it over: an array whose memory may not be written to."""
+    """The bucket as Ray delivers it: its array is read-only."""
     buffers = []
     data = pickle.dumps(bucket, protocol=5, buffer_callback=buffers.append)
     copy = pickle.loads(data, buffers=[bytes(buffer.raw()) for buffer in buffers])
@@ -48,7 +48,7 @@ def read_only(bucket):
 
 
 def test_every_bf16_bit_pattern_survives_the_round_trip():
-    patterns = torch.arange(-(2**15), 2**15).to(torch.int16)  # infinities, every NaN and both zeros among them
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16)  # with infinities, every NaN and both zeros
     packed = list(buckets([("all", patterns.view(torch.bfloat16).reshape(256, 256))], 3))
     receive(packed, 3)
     ((name, tensor),) = unpack(packed)
@@ -57,7 +57,7 @@ def test_every_bf16_bit_pattern_survives_the_round_trip():
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 7, 80, 81, 10_000])
-def test_names_shapes_order_and_bits_come_back_and_buckets_stay_within_bounds(bucket_bytes):
+def test_names_shapes_order_and_bits_survive_in_bounded_buckets(bucket_bytes):
     named = some_tensors()
     packed = list(buckets(named, 1, bucket_bytes=bucket_bytes))
     receive(packed, 1)
@@ -67,7 +67,7 @@ def test_names_shapes_order_and_bits_come_back_and_buckets_stay_within_bounds(bu
         assert len(packed) == 1
 
 
-def test_buckets_are_filled_in_order_and_the_last_one_says_so():
+def test_buckets_are_filled_in_order_and_the_last_is_marked():
     packed = three_buckets()
     assert [bucket.values.nbytes for bucket in packed] == [80, 72, 56]
     assert [[entry.offset for entry in bucket.entries] for bucket in packed] == [[0], [0, 1, 5, 35], [0]]
@@ -76,7 +76,7 @@ def test_buckets_are_filled_in_order_and_the_last_one_says_so():
     ]  # fmt: skip
 
 
-def test_a_tensor_is_asked_for_only_when_those_before_it_are_packed():
+def test_a_tensor_is_requested_once_those_before_it_are_packed():
     asked = []
 
     def named_tensors():
@@ -87,7 +87,7 @@ def test_a_tensor_is_asked_for_only_when_those_before_it_are_packed():
     stream = buckets(named_tensors(), 1, bucket_bytes=80)
     assert asked == []
     seen = [(len(bucket.entries), list(asked)) for bucket in stream]
-    # One more than is packed is known each time: the tensor that did not fit.
+    # One tensor more than is packed was requested: the one that did not fit.
     assert seen[0] == (1, ["embed", "scalar"])
     assert seen[1] == (4, ["embed", "scalar", "norm", "cube", "one", "head"])
     assert seen[2] == (1, ["embed", "scalar", "norm", "cube", "one", "head"])
@@ -108,7 +108,7 @@ def test_strided_tensors_are_packed_in_the_order_they_are_read():
     assert found["skip"].tolist() == [[0.0, 2.0], [3.0, 5.0]]
 
 
-def test_buckets_do_not_follow_later_updates_of_the_parameters_or_each_other():
+def test_later_changes_of_a_parameter_do_not_change_its_bucket():
     tensor = torch.ones(3, dtype=torch.bfloat16)
     packed = list(buckets([("t", tensor), ("u", tensor + 1)], 0, bucket_bytes=6))
     tensor.zero_()
@@ -137,7 +137,7 @@ def test_one_flipped_bit_is_refused(index, value, bit):
     ],
     ids=str,
 )
-def test_what_is_said_about_the_values_is_part_of_the_checksum(change):
+def test_the_header_of_a_bucket_is_part_of_its_checksum(change):
     packed = three_buckets()
     with pytest.raises(CorruptWeightsError, match="has checksum"):
         replace(packed[1], **change).verify()
@@ -164,7 +164,7 @@ def test_a_set_with_a_lost_doubled_or_reordered_bucket_is_refused(order, message
         receive([packed[index] for index in order], 12)
 
 
-def test_nothing_may_follow_the_last_bucket():
+def test_a_bucket_after_the_last_one_is_refused():
     longer = list(buckets([*some_tensors(), ("more", torch.ones(40))], 12, bucket_bytes=80))
     assert [bucket.index for bucket in longer if bucket.last] == [3]
     with pytest.raises(CorruptWeightsError, match="bucket 3 came, but no more was expected"):
@@ -185,7 +185,7 @@ def test_a_name_that_comes_twice_is_refused():
         receive(packed, 4)
 
 
-def test_after_a_refusal_nothing_counts_until_the_set_begins_anew():
+def test_after_a_refusal_only_bucket_0_starts_a_set():
     incoming, packed = IncomingWeights(), three_buckets()
     incoming.add(packed[0])
     with pytest.raises(CorruptWeightsError):
@@ -195,7 +195,7 @@ def test_after_a_refusal_nothing_counts_until_the_set_begins_anew():
             incoming.add(late)
     with pytest.raises(CorruptWeightsError, match="not complete"):
         incoming.check_complete(12)
-    for bucket in [packed[0], packed[1], *three_buckets(13)]:  # one more that breaks off, and a good one
+    for bucket in [packed[0], packed[1], *three_buckets(13)]:  # a set that breaks off, and a good one
         incoming.add(bucket)
     incoming.check_complete(13)
 
@@ -212,7 +212,7 @@ def test_read_only_buckets_are_read_in_place():
 
 def test_reading_read_only_buckets_gives_no_warning():
     [bucket] = map(read_only, buckets(some_tensors(), 1))
-    torch.set_warn_always(True)  # else PyTorch says it once per process, perhaps in an earlier test
+    torch.set_warn_always(True)  # else PyTorch warns once per process, perhaps in an earlier test
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -222,7 +222,7 @@ def test_reading_read_only_buckets_gives_no_warning():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_tensor_without_values_may_stand_anywhere(place):
+def test_an_empty_tensor_may_be_at_any_position(place):
     named = [("a", torch.ones(2)), ("b", torch.ones(3))]
     named.insert(place, ("empty", torch.empty(0, 5)))
     packed = list(buckets(named, 0, bucket_bytes=4))
@@ -244,72 +244,72 @@ BEFORE = [0x3F80, 0x0000, 0x8000, 0x7F80, 0x7FC0, 0xFF81, 0x4000, *[0x3F80] * 20
     ("place", "pattern"),
     [(0, 0x3F81), (1, 0x8000), (2, 0x0000), (4, 0x7FC1), (5, 0x7F81), (6, 0x7FFF), (26, 0x0001)],
 )
-def test_deltas_bring_over_every_bit_pattern_and_only_what_changed(place, pattern):
+def test_a_delta_has_exactly_the_changed_bits(place, pattern):
     after = BEFORE.copy()
     after[place] = pattern
     old, new = one_bucket(BEFORE, 6), one_bucket(after, 7)
-    change = make_delta(old, new)
-    assert (change.positions.tolist(), change.positions.dtype) == ([place], np.uint32)
-    assert change.values.view(np.uint16).tolist() == [pattern]
-    assert (change.version, change.base_version, change.index, change.last, change.nbytes) == (7, 6, 0, True, 6)
-    found = change.apply(old)
+    delta = make_delta(old, new)
+    assert (delta.positions.tolist(), delta.positions.dtype) == ([place], np.uint32)
+    assert delta.values.view(np.uint16).tolist() == [pattern]
+    assert (delta.version, delta.base_version, delta.index, delta.last, delta.nbytes) == (7, 6, 0, True, 6)
+    found = delta.apply(old)
     assert found.values.view(np.uint16).tolist() == after
     assert (found.version, found.entries, found.checksum) == (7, new.entries, new.checksum)
-    assert old.values.view(np.uint16).tolist() == BEFORE  # what is held stays as it is
+    assert old.values.view(np.uint16).tolist() == BEFORE  # the base is not modified
 
 
-def test_nothing_changed_is_no_bytes_and_a_new_version():
+def test_the_delta_of_equal_values_has_no_bytes():
     old, new = three_buckets(11)[1], three_buckets(12)[1]
-    change = make_delta(old, new)
-    assert change.nbytes == 0
-    assert (change.apply(old).checksum, change.apply(old).version) == (new.checksum, 12)
+    delta = make_delta(old, new)
+    assert delta.nbytes == 0
+    assert (delta.apply(old).checksum, delta.apply(old).version) == (new.checksum, 12)
 
 
 @pytest.mark.parametrize(("changed", "worth_it"), [(8, True), (9, False), (27, False)])
-def test_deltas_are_made_only_where_they_are_smaller_than_the_bucket(changed, worth_it):
-    # 27 values are 54 bytes; a change takes 6, so eight of them are 48 and nine as many as the bucket.
+def test_a_delta_is_made_only_if_it_is_smaller_than_the_bucket(changed, worth_it):
+    # 27 values are 54 bytes. A changed value takes 6: eight of them take 48, and nine as many as the bucket.
     after = [0x4100] * changed + BEFORE[changed:]
-    change = make_delta(one_bucket(BEFORE, 1), one_bucket(after, 2))
-    assert (change is not None) == worth_it
+    delta = make_delta(one_bucket(BEFORE, 1), one_bucket(after, 2))
+    assert (delta is not None) == worth_it
 
 
-def test_another_layout_is_sent_in_full():
+def test_there_is_no_delta_between_different_layouts():
     old = three_buckets(1)
     assert make_delta(old[0], three_buckets(2)[1]) is None
     assert make_delta(one_bucket(BEFORE, 1), one_bucket(BEFORE, 2, name="v")) is None
     assert make_delta(*buckets([("a", torch.empty(0))], 1), *buckets([("a", torch.empty(0))], 2)) is None
 
 
-def sparse_change():
+def sparse_delta():
     old = one_bucket(BEFORE, 6)
     return old, make_delta(old, one_bucket([0x4100, *BEFORE[1:20], 0x4200, *BEFORE[21:]], 7))
 
 
-def test_deltas_of_another_base_are_refused():
-    old, change = sparse_change()
+def test_a_delta_on_another_base_is_refused():
+    old, delta = sparse_delta()
     with pytest.raises(CorruptWeightsError, match="bucket 0 since version 6 was applied to bucket 0 of version 5"):
-        change.apply(one_bucket(BEFORE, 5))
+        delta.apply(one_bucket(BEFORE, 5))
     with pytest.raises(CorruptWeightsError, match="was applied to bucket 1 of version 6"):
-        change.apply(replace(old, index=1))
-    for other in (BEFORE[:-1], [*BEFORE[:5], 0x0001, *BEFORE[6:]], BEFORE[:4]):  # called version 6 as well
+        delta.apply(replace(old, index=1))
+    for other in (BEFORE[:-1], [*BEFORE[:5], 0x0001, *BEFORE[6:]], BEFORE[:4]):  # these claim to be version 6, too
         with pytest.raises(CorruptWeightsError, match="version 7: bucket 0 has checksum"):
-            change.apply(one_bucket(other, 6))
-    change.apply(old)
+            delta.apply(one_bucket(other, 6))
+    delta.apply(old)
 
 
 @pytest.mark.parametrize("field", ["positions", "values"])
 @pytest.mark.parametrize(("place", "bit"), [(0, 0), (1, 15), (1, 4)])
 def test_one_flipped_bit_of_a_delta_is_refused(field, place, bit):
-    old, change = sparse_change()
-    damaged = getattr(change, field).copy()
+    old, delta = sparse_delta()
+    damaged = getattr(delta, field).copy()
     damaged.view(f"u{damaged.itemsize}")[place] ^= 1 << bit
     with pytest.raises(CorruptWeightsError, match="delta of bucket 0 since version 6 has checksum"):
-        replace(change, **{field: damaged}).apply(old)
+        replace(delta, **{field: damaged}).apply(old)
 
 
 @pytest.mark.parametrize("field", ["version", "index", "base_version", "bucket_checksum", "last"])
 def test_the_header_of_a_delta_is_part_of_its_checksum(field):
-    old, delta = sparse_change()
+    old, delta = sparse_delta()
     damaged = not delta.last if field == "last" else getattr(delta, field) + 1
     with pytest.raises(CorruptWeightsError, match="has checksum"):
         replace(delta, **{field: damaged}).apply(old)

@@ -1,4 +1,4 @@
-"""The generator's side of a weight update: what reaches the engine, and what is refused before it does."""
+"""The generator's side of a weight update: which buckets reach the engine, and which are refused before."""
 
 import asyncio
 from dataclasses import replace
@@ -38,7 +38,8 @@ def packed(version: int):
 
 
 def run(*actions):
-    """Each action is a bucket to stage or a version to swap in; returns the engine's calls and the refusals."""
+    """Each action is a bucket to stage or a version to swap in. Returns the engine's calls, the refusals, and the
+    versions held."""
     engine = RecordingEngine()
     generator = Generator("Generator(0)", 0, lambda: engine)
     refused, held = [], []
@@ -57,20 +58,20 @@ def run(*actions):
     return engine.calls, refused, held
 
 
-def test_buckets_are_staged_in_order_and_the_version_held_is_reported():
+def test_buckets_are_staged_in_order_and_then_swapped_in():
     calls, refused, held = run(*packed(3), 3)
     assert calls == ["stage 3.0", "stage 3.1", "stage 3.2", "swap 3"]
     assert (refused, held) == ([], [3])
 
 
-def test_a_version_that_is_held_already_is_not_loaded_again():
+def test_the_version_held_is_not_loaded_again():
     calls, refused, held = run(*packed(3), 3, *packed(3), 3, 3)
     assert calls == ["stage 3.0", "stage 3.1", "stage 3.2", "swap 3"]
     assert (refused, held) == ([], [3, 3, 3])
 
 
 @pytest.mark.parametrize("kept", [[0, 1], [0, 2], [1, 2], [0, 2, 1], [0, 1, 1, 2]], ids=str)
-def test_a_set_that_is_not_whole_never_reaches_a_swap(kept):
+def test_an_incomplete_set_never_reaches_a_swap(kept):
     calls, refused, held = run(*(packed(3)[index] for index in kept), 3)
     assert refused
     assert held == []
@@ -86,13 +87,13 @@ def test_a_corrupt_bucket_never_reaches_the_engine():
     assert held == []
 
 
-def test_after_an_update_that_broke_off_the_next_one_is_loaded():
+def test_an_update_is_loaded_after_one_that_broke_off():
     calls, refused, held = run(*packed(3)[:2], *packed(4), 4)
     assert calls == ["stage 3.0", "stage 3.1", "stage 4.0", "stage 4.1", "stage 4.2", "swap 4"]
     assert (refused, held) == ([], [4])
 
 
-def test_only_the_version_asked_for_is_swapped_in():
+def test_only_the_requested_version_is_swapped_in():
     calls, refused, held = run(*packed(3), 4, 3)
     assert calls == ["stage 3.0", "stage 3.1", "stage 3.2", "swap 3"]
     assert "version 4 is not complete: 3 buckets of version 3 came" in refused[0]
@@ -123,7 +124,7 @@ def test_rollouts_tokens_and_updates_are_metered():
     assert all(0 < seconds < 60 for seconds in read("stage_seconds"))
 
 
-def test_a_response_that_is_gone_on_with_draws_anew():
+def test_a_continued_response_has_its_own_sampling_seed():
     seeds = [sampling_seed(7, SampleId(0, 3, 1), begun) for begun in (0, 1, 2)]
     assert len(set(seeds)) == 3
     assert seeds[0] == sampling_seed(7, SampleId(0, 3, 1))
@@ -145,7 +146,7 @@ def test_a_response_that_is_gone_on_with_draws_anew():
     assert (rollout.response_ids.tolist(), rollout.policy_versions.tolist()) == ([8, 9, 1], [5, 5, 0])
 
 
-def test_a_swap_says_how_long_the_engine_stood_still():
+def test_a_swap_returns_how_long_the_engine_did_not_step():
     async def scenario():
         generator = Generator("Generator(0)", 0, RecordingEngine)
         await generator.stage(*packed(3))
@@ -154,14 +155,14 @@ def test_a_swap_says_how_long_the_engine_stood_still():
     assert asyncio.run(scenario()) == ((3, 0.25), (3, 0.0))
 
 
-def test_a_learners_version_0_is_taken_although_the_files_hold_it_too_and_only_once():
+def test_version_0_of_a_learner_is_loaded_once():
     calls, refused, held = run(*packed(0), 0, *packed(0), 0)
     assert calls == ["stage 0.0", "stage 0.1", "stage 0.2", "swap 0"]
     assert (refused, held) == ([], [0, 0])
 
 
 def wide(version: int, moved: dict[str, float]):
-    """Three buckets of eight ones, in each of which the first value may be another."""
+    """Three buckets of eight ones each, whose first value may be replaced."""
     named = [(name, torch.tensor([moved.get(name, 1.0)] + [1.0] * 7)) for name in "abc"]
     return list(buckets(named, version, bucket_bytes=16))
 
@@ -174,7 +175,7 @@ V3, V4, V5 = wide(3, {}), wide(4, {"a": 2.0}), wide(5, {"a": 2.0, "c": 3.0})
 
 
 async def updated(engine, *updates, keeps="changes"):
-    """A generator given the updates one after the other."""
+    """A generator after these updates."""
     generator = Generator("Generator(0)", 0, lambda: engine, updates=keeps)
     for parts in updates:
         await generator.stage(*parts)
@@ -182,9 +183,9 @@ async def updated(engine, *updates, keeps="changes"):
     return generator
 
 
-def test_changes_give_the_engine_the_whole_buckets_of_each_version():
+def test_from_deltas_the_engine_gets_complete_buckets():
     engine = RecordingEngine()
-    full_between = [V5[0], *since(V4, V5)[1:]]  # one bucket had no changes that were any use
+    full_between = [V5[0], *since(V4, V5)[1:]]  # no delta of this bucket was smaller
     asyncio.run(updated(engine, V3, since(V3, V4), full_between))
     assert engine.calls[-4:] == ["stage 5.0", "stage 5.1", "stage 5.2", "swap 5"]
     assert engine.staged == {"a": [2.0] + [1.0] * 7, "b": [1.0] * 8, "c": [3.0] + [1.0] * 7}
@@ -198,7 +199,7 @@ def test_changes_give_the_engine_the_whole_buckets_of_each_version():
         ("changes", [V3], "since version 4 was applied to bucket 0 of version 3"),
     ],
 )
-def test_changes_of_what_is_not_held_are_refused_and_the_full_set_is_taken(keeps, loaded, message):
+def test_a_delta_without_its_base_is_refused_and_a_full_set_is_loaded(keeps, loaded, message):
     engine = RecordingEngine()
 
     async def scenario():
@@ -215,7 +216,7 @@ def test_changes_of_what_is_not_held_are_refused_and_the_full_set_is_taken(keeps
     assert engine.staged["c"][0] == 3.0
 
 
-def test_a_set_that_broke_off_is_no_base():
+def test_a_delta_is_never_applied_to_a_set_that_broke_off():
     engine = RecordingEngine()
 
     async def scenario():
@@ -242,7 +243,7 @@ def test_a_generator_is_ready_once_its_engine_has_written_a_token():
     assert asked == [([0], {"seed": 0, "plain_tokens": 1})]
 
 
-def test_an_engine_that_cannot_compute_its_model_is_never_ready_and_says_why():
+def test_a_generator_whose_engine_fails_is_not_ready_and_says_why():
     class Unfit(RecordingEngine):
         async def generate(self, prompt_ids, **options) -> Completion:
             raise EngineDeadError("the engine failed: NotImplementedError: head_dim=16")

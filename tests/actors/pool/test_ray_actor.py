@@ -1,4 +1,4 @@
-"""What becomes of a role's process, without Ray: the cores it keeps to."""
+"""The process of a role, without Ray: its import path and its cores."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_role_finds_the_users_modules_where_the_driver_does(tmp_path, monkeypa
     find_users_modules()
 
 
-def test_every_thread_that_is_there_and_every_later_one_keeps_to_the_cores():
+def test_existing_and_later_threads_are_pinned_to_the_cores():
     core = max(os.sched_getaffinity(0))
     done = subprocess.run(
         [sys.executable, "-c", PINNED, json.dumps([core])], capture_output=True, text=True, timeout=60, check=True
@@ -57,7 +57,7 @@ def test_every_thread_that_is_there_and_every_later_one_keeps_to_the_cores():
     assert json.loads(done.stdout) == [[core]] * 3
 
 
-def test_a_core_that_is_not_there_is_refused_with_those_that_are():
+def test_a_missing_core_is_refused_with_the_existing_ones_named():
     before = os.sched_getaffinity(0)
     with pytest.raises(UserError) as caught:
         pin("Generator(0)", [min(before), 4096])

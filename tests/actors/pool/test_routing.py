@@ -1,4 +1,4 @@
-"""Which replica gets a call, and that every caller's turn comes."""
+"""The choice of the replica for a call, and the order of calls that wait."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_least_loaded_by_cost_gets_the_call():
     asyncio.run(scenario())
 
 
-def test_no_replica_takes_more_than_in_flight_and_those_who_wait_are_served_in_order():
+def test_calls_beyond_in_flight_wait_and_are_served_in_order():
     async def scenario():
         router = Router(in_flight=2)
         router.open(1)
@@ -42,40 +42,40 @@ def test_no_replica_takes_more_than_in_flight_and_those_who_wait_are_served_in_o
     asyncio.run(scenario())
 
 
-def test_a_closed_replica_gets_nothing_and_a_forgotten_one_owes_nothing():
+def test_a_closed_replica_gets_no_calls_and_a_forgotten_one_has_none():
     async def scenario():
         router = Router(in_flight=2)
         router.open(1)
         await router.acquire(7)
         router.close(1)
         waiting = await pending(router.acquire(1))
-        router.release(1, 7)  # room, but closed
+        router.release(1, 7)  # it has room, but is closed
         await asyncio.sleep(0)
         assert not waiting.done()
         router.open(1)
         assert await waiting == 1
         router.forget(1)
-        router.release(1, 1)  # its caller hears of it only now
+        router.release(1, 1)  # the caller releases it later
         assert (router.calls(1), router.cost(1)) == (0, 0)
 
     asyncio.run(scenario())
 
 
-def test_a_turn_whose_caller_has_gone_is_given_to_the_next():
+def test_the_turn_of_a_cancelled_caller_goes_to_the_next():
     async def scenario():
         router = Router(in_flight=1)
         router.open(1)
         await router.acquire(1)
         first, second = await pending(router.acquire(1)), await pending(router.acquire(1))
-        router.release(1, 1)  # the first one's turn
-        first.cancel()  # who is gone before it takes it
+        router.release(1, 1)  # now it is the first caller's turn
+        first.cancel()  # cancelled before it could take it
         assert await second == 1
         assert router.calls(1) == 1
 
     asyncio.run(scenario())
 
 
-def test_a_router_that_failed_tells_everyone_the_reason():
+def test_after_fail_every_caller_gets_the_error():
     async def scenario():
         router = Router(in_flight=1)
         waiting = await pending(router.acquire(1))
@@ -89,8 +89,8 @@ def test_a_router_that_failed_tells_everyone_the_reason():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_happens_the_choice_is_the_least_loaded_open_replica_with_room(seed):
-    """Against a plain search over a table."""
+def test_the_choice_is_always_the_least_loaded_open_replica_with_room(seed):
+    """Compared with a plain search, over random operations."""
 
     async def scenario():
         chance = random.Random(seed)

@@ -1,0 +1,203 @@
+"""Generators behind the loop's protocol: responses that move between replicas, and weights that reach all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from actors.generation.engine import Completion
+from actors.generation.generator import Generator
+from actors.pool.replica import PoolEvent
+from actors.pool.roles import GeneratorPool
+from common.config.base import Replicated
+from common.types import HANDED_OVER
+from common.weights import Manifest, PublishedBucket, buckets
+from tests.actors.pool.scenario import Started, run, until
+from tests.fakes import LocalHost, make_prompt
+
+
+class SlowEngine:
+    """Writes the token `version` every 10 ms, up to `max_tokens` times, with log-probabilities 0, -1, -2, ..."""
+
+    stage_s = 0.02
+
+    def __init__(self, max_tokens: int = 40) -> None:
+        self.begun: list[int] = []
+        self.version = self.staged = 0
+        self.max_tokens = max_tokens
+        self.leaving = False
+        self.stages: list[int] = []
+
+    async def generate(
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+    ) -> Completion:
+        if plain_tokens:
+            ids = np.zeros(plain_tokens, dtype=np.int32)
+            return Completion(ids, ids.astype(np.float32), ids + self.version, "length")
+        self.begun.append(num_begun)
+        tokens: list[int] = []
+        while num_begun + len(tokens) < self.max_tokens and not self.leaving:
+            await asyncio.sleep(0.01)
+            tokens.append(self.version)
+        numbers = np.arange(num_begun, num_begun + len(tokens), dtype=np.float32)
+        ids = np.array(tokens, dtype=np.int32)
+        return Completion(ids, -numbers, ids, HANDED_OVER if self.leaving else "length")
+
+    async def hand_over(self) -> None:
+        self.leaving = True
+
+    async def stage(self, bucket) -> None:
+        await asyncio.sleep(self.stage_s)
+        self.staged = bucket.version
+
+    async def swap(self, version: int) -> float:
+        assert self.staged == version
+        self.version = version
+        return 0.0
+
+
+async def generators(max_tokens: int = 40, room: int = 1 << 30, **settings) -> tuple[Started, GeneratorPool]:
+    host = LocalHost(Generator, 0, lambda: SlowEngine(max_tokens), room=room)
+    events: list[PoolEvent] = []
+    service = GeneratorPool(host, Replicated(**settings), on_event=events.append)
+    return Started(host, await service.pool.start(timeout_s=5), events), service
+
+
+async def published(version: int):
+    for bucket in buckets([("w", torch.full((4,), float(version)))], version):
+        yield PublishedBucket(bucket, bucket)
+    yield Manifest((8,), (8,))
+
+
+def test_another_generator_continues_the_responses_of_one_that_leaves():
+    async def scenario():
+        it, service = await generators(min=2, drain_s=0.1)
+        calls = [asyncio.create_task(service.generate(make_prompt(i))) for i in range(4)]
+        await asyncio.sleep(0.05)
+        it.host.leaving = {"node of Generator(0)": 60.0}
+        await until(lambda: it.told("left") == ["Generator(0)"])
+        assert [event.calls for event in it.events if event.event == "left"] == [2]  # handed over
+        await service.load(published(1), 1)
+        it.host.leaving = {}
+        rollouts = await service.fetch([(await call).rollout for call in calls])
+        for rollout in rollouts:
+            # Every token is there once, with the log-probability from when it was sampled.
+            assert rollout.rollout_logprobs.tolist() == [-float(i) for i in range(40)]
+            assert rollout.finish_reason == "length"
+            assert (rollout.response_ids == rollout.policy_versions).all()
+            assert (np.diff(rollout.policy_versions) >= 0).all()
+        assert "Generator(0)" not in {rollout.generator for rollout in rollouts}
+        assert any(set(rollout.policy_versions) == {0, 1} for rollout in rollouts)
+        engines = [handle.role._engine for handle in it.host.handles]
+        assert sum(begun > 0 for engine in engines for begun in engine.begun) == 2  # continued, not started again
+
+    run(scenario)
+
+
+def test_a_response_starts_again_when_its_first_part_is_lost():
+    async def scenario():
+        it, service = await generators(min=1)
+
+        async def gone():
+            raise LookupError("its node is gone")
+
+        lost = asyncio.ensure_future(gone())
+        handle = it.host.alive("Generator(0)")
+        answer = handle.role.generate
+        asked = []
+
+        async def begin(prompt, begun, plain_tokens):
+            asked.append(begun)
+            rollout, ref = await answer(prompt, begun, plain_tokens)
+            return rollout, ref
+
+        handle.role.generate = begin
+        generate = service.pool.call
+
+        async def hands_over_first(what, call, *, cost):
+            if not asked:
+                asked.append("first")
+                _, ref = await generate(what, call, cost=cost)
+                return lost, replace(ref, finished=False)
+            return await generate(what, call, cost=cost)
+
+        service.pool.call = hands_over_first
+        ref = await service.generate(make_prompt(3))
+        assert ref.finished
+        assert asked == ["first", None, None]  # at first it was given the lost part, which failed; then none
+        [rollout] = await service.fetch([ref.rollout])
+        assert rollout.rollout_logprobs.tolist() == [-float(i) for i in range(40)]
+
+    run(scenario)
+
+
+def test_a_late_replica_loads_the_newest_weights_before_it_gets_prompts():
+    async def scenario():
+        it, service = await generators(min=1, max=2, max_tokens=1, room=1)
+        await service.load(published(1), 1)
+        await service.load(published(2), 2)
+        it.host.make_room(2)
+        await until(lambda: len(it.pool.ready) == 2)
+        versions = {}
+        for _ in range(8):
+            ref = await service.generate(make_prompt())
+            [rollout] = await service.fetch([ref.rollout])
+            versions[rollout.generator] = set(rollout.policy_versions)
+        assert versions == {"Generator(0)": {2}}
+        calls = [service.generate(make_prompt(i)) for i in range(8)]
+        for ref in await asyncio.gather(*calls):
+            [rollout] = await service.fetch([ref.rollout])
+            assert set(rollout.policy_versions) == {2}, rollout.generator
+
+    run(scenario)
+
+
+def test_a_replica_that_catches_up_also_loads_a_version_published_then():
+    async def scenario():
+        it, service = await generators(min=1, max=2, max_tokens=1, room=1)
+        await service.load(published(1), 1)
+        await until(lambda: len(it.host.handles) == 2)
+        it.host.make_room(2)
+        it.host.handles[1].role._engine.stage_s = 0.2
+        await asyncio.sleep(0.05)
+        await service.load(published(2), 2)
+        assert len(it.pool.ready) == 1  # the other replica still stages version 1
+        await until(lambda: len(it.pool.ready) == 2)
+        assert [replica.handle.role._version for replica in it.pool.ready] == [2, 2]
+
+    run(scenario)
+
+
+def test_every_routable_replica_holds_the_newest_version():
+    async def scenario():
+        it, service = await generators(min=1, max=6, max_tokens=1)
+        it.host.room = 2
+        wrong: list[str] = []
+        opened = it.pool._router.open
+
+        def check_and_open(number):
+            replica = it.pool.members.find(number)
+            if replica.handle.role._version != service._version:
+                wrong.append(f"{replica.name} holds {replica.handle.role._version}, the newest is {service._version}")
+            opened(number)
+
+        it.pool._router.open = check_and_open
+        for version in range(1, 8):
+            publication = asyncio.create_task(service.load(published(version), version))
+            await asyncio.sleep(0.007 * version)
+            it.host.make_room(min(6, 1 + version))
+            if version == 4:
+                it.host.alive("Generator(1)").die()
+            await publication
+            assert all(replica.handle.role._version == version for replica in it.pool.ready)
+            answers = [asyncio.create_task(service.generate(make_prompt(i))) for i in range(12)]
+            for answer in answers:
+                [rollout] = await service.fetch([(await answer).rollout])
+                assert set(rollout.policy_versions) == {version}
+        assert not wrong
+        await until(lambda: len(it.pool.ready) == 6)
+
+    run(scenario)
