@@ -1,1 +1,1 @@
-"""Process roles: generators, the reward service, the reference policy, and the pool that makes them remote."""
+"""Generators, the reward service, the reference policy, and their pools. Runs in each replica and in the driver."""

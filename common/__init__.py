@@ -1,1 +1,1 @@
-"""What every role shares: configuration, the records that travel, models, weights, the journal."""
+"""Code that all roles share: configuration, data types, models, weights, metrics. Runs anywhere."""

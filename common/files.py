@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever reads meanwhile or ends the process that writes."""
+"""Files and directories that are written completely or not at all, even if the process dies. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
-    """In place of what was there."""
+    """Replace the file with `text`. A reader sees the old text or the new one, never a part."""
     staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         staging.write_text(text, encoding="utf-8")
         staging.rename(path)
     finally:
-        staging.unlink(missing_ok=True)  # it has its new name by now, or is worth nothing
+        staging.unlink(missing_ok=True)  # does nothing after the rename
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -27,7 +27,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """One JSON line at the end of `path`, on a line of its own whatever a crash left there."""
+    """Append one JSON line. It gets a line of its own even if a crash left an unfinished line."""
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -37,7 +37,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; none if it does not exist. A line that a crash cut short is passed over."""
+    """The records of a file of JSON lines; none if there is no file. Skips a line that a crash cut short."""
     if not path.exists():
         return []
     records = []
@@ -49,7 +49,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the name `target` only when the block ends well: never half-written."""
+    """Gives a temporary directory, which replaces `target` if the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:

@@ -1,7 +1,11 @@
-"""What travels between roles: a `Prompt` out, a `Rollout` back, an `Experience` into the journal and the learner.
+"""The data that roles exchange: a `Prompt` out, a `Rollout` back, an `Experience` into the journal and the learner.
 
-An `Experience` is one row of the Arrow table that the journal stores and the learner consumes; the table's schema
-stands at the end of this file. Arrays are one-dimensional and unpadded: R is this response's own length.
+Runs anywhere. An `Experience` is one row of the Arrow table that the journal stores and the learner consumes; its
+schema is at the end of this file. Arrays are one-dimensional and unpadded: R is the length of one response. Example:
+
+    Prompt(SampleId(0, 17, 0), "2 + 2 =", token_ids=[17, 10, 17, 28], fields={"answer": "4"})
+    Rollout(prompt, response_ids=[19, 2], rollout_logprobs=[-0.1, -0.3], policy_versions=[5, 5], "stop", "Generator(1)")
+    Experience(rollout, Score(1.0, {"exact": 1.0}), ref_logprobs=[-0.2, -0.3])
 """
 
 from __future__ import annotations
@@ -18,17 +22,17 @@ from common.reward_input import RewardInput as RewardInput
 
 HELDOUT_EPOCH = -1
 PROBE_EPOCH = -2
-HANDED_OVER = "handed over"  # finish reason of what a generator began and another one is to finish
-# About what a token takes while its rollout waits for the learner: id, two log-probabilities, version, text.
+HANDED_OVER = "handed over"  # finish reason of a response that its generator began and another one will finish
+# Approximate memory of a token while its rollout waits for the learner: id, two log-probabilities, version, text.
 BYTES_PER_TOKEN = 20
 
 
 class SampleId(NamedTuple):
-    """Names one rollout for ever: the same id under the same weights and run seed is the same text."""
+    """The permanent name of a rollout. The same id under the same weights and run seed gives the same text."""
 
     epoch: int  # pass over the training prompts, from 0; HELDOUT_EPOCH for evaluation, PROBE_EPOCH for a check
     prompt: int  # index of the prompt in its data set
-    replica: int  # which of the prompt's `rollouts_per_prompt` responses
+    replica: int  # number of the response, below `rollouts_per_prompt`
 
     def __str__(self) -> str:
         return f"{self.epoch}/{self.prompt}/{self.replica}"
@@ -56,20 +60,20 @@ class Prompt:
     sample_id: SampleId
     text: str
     token_ids: np.ndarray  # int32 [P]
-    fields: Mapping[str, Any] = field(default_factory=dict)  # the record's other fields, for the reward
-    messages: Sequence[Mapping[str, str]] | None = None  # with prompts.format = "chat": what the template was given
+    fields: Mapping[str, Any] = field(default_factory=dict)  # other fields of the record, for the reward
+    messages: Sequence[Mapping[str, str]] | None = None  # with prompts.format = "chat": the input of the template
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What the policy wrote, and under which weights."""
+    """One response of the policy, and the weights behind each of its tokens."""
 
     prompt: Prompt
     response_ids: np.ndarray  # int32 [R], end token included when there is one
     rollout_logprobs: np.ndarray  # float32 [R] nats, of the distribution really sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
-    finish_reason: str  # "stop": the end token was written; "length": cut off; HANDED_OVER
-    generator: str  # replica that wrote it, its end at least
+    finish_reason: str  # "stop": it ends with the end token; "length": cut off; HANDED_OVER
+    generator: str  # replica that wrote it, or at least its end
 
     @property
     def num_tokens(self) -> int:
@@ -78,18 +82,18 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutRef:
-    """What the loop knows of a rollout whose tokens lie elsewhere: a few numbers, and where it is."""
+    """A rollout whose tokens are in another process: the few numbers that the loop needs, and a reference."""
 
     sample_id: SampleId
     num_tokens: int  # prompt and response
     oldest_version: int | None  # of its tokens; None without tokens
-    finished: bool  # False: its generator had to leave, and another goes on with it
-    fault: str = ""  # why nobody may learn from it
+    finished: bool  # False: its generator had to leave, and another one continues it
+    fault: str = ""  # a reason not to learn from it
     rollout: Any = None  # the Rollout, or a reference to it
 
     @classmethod
     def of(cls, rollout: Rollout) -> RolloutRef:
-        """All but where it is."""
+        """Everything except the reference."""
         finite = bool(np.isfinite(rollout.rollout_logprobs).all())
         return cls(
             rollout.prompt.sample_id,
@@ -104,18 +108,18 @@ class RawScore(NamedTuple):
     """The score that one reward source gives a response, before its weight."""
 
     score: float
-    origin: str  # what gave it: function, model@hash, or URL
+    origin: str  # function, model@hash, or URL
     figures: Mapping[str, float] = {}  # further numbers that the source gave, by name
 
 
 @dataclass(frozen=True)
 class Score:
-    """A response's score with the raw number each source gave it: `total = sum(weight * raw)`."""
+    """The score of a response, and the raw number from each source: `total = sum(weight * raw)`."""
 
     total: float
     components: Mapping[str, float]
-    origins: Mapping[str, str] = field(default_factory=dict)  # of each component: function, model@hash, or URL
-    figures: Mapping[str, float] = field(default_factory=dict)  # what else sources said, under SOURCE/NAME
+    origins: Mapping[str, str] = field(default_factory=dict)  # by component: function, model@hash, or URL
+    figures: Mapping[str, float] = field(default_factory=dict)  # other numbers from sources, under SOURCE/NAME
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,14 @@ class Experience:
 
     rollout: Rollout
     score: Score
-    # float32 [R] nats, frozen reference policy at the sampling temperature; None: the policy that learns from this in
-    # step 0 still is the reference, and computes them itself.
+    # float32 [R] nats, of the frozen reference policy at the sampling temperature. None in step 0 of a synchronous run:
+    # the learner's policy still is the reference, and the learner computes them.
     ref_logprobs: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class ExperienceRef:
-    """An `Experience` whose arrays lie elsewhere."""
+    """An `Experience` whose arrays are in other processes."""
 
     written: RolloutRef
     score: Score
@@ -139,7 +143,7 @@ class ExperienceRef:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory."""
+        """Approximate memory."""
         return BYTES_PER_TOKEN * self.written.num_tokens
 
     def staleness(self, policy_version: int) -> int:
@@ -147,7 +151,7 @@ class ExperienceRef:
 
 
 def oldest_version(policy_versions: np.ndarray) -> int | None:
-    """Of a response's tokens; None without tokens."""
+    """The oldest version behind a response's tokens; None without tokens."""
     return int(policy_versions.min()) if len(policy_versions) else None
 
 
@@ -158,9 +162,9 @@ def staleness(oldest: int | None, policy_version: int) -> int:
 
 @dataclass(frozen=True)
 class ScoringError:
-    """What a reward source failed on, for RUN/errors."""
+    """A failure of a reward source, for RUN/errors."""
 
-    fault: str  # the same for every answer that meets the same fault
+    fault: str  # equal for all responses with the same fault
     traceback: str
     prompt: str
     response: str
@@ -168,16 +172,16 @@ class ScoringError:
 
 @dataclass(frozen=True)
 class Void:
-    """A rollout that will not be trained on, and why. It is recorded, counted, and never becomes a zero."""
+    """A rollout that is not trained on, with the reason. It is recorded and counted, and never becomes a score of 0."""
 
     sample_id: SampleId
     reason: str
-    asked_again: bool = False  # its prompt goes out once more, under the same sample id
-    response: str | None = None  # its text, where that is known
-    error: ScoringError | None = field(default=None, compare=False)  # until it is written down
+    asked_again: bool = False  # its prompt is sent again, under the same sample id
+    response: str | None = None  # its text, if known
+    error: ScoringError | None = field(default=None, compare=False)  # until it is written to RUN/errors
 
 
-# How a rollout's response tokens become text, many rollouts at once.
+# Turns the tokens of many responses into texts.
 Decode = Callable[[Sequence[np.ndarray]], Sequence[str]]
 
 EXPERIENCE_SCHEMA = pa.schema(
@@ -187,7 +191,7 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("prompt_index", pa.int32()),
         ("replica", pa.int32()),
         ("prompt", pa.string()),
-        ("response", pa.string()),  # decoded without special tokens, to be read; learning uses response_ids alone
+        ("response", pa.string()),  # for people, without special tokens; learning uses only response_ids
         ("fields", pa.string()),  # JSON
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),
@@ -198,7 +202,7 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("components", pa.map_(pa.string(), pa.float64())),
         ("origins", pa.map_(pa.string(), pa.string())),
-        ("figures", pa.map_(pa.string(), pa.float64())),  # what else sources said, under SOURCE/NAME
+        ("figures", pa.map_(pa.string(), pa.float64())),  # other numbers from sources, under SOURCE/NAME
         ("ref_logprobs", pa.list_(pa.float32())),  # null: see Experience
     ]
 )

@@ -1,1 +1,1 @@
-"""How a run is launched: the command line, who runs where, shipped configs and tasks."""
+"""How a run is started: the command line, the roles and their machines, shipped configs. Runs in the driver."""

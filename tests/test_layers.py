@@ -1,6 +1,7 @@
-"""Imports point one way, and only the files named in the design need Ray or vLLM."""
+"""Imports point one way; few files need Ray or vLLM, and the driver's loop no torch; each module says where it runs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,14 @@ RAY_FILES = {
 }
 VLLM_FILES = {Path(f"actors/generation/vllm_{name}.py") for name in ("engine", "weights", "reload")}
 
+# Its arguments: packages to block, with commas between them; modules to import.
 BLOCKED = """
 import importlib, sys
-sys.modules["ray"] = sys.modules["vllm"] = None  # importing either raises ImportError
-for name in sys.argv[1:]:
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None  # importing it raises ImportError
+for name in sys.argv[2:]:
     importlib.import_module(name)
-print(len(sys.argv) - 1)
+print(len(sys.argv) - 2)
 """
 
 
@@ -78,19 +81,53 @@ def test_vllm_is_imported_only_by_its_engine_and_its_weights():
     assert importers("vllm") == VLLM_FILES
 
 
+def module(path):
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_without(blocked, paths):
+    """The process that imports these modules while importing the `blocked` packages fails."""
+    names = [module(path) for path in paths]
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, blocked, *names], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
 def test_everything_else_imports_without_ray_and_vllm():
     outside = [path for path in FILES if path.parts[0] != "deploy" and path not in RAY_FILES | VLLM_FILES]
     outside += [Path("deploy/cli.py"), Path("deploy/capacity.py"), Path("deploy/tasks/larger.py")]  # need no cluster
-    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in outside]
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, *names], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, str(len(names))), done.stderr[-2000:]
+    done = imports_without("ray,vllm", outside)
+    assert (done.returncode, done.stdout.strip()) == (0, str(len(outside))), done.stderr[-2000:]
 
 
-def test_the_block_is_felt_by_what_needs_ray():
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, "actors.pool.ray_actor"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+def test_the_loop_of_the_driver_imports_no_torch_ray_or_vllm():
+    loop = [path for path in FILES if path.parts[:2] == ("learner", "loop")]
+    assert len(loop) > 8
+    done = imports_without("torch,ray,vllm", loop)
+    assert (done.returncode, done.stdout.strip()) == (0, str(len(loop))), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("package", ["ray", "torch"])
+def test_a_module_that_needs_a_blocked_package_fails(package):
+    needs = {"ray": "actors/pool/ray_actor.py", "torch": "learner/ppo/learner.py"}
+    done = imports_without(package, [Path(needs[package])])
     assert done.returncode == 1
-    assert "ModuleNotFoundError: import of ray halted" in done.stderr
+    assert f"ModuleNotFoundError: import of {package} halted" in done.stderr
+
+
+def says_where_it_runs(docstring):
+    """A sentence of it begins with "Runs "."""
+    return re.search(r"(^|[.:!?]\s+)Runs\s[^.]+\.", docstring) is not None
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_module_says_in_its_first_docstring_where_it_runs(path):
+    docstring = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8"))) or ""
+    assert says_where_it_runs(docstring), 'add a sentence such as "Runs in the driver." (CONTRIBUTING.md)'
+
+
+def test_a_sentence_about_running_is_not_enough():
+    assert says_where_it_runs("A buffer.\n\nRuns in the driver. More.")
+    assert says_where_it_runs("Runs anywhere.")
+    assert not says_where_it_runs("The buffer. It runs in the driver.")
+    assert not says_where_it_runs("Many Runs in one file.")

@@ -1,4 +1,4 @@
-"""One answer to one held-out prompt: written, scored, measured. Runs in the driver."""
+"""One answer to one held-out prompt: written, scored and measured. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ async def answer(
     score: Callable[[RolloutRef], Awaitable[Score | Void]],
     reference: Reference | None = None,
 ) -> tuple[Rollout, Score | Void, np.ndarray]:
-    """One response, its score, and its log-probabilities under the reference, or without one its own. Asked again when
-    its tokens are lost; void, with zeros for log-probabilities, when it cannot be written or is not finite."""
+    """Samples one response and scores it. Returns the rollout, its score and its log-probabilities under the reference;
+    without a reference, the rollout's own. Asks again if the tokens are lost. If generation is given up or a value is
+    not finite, the score is a Void and all log-probabilities are zero. Waits for the pools."""
     while True:
         try:
             written = await generators.generate(prompt)

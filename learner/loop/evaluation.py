@@ -1,4 +1,4 @@
-"""Held-out evaluation: how well the policy answers prompts it never trained on, and at what cost."""
+"""Held-out evaluation: how well the policy answers prompts that it never trained on. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class Evaluation:
 
     policy_version: int
     prompts: int
-    voids: int  # answers that could not be scored; they count as failed
+    voids: int  # answers without a score; they count as failed
     void_reason: str  # the most frequent one
-    pass_at_1: float | None  # None: scores other than 0 and 1, and no source named that says what passes
+    pass_at_1: float | None  # None: scores other than 0 and 1, and no `evaluation.pass_source`
     interval: tuple[float, float] | None  # 95 %, of pass_at_1
     score: float  # mean total score
     components: Mapping[str, float]  # mean raw score of each source and judge
     kl_per_response: float  # from the reference, nats: mean of sum(rollout_logprobs - ref_logprobs)
     response_tokens: float  # mean
     distinct_1: float  # distinct tokens over tokens, all answers together (Li et al. 2016, arXiv:1510.03055)
-    distinct_2: float  # the same of token pairs; falls when answers grow alike
+    distinct_2: float  # the same for token pairs; falls when answers become alike
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
-        known = {key: value for key, value in record.items() if key != "time"}  # when it was written
+        known = {key: value for key, value in record.items() if key != "time"}
         return cls(**{**known, "interval": record["interval"] and tuple(record["interval"])})
 
 
@@ -54,8 +54,9 @@ async def evaluate(
     policy_version: int,
     max_void_share: float = 1.0,
 ) -> tuple[Evaluation, list[Answer]]:
-    """Asks every prompt once. Nothing of it is journalled or trained on. `reference` is None if the policy itself is.
-    Raises UserError when more than `max_void_share` of the answers cannot be scored."""
+    """Asks every prompt once, all at the same time, and waits for the answers. None is journalled or trained on.
+    `reference` is None if the policy itself is the reference. Raises UserError if more than `max_void_share` of the
+    answers have no score."""
 
     asking = (answer(prompt, generators, reward.judge, reference) for prompt in prompts)
     answers = await asyncio.gather(*asking)
@@ -64,7 +65,7 @@ async def evaluate(
     if len(voids) > max_void_share * len(answers):
         raise UserError(
             f"{len(voids)} of {len(answers)} held-out answers could not be scored, more than reward.max_void_share "
-            f"({max_void_share:.0%}); most often: {Counter(voids).most_common(1)[0][0]}; mend it and try "
+            f"({max_void_share:.0%}); most often: {Counter(voids).most_common(1)[0][0]}; fix it and try "
             "again, or raise the share"
         )
     source = cfg.pass_source or (next(iter(scores[0].components)) if scores else "")
@@ -94,21 +95,21 @@ async def evaluate(
 
 
 def win_rate(before: Sequence[float | None], after: Sequence[float | None]) -> float | None:
-    """Share of prompts whose answer scores higher after than before, ties counted half. None is an answer without a
-    score: its prompt does not count. None if no prompt counts."""
+    """Share of prompts whose answer scores higher after than before; ties count half. A prompt with an answer without a
+    score (None) does not count. None if no prompt counts."""
     both = [(old, new) for old, new in zip(before, after, strict=True) if old is not None and new is not None]
     wins = sum(1.0 if new > old else 0.5 if new == old else 0.0 for old, new in both)
     return wins / len(both) if both else None
 
 
 def distinct(responses: Sequence[np.ndarray], n: int) -> float:
-    """Distinct token n-grams over all n-grams of the responses; 0 if there are none."""
+    """Distinct token n-grams divided by all n-grams of the responses; 0 if there are none."""
     grams = [gram for ids in responses for gram in zip(*(ids[i:].tolist() for i in range(n)))]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927), which stays inside [0, 1] also near its ends."""
+    """95 % score interval of a proportion (Wilson 1927), which stays inside [0, 1]."""
     if trials == 0:
         return 0.0, 1.0
     share = successes / trials

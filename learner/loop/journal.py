@@ -1,17 +1,17 @@
-"""The experience journal: one Arrow file per step, durable before the learner sees the batch.
+"""The experience journal: one Arrow file per step, on disk before the learner sees the batch. Runs in the driver.
 
 RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in admission order. pyarrow and pandas
-read it alone, DuckDB through pyarrow (docs/metrics.md shows how); step-000123.sha256 beside it is for `sha256sum -c`.
+read it directly, DuckDB through pyarrow (docs/metrics.md shows how). step-000123.sha256 is for `sha256sum -c`.
 The schema's metadata holds, under the key `ratchet`, a JSON object:
 
     schema          version of this layout: 4
     step            number of this file, from 0
     time            when the batch was cut, in seconds since 1970 (UTC)
     policy_version  version the learner held when the batch was cut
-    prompts         state of the prompt stream after this batch; `outstanding` holds ranges of the sample ids that are
-                     neither here nor in a file before, numbered in the order in which they were first asked
-    voids           [sample id, reason, response] of rollouts that were voided since the previous file, `response`
-                     null where it is not known; those that `prompts` still has outstanding are asked again
+    prompts         state of the prompt stream after this batch (learner/loop/prompts.py); `outstanding` are the ids
+                     that were issued, and are neither in this file nor in an earlier one
+    voids           [sample id, reason, response] of rollouts that were voided since the previous file; `response` is
+                     null if it is not known. Those that are still outstanding are asked again
     previous        SHA-256 of the previous file, in hex ("" for step 0): the files form a chain
 """
 
@@ -32,17 +32,17 @@ from common.errors import UserError
 from common.types import EXPERIENCE_SCHEMA, Void
 
 # 2: origins of scores; 3: outstanding samples as ranges; 4: step, time, text of responses. An older layout is refused:
-# another version of Ratchet may also compute other bits from it, so a replay would not lead where the run was.
+# the Ratchet that wrote it may compute other bits, so a replay could end in another state than the run had.
 SCHEMA_VERSION = 4
 
 
 class JournalError(UserError):
-    """The journal on disk is not the chain that was written; the message names the file."""
+    """The journal on disk is not the chain that was written. The message names the file."""
 
 
 @dataclass(frozen=True)
 class JournalStep:
-    """One step as it was written."""
+    """One step of the journal."""
 
     step: int
     table: pa.Table
@@ -53,12 +53,12 @@ class JournalStep:
 
 
 class Journal:
-    """Appends steps in order; each file is complete or absent, and names the hash of the one before."""
+    """Appends steps in order. Each file is complete or absent, and contains the hash of the previous file."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("*.tmp"):  # a write that a crash cut short: never consumed by anyone
+        for leftover in directory.glob("*.tmp"):  # a crash cut this write short; nobody has read it
             leftover.unlink()
         self.next_step = len(list(directory.glob("step-*.arrow")))
         for step in range(self.next_step):
@@ -69,7 +69,7 @@ class Journal:
     def append(
         self, table: pa.Table, *, policy_version: int, prompts: dict[str, Any], voids: Sequence[Void] = ()
     ) -> int:
-        """Writes the next step, synced to disk and renamed into place; returns its number."""
+        """Writes the next step, syncs it to disk and renames it into place. Returns its number."""
         step = self.next_step
         metadata = {
             "schema": SCHEMA_VERSION,
@@ -100,7 +100,7 @@ class Journal:
         return step
 
     def read(self, step: int) -> JournalStep:
-        """Raises JournalError if the file is missing, damaged, or does not follow the one before it."""
+        """Raises JournalError if the file is missing or damaged, or does not follow the previous file."""
         path = self._path(step)
         self._hash(step)
         try:
@@ -111,8 +111,8 @@ class Journal:
             raise JournalError(f"{path} cannot be read as a journal step: {error}") from error
         if metadata["schema"] != SCHEMA_VERSION:
             raise JournalError(
-                f"{path} has schema {metadata['schema']}, this version of Ratchet writes {SCHEMA_VERSION}; go on with "
-                "the version that wrote it"
+                f"{path} has schema {metadata['schema']}, this version of Ratchet writes {SCHEMA_VERSION}; continue "
+                "with the version that wrote it"
             )
         if metadata["step"] != step or metadata["previous"] != self._hash(step - 1):
             raise JournalError(f"{path} does not follow step {step - 1}: a file was changed, lost or moved")
@@ -132,7 +132,7 @@ class Journal:
         return self.directory / f"step-{step:06d}.arrow"
 
     def _hash(self, step: int) -> str:
-        """SHA-256 of a step's file, which must be the one that was written; "" for the step before the first."""
+        """SHA-256 of a step's file, checked against its .sha256; "" for the step before the first."""
         if step < 0:
             return ""
         path = self._path(step)

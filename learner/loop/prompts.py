@@ -1,4 +1,14 @@
-"""The seeded, resumable prompt stream: prompts in an order that is a function of the seed."""
+"""The prompt stream: training prompts in an order that depends only on the seed, resumable. Runs in the driver.
+
+Every sample id has a number, in the order in which ids are first issued. With two records, two rollouts per prompt and
+an order of epoch 0 that begins with record 1:
+
+    number      0      1      2      3      4      5   ...
+    sample id   0/1/0  0/1/1  0/0/0  0/0/1  1/.../0 1/.../1
+
+If 0 to 4 are issued, and 0, 2 and 3 are in the journal, the state is {"issued": 5, "outstanding": [[1, 2], [4, 5]]}:
+half-open ranges of numbers. A resumed run asks 1 and 4 again, and continues with 5.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +24,31 @@ from common.types import HELDOUT_EPOCH, PROBE_EPOCH, Prompt, PromptRecord, Sampl
 
 
 class PromptStream:
-    """Yields prompts epoch after epoch, each epoch in its own seeded order, and knows which are still outstanding.
+    """Issues prompts epoch after epoch, each epoch in its own seeded order, and knows which are outstanding.
 
-    A sample id is outstanding from `next` until `settle`. Restoring a state re-issues exactly the outstanding ones,
-    in the order they were first issued, and then goes on; `give_back` re-issues some of them next.
+    A sample id is outstanding from `next` until `settle`. A restored stream first issues the outstanding ones again, in
+    their old order. `give_back` makes `next` issue some of them again.
     """
 
     def __init__(self, records: Sequence[PromptRecord], *, seed: int, rollouts_per_prompt: int) -> None:
         self._records = records
         self._seed = seed
         self._replicas = rollouts_per_prompt
-        self._issued = 0  # sample ids ever issued, numbered from 0
-        self._outstanding: dict[SampleId, int] = {}  # with their numbers, in order of issue
+        self._issued = 0  # ids issued so far, which is also the next number
+        self._outstanding: dict[SampleId, int] = {}  # with their numbers, in order of number
         self._settled_below = 0  # all numbers below are settled
-        self._settled: set[int] = set()  # of those above
+        self._settled: set[int] = set()  # settled numbers above that
         self._reissue: deque[SampleId] = deque()
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
         self._hash = hashlib.sha256("\0".join(record.text for record in records).encode()).hexdigest()
 
     @property
     def outstanding(self) -> list[SampleId]:
-        """In order of issue."""
+        """In the order of their numbers."""
         return list(self._outstanding)
 
     def next(self) -> Prompt:
+        """The next prompt: one that was given back or restored, if there is any."""
         if self._reissue:
             return self._prompt(self._reissue.popleft())
         sample_id = self._id(self._issued)
@@ -46,12 +57,12 @@ class PromptStream:
         return self._prompt(sample_id)
 
     def probes(self, count: int) -> list[Prompt]:
-        """The first `count` prompts under ids that `next` never gives: to ask them changes nothing here."""
+        """The first `count` prompts, under ids that `next` never issues. They do not change the stream."""
         ids = [SampleId(PROBE_EPOCH, index, 0) for index in range(min(count, len(self._records)))]
         return [self._prompt(sample_id) for sample_id in ids]
 
     def settle(self, sample_ids: Iterable[SampleId]) -> None:
-        """These are in the journal now, as rollouts or as void."""
+        """Marks ids that are in the journal now, as rollouts or as voids."""
         for sample_id in sample_ids:
             self._settled.add(self._outstanding.pop(sample_id))
         while self._settled_below in self._settled:
@@ -59,12 +70,12 @@ class PromptStream:
             self._settled_below += 1
 
     def give_back(self, sample_ids: Sequence[SampleId]) -> None:
-        """These are to be asked again before any other, in this order; they stay outstanding."""
+        """Issues these ids again before any other, in this order. They stay outstanding."""
         self._reissue.extendleft(reversed(sample_ids))
 
     def state(self) -> dict[str, Any]:
-        """Its size does not depend on how many are outstanding: `outstanding` holds ranges of their numbers, each from
-        its first to before its end."""
+        """A small record for `restore`. `outstanding` is a list of half-open ranges of numbers, so its size depends on
+        the gaps among them and not on how many are outstanding."""
         ends = [*sorted(self._settled), self._issued]
         firsts = [self._settled_below, *(number + 1 for number in ends[:-1])]
         return {
@@ -74,7 +85,7 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the state is one of other prompts: a sample id would then name another text."""
+        """Raises UserError if the state belongs to other prompts: a sample id would then name another text."""
         if state["prompts_hash"] != self._hash:
             raise UserError(
                 f"the {len(self._records)} prompts of prompts.train are not those the run began with; "

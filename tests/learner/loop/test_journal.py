@@ -214,7 +214,7 @@ def test_a_step_of_another_layout_is_refused_by_version(tmp_path, monkeypatch, v
     with monkeypatch.context() as other:
         other.setattr(journal_module, "SCHEMA_VERSION", version)
         write(tmp_path)
-    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 4; go on with"):
+    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 4; continue with"):
         Journal(tmp_path).last()
 
 
