@@ -48,8 +48,8 @@ def gae(
 def leave_one_out(
     rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """RLOO (Ahmadian et al. 2024, arXiv:2402.14740, section 3.2): A_i = R_i - mean of R_j over the other responses j
-    of the group, the same for every token of response i.
+    """RLOO (Ahmadian et al. 2024, arXiv:2402.14740): A_i = R_i - mean of R_j over the other responses j of the group,
+    the same for every token of response i.
 
     The whole response is one action, so R_i is the plain sum of its rewards: its score less its KL penalties. Values,
     gamma and lam play no part. A response alone in its group has advantage 0. An empty response is in no group: its
