@@ -1,4 +1,4 @@
-"""Linear layers, RMS norms and embeddings with backward passes written by hand. They keep less for the backward pass.
+"""A transformer's layers with backward passes written by hand, which keep less than autograd does.
 
 Runs anywhere. `install` puts them in place of a model's own modules where they compute the same.
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
 from common.model.logprobs import autocast_dtype
@@ -24,8 +24,8 @@ Forward = Callable[[Any, Tensor], Tensor]
 
 
 def install(model: PreTrainedModel) -> int:
-    """Replaces the forward pass of linear layers, RMS norms and embeddings where the output stays the same. Returns how
-    many it replaced."""
+    """Replaces the forward pass of linear layers, RMS norms, gated SiLU layers and embeddings, where the output stays
+    the same. Returns how many it replaced."""
     replaced = 0
     for module in model.modules():
         forward = _replacement(module)
@@ -53,6 +53,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Keeps its input and one number per row. Saves 8 % of the peak memory of the update above.
     """
     return _RMSNorm.apply(x, weight, eps)
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv:2002.05202, eq. 6 with SiLU). Keeps its two inputs, and computes silu(gate) again.
+
+    A layer of a 135M Llama then keeps 14.8 values per token and hidden unit instead of 17.5, or 15 % less. Saves 1 % of
+    the peak memory of the update above, and more where micro-batches are larger.
+    """
+    return _GatedSiLU.apply(gate, up)
 
 
 def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
@@ -129,6 +138,19 @@ class _CastLinear(torch.autograd.Function):
         return d_x, d_weight, rows.sum(0, dtype=ctx.dtypes[1]) if of_bias else None, None
 
 
+class _GatedSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return d_gate, silu(gate).mul_(gradient)
+
+
 def _linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
     return cast_linear(x, self.weight, self.bias)
 
@@ -141,6 +163,10 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+def _gated_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
+
+
 def _replacement(module: Any) -> Forward | None:
     if len(signature(module.forward).parameters) != 1:
         return None  # a gated norm, for example, takes a second argument: its gate
@@ -150,7 +176,20 @@ def _replacement(module: Any) -> Forward | None:
         return _embedding_forward
     if hasattr(module, "weight") and hasattr(module, "variance_epsilon"):
         return _norm_forward
+    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return _gated_forward if _is_silu(module.act_fn) else None
     return None
+
+
+@torch.no_grad()
+def _is_silu(act: Any) -> bool:
+    """Compares with SiLU on numbers where GELU differs by up to 0.2. Outputs of a layer of small weights would not show
+    the difference."""
+    x = torch.linspace(-8, 8, 161)
+    try:
+        return torch.allclose(act(x), silu(x), rtol=0, atol=1e-5)
+    except Exception:  # an activation with parameters of its own
+        return False
 
 
 @torch.no_grad()
@@ -164,7 +203,7 @@ def _same(module: Any, forward: Forward) -> bool:
 
 
 def _outputs_agree(module: Any, forward: Forward) -> bool:
-    weight = module.weight
+    weight = module.gate_proj.weight if forward is _gated_forward else module.weight
     generator = torch.Generator().manual_seed(0)
     if forward is _embedding_forward:
         x = torch.randint(len(weight), (4,), generator=generator).to(weight.device)

@@ -19,10 +19,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from common.model.attention import PACKED
-from common.model.kernels import cast_linear, embedding, install, rms_norm
+from common.model.kernels import cast_linear, embedding, gated_silu, install, rms_norm
 from common.model.packing import Sequences
 
 SIZES = {
@@ -46,6 +46,10 @@ def random(*shapes, dtype=torch.float32):
 
 def norm_by_definition(x, weight):
     return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS)
+
+
+def gate_by_definition(gate, up):
+    return gate / (1 + torch.exp(-gate)) * up
 
 
 def run(function, tensors, pull):
@@ -83,6 +87,12 @@ def test_an_rms_norm_of_zeros_has_a_finite_gradient():
     found, gradient = run(lambda x: rms_norm(x, torch.ones(4), 1e-6), [torch.zeros(2, 4)], torch.ones(2, 4))
     assert not found.any()
     torch.testing.assert_close(gradient, torch.full((2, 4), 1000.0), atol=1e-2, rtol=0)  # 1 / sqrt(eps)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gated_silu_and_its_gradients_equal_the_definition(shape):
+    gate, up = random(shape, shape)
+    check(gated_silu, gate_by_definition, [2 * gate, up])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -160,6 +170,17 @@ def test_the_tensors_kept_for_the_backward_pass_are_few():
     }
 
 
+def test_a_gated_silu_keeps_its_two_inputs_alone():
+    (half,) = random((7, 12), dtype=torch.bfloat16)
+    assert kept_by(gated_silu, half, half) == {torch.bfloat16: 168}
+
+
+def test_a_gated_silu_of_bf16_inputs_stays_near_float64():
+    tensors = random((40, 64), (40, 64), dtype=torch.bfloat16)
+    check(gated_silu, gate_by_definition, tensors, near=0.01)
+    assert {x.dtype for x in run(gated_silu, tensors, torch.ones(40, 64))} == {torch.bfloat16}
+
+
 def test_a_norm_of_bf16_inputs_stays_near_float64():
     tensors = random((40, 64), (64,), dtype=torch.bfloat16)
 
@@ -201,11 +222,11 @@ def test_an_embeddings_gradient_is_torchs_and_adds_to_an_existing_one(padding_id
     assert padding_idx is None or torch.equal(weight.grad[3], before[3])
 
 
-def test_a_llama_has_its_linear_layers_norms_and_embedding_replaced():
+def test_a_llama_has_its_linear_layers_norms_and_gates_replaced():
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     layer = [
         *(f"self_attn.{x}_proj" for x in "qkvo"),
-        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        *("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
         *("input_layernorm", "post_attention_layernorm"),
     ]
     expected = {f"model.layers.{i}.{name}" for i in range(2) for name in layer} | {
@@ -213,6 +234,20 @@ def test_a_llama_has_its_linear_layers_norms_and_embedding_replaced():
     }
     assert install(model) == len(expected)
     assert replaced(model) == expected
+
+
+class GeluMLP(LlamaMLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.act_fn = nn.GELU()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gelu_layer_with_tiny_outputs_is_not_replaced(dtype):
+    mlp = GeluMLP(LlamaConfig(**SIZES)).to(dtype)
+    nn.init.normal_(mlp.down_proj.weight, std=1e-4)
+    install(mlp)
+    assert "forward" not in vars(mlp)
 
 
 class GatedNorm(LlamaRMSNorm):
@@ -247,6 +282,11 @@ class ShiftedNorm(LlamaRMSNorm):
         return super().forward(hidden_states) + super().forward(hidden_states) / self.weight
 
 
+class HalvedMLP(LlamaMLP):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
 class BiasedLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1
@@ -273,12 +313,18 @@ def test_a_subclass_of_a_linear_layer_keeps_its_own_forward_pass():
 
 def test_modules_that_compute_something_else_keep_their_forward_pass():
     torch.manual_seed(0)
-    clipped = nn.Embedding(4, 32, max_norm=1.0)
+    config, clipped = LlamaConfig(**SIZES), nn.Embedding(4, 32, max_norm=1.0)
     for module in (ShiftedNorm(32), BiasedLinear(32, 32), GemmaRMSNorm(32), nn.LayerNorm(32), clipped):
         x = torch.tensor([1, 2]) if module is clipped else torch.randn(3, 32)
         before = module(x)
         assert install(module) == 0
         assert torch.equal(module(x), before)
+    for mlp in (GeluMLP(config), HalvedMLP(config)):
+        x = torch.randn(3, 32)
+        before = mlp(x)
+        assert install(mlp) == 3  # its linear layers
+        assert replaced(mlp) == {"gate_proj", "up_proj", "down_proj"}
+        torch.testing.assert_close(mlp(x), before, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gpt2"])
