@@ -1,1 +1,1 @@
-"""How a run is started: the command line, the roles and their machines, shipped configs. Runs in the driver."""
+"""Launches runs: the command line, the processes of a run, shipped configs and tasks. Runs in the driver."""

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: their options, and how these become a config and a run directory.
+"""The shared parts of the commands: their options, which become a config and a run directory.
 
 Runs in the driver, before anything slow is imported.
 """

@@ -1,14 +1,14 @@
 """`ratchet demo rlhf`: human feedback from beginning to end, each stage from its shipped config.
 
-Pairs sampled from the base policy -> a labeller's preferences -> reward model -> PPO against it -> the labeller's
-verdict on held-out prompts, before and after.
+Runs in the driver. Pairs sampled from the base policy -> a labeller's preferences -> reward model -> PPO against it ->
+the labeller's scores of held-out answers, before and after.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from common.config.loading import AnyRoot, load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_records, write_json
 from deploy.run.directory import refuse_overwriting
 from deploy.sample_pairs import run_pair_sampling
 from deploy.screen.console import Output
@@ -31,43 +31,68 @@ EXAMPLES = 3
 
 
 def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool = False) -> dict[str, Any]:
-    """Runs every stage below `directory` and returns what its summary.json says. A setting goes to each stage that has
-    a section or field of that name."""
+    """Runs every stage in a directory below `directory` and returns the contents of its summary.json."""
     started = time.perf_counter()
     console = Output()
-    directory = directory.absolute()  # the stages name each other's files
+    directory = directory.absolute()  # stages name each other's files
+    pairs_config, reward_config, ppo_config = stage_configs(directory, settings)
     pairs, reward, ppo = directory / "pairs", directory / "reward", directory / "ppo"
-
-    def config(name: str, root: type[AnyRoot], *own: str) -> AnyRoot:
-        return load_config(CONFIGS / name, [*own, *_settings_of(root, settings)], root)
-
-    stages = (
-        config("positive-pairs.toml", PairSamplingConfig),
-        config("positive-reward.toml", RewardTrainingConfig, f"data.train={json.dumps(str(pairs / 'pairs.jsonl'))}"),
-        config("positive.toml", Config, f"reward.sources.0.model={json.dumps(str(reward / 'model'))}"),
-    )
-    if unused := [s for s in settings if not any(_settings_of(type(stage), [s]) for stage in stages)]:
-        raise UserError(f"{', '.join(unused)}: no stage of the demo has such a setting; see ratchet config --describe")
-    if not (stages[1].data.heldout or stages[1].data.heldout_pairs) or not stages[2].evaluation.prompts:
-        raise UserError(
-            "the demo compares held-out pairs and prompts: data.heldout_pairs and evaluation.prompts must be > 0"
-        )
     if directory.exists() and not directory.is_dir():
         raise UserError(f"run directory {directory} is a file; name another")
     for part in (pairs, reward, ppo):
         refuse_overwriting(part, force=force, can_resume=False)
 
     console.rule("1 of 3: pairs from the base policy, and the labeller's preferences")
-    run_pair_sampling(stages[0], pairs, force=force)
+    run_pair_sampling(pairs_config, pairs, force=force)
     console.rule("2 of 3: a reward model from the pairs")
-    trained = run_reward_training(stages[1], reward, force=force)
+    trained = run_reward_training(reward_config, reward, force=force)
     console.rule("3 of 3: PPO against the reward model, judged by the labeller")
-    result = run_training(stages[2], ppo, force=force)
+    result = run_training(ppo_config, ppo, force=force)
 
+    source, judge = ppo_config.reward.sources[0].name, ppo_config.evaluation.judges[0].name
+    seconds = round(time.perf_counter() - started, 1)
+    summary = {"seed": ppo_config.seed, **_figures(trained, result, source, judge), "seconds": seconds}
+    write_json(directory / "summary.json", summary)
+    console.rule("held-out answers")
+    _show_answers(console, ppo, judge)
+    _show_figures(console, summary)
+    console.print(f"summary: {directory / 'summary.json'}", markup=False)
+    return summary
+
+
+def stage_configs(directory: Path, settings: Sequence[str]) -> tuple[PairSamplingConfig, RewardTrainingConfig, Config]:
+    """The configs of the stages. A setting goes to every stage that has it. Raises UserError for one that none has."""
+
+    def config(name: str, root: type[AnyRoot], *own: str) -> AnyRoot:
+        return load_config(CONFIGS / name, [*own, *(s for s in settings if _has(root, s))], root)
+
+    data, model = json.dumps(str(directory / "pairs/pairs.jsonl")), json.dumps(str(directory / "reward/model"))
+    pairs = config("positive-pairs.toml", PairSamplingConfig)
+    reward = config("positive-reward.toml", RewardTrainingConfig, f"data.train={data}")
+    ppo = config("positive.toml", Config, f"reward.sources.0.model={model}")
+    if unused := [s for s in settings if not any(_has(type(stage), s) for stage in (pairs, reward, ppo))]:
+        raise UserError(f"{', '.join(unused)}: no stage of the demo has such a setting; see ratchet config --describe")
+    if not (reward.data.heldout or reward.data.heldout_pairs) or not ppo.evaluation.prompts:
+        raise UserError(
+            "the demo compares held-out pairs and prompts: data.heldout_pairs and evaluation.prompts must be > 0"
+        )
+    return pairs, reward, ppo
+
+
+def _has(root: type[Root], setting: str) -> bool:
+    """Whether the tree has the key of a `key=value` setting."""
+    section: Any = root
+    for part in setting.partition("=")[0].split("."):
+        if part not in getattr(section, "model_fields", {}):
+            return False
+        section = section.model_fields[part].annotation
+    return True
+
+
+def _figures(trained: Mapping[str, Any], result: Mapping[str, Any], source: str, judge: str) -> dict[str, Any]:
+    """The figures of the summary: the labeller's score is called gold, the reward model's rm."""
     before, after = result["before"], result["after"]
-    source, judge = stages[2].reward.sources[0].name, stages[2].evaluation.judges[0].name
-    summary = {
-        "seed": stages[2].seed,
+    return {
         "gold_before": before["components"][judge],
         "gold_after": after["components"][judge],
         "rm_accuracy": trained["accuracy"],
@@ -79,41 +104,21 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
         "response_tokens_after": after["response_tokens"],
         "distinct_2_before": before["distinct_2"],
         "distinct_2_after": after["distinct_2"],
-        "seconds": round(time.perf_counter() - started, 1),
     }
-    write_json(directory / "summary.json", summary)
-    _show(console, ppo, summary, judge)
-    console.print(f"summary: {directory / 'summary.json'}", markup=False)
-    return summary
 
 
-def _settings_of(root: type[Root], settings: Sequence[str]) -> list[str]:
-    """Those that name a section and field, or a field, of the tree."""
-
-    def known(key: str) -> bool:
-        section: Any = root
-        for part in key.split("."):
-            if part not in getattr(section, "model_fields", {}):
-                return False
-            section = section.model_fields[part].annotation
-        return True
-
-    return [setting for setting in settings if known(setting.partition("=")[0])]
-
-
-def _show(console: Output, ppo: Path, summary: dict[str, Any], judge: str) -> None:
-    """Some held-out answers before and after, and the figures."""
-    answers = [
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in sorted((ppo / "answers").glob("version-*.jsonl"))
-    ]
-    console.rule("held-out answers")
+def _show_answers(console: Output, ppo: Path, judge: str) -> None:
+    """Prints some held-out answers before and after training."""
+    answers = [read_records(path) for path in sorted((ppo / "answers").glob("version-*.jsonl"))]
     scored = [(old, new) for old, new in zip(answers[0], answers[-1]) if "score" in old and "score" in new]
     for old, new in scored[:EXAMPLES]:
         console.print(f"[bold]{escape(old['prompt'])}[/]")
         for label, answer in (("before", old), ("after ", new)):
             text = " ".join(answer["response"].split())
             console.print(f"  {label} {answer['components'][judge]:+.2f}  {escape(text)}", soft_wrap=True)
+
+
+def _show_figures(console: Output, summary: Mapping[str, Any]) -> None:
     console.print(
         f"gold score {summary['gold_before']:+.3f} -> [bold]{summary['gold_after']:+.3f}[/] (-1 to 1) · reward model "
         f"{summary['rm_score_before']:+.2f} -> {summary['rm_score_after']:+.2f} (deviations) · KL "

@@ -96,7 +96,7 @@ def session(
 
 
 def step_grace_s(cfg: Config | RewardTrainingConfig) -> float:
-    """How long a signal waits for the current step to end, seconds."""
+    """Longest wait for the current step after a signal, seconds."""
     return cfg.learner.timeout_s if cfg.checkpoint.on_signal else 0.0
 
 

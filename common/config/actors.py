@@ -20,10 +20,10 @@ class TextFormat(Section):
     roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("system", "developer", "user", "assistant", "tool")
     """Roles that chat messages may have; a message with another role is refused."""
     last_assistant: Literal["refuse", "remove", "continue"] = "refuse"
-    """What to do with a chat prompt whose last message is the assistant's. refuse: an error, since such a message is
+    """Handling of a chat prompt whose last message is the assistant's. refuse: an error, since such a message is
     often an answer left in the data; remove: drop the message; continue: the response continues the message."""
     last_end_token: Literal["refuse", "remove", "keep"] = "refuse"
-    """What to do with an end token that text or chat template put at the end of a prompt, where the response should
+    """Handling of an end token that text or chat template put at the end of a prompt, where the response should
     begin. keep is for the few chat models (DialoGPT) that were trained so. An end token that the tokenizer adds is
     always removed."""
 
@@ -36,13 +36,13 @@ class PromptColumns(Section):
 
 
 class PromptFormat(TextFormat):
-    """How a prompt record becomes tokens."""
+    """The form of a prompt record and its longest length."""
 
     section: ClassVar[str] = "prompts"
     max_tokens: Positive = 512
     """Longest prompt allowed, in tokens; sampling.max_new_tokens and the model's context may leave less."""
     overlong: Literal["refuse", "drop", "cut_start"] = "refuse"
-    """What to do with a longer prompt. refuse: an error before the run starts; drop: leave it out and count it;
+    """Handling of a longer prompt. refuse: an error before the run starts; drop: leave it out and count it;
     cut_start: remove its first tokens, except the one that begins a sequence."""
     columns: PromptColumns = PromptColumns()
 
@@ -61,7 +61,7 @@ class PromptsConfig(PromptFormat):
 
 
 class SamplingConfig(Section):
-    """How responses are drawn from the policy."""
+    """Sampling of responses from the policy."""
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM allows none
@@ -123,7 +123,7 @@ class ReferenceConfig(Replicated):
     max_batch_tokens: Positive = 4096
     """Tokens of one forward pass, padding included; more is faster until memory or cache runs out."""
     batch_window_ms: Annotated[float, Field(ge=0)] = 5
-    """How long a request waits for others to share its forward pass, milliseconds."""
+    """Longest wait of a request for others that share its forward pass, milliseconds."""
 
 
 class SourcesConfig(Replicated):
@@ -136,7 +136,7 @@ class SourcesConfig(Replicated):
     sources: tuple[SourceConfig, ...]
     """The sources: each has a name, a weight, and a function, a model, urls or judge_urls."""
     isolation: MayChange[Literal["thread", "process"]] = "thread"
-    """Where reward functions run. thread: in threads of the reward process. process: in worker processes. There,
+    """thread: reward functions run in threads of the reward process. process: they run in worker processes. There,
     functions may use signals, a crash costs one rollout, a call past its limit is ended, and your modules may have any
     name."""
     workers: MayChange[Positive] = 1

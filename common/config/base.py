@@ -1,4 +1,4 @@
-"""What every tree of settings is built from: the section, the bounds of its numbers, and what several sections share.
+"""The parts of every tree of settings: sections, bounds of numbers, and the sections that several trees have.
 
 Runs anywhere.
 """
@@ -65,7 +65,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 class Placed(Section):
-    """What each process of a role takes from the cluster."""
+    """The resources that each process of a role takes from the cluster."""
 
     cpus: Annotated[float, Field(ge=0)] = 0
     """CPU cores each process reserves in Ray's bookkeeping; with 0 it shares the cores that there are."""
@@ -95,10 +95,10 @@ class Replicated(Placed):
     probe_timeout_s: MayChange[Seconds] = 30
     """A process that answers no health probe for this long is replaced, even if its calls succeed, seconds."""
     drain_s: MayChange[Seconds] = 10
-    """How long a process that must leave may finish its work, seconds. After that a generator hands its unfinished
+    """Time that a leaving process has to finish its work, seconds. After that a generator hands its unfinished
     responses to others; other roles drop their requests, and others answer them from the beginning."""
     max_shortage_s: MayChange[Seconds] = 600
-    """How long fewer than `min` processes may be ready before the run stops, seconds."""
+    """Longest time with fewer than `min` ready processes before the run stops, seconds."""
 
     @property
     def max_replicas(self) -> int:

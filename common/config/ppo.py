@@ -86,7 +86,7 @@ class KLConfig(Section):
     coef: Annotated[float, Field(ge=0)] = 0.05
     """Reward lost per nat of KL at each token; more stays closer to the reference."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How a token's KL is estimated. k1 is unbiased; k2 and k3 are never below zero and vary less. k3 is capped at 10
+    """Estimator of a token's KL. k1 is unbiased; k2 and k3 are never below zero and vary less. k3 is capped at 10
     nats where the reference gives the token the higher probability."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """fixed keeps `coef`; adaptive changes it so that the KL per response meets `target`."""
@@ -159,8 +159,8 @@ class Config(Root):
     rollouts_per_step: Positive = 64
     """Rollouts in a batch; more steadies the gradient and takes longer."""
     max_staleness: NonNegative = 1
-    """How many versions old the weights behind a trained token may be. With 1, generators write the next batch while
-    the learner learns. 0 is strictly on-policy: generators wait for the learner, and roles can take turns on the same
+    """Largest age of the weights behind a trained token, in versions. With 1, generators write the next batch while the
+    learner learns. 0 is strictly on-policy: generators wait for the learner, and roles can take turns on the same
     cores."""
     buffer_mib: Positive = 512
     """Memory for rollouts between prompt and learner, MiB. When it is full, only rollouts for the next step start."""

@@ -93,7 +93,7 @@ class PreferencesConfig(TextFormat):
     max_tokens: Positive = 512
     """Longest prompt and response together, in tokens."""
     overlong: Literal["drop", "cut_start", "cut_end"] = "cut_start"
-    """What to do with a pair that has a longer sequence. drop: leave it out; cut_start: remove the beginning of its
+    """Handling of a pair that has a longer sequence. drop: leave it out; cut_start: remove the beginning of its
     prompt; cut_end: remove the ends of its responses. Such pairs are counted and reported."""
     columns: PairColumns = PairColumns()
 

@@ -119,7 +119,7 @@ def _full_disk_message(error: BaseException) -> str:
 
 
 def _advice() -> str:
-    """How to continue, if the run has a config on disk."""
+    """The remedy, if the run has a config on disk."""
     if _run is None:
         return ""
     remedy, directory = _run

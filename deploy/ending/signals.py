@@ -2,7 +2,7 @@
 
 The first signal raises Stopped in the main thread, or cancels the coroutine that `run` runs. Later signals are ignored,
 so that they do not interrupt the cleanup; only another Ctrl-C, more than a second later, ends the process at once. So
-does a cleanup that takes longer than CLEANUP_S, whatever it waits for: a separate thread watches the clock.
+does a cleanup that takes longer than CLEANUP_S: a separate thread watches the clock.
 """
 
 from __future__ import annotations

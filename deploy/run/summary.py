@@ -16,7 +16,7 @@ from learner.loop.evaluation import Evaluation, win_rate
 
 
 def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
-    """The contents of summary.json: the first evaluation beside the last; pass@1 if both have one."""
+    """The contents of summary.json: the first and the last evaluation; pass@1 if both have one."""
     summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
     if not evaluations:
         return summary

@@ -1,1 +1,4 @@
-"""Prompts and reward functions of the shipped runs; each file is an example of writing one's own."""
+"""Prompts and reward functions of the shipped runs, which are examples for your own.
+
+Runs in the driver, and in each reward replica.
+"""

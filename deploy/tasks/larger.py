@@ -1,4 +1,7 @@
-"""Which of two numbers is larger? Prompts from a seeded generator, and the functions that score an answer."""
+"""Which of two numbers is larger? Prompts from a seeded generator, and the function that scores an answer.
+
+Runs in the driver, and in each reward replica.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ HELDOUT_PAIRS = 256
 
 
 def train_prompts(seed: int) -> list[dict[str, Any]]:
-    """Every pair of two-digit numbers that is not held out, larger one first or last."""
+    """Every pair of two-digit numbers that is not held out, in one of its two orders."""
     return _questions(_pairs(seed)[HELDOUT_PAIRS:], seed)
 
 
 def heldout_prompts(seed: int) -> list[dict[str, Any]]:
-    """256 pairs that occur in no training prompt, in either order."""
+    """256 pairs that are in no training prompt, in neither order."""
     return _questions(_pairs(seed)[:HELDOUT_PAIRS], seed)
 
 

@@ -1,6 +1,7 @@
-"""Openings of short reviews and stories that may go well or badly, and a labeller that prefers what sounds positive.
+"""Openings of short reviews and stories that may end well or badly, and a labeller that prefers positive words.
 
-The labeller stands for the human of RLHF: the VADER sentiment lexicon (Hutto and Gilbert 2014), from PyPI.
+Runs in the driver, and in each reward replica. The labeller takes the place of the human in RLHF: it is the VADER
+sentiment lexicon (Hutto and Gilbert 2014), from PyPI.
 """
 
 from __future__ import annotations
@@ -18,21 +19,11 @@ except ImportError as error:
 
 HELDOUT_PROMPTS = 128
 
-_OPENINGS = {
+# Subjects, and openings that take any of them.
+_OPENINGS = (
     (
-        "the new film",
-        "the play",
-        "the last episode",
-        "the concert",
-        "the documentary",
-        "the school musical",
-        "the opera",
-        "the magic show",
-        "the radio play",
-        "the final",
-        "the lecture",
-        "the exhibition",
-    ): (
+        "the new film, the play, the last episode, the concert, the documentary, the school musical, the opera, "
+        "the magic show, the radio play, the final, the lecture, the exhibition",
         "When we left after {}, I told my friend that it was",
         "My honest review of {}: it was",
         "I saw {} on Friday night and I felt",
@@ -40,19 +31,8 @@ _OPENINGS = {
         "Halfway through {} I looked at my sister and she was",
     ),
     (
-        "the corner restaurant",
-        "the airport hotel",
-        "the train to Leeds",
-        "the campsite",
-        "the dentist",
-        "the gym",
-        "the swimming pool",
-        "the bank",
-        "the youth hostel",
-        "the garage",
-        "the bakery",
-        "the museum",
-    ): (
+        "the corner restaurant, the airport hotel, the train to Leeds, the campsite, the dentist, the gym, the "
+        "swimming pool, the bank, the youth hostel, the garage, the bakery, the museum",
         "My visit to {} last week was",
         "If you ask me about {}, I would say",
         "The staff at {} were",
@@ -60,19 +40,8 @@ _OPENINGS = {
         "After an hour at {} I was",
     ),
     (
-        "the soup",
-        "the fish",
-        "the cake",
-        "the coffee",
-        "the stew",
-        "the curry",
-        "the salad",
-        "the pizza",
-        "the pudding",
-        "the bread",
-        "the omelette",
-        "the lemonade",
-    ): (
+        "the soup, the fish, the cake, the coffee, the stew, the curry, the salad, the pizza, the pudding, the "
+        "bread, the omelette, the lemonade",
         "I tasted {} and it was",
         "The waiter brought {}. It smelled",
         "My brother cooked {} yesterday and everyone",
@@ -80,19 +49,8 @@ _OPENINGS = {
         "Whoever made {} must be",
     ),
     (
-        "my new phone",
-        "this vacuum cleaner",
-        "the used car",
-        "the tent",
-        "this keyboard",
-        "the washing machine",
-        "the bicycle",
-        "this raincoat",
-        "the heater",
-        "the camera",
-        "this mattress",
-        "the drill",
-    ): (
+        "my new phone, this vacuum cleaner, the used car, the tent, this keyboard, the washing machine, the "
+        "bicycle, this raincoat, the heater, the camera, this mattress, the drill",
         "I bought {} a month ago and it has been",
         "Two weeks with {} have shown me that",
         "My opinion of {} is simple:",
@@ -100,19 +58,8 @@ _OPENINGS = {
         "Since the delivery of {}, my days have been",
     ),
     (
-        "my boss",
-        "our neighbour",
-        "my old teacher",
-        "the landlord",
-        "my cousin",
-        "the coach",
-        "the mayor",
-        "my flatmate",
-        "the new doctor",
-        "our guide",
-        "my uncle",
-        "the librarian",
-    ): (
+        "my boss, our neighbour, my old teacher, the landlord, my cousin, the coach, the mayor, my flatmate, the "
+        "new doctor, our guide, my uncle, the librarian",
         "This morning {} called me, and I was",
         "I met {} at the market and we",
         "The letter from {} made me feel",
@@ -120,19 +67,8 @@ _OPENINGS = {
         "Yesterday {} said something that was",
     ),
     (
-        "the meeting",
-        "the exam",
-        "the interview",
-        "the wedding",
-        "the long drive",
-        "the match",
-        "the trial",
-        "the reunion",
-        "the storm",
-        "the election",
-        "the school trip",
-        "the move",
-    ): (
+        "the meeting, the exam, the interview, the wedding, the long drive, the match, the trial, the reunion, the "
+        "storm, the election, the school trip, the move",
         "After {} everybody went home feeling",
         "Looking back on {}, I believe it was",
         "The day of {} began early. By noon I was",
@@ -140,26 +76,15 @@ _OPENINGS = {
         "As soon as {} was over, my mother said that",
     ),
     (
-        "the village",
-        "the new office",
-        "the old house",
-        "the beach",
-        "the city centre",
-        "the hospital",
-        "the harbour",
-        "the airport",
-        "the old mill",
-        "the park",
-        "the campus",
-        "the island",
-    ): (
+        "the village, the new office, the old house, the beach, the city centre, the hospital, the harbour, the "
+        "airport, the old mill, the park, the campus, the island",
         "Living near {} has been",
         "The first time I saw {}, I thought it was",
         "On a rainy evening {} looks",
         "My grandmother remembers {} as",
         "What I will say about {} is that it",
     ),
-}
+)
 
 
 def train_prompts(seed: int) -> list[dict[str, Any]]:
@@ -168,7 +93,7 @@ def train_prompts(seed: int) -> list[dict[str, Any]]:
 
 
 def heldout_prompts(seed: int) -> list[dict[str, Any]]:
-    """Openings that are never trained on."""
+    """128 openings that are in no training prompt."""
     return _prompts(seed)[:HELDOUT_PROMPTS]
 
 
@@ -184,7 +109,10 @@ def _analyser() -> Any:
 
 def _prompts(seed: int) -> list[dict[str, Any]]:
     texts = [
-        opening.format(subject) for subjects, group in _OPENINGS.items() for subject in subjects for opening in group
+        opening.format(subject)
+        for subjects, *openings in _OPENINGS
+        for subject in subjects.split(", ")
+        for opening in openings
     ]
     random.Random(seed).shuffle(texts)
     return [{"prompt": text[0].upper() + text[1:]} for text in texts]
