@@ -61,7 +61,7 @@ def refusal(wanted, nodes):
 # What a run needs
 
 
-def test_every_replica_of_every_role_is_a_need_with_what_its_section_reserves():
+def test_every_replica_needs_the_resources_that_its_section_reserves():
     cfg = config(generators={"min": 2, "cpus": 3, "gpus": 1}, reward={"min": 2, "cpus": 0.5}, learner={"cpus": 4})
     assert [(n.name, n.section, n.cpus, n.gpus) for n in needs(cfg, MODEL)] == [
         ("Learner(0)", "learner", 4, 0),
@@ -73,7 +73,7 @@ def test_every_replica_of_every_role_is_a_need_with_what_its_section_reserves():
     ]
 
 
-def test_the_memory_estimate_grows_with_the_model_by_the_copies_each_role_holds():
+def test_the_memory_estimate_counts_the_copies_of_weights_of_each_role():
     small, large = memory(config()), memory(config(), replace(MODEL, parameters=3_000_000))
     grown = {name: large[name] - small[name] for name in small}
     assert grown["ReferencePolicy(0)"] == 2 * 2_000_000  # one bf16 copy of 2 million weights more
@@ -120,7 +120,7 @@ def test_the_estimates_of_a_small_model_worked_out_by_hand():
         ({}, {"learner": {"lora": {"rank": 4}, "precision": "fp32"}}, 3_538_944 - 12_000_000 + 16 * 7168),
     ],
 )
-def test_the_learners_estimate_follows_the_model_and_what_is_trained_at_once(change, settings, bytes_more):
+def test_the_learners_estimate_follows_model_and_micro_batch(change, settings, bytes_more):
     assert memory(config(**settings), replace(MODEL, **change))["Learner(0)"] - memory(config())["Learner(0)"] == (
         bytes_more
     )
@@ -146,12 +146,12 @@ def test_float32_doubles_the_weights_of_a_frozen_role(role, section, copies):
     assert full[role] - half[role] == copies * 2 * 1_000_000
 
 
-def test_where_changes_are_sent_a_generator_keeps_a_set_to_apply_them_to_and_makes_another():
+def test_changes_as_updates_take_two_more_copies_in_a_generator():
     full, changes = (memory(config(generators={"updates": updates})) for updates in ("full", "changes"))
     assert changes["Generator(0)"] - full["Generator(0)"] == 2 * 2 * 1_000_000
 
 
-def test_an_engine_over_several_devices_has_a_process_for_each_and_stages_a_set_for_all_of_them():
+def test_tensor_parallelism_takes_a_process_a_device_and_one_more_copy():
     one, two = (memory(config(generators={"dtype": "float32", "tensor_parallel": n})) for n in (1, 2))
     assert two["Generator(0)"] - one["Generator(0)"] == 2 * 600 * MIB + 2 * 1_000_000
 
@@ -186,7 +186,7 @@ def test_the_kv_cache_is_counted():
     assert large - small == 768 * MIB
 
 
-def test_every_rank_is_a_learner_of_its_own():
+def test_every_rank_is_a_process_of_its_own():
     found = needs(config(learner={"ranks": 3, "gpus": 1}), MODEL)
     assert [(n.name, n.section, n.gpus) for n in found[:3]] == [(f"Learner({i})", "learner", 1) for i in range(3)]
     assert len({n.memory for n in found[:3]}) == 1
@@ -206,7 +206,7 @@ def test_every_reward_process_holds_every_reward_model_in_float32():
         assert after == replace(before, memory=before.memory + more)
 
 
-def test_the_needs_of_ppo_are_its_learner_and_reference_with_those_of_generators_and_rewards():
+def test_ppo_needs_learner_reference_generators_and_rewards():
     cfg = config(generators={"min": 2, "dtype": "float32"}, reward={"min": 2, "cpus": 0.5})
     found = needs(cfg, MODEL, [MODEL])
     assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL)
@@ -243,7 +243,7 @@ def test_a_reward_trainers_estimate_follows_rows_precision_and_device(settings, 
     assert need.memory - usual.memory == bytes_more
 
 
-def test_sampling_pairs_needs_generators_and_a_labeller_under_the_labellers_name():
+def test_sampling_pairs_needs_generators_and_a_labeller():
     cfg = PairSamplingConfig.model_validate(
         {
             "prompts": {"source": "t"},
@@ -297,7 +297,7 @@ def test_no_sequence_is_longer_than_the_models_context():
     assert "one sequence of 128 tokens, 2 MiB" in cache_refusal(short, kv_cache_mib=1)
 
 
-def test_an_object_store_below_two_versions_of_the_weights_is_refused_unless_it_is_someone_elses():
+def test_an_object_store_below_two_versions_of_the_weights_is_refused():
     # A version of 1 million weights in bf16 is 2 million bytes; 4 million are 3.8 MiB.
     check_object_store(RayConfig(object_store_mib=4), MODEL)
     with pytest.raises(UserError) as caught:
@@ -349,7 +349,7 @@ def test_nodes_with_the_same_name_each_count():
 # What is refused
 
 
-def test_a_refusal_names_the_role_what_it_takes_what_there_is_and_a_remedy():
+def test_a_refusal_names_the_process_the_resources_and_a_remedy():
     wanted = [need("Learner(0)", cpus=1, memory=3 * GIB, section="learner"), need("Generator(0)", cpus=2, memory=GIB)]
     message = refusal(wanted, [Node("a", 1, 0, 4 * GIB), Node("b", 1, 0, GIB // 2)])
     assert "no node has room for Generator(0), which takes 2 CPUs, 0 GPUs, 1.0 GiB of memory" in message
@@ -375,6 +375,6 @@ def test_a_cluster_without_nodes_is_refused():
     assert "the cluster of 0 node(s) has 0 CPUs" in refusal([need("Learner(0)", memory=1)], [])
 
 
-def test_a_refusal_for_want_of_gpus_says_so():
+def test_a_refusal_for_lack_of_gpus_says_so():
     message = refusal([need("Learner(0)", cpus=1, gpus=1, memory=GIB, section="learner")], [Node("n", 8, 0, 64 * GIB)])
     assert "learner.gpus" in message

@@ -225,7 +225,7 @@ def refusal(ratchet, workplace):
     return call
 
 
-# What is refused
+# Wrong input is refused
 
 
 @pytest.mark.parametrize("command", ["train", "train-reward", "sample-pairs", "evaluate"])
@@ -266,14 +266,14 @@ def test_a_broken_line_of_the_prompt_file_is_named_by_number(refusal, cfg, workp
 
 
 @pytest.mark.parametrize("command", ["train", "sample-pairs", "evaluate"])
-def test_a_reward_function_beside_the_user_is_found_and_its_error_told(refusal, configs, workplace, command):
+def test_a_reward_function_in_the_current_directory_is_found(refusal, configs, workplace, command):
     (workplace / "my_broken_reward.py").write_text("import no_such_package")
     sources = "labeller.sources" if command == "sample-pairs" else "reward.sources"
     message = refusal(command, configs[command], f"{sources}.0.function=my_broken_reward:score")
     assert "my_broken_reward cannot be imported (ModuleNotFoundError: No module named 'no_such_package')" in message
 
 
-def test_a_function_next_to_the_config_is_found_after_the_current_directory(accepted, cfg, workplace, monkeypatch):
+def test_the_current_directory_is_searched_before_the_configs_directory(accepted, cfg, workplace, monkeypatch):
     home, here = workplace / "Réglages 設定", workplace / "here"
     home.mkdir()
     here.mkdir()
@@ -321,7 +321,7 @@ def test_a_run_continues_from_anywhere(accepted, configs, workplace, monkeypatch
     sys.modules.pop("their_rewards", None)
 
 
-def test_modules_of_the_user_named_like_our_packages_hide_none_of_ours(workplace):
+def test_a_users_module_never_hides_a_package_of_ratchet(workplace):
     for name in ("actors", "common", "deploy", "learner"):
         (workplace / f"{name}.py").write_text("raise ImportError('a module named like one of our packages')")
     (workplace / "my_rewards.py").touch()
@@ -351,7 +351,7 @@ def test_a_kv_cache_that_holds_no_sequence_is_refused_before_ray_starts(refusal,
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_config_file_that_is_missing_broken_or_another_commands_is_refused(refusal, configs, command):
+def test_a_missing_broken_or_wrong_config_file_is_refused(refusal, configs, command):
     assert "config file no.toml does not exist" in refusal(command, "no.toml")
     other = "evaluate" if command == "sample-pairs" else "sample-pairs"
     message = refusal(command, configs[other])
@@ -362,7 +362,7 @@ def test_a_config_file_that_is_missing_broken_or_another_commands_is_refused(ref
 
 
 @pytest.mark.parametrize("command", ROOTS)
-def test_neither_config_nor_resume_is_refused_with_what_to_name(refusal, command):
+def test_without_config_and_resume_the_message_says_what_to_name(refusal, command):
     message = refusal(command)
     assert "name a config file, such as those in deploy/configs/, or a run directory with --resume" in message
     assert "name a config file to resolve, or ask for --describe" in refusal("config")
@@ -383,7 +383,7 @@ def test_a_run_that_does_not_fit_the_cluster_is_refused_without_a_trace(refusal,
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_existing_run_directory_is_refused_with_the_ways_on(refusal, configs, run, command):
+def test_an_existing_run_directory_is_refused_with_the_options(refusal, configs, run, command):
     message = refusal(command, configs[command], "--run", run)
     assert f"{run} exists" in message
     assert (f"--resume {run}" in message) == (command in ROOTS)
@@ -414,7 +414,7 @@ def test_force_and_an_empty_directory_pass_the_check(accepted, configs, run, wor
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_no_run_is_not_replaced(refusal, configs, workplace, command):
+def test_a_directory_that_is_no_run_is_not_replaced(refusal, configs, workplace, command):
     (workplace / "notes.txt").write_text("mine")
     assert "notes.txt is a file" in refusal(command, configs[command], "--run", "notes.txt", "--force")
     (workplace / "home").mkdir()
@@ -422,7 +422,7 @@ def test_what_is_no_run_is_not_replaced(refusal, configs, workplace, command):
     assert "home has files that are no run" in refusal(command, configs[command], "--run", "home", "--force")
 
 
-# Going on
+# Continuing a run
 
 
 @pytest.mark.parametrize("command", ROOTS)
@@ -461,8 +461,8 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
         ),
     ],
 )
-def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, runs, command, settings):
-    told = {
+def test_resume_refuses_settings_that_may_not_change(refusal, runs, command, settings):
+    changeable = {
         "train": "num_steps, generators, reference, reward.cores, reward.min, reward.max, reward.in_flight, "
         "reward.timeout_s, reward.probe_timeout_s, reward.drain_s, reward.max_shortage_s, reward.isolation, "
         "reward.workers, reward.call_timeout_s, reward.max_void_share, ppo.max_mismatch_kl, ppo.max_mismatch_steps, "
@@ -474,7 +474,7 @@ def test_resume_with_a_setting_that_what_is_done_depends_on_is_refused(refusal, 
     for setting in settings.split():
         message = refusal(command, "--resume", runs[command], "generators.threads=2", setting)
         assert message.startswith(f"ratchet: {setting} cannot change when a run continues")
-        assert f"changeable: {told}" in message
+        assert f"changeable: {changeable}" in message
 
 
 @pytest.mark.parametrize("command", ROOTS)
@@ -501,7 +501,7 @@ def test_resume_checks_the_settings_it_may_change(refusal, runs, command):
         ("sample-pairs", "generators.min=2 labeller.min=2 labeller.timeout_s=9 ray.dashboard=false"),
     ],
 )
-def test_resume_with_other_settings_goes_on(accepted, runs, command, settings):
+def test_resume_accepts_settings_that_may_change(accepted, runs, command, settings):
     accepted(command, "--resume", runs[command], *settings.split())
 
 
@@ -540,7 +540,7 @@ def test_a_run_that_ended_before_its_policy_was_written_continues(trained):
     assert finished_training(load_config(trained / "config.toml", [], Config), trained) is None
 
 
-def test_finished_runs_of_the_other_commands_say_so_unless_something_is_left(ratchet, accepted, runs):
+def test_a_finished_run_of_another_command_says_so_unless_work_is_left(ratchet, accepted, runs):
     (runs["train-reward"] / "summary.json").write_text("{}")
     (runs["sample-pairs"] / "summary.json").write_text('{"voids": 0}')
     for command in ("train-reward", "sample-pairs"):
@@ -578,7 +578,7 @@ def test_resume_of_a_run_that_is_going_on_is_refused_before_ray_starts(refusal, 
 
 
 @pytest.mark.parametrize(("command", "key"), [("train", "num_steps"), ("train-reward", "epochs")])
-def test_resume_does_not_lengthen_a_schedule_that_is_laid_out(refusal, runs, command, key):
+def test_resume_does_not_lengthen_a_planned_schedule(refusal, runs, command, key):
     config = runs[command] / "config.toml"
     config.write_text(config.read_text() + '\n[optimizer]\nschedule = "linear"\n')
     assert f"{key}=9 cannot change when a run continues: the linear" in refusal(
@@ -586,7 +586,7 @@ def test_resume_does_not_lengthen_a_schedule_that_is_laid_out(refusal, runs, com
     )
 
 
-# What is told
+# Help and messages
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "submit", "scale", "demo", "config", ""])
@@ -602,12 +602,12 @@ def test_help_fits_a_screen(ratchet, monkeypatch, command):
 def test_help_says_where_the_settings_are_explained(ratchet, command):
     _, out, _ = ratchet(command, "--help")
     words = out.partition("Every setting is explained by: ratchet ")[2].split()
-    code, told, _ = ratchet(*words)
+    code, described, _ = ratchet(*words)
     assert code == 0
-    assert told.count("; default ") == len(list(describe(ROOTS[command])))
+    assert described.count("; default ") == len(list(describe(ROOTS[command])))
 
 
-def test_version_tells_ratchets_and_that_of_the_libraries(ratchet):
+def test_version_prints_ratchets_version_and_those_of_libraries(ratchet):
     code, out, _ = ratchet("--version")
     first, second = out.splitlines()
     assert code == 0
@@ -626,7 +626,7 @@ def test_a_current_directory_that_is_gone_or_not_utf8_is_refused(ratchet, tmp_pa
         assert message in err
 
 
-def test_a_remedy_can_be_copied_whatever_the_run_directory_is_called(refusal, configs, run):
+def test_a_remedy_quotes_the_name_of_the_run_directory(refusal, configs, run):
     run = run.rename(run.with_name("it's mine é"))
     assert f"--resume {shlex.quote(str(run))}, replace it" in refusal("train", configs["train"], "--run", run)
 
@@ -637,7 +637,7 @@ def test_an_argument_that_is_not_utf8_is_refused(refusal):
 
 
 @pytest.mark.parametrize("command", ROOTS)
-def test_config_describe_explains_every_setting_of_a_command_and_no_other(ratchet, command):
+def test_config_describe_explains_exactly_the_settings_of_a_command(ratchet, command):
     code, out, _ = ratchet("config", "--describe", *(["--for", command] if command != "train" else []))
     assert code == 0
     expected = [
@@ -661,7 +661,7 @@ def test_config_prints_the_resolved_settings_as_toml(ratchet, configs):
         assert tree == ROOTS[command].model_validate(tree).model_dump(mode="json", exclude_none=True)
 
 
-def test_model_directories_are_absolute_once_loaded_and_other_names_stay(ratchet, configs, workplace, monkeypatch):
+def test_model_directories_become_absolute_and_other_names_stay(ratchet, configs, workplace, monkeypatch):
     monkeypatch.setenv("HOME", str(workplace))
     there = str((workplace / "model").resolve())
 
@@ -680,7 +680,7 @@ def test_model_directories_are_absolute_once_loaded_and_other_names_stay(ratchet
     assert tree["model"]["path"] == "embedded:smollm2-135m-instruct"
 
 
-def test_config_refuses_the_file_of_another_command_and_a_command_without_configs(refusal, ratchet, configs):
+def test_config_refuses_a_wrong_file_and_a_command_without_configs(refusal, ratchet, configs):
     assert "data: required and missing" in refusal("config", configs["train"], "--for", "train-reward")
     code, out, err = ratchet("config", configs["train"], "--for", "demo")
     assert (code, out) == (2, "")
@@ -691,7 +691,7 @@ def test_config_refuses_the_file_of_another_command_and_a_command_without_config
     ("command", "work"),
     [("train", "run_training"), ("train-reward", "run_reward_training"), ("sample-pairs", "run_pair_sampling")],
 )
-def test_an_interrupted_run_says_how_to_go_on_if_it_had_begun(ratchet, configs, monkeypatch, command, work):
+def test_an_interrupted_run_says_how_to_continue_once_it_has_begun(ratchet, configs, monkeypatch, command, work):
     begins = False
 
     def interrupted(cfg, directory, **kwargs):
@@ -708,7 +708,7 @@ def test_an_interrupted_run_says_how_to_go_on_if_it_had_begun(ratchet, configs, 
     assert f"continue with ratchet {command} --resume runs/{configs[command].stem}" in err
 
 
-def test_an_error_that_is_no_fault_of_the_user_is_one_line_and_its_traceback_is_kept(cfg, monkeypatch, ratchet):
+def test_an_internal_error_is_one_line_and_its_traceback_is_saved(cfg, monkeypatch, ratchet):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 

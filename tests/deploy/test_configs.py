@@ -28,7 +28,7 @@ def test_every_shipped_config_has_a_row_here():
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_a_shipped_config_parses_and_the_functions_it_names_exist(name):
+def test_a_shipped_config_parses_and_its_functions_exist(name):
     cfg = load(name)
     sources, prompts = [], []
     if isinstance(cfg, Config):

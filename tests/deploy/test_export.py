@@ -69,7 +69,7 @@ def test_an_interrupted_run_gives_the_policy_of_its_newest_checkpoint(interrupte
     assert run_export(run) == target  # again, in place of what it wrote before
 
 
-def test_an_export_goes_where_it_is_told_but_over_nothing(interrupted, tmp_path):
+def test_an_export_never_overwrites_a_directory(interrupted, tmp_path):
     run, written, _ = interrupted
     before = contents(run)
     (tmp_path / "empty").mkdir()
@@ -81,7 +81,7 @@ def test_an_export_goes_where_it_is_told_but_over_nothing(interrupted, tmp_path)
     assert contents(run) == before
 
 
-def test_what_cannot_be_exported_is_refused_with_the_remedy(model, tmp_path):
+def test_a_run_that_cannot_be_exported_is_refused_with_the_remedy(model, tmp_path):
     with pytest.raises(UserError, match=r"is no run directory"):
         run_export(tmp_path)
     with sole_owner(tmp_path / "run") as held:

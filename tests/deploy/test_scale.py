@@ -1,4 +1,4 @@
-"""`ratchet scale`: a wish reaches the pools of a run that goes on, and the answer says what there is."""
+"""`ratchet scale`: a target reaches the pools of a running run, and the answer is the state of the pools."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quick(monkeypatch):
 
 
 def with_run(directory, ask):
-    """`ask()` in a thread while a run with a pool of one to three workers goes on in the directory."""
+    """Calls `ask()` in a thread while a run with a pool of one to three workers owns the directory."""
 
     async def run():
         pool = await Pool(LocalHost(Worker), Replicated(min=1, max=3)).start(5)
@@ -50,9 +50,9 @@ def with_run(directory, ask):
         return asyncio.run(asyncio.wait_for(run(), 20))
 
 
-def test_a_wish_is_heard_and_fulfilled(tmp_path, capsys):
+def test_a_target_reaches_the_pool(tmp_path, capsys):
     (tmp_path / "scale.json").write_text('{"Worker": 3}')
-    clear_stale_state(tmp_path)  # it was a wish for an earlier process
+    clear_stale_state(tmp_path)  # that target was for an earlier process
 
     def ask():
         before = scale(tmp_path, {})
@@ -61,8 +61,8 @@ def test_a_wish_is_heard_and_fulfilled(tmp_path, capsys):
             pass
         return before, scale(tmp_path, {})
 
-    (before, after), wish, ready = with_run(tmp_path, ask)
-    assert (before["Worker"]["wish"], after["Worker"]["wish"], wish, ready) == (1, 2, 2, 2)
+    (before, after), target, ready = with_run(tmp_path, ask)
+    assert (before["Worker"]["wish"], after["Worker"]["wish"], target, ready) == (1, 2, 2, 2)
     assert [r["name"] for r in after["Worker"]["replicas"]] in (
         ["Worker(0)", "Worker(1)"], ["Worker(0)", "Worker(2)"], ["Worker(1)", "Worker(2)"]
     )  # fmt: skip
@@ -73,24 +73,24 @@ def test_a_wish_is_heard_and_fulfilled(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("targets", "message"),
     [
         ({"Worker": 0}, "0 Worker replicas are fewer than the run needs"),
         ({"Generator": 2}, "the run has no Generator pool, only Worker"),
         ({"Worker": 10_001}, "more than a run may have"),
     ],
 )
-def test_wishes_that_cannot_be_are_refused_and_not_written_down(tmp_path, wishes, message):
+def test_impossible_targets_are_refused_and_not_written(tmp_path, targets, message):
     def ask():
         with pytest.raises(UserError, match=message):
-            scale(tmp_path, wishes)
+            scale(tmp_path, targets)
         return (tmp_path / "scale.json").exists()
 
-    written, wish, _ = with_run(tmp_path, ask)
-    assert (written, wish) == (False, 1)
+    written, target, _ = with_run(tmp_path, ask)
+    assert (written, target) == (False, 1)
 
 
-def test_where_no_run_goes_on_nothing_is_scaled(tmp_path):
+def test_without_a_running_run_scale_is_refused(tmp_path):
     (tmp_path / "pool-state.json").write_text(json.dumps({"Worker": {"min": 1, "wish": 1, "replicas": []}}))
     assert not is_owned(tmp_path)
     for directory in (tmp_path, tmp_path / "nowhere"):

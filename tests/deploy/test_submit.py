@@ -70,13 +70,13 @@ def refusal(capsys, monkeypatch, *arguments):
         ("local", "10.0.0.1:6379", None),
     ],
 )
-def test_the_config_goes_over_the_variable_and_local_over_both(monkeypatch, configured, variable, address):
+def test_the_config_overrides_the_variable_and_local_overrides_both(monkeypatch, configured, variable, address):
     if variable:
         monkeypatch.setenv("RAY_ADDRESS", variable)
     assert named_address(RayConfig(address=configured)) == address
 
 
-def test_the_option_goes_over_the_config(monkeypatch, place):
+def test_the_option_overrides_the_config(monkeypatch, place):
     seen = []
     monkeypatch.setattr(deploy.train, "run_training", lambda cfg, *_, **__: seen.append(cfg.ray.address))
     monkeypatch.setattr(
@@ -124,7 +124,7 @@ def test_a_job_is_refused_where_no_dashboard_answers(capsys, monkeypatch, place,
 
 
 @pytest.mark.parametrize("before", [None, "http://127.0.0.1:1"])
-def test_connecting_leaves_the_environment_as_it_was(monkeypatch, before):
+def test_connecting_restores_the_environment(monkeypatch, before):
     if before is None:
         monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     else:
@@ -209,7 +209,7 @@ def sent(monkeypatch, capsys):
     return submit
 
 
-def test_config_and_arguments_travel_as_files_and_are_in_no_metadata(sent, place):
+def test_config_and_arguments_are_sent_as_files_not_as_metadata(sent, place):
     client = sent("tiny.toml", "seed=7", "--run", "a run", "--force")
     shown = json.dumps({key: value for key, value in client.job.items() if key != "runtime_env"})
     shown += json.dumps(client.job["runtime_env"]["env_vars"])
@@ -242,7 +242,7 @@ def test_a_run_that_continues_as_a_job_takes_its_config_from_its_directory(sent,
     assert json.loads(client.files["arguments.json"]) == ["num_steps=9", "--resume", str(place / "run")]
 
 
-def test_modules_next_to_a_config_below_the_current_directory_travel(sent, place):
+def test_modules_next_to_a_config_below_the_current_directory_are_sent(sent, place):
     home = place / "configs"
     home.mkdir()
     for name in ("tiny.toml", "prompts.jsonl"):
@@ -254,7 +254,7 @@ def test_modules_next_to_a_config_below_the_current_directory_travel(sent, place
     assert client.job["runtime_env"]["env_vars"] == {"RATCHET_IN_A_JOB": "1", "RATCHET_IMPORT_FROM": '["configs"]'}
 
 
-def test_what_is_next_to_a_config_elsewhere_does_not_travel(capsys, monkeypatch, place, tmp_path_factory):
+def test_files_next_to_a_config_elsewhere_are_not_sent(capsys, monkeypatch, place, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "rewards_elsewhere.py").write_text("def score(answer): return 1.0")
     for name in ("tiny.toml", "prompts.jsonl"):
@@ -283,7 +283,7 @@ def check(place, **sections):
     deploy.submit.check_travels(tiny_config("model", **sections), place)
 
 
-def test_prompts_travel_only_from_the_current_directory(place):
+def test_prompts_are_sent_only_from_the_current_directory(place):
     def prompts(source):
         return {"prompts": {"train": source, "heldout": None, "max_tokens": 8}}
 
@@ -320,7 +320,7 @@ def test_functions_that_do_not_import_are_refused(place):
         check(place, reward={"sources": [{"name": "a", "function": "my_rewards:missing"}]})
 
 
-def test_a_directory_too_large_to_travel_is_refused_naming_the_largest_file(monkeypatch, place):
+def test_a_directory_too_large_to_send_is_refused_with_its_largest_file(monkeypatch, place):
     monkeypatch.setattr(deploy.submit, "LIMIT", 3 << 20)
     Path("small.bin").write_bytes(bytes(1 << 20))
     Path("runs").mkdir()

@@ -57,7 +57,7 @@ def test_changeable_names_whole_sections_with_a_dot(root):
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_describe_lists_every_leaf_of_a_root_once_and_in_order_with_a_description(name):
+def test_describe_lists_every_setting_once_in_order_with_a_meaning(name):
     root = root_of(TREES[name])
     tree = root.model_validate(TREES[name]).model_dump(mode="json")
     if root is Config:

@@ -1,4 +1,4 @@
-"""Configuration files: how faults are told, what overrides do, and that a resolved config loads back."""
+"""Configuration files: messages of faults, overrides, the search for files, and loading back a resolved config."""
 
 import tomllib
 from pathlib import Path
@@ -42,7 +42,7 @@ def refusal(path, *overrides, root=Config):
     return str(caught.value)
 
 
-# How faults are told
+# Messages of faults
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_name(minimal, override,
         ("labeller.sources", '[prompts]\nsource = "t"\n', PairSamplingConfig),
     ],
 )
-def test_an_unknown_key_of_a_source_is_refused_with_the_names_its_kind_has(
+def test_an_unknown_key_of_a_source_is_refused_with_its_kinds_keys(
     tmp_path, list_key, before, root, kind, key, message
 ):
     path = tmp_path / "sources.toml"
@@ -122,7 +122,7 @@ def test_an_unknown_key_of_a_source_is_refused_with_the_names_its_kind_has(
     ["", 'functoin = "m:f"', 'function = "m:f"\nmodel = "m"', 'function = "m:f"\nmodel = "m"\nurls = ["http://h"]'],
 )
 @pytest.mark.parametrize("list_key", ["reward.sources", "evaluation.judges"])
-def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(minimal, list_key, keys):
+def test_a_source_without_exactly_one_kind_is_refused_in_one_line(minimal, list_key, keys):
     minimal.write_text(f'{MINIMAL}\n[[{list_key}]]\nname = "s"\n{keys}\n')
     first, *lines = refusal(minimal).splitlines()
     assert first.endswith("has 1 fault(s):")
@@ -151,7 +151,7 @@ def test_a_source_of_no_kind_or_of_several_is_refused_in_one_line_with_its_key(m
         ("learner.ranks=1000000000", "learner.ranks = 1000000000: input should be less than or equal to 10000"),
     ],
 )
-def test_a_fault_is_told_with_the_key_as_the_file_has_it(minimal, override, message):
+def test_a_fault_is_reported_with_its_key_in_the_file(minimal, override, message):
     first, *lines = refusal(minimal, override).splitlines()
     shown = f"{override.partition('=')[0]}=..." if "{" in override else override
     assert first == f"the command line ({shown}) has 1 fault(s):"
@@ -173,7 +173,7 @@ def test_a_message_about_a_source_shows_none_of_its_values(minimal):
         assert "sekret" not in refusal(minimal, override)
 
 
-def test_faults_of_file_and_command_line_are_told_apart(minimal):
+def test_faults_of_file_and_command_line_are_distinguished(minimal):
     minimal.write_text(MINIMAL + "\n[ppo]\ngamma = 2\nminibatches = 4\n")
     assert refusal(minimal).startswith(f"config {minimal} has 1 fault(s):")
     assert refusal(minimal, "seed=3").startswith(f"config {minimal} has 1 fault(s):")
@@ -198,23 +198,23 @@ def test_faults_of_file_and_command_line_are_told_apart(minimal):
         ("x" * 5000 + "=1", "unknown key; known here: seed"),
     ],
 )
-def test_input_that_no_parser_likes_is_refused_in_a_short_message(minimal, override, message):
-    told = refusal(minimal, override)
-    assert message in told
-    assert len(told) < 1500
+def test_malformed_overrides_are_refused_in_a_short_message(minimal, override, message):
+    text = refusal(minimal, override)
+    assert message in text
+    assert len(text) < 1500
 
 
 @pytest.mark.parametrize(
     "content", ["seed = " + "1" * 5000, "a = " + "[" * 3000, ".".join("a" * 3000) + " = 1", 'a = "\\u0000"', "a = \x00"]
 )
-def test_a_file_that_no_parser_likes_is_refused_by_name(minimal, content):
+def test_a_malformed_file_is_refused_by_name(minimal, content):
     minimal.write_text(content)
-    told = refusal(minimal)
-    assert str(minimal) in told
-    assert len(told) < 1500
+    text = refusal(minimal)
+    assert str(minimal) in text
+    assert len(text) < 1500
 
 
-def test_a_name_that_no_file_can_have_stays_for_those_who_look_for_it(minimal):
+def test_an_impossible_file_name_stays_unchanged(minimal):
     long = "x" * 5000
     cfg = load_config(minimal, [f"model.path={long}", f"prompts.train={long}.jsonl"], Config)
     assert (cfg.model.path, cfg.prompts.train) == (long, f"{long}.jsonl")
@@ -222,7 +222,7 @@ def test_a_name_that_no_file_can_have_stays_for_those_who_look_for_it(minimal):
     assert "not valid TOML" in refusal(Path("a\0.toml"))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_file(minimal):
+def test_a_byte_order_mark_is_ignored(minimal):
     minimal.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
     assert load_config(minimal, [], Config).prompts.train == "questions.jsonl"
 
@@ -231,7 +231,7 @@ def test_a_byte_order_mark_is_no_part_of_the_file(minimal):
 
 
 @pytest.fixture
-def beside(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch):
     """A config in a directory of its own, with data and a model next to it; the current directory is another."""
     home, here = tmp_path / "Проект 設定 é", tmp_path / "here"
     for directory in (home / "data", home / "model", here):
@@ -243,12 +243,12 @@ def beside(tmp_path, monkeypatch):
     return home
 
 
-def test_names_in_a_config_are_found_next_to_it_and_first_in_the_current_directory(beside):
+def test_files_are_found_in_the_current_directory_then_next_to_the_config(home):
     def names():
-        cfg = load_config(beside / "run.toml", ["prompts.heldout=data/*.parquet"], Config)
+        cfg = load_config(home / "run.toml", ["prompts.heldout=data/*.parquet"], Config)
         return cfg.model.path, cfg.prompts.train, cfg.prompts.heldout
 
-    there = tuple(str(beside / name) for name in ("model", "train.jsonl", "data/*.parquet"))
+    there = tuple(str(home / name) for name in ("model", "train.jsonl", "data/*.parquet"))
     assert names() == there
     for name in ("model", "data"):
         Path(name).mkdir()
@@ -257,30 +257,30 @@ def test_names_in_a_config_are_found_next_to_it_and_first_in_the_current_directo
     assert names() == tuple(str(Path(name).absolute()) for name in ("model", "train.jsonl", "data/*.parquet"))
 
 
-def test_names_that_are_found_nowhere_and_functions_stay_as_they_are(beside):
+def test_names_of_missing_files_and_of_functions_stay_unchanged(home):
     names = {"prompts.train": "deploy.tasks.larger:prompts", "prompts.heldout": "no.jsonl", "model.path": "org/model"}
-    cfg = load_config(beside / "run.toml", [f"{key}={name}" for key, name in names.items()], Config)
+    cfg = load_config(home / "run.toml", [f"{key}={name}" for key, name in names.items()], Config)
     assert [cfg.prompts.train, cfg.prompts.heldout, cfg.model.path] == list(names.values())
 
 
-def test_in_a_config_that_travels_names_below_the_current_directory_stay_relative(beside, monkeypatch):
-    monkeypatch.chdir(beside.parent)
-    cfg = load_config(Path(beside.name) / "run.toml", ["prompts.heldout=~/x.jsonl"], Config, keep_relative=True)
-    assert (cfg.prompts.train, cfg.prompts.heldout) == (f"{beside.name}/train.jsonl", "~/x.jsonl")
-    absolute = [f"prompts.train={beside / 'train.jsonl'}"]
-    assert load_config(beside / "run.toml", absolute, Config, keep_relative=True).prompts.train == str(
-        beside / "train.jsonl"
+def test_names_below_the_current_directory_stay_relative_in_a_job(home, monkeypatch):
+    monkeypatch.chdir(home.parent)
+    cfg = load_config(Path(home.name) / "run.toml", ["prompts.heldout=~/x.jsonl"], Config, keep_relative=True)
+    assert (cfg.prompts.train, cfg.prompts.heldout) == (f"{home.name}/train.jsonl", "~/x.jsonl")
+    absolute = [f"prompts.train={home / 'train.jsonl'}"]
+    assert load_config(home / "run.toml", absolute, Config, keep_relative=True).prompts.train == str(
+        home / "train.jsonl"
     )
 
 
-def test_a_resolved_config_finds_its_files_from_anywhere(beside, tmp_path, monkeypatch):
+def test_a_resolved_config_finds_its_files_from_anywhere(home, tmp_path, monkeypatch):
     resolved = tmp_path / "config.toml"
-    resolved.write_text(load_config(beside / "run.toml", [], Config).to_toml(), encoding="utf-8")
+    resolved.write_text(load_config(home / "run.toml", [], Config).to_toml(), encoding="utf-8")
     monkeypatch.chdir("/")
-    assert load_config(resolved, [], Config).prompts.train == str(beside / "train.jsonl")
+    assert load_config(resolved, [], Config).prompts.train == str(home / "train.jsonl")
 
 
-def test_an_unknown_key_in_the_file_is_refused_as_one_in_an_override_is(minimal):
+def test_an_unknown_key_in_the_file_is_refused_too(minimal):
     minimal.write_text(MINIMAL + "\n[sampling]\ntemprature = 0.7\n")
     assert refusal(minimal) == (
         f"config {minimal} has 1 fault(s):\n  sampling.temprature: unknown key; did you mean temperature?"
@@ -297,7 +297,7 @@ def test_several_faults_are_all_reported_at_once(minimal):
     ]
 
 
-def test_several_broken_rules_stand_in_a_line_each(minimal):
+def test_several_broken_rules_have_a_line_each(minimal):
     lines = refusal(minimal, "sampling.min_new_tokens=300", "num_steps=5", "optimizer.warmup_steps=6").splitlines()
     assert [line.split(" (")[0] for line in lines[1:]] == ["  sampling.min_new_tokens", "  optimizer.warmup_steps"]
 
@@ -329,7 +329,7 @@ def test_required_settings_are_named_when_missing(tmp_path, root, required):
     assert lines[1:] == [f"  {key}: required and missing" for key in required]
 
 
-def test_a_file_of_another_command_is_refused_with_what_this_one_knows(minimal):
+def test_a_file_of_another_command_is_refused_with_the_unknown_keys(minimal):
     message = refusal(minimal, root=RewardTrainingConfig)
     assert "data: required and missing" in message
     assert "prompts: unknown key" in message
@@ -361,7 +361,7 @@ def test_overrides_win_over_the_file_at_every_depth(minimal):
     ]
 
 
-def test_a_source_can_be_replaced_by_one_of_another_kind_but_not_turned_into_it(minimal):
+def test_overrides_replace_a_source_but_do_not_change_its_kind(minimal):
     cfg = load_config(minimal, ['reward.sources=[{name="s", model="m"}]', "reward.sources.0.dtype=float32"], Config)
     assert [(s.name, s.model, s.dtype) for s in cfg.reward.sources] == [("s", "m", "float32")]
     assert "reward.sources.0 = " in refusal(minimal, "reward.sources.0.model=m")  # it still has its function
@@ -379,7 +379,7 @@ def test_an_override_without_key_or_value_is_refused_with_the_form_to_use(minima
 
 
 @pytest.mark.parametrize("override", ["reward.sources.2.weight=1", "prompts.train.x=1"])
-def test_an_override_inside_something_that_is_no_section_is_refused(minimal, override):
+def test_an_override_inside_a_value_is_refused(minimal, override):
     assert f"override {override!r}" in refusal(minimal, override)
 
 
@@ -391,7 +391,7 @@ def test_configs_are_shipped():
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_config_parses_and_loads_back_from_what_it_resolves_to(path, tmp_path):
+def test_every_shipped_config_loads_back_from_its_resolved_form(path, tmp_path):
     root = root_of(tomllib.loads(path.read_text(encoding="utf-8")))
     cfg = load_config(path, ["seed=3"], root)
     assert cfg.seed == 3
@@ -430,19 +430,19 @@ def test_a_loaded_config_is_frozen(minimal):
 
 
 @pytest.mark.parametrize(("key", "shown"), [("\n", "'\\n'"), ("", "''"), (" a", "' a'"), ("\x1b[31m", "'\\x1b[31m'")])
-def test_a_key_that_cannot_be_seen_is_written_out(tmp_path, key, shown):
+def test_an_invisible_key_is_quoted_in_the_message(tmp_path, key, shown):
     path = tmp_path / "odd.toml"
     path.write_text(tomli_w.dumps({key: 1, **tomllib.loads(MINIMAL)}))
     assert refusal(path).splitlines()[1].startswith(f"  {shown}: unknown key; known here: seed, ")
 
 
-def test_a_long_value_in_a_broken_rule_leaves_its_remedy_readable(minimal):
-    [_, told] = refusal(minimal, f"evaluation.pass_source={'x' * 100_000}").splitlines()
-    assert len(told) < 1000
-    assert told.startswith("  evaluation.pass_source (xxx")
-    assert "must be one of" in told
+def test_a_long_value_in_a_message_does_not_hide_the_remedy(minimal):
+    [_, message] = refusal(minimal, f"evaluation.pass_source={'x' * 100_000}").splitlines()
+    assert len(message) < 1000
+    assert message.startswith("  evaluation.pass_source (xxx")
+    assert "must be one of" in message
 
 
-def test_a_file_name_no_file_can_have_is_not_searched_for(minimal):
+def test_an_impossible_file_name_is_not_searched_for(minimal):
     name = "a" + "[" * 100_000  # translating such a pattern takes the square of its length
     assert load_config(minimal, [f"prompts.train={name}"], Config).prompts.train == name

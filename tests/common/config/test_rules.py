@@ -1,4 +1,4 @@
-"""The settings trees: which values and combinations are refused, what a reward source is, and what stays as it was."""
+"""The trees of settings: refused values and combinations, kinds of reward sources, properties, immutability."""
 
 import pytest
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ SERVICE = {"name": "correct", "urls": ["http://h:8001/score"]}
 
 
 def ppo(**sections):
-    """The least that PPO is told, with sections in place of its own."""
+    """The smallest tree of PPO, with these sections added or replaced."""
     return {"prompts": {"train": "questions.jsonl"}, "reward": {"sources": [SERVICE, FUNCTION]}, **sections}
 
 
@@ -145,11 +145,11 @@ def test_each_broken_rule_of_pair_sampling_is_refused_with_its_values(sections, 
         (RewardTrainingConfig, reward_training(data={"train": "t", "heldout_pairs": 9})),
     ],
 )
-def test_what_just_meets_a_rule_is_accepted(root, tree):
+def test_settings_that_just_meet_a_rule_are_accepted(root, tree):
     root.model_validate(tree)
 
 
-def test_several_broken_rules_are_all_told_at_once():
+def test_several_broken_rules_are_all_reported_at_once():
     tree = ppo(sampling={"min_new_tokens": 300}, num_steps=5, optimizer={"warmup_steps": 6}, reward={"sources": []})
     assert [message.split()[0] for message in broken_rules(Config, tree)] == [
         "sampling.min_new_tokens",
@@ -179,7 +179,7 @@ def test_a_number_past_its_bounds_or_not_finite_is_refused(tree, key):
 # Reward sources
 
 
-def test_the_key_that_a_source_has_says_which_kind_it_is():
+def test_the_key_of_a_source_decides_its_kind():
     sources = Config.model_validate(ppo(reward={"sources": [FUNCTION, MODEL, SERVICE]})).reward.sources
     assert sources == (
         FunctionSourceConfig(name="short", weight=-0.5, function="tasks:short"),
@@ -189,7 +189,7 @@ def test_the_key_that_a_source_has_says_which_kind_it_is():
     assert [type(source) for source in sources] == [FunctionSourceConfig, ModelSourceConfig, HttpSourceConfig]
 
 
-def test_sources_made_in_python_are_taken_as_they_are():
+def test_sources_made_in_python_are_accepted():
     made = FunctionSourceConfig.model_validate(FUNCTION), HttpSourceConfig.model_validate(SERVICE)
     assert Config.model_validate(ppo(reward={"sources": made})).reward.sources == made
 
@@ -213,7 +213,7 @@ def test_sources_made_in_python_are_taken_as_they_are():
         {"function": "m:f", "model": "m", "urls": ["http://h/"]},
     ],
 )
-def test_a_source_of_no_kind_or_of_several_is_one_fault_at_its_own_key(root, tree, loc, keys):
+def test_a_source_without_exactly_one_kind_is_one_fault(root, tree, loc, keys):
     (fault,) = faults(root, tree({"name": "s", **keys}))
     assert fault["loc"] == loc
     assert fault["msg"] == "a source must have exactly one of function, model, urls and judge_urls"
@@ -235,7 +235,7 @@ def test_a_setting_of_another_kind_of_source_is_refused(source, key):
 
 @pytest.mark.parametrize("name", ["", "a b", "1st", "a.b", "-"])
 @pytest.mark.parametrize("source", [FUNCTION, MODEL, SERVICE], ids=lambda source: source["name"])
-def test_a_name_that_could_not_stand_in_a_metrics_path_is_refused_for_every_kind(source, name):
+def test_a_source_name_that_cannot_be_in_a_metric_key_is_refused(source, name):
     (fault,) = faults(Config, ppo(reward={"sources": [{**source, "name": name}]}))
     assert fault["loc"][-1] == "name"
 
@@ -306,7 +306,7 @@ def test_a_name_that_could_not_stand_in_a_metrics_path_is_refused_for_every_kind
         ),
     ],
 )
-def test_the_rules_of_one_source_hold_wherever_sources_stand(root, tree, source, message):
+def test_the_rules_of_a_source_hold_in_every_list_of_sources(root, tree, source, message):
     assert broken_rules(root, tree(source)) == [message]
 
 
@@ -315,7 +315,7 @@ def test_a_service_without_an_address_is_refused():
     assert (fault["type"], fault["loc"][-1]) == ("too_short", "urls")
 
 
-def test_sources_and_judges_all_have_names_of_their_own():
+def test_names_of_sources_and_judges_differ():
     tree = ppo(evaluation={"judges": [MODEL, {**SERVICE, "name": "expert"}]})
     assert [judge.name for judge in Config.model_validate(tree).evaluation.judges] == ["helpful", "expert"]
     for sources, judges, names in (
@@ -346,7 +346,7 @@ def every(cls):
     return [cls, *(nested for sub in cls.__subclasses__() for nested in every(sub))]
 
 
-def test_every_section_and_every_field_of_one_says_what_it_means():
+def test_every_section_and_every_field_has_a_description():
     fields = [
         (cls.__name__, name, field.description)
         for cls in every(Section)
@@ -369,7 +369,7 @@ def test_every_section_and_every_field_of_one_says_what_it_means():
         (RewardTrainingConfig, reward_training, "generators", 128),
     ],
 )
-def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, section, in_flight):
+def test_replicated_roles_share_their_settings(root, tree, section, in_flight):
     given = tree().get(section, {})
     role = getattr(root.model_validate(tree()), section)
     assert (role.min, role.max_replicas, role.in_flight, role.timeout_s, role.gpus, role.threads) == (
@@ -398,7 +398,7 @@ def test_roles_of_which_there_may_be_several_share_their_settings(root, tree, se
         assert fault["loc"] == (section, key)
 
 
-def test_a_role_cannot_have_fewer_processes_at_most_than_at_least():
+def test_max_below_min_is_refused():
     assert Config.model_validate(ppo(generators={"min": 2, "max": 5})).generators.max_replicas == 5
     assert Config.model_validate(ppo(generators={"min": 2})).generators.max_replicas == 2
     (fault,) = faults(Config, ppo(generators={"min": 3, "max": 2}))
@@ -406,7 +406,7 @@ def test_a_role_cannot_have_fewer_processes_at_most_than_at_least():
 
 
 @pytest.mark.parametrize(("gpus", "parts"), [(0, 1), (0.4, 1), (1, 1), (0, 2), (2, 2), (8, 8)])
-def test_an_engine_has_a_share_of_a_gpu_or_one_for_each_part_of_its_weights_or_none(gpus, parts):
+def test_an_engine_has_no_gpu_a_share_of_one_or_one_for_each_part(gpus, parts):
     for root, tree in ((Config, ppo), (PairSamplingConfig, pair_sampling), (RewardTrainingConfig, reward_training)):
         generators = root.model_validate(tree(generators={"gpus": gpus, "tensor_parallel": parts})).generators
         assert (generators.gpus, generators.tensor_parallel) == (gpus, parts)
@@ -429,7 +429,7 @@ def test_other_numbers_of_gpus_are_refused(gpus, parts, allowed):
     assert "make both the same, or lower gpus" in fault["msg"]
 
 
-def test_whoever_scores_says_what_share_of_voids_stops_the_run():
+def test_every_scoring_service_has_a_limit_for_the_share_of_voids():
     for root, tree, section in ((Config, ppo, "reward"), (PairSamplingConfig, pair_sampling, "labeller")):
         given = tree()[section]
         assert getattr(root.model_validate(tree()), section).max_void_share == 0.5
@@ -452,7 +452,7 @@ def test_the_longest_sequence_is_prompt_and_response():
 
 
 @pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])
-def test_a_micro_batch_is_what_is_asked_for_or_what_suits_the_device(root, tree):
+def test_the_default_micro_batch_depends_on_the_device(root, tree):
     budgets = [
         root.model_validate(tree(learner=learner)).learner.token_budget
         for learner in ({}, {"gpus": 1}, {"micro_batch_tokens": 100}, {"gpus": 1, "micro_batch_tokens": 100})
@@ -468,7 +468,7 @@ def test_lora_is_off_until_its_section_is_there():
     assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("learner", "lora"))
 
 
-def test_only_ppo_has_what_only_ppo_needs():
+def test_only_ppo_has_a_kl_section():
     for root, tree in ((RewardTrainingConfig, reward_training), (PairSamplingConfig, pair_sampling)):
         (fault,) = faults(root, tree(kl={"coef": 0.1}))
         assert (fault["type"], fault["loc"]) == ("extra_forbidden", ("kl",))
@@ -493,7 +493,7 @@ def test_the_trees_are_frozen():
         assert getattr(section, name) is before
 
 
-def test_headers_that_carry_no_key_may_stand_in_the_config_and_others_name_variables():
+def test_headers_with_keys_name_environment_variables():
     headers = {"X-Tenant": "rl", "Authorization": "Bearer env:JUDGE_KEY", "Cookie": "env:COOKIE"}
     source = {"name": "s", "urls": ["http://h"], "headers": headers}
     assert Config.model_validate(ppo(reward={"sources": [source]})).reward.sources[0].headers == headers

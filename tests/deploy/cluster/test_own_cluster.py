@@ -29,7 +29,7 @@ def test_a_store_may_be_a_file_where_shared_memory_is_small():
     own_cluster.check_store(RayConfig(object_store_mib=1000), 8000 * MIB, 64 * MIB, 2000 * MIB)
 
 
-def test_the_directory_of_a_cluster_is_private_short_and_gone_afterwards(tmp_path, monkeypatch):
+def test_the_directory_of_a_cluster_is_private_and_removed_afterwards(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 99)))
     with own_cluster.private_directory() as directory:
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -38,7 +38,7 @@ def test_the_directory_of_a_cluster_is_private_short_and_gone_afterwards(tmp_pat
     assert not directory.exists()
 
 
-def test_the_token_is_its_owners_alone(tmp_path, monkeypatch):
+def test_only_its_owner_can_read_the_token(tmp_path, monkeypatch):
     for variable in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -47,19 +47,19 @@ def test_a_full_disk_is_found_among_the_causes(run):
     assert message.endswith(f"free some space; continue with ratchet train --resume {run}")
 
 
-def test_a_full_disk_is_known_by_the_words_of_a_library_too(run):
+def test_a_full_disk_is_recognised_by_its_words_without_a_number(run):
     code, message = code_and_message(
         ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
     )
     assert (code, message.partition(":")[0]) == (2, f"the disk is full under {run}")
 
 
-def test_a_path_that_cannot_be_used_is_the_users_to_fix(run):
+def test_an_unusable_path_is_the_users_fault(run):
     code, message = code_and_message(PermissionError(errno.EACCES, "Permission denied", "/sys/nope"))
     assert (code, message.partition(";")[0]) == (2, "/sys/nope: Permission denied")
 
 
-def test_a_failed_role_is_one_line_and_its_traceback_is_in_the_run(run):
+def test_a_failed_role_is_one_line_and_its_traceback_is_saved(run):
     code, message = code_and_message(RoleError("Learner(0) died"))
     [kept] = (run / "errors").iterdir()
     assert (code, message) == (
@@ -68,5 +68,5 @@ def test_a_failed_role_is_one_line_and_its_traceback_is_in_the_run(run):
     )
 
 
-def test_what_the_user_can_fix_is_told_as_it_is(run):
+def test_a_user_error_is_printed_unchanged(run):
     assert code_and_message(UserError("raise it")) == (2, "raise it")

@@ -20,13 +20,10 @@ import ray
 import torch
 
 from common.errors import UserError
-from common.model.files import load_tokenizer
-from common.types import Score, Void
 from common.user_code.import_path import find_users_modules
 from deploy.run.directory import refuse_overwriting, sole_owner
 from deploy.run.provenance import VERSION, git_state
-from deploy.run.summary import write_answers
-from tests.fakes import END, WORDS, make_prompt, make_rollout, save_tiny_model, tiny_config
+from tests.fakes import tiny_config
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def begin(directory, cfg, *, force=False):
 
 
 def old_run(directory, cfg):
-    """A run directory as it was before there was a run.json."""
+    """A run directory from before runs had a run.json."""
     (directory / "journal").mkdir(parents=True)
     (directory / "config.toml").write_text(cfg.to_toml())
     return directory
@@ -98,7 +95,7 @@ def test_force_deletes_nothing_and_says_where_the_old_run_is(tmp_path, cfg, caps
     assert names(tmp_path) == {"run", "run.old-1", "run.old-2"}
 
 
-def test_force_on_a_link_keeps_the_link_and_moves_what_it_points_to(tmp_path, cfg):
+def test_force_on_a_link_keeps_the_link_and_renames_its_target(tmp_path, cfg):
     begin(tmp_path / "disk/run", cfg)
     (tmp_path / "run").symlink_to(tmp_path / "disk/run")
     begin(tmp_path / "run", cfg, force=True)
@@ -151,7 +148,7 @@ def test_force_cut_short_leaves_the_old_run_nothing_or_the_new_one(tmp_path, cfg
     assert names(run) == {"run.json", "config.toml"}
 
 
-def test_leftovers_of_a_run_killed_as_it_began_are_no_obstacle(tmp_path, cfg):
+def test_leftovers_of_a_killed_start_do_not_block_a_new_run(tmp_path, cfg):
     (tmp_path / "config.toml.123.tmp").touch()
     (tmp_path / "run.json.77.tmp").touch()
     begin(tmp_path, cfg)
@@ -161,7 +158,7 @@ def test_leftovers_of_a_run_killed_as_it_began_are_no_obstacle(tmp_path, cfg):
     assert names(tmp_path) == {"run.json", "config.toml"}
 
 
-def test_a_run_knows_where_when_and_with_what_it_was_started(tmp_path, cfg, monkeypatch):
+def test_the_record_has_time_directory_and_versions_of_the_start(tmp_path, cfg, monkeypatch):
     monkeypatch.chdir(tmp_path)
     find_users_modules(tmp_path / "config")
     git = partial(subprocess.run, check=True, capture_output=True)
@@ -193,7 +190,7 @@ def test_a_run_knows_where_when_and_with_what_it_was_started(tmp_path, cfg, monk
     assert resumed | {"starts": 0} == record | {"starts": 0}
 
 
-def test_a_run_made_before_there_was_a_record_gets_one_when_it_continues(tmp_path, cfg):
+def test_an_old_run_without_a_record_gets_one_when_it_continues(tmp_path, cfg):
     with sole_owner(old_run(tmp_path / "old", cfg)) as held:
         held.resume(cfg)
     assert len(json.loads((tmp_path / "old/run.json").read_text())["starts"]) == 1
@@ -212,7 +209,7 @@ def test_the_version_is_that_of_the_package():
     assert version("ratchet-rlhf") == VERSION
 
 
-def test_two_runs_cannot_hold_one_directory(tmp_path, cfg):
+def test_two_runs_cannot_own_one_directory(tmp_path, cfg):
     with sole_owner(tmp_path / "run") as held:
         for force in (False, True):
             with pytest.raises(UserError, match="another process trains in"):
@@ -222,14 +219,14 @@ def test_two_runs_cannot_hold_one_directory(tmp_path, cfg):
     begin(tmp_path / "run", cfg, force=True)  # and it is free again
 
 
-def test_of_two_starts_the_slower_one_does_not_replace_what_the_faster_one_made(tmp_path, cfg):
+def test_of_two_starts_the_slower_one_does_not_replace_the_faster_one(tmp_path, cfg):
     refuse_overwriting(tmp_path / "run", force=False)
     begin(tmp_path / "run", cfg)  # by another process, between check and start
     with pytest.raises(UserError, match=r"exists; .*--force"):
         begin(tmp_path / "run", cfg)
 
 
-def test_a_directory_that_is_moved_aside_meanwhile_is_opened_again(tmp_path, monkeypatch):
+def test_a_directory_that_is_renamed_meanwhile_is_opened_again(tmp_path, monkeypatch):
     run, flock = tmp_path / "run", fcntl.flock
     run.mkdir()
 
@@ -253,7 +250,7 @@ def test_a_new_run_directory_is_readable_by_its_owner_only(tmp_path, cfg):
     assert (tmp_path / "runs/new").stat().st_mode & 0o777 == 0o700
     begin(tmp_path / "runs/new", cfg, force=True)
     assert (tmp_path / "runs/new").stat().st_mode & 0o777 == 0o700
-    (tmp_path / "shared").mkdir(mode=0o755)  # whoever made it chose this
+    (tmp_path / "shared").mkdir(mode=0o755)  # the user chose these permissions
     begin(tmp_path / "shared", cfg)
     assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o755
 
@@ -265,30 +262,6 @@ def test_a_directory_that_cannot_be_made_is_refused_before_anything_starts(tmp_p
         refuse_overwriting(tmp_path / name, force=False)
 
 
-def test_an_error_inside_is_not_taken_for_a_held_directory(tmp_path):
+def test_an_error_of_the_body_is_not_mistaken_for_an_owned_directory(tmp_path):
     with pytest.raises(BlockingIOError), sole_owner(tmp_path):
         raise BlockingIOError
-
-
-def test_answers_are_records_of_text_and_scores_or_of_why_there_is_none(tmp_path):
-    tokenizer = load_tokenizer(save_tiny_model(tmp_path / "model"))
-    first, second = make_prompt(0), make_prompt(1)
-    words = [WORDS.index("a3"), WORDS.index("b7")]
-    answers = [
-        (make_rollout(first, [*words, END]), Score(1.5, {"rm": 0.5, "gold": -1.0}, {"rm": "model@0f", "gold": "m:f"})),
-        (make_rollout(second, words), Void(second.sample_id, "no service")),
-    ]
-    path = tmp_path / "answers/version-000000.jsonl"
-    write_answers(path, [*answers, *answers], tokenizer)
-    write_answers(path, answers, tokenizer)  # a resumed run evaluates again
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {
-            "prompt": "prompt 0",
-            "response": "a3 b7",  # without the end token
-            "finish_reason": "stop",
-            "score": 1.5,
-            "components": {"rm": 0.5, "gold": -1.0},
-            "origins": {"rm": "model@0f", "gold": "m:f"},
-        },
-        {"prompt": "prompt 1", "response": "a3 b7", "finish_reason": "length", "void": "no service"},
-    ]

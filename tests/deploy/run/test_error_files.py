@@ -18,7 +18,7 @@ def counts(run) -> list[tuple[str, int, str | None]]:
     return [(entry["fault"], entry["rollouts"], entry["file"]) for entry in found]
 
 
-def test_each_fault_has_one_file_with_the_first_answer_that_met_it_and_is_counted(tmp_path):
+def test_each_fault_is_counted_and_has_one_file_with_its_first_answer(tmp_path):
     errors = ErrorFiles(tmp_path)
     kept = [errors.keep(void(fault, number=n)) for n, fault in enumerate(["a", "b", "a"])]
     assert [each.reason for each in kept] == [
@@ -34,13 +34,13 @@ def test_each_fault_has_one_file_with_the_first_answer_that_met_it_and_is_counte
     assert counts(tmp_path) == [("a", 2, "01.txt"), ("b", 1, "02.txt")]
 
 
-def test_a_void_of_another_kind_passes_and_nothing_is_written(tmp_path):
+def test_a_void_without_an_error_is_not_written(tmp_path):
     other = Void(SampleId(0, 0, 0), "too old")
     assert ErrorFiles(tmp_path).keep(other) is other
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_are_bounded_and_counts_go_on(tmp_path):
+def test_the_number_of_files_is_bounded_but_counts_continue(tmp_path):
     errors = ErrorFiles(tmp_path)
     for n in range(MOST_FILES):
         errors.keep(void(f"fault {n}"))
@@ -49,7 +49,7 @@ def test_files_are_bounded_and_counts_go_on(tmp_path):
     assert ("one more", 1, None) in counts(tmp_path)
 
 
-def test_a_resumed_run_counts_on_and_keeps_its_files(tmp_path):
+def test_a_resumed_run_continues_the_counts_and_keeps_its_files(tmp_path):
     ErrorFiles(tmp_path).keep(void("a"))
     assert ErrorFiles(tmp_path).keep(void("a", number=1, response="other")).reason == "a: 1; see errors/01.txt"
     assert ErrorFiles(tmp_path).keep(void("b")).reason == "b: 0; see errors/02.txt"
@@ -57,7 +57,7 @@ def test_a_resumed_run_counts_on_and_keeps_its_files(tmp_path):
     assert "other" not in (tmp_path / "errors" / "01.txt").read_text()
 
 
-def test_damaged_counts_and_text_that_cannot_be_written_end_no_run(tmp_path):
+def test_damaged_counts_and_odd_text_do_not_end_the_run(tmp_path):
     (tmp_path / "errors").mkdir()
     (tmp_path / "errors" / "counts.json").write_text('[{"fault": 3}, 5]')
     ErrorFiles(tmp_path).keep(void("a", response="\ud83d"))

@@ -40,7 +40,7 @@ def test_prompts_are_a_function_of_the_seed():
 
 
 @pytest.mark.parametrize("prompts", [train_prompts, heldout_prompts])
-def test_a_record_names_the_larger_number_which_comes_first_about_half_the_time(prompts):
+def test_the_larger_number_comes_first_about_half_the_time(prompts):
     records = prompts(0)
     assert all(record["larger"] == max(pair(record)) for record in records)
     first, second = pair(records[0])

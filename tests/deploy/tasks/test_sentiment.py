@@ -21,13 +21,13 @@ def said(response, prompt="My visit to the bakery last week was"):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_opening_is_asked_twice_and_none_is_both_trained_on_and_held_out(seed):
+def test_no_opening_is_repeated_within_or_across_train_and_heldout(seed):
     train, heldout = texts(train_prompts, seed), texts(heldout_prompts, seed)
     assert len({*train, *heldout}) == len(train) + len(heldout) == 7 * 12 * 5  # groups, subjects and openings
     assert len(heldout) == 128
 
 
-def test_openings_are_a_function_of_the_seed_which_deals_them_anew():
+def test_the_seed_decides_which_openings_are_held_out():
     for prompts in (train_prompts, heldout_prompts):
         assert prompts(5) == prompts(5)
     assert {*texts(train_prompts, 5), *texts(heldout_prompts, 5)} == {*texts(train_prompts), *texts(heldout_prompts)}
@@ -35,14 +35,14 @@ def test_openings_are_a_function_of_the_seed_which_deals_them_anew():
     assert 10 < len(shared) < 70  # 128 * 128 / 420 = 39 expected by chance
 
 
-def test_openings_are_whole_words_to_go_on_from():
+def test_openings_are_plain_text_that_a_response_can_continue():
     for text in texts(train_prompts) + texts(heldout_prompts):
         assert text[0].isupper()
         assert text == " ".join(text.split())
         assert not set("{}") & set(text)
 
 
-def test_openings_say_nothing_good_or_bad_by_themselves():
+def test_most_openings_are_neutral():
     scores = [said(text) for text in texts(train_prompts) + texts(heldout_prompts)]
     assert sum(score == 0 for score in scores) > 0.8 * len(scores)
 
@@ -58,13 +58,13 @@ def test_openings_say_nothing_good_or_bad_by_themselves():
         ("", 0),
     ],
 )
-def test_a_clear_sentence_has_the_right_sign_whatever_the_prompt_says(response, sign):
+def test_a_clear_sentence_has_the_right_sign_with_any_prompt(response, sign):
     for prompt in ("The happy, brilliant, lovely", "The cruel, disgusting, terrible", ""):
         score = said(response, prompt)
         assert 0.4 < sign * score <= 1 if sign else score == 0
 
 
-def test_the_missing_package_is_told_with_how_to_install_it(monkeypatch):
+def test_the_message_of_the_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)  # importing it raises ImportError
     monkeypatch.delitem(sys.modules, "deploy.tasks.sentiment")
     for function in ("positivity", "train_prompts"):

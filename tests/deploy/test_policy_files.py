@@ -1,4 +1,4 @@
-"""What the driver looks at before it starts a role."""
+"""A policy on disk is checked and measured before anything starts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_policy_without_an_end_token_is_used_with_a_warning(tmp_path, capsys):
     assert "set eos_token in its tokenizer_config.json" in warning
 
 
-def test_a_kind_that_cannot_be_packed_is_refused_unless_it_only_generates(tmp_path):
+def test_a_model_that_cannot_be_packed_may_only_generate(tmp_path):
     save_tiny_model(tmp_path)
     AutoModelForCausalLM.from_config(small_config(CONFIG_MAPPING["stablelm"]())).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a stablelm model, cannot be trained"):
