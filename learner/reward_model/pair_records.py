@@ -78,7 +78,7 @@ def tokenise_pairs(
         for where, record in read_source(source, setting, seed=seed):
             parts, margin = _parts(where, record, cfg), _margin(where, record, cfg.columns.margin)
             whole = ([], []) if parts is None else _tokenised(where, parts, cfg, tokenizer, pad_id)
-            for ids in whole:
+            for ids in whole if all(whole) else ():  # pairs with an empty side are only counted
                 check_embedded(where, ids, tokenizer, vocabulary)
             sides = _kept_sides(whole, cfg, counts)
             if parts is not None and sides is not None:
