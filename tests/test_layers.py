@@ -73,7 +73,7 @@ def test_no_product_file_imports_the_tests(path):
     assert imported(path) & {"tests", "fakes", "pytest"} == set()
 
 
-def test_ray_is_imported_only_where_roles_become_actors_the_group_and_deploy():
+def test_ray_is_imported_only_by_the_named_files_and_deploy():
     assert {path for path in importers("ray") if path.parts[0] != "deploy"} <= RAY_FILES
 
 

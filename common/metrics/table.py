@@ -289,7 +289,7 @@ ENDPOINT = (
     Metric("policy_version", "publications", "last", "", "version that the generators hold"),
 )
 
-# What `ratchet train-reward` records for each optimizer step.
+# The record of an optimizer step of `ratchet train-reward`.
 REWARD_STEP = (
     Metric("step", "count", "last", "", "number of the step, from 0", "step"),
     Metric("time", "seconds since 1970", "last", "", "when the record was written"),
@@ -339,7 +339,7 @@ REWARD_STEP = (
     Metric("time/learn_s", "seconds", "last", "", "the step", "seconds"),
 )
 
-# How the trainers reduce partial values. Both tables agree where they share a key, and a test checks it.
+# For the trainers, which reduce partial values. Both tables agree where they share a key, and a test checks it.
 REDUCERS: dict[str, Reducer] = {metric.key: metric.reducer for metric in (*STEP, *REWARD_STEP)}
 
 

@@ -1,1 +1,1 @@
-"""What a terminal shows. Runs in the driver."""
+"""The terminal of a run. Runs in the driver."""

@@ -1,4 +1,4 @@
-"""The terminal: text from outside becomes harmless, and a terminal that fails never ends a run. Runs in the driver.
+"""The terminal: text from outside is made harmless, and a failing terminal never ends a run. Runs in the driver.
 
 Prompts, responses, void reasons and answers of services are text from outside: it may hold control characters that
 move the cursor, set the title or write to the clipboard.
@@ -25,7 +25,7 @@ _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, as long as t
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal could act upon written out, such as \\x1b for escape."""
+    """`text` with every character that controls a terminal written out, such as \\x1b for escape."""
     return _UNPRINTABLE.sub(_written_out, text.replace("\r\n", "\n"))
 
 
@@ -35,8 +35,8 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 class Lenient:
-    """sys.stdout or sys.stderr, whichever it is at the time, for writers that must not fail. A character that it cannot
-    encode becomes "?". Once a write fails (closed pipe, full disk), everything goes to /dev/null."""
+    """The current sys.stdout or sys.stderr, for writers that must not fail. A character that it cannot encode becomes
+    "?". Once a write fails (closed pipe, full disk), everything goes to /dev/null."""
 
     def __init__(self, name: str = "stdout") -> None:
         self._name = name
@@ -84,7 +84,7 @@ def _discard_from_now_on(stream: Any) -> None:
 
 
 class Output(Console):
-    """Where all commands print: rich's markup and tables, with every text made printable."""
+    """The console of all commands: rich's markup and tables, with every text made printable."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False, file=Lenient())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What `ratchet train` shows: a row and an example for each step, a table of before and after. Runs in the driver."""
+"""The screen of `ratchet train`: rows and examples of its steps, a table of before and after. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deploy.screen.console import printable
 from deploy.screen.screen import Column, Screen, columns_of, duration, short
 from learner.loop.evaluation import Evaluation
 
-# What the row of a step shows, 80 columns in all: width and text by the heading in common/metrics/table.py. "step",
+# The row of a step, 80 columns in all: width and text by the heading in common/metrics/table.py. "step",
 # "tok/s" and "left" need more than one value and are made in `Progress.step`.
 _CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
     "score": (7, short),
@@ -158,7 +158,7 @@ class Progress(Screen):
 
 
 def token_place() -> str:
-    """Where the user finds the token of Ray's dashboard. Ray looks in the same order."""
+    """The place of the token for Ray's dashboard. Ray looks in the same order."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "the variable RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"

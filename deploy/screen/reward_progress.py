@@ -1,4 +1,4 @@
-"""What `ratchet train-reward` shows: a row for each step, each epoch's evaluation, calibration. Runs in the driver."""
+"""The screen of `ratchet train-reward`: rows of its steps, evaluations, calibration. Runs in the driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every run shows in the same way: its rows of numbers and who joins and leaves. Runs in the driver."""
+"""The part of the screen that all runs share: rows of numbers, replicas that join and leave. Runs in the driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels, and that a table of experience holds every value of it."""
+"""Data types, and the table of experience, which keeps every value."""
 
 import json
 from dataclasses import replace
@@ -163,7 +163,7 @@ def test_a_rollout_counts_prompt_and_response_tokens():
     assert [row.rollout.num_tokens for row in ragged_rows()] == [5, 5, 2]
 
 
-def test_logprobs_that_the_reference_was_not_asked_for_are_null_and_not_empty():
+def test_reference_logprobs_that_nobody_asked_for_are_null():
     first, second, empty = ragged_rows()
     table = experience_table([replace(first, ref_logprobs=None), second, empty, replace(empty, ref_logprobs=None)])
     assert table["ref_logprobs"].to_pylist() == [None, [-4.0, -3.0, -2.0, -1.0], [], None]

@@ -76,7 +76,7 @@ def test_every_figure_of_a_record_comes_out_under_its_own_name(tmp_path):
     assert found[("ratchet_reward_score", "exact")] == record["reward/exact/score"]
 
 
-def test_the_discovery_file_names_the_run_and_is_gone_at_the_end_of_it_also_after_an_error(tmp_path):
+def test_the_discovery_file_exists_only_while_the_run_lasts(tmp_path):
     directory = tmp_path / "my-run"
     directory.mkdir()
     with RunFigures.served(MonitoringConfig()) as figures:
@@ -89,7 +89,7 @@ def test_the_discovery_file_names_the_run_and_is_gone_at_the_end_of_it_also_afte
         assert list(directory.iterdir()) == []
 
 
-def test_a_chosen_port_is_taken_served_on_loopback_and_free_again_afterwards(tmp_path):
+def test_a_chosen_port_is_served_on_loopback_and_free_afterwards(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -98,7 +98,7 @@ def test_a_chosen_port_is_taken_served_on_loopback_and_free_again_afterwards(tmp
             assert f'"127.0.0.1:{port}"' in (tmp_path / "prometheus.json").read_text()
 
 
-def test_a_port_that_is_taken_is_the_users_to_mend():
+def test_a_port_that_is_taken_is_the_users_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -107,7 +107,7 @@ def test_a_port_that_is_taken_is_the_users_to_mend():
             RunFigures.served(MonitoringConfig(port=port)).__enter__()
 
 
-def test_a_shared_directory_lists_every_run_and_a_link_to_rays_file_and_forgets_them(tmp_path):
+def test_a_shared_directory_lists_the_runs_that_are_running(tmp_path):
     rays = tmp_path / "session/prom_metrics_service_discovery.json"  # Ray writes it a little later
     run, shared = tmp_path / "my-run", tmp_path / "new/discovery"
     run.mkdir()
@@ -123,7 +123,7 @@ def test_a_shared_directory_lists_every_run_and_a_link_to_rays_file_and_forgets_
         assert list(run.iterdir()) == list(shared.iterdir()) == []
 
 
-def test_a_shared_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+def test_a_shared_directory_that_cannot_be_made_is_the_users_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"monitoring.discovery \(.*file/below\) cannot be written \(Not a directory\)"):
         RunFigures.served(MonitoringConfig(discovery=str(tmp_path / "file/below"))).__enter__()

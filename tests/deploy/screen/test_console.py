@@ -1,4 +1,4 @@
-"""What reaches the terminal is harmless, and a terminal that fails ends nothing."""
+"""Text on the terminal is harmless, and a terminal that fails does not end the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a PPO run shows on the screen: it fits 80 columns, and says what a watcher must know."""
+"""The screen of a PPO run: its numbers, in 80 columns."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_number_takes_at_most_six_characters(value, shown):
     assert short(value) == shown
 
 
-def test_equal_scores_are_reported_with_what_they_mean_and_not_at_every_step(capsys, progress):
+def test_equal_scores_are_reported_but_not_at_every_step(capsys, progress):
     flat = {**RECORD, "rollout/score/std": 0.0, "rollout/score/zero_std": 1.0}
     lines = lines_of(capsys, progress, *[flat] * 12)
     said = [line.strip() for line in lines if "score the same" in line]
@@ -172,7 +172,7 @@ def test_the_example_shows_the_last_question_of_the_user(capsys, progress):
         ("x" * 50, "y" * 50, "      ..." + "x" * 7 + " -> '" + "y" * 6 + "... = 1"),
     ],
 )
-def test_an_example_keeps_the_end_of_the_question_and_the_begin_of_the_answer(asked, answer, shown):
+def test_an_example_keeps_the_end_of_the_question_and_the_answers_start(asked, answer, shown):
     assert one_line(asked, answer, " = 1", width=34) == shown
     assert len(shown) <= 34
 
@@ -185,9 +185,7 @@ def test_an_example_keeps_the_end_of_the_question_and_the_begin_of_the_answer(as
         ({"RAY_AUTH_TOKEN": "secret", "RAY_AUTH_TOKEN_PATH": "/tokens/mine"}, "the variable RAY_AUTH_TOKEN"),
     ],
 )
-def test_when_ready_the_screen_names_the_dashboard_its_token_and_the_figures(
-    capsys, progress, monkeypatch, variables, place
-):
+def test_when_ready_the_screen_names_dashboard_token_and_endpoint(capsys, progress, monkeypatch, variables, place):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,4 +1,4 @@
-"""What is printed and drawn of reward training: evaluations with all bins, with some empty, and none at all."""
+"""The screen and the plot of reward training: evaluations with all bins, with empty ones, and without any."""
 
 from itertools import pairwise
 
@@ -92,7 +92,7 @@ def test_without_held_out_pairs_there_is_no_table(progress, capsys):
     assert "deviation" not in capsys.readouterr().out
 
 
-def test_a_run_begins_with_what_was_found_and_has_a_line_a_step_under_one_heading(progress, capsys):
+def test_a_run_shows_its_pair_counts_and_a_row_for_each_step(progress, capsys):
     found = {"pairs": 7, "empty": 1, "identical": 2, "cut": 3, "overlong": 4}
     counts = {"train": found, "heldout": {**found, "cut": 0, "prompt_in_train": 5}}
     progress.begin(counts, train=7, heldout=2)

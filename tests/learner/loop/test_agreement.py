@@ -1,4 +1,4 @@
-"""What differs between an engine and the learner is seen before training and during it, and only what is wrong."""
+"""An engine that computes another policy than the learner is found, and rounding alone is accepted."""
 
 from __future__ import annotations
 

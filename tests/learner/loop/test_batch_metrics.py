@@ -26,10 +26,7 @@ def test_the_share_of_prompts_with_equal_scores_is_recorded(prompts, scores, sha
     assert (record["rollout/score/std"] == 0.0) == (len(set(scores)) == 1)
 
 
-# What sources said beside their scores
-
-
-def test_figures_of_sources_are_means_over_the_rollouts_that_have_them_under_a_path_of_their_own():
+def test_figures_of_sources_are_means_over_the_rollouts_that_have_them():
     scores = [
         Score(1.0, {"mean": 1.0, "std": 4.0}, {}, {"mean/std": 2.0, "std/rare": 5.0}),
         Score(3.0, {"mean": 3.0, "std": 8.0}, {}, {"mean/std": 4.0}),
@@ -41,7 +38,7 @@ def test_figures_of_sources_are_means_over_the_rollouts_that_have_them_under_a_p
     assert own == {"reward/mean/score": 2.0, "reward/std/score": 6.0, "reward/mean/std": 3.0, "reward/std/rare": 5.0}
 
 
-def test_the_number_of_figures_of_a_source_is_bounded_however_many_names_it_makes_up():
+def test_the_number_of_figures_of_a_source_is_bounded():
     scores = [Score(1.0, {"s": 1.0}, {}, {f"s/f{n:03d}": 1.0, "t/x": 2.0}) for n in range(MAX_FIGURES + 5)]
     rows = [Experience(make_rollout(make_prompt(n), [4, END]), score, None) for n, score in enumerate(scores)]
     record = batch_metrics(experience_table(rows), 0, policy_version=0)

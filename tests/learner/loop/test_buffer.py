@@ -51,8 +51,8 @@ def test_a_batch_waits_for_the_oldest_rather_than_taking_the_fastest():
     asyncio.run(scenario())
 
 
-def test_what_is_lost_before_the_cut_is_voided_and_another_takes_its_place():
-    """Tokens are fetched only when a batch is cut, and may be gone by then with the node they lay on."""
+def test_a_rollout_lost_before_the_cut_is_voided_and_replaced():
+    """Tokens are fetched only when a batch is cut. By then they may be lost with their node."""
 
     lost = {2}
 
@@ -75,7 +75,7 @@ def test_what_is_lost_before_the_cut_is_voided_and_another_takes_its_place():
     asyncio.run(scenario())
 
 
-def test_what_is_asked_again_gives_its_bytes_back():
+def test_a_rollout_that_is_asked_again_gives_its_bytes_back():
     async def scenario():
         row = make_scored(1, [4, 1])
         # Room for the next batch and one rollout more.
@@ -152,7 +152,7 @@ def test_too_many_voids_end_the_wait():
 
 def test_rollouts_that_are_merely_old_do_not_count_as_broken():
     async def scenario():
-        # 3 old ones beside the 2 wanted would be over the share, 1 broken one is not.
+        # 3 old ones with the 2 wanted would be above the share; 1 broken one is not.
         buffer = make_buffer(2, 1, max_void_share=0.4)
         tickets = [await buffer.admit() for _ in range(4)]
         for ticket, version in zip(tickets, (0, 0, 0, 2), strict=True):
@@ -169,7 +169,7 @@ def test_rollouts_that_are_merely_old_do_not_count_as_broken():
     asyncio.run(scenario())
 
 
-def test_voids_are_held_against_all_that_was_scored_meanwhile_not_one_batch_of_it():
+def test_voids_are_compared_with_all_rollouts_since_the_last_cut():
     async def scenario():
         buffer = make_buffer(2, 3, max_void_share=0.5)
         for ticket in [await buffer.admit() for _ in range(2)]:
@@ -180,7 +180,7 @@ def test_voids_are_held_against_all_that_was_scored_meanwhile_not_one_batch_of_i
         for ticket in [await buffer.admit() for _ in range(5)]:
             await buffer.put(ticket, make_scored(ticket, [4, 1]))
         assert len((await buffer.take(2, policy_version=1)).experience) == 2
-        for index in range(3):  # of what came since that cut
+        for index in range(3):  # since that cut
             await buffer.put(await buffer.admit(), Void(SampleId(0, 95 + index, 0), f"reason {index}"))
         with pytest.raises(UserError, match="reason 2"):
             await buffer.take(2, policy_version=2)
@@ -264,8 +264,8 @@ def test_the_next_batch_is_admitted_however_large_it_is():
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_the_order_of_completion_nothing_is_older_than_allowed_and_no_slot_is_lost(max_staleness, seed):
-    """Producers that take random times, some of which end void, beside a consumer that publishes late."""
+def test_in_any_order_of_completion_staleness_is_bounded_and_slots_return(max_staleness, seed):
+    """Producers take random times, some end with a void, and the consumer publishes late."""
     rng, count, steps = random.Random(seed), 3, 12
     version, outstanding, most = 0, 0, 0
 

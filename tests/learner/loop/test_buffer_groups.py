@@ -1,4 +1,4 @@
-"""Groups: the responses to one prompt stay in one batch, whatever becomes of each."""
+"""Groups: all responses to one prompt stay in one batch, after voids, losses and resumes too."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_group_waits_for_its_last_rollout_and_keeps_their_order():
     asyncio.run(scenario())
 
 
-def test_a_void_leaves_a_smaller_group_whose_slots_stay_taken_until_release():
+def test_a_void_leaves_a_smaller_group_that_keeps_its_slots():
     async def scenario():
         buffer = RolloutBuffer(4, 0, fetch=fetch_scored, group_size=2)
         first, second = await buffer.admit(), await buffer.admit()
@@ -122,7 +122,7 @@ def test_a_batch_that_does_not_divide_into_groups_is_refused():
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("size", "batch_size"), [(1, 3), (2, 4), (3, 3), (4, 12)])
-def test_whatever_happens_no_group_is_split_and_no_slot_is_lost(size, batch_size, seed):
+def test_in_any_order_of_events_no_group_is_split_and_slots_return(size, batch_size, seed):
     """Rollouts end in random order; some are void, lost or written by a late replica; the consumer publishes late."""
     rng = random.Random(1000 * seed + size)
     max_staleness, steps = seed % 3, 10
@@ -215,7 +215,7 @@ def grouped_run(directory, roles, **overrides):
 
 
 def prompts_of(tables) -> list[dict[int, list[int]]]:
-    """Of each batch: prompts with their replicas."""
+    """For each batch, its prompts with their replicas."""
     batches = []
     for table in tables:
         groups = defaultdict(list)

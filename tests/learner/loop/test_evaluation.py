@@ -85,7 +85,7 @@ def test_distinct_ngrams_worked_by_hand(responses, n, share):
     assert distinct([np.array(ids, dtype=np.int32) for ids in responses], n) == share
 
 
-def test_components_are_those_of_sources_and_judges_and_the_score_is_the_total():
+def test_components_include_judges_and_the_score_is_the_total():
     found = evaluated()[0]
     assert found.components == pytest.approx({"rm": 0.5, "gold": 0.2}, abs=1e-12)
     assert found.score == 0.5
@@ -93,7 +93,7 @@ def test_components_are_those_of_sources_and_judges_and_the_score_is_the_total()
 
 
 def check_passed(evaluation: Evaluation, passed: int) -> None:
-    """Of three. Wilson: both ends p of the interval have (passed / 3 - p)^2 = 1.96^2 p (1 - p) / 3."""
+    """Of three answers, by Wilson: both ends p of the interval have (passed / 3 - p)^2 = 1.96^2 p (1 - p) / 3."""
     assert evaluation.pass_at_1 == passed / 3
     for end in evaluation.interval:
         assert (passed / 3 - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 3, abs=1e-12)
@@ -112,7 +112,7 @@ def test_a_source_or_a_judge_says_what_passes(settings, passed):
     check_passed(evaluated(**settings)[0], passed)
 
 
-def test_scores_other_than_0_and_1_have_no_pass_share_unless_a_source_is_named():
+def test_other_scores_than_0_and_1_pass_only_by_a_named_source():
     found = evaluated()[0]
     assert (found.pass_at_1, found.interval) == (None, None)
     exact = [Score(5.0, {"exact": value, "rm": 2.5}) for value in (1.0, 0.0, 1.0)]
@@ -190,7 +190,7 @@ def test_the_wilson_interval_equals_published_numbers(successes, trials, low, hi
 
 
 @pytest.mark.parametrize("z", [1.0, 1.96, 2.576])
-def test_the_ends_of_the_interval_are_the_shares_that_lie_z_standard_errors_from_what_was_seen(z):
+def test_the_ends_of_the_interval_are_z_standard_errors_away(z):
     for p in wilson_interval(7, 30, z=z):
         assert abs(7 / 30 - p) == pytest.approx(z * math.sqrt(p * (1 - p) / 30), abs=1e-12)
 

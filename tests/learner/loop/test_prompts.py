@@ -72,7 +72,7 @@ def test_a_prompt_carries_the_record_that_its_id_names():
         assert prompt.messages == (said(index) if index % 2 else None)
 
 
-def test_settled_samples_leave_the_state_and_the_others_stay_in_order_of_issue():
+def test_settled_samples_leave_the_state_and_the_others_keep_their_order():
     prompts = stream()
     ids = take(prompts, 5)
     prompts.settle([ids[3], ids[0]])
@@ -112,7 +112,7 @@ def test_what_is_given_back_is_asked_next_and_stays_outstanding():
     assert restored.next().sample_id == issued[1]
 
 
-def test_a_restored_stream_reissues_the_outstanding_in_order_and_goes_on_as_the_uninterrupted_one():
+def test_a_restored_stream_continues_like_an_uninterrupted_one():
     uninterrupted = take(stream(rollouts_per_prompt=2), 60)
     prompts = stream(rollouts_per_prompt=2)
     ids = take(prompts, 17)  # in the middle of epoch 1, between two replicas
@@ -134,7 +134,7 @@ def test_a_restored_stream_reissues_the_outstanding_in_order_and_goes_on_as_the_
     assert restored.outstanding == [ids[2], ids[16], *uninterrupted[17:]]
 
 
-def test_a_state_taken_while_reissuing_restores_to_the_same_outstanding_samples():
+def test_a_state_taken_while_reissuing_restores_the_same_samples():
     prompts = stream()
     ids = take(prompts, 4)
     once = stream()
@@ -158,7 +158,7 @@ def test_a_state_of_other_prompts_is_refused():
         stream(prompts=3).restore(prompts.state())
 
 
-def test_heldout_prompts_are_the_first_ones_under_ids_no_training_stream_issues():
+def test_heldout_prompts_have_ids_that_no_training_stream_issues():
     records = [
         PromptRecord("q0", np.array([0], np.int32), {"answer": 0}),
         PromptRecord("q1", np.array([1], np.int32), {"answer": 1}, said(1)),

@@ -15,7 +15,7 @@ from tests.fakes import FakeRoles
 from tests.learner.loop.test_train_loop import Asked, make_run
 
 
-def test_a_run_goes_on_from_checkpoint_and_journal(tmp_path):
+def test_a_run_continues_from_checkpoint_and_journal(tmp_path):
     checkpoint = {"every": 2}
     whole, cut, rest = FakeRoles([]), FakeRoles([]), FakeRoles([])
     asyncio.run(train(make_run(tmp_path / "whole", whole, num_steps=6, checkpoint=checkpoint)))
@@ -42,7 +42,7 @@ def test_a_checkpoint_ahead_of_the_journal_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 40], ids=["lost", "cut-short"])
-def test_a_run_killed_before_a_steps_metrics_has_its_whole_line_after_resuming(tmp_path, left):
+def test_a_resumed_run_writes_the_metrics_that_a_kill_prevented(tmp_path, left):
     async def score(written: RolloutRef) -> Score:
         return Score(value := written.sample_id.prompt / 4, {"a_words": value})
 
@@ -72,14 +72,14 @@ def test_a_run_killed_before_a_steps_metrics_has_its_whole_line_after_resuming(t
     assert after[1]["rollout/score/mean"] != after[0]["rollout/score/mean"]  # each step's own
 
 
-def test_a_journal_that_is_gone_altogether_is_refused_where_a_checkpoint_remembers_it(tmp_path):
+def test_a_checkpoint_without_its_journal_is_refused(tmp_path):
     asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=2)))
     shutil.rmtree(tmp_path / "journal")
     with pytest.raises(JournalError, match="step-000002 holds 2 steps, but the journal only 0"):
         asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=4)))
 
 
-def test_a_run_that_goes_on_asks_the_reference_from_its_first_new_step(tmp_path):
+def test_a_resumed_run_asks_the_reference_from_its_first_new_step(tmp_path):
     asyncio.run(train(make_run(tmp_path, Asked(), num_steps=1)))
     roles = Asked()
     asyncio.run(train(make_run(tmp_path, roles, num_steps=2)))
@@ -87,7 +87,7 @@ def test_a_run_that_goes_on_asks_the_reference_from_its_first_new_step(tmp_path)
     assert roles.tables[-1]["ref_logprobs"].null_count == 0
 
 
-def test_records_say_when_they_were_written_and_replayed_ones_when_their_batch_was_cut(tmp_path, monkeypatch):
+def test_a_replayed_record_has_the_time_at_which_its_batch_was_cut(tmp_path, monkeypatch):
     asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=1)))
     [first], [before, after] = (read_records(tmp_path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
     [written] = make_run(tmp_path, FakeRoles([])).journal.since(0)

@@ -1,4 +1,4 @@
-"""The loop with fakes: what happens in which order, what is written, and how a run goes on."""
+"""The loop with fakes: the order of events, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_run(directory: Path, roles: FakeRoles, **overrides) -> Run:
     return Run(cfg, directory, prompts, heldout, roles, roles, roles, roles)
 
 
-def test_a_step_generates_writes_learns_publishes_and_only_then_generates_again(tmp_path):
+def test_a_synchronous_step_generates_journals_learns_publishes_in_order(tmp_path):
     events: list[str] = []
     roles = FakeRoles(events)
     run = make_run(tmp_path, roles, num_steps=2)
@@ -61,7 +61,7 @@ def test_synchronous_training_is_on_policy(tmp_path):
     assert [record["staleness/max"] for record in read_records(tmp_path / "metrics.jsonl")] == [0, 0, 0, 0]
 
 
-def test_with_staleness_allowed_the_next_batch_is_written_while_the_learner_learns(tmp_path):
+def test_with_staleness_the_next_batch_is_written_during_learning(tmp_path):
     events: list[str] = []
     roles = FakeRoles(events, synchronous=False)
     run = make_run(tmp_path, roles, num_steps=6, max_staleness=1)
@@ -80,7 +80,7 @@ def test_with_staleness_allowed_the_next_batch_is_written_while_the_learner_lear
     assert sum(event.startswith("generate") for event in events) == 24  # none for a step that will not be
 
 
-def test_what_a_late_replica_wrote_is_voided_and_its_prompts_are_asked_again(tmp_path):
+def test_responses_of_a_late_replica_are_voided_and_asked_again(tmp_path):
     """A replica that still samples with version 0 when version 2 is to be trained."""
 
     late: set[SampleId] = set()
@@ -137,7 +137,7 @@ def test_every_sample_is_journalled_once_or_void_with_its_reason(tmp_path):
     assert set(voids.values()) == {"told to fail"}
     assert {sample_id.split("/")[1] for sample_id in voids} == {"2", "5"}
     assert not set(trained) & set(voids)
-    # What was issued is journalled, void, or still outstanding: nothing is lost.
+    # Every issued id is in the journal, void, or still outstanding.
     state = written[-1].prompts
     outstanding = sum(end - first for first, end in state["outstanding"])
     assert state["issued"] == len(trained) + len(voids) + outstanding
@@ -198,7 +198,7 @@ def test_rollouts_with_logprobs_that_are_not_finite_are_void_and_counted(tmp_pat
         assert not {2, 5} & set(table["prompt_index"].to_pylist())
 
 
-def test_a_rollout_that_is_lost_before_it_is_scored_is_written_again_under_its_id(tmp_path):
+def test_a_rollout_lost_before_scoring_is_written_again_under_its_id(tmp_path):
     class LosesSome(FakeRoles):
         lost: ClassVar[list[SampleId]] = []
 
@@ -283,7 +283,7 @@ def test_judges_are_heard_in_evaluations_only(tmp_path):
     assert not any("gold" in key for record in read_records(tmp_path / "metrics.jsonl") for key in record)
 
 
-def test_a_run_that_goes_on_remembers_its_evaluations_and_repeats_none(tmp_path):
+def test_a_resumed_run_keeps_its_evaluations_and_repeats_none(tmp_path):
     first = asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=2)))
     told: list[Evaluation] = []
     run = make_run(tmp_path, FakeRoles([]), num_steps=4)
@@ -306,7 +306,7 @@ class Asked(FakeRoles):
         return np.full_like(rollout.rollout_logprobs, -7.0)
 
 
-def test_the_reference_is_asked_nothing_while_the_policy_still_is_the_reference(tmp_path):
+def test_the_reference_is_not_asked_while_the_policy_equals_it(tmp_path):
     roles = Asked()
     evaluations = asyncio.run(train(make_run(tmp_path, roles, num_steps=3)))
     training = [step for step, epoch in roles.asked if epoch >= 0]
