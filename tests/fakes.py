@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,9 @@ class LocalHost:
     lost_values = (LookupError,)
     outages = OSError
 
-    def __init__(self, role: Any, *args: Any, room: int = 1 << 30) -> None:
+    def __init__(self, role: Any, *args: Any, room: int = 1 << 30, **kwargs: Any) -> None:
         self.role = role.__name__
-        self._make, self._args = role, args
+        self._make, self._args = partial(role, **kwargs), args
         self.room = room
         self.handles: list[LocalHandle] = []
         self.leaving: dict[str, float] = {}

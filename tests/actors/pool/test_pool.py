@@ -13,7 +13,7 @@ from actors.pool.replica import PoolEvent
 from common.config.base import Replicated
 from common.errors import EngineDeadError, GivenUpError, RoleError, UserError
 from tests.actors.pool.scenario import Started, Worker, run, until
-from tests.fakes import LocalHost
+from tests.fakes import LocalHost, pending
 
 
 def test_a_pool_starts_with_min_and_grows_to_max_as_there_is_room():
@@ -311,5 +311,19 @@ def test_the_death_of_the_first_replica_fails_the_start():
     async def scenario():
         with pytest.raises(RoleError, match=r"start: Broken\(0\) died: no such model"):
             await Started.start(role=Broken)
+
+    run(scenario)
+
+
+def test_a_replica_suspended_for_two_reasons_gets_calls_after_both_are_gone():
+    async def scenario():
+        it = await Started.start(min=1)
+        [replica] = it.pool.ready
+        for why in ("one", "another", "one"):
+            it.pool.members.suspend(replica, why)
+        it.pool.members.resume(replica, "one")
+        waiting = await pending(it.work())
+        it.pool.members.resume(replica, "another")
+        assert await waiting == "Worker(0)"
 
     run(scenario)

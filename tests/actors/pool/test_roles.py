@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from actors.generation.engine import Completion
@@ -13,8 +14,9 @@ from actors.generation.generator import Generator
 from actors.pool.replica import PoolEvent
 from actors.pool.roles import GeneratorPool
 from common.config.base import Replicated
+from common.errors import CorruptWeightsError
 from common.types import HANDED_OVER
-from common.weights import Manifest, PublishedBucket, buckets
+from common.weights import Bucket, Manifest, PublishedBucket, buckets, publication
 from tests.actors.pool.scenario import Started, run, until
 from tests.fakes import LocalHost, make_prompt
 
@@ -199,5 +201,62 @@ def test_every_routable_replica_holds_the_newest_version():
                 assert set(rollout.policy_versions) == {version}
         assert not wrong
         await until(lambda: len(it.pool.ready) == 6)
+
+    run(scenario)
+
+
+def two_buckets(version: int) -> list[Bucket]:
+    """64 values of 2 bytes each in both; the first value is the version."""
+    values = torch.tensor([float(version)] + [1.0] * 63)
+    return list(buckets([("a", values), ("b", values)], version, bucket_bytes=128))
+
+
+async def published_since(base: list[Bucket], version: int):
+    *parts, manifest = publication(two_buckets(version), base)
+    for full, best in zip(parts[::2], parts[1::2], strict=True):
+        yield PublishedBucket(full, best)
+    yield manifest
+
+
+def test_a_replica_that_refuses_a_delta_is_sent_the_full_set():
+    async def scenario():
+        host = LocalHost(Generator, 0, SlowEngine, updates="changes")
+        service = GeneratorPool(host, Replicated(min=2))
+        await service.pool.start(timeout_s=5)
+        sent = [await service.load(published_since(two_buckets(version - 1), version), version) for version in (1, 2)]
+        host.alive("Generator(1)").role._held = {}
+        sent.append(await service.load(published_since(two_buckets(2), 3), 3))
+        # A delta is one value of 6 bytes. Nobody holds version 0. In the end one replica refuses the first delta.
+        assert [each["weights/bytes"] for each in sent] == [2 * (6 + 256), 2 * (6 + 6), (6 + 6) + (6 + 256)]
+        assert [replica.version for replica in service.pool.ready] == [3, 3]
+        service.pool.stop()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("where", ["the learner fails", "a replica refuses"])
+def test_a_failed_load_ends_the_publication_and_keeps_the_old_weights(where):
+    async def scenario():
+        _, service = await generators(min=2, max_tokens=1)
+        ended = []
+
+        async def weights():
+            try:
+                async for item in published(1):
+                    if where == "a replica refuses":
+                        bad = replace(item.full, checksum=0)
+                        item = PublishedBucket(bad, bad)
+                    yield item
+                    raise ValueError("cannot gather")
+            finally:
+                ended.append(True)
+
+        with pytest.raises(CorruptWeightsError if where == "a replica refuses" else ValueError):
+            await service.load(weights(), 1)
+        assert ended
+        refs = await asyncio.gather(*(service.generate(make_prompt(i)) for i in range(8)))
+        rollouts = await service.fetch([ref.rollout for ref in refs])
+        assert {rollout.generator for rollout in rollouts} == {"Generator(0)", "Generator(1)"}
+        assert {version for rollout in rollouts for version in rollout.policy_versions} == {0}
 
     run(scenario)

@@ -1,0 +1,58 @@
+"""The delay before a replacement, and the deaths that end a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.pool import deaths
+from actors.pool.deaths import Deaths
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time stands still at 1000 s, with the product's own delays."""
+    monkeypatch.setattr(deaths.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(deaths, "BACKOFF_S", 1.0)
+
+
+def delay(record: Deaths, *, served_s: float = 0.0) -> float:
+    record.record(ValueError("a cause"), served_s=served_s, tried_alone=False)
+    return record.wait_until - 1000.0
+
+
+def test_the_delay_doubles_up_to_a_minute(clock):
+    record = Deaths()
+    assert [delay(record) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_the_delay_starts_again_after_a_minute_of_service(clock):
+    record = Deaths()
+    assert [delay(record), delay(record), delay(record, served_s=59), delay(record, served_s=61)] == [1, 2, 4, 1]
+
+
+def too_many(causes: list[str], *, alone: tuple[int, ...] = ()) -> list[bool]:
+    record = Deaths()
+    return [
+        record.record(ValueError(cause), served_s=0.0, tried_alone=number in alone)
+        for number, cause in enumerate(causes)
+    ]
+
+
+def test_the_third_death_of_one_cause_is_one_too_many():
+    assert too_many(["pid 17 at 0x7fa1", "pid 4 at 0x7fb2", "pid 5 at 0x7fc3"]) == [False, False, True]
+
+
+def test_another_cause_starts_the_count_again():
+    assert too_many(["killed", "killed", "out of memory", "killed", "killed"]) == [False] * 5
+
+
+def test_only_the_first_death_of_a_call_tried_alone_is_blamed_on_the_call():
+    assert too_many(["broken"] * 4, alone=(2, 3)) == [False, False, False, True]
+
+
+def test_an_answered_call_starts_the_count_again():
+    record = Deaths()
+    for _ in range(5):
+        assert not record.record(ValueError("killed"), served_s=0.0, tried_alone=False)
+        assert not record.record(ValueError("killed"), served_s=0.0, tried_alone=False)
+        record.forget()
