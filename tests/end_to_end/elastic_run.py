@@ -1,7 +1,8 @@
 """A run on a cluster of several nodes that come and go, all on this machine: `python elastic_run.py MODEL DIRECTORY`.
 
-A process of its own, since it starts and kills nodes. One generator begins; two nodes join; one is killed while it
-generates, the other is drained. What happened when goes to DIRECTORY/happened.json; the run itself is in DIRECTORY/run.
+A process of its own, because it starts and kills nodes. The run starts with one generator; two nodes join; one is
+killed while it generates, the other is drained. The times of all this go to DIRECTORY/happened.json; the run is in
+DIRECTORY/run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read at import: nothing then listens beyond loopback
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read at import; with it Ray listens on loopback only
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
@@ -36,7 +37,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 150 << 20}
 
 
 class Conductor:
-    """Waits for what is to be seen in the run directory, and does the next thing to the cluster."""
+    """Changes the cluster step by step, each time once the run directory shows the effect of the last change."""
 
     def __init__(self, cluster: Cluster, cfg: Config, run: Path) -> None:
         self._cluster, self._cfg, self._run = cluster, cfg, run
@@ -87,11 +88,11 @@ class Conductor:
         except Exception as error:
             self.happened["error"] = str(error)
         finally:
-            self._cfg.__dict__["num_steps"] = self.steps() + 2  # the loop looks at it at every step
+            self._cfg.__dict__["num_steps"] = self.steps() + 2  # the loop reads it at every step
 
 
 def main(model: str, directory: Path) -> None:
-    # As quick as a cluster may be told to notice a dead node.
+    # The shortest times that Ray accepts for noticing a dead node.
     quick = {
         "health_check_initial_delay_ms": 1000,
         "health_check_period_ms": 1000,
@@ -106,7 +107,7 @@ def main(model: str, directory: Path) -> None:
         rollouts_per_step=48,
         max_staleness=1,
         sampling={"max_new_tokens": 100, "min_new_tokens": 60},
-        # One core for the learner and one for a generator: the others need a node each.
+        # The head has a core for the learner and one for a generator; every other generator needs a node.
         generators={"dtype": "float32", "kv_cache_mib": 16, "min": 1, "max": 3, "cpus": 1, "drain_s": 0.2},
         reference={"dtype": "float32", "max_batch_tokens": 4096},
         ppo={"clip_eps": 0.2, "ppo_epochs": 1, "minibatches": 1},

@@ -1,4 +1,4 @@
-"""A run whose nodes join, are killed and are drained while it trains; see elastic_run.py."""
+"""A run whose nodes join, are killed and are drained while it trains: elastic_run.py."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
     return directory / "run", happened
 
 
-def test_the_pool_grew_by_the_nodes_that_joined_and_shrank_by_those_that_went(finished):
+def test_the_pool_followed_the_nodes_that_joined_and_left(finished):
     events = [event for event in read_records(finished[0] / "pool-events.jsonl") if event["role"] == "Generator"]
     assert [event["event"] for event in events] == ["joined", "joined", "joined", "died", "leaving", "left"]
     *joined, died, leaving, left = events
@@ -72,7 +72,7 @@ def test_every_sample_is_in_the_journal_once_or_void_with_its_reason(finished):
     state = steps[-1].prompts
     outstanding = sum(end - first for first, end in state["outstanding"])
     void = {sample for s in steps for sample, _ in s.voids} - set(trained)
-    assert len(trained) + len(void) + outstanding >= state["issued"]  # void ones that are asked again count twice
+    assert len(trained) + len(void) + outstanding >= state["issued"]  # a void sample that is asked again counts twice
     assert all(reason for s in steps for _, reason in s.voids)
     for s in steps:
         versions = {version for row in s.table["policy_versions"].to_pylist() for version in row}
@@ -85,7 +85,7 @@ def test_all_three_generators_wrote_what_was_trained_on(finished):
     assert writers == {"Generator(0)", "Generator(1)", "Generator(2)"}
 
 
-def test_the_curve_is_finite_and_the_run_went_on_through_all_of_it(finished):
+def test_the_run_continued_through_all_of_it(finished):
     records = read_records(finished[0] / "metrics.jsonl")
     assert all(math.isfinite(value) for record in records for value in record.values())
     happened = finished[1]

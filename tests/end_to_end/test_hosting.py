@@ -52,7 +52,7 @@ def test_every_thread_of_a_role_keeps_to_its_cores():
 
 
 @pytest.mark.parametrize("role", ["pool", "learner"])
-def test_a_core_that_no_machine_has_is_the_users_to_mend(role):
+def test_a_core_that_no_machine_has_is_a_user_error(role):
     async def start():
         if role == "pool":
             await start_pool(Worker, Replicated(cores=(4096,)), startup_timeout_s=60)

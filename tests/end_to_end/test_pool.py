@@ -98,7 +98,7 @@ def test_a_cluster_started_here_listens_on_loopback_only(ray_cluster):
     assert [node.name for node in ray_cluster] == ["127.0.0.1"]
 
 
-def test_the_calls_of_a_killed_process_are_answered_by_another_and_it_is_replaced(ray_cluster):
+def test_another_process_answers_the_calls_of_a_killed_one(ray_cluster):
     async def scenario(pool, events):
         killed = await pids(pool)
         held = [asyncio.create_task(pool.call("hold", lambda handle: handle.hold.remote())) for _ in range(4)]
@@ -118,7 +118,7 @@ def test_the_calls_of_a_killed_process_are_answered_by_another_and_it_is_replace
     assert [event.calls for event in events if event.event == "died"] == [2]
 
 
-def test_a_process_that_stands_still_is_replaced_and_one_that_is_busy_is_not(ray_cluster):
+def test_a_stopped_process_is_replaced_and_a_busy_one_is_not(ray_cluster):
     async def scenario(pool, events):
         stopped = await pids(pool)
         busy = asyncio.create_task(pool.call("block", lambda handle: handle.block.remote(8.0)))
@@ -138,7 +138,7 @@ def test_a_process_that_stands_still_is_replaced_and_one_that_is_busy_is_not(ray
     assert "answered no health probe for 3 s" in died.reason
 
 
-def test_a_dead_engine_counts_as_a_dead_replica_and_a_roles_own_error_reaches_the_caller(ray_cluster):
+def test_a_dead_engine_is_a_dead_replica_and_other_errors_are_not(ray_cluster):
     async def scenario(pool, events):
         with pytest.raises(ValueError, match="my mistake"):
             await pool.call("fail", lambda handle: handle.fail.remote(ValueError("my mistake")))
@@ -177,7 +177,7 @@ async def write(handle, tokens: int):
     return reference, await number
 
 
-def test_what_is_written_stays_where_it_is_and_goes_on_by_reference(ray_cluster):
+def test_a_large_result_stays_on_its_node_and_travels_by_reference(ray_cluster):
     """64 tokens and more are more than may come along with an answer."""
 
     async def scenario(pool, events):
@@ -185,10 +185,10 @@ def test_what_is_written_stays_where_it_is_and_goes_on_by_reference(ray_cluster)
         reference, number = await pool.call("write", partial(write, tokens=256))
         assert isinstance(reference, ray.ObjectRef)
         assert number == 256
-        assert "1 objects" in stored()  # in shared memory, not with the caller
+        assert "1 objects" in stored()  # in shared memory, not in the caller
         assert await pool.call("add up", lambda handle: handle.add_up.remote(reference)) == 255 * 256 // 2
         os.kill((await pids(pool))["Worker(0)"], signal.SIGKILL)
         [written] = await pool.host.fetch([reference])
-        assert written.tolist() == list(range(256))  # it outlives its writer
+        assert written.tolist() == list(range(256))  # it outlives the process that wrote it
 
     run(scenario)

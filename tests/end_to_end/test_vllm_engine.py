@@ -64,8 +64,8 @@ MODELS = {
 
 
 def perturbed(model_dir, version: int, keep=slice(None)) -> list[Bucket]:
-    """Weights far enough from the start that no tolerance hides a missed tensor: every one of them moves. In buckets
-    so small that q, k and v, which vLLM merges, come in different ones."""
+    """Every tensor moves so far that no tolerance hides a missed one. The buckets are so small that q, k and v, which
+    vLLM merges, are in different ones."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     torch.manual_seed(version)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     (model_dir.parent / "common.py").write_text("raise ImportError('a module named like one of our packages')")
     sys.path.insert(0, str(model_dir.parent))
     generator = Generator("Generator(0)", 7, make_engine, updates="changes")
-    # Otherwise the way wanted is not what is tested.
+    # Otherwise another way would be tested.
     expected = {"reloaded": "ReloadedWeights", "experts": "ReloadedWeights", "sharded": "ShardedWeights"}.get(
         way, "PackedWeights"
     )
@@ -147,7 +147,7 @@ async def write(generator, prompt) -> Rollout:
 
 
 async def rollouts(generator, weight_sets) -> list[list[Rollout]]:
-    """All prompts at once, before any update and after each."""
+    """All prompts at once, before the first update and after each."""
     assert await generator.ready() == "Generator(0)"
     results = [list(await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS)))]
     for weights in weight_sets:
@@ -157,7 +157,7 @@ async def rollouts(generator, weight_sets) -> list[list[Rollout]]:
 
 
 async def updates_in_flight(generator, weight_sets) -> list[Rollout]:
-    """As many requests as prompts all the time, while one update follows the other."""
+    """Every prompt is requested again and again during all the updates."""
     finished: list[Rollout] = []
     updating = True
 
@@ -174,7 +174,7 @@ async def updates_in_flight(generator, weight_sets) -> list[Rollout]:
 
 
 async def same_prompt_again(generator, weight_sets) -> list[Rollout]:
-    """A prompt of two whole blocks of the cache and more, asked before each update and after."""
+    """A prompt longer than two blocks of the cache, answered before and after each update."""
     prompt = make_prompt(0, tuple(4 + i % 50 for i in range(300)))
     answers = [await write(generator, prompt), await write(generator, prompt)]
     for weights in weight_sets:
@@ -188,7 +188,7 @@ async def one_by_one(generator, weight_sets) -> list[Rollout]:
 
 
 async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
-    """A set that breaks off and a corrupt one leave no trace; a good one in mid-response marks the tokens after it."""
+    """A set that breaks off and a corrupt one have no effect. After a good one, tokens have its version."""
     broken_off, weights = weight_sets
     for bucket in broken_off[:-1]:
         await generator.stage(bucket)
@@ -217,7 +217,7 @@ async def refusal(action) -> str:
 
 
 async def refused_updates(generator, weight_sets) -> tuple[list[str], list[Rollout], list[Rollout]]:
-    """All sets but the last are to be refused, while the old weights go on serving."""
+    """All sets but the last must be refused, while the old weights serve."""
     *bad, good = weight_sets
     running = [asyncio.create_task(write(generator, prompt)) for prompt in PROMPTS]
     refused = [await refusal(load(generator, weights)) for weights in bad]
@@ -227,7 +227,7 @@ async def refused_updates(generator, weight_sets) -> tuple[list[str], list[Rollo
 
 
 async def give_up(generator, weight_sets) -> list[Rollout]:
-    """Callers that leave at any moment disturb nobody; the same prompt twice at once is two requests."""
+    """Callers are cancelled at any moment; then the same prompt is requested twice at once."""
     for delay in (0.0, 0.001, 0.004, 0.01, 0.02):
         leaving = [asyncio.create_task(write(generator, prompt)) for prompt in PROMPTS]
         await asyncio.sleep(delay)
@@ -237,7 +237,7 @@ async def give_up(generator, weight_sets) -> list[Rollout]:
 
 
 async def device_dies(generator, weight_sets) -> list[str]:
-    """One of the engine's processes, while it has nothing to do."""
+    """One of the engine's processes is killed while it is idle."""
     [weights] = weight_sets
     for bucket in weights:
         await generator.stage(bucket)
@@ -246,7 +246,7 @@ async def device_dies(generator, weight_sets) -> list[str]:
 
 
 async def reload_fails(generator, weight_sets) -> list[str]:
-    """Over a tensor that only the model as the learner has it knows of."""
+    """Because of a tensor that the inventory has, and the engine has not."""
     [weights] = weight_sets
     generator._engine._weights._inventory.shapes["surprise.weight"] = (2,)
     for bucket in weights:
@@ -255,7 +255,7 @@ async def reload_fails(generator, weight_sets) -> list[str]:
 
 
 async def dead_engine(generator) -> list[str]:
-    """What an update, the requests before and behind it and a later one come to; its processes, if any, end too."""
+    """Outcomes of an update, of the requests before and after it, and of a later one. All its processes must end."""
     calls = [write(generator, PROMPTS[0]), generator.swap(1), write(generator, PROMPTS[1])]
     async with asyncio.timeout(60):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -266,7 +266,7 @@ async def dead_engine(generator) -> list[str]:
 
 
 def hf_logprobs(model_dir, rollout: Rollout, weights: list[Bucket] | None, temperature: float = 1.0) -> np.ndarray:
-    """From a fresh Hugging Face model, one unpadded row in float32, with the given weights."""
+    """Log-probabilities by a fresh Hugging Face model with the given weights: one unpadded row in float32."""
     if weights is not None:
         tensors = dict(pair for bucket in weights for pair in bucket.tensors())
         base, model_dir = model_dir, model_dir.with_name(f"version {weights[0].version}")
@@ -305,13 +305,13 @@ def test_after_an_update_logprobs_are_those_of_a_fresh_model(tmp_path, model, dt
             assert set(rollout.policy_versions) == {version}
             expected = hf_logprobs(model_dir, rollout, weights, temperature=0.8)
             np.testing.assert_allclose(rollout.rollout_logprobs, expected, atol=atol)
-    # The check has teeth: under the old weights the same tokens are far less likely.
+    # The check can fail: under the old weights the same tokens are far less likely.
     stale = [hf_logprobs(model_dir, rollout, None, 0.8) - rollout.rollout_logprobs for rollout in after[0]]
     assert np.abs(np.concatenate(stale)).mean() > 5 * atol
 
 
 @pytest.mark.parametrize("way", ["packed", "sharded"])
-def test_a_sample_id_gives_the_same_rollout_in_any_company_on_one_device_or_two(tmp_path, way):
+def test_a_sample_id_gives_the_same_rollout_alone_and_in_a_batch(tmp_path, way):
     model_dir = save_tiny_model(tmp_path / "model")
     [together] = in_engine(model_dir, "float32")
     alone = in_engine(model_dir, "float32", scenario="one_by_one", way=way)
@@ -325,7 +325,7 @@ def test_a_sample_id_gives_the_same_rollout_in_any_company_on_one_device_or_two(
         assert ended or len(rollout.response_ids) == 12
 
 
-def test_an_update_in_flight_is_verified_and_stamped_on_the_tokens_after_it(tmp_path):
+def test_tokens_after_an_update_have_the_new_version(tmp_path):
     model_dir = save_tiny_model(tmp_path / "model")
     refused, batch = in_engine(
         model_dir,
@@ -341,17 +341,17 @@ def test_an_update_in_flight_is_verified_and_stamped_on_the_tokens_after_it(tmp_
         assert rollout.policy_versions.tolist() == sorted(rollout.policy_versions)
         old = rollout.policy_versions == 0
         difference = np.abs(rollout.rollout_logprobs - hf_logprobs(model_dir, rollout, None))
-        assert difference[old].max() < 1e-4  # sampled by the old weights, as stamped
-        assert difference[~old].mean() > 0.1  # and the others were not
+        assert difference[old].max() < 1e-4  # sampled by the old weights, as their version says
+        assert difference[~old].mean() > 0.1  # the others were not
 
 
-# Version v of the model below writes token 4 + v; there are words for so many.
+# Version v of the model below writes token 4 + v; as many versions as there are words.
 VERSIONS = range(1, len(WORDS) - 4)
 
 
 def save_model_that_writes_its_version(directory):
-    """Attention and MLP add nothing and all tokens look alike, so every position ends in one state, and the row of the
-    head that points along it is written whatever came before: that of token 4."""
+    """Attention and MLP add nothing and all tokens have one embedding, so every position has the same final state. The
+    head's row for token 4 points along it, so this token is always written."""
     save_tiny_model(directory, tied=False)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
@@ -372,7 +372,7 @@ def head_moved(tensors: dict[str, torch.Tensor], version: int) -> list[Bucket]:
 
 
 @pytest.mark.parametrize(("way", "sent"), [("packed", "changes"), ("reloaded", "full"), ("sharded", "changes")])
-def test_every_token_is_one_that_the_version_it_is_stamped_with_would_write(tmp_path, way, sent):
+def test_every_token_is_written_by_the_version_that_it_names(tmp_path, way, sent):
     model_dir = save_model_that_writes_its_version(tmp_path / "model")
     tensors = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).state_dict()
     sets = [head_moved(tensors, version) for version in VERSIONS]
@@ -385,7 +385,7 @@ def test_every_token_is_one_that_the_version_it_is_stamped_with_would_write(tmp_
     assert max(len(set(rollout.policy_versions)) for rollout in batch) >= 3
 
 
-def test_the_same_long_prompt_is_not_answered_from_what_older_weights_made_of_it(tmp_path):
+def test_no_cached_state_of_old_weights_is_used_after_an_update(tmp_path):
     model_dir = save_tiny_model(tmp_path / "model", context=512)
     sets = [perturbed(model_dir, 1), perturbed(model_dir, 2)]
     answers = in_engine(model_dir, "float32", sets, scenario="same_prompt_again")
@@ -394,7 +394,7 @@ def test_the_same_long_prompt_is_not_answered_from_what_older_weights_made_of_it
         np.testing.assert_allclose(rollout.rollout_logprobs, hf_logprobs(model_dir, rollout, weights), atol=1e-4)
 
 
-def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):
+def test_cancelled_callers_and_repeated_prompts_change_no_answer(tmp_path):
     one, other = in_engine(save_tiny_model(tmp_path / "model"), "float32", scenario="give_up")
     assert one.response_ids.tolist() == other.response_ids.tolist()
 
@@ -402,10 +402,10 @@ def test_callers_that_give_up_and_prompts_asked_twice_disturb_nobody(tmp_path):
 @pytest.mark.parametrize("way", ["packed", "reloaded", "sharded"])
 def test_sets_that_do_not_fit_the_model_are_refused(tmp_path, way):
     model_dir = MODELS["biases"](tmp_path / "model")
-    lacking = perturbed(model_dir, 1, keep=slice(None, None, 2))  # half of q, k and v: no merged layer is whole
+    lacking = perturbed(model_dir, 1, keep=slice(None, None, 2))  # half of q, k and v: no merged layer is complete
     foreign = list(buckets([("model.layers.0.self_attn.z_proj.weight", torch.ones(2))], 2))
     misshapen = list(buckets([("model.layers.0.self_attn.q_proj.bias", torch.ones(63))], 3))
-    # A shard could be cut out of it all the same.
+    # vLLM could slice its shard out of this.
     too_large = list(buckets([("model.layers.0.self_attn.o_proj.weight", torch.ones(64, 128))], 4))
     good = perturbed(model_dir, 5)
     bad = [lacking, foreign, misshapen, too_large]
@@ -429,7 +429,7 @@ def test_sets_that_do_not_fit_the_model_are_refused(tmp_path, way):
         ("device_dies", "sharded", "one of its processes is gone"),
     ],
 )
-def test_an_engine_that_fails_half_way_fails_its_callers_and_frees_its_devices(tmp_path, scenario, way, says):
+def test_an_engine_that_fails_half_way_fails_all_its_callers(tmp_path, scenario, way, says):
     model_dir = save_tiny_model(tmp_path / "model")
     weights = dict(pair for bucket in perturbed(model_dir, 1) for pair in bucket.tensors())
     if scenario == "reload_fails":

@@ -1,4 +1,4 @@
-"""Weight updates on real Ray: from a group of publishing ranks to a pool of generators, and what may break between."""
+"""Weight updates on real Ray, from publishing ranks to a pool of generators, with failures on both sides."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAUSE_S = 0.125
 
 
 class Rank:
-    """Publishes tensors an eighth of which is `version`, the rest ones; misbehaves before bucket 3 as told."""
+    """Publishes tensors of ones in which every eighth value is `version`. It can be told to fail before bucket 3."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -57,7 +57,7 @@ class Rank:
                 tensor[index::8] = version
                 yield f"w{index}", tensor
 
-        if self._rank > 0:  # takes part in gathering, and yields nothing
+        if self._rank > 0:  # helps to gather, and publishes only an empty manifest
             assert not base
             list(named_tensors())
             yield from publication(())
@@ -69,7 +69,7 @@ class Rank:
 
 
 class SumEngine:
-    """Serves the sums of its weights; may be told to lose its process at a bucket, or to refuse it."""
+    """Serves the sums of its weights. It can be told to kill its process at a bucket, or to refuse it."""
 
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
@@ -117,7 +117,7 @@ def ray_cluster():
 
 
 def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, updates: str = "changes"):
-    """`scenario(learner, generators, pool, plan)`, with everything started and stopped around it."""
+    """Runs `scenario(learner, generators, pool, plan)` with everything started before and stopped after it."""
 
     async def whole():
         handles = [ray.remote(num_cpus=0)(Rank).remote(rank) for rank in range(ranks)]
@@ -148,7 +148,7 @@ def all_of(version: int) -> tuple[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (3, 2)])
-def test_every_replica_serves_what_rank_0_published_and_one_set_stays_in_the_object_store(ray_cluster, ranks, replicas):
+def test_every_replica_serves_the_published_set_and_only_one_is_stored(ray_cluster, ranks, replicas):
     async def scenario(learner, generators, pool, plan):
         for version in (1, 2, 3):
             await plan(version)
@@ -156,7 +156,7 @@ def test_every_replica_serves_what_rank_0_published_and_one_set_stays_in_the_obj
             assert await served(pool) == [all_of(version)] * replicas
             expected = FULL_BYTES if version == 1 else CHANGES_BYTES
             assert sent == {"weights/bytes": replicas * expected, "weights/pause_s": PAUSE_S}
-        gc.collect()  # pools of earlier tests, and what they held
+        gc.collect()  # references held by pools of earlier tests
         deadline = time.monotonic() + 20
         while f" {NUM_BUCKETS} objects" not in memory_summary(stats_only=True):
             assert time.monotonic() < deadline, memory_summary(stats_only=True)
@@ -167,7 +167,7 @@ def test_every_replica_serves_what_rank_0_published_and_one_set_stays_in_the_obj
 
 
 @pytest.mark.parametrize("updates", ["full", "changes"])
-def test_a_replica_that_refuses_changes_is_sent_the_full_set(ray_cluster, updates):
+def test_a_replica_that_refuses_deltas_is_sent_the_full_set(ray_cluster, updates):
     async def scenario(learner, generators, pool, plan):
         for version in (1, 2):
             await plan(version)
@@ -175,13 +175,13 @@ def test_a_replica_that_refuses_changes_is_sent_the_full_set(ray_cluster, update
             await pool.ready[0].handle.forget.remote()
             assert await served(pool) == [all_of(version)] * 2
         changes, full = (CHANGES_BYTES, FULL_BYTES) if updates == "changes" else (0, 2 * FULL_BYTES)
-        # Besides, the changes that were refused: of one bucket at least and of all buckets at most, for each replica.
+        # Plus the refused deltas: of at least one bucket and at most all, for each replica.
         assert changes + full < sent["weights/bytes"] <= changes + full + 2 * CHANGES_BYTES
 
     run(scenario, replicas=2, updates=updates)
 
 
-def test_a_replica_that_refuses_the_full_set_too_is_an_error_and_keeps_its_weights(ray_cluster):
+def test_a_replica_that_refuses_the_full_set_keeps_its_weights(ray_cluster):
     async def scenario(learner, generators, pool, plan):
         await plan(1)
         await generators.load(learner.publish(), 1)
@@ -198,7 +198,7 @@ def test_a_replica_that_refuses_the_full_set_too_is_an_error_and_keeps_its_weigh
     run(scenario, replicas=2)
 
 
-def test_buckets_are_owned_here_and_outlive_the_rank(ray_cluster):
+def test_published_buckets_outlive_the_rank(ray_cluster):
     async def scenario(learner, generators, pool, plan):
         await plan(7)
         handles = [bucket async for bucket in learner.publish()]
@@ -224,9 +224,7 @@ def test_buckets_are_owned_here_and_outlive_the_rank(ray_cluster):
         ("silence", 0, RoleError, "did not publish weights at step 0 within 3 s"),
     ],
 )
-def test_a_publication_that_breaks_off_costs_no_generator_and_leaves_the_old_weights(
-    ray_cluster, trouble, where, error, message
-):
+def test_after_a_publication_that_breaks_off_the_old_weights_serve(ray_cluster, trouble, where, error, message):
     async def scenario(learner, generators, pool, plan):
         await plan(1)
         await generators.load(learner.publish(), 1)
@@ -234,7 +232,7 @@ def test_a_publication_that_breaks_off_costs_no_generator_and_leaves_the_old_wei
         with pytest.raises(error, match=message):
             await generators.load(learner.publish(), 2)
         assert await served(pool) == [all_of(1)] * 2
-        for index in range(2):  # a group whose rank is gone is rebuilt by others; here a new one takes over
+        for index in range(2):  # a new rank takes over
             ray.kill(learner._ranks[index])
         learner._ranks = [ray.remote(num_cpus=0)(Rank).remote(0)]
         await learner._ranks[0].plan.remote(3)
@@ -244,7 +242,7 @@ def test_a_publication_that_breaks_off_costs_no_generator_and_leaves_the_old_wei
     run(scenario, ranks=2, replicas=2, timeout_s=3)
 
 
-def test_a_replica_that_dies_in_between_is_replaced_by_one_with_the_newest_weights(ray_cluster):
+def test_a_replica_that_dies_is_replaced_by_one_with_the_newest_weights(ray_cluster):
     async def scenario(learner, generators, pool, plan):
         await plan(1)
         await pool.ready[0].handle.die_at.remote(2)
@@ -270,7 +268,7 @@ def test_a_replica_that_reports_another_version_is_an_error(ray_cluster):
 
 
 class Liar:
-    """A handle whose replica swaps and then reports the version before."""
+    """A handle whose replica swaps, but reports the version before."""
 
     def __init__(self, replica) -> None:
         self.replica = replica
