@@ -1,1 +1,1 @@
-"""What writes responses: the engine, its weights, the generator. Runs in each generator."""
+"""Generators: the engine, its weights, and the class that turns prompts into rollouts. Runs in each generator."""
