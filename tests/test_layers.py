@@ -115,15 +115,12 @@ def test_a_module_that_needs_a_blocked_package_fails(package):
     assert f"ModuleNotFoundError: import of {package} halted" in done.stderr
 
 
-PENDING = ("deploy/tasks", "deploy/demo")
-
-
 def says_where_it_runs(docstring):
     """A sentence of it begins with "Runs "."""
     return re.search(r"(^|[.:!?]\s+)Runs\s[^.]+\.", docstring) is not None
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not str(path).startswith(PENDING)], ids=str)
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_a_module_says_in_its_first_docstring_where_it_runs(path):
     docstring = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8"))) or ""
     assert says_where_it_runs(docstring), 'add a sentence such as "Runs in the driver." (CONTRIBUTING.md)'
