@@ -1,10 +1,6 @@
-"""Packed sequences against the same sequences one by one, through a tiny random Llama; and their groups."""
+"""Packed sequences against the same sequences one by one, through a tiny random Llama."""
 
 from __future__ import annotations
-
-import math
-from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +8,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.model.attention import PACKED
-from common.model.batches import packed_batches, token_batches
 from common.model.packing import ROW_MULTIPLE, Sequences, response_logprobs
 
 PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 1, 6, 2, 4], [4, 7, 0, 1, 5]
@@ -200,97 +195,3 @@ def test_a_sequence_of_whole_lanes_has_the_same_bits_in_any_company(model):
             assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True)), size
     finally:
         torch.set_num_threads(threads)
-
-
-# Groups under a budget
-
-
-def test_rows_of_like_length_share_a_batch():
-    # Longest first: 9 alone is over 8; 4 and 4 fill 2 x 4; 3 and 1 take 2 x 3, and a third row would take 9.
-    assert token_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 4], [0, 2], [5]]
-    assert token_batches([], 8) == []
-
-
-@pytest.mark.parametrize("max_tokens", [1, 7, 40, 64, 10_000])
-def test_every_row_is_in_one_batch_within_the_budget(max_tokens):
-    rng = np.random.default_rng(max_tokens)
-    for _ in range(20):
-        lengths = rng.integers(0, 50, size=rng.integers(1, 30)).tolist()
-        batches = token_batches(lengths, max_tokens)
-        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-        for batch in batches:
-            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
-        assert len(batches) == 1 or max_tokens < 10_000  # 29 rows of 49 tokens fit
-
-
-def test_packed_groups_worked_by_hand():
-    # The 9 is over the budget alone; both 4s fill a group; the 3 takes the rest.
-    assert packed_batches([3, 9, 1, 4, 4, 1], 8) == [[1], [3, 4], [0, 2, 5]]
-    # Beside the 5 there is room for 3: the 4 waits, the 2 does not.
-    assert packed_batches([2, 4, 5], 8) == [[2, 0], [1]]
-    assert packed_batches([2, 2, 2, 2], 4) == [[0, 1], [2, 3]]
-    assert packed_batches([5], 8) == [[0]]
-    assert packed_batches([100, 100], 8) == [[0], [1]]
-    assert packed_batches([], 8) == []
-
-
-def cases() -> Iterator[tuple[list[int], int]]:
-    rng = np.random.default_rng(0)
-    for max_tokens in (1, 7, 40, 64, 200, 10_000):
-        for _ in range(20):
-            yield rng.integers(1, 50, size=rng.integers(1, 30)).tolist(), max_tokens
-
-
-def test_every_sequence_is_in_one_packed_group_within_the_budget():
-    for lengths, max_tokens in cases():
-        groups = packed_batches(lengths, max_tokens)
-        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-        for group in groups:
-            inside = [lengths[i] for i in group]
-            assert inside == sorted(inside, reverse=True)
-            assert sum(inside) <= max_tokens or len(inside) == 1
-            assert inside
-        assert packed_batches(lengths, max_tokens) == groups
-
-
-def test_what_is_in_a_later_packed_group_would_not_fit_into_an_earlier_one():
-    for lengths, max_tokens in cases():
-        groups = packed_batches(lengths, max_tokens)
-        for place, group in enumerate(groups):
-            filled = sum(lengths[i] for i in group)
-            assert all(filled + lengths[i] > max_tokens for later in groups[place + 1 :] for i in later)
-
-
-def fewest_groups(lengths: list[int], max_tokens: int) -> int:
-    """By trying everything: each sequence in turn joins every group with room, or begins one."""
-    best = len(lengths)
-
-    def place(rest: list[int], filled: tuple[int, ...]) -> None:
-        nonlocal best
-        if len(filled) >= best and rest:
-            return
-        if not rest:
-            best = min(best, len(filled))
-            return
-        for i, total in enumerate(filled):
-            if total + rest[0] <= max_tokens and total not in filled[:i]:
-                place(rest[1:], (*filled[:i], total + rest[0], *filled[i + 1 :]))
-        place(rest[1:], (*filled, rest[0]))
-
-    place(sorted(lengths, reverse=True), ())
-    return best
-
-
-def test_hardly_ever_is_there_a_packed_group_more_than_needed():
-    rng, more = np.random.default_rng(1), Counter()
-    for _ in range(200):
-        lengths = rng.integers(1, 30, size=rng.integers(1, 9)).tolist()
-        more[len(packed_batches(lengths, 40)) - fewest_groups(lengths, 40)] += 1
-    assert set(more) <= {0, 1}
-    assert more[1] <= 10
-
-
-def test_many_short_sequences_fill_their_groups():
-    lengths = np.random.default_rng(2).integers(16, 129, size=200).tolist()
-    groups = packed_batches(lengths, 2048)
-    assert len(groups) == math.ceil(sum(lengths) / 2048)
