@@ -71,9 +71,9 @@ async def rates(make_engine: Any) -> list[float]:
 
     asking = [asyncio.create_task(ask_on(number)) for number in range(2 * RUNNING * REPLICAS)]
     found = []
-    for wish in range(1, REPLICAS + 1):
-        pool.members.target = wish
-        while len(pool.ready) != wish:
+    for target in range(1, REPLICAS + 1):
+        pool.members.target = target
+        while len(pool.ready) != target:
             await asyncio.sleep(0.1)
         await asyncio.sleep(2)
         before, started = written, time.perf_counter()

@@ -21,7 +21,7 @@ class Result:
 
     value: float
     wanted: str = ""  # such as ">= 0.9"; empty: nothing is asked of it
-    parts: Mapping[str, float] = field(default_factory=dict)  # units stand in the names
+    parts: Mapping[str, float] = field(default_factory=dict)  # units are in the names
 
     @property
     def met(self) -> bool:

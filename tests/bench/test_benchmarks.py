@@ -134,7 +134,7 @@ def test_plain_asks_every_prompt(tiny):
     assert found["step_s"] == pytest.approx(found["generate_s"] + found["score_s"] + found["learn_s"])
 
 
-def test_prompts_are_the_same_whatever_the_seed():
+def test_prompts_do_not_depend_on_the_seed():
     assert prompts(0) == prompts(1)
     assert variety("a b a b") == 0.5
 

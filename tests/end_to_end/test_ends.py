@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def temporary():
-    """The directory for temporary files of a run: short, since Ray's sockets lie below it."""
+    """A run's directory for temporary files. Its path is short, because the paths of Ray's sockets begin with it."""
     directory = Path(tempfile.mkdtemp(prefix="ends-"))
     yield directory
     shutil.rmtree(directory)
@@ -40,7 +40,7 @@ def wait_for(what: str, condition: Callable[[], object], process: subprocess.Pop
 
 
 def descendant(ancestor: int, name: str) -> int:
-    """The process of this name that `ancestor` has started, directly or through others."""
+    """The one process of this name among the descendants of `ancestor`."""
     parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
@@ -54,7 +54,7 @@ def descendant(ancestor: int, name: str) -> int:
 
 
 def any_process_of(temporary: Path) -> bool:
-    """Whether a process lives that was started with this directory for temporary files."""
+    """True while a process lives that was started with this directory for temporary files."""
     mark = f"TMPDIR={temporary}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -65,7 +65,7 @@ def any_process_of(temporary: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def processes():
-    """Every process that a test starts: none outlives the tests."""
+    """The processes that the tests start. Any that still lives at the end is killed."""
     started: list[subprocess.Popen] = []
     yield started
     for process in started:
@@ -74,8 +74,8 @@ def processes():
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory, temporary, processes):
-    """A run whose learner is killed; its continuation, which SIGTERM stops; one more, which SIGKILL ends. Of each: exit
-    code, message, steps."""
+    """A run whose learner is killed, its continuation, which SIGTERM stops, and one more, which SIGKILL ends. Returns
+    the run's directory, and for each of the three its exit code, its message and the number of steps by then."""
     directory = tmp_path_factory.mktemp("ends")
     run, config = directory / "run", directory / "tiny.toml"
     model = save_tiny_model(directory / "model")

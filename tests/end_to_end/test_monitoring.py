@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a tiny real run through both discovery files, and finds what is declared."""
+"""A real Prometheus scrapes a tiny real run through both discovery files and finds every declared metric."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.prometheus import documented, find_prometheus, scraping, wait_for
 
 pytestmark = pytest.mark.ray
 
-Samples = dict[str, list[dict[str, str]]]  # name of a metric to the labels of its series
+Samples = dict[str, list[dict[str, str]]]  # labels of every series, by the metric's name
 
 
 def not_up(targets: list[dict[str, Any]]) -> list[str]:
@@ -28,7 +28,7 @@ def not_up(targets: list[dict[str, Any]]) -> list[str]:
 
 
 def scrape(config: str, directory: Path, wanted: set[str]) -> tuple[list[dict[str, Any]], Samples]:
-    """The targets, and all series, once every wanted metric is there; or what there is when that takes too long."""
+    """Targets and series, once every wanted metric is there and every target is up, or after a time limit."""
     with scraping(config, directory) as ask:
         wait_for(lambda: wanted <= set(ask("label/__name__/values")) and not not_up(ask("targets")["activeTargets"]))
         samples: Samples = {}
@@ -65,7 +65,7 @@ def test_prometheus_finds_every_figure_every_meter_and_vllms_own(tmp_path, monke
 
         def look(self: Progress, record: dict[str, Any], *rest: Any) -> None:
             shown(self, record, *rest)
-            if record["step"] + 1 == cfg.num_steps:  # the run waits meanwhile
+            if record["step"] + 1 == cfg.num_steps:  # the run waits until this returns
                 labels_shown.update(
                     (actor.class_name, actor.repr_name)
                     for actor in list_actors(address=ray.get_runtime_context().gcs_address, detail=True)

@@ -16,9 +16,8 @@ from ray._private.internal_api import memory_summary
 from actors.pool.pool import Pool
 from actors.pool.ray_host import start_pool
 from actors.pool.replica import PoolEvent
-from common.config.base import RayConfig, Replicated
+from common.config.base import Replicated
 from common.errors import EngineDeadError, RoleError
-from deploy.cluster.connection import cluster
 
 pytestmark = pytest.mark.ray
 
@@ -62,12 +61,6 @@ class Broken(Worker):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         raise ValueError("no such model")
-
-
-@pytest.fixture(scope="module")
-def ray_cluster():
-    with cluster(RayConfig(object_store_mib=128, dashboard=False)) as nodes:
-        yield nodes
 
 
 def run(scenario, *, role: type = Worker, **settings) -> list[PoolEvent]:

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -19,10 +20,9 @@ from actors.generation.generator import Generator
 from actors.pool.pool import Pool
 from actors.pool.ray_host import RayHost
 from actors.pool.roles import GeneratorPool
-from common.config.base import RayConfig, Replicated
+from common.config.base import Replicated
 from common.errors import CorruptWeightsError, RoleError
 from common.weights import buckets, publication
-from deploy.cluster.connection import cluster
 from learner.ranks.group import LearnerGroup
 
 pytestmark = pytest.mark.ray
@@ -110,12 +110,6 @@ class Served(Generator):
         self._held = {}
 
 
-@pytest.fixture(scope="module")
-def ray_cluster():
-    with cluster(RayConfig(object_store_mib=128, dashboard=False)) as nodes:
-        yield nodes
-
-
 def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, updates: str = "changes"):
     """Runs `scenario(learner, generators, pool, plan)` with everything started before and stopped after it."""
 
@@ -147,6 +141,11 @@ def all_of(version: int) -> tuple[int, dict[str, float]]:
     return version, {f"w{index}": VALUES / 8 * (7 + version) for index in range(NUM_BUCKETS)}
 
 
+def stored() -> str:
+    """What this cluster's object store holds. Without the address Ray would ask any cluster of the machine."""
+    return memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+
+
 @pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (3, 2)])
 def test_every_replica_serves_the_published_set_and_only_one_is_stored(ray_cluster, ranks, replicas):
     async def scenario(learner, generators, pool, plan):
@@ -157,9 +156,9 @@ def test_every_replica_serves_the_published_set_and_only_one_is_stored(ray_clust
             expected = FULL_BYTES if version == 1 else CHANGES_BYTES
             assert sent == {"weights/bytes": replicas * expected, "weights/pause_s": PAUSE_S}
         gc.collect()  # references held by pools of earlier tests
-        deadline = time.monotonic() + 20
-        while f" {NUM_BUCKETS} objects" not in memory_summary(stats_only=True):
-            assert time.monotonic() < deadline, memory_summary(stats_only=True)
+        deadline = time.monotonic() + 60
+        while f" {NUM_BUCKETS} objects" not in stored():
+            assert time.monotonic() < deadline, stored()
             await asyncio.sleep(0.2)
         assert len(learner._base) == NUM_BUCKETS
 
@@ -203,7 +202,9 @@ def test_published_buckets_outlive_the_rank(ray_cluster):
         await plan(7)
         handles = [bucket async for bucket in learner.publish()]
         ray.kill(learner._ranks[0])
-        await asyncio.sleep(0.5)
+        with suppress(ray.exceptions.RayActorError):  # raised as soon as it is dead
+            while True:
+                await learner._ranks[0].plan.remote(8)
 
         async def stored():
             for handle in handles:
@@ -221,7 +222,7 @@ def test_published_buckets_outlive_the_rank(ray_cluster):
         ("error", 0, ValueError, "cannot gather"),
         ("error", 1, ValueError, "cannot gather"),
         ("death", 0, RoleError, r"Learner\(0\) died while it was to publish weights at step 0"),
-        ("silence", 0, RoleError, "did not publish weights at step 0 within 3 s"),
+        ("silence", 0, RoleError, "did not publish weights at step 0 within 5 s"),
     ],
 )
 def test_after_a_publication_that_breaks_off_the_old_weights_serve(ray_cluster, trouble, where, error, message):
@@ -239,7 +240,7 @@ def test_after_a_publication_that_breaks_off_the_old_weights_serve(ray_cluster, 
         await generators.load(learner.publish(), 3)
         assert await served(pool) == [all_of(3)] * 2
 
-    run(scenario, ranks=2, replicas=2, timeout_s=3)
+    run(scenario, ranks=2, replicas=2, timeout_s=5 if trouble == "silence" else 60)
 
 
 def test_a_replica_that_dies_is_replaced_by_one_with_the_newest_weights(ray_cluster):

@@ -13,7 +13,7 @@ def answers(*prompts: str) -> list[RewardInput]:
     return [RewardInput(prompt, "", 0, "stop", {}) for prompt in prompts]
 
 
-def test_answers_share_calls_up_to_batch_and_calls_overlap_up_to_concurrency():
+def test_calls_hold_up_to_batch_answers_and_up_to_concurrency_overlap():
     async def scenario():
         calls, running, peak = [], 0, 0
 

@@ -333,7 +333,7 @@ def test_a_model_that_cannot_read_the_first_prompt_is_refused(tmp_path, monkeypa
     assert str(caught.value).startswith(f"reward source s ({directory}): its tokenizer or chat template")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(plain, tmp_path):
+def test_a_tokenizer_with_more_tokens_than_embedding_rows_is_refused(plain, tmp_path):
     directory = shutil.copytree(plain, tmp_path / "rm")
     own = load_tokenizer(directory)
     own.add_tokens(["a3!"])
