@@ -181,6 +181,22 @@ class Void:
     error: ScoringError | None = field(default=None, compare=False)  # until it is written to RUN/errors
 
 
+@dataclass(frozen=True)
+class PublishedBucket:
+    """References to one published bucket. The driver forwards them and never fetches them."""
+
+    full: Any  # reference to a Bucket
+    best: Any  # reference to its Delta where a smaller one exists, else to the Bucket: for a holder of the last version
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The end of a publication: bytes of each bucket, in full and in its best form."""
+
+    full_bytes: tuple[int, ...]
+    best_bytes: tuple[int, ...]
+
+
 # Turns the tokens of many responses into texts.
 Decode = Callable[[Sequence[np.ndarray]], Sequence[str]]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from common.errors import CorruptWeightsError
+from common.types import Manifest
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,6 @@ def make_delta(old: Bucket, new: Bucket) -> Delta | None:
     positions = np.flatnonzero(different).astype(np.uint32)
     delta = Delta(new.version, new.index, new.last, old.version, positions, new.values[positions], new.checksum, 0)
     return replace(delta, checksum=_checksum(delta._header(), delta.positions, delta.values))
-
-
-@dataclass(frozen=True)
-class PublishedBucket:
-    """References to one published bucket. The driver forwards them and never fetches them."""
-
-    full: Any  # reference to a Bucket
-    best: Any  # reference to its Delta where a smaller one exists, else to the Bucket: for a holder of the last version
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The end of a publication: bytes of each bucket, in full and in its best form."""
-
-    full_bytes: tuple[int, ...]
-    best_bytes: tuple[int, ...]
 
 
 def publication(packed: Iterable[Bucket], base: Sequence[Bucket] = ()) -> Iterator[Bucket | Delta | Manifest]:

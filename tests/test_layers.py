@@ -100,11 +100,14 @@ def test_everything_else_imports_without_ray_and_vllm():
     assert (done.returncode, done.stdout.strip()) == (0, str(len(outside))), done.stderr[-2000:]
 
 
-def test_the_loop_of_the_driver_imports_no_torch_ray_or_vllm():
-    loop = [path for path in FILES if path.parts[:2] == ("learner", "loop")]
-    assert len(loop) > 8
-    done = imports_without("torch,ray,vllm", loop)
-    assert (done.returncode, done.stdout.strip()) == (0, str(len(loop))), done.stderr[-2000:]
+@pytest.mark.parametrize(
+    ("folder", "blocked"), [("learner/loop", "torch,ray,vllm"), ("actors/pool", "torch,vllm")], ids=["loop", "pool"]
+)
+def test_the_loop_and_the_pool_of_the_driver_import_no_torch(folder, blocked):
+    files = [path for path in FILES if path.parent == Path(folder)]
+    assert len(files) > 8
+    done = imports_without(blocked, files)
+    assert (done.returncode, done.stdout.strip()) == (0, str(len(files))), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("package", ["ray", "torch"])

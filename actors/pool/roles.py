@@ -17,8 +17,7 @@ from actors.pool.pool import Pool
 from actors.pool.replica import Replica
 from common.config.base import Replicated
 from common.errors import CorruptWeightsError, RoleError, RolloutLostError
-from common.types import Prompt, RolloutRef, Score, Void
-from common.weights import Manifest, PublishedBucket
+from common.types import Manifest, Prompt, PublishedBucket, RolloutRef, Score, Void
 
 
 class GeneratorPool:

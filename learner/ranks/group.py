@@ -22,8 +22,7 @@ from torch.distributed import DistError
 
 from common.errors import RoleError, RolloutLostError, UserError, death_reason
 from common.model.batcher import Batcher
-from common.types import RolloutRef
-from common.weights import Manifest, PublishedBucket
+from common.types import Manifest, PublishedBucket, RolloutRef
 from learner.reward_model.pairs import Pair
 
 # After one rank has failed, the time in which the others may still report their own errors, seconds.

@@ -15,8 +15,8 @@ from actors.pool.replica import PoolEvent
 from actors.pool.roles import GeneratorPool
 from common.config.base import Replicated
 from common.errors import CorruptWeightsError
-from common.types import HANDED_OVER
-from common.weights import Bucket, Manifest, PublishedBucket, buckets, publication
+from common.types import HANDED_OVER, Manifest, PublishedBucket
+from common.weights import Bucket, buckets, publication
 from tests.actors.pool.scenario import Started, run, until
 from tests.fakes import LocalHost, make_prompt
 
