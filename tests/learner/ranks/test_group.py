@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from common.errors import RoleError
-from common.weights import Manifest, PublishedBucket
+from common.types import Manifest, PublishedBucket
 from learner.ranks import group
 from learner.ranks.group import LearnerGroup
 
