@@ -315,7 +315,7 @@ def test_the_death_of_the_first_replica_fails_the_start():
     run(scenario)
 
 
-def test_a_replica_suspended_for_two_reasons_gets_calls_after_both_are_gone():
+def test_a_replica_suspended_twice_gets_calls_after_both_reasons_are_gone():
     async def scenario():
         it = await Started.start(min=1)
         [replica] = it.pool.ready
