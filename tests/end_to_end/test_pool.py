@@ -68,13 +68,13 @@ def run(scenario, *, role: type = Worker, **settings) -> list[PoolEvent]:
     events: list[PoolEvent] = []
 
     async def whole():
-        pool = await start_pool(role, Replicated(**settings), startup_timeout_s=60, on_event=events.append)
+        pool = await start_pool(role, Replicated(**settings), startup_timeout_s=240, on_event=events.append)
         try:
             await scenario(pool, events)
         finally:
             pool.stop()
 
-    asyncio.run(asyncio.wait_for(whole(), 100))
+    asyncio.run(asyncio.wait_for(whole(), 400))
     return events
 
 

@@ -118,7 +118,7 @@ def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, u
         learner = LearnerGroup(handles, timeout_s=timeout_s, deltas=True)
         cfg = Replicated(min=replicas, cpus=0)
         generators = GeneratorPool(RayHost(Served, cfg, updates), cfg)
-        pool = await generators.pool.start(60)
+        pool = await generators.pool.start(240)
 
         async def plan(version: int, troubles: tuple[str, ...] = ("",) * ranks) -> None:
             await asyncio.gather(*(rank.plan.remote(version, t) for rank, t in zip(handles, troubles, strict=True)))
@@ -130,7 +130,7 @@ def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, u
             for rank in handles:
                 ray.kill(rank)
 
-    return asyncio.run(asyncio.wait_for(whole(), 120))
+    return asyncio.run(asyncio.wait_for(whole(), 400))
 
 
 async def served(pool: Pool) -> list[tuple[int, dict[str, float]]]:
