@@ -1,7 +1,7 @@
 """The data that roles exchange: a `Prompt` out, a `Rollout` back, an `Experience` into the journal and the learner.
 
-Runs anywhere. An `Experience` is one row of the Arrow table that the journal stores and the learner consumes; its
-schema is at the end of this file. Arrays are one-dimensional and unpadded: R is the length of one response. Example:
+Runs anywhere. An `Experience` is one row of the Arrow table that the journal stores and the learner consumes
+(common/experience_table.py). Arrays are one-dimensional and unpadded: R is the length of one response. Example:
 
     Prompt(SampleId(0, 17, 0), "2 + 2 =", token_ids=[17, 10, 17, 28], fields={"answer": "4"})
     Rollout(prompt, response_ids=[19, 2], rollout_logprobs=[-0.1, -0.3], policy_versions=[5, 5], "stop", "Generator(1)")
@@ -10,13 +10,11 @@ schema is at the end of this file. Arrays are one-dimensional and unpadded: R is
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from common.reward_input import RewardInput as RewardInput
 
@@ -195,59 +193,3 @@ class Manifest:
 
     full_bytes: tuple[int, ...]
     best_bytes: tuple[int, ...]
-
-
-# Turns the tokens of many responses into texts.
-Decode = Callable[[Sequence[np.ndarray]], Sequence[str]]
-
-EXPERIENCE_SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("epoch", pa.int32()),
-        ("prompt_index", pa.int32()),
-        ("replica", pa.int32()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),  # for people, without special tokens; learning uses only response_ids
-        ("fields", pa.string()),  # JSON
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
-        ("rollout_logprobs", pa.list_(pa.float32())),
-        ("policy_versions", pa.list_(pa.int32())),
-        ("finish_reason", pa.dictionary(pa.int8(), pa.string())),
-        ("generator", pa.dictionary(pa.int16(), pa.string())),
-        ("score", pa.float64()),
-        ("components", pa.map_(pa.string(), pa.float64())),
-        ("origins", pa.map_(pa.string(), pa.string())),
-        ("figures", pa.map_(pa.string(), pa.float64())),  # other numbers from sources, under SOURCE/NAME
-        ("ref_logprobs", pa.list_(pa.float32())),  # null: see Experience
-    ]
-)
-
-
-def experience_table(rows: Sequence[Experience], *, step: int = 0, decode: Decode | None = None) -> pa.Table:
-    """Rows in the given order as one Arrow table of EXPERIENCE_SCHEMA. Without `decode`, responses are null."""
-    rollouts = [row.rollout for row in rows]
-    responses = decode([rollout.response_ids for rollout in rollouts]) if decode and rows else [None] * len(rows)
-    ids = [rollout.prompt.sample_id for rollout in rollouts]
-    columns = [
-        [step] * len(rows),
-        [i.epoch for i in ids],
-        [i.prompt for i in ids],
-        [i.replica for i in ids],
-        [r.prompt.text for r in rollouts],
-        responses,
-        [json.dumps(dict(r.prompt.fields), sort_keys=True) for r in rollouts],
-        [r.prompt.token_ids for r in rollouts],
-        [r.response_ids for r in rollouts],
-        [r.rollout_logprobs for r in rollouts],
-        [r.policy_versions for r in rollouts],
-        [r.finish_reason for r in rollouts],
-        [r.generator for r in rollouts],
-        [row.score.total for row in rows],
-        [list(row.score.components.items()) for row in rows],
-        [list(row.score.origins.items()) for row in rows],
-        [list(row.score.figures.items()) for row in rows],
-        [row.ref_logprobs for row in rows],
-    ]
-    arrays = [pa.array(values, type=column.type) for values, column in zip(columns, EXPERIENCE_SCHEMA)]
-    return pa.Table.from_arrays(arrays, schema=EXPERIENCE_SCHEMA)

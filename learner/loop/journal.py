@@ -29,7 +29,8 @@ from typing import Any
 import pyarrow as pa
 
 from common.errors import UserError
-from common.types import EXPERIENCE_SCHEMA, Void
+from common.experience_table import EXPERIENCE_SCHEMA
+from common.types import Void
 
 # 2: origins of scores; 3: outstanding samples as ranges; 4: step, time, text of responses. An older layout is refused:
 # the Ratchet that wrote it may compute other bits, so a replay could end in another state than the run had.

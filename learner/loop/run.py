@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from common.config.ppo import Config
-from common.types import Decode, Experience, Prompt, Void
+from common.experience_table import Decode
+from common.types import Experience, Prompt, Void
 from learner.loop.answers import Answer
 from learner.loop.checkpoints import Checkpoints
 from learner.loop.evaluation import Evaluation

@@ -28,8 +28,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from common.errors import GivenUpError, RolloutLostError
+from common.experience_table import experience_table
 from common.files import append_record, read_records
-from common.types import BYTES_PER_TOKEN, Experience, ExperienceRef, Prompt, RolloutRef, Void, experience_table
+from common.types import BYTES_PER_TOKEN, Experience, ExperienceRef, Prompt, RolloutRef, Void
 from learner.loop.agreement import NUM_PROMPTS, MismatchBound, check_engines
 from learner.loop.batch_metrics import batch_metrics
 from learner.loop.buffer import Batch, RolloutBuffer

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from common.config.ppo import Config
+from common.experience_table import experience_table
 from common.model.files import resolve_model
 from common.model.size import model_size
-from common.types import Experience, Prompt, Rollout, SampleId, Score, experience_table
+from common.types import Experience, Prompt, Rollout, SampleId, Score
 
 MODEL = "embedded:smollm2-135m-instruct"
 ROLLOUTS, SHORTEST, LONGEST = 48, 16, 128  # tokens, prompt and response, which are halves

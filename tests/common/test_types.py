@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.types import EXPERIENCE_SCHEMA, Experience, Prompt, RewardInput, Rollout, SampleId, Score, experience_table
+from common.experience_table import EXPERIENCE_SCHEMA, experience_table
+from common.types import Experience, Prompt, RewardInput, Rollout, SampleId, Score
 
 
 def int32(*values):

@@ -14,8 +14,9 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from common.data.prompt_records import load_records
+from common.experience_table import experience_table
 from common.model.reward_head import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
-from common.types import Score, experience_table
+from common.types import Score
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import load_pairs, prepared_pairs
 from learner.loop.journal import Journal

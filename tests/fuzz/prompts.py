@@ -10,7 +10,8 @@ from typing import Any
 
 from common.config.actors import PromptsConfig
 from common.data.prompt_records import load_records
-from common.types import Experience, Score, experience_table
+from common.experience_table import experience_table
+from common.types import Experience, Score
 from learner.loop.prompts import PromptStream
 from tests.fakes import make_rollout
 from tests.fuzz.data_files import byte_tokenizer, write_records

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.types import Experience, Score, experience_table
+from common.experience_table import experience_table
+from common.types import Experience, Score
 from common.user_code.results import MAX_FIGURES
 from learner.loop.batch_metrics import batch_metrics
 from tests.fakes import END, make_experience, make_prompt, make_rollout

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.types import EXPERIENCE_SCHEMA, Experience, Prompt, Rollout, SampleId, Score, Void, experience_table
+from common.experience_table import EXPERIENCE_SCHEMA, experience_table
+from common.types import Experience, Prompt, Rollout, SampleId, Score, Void
 from learner.loop import journal as journal_module
 from learner.loop.journal import Journal, JournalError
 

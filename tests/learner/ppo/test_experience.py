@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from common.types import Experience, SampleId, experience_table
+from common.experience_table import experience_table
+from common.types import Experience, SampleId
 from learner.ppo.experience import ExperienceBatch
 from tests.fakes import make_experience
 

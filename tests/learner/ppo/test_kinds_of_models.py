@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.experience_table import experience_table
 from common.model.files import load_policy
 from common.model.packing import Sequences, response_logprobs
 from common.model.small_model import random_model
-from common.types import experience_table
 from learner.ppo.learner import Learner
 from tests.common.model.model_kinds import tiny_config as kind_config
 from tests.fakes import make_experience, save_tiny_model, tiny_config

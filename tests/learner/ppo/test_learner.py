@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config.ppo import Config
-from common.types import experience_table
+from common.experience_table import experience_table
 from common.weights import IncomingWeights, Manifest
 from learner.ppo.learner import Learner
 from tests.fakes import make_experience, save_tiny_model, tiny_config

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.config.ppo import PPOConfig
-from common.types import experience_table
+from common.experience_table import experience_table
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.objective import objective
 from learner.ppo.targets import Targets, targets

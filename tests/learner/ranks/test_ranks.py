@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from common.experience_table import experience_table
 from common.model.size import model_size
-from common.types import experience_table
 from common.weights import Bucket, Manifest, buckets
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
