@@ -16,20 +16,21 @@ from common.errors import RolloutLostError, UserError
 from common.types import Prompt
 from learner.loop.roles import Generators, LearnerGroup
 
-NUM_PROMPTS, NUM_TOKENS = 4, 32  # asked before training; tokens of each answer
+NUM_PROMPTS, NUM_TOKENS = 4, 32  # prompts that are asked before training, and tokens of each answer
 # Largest mean difference that rounding explains, nats per token. EXACT: both sides in float32, so only the
 # published weights are rounded, to bfloat16 (measured: at most 0.005). ROUNDED: one side computes in bfloat16
-# (measured: 0.05 with SmolLM2-135M, 0.01 with tiny mixtures of experts). A temperature below 1 magnifies it.
+# (measured: 0.05 with SmolLM2-135M, 0.01 with tiny mixtures of experts). A temperature below 1 magnifies both.
 EXACT, ROUNDED = 0.05, 0.2
 
 
 async def check_engines(
     cfg: Config, model_type: str, prompts: Sequence[Prompt], generators: Generators, learner: LearnerGroup
 ) -> None:
-    """Engines that hold the learner's weights answer a few prompts, and the learner measures the answers. Raises
-    UserError if the two differ by more than rounding explains. `model_type` is for the message."""
-    written = await asyncio.gather(*(generators.generate(prompt, plain_tokens=NUM_TOKENS) for prompt in prompts))
-    fetched = await generators.fetch([answer.rollout for answer in written])
+    """Has the engines, which hold the learner's weights, answer a few prompts, and the learner measure the answers.
+    Raises UserError if their log-probabilities differ by more than rounding explains. `model_type` is for the
+    message."""
+    refs = await asyncio.gather(*(generators.generate(prompt, plain_tokens=NUM_TOKENS) for prompt in prompts))
+    fetched = await generators.fetch([ref.rollout for ref in refs])
     rollouts = [rollout for rollout in fetched if not isinstance(rollout, RolloutLostError)]
     found = await learner.policy_logprobs(rollouts)
     difference = mean_difference(found, [rollout.rollout_logprobs for rollout in rollouts])
@@ -68,9 +69,9 @@ class MismatchBound:
         if self._steps >= limit:
             raise UserError(
                 f"mismatch/kl ({found:.3g} nats per token) was above ppo.max_mismatch_kl ({bound:g}) in "
-                f"{self._steps} steps in a row: generators sample from another distribution than the learner trains. "
+                f"{self._steps} steps in a row: generators sample from a distribution other than the learner's. "
                 f"{'; '.join(_causes(self._cfg))}. With --resume only settings of generators and the bound itself may "
-                "change (ppo.max_mismatch_kl = 0: none); the others need a new run"
+                "change (ppo.max_mismatch_kl = 0 turns it off); the others need a new run"
             )
 
 
@@ -82,7 +83,7 @@ def _causes(cfg: Config) -> list[str]:
     ]
     if cut:
         named = ", ".join(f"sampling.{name} = {getattr(sampling, name)}" for name in cut)
-        causes.append(f"{named} removes tokens, which the learner does not know: turn it off")
+        causes.append(f"{named} excludes tokens, which the learner does not take into account: turn it off")
     if cfg.max_staleness:
         causes.append(f"max_staleness = {cfg.max_staleness} lets weights differ: lower it, or the learning rate")
     if sampling.temperature < 0.5:

@@ -21,15 +21,15 @@ async def answer(
     score: Callable[[RolloutRef], Awaitable[Score | Void]],
     reference: Reference | None = None,
 ) -> tuple[Rollout, Score | Void, np.ndarray]:
-    """Samples one response and scores it. Returns the rollout, its score and its log-probabilities under the reference;
-    without a reference, the rollout's own. Asks again if the tokens are lost. If generation is given up or a value is
-    not finite, the score is a Void and all log-probabilities are zero. Waits for the pools."""
+    """Samples one response and scores it. Returns the rollout, its score and its log-probabilities under the reference
+    (without a reference: its rollout_logprobs). Asks again if the tokens are lost. If generation is given up or a value
+    is not finite, the score is a Void and all log-probabilities are zero. Waits for the pools."""
     while True:
         try:
-            written = await generators.generate(prompt)
-            measuring = reference.logprobs(written) if reference is not None else _unmeasured()
-            scored, (ref_logprobs, finite) = await asyncio.gather(score(written), measuring)
-            rollout, measured = await generators.fetch([written.rollout, ref_logprobs])
+            ref = await generators.generate(prompt)
+            measuring = reference.logprobs(ref) if reference is not None else _unmeasured()
+            scored, (ref_logprobs, finite) = await asyncio.gather(score(ref), measuring)
+            rollout, measured = await generators.fetch([ref.rollout, ref_logprobs])
         except RolloutLostError:
             continue
         except GivenUpError as error:
@@ -38,9 +38,9 @@ async def answer(
             return Rollout(prompt, none, zeros, none, "length", "none"), Void(prompt.sample_id, str(error)), zeros
         if isinstance(rollout, RolloutLostError) or isinstance(measured, RolloutLostError):
             continue
-        if written.fault or not finite:
+        if ref.fault or not finite:
             zeros = np.zeros_like(rollout.rollout_logprobs)
-            reason = written.fault or "the reference gave a log-probability that is not finite"
+            reason = ref.fault or "the reference gave a log-probability that is not finite"
             return replace(rollout, rollout_logprobs=zeros), Void(prompt.sample_id, reason), zeros
         return rollout, scored, rollout.rollout_logprobs if measured is None else measured
 

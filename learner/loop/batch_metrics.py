@@ -12,7 +12,7 @@ from common.user_code.results import MAX_FIGURES
 
 
 def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:
-    """From a batch as the journal holds it; `policy_version` is the learner's when the batch was cut."""
+    """The metrics of a batch in its journal form. `policy_version`: the learner's version when the batch was cut."""
     scores = table["score"].to_numpy()
     components = [dict(row) for row in table["components"].to_pylist()]
     versions = [row.values.to_numpy() for row in table["policy_versions"]]

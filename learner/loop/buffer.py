@@ -11,8 +11,8 @@ A worked example with `rollouts_per_step` = 2 and `max_staleness` = 1, so 4 slot
     1        c is void, its slot is free at once     d* e  f  g        g takes its place
     1        d and e make the second batch           f  g              d is 1 version old, which is allowed
 
-Every admitted rollout holds a slot until `release`. One that is admitted under version v has at most 3 others before it
-here, so it is in the batch of version v + 1 at the latest; in general, of version v + max_staleness.
+Every admitted rollout holds a slot until `release`. In this example, at most 3 others are before a rollout when it is
+admitted under version v. So it is learned from at version v + 1 at the latest; in general, at v + max_staleness.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class RolloutBuffer:
     this is synchronous PPO: slots are freed only when generators hold the weights that came from the batch. Memory is
     bounded too: beyond the next batch, rollouts are admitted only while all of them take at most `max_bytes`, with
     `rollout_bytes` for each one in flight. `wanted` is the number of rollouts that all remaining steps will consume;
-    no more are admitted.
+    the buffer admits no more.
 
     With `group_size` above 1, this many rollouts of one prompt are one group, and a group is never split over two
     batches. A batch then has `rollouts_per_step / group_size` groups. If a rollout is void for good, the rest of its
     group is learned from without it, and its slot stays with the group; if all are void, the group leaves at once and
-    another prompt takes its place. If a rollout has to be asked again, so has its whole group: the others would be too
-    old by the time it is written. So no group ever waits for a rollout that nobody is writing.
+    another prompt takes its place. If one rollout must be asked again, its whole group is: the others would be too old
+    when the new one is written. So no group ever waits for a rollout that nobody is writing.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class RolloutBuffer:
         # Admitted and not cut, by ticket, in order of admission. A plain dict would scan past the places of all earlier
         # removals to find its first key; an OrderedDict does not.
         self._groups: OrderedDict[int, Group] = OrderedDict()
-        self._blocking: int | None = None  # an old ticket, last seen incomplete; while it is so, no scan is needed
+        self._blocking: int | None = None  # a ticket, incomplete at the last scan; no new scan until it is complete
         self._in_flight = 0
         self._bytes = 0  # of finished rollouts
         self._voids: list[Void] = []
-        self._scored = self._broken = 0  # since the last cut: rollouts scored, and void for a reason other than age
+        self._scored = self._broken = 0  # since the last cut: rollouts that `put` brought with a score, and as voids
         self._last_reason = ""  # of a broken one
         self._idle_since: float | None = None  # since when nothing is in flight
         self._idle = 0.0
@@ -124,7 +124,7 @@ class RolloutBuffer:
             return self._next_ticket
 
     async def put(self, ticket: int, outcome: ExperienceRef | Void, member: int = 0) -> None:
-        """Says how a rollout of this ticket's group ended. Wakes `take`, and `admit` if it is a void."""
+        """Stores the outcome of one rollout of this ticket's group. Wakes `take`, and `admit` if it is a void."""
         async with self._changed:
             group = self._groups[ticket]
             group.outcomes[member], group.finished[member] = outcome, self._clock()
@@ -140,12 +140,12 @@ class RolloutBuffer:
             self._changed.notify_all()
 
     async def take(self, count: int, policy_version: int) -> Batch:
-        """Cuts the oldest `count` rollouts, less those of them that are void for good, and returns all new voids.
+        """Cuts the oldest `count` rollouts, without those that are void for good. Returns them with all new voids.
 
         Waits until the oldest groups are complete, even if younger ones are: woken by `put`. Only then are the tokens
         fetched. A rollout with a token older than `max_staleness` versions behind `policy_version`, or whose tokens are
         lost, is voided to be asked again, and the next group takes the place of its group. Raises UserError when voids
-        for other reasons pass the configured share: a broken reward function would otherwise go on unnoticed.
+        for other reasons pass the configured share: otherwise nobody would notice a broken reward function.
         """
         while True:
             async with self._changed:
@@ -190,7 +190,7 @@ class RolloutBuffer:
         admitted = len(self._groups) * self._group_size
         if self._free < self._group_size or admitted >= self._wanted:
             return False
-        # The next batch is always admitted, however large it is: the loop would wait for it without end.
+        # The next batch is always admitted, however large it is: otherwise the loop would wait for it forever.
         taken = self._bytes + (self._in_flight + self._group_size) * self._rollout_bytes
         return admitted < self._batch_size or taken <= self._max_bytes
 

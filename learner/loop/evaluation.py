@@ -32,7 +32,7 @@ class Evaluation:
     components: Mapping[str, float]  # mean raw score of each source and judge
     kl_per_response: float  # from the reference, nats: mean of sum(rollout_logprobs - ref_logprobs)
     response_tokens: float  # mean
-    distinct_1: float  # distinct tokens over tokens, all answers together (Li et al. 2016, arXiv:1510.03055)
+    distinct_1: float  # distinct tokens divided by all tokens of all answers (Li et al. 2016, arXiv:1510.03055)
     distinct_2: float  # the same for token pairs; falls when answers become alike
 
     def record(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ async def evaluate(
     policy_version: int,
     max_void_share: float = 1.0,
 ) -> tuple[Evaluation, list[Answer]]:
-    """Asks every prompt once, all at the same time, and waits for the answers. None is journalled or trained on.
+    """Asks every prompt once, all at the same time, and waits for the answers. No answer is journalled or trained on.
     `reference` is None if the policy itself is the reference. Raises UserError if more than `max_void_share` of the
     answers have no score."""
 
@@ -95,8 +95,8 @@ async def evaluate(
 
 
 def win_rate(before: Sequence[float | None], after: Sequence[float | None]) -> float | None:
-    """Share of prompts whose answer scores higher after than before; ties count half. A prompt with an answer without a
-    score (None) does not count. None if no prompt counts."""
+    """Share of prompts whose answer scores higher after than before; ties count half. A prompt does not count if
+    one of its answers has no score (None). Returns None if no prompt counts."""
     both = [(old, new) for old, new in zip(before, after, strict=True) if old is not None and new is not None]
     wins = sum(1.0 if new > old else 0.5 if new == old else 0.0 for old, new in both)
     return wins / len(both) if both else None

@@ -11,7 +11,7 @@ The schema's metadata holds, under the key `ratchet`, a JSON object:
     prompts         state of the prompt stream after this batch (learner/loop/prompts.py); `outstanding` are the ids
                      that were issued, and are neither in this file nor in an earlier one
     voids           [sample id, reason, response] of rollouts that were voided since the previous file; `response` is
-                     null if it is not known. Those that are still outstanding are asked again
+                     null if it is not known. If the id is also in `outstanding`, it is asked again
     previous        SHA-256 of the previous file, in hex ("" for step 0): the files form a chain
 """
 

@@ -62,7 +62,7 @@ class PromptStream:
         return [self._prompt(sample_id) for sample_id in ids]
 
     def settle(self, sample_ids: Iterable[SampleId]) -> None:
-        """Marks ids that are in the journal now, as rollouts or as voids."""
+        """Marks ids as settled: the journal's next step has them, as rollouts or as voids that are not asked again."""
         for sample_id in sample_ids:
             self._settled.add(self._outstanding.pop(sample_id))
         while self._settled_below in self._settled:

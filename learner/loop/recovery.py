@@ -25,12 +25,12 @@ async def recover(run: Run) -> None:
         )
     metrics = run.directory / "metrics.jsonl"
     logged = {record["step"] for record in read_records(metrics)}
-    for written in run.journal.since(run.learner.step):
-        run.doing = partial("step {} is learned again from the journal".format, written.step + 1)
-        stats = await run.learner.update(written.table)
-        if written.step not in logged:
-            rollouts = batch_metrics(written.table, len(written.voids), policy_version=written.policy_version)
-            append_record(metrics, {"step": written.step, "time": written.time, **rollouts, **stats})
+    for entry in run.journal.since(run.learner.step):
+        run.doing = partial("step {} is learned again from the journal".format, entry.step + 1)
+        stats = await run.learner.update(entry.table)
+        if entry.step not in logged:
+            rollouts = batch_metrics(entry.table, len(entry.voids), policy_version=entry.policy_version)
+            append_record(metrics, {"step": entry.step, "time": entry.time, **rollouts, **stats})
     if (last := run.journal.last()) is not None:
         run.prompts.restore(last.prompts)
     # A new run loads its initial weights too: if engines cannot take new weights, it fails before anything is learned.

@@ -1,4 +1,4 @@
-"""Everything a run is made of, joined, and what its loop is doing right now. Runs in the driver."""
+"""The parts of a run, connected with each other, and what its loop is doing now. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Run:
         self.seconds[f"time/{name}_s"] = time.perf_counter() - began
 
     def waited_for_batch(self, began: float) -> None:
-        """Starts a step's seconds. Until the newest response was written, the wait was generation, and then scoring."""
+        """Starts the seconds of a step with its wait for the batch. The time until the newest response was written is
+        generation, the rest is scoring."""
         waited = time.perf_counter() - began
         generating = min(max(self.newest_text - began, 0.0), waited)
         self.seconds = {

@@ -1,8 +1,8 @@
 """The loop: in what order things happen. Plain asyncio over roles: no maths, no Ray. Runs in the driver.
 
 coroutine               consumes             waits for                                    woken by
-`produce`               a slot per rollout   free slots and memory                        `release`, voids, cuts
-`_fill`, per rollout    one prompt           response, score, reference log-probabilities the pools
+`produce`               a slot and a prompt  free slots and memory                        `release`, voids, cuts
+`_fill`, per rollout    an issued prompt     response, score, reference log-probabilities the pools
 `train_step`            one batch            the buffer's oldest rollouts, then journal,  `put`, then each role
                                              learner and generators
 `train`                 -                    `train_step`, or an error of `produce`       either of them
@@ -81,7 +81,7 @@ async def train(run: Run) -> list[Evaluation]:
 
 
 async def train_step(run: Run, buffer: RolloutBuffer) -> dict[str, float]:
-    """One batch from the buffer to new weights on every generator; returns the update's metrics."""
+    """Takes a batch from the buffer, journals it and learns from it (`learn`). Returns the update's metrics."""
     step, wanted = run.learner.step, run.cfg.rollouts_per_step
     run.doing = lambda: f"step {step + 1}: {buffer.num_finished(wanted)} of {wanted} rollouts are written and scored"
     began = time.perf_counter()
@@ -100,7 +100,8 @@ async def train_step(run: Run, buffer: RolloutBuffer) -> dict[str, float]:
 
 
 async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
-    """One batch that is on disk to new weights on every generator; returns the update's metrics."""
+    """Learns from a batch that is on disk, and brings the new weights to every generator. Then logs the step, and saves
+    a checkpoint if one is due. Returns the update's metrics."""
     step = run.learner.step
     with run.phase("learn", f"step {step + 1}: the learner learns"):
         stats = await run.learner.update(table)
@@ -120,8 +121,8 @@ async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
 
 
 async def produce(run: Run, buffer: RolloutBuffer) -> None:
-    """Keeps every slot of the buffer busy. Consumes slots and prompts; waits for slots, which `release`, voids and cuts
-    free. Runs until cancelled, and fails when one of its rollouts fails."""
+    """Keeps every slot of the buffer busy. Consumes slots and prompts. Waits for slots, which `release` and voids free,
+    and for memory, which cuts free. Runs until cancelled, and fails when one of its rollouts fails."""
     async with asyncio.TaskGroup() as rollouts:
         while True:
             ticket = await buffer.admit()
@@ -135,9 +136,9 @@ async def _fill(run: Run, buffer: RolloutBuffer, ticket: int, member: int, promp
     outcome: ExperienceRef | Void | None = None
     while outcome is None:
         try:
-            written = await run.generators.generate(prompt)
+            ref = await run.generators.generate(prompt)
             run.newest_text = time.perf_counter()
-            outcome = await _scored(run, written)
+            outcome = await _scored(run, ref)
         except RolloutLostError:
             continue
         except GivenUpError as error:
@@ -145,29 +146,29 @@ async def _fill(run: Run, buffer: RolloutBuffer, ticket: int, member: int, promp
     await buffer.put(ticket, outcome, member)
 
 
-async def _scored(run: Run, written: RolloutRef) -> ExperienceRef | Void:
-    """Score and reference log-probabilities of a response, found at the same time. Waits for both pools."""
-    if written.fault:  # in the journal it would break every replay
-        return Void(written.sample_id, written.fault)
-    measuring = asyncio.ensure_future(_ref_logprobs(run, written))
+async def _scored(run: Run, ref: RolloutRef) -> ExperienceRef | Void:
+    """Has the response scored and measured by the reference at the same time. Waits for both pools."""
+    if ref.fault:  # a replay from the journal would fail at this rollout every time
+        return Void(ref.sample_id, ref.fault)
+    measuring = asyncio.ensure_future(_ref_logprobs(run, ref))
     measuring.add_done_callback(lambda done: done.cancelled() or done.exception())  # not reported twice if both fail
     try:
-        score = await run.reward.score(written)
+        score = await run.reward.score(ref)
         ref_logprobs, finite = await measuring
     finally:
         measuring.cancel()
     if isinstance(score, Void):
         return score
     if not finite:
-        return Void(written.sample_id, "the reference gave a log-probability that is not finite")
-    return ExperienceRef(written, score, ref_logprobs)
+        return Void(ref.sample_id, "the reference gave a log-probability that is not finite")
+    return ExperienceRef(ref, score, ref_logprobs)
 
 
-async def _ref_logprobs(run: Run, written: RolloutRef) -> tuple[Any, bool]:
+async def _ref_logprobs(run: Run, ref: RolloutRef) -> tuple[Any, bool]:
     """None in the first step of a synchronous run: the policy that wrote the rollout still is the reference."""
     if run.learner.step == 0 and run.cfg.max_staleness == 0:
         return None, True
-    return await run.reference.logprobs(written)
+    return await run.reference.logprobs(ref)
 
 
 async def fetch(generators: Generators, rows: Sequence[ExperienceRef]) -> list[Experience | RolloutLostError]:
@@ -208,7 +209,7 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
 
 
 async def _unless_failed(work: Coroutine[Any, Any, T], producer: asyncio.Task[None]) -> T:
-    """The result of `work`, or the producer's error if that comes first: nothing would wake the work after it."""
+    """The result of `work`, or the producer's error if that comes first: after it, nothing would wake `work`."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
