@@ -1,4 +1,4 @@
-"""An Arrow table of experience, as the journal holds it, as the tensors of one update.
+"""Turns a batch, in the form of an Arrow table that the journal has too, into the tensors of one update.
 
 Runs in every learner rank.
 """

@@ -46,7 +46,7 @@ class Learner(Trainer):
         torch.set_num_threads(cfg.learner.threads)
         device = find_device(cfg.learner.gpus)
         directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
-        # Several ranks share out the network on the CPU first, because it might not fit on one device.
+        # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
         held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")
         network = PolicyWithCritic.load(directory, cfg.learner, held_on, has_critic=cfg.ppo.has_critic, seed=cfg.seed)
         super().__init__(network, cfg, num_steps=cfg.num_steps, device=device)
@@ -60,7 +60,7 @@ class Learner(Trainer):
         return self.step
 
     def update(self, table: pa.Table) -> dict[str, float]:
-        """One PPO step on `table`, of which each rank takes its share. Returns its metrics, the same on every rank."""
+        """One PPO step. Each rank takes its share of `table`. Returns the step's metrics, the same on every rank."""
         started, cfg, metrics = time.perf_counter(), self.cfg, StepMetrics()
         batch = ExperienceBatch.from_table(table)
         if self.step > 0 and bool((batch.ref_is_policy & batch.mask.any(1)).any()):
@@ -113,8 +113,8 @@ class Learner(Trainer):
         return self._logprobs(rollouts, reference=True)
 
     def publish(self, *base: Bucket) -> Iterator[Bucket | Delta | Manifest]:
-        """The policy's weights as a `publication`, with deltas against the buckets of `base` if there are any. The
-        other ranks help to gather the tensors, and publish nothing but an empty manifest."""
+        """The policy's weights as a `publication`, with deltas against the buckets of `base` if there are any. Ranks
+        other than 0 help to gather the tensors, and publish only an empty manifest."""
         tensors = self.network.policy_tensors()
         if self._ranks.rank > 0:
             deque(tensors, maxlen=0)
@@ -162,8 +162,8 @@ class Learner(Trainer):
     def _old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor, Tensor, Outputs | None]:
         """Log-probabilities and values [B, R] before the update; values are zeros without a critic.
 
-        The third is a pass that the first optimizer step may share. Where one micro-batch holds the whole batch, that
-        step starts with this very pass, so its outputs come with their graph.
+        The third value is None, or the outputs of this pass with their graph: if one minibatch and one micro-batch hold
+        the whole batch, the first optimizer step would begin with the same pass, so it uses this one.
         """
         micro_batches = self._micro_batches(batch.sequences, np.arange(len(batch.scores)))
         shared_pass = None

@@ -53,8 +53,8 @@ def is_adapter(name: str) -> bool:
 
 
 def merged(model: PreTrainedModel) -> Iterator[NamedTensor]:
-    """Every weight under its name without adapters, with a function that returns it in full with its adapter added.
-    Every rank must call these functions together."""
+    """Yields, for every weight, its name without adapters, and a function that returns the weight in full with its
+    adapter added. All ranks must call these functions together."""
     layers = {id(_adapted(layer)): layer for layer in model.modules() if isinstance(layer, Adapted)}
     for name, parameter in model.named_parameters():
         if not is_adapter(name):

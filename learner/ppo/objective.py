@@ -24,7 +24,7 @@ def objective(
 ) -> tuple[Tensor, dict[str, float]]:
     """policy loss + value_coef * value loss - entropy_coef * entropy, and sums over tokens by metric key.
 
-    The tensors are [B, R], and values None without a critic. `num_tokens` counts the whole minibatch over all ranks.
+    The tensors are [B, R]. Without a critic `values` is None. `num_tokens` counts the whole minibatch over all ranks.
     With `critic_only` the loss is that of the critic alone.
     """
     terms = []

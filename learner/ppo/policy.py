@@ -27,8 +27,8 @@ from learner.ranks.distributed import whole
 class PolicyWithCritic(nn.Module):
     """Policy and critic from one checkpoint. The value head starts at zero, so the first values are zero.
 
-    V_t is read from the state that the policy chooses response token t from: it knows the prompt and the tokens before.
-    Without a critic `value_head` is None, and no values are computed.
+    The policy chooses response token t from a state that knows the prompt and the tokens before t. V_t is computed from
+    the same state. Without a critic `value_head` is None, and no values are computed.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class PolicyWithCritic(nn.Module):
         self.critic_body = critic_body  # None: the policy's trunk serves both
         self.value_head: nn.Linear | None = None
         if has_critic:
-            width = policy.get_output_embeddings().weight.shape[1]  # in OPT-350m not that of its layers
+            width = policy.get_output_embeddings().weight.shape[1]  # the layers of OPT-350m have another width
             self.value_head = nn.Linear(width, 1, device=policy.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
@@ -65,7 +65,8 @@ class PolicyWithCritic(nn.Module):
     def forward(
         self, sequences: Sequences, *, temperature: float, reference: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities, entropy and values of every response token, float32 [B, R]; values None without a critic.
+        """Log-probabilities, entropy and values of every response token, float32 [B, R]. Without a critic, values are
+        None.
 
         With `reference` the log-probabilities are those without LoRA's adapters.
         """

@@ -77,11 +77,11 @@ class RunningMoments:
 
 
 def normalise(scores: Tensor, moments: RunningMoments, *, centre: bool, clip: float) -> Tensor:
-    """Scores [B] divided by the deviation of all scores seen so far, about their mean if `centre`, clipped to +/- clip
-    (0: not clipped).
+    """Scores [B] normalised by all scores seen so far: minus their mean (if `centre`), divided by their deviation, then
+    clipped to +/- clip (0: not clipped).
 
-    The unit of the score then cannot matter, nor with `centre` its origin. Scores that never varied become 0, since
-    they do not tell better from worse. Rounding of the mean alone does not count as variation.
+    So the unit of the scores does not matter; with `centre`, their origin does not matter either. Scores that never
+    varied become 0, since they do not tell better from worse. Rounding of the mean alone does not count as variation.
     """
     scores = scores.double()
     if moments.deviation <= 1e-12 * abs(moments.mean):

@@ -1,6 +1,7 @@
 """Learner state on disk: every rank writes its share, and a marker is written last.
 
-Runs in the driver and in every rank: ranks write and read checkpoints, the driver counts and prunes them.
+Runs in every trainer rank, and in the process of `ratchet export`. The driver counts and prunes checkpoints with
+learner/loop/checkpoints.py.
 """
 
 from __future__ import annotations

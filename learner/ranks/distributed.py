@@ -64,8 +64,9 @@ class Ranks:
 def shard(network: nn.Module, exact: Iterable[nn.Module], *, precision: str, device: torch.device) -> None:
     """Spreads parameters, gradients and optimizer state over all ranks (FSDP2, after ZeRO-3, arXiv:1910.02054).
 
-    Layer by layer, so that a device holds its share and one whole layer. Forward and backward passes gather a layer in
-    `precision`, and the `exact` modules in float32. Gradients are averaged over ranks in float32.
+    Each layer is sharded on its own, so that a device holds its share and only one layer in full. Forward and backward
+    passes gather a layer in `precision`, and the `exact` modules in float32. Gradients are averaged over ranks in
+    float32.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(

@@ -32,7 +32,7 @@ _AFTERMATH_S = 10.0
 class RankGroup:
     """The calls that every kind of group has. All ranks take part in each, because they gather and reduce together.
 
-    One call runs at a time. The others wait here for their turn: in the ranks' own queues their time limit would run.
+    Only one call runs at once. The others wait here: in the ranks' own queues, their time limit would already run.
     """
 
     role = "Learner"  # the name of each rank in messages
@@ -127,7 +127,7 @@ class LearnerGroup(RankGroup):
     """`learner.loop.roles.LearnerGroup` over the actors of the ranks."""
 
     def __init__(self, ranks: list[Any], *, timeout_s: float, deltas: bool = False) -> None:
-        """With `deltas` a publication has each bucket's delta against the set before, which is kept for that."""
+        """With `deltas` a publication has each bucket's delta against the previous set, which is kept for that."""
         super().__init__(ranks, timeout_s=timeout_s)
         self._deltas = deltas
         self._base: Sequence[Any] = ()  # references to the Buckets of the last set that was published completely
@@ -153,7 +153,7 @@ class LearnerGroup(RankGroup):
                 yield PublishedBucket(item, best=await anext(items) if base else item)
 
     async def _read(self, what: str, streams: list[ray.ObjectRefGenerator]) -> AsyncGenerator[Any, None]:
-        """The references that rank 0 streams, unread, but for the last one: its value.
+        """Yields the references that rank 0 streams, without reading them, and instead of the last one its value.
 
         Ray puts the error of a rank into its stream, in place of the last item. So the last item of every rank is read
         and all others are not. An item is passed on when the next one has come and shows that it was not the last.

@@ -32,7 +32,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
 
 
 def learning_rate_scale(step: int, num_steps: int, cfg: AdamWConfig) -> float:
-    """Share of the peak learning rate at `step`: a line up over warmup_steps, then the schedule. A linear or cosine
+    """Share of the peak learning rate at `step`: a linear rise over warmup_steps, then the schedule. A linear or cosine
     schedule reaches zero at `num_steps`, one step after the last."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)

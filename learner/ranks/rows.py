@@ -18,9 +18,9 @@ from common.model.size import ModelSize
 
 
 def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    """In every epoch all `count` rows once, in `parts` parts, in an order that depends on seed, step and epoch alone.
+    """Yields all `count` rows once in every epoch, in `parts` parts. The order depends on seed, step and epoch alone.
 
-    The parts are equal, except after a void in a batch of whole groups: some then have a row less.
+    The parts have equal size, except after a void in a batch of whole groups: then some have one row less.
     """
     for epoch in range(epochs):
         order = np.random.default_rng([seed, step, epoch]).permutation(count)
@@ -64,8 +64,8 @@ def micro_batches(
 def sequence_costs(sequences: Sequences, size: ModelSize) -> list[int]:
     """About how many floating-point operations the forward pass of each sequence takes.
 
-    Two for every weight and token, where only response tokens pass the output embedding, and attention's, which grow
-    with the square of the length.
+    Each weight takes two operations for each token; only response tokens pass the output embedding. Attention takes
+    operations in proportion to the square of the length.
     """
     tokens, answered = sequences.lengths.double(), sequences.response_lengths.double()
     head = size.vocabulary * size.hidden

@@ -16,7 +16,7 @@ EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Bin:
-    """The pairs whose predicted winner has a probability in [low, high)."""
+    """The pairs whose predicted winner has a probability in [low, high); the last bin includes 1."""
 
     low: float
     high: float
@@ -51,7 +51,7 @@ class PreferenceEvaluation:
 
 
 def evaluate_preferences(chosen: np.ndarray, rejected: np.ndarray, *, step: int, epoch: float) -> PreferenceEvaluation:
-    """The evaluation of scores [N] of both sides of every pair."""
+    """Evaluates the scores [N] of the chosen and of the rejected side of every pair."""
     difference = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))  # of the predicted winner, 0.5 to 1
     right = difference > 0

@@ -49,8 +49,7 @@ class RewardTrainer(Trainer):
         return super().join(rank, world, rendezvous)
 
     def update(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        """One optimizer step on `pairs`, of which each rank takes its share. Returns its metrics, the same on every
-        rank."""
+        """One optimizer step. Each rank takes its share of `pairs`. Returns the metrics, the same on every rank."""
         started, metrics, cfg = time.perf_counter(), StepMetrics(), self.cfg
         scale = self.set_learning_rate()
         for rows in self._micro_batches(pairs):

@@ -1,4 +1,4 @@
-"""The loop of reward training: pairs in an order of their own each epoch, checkpoints, evaluations.
+"""The loop of reward training: all pairs in a new order each epoch, checkpoints, evaluations.
 
 Runs in the driver.
 """
@@ -24,7 +24,8 @@ PAIRS_PER_EVALUATION_CALL = 64
 
 
 class Trainers(Protocol):
-    """The group of trainer ranks, as the loop sees it. `learner.ranks.group.RewardTrainerGroup` is it on Ray.
+    """The group of trainer ranks, as the loop sees it. `learner.ranks.group.RewardTrainerGroup` implements
+    it on Ray.
 
     Every call waits until all ranks have done it, and raises the error of the rank that failed.
     """
@@ -43,10 +44,10 @@ class Trainers(Protocol):
         """Writes a checkpoint. It counts once the directory holds its marker, which is written last."""
 
     async def restore(self, directory: Path) -> None:
-        """Takes the state of a checkpoint, so that `step` is that of the checkpoint."""
+        """Restores the state of a checkpoint; `step` is then the checkpoint's."""
 
     async def save_model(self, directory: Path) -> None:
-        """Writes the reward model as a Hugging Face directory, in place of one that is there."""
+        """Writes the reward model as a Hugging Face directory. Replaces an existing one."""
 
 
 @dataclass
