@@ -1,5 +1,5 @@
-"""Checks, before anything starts, that a run fits: its processes the cluster, a sequence the KV cache, weights the
-object store.
+"""Checks, before anything starts, that a run fits: processes into the cluster, the longest sequence into the KV cache,
+two versions of the weights into the object store.
 
 Runs in the driver. The estimates are pure arithmetic; Ray then decides on which node each process runs.
 """
@@ -74,7 +74,7 @@ def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Nee
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
     """The generators, each with its weights twice: an engine holds the old set while it stages a new one.
 
-    With updates = "changes" a generator also keeps the buckets that changes apply to, and makes new ones next to them.
+    With updates = "changes" a generator keeps the buckets that deltas are applied to, next to the new ones.
     With tensor parallelism each device has a process of its own, and one more copy in bfloat16 is staged for all of
     them. Raises UserError if vLLM cannot split the model into this many parts."""
     parts = cfg.tensor_parallel
@@ -184,7 +184,7 @@ def check_fits(wanted: Sequence[Need], nodes: Sequence[Node]) -> None:
 
 
 def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Sequence[Sequence[float]]) -> str:
-    """The message that `need` finds no room, with a setting to change for every resource that is short."""
+    """The message that no node has room for `need`, with a setting to change for every resource that is short."""
 
     def total(rows: Sequence[Node] | Sequence[Need]) -> str:
         cpus, gpus, memory = (sum(getattr(row, key) for row in rows) for key in ("cpus", "gpus", "memory"))
@@ -193,7 +193,7 @@ def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Se
     section = need.section
     remedies = (
         f"lower {section}.cpus or the number of processes",
-        f"lower {section}.gpus, or 0 to run on the CPU",
+        f"lower {section}.gpus, or set it to 0 to run on the CPU",
         f"use a smaller model, fewer {section} processes, or smaller caches and micro-batches",
     )
     takes = (need.cpus, need.gpus, need.memory)

@@ -77,7 +77,7 @@ def submit(
     from deploy.submit import submit_run
 
     if resume is None:
-        if os.path.lexists(directory):  # else perhaps only the cluster sees it
+        if os.path.lexists(directory):  # if not, perhaps only the cluster sees it
             refuse_overwriting(directory, force=force)
         arguments = ["--run", str(directory), *(["--force"] if force else [])]
     else:
@@ -141,7 +141,7 @@ def export(
 
 @app.command()
 def scale(
-    run: Annotated[Path, typer.Argument(help="The directory of a run that is going on.")],
+    run: Annotated[Path, typer.Argument(help="The directory of a run in progress.")],
     generators: Annotated[int | None, typer.Option(help="Target number of generators.")] = None,
     reward: Annotated[int | None, typer.Option(help="Target number of reward processes.")] = None,
     reference: Annotated[int | None, typer.Option(help="Target number of reference processes.")] = None,

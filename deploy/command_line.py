@@ -37,8 +37,8 @@ Force = Annotated[bool, typer.Option("--force", help="Begin a new run; an existi
 Address = Annotated[
     str | None,
     typer.Option(
-        help="HOST:PORT of a running Ray cluster, auto, or local for one of its own. Overrides ray.address, which "
-        "overrides the variable RAY_ADDRESS. [default: local]"
+        help="HOST:PORT of a running Ray cluster; auto: the only one on this machine; local: start one for this "
+        "command. Overrides ray.address, which overrides the variable RAY_ADDRESS. [default: local]"
     ),
 ]
 
@@ -94,8 +94,8 @@ Work = Callable[..., None]  # (config, run directory, resume=, force=)
 
 
 def run_command(root: type[Root]) -> Callable[[Work], Work]:
-    """Registers the decorated function as a command with the options that every run has. The function gets the config,
-    a new run's or that of the run to continue, and the run directory."""
+    """Registers the decorated function as a command with the options that every run has. The function gets the run
+    directory, and the config of the new run or of the run to continue."""
 
     def register(work: Work) -> Work:
         name = work.__name__.replace("_", "-")
@@ -141,7 +141,8 @@ def config_of_a_job(
     config: str, settings: Sequence[str], run: Path | None, resume: Path | None
 ) -> tuple[Config, Sequence[Path]]:
     """The config of a job, with relative file names: the job's current directory is a copy of this one. Also returns
-    the directories below it, other than itself, that modules are imported from."""
+    the directory of a config file in or below the current directory, as a relative path: modules are imported from
+    there."""
     modules = [Path(config).absolute().parent] if resume is None else []
     here = [Path(os.path.relpath(directory)) for directory in modules if directory.is_relative_to(Path.cwd())]
     find_users_modules(*here)

@@ -31,7 +31,7 @@ EXAMPLES = 3
 
 
 def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool = False) -> dict[str, Any]:
-    """Runs every stage in a directory below `directory` and returns the contents of its summary.json."""
+    """Runs each stage in a subdirectory of `directory`. Returns the contents of directory/summary.json."""
     started = time.perf_counter()
     console = Output()
     directory = directory.absolute()  # stages name each other's files

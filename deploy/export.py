@@ -1,6 +1,6 @@
 """`ratchet export`: the policy of a run's newest checkpoint as a Hugging Face directory, without Ray.
 
-Runs in the driver. The run may go on meanwhile; only RUN/exported changes.
+Runs in a process of its own. The run may continue meanwhile: only the target directory is written.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def run_export(run: Path, to: Path | None = None) -> Path:
     except (Exception, CheckpointException) as error:  # the second one is not an Exception
         reason = str(error).strip().rpartition("\n")[2]
         raise UserError(
-            f"{checkpoint} cannot be read ({reason}); if the run goes on, it may have removed that checkpoint for a "
-            "newer one: try again; otherwise remove it, and the earlier one is exported"
+            f"{checkpoint} cannot be read ({reason}); if the run is still active, it may have removed that checkpoint "
+            "for a newer one: try again; otherwise remove it, and the earlier one is exported"
         ) from error
     target = to or run / "exported" / checkpoint.name
     learner.save_policy(target, adapter=target / "adapter")

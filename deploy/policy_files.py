@@ -36,7 +36,7 @@ class PolicyFiles:
         cls, path: str, setting: str = "model.path", *, trust_remote_code: bool = False, packed: bool = True
     ) -> PolicyFiles:
         """Raises UserError if there is no such policy or, with `packed`, if learner and reference cannot compute it.
-        Of a classifier only the config is read here: the command that uses it checks the rest."""
+        For a classifier it reads only the config; the command that uses the classifier checks the rest."""
         directory = resolve_model(path, setting, trust_remote_code=trust_remote_code)
         size = model_size(directory, setting)
         if not is_reward_model(directory):

@@ -33,7 +33,7 @@ from deploy.starting import Starter
 from learner.loop.answers import answer
 from learner.loop.prompts import PromptStream
 
-FEW_VOIDS = 8  # too few to judge a labeller by
+FEW_VOIDS = 8  # up to this many voids say nothing about the labeller
 
 
 def run_pair_sampling(
@@ -119,7 +119,7 @@ async def _sample(
 def _preference(
     cfg: PairSamplingConfig, policy: PolicyFiles, rollouts: Sequence[Rollout], scores: Sequence[Score | Void]
 ) -> dict[str, Any]:
-    """The pair as train-reward reads it; {"void": reason} without both scores; {} if the scores are too close."""
+    """The pair as train-reward reads it; {"void": reason} if a score is missing; {} if the scores are too close."""
     given = [score for score in scores if not isinstance(score, Void)]
     if len(given) < len(scores):
         return {"void": next(score.reason for score in scores if isinstance(score, Void))}

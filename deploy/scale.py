@@ -1,4 +1,4 @@
-"""`ratchet scale`: changes the number of replicas while a run goes on.
+"""`ratchet scale`: changes the number of replicas of a run in progress.
 
 Runs in the driver, except `scale` and `show`, which run in the command's own process. The command writes target numbers
 into RUN/scale.json; the run reads them, and writes the state of its pools into RUN/pool-state.json.
@@ -53,7 +53,7 @@ def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10)
     """Writes the targets, {role: replicas}, and returns RUN/pool-state.json once the run has read them. Raises
     UserError."""
     if not is_owned(directory):
-        raise UserError(f"no run is going on in {directory}; name the directory of one that is")
+        raise UserError(f"no run is in progress in {directory}; name the directory of one that is")
     state = _read(directory / "pool-state.json")
     for role, number in targets.items():
         if role not in state:

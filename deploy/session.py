@@ -1,4 +1,4 @@
-"""The steps that every command shares before its own work. Runs in the driver.
+"""The steps that the commands with a run directory share before their own work. Runs in the driver.
 
 `load_inputs` checks everything a user can get wrong, with nothing written and nothing started. `session` then joins or
 starts the cluster, checks that the processes fit, takes the run directory and writes the config into it.
@@ -78,10 +78,10 @@ def session(
     resume: bool = False,
     force: bool = False,
 ) -> Iterator[None]:
-    """While it lasts, this process is connected to the cluster and owns the run directory, which has the config.
+    """During the block, this process is connected to the cluster and owns the run directory, which has the config.
 
-    `phases` are the processes that run at the same time, for each phase of the run. Raises UserError if those of one
-    do not fit the cluster, or if another process owns the directory.
+    Each of `phases` lists the processes that run at the same time in one phase of the run. Raises UserError if the
+    processes of a phase do not fit the cluster, or if another process owns the directory.
     """
     with cluster(cfg.ray) as nodes:
         for processes in phases:

@@ -1,8 +1,8 @@
 """`ratchet submit`: a run of PPO as a Ray job, on a cluster that need not have Ratchet installed.
 
-Runs in a process of its own, which is not the driver of the run. Sent with the job are Ratchet's own packages, the
-current directory (reward functions, prompts) and the config, but no environment variables: API keys must be set where
-the cluster's processes are started.
+Runs in a process of its own, which is not the driver of the run. It sends Ratchet's own packages, the current directory
+(reward functions, prompts) and the config, but no environment variables: API keys must be set where the cluster's
+processes are started.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from deploy.ending import signals
 from deploy.run.provenance import IN_A_JOB
 from deploy.screen.console import Lenient, complain, printable
 
-EXCLUDED = ["/runs", "__pycache__"]  # not sent, nor is what Ray, .gitignore and .rayignore exclude
+EXCLUDED = ["/runs", "__pycache__"]  # not sent, in addition to what Ray, .gitignore and .rayignore exclude
 AGENT_S = 30  # longest wait for the agent of a cluster that has just started
 LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # largest request that the cluster accepts, bytes
 
@@ -57,7 +57,7 @@ def submit_run(
     follow: bool,
 ) -> int:
     """Sends `ratchet train` with these arguments and, for a new run, this config; returns the exit code. Functions are
-    also imported from the directories `modules` below the current one.
+    also imported from the directories `modules`, which are relative to the current one.
 
     Everything that can be checked here is checked before anything is sent; models cannot, because they are on the
     cluster.
@@ -70,7 +70,7 @@ def submit_run(
         try:
             with tempfile.TemporaryDirectory(prefix="ratchet-") as staging:
                 write_package(Path(staging), None if resume else cfg, arguments)
-                # As an installation has them; Ray itself would put each package into its own directory.
+                # All in one directory, as in an installation; Ray would put each package into its own.
                 ours = client._upload_package_if_needed(staging, include_gitignore=False)
                 job = _submit(
                     client,
@@ -200,7 +200,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             time.sleep(1)
     except (KeyboardInterrupt, OSError, RuntimeError, aiohttp.ClientError) as error:
         reason = f" ({error})" if str(error) else ""
-        complain(f"no longer following{reason}; the job goes on")
+        complain(f"no longer following{reason}; the job continues")
         sys.exit(128 + getattr(error, "number", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 1)
     typer.echo(f"job {job}: {info.status.value.lower()}")
     return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1

@@ -1,7 +1,7 @@
 """`ratchet train`: which processes exist and how they are connected. Runs in the driver.
 
-The README lists the files to read after this one, in order: common/types.py, learner/loop/train_loop.py,
-actors/generation/generator.py and so on. They follow one prompt through the system.
+The README lists the files to read after this one, in order: learner/loop/train_loop.py, learner/loop/roles.py,
+common/types.py and so on. They follow one prompt through the system.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ _NAME_ONE = "name a running one with --address, ray.address or the variable RAY_
 
 
 def named_address(cfg: RayConfig) -> str | None:
-    """The running cluster that the config (--address sets it too) or Ray's own variable names; None for one of its
-    own."""
+    """The address of the running cluster to join, from the config (which --address overrides) or Ray's own variable.
+    None: the command starts its own cluster."""
     address = cfg.address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
 
@@ -72,8 +72,8 @@ def _fault(address: str) -> UserError | None:
 
 
 def _as_ray_reads_it(address: str) -> str:
-    """The address that Ray makes of it. Ray replaces a loopback address by the machine's own, where a cluster for one
-    machine does not listen."""
+    """The address that Ray uses instead. Ray replaces a loopback address by the machine's network address, where a
+    cluster that one command started for itself does not listen."""
     return services.canonicalize_bootstrap_address(address) or address
 
 

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: the one the user names, or one started on this machine and stopped at the end.
+"""The Ray cluster of a command: the one that the user names, or one that it starts on this machine and stops later.
 
 Runs in the driver.
 """
@@ -35,7 +35,8 @@ SILENT_S = 40.0  # a cluster that does not answer for this long is lost; after 6
 
 @contextmanager
 def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
-    """Connects, and yields the free resources of each node. Errors of the body are raised as the error to show."""
+    """Connects, and yields the free resources of each node. An error in the body is raised as the error to show:
+    see `readable`."""
     address = named_address(cfg)
     joined = None if address is None else reachable(address)
     leaving = ExitStack()

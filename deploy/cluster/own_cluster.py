@@ -82,7 +82,8 @@ def _processes_of(directory: Path) -> set[int]:
 
 
 def _temporary_directory() -> str:
-    """The parent of the private directory: TMPDIR if its path is short enough for Ray's sockets, else /tmp."""
+    """The parent of the private directory: RAY_TMPDIR or TMPDIR if the path is short enough for Ray's sockets, else
+    /tmp."""
     given = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     why: dict[str, str] = {}
     for base in dict.fromkeys((os.path.abspath(given), "/tmp")):

@@ -43,7 +43,7 @@ class Watcher:
 
 @contextmanager
 def watched(directory: Path, remedy: str = "", run: Path | None = None) -> Iterator[Watcher]:
-    """While it lasts, the small process watches the driver."""
+    """The small process watches the driver during the block."""
     watcher = Watcher(directory, remedy, run)
     try:
         yield watcher

@@ -41,7 +41,7 @@ def how_to_continue() -> tuple[str, Path | None]:
 
 
 def main(app: Callable[..., Any]) -> None:
-    """Runs the command line and exits with its code. Whatever happens, only one message is printed."""
+    """Runs the command line and exits with its code. Prints one message at most, whatever happens."""
     global _active, _run, _printed
     _active, _run, _printed = True, None, None
     for stream in (sys.stdout, sys.stderr):
@@ -51,7 +51,7 @@ def main(app: Callable[..., Any]) -> None:
     code = FAILED
     try:
         code = _code(app)
-    except BaseException as error:  # also what a user's module raises to end its own process
+    except BaseException as error:  # a signal raises Stopped, and a user's module may raise SystemExit
         with signals.uninterrupted():
             code = print_once(error)
     for stream in (Lenient("stdout"), Lenient("stderr")):
@@ -127,7 +127,7 @@ def _advice() -> str:
 
 
 def has_config(directory: Path) -> bool:
-    """Whether the directory is a run's, or a stage of the demo is a run."""
+    """Whether the directory, or a directory in it (a stage of the demo), has a run's config."""
     return any(directory.glob("config.toml")) or any(directory.glob("*/config.toml"))
 
 

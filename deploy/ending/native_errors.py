@@ -12,8 +12,8 @@ from pathlib import Path
 
 @contextmanager
 def native_errors_to(path: Path) -> Iterator[None]:
-    """While it lasts, file descriptor 2 is this file, and sys.stderr writes to the former descriptor 2. Ray's C++ code
-    prints paragraphs and stacks to descriptor 2 when a process dies."""
+    """During the block, file descriptor 2 is this file, and sys.stderr writes to the former descriptor 2. When a
+    process dies, Ray's C++ code prints paragraphs and stacks to descriptor 2."""
     try:
         terminal = os.dup(2)
     except OSError:  # the shell has closed it

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLEANUP_S = 20.0  # a cleanup usually takes 3 s
-IMPATIENT_S = 1.0  # an earlier Ctrl-C counts as part of the first one
+IMPATIENT_S = 1.0  # a Ctrl-C within this time of the first signal counts as part of it
 
 
 class Stopped(KeyboardInterrupt):
@@ -182,7 +182,7 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         _state.cancel = lambda: loop.call_soon_threadsafe(task.cancel)
-        if _state.number:  # it came before there was anything to cancel
+        if _state.number:  # the signal came before there was anything to cancel
             task.cancel()
         try:
             return await main

@@ -25,7 +25,7 @@ from deploy.run.record import RECORD, add_start, read_record, write_first_record
 from deploy.screen.console import complain
 
 _LEFTOVER = re.compile(r"(run\.json|config\.toml)\.\d+\.tmp")  # left by a process that was killed as its run began
-# Files of runs from before there was a run.json.
+# Files of runs that older versions made, without a run.json.
 _OLD_NAMES = {
     *("config.toml", "journal", "checkpoints", "metrics.jsonl", "pool-events.jsonl", "pool-state.json", "scale.json"),
     *("exported", "evaluations.jsonl", "prometheus.json", "answers", "policy", "adapter", "summary.json"),  # train
@@ -51,7 +51,7 @@ def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True)
         return
     if not is_run(directory):
         raise UserError(
-            f"run directory {directory} has files that are no run of Ratchet (such as {min(entries)}); empty it or "
+            f"run directory {directory} has files that do not belong to a run (such as {min(entries)}); empty it or "
             "name another"
         )
     if not force:
@@ -112,7 +112,7 @@ class RunDirectory:
             raise UserError(f"run directory {self.directory} cannot be renamed to {aside} ({error.strerror})") from None
         old, self._descriptor = self._descriptor, self._lock()
         os.close(old)
-        refuse_overwriting(self.directory, force=False)  # another process may have used the new one already
+        refuse_overwriting(self.directory, force=False)  # another process may have used the new directory already
         complain(f"the old run is now {aside}; remove it when you no longer need it")
 
     def _lock(self) -> int:

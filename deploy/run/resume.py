@@ -47,7 +47,7 @@ def enter_starting_directory(run: Path) -> tuple[Path, list[Path]]:
     """Changes to the directory that the run was started from: its reward functions, and the files they open, are found
     from there. Returns the path of the run directory from there, and further directories with its modules.
 
-    Stays in the current directory if that one is gone, and in a job, which has a current directory of its own.
+    Stays in the current directory if the starting directory is gone, and in a job: a job has its own current directory.
     """
     record = read_record(run)
     started = str(record.get("directory") or os.curdir)

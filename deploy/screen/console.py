@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-# Control characters but tab and newline; marks that change the direction of text; line ends of Unicode; halves of
+# Control characters except tab and newline; marks that change the direction of text; line ends of Unicode; halves of
 # surrogate pairs, which no encoding can write. Joiners stay: some scripts need them.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]",
 )
 
-_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, as long as the process; what Python has no stream for: the shell closed it
+_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open to the end; used if the shell closed a stream
 
 
 def printable(text: str) -> str:
@@ -76,7 +76,8 @@ class Lenient:
 
 
 def _discard_from_now_on(stream: Any) -> None:
-    """Also what is still in the stream's buffer, which Python writes at its exit and would complain about."""
+    """Sends the stream to /dev/null, with the rest of its buffer: Python would complain when it cannot write that at
+    its exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -132,7 +132,7 @@ class Progress(Screen):
         self._print(escape(one_line(question(example.rollout.prompt), answer, score, self._console.width)), style="dim")
 
     def _warn_of_equal_scores(self, record: Mapping[str, float]) -> None:
-        """Warn when the scores of a step teach nothing; in a long row of such steps, at every tenth."""
+        """Warns when the scores of a step teach nothing, and again after every ten such steps in a row."""
         if record["rollout/score/zero_std"] != 1:
             self._equal_steps = 0
             return

@@ -419,7 +419,7 @@ def test_a_directory_that_is_no_run_is_not_replaced(refusal, configs, workplace,
     assert "notes.txt is a file" in refusal(command, configs[command], "--run", "notes.txt", "--force")
     (workplace / "home").mkdir()
     (workplace / "home" / "thesis.txt").write_text("mine")
-    assert "home has files that are no run" in refusal(command, configs[command], "--run", "home", "--force")
+    assert "files that do not belong to a run" in refusal(command, configs[command], "--run", "home", "--force")
 
 
 # Continuing a run

@@ -94,7 +94,7 @@ def test_without_a_running_run_scale_is_refused(tmp_path):
     (tmp_path / "pool-state.json").write_text(json.dumps({"Worker": {"min": 1, "wish": 1, "replicas": []}}))
     assert not is_owned(tmp_path)
     for directory in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="no run is going on in"):
+        with pytest.raises(UserError, match="no run is in progress in"):
             scale(directory, {"Worker": 2})
     with sole_owner(tmp_path):
         assert is_owned(tmp_path)

@@ -107,7 +107,7 @@ def test_an_address_must_be_a_host_and_a_port(address):
         (["--address", "127.0.0.1:8265", "--run", "run"], "--address (127.0.0.1:8265) must be the URL of"),
         (["--address", "http://127.0.0.1:8265"], "name the run directory with --run"),
         (["--address", "http://127.0.0.1:8265", "--run", "run", "ppo.clip=1"], "did you mean clip_eps or reward.clip?"),
-        (["--address", "http://127.0.0.1:8265", "--run", "taken"], "has files that are no run"),
+        (["--address", "http://127.0.0.1:8265", "--run", "taken"], "has files that do not belong to a run"),
         (["--address", "http://127.0.0.1:8265", "--resume", "taken"], "--resume continues with the config of its run"),
     ],
 )

@@ -68,17 +68,17 @@ def test_a_run_is_replaced_only_when_asked(tmp_path, cfg):
 def test_a_directory_with_files_of_the_user_is_no_run(tmp_path, cfg, mine):
     directory = old_run(tmp_path / "project", cfg)  # their own config.toml and journal/
     (directory / mine).write_text('{"name": "mine"}')
-    with pytest.raises(UserError, match="has files that are no run of Ratchet"):
+    with pytest.raises(UserError, match="has files that do not belong to a run"):
         refuse_overwriting(directory, force=True)
 
 
 def test_a_config_alone_or_of_another_program_is_no_run(tmp_path, cfg):
     (tmp_path / "config.toml").write_text(cfg.to_toml())
-    with pytest.raises(UserError, match=r"no run of Ratchet \(such as config.toml\)"):
+    with pytest.raises(UserError, match=r"do not belong to a run \(such as config.toml\)"):
         refuse_overwriting(tmp_path, force=True)
     (tmp_path / "config.toml").write_text('baseURL = "http://example.org"')  # Hugo's
     (tmp_path / "answers").mkdir()
-    with pytest.raises(UserError, match="no run"):
+    with pytest.raises(UserError, match="do not belong to a run"):
         refuse_overwriting(tmp_path, force=True)
 
 
