@@ -175,7 +175,7 @@ STEP = (
         "nats",
         "mean",
         "tokens",
-        "k3 from the policy at the start of the step, while the step goes on; compare `target_kl`",
+        "k3 from the policy at the start of the step, during the step; compare `target_kl`",
     ),
     Metric("ppo/ratio", "-", "mean", "tokens", "near 1"),
     Metric("ppo/grad_norm", "-", "max", "optimizer steps", "before clipping to `max_grad_norm`"),
@@ -228,7 +228,7 @@ STEP = (
         "sum",
         "replicas",
         'sent to generators for the new version. With `generators.updates = "changes"` and as many bytes as a full set:'
-        " too much changes, or replicas refuse changes",
+        " too many values change, or replicas refuse deltas",
     ),
     Metric(
         "weights/pause_s",
