@@ -34,7 +34,7 @@ class Starter:
         self.pools: list[Pool] = []
 
     async def pool(self, role: type, cfg: Replicated, *args: Any, **kwargs: Any) -> Pool:
-        """Replicas `role(name, *args, **kwargs)`; returns when `cfg.min` of them are ready."""
+        """Starts replicas `role(name, *args, **kwargs)`. Returns when `cfg.min` of them are ready."""
         limit = self._timeout_s
         pool = await start_pool(role, cfg, *args, startup_timeout_s=limit, on_event=self._on_event, **kwargs)
         self.pools.append(pool)
@@ -48,7 +48,7 @@ class Starter:
     async def generators(
         self, policy: PolicyFiles, cfg: GeneratorsConfig, sampling: SamplingConfig, *, seed: int, max_tokens: int
     ) -> GeneratorPool:
-        """Generators for sequences of up to `max_tokens`, or of the model's context if that is shorter."""
+        """Starts generators for sequences of up to `max_tokens`, or of the model's context if that is shorter."""
         end_tokens = end_token_ids(policy.directory, policy.tokenizer)
         length = min(max_tokens, policy.size.context)
         make = partial(make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code)
@@ -58,14 +58,14 @@ class Starter:
         return generators
 
     async def rewards(self, cfg: SourcesConfig, *, policy: PolicyFiles, judges: Sequence[RewardSource] = ()) -> Pool:
-        """Reward replicas for responses of this policy; `judges` do not count in the total."""
+        """Starts reward replicas for responses of this policy. `judges` do not count in the total."""
         secrets, trust = read_secrets([*cfg.sources, *judges]), policy.trust_remote_code
         return await self.pool(
             Reward, cfg, cfg, model=policy.path, judges=judges, secrets=secrets, trust_remote_code=trust
         )
 
     async def references(self, cfg: Config) -> Pool:
-        """Reference replicas, with the model that PPO starts from."""
+        """Starts reference replicas, with the model that PPO starts from."""
         temperature = cfg.sampling.temperature
         return await self.pool(
             ReferencePolicy,

@@ -67,7 +67,7 @@ class RunFigures(Collector):
 
     @contextmanager
     def discoverable(self, directory: Path, rays: Path | None = None) -> Iterator[None]:
-        """For the time of the block, RUN/prometheus.json names the endpoint for Prometheus' file_sd_configs, and
+        """During the block, RUN/prometheus.json names the endpoint for Prometheus' file_sd_configs, and
         RUN/prometheus-ray.json links to `rays`, the file of the same kind that Ray writes. The directory of
         `monitoring.discovery` gets both too."""
         run = directory.resolve().name
@@ -89,7 +89,7 @@ class RunFigures(Collector):
     @classmethod
     @contextmanager
     def served(cls, cfg: MonitoringConfig) -> Iterator[RunFigures]:
-        """Serve http://127.0.0.1:PORT/metrics during the block. Raises UserError if the port is taken or the directory
+        """Serves http://127.0.0.1:PORT/metrics during the block. Raises UserError if the port is taken or the directory
         of `monitoring.discovery` cannot be written."""
         figures, registry = cls(), CollectorRegistry()
         if cfg.discovery is not None:

@@ -125,7 +125,7 @@ class RunDirectory:
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
-                raise UserError(f"another process trains in {self.directory}; stop it first, or name another") from None
+                raise UserError(f"another process works in {self.directory}; stop it first, or name another") from None
             except OSError:
                 os.close(descriptor)
                 raise

@@ -88,7 +88,7 @@ class Progress(Screen):
         self._print(f"figures of this run: http://{figures}/metrics", style="dim")
 
     async def while_silent(self, doing: Callable[[], str], *, after_s: float = 60) -> None:
-        """Show what the run is doing after each `after_s` without output. Runs until cancelled."""
+        """Shows what the run is doing after each `after_s` without output. Runs until cancelled."""
         while True:
             silent_s = time.perf_counter() - self._shown_at
             if silent_s >= after_s:

@@ -91,7 +91,7 @@ class RewardProgress(Screen):
 
 
 def plot_calibration(evaluation: PreferenceEvaluation, target: Path) -> None:
-    """Draw predicted probability against the share that came true, with 95 % intervals and numbers of pairs."""
+    """Draws predicted probability against the share that came true, with 95 % intervals and numbers of pairs."""
     import matplotlib
 
     matplotlib.use("Agg")

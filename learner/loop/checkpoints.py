@@ -35,7 +35,7 @@ class Checkpoints:
         return next(reversed(self._complete()), None)
 
     def prune(self) -> None:
-        """Remove all but the newest `keep` complete checkpoints, and what a crash left."""
+        """Removes all checkpoints except the newest `keep` complete ones. This removes those that a crash cut short."""
         kept = self._complete()[-self._keep :]
         for directory in self._directory.glob("step-*"):
             if directory not in kept:
@@ -55,7 +55,7 @@ class Saves(Protocol):
 
 
 async def save_now(learner: Saves, checkpoints: Checkpoints) -> None:
-    """Write a checkpoint of the learner's step, unless there is one or nothing was learned yet."""
+    """Writes a checkpoint of the learner's step, unless there is one or nothing was learned yet."""
     path = checkpoints.path(learner.step)
     if learner.step and path != checkpoints.newest():
         await learner.save(path)
@@ -63,7 +63,7 @@ async def save_now(learner: Saves, checkpoints: Checkpoints) -> None:
 
 
 async def completed(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end even if the caller is cancelled meanwhile. The cancellation is raised after that."""
+    """Awaits `work` to its end, even if the caller is cancelled during it. Then it raises the cancellation."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

@@ -1,4 +1,4 @@
-"""What the loop needs of the roles around it. Runs in the driver.
+"""The roles as the loop calls them: one protocol for each. Runs in the driver.
 
 `actors.pool.roles` and `learner.ranks.group` implement these protocols on Ray; the tests use fakes.
 """

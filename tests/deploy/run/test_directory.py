@@ -212,7 +212,7 @@ def test_the_version_is_that_of_the_package():
 def test_two_runs_cannot_own_one_directory(tmp_path, cfg):
     with sole_owner(tmp_path / "run") as held:
         for force in (False, True):
-            with pytest.raises(UserError, match="another process trains in"):
+            with pytest.raises(UserError, match="another process works in"):
                 begin(tmp_path / "run", cfg, force=True)
             held.begin(cfg, "train", force=force)  # the old run is moved aside, and the new one is held
             (tmp_path / "run/journal").mkdir()
