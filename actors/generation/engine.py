@@ -16,30 +16,32 @@ class Completion:
 
     token_ids: np.ndarray  # int32 [R], with the end token if there is one
     logprobs: np.ndarray  # float32 [R] nats, of the distribution that was sampled from
-    policy_versions: np.ndarray  # int32 [R]
+    policy_versions: np.ndarray  # int32 [R], the version that sampled each token
     finish_reason: str  # "stop", "length" or common.types.HANDED_OVER
 
 
 class Engine(Protocol):
+    """An inference engine that serves one policy. Its weights are replaced while it runs."""
+
     async def generate(
         self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
     ) -> Completion:
-        """One response. The last `num_begun` tokens of `prompt_ids` are the start of a response that is continued. The
-        same seed under the same weights gives the same tokens. Raises EngineDeadError.
+        """One response to `prompt_ids`, int32 [P]. The last `num_begun` of them are the start of a response that the
+        engine continues. The same seed under the same weights gives the same tokens. Raises EngineDeadError.
 
         With `plain_tokens`: this many tokens, sampled from the model's whole distribution at the run's temperature,
-        without truncation, and past any end token.
+        without truncation. Sampling does not stop at an end token.
         """
 
     async def hand_over(self) -> None:
-        """Ends every response, those running now and all later ones: `generate` returns the partial response as
-        HANDED_OVER."""
+        """Ends every running response, and every later one at once. `generate` returns what there is, with the finish
+        reason HANDED_OVER."""
 
     async def stage(self, bucket: Bucket) -> None:
         """Prepares a verified bucket for the next `swap`, while running requests continue with the current weights.
 
-        Buckets come one by one and in order; bucket 0 drops everything staged before. Raises CorruptWeightsError if the
-        model has no place for a tensor.
+        Buckets arrive one at a time and in order; bucket 0 drops everything staged before. Raises CorruptWeightsError
+        if the model has no place for a tensor.
         """
 
     async def swap(self, version: int) -> float:

@@ -1,4 +1,4 @@
-"""From a prompt to a rollout: a generator over an `Engine`. Runs in each generator.
+"""Turns a prompt into a rollout with an `Engine`. Runs in each generator.
 
 A plain class: `actors.pool.ray_actor` makes it a Ray actor.
 """
@@ -20,7 +20,7 @@ from common.weights import Bucket, Delta, IncomingWeights
 
 
 class Generator:
-    """Writes rollouts. Every token has the version of the policy that sampled it."""
+    """Generates rollouts. Every token carries the version of the policy that sampled it."""
 
     def __init__(
         self,
@@ -30,23 +30,23 @@ class Generator:
         *,
         updates: Literal["full", "changes"] = "full",
     ) -> None:
-        """With updates = "changes" it keeps the buckets of its weights, because the next ones may come as deltas."""
+        """With updates = "changes" the generator keeps the buckets of its weights: the next update may be deltas."""
         self._name = name
         self._seed = seed
         self._engine = make_engine()
-        self._version: int | None = None  # of the learner's weights; None: those of the model's files
+        self._version: int | None = None  # the learner's version in use; None: the weights of the model's files
         self._incoming = IncomingWeights()
-        self._staging_s = 0.0  # spent on the current update
+        self._staging_s = 0.0  # seconds spent on staging the current update
         for counted in ("rollouts", "tokens", "nonfinite"):
             meters.count(f"ratchet_generator_{counted}_total", 0)
         meters.gauge("ratchet_generator_weights_version", 0)
         self._keeps_buckets = updates == "changes"
-        self._held: dict[int, Bucket] = {}  # buckets of `_version`, by index
-        self._staged: dict[int, Bucket] = {}
+        self._held: dict[int, Bucket] = {}  # buckets of `_version`, by index; empty unless `_keeps_buckets`
+        self._staged: dict[int, Bucket] = {}  # the same for the next version
 
     async def ready(self) -> str:
-        """Answers once the engine has written a token, which shows that it can compute this model. Raises
-        EngineDeadError with the reason."""
+        """Returns the generator's name once the engine has sampled a token, which shows that it can run this model.
+        Raises EngineDeadError with the reason."""
         await self._engine.generate(np.zeros(1, dtype=np.int32), seed=0, plain_tokens=1)
         return self._name
 
@@ -55,8 +55,8 @@ class Generator:
     ) -> tuple[Rollout, RolloutRef]:
         """The rollout, which stays in this process until it is fetched, and the facts about it that the loop needs.
 
-        Under one version of the weights it depends on them, the run's seed and the sample id only. `begun` is a partial
-        response of another generator: it is continued, and its tokens keep their versions and log-probabilities.
+        With one version of the weights, it depends only on them, the run's seed and the sample id. `begun` is another
+        generator's partial response to continue; its tokens keep their versions and log-probabilities.
         """
         context = prompt.token_ids if begun is None else np.concatenate([prompt.token_ids, begun.response_ids])
         num_begun = len(context) - len(prompt.token_ids)
@@ -75,12 +75,12 @@ class Generator:
         return rollout, ref
 
     async def hand_over(self) -> None:
-        """Ends every response now: `generate` returns the partial ones, for other generators to continue."""
+        """Ends every response now. `generate` returns the partial responses, for other generators to continue."""
         await self._engine.hand_over()
 
     async def stage(self, *parts: Bucket | Delta) -> None:
-        """Verifies the next buckets of new weights and keeps them for `swap`. Raises CorruptWeightsError, also for a
-        delta whose base is not held here; bucket 0 may then start the set again."""
+        """Verifies the next buckets of new weights and keeps them for `swap`. Raises CorruptWeightsError, also if this
+        generator does not hold the base of a delta. The caller may then send the set again from bucket 0."""
         for part in parts:
             started = time.perf_counter()
             bucket = self._apply(part) if isinstance(part, Delta) else part
@@ -101,8 +101,8 @@ class Generator:
         return delta.apply(self._held[delta.index])
 
     async def swap(self, version: int) -> tuple[int, float]:
-        """Samples with the staged weights from now on. Returns the version held, and how long the engine did not step,
-        seconds. Raises CorruptWeightsError unless all of `version` is staged."""
+        """Samples with the staged weights from now on. Returns the version in use, and how long the engine did not
+        step, seconds. Raises CorruptWeightsError unless all of `version` is staged."""
         pause_s = 0.0
         if version != self._version:
             self._incoming.check_complete(version)
@@ -114,7 +114,7 @@ class Generator:
 
 
 def sampling_seed(run_seed: int, sample_id: SampleId, num_begun: int = 0) -> int:
-    """63 bits that differ by run seed, sample id, and the number of tokens after which a response is continued."""
+    """A seed of 63 bits. It differs by run seed, sample id, and the number of tokens that another generator sampled."""
     place = f"/{num_begun}" if num_begun else ""
     digest = hashlib.blake2b(f"{run_seed}/{sample_id}{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

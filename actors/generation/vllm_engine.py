@@ -62,7 +62,7 @@ _PLAIN: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_tokens": 0, "stop_token
 
 
 class VLLMEngine:
-    """See `Engine`. Any thread's event loop may call it."""
+    """vLLM as an `Engine`. The event loop of any thread may call it."""
 
     def __init__(
         self,
@@ -75,7 +75,8 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         export_metrics: bool = False,
     ) -> None:
-        """With `export_metrics` vLLM's own metrics go through Ray, which needs a Ray process."""
+        """Returns when vLLM has loaded the model; raises vLLM's error if that fails. With `export_metrics` vLLM
+        exports its own metrics through Ray, which works only in a Ray process."""
         self._sampling: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -106,7 +107,7 @@ class VLLMEngine:
             # the new version.
             async_scheduling=False,
             kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # per device
-            gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # a share of a GPU may be reserved
+            gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # gpus below 1 reserves only a share of the memory
             enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
             # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
             logprobs_mode="processed_logprobs",
@@ -139,7 +140,7 @@ class VLLMEngine:
     ) -> Completion:
         key = str(next(self._keys))
         output: Future = Future()
-        output.set_running_or_notify_cancel()  # else `set_result` fails after a caller was cancelled
+        output.set_running_or_notify_cancel()  # without it, `set_result` fails if the caller was cancelled
 
         def add() -> None:
             changed = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
@@ -181,8 +182,8 @@ class VLLMEngine:
         await self._call(hand_over)
 
     def _end(self, keys: list[str]) -> None:
-        """On the engine's thread: ends these requests with their partial responses. vLLM's own abort would drop those,
-        because it delivers them only to a queue."""
+        """Ends these requests with their partial responses, on the engine's thread. vLLM's own abort delivers partial
+        responses only to a queue, and this engine has none, so they would be lost."""
         outputs = self._engine.output_processor
         for key in keys:
             [state] = [outputs.request_states[internal] for internal in outputs.external_req_ids[key]]
@@ -242,9 +243,9 @@ class VLLMEngine:
                             waiting.set_result(output)
                 self._report_load()
         except BaseException as error:
-            traceback.print_exc()  # into the actor's log; the callers get only the message
+            traceback.print_exc()  # into the actor's log; callers get only the message
             self._fail(error)
-            self._engine.engine_core.shutdown()  # worker processes end
+            self._engine.engine_core.shutdown()  # ends the worker processes
 
     def _report_load(self) -> None:
         load = self._engine.engine_core.engine_core.scheduler.get_request_counts()
@@ -257,7 +258,7 @@ class VLLMEngine:
         with self._wake:
             while not (self._commands or self._engine.has_unfinished_requests()):
                 self._wake.wait()
-        while self._commands:  # popped one by one, so that after a fatal one `_fail` finds the others in the queue
+        while self._commands:  # popped one by one: if one is fatal, `_fail` still finds the others in the queue
             function, result = self._commands.popleft()
             if not result.set_running_or_notify_cancel():
                 continue
@@ -275,7 +276,7 @@ class VLLMEngine:
                 raise dead from error
 
     def _fail(self, error: BaseException) -> None:
-        """Gives the error to every caller, waiting or later."""
+        """Raises the error in every waiting caller, and in every later one."""
         with self._wake:
             self._failure = error
             pending = [result for _, result in self._commands] + list(self._waiting.values())

@@ -1,6 +1,7 @@
-"""New weights through vLLM's own reload, during which every request waits. Runs in each generator.
+"""Loads new weights through vLLM's own reload. Every request waits meanwhile. Runs in each generator.
 
-For engines whose layers `vllm_weights.PackedWeights` does not know, and for engines over several devices.
+For engines on a GPU, engines over several devices, and engines on CPU whose layers `vllm_weights.PackedWeights` does
+not know.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from common.weights import Bucket, Entry
 
 
 class Inventory:
-    """Names and shapes of a complete set of weights, and the names that have come of the current set.
+    """Names and shapes of a complete set of weights, and the names of the current set that have arrived.
 
-    vLLM's reload does not check them: it slices an oversized tensor, and does not notice a missing part of a merged
-    layer.
+    vLLM's reload does not check them: it slices an oversized tensor, and does not notice that a part of a merged layer
+    is missing.
     """
 
     def __init__(self, directory: Path) -> None:
-        """The set that a learner publishes of the model in `directory`."""
+        """Expects the set that a learner publishes for the model in `directory`."""
         self.shapes = parameter_shapes(directory)
         self._names: set[str] = set()
 
     def add(self, bucket: Bucket) -> None:
-        """Bucket 0 starts a new set. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        """Records the tensors of a bucket; bucket 0 starts a new set. Raises CorruptWeightsError for a tensor that the
+        model has no place for."""
         if bucket.index == 0:
             self._names = set()
         for entry in bucket.entries:
@@ -47,15 +49,15 @@ class Inventory:
             self._names.add(name)
 
     def finish(self, version: int) -> None:
-        """Ends the current set. Raises CorruptWeightsError unless all tensors have come."""
+        """Ends the current set. Raises CorruptWeightsError unless all tensors have arrived."""
         if missing := sorted(self.shapes.keys() - self._names):
             raise CorruptWeightsError(f"weights version {version} leaves out {missing[:5]}")
         self._names = set()
 
 
 class ReloadedWeights:
-    """Weight updates of any model: tensors are staged on the model's device, and reloaded between two steps while every
-    request waits."""
+    """Weight updates of any model on one device. Tensors are staged on that device. Between two steps vLLM reloads
+    them, while every request waits."""
 
     def __init__(self, model_runner: Any, directory: Path) -> None:
         self._runner = model_runner
@@ -64,7 +66,7 @@ class ReloadedWeights:
         self._tensors: dict[str, Tensor] = {}
 
     def stage(self, bucket: Bucket) -> None:
-        """On any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        """Runs on any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
         if bucket.index == 0:
             self._tensors = {}
         self._inventory.add(bucket)
@@ -72,8 +74,8 @@ class ReloadedWeights:
             self._tensors[name] = tensor.to(self._runner.device)
 
     def swap(self, version: int) -> list[Any]:
-        """On the engine's thread. Returns objects to be freed. Raises CorruptWeightsError, with the old set in place,
-        if a parameter has no new value; EngineDeadError if the reload fails half way."""
+        """Runs on the engine's thread. Returns objects that the caller should free. Raises CorruptWeightsError, with
+        the old set in place, if a parameter has no new value; EngineDeadError if the reload fails half way."""
         self._inventory.finish(version)
         try:
             _reload(self._runner, self._tensors, self._directory)
@@ -85,8 +87,10 @@ class ReloadedWeights:
 
 
 def _reload(model_runner: Any, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Raises an error if any parameter kept its old value, which vLLM would only log. Some constants, which are never
-    trained and so never published, are parameters to vLLM: they come from the files in the directory again."""
+    """Loads `tensors` into the model. Raises an error if a parameter kept its old value, which vLLM would only log.
+
+    vLLM also expects constants that are never trained, and so never published: they are read from `directory` again.
+    """
     model = model_runner.get_model()
     expected, loaded = {name for name, _ in model.named_parameters()}, set()
     load_weights = model.load_weights
@@ -129,12 +133,12 @@ class ShardedWeights:
         self._start()
 
     def _start(self) -> None:
-        # A file in memory only. It goes with the last process that has it open, even if that one is killed.
+        # A file in memory only. The kernel frees it once no process has it open, even if processes are killed.
         self._file = os.fdopen(os.memfd_create("weights"), "wb")
         self._entries: list[Entry] = []
 
     def stage(self, bucket: Bucket) -> None:
-        """On any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        """Runs on any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
         if bucket.index == 0:
             self._start()
         self._inventory.add(bucket)
@@ -144,8 +148,9 @@ class ShardedWeights:
         self._entries += [replace(entry, offset=offset + entry.offset) for entry in bucket.entries]
 
     def swap(self, version: int) -> list[Any]:
-        """On the engine's thread. Returns objects to be freed. Raises CorruptWeightsError, with the old set in place,
-        if a parameter has no new value; EngineDeadError if the reload fails half way in any process."""
+        """Runs on the engine's thread. Returns objects that the caller should free. Raises CorruptWeightsError, with
+        the old set in place, if a parameter has no new value; EngineDeadError if the reload fails half way in any
+        process."""
         self._inventory.finish(version)
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         try:
@@ -160,8 +165,9 @@ class ShardedWeights:
 
 
 def _reload_shard(worker: Any, path: str, entries: tuple[Entry, ...], directory: Path) -> str | None:
-    """In a worker process: loads its shards of the tensors in the file. Returns an error as text. An error raised here
-    would leave the answers of the other workers in vLLM's queues, where the next call would take them for its own."""
+    """Runs in a worker process: loads its shards of the tensors in the file. Returns an error as text. If it raised the
+    error, the answers of the other workers would stay in vLLM's queues, and the next call would read them as its own.
+    """
     try:
         values = np.memmap(path, np.int16, "r")
         whole = Bucket(0, 0, True, entries, values, 0)

@@ -1,7 +1,7 @@
 """New weights for a vLLM engine, prepared while it steps and exchanged between two steps. Runs in each generator.
 
-On CPU every layer's new weights are packed next to the old ones; the exchange then only moves pointers. This reads the
-inside of vLLM: a layer of an unknown kind is never guessed at, its model goes through vLLM's own reload.
+On CPU every layer's new weights are packed next to the old ones; the exchange then only moves pointers. This code
+depends on vLLM's internals, so it accepts only layers that it knows. All other models use vLLM's own reload.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Slot:
 
     parameter: nn.Parameter  # without values where only packed copies of them are used
     parts: dict[int | str | None, tuple[int, ...]]  # shard -> shape
-    rows: int  # rows of all parts and of the padding of the vocabulary
+    rows: int  # rows of all parts together, and of the vocabulary's padding
     packed_by: list[Any]  # layers that multiply by a packed copy of the values
 
 
@@ -56,13 +56,13 @@ class Staged:
 class PackedWeights:
     """Weight updates of an unquantized model on CPU, where oneDNN layers multiply by packed copies of their weights.
 
-    Another thread than the engine's packs a new set while the old one is in use. Between two steps only pointers are
+    A second thread packs the new set while the engine's thread uses the old one. Between two steps only pointers are
     exchanged. With vLLM's own reload every request would wait while the weights are packed.
     """
 
     def __init__(self, model_runner: Any, directory: Path) -> None:
-        """Raises NotStageableError unless every weight of the engine is of a known kind, and the tensors that a learner
-        publishes of the model in `directory` are its parts."""
+        """Raises NotStageableError unless every weight of the engine is of a known kind, and is made of tensors that a
+        learner publishes for the model in `directory`."""
         model = model_runner.get_model()
         if model_runner.model_config.use_mla:
             raise NotStageableError("its attention keeps weights derived from those of its layers")
@@ -77,7 +77,8 @@ class PackedWeights:
 
     @torch.no_grad()
     def stage(self, bucket: Bucket) -> None:
-        """On any thread but the engine's. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        """Runs on any thread except the engine's. Raises CorruptWeightsError for a tensor that the model has no place
+        for."""
         if bucket.index == 0:
             self._start()
         self._inventory.add(bucket)
@@ -91,8 +92,8 @@ class PackedWeights:
                 parts.clear()
 
     def swap(self, version: int) -> list[Any]:
-        """On the engine's thread. Returns the old set, because freeing it takes longer than a step should wait. Raises
-        CorruptWeightsError, with the old set in place, if a parameter has no new value."""
+        """Runs on the engine's thread. Returns the old set, because freeing it takes longer than a step should wait.
+        Raises CorruptWeightsError, with the old set in place, if a parameter has no new value."""
         self._inventory.finish(version)
         old: list[Any] = []
         for name, staged in self._staged.items():
@@ -108,7 +109,7 @@ class PackedWeights:
 
 
 def _find_slots(model: nn.Module) -> dict[str, Slot]:
-    """The weights of the engine's model by name; a tied one once."""
+    """The weights of the engine's model by name. A tied weight is listed once."""
     slots: dict[str, Slot] = {}
     by_parameter: dict[int, Slot] = {}
     for prefix, module in model.named_modules():
@@ -124,14 +125,14 @@ def _find_slots(model: nn.Module) -> dict[str, Slot]:
 def _find_places(
     model: Any, slots: dict[str, Slot], published: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[str, int | str | None]]:
-    """The slot and shard of each published tensor; tensors that the engine does not use are left out. Raises
-    NotStageableError unless they make up every slot."""
+    """The slot and shard of each published tensor, without tensors that the engine does not use. Raises
+    NotStageableError unless they fill every slot."""
     mapper = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
     aliases = set(_get_tied_embedding_params(model))
     places = {}
     for name, shape in published.items():
         found = mapper._map_name_with_shard(name)
-        if found is None or found[0] in aliases:  # unused, or a tied head that comes as the embedding, too
+        if found is None or found[0] in aliases:  # unused, or a tied head: its values are those of the embedding
             continue
         slot_name, shard = found
         if slot_name not in slots or slots[slot_name].parts.get(shard) != tuple(shape):
@@ -144,7 +145,7 @@ def _find_places(
 
 
 def _slot(module: nn.Module, name: str, parameter: nn.Parameter) -> Slot:
-    """Raises NotStageableError for a layer of an unknown kind."""
+    """The slot of one parameter of a layer. Raises NotStageableError for a layer of an unknown kind."""
     if isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod:
         columns = (module.input_size,) if name == "weight" else ()
         if isinstance(module, QKVParallelLinear):
@@ -164,8 +165,8 @@ def _slot(module: nn.Module, name: str, parameter: nn.Parameter) -> Slot:
 
 
 def _is_packed(layer: nn.Module) -> bool:
-    """True if the layer multiplies by oneDNN's packed copy of its weight, False if by the weight itself. Raises
-    NotStageableError if neither is certain."""
+    """True if the layer multiplies by oneDNN's packed copy of its weight, False if it multiplies by the weight itself.
+    Raises NotStageableError if neither is certain."""
     function = getattr(layer, "cpu_linear", None)
     kept = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     if any(isinstance(value, CPUDNNLGEMMHandler) for value in kept):

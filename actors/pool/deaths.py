@@ -7,7 +7,7 @@ import time
 
 from common.errors import death_reason
 
-# This many deaths of one cause, with no call answered in between, end the run: replacements would die of it too.
+# This many deaths of one cause, with no call answered in between, end the run: replacements would die the same way.
 MAX_DEATHS = 3
 # Delay before replacing a dead replica, seconds: the first one, and the longest. It doubles with every death, and
 # starts again once a replica has served for longer than the longest delay.
@@ -18,18 +18,20 @@ _NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|\d+")
 
 
 class Deaths:
+    """Counts deaths by cause, and delays replacements."""
+
     def __init__(self) -> None:
         self.last_error: BaseException | None = None
-        self.wait_until = 0.0  # time.monotonic; no replica is created before
+        self.wait_until = 0.0  # on time.monotonic's clock; no replica is created before this time
         self._backoff_s = 0.0
         self._causes: list[str] = []  # since the last answered call; all the same
         self._gave_up = False  # a call has been given up since the last answered call
 
     def record(self, error: BaseException, *, served_s: float, tried_alone: bool) -> bool:
-        """Returns whether this is one death too many. `tried_alone`: the replica died of a call that it ran alone.
+        """Returns True if this death must end the run. `tried_alone`: the replica died of a call that it ran alone.
 
-        The first such death is blamed on the call, not counted: one request that kills every process must not end the
-        run.
+        The first death with `tried_alone` is not counted, because the call is to blame: one request that kills every
+        process must not end the run.
         """
         self.last_error = error
         self._backoff_s = max(BACKOFF_S, 0.0 if served_s > MAX_BACKOFF_S else min(2 * self._backoff_s, MAX_BACKOFF_S))
@@ -42,6 +44,6 @@ class Deaths:
         return len(self._causes) >= MAX_DEATHS
 
     def forget(self) -> None:
-        """A call was answered: so far the deaths do not keep the role from its work."""
+        """Forgets the deaths so far, because a call was answered: they do not keep the role from its work."""
         self._causes.clear()
         self._gave_up = False

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Host(Protocol):
-    """Runs replicas of one role. Handles are its own; a role's methods are called as `handle.method.remote(...)`."""
+    """Runs replicas of one role. Only the host knows what a handle is; callers use `handle.method.remote(...)`."""
 
     role: str  # name of the role
     losses: tuple[type[BaseException], ...]  # errors of a call which say that its replica will never answer
@@ -15,7 +15,7 @@ class Host(Protocol):
     outages: type[BaseException]  # error of `node` and `leaving_nodes` while the cluster cannot answer
 
     def create(self, name: str) -> Any:
-        """A handle, at once. The replica itself may have to wait for room, without limit."""
+        """Starts a replica and returns its handle at once. The replica may wait for room, without limit."""
 
     def kill(self, handle: Any) -> None:
         """Ends the replica's process and frees its resources."""
@@ -27,8 +27,8 @@ class Host(Protocol):
         """Nodes that are about to go, with the seconds until then."""
 
     def probe(self, handle: Any) -> Awaitable[Any]:
-        """Answered by the replica's process even while its role is busy."""
+        """A call that the replica's process answers even while its role is busy."""
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        """The values behind references. A value that is gone becomes a RolloutLostError in its place; an item that is
-        no reference is returned unchanged."""
+        """The values behind references. A RolloutLostError takes the place of a value that is gone; an item that is no
+        reference is returned unchanged."""

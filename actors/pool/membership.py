@@ -62,8 +62,8 @@ class Membership:
         self._failure: Exception | None = None
 
     async def start(self, timeout_s: float) -> None:
-        """Returns when `min` replicas are ready. Raises UserError if that takes too long, RoleError if a replica dies
-        before any was ready."""
+        """Returns when `min` replicas are ready. Raises UserError if that takes longer than `timeout_s`, RoleError if a
+        replica dies while no other is ready."""
         self._startup_timeout_s = timeout_s
         meters.count("ratchet_pool_joins_total", 0, role=self.role)
         meters.count("ratchet_pool_reissues_total", 0, role=self.role)
@@ -83,19 +83,21 @@ class Membership:
 
     @property
     def replicas(self) -> list[Replica]:
-        """All that are alive."""
+        """All replicas that are alive, in every state."""
         return [replica for replica in self._replicas.values() if replica.state != "dead"]
 
     @property
     def ready(self) -> list[Replica]:
+        """The replicas that serve calls, suspended ones included."""
         return [replica for replica in self._replicas.values() if replica.state == "ready"]
 
     @property
     def last_death(self) -> str:
-        """Why the last replica died."""
+        """Why the last dead replica died, in one line."""
         return death_reason(self._deaths.last_error)
 
     def find(self, number: int) -> Replica | None:
+        """The replica with this number; None once it has ended."""
         return self._replicas.get(number)
 
     def stop(self) -> None:
@@ -108,18 +110,19 @@ class Membership:
         self._replicas.clear()
 
     def lose(self, replica: Replica, error: BaseException) -> None:
-        """Marks a replica as dead, unless it was leaving anyway. It gets no more calls and is replaced."""
+        """Marks a replica as dead, unless it is leaving already. It gets no more calls and is replaced."""
         if not replica.ended:
             replica.error = error
             replica.calls_lost = self._router.calls(replica.number)
             self._enter(replica, "dead")
 
     def suspend(self, replica: Replica, why: str) -> None:
-        """The replica gets no new calls until `resume` for the same reason."""
+        """Sends the replica no new calls until `resume` is called for the same reason."""
         replica.suspended_for.add(why)
         self._route(replica)
 
     def resume(self, replica: Replica, why: str) -> None:
+        """Ends a `suspend`. The replica gets calls again if no other reason holds it back."""
         replica.suspended_for.discard(why)
         self._route(replica)
 
@@ -143,7 +146,7 @@ class Membership:
         while True:
             for replica in self.replicas:
                 await self._look_at(replica)
-            with suppress(self._host.outages):  # the cluster's directory is away: keep the last answer
+            with suppress(self._host.outages):  # the cluster cannot answer now: keep its last answer
                 self._leaving_nodes = await self._host.leaving_nodes()
             for replica in self.replicas:
                 if replica.node in self._leaving_nodes:
@@ -166,7 +169,7 @@ class Membership:
         if replica.state == "pending":
             with suppress(self._host.outages):
                 replica.node = await self._host.node(replica.handle)
-            if replica.node is not None and replica.state == "pending":  # it may have changed during the await
+            if replica.node is not None and replica.state == "pending":  # its state may have changed during the await
                 self._enter(replica, "starting")
         elif replica.state == "starting" and time.monotonic() - replica.since > self._startup_timeout_s:
             limit = f"{self._startup_timeout_s:g} s (ray.startup_timeout_s)"
@@ -174,7 +177,7 @@ class Membership:
 
     def _adjust_size(self) -> None:
         staying = [replica for replica in self._replicas.values() if not replica.ended]
-        # Dismissed first: replicas that are not ready yet, then the least loaded, then the newest.
+        # Dismiss first the replicas that are not ready yet, then the least loaded, then the newest.
         staying.sort(key=lambda r: (STATES.index(r.state), self._router.cost(r.number), -r.number))
         for replica in staying[: max(0, len(staying) - self.target)]:
             self._dismiss(replica, "the target was lowered")
@@ -200,13 +203,13 @@ class Membership:
             if replica.joined:
                 await replica.unless_ended(self._probe(replica))
                 await self._leave(replica)
-        except Exception as error:  # it died, or never came to life
+        except Exception as error:  # it died, or failed to start
             self.lose(replica, error)
             self._on_death(replica, error)
         finally:
             self._router.forget(replica.number)
             self._replicas.pop(replica.number, None)
-            self._host.kill(replica.handle)  # an engine may be dead in a process that is alive
+            self._host.kill(replica.handle)  # its process may still be alive although its engine is dead
 
     async def _join(self, replica: Replica) -> None:
         await replica.handle.ready.remote()
@@ -216,7 +219,7 @@ class Membership:
         if replica.ended:
             return
         replica.joined = True
-        self._enter(replica, "ready")  # with no await since catch_up: else newer weights might have come
+        self._enter(replica, "ready")  # no await since catch_up: newer weights could come in between
         self._was_complete |= len(self.ready) >= self._cfg.min
         self._emit(replica, "joined", seconds=replica.lasted_s)
         meters.count("ratchet_pool_joins_total", role=self.role)
@@ -234,7 +237,7 @@ class Membership:
                 raise RoleError(message) from error
 
     async def _leave(self, replica: Replica) -> None:
-        """The replica gets no new calls. It finishes those it has, or hands them over when its time is up."""
+        """Lets a leaving replica finish its calls. When its time is up, the replica hands them over."""
         served_s, calls = replica.lasted_s, self._router.calls(replica.number)
         self._emit(replica, "leaving", reason=replica.reason, calls=calls)
         # Half of the node's remaining time, because handing over takes time, too.
@@ -295,11 +298,11 @@ class Membership:
         return True
 
     def _fail(self, error: Exception, cause: BaseException | None) -> None:
-        """Every caller gets the first such error, now and from now on."""
+        """Raises the error in every waiting and every later call. Later failures do not replace the first one."""
         error.__cause__ = cause
         self._failure = self._failure or error
         self._router.fail(self._failure)
 
     def _emit(self, replica: Replica, event: str, **details: Any) -> None:
-        with suppress(OSError):  # an event that could not be written down is no reason to lose a replica
+        with suppress(OSError):  # a full disk, for example: failing to record an event must not cost a replica
             self._on_event(PoolEvent(self.role, replica.name, event, node=replica.node, **details))

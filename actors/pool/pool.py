@@ -1,4 +1,4 @@
-"""The replicas of a role behind one async method: a call goes to one of them, and to another if that one dies.
+"""The replicas of a role behind one async method. A call goes to one replica, and to another one if that dies.
 
 Runs in the driver. A pool has a `Membership` (the lives of its replicas) and a `Router` (which one gets a call).
 """
@@ -20,20 +20,21 @@ from common.metrics import meters
 Call = Callable[[Any], Awaitable[Any]]  # starts a call, given the handle of a replica
 
 # After this many replicas died while running a call, the call is a suspect: it is tried once more on a replica that
-# runs nothing else. If that one dies too, the call is given up. Until then another call may have been to blame.
+# runs nothing else. If that one dies too, the call is given up. Before that, another call may have been the cause.
 SUSPECT_AFTER = 2
 
 
 class _Lost(Exception):
-    """The replica of a call is gone. `by_death`: it died, perhaps because of this call; else it was told to leave."""
+    """The replica of a call is gone. `by_death`: True if it died, perhaps because of this call; False if it had ended
+    already or was told to leave."""
 
     def __init__(self, *, by_death: bool) -> None:
         self.by_death = by_death
 
 
 class Pool:
-    """A call goes to the least loaded replica; if that one dies, to another. Each replica has at most `in_flight` calls
-    at once. Further calls wait here, and their time limit does not run."""
+    """Sends each call to the least loaded replica, and to another one if that dies. Each replica has at most
+    `in_flight` calls at once. Further calls wait here, and their time limit has not started."""
 
     def __init__(
         self,
@@ -52,20 +53,27 @@ class Pool:
         self._trying_alone = asyncio.Lock()  # held by the suspect that is tried alone
 
     async def start(self, timeout_s: float) -> Self:
-        """Returns when `min` replicas are ready; see Membership."""
+        """Returns when `min` replicas are ready. Raises the errors of `Membership.start`."""
         await self.members.start(timeout_s)
         return self
 
     def stop(self) -> None:
+        """Kills every replica."""
         self.members.stop()
 
     @property
     def ready(self) -> list[Replica]:
+        """The replicas that serve calls."""
         return self.members.ready
 
     async def call(self, what: str, call: Call, *, cost: int = 1) -> Any:
-        """The answer of the least loaded replica. Raises RoleError when it takes too long, GivenUpError when several
-        replicas died while running it, the last one running nothing else."""
+        """The answer of the least loaded replica. `what` names the call in messages; `cost` is its share of a replica's
+        load.
+
+        Raises RoleError if the answer takes too long, RolloutLostError if a referenced argument is gone, and
+        GivenUpError if SUSPECT_AFTER replicas died while running the call and one more died running nothing else.
+        Raises the pool's own failure if the pool has failed.
+        """
         deaths = 0
         while deaths <= SUSPECT_AFTER:
             suspect = deaths == SUSPECT_AFTER
@@ -109,8 +117,8 @@ class Pool:
                 self.members.resume(replica, "a suspect is tried alone")
 
     async def each(self, work: Callable[[Replica], Awaitable[Any]]) -> dict[str, Any]:
-        """The result of `work` for every ready replica. One that dies of it leaves the pool; other errors are
-        raised."""
+        """The result of `work` for every ready replica, by name. A replica that dies of it leaves the pool. Other
+        errors are raised."""
         asked = self.ready
         answers = await asyncio.gather(*(work(replica) for replica in asked), return_exceptions=True)
         results = {}
@@ -133,7 +141,7 @@ class Pool:
             raise RolloutLostError(f"{what}: an argument of {replica.name} is lost: {error}") from error
         except TimeoutError as error:
             if not limit.expired():
-                raise  # the role's own
+                raise  # the role itself raised this TimeoutError
             raise RoleError(
                 f"{replica.name} did not {what} within {self._cfg.timeout_s:g} s (timeout_s); find out what blocks it, "
                 "or raise the limit, and continue with --resume"

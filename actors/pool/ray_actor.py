@@ -29,7 +29,7 @@ _INLINE_BYTES = 1024
 
 def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
     """The Ray actor class of a role, with the resources of its section. `label` names the actor in Ray's dashboard and
-    tags its meters; by default its first argument does, such as Generator(2)."""
+    tags its meters. By default this is the actor's first argument if it is text, such as Generator(2)."""
     environment = {"env_vars": worker_environment(cfg)}
     # Ray reserves all resources of one actor on one node, so an engine over several GPUs needs no placement group.
     placed = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, **options)
@@ -80,8 +80,8 @@ def worker_environment(cfg: Placed) -> dict[str, str]:
     environment = {
         "OMP_NUM_THREADS": str(cfg.threads),
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")])),
-        # Called when the process starts. Ray puts the driver's directory, which has the user's reward functions, first
-        # on sys.path only after PYTHONPATH was read.
+        # Ray calls this function when the process starts, before it puts the driver's directory first on sys.path. So
+        # Ratchet's packages are imported before a package of the user can hide them.
         ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{prepare_process.__module__}.{prepare_process.__name__}",
         IMPORT_FROM: json.dumps(users_directories()),
         # Without these, glibc returns every large tensor to the kernel, and the next one faults its pages in again.

@@ -20,7 +20,7 @@ from common.errors import EngineDeadError, RolloutLostError
 
 
 class RayHost:
-    """`actors.pool.host.Host` for replicas `role(name, *args, **kwargs)` that are Ray actors."""
+    """A `Host` whose replicas `role(name, *args, **kwargs)` are Ray actors."""
 
     losses: tuple[type[BaseException], ...] = (RayActorError, EngineDeadError)
     lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
@@ -42,7 +42,7 @@ class RayHost:
         ray.kill(handle)
 
     async def node(self, handle: Any) -> str | None:
-        # Ray's own table of actors, which has no public form. It has the process id once the actor has found room.
+        # Ray's own table of actors, which has no public API. A process id in it means that the actor has found room.
         entry = await asyncio.to_thread(ray_state.actors, handle._actor_id.hex())
         return entry["Address"]["NodeID"] if entry and entry["Pid"] else None
 

@@ -15,7 +15,7 @@ _REFRESH_S = 1.0
 
 
 class RayMeters:
-    """A meter NAME is exported as `ray_NAME`."""
+    """The `Backend` of a Ray process. A meter NAME is exported as `ray_NAME`."""
 
     def __init__(self) -> None:
         self._exported: dict[str, Any] = {}
@@ -25,11 +25,12 @@ class RayMeters:
         threading.Thread(target=self._refresh, name="meters", daemon=True).start()
 
     def record(self, meter: Meter, value: float, tags: Mapping[str, str]) -> None:
+        """Adds to a counter, sets a gauge, or observes a histogram."""
         with self._lock:
             exported = self._exported.get(meter.name) or self._exported.setdefault(meter.name, _export(meter))
             if meter.kind == "gauge":
                 self._gauges[meter.name, tuple(tags.items())] = value
-            exported._record(float(value), dict(tags))  # like inc, set and observe; but inc refuses 0
+            exported._record(float(value), dict(tags))  # inc, set and observe call this too, but inc refuses 0
 
     def close(self) -> None:
         """Stops refreshing the gauges; called before Ray shuts down."""

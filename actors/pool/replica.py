@@ -8,7 +8,8 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
-# The states of a living replica: it waits for room; loads; serves; finishes its last calls. "dead" may follow each.
+# The states of a living replica, in order: it waits for room, loads, serves, finishes its last calls. "dead" may follow
+# each of them but "leaving".
 STATES = ("pending", "starting", "ready", "leaving")
 
 
@@ -21,20 +22,20 @@ class PoolEvent:
     event: str  # "joined", "leaving", "left" or "died"
     reason: str = ""
     node: str | None = None
-    seconds: float = 0.0  # joined: since it had room; left: since it joined
-    calls: int = 0  # calls it had when it left or died: they are sent to others
+    seconds: float = 0.0  # joined: since it had room; left: since it joined; died: in the state in which it died
+    calls: int = 0  # calls that it had when it began to leave, left or died; after the last two, others get them
 
 
 @dataclass(eq=False)
 class Replica:
-    """One member of a pool. It goes through STATES in order, or is told to leave, or dies."""
+    """One member of a pool. It goes through STATES in order, unless it is told to leave earlier or dies."""
 
     number: int  # never used again
     name: str
     handle: Any
     state: str = "pending"
     since: float = field(default_factory=time.monotonic)  # start of this state
-    lasted_s: float = 0.0  # duration of the state before
+    lasted_s: float = 0.0  # duration of the previous state
     node: str | None = None
     joined: bool = False  # it was ready at some time
     reason: str = ""  # why it was told to leave
@@ -47,6 +48,7 @@ class Replica:
     _ended: asyncio.Event = field(default_factory=asyncio.Event)  # it is leaving or dead
 
     def enter(self, state: str) -> None:
+        """Changes the state now."""
         now = time.monotonic()
         self.lasted_s, self.state, self.since = now - self.since, state, now
         if self.ended:
@@ -54,6 +56,7 @@ class Replica:
 
     @property
     def ended(self) -> bool:
+        """True if it is leaving or dead, so that it gets no new calls."""
         return self.state in ("leaving", "dead")
 
     async def unless_ended(self, work: Awaitable[None]) -> None:

@@ -1,6 +1,7 @@
 """The roles of the loop (`learner.loop.roles`) over pools of replicas. Runs in the driver.
 
-Tokens stay in the process that wrote them: only references and a few numbers pass through here.
+Those protocols document the methods. Tokens stay in the process that sampled them: only references and a few numbers
+pass through here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GeneratorPool:
         self._buckets: list[Any] = []  # references to that version's Buckets, for replicas that join later
 
     async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
-        """Starts again when a replica dies. When one leaves, another one continues its partial response."""
+        """If its replica dies, another one starts again. If it leaves, another one continues the partial response."""
         cost = len(prompt.token_ids) + self._response_tokens
         begun: Any = None
         while True:
@@ -53,15 +54,15 @@ class GeneratorPool:
         return await self.pool.host.fetch(references)
 
     async def load(self, weights: AsyncGenerator[PublishedBucket | Manifest, None], version: int) -> dict[str, float]:
-        """Every replica fetches and stages each bucket while the learner packs the next ones; then all of them swap.
-        Returns the bytes sent, and the longest time that an engine did not step."""
-        full: list[Any] = []  # references to the Buckets that came so far
-        sent: dict[int, _Sent] = {}  # by number of the replica
+        """Every replica fetches and stages each bucket while the learner packs the next ones. Then all replicas swap.
+        Returns the metrics `weights/bytes` and `weights/pause_s`."""
+        full: list[Any] = []  # references to all Buckets so far
+        sent: dict[int, _Sent] = {}  # by the replica's number
 
         async def stage(replica: Replica, best: Sequence[Any] = ()) -> None:
-            """Sends the newest buckets: their best form, or all that the replica lacks in full."""
+            """Sends the newest buckets in their best form, or in full all buckets that the replica lacks."""
             done = sent.get(replica.number)
-            if done is None:  # a replica can use deltas if it holds the last version and misses none of them
+            if done is None:  # a replica can use deltas if it holds the previous version and gets all of them
                 usable = replica.version == self._version and len(full) == len(best)
                 done = sent[replica.number] = _Sent(deltas=usable)
             if done.deltas:
@@ -76,7 +77,7 @@ class GeneratorPool:
 
         async def swap(replica: Replica) -> float:
             self.pool.members.suspend(replica, "new weights")
-            await stage(replica)  # a replica that joined meanwhile has none of the buckets yet
+            await stage(replica)  # sends all buckets to a replica that joined after the last one
             pause_s = await self._swap(replica, version)
             self.pool.members.resume(replica, "new weights")
             return pause_s
@@ -121,9 +122,9 @@ class GeneratorPool:
 
 @dataclass
 class _Sent:
-    """What one replica was sent of a new set: its first buckets in best form, its first ones in full."""
+    """The new buckets that one replica got: the first `num_best` in best form, the first `num_full` in full."""
 
-    deltas: bool  # it takes the best form; from the first one that it refuses, everything is sent in full
+    deltas: bool  # it is sent the best form; after it refuses one, it is sent the whole set in full
     num_best: int = 0
     num_full: int = 0
 
@@ -138,6 +139,7 @@ async def _generate(prompt: Prompt, begun: Any, plain_tokens: int, handle: Any) 
 
 
 async def _measure(rollout: Any, handle: Any) -> tuple[Any, bool]:
+    """A reference to the log-probabilities, and whether all are finite."""
     logprobs, finite = handle.logprobs.options(num_returns=2).remote(rollout)
     return logprobs, await finite
 
@@ -146,7 +148,7 @@ class RewardPool:
     """`learner.loop.roles.Reward`."""
 
     def __init__(self, pool: Pool, keep: Callable[[Void], Void] = lambda void: void) -> None:
-        """`keep` writes the error text of a void to a file, and returns the void without it."""
+        """`keep` writes the ScoringError of a void to a file, and returns the void without it."""
         self._pool = pool
         self._keep = keep
 

@@ -1,6 +1,6 @@
 """Which replica gets the next call: the least loaded one that may take it. Runs in the driver.
 
-Calls are served in the order in which they come.
+Calls are served in the order in which they arrive.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections import deque
 
 
 class Router:
-    """The calls of each replica and their cost. An operation takes time logarithmic in the number of open replicas,
-    however many calls wait.
+    """The calls of each replica and their cost. An operation takes time logarithmic in the number of open replicas, no
+    matter how many calls wait.
 
-    A replica is known by a number that is never used again. It takes at most `in_flight` calls at once. A closed
-    replica keeps the calls it has and gets no more.
+    A replica is named by a number that is never reused. It takes at most `in_flight` calls at once. A closed replica
+    keeps the calls it has and gets no more.
     """
 
     def __init__(self, in_flight: int) -> None:
@@ -23,13 +23,14 @@ class Router:
         self._open: set[int] = set()
         self._calls: dict[int, int] = {}
         self._cost: dict[int, int] = {}
-        # (cost, replica), least first. An entry whose cost is no longer the replica's is outdated, and is skipped.
+        # (cost, replica), smallest first. An entry is outdated, and skipped, if the replica's cost has changed since.
         self._heap: list[tuple[int, int]] = []
         self._waiting: deque[tuple[int, asyncio.Future[int]]] = deque()
         self._failure: BaseException | None = None
 
     @property
     def num_waiting(self) -> int:
+        """Calls that wait for a replica with room."""
         return len(self._waiting)
 
     def calls(self, number: int) -> int:
@@ -37,6 +38,7 @@ class Router:
         return self._calls.get(number, 0)
 
     def cost(self, number: int) -> int:
+        """Cost of these calls together."""
         return self._cost.get(number, 0)
 
     def open(self, number: int) -> None:
@@ -48,6 +50,7 @@ class Router:
         self._serve()
 
     def close(self, number: int) -> None:
+        """From now on the replica gets no new calls."""
         self._open.discard(number)
 
     def forget(self, number: int) -> None:
@@ -57,7 +60,7 @@ class Router:
         self._cost.pop(number, None)
 
     async def acquire(self, cost: int) -> int:
-        """The replica for one call. Waits without limit until one has room; raises the error given to `fail`."""
+        """The replica for one call. Waits without limit until one has room. Raises the error given to `fail`."""
         if self._failure is not None:
             raise self._failure
         if not self._waiting and (number := self._least()) is not None:
@@ -69,7 +72,7 @@ class Router:
             return await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.release(turn.result(), cost)  # the caller was cancelled after it had got its turn
+                self.release(turn.result(), cost)  # the caller was cancelled just after it got a replica
             raise
 
     def release(self, number: int, cost: int) -> None:
