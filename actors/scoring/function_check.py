@@ -1,6 +1,6 @@
-"""A reward function is imported and called once before anything starts. Runs in the driver.
+"""Imports a reward function and calls it once before anything starts. Runs in the driver.
 
-This happens in a worker process: nothing of the user's module stays in the driver.
+A worker process does both, so nothing of the user's module stays in the driver.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.user_code.errors import UserCodeError
 from common.user_code.functions import explain_import
 from common.user_code.results import Outcome
 
-TRY_S = 30.0  # longest trial call of one function, seconds
+TRY_S = 30.0  # time limit of the trial call, seconds
 
 
 def check_import(cfg: FunctionSourceConfig, service: SourcesConfig) -> None:
@@ -34,7 +34,8 @@ def check_import(cfg: FunctionSourceConfig, service: SourcesConfig) -> None:
 
 def try_function(cfg: FunctionSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:
     """Raises UserError for a function that cannot be imported or called, or whose result can never be a score. Returns
-    a warning if it raises, takes long or gives no finite number: it may do so for this answer alone."""
+    a warning if the call fails, takes too long or gives no finite number, because other answers may succeed; else
+    ""."""
     remedy = "; return the score as a number, or a dict with it"
     with TemporaryFile() as output, _worker(cfg, service, output) as worker:
         try:
@@ -42,7 +43,7 @@ def try_function(cfg: FunctionSourceConfig, service: SourcesConfig, answer: Rewa
         except UserCodeError as error:
             outcome = error
             attributes = ", ".join(field.name for field in fields(answer))
-            remedy = f"; it has {attributes}" if error.details else ""  # only a wrong attribute is permanent
+            remedy = f"; it has {attributes}" if error.details else ""  # permanent only for a wrong attribute
         except WorkerDiedError as died:
             reason = ended_its_process(died).reason + _last_line(output)
             outcome = UserCodeError(reason, permanent=service.isolation == "thread")
@@ -63,7 +64,7 @@ def try_function(cfg: FunctionSourceConfig, service: SourcesConfig, answer: Rewa
 
 @contextmanager
 def _worker(cfg: FunctionSourceConfig, service: SourcesConfig, output: IO[bytes]) -> Iterator[Worker]:
-    """A process that finds modules as the run will, and has imported the function."""
+    """A process that searches modules in the same order as the run, and has imported the function."""
     own_process = service.isolation == "process"
     try:
         worker = Worker(

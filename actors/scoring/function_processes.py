@@ -1,4 +1,4 @@
-"""Reward functions in worker processes, which can be ended from outside. Runs in each reward replica."""
+"""Runs reward functions in worker processes, which can be killed. Runs in each reward replica."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from common.user_code.results import Outcome
 
 
 class ProcessRunner:
-    """A Runner in worker processes. A worker that ended is replaced.
+    """A Runner in worker processes. A worker that has ended is replaced.
 
-    A worker has one call at a time, but several if the function is async. If it ends during several calls, each of them
-    is made again in a worker of its own: the call that ends this one too was the cause.
+    A worker has one call at a time, or several if the function is async. If it ends during several calls, each of them
+    is made again in a worker of its own. The call that ends this worker too was the cause.
     """
 
     def __init__(self, function: str, *, takes: str, limit_s: float, workers: int) -> None:
@@ -75,4 +75,5 @@ class ProcessRunner:
 
 
 def ended_its_process(died: WorkerDiedError) -> UserCodeError:
+    """The error of a call that ended its worker process."""
     return UserCodeError(f"ended its process: it {died.how}", permanent=False)

@@ -13,9 +13,9 @@ from common.user_code.results import Outcome
 
 
 class Runner(Protocol):
-    """Calls one function of the user's. Several calls may be made at once."""
+    """Calls one function of the user. Several calls may be made at once."""
 
-    style: CallStyle
+    style: CallStyle  # how the function is called
 
     async def run(self, answers: Sequence[RewardInput]) -> list[Outcome]:
         """Makes one call and returns the outcome of each answer. There is one answer, or several if the function takes
@@ -26,5 +26,5 @@ class Runner(Protocol):
 
 
 def too_long(limit_s: float) -> UserCodeError:
-    """The error of a call that passed its limit."""
+    """The error of a call that passed its time limit."""
     return UserCodeError(f"took longer than call_timeout_s ({limit_s:g} s)", permanent=False)

@@ -21,10 +21,11 @@ from common.user_code.results import Outcome, Result
 
 
 class FunctionSource:
-    """A function that takes a list is given all answers that wait, up to `batch`; another one answer a call.
+    """A function that takes a list gets all waiting answers in one call, up to `batch`. Any other function gets one
+    answer per call.
 
-    Calls come one after the other, or one for each worker process. Calls of an async function overlap, up to
-    `concurrency`. The event loop stays free, so that other sources work meanwhile.
+    Calls run one at a time, or one in each worker process. Calls of an async function overlap, up to `concurrency`. No
+    call blocks the event loop, so other sources work meanwhile.
     """
 
     def __init__(self, cfg: FunctionSourceConfig, service: SourcesConfig) -> None:
@@ -39,6 +40,7 @@ class FunctionSource:
         )
 
     async def __call__(self, answer: RewardInput) -> RawScore:
+        """The function's score. Raises UserCodeError."""
         score, figures = await self._queue.submit(answer)
         return RawScore(score, self._origin, figures)
 
@@ -46,7 +48,8 @@ class FunctionSource:
         self._runner.close()
 
     async def _serve(self, waiting: Sequence[Waiting[Result]]) -> None:
-        """One call. If a call with several answers fails, each is tried alone: one bad answer costs no other."""
+        """Makes one call. If a call with several answers fails, each is tried alone: a bad answer must not void the
+        others."""
         outcomes: Sequence[Outcome | Exception]
         try:
             outcomes = await self._runner.run([answer for answer, _ in waiting])
@@ -63,7 +66,7 @@ class FunctionSource:
 
 
 def make_runner(cfg: FunctionSourceConfig, service: SourcesConfig) -> Runner:
-    """Raises UserError for a function that cannot be imported, or not be called with a RewardInput."""
+    """Raises UserError for a function that cannot be imported, or cannot be called with a RewardInput."""
     in_process = service.isolation == "process"
     try:
         if in_process:

@@ -1,7 +1,7 @@
-"""Reward functions in threads of the reward process. Runs in each reward replica.
+"""Runs reward functions in threads of the reward process. Runs in each reward replica.
 
-A thread cannot be ended from outside. If a call passes its limit, its thread is left to it, and a new thread serves the
-later calls.
+Python cannot end a thread from outside. If a call passes its limit and still blocks its thread, that thread is left
+behind, and a new thread serves later calls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ANSWERS_WITHIN_S = 2  # if a thread of async functions does not respond for this
 
 
 class CallThread:
-    """A thread that makes one call after the other."""
+    """A thread that makes one call after another."""
 
     def __init__(self, function: Callable[..., Any], style: CallStyle) -> None:
         self._function, self._style = function, style
@@ -33,16 +33,17 @@ class CallThread:
         self._thread.start()
 
     def submit(self, answers: Sequence[RewardInput]) -> Future[list[Outcome]]:
+        """Starts a call when the earlier ones have ended. The future gets its outcomes or its UserCodeError."""
         future: Future[list[Outcome]] = Future()
         self._calls.put((answers, future))
         return future
 
     async def is_blocked(self) -> bool:
-        """True if a call that passed its limit still has the thread: always, since nothing can end a call."""
+        """True if a call that passed its limit still blocks the thread. Always True, since nothing can end a call."""
         return True
 
     def leave(self) -> None:
-        """The thread ends when its current call does."""
+        """Makes the thread end when its current call does."""
         self._calls.put(None)
 
     def is_alive(self) -> bool:
@@ -60,7 +61,7 @@ class CallThread:
 
 
 class LoopThread:
-    """A thread with an event loop of its own, where calls of an async function overlap."""
+    """A thread with its own event loop, where calls of an async function overlap."""
 
     def __init__(self, function: Callable[..., Any], style: CallStyle) -> None:
         self._function, self._style = function, style
@@ -69,10 +70,12 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, answers: Sequence[RewardInput]) -> Future[list[Outcome]]:
+        """Starts a call at once. The future gets its outcomes or its UserCodeError."""
         return asyncio.run_coroutine_threadsafe(call_async(self._function, self._style, answers), self._loop)
 
     async def is_blocked(self) -> bool:
-        """True if a call that passed its limit still has the thread. It was cancelled, but it may not give way."""
+        """True if a call that passed its limit still blocks the thread: it was cancelled, but may run on without an
+        await."""
         response: Future[None] = Future()
         self._loop.call_soon_threadsafe(_respond, response)
         try:
@@ -82,7 +85,7 @@ class LoopThread:
         return False
 
     def leave(self) -> None:
-        """The thread ends when the call that blocks it does; its other calls are cancelled then."""
+        """Makes the thread end when the call that blocks it does. Its other calls are cancelled then."""
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def is_alive(self) -> bool:
@@ -124,7 +127,7 @@ class ThreadRunner:
         future = asyncio.wrap_future(thread.submit(answers))
         try:
             async with limit:
-                # `await future` would cancel the caller too, when the future of a thread left behind is cancelled.
+                # `await future` would also cancel this caller when a thread left behind cancels the future.
                 await asyncio.wait([future])
         except TimeoutError:
             future.cancel()
@@ -142,7 +145,7 @@ class ThreadRunner:
         self._thread.leave()
 
     def _replace(self, thread: CallThread | LoopThread) -> None:
-        """Puts a new thread in its place, unless another call has done so."""
+        """Replaces the thread by a new one, unless another call has done so already."""
         if thread is self._thread:
             thread.leave()
             self._left_behind.append(thread)

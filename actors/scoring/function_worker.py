@@ -1,11 +1,11 @@
 """Calls one reward function for its parent process. Runs in a worker process of a reward replica, or of the driver.
 
-It is run as a script and imports only the standard library, so that the user's modules may have any name. Ratchet's
-code that it needs is loaded by path, under a name that no user's module has.
+It runs as a script and imports only the standard library, so that the user's modules may have any name. It loads the
+code of Ratchet that it needs by path, under names that no module of a user has.
 
-usage: python -P function_worker.py FD, where FD is one end of a socket pair. Messages both ways are pickles with their
-lengths before them. The first one names the function (see `serve`); the answer says how it is called, or why it cannot
-be. Each later message is a call, and each answer holds its outcomes.
+usage: python -P function_worker.py FD, where FD is one end of a socket pair. Messages in both directions are pickles,
+each after its length. The first message names the function (see `serve`). Its answer says how the function is called,
+or why it cannot be called. Each later message is a call, and each answer holds its outcomes.
 """
 
 import asyncio
@@ -43,8 +43,9 @@ reward_input = load_file("_ratchet_reward_input", INPUT_FILE)
 
 
 class UsersFirst:
-    """Finds the user's packages that have the names of Ratchet's, also those without an __init__.py, which Python would
-    find after all packages that have one. Modules that only Ratchet's package has are found in it too."""
+    """Finds the user's packages that have the same names as Ratchet's. This includes packages without an __init__.py,
+    which Python would find only after all packages that have one. Modules that only Ratchet's package of that name has
+    are found too."""
 
     def __init__(self, directories):
         self.directories = directories
@@ -73,6 +74,7 @@ def end_with_parent():
 
 
 def receive(stream):
+    """The next message; None when the parent has closed the connection."""
     header = stream.read(HEADER.size)
     return pickle.loads(stream.read(*HEADER.unpack(header))) if len(header) == HEADER.size else None
 
@@ -83,9 +85,10 @@ def send(connection, message):
 
 
 def serve(stream, connection, first):
-    """The first message holds: `function` (module:function); `takes` (see call_style in common/user_code/calls.py);
-    `path`, the new sys.path; `limit_s` of a call; `users`, the directories where the user's packages may have the names
-    of Ratchet's, or None if Ratchet's are to be found first, as in its own processes."""
+    """Answers messages until the parent closes the connection. `first` is the first message. It holds:
+    `function` (module:function); `takes` (see call_style in common/user_code/calls.py); `path`, the new sys.path;
+    `limit_s`, the time limit of a call; `users`, the directories where the user's packages may have the same names as
+    Ratchet's, or None if Ratchet's packages must be found first, as in Ratchet's own processes."""
     sys.path[:] = first["path"]
     sys.argv = [""]
     if first["users"] is None:
@@ -111,7 +114,7 @@ def serve(stream, connection, first):
 
 
 async def serve_async(connection, function, style, limit_s):
-    """Calls overlap. A call that passes its limit is cancelled."""
+    """Like the end of `serve`, but calls overlap, and a call that passes its limit is cancelled."""
     reader, _ = await asyncio.open_connection(sock=connection.dup())
     tasks = set()
 
@@ -138,15 +141,15 @@ async def serve_async(connection, function, style, limit_s):
 
 
 def inputs(message):
-    """The answers as RewardInput: the class that user code imports from Ratchet's `common`, if it does, so that
-    isinstance works."""
+    """The answers as RewardInput. If user code has imported that class from Ratchet's `common`, this is the same class,
+    so that isinstance works."""
     imported = sys.modules.get("common.reward_input", reward_input)
     module = imported if imported.__file__ == INPUT_FILE else reward_input
     return [module.RewardInput(**answer) for answer in message["answers"]]
 
 
 def as_reply(outcomes):
-    """Outcomes in Python's own types: the parent has another class for errors."""
+    """Outcomes in Python's own types, because the parent has a different UserCodeError class."""
     return {"outcomes": [vars(found) if isinstance(found, UserCodeError) else found for found in outcomes]}
 
 

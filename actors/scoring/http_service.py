@@ -1,5 +1,5 @@
-"""Requests to the service of a reward source, with limits on number, time and size, further tries, and a reason for
-every failure. Runs in each reward replica."""
+"""Sends requests to the HTTP service of a reward source: limits their number, time and size, retries them, and gives a
+reason for every failure. Runs in each reward replica."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from actors.scoring.secrets import Secrets, request_headers, without_secrets
 from common.config.sources import ServiceConfig
 from common.plain_text import one_line
 
-LONGEST_PAUSE_S = 60.0  # an address that asks for a longer one is not asked again
+LONGEST_PAUSE_S = 60.0  # if an address asks for a longer one, this request does not go there again
 REDIRECTS = 5
 SHOWN_CHARS = 200  # of an address or of a failed answer's body, in a message
 _TEMPORARY = (408, 425, 429)  # the only 4xx after which another try may succeed
@@ -60,7 +60,8 @@ class HttpService:
 
     async def ask(self, payload: Mapping[str, Any], read: Callable[[Any], Found]) -> tuple[Found, str]:
         """The JSON answer as `read` returns it, and the address that gave it. `read` raises AnswerError for an answer
-        that cannot be used. Raises HttpSourceError when the first try and `retries` further ones failed."""
+        that cannot be used. Raises HttpSourceError when the first try and all retries have failed, or when every
+        address has refused for good."""
         failed: list[str] = []
         hopeless: set[str] = set()
         pause_s, last = 0.0, ""
@@ -150,9 +151,8 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("identity", "", "gzip", "deflate"):
         raise AnswerError(f"the answer is compressed with {one_line(coding, 40)}, which the request did not allow")
-    decompressor = (
-        zlib.decompressobj(wbits=47) if coding in ("gzip", "deflate") else None
-    )  # 47: finds out which of the two
+    # 47: zlib detects which of the two formats it is.
+    decompressor = zlib.decompressobj(wbits=47) if coding in ("gzip", "deflate") else None
     body = b""
     async for part in response.content.iter_chunked(64 << 10):
         try:

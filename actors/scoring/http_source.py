@@ -1,4 +1,4 @@
-"""An HTTP service as a reward source: answers are sent as JSON, one or several a request, and scores come back. Runs in
+"""An HTTP service as a reward source: sends answers as JSON, one or several per request, and gets scores back. Runs in
 each reward replica."""
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _TOKENS = ("prompt_ids", "response_ids", "raw_response")
 
 
 class HttpSource:
-    """POSTs a RewardInput as JSON, and is answered by `{"score": number}`. With `batch`, `{"answers": [...]}` is
-    answered by `{"scores": [...]}`. Anything else, or no answer in time, is a failure. The origin of a score is the
-    address, with the `model` that the answer may name."""
+    """POSTs a RewardInput as JSON; the service answers `{"score": number}`. With `batch` it POSTs `{"answers": [...]}`
+    and the service answers `{"scores": [...]}`. Anything else, or no answer in time, is a failure. The origin of a
+    score is the address, with the model's name if the answer has one."""
 
     def __init__(self, cfg: HttpSourceConfig, secrets: Secrets | None = None) -> None:
         self._service = HttpService(cfg, secrets or {})
@@ -43,7 +43,7 @@ class HttpSource:
         await self._service.close()
 
     async def _send(self, waiting: Sequence[Waiting[RawScore]]) -> None:
-        """One request. If it fails, no answer is tried alone: the service has had several tries already."""
+        """Sends one request. If it fails, no answer is sent again alone: HttpService has retried already."""
         try:
             payload = {"answers": [self._json(answer) for answer, _ in waiting]}
             (scores, model), where = await self._service.ask(payload, lambda found: _read_scores(found, len(waiting)))
@@ -83,7 +83,7 @@ def read_entry(found: Any, key: str) -> Any:
 
 
 def read_number(value: Any, what: str) -> float:
-    """A score in JSON must be a number: neither text nor true or false."""
+    """A score from JSON as a float. Raises AnswerError for text, true, false, NaN and numbers beyond float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise AnswerError(f"{what} must hold a number, not {one_line(repr(value), 80)}")
     if not abs(value) <= FLOAT32_MAX:  # NaN, which Python's JSON reads, is refused here too
@@ -92,7 +92,8 @@ def read_number(value: Any, what: str) -> float:
 
 
 def read_model_name(found: Mapping[str, Any]) -> str:
-    """The model that the answer names, for the journal: a short text, empty if it names none."""
+    """The model that the answer names, for the journal; "" if it names none. Raises AnswerError if the name is no short
+    printable text."""
     model = found.get("model")
     if model is None:
         return ""

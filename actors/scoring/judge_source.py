@@ -1,7 +1,7 @@
-"""A language model behind an OpenAI-compatible service as a reward source: it writes its score, which is read from its
-text. Runs in the driver, which checks the template, and in each reward replica.
+"""A language model behind an OpenAI-compatible service as a reward source: the judge writes text, and the score is read
+from it. Runs in each reward replica, and in the driver for the check of the template.
 
-The judge reads text of the policy, which may learn to talk the judge into a high score.
+The judge reads the policy's responses, so the policy may learn to persuade the judge instead of answering better.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FENCED = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
 
 
 class JudgeSource:
-    """Asks for one chat completion an answer. The origin of a score is the judge's model and address."""
+    """Asks for one chat completion per answer. The origin of a score is the judge's model and address."""
 
     def __init__(self, cfg: JudgeSourceConfig, secrets: Secrets | None = None) -> None:
         self._cfg = cfg
@@ -74,7 +74,8 @@ class JudgeSource:
 
 
 def fill(template: str, answer: RewardInput) -> str:
-    """The template with its placeholders filled in. Placeholders in the texts that are filled in stay as they are."""
+    """The template with its placeholders filled in. A placeholder inside a filled-in text stays unchanged. Raises
+    AnswerError for a field that the prompt's record lacks."""
 
     def value(found: re.Match[str]) -> str:
         if found[2] is None:
@@ -88,7 +89,7 @@ def fill(template: str, answer: RewardInput) -> str:
 
 
 def try_template(cfg: JudgeSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:
-    """Raises UserError if the template names a field that the first prompt's record does not have."""
+    """Raises UserError if the template or the system message names a field that the first prompt's record lacks."""
     for text in filter(None, (cfg.template, cfg.system)):
         for found in _PLACEHOLDER.finditer(text):
             if found[2] is not None and found[2] not in answer.fields:

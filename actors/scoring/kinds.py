@@ -1,5 +1,5 @@
-"""The table of reward source kinds: everything that the rest of Ratchet must know about a kind is here or in the kind's
-own file. Runs in the driver and in each reward replica.
+"""The table of reward source kinds. The rest of Ratchet knows about a kind only what this table says. Runs in the
+driver and in each reward replica.
 
 A kind's settings are a class in common/config/sources.py. CONTRIBUTING.md says how to add a kind.
 """
@@ -38,18 +38,18 @@ class Source(Protocol):
     """One reward source in a reward replica."""
 
     async def __call__(self, answer: RewardInput) -> RawScore:
-        """The score of one answer. Raises any exception for a failure, which voids the rollout; UserCodeError for one
-        with a traceback of the user's code."""
+        """The score of one answer. Any exception is a failure and voids the rollout. A UserCodeError also brings the
+        traceback of the user's code."""
 
 
 @dataclass(frozen=True)
 class SourceKind:
-    """The functions of one kind. Each is given a source's config first; the defaults do nothing."""
+    """The functions of one kind. The first argument of each is a source's config; the defaults do nothing."""
 
     make: Callable[[Any, SourcesConfig, Secrets], Source]
-    """The source itself. Called in each reward replica."""
+    """Makes the source. Called in each reward replica."""
     secrets: Callable[[Any], Secrets] = lambda cfg: {}
-    """Keys that the source needs, from the environment of the driver. Raises UserError for one that is missing."""
+    """Keys that the source needs, read from the driver's environment. Raises UserError if one is missing."""
     check: Callable[[Any, bool], None] = lambda cfg, chat: None
     """Before anything starts: raises UserError for a source that cannot be used. `chat`: prompts are chat messages."""
     model_size: Callable[[Any], ModelSize | None] = lambda cfg: None
@@ -60,8 +60,8 @@ class SourceKind:
     check_travels: Callable[[Any, SourcesConfig], None] = lambda cfg, service: None
     """In `ratchet submit`: raises UserError for a source that needs something which does not travel with the job."""
     check_unchanged: Callable[[Any, str], None] = lambda cfg, origin: None
-    """In `ratchet train --resume`: raises UserError if the source no longer is the one that gave the journal's scores,
-    whose origin there is `origin`."""
+    """In `ratchet train --resume`: raises UserError if the source is no longer the one that gave the scores in the
+    journal. `origin` is their origin there."""
 
 
 KINDS: Mapping[type[RewardSource], SourceKind] = {
@@ -85,9 +85,10 @@ KINDS: Mapping[type[RewardSource], SourceKind] = {
 
 
 def kind_of(source: RewardSource) -> SourceKind:
+    """The kind of a source, found by the class of its config."""
     return KINDS[type(source)]
 
 
 def read_secrets(sources: Iterable[RewardSource]) -> Secrets:
-    """The keys of all these sources. Raises UserError for one that is missing."""
+    """The keys of all these sources. Raises UserError if one is missing."""
     return {name: secret for source in sources for name, secret in kind_of(source).secrets(source).items()}

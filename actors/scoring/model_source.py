@@ -1,5 +1,5 @@
-"""A reward model as a reward source: conversations become scores, in batches. Runs in the driver, for the checks before
-a run, and in each reward replica."""
+"""A reward model as a reward source: scores prompts with their responses, in batches. Runs in each reward replica, and
+in the driver for the checks before a run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from common.types import RawScore, RewardInput
 
 
 class RewardModelSource:
-    """Raw scores count in standard deviations from the mean score of the reference policy's own responses, if the
-    model's directory has these two numbers. The origin of a score is the model's name and content hash."""
+    """If the model's directory has the mean and deviation of scores of the reference policy's own responses, the unit
+    of raw scores is that deviation, counted from that mean. The origin of a score is the model's name and content
+    hash."""
 
     def __init__(self, cfg: ModelSourceConfig, *, gpus: float) -> None:
         directory = _directory(cfg)
@@ -35,7 +36,7 @@ class RewardModelSource:
         self._model: PreTrainedModel = load_reward_model(directory, dtype=getattr(torch, cfg.dtype), device=device)
         self._tokenizer = load_tokenizer(directory)
         self._scale = read_scale(directory)
-        self._origin = f"{cfg.model}@{content_hash(directory)}"  # as check_same_model reads it
+        self._origin = f"{cfg.model}@{content_hash(directory)}"  # check_same_model splits this again
         context = getattr(self._model.config, "max_position_embeddings", None) or cfg.max_tokens
         self._max_tokens = min(cfg.max_tokens, context)
         self._batcher: Batcher[list[int], float] = Batcher(
@@ -46,6 +47,7 @@ class RewardModelSource:
         )
 
     async def __call__(self, answer: RewardInput) -> RawScore:
+        """The model's score. Waits for a forward pass with room."""
         return RawScore(await self._batcher.submit(self.token_ids(answer)), self._origin)
 
     def token_ids(self, answer: RewardInput) -> list[int]:
@@ -55,7 +57,8 @@ class RewardModelSource:
 
     @torch.inference_mode()
     def forward(self, sequences: Sequence[list[int]]) -> list[float]:
-        """One padded forward pass. The other rows of the batch do not change the bits of a score."""
+        """Scores of token sequences, in one padded forward pass. On CPU the other rows of the batch do not change the
+        bits of a score."""
         lengths = torch.tensor([len(ids) for ids in sequences])
         width = round_up(int(lengths.max()), ROW_MULTIPLE)
         input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
@@ -69,9 +72,9 @@ class RewardModelSource:
 def answer_ids(
     tokenizer: PreTrainedTokenizerBase, answer: RewardInput, *, chat: bool | None, pad_id: int | None
 ) -> list[int]:
-    """Token ids of prompt and response: through the reward model's own chat template if it was trained on chat messages
-    (`chat`), else as plain text. None, for a model from elsewhere: as chat if the prompt is messages and the tokenizer
-    has a template."""
+    """Token ids of prompt and response. With `chat` they go through the reward model's own chat template, else they are
+    plain text. None, for a model from elsewhere: as chat if the prompt has messages and the tokenizer has a
+    template."""
     if chat is None:
         chat = tokenizer.chat_template is not None and answer.messages is not None
     prompt = answer.messages if chat and answer.messages is not None else answer.prompt
@@ -90,7 +93,7 @@ def _directory(cfg: ModelSourceConfig) -> Path:
 
 
 def check_reward_model(cfg: ModelSourceConfig, chat: bool) -> None:
-    """Raises UserError for a model that cannot be served, or that reads text where the prompts are chat messages."""
+    """Raises UserError for a model that cannot be served, or that reads plain text while prompts are chat messages."""
     directory = _directory(cfg)
     reward_model_size(directory, _setting(cfg))
     if chat and read_scale(directory).chat is False:
@@ -101,6 +104,7 @@ def check_reward_model(cfg: ModelSourceConfig, chat: bool) -> None:
 
 
 def size_of_reward_model(cfg: ModelSourceConfig) -> ModelSize:
+    """The model's sizes, for the estimate of memory."""
     return model_size(_directory(cfg), _setting(cfg))
 
 
@@ -120,7 +124,7 @@ def try_reading(cfg: ModelSourceConfig, service: SourcesConfig, answer: RewardIn
 
 
 def check_same_model(cfg: ModelSourceConfig, origin: str) -> None:
-    """Raises UserError if the model is not the one that gave a score of this origin."""
+    """Raises UserError if the model's files are not those that gave a score of this origin."""
     before, now = origin.rpartition("@")[2], content_hash(_directory(cfg))
     if before != now:
         raise UserError(

@@ -20,7 +20,7 @@ from common.types import Rollout
 
 
 class ReferencePolicy:
-    """Per-token log-probabilities at the sampling temperature, so that they compare with the policy's own."""
+    """Per-token log-probabilities at the sampling temperature, so that they are comparable with the policy's own."""
 
     def __init__(
         self,
@@ -48,18 +48,20 @@ class ReferencePolicy:
         )
 
     async def ready(self) -> str:
+        """Returns the replica's name; the model is loaded."""
         return self._name
 
     async def logprobs(self, rollout: Rollout) -> tuple[np.ndarray, bool]:
-        """float32 [R] in nats, and whether all are finite. Ray keeps the array here until somebody fetches it."""
+        """Log-probabilities of the response, float32 [R] in nats, and whether all are finite. Ray keeps the array in
+        this process until it is fetched."""
         logprobs = await self._batcher.submit(rollout)
         meters.count("ratchet_scored_rollouts_total")
         return logprobs, bool(np.isfinite(logprobs).all())
 
     @torch.inference_mode()
     def forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """One forward pass; float32 [R] for each rollout. On CPU the other rows of the batch do not change its bits,
-        because responses are padded so that each sequence has a multiple of ROW_MULTIPLE tokens."""
+        """Log-probabilities of each response, float32 [R], in one forward pass. On CPU the other rows of the batch do
+        not change their bits, because padding gives each sequence a multiple of ROW_MULTIPLE tokens."""
         prompts = [rollout.prompt.token_ids for rollout in rollouts]
         responses = [np.pad(r.response_ids, (0, -r.num_tokens % ROW_MULTIPLE)) for r in rollouts]
         sequences = Sequences.pack(prompts, responses).to(self._device)

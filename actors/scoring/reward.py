@@ -1,5 +1,5 @@
-"""The reward service: asks every source for the score of a response and adds the scores up. Runs in each reward
-replica."""
+"""The reward service: asks every source for the score of a response, and adds up the weighted scores. Runs in each
+reward replica."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reward:
         secrets: Secrets | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """`model` is the policy, whose tokenizer decodes the responses; `trust_remote_code` is about it."""
+        """`model` is the policy: its tokenizer decodes the responses, and `trust_remote_code` is its setting."""
         torch.set_num_threads(cfg.threads)
         self._name = name
         self._limit_s = cfg.answer_limit_s

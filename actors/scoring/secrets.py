@@ -1,7 +1,7 @@
-"""Keys of services: read from the driver's environment, handed to the processes that use them, written to no file.
+"""Keys of services: read from the driver's environment, given to the processes that use them, never written to a file.
 
-They travel as arguments of Ray actors, which are in memory only. Environment variables of a Ray job or actor would be
-shown in Ray's dashboard and written to its logs. Runs in the driver and in each reward replica.
+They are passed as arguments of Ray actors, which exist in memory only. Ray would show the environment variables of a
+job or actor in its dashboard and write them to its logs. Runs in the driver and in each reward replica.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Secrets = Mapping[str, SecretStr]  # by the name of the variable; printing one s
 
 
 def secrets_of(cfg: ServiceConfig) -> Secrets:
-    """The variables that the headers of a source name. Raises UserError for one that is not set, or that no header can
-    carry."""
+    """Values of the variables that the headers of a source name. Raises UserError if one is not set, or has characters
+    that a header must not have."""
     found: dict[str, SecretStr] = {}
     for header, value in cfg.headers.items():
         if (named := VARIABLE.fullmatch(value)) is None:
@@ -52,7 +52,7 @@ def request_headers(headers: Mapping[str, str], secrets: Secrets) -> dict[str, s
 
 
 def without_secrets(text: str, secrets: Secrets) -> str:
-    """The text of a service, which may repeat a key, with the names of variables in place of keys."""
+    """The text with every key replaced by the name of its variable. A service may repeat a key in its answer."""
     for name, secret in secrets.items():
         text = text.replace(secret.get_secret_value(), f"[{name}]")
     return text

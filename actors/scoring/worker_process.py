@@ -1,7 +1,7 @@
-"""The parent's side of one worker process (function_worker.py is the other side). Runs in the driver, which tries
-functions before a run, and in each reward replica.
+"""The parent's side of one worker process (function_worker.py is the other side). Runs in each reward replica, and in
+the driver for the trial of functions before a run.
 
-A worker that passes its limit is killed, with every process that it has started.
+A worker that passes its limit is killed, together with every process that it has started.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GRACE_S = 5  # an async call, which the worker cancels itself, may take this mu
 
 
 class WorkerDiedError(Exception):
-    """A worker ended, in the way `how`, while it had `calls` calls."""
+    """A worker ended while it had `calls` calls. `how` it ended continues a sentence about the process."""
 
     def __init__(self, how: str, *, calls: int) -> None:
         super().__init__(how)
@@ -45,8 +45,12 @@ class Worker:
     def __init__(
         self, function: str, *, takes: str, limit_s: float, ratchet_first: bool = False, output: IO[bytes] | None = None
     ) -> None:
-        """Returns when the function is imported, which may take a minute, or limit_s if that is longer. Raises
-        UserCodeError for a function that cannot be imported or called. `output`: for what the process prints."""
+        """Returns when the function is imported. This may take a minute, or limit_s if that is longer. Raises
+        UserCodeError for a function that cannot be imported or called.
+
+        `ratchet_first`: Ratchet's packages are found before the user's. `output`: file for the text that the process
+        prints.
+        """
         self._limit_s = limit_s
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._calls = 0
@@ -99,21 +103,22 @@ class Worker:
 
     @property
     def load(self) -> int:
-        """Number of its unfinished calls."""
+        """Number of unfinished calls."""
         return len(self._pending)
 
     @property
     def usable(self) -> bool:
+        """False once the process has ended or was killed."""
         return not (self._killed or self._how_dead)
 
     async def call(self, answers: Sequence[RewardInput]) -> list[Outcome]:
         """The outcome of each answer. Raises UserCodeError when the call fails or takes too long, WorkerDiedError when
-        the process ends during the call."""
+        the process ends during the call or has ended before it."""
         if self._writer is None:
             reader, self._writer = await asyncio.open_connection(sock=self._socket)
             self._reading = asyncio.create_task(self._read_answers(reader))
         if self._how_dead:
-            raise WorkerDiedError(self._how_dead, calls=2)  # it ended before: this call is not the cause
+            raise WorkerDiedError(self._how_dead, calls=2)  # 2: it ended earlier, so this call is not the only suspect
         self._calls += 1
         number, future = self._calls, asyncio.get_running_loop().create_future()
         self._pending[number] = future
@@ -140,7 +145,7 @@ class Worker:
         return [UserCodeError(**found) if isinstance(found, dict) else found for found in answer["outcomes"]]
 
     async def _read_answers(self, reader: asyncio.StreamReader) -> None:
-        """Ends when the process does, by itself or by `kill`."""
+        """Passes each answer to its call. Ends when the process does, by itself or by `kill`."""
         try:
             while True:
                 header = await reader.readexactly(_HEADER.size)
@@ -165,7 +170,8 @@ class Worker:
         return f"ended with exit code {code}"
 
     def kill(self) -> None:
-        """Ends the process and all processes that it started. Does nothing if it has ended."""
+        """Ends the process and all processes that it started, and closes the connection. If the process has ended by
+        itself, the processes that it started stay."""
         self._killed = True
         if self._process is not None and self._process.poll() is None:
             try:
@@ -184,13 +190,13 @@ def _frame(message: dict[str, Any]) -> bytes:
 
 
 def _plain(answer: RewardInput) -> dict[str, Any]:
-    """The fields alone: the worker process has another class for them."""
+    """The fields in a dict, because the worker process has a different RewardInput class."""
     return {field.name: getattr(answer, field.name) for field in fields(answer)}
 
 
 def _search_path(*, ratchet_first: bool) -> dict[str, list[str] | None]:
-    """`path`: where the worker looks for modules. `users`: where for packages of the user that have names of
-    Ratchet's."""
+    """`path`: the worker's sys.path. `users`: directories where the user's packages may have the same names as
+    Ratchet's, or None if Ratchet's packages are found first."""
     ratchet = package_root()
     others = [directory or os.getcwd() for directory in sys.path if directory != ratchet]
     if ratchet_first:
@@ -200,6 +206,7 @@ def _search_path(*, ratchet_first: bool) -> dict[str, list[str] | None]:
 
 
 def _environment() -> dict[str, str]:
-    """For the worker, and for Python processes that it starts: without other copies of Ratchet on the path."""
+    """The worker's environment, without other copies of Ratchet on PYTHONPATH. Python processes that the worker starts
+    inherit it."""
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in path if entry and not holds_ratchet(entry))}
