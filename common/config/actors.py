@@ -23,24 +23,24 @@ class TextFormat(Section):
     """Handling of a chat prompt whose last message is the assistant's. refuse: an error, since such a message is
     often an answer left in the data; remove: drop the message; continue: the response continues the message."""
     last_end_token: Literal["refuse", "remove", "keep"] = "refuse"
-    """Handling of an end token that text or chat template put at the end of a prompt, where the response should
-    begin. keep is for the few chat models (DialoGPT) that were trained so. An end token that the tokenizer adds is
-    always removed."""
+    """Handling of an end token that the text or the chat template has at the end of a prompt, where the response should
+    begin. keep is for the few chat models (DialoGPT) that were trained this way. An end token that the tokenizer adds
+    is always removed."""
 
 
 class PromptColumns(Section):
     """Names of the columns that prompt records have."""
 
     prompt: str = "prompt"
-    """Column with the prompt: text or chat messages. The reward gets all other columns as fields."""
+    """Column with the prompt: text or chat messages. Reward sources get all other columns as fields."""
 
 
 class PromptFormat(TextFormat):
-    """The form of a prompt record and its longest length."""
+    """The form of a prompt record, and the longest prompt."""
 
     section: ClassVar[str] = "prompts"
     max_tokens: Positive = 512
-    """Longest prompt allowed, in tokens; sampling.max_new_tokens and the model's context may leave less."""
+    """Longest prompt allowed, in tokens. The model's context minus sampling.max_new_tokens may be a lower limit."""
     overlong: Literal["refuse", "drop", "cut_start"] = "refuse"
     """Handling of a longer prompt. refuse: an error before the run starts; drop: leave it out and count it;
     cut_start: remove its first tokens, except the one that begins a sequence."""
@@ -55,17 +55,17 @@ class PromptsConfig(PromptFormat):
     a Python function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat
     messages. CSV cells are text."""
     heldout: str | None = None
-    """Prompts for evaluation, same forms; must share none with `train`. Left out: no evaluation."""
+    """Prompts for evaluation, in the same forms; none of them may be in `train`. Left out: no evaluation."""
     rollouts_per_prompt: Positive = 1
-    """Responses sampled for each prompt; more lowers the variance per prompt, fewer sees more prompts."""
+    """Responses sampled for each prompt. More lower the variance per prompt; with fewer, a batch has more prompts."""
 
 
 class SamplingConfig(Section):
     """Sampling of responses from the policy."""
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM allows none
-    below 0.01; top_k = 1 always takes the likeliest token, for evaluations only."""
+    """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM allows no
+    value below 0.01. For evaluations only, top_k = 1 always takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Below 1 the learner's log-probabilities are not those of the distribution sampled from."""
     top_k: NonNegative = 0
@@ -94,9 +94,10 @@ class GeneratorsConfig(Replicated):
     kv_cache_mib: Positive = 256
     """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once."""
     max_running: Positive = 64
-    """Rollouts an engine works on at once; more raises throughput until the cores are full."""
+    """Rollouts an engine works on at once; more raise the throughput until the device is busy."""
     max_batched_tokens: Positive = 256
-    """Tokens of one engine step; bounds how long a weight update waits for the step to end."""
+    """Most tokens of one engine step; bounds how long a weight update waits for the step to end. At least max_running,
+    and on the CPU at least the longest prompt with its response."""
     updates: Literal["full", "changes"] = "full"
     """Weights sent after a step. full: all of them; best on one node, where engines read them in place. changes: only
     values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs the search for changes,
@@ -130,8 +131,8 @@ class SourcesConfig(Replicated):
     """The reward service and the sources that score a response."""
 
     in_flight: MayChange[Positive] = 32
-    """Requests sent to each process at once. More let a reward model batch better. Slow Python functions run one after
-    the other and need a low number: otherwise the last request waits longer than timeout_s."""
+    """Requests sent to each process at once. More let a reward model form larger batches. Slow Python functions run one
+    after another and need a low number: otherwise the last request waits longer than timeout_s."""
 
     sources: tuple[SourceConfig, ...]
     """The sources: each has a name, a weight, and a function, a model, urls or judge_urls."""
@@ -144,8 +145,7 @@ class SourcesConfig(Replicated):
     call_timeout_s: MayChange[Seconds | None] = None
     """Longest call of a reward function, seconds; a longer call voids its rollout. Left out: a fifth of timeout_s."""
     max_void_share: MayChange[Annotated[float, Field(ge=0, le=1)]] = 0.5
-    """Stop the run when more than this share of the responses (of a step, of an evaluation) got no score and are
-    void."""
+    """Stop the run when more than this share of the responses of a step or an evaluation got no score and are void."""
 
     @property
     def call_limit_s(self) -> float:
@@ -172,13 +172,14 @@ class RewardConfig(SourcesConfig):
 
     normalise: Literal["mean_std", "std", "none"] = "mean_std"
     """Unit of the scores. mean_std: standard deviations from the mean of all scores so far in the run, so that neither
-    unit nor origin of the reward matters. std: standard deviations from 0. none: the raw scores; the KL coefficient
+    unit nor zero point of the reward matters. std: standard deviations from 0. none: the raw scores; the KL coefficient
     then is in their unit."""
     clip: Annotated[float, Field(ge=0)] = 5.0
-    """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: never."""
+    """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: no clip."""
 
 
 def broken_sampling_rules(cfg: SamplingConfig) -> Iterator[str]:
+    """One message for each broken rule across the fields of a [sampling] section."""
     if cfg.min_new_tokens > cfg.max_new_tokens:
         yield (
             f"sampling.min_new_tokens ({cfg.min_new_tokens}) must not exceed sampling.max_new_tokens "

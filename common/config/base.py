@@ -1,4 +1,4 @@
-"""The parts of every tree of settings: sections, bounds of numbers, and the sections that several trees have.
+"""The parts that all trees of settings use: sections, bounds of numbers, and sections that several trees have.
 
 Runs anywhere.
 """
@@ -13,19 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 Positive = Annotated[int, Field(ge=1)]
-MOST_PROCESSES = 10_000  # of one role; the check whether a run fits the cluster lists each
+MOST_PROCESSES = 10_000  # of one role; the check whether a run fits the cluster makes a list of them
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
-# Marks a setting, or a whole section of a root, that may change when a run continues: it does not decide what is
-# learned. It may decide how that is computed, so that a run can get past a crash; repeated steps then agree up to
-# rounding. All other settings are fixed when the run begins.
+# Marks a setting, or a whole section of a root, that may change when a run continues. Such a setting does not decide
+# what is learned. It may decide how that is computed, so that a run can get past a crash; repeated steps then agree up
+# to rounding. All other settings are fixed when the run begins.
 MAY_CHANGE = "may change on --resume"
 MayChange = Annotated[T, MAY_CHANGE]
 
 
 class Section(BaseModel):
+    """A frozen group of settings. An unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -68,13 +70,13 @@ class Placed(Section):
     """The resources that each process of a role takes from the cluster."""
 
     cpus: Annotated[float, Field(ge=0)] = 0
-    """CPU cores each process reserves in Ray's bookkeeping; with 0 it shares the cores that there are."""
+    """CPU cores each process reserves in Ray's bookkeeping; 0: it reserves none and shares the cores of its node."""
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs each process reserves; 0 runs it on the CPU."""
     threads: Positive = 1
     """Compute threads of each process. Two busy processes that both use every core slow each other threefold."""
     cores: MayChange[tuple[NonNegative, ...]] = ()
-    """CPU cores that each process keeps to, with all its threads; the processes of the role share them. Roles that work
+    """CPU cores that each process may use, with all its threads; all processes of the role share them. Roles that work
     at the same time disturb each other least on separate cores. Empty: the operating system chooses."""
 
 
@@ -85,15 +87,15 @@ class Replicated(Placed):
     """Fewest processes the run works with. It starts once this many are ready, and stops (continue with --resume) if
     fewer are ready for longer than max_shortage_s."""
     max: MayChange[Processes | None] = None
-    """Most processes the run asks for; the cluster starts them as it has room, now or when nodes join. `ratchet scale`
-    changes the number while the run goes on. Left out: min."""
+    """Most processes the run asks for; the cluster starts them when it has room, now or after nodes join. `ratchet
+    scale` changes the number during the run. Left out: min."""
     in_flight: MayChange[Positive] = 128
     """Requests sent to each process at once. Further requests wait in the driver; timeout_s does not count that
     wait."""
     timeout_s: MayChange[Seconds] = 300
     """Longest wait for an answer, seconds; a longer one is an error that names the replica."""
     probe_timeout_s: MayChange[Seconds] = 30
-    """A process that answers no health probe for this long is replaced, even if its calls succeed, seconds."""
+    """A process that answers no health probe for this many seconds is replaced, even if its calls succeed."""
     drain_s: MayChange[Seconds] = 10
     """Time that a leaving process has to finish its work, seconds. After that a generator hands its unfinished
     responses to others; other roles drop their requests, and others answer them from the beginning."""
@@ -143,5 +145,5 @@ class MonitoringConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of http://127.0.0.1:PORT/metrics; 0: any free port, which is written to RUN/prometheus.json."""
     discovery: str | None = None
-    """Directory for a second copy of RUN/prometheus.json while the run goes on. Let all runs use one directory and
+    """Directory for a second copy of RUN/prometheus.json during the run. Use one directory for all runs, and let
     Prometheus watch its *.json: it then finds every run. Left out: no copy."""

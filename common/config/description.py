@@ -24,7 +24,8 @@ class Setting(NamedTuple):
 def describe(
     section: type[Section], prefix: str = "", *, skip: Container[str] = (), may_change: bool = False
 ) -> Iterator[Setting]:
-    """Every setting whose field is not in `skip`, depth first, in the order of the file."""
+    """Every setting, depth first, in the order of the fields. `skip`: fields to leave out. `may_change`: all may
+    change."""
     for name, field in section.model_fields.items():
         if name in skip:
             continue
@@ -43,8 +44,8 @@ def describe(
 
 
 def changeable(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """The keys that may change when a run continues; a section that may change as a whole is one key, with a dot at
-    its end."""
+    """The keys that may change when a run continues. A section that may change as a whole is one key that ends with a
+    dot."""
     for name, field in section.model_fields.items():
         nested = section_of(field)
         if _may_change(field):

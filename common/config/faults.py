@@ -18,7 +18,7 @@ _LONGEST_SHOWN = 200  # characters of the user's text in a message
 
 
 def fault_message(error: ValidationError, root: type[Section], path: Path, overrides: Sequence[str]) -> str:
-    """All faults that pydantic found, one a line, under a line that names the file or the overrides at fault."""
+    """All faults that pydantic found, one per line. The line above them names the file or the overrides at fault."""
     faults = [(fault, _explain(fault, root)) for fault in error.errors()]
     lines = "\n".join(f"  {text}" for _, text in faults)
     return f"{_place(path, overrides, faults)} {len(faults)} fault(s):\n{lines}"
@@ -36,7 +36,7 @@ def shortened(text: str) -> str:
 
 
 def _place(path: Path, overrides: Sequence[str], faults: Sequence[tuple[Any, str]]) -> str:
-    """The beginning of the message: the faults are in the file, in settings of the command line, or in both."""
+    """The beginning of the message. It says whether the faults are in the file, on the command line, or in both."""
     blamed = [[override for override in overrides if _is_about(override, fault, text)] for fault, text in faults]
     given = " ".join(
         without_secrets(override) for override in dict.fromkeys(overrides) if any(override in part for part in blamed)
@@ -72,7 +72,7 @@ def _explain(fault: Any, root: type[Section]) -> str:
 
 
 def _nearest_keys(loc: Sequence[str | int], root: type[Section]) -> str:
-    """Keys that an unknown one may be meant for: similar ones of its section, and the same one of other sections."""
+    """A hint for an unknown key: a similar key of its section, and the same key of other sections."""
     *parents, leaf = loc
     close = get_close_matches(str(leaf), _names_at(parents, root), n=1, cutoff=0.5)
     if not any(isinstance(part, int) for part in parents):
@@ -85,7 +85,7 @@ def _names_at(parents: list[Any], root: type[Section]) -> list[str]:
     """The keys of the section at this place."""
     section = root
     for before, part in zip([None, *parents], parents):
-        if isinstance(before, int):  # the kind of a reward source, which pydantic puts behind its index
+        if isinstance(before, int):  # pydantic puts the kind of a reward source after its index
             section = SOURCE_KINDS[part]
         elif isinstance(part, str):
             section = section_of(section.model_fields[part]) or section
@@ -93,7 +93,7 @@ def _names_at(parents: list[Any], root: type[Section]) -> list[str]:
 
 
 def _keys(loc: Sequence[str | int]) -> list[str]:
-    """The keys of a fault as the file has them: pydantic adds the kind of a reward source behind its index."""
+    """The keys of a fault as the file has them, without the kind that pydantic adds after a reward source's index."""
     return [str(part) for k, part in enumerate(loc) if not (k and isinstance(loc[k - 1], int))]
 
 
@@ -112,5 +112,5 @@ def _visible(key: str) -> str:
 
 
 def _without_middle(text: str) -> str:
-    """A rule's message, shortened in its middle: long values are between what is wrong and the remedy."""
+    """A rule's message, shortened in its middle. The fault is at its beginning, the remedy at its end."""
     return text if len(text) <= 4 * _LONGEST_SHOWN else f"{text[: 2 * _LONGEST_SHOWN]} ... {text[-_LONGEST_SHOWN:]}"

@@ -1,4 +1,4 @@
-"""Loads a config: a TOML file and `key=value` overrides become a tree of settings, or one error with every fault.
+"""Loads a config: a TOML file and `key=value` overrides become a tree of settings, or one error that has every fault.
 
 Runs anywhere. Names of files and model directories are looked up in the current directory first, then next to the TOML
 file.
@@ -22,15 +22,15 @@ from common.errors import UserError
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
 
-_DEEPEST = 8  # sections that a key is in; more than any has
+_DEEPEST = 8  # most sections around a key of an override; no setting has as many
 _LONGEST_PATH = 4096  # bytes, Linux's own limit; matching a longer pattern can take minutes
 
 
 def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, keep_relative: bool = False) -> AnyRoot:
     """The tree of kind `root` in `path` with `key=value` overrides applied. Raises UserError with every fault found.
 
-    Names of files become absolute. With `keep_relative` they stay relative, for a job: on the cluster its current
-    directory has another path."""
+    Names of files become absolute. With `keep_relative` they stay relative. A submitted job needs this, because its
+    current directory has another path on the cluster."""
     given = tuple(overrides)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
@@ -54,15 +54,15 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
 
 
 def absolute_if_directory(name: str, directories: Sequence[Path] = (Path(),)) -> str:
-    """The absolute path of a model directory, so that every process finds it; other names, such as one of the hub,
+    """The absolute path of a model directory, so that every process finds it. Other names, such as hub names, stay
     unchanged."""
     paths = (os.path.join(directory, os.path.expanduser(name)) for directory in directories)
     return next((os.path.realpath(path) for path in paths if name and os.path.isdir(path)), name)
 
 
 def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> None:
-    """Makes names of model directories and data files absolute if they are found in one of the directories: processes
-    with other current directories open them, and a resumed run does again. Other names stay unchanged."""
+    """Makes names of model directories and data files absolute if they exist in one of the directories, because
+    processes with other current directories open them, now and in a resumed run. Other names stay unchanged."""
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):
             _find_files(value, directories, keep_relative)
@@ -89,7 +89,7 @@ def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
 
 
 def _relative_if_below(found: str, given: str) -> str:
-    """The file's path from the current directory, if it is below that and the user gave no absolute path."""
+    """The file's path relative to the current directory, if the file is below it and the user gave no absolute path."""
     absolute = os.path.isabs(os.path.expanduser(given)) or not Path(found).is_relative_to(Path.cwd())
     return found if absolute else os.path.relpath(found)
 

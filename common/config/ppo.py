@@ -1,7 +1,7 @@
 """Settings of `ratchet train` and `ratchet evaluate`: the tree `Config`, its sections, and the rules across fields.
 
-Runs anywhere. Each field has a bound in its type and a sentence that says its meaning, its unit, and what moving it
-does; `ratchet config --describe` prints them. common/config/loading.py loads the tree from TOML, and
+Runs anywhere. Each field has a bound in its type, and a sentence with its meaning, its unit and the effect of a change;
+`ratchet config --describe` prints them. common/config/loading.py loads the tree from TOML, and
 common/config/reward_model.py has the trees of the commands that make reward models.
 """
 
@@ -47,24 +47,24 @@ class PPOConfig(Section):
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
     critic's bias for variance."""
     clip_eps: Annotated[float, Field(gt=0)] = 0.05
-    """A token gains nothing more once its probability has moved by this share from its value before the step; 0.2 is
+    """A token's gain stops growing once its probability has moved by this share from its value before the step. 0.2 is
     common elsewhere."""
     value_clip: Annotated[float, Field(ge=0)] = 0
     """Most a value may move from its old value within a step, in reward units; 0: unclipped."""
     ppo_epochs: Positive = 2
-    """Passes over each batch; more reuses the data and moves further from the policy that wrote it."""
+    """Passes over each batch; more reuse the data, and move further from the policy that sampled it."""
     minibatches: Positive = 1
     """Optimizer steps per pass, each on an equal part of the batch: rollouts_per_step must be a multiple of it."""
     value_coef: Annotated[float, Field(ge=0)] = 0.5
-    """Weight of the value loss next to the policy loss; matters for the weights that critic and policy share."""
+    """Weight of the value loss next to the policy loss; it matters for weights that critic and policy share."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the entropy bonus, per nat; more keeps the policy from settling early."""
     whiten_advantages: bool = True
     """Scale the advantages of a batch to mean 0 and variance 1, so that the step size does not depend on the reward's
     unit."""
     target_kl: Annotated[float, Field(ge=0)] = 0
-    """End the step before a minibatch whose mean KL from the policy before the step is above this, nats per token; 0:
-    never."""
+    """End the step before a minibatch whose mean KL from the policy at the start of the step is above this, nats per
+    token; 0: never."""
     importance_cap: Annotated[float, Field(ge=0)] = 2.0
     """Cap of the importance weight, the ratio of the learner's to the generator's probability of a token. It corrects
     for generators with older weights or other rounding; 0: no correction."""
@@ -81,7 +81,7 @@ class PPOConfig(Section):
 
 
 class KLConfig(Section):
-    """The penalty for leaving the reference policy (Ziegler et al. 2019, arXiv:1909.08593)."""
+    """The penalty for moving away from the reference policy (Ziegler et al. 2019, arXiv:1909.08593)."""
 
     coef: Annotated[float, Field(ge=0)] = 0.05
     """Reward lost per nat of KL at each token; more stays closer to the reference."""
@@ -91,7 +91,7 @@ class KLConfig(Section):
     controller: Literal["fixed", "adaptive"] = "fixed"
     """fixed keeps `coef`; adaptive changes it so that the KL per response meets `target`."""
     target: Annotated[float, Field(gt=0)] = 6.0
-    """Adaptive only: wanted KL from the reference, nats per response."""
+    """Adaptive only: target for the KL from the reference, nats per response."""
     horizon: Positive = 10_000
     """Adaptive only: responses over which the coefficient adapts; smaller reacts faster."""
 
@@ -125,7 +125,7 @@ class LearnerConfig(TrainerConfig):
     """shared: a value head on the policy's trunk, one forward pass; separate: its own network from the same
     checkpoint, twice the memory and compute, and a value loss that cannot disturb the policy."""
     critic_warmup_steps: NonNegative = 0
-    """First steps that train the critic alone."""
+    """Number of first steps that train only the critic."""
     lora: LoRAConfig | None = None
     """Train adapters instead of all weights: takes a fraction of the memory and needs no reference service, since the
     policy with its adapters off is the reference. Left out: all weights are trained."""
@@ -153,17 +153,18 @@ class Config(Root):
 
     seed: NonNegative = 0
     """Seeds prompts, sampling and minibatches. With max_staleness = 0, on one machine and with the same threads, a seed
-    gives one result."""
+    always gives the same result."""
     num_steps: MayChange[Positive] = 100
     """Learner updates, each on rollouts_per_step rollouts."""
     rollouts_per_step: Positive = 64
-    """Rollouts in a batch; more steadies the gradient and takes longer."""
+    """Rollouts in a batch; more give a less noisy gradient and take longer."""
     max_staleness: NonNegative = 1
     """Largest age of the weights behind a trained token, in versions. With 1, generators write the next batch while the
     learner learns. 0 is strictly on-policy: generators wait for the learner, and roles can take turns on the same
     cores."""
     buffer_mib: Positive = 512
-    """Memory for rollouts between prompt and learner, MiB. When it is full, only rollouts for the next step start."""
+    """Memory for rollouts from their start until the learner has them, MiB. When it is full, only rollouts for the next
+    step start."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()

@@ -22,7 +22,7 @@ from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig,
 
 
 class PairPromptsConfig(PromptFormat):
-    """The prompts that pairs are sampled for."""
+    """The prompts of the sampled pairs."""
 
     source: str
     """Prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a Python
@@ -75,7 +75,7 @@ class PairColumns(Section):
 
 
 class PreferencesConfig(TextFormat):
-    """Pairwise human preferences."""
+    """Preference pairs: their files, and how they become token sequences."""
 
     section: ClassVar[str] = "data"
     train: str
@@ -83,7 +83,7 @@ class PreferencesConfig(TextFormat):
     Python function `module:function` that takes a seed and returns records. A record has `chosen` and `rejected` (text
     or chat messages: responses to its `prompt`, or whole dialogues) and may have `margin`."""
     heldout: str | None = None
-    """Pairs for evaluation, same forms; those whose prompt is also in `train` are left out and counted."""
+    """Pairs for evaluation, in the same forms; pairs whose prompt is also in `train` are left out and counted."""
     heldout_pairs: NonNegative = 0
     """Without `heldout`: take this many pairs from `train` for evaluation, all pairs of a prompt together."""
     format: Literal["plain", "chat"] = "plain"
@@ -135,7 +135,7 @@ class RewardTrainingConfig(Root):
     epochs: MayChange[Positive] = 1
     """Passes over the pairs; reward models usually overfit after one or two."""
     pairs_per_step: Positive = 64
-    """Pairs behind each optimizer step."""
+    """Pairs in the batch of each optimizer step."""
     model: ModelConfig = ModelConfig()
     data: PreferencesConfig
     loss: PreferenceLossConfig = PreferenceLossConfig()

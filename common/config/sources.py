@@ -22,12 +22,12 @@ _HEADERS = 'headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }'
 
 
 class RewardSource(Section):
-    """Something that gives responses a raw score. `key` is the setting that only this kind of source has."""
+    """A source of raw scores for responses. `key` names the setting that only this kind of source has."""
 
     key: ClassVar[str]
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
-    """Under this name its raw score is logged, journalled and shown."""
+    """The name of its raw score in the log, in the journal and on the screen."""
     weight: float = 1.0
     """Its share in the total: score = sum of weight * raw score. The weight of a judge has no effect."""
 
@@ -84,18 +84,18 @@ class ServiceConfig(RewardSource):
 
     headers: Mapping[str, str] = {}
     """Headers of every request. A value such as "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY" is read from that environment
-    variable of the process that starts the run, so that no file holds a key. Headers with keys must be given so."""
+    variable of the process that starts the run, so that no file holds a key. Headers that hold keys must use this."""
     concurrency: Positive = 16
-    """Most outstanding requests of each reward process, over all addresses."""
+    """Most unanswered requests of each reward process, over all addresses."""
     request_timeout_s: Seconds = 10
-    """Longest wait for one whole answer, seconds."""
+    """Longest wait for one complete answer, seconds."""
     max_answer_kib: Positive = 1024
     """Longest answer that is accepted, after decompression, KiB."""
     retries: NonNegative = 3
-    """Further tries after a failure, at another address if there is one. After the last one the rollout is void. An
-    address that refuses a request for good (HTTP 4xx, except 408, 425 and 429) is not asked again."""
+    """Retries after a failure, at another address if there is one. If the last one fails, the rollout is void. An
+    address that refuses a request for good (HTTP 4xx, except 408, 425 and 429) does not get this request again."""
     backoff_s: Seconds = 0.5
-    """Pause before the first further try, seconds. It doubles before each later one. A service's Retry-After makes it
+    """Pause before the first retry, seconds. It doubles before each later one. A service's Retry-After header makes it
     longer."""
     follow_redirects: bool = False
     """Follow redirects. Headers are not sent on to another host or port. Off: a redirect is a failure."""
@@ -117,11 +117,11 @@ class HttpSourceConfig(ServiceConfig):
 
     key = "urls"
     urls: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Addresses of the service. Each is POSTed the RewardInput as JSON and answers {"score": number}; it may add
-    {"model": "name and version"} for the journal. A request goes to the address with the fewest outstanding ones."""
+    """Addresses of the service. It gets the RewardInput as JSON in a POST and answers {"score": number}; it may add
+    {"model": "name and version"} for the journal. A request goes to the address with the fewest unanswered ones."""
     batch: Positive | None = None
     """Send up to this many answers in one request, as {"answers": [...]}. The service then answers {"scores": [...]} in
-    the same order. Left out: one answer a request, in the form above."""
+    the same order. Left out: one answer per request, in the form above."""
     send_tokens: bool = False
     """Also send prompt_ids, response_ids and raw_response, the text with its special tokens."""
 
@@ -132,7 +132,7 @@ class JudgeSourceConfig(ServiceConfig):
     key = "judge_urls"
     judge_urls: Annotated[tuple[str, ...], Field(min_length=1)]
     """Addresses of the service up to the version, such as http://127.0.0.1:8000/v1. A request goes to the address with
-    the fewest outstanding ones."""
+    the fewest unanswered ones."""
     judge_model: Annotated[str, Field(min_length=1, max_length=200)]
     """The model's name at the service."""
     template: str
@@ -146,8 +146,7 @@ class JudgeSourceConfig(ServiceConfig):
     score_field: str | None = None
     """Read the judge's text as a JSON object and take the score from this field. Left out: score_pattern is used."""
     request: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}
-    """Further entries of the request, such as temperature and max_tokens. A table of yours replaces the default as a
-    whole."""
+    """More entries of the request, such as temperature and max_tokens. Your table replaces the whole default table."""
 
     def broken_rules(self) -> Iterator[str]:
         yield from super().broken_rules()
@@ -173,7 +172,7 @@ SOURCE_KINDS: dict[str, type[RewardSource]] = {kind.key: kind for kind in _KINDS
 
 
 def _kind_key(source: Any) -> str | None:
-    """The one of SOURCE_KINDS whose key a source has; None if it has none of them, or several."""
+    """The key of SOURCE_KINDS that a source has; None if it has none of them, or several."""
     given = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
     keys = [key for key in SOURCE_KINDS if key in given]
     return keys[0] if len(keys) == 1 else None
@@ -195,6 +194,7 @@ else:
 def broken_source_rules(
     key: str, sources: Sequence[RewardSource], *, others: Sequence[RewardSource] = ()
 ) -> Iterator[str]:
+    """One message for each broken rule of the setting `key`, and of `others`, whose names must differ from its own."""
     if not sources:
         yield f"{key} is empty, so nothing could be learned; name at least one [[{key}]]"
     names = [source.name for source in (*sources, *others)]

@@ -11,7 +11,7 @@ from common.config.base import MayChange, NonNegative, Placed, Positive, Process
 
 
 class TrainerConfig(Placed):
-    """The processes (ranks) that train, in step with each other, each on its own device."""
+    """The processes (ranks) that train together, each on its own device."""
 
     cpus: MayChange[Annotated[float, Field(ge=0)]] = 1
     """CPU cores each rank reserves in Ray's bookkeeping."""
@@ -20,14 +20,14 @@ class TrainerConfig(Placed):
     threads: MayChange[Positive] = 1
     """Compute threads of each rank. Two busy processes that both use every core slow each other threefold."""
     ranks: MayChange[Processes] = 1
-    """Processes that train in step, each on its share of every batch."""
+    """Processes that train together, each on its share of every batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of matrix products in forward and backward; weights, losses and optimizer state are always float32."""
     micro_batch_tokens: MayChange[Positive | None] = None
     """Tokens of one forward and backward pass; bounds activation memory and cannot change the gradient. A longer
     sequence is a micro-batch of its own. Left out: 512 on CPU, 8192 on GPU."""
     gradient_checkpointing: MayChange[bool] = False
-    """Recompute activations in the backward pass: about a quarter slower, far less memory."""
+    """Recompute activations in the backward pass: about a quarter slower, and far less memory."""
     timeout_s: MayChange[Seconds] = 1800
     """Longest update, and longest wait of one rank for another, seconds."""
 
@@ -38,6 +38,7 @@ class TrainerConfig(Placed):
 
 
 def broken_trainer_rules(cfg: TrainerConfig) -> Iterator[str]:
+    """One message for each broken rule across the fields of a [learner] section."""
     if cfg.ranks > 1 and cfg.gpus not in (0, 1):
         yield (
             f"learner.gpus ({cfg.gpus:g}) must be 1 for each of {cfg.ranks} learner.ranks, or 0 for the CPU: ranks "
@@ -51,10 +52,10 @@ class AdamWConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of the language model's weights."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up. constant stays at the peak; linear and cosine fall to zero, which they reach one
-    step after the last one: with linear, the last of n steps still runs at 1 / n of the peak."""
+    """Learning rate after warm-up. constant stays at the peak; linear and cosine fall to zero, and reach it one step
+    after the last one: with linear, the last of n steps still runs at 1 / n of the peak."""
     warmup_steps: NonNegative = 0
-    """Steps in which the rate rises in a line to the peak: the first runs at 1 / (warmup_steps + 1) of it."""
+    """Steps in which the rate rises linearly to the peak: the first one runs at 1 / (warmup_steps + 1) of the peak."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
     """Decay of Adam's running mean and variance of the gradient."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -75,4 +76,4 @@ class CheckpointConfig(Section):
     """Checkpoints kept; older ones are removed."""
     on_signal: bool = False
     """When a signal stops the run (Ctrl-C, SIGTERM, SIGHUP), finish the current step and write a checkpoint first. The
-    resumed run then repeats no step, but stopping takes as long as a step; without it, seconds."""
+    resumed run then repeats no step, but stopping takes as long as a step. If false, stopping takes seconds."""

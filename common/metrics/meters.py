@@ -13,6 +13,8 @@ from common.metrics.table import METERS, OWN, Meter
 
 
 class Backend(Protocol):
+    """The place where recorded values go."""
+
     def record(self, meter: Meter, value: float, tags: Mapping[str, str]) -> None:
         """Add to a counter, set a gauge, or observe a histogram. Adding 0 creates the counter."""
 
@@ -48,7 +50,7 @@ def install(backend: Backend, *, role: str = "", replica: str = "") -> None:
 
 
 def count(name: str, amount: float = 1, **tags: str) -> None:
-    """Add to a counter. Start it with 0, so that `rate` sees its first increment."""
+    """Add to a counter. Add 0 when the process starts: Prometheus' `rate` misses an increment from nothing."""
     _record("counter", name, amount, tags)
 
 

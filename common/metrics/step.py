@@ -1,4 +1,4 @@
-"""The metrics of one step: partial values, reduced as their rows say. Runs in every learner rank and trainer rank."""
+"""The metrics of one step: partial values, reduced as their rows say. Runs in every rank, of PPO or a reward model."""
 
 from __future__ import annotations
 
@@ -33,5 +33,6 @@ class StepMetrics:
         return dict(self._sums)
 
     def result(self) -> dict[str, float]:
+        """The reduced value of every key so far."""
         means = {key: total / count if count else 0.0 for key, (total, count) in self._sums.items()}
         return {**means, **self._values}

@@ -1,7 +1,8 @@
-"""Every metric once: its name, its unit, how it is reduced, what it means and where it is shown. Runs anywhere.
+"""The table of all metrics: name, unit, reducer, meaning, and where each is shown. Runs anywhere.
 
-A step metric is a key of RUN/metrics.jsonl. Its row says under which heading the screen shows it; the run's Prometheus
-endpoint exports it as `prometheus`. A process metric is counted inside an actor, and Ray exports it as `ray_<name>`.
+A step metric is a key of RUN/metrics.jsonl. Its row says under which heading the screen shows it. The run's Prometheus
+endpoint exports it as `Metric.prometheus`. A process metric is counted inside an actor, and Ray exports it as
+`ray_<name>`.
 The tables of docs/metrics.md are made from these rows (`python -m tests.metrics_tables`), and a test compares them.
 """
 
@@ -27,6 +28,7 @@ class Metric:
 
     @property
     def reduced_by(self) -> str:
+        """Its reducer in words, for the docs."""
         return f"{_WORDS.get(self.reducer, self.reducer)} over {self.over}" if self.over else self.reducer
 
     @property
@@ -45,7 +47,7 @@ STEP = (
         "seconds since 1970",
         "last",
         "",
-        "when the record was written; for a step that a resumed run replayed, when its batch was cut",
+        "when the record was written; for a step that a resumed run replayed, when its batch entered the journal",
     ),
     Metric(
         "rollout/score/mean",
@@ -108,14 +110,18 @@ STEP = (
     Metric("staleness/mean", "versions", "mean", "rollouts", "0 when training is synchronous"),
     Metric("staleness/max", "versions", "max", "rollouts", "never above `max_staleness`"),
     Metric(
-        "staleness/generating_s", "seconds", "mean", "rollouts", "from admission until written, scored and measured"
+        "staleness/generating_s",
+        "seconds",
+        "mean",
+        "rollouts",
+        "from the time it got a slot until it is sampled, scored and measured",
     ),
     Metric(
         "staleness/buffered_s",
         "seconds",
         "mean",
         "rollouts",
-        "from then until a step took it; a rollout only gets older in this time",
+        "a finished rollout waited for a step to take it; it only gets older in this time",
     ),
     Metric(
         "wait/learner_s",
@@ -138,7 +144,7 @@ STEP = (
         "nats",
         "mean",
         "rollouts",
-        "the same, summed over a response; tens of nats: the policy has left the reference",
+        "`kl/per_token`, summed over a response; tens of nats: the policy is far from the reference",
         "KL",
     ),
     Metric("kl/coef", "reward per nat", "last", "", "changes only with the adaptive controller"),
@@ -175,7 +181,7 @@ STEP = (
         "nats",
         "mean",
         "tokens",
-        "k3 from the policy at the start of the step, during the step; compare `target_kl`",
+        "k3 between the policy at the start of the step and the policy during it; compare `target_kl`",
     ),
     Metric("ppo/ratio", "-", "mean", "tokens", "near 1"),
     Metric("ppo/grad_norm", "-", "max", "optimizer steps", "before clipping to `max_grad_norm`"),
@@ -212,7 +218,13 @@ STEP = (
         "variance of advantages over variance of returns: what the critic left; above 1 it adds noise",
     ),
     Metric("reward/running_mean", "reward units", "last", "", "mean of every score of the run so far"),
-    Metric("reward/running_std", "reward units", "last", "", "their deviation: the unit of normalised scores"),
+    Metric(
+        "reward/running_std",
+        "reward units",
+        "last",
+        "",
+        "standard deviation of these scores: the unit of normalised scores",
+    ),
     Metric(
         "value/explained_variance",
         "share",
@@ -250,11 +262,18 @@ STEP = (
         "seconds",
         "last",
         "",
-        "from then until the last response was scored and measured; other scoring ran during generation",
+        "from the end of `time/generate_s` until the batch was complete; other scoring ran during generation",
         "reward",
     ),
     Metric("time/journal_s", "seconds", "last", "", "writing the batch to disk"),
-    Metric("time/learn_s", "seconds", "last", "", "the update, which includes the next two", "learn"),
+    Metric(
+        "time/learn_s",
+        "seconds",
+        "last",
+        "",
+        "the update; includes `time/old_logprobs_s` and `time/optimise_s`",
+        "learn",
+    ),
     Metric(
         "time/old_logprobs_s",
         "seconds",
@@ -299,7 +318,7 @@ REWARD_STEP = (
         "nats",
         "mean",
         "pairs",
-        "ln 2 = 0.693: it knows nothing. Margins and centring are included, if configured. Far below the held-out "
+        "ln 2 = 0.693: the model knows nothing. Includes margins and centring, if configured. Far below the held-out "
         "loss, which has neither: overfitting",
         "loss",
     ),
@@ -324,7 +343,7 @@ REWARD_STEP = (
         "head units",
         "mean",
         "responses",
-        "pairs do not fix the origin: it may drift, unless `loss.centre_coef` holds it",
+        "pairs do not determine the zero point: it may drift, unless `loss.centre_coef` holds it",
     ),
     Metric("preference/grad_norm", "-", "last", "", "before clipping to `max_grad_norm`", "grad"),
     Metric("preference/learning_rate", "-", "last", "", "after warm-up and schedule"),
@@ -368,14 +387,14 @@ METERS = {
             "counter",
             "rollouts",
             OWN,
-            "responses written to their end; a replica that falls behind the others is slow or has no work",
+            "finished responses; a replica that falls behind the others is slow or has no work",
         ),
         Meter(
             "ratchet_generator_tokens_total",
             "counter",
             "tokens",
             OWN,
-            "response tokens of these rollouts; the rate is the throughput",
+            "sampled tokens, those of handed-over responses included; the rate is the throughput",
         ),
         Meter(
             "ratchet_generator_nonfinite_total",
@@ -389,8 +408,8 @@ METERS = {
             "gauge",
             "requests",
             (*OWN, "state"),
-            "in the engine now, `state` is running or waiting; waiting for long: `max_running` or the KV cache is too "
-            "small",
+            "in the engine now; `state` is running or waiting. Many waiting for long: `max_running` or the KV cache is "
+            "too small",
         ),
         Meter(
             "ratchet_generator_weights_version",
@@ -458,7 +477,7 @@ METERS = {
             "counter",
             "replicas",
             ("role", "reason"),
-            "left, with the reason why they were told to, or `died`",
+            "left the pool; `reason` says why they were told to leave, or is `died`",
         ),
         Meter(
             "ratchet_pool_reissues_total",
