@@ -1,7 +1,7 @@
-"""Causal attention within packed sequences: one follows another in one long row, without padding.
+"""Causal attention within packed sequences, which follow one another in one long row, without padding.
 
 Runs anywhere. Importing this module registers it with transformers as "packed". A model loaded with that implementation
-also takes `lengths`, the number of tokens of each sequence, and computes for every sequence the same as for it alone.
+also takes `lengths`, the number of tokens of each sequence. It computes the same for a sequence as if it were alone.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import AttentionInterface
 from common.model.recomputed_attention import Scores, causal_bias, recomputed_attention
 
 PACKED = "packed"
-# Arguments that begin so do not change the result, and are ignored.
+# Arguments whose names begin with one of these do not change the result, and are ignored.
 _HARMLESS = ("position_ids", "cache_position", "use_cache", "output_")
 
 
 class AttentionError(ValueError):
-    """A model passes arguments that packed attention does not support. The message describes the model."""
+    """A model passes arguments that packed attention does not support, or no `lengths`. The message describes it."""
 
 
 def packed_attention(
@@ -78,7 +78,7 @@ AttentionInterface.register(PACKED, packed_attention)
 def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]) -> None:
     """Raises AttentionError for unknown arguments. Ignoring them would make the result silently wrong."""
     if not lengths:
-        raise AttentionError("its layers do not pass `lengths`, the ends of packed sequences, on to their attention")
+        raise AttentionError("its layers do not pass `lengths`, the sizes of packed sequences, on to their attention")
     if others.get("is_causal") is True:
         others = {**others, "is_causal": None}
     asked = [name for name, value in others.items() if value is not None and not name.startswith(_HARMLESS)]

@@ -1,4 +1,4 @@
-"""Batched forward passes: requests that arrive close together share a pass, under a token budget. Runs anywhere."""
+"""Batches forward passes: requests that arrive close together share a pass, under a token budget. Runs anywhere."""
 
 from __future__ import annotations
 

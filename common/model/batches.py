@@ -1,4 +1,4 @@
-"""Groups of sequences for one forward pass each, under a token budget. Runs anywhere."""
+"""Groups sequences into forward passes, under a token budget. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Groups the indices of sequences into few groups of at most `max_tokens` each, with similar lengths together.
 
-    Each group takes the longest sequence left, then again and again the longest that still fits. A sequence longer than
-    the budget is a group of its own.
+    Each group takes the longest sequence left, and then repeatedly the longest one that still fits. A sequence longer
+    than the budget is a group of its own.
     """
     left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []

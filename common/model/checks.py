@@ -21,13 +21,13 @@ from common.errors import UserError
 from common.model.remote_code import trusted
 
 TABLE = "docs/models.md lists what is supported"
-_LARGEST_READ = 2 << 30  # bytes of weights that the driver checks; a process that loads a model checks all
+_LARGEST_READ = 2 << 30  # most bytes of weights that the driver checks; a process that loads a model always checks
 
 
 @contextmanager
 def reading(directory: Path, setting: str, purpose: str) -> Iterator[None]:
-    """Turns every error inside into a UserError about the model that `setting` names. transformers raises all types of
-    errors for a config or model that it cannot read."""
+    """Turns every error in the block into a UserError about the model that `setting` names. transformers raises errors
+    of many types for a config or model that it cannot read."""
     try:
         yield
     except UserError:
@@ -76,8 +76,8 @@ def check_generated(config: PretrainedConfig) -> None:
 def check_weights(
     directory: Path, kind: Any, *, new: tuple[str, ...] = (), dropped: tuple[str, ...] = (), **settings: Any
 ) -> PretrainedConfig:
-    """Runs `check_loaded` on the names and shapes in the files of `directory` for transformers' class `kind`. Reads no
-    weight. Returns the config."""
+    """Runs `check_loaded` on the names and shapes in the files of `directory`, for the transformers class `kind`. Reads
+    no weight. Returns the config."""
     config = read_config(directory)
     with _quiet():
         _, found = kind.from_pretrained(
@@ -139,7 +139,7 @@ def check_finite(model: PreTrainedModel) -> None:
 
 
 def check_finite_files(directory: Path) -> None:
-    """`check_finite` for the safetensors files in `directory`. Skips files too large to be read twice."""
+    """`check_finite` for the safetensors files in `directory`. Does nothing if they are too large to be read twice."""
     files = sorted(directory.glob("*.safetensors"))
     if sum(file.stat().st_size for file in files) > _LARGEST_READ:
         return

@@ -44,8 +44,8 @@ from common.model.small_model import try_small
 
 
 def resolve_model(name: str, setting: str = "model.path", *, trust_remote_code: bool = False) -> Path:
-    """The local directory of the model that `setting` names. Converts or downloads it if necessary. Raises UserError
-    if there is none. With `trust_remote_code`, this process may run code from the directory."""
+    """The local directory of the model that `setting` names. Converts or downloads the model if necessary. Raises
+    UserError if it cannot be found. With `trust_remote_code`, this process may run code from the directory."""
     directory = _find_model(name, setting)
     if trust_remote_code:
         allow(directory)
@@ -80,7 +80,7 @@ def _find_model(name: str, setting: str) -> Path:
 
 
 def load_tokenizer(directory: Path, setting: str = "model.path") -> PreTrainedTokenizerBase:
-    """Raises UserError if the directory has no tokenizer that can be loaded."""
+    """The directory's tokenizer. Raises UserError if it cannot be loaded."""
     with reading(directory, setting, "be used, because its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted(directory))
 
@@ -135,8 +135,9 @@ def load_policy(
 ) -> PreTrainedModel:
     """The causal language model in `directory`, in eval mode: dropout would make rollouts and updates disagree.
 
-    `install` replaces modules of the model by faster ones. Raises UserError for an incomplete model, and for one whose
-    results on packed sequences differ from those of transformers' eager attention on each sequence alone.
+    `install` replaces modules of the model by ones that keep less memory (common.model.kernels). Raises UserError for
+    an incomplete model, and for one whose results on packed sequences differ from those of transformers' eager
+    attention on each sequence alone.
     """
     with reading(directory, setting, "be trained"):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -176,7 +177,7 @@ def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None
         model.save_pretrained(staging, state_dict=weights | constants(base), save_original_format=False)
         write_config(model, staging)
         if (base / "generation_config.json").exists():
-            # Copied, not re-written: transformers refuses to write some configs that it can read.
+            # Copied, not saved by transformers, which refuses to write some configs that it can read.
             shutil.copyfile(base / "generation_config.json", staging / "generation_config.json")
         load_tokenizer(base).save_pretrained(staging)
         for code in base.glob("*.py") if trusted(base) else ():

@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities and entropy of the chosen tokens, without ever holding all logits.
+"""Turns hidden states into log-probabilities and entropy of the chosen tokens, and never holds all logits.
 
 Runs anywhere. Measured on the update of common/model/kernels.py: autograd over checkpointed chunks would take 20 % more
 peak memory (3,555 MB instead of 2,960) and up to 12 % more CPU time.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-# Tokens and vocabulary of a tile of logits. On a CPU a tile stays in the cache between its matrix product and the
-# element-wise work on it. A GPU is faster with fewer, larger tiles.
+# A tile of logits: this many tokens, and this many entries of the vocabulary. On a CPU a tile stays in cache between
+# its matrix product and the element-wise work on it. A GPU is faster with fewer, larger tiles.
 CPU_TILE, GPU_TILE = (512, 2048), (2048, 16384)
 
 
@@ -28,8 +28,8 @@ class Finish:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Finish:
-        """As the config says: Gemma 2 caps, Cohere multiplies, Granite divides. A model may still do something else:
-        common/model/probe.py compares outputs."""
+        """The last step that the config describes: Gemma 2 caps, Cohere multiplies, Granite divides. A model may still
+        do something else, so common/model/probe.py compares outputs."""
         text = config.get_text_config()
         factor, divisor = _number(text, "logit_scale"), _number(text, "logits_scaling")
         return cls(factor or 1 / (divisor or 1.0), _number(text, "final_logit_softcapping"))
@@ -68,7 +68,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """With logits z, already over the temperature T, m = log sum exp z, p = exp(z - m) and mean z' = sum p z:
+    """With logits z, already divided by the temperature T, m = log sum exp z, p = exp(z - m) and mean z' = sum p z:
 
     log p_a = z_a - m, H = -sum p log p = m - z'
     T d(log p_a)/dz_j = 1[j = a] - p_j      T dH/dz_j = -p_j (z_j - z')
@@ -159,7 +159,7 @@ def _slices(count: int, width: int) -> list[slice]:
 
 
 def _logits(states: Tensor, matrix: Tensor, offset: Tensor | None, temperature: float, finish: Finish) -> Tensor:
-    """The logits of one tile over the temperature, float32."""
+    """The logits of one tile, divided by the temperature, float32."""
     logits = nn.functional.linear(states, matrix, offset).float()
     if finish.cap is not None:
         return logits.mul_(finish.scale / finish.cap).tanh_().mul_(finish.cap / temperature)

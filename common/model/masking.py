@@ -17,7 +17,8 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 def check_no_holes(mask: Tensor) -> None:
     """Raises ValueError unless every row of the mask [B, R] is True from its first place to its last True one.
 
-    What is computed backwards from the last token of a response would otherwise lose everything behind the first gap.
+    A sum that runs backwards from a response's last token, as in GAE, would end at a gap: tokens before the gap would
+    lose the rewards after it.
     """
     wrong = mask != length_mask(mask.sum(1), mask.shape[1])
     if wrong.any():
@@ -34,7 +35,7 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where the mask is True; 0 if it is nowhere True."""
+    """Mean of x where the mask is True; 0 if the mask is False everywhere."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 

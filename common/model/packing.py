@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from common.model.logprobs import Finish, autocast_dtype, chosen_logprobs
 from common.model.masking import length_mask
 
-# Row counts of matrix products are padded to a multiple of this. The kernel is chosen by shape, so without it the last
-# bits of a row depend on the other rows of its batch. Measured with AVX-512, one thread, float32 and bfloat16: 1 to 20
-# of 48 rows changed.
+# Row counts of matrix products are padded to a multiple of this. Libraries choose a kernel by shape, so without padding
+# the last bits of a row depend on the other rows of its batch. Measured with AVX-512, one thread, float32 and bfloat16:
+# 1 to 20 of 48 rows changed.
 ROW_MULTIPLE = 16
 
 
@@ -29,7 +29,8 @@ class Sequences:
 
     @classmethod
     def pack(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> Sequences:
-        """A prompt must not be empty: the state of its last token predicts the first response token."""
+        """Packs token ids. Raises ValueError for an empty prompt: the state of its last token must predict the first
+        response token."""
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt without tokens cannot be answered; give it at least one")
         pairs = list(zip(prompts, responses, strict=True))
@@ -47,10 +48,12 @@ class Sequences:
         return Sequences(torch.cat(chosen), self.prompt_lengths[index], self.lengths[index])
 
     def to(self, device: torch.device) -> Sequences:
+        """The same sequences on another device."""
         return Sequences(self.input_ids.to(device), self.prompt_lengths.to(device), self.lengths.to(device))
 
     @property
     def response_lengths(self) -> Tensor:
+        """int64 [B]."""
         return self.lengths - self.prompt_lengths
 
     @property
@@ -83,7 +86,7 @@ class Sequences:
 
 
 def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Input embeddings, under autocast in its dtype. Otherwise the residual stream would stay float32."""
+    """Input embeddings, cast to autocast's dtype if it is on. Without the cast, the residual stream is float32."""
     embedded = model.get_input_embeddings()(input_ids)
     return embedded.to(autocast_dtype(embedded.device.type) or embedded.dtype)
 
@@ -91,7 +94,7 @@ def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
     """Log-probability of every response token under a causal LM, float32 [B, R]."""
     states, token_ids = sequences.response_states(model.base_model)
-    # The output embedding's rows too: each response begins at a multiple of ROW_MULTIPLE.
+    # Pad the rows of the output embedding's product too: each response begins at a multiple of ROW_MULTIPLE.
     missing = -sequences.response_lengths % ROW_MULTIPLE
     places = torch.arange(len(states), device=states.device)
     places += (missing.cumsum(0) - missing).repeat_interleave(sequences.response_lengths)

@@ -1,7 +1,7 @@
-"""Tests a model when it is loaded: do packed sequences give the results of transformers' eager attention on each alone?
+"""Tests a model when it is loaded: are the results of packed sequences those of eager attention on each one alone?
 
-Runs anywhere. Every process that loads a policy calls it before using the model. Nothing here depends on the type of
-the model: both results are computed, the packed one with the functions of the learner and the reference.
+Runs anywhere. Every process that loads a policy with transformers calls it before using the model. Nothing here depends
+on the type of the model. The packed results come from the functions that the learner and the reference use.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from common.model.attention import AttentionError
 from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
 
-# Different lengths. State that leaks from one sequence into the next shows most in the sequence of a single token.
+# Different lengths. A leak from one sequence into the next shows most in the sequence of a single token.
 LENGTHS = (5, 23, 1, 9)
 
-# Largest accepted errors: of states relative to their size, of log-probabilities in nats. Measured over 75 types: in
+# Largest accepted errors: of states, relative to their size; of log-probabilities, in nats. Measured over 75 types: in
 # float32 correct models are off by at most 5e-6 and wrong ones by at least 0.03; in bfloat16 correct ones by 0.015.
 _EXACT, _COARSE = (1e-4, 2e-3), (0.1, 0.5)
 
@@ -68,7 +68,7 @@ def check_packed(model: PreTrainedModel, expected: EagerResults) -> None:
         logprobs, entropy = chosen_logprobs(states, token_ids, head, temperature=1.0, finish=finish)
     except AttentionError as error:
         raise UnsuitedModelError(str(error)) from error
-    except Exception as error:  # a model without packed rows may raise any error
+    except Exception as error:  # a model that cannot handle packed rows may raise any error
         raise UnsuitedModelError(
             f"it cannot read several sequences in one row ({type(error).__name__}: {error})"
         ) from error

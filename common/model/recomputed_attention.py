@@ -114,7 +114,7 @@ class _Layout:
     k_order: Tensor  # [N * kv_heads]
 
 
-@lru_cache(maxsize=4)  # every layer needs the same one
+@lru_cache(maxsize=4)  # all layers use the same layout
 def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device, most: int | None) -> _Layout:
     """`most`: largest number of scores in a group of several sequences; None: no limit."""
     widths = [round_up(length, _WIDTH) for length in lengths]
@@ -141,7 +141,7 @@ def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.d
 
 
 def _inverse(index: Tensor, real: Tensor) -> Tensor:
-    """Inverse of `index`: the place of each row in it, ignoring padding (`real` is False)."""
+    """Inverse of `index`: the place of each row in it. Ignores padding, where `real` is False."""
     places = real.nonzero().squeeze(1)
     return torch.empty_like(places).index_copy(0, index[places], places)
 

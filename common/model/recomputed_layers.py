@@ -1,4 +1,4 @@
-"""Gradient checkpointing for models in eval mode. Runs in every learner rank.
+"""Gradient checkpointing for models in eval mode. Runs in every rank, of PPO or a reward model.
 
 transformers recomputes layers only in training mode, which would also turn on their dropout.
 """
@@ -19,12 +19,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            # A layer is recomputed only if this flag is set. `_recomputed` clears it inside, where it turns on dropout.
+            # transformers recomputes a layer only if this flag is set. `_recomputed` clears it while the layer runs,
+            # because inside the layer it would turn on dropout.
             layer.training = True
             layer._gradient_checkpointing_func = partial(_recomputed, layer, layer._gradient_checkpointing_func)
 
 
 def _recomputed(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Runs the layer's forward pass in eval mode through `checkpoint`, both now and when it is recomputed."""
+
     def in_eval_mode(*inputs: Any) -> Any:
         layer.training = False
         try:

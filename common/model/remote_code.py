@@ -1,6 +1,6 @@
 """Records which model directories may run their own Python code in this process: only those the config allows.
 
-Runs anywhere. Every process that loads a model or a tokenizer has a record of its own.
+Runs anywhere. Every process that loads a model or a tokenizer has its own record.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ _PURPOSE = "be a reward model"
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """The settings to serve a reward model with. A raw score is (head's output - mean) / deviation."""
+    """The settings for serving a reward model. A raw score is (the head's output - mean) / deviation."""
 
-    chat: bool | None = None  # None: chat template if there is one and the prompt is a list of messages
+    chat: bool | None = None  # None: use the chat template if there is one and the prompt has messages
     mean: float = 0.0  # of the head's output on responses of the reference policy
     deviation: float = 1.0
 
@@ -68,8 +68,8 @@ def load_reward_model(
     install: Callable[[PreTrainedModel], object] | None = None,
 ) -> PreTrainedModel:
     """The sequence classifier in `directory`, in eval mode, with a float32 head. A language model gets a head of zeros
-    and a padding token. `install` replaces modules of the model by faster ones. Raises UserError if the architecture
-    has no such head, or if a score differs from the one of the model's own code for the sequence alone."""
+    and a padding token. `install` replaces modules of the model by ones that keep less memory. Raises UserError if the
+    architecture has no such head, or if a score differs from that of the model's own code for the sequence alone."""
     check_trainable(directory)
     trained = is_reward_model(directory)
     with reading(directory, "model", _PURPOSE):
@@ -148,7 +148,7 @@ def save_reward_model(
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes `target` as a Hugging Face directory: the model in bf16, its tokenizer and its scale. If the weights are
-    sharded over ranks, `tensors` are the gathered ones."""
+    sharded over ranks, `tensors` are the gathered weights."""
     tokenizer = load_tokenizer(tokenizer_from)
     tokenizer.pad_token_id = model.config.pad_token_id
     with replaced_directory(target) as staging:
@@ -171,7 +171,7 @@ def read_scale(directory: Path) -> ScoreScale:
 
 
 def content_hash(directory: Path) -> str:
-    """16 hex digits that change with every weight, setting and token of the model in `directory`."""
+    """16 hex digits that change if any weight, setting or token of the model in `directory` changes."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"):

@@ -27,7 +27,7 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
     are padded to such a multiple here.
     """
     mask, positions = length_mask(lengths, input_ids.shape[1]).long(), {}
-    if depends_on_length(model.config):  # padding takes the row's last position, so rows do not get longer
+    if depends_on_length(model.config):  # padding repeats the row's last position, so that it adds no length
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = {"position_ids": places.minimum(lengths[:, None] - 1)}
     hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state

@@ -18,8 +18,8 @@ _BY_LENGTH = ("longrope", "dynamic")
 
 
 def original_length(config: PretrainedConfig) -> int:
-    """The longest sequence for which all engines agree. Beyond it vLLM 0.32 chooses frequencies by the longest sequence
-    it accepts, and transformers by the current sequence."""
+    """The longest sequence for which vLLM and transformers agree. Beyond it vLLM 0.32 chooses frequencies by the
+    longest sequence it accepts, and transformers by the current sequence."""
     found = [
         rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
         for rope in _by_length(config)
@@ -28,12 +28,12 @@ def original_length(config: PretrainedConfig) -> int:
 
 
 def depends_on_length(config: PretrainedConfig) -> bool:
-    """True if the model has such embeddings."""
+    """True if the model's rotary frequencies depend on a sequence's length."""
     return bool(_by_length(config.get_text_config()))
 
 
 def use_own_lengths(model: nn.Module) -> None:
-    """Makes such embeddings treat each sequence separately. A sequence begins where the position is 0."""
+    """Makes such embeddings choose frequencies for each sequence alone. A sequence begins where the position is 0."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)

@@ -21,8 +21,8 @@ NamedTensor = tuple[str, Callable[[], Tensor]]  # name in memory, and a function
 def as_saved(model: PreTrainedModel, tensors: Iterable[NamedTensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors with the names and shapes that `save_pretrained` writes.
 
-    It calls for one tensor after another, or for the tensors of one layer where a file's tensor combines several. So it
-    holds at most one layer. Names depend on the model's config alone, not on the names in the files that were loaded:
+    It requests one tensor at a time; if the model has conversions, all tensors of a layer at a time. So it holds at
+    most one layer. Names depend on the model's config alone, not on the names in the files that were loaded:
     learner, engines and `RUN/policy` agree without comparing files.
     """
     conversions = get_model_conversion_mapping(model, add_legacy=False)

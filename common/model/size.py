@@ -1,4 +1,4 @@
-"""Sizes and shapes of a model from its config alone; no weight is loaded. Runs anywhere."""
+"""Sizes and shapes of a model from its config alone, and its few constants from its files. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelSize:
 
 
 def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
-    """Sizes of the model in `directory`. Raises UserError if the config cannot be read or lacks one."""
+    """Sizes of the model in `directory`. Raises UserError if the config cannot be read or lacks a size."""
     with reading(directory, setting, "be trained"):
         config = read_config(directory)
         parameters = sum(p.numel() for p in without_weights(config).parameters())

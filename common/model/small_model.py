@@ -59,7 +59,7 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
 def small_config(config: PretrainedConfig, *, narrow: bool = True) -> PretrainedConfig:
     """A copy with few layers and experts, narrow feed-forward layers, a small vocabulary and short windows. `narrow`:
-    also with few heads. Sizes of heads, types of layers and all operations stay."""
+    also with few heads. Sizes of heads, types of layers and all operations stay unchanged."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     for part in _parts(small):
@@ -133,7 +133,7 @@ def _keep_layers(config: PretrainedConfig, layers: int) -> None:
 
 
 def _keep_heads(config: PretrainedConfig) -> None:
-    """Keeps as few heads as possible: their size and the number that share keys and values stay."""
+    """Keeps as few heads as possible. Their size, and the number of heads that share keys and values, stay the same."""
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not (type(heads) is int and type(hidden) is int and heads > 1):
         return

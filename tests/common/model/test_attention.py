@@ -178,7 +178,7 @@ def test_a_sink_worked_by_hand():
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"lengths": None}, "do not pass `lengths`, the ends of packed sequences, on to their attention"),
+        ({"lengths": None}, "do not pass `lengths`, the sizes of packed sequences, on to their attention"),
         ({"position_bias": torch.zeros(1)}, "its attention uses position_bias"),
         ({"dropout": 0.1}, "its attention uses dropout"),
         ({"is_causal": False}, "its attention uses is_causal"),

@@ -38,7 +38,7 @@ def test_a_model_passes_with_the_learners_kernels():
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("stablelm", "do not pass `lengths`, the ends of packed sequences, on to their attention"),
+        ("stablelm", "do not pass `lengths`, the sizes of packed sequences, on to their attention"),
         ("lfm2", "mix the sequences of a packed row"),
         ("falcon_mamba", "mix the sequences of a packed row"),
         ("doge", "attention is not the packed one"),
