@@ -1,4 +1,4 @@
-"""Files and directories that are written completely or not at all, even if the process dies. Runs anywhere."""
+"""Writes files and directories so that a crash leaves nothing half written, or a line to skip. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file with `text`. A reader sees the old text or the new one, never a part."""
+    """Replaces the file with `text`. A reader sees the old text or the new text, never a part of one."""
     staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         staging.write_text(text, encoding="utf-8")
@@ -23,11 +23,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replaces the file with a value as indented JSON, like `write_whole`."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line. It gets a line of its own even if a crash left an unfinished line."""
+    """Appends one JSON line. It starts on a new line even if a crash left an unfinished line before it."""
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -37,7 +38,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; none if there is no file. Skips a line that a crash cut short."""
+    """The records of a file of JSON lines; an empty list if there is no file. Skips a line that a crash cut short."""
     if not path.exists():
         return []
     records = []
@@ -49,7 +50,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """Gives a temporary directory, which replaces `target` if the block ends without an error."""
+    """Yields a temporary directory, which replaces `target` if the block ends without an error. A crash between the
+    removal of the old directory and the rename leaves no `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:

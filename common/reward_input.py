@@ -20,7 +20,7 @@ class RewardInput:
     response_tokens: int  # end token included
     finish_reason: str  # "stop" or "length"
     fields: Mapping[str, Any]  # the prompt record's other fields, such as a reference answer
-    messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, if it was
+    messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, with prompts.format = "chat"
     raw_response: str = ""  # decoded with every special token, the end token included
     prompt_ids: Sequence[int] = ()
     response_ids: Sequence[int] = ()

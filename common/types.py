@@ -4,7 +4,7 @@ Runs anywhere. An `Experience` is one row of the Arrow table that the journal st
 (common/experience_table.py). Arrays are one-dimensional and unpadded: R is the length of one response. Example:
 
     Prompt(SampleId(0, 17, 0), "2 + 2 =", token_ids=[17, 10, 17, 28], fields={"answer": "4"})
-    Rollout(prompt, response_ids=[19, 2], rollout_logprobs=[-0.1, -0.3], policy_versions=[5, 5], "stop", "Generator(1)")
+    Rollout(prompt, [19, 2], rollout_logprobs=[-0.1, -0.3], policy_versions=[5, 5], finish_reason="stop", generator="G")
     Experience(rollout, Score(1.0, {"exact": 1.0}), ref_logprobs=[-0.2, -0.3])
 """
 
@@ -20,7 +20,7 @@ from common.reward_input import RewardInput as RewardInput
 
 HELDOUT_EPOCH = -1
 PROBE_EPOCH = -2
-HANDED_OVER = "handed over"  # finish reason of a response that its generator began and another one will finish
+HANDED_OVER = "handed over"  # finish reason of a partial response that another generator will continue
 # Approximate memory of a token while its rollout waits for the learner: id, two log-probabilities, version, text.
 BYTES_PER_TOKEN = 20
 
@@ -28,7 +28,7 @@ BYTES_PER_TOKEN = 20
 class SampleId(NamedTuple):
     """The permanent name of a rollout. The same id under the same weights and run seed gives the same text."""
 
-    epoch: int  # pass over the training prompts, from 0; HELDOUT_EPOCH for evaluation, PROBE_EPOCH for a check
+    epoch: int  # pass over the training prompts, from 0; HELDOUT_EPOCH: evaluation; PROBE_EPOCH: agreement check
     prompt: int  # index of the prompt in its data set
     replica: int  # number of the response, below `rollouts_per_prompt`
 
@@ -53,7 +53,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question to the policy, already tokenised."""
+    """One prompt for the policy, already tokenised."""
 
     sample_id: SampleId
     text: str
@@ -68,10 +68,10 @@ class Rollout:
 
     prompt: Prompt
     response_ids: np.ndarray  # int32 [R], end token included when there is one
-    rollout_logprobs: np.ndarray  # float32 [R] nats, of the distribution really sampled from
+    rollout_logprobs: np.ndarray  # float32 [R] nats, of the distribution that was sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
     finish_reason: str  # "stop": it ends with the end token; "length": cut off; HANDED_OVER
-    generator: str  # replica that wrote it, or at least its end
+    generator: str  # replica that sampled it, or its last part
 
     @property
     def num_tokens(self) -> int:
@@ -85,13 +85,13 @@ class RolloutRef:
     sample_id: SampleId
     num_tokens: int  # prompt and response
     oldest_version: int | None  # of its tokens; None without tokens
-    finished: bool  # False: its generator had to leave, and another one continues it
-    fault: str = ""  # a reason not to learn from it
+    finished: bool  # False: its generator had to leave, and another one will continue it
+    fault: str = ""  # the reason why it must not be learned from, if there is one
     rollout: Any = None  # the Rollout, or a reference to it
 
     @classmethod
     def of(cls, rollout: Rollout) -> RolloutRef:
-        """Everything except the reference."""
+        """The numbers of a rollout, without the reference to it."""
         finite = bool(np.isfinite(rollout.rollout_logprobs).all())
         return cls(
             rollout.prompt.sample_id,
@@ -107,7 +107,7 @@ class RawScore(NamedTuple):
 
     score: float
     origin: str  # function, model@hash, or URL
-    figures: Mapping[str, float] = {}  # further numbers that the source gave, by name
+    figures: Mapping[str, float] = {}  # other numbers that the source gave, by name
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Experience:
     rollout: Rollout
     score: Score
     # float32 [R] nats, of the frozen reference policy at the sampling temperature. None in step 0 of a synchronous run:
-    # the learner's policy still is the reference, and the learner computes them.
+    # the policy is still the reference then, and the learner's old_logprobs are used.
     ref_logprobs: np.ndarray | None
 
 
@@ -141,7 +141,7 @@ class ExperienceRef:
 
     @property
     def num_bytes(self) -> int:
-        """Approximate memory."""
+        """Approximate memory of the rollout, bytes."""
         return BYTES_PER_TOKEN * self.written.num_tokens
 
     def staleness(self, policy_version: int) -> int:
@@ -160,7 +160,7 @@ def staleness(oldest: int | None, policy_version: int) -> int:
 
 @dataclass(frozen=True)
 class ScoringError:
-    """A failure of a reward source, for RUN/errors."""
+    """A failure of a reward source, as RUN/errors records it."""
 
     fault: str  # equal for all responses with the same fault
     traceback: str
@@ -170,7 +170,7 @@ class ScoringError:
 
 @dataclass(frozen=True)
 class Void:
-    """A rollout that is not trained on, with the reason. It is recorded and counted, and never becomes a score of 0."""
+    """A rollout that is not learned from, with the reason. It is recorded and counted; it never gets a score of 0."""
 
     sample_id: SampleId
     reason: str
@@ -184,12 +184,12 @@ class PublishedBucket:
     """References to one published bucket. The driver forwards them and never fetches them."""
 
     full: Any  # reference to a Bucket
-    best: Any  # reference to its Delta where a smaller one exists, else to the Bucket: for a holder of the last version
+    best: Any  # reference to its Delta if one is smaller, else to the Bucket: for replicas with the previous version
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The end of a publication: bytes of each bucket, in full and in its best form."""
+    """The last item of a publication: bytes of each bucket, in full and in its best form."""
 
     full_bytes: tuple[int, ...]
     best_bytes: tuple[int, ...]

@@ -3,7 +3,7 @@
 The learner packs its weights into buckets: flat arrays of bf16 values with a checksum. A generator verifies each bucket
 as it arrives. Where generators keep the previous set, a bucket may travel as a delta: only the values that changed.
 
-The values are NumPy arrays, because Ray's object store hands those over without a copy; they arrive read-only.
+The values are NumPy arrays, because Ray's object store passes those on without a copy. They arrive read-only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Delta:
-    """The values of a Bucket that differ from an older version's. A holder of that version makes the bucket from it."""
+    """The values of a Bucket that differ from those of an older version. A holder of the old one rebuilds the new."""
 
     version: int
     index: int
@@ -71,13 +71,13 @@ class Delta:
         return self.positions.nbytes + self.values.nbytes
 
     def apply(self, base: Bucket) -> Bucket:
-        """The new bucket, bit for bit. Raises CorruptWeightsError unless base and result are the publisher's."""
+        """The new bucket, bit for bit. Raises CorruptWeightsError unless `base` and the result are the publisher's."""
         what = f"weights version {self.version}: delta of bucket {self.index} since version {self.base_version}"
         _compare(what, _checksum(self._header(), self.positions, self.values), self.checksum)
         if (base.version, base.index) != (self.base_version, self.index):
             raise CorruptWeightsError(f"{what} was applied to bucket {base.index} of version {base.version}")
         values = base.values.copy()
-        # A base of another layout may be too short for some positions. They are clipped, and the checksum finds it.
+        # If `base` has another layout, it may be too short for some positions. They are clipped; the checksum fails.
         np.put(values, self.positions, self.values, mode="clip")
         bucket = Bucket(self.version, self.index, self.last, base.entries, values, self.bucket_checksum)
         bucket.verify()
@@ -100,8 +100,8 @@ def make_delta(old: Bucket, new: Bucket) -> Delta | None:
 
 
 def publication(packed: Iterable[Bucket], base: Sequence[Bucket] = ()) -> Iterator[Bucket | Delta | Manifest]:
-    """What a rank publishes: all buckets and last the manifest. With `base`, the buckets of the version before, each
-    bucket is followed by its best form: its delta, or itself again where no delta is smaller."""
+    """The items that a rank publishes: every bucket, then the manifest. With `base`, the previous version's buckets,
+    each bucket is followed by its best form: its delta, or the bucket again if no delta is smaller."""
     full_bytes, best_bytes = [], []
     for bucket in packed:
         yield bucket
@@ -118,8 +118,8 @@ def buckets(
 ) -> Iterator[Bucket]:
     """Casts tensors to bf16 and packs them, in order, into buckets of at most `bucket_bytes` (or of one tensor).
 
-    Lazy: the next tensor is requested once those before it are packed, so a sharded model is never gathered as a whole.
-    While a bucket is handed over, only the tensor that no longer fitted into it is held.
+    Lazy: each tensor is requested after the ones before it are packed, so a sharded model is never gathered as a whole.
+    While the caller handles a bucket, only the next tensor, which did not fit into it, is held.
     """
     index, filled = 0, 0
     entries: list[Entry] = []
@@ -139,9 +139,9 @@ def buckets(
 
 
 class IncomingWeights:
-    """Checks a new set as it arrives: every bucket must come whole, once, in order and of one version.
+    """Checks a new set as it arrives: every bucket must arrive undamaged, once, in order and with the same version.
 
-    Bucket 0 starts a new set, also after one that broke off.
+    Bucket 0 starts a new set, even if the set before it is incomplete.
     """
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class IncomingWeights:
         self._names: set[str] = set()
 
     def add(self, bucket: Bucket) -> None:
-        """Raises CorruptWeightsError; the set is then refused until bucket 0 starts it again."""
+        """Checks the next bucket. Raises CorruptWeightsError; every later bucket is then refused until bucket 0."""
         try:
             bucket.verify()
             if bucket.index == 0:
@@ -175,7 +175,7 @@ class IncomingWeights:
         self._complete = bucket.last
 
     def check_complete(self, version: int) -> None:
-        """Raises CorruptWeightsError unless every bucket of `version` has come."""
+        """Raises CorruptWeightsError unless every bucket of `version` has arrived."""
         if version != self._version or not self._complete:
             raise CorruptWeightsError(
                 f"weights version {version} is not complete: {self._next} buckets of version {self._version} came"

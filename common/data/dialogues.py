@@ -28,8 +28,8 @@ def dialogue_ids(
 
     chat: everything goes through the tokenizer's template, and plain text becomes one message of user or assistant.
     Otherwise both must be text; they are joined unchanged and followed by the end token.
-    Padding tokens at the end are removed, because transformers reads the score before them. This also holds where the
-    end token doubles as the padding token.
+    Padding tokens at the end are removed, because transformers reads the score before them. If the end token is also
+    the padding token, it is removed too.
     """
     if not chat:
         assert isinstance(prompt, str)
@@ -50,7 +50,7 @@ def dialogue_ids(
 def joined_ids(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response: str, *, pad_id: int | None
 ) -> list[int]:
-    """A plain prompt's tokens, the response's, and the end token. The two are tokenised separately, as in PPO."""
+    """A plain prompt's tokens, the response's, and the end token. Both texts are tokenised separately, as in PPO."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     return _without_padding([*prompt_ids, *response_ids, *end], pad_id)
@@ -63,7 +63,7 @@ def _without_padding(ids: list[int], pad_id: int | None) -> list[int]:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A padding token that ends no text, so that the score is read at the end token. Otherwise the end token."""
+    """A padding token that ends no text, so that the score is read at the end token. If none exists, the end token."""
     for token in (tokenizer.pad_token_id, tokenizer.unk_token_id):
         if token is not None and token != tokenizer.eos_token_id:
             return token

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from common.data.json_values import Record, as_object, cause, is_simple, json_values, parse_json, shown
 from common.errors import UserError
 
-Located = tuple[str, Record]  # its place, for messages, and the record
+Located = tuple[str, Record]  # the place of a record, for messages, and the record
 
 _ROWS_PER_BATCH = 1024
 
 
 def json_lines(path: str) -> Iterator[Located]:
-    """One object a line; empty lines are skipped."""
+    """Reads one object per line; skips empty lines."""
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}, line {number}"
@@ -57,7 +57,8 @@ def json_records(path: str) -> Iterator[Located]:
 
 
 def csv_rows(path: str) -> Iterator[Located]:
-    """The first line names the columns. Cells are text, but a JSON list of chat messages is read as messages."""
+    """Reads one record per row; the first line names the columns. Cells are text, but a cell with a JSON list of chat
+    messages becomes messages."""
     csv.field_size_limit(sys.maxsize)  # csv's default refuses cells above 128 KiB
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     line = 1
@@ -91,7 +92,7 @@ def _csv_cell(where: str, cell: str) -> Any:
 
 
 def parquet_rows(path: str) -> Iterator[Located]:
-    """One record a row. Dates, decimals and bytes become values of JSON."""
+    """Reads one record per row. Dates, decimals and bytes become values of JSON."""
     number = 0
     try:
         file = pq.ParquetFile(path)

@@ -1,7 +1,7 @@
 """The values that a record's columns may hold: those of JSON. Runs anywhere.
 
-Text has no broken characters, and lists and objects are nested at most DEEPEST levels. So every value can be written to
-the journal, sent to an HTTP service and pickled.
+Text has no halves of surrogate pairs, and lists and objects are nested at most DEEPEST levels. So every value can be
+written to the journal, sent to an HTTP service and pickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STRICT = json.JSONEncoder(allow_nan=False)
 
 
 def parse_json(where: str, text: str) -> Any:
-    """The value of a JSON text. Raises UserError that begins with `where`."""
+    """The value of a JSON text. Raises UserError whose message begins with `where`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -33,7 +33,8 @@ def parse_json(where: str, text: str) -> Any:
 
 
 def is_simple(text: str) -> bool:
-    """True if json_values would accept this JSON text unchanged. False where it has escapes or deep nesting."""
+    """A quick test: if True, json_values would accept this JSON text unchanged. False for a text with \\u escapes or
+    many brackets, which must be checked value by value."""
     return "\\u" not in text and text.count("[") + text.count("{") <= DEEPEST
 
 
@@ -119,11 +120,13 @@ def shown(value: Any) -> str:
 
 
 def cause(error: BaseException) -> str:
+    """An error in one text: its type and message."""
     return f"{type(error).__name__}: {error}"
 
 
 def without_nan(where: str, fields: Record) -> Record:
-    """Fields for the journal and HTTP services: NaN, which JSON lacks, becomes None. Raises UserError for the rest."""
+    """Fields for the journal and HTTP services: NaN, which JSON lacks, becomes None. Raises UserError for other values
+    that JSON lacks, such as infinity."""
     try:
         _STRICT.encode(fields)
         return fields

@@ -14,7 +14,8 @@ Text = str | list[Message]
 
 
 def column(where: str, record: Record, name: str, cfg: TextFormat, *, key: str) -> Any:
-    """The value of a column that every record must have. `key` names the column's setting in `columns`."""
+    """The value of a column that every record must have. `key` names the column's setting in `columns`. Raises
+    UserError if the record has no such value."""
     value = record.get(name)
     if value is None:
         known = ", ".join(column_name(other) for other in list(record)[:20]) or "none"
@@ -42,9 +43,8 @@ def _checked_message(where: str, what: str, message: Any, cfg: TextFormat) -> Me
         raise UserError(
             f"{where}: {what} must be an object with `role` and `content`, not {shown(message)}; fix the record"
         )
-    message = {
-        key: value for key, value in message.items() if value is not None
-    }  # Parquet writes null for a missing key
+    # Parquet has null for a missing key.
+    message = {key: value for key, value in message.items() if value is not None}
     if message["role"] not in cfg.roles:
         raise UserError(
             f"{where}: {what} has the role {shown(message['role'])}; allowed are {', '.join(cfg.roles)}. Fix the "
@@ -78,7 +78,8 @@ def is_empty(text: Text) -> bool:
 
 
 def settle_last_message(where: str, messages: Sequence[Message], cfg: TextFormat) -> list[Message]:
-    """A prompt's messages. If the last is the assistant's, `last_assistant` says what happens to it."""
+    """A prompt's messages. If the last one is the assistant's, the setting `last_assistant` decides what happens to it:
+    UserError, removal, or no change."""
     prompt = list(messages)
     if not prompt or prompt[-1]["role"] != "assistant" or cfg.last_assistant == "continue":
         return prompt

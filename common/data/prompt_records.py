@@ -1,4 +1,4 @@
-"""Loads prompts: reads the records of a source, checks, tokenises and counts them. Runs in the driver."""
+"""Loads prompts: reads the records of a source, and checks, tokenises and counts them. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def load_records(
     setting: str = "prompts.train",
     report: Callable[[str], None] = lambda text: None,
 ) -> list[PromptRecord]:
-    """All prompts of a source, tokenised and checked. Raises UserError naming the faulty record.
+    """All prompts of a source, tokenised and checked. Raises UserError that names the faulty record.
 
-    max_tokens: the limit that prompts.max_tokens and the model's context leave. vocabulary: rows of the model's
+    max_tokens: longest prompt that prompts.max_tokens and the model's context allow. vocabulary: rows of the model's
     embedding. report: called with the counts if any prompt was dropped, cut or repeated.
     """
     loaded: list[PromptRecord] = []
@@ -107,7 +107,8 @@ def prompt_record(
     *,
     vocabulary: int | None = None,
 ) -> PromptRecord | None:
-    """One record, tokenised and checked. None if the prompt is empty. Raises UserError that begins with `where`."""
+    """One record, tokenised and checked; not cut. None if the prompt is empty. Raises UserError whose message begins
+    with `where`."""
     draft = _draft(where, record, cfg, tokenizer)
     if draft is None:
         return None

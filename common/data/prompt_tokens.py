@@ -1,4 +1,4 @@
-"""Tokens of a text or of chat messages that a response will continue: BOS once, no end token. Runs anywhere."""
+"""Tokens of a prompt, from a text or chat messages: at most one BOS, and no end token. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from common.errors import UserError
 
 class _TemplateClock:
     """Stops a chat template that computes for longer than LIMIT ticks. Without it, two nested loops in a template could
-    keep a run from ever starting. Works only in the main thread, which reads prompts and pairs; in other processes the
-    time limits of calls apply.
+    prevent a run from starting. It works only in a process's main thread, which reads prompts and pairs. In other
+    threads the time limits of calls apply.
 
-    The timer keeps running between templates, so that rendering one needs no system call.
+    The timer runs on between templates, so that most of them need no system call.
     """
 
     TICK_S = 1.0  # of this process's CPU time
@@ -39,7 +39,9 @@ class _TemplateClock:
         self._ticks, self._rendering = 0, True
         if not self._runs:
             self._runs = True
-            atexit.register(signal.setitimer, signal.ITIMER_VIRTUAL, 0)  # a tick after Python's end kills the process
+            atexit.register(
+                signal.setitimer, signal.ITIMER_VIRTUAL, 0
+            )  # a tick after Python has shut down would kill the process
             self._before = signal.signal(signal.SIGVTALRM, self._tick)
             signal.setitimer(signal.ITIMER_VIRTUAL, self.TICK_S, self.TICK_S)
 
@@ -84,15 +86,15 @@ def bare_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 
 
 def with_beginning(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], *, chat: bool) -> list[int]:
-    """Adds to bare ids the tokens that begin a sequence. For a chat template's text it adds none. BOS is never
-    doubled."""
+    """Adds the tokens that begin a sequence to bare ids. A chat template's text has them. Two BOS become one."""
     return _one_bos(tokenizer, text, ids if chat else [*_added_before(tokenizer), *ids])
 
 
 def without_end_token(
     where: str, tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], cfg: TextFormat
 ) -> tuple[str, list[int]]:
-    """A prompt's text and tokens. If they end with the end token, `last_end_token` says what happens to it."""
+    """A prompt's text and tokens. If they end with the end token, the setting `last_end_token` decides what happens to
+    it: UserError, removal, or no change."""
     end = tokenizer.eos_token_id
     # A single token may be BOS: some tokenizers use one token for BOS and end.
     if end is None or len(ids) < 2 or ids[-1] != end or cfg.last_end_token == "keep":

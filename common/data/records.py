@@ -1,6 +1,6 @@
-"""Records of prompts and preference pairs, from files or from a Python function. Runs anywhere.
+"""Reads records of prompts and preference pairs from files or a Python function. Runs anywhere.
 
-common/data/json_values.py says what their values may be. Numbers may also be NaN or infinite.
+common/data/json_values.py says which values they may have. Numbers may also be NaN or infinite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READERS: dict[str, Callable[[str], Iterator[Located]]] = {
 
 
 def read_source(source: str, setting: str, *, seed: int) -> Iterator[Located]:
-    """Every record of a source, one after another. Raises UserError naming file and line of a broken one.
+    """Every record of a source, one after another. Raises UserError that names file and line of a broken one.
 
     source: a file, a pattern of file names, or `module:function`, which is called with the seed.
     """

@@ -1,6 +1,6 @@
-"""The user's Python functions: found, called, their results read. Runs anywhere.
+"""Finds and calls the user's Python functions, and reads their results. Runs anywhere.
 
 Worker processes of reward functions load `packages`, `errors`, `results` and `calls` by path, as a package of another
-name (actors/scoring/function_worker.py). These four import the standard library and each other only, each other by
-relative imports.
+name (actors/scoring/function_worker.py). So these four import only the standard library and, by relative imports, each
+other.
 """

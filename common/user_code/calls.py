@@ -1,5 +1,4 @@
-"""Finding a user's reward function, reading its signature and calling it. Runs anywhere. Imports only the
-standard library.
+"""Finds a user's reward function, reads its signature and calls it. Runs anywhere. Imports only the standard library.
 
 Every failure is a UserCodeError.
 """
@@ -36,7 +35,7 @@ class CallStyle:
 
 
 def find_function(path: str) -> Callable[..., Any]:
-    """The function that `module:function` names."""
+    """The function that `module:function` names. Raises UserCodeError."""
     module_name, _, name = path.partition(":")
     if not module_name or ":" not in path:
         raise UserCodeError("must read module:function, such as deploy.tasks.larger:correct")
@@ -71,7 +70,8 @@ def _why_not_imported(error: BaseException, printed: str) -> str:
 
 
 def call_style(function: Callable[..., Any], takes: str = "annotated") -> CallStyle:
-    """`takes`: answer, list, or annotated, for which the annotation of the function's parameter decides."""
+    """How to call the function. `takes`: answer, list, or annotated: the annotation of the parameter decides.
+    Raises UserCodeError if the function cannot be called with a RewardInput."""
     if inspect.isclass(function):
         raise UserCodeError("is a class; name a function, or an instance of the class that its module makes")
     inner: Any = function
@@ -137,7 +137,7 @@ def call(function: Callable[..., Any], style: CallStyle, answers: Sequence[Any])
 async def call_async(
     function: Callable[..., Awaitable[Any]], style: CallStyle, answers: Sequence[Any]
 ) -> list[Outcome]:
-    """As `call`, for an async function."""
+    """Like `call`, for an async function. Raises CancelledError if the caller cancels it."""
     task = asyncio.current_task()
     try:
         returned = await function(list(answers) if style.takes_list else answers[0])

@@ -1,5 +1,5 @@
-"""One exception for everything that can go wrong in the user's code, `sys.exit()` included. Runs anywhere. Imports only
-the standard library."""
+"""One exception for every failure of the user's code, `sys.exit()` included. Runs anywhere. Imports only the standard
+library."""
 
 from __future__ import annotations
 

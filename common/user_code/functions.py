@@ -1,4 +1,4 @@
-"""Functions that a config names as `module:function`, and the message when one cannot be imported. Runs anywhere."""
+"""Imports functions that a config names as `module:function`, and explains why one failed. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.user_code.packages import RATCHET_PACKAGES, holds_ratchet
 
 
 def load_function(path: str, setting: str) -> Callable[..., Any]:
-    """The Python function that `module:function` names. Raises UserError saying what failed to import."""
+    """The Python function that `module:function` names. Raises UserError that says what failed to import."""
     try:
         return find_function(path)
     except UserCodeError as error:
@@ -44,8 +44,8 @@ def explain_import(path: str, setting: str, error: UserCodeError, *, users_first
 
 
 def _users_package(module: str) -> tuple[str, Path] | None:
-    """The name of Ratchet's package that a module is looked for in, and the user's package of the same name, if there
-    is one."""
+    """If the module's name begins with the name of a package of Ratchet, and the user has a package or module of that
+    name: the name, and the user's path. Otherwise None."""
     name = module.partition(".")[0]
     if name not in RATCHET_PACKAGES:
         return None

@@ -1,4 +1,4 @@
-"""The names of Ratchet's packages, which packages of the user may have too. Runs anywhere. Imports only the
+"""The names of Ratchet's packages; the user may have packages of the same names. Runs anywhere. Imports only the
 standard library."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ RATCHET_PACKAGES = ("actors", "common", "deploy", "learner")
 
 
 def package_root() -> str:
-    """The directory that Ratchet's packages are imported from."""
+    """The directory from which Ratchet's packages are imported."""
     return str(Path(__file__).parents[2])
 
 

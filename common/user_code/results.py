@@ -1,4 +1,4 @@
-"""The result of a user's function becomes a score and figures, or an error. Runs anywhere. Imports only the standard
+"""Turns the result of a user's function into a score and figures, or an error. Runs anywhere. Imports only the standard
 library."""
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from .errors import UserCodeError
 
 Result: TypeAlias = tuple[float, dict[str, float]]  # score and figures of one answer
 Outcome: TypeAlias = "Result | UserCodeError"  # of one answer
-MAX_FIGURES = 32  # further numbers that one result may hold besides its score
+MAX_FIGURES = 32  # most numbers that a result may have in addition to its score
 FLOAT32_MAX = 3.4028234663852886e38  # the learner computes in float32
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 def read_results(returned: Any, count: int) -> list[Outcome]:
-    """The outcome of each of `count` answers, from the list that a function returned."""
+    """The outcome of each of `count` answers, from the list that a function returned. Raises UserCodeError if it is no
+    list of this length."""
     listed = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(listed, (list, tuple)):
         raise UserCodeError(f"takes a list of answers, but returned {_kind(returned)} instead of a list of scores")
