@@ -135,17 +135,17 @@ class Experience:
 class ExperienceRef:
     """An `Experience` whose arrays are in other processes."""
 
-    written: RolloutRef
+    ref: RolloutRef
     score: Score
     ref_logprobs: Any  # float32 [R] nats or a reference to them, or None as in Experience
 
     @property
     def num_bytes(self) -> int:
         """Approximate memory of the rollout, bytes."""
-        return BYTES_PER_TOKEN * self.written.num_tokens
+        return BYTES_PER_TOKEN * self.ref.num_tokens
 
     def staleness(self, policy_version: int) -> int:
-        return staleness(self.written.oldest_version, policy_version)
+        return staleness(self.ref.oldest_version, policy_version)
 
 
 def oldest_version(policy_versions: np.ndarray) -> int | None:

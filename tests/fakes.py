@@ -169,7 +169,7 @@ def make_scored(index: int, response: list[int], **about: Any) -> ExperienceRef:
 
 
 async def fetch_scored(rows: Sequence[ExperienceRef]) -> list[Experience]:
-    return [Experience(row.written.rollout, row.score, row.ref_logprobs) for row in rows]
+    return [Experience(row.ref.rollout, row.score, row.ref_logprobs) for row in rows]
 
 
 class LocalHost:

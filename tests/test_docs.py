@@ -83,10 +83,10 @@ class Writers(FakeRoles):
             rollout = replace(rollout, finish_reason="length")
         return replace(rollout, generator=f"Generator({number % 2})")
 
-    async def score(self, written: RolloutRef) -> Score | Void:
-        number = written.sample_id.prompt
+    async def score(self, ref: RolloutRef) -> Score | Void:
+        number = ref.sample_id.prompt
         if number == 5:
-            return Void(written.sample_id, "told to fail", response="five")
+            return Void(ref.sample_id, "told to fail", response="five")
         return Score(number / 8, {"exact": number / 4}, {"exact": "tasks:exact"})
 
 

@@ -159,20 +159,18 @@ class RolloutBuffer:
                 oldest = dict(islice(self._groups.items(), count // self._group_size))
             rows = [row for group in oldest.values() for row in group.rows]
             too_old = f"its oldest token is more than {self._max_staleness} versions old"
-            faults = {
-                row.written.sample_id: too_old for row in rows if row.staleness(policy_version) > self._max_staleness
-            }
+            faults = {row.ref.sample_id: too_old for row in rows if row.staleness(policy_version) > self._max_staleness}
             fetched: Sequence[Experience | RolloutLostError] = []
             if not faults:
                 fetched = await self._fetch(rows)
                 lost = (pair for pair in zip(rows, fetched, strict=True) if isinstance(pair[1], RolloutLostError))
-                faults = {row.written.sample_id: str(error) for row, error in lost}
+                faults = {row.ref.sample_id: str(error) for row, error in lost}
             async with self._changed:
                 self._changed.notify_all()  # there is more room
                 if not faults:
                     return self._cut(oldest, [row for row in fetched if isinstance(row, Experience)])
                 for ticket, group in oldest.items():
-                    if any(row.written.sample_id in faults for row in group.rows):
+                    if any(row.ref.sample_id in faults for row in group.rows):
                         self._ask_again(ticket, faults)
 
     async def release(self, count: int) -> None:
@@ -215,7 +213,7 @@ class RolloutBuffer:
                 voids.append(replace(outcome, asked_again=True))
             elif outcome is not None:
                 self._bytes -= outcome.num_bytes
-                sample_id = outcome.written.sample_id
+                sample_id = outcome.ref.sample_id
                 reason = faults.get(sample_id, "another response to its prompt has to be asked again")
                 voids.append(Void(sample_id, reason, asked_again=True))
         self._drop(ticket, voids)

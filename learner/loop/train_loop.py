@@ -173,7 +173,7 @@ async def _ref_logprobs(run: Run, ref: RolloutRef) -> tuple[Any, bool]:
 
 async def fetch(generators: Generators, rows: Sequence[ExperienceRef]) -> list[Experience | RolloutLostError]:
     """Brings the tokens and log-probabilities of a batch into this process."""
-    values = await generators.fetch([row.written.rollout for row in rows] + [row.ref_logprobs for row in rows])
+    values = await generators.fetch([row.ref.rollout for row in rows] + [row.ref_logprobs for row in rows])
     fetched: list[Experience | RolloutLostError] = []
     for row, rollout, ref_logprobs in zip(rows, values[: len(rows)], values[len(rows) :], strict=True):
         lost = next((part for part in (rollout, ref_logprobs) if isinstance(part, RolloutLostError)), None)

@@ -59,7 +59,7 @@ def test_a_rollout_lost_before_the_cut_is_voided_and_replaced():
     async def fetch(rows):
         fetched = zip(rows, await fetch_scored(rows), strict=True)
         gone = RolloutLostError("its node is gone")
-        return [gone if row.written.sample_id.prompt in lost else there for row, there in fetched]
+        return [gone if row.ref.sample_id.prompt in lost else there for row, there in fetched]
 
     async def scenario():
         buffer = RolloutBuffer(2, 1, fetch=fetch)
@@ -281,7 +281,7 @@ def test_in_any_order_of_completion_staleness_is_bounded_and_slots_return(max_st
             void = rng.random() < 0.2
             outstanding -= void
             row = make_scored(ticket, [4, 1], version=born)
-            await buffer.put(ticket, Void(row.written.sample_id, "chance") if void else row)
+            await buffer.put(ticket, Void(row.ref.sample_id, "chance") if void else row)
 
         async def produce():
             nonlocal outstanding, most

@@ -24,9 +24,9 @@ def scored(prompt: int, replica: int, version: int = 0) -> ExperienceRef:
 
 
 def named(row: ExperienceRef, sample_id: SampleId) -> ExperienceRef:
-    prompt = replace(row.written.rollout.prompt, sample_id=sample_id)
-    rollout = replace(row.written.rollout, prompt=prompt)
-    return replace(row, written=replace(row.written, sample_id=sample_id, rollout=rollout))
+    prompt = replace(row.ref.rollout.prompt, sample_id=sample_id)
+    rollout = replace(row.ref.rollout, prompt=prompt)
+    return replace(row, ref=replace(row.ref, sample_id=sample_id, rollout=rollout))
 
 
 def ids(batch) -> list[tuple[int, int]]:
@@ -199,10 +199,10 @@ def test_in_any_order_of_events_no_group_is_split_and_slots_return(size, batch_s
 class SomeFail(FakeRoles):
     """Scores no prompt 2, and no second response to prompt 5."""
 
-    async def score(self, written):
-        if written.sample_id.prompt == 2 or written.sample_id[1:] == (5, 1):
-            return Void(written.sample_id, "told to fail")
-        return await super().score(written)
+    async def score(self, ref):
+        if ref.sample_id.prompt == 2 or ref.sample_id[1:] == (5, 1):
+            return Void(ref.sample_id, "told to fail")
+        return await super().score(ref)
 
 
 def grouped_run(directory, roles, **overrides):

@@ -41,11 +41,11 @@ class ThreeAnswers(FakeRoles):
         rollout = make_rollout(prompt, RESPONSES[number], version=7)
         return replace(rollout, rollout_logprobs=np.array(LOGPROBS[number], dtype=np.float32))
 
-    async def score(self, written: RolloutRef) -> Score | Void:
+    async def score(self, ref: RolloutRef) -> Score | Void:
         raise AssertionError("held-out answers are judged, not only scored")
 
-    async def judge(self, written: RolloutRef) -> Score | Void:
-        return self.scores[written.sample_id.prompt] or Void(written.sample_id, "no service")
+    async def judge(self, ref: RolloutRef) -> Score | Void:
+        return self.scores[ref.sample_id.prompt] or Void(ref.sample_id, "no service")
 
     async def measure(self, rollout: Rollout) -> np.ndarray:
         return np.array(REF_LOGPROBS[rollout.prompt.sample_id.prompt], dtype=np.float32)

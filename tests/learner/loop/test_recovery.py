@@ -43,8 +43,8 @@ def test_a_checkpoint_ahead_of_the_journal_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 40], ids=["lost", "cut-short"])
 def test_a_resumed_run_writes_the_metrics_that_a_kill_prevented(tmp_path, left):
-    async def score(written: RolloutRef) -> Score:
-        return Score(value := written.sample_id.prompt / 4, {"a_words": value})
+    async def score(ref: RolloutRef) -> Score:
+        return Score(value := ref.sample_id.prompt / 4, {"a_words": value})
 
     def run(num_steps: int) -> FakeRoles:
         roles = FakeRoles([])

@@ -202,11 +202,11 @@ def test_a_rollout_lost_before_scoring_is_written_again_under_its_id(tmp_path):
     class LosesSome(FakeRoles):
         lost: ClassVar[list[SampleId]] = []
 
-        async def score(self, written: RolloutRef) -> Score | Void:
-            if written.sample_id.prompt in (2, 5) and written.sample_id not in self.lost:
-                self.lost.append(written.sample_id)
+        async def score(self, ref: RolloutRef) -> Score | Void:
+            if ref.sample_id.prompt in (2, 5) and ref.sample_id not in self.lost:
+                self.lost.append(ref.sample_id)
                 raise RolloutLostError("its node is gone")
-            return await super().score(written)
+            return await super().score(ref)
 
     roles = LosesSome([])
     run = make_run(tmp_path, roles, num_steps=2)

@@ -44,8 +44,8 @@ class OneProcess(FakeRoles):
         plain = make_rollout(prompt, ids[-LENGTH:], version=self.version)
         return Rollout(**{**vars(plain), "rollout_logprobs": np.array(logprobs, dtype=np.float32)})
 
-    async def score(self, written: RolloutRef) -> Score:
-        share = float((written.rollout.response_ids < 32).mean())
+    async def score(self, ref: RolloutRef) -> Score:
+        share = float((ref.rollout.response_ids < 32).mean())
         return Score(share, {"a_words": share})
 
     async def update(self, table):
