@@ -47,3 +47,11 @@ class Deaths:
         """Forgets the deaths so far, because a call was answered: they do not keep the role from its work."""
         self._causes.clear()
         self._gave_up = False
+
+
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Removes the tracebacks of an error that is kept for messages. Their frames have references to the weights that
+    the replica was sent: the object store could not free that version until another replica dies."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

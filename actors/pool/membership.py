@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from actors.pool.deaths import MAX_DEATHS, Deaths
+from actors.pool.deaths import MAX_DEATHS, Deaths, drop_tracebacks
 from actors.pool.host import Host
 from actors.pool.replica import STATES, PoolEvent, Replica
 from actors.pool.routing import Router
@@ -276,6 +276,8 @@ class Membership:
                 "fix the cause, and continue with --resume"
             )
             self._fail(RoleError(message), error)
+        if self._failure is None:  # otherwise the error is the cause of a failure, and people should see all of it
+            drop_tracebacks(error)
 
     def _check_shortage(self, limit_s: float) -> bool:
         """Fails the pool, and returns True, if fewer than `min` replicas have been ready for `limit_s`."""

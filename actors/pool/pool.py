@@ -119,16 +119,25 @@ class Pool:
     async def each(self, work: Callable[[Replica], Awaitable[Any]]) -> dict[str, Any]:
         """The result of `work` for every ready replica, by name. A replica that dies of it leaves the pool. Other
         errors are raised."""
+
+        async def answer(replica: Replica) -> Any:
+            try:
+                return await work(replica)
+            except Exception as error:
+                # Returned, because a task that raises it keeps the traceback, whose frames refer to the weights that
+                # the replica was sent. `ask`'s frame refers to the task, so nothing would ever free them.
+                return error
+
         asked = self.ready
-        answers = await asyncio.gather(*(work(replica) for replica in asked), return_exceptions=True)
+        answers = await asyncio.gather(*map(answer, asked), return_exceptions=True)
         results = {}
-        for replica, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, self.host.losses):
-                self.members.lose(replica, answer)
-            elif isinstance(answer, BaseException):
-                raise answer
+        for replica, result in zip(asked, answers, strict=True):
+            if isinstance(result, self.host.losses):
+                self.members.lose(replica, result)
+            elif isinstance(result, BaseException):
+                raise result
             else:
-                results[replica.name] = answer
+                results[replica.name] = result
         return results
 
     async def ask(self, replica: Replica, what: str, call: Call) -> Any:

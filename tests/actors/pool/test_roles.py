@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +13,11 @@ import torch
 
 from actors.generation.engine import Completion
 from actors.generation.generator import Generator
+from actors.pool import deaths
 from actors.pool.replica import PoolEvent
 from actors.pool.roles import GeneratorPool
 from common.config.base import Replicated
-from common.errors import CorruptWeightsError
+from common.errors import CorruptWeightsError, EngineDeadError
 from common.types import HANDED_OVER, Manifest, PublishedBucket
 from common.weights import Bucket, buckets, publication
 from tests.actors.pool.scenario import Started, run, until
@@ -213,7 +216,7 @@ def two_buckets(version: int) -> list[Bucket]:
 
 async def published_since(base: list[Bucket], version: int):
     *parts, manifest = publication(two_buckets(version), base)
-    for full, best in zip(parts[::2], parts[1::2], strict=True):
+    for full, best in zip(parts[::2], parts[1::2], strict=True) if base else zip(parts, parts, strict=True):
         yield PublishedBucket(full, best)
     yield manifest
 
@@ -260,3 +263,46 @@ def test_a_failed_load_ends_the_publication_and_keeps_the_old_weights(where):
         assert {version for rollout in rollouts for version in rollout.policy_versions} == {0}
 
     run(scenario)
+
+
+class DyingEngine(SlowEngine):
+    async def stage(self, bucket: Bucket) -> None:
+        raise EngineDeadError("out of memory")
+
+
+@pytest.mark.parametrize("dies", ["of a delta", "as it catches up"])
+def test_the_error_of_a_dead_replica_does_not_keep_weights_alive(monkeypatch, dies):
+    """Without collections of cycles, because they are rare in a run."""
+
+    async def scenario():
+        host = LocalHost(Generator, 0, SlowEngine, updates="changes", room=1 if dies == "as it catches up" else 2)
+        service = GeneratorPool(host, Replicated(min=1, max=2))
+        await service.pool.start(timeout_s=5)
+        sent: list[weakref.ref] = []
+
+        async def noted(version: int):
+            async for item in published_since(two_buckets(version - 1), version):
+                if isinstance(item, PublishedBucket):
+                    sent.extend(map(weakref.ref, (item.full, item.best)))
+                yield item
+
+        await service.load(published_since([], 1), 1)
+        await until(lambda: len(service.pool.ready) == host.room)
+        if dies == "of a delta":
+            host.alive("Generator(1)").role._engine = DyingEngine()
+        await service.load(noted(2), 2)
+        if dies == "as it catches up":
+            host.make_room(2)
+            host.alive("Generator(1)").role._engine = DyingEngine()
+        await until(lambda: service.pool.members.last_death == "out of memory")
+        host.handles[1].role = None  # its process is gone
+        await service.load(published_since([], 3), 3)
+        assert [ref() for ref in sent] == [None] * 4
+        service.pool.stop()
+
+    monkeypatch.setattr(deaths, "BACKOFF_S", 60.0)
+    gc.disable()
+    try:
+        run(scenario)
+    finally:
+        gc.enable()
