@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from common.errors import UserError
 from learner.loop.checkpoints import COMPLETE
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # with one rank that is intended
@@ -76,11 +77,20 @@ def _explained(error: CheckpointException, directory: Path) -> Exception:
 def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Fills network and optimizer from a checkpoint that any number of ranks wrote, and returns its numbers.
 
-    Every rank must call it. A checkpoint is trusted like code: torch reads its index with pickle.
+    Every rank must call it. Raises UserError for one that is damaged, or lacks a weight of this network. A checkpoint
+    is trusted like code: torch reads its index with pickle.
     """
     model_state, optimizer_state = get_state_dict(network, optimizer, options=_OPTIONS)
     state: dict[str, Any] = {"network": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    try:
+        dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # not an Exception: in an actor it would end the process
+        cause = next(failure for failure, _ in error.failures.values())
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(
+            f"checkpoint {directory} cannot be read ({reason}); restore it, or remove it: the run then continues from "
+            "an older one and its journal"
+        ) from None
     set_state_dict(
         network,
         optimizer,

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from common.errors import UserError
 from learner.loop.checkpoints import COMPLETE, Checkpoints
 from learner.ppo.learner import Learner
 from learner.ranks import checkpoint
@@ -326,3 +327,18 @@ def test_an_incomplete_checkpoint_is_passed_over_and_pruned(trained, tmp_path):
     assert checkpoints.newest() == checkpoints.path(3)
     checkpoints.prune()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize("fault", ["another network", "a damaged file"])
+def test_a_checkpoint_that_cannot_be_read_is_the_users_to_fix(trained, tmp_path, fault):
+    """torch raises a BaseException, which would end the rank's process without a message."""
+    directory = tmp_path / "step-000001"
+    save_checkpoint(directory, *trained, NUMBERS)
+    network, optimizer = trained
+    if fault == "another network":
+        network.value_head = nn.Linear(3, 1)
+    else:
+        next(directory.glob("*.distcp")).write_bytes(b"cut short")
+    with pytest.raises(UserError, match=rf"^checkpoint {directory} cannot be read \([^\n]+\); restore it") as raised:
+        load_checkpoint(directory, network, optimizer)
+    assert ("network.value_head" in str(raised.value)) == (fault == "another network")
