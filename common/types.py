@@ -37,6 +37,7 @@ class SampleId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> SampleId:
+        """The inverse of `str`. Raises ValueError."""
         epoch, prompt, replica = text.split("/")
         return cls(int(epoch), int(prompt), int(replica))
 
@@ -145,6 +146,7 @@ class ExperienceRef:
         return BYTES_PER_TOKEN * self.ref.num_tokens
 
     def staleness(self, policy_version: int) -> int:
+        """See the function `staleness`."""
         return staleness(self.ref.oldest_version, policy_version)
 
 

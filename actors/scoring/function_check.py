@@ -59,7 +59,7 @@ def try_function(cfg: FunctionSourceConfig, service: SourcesConfig, answer: Rewa
     )
     if outcome.permanent:
         raise UserError(fault + remedy)
-    return f"{fault}; a response for which it does so gets no score"
+    return f"{fault}; responses for which it does this get no score"
 
 
 @contextmanager

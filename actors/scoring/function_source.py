@@ -45,6 +45,7 @@ class FunctionSource:
         return RawScore(score, self._origin, figures)
 
     def close(self) -> None:
+        """Ends its threads or worker processes."""
         self._runner.close()
 
     async def _serve(self, waiting: Sequence[Waiting[Result]]) -> None:

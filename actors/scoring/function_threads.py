@@ -47,6 +47,7 @@ class CallThread:
         self._calls.put(None)
 
     def is_alive(self) -> bool:
+        """False once the thread has ended."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -89,6 +90,7 @@ class LoopThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def is_alive(self) -> bool:
+        """False once the thread has ended."""
         return self._thread.is_alive()
 
     def _run(self) -> None:

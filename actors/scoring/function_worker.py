@@ -62,6 +62,7 @@ class UsersFirst:
 
 
 def main():
+    """Serves the parent until it closes the connection or ends."""
     end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     stream = connection.makefile("rb")
@@ -80,6 +81,7 @@ def receive(stream):
 
 
 def send(connection, message):
+    """Sends one message: its length, then its pickle."""
     data = pickle.dumps(message)
     connection.sendall(HEADER.pack(len(data)) + data)
 

@@ -95,6 +95,7 @@ class HttpService:
         raise HttpSourceError(f"gave up after {tries} at {last}")
 
     async def close(self) -> None:
+        """Closes its connections."""
         if self._session is not None:
             await self._session.close()
 

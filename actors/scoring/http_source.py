@@ -40,6 +40,7 @@ class HttpSource:
         return RawScore(score, _origin(model, where))
 
     async def close(self) -> None:
+        """Closes its connections."""
         await self._service.close()
 
     async def _send(self, waiting: Sequence[Waiting[RawScore]]) -> None:

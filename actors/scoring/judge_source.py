@@ -41,6 +41,7 @@ class JudgeSource:
         return RawScore(score, f"{model or self._cfg.judge_model} at {where}")
 
     async def close(self) -> None:
+        """Closes its connections."""
         await self._service.close()
 
     def _read(self, found: Any) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""The table of reward source kinds. The rest of Ratchet knows about a kind only what this table says. Runs in the
+"""The table of reward source kinds. The rest of Ratchet knows a kind only through this table. Runs in the
 driver and in each reward replica.
 
 A kind's settings are a class in common/config/sources.py. CONTRIBUTING.md says how to add a kind.

@@ -96,8 +96,8 @@ class GeneratorsConfig(Replicated):
     max_running: Positive = 64
     """Rollouts an engine works on at once; more raise the throughput until the device is busy."""
     max_batched_tokens: Positive = 256
-    """Most tokens of one engine step; bounds how long a weight update waits for the step to end. At least max_running,
-    and on the CPU at least the longest prompt with its response."""
+    """Most tokens of one engine step; bounds how long a weight update waits for the step to end. Raised to
+    max_running if lower, and on the CPU also to the longest prompt with its response."""
     updates: Literal["full", "changes"] = "full"
     """Weights sent after a step. full: all of them; best on one node, where engines read them in place. changes: only
     values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs the search for changes,
@@ -105,6 +105,7 @@ class GeneratorsConfig(Replicated):
 
     @model_validator(mode="after")
     def check_devices(self) -> GeneratorsConfig:
+        """An engine uses one GPU for each part of its weights."""
         parts = self.tensor_parallel
         fits = self.gpus <= 1 if parts == 1 else self.gpus in (0, parts)
         if not fits:
@@ -159,6 +160,7 @@ class SourcesConfig(Replicated):
 
     @model_validator(mode="after")
     def check_limits(self) -> SourcesConfig:
+        """A call of a reward function must end before its rollout becomes void."""
         if self.call_limit_s >= self.answer_limit_s:
             raise ValueError(
                 f"call_timeout_s ({self.call_timeout_s:g}) must be below 0.9 * timeout_s ({self.answer_limit_s:g}), "

@@ -109,6 +109,7 @@ class Replicated(Placed):
 
     @model_validator(mode="after")
     def check_bounds(self) -> Replicated:
+        """`max` must be at least `min`."""
         if self.max_replicas < self.min:
             raise ValueError(f"max ({self.max}) must be at least min ({self.min}); raise the first or lower the second")
         return self

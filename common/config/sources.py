@@ -158,7 +158,7 @@ class JudgeSourceConfig(ServiceConfig):
         try:
             groups = re.compile(self.score_pattern).groups
         except re.error as error:
-            yield f"score_pattern is no regular expression ({error})"
+            yield f"score_pattern is not a regular expression ({error})"
         else:
             if not groups:
                 yield "score_pattern must have a group, in parentheses, that matches the number"
@@ -226,7 +226,7 @@ def _broken_address_rules(key: str, url: str) -> Iterator[str]:
 
 def _broken_header_rules(name: str, value: str) -> Iterator[str]:
     if not _HEADER.fullmatch(name):
-        yield f"{name[:80]!r} is no name of a header; it has letters, digits and - only"
+        yield f"{name[:80]!r} is not a header name; a header name has only letters, digits and -"
     elif VARIABLE.fullmatch(value):
         return
     elif "env:" in value:

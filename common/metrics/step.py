@@ -1,4 +1,4 @@
-"""The metrics of one step: partial values, reduced as their rows say. Runs in every rank, of PPO or a reward model."""
+"""The metrics of one step: partial values, reduced as their rows say. Runs in every learner or reward-model rank."""
 
 from __future__ import annotations
 

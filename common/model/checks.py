@@ -119,7 +119,7 @@ def check_loaded(found: Mapping[str, Any], *, new: tuple[str, ...] = (), dropped
         raise ValueError(f"{_names(missing)} not in its files; complete the download, or save the model again")
     wrong = sorted(str(key[0]) for key in found.get("mismatched_keys") or ())
     if wrong:
-        raise ValueError(f"{_names(wrong)} of other shapes in its files than its config.json says")
+        raise ValueError(f"{_names(wrong)} stored in its files with shapes that differ from those of its config.json")
     left = sorted(
         name
         for name in found["unexpected_keys"]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing for models in eval mode. Runs in every rank, of PPO or a reward model.
+"""Gradient checkpointing for models in eval mode. Runs in every learner or reward-model rank.
 
 transformers recomputes layers only in training mode, which would also turn on their dropout.
 """

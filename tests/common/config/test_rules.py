@@ -281,7 +281,7 @@ def test_a_source_name_that_cannot_be_in_a_metric_key_is_refused(source, name):
         ),
         (
             {"name": "s", "urls": ["http://h"], "headers": {"X Key": "a"}},
-            "reward source s: 'X Key' is no name of a header; it has letters, digits and - only",
+            "reward source s: 'X Key' is not a header name; a header name has only letters, digits and -",
         ),
         (
             {**JUDGE, "judge_urls": ["h:8000/v1"]},
@@ -298,7 +298,7 @@ def test_a_source_name_that_cannot_be_in_a_metric_key_is_refused(source, name):
         ),
         (
             {**JUDGE, "score_pattern": "(["},
-            "reward source s: score_pattern is no regular expression (unterminated character set at position 1)",
+            "reward source s: score_pattern is not a regular expression (unterminated character set at position 1)",
         ),
         (
             {**JUDGE, "request": {"stream": True}},
