@@ -13,7 +13,7 @@ import numpy as np
 
 from common.config.ppo import Config
 from common.errors import RolloutLostError, UserError
-from common.types import Prompt
+from common.types import Prompt, Rollout
 from learner.loop.roles import Generators, LearnerGroup
 
 NUM_PROMPTS, NUM_TOKENS = 4, 32  # prompts that are asked before training, and tokens of each answer
@@ -29,9 +29,11 @@ async def check_engines(
     """Has the engines, which hold the learner's weights, answer a few prompts, and the learner measure the answers.
     Raises UserError if their log-probabilities differ by more than rounding explains. `model_type` is for the
     message."""
-    refs = await asyncio.gather(*(generators.generate(prompt, plain_tokens=NUM_TOKENS) for prompt in prompts))
-    fetched = await generators.fetch([ref.rollout for ref in refs])
-    rollouts = [rollout for rollout in fetched if not isinstance(rollout, RolloutLostError)]
+    rollouts: list[Rollout] = []
+    while not rollouts:  # if every answer was lost with a dead node, nothing is measured yet
+        refs = await asyncio.gather(*(generators.generate(prompt, plain_tokens=NUM_TOKENS) for prompt in prompts))
+        fetched = await generators.fetch([ref.rollout for ref in refs])
+        rollouts = [rollout for rollout in fetched if not isinstance(rollout, RolloutLostError)]
     found = await learner.policy_logprobs(rollouts)
     difference = mean_difference(found, [rollout.rollout_logprobs for rollout in rollouts])
     exact = (cfg.generators.dtype, cfg.learner.precision) == ("float32", "fp32")

@@ -88,6 +88,18 @@ def test_answers_that_are_lost_do_not_count(tmp_path):
         check(config(tmp_path), Apart(1.0, lost=True))
 
 
+def test_prompts_are_asked_again_when_every_answer_is_lost(tmp_path):
+    class LostOnce(Apart):
+        async def fetch(self, references):
+            found = await super().fetch(references)
+            return [RolloutLostError("gone")] * len(found) if len(self.asked) == 4 else found
+
+    roles = LostOnce(3.0)
+    with pytest.raises(UserError, match="of 8 sampled tokens differ"):
+        check(config(tmp_path), roles)
+    assert len(roles.asked) == 8
+
+
 def test_the_difference_is_the_mean_over_all_tokens():
     # |-1.5 - -1| = 0.5, |-2 - -2| = 0, |-3 - -4| = 1: 1.5 over three tokens.
     rows = [np.float32([-1.5, -2]), np.float32([]), np.float32([-3])]
