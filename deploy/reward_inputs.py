@@ -19,10 +19,12 @@ from common.config.reward_model import RewardTrainingConfig
 from common.data.prompt_records import PromptRecord, prompt_record
 from common.errors import UserError
 from common.files import write_json
+from common.model.checks import read_config
 from common.model.reward_head import is_reward_model, scored_padding_id
 from common.types import HELDOUT_EPOCH, Prompt, SampleId
 from deploy.capacity import check_kv_cache
 from deploy.policy_files import PolicyFiles
+from learner.reward_model.pair_batch import check_window
 from learner.reward_model.pair_records import PairCounts, tokenise_pairs
 from learner.reward_model.pairs import Pairs, split, without_prompts_of
 from learner.reward_model.training import steps_per_epoch
@@ -90,6 +92,7 @@ def check_pairs(
         raise UserError(
             f"data.max_tokens ({cfg.data.max_tokens}) exceeds the model's context of {base.size.context}; lower it"
         )
+    check_window(read_config(base.directory), cfg.data.max_tokens)
     if (cfg.data.heldout or cfg.data.heldout_pairs) and not heldout:
         found = counts.get("heldout", counts["train"])
         shared = found.get("prompt_in_train", 0)

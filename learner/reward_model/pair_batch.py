@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from common.errors import UserError
 from common.model.packing import embed
@@ -82,6 +82,7 @@ def check_masking(model: PreTrainedModel, max_tokens: int) -> None:
 
     Such models have a sliding window shorter than a row, for example, or recurrent layers.
     """
+    check_window(model.config, max_tokens)
     ids = np.arange(2 * max_tokens, dtype=np.int32) % 7 + 2
     shared = ids[: max_tokens // 2]
     ends = ids[len(shared) : max_tokens], ids[-(max_tokens - len(shared)) :]
@@ -91,8 +92,13 @@ def check_masking(model: PreTrainedModel, max_tokens: int) -> None:
         raise UserError(f"{_UNSUITED}; it fails with {type(error).__name__}: {error}") from error
     rows = (torch.from_numpy(np.concatenate([shared, end])).long()[None].to(model.device) for end in ends)
     apart = torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in rows])
-    window = getattr(model.config, "sliding_window", None) or max_tokens
-    if window < max_tokens or not torch.allclose(together, apart, rtol=1e-2, atol=1e-2):
+    if not torch.allclose(together, apart, rtol=1e-2, atol=1e-2):
+        raise UserError(_UNSUITED)
+
+
+def check_window(config: PretrainedConfig, max_tokens: int) -> None:
+    """The part of `check_masking` that needs no weights, so that it can come before anything is written or started."""
+    if (getattr(config, "sliding_window", None) or max_tokens) < max_tokens:
         raise UserError(_UNSUITED)
 
 

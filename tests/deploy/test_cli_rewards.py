@@ -95,6 +95,16 @@ def test_a_reward_run_stopped_before_its_pairs_were_ready_is_refused(refusal, ru
     assert "stopped before its pairs were written" in refusal("train-reward", "--resume", runs["train-reward"])
 
 
+def test_a_window_shorter_than_a_pair_is_refused_before_anything_is_written(refusal, accepted, configs, model):
+    shutil.copytree(model, "windowed")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    Path("windowed/config.json").write_text(json.dumps(config))
+    settings = configs["train-reward"], "model.path=windowed"
+    assert "cannot read two responses in one row" in refusal("train-reward", *settings, "data.max_tokens=9")
+    accepted("train-reward", *settings, "data.max_tokens=8")
+
+
 def test_pairs_are_prepared_in_a_temporary_directory_with_counts(configs, workplace):
     held_out = [{"prompt": f"ask a{i}", "chosen": "a1", "rejected": "b1"} for i in (3, 4, 5)]  # a3 is trained on
     write_lines(workplace / "more.jsonl", *held_out, {"prompt": "ask a6", "chosen": "a1", "rejected": ""})
