@@ -41,7 +41,8 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     prompts = heldout_prompts(inputs.records[0], cfg.evaluation.prompts)
     refuse_overwriting(directory, force=force, can_resume=False)
     processes = service_needs(cfg, reference.size, inputs.reward_models)
-    with session(cfg, "evaluate", directory, processes, force=force):
+    with session(cfg, "evaluate", directory, processes, force=force) as begin:
+        begin()
         evaluation, answers = signals.run(_evaluate(cfg, directory, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}

@@ -53,7 +53,8 @@ def run_pair_sampling(
         *reward_needs("labeller", cfg.labeller, inputs.reward_models),
     ]
     console = Output()
-    with session(cfg, "sample-pairs", directory, processes, resume=resume, force=force):
+    with session(cfg, "sample-pairs", directory, processes, resume=resume, force=force) as begin:
+        begin()
         console.print(
             f"ratchet sample-pairs {policy.path} · {cfg.prompts.pairs} pairs over {len(records)} prompts · "
             f"seed {cfg.seed}\nrun directory {directory}; starting Ray actors ...",

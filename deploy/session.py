@@ -1,13 +1,13 @@
 """The steps that the commands with a run directory share before their own work. Runs in the driver.
 
 `load_inputs` checks everything a user can get wrong, with nothing written and nothing started. `session` then joins or
-starts the cluster, checks that the processes fit, takes the run directory and writes the config into it.
+starts the cluster, checks that the processes fit, and takes the run directory.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +77,11 @@ def session(
     *phases: Sequence[Need],
     resume: bool = False,
     force: bool = False,
-) -> Iterator[None]:
-    """During the block, this process is connected to the cluster and owns the run directory, which has the config.
+) -> Iterator[Callable[[], None]]:
+    """During the block, this process is connected to the cluster and owns the run directory.
+
+    Yields `begin`, which writes the config into the directory. With `force` it first renames the old run. Call it once
+    nothing can refuse the run any more.
 
     Each of `phases` lists the processes that run at the same time in one phase of the run. Raises UserError if the
     processes of a phase do not fit the cluster, or if another process owns the directory.
@@ -87,12 +90,15 @@ def session(
         for processes in phases:
             check_fits(processes, nodes)
         with sole_owner(directory) as owned:
-            if resume:
-                owned.resume(cfg)
-            else:
-                owned.begin(cfg, command, force=force)
-            clear_stale_state(directory)
-            yield
+
+            def begin() -> None:
+                if resume:
+                    owned.resume(cfg)
+                else:
+                    owned.begin(cfg, command, force=force)
+                clear_stale_state(directory)
+
+            yield begin
 
 
 def step_grace_s(cfg: Config | RewardTrainingConfig) -> float:

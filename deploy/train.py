@@ -68,8 +68,9 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     processes = needs(cfg, policy.size, inputs.reward_models)
     with (
         RunFigures.served(cfg.monitoring) as figures,
-        session(cfg, "train", directory, processes, resume=resume, force=force),
+        session(cfg, "train", directory, processes, resume=resume, force=force) as begin,
     ):
+        begin()
         progress = Progress(cfg, directory, policy.tokenizer)
         progress.begin(num_prompts=len(train_records), num_heldout=len(heldout))
         with figures.discoverable(directory, metrics_addresses()), rare_full_collections():

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,16 @@ def run_reward_training(
         if prompts:
             service = reward_needs("learner", _service(cfg, directory), [base.size])
             phases.append([*generator_needs(cfg.generators, reference.size), *service])
-        with session(cfg, "train-reward", directory, *phases, resume=resume, force=force):
-            if not resume:
-                shutil.move(pairs, directory / "pairs")  # `train` and `heldout` stay readable: their files are mapped
-            training = _train(cfg, directory, train, heldout, counts, progress)
+        with session(cfg, "train-reward", directory, *phases, resume=resume, force=force) as begin:
+
+            def accepted() -> None:
+                """Called when the ranks have accepted the model: from now on the directory is this run's."""
+                begin()
+                if not resume:
+                    shutil.move(pairs, directory / "pairs")  # `train` and `heldout` stay readable: they are mapped
+                progress.begin(counts, len(train), len(heldout))
+
+            training = _train(cfg, directory, train, heldout, accepted, progress)
             evaluations = signals.run(training, grace_s=step_grace_s(cfg))
             if prompts:
                 signals.run(_measure_scale(cfg, directory, reference, prompts, progress))
@@ -97,10 +103,10 @@ async def _train(
     directory: Path,
     train: Pairs,
     heldout: Pairs,
-    counts: dict[str, Any],
+    accepted: Callable[[], None],
     progress: RewardProgress,
 ) -> list[PreferenceEvaluation]:
-    """Starts the trainer's ranks, trains, and stops them."""
+    """Starts the trainer's ranks, calls `accepted`, trains, and stops the ranks."""
     num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
     ranks = [
         actor(RewardTrainer, cfg.learner, f"RewardTrainer({rank})").remote(cfg, num_steps)
@@ -109,7 +115,7 @@ async def _train(
     group = RewardTrainerGroup(ranks, timeout_s=cfg.learner.timeout_s)
     try:
         await group.start(cfg.ray.startup_timeout_s)
-        progress.begin(counts, len(train), len(heldout))
+        accepted()
         return await train_reward_model(
             RewardRun(cfg, directory, train, heldout, group, progress.step, progress.evaluation)
         )

@@ -3,22 +3,30 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import deploy.demo
+import deploy.session
+import deploy.train_reward
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from common.data.prompt_records import load_records
+from common.errors import UserError
 from common.experience_table import experience_table
 from common.model.reward_head import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
 from common.types import Score
+from deploy.capacity import Node
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import load_pairs, prepared_pairs
+from deploy.run.directory import sole_owner
+from deploy.train_reward import run_reward_training
 from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream
 from tests.deploy.test_cli import (
@@ -103,6 +111,36 @@ def test_a_window_shorter_than_a_pair_is_refused_before_anything_is_written(refu
     settings = configs["train-reward"], "model.path=windowed"
     assert "cannot read two responses in one row" in refusal("train-reward", *settings, "data.max_tokens=9")
     accepted("train-reward", *settings, "data.max_tokens=8")
+
+
+def test_a_model_that_the_ranks_refuse_leaves_the_old_run_in_place(configs, workplace, monkeypatch):
+    class Refusing:
+        def __init__(self, ranks, *, timeout_s):
+            self.stopped = False
+
+        async def start(self, timeout_s):
+            raise UserError("no such model, please")
+
+        def stop(self):
+            self.stopped = True
+
+    @contextmanager
+    def cluster(cfg):
+        yield [Node("n", 8, 0, 1 << 40)]
+
+    monkeypatch.setattr(deploy.session, "cluster", cluster)
+    monkeypatch.setattr(deploy.train_reward, "actor", lambda *args: SimpleNamespace(remote=lambda *args: None))
+    monkeypatch.setattr(deploy.train_reward, "RewardTrainerGroup", Refusing)
+    cfg = load_config(configs["train-reward"], [], RewardTrainingConfig)
+    with sole_owner(Path("runs/old")) as owned:
+        owned.begin(cfg, "train-reward", force=False)
+    before = contents(Path("runs"))
+    with pytest.raises(UserError, match="no such model, please"):
+        run_reward_training(cfg, Path("runs/old"), force=True)
+    assert contents(Path("runs")) == before
+    with pytest.raises(UserError, match="no such model, please"):
+        run_reward_training(cfg, Path("runs/new"))
+    assert list(Path("runs/new").iterdir()) == []
 
 
 def test_pairs_are_prepared_in_a_temporary_directory_with_counts(configs, workplace):

@@ -42,7 +42,9 @@ def cfg():
 
 def test_a_session_owns_a_directory_with_config_and_record(cfg, tmp_path, events):
     run = tmp_path / "run"
-    with session(cfg, "train", run, [FITS]):
+    with session(cfg, "train", run, [FITS]) as begin:
+        assert list(run.iterdir()) == []
+        begin()
         assert is_owned(run)
         assert load_config(run / "config.toml", [], Config) == cfg
         assert json.loads((run / "run.json").read_text())["command"] == "train"
@@ -52,11 +54,12 @@ def test_a_session_owns_a_directory_with_config_and_record(cfg, tmp_path, events
 
 
 def test_a_session_deletes_the_scaling_state_of_an_earlier_process(cfg, tmp_path):
-    with session(cfg, "train", tmp_path, [FITS]):
-        pass
+    with session(cfg, "train", tmp_path, [FITS]) as begin:
+        begin()
     for name in ("scale.json", "pool-state.json", "metrics.jsonl"):
         (tmp_path / name).write_text("{}")
-    with session(cfg.model_copy(update={"num_steps": 7}), "train", tmp_path, [FITS], resume=True):
+    with session(cfg.model_copy(update={"num_steps": 7}), "train", tmp_path, [FITS], resume=True) as begin:
+        begin()
         assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "run.json", "metrics.jsonl"}
         assert load_config(tmp_path / "config.toml", [], Config).num_steps == 7
 
