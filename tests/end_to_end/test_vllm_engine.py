@@ -76,11 +76,14 @@ def perturbed(model_dir, version: int, keep=slice(None)) -> list[Bucket]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported_once():
-    """The processes of this module are forked from one that has imported vLLM. Other modules' processes are not."""
+def imported_once(tmp_path_factory):
+    """The processes of this module are forked from one that has imported vLLM. Other modules' processes are not. vLLM
+    leaves files in TMPDIR, so that is one of pytest's directories."""
     forkserver._forkserver._stop()
     get_context("forkserver").set_forkserver_preload(["actors.generation.vllm_engine", __name__])
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
+        yield
     forkserver._forkserver._stop()
 
 
