@@ -80,7 +80,7 @@ def stage_configs(directory: Path, settings: Sequence[str]) -> tuple[PairSamplin
 
 
 def _has(root: type[Root], setting: str) -> bool:
-    """Whether the tree has the key of a `key=value` setting."""
+    """True if the tree has the key of a `key=value` setting."""
     section: Any = root
     for part in setting.partition("=")[0].split("."):
         if part not in getattr(section, "model_fields", {}):

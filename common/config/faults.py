@@ -49,7 +49,7 @@ def _place(path: Path, overrides: Sequence[str], faults: Sequence[tuple[Any, str
 
 
 def _is_about(override: str, fault: Any, text: str) -> bool:
-    """Whether the fault is in the key that the override sets, or breaks a rule whose message `text` names that key."""
+    """True if the fault is in the key that the override sets, or breaks a rule whose message `text` names that key."""
     key = override.partition("=")[0]
     if not (place := ".".join(_keys(fault["loc"]))):
         return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text) is not None

@@ -76,7 +76,7 @@ class PPOConfig(Section):
 
     @property
     def has_critic(self) -> bool:
-        """Whether the advantages need a critic."""
+        """True if the advantages need a critic."""
         return self.advantages == "gae"
 
 

@@ -41,7 +41,7 @@ def how_to_continue() -> tuple[str, Path | None]:
 
 
 def main(app: Callable[..., Any]) -> None:
-    """Runs the command line and exits with its code. Prints one message at most, whatever happens."""
+    """Runs the command line and exits with its code. Prints at most one message."""
     global _active, _run, _printed
     _active, _run, _printed = True, None, None
     for stream in (sys.stdout, sys.stderr):
@@ -107,7 +107,7 @@ def code_and_message(error: BaseException) -> tuple[int, str]:
 
 
 def _is_full(error: BaseException) -> bool:
-    """Whether a disk is full. Some libraries, such as safetensors, only give the words of the error, not its number."""
+    """True if a disk is full. Some libraries, such as safetensors, only give the words of the error, not its number."""
     return getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
 
 
@@ -127,7 +127,7 @@ def _advice() -> str:
 
 
 def has_config(directory: Path) -> bool:
-    """Whether the directory, or a directory in it (a stage of the demo), has a run's config."""
+    """True if the directory, or a directory in it (a stage of the demo), has a run's config."""
     return any(directory.glob("config.toml")) or any(directory.glob("*/config.toml"))
 
 

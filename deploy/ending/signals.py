@@ -119,7 +119,7 @@ def hard_exit(code: int) -> None:
 
 
 def handlers_installed() -> bool:
-    """Whether this module handles the signals of this process."""
+    """True if this module handles the signals of this process."""
     return _state.installed
 
 

@@ -63,7 +63,7 @@ def refuse_overwriting(directory: Path, *, force: bool, can_resume: bool = True)
 
 
 def is_run(directory: Path) -> bool:
-    """Whether Ratchet made this directory."""
+    """True if Ratchet made this directory."""
     if read_record(directory):
         return True
     if not _entries(directory) <= _OLD_NAMES or len(_entries(directory)) == 1:
@@ -149,7 +149,7 @@ def sole_owner(directory: Path, *, make: bool = True) -> Iterator[RunDirectory]:
 
 
 def is_owned(directory: Path) -> bool:
-    """Whether a process is working in the directory."""
+    """True if a process is working in the directory."""
     try:
         with sole_owner(directory, make=False):
             return False

@@ -71,7 +71,7 @@ class LearnerGroup(Protocol):
         """Writes a checkpoint into the directory."""
 
     async def restore(self, directory: Path) -> None:
-        """Continues from a checkpoint, whatever number of ranks wrote it."""
+        """Continues from a checkpoint. Any number of ranks may have written it."""
 
     async def save_policy(self, directory: Path) -> None:
         """Writes the policy as a Hugging Face directory."""

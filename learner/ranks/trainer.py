@@ -5,6 +5,7 @@ Runs in every trainer rank.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from learner.ranks.optimizer import learning_rate_scale, make_optimizer, set_lea
 from learner.ranks.rows import micro_batches
 
 
-class Trainer:
+class Trainer(ABC):
     """One rank that trains a network. It takes its share of every batch and, among several ranks, holds its share of
     every weight.
 
@@ -39,23 +40,23 @@ class Trainer:
 
     # Each trainer defines these.
 
+    @abstractmethod
     def parts(self) -> list[tuple[nn.Module, float]]:
         """The parts of the network, each with its peak learning rate."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exact_modules(self) -> list[nn.Module]:
         """Modules that compute in float32 under any `learner.precision`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dummy_batch(self) -> Any:
         """The smallest batch that the network takes."""
-        raise NotImplementedError
 
     def numbers(self) -> dict[str, Any]:
         """State other than `step`, network and optimizer, as JSON values."""
         return {}
 
-    def restore_numbers(self, numbers: dict[str, Any]) -> None:
+    def restore_numbers(self, numbers: dict[str, Any]) -> None:  # noqa: B027 - a trainer may have no other state
         """Restores the state that `numbers` returned."""
 
     # The state
