@@ -77,44 +77,9 @@ class VLLMEngine:
     ) -> None:
         """Returns when vLLM has loaded the model; raises vLLM's error if that fails. With `export_metrics` vLLM
         exports its own metrics through Ray, which works only in a Ray process."""
-        self._sampling: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "max_tokens": sampling.max_new_tokens,
-            "min_tokens": sampling.min_new_tokens,
-            "stop_token_ids": end_token_ids,
-            "logprobs": 0,  # of the sampled token only
-            "detokenize": False,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-        }
-        on_cpu = current_platform.is_cpu()
-        self._args = EngineArgs(
-            model=str(model),
-            # A tag of vLLM's metrics. By default it is the path, and Ray refuses tags with letters outside ASCII.
-            served_model_name="policy",
-            trust_remote_code=trust_remote_code,
-            dtype=cfg.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=cfg.max_running,
-            # A seeded request whose prompt is split over several steps rewinds its random generator, which vLLM 0.32
-            # cannot do on CPU ("CPU Generator does not use offset"). So on CPU every prompt must fit into one step.
-            enable_chunked_prefill=not on_cpu,
-            max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
-            tensor_parallel_size=cfg.tensor_parallel,
-            distributed_executor_backend="mp" if cfg.tensor_parallel > 1 else None,
-            # With asynchronous scheduling a batch is in flight between two steps: tokens of the old weights would get
-            # the new version.
-            async_scheduling=False,
-            kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # per device
-            gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # gpus below 1 reserves only a share of the memory
-            enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
-            # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
-            logprobs_mode="processed_logprobs",
-            # After an update, a cached prefix would serve states that the old weights computed.
-            enable_prefix_caching=False,
-            skip_tokenizer_init=True,
-            disable_log_stats=not export_metrics,
+        self._sampling = _sampling_settings(sampling, end_token_ids)
+        self._args = _engine_args(
+            model, cfg, max_model_len=max_model_len, trust_remote_code=trust_remote_code, log_stats=export_metrics
         )
         self._load = (-1, -1)  # requests running and waiting, as reported last
         self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
@@ -283,6 +248,55 @@ class VLLMEngine:
         for result in pending:
             if not result.done():
                 result.set_exception(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+
+
+def _sampling_settings(sampling: SamplingConfig, end_token_ids: list[int]) -> dict[str, Any]:
+    """The arguments of every request's SamplingParams."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": sampling.min_new_tokens,
+        "stop_token_ids": end_token_ids,
+        "logprobs": 0,  # of the sampled token only
+        "detokenize": False,
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+
+
+def _engine_args(
+    model: Path, cfg: GeneratorsConfig, *, max_model_len: int, trust_remote_code: bool, log_stats: bool
+) -> EngineArgs:
+    """vLLM's settings for exact versions, exact log-probabilities and weights that change."""
+    on_cpu = current_platform.is_cpu()
+    return EngineArgs(
+        model=str(model),
+        # A tag of vLLM's metrics. By default it is the path, and Ray refuses tags with letters outside ASCII.
+        served_model_name="policy",
+        trust_remote_code=trust_remote_code,
+        dtype=cfg.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=cfg.max_running,
+        # A seeded request whose prompt is split over several steps rewinds its random generator, which vLLM 0.32
+        # cannot do on CPU ("CPU Generator does not use offset"). So on CPU every prompt must fit into one step.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
+        tensor_parallel_size=cfg.tensor_parallel,
+        distributed_executor_backend="mp" if cfg.tensor_parallel > 1 else None,
+        # With asynchronous scheduling a batch is in flight between two steps: tokens of the old weights would get the
+        # new version.
+        async_scheduling=False,
+        kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # per device
+        gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # gpus below 1 reserves only a share of the memory
+        enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
+        # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
+        logprobs_mode="processed_logprobs",
+        # After an update, a cached prefix would serve states that the old weights computed.
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        disable_log_stats=not log_stats,
+    )
 
 
 def _ray_stat_logger() -> Any:

@@ -11,7 +11,7 @@ from actors.scoring.function_threads import ThreadRunner
 from common.config.actors import SourcesConfig
 from common.config.sources import FunctionSourceConfig
 from common.errors import UserError
-from common.model.batcher import settle
+from common.futures import settle
 from common.reward_input import RewardInput
 from common.types import RawScore
 from common.user_code.calls import call_style, find_function

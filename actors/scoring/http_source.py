@@ -10,7 +10,7 @@ from actors.scoring.call_queue import CallQueue, Waiting
 from actors.scoring.http_service import AnswerError, HttpService
 from actors.scoring.secrets import Secrets
 from common.config.sources import HttpSourceConfig
-from common.model.batcher import settle
+from common.futures import settle
 from common.plain_text import one_line
 from common.types import RawScore, RewardInput
 from common.user_code.results import FLOAT32_MAX

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+from common.futures import settle
 from common.metrics import meters
 from common.model.batches import token_batches
 
@@ -62,14 +63,3 @@ class Batcher(Generic[Item, Result]):
             settle(requests, [error] * len(requests))
             return
         settle(requests, results)
-
-
-def settle(requests: Sequence[tuple[Any, asyncio.Future[Result]]], outcomes: Sequence[Result | Exception]) -> None:
-    """Gives each waiting caller its result, or raises its error there."""
-    for (_, future), outcome in zip(requests, outcomes, strict=True):
-        if future.done():
-            continue  # its caller was cancelled
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from common.config.ppo import EvaluationConfig
 from common.errors import UserError
+from common.proportions import wilson_interval
 from common.types import Prompt, Score, Void
 from learner.loop.answers import Answer, answer
 from learner.loop.roles import Generators, Reference, Reward
@@ -106,15 +106,3 @@ def distinct(responses: Sequence[np.ndarray], n: int) -> float:
     """Distinct token n-grams divided by all n-grams of the responses; 0 if there are none."""
     grams = [gram for ids in responses for gram in zip(*(ids[i:].tolist() for i in range(n)))]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927), which stays inside [0, 1]."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    low, high = (centre - spread) / scale, (centre + spread) / scale
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding must not leave the share outside

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.loop.evaluation import wilson_interval
+from common.proportions import wilson_interval
 
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from actors.scoring.call_queue import CallQueue
-from common.model.batcher import settle
+from common.futures import settle
 from common.types import RewardInput
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from common.config.ppo import EvaluationConfig
 from common.types import Prompt, Rollout, RolloutRef, SampleId, Score, Void
 from learner.loop.answers import Answer
-from learner.loop.evaluation import Evaluation, distinct, evaluate, wilson_interval, win_rate
+from learner.loop.evaluation import Evaluation, distinct, evaluate, win_rate
 from tests.fakes import FakeRoles, make_prompt, make_rollout
 
 RESPONSES = [[4, 5, 4, 5, 1], [5, 4, 1], [6]]
@@ -171,34 +170,3 @@ def test_without_a_reference_the_policy_is_its_own_and_has_no_kl():
     found, answers = asyncio.run(evaluate(asked, roles, roles, None, EvaluationConfig(), policy_version=7))
     assert found == replace(evaluated()[0], kl_per_response=0.0)
     assert [score for _, score in answers] == SCORES
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [
-        # Newcombe 1998, Statistics in Medicine 17, table I, method 3: score interval without continuity correction.
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_the_wilson_interval_equals_published_numbers(successes, trials, low, high):
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
-    # The interval of the failures is its mirror image.
-    assert wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-4)
-
-
-@pytest.mark.parametrize("z", [1.0, 1.96, 2.576])
-def test_the_ends_of_the_interval_are_z_standard_errors_away(z):
-    for p in wilson_interval(7, 30, z=z):
-        assert abs(7 / 30 - p) == pytest.approx(z * math.sqrt(p * (1 - p) / 30), abs=1e-12)
-
-
-def test_the_interval_stays_within_zero_and_one():
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    for trials in range(1, 50):
-        assert wilson_interval(0, trials)[0] == pytest.approx(0, abs=1e-12)
-        assert wilson_interval(0, trials)[0] >= 0
-        assert wilson_interval(trials, trials)[1] == pytest.approx(1, abs=1e-12)
-        assert wilson_interval(trials, trials)[1] <= 1
