@@ -57,6 +57,10 @@ from actors.generation.vllm_weights import weights_of
 
 T = TypeVar("T")
 
+# After this time without a new request an idle engine begins to step, seconds. Requests that are sent together arrive
+# one by one, and those that miss the first step cost one step more: 1.2 % of the time of 64 requests of 32 tokens.
+GATHER_S = 0.005
+
 # Sampling from the whole distribution at the run's temperature, without the run's truncation and end tokens.
 _PLAIN: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": True}
 
@@ -223,6 +227,8 @@ class VLLMEngine:
         with self._wake:
             while not (self._commands or self._engine.has_unfinished_requests()):
                 self._wake.wait()
+                while self._wake.wait(GATHER_S):  # more came: a step takes as long for one request as for many
+                    pass
         while self._commands:  # popped one by one: if one is fatal, `_fail` still finds the others in the queue
             function, result = self._commands.popleft()
             if not result.set_running_or_notify_cancel():

@@ -229,6 +229,22 @@ async def refused_updates(generator, weight_sets) -> tuple[list[str], list[Rollo
     return refused, before, list(await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS)))
 
 
+async def step_sizes(generator, weight_sets) -> list[int]:
+    """All prompts at once to an idle engine: the number of requests in each of its steps."""
+    from actors.generation import vllm_engine
+
+    engine, sizes = generator._engine, list[int]()
+    step = engine._engine.step
+
+    def counted_step():
+        sizes.append(len(engine._waiting))
+        return step()
+
+    vllm_engine.GATHER_S, engine._engine.step = 1.0, counted_step
+    await asyncio.gather(*(write(generator, prompt) for prompt in PROMPTS))
+    return sizes
+
+
 async def give_up(generator, weight_sets) -> list[Rollout]:
     """Callers are cancelled at any moment; then the same prompt is requested twice at once."""
     for delay in (0.0, 0.001, 0.004, 0.01, 0.02):
@@ -326,6 +342,11 @@ def test_a_sample_id_gives_the_same_rollout_alone_and_in_a_batch(tmp_path, way):
         ended = rollout.response_ids[-1] == END
         assert rollout.finish_reason == ("stop" if ended else "length")
         assert ended or len(rollout.response_ids) == 12
+
+
+def test_requests_that_come_together_share_the_first_step(tmp_path):
+    sizes = in_engine(save_tiny_model(tmp_path / "model"), "float32", scenario="step_sizes")
+    assert sizes[0] == len(PROMPTS)
 
 
 def test_tokens_after_an_update_have_the_new_version(tmp_path):
