@@ -17,6 +17,15 @@ class RoleError(RuntimeError):
     """A role cannot do its work any more; the message names role, replica and request."""
 
 
+class RankLostError(RoleError):
+    """A rank of the learner died or does not answer. The group can be rebuilt from checkpoint and journal."""
+
+
+class BatchError(ValueError):
+    """A batch cannot be learned from: its numbers are not finite. The message says which. The weights may have changed
+    in earlier minibatches of the batch, so the learner's state must be restored."""
+
+
 class GivenUpError(RuntimeError):
     """Several processes died while running one request, so the request seems to be the cause."""
 

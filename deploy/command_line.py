@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from common.config.base import MAY_CHANGE, Root
+from common.config.base import Root
 from common.config.description import describe
 from common.config.loading import AnyRoot, load_config
 from common.config.ppo import Config
@@ -166,7 +166,7 @@ def with_address(settings: Sequence[str] | None, address: str | None) -> list[st
 def settings_text(root: type[Root]) -> str:
     """Every setting with its meaning, for `ratchet config --describe`."""
     return "\n".join(
-        f"{s.key} ({s.kind}; default {s.default}{f'; {MAY_CHANGE}' if s.may_change else ''})\n"
+        f"{s.key} ({s.kind}; default {s.default}{f'; {s.change}' if s.change else ''})\n"
         + fill(s.meaning, 100, initial_indent="    ", subsequent_indent="    ")
         for s in describe(root)
     )

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from common.config.base import MayChange, NonNegative, Positive, Replicated, Seconds, Section
+from common.config.base import MayChange, NonNegative, Positive, Recorded, Replicated, Seconds, Section
 from common.config.sources import SourceConfig
 
 
@@ -176,7 +176,7 @@ class RewardConfig(SourcesConfig):
     """Unit of the scores. mean_std: standard deviations from the mean of all scores so far in the run, so that neither
     unit nor zero point of the reward matters. std: standard deviations from 0. none: the raw scores; the KL coefficient
     then is in their unit."""
-    clip: Annotated[float, Field(ge=0)] = 5.0
+    clip: Recorded[Annotated[float, Field(ge=0)]] = 5.0
     """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: no clip."""
 
 

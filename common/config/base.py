@@ -23,6 +23,10 @@ Seconds = Annotated[float, Field(gt=0)]
 # to rounding. All other settings are fixed when the run begins.
 MAY_CHANGE = "may change on --resume"
 MayChange = Annotated[T, MAY_CHANGE]
+# Marks a setting that decides what is learned, and still may change when a run continues: the journal records the step
+# from which the new value holds, and every replay changes it at the same step.
+RECORDED = "may change with --change on --resume, from a recorded step on"
+Recorded = Annotated[T, RECORDED]
 
 
 class Section(BaseModel):

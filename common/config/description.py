@@ -1,4 +1,4 @@
-"""Every setting with its type, default and meaning, and whether it may change when a run continues. Runs anywhere."""
+"""Every setting with its type, default and meaning, and how it may change when a run continues. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from pydantic.fields import FieldInfo
 
-from common.config.base import MAY_CHANGE, Section
+from common.config.base import MAY_CHANGE, RECORDED, Section
 from common.config.sources import SOURCE_KINDS, RewardSource
 
 
@@ -18,20 +18,20 @@ class Setting(NamedTuple):
     kind: str
     default: str
     meaning: str
-    may_change: bool
+    change: str  # MAY_CHANGE or RECORDED; empty: it is fixed when the run begins
 
 
 def describe(
-    section: type[Section], prefix: str = "", *, skip: Container[str] = (), may_change: bool = False
+    section: type[Section], prefix: str = "", *, skip: Container[str] = (), change: str = ""
 ) -> Iterator[Setting]:
-    """Every setting, depth first, in the order of the fields. `skip`: fields to leave out. `may_change`: all may
-    change."""
+    """Every setting, depth first, in the order of the fields. `skip`: fields to leave out. `change`: how all of them
+    may change, for a section that may change as a whole."""
     for name, field in section.model_fields.items():
         if name in skip:
             continue
-        changes = may_change or _may_change(field)
+        changes = change or next((mark for mark in (MAY_CHANGE, RECORDED) if mark in field.metadata), "")
         if (nested := section_of(field)) is not None:
-            yield from describe(nested, f"{prefix}{name}.", may_change=changes)
+            yield from describe(nested, f"{prefix}{name}.", change=changes)
             continue
         meaning = " ".join((field.description or "").split())
         yield Setting(prefix + name, _type_name(field), _default(field), meaning, changes)
@@ -39,29 +39,34 @@ def describe(
             described: set[str] = set()
             kinds: list[type[RewardSource]] = [RewardSource, *SOURCE_KINDS.values()]
             for source in kinds:
-                yield from describe(source, f"{prefix}{name}[].", skip=described, may_change=changes)
+                yield from describe(source, f"{prefix}{name}[].", skip=described, change=changes)
                 described |= source.model_fields.keys()
 
 
 def changeable(section: type[Section], prefix: str = "") -> Iterator[str]:
     """The keys that may change when a run continues. A section that may change as a whole is one key that ends with a
     dot."""
+    return _marked(section, MAY_CHANGE, prefix)
+
+
+def recorded(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """The keys that may change when a run continues if the journal records the change."""
+    return _marked(section, RECORDED, prefix)
+
+
+def _marked(section: type[Section], mark: str, prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         nested = section_of(field)
-        if _may_change(field):
+        if mark in field.metadata:
             yield f"{prefix}{name}" if nested is None else f"{prefix}{name}."
         elif nested is not None:
-            yield from changeable(nested, f"{prefix}{name}.")
+            yield from _marked(nested, mark, f"{prefix}{name}.")
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a field holds, or may hold."""
     kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
-def _may_change(field: FieldInfo) -> bool:
-    return MAY_CHANGE in field.metadata
 
 
 def _type_name(field: FieldInfo) -> str:

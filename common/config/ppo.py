@@ -27,6 +27,7 @@ from common.config.base import (
     NonNegative,
     Positive,
     RayConfig,
+    Recorded,
     Root,
     Section,
 )
@@ -46,26 +47,26 @@ class PPOConfig(Section):
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
     critic's bias for variance."""
-    clip_eps: Annotated[float, Field(gt=0)] = 0.05
+    clip_eps: Recorded[Annotated[float, Field(gt=0)]] = 0.05
     """A token's gain stops growing once its probability has moved by this share from its value before the step. 0.2 is
     common elsewhere."""
-    value_clip: Annotated[float, Field(ge=0)] = 0
+    value_clip: Recorded[Annotated[float, Field(ge=0)]] = 0
     """Most a value may move from its old value within a step, in reward units; 0: unclipped."""
     ppo_epochs: Positive = 2
     """Passes over each batch; more reuse the data, and move further from the policy that sampled it."""
     minibatches: Positive = 1
     """Optimizer steps per pass, each on an equal part of the batch: rollouts_per_step must be a multiple of it."""
-    value_coef: Annotated[float, Field(ge=0)] = 0.5
+    value_coef: Recorded[Annotated[float, Field(ge=0)]] = 0.5
     """Weight of the value loss next to the policy loss; it matters for weights that critic and policy share."""
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    entropy_coef: Recorded[Annotated[float, Field(ge=0)]] = 0.0
     """Weight of the entropy bonus, per nat; more keeps the policy from settling early."""
     whiten_advantages: bool = True
     """Scale the advantages of a batch to mean 0 and variance 1, so that the step size does not depend on the reward's
     unit."""
-    target_kl: Annotated[float, Field(ge=0)] = 0
+    target_kl: Recorded[Annotated[float, Field(ge=0)]] = 0
     """End the step before a minibatch whose mean KL from the policy at the start of the step is above this, nats per
     token; 0: never."""
-    importance_cap: Annotated[float, Field(ge=0)] = 2.0
+    importance_cap: Recorded[Annotated[float, Field(ge=0)]] = 2.0
     """Cap of the importance weight, the ratio of the learner's to the generator's probability of a token. It corrects
     for generators with older weights or other rounding; 0: no correction."""
     max_mismatch_kl: MayChange[Annotated[float, Field(ge=0)]] = 0.1
@@ -83,14 +84,14 @@ class PPOConfig(Section):
 class KLConfig(Section):
     """The penalty for moving away from the reference policy (Ziegler et al. 2019, arXiv:1909.08593)."""
 
-    coef: Annotated[float, Field(ge=0)] = 0.05
+    coef: Recorded[Annotated[float, Field(ge=0)]] = 0.05
     """Reward lost per nat of KL at each token; more stays closer to the reference."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of a token's KL. k1 is unbiased; k2 and k3 are never below zero and vary less. k3 is capped at 10
     nats where the reference gives the token the higher probability."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """fixed keeps `coef`; adaptive changes it so that the KL per response meets `target`."""
-    target: Annotated[float, Field(gt=0)] = 6.0
+    target: Recorded[Annotated[float, Field(gt=0)]] = 6.0
     """Adaptive only: target for the KL from the reference, nats per response."""
     horizon: Positive = 10_000
     """Adaptive only: responses over which the coefficient adapts; smaller reacts faster."""
@@ -99,9 +100,13 @@ class KLConfig(Section):
 class OptimizerConfig(AdamWConfig):
     """AdamW for policy and critic."""
 
-    value_head_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Recorded[Annotated[float, Field(gt=0)]] = 1e-6
+    """Peak learning rate of the language model's weights."""
+    max_grad_norm: Recorded[Annotated[float, Field(gt=0)]] = 1.0
+    """A gradient with a larger norm is scaled down to this norm."""
+    value_head_learning_rate: Recorded[Annotated[float, Field(gt=0)]] = 1e-4
     """Peak learning rate of the value head, which starts at zero and may learn faster."""
-    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    critic_learning_rate: Recorded[Annotated[float, Field(gt=0)]] = 1e-5
     """Peak learning rate of a separate critic's network; unused with a shared trunk."""
 
 
@@ -126,6 +131,9 @@ class LearnerConfig(TrainerConfig):
     checkpoint, twice the memory and compute, and a value loss that cannot disturb the policy."""
     critic_warmup_steps: NonNegative = 0
     """Number of first steps that train only the critic."""
+    max_losses: MayChange[NonNegative] = 3
+    """When a rank is lost, the group starts again, and continues from the newest checkpoint and the journal. The run
+    stops when ranks are lost more than this many times without a finished update in between; 0: at the first loss."""
     lora: LoRAConfig | None = None
     """Train adapters instead of all weights: takes a fraction of the memory and needs no reference service, since the
     policy with its adapters off is the reference. Left out: all weights are trained."""

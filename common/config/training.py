@@ -21,6 +21,12 @@ class TrainerConfig(Placed):
     """Compute threads of each rank. Two busy processes that both use every core slow each other threefold."""
     ranks: MayChange[Processes] = 1
     """Processes that train together, each on its share of every batch."""
+    min_ranks: MayChange[Processes | None] = None
+    """Fewest processes to train with. If the cluster has no room for all `ranks`, such as after the loss of a node, the
+    group starts with as many as there is room for. Weights then agree up to rounding, and each process needs more
+    memory. Left out: ranks."""
+    room_wait_s: MayChange[Seconds] = 60
+    """Longest wait for room for all `ranks` once min_ranks have started, seconds."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of matrix products in forward and backward; weights, losses and optimizer state are always float32."""
     micro_batch_tokens: MayChange[Positive | None] = None
@@ -29,7 +35,14 @@ class TrainerConfig(Placed):
     gradient_checkpointing: MayChange[bool] = False
     """Recompute activations in the backward pass: about a quarter slower, and far less memory."""
     timeout_s: MayChange[Seconds] = 1800
-    """Longest update, and longest wait of one rank for another, seconds."""
+    """Longest update, and longest wait of one rank for another, seconds. A rank that takes longer counts as lost."""
+    probe_timeout_s: MayChange[Seconds] = 30
+    """A rank that answers no health probe for this many seconds counts as lost, even in the middle of an update."""
+
+    @property
+    def fewest_ranks(self) -> int:
+        """Fewest processes to train with."""
+        return self.min_ranks or self.ranks
 
     @property
     def token_budget(self) -> int:
@@ -39,6 +52,11 @@ class TrainerConfig(Placed):
 
 def broken_trainer_rules(cfg: TrainerConfig) -> Iterator[str]:
     """One message for each broken rule across the fields of a [learner] section."""
+    if cfg.fewest_ranks > cfg.ranks:
+        yield (
+            f"learner.min_ranks ({cfg.min_ranks}) must be at most learner.ranks ({cfg.ranks}); lower the first or "
+            "raise the second"
+        )
     if cfg.ranks > 1 and cfg.gpus not in (0, 1):
         yield (
             f"learner.gpus ({cfg.gpus:g}) must be 1 for each of {cfg.ranks} learner.ranks, or 0 for the CPU: ranks "

@@ -466,8 +466,9 @@ def test_resume_refuses_settings_that_may_not_change(refusal, runs, command, set
         "train": "num_steps, generators, reference, reward.cores, reward.min, reward.max, reward.in_flight, "
         "reward.timeout_s, reward.probe_timeout_s, reward.drain_s, reward.max_shortage_s, reward.isolation, "
         "reward.workers, reward.call_timeout_s, reward.max_void_share, ppo.max_mismatch_kl, ppo.max_mismatch_steps, "
-        "learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, learner.micro_batch_tokens, "
-        "learner.gradient_checkpointing, learner.timeout_s, evaluation, checkpoint, ray, monitoring; ",
+        "learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, learner.min_ranks, "
+        "learner.room_wait_s, learner.micro_batch_tokens, learner.gradient_checkpointing, learner.timeout_s, "
+        "learner.probe_timeout_s, learner.max_losses, evaluation, checkpoint, ray, monitoring; ",
         "train-reward": "epochs, learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, ",
         "sample-pairs": "generators, labeller.cores, labeller.min, labeller.max, labeller.in_flight, ",
     }[command]  # whole sections are named without a dot
@@ -641,8 +642,8 @@ def test_config_describe_explains_exactly_the_settings_of_a_command(ratchet, com
     code, out, _ = ratchet("config", "--describe", *(["--for", command] if command != "train" else []))
     assert code == 0
     expected = [
-        f"{key} ({kind}; default {default}{'; may change on --resume' if may_change else ''}) {meaning}"
-        for key, kind, default, meaning, may_change in describe(ROOTS[command])
+        f"{key} ({kind}; default {default}{f'; {change}' if change else ''}) {meaning}"
+        for key, kind, default, meaning, change in describe(ROOTS[command])
     ]
     assert "".join(out.split()) == "".join("".join(expected).split())  # long sentences are wrapped
 

@@ -2,23 +2,25 @@
 
 import pytest
 
-from common.config.description import changeable, describe
+from common.config.base import MAY_CHANGE, RECORDED
+from common.config.description import changeable, describe, recorded
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from tests.common.config.trees import TREES, leaves, root_of
 
 REPLICATED = "cores min max in_flight timeout_s probe_timeout_s drain_s max_shortage_s"
 SCORING = f"{REPLICATED} isolation workers call_timeout_s max_void_share"
-COMPUTING = "cpus gpus threads cores ranks micro_batch_tokens gradient_checkpointing timeout_s"
+RANKS = "ranks min_ranks room_wait_s timeout_s probe_timeout_s"
+COMPUTING = f"cpus gpus threads cores micro_batch_tokens gradient_checkpointing {RANKS}"
 # Per root: section -> its settings that may change. "*": all; "" is the root itself.
-MAY_CHANGE = {
+CHANGEABLE = {
     Config: {
         "": "num_steps",
         "generators": "*",
         "reference": "*",
         "reward": SCORING,
         "ppo": "max_mismatch_kl max_mismatch_steps",
-        "learner": COMPUTING,
+        "learner": f"{COMPUTING} max_losses",
         "evaluation": "*",
         "checkpoint": "*",
         "ray": "*",
@@ -35,25 +37,40 @@ MAY_CHANGE = {
     },
     PairSamplingConfig: {"generators": "*", "labeller": SCORING, "ray": "*"},
 }
+# The same for PPO's settings that may change if the journal records it.
+RECORDED_SETTINGS = {
+    "reward": "clip",
+    "ppo": "clip_eps value_clip value_coef entropy_coef target_kl importance_cap",
+    "kl": "coef target",
+    "optimizer": "learning_rate value_head_learning_rate critic_learning_rate max_grad_norm",
+}
 
 
-@pytest.mark.parametrize("root", MAY_CHANGE, ids=lambda root: root.__name__)
+@pytest.mark.parametrize("root", CHANGEABLE, ids=lambda root: root.__name__)
 def test_only_the_listed_settings_may_change_on_resume(root):
     """Walks every setting of the root, so a new one has to be listed here, or be fixed."""
     for setting in describe(root):
         section, _, name = setting.key.rpartition(".")
-        allowed = MAY_CHANGE[root].get(section, "").split()
-        assert setting.may_change == (name in allowed or allowed == ["*"]), setting.key
+        allowed = CHANGEABLE[root].get(section, "").split()
+        with_record = RECORDED_SETTINGS.get(section, "").split() if root is Config else []
+        expected = MAY_CHANGE if name in allowed or allowed == ["*"] else RECORDED if name in with_record else ""
+        assert setting.change == expected, setting.key
 
 
-@pytest.mark.parametrize("root", MAY_CHANGE, ids=lambda root: root.__name__)
+@pytest.mark.parametrize("root", CHANGEABLE, ids=lambda root: root.__name__)
 def test_changeable_names_whole_sections_with_a_dot(root):
     expected = {
         f"{section}." if names == "*" else f"{section}.{name}".lstrip(".")
-        for section, names in MAY_CHANGE[root].items()
+        for section, names in CHANGEABLE[root].items()
         for name in names.split()
     }
     assert set(changeable(root)) == expected
+
+
+def test_recorded_names_the_settings_that_only_a_record_may_change():
+    expected = {f"{section}.{name}" for section, names in RECORDED_SETTINGS.items() for name in names.split()}
+    assert set(recorded(Config)) == expected
+    assert [list(recorded(root)) for root in (RewardTrainingConfig, PairSamplingConfig)] == [[], []]
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -78,6 +78,7 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ({"max_staleness": 2, "ppo": {"importance_cap": 0}}, ["ppo.importance_cap (0)", "max_staleness (2)", "raise"]),
         ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
         ({"learner": {"ranks": 64, "gpus": 2}}, ["learner.gpus (2)", "each of 64 learner.ranks", "cannot share a GPU"]),
+        ({"learner": {"ranks": 2, "min_ranks": 3}}, ["learner.min_ranks (3)", "at most learner.ranks (2)", "raise"]),
         # 512 + 256 tokens
         ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
         ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
