@@ -131,9 +131,9 @@ class LearnerConfig(TrainerConfig):
     checkpoint, twice the memory and compute, and a value loss that cannot disturb the policy."""
     critic_warmup_steps: NonNegative = 0
     """Number of first steps that train only the critic."""
-    max_losses: MayChange[NonNegative] = 3
+    max_losses: MayChange[Positive] = 3
     """When a rank is lost, the group starts again, and continues from the newest checkpoint and the journal. The run
-    stops when ranks are lost more than this many times without a finished update in between; 0: at the first loss."""
+    stops when ranks are lost this many times without a new step in between; 1: at the first loss."""
     lora: LoRAConfig | None = None
     """Train adapters instead of all weights: takes a fraction of the memory and needs no reference service, since the
     policy with its adapters off is the reference. Left out: all weights are trained."""
