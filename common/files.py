@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,14 +39,49 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; an empty list if there is no file. Skips a line that a crash cut short."""
+    """The records of a file of JSON lines; an empty list if there is no file. Skips a line that is no JSON object, such
+    as one that a crash cut short."""
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    records = (read_record(line) for line in path.read_bytes().splitlines())
+    return [record for record in records if record is not None]
+
+
+def read_record(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None if the line is anything else."""
+    with suppress(ValueError, RecursionError):  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
+        record = json.loads(line)
+        return record if isinstance(record, dict) else None
+    return None
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces the file with `text`, like `write_whole`. When it returns, the file survives a loss of power too."""
+    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(staging, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.rename(path)
+        sync_directory(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)  # does nothing after the rename
+
+
+def sync_directory(directory: Path) -> None:
+    """Waits until the names in the directory are on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

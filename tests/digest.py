@@ -23,7 +23,7 @@ from safetensors import safe_open
 from common.files import read_records
 from learner.loop.journal import Journal
 
-UNREPEATABLE_KEYS = {"time", "staleness/generating_s", "staleness/buffered_s"}
+UNREPEATABLE_KEYS = {"time", "journal", "staleness/generating_s", "staleness/buffered_s"}
 UNREPEATABLE_PATHS = ("time/", "wait/", "weights/")
 
 

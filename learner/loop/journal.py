@@ -1,10 +1,10 @@
 """The experience journal: one Arrow file per step, on disk before the learner sees the batch. Runs in the driver.
 
 RUN/journal/step-000123.arrow is an Arrow IPC file of EXPERIENCE_SCHEMA, rows in admission order. pyarrow and pandas
-read it directly, DuckDB through pyarrow (docs/metrics.md shows how). step-000123.sha256 is for `sha256sum -c`.
-The schema's metadata holds, under the key `ratchet`, a JSON object:
+read it directly, DuckDB through pyarrow (docs/metrics.md shows how). The schema's metadata holds, under the key
+`ratchet`, a JSON object:
 
-    schema          version of this layout: 4
+    schema          version of this layout (learner/loop/chain.py)
     step            number of this file, from 0
     time            when the batch was cut, in seconds since 1970 (UTC)
     policy_version  version the learner held when the batch was cut
@@ -12,33 +12,26 @@ The schema's metadata holds, under the key `ratchet`, a JSON object:
                      that were issued, and are neither in this file nor in an earlier one
     voids           [sample id, reason, response] of rollouts that were voided since the previous file; `response` is
                      null if it is not known. If the id is also in `outstanding`, it is asked again
-    previous        SHA-256 of the previous file, in hex ("" for step 0): the files form a chain
+    previous        SHA-256 of the entry before it, in hex ("" for the first): the files form a chain
+
+Other entries of the chain are notes (learner/loop/notes.py). learner/loop/chain.py writes and checks both kinds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from common.errors import UserError
 from common.experience_table import EXPERIENCE_SCHEMA
-from common.types import Void
-
-# 2: origins of scores; 3: outstanding samples as ranges; 4: step, time, text of responses. An older layout is refused:
-# the Ratchet that wrote it may compute other bits, so a replay could end in another state than the run had.
-SCHEMA_VERSION = 4
-
-
-class JournalError(UserError):
-    """The journal on disk is not the chain that was written. The message names the file."""
+from common.types import SampleId, Void
+from learner.loop.chain import SCHEMA_VERSION, Chain, JournalError, Place
+from learner.loop.notes import Note, identity, voided
 
 
 @dataclass(frozen=True)
@@ -52,71 +45,95 @@ class JournalStep:
     voids: tuple[tuple[str, str], ...]  # (sample id, reason)
     time: float  # when it was cut, seconds since 1970
 
+    @property
+    def sample_ids(self) -> list[str]:
+        columns = (self.table[name].to_pylist() for name in ("epoch", "prompt_index", "replica"))
+        return [str(SampleId(*row)) for row in zip(*columns, strict=True)]
+
 
 class Journal:
-    """Appends steps in order. Each file is complete or absent, and contains the hash of the previous file."""
+    """Appends steps and notes in order. Each file is complete or absent. To open a journal changes nothing on disk."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("*.tmp"):  # a crash cut this write short; nobody has read it
-            leftover.unlink()
-        self.next_step = len(list(directory.glob("step-*.arrow")))
-        for step in range(self.next_step):
-            if not self._path(step).exists():
-                raise JournalError(f"{self._path(step)} is missing: the journal has a gap; restore it from a copy")
-        self._last_hash = self._hash(self.next_step - 1)
+        self._chain = Chain(directory)
+        self._notes: list[Note] | None = None  # read when first asked for
+        self._newest: JournalStep | None = None  # the step that this process wrote last
+
+    @property
+    def next_step(self) -> int:
+        return self._chain.next_step
+
+    @property
+    def notes(self) -> Sequence[Note]:
+        """All notes, in order."""
+        if self._notes is None:
+            self._notes = [self._read_note(place) for place in self._chain.places if not place.is_step]
+        return self._notes
+
+    @property
+    def voided(self) -> dict[int, str]:
+        """The steps that the learner skips, each with the reason."""
+        return voided(self.notes)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Digests of everything that the run depends on, as it began or as the user accepted them."""
+        return identity(self.notes)
+
+    def open_for_writing(self) -> None:
+        """Removes what a crash left of a write. Only the owner of the run directory may call it, before `append` and
+        `note`."""
+        self._chain.remove_leftovers()
 
     def append(
         self, table: pa.Table, *, policy_version: int, prompts: dict[str, Any], voids: Sequence[Void] = ()
     ) -> int:
         """Writes the next step, syncs it to disk and renames it into place. Returns its number."""
-        step = self.next_step
+        place, table, now = Place(self.next_step), table.combine_chunks(), time.time()
         metadata = {
             "schema": SCHEMA_VERSION,
-            "step": step,
-            "time": time.time(),
+            "step": place.step,
+            "time": now,
             "policy_version": policy_version,
             "prompts": prompts,
             "voids": [[str(void.sample_id), void.reason, void.response] for void in voids],
-            "previous": self._last_hash,
+            "previous": self._chain.previous(place),
         }
-        path = self._path(step)
-        staging = path.with_suffix(".tmp")
-        with open(staging, "wb") as file:
-            schema = EXPERIENCE_SCHEMA.with_metadata({"ratchet": json.dumps(metadata)})
+        schema = EXPERIENCE_SCHEMA.with_metadata({"ratchet": json.dumps(metadata)})
+
+        def write(file: Any) -> None:
             with pa.ipc.new_file(file, schema) as writer:
-                writer.write_table(table.combine_chunks())
-            file.flush()
-            os.fsync(file.fileno())
-        digest = _sha256(staging)
-        with open(path.with_suffix(".sha256"), "w", encoding="ascii") as file:
-            file.write(f"{digest}  {path.name}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        staging.rename(path)
-        _sync_directory(self.directory)
-        self._last_hash = digest
-        self.next_step = step + 1
-        return step
+                writer.write_table(table)
+
+        self._chain.write(place, write)
+        reasons = tuple((str(void.sample_id), void.reason) for void in voids)
+        self._newest = JournalStep(place.step, table, policy_version, prompts, reasons, now)
+        return place.step
+
+    def note(self, kind: str, **fields: Any) -> Note:
+        """Writes a note before the next step, as safely as a step."""
+        place = self._chain.next_note()
+        if (kind == "begin") != (place == Place(0, is_step=False)):
+            raise ValueError(f"{place} is a note of kind {kind}; the journal's first entry is its only begin note")
+        head = {"schema": SCHEMA_VERSION, "before_step": place.step, "number": place.note, "kind": kind}
+        record = {**head, "time": time.time(), "previous": self._chain.previous(place), **fields}
+        notes = list(self.notes)
+        self._chain.write(place, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
+        self._notes = [*notes, _note(record)]
+        return self._notes[-1]
+
+    def void(self, step: int, reason: str) -> Note:
+        """Writes that the batch of `step` is never learned from."""
+        return self.note("void", step=step, reason=reason, sample_ids=self.read(step).sample_ids)
 
     def read(self, step: int) -> JournalStep:
-        """Raises JournalError if the file is missing or damaged, or does not follow the previous file."""
-        path = self._path(step)
-        self._hash(step)
-        try:
-            with pa.OSFile(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-            metadata = json.loads(table.schema.metadata[b"ratchet"])
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise JournalError(f"{path} cannot be read as a journal step: {error}") from error
-        if metadata["schema"] != SCHEMA_VERSION:
-            raise JournalError(
-                f"{path} has schema {metadata['schema']}, this version of Ratchet writes {SCHEMA_VERSION}; continue "
-                "with the version that wrote it"
-            )
-        if metadata["step"] != step or metadata["previous"] != self._hash(step - 1):
-            raise JournalError(f"{path} does not follow step {step - 1}: a file was changed, lost or moved")
+        """Raises JournalError if the file is missing or damaged, or does not follow the entry before it."""
+        if self._newest is not None and self._newest.step == step:
+            return self._newest
+        place = Place(step)
+        self._chain.check(place)
+        metadata, table = self._open(place, read=True)
         voids = tuple((sample_id, reason) for sample_id, reason, _ in metadata["voids"])
         return JournalStep(step, table, metadata["policy_version"], metadata["prompts"], voids, metadata["time"])
 
@@ -129,31 +146,54 @@ class Journal:
         for number in range(step, self.next_step):
             yield self.read(number)
 
-    def _path(self, step: int) -> Path:
-        return self.directory / f"step-{step:06d}.arrow"
+    def verify(self) -> None:
+        """Reads every entry. Raises JournalError if one is damaged, or does not follow the entry before it."""
+        for place in self._chain.places:
+            self._chain.check(place)
+            if place.is_step:
+                self._open(place)
+            else:
+                self._read_note(place)
 
-    def _hash(self, step: int) -> str:
-        """SHA-256 of a step's file, checked against its .sha256; "" for the step before the first."""
-        if step < 0:
-            return ""
-        path = self._path(step)
+    def digest(self, version: int) -> str:
+        """SHA-256 of the entry that ends what version `version` of the policy has learned: of the last step's file, or
+        of the `begin` note for version 0. "" if there is none."""
+        places = self._chain.places
+        if version == 0:
+            return self._chain.digest(places[0]) if places and not places[0].is_step else ""
+        return self._chain.digest(Place(version - 1)) if version <= self.next_step else ""
+
+    def _open(self, place: Place, *, read: bool = False) -> tuple[dict[str, Any], pa.Table | None]:
+        """The metadata of a step whose hash is right and, with `read`, its table."""
+        path = self._chain.path(place)
         try:
-            digest, written = _sha256(path), path.with_suffix(".sha256").read_text(encoding="ascii").split()[0]
-        except (OSError, IndexError, UnicodeDecodeError) as error:
-            raise JournalError(f"{path} or its .sha256 cannot be read: {error}") from error
-        if digest != written:
-            raise JournalError(f"{path} is damaged (SHA-256 {digest}, written {written}); restore it from a copy")
-        return digest
+            with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as file:
+                table = file.read_all() if read else None
+                metadata = json.loads(file.schema.metadata[b"ratchet"])
+            schema, step, previous = (metadata[key] for key in ("schema", "step", "previous"))
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            raise JournalError(f"{path} cannot be read as a journal step: {error}") from error
+        self._chain.check_header(place, schema, step, previous)
+        return metadata, table
+
+    def _read_note(self, place: Place) -> Note:
+        path = self._chain.path(place)
+        self._chain.check(place)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            note, schema, previous = _note(record), record["schema"], record["previous"]
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise JournalError(f"{path} cannot be read as a note: {error}") from error
+        self._chain.check_header(place, schema, note.before_step, previous)
+        if note.number != place.note:
+            raise JournalError(f"{path} has number {note.number}: a file was changed, lost or moved")
+        return note
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_HEAD = ("schema", "before_step", "number", "kind", "time", "previous")
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _note(record: Mapping[str, Any]) -> Note:
+    """Raises KeyError if a field is missing."""
+    before_step, number, kind, when = (record[key] for key in _HEAD[1:5])
+    return Note(before_step, number, kind, when, {key: value for key, value in record.items() if key not in _HEAD})

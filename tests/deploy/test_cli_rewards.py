@@ -194,7 +194,9 @@ def scored_run(run, reward_model):
     stream = PromptStream(records, seed=0, rollouts_per_prompt=1)
     score = Score(1.0, {"rm": 1.0}, {"rm": f"rm@{content_hash(reward_model)}"})
     table = experience_table([replace(make_experience(0, [4, 1]), score=score)])
-    Journal(run / "journal").append(table, policy_version=0, prompts=stream.state(), voids=[])
+    journal = Journal(run / "journal")
+    journal.open_for_writing()
+    journal.append(table, policy_version=0, prompts=stream.state(), voids=[])
     return run
 
 
