@@ -26,6 +26,10 @@ class BatchError(ValueError):
     in earlier minibatches of the batch, so the learner's state must be restored."""
 
 
+class BrokenWeightsError(BatchError):
+    """The weights were broken before the batch was learned from: an earlier batch did it."""
+
+
 class GivenUpError(RuntimeError):
     """Several processes died while running one request, so the request seems to be the cause."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from common.config.ppo import Config
 from common.errors import EngineDeadError
+from common.files import sha256
 from common.metrics import meters
 from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Void
 
@@ -363,14 +364,28 @@ class FakeRoles:
         return {}
 
     async def restore(self, directory: Path) -> None:
-        self.step = int((directory / "step").read_text())
+        self.step = int((directory / "optimizer-step").read_text())
         self.events.append(f"restore {self.step}")
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, directory: Path) -> dict[str, str]:
         directory.mkdir(parents=True)
-        (directory / "step").write_text(str(self.step))
-        (directory / "COMPLETE").touch()
+        (directory / "optimizer-step").write_text(str(self.step))
         self.events.append(f"save {self.step}")
+        return {"optimizer-step": sha256(directory / "optimizer-step")}
+
+    async def skip(self) -> None:
+        self.events.append(f"skip {self.step}")
+        self.step += 1
+
+    async def reconfigure(self, cfg: Config) -> None:
+        self.events.append(f"reconfigure at {self.step}")
+
+    async def rebuild(self) -> None:
+        self.events.append("rebuild")
+        self.step = 0
+
+    async def unless_lost(self, work: Awaitable[Any]) -> Any:
+        return await work
 
     async def save_policy(self, directory: Path) -> None:
         self.events.append("save policy")

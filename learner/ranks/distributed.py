@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.errors import BatchError
 from common.metrics.step import StepMetrics
 
 
@@ -89,14 +90,12 @@ def whole(parameter: Tensor) -> Tensor:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales all gradients down to a joint norm of `max_norm` if it is larger. Returns the norm before, over all ranks.
 
-    Raises RuntimeError if it is not finite. The run then stops while weights and checkpoints are still sound.
+    Raises BatchError, on every rank, if it is not finite: no optimizer step would make anything good of it.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not math.isfinite(norm):
-        raise RuntimeError(
-            f"the gradient's norm is not finite ({norm.item()}), and nothing was updated; lower the learning rate"
-        )
+        raise BatchError(f"the gradient's norm is not finite ({norm.item()})")
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()

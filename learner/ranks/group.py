@@ -9,21 +9,24 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from torch.distributed import DistError
 
-from common.errors import RoleError, RolloutLostError, UserError, death_reason
+from common.config.ppo import Config
+from common.errors import BatchError, RoleError, RolloutLostError, UserError, death_reason
 from common.model.batcher import Batcher
 from common.types import Manifest, PublishedBucket, RolloutRef
 from learner.reward_model.pairs import Pair
+
+T = TypeVar("T")
 
 # After one rank has failed, the time in which the others may still report their own errors, seconds.
 _AFTERMATH_S = 10.0
@@ -72,9 +75,11 @@ class RankGroup:
             self._step += 1
         return stats[0]
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, directory: Path) -> dict[str, str]:
         async with self._turn:
-            await self._wait("save a checkpoint", [rank.save.remote(directory.resolve()) for rank in self._ranks])
+            calls = [rank.save.remote(directory.resolve()) for rank in self._ranks]
+            files = await self._wait("save a checkpoint", calls)
+        return {name: digest for part in files for name, digest in part.items()}
 
     async def restore(self, directory: Path) -> None:
         async with self._turn:
@@ -103,7 +108,7 @@ class RankGroup:
 
     def _role_error(self, what: str, rank: int, error: BaseException) -> BaseException:
         """The error to raise when a rank failed: it names the rank, unless the user has to fix something."""
-        if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+        if isinstance(error, RayTaskError) and isinstance(error.cause, (UserError, BatchError)):
             return error.cause  # without the trace of another process
         if isinstance(error, RayActorError):
             reason = death_reason(error)
@@ -194,6 +199,20 @@ class LearnerGroup(RankGroup):
             calls = [rank.ref_logprobs.remote(*rollouts) for rank in self._ranks]
             answers = await self._wait("measure rollouts", calls)
         return answers[0]
+
+    async def skip(self) -> None:
+        async with self._turn:
+            [self._step, *_] = await self._wait("skip a step", [rank.skip.remote() for rank in self._ranks])
+
+    async def reconfigure(self, cfg: Config) -> None:
+        async with self._turn:
+            await self._wait("take new settings", [rank.reconfigure.remote(cfg) for rank in self._ranks])
+
+    async def rebuild(self) -> None:
+        raise NotImplementedError
+
+    async def unless_lost(self, work: Awaitable[T]) -> T:
+        return await work
 
 
 class AdapterReference:

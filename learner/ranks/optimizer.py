@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,17 @@ from common.config.training import AdamWConfig
 
 def make_optimizer(parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -> torch.optim.AdamW:
     """AdamW over (module, peak learning rate) pairs, with weight decay on matrices only."""
-    groups = []
+    return torch.optim.AdamW(_groups(parts, cfg), fused=True)
+
+
+def reconfigure(optimizer: torch.optim.Optimizer, parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -> None:
+    """Gives an optimizer of `make_optimizer` other settings. Its moments stay."""
+    for group, new in zip(optimizer.param_groups, _groups(parts, cfg), strict=True):
+        group.update({key: value for key, value in new.items() if key != "params"})
+
+
+def _groups(parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = []
     for part, rate in parts:
         parameters = [p for p in part.parameters() if p.requires_grad]
         for decay, chosen in (
@@ -21,8 +32,9 @@ def make_optimizer(parts: Sequence[tuple[nn.Module, float]], cfg: AdamWConfig) -
             (0.0, [p for p in parameters if p.ndim < 2]),
         ):
             if chosen:
-                groups.append({"params": chosen, "lr": rate, "peak_lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=cfg.betas, eps=cfg.eps, fused=True)
+                rates = {"lr": rate, "peak_lr": rate, "weight_decay": decay}
+                groups.append({"params": chosen, **rates, "betas": cfg.betas, "eps": cfg.eps})
+    return groups
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:

@@ -17,7 +17,7 @@ from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from learner.ranks.checkpoint import load_checkpoint, save_checkpoint
 from learner.ranks.distributed import Ranks, clip_gradients, shard
-from learner.ranks.optimizer import learning_rate_scale, make_optimizer, set_learning_rate
+from learner.ranks.optimizer import learning_rate_scale, make_optimizer, reconfigure, set_learning_rate
 from learner.ranks.rows import micro_batches
 
 
@@ -70,15 +70,26 @@ class Trainer(ABC):
             self.optimizer = make_optimizer(self.parts(), self.cfg.optimizer)
         return self.step
 
-    def save(self, directory: Path) -> None:
-        """Writes a checkpoint, to which every rank adds its share."""
-        save_checkpoint(directory, self.network, self.optimizer, {"step": self.step, **self.numbers()})
+    def save(self, directory: Path) -> dict[str, str]:
+        """Writes a checkpoint, to which every rank adds its share. Returns the SHA-256 of this rank's files, by name.
+        The checkpoint counts once the driver has written its marker."""
+        return save_checkpoint(directory, self.network, self.optimizer, {"step": self.step, **self.numbers()})
 
     def restore(self, directory: Path) -> int:
         """Restores a checkpoint that any number of ranks wrote. Returns the updates it has done."""
         numbers = load_checkpoint(directory, self.network, self.optimizer)
         self.step = numbers["step"]
         self.restore_numbers(numbers)
+        return self.step
+
+    def reconfigure(self, cfg: Any) -> None:
+        """The settings of all later steps. The state stays."""
+        self.cfg = cfg
+        reconfigure(self.optimizer, self.parts(), cfg.optimizer)
+
+    def skip(self) -> int:
+        """Counts a step in which nothing is learned. Returns the updates done, such steps included."""
+        self.step += 1
         return self.step
 
     # One update: set the rate, then for each minibatch forward and backward, then step.

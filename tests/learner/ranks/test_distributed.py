@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from common.errors import BatchError
 from common.metrics.step import StepMetrics
 from learner.ranks.distributed import Ranks, clip_gradients, whole
 from learner.ranks.rows import shares
@@ -56,7 +57,7 @@ def test_gradients_are_scaled_to_their_joint_norm(limit, scale):
 def test_a_gradient_that_is_not_finite_is_an_error(bad):
     weight = nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([1.0, bad])
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(BatchError, match="not finite"):
         clip_gradients([weight], 1.0)
 
 

@@ -34,7 +34,7 @@ class FakeRank:
     async def _answer(self, method: str, count: int) -> Any:
         await asyncio.sleep(0.01)
         self._events.append(f"{method} done")
-        return {"update": {}, "ref_logprobs": [np.zeros(1, np.float32)] * count}.get(method)
+        return {"update": {}, "save": {}, "ref_logprobs": [np.zeros(1, np.float32)] * count}.get(method)
 
 
 class PublishingGroup(LearnerGroup):

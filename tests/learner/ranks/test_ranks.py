@@ -29,6 +29,7 @@ from learner.ranks.rows import sequence_costs, shares
 from tests.fakes import make_experience, make_prompt, save_tiny_kind, save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import OTHERWISE, UNUSUAL, WITHOUT_CRITIC, grouped, varied_batch
 from tests.learner.ranks.test_distributed import run_ranks
+from tests.saving import save_checkpoint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -204,7 +205,7 @@ def rank_process(rank: int, ready: Barrier, directory: Path, model: Path) -> Non
             result = run_case(learner, name)
             if name in OUTPUTS:
                 learner.restore(directory / "one" / name / "checkpoint")
-                learner.save(directory / "two" / name / "checkpoint")
+                save_checkpoint_of(learner, directory / "two" / name / "checkpoint")
                 result |= outputs(learner, directory / "two" / name)
         except BaseException as error:
             raise RuntimeError(f"rank {rank}, case {name}") from error
@@ -227,7 +228,7 @@ def runs(model, tmp_path_factory):
         learner = new_learner(model, name)
         found[name] = [run_case(learner, name)]
         if name in OUTPUTS:
-            learner.save(directory / "one" / name / "checkpoint")
+            save_checkpoint_of(learner, directory / "one" / name / "checkpoint")
             found[name][0] |= outputs(learner, directory / "one" / name)
     run_ranks(rank_process, directory, model)
     for name in CASES:
