@@ -131,12 +131,13 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, finished or not.")],
+    step: Annotated[int | None, typer.Option(help="A step with a checkpoint [default: the newest].")] = None,
     to: Annotated[Path | None, typer.Option(help="A new directory [default: RUN/exported/step-NNNNNN].")] = None,
 ) -> None:
-    """Write a run's newest policy as a Hugging Face directory."""
+    """Write a policy of a run as a Hugging Face directory."""
     from deploy.export import run_export
 
-    run_export(run, to)
+    run_export(run, to, step)
 
 
 @app.command()

@@ -156,6 +156,14 @@ class EvaluationConfig(Section):
     """See pass_source."""
 
 
+class PolicyCheckpointConfig(CheckpointConfig):
+    """Learner state on disk."""
+
+    best: bool = False
+    """Also keep the checkpoint of the policy with the best mean score of all held-out evaluations so far
+    (evaluation.every). One is written after every evaluation that is better than all before."""
+
+
 class Config(Root):
     """A run of PPO."""
 
@@ -184,7 +192,7 @@ class Config(Root):
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
-    checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
+    checkpoint: MayChange[PolicyCheckpointConfig] = PolicyCheckpointConfig()
     ray: MayChange[RayConfig] = RayConfig()
     monitoring: MayChange[MonitoringConfig] = MonitoringConfig()
 

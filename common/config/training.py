@@ -92,6 +92,9 @@ class CheckpointConfig(Section):
     without generating anything), so a smaller number trades disk for time."""
     keep: Positive = 2
     """Checkpoints kept; older ones are removed."""
+    keep_optimizer_at_end: bool = True
+    """Keep the optimizer's state in the checkpoints of a finished run: two thirds of their size. Without it they can be
+    exported, but a run with more steps is continued from earlier ones, or from the beginning (PPO: of the journal)."""
     on_signal: bool = False
     """When a signal stops the run (Ctrl-C, SIGTERM, SIGHUP), finish the current step and write a checkpoint first. The
     resumed run then repeats no step, but stopping takes as long as a step. If false, stopping takes seconds."""

@@ -168,9 +168,9 @@ def _check_tied(model: PreTrainedModel) -> None:
         )
 
 
-def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None:
+def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path, *, card: str | None = None) -> None:
     """Writes `target` as a Hugging Face directory with these weights in bf16. Config, tokenizer and the rest come from
-    `base`, the model that training started from. `tensors` have the names that files use."""
+    `base`, the model that training started from. `tensors` have the names that files use. `card` is its README.md."""
     model = without_weights(read_config(base))
     with replaced_directory(target) as staging:
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
@@ -182,6 +182,8 @@ def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path) -> None
         load_tokenizer(base).save_pretrained(staging)
         for code in base.glob("*.py") if trusted(base) else ():
             shutil.copyfile(code, staging / code.name)
+        if card is not None:
+            (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config.ppo import Config
+from common.errors import BatchError, BrokenWeightsError
 from common.metrics.step import StepMetrics
 from common.model.batches import packed_batches
 from common.model.files import find_device, resolve_model, save_policy
@@ -25,9 +26,10 @@ from common.types import Rollout
 from common.weights import Bucket, Delta, Manifest, buckets, publication
 from learner.ppo import lora
 from learner.ppo.experience import ExperienceBatch
+from learner.ppo.kl_controller import kl_controller
 from learner.ppo.objective import objective
 from learner.ppo.policy import PolicyWithCritic
-from learner.ppo.shaping import RunningMoments, kl_controller, normalise
+from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
 from learner.ranks.checkpoint import load_network
 from learner.ranks.rows import minibatches, sequence_costs
@@ -60,12 +62,19 @@ class Learner(Trainer):
         return self.step
 
     def update(self, table: pa.Table) -> dict[str, float]:
-        """One PPO step. Each rank takes its share of `table`. Returns the step's metrics, the same on every rank."""
+        """One PPO step. Each rank takes its share of `table`. Returns the step's metrics, the same on every rank.
+
+        Raises BatchError, on every rank, if a score, the loss or the gradient of a minibatch is not finite, before that
+        minibatch changes a weight. Earlier minibatches may have changed some: the state is no step's then.
+        """
         started, cfg, metrics = time.perf_counter(), self.cfg, StepMetrics()
         batch = ExperienceBatch.from_table(table)
         if self.step > 0 and bool((batch.ref_is_policy & batch.mask.any(1)).any()):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
+        _check_finite("a total score", batch.scores.float())
         old_logprobs, old_values, shared_pass = self._old_outputs(batch)
+        _check_finite("a log-probability under the policy as it was before", old_logprobs, BrokenWeightsError)
+        _check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
         fixed, stats = targets(
             batch,
             old_logprobs,
@@ -126,16 +135,16 @@ class Learner(Trainer):
         self.step = load_network(directory, self.network)["step"]
         return self.step
 
-    def save_policy(self, directory: Path, *, adapter: Path | None = None) -> None:
-        """Writes the policy as a Hugging Face directory, with LoRA's adapters merged. The adapters alone go to
-        `adapter`, by default a directory next to the policy's."""
+    def save_policy(self, directory: Path, *, adapter: Path | None = None, card: str | None = None) -> None:
+        """Writes the policy as a Hugging Face directory, with LoRA's adapters merged, and `card` as its README.md. The
+        adapters alone go to `adapter`, by default a directory next to the policy's."""
         if self._ranks.rank > 0:  # only helps to gather them
             deque(chain(self.network.policy_tensors(), self.network.adapter_tensors()), maxlen=0)
             return
         base = resolve_model(self.cfg.model.path)
         tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in self.network.policy_tensors()}
         adapters = {name: tensor.cpu() for name, tensor in self.network.adapter_tensors()}
-        save_policy(tensors, base, directory)
+        save_policy(tensors, base, directory, card=card)
         if self.cfg.learner.lora:
             lora.save(adapters, self.cfg.learner.lora, str(base), adapter or directory.with_name("adapter"))
 
@@ -149,6 +158,14 @@ class Learner(Trainer):
 
     def dummy_batch(self) -> Sequences:
         return Sequences.pack([np.zeros(1)], [np.zeros(1)]).to(self.device)
+
+    def reconfigure(self, cfg: Config) -> None:
+        before, coef = self.cfg.kl, self.kl_controller.coef
+        super().reconfigure(cfg)
+        if cfg.kl != before:
+            self.kl_controller = kl_controller(cfg.kl)
+            if cfg.kl.coef == before.coef:  # an adaptive coefficient continues
+                self.kl_controller.coef = coef
 
     def numbers(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_controller.coef, "score_moments": asdict(self.score_moments)}
@@ -180,13 +197,10 @@ class Learner(Trainer):
 
     def _shaped_scores(self, scores: Tensor, metrics: StepMetrics) -> Tensor:
         """Adds the batch to the running statistics, and returns its scores [B] normalised as configured, float32."""
-        cfg = self.cfg.reward
         self.score_moments.update(scores)
         metrics.add("reward/running_mean", self.score_moments.mean)
         metrics.add("reward/running_std", self.score_moments.deviation)
-        if cfg.normalise == "none":
-            return scores.float()
-        return normalise(scores, self.score_moments, centre=cfg.normalise == "mean_std", clip=cfg.clip)
+        return shaped(scores, self.score_moments, self.cfg.reward)
 
     def _minibatch_gradient(
         self,
@@ -198,7 +212,7 @@ class Learner(Trainer):
     ) -> float:
         """Adds the gradient of one minibatch. Returns its mean KL from the old policy, nats per token."""
         num_tokens = max(1, int(batch.mask[torch.from_numpy(rows)].sum()))
-        kl_sum = torch.zeros((), dtype=torch.float64)
+        kl_sum, loss_sum = torch.zeros(2, dtype=torch.float64)
         for chosen in self._micro_batches(batch.sequences, rows):
             logprobs, entropy, values = shared_pass or self._forward(batch.sequences, chosen)
             part = fixed.rows(chosen, logprobs.shape[1], self.device)
@@ -213,9 +227,12 @@ class Learner(Trainer):
             )
             self.backward(loss)
             kl_sum += sums["ppo/approx_kl"]
+            loss_sum += loss.item()
             for key, total in sums.items():
                 metrics.add(key, total, int(part.mask.sum()))
-        return self._ranks.sum(kl_sum).item() / num_tokens
+        kl_sum, loss_sum = self._ranks.sum(torch.stack([kl_sum, loss_sum]))
+        _check_finite("the loss", loss_sum)
+        return kl_sum.item() / num_tokens
 
     @property
     def _critic_only(self) -> bool:
@@ -249,3 +266,9 @@ class Learner(Trainer):
         minibatch = sequences.rows(chosen)
         costs, lengths = sequence_costs(minibatch, self._size), minibatch.lengths.tolist()
         return [chosen[group] for group in self.micro_batches(costs, lengths, packed_batches)]
+
+
+def _check_finite(what: str, values: Tensor, error: type[BatchError] = BatchError) -> None:
+    """Raises the error if a value is not finite. The values are the same on every rank."""
+    if not bool(torch.isfinite(values).all()):
+        raise error(f"{what} is not finite ({values[~torch.isfinite(values)].flatten()[0].item()})")

@@ -1,18 +1,13 @@
-"""From scores and a KL penalty to rewards per token, and the controllers of the penalty's coefficient.
+"""From scores and a KL penalty to rewards per token. Runs in every learner rank.
 
-Runs in every learner rank.
+learner/ppo/scores.py normalises the scores before, and learner/ppo/kl_controller.py changes the penalty's coefficient.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from common.config.ppo import KLConfig
 from common.model.masking import check_no_holes
 
 
@@ -51,81 +46,3 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
     written = lengths > 0
     rewards[written, lengths[written] - 1] += scores[written]
     return rewards
-
-
-@dataclass
-class RunningMoments:
-    """Mean and variance of all numbers seen so far, updated by batches in float64 (Chan et al. 1979, eq. 2.1)."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0  # sum of squared distances from the mean
-
-    def update(self, values: Tensor) -> None:
-        values = values.double()
-        if (added := len(values)) == 0:
-            return
-        batch_mean = values.mean().item()
-        distance, total = batch_mean - self.mean, self.count + added
-        self.squares += ((values - batch_mean) ** 2).sum().item() + distance**2 * self.count * added / total
-        self.mean += distance * added / total
-        self.count = total
-
-    @property
-    def deviation(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
-
-
-def normalise(scores: Tensor, moments: RunningMoments, *, centre: bool, clip: float) -> Tensor:
-    """Scores [B] normalised by all scores seen so far: minus their mean (if `centre`), divided by their deviation, then
-    clipped to +/- clip (0: not clipped).
-
-    So the unit of the scores does not matter; with `centre`, their origin does not matter either. Scores that never
-    varied become 0, since they do not tell better from worse. Rounding of the mean alone does not count as variation.
-    """
-    scores = scores.double()
-    if moments.deviation <= 1e-12 * abs(moments.mean):
-        return torch.zeros_like(scores, dtype=torch.float32)
-    scaled = (scores - moments.mean if centre else scores) / moments.deviation
-    return (scaled.clamp(-clip, clip) if clip else scaled).float()
-
-
-class KLController(Protocol):
-    """Holds the coefficient of the KL penalty."""
-
-    coef: float
-
-    def update(self, kl_per_response: float, num_responses: int) -> None:
-        """Called after each step with the batch's KL from the reference, nats per response."""
-
-
-@dataclass
-class FixedKL:
-    """Never changes the coefficient."""
-
-    coef: float
-
-    def update(self, kl_per_response: float, num_responses: int) -> None:
-        pass
-
-
-@dataclass
-class AdaptiveKL:
-    """Log-space proportional controller (Ziegler et al. 2019, section 2.2).
-
-    The error `kl / target - 1`, clipped to +/- 0.2, changes the coefficient by the factor
-    `1 + error * num_responses / horizon`.
-    """
-
-    coef: float
-    target: float
-    horizon: int
-
-    def update(self, kl_per_response: float, num_responses: int) -> None:
-        error = min(max(kl_per_response / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * num_responses / self.horizon
-
-
-def kl_controller(cfg: KLConfig) -> KLController:
-    """The controller that the config names."""
-    return AdaptiveKL(cfg.coef, cfg.target, cfg.horizon) if cfg.controller == "adaptive" else FixedKL(cfg.coef)

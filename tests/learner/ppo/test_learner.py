@@ -21,6 +21,7 @@ from common.experience_table import experience_table
 from common.weights import IncomingWeights, Manifest
 from learner.ppo.learner import Learner
 from tests.fakes import make_experience, save_tiny_model, tiny_config
+from tests.saving import save_checkpoint_of
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +332,7 @@ def test_a_learner_without_a_critic_learns_and_resumes_bit_for_bit(model, tmp_pa
         stats = learner.update(two_to_a_prompt(seed))
         assert not [key for key in stats if key.startswith("value/")]
     assert first_token_logprob(learner, 4) - first_token_logprob(learner, 40) > before + 0.2
-    learner.save(tmp_path / "step-000003")
+    save_checkpoint_of(learner, tmp_path / "step-000003")
     learner.update(two_to_a_prompt(3))
     restored = without_critic(model, advantages, lora)
     assert restored.restore(tmp_path / "step-000003") == 3
@@ -343,7 +344,7 @@ def test_a_learner_without_a_critic_learns_and_resumes_bit_for_bit(model, tmp_pa
 def test_a_learner_without_a_critic_publishes_and_exports_its_policy(model, tmp_path, lora):
     learner = without_critic(model, "returns", lora)
     learner.update(two_to_a_prompt(0))
-    learner.save(tmp_path / "step-000001")
+    save_checkpoint_of(learner, tmp_path / "step-000001")
     exported = without_critic(model, "returns", lora)
     assert exported.restore_policy(tmp_path / "step-000001") == 1
     exported.save_policy(tmp_path / "policy")
@@ -390,7 +391,7 @@ def test_a_restored_learner_continues_bit_for_bit(model, tmp_path, controller):
     kl = {"controller": controller, "horizon": 100}
     whole = make_learner(model, kl=kl)
     whole.update(batch(0))
-    whole.save(tmp_path / "step-000001")
+    save_checkpoint_of(whole, tmp_path / "step-000001")
     whole.update(batch(1))
     restored = make_learner(model, kl=kl)
     assert restored.restore(tmp_path / "step-000001") == 1
@@ -563,7 +564,7 @@ def test_without_normalisation_the_unit_does_matter(model):
 def test_score_statistics_are_restored_with_the_learner(model, tmp_path):
     learner = make_learner(model)
     learner.update(batch(0))
-    learner.save(tmp_path / "step-000001")
+    save_checkpoint_of(learner, tmp_path / "step-000001")
     restored = make_learner(model)
     restored.restore(tmp_path / "step-000001")
     assert restored.score_moments == learner.score_moments

@@ -56,8 +56,8 @@ class OneProcess(FakeRoles):
     async def restore(self, directory: Path) -> None:
         self.step = self.learner.restore(directory)
 
-    async def save(self, directory: Path) -> None:
-        self.learner.save(directory)
+    async def save(self, directory: Path) -> dict[str, str]:
+        return self.learner.save(directory)
 
 
 def run(directory: Path, model: Path, advantages: str, num_steps: int) -> torch.Tensor:
