@@ -16,11 +16,14 @@ from learner.loop.evaluation import Evaluation, win_rate
 
 
 def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
-    """The contents of summary.json: the first and the last evaluation; pass@1 if both have one."""
+    """The contents of summary.json: the evaluation before training and the last one; pass@1 if both have one. If there
+    is none of version 0, because its record was lost or evaluations began later, nothing is called "before"."""
     summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
     if not evaluations:
         return summary
     before, after = evaluations[0], evaluations[-1]
+    if before.policy_version > 0:
+        return summary | {"score_after": after.score, "heldout_prompts": after.prompts, "after": after.record()}
     if before.pass_at_1 is not None and after.pass_at_1 is not None:
         summary |= {
             "pass_at_1_before": before.pass_at_1,

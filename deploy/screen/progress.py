@@ -150,7 +150,9 @@ class Progress(Screen):
     def end(self, evaluations: Sequence[Evaluation], *, wins: float | None = None, seconds: float) -> None:
         """`wins` is the share of held-out prompts whose answer scores higher after training than before."""
         if evaluations:
-            table = evaluation_table({"before": evaluations[0], "after": evaluations[-1]})
+            first = evaluations[0].policy_version
+            heading = "before" if first == 0 else f"version {first}"
+            table = evaluation_table({heading: evaluations[0], "after": evaluations[-1]})
             if wins is not None:
                 table.add_row("higher score than before", "", f"{wins:.1%}")
             self._console.print(table)

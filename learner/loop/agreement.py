@@ -66,6 +66,8 @@ class MismatchBound:
 
     def check(self, stats: Mapping[str, float]) -> None:
         """Called after every step. Raises UserError."""
+        if "mismatch/kl" not in stats:  # the step was skipped
+            return
         bound, limit, found = self._cfg.ppo.max_mismatch_kl, self._cfg.ppo.max_mismatch_steps, stats["mismatch/kl"]
         self._steps = self._steps + 1 if bound and not found <= bound else 0
         if self._steps >= limit:

@@ -40,7 +40,7 @@ class Evaluation:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
-        known = {key: value for key, value in record.items() if key != "time"}
+        known = {key: value for key, value in record.items() if key not in ("time", "journal")}
         return cls(**{**known, "interval": record["interval"] and tuple(record["interval"])})
 
 
@@ -92,6 +92,11 @@ async def evaluate(
         distinct_2=distinct(responses, 2),
     )
     return evaluation, [(rollout, score) for rollout, score, _ in answers]
+
+
+def best_version(evaluations: Sequence[Evaluation]) -> int | None:
+    """The policy version with the highest mean score, and the first of several; None without evaluations."""
+    return max(evaluations, key=lambda evaluation: evaluation.score).policy_version if evaluations else None
 
 
 def win_rate(before: Sequence[float | None], after: Sequence[float | None]) -> float | None:

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from common.config.ppo import Config
 from common.types import Prompt, RolloutRef, Score, Void
+
+T = TypeVar("T")
 
 
 class Generators(Protocol):
@@ -53,7 +56,21 @@ class LearnerGroup(Protocol):
         """Updates done; also the policy version that the next publication has."""
 
     async def update(self, table: pa.Table) -> dict[str, float]:
-        """One PPO step on a batch of experience. Returns its metrics."""
+        """One PPO step on a batch of experience. Returns its metrics. Raises BatchError if numbers of the batch, or
+        what they lead to, are not finite: the state is then no step's, and must be restored."""
+
+    async def skip(self) -> None:
+        """Counts a step in which nothing is learned: nothing but `step` changes."""
+
+    async def reconfigure(self, cfg: Config) -> None:
+        """The settings of all later steps."""
+
+    async def rebuild(self) -> None:
+        """Ends all ranks and starts new ones, with the initial weights: `step` is 0 then. Every call may raise
+        RankLostError; after it, only this one can succeed."""
+
+    async def unless_lost(self, work: Awaitable[T]) -> T:
+        """The result of `work`. If a rank is lost first, cancels `work` and raises RankLostError."""
 
     def publish(self) -> AsyncGenerator[Any, None]:
         """The newest weights, for `Generators.load`: a PublishedBucket each time one more bucket is packed, and last
@@ -67,8 +84,9 @@ class LearnerGroup(Protocol):
     async def policy_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
         """Log-probabilities of each response under the newest weights, float32 [R], nats."""
 
-    async def save(self, directory: Path) -> None:
-        """Writes a checkpoint into the directory."""
+    async def save(self, directory: Path) -> Mapping[str, str]:
+        """Writes the files of a checkpoint into the directory, all but its marker, and syncs them to disk. Returns the
+        SHA-256 of each, by name."""
 
     async def restore(self, directory: Path) -> None:
         """Continues from a checkpoint. Any number of ranks may have written it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,16 +37,24 @@ class Run:
     decode: Decode | None = None  # for the text in the journal
     on_step: Callable[[dict[str, Any], Experience, list[Void]], None] = lambda record, example, voids: None
     on_evaluation: Callable[[Evaluation, list[Answer]], None] = lambda evaluation, answers: None
+    report: Callable[[str], None] = lambda message: print(message, file=sys.stderr)  # about faults that were overcome
     doing: Callable[[], str] = lambda: "roles start"  # for the screen
     seconds: dict[str, float] = field(default_factory=dict)  # of the current step, by metric
     newest_text: float = 0.0  # when a response was last written, on time.perf_counter's clock
+    losses: int = 0  # of learner ranks, since the learner last reached a new step
+    furthest: int = 0  # the most steps that the learner has done
+    logged: set[int] = field(default_factory=set)  # the steps that have a record in metrics.jsonl
+    configured: Config = field(init=False)  # the config that the learner has
     journal: Journal = field(init=False)
     checkpoints: Checkpoints = field(init=False)
 
     def __post_init__(self) -> None:
+        self.configured = self.cfg
         self.journal = Journal(self.directory / "journal")
         checkpoint = self.cfg.checkpoint
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", every=checkpoint.every, keep=checkpoint.keep)
+        self.checkpoints = Checkpoints(
+            self.directory / "checkpoints", every=checkpoint.every, keep=checkpoint.keep, journal=self.journal
+        )
 
     @contextmanager
     def phase(self, name: str, doing: str) -> Iterator[None]:

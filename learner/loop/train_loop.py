@@ -4,7 +4,7 @@ coroutine               consumes             waits for                          
 `produce`               a slot and a prompt  free slots and memory                        `release`, voids, cuts
 `_fill`, per rollout    an issued prompt     response, score, reference log-probabilities the pools
 `train_step`            one batch            the buffer's oldest rollouts, then journal,  `put`, then each role
-                                             learner and generators
+                                             learner (`bring_to_end`) and generators
 `train`                 -                    `train_step`, or an error of `produce`       either of them
 
 With `rollouts_per_step` = 2 and `max_staleness` = 1, in the order of time:
@@ -29,14 +29,15 @@ import pyarrow as pa
 
 from common.errors import GivenUpError, RolloutLostError
 from common.experience_table import experience_table
-from common.files import append_record, read_records
+from common.files import append_record
 from common.types import BYTES_PER_TOKEN, Experience, ExperienceRef, Prompt, RolloutRef, Void
 from learner.loop.agreement import NUM_PROMPTS, MismatchBound, check_engines
 from learner.loop.batch_metrics import batch_metrics
 from learner.loop.buffer import Batch, RolloutBuffer
 from learner.loop.checkpoints import completed, save_now
-from learner.loop.evaluation import Evaluation, evaluate
-from learner.loop.recovery import recover
+from learner.loop.evaluation import Evaluation
+from learner.loop.evaluations import evaluate_if_due
+from learner.loop.recovery import bring_to_end, publish, recover, with_learner, without_learner
 from learner.loop.roles import Generators
 from learner.loop.run import Run
 
@@ -46,11 +47,11 @@ T = TypeVar("T")
 async def train(run: Run) -> list[Evaluation]:
     """Trains from the state of the run directory to `num_steps`; returns the held-out evaluations, oldest first."""
     cfg = run.cfg
-    await recover(run)
+    evaluations = await recover(run)
     run.doing = lambda: "the engines are compared with the learner"
-    await check_engines(cfg, run.model_type, run.prompts.probes(NUM_PROMPTS), run.generators, run.learner)
+    probes = run.prompts.probes(NUM_PROMPTS)
+    await with_learner(run, lambda: check_engines(cfg, run.model_type, probes, run.generators, run.learner))
     mismatch = MismatchBound(cfg)
-    evaluations = [Evaluation.from_record(record) for record in read_records(run.directory / "evaluations.jsonl")]
     await evaluate_if_due(run, evaluations)
     buffer = RolloutBuffer(
         cfg.rollouts_per_step,
@@ -76,7 +77,9 @@ async def train(run: Run) -> list[Evaluation]:
         producer.cancel()
         await asyncio.gather(producer, return_exceptions=True)
     run.doing = lambda: "the policy is written"
-    await run.learner.save_policy(run.directory / "policy")
+    await with_learner(run, lambda: run.learner.save_policy(run.directory / "policy"))
+    if not cfg.checkpoint.keep_optimizer_at_end:
+        await asyncio.to_thread(run.checkpoints.drop_optimizers)
     return evaluations
 
 
@@ -85,7 +88,7 @@ async def train_step(run: Run, buffer: RolloutBuffer) -> dict[str, float]:
     step, wanted = run.learner.step, run.cfg.rollouts_per_step
     run.doing = lambda: f"step {step + 1}: {buffer.num_finished(wanted)} of {wanted} rollouts are written and scored"
     began = time.perf_counter()
-    batch = await buffer.take(wanted, policy_version=step)
+    batch = await without_learner(run, buffer.take(wanted, policy_version=step))
     run.waited_for_batch(began)
 
     with run.phase("journal", f"step {step + 1}: the batch is written to disk"):
@@ -100,22 +103,22 @@ async def train_step(run: Run, buffer: RolloutBuffer) -> dict[str, float]:
 
 
 async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
-    """Learns from a batch that is on disk, and brings the new weights to every generator. Then logs the step, and saves
-    a checkpoint if one is due. Returns the update's metrics."""
+    """Brings the learner to the end of the journal, which now has this batch, and the new weights to every generator.
+    Then logs the step, and saves a checkpoint if one is due. Returns the update's metrics; hardly any if it is void."""
     step = run.learner.step
     with run.phase("learn", f"step {step + 1}: the learner learns"):
-        stats = await run.learner.update(table)
+        stats = await bring_to_end(run, live=step)
     with run.phase("publish", f"step {step + 1}: generators take the new weights"):
-        sent = await run.generators.load(run.learner.publish(), run.learner.step)
+        sent = await with_learner(run, partial(publish, run), live=step)
     rollouts = batch_metrics(table, len(batch.voids), policy_version=step)
     record = {"step": step, "time": time.time(), **rollouts, **batch.stats, **stats, **sent, **run.seconds}
     # Log before checkpointing: recovery logs only steps newer than the checkpoint.
     append_record(run.directory / "metrics.jsonl", record)
+    run.logged.add(step)
 
     with run.phase("checkpoint", f"step {step + 1}: a checkpoint is written"):
         if run.checkpoints.due(run.learner.step, run.cfg.num_steps):
-            await run.learner.save(run.checkpoints.path(run.learner.step))
-            run.checkpoints.prune()
+            await with_learner(run, partial(save_now, run.learner, run.checkpoints))
     run.on_step({**record, **run.seconds}, batch.experience[0], batch.voids)
     return stats
 
@@ -166,7 +169,7 @@ async def _scored(run: Run, ref: RolloutRef) -> ExperienceRef | Void:
 
 async def _ref_logprobs(run: Run, ref: RolloutRef) -> tuple[Any, bool]:
     """None in the first step of a synchronous run: the policy that wrote the rollout still is the reference."""
-    if run.learner.step == 0 and run.cfg.max_staleness == 0:
+    if run.journal.next_step == 0 and run.cfg.max_staleness == 0:
         return None, True
     return await run.reference.logprobs(ref)
 
@@ -185,27 +188,6 @@ def _write_down(run: Run, batch: Batch, step: int, prompts: dict[str, Any]) -> p
     table = experience_table(batch.experience, step=step, decode=run.decode)
     run.journal.append(table, policy_version=step, prompts=prompts, voids=batch.voids)
     return table
-
-
-async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
-    """Adds an evaluation of the policy that the generators hold, if the config asks for one here and none was made."""
-    step, every = run.learner.step, run.cfg.evaluation.every
-    wanted = step in (0, run.cfg.num_steps) or (every > 0 and step % every == 0)
-    if not (run.heldout and wanted) or any(done.policy_version == step for done in evaluations):
-        return
-    run.doing = lambda: f"version {step} of the policy answers {len(run.heldout)} held-out prompts"
-    evaluation, answers = await evaluate(
-        run.heldout,
-        run.generators,
-        run.reward,
-        run.reference if step else None,  # version 0 is the reference
-        run.cfg.evaluation,
-        policy_version=step,
-        max_void_share=run.cfg.reward.max_void_share,
-    )
-    run.on_evaluation(evaluation, answers)  # saves the answers: once the record exists, this is never repeated
-    append_record(run.directory / "evaluations.jsonl", {"time": time.time(), **evaluation.record()})
-    evaluations.append(evaluation)
 
 
 async def _unless_failed(work: Coroutine[Any, Any, T], producer: asyncio.Task[None]) -> T:

@@ -6,8 +6,9 @@ Runs in the driver.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.config.reward_model import RewardTrainingConfig
-from common.files import append_record, read_records
-from learner.loop.checkpoints import Checkpoints, completed, save_now
+from common.errors import BatchError, UserError
+from common.files import append_record
+from learner.loop.checkpoints import Checkpoints, completed, restore_newest, save, save_now
+from learner.loop.records import keep_sound_records
 from learner.reward_model.calibration import PreferenceEvaluation, evaluate_preferences
 from learner.reward_model.pairs import Pair, Pairs
 
@@ -40,8 +43,8 @@ class Trainers(Protocol):
     async def scores(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Scores of the chosen and the rejected side of each pair, float32 [N, 2]. Nothing is learned."""
 
-    async def save(self, directory: Path) -> None:
-        """Writes a checkpoint. It counts once the directory holds its marker, which is written last."""
+    async def save(self, directory: Path) -> Mapping[str, str]:
+        """Writes the files of a checkpoint, all but its marker. Returns the SHA-256 of each, by name."""
 
     async def restore(self, directory: Path) -> None:
         """Restores the state of a checkpoint; `step` is then the checkpoint's."""
@@ -61,6 +64,7 @@ class RewardRun:
     trainer: Trainers
     on_step: Callable[[dict[str, Any]], None] = lambda record: None
     on_evaluation: Callable[[PreferenceEvaluation], None] = lambda evaluation: None
+    report: Callable[[str], None] = lambda message: print(message, file=sys.stderr)  # about faults that were overcome
     checkpoints: Checkpoints = field(init=False)
     _order: tuple[int, np.ndarray] = field(init=False, default=(-1, np.empty(0)))  # (epoch, permutation)
 
@@ -92,10 +96,12 @@ async def train_reward_model(run: RewardRun) -> list[PreferenceEvaluation]:
     Writes the model to RUN/model. Returns all evaluations of the run, oldest first.
     """
     trainer, num_steps = run.trainer, run.cfg.epochs * run.steps_per_epoch
-    if (checkpoint := run.checkpoints.newest()) is not None:
-        await trainer.restore(checkpoint)
-    evaluations = [PreferenceEvaluation.from_record(r) for r in read_records(run.directory / "evaluations.jsonl")]
-    logged = {record["step"] for record in read_records(run.directory / "metrics.jsonl")}
+    directory = run.directory
+    await restore_newest(trainer, run.checkpoints, num_steps=num_steps, report=run.report)
+    sound = keep_sound_records(directory / "evaluations.jsonl", _evaluation_fault, run.report)
+    evaluations = [PreferenceEvaluation.from_record(record) for record in sound]
+    sound = keep_sound_records(directory / "metrics.jsonl", _metrics_fault, run.report)
+    logged = {record["step"] for record in sound}
     await _evaluate_if_due(run, evaluations)  # a crash may have come after the checkpoint and before the evaluation
     try:
         while trainer.step < num_steps:
@@ -107,20 +113,39 @@ async def train_reward_model(run: RewardRun) -> list[PreferenceEvaluation]:
             await save_now(trainer, run.checkpoints)
         raise
     await trainer.save_model(run.directory / "model")
+    if not run.cfg.checkpoint.keep_optimizer_at_end:
+        await asyncio.to_thread(run.checkpoints.drop_optimizers)
     return evaluations
+
+
+def _evaluation_fault(record: dict[str, Any]) -> str | None:
+    try:
+        PreferenceEvaluation.from_record(record)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"no record of an evaluation ({type(error).__name__}: {error})"
+    return None
+
+
+def _metrics_fault(record: dict[str, Any]) -> str | None:
+    return None if type(record.get("step")) is int else "the record of no step"
 
 
 async def _train_step(run: RewardRun, num_steps: int, logged: Container[int]) -> None:
     """One optimizer step, its record, and a checkpoint if one is due."""
     trainer, step = run.trainer, run.trainer.step
-    stats = await trainer.update(run.batch(step))
+    try:
+        stats = await trainer.update(run.batch(step))
+    except BatchError as error:
+        raise UserError(
+            f"the trainer cannot learn from the pairs of step {step + 1}: {error}. Look for absurd margins in the "
+            "pairs, or begin a new run with a lower optimizer.learning_rate"
+        ) from error
     record = {"step": step, "epoch": (step + 1) / run.steps_per_epoch, **stats}
     if step not in logged:  # a resumed run repeats the steps since its checkpoint, with the same result
         append_record(run.directory / "metrics.jsonl", {"time": time.time(), **record})
     run.on_step(record)
     if run.checkpoints.due(trainer.step, num_steps):
-        await trainer.save(run.checkpoints.path(trainer.step))
-        run.checkpoints.prune()
+        await save(trainer, run.checkpoints)
 
 
 async def _evaluate_if_due(run: RewardRun, evaluations: list[PreferenceEvaluation]) -> None:

@@ -361,7 +361,7 @@ def test_a_run_says_at_every_moment_what_it_is_doing(tmp_path):
 
         async def save(self, directory):
             said.append(run.doing())
-            await super().save(directory)
+            return await super().save(directory)
 
         async def save_policy(self, directory):
             said.append(run.doing())

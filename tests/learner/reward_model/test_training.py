@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, MistralConfig, MistralForSequenceClassification
 
 from common.config.reward_model import RewardTrainingConfig
-from common.errors import UserError
+from common.errors import BatchError, UserError
 from common.files import read_records
 from common.model.files import load_tokenizer
 from learner.reward_model.pair_batch import PairBatch
@@ -287,7 +287,7 @@ def test_bf16_stays_near_float32(model):
 def test_a_loss_that_is_nan_stops_the_step_before_the_weights_change(model):
     trainer = RewardTrainer(reward_config(model), 1)
     before = parameters(trainer.model)
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(BatchError, match="not finite"):
         trainer.update([*ragged_pairs(), make_pair([3], [4], [5], margin=math.nan)])
     assert torch.equal(parameters(trainer.model), before)
     assert trainer.step == 0
@@ -350,7 +350,7 @@ class OneProcess:
         return await self._do(self.trainer.scores, pairs)
 
     async def save(self, directory):
-        await self._do(self.trainer.save, directory)
+        return await self._do(self.trainer.save, directory)
 
     async def restore(self, directory):
         await self._do(self.trainer.restore, directory)
@@ -414,7 +414,7 @@ def test_training_killed_anywhere_resumes_to_the_same_bits(model, ten_pairs, uni
     whole, evaluations, directory = uninterrupted
     cut, nothing = run_once(tmp_path, model, ten_pairs, dies=(number, when))
     assert (nothing, len(cut.calls)) == (None, number + 1)
-    saves = cut.calls[: number + (when == "after")].count("save")
+    saves = cut.calls[:number].count("save")  # a checkpoint counts once the driver has written its marker
     resumed, found = run_once(tmp_path, model, ten_pairs)
     assert resumed.calls.count("restore") == min(1, saves)
     assert resumed.calls.count("update") == 6 - 2 * saves  # every step after the newest checkpoint, again
@@ -435,6 +435,34 @@ def test_a_checkpoint_without_its_marker_is_ignored(model, ten_pairs, uninterrup
     assert resumed.calls.count("update") == 4
     assert torch.equal(parameters(resumed.trainer.model), parameters(uninterrupted[0].trainer.model))
     assert timeless(tmp_path / "metrics.jsonl") == timeless(uninterrupted[2] / "metrics.jsonl")
+
+
+def test_pairs_that_cannot_be_learned_from_end_the_run_with_a_remedy(model, ten_pairs, tmp_path, monkeypatch):
+    def update(self: RewardTrainer, pairs: Any) -> None:
+        raise BatchError("the gradient's norm is not finite (nan)")
+
+    monkeypatch.setattr(RewardTrainer, "update", update)
+    with pytest.raises(UserError, match=r"pairs of step 1: the gradient.*\(nan\)\. .*lower optimizer.learning_rate"):
+        run_once(tmp_path, model, ten_pairs)
+
+
+@pytest.mark.parametrize("damage", ["newest", "all"])
+def test_a_damaged_checkpoint_is_set_aside_and_training_continues(model, ten_pairs, uninterrupted, tmp_path, damage):
+    run_once(tmp_path, model, ten_pairs, dies=(8, "before"))  # after the checkpoints of steps 2 and 4
+    for step in (4, 2) if damage == "all" else (4,):
+        weights = tmp_path / f"checkpoints/step-{step:06d}/weights-00000.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+    resumed, _ = run_once(tmp_path, model, ten_pairs)
+    assert resumed.calls.count("update") == (6 if damage == "all" else 4)
+    assert torch.equal(parameters(resumed.trainer.model), parameters(uninterrupted[0].trainer.model))
+    assert (tmp_path / "set-aside/step-000004/weights-00000.safetensors").exists()
+    assert timeless(tmp_path / "metrics.jsonl") == timeless(uninterrupted[2] / "metrics.jsonl")
+
+
+def test_the_optimizer_of_a_finished_run_is_dropped_if_asked(model, ten_pairs, tmp_path):
+    run_once(tmp_path, model, ten_pairs, checkpoint={"every": 2, "keep": 2, "keep_optimizer_at_end": False})
+    assert not list(tmp_path.glob("checkpoints/*/optimizer-*"))
+    assert len(list(tmp_path.glob("checkpoints/*/weights-*"))) == 2
 
 
 def test_a_run_that_is_done_trains_no_more(model, ten_pairs, uninterrupted, tmp_path):
