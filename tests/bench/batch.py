@@ -29,10 +29,10 @@ def config(model: str, **sections: Any) -> Config:
     return Config.model_validate(tree | sections)
 
 
-def batch(model: str) -> pa.Table:
+def batch(model: str, *, rollouts: int = ROLLOUTS, shortest: int = SHORTEST, longest: int = LONGEST) -> pa.Table:
     """Random tokens of the model's vocabulary; lengths evenly spread, in random order."""
     rng, vocabulary = np.random.default_rng(0), model_size(resolve_model(model)).vocabulary
-    lengths = 2 * np.round(np.linspace(SHORTEST, LONGEST, ROLLOUTS) / 2).astype(int)
+    lengths = 2 * np.round(np.linspace(shortest, longest, rollouts) / 2).astype(int)
     rows = []
     for index, length in enumerate(rng.permutation(lengths)):
         ids = rng.integers(4, vocabulary, length).astype(np.int32)

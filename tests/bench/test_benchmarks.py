@@ -11,9 +11,10 @@ from transformers import LlamaForCausalLM
 from learner.ppo.advantages import gae as ratchet_gae
 from tests.bench import __main__ as bench
 from tests.bench import plain_ppo
+from tests.bench.bare import ROW, bare_for, count
 from tests.bench.batch import LONGEST, ROLLOUTS, SHORTEST, batch
 from tests.bench.fresh import call
-from tests.bench.learner import ROW, bare_for, compare, count
+from tests.bench.learner import compare
 from tests.bench.memory import record
 from tests.bench.plain_ppo import PlainPPO
 from tests.bench.results import Result, table
