@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from common.errors import CorruptWeightsError
+from common.model.transfer import cast_on_gpu
 from common.types import Manifest
 
 
@@ -130,8 +131,8 @@ def buckets(
             yield _bucket(version, index, False, entries, flat[:filled])
             index, filled, entries = index + 1, 0, []
         if not entries:
-            flat = torch.empty(max(bucket_bytes // 2, size), dtype=torch.bfloat16)
-        flat[filled : filled + size].copy_(tensor.detach().reshape(-1))  # cast and copy to the host in one pass
+            flat = torch.empty(max(bucket_bytes // 2, size), dtype=torch.bfloat16, pin_memory=tensor.is_cuda)
+        flat[filled : filled + size].copy_(cast_on_gpu(tensor.detach()).reshape(-1))
         entries.append(Entry(name, tuple(tensor.shape), filled))
         filled += size
     if entries:
