@@ -52,7 +52,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Keeps its input and one number per row. Saves 8 % of the peak memory of the update above.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return fused_rms_norm(x, weight, eps) if x.device.type == "cuda" else _RMSNorm.apply(x, weight, eps)
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same by torch's kernel, which has one launch for each pass, and takes an input and weight of one type. The
+    weight is rounded to the input's type, as in an engine."""
+    with torch.autocast(x.device.type, enabled=False):  # autocast would compute in float32, with several kernels
+        return torch.nn.functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -21,8 +22,9 @@ from transformers import (
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from common.model import kernels
 from common.model.attention import PACKED
-from common.model.kernels import cast_linear, embedding, gated_silu, install, rms_norm
+from common.model.kernels import cast_linear, embedding, fused_rms_norm, gated_silu, install, rms_norm
 from common.model.packing import Sequences
 
 SIZES = {
@@ -403,3 +405,27 @@ def test_weights_that_change_after_installation_are_used():
     fresh.load_state_dict(model.state_dict())
     for found, expected in zip(forward_and_backward(model), forward_and_backward(fresh), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_the_norm_of_gpus_computes_what_the_norm_of_cpus_does(dtype, near):
+    """torch's own kernel with the weight in the input's type, here on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, pull = (torch.randn(shape, generator=generator) for shape in ((5, 7, 16), (16,), (5, 7, 16)))
+    results = []
+    for norm in (rms_norm, fused_rms_norm):
+        inputs = x.to(dtype, copy=True).requires_grad_(), weight.clone().requires_grad_()
+        out = norm(*inputs, 1e-5)
+        assert out.dtype == dtype
+        results.append((out, *torch.autograd.grad(out, inputs, pull.to(dtype))))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=near, rtol=near)
+
+
+def test_a_norm_on_a_gpu_is_torchs_own_kernel(monkeypatch):
+    """On tensors without values that claim to be on a GPU."""
+    called = []
+    monkeypatch.setattr(kernels, "fused_rms_norm", lambda x, weight, eps: called.append((weight.dtype, eps)) or x)
+    with FakeTensorMode():
+        rms_norm(torch.empty(4, 16, device="cuda", dtype=torch.bfloat16), torch.empty(16, device="cuda"), 1e-5)
+    assert called == [(torch.float32, 1e-5)]
