@@ -6,6 +6,7 @@ also takes `lengths`, the number of tokens of each sequence. It computes the sam
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from common.model.recomputed_attention import Scores, causal_bias, recomputed_attention
+from common.model.transfer import on_device
 
 PACKED = "packed"
 # Arguments whose names begin with one of these do not change the result, and are ignored.
@@ -56,12 +58,12 @@ def packed_attention(
         how = Scores(scaling, window, softcap)
         return recomputed_attention(query[0], key[0], value[0], s_aux, lengths, how)[None], None
     if query.dtype in (torch.bfloat16, torch.float16):
-        ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+        ends, left = _ends(tuple(lengths), query.device), -1 if window == longest else window - 1
         narrow, width = value.shape[-1], query.shape[-1]  # flash attention needs values as wide as keys
         value = value if narrow == width else pad(value, (0, width - narrow))
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         attended = varlen_attn(
-            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(window - 1, 0), enable_gqa=True
+            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True
         )
         return cast(Tensor, attended)[None, ..., :narrow], None
     each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)  # flash attention has no float32
@@ -86,6 +88,13 @@ def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]
         asked.append("dropout")
     if asked:
         raise AttentionError(f"its attention uses {', '.join(asked)}, which packed attention does not have")
+
+
+@lru_cache(maxsize=4)  # all layers use the same
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [B + 1]: 0, and the end of each sequence in the packed row."""
+    with torch.inference_mode(False):  # autograd would refuse a tensor that was made, and cached, in inference mode
+        return on_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
 
 
 def _causal_mask(like: Tensor, window: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from common.model.logprobs import Finish, autocast_dtype, chosen_logprobs
 from common.model.masking import length_mask
+from common.model.transfer import on_device
 
 # Row counts of matrix products are padded to a multiple of this. Libraries choose a kernel by shape, so without padding
 # the last bits of a row depend on the other rows of its batch. Measured with AVX-512, one thread, float32 and bfloat16:
@@ -21,9 +23,12 @@ ROW_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Sequences:
-    """B sequences, each a prompt and its response, one after another: N tokens in all."""
+    """B sequences, each a prompt and its response, one after another: N tokens in all.
 
-    input_ids: Tensor  # int64 [N]
+    The lengths are always on the CPU, so that shapes and places are known without waiting for a GPU.
+    """
+
+    input_ids: Tensor  # int64 [N], on the model's device
     prompt_lengths: Tensor  # int64 [B]
     lengths: Tensor  # int64 [B], prompt and response
 
@@ -48,8 +53,8 @@ class Sequences:
         return Sequences(torch.cat(chosen), self.prompt_lengths[index], self.lengths[index])
 
     def to(self, device: torch.device) -> Sequences:
-        """The same sequences on another device."""
-        return Sequences(self.input_ids.to(device), self.prompt_lengths.to(device), self.lengths.to(device))
+        """The same sequences, with their tokens on another device."""
+        return replace(self, input_ids=on_device(self.input_ids, device))
 
     @property
     def response_lengths(self) -> Tensor:
@@ -58,7 +63,7 @@ class Sequences:
 
     @property
     def response_mask(self) -> Tensor:
-        """bool [B, R], R the longest response."""
+        """bool [B, R], R the longest response; on the CPU."""
         return length_mask(self.response_lengths, int(self.response_lengths.max()))
 
     def response_states(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -67,22 +72,35 @@ class Sequences:
         `model` is any transformer body with packed attention. States of prompt tokens are left out, so no output
         embedding computes them.
         """
-        device, lengths = self.input_ids.device, self.lengths.tolist()
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        positions, places = self._positions
         hidden = model(
             inputs_embeds=embed(model, self.input_ids[None]),
             position_ids=positions[None],
             use_cache=False,
-            lengths=lengths,
+            lengths=self.lengths.tolist(),
         ).last_hidden_state[0]
-        is_response = positions >= self.prompt_lengths.repeat_interleave(self.lengths)
         # The state at position t predicts the token at t + 1.
-        return hidden[:-1][is_response[1:]], self.input_ids[is_response]
+        return hidden.index_select(0, places - 1), self.input_ids.index_select(0, places)
 
     def scatter(self, flat: Tensor) -> Tensor:
         """[n] values of response tokens, sequence after sequence, to [B, R] with zeros in the padding."""
+        shape, cells = self._cells
+        return flat.new_zeros(shape.numel()).index_copy(0, cells.to(flat.device), flat).view(shape)
+
+    @cached_property
+    def _positions(self) -> tuple[Tensor, Tensor]:
+        """The position of each token in its sequence, [N], and the places of the response tokens among all, [n]."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        positions = torch.arange(len(self.input_ids)) - starts.repeat_interleave(self.lengths)
+        places = (positions >= self.prompt_lengths.repeat_interleave(self.lengths)).nonzero().squeeze(1)
+        device = self.input_ids.device
+        return on_device(positions, device), on_device(places, device)
+
+    @cached_property
+    def _cells(self) -> tuple[torch.Size, Tensor]:
+        """The shape [B, R], and the places of the response tokens in such a tensor when it is flat, [n]."""
         mask = self.response_mask
-        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+        return mask.shape, on_device(mask.flatten().nonzero().squeeze(1), self.input_ids.device)
 
 
 def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -96,8 +114,8 @@ def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperatu
     states, token_ids = sequences.response_states(model.base_model)
     # Pad the rows of the output embedding's product too: each response begins at a multiple of ROW_MULTIPLE.
     missing = -sequences.response_lengths % ROW_MULTIPLE
-    places = torch.arange(len(states), device=states.device)
-    places += (missing.cumsum(0) - missing).repeat_interleave(sequences.response_lengths)
+    before = (missing.cumsum(0) - missing).repeat_interleave(sequences.response_lengths)
+    places = on_device(torch.arange(len(states)) + before, states.device)
     count = len(states) + int(missing.sum())
     states = states.new_zeros(count, states.shape[1]).index_copy(0, places, states)
     token_ids = token_ids.new_zeros(count).index_copy(0, places, token_ids)

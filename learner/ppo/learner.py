@@ -27,7 +27,7 @@ from common.weights import Bucket, Delta, Manifest, buckets, publication
 from learner.ppo import lora
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
-from learner.ppo.objective import objective
+from learner.ppo.objective import objective, read_together
 from learner.ppo.policy import PolicyWithCritic
 from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
@@ -188,8 +188,8 @@ class Learner(Trainer):
             shared_pass = self._forward(batch.sequences, micro_batches[0])
         old_logprobs, old_values = torch.zeros(batch.mask.shape), torch.zeros(batch.mask.shape)
         with torch.no_grad():
-            for rows in micro_batches:
-                logprobs, _, values = shared_pass or self._forward(batch.sequences, rows)
+            passes = [shared_pass or self._forward(batch.sequences, rows) for rows in micro_batches]  # first queue all
+            for rows, (logprobs, _, values) in zip(micro_batches, passes, strict=True):
                 old_logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
                 if values is not None:
                     old_values[rows, : values.shape[1]] = values.cpu()
@@ -212,24 +212,21 @@ class Learner(Trainer):
     ) -> float:
         """Adds the gradient of one minibatch. Returns its mean KL from the old policy, nats per token."""
         num_tokens = max(1, int(batch.mask[torch.from_numpy(rows)].sum()))
-        kl_sum, loss_sum = torch.zeros(2, dtype=torch.float64)
+        parts: list[tuple[int, dict[str, Tensor]]] = []  # tokens of each micro-batch, and its sums by metric key
         for chosen in self._micro_batches(batch.sequences, rows):
             logprobs, entropy, values = shared_pass or self._forward(batch.sequences, chosen)
             part = fixed.rows(chosen, logprobs.shape[1], self.device)
             loss, sums = objective(
-                logprobs,
-                entropy,
-                values,
-                part,
-                ppo=self.cfg.ppo,
-                num_tokens=num_tokens,
-                critic_only=self._critic_only,
+                logprobs, entropy, values, part, ppo=self.cfg.ppo, num_tokens=num_tokens, critic_only=self._critic_only
             )
             self.backward(loss)
-            kl_sum += sums["ppo/approx_kl"]
-            loss_sum += loss.item()
-            for key, total in sums.items():
-                metrics.add(key, total, int(part.mask.sum()))
+            parts.append((int(fixed.mask[chosen].sum()), {**sums, "loss": loss.detach().double()}))
+        kl_sum, loss_sum = torch.zeros(2, dtype=torch.float64)
+        for count, numbers in read_together(parts):
+            loss_sum += numbers.pop("loss")
+            kl_sum += numbers["ppo/approx_kl"]
+            for key, total in numbers.items():
+                metrics.add(key, total, count)
         kl_sum, loss_sum = self._ranks.sum(torch.stack([kl_sum, loss_sum]))
         _check_finite("the loss", loss_sum)
         return kl_sum.item() / num_tokens

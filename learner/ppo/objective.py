@@ -5,6 +5,9 @@ Runs in every learner rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from common.config.ppo import PPOConfig
@@ -21,8 +24,9 @@ def objective(
     ppo: PPOConfig,
     num_tokens: int,
     critic_only: bool = False,
-) -> tuple[Tensor, dict[str, float]]:
-    """policy loss + value_coef * value loss - entropy_coef * entropy, and sums over tokens by metric key.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """policy loss + value_coef * value loss - entropy_coef * entropy, and sums over tokens by metric key, float64 and
+    on the device: reading them would wait for the GPU.
 
     The tensors are [B, R]. Without a critic `values` is None. `num_tokens` counts the whole minibatch over all ranks.
     With `critic_only` the loss is that of the critic alone.
@@ -39,20 +43,26 @@ def objective(
         weights=fixed.importance,
     )
     stats = {
-        "ppo/policy_loss": p_loss.item() * num_tokens,
-        "ppo/entropy": bonus.item() * num_tokens,
-        "ppo/clip_frac": p_stats["clipped"].item(),
-        "ppo/approx_kl": p_stats["approx_kl"].item(),
-        "ppo/ratio": p_stats["ratio"].item(),
+        "ppo/policy_loss": p_loss.double() * num_tokens,
+        "ppo/entropy": bonus.double() * num_tokens,
+        "ppo/clip_frac": p_stats["clipped"],
+        "ppo/approx_kl": p_stats["approx_kl"],
+        "ppo/ratio": p_stats["ratio"],
     }
     if values is not None:
         v_loss, v_stats = value_loss(
             values, fixed.old_values, fixed.returns, fixed.mask, value_clip=ppo.value_clip, num_tokens=num_tokens
         )
-        stats |= {"value/loss": v_loss.item() * num_tokens, "value/clip_frac": v_stats["clipped"].item()}
+        stats |= {"value/loss": v_loss.double() * num_tokens, "value/clip_frac": v_stats["clipped"]}
         terms.append(ppo.value_coef * v_loss)
     if not critic_only:
         terms.append(p_loss)
         if ppo.entropy_coef:
             terms.append(-ppo.entropy_coef * bonus)
-    return sum(terms[1:], terms[0]), stats
+    return sum(terms[1:], terms[0]), {key: total.detach().double() for key, total in stats.items()}
+
+
+def read_together(parts: Sequence[tuple[int, dict[str, Tensor]]]) -> list[tuple[int, dict[str, float]]]:
+    """The sums of all micro-batches as numbers, each with its count. One read for all: each waits for the device."""
+    rows = torch.stack([torch.stack(list(sums.values())) for _, sums in parts]).tolist()
+    return [(count, dict(zip(sums, row, strict=True))) for (count, sums), row in zip(parts, rows, strict=True)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.config.ppo import PPOConfig
 from common.model.masking import masked_mean, masked_sum, masked_var, whiten
+from common.model.transfer import on_device
 from learner.ppo.advantages import ADVANTAGES
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.losses import importance_weights
@@ -32,7 +33,7 @@ class Targets:
 
     def rows(self, rows: Tensor, width: int, device: torch.device) -> Targets:
         """The given rows, cut to `width` tokens, on the device."""
-        return Targets(*(getattr(self, field.name)[rows, :width].to(device) for field in fields(self)))
+        return Targets(*(on_device(getattr(self, field.name)[rows, :width], device) for field in fields(self)))
 
 
 def targets(

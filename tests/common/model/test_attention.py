@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from common.model import recomputed_attention
+from common.model import attention, recomputed_attention
 from common.model.attention import PACKED, AttentionError, packed_attention
 from common.model.packing import Sequences
 
@@ -314,3 +314,18 @@ def test_the_window_of_the_model_above_is_shorter_than_its_sequences(tmp_path):
     sequences = Sequences.pack([np.arange(9)], [np.arange(8)])
     found, without = (sequences.response_states(model.base_model)[0] for model in (narrow, wide))
     assert float((found - without).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("window", "left"), [(None, -1), (9, -1), (8, 7), (3, 2)])
+def test_flash_attention_gets_a_window_only_if_it_hides_tokens(window, left, monkeypatch):
+    """Else its causal kernel would not be chosen. The meta device takes the path of GPUs."""
+    windows = []
+
+    def varlen_attn(q, k, v, *ends, window_size, **how):
+        windows.append(window_size)
+        return q
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    q, k, v = (torch.empty(1, heads, 15, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    packed_attention(nn.Module(), q, k, v, None, lengths=[9, 6], sliding_window=window)
+    assert windows == [(left, 0)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.model import packing
 from common.model.attention import PACKED
 from common.model.packing import ROW_MULTIPLE, Sequences, response_logprobs
 
@@ -195,3 +199,28 @@ def test_a_sequence_of_whole_lanes_has_the_same_bits_in_any_company(model):
             assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True)), size
     finally:
         torch.set_num_threads(threads)
+
+
+class Echo(nn.Module):
+    """A body whose states are its input embeddings."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 8, device=device)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, *, inputs_embeds, position_ids, use_cache, lengths):
+        return SimpleNamespace(last_hidden_state=inputs_embeds)
+
+
+def test_states_and_scores_take_their_places_without_reading_the_device(pairs, monkeypatch):
+    """The meta device has no values: reading one is an error there, where a GPU would make the host wait."""
+    monkeypatch.setattr(packing, "autocast_dtype", lambda device: None)
+    sequences = Sequences.pack(*pairs).to(torch.device("meta"))
+    assert (sequences.input_ids.device.type, sequences.lengths.device.type) == ("meta", "cpu")
+    states, token_ids = sequences.response_states(Echo("meta"))
+    assert (states.shape, token_ids.shape) == ((sum(RESPONSE_LENGTHS), 8), (sum(RESPONSE_LENGTHS),))
+    assert sequences.scatter(states[:, 0]).shape == (len(RESPONSE_LENGTHS), max(RESPONSE_LENGTHS))
+    states.sum().backward()

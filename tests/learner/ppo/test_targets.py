@@ -12,7 +12,7 @@ import torch
 from common.config.ppo import PPOConfig
 from common.experience_table import experience_table
 from learner.ppo.experience import ExperienceBatch
-from learner.ppo.objective import objective
+from learner.ppo.objective import objective, read_together
 from learner.ppo.targets import Targets, targets
 from tests.fakes import make_experience
 
@@ -113,3 +113,11 @@ def test_the_critic_alone_has_no_gradient_in_the_policy():
     assert loss == pytest.approx(18.17 / 12, abs=1e-6)
     assert logprobs is entropy is None
     assert values.flatten().tolist() == pytest.approx([-0.4, -2 / 6, 2.9 / 6, 0.0], abs=1e-6)
+
+
+def test_the_sums_of_micro_batches_are_read_with_their_counts():
+    parts = [
+        (3, {"a": torch.tensor(1.5), "b": torch.tensor(2.0)}),
+        (0, {"a": torch.tensor(0.0), "b": torch.tensor(4.0)}),
+    ]
+    assert read_together(parts) == [(3, {"a": 1.5, "b": 2.0}), (0, {"a": 0.0, "b": 4.0})]
