@@ -26,6 +26,7 @@ class Trainer(ABC):
     every weight.
 
     Its state after step s is a function of config, initial weights and the batches 0..s: nothing else is random here.
+    On a GPU that holds to rounding, because some kernels add in any order.
     """
 
     cfg: Config | RewardTrainingConfig
