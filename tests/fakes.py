@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -178,7 +179,7 @@ class LocalHost:
 
     losses = (ConnectionError, EngineDeadError)
     lost_values = (LookupError,)
-    outages = OSError
+    outages = (OSError,)
 
     def __init__(self, role: Any, *args: Any, room: int = 1 << 30, **kwargs: Any) -> None:
         self.role = role.__name__
@@ -187,7 +188,7 @@ class LocalHost:
         self.handles: list[LocalHandle] = []
         self.leaving: dict[str, float] = {}
 
-    def create(self, name: str) -> LocalHandle:
+    async def create(self, name: str) -> LocalHandle:
         handle = LocalHandle(name)
         self.handles.append(handle)
         self._place()
@@ -200,9 +201,12 @@ class LocalHost:
                 handle.role = self._make(handle.name, *self._args)
                 handle.placed.set_result(None)
 
-    def kill(self, handle: LocalHandle) -> None:
+    def kill(self, handle: LocalHandle) -> Future[None]:
         handle.die()
         self._place()
+        killed: Future[None] = Future()
+        killed.set_result(None)
+        return killed
 
     async def node(self, handle: LocalHandle) -> str | None:
         return f"node of {handle.name}" if handle.placed.done() else None

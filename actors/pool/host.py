@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 
@@ -12,23 +13,27 @@ class Host(Protocol):
     role: str  # name of the role
     losses: tuple[type[BaseException], ...]  # errors of a call which say that its replica will never answer
     lost_values: tuple[type[BaseException], ...]  # errors of a call which say that a referenced argument is gone
-    outages: type[BaseException]  # error of `node` and `leaving_nodes` while the cluster cannot answer
+    outages: tuple[type[BaseException], ...]  # errors of `node` and `leaving_nodes` while the cluster cannot answer
 
-    def create(self, name: str) -> Any:
-        """Starts a replica and returns its handle at once. The replica may wait for room, without limit."""
+    async def create(self, name: str) -> Any:
+        """Starts a replica and returns its handle, even if the replica still waits for room. Waits without limit for a
+        cluster that does not answer."""
 
-    def kill(self, handle: Any) -> None:
-        """Ends the replica's process and frees its resources."""
+    def kill(self, handle: Any) -> Future[None]:
+        """Ends the replica's process and frees its resources. Returns at once; the future is done when the cluster has
+        taken the order."""
 
     async def node(self, handle: Any) -> str | None:
-        """The node where the replica runs; None while it waits for room."""
+        """The node where the replica runs; None while it waits for room. Answers within seconds, or raises one of
+        `outages`."""
 
     async def leaving_nodes(self) -> Mapping[str, float]:
-        """Nodes that are about to go, with the seconds until then."""
+        """Nodes that are about to go, with the seconds until then. Answers within seconds, or raises one of
+        `outages`."""
 
     def probe(self, handle: Any) -> Awaitable[Any]:
         """A call that the replica's process answers even while its role is busy."""
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        """The values behind references. A RolloutLostError takes the place of a value that is gone; an item that is no
-        reference is returned unchanged."""
+        """The values behind references. A RolloutLostError takes the place of a value that is gone, or that does not
+        arrive within `timeout_s` of the role; an item that is no reference is returned unchanged."""

@@ -6,6 +6,7 @@ Runs in the driver. A replica's life is one coroutine, `Membership._live`.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -23,6 +24,8 @@ from common.metrics import meters
 MAX_PENDING = 2
 # Seconds between two looks at the cluster and the size of the pool.
 TICK_S = 0.5
+# Longest wait for the cluster to take the orders to kill replicas when a pool stops, seconds. It needs milliseconds.
+STOP_S = 2.0
 
 OnEvent = Callable[[PoolEvent], None]
 CatchUp = Callable[[Replica], Awaitable[None]]
@@ -101,13 +104,20 @@ class Membership:
         return self._replicas.get(number)
 
     def stop(self) -> None:
-        """Kills every replica, which frees its resources."""
+        """Kills every replica, which frees its resources. Waits for the orders, but at most STOP_S: the cluster may be
+        what has failed."""
         self._supervisor.cancel()
         for life in self._lives:
             life.cancel()
-        for replica in self._replicas.values():
-            self._host.kill(replica.handle)
+        concurrent.futures.wait([order for replica in self._replicas.values() for order in self._kill(replica)], STOP_S)
         self._replicas.clear()
+
+    def _kill(self, replica: Replica) -> list[concurrent.futures.Future[None]]:
+        """Orders the replica's process to be killed, once; nothing if it was never created."""
+        if replica.handle is None or replica.killed:
+            return []
+        replica.killed = True
+        return [self._host.kill(replica.handle)]
 
     def lose(self, replica: Replica, error: BaseException) -> None:
         """Marks a replica as dead, unless it is leaving already. It gets no more calls and is replaced."""
@@ -144,10 +154,8 @@ class Membership:
         """Keeps the pool at its target size, and fails it when too few replicas are ready for too long. Woken by the
         clock alone."""
         while True:
-            for replica in self.replicas:
-                await self._look_at(replica)
-            with suppress(self._host.outages):  # the cluster cannot answer now: keep its last answer
-                self._leaving_nodes = await self._host.leaving_nodes()
+            # At the same time: if the cluster does not answer, each takes seconds, and the shortage must be noticed.
+            await asyncio.gather(self._look_at_nodes(), *map(self._look_at, self.replicas))
             for replica in self.replicas:
                 if replica.node in self._leaving_nodes:
                     self._dismiss(replica, "its node is leaving")
@@ -164,10 +172,14 @@ class Membership:
         if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
             self._fail(RoleError(f"the pool of {self.role} replicas failed: {error}"), error)
 
+    async def _look_at_nodes(self) -> None:
+        with suppress(*self._host.outages):  # the cluster cannot answer now: keep its last answer
+            self._leaving_nodes = await self._host.leaving_nodes()
+
     async def _look_at(self, replica: Replica) -> None:
         """Follows a replica through its start."""
-        if replica.state == "pending":
-            with suppress(self._host.outages):
+        if replica.state == "pending" and replica.handle is not None:
+            with suppress(*self._host.outages):
                 replica.node = await self._host.node(replica.handle)
             if replica.node is not None and replica.state == "pending":  # its state may have changed during the await
                 self._enter(replica, "starting")
@@ -182,7 +194,9 @@ class Membership:
         for replica in staying[: max(0, len(staying) - self.target)]:
             self._dismiss(replica, "the target was lowered")
         pending = sum(replica.state == "pending" for replica in staying)
-        if time.monotonic() >= self._deaths.wait_until:
+        # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
+        recorded = all(replica.state != "dead" for replica in self._replicas.values())
+        if recorded and time.monotonic() >= self._deaths.wait_until:
             for _ in range(min(self.target - len(staying), MAX_PENDING - pending)):
                 self._create()
 
@@ -190,7 +204,7 @@ class Membership:
         taken = {replica.name for replica in self._replicas.values()}
         name = next(name for i in range(len(taken) + 1) if (name := f"{self.role}({i})") not in taken)
         self._last_number += 1
-        replica = Replica(self._last_number, name, self._host.create(name))
+        replica = Replica(self._last_number, name)
         self._replicas[replica.number] = replica
         life = asyncio.create_task(self._live(replica))
         self._lives.add(life)
@@ -209,9 +223,10 @@ class Membership:
         finally:
             self._router.forget(replica.number)
             self._replicas.pop(replica.number, None)
-            self._host.kill(replica.handle)  # its process may still be alive although its engine is dead
+            self._kill(replica)  # its process may still be alive although its engine is dead
 
     async def _join(self, replica: Replica) -> None:
+        replica.handle = await self._host.create(replica.name)
         await replica.handle.ready.remote()
         await self._look_at(replica)
         if self._catch_up is not None:

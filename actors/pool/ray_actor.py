@@ -31,8 +31,12 @@ def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
     """The Ray actor class of a role, with the resources of its section. `label` names the actor in Ray's dashboard and
     tags its meters. By default this is the actor's first argument if it is text, such as Generator(2)."""
     environment = {"env_vars": worker_environment(cfg)}
+    # A concurrency group has its own thread, so health probes are answered while all other threads are busy.
+    groups = {"health": 1}
     # Ray reserves all resources of one actor on one node, so an engine over several GPUs needs no placement group.
-    placed = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, **options)
+    placed = ray.remote(
+        num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, concurrency_groups=groups, **options
+    )
     return placed(_hosted(role, label, cfg.cores))
 
 

@@ -32,7 +32,7 @@ class Replica:
 
     number: int  # never used again
     name: str
-    handle: Any
+    handle: Any = None  # None until it is created
     state: str = "pending"
     since: float = field(default_factory=time.monotonic)  # start of this state
     lasted_s: float = 0.0  # duration of the previous state
@@ -41,6 +41,7 @@ class Replica:
     reason: str = ""  # why it was told to leave
     error: BaseException | None = None  # why it died
     version: int | None = None  # the learner's weights that it has verified and holds; None: those of the model's files
+    killed: bool = False  # the order to kill its process was given
     calls_lost: int = 0  # calls it had when it died
     tried_alone: bool = False  # it died of a call that was tried alone, which is then given up
     suspended_for: set[str] = field(default_factory=set)  # reasons why it gets no new calls although it is ready

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -99,12 +100,15 @@ class InstantHost(LocalHost):
         self.permits = 0.0 if gated else float("inf")
         self.held: deque[Callable[[], None]] = deque()
 
-    def create(self, name: str) -> Any:
+    async def create(self, name: str) -> Any:
         handle = InstantHandle(self, name, self._make(name, *self._args))
         self.handles.append(handle)
         return handle
 
-    def kill(self, handle: Any) -> None: ...
+    def kill(self, handle: Any) -> Future[None]:
+        killed: Future[None] = Future()
+        killed.set_result(None)
+        return killed
 
     async def node(self, handle: Any) -> str:
         return "here"

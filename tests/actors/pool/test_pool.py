@@ -56,9 +56,9 @@ def test_the_delay_before_a_replacement_doubles_with_every_death(monkeypatch):
         loop = asyncio.get_running_loop()
         create = it.host.create
 
-        def note(name):
+        async def note(name):
             created.append(loop.time())
-            return create(name)
+            return await create(name)
 
         monkeypatch.setattr(it.host, "create", note)
         began = loop.time()
@@ -185,6 +185,63 @@ def test_an_event_that_cannot_be_written_loses_no_replica():
         pool = Pool(LocalHost(Worker), Replicated(), on_event=full)
         await pool.start(timeout_s=5)
         assert await pool.call("work", lambda handle: handle.work.remote(0)) == "Worker(0)"
+
+    run(scenario)
+
+
+class UnansweredHost(LocalHost):
+    """From `freeze` on, its cluster answers nothing: questions end with an outage, and a creation does not end."""
+
+    frozen = False
+
+    def freeze(self) -> None:
+        self.frozen = True
+
+    async def create(self, name: str):
+        while self.frozen:
+            await asyncio.sleep(0.01)
+        return await super().create(name)
+
+    async def node(self, handle):
+        await self._ask()
+        return await super().node(handle)
+
+    async def leaving_nodes(self):
+        await self._ask()
+        return await super().leaving_nodes()
+
+    async def _ask(self) -> None:
+        if self.frozen:
+            await asyncio.sleep(0.1)
+            raise TimeoutError
+
+
+def test_a_shortage_ends_the_run_also_if_the_cluster_does_not_answer():
+    async def scenario():
+        host = UnansweredHost(Worker)
+        pool = Pool(host, Replicated(max_shortage_s=0.5))
+        await pool.start(timeout_s=5)
+        host.freeze()
+        host.alive("Worker(0)").die()
+        message = r"^Worker: for 0.5 s only 0 replicas were ready, but at least 1 .*; there are: Worker\(0\) pending"
+        with pytest.raises(UserError, match=message):
+            await pool.call("work", lambda handle: handle.work.remote(0))
+        pool.stop()
+
+    run(scenario)
+
+
+def test_a_pool_continues_when_the_cluster_answers_again():
+    async def scenario():
+        host = UnansweredHost(Worker)
+        pool = Pool(host, Replicated())
+        await pool.start(timeout_s=5)
+        host.freeze()
+        host.alive("Worker(0)").die()
+        working = await pending(pool.call("work", lambda handle: handle.work.remote(0)))
+        await until(lambda: [replica.state for replica in pool.members.replicas] == ["pending"])
+        host.frozen = False
+        assert await working == "Worker(0)"
 
     run(scenario)
 
