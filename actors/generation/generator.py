@@ -80,17 +80,19 @@ class Generator:
 
     async def stage(self, *parts: Bucket | Delta) -> None:
         """Verifies the next buckets of new weights and keeps them for `swap`. Raises CorruptWeightsError, also if this
-        generator does not hold the base of a delta. The caller may then send the set again from bucket 0."""
+        generator does not hold the base of a delta. The caller may then send the set again from bucket 0.
+
+        Bucket 0 drops everything staged before. A version may come again, even one in use: a learner that was lost in
+        the middle of a publication publishes it again, from other ranks and perhaps with other rounding."""
         for part in parts:
             started = time.perf_counter()
             bucket = self._apply(part) if isinstance(part, Delta) else part
             self._incoming.add(bucket)
-            if bucket.version != self._version:
-                if bucket.index == 0:
-                    self._staged = {}
-                if self._keeps_buckets:
-                    self._staged[bucket.index] = bucket
-                await self._engine.stage(bucket)
+            if bucket.index == 0:
+                self._staged = {}
+            if self._keeps_buckets:
+                self._staged[bucket.index] = bucket
+            await self._engine.stage(bucket)
             self._staging_s = (self._staging_s if bucket.index else 0.0) + time.perf_counter() - started
 
     def _apply(self, delta: Delta) -> Bucket:
@@ -103,13 +105,12 @@ class Generator:
     async def swap(self, version: int) -> tuple[int, float]:
         """Samples with the staged weights from now on. Returns the version in use, and how long the engine did not
         step, seconds. Raises CorruptWeightsError unless all of `version` is staged."""
-        pause_s = 0.0
-        if version != self._version:
-            self._incoming.check_complete(version)
-            pause_s = await self._engine.swap(version)
-            self._version, self._held, self._staged = version, self._staged, {}
-            meters.observe("ratchet_generator_stage_seconds", self._staging_s)
-            meters.gauge("ratchet_generator_weights_version", version)
+        self._incoming.check_complete(version)
+        pause_s = await self._engine.swap(version)
+        self._incoming = IncomingWeights()
+        self._version, self._held, self._staged = version, self._staged, {}
+        meters.observe("ratchet_generator_stage_seconds", self._staging_s)
+        meters.gauge("ratchet_generator_weights_version", version)
         return version, pause_s
 
 

@@ -17,7 +17,7 @@ from actors.pool import deaths
 from actors.pool.replica import PoolEvent
 from actors.pool.roles import GeneratorPool
 from common.config.base import Replicated
-from common.errors import CorruptWeightsError, EngineDeadError
+from common.errors import CorruptWeightsError, EngineDeadError, RankLostError
 from common.types import HANDED_OVER, Manifest, PublishedBucket
 from common.weights import Bucket, buckets, publication
 from tests.actors.pool.scenario import Started, run, until
@@ -185,8 +185,9 @@ def test_every_routable_replica_holds_the_newest_version():
 
         def check_and_open(number):
             replica = it.pool.members.find(number)
-            if replica.handle.role._version != service._version:
-                wrong.append(f"{replica.name} holds {replica.handle.role._version}, the newest is {service._version}")
+            newest = service.weights.version
+            if replica.handle.role._version != newest:
+                wrong.append(f"{replica.name} holds {replica.handle.role._version}, the newest is {newest}")
             opened(number)
 
         it.pool._router.open = check_and_open
@@ -261,6 +262,136 @@ def test_a_failed_load_ends_the_publication_and_keeps_the_old_weights(where):
         rollouts = await service.fetch([ref.rollout for ref in refs])
         assert {rollout.generator for rollout in rollouts} == {"Generator(0)", "Generator(1)"}
         assert {version for rollout in rollouts for version in rollout.policy_versions} == {0}
+
+    run(scenario)
+
+
+class Summing(SlowEngine):
+    """Serves the sum of the values it was sent."""
+
+    stage_s = 0.0
+    sum = 0.0
+
+    async def stage(self, bucket) -> None:
+        if bucket.index == 0:
+            self.incoming = 0.0
+        self.incoming += sum(tensor.double().sum().item() for _, tensor in bucket.tensors())
+        await super().stage(bucket)
+
+    async def swap(self, version: int) -> float:
+        self.sum = self.incoming
+        return await super().swap(version)
+
+
+async def summing(room: int = 1 << 30, **settings) -> tuple[LocalHost, GeneratorPool]:
+    host = LocalHost(Generator, 0, Summing, updates="changes", room=room)
+    service = GeneratorPool(host, Replicated(**settings))
+    await service.pool.start(timeout_s=5)
+    return host, service
+
+
+def sums(service: GeneratorPool) -> list[tuple[int, float]]:
+    return [(replica.handle.role._version, replica.handle.role._engine.sum) for replica in service.pool.ready]
+
+
+async def cut_after(number: int, weights):
+    """The learner is lost after this many buckets."""
+    async for item in weights:
+        if number == 0:
+            raise RankLostError("Learner(0) died")
+        number -= 1
+        yield item
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_version_whose_publication_was_cut_is_loaded_from_its_beginning(number):
+    async def scenario():
+        _, service = await summing(min=2)
+        await service.load(published_since(two_buckets(0), 1), 1)
+        with pytest.raises(RankLostError, match="died"):
+            await service.load(cut_after(number, published_since(two_buckets(1), 2)), 2)
+        assert sums(service) == [(1, 2 * (1 + 63))] * 2
+        sent = await service.load(published_since([], 2), 2)
+        assert sent["weights/bytes"] == 2 * 256  # complete
+        assert sums(service) == [(2, 2 * (2 + 63))] * 2
+        await service.load(published_since(two_buckets(2), 3), 3)
+        assert sums(service) == [(3, 2 * (3 + 63))] * 2
+
+    run(scenario)
+
+
+def other_two_buckets(version: int) -> list[Bucket]:
+    """As another number of ranks computes them: with another rounding."""
+    return list(buckets([(name, torch.full((64,), 0.5)) for name in "ab"], version, bucket_bytes=128))
+
+
+async def published_again(version: int):
+    for part in other_two_buckets(version):
+        yield PublishedBucket(part, part)
+    yield Manifest((128, 128), (128, 128))
+
+
+def test_a_version_that_is_in_use_is_loaded_again_from_a_new_group():
+    """Also by a replica that joins meanwhile."""
+
+    async def scenario():
+        host, service = await summing(min=1, max=2, room=1)
+        await service.load(published_since([], 1), 1)
+        host.make_room(2)
+        await until(lambda: len(host.handles) == 2)
+        Summing.stage_s = 0.1  # the second replica stages the old set while the new one is loaded
+        try:
+            await service.load(published_again(1), 1)
+            await until(lambda: len(service.pool.ready) == 2)
+        finally:
+            Summing.stage_s = 0.0
+        assert sums(service) == [(1, 64.0)] * 2
+
+    run(scenario)
+
+
+def lost() -> asyncio.Future[Bucket]:
+    """A reference whose node is gone."""
+    reference = asyncio.get_running_loop().create_future()
+    reference.set_exception(LookupError("its node is gone"))
+    reference.exception()  # read, so that asyncio prints nothing
+    return reference
+
+
+def test_weights_that_are_lost_on_their_way_are_a_lost_learner():
+    async def scenario():
+        _, service = await summing(min=2)
+
+        async def half_lost():
+            first, _ = two_buckets(1)
+            yield PublishedBucket(first, first)
+            gone = lost()
+            yield PublishedBucket(gone, gone)
+
+        with pytest.raises(
+            RankLostError, match="weights version 1 were lost with the node of the rank that packed them"
+        ):
+            await service.load(half_lost(), 1)
+        assert len(service.pool.ready) == 2
+        await service.load(published_since([], 1), 1)
+        assert sums(service) == [(1, 2 * (1 + 63))] * 2
+
+    run(scenario)
+
+
+def test_a_replica_waits_for_the_next_set_if_the_newest_one_is_lost():
+    async def scenario():
+        host, service = await summing(min=1, max=2, room=1)
+        await service.load(published_since([], 1), 1)
+        service.weights._newest = replace(service.weights._newest, buckets=[lost()] * 2)
+        host.make_room(2)
+        await until(lambda: [replica.state for replica in service.pool.members.replicas] == ["ready", "starting"])
+        await asyncio.sleep(0.1)
+        assert len(service.pool.ready) == 1
+        await service.load(published_since([], 2), 2)
+        await until(lambda: len(service.pool.ready) == 2)
+        assert sums(service) == [(2, 2 * (2 + 63))] * 2
+        assert service.pool.members.last_death == "None"
 
     run(scenario)
 
