@@ -53,7 +53,7 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
     learner = _training(
         cfg.learner, model, row=min(cfg.max_sequence_tokens, model.context), networks=networks, lora=cfg.learner.lora
     )
-    return [*_role("Learner", "learner", cfg.learner, cfg.learner.ranks, learner), *services]
+    return [*_role("Learner", "learner", cfg.learner, cfg.learner.fewest_ranks, learner), *services]
 
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
@@ -68,7 +68,7 @@ def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSi
 
 def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:
     """The ranks of reward training. `row` is the longest pair in tokens."""
-    return _role("RewardTrainer", "learner", cfg, cfg.ranks, _training(cfg, model, row=row, padded=True))
+    return _role("RewardTrainer", "learner", cfg, cfg.fewest_ranks, _training(cfg, model, row=row, padded=True))
 
 
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
@@ -135,7 +135,7 @@ def _training(
     attention = 2 * 4 * tokens * row * model.heads * model.layers if padded and not cfg.gpus else 0
     loading = 4 * model.parameters if cfg.ranks > 1 else 0
     working = networks * saved + attention + 4 * model.vocabulary * model.hidden
-    return IMPORTS + networks * max(state // cfg.ranks, loading) + working
+    return IMPORTS + networks * max(state // cfg.fewest_ranks, loading) + working
 
 
 def _weights(dtype: str, model: ModelSize) -> int:

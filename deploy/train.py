@@ -98,8 +98,12 @@ async def _train(
         progress.pool(event)
 
     start = Starter(cfg.ray, on_event=pool_changed)
-    ranks = [actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg) for rank in range(cfg.learner.ranks)]
-    learner = LearnerGroup(ranks, timeout_s=cfg.learner.timeout_s, deltas=cfg.generators.updates == "changes")
+    learner = LearnerGroup(
+        lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg),
+        cfg.learner,
+        startup_timeout_s=cfg.ray.startup_timeout_s,
+        deltas=cfg.generators.updates == "changes",
+    )
 
     async def start_reference() -> Reference:
         return AdapterReference(learner) if cfg.learner.lora is not None else ReferencePool(await start.references(cfg))
@@ -121,7 +125,7 @@ async def _train(
             start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
             start.rewards(cfg.reward, policy=policy, judges=cfg.evaluation.judges),
             start_reference(),
-            learner.start(cfg.ray.startup_timeout_s),
+            learner.start(),
         )
         progress.ready(start.pools, dashboard=dashboard(), figures=figures.address)
         run = Run(

@@ -108,13 +108,13 @@ async def _train(
 ) -> list[PreferenceEvaluation]:
     """Starts the trainer's ranks, calls `accepted`, trains, and stops the ranks."""
     num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
-    ranks = [
-        actor(RewardTrainer, cfg.learner, f"RewardTrainer({rank})").remote(cfg, num_steps)
-        for rank in range(cfg.learner.ranks)
-    ]
-    group = RewardTrainerGroup(ranks, timeout_s=cfg.learner.timeout_s)
+    group = RewardTrainerGroup(
+        lambda rank: actor(RewardTrainer, cfg.learner, f"RewardTrainer({rank})").remote(cfg, num_steps),
+        cfg.learner,
+        startup_timeout_s=cfg.ray.startup_timeout_s,
+    )
     try:
-        await group.start(cfg.ray.startup_timeout_s)
+        await group.start()
         accepted()
         return await train_reward_model(
             RewardRun(cfg, directory, train, heldout, group, progress.step, progress.evaluation)

@@ -22,6 +22,7 @@ RAY_FILES = {
     Path("actors/pool/ray_host.py"),
     Path("actors/pool/ray_meters.py"),
     Path("learner/ranks/group.py"),
+    Path("learner/ranks/processes.py"),
 }
 VLLM_FILES = {Path(f"actors/generation/vllm_{name}.py") for name in ("engine", "weights", "reload")}
 

@@ -9,7 +9,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,12 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from torch.distributed import DistError
 
 from common.config.ppo import Config
-from common.errors import BatchError, RoleError, RolloutLostError, UserError, death_reason
+from common.config.training import TrainerConfig
+from common.daemon_threads import answer, in_daemon_thread
+from common.errors import BatchError, RankLostError, RoleError, RolloutLostError, UserError
 from common.model.batcher import Batcher
 from common.types import Manifest, PublishedBucket, RolloutRef
+from learner.ranks.processes import Processes, awaited
 from learner.reward_model.pairs import Pair
 
 T = TypeVar("T")
@@ -36,13 +39,16 @@ class RankGroup:
     """The calls that every kind of group has. All ranks take part in each, because they gather and reduce together.
 
     Only one call runs at once. The others wait here: in the ranks' own queues, their time limit would already run.
+    After a rank is lost, every call raises a RankLostError.
     """
 
     role = "Learner"  # the name of each rank in messages
 
-    def __init__(self, ranks: list[Any], *, timeout_s: float) -> None:
-        self._ranks = ranks
-        self._timeout_s = timeout_s
+    def __init__(self, create: Callable[[int], Any], cfg: TrainerConfig, *, startup_timeout_s: float) -> None:
+        """`create` starts the process of one rank and returns its handle. The process answers health probes in a
+        concurrency group of Ray, "health"."""
+        self._processes = Processes(self.role, create, cfg, startup_timeout_s)
+        self._timeout_s, self._startup_timeout_s = cfg.timeout_s, startup_timeout_s
         self._turn = asyncio.Lock()
         self._step = 0
         self._rendezvous = ""  # address where several ranks meet
@@ -51,91 +57,145 @@ class RankGroup:
     def step(self) -> int:
         return self._step
 
-    async def start(self, timeout_s: float) -> None:
-        """Waits until every rank has loaded its networks and met the others."""
-        world = len(self._ranks)
-        if world > 1:
-            [self._rendezvous] = await self._wait(
-                "start", [self._ranks[0].__ray_call__.remote(_rendezvous)], timeout_s=timeout_s
-            )
-        joined = [rank.join.remote(index, world, self._rendezvous) for index, rank in enumerate(self._ranks)]
-        await self._wait("start", joined, timeout_s=timeout_s)
+    async def start(self) -> None:
+        """Starts the ranks, as many as the cluster has room for. Returns when each has loaded its networks and met the
+        others."""
+        await self._processes.start()
+        ranks, limit = self._processes.handles, self._startup_timeout_s
+        if len(ranks) > 1:
+            found = {0: ranks[0].__ray_call__.remote(_rendezvous)}
+            [self._rendezvous] = await self._wait("start", found, timeout_s=limit)
+        joined = {rank: handle.join.remote(rank, len(ranks), self._rendezvous) for rank, handle in enumerate(ranks)}
+        await self._wait("start", joined, timeout_s=limit)
 
     def stop(self) -> None:
         """Kills every rank, which frees its resources."""
-        for rank in self._ranks:
-            ray.kill(rank)
+        self._processes.stop()
+        self._forget_rendezvous()
+
+    def _forget_rendezvous(self) -> None:
         if self._rendezvous.startswith("file://"):
             shutil.rmtree(Path(self._rendezvous.removeprefix("file://")).parent, ignore_errors=True)
+        self._rendezvous = ""
 
     async def update(self, batch: Any) -> dict[str, float]:
-        shared = ray.put(batch)  # one copy for all ranks
-        async with self._turn:
-            stats = await self._wait("update", [rank.update.remote(shared) for rank in self._ranks])
-            self._step += 1
+        shared = await self._share(batch)
+        stats = await self._call("update", lambda rank: rank.update.remote(shared))
+        self._step += 1
         return stats[0]
 
     async def save(self, directory: Path) -> dict[str, str]:
-        async with self._turn:
-            calls = [rank.save.remote(directory.resolve()) for rank in self._ranks]
-            files = await self._wait("save a checkpoint", calls)
+        files = await self._call("save a checkpoint", lambda rank: rank.save.remote(directory.resolve()))
         return {name: digest for part in files for name, digest in part.items()}
 
     async def restore(self, directory: Path) -> None:
-        async with self._turn:
-            calls = [rank.restore.remote(directory.resolve()) for rank in self._ranks]
-            [self._step, *_] = await self._wait("restore a checkpoint", calls)
+        steps = await self._call("restore a checkpoint", lambda rank: rank.restore.remote(directory.resolve()))
+        self._step = steps[0]
 
-    async def _wait(
-        self, what: str, calls: Sequence[Any], *, ranks: Sequence[int] | None = None, timeout_s: float | None = None
-    ) -> list[Any]:
-        """The answers of all `calls`, one to each of `ranks` (default: all in order).
+    async def _share(self, batch: Any) -> Any:
+        """A reference to one copy of the batch for all ranks."""
+        try:
+            return await answer(in_daemon_thread(ray.put, batch), within_s=self._timeout_s)
+        except TimeoutError as error:
+            raise RoleError(
+                f"Ray's object store did not take the batch of step {self._step} within {self._timeout_s:g} s "
+                "(learner.timeout_s); the node's raylet does not answer; continue with --resume"
+            ) from error
+
+    async def _call(self, what: str, call: Callable[[Any], Any]) -> list[Any]:
+        """The answer of every rank to a call, when its turn has come."""
+        async with self._turn:
+            self._processes.check()
+            return await self._wait(what, dict(enumerate(map(call, self._processes.handles))))
+
+    async def _wait(self, what: str, calls: Mapping[int, Any], *, timeout_s: float | None = None) -> list[Any]:
+        """The answers of all `calls`, given by rank.
 
         When one rank fails, ranks that wait for it lose their connection and may report that first. Of several errors
         the original one is raised.
         """
         limit = timeout_s or self._timeout_s
-        tasks = dict(zip(ranks or range(len(calls)), map(asyncio.ensure_future, calls), strict=True))
-        done, _ = await asyncio.wait(tasks.values(), timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
-        if any(task.exception() for task in done):
-            done, _ = await asyncio.wait(tasks.values(), timeout=min(limit, _AFTERMATH_S))
+        tasks = {rank: awaited(call) for rank, call in calls.items()}
+        waiting = asyncio.wait(tasks.values(), timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await self._processes.unless_lost(waiting)
+        if (failures := [error for task in done if (error := task.exception())]) and not any(map(_is_death, failures)):
+            waiting = asyncio.wait(tasks.values(), timeout=min(limit, _AFTERMATH_S))
+            done, _ = await self._processes.unless_lost(waiting)
+        unfinished = [rank for rank, task in tasks.items() if task not in done]
         errors = {rank: error for rank, task in tasks.items() if task in done and (error := task.exception())}
         if errors:
-            raise self._role_error(what, *min(errors.items(), key=lambda item: _is_consequence(item[1])))
-        if len(done) < len(tasks):
-            raise self._timeout_error(what, limit, [rank for rank, task in tasks.items() if task not in done])
+            error = self._role_error(what, *min(errors.items(), key=lambda item: _place_in_the_chain(item[1])))
+            if unfinished:  # they may wait for the failed rank, and would take no other call
+                self._processes.lose(f"{self._names(unfinished)} did not end the step that failed in another rank")
+            raise error
+        if unfinished:
+            raise self._timed_out(what, limit, unfinished)
         return [task.result() for task in tasks.values()]
 
     def _role_error(self, what: str, rank: int, error: BaseException) -> BaseException:
         """The error to raise when a rank failed: it names the rank, unless the user has to fix something."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, (UserError, BatchError)):
             return error.cause  # without the trace of another process
+        at = f"{what} at step {self._step}"
         if isinstance(error, RayActorError):
-            reason = death_reason(error)
-            died = RoleError(f"{self.role}({rank}) died while it was to {what} at step {self._step}: {reason}")
-            died.__cause__ = error
-            return died
-        if len(self._ranks) > 1:
-            error.add_note(f"rank {rank} of {len(self._ranks)} did not {what} at step {self._step}")
+            return self._processes.died(rank, at, error)
+        if len(self._processes.handles) > 1:
+            if _is_consequence(error):
+                return self._processes.lose(f"{self._names([rank])} lost another rank while it was to {at}", error)
+            error.add_note(f"rank {rank} of {len(self._processes.handles)} did not {at}")
         return error
 
-    def _timeout_error(self, what: str, limit: float, ranks: Sequence[int]) -> RoleError:
-        names = ", ".join(f"{self.role}({rank})" for rank in ranks)
+    def _timed_out(self, what: str, limit_s: float, ranks: Sequence[int]) -> BaseException:
         setting = "ray.startup_timeout_s" if what == "start" else "learner.timeout_s"
-        return RoleError(
-            f"{names} did not {what} at step {self._step} within {limit:g} s ({setting}); find out what blocks it, or "
-            "raise the limit, and continue with --resume"
+        return self._processes.lose(
+            f"{self._names(ranks)} did not {what} at step {self._step} within {limit_s:g} s ({setting}); find out what "
+            "blocks it, or raise the limit, and continue with --resume"
         )
+
+    def _names(self, ranks: Sequence[int]) -> str:
+        return ", ".join(map(self._processes.name, ranks))
 
 
 class LearnerGroup(RankGroup):
     """`learner.loop.roles.LearnerGroup` over the actors of the ranks."""
 
-    def __init__(self, ranks: list[Any], *, timeout_s: float, deltas: bool = False) -> None:
+    def __init__(
+        self, create: Callable[[int], Any], cfg: TrainerConfig, *, startup_timeout_s: float, deltas: bool = False
+    ) -> None:
         """With `deltas` a publication has each bucket's delta against the previous set, which is kept for that."""
-        super().__init__(ranks, timeout_s=timeout_s)
+        super().__init__(create, cfg, startup_timeout_s=startup_timeout_s)
         self._deltas = deltas
         self._base: Sequence[Any] = ()  # references to the Buckets of the last set that was published completely
+        self._complete = asyncio.Event()  # cleared while the group starts again
+
+    async def start(self) -> None:
+        await super().start()
+        self._complete.set()
+
+    async def rebuild(self) -> None:
+        self._complete.clear()
+        await self._processes.kill()  # a call that has its turn now fails, and ends its turn
+        async with self._turn:
+            self._forget_rendezvous()
+            self._step, self._base = 0, ()  # without a base, the next publication is complete
+            await self.start()
+
+    async def unless_lost(self, work: Awaitable[T]) -> T:
+        return await self._processes.unless_lost(work)
+
+    async def skip(self) -> None:
+        [self._step, *_] = await self._call("skip a step", lambda rank: rank.skip.remote())
+
+    async def reconfigure(self, cfg: Config) -> None:
+        await self._call("take new settings", lambda rank: rank.reconfigure.remote(cfg))
+
+    async def until_rebuilt(self) -> None:
+        """Returns when the ranks can be called. After a loss, that is when `rebuild` has started them again."""
+        try:
+            self._processes.check()
+        except RankLostError:
+            self._complete.clear()
+        await self._complete.wait()
 
     async def publish(self) -> AsyncGenerator[PublishedBucket | Manifest, None]:
         """The newest weights, bucket by bucket while rank 0 packs more, and last their manifest. Every rank takes part,
@@ -145,9 +205,10 @@ class LearnerGroup(RankGroup):
                 yield item
 
     async def _publish(self) -> AsyncGenerator[PublishedBucket | Manifest, None]:
+        self._processes.check()
         base: Sequence[Any] = self._base
         published: list[Any] = []
-        calls = [rank.publish.options(num_returns="streaming").remote for rank in self._ranks]
+        calls = [rank.publish.options(num_returns="streaming").remote for rank in self._processes.handles]
         items = self._read("publish weights", [call(*base) if call is calls[0] else call() for call in calls])
         async for item in items:
             if isinstance(item, Manifest):
@@ -163,67 +224,52 @@ class LearnerGroup(RankGroup):
         Ray puts the error of a rank into its stream, in place of the last item. So the last item of every rank is read
         and all others are not. An item is passed on when the next one has come and shows that it was not the last.
         """
-        running, newest, manifest = dict(enumerate(streams)), dict[int, Any](), None
+        running, newest = dict(enumerate(streams)), dict[int, Any]()
         while running:
             # Ray's own asynchronous iteration of a stream would fetch every item, so a thread waits.
             wait = partial(ray.wait, list(running.values()), timeout=self._timeout_s, fetch_local=False)
-            ready, _ = await asyncio.to_thread(wait)
+            ready, _ = await self._processes.unless_lost(answer(in_daemon_thread(wait)))
             if not ready:
-                raise self._timeout_error(what, self._timeout_s, list(running))
+                raise self._timed_out(what, self._timeout_s, list(running))
             rank = streams.index(ready[0])
             item = next(ready[0], None)
             if item is None:
                 del running[rank]
-                [last] = await self._wait(what, [newest[rank]], ranks=[rank])
-                manifest = last if rank == 0 else manifest
+                if await _failed(newest[rank]):
+                    ends = {other: _last(stream, newest.get(other)) for other, stream in running.items()}
+                    await self._wait(what, {rank: newest[rank], **ends})
             else:
                 if rank == 0 and rank in newest:
                     yield newest[rank]
                 newest[rank] = item
+        [manifest] = await self._wait(what, {0: newest[0]})
         yield manifest
 
     async def save_policy(self, directory: Path) -> None:
-        async with self._turn:
-            await self._wait("save the policy", [rank.save_policy.remote(directory.resolve()) for rank in self._ranks])
+        await self._call("save the policy", lambda rank: rank.save_policy.remote(directory.resolve()))
 
     async def policy_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
-        async with self._turn:
-            calls = [rank.policy_logprobs.remote(*rollouts) for rank in self._ranks]
-            answers = await self._wait("measure rollouts", calls)
+        answers = await self._call("measure rollouts", lambda rank: rank.policy_logprobs.remote(*rollouts))
         return answers[0]
 
     async def ref_logprobs(self, rollouts: Sequence[Any]) -> list[np.ndarray]:
         """Log-probabilities of each response with the LoRA adapters off, float32 [R], nats. `rollouts` may be
         references."""
-        async with self._turn:
-            calls = [rank.ref_logprobs.remote(*rollouts) for rank in self._ranks]
-            answers = await self._wait("measure rollouts", calls)
+        answers = await self._call("measure rollouts", lambda rank: rank.ref_logprobs.remote(*rollouts))
         return answers[0]
-
-    async def skip(self) -> None:
-        async with self._turn:
-            [self._step, *_] = await self._wait("skip a step", [rank.skip.remote() for rank in self._ranks])
-
-    async def reconfigure(self, cfg: Config) -> None:
-        async with self._turn:
-            await self._wait("take new settings", [rank.reconfigure.remote(cfg) for rank in self._ranks])
-
-    async def rebuild(self) -> None:
-        raise NotImplementedError
-
-    async def unless_lost(self, work: Awaitable[T]) -> T:
-        return await work
 
 
 class AdapterReference:
     """`learner.loop.roles.Reference` of a policy with LoRA adapters: the learner's own ranks with the adapters off.
 
-    It takes turns with the learner's other calls: rollouts that arrive during an update are measured after it.
+    It takes turns with the learner's other calls: rollouts that arrive during an update are measured after it. Rollouts
+    that a lost group did not measure wait until it was started again.
     """
 
     def __init__(self, learner: LearnerGroup) -> None:
+        self._learner = learner
         self._batcher: Batcher[RolloutRef, np.ndarray] = Batcher(
-            lambda batch: learner.ref_logprobs([ref.rollout for ref in batch]),
+            self._measure,
             num_tokens=lambda ref: ref.num_tokens,
             max_tokens=1 << 16,
             window_s=0.05,
@@ -238,6 +284,13 @@ class AdapterReference:
             raise RolloutLostError("its tokens were lost with the node that held them") from error
         return logprobs, bool(np.isfinite(logprobs).all())
 
+    async def _measure(self, batch: Sequence[RolloutRef]) -> list[np.ndarray]:
+        while True:
+            try:
+                return await self._learner.ref_logprobs([ref.rollout for ref in batch])
+            except RankLostError:
+                await self._learner.until_rebuilt()
+
 
 class RewardTrainerGroup(RankGroup):
     """`learner.reward_model.training.Trainers` over the actors of the ranks."""
@@ -246,15 +299,42 @@ class RewardTrainerGroup(RankGroup):
 
     async def scores(self, pairs: Sequence[Pair]) -> np.ndarray:
         """float32 [N, 2]; the ranks share the pairs."""
-        shared = ray.put(list(pairs))
-        async with self._turn:
-            scores = await self._wait("score pairs", [rank.scores.remote(shared) for rank in self._ranks])
+        shared = await self._share(list(pairs))
+        scores = await self._call("score pairs", lambda rank: rank.scores.remote(shared))
         return scores[0]
 
     async def save_model(self, directory: Path) -> None:
-        async with self._turn:
-            calls = [rank.save_model.remote(directory.resolve()) for rank in self._ranks]
-            await self._wait("save the reward model", calls)
+        await self._call("save the reward model", lambda rank: rank.save_model.remote(directory.resolve()))
+
+
+async def _failed(item: Any) -> bool:
+    """True if a streamed item is an error."""
+    try:
+        await item
+    except Exception:
+        return True
+    return False
+
+
+async def _last(stream: Any, newest: Any) -> Any:
+    """The value of a stream's last item; `newest` is the last one that was taken from it."""
+
+    def last() -> Any:
+        item = newest
+        while (following := next(stream, None)) is not None:
+            item = following
+        return item
+
+    return await (await answer(in_daemon_thread(last)))
+
+
+def _is_death(error: BaseException) -> bool:
+    return isinstance(error, RayActorError)
+
+
+def _place_in_the_chain(error: BaseException) -> int:
+    """0 for a death, 1 for an error of the rank itself, 2 for a connection that it lost because of one of them."""
+    return 0 if _is_death(error) else 2 if _is_consequence(error) else 1
 
 
 def _is_consequence(error: BaseException) -> bool:

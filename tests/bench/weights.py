@@ -148,9 +148,9 @@ async def update_often(cfg: GeneratorsConfig) -> dict[str, float]:
     sampling = SamplingConfig(max_new_tokens=256, min_new_tokens=256)
     learner_cfg = LearnerConfig()
     rank = actor(Publisher, learner_cfg).remote()
-    learner = LearnerGroup([rank], timeout_s=60)
+    learner = LearnerGroup(lambda _: rank, learner_cfg, startup_timeout_s=300)
     generators = GeneratorPool(RayHost(TimedGenerator, cfg, 0, partial(make_engine, cfg, sampling)), cfg)
-    pool, _ = await asyncio.gather(generators.pool.start(300), learner.start(300))
+    pool, _ = await asyncio.gather(generators.pool.start(300), learner.start())
     requests = [asyncio.create_task(keep_busy(generators, number)) for number in range(RUNNING)]
 
     async def notes() -> tuple[list[float], list[float], float, int]:

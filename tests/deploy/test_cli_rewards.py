@@ -6,7 +6,6 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,10 +114,10 @@ def test_a_window_shorter_than_a_pair_is_refused_before_anything_is_written(refu
 
 def test_a_model_that_the_ranks_refuse_leaves_the_old_run_in_place(configs, workplace, monkeypatch):
     class Refusing:
-        def __init__(self, ranks, *, timeout_s):
+        def __init__(self, create, cfg, *, startup_timeout_s):
             self.stopped = False
 
-        async def start(self, timeout_s):
+        async def start(self):
             raise UserError("no such model, please")
 
         def stop(self):
@@ -129,7 +128,6 @@ def test_a_model_that_the_ranks_refuse_leaves_the_old_run_in_place(configs, work
         yield [Node("n", 8, 0, 1 << 40)]
 
     monkeypatch.setattr(deploy.session, "cluster", cluster)
-    monkeypatch.setattr(deploy.train_reward, "actor", lambda *args: SimpleNamespace(remote=lambda *args: None))
     monkeypatch.setattr(deploy.train_reward, "RewardTrainerGroup", Refusing)
     cfg = load_config(configs["train-reward"], [], RewardTrainingConfig)
     with sole_owner(Path("runs/old")) as owned:

@@ -57,8 +57,8 @@ def test_a_core_that_no_machine_has_is_a_user_error(role):
         if role == "pool":
             await start_pool(Worker, Replicated(cores=(4096,)), startup_timeout_s=60)
         else:
-            ranks = [actor(Worker, LearnerConfig(cores=(4096,), cpus=0), "Worker(0)").remote()]
-            await LearnerGroup(ranks, timeout_s=60).start(60)
+            cfg = LearnerConfig(cores=(4096,), cpus=0)
+            await LearnerGroup(lambda rank: actor(Worker, cfg, "Worker(0)").remote(), cfg, startup_timeout_s=60).start()
 
     with pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"), cluster(SMALL):
         asyncio.run(asyncio.wait_for(start(), 60))

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from actors.pool.ray_actor import actor
 from common.config.ppo import Config
-from common.errors import RoleError
+from common.errors import RankLostError
 from common.files import read_records
 from deploy import train
 from learner.loop.journal import Journal
@@ -144,66 +145,100 @@ def test_with_lora_the_reference_is_always_the_policy_without_adapters(model, tm
 
 # Ranks that fail
 
-LIMIT_S = 180  # of both updates: a group that waits for its own, longer limit fails the test
+LIMIT_S = 180  # of all updates: a group that waits for its own, longer limit fails the test
 
 
 class Troubled(Learner):
-    """Rank 1 raises, dies or hangs in its second update, as `trouble` says."""
+    """The last rank raises, dies, freezes or hangs in some updates, each of them once: `markers` has a file for each
+    trouble that was made."""
 
-    trouble = ""
+    troubles: Mapping[int, str] = {}  # by step
+    markers = ""
 
     def join(self, rank: int, world: int, rendezvous: str) -> int:
-        self._trouble = type(self).trouble if rank == 1 else ""
+        self._is_last = rank == world - 1
         return super().join(rank, world, rendezvous)
 
     def pid(self) -> int:
         return os.getpid()
 
     def update(self, table: Any) -> dict[str, float]:
-        if self.step == 1 and self._trouble == "raises":
-            raise ValueError("rank 1 cannot learn from this")
-        if self.step == 1 and self._trouble == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.step == 1 and self._trouble == "hangs":
-            time.sleep(600)
+        marker = Path(self.markers, str(self.step))
+        if self._is_last and self.step in self.troubles and not marker.exists():
+            marker.touch()
+            self._make(self.troubles[self.step])
         return super().update(table)
+
+    def _make(self, trouble: str) -> None:
+        if trouble == "raises":
+            raise ValueError("rank 1 cannot learn from this")
+        if trouble in ("dies", "freezes"):
+            os.kill(os.getpid(), signal.SIGKILL if trouble == "dies" else signal.SIGSTOP)
+        if trouble == "hangs":
+            time.sleep(600)
+
+
+def troubled(markers: Path, troubles: Mapping[int, str]) -> type[Troubled]:
+    return type("Learner", (Troubled,), {"troubles": troubles, "markers": str(markers)})
 
 
 @dataclass
 class Outcome:
-    """How the second update ended."""
+    """How two updates ended."""
 
-    error: BaseException
-    rank_id: str  # of rank 1, as Ray names actors
+    error: BaseException | None  # of the second update
+    rank_id: str  # of the last rank, as Ray names actors
+    policy: str  # digest of the weights after both updates; after a loss, of a group that was started again
 
 
-def update_twice(model: Path, trouble: str, *, timeout_s: float) -> Outcome:
-    """Two ranks update twice; rank 1 fails the second time. Checks that stopping the group ends every process."""
-    role = type(f"{trouble.capitalize()}Learner", (Troubled,), {"trouble": trouble})
-    cfg = run_config(model, ranks=2, rollouts_per_step=8, learner={"cpus": 0, "timeout_s": timeout_s})
+def update_twice(
+    model: Path, directory: Path, trouble: str, *, ranks: int = 2, timeout_s: float, probe_timeout_s: float = 30
+) -> Outcome:
+    """Ranks update twice; the last one fails the second time. If it is lost, the group starts again, restores the first
+    update and repeats the second. Checks that no process of a lost or stopped group is left."""
+    role = troubled(directory, {1: trouble} if trouble else {})
+    settings = {"cpus": 0, "timeout_s": timeout_s, "probe_timeout_s": probe_timeout_s}
+    cfg = run_config(model, ranks=ranks, rollouts_per_step=8, learner=settings)
+    pids: list[int] = []
 
     async def scenario() -> Outcome:
-        ranks = [actor(role, cfg.learner).remote(cfg) for _ in range(2)]
-        learner = LearnerGroup(ranks, timeout_s=cfg.learner.timeout_s)
+        learner = LearnerGroup(lambda rank: actor(role, cfg.learner).remote(cfg), cfg.learner, startup_timeout_s=120)
+        error, policy = None, ""
         try:
-            await learner.start(120)
-            pids = ray.get([rank.pid.remote() for rank in ranks])
+            await learner.start()
+            handles, rendezvous = learner._processes.handles, Path(learner._rendezvous.removeprefix("file://")).parent
+            pids.extend(await asyncio.gather(*(handle.pid.remote() for handle in handles)))
             stats = await learner.update(varied_batch(0))
             assert stats["ppo/optimizer_steps"] == 8
-            with pytest.raises(Exception) as raised:  # noqa: PT011 - the tests look at it
+            await learner.save(directory / "checkpoint")
+            try:
                 await learner.update(varied_batch(1))
-            assert learner.step == 1
-            outcome = Outcome(raised.value, ranks[1]._actor_id.hex())
+            except Exception as raised:
+                error = raised
+                assert learner.step == 1
+            if isinstance(error, RankLostError):
+                await learner.rebuild()
+                await until_gone(pids)
+                assert ranks == 1 or not rendezvous.exists()
+                await learner.restore(directory / "checkpoint")
+                assert learner.step == 1
+                await learner.update(varied_batch(1))
+            if error is None or isinstance(error, RankLostError):
+                await learner.save_policy(directory / "policy")
+                policy = hashlib.sha256((directory / "policy" / "model.safetensors").read_bytes()).hexdigest()
         finally:
             learner.stop()
-        deadline = time.monotonic() + 20
-        while any(_alive(pid) for pid in pids):
-            assert time.monotonic() < deadline, "a rank's process is left"
-            await asyncio.sleep(0.1)
-        assert not Path(learner._rendezvous.removeprefix("file://")).parent.exists()
-        return outcome
+        await until_gone(pids)
+        return Outcome(error, handles[-1]._actor_id.hex(), policy)
 
     return asyncio.run(asyncio.wait_for(scenario(), LIMIT_S))
+
+
+async def until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a rank's process is left"
+        await asyncio.sleep(0.1)
 
 
 def _alive(pid: int) -> bool:
@@ -213,9 +248,20 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_rank_that_raises_fails_the_step_with_its_own_error(model, ray_cluster):
+@pytest.fixture(scope="module")
+def undisturbed(model, ray_cluster, tmp_path_factory):
+    """Digests of the weights after two updates, by number of ranks."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    outcomes = {}
+    for ranks in (1, 2):
+        (directory / str(ranks)).mkdir()
+        outcomes[ranks] = update_twice(model, directory / str(ranks), "", ranks=ranks, timeout_s=2 * LIMIT_S).policy
+    return outcomes
+
+
+def test_a_rank_that_raises_fails_the_step_with_its_own_error(model, ray_cluster, tmp_path):
     """The group waits at most 10 s for the other ranks' errors."""
-    outcome = update_twice(model, "raises", timeout_s=2 * LIMIT_S)
+    outcome = update_twice(model, tmp_path, "raises", timeout_s=2 * LIMIT_S)
     assert isinstance(outcome.error, ValueError)
     text = str(outcome.error)
     assert "rank 1 cannot learn from this" in text
@@ -223,15 +269,28 @@ def test_a_rank_that_raises_fails_the_step_with_its_own_error(model, ray_cluster
     assert outcome.error.__notes__ == ["rank 1 of 2 did not update at step 1"]
 
 
-def test_a_rank_that_is_killed_fails_the_step_by_its_name(model, ray_cluster):
-    """Rank 0 then fails too, because its connection breaks; its error is not the cause."""
-    outcome = update_twice(model, "dies", timeout_s=2 * LIMIT_S)
-    assert isinstance(outcome.error, RoleError)
-    assert str(outcome.error).startswith("Learner(1) died while it was to update at step 1: its process")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_group_whose_rank_is_killed_learns_the_same_weights(model, undisturbed, tmp_path, ranks):
+    """Rank 0 fails too, because its connection breaks; its error is not the cause."""
+    outcome = update_twice(model, tmp_path, "dies", ranks=ranks, timeout_s=2 * LIMIT_S)
+    assert isinstance(outcome.error, RankLostError)
+    assert str(outcome.error).startswith(f"Learner({ranks - 1}) died while it was to update at step 1: its process")
     assert outcome.rank_id in str(outcome.error.__cause__)
+    assert outcome.policy == undisturbed[ranks]
 
 
-def test_a_rank_that_hangs_is_named_when_the_time_is_up(model, ray_cluster):
-    outcome = update_twice(model, "hangs", timeout_s=10)
-    assert isinstance(outcome.error, RoleError)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_group_whose_rank_freezes_learns_the_same_weights(model, undisturbed, tmp_path, ranks):
+    """The other rank waits for it in the middle of the update."""
+    outcome = update_twice(model, tmp_path, "freezes", ranks=ranks, timeout_s=2 * LIMIT_S, probe_timeout_s=5)
+    assert isinstance(outcome.error, RankLostError)
+    expected = f"Learner({ranks - 1}) answered no health probe for 5 s (learner.probe_timeout_s)"
+    assert str(outcome.error).startswith(expected)
+    assert outcome.policy == undisturbed[ranks]
+
+
+def test_a_rank_that_hangs_is_named_when_the_time_is_up(model, undisturbed, tmp_path):
+    outcome = update_twice(model, tmp_path, "hangs", timeout_s=10)
+    assert isinstance(outcome.error, RankLostError)
     assert "Learner(1) did not update at step 1 within 10 s (learner.timeout_s)" in str(outcome.error)
+    assert outcome.policy == undisturbed[2]

@@ -1,57 +1,132 @@
-"""The learner group without Ray: its calls take turns, and it reads only the last item of a publication."""
+"""The learner group without Ray: its calls take turns, lost ranks are noticed and started again, and it reads only the
+last item of a publication."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from common.errors import RoleError
-from common.types import Manifest, PublishedBucket
-from learner.ranks import group
-from learner.ranks.group import LearnerGroup
+from common.config.ppo import LearnerConfig
+from common.errors import BatchError, RankLostError, RoleError, RolloutLostError
+from common.types import Manifest, PublishedBucket, RolloutRef
+from learner.ranks import group, processes
+from learner.ranks.group import AdapterReference, LearnerGroup
+from tests.fakes import make_prompt, make_rollout
 
 
 class FakeRank:
-    """Its methods take a while, and note when they are called and when they end."""
+    """The process of a rank, in this one. Its methods take a while, and note when they are called and when they end."""
 
-    def __init__(self, events: list[str]) -> None:
-        self._events = events
+    def __init__(self, events: list[str] | None = None, rank: int = 0, *, room: bool = True) -> None:
+        self.events = [] if events is None else events
+        self.rank, self.room = rank, room
+        self.frozen = False  # answers nothing
+        self.dead = asyncio.Event()
+        self.errors: dict[str, Exception] = {}  # by method
 
     def __getattr__(self, method: str) -> Any:
-        class Method:
-            def remote(_, *args: Any) -> Any:
-                self._events.append(f"{method} asked")
-                return self._answer(method, len(args))
+        return FakeMethod(self, method)
 
-        return Method()
+    async def answer(self, method: str, args: tuple[Any, ...]) -> Any:
+        work = asyncio.ensure_future(self._work(method, args))
+        died = asyncio.ensure_future(self.dead.wait())
+        try:
+            await asyncio.wait({work, died}, return_when=asyncio.FIRST_COMPLETED)
+            if self.dead.is_set():
+                raise RayActorError(error_msg="it was killed")
+            return await work
+        finally:
+            work.cancel()
+            died.cancel()
 
-    async def _answer(self, method: str, count: int) -> Any:
+    async def _work(self, method: str, args: tuple[Any, ...]) -> Any:
+        while self.frozen or not self.room:
+            await asyncio.sleep(0.01)
+        if method in ("__ray_ready__", "join", "__ray_call__"):
+            return {"__ray_call__": "nowhere"}.get(method)
         await asyncio.sleep(0.01)
-        self._events.append(f"{method} done")
-        return {"update": {}, "save": {}, "ref_logprobs": [np.zeros(1, np.float32)] * count}.get(method)
+        if method in self.errors:
+            raise self.errors[method]
+        self.events.append(f"{method} done")
+        measured = [np.zeros(1, np.float32)] * len(args)
+        return {"update": {}, "save": {}, "restore": 7, "skip": 8, "ref_logprobs": measured}.get(method)
+
+
+class FakeMethod:
+    def __init__(self, rank: FakeRank, method: str) -> None:
+        self._rank, self._method = rank, method
+
+    def options(self, *, concurrency_group: str) -> FakeMethod:
+        assert concurrency_group == "health"
+        return self
+
+    def remote(self, *args: Any) -> Any:
+        if self._method not in ("__ray_ready__", "join", "__ray_call__"):
+            self._rank.events.append(f"{self._method} asked")
+        return self._rank.answer(self._method, args)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Ray's own functions, over fake ranks."""
+    monkeypatch.setattr(group.ray, "put", lambda value: value)
+    loops: list[asyncio.AbstractEventLoop] = []
+    monkeypatch.setattr(FakeRank, "loops", loops, raising=False)
+
+    def kill(rank: Any) -> None:
+        if isinstance(rank, FakeRank):
+            loops[-1].call_soon_threadsafe(rank.dead.set)
+
+    monkeypatch.setattr(processes.ray, "kill", kill)
+
+
+def run(scenario: Callable[[], Any]) -> Any:
+    async def whole() -> Any:
+        FakeRank.loops.append(asyncio.get_running_loop())
+        return await scenario()
+
+    return asyncio.run(asyncio.wait_for(whole(), 20))
+
+
+async def started(create: Callable[[int], Any] | None = None, *, startup_timeout_s: float = 5, **cfg: Any) -> Any:
+    """A group that has started, and the list of all its ranks, which grows when it starts again."""
+    made: list[Any] = []
+
+    def make(rank: int) -> Any:
+        made.append((create or (lambda rank: FakeRank(rank=rank)))(rank))
+        return made[-1]
+
+    learner = LearnerGroup(
+        make,
+        LearnerConfig(**{"timeout_s": 7, "probe_timeout_s": 0.1, **cfg}),
+        startup_timeout_s=startup_timeout_s,
+        deltas=True,
+    )
+    await learner.start()
+    return learner, made
+
+
+# Calls
 
 
 class PublishingGroup(LearnerGroup):
-    def __init__(self, events: list[str]) -> None:
-        super().__init__([FakeRank(events)], timeout_s=60)
-        self._events = events
+    events: list[str]
 
     async def _publish(self) -> AsyncGenerator[Any, None]:
-        self._events.append("publish asked")
+        self.events.append("publish asked")
         for _ in range(2):
             await asyncio.sleep(0.01)
             yield None
-        self._events.append("publish done")
+        self.events.append("publish done")
 
 
-def test_the_calls_of_a_rank_take_turns(monkeypatch):
-    monkeypatch.setattr(group.ray, "put", lambda value: value)
+def test_the_calls_of_a_rank_take_turns():
     events: list[str] = []
 
     async def publish_slowly(learner: LearnerGroup) -> None:
@@ -59,7 +134,9 @@ def test_the_calls_of_a_rank_take_turns(monkeypatch):
             await asyncio.sleep(0.01)
 
     async def scenario() -> None:
-        learner = PublishingGroup(events)
+        learner = PublishingGroup(lambda rank: FakeRank(events), LearnerConfig(), startup_timeout_s=5)
+        learner.events = events
+        await learner.start()
         await asyncio.gather(
             learner.update("batch"),
             learner.ref_logprobs(["a rollout"]),
@@ -68,26 +145,232 @@ def test_the_calls_of_a_rank_take_turns(monkeypatch):
             learner.save(Path("checkpoint")),
         )
 
-    asyncio.run(scenario())
-    calls = ["update", "ref_logprobs", "publish", "ref_logprobs", "save"]
-    assert events == [f"{call} {part}" for call in calls for part in ("asked", "done")]
+    run(scenario)
+    assert sorted(events) == sorted(f"{call} {part}" for call in CALLS for part in ("asked", "done"))
+    assert all(asked.replace("asked", "done") == done for asked, done in zip(events[::2], events[1::2], strict=True))
 
 
-def test_a_call_that_fails_gives_up_its_turn(monkeypatch):
-    monkeypatch.setattr(group.ray, "put", lambda value: value)
+CALLS = ["update", "ref_logprobs", "publish", "ref_logprobs", "save"]
 
+
+def test_a_call_that_fails_gives_up_its_turn():
     async def scenario() -> None:
-        learner = LearnerGroup([FakeRank([])], timeout_s=60)
-        monkeypatch.setattr(FakeRank, "_answer", fail)
+        learner, [rank] = await started()
+        rank.errors["update"] = ValueError("no")
         with pytest.raises(ValueError, match="no"):
             await learner.update("batch")
-        monkeypatch.undo()
         await learner.save(Path("checkpoint"))
+        assert learner.step == 0
 
-    async def fail(self: FakeRank, method: str, count: int) -> Any:
-        raise ValueError("no")
+    run(scenario)
 
-    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+# Ranks that are lost
+
+
+def test_a_rank_that_dies_in_an_update_is_lost_by_its_name():
+    async def scenario() -> None:
+        learner, ranks = await started(ranks=2)
+        await learner.restore(Path("checkpoint"))
+        updating = asyncio.create_task(learner.update("batch"))
+        await asyncio.sleep(0.005)
+        ranks[0].frozen = True  # it waits for the other
+        ranks[1].dead.set()
+        message = r"^Learner\(1\) died while it was to update at step 7: it was killed$"
+        with pytest.raises(RankLostError, match=message):
+            await updating
+        with pytest.raises(RankLostError, match=message):  # and so does every later call
+            await learner.save(Path("checkpoint"))
+        assert learner.step == 7
+
+    run(scenario)
+
+
+def test_a_rank_that_freezes_in_an_update_is_lost_by_its_name():
+    async def scenario() -> None:
+        learner, ranks = await started(ranks=2)
+        ranks[1].frozen = True
+        message = r"^Learner\(1\) answered no health probe for 0.1 s \(learner.probe_timeout_s\)$"
+        with pytest.raises(RankLostError, match=message):
+            await learner.update("batch")
+
+    run(scenario)
+
+
+def test_a_loss_while_nothing_is_called_ends_a_wait_for_other_work():
+    async def scenario() -> None:
+        learner, [rank] = await started()
+        assert await learner.unless_lost(asyncio.sleep(0.3, "a batch")) == "a batch"
+        waiting = asyncio.create_task(learner.unless_lost(forever := asyncio.Event().wait()))
+        await asyncio.sleep(0.01)
+        rank.dead.set()
+        with pytest.raises(RankLostError, match=r"^Learner\(0\) died while it was to answer a health probe"):
+            await waiting
+        assert forever.cr_frame is None  # it was cancelled
+
+    run(scenario)
+
+
+def test_a_call_that_takes_too_long_counts_as_a_loss():
+    async def scenario() -> None:
+        learner, [rank] = await started(timeout_s=0.2, probe_timeout_s=30)
+        rank.frozen = True
+        with pytest.raises(
+            RankLostError, match=r"Learner\(0\) did not update at step 0 within 0.2 s \(learner.timeout"
+        ):
+            await learner.update("batch")
+
+    run(scenario)
+
+
+def test_a_rank_that_stays_in_a_failed_call_is_lost_after_the_error(monkeypatch):
+    """It may wait for the rank that failed, and would not answer the next call."""
+    monkeypatch.setattr(group, "_AFTERMATH_S", 0.05)
+
+    async def scenario() -> None:
+        learner, ranks = await started(ranks=2, probe_timeout_s=30)
+        ranks[0].errors["update"] = ValueError("cannot learn from this")
+        ranks[1].frozen = True
+        with pytest.raises(ValueError, match="cannot learn") as raised:
+            await learner.update("batch")
+        assert raised.value.__notes__ == ["rank 0 of 2 did not update at step 0"]
+        with pytest.raises(RankLostError, match=r"^Learner\(1\) did not end the step that failed in another rank"):
+            await learner.restore(Path("checkpoint"))
+
+    run(scenario)
+
+
+def failed(error: Exception) -> Exception:
+    return RayTaskError("update", "a traceback", error).as_instanceof_cause()
+
+
+def test_of_several_errors_the_original_one_is_raised(monkeypatch):
+    async def scenario(first: Exception, second: Exception) -> BaseException:
+        learner, ranks = await started(ranks=2)
+        ranks[0].errors["update"], ranks[1].errors["update"] = first, second
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - the test looks at it
+            await learner.update("batch")
+        return raised.value
+
+    connection, own = failed(RuntimeError("gloo: Connection closed by peer")), failed(ValueError("of its own"))
+    for errors in ((connection, own), (own, connection)):
+        assert isinstance(run(lambda errors=errors: scenario(*errors)), ValueError)
+    lost = run(lambda: scenario(connection, connection))
+    assert str(lost) == "Learner(0) lost another rank while it was to update at step 0"
+    poison = run(lambda: scenario(failed(BatchError("nan")), failed(BatchError("nan"))))
+    assert (type(poison), str(poison)) == (BatchError, "nan")  # without the trace of another process
+    poison = run(lambda: scenario(connection, failed(BatchError("nan"))))
+    assert type(poison) is BatchError
+
+
+# Groups that start again
+
+
+def test_a_lost_group_starts_again_and_answers():
+    async def scenario() -> None:
+        learner, ranks = await started(ranks=2)
+        await learner.restore(Path("checkpoint"))
+        ranks[1].frozen = True
+        with pytest.raises(RankLostError):
+            await learner.update("batch")
+        await learner.rebuild()
+        assert [rank.dead.is_set() for rank in ranks] == [True, True, False, False]
+        assert learner.step == 0
+        await learner.restore(Path("checkpoint"))
+        await learner.update("batch")
+        assert learner.step == 8
+        await learner.unless_lost(asyncio.sleep(0.2))  # the new ranks answer their probes
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("room", "min_ranks", "expected"), [(3, 1, 3), (2, 1, 2), (1, 1, 1)])
+def test_a_group_takes_as_many_ranks_as_there_is_room_for(room, min_ranks, expected):
+    async def scenario() -> None:
+        learner, ranks = await started(
+            lambda rank: FakeRank(rank=rank, room=rank < room), ranks=3, min_ranks=min_ranks, room_wait_s=0.1
+        )
+        await learner.update("batch")
+        await asyncio.sleep(0.05)
+        assert [rank.dead.is_set() for rank in ranks] == [False] * expected + [True] * (3 - expected)
+        assert [rank.events for rank in ranks[:expected]] == [["update asked", "update done"]] * expected
+
+    run(scenario)
+
+
+def test_a_group_with_too_few_ranks_is_lost_and_says_what_to_do():
+    async def scenario() -> None:
+        with pytest.raises(RankLostError) as raised:
+            await started(lambda rank: FakeRank(rank=rank, room=rank < 1), ranks=3, min_ranks=2, startup_timeout_s=0.2)
+        assert str(raised.value).startswith("Learner(1), Learner(2) did not start within 0.2 s (ray.startup_timeout_s)")
+        assert "lower learner.min_ranks" in str(raised.value)
+
+    run(scenario)
+
+
+def test_a_rank_that_dies_as_it_starts_is_lost_with_its_reason():
+    async def scenario() -> None:
+        def create(rank: int) -> FakeRank:
+            made = FakeRank(rank=rank)
+            FakeRank.loops[-1].call_soon_threadsafe(made.dead.set)
+            return made
+
+        with pytest.raises(RankLostError, match=r"^Learner\(0\) died while it was to start: it was killed"):
+            await started(create)
+
+    run(scenario)
+
+
+def test_a_directory_that_creates_no_rank_is_a_loss_in_time():
+    hangs = asyncio.Event()
+
+    async def scenario() -> None:
+        def create(rank: int) -> FakeRank:
+            asyncio.run(hangs.wait())  # blocks its thread, as Ray's own call does
+
+        with pytest.raises(RankLostError, match=r"Ray did not create Learner processes within 0.1 s"):
+            await started(create, startup_timeout_s=0.1)
+
+    run(scenario)  # and its thread keeps nothing from ending
+
+
+# The learner as the reference
+
+
+def some_ref() -> RolloutRef:
+    return RolloutRef.of(make_rollout(make_prompt(), [4]))
+
+
+def test_the_adapter_reference_waits_until_a_lost_group_was_rebuilt():
+    async def scenario() -> None:
+        learner, ranks = await started()
+        ranks[0].frozen = True
+        reference = AdapterReference(learner)
+        measuring = asyncio.create_task(reference.logprobs(some_ref()))
+        with pytest.raises(RankLostError):
+            await learner.unless_lost(measuring)
+        measuring = asyncio.create_task(reference.logprobs(some_ref()))
+        await asyncio.sleep(0.1)
+        assert not measuring.done()
+        await learner.rebuild()
+        logprobs, finite = await measuring
+        assert (logprobs.tolist(), finite) == ([0.0], True)
+
+    run(scenario)
+
+
+def test_the_adapter_reference_says_that_a_rollout_is_lost():
+    async def scenario() -> None:
+        learner, [rank] = await started()
+        rank.errors["ref_logprobs"] = ObjectLostError("00" * 28, None, "")
+        with pytest.raises(RolloutLostError, match="lost with the node"):
+            await AdapterReference(learner).logprobs(some_ref())
+        await learner.update("batch")  # the group is not lost
+
+    run(scenario)
+
+
+# Publications
 
 
 class Item:
@@ -104,10 +387,11 @@ class Item:
         return self.value
 
 
-class StreamingRank:
+class StreamingRank(FakeRank):
     """Its method `publish` streams these items. With `hangs` it never ends."""
 
     def __init__(self, *items: Item, hangs: bool = False) -> None:
+        super().__init__()
         self.items, self.hangs = items, hangs
         self.base: tuple[Any, ...] = ()
         self.publish = self
@@ -141,43 +425,50 @@ def streams(monkeypatch):
     monkeypatch.setattr(group.ray, "wait", wait)
 
 
-def publish(*ranks: StreamingRank, times: int = 1, **settings: Any) -> list[Any]:
-    """What the last of several publications yields."""
+def publish(*ranks: Callable[[], StreamingRank], times: int = 1, deltas: bool = False) -> tuple[list[Any], list[Any]]:
+    """What the last of several publications yields, and the ranks."""
 
-    async def scenario() -> list[Any]:
-        learner = LearnerGroup(list(ranks), timeout_s=7, **settings)
+    async def scenario() -> tuple[list[Any], list[Any]]:
+        made = [rank() for rank in ranks]
+        cfg = LearnerConfig(ranks=len(ranks), timeout_s=7)
+        learner = LearnerGroup(made.__getitem__, cfg, startup_timeout_s=5, deltas=deltas)
+        await learner.start()
         for _ in range(times):
             published = [item async for item in learner.publish()]
-        return published
+        return published, made
 
-    return asyncio.run(asyncio.wait_for(scenario(), 10))
+    return run(scenario)
 
 
 def test_only_the_manifest_of_a_publication_is_read(streams):
     first, second, end = Item("bucket 0"), Item("bucket 1"), Item(Manifest((8, 8), (8, 8)))
-    rank = StreamingRank(first, second, end)
-    assert publish(rank) == [PublishedBucket(first, first), PublishedBucket(second, second), end.value]
+    published, [rank] = publish(lambda: StreamingRank(first, second, end))
+    assert published == [PublishedBucket(first, first), PublishedBucket(second, second), end.value]
     assert [item.was_read for item in rank.items] == [False, False, True]
 
 
 def test_the_buckets_of_a_complete_set_are_the_base_of_the_next_deltas(streams):
     full, delta, end = Item("bucket 0"), Item("its delta"), Item(Manifest((8,), (6,)))
-    rank, helper = StreamingRank(full, end), StreamingRank(Item(Manifest((), ())))
+
+    def create(rank: int) -> StreamingRank:
+        return StreamingRank(Item(Manifest((), ()))) if rank else StreamingRank(full, end)
 
     async def scenario() -> list[Any]:
-        learner = LearnerGroup([rank, helper], timeout_s=7, deltas=True)
+        learner, ranks = await started(create, ranks=2)
         assert [item async for item in learner.publish()] == [PublishedBucket(full, full), end.value]
-        rank.items = (full, delta, end)
+        ranks[0].items = (full, delta, end)
         published = [item async for item in learner.publish()]
-        assert (rank.base, helper.base) == ((full,), ())
+        assert (ranks[0].base, ranks[1].base) == ((full,), ())
+        await learner.rebuild()
+        assert [item async for item in learner.publish()] == [PublishedBucket(full, full), end.value]
+        assert ranks[2].base == ()  # the first publication of a new group is complete
         return published
 
-    assert asyncio.run(scenario()) == [PublishedBucket(full, delta), end.value]
+    assert run(scenario) == [PublishedBucket(full, delta), end.value]
 
 
 def test_without_deltas_no_base_is_kept(streams):
-    rank = StreamingRank(Item("bucket 0"), Item(Manifest((8,), (8,))))
-    publish(rank, times=2)
+    _, [rank] = publish(lambda: StreamingRank(Item("bucket 0"), Item(Manifest((8,), (8,)))), times=2)
     assert rank.base == ()
 
 
@@ -185,21 +476,29 @@ def test_without_deltas_no_base_is_kept(streams):
 def test_an_error_in_place_of_the_last_item_is_raised(streams, number):
     buckets = [Item(f"bucket {index}") for index in range(number)]
     with pytest.raises(ValueError, match="cannot gather") as raised:
-        publish(StreamingRank(*buckets, Item(ValueError("cannot gather"))), StreamingRank(Item(Manifest((), ()))))
+        publish(
+            lambda: StreamingRank(*buckets, Item(ValueError("cannot gather"))),
+            lambda: StreamingRank(Item(Manifest((), ()))),
+        )
     assert raised.value.__notes__ == ["rank 0 of 2 did not publish weights at step 0"]
     assert not any(bucket.was_read for bucket in buckets)
 
 
 def test_the_death_of_another_rank_is_an_error_with_its_name(streams):
-    dead = StreamingRank(Item(RayActorError(error_msg="its node is gone")))
-    with pytest.raises(
-        RoleError, match=r"^Learner\(1\) died while it was to publish weights at step 0: its node is gone"
-    ):
-        publish(StreamingRank(Item("bucket 0"), hangs=True), dead)
+    dead = Item(RayActorError(error_msg="its node is gone"))
+    message = r"^Learner\(1\) died while it was to publish weights at step 0: its node is gone"
+    with pytest.raises(RankLostError, match=message):
+        publish(lambda: StreamingRank(Item("bucket 0"), hangs=True), lambda: StreamingRank(dead))
+
+
+def test_a_rank_that_lost_its_connection_does_not_hide_the_death(streams):
+    connection = Item(failed(RuntimeError("gloo: Connection closed by peer")))
+    dead = Item(RayActorError(error_msg="its node is gone"))
+    with pytest.raises(RankLostError, match=r"^Learner\(1\) died"):
+        publish(lambda: StreamingRank(Item("bucket 0"), connection), lambda: StreamingRank(dead))
 
 
 def test_a_publication_that_takes_too_long_names_the_ranks_that_hang(streams):
-    hanging = StreamingRank(Item("bucket 0"), hangs=True)
     message = r"^Learner\(0\) did not publish weights at step 0 within 7 s \(learner.timeout_s\)"
     with pytest.raises(RoleError, match=message):
-        publish(hanging, StreamingRank(Item(Manifest((), ()))))
+        publish(lambda: StreamingRank(Item("bucket 0"), hangs=True), lambda: StreamingRank(Item(Manifest((), ()))))

@@ -1,0 +1,168 @@
+"""The processes of a group's ranks: they start together, are watched, and end together. Runs in the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from common.config.training import TrainerConfig
+from common.daemon_threads import answer, in_daemon_thread
+from common.errors import RankLostError, death_reason
+
+T = TypeVar("T")
+
+# Longest wait for the cluster to take the orders to kill ranks, seconds. It needs milliseconds.
+KILL_S = 2.0
+
+
+class Processes:
+    """The ranks of one group, as Ray actors. When one is lost the group is lost: ranks gather and reduce together, so
+    the others cannot continue. `start` may be called again after `kill`."""
+
+    def __init__(self, role: str, create: Callable[[int], Any], cfg: TrainerConfig, startup_timeout_s: float) -> None:
+        """`create` starts the process of one rank and returns its handle."""
+        self._role, self._create, self._cfg = role, create, cfg
+        self._startup_timeout_s = startup_timeout_s
+        self.handles: list[Any] = []  # by rank
+        self._names: list[str] = []
+        self._loss: asyncio.Future[None] | None = None  # gets the RankLostError of the group's first loss
+        self._watch: asyncio.Task[None] | None = None
+
+    def name(self, rank: int) -> str:
+        return self._names[rank]
+
+    async def start(self) -> None:
+        """Creates ranks: as many of `min_ranks` to `ranks` as there is room for. Returns when they have loaded their
+        networks. Raises RankLostError."""
+        self._loss = asyncio.get_running_loop().create_future()
+        self._names = [f"{self._role}({rank})" for rank in range(self._cfg.ranks)]
+        creating = in_daemon_thread(lambda: [self._create(rank) for rank in range(self._cfg.ranks)])
+        try:
+            self.handles = await answer(creating, within_s=self._startup_timeout_s)
+        except TimeoutError as error:
+            limit = f"{self._startup_timeout_s:g} s (ray.startup_timeout_s)"
+            raise self.lose(f"Ray did not create {self._role} processes within {limit}", error) from error
+        except RayError as error:
+            raise self.lose(f"Ray did not create {self._role} processes: {death_reason(error)}", error) from error
+        started = await self._started()
+        waiting = [handle for rank, handle in enumerate(self.handles) if rank not in started]
+        self.handles = [self.handles[rank] for rank in started]
+        self._names = [self._names[rank] for rank in started]
+        await _taken([in_daemon_thread(ray.kill, handle) for handle in waiting])
+        self._watch = asyncio.create_task(self._watch_all())
+
+    async def _started(self) -> list[int]:
+        """The ranks that have loaded their networks: all, or at least `min_ranks` once the others have waited for room
+        long enough."""
+        tasks = [awaited(handle.__ray_ready__.remote()) for handle in self.handles]
+        began, enough_since = time.monotonic(), float("inf")
+        while True:
+            now = time.monotonic()
+            for rank, task in enumerate(tasks):
+                if task.done() and (error := task.exception()) is not None:
+                    raise self.died(rank, "start", error)
+            started = [rank for rank, task in enumerate(tasks) if task.done()]
+            if len(started) >= self._cfg.fewest_ranks:
+                enough_since = min(enough_since, now)
+            if len(started) == len(tasks) or now - enough_since > self._cfg.room_wait_s:
+                return started
+            if now - began > self._startup_timeout_s and enough_since > now:
+                names = ", ".join(self.name(rank) for rank in range(len(tasks)) if rank not in started)
+                raise self.lose(
+                    f"{names} did not start within {self._startup_timeout_s:g} s (ray.startup_timeout_s): there is no "
+                    "room, or loading takes longer; give the cluster room, raise the limit, or lower learner.min_ranks"
+                )
+            await asyncio.sleep(0.05)
+
+    # Losses
+
+    async def unless_lost(self, work: Awaitable[T]) -> T:
+        """The result of `work`. Raises RankLostError, and cancels `work`, as soon as a rank is lost."""
+        assert self._loss is not None, "the ranks were not started"
+        task = awaited(work)
+        try:
+            either: set[asyncio.Future[Any]] = {task, self._loss}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self.check()
+            return await task
+        finally:
+            task.cancel()
+
+    def check(self) -> None:
+        """Raises the RankLostError of the group's first loss, if there was one."""
+        if self._loss is not None and self._loss.done():
+            self._loss.result()
+
+    def lose(self, message: str, cause: BaseException | None = None) -> BaseException:
+        """Marks the group as lost. Returns the error of its first loss, a RankLostError."""
+        assert self._loss is not None, "the ranks were not started"
+        if not self._loss.done():
+            error = RankLostError(message)
+            error.__cause__ = cause
+            self._loss.set_exception(error)
+        first = self._loss.exception()
+        assert first is not None
+        return first
+
+    def died(self, rank: int, what: str, cause: BaseException) -> BaseException:
+        """`lose` with the message that a rank died. `what`: what it was to do, such as "update at step 3"."""
+        return self.lose(f"{self.name(rank)} died while it was to {what}: {death_reason(cause)}", cause)
+
+    async def _watch_all(self) -> None:
+        await asyncio.gather(*map(self._probe, range(len(self.handles))))
+
+    async def _probe(self, rank: int) -> None:
+        """Asks the rank's process regularly whether it lives. Returns when it is lost. A slow call does not matter."""
+        limit, handle = self._cfg.probe_timeout_s, self.handles[rank]
+        while True:
+            await asyncio.sleep(limit / 4)
+            try:
+                async with asyncio.timeout(limit):
+                    await handle.__ray_ready__.options(concurrency_group="health").remote()
+            except TimeoutError:
+                self.lose(f"{self.name(rank)} answered no health probe for {limit:g} s (learner.probe_timeout_s)")
+                return
+            except RayError as error:
+                self.died(rank, "answer a health probe", error)
+                return
+
+    # Ends
+
+    async def kill(self) -> None:
+        """Kills every rank. Whoever waits for one gets a RankLostError."""
+        if self._loss is not None:
+            self.lose("the group of ranks starts again")
+        await _taken(self._kill())
+
+    def stop(self) -> None:
+        """Kills every rank, which frees its resources. Waits for the orders, but at most KILL_S: the cluster may be
+        what has failed."""
+        if self._loss is not None:
+            self.lose("the ranks were stopped")
+        concurrent.futures.wait(self._kill(), KILL_S)
+
+    def _kill(self) -> list[concurrent.futures.Future[None]]:
+        if self._watch is not None:
+            self._watch.cancel()
+        handles, self.handles = self.handles, []
+        return [in_daemon_thread(ray.kill, handle) for handle in handles]
+
+
+def awaited(work: Awaitable[T]) -> asyncio.Future[T]:
+    """The work as a future. If nobody waits for it any more when it fails, asyncio prints nothing."""
+    future = asyncio.ensure_future(work)
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
+
+
+async def _taken(orders: Sequence[concurrent.futures.Future[None]]) -> None:
+    """Returns when the cluster has taken the orders, or after KILL_S."""
+    if orders:
+        await asyncio.wait([asyncio.wrap_future(order) for order in orders], timeout=KILL_S)
