@@ -69,6 +69,8 @@ class Trainer(ABC):
         if world > 1:
             shard(self.network, self.exact_modules(), precision=cfg.precision, device=self.device)
             self.optimizer = make_optimizer(self.parts(), self.cfg.optimizer)
+        else:
+            self.network.to(self.device)  # it is on the CPU if there were to be several ranks, and only one had room
         return self.step
 
     def save(self, directory: Path) -> dict[str, str]:

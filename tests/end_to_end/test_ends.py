@@ -74,13 +74,15 @@ def processes():
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory, temporary, processes):
-    """A run whose learner is killed, its continuation, which SIGTERM stops, and one more, which SIGKILL ends. Returns
-    the run's directory, and for each of the three its exit code, its message and the number of steps by then."""
+    """A run whose learner is killed as often as is allowed, its continuation, which SIGTERM stops, and one more, which
+    SIGKILL ends. Returns the run's directory, and for each of the three its exit code, its message and the number of
+    steps by then."""
     directory = tmp_path_factory.mktemp("ends")
     run, config = directory / "run", directory / "tiny.toml"
     model = save_tiny_model(directory / "model")
     checkpoint = {"every": 1_000_000, "on_signal": True}
-    cfg = tiny_config(model, num_steps=1_000_000, checkpoint=checkpoint, evaluation={"prompts": 0})
+    learner = {"precision": "fp32", "max_losses": 1}
+    cfg = tiny_config(model, num_steps=1_000_000, checkpoint=checkpoint, learner=learner, evaluation={"prompts": 0})
     config.write_text(cfg.to_toml(), encoding="utf-8")
     environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -111,11 +113,12 @@ def ends(tmp_path_factory, temporary, processes):
     return run, killed, stopped, ended(third)
 
 
-def test_a_killed_learner_ends_the_run_with_one_message(ends):
+def test_a_learner_killed_too_often_ends_the_run_with_one_message(ends):
     run, (code, told, _), *_ = ends
     assert code == 1
     assert told.count("\n") == 1, told
-    assert told.startswith("ratchet: Learner(0) died")
+    assert told.startswith("ratchet: the learner lost ranks 1 times")
+    assert "Learner(0) died" in told
     assert f"continue with ratchet train --resume {run}" in told
 
 

@@ -75,7 +75,7 @@ def test_two_ranks_and_then_one_give_the_run_of_one(model, alone, tmp_path):
     bf16 value, which changes the next step's log-probabilities."""
     directory = tmp_path / "run"
     train.run_training(run_config(model, ranks=2, num_steps=STEPS - 1), directory)
-    assert len(list((directory / f"checkpoints/step-{STEPS - 1:06d}").glob("*.distcp"))) == 2
+    assert len(list((directory / f"checkpoints/step-{STEPS - 1:06d}").glob("weights-*.safetensors"))) == 2
     train.run_training(run_config(model, ranks=1), directory, resume=True)
     assert len(curve(alone)) == STEPS
     journals = [Journal(path / "journal") for path in (alone, directory)]
@@ -294,3 +294,17 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(model, undisturbed, tmp_
     assert isinstance(outcome.error, RankLostError)
     assert "Learner(1) did not update at step 1 within 10 s (learner.timeout_s)" in str(outcome.error)
     assert outcome.policy == undisturbed[2]
+
+
+def test_a_run_whose_learner_dies_and_freezes_ends_with_the_same_bits(model, alone, tmp_path, monkeypatch):
+    """Nobody continues it by hand, and its generator lives on."""
+    directory, markers = tmp_path / "run", tmp_path / "markers"
+    markers.mkdir()
+    monkeypatch.setattr(train, "Learner", troubled(markers, {1: "dies", 2: "freezes"}))
+    train.run_training(run_config(model, ranks=1, learner={"probe_timeout_s": 5}), directory)
+    assert sorted(os.listdir(markers)) == ["1", "2"]
+    weights = [(path / "policy" / "model.safetensors").read_bytes() for path in (alone, directory)]
+    assert weights[0] == weights[1]
+    assert curve(directory) == curve(alone)
+    events = [event["event"] for event in read_records(directory / "pool-events.jsonl")]
+    assert events == ["joined"] * 3
