@@ -74,6 +74,19 @@ def test_the_delay_before_a_replacement_doubles_with_every_death(monkeypatch):
     run(scenario)
 
 
+def test_no_replacement_starts_before_a_death_is_recorded():
+    """The record sets the delay."""
+
+    async def scenario():
+        it = await Started.start(min=1)
+        it.pool.members.lose(it.pool.ready[0], EngineDeadError("killed"))
+        it.pool.members._adjust_size()
+        assert [replica.state for replica in it.pool.members._replicas.values()] == ["dead"]
+        await until(lambda: it.told("joined") == ["Worker(0)"] * 2)
+
+    run(scenario)
+
+
 def test_a_silent_process_is_replaced_and_a_slow_one_is_not():
     async def scenario():
         it = await Started.start(min=2, probe_timeout_s=0.1)
