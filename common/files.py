@@ -86,15 +86,21 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """Yields a temporary directory, which replaces `target` if the block ends without an error. A crash between the
-    removal of the old directory and the rename leaves no `target`."""
+    """Yields a temporary directory `.NAME-XXXXXXXX`, which replaces `target` if the block ends without an error. The
+    old directory is renamed to `.NAME-XXXXXXXX-old` first, and removed last: a crash in between loses neither."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    old = staging.with_name(f"{staging.name}-old")
     try:
         yield staging
-        if target.exists():
-            shutil.rmtree(target)
         staging.chmod(0o755)
+        if os.path.lexists(target):
+            target.rename(old)
         staging.rename(target)
+        if old.is_symlink():
+            old.unlink()
+        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if os.path.lexists(old) and not os.path.lexists(target):  # the second rename failed
+            old.rename(target)
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Models on disk: refusals, sizes, loading, and saving in place of an older one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +185,27 @@ def test_a_directory_is_replaced_only_if_the_block_succeeds(tmp_path):
         (staging / "new").write_text("new")
     assert {path.name: path.read_text() for path in target.iterdir()} == {"new": "new"}
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_directory_is_there_at_every_moment_while_it_is_replaced(tmp_path, monkeypatch):
+    target, rename = tmp_path / "policy", Path.rename
+    target.mkdir()
+    (target / "old").touch()
+
+    def noted(path, to):
+        present = [list(place.iterdir()) for place in tmp_path.iterdir()]
+        assert any(files and files[0].name == "old" for files in present)  # under some name, until the new one is there
+        if to == target and path.name.endswith("-old"):
+            return rename(path, to)
+        if to == target:
+            raise OSError("the disk is gone")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", noted)
+    with pytest.raises(OSError, match="the disk is gone"), replaced_directory(target) as staging:
+        (staging / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 # Saving
