@@ -13,9 +13,8 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import ray
@@ -28,6 +27,7 @@ from deploy.capacity import MIB
 
 _PREFIX = "ratchet-ray-"
 _LOCK = "in-use"
+GONE_S = 10.0  # longest wait for processes that were killed: their memory is freed by then
 # A socket's path may have 107 characters, and Ray adds /session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store
 # and a number to the directory's.
 _LONGEST = 107 - 70
@@ -56,14 +56,18 @@ def remove(directory: Path, wait_s: float = 1.5) -> None:
     deadline = time.monotonic() + wait_s
     while (left := _processes_of(directory)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for pid in left:
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    _kill(left)
     for _ in range(10):
         shutil.rmtree(directory, ignore_errors=True)
         if not directory.exists():
             return
         time.sleep(0.1)  # something was written meanwhile
+
+
+def _kill(processes: Iterable[int]) -> None:
+    for pid in processes:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _processes_of(directory: Path) -> set[int]:
@@ -98,15 +102,26 @@ def _temporary_directory() -> str:
 
 
 def _sweep(base: str) -> None:
-    """Removes the directories of processes that were killed before they could remove them."""
+    """Removes the directories of commands that were killed before they could remove them. First it ends the processes
+    of their clusters, and waits until their memory is free: this run counts on it. Ray would end them only later, or
+    never if a process between them and the system's first one takes over orphans."""
     for left in Path(base).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(left / _LOCK, os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+                _end_processes_of(left)
                 shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _end_processes_of(directory: Path) -> None:
+    """Returns when they are gone, after GONE_S at most. It looks again and again, because they may start others."""
+    deadline = time.monotonic() + GONE_S
+    while (left := _processes_of(directory)) and time.monotonic() < deadline:
+        _kill(left)
+        time.sleep(0.05)
 
 
 def start(cfg: RayConfig, directory: Path) -> None:
@@ -168,8 +183,12 @@ def _make_token_private() -> None:
     token = secrets.token_hex(32)
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        with suppress(FileExistsError), open(path, "x", opener=partial(os.open, mode=0o600)) as file:
+        # Written under another name first: a second start must not read a token that is not there yet.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".auth_token-") as file:
             file.write(token)
+            file.flush()
+            with suppress(FileExistsError):
+                os.link(file.name, path)
         path.chmod(0o600)
     except OSError:  # if the home cannot be written, pass the token through the environment
         if not os.access(path, os.R_OK):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,8 @@ from common.config.base import RayConfig
 from common.errors import UserError
 from deploy.capacity import MIB
 from deploy.cluster import own_cluster
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +44,71 @@ def test_the_directory_of_a_cluster_is_private_and_removed_afterwards(tmp_path, 
     assert not directory.exists()
 
 
-def test_only_its_owner_can_read_the_token(tmp_path, monkeypatch):
+@pytest.fixture
+def token_home(tmp_path, monkeypatch):
     for variable in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_of_two_starts_neither_sees_a_token_that_is_not_written_yet(token_home, monkeypatch):
+    path, link = token_home / ".ray/auth_token", os.link
+
+    def late(source, target):
+        assert not path.exists()  # nobody can have seen a part of it
+        own_cluster.os.link = link
+        own_cluster._make_token_private()  # the other start
+        link(source, target)
+
+    monkeypatch.setattr(own_cluster.os, "link", late)
     own_cluster._make_token_private()
-    path = tmp_path / ".ray/auth_token"
+    assert len(path.read_text()) == 64
+    assert [entry.name for entry in path.parent.iterdir()] == ["auth_token"]
+
+
+# Its arguments: a directory for clusters' directories. This process takes over orphans, as `systemd --user` does, and
+# does not wait for them. The grandchild is a process of a cluster whose driver, the child, is gone.
+SUBREAPER = """
+import ctypes, os, subprocess, sys
+from pathlib import Path
+base = Path(sys.argv[1])
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+left = base / "ratchet-ray-12345678"
+left.mkdir()
+(left / "in-use").touch()
+child = "from subprocess import *; print(Popen(['sleep', '60'], stdout=DEVNULL, stderr=DEVNULL).pid)"
+found = subprocess.run([sys.executable, "-c", child], env={**os.environ, "TMPDIR": str(left)}, capture_output=True)
+pid = int(found.stdout)
+from deploy.cluster import own_cluster
+assert own_cluster._processes_of(left) == {pid}
+own_cluster._sweep(str(base))
+print(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0], left.exists())
+"""
+
+
+def test_processes_of_a_dead_driver_are_gone_before_the_next_cluster(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-c", SUBREAPER, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "Z False\n", done.stderr  # dead: it has no memory, only its parent has not noticed
+
+
+def test_the_directory_of_a_live_command_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(own_cluster, "_temporary_directory", lambda: str(tmp_path))
+    with own_cluster.private_directory() as directory:
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(directory)})
+        own_cluster._sweep(str(tmp_path))
+        assert directory.exists()
+        assert process.poll() is None
+    assert process.wait(timeout=10) == -9  # at the end, `remove` ends it
+
+
+def test_only_its_owner_can_read_the_token(token_home):
+    own_cluster._make_token_private()
+    path = token_home / ".ray/auth_token"
     token = path.read_text()
     path.chmod(0o644)  # as Ray itself writes it
     own_cluster._make_token_private()
