@@ -140,6 +140,9 @@ class RayConfig(Section):
     """Shared memory of a cluster started here, MiB: must hold two versions of the weights and one or two batches."""
     startup_timeout_s: Seconds = 300
     """Longest start of any role, model loading included, seconds."""
+    max_silence_s: Annotated[float, Field(gt=0, le=50)] = 40
+    """The run stops (continue with --resume) when the cluster's control service, or the node manager of the driver's
+    machine, has not answered for this long, seconds. After 60 s Ray itself would end the driver without a message."""
     dashboard: bool = True
     """Start Ray's dashboard with a cluster started here."""
 

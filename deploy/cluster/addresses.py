@@ -53,15 +53,25 @@ def reachable(address: str) -> str:
     return address
 
 
-def ask(address: str, timeout_s: float = ANSWER_S) -> None:
-    """Returns if the cluster's control service answers."""
+def ask_control_service(address: str, timeout_s: float = ANSWER_S) -> None:
+    """Returns if the cluster's control service answers. Raises grpc.RpcError, or Ray's error for a wrong token."""
     with init_grpc_channel(address) as channel:
         channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=timeout_s)
 
 
+def ask_node_manager(address: str, timeout_s: float = ANSWER_S) -> None:
+    """Returns if the node manager answers, whatever it says. Raises grpc.RpcError. The control service asks it too."""
+    with init_grpc_channel(address) as channel:
+        try:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise
+
+
 def _fault(address: str) -> UserError | None:
     try:
-        ask(address)
+        ask_control_service(address)
     except ray.exceptions.AuthenticationError:
         return refused(address)
     except grpc.RpcError as error:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import grpc
 import ray
 from ray._private import ray_constants, utils, worker
 from ray._private.state import available_resources_per_node
+from ray.job_config import JobConfig
 
 from actors.pool.ray_meters import RayMeters
 from common.config.base import RayConfig
@@ -23,51 +25,52 @@ from common.errors import RoleError, UserError
 from common.metrics import meters
 from deploy.capacity import Node
 from deploy.cluster import own_cluster
-from deploy.cluster.addresses import ask, named_address, reachable
+from deploy.cluster.addresses import ask_control_service, ask_node_manager, named_address, reachable
+from deploy.cluster.earlier_drivers import GONE_S, RUN_OF_JOB, run_of_job, wait_for_earlier_drivers
 from deploy.ending import exit_message, signals
 from deploy.ending.driver_watcher import watched
+from deploy.ending.limits import end_run, limited
 from deploy.ending.native_errors import native_errors_to
-from deploy.ending.ray_errors import dead_cluster_process, essential_processes, readable
+from deploy.ending.ray_errors import dead_cluster_process, essential_processes, told_at_once
 
 SHUTDOWN_S = 15.0  # Ray usually takes 2 s, but waits without a limit for processes that are suspended
-SILENT_S = 40.0  # a cluster that does not answer for this long is lost; after 60 s Ray would abort the driver
 
 
 @contextmanager
-def cluster(cfg: RayConfig) -> Iterator[list[Node]]:
-    """Connects, and yields the free resources of each node. An error in the body is raised as the error to show:
-    see `readable`."""
+def cluster(cfg: RayConfig, run: Path | None = None) -> Iterator[list[Node]]:
+    """Connects, and yields the free resources of each node. An error in the body is shown before Ray is shut down: see
+    `told_at_once`. On a cluster that others use too, it first waits for the end of processes that earlier drivers of
+    the run directory `run` have left."""
     address = named_address(cfg)
     joined = None if address is None else reachable(address)
     leaving = ExitStack()
     try:
-        directory = leaving.enter_context(own_cluster.private_directory())
-        watcher = leaving.enter_context(watched(directory, *exit_message.how_to_continue()))
+        with told_at_once():
+            directory = leaving.enter_context(own_cluster.private_directory())
+            watcher = leaving.enter_context(watched(directory, *exit_message.how_to_continue()))
 
-        def before_hard_exit() -> None:
-            watcher.dismiss()
-            own_cluster.remove(directory, wait_s=0)
+            def before_hard_exit() -> None:
+                watcher.dismiss()
+                own_cluster.remove(directory, wait_s=0)
 
-        signals.call_before_hard_exit(before_hard_exit)
-        leaving.callback(signals.call_before_hard_exit, None)
-        leaving.enter_context(native_errors_to(directory / "driver.err"))
-        leaving.enter_context(_quiet_ray())
-        leaving.callback(_shut_down)
-        if joined is None:
-            own_cluster.start(cfg, directory)
-        else:
-            _join(joined)
-        signals.reinstall_handlers()
-        leaving.enter_context(_watched())
-        leaving.enter_context(_metered())
-        yield _free_nodes()
-    except Exception as error:
-        with signals.uninterrupted():
-            shown = readable(error)
-            exit_message.print_once(shown)  # before Ray is shut down, which may take long
-        if shown is error:
-            raise
-        raise shown from error
+            signals.call_before_hard_exit(before_hard_exit)
+            leaving.callback(signals.call_before_hard_exit, None)
+            leaving.enter_context(native_errors_to(directory / "driver.err"))
+            leaving.enter_context(_quiet_ray())
+            leaving.callback(_shut_down)
+            with limited("the start of the Ray cluster (ray.startup_timeout_s)", cfg.startup_timeout_s):
+                if joined is None:
+                    own_cluster.start(cfg, directory)
+                else:
+                    _join(joined, run)
+            signals.reinstall_handlers()
+            with limited("the look for processes and nodes of the Ray cluster", GONE_S + cfg.max_silence_s):
+                leaving.enter_context(_watched(cfg.max_silence_s))
+                leaving.enter_context(_metered())
+                if joined is not None and run is not None:
+                    wait_for_earlier_drivers(run)
+                nodes = _free_nodes()
+            yield nodes
     finally:
         with signals.uninterrupted():
             leaving.close()
@@ -86,9 +89,11 @@ def _metered() -> Iterator[None]:
         meters.install(meters.InMemory())
 
 
-def _join(address: str) -> None:
+def _join(address: str, run: Path | None) -> None:
+    metadata = {} if run is None else {RUN_OF_JOB: run_of_job(run)}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        job = JobConfig(metadata=metadata)
+        ray.init(address=address, job_config=job, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"this machine cannot join the Ray cluster at {address}: {error}; start ratchet on one of the "
@@ -111,16 +116,14 @@ def _quiet_ray() -> Iterator[None]:
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
+def _watched(max_silence_s: float) -> Iterator[None]:
     """Ends the run with a message when its cluster is lost. Otherwise, when the node manager or the control service
     dies, Ray's C++ code ends this process without a message, at once or after a minute."""
     ended = threading.Event()
 
     def lost(error: RoleError | None) -> None:
         if error is not None and not ended.is_set():
-            if signals.handlers_installed():
-                signals.hard_exit(exit_message.print_once(error))
-            signals.fail(error)
+            end_run(error)
 
     def wait_for(pid: int) -> None:
         with suppress(ChildProcessError):
@@ -128,23 +131,40 @@ def _watched() -> Iterator[None]:
         if not ended.is_set():
             lost(dead_cluster_process())
 
-    def ask_repeatedly() -> None:
-        address, answered = ray.get_runtime_context().gcs_address, time.monotonic()
-        while not ended.wait(SILENT_S / 8):
-            with suppress(grpc.RpcError, ray.exceptions.RayError):
-                ask(address, timeout_s=SILENT_S / 8)
-                answered = time.monotonic()
-            if (silent := time.monotonic() - answered) > SILENT_S:
-                lost(RoleError(f"the Ray cluster at {address} has not answered for {silent:.0f} s"))
+    def ask_repeatedly(what: str, ask: Callable[[float], None]) -> None:
+        interval, silent = max_silence_s / 8, 0.0
+        while silent <= max_silence_s:
+            began = time.monotonic()
+            if ended.wait(interval):
                 return
+            try:
+                ask(interval)
+                silent = 0.0
+            except grpc.RpcError:
+                # At most two intervals: time in which this process itself was suspended (Ctrl-Z) does not count.
+                silent += min(time.monotonic() - began, 2 * interval)
+        lost(RoleError(f"{what} has not answered for {max_silence_s:g} s (ray.max_silence_s)"))
 
+    gcs, raylet = ray.get_runtime_context().gcs_address, _own_node_manager()
+    silences = {
+        f"the Ray cluster at {gcs}": partial(ask_control_service, gcs),
+        f"Ray's node manager (raylet) of this machine, {raylet},": partial(ask_node_manager, raylet),
+    }
     for pid in essential_processes():
         threading.Thread(target=wait_for, args=(pid,), name="cluster", daemon=True).start()
-    threading.Thread(target=ask_repeatedly, name="cluster", daemon=True).start()
+    for silence in silences.items():
+        threading.Thread(target=ask_repeatedly, args=silence, name="cluster", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+
+
+def _own_node_manager() -> str:
+    """HOST:PORT of the node manager that this process is connected to."""
+    me = ray.get_runtime_context().get_node_id()
+    [node] = [node for node in ray.nodes() if node["NodeID"] == me]
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
 
 
 def _shut_down() -> None:

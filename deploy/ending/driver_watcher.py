@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+WAIT_S = 5.0  # it ends within milliseconds of `dismiss`
 KILLED = "this process was killed, or Ray ended it because the node manager (raylet) that it was connected to had died"
 
 
@@ -40,6 +41,13 @@ class Watcher:
             pipe.write(b"dismissed")
             pipe.close()
 
+    def wait(self) -> None:
+        """Waits for its end, which follows the end of the driver's work. It may be suspended."""
+        try:
+            self._process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
 
 @contextmanager
 def watched(directory: Path, remedy: str = "", run: Path | None = None) -> Iterator[Watcher]:
@@ -49,7 +57,7 @@ def watched(directory: Path, remedy: str = "", run: Path | None = None) -> Itera
         yield watcher
     finally:
         watcher.dismiss()
-        watcher._process.wait()
+        watcher.wait()
 
 
 def main(directory: Path, remedy: str, run: str) -> None:

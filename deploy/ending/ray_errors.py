@@ -9,22 +9,48 @@ from __future__ import annotations
 import re
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
 from ray._private import worker
 
 from common.errors import RoleError, UserError
-from deploy.ending import exit_message
+from deploy.ending import exit_message, signals
 
 _PID = re.compile(r"\bpid[=:]\s*(\d+)")
 _ESSENTIAL = {"gcs_server": "Ray's control service (gcs_server)", "raylet": "Ray's node manager (raylet)"}
+_SHOWN = "_ratchet_shown"  # attribute of an error that `readable` has returned
 _LOG_BYTES = 64 << 10  # the end of a log that is copied
+
+
+@contextmanager
+def told_at_once() -> Iterator[None]:
+    """Prints an error of the body, as `readable` shows it, before anything is shut down: Ray may need long for that, or
+    for ever. The rest of the command then has a time limit. Raises the error that was shown."""
+    try:
+        yield
+    except Exception as error:
+        with signals.uninterrupted():
+            shown = readable(error)
+            code = exit_message.print_once(shown)
+        signals.limit_cleanup(code)
+        if shown is error:
+            raise
+        raise shown from error
 
 
 def readable(error: Exception) -> Exception:
     """The error to show in place of `error`: the first cause that says what to do."""
+    if getattr(error, _SHOWN, False):
+        return error
+    shown = _readable(error)
+    setattr(shown, _SHOWN, True)
+    return shown
+
+
+def _readable(error: Exception) -> Exception:
     if (fault := users_fault(error)) is not None:
         return fault
     if (dead := dead_cluster_process()) is not None:

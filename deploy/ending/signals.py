@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLEANUP_S = 20.0  # a cleanup usually takes 3 s
+THREADS_S = 5.0  # longest wait for threads of an event loop that ends
 IMPATIENT_S = 1.0  # a Ctrl-C within this time of the first signal counts as part of it
 
 
@@ -41,6 +42,7 @@ class _State:
     number: int | None = None  # the first signal that came
     failure: Exception | None = None  # why the run must end, found by a watching thread
     cleanup_s = CLEANUP_S
+    cleanup_limited = False  # `limit_cleanup` was called
     uninterrupted = 0  # nesting of code that must not be interrupted
     cancel: Callable[[], Any] | None = None  # cancels the running coroutine
     before_hard_exit: Callable[[], None] | None = None
@@ -93,21 +95,30 @@ def _watch(reading: int) -> None:
                 continue
             if first is None:
                 first = now
-                threading.Thread(target=_limit_cleanup, args=(number,), name="cleanup limit", daemon=True).start()
+                stopped = 128 + number, "stopped; the cleanup"
+                threading.Thread(target=_limit_cleanup, args=stopped, name="cleanup limit", daemon=True).start()
             elif number == signal.SIGINT and now - first > IMPATIENT_S:
-                _complain_and_exit(number, "stopped at once, since Ctrl-C came again")
+                _complain_and_exit(128 + number, "stopped at once, since Ctrl-C came again")
 
 
-def _limit_cleanup(number: int) -> None:
+def limit_cleanup(code: int) -> None:
+    """From now on this process has CLEANUP_S to end by itself; then it ends with this exit code."""
+    if _state.installed and _state.number is None and not _state.cleanup_limited:
+        _state.cleanup_s, _state.cleanup_limited = CLEANUP_S, True
+        ending = code, "the cleanup"
+        threading.Thread(target=_limit_cleanup, args=ending, name="cleanup limit", daemon=True).start()
+
+
+def _limit_cleanup(code: int, what: str) -> None:
     began = time.monotonic()
     while time.monotonic() - began < _state.cleanup_s:  # `run` may change the limit meanwhile
         time.sleep(0.1)
-    _complain_and_exit(number, f"stopped; the cleanup did not end within {_state.cleanup_s:g} s and was cut short")
+    _complain_and_exit(code, f"{what} did not end within {_state.cleanup_s:g} s and was cut short")
 
 
-def _complain_and_exit(number: int, why: str) -> None:
+def _complain_and_exit(code: int, why: str) -> None:
     complain(why)
-    hard_exit(128 + number)
+    hard_exit(code)
 
 
 def hard_exit(code: int) -> None:
@@ -158,6 +169,17 @@ def uninterrupted() -> Iterator[None]:
         _state.uninterrupted -= 1
 
 
+class _LoopThreads(ThreadPoolExecutor):
+    """The threads of an event loop. asyncio.run waits for all of them, without limit in Python 3.11; one that waits for
+    an answer of a cluster that is lost would never end."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+        deadline = time.monotonic() + THREADS_S
+        for thread in self._threads if wait else ():
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 def run(main: Coroutine[Any, Any, T], *, grace_s: float = 0.0) -> T:
     """Like asyncio.run, but a signal cancels `main`, which then has CLEANUP_S and `grace_s` to end. Works inside a
     running loop too, as in a notebook: then in a thread."""
@@ -181,6 +203,7 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
     async def cancellable() -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
+        loop.set_default_executor(_LoopThreads(thread_name_prefix="asyncio"))
         _state.cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         if _state.number:  # the signal came before there was anything to cancel
             task.cancel()
