@@ -17,7 +17,7 @@ from common.types import Prompt
 from deploy.capacity import service_needs
 from deploy.ending import signals
 from deploy.policy_files import PolicyFiles
-from deploy.run.directory import refuse_overwriting
+from deploy.run.directory import run_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.run.summary import write_answers
 from deploy.screen.console import Output
@@ -34,16 +34,15 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
     answers.jsonl into `directory` and returns the evaluation's record."""
     if cfg.prompts.heldout is None or not cfg.evaluation.prompts:
         raise UserError("there are no prompts to evaluate on; set both prompts.heldout and evaluation.prompts")
-    reference, judged = load_policies(cfg, policy)
-    inputs = load_inputs(
-        cfg, judged, cfg.reward, {"prompts.heldout": cfg.prompts.heldout}, judges=cfg.evaluation.judges
-    )
-    prompts = heldout_prompts(inputs.records[0], cfg.evaluation.prompts)
-    refuse_overwriting(directory, force=force, can_resume=False)
-    processes = service_needs(cfg, reference.size, inputs.reward_models)
-    with session(cfg, "evaluate", directory, processes, force=force) as begin:
-        begin()
-        evaluation, answers = signals.run(_evaluate(cfg, directory, judged, prompts))
+    with run_owner(directory, force=force, can_resume=False) as owned:
+        reference, judged = load_policies(cfg, policy)
+        heldout = {"prompts.heldout": cfg.prompts.heldout}
+        inputs = load_inputs(cfg, judged, cfg.reward, heldout, judges=cfg.evaluation.judges)
+        prompts = heldout_prompts(inputs.records[0], cfg.evaluation.prompts)
+        processes = service_needs(cfg, reference.size, inputs.reward_models)
+        with session(cfg, "evaluate", owned, processes, force=force) as begin:
+            begin()
+            evaluation, answers = signals.run(_evaluate(cfg, directory, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
     write_json(directory / "evaluation.json", record)

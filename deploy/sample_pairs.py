@@ -23,7 +23,7 @@ from common.types import Prompt, Rollout, Score, Void
 from deploy.capacity import generator_needs, reward_needs
 from deploy.ending import signals
 from deploy.policy_files import PolicyFiles
-from deploy.run.directory import refuse_overwriting
+from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.run.finished import finished_pair_sampling
 from deploy.screen.console import Output
@@ -40,20 +40,23 @@ def run_pair_sampling(
     cfg: PairSamplingConfig, directory: Path, *, resume: bool = False, force: bool = False
 ) -> dict[str, Any]:
     """Writes pairs.jsonl into `directory`, in the form that train-reward reads, and returns the summary."""
-    started = time.perf_counter()
-    if resume and (finished := finished_pair_sampling(cfg, directory)) is not None:
-        return finished
+    with run_owner(directory, resume=resume, force=force) as owned:
+        if resume and (finished := finished_pair_sampling(cfg, directory)) is not None:
+            return finished
+        return _run_in(owned, cfg, resume=resume, force=force)
+
+
+def _run_in(owned: RunDirectory, cfg: PairSamplingConfig, *, resume: bool, force: bool) -> dict[str, Any]:
+    started, directory = time.perf_counter(), owned.directory
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code, packed=False)
     inputs = load_inputs(cfg, policy, cfg.labeller, {"prompts.source": cfg.prompts.source})
     [records] = inputs.records
-    if not resume:
-        refuse_overwriting(directory, force=force)
     processes = [
         *generator_needs(cfg.generators, policy.size),
         *reward_needs("labeller", cfg.labeller, inputs.reward_models),
     ]
     console = Output()
-    with session(cfg, "sample-pairs", directory, processes, resume=resume, force=force) as begin:
+    with session(cfg, "sample-pairs", owned, processes, resume=resume, force=force) as begin:
         begin()
         console.print(
             f"ratchet sample-pairs {policy.path} · {cfg.prompts.pairs} pairs over {len(records)} prompts · "

@@ -1,7 +1,8 @@
 """The steps that the commands with a run directory share before their own work. Runs in the driver.
 
-`load_inputs` checks everything a user can get wrong, with nothing written and nothing started. `session` then joins or
-starts the cluster, checks that the processes fit, and takes the run directory.
+A command first owns its run directory (deploy/run/directory.py). `load_inputs` then checks everything a user can get
+wrong, with nothing written and nothing started. `session` joins or starts the cluster, and checks that the processes
+fit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.config.actors import SourcesConfig
 from common.config.ppo import Config
@@ -23,7 +23,8 @@ from deploy.capacity import Need, check_fits, check_kv_cache, check_object_store
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
 from deploy.policy_files import PolicyFiles
-from deploy.run.directory import sole_owner
+from deploy.run.directory import RunDirectory
+from deploy.run.leftovers import clear_leftovers
 from deploy.scale import clear_stale_state
 from deploy.source_checks import check_sources, try_sources
 
@@ -73,32 +74,35 @@ def load_inputs(
 def session(
     cfg: Config | RewardTrainingConfig | PairSamplingConfig,
     command: str,
-    directory: Path,
+    owned: RunDirectory,
     *phases: Sequence[Need],
     resume: bool = False,
     force: bool = False,
+    record: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], None]]:
-    """During the block, this process is connected to the cluster and owns the run directory.
+    """During the block, this process, which owns the run directory, is connected to the cluster.
 
-    Yields `begin`, which writes the config into the directory. With `force` it first renames the old run. Call it once
-    nothing can refuse the run any more.
+    Yields `begin`, which writes the config into the directory, and calls `record` for other entries of this start. With
+    `force` it first renames the old run. Call it once nothing can refuse the run any more.
 
     Each of `phases` lists the processes that run at the same time in one phase of the run. Raises UserError if the
-    processes of a phase do not fit the cluster, or if another process owns the directory.
+    processes of a phase do not fit the cluster.
     """
-    with cluster(cfg.ray) as nodes:
+    with cluster(cfg.ray, owned.directory) as nodes:
         for processes in phases:
             check_fits(processes, nodes)
-        with sole_owner(directory) as owned:
 
-            def begin() -> None:
-                if resume:
-                    owned.resume(cfg)
-                else:
-                    owned.begin(cfg, command, force=force)
-                clear_stale_state(directory)
+        def begin() -> None:
+            if resume:
+                clear_leftovers(owned.directory)
+                record()  # before the config: a new value there that the journal lacks would look like an edit by hand
+                owned.resume(cfg)
+            else:
+                owned.begin(cfg, command, force=force)
+                record()
+            clear_stale_state(owned.directory)
 
-            yield begin
+        yield begin
 
 
 def step_grace_s(cfg: Config | RewardTrainingConfig) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,10 +48,3 @@ def try_sources(
     for source in sources:
         if warning := kind_of(source).try_once(source, service, answer):
             complain(f"warning: {warning}")
-
-
-def check_unchanged(sources: Iterable[RewardSource], origins: Mapping[str, str]) -> None:
-    """Raises UserError for a source that is not the one which scored the journal's newest step. `origins` has the
-    origin of that step's scores for each source's name."""
-    for source in sources:
-        kind_of(source).check_unchanged(source, origins[source.name])

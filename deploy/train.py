@@ -23,20 +23,21 @@ from common.types import Experience, Prompt, Void
 from deploy.capacity import needs
 from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
+from deploy.ending.ray_errors import told_at_once
 from deploy.monitoring.endpoint import RunFigures
 from deploy.policy_files import PolicyFiles
-from deploy.run.directory import refuse_overwriting
+from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.run.finished import finished_training
+from deploy.run.identity import identity_of
+from deploy.run.start import new_start, resumed_start
 from deploy.run.summary import answers_path, summarise, write_answers
 from deploy.scale import follow_targets
 from deploy.screen.progress import Progress
 from deploy.session import load_inputs, rare_full_collections, session, step_grace_s
-from deploy.source_checks import check_unchanged
 from deploy.starting import Starter
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation
-from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream, heldout_prompts
 from learner.loop.roles import Reference
 from learner.loop.run import Run
@@ -45,14 +46,30 @@ from learner.ppo.learner import Learner
 from learner.ranks.group import AdapterReference, LearnerGroup
 
 
-def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
-    """Trains in `directory` and returns its summary.
+def run_training(
+    cfg: Config,
+    directory: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    changed: Sequence[str] = (),
+    accepted: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Trains in `directory` and returns its summary. With `resume`, the settings `changed` and the inputs `accepted`
+    may be others than before, and the journal records them.
 
     Everything a user can get wrong is checked first: a UserError leaves nothing written and nothing running.
     """
-    started = time.perf_counter()
-    if resume and (finished := finished_training(cfg, directory)) is not None:
-        return finished
+    with run_owner(directory, resume=resume, force=force) as owned:
+        if resume and (finished := finished_training(cfg, directory)) is not None:
+            return finished
+        return _run_in(owned, cfg, resume=resume, force=force, changed=changed, accepted=accepted)
+
+
+def _run_in(
+    owned: RunDirectory, cfg: Config, *, resume: bool, force: bool, changed: Sequence[str], accepted: Sequence[str]
+) -> dict[str, Any]:
+    started, directory = time.perf_counter(), owned.directory
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
     heldout_source = cfg.prompts.heldout if cfg.evaluation.prompts else None
     sources = {"prompts.train": cfg.prompts.train, "prompts.heldout": heldout_source}
@@ -60,15 +77,15 @@ def run_training(cfg: Config, directory: Path, *, resume: bool = False, force: b
     train_records, heldout_records = inputs.records
     prompts = PromptStream(train_records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
-    if not resume:
-        refuse_overwriting(directory, force=force)
-    elif last := Journal(directory / "journal").last():
-        prompts.restore(last.prompts)  # refuses prompts other than the run's now, not after minutes of replay
-        check_unchanged(cfg.reward.sources, dict(last.table["origins"][0].as_py()))
+    identity = identity_of(cfg, policy, train_records, heldout_records)
+    start = new_start(directory, cfg, identity)
+    if resume:
+        start = resumed_start(directory, cfg, identity, prompts, changed=changed, accepted=accepted)
+    cfg = start.cfg
     processes = needs(cfg, policy.size, inputs.reward_models)
     with (
         RunFigures.served(cfg.monitoring) as figures,
-        session(cfg, "train", directory, processes, resume=resume, force=force) as begin,
+        session(cfg, "train", owned, processes, resume=resume, force=force, record=start.record) as begin,
     ):
         begin()
         progress = Progress(cfg, directory, policy.tokenizer)
@@ -120,6 +137,7 @@ async def _train(
     with ExitStack() as ending:
         ending.callback(learner.stop)
         ending.callback(start.stop)
+        ending.enter_context(told_at_once())
         errors = ErrorFiles(directory)
         generators, rewards, reference, _ = await asyncio.gather(
             start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),

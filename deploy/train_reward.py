@@ -25,7 +25,7 @@ from deploy.capacity import generator_needs, reward_needs, trainer_needs
 from deploy.ending import signals
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import check_pairs, load_pairs, prepared_pairs, reference_prompts
-from deploy.run.directory import refuse_overwriting
+from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.finished import finished_reward_training
 from deploy.screen.reward_progress import RewardProgress, plot_calibration
 from deploy.session import session, step_grace_s
@@ -48,13 +48,16 @@ def run_reward_training(
     Everything a user can get wrong is checked first, every record included: a UserError leaves nothing written and
     nothing running.
     """
-    started = time.perf_counter()
-    if resume and (finished := finished_reward_training(cfg, directory)) is not None:
-        return finished
+    with run_owner(directory, resume=resume, force=force) as owned:
+        if resume and (finished := finished_reward_training(cfg, directory)) is not None:
+            return finished
+        return _run_in(owned, cfg, resume=resume, force=force)
+
+
+def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, force: bool) -> dict[str, Any]:
+    started, directory = time.perf_counter(), owned.directory
     base, reference = load_models(cfg)
-    if not resume:
-        refuse_overwriting(directory, force=force)
-    elif not (directory / "pairs/counts.json").exists():
+    if resume and not (directory / "pairs/counts.json").exists():
         raise UserError(f"{directory} was stopped before its pairs were written; begin again with --force")
     progress = RewardProgress(cfg, directory)
     with prepared_pairs(cfg, base, directory, resume=resume) as pairs:
@@ -66,7 +69,7 @@ def run_reward_training(
         if prompts:
             service = reward_needs("learner", _service(cfg, directory), [base.size])
             phases.append([*generator_needs(cfg.generators, reference.size), *service])
-        with session(cfg, "train-reward", directory, *phases, resume=resume, force=force) as begin:
+        with session(cfg, "train-reward", owned, *phases, resume=resume, force=force) as begin:
 
             def accepted() -> None:
                 """Called when the ranks have accepted the model: from now on the directory is this run's."""

@@ -17,10 +17,12 @@ from actors.scoring.worker_process import Worker, WorkerDiedError
 from common.config.actors import SourcesConfig
 from common.config.sources import FunctionSourceConfig
 from common.errors import UserError
+from common.model.identity import file_digest
 from common.plain_text import one_line
 from common.reward_input import RewardInput
 from common.user_code.errors import UserCodeError
 from common.user_code.functions import explain_import
+from common.user_code.import_path import module_file
 from common.user_code.results import Outcome
 
 TRY_S = 30.0  # time limit of the trial call, seconds
@@ -60,6 +62,12 @@ def try_function(cfg: FunctionSourceConfig, service: SourcesConfig, answer: Rewa
     if outcome.permanent:
         raise UserError(fault + remedy)
     return f"{fault}; responses for which it does this get no score"
+
+
+def function_digest(cfg: FunctionSourceConfig) -> str | None:
+    """SHA-256 of the file with the function. Modules that it imports are not looked at. None if there is no file."""
+    file = module_file(cfg.function.partition(":")[0])
+    return file_digest(file) if file is not None else None
 
 
 @contextmanager

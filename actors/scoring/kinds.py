@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.scoring.function_check import check_import, try_function
+from actors.scoring.function_check import check_import, function_digest, try_function
 from actors.scoring.function_source import FunctionSource
 from actors.scoring.http_source import HttpSource
 from actors.scoring.judge_source import JudgeSource, try_template
 from actors.scoring.model_source import (
     RewardModelSource,
     check_reward_model,
-    check_same_model,
+    reward_model_digest,
     size_of_reward_model,
     try_reading,
 )
@@ -59,9 +59,9 @@ class SourceKind:
     on every answer; returns a warning for one that may have failed because of the made-up response, else ""."""
     check_travels: Callable[[Any, SourcesConfig], None] = lambda cfg, service: None
     """In `ratchet submit`: raises UserError for a source that needs something which does not travel with the job."""
-    check_unchanged: Callable[[Any, str], None] = lambda cfg, origin: None
-    """In `ratchet train --resume`: raises UserError if the source is no longer the one that gave the scores in the
-    journal. `origin` is their origin there."""
+    identity: Callable[[Any], str | None] = lambda cfg: None
+    """In `ratchet train`: SHA-256 of the files that decide its scores, which the journal records and --resume compares.
+    None: there are none that this process can read."""
 
 
 KINDS: Mapping[type[RewardSource], SourceKind] = {
@@ -69,13 +69,14 @@ KINDS: Mapping[type[RewardSource], SourceKind] = {
         make=lambda cfg, service, secrets: FunctionSource(cfg, service),
         try_once=try_function,
         check_travels=check_import,
+        identity=function_digest,
     ),
     ModelSourceConfig: SourceKind(
         make=lambda cfg, service, secrets: RewardModelSource(cfg, gpus=service.gpus),
         check=check_reward_model,
         model_size=size_of_reward_model,
         try_once=try_reading,
-        check_unchanged=check_same_model,
+        identity=reward_model_digest,
     ),
     HttpSourceConfig: SourceKind(make=lambda cfg, service, secrets: HttpSource(cfg, secrets), secrets=secrets_of),
     JudgeSourceConfig: SourceKind(

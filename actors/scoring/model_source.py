@@ -17,6 +17,7 @@ from common.data.prompt_tokens import check_embedded
 from common.errors import UserError
 from common.model.batcher import Batcher
 from common.model.files import find_device, load_tokenizer, resolve_model
+from common.model.identity import model_digest
 from common.model.masking import round_up
 from common.model.packing import ROW_MULTIPLE
 from common.model.reward_head import content_hash, load_reward_model, read_scale, reward_model_size
@@ -36,7 +37,7 @@ class RewardModelSource:
         self._model: PreTrainedModel = load_reward_model(directory, dtype=getattr(torch, cfg.dtype), device=device)
         self._tokenizer = load_tokenizer(directory)
         self._scale = read_scale(directory)
-        self._origin = f"{cfg.model}@{content_hash(directory)}"  # check_same_model splits this again
+        self._origin = f"{cfg.model}@{content_hash(directory)}"
         context = getattr(self._model.config, "max_position_embeddings", None) or cfg.max_tokens
         self._max_tokens = min(cfg.max_tokens, context)
         self._batcher: Batcher[list[int], float] = Batcher(
@@ -123,11 +124,6 @@ def try_reading(cfg: ModelSourceConfig, service: SourcesConfig, answer: RewardIn
     return ""
 
 
-def check_same_model(cfg: ModelSourceConfig, origin: str) -> None:
-    """Raises UserError if the model's files are not those that gave a score of this origin."""
-    before, now = origin.rpartition("@")[2], content_hash(_directory(cfg))
-    if before != now:
-        raise UserError(
-            f"{_setting(cfg)}: {cfg.model} is not the model the run began with (content hash {now}, in the journal "
-            f"{before}); restore it, or start a new run"
-        )
+def reward_model_digest(cfg: ModelSourceConfig) -> str:
+    """SHA-256 over the model's files."""
+    return model_digest(_directory(cfg))

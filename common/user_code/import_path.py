@@ -30,6 +30,19 @@ def users_directories() -> Sequence[str]:
     return _directories
 
 
+def module_file(name: str) -> Path | None:
+    """The file of a module, found without importing it. None if it has none."""
+    path: Sequence[str] | None = None
+    spec = None
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        found = (finder.find_spec(".".join(parts[:count]), path) for finder in sys.meta_path)
+        if (spec := next((one for one in found if one is not None), None)) is None:
+            return None
+        path = list(spec.submodule_search_locations or ())
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
 def prepare_process() -> None:
     """Called when a role's process starts: imports Ratchet's packages, then adds the user's directories to sys.path.
     Ray then puts the driver's current directory first."""

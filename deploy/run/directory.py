@@ -1,7 +1,7 @@
 """The run directory: overwritten only with --force, used by one process at a time, and never emptied.
 
-Runs in the driver. RUN/run.json is the first file in it, and is written atomically: it says that Ratchet made the
-directory.
+Runs in the driver. A command owns the directory before it reads or cleans anything in it. RUN/run.json is the first
+file in it, and is written atomically: it says that Ratchet made the directory.
 """
 
 from __future__ import annotations
@@ -126,26 +126,53 @@ class RunDirectory:
             except BlockingIOError:
                 os.close(descriptor)
                 raise UserError(f"another process works in {self.directory}; stop it first, or name another") from None
-            except OSError:
+            except OSError as error:
                 os.close(descriptor)
+                if isinstance(error, FileNotFoundError):
+                    continue
                 raise
-            os.close(descriptor)  # it was renamed meanwhile, and this is the lock of the old one
+            os.close(descriptor)  # it was renamed or removed meanwhile, and this is the lock of the old one
+
+
+@contextmanager
+def run_owner(
+    directory: Path, *, resume: bool = False, force: bool = False, can_resume: bool = True
+) -> Iterator[RunDirectory]:
+    """Owns the directory of the run to continue, or of a new run, until the end. Raises UserError at once if another
+    process owns it, or if no new run may begin in it."""
+    if not resume:
+        refuse_overwriting(directory, force=force, can_resume=can_resume)
+    with sole_owner(directory, make=not resume) as owned:
+        yield owned
 
 
 @contextmanager
 def sole_owner(directory: Path, *, make: bool = True) -> Iterator[RunDirectory]:
-    """Makes the directory, readable by its user only, and owns it until the end. Raises UserError if another process
-    owns it."""
-    if make:
-        try:
-            make_private(directory)
-        except OSError as error:
-            raise UserError(f"run directory {directory} cannot be made ({error.strerror}); name another") from None
-    owned = RunDirectory(directory)
+    """Owns the directory until the end. With `make` it makes a missing one, readable by its user only, and removes it
+    at the end if nothing was written. Raises UserError if another process owns it."""
+    owned, made = _owned(directory, make=make)
     try:
         yield owned
     finally:
+        for path in reversed(made):  # still owned: another process must not write into a directory that is removed
+            with suppress(OSError):  # it is in use
+                path.rmdir()
         owned.release()
+
+
+def _owned(directory: Path, *, make: bool) -> tuple[RunDirectory, list[Path]]:
+    """The directory, and every directory that was made for it, outermost first."""
+    made: list[Path] = []
+    while True:
+        try:
+            made += make_private(directory) if make else []
+        except OSError as error:
+            raise UserError(f"run directory {directory} cannot be made ({error.strerror}); name another") from None
+        try:
+            return RunDirectory(directory), made
+        except FileNotFoundError:  # its last owner has removed it
+            if not make:
+                raise
 
 
 def is_owned(directory: Path) -> bool:
@@ -159,11 +186,13 @@ def is_owned(directory: Path) -> bool:
         return True
 
 
-def make_private(directory: Path) -> None:
-    """Makes the directory if there is none. It is readable by its user only, because it will have prompts and answers.
-    An existing directory keeps its permissions."""
+def make_private(directory: Path) -> list[Path]:
+    """Makes the directory if there is none, and returns the directories that were made, outermost first. It is readable
+    by its user only, because it will have prompts and answers. An existing directory keeps its permissions."""
+    missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
     directory.parent.mkdir(parents=True, exist_ok=True)
     directory.mkdir(mode=0o700, exist_ok=True)
+    return missing[::-1]
 
 
 def _entries(directory: Path) -> set[str]:

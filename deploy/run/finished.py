@@ -14,29 +14,28 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
-from deploy.run.directory import is_owned
+from deploy.run.record import RECORD, read_record
 from deploy.screen.console import Output
 from learner.loop.checkpoints import Checkpoints
+from learner.loop.journal import Journal
 
 
 def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
     """Raises UserError if the run cannot be continued: if it has more steps than num_steps, or if files of its journal
     are missing."""
-    _refuse_owned(directory)
-    steps = len(list((directory / "journal").glob("step-*.arrow")))  # Journal itself would remove leftovers
+    journal = Journal(directory / "journal")
+    steps = journal.next_step
     newest = Checkpoints(directory / "checkpoints", every=1, keep=1).newest()
     saved = int(newest.name.removeprefix("step-")) if newest is not None else 0
     export = f"ratchet export {quote(str(directory))} writes the policy of its newest checkpoint"
+    restore = "files of the journal are missing; restore them (is their storage mounted?) or start a new run"
     if saved > steps:
         raise UserError(
-            f"{directory}/journal holds {steps} steps, but {newest} was written after {saved} steps: files of the "
-            f"journal are missing; restore them (is their storage mounted?) or start a new run; {export}"
+            f"{directory}/journal holds {steps} steps, but {newest} was written after {saved} steps: {restore}; "
+            f"{export}"
         )
-    if steps == 0 and (directory / "metrics.jsonl").exists():
-        raise UserError(
-            f"{directory}/journal holds no step, but the run has done some (metrics.jsonl): files of the journal are "
-            "missing; restore them (is their storage mounted?) or start a new run"
-        )
+    if steps == 0 and (signs := _signs_of_steps(directory, has_begun=bool(journal.notes))):
+        raise UserError(f"{directory}/journal holds no step, but the run has done some ({signs[0]}): {restore}")
     if steps > cfg.num_steps:
         raise UserError(
             f"num_steps ({cfg.num_steps}) is fewer than the {steps} steps that {directory} has done; raise it to "
@@ -51,22 +50,22 @@ def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
 
 
 def finished_reward_training(cfg: RewardTrainingConfig, directory: Path) -> dict[str, Any] | None:
-    _refuse_owned(directory)
     if cfg != load_config(directory / "config.toml", [], RewardTrainingConfig):
         return None  # for example, the scale of scores is measured again
     return _finished(directory, f"all {cfg.epochs} epochs are done; raise epochs to continue")
 
 
 def finished_pair_sampling(cfg: PairSamplingConfig, directory: Path) -> dict[str, Any] | None:
-    _refuse_owned(directory)
     if (_summary(directory) or {"voids": 1}).get("voids"):
         return None  # void pairs are tried again
     return _finished(directory, f"every pair is labelled, in {directory / 'pairs.jsonl'}")
 
 
-def _refuse_owned(directory: Path) -> None:
-    if is_owned(directory):
-        raise UserError(f"another process works in {directory}; stop it first")
+def _signs_of_steps(directory: Path, *, has_begun: bool) -> list[str]:
+    """What a run without any step in its journal cannot have. `has_begun`: its journal has a beginning."""
+    signs = ["metrics.jsonl"] if has_begun else ["metrics.jsonl", "evaluations.jsonl"]  # the first one precedes step 0
+    found = [name for name in signs if (directory / name).exists()]
+    return found if has_begun or "journal" not in read_record(directory) else [*found, RECORD]
 
 
 def _finished(directory: Path, message: str) -> dict[str, Any] | None:

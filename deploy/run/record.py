@@ -39,6 +39,13 @@ def add_start(directory: Path) -> None:
     _write(directory, {**record, "starts": [*(starts if isinstance(starts, list) else []), start_record()]})
 
 
+def remember_journal(directory: Path, digest: str) -> None:
+    """Adds the SHA-256 of the journal's first entry: from now on the run has a journal, and this is how it begins."""
+    record = read_record(directory)
+    if digest and record.get("journal") != digest:
+        _write(directory, {**record, "journal": digest})
+
+
 def _write(directory: Path, record: dict[str, Any]) -> None:
     if record.get("directory") is not None:
         record.setdefault("import_from", list(users_directories()))

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config.description import changeable
+from common.config.description import changeable, recorded
 from common.config.loading import AnyRoot, load_config
 from common.config.training import AdamWConfig
 from common.errors import UserError
@@ -17,20 +17,37 @@ from deploy.run.provenance import IN_A_JOB
 from deploy.run.record import read_record
 
 
-def resumed_config(root: type[AnyRoot], directory: Path, overrides: Sequence[str], *, travels: bool) -> AnyRoot:
-    """The config of the run in `directory` with the overrides applied. Raises UserError if a setting may not change."""
+def resumed_config(
+    root: type[AnyRoot], directory: Path, overrides: Sequence[str], changes: Sequence[str] = (), *, travels: bool
+) -> AnyRoot:
+    """The config of the run in `directory` with `overrides`, and with the `changes` that the journal is to record.
+    Raises UserError if a setting may not change, or not in this way."""
     if not os.path.exists(directory / "config.toml"):
         raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet has made")
     names = tuple(changeable(root))
     sections = tuple(name for name in names if name.endswith("."))
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    if fixed := [text for key, text in zip(keys, overrides) if key not in names and not key.startswith(sections)]:
+    with_change = tuple(recorded(root))
+    fixed = [text for text in overrides if _key(text) not in names and not _key(text).startswith(sections)]
+    if for_change := [text for text in fixed if _key(text) in with_change]:
+        raise UserError(
+            f"{', '.join(for_change)} decides what is learned: give it as --change {for_change[0]}, and the journal "
+            "records from which step on the new value holds"
+        )
+    if fixed:
+        recordable = f"with --change: {', '.join(with_change)}; " if with_change else ""
         raise UserError(
             f"{', '.join(fixed)} cannot change when a run continues: its earlier steps used the old value; "
-            f"changeable: {', '.join(name.rstrip('.') for name in names)}; or start a new run"
+            f"changeable: {', '.join(name.rstrip('.') for name in names)}; "
+            f"{recordable}or start a new run"
+        )
+    if wrong := [text for text in changes if _key(text) not in with_change]:
+        raise UserError(
+            f"--change {wrong[0]}: only these settings can change in this way: {', '.join(with_change)}; others are "
+            "given without --change, or are fixed"
         )
     before, after = (
-        load_config(directory / "config.toml", given, root, keep_relative=travels) for given in ([], overrides)
+        load_config(directory / "config.toml", given, root, keep_relative=travels)
+        for given in ([], [*overrides, *changes])
     )
     optimizer: AdamWConfig | None = getattr(after, "optimizer", None)
     for key in ("num_steps", "epochs"):
@@ -41,6 +58,10 @@ def resumed_config(root: type[AnyRoot], directory: Path, overrides: Sequence[str
                 f"{old}; start a new run"
             )
     return after
+
+
+def _key(setting: str) -> str:
+    return setting.partition("=")[0].strip()
 
 
 def enter_starting_directory(run: Path) -> tuple[Path, list[Path]]:

@@ -4,7 +4,6 @@
 import json
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,14 @@ from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from common.data.prompt_records import load_records
 from common.errors import UserError
-from common.experience_table import experience_table
-from common.model.reward_head import ScoreScale, content_hash, load_reward_model, save_reward_model, write_scale
-from common.types import Score
+from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model, write_scale
 from deploy.capacity import Node
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import load_pairs, prepared_pairs
 from deploy.run.directory import sole_owner
+from deploy.run.identity import identity_of
+from deploy.run.start import new_start
 from deploy.train_reward import run_reward_training
-from learner.loop.journal import Journal
-from learner.loop.prompts import PromptStream
 from tests.deploy.test_cli import (
     NO_REWARD_MODEL,
     accepted,
@@ -42,7 +39,6 @@ from tests.deploy.test_cli import (
     workplace,
     write_lines,
 )
-from tests.fakes import make_experience
 
 
 @pytest.mark.parametrize(
@@ -124,7 +120,7 @@ def test_a_model_that_the_ranks_refuse_leaves_the_old_run_in_place(configs, work
             self.stopped = True
 
     @contextmanager
-    def cluster(cfg):
+    def cluster(cfg, run):
         yield [Node("n", 8, 0, 1 << 40)]
 
     monkeypatch.setattr(deploy.session, "cluster", cluster)
@@ -138,7 +134,7 @@ def test_a_model_that_the_ranks_refuse_leaves_the_old_run_in_place(configs, work
     assert contents(Path("runs")) == before
     with pytest.raises(UserError, match="no such model, please"):
         run_reward_training(cfg, Path("runs/new"))
-    assert list(Path("runs/new").iterdir()) == []
+    assert not Path("runs/new").exists()
 
 
 def test_pairs_are_prepared_in_a_temporary_directory_with_counts(configs, workplace):
@@ -185,24 +181,23 @@ def test_a_reward_model_of_plain_text_is_refused_under_chat_prompts(refusal, acc
 
 @pytest.fixture
 def scored_run(run, reward_model):
-    """A PPO run whose journal has a step that a reward model scored."""
+    """A PPO run with a reward model, whose journal has begun."""
     cfg = load_config(run / "config.toml", ['reward.sources=[{name="rm", model="rm"}]'], Config)
     (run / "config.toml").write_text(cfg.to_toml(), encoding="utf-8")
-    records = load_records("train.jsonl", cfg.prompts, PolicyFiles.load("model").tokenizer, seed=0, max_tokens=16)
-    stream = PromptStream(records, seed=0, rollouts_per_prompt=1)
-    score = Score(1.0, {"rm": 1.0}, {"rm": f"rm@{content_hash(reward_model)}"})
-    table = experience_table([replace(make_experience(0, [4, 1]), score=score)])
-    journal = Journal(run / "journal")
-    journal.open_for_writing()
-    journal.append(table, policy_version=0, prompts=stream.state(), voids=[])
+    policy = PolicyFiles.load("model")
+    train, heldout = (
+        load_records(f"{name}.jsonl", cfg.prompts, policy.tokenizer, seed=0, max_tokens=16)
+        for name in ("train", "heldout")
+    )
+    new_start(run, cfg, identity_of(cfg, policy, train, heldout)).record()
     return run
 
 
 def test_a_run_continues_only_with_the_reward_model_it_began_with(accepted, refusal, scored_run):
     accepted("train", "--resume", scored_run)
     write_scale(Path("rm"), ScoreScale(mean=1.0))
-    message = refusal("train", "--resume", scored_run)
-    assert f"reward source rm: {Path('rm').resolve()} is not the model the run began with" in message
+    assert "the run began with other contents: reward.sources.0 (rm) has" in refusal("train", "--resume", scored_run)
+    accepted("train", "--resume", scored_run, "--accept", "reward.sources.0")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
 from deploy.capacity import Need, Node
-from deploy.run.directory import is_owned
+from deploy.run.directory import is_owned, run_owner
 from deploy.session import COLLECT_AFTER, rare_full_collections, session, step_grace_s
 
 TREE = {"prompts": {"train": "t"}, "reward": {"sources": [{"name": "s", "function": "m:f"}]}}
@@ -26,7 +26,7 @@ def events(monkeypatch):
     happened = []
 
     @contextmanager
-    def cluster(cfg):
+    def cluster(cfg, run):
         happened.append("cluster joined")
         yield [Node("n", 2, 0, 10)]
         happened.append("cluster left")
@@ -40,36 +40,74 @@ def cfg():
     return Config.model_validate(TREE)
 
 
-def test_a_session_owns_a_directory_with_config_and_record(cfg, tmp_path, events):
+@contextmanager
+def started(cfg, run, *phases, resume=False, record=lambda: None):
+    """A session of a run directory that this process owns."""
+    with (
+        run_owner(run, resume=resume) as owned,
+        session(cfg, "train", owned, *phases, resume=resume, record=record) as begin,
+    ):
+        yield begin
+
+
+def test_a_session_writes_config_and_record_and_then_the_other_entries(cfg, tmp_path, events):
     run = tmp_path / "run"
-    with session(cfg, "train", run, [FITS]) as begin:
+
+    def record():
+        events.append(f"recorded beside {sorted(path.name for path in run.iterdir())}")
+
+    with started(cfg, run, [FITS], record=record) as begin:
         assert list(run.iterdir()) == []
         begin()
-        assert is_owned(run)
         assert load_config(run / "config.toml", [], Config) == cfg
         assert json.loads((run / "run.json").read_text())["command"] == "train"
         events.append("work")
-    assert not is_owned(run)
-    assert events == ["cluster joined", "work", "cluster left"]
+    assert events == ["cluster joined", "recorded beside ['config.toml', 'run.json']", "work", "cluster left"]
 
 
-def test_a_session_deletes_the_scaling_state_of_an_earlier_process(cfg, tmp_path):
-    with session(cfg, "train", tmp_path, [FITS]) as begin:
+def test_a_resumed_session_records_its_entries_before_it_writes_the_config(cfg, tmp_path):
+    with started(cfg, tmp_path, [FITS]) as begin:
         begin()
-    for name in ("scale.json", "pool-state.json", "metrics.jsonl"):
+    steps = []
+
+    def record():
+        steps.append(load_config(tmp_path / "config.toml", [], Config).num_steps)
+
+    with started(cfg.model_copy(update={"num_steps": 7}), tmp_path, [FITS], resume=True, record=record) as begin:
+        begin()
+    assert steps == [cfg.num_steps]
+    assert load_config(tmp_path / "config.toml", [], Config).num_steps == 7
+
+
+def test_a_directory_is_owned_before_the_cluster_is_joined(cfg, tmp_path, events):
+    run = tmp_path / "run"
+    with started(cfg, run, [FITS]):
+        assert is_owned(run)
+        events.clear()
+        for resume in (True, False):
+            with pytest.raises(UserError, match="another process works in"), started(cfg, run, [FITS], resume=resume):
+                pass
+    assert events == ["cluster left"]
+    assert not is_owned(run)
+
+
+def test_a_session_deletes_the_scaling_state_and_leftovers_of_an_earlier_process(cfg, tmp_path):
+    with started(cfg, tmp_path, [FITS]) as begin:
+        begin()
+    for name in ("scale.json", "pool-state.json", "metrics.jsonl", "summary.json.1.tmp"):
         (tmp_path / name).write_text("{}")
-    with session(cfg.model_copy(update={"num_steps": 7}), "train", tmp_path, [FITS], resume=True) as begin:
+    with started(cfg, tmp_path, [FITS], resume=True) as begin:
+        assert (tmp_path / "summary.json.1.tmp").exists()  # nothing is cleaned before the run is accepted
         begin()
         assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "run.json", "metrics.jsonl"}
-        assert load_config(tmp_path / "config.toml", [], Config).num_steps == 7
 
 
-def test_every_phase_must_fit_before_the_directory_is_made(cfg, tmp_path):
+def test_every_phase_must_fit_and_a_refused_run_leaves_no_directory(cfg, tmp_path):
     for phases in ([[TOO_LARGE]], [[FITS], [TOO_LARGE]], [[FITS, FITS, FITS]]):
-        with pytest.raises(UserError, match="no node has room"), session(cfg, "train", tmp_path / "run", *phases):
+        with pytest.raises(UserError, match="no node has room"), started(cfg, tmp_path / "runs/run", *phases):
             pass
-        assert not (tmp_path / "run").exists()
-    with session(cfg, "train", tmp_path / "run", [FITS, FITS], [FITS]):  # phases follow one another
+        assert list(tmp_path.iterdir()) == []
+    with started(cfg, tmp_path / "run", [FITS, FITS], [FITS]):  # phases follow one another
         pass
 
 

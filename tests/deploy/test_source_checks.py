@@ -12,7 +12,7 @@ from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.files import load_tokenizer
 from common.reward_input import RewardInput
-from deploy.source_checks import MADE_UP, check_sources, check_unchanged, try_sources
+from deploy.source_checks import MADE_UP, check_sources, try_sources
 from tests.fakes import save_tiny_model
 
 MESSAGES = [{"role": "user", "content": "ask a3"}]
@@ -36,7 +36,6 @@ def asked(monkeypatch):
         check=note("check"),
         model_size=note("model_size", 7),
         try_once=note("try_once", "it is slow"),
-        check_unchanged=note("check_unchanged"),
     )
     monkeypatch.setattr(kinds, "KINDS", {**kinds.KINDS, ProbeConfig: kind})
     return calls
@@ -66,8 +65,3 @@ def test_sources_are_tried_on_the_first_prompt_and_warnings_printed(asked, tmp_p
     assert asked == [("try_once", "a", service, answer)]
     assert len(ids) > 0
     assert capfd.readouterr().err == "ratchet: warning: it is slow\n"
-
-
-def test_a_resumed_run_compares_each_source_with_its_own_origin(asked):
-    check_unchanged([ProbeConfig(name="a"), ProbeConfig(name="b")], {"b": "B@2", "a": "A@1"})
-    assert asked == [("check_unchanged", "a", "A@1"), ("check_unchanged", "b", "B@2")]

@@ -1,0 +1,86 @@
+"""The identity of everything that a run depends on: digests by name, for the journal. Runs in the driver.
+
+    model             weights, config and tokenizer of the model that training starts from
+    prompts.train     prompts in order: text, messages, token ids and other fields; the seed and rollouts_per_prompt
+    prompts.heldout   the same of the held-out prompts, if the run evaluates
+    reward.sources.N  files of a reward model; the file with a reward function. None for a service
+
+The settings are compared one by one (deploy/run/settings.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.scoring.kinds import kind_of
+from common.config.ppo import Config
+from common.errors import UserError
+from common.model.identity import model_digest
+from common.types import PromptRecord
+from deploy.policy_files import PolicyFiles
+
+_SHOWN = 12  # hex digits of a digest in messages
+
+
+def identity_of(
+    cfg: Config, policy: PolicyFiles, train: Sequence[PromptRecord], heldout: Sequence[PromptRecord]
+) -> dict[str, str]:
+    """The digests of a run with these settings and inputs."""
+    found = {
+        "model": model_digest(policy.directory),
+        "prompts.train": prompts_digest(train, cfg.seed, cfg.prompts.rollouts_per_prompt),
+    }
+    if heldout:
+        found["prompts.heldout"] = prompts_digest(heldout)
+    for number, source in enumerate(cfg.reward.sources):
+        if (digest := kind_of(source).identity(source)) is not None:
+            found[f"reward.sources.{number}"] = digest
+    return found
+
+
+def prompts_digest(records: Sequence[PromptRecord], *numbers: int) -> str:
+    """SHA-256 over all prompts in order, and over the numbers that decide which of them is asked when."""
+    digest = hashlib.sha256(json.dumps(numbers).encode())
+    for record in records:
+        parts = [record.text, record.messages, record.fields]
+        known = json.dumps(parts, sort_keys=True, default=_text).encode()
+        digest.update(len(known).to_bytes(8, "little") + known)
+        ids = record.token_ids.astype("<i4").tobytes()
+        digest.update(len(ids).to_bytes(8, "little") + ids)
+    return digest.hexdigest()
+
+
+def accepted_differences(
+    now: Mapping[str, str], before: Mapping[str, str], accepted: Sequence[str], shown: Mapping[str, str]
+) -> dict[str, str]:
+    """The digests that the journal is to record from now on: those of differences that the user accepts by name, and of
+    parts that the run did not have. Raises UserError for any other difference. `shown`: what each name stands for."""
+    if unknown := [name for name in accepted if name not in now]:
+        raise UserError(f"--accept {unknown[0]}: the run depends on {', '.join(now)}; name one of them")
+    different = [name for name in now if name in before and before[name] != now[name]]
+    if refused := [name for name in different if name not in accepted]:
+        parts = "; ".join(
+            f"{name} ({shown[name]}) has SHA-256 {now[name][:_SHOWN]}, in the journal {before[name][:_SHOWN]}"
+            for name in refused
+        )
+        accept = " ".join(f"--accept {name}" for name in refused)
+        raise UserError(
+            f"the run began with other contents: {parts}. Restore them, or continue with what is there now: add "
+            f"{accept}, which the journal records; or start a new run"
+        )
+    return {name: now[name] for name in now if before.get(name) != now[name]}
+
+
+def shown_names(cfg: Config) -> dict[str, str]:
+    """What the name of each digest stands for, in messages."""
+    names = {"model": cfg.model.path, "prompts.train": cfg.prompts.train, "prompts.heldout": str(cfg.prompts.heldout)}
+    return names | {f"reward.sources.{number}": source.name for number, source in enumerate(cfg.reward.sources)}
+
+
+def _text(value: Any) -> str:
+    """A value that JSON has no form for. One that prints its address would never be the same again."""
+    prints_address = type(value).__str__ is object.__str__ and type(value).__repr__ is object.__repr__
+    return type(value).__qualname__ if prints_address else str(value)

@@ -1,0 +1,51 @@
+"""What earlier processes of a run left unfinished when they were killed. Runs in the driver that owns the directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from learner.loop.checkpoints import COMPLETE
+
+# Of common.files.write_whole. `ratchet scale` may be writing scale.json now.
+_STAGING_FILE = re.compile(r"(?!scale\.json).+\.\d+\.tmp")
+_STAGING_DIRECTORY = re.compile(r"\.(policy|adapter|model)-\w{8}")  # of common.files.replaced_directory
+_REPLACED_DIRECTORY = re.compile(r"\.(policy|adapter|model)-\w{8}-old")
+_CHECKPOINT = re.compile(r"step-\d{6,}")
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Removes files and directories that were being written when a process was killed. Nobody has read them. Links, and
+    names that Ratchet does not write, stay. A directory that was about to be replaced gets its name back."""
+    for path in _entries(directory):
+        replaced = _REPLACED_DIRECTORY.fullmatch(path.name)
+        if replaced and not os.path.lexists(directory / replaced[1]):
+            path.rename(directory / replaced[1])
+    for path in _leftovers(directory):
+        with suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _leftovers(directory: Path) -> Iterator[Path]:
+    for place in (directory, directory / "errors", directory / "answers"):
+        for path in _entries(place):
+            unfinished = _STAGING_FILE if path.is_file() else _STAGING_DIRECTORY
+            if unfinished.fullmatch(path.name) or _REPLACED_DIRECTORY.fullmatch(path.name):
+                yield path
+    for path in _entries(directory / "checkpoints"):
+        if _CHECKPOINT.fullmatch(path.name) and path.is_dir() and not (path / COMPLETE).exists():
+            yield path
+
+
+def _entries(place: Path) -> list[Path]:
+    """The entries of a directory that are no links; none if it is a link itself or does not exist."""
+    if place.is_symlink() or not place.is_dir():
+        return []
+    return [path for path in place.iterdir() if not path.is_symlink()]

@@ -1,0 +1,79 @@
+"""A start of `ratchet train`, compared with the journal of the run, and what the journal records of it.
+
+Runs in the driver that owns the run directory. Nothing is written before nothing can refuse the run any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config.ppo import Config
+from common.errors import UserError
+from deploy.run.identity import accepted_differences, shown_names
+from deploy.run.provenance import versions
+from deploy.run.record import read_record, remember_journal
+from deploy.run.settings import settled
+from learner.loop.journal import Journal
+from learner.loop.prompts import PromptStream
+
+
+@dataclass(frozen=True)
+class Start:
+    """The settings of this start, and the notes that the journal gets, each as (kind, fields)."""
+
+    directory: Path
+    cfg: Config
+    notes: Sequence[tuple[str, Mapping[str, Any]]]
+
+    def record(self) -> None:
+        """Writes the notes."""
+        journal = Journal(self.directory / "journal")
+        journal.open_for_writing()
+        for kind, fields in self.notes:
+            journal.note(kind, **fields)
+        remember_journal(self.directory, journal.digest(0))
+
+
+def new_start(directory: Path, cfg: Config, identity: Mapping[str, str]) -> Start:
+    """The start of a new run."""
+    config = cfg.model_dump(mode="json", exclude_none=True)
+    return Start(directory, cfg, [("begin", {"identity": identity, "config": config, "versions": versions()})])
+
+
+def resumed_start(
+    directory: Path,
+    cfg: Config,
+    identity: Mapping[str, str],
+    prompts: PromptStream,
+    *,
+    changed: Sequence[str] = (),
+    accepted: Sequence[str] = (),
+) -> Start:
+    """The start of a run that continues; brings `prompts` to the end of the journal. Raises UserError if settings or
+    inputs are not those of the journal, except settings that --change names and inputs that --accept names."""
+    journal = Journal(directory / "journal")
+    journal.verify()
+    last = journal.last()
+    if not journal.notes and last is None:  # it was killed before its journal began
+        return new_start(directory, cfg, identity)
+    if not journal.notes:
+        raise UserError(f"{journal.directory} has no beginning (note-000000-000.json); restore it from a copy")
+    if read_record(directory).get("journal", journal.digest(0)) != journal.digest(0):
+        raise UserError(
+            f"{journal.directory} is the journal of another run than {directory}; restore the run's own (is the right "
+            "storage mounted?)"
+        )
+    before = journal.identity
+    new = accepted_differences(identity, before, accepted, shown_names(cfg))
+    cfg, values = settled(cfg, journal.notes, journal.next_step, changed, identity.keys() & before.keys())
+    if last is not None:
+        prompts.restore(last.prompts)  # refuses other texts than the run's now, not after minutes of replay
+    notes: list[tuple[str, Mapping[str, Any]]] = []
+    if new:
+        notes.append(("accept", {"identity": new}))
+    if values:
+        notes.append(("change", {"settings": values}))
+    return Start(directory, cfg, notes)
