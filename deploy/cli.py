@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -20,15 +21,22 @@ from common.errors import UserError
 from common.user_code.import_path import find_users_modules
 from deploy.command_line import (
     ROOTS,
+    Accept,
     Address,
+    Change,
     ConfigFile,
     Force,
+    Restarts,
     Resume,
+    RunOption,
     Settings,
     app,
+    config_and_directory,
     config_of_a_job,
     epilog,
+    refuse_without_resume,
     run_command,
+    run_directory,
     settings_text,
     with_address,
 )
@@ -36,13 +44,36 @@ from deploy.ending import exit_message
 from deploy.run.record import read_record
 from deploy.run.resume import enter_starting_directory
 
+ROOTS["train"] = Config
 
-@run_command(Config)
-def train(cfg: Config, directory: Path, *, resume: bool, force: bool) -> None:
+
+@app.command(epilog=epilog("train"))
+def train(
+    config: ConfigFile = "",
+    settings: Settings = None,
+    run: RunOption = None,
+    resume: Resume = None,
+    restarts: Restarts = 0,
+    change: Change = None,
+    accept: Accept = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
     """Train a policy with PPO."""
+    if restarts:
+        from deploy.restarts import Supervisor, without_restarts
+
+        directory = run_directory(config, run, resume)
+        arguments = without_restarts(sys.argv[1:])
+        sys.exit(Supervisor(arguments, directory, resume=resume is not None, restarts=restarts).run())
+    refuse_without_resume(resume, change, accept)
+    given = with_address(settings, address)
+    cfg, directory = config_and_directory(Config, config, given, run, resume, changes=change or [])
+    exit_message.run_begins(directory, f"continue with ratchet train --resume {quote(str(directory))}")
     from deploy.train import run_training
 
-    run_training(cfg, directory, resume=resume, force=force)
+    changed = [setting.partition("=")[0].strip() for setting in change or []]
+    run_training(cfg, directory, resume=resume is not None, force=force, changed=changed, accepted=accept or [])
 
 
 @app.command(epilog=epilog("train"))
@@ -52,14 +83,15 @@ def submit(
     address: Annotated[
         str | None,
         typer.Option(
-            help="URL of the cluster's dashboard, such as http://127.0.0.1:8265.",
+            help="The dashboard's URL, such as http://127.0.0.1:8265.",
             envvar="RAY_API_SERVER_ADDRESS",  # Ray's own variable
         ),
     ] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="Run directory of a new run, on storage that every node sees at this path.")
-    ] = None,
+    run: Annotated[Path | None, typer.Option(help="New run directory, on storage that every node sees.")] = None,
     resume: Resume = None,
+    restarts: Restarts = 3,
+    change: Change = None,
+    accept: Accept = None,
     force: Force = False,
     follow: Annotated[bool, typer.Option(help="Print the job's log, and exit with its result.")] = True,
 ) -> None:
@@ -71,7 +103,8 @@ def submit(
             "name the run directory with --run: it must be on storage that every node sees, because the job's own "
             "directory is deleted after the job; a relative path starts at the current directory"
         )
-    cfg, modules = config_of_a_job(config, settings or [], run, resume)
+    refuse_without_resume(resume, change, accept)
+    cfg, modules = config_of_a_job(config, settings or [], run, resume, change or [])
     directory = Path(os.path.abspath(resume or run or ""))
     from deploy.run.directory import refuse_overwriting
     from deploy.submit import submit_run
@@ -81,7 +114,9 @@ def submit(
             refuse_overwriting(directory, force=force)
         arguments = ["--run", str(directory), *(["--force"] if force else [])]
     else:
-        arguments = [*filter(None, [config]), *(settings or []), "--resume", str(directory)]
+        options = [f"--change={setting}" for setting in change or []] + [f"--accept={name}" for name in accept or []]
+        arguments = [*filter(None, [config]), *(settings or []), "--resume", str(directory), *options]
+    arguments += ["--restarts", str(restarts)]
     resumed = resume is not None
     sys.exit(submit_run(cfg, arguments, directory, resume=resumed, modules=modules, address=address, follow=follow))
 

@@ -29,17 +29,24 @@ from deploy.run.resume import enter_starting_directory, resumed_config
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 ROOTS: dict[str, type[Root]] = {}  # the kind of config of each command that has run directories
 
-ConfigFile = Annotated[str, typer.Argument(help="A TOML file; with --resume: a first key=value setting.")]
+ConfigFile = Annotated[str, typer.Argument(help="A TOML file; with --resume: a key=value setting.")]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file's.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")]
 Resume = Annotated[Path | None, typer.Option(help="Continue the run in this directory.")]
-Force = Annotated[bool, typer.Option("--force", help="Begin a new run; an existing one is renamed to RUN.old-1.")]
+Force = Annotated[bool, typer.Option("--force", help="Begin a new run; rename an old one to RUN.old-1.")]
 Address = Annotated[
     str | None,
     typer.Option(
         help="HOST:PORT of a running Ray cluster; auto: the only one on this machine; local: start one for this "
         "command. Overrides ray.address, which overrides the variable RAY_ADDRESS. [default: local]"
     ),
+]
+Restarts = Annotated[int, typer.Option(min=0, metavar="N", help="After a failure, continue the run: N times at most.")]
+Change = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="With --resume: change a setting, and record it.")
+]
+Accept = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="With --resume: accept another model or prompts.")
 ]
 
 
@@ -119,26 +126,47 @@ def run_command(root: type[Root]) -> Callable[[Work], Work]:
     return register
 
 
+def run_directory(config: str, run: Path | None, resume: Path | None) -> Path:
+    """The directory of a new run, or of the run to continue."""
+    if resume is not None:
+        return resume
+    if not config:
+        raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+    return run or Path("runs") / Path(config).stem
+
+
+def refuse_without_resume(resume: Path | None, changes: Sequence[str] | None, accepted: Sequence[str] | None) -> None:
+    """Raises UserError if options for a run that continues are given to a new one."""
+    if resume is None and changes:
+        raise UserError(f"--change {changes[0]} is for a run that continues (--resume); give {changes[0]} as a setting")
+    if resume is None and accepted:
+        raise UserError(f"--accept {accepted[0]} is for a run that continues (--resume); leave it out")
+
+
 def config_and_directory(
-    root: type[AnyRoot], config: str, settings: Sequence[str], run: Path | None, resume: Path | None
+    root: type[AnyRoot],
+    config: str,
+    settings: Sequence[str],
+    run: Path | None,
+    resume: Path | None,
+    changes: Sequence[str] = (),
 ) -> tuple[AnyRoot, Path]:
-    """The config and the run directory of a new run, or of the run to continue. From here on the user's modules can be
-    imported."""
+    """The config and the run directory of a new run, or of the run to continue, where `changes` are those of --change.
+    From here on the user's modules can be imported."""
     in_a_job = IN_A_JOB in os.environ  # file names stay relative, because each job has its own current directory
     if resume is not None:
-        cfg = resumed_config(root, resume, _changes(config, settings, run), travels=in_a_job)
+        cfg = resumed_config(root, resume, _changes(config, settings, run), changes, travels=in_a_job)
         directory, modules = enter_starting_directory(resume)
         find_users_modules(*modules)
         return cfg, directory
-    if not config:
-        raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+    directory = run_directory(config, run, resume)
     cfg = load_config(Path(config), settings, root, keep_relative=in_a_job)
     find_users_modules(Path(config).absolute().parent)
-    return cfg, run or Path("runs") / Path(config).stem
+    return cfg, directory
 
 
 def config_of_a_job(
-    config: str, settings: Sequence[str], run: Path | None, resume: Path | None
+    config: str, settings: Sequence[str], run: Path | None, resume: Path | None, changes: Sequence[str] = ()
 ) -> tuple[Config, Sequence[Path]]:
     """The config of a job, with relative file names: the job's current directory is a copy of this one. Also returns
     the directory of a config file in or below the current directory, as a relative path: modules are imported from
@@ -147,7 +175,7 @@ def config_of_a_job(
     here = [Path(os.path.relpath(directory)) for directory in modules if directory.is_relative_to(Path.cwd())]
     find_users_modules(*here)
     if resume is not None:
-        return resumed_config(Config, resume, _changes(config, settings, run), travels=True), here
+        return resumed_config(Config, resume, _changes(config, settings, run), changes, travels=True), here
     return load_config(Path(config), settings, Config, keep_relative=True), here
 
 

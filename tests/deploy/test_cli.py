@@ -83,7 +83,7 @@ def import_here(service, sources, record, tokenizer):
 def workplace(tmp_path, monkeypatch):
     """An empty current directory that reward functions are imported from, and no Ray."""
 
-    def no_ray(cfg):
+    def no_ray(cfg, run):
         raise RayWouldStart(RayWouldStart.CODE)
 
     monkeypatch.chdir(tmp_path)
@@ -371,7 +371,7 @@ def test_without_config_and_resume_the_message_says_what_to_name(refusal, comman
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_that_does_not_fit_the_cluster_is_refused_without_a_trace(refusal, configs, run, monkeypatch, command):
     @contextmanager
-    def small(cfg):
+    def small(cfg, run):
         yield [Node("127.0.0.1", 2, 0, GIB)]  # torch alone takes 600 MiB in each of two to four processes
 
     monkeypatch.setattr(deploy.session, "cluster", small)
@@ -446,8 +446,8 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
     [
         (
             "train",
-            "seed=1 rollouts_per_step=16 ppo.clip_eps=0.1 learner.critic=separate learner.precision=fp32 "
-            "reward.normalise=none reward.clip=1 reward.sources.0.weight=2 sampling.temperature=0.5",
+            "seed=1 rollouts_per_step=16 learner.critic=separate learner.precision=fp32 reward.normalise=none "
+            "reward.sources.0.weight=2 sampling.temperature=0.5",
         ),
         (
             "train-reward",
@@ -476,6 +476,26 @@ def test_resume_refuses_settings_that_may_not_change(refusal, runs, command, set
         message = refusal(command, "--resume", runs[command], "generators.threads=2", setting)
         assert message.startswith(f"ratchet: {setting} cannot change when a run continues")
         assert f"changeable: {changeable}" in message
+
+
+def test_a_setting_that_decides_what_is_learned_is_changed_with_change(refusal, accepted, run):
+    message = refusal("train", "--resume", run, "kl.coef=0.5", "optimizer.learning_rate=1")
+    assert "kl.coef=0.5, optimizer.learning_rate=1 decides what is learned: give it as --change kl.coef=0.5" in message
+    accepted("train", "--resume", run, "num_steps=9", "--change", "kl.coef=0.5", "--change=optimizer.learning_rate=1")
+    assert "kl.coef = -1: " in refusal("train", "--resume", run, "--change", "kl.coef=-1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "RUN", "--change", "seed=3"], "--change seed=3: only these settings can change in this way: "),
+        (["--resume", "RUN", "--change", "num_steps=9"], "others are given without --change, or are fixed"),
+        (["tiny.toml", "--change", "kl.coef=1"], "--change kl.coef=1 is for a run that continues (--resume); give"),
+        (["tiny.toml", "--accept", "model"], "--accept model is for a run that continues (--resume); leave it out"),
+    ],
+)
+def test_options_of_a_run_that_continues_are_checked(refusal, run, arguments, message):
+    assert message in refusal("train", *(str(run) if part == "RUN" else part for part in arguments))
 
 
 @pytest.mark.parametrize("command", ROOTS)
@@ -576,6 +596,12 @@ def test_resume_of_a_run_that_is_going_on_is_refused_before_ray_starts(refusal, 
     (runs["train"] / "journal/step-000000.tmp").touch()  # the step that the other process is writing
     with sole_owner(runs[command]):
         assert f"another process works in {runs[command]}" in refusal(command, "--resume", runs[command])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_directory_in_which_a_run_begins_is_refused_before_ray_starts(refusal, configs, workplace, command):
+    with sole_owner(workplace / "new"):
+        assert "another process works in new" in refusal(command, configs[command], "--run", "new")
 
 
 @pytest.mark.parametrize(("command", "key"), [("train", "num_steps"), ("train-reward", "epochs")])

@@ -238,8 +238,12 @@ def test_a_run_that_continues_as_a_job_takes_its_config_from_its_directory(sent,
     with sole_owner(place / "run") as held:
         held.begin(cfg, "train", force=False)
     client = sent("num_steps=9", "--resume", "run")
+    run = str(place / "run")
     assert "config.toml" not in client.files
-    assert json.loads(client.files["arguments.json"]) == ["num_steps=9", "--resume", str(place / "run")]
+    assert json.loads(client.files["arguments.json"]) == ["num_steps=9", "--resume", run, "--restarts", "3"]
+    client = sent("--resume", "run", "--restarts", "0", "--change", "kl.coef=0.5", "--accept", "model")
+    options = ["--change=kl.coef=0.5", "--accept=model"]
+    assert json.loads(client.files["arguments.json"]) == ["--resume", run, *options, "--restarts", "0"]
 
 
 def test_modules_next_to_a_config_below_the_current_directory_are_sent(sent, place):

@@ -48,6 +48,27 @@ print("started", flush=True)
 sys.stdin.read()  # returns when the tests end, also when they are killed
 node.kill_all_processes(check_alive=False, allow_graceful=True)
 """
+# Its arguments: the cluster's address, a run directory; the number of a process whose existence is told.
+DRIVER = """
+import os, sys, time
+from pathlib import Path
+import ray
+from common.config.base import RayConfig
+from deploy.cluster.connection import cluster
+
+@ray.remote(num_cpus=0)
+class Role:
+    def pid(self):
+        return os.getpid()
+
+with cluster(RayConfig(address=sys.argv[1]), Path(sys.argv[2])):
+    if len(sys.argv) > 3:
+        print("alive" if Path("/proc", sys.argv[3]).exists() else "gone", flush=True)
+    else:
+        role = Role.remote()
+        print(ray.get(role.pid.remote()), flush=True)
+        time.sleep(600)
+"""
 REWARD = """
 from pathlib import Path
 
@@ -229,6 +250,57 @@ def test_a_run_that_joined_the_named_cluster_resumes_there_as_a_job(running, pla
     done = ratchet(place, joined, "submit", "num_steps=2", "--resume", run, "--address", running.dashboard, "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
     assert Journal(run / "journal").next_step == 2
+
+
+def test_a_submitted_run_whose_driver_is_killed_continues(running, place, tmp_path):
+    run = tmp_path / "run"
+    options = ("--address", running.dashboard, "--run", str(run))
+    submitted = subprocess.Popen(
+        [sys.executable, "-P", "-m", "deploy.cli", "submit", "tiny.toml", "num_steps=5", *options],
+        cwd=place,
+        env={**running.environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 150
+    while not (run / "journal/step-000001.arrow").exists():
+        assert submitted.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [driver] = processes_with("train", str(run))
+    os.kill(driver, signal.SIGKILL)
+    told, _ = submitted.communicate(timeout=180)
+    assert submitted.returncode == 0, told
+    assert f"restart 1 of 3: ratchet train --resume {run}" in told
+    assert Journal(run / "journal").next_step == 5
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+
+
+def processes_with(*arguments: str) -> list[int]:
+    """The Python processes with these arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            given = path.read_bytes().decode(errors="replace").split("\0")
+            if "-m" in given and set(arguments) <= set(given):
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_processes_of_a_dead_driver_are_gone_before_the_next_one_begins(running, tmp_path):
+    def driver(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-P", "-c", DRIVER, running.address, str(tmp_path / "run"), *arguments]
+        environment = {**running.environment, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    first = driver()
+    role = int(first.stdout.readline())
+    os.kill(role, signal.SIGSTOP)  # Ray asks it to end, and waits 5 s before it kills it
+    first.kill()
+    first.communicate()
+    second = driver(str(role))
+    told, _ = second.communicate(timeout=120)
+    assert (second.returncode, told) == (0, "gone\n")
 
 
 @pytest.mark.parametrize("token", [None, "f" * 64])

@@ -1,0 +1,158 @@
+"""`ratchet train --restarts N`: starts the driver, and starts it again when it ends although nobody asked it to.
+
+Runs in the parent process of the driver. This process imports neither torch nor Ray: it needs little memory, and faults
+of these libraries do not end it. Driver and parent have the same terminal and the same process group, so Ctrl-C reaches
+both.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from shlex import join
+from typing import Any
+
+from common.user_code.packages import package_root
+from deploy.ending import exit_message
+from deploy.ending.signals import SIGNALS
+from deploy.screen.console import complain
+
+OPTION = "--restarts"
+# Exit codes that end the run: done, the user must fix something, and the signals that a user sends.
+FINAL = {0, exit_message.USERS_FAULT, *(128 + number for number in SIGNALS)}
+LOOK_EVERY_S = 1.0
+SUSPENDED_LOOKS = 30  # a driver that is suspended (SIGSTOP) at this many looks in a row is killed
+PAUSE_S = 5.0  # longer by this much with each restart in a row after which the journal has not grown
+LONGEST_PAUSE_S = 60.0
+
+
+class Supervisor:
+    """Runs the driver of one run, and counts its restarts."""
+
+    def __init__(self, arguments: Sequence[str], directory: Path, *, resume: bool, restarts: int) -> None:
+        """`arguments` are those of `ratchet`, without --restarts. With `resume` they continue the run in `directory`,
+        otherwise they begin it."""
+        self._arguments = list(arguments)
+        self._directory = directory
+        self._resume = resume
+        self._restarts = restarts
+        self._before = self._config()
+        self._asked: int | None = None  # the first signal that told this process to stop
+        self._driver: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Returns when the run has ended, with its exit code."""
+        fruitless, steps = 0, self._num_steps()
+        with self._forwarding_signals():
+            for restart in range(self._restarts + 1):
+                arguments = self._next_arguments()
+                if restart:
+                    self._pause(fruitless)
+                    if self._asked is not None:
+                        return 128 + self._asked
+                    complain(f"restart {restart} of {self._restarts}: {join(['ratchet', *arguments])}")
+                code = self._run_driver(arguments)
+                if self._asked is not None or code in FINAL:
+                    return code if code >= 0 else 128 - code
+                before, steps = steps, self._num_steps()
+                fruitless = 0 if steps > before else fruitless + 1
+        complain(f"the run has used up its {self._restarts} restarts ({OPTION})")
+        return code if code >= 0 else 128 - code
+
+    def _next_arguments(self) -> list[str]:
+        """Those of the user until the run has begun, then --resume: every setting is in RUN/config.toml by then."""
+        if self._resume or self._config() in (None, self._before):
+            return self._arguments
+        return ["train", "--resume", str(self._directory)]
+
+    def _config(self) -> tuple[int, int] | None:
+        """Tells the config of this run from that of an older run, which --force replaces."""
+        with suppress(OSError):
+            found = os.stat(self._directory / "config.toml")
+            return found.st_ino, found.st_mtime_ns
+        return None
+
+    def _num_steps(self) -> int:
+        return len(list(self._directory.glob("journal/step-*.arrow")))
+
+    def _run_driver(self, arguments: Sequence[str]) -> int:
+        """The exit code of the driver; -N if signal N has killed it."""
+        self._driver = driver = subprocess.Popen(driver_command(arguments), env=_environment())
+        if self._asked is not None:  # the signal came before there was a driver to forward it to
+            driver.send_signal(self._asked)
+        # Waits in a thread. Popen.wait with a time limit would look 20 times a second.
+        waiting = threading.Thread(target=driver.wait, name="driver", daemon=True)
+        waiting.start()
+        looks = 0
+        while waiting.is_alive():
+            waiting.join(LOOK_EVERY_S)
+            looks = looks + 1 if _is_suspended(driver.pid) else 0
+            if looks >= SUSPENDED_LOOKS:
+                complain(f"the driver, process {driver.pid}, has been suspended for {looks * LOOK_EVERY_S:g} s: killed")
+                driver.kill()
+                looks = 0
+        return driver.returncode
+
+    def _pause(self, fruitless: int) -> None:
+        """No pause before a first restart: the sooner the better. A cause that stays, such as a full machine, must not
+        use up all restarts within a minute."""
+        until = time.monotonic() + min(PAUSE_S * (fruitless - 1), LONGEST_PAUSE_S)
+        while self._asked is None and time.monotonic() < until:
+            time.sleep(0.1)
+
+    @contextmanager
+    def _forwarding_signals(self) -> Iterator[None]:
+        """Signals that stop a run are for the driver. One that the terminal has sent to both arrives there twice, and
+        counts once."""
+
+        def forward(number: int, frame: Any) -> None:
+            self._asked = number if self._asked is None else self._asked
+            if self._driver is not None:
+                self._driver.send_signal(number)
+
+        # `exit_message.main` has installed handlers that end this process: it must outlive the driver.
+        wakeup = signal.set_wakeup_fd(-1)
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in handlers.items():
+            if handler != signal.SIG_IGN:  # nohup
+                signal.signal(number, forward)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+
+
+def without_restarts(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command without --restarts and its value."""
+    kept, given = [], iter(arguments)
+    for argument in given:
+        if argument == OPTION:
+            next(given, None)
+        elif not argument.startswith(f"{OPTION}="):
+            kept.append(argument)
+    return kept
+
+
+def driver_command(arguments: Sequence[str]) -> list[str]:
+    # -P: the current directory may have a package `deploy` of the user.
+    return [sys.executable, "-P", "-m", "deploy.cli", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    """The driver imports Ratchet from the same place as this process."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")]))}
+
+
+def _is_suspended(pid: int) -> bool:
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
