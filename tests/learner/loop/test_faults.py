@@ -59,7 +59,7 @@ class HashLearner(FakeRoles):
     def __init__(self, faults: dict[str, list[Fault | None]] | None = None, poison: Any = None) -> None:
         super().__init__([], synchronous=False)
         self.state = "new"
-        self.rate = self.newest_rate = FIRST_RATE
+        self.rate = self.configured_rate = self.newest_rate = FIRST_RATE
         self.alive = True
         self.rates: list[tuple[int, float]] = []
         self._faults = faults or {}
@@ -85,8 +85,10 @@ class HashLearner(FakeRoles):
         await super().skip()
 
     async def reconfigure(self, cfg: Any) -> None:
+        """As a real learner treats kl.coef: a new value replaces the state, which checkpoints have too."""
         self._call("reconfigure")
-        self.rate = cfg.optimizer.learning_rate
+        if cfg.optimizer.learning_rate != self.configured_rate:
+            self.rate = self.configured_rate = cfg.optimizer.learning_rate
 
     async def publish(self):
         self._call("publish")
@@ -101,13 +103,13 @@ class HashLearner(FakeRoles):
     async def save(self, directory: Path) -> dict[str, str]:
         self._call("save")
         directory.mkdir(parents=True)
-        (directory / "optimizer-00000").write_text(json.dumps([self.step, self.state]))
+        (directory / "optimizer-00000").write_text(json.dumps([self.step, self.state, self.rate]))
         self.events.append(f"save {self.step}")
         return {"optimizer-00000": sha256(directory / "optimizer-00000")}
 
     async def restore(self, directory: Path) -> None:
         self._call("restore")
-        self.step, self.state = json.loads((directory / "optimizer-00000").read_text())
+        self.step, self.state, self.rate = json.loads((directory / "optimizer-00000").read_text())
         self.events.append(f"restore {self.step}")
 
     async def save_policy(self, directory: Path) -> None:
@@ -117,7 +119,7 @@ class HashLearner(FakeRoles):
 
     async def rebuild(self) -> None:
         self.alive = True
-        self.state, self.rate = "new", self.newest_rate
+        self.state, self.rate, self.configured_rate = "new", self.newest_rate, self.newest_rate
         await super().rebuild()
         self._call("rebuild")
 
@@ -144,7 +146,7 @@ def run_with(directory: Path, role: HashLearner, /, **overrides: Any) -> list[st
     rate = {"optimizer": {"learning_rate": FIRST_RATE}}
     settings: dict[str, Any] = {"num_steps": 6, "checkpoint": {"every": 2}, **rate, **overrides}
     run = make_run(directory, role, **settings)
-    role.rate = role.newest_rate = run.cfg.optimizer.learning_rate
+    role.rate = role.configured_rate = role.newest_rate = run.cfg.optimizer.learning_rate
     reports: list[str] = []
     run.report = reports.append
     asyncio.run(asyncio.wait_for(train(run), 30))
@@ -342,6 +344,18 @@ def test_a_replay_learns_each_step_with_the_settings_of_its_time(tmp_path, kept)
     check_whole(tmp_path, learner)
 
 
+@pytest.mark.parametrize("number", range(6))
+def test_ranks_that_are_lost_after_a_change_learn_with_the_settings_of_each_step(tmp_path, number):
+    begin(tmp_path)
+    run_with(tmp_path, HashLearner(), num_steps=3, checkpoint={"every": 100, "keep": 1})
+    shutil.rmtree(tmp_path / "checkpoints")
+    change(tmp_path, 1e-3)
+    learner = HashLearner({"update": [None] * number + [dies]})
+    run_with(tmp_path, learner, num_steps=6, optimizer={"learning_rate": 1e-3}, checkpoint={"every": 4})
+    assert learner.events.count("rebuild") == 1
+    check_whole(tmp_path, learner)
+
+
 # What a resume finds
 
 
@@ -365,7 +379,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_an_older_one(tmp_path):
     whole = HashLearner()
     run_with(tmp_path / "whole", whole)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    (tmp_path / "cut/checkpoints/step-000006/optimizer-00000").write_text('[6, "another state"]')
+    (tmp_path / "cut/checkpoints/step-000006/optimizer-00000").write_text('[6, "another state", 0]')
     learner = HashLearner()
     [report] = run_with(tmp_path / "cut", learner)
     assert "step-000006 was set aside" in report
