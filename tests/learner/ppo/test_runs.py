@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from common.config.ppo import Config
 from common.files import read_records
 from common.types import Prompt, Rollout, RolloutRef, Score
+from learner.loop.journal import Journal
 from learner.loop.prompts import PromptRecord, PromptStream
 from learner.loop.run import Run
 from learner.loop.train_loop import train
@@ -53,6 +55,13 @@ class OneProcess(FakeRoles):
         self.step = self.learner.step
         return stats
 
+    async def skip(self) -> None:
+        self.step = self.learner.skip()
+
+    async def rebuild(self) -> None:
+        self.learner = Learner(self.learner.cfg)
+        self.step = 0
+
     async def restore(self, directory: Path) -> None:
         self.step = self.learner.restore(directory)
 
@@ -60,9 +69,8 @@ class OneProcess(FakeRoles):
         return self.learner.save(directory)
 
 
-def run(directory: Path, model: Path, advantages: str, num_steps: int) -> torch.Tensor:
-    """Trains in `directory` up to `num_steps`. Returns the policy's weights."""
-    cfg = tiny_config(
+def config(model: Path, advantages: str, num_steps: int) -> Config:
+    return tiny_config(
         model,
         num_steps=num_steps,
         rollouts_per_step=16,
@@ -72,11 +80,22 @@ def run(directory: Path, model: Path, advantages: str, num_steps: int) -> torch.
         evaluation={"prompts": 0},
         checkpoint={"every": 3, "keep": 9},
     )
+
+
+def weights_of(learner: Learner) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in learner.network.policy.parameters()])
+
+
+def run(
+    directory: Path, model: Path, advantages: str, num_steps: int, roles_of: type[OneProcess] = OneProcess
+) -> torch.Tensor:
+    """Trains in `directory` up to `num_steps`. Returns the policy's weights."""
+    cfg = config(model, advantages, num_steps)
     records = [PromptRecord(f"q{i}", np.array([3, 4 + i], dtype=np.int32), {}) for i in range(6)]
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=4)
-    roles = OneProcess(cfg)
+    roles = roles_of(cfg)
     asyncio.run(train(Run(cfg, directory, prompts, [], roles, roles, roles, roles)))
-    return torch.cat([p.detach().flatten() for p in roles.learner.network.policy.parameters()])
+    return weights_of(roles.learner)
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +132,35 @@ def test_a_run_of_every_estimator_resumes_bit_for_bit(whole, model, tmp_path):
     shutil.rmtree(tmp_path / "run/checkpoints/step-000005")  # so that steps 3 and 4 are replayed from the journal
     assert torch.equal(run(tmp_path / "run", model, advantages, STEPS), weights)
     assert curve(tmp_path / "run") == curve(directory)
+
+
+class Poisoned(OneProcess):
+    """The second minibatches of steps 1 and 4 have a gradient of NaN: the first ones have changed the weights."""
+
+    async def update(self, table):
+        if self.learner.step in (1, 4):
+            scales = iter([1.0, math.nan])
+            head = self.learner.network.value_head.weight
+            hook = head.register_hook(lambda gradient: next(scales, 1.0) * gradient)
+            try:
+                return await super().update(table)
+            finally:
+                hook.remove()
+        return await super().update(table)
+
+
+def test_a_run_with_poison_batches_ends_where_its_journal_leads(model, tmp_path):
+    """Without a checkpoint before step 1, so that batch costs a new learner; before step 4 there is one."""
+    found = run(tmp_path / "run", model, "gae", STEPS, Poisoned)
+    journal = Journal(tmp_path / "run/journal")
+    assert sorted(journal.voided) == [1, 4]
+    slow = Learner(config(model, "gae", STEPS))
+    for step in journal.since(0):
+        if step.step in journal.voided:
+            slow.skip()
+        else:
+            slow.update(step.table)
+    assert torch.equal(found, weights_of(slow))
+    assert [record["step"] for record in curve(tmp_path / "run")] == list(range(STEPS))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert torch.equal(run(tmp_path / "run", model, "gae", STEPS), found)
