@@ -273,6 +273,19 @@ def test_an_optimizer_that_has_not_begun_with_some_weights_is_restored_so(model,
     assert_same(state(resumed), state(whole_run))
 
 
+def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(model, tmp_path):
+    """Such as after a first batch that was void. torch's own function would have Adam count a step."""
+    saved, plain, resumed = (new_learner(model, "all-weights") for _ in range(3))
+    for learner in (saved, plain):
+        learner.skip()
+    save_checkpoint_of(saved, tmp_path / "step-000001")
+    assert resumed.restore(tmp_path / "step-000001") == 1
+    for learner in (saved, plain, resumed):
+        update(learner, 1)
+    assert_same(state(saved), state(plain))
+    assert_same(state(resumed), state(plain))
+
+
 # Crashes
 
 
