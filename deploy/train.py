@@ -33,7 +33,6 @@ from deploy.run.identity import identity_of
 from deploy.run.start import new_start, resumed_start
 from deploy.run.summary import answers_path, summarise, write_answers
 from deploy.scale import follow_targets
-from deploy.screen.console import complain
 from deploy.screen.progress import Progress
 from deploy.session import load_inputs, rare_full_collections, session, step_grace_s
 from deploy.starting import Starter
@@ -79,7 +78,7 @@ def _run_in(
     prompts = PromptStream(train_records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
     identity = identity_of(cfg, policy, train_records, heldout_records)
-    start = new_start(directory, cfg, identity)
+    start = new_start(directory, cfg, identity, prompts)
     if resume:
         start = resumed_start(directory, cfg, identity, prompts, changed=changed, accepted=accepted)
     cfg = start.cfg
@@ -160,7 +159,6 @@ async def _train(
             decode=policy.decode,
             on_step=stepped,
             on_evaluation=evaluated,
-            report=complain,
         )
         for background in (follow_targets(directory, start.pools), progress.while_silent(lambda: run.doing())):
             ending.callback(asyncio.create_task(background).cancel)

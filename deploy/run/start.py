@@ -37,10 +37,15 @@ class Start:
         remember_journal(self.directory, journal.digest(0))
 
 
-def new_start(directory: Path, cfg: Config, identity: Mapping[str, str]) -> Start:
+def new_start(directory: Path, cfg: Config, identity: Mapping[str, str], prompts: PromptStream) -> Start:
     """The start of a new run."""
-    config = cfg.model_dump(mode="json", exclude_none=True)
-    return Start(directory, cfg, [("begin", {"identity": identity, "config": config, "versions": versions()})])
+    begin = {
+        "identity": identity,
+        "config": cfg.model_dump(mode="json", exclude_none=True),
+        "num_prompts": prompts.num_prompts,
+        "versions": versions(),
+    }
+    return Start(directory, cfg, [("begin", begin)])
 
 
 def resumed_start(
@@ -58,7 +63,7 @@ def resumed_start(
     journal.verify()
     last = journal.last()
     if not journal.notes and last is None:  # it was killed before its journal began
-        return new_start(directory, cfg, identity)
+        return new_start(directory, cfg, identity, prompts)
     if not journal.notes:
         raise UserError(f"{journal.directory} has no beginning (note-000000-000.json); restore it from a copy")
     if read_record(directory).get("journal", journal.digest(0)) != journal.digest(0):

@@ -11,7 +11,8 @@ its kind:
     previous     SHA-256 of the journal's entry before it
 
     begin   the run begins. `identity`: digests of everything the run depends on, by name. `config`: its settings.
-            `versions`: of Ratchet and its libraries. It is the first entry of the journal, and only there.
+            `num_prompts`: of prompts.train. `versions`: of Ratchet and its libraries. It is the first entry of the
+            journal, and only there.
     void    the batch of `step` is never learned from. `reason`, and the `sample_ids` of its rollouts. The learner skips
             the step: its number grows by one, and nothing else changes.
     change  `settings` have new values from the next step on, as {key: value}.

@@ -43,6 +43,11 @@ class PromptStream:
         self._hash = hashlib.sha256("\0".join(record.text for record in records).encode()).hexdigest()
 
     @property
+    def num_prompts(self) -> int:
+        """With the seed, it decides which prompt is issued when."""
+        return len(self._records)
+
+    @property
     def outstanding(self) -> list[SampleId]:
         """In the order of their numbers."""
         return list(self._outstanding)

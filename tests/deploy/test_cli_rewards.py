@@ -25,6 +25,7 @@ from deploy.run.directory import sole_owner
 from deploy.run.identity import identity_of
 from deploy.run.start import new_start
 from deploy.train_reward import run_reward_training
+from learner.loop.prompts import PromptStream
 from tests.deploy.test_cli import (
     NO_REWARD_MODEL,
     accepted,
@@ -189,7 +190,8 @@ def scored_run(run, reward_model):
         load_records(f"{name}.jsonl", cfg.prompts, policy.tokenizer, seed=0, max_tokens=16)
         for name in ("train", "heldout")
     )
-    new_start(run, cfg, identity_of(cfg, policy, train, heldout)).record()
+    prompts = PromptStream(train, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
+    new_start(run, cfg, identity_of(cfg, policy, train, heldout), prompts).record()
     return run
 
 

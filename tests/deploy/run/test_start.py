@@ -37,7 +37,7 @@ def run(tmp_path, cfg):
     directory = tmp_path / "run"
     with sole_owner(directory) as owned:
         owned.begin(cfg, "train", force=False)
-        new_start(directory, cfg, IDENTITY).record()
+        new_start(directory, cfg, IDENTITY, stream()).record()
     return directory
 
 
@@ -77,6 +77,7 @@ def test_a_run_begins_with_its_identity_settings_and_versions(run, cfg):
     assert (note.kind, note.before_step, note.number) == ("begin", 0, 0)
     assert note.fields["identity"] == IDENTITY
     assert Config.model_validate(note.fields["config"]) == cfg
+    assert note.fields["num_prompts"] == len(RECORDS)
     assert note.fields["versions"] == versions()
     assert read_record(run)["journal"] == Journal(run / "journal").digest(0)
 
@@ -184,7 +185,7 @@ def test_the_first_evaluation_precedes_the_first_step(run, cfg):
 def test_the_journal_of_another_run_is_refused(run, cfg, tmp_path):
     with sole_owner(tmp_path / "other") as owned:
         owned.begin(cfg, "train", force=False)
-        new_start(tmp_path / "other", cfg, {"model": "0" * 64}).record()
+        new_start(tmp_path / "other", cfg, {"model": "0" * 64}, stream()).record()
     shutil.rmtree(run / "journal")
     shutil.copytree(tmp_path / "other/journal", run / "journal")
     with pytest.raises(UserError, match="is the journal of another run"):
@@ -195,7 +196,7 @@ def test_a_config_of_another_version_is_refused_with_its_first_fault(run, cfg):
     run = run.with_name("newer")
     with sole_owner(run) as owned:
         owned.begin(cfg, "train", force=False)
-        start = new_start(run, cfg, IDENTITY)
+        start = new_start(run, cfg, IDENTITY, stream())
         start.notes[0][1]["config"]["ppo"]["clip_higher"] = 0.3
         start.record()
     with pytest.raises(UserError, match=r"do not fit this version of Ratchet \(ppo.clip_higher: Extra inputs"):
