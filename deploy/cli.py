@@ -175,6 +175,48 @@ def export(
     run_export(run, to, step)
 
 
+TrainRun = Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, or a copy of it.")]
+Layout = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings of the layout of devices, such as learner.gpus=0 or learner.ranks=2."),
+]
+StartingModel = Annotated[
+    str | None, typer.Option("--model", help="The model that the run began with, if it is not at model.path any more.")
+]
+
+
+@app.command()
+def replay(
+    run: TrainRun,
+    to: Annotated[Path, typer.Option(help="A new directory.")],
+    settings: Layout = None,
+    to_step: Annotated[int | None, typer.Option(min=0, help="Steps to learn [default: all of the journal].")] = None,
+    from_checkpoint: Annotated[
+        bool, typer.Option("--from-checkpoint", help="Begin with the newest checkpoint before it, which is faster.")
+    ] = False,
+    model: StartingModel = None,
+) -> None:
+    """Rebuild the policy after any step of a run from its journal."""
+    from deploy.replay import run_replay
+
+    run_replay(run, to, to_step=to_step, from_checkpoint=from_checkpoint, model=model, settings=settings or [])
+
+
+@app.command()
+def audit(
+    run: TrainRun,
+    settings: Layout = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Also learn the whole journal again, and compare every checkpoint.")
+    ] = False,
+    model: StartingModel = None,
+) -> None:
+    """Prove that a run lost nothing and trained nothing twice. Exit code 1 if it did."""
+    from deploy.audit import run_audit
+
+    sys.exit(run_audit(run, replay=replay, model=model, settings=settings or []))
+
+
 @app.command()
 def scale(
     run: Annotated[Path, typer.Argument(help="The directory of a run in progress.")],

@@ -46,11 +46,11 @@ def save_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0, contex
         initializer_range=0.05,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    _save_tiny_tokenizer(directory)
+    save_tiny_tokenizer(directory)
     return directory
 
 
-def _save_tiny_tokenizer(directory: Path) -> None:
+def save_tiny_tokenizer(directory: Path) -> None:
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
@@ -97,7 +97,7 @@ def save_tiny_kind(directory: Path, kind: str, *, seed: int = 0) -> Path:
         if buffer.dtype == torch.float32 and buffer.ndim == 1 and len(buffer) == 4:
             buffer.copy_(torch.randn(4))  # of experts: all zeros as they are made
     model.save_pretrained(directory)
-    _save_tiny_tokenizer(directory)
+    save_tiny_tokenizer(directory)
     return directory
 
 

@@ -24,6 +24,7 @@ from common.config.ppo import Config
 from common.errors import RankLostError
 from common.files import read_records
 from deploy import train
+from deploy.audit import run_audit
 from learner.loop.journal import Journal
 from learner.ppo.learner import Learner
 from learner.ranks.group import LearnerGroup
@@ -122,6 +123,7 @@ def test_a_lora_run_on_two_ranks_saves_adapter_and_merged_policy(model, tmp_path
     ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
     with torch.no_grad():
         assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=0.02)  # the merged one is rounded to bf16
+    assert run_audit(directory, replay=True) == 0  # by two processes, without Ray
 
 
 def logprobs_of(model: Any, row: dict[str, Any]) -> np.ndarray:

@@ -16,6 +16,7 @@ from common.files import read_records
 from common.metrics.table import STEP
 from common.model.files import load_policy
 from common.model.packing import Sequences, response_logprobs
+from deploy.audit import run_audit
 from deploy.train import run_training
 from learner.loop.journal import Journal
 from tests.fakes import save_tiny_model, tiny_config
@@ -136,6 +137,7 @@ def test_a_run_that_is_cut_and_resumed_has_the_bits_of_a_whole_one(finished, mod
     assert all(one.equals(other) for one, other in zip(*bits, strict=True))
     weights = [AutoModelForCausalLM.from_pretrained(d / "policy").state_dict() for d in (finished, cut)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert run_audit(cut, replay=True) == 0
 
 
 def test_with_staleness_allowed_generators_write_while_the_learner_learns(model, tmp_path):
@@ -155,6 +157,7 @@ def test_with_staleness_allowed_generators_write_while_the_learner_learns(model,
     for step in steps:
         versions = {version for row in step.table["policy_versions"].to_pylist() for version in row}
         assert versions <= {step.step - 1, step.step}
+    assert run_audit(directory, replay=True) == 0
 
 
 @pytest.fixture(scope="module")

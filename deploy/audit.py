@@ -1,0 +1,67 @@
+"""`ratchet audit`: proves from a run directory that nothing was lost and nothing trained twice, without Ray and vLLM.
+
+Runs in a process of its own. It writes nothing into the run directory and takes no lock. The directory may be a copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from deploy.replay import config_for_replay, refuse_other_directories, replay_in_ranks
+from deploy.run.record import RECORD, read_record
+from deploy.screen.console import Output, complain
+from learner.loop.journal import Journal
+from learner.proof.audit import Audit, Proved, audit
+from learner.proof.chain import Violation
+
+HOLDS, BROKEN = 0, 1  # exit codes
+
+
+def run_audit(run: Path, *, replay: bool = False, model: str | None = None, settings: Sequence[str] = ()) -> int:
+    """Prints a table of what is proved, or the first rule that is broken. Returns the exit code. `replay`: also learn
+    the whole journal again, and compare every checkpoint. The other arguments are those of `ratchet replay`."""
+    refuse_other_directories(run)
+    try:
+        found = audit(run)
+        if read_record(run).get("journal", found.digests[0]) != found.digests[0]:
+            raise Violation("chain", f"{run}/journal is the journal of another run than {run}/{RECORD}")
+        if replay:
+            found.proved.append(_replay(found, model, settings))
+    except Violation as violation:
+        complain(f"audit of {run} failed: {violation}")
+        return BROKEN
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for heading in ("rule", "proved", "counts"):
+        table.add_column(heading, overflow="fold")
+    for line in found.proved:
+        table.add_row(*line)
+    Output().print(table)
+    return HOLDS
+
+
+def _replay(found: Audit, model: str | None, settings: Sequence[str]) -> Proved:
+    """Learns every step again. Raises Violation at the first difference."""
+    cfg = config_for_replay(found.run, Journal(found.run / "journal"), model, settings)
+    checkpoints = found.checkpoints.complete
+    policy = _finished_policy(found)
+    replay_in_ranks(cfg, found.run, found.num_steps, checkpoints=checkpoints, policy=policy, metrics=found.metrics)
+    compared = [f"checkpoint {step}" for step in checkpoints] + ([] if policy is None else ["policy/"])
+    return Proved(
+        "replay",
+        "the journal alone gives the same weights, optimizer state and metrics, bit for bit",
+        f"{found.num_steps:,} steps; compared: {', '.join(compared) or 'only metrics'}",
+    )
+
+
+def _finished_policy(found: Audit) -> Path | None:
+    """RUN/policy, if the run has ended at the journal's last step."""
+    try:
+        summary = json.loads((found.run / "summary.json").read_text(encoding="utf-8"))
+        finished = summary["num_steps"] == found.num_steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found.run / "policy" if finished and (found.run / "policy/config.json").exists() else None

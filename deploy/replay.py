@@ -1,0 +1,114 @@
+"""`ratchet replay`: the policy after any step of a run, rebuilt from the journal, without Ray and vLLM.
+
+Runs in a process of its own, and in one process for each rank if the run has several. It only reads the run directory,
+which may be a copy on another machine.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.config.loading import absolute_if_directory
+from common.config.ppo import Config
+from common.errors import UserError
+from common.files import sha256
+from common.model.files import resolve_model
+from common.model.identity import model_digest
+from deploy.run.record import read_record
+from deploy.run.resume import resumed_config
+from deploy.run.settings import settled
+from deploy.screen.console import Output, complain
+from learner.loop.checkpoints import CheckpointError, Checkpoints
+from learner.loop.journal import Journal
+from learner.loop.notes import identity
+from learner.proof.ranks import in_ranks
+from learner.proof.replay import Replay
+
+
+def run_replay(
+    run: Path,
+    to: Path,
+    *,
+    to_step: int | None = None,
+    from_checkpoint: bool = False,
+    model: str | None = None,
+    settings: Sequence[str] = (),
+) -> Path:
+    """Writes the policy after `to_step` updates (left out: all that the journal has) into `to`, as a Hugging Face
+    directory. With LoRA, its subdirectory `adapter` has the adapters.
+
+    `model`: where the run's starting model is now. `settings`: of the device layout, such as learner.gpus=0. Raises
+    UserError.
+    """
+    refuse_other_directories(run)
+    if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
+        raise UserError(f"--to ({to}) exists; name a new directory")
+    journal = Journal(run / "journal")
+    journal.verify()
+    steps = journal.next_step if to_step is None else to_step
+    if not 0 <= steps <= journal.next_step:
+        raise UserError(f"--to-step ({steps}) must be between 0 and {journal.next_step}, the steps of the journal")
+    cfg = config_for_replay(run, journal, model, settings)
+    start = _newest_verified(run, journal, steps) if from_checkpoint else None
+    replay_in_ranks(cfg, run, steps, start=start, to=to)
+    skipped = sum(step < steps for step in journal.voided)
+    began = f"checkpoint {start.name}" if start is not None else "the initial weights"
+    [*weights] = sorted(to.glob("*.safetensors"))
+    Output().print(
+        f"policy after {steps} of {journal.next_step} steps, rebuilt from {began} and the journal"
+        f"{f' ({skipped} void batches skipped)' if skipped else ''}: {to}\n"
+        + "\n".join(f"SHA-256 {sha256(path)}  {path.name}" for path in weights),
+        markup=False,
+        soft_wrap=True,
+    )
+    return to
+
+
+def refuse_other_directories(run: Path) -> None:
+    """Raises UserError unless the directory is that of a run of `ratchet train`."""
+    if not os.path.exists(run / "config.toml"):
+        raise UserError(f"{run} is no run directory (no config.toml); name one that ratchet train has made")
+    if (command := read_record(run).get("command", "train")) != "train":
+        raise UserError(f"{run} was made by ratchet {command}, which keeps no journal; name a run of ratchet train")
+
+
+def config_for_replay(run: Path, journal: Journal, model: str | None, settings: Sequence[str]) -> Config:
+    """The newest settings of the run, with the starting model where it is now. Raises UserError if it is not the model
+    that the run began with."""
+    cfg, _ = settled(
+        resumed_config(Config, run, settings, travels=False), journal.notes, journal.next_step, (), journal.identity
+    )
+    if model is not None:
+        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": absolute_if_directory(model)})})
+    setting = "model.path" if model is None else "--model"
+    directory = resolve_model(cfg.model.path, setting, trust_remote_code=cfg.model.trust_remote_code)
+    begun, found = identity(journal.notes, before_step=0).get("model"), model_digest(directory)
+    if begun != found:
+        raise UserError(
+            f"{setting} ({cfg.model.path}) is not the model that the run began with (SHA-256 {found}, in the journal "
+            f"{begun}); name that model's directory with --model"
+        )
+    return cfg
+
+
+def replay_in_ranks(cfg: Config, run: Path, until: int, **what: object) -> None:
+    """Replays in as many processes as the run has ranks. `what`: other fields of `Replay`."""
+    with tempfile.TemporaryDirectory(prefix="ratchet-replay-") as scratch:
+        job = Replay(cfg, run, until, Path(scratch), **what)  # type: ignore[arg-type]
+        in_ranks(job, cfg.learner.ranks, gpus=cfg.learner.gpus, scratch=Path(scratch))
+
+
+def _newest_verified(run: Path, journal: Journal, steps: int) -> Path | None:
+    """The newest checkpoint of at most this many steps whose files and history are right; None if there is none."""
+    checkpoints = Checkpoints(run / "checkpoints", every=1, keep=1, journal=journal)
+    for step in reversed(checkpoints.steps()):
+        if step <= steps:
+            try:
+                checkpoints.check(step)
+                return checkpoints.path(step)
+            except CheckpointError as error:
+                complain(f"{checkpoints.path(step)} is passed over: {error}")
+    return None

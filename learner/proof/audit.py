@@ -1,0 +1,139 @@
+"""What a run directory proves about its run, rule by rule. Runs in `ratchet audit`; only reads.
+
+The journal is read once, from its first entry to its last. Each rule has a class or function of its own next to this
+file. The first rule that is broken raises a Violation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from common.config.description import recorded
+from common.config.ppo import Config
+from learner.proof.batches import Batches
+from learner.proof.chain import Note, Step, Violation, read_chain, read_step
+from learner.proof.checkpoints import Found, check_checkpoints
+from learner.proof.records import Metrics, check_evaluations
+from learner.proof.samples import Samples
+
+
+class Proved(NamedTuple):
+    """One line of the table."""
+
+    rule: str
+    claim: str
+    counts: str
+
+
+@dataclass
+class Audit:
+    """What was read, for the replay, and what it proves."""
+
+    run: Path
+    digests: list[str] = field(default_factory=list)  # of the begin note, then of each step: by policy version
+    notes: list[Note] = field(default_factory=list)
+    metrics: Metrics = field(init=False)
+    checkpoints: Found = field(init=False)
+    proved: list[Proved] = field(default_factory=list)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.digests) - 1
+
+
+def audit(run: Path) -> Audit:
+    """Raises Violation for the first rule that the run directory breaks."""
+    found = Audit(run)
+    found.metrics = Metrics(run / "metrics.jsonl")
+    entries = read_chain(run / "journal")
+    begin = next(entries)
+    assert isinstance(begin, Note)  # read_chain has checked it
+    found.digests.append(begin.digest)
+    found.notes.append(begin)
+    cfg = begin.about["config"]
+    prompts = cfg["prompts"]["rollouts_per_prompt"]
+    samples = Samples(seed=cfg["seed"], num_prompts=begin.about["num_prompts"], rollouts_per_prompt=prompts)
+    batches = Batches(rollouts_per_step=cfg["rollouts_per_step"], max_staleness=cfg["max_staleness"])
+    for entry in entries:
+        if isinstance(entry, Step):
+            for rule in (batches, samples, found.metrics):
+                rule.take(entry)
+            found.digests.append(entry.digest)
+        else:
+            _check_note(entry, found)
+            found.notes.append(entry)
+    voided = {note.about["step"] for note in found.notes if note.kind == "void"}
+    batches.finish(voided)
+    found.checkpoints = check_checkpoints(run / "checkpoints", found.digests, found.notes)
+    found.metrics.finish(found.num_steps, max(found.checkpoints.complete, default=0))
+    evaluations = check_evaluations(run, found.digests)
+    found.proved = [
+        _chain(found),
+        _samples(samples, voided),
+        Proved(
+            "versions",
+            f"no token was older than max_staleness ({cfg['max_staleness']}) when it was trained",
+            f"{sum(batches.tokens.values()):,} tokens; the oldest: {batches.oldest}",
+        ),
+        _checkpoints(found.checkpoints),
+        Proved(
+            "metrics",
+            "each record agrees with its batch",
+            f"{len(found.metrics.records):,} records, {found.metrics.values:,} values"
+            + (f"; {len(found.metrics.missing)} come when the run continues" if found.metrics.missing else ""),
+        ),
+        Proved("evaluations", "each stands on this journal, and agrees with its answers", f"{len(evaluations)}"),
+    ]
+    return found
+
+
+def _check_note(note: Note, found: Audit) -> None:
+    """Raises Violation for a note that says what cannot be."""
+    name, about = f"note {note.number} before step {note.before_step}", note.about
+    if note.kind == "void":
+        step = about["step"]
+        if not 0 <= step < note.before_step or not about["reason"]:
+            raise Violation("notes", f"{name} voids step {step}, which it does not follow, or gives no reason")
+        if any(earlier.kind == "void" and earlier.about["step"] == step for earlier in found.notes):
+            raise Violation("notes", f"{name} voids step {step} a second time")
+        if about["sample_ids"] != read_step(found.run / "journal", step).sample_ids:
+            raise Violation("notes", f"{name} names other rollouts than those of step {step}")
+    elif note.kind == "change":
+        if other := sorted(set(about["settings"]) - set(recorded(Config))):
+            raise Violation("notes", f"{name} changes {other[0]}, which is fixed when a run begins")
+    elif note.kind == "accept" and not about["identity"]:
+        raise Violation("notes", f"{name} accepts nothing")
+
+
+def _chain(found: Audit) -> Proved:
+    kinds = [note.kind for note in found.notes]
+    named = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    counts = f"{found.num_steps:,} steps, {len(kinds)} notes ({named})"
+    return Proved("chain", "every entry has its hash, and the hash of the entry before it", counts)
+
+
+def _samples(samples: Samples, voided: set[int]) -> Proved:
+    in_voided = sum(count for step, count in samples.in_batches.items() if step in voided)
+    trained = sum(samples.in_batches.values()) - in_voided
+    parts = {
+        "trained once": trained,
+        "void with a reason": samples.num_void,
+        "in voided batches": in_voided,
+        "outstanding": samples.num_outstanding,
+    }
+    if sum(parts.values()) != samples.issued:
+        raise Violation("samples", f"{samples.issued} ids were issued, but {parts} are accounted for")
+    counts = " + ".join(f"{count:,} {name}" for name, count in parts.items())
+    again = f"; {samples.asked_again:,} were asked again" if samples.asked_again else ""
+    return Proved(
+        "samples", "every rollout that was asked for is accounted for once", f"{samples.issued:,} = {counts}{again}"
+    )
+
+
+def _checkpoints(found: Found) -> Proved:
+    steps = ", ".join(map(str, found.complete)) or "none"
+    rest = f"; {found.unfinished} cut short by a crash, never read" if found.unfinished else ""
+    claim = "every file is the written one, and its journal entry is in the chain"
+    return Proved("checkpoints", claim, f"{len(found.complete)} ({steps}), {found.num_bytes / 1e6:,.1f} MB{rest}")

@@ -1,0 +1,77 @@
+"""What every batch must satisfy: complete rows, and no token older than the run allows. Runs in `ratchet audit`."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import numpy as np
+import pyarrow as pa
+
+from common.experience_table import EXPERIENCE_SCHEMA
+from learner.proof.chain import Step, Violation
+
+PER_TOKEN = ("rollout_logprobs", "policy_versions", "ref_logprobs")  # one value for each token of the response
+
+
+class Batches:
+    """Checks the rows of the batches, and the versions of the weights that sampled them."""
+
+    def __init__(self, *, rollouts_per_step: int, max_staleness: int) -> None:
+        self._size, self._max_staleness = rollouts_per_step, max_staleness
+        self.rollouts: dict[int, int] = {}  # by step
+        self.tokens: dict[int, int] = {}
+        self.oldest = 0  # versions between a token's weights and the learner's, at most
+        self._not_finite: dict[int, str] = {}  # by step, the column
+
+    def take(self, step: Step) -> None:
+        """Raises Violation."""
+        self._check_rows(step)
+        versions, now = _flat(step.table, "policy_versions"), step.about["policy_version"]
+        if now != step.number:
+            raise Violation("versions", f"step {step.number} says that the learner had version {now}")
+        if len(versions):
+            if versions.max() > now:
+                raise Violation(
+                    "versions", f"step {step.number} has a token of version {versions.max()}, not there yet"
+                )
+            age = int(now - versions.min())
+            if age > self._max_staleness:
+                raise Violation(
+                    "versions",
+                    f"step {step.number} has a token {age} versions old; max_staleness is {self._max_staleness}",
+                )
+            self.oldest = max(self.oldest, age)
+        self.rollouts[step.number], self.tokens[step.number] = step.table.num_rows, len(versions)
+
+    def finish(self, voided: Container[int]) -> None:
+        """Raises Violation for a number that is not finite, unless nothing was learned from its batch."""
+        for step, column in self._not_finite.items():
+            if step not in voided:
+                raise Violation("batches", f"step {step}: {column} has a number that is not finite")
+
+    def _check_rows(self, step: Step) -> None:
+        table, name = step.table, f"step {step.number}"
+        if not table.schema.equals(EXPERIENCE_SCHEMA):
+            raise Violation("batches", f"{name} has other columns than a batch")
+        if not 0 < table.num_rows <= self._size or set(table["step"].to_pylist()) != {step.number}:
+            raise Violation("batches", f"{name} has {table.num_rows} rows of steps {set(table['step'].to_pylist())}")
+        lengths = _lengths(table, "response_ids")
+        for column in PER_TOKEN:
+            known = ~table[column].is_null().to_numpy()
+            if not np.array_equal(_lengths(table, column)[known], lengths[known]):
+                raise Violation("batches", f"{name}: {column} has another length than response_ids")
+            if not np.isfinite(_flat(table, column)).all():
+                self._not_finite[step.number] = column
+        if step.number and table["ref_logprobs"].null_count:
+            raise Violation("batches", f"{name} has rollouts without ref_logprobs; only those of step 0 need none")
+        if not np.isfinite(table["score"].to_numpy()).all():
+            self._not_finite[step.number] = "score"
+
+
+def _flat(table: pa.Table, column: str) -> np.ndarray:
+    """The values of all lists in a column, one after the other."""
+    return table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _lengths(table: pa.Table, column: str) -> np.ndarray:
+    return np.array([0 if row is None else len(row) for row in table[column].to_pylist()])

@@ -1,0 +1,76 @@
+"""Learner ranks as processes of this machine, without Ray. Runs in `ratchet replay` and `ratchet audit --replay`.
+
+The number of ranks is part of the device layout: it decides the order in which gradients are added. So a run of several
+ranks is replayed by as many.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from common.errors import RoleError, UserError
+from learner.proof.chain import Violation
+
+Work = Callable[[int, int, str], None]  # (rank, world, rendezvous)
+
+
+def in_ranks(work: Work, world: int, *, gpus: float, scratch: Path) -> None:
+    """Does the work in every rank, and returns when all have. A single rank works in this process.
+
+    Raises the first error of a rank, after all others were ended: they may wait for it in vain.
+    """
+    if world == 1:
+        work(0, 1, "")
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share the threads' locks
+    rendezvous = f"file://{scratch / 'rendezvous'}"
+    processes, pipes = [], []
+    try:
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (work, rank, world, rendezvous, gpus > 0, theirs)
+            processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+            pipes.append(ours)
+            processes[-1].start()
+            theirs.close()  # so that the end of the process ends the pipe
+        running = dict(zip(pipes, range(world)))
+        while running:
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                rank = running.pop(pipe)
+                _raise_failure(pipe, rank)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _raise_failure(pipe: Connection, rank: int) -> None:
+    """Reads how a rank ended. Raises its error."""
+    try:
+        error = pipe.recv()
+    except EOFError:
+        raise RoleError(f"rank {rank} ended without a word; it may have run out of memory") from None
+    if isinstance(error, (Violation, UserError)):
+        raise error
+    if error is not None:
+        raise RoleError(f"rank {rank} failed:\n{error}")
+
+
+def _rank(work: Work, rank: int, world: int, rendezvous: str, on_gpu: bool, pipe: Connection) -> None:
+    """Runs in each rank. Sends None, or the error."""
+    if on_gpu:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
+    try:
+        work(rank, world, rendezvous)
+        pipe.send(None)
+    except (Violation, UserError) as error:
+        pipe.send(error)
+    except Exception:
+        pipe.send(traceback.format_exc())

@@ -1,0 +1,85 @@
+"""The learner, rebuilt from the journal. Runs in every rank of `ratchet replay` and `ratchet audit --replay`.
+
+The learner's state after a step is a function of config, initial weights and the journal up to this step. On the
+machine type and device layout of the run it is the same bit for bit. No prompt is asked and nothing is scored, so
+neither Ray nor vLLM is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
+
+from common.config.ppo import Config
+from common.errors import BatchError
+from learner.loop.changes import config_at
+from learner.loop.journal import Journal
+from learner.ppo.learner import Learner
+from learner.proof.chain import Violation
+from learner.proof.records import Metrics
+from learner.proof.tensors import check_same_state, check_same_weights
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What to rebuild, and what to compare on the way. It travels to every rank."""
+
+    cfg: Config  # with the newest settings; those of each step come from the journal
+    run: Path
+    until: int  # updates
+    scratch: Path  # for files that are compared
+    start: Path | None = None  # a checkpoint to begin with; left out: the initial weights
+    checkpoints: Mapping[int, Path] = field(default_factory=dict)  # by step: each must equal the learner's state there
+    policy: Path | None = None  # written by the run after `until` updates: its weights must equal the learner's
+    metrics: Metrics | None = None  # the learner's own must equal those of the replay
+    to: Path | None = None  # where the policy is written
+
+    def __call__(self, rank: int = 0, world: int = 1, rendezvous: str = "") -> None:
+        """One rank's part. Raises Violation at the first difference."""
+        transformers_logging.disable_progress_bar()
+        journal = Journal(self.run / "journal")
+        first = 0 if self.start is None else int(self.start.name.removeprefix("step-"))
+        learner = Learner(config_at(self.cfg, journal.notes, max(0, first - 1)))
+        learner.join(rank, world, rendezvous)
+        if self.start is not None:
+            learner.restore(self.start)
+        for step in range(learner.step, self.until):
+            stats = self._learn(learner, journal, step)
+            if self.metrics is not None and rank == 0:
+                self.metrics.check_update(step, stats)
+            if step + 1 in self.checkpoints:
+                self._compare(learner, self.checkpoints[step + 1], rank)
+        if self.policy is not None:
+            learner.save_policy(self.scratch / "policy", adapter=self.scratch / "adapter")
+            if rank == 0:
+                check_same_weights(self.policy, self.scratch / "policy")
+        if self.to is not None:
+            learner.save_policy(self.to, adapter=self.to / "adapter")
+
+    def _learn(self, learner: Learner, journal: Journal, step: int) -> dict[str, float]:
+        """Learns or skips one step, with the settings of its time."""
+        entry = journal.read(step)
+        if step in journal.voided:
+            learner.skip()
+            return {}
+        if (cfg := config_at(self.cfg, journal.notes, step)) != learner.cfg:
+            learner.reconfigure(cfg)
+        try:
+            return learner.update(entry.table)
+        except BatchError as error:
+            raise Violation("replay", f"step {step} cannot be learned from, and no note says so: {error}") from error
+
+    def _compare(self, learner: Learner, checkpoint: Path, rank: int) -> None:
+        """Compares the learner's state with a checkpoint of the run."""
+        directory = self.scratch / checkpoint.name
+        learner.save(directory)
+        if dist.is_initialized():
+            dist.barrier()  # every rank has written its files
+        if rank == 0:
+            check_same_state(checkpoint, directory)
+        if dist.is_initialized():
+            dist.barrier()

@@ -1,0 +1,212 @@
+"""A whole run in one process: the real loop, journal, learner and checkpoints, with a small sampler in vLLM's place.
+
+The sampler's tokens follow from a hash of all published weights and of the sample id. So a run whose weights differ in
+one bit writes other rollouts, and its journal says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from common.config.ppo import Config
+from common.errors import RankLostError
+from common.model.files import load_tokenizer
+from common.model.identity import model_digest
+from common.types import Prompt, PromptRecord, Rollout, RolloutRef, Score, Void
+from common.weights import Bucket
+from deploy.run.leftovers import clear_leftovers
+from deploy.run.summary import answers_path, write_answers
+from learner.loop.answers import Answer
+from learner.loop.evaluation import Evaluation
+from learner.loop.prompts import PromptStream, heldout_prompts
+from learner.loop.run import Run
+from learner.loop.train_loop import train
+from learner.ppo.learner import Learner
+from tests.fakes import END, make_rollout, save_tiny_tokenizer, tiny_config
+
+NUM_STEPS = 5
+NUM_PROMPTS = 6
+UNSCORED = 4  # the prompt with this index is always void
+
+
+def save_smallest_model(directory: Path) -> Path:
+    """One layer of width 16, with the tokenizer of the other tests: an update takes 10 ms."""
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    save_tiny_tokenizer(directory)
+    return directory
+
+
+def small_config(model: Path, **overrides: Any) -> Config:
+    settings: dict[str, Any] = {
+        "num_steps": NUM_STEPS,
+        "rollouts_per_step": 2,
+        "sampling": {"max_new_tokens": 3},
+        "ppo": {"ppo_epochs": 1, "minibatches": 2},
+        "evaluation": {"prompts": 2, "every": 3},
+        "checkpoint": {"every": 2, "keep": 2},
+        "kl": {"controller": "adaptive", "coef": 0.1},
+    }
+    return tiny_config(model, **{**settings, **overrides})
+
+
+class SmallRoles:
+    """Every role of a run. The learner is real.
+
+    `poison`: the epoch and prompt of a rollout whose score is too large for float32. `lose_at`: a rank is lost in the
+    first update of this step.
+    """
+
+    def __init__(self, cfg: Config, *, poison: tuple[int, int] | None = None, lose_at: int | None = None) -> None:
+        self._cfg = cfg
+        self.learner = Learner(cfg)
+        self.version = -1
+        self._weights = b""  # hash of the weights of this version
+        self._poison, self._lose_at = poison, lose_at
+
+    # Generators
+
+    async def load(self, weights: AsyncGenerator[Any, None], version: int) -> dict[str, float]:
+        digest = hashlib.sha256()
+        async for item in weights:
+            if isinstance(item, Bucket):
+                item.verify()
+                digest.update(item.values.tobytes())
+        self._weights, self.version = digest.digest(), version
+        return {}
+
+    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
+        seed = hashlib.sha256(self._weights + str(prompt.sample_id).encode()).digest()
+        rng = np.random.default_rng(list(seed))
+        tokens = [*rng.integers(4, 64, size=rng.integers(1, 4)).tolist(), END]
+        rollout = make_rollout(prompt, tokens[:3], version=self.version)
+        for _ in range(int(rng.integers(3))):
+            await asyncio.sleep(0)  # finish out of order
+        return replace(RolloutRef.of(rollout), rollout=rollout)
+
+    async def fetch(self, references: Sequence[Any]) -> list[Any]:
+        return list(references)
+
+    # Reward and reference
+
+    async def score(self, ref: RolloutRef) -> Score | Void:
+        if ref.sample_id.prompt == UNSCORED and ref.sample_id.epoch >= 0:
+            return Void(ref.sample_id, "told to fail")
+        share = float((ref.rollout.response_ids < 34).mean())
+        if (ref.sample_id.epoch, ref.sample_id.prompt) == self._poison:
+            share = 1e39
+        return Score(share, {"a_words": share}, {"a_words": "tests.tasks:a_words"})
+
+    judge = score
+
+    async def logprobs(self, ref: RolloutRef) -> tuple[np.ndarray, bool]:
+        return ref.rollout.rollout_logprobs + np.float32(0.01), True
+
+    # The learner
+
+    @property
+    def step(self) -> int:
+        return self.learner.step
+
+    async def update(self, table: Any) -> dict[str, float]:
+        if self.step == self._lose_at:
+            self._lose_at = None
+            raise RankLostError("Learner(0) died: told to")
+        return self.learner.update(table)
+
+    async def skip(self) -> None:
+        self.learner.skip()
+
+    async def reconfigure(self, cfg: Config) -> None:
+        self.learner.reconfigure(cfg)
+
+    async def rebuild(self) -> None:
+        self.learner = Learner(self._cfg)
+
+    async def unless_lost(self, work: Awaitable[Any]) -> Any:
+        return await work
+
+    async def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        return [rollout.rollout_logprobs for rollout in rollouts]
+
+    async def publish(self) -> AsyncGenerator[Any, None]:
+        for item in self.learner.publish():
+            yield item
+
+    async def restore(self, directory: Path) -> None:
+        self.learner.restore(directory)
+
+    async def save(self, directory: Path) -> Mapping[str, str]:
+        return self.learner.save(directory)
+
+    async def save_policy(self, directory: Path) -> None:
+        self.learner.save_policy(directory)
+
+
+tokenizer_of = cache(load_tokenizer)
+
+
+def small_run(directory: Path, model: Path, *, roles: Mapping[str, Any] | None = None, **overrides: Any) -> Run:
+    """The run in this directory, new or continued, before it trains. `roles`: arguments of SmallRoles."""
+    cfg, tokenizer = small_config(model, **overrides), tokenizer_of(model)
+    records = [PromptRecord(f"q{i}", np.array([3, 4 + i], dtype=np.int32), {}) for i in range(NUM_PROMPTS)]
+    heldout = [PromptRecord(f"h{i}", np.array([3, 40 + i], dtype=np.int32), {}) for i in range(2)]
+    every = SmallRoles(cfg, **(roles or {}))
+
+    def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
+        write_answers(answers_path(directory, evaluation), answers, tokenizer)
+
+    run = Run(
+        cfg,
+        directory,
+        PromptStream(records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt),
+        heldout_prompts(heldout, cfg.evaluation.prompts),
+        every,
+        every,
+        every,
+        every,
+        decode=lambda responses: tokenizer.batch_decode([ids.tolist() for ids in responses]),
+        on_evaluation=evaluated,
+        report=lambda message: None,
+    )
+    clear_leftovers(directory)
+    run.journal.open_for_writing()
+    if not run.journal.notes:
+        run.journal.note(
+            "begin",
+            identity={"model": model_digest(model)},
+            config=cfg.model_dump(mode="json", exclude_none=True),
+            versions={},
+            num_prompts=NUM_PROMPTS,
+        )
+    return run
+
+
+def train_to_the_end(directory: Path, model: Path, **about: Any) -> list[Evaluation]:
+    return asyncio.run(train(small_run(directory, model, **about)))
