@@ -1,7 +1,7 @@
 # make demo        train a small language model with PPO and show that it improved (SEED=n for another seed)
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
 # make test        every test
-# make test-quick  every test that starts neither Ray nor vLLM (about two minutes on two cores)
+# make test-quick  every test that starts neither Ray nor vLLM, nor takes minutes (about two minutes on two cores)
 #                  Both run two pytest processes; WORKERS=n runs n.
 # make check       linter, formatter, types
 # make bench       speed, as ratios (BENCH="learner step" runs these modules of tests/bench only)
@@ -47,7 +47,7 @@ test: $(VENV)/.installed
 	$(PYTEST)
 
 test-quick: $(VENV)/.installed
-	$(PYTEST) -m "not ray"
+	$(PYTEST) -m "not ray and not exhaustive"
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ) --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)

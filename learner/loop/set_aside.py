@@ -10,8 +10,6 @@ import os
 import time
 from pathlib import Path
 
-from common.plain_text import one_line
-
 README = "README.txt"
 
 
@@ -38,7 +36,7 @@ def note(run: Path, text: str) -> None:
     readme = directory / README
     begins = "" if readme.exists() else "Files of this run that were not what had been written. Nothing reads them.\n\n"
     with open(readme, "a", encoding="utf-8") as file:
-        file.write(f"{begins}{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}\n")
+        file.write(f"{begins}{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(text.split())}\n")
 
 
 def _free_name(run: Path, path: Path) -> Path:
