@@ -97,7 +97,7 @@ def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -
 
 def load_network(directory: Path, network: nn.Module) -> dict[str, Any]:
     """Fills the network without the optimizer, in one process, and returns the numbers."""
-    weights: dict[str, Any] = get_model_state_dict(network, options=_OPTIONS)
+    weights = _once(network, get_model_state_dict(network, options=_OPTIONS))
     _read_tensors(directory, "weights", weights)
     set_model_state_dict(network, weights, options=StateDictOptions(strict=False))
     return _read_numbers(directory)
@@ -107,11 +107,18 @@ def _state(network: nn.Module, optimizer: Optimizer) -> tuple[Tensors, Tensors, 
     """The tensors of network and optimizer by name, and the optimizer's state, which holds the latter."""
     optimizer.zero_grad(set_to_none=True)  # with gradients, torch would not give an optimizer its first state
     found: tuple[Any, Any] = get_state_dict(network, optimizer, options=_OPTIONS)
-    weights, optimizer_state = found
+    model_state, optimizer_state = found
     moments = {
         f"{name}.{key}": value for name, state in optimizer_state["state"].items() for key, value in state.items()
     }
-    return weights, moments, optimizer_state
+    return _once(network, model_state), moments, optimizer_state
+
+
+def _once(network: nn.Module, state: Mapping[str, Any]) -> Tensors:
+    """The state without second names of tied weights."""
+    once = {name for name, _ in network.named_parameters()}
+    second = {name for name, _ in network.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in state.items() if name not in second}
 
 
 # One rank's share of a tensor

@@ -272,6 +272,18 @@ def test_three_voids_in_a_row_end_the_run_and_name_the_remedy(tmp_path):
     check_whole(tmp_path, resumed)
 
 
+def test_a_batch_that_fails_only_when_it_is_learned_again_is_void_from_then_on(tmp_path):
+    """As on another machine. The steps after it are learned again without it, and no old checkpoint is used."""
+    run_with(tmp_path, HashLearner(), num_steps=4)
+    (tmp_path / "checkpoints/step-000004/optimizer-00000").write_text("[]")
+    learner = HashLearner(poison=poisoned(2))
+    reports = run_with(tmp_path, learner, num_steps=6)
+    assert [report.partition(":")[0] for report in reports[1:]] == ["nothing is learned from the batch of step 3"]
+    assert sorted(Journal(tmp_path / "journal").voided) == [2]
+    assert [event for event in learner.events if event.startswith("restore")] == ["restore 2"] * 2
+    check_whole(tmp_path, learner)
+
+
 def test_voids_that_are_apart_do_not_end_the_run(tmp_path):
     learner = HashLearner(poison=poisoned(0, 1, 3, 4))
     run_with(tmp_path, learner)
