@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ def save_checkpoint(
     if optimizer.state:
         weights, moments, _ = _state(network, optimizer)
     else:  # for its first state, torch would make a step, which Adam would count: a save would change later weights
-        weights, moments = cast(Tensors, get_model_state_dict(network, options=_OPTIONS)), {}
+        weights, moments = _once(network, get_model_state_dict(network, options=_OPTIONS)), {}
     files = {
         name: _write(directory / name, partial(_write_tensors, tensors=tensors, first=rank == 0))
         for name, tensors in (
