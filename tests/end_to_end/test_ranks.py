@@ -30,6 +30,7 @@ from learner.ppo.learner import Learner
 from learner.ranks.group import LearnerGroup
 from tests.fakes import save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import varied_batch
+from tests.saving import mark
 
 pytestmark = pytest.mark.ray
 
@@ -212,7 +213,7 @@ def update_twice(
             pids.extend(await asyncio.gather(*(handle.pid.remote() for handle in handles)))
             stats = await learner.update(varied_batch(0))
             assert stats["ppo/optimizer_steps"] == 8
-            await learner.save(directory / "checkpoint")
+            mark(directory / "checkpoint", await learner.save(directory / "checkpoint"))
             try:
                 await learner.update(varied_batch(1))
             except Exception as raised:
