@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -44,10 +45,17 @@ class RankGroup:
 
     role = "Learner"  # the name of each rank in messages
 
-    def __init__(self, create: Callable[[int], Any], cfg: TrainerConfig, *, startup_timeout_s: float) -> None:
+    def __init__(
+        self,
+        create: Callable[[int], Any],
+        cfg: TrainerConfig,
+        *,
+        startup_timeout_s: float,
+        report: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+    ) -> None:
         """`create` starts the process of one rank and returns its handle. The process answers health probes in a
-        concurrency group of Ray, "health"."""
-        self._processes = Processes(self.role, create, cfg, startup_timeout_s)
+        concurrency group of Ray, "health". `report` gets a sentence for the user."""
+        self._processes = Processes(self.role, create, cfg, startup_timeout_s, report)
         self._timeout_s, self._startup_timeout_s = cfg.timeout_s, startup_timeout_s
         self._turn = asyncio.Lock()
         self._step = 0
@@ -159,11 +167,9 @@ class RankGroup:
 class LearnerGroup(RankGroup):
     """`learner.loop.roles.LearnerGroup` over the actors of the ranks."""
 
-    def __init__(
-        self, create: Callable[[int], Any], cfg: TrainerConfig, *, startup_timeout_s: float, deltas: bool = False
-    ) -> None:
+    def __init__(self, *args: Any, deltas: bool = False, **kwargs: Any) -> None:
         """With `deltas` a publication has each bucket's delta against the previous set, which is kept for that."""
-        super().__init__(create, cfg, startup_timeout_s=startup_timeout_s)
+        super().__init__(*args, **kwargs)
         self._deltas = deltas
         self._base: Sequence[Any] = ()  # references to the Buckets of the last set that was published completely
         self._complete = asyncio.Event()  # cleared while the group starts again

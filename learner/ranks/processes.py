@@ -17,6 +17,8 @@ from common.errors import RankLostError, death_reason
 
 T = TypeVar("T")
 
+# Seconds between two probes of a rank. A rank that dies while it has nothing to do is noticed after this time.
+PROBE_EVERY_S = 1.0
 # Longest wait for the cluster to take the orders to kill ranks, seconds. It needs milliseconds.
 KILL_S = 2.0
 
@@ -25,10 +27,17 @@ class Processes:
     """The ranks of one group, as Ray actors. When one is lost the group is lost: ranks gather and reduce together, so
     the others cannot continue. `start` may be called again after `kill`."""
 
-    def __init__(self, role: str, create: Callable[[int], Any], cfg: TrainerConfig, startup_timeout_s: float) -> None:
-        """`create` starts the process of one rank and returns its handle."""
+    def __init__(
+        self,
+        role: str,
+        create: Callable[[int], Any],
+        cfg: TrainerConfig,
+        startup_timeout_s: float,
+        report: Callable[[str], None],
+    ) -> None:
+        """`create` starts the process of one rank and returns its handle. `report` tells the user something."""
         self._role, self._create, self._cfg = role, create, cfg
-        self._startup_timeout_s = startup_timeout_s
+        self._startup_timeout_s, self._report = startup_timeout_s, report
         self.handles: list[Any] = []  # by rank
         self._names: list[str] = []
         self._loss: asyncio.Future[None] | None = None  # gets the RankLostError of the group's first loss
@@ -55,6 +64,11 @@ class Processes:
         self.handles = [self.handles[rank] for rank in started]
         self._names = [self._names[rank] for rank in started]
         await _taken([in_daemon_thread(ray.kill, handle) for handle in waiting])
+        if waiting:
+            self._report(
+                f"the cluster has room for {len(self.handles)} of {self._cfg.ranks} {self._role} processes "
+                "(learner.ranks); the run continues with them"
+            )
         self._watch = asyncio.create_task(self._watch_all())
 
     async def _started(self) -> list[int]:
@@ -122,7 +136,7 @@ class Processes:
         """Asks the rank's process regularly whether it lives. Returns when it is lost. A slow call does not matter."""
         limit, handle = self._cfg.probe_timeout_s, self.handles[rank]
         while True:
-            await asyncio.sleep(limit / 4)
+            await asyncio.sleep(min(PROBE_EVERY_S, limit / 4))
             try:
                 async with asyncio.timeout(limit):
                     await handle.__ray_ready__.options(concurrency_group="health").remote()

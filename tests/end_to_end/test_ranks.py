@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import signal
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import safetensors.torch
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -43,6 +44,40 @@ def model(tmp_path_factory):
 
 
 # Whole runs
+
+
+class Troubled(Learner):
+    """The last rank raises, dies, freezes or hangs in some updates, each of them once: `markers` has a file for each
+    trouble that was made."""
+
+    troubles: Mapping[int, str] = {}  # by step
+    markers = ""
+
+    def join(self, rank: int, world: int, rendezvous: str) -> int:
+        self._is_last = rank == world - 1
+        return super().join(rank, world, rendezvous)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def update(self, table: Any) -> dict[str, float]:
+        marker = Path(self.markers, str(self.step))
+        if self._is_last and self.step in self.troubles and not marker.exists():
+            marker.touch()
+            self._make(self.troubles[self.step])
+        return super().update(table)
+
+    def _make(self, trouble: str) -> None:
+        if trouble == "raises":
+            raise ValueError("rank 1 cannot learn from this")
+        if trouble in ("dies", "freezes"):
+            os.kill(os.getpid(), signal.SIGKILL if trouble == "dies" else signal.SIGSTOP)
+        if trouble == "hangs":
+            time.sleep(600)
+
+
+def troubled(markers: Path, troubles: Mapping[int, str]) -> type[Troubled]:
+    return type("Learner", (Troubled,), {"troubles": troubles, "markers": str(markers)})
 
 
 def run_config(model: Path, *, ranks: int, **overrides: Any) -> Config:
@@ -88,6 +123,20 @@ def test_two_ranks_and_then_one_give_the_run_of_one(model, alone, tmp_path):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     losses = [record["value/loss"] for record in curve(alone)]
     assert len(set(losses)) == STEPS
+
+
+def test_a_run_whose_learner_dies_and_freezes_ends_with_the_same_bits(model, alone, tmp_path, monkeypatch):
+    """Nobody continues it by hand, and its generator lives on."""
+    directory, markers = tmp_path / "run", tmp_path / "markers"
+    markers.mkdir()
+    monkeypatch.setattr(train, "Learner", troubled(markers, {1: "dies", 2: "freezes"}))
+    train.run_training(run_config(model, ranks=1, learner={"probe_timeout_s": 5}), directory)
+    assert sorted(os.listdir(markers)) == ["1", "2"]
+    weights = [(path / "policy" / "model.safetensors").read_bytes() for path in (alone, directory)]
+    assert weights[0] == weights[1]
+    assert curve(directory) == curve(alone)
+    events = [event["event"] for event in read_records(directory / "pool-events.jsonl")]
+    assert events == ["joined"] * 3
 
 
 def test_a_lora_run_on_two_ranks_saves_adapter_and_merged_policy(model, tmp_path, monkeypatch):
@@ -151,47 +200,13 @@ def test_with_lora_the_reference_is_always_the_policy_without_adapters(model, tm
 LIMIT_S = 180  # of all updates: a group that waits for its own, longer limit fails the test
 
 
-class Troubled(Learner):
-    """The last rank raises, dies, freezes or hangs in some updates, each of them once: `markers` has a file for each
-    trouble that was made."""
-
-    troubles: Mapping[int, str] = {}  # by step
-    markers = ""
-
-    def join(self, rank: int, world: int, rendezvous: str) -> int:
-        self._is_last = rank == world - 1
-        return super().join(rank, world, rendezvous)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def update(self, table: Any) -> dict[str, float]:
-        marker = Path(self.markers, str(self.step))
-        if self._is_last and self.step in self.troubles and not marker.exists():
-            marker.touch()
-            self._make(self.troubles[self.step])
-        return super().update(table)
-
-    def _make(self, trouble: str) -> None:
-        if trouble == "raises":
-            raise ValueError("rank 1 cannot learn from this")
-        if trouble in ("dies", "freezes"):
-            os.kill(os.getpid(), signal.SIGKILL if trouble == "dies" else signal.SIGSTOP)
-        if trouble == "hangs":
-            time.sleep(600)
-
-
-def troubled(markers: Path, troubles: Mapping[int, str]) -> type[Troubled]:
-    return type("Learner", (Troubled,), {"troubles": troubles, "markers": str(markers)})
-
-
 @dataclass
 class Outcome:
     """How two updates ended."""
 
     error: BaseException | None  # of the second update
     rank_id: str  # of the last rank, as Ray names actors
-    policy: str  # digest of the weights after both updates; after a loss, of a group that was started again
+    policy: bytes  # the file of weights after both updates; after a loss, of a group that was started again
 
 
 def update_twice(
@@ -206,7 +221,7 @@ def update_twice(
 
     async def scenario() -> Outcome:
         learner = LearnerGroup(lambda rank: actor(role, cfg.learner).remote(cfg), cfg.learner, startup_timeout_s=120)
-        error, policy = None, ""
+        error, policy = None, b""
         try:
             await learner.start()
             handles, rendezvous = learner._processes.handles, Path(learner._rendezvous.removeprefix("file://")).parent
@@ -228,7 +243,7 @@ def update_twice(
                 await learner.update(varied_batch(1))
             if error is None or isinstance(error, RankLostError):
                 await learner.save_policy(directory / "policy")
-                policy = hashlib.sha256((directory / "policy" / "model.safetensors").read_bytes()).hexdigest()
+                policy = (directory / "policy" / "model.safetensors").read_bytes()
         finally:
             learner.stop()
         await until_gone(pids)
@@ -247,13 +262,13 @@ async def until_gone(pids: list[int]) -> None:
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
+    except OSError:  # there is no such process, perhaps since a moment ago
         return False
 
 
 @pytest.fixture(scope="module")
 def undisturbed(model, ray_cluster, tmp_path_factory):
-    """Digests of the weights after two updates, by number of ranks."""
+    """The weights after two updates, by number of ranks."""
     directory = tmp_path_factory.mktemp("undisturbed")
     outcomes = {}
     for ranks in (1, 2):
@@ -299,15 +314,42 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(model, undisturbed, tmp_
     assert outcome.policy == undisturbed[2]
 
 
-def test_a_run_whose_learner_dies_and_freezes_ends_with_the_same_bits(model, alone, tmp_path, monkeypatch):
-    """Nobody continues it by hand, and its generator lives on."""
-    directory, markers = tmp_path / "run", tmp_path / "markers"
-    markers.mkdir()
-    monkeypatch.setattr(train, "Learner", troubled(markers, {1: "dies", 2: "freezes"}))
-    train.run_training(run_config(model, ranks=1, learner={"probe_timeout_s": 5}), directory)
-    assert sorted(os.listdir(markers)) == ["1", "2"]
-    weights = [(path / "policy" / "model.safetensors").read_bytes() for path in (alone, directory)]
-    assert weights[0] == weights[1]
-    assert curve(directory) == curve(alone)
-    events = [event["event"] for event in read_records(directory / "pool-events.jsonl")]
-    assert events == ["joined"] * 3
+class Guest:
+    """Takes the room of a rank."""
+
+
+def test_a_group_continues_with_fewer_ranks_when_there_is_no_room(model, undisturbed, tmp_path):
+    settings = {"cpus": 1, "timeout_s": LIMIT_S, "min_ranks": 1, "room_wait_s": 2}
+    cfg = run_config(model, ranks=2, rollouts_per_step=8, learner=settings)
+    told: list[str] = []
+
+    async def scenario() -> bytes:
+        learner = LearnerGroup(
+            lambda rank: actor(Troubled, cfg.learner).remote(cfg),
+            cfg.learner,
+            startup_timeout_s=120,
+            report=told.append,
+        )
+        others = [ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 2)(Guest).remote()]
+        try:
+            await learner.start()
+            assert not told
+            await learner.update(varied_batch(0))
+            mark(tmp_path / "checkpoint", await learner.save(tmp_path / "checkpoint"))
+            os.kill(await learner._processes.handles[1].pid.remote(), signal.SIGKILL)
+            others.append(ray.remote(num_cpus=1)(Guest).remote())
+            await others[-1].__ray_ready__.remote()
+            await learner.rebuild()
+            assert len(told) == len(learner._processes.handles) == 1
+            await learner.restore(tmp_path / "checkpoint")
+            await learner.update(varied_batch(1))
+            await learner.save_policy(tmp_path / "policy")
+        finally:
+            learner.stop()
+            for other in others:
+                ray.kill(other)
+        return (tmp_path / "policy" / "model.safetensors").read_bytes()
+
+    found = safetensors.torch.load(asyncio.run(asyncio.wait_for(scenario(), LIMIT_S)))
+    expected = safetensors.torch.load(undisturbed[2])
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-4)  # bf16

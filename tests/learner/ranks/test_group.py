@@ -94,7 +94,9 @@ def run(scenario: Callable[[], Any]) -> Any:
     return asyncio.run(asyncio.wait_for(whole(), 20))
 
 
-async def started(create: Callable[[int], Any] | None = None, *, startup_timeout_s: float = 5, **cfg: Any) -> Any:
+async def started(
+    create: Callable[[int], Any] | None = None, *, startup_timeout_s: float = 5, report: Any = None, **cfg: Any
+) -> Any:
     """A group that has started, and the list of all its ranks, which grows when it starts again."""
     made: list[Any] = []
 
@@ -106,6 +108,7 @@ async def started(create: Callable[[int], Any] | None = None, *, startup_timeout
         make,
         LearnerConfig(**{"timeout_s": 7, "probe_timeout_s": 0.1, **cfg}),
         startup_timeout_s=startup_timeout_s,
+        report=report,
         deltas=True,
     )
     await learner.start()
@@ -287,9 +290,13 @@ def test_a_lost_group_starts_again_and_answers():
 @pytest.mark.parametrize(("room", "min_ranks", "expected"), [(3, 1, 3), (2, 1, 2), (1, 1, 1)])
 def test_a_group_takes_as_many_ranks_as_there_is_room_for(room, min_ranks, expected):
     async def scenario() -> None:
+        told: list[str] = []
+        settings = {"ranks": 3, "min_ranks": min_ranks, "room_wait_s": 0.1}
         learner, ranks = await started(
-            lambda rank: FakeRank(rank=rank, room=rank < room), ranks=3, min_ranks=min_ranks, room_wait_s=0.1
+            lambda rank: FakeRank(rank=rank, room=rank < room), report=told.append, **settings
         )
+        sentence = f"the cluster has room for {expected} of 3 Learner processes (learner.ranks); the run continues"
+        assert [message.startswith(sentence) for message in told] == [True] * (expected < 3)
         await learner.update("batch")
         await asyncio.sleep(0.05)
         assert [rank.dead.is_set() for rank in ranks] == [False] * expected + [True] * (3 - expected)
