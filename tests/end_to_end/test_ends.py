@@ -114,12 +114,12 @@ def ends(tmp_path_factory, temporary, processes):
 
 
 def test_a_learner_killed_too_often_ends_the_run_with_one_message(ends):
-    run, (code, told, _), *_ = ends
+    _, (code, told, _), *_ = ends
     assert code == 1
     assert told.count("\n") == 1, told
     assert told.startswith("ratchet: the learner lost ranks 1 times")
     assert "Learner(0) died" in told
-    assert f"continue with ratchet train --resume {run}" in told
+    assert "continue with --resume" in told
 
 
 def test_sigterm_stops_a_run_like_ctrl_c(ends):
