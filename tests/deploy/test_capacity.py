@@ -193,6 +193,11 @@ def test_every_rank_is_a_process_of_its_own():
     assert found[3:] == needs(config(), MODEL)[1:]
 
 
+def test_a_run_fits_if_the_fewest_ranks_that_it_may_have_fit():
+    few, enough = ({"ranks": ranks, **more} for ranks, more in ((8, {"min_ranks": 2}), (2, {})))
+    assert needs(config(learner=few), MODEL) == needs(config(learner=enough), MODEL)
+
+
 def test_with_lora_the_learner_is_its_own_reference():
     assert [n.name for n in needs(config(learner={"lora": {}}), MODEL)] == ["Learner(0)", "Generator(0)", "Reward(0)"]
 
