@@ -110,7 +110,7 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_link_in_the_place_of_a_checkpoint_is_moved_and_not_written_through(tmp_path):
+def test_a_link_in_a_checkpoints_place_is_not_written_through(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / COMPLETE).touch()
@@ -257,7 +257,7 @@ def test_a_sound_checkpoint_ahead_of_the_journal_says_that_steps_were_lost(tmp_p
     assert checkpoints.steps() == [3]
 
 
-def test_a_checkpoint_that_does_not_fit_the_network_ends_the_run_and_is_set_aside(tmp_path):
+def test_a_checkpoint_that_does_not_fit_the_network_ends_the_run(tmp_path):
     class Other(Files):
         async def restore(self, directory: Path) -> None:
             raise UserError(f"checkpoint {directory} cannot be read (no value_head)")
@@ -280,7 +280,7 @@ def test_the_best_checkpoint_stays(tmp_path):
     assert kept.steps() == [1, 3, 4]
 
 
-def test_without_its_optimizer_a_checkpoint_is_sound_but_not_continued_from(tmp_path):
+def test_a_checkpoint_without_optimizer_is_sound_but_cannot_continue(tmp_path):
     checkpoints = make(tmp_path, [1, 2])
     checkpoints.drop_optimizers()
     for step in (1, 2):

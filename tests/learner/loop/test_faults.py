@@ -272,7 +272,7 @@ def test_three_voids_in_a_row_end_the_run_and_name_the_remedy(tmp_path):
     check_whole(tmp_path, resumed)
 
 
-def test_a_batch_that_fails_only_when_it_is_learned_again_is_void_from_then_on(tmp_path):
+def test_a_batch_that_fails_only_in_a_replay_is_void_from_then_on(tmp_path):
     """As on another machine. The steps after it are learned again without it, and no old checkpoint is used."""
     run_with(tmp_path, HashLearner(), num_steps=4)
     (tmp_path / "checkpoints/step-000004/optimizer-00000").write_text("[]")
@@ -357,7 +357,7 @@ def test_a_replay_learns_each_step_with_the_settings_of_its_time(tmp_path, kept)
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_ranks_that_are_lost_after_a_change_learn_with_the_settings_of_each_step(tmp_path, number):
+def test_ranks_lost_after_a_change_use_the_settings_of_each_step(tmp_path, number):
     begin(tmp_path)
     run_with(tmp_path, HashLearner(), num_steps=3, checkpoint={"every": 100, "keep": 1})
     shutil.rmtree(tmp_path / "checkpoints")

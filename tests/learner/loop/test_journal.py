@@ -322,7 +322,7 @@ def test_a_lost_newest_step_is_noticed_by_the_hash_it_left(tmp_path):
         Journal(tmp_path)
 
 
-def test_a_crash_after_the_hash_and_before_the_rename_leaves_nothing_to_refuse(tmp_path):
+def test_a_crash_between_hash_and_rename_leaves_nothing_to_refuse(tmp_path):
     write(tmp_path)
     path(tmp_path, 2).rename(tmp_path / "step-000002.tmp")
     journal = opened(tmp_path)

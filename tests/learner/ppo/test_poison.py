@@ -82,7 +82,7 @@ def test_weights_that_are_broken_before_the_batch_are_told_apart(model):
         learner.update(batch(0))
 
 
-def test_after_a_batch_that_failed_half_way_a_checkpoint_restores_every_bit(model, tmp_path):
+def test_a_checkpoint_restores_every_bit_after_half_an_update(model, tmp_path):
     """The second of two minibatches is poisoned: the first one has changed the weights."""
     settings = {"ppo": {"minibatches": 2, "ppo_epochs": 1}, "kl": {"controller": "adaptive", "horizon": 20}}
     learner, undisturbed = make_learner(model, **settings), make_learner(model, **settings)
