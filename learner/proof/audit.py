@@ -45,6 +45,14 @@ class Audit:
 
 def audit(run: Path) -> Audit:
     """Raises Violation for the first rule that the run directory breaks."""
+    try:
+        return _audit(run)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        fault = f"{type(error).__name__}: {error}"
+        raise Violation("contents", f"a file of {run} lacks a value, or has one of another kind ({fault})") from error
+
+
+def _audit(run: Path) -> Audit:
     found = Audit(run)
     found.metrics = Metrics(run / "metrics.jsonl")
     entries = read_chain(run / "journal")

@@ -272,6 +272,14 @@ LIES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: add_note(run, 3, "change", settings={"seed": 2}),
         "notes: .* changes seed, which is fixed",
     ),
+    "no number of prompts": (
+        lambda run: forge_note(run, "note-000000-000.json", lambda about: about.pop("num_prompts")),
+        "contents: .*num_prompts",
+    ),
+    "a state without its numbers": (
+        lambda run: forge_step(run, 1, lambda table, about: about.update(prompts=None) or table),
+        "contents: .*TypeError",
+    ),
     "a note of an unknown kind": (lambda run: add_note(run, 3, "wish"), "chain: .* is of kind 'wish'"),
     "a second beginning": (lambda run: add_note(run, 3, "begin", config={}), "chain: .* the only begin note"),
 }
