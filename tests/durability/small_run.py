@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.config.ppo import Config
-from common.errors import RankLostError
+from common.errors import BatchError, RankLostError
 from common.model.files import load_tokenizer
 from common.model.identity import model_digest
 from common.types import Prompt, PromptRecord, Rollout, RolloutRef, Score, Void
@@ -79,16 +81,23 @@ def small_config(model: Path, **overrides: Any) -> Config:
 class SmallRoles:
     """Every role of a run. The learner is real.
 
-    `poison`: the epoch and prompt of a rollout whose score is too large for float32. `lose_at`: a rank is lost in the
-    first update of this step.
+    `poison`: the epoch and prompt of a rollout whose score is too large for float32. `torn`: those of a rollout whose
+    batch fails in its second minibatch. `lose_at`: a rank is lost in the first update of this step.
     """
 
-    def __init__(self, cfg: Config, *, poison: tuple[int, int] | None = None, lose_at: int | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        *,
+        poison: tuple[int, int] | None = None,
+        torn: tuple[int, int] | None = None,
+        lose_at: int | None = None,
+    ) -> None:
         self._cfg = cfg
         self.learner = Learner(cfg)
         self.version = -1
         self._weights = b""  # hash of the weights of this version
-        self._poison, self._lose_at = poison, lose_at
+        self._poison, self._torn, self._lose_at = poison, torn, lose_at
 
     # Generators
 
@@ -138,6 +147,9 @@ class SmallRoles:
         if self.step == self._lose_at:
             self._lose_at = None
             raise RankLostError("Learner(0) died: told to")
+        if self._torn in zip(table["epoch"].to_pylist(), table["prompt_index"].to_pylist()):
+            with failing_second_minibatch(self.learner):
+                return self.learner.update(table)
         return self.learner.update(table)
 
     async def skip(self) -> None:
@@ -167,6 +179,22 @@ class SmallRoles:
 
     async def save_policy(self, directory: Path) -> None:
         self.learner.save_policy(directory)
+
+
+@contextmanager
+def failing_second_minibatch(learner: Learner) -> Iterator[None]:
+    steps, whole = itertools.count(1), learner.optimizer_step
+
+    def step() -> float:
+        if next(steps) == 2:
+            raise BatchError("told to fail")
+        return whole()
+
+    learner.optimizer_step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del learner.optimizer_step
 
 
 tokenizer_of = cache(load_tokenizer)

@@ -117,7 +117,7 @@ SCENARIOS: dict[str, tuple[Start, dict[str, Any]]] = {
     "continued": (cut, {}),
     "cut-while-writing": (cut_while_writing, {}),
     "damaged-checkpoint": (damaged, {}),
-    "poison-batch": (nothing, {"roles": {"poison": (1, 1)}}),
+    "half-learned-batch": (nothing, {"roles": {"torn": (1, 1)}}),
     "first-batch-poison": (nothing, {"roles": {"poison": (0, 3)}, "checkpoint": {"every": 1, "keep": 2}}),
     "lost-rank": (nothing, {"roles": {"lose_at": 3}}),
     "small-checkpoints": (
