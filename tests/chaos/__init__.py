@@ -1,0 +1,1 @@
+"""Kills real runs at named points and at random times, and checks that nothing is lost: `make chaos`."""

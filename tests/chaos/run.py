@@ -1,0 +1,227 @@
+"""A real run of `ratchet train --restarts N`, and the blows to it. Runs in the harness."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from common.config.ppo import Config
+from tests.chaos.places import Disk, Nodes, place
+from tests.chaos.processes import Marked, Process, of_role, of_run
+from tests.chaos.results import Kill, Outcome
+from tests.chaos.scenarios import ROOT, Blow, Case
+from tests.chaos.watch import Ended, Hang, Watched
+
+REACH_S = 60.0  # longest wait for a point; the blow then comes anyway
+AFTER_S = 30.0  # in which all processes of a run must end after the run
+RESTARTS = 10_000
+MOST_INTERVENTIONS = 5  # in one run; more end it
+LAST = Blow("driver", point="policy written")  # of every run
+SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP, "PAUSE": signal.SIGSTOP}
+
+
+class RunUnderTest(Watched):
+    """Starts the command, delivers cases one after another, each once the run has recovered from the one before, and
+    waits for the end. Where the command gives up, a person's `--resume` is counted as an intervention."""
+
+    def __init__(
+        self, cfg: Config, home: Path, *, kind: str, random_: random.Random, hang_s: float, say: Callable[[str], None]
+    ) -> None:
+        """`home`: an empty directory for everything. `kind`: of the place."""
+        self._cfg, self._kind, self._home = cfg, kind, home
+        self._random, self.hang_s, self._say = random_, hang_s, say
+        self._config, self.output, self.points = home / "config.toml", home / "output", home / "points"
+        self._config.write_text(cfg.to_toml(), encoding="utf-8")
+        self.points.mkdir()
+        self.output.touch()
+        self._named = home / ("disk/run" if kind == "disk" else "run")  # as the command sees it
+        self.directory = self._named  # as this process sees it
+        # A short path, because the paths of Ray's sockets begin with it.
+        self._temporary = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
+        mark = secrets.token_hex(8)
+        self.marked = Marked(mark)
+        path = [str(ROOT), str(ROOT / "tests/chaos/site")]
+        self.environment = {
+            **os.environ,
+            "CHAOS_MARK": mark,
+            "CHAOS_POINTS": str(self.points),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(path),
+            "TMPDIR": str(self._temporary),
+        }
+        self.outcome = Outcome()
+
+    # The whole run
+
+    def train(self, cases: deque[Case]) -> Outcome:
+        """Runs to the end, and takes cases until the run is nearly over. Leaves no process behind."""
+        self._last = LAST if cases else None
+        with place(self._kind, self._home / "disk", self.environment) as self._place:
+            self.directory = self._place.seen(self._named)
+            try:
+                self._start(str(self._config), "--run", str(self._named))
+                while not self._finished(cases):
+                    self.outcome.interventions += 1
+                    self._start("--resume", str(self._named))
+            finally:
+                self._clean_up()
+                if self._kind == "disk":
+                    shutil.copytree(self.directory, self._home / "run")
+                    self.directory = self._home / "run"
+        self.marked.kill()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        return self.outcome
+
+    def _finished(self, cases: deque[Case]) -> bool:
+        """Delivers cases. Returns False if somebody has to continue the run by hand."""
+        try:
+            self.wait_for(lambda: self.steps() >= 2)
+            while cases and self.steps() < self._cfg.num_steps - 10:
+                pause = self.steps() + self._random.randint(1, 3)
+                self.wait_for(lambda pause=pause: self.steps() >= pause)
+                self._deliver(cases.popleft())
+            if self._last is not None:
+                blow, self._last = self._last, None
+                self.outcome.kills.append(self._strike(blow, at_once=True)[0])
+            self.wait_for_end()
+        except Ended:
+            if self.process.returncode == 0:
+                return True
+            self._fault(f"the command ended with code {self.process.returncode}: {self.last_words()}")
+        except Hang:
+            self.outcome.hangs += 1
+            self._fault(f"hang after {self.steps()} steps: {self.last_words()}")
+            self.save_stacks()
+            self.marked.kill()
+            self.process.wait()
+        if self.outcome.interventions >= MOST_INTERVENTIONS:
+            raise RuntimeError(f"{self.directory}: the run does not go on; see {self.output}")
+        return False
+
+    def _start(self, *arguments: str) -> None:
+        command = [*self._place.prefix, sys.executable, "-P", "-m", "deploy.cli", "train", *arguments]
+        command += ["--restarts", str(RESTARTS), *self._place.arguments]
+        with open(self.output, "ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def _clean_up(self) -> None:
+        """Every process of the run must have ended, and no temporary file may be left."""
+        deadline = time.monotonic() + AFTER_S
+        while (left := self._left()) and time.monotonic() < deadline and sys.exc_info()[0] is None:
+            time.sleep(0.2)
+        if left:
+            self._fault(f"processes left: {[f'{process.pid} {process.command[:60]}' for process in left]}")
+            for process in left:
+                process.send(signal.SIGKILL)
+        self.process.wait()
+        if files := sorted(path.name for path in self._temporary.iterdir()):
+            self._fault(f"temporary files left: {files}")
+
+    def _left(self) -> list[Process]:
+        """Processes of the run. On a cluster that the harness started, these are its roles and drivers."""
+        alive = self.marked.look()
+        return alive if self._kind != "nodes" else of_run(alive)
+
+    # One case
+
+    def _deliver(self, case: Case) -> None:
+        for number, blow in enumerate(case):
+            kill, began = self._strike(blow, at_once=number > 0)
+            self.outcome.kills.append(kill)
+        needed = kill.at_step + 1 + self._cfg.max_staleness  # rollouts of earlier steps may have been complete
+        try:
+            self.wait_for(lambda: self.steps() > needed)
+        finally:
+            kill.next_step_s = self.seconds_until(kill.at_step, began)
+            kill.recovery_s = self.seconds_until(needed, began)
+            told = "; ".join(f"{blow.target} {blow.how}{f' at {blow.point}' if blow.point else ''}" for blow in case)
+            missed = "" if kill.reached else " (point not reached)"
+            self._say(f"  step {kill.at_step:4}  {told}{missed}: {_seconds(kill.recovery_s)}")
+        if isinstance(self._place, Nodes) and blow.target == "node" and blow.how != "BLIP":
+            self._place.repair(self.marked.look())
+
+    def _strike(self, blow: Blow, *, at_once: bool) -> tuple[Kill, float]:
+        """Delivers one blow. Returns what it was, and when its consequences begin."""
+        reached = self._wait_at(blow.point) if blow.point else None
+        if not blow.point and not at_once:
+            time.sleep(self._random.uniform(0, 1))
+        victims = self._victims(blow, reached) if blow.how in SIGNALS else []
+        kill = Kill(blow.target, blow.how, blow.point, self.steps(), reached is not None or not blow.point)
+        began = time.time()
+        for victim in victims:
+            victim.send(SIGNALS[blow.how])
+        if blow.how in ("CUT", "BLIP"):
+            assert isinstance(self._place, Nodes)
+            self._place.cut()
+        for waiting in self.points.glob("reached-*"):
+            waiting.unlink()
+        if blow.how in ("PAUSE", "BLIP"):
+            time.sleep(self._random.uniform(1, 2.5))
+            for victim in victims:
+                victim.send(signal.SIGCONT)
+            if isinstance(self._place, Nodes):
+                self._place.plug()
+        if blow.how == "FILL":
+            kill.at_step, began = self._fill_the_disk()
+        return kill, began
+
+    def _fill_the_disk(self) -> tuple[int, float]:
+        """Somebody frees space after the command has said that the disk is full, and continues the run: no program
+        can. Returns the steps and the time of that."""
+        assert isinstance(self._place, Disk)
+        self._place.fill(self._random.randrange(64 << 10))
+        try:
+            self.wait_for_end()
+        except Ended:
+            if "the disk is full" not in self.last_words():
+                self._fault(f"the full disk is not named: {self.last_words()}")
+        self._place.free()
+        self._start("--resume", str(self._named))
+        return self.steps(), time.time()
+
+    def _wait_at(self, point: str) -> int | None:
+        """The process that reached the point and waits there; None if none came in time."""
+        staging, armed = self.points / "staging", self.points / "armed"
+        staging.write_text(point, encoding="utf-8")
+        staging.rename(armed)
+        deadline = time.monotonic() + REACH_S
+        reached: list[Path] = []
+        with suppress(TimeoutError):
+            self.wait_for(lambda: reached.extend(self.points.glob("reached-*")) or bool(reached), deadline=deadline)
+        armed.unlink(missing_ok=True)
+        return int(reached[0].name.removeprefix("reached-")) if reached else None
+
+    def _victims(self, blow: Blow, reached: int | None) -> list[Process]:
+        """The processes of the blow's target: of several that do the same work one, if possible the one at the
+        point."""
+        found: list[Process] = []
+
+        def look() -> bool:
+            alive = self.marked.look()
+            if isinstance(self._place, Nodes) and blow.target == "node":
+                found[:] = self._place.of_node(alive)
+            else:
+                found[:] = of_role(alive, blow.target, self.process.pid)
+            return bool(found)
+
+        self.wait_for(look, poll_s=0.3)
+        if blow.target == "everything":
+            return found
+        return [next((process for process in found if process.pid == reached), None) or self._random.choice(found)]
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
