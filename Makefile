@@ -8,13 +8,17 @@
 # make bench-control   speed of the control plane
 # make fuzz        odd inputs with new seeds, for longer than `make test` (FUZZ_CASES and FUZZ_MINUTES bound each
 #                  target; FUZZ="config prompts" runs these targets only; FUZZ=config:17 repeats one case)
-.PHONY: demo demo-rlhf test test-quick fuzz check bench bench-control clean
+# make chaos       kills real runs at named points and at random times, for more than an hour, and audits each of them
+#                  (KILLS=n signals in all; CHAOS="two-ranks full-disk" runs these scenarios only)
+.PHONY: demo demo-rlhf test test-quick fuzz chaos check bench bench-control clean
 
 PYTHON ?= python3
 SEED ?= 0
 WORKERS ?= 2
 BENCH ?=
 FUZZ ?=
+CHAOS ?=
+KILLS ?= 200
 FUZZ_CASES ?= 5000
 FUZZ_MINUTES ?= 10
 VENV := .venv
@@ -51,6 +55,9 @@ test-quick: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ) --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)
+
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos $(CHAOS) --kills $(KILLS) --seed $(SEED)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

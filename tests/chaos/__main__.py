@@ -14,7 +14,7 @@ from tests.chaos.scenarios import ROOT, SCENARIOS
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("what", nargs="*", help=f"scenarios; all of them: {', '.join(map(repr, SCENARIOS))}")
+    parser.add_argument("what", nargs="*", help=f"scenarios; by default all of {', '.join(SCENARIOS)}")
     parser.add_argument("--kills", type=int, default=200, help="signals sent in all")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule and of the runs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run begins later than this")
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "runs/chaos.json")
     chosen = parser.parse_args()
     if unknown := [name for name in chosen.what if name not in SCENARIOS]:
-        parser.error(f"{unknown[0]} is no scenario; they are {', '.join(map(repr, SCENARIOS))}")
+        parser.error(f"{unknown[0]} is no scenario; they are {', '.join(SCENARIOS)}")
     home = ROOT / "runs/chaos"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)

@@ -73,7 +73,7 @@ class Campaign:
     def _undisturbed(self, scenario: Scenario, random_: random.Random) -> Path:
         """The run directory of the same config without a kill."""
         self.say(f"{scenario.name}: an undisturbed run")
-        run = self._new(scenario, f"{scenario.name.replace(' ', '-')}-undisturbed", random_)
+        run = self._new(scenario, f"{scenario.name}-undisturbed", random_)
         outcome = run.train(deque())
         if outcome.faults:
             raise RuntimeError(f"the undisturbed run failed: {outcome.faults}")

@@ -145,11 +145,11 @@ SCENARIOS = {
     for scenario in (
         Scenario("synchronous", ALL),
         Scenario("asynchronous", ALL, {**OVERLAPPED, "reward": {"min": 2}}),
-        Scenario("two ranks", ALL, {"learner": {"ranks": 2}}),
-        Scenario("two ranks, asynchronous", ALL, {**OVERLAPPED, "learner": {"ranks": 2}}),
-        Scenario("split engine", ENGINE, {"generators": {"tensor_parallel": 2, "cpus": 0}}, weight=0.15),
-        Scenario("two nodes", NODE, ON_NODES, place="nodes", weight=0.25),
-        Scenario("full disk", DISK, place="disk", weight=0.1),
+        Scenario("two-ranks", ALL, {"learner": {"ranks": 2}}),
+        Scenario("two-ranks-asynchronous", ALL, {**OVERLAPPED, "learner": {"ranks": 2}}),
+        Scenario("split-engine", ENGINE, {"generators": {"tensor_parallel": 2, "cpus": 0}}, weight=0.15),
+        Scenario("two-nodes", NODE, ON_NODES, place="nodes", weight=0.25),
+        Scenario("full-disk", DISK, place="disk", weight=0.1),
     )
 }
 
