@@ -26,6 +26,10 @@ RAY = Path(sys.executable).with_name("ray")
 DISK_MIB = 24
 
 
+class NoNamespaces(Exception):
+    """This machine does not let the user make namespaces."""
+
+
 class Place:
     """This machine. A run starts its own cluster."""
 
@@ -35,12 +39,32 @@ class Place:
         self.prefix: Sequence[str] = ()  # of every command that runs here
         self.arguments: Sequence[str] = ()  # of `ratchet train`
 
+        self._holders: list[subprocess.Popen] = []  # processes that do nothing but keep namespaces
+
+    def open(self) -> None:
+        """Makes the place."""
+
     def seen(self, path: Path) -> Path:
         """The path by which the harness sees a file of a process in this place."""
         return path
 
     def close(self) -> None:
-        """Ends the processes that keep the place."""
+        """Ends the processes that keep the place, with which it vanishes."""
+        for holder in self._holders:
+            holder.kill()
+            holder.communicate()
+
+    def hold(self, prefix: Sequence[str], *namespaces: str) -> subprocess.Popen:
+        """Makes namespaces, inside those of `prefix`."""
+        command = [*prefix, "unshare", *namespaces, "sh", "-c", "echo ready; exec sleep infinity"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        holder = subprocess.Popen(command, env=self.environment, text=True, **pipes)
+        self._holders.append(holder)
+        assert holder.stdout is not None
+        if holder.stdout.readline() != "ready\n":
+            _, why = holder.communicate()
+            raise NoNamespaces(f"this machine allows no namespaces of one's own: {why.strip()}")
+        return holder
 
 
 @contextmanager
@@ -48,20 +72,10 @@ def place(kind: str, directory: Path, environment: Mapping[str, str]) -> Iterato
     """`kind`: "", "nodes" or "disk". The disk's directory is `directory`."""
     here = {"": Place, "nodes": Nodes, "disk": partial(Disk, directory)}[kind](environment)
     try:
+        here.open()
         yield here
     finally:
         here.close()
-
-
-def _holder(prefix: Sequence[str], *namespaces: str) -> subprocess.Popen:
-    """A process that does nothing but keep new namespaces."""
-    command = [*prefix, "unshare", *namespaces, "sh", "-c", "echo ready; exec sleep infinity"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    if process.stdout.readline() != "ready\n":
-        _, why = process.communicate()
-        raise RuntimeError(f"this machine allows no namespaces of one's own: {why.strip()}")
-    return process
 
 
 def _inside(holder: subprocess.Popen, *namespaces: str) -> list[str]:
@@ -73,13 +87,15 @@ class Disk(Place):
 
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         super().__init__(environment)
-        directory.mkdir(parents=True)
-        self._holder = _holder((), "-r", "-m")
+        self._directory = directory
+
+    def open(self) -> None:
+        self._directory.mkdir(parents=True)
+        self._holder = self.hold((), "-r", "-m")
         self.prefix = _inside(self._holder, "-m")
-        subprocess.run(
-            [*self.prefix, "mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "chaos", directory], check=True
-        )
-        self._filler = self.seen(directory / "filler")
+        mount = ("mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "chaos", str(self._directory))
+        subprocess.run([*self.prefix, *mount], check=True)
+        self._filler = self.seen(self._directory / "filler")
 
     def seen(self, path: Path) -> Path:
         return Path(f"/proc/{self._holder.pid}/root{path}")
@@ -93,10 +109,6 @@ class Disk(Place):
     def free(self) -> None:
         self._filler.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        self._holder.kill()
-        self._holder.communicate()
-
 
 class Nodes(Place):
     """A Ray cluster of two nodes that `ray start` started. The run joins it from the first one."""
@@ -105,7 +117,6 @@ class Nodes(Place):
         super().__init__(environment)
         self.environment |= {
             "RAY_AUTH_MODE": "disabled",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             # The shortest times that Ray accepts for noticing a dead node.
@@ -116,10 +127,12 @@ class Nodes(Place):
         }
         self.arguments = ("--address", f"{HEAD}:{PORT}")
         self._temporary = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))  # the paths of Ray's sockets begin with it
-        self._head = _holder((), "-r", "-n")
-        self._node = _holder(_inside(self._head), "-n")
-        self.prefix = _inside(self._head, "-n")
-        self._in_node = _inside(self._node, "-n")
+        self._started: list[subprocess.Popen] = []
+
+    def open(self) -> None:
+        head = self.hold((), "-r", "-n")
+        self._node = self.hold(_inside(head), "-n")
+        self.prefix, self._in_node = _inside(head, "-n"), _inside(self._node, "-n")
         for where, command in (
             (self.prefix, f"ip link add cable type veth peer name cable netns {self._node.pid}"),
             (self.prefix, f"ip addr add {HEAD}/24 dev cable"),
@@ -127,20 +140,16 @@ class Nodes(Place):
             *((where, f"ip link set {name} up") for where in (self.prefix, self._in_node) for name in ("lo", "cable")),
         ):
             subprocess.run([*where, *command.split()], check=True)
-        self._num_nodes = 0
-        self._started: list[subprocess.Popen] = []
-        head = ("--head", f"--port={PORT}", "--include-dashboard=false", "--num-cpus=2")
-        self._start(self.prefix, HEAD, *head)
+        self._start(self.prefix, HEAD, "--head", f"--port={PORT}", "--include-dashboard=false", "--num-cpus=2")
         self._join()
 
     def _start(self, prefix: Sequence[str], address: str, *arguments: str) -> None:
-        self._num_nodes += 1
-        with open(self._temporary / f"{self._num_nodes}.log", "wb") as log:
+        temporary = self._temporary / str(len(self._started))
+        with open(f"{temporary}.log", "wb") as log:
             started = subprocess.Popen(
                 [
-                    *(*prefix, str(RAY), "start", "--block", f"--node-ip-address={address}"),
-                    *(f"--temp-dir={self._temporary}/{self._num_nodes}", f"--object-store-memory={150 << 20}"),
-                    *arguments,
+                    *(*prefix, str(RAY), "start", "--block", f"--node-ip-address={address}", *arguments),
+                    *(f"--temp-dir={temporary}", f"--object-store-memory={150 << 20}"),
                 ],
                 env={**self.environment, "TMPDIR": str(self._temporary)},
                 stdin=subprocess.DEVNULL,
@@ -166,19 +175,20 @@ class Nodes(Place):
         subprocess.run([*self.prefix, "ip", "link", "set", "cable", "up"], check=True)
 
     def of_node(self, processes: list[Process]) -> list[Process]:
-        raylets = [process for process in self._on_node(processes) if "/raylet/raylet" in process.command]
-        return raylets[-1:]
+        """The node manager of the second node."""
+        return [process for process in self._on_node(processes) if "/raylet/raylet" in process.command.split(" ")[0]]
 
     def _on_node(self, processes: list[Process]) -> list[Process]:
         namespace = os.readlink(f"/proc/{self._node.pid}/ns/net")
         found = []
         for process in processes:
             with suppress(OSError):
-                if os.readlink(f"/proc/{process.pid}/ns/net") == namespace:
+                if process.pid != self._node.pid and os.readlink(f"/proc/{process.pid}/ns/net") == namespace:
                     found.append(process)
         return found
 
     def repair(self, processes: list[Process]) -> None:
+        """What a cloud does after a node was lost: it is switched off, and another one joins."""
         for process in self._on_node(processes):
             process.send(signal.SIGKILL)
         self.plug()
@@ -189,7 +199,5 @@ class Nodes(Place):
             with suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGKILL)
             started.wait()
-        for holder in (self._node, self._head):
-            holder.kill()
-            holder.communicate()
+        super().close()
         shutil.rmtree(self._temporary, ignore_errors=True)

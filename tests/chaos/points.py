@@ -77,7 +77,8 @@ class _Finder:
             def exec_module(module: Any) -> None:
                 execute(module)
                 for title, point in points.items():
-                    wrap(module, title, point)
+                    with suppress(AttributeError):  # a point that is not there is never reached, which is reported
+                        wrap(module, title, point)
 
             spec.loader.exec_module = exec_module
         return spec

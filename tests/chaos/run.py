@@ -222,6 +222,10 @@ class RunUnderTest(Watched):
             return found
         return [next((process for process in found if process.pid == reached), None) or self._random.choice(found)]
 
+    def _fault(self, fault: str) -> None:
+        self.outcome.faults.append(fault)
+        self._say(f"  FAULT {fault}")
+
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} s"
