@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="signals sent in all")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule and of the runs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run begins later than this")
-    parser.add_argument("--steps", type=int, default=150, help="steps of each run")
+    parser.add_argument("--steps", type=int, help="steps of each run, otherwise its scenario's")
     parser.add_argument("--hang-s", type=float, default=150, help="longest time without a step or a message, seconds")
     parser.add_argument("--results", type=Path, default=ROOT / "runs/chaos.json")
     chosen = parser.parse_args()

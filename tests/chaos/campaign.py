@@ -7,14 +7,14 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.config.ppo import Config
 from tests.chaos import audit
 from tests.chaos.results import Outcome
 from tests.chaos.run import RunUnderTest
-from tests.chaos.scenarios import NUM_PROMPTS, SCENARIOS, STEPS, Case, Scenario, schedule, shares
+from tests.chaos.scenarios import NUM_PROMPTS, SCENARIOS, Case, Scenario, schedule, shares
 from tests.fakes import save_tiny_model
 
 
@@ -25,7 +25,7 @@ class Campaign:
     home: Path
     seed: int
     hang_s: float
-    steps: int = STEPS
+    steps: int | None = None  # of each run; None: what its scenario has
     say: Callable[[str], None] = print
     outcomes: list[Outcome] = field(default_factory=list)
     findings: list[audit.Findings] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Campaign:
     def _undisturbed(self, scenario: Scenario, random_: random.Random) -> Path:
         """The run directory of the same config without a kill."""
         self.say(f"{scenario.name}: an undisturbed run")
-        run = self._new(scenario, f"{scenario.name}-undisturbed", random_)
+        run = self._new(replace(scenario, place=""), f"{scenario.name}-undisturbed", random_)
         outcome = run.train(deque())
         if outcome.faults:
             raise RuntimeError(f"the undisturbed run failed: {outcome.faults}")

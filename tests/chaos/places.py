@@ -44,6 +44,11 @@ class Place:
     def open(self) -> None:
         """Makes the place."""
 
+    @property
+    def holders(self) -> set[int]:
+        """Process ids."""
+        return {holder.pid for holder in self._holders}
+
     def seen(self, path: Path) -> Path:
         """The path by which the harness sees a file of a process in this place."""
         return path
@@ -102,9 +107,11 @@ class Disk(Place):
 
     def fill(self, left: int) -> None:
         """Leaves room for this many bytes."""
-        free = shutil.disk_usage(self._filler.parent).free
-        with suppress(OSError), open(self._filler, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free - left))
+        with open(self._filler, "wb", buffering=0) as file:
+            with suppress(OSError):  # full
+                while file.write(bytes(64 << 10)):
+                    pass
+            file.truncate(max(0, file.tell() - left))
 
     def free(self) -> None:
         self._filler.unlink(missing_ok=True)

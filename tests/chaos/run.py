@@ -67,20 +67,20 @@ class RunUnderTest(Watched):
     def train(self, cases: deque[Case]) -> Outcome:
         """Runs to the end, and takes cases until the run is nearly over. Leaves no process behind."""
         self._last = LAST if cases else None
-        with place(self._kind, self._home / "disk", self.environment) as self._place:
-            self.directory = self._place.seen(self._named)
-            try:
+        try:
+            with place(self._kind, self._home / "disk", self.environment) as self._place:
+                self.directory = self._place.seen(self._named)
                 self._start(str(self._config), "--run", str(self._named))
                 while not self._finished(cases):
                     self.outcome.interventions += 1
                     self._start("--resume", str(self._named))
-            finally:
-                self._clean_up()
+                self._check_nothing_is_left()
                 if self._kind == "disk":
                     shutil.copytree(self.directory, self._home / "run")
                     self.directory = self._home / "run"
-        self.marked.kill()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        finally:
+            self.marked.kill()
+            shutil.rmtree(self._temporary, ignore_errors=True)
         return self.outcome
 
     def _finished(self, cases: deque[Case]) -> bool:
@@ -117,22 +117,19 @@ class RunUnderTest(Watched):
                 command, cwd=ROOT, env=self.environment, stdout=output, stderr=output, start_new_session=True
             )
 
-    def _clean_up(self) -> None:
+    def _check_nothing_is_left(self) -> None:
         """Every process of the run must have ended, and no temporary file may be left."""
         deadline = time.monotonic() + AFTER_S
-        while (left := self._left()) and time.monotonic() < deadline and sys.exc_info()[0] is None:
+        while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(0.2)
         if left:
             self._fault(f"processes left: {[f'{process.pid} {process.command[:60]}' for process in left]}")
-            for process in left:
-                process.send(signal.SIGKILL)
-        self.process.wait()
         if files := sorted(path.name for path in self._temporary.iterdir()):
             self._fault(f"temporary files left: {files}")
 
     def _left(self) -> list[Process]:
         """Processes of the run. On a cluster that the harness started, these are its roles and drivers."""
-        alive = self.marked.look()
+        alive = [process for process in self.marked.look() if process.pid not in self._place.holders]
         return alive if self._kind != "nodes" else of_run(alive)
 
     # One case

@@ -14,7 +14,6 @@ from tests.fakes import tiny_config
 
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 100  # of tests.tasks:train_prompts
-STEPS = 150
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,16 @@ class Scenario:
     cases: Sequence[Case]
     settings: dict[str, Any] = field(default_factory=dict)
     place: str = ""  # see places.py
+    # Of each run. Asynchronous ones continue while a process is replaced, so they need more for as many kills.
+    steps: int = 150
     weight: float = 1.0  # its share of the kills, among the scenarios
 
-    def config(self, model: Path, *, seed: int, steps: int = STEPS) -> Config:
+    def config(self, model: Path, *, seed: int, steps: int | None = None) -> Config:
         """Limits are short, so that a frozen process is noticed soon; all other limits are far longer than any work."""
         limits = {"timeout_s": 60, "probe_timeout_s": 6, "max_shortage_s": 180}
         tree: dict[str, Any] = {
             "seed": seed,
-            "num_steps": steps,
+            "num_steps": steps or self.steps,
             "rollouts_per_step": 16,
             "max_staleness": 0,
             "sampling": {"max_new_tokens": 40},
@@ -145,11 +146,11 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario("synchronous", ALL),
-        Scenario("asynchronous", ALL, {**OVERLAPPED, "reward": {"min": 2}}),
+        Scenario("asynchronous", ALL, {**OVERLAPPED, "reward": {"min": 2}}, steps=400),
         Scenario("two-ranks", ALL, {"learner": {"ranks": 2}}),
-        Scenario("two-ranks-asynchronous", ALL, {**OVERLAPPED, "learner": {"ranks": 2}}),
+        Scenario("two-ranks-asynchronous", ALL, {**OVERLAPPED, "learner": {"ranks": 2}}, steps=400),
         Scenario("split-engine", ENGINE, {"generators": {"tensor_parallel": 2, "cpus": 0}}, weight=0.15),
-        Scenario("two-nodes", NODE, ON_NODES, place="nodes", weight=0.25),
+        Scenario("two-nodes", NODE, ON_NODES, place="nodes", steps=600, weight=0.25),
         Scenario("full-disk", DISK, place="disk", weight=0.1),
     )
 }
