@@ -42,7 +42,7 @@ POINTS = {
     "checkpoint": Point("learner.ranks.checkpoint", "save_checkpoint"),
     "before the marker": Point("learner.loop.checkpoints", "write_marker"),
     "rank joins": Point("learner.ranks.trainer", "Trainer.join"),
-    "join": Point("actors.pool.roles", "GeneratorPool._catch_up"),
+    "join": Point("actors.pool.loading", "WeightLoader.catch_up"),
     "generation": Point("actors.generation.generator", "Generator.generate"),
     "scoring": Point("actors.scoring.reward", "Reward.score"),
     "measuring": Point("actors.scoring.reference", "ReferencePolicy.logprobs"),
