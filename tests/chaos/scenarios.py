@@ -125,10 +125,10 @@ class Scenario:
             "generators": {"dtype": "float32", "kv_cache_mib": 16, **limits},
             "reference": limits,
             "reward": limits,
-            "learner": {"precision": "fp32", "cpus": 0.5, "timeout_s": 60},
+            "learner": {"precision": "fp32", "cpus": 0.5, "timeout_s": 60, "probe_timeout_s": 6},
             "checkpoint": {"every": 7, "keep": 2},
             "evaluation": {"prompts": 4, "every": 25},
-            "ray": {"dashboard": False, "object_store_mib": 128, "startup_timeout_s": 180},
+            "ray": {"dashboard": False, "object_store_mib": 128, "startup_timeout_s": 180, "max_silence_s": 15},
         }
         for section, values in self.settings.items():
             tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
