@@ -24,6 +24,7 @@ from tests.chaos.scenarios import ROOT, Blow, Case
 from tests.chaos.watch import Ended, Hang, Watched
 
 REACH_S = 60.0  # longest wait for a point; the blow then comes anyway
+GONE_S = 120.0  # longest life of a frozen process
 AFTER_S = 30.0  # in which all processes of a run must end after the run
 RESTARTS = 10_000
 MOST_INTERVENTIONS = 5  # in one run; more end it
@@ -141,6 +142,10 @@ class RunUnderTest(Watched):
         needed = kill.at_step + 1 + self._cfg.max_staleness  # rollouts of earlier steps may have been complete
         try:
             self.wait_for(lambda: self.steps() > needed)
+            self._wait_until_gone()
+            if blow.how == "STOP" and blow.target in ("gcs", "raylet"):  # until now the run did not notice
+                needed = self.steps() + 1 + self._cfg.max_staleness
+                self.wait_for(lambda: self.steps() > needed)
         finally:
             kill.next_step_s = self.seconds_until(kill.at_step, began)
             kill.recovery_s = self.seconds_until(needed, began)
@@ -150,12 +155,22 @@ class RunUnderTest(Watched):
         if isinstance(self._place, Nodes) and blow.target == "node" and blow.how != "BLIP":
             self._place.repair(self.marked.look())
 
+    def _wait_until_gone(self) -> None:
+        """A frozen process keeps its memory: the run must end it."""
+        with suppress(TimeoutError):
+            deadline = time.monotonic() + GONE_S
+            self.wait_for(lambda: not any(one.alive for one in self._frozen), deadline=deadline, poll_s=0.1)
+        if left := [f"{one.pid} {one.command[:40]}" for one in self._frozen if one.alive]:
+            self._fault(f"still there, frozen: {left}")
+        self._frozen = []
+
     def _strike(self, blow: Blow, *, at_once: bool) -> tuple[Kill, float]:
         """Delivers one blow. Returns what it was, and when its consequences begin."""
         reached = self._wait_at(blow.point) if blow.point else None
         if not blow.point and not at_once:
             time.sleep(self._random.uniform(0, 1))
         victims = self._victims(blow, reached) if blow.how in SIGNALS else []
+        self._frozen = victims if blow.how == "STOP" else []
         kill = Kill(blow.target, blow.how, blow.point, self.steps(), reached is not None or not blow.point)
         began = time.time()
         for victim in victims:
