@@ -13,7 +13,7 @@ from pathlib import Path
 from common.config.ppo import Config
 from tests.chaos import audit
 from tests.chaos.results import Outcome
-from tests.chaos.run import RunUnderTest
+from tests.chaos.run import LAST, RunUnderTest
 from tests.chaos.scenarios import NUM_PROMPTS, SCENARIOS, Case, Scenario, schedule, shares
 from tests.fakes import save_tiny_model
 
@@ -56,7 +56,7 @@ class Campaign:
     ) -> None:
         self.say(f"{title}: {sum(map(len, cases))} kills are left")
         run, cfg, before = self._new(scenario, title, random_), self._config(scenario), len(cases)
-        outcome = run.train(cases)
+        outcome = run.train(cases, LAST)
         found = audit.examine(run.directory, seed=cfg.seed, num_prompts=NUM_PROMPTS, max_staleness=cfg.max_staleness)
         if undisturbed is not None:
             found.faults += audit.unequal(run.directory, undisturbed)

@@ -28,7 +28,7 @@ GONE_S = 120.0  # longest life of a frozen process
 AFTER_S = 30.0  # in which all processes of a run must end after the run
 RESTARTS = 10_000
 MOST_INTERVENTIONS = 5  # in one run; more end it
-LAST = Blow("driver", point="policy written")  # of every run
+LAST = Blow("driver", point="policy written")
 SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP, "PAUSE": signal.SIGSTOP}
 
 
@@ -65,9 +65,9 @@ class RunUnderTest(Watched):
 
     # The whole run
 
-    def train(self, cases: deque[Case]) -> Outcome:
-        """Runs to the end, and takes cases until the run is nearly over. Leaves no process behind."""
-        self._last = LAST if cases else None
+    def train(self, cases: deque[Case], last: Blow | None = None) -> Outcome:
+        """Runs to the end, and takes cases until the run is nearly over, and then `last`. Leaves no process behind."""
+        self._last = last
         try:
             with place(self._kind, self._home / "disk", self.environment) as self._place:
                 self.directory = self._place.seen(self._named)
