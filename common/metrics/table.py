@@ -191,7 +191,8 @@ STEP = (
         "count",
         "last",
         "",
-        "fewer than `ppo_epochs` x `minibatches`: `target_kl` ended the step early",
+        "fewer than `ppo_epochs` x `minibatches`: `target_kl` ended the step early; 0, with no other figure of the "
+        "learner: the batch is void, and the journal has the reason",
     ),
     Metric("value/loss", "reward units squared", "mean", "tokens", "half the squared error to the returns"),
     Metric("value/clip_frac", "share", "mean", "tokens", "tokens that `value_clip` held back"),
