@@ -33,6 +33,7 @@ from deploy.run.identity import identity_of
 from deploy.run.start import new_start, resumed_start
 from deploy.run.summary import answers_path, summarise, write_answers
 from deploy.scale import follow_targets
+from deploy.screen.console import complain
 from deploy.screen.progress import Progress
 from deploy.session import load_inputs, rare_full_collections, session, step_grace_s
 from deploy.starting import Starter
@@ -159,6 +160,7 @@ async def _train(
             decode=policy.decode,
             on_step=stepped,
             on_evaluation=evaluated,
+            report=complain,
         )
         for background in (follow_targets(directory, start.pools), progress.while_silent(lambda: run.doing())):
             ending.callback(asyncio.create_task(background).cancel)

@@ -27,6 +27,7 @@ from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import check_pairs, load_pairs, prepared_pairs, reference_prompts
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.finished import finished_reward_training
+from deploy.screen.console import complain
 from deploy.screen.reward_progress import RewardProgress, plot_calibration
 from deploy.session import session, step_grace_s
 from deploy.starting import Starter
@@ -120,7 +121,7 @@ async def _train(
         await group.start()
         accepted()
         return await train_reward_model(
-            RewardRun(cfg, directory, train, heldout, group, progress.step, progress.evaluation)
+            RewardRun(cfg, directory, train, heldout, group, progress.step, progress.evaluation, report=complain)
         )
     finally:
         group.stop()  # the services that measure the scale need its memory

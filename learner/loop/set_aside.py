@@ -10,6 +10,8 @@ import os
 import time
 from pathlib import Path
 
+from common.plain_text import one_line
+
 README = "README.txt"
 
 
@@ -36,7 +38,7 @@ def note(run: Path, text: str) -> None:
     readme = directory / README
     begins = "" if readme.exists() else "Files of this run that were not what had been written. Nothing reads them.\n\n"
     with open(readme, "a", encoding="utf-8") as file:
-        file.write(f"{begins}{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(text.split())}\n")
+        file.write(f"{begins}{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}\n")
 
 
 def _free_name(run: Path, path: Path) -> Path:

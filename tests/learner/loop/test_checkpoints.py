@@ -291,3 +291,12 @@ def test_a_checkpoint_without_optimizer_is_sound_but_cannot_continue(tmp_path):
     assert restore(checkpoints, num_steps=2) == (2, [])
     checkpoints.drop_optimizers()
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_reason_cannot_control_a_terminal(tmp_path):
+    checkpoints = make(tmp_path, [1])
+    change_marker(checkpoints, 1, step="\x1b[2J")
+    restore(checkpoints)
+    readme = (tmp_path / "set-aside/README.txt").read_text()
+    assert "it was written as step \\x1b[2J" in readme
+    assert "\x1b" not in readme
