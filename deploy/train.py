@@ -120,6 +120,7 @@ async def _train(
         lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg),
         cfg.learner,
         startup_timeout_s=cfg.ray.startup_timeout_s,
+        report=complain,
         deltas=cfg.generators.updates == "changes",
     )
 

@@ -116,6 +116,7 @@ async def _train(
         lambda rank: actor(RewardTrainer, cfg.learner, f"RewardTrainer({rank})").remote(cfg, num_steps),
         cfg.learner,
         startup_timeout_s=cfg.ray.startup_timeout_s,
+        report=complain,
     )
     try:
         await group.start()
