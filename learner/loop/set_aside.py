@@ -26,9 +26,9 @@ def set_aside(run: Path, path: Path, reason: str) -> str:
 def set_lines_aside(run: Path, path: Path, lines: list[bytes], reason: str) -> str:
     """Writes lines that are taken out of a file of the run to a file of RUN/set-aside. Returns a message."""
     target = _free_name(run, path)
-    note(run, f"{len(lines)} lines of {path.relative_to(run)} -> {target.name}: {reason}")
+    note(run, f"{len(lines)} line(s) of {path.relative_to(run)} -> {target.name}: {reason}")
     target.write_bytes(b"".join(line + b"\n" for line in lines))
-    return f"{len(lines)} lines of {path} were set aside in {target}: {reason}"
+    return f"{len(lines)} line(s) of {path} were set aside in {target}: {reason}"
 
 
 def note(run: Path, text: str) -> None:

@@ -407,7 +407,7 @@ def test_a_broken_line_never_stops_a_resume(tmp_path, name, broken):
     with open(tmp_path / name, "ab") as file:
         file.write(broken + b"\n")
     [report] = run_with(tmp_path, HashLearner(), num_steps=2)
-    assert f"1 lines of {tmp_path / name} were set aside" in report
+    assert f"1 line(s) of {tmp_path / name} were set aside" in report
     assert (tmp_path / "set-aside" / name).read_bytes() == broken + b"\n"
     assert read_records(tmp_path / name) == before
     assert len((tmp_path / name).read_bytes().splitlines()) == len(before)
