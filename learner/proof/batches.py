@@ -6,6 +6,7 @@ from collections.abc import Container
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common.experience_table import EXPERIENCE_SCHEMA
 from learner.proof.chain import Step, Violation
@@ -74,4 +75,4 @@ def _flat(table: pa.Table, column: str) -> np.ndarray:
 
 
 def _lengths(table: pa.Table, column: str) -> np.ndarray:
-    return np.array([0 if row is None else len(row) for row in table[column].to_pylist()])
+    return pc.fill_null(pc.list_value_length(table[column]), 0).to_numpy()
