@@ -1,6 +1,6 @@
 """A start of `ratchet train`, compared with the journal of the run, and what the journal records of it.
 
-Runs in the driver that owns the run directory. Nothing is written before nothing can refuse the run any more.
+Runs in the driver that owns the run directory. It writes only once nothing can refuse the run any more.
 """
 
 from __future__ import annotations
