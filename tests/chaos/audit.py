@@ -122,11 +122,9 @@ def _settled(prompts: dict[str, Any], *, seed: int, num_prompts: int) -> set[str
 
 
 def replayed(run: Path, environment: dict[str, str]) -> list[str]:
-    """The faults that `ratchet audit RUN --replay` finds, if this version has it."""
+    """The fault that `ratchet audit RUN --replay` finds."""
     command = [sys.executable, "-m", "deploy.cli", "audit", str(run), "--replay"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    if "No such command" in done.stderr:
-        return []
     return [] if done.returncode == 0 else [f"ratchet audit --replay: {done.stdout[-500:]}{done.stderr[-500:]}"]
 
 
@@ -139,5 +137,7 @@ def unequal(run: Path, undisturbed: Path) -> list[str]:
             assert other is not None
             if not one.drop_columns("generator").equals(other.drop_columns("generator")):
                 return [f"step {number} has other rows than the undisturbed run"]
+    if not (run / "policy").exists():
+        return ["the run has no policy"]
     weights = [(directory / "policy/model.safetensors").read_bytes() for directory in (run, undisturbed)]
     return [] if weights[0] == weights[1] else ["the final weights differ from the undisturbed run's"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.config.ppo import Config
 from tests.chaos import audit
+from tests.chaos.places import NoNamespaces
 from tests.chaos.results import Outcome
 from tests.chaos.run import LAST, RunUnderTest
 from tests.chaos.scenarios import NUM_PROMPTS, SCENARIOS, Case, Scenario, schedule, shares
@@ -29,40 +30,46 @@ class Campaign:
     say: Callable[[str], None] = print
     outcomes: list[Outcome] = field(default_factory=list)
     findings: list[audit.Findings] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # scenarios that this machine does not allow, with the reason
 
     def run(self, names: Sequence[str], kills: int, minutes: float, after_run: Callable[[Campaign], None]) -> None:
         """Calls `after_run` after every run, so that results are kept if a later one is stopped."""
         until = time.monotonic() + 60 * minutes
         self._model = save_tiny_model(self.home / "model")
         for name, share in shares(names, kills).items():
-            scenario, random_ = SCENARIOS[name], random.Random(f"{self.seed} {name}")
-            cases = schedule(scenario.cases, share, random_)
-            undisturbed = None
-            for number in range(len(cases)):
-                if not cases or time.monotonic() > until:
-                    break
-                if scenario.synchronous and undisturbed is None:
-                    undisturbed = self._undisturbed(scenario, random_)
-                self.one_run(
-                    scenario, f"{name.replace(', ', '-').replace(' ', '-')}-{number}", cases, undisturbed, random_
-                )
-                after_run(self)
-            if undisturbed is not None:
-                shutil.rmtree(undisturbed.parent)
+            try:
+                self._scenario(SCENARIOS[name], share, until, after_run)
+            except NoNamespaces as error:
+                self.say(f"{name}: skipped: {error}")
+                self.skipped[name] = str(error)
         shutil.rmtree(self._model)
+
+    def _scenario(self, scenario: Scenario, kills: int, until: float, after_run: Callable[[Campaign], None]) -> None:
+        random_ = random.Random(f"{self.seed} {scenario.name}")
+        cases = schedule(scenario.cases, kills, random_)
+        undisturbed, number = None, 0
+        while cases and time.monotonic() < until:
+            if scenario.synchronous and undisturbed is None:
+                undisturbed = self._undisturbed(scenario, random_)
+            before = len(cases)
+            self.one_run(scenario, f"{scenario.name}-{number}", cases, undisturbed, random_)
+            after_run(self)
+            if len(cases) == before:
+                raise RuntimeError(f"{scenario.name}: no case was delivered in a whole run")
+            number += 1
+        if undisturbed is not None:
+            shutil.rmtree(undisturbed.parent)
 
     def one_run(
         self, scenario: Scenario, title: str, cases: deque[Case], undisturbed: Path | None, random_: random.Random
     ) -> None:
         self.say(f"{title}: {sum(map(len, cases))} kills are left")
-        run, cfg, before = self._new(scenario, title, random_), self._config(scenario), len(cases)
+        run, cfg = self._new(scenario, title, random_), self._config(scenario)
         outcome = run.train(cases, LAST)
         found = audit.examine(run.directory, seed=cfg.seed, num_prompts=NUM_PROMPTS, max_staleness=cfg.max_staleness)
         if undisturbed is not None:
             found.faults += audit.unequal(run.directory, undisturbed)
         found.faults += audit.replayed(run.directory, run.environment)
-        if len(cases) == before:
-            found.faults.append("no case was delivered")
         for fault in found.faults:
             self.say(f"  FAULT {fault}")
         self.outcomes.append(outcome)

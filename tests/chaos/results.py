@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,11 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def summarise(outcomes: Sequence[Outcome], findings: Sequence[Findings], *, seed: int) -> dict[str, Any]:
-    """The content of runs/chaos.json. Seconds are given by role, as {count, min, median, max}."""
+def summarise(
+    outcomes: Sequence[Outcome], findings: Sequence[Findings], *, seed: int, skipped: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The content of runs/chaos.json. Seconds are given by role, as {count, min, median, max}. `skipped`: scenarios
+    that were not run, with the reason."""
     kills = [kill for outcome in outcomes for kill in outcome.kills]
     return {
         "kills": len(kills),
@@ -60,6 +63,7 @@ def summarise(outcomes: Sequence[Outcome], findings: Sequence[Findings], *, seed
         "steps": sum(found.steps for found in findings),
         "samples": sum(found.samples for found in findings),
         "voids": sum(found.voids for found in findings),
+        "skipped": dict(skipped or {}),
         "seed": seed,
         "cores": len(os.sched_getaffinity(0)),
     }

@@ -107,7 +107,9 @@ class RunUnderTest(Watched):
             self.marked.kill()
             self.process.wait()
         if self.outcome.interventions >= MOST_INTERVENTIONS:
-            raise RuntimeError(f"{self.directory}: the run does not go on; see {self.output}")
+            self._fault(f"given up; see {self.output}")
+            self.marked.kill()
+            return True
         return False
 
     def _start(self, *arguments: str) -> None:
