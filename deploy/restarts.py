@@ -21,6 +21,7 @@ from typing import Any
 
 from common.user_code.packages import package_root
 from deploy.ending import exit_message
+from deploy.ending.driver_watcher import SUPERVISED
 from deploy.ending.signals import SIGNALS
 from deploy.screen.console import complain
 
@@ -49,7 +50,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns when the run has ended, with its exit code."""
-        fruitless, steps = 0, self._num_steps()
+        fruitless, steps, code = 0, self._num_steps(), 0
         with self._forwarding_signals():
             for restart in range(self._restarts + 1):
                 arguments = self._next_arguments()
@@ -57,13 +58,17 @@ class Supervisor:
                     self._pause(fruitless)
                     if self._asked is not None:
                         return 128 + self._asked
-                    complain(f"restart {restart} of {self._restarts}: {join(['ratchet', *arguments])}")
+                    number = f"restart {restart} of {self._restarts}"
+                    complain(f"{_killed(code)}{number}: {join(['ratchet', *arguments])}")
                 code = self._run_driver(arguments)
                 if self._asked is not None or code in FINAL:
                     return code if code >= 0 else 128 - code
                 before, steps = steps, self._num_steps()
                 fruitless = 0 if steps > before else fruitless + 1
-        complain(f"the run has used up its {self._restarts} restarts ({OPTION})")
+        complain(
+            f"{_killed(code)}the run has used up its {self._restarts} restarts ({OPTION}); continue with "
+            f"{join(['ratchet', *self._next_arguments()])}"
+        )
         return code if code >= 0 else 128 - code
 
     def _next_arguments(self) -> list[str]:
@@ -148,8 +153,15 @@ def driver_command(arguments: Sequence[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The driver imports Ratchet from the same place as this process."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")]))}
+    """The driver imports Ratchet from the same place as this process, and leaves it to this process to say that it was
+    killed."""
+    path = os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, SUPERVISED: "1"}
+
+
+def _killed(code: int) -> str:
+    """Why the driver ended, if it could not say so itself."""
+    return f"the driver was ended by {signal.Signals(-code).name}; " if code < 0 else ""
 
 
 def _is_suspended(pid: int) -> bool:

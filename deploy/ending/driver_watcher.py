@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 WAIT_S = 5.0  # it ends within milliseconds of `dismiss`
+SUPERVISED = "RATCHET_SUPERVISED"  # a variable: the driver's parent says that the driver was killed, and restarts it
 KILLED = "this process was killed, or Ray ended it because the node manager (raylet) that it was connected to had died"
 
 
@@ -67,7 +68,8 @@ def main(directory: Path, remedy: str, run: str) -> None:
     from deploy.ending.exit_message import has_config
     from deploy.screen.console import complain
 
-    complain(f"{KILLED}; {remedy}" if run and has_config(Path(run)) else KILLED)
+    if SUPERVISED not in os.environ:
+        complain(f"{KILLED}; {remedy}" if run and has_config(Path(run)) else KILLED)
     from deploy.cluster.own_cluster import remove
 
     remove(directory)

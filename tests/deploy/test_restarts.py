@@ -70,7 +70,9 @@ def supervised(tmp_path, monkeypatch, capsys):
 def test_a_failed_run_continues_until_it_is_done(supervised):
     code, starts, told = supervised("begin 1", "step kill9", "1", "0")
     assert (code, starts) == (0, [BEGIN, CONTINUE, CONTINUE, CONTINUE])
-    assert told == "".join(f"ratchet: restart {n} of 9: ratchet train --resume run\n" for n in (1, 2, 3))
+    causes = ["", "the driver was ended by SIGKILL; ", ""]
+    lines = [f"ratchet: {why}restart {n} of 9: ratchet train --resume run" for n, why in enumerate(causes, 1)]
+    assert told.splitlines() == lines
 
 
 @pytest.mark.parametrize("code", [0, 2, 129, 130, 143])
@@ -82,7 +84,9 @@ def test_success_a_users_fault_and_a_users_signal_end_the_run(supervised, code):
 def test_the_last_failure_is_the_exit_code(supervised, act, code):
     ended, starts, told = supervised(f"begin {act}", act, act, times=2)
     assert (ended, starts) == (code, [BEGIN, CONTINUE, CONTINUE])
-    assert told.endswith("ratchet: the run has used up its 2 restarts (--restarts)\n")
+    end = "the run has used up its 2 restarts (--restarts); continue with ratchet train --resume run"
+    why = {"kill9": "the driver was ended by SIGKILL; ", "kill6": "the driver was ended by SIGABRT; "}.get(act, "")
+    assert told.splitlines()[-1] == f"ratchet: {why}{end}"
 
 
 def test_a_run_that_had_not_begun_begins_again(supervised):
