@@ -47,10 +47,10 @@ def model(tmp_path_factory):
 
 
 class Troubled(Learner):
-    """The last rank raises, dies, freezes or hangs in some updates, each of them once: `markers` has a file for each
+    """The last rank raises, dies, freezes or hangs in some calls, each of them once: `markers` has a file for each
     trouble that was made."""
 
-    troubles: Mapping[int, str] = {}  # by step
+    troubles: Mapping[str, str] = {}  # by call and step
     markers = ""
 
     def join(self, rank: int, world: int, rendezvous: str) -> int:
@@ -61,13 +61,18 @@ class Troubled(Learner):
         return os.getpid()
 
     def update(self, table: Any) -> dict[str, float]:
-        marker = Path(self.markers, str(self.step))
-        if self._is_last and self.step in self.troubles and not marker.exists():
-            marker.touch()
-            self._make(self.troubles[self.step])
+        self._make_trouble(f"update {self.step}")
         return super().update(table)
 
-    def _make(self, trouble: str) -> None:
+    def ref_logprobs(self, *rollouts: Any) -> list[np.ndarray]:
+        self._make_trouble(f"ref_logprobs {self.step}")
+        return super().ref_logprobs(*rollouts)
+
+    def _make_trouble(self, call: str) -> None:
+        trouble, marker = self.troubles.get(call) if self._is_last else None, Path(self.markers, call)
+        if trouble is None or marker.exists():
+            return
+        marker.touch()
         if trouble == "raises":
             raise ValueError("rank 1 cannot learn from this")
         if trouble in ("dies", "freezes"):
@@ -76,7 +81,7 @@ class Troubled(Learner):
             time.sleep(600)
 
 
-def troubled(markers: Path, troubles: Mapping[int, str]) -> type[Troubled]:
+def troubled(markers: Path, troubles: Mapping[str, str]) -> type[Troubled]:
     return type("Learner", (Troubled,), {"troubles": troubles, "markers": str(markers)})
 
 
@@ -129,9 +134,9 @@ def test_a_run_whose_learner_dies_and_freezes_ends_with_the_same_bits(model, alo
     """Nobody continues it by hand, and its generator lives on."""
     directory, markers = tmp_path / "run", tmp_path / "markers"
     markers.mkdir()
-    monkeypatch.setattr(train, "Learner", troubled(markers, {1: "dies", 2: "freezes"}))
+    monkeypatch.setattr(train, "Learner", troubled(markers, {"update 1": "dies", "update 2": "freezes"}))
     train.run_training(run_config(model, ranks=1, learner={"probe_timeout_s": 5}), directory)
-    assert sorted(os.listdir(markers)) == ["1", "2"]
+    assert sorted(os.listdir(markers)) == ["update 1", "update 2"]
     weights = [(path / "policy" / "model.safetensors").read_bytes() for path in (alone, directory)]
     assert weights[0] == weights[1]
     assert curve(directory) == curve(alone)
@@ -140,7 +145,9 @@ def test_a_run_whose_learner_dies_and_freezes_ends_with_the_same_bits(model, alo
 
 
 def test_a_lora_run_on_two_ranks_saves_adapter_and_merged_policy(model, tmp_path, monkeypatch):
+    """Also if a rank dies while the loop waits for rollouts, and they for their reference log-probabilities."""
     started: list[str] = []
+    monkeypatch.setattr(train, "Learner", troubled(tmp_path, {"ref_logprobs 1": "dies"}))
 
     class Starter(train.Starter):
         async def references(self, *_: Any, **__: Any) -> Any:
@@ -156,6 +163,7 @@ def test_a_lora_run_on_two_ranks_saves_adapter_and_merged_policy(model, tmp_path
     lora = {"lora": {"rank": 4, "alpha": 8}}
     train.run_training(run_config(model, ranks=2, num_steps=2, learner=lora), directory)
     assert sorted(started) == ["Generator", "Reward"]
+    assert (tmp_path / "ref_logprobs 1").exists()
     first, second = curve(directory)
     assert first["kl/per_token"] == 0.0  # the policy is the reference
     assert abs(second["kl/per_token"]) > 1e-6
@@ -214,7 +222,7 @@ def update_twice(
 ) -> Outcome:
     """Ranks update twice; the last one fails the second time. If it is lost, the group starts again, restores the first
     update and repeats the second. Checks that no process of a lost or stopped group is left."""
-    role = troubled(directory, {1: trouble} if trouble else {})
+    role = troubled(directory, {"update 1": trouble} if trouble else {})
     settings = {"cpus": 0, "timeout_s": timeout_s, "probe_timeout_s": probe_timeout_s}
     cfg = run_config(model, ranks=ranks, rollouts_per_step=8, learner=settings)
     pids: list[int] = []
