@@ -114,7 +114,8 @@ class RankGroup:
         """The answer of every rank to a call, when its turn has come."""
         async with self._turn:
             self._processes.check()
-            return await self._wait(what, dict(enumerate(map(call, self._processes.handles))))
+            with self._processes.during(f"{what} at step {self._step}"):
+                return await self._wait(what, dict(enumerate(map(call, self._processes.handles))))
 
     async def _wait(self, what: str, calls: Mapping[int, Any], *, timeout_s: float | None = None) -> list[Any]:
         """The answers of all `calls`, given by rank.
@@ -216,13 +217,14 @@ class LearnerGroup(RankGroup):
         published: list[Any] = []
         calls = [rank.publish.options(num_returns="streaming").remote for rank in self._processes.handles]
         items = self._read("publish weights", [call(*base) if call is calls[0] else call() for call in calls])
-        async for item in items:
-            if isinstance(item, Manifest):
-                self._base = published if self._deltas else ()
-                yield item
-            else:
-                published.append(item)
-                yield PublishedBucket(item, best=await anext(items) if base else item)
+        with self._processes.during(f"publish weights at step {self._step}"):
+            async for item in items:
+                if isinstance(item, Manifest):
+                    self._base = published if self._deltas else ()
+                    yield item
+                else:
+                    published.append(item)
+                    yield PublishedBucket(item, best=await anext(items) if base else item)
 
     async def _read(self, what: str, streams: list[ray.ObjectRefGenerator]) -> AsyncGenerator[Any, None]:
         """Yields the references that rank 0 streams, without reading them, and instead of the last one its value.

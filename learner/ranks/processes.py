@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
@@ -42,6 +43,7 @@ class Processes:
         self._names: list[str] = []
         self._loss: asyncio.Future[None] | None = None  # gets the RankLostError of the group's first loss
         self._watch: asyncio.Task[None] | None = None
+        self._doing = "wait for a call"
 
     def name(self, rank: int) -> str:
         return self._names[rank]
@@ -96,6 +98,15 @@ class Processes:
 
     # Losses
 
+    @contextmanager
+    def during(self, call: str) -> Iterator[None]:
+        """A rank that is lost during the block is lost in this call, such as "update at step 3"."""
+        self._doing, before = call, self._doing
+        try:
+            yield
+        finally:
+            self._doing = before
+
     async def unless_lost(self, work: Awaitable[T]) -> T:
         """The result of `work`. Raises RankLostError, and cancels `work`, as soon as a rank is lost."""
         assert self._loss is not None, "the ranks were not started"
@@ -126,7 +137,7 @@ class Processes:
         return first
 
     def died(self, rank: int, what: str, cause: BaseException) -> BaseException:
-        """`lose` with the message that a rank died. `what`: what it was to do, such as "update at step 3"."""
+        """`lose` with the message that a rank died. `what`: what it was to do, as in `during`."""
         return self.lose(f"{self.name(rank)} died while it was to {what}: {death_reason(cause)}", cause)
 
     async def _watch_all(self) -> None:
@@ -141,10 +152,11 @@ class Processes:
                 async with asyncio.timeout(limit):
                     await handle.__ray_ready__.options(concurrency_group="health").remote()
             except TimeoutError:
-                self.lose(f"{self.name(rank)} answered no health probe for {limit:g} s (learner.probe_timeout_s)")
+                silent = f"answered no health probe for {limit:g} s (learner.probe_timeout_s)"
+                self.lose(f"{self.name(rank)} {silent} while it was to {self._doing}")
                 return
             except RayError as error:
-                self.died(rank, "answer a health probe", error)
+                self.died(rank, self._doing, error)
                 return
 
     # Ends
