@@ -49,6 +49,8 @@ class FakeRank:
         while self.frozen or not self.room:
             await asyncio.sleep(0.01)
         if method in ("__ray_ready__", "join", "__ray_call__"):
+            if method in self.errors:
+                raise self.errors[method]
             return {"__ray_call__": "nowhere"}.get(method)
         await asyncio.sleep(0.01)
         if method in self.errors:
@@ -198,6 +200,16 @@ def test_a_rank_that_freezes_in_an_update_is_lost_by_its_name():
         )
         with pytest.raises(RankLostError, match=message):
             await learner.update("batch")
+
+    run(scenario)
+
+
+def test_a_death_that_a_probe_notices_first_names_the_call():
+    async def scenario() -> None:
+        learner, [rank] = await started()
+        rank.errors["__ray_ready__"] = RayActorError(error_msg="it was killed")
+        with pytest.raises(RankLostError, match=r"^Learner\(0\) died while it was to update at step 0: it was killed$"):
+            await learner._call("update", lambda rank: asyncio.sleep(10))
 
     run(scenario)
 
