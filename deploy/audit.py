@@ -22,8 +22,9 @@ HOLDS, BROKEN = 0, 1  # exit codes
 
 
 def run_audit(run: Path, *, replay: bool = False, model: str | None = None, settings: Sequence[str] = ()) -> int:
-    """Prints a table of what is proved, or the first rule that is broken. Returns the exit code. `replay`: also learn
-    the whole journal again, and compare every checkpoint. The other arguments are those of `ratchet replay`."""
+    """Prints a table with the results of all rules, or the first broken rule. Returns the exit code. With `replay` it
+    also learns the whole journal again, and compares every checkpoint. The other arguments are those of `ratchet
+    replay`."""
     refuse_other_directories(run)
     try:
         found = audit(run)

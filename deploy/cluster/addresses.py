@@ -54,13 +54,13 @@ def reachable(address: str) -> str:
 
 
 def ask_control_service(address: str, timeout_s: float = ANSWER_S) -> None:
-    """Returns if the cluster's control service answers. Raises grpc.RpcError, or Ray's error for a wrong token."""
+    """Asks the cluster's control service for any answer. Raises grpc.RpcError, or Ray's error for a wrong token."""
     with init_grpc_channel(address) as channel:
         channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=timeout_s)
 
 
 def ask_node_manager(address: str, timeout_s: float = ANSWER_S) -> None:
-    """Returns if the node manager answers, whatever it says. Raises grpc.RpcError. The control service asks it too."""
+    """Asks the node manager for its health. Any answer will do. Raises grpc.RpcError if none comes."""
     with init_grpc_channel(address) as channel:
         try:
             channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)

@@ -25,7 +25,7 @@ LOOK_EVERY_S = 0.2
 
 
 def run_of_job(run: Path) -> str:
-    """What the metadata of a driver's job says about its run."""
+    """The text in the metadata of a driver's job that names its run."""
     return str(run.resolve())
 
 

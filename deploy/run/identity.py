@@ -75,7 +75,7 @@ def accepted_differences(
 
 
 def shown_names(cfg: Config) -> dict[str, str]:
-    """What the name of each digest stands for, in messages."""
+    """The file or setting behind the name of each digest, for messages."""
     names = {"model": cfg.model.path, "prompts.train": cfg.prompts.train, "prompts.heldout": str(cfg.prompts.heldout)}
     return names | {f"reward.sources.{number}": source.name for number, source in enumerate(cfg.reward.sources)}
 

@@ -1,4 +1,4 @@
-"""What earlier processes of a run left unfinished when they were killed. Runs in the driver that owns the directory."""
+"""Removes files that killed processes of a run left unfinished. Runs in the driver that owns the directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from learner.loop.checkpoints import COMPLETE
 
-# Of common.files.write_whole. `ratchet scale` may be writing scale.json now.
+# Files of common.files.write_whole. Not scale.json's: `ratchet scale` may be writing it now.
 _STAGING_FILE = re.compile(r"(?!scale\.json).+\.\d+\.tmp")
 _STAGING_DIRECTORY = re.compile(r"\.(policy|adapter|model)-\w{8}")  # of common.files.replaced_directory
 _REPLACED_DIRECTORY = re.compile(r"\.(policy|adapter|model)-\w{8}-old")

@@ -134,7 +134,7 @@ class Checkpoints:
         return sorted(step for step, name in steps if name == self.path(step).name)  # as numbers, not as names
 
     def _history(self, step: int) -> dict[str, Any]:
-        """What the journal says about the way to this step."""
+        """The fields of the marker that the journal decides for this step."""
         if self._journal is None:
             return {"journal": None, "voids": [], "identity": {}}
         return {

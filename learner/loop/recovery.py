@@ -34,7 +34,7 @@ MOST_VOIDS = 3  # batches in a row that the learner cannot take
 
 
 class State(Enum):
-    """What the learner has, see above."""
+    """The state of the learner: see the table above."""
 
     READY = auto()
     NEW = auto()

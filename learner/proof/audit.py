@@ -1,4 +1,4 @@
-"""What a run directory proves about its run, rule by rule. Runs in `ratchet audit`; only reads.
+"""Checks a run directory, rule by rule. Runs in `ratchet audit`; only reads.
 
 The journal is read once, from its first entry to its last. Each rule has a class or function of its own next to this
 file. The first rule that is broken raises a Violation.
@@ -29,7 +29,7 @@ class Proved(NamedTuple):
 
 @dataclass
 class Audit:
-    """What was read, for the replay, and what it proves."""
+    """The contents that the replay needs, and the results of the rules."""
 
     run: Path
     digests: list[str] = field(default_factory=list)  # of the begin note, then of each step: by policy version

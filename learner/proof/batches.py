@@ -1,4 +1,4 @@
-"""What every batch must satisfy: complete rows, and no token older than the run allows. Runs in `ratchet audit`."""
+"""Checks every batch: its rows are complete, and no token is older than the run allows. Runs in `ratchet audit`."""
 
 from __future__ import annotations
 

@@ -72,5 +72,5 @@ def _rank(work: Work, rank: int, world: int, rendezvous: str, on_gpu: bool, pipe
         pipe.send(None)
     except (Violation, UserError) as error:
         pipe.send(error)
-    except Exception:
+    except Exception:  # the parent shows the traceback; a rank that ends silently would hide it
         pipe.send(traceback.format_exc())

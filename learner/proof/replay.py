@@ -26,7 +26,7 @@ from learner.proof.tensors import check_same_state, check_same_weights
 
 @dataclass(frozen=True)
 class Replay:
-    """What to rebuild, and what to compare on the way. It travels to every rank."""
+    """The steps to rebuild, and the values to compare on the way. It is sent to every rank."""
 
     cfg: Config  # with the newest settings; those of each step come from the journal
     run: Path

@@ -154,7 +154,7 @@ def _write(path: Path, write: Callable[[_Hashed], Any]) -> str:
 
 
 class _Hashed:
-    """A file that is hashed as it is written. So a byte that the disk changes later is found."""
+    """Hashes a file while it is written, so that a byte that the disk changes later is found."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -319,7 +319,7 @@ async def _failed(item: Any) -> bool:
     """True if a streamed item is an error."""
     try:
         await item
-    except Exception:
+    except Exception:  # whatever a rank raised
         return True
     return False
 

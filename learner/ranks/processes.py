@@ -162,7 +162,7 @@ class Processes:
     # Ends
 
     async def kill(self) -> None:
-        """Kills every rank. Whoever waits for one gets a RankLostError."""
+        """Kills every rank. Calls that wait for one raise RankLostError."""
         if self._loss is not None:
             self.lose("the group of ranks starts again")
         await _taken(self._kill())

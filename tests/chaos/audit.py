@@ -1,4 +1,4 @@
-"""What must hold when a run has ended, whatever was killed in it. Runs in the harness.
+"""Checks a run that has ended after kills. Runs in the harness.
 
 Derived from the files alone, with pyarrow and hashlib. `ratchet audit RUN --replay` then proves the same again, and
 the weights, with the product's own code.
@@ -30,7 +30,7 @@ LEFTOVERS = ("*.tmp", ".policy-*", "journal/*.tmp", "checkpoints/*.tmp", ".adapt
 
 @dataclass
 class Findings:
-    """What one run's directory shows."""
+    """The findings in one run directory."""
 
     steps: int = 0
     samples: int = 0

@@ -195,7 +195,7 @@ class Nodes(Place):
         return found
 
     def repair(self, processes: list[Process]) -> None:
-        """What a cloud does after a node was lost: it is switched off, and another one joins."""
+        """Replaces a lost node, as a cloud does: switches it off, and starts another one."""
         for process in self._on_node(processes):
             process.send(signal.SIGKILL)
         self.plug()

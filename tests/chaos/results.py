@@ -1,4 +1,4 @@
-"""What the blows did: the records, runs/chaos.json, and the printed table. Runs in the harness."""
+"""The results of the kills: records, runs/chaos.json, and the printed table. Runs in the harness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.chaos.scenarios import Blow
 
 @dataclass
 class Kill:
-    """What one blow did. Times are in seconds; None: the run was over before, or the next blow came first."""
+    """The result of one kill. Times are in seconds; None: the run was over before, or the next blow came first."""
 
     target: str
     how: str
@@ -34,7 +34,7 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """What happened in one run."""
+    """The events of one run."""
 
     kills: list[Kill] = field(default_factory=list)
     hangs: int = 0
