@@ -43,6 +43,10 @@ from deploy.screen.console import Lenient, complain, printable
 
 EXCLUDED = ["/runs", "__pycache__"]  # not sent, in addition to what Ray, .gitignore and .rayignore exclude
 AGENT_S = 30  # longest wait for the agent of a cluster that has just started
+NO_AGENT = (
+    f"the cluster's head node has no agent that takes jobs, and none came in {AGENT_S} s; its dashboard_agent.log says "
+    "why: if another program has the agent's port, start the cluster with --dashboard-agent-listen-port=0"
+)
 LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # largest request that the cluster accepts, bytes
 
 
@@ -97,8 +101,10 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
         try:
             return client.submit_job(**job)
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise UserError(NO_AGENT) from error
         time.sleep(0.5)
 
 

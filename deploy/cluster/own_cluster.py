@@ -27,6 +27,7 @@ from deploy.capacity import MIB
 
 _PREFIX = "ratchet-ray-"
 _LOCK = "in-use"
+_RAY = "r"  # Ray's part of the directory; short, for the paths of its sockets
 GONE_S = 10.0  # longest wait for processes that were killed: their memory is freed by then
 # A socket's path may have 107 characters, and Ray adds /session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store
 # and a number to the directory's.
@@ -71,18 +72,32 @@ def _kill(processes: Iterable[int]) -> None:
 
 
 def _processes_of(directory: Path) -> set[int]:
-    """The processes that were started with the directory as TMPDIR, and their descendants."""
+    """The processes that were started with the directory as TMPDIR or write into Ray's part of it, and their
+    descendants."""
     mark = f"TMPDIR={directory}".encode()
     found, parents = set(), {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with suppress(OSError, IndexError, ValueError):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                if mark in (entry / "environ").read_bytes().split(b"\0") or _writes_into(directory / _RAY, entry):
                     found.add(int(entry.name))
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found
+
+
+def _writes_into(directory: Path, process: Path) -> bool:
+    """True if a process of /proc has a file below the directory open for writing. Ray's agents have: they overwrite
+    their environment with their title, and once the raylet is dead they are not its descendants either. A program that
+    only reads there, such as `tail -f`, belongs to a user."""
+    for link in (process / "fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if Path(os.readlink(link)).is_relative_to(directory):
+                flags = (process / "fdinfo" / link.name).read_text().partition("flags:")[2].split()[0]
+                if int(flags, 8) & (os.O_WRONLY | os.O_RDWR):
+                    return True
+    return False
 
 
 def _temporary_directory() -> str:
@@ -142,7 +157,7 @@ def start(cfg: RayConfig, directory: Path) -> None:
             object_store_memory=cfg.object_store_mib * MIB,
             log_to_driver=False,
             logging_level="ERROR",
-            _temp_dir=str(directory / "r"),  # Ray makes it readable to all; its parent stays closed
+            _temp_dir=str(directory / _RAY),  # Ray makes it readable to all; its parent stays closed
         )
     except (OSError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

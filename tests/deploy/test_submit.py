@@ -233,6 +233,13 @@ def test_a_job_that_the_cluster_refuses_is_not_sent_again(monkeypatch, sent, pla
         sent("tiny.toml", "--run", "run")
 
 
+def test_a_cluster_without_an_agent_is_told_how_to_get_one(monkeypatch, sent, place):
+    monkeypatch.setattr(Client, "refusals", 2 * ("Request failed with status code 500: No available agent",))
+    monkeypatch.setattr(deploy.submit, "AGENT_S", -1)
+    with pytest.raises(AssertionError, match=r"has no agent that takes jobs.*--dashboard-agent-listen-port=0"):
+        sent("tiny.toml", "--run", "run")
+
+
 def test_a_run_that_continues_as_a_job_takes_its_config_from_its_directory(sent, place):
     cfg = load_config(Path("tiny.toml"), [], Config, keep_relative=True)
     with sole_owner(place / "run") as held:

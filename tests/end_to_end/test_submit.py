@@ -127,6 +127,7 @@ def running(tmp_path_factory):
                 "--node-ip-address=127.0.0.1",
                 "--port=0",
                 "--num-cpus=1",
+                "--dashboard-agent-listen-port=0",  # any: the default may be that of another cluster, even a dying one
             ),
             *(f"--dashboard-host={host}", f"--dashboard-port={port}", f"--object-store-memory={200 << 20}"),
             f"--temp-dir={temp}/1",

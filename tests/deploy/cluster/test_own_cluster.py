@@ -94,6 +94,20 @@ def test_processes_of_a_dead_driver_are_gone_before_the_next_cluster(tmp_path):
     assert done.stdout == "Z False\n", done.stderr  # dead: it has no memory, only its parent has not noticed
 
 
+@pytest.mark.parametrize(("mode", "belongs"), [("a", True), ("r+", True), ("r", False)])
+def test_a_process_that_writes_into_rays_part_belongs_to_its_cluster(tmp_path, mode, belongs):
+    log = tmp_path / "r/session/logs/agent.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    code = f"import sys; file = open({str(log)!r}, {mode!r}); print('open', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.readline()
+        found = own_cluster._processes_of(tmp_path)
+        process.stdin.close()
+    assert found == ({process.pid} if belongs else set())
+
+
 def test_the_directory_of_a_live_command_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(own_cluster, "_temporary_directory", lambda: str(tmp_path))
