@@ -1,8 +1,9 @@
 # make demo        train a small language model with PPO and show that it improved (SEED=n for another seed)
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
-# make test        every test
-# make test-quick  every test that starts neither Ray nor vLLM, nor takes minutes (about two minutes on two cores)
-#                  Both run two pytest processes; WORKERS=n runs n.
+# make test        every test but those of `make exhaustive`
+# make test-quick  every test that starts neither Ray nor vLLM (about two minutes on two cores)
+# make exhaustive  kills a run, or fills its disk, before every line of the code that writes to disk (half an hour)
+#                  All three run two pytest processes; WORKERS=n runs n.
 # make check       linter, formatter, types
 # make bench       speed, as ratios (BENCH="learner step" runs these modules of tests/bench only)
 # make bench-control   speed of the control plane
@@ -10,7 +11,7 @@
 #                  target; FUZZ="config prompts" runs these targets only; FUZZ=config:17 repeats one case)
 # make chaos       kills real runs at named points and at random times, for more than an hour, and audits each of them
 #                  (KILLS=n signals in all; CHAOS="two-ranks full-disk" runs these scenarios only)
-.PHONY: demo demo-rlhf test test-quick fuzz chaos check bench bench-control clean
+.PHONY: demo demo-rlhf test test-quick exhaustive fuzz chaos check bench bench-control clean
 
 PYTHON ?= python3
 SEED ?= 0
@@ -48,10 +49,13 @@ bench-control: $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed
-	$(PYTEST)
+	$(PYTEST) -m "not exhaustive"
 
 test-quick: $(VENV)/.installed
 	$(PYTEST) -m "not ray and not exhaustive"
+
+exhaustive: $(VENV)/.installed
+	$(PYTEST) -m exhaustive
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ) --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)

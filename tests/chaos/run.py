@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import secrets
@@ -94,7 +95,7 @@ class RunUnderTest(Watched):
                 self._deliver(cases.popleft())
             if self._last is not None:
                 blow, self._last = self._last, None
-                self.outcome.kills.append(self._strike(blow, at_once=True)[0])
+                self._strike_at_the_end(blow)
             self.wait_for_end()
         except Ended:
             if self.process.returncode == 0:
@@ -111,6 +112,15 @@ class RunUnderTest(Watched):
             self.marked.kill()
             return True
         return False
+
+    def _strike_at_the_end(self, blow: Blow) -> None:
+        """Waits for the blow's point as long as the run continues."""
+        try:
+            self.outcome.kills.append(self._strike(blow, at_once=True, within_s=math.inf)[0])
+        except Ended:
+            if self.process.returncode == 0:
+                self._fault(f"the run ended and no process came to {blow.point!r}")
+            raise
 
     def _start(self, *arguments: str) -> None:
         command = [*self._place.prefix, sys.executable, "-P", "-m", "deploy.cli", "train", *arguments]
@@ -166,9 +176,10 @@ class RunUnderTest(Watched):
             self._fault(f"still there, frozen: {left}")
         self._frozen = []
 
-    def _strike(self, blow: Blow, *, at_once: bool) -> tuple[Kill, float]:
-        """Delivers one blow. Returns what it was, and when its consequences begin."""
-        reached = self._wait_at(blow.point) if blow.point else None
+    def _strike(self, blow: Blow, *, at_once: bool, within_s: float = REACH_S) -> tuple[Kill, float]:
+        """Delivers one blow, `within_s` if nothing comes to its point. Returns what it was, and when its consequences
+        begin."""
+        reached = self._wait_at(blow.point, within_s) if blow.point else None
         if not blow.point and not at_once:
             time.sleep(self._random.uniform(0, 1))
         victims = self._victims(blow, reached) if blow.how in SIGNALS else []
@@ -206,12 +217,12 @@ class RunUnderTest(Watched):
         self._start("--resume", str(self._named))
         return self.steps(), time.time()
 
-    def _wait_at(self, point: str) -> int | None:
+    def _wait_at(self, point: str, within_s: float) -> int | None:
         """The process that reached the point and waits there; None if none came in time."""
         staging, armed = self.points / "staging", self.points / "armed"
         staging.write_text(point, encoding="utf-8")
         staging.rename(armed)
-        deadline = time.monotonic() + REACH_S
+        deadline = time.monotonic() + within_s
         reached: list[Path] = []
         with suppress(TimeoutError):
             self.wait_for(lambda: reached.extend(self.points.glob("reached-*")) or bool(reached), deadline=deadline)

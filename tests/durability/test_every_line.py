@@ -2,6 +2,9 @@
 
 Each of these places leaves a directory. Continued from there, the run must end with the bytes of a run that nothing
 disturbed, with nothing left behind, and `ratchet audit` must find nothing.
+
+`make test` kills at the first time that a run reaches each line, and fills the disk at every fifth line of two
+scenarios. `make exhaustive` does it all.
 """
 
 from __future__ import annotations
@@ -37,10 +40,8 @@ from tests.durability.disasters import all_places, beginning, contents, full_dis
 from tests.durability.places import Place, functions_of
 from tests.durability.small_run import NUM_STEPS, save_smallest_model, small_config, train_to_the_end
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:coroutine .* was never awaited"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:coroutine .* was never awaited")
+ALL = partial(pytest.param, marks=pytest.mark.exhaustive)
 
 # Code that writes to a run directory, or decides what is written and when.
 WRITERS = [
@@ -197,31 +198,52 @@ def faults_of(
 
 
 def check_scenario(
-    scenario: str, disaster: Callable, functions: list, model: Path, scratch: Path, *, first: bool
+    scenario: str,
+    disaster: Callable,
+    functions: list,
+    model: Path,
+    scratch: Path,
+    choose: Callable[[list[Place]], list[Place]],
 ) -> tuple[int, int]:
-    """Has the disaster happen at all places of a scenario, or at the `first` hit of each line. Returns the number of
-    places, and of different directories that they left."""
+    """Has the disaster happen at the chosen places of a scenario. Returns the number of places, and of different
+    directories that they left."""
     work = partial(train_to_the_end, model=model, **SCENARIOS[scenario][1])
     start = start_of(scenario, model, scratch)
     work(quiet := beginning(start, scratch / "undisturbed"))
     expected = undisturbed(contents(quiet))
     check_end(quiet, expected)
     check_replay(quiet, small_config(model, **_settings(SCENARIOS[scenario][1])), scratch)
-    places = [place for place in all_places(functions, start, work, scratch) if place.hit == 1 or not first]
+    places = choose(all_places(functions, start, work, scratch))
     check = partial(check_end, expected=expected)
     faults, states = faults_of(disaster, functions, places, start, work, check, scratch)
     assert faults == []
     return len(places), states
 
 
+def every(places: list[Place]) -> list[Place]:
+    return places
+
+
+def first_hits(places: list[Place]) -> list[Place]:
+    return [place for place in places if place.hit == 1]
+
+
+def every_fifth_line(places: list[Place]) -> list[Place]:
+    return first_hits(places)[::5]
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_killed_run_that_is_continued_ends_as_if_nothing_had_happened(scenario, model, tmp_path, count):
-    count(*check_scenario(scenario, killed, WRITERS + READERS, model, tmp_path, first=False))
+@pytest.mark.parametrize("places", [first_hits, ALL(every)])
+def test_a_killed_run_that_is_continued_ends_as_if_nothing_had_happened(scenario, places, model, tmp_path, count):
+    count(*check_scenario(scenario, killed, WRITERS + READERS, model, tmp_path, places))
 
 
-@pytest.mark.parametrize("scenario", ["new", "continued"])
-def test_a_run_continued_after_a_full_disk_ends_as_if_it_had_been_large(scenario, model, tmp_path, count):
-    count(*check_scenario(scenario, full_disks, WRITERS, model, tmp_path, first=True))
+@pytest.mark.parametrize(
+    ("scenario", "places"),
+    [*((name, every_fifth_line) for name in ("new", "continued")), *(ALL(name, first_hits) for name in SCENARIOS)],
+)
+def test_a_run_continued_after_a_full_disk_ends_as_if_it_had_been_large(scenario, places, model, tmp_path, count):
+    count(*check_scenario(scenario, full_disks, WRITERS, model, tmp_path, places))
 
 
 def test_a_killed_asynchronous_run_equals_its_own_replay(model, tmp_path, count):
@@ -230,7 +252,7 @@ def test_a_killed_asynchronous_run_equals_its_own_replay(model, tmp_path, count)
     cfg, work = small_config(model, **about), partial(train_to_the_end, model=model, **about)
 
     check = partial(check_replay, cfg=cfg, scratch=tmp_path)
-    first = [place for place in all_places(WRITERS, None, work, tmp_path) if place.hit == 1]
+    first = first_hits(all_places(WRITERS, None, work, tmp_path))
     faults, states = faults_of(killed, WRITERS, first, None, work, check, tmp_path)
     count(len(first), states)
     assert faults == []
