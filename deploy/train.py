@@ -44,7 +44,8 @@ from learner.loop.roles import Reference
 from learner.loop.run import Run
 from learner.loop.train_loop import train
 from learner.ppo.learner import Learner
-from learner.ranks.group import AdapterReference, LearnerGroup
+from learner.ranks.adapter_reference import AdapterReference
+from learner.ranks.group import LearnerGroup
 
 
 def run_training(

@@ -21,7 +21,9 @@ RAY_FILES = {
     Path("actors/pool/ray_actor.py"),
     Path("actors/pool/ray_host.py"),
     Path("actors/pool/ray_meters.py"),
+    Path("learner/ranks/adapter_reference.py"),
     Path("learner/ranks/group.py"),
+    Path("learner/ranks/rank_group.py"),
     Path("learner/ranks/processes.py"),
 }
 VLLM_FILES = {Path(f"actors/generation/vllm_{name}.py") for name in ("engine", "weights", "reload")}

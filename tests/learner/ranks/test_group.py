@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from common.config.ppo import LearnerConfig
 from common.errors import BatchError, RankLostError, RoleError, RolloutLostError
 from common.types import Manifest, PublishedBucket, RolloutRef
-from learner.ranks import group, processes
-from learner.ranks.group import AdapterReference, LearnerGroup
+from learner.ranks import processes, rank_group
+from learner.ranks.adapter_reference import AdapterReference
+from learner.ranks.group import LearnerGroup
 from tests.fakes import make_prompt, make_rollout
 
 
@@ -77,7 +79,7 @@ class FakeMethod:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """Ray's own functions, over fake ranks."""
-    monkeypatch.setattr(group.ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "put", lambda value: value)
     loops: list[asyncio.AbstractEventLoop] = []
     monkeypatch.setattr(FakeRank, "loops", loops, raising=False)
 
@@ -242,7 +244,7 @@ def test_a_call_that_takes_too_long_counts_as_a_loss():
 
 def test_a_rank_that_stays_in_a_failed_call_is_lost_after_the_error(monkeypatch):
     """It may wait for the rank that failed, and would not answer the next call."""
-    monkeypatch.setattr(group, "_AFTERMATH_S", 0.05)
+    monkeypatch.setattr(rank_group, "_AFTERMATH_S", 0.05)
 
     async def scenario() -> None:
         learner, ranks = await started(ranks=2, probe_timeout_s=30)
@@ -443,7 +445,7 @@ def streams(monkeypatch):
         assert not fetch_local
         return [rank for rank in ranks if rank.is_ready][:1], []
 
-    monkeypatch.setattr(group.ray, "wait", wait)
+    monkeypatch.setattr(ray, "wait", wait)
 
 
 def publish(*ranks: Callable[[], StreamingRank], times: int = 1, deltas: bool = False) -> tuple[list[Any], list[Any]]:
