@@ -38,11 +38,14 @@ from deploy.capacity import MIB
 from deploy.cluster.addresses import refused
 from deploy.cluster.job import ENTRYPOINT, write_package
 from deploy.ending import signals
+from deploy.ending.limits import limited
 from deploy.run.provenance import IN_A_JOB
 from deploy.screen.console import Lenient, complain, printable
 
 EXCLUDED = ["/runs", "__pycache__"]  # not sent, in addition to what Ray, .gitignore and .rayignore exclude
 AGENT_S = 30  # longest wait for the agent of a cluster that has just started
+ANSWER_S = 60  # longest wait for an answer of the cluster
+SEND_S = 600  # and until it has the files and has started the job
 NO_AGENT = (
     f"the cluster's head node has no agent that takes jobs, and none came in {AGENT_S} s; its dashboard_agent.log says "
     "why: if another program has the agent's port, start the cluster with --dashboard-agent-listen-port=0"
@@ -70,9 +73,11 @@ def submit_run(
         handler.setLevel(logging.WARNING)  # otherwise Ray prints a line for every package that is sent
     check_travels(cfg, Path.cwd())
     with no_proxy_for(address):
-        client = _connect(address)
+        with limited(f"the first request to the cluster at {address}", ANSWER_S):
+            client = _connect(address)
         try:
-            with tempfile.TemporaryDirectory(prefix="ratchet-") as staging:
+            sending = limited(f"sending the job to the cluster at {address}", SEND_S)
+            with sending, tempfile.TemporaryDirectory(prefix="ratchet-") as staging:
                 write_package(Path(staging), None if resume else cfg, arguments)
                 # All in one directory, as in an installation; Ray would put each package into its own.
                 ours = client._upload_package_if_needed(staging, include_gitignore=False)
@@ -202,7 +207,11 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
 
     try:
         signals.run(stream())
-        while not (info := client.get_job_info(job)).status.is_terminal():
+        while True:
+            with limited(f"the question for the state of job {job}", ANSWER_S):
+                info = client.get_job_info(job)
+            if info.status.is_terminal():
+                break
             time.sleep(1)
     except (KeyboardInterrupt, OSError, RuntimeError, aiohttp.ClientError) as error:
         reason = f" ({error})" if str(error) else ""

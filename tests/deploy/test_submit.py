@@ -240,6 +240,16 @@ def test_a_cluster_without_an_agent_is_told_how_to_get_one(monkeypatch, sent, pl
         sent("tiny.toml", "--run", "run")
 
 
+def test_a_cluster_that_does_not_answer_ends_the_command(monkeypatch, sent, place):
+    ended = []
+    let_go = threading.Event()
+    monkeypatch.setattr(deploy.submit, "SEND_S", 0.05)
+    monkeypatch.setattr(deploy.submit, "_submit", lambda client, **job: let_go.wait(20) and "job_1")
+    monkeypatch.setattr("deploy.ending.limits.end_run", lambda error: (ended.append(str(error)), let_go.set()))
+    sent("tiny.toml", "--run", "run")
+    assert ended == ["sending the job to the cluster at http://127.0.0.1:1 did not end within 0.05 s"]
+
+
 def test_a_run_that_continues_as_a_job_takes_its_config_from_its_directory(sent, place):
     cfg = load_config(Path("tiny.toml"), [], Config, keep_relative=True)
     with sole_owner(place / "run") as held:
