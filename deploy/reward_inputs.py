@@ -22,7 +22,7 @@ from common.files import write_json
 from common.model.checks import read_config
 from common.model.reward_head import is_reward_model, scored_padding_id
 from common.types import HELDOUT_EPOCH, Prompt, SampleId
-from deploy.capacity import check_kv_cache
+from deploy.capacity import check_engine_build, check_kv_cache
 from deploy.policy_files import PolicyFiles
 from learner.reward_model.pair_batch import check_window
 from learner.reward_model.pair_records import PairCounts, tokenise_pairs
@@ -115,6 +115,7 @@ def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: 
             "will start from, or set scale.responses = 0"
         )
     room = reference.prompt_room(cfg.data.max_tokens, cfg.sampling)
+    check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, reference.size, max_tokens=room + cfg.sampling.max_new_tokens)
     records = _fitting_prompts(cfg, reference, pairs, room)
     if not records:

@@ -19,7 +19,7 @@ from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.capacity import Need, check_fits, check_kv_cache, check_object_store
+from deploy.capacity import Need, check_engine_build, check_fits, check_kv_cache, check_object_store
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
 from deploy.policy_files import PolicyFiles
@@ -50,6 +50,7 @@ def load_inputs(
     every reward function once, on the first prompt. Raises UserError."""
     sources = [*service.sources, *judges]
     reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
+    check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
     if publishes_weights and named_address(cfg.ray) is None:  # the store of a running cluster already has its size
         check_object_store(cfg.ray, policy.size)

@@ -22,6 +22,7 @@ from common.errors import EngineDeadError
 from common.files import sha256
 from common.metrics import meters
 from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Void
+from deploy.capacity import engine_needs_gpu
 
 END = 1
 WORDS = ["<pad>", "<end>", "<unk>", "ask", *(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(30))]
@@ -101,6 +102,10 @@ def save_tiny_kind(directory: Path, kind: str, *, seed: int = 0) -> Path:
     return directory
 
 
+# Of each engine in a test: the build of vLLM for GPUs has no other way.
+ENGINE_GPUS = 0.2 if engine_needs_gpu() else 0
+
+
 def tiny_config(model: Path | str, **overrides: Any) -> Config:
     """A small valid config; sections given as dicts replace fields of the defaults below."""
     tree: dict[str, Any] = {
@@ -110,7 +115,7 @@ def tiny_config(model: Path | str, **overrides: Any) -> Config:
         "model": {"path": str(model)},
         "prompts": {"train": "tests.tasks:train_prompts", "heldout": "tests.tasks:heldout_prompts", "max_tokens": 8},
         "sampling": {"max_new_tokens": 8},
-        "generators": {"dtype": "float32", "kv_cache_mib": 16},
+        "generators": {"dtype": "float32", "kv_cache_mib": 16, "gpus": ENGINE_GPUS},
         "reference": {"dtype": "float32"},
         "reward": {"sources": [{"name": "a_words", "function": "tests.tasks:a_words"}]},
         "ppo": {"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 2},

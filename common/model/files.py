@@ -116,12 +116,21 @@ def end_token_ids(
         return found
 
 
+OLDEST_GPU = (8, 0)  # compute capability
+
+
 def find_device(gpus: float) -> torch.device:
-    """The GPU of a process that reserves one, otherwise the CPU. Raises RuntimeError if torch finds no GPU."""
+    """The GPU of a process that reserves one, otherwise the CPU. Raises RuntimeError if torch finds no GPU, or one that
+    is too old for bfloat16 and for the kernels of attention."""
     if gpus == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RuntimeError(f"this process reserves {gpus:g} GPUs, but torch finds none; set gpus = 0 to run on the CPU")
+    if (found := torch.cuda.get_device_capability()) < OLDEST_GPU:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}, and "
+            f"{OLDEST_GPU[0]}.{OLDEST_GPU[1]} (Ampere) is the least; use a newer GPU, or set gpus = 0 to run on the CPU"
+        )
     return torch.device("cuda")
 
 

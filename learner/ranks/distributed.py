@@ -6,9 +6,7 @@ Runs in every trainer rank.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.errors import BatchError
 from common.metrics.step import StepMetrics
+from learner.ranks.rendezvous import join_rendezvous
 
 
 class Ranks:
@@ -29,19 +28,24 @@ class Ranks:
         self.world = world
 
     @classmethod
-    def join(cls, rank: int, world: int, rendezvous: str, *, device: torch.device, timeout_s: float) -> Ranks:
+    def join(
+        cls,
+        rank: int,
+        world: int,
+        rendezvous: str,
+        *,
+        served: dist.Store | None = None,
+        device: torch.device,
+        timeout_s: float,
+    ) -> Ranks:
         """Returns when all ranks have joined. Later exchanges wait at most `timeout_s` for a rank.
 
-        `rendezvous` is an init method of torch.distributed. With a `file://` one all ranks are on this machine, and
-        communicate over loopback only.
+        `rendezvous` and `served` are what `open_rendezvous` has returned on rank 0; the other ranks get only the
+        address.
         """
         if world > 1:
-            if rendezvous.startswith("file://"):
-                os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(
-                backend, init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
-            )
+            join_rendezvous(rendezvous, served, backend=backend, rank=rank, world=world, timeout_s=timeout_s)
         return cls(rank, world)
 
     def sum(self, tensor: Tensor) -> Tensor:

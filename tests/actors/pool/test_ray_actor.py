@@ -49,6 +49,11 @@ def test_a_role_finds_the_users_modules_where_the_driver_does(tmp_path, monkeypa
     find_users_modules()
 
 
+def test_a_role_without_a_gpu_sees_none():
+    assert worker_environment(Placed())["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environment(Placed(gpus=0.3))  # Ray sets it
+
+
 def test_existing_and_later_threads_are_pinned_to_the_cores():
     core = max(os.sched_getaffinity(0))
     done = subprocess.run(
