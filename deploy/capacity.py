@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from actors.generation.kv_cache import bytes_per_sequence
 from common.config.actors import NEEDS_GPU, GeneratorsConfig, SourcesConfig
 from common.config.base import Placed, RayConfig
 from common.config.ppo import Config, LoRAConfig
@@ -81,7 +82,7 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize) -> list[Need]:
     them. Raises UserError if vLLM cannot split the model into this many parts."""
     parts = cfg.tensor_parallel
     _check_split(parts, model)
-    memory = IMPORTS + 2 * _weights(cfg.dtype, model) + cfg.kv_cache_mib * MIB
+    memory = IMPORTS + 2 * _weights(cfg.dtype, model) + (cfg.kv_cache_mib or 0) * MIB
     if cfg.updates == "changes":
         memory += 2 * _weights("bfloat16", model)
     if parts > 1:
@@ -149,11 +150,10 @@ def _role(name: str, section: str, cfg: Placed, count: int, memory: int) -> list
 
 
 def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> None:
-    """Raises UserError if the KV cache cannot hold the longest sequence."""
-    bytes_per_value = 2 if cfg.dtype == "bfloat16" else 4
-    tokens = min(max_tokens, model.context)
-    kv_heads = max(model.kv_heads, cfg.tensor_parallel)  # every device has at least one
-    sequence = tokens * 2 * model.layers * kv_heads * model.head_dim * bytes_per_value
+    """Raises UserError if the KV cache cannot hold the longest sequence. An engine checks one whose size it derives."""
+    if cfg.kv_cache_mib is None:
+        return
+    tokens, sequence = bytes_per_sequence(cfg, model, max_tokens=max_tokens)
     if cfg.kv_cache_mib * MIB < sequence:
         raise UserError(
             f"generators.kv_cache_mib ({cfg.kv_cache_mib}) must hold at least one sequence of {tokens} "

@@ -25,9 +25,11 @@ import numpy as np
 import torch
 
 from actors.generation.engine import Completion
+from actors.generation.kv_cache import kv_cache_bytes
 from common.config.actors import NEEDS_GPU, GeneratorsConfig, SamplingConfig
 from common.errors import EngineDeadError, UserError
 from common.metrics import meters
+from common.model.size import model_size
 from common.types import HANDED_OVER
 from common.user_code.packages import package_root
 from common.weights import Bucket
@@ -295,7 +297,12 @@ def _engine_args(
         # With asynchronous scheduling a batch is in flight between two steps: tokens of the old weights would get the
         # new version.
         async_scheduling=False,
-        kv_cache_memory_bytes=(cfg.kv_cache_mib << 20) // cfg.tensor_parallel,  # per device
+        kv_cache_memory_bytes=kv_cache_bytes(
+            cfg,
+            model_size(model),
+            max_tokens=max_model_len,
+            device_memory=0 if on_cpu else torch.cuda.mem_get_info()[1],
+        ),
         gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # gpus below 1 reserves only a share of the memory
         enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
         # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -97,17 +97,45 @@ class GeneratorsConfig(Replicated):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the engine. bfloat16 is about twice as fast. On CPU float32 agrees with the learner exactly, except
     that published weights are rounded to bfloat16."""
-    kv_cache_mib: Positive = 256
-    """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once."""
+    in_flight: MayChange[Positive] = 128
+    """Requests sent to each engine at once; at least max_running, which it would cap. Left out: twice max_running."""
+    kv_cache_mib: Positive | None = None
+    """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once. Left out: 256 on
+    the CPU; on a GPU what its share leaves beside two sets of weights and 2 GiB."""
     max_running: Positive = 64
-    """Rollouts an engine works on at once; more raise the throughput until the device is busy."""
+    """Rollouts an engine works on at once; more raise the throughput until the device is busy. Left out: 64 on the CPU,
+    256 on a GPU."""
     max_batched_tokens: Positive = 256
     """Most tokens of one engine step; bounds how long a weight update waits for the step to end. Raised to
-    max_running if lower, and on the CPU also to the longest prompt with its response."""
+    max_running if lower, and on the CPU also to the longest prompt with its response. Left out: 256 on the CPU, 8192 on
+    a GPU."""
     updates: Literal["full", "changes"] = "full"
     """Weights sent after a step. full: all of them; best on one node, where engines read them in place. changes: only
     values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs the search for changes,
     and one or two copies of the weights (bfloat16) in each engine's process."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in_by_device(cls, given: Any) -> Any:
+        """Settings that are left out depend on the device. GPUs are busy only with far more tokens than two cores."""
+        if not isinstance(given, Mapping):
+            return given
+        by_device = {"max_running": 256, "max_batched_tokens": 8192} if given.get("gpus") else {"kv_cache_mib": 256}
+        filled = {**by_device, **given}
+        running = filled.get("max_running", cls.model_fields["max_running"].default)
+        if isinstance(running, int):
+            filled.setdefault("in_flight", 2 * running)
+        return filled
+
+    @model_validator(mode="after")
+    def check_running(self) -> GeneratorsConfig:
+        """An engine cannot work on more requests than it is sent."""
+        if self.in_flight < self.max_running:
+            raise ValueError(
+                f"in_flight ({self.in_flight}) must be at least max_running ({self.max_running}), which it would cap; "
+                "raise the first or lower the second"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_devices(self) -> GeneratorsConfig:

@@ -392,11 +392,29 @@ def test_replicated_roles_share_their_settings(root, tree, section, in_flight):
         "gpus",
         "threads",
     ):
-        value = 1 if key == "gpus" else 3  # an engine over several wants tensor_parallel too
+        value = {"gpus": 1, "in_flight": 300}.get(key, 3)  # an engine over several GPUs wants tensor_parallel too
         changed = root.model_validate(tree(**{section: {**given, key: value}}))
         assert getattr(getattr(changed, section), key) == value
         (fault,) = faults(root, tree(**{section: {**given, key: -1}}))
         assert fault["loc"] == (section, key)
+
+
+def test_engine_settings_that_are_left_out_depend_on_the_device():
+    def filled(**given):
+        cfg = Config.model_validate(ppo(generators=given)).generators
+        return cfg.max_running, cfg.in_flight, cfg.max_batched_tokens, cfg.kv_cache_mib
+
+    assert filled() == filled(gpus=0) == (64, 128, 256, 256)
+    assert filled(gpus=0.3) == filled(gpus=2, tensor_parallel=2) == (256, 512, 8192, None)
+    assert filled(max_running=200) == (200, 400, 256, 256)
+    assert filled(gpus=1, max_running=8, in_flight=9, max_batched_tokens=10, kv_cache_mib=11) == (8, 9, 10, 11)
+    again = Config.model_validate(Config.model_validate(ppo(generators={"gpus": 1})).model_dump(exclude_none=True))
+    assert (again.generators.max_running, again.generators.kv_cache_mib) == (256, None)
+
+
+def test_an_engine_that_is_sent_fewer_requests_than_it_runs_is_refused():
+    (fault,) = faults(Config, ppo(generators={"max_running": 64, "in_flight": 63}))
+    assert "in_flight (63) must be at least max_running (64), which it would cap" in fault["msg"]
 
 
 def test_max_below_min_is_refused():
