@@ -14,8 +14,8 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_json
 from common.types import Prompt
-from deploy.capacity import service_needs
 from deploy.ending import signals
+from deploy.needs import service_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import run_owner
 from deploy.run.error_files import ErrorFiles

@@ -20,8 +20,8 @@ from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.files import append_record, read_records, write_json, write_whole
 from common.types import Prompt, Rollout, Score, Void
-from deploy.capacity import generator_needs, reward_needs
 from deploy.ending import signals
+from deploy.needs import generator_needs, reward_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles

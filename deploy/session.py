@@ -19,9 +19,10 @@ from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.capacity import Need, check_engine_build, check_fits, check_kv_cache, check_object_store
+from deploy.capacity import check_engine_build, check_fits, check_kv_cache, check_object_store
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
+from deploy.needs import Need
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory
 from deploy.run.leftovers import clear_leftovers

@@ -20,11 +20,11 @@ from actors.pool.roles import ReferencePool, RewardPool
 from common.config.ppo import Config
 from common.files import append_record, write_json
 from common.types import Experience, Prompt, Void
-from deploy.capacity import needs
 from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
 from deploy.ending.ray_errors import told_at_once
 from deploy.monitoring.endpoint import RunFigures
+from deploy.needs import needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles

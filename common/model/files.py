@@ -131,6 +131,8 @@ def find_device(gpus: float) -> torch.device:
             f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}, and "
             f"{OLDEST_GPU[0]}.{OLDEST_GPU[1]} (Ampere) is the least; use a newer GPU, or set gpus = 0 to run on the CPU"
         )
+    if gpus < 1:  # with more than its share this process fails, and not its neighbours
+        torch.cuda.set_per_process_memory_fraction(gpus)
     return torch.device("cuda")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import ray
 from ray._private import ray_constants, utils, worker
 from ray._private.state import available_resources_per_node
 from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pool.ray_meters import RayMeters
 from common.config.base import RayConfig
@@ -33,6 +34,7 @@ from deploy.ending.limits import end_run, limited
 from deploy.ending.native_errors import native_errors_to
 from deploy.ending.ray_errors import dead_cluster_process, essential_processes, told_at_once
 
+GPU_ANSWER_S = 20.0  # longest wait for the memory of the GPUs of all nodes
 SHUTDOWN_S = 15.0  # Ray usually takes 2 s, but waits without a limit for processes that are suspended
 
 
@@ -188,8 +190,36 @@ def dashboard() -> str | None:
 
 def _free_nodes() -> list[Node]:
     alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    free = {  # without the resources of other jobs
+        node_id: left for node_id, left in available_resources_per_node().items() if node_id in alive
+    }
+    gpu_memory = _gpu_memory([node_id for node_id, left in free.items() if left.get("GPU")])
     return [
-        Node(alive[node_id], free.get("CPU", 0), free.get("GPU", 0), int(free.get("memory", 0)))
-        for node_id, free in available_resources_per_node().items()  # without the resources of other jobs
-        if node_id in alive
+        Node(alive[node], left.get("CPU", 0), left.get("GPU", 0), int(left.get("memory", 0)), gpu_memory.get(node, 0))
+        for node, left in free.items()
     ]
+
+
+def _gpu_memory(node_ids: Sequence[str]) -> dict[str, int]:
+    """The memory of the smallest GPU of each node, bytes. Nodes that do not answer in time, or without nvidia-smi, are
+    left out."""
+
+    def smallest() -> int:  # nested, so that it travels by value: the node may not have this module
+        import subprocess
+
+        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return min(map(int, lines)) << 20
+
+    asked = {
+        node_id: ray.remote(smallest)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+        .remote()
+        for node_id in node_ids
+    }
+    found = {}
+    deadline = time.monotonic() + GPU_ANSWER_S
+    for node_id, answer in asked.items():
+        with suppress(ray.exceptions.RayError):
+            found[node_id] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+    return found

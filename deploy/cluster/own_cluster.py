@@ -23,7 +23,7 @@ from ray._private.utils import estimate_available_memory, get_shared_memory_byte
 
 from common.config.base import RayConfig
 from common.errors import RoleError, UserError
-from deploy.capacity import MIB
+from deploy.needs import MIB
 
 _PREFIX = "ratchet-ray-"
 _LOCK = "in-use"

@@ -15,18 +15,13 @@ from common.errors import UserError
 from common.model.size import ModelSize
 from deploy.capacity import (
     GIB,
-    MIB,
-    Need,
     Node,
     check_engine_build,
     check_fits,
     check_kv_cache,
     check_object_store,
-    generator_needs,
-    needs,
-    reward_needs,
-    trainer_needs,
 )
+from deploy.needs import MIB, Need, generator_needs, needs, reward_needs, trainer_needs
 
 MODEL = ModelSize(
     parameters=1_000_000,
@@ -105,7 +100,6 @@ def test_the_estimates_of_a_small_model_worked_out_by_hand():
         ({"heads": 8}, {}, 0),  # attention keeps no scores
         ({"vocabulary": 300}, {}, 2 * 25_600),
         ({}, {"learner": {"micro_batch_tokens": 4096}}, 3328 * 4608),
-        ({}, {"learner": {"gpus": 1}}, 7424 * 4608),  # 8192 tokens by default
         ({}, {"learner": {"precision": "fp32"}}, 3_538_944),
         ({}, {"learner": {"gradient_checkpointing": True}}, -2_949_120),  # 15 of 18 values
         ({}, {"sampling": {"max_new_tokens": 1024}}, 3_538_944),  # sequences of 1536, not 768
@@ -211,7 +205,8 @@ def test_every_reward_process_holds_every_reward_model_in_float32():
     assert [n.name for n in found] == [n.name for n in without]
     for before, after in zip(without, found, strict=True):
         more = 4 * 1_000_000 + 4 * 3_000_000 if after.name.startswith("Reward(") else 0
-        assert after == replace(before, memory=before.memory + more)
+        assert after.memory == before.memory + more  # where they are loaded
+        assert sum(after.device.values()) == sum(before.device.values()) + more
 
 
 def test_ppo_needs_learner_reference_generators_and_rewards():
@@ -242,7 +237,6 @@ def test_a_reward_trainer_keeps_the_attention_scores_of_its_padded_rows():
         ({}, 1000, 232 * 4608 + (1000 * 1000 - 768 * 768) * 64),
         ({"micro_batch_tokens": 1536}, 768, 768 * 4608 + 768 * 768 * 64),  # two rows at once
         ({"precision": "fp32"}, 768, 3_538_944),  # what is saved for the backward pass, not the scores
-        ({"gpus": 1}, 768, 7424 * 4608 - 768 * 768 * 64),  # 8192 tokens, and no scores
     ],
 )
 def test_a_reward_trainers_estimate_follows_rows_precision_and_device(settings, row, bytes_more):
@@ -260,17 +254,114 @@ def test_sampling_pairs_needs_generators_and_a_labeller():
         }
     )
     engine = 600 * MIB + 4_000_000 + 256 * MIB
+    on_gpu = {"CUDA": 600 * MIB, "weights": 4_000_000}
     wanted = [*generator_needs(cfg.generators, MODEL), *reward_needs("labeller", cfg.labeller, [MODEL])]
     assert wanted == [
         Need("Generator(0)", "generators", 2, 0, engine),
         Need("Generator(1)", "generators", 2, 0, engine),
-        Need("Reward(0)", "labeller", 1, 0.25, 600 * MIB + 4_000_000),
-        Need("Reward(1)", "labeller", 1, 0.25, 600 * MIB + 4_000_000),
+        Need("Reward(0)", "labeller", 1, 0.25, 600 * MIB + 4_000_000, on_gpu),
+        Need("Reward(1)", "labeller", 1, 0.25, 600 * MIB + 4_000_000, on_gpu),
     ]
     # The remedy is a setting that this command has.
     message = refusal(wanted, [Node("n", 8, 0, 64 * GIB)])
     assert "no node has room for Reward(0)" in message
     assert "lower labeller.gpus" in message
+
+
+# On GPUs
+
+
+def test_on_a_gpu_the_learners_state_is_there_and_its_machine_only_loads():
+    (learner,) = (n for n in needs(config(learner={"gpus": 1}), MODEL) if n.section == "learner")
+    assert learner.memory == 600 * MIB + 4_000_000
+    assert learner.device == {
+        "CUDA": 600 * MIB,
+        "weights": 4_000_000,
+        "gradients": 4_000_000,
+        "optimizer state": 8_000_000,
+        "activations": 8192 * 4608,  # the default of micro_batch_tokens there
+        "gradient of the output embedding": 25_600,
+    }
+
+
+def test_ranks_on_gpus_share_the_state_and_each_loads_all():
+    learners = [n for n in needs(config(learner={"gpus": 1, "ranks": 4}), MODEL) if n.section == "learner"]
+    assert [n.memory for n in learners] == 4 * [600 * MIB + 4_000_000]
+    assert [n.device["weights"] + n.device["optimizer state"] for n in learners] == 4 * [1_000_000 + 2_000_000]
+
+
+def test_lora_on_a_gpu_has_one_frozen_set_of_weights_and_small_states():
+    settings = {"gpus": 1, "lora": {"rank": 4}}
+    (learner,) = (n for n in needs(config(learner=settings), MODEL) if n.section == "learner")
+    assert learner.device["weights"] == 2 * 1_000_000 + 4 * 7168
+    assert learner.device["gradients"] == 4 * 7168
+    assert learner.device["optimizer state"] == 8 * 7168
+
+
+def test_an_engine_on_a_gpu_has_two_sets_of_weights_and_its_cache_there():
+    def device(**settings):
+        (need,) = generator_needs(GeneratorsConfig(**settings), MODEL, max_tokens=768)
+        return need.memory, *need.device.values()
+
+    other, tokens = 2048 * MIB, 768 * 2 * 2 * 2 * 16 * 2  # keys and values, 2 layers, 2 heads of 16, bf16
+    assert device(gpus=0.5, kv_cache_mib=64) == (600 * MIB, 2_000_000, 2_000_000, 64 * MIB, other)
+    assert device(gpus=1) == (600 * MIB, 2_000_000, 2_000_000, tokens, other)  # at least one sequence
+    # With two parts: two more processes, and a copy in bf16 that both read.
+    assert device(gpus=2, tensor_parallel=2) == (1800 * MIB + 2_000_000, 1_000_000, 1_000_000, tokens // 2, other)
+
+
+LLAMA_2_7B = ModelSize(
+    parameters=6_738_415_616,
+    layers=32,
+    hidden=4096,
+    heads=32,
+    kv_heads=32,
+    head_dim=128,
+    vocabulary=32_000,
+    context=4096,
+    intermediate=11_008,
+)
+QWEN_1_5B = ModelSize(
+    parameters=1_543_714_304,
+    layers=28,
+    hidden=1536,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    vocabulary=151_936,
+    context=32_768,
+    intermediate=8960,
+)
+H100 = 80 * GIB
+
+
+def test_a_learner_that_no_gpu_holds_is_refused_with_its_largest_parts():
+    wanted = needs(config(learner={"gpus": 1}), LLAMA_2_7B)
+    message = refusal(wanted, [Node("n", 64, 8, 1000 * GIB, H100)])
+    # 4 bytes a weight are 25.1 GiB; 18 bf16 values for 8192 tokens * 32 layers * 4096 units are 36.0.
+    assert "no node has room for Learner(0)" in message
+    assert "and 137.5 GiB on each GPU" in message
+    parts = "optimizer state 50.2, activations 36.0, weights 25.1 GiB"
+    assert f"its share of a GPU is 1 of 80.0 GiB, which goes mostly to {parts}: lower learner.micro_batch" in message
+
+
+def test_a_run_that_shares_a_gpu_fits_whatever_its_machine_has_beside_it():
+    shares = {"generators": {"gpus": 0.25}, "reference": {"gpus": 0.15}, "learner": {"gpus": 0.6}}
+    wanted = needs(config(**shares), QWEN_1_5B)
+    check_fits(wanted, [Node("n", 8, 1, 44 * GIB, H100)])
+    message = refusal(wanted, [Node("n", 8, 1, 44 * GIB, 40 * GIB)])
+    assert "its share of a GPU is 0.6 of 40.0 GiB" in message
+    assert "raise learner.gpus, lower learner.micro_batch_tokens" in message
+
+
+def test_a_gpu_of_unknown_memory_refuses_nothing():
+    check_fits(needs(config(learner={"gpus": 1}), LLAMA_2_7B), [Node("n", 64, 8, 1000 * GIB)])
+
+
+def test_a_learner_is_placed_on_the_node_with_the_larger_gpus():
+    wanted = [need("Learner(0)", gpus=1, section="learner")]
+    wanted = [replace(wanted[0], device={"weights": 30 * GIB})]
+    check_fits(wanted, [Node("small", 1, 8, GIB, 24 * GIB), Node("large", 1, 1, GIB, 80 * GIB)])
 
 
 # Caches of fixed size

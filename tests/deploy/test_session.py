@@ -12,7 +12,8 @@ import deploy.session
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
-from deploy.capacity import Need, Node
+from deploy.capacity import Node
+from deploy.needs import Need
 from deploy.run.directory import is_owned, run_owner
 from deploy.session import COLLECT_AFTER, rare_full_collections, session, step_grace_s
 

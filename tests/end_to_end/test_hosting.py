@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+import ray
 
 from actors.pool.ray_actor import actor
 from actors.pool.ray_host import start_pool
 from common.config.base import RayConfig, Replicated
 from common.config.ppo import LearnerConfig
 from common.errors import UserError
+from deploy.cluster import connection
 from deploy.cluster.connection import cluster
 from learner.ranks.group import LearnerGroup
 
@@ -49,6 +51,18 @@ def test_every_thread_of_a_role_keeps_to_its_cores():
         affinities = asyncio.run(asyncio.wait_for(scenario(), 60))
     assert len(affinities) > 5  # Ray's own threads, too
     assert all(allowed == {core} for allowed in affinities)
+
+
+def test_each_node_is_asked_for_the_memory_of_its_smallest_gpu(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\n[ "$1" = --query-gpu=memory.total ] && printf "81559\\n24576\\n"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with cluster(SMALL):
+        [node] = ray.nodes()
+        assert connection._gpu_memory([node["NodeID"]]) == {node["NodeID"]: 24576 << 20}
+        program.unlink()
+        assert connection._gpu_memory([node["NodeID"]]) == {}
 
 
 @pytest.mark.parametrize("role", ["pool", "learner"])

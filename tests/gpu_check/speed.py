@@ -11,7 +11,7 @@ import torch
 from common.model.files import resolve_model
 from common.model.packing import Sequences
 from common.model.size import model_size
-from deploy.capacity import needs
+from deploy.needs import needs
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
 from learner.ranks.rows import sequence_costs
@@ -66,7 +66,7 @@ def measure(run: Run, name: str, model: str, budget: int) -> None:
     sequences: Sequences = ExperienceBatch.from_table(table).sequences
     tokens, forward = int(sequences.lengths.sum()), sum(sequence_costs(sequences, size))
     rate = 4 * forward / seconds  # two forward passes, and a backward pass of twice their operations
-    planned = needs(cfg, size)[0].memory / 2**30
+    planned = sum(needs(cfg, size)[0].device.values()) / 2**30
     run.figure(
         f"speed of {name}, {budget} tokens a micro-batch: {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s, "
         f"{rate / 1e12:.0f} TFLOP/s{share_of_peak(rate)}; {peak:.1f} GiB at the peak, {reserved:.1f} reserved, "

@@ -27,9 +27,12 @@ def test_a_role_without_gpus_runs_on_the_cpu(gpu, capability):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
-def test_a_share_of_a_gpu_is_that_gpu(gpu, capability):
+def test_a_share_of_a_gpu_is_enforced(gpu, monkeypatch, capability):
     gpu(capability)
-    assert find_device(0.3) == torch.device("cuda")
+    limits = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    assert find_device(0.3) == find_device(1) == torch.device("cuda")
+    assert limits == [0.3]
 
 
 def test_a_missing_gpu_is_refused(gpu):

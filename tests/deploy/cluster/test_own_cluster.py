@@ -12,8 +12,8 @@ import pytest
 
 from common.config.base import RayConfig
 from common.errors import UserError
-from deploy.capacity import MIB
 from deploy.cluster import own_cluster
+from deploy.needs import MIB
 
 ROOT = Path(__file__).parents[3]
 

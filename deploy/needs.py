@@ -1,0 +1,164 @@
+"""Estimates of what each process of a run takes: CPUs, GPUs, memory of its machine and of its GPU, as pure arithmetic.
+Runs in the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from actors.generation.kv_cache import OTHER, bytes_per_sequence, bytes_per_value
+from common.config.actors import GeneratorsConfig, SourcesConfig
+from common.config.base import Placed
+from common.config.ppo import Config, LoRAConfig
+from common.config.training import TrainerConfig
+from common.errors import UserError
+from common.model.size import ModelSize
+
+MIB = 1 << 20
+IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
+CONTEXT = 600 * MIB  # memory on a GPU of a process that has loaded CUDA's kernels, and no weights
+
+Parts = Mapping[str, int]  # bytes, by what takes them
+
+
+@dataclass(frozen=True)
+class Need:
+    """The resources that one process takes."""
+
+    name: str
+    section: str  # of the config, for the message
+    cpus: float
+    gpus: float
+    memory: int  # of its machine, bytes, estimated
+    device: Parts = field(default_factory=dict)  # memory of each of its GPUs
+
+
+def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
+    """Every process of a PPO run with an estimate of its peak memory."""
+    networks = 2 if cfg.ppo.has_critic and cfg.learner.critic == "separate" else 1
+    services = service_needs(cfg, model, reward_models)
+    if cfg.learner.lora is not None:  # the learner is its own reference
+        services = [need for need in services if need.section != "reference"]
+    row = min(cfg.max_sequence_tokens, model.context)
+    learner = _training("Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora)
+    return [*learner, *services]
+
+
+def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
+    """The processes of generators, reference and reward, without the learner."""
+    weights = {"weights": _weights(cfg.reference.dtype, model)}
+    return [
+        *generator_needs(cfg.generators, model, max_tokens=cfg.max_sequence_tokens),
+        *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, weights),
+        *reward_needs("reward", cfg.reward, reward_models),
+    ]
+
+
+def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:
+    """The ranks of reward training. `row` is the longest pair in tokens."""
+    return _training("RewardTrainer", cfg, model, row=row, padded=True)
+
+
+def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int = 1) -> list[Need]:
+    """The generators, each with its weights twice: an engine holds the old set while it stages a new one. `max_tokens`
+    is the longest sequence, of which a KV cache whose size is derived holds at least one.
+
+    With updates = "changes" a generator keeps the buckets that deltas are applied to, next to the new ones.
+    With tensor parallelism each device has a process of its own, and one more copy in bfloat16 is staged for all of
+    them. Raises UserError if vLLM cannot split the model into this many parts."""
+    parts = cfg.tensor_parallel
+    _check_split(parts, model)
+    weights = bytes_per_value(cfg) * model.parameters
+    cache = (cfg.kv_cache_mib or 0) * MIB or bytes_per_sequence(cfg, model, max_tokens=max_tokens)[1]
+    beside = 0  # what is in the machine's memory on GPUs too
+    if cfg.updates == "changes":
+        beside += 2 * _weights("bfloat16", model)
+    if parts > 1:
+        beside += parts * IMPORTS + _weights("bfloat16", model)
+    if cfg.gpus == 0:
+        return _role("Generator", "generators", cfg, cfg.min, {"engine": 2 * weights + cache + beside})
+    device = {
+        "weights": weights // parts,
+        "weights that are staged": weights // parts,
+        "KV cache": cache // parts,
+        "CUDA, its graphs and one step": OTHER,
+    }
+    return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, IMPORTS + beside, device) for i in range(cfg.min)]
+
+
+def _check_split(parts: int, model: ModelSize) -> None:
+    """Raises UserError unless everything that vLLM splits divides evenly. It copies key-value heads if there are fewer
+    than parts."""
+    sizes = {
+        f"{model.heads} attention heads": model.heads,
+        f"feed-forward width ({model.intermediate})": model.intermediate or 0,
+        f"vocabulary ({model.vocabulary}, filled up to a multiple of 64)": -(-model.vocabulary // 64) * 64,
+    }
+    if parts % model.kv_heads:
+        sizes[f"{model.kv_heads} key-value heads, or be a multiple of them"] = model.kv_heads
+    for name, number in sizes.items():
+        if number % parts:
+            raise UserError(
+                f"generators.tensor_parallel ({parts}) must divide the model's {name}; change it, or use another model"
+            )
+
+
+def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:
+    """The reward processes, each with every reward model among the sources, counted as float32."""
+    weights = sum(_weights("float32", model) for model in models)
+    return _role("Reward", section, cfg, cfg.min, {"weights": weights})
+
+
+def _training(
+    name: str,
+    cfg: TrainerConfig,
+    model: ModelSize,
+    *,
+    row: int,
+    networks: int = 1,
+    lora: LoRAConfig | None = None,
+    padded: bool = False,
+) -> list[Need]:
+    """The ranks. Each holds its share of weights, gradients and optimizer state; activations; and a second gradient of
+    the output embedding, in case it is shared with the input.
+
+    A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments), a frozen one its precision. Each
+    token, layer and hidden unit keeps about 18 values until the backward pass (measured), or 3 with checkpointing.
+    Pairs are padded, not packed (`padded`), and on CPU they also keep their attention scores. While several ranks
+    load, each holds all weights; on GPUs every rank loads them in its machine's memory.
+    """
+    size = 2 if cfg.precision == "bf16" else 4
+    adapters = 0 if lora is None else 2 * 7 * model.layers * lora.rank * model.hidden  # about seven matrices a layer
+    trained = model.parameters if lora is None else adapters
+    frozen = 0 if lora is None else size * model.parameters
+    tokens = max(row, cfg.token_budget)
+    saved = (3 if cfg.gradient_checkpointing else 18) * size * tokens * model.layers * model.hidden
+    attention = 2 * 4 * tokens * row * model.heads * model.layers if padded and not cfg.gpus else 0
+    working = {
+        "activations": networks * saved + attention,
+        "gradient of the output embedding": 4 * model.vocabulary * model.hidden,
+    }
+    ranks = cfg.fewest_ranks
+    state = {
+        "weights": networks * ((4 * trained + frozen) // ranks),
+        "gradients": networks * (4 * trained // ranks),
+        "optimizer state": networks * (8 * trained // ranks),
+    }
+    loading = networks * 4 * model.parameters
+    if cfg.gpus == 0 and cfg.ranks > 1:
+        state = {"weights, gradients and optimizer state": max(sum(state.values()), loading)}
+    return _role(name, "learner", cfg, ranks, state | working, loading=loading)
+
+
+def _weights(dtype: str, model: ModelSize) -> int:
+    return (2 if dtype == "bfloat16" else 4) * model.parameters
+
+
+def _role(name: str, section: str, cfg: Placed, count: int, parts: Parts, *, loading: int | None = None) -> list[Need]:
+    """Processes whose parts are in the memory of their device. On a GPU they first load weights of `loading` bytes in
+    the machine's memory; by default those of `parts`."""
+    on_machine, on_gpu = IMPORTS + sum(parts.values()), {}
+    if cfg.gpus > 0:
+        on_machine = IMPORTS + (parts.get("weights", 0) if loading is None else loading)
+        on_gpu = {"CUDA": CONTEXT, **parts}
+    return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, on_machine, on_gpu) for i in range(count)]
