@@ -60,8 +60,9 @@ def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Nee
 
 
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int = 1) -> list[Need]:
-    """The generators, each with its weights twice: an engine holds the old set while it stages a new one. `max_tokens`
-    is the longest sequence, of which a KV cache whose size is derived holds at least one.
+    """The generators, each with its weights twice: an engine holds the old set while it stages a new one, which is in
+    the machine's memory on GPUs too. `max_tokens` is the longest sequence, of which a KV cache whose size is derived
+    holds at least one.
 
     With updates = "changes" a generator keeps the buckets that deltas are applied to, next to the new ones.
     With tensor parallelism each device has a process of its own, and one more copy in bfloat16 is staged for all of
@@ -79,11 +80,12 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int 
         return _role("Generator", "generators", cfg, cfg.min, {"engine": 2 * weights + cache + beside})
     device = {
         "weights": weights // parts,
-        "weights that are staged": weights // parts,
         "KV cache": cache // parts,
         "CUDA, its graphs and one step": OTHER,
     }
-    return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, IMPORTS + beside, device) for i in range(cfg.min)]
+    staged = weights if parts == 1 else 0  # of several parts it is counted above
+    memory = IMPORTS + staged + beside
+    return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, memory, device) for i in range(cfg.min)]
 
 
 def _check_split(parts: int, model: ModelSize) -> None:

@@ -25,19 +25,19 @@ def bytes_per_value(cfg: GeneratorsConfig) -> int:
 
 def kv_cache_bytes(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int, device_memory: int) -> int:
     """Bytes of the KV cache on each device, which has `device_memory` bytes in all. If the config leaves its size out,
-    it is what the engine's share leaves beside its weights, the set that is staged for an update, and OTHER. Raises
-    UserError if that holds no sequence of `max_tokens`."""
+    it is what the engine's share leaves beside its weights and OTHER. Raises UserError if that holds no sequence of
+    `max_tokens`."""
     parts = cfg.tensor_parallel
     if cfg.kv_cache_mib is not None:
         return cfg.kv_cache_mib * MIB // parts
     share = int(min(cfg.gpus, 1.0) * device_memory)
     weights = bytes_per_value(cfg) * model.parameters // parts
-    left = share - 2 * weights - OTHER
+    left = share - weights - OTHER
     tokens, sequence = bytes_per_sequence(cfg, model, max_tokens=max_tokens)
     if left * parts < sequence:
         raise UserError(
-            f"generators.gpus ({cfg.gpus:g}) gives an engine {share // MIB} MiB of each GPU: two sets of weights take "
-            f"{2 * weights // MIB}, everything else {OTHER // MIB}, and what is left must hold at least one sequence "
+            f"generators.gpus ({cfg.gpus:g}) gives an engine {share // MIB} MiB of each GPU: its weights take "
+            f"{weights // MIB}, everything else {OTHER // MIB}, and what is left must hold at least one sequence "
             f"of {tokens} tokens, {-(-sequence // parts // MIB)} MiB; raise generators.gpus or "
             "generators.tensor_parallel"
         )

@@ -169,6 +169,8 @@ class VLLMEngine:
         def swap() -> tuple[list[Any], float]:
             started = time.perf_counter()
             old = self._weights.swap(version)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the pause ends when the copies are done, not when they are queued
             self._engine.set_weight_version(str(version))
             pause_s = time.perf_counter() - started
             meters.observe("ratchet_generator_swap_seconds", pause_s)

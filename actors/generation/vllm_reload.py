@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -56,8 +57,8 @@ class Inventory:
 
 
 class ReloadedWeights:
-    """Weight updates of any model on one device. Tensors are staged on that device. Between two steps vLLM reloads
-    them, while every request waits."""
+    """Weight updates of any model on one device. Tensors are staged in the machine's memory. Between two steps vLLM
+    reloads them, while every request waits."""
 
     def __init__(self, model_runner: Any, directory: Path) -> None:
         self._runner = model_runner
@@ -71,7 +72,8 @@ class ReloadedWeights:
             self._tensors = {}
         self._inventory.add(bucket)
         for name, tensor in bucket.tensors():
-            self._tensors[name] = tensor.to(self._runner.device)
+            # A pinned copy: the GPU never holds two sets, and reads this one at full speed.
+            self._tensors[name] = tensor.pin_memory() if torch.cuda.is_available() else tensor
 
     def swap(self, version: int) -> list[Any]:
         """Runs on the engine's thread. Returns objects that the caller should free. Raises CorruptWeightsError, with

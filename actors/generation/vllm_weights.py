@@ -1,12 +1,13 @@
 """New weights for a vLLM engine, prepared while it steps and exchanged between two steps. Runs in each generator.
 
-On CPU every layer's new weights are packed next to the old ones; the exchange then only moves pointers. This code
-depends on vLLM's internals, so it accepts only layers that it knows. All other models use vLLM's own reload.
+On CPU every layer's new weights are packed next to the old ones; the exchange then only moves pointers. On a GPU they
+wait in the machine's memory, and the exchange copies them over the old ones. This code depends on vLLM's internals, so
+it accepts only layers that it knows. All other models use vLLM's own reload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import vllm._custom_ops as ops
 from torch import Tensor, nn
 from vllm._custom_ops import CPUDNNLGEMMHandler
+from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -23,11 +25,13 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper, _get_tied_embedding_params
 from vllm.platforms import current_platform
 
 from actors.generation.vllm_reload import Inventory, ReloadedWeights, ShardedWeights
+from common.errors import UserError
 from common.weights import Bucket
 
 
@@ -53,12 +57,9 @@ class Staged:
     handler: CPUDNNLGEMMHandler | None
 
 
-class PackedWeights:
-    """Weight updates of an unquantized model on CPU, where oneDNN layers multiply by packed copies of their weights.
-
-    A second thread packs the new set while the engine's thread uses the old one. Between two steps only pointers are
-    exchanged. With vLLM's own reload every request would wait while the weights are packed.
-    """
+class PreparedWeights:
+    """Weight updates of an unquantized model whose layers are all known. A second thread prepares the new set while the
+    engine's thread uses the old one."""
 
     def __init__(self, model_runner: Any, directory: Path) -> None:
         """Raises NotStageableError unless every weight of the engine is of a known kind, and is made of tensors that a
@@ -67,7 +68,7 @@ class PackedWeights:
         if model_runner.model_config.use_mla:
             raise NotStageableError("its attention keeps weights derived from those of its layers")
         self._inventory = Inventory(directory)
-        self._slots = _find_slots(model)
+        self._slots = _find_slots(model, self._is_packed)
         self._places = _find_places(model, self._slots, self._inventory.shapes)
         self._start()
 
@@ -88,27 +89,83 @@ class PackedWeights:
             slot, parts = self._slots[place[0]], self._parts[place[0]]
             parts[place[1]] = tensor
             if len(parts) == len(slot.parts):
-                self._staged[place[0]] = _prepare(slot, [parts[shard] for shard in slot.parts])
+                self._staged[place[0]] = self._prepare(slot, [parts[shard] for shard in slot.parts])
                 parts.clear()
 
     def swap(self, version: int) -> list[Any]:
-        """Runs on the engine's thread. Returns the old set, because freeing it takes longer than a step should wait.
-        Raises CorruptWeightsError, with the old set in place, if a parameter has no new value."""
+        """Runs on the engine's thread. Returns objects that the caller should free, because that takes longer than a
+        step should wait. Raises CorruptWeightsError, with the old set in place, if a parameter has no new value."""
         self._inventory.finish(version)
         old: list[Any] = []
         for name, staged in self._staged.items():
-            slot = self._slots[name]
-            if staged.values is not None:
-                old.append(slot.parameter.data)
-                slot.parameter.data = staged.values
-            for layer in slot.packed_by:
-                old.append(layer.cpu_linear)
-                layer.cpu_linear = partial(_multiply, staged.handler)
+            old += self._exchange(self._slots[name], staged)
         self._start()
         return old
 
+    def _is_packed(self, layer: nn.Module) -> bool:
+        """True if the layer multiplies by a packed copy of its weight. Raises NotStageableError if that is unclear."""
+        raise NotImplementedError
 
-def _find_slots(model: nn.Module) -> dict[str, Slot]:
+    def _prepare(self, slot: Slot, parts: list[Tensor]) -> Staged:
+        """New values in the engine's precision, in their own memory."""
+        raise NotImplementedError
+
+    def _exchange(self, slot: Slot, staged: Staged) -> list[Any]:
+        """Puts the new values in place. Returns objects to free."""
+        raise NotImplementedError
+
+
+class PackedWeights(PreparedWeights):
+    """On CPU, where oneDNN layers multiply by packed copies of their weights. Between two steps only pointers are
+    exchanged. With vLLM's own reload every request would wait while the weights are packed."""
+
+    def _is_packed(self, layer: nn.Module) -> bool:
+        """oneDNN's packed copy is in the closure of the function that vLLM calls."""
+        function = getattr(layer, "cpu_linear", None)
+        kept = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        if any(isinstance(value, CPUDNNLGEMMHandler) for value in kept):
+            return True
+        if kept or (isinstance(layer, LinearBase) and function is None):
+            raise NotStageableError(f"{type(layer).__name__} multiplies in an unknown way")
+        return False
+
+    def _prepare(self, slot: Slot, parts: list[Tensor]) -> Staged:
+        values = _fused(slot, parts)
+        handler = ops.create_onednn_mm(values.t(), 32) if slot.packed_by else None
+        if slot.parameter.numel() == 0:
+            return Staged(None, handler)
+        return Staged(values.clone() if values is parts[0] else values, handler)  # not in the memory of the bucket
+
+    def _exchange(self, slot: Slot, staged: Staged) -> list[Any]:
+        old: list[Any] = []
+        if staged.values is not None:
+            old.append(slot.parameter.data)
+            slot.parameter.data = staged.values
+        for layer in slot.packed_by:
+            old.append(layer.cpu_linear)
+            layer.cpu_linear = partial(_multiply, staged.handler)
+        return old
+
+
+class CopiedWeights(PreparedWeights):
+    """On a GPU. The new set waits in pinned memory of the machine, so the GPU never holds two, and the exchange is one
+    copy for each weight. Addresses stay, because CUDA graphs and compiled layers have kept them."""
+
+    def _is_packed(self, layer: nn.Module) -> bool:
+        return False
+
+    def _prepare(self, slot: Slot, parts: list[Tensor]) -> Staged:
+        fused = _fused(slot, parts)
+        values = torch.empty(fused.shape, dtype=fused.dtype, pin_memory=torch.cuda.is_available())
+        return Staged(values.copy_(fused), None)
+
+    def _exchange(self, slot: Slot, staged: Staged) -> list[Any]:
+        assert staged.values is not None
+        slot.parameter.data.copy_(staged.values, non_blocking=True)
+        return [staged.values]
+
+
+def _find_slots(model: nn.Module, is_packed: Callable[[nn.Module], bool]) -> dict[str, Slot]:
     """The weights of the engine's model by name. A tied weight is listed once."""
     slots: dict[str, Slot] = {}
     by_parameter: dict[int, Slot] = {}
@@ -116,7 +173,7 @@ def _find_slots(model: nn.Module) -> dict[str, Slot]:
         for name, parameter in module.named_parameters(recurse=False):
             slot = by_parameter.setdefault(id(parameter), _slot(module, name, parameter))
             slots.setdefault(f"{prefix}.{name}", slot)
-            if name == "weight" and _is_packed(module):
+            if name == "weight" and is_packed(module):
                 slot.packed_by.append(module)
     aliases = _get_tied_embedding_params(model)
     return {name: slot for name, slot in slots.items() if name not in aliases}
@@ -164,28 +221,12 @@ def _slot(module: nn.Module, name: str, parameter: nn.Parameter) -> Slot:
     raise NotStageableError(f"{type(module).__name__}.{name} is of an unknown kind")
 
 
-def _is_packed(layer: nn.Module) -> bool:
-    """True if the layer multiplies by oneDNN's packed copy of its weight, False if it multiplies by the weight itself.
-    Raises NotStageableError if neither is certain."""
-    function = getattr(layer, "cpu_linear", None)
-    kept = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    if any(isinstance(value, CPUDNNLGEMMHandler) for value in kept):
-        return True
-    if kept or (isinstance(layer, LinearBase) and function is None):
-        raise NotStageableError(f"{type(layer).__name__} multiplies in an unknown way")
-    return False
-
-
-def _prepare(slot: Slot, parts: list[Tensor]) -> Staged:
-    """New values in the engine's precision, in their own memory."""
+def _fused(slot: Slot, parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor, with the rows that pad a vocabulary, in the engine's precision."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     if whole.shape[0] < slot.rows:
         whole = torch.cat([whole, whole.new_zeros(slot.rows - whole.shape[0], *whole.shape[1:])])
-    values = whole.to(slot.parameter.dtype)
-    handler = ops.create_onednn_mm(values.t(), 32) if slot.packed_by else None
-    if slot.parameter.numel() == 0:
-        return Staged(None, handler)
-    return Staged(values.clone() if values is parts[0] else values, handler)  # not in the memory of the bucket
+    return whole.to(slot.parameter.dtype)
 
 
 def _multiply(handler: CPUDNNLGEMMHandler, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -193,14 +234,32 @@ def _multiply(handler: CPUDNNLGEMMHandler, x: Tensor, weight: Tensor, bias: Tens
     return ops.onednn_mm(handler, x, bias)
 
 
-def weights_of(engine: Any, directory: Path) -> PackedWeights | ReloadedWeights | ShardedWeights:
-    """The fastest way to update the weights of this vLLM engine."""
+def weights_of(engine: Any, directory: Path) -> PreparedWeights | ReloadedWeights | ShardedWeights:
+    """The fastest way to update the weights of this vLLM engine. Raises UserError for a model on a GPU whose reload is
+    known to be wrong in some kernels."""
     if engine.vllm_config.parallel_config.tensor_parallel_size > 1:
         return ShardedWeights(engine.collective_rpc, directory)
     [model_runner] = engine.collective_rpc(lambda worker: worker.model_runner)
-    if current_platform.is_cpu():
-        try:
-            return PackedWeights(model_runner, directory)
-        except NotStageableError as reason:
-            print(f"weight updates go through vLLM's reload, while requests wait: {reason}", flush=True)
+    on_cpu = current_platform.is_cpu()
+    try:
+        return (PackedWeights if on_cpu else CopiedWeights)(model_runner, directory)
+    except NotStageableError as reason:
+        if not on_cpu:
+            _check_reload(model_runner)
+        print(f"weight updates go through vLLM's reload, while requests wait: {reason}", flush=True)
     return ReloadedWeights(model_runner, directory)
+
+
+def _check_reload(model_runner: Any) -> None:
+    """Raises UserError for models with layers whose tensors move in a reload while vLLM's kernels keep the old ones
+    (vllm#41670, #48312, #48284)."""
+    kinds = {
+        "quantized": model_runner.model_config.quantization is not None,
+        "mixture-of-experts": any(isinstance(module, FusedMoE) for module in model_runner.get_model().modules()),
+        "hybrid": any(isinstance(module, MambaBase) for module in model_runner.get_model().modules()),
+    }
+    if found := [kind for kind, is_one in kinds.items() if is_one]:
+        raise UserError(
+            f"model.path is a {found[0]} model, and vLLM's reload of such models was not checked on GPUs; use another "
+            "model, or run the generators on the CPU (generators.gpus = 0)"
+        )

@@ -101,7 +101,7 @@ class GeneratorsConfig(Replicated):
     """Requests sent to each engine at once; at least max_running, which it would cap. Left out: twice max_running."""
     kv_cache_mib: Positive | None = None
     """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once. Left out: 256 on
-    the CPU; on a GPU what its share leaves beside two sets of weights and 2 GiB."""
+    the CPU; on a GPU what its share leaves beside the weights and 2 GiB."""
     max_running: Positive = 64
     """Rollouts an engine works on at once; more raise the throughput until the device is busy. Left out: 64 on the CPU,
     256 on a GPU."""

@@ -298,16 +298,16 @@ def test_lora_on_a_gpu_has_one_frozen_set_of_weights_and_small_states():
     assert learner.device["optimizer state"] == 8 * 7168
 
 
-def test_an_engine_on_a_gpu_has_two_sets_of_weights_and_its_cache_there():
+def test_an_engine_on_a_gpu_has_weights_and_cache_there_and_stages_beside_it():
     def device(**settings):
         (need,) = generator_needs(GeneratorsConfig(**settings), MODEL, max_tokens=768)
         return need.memory, *need.device.values()
 
     other, tokens = 2048 * MIB, 768 * 2 * 2 * 2 * 16 * 2  # keys and values, 2 layers, 2 heads of 16, bf16
-    assert device(gpus=0.5, kv_cache_mib=64) == (600 * MIB, 2_000_000, 2_000_000, 64 * MIB, other)
-    assert device(gpus=1) == (600 * MIB, 2_000_000, 2_000_000, tokens, other)  # at least one sequence
+    assert device(gpus=0.5, kv_cache_mib=64) == (600 * MIB + 2_000_000, 2_000_000, 64 * MIB, other)
+    assert device(gpus=1) == (600 * MIB + 2_000_000, 2_000_000, tokens, other)  # at least one sequence
     # With two parts: two more processes, and a copy in bf16 that both read.
-    assert device(gpus=2, tensor_parallel=2) == (1800 * MIB + 2_000_000, 1_000_000, 1_000_000, tokens // 2, other)
+    assert device(gpus=2, tensor_parallel=2) == (1800 * MIB + 2_000_000, 1_000_000, tokens // 2, other)
 
 
 LLAMA_2_7B = ModelSize(

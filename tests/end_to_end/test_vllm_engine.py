@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from multiprocessing import forkserver, get_context
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.config.actors import GeneratorsConfig, SamplingConfig
-from common.errors import CorruptWeightsError
+from common.errors import CorruptWeightsError, UserError
 from common.model.files import save_policy
 from common.model.saved_weights import as_saved
 from common.types import Rollout, RolloutRef, SampleId
@@ -110,6 +111,9 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
 
         forkserver._forkserver.ensure_running = lambda: None
         multiproc_executor.get_mp_context = partial(get_context, "forkserver")
+    elif way == "copied":  # as on a GPU; on CPU for layers without packed copies only
+        vllm_weights.ops._supports_onednn = False
+        vllm_weights.PackedWeights = vllm_weights.CopiedWeights
     elif way == "reloaded":
         vllm_weights.PackedWeights.__init__ = not_stageable
 
@@ -130,9 +134,12 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     sys.path.insert(0, str(model_dir.parent))
     generator = Generator("Generator(0)", 7, make_engine, updates="changes")
     # Otherwise another way would be tested.
-    expected = {"reloaded": "ReloadedWeights", "experts": "ReloadedWeights", "sharded": "ShardedWeights"}.get(
-        way, "PackedWeights"
-    )
+    expected = {
+        "reloaded": "ReloadedWeights",
+        "experts": "ReloadedWeights",
+        "sharded": "ShardedWeights",
+        "copied": "CopiedWeights",
+    }.get(way, "PackedWeights")
     assert type(generator._engine._weights).__name__ == expected
     assert len(multiprocessing.active_children()) == (2 if way == "sharded" else 0)
     return asyncio.run(globals()[scenario](generator, weight_sets))
@@ -311,6 +318,7 @@ def hf_logprobs(model_dir, rollout: Rollout, weights: list[Bucket] | None, tempe
         ("untied", "float32", "packed", 1e-4),
         ("biases", "float32", "packed", 1e-4),
         ("biases", "float32", "plain", 1e-4),
+        ("biases", "float32", "copied", 1e-4),
         ("tied", "float32", "reloaded", 1e-4),
         ("glm4_moe", "float32", "experts", 1e-4),
         ("mixtral", "float32", "sharded", 1e-4),  # tied
@@ -398,7 +406,9 @@ def head_moved(tensors: dict[str, torch.Tensor], version: int) -> list[Bucket]:
     return list(buckets({**tensors, "lm_head.weight": head}.items(), version, bucket_bytes=10_000))
 
 
-@pytest.mark.parametrize(("way", "sent"), [("packed", "changes"), ("reloaded", "full"), ("sharded", "changes")])
+@pytest.mark.parametrize(
+    ("way", "sent"), [("packed", "changes"), ("copied", "full"), ("reloaded", "full"), ("sharded", "changes")]
+)
 def test_every_token_is_written_by_the_version_that_it_names(tmp_path, way, sent):
     model_dir = save_model_that_writes_its_version(tmp_path / "model")
     tensors = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).state_dict()
@@ -473,3 +483,33 @@ def test_sampling_seeds_differ_by_run_and_sample():
     seeds = {sampling_seed(run, i) for run in range(3) for i in ids}
     assert len(seeds) == 3 * len(ids)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def _said_of_kinds():
+    """What is said of an unquantized dense model, and of three others, in an engine on a GPU."""
+    from vllm.model_executor.layers.fused_moe import FusedMoE
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    from actors.generation.vllm_weights import _check_reload
+
+    def said(quantization=None, layer=torch.nn.Linear):
+        module = torch.nn.Module()
+        module.layer = layer.__new__(layer)
+        torch.nn.Module.__init__(module.layer)
+        runner = SimpleNamespace(model_config=SimpleNamespace(quantization=quantization), get_model=lambda: module)
+        try:
+            _check_reload(runner)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    hybrid = type("Hybrid", (torch.nn.Module, MambaBase), {"__abstractmethods__": frozenset()})
+    return [said(), said(quantization="fp8"), said(layer=FusedMoE), said(layer=hybrid)]
+
+
+def test_models_whose_reload_was_not_checked_on_gpus_are_refused_there():
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as process:
+        dense, *others = process.submit(_said_of_kinds).result(120)
+    assert dense == ""
+    for kind, said in zip(("quantized", "mixture-of-experts", "hybrid"), others, strict=True):
+        assert said.startswith(f"model.path is a {kind} model")

@@ -35,19 +35,19 @@ def test_a_given_size_is_shared_by_the_devices():
 
 
 def test_what_a_share_leaves_is_cache():
-    assert size(80, gpus=1) == 78 * GIB - 2 * 2 * 1_543_714_304
-    assert size(80, gpus=0.25) == 18 * GIB - 2 * 2 * 1_543_714_304
-    assert size(80, gpus=1, dtype="float32") == 78 * GIB - 2 * 4 * 1_543_714_304
-    assert size(80, gpus=2, tensor_parallel=2) == 78 * GIB - 2 * 1_543_714_304  # half of the weights on each
+    assert size(80, gpus=1) == 78 * GIB - 2 * 1_543_714_304
+    assert size(80, gpus=0.25) == 18 * GIB - 2 * 1_543_714_304
+    assert size(80, gpus=1, dtype="float32") == 78 * GIB - 4 * 1_543_714_304
+    assert size(80, gpus=2, tensor_parallel=2) == 78 * GIB - 1_543_714_304  # half of the weights on each
 
 
 def test_a_share_that_holds_no_sequence_is_refused():
-    # 1,024 tokens are 28 MiB. A tenth of 80 GiB is 8 GiB: 5.75 for two sets of weights, 2 for the rest, 0.25 left.
-    assert size(80, gpus=0.1) == 8 * GIB * 1.0 // 1 - 2 * GIB - 4 * 1_543_714_304
+    # A sixteenth of 80 GiB is 5 GiB: 2.88 for the weights, 2 for the rest, 128 MiB left. 1,024 tokens are 28 MiB.
+    assert size(80, gpus=1 / 16) == 5 * GIB - 2 * GIB - 2 * 1_543_714_304
     with pytest.raises(UserError) as caught:
-        size(80, gpus=0.1, max_tokens=10_000)
+        size(80, gpus=1 / 16, max_tokens=10_000)
     assert str(caught.value) == (
-        "generators.gpus (0.1) gives an engine 8192 MiB of each GPU: two sets of weights take 5888, everything else "
-        "2048, and what is left must hold at least one sequence of 10000 tokens, 274 MiB; raise generators.gpus or "
+        "generators.gpus (0.0625) gives an engine 5120 MiB of each GPU: its weights take 2944, everything else 2048, "
+        "and what is left must hold at least one sequence of 10000 tokens, 274 MiB; raise generators.gpus or "
         "generators.tensor_parallel"
     )
