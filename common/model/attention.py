@@ -57,7 +57,7 @@ def packed_attention(
     if on_cpu or not plain or value.shape[-1] > query.shape[-1]:
         how = Scores(scaling, window, softcap)
         return recomputed_attention(query[0], key[0], value[0], s_aux, lengths, how)[None], None
-    if query.dtype in (torch.bfloat16, torch.float16):
+    if _flash_takes(query):
         ends, left = _ends(tuple(lengths), query.device), -1 if window == longest else window - 1
         narrow, width = value.shape[-1], query.shape[-1]  # flash attention needs values as wide as keys
         value = value if narrow == width else pad(value, (0, width - narrow))
@@ -66,7 +66,7 @@ def packed_attention(
             q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True
         )
         return cast(Tensor, attended)[None, ..., :narrow], None
-    each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)  # flash attention has no float32
+    each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     parts = [
         scaled_dot_product_attention(q, k, v, attn_mask=_causal_mask(q, window), scale=scaling, enable_gqa=True)
         for q, k, v in each
@@ -88,6 +88,11 @@ def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]
         asked.append("dropout")
     if asked:
         raise AttentionError(f"its attention uses {', '.join(asked)}, which packed attention does not have")
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """True if the packed kernel has this type and head size."""
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
 @lru_cache(maxsize=4)  # all layers use the same
