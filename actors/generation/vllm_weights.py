@@ -17,7 +17,7 @@ import torch
 import vllm._custom_ops as ops
 from torch import Tensor, nn
 from vllm._custom_ops import CPUDNNLGEMMHandler
-from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -255,7 +255,7 @@ def _check_reload(model_runner: Any) -> None:
     (vllm#41670, #48312, #48284)."""
     kinds = {
         "quantized": model_runner.model_config.quantization is not None,
-        "mixture-of-experts": any(isinstance(module, FusedMoE) for module in model_runner.get_model().modules()),
+        "mixture-of-experts": any(isinstance(module, RoutedExperts) for module in model_runner.get_model().modules()),
         "hybrid": any(isinstance(module, MambaBase) for module in model_runner.get_model().modules()),
     }
     if found := [kind for kind, is_one in kinds.items() if is_one]:

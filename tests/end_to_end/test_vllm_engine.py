@@ -487,7 +487,7 @@ def test_sampling_seeds_differ_by_run_and_sample():
 
 def _said_of_kinds():
     """What is said of an unquantized dense model, and of three others, in an engine on a GPU."""
-    from vllm.model_executor.layers.fused_moe import FusedMoE
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 
     from actors.generation.vllm_weights import _check_reload
@@ -503,8 +503,9 @@ def _said_of_kinds():
             return str(error)
         return ""
 
-    hybrid = type("Hybrid", (torch.nn.Module, MambaBase), {"__abstractmethods__": frozenset()})
-    return [said(), said(quantization="fp8"), said(layer=FusedMoE), said(layer=hybrid)]
+    hybrid = type("Hybrid", (torch.nn.Module, MambaBase), {})
+    hybrid.__abstractmethods__ = frozenset()
+    return [said(), said(quantization="fp8"), said(layer=RoutedExperts), said(layer=hybrid)]
 
 
 def test_models_whose_reload_was_not_checked_on_gpus_are_refused_there():
