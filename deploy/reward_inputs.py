@@ -106,6 +106,11 @@ def _counted(counts: Mapping[str, int]) -> str:
     return str(PairCounts(**{key: count for key, count in counts.items() if key != "prompt_in_train"}))
 
 
+def longest_answered(cfg: RewardTrainingConfig, reference: PolicyFiles) -> int:
+    """Tokens of the longest prompt with its response by the reference policy."""
+    return reference.prompt_room(cfg.data.max_tokens, cfg.sampling) + cfg.sampling.max_new_tokens
+
+
 def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: Pairs) -> list[Prompt]:
     """`scale.responses` prompts of the pairs, in seeded order; if there are fewer, they repeat. Raises UserError if
     none fits, or if the reference policy cannot answer them."""
@@ -116,7 +121,7 @@ def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: 
         )
     room = reference.prompt_room(cfg.data.max_tokens, cfg.sampling)
     check_engine_build(cfg.generators)
-    check_kv_cache(cfg.generators, reference.size, max_tokens=room + cfg.sampling.max_new_tokens)
+    check_kv_cache(cfg.generators, reference.size, max_tokens=longest_answered(cfg, reference))
     records = _fitting_prompts(cfg, reference, pairs, room)
     if not records:
         raise UserError(

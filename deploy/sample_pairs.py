@@ -52,7 +52,7 @@ def _run_in(owned: RunDirectory, cfg: PairSamplingConfig, *, resume: bool, force
     inputs = load_inputs(cfg, policy, cfg.labeller, {"prompts.source": cfg.prompts.source})
     [records] = inputs.records
     processes = [
-        *generator_needs(cfg.generators, policy.size),
+        *generator_needs(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens),
         *reward_needs("labeller", cfg.labeller, inputs.reward_models),
     ]
     console = Output()

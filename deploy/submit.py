@@ -45,7 +45,7 @@ from deploy.screen.console import Lenient, complain, printable
 EXCLUDED = ["/runs", "__pycache__"]  # not sent, in addition to what Ray, .gitignore and .rayignore exclude
 AGENT_S = 30  # longest wait for the agent of a cluster that has just started
 ANSWER_S = 60  # longest wait for an answer of the cluster
-SEND_S = 600  # and until it has the files and has started the job
+SEND_S = 600  # longest wait until the cluster has the files and has started the job
 NO_AGENT = (
     f"the cluster's head node has no agent that takes jobs, and none came in {AGENT_S} s; its dashboard_agent.log says "
     "why: if another program has the agent's port, start the cluster with --dashboard-agent-listen-port=0"
@@ -208,7 +208,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     try:
         signals.run(stream())
         while True:
-            with limited(f"the question for the state of job {job}", ANSWER_S):
+            with limited(f"the request for the state of job {job}, which continues,", ANSWER_S):
                 info = client.get_job_info(job)
             if info.status.is_terminal():
                 break

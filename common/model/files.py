@@ -39,7 +39,7 @@ from common.model.embedded import EMBEDDED, prepare_embedded
 from common.model.probe import check_packed, eager_results
 from common.model.remote_code import allow, trusted
 from common.model.rotary import use_own_lengths
-from common.model.size import constants, without_weights
+from common.model.size import CONTEXT, constants, without_weights
 from common.model.small_model import try_small
 
 
@@ -131,8 +131,9 @@ def find_device(gpus: float) -> torch.device:
             f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}, and "
             f"{OLDEST_GPU[0]}.{OLDEST_GPU[1]} (Ampere) is the least; use a newer GPU, or set gpus = 0 to run on the CPU"
         )
-    if gpus < 1:  # with more than its share this process fails, and not its neighbours
-        torch.cuda.set_per_process_memory_fraction(gpus)
+    if gpus < 1:  # a process that exceeds its share fails; without the limit, another one on the GPU would
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(0.0, gpus - CONTEXT / total))
     return torch.device("cuda")
 
 

@@ -15,6 +15,8 @@ from common.model.remote_code import trusted
 from common.model.rotary import original_length
 from common.model.saved_weights import as_saved
 
+CONTEXT = 600 << 20  # memory on a GPU of a process that has loaded CUDA's kernels and no weights, bytes
+
 
 @dataclass(frozen=True)
 class ModelSize:

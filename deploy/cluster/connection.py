@@ -189,30 +189,38 @@ def dashboard() -> str | None:
 
 
 def _free_nodes() -> list[Node]:
-    alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     free = {  # without the resources of other jobs
         node_id: left for node_id, left in available_resources_per_node().items() if node_id in alive
     }
     gpu_memory = _gpu_memory([node_id for node_id, left in free.items() if left.get("GPU")])
     return [
-        Node(alive[node], left.get("CPU", 0), left.get("GPU", 0), int(left.get("memory", 0)), gpu_memory.get(node, 0))
+        Node(
+            alive[node]["NodeManagerAddress"],
+            left.get("CPU", 0),
+            left.get("GPU", 0),
+            int(left.get("memory", 0)),
+            gpu_memory.get(node, 0),
+            alive[node]["Resources"].get("GPU", 0) - left.get("GPU", 0),
+        )
         for node, left in free.items()
     ]
 
 
 def _gpu_memory(node_ids: Sequence[str]) -> dict[str, int]:
-    """The memory of the smallest GPU of each node, bytes. Nodes that do not answer in time, or without nvidia-smi, are
-    left out."""
+    """The memory of the largest usable GPU of each node, bytes. Nodes without nvidia-smi, or that do not answer in
+    time, are left out."""
 
-    def smallest() -> int:  # nested, so that it travels by value: the node may not have this module
+    def largest() -> int:  # nested, so that it travels by value: the node may not have this module
         import subprocess
 
-        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return min(map(int, lines)) << 20
+        command = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        cards = [line.split(",") for line in answer.splitlines()]
+        return max(int(memory) for memory, capability in cards if float(capability) >= 8) << 20  # others are refused
 
     asked = {
-        node_id: ray.remote(smallest)
+        node_id: ray.remote(largest)
         .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
         .remote()
         for node_id in node_ids

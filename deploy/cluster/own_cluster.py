@@ -72,15 +72,16 @@ def _kill(processes: Iterable[int]) -> None:
 
 
 def _processes_of(directory: Path) -> set[int]:
-    """The processes that were started with the directory as TMPDIR or write into Ray's part of it, and their
+    """The processes that were started with the directory as TMPDIR, Ray's agents that write into its part, and their
     descendants."""
-    mark = f"TMPDIR={directory}".encode()
+    mark, rays = f"TMPDIR={directory}".encode(), (directory / _RAY).resolve()
     found, parents = set(), {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with suppress(OSError, IndexError, ValueError):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if mark in (entry / "environ").read_bytes().split(b"\0") or _writes_into(directory / _RAY, entry):
+                is_agent = (entry / "cmdline").read_bytes().startswith(b"ray::") and _writes_into(rays, entry)
+                if is_agent or mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.add(int(entry.name))
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -88,9 +89,9 @@ def _processes_of(directory: Path) -> set[int]:
 
 
 def _writes_into(directory: Path, process: Path) -> bool:
-    """True if a process of /proc has a file below the directory open for writing. Ray's agents have: they overwrite
-    their environment with their title, and once the raylet is dead they are not its descendants either. A program that
-    only reads there, such as `tail -f`, belongs to a user."""
+    """True if the process has a file below the directory open for writing. This finds Ray's agents: their title
+    overwrites their environment, and they are no descendants of the raylet once it is dead. A program that only reads
+    there, such as `tail -f`, belongs to the user."""
     for link in (process / "fd").iterdir():
         with suppress(OSError):  # closed meanwhile
             if Path(os.readlink(link)).is_relative_to(directory):

@@ -60,7 +60,7 @@ def real_engine(model: str) -> Any:
 
 async def rates(make_engine: Any) -> list[float]:
     """Rollouts a second with 1, 2, ... replicas."""
-    cfg = GeneratorsConfig(min=1, max=REPLICAS, cpus=0, in_flight=2 * RUNNING)
+    cfg = GeneratorsConfig(min=1, max=REPLICAS, cpus=0, max_running=RUNNING, in_flight=2 * RUNNING)
     events: list[PoolEvent] = []
     host, written = RayHost(Generator, cfg, 0, make_engine), 0
     generators = GeneratorPool(host, cfg, on_event=events.append)

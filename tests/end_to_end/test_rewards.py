@@ -17,12 +17,12 @@ from deploy.sample_pairs import run_pair_sampling
 from deploy.train import run_training
 from deploy.train_reward import run_reward_training
 from learner.loop.journal import Journal
-from tests.fakes import save_tiny_model, tiny_config
+from tests.fakes import ENGINE_GPUS, save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray
 
 RAY = {"dashboard": False, "object_store_mib": 256}
-GENERATORS = {"dtype": "float32", "kv_cache_mib": 16}
+GENERATORS = {"dtype": "float32", "kv_cache_mib": 16, "gpus": ENGINE_GPUS}
 SAMPLING = {"max_new_tokens": 8}
 
 

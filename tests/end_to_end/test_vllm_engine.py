@@ -139,7 +139,7 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
         "experts": "ReloadedWeights",
         "sharded": "ShardedWeights",
         "copied": "CopiedWeights",
-    }.get(way, "PackedWeights")
+    }.get(way, "CopiedWeights" if ENGINE_GPUS else "PackedWeights")
     assert type(generator._engine._weights).__name__ == expected
     assert len(multiprocessing.active_children()) == (2 if way == "sharded" else 0)
     return asyncio.run(globals()[scenario](generator, weight_sets))

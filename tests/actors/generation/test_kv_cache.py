@@ -34,20 +34,32 @@ def test_a_given_size_is_shared_by_the_devices():
     assert size(0) == 256 << 20  # the default on the CPU
 
 
-def test_what_a_share_leaves_is_cache():
-    assert size(80, gpus=1) == 78 * GIB - 2 * 1_543_714_304
-    assert size(80, gpus=0.25) == 18 * GIB - 2 * 1_543_714_304
-    assert size(80, gpus=1, dtype="float32") == 78 * GIB - 4 * 1_543_714_304
-    assert size(80, gpus=2, tensor_parallel=2) == 78 * GIB - 1_543_714_304  # half of the weights on each
+# Besides weights and cache: 2 GiB, and 6 copies of float32 logits of 256 rows of 151,936. Activations of 8,192 tokens
+# are fewer: 3 * 4 * 1536 + 6 * 1536 values for each, 0.45 GB in bfloat16.
+OTHER = 2 * GIB + 6 * 4 * 256 * 151_936
+
+
+def test_the_rest_of_a_share_is_cache():
+    whole, parameters = int(0.92 * 80 * GIB), 1_543_714_304
+    assert size(80, gpus=1) == whole - 2 * parameters - OTHER
+    assert size(80, gpus=0.25) == 20 * GIB - 2 * parameters - OTHER
+    assert size(80, gpus=1, dtype="float32") == whole - 4 * parameters - OTHER
+    assert size(80, gpus=2, tensor_parallel=2) == whole - parameters - OTHER  # half of the weights on each
+
+
+def test_the_largest_step_counts_if_it_takes_more_than_the_sampler():
+    # 100,000 tokens, each 3 * 4 * 1536 + 6 * 1536 = 27,648 values of 2 bytes.
+    usual, larger = size(80, gpus=1), size(80, gpus=1, max_batched_tokens=100_000)
+    assert usual - larger == 100_000 * 27_648 * 2 - 6 * 4 * 256 * 151_936
 
 
 def test_a_share_that_holds_no_sequence_is_refused():
-    # A sixteenth of 80 GiB is 5 GiB: 2.88 for the weights, 2 for the rest, 128 MiB left. 1,024 tokens are 28 MiB.
-    assert size(80, gpus=1 / 16) == 5 * GIB - 2 * GIB - 2 * 1_543_714_304
+    # 6 of 80 GiB: 2.88 for the weights, 2.87 for the rest, 261 MiB left. 1,024 tokens are 28 MiB.
+    assert size(80, gpus=0.075) == 6 * GIB - 2 * 1_543_714_304 - OTHER
     with pytest.raises(UserError) as caught:
-        size(80, gpus=1 / 16, max_tokens=10_000)
+        size(80, gpus=0.075, max_tokens=10_000)
     assert str(caught.value) == (
-        "generators.gpus (0.0625) gives an engine 5120 MiB of each GPU: its weights take 2944, everything else 2048, "
+        "generators.gpus (0.075) gives an engine 6144 MiB of each GPU: its weights take 2944, everything else 2938, "
         "and what is left must hold at least one sequence of 10000 tokens, 274 MiB; raise generators.gpus or "
         "generators.tensor_parallel"
     )

@@ -94,16 +94,21 @@ def test_processes_of_a_dead_driver_are_gone_before_the_next_cluster(tmp_path):
     assert done.stdout == "Z False\n", done.stderr  # dead: it has no memory, only its parent has not noticed
 
 
-@pytest.mark.parametrize(("mode", "belongs"), [("a", True), ("r+", True), ("r", False)])
-def test_a_process_that_writes_into_rays_part_belongs_to_its_cluster(tmp_path, mode, belongs):
-    log = tmp_path / "r/session/logs/agent.log"
+@pytest.mark.parametrize(
+    ("title", "mode", "belongs"),
+    [("ray::agent", "a", True), ("ray::agent", "r+", True), ("ray::agent", "r", False), ("forked", "a", False)],
+)
+def test_an_agent_that_writes_into_rays_part_belongs_to_its_cluster(tmp_path, title, mode, belongs):
+    real, link = tmp_path / "real", tmp_path / "link"
+    log = real / "r/session/logs/agent.log"
     log.parent.mkdir(parents=True)
     log.touch()
+    link.symlink_to(real)
     code = f"import sys; file = open({str(log)!r}, {mode!r}); print('open', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+    with subprocess.Popen([title, "-c", code], executable=sys.executable, **pipes) as process:
         process.stdout.readline()
-        found = own_cluster._processes_of(tmp_path)
+        found = own_cluster._processes_of(link)
         process.stdin.close()
     assert found == ({process.pid} if belongs else set())
 
