@@ -490,7 +490,7 @@ def _said_of_kinds():
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 
-    from actors.generation.vllm_weights import _check_reload
+    from actors.generation.vllm_weights import _check_reload, _unchecked_kind
 
     def said(quantization=None, layer=torch.nn.Linear):
         module = torch.nn.Module()
@@ -498,7 +498,7 @@ def _said_of_kinds():
         torch.nn.Module.__init__(module.layer)
         runner = SimpleNamespace(model_config=SimpleNamespace(quantization=quantization), get_model=lambda: module)
         try:
-            _check_reload(runner)
+            _check_reload(_unchecked_kind(runner))
         except UserError as error:
             return str(error)
         return ""
