@@ -80,7 +80,7 @@ def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
 
 @dataclass
 class _Room:
-    """What is still free on a node."""
+    """The resources of a node that are still free."""
 
     cpus: float
     gpus: list[float] | float  # of each GPU; of all together if others use some, because nobody knows which

@@ -1,5 +1,4 @@
-"""Estimates of what each process of a run takes: CPUs, GPUs, memory of its machine and of its GPU, as pure arithmetic.
-Runs in the driver."""
+"""Estimates the CPUs, GPUs and memory of each process of a run, by pure arithmetic. Runs in the driver."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from common.config.ppo import Config
 from common.errors import EngineDeadError
 from common.files import sha256
 from common.metrics import meters
+from common.model.size import ModelSize
 from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Void
 from deploy.capacity import engine_needs_gpu
 
@@ -101,6 +102,18 @@ def save_tiny_kind(directory: Path, kind: str, *, seed: int = 0) -> Path:
     save_tiny_tokenizer(directory)
     return directory
 
+
+QWEN_1_5B = ModelSize(
+    parameters=1_543_714_304,
+    layers=28,
+    hidden=1536,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    vocabulary=151_936,
+    context=32_768,
+    intermediate=8960,
+)
 
 # GPUs of each engine in a test: vLLM's GPU build cannot run on the CPU.
 ENGINE_GPUS = 0.2 if engine_needs_gpu() else 0

@@ -7,6 +7,7 @@ it accepts only layers that it knows. All other models use vLLM's own reload.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,7 @@ class Staged:
     handler: CPUDNNLGEMMHandler | None
 
 
-class PreparedWeights:
+class PreparedWeights(ABC):
     """Weight updates of an unquantized model whose layers are all known. A second thread prepares the new set while the
     engine's thread uses the old one."""
 
@@ -103,17 +104,17 @@ class PreparedWeights:
         self._start()
         return old
 
+    @abstractmethod
     def _is_packed(self, layer: nn.Module) -> bool:
         """True if the layer multiplies by a packed copy of its weight. Raises NotStageableError if that is unclear."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prepare(self, slot: Slot, parts: list[Tensor]) -> Staged:
         """New values in the engine's precision, in their own memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _exchange(self, slot: Slot, staged: Staged) -> list[Any]:
         """Puts the new values in place. Returns objects to free."""
-        raise NotImplementedError
 
 
 class PackedWeights(PreparedWeights):

@@ -143,7 +143,7 @@ async def _failed(item: Any) -> bool:
     """True if a streamed item is an error."""
     try:
         await item
-    except Exception:  # whatever a rank raised
+    except Exception:  # a rank may raise any error
         return True
     return False
 

@@ -22,6 +22,7 @@ from deploy.capacity import (
     check_object_store,
 )
 from deploy.needs import MIB, Need, generator_needs, needs, reward_needs, trainer_needs
+from tests.fakes import QWEN_1_5B
 
 MODEL = ModelSize(
     parameters=1_000_000,
@@ -322,17 +323,6 @@ LLAMA_2_7B = ModelSize(
     vocabulary=32_000,
     context=4096,
     intermediate=11_008,
-)
-QWEN_1_5B = ModelSize(
-    parameters=1_543_714_304,
-    layers=28,
-    hidden=1536,
-    heads=12,
-    kv_heads=2,
-    head_dim=128,
-    vocabulary=151_936,
-    context=32_768,
-    intermediate=8960,
 )
 H100 = 80 * GIB
 

@@ -486,7 +486,7 @@ def test_sampling_seeds_differ_by_run_and_sample():
 
 
 def _said_of_kinds():
-    """What is said of an unquantized dense model, and of three others, in an engine on a GPU."""
+    """The refusals of four models on a GPU: a dense one, which has none, and three that are refused."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 

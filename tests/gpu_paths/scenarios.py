@@ -1,4 +1,4 @@
-"""Real code on fake CUDA tensors, and a record of what it asked of the GPU. Runs in the process of fake_gpu.py."""
+"""Runs real code on fake CUDA tensors, and records the operations. Runs in the process of fake_gpu.py."""
 
 from __future__ import annotations
 

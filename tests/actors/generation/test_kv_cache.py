@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from actors.generation.kv_cache import kv_cache_bytes
 from common.config.actors import GeneratorsConfig
 from common.errors import UserError
-from common.model.size import ModelSize
+from tests.fakes import QWEN_1_5B
 
 GIB = 1 << 30
 # Qwen2.5-1.5B: 28 layers, 2 key-value heads of 128, in bfloat16 28,672 bytes a token.
-MODEL = ModelSize(
-    parameters=1_543_714_304,
-    layers=28,
-    hidden=1536,
-    heads=12,
-    kv_heads=2,
-    head_dim=128,
-    vocabulary=151_936,
-    context=32_768,
-)
+MODEL = replace(QWEN_1_5B, intermediate=None)  # then taken as four times the hidden width
 
 
 def size(device_gib, *, max_tokens=1024, **settings):
