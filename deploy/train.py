@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +36,7 @@ from deploy.scale import follow_targets
 from deploy.screen.console import complain
 from deploy.screen.progress import Progress
 from deploy.session import load_inputs, rare_full_collections, session, step_grace_s
+from deploy.sinks.following import check_sinks, following
 from deploy.starting import Starter
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation
@@ -72,6 +73,7 @@ def _run_in(
     owned: RunDirectory, cfg: Config, *, resume: bool, force: bool, changed: Sequence[str], accepted: Sequence[str]
 ) -> dict[str, Any]:
     started, directory = time.perf_counter(), owned.directory
+    check_sinks(cfg.logging)
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
     heldout_source = cfg.prompts.heldout if cfg.evaluation.prompts else None
     sources = {"prompts.train": cfg.prompts.train, "prompts.heldout": heldout_source}
@@ -92,8 +94,12 @@ def _run_in(
         begin()
         progress = Progress(cfg, directory, policy.tokenizer)
         progress.begin(num_prompts=len(train_records), num_heldout=len(heldout))
-        with figures.discoverable(directory, metrics_addresses()), rare_full_collections():
-            training = _train(cfg, directory, policy, prompts, heldout, progress, figures)
+        with (
+            figures.discoverable(directory, metrics_addresses()),
+            following(cfg.logging, directory, cfg, tell=progress.note, report=complain) as wake_sinks,
+            rare_full_collections(),
+        ):
+            training = _train(cfg, directory, policy, prompts, heldout, progress, figures, wake_sinks)
             evaluations = signals.run(training, grace_s=step_grace_s(cfg))
     summary = summarise(cfg, directory, evaluations, seconds=time.perf_counter() - started)
     write_json(directory / "summary.json", summary)
@@ -109,6 +115,7 @@ async def _train(
     heldout: Sequence[Prompt],
     progress: Progress,
     figures: RunFigures,
+    wake_sinks: Callable[[], None],
 ) -> list[Evaluation]:
     """Starts every role, connects them in a Run, and trains."""
 
@@ -131,11 +138,13 @@ async def _train(
     def stepped(record: dict[str, Any], example: Experience, voids: list[Void]) -> None:
         figures.step(record)
         progress.step(record, example, voids)
+        wake_sinks()
 
     def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
         write_answers(answers_path(directory, evaluation), answers, policy.tokenizer)
         figures.evaluation(evaluation)
         progress.evaluation(evaluation)
+        wake_sinks()
 
     with ExitStack() as ending:
         ending.callback(learner.stop)

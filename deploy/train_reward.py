@@ -30,6 +30,7 @@ from deploy.run.finished import finished_reward_training
 from deploy.screen.console import complain
 from deploy.screen.reward_progress import RewardProgress, plot_calibration
 from deploy.session import session, step_grace_s
+from deploy.sinks.following import check_sinks, following
 from deploy.starting import Starter
 from learner.loop.answers import answer
 from learner.ranks.group import RewardTrainerGroup
@@ -57,6 +58,7 @@ def run_reward_training(
 
 def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, force: bool) -> dict[str, Any]:
     started, directory = time.perf_counter(), owned.directory
+    check_sinks(cfg.logging)
     base, reference = load_models(cfg)
     if resume and not (directory / "pairs/counts.json").exists():
         raise UserError(f"{directory} was stopped before its pairs were written; begin again with --force")
@@ -80,8 +82,9 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
                     shutil.move(pairs, directory / "pairs")  # `train` and `heldout` stay readable: they are mapped
                 progress.begin(counts, len(train), len(heldout))
 
-            training = _train(cfg, directory, train, heldout, accepted, progress)
-            evaluations = signals.run(training, grace_s=step_grace_s(cfg))
+            with following(cfg.logging, directory, cfg, tell=progress.note, report=complain) as wake_sinks:
+                training = _train(cfg, directory, train, heldout, accepted, progress, wake_sinks)
+                evaluations = signals.run(training, grace_s=step_grace_s(cfg))
             if prompts:
                 signals.run(_measure_scale(cfg, directory, reference, prompts, progress))
     if evaluations:
@@ -110,6 +113,7 @@ async def _train(
     heldout: Pairs,
     accepted: Callable[[], None],
     progress: RewardProgress,
+    wake_sinks: Callable[[], None],
 ) -> list[PreferenceEvaluation]:
     """Starts the trainer's ranks, calls `accepted`, trains, and stops the ranks."""
     num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
@@ -119,11 +123,20 @@ async def _train(
         startup_timeout_s=cfg.ray.startup_timeout_s,
         report=complain,
     )
+
+    def stepped(record: dict[str, Any]) -> None:
+        progress.step(record)
+        wake_sinks()
+
+    def evaluated(evaluation: PreferenceEvaluation) -> None:
+        progress.evaluation(evaluation)
+        wake_sinks()
+
     try:
         await group.start()
         accepted()
         return await train_reward_model(
-            RewardRun(cfg, directory, train, heldout, group, progress.step, progress.evaluation, report=complain)
+            RewardRun(cfg, directory, train, heldout, group, stepped, evaluated, report=complain)
         )
     finally:
         group.stop()  # the services that measure the scale need its memory

@@ -6,7 +6,7 @@ Runs anywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -145,6 +145,21 @@ class RayConfig(Section):
     machine, has not answered for this long, seconds. After 60 s Ray itself would end the driver without a message."""
     dashboard: bool = True
     """Start Ray's dashboard with a cluster started here."""
+
+
+class LoggingConfig(Section):
+    """Trackers that get a run's numbers in addition to its directory."""
+
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers. tensorboard: event files in RUN/tensorboard. wandb: Weights & Biases, which its own variables such as
+    WANDB_MODE and WANDB_PROJECT configure. One that fails is reported once and never ends the run."""
+
+    @model_validator(mode="after")
+    def check_sinks_differ(self) -> LoggingConfig:
+        """No sink twice."""
+        if twice := [name for name in dict.fromkeys(self.sinks) if self.sinks.count(name) > 1]:
+            raise ValueError(f"sinks ({', '.join(self.sinks)}) names {twice[0]} twice; name it once")
+        return self
 
 
 class MonitoringConfig(Section):

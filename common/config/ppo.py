@@ -21,6 +21,7 @@ from common.config.actors import (
     broken_sampling_rules,
 )
 from common.config.base import (
+    LoggingConfig,
     MayChange,
     ModelConfig,
     MonitoringConfig,
@@ -164,6 +165,15 @@ class PolicyCheckpointConfig(CheckpointConfig):
     (evaluation.every). One is written after every evaluation that is better than all before."""
 
 
+class PolicyLoggingConfig(LoggingConfig):
+    """Trackers that get a run's numbers in addition to its directory."""
+
+    samples: NonNegative = 8
+    """Rollouts of a step in the table of samples at Weights & Biases; 0: no table."""
+    samples_every: Positive = 10
+    """Steps from one table of samples to the next."""
+
+
 class Config(Root):
     """A run of PPO."""
 
@@ -194,6 +204,7 @@ class Config(Root):
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
     checkpoint: MayChange[PolicyCheckpointConfig] = PolicyCheckpointConfig()
     ray: MayChange[RayConfig] = RayConfig()
+    logging: MayChange[PolicyLoggingConfig] = PolicyLoggingConfig()
     monitoring: MayChange[MonitoringConfig] = MonitoringConfig()
 
     @property

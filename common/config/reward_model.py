@@ -16,7 +16,16 @@ from common.config.actors import (
     TextFormat,
     broken_sampling_rules,
 )
-from common.config.base import MayChange, ModelConfig, NonNegative, Positive, RayConfig, Root, Section
+from common.config.base import (
+    LoggingConfig,
+    MayChange,
+    ModelConfig,
+    NonNegative,
+    Positive,
+    RayConfig,
+    Root,
+    Section,
+)
 from common.config.sources import broken_source_rules
 from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig, broken_trainer_rules
 
@@ -146,6 +155,7 @@ class RewardTrainingConfig(Root):
     sampling: MayChange[SamplingConfig] = SamplingConfig()
     generators: MayChange[GeneratorsConfig] = GeneratorsConfig()
     ray: MayChange[RayConfig] = RayConfig()
+    logging: MayChange[LoggingConfig] = LoggingConfig()
 
     def _broken_rules(self) -> Iterator[str]:
         yield from broken_sampling_rules(self.sampling)

@@ -52,6 +52,10 @@ class Screen:
         text = f"      {event.replica} {texts[event.event]}"
         self._print(escape(text), style="yellow" if event.event == "died" else "dim")
 
+    def note(self, text: str) -> None:
+        """A line about the run, such as where a tracker shows it."""
+        self._print(f"      {escape(text)}", style="dim")
+
     def _row(self, record: Mapping[str, float]) -> None:
         """One step's numbers, below the headings. A metric that this run does not have is shown as "-"."""
         if not self._header_shown:

@@ -468,7 +468,7 @@ def test_resume_refuses_settings_that_may_not_change(refusal, runs, command, set
         "reward.workers, reward.call_timeout_s, reward.max_void_share, ppo.max_mismatch_kl, ppo.max_mismatch_steps, "
         "learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, learner.min_ranks, "
         "learner.room_wait_s, learner.micro_batch_tokens, learner.gradient_checkpointing, learner.timeout_s, "
-        "learner.probe_timeout_s, learner.max_losses, evaluation, checkpoint, ray, monitoring; ",
+        "learner.probe_timeout_s, learner.max_losses, evaluation, checkpoint, ray, logging, monitoring; ",
         "train-reward": "epochs, learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, ",
         "sample-pairs": "generators, labeller.cores, labeller.min, labeller.max, labeller.in_flight, ",
     }[command]  # whole sections are named without a dot
@@ -514,6 +514,7 @@ def test_resume_checks_the_settings_it_may_change(refusal, runs, command):
         ("train", "learner.ranks=2 learner.cpus=2 learner.gpus=1"),
         ("train", "learner.timeout_s=9 reward.timeout_s=9 reward.min=2 reward.max_void_share=1 ppo.max_mismatch_kl=0"),
         ("train", "reference.dtype=float32 evaluation.every=1 ray.dashboard=false monitoring.port=9100"),
+        ("train", 'logging.sinks=["wandb"] logging.samples=0'),
         ("train-reward", ""),
         ("train-reward", "epochs=9 generators.min=2 scale.responses=3 sampling.temperature=0.5"),
         ("train-reward", "learner.micro_batch_tokens=4096 learner.timeout_s=9 checkpoint.every=1 ray.dashboard=false"),

@@ -24,6 +24,7 @@ CHANGEABLE = {
         "evaluation": "*",
         "checkpoint": "*",
         "ray": "*",
+        "logging": "*",
         "monitoring": "*",
     },
     RewardTrainingConfig: {
@@ -34,6 +35,7 @@ CHANGEABLE = {
         "sampling": "*",
         "generators": "*",
         "ray": "*",
+        "logging": "*",
     },
     PairSamplingConfig: {"generators": "*", "labeller": SCORING, "ray": "*"},
 }

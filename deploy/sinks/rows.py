@@ -1,0 +1,88 @@
+"""The rows that a sink gets: the records of a run as plain numbers, in one order. Runs in the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from common.files import read_record
+
+SAMPLE_COLUMNS = ("step", "prompt", "response", "score", "tokens", "finish_reason")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The numbers of one step record or one evaluation.
+
+    `place` orders all rows of a run: 2 n for the evaluation after n steps, 2 n + 1 for the record of step n. No two
+    rows have the same place, in a resumed run either.
+    """
+
+    place: int
+    step: int  # number of the step; of an evaluation, the steps done before it, which is the policy version
+    time: float
+    values: dict[str, float]
+
+    @property
+    def is_evaluation(self) -> bool:
+        return self.place % 2 == 0
+
+
+def step_row(record: Mapping[str, Any]) -> Row:
+    """The row of a record of metrics.jsonl. Each health rule that it names is a value of 1."""
+    events = {f"health/{rule}": 1.0 for rule in record.get("health", ())}
+    values = {key: float(value) for key, value in record.items() if _is_number(value) and key not in ("step", "time")}
+    return Row(2 * record["step"] + 1, record["step"], record["time"], values | events)
+
+
+def evaluation_row(record: Mapping[str, Any]) -> Row:
+    """The row of a record of evaluations.jsonl, of PPO or of reward training."""
+    step = record["policy_version" if "policy_version" in record else "step"]
+    parts = {f"components/{name}": value for name, value in record.get("components", {}).items()}
+    numbers = {key: value for key, value in {**record, **parts}.items() if _is_number(value)}
+    for known in ("policy_version", "step", "time"):
+        numbers.pop(known, None)
+    values = {f"evaluation/{key}": float(value) for key, value in numbers.items()}
+    return Row(2 * step, step, record["time"], values)
+
+
+class NewRows:
+    """Reads the rows that a run has added to its directory since the last call."""
+
+    def __init__(self, directory: Path) -> None:
+        # In this order: the evaluation after n steps is written before the record of step n.
+        self._files = [(directory / "metrics.jsonl", step_row), (directory / "evaluations.jsonl", evaluation_row)]
+        self._read = [0, 0]  # bytes of each
+
+    def read(self) -> list[Row]:
+        rows: list[Row] = []
+        for number, (path, row) in enumerate(self._files):
+            if path.exists():
+                with open(path, "rb") as file:
+                    file.seek(self._read[number])
+                    added = file.read()
+                whole = added[: added.rfind(b"\n") + 1]  # the last line may still be being written
+                self._read[number] += len(whole)
+                rows += [row(record) for line in whole.splitlines() if (record := read_record(line)) is not None]
+        return sorted(rows, key=lambda row: row.place)
+
+
+def samples(directory: Path, step: int, count: int) -> list[tuple[Any, ...]]:
+    """The first rollouts of a step in the journal, as values of SAMPLE_COLUMNS. None if it has no such step."""
+    path = directory / f"journal/step-{step:06d}.arrow"
+    if not path.exists():
+        return []
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all().slice(0, count)
+        texts = (table[name].to_pylist() for name in ("prompt", "response", "score"))
+        tokens = [len(ids) for ids in table["response_ids"]]
+        reasons = table["finish_reason"].to_pylist()
+    return [(step, *row) for row in zip(*texts, tokens, reasons, strict=True)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
