@@ -15,9 +15,17 @@ from typing import Any
 
 def write_whole(path: Path, text: str) -> None:
     """Replaces the file with `text`. A reader sees the old text or the new text, never a part of one."""
+    with replaced_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path. The file that the block writes there replaces `path` if the block ends without an
+    error."""
     staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        staging.write_text(text, encoding="utf-8")
+        yield staging
         staging.rename(path)
     finally:
         staging.unlink(missing_ok=True)  # does nothing after the rename

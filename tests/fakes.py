@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.config.ppo import Config
+from common.credit_table import DERIVED_SCHEMA
 from common.errors import EngineDeadError
 from common.files import sha256
 from common.metrics import meters
@@ -315,6 +317,15 @@ class LocalMethod:
         return parts
 
 
+def made_up_credit(table: Any) -> pa.Table:
+    """What a learner without a critic might derive from this batch: every value is 0.5, and no token is clipped."""
+    lengths = [len(row) for row in table["response_ids"]]
+    values = {"clipped": [[False] * n for n in lengths], "values": [None] * len(lengths), "td_errors": None}
+    halves = [[0.5] * n for n in lengths]
+    columns = [values.get(field.name, halves) or [None] * len(lengths) for field in DERIVED_SCHEMA]
+    return pa.table(columns, schema=DERIVED_SCHEMA)
+
+
 class FakeRoles:
     """All roles in one process. Records events in order, and refuses what no real role would be asked."""
 
@@ -368,6 +379,9 @@ class FakeRoles:
         self.step += 1
         self.updating = False
         return {"ppo/entropy": 1.0, "mismatch/kl": 0.0}
+
+    async def credit(self) -> Any:
+        return made_up_credit(self.tables[-1])
 
     async def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         return [rollout.rollout_logprobs for rollout in rollouts]

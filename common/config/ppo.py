@@ -174,6 +174,14 @@ class PolicyLoggingConfig(LoggingConfig):
     """Steps from one table of samples to the next."""
 
 
+class CreditConfig(Section):
+    """The values of every token, in RUN/credit (docs/credit.md)."""
+
+    every: NonNegative = 1
+    """Write what an update derived for each token (value, reward, advantage, ratio and more) after every this many
+    steps, counted from step 0; 0: never. `ratchet replay --credit` writes the files of any steps later."""
+
+
 class Config(Root):
     """A run of PPO."""
 
@@ -203,6 +211,7 @@ class Config(Root):
     learner: LearnerConfig = LearnerConfig()
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
     checkpoint: MayChange[PolicyCheckpointConfig] = PolicyCheckpointConfig()
+    credit: MayChange[CreditConfig] = CreditConfig()
     ray: MayChange[RayConfig] = RayConfig()
     logging: MayChange[PolicyLoggingConfig] = PolicyLoggingConfig()
     monitoring: MayChange[MonitoringConfig] = MonitoringConfig()

@@ -272,7 +272,7 @@ STEP = (
         "seconds",
         "last",
         "",
-        "the update; includes `time/old_logprobs_s` and `time/optimise_s`",
+        "the update; includes `time/old_logprobs_s`, `time/optimise_s` and `time/credit_s`",
         "learn",
     ),
     Metric(
@@ -283,6 +283,7 @@ STEP = (
         "the pass for old log-probabilities and values; where the first optimizer step shares it, its forward half",
     ),
     Metric("time/optimise_s", "seconds", "last", "", "all other passes with gradients, and the optimizer"),
+    Metric("time/credit_s", "seconds", "last", "", "writing the values of each token, if `credit.every` asks for it"),
     Metric(
         "time/publish_s",
         "seconds",

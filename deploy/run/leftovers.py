@@ -34,7 +34,7 @@ def clear_leftovers(directory: Path) -> None:
 
 
 def _leftovers(directory: Path) -> Iterator[Path]:
-    for place in (directory, directory / "errors", directory / "answers"):
+    for place in (directory, *(directory / name for name in ("errors", "answers", "credit"))):
         for path in _entries(place):
             unfinished = _STAGING_FILE if path.is_file() else _STAGING_DIRECTORY
             if unfinished.fullmatch(path.name) or _REPLACED_DIRECTORY.fullmatch(path.name):

@@ -48,6 +48,7 @@ async def recover(run: Run) -> list[Evaluation]:
     run.doing = lambda: "the journal is checked"
     run.journal.open_for_writing()
     await asyncio.to_thread(run.journal.verify)
+    await asyncio.to_thread(run.credit.check)
     metrics = run.directory / "metrics.jsonl"
     run.logged = sound_metrics(metrics, run.journal, run.report)
     evaluations = sound_evaluations(run.directory / "evaluations.jsonl", run.journal, run.report)
@@ -136,6 +137,9 @@ async def _advance(run: Run, step: int, *, live: int | None) -> dict[str, float]
     if reason is None:
         await _configure(run, step)
         stats = await run.learner.update(entry.table)
+        if run.credit.due(step):
+            with run.phase("credit", f"step {step + 1}: the values of its tokens are written"):
+                await asyncio.to_thread(run.credit.write, entry, await run.learner.credit())
     else:
         await run.learner.skip()
         stats = {"ppo/optimizer_steps": 0.0}
@@ -184,6 +188,7 @@ def _void(run: Run, step: int, error: BatchError) -> None:
         if guilty < 0:
             raise UserError(f"the model cannot be trained from its first step: {error}; use another model.path")
     run.journal.void(guilty, f"{error}, at step {step + 1}" if guilty != step else str(error))
+    run.credit.remove(guilty)
     run.report(f"nothing is learned from the batch of step {guilty + 1}: {run.journal.voided[guilty]}")
     row = _row_of_voids(run, guilty)
     if len(row) >= MOST_VOIDS:

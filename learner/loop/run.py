@@ -15,6 +15,7 @@ from common.experience_table import Decode
 from common.types import Experience, Prompt, Void
 from learner.loop.answers import Answer
 from learner.loop.checkpoints import Checkpoints
+from learner.loop.credit import CreditFiles
 from learner.loop.evaluation import Evaluation
 from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream
@@ -47,6 +48,7 @@ class Run:
     configured: Config = field(init=False)  # the config that the learner has
     journal: Journal = field(init=False)
     checkpoints: Checkpoints = field(init=False)
+    credit: CreditFiles = field(init=False)
 
     def __post_init__(self) -> None:
         self.configured = self.cfg
@@ -54,6 +56,9 @@ class Run:
         checkpoint = self.cfg.checkpoint
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints", every=checkpoint.every, keep=checkpoint.keep, journal=self.journal
+        )
+        self.credit = CreditFiles(
+            self.directory, every=self.cfg.credit.every, journal=self.journal, report=lambda text: self.report(text)
         )
 
     @contextmanager

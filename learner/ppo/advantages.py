@@ -45,6 +45,14 @@ def gae(
     return advantages, advantages + values
 
 
+def td_errors(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """The critic's error at each token, [B, R]: r_t + gamma V_(t+1) - V_t, the terms that `gae` sums. V is 0 after the
+    last token."""
+    values = torch.where(mask, values, 0.0)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    return torch.where(mask, rewards + gamma * next_values - values, 0.0)
+
+
 def leave_one_out(
     rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:

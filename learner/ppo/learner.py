@@ -25,6 +25,7 @@ from common.model.size import model_size
 from common.types import Rollout
 from common.weights import Bucket, Delta, Manifest, buckets, publication
 from learner.ppo import lora
+from learner.ppo.credit import Credit, NewestPass
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
 from learner.ppo.objective import objective, read_together
@@ -55,6 +56,7 @@ class Learner(Trainer):
         self._size = model_size(directory)
         self.score_moments = RunningMoments()
         self.kl_controller = kl_controller(cfg.kl)
+        self._credit: Credit | None = None  # of the newest update, until `credit` has returned it
 
     @property
     def policy_version(self) -> int:
@@ -67,15 +69,15 @@ class Learner(Trainer):
         Raises BatchError, on every rank, if a score, the loss or the gradient of a minibatch is not finite, before that
         minibatch changes a weight. Earlier minibatches may have changed some: the state is no step's then.
         """
-        started, cfg, metrics = time.perf_counter(), self.cfg, StepMetrics()
+        started, cfg, metrics, self._credit = time.perf_counter(), self.cfg, StepMetrics(), None
         batch = ExperienceBatch.from_table(table)
         if self.step > 0 and bool((batch.ref_is_policy & batch.mask.any(1)).any()):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
         _check_finite("a total score", batch.scores.float())
-        old_logprobs, old_values, shared_pass = self._old_outputs(batch)
+        old_logprobs, old_entropy, old_values, shared_pass = self._old_outputs(batch)
         _check_finite("a log-probability under the policy as it was before", old_logprobs, BrokenWeightsError)
         _check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
-        fixed, stats = targets(
+        fixed, derivation, stats = targets(
             batch,
             old_logprobs,
             old_values,
@@ -87,9 +89,9 @@ class Learner(Trainer):
         self.kl_controller.update(stats["kl/per_response"], len(batch.scores))
         forwarded = time.perf_counter()
 
-        scale, steps = self.set_learning_rate(), 0
+        scale, steps, newest = self.set_learning_rate(), 0, NewestPass(batch.mask.shape, self.device)
         for rows in self._minibatches(len(batch.scores)):
-            approx_kl = self._minibatch_gradient(batch, fixed, rows, shared_pass, metrics)
+            approx_kl = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
             shared_pass = None
             if cfg.ppo.target_kl and approx_kl > cfg.ppo.target_kl:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -110,8 +112,17 @@ class Learner(Trainer):
         }
         for key, value in stats.items():
             metrics.add(key, value)
+        self._credit = Credit(fixed, derivation, old_entropy, newest, cfg.ppo)
         self.step += 1
         return metrics.result()
+
+    def credit(self) -> pa.Table | None:
+        """The values of the newest update for each token, a table of DERIVED_SCHEMA: once after each update, on rank 0.
+        The other ranks help to gather it, and return None."""
+        if self._credit is None:
+            raise RuntimeError(f"step {self.step} has no update whose values for each token are still there")
+        table, self._credit = self._credit.table(self._ranks.sum), None
+        return table if self._ranks.rank == 0 else None
 
     def policy_logprobs(self, *rollouts: Rollout) -> list[np.ndarray]:
         """Log-probabilities of each rollout's response, float32 [R], nats."""
@@ -176,24 +187,24 @@ class Learner(Trainer):
 
     # The stages of an update
 
-    def _old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor, Tensor, Outputs | None]:
-        """Log-probabilities and values [B, R] before the update; values are zeros without a critic.
+    def _old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor, Tensor, Tensor, Outputs | None]:
+        """Log-probabilities, entropy and values [B, R] before the update; values are zeros without a critic.
 
-        The third value is None, or the outputs of this pass with their graph: if one minibatch and one micro-batch hold
+        The fourth value is None, or the outputs of this pass with their graph: if one minibatch and one micro-batch hold
         the whole batch, the first optimizer step would begin with the same pass, so it uses this one.
         """
         micro_batches = self._micro_batches(batch.sequences, np.arange(len(batch.scores)))
         shared_pass = None
         if self.cfg.ppo.minibatches == 1 and len(micro_batches) == 1:
             shared_pass = self._forward(batch.sequences, micro_batches[0])
-        old_logprobs, old_values = torch.zeros(batch.mask.shape), torch.zeros(batch.mask.shape)
+        old = torch.zeros(3, *batch.mask.shape)
         with torch.no_grad():
             passes = [shared_pass or self._forward(batch.sequences, rows) for rows in micro_batches]  # first queue all
-            for rows, (logprobs, _, values) in zip(micro_batches, passes, strict=True):
-                old_logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
-                if values is not None:
-                    old_values[rows, : values.shape[1]] = values.cpu()
-        return self._ranks.sum(old_logprobs), self._ranks.sum(old_values), shared_pass
+            for rows, (logprobs, entropy, values) in zip(micro_batches, passes, strict=True):
+                outputs = torch.stack([logprobs, entropy, torch.zeros_like(logprobs) if values is None else values])
+                old[:, rows, : logprobs.shape[1]] = outputs.cpu()  # in one copy: each waits for the device
+        old_logprobs, old_entropy, old_values = self._ranks.sum(old)
+        return old_logprobs, old_entropy, old_values, shared_pass
 
     def _shaped_scores(self, scores: Tensor, metrics: StepMetrics) -> Tensor:
         """Adds the batch to the running statistics, and returns its scores [B] normalised as configured, float32."""
@@ -208,10 +219,12 @@ class Learner(Trainer):
         fixed: Targets,
         rows: np.ndarray,
         shared_pass: Outputs | None,
+        newest: NewestPass,
         metrics: StepMetrics,
     ) -> float:
         """Adds the gradient of one minibatch. Returns its mean KL from the old policy, nats per token."""
         num_tokens = max(1, int(batch.mask[torch.from_numpy(rows)].sum()))
+        newest.begin(rows)
         parts: list[tuple[int, dict[str, Tensor]]] = []  # tokens of each micro-batch, and its sums by metric key
         for chosen in self._micro_batches(batch.sequences, rows):
             logprobs, entropy, values = shared_pass or self._forward(batch.sequences, chosen)
@@ -220,6 +233,7 @@ class Learner(Trainer):
                 logprobs, entropy, values, part, ppo=self.cfg.ppo, num_tokens=num_tokens, critic_only=self._critic_only
             )
             self.backward(loss)
+            newest.add(chosen, logprobs)
             parts.append((int(fixed.mask[chosen].sum()), {**sums, "loss": loss.detach().double()}))
         kl_sum, loss_sum = torch.zeros(2, dtype=torch.float64)
         for count, numbers in read_together(parts):

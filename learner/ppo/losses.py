@@ -29,10 +29,7 @@ def policy_loss(
     `weights` are per-token importance weights of the sampler (see `importance_weights`). Statistics: `clipped`, tokens
     whose gradient the clip removed; `approx_kl`, k3 estimate of KL(old || new) in nats; `ratio`.
     """
-    # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Bounded: exp overflows
-    # beyond 88, and the gradient of a token that the clip removes would be 0 x inf.
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
-    ratio = log_ratio.exp()
+    ratio = probability_ratio(logprobs, old_logprobs, mask)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
     per_token = torch.maximum(unclipped, clipped)
@@ -45,6 +42,13 @@ def policy_loss(
             "ratio": masked_sum(ratio, mask),
         }
     return masked_sum(per_token, mask) / num_tokens, stats
+
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """exp(logprobs - old_logprobs), [B, R], 1 outside the mask."""
+    # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Bounded: exp overflows
+    # beyond 88, and the gradient of a token that the clip removes would be 0 x inf.
+    return torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20).exp()
 
 
 def value_loss(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class Targets:
         return Targets(*(on_device(getattr(self, field.name)[rows, :width], device) for field in fields(self)))
 
 
+class Derivation(NamedTuple):
+    """The steps on the way to the targets, [B, R]. The update does not read them; people do (learner/ppo/credit.py)."""
+
+    kl: Tensor
+    rewards: Tensor
+    advantages: Tensor  # before whitening
+
+
 def targets(
     batch: ExperienceBatch,
     old_logprobs: Tensor,
@@ -45,8 +54,8 @@ def targets(
     kl_coef: float,
     kl_estimator: str,
     ppo: PPOConfig,
-) -> tuple[Targets, dict[str, float]]:
-    """The targets, and statistics over the batch by metric key.
+) -> tuple[Targets, Derivation, dict[str, float]]:
+    """The targets, how they came about, and statistics over the batch by metric key.
 
     old_logprobs, old_values [B, R]: of the policy and the critic before the update; values are zeros without a critic.
     scores [B]: after normalisation, float32.
@@ -79,7 +88,7 @@ def targets(
     }
     if ppo.has_critic:
         stats |= _value_statistics(old_values, returns, advantages, mask)
-    return fixed, stats
+    return fixed, Derivation(kl, rewards, advantages), stats
 
 
 def _value_statistics(values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from common.config.ppo import Config
@@ -46,6 +47,10 @@ class LearnerGroup(RankGroup):
 
     async def unless_lost(self, work: Awaitable[T]) -> T:
         return await self._processes.unless_lost(work)
+
+    async def credit(self) -> pa.Table:
+        tables = await self._call("return the values of tokens", lambda rank: rank.credit.remote())
+        return tables[0]
 
     async def skip(self) -> None:
         [self._step, *_] = await self._call("skip a step", lambda rank: rank.skip.remote())

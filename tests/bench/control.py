@@ -210,6 +210,7 @@ async def steps(
         ppo={"minibatches": 1},
         evaluation={"prompts": 0},
         checkpoint={"every": 10**9},
+        credit={"every": 0},
     )
     record = PromptRecord("a question", np.arange(PROMPT_TOKENS, dtype=np.int32), {"answer": 1})
     learner = StubLearner()

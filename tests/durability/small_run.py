@@ -152,6 +152,9 @@ class SmallRoles:
                 return self.learner.update(table)
         return self.learner.update(table)
 
+    async def credit(self) -> Any:
+        return self.learner.credit()
+
     async def skip(self) -> None:
         self.learner.skip()
 

@@ -55,6 +55,9 @@ class OneProcess(FakeRoles):
         self.step = self.learner.step
         return stats
 
+    async def credit(self):
+        return self.learner.credit()
+
     async def skip(self) -> None:
         self.step = self.learner.skip()
 

@@ -37,7 +37,7 @@ def small_batch() -> ExperienceBatch:
 
 
 def found_targets(ppo: PPOConfig, **fields: object) -> tuple[Targets, dict[str, float]]:
-    return targets(
+    fixed, _, stats = targets(
         replace(small_batch(), **fields),
         torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]),
         torch.tensor([[0.5, 1.0], [2.0, 0.0]]),
@@ -46,6 +46,7 @@ def found_targets(ppo: PPOConfig, **fields: object) -> tuple[Targets, dict[str, 
         kl_estimator="k1",
         ppo=ppo,
     )
+    return fixed, stats
 
 
 def test_targets_worked_by_hand():

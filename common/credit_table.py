@@ -1,0 +1,37 @@
+"""The table of what an update derived for each token: one row for each rollout of the batch. Runs anywhere.
+
+docs/credit.md says what each column is. RUN/credit/step-000123.parquet holds the table of step 123.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+FLOATS = pa.list_(pa.float32())
+# The columns that a learner computes. A list has one item for each token of the response; a column is null in runs that
+# have no such quantity.
+DERIVED_SCHEMA = pa.schema(
+    [
+        ("values", FLOATS),  # null without a critic
+        ("kl", FLOATS),
+        ("rewards", FLOATS),
+        ("td_errors", FLOATS),  # null without a critic
+        ("advantages", FLOATS),  # before whitening
+        ("whitened_advantages", FLOATS),  # null without whitening
+        ("returns", FLOATS),
+        ("entropy", FLOATS),
+        ("old_logprobs", FLOATS),
+        ("importance_weight", FLOATS),
+        ("ratio", FLOATS),  # null in rows that no pass with gradients reached
+        ("clipped", pa.list_(pa.bool_())),  # the same
+    ]
+)
+# The other columns repeat the journal: they name the rollout, and belong next to the ones above.
+CREDIT_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        *DERIVED_SCHEMA,
+        ("rollout_logprobs", FLOATS),
+        ("policy_version", pa.list_(pa.int32())),
+    ]
+)

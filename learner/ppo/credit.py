@@ -1,0 +1,99 @@
+"""How an update divided each score among the tokens: kept for people, and no part of learning.
+
+Runs in every learner rank. common/credit_table.py has the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from common.config.ppo import PPOConfig
+from common.credit_table import DERIVED_SCHEMA
+from common.model.transfer import on_device
+from learner.ppo.advantages import td_errors
+from learner.ppo.losses import probability_ratio
+from learner.ppo.targets import Derivation, Targets
+
+
+class NewestPass:
+    """The log-probabilities of the newest pass with gradients over each row. They stay on the device, because each copy
+    to the host waits for the device: `read` is the only one of a step."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self._logprobs = torch.zeros(shape, device=device)
+        self.reached = torch.zeros(shape[0], dtype=torch.bool)
+
+    def begin(self, rows: np.ndarray) -> None:
+        """A minibatch begins. Another rank may have had some of its rows in the epoch before, so all become zero on
+        every rank."""
+        chosen = torch.from_numpy(rows)
+        self.reached[chosen] = True
+        self._logprobs.index_fill_(0, on_device(chosen, self._logprobs.device), 0.0)
+
+    def add(self, rows: Tensor, logprobs: Tensor) -> None:
+        """Takes the outputs [b, r] of one micro-batch of this rank."""
+        places = on_device(rows, self._logprobs.device)
+        self._logprobs[:, : logprobs.shape[1]].index_copy_(0, places, logprobs.detach())
+
+    def read(self) -> Tensor:
+        """[B, R] on the CPU, zeros in rows of other ranks."""
+        return self._logprobs.cpu()
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The results of one update for each token. Tensors are [B, R] and on the CPU, the newest pass excepted."""
+
+    fixed: Targets
+    derivation: Derivation
+    entropy: Tensor  # of the policy before the update, nats
+    newest: NewestPass
+    ppo: PPOConfig
+
+    def table(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> pa.Table:
+        """The table of DERIVED_SCHEMA, rows in the order of the batch. Every rank must call it at the same time."""
+        fixed, ppo, mask = self.fixed, self.ppo, self.fixed.mask
+        reached = mask & self.newest.reached[:, None]
+        ratio = probability_ratio(sum_over_ranks(self.newest.read()), fixed.old_logprobs, reached)
+        # The loss is -A min(ratio, bound): the clip decides where the ratio has passed the bound in A's direction.
+        clipped = torch.where(fixed.advantages > 0, ratio > 1 + ppo.clip_eps, ratio < 1 - ppo.clip_eps)
+        columns = {
+            "values": fixed.old_values if ppo.has_critic else None,
+            "kl": self.derivation.kl,
+            "rewards": self.derivation.rewards,
+            "td_errors": self._td_errors() if ppo.has_critic else None,
+            "advantages": self.derivation.advantages,
+            "whitened_advantages": fixed.advantages if ppo.whiten_advantages else None,
+            "returns": fixed.returns,
+            "entropy": self.entropy,
+            "old_logprobs": fixed.old_logprobs,
+            "importance_weight": fixed.importance,
+            "ratio": ratio,
+            "clipped": clipped & (fixed.advantages != 0),
+        }
+        rows = {"ratio": self.newest.reached, "clipped": self.newest.reached}
+        arrays = [
+            pa.nulls(len(mask), field.type)
+            if (values := columns[field.name]) is None
+            else _lists(values, mask, rows.get(field.name))
+            for field in DERIVED_SCHEMA
+        ]
+        return pa.Table.from_arrays(arrays, schema=DERIVED_SCHEMA)
+
+    def _td_errors(self) -> Tensor:
+        return td_errors(self.derivation.rewards, self.fixed.old_values, self.fixed.mask, gamma=self.ppo.gamma)
+
+
+def _lists(values: Tensor, mask: Tensor, rows: Tensor | None) -> pa.ListArray:
+    """The values of each row where the mask is True; null for a row that `rows` leaves out."""
+    shown = mask if rows is None else mask & rows[:, None]
+    ends = shown.sum(1).cumsum(0).to(torch.int32).numpy()
+    offsets = np.concatenate([np.zeros(1, np.int32), ends])
+    null = None if rows is None else pa.array(~rows.numpy())
+    return pa.ListArray.from_arrays(offsets, pa.array(values[shown].numpy()), mask=null)
