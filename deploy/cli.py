@@ -188,18 +188,29 @@ StartingModel = Annotated[
 @app.command()
 def replay(
     run: TrainRun,
-    to: Annotated[Path, typer.Option(help="A new directory.")],
     settings: Layout = None,
+    to: Annotated[Path | None, typer.Option(help="A new directory.")] = None,
     to_step: Annotated[int | None, typer.Option(min=0, help="Steps to learn [default: all of the journal].")] = None,
+    credit: Annotated[
+        str | None,
+        typer.Option(help="Instead: steps, such as 7 or 7-9, whose values of tokens go to --to [default: RUN/credit]."),
+    ] = None,
     from_checkpoint: Annotated[
         bool, typer.Option("--from-checkpoint", help="Begin with the newest checkpoint before it, which is faster.")
     ] = False,
     model: StartingModel = None,
 ) -> None:
-    """Rebuild the policy after any step of a run from its journal."""
-    from deploy.replay import run_replay
+    """Rebuild the policy after any step of a run, or the values of its tokens, from its journal."""
+    from deploy.replay import rebuild_credit, run_replay
 
-    run_replay(run, to, to_step=to_step, from_checkpoint=from_checkpoint, model=model, settings=settings or [])
+    if credit is not None:
+        if to_step is not None:
+            raise UserError("--to-step chooses a policy, and --credit the values of tokens; name one of them")
+        rebuild_credit(run, credit, to=to, from_checkpoint=from_checkpoint, model=model, settings=settings or [])
+    elif to is None:
+        raise UserError("name a new directory for the policy with --to, or steps with --credit")
+    else:
+        run_replay(run, to, to_step=to_step, from_checkpoint=from_checkpoint, model=model, settings=settings or [])
 
 
 @app.command()

@@ -1,12 +1,13 @@
-"""`ratchet replay`: the policy after any step of a run, rebuilt from the journal, without Ray and vLLM.
+"""`ratchet replay`: the policy after any step of a run, or the values of its tokens, rebuilt from the journal.
 
-Runs in a process of its own, and in one process for each rank if the run has several. It only reads the run directory,
-which may be a copy on another machine.
+Runs in a process of its own, and in one process for each rank if the run has several. It needs neither Ray nor vLLM. It
+only reads the run directory, which may be a copy on another machine; RUN/credit gets the values of tokens.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,44 @@ def run_replay(
         soft_wrap=True,
     )
     return to
+
+
+def rebuild_credit(
+    run: Path,
+    steps: str,
+    *,
+    to: Path | None = None,
+    from_checkpoint: bool = False,
+    model: str | None = None,
+    settings: Sequence[str] = (),
+) -> None:
+    """Writes the values of the tokens of some steps, such as 7 or 7-9, into `to` (left out: RUN/credit). The other
+    arguments are those of `run_replay`. Raises UserError."""
+    refuse_other_directories(run)
+    journal = Journal(run / "journal")
+    journal.verify()
+    chosen, directory = _steps(steps, journal.next_step), run / "credit" if to is None else to
+    cfg = config_for_replay(run, journal, model, settings)
+    start = _newest_verified(run, journal, chosen.start) if from_checkpoint else None
+    replay_in_ranks(cfg, run, chosen.stop, start=start, credit=chosen, credit_to=directory)
+    written = [step for step in chosen if step not in journal.voided]
+    void = ", ".join(str(step) for step in chosen if step in journal.voided)
+    Output().print(
+        f"values of the tokens of {len(written)} steps: {directory}"
+        f"{f'; nothing was learned from the batch of step {void}' if void else ''}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _steps(text: str, num_steps: int) -> range:
+    """The steps that a text such as 7 or 7-9 names. Raises UserError if the journal does not have them."""
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    if not found or found.stop > num_steps:
+        has = f"steps 0 to {num_steps - 1}" if num_steps else "no step"
+        raise UserError(f"--credit ({text}) must be a step such as 7, or steps such as 7-9; the journal has {has}")
+    return found
 
 
 def refuse_other_directories(run: Path) -> None:

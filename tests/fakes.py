@@ -320,9 +320,9 @@ class LocalMethod:
 def made_up_credit(table: Any) -> pa.Table:
     """What a learner without a critic might derive from this batch: every value is 0.5, and no token is clipped."""
     lengths = [len(row) for row in table["response_ids"]]
-    values = {"clipped": [[False] * n for n in lengths], "values": [None] * len(lengths), "td_errors": None}
-    halves = [[0.5] * n for n in lengths]
-    columns = [values.get(field.name, halves) or [None] * len(lengths) for field in DERIVED_SCHEMA]
+    columns = {name: [[0.5] * n for n in lengths] for name in DERIVED_SCHEMA.names}
+    columns |= {name: [None] * len(lengths) for name in ("values", "td_errors")}
+    columns["clipped"] = [[False] * n for n in lengths]
     return pa.table(columns, schema=DERIVED_SCHEMA)
 
 

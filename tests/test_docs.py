@@ -19,6 +19,7 @@ import pytest
 import typer.main
 
 from common.config.ppo import Config
+from common.credit_table import CREDIT_SCHEMA
 from common.files import read_records
 from common.metrics.table import STEP
 from common.types import Prompt, RewardInput, Rollout, RolloutRef, Score, Void
@@ -146,7 +147,18 @@ def check_reading(names: dict[str, Any], run_directory: Path) -> None:
     assert {reason for _, reason in found} == {"told to fail"}
 
 
-CHECKS = {"README.md": check_reward, "metrics.md": check_reading}
+def check_credit(names: dict[str, Any], run_directory: Path) -> None:
+    [*_, step] = Journal(run_directory / "journal").since(0)
+    assert names["credit"]["sample_id"].tolist() == step.sample_ids
+    assert names["journal"]["response_ids"].map(len).tolist() == names["credit"]["kl"].map(len).tolist() == [2] * 4
+    assert set(names["first"].columns) == set(CREDIT_SCHEMA.names) - {"sample_id", "values", "td_errors"}
+    assert names["first"]["ratio"].tolist() == [0.5, 0.5]
+    assert names["first"]["policy_version"].tolist() == [2, 2]
+    assert len(names["tokens"]) == 3 * 4 * 2
+    assert names["tokens"]["advantage"].tolist() == [0.5] * 24
+
+
+CHECKS = {"README.md": check_reward, "metrics.md": check_reading, "credit.md": check_credit}
 
 
 def test_maps_of_the_journal_are_readable_as_the_docs_say(run_directory):

@@ -53,7 +53,7 @@ class CreditFiles:
                 self._report(set_aside(self._run, path, fault))
 
     def write(self, entry: JournalStep, derived: pa.Table) -> None:
-        """Writes the file of a step. A disk that refuses it is reported once, and the run continues without the file."""
+        """Writes the file of a step. If the disk refuses it, reports that once, and the run continues without it."""
         try:
             write_credit(self.directory, entry, derived, journal=self._journal.digest(entry.step + 1))
         except OSError as error:

@@ -190,7 +190,7 @@ class Learner(Trainer):
     def _old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor, Tensor, Tensor, Outputs | None]:
         """Log-probabilities, entropy and values [B, R] before the update; values are zeros without a critic.
 
-        The fourth value is None, or the outputs of this pass with their graph: if one minibatch and one micro-batch hold
+        The last value is None, or the outputs of this pass with their graph: if one minibatch and one micro-batch hold
         the whole batch, the first optimizer step would begin with the same pass, so it uses this one.
         """
         micro_batches = self._micro_batches(batch.sequences, np.arange(len(batch.scores)))

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from common.config.ppo import Config
 from common.errors import BatchError
 from learner.loop.changes import config_at
+from learner.loop.credit import write_credit
 from learner.loop.journal import Journal
 from learner.ppo.learner import Learner
 from learner.proof.chain import Violation
@@ -37,6 +38,8 @@ class Replay:
     policy: Path | None = None  # written by the run after `until` updates: its weights must equal the learner's
     metrics: Metrics | None = None  # the learner's own must equal those of the replay
     to: Path | None = None  # where the policy is written
+    credit: range = range(0)  # the steps whose values of tokens are written, unless their batch is void
+    credit_to: Path = Path("credit")  # the directory for them
 
     def __call__(self, rank: int = 0, world: int = 1, rendezvous: str = "") -> None:
         """One rank's part. Raises Violation at the first difference."""
@@ -51,6 +54,10 @@ class Replay:
             stats = self._learn(learner, journal, step)
             if self.metrics is not None and rank == 0:
                 self.metrics.check_update(step, stats)
+            if step in self.credit and step not in journal.voided:
+                derived = learner.credit()
+                if derived is not None:  # rank 0
+                    write_credit(self.credit_to, journal.read(step), derived, journal=journal.digest(step + 1))
             if step + 1 in self.checkpoints:
                 self._compare(learner, self.checkpoints[step + 1], rank)
         if self.policy is not None:

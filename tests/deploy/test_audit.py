@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from common.files import sha256
 from deploy.audit import run_audit
-from deploy.replay import run_replay
+from deploy.replay import rebuild_credit, run_replay
 from deploy.run.directory import sole_owner
 from tests.durability.disasters import tree_digest
 from tests.durability.small_run import NUM_STEPS, save_smallest_model, small_config, train_to_the_end
@@ -73,6 +73,25 @@ def test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm(run, model, tmp
     assert f"policy after 3 of {NUM_STEPS} steps" in done.stdout
     assert sha256(tmp_path / "out/model.safetensors") in done.stdout
     assert tree_digest(run) == before
+    (run / "credit/step-000003.parquet").unlink()
+    done = ratchet("replay", str(run), "--credit", "2-3", "--from-checkpoint", "--model", str(moved), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == f"values of the tokens of 2 steps: {run}/credit".split()
+    assert tree_digest(run) == before
+
+
+@pytest.mark.parametrize("steps", ["5", "3-5", "3-2", "", "a", "-1", "1-", "1.5"])
+def test_steps_that_the_journal_does_not_have_are_refused(run, tmp_path, steps):
+    with pytest.raises(UserError, match=r"^--credit .* must be a step such as 7, .*; the journal has steps 0 to 4$"):
+        rebuild_credit(run, steps, to=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_replay_needs_something_to_write(run, tmp_path):
+    for arguments, fault in (((), "name a new directory"), (("--credit", "1", "--to-step", "2"), "name one of them")):
+        done = ratchet("replay", str(run), *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert fault in done.stderr
 
 
 def test_the_first_violation_is_named_with_exit_code_1(run, tmp_path):

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config.ppo import Config
+from common.credit_table import DERIVED_SCHEMA
 from common.experience_table import experience_table
 from common.weights import IncomingWeights, Manifest
 from learner.ppo.learner import Learner
@@ -148,6 +149,7 @@ class SlowLearner:
     def update(self, rows: list[dict[str, Any]], minibatches: list[list[int]], scale: float) -> dict[str, float]:
         cfg, targets = self.cfg, self.targets(rows)
         every = [token for row in targets for token in row]
+        self.derived = targets
         kl, per_response = sum(t["kl"] for t in every), sum(t["kl"] for t in every) / len(rows)
         advantages_var, returns_var = (np.var([t[key] for t in every]) for key in ("advantage", "return"))
         stats = {
@@ -172,6 +174,7 @@ class SlowLearner:
         if cfg.ppo.whiten_advantages:
             mean = np.mean([t["advantage"] for t in every])
             for token in every:
+                token["plain_advantage"] = token["advantage"]
                 token["advantage"] = (token["advantage"] - mean) / math.sqrt(advantages_var)
         seen, norms = [], []
         for minibatch in minibatches:
@@ -202,6 +205,7 @@ class SlowLearner:
         ratio = log_ratio.exp()
         kept = min(max(ratio, 1 - ppo.clip_eps), 1 + ppo.clip_eps)
         gain = min(advantage * ratio, advantage * kept)
+        fixed |= {"ratio": float(ratio.detach()), "clipped": bool(gain < advantage * ratio)}  # of the newest pass
         error = (value - fixed["return"]) ** 2
         too_far = ppo.value_clip > 0 and abs(value - fixed["value"]) > ppo.value_clip
         near = (
@@ -217,6 +221,45 @@ class SlowLearner:
             "ppo/ratio": ratio,
             "value/clip_frac": near_error > error,
         }
+
+
+# The names that SlowLearner has for columns of the learner's credit.
+SLOW_NAMES = {
+    "values": "value",
+    "rewards": "reward",
+    "returns": "return",
+    "old_logprobs": "logprob",
+    "importance_weight": "weight",
+}
+
+
+def slow_credit(slow: SlowLearner) -> list[dict[str, Any]]:
+    """Per response, each column of the learner's credit from its definition."""
+    ppo = slow.cfg.ppo
+    found = []
+    for tokens in slow.derived:
+        row: dict[str, Any] = {
+            name: [token[SLOW_NAMES.get(name, name)] for token in tokens]
+            for name in ("values", "kl", "rewards", "returns", "entropy", "old_logprobs", "importance_weight")
+        }
+        row |= {name: [token[name] for token in tokens] for name in ("ratio", "clipped")}
+        row["advantages"] = [token.get("plain_advantage", token["advantage"]) for token in tokens]
+        row["whitened_advantages"] = [token["advantage"] for token in tokens] if ppo.whiten_advantages else None
+        next_values = [*row["values"][1:], 0.0]
+        steps = zip(row["rewards"], next_values, row["values"])
+        row["td_errors"] = [reward + ppo.gamma * after - value for reward, after, value in steps]
+        if not ppo.has_critic:
+            row["values"] = row["td_errors"] = None
+        found.append(row)
+    return found
+
+
+def check_credit(learner: Learner, slow: SlowLearner) -> None:
+    found, expected = learner.credit(), slow_credit(slow)
+    assert found.schema == DERIVED_SCHEMA
+    for name in found.column_names:
+        for mine, slows in zip(found[name].to_pylist(), [row[name] for row in expected], strict=True):
+            assert mine == (slows if slows is None else pytest.approx(slows, rel=1e-4, abs=2e-6)), name
 
 
 def varied_batch(seed: int) -> pa.Table:
@@ -268,6 +311,7 @@ def test_three_updates_agree_with_a_slow_derivation(model, critic, other):
         found = learner.update(varied_batch(seed))
         found = {key: x for key, x in found.items() if not key.startswith("time/")}
         assert found == pytest.approx(expected, rel=2e-5, abs=2e-6)
+        check_credit(learner, slow)
         assert torch.allclose(parameters(learner), torch.cat([p.flatten() for p in slow.parameters]), atol=1e-6)
     # Every part above had an effect.
     assert expected["ppo/clip_frac"] > 0.1
@@ -304,6 +348,7 @@ def test_updates_without_a_critic_agree_with_a_slow_derivation(model, advantages
         expected = slow.update(table.to_pylist(), minibatches, scale)
         found = {key: x for key, x in learner.update(table).items() if not key.startswith("time/")}
         assert found == pytest.approx(expected, rel=2e-5, abs=2e-6)
+        check_credit(learner, slow)
         weights = torch.cat([p.detach().flatten() for p in slow.policy.parameters()])
         assert torch.allclose(parameters(learner), weights, atol=1e-6)
 

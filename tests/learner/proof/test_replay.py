@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import RoleError, UserError
+from learner.loop.journal import Journal
 from learner.proof.audit import audit
 from learner.proof.chain import Violation
 from learner.proof.ranks import in_ranks
 from learner.proof.replay import Replay
 from learner.proof.tensors import whole_tensors
+from tests.durability.disasters import contents
 from tests.durability.small_run import NUM_STEPS, save_smallest_model, small_config, train_to_the_end
 from tests.learner.proof.forge import forge_checkpoint
 
@@ -72,6 +74,18 @@ def test_a_replay_from_a_checkpoint_gives_the_same(run, tmp_path):
     directory, cfg = run
     Replay(cfg, directory, NUM_STEPS, tmp_path, start=directory / "checkpoints/step-000004", to=tmp_path / "policy")()
     assert policy(tmp_path / "policy") == policy(directory / "policy")
+
+
+def test_the_journal_alone_gives_the_values_of_every_token(run, tmp_path):
+    directory, cfg = run
+    written = contents(directory / "credit")
+    voided = Journal(directory / "journal").voided
+    assert list(written) == [f"step-{step:06d}.parquet" for step in range(NUM_STEPS) if step not in voided]
+    replay = partial(Replay, cfg, directory, NUM_STEPS, tmp_path)
+    replay(credit=range(NUM_STEPS), credit_to=tmp_path / "all")()
+    assert contents(tmp_path / "all") == written
+    replay(start=directory / "checkpoints/step-000004", credit=range(4, 5), credit_to=tmp_path / "last")()
+    assert contents(tmp_path / "last") == {name: written[name] for name in ("step-000004.parquet",)}
 
 
 def test_every_checkpoint_metric_and_weight_is_compared(run, tmp_path):

@@ -150,7 +150,8 @@ def new_learner(model: Path, name: str) -> Learner:
 
 
 def run_case(learner: Learner, name: str) -> dict[str, Any]:
-    """Runs a case. Returns all gradients of every optimizer step by name, in full, and the metrics of every update."""
+    """Runs a case. Returns all gradients of every optimizer step by name, in full, the metrics of every update, and the
+    credit of the last one."""
     steps: list[dict[str, torch.Tensor]] = []
     hook = learner.optimizer.register_step_pre_hook(
         lambda *_: steps.append(
@@ -159,7 +160,12 @@ def run_case(learner: Learner, name: str) -> dict[str, Any]:
     )
     stats = [learner.update(table) for table in CASES[name][1]()]
     hook.remove()
-    return {"gradients": steps, "stats": [{k: v for k, v in s.items() if not k.startswith("time/")} for s in stats]}
+    credit = learner.credit()
+    return {
+        "gradients": steps,
+        "stats": [{k: v for k, v in s.items() if not k.startswith("time/")} for s in stats],
+        "credit": credit and credit.to_pydict(),
+    }
 
 
 def outputs(learner: Learner, directory: Path) -> dict[str, Any]:
@@ -258,6 +264,17 @@ def test_rank_count_does_not_change_any_metric(runs, name):
     for rank in ranks:
         for found, expected in zip(rank["stats"], alone["stats"], strict=True):
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_rank_count_does_not_change_the_credit_of_a_token(runs, name):
+    """Rank 0 returns all of it."""
+    alone, first, second = (run["credit"] for run in runs[1][name])
+    assert second is None
+    assert first.keys() == alone.keys()
+    for column, rows in alone.items():
+        for found, expected in zip(first[column], rows, strict=True):
+            assert found == (expected if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-5)), column
 
 
 @pytest.mark.parametrize("name", CASES)
