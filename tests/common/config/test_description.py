@@ -23,6 +23,7 @@ CHANGEABLE = {
         "learner": f"{COMPUTING} max_losses",
         "evaluation": "*",
         "checkpoint": "*",
+        "credit": "*",
         "ray": "*",
         "logging": "*",
         "monitoring": "*",
