@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.memory import BYTES_PER_TOKEN
 from common.reward_input import RewardInput as RewardInput
 
 HELDOUT_EPOCH = -1
 PROBE_EPOCH = -2
 HANDED_OVER = "handed over"  # finish reason of a partial response that another generator will continue
-# Approximate memory of a token while its rollout waits for the learner: id, two log-probabilities, version, text.
-BYTES_PER_TOKEN = 20
 
 
 class SampleId(NamedTuple):

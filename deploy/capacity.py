@@ -1,5 +1,5 @@
-"""Checks, before anything starts, that a run fits: processes into the cluster, the longest sequence into the KV cache,
-two versions of the weights into the object store.
+"""Checks, before anything starts, that a run fits: processes into the cluster, with the weights and rollouts that they
+share through object stores, and the longest sequence into the KV cache.
 
 Runs in the driver. The estimates come from deploy/needs.py; Ray then decides on which node each process runs.
 """
@@ -12,12 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from actors.generation.kv_cache import bytes_per_sequence
 from common.config.actors import NEEDS_CPU, NEEDS_GPU, GeneratorsConfig
-from common.config.base import RayConfig
 from common.errors import UserError
+from common.memory import GIB, MIB
 from common.model.size import ModelSize
-from deploy.needs import MIB, Need
+from deploy.needs import Need
+from deploy.object_store import listed
 
-GIB = 1 << 30
 ROUNDING = 1e-4  # Ray counts in ten-thousandths, so a sum of fractions may exceed the node by a rounding error
 
 
@@ -31,6 +31,7 @@ class Node:
     memory: int  # bytes
     gpu_memory: int = 0  # of its largest GPU, bytes; 0 if it is not known
     gpus_in_use: float = 0.0  # by others; Ray does not say which
+    store: int = 0  # size of its object store, bytes; 0 if it is not known
 
 
 def engine_needs_gpu() -> bool:
@@ -68,16 +69,6 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
         )
 
 
-def check_object_store(cfg: RayConfig, model: ModelSize) -> None:
-    """Raises UserError if an object store started here cannot hold two published versions of the weights."""
-    two_versions = 2 * 2 * model.parameters
-    if cfg.object_store_mib * MIB < two_versions:
-        raise UserError(
-            f"ray.object_store_mib ({cfg.object_store_mib}) must hold two versions of the weights, "
-            f"{-(-two_versions // MIB)} MiB with this model; raise it"
-        )
-
-
 @dataclass
 class _Room:
     """The resources of a node that are still free."""
@@ -86,11 +77,12 @@ class _Room:
     gpus: list[float] | float  # of each GPU; of all together if others use some, because nobody knows which
     memory: float
     gpu_memory: int
+    store: int
 
     @classmethod
     def of(cls, node: Node) -> _Room:
         gpus: list[float] | float = node.gpus if node.gpus_in_use > ROUNDING else [1.0] * round(node.gpus)
-        return cls(node.cpus, gpus, float(node.memory), node.gpu_memory)
+        return cls(node.cpus, gpus, float(node.memory), node.gpu_memory, node.store)
 
     def gpus_for(self, need: Need) -> list[int] | None:
         """The GPUs that the process would take: the fullest one with room for a fraction, or empty ones for a whole
@@ -102,12 +94,14 @@ class _Room:
         return [index for _, index in fitting[:count]] if len(fitting) >= count else None
 
     def lacks(self, need: Need) -> tuple[bool, ...]:
-        """For each resource whether this node has too little of it: CPUs, GPUs, memory, memory of a GPU."""
+        """For each resource whether this node has too little of it: CPUs, GPUs, memory, memory of a GPU, object
+        store. The processes of a node share what is in its store, so it need not hold the sum."""
         return (
             self.cpus < need.cpus - ROUNDING,
             self.gpus_for(need) is None,
             self.memory < need.memory,
             0 < self.gpu_memory * _share(need) < sum(need.device.values()),
+            0 < self.store < sum(need.store.values()),
         )
 
     def take(self, need: Need) -> None:
@@ -144,6 +138,9 @@ def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], rooms: S
         f"lower {section}.gpus, or set it to 0 to run on the CPU",
         f"use a smaller model, fewer {section} processes, or smaller caches and micro-batches",
         _gpu_memory_remedy(need, nodes),
+        f"its node's object store must have room for {listed(need.store)}: start the nodes with ray start "
+        f"--object-store-memory={sum(need.store.values())} or more, lower buffer_mib or rollouts_per_step, or use a "
+        "smaller model",
     )
     # A resource is short if every node lacks it. If there is none, each that some node lacks is named.
     lacking = list(zip(remedies, zip(*(room.lacks(need) for room in rooms), strict=True)))
@@ -168,9 +165,9 @@ def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
     largest = max((node.gpu_memory for node in nodes), default=0)
     parts = sorted(need.device.items(), key=lambda part: -part[1])[:3]
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+    smaller_passes = "lower learner.micro_batch_tokens, set learner.gradient_checkpointing = true, or "
     remedy = {
-        "learner": "lower learner.micro_batch_tokens, set learner.gradient_checkpointing = true, or use more "
-        "learner.ranks or learner.lora",
+        "learner": f"{smaller_passes if 'activations' in dict(parts) else ''}use more learner.ranks or learner.lora",
         "generators": "lower generators.kv_cache_mib, or raise generators.tensor_parallel",
     }.get(need.section, "use a smaller model")
     if _share(need) < 1:

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.types import Prompt
 from deploy.ending import signals
-from deploy.needs import service_needs
+from deploy.needs import Phases, service_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import run_owner
 from deploy.run.error_files import ErrorFiles
@@ -39,8 +39,11 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
         heldout = {"prompts.heldout": cfg.prompts.heldout}
         inputs = load_inputs(cfg, judged, cfg.reward, heldout, judges=cfg.evaluation.judges)
         prompts = heldout_prompts(inputs.records[0], cfg.evaluation.prompts)
-        processes = service_needs(cfg, reference.size, inputs.reward_models)
-        with session(cfg, "evaluate", owned, processes, force=force) as begin:
+
+        def phases(cfg: Config) -> Phases:
+            return [service_needs(cfg, reference.size, inputs.reward_models)]
+
+        with session(cfg, "evaluate", owned, phases, force=force) as (_, begin):
             begin()
             evaluation, answers = signals.run(_evaluate(cfg, directory, judged, prompts))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)

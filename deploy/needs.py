@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.generation.kv_cache import bytes_per_sequence, bytes_per_value, other_bytes
 from common.config.actors import GeneratorsConfig, SourcesConfig
@@ -11,9 +11,10 @@ from common.config.base import Placed
 from common.config.ppo import Config, LoRAConfig
 from common.config.training import TrainerConfig
 from common.errors import UserError
+from common.memory import MIB
 from common.model.size import CONTEXT, ModelSize
+from deploy.object_store import Stored, generator_store, learner_store
 
-MIB = 1 << 20
 IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
 
 Parts = Mapping[str, int]  # bytes, by what takes them
@@ -29,6 +30,10 @@ class Need:
     gpus: float
     memory: int  # of its machine, bytes, estimated
     device: Parts = field(default_factory=dict)  # memory of each of its GPUs
+    store: Stored = field(default_factory=dict)  # what its node's object store has, for all processes there
+
+
+Phases = Sequence[Sequence[Need]]  # for each phase of a command, the processes that run at the same time
 
 
 def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
@@ -38,8 +43,10 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
     if cfg.learner.lora is not None:  # the learner is its own reference
         services = [need for need in services if need.section != "reference"]
     row = min(cfg.max_sequence_tokens, model.context)
-    learner = _training("Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora)
-    return [*learner, *services]
+    first, *others = _training("Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora)
+    stores = {"generators": generator_store(cfg, model)}
+    services = [replace(need, store=stores.get(need.section, {})) for need in services]
+    return [replace(first, store=learner_store(cfg, model)), *others, *services]
 
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import append_record, read_records, write_json, write_whole
 from common.types import Prompt, Rollout, Score, Void
 from deploy.ending import signals
-from deploy.needs import generator_needs, reward_needs
+from deploy.needs import Phases, generator_needs, reward_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles
@@ -51,12 +51,13 @@ def _run_in(owned: RunDirectory, cfg: PairSamplingConfig, *, resume: bool, force
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code, packed=False)
     inputs = load_inputs(cfg, policy, cfg.labeller, {"prompts.source": cfg.prompts.source})
     [records] = inputs.records
-    processes = [
-        *generator_needs(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens),
-        *reward_needs("labeller", cfg.labeller, inputs.reward_models),
-    ]
+
+    def phases(cfg: PairSamplingConfig) -> Phases:
+        generators = generator_needs(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
+        return [[*generators, *reward_needs("labeller", cfg.labeller, inputs.reward_models)]]
+
     console = Output()
-    with session(cfg, "sample-pairs", owned, processes, resume=resume, force=force) as begin:
+    with session(cfg, "sample-pairs", owned, phases, resume=resume, force=force) as (_, begin):
         begin()
         console.print(
             f"ratchet sample-pairs {policy.path} · {cfg.prompts.pairs} pairs over {len(records)} prompts · "

@@ -1,8 +1,8 @@
 """The steps that the commands with a run directory share before their own work. Runs in the driver.
 
 A command first owns its run directory (deploy/run/directory.py). `load_inputs` then checks everything a user can get
-wrong, with nothing written and nothing started. `session` joins or starts the cluster, and checks that the processes
-fit.
+wrong, with nothing written and nothing started. `session` joins or starts the cluster, fills in settings that depend on
+it, and checks that the processes fit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from common.config.actors import SourcesConfig
 from common.config.ppo import Config
@@ -19,15 +20,19 @@ from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.capacity import check_engine_build, check_fits, check_kv_cache, check_object_store
+from deploy.capacity import check_engine_build, check_fits, check_kv_cache
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
-from deploy.needs import Need
+from deploy.micro_batches import with_micro_batches
+from deploy.needs import Phases
+from deploy.object_store import sized
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory
 from deploy.run.leftovers import clear_leftovers
 from deploy.scale import clear_stale_state
 from deploy.source_checks import check_sources, try_sources
+
+AnyConfig = TypeVar("AnyConfig", Config, RewardTrainingConfig, PairSamplingConfig)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,6 @@ def load_inputs(
     prompts: Mapping[str, str | None],
     *,
     judges: Sequence[RewardSource] = (),
-    publishes_weights: bool = False,
 ) -> Inputs:
     """Loads the prompts, given as {setting: source}, and checks them, the reward sources and the sizes of caches. Tries
     every reward function once, on the first prompt. Raises UserError."""
@@ -53,8 +57,6 @@ def load_inputs(
     reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
-    if publishes_weights and named_address(cfg.ray) is None:  # the store of a running cluster already has its size
-        check_object_store(cfg.ray, policy.size)
 
     def load(setting: str, source: str | None) -> list[PromptRecord]:
         if source is None:
@@ -74,24 +76,32 @@ def load_inputs(
 
 @contextmanager
 def session(
-    cfg: Config | RewardTrainingConfig | PairSamplingConfig,
+    cfg: AnyConfig,
     command: str,
     owned: RunDirectory,
-    *phases: Sequence[Need],
+    phases: Callable[[AnyConfig], Phases],
+    *,
+    trains: ModelSize | None = None,
     resume: bool = False,
     force: bool = False,
     record: Callable[[], None] = lambda: None,
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[tuple[AnyConfig, Callable[[], None]]]:
     """During the block, this process, which owns the run directory, is connected to the cluster.
 
-    Yields `begin`, which writes the config into the directory, and calls `record` for other entries of this start. With
-    `force` it first renames the old run. Call it once nothing can refuse the run any more.
+    Yields the config, with the size of micro-batches if the command trains a model (`trains`) on GPUs; and `begin`,
+    which writes that config into the directory, and calls `record` for other entries of this start. With `force` it
+    first renames the old run. Call it once nothing can refuse the run any more.
 
-    Each of `phases` lists the processes that run at the same time in one phase of the run. Raises UserError if the
-    processes of a phase do not fit the cluster.
+    Each of `phases` lists, for a config, the processes that run at the same time in one phase of the run. Raises
+    UserError if the processes of a phase do not fit the cluster.
     """
-    with cluster(cfg.ray, owned.directory) as nodes:
-        for processes in phases:
+    ray = cfg.ray
+    if named_address(ray) is None:  # the object stores of a running cluster already have their sizes
+        ray = sized(ray, [need.store for processes in phases(cfg) for need in processes])
+    with cluster(ray, owned.directory) as nodes:
+        if trains is not None and not isinstance(cfg, PairSamplingConfig):
+            cfg = with_micro_batches(cfg, trains, nodes, phases)
+        for processes in phases(cfg):
             check_fits(processes, nodes)
 
         def begin() -> None:
@@ -104,7 +114,7 @@ def session(
                 record()
             clear_stale_state(owned.directory)
 
-        yield begin
+        yield cfg, begin
 
 
 def step_grace_s(cfg: Config | RewardTrainingConfig) -> float:

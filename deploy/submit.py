@@ -32,13 +32,13 @@ from actors.scoring.kinds import kind_of
 from common.config.ppo import Config
 from common.data.records import is_function, matching_files
 from common.errors import UserError
+from common.memory import MIB
 from common.user_code.functions import load_function
 from common.user_code.import_path import IMPORT_FROM
 from deploy.cluster.addresses import refused
 from deploy.cluster.job import ENTRYPOINT, write_package
 from deploy.ending import signals
 from deploy.ending.limits import limited
-from deploy.needs import MIB
 from deploy.run.provenance import IN_A_JOB
 from deploy.screen.console import Lenient, complain, printable
 

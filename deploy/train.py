@@ -24,7 +24,7 @@ from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
 from deploy.ending.ray_errors import told_at_once
 from deploy.monitoring.endpoint import RunFigures
-from deploy.needs import needs
+from deploy.needs import Phases, needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles
@@ -77,7 +77,7 @@ def _run_in(
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
     heldout_source = cfg.prompts.heldout if cfg.evaluation.prompts else None
     sources = {"prompts.train": cfg.prompts.train, "prompts.heldout": heldout_source}
-    inputs = load_inputs(cfg, policy, cfg.reward, sources, judges=cfg.evaluation.judges, publishes_weights=True)
+    inputs = load_inputs(cfg, policy, cfg.reward, sources, judges=cfg.evaluation.judges)
     train_records, heldout_records = inputs.records
     prompts = PromptStream(train_records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
@@ -86,11 +86,12 @@ def _run_in(
     if resume:
         start = resumed_start(directory, cfg, identity, prompts, changed=changed, accepted=accepted)
     cfg = start.cfg
-    processes = needs(cfg, policy.size, inputs.reward_models)
-    with (
-        RunFigures.served(cfg.monitoring) as figures,
-        session(cfg, "train", owned, processes, resume=resume, force=force, record=start.record) as begin,
-    ):
+
+    def phases(cfg: Config) -> Phases:
+        return [needs(cfg, policy.size, inputs.reward_models)]
+
+    here = session(cfg, "train", owned, phases, trains=policy.size, resume=resume, force=force, record=start.record)
+    with RunFigures.served(cfg.monitoring) as figures, here as (cfg, begin):
         begin()
         progress = Progress(cfg, directory, policy.tokenizer)
         progress.begin(num_prompts=len(train_records), num_heldout=len(heldout))

@@ -22,7 +22,7 @@ from common.files import write_json
 from common.model.reward_head import ScoreScale, check_reward_files, read_scale, write_scale
 from common.types import Prompt, Score
 from deploy.ending import signals
-from deploy.needs import generator_needs, reward_needs, trainer_needs
+from deploy.needs import Phases, generator_needs, reward_needs, trainer_needs
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import check_pairs, load_pairs, longest_answered, prepared_pairs, reference_prompts
 from deploy.run.directory import RunDirectory, run_owner
@@ -68,12 +68,17 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
         counts = json.loads((pairs / "counts.json").read_text(encoding="utf-8"))
         check_pairs(cfg, base, train, heldout, counts)
         prompts = reference_prompts(cfg, reference, train) if cfg.scale.responses else []
-        phases = [trainer_needs(cfg.learner, base.size, row=2 * cfg.data.max_tokens)]
-        if prompts:
+
+        def phases(cfg: RewardTrainingConfig) -> Phases:
+            training = trainer_needs(cfg.learner, base.size, row=2 * cfg.data.max_tokens)
+            if not prompts:
+                return [training]
             service = reward_needs("learner", _service(cfg, directory), [base.size])
             longest = longest_answered(cfg, reference)
-            phases.append([*generator_needs(cfg.generators, reference.size, max_tokens=longest), *service])
-        with session(cfg, "train-reward", owned, *phases, resume=resume, force=force) as begin:
+            return [training, [*generator_needs(cfg.generators, reference.size, max_tokens=longest), *service]]
+
+        here = session(cfg, "train-reward", owned, phases, trains=base.size, resume=resume, force=force)
+        with here as (cfg, begin):
 
             def accepted() -> None:
                 """Called when the ranks have accepted the model: from now on the directory is this run's."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from common.config.actors import GeneratorsConfig
 from common.errors import UserError
+from common.memory import MIB
 from common.model.size import ModelSize
 
-MIB = 1 << 20
 CONTEXT_AND_GRAPHS = 2 << 30  # memory that CUDA's context and CUDA graphs take on each device
 USABLE = 0.92  # the part of a GPU that an engine with a whole one may plan for
 

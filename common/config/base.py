@@ -136,8 +136,9 @@ class RayConfig(Section):
     address: str | None = None
     """HOST:PORT of a running cluster. --address overrides it; it overrides the variable RAY_ADDRESS. With none of them,
     or with local, a cluster is started on this machine, on loopback, and stopped at the end."""
-    object_store_mib: Positive = 1024
-    """Shared memory of a cluster started here, MiB: must hold two versions of the weights and one or two batches."""
+    object_store_mib: Positive | None = None
+    """Shared memory of a cluster started here, MiB: must hold two versions of the weights and the rollouts. Left out:
+    what these take, or 1024 if that is more."""
     startup_timeout_s: Seconds = 300
     """Longest start of any role, model loading included, seconds."""
     max_silence_s: Annotated[float, Field(gt=0, le=50)] = 40

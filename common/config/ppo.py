@@ -34,6 +34,7 @@ from common.config.base import (
 )
 from common.config.sources import SourceConfig, broken_source_rules
 from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig, broken_trainer_rules
+from common.memory import BYTES_PER_TOKEN
 
 
 class PPOConfig(Section):
@@ -198,7 +199,7 @@ class Config(Root):
     cores."""
     buffer_mib: Positive = 512
     """Memory for rollouts from their start until the learner has them, MiB. When it is full, only rollouts for the next
-    step start."""
+    step start. With max_staleness above 0 it must hold the rollouts of a step at their longest."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -222,6 +223,11 @@ class Config(Root):
         return self.prompts.max_tokens + self.sampling.max_new_tokens
 
     @property
+    def longest_rollout_bytes(self) -> int:
+        """Approximate memory of the longest rollout."""
+        return BYTES_PER_TOKEN * self.max_sequence_tokens
+
+    @property
     def group_size(self) -> int:
         """Rollouts that stay together in one batch: all responses to a prompt if each is a baseline for the others."""
         return self.prompts.rollouts_per_prompt if self.ppo.advantages == "group" else 1
@@ -232,7 +238,8 @@ class Config(Root):
         yield from _broken_schedule_rules(self)
         yield from _broken_kl_rules(self)
         yield from _broken_length_and_staleness_rules(self)
-        yield from broken_trainer_rules(self.learner)
+        rows = self.rollouts_per_step // self.ppo.minibatches
+        yield from broken_trainer_rules(self.learner, rows, "rollouts_per_step / ppo.minibatches")
         yield from broken_source_rules("reward.sources", self.reward.sources, others=self.evaluation.judges)
         yield from _broken_evaluation_rules(self)
 
@@ -295,6 +302,13 @@ def _broken_length_and_staleness_rules(cfg: Config) -> Iterator[str]:
         yield (
             f"ppo.importance_cap (0) must be above 0 with max_staleness ({cfg.max_staleness}): tokens that older "
             "weights sampled need their importance weight; raise it (2 is common) or set max_staleness = 0"
+        )
+    step_mib = -(-cfg.rollouts_per_step * cfg.longest_rollout_bytes >> 20)
+    if cfg.max_staleness and cfg.buffer_mib < step_mib:
+        yield (
+            f"buffer_mib ({cfg.buffer_mib}) must hold the {cfg.rollouts_per_step} rollouts of a step at their longest, "
+            f"{step_mib} MiB, with max_staleness ({cfg.max_staleness}): without room, no rollouts of later steps start "
+            "early; raise it, or set max_staleness = 0"
         )
 
 

@@ -159,7 +159,7 @@ class RewardTrainingConfig(Root):
 
     def _broken_rules(self) -> Iterator[str]:
         yield from broken_sampling_rules(self.sampling)
-        yield from broken_trainer_rules(self.learner)
+        yield from broken_trainer_rules(self.learner, self.pairs_per_step, "pairs_per_step")
         if self.scale.responses == 1:
             yield "scale.responses (1) must be 0 or at least 2: one response has no standard deviation"
         if self.data.heldout is not None and self.data.heldout_pairs:

@@ -9,6 +9,10 @@ from pydantic import Field
 
 from common.config.base import MayChange, NonNegative, Placed, Positive, Processes, Rate, Seconds, Section
 
+# Tokens of a micro-batch whose size is left out. A micro-batch of 512 keeps two CPU cores busy.
+CPU_TOKENS = 512
+GPU_TOKENS = 8192  # where the memory of the GPU is not known
+
 
 class TrainerConfig(Placed):
     """The processes (ranks) that train together, each on its own device."""
@@ -31,7 +35,9 @@ class TrainerConfig(Placed):
     """Precision of matrix products in forward and backward; weights, losses and optimizer state are always float32."""
     micro_batch_tokens: MayChange[Positive | None] = None
     """Tokens of one forward and backward pass; bounds activation memory and cannot change the gradient. A longer
-    sequence is a micro-batch of its own. Left out: 512 on CPU, 8192 on GPU."""
+    sequence is a micro-batch of its own. Left out: 512 on the CPU; on a GPU 32768, or 16384 for models from 1e9
+    weights on, halved until a pass fits the share of the GPU, or 8192 if the GPU's memory is not known. RUN/config.toml
+    records the number for a GPU, and a resumed run or a replay keeps it: on another device, set it too."""
     gradient_checkpointing: MayChange[bool] = False
     """Recompute activations in the backward pass: about a quarter slower, and far less memory."""
     timeout_s: MayChange[Seconds] = 1800
@@ -46,12 +52,13 @@ class TrainerConfig(Placed):
 
     @property
     def token_budget(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.micro_batch_tokens or (8192 if self.gpus else 512)
+        """Tokens of a micro-batch. deploy/micro_batches.py fills in the setting where a run trains on GPUs."""
+        return self.micro_batch_tokens or (GPU_TOKENS if self.gpus else CPU_TOKENS)
 
 
-def broken_trainer_rules(cfg: TrainerConfig) -> Iterator[str]:
-    """One message for each broken rule across the fields of a [learner] section."""
+def broken_trainer_rules(cfg: TrainerConfig, rows: int, where: str) -> Iterator[str]:
+    """One message for each broken rule across the fields of a [learner] section. `rows`: of each optimizer step, which
+    the setting `where` decides."""
     if cfg.fewest_ranks > cfg.ranks:
         yield (
             f"learner.min_ranks ({cfg.min_ranks}) must be at most learner.ranks ({cfg.ranks}); lower the first or "
@@ -61,6 +68,11 @@ def broken_trainer_rules(cfg: TrainerConfig) -> Iterator[str]:
         yield (
             f"learner.gpus ({cfg.gpus:g}) must be 1 for each of {cfg.ranks} learner.ranks, or 0 for the CPU: ranks "
             "cannot share a GPU"
+        )
+    if cfg.ranks > rows >= 1:
+        yield (
+            f"learner.ranks ({cfg.ranks}) must be at most {where} ({rows}), the rows of an optimizer step, or "
+            "some ranks have none; lower the first or raise the second"
         )
 
 

@@ -202,6 +202,7 @@ def _free_nodes() -> list[Node]:
             int(left.get("memory", 0)),
             gpu_memory.get(node, 0),
             alive[node]["Resources"].get("GPU", 0) - left.get("GPU", 0),
+            int(alive[node]["Resources"].get("object_store_memory", 0)),
         )
         for node, left in free.items()
     ]

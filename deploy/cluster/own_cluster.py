@@ -23,7 +23,9 @@ from ray._private.utils import estimate_available_memory, get_shared_memory_byte
 
 from common.config.base import RayConfig
 from common.errors import RoleError, UserError
-from deploy.needs import MIB
+from common.memory import MIB
+from deploy.object_store import LEAST_MIB
+from deploy.screen.console import complain
 
 _PREFIX = "ratchet-ray-"
 _LOCK = "in-use"
@@ -142,7 +144,8 @@ def _end_processes_of(directory: Path) -> None:
 
 def start(cfg: RayConfig, directory: Path) -> None:
     """Starts Ray in the directory. Raises UserError or RoleError if it cannot."""
-    check_store(cfg, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
+    store_mib = cfg.object_store_mib or LEAST_MIB
+    check_store(store_mib, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
     _make_token_private()
     os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles when other programs run
     # ray.init turns a loopback address into the machine's own, and its servers then listen on every interface;
@@ -155,7 +158,7 @@ def start(cfg: RayConfig, directory: Path) -> None:
         ray.init(
             address="local",
             include_dashboard=cfg.dashboard,
-            object_store_memory=cfg.object_store_mib * MIB,
+            object_store_memory=store_mib * MIB,
             log_to_driver=False,
             logging_level="ERROR",
             _temp_dir=str(directory / _RAY),  # Ray makes it readable to all; its parent stays closed
@@ -170,10 +173,10 @@ def start(cfg: RayConfig, directory: Path) -> None:
             os.environ["TMPDIR"] = before
 
 
-def check_store(cfg: RayConfig, memory: int, shared: int, disk: int) -> None:
-    """Raises UserError unless the object store fits into the free memory and into /dev/shm or the temporary directory's
-    disk, whose free bytes are given."""
-    size, setting = cfg.object_store_mib * MIB, f"ray.object_store_mib ({cfg.object_store_mib})"
+def check_store(mib: int, memory: int, shared: int, disk: int) -> None:
+    """Raises UserError unless an object store of this size fits into the free memory and into /dev/shm or the temporary
+    directory's disk, whose free bytes are given. Prints a warning if it will be on the disk."""
+    size, setting = mib * MIB, f"ray.object_store_mib ({mib})"
     if size < (least := ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES):
         raise UserError(f"{setting} must be at least {-(-least // MIB)}; raise it")
     if size > memory - 256 * MIB:
@@ -187,6 +190,11 @@ def check_store(cfg: RayConfig, memory: int, shared: int, disk: int) -> None:
         raise UserError(
             f"{setting} must fit into /dev/shm, which has {shared // MIB} MiB free, or into the temporary directory, "
             f"{slow // MIB} MiB; lower it, or enlarge /dev/shm (a container's with --shm-size)"
+        )
+    if size > shared:
+        complain(
+            f"warning: {setting} does not fit into /dev/shm, which has {shared // MIB} MiB free, so Ray keeps weights "
+            "and rollouts in a file on a disk, which is slow; enlarge /dev/shm (a container's with --shm-size)"
         )
 
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 from common.errors import GivenUpError, RolloutLostError
 from common.experience_table import experience_table
 from common.files import append_record
-from common.types import BYTES_PER_TOKEN, Experience, ExperienceRef, Prompt, RolloutRef, Void
+from common.types import Experience, ExperienceRef, Prompt, RolloutRef, Void
 from learner.loop.agreement import NUM_PROMPTS, MismatchBound, check_engines
 from learner.loop.batch_metrics import batch_metrics
 from learner.loop.buffer import Batch, RolloutBuffer
@@ -61,7 +61,7 @@ async def train(run: Run) -> list[Evaluation]:
         wanted=(cfg.num_steps - run.learner.step) * cfg.rollouts_per_step,
         max_void_share=cfg.reward.max_void_share,
         max_bytes=cfg.buffer_mib << 20,
-        rollout_bytes=BYTES_PER_TOKEN * cfg.max_sequence_tokens,
+        rollout_bytes=cfg.longest_rollout_bytes,
     )
     producer = asyncio.create_task(produce(run, buffer))
     try:

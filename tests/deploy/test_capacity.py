@@ -7,21 +7,14 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from common.config.actors import GeneratorsConfig
-from common.config.base import RayConfig
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig
 from common.config.training import TrainerConfig
 from common.errors import UserError
+from common.memory import GIB, MIB
 from common.model.size import ModelSize
-from deploy.capacity import (
-    GIB,
-    Node,
-    check_engine_build,
-    check_fits,
-    check_kv_cache,
-    check_object_store,
-)
-from deploy.needs import MIB, Need, generator_needs, needs, reward_needs, trainer_needs
+from deploy.capacity import Node, check_engine_build, check_fits, check_kv_cache
+from deploy.needs import Need, generator_needs, needs, reward_needs, trainer_needs
 from tests.fakes import QWEN_1_5B
 
 MODEL = ModelSize(
@@ -212,7 +205,7 @@ def test_every_reward_process_holds_every_reward_model_in_float32():
 
 def test_ppo_needs_learner_reference_generators_and_rewards():
     cfg = config(generators={"min": 2, "dtype": "float32"}, reward={"min": 2, "cpus": 0.5})
-    found = needs(cfg, MODEL, [MODEL])
+    found = [replace(n, store={}) for n in needs(cfg, MODEL, [MODEL])]
     assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL, max_tokens=768)
     assert [n for n in found if n.section == "reward"] == reward_needs("reward", cfg.reward, [MODEL])
     assert {n.section for n in found} == {"learner", "generators", "reference", "reward"}
@@ -390,16 +383,6 @@ def test_no_sequence_is_longer_than_the_models_context():
     short = replace(MODEL, head_dim=1024, context=128)  # 128 of 16 KiB
     check_kv_cache(GeneratorsConfig(kv_cache_mib=2), short, max_tokens=768)
     assert "one sequence of 128 tokens, 2 MiB" in cache_refusal(short, kv_cache_mib=1)
-
-
-def test_an_object_store_below_two_versions_of_the_weights_is_refused():
-    # A version of 1 million weights in bf16 is 2 million bytes; 4 million are 3.8 MiB.
-    check_object_store(RayConfig(object_store_mib=4), MODEL)
-    with pytest.raises(UserError) as caught:
-        check_object_store(RayConfig(object_store_mib=3), MODEL)
-    assert "ray.object_store_mib (3) must hold two versions of the weights, 4 MiB with this model; raise it" in str(
-        caught.value
-    )
 
 
 @pytest.mark.parametrize(

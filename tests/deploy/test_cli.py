@@ -23,9 +23,10 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.config.sources import FunctionSourceConfig
+from common.memory import GIB
 from common.user_code.functions import load_function
 from common.user_code.import_path import find_users_modules
-from deploy.capacity import GIB, Node
+from deploy.capacity import Node
 from deploy.cli import main
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import prepared_pairs

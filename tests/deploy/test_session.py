@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 
 import deploy.session
+from common.config.base import RayConfig
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
+from common.memory import GIB
 from deploy.capacity import Node
-from deploy.needs import Need
+from deploy.needs import Need, needs
 from deploy.run.directory import is_owned, run_owner
+from deploy.run.resume import resumed_config
 from deploy.session import COLLECT_AFTER, rare_full_collections, session, step_grace_s
+from tests.deploy.test_capacity import LLAMA_2_7B
 
 TREE = {"prompts": {"train": "t"}, "reward": {"sources": [{"name": "s", "function": "m:f"}]}}
 FITS, TOO_LARGE = Need("Learner(0)", "learner", 1, 0, 0), Need("Learner(0)", "learner", 3, 0, 0)
@@ -46,7 +51,7 @@ def started(cfg, run, *phases, resume=False, record=lambda: None):
     """A session of a run directory that this process owns."""
     with (
         run_owner(run, resume=resume) as owned,
-        session(cfg, "train", owned, *phases, resume=resume, record=record) as begin,
+        session(cfg, "train", owned, lambda cfg: phases, resume=resume, record=record) as (_, begin),
     ):
         yield begin
 
@@ -78,6 +83,52 @@ def test_a_resumed_session_records_its_entries_before_it_writes_the_config(cfg, 
         begin()
     assert steps == [cfg.num_steps]
     assert load_config(tmp_path / "config.toml", [], Config).num_steps == 7
+
+
+def test_a_resumed_run_keeps_its_micro_batches_on_larger_gpus(tmp_path, monkeypatch):
+    def phases(cfg):
+        return [needs(cfg, LLAMA_2_7B)]
+
+    def trained_with(cfg, *, gib, resume):
+        node = Node("n", 9, 8, 64 * GIB, gib * GIB)
+        monkeypatch.setattr(deploy.session, "cluster", lambda ray, run: nullcontext([node]))
+        with (
+            run_owner(tmp_path, resume=resume) as owned,
+            session(cfg, "train", owned, phases, trains=LLAMA_2_7B, resume=resume) as (cfg, begin),
+        ):
+            begin()
+        assert load_config(tmp_path / "config.toml", [], Config) == cfg
+        return cfg.learner.micro_batch_tokens
+
+    cfg = Config.model_validate({**TREE, "learner": {"gpus": 1, "lora": {}}})
+    assert trained_with(cfg, gib=40, resume=False) == 4096  # test_micro_batches.py has the arithmetic
+    recorded = resumed_config(Config, tmp_path, [], travels=False)
+    assert trained_with(recorded, gib=80, resume=True) == 4096
+    again = resumed_config(Config, tmp_path, ["learner.micro_batch_tokens=8192"], travels=False)
+    assert trained_with(again, gib=80, resume=True) == 8192
+
+
+def test_an_own_cluster_gets_a_store_for_the_phase_that_needs_most(cfg, tmp_path, monkeypatch):
+    stores = []
+
+    def cluster(ray, run):
+        stores.append(ray.object_store_mib)
+        return nullcontext([Node("n", 9, 0, 64 * GIB)])
+
+    monkeypatch.setattr(deploy.session, "cluster", cluster)
+    large = replace(FITS, store={"weights": 3 * GIB})
+    with started(cfg, tmp_path / "run", [FITS], [large, FITS]):
+        pass
+    small = cfg.model_copy(update={"ray": RayConfig(object_store_mib=3000)})
+    with (
+        pytest.raises(UserError, match=r"object_store_mib \(3000\) must be at least 3072"),
+        started(small, tmp_path, [large]),
+    ):
+        pass
+    joining = cfg.model_copy(update={"ray": RayConfig(object_store_mib=3000, address="10.0.0.1:6379")})
+    with started(joining, tmp_path / "other", [large]):  # its nodes' stores count, and not this setting
+        pass
+    assert stores == [3072, 3000]
 
 
 def test_a_directory_is_owned_before_the_cluster_is_joined(cfg, tmp_path, events):

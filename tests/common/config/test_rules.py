@@ -79,6 +79,14 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
         ({"learner": {"ranks": 64, "gpus": 2}}, ["learner.gpus (2)", "each of 64 learner.ranks", "cannot share a GPU"]),
         ({"learner": {"ranks": 2, "min_ranks": 3}}, ["learner.min_ranks (3)", "at most learner.ranks (2)", "raise"]),
+        ({"rollouts_per_step": 7, "learner": {"ranks": 8}}, ["learner.ranks (8)", "ppo.minibatches (7)", "lower"]),
+        ({"ppo": {"minibatches": 8}, "learner": {"ranks": 9}}, ["learner.ranks (9)", "ppo.minibatches (8)"]),  # 64 / 8
+        # 400 rollouts of 10,256 tokens, 20 bytes each: 82.0e6 bytes, 78.2 MiB
+        (
+            {"rollouts_per_step": 400, "prompts": {"train": "t", "max_tokens": 10_000}, "buffer_mib": 78}
+            | {"reference": {"max_batch_tokens": 10_256}},
+            ["buffer_mib (78)", "the 400 rollouts of a step", "79 MiB", "max_staleness (1)", "raise it"],
+        ),
         # 512 + 256 tokens
         ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
         ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
@@ -99,6 +107,7 @@ def test_each_broken_rule_of_ppo_is_refused_with_its_values(sections, parts):
             ["data.heldout", "data.heldout_pairs", "give one of the two"],
         ),
         ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
+        ({"pairs_per_step": 3, "learner": {"ranks": 4}}, ["learner.ranks (4)", "at most pairs_per_step (3)", "lower"]),
     ],
 )
 def test_each_broken_rule_of_reward_training_is_refused_with_its_values(sections, parts):
@@ -126,6 +135,10 @@ def test_each_broken_rule_of_pair_sampling_is_refused_with_its_values(sections, 
     [
         (Config, ppo(reference={"max_batch_tokens": 768})),
         (Config, ppo(sampling={"min_new_tokens": 256})),
+        (Config, ppo(rollouts_per_step=4096, buffer_mib=60)),  # 4096 of 768 tokens, 20 bytes each
+        (Config, ppo(rollouts_per_step=4096, buffer_mib=1, max_staleness=0)),  # then nothing waits in the buffer
+        (Config, ppo(ppo={"minibatches": 8}, learner={"ranks": 8})),
+        (RewardTrainingConfig, reward_training(pairs_per_step=3, learner={"ranks": 3})),
         (Config, ppo(num_steps=5, optimizer={"warmup_steps": 5}, learner={"critic_warmup_steps": 4})),
         (Config, ppo(kl={"controller": "adaptive", "horizon": 64})),
         (Config, ppo(max_staleness=0, ppo={"importance_cap": 0})),

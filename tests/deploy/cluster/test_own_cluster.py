@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config.base import RayConfig
 from common.errors import UserError
+from common.memory import MIB
 from deploy.cluster import own_cluster
-from deploy.needs import MIB
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,11 +27,14 @@ ROOT = Path(__file__).parents[3]
 )
 def test_an_object_store_that_fits_nowhere_is_refused(mib, free, rule):
     with pytest.raises(UserError, match=rf"ray.object_store_mib \({mib}\) {rule}"):
-        own_cluster.check_store(RayConfig(object_store_mib=mib), *(size * MIB for size in free))
+        own_cluster.check_store(mib, *(size * MIB for size in free))
 
 
-def test_a_store_may_be_a_file_where_shared_memory_is_small():
-    own_cluster.check_store(RayConfig(object_store_mib=1000), 8000 * MIB, 64 * MIB, 2000 * MIB)
+def test_a_store_that_ray_will_keep_in_a_file_is_allowed_with_a_warning(capsys):
+    own_cluster.check_store(1000, 8000 * MIB, 64 * MIB, 2000 * MIB)
+    assert "ray.object_store_mib (1000) does not fit into /dev/shm, which has 64 MiB free" in capsys.readouterr().err
+    own_cluster.check_store(1000, 8000 * MIB, 1000 * MIB, 2000 * MIB)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_directory_of_a_cluster_is_private_and_removed_afterwards(tmp_path, monkeypatch):

@@ -1,0 +1,62 @@
+"""The size of micro-batches on a GPU, if the user leaves it out: the fastest for the model that fits its memory.
+
+Runs in the driver.
+
+RUN/config.toml records the size. A resumed run reads it there, so on one layout of devices it computes the same bits,
+also on a cluster whose GPUs have more memory than those that it began on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from common.config.ppo import Config
+from common.config.reward_model import RewardTrainingConfig
+from common.config.training import CPU_TOKENS, GPU_TOKENS
+from common.errors import UserError
+from common.model.size import ModelSize
+from deploy.capacity import Node, check_fits
+from deploy.needs import Phases
+
+Trains = TypeVar("Trains", Config, RewardTrainingConfig)
+
+# From this many weights on, arithmetic takes longer than the start of kernels, and larger micro-batches gain little:
+# docs/performance.md has the times.
+LARGE_MODEL = 1_000_000_000
+FASTEST, FASTEST_OF_LARGE = 32_768, 16_384  # tokens
+
+
+def with_micro_batches(
+    cfg: Trains, model: ModelSize, nodes: Sequence[Node], phases: Callable[[Trains], Phases]
+) -> Trains:
+    """The settings of a command that trains `model`, with learner.micro_batch_tokens: the given number, or on GPUs the
+    largest of `_sizes` with which `phases` fit the nodes. If none fits, the smallest, and the run is refused later."""
+    if cfg.learner.micro_batch_tokens is not None or not cfg.learner.gpus:
+        return cfg
+    chosen = cfg
+    for tokens in _sizes(model, nodes):
+        chosen = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"micro_batch_tokens": tokens})})
+        if _fit(phases(chosen), nodes):
+            break
+    return chosen
+
+
+def _sizes(model: ModelSize, nodes: Sequence[Node]) -> Iterator[int]:
+    """The sizes to try, largest first. Where no node says how much memory its GPUs have, only GPU_TOKENS."""
+    if not any(node.gpu_memory for node in nodes):
+        yield GPU_TOKENS
+        return
+    tokens = FASTEST if model.parameters < LARGE_MODEL else FASTEST_OF_LARGE
+    while tokens >= CPU_TOKENS:
+        yield tokens
+        tokens //= 2
+
+
+def _fit(phases: Phases, nodes: Sequence[Node]) -> bool:
+    try:
+        for processes in phases:
+            check_fits(processes, nodes)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,65 @@
+"""What a run keeps in Ray's object store, and the size of a store that is started for it. Pure arithmetic.
+
+Runs in the driver. Published weights, rollouts and batches are in the object store of their node, which is shared
+memory. Ray moves what finds no room there to a disk, and the run becomes slow without a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from common.config.base import RayConfig
+from common.config.ppo import Config
+from common.errors import UserError
+from common.memory import MIB
+from common.model.size import ModelSize
+
+# Room for a version of the weights, as a multiple of its bytes: the store's own bookkeeping, gaps between objects, and
+# deltas (generators.updates = "changes").
+OVERHEAD = 1.1
+LEAST_MIB = 1024  # of a store whose size is left out: evaluations and preference pairs need some, too
+
+Stored = Mapping[str, int]  # bytes in the object store of one node, by what they are
+
+
+def learner_store(cfg: Config, model: ModelSize) -> Stored:
+    """The store of the node where rank 0 publishes: during a publication it has the old and the new weights.
+
+    Rollouts stay in the store until the learner has learned from them, and there are no more than the buffer's slots.
+    While a batch is learned from, its table is there, too."""
+    return {"two versions of the weights": 2 * _version(model), "rollouts": _rollouts(cfg)}
+
+
+def generator_store(cfg: Config, model: ModelSize) -> Stored:
+    """The store of another node, with generators: they fetch the new weights there, and leave their rollouts there."""
+    return {"a version of the weights": _version(model), "rollouts": _rollouts(cfg)}
+
+
+def _version(model: ModelSize) -> int:
+    return int(OVERHEAD * 2 * model.parameters)
+
+
+def _rollouts(cfg: Config) -> int:
+    batch = cfg.rollouts_per_step * cfg.longest_rollout_bytes
+    buffered = min(cfg.buffer_mib * MIB, cfg.max_staleness * batch)
+    return buffered + 2 * batch  # the batch that is learned from, and its table
+
+
+def sized(cfg: RayConfig, stores: Sequence[Stored]) -> RayConfig:
+    """The settings of a cluster that is started for processes with these stores: with the store's size, if that was
+    left out. Raises UserError if the given size is too small."""
+    largest = max(stores, key=lambda store: sum(store.values()), default={})
+    wanted = -(-sum(largest.values()) // MIB)
+    if cfg.object_store_mib is None:
+        return cfg.model_copy(update={"object_store_mib": max(LEAST_MIB, wanted)})
+    if cfg.object_store_mib < wanted:
+        raise UserError(
+            f"ray.object_store_mib ({cfg.object_store_mib}) must be at least {wanted}, for {listed(largest)}; raise it "
+            "or leave it out, lower buffer_mib or rollouts_per_step, or use a smaller model"
+        )
+    return cfg
+
+
+def listed(store: Stored) -> str:
+    """The parts with their sizes, for messages."""
+    return " and ".join(f"{name} ({-(-size // MIB)} MiB)" for name, size in store.items())

@@ -1,0 +1,85 @@
+"""The size of micro-batches that a run on GPUs gets if it is left out."""
+
+from dataclasses import replace
+
+import pytest
+
+from common.config.ppo import Config
+from common.config.reward_model import RewardTrainingConfig
+from common.errors import UserError
+from common.memory import GIB
+from deploy.capacity import Node, check_fits
+from deploy.micro_batches import with_micro_batches
+from deploy.needs import needs, trainer_needs
+from tests.deploy.test_capacity import H100, LLAMA_2_7B, MODEL
+from tests.fakes import QWEN_1_5B
+
+
+def config(**learner):
+    rewards = {"sources": [{"name": "s", "function": "m:f"}]}
+    return Config.model_validate({"prompts": {"train": "t"}, "reward": rewards, "learner": learner})
+
+
+def node(gpu_memory):
+    return Node("n", 64, 8, 1000 * GIB, gpu_memory)
+
+
+def chosen(model, gpu_memory, **learner):
+    phases = lambda cfg: [needs(cfg, model)]  # noqa: E731
+    return with_micro_batches(config(**learner), model, [node(gpu_memory)], phases).learner.micro_batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens"), [(1_000_000, 32_768), (999_999_999, 32_768), (1_000_000_000, 16_384)]
+)
+def test_small_models_get_larger_micro_batches(parameters, tokens):
+    assert chosen(replace(MODEL, parameters=parameters), H100, gpus=1) == tokens
+
+
+def test_on_the_cpu_and_where_it_is_given_the_size_stays():
+    assert chosen(MODEL, H100) is None
+    assert chosen(MODEL, H100, gpus=1, micro_batch_tokens=100) == 100
+
+
+def test_where_nobody_knows_the_gpus_memory_the_size_is_moderate():
+    assert chosen(MODEL, 0, gpus=1) == 8192
+
+
+# Llama 2 7B with LoRA: frozen weights 13.48e9 bytes, adapters 0.47e9 (16 bytes each), the output embedding's gradient
+# 0.52e9, CUDA 0.63e9; and 18 bf16 values * 32 layers * 4096 units for each token, 4.72e6 bytes.
+@pytest.mark.parametrize(
+    ("gib", "learner", "tokens"),
+    [
+        (80, {}, 8192),  # 15.1e9 + 38.7e9 of 85.9e9; 16,384 tokens take 77.3e9
+        (40, {}, 4096),  # 15.1e9 + 19.3e9 of 42.9e9
+        (80, {"gpus": 0.5}, 4096),
+        (80, {"gradient_checkpointing": True}, 16_384),  # 3 values instead of 18
+        (16, {}, 512 // 2),  # none fits
+    ],
+)
+def test_micro_batches_are_halved_until_the_plan_fits_the_share(gib, learner, tokens):
+    found = chosen(LLAMA_2_7B, gib * GIB, **{"gpus": 1, "lora": {}, **learner})
+    assert found == max(tokens, 512)
+    cfg = config(**{"gpus": 1, "lora": {}, **learner, "micro_batch_tokens": found})
+    if tokens >= 512:
+        check_fits(needs(cfg, LLAMA_2_7B), [node(gib * GIB)])
+    else:
+        with pytest.raises(UserError, match="no node has room for Learner"):
+            check_fits(needs(cfg, LLAMA_2_7B), [node(gib * GIB)])
+
+
+def test_smaller_passes_are_no_remedy_where_activations_are_small():
+    cfg = config(gpus=1, micro_batch_tokens=512)
+    with pytest.raises(UserError, match=r"24\.0 GiB, .*: use more learner\.ranks") as caught:
+        check_fits(needs(cfg, LLAMA_2_7B), [node(24 * GIB)])
+    assert "micro_batch_tokens" not in str(caught.value)
+
+
+def test_reward_training_gets_its_size_in_the_same_way():
+    def phases(cfg):
+        return [trainer_needs(cfg.learner, QWEN_1_5B, row=1024)]
+
+    cfg = RewardTrainingConfig.model_validate({"data": {"train": "pairs"}, "learner": {"gpus": 1}})
+    # 16 bytes a weight are 24.7e9, the output embedding 0.93e9, CUDA 0.63e9; 1.55e6 bytes a token, of 42.9e9.
+    assert with_micro_batches(cfg, QWEN_1_5B, [node(40 * GIB)], phases).learner.micro_batch_tokens == 8192
+    assert with_micro_batches(cfg, QWEN_1_5B, [node(H100)], phases).learner.micro_batch_tokens == 16_384
