@@ -19,6 +19,7 @@ from actors.pool.replica import PoolEvent
 from actors.pool.roles import ReferencePool, RewardPool
 from common.config.ppo import Config
 from common.files import append_record, write_json
+from common.health.health import Event
 from common.types import Experience, Prompt, Void
 from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
@@ -136,15 +137,15 @@ async def _train(
     async def start_reference() -> Reference:
         return AdapterReference(learner) if cfg.learner.lora is not None else ReferencePool(await start.references(cfg))
 
-    def stepped(record: dict[str, Any], example: Experience, voids: list[Void]) -> None:
-        figures.step(record)
-        progress.step(record, example, voids)
+    def stepped(record: dict[str, Any], example: Experience, voids: list[Void], events: list[Event]) -> None:
+        figures.step(record, events)
+        progress.step(record, example, voids, events)
         wake_sinks()
 
-    def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
+    def evaluated(evaluation: Evaluation, answers: list[Answer], events: list[Event]) -> None:
         write_answers(answers_path(directory, evaluation), answers, policy.tokenizer)
-        figures.evaluation(evaluation)
-        progress.evaluation(evaluation)
+        figures.evaluation(evaluation, events)
+        progress.evaluation(evaluation, events)
         wake_sinks()
 
     with ExitStack() as ending:

@@ -2,7 +2,8 @@
 
 Two runs of one config and one seed on one machine print the same lines if no change touched the numbers: every
 rollout, score and log-probability of the journal, every metric, every held-out evaluation, and the final weights.
-Times are left out, and the bytes of weights sent, which depend on the number of replicas. Each line's hash covers all
+Times are left out, health rules, some of which look at times, and the bytes of weights sent, which depend on the number
+of replicas. Each line's hash covers all
 lines above it. So the first line that differs says where two runs part, and the last line is the digest of the run.
 
 Use a config with max_staleness = 0 and one generator. Otherwise the clock decides which weights sample a token.
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from common.files import read_records
 from learner.loop.journal import Journal
 
-UNREPEATABLE_KEYS = {"time", "journal", "staleness/generating_s", "staleness/buffered_s"}
+UNREPEATABLE_KEYS = {"time", "journal", "health", "staleness/generating_s", "staleness/buffered_s"}
 UNREPEATABLE_PATHS = ("time/", "wait/", "weights/")
 
 

@@ -98,6 +98,7 @@ def run_directory(tmp_path_factory) -> Path:
     run.heldout = []
     run.decode = lambda responses: [f"text {ids[0]}" for ids in responses]
     asyncio.run(train(run))
+    (directory / "config.toml").write_text(run.cfg.to_toml())
     return directory
 
 

@@ -308,6 +308,7 @@ ENDPOINT = (
     Metric("evaluation/score", "reward units", "mean", "answers", "score of the newest held-out evaluation"),
     Metric("evaluation/pass_at_1", "share", "mean", "prompts", "pass@1 of the newest held-out evaluation"),
     Metric("policy_version", "publications", "last", "", "version that the generators hold"),
+    Metric("health", "0 or 1", "last", "", "1 for each rule of docs/health.md that holds now; the label is `rule`"),
 )
 
 # The record of an optimizer step of `ratchet train-reward`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from common.config.base import MonitoringConfig
 from common.errors import UserError
 from common.files import write_json
+from common.health.health import RULES, Event
 from common.metrics.table import ENDPOINT, STEP
 from learner.loop.evaluation import Evaluation
 
@@ -31,18 +32,22 @@ class RunFigures(Collector):
     def __init__(self) -> None:
         self._record: Mapping[str, Any] = {}
         self._evaluated: Mapping[str, float] = {}
+        self._events: dict[str, Sequence[Event]] = {}  # of the newest step and the newest evaluation
         self._shared: Path | None = None  # the directory that lists all runs
         self.address = ""  # HOST:PORT
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: Mapping[str, Any], events: Sequence[Event] = ()) -> None:
         self._record = {**record, "policy_version": record["step"] + 1}
+        self._events = {**self._events, "step": events}
 
-    def evaluation(self, evaluation: Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation, events: Sequence[Event] = ()) -> None:
+        self._events = {**self._events, "evaluation": events}
         passed = {} if evaluation.pass_at_1 is None else {"evaluation/pass_at_1": evaluation.pass_at_1}
         self._evaluated = {"policy_version": evaluation.policy_version, "evaluation/score": evaluation.score, **passed}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        step, evaluated = self._record, self._evaluated  # the loop may replace them meanwhile
+        step, evaluated, events = self._record, self._evaluated, self._events  # the loop may replace them meanwhile
+        holding = {event.rule for found in events.values() for event in found}
         values = {**step, **evaluated}
         versions = [found["policy_version"] for found in (step, evaluated) if found]
         if versions:
@@ -62,6 +67,11 @@ class RunFigures(Collector):
                     if key != "score":
                         others.add_metric([source, key], value)
                 yield others
+            elif metric.key == "health":
+                rules = GaugeMetricFamily(name, help_, labels=["rule"])
+                for rule in RULES if step else ():
+                    rules.add_metric([rule], float(rule in holding))
+                yield rules
             elif metric.key in values:
                 yield GaugeMetricFamily(name, help_, value=values[metric.key])
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.pool.pool import Pool
 from common.config.ppo import Config
+from common.health.health import Event
 from common.metrics.table import STEP
 from common.types import Experience, Prompt, Void
 from deploy.screen.console import printable
@@ -64,7 +65,6 @@ class Progress(Screen):
         self._tokenizer = tokenizer
         self._seconds: deque[float] = deque(maxlen=20)  # of the newest steps
         self._shown_at = time.perf_counter()
-        self._equal_steps = 0  # steps in a row whose scores are all equal
 
     def begin(self, *, num_prompts: int, num_heldout: int) -> None:
         cfg = self._cfg
@@ -96,7 +96,7 @@ class Progress(Screen):
                 self._print(f"      {time.strftime('%H:%M:%S')} {doing()}", style="dim")
             await asyncio.sleep(min(after_s, max(0.01, after_s - silent_s)))
 
-    def evaluation(self, evaluation: Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation, events: Sequence[Event] = ()) -> None:
         self._shown_at = time.perf_counter()
         at = f"at version {evaluation.policy_version}"
         if evaluation.pass_at_1 is not None and evaluation.interval is not None:
@@ -110,10 +110,13 @@ class Progress(Screen):
         if evaluation.voids:
             reason = escape(evaluation.void_reason[:200])
             self._print(f"      {evaluation.voids} answer(s) without a score, most often: {reason}", style="yellow")
+        self._health(events)
         if evaluation.policy_version == 0:
             self._header()
 
-    def step(self, record: dict[str, Any], example: Experience, voids: Sequence[Void]) -> None:
+    def step(
+        self, record: dict[str, Any], example: Experience, voids: Sequence[Void], events: Sequence[Event] = ()
+    ) -> None:
         self._shown_at = time.perf_counter()
         phases = [(word, record[key]) for word, key in _PHASES.items() if key in record]
         seconds = sum(took for _, took in phases)
@@ -124,28 +127,19 @@ class Progress(Screen):
         self._row({**record, "tokens_per_s": rate, "seconds_left": left})
         spent = ", ".join(f"{word} {took:.1f}" for word, took in phases if took >= 0.05)
         self._print(f"      {seconds:.1f} s: {spent}", style="dim")
-        self._warn_of_equal_scores(record)
         for reason, count in Counter(void.reason for void in voids).most_common(3):
             self._print(f"      {count} rollout(s) voided: {escape(reason[:200])}", style="yellow")
         answer = self._tokenizer.decode(example.rollout.response_ids.tolist())
         score = f" = {example.score.total:g}"
         self._print(escape(one_line(question(example.rollout.prompt), answer, score, self._console.width)), style="dim")
+        self._health(events)
 
-    def _warn_of_equal_scores(self, record: Mapping[str, float]) -> None:
-        """Warns when the scores of a step teach nothing, and again after every ten such steps in a row."""
-        if record["rollout/score/zero_std"] != 1:
-            self._equal_steps = 0
-            return
-        self._equal_steps += 1
-        if self._equal_steps % 10 != 1:
-            return
-        responses = "all responses" if record["rollout/score/std"] == 0 else "all responses to one prompt"
-        since = f" ({self._equal_steps} steps in a row)" if self._equal_steps > 1 else ""
-        self._print(
-            f"      {responses} score the same{since}: these scores teach nothing. If this lasts, the task is too "
-            "hard or too easy, or the reward is broken",
-            style="yellow",
-        )
+    def _health(self, events: Sequence[Event]) -> None:
+        """One line for each rule that holds, when it begins and now and then while it lasts."""
+        for event in events:
+            if event.news:
+                lasting = f" ({event.steps} steps)" if event.steps > 1 else ""
+                self._print(f"      {escape(str(event))}{lasting}", style="yellow")
 
     def end(self, evaluations: Sequence[Evaluation], *, wins: float | None = None, seconds: float) -> None:
         """`wins` is the share of held-out prompts whose answer scores higher after training than before."""

@@ -34,13 +34,15 @@ class Evaluation:
     response_tokens: float  # mean
     distinct_1: float  # distinct tokens divided by all tokens of all answers (Li et al. 2016, arXiv:1510.03055)
     distinct_2: float  # the same for token pairs; falls when answers become alike
+    score_std: float | None = None  # standard deviation of the total scores; older records have neither
+    component_stds: Mapping[str, float] | None = None  # standard deviation of each raw score
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
-        known = {key: value for key, value in record.items() if key not in ("time", "journal")}
+        known = {key: value for key, value in record.items() if key not in ("time", "journal", "health")}
         return cls(**{**known, "interval": record["interval"] and tuple(record["interval"])})
 
 
@@ -72,7 +74,10 @@ async def evaluate(
     raw = [score.components[source] for score in scores]
     can_pass = cfg.pass_source is not None or set(raw) <= {0, 1}
     passed = sum(value >= cfg.pass_score for value in raw)
-    scored, asked = max(1, len(scores)), max(1, len(answers))
+    components = {
+        name: [score.components[name] for score in scores] for name in (scores[0].components if scores else ())
+    }
+    asked = max(1, len(answers))
     responses = [rollout.response_ids for rollout, _, _ in answers]
     evaluation = Evaluation(
         policy_version=policy_version,
@@ -81,15 +86,14 @@ async def evaluate(
         void_reason=Counter(voids).most_common(1)[0][0] if voids else "",
         pass_at_1=passed / max(1, len(prompts)) if can_pass else None,
         interval=wilson_interval(passed, len(prompts)) if can_pass else None,
-        score=sum(score.total for score in scores) / scored,
-        components={
-            name: sum(score.components[name] for score in scores) / scored
-            for name in (scores[0].components if scores else ())
-        },
+        score=sum(score.total for score in scores) / max(1, len(scores)),
+        components={name: sum(values) / len(values) for name, values in components.items()},
         kl_per_response=sum(float((r.rollout_logprobs - ref).sum()) for r, _, ref in answers) / asked,
         response_tokens=sum(map(len, responses)) / asked,
         distinct_1=distinct(responses, 1),
         distinct_2=distinct(responses, 2),
+        score_std=float(np.std([score.total for score in scores])) if scores else None,
+        component_stds={name: float(np.std(values)) for name, values in components.items()},
     )
     return evaluation, [(rollout, score) for rollout, score, _ in answers]
 

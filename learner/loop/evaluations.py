@@ -6,6 +6,7 @@ import time
 from functools import partial
 
 from common.files import append_record
+from common.health.health import names
 from learner.loop.checkpoints import save_now
 from learner.loop.evaluation import Evaluation, best_version, evaluate
 from learner.loop.recovery import with_learner, without_learner
@@ -29,10 +30,11 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
         max_void_share=run.cfg.reward.max_void_share,
     )
     evaluation, answers = await without_learner(run, evaluating)
-    run.on_evaluation(evaluation, answers)  # saves the answers: once the record exists, this is never repeated
     # The hash ties the record to the steps that this version has learned from.
     record = {"time": time.time(), "journal": run.journal.digest(step), **evaluation.record()}
-    append_record(run.directory / "evaluations.jsonl", record)
+    events = run.health.evaluation(record)
+    run.on_evaluation(evaluation, answers, events)  # saves the answers: once the record exists, this is never repeated
+    append_record(run.directory / "evaluations.jsonl", {**record, **names(events)})
     evaluations.append(evaluation)
     if run.cfg.checkpoint.best and best_version(evaluations) == step:
         run.checkpoints.best = step

@@ -60,13 +60,16 @@ def sound_metrics(path: Path, journal: Journal, report: Report) -> set[int]:
     return found
 
 
-def fill_gaps(path: Path, journal: Journal, logged: set[int]) -> None:
-    """Gives every step of the journal that has no record in metrics.jsonl one, as far as the journal knows it."""
-    if missing := set(range(journal.next_step)) - logged:
+def fill_gaps(path: Path, journal: Journal, logged: set[int]) -> bool:
+    """Gives every step of the journal that has no record in metrics.jsonl one, as far as the journal knows it. Returns
+    True if there were such steps."""
+    missing = set(range(journal.next_step)) - logged
+    if missing:
         records = [*read_records(path), *(record_of(journal.read(step), {}) for step in sorted(missing))]
         records.sort(key=lambda record: record["step"])
         write_durably(path, "".join(json.dumps(record) + "\n" for record in records))
         logged |= missing
+    return bool(missing)
 
 
 def record_of(entry: JournalStep, stats: dict[str, float]) -> Record:

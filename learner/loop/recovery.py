@@ -21,7 +21,6 @@ from functools import partial
 from typing import TypeVar
 
 from common.errors import BatchError, BrokenWeightsError, RankLostError, RoleError, UserError
-from common.files import append_record
 from learner.loop.changes import config_at
 from learner.loop.checkpoints import restore_newest, save_now
 from learner.loop.evaluation import Evaluation, best_version
@@ -52,10 +51,12 @@ async def recover(run: Run) -> list[Evaluation]:
     metrics = run.directory / "metrics.jsonl"
     run.logged = sound_metrics(metrics, run.journal, run.report)
     evaluations = sound_evaluations(run.directory / "evaluations.jsonl", run.journal, run.report)
+    run.read_health()
     if run.cfg.checkpoint.best:
         run.checkpoints.best = best_version(evaluations)
     await bring_to_end(run, State.NEW)
-    fill_gaps(metrics, run.journal, run.logged)
+    if fill_gaps(metrics, run.journal, run.logged):
+        run.read_health()
     await asyncio.to_thread(run.checkpoints.prune)
     if (last := run.journal.last()) is not None:
         run.prompts.restore(last.prompts)
@@ -147,8 +148,7 @@ async def _advance(run: Run, step: int, *, live: int | None) -> dict[str, float]
         run.furthest, run.losses = run.learner.step, 0
     if step != live:
         if step not in run.logged:
-            run.logged.add(step)
-            append_record(run.directory / "metrics.jsonl", record_of(entry, stats))
+            run.log(record_of(entry, stats))
         if run.checkpoints.due(step + 1, run.cfg.num_steps) or step + 1 == run.checkpoints.best:
             await save_now(run.learner, run.checkpoints)
     return stats

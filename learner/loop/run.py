@@ -12,6 +12,8 @@ from typing import Any
 
 from common.config.ppo import Config
 from common.experience_table import Decode
+from common.files import append_record, read_records
+from common.health.health import Event, Health, names
 from common.types import Experience, Prompt, Void
 from learner.loop.answers import Answer
 from learner.loop.checkpoints import Checkpoints
@@ -36,8 +38,8 @@ class Run:
     learner: LearnerGroup
     model_type: str = "unknown"  # from the policy's config.json, for messages
     decode: Decode | None = None  # for the text in the journal
-    on_step: Callable[[dict[str, Any], Experience, list[Void]], None] = lambda record, example, voids: None
-    on_evaluation: Callable[[Evaluation, list[Answer]], None] = lambda evaluation, answers: None
+    on_step: Callable[[dict[str, Any], Experience, list[Void], list[Event]], None] = lambda *step: None
+    on_evaluation: Callable[[Evaluation, list[Answer], list[Event]], None] = lambda *evaluation: None
     report: Callable[[str], None] = lambda message: print(message, file=sys.stderr)  # about faults that were overcome
     doing: Callable[[], str] = lambda: "roles start"  # for the screen
     seconds: dict[str, float] = field(default_factory=dict)  # of the current step, by metric
@@ -49,6 +51,7 @@ class Run:
     journal: Journal = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     credit: CreditFiles = field(init=False)
+    health: Health = field(init=False)
 
     def __post_init__(self) -> None:
         self.configured = self.cfg
@@ -60,6 +63,19 @@ class Run:
         self.credit = CreditFiles(
             self.directory, every=self.cfg.credit.every, journal=self.journal, report=lambda text: self.report(text)
         )
+        self.health = Health(self.cfg)
+
+    def read_health(self) -> None:
+        """Brings the health rules to the end of the records on disk."""
+        files = [self.directory / name for name in ("metrics.jsonl", "evaluations.jsonl")]
+        self.health = Health(self.cfg).follow(*map(read_records, files))
+
+    def log(self, record: dict[str, Any]) -> list[Event]:
+        """Writes the record of a step into metrics.jsonl, with the health rules that hold. Returns their events."""
+        events = self.health.step(record)
+        append_record(self.directory / "metrics.jsonl", {**record, **names(events)})
+        self.logged.add(record["step"])
+        return events
 
     @contextmanager
     def phase(self, name: str, doing: str) -> Iterator[None]:

@@ -29,7 +29,6 @@ import pyarrow as pa
 
 from common.errors import GivenUpError, RolloutLostError
 from common.experience_table import experience_table
-from common.files import append_record
 from common.types import Experience, ExperienceRef, Prompt, RolloutRef, Void
 from learner.loop.agreement import NUM_PROMPTS, MismatchBound, check_engines
 from learner.loop.batch_metrics import batch_metrics
@@ -112,14 +111,12 @@ async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
         sent = await with_learner(run, partial(publish, run), live=step)
     rollouts = batch_metrics(table, len(batch.voids), policy_version=step)
     record = {"step": step, "time": time.time(), **rollouts, **batch.stats, **stats, **sent, **run.seconds}
-    # Log before checkpointing: recovery logs only steps newer than the checkpoint.
-    append_record(run.directory / "metrics.jsonl", record)
-    run.logged.add(step)
+    events = run.log(record)  # before checkpointing: recovery logs only steps newer than the checkpoint
 
     with run.phase("checkpoint", f"step {step + 1}: a checkpoint is written"):
         if run.checkpoints.due(run.learner.step, run.cfg.num_steps):
             await with_learner(run, partial(save_now, run.learner, run.checkpoints))
-    run.on_step({**record, **run.seconds}, batch.experience[0], batch.voids)
+    run.on_step({**record, **run.seconds}, batch.experience[0], batch.voids, events)
     return stats
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.config.ppo import Config
 from common.errors import BatchError, RankLostError
+from common.health.health import Event
 from common.model.files import load_tokenizer
 from common.model.identity import model_digest
 from common.types import Prompt, PromptRecord, Rollout, RolloutRef, Score, Void
@@ -210,7 +211,7 @@ def small_run(directory: Path, model: Path, *, roles: Mapping[str, Any] | None =
     heldout = [PromptRecord(f"h{i}", np.array([3, 40 + i], dtype=np.int32), {}) for i in range(2)]
     every = SmallRoles(cfg, **(roles or {}))
 
-    def evaluated(evaluation: Evaluation, answers: list[Answer]) -> None:
+    def evaluated(evaluation: Evaluation, answers: list[Answer], events: list[Event]) -> None:
         write_answers(answers_path(directory, evaluation), answers, tokenizer)
 
     run = Run(

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common.config.base import MonitoringConfig
 from common.errors import UserError
+from common.health.health import RULES, Event
 from common.metrics.table import STEP
 from deploy.monitoring.endpoint import RunFigures
 from learner.loop.evaluation import Evaluation
@@ -58,6 +59,7 @@ def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
             ("ratchet_reward_score", "my-judge"): 8.0,
             ("ratchet_reward_figure", "std", "mean"): 0.5,  # figure, source
             ("ratchet_reward_running_mean",): 4.0,
+            **{("ratchet_health", rule): 0 for rule in RULES},
         }
         figures.evaluation(evaluation(2, 0.75))
         assert scrape(tmp_path)[("ratchet_evaluation_pass_at_1",)] == 0.75
@@ -65,11 +67,29 @@ def test_nothing_is_shown_before_it_is_measured_and_then_the_newest(tmp_path):
         assert ("ratchet_evaluation_pass_at_1",) not in scrape(tmp_path)
 
 
+def test_each_health_rule_is_1_while_it_holds(tmp_path):
+    def holding() -> set[str]:
+        found = {name[1]: value for name, value in scrape(tmp_path).items() if name[0] == "ratchet_health"}
+        assert set(found.values()) <= {0, 1}
+        assert found.keys() == RULES.keys()
+        return {rule for rule, value in found.items() if value}
+
+    event, judged = Event("kl_negative", "", "", news=False), Event("judge_falls", "", "")
+    with RunFigures.served(MonitoringConfig()) as figures, figures.discoverable(tmp_path):
+        figures.evaluation(evaluation(0, None), [judged])
+        figures.step({"step": 0}, [event])
+        assert holding() == {"kl_negative", "judge_falls"}
+        figures.step({"step": 1, "health": ["kl_negative"]}, [])
+        assert holding() == {"judge_falls"}
+        figures.evaluation(evaluation(2, None), [])
+        assert holding() == set()
+
+
 def test_every_figure_of_a_record_comes_out_under_its_own_name(tmp_path):
     record = {f.key.replace("NAME", "exact").replace("KEY", "ok"): index for index, f in enumerate(STEP)}
     with RunFigures.served(MonitoringConfig()) as figures, figures.discoverable(tmp_path):
         figures.step(record)
-        found = scrape(tmp_path)
+        found = {name: value for name, value in scrape(tmp_path).items() if name[0] != "ratchet_health"}
     assert found.pop(("ratchet_policy_version",)) == 1
     assert sorted(found.values()) == list(range(len(STEP)))
     assert found[("ratchet_wait_learner_s",)] == record["wait/learner_s"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.health.health import Event
 from common.types import Score, Void
 from deploy.screen.progress import Progress, one_line, question
 from deploy.screen.screen import duration, short
@@ -51,9 +52,9 @@ def progress(tmp_path, monkeypatch) -> Progress:
     return Progress(tiny_config("model", num_steps=200, rollouts_per_step=16), tmp_path, Letters())
 
 
-def lines_of(capsys, progress, *records, voids=(), example=None) -> list[str]:
+def lines_of(capsys, progress, *records, voids=(), example=None, events=()) -> list[str]:
     for record in records:
-        progress.step(record, example or make_experience(0, [0, 1, 2], score=0.5), list(voids))
+        progress.step(record, example or make_experience(0, [0, 1, 2], score=0.5), list(voids), list(events))
     return capsys.readouterr().out.splitlines()
 
 
@@ -129,18 +130,12 @@ def test_a_number_takes_at_most_six_characters(value, shown):
     assert short(value) == shown
 
 
-def test_equal_scores_are_reported_but_not_at_every_step(capsys, progress):
-    flat = {**RECORD, "rollout/score/std": 0.0, "rollout/score/zero_std": 1.0}
-    lines = lines_of(capsys, progress, *[flat] * 12)
-    said = [line.strip() for line in lines if "score the same" in line]
-    assert [line.partition(":")[0] for line in said] == [
-        "all responses score the same",
-        "all responses score the same (11 steps in a row)",
-    ]
-    assert "teach nothing" in said[0]
-    assert not [line for line in lines_of(capsys, progress, RECORD) if "score the same" in line]
-    [said] = [line for line in lines_of(capsys, progress, {**flat, "rollout/score/std": 0.5}) if "same" in line]
-    assert "all responses to one prompt score the same" in said
+def test_a_health_rule_is_shown_in_one_line_when_it_is_news(capsys, progress):
+    event = Event("kl_negative", "KL is [red]-3", "raise it", steps=10)
+    old = Event("voids_rising", "many", "look", steps=2, news=False)
+    lines = lines_of(capsys, progress, RECORD, events=[event, old])
+    assert "      kl_negative: KL is [red]-3; raise it (docs/health.md#kl_negative) (10 steps)" in lines
+    assert not any("voids_rising" in line for line in lines)
 
 
 def test_voids_are_counted_by_their_reasons(capsys, progress):

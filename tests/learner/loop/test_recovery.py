@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,30 @@ def test_a_run_continues_from_checkpoint_and_journal(tmp_path):
     for resumed, uninterrupted in zip(cut.tables + rest.tables[1:], whole.tables, strict=True):
         assert resumed.equals(uninterrupted)
     assert [record["step"] for record in read_records(tmp_path / "cut/metrics.jsonl")] == list(range(6))
+
+
+class Clipping(FakeRoles):
+    """A learner whose clip removes most of the gradient from step 2 on."""
+
+    async def update(self, table: Any) -> dict[str, float]:
+        share = 0.9 if self.step >= 2 else 0.1
+        return {**await super().update(table), "ppo/clip_frac": share}
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5])
+def test_a_record_names_the_health_rules_that_hold(tmp_path, cut):
+    rule = "clip_frac_high"
+    told: list[int] = []
+    for num_steps in (cut, 7) if cut else (7,):
+        run = make_run(tmp_path, Clipping([]), num_steps=num_steps, checkpoint={"every": 2})
+        run.on_step = lambda record, example, voids, events: told.extend(
+            event.steps for event in events if event.rule == rule
+        )
+        asyncio.run(train(run))
+    # In two of three steps from step 3 on. The run continues as if it had not been cut.
+    named = [rule in record.get("health", []) for record in read_records(tmp_path / "metrics.jsonl")]
+    assert named == [False, False, False, True, True, True, True]
+    assert told == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_ahead_of_the_journal_is_refused_by_name(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from common.errors import GivenUpError, RolloutLostError, UserError
 from common.files import read_records
+from common.health.health import Event
 from common.types import Prompt, Rollout, RolloutRef, SampleId, Score, Void
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation
@@ -264,13 +265,13 @@ def test_an_evaluation_without_enough_scores_stops_the_run_with_the_reason(tmp_p
 def test_evaluation_happens_before_after_and_every_so_many_steps(tmp_path):
     roles = FakeRoles([])
     run = make_run(tmp_path, roles, num_steps=5, evaluation={"every": 2})
-    told: list[tuple[Evaluation, list[Answer]]] = []
-    run.on_evaluation = lambda *both: told.append(both)
+    told: list[tuple[Evaluation, list[Answer], list[Event]]] = []
+    run.on_evaluation = lambda *all_three: told.append(all_three)
     evaluations = asyncio.run(train(run))
     assert [evaluation.policy_version for evaluation in evaluations] == [0, 2, 4, 5]
     assert all(evaluation.pass_at_1 == 1.0 and evaluation.prompts == 2 for evaluation in evaluations)
-    assert [evaluation for evaluation, _ in told] == evaluations
-    for evaluation, answers in told:
+    assert [evaluation for evaluation, _, _ in told] == evaluations
+    for evaluation, answers, _ in told:
         assert [rollout.prompt.sample_id for rollout, _ in answers] == [SampleId(-1, 0, 0), SampleId(-1, 1, 0)]
         assert all(set(rollout.policy_versions) == {evaluation.policy_version} for rollout, _ in answers)
 
@@ -287,7 +288,7 @@ def test_a_resumed_run_keeps_its_evaluations_and_repeats_none(tmp_path):
     first = asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=2)))
     told: list[Evaluation] = []
     run = make_run(tmp_path, FakeRoles([]), num_steps=4)
-    run.on_evaluation = lambda evaluation, answers: told.append(evaluation)
+    run.on_evaluation = lambda evaluation, answers, events: told.append(evaluation)
     evaluations = asyncio.run(train(run))
     assert [evaluation.policy_version for evaluation in evaluations] == [0, 2, 4]
     assert evaluations[:2] == first

@@ -1,0 +1,136 @@
+"""The health of a run: which rules hold now, and what each of them tells the user. Runs anywhere.
+
+    health = Health(cfg)
+    for record in read_records(run / "metrics.jsonl"):
+        events = health.step(record)
+
+The state follows from the records alone. So a run that is resumed, or a report that is made later, feeds it the records
+of metrics.jsonl and evaluations.jsonl, and finds what the run found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from common.config.ppo import Config
+from common.health import policy_rules, score_rules, system_rules
+from common.health.history import History, Record
+
+PAGE = "docs/health.md"
+# An event that lasts is shown at its 1st, 10th, 100th, ... step. It is the same one if its rule held within the last
+# QUIET steps.
+QUIET = 20
+
+Rule = Callable[[History, Config], str | None]
+
+# Each rule with what to try first. docs/health.md has a paragraph for each.
+RULES: dict[str, tuple[Rule, str]] = {
+    "kl_negative": (policy_rules.kl_negative, "sample the whole distribution: top_p = 1, top_k = 0"),
+    "kl_exploding": (
+        policy_rules.kl_exploding,
+        "lower optimizer.learning_rate, raise kl.coef, or look for a reward hack",
+    ),
+    "kl_pinned": (policy_rules.kl_pinned, "raise optimizer.learning_rate, or lower kl.coef"),
+    "entropy_collapsing": (
+        policy_rules.entropy_collapsing,
+        "raise ppo.entropy_coef or kl.coef, or lower the learning rate",
+    ),
+    "clip_frac_high": (policy_rules.clip_frac_high, "lower optimizer.learning_rate or ppo.ppo_epochs"),
+    "approx_kl_high": (policy_rules.approx_kl_high, "lower optimizer.learning_rate, or set ppo.target_kl"),
+    "critic_useless": (
+        policy_rules.critic_useless,
+        "raise the critic's learning rate, or set learner.critic_warmup_steps",
+    ),
+    "scores_constant": (
+        score_rules.scores_constant,
+        "check the reward on some responses; use easier or harder prompts",
+    ),
+    "scores_saturated": (score_rules.scores_saturated, "stop here, or use harder prompts"),
+    "score_dominated": (score_rules.score_dominated, "bring the sources to one scale with their weights"),
+    "judge_falls": (score_rules.judge_falls, "stop at the judge's best version, raise kl.coef, or improve the reward"),
+    "length_at_limit": (
+        system_rules.length_at_limit,
+        "raise sampling.max_new_tokens, or penalise unfinished responses",
+    ),
+    "engine_mismatch": (system_rules.engine_mismatch, 'set generators.dtype = "float32" to rule out rounding'),
+    "importance_capped": (system_rules.importance_capped, "lower max_staleness or optimizer.learning_rate"),
+    "learner_starving": (system_rules.learner_starving, "add generators, or give them a larger share of the GPUs"),
+    "generators_starving": (system_rules.generators_starving, "raise max_staleness or learner.ranks"),
+    "voids_rising": (system_rules.voids_rising, "read the reasons in RUN/errors and in the journal"),
+}
+IN_EVALUATIONS = "judge_falls"  # also looks at held-out evaluations
+
+
+@dataclass(frozen=True)
+class Event:
+    """A rule that holds."""
+
+    rule: str
+    message: str  # what it sees, with the numbers
+    remedy: str  # what to try first
+    steps: int = 1  # how often it has held, this time included, since it began
+    news: bool = True  # worth a line on the screen
+
+    @property
+    def anchor(self) -> str:
+        """Where the docs explain it."""
+        return f"{PAGE}#{self.rule}"
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.message}; {self.remedy} ({self.anchor})"
+
+
+class Health:
+    """Takes the records of a run one after another."""
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg = cfg
+        self._history = History()
+        self._evaluations: list[Record] = []
+        self._lasting: dict[str, tuple[int, int]] = {}  # by rule: the newest step on which it held, and how often
+        self._taken = 0  # records of steps
+        self._in_steps: list[Event] = []
+        self._in_evaluations: list[Event] = []
+
+    def step(self, record: Record) -> list[Event]:
+        """Takes the record of a step. Returns the events of all rules that hold now."""
+        self._history.add(record)
+        self._taken += 1
+        seen = ((name, rule(self._history, self._cfg)) for name, (rule, _) in RULES.items())
+        self._in_steps = [self._event(name, message) for name, message in seen if message is not None]
+        return self._in_steps
+
+    def evaluation(self, record: Record) -> list[Event]:
+        """Takes the record of a held-out evaluation. Returns the events of all rules that hold now."""
+        self._evaluations.append(record)
+        message = score_rules.judge_falls_in_evaluations(self._evaluations, self._cfg)
+        remedy = RULES[IN_EVALUATIONS][1]
+        self._in_evaluations = [] if message is None else [Event(IN_EVALUATIONS, message, remedy)]
+        return self._in_evaluations
+
+    def follow(self, steps: Iterable[Record], evaluations: Iterable[Record] = ()) -> Health:
+        """Takes the records of a run so far."""
+        for record in steps:
+            self.step(record)
+        for record in evaluations:
+            self.evaluation(record)
+        return self
+
+    @property
+    def active(self) -> set[str]:
+        """The rules that held in the newest step or the newest evaluation."""
+        return {event.rule for event in (*self._in_steps, *self._in_evaluations)}
+
+    def _event(self, name: str, message: str) -> Event:
+        newest, held = self._lasting.get(name, (0, 0))
+        held = held + 1 if self._taken - newest <= QUIET else 1
+        self._lasting[name] = (self._taken, held)
+        return Event(name, message, RULES[name][1], held, news=str(held).strip("0") == "1")
+
+
+def names(events: Iterable[Event]) -> dict[str, Any]:
+    """What a record says about its events: the names of their rules under `health`, and nothing without any."""
+    found = [event.rule for event in events]
+    return {"health": found} if found else {}

@@ -1,0 +1,104 @@
+"""Health rules about the machinery: length limit, engines, importance weights, idle roles, voids. Runs anywhere.
+
+Each function takes the history and the config, and says in one sentence what it sees, or returns None.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from common.config.ppo import Config
+from common.health.history import History, number
+
+# Share of the way from the length at the start to the limit, and share of the responses that are cut off in addition to
+# those at the start. Responses that are as long as the limit from the start are no drift: the human-feedback demo cuts
+# its answers at 24 tokens.
+LONGER, MORE_CUT_OFF = 0.5, 0.1
+# k3 in nats per token. Rounding to bfloat16 explains 0.003 (the demo's first steps).
+MISMATCH = 0.01
+# A step that moves the policy evenly ends at 3 times its mean KL, because KL grows with the square of the distance; n
+# such steps, in one direction, are n * n times as far. Twice that, because few tokens with large differences decide the
+# mean: a tiny run with max_staleness = 1 has 1 to 4 times its mean KL, and 7 in single steps.
+END_OF_STEP = 6.0
+# Share of the tokens. Rounding alone caps none: it makes ratios of 1.4 (docs/ppo.md). Policies that are one fast step
+# old cap 1 to 3 % (the tiny run with max_staleness = 1).
+CAPPED = 0.05
+IDLE = 2 / 3  # share of a step: the role waits twice as long as it works
+WORTH_IT_S = 1.0  # seconds of a step below which a wait is not worth a change
+VOIDS = 0.05  # share of the rollouts that are void
+
+
+def length_at_limit(history: History, cfg: Config) -> str | None:
+    """Responses get longer until the limit cuts them off."""
+    key, limit = "rollout/response_tokens/mean", cfg.sampling.max_new_tokens
+    tokens, tokens_before = history.typical(key, 3), history.at_start(key, 3)
+    finished, finished_before = history.typical("rollout/finished", 3), history.at_start("rollout/finished", 3)
+    if tokens is None or tokens_before is None or finished is None or finished_before is None:
+        return None
+    if tokens - tokens_before < LONGER * (limit - tokens_before) or finished_before - finished < MORE_CUT_OFF:
+        return None
+    return (
+        f"responses grew from {tokens_before:.0f} to {tokens:.0f} tokens, and {1 - finished:.0%} are cut off at "
+        f"sampling.max_new_tokens ({limit})"
+    )
+
+
+def engine_mismatch(history: History, cfg: Config) -> str | None:
+    """Engines and learner disagree by more than rounding and older weights explain."""
+    found, moved = history.typical("mismatch/kl", 5), history.mean("ppo/approx_kl", 5) or 0.0
+    bound = MISMATCH + END_OF_STEP * moved * (history.typical("staleness/max", 5) or 0.0) ** 2
+    if found is None or found <= bound:
+        return None
+    return f"engines and learner differ by {found:.2g} nats per token; rounding and older weights explain {bound:.2g}"
+
+
+def importance_capped(history: History, cfg: Config) -> str | None:
+    share = history.typical("mismatch/capped", 5)
+    if share is None or share <= CAPPED:
+        return None
+    return (
+        f"{share:.0%} of the tokens have an importance weight above ppo.importance_cap ({cfg.ppo.importance_cap:g}): "
+        "the correction no longer holds for them"
+    )
+
+
+def learner_starving(history: History, cfg: Config) -> str | None:
+    """With max_staleness = 0 the roles take turns, so waiting is no fault there."""
+    idle = _idle(history, "wait/learner_s") if cfg.max_staleness else None
+    return f"the learner waits for rollouts {idle:.0%} of the time" if idle is not None else None
+
+
+def generators_starving(history: History, cfg: Config) -> str | None:
+    """With max_staleness = 0 the roles take turns, so waiting is no fault there."""
+    idle = _idle(history, "wait/generators_s") if cfg.max_staleness else None
+    return f"the generators have nothing to do {idle:.0%} of the time" if idle is not None else None
+
+
+def voids_rising(history: History, cfg: Config) -> str | None:
+    """Rollouts are lost that were not lost before, and not in one burst."""
+    voids = history.last("rollout/voids", len(history.newest))
+    newest, before = voids[-5:], voids[:-5]
+    if len(newest) < 5 or median(newest) == 0:
+        return None
+    share, share_before = _void_share(newest, cfg), _void_share(before, cfg)
+    if share < VOIDS or share < 2 * share_before:
+        return None
+    return f"{share:.0%} of the rollouts of 5 steps are void, {share_before:.0%} were before"
+
+
+def _idle(history: History, key: str) -> float | None:
+    """The typical share of a step that a role waits, if it is too much."""
+    shares, waits = [], []
+    for record in list(history.newest)[-5:]:
+        parts = [number(record, f"{name}_s") for name in ("wait/learner", "time/journal", "time/learn", "time/publish")]
+        wait, known = number(record, key), [part for part in parts if part is not None]
+        if wait is not None and len(known) == len(parts) and sum(known) > 0:
+            shares.append(min(1.0, wait / sum(known)))
+            waits.append(wait)
+    if len(shares) < 5 or median(shares) <= IDLE or median(waits) < WORTH_IT_S:
+        return None
+    return median(shares)
+
+
+def _void_share(voids: list[float], cfg: Config) -> float:
+    return sum(voids) / (sum(voids) + cfg.rollouts_per_step * len(voids)) if voids else 0.0

@@ -1,0 +1,207 @@
+"""Each health rule has a made series in which it holds, and one that looks alike and in which no rule holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from common.health.health import RULES, Health
+from tests.common.health.series import ROLLOUTS, config, series, steady
+
+WEIGHT_0 = {
+    "sources": [
+        {"name": name, "function": "tests.tasks:a_words", "weight": w} for name, w in (("exact", 1), ("judge", 0))
+    ]
+}
+
+
+def flat(value):
+    """A mean that only chance moves."""
+    return lambda step: value + 0.01 * (-1) ** step
+
+
+# Rule: (config, the series in which it holds at the end), (config, the series that looks alike).
+CASES = {
+    # -3 nats, and rounding explains 0.002 * 40 | -1.4 with noisy engines: 0.02 nats on each of 40 tokens explain 0.8
+    "kl_negative": (
+        ({}, series(8, kl__per_response=-3.0)),
+        ({}, series(8, kl__per_response=-1.4, mismatch__kl=0.02)),
+    ),
+    # 1.5 * 1.15**n: 4.2, 3 steps 12 later: 20 nats, and the score stays | the same KL, but each nat pays 0.3
+    "kl_exploding": (
+        ({}, series(20, kl__per_response=lambda s: 1.5 * 1.15**s, rollout__score__mean=flat(0.3))),
+        ({}, series(20, kl__per_response=lambda s: 1.5 * 1.15**s, rollout__score__mean=lambda s: 0.3 * 1.15**s)),
+    ),
+    # 40 steps without a move | without a move, as long as only the critic is trained
+    "kl_pinned": (
+        ({}, series(40, kl__per_response=lambda s: 0.001 * (-1) ** s, rollout__score__mean=flat(0.3))),
+        (
+            {"learner": {"critic_warmup_steps": 30}},
+            series(40, kl__per_response=lambda s: 0.001 * (-1) ** s, rollout__score__mean=flat(0.3)),
+        ),
+    ),
+    # 0.8**20 = 1 % of the entropy is left, and the score is what it was | the score went from 0.2 to 0.95 meanwhile
+    "entropy_collapsing": (
+        ({}, series(20, ppo__entropy=lambda s: 1.5 * 0.8**s, rollout__score__mean=flat(0.3))),
+        (
+            {},
+            series(
+                30,
+                ppo__entropy=lambda s: 1.5 * 0.8**s,
+                rollout__score__mean=lambda s: min(0.95, 0.2 + 0.05 * s),
+                rollout__score__std=lambda s: math.sqrt(max(0.05, 0.8 - 0.05 * s) * min(0.95, 0.2 + 0.05 * s)),
+            ),
+        ),
+    ),
+    # in every step | in one of three
+    "clip_frac_high": (
+        ({}, series(6, ppo__clip_frac=0.6)),
+        ({}, series(6, ppo__clip_frac=lambda s: 0.6 if s % 3 == 0 else 0.2)),
+    ),
+    # twice the usual bound | the same, below 1.5 times a target that the user set
+    "approx_kl_high": (
+        ({}, series(6, ppo__approx_kl=0.4)),
+        ({"ppo": {"target_kl": 0.3}}, series(6, ppo__approx_kl=0.4)),
+    ),
+    # worse than a constant | the same once all but a tenth of the variance is gone
+    "critic_useless": (
+        ({}, series(25, value__explained_variance=-0.2)),
+        ({}, series(25, value__explained_variance=-0.2, value__returns_var=lambda s: 0.2 if s < 10 else 0.02)),
+    ),
+    # three equal batches in a row | two of three, as chance makes them near the top
+    "scores_constant": (
+        ({}, series(6, rollout__score__mean=0.0, rollout__score__std=0.0, rollout__score__zero_std=1.0)),
+        ({}, series(8, rollout__score__zero_std=lambda s: float(s % 3 > 0))),
+    ),
+    # 99.9 % right: sqrt(0.001) = 0.03 | 97 % right: sqrt(0.03 * 0.97) = 0.17
+    "scores_saturated": (
+        ({}, series(12, rollout__score__std=lambda s: 0.45 if s < 5 else 0.03)),
+        ({}, series(12, rollout__score__std=lambda s: 0.45 if s < 5 else 0.17)),
+    ),
+    # tokens as they are, next to 0 and 1 | a penalty of 0.5 that one rollout of 64 gets in every fourth step
+    "score_dominated": (
+        ({}, series(15, reward__long__score=lambda s: 40 + 3 * (-1) ** s)),
+        (
+            {},
+            series(
+                15,
+                reward__exact__score=lambda s: 0.5 + 0.05 * (-1) ** s,
+                reward__long__score=lambda s: (s % 4 == 0) / ROLLOUTS,
+            ),
+        ),
+    ),
+    # the score rises by 0.2 while the judge loses 0.1 | while the judge stays within chance
+    "judge_falls": (
+        ({"reward": WEIGHT_0}, series(40, reward__judge__score=lambda s: 0.5 - 0.003 * s + 0.01 * (-1) ** s)),
+        ({"reward": WEIGHT_0}, series(40, reward__judge__score=lambda s: 0.5 + 0.02 * math.sin(s * s))),
+    ),
+    # 40 to 90 tokens of 100, half of them cut off | as long and as often cut off from the start
+    "length_at_limit": (
+        (
+            {},
+            series(
+                20,
+                rollout__response_tokens__mean=lambda s: min(90.0, 40.0 + 3 * s),
+                rollout__finished=lambda s: 1 - min(0.5, 0.03 * s),
+            ),
+        ),
+        ({}, series(20, rollout__response_tokens__mean=95.0, rollout__finished=0.1)),
+    ),
+    # 0.08, where a stale step explains 0.01 + 6 * 0.008 = 0.058 | 0.05
+    "engine_mismatch": (({}, series(6, mismatch__kl=0.08)), ({}, series(6, mismatch__kl=0.05))),
+    # in every step | in two of five
+    "importance_capped": (
+        ({}, series(8, mismatch__capped=0.1)),
+        ({}, series(10, mismatch__capped=lambda s: 0.1 if s % 5 > 2 else 0.0)),
+    ),
+    # 20 s of 25.6 s | the same where the roles take turns
+    "learner_starving": (
+        ({}, series(6, wait__learner_s=20.0)),
+        ({"max_staleness": 0}, series(6, wait__learner_s=20.0, staleness__max=0)),
+    ),
+    # 6 s of 7.6 s | three quarters of a step that takes half a second
+    "generators_starving": (
+        ({}, series(6, wait__generators_s=6.0)),
+        (
+            {},
+            series(
+                6, wait__generators_s=0.4, time__learn_s=0.4, wait__learner_s=0.05, time__journal_s=0, time__publish_s=0
+            ),
+        ),
+    ),
+    # 8 of 72 in every step | 64 at once, when a node died
+    "voids_rising": (
+        ({}, series(12, rollout__voids=lambda s: 8 if s > 6 else 0)),
+        ({}, series(12, rollout__voids=lambda s: 64 if s == 8 else 0)),
+    ),
+}
+
+
+def held(cfg_and_series) -> list[set[str]]:
+    """The rules that hold after each record."""
+    overrides, records = cfg_and_series
+    health = Health(config(**overrides))
+    return [{event.rule for event in health.step(record)} for record in records]
+
+
+def test_every_rule_has_its_two_series():
+    assert list(CASES) == list(RULES)
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_rule_holds_where_its_fault_is(rule):
+    assert held(CASES[rule][0])[-1] == {rule}
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_no_rule_holds_where_something_looks_alike(rule):
+    assert set().union(*held(CASES[rule][1])) == set()
+
+
+def test_a_steady_run_has_no_events():
+    assert set().union(*held(({}, series(200)))) == set()
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_rule_says_its_numbers_and_what_to_try_in_one_line(rule):
+    overrides, records = CASES[rule][0]
+    [event] = Health(config(**overrides)).follow(records[:-1]).step(records[-1])
+    assert str(event) == f"{rule}: {event.message}; {RULES[rule][1]} (docs/health.md#{rule})"
+    assert "\n" not in str(event)
+    assert any(character.isdigit() for character in event.message)
+
+
+def test_messages_have_the_numbers_of_their_series():
+    def message(rule):
+        overrides, records = CASES[rule][0]
+        return Health(config(**overrides)).follow(records[:-1]).step(records[-1])[0].message
+
+    # -1 - 0.002 * (41 - 1/3); steps 5 to 7 have 39, 41 and 39 tokens
+    assert message("kl_negative").endswith("is -3.00 nats per response; noise explains no less than -1.08")
+    # 1.5 * 1.15**8 = 4.59 and 1.5 * 1.15**18 = 18.56; 0.05 * 13.97 = 0.70
+    assert "went from 4.6 to 18.6 nats" in message("kl_exploding")
+    assert "the penalty rose by 0.7, the score by 0" in message("kl_exploding")
+    assert message("voids_rising").startswith("11% of the rollouts of 5 steps are void, 0% were before")  # 8 / 72
+    assert "78% of the time" in message("learner_starving")  # 20 / 25.6
+    assert "79% of the time" in message("generators_starving")  # 6 / 7.6
+    assert "older weights explain 0.058" in message("engine_mismatch")
+    assert "explains -20% of" in message("critic_useless")
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "a lot", True, [1.0]])
+def test_a_value_that_is_no_number_causes_no_event(value):
+    for key in steady(0):
+        assert set().union(*held(({}, [{**record, key: value} for record in series(45)]))) == set(), key
+
+
+def test_records_without_figures_of_the_learner_are_skipped():
+    faulty = series(9, ppo__clip_frac=0.6)
+    void = {
+        key: value for key, value in steady(4).items() if not key.startswith(("ppo/", "kl/", "value/", "mismatch/"))
+    }
+    assert held(({}, [*faulty[:2], void, faulty[3]]))[-1] == {"clip_frac_high"}  # the third step that has it
+
+
+def test_the_first_records_cause_no_event():
+    assert held(({}, [{}, {"step": 1}, {"step": 2, "rollout/score/mean": 1.0}])) == [set(), set(), set()]
