@@ -229,6 +229,19 @@ def audit(
 
 
 @app.command()
+def report(
+    run: Annotated[
+        Path, typer.Argument(help="The directory of a run of ratchet train: finished, stopped or going on.")
+    ],
+    to: Annotated[Path | None, typer.Option(help="The file to write [default: RUN/report.html].")] = None,
+) -> None:
+    """Write one HTML file that shows a run: curves, rollouts, tokens, scores."""
+    from deploy.report.report import run_report
+
+    run_report(run, to)
+
+
+@app.command()
 def scale(
     run: Annotated[Path, typer.Argument(help="The directory of a run in progress.")],
     generators: Annotated[int | None, typer.Option(help="Target number of generators.")] = None,

@@ -1,0 +1,84 @@
+// The head of the page and its tabs. A tab is filled when it is first opened.
+"use strict";
+
+const TABS = { curves: showCurves, rollouts: showRollouts, scores: showScores };
+const opened = new Set();
+
+function openTab(name, { focus = false } = {}) {
+  for (const tab of Object.keys(TABS)) {
+    const button = byId(`tab-${tab}`);
+    button.setAttribute("aria-selected", String(tab === name));
+    button.tabIndex = tab === name ? 0 : -1;
+    byId(`${tab}-panel`).hidden = tab !== name;
+  }
+  if (focus) byId(`tab-${name}`).focus();
+  if (!opened.has(name)) {
+    opened.add(name);
+    TABS[name]();
+  }
+  history.replaceState(null, "", `#${name}`);
+}
+
+function moveInTabs(event) {
+  const names = Object.keys(TABS);
+  const at = names.findIndex((name) => byId(`tab-${name}`) === document.activeElement);
+  const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: names.length - 1 }[event.key];
+  if (next === undefined) return;
+  event.preventDefault();
+  openTab(names[(next + names.length) % names.length], { focus: true });
+}
+
+function showHead() {
+  const run = block("run");
+  byId("run-name").textContent = run.name;
+  byId("run-state").textContent = run.state;
+  byId("run-state").classList.add(run.state);
+  byId("run-about").textContent = [run.model, `seed ${run.seed}`, run.started && `started ${run.started.slice(0, 16).replace("T", " ")}`].filter(Boolean).join(" · ");
+  showFigures(run);
+  showNotices(run);
+  const versions = Object.entries(run.versions).map(([name, version]) => `${name} ${version}`);
+  byId("footer").textContent = [`Written ${run.written}`, run.directory, ...versions].join(" · ");
+}
+
+function showFigures({ steps, num_steps: planned, last, before, after }) {
+  const brief = (value) => (typeof value === "number" && !Number.isInteger(value) ? number(Number(value.toPrecision(3))) : number(value));
+  const figure = (label, value, note = "") =>
+    element("div", { parent: byId("figures") }, element("dt", { text: label }), element("dd", { text: `${value} ` }, element("small", { text: note })));
+  figure("steps", number(steps), planned ? `of ${number(planned)}` : "");
+  const change = (label, key, shown) => {
+    if (after?.[key] === null || after?.[key] === undefined) return;
+    const both = before && before.policy_version !== after.policy_version;
+    figure(label, both ? `${shown(before[key])} → ${shown(after[key])}` : shown(after[key]), `version ${after.policy_version}`);
+  };
+  change("held-out pass@1", "pass_at_1", percent);
+  change("held-out score", "score", brief);
+  const newest = (label, key, unit) => {
+    if (last[key] !== undefined) figure(label, brief(last[key]), unit);
+  };
+  newest("score", "rollout/score/mean", "");
+  newest("KL", "kl/per_response", "nats per response");
+  newest("entropy", "ppo/entropy", "nats");
+  newest("explained variance", "value/explained_variance", "");
+  const [rollouts] = block("rollouts").kept.all;
+  const [voids] = block("rollouts").kept.void;
+  figure("rollouts", number(rollouts), voids ? `${number(voids)} void` : "none void");
+}
+
+function showNotices(run) {
+  const notice = (text, className = "") => element("li", { text, className, parent: byId("notices") });
+  const health = Map.groupBy(block("events").filter(({ kind }) => kind === "health"), ({ rule }) => rule);
+  for (const [rule, events] of health) {
+    const { step, text } = events.at(-1);
+    notice(`${rule}: ${text} (${events.length === 1 ? `at step ${step}` : `at ${number(events.length)} steps, last at ${step}`})`, "bad");
+  }
+  if (run.state === "stopped") notice(`The run stopped after ${number(run.steps)} of ${number(run.num_steps)} steps; ratchet train --resume ${run.directory} continues it.`);
+  if (run.unreadable.length) notice(`Left out because they cannot be read: ${run.unreadable.join(", ")}`);
+  if (!run.tokenizer) notice("The run kept no tokenizer, so tokens are shown as numbers.");
+  if (!run.credit && block("rollouts").step.length) notice("There are no credit files, so the token view has log-probabilities and versions only.");
+}
+
+for (const name of Object.keys(TABS)) byId(`tab-${name}`).addEventListener("click", () => openTab(name));
+document.querySelector('[role="tablist"]').addEventListener("keydown", moveInTabs);
+showHead();
+setZoom();
+openTab(location.hash.slice(1) in TABS ? location.hash.slice(1) : "curves");

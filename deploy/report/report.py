@@ -1,0 +1,95 @@
+"""`ratchet report`: one HTML file that shows a run, from its directory alone. Runs in the driver, or anywhere.
+
+The run may go on meanwhile, may be finished, or may have crashed. Nothing here imports Ray, torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import write_whole
+from deploy.report.curves import curves_of
+from deploy.report.events import events_of
+from deploy.report.page import render
+from deploy.report.rollouts import Rollouts
+from deploy.report.run_files import RunFiles
+from deploy.report.sampling import BUDGET, MAX_ROWS
+from deploy.report.scores import scores_of
+from deploy.report.steps import StepFiles
+from deploy.report.token_text import TokenText
+from deploy.screen.console import Output, complain
+
+NAME = "report.html"
+
+
+def run_report(directory: Path, to: Path | None = None) -> Path:
+    """Writes the page and prints its path on the last line."""
+    target = to or directory / NAME
+    started = time.perf_counter()
+    run, blocks = RunFiles.read(directory), {}
+    blocks = page_blocks(run)
+    text = render(f"{directory.resolve().name} · Ratchet", blocks)
+    try:
+        write_whole(target, text)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --to") from None
+    for name in blocks["run"]["unreadable"]:
+        complain(f"{directory / name} cannot be read, so the report leaves it out")
+    (rollouts, _, detailed), steps = blocks["rollouts"]["kept"]["all"], len(run.metrics)
+    some = "all" if detailed == rollouts else f"{detailed:,}"
+    console = Output()
+    console.print(
+        f"{steps:,} steps, {rollouts:,} rollouts, {some} with text and token numbers; {len(text) / 1e6:.1f} MB in "
+        f"{time.perf_counter() - started:.1f} s",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(str(target), markup=False, soft_wrap=True)
+    return target
+
+
+def page_blocks(run: RunFiles, *, max_rows: int = MAX_ROWS, budget: int = BUDGET) -> dict[str, Any]:
+    """The data of the page, by the name of its block."""
+    files = StepFiles(run.directory)
+    rollouts = Rollouts(files, text := TokenText.of_run(run.directory, str(run.setting("model.path", ""))))
+    rollouts.read()
+    table, details = rollouts.page(max_rows=max_rows, budget=budget)
+    return {
+        "run": {**_about(run), "tokenizer": text.found, "credit": rollouts.has_credit, "unreadable": files.unreadable},
+        "curves": curves_of(run),
+        "events": events_of(run),
+        "scores": scores_of(run),
+        "rollouts": table,
+        "details": details,
+    }
+
+
+def _about(run: RunFiles) -> dict[str, Any]:
+    starts = run.record.get("starts") or [{}]
+    settings = ("ppo.gamma", "ppo.lam", "ppo.clip_eps", "kl.coef", "sampling.max_new_tokens", "rollouts_per_step")
+    return {
+        "name": run.directory.resolve().name,
+        "directory": str(run.directory.resolve()),
+        "state": _state(run),
+        "steps": len(run.metrics),
+        "num_steps": run.setting("num_steps"),
+        "model": run.setting("model.path"),
+        "seed": run.setting("seed"),
+        "started": starts[0].get("time"),
+        "starts": len(starts),
+        "versions": starts[-1].get("versions", {}),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "settings": {name: run.setting(name) for name in settings},
+        "last": run.metrics[-1] if run.metrics else {},
+        "before": run.evaluations[0] if run.evaluations else None,
+        "after": run.evaluations[-1] if run.evaluations else None,
+    }
+
+
+def _state(run: RunFiles) -> str:
+    if run.running:
+        return "running"
+    return "finished" if run.summary and len(run.metrics) >= run.setting("num_steps", 0) else "stopped"

@@ -1,0 +1,221 @@
+"""The rollouts of a run: a table of all of them, and texts and token numbers of those that the page has room for.
+
+Runs anywhere. Reads the journal twice, one step at a time: first for the numbers that the table shows and that decide
+what is kept, then for the kept texts and tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from common.types import SampleId
+from deploy.report.sampling import BUDGET, MAX_ROWS, Facts, details_kept, extremes, prompt_of, rows_kept
+from deploy.report.steps import Lists, Step, StepFiles, lists
+from deploy.report.token_text import TokenText
+
+# Token numbers of the page, and where each is read: the credit file or the journal.
+CREDIT = (
+    *("kl", "rewards", "values", "td_errors", "advantages", "whitened_advantages", "returns", "entropy"),
+    *("old_logprobs", "importance_weight", "ratio", "clipped"),
+)
+JOURNAL = ("rollout_logprobs", "ref_logprobs", "policy_versions")
+BYTES_PER_NUMBER = 8 / 3  # a float16 in base64
+LONGEST_TEXT = 8_000  # characters of a prompt, and of the response of a void rollout
+NUMBERS = ("step", "score", "tokens", "staleness", "kl", "clipped")
+
+
+class Rollouts:
+    """Collects the rows of the table, one step after the other."""
+
+    def __init__(self, files: StepFiles, text: TokenText) -> None:
+        self._files, self._text = files, text
+        self._rows: list[dict[str, Any]] = []
+        self._prompts: dict[str, str] = {}  # by number; of kept rollouts
+        self._void_texts: dict[int, str | None] = {}  # by row
+        self._places: dict[int, list[tuple[int, int]]] = {}  # step -> (row of its table, row here)
+        self.has_credit = False
+
+    def read(self) -> None:
+        """The first pass."""
+        batches = self._files.void_batches()
+        for step in self._files.each(self._files.numbers()):
+            self._add_voids(step)
+            self._add_batch(step, batches.get(step.number))
+
+    def page(self, *, max_rows: int = MAX_ROWS, budget: int = BUDGET) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The table, and the details; docs/report.md describes the rule of what is kept."""
+        facts = self._facts()
+        rows = rows_kept(facts, max_rows)
+        kept = details_kept(facts, rows, budget)
+        place = {row: i for i, row in enumerate(rows)}
+        details, pieces = self._details(kept)
+        chosen = [self._rows[row] for row in rows]
+        names = list(dict.fromkeys(name for row in chosen for name in row["components"]))
+        table = {
+            **{key: [_short(row[key]) for row in chosen] for key in NUMBERS},
+            "id": [row["id"] for row in chosen],
+            "finish": [row["finish"] for row in chosen],
+            "generator": _indexed(row["generator"] for row in chosen),
+            "void": _indexed(row["void"] for row in chosen),
+            "components": {name: [_short(row["components"].get(name)) for row in chosen] for name in names},
+            "kept": self._kept_counts(facts, rows, kept),
+        }
+        shown = {prompt_of(row["id"]) for row in (self._rows[i] for i in kept)}
+        prompts = {number: text for number, text in self._prompts.items() if number in shown}
+        return table, {"rows": {place[row]: detail for row, detail in details.items()}, "prompts": prompts} | pieces
+
+    def _add_voids(self, step: Step) -> None:
+        for sample_id, reason, *response in step.metadata.get("voids", []):
+            self._void_texts[len(self._rows)] = response[0] if response else None
+            self._rows.append(_row(step.number, sample_id, void=str(reason)))
+
+    def _add_batch(self, step: Step, void: str | None) -> None:
+        table, credit = step.table, self._files.credit(step, ["kl", "clipped"])
+        self.has_credit |= credit is not None
+        ids = [
+            str(SampleId(*row)) for row in zip(*(table[n].to_pylist() for n in ("epoch", "prompt_index", "replica")))
+        ]
+        tokens, versions = lists(table, "response_ids"), lists(table, "policy_versions")
+        kl, shares = _kl(step, lists(credit, "kl")), _shares(lists(credit, "clipped"), len(ids))
+        scores, components = table["score"].to_pylist(), table["components"].to_pylist()
+        finish, generators = table["finish_reason"].to_pylist(), table["generator"].to_pylist()
+        for i, sample_id in enumerate(ids):
+            oldest = versions.row(i) if versions else None
+            stale = step.metadata["policy_version"] - int(oldest.min()) if oldest is not None and len(oldest) else 0
+            self._places.setdefault(step.number, []).append((i, len(self._rows)))
+            self._rows.append(
+                _row(
+                    step.number,
+                    sample_id,
+                    void=void,
+                    score=scores[i],
+                    components=dict(components[i] or ()),
+                    tokens=int(tokens.lengths[i]) if tokens else 0,
+                    finish=finish[i],
+                    generator=generators[i],
+                    staleness=stale,
+                    kl=None if kl is None else float(kl[i]),
+                    clipped=None if shares is None else float(shares[i]),
+                )
+            )
+
+    def _facts(self) -> Facts:
+        def column(key: str) -> np.ndarray:
+            return np.array([np.nan if row[key] is None else row[key] for row in self._rows], np.float64)
+
+        columns = len(JOURNAL) + len(CREDIT) * self.has_credit
+        tokens = column("tokens")
+        return Facts(
+            step=column("step").astype(np.int64),
+            ids=[row["id"] for row in self._rows],
+            score=column("score"),
+            tokens=np.nan_to_num(tokens).astype(np.int64),
+            kl=column("kl"),
+            clipped=column("clipped"),
+            void=np.array([row["void"] is not None for row in self._rows], bool),
+            size=200 + np.nan_to_num(tokens) * (columns * BYTES_PER_NUMBER + 6),
+        )
+
+    def _kept_counts(self, facts: Facts, rows: list[int], kept: list[int]) -> dict[str, list[int]]:
+        """For each class of rollouts: how many the run has, the table has, and the page has with text and tokens."""
+        inside, detailed = set(rows), set(kept)
+        classes: dict[str, Iterable[int]] = {
+            "all": range(len(facts)),
+            "void": np.flatnonzero(facts.void).tolist(),
+            "extreme": extremes(facts),
+            "clipped": np.flatnonzero(facts.clipped > 0).tolist(),
+        }
+        return {
+            name: [len(members := list(found)), sum(i in inside for i in members), sum(i in detailed for i in members)]
+            for name, found in classes.items()
+        }
+
+    def _details(self, kept: list[int]) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+        """The second pass: texts and token numbers of the kept rows."""
+        chosen, pieces = set(kept), Pieces(self._text)
+        details: dict[int, dict[str, Any]] = {
+            row: {"text": (text or "")[:LONGEST_TEXT]} for row, text in self._void_texts.items() if row in chosen
+        }
+        wanted = {
+            step: places for step, found in self._places.items() if (places := [p for p in found if p[1] in chosen])
+        }
+        for step in self._files.each(sorted(wanted)):
+            columns = {name: column for name in JOURNAL if (column := lists(step.table, name)) is not None}
+            credit = self._files.credit(step, CREDIT)
+            columns |= {name: column for name in CREDIT if (column := lists(credit, name)) is not None}
+            ids = lists(step.table, "response_ids")
+            for i, row in wanted[step.number]:
+                tokens = ids.row(i) if ids else None
+                if tokens is None:
+                    continue
+                text = step.table["prompt"][i].as_py() or ""
+                self._prompts.setdefault(prompt_of(self._rows[row]["id"]), text[:LONGEST_TEXT])
+                numbers = {name: _packed(column.row(i), len(tokens)) for name, column in columns.items()}
+                details[row] = {"tokens": pieces.of(tokens.tolist())} | {
+                    name: packed for name, packed in numbers.items() if packed is not None
+                }
+        return details, {"pieces": pieces.texts}
+
+
+class Pieces:
+    """Token texts, each of them once."""
+
+    def __init__(self, text: TokenText) -> None:
+        self._text = text
+        self._index: dict[str, int] = {}
+
+    def of(self, ids: list[int]) -> list[int]:
+        return [self._index.setdefault(piece, len(self._index)) for piece in self._text.pieces(ids)]
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self._index)
+
+
+def _row(step: int, sample_id: str, **known: Any) -> dict[str, Any]:
+    nothing: Mapping[str, Any] = dict.fromkeys(
+        ("void", "score", "tokens", "finish", "generator", "staleness", "kl", "clipped")
+    )
+    return {"step": step, "id": sample_id, "components": {}, **nothing, **known}
+
+
+def _kl(step: Step, learned: Lists | None) -> np.ndarray | None:
+    """KL from the reference of each rollout, nats. Without a credit file: by the sampler's log-probabilities."""
+    if learned is not None:
+        return learned.sums()
+    sampled, reference = lists(step.table, "rollout_logprobs"), lists(step.table, "ref_logprobs")
+    if sampled is None or reference is None or not np.array_equal(sampled.lengths, reference.lengths):
+        return None
+    return sampled.sums() - reference.sums()
+
+
+def _shares(clipped: Lists | None, rows: int) -> np.ndarray | None:
+    return None if clipped is None else clipped.sums() / np.maximum(1, clipped.lengths)
+
+
+def _short(value: float | None) -> float | None:
+    """With five significant digits: the page has many of these."""
+    if value is None or not np.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
+def _packed(values: np.ndarray | None, length: int) -> str | float | None:
+    """The numbers of a response as float16 in base64, or one number if all are equal. None if they are not known."""
+    if values is None or len(values) != length or not length:
+        return None
+    if (values == values[0]).all():
+        return _short(float(values[0]))
+    with np.errstate(over="ignore"):
+        return base64.b64encode(values.astype("<f2").tobytes()).decode()
+
+
+def _indexed(values: Iterable[str | None]) -> dict[str, Any]:
+    """A column of texts as {texts, rows}, where -1 is none."""
+    texts: dict[str, int] = {}
+    rows = [-1 if value is None else texts.setdefault(value, len(texts)) for value in values]
+    return {"texts": list(texts), "rows": rows}

@@ -1,0 +1,73 @@
+"""What a run directory says about its run, however it ended. Runs anywhere.
+
+Every file may be missing or unfinished: the run goes on, it crashed, or an older version wrote it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_record as parse_record
+from common.files import read_records
+from deploy.run.directory import is_owned
+from deploy.run.record import read_record
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The small files of a run, in memory. The journal and the credit files are read step by step."""
+
+    directory: Path
+    config: Mapping[str, Any]  # of config.toml
+    record: Mapping[str, Any]  # of run.json
+    metrics: list[dict[str, Any]]  # one record for each step, in order
+    evaluations: list[dict[str, Any]]  # in order of their versions
+    pool_events: list[dict[str, Any]]
+    summary: Mapping[str, Any]
+    running: bool  # a process works in the directory
+
+    @classmethod
+    def read(cls, directory: Path) -> RunFiles:
+        """Raises UserError if this is no directory of `ratchet train`."""
+        if not directory.is_dir():
+            raise UserError(f"{directory} is not a directory; name the directory of a run")
+        record = read_record(directory)
+        command = record.get("command", "train" if (directory / "journal").is_dir() else None)
+        if command != "train" or not (directory / "config.toml").is_file():
+            made = f"ratchet {command} made it" if command else "it has no run.json and no journal"
+            raise UserError(f"{directory} must be the directory of a run of ratchet train, but {made}; name another")
+        steps = {record["step"]: record for record in read_records(directory / "metrics.jsonl") if "step" in record}
+        versions = {r["policy_version"]: r for r in read_records(directory / "evaluations.jsonl")}
+        return cls(
+            directory=directory,
+            config=_config(directory / "config.toml"),
+            record=record,
+            metrics=[steps[step] for step in sorted(steps)],
+            evaluations=[versions[version] for version in sorted(versions)],
+            pool_events=read_records(directory / "pool-events.jsonl"),
+            summary=_json(directory / "summary.json"),
+            running=is_owned(directory),
+        )
+
+    def setting(self, path: str, default: Any = None) -> Any:
+        """The value of a setting such as `ppo.gamma`; `default` if the config does not have it."""
+        value: Any = self.config
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return default if value is None else value
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return (parse_record(path.read_bytes()) if path.is_file() else None) or {}

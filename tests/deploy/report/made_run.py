@@ -1,0 +1,191 @@
+"""A run directory as `ratchet train` leaves it, written by hand: journal, credit files, metrics, evaluations, events.
+
+The numbers of tokens are plausible, and made from a seed: values that rise, one score at the end, ratios near 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.experience_table import EXPERIENCE_SCHEMA, experience_table
+from common.files import append_record, sha256, write_json
+from common.types import Experience, Prompt, Rollout, SampleId, Score
+from deploy.run.record import write_first_record
+from tests.fakes import WORDS, save_tiny_tokenizer, tiny_config
+
+FLOATS = pa.list_(pa.float32())
+LISTS = ("values", "kl", "rewards", "td_errors", "advantages", "whitened_advantages", "returns", "entropy")
+MORE = ("old_logprobs", "rollout_logprobs", "importance_weight", "ratio")
+CREDIT_SCHEMA = pa.schema(
+    [("sample_id", pa.string())]
+    + [(name, FLOATS) for name in (*LISTS, *MORE)]
+    + [("clipped", pa.list_(pa.bool_())), ("policy_version", pa.list_(pa.int32()))]
+)
+
+
+def write_run(
+    directory: Path,
+    *,
+    steps: int = 6,
+    rollouts: int = 8,
+    prompts: int = 20,
+    tokens: tuple[int, int] = (2, 9),
+    credit: bool = True,
+    clip_share: float = 0.1,
+    prompt: str = "ask a1 b2",
+    voids: Sequence[tuple[str, str, str | None]] = (),
+    finished: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Writes the run. `voids` are in the journal's step 1."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True)
+    cfg = tiny_config("tests/tiny", num_steps=max(1, steps), rollouts_per_step=rollouts)
+    (directory / "config.toml").write_text(cfg.to_toml())
+    write_first_record(directory, "train")
+    save_tiny_tokenizer(directory / "tokenizer")
+    (directory / "tokenizer/tokenizer.json").rename(directory / "tokenizer.json")
+    asked = 0
+    for step in range(steps):
+        rows = []
+        for _ in range(rollouts):
+            sample = SampleId(asked // prompts, asked % prompts, 0)
+            rows.append(_experience(rng, sample, f"{prompt} {sample.prompt}", step, tokens))
+            asked += 1
+        path = write_step(directory, step, rows, voids=voids if step == 1 else ())
+        if credit:
+            write_credit(directory, step, rows, path, rng, clip_share=clip_share)
+        append_record(directory / "metrics.jsonl", _record(step, rows, rng))
+    for version in (0, steps):
+        append_record(directory / "evaluations.jsonl", _evaluation(version, version / max(1, steps)))
+    death = {"time": 1001.5, "replica": "Generator(0)", "event": "died", "reason": "killed <b>by</b> 9"}
+    append_record(directory / "pool-events.jsonl", death)
+    if finished:
+        write_json(directory / "summary.json", {"num_steps": steps})
+    return directory
+
+
+def write_step(
+    directory: Path, step: int, rows: Sequence[Experience], *, voids: Sequence[tuple[str, str, str | None]] = ()
+) -> Path:
+    """The journal's file of a step, with the text of each response."""
+    table = experience_table(rows, step=step, decode=lambda lists: [" ".join(WORDS[i] for i in ids) for ids in lists])
+    about = {"schema": 5, "step": step, "time": 1000.0 + step, "policy_version": step, "prompts": {}, "previous": ""}
+    about["voids"] = [list(void) for void in voids]
+    path = directory / f"journal/step-{step:06d}.arrow"
+    path.parent.mkdir(exist_ok=True)
+    with pa.ipc.new_file(str(path), EXPERIENCE_SCHEMA.with_metadata({"ratchet": json.dumps(about)})) as writer:
+        writer.write_table(table)
+    return path
+
+
+def write_credit(
+    directory: Path,
+    step: int,
+    rows: Sequence[Experience],
+    journal: Path,
+    rng: np.random.Generator,
+    *,
+    clip_share: float = 0.1,
+    gamma: float = 1.0,
+) -> Path:
+    """The credit file of a step. TD errors, returns and the whitened advantages follow from the other numbers."""
+    lengths = [len(row.rollout.response_ids) for row in rows]
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in CREDIT_SCHEMA.names[1:]}
+    for row, length in zip(rows, lengths):
+        kl = row.rollout.rollout_logprobs - row.ref_logprobs if row.ref_logprobs is not None else np.zeros(length)
+        rewards = -0.05 * kl
+        rewards[-1] += row.score.total
+        values = np.linspace(0.2, row.score.total, length) + rng.normal(0, 0.1, length)
+        td_errors = rewards + gamma * np.append(values[1:], 0) - values
+        advantages = np.array(
+            [sum((0.95 * gamma) ** k * d for k, d in enumerate(td_errors[t:])) for t in range(length)]
+        )
+        clipped = rng.random(length) < clip_share
+        found = {
+            "values": values,
+            "kl": kl,
+            "rewards": rewards,
+            "td_errors": td_errors,
+            "advantages": advantages,
+            "whitened_advantages": advantages,  # over the batch, below
+            "returns": advantages + values,
+            "entropy": rng.gamma(1.0, 0.5, length),
+            "old_logprobs": row.rollout.rollout_logprobs + rng.normal(0, 0.01, length),
+            "rollout_logprobs": row.rollout.rollout_logprobs,
+            "importance_weight": np.ones(length),
+            "ratio": np.where(clipped, 1.08, 1 + rng.normal(0, 0.01, length)),
+            "clipped": clipped,
+            "policy_version": row.rollout.policy_versions,
+        }
+        for name, values_of in found.items():
+            columns[name].append(values_of)
+    every = np.concatenate(columns["advantages"])
+    columns["whitened_advantages"] = [(a - every.mean()) / (every.std() + 1e-8) for a in columns["advantages"]]
+    ids = [str(row.rollout.prompt.sample_id) for row in rows]
+    arrays = [pa.array(ids)] + [pa.array(columns[f.name], type=f.type) for f in list(CREDIT_SCHEMA)[1:]]
+    about = {"schema": 1, "step": step, "journal": sha256(journal)}
+    table = pa.Table.from_arrays(arrays, schema=CREDIT_SCHEMA.with_metadata({"ratchet": json.dumps(about)}))
+    path = directory / f"credit/step-{step:06d}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+
+def _experience(
+    rng: np.random.Generator, sample: SampleId, prompt: str, version: int, tokens: tuple[int, int]
+) -> Experience:
+    length = int(rng.integers(*tokens))
+    cut = bool(rng.random() < 0.2)
+    ids = np.append(rng.integers(4, len(WORDS), length - 1), 4 if cut else 1).astype(np.int32)
+    logprobs = -rng.gamma(1.0, 1.0, length).astype(np.float32)
+    reference = logprobs - rng.normal(0.02 * version, 0.1, length).astype(np.float32)
+    rollout = Rollout(
+        Prompt(sample, prompt, np.array([3], np.int32), {}),
+        ids,
+        logprobs,
+        np.full(length, version, np.int32),
+        "length" if cut else "stop",
+        "Generator(0)",
+    )
+    score = float(np.round(rng.normal(0.05 * version, 1), 3))
+    return Experience(rollout, Score(score, {"a_words": score}), reference)
+
+
+def _record(step: int, rows: Sequence[Experience], rng: np.random.Generator) -> dict[str, Any]:
+    scores = np.array([row.score.total for row in rows])
+    return {
+        "step": step,
+        "time": 1000.0 + step + 0.9,
+        "rollout/score/mean": scores.mean(),
+        "rollout/score/std": scores.std(),
+        "reward/a_words/score": scores.mean(),
+        "kl/per_response": 0.1 * step,
+        "ppo/entropy": 2 - 0.01 * step,
+        "value/explained_variance": float(rng.random()),
+        "time/learn_s": 1 + float(rng.random()),
+    }
+
+
+def _evaluation(version: int, done: float) -> dict[str, Any]:
+    return {
+        "policy_version": version,
+        "prompts": 8,
+        "voids": 0,
+        "void_reason": "",
+        "pass_at_1": 0.25 + 0.5 * done,
+        "interval": [0.1 + 0.5 * done, 0.4 + 0.5 * done],
+        "score": done,
+        "components": {"a_words": done, "judge": 1 - done},
+        "kl_per_response": 3 * done,
+        "response_tokens": 5.0,
+        "distinct_1": 0.5,
+        "distinct_2": 0.9,
+    }

@@ -1,0 +1,319 @@
+"""The page in a real headless Chromium: clicks, filters, hovering, keyboard, hostile texts, both colour schemes.
+
+Playwright drives the Chromium that is installed on the machine; without one, the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import time
+
+import pytest
+from PIL import Image
+
+from deploy.report.page import render
+from tests.deploy.report.conftest import HOSTILE
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium's sandbox does not work for root
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(page, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path.as_uri()
+
+
+class Opened:
+    """A page in a tab of the browser, and what went wrong or left the page since."""
+
+    def __init__(self, browser, address, tab="curves", *, width=1280, scheme="light"):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.faults, self.requests = [], []
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on(
+            "console", lambda said: self.faults.append(said.text) if said.type in ("error", "warning") else None
+        )
+        self.page.on("dialog", lambda dialog: self.faults.append(dialog.message))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(f"{address}#{tab}")
+
+    def _said(self, said):
+        if said.type in ("error", "warning"):
+            self.faults.append(said.text)
+
+    def __getattr__(self, name):
+        return getattr(self.page, name)
+
+    def until(self, expression):
+        """Waits until a JavaScript expression is true. Playwright's own wait needs `eval`, which the page forbids."""
+        ends = time.monotonic() + 60
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < ends, expression
+            self.page.wait_for_timeout(20)
+
+    def numbers(self, side=0):
+        """The numbers of the current token, as the page shows them."""
+        table = self.page.locator(".side .numbers").nth(side)
+        return dict(zip(table.locator("dt").all_text_contents(), table.locator("dd").all_text_contents(), strict=True))
+
+
+@pytest.fixture
+def open_page(browser, address):
+    opened = []
+
+    def open_tab(*arguments, address=address, **options):
+        opened.append(Opened(browser, address, *arguments, **options))
+        return opened[-1]
+
+    yield open_tab
+    for page in opened:
+        page.context.close()
+        assert page.faults == []
+        assert [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def zoomed(page):
+    """The ranges of all curves that are drawn."""
+    return page.evaluate(
+        "[...charts].filter(c => c.zooms && c.figure).map(c => [c.figure.x_range.start, c.figure.x_range.end])"
+    )
+
+
+def test_curves_are_drawn_and_zoom_together(open_page):
+    page = open_page("curves")
+    page.until("[...charts].filter(c => c.figure).length > 3")
+    page.wait_for_selector(".plot canvas")
+    box = page.locator(".plot").first.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.4 * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.7 * box["width"], middle, steps=5)
+    page.mouse.up()
+    page.until("zoom.now !== zoom.all && zoom.now[0] > zoom.all[0]")
+    ranges = zoomed(page)
+    assert len(ranges) > 3
+    assert all(found == ranges[0] for found in ranges)
+    page.locator("#zoom-reset").click()
+    assert zoomed(page)[0] == page.evaluate("zoom.all")
+    page.fill("#zoom-from", "2")
+    page.locator("#zoom-from").press("Enter")
+    assert {start for start, _ in zoomed(page)} == {1.5}
+
+
+def test_a_curve_that_is_first_seen_later_has_the_same_zoom(open_page):
+    page = open_page("curves")
+    page.wait_for_selector(".plot canvas")
+    page.evaluate("zoomTo([1, 3])")
+    page.locator(".plot").last.scroll_into_view_if_needed()
+    page.until("[...charts].every(c => !c.zooms || c.figure || c.box.getBoundingClientRect().top < -300)")
+    assert {tuple(found) for found in zoomed(page)} == {(1, 3)}
+
+
+def test_events_are_marked_listed_and_can_be_hidden(open_page):
+    page = open_page("curves")
+    page.wait_for_selector(".plot canvas")
+    shown = "[...charts].find(c => c.figure).figure.marks.map(([kind, mark]) => [kind, mark.visible])"
+    assert dict(page.evaluate(shown)) == {"evaluation": True, "died": True}
+    page.get_by_label("replicas died").uncheck()
+    assert dict(page.evaluate(shown)) == {"evaluation": True, "died": False}
+    page.locator("#event-list summary").click()
+    assert page.locator("#event-list li", has_text="Generator(0) died: killed <b>by</b> 9").count() == 1
+
+
+def test_hovering_a_curve_shows_its_values(open_page):
+    page = open_page("curves")
+    page.wait_for_selector(".plot canvas")
+    plot = page.locator(".plot").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    for share in (0.45, 0.5, 0.55):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+    page.get_by_text("rollout/score/mean:").first.wait_for()
+
+
+def test_rows_are_searched_filtered_and_sorted(open_page, blocks):
+    page, table = open_page("rollouts"), blocks["rollouts"]
+    rows = page.locator("#table tbody tr")
+    assert page.locator("#matches").text_content() == "50 of 50 rollouts"
+    page.select_option("#class", "void")
+    assert rows.count() == 2
+    page.select_option("#class", "all")
+    page.fill("#search", "grader: <IMG")
+    assert page.locator("#matches").text_content() == "1 of 50 rollouts"
+    page.fill("#search", "")
+    page.fill("#from", "3")
+    page.fill("#to", "4")
+    assert page.locator("#matches").text_content() == "16 of 50 rollouts"
+    score = page.locator("#table th button", has_text="score")
+    score.click()
+    best = max(score for score, step in zip(table["score"], table["step"], strict=True) if step in (3, 4))
+    assert float(rows.first.locator("td").nth(2).text_content()) == pytest.approx(best, rel=1e-3)
+    assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+    score.click()
+    page.locator("#next").click()
+    assert page.locator("#page-number").text_content() == "page 2 of 2"
+    assert rows.count() == 4
+
+
+def test_a_click_on_a_row_shows_its_tokens_next_to_the_other_step(open_page, blocks):
+    page, table = open_page("rollouts"), blocks["rollouts"]
+    page.fill("#search", "1/0/0")  # asked first in step 0, again in step 3
+    page.locator("#table tbody tr").first.click()
+    assert page.locator(".side").count() == 2
+    titles = page.locator(".side h3").all_text_contents()
+    assert [title.partition(" · score")[0] for title in titles] == ["step 0 · 0/0/0", "step 3 · 1/0/0"]
+    row = table["id"].index("1/0/0")
+    assert page.locator(".side").nth(1).locator(".token").count() == table["tokens"][row]
+    page.select_option("#compare", "")
+    assert page.locator(".side").count() == 1
+
+
+def expected(blocks, sample, quantity, t):
+    """A number of a token, unpacked here and formatted as the page does."""
+    import numpy as np
+
+    from tests.deploy.report.test_rollouts import numbers
+
+    row = blocks["rollouts"]["id"].index(sample)
+    packed = blocks["details"]["rows"][row][quantity]
+    return float(np.asarray(numbers(packed, blocks["rollouts"]["tokens"][row]))[t])
+
+
+def test_every_number_of_a_token_is_shown_on_hover_and_by_keyboard(open_page, blocks):
+    page = open_page("rollouts")
+    page.fill("#search", "1/0/0")
+    page.locator("#table tbody tr").first.click()
+    page.select_option("#compare", "")
+    page.locator(".token").nth(3).hover()
+    assert page.locator(".at").text_content().startswith("token 4 of ")
+    shown = {"advantage": "advantages", "value": "values", "TD error": "td_errors", "KL": "kl", "entropy": "entropy"}
+    for label, name in shown.items():
+        assert float(page.numbers()[label]) == pytest.approx(expected(blocks, "1/0/0", name, 3), rel=5e-3), label
+    assert len(page.numbers()) == 15
+    page.locator('.token[tabindex="0"]').focus()
+    for key, at in (("ArrowRight", 5), ("ArrowRight", 6), ("ArrowLeft", 5), ("Home", 1), ("ArrowLeft", 1)):
+        page.keyboard.press(key)
+        assert page.locator(".at").text_content().startswith(f"token {at} of "), key
+    assert float(page.numbers()["value"]) == pytest.approx(expected(blocks, "1/0/0", "values", 0), rel=5e-3)
+    page.keyboard.press("End")
+    assert page.locator(".at").text_content().endswith('"')
+    assert page.locator(".token:focus").count() == 1
+
+
+def test_tokens_are_coloured_by_the_chosen_quantity(open_page, blocks):
+    page = open_page("rollouts")
+    page.fill("#search", "1/0/0")
+    page.locator("#table tbody tr").first.click()
+    page.select_option("#compare", "")
+    row = blocks["rollouts"]["id"].index("1/0/0")
+    length = blocks["rollouts"]["tokens"][row]
+    for quantity, negative in (("advantages", True), ("kl", True), ("rewards", True), ("entropy", False)):
+        page.select_option("#quantity", quantity)
+        hues = page.eval_on_selector_all(".token", "found => found.map(t => t.style.getPropertyValue('--hue'))")
+        below = [expected(blocks, "1/0/0", quantity, t) < 0 for t in range(length)]
+        wanted = ["negative" if negative and low else "positive" if negative else "amount" for low in below]
+        assert hues == [f"var(--{hue})" for hue in wanted], quantity
+    page.select_option("#quantity", "clipped")
+    strengths = page.eval_on_selector_all(".token", "found => found.map(t => t.style.getPropertyValue('--strength'))")
+    clipped = [expected(blocks, "1/0/0", "clipped", t) for t in range(length)]
+    assert strengths == ["100%" if flag else "0%" for flag in clipped]
+
+
+def test_reward_to_go_sums_the_rewards_that_follow(open_page):
+    page = open_page("rollouts")
+    assert page.evaluate("rewardToGo([1, -2, 4])") == [3, 2, 4]
+    page.evaluate("block('run').settings['ppo.gamma'] = 0.5")
+    assert page.evaluate("rewardToGo([1, -2, 4])") == [1, 0, 4]
+
+
+def test_the_page_can_be_used_by_keyboard_alone(open_page):
+    page = open_page("curves")
+    page.locator("#tab-curves").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#rollouts-panel").is_visible()
+    assert page.evaluate("document.activeElement.id") == "tab-rollouts"
+    page.locator("#table tbody button").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert page.locator("#table tbody tr").nth(1).get_attribute("aria-selected") == "true"
+    page.keyboard.press("PageDown")
+    assert page.locator("#page-number").text_content().startswith("page 2 of ")
+    page.locator("#tab-rollouts").focus()
+    page.keyboard.press("End")
+    assert page.locator("#scores-panel").is_visible()
+
+
+def test_hostile_texts_are_shown_and_do_nothing(open_page):
+    page = open_page("rollouts")
+    page.select_option("#class", "void")
+    page.locator("#table tbody tr", has_text="grader").click()
+    assert page.locator(".side .tokens").text_content() == HOSTILE[0]
+    page.select_option("#class", "learned")
+    page.locator("#table tbody tr").first.click()
+    shown = page.locator("#prompt").text_content()
+    assert HOSTILE[1] in shown
+    assert "\\x1b[31mred" in shown
+    assert "\\u202egnp.exe" in shown
+    for tab in ("scores", "curves"):
+        page.locator(f"#tab-{tab}").click()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img, main b, main i, main script").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_wider_than_the_window(open_page, width, scheme):
+    page = open_page("curves", width=width, scheme=scheme)
+    for tab in ("curves", "rollouts", "scores"):
+        page.locator(f"#tab-{tab}").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", dark))) < 200) == (scheme == "dark")
+
+
+def brightness(locator):
+    """The darkest and the brightest grey of an element."""
+    return Image.open(io.BytesIO(locator.screenshot())).convert("L").getextrema()
+
+
+def test_charts_take_the_new_colours_when_the_scheme_changes(open_page):
+    page = open_page("curves")
+    page.wait_for_selector(".plot canvas")
+    plot = page.locator(".plot").first
+    assert brightness(plot)[0] < 120  # dark text
+    page.emulate_media(color_scheme="dark")
+    ends = time.monotonic() + 60
+    while brightness(plot)[1] < 140:  # bright text
+        assert time.monotonic() < ends
+
+
+def test_a_run_that_has_not_learned_yet_is_shown(open_page, tmp_path):
+    from deploy.report.report import page_blocks
+    from deploy.report.run_files import RunFiles
+    from tests.deploy.report.made_run import write_run
+
+    blocks = page_blocks(RunFiles.read(write_run(tmp_path / "run", steps=0, finished=False)))
+    (tmp_path / "report.html").write_text(render("run", blocks), encoding="utf-8")
+    page = open_page("curves", address=(tmp_path / "report.html").as_uri())
+    assert page.locator("#run-state").text_content() == "stopped"
+    for tab in ("rollouts", "scores"):
+        page.locator(f"#tab-{tab}").click()
+    assert page.locator("#matches").text_content() == "0 of 0 rollouts"
