@@ -33,6 +33,7 @@ DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=
 demo: $(VENV)/.installed
 	rm -rf runs/demo.old-*
 	$(BIN)/ratchet train deploy/configs/larger.toml seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force
+	-$(BIN)/ratchet report runs/demo
 
 demo-rlhf: $(VENV)/.installed
 	rm -rf runs/demo-rlhf/*.old-*

@@ -230,9 +230,7 @@ def audit(
 
 @app.command()
 def report(
-    run: Annotated[
-        Path, typer.Argument(help="The directory of a run of ratchet train: finished, stopped or going on.")
-    ],
+    run: Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, also while it runs.")],
     to: Annotated[Path | None, typer.Option(help="The file to write [default: RUN/report.html].")] = None,
 ) -> None:
     """Write one HTML file that shows a run: curves, rollouts, tokens, scores."""

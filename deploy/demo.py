@@ -20,9 +20,10 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
 from common.files import read_records, write_json
+from deploy.report.report import run_report
 from deploy.run.directory import refuse_overwriting
 from deploy.sample_pairs import run_pair_sampling
-from deploy.screen.console import Output
+from deploy.screen.console import Output, complain
 from deploy.train import run_training
 from deploy.train_reward import run_reward_training
 
@@ -57,6 +58,7 @@ def run_rlhf_demo(directory: Path, settings: Sequence[str] = (), *, force: bool 
     _show_answers(console, ppo, judge)
     _show_figures(console, summary)
     console.print(f"summary: {directory / 'summary.json'}", markup=False)
+    _report(ppo)
     return summary
 
 
@@ -105,6 +107,14 @@ def _figures(trained: Mapping[str, Any], result: Mapping[str, Any], source: str,
         "distinct_2_before": before["distinct_2"],
         "distinct_2_after": after["distinct_2"],
     }
+
+
+def _report(ppo: Path) -> None:
+    """Writes the report of the PPO run. The demo has succeeded already, so a fault in the report must not fail it."""
+    try:
+        run_report(ppo)
+    except Exception as error:
+        complain(f"the report could not be written ({type(error).__name__}: {error})")
 
 
 def _show_answers(console: Output, ppo: Path, judge: str) -> None:

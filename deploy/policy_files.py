@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from common.config.actors import PromptFormat, SamplingConfig
 from common.data.prompt_records import PromptRecord, load_records
 from common.errors import UserError
+from common.files import write_whole
 from common.model.files import check_policy_files, check_trainable_kind, end_token_ids, load_tokenizer, resolve_model
 from common.model.kernels import install
 from common.model.reward_head import is_reward_model
 from common.model.size import ModelSize, model_size
+from deploy.report.token_text import KEPT
 from deploy.screen.console import complain
 
 
@@ -61,6 +63,12 @@ class PolicyFiles:
     def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
         """The texts without special tokens, as reward functions get them."""
         return list(self.tokenizer.batch_decode([ids.tolist() for ids in responses], skip_special_tokens=True))
+
+    def keep_tokenizer(self, run: Path) -> None:
+        """Writes the tokenizer into the run directory, so that `ratchet report` can show tokens without the model."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # only tokenizers in Python code have none
+            write_whole(run / KEPT, backend.to_str())
 
     def load_prompts(
         self,

@@ -94,6 +94,7 @@ def _run_in(
     here = session(cfg, "train", owned, phases, trains=policy.size, resume=resume, force=force, record=start.record)
     with RunFigures.served(cfg.monitoring) as figures, here as (cfg, begin):
         begin()
+        policy.keep_tokenizer(directory)
         progress = Progress(cfg, directory, policy.tokenizer)
         progress.begin(num_prompts=len(train_records), num_heldout=len(heldout))
         with (

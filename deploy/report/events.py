@@ -1,4 +1,4 @@
-"""What happened to a run, by step: health events, evaluations, replicas that joined, left or died. Runs anywhere."""
+"""The events of a run by step: health, evaluations, replicas that joined, left or died. Runs anywhere."""
 
 from __future__ import annotations
 

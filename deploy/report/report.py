@@ -1,6 +1,6 @@
 """`ratchet report`: one HTML file that shows a run, from its directory alone. Runs in the driver, or anywhere.
 
-The run may go on meanwhile, may be finished, or may have crashed. Nothing here imports Ray, torch or vLLM.
+The run may be finished, may still run, or may have crashed. Nothing here imports Ray, torch or vLLM.
 """
 
 from __future__ import annotations

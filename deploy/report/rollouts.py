@@ -47,7 +47,7 @@ class Rollouts:
             self._add_batch(step, batches.get(step.number))
 
     def page(self, *, max_rows: int = MAX_ROWS, budget: int = BUDGET) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The table, and the details; docs/report.md describes the rule of what is kept."""
+        """The table, and the details; docs/report.md says which rollouts are kept."""
         facts = self._facts()
         rows = rows_kept(facts, max_rows)
         kept = details_kept(facts, rows, budget)

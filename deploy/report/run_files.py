@@ -1,6 +1,6 @@
-"""What a run directory says about its run, however it ended. Runs anywhere.
+"""The small files of a run directory, whichever of them there are. Runs anywhere.
 
-Every file may be missing or unfinished: the run goes on, it crashed, or an older version wrote it.
+Every file may be missing or unfinished: the run still writes it, it crashed, or an older version wrote it.
 """
 
 from __future__ import annotations

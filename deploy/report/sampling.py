@@ -21,14 +21,14 @@ import numpy as np
 
 MAX_ROWS = 100_000
 WINDOWS = 100
-BUDGET = 10_000_000  # bytes of texts and token numbers
+BUDGET = 12_000_000  # bytes of texts and token numbers
 ALWAYS, PAIRS, ALL = 0.6, 0.8, 1.0  # of the budget, see above
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides whether a rollout is kept. Arrays have one item for each rollout, in the journal's order; NaN where
-    a number is not known."""
+    """The numbers that decide which rollouts are kept. Arrays have one item for each rollout, in the journal's order,
+    which is NaN if it is not known."""
 
     step: np.ndarray
     ids: Sequence[str]  # sample ids

@@ -41,10 +41,11 @@ class TokenText:
         if self._tokenizer is None:
             return [f"[{token}]" for token in ids]
         stream = DecodeStream(skip_special_tokens=False)
-        return [self._piece(stream, token) for token in ids]
+        return [_piece(self._tokenizer, stream, token) for token in ids]
 
-    def _piece(self, stream: DecodeStream, token: int) -> str:
-        try:
-            return stream.step(self._tokenizer, token) or ""
-        except Exception:  # an id that the tokenizer lacks, or bytes that are no text
-            return "\ufffd"
+
+def _piece(tokenizer: Tokenizer, stream: DecodeStream, token: int) -> str:
+    try:
+        return stream.step(tokenizer, token) or ""
+    except Exception:  # an id that the tokenizer lacks, or bytes that are no text
+        return "\ufffd"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from learner.loop.checkpoints import COMPLETE
 
-# Files of common.files.write_whole. Not scale.json's: `ratchet scale` may be writing it now.
-_STAGING_FILE = re.compile(r"(?!scale\.json).+\.\d+\.tmp")
+# Files of common.files.write_whole. Not those that `ratchet scale` and `ratchet report` may be writing now.
+_STAGING_FILE = re.compile(r"(?!scale\.json|report\.html).+\.\d+\.tmp")
 _STAGING_DIRECTORY = re.compile(r"\.(policy|adapter|model)-\w{8}")  # of common.files.replaced_directory
 _REPLACED_DIRECTORY = re.compile(r"\.(policy|adapter|model)-\w{8}-old")
 _CHECKPOINT = re.compile(r"step-\d{6,}")

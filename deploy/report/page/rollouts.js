@@ -19,7 +19,7 @@ function columns() {
     { key: "finish", about: "stop: it ended with its end token; length: it was cut off", value: (i) => rows.finish[i] },
     { key: "staleness", about: "versions between the weights of its oldest token and the learner's", value: (i) => rows.staleness[i] },
     { key: "KL", about: "from the reference, nats", value: (i) => rows.kl[i] },
-    { key: "clipped", about: "share of its tokens that the ratio's clip took out of the last epoch", value: (i) => rows.clipped[i], shown: percent },
+    { key: "clipped", about: "share of its tokens whose gradient the clip removed in the last pass", value: (i) => rows.clipped[i], shown: percent },
   ];
   list.reason = texts(rows.void);
   list.generator = texts(rows.generator);

@@ -6,14 +6,14 @@
 const QUANTITIES = {
   advantages: ["advantage", "signed", "how much better than expected the response went on, before whitening; the policy learns from it"],
   whitened_advantages: ["advantage, whitened", "signed", "with mean 0 and deviation 1 over the batch: what the loss has"],
-  rewards: ["reward", "signed", "the KL penalty of each token, and the score on the last one"],
+  rewards: ["reward", "signed", "the KL penalty of each token, and the normalised score on the last one"],
   kl: ["KL", "signed", "from the reference, nats, by the configured estimator; times the coefficient it is the penalty"],
   values: ["value", "amount", "what the critic expects of the rest of the response"],
   td_errors: ["TD error", "signed", "reward + gamma x next value - value: the critic's surprise at this token"],
   returns: ["return", "amount", "advantage before whitening + value: what the critic learns"],
   entropy: ["entropy", "amount", "spread of the policy before this token, nats"],
-  ratio: ["ratio", "around one", "probability after the last epoch over probability before the step"],
-  clipped: ["clipped", "flag", "the clip took this token out of the policy's loss in the last epoch"],
+  ratio: ["ratio", "around one", "probability in the last pass over probability before the update"],
+  clipped: ["clipped", "flag", "the clip removed this token's gradient in the last pass"],
   importance_weight: ["importance weight", "around one", "learner's over sampler's probability, truncated"],
   policy_versions: ["policy version", "amount", "the weights that sampled this token"],
   old_logprobs: ["logprob, learner", "amount", "before the update, nats"],
@@ -153,6 +153,7 @@ function offerQuantities() {
   byId("quantity").replaceChildren(...known.map((value) => element("option", { value, text: QUANTITIES[value][0] })));
   if (!known.includes(view.quantity) && known.length) view.quantity = known[0];
   byId("quantity").value = view.quantity;
+  for (const id of ["quantity-label", "legend", "quantity-meaning"]) byId(id).hidden = !known.length;
 }
 
 // Colours all sides by one scale, so that they can be compared. It ends at the 2nd and 98th percentile: one score at
@@ -184,7 +185,6 @@ function colourTokens() {
   byId("legend-high").textContent = flag ? "yes" : number(signed ? middle + reach : high);
   const [from, to] = signed ? ["--negative", "--positive"] : ["--surface", "--amount"];
   byId("legend-bar").style.background = `linear-gradient(90deg, var(${from}), ${signed ? "var(--surface)," : ""} var(${to}))`;
-  byId("legend").hidden = !view.sides.some(({ tokens }) => tokens.length);
 }
 
 // Value, reward-to-go and advantage over the tokens.
@@ -205,7 +205,7 @@ function addTokenCurves(side) {
     const at = side.tokens.map((_, t) => t + 1);
     for (const [label, found, colour, dash] of lines) {
       const line = figure.line(at, found, { line_color: style(colour), line_width: 1.6, line_dash: dash });
-      figure.scatter(at, found, { size: at.length < 60 ? 4 : 0, color: style(colour) });
+      figure.scatter(at, found, { size: at.length < 40 ? 4 : 0, color: style(colour) });
       hover(figure, line, [["token", "@x{0}"], [label, "@y{0.[0000]}"]]);
     }
     side.cursor = new Bokeh.Span({ dimension: "height", location: side.at + 1, line_color: style("--muted"), line_dash: "dotted" });

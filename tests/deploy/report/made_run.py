@@ -12,22 +12,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from common.credit_table import DERIVED_SCHEMA
 from common.experience_table import EXPERIENCE_SCHEMA, experience_table
 from common.files import append_record, sha256, write_json
 from common.types import Experience, Prompt, Rollout, SampleId, Score
 from deploy.run.record import write_first_record
+from learner.loop.credit import write_credit
+from learner.loop.journal import JournalStep
 from tests.fakes import WORDS, save_tiny_tokenizer, tiny_config
-
-FLOATS = pa.list_(pa.float32())
-LISTS = ("values", "kl", "rewards", "td_errors", "advantages", "whitened_advantages", "returns", "entropy")
-MORE = ("old_logprobs", "rollout_logprobs", "importance_weight", "ratio")
-CREDIT_SCHEMA = pa.schema(
-    [("sample_id", pa.string())]
-    + [(name, FLOATS) for name in (*LISTS, *MORE)]
-    + [("clipped", pa.list_(pa.bool_())), ("policy_version", pa.list_(pa.int32()))]
-)
 
 
 def write_run(
@@ -61,7 +54,7 @@ def write_run(
             asked += 1
         path = write_step(directory, step, rows, voids=voids if step == 1 else ())
         if credit:
-            write_credit(directory, step, rows, path, rng, clip_share=clip_share)
+            write_made_credit(directory, step, rows, path, rng, clip_share=clip_share)
         append_record(directory / "metrics.jsonl", _record(step, rows, rng))
     for version in (0, steps):
         append_record(directory / "evaluations.jsonl", _evaluation(version, version / max(1, steps)))
@@ -86,7 +79,7 @@ def write_step(
     return path
 
 
-def write_credit(
+def write_made_credit(
     directory: Path,
     step: int,
     rows: Sequence[Experience],
@@ -95,48 +88,44 @@ def write_credit(
     *,
     clip_share: float = 0.1,
     gamma: float = 1.0,
-) -> Path:
+) -> None:
     """The credit file of a step. TD errors, returns and the whitened advantages follow from the other numbers."""
-    lengths = [len(row.rollout.response_ids) for row in rows]
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in CREDIT_SCHEMA.names[1:]}
-    for row, length in zip(rows, lengths):
-        kl = row.rollout.rollout_logprobs - row.ref_logprobs if row.ref_logprobs is not None else np.zeros(length)
-        rewards = -0.05 * kl
-        rewards[-1] += row.score.total
-        values = np.linspace(0.2, row.score.total, length) + rng.normal(0, 0.1, length)
-        td_errors = rewards + gamma * np.append(values[1:], 0) - values
-        advantages = np.array(
-            [sum((0.95 * gamma) ** k * d for k, d in enumerate(td_errors[t:])) for t in range(length)]
-        )
-        clipped = rng.random(length) < clip_share
-        found = {
-            "values": values,
-            "kl": kl,
-            "rewards": rewards,
-            "td_errors": td_errors,
-            "advantages": advantages,
-            "whitened_advantages": advantages,  # over the batch, below
-            "returns": advantages + values,
-            "entropy": rng.gamma(1.0, 0.5, length),
-            "old_logprobs": row.rollout.rollout_logprobs + rng.normal(0, 0.01, length),
-            "rollout_logprobs": row.rollout.rollout_logprobs,
-            "importance_weight": np.ones(length),
-            "ratio": np.where(clipped, 1.08, 1 + rng.normal(0, 0.01, length)),
-            "clipped": clipped,
-            "policy_version": row.rollout.policy_versions,
-        }
-        for name, values_of in found.items():
-            columns[name].append(values_of)
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in DERIVED_SCHEMA.names}
+    for row in rows:
+        for name, values in _derived(row, rng, clip_share=clip_share, gamma=gamma).items():
+            columns[name].append(values)
     every = np.concatenate(columns["advantages"])
     columns["whitened_advantages"] = [(a - every.mean()) / (every.std() + 1e-8) for a in columns["advantages"]]
-    ids = [str(row.rollout.prompt.sample_id) for row in rows]
-    arrays = [pa.array(ids)] + [pa.array(columns[f.name], type=f.type) for f in list(CREDIT_SCHEMA)[1:]]
-    about = {"schema": 1, "step": step, "journal": sha256(journal)}
-    table = pa.Table.from_arrays(arrays, schema=CREDIT_SCHEMA.with_metadata({"ratchet": json.dumps(about)}))
-    path = directory / f"credit/step-{step:06d}.parquet"
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(table, path)
-    return path
+    arrays = [pa.array(columns[field.name], type=field.type) for field in DERIVED_SCHEMA]
+    entry = JournalStep(step, experience_table(rows, step=step), step, {}, (), 0.0)
+    derived = pa.Table.from_arrays(arrays, schema=DERIVED_SCHEMA)
+    write_credit(directory / "credit", entry, derived, journal=sha256(journal))
+
+
+def _derived(row: Experience, rng: np.random.Generator, *, clip_share: float, gamma: float) -> dict[str, np.ndarray]:
+    """The numbers of one response, but for the whitened advantages."""
+    length, logprobs = len(row.rollout.response_ids), row.rollout.rollout_logprobs
+    kl = logprobs - row.ref_logprobs if row.ref_logprobs is not None else np.zeros(length)
+    rewards = -0.05 * kl
+    rewards[-1] += row.score.total
+    values = np.linspace(0.2, row.score.total, length) + rng.normal(0, 0.1, length)
+    td_errors = rewards + gamma * np.append(values[1:], 0) - values
+    decay = (0.95 * gamma) ** np.arange(length)
+    advantages = np.array([decay[: length - t] @ td_errors[t:] for t in range(length)])
+    clipped = rng.random(length) < clip_share
+    return {
+        "values": values,
+        "kl": kl,
+        "rewards": rewards,
+        "td_errors": td_errors,
+        "advantages": advantages,
+        "returns": advantages + values,
+        "entropy": rng.gamma(1.0, 0.5, length),
+        "old_logprobs": logprobs + rng.normal(0, 0.01, length),
+        "importance_weight": np.ones(length),
+        "ratio": np.where(clipped, 1.08, 1 + rng.normal(0, 0.01, length)),
+        "clipped": clipped,
+    }
 
 
 def _experience(

@@ -32,7 +32,7 @@ def credit_rows(run):
 
 
 def numbers(packed, length):
-    """What the page's unpack() gives."""
+    """The numbers that the page's unpack() gives."""
     if isinstance(packed, int | float):
         return np.full(length, packed)
     return np.frombuffer(base64.b64decode(packed), "<f2").astype(float)
