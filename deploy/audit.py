@@ -49,11 +49,19 @@ def _replay(found: Audit, model: str | None, settings: Sequence[str]) -> Proved:
     cfg = config_for_replay(found.run, Journal(found.run / "journal"), model, settings)
     checkpoints = found.checkpoints.complete
     policy = _finished_policy(found)
-    replay_in_ranks(cfg, found.run, found.num_steps, checkpoints=checkpoints, policy=policy, metrics=found.metrics)
+    replay_in_ranks(
+        cfg,
+        found.run,
+        found.num_steps,
+        checkpoints=checkpoints,
+        policy=policy,
+        metrics=found.metrics,
+        credit=range(found.num_steps),
+    )
     compared = [f"checkpoint {step}" for step in checkpoints] + ([] if policy is None else ["policy/"])
     return Proved(
         "replay",
-        "the journal alone gives the same weights, optimizer state and metrics, bit for bit",
+        "the journal alone gives the same weights, optimizer state, metrics and credit, bit for bit",
         f"{found.num_steps:,} steps; compared: {', '.join(compared) or 'only metrics'}",
     )
 

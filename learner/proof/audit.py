@@ -15,6 +15,7 @@ from common.config.ppo import Config
 from learner.proof.batches import Batches
 from learner.proof.chain import Note, Step, Violation, read_chain, read_step
 from learner.proof.checkpoints import Found, check_checkpoints
+from learner.proof.credit import Credit
 from learner.proof.records import Metrics, check_evaluations
 from learner.proof.samples import Samples
 
@@ -64,9 +65,10 @@ def _audit(run: Path) -> Audit:
     prompts = cfg["prompts"]["rollouts_per_prompt"]
     samples = Samples(seed=cfg["seed"], num_prompts=begin.about["num_prompts"], rollouts_per_prompt=prompts)
     batches = Batches(rollouts_per_step=cfg["rollouts_per_step"], max_staleness=cfg["max_staleness"])
+    credit = Credit(run / "credit")
     for entry in entries:
         if isinstance(entry, Step):
-            for rule in (batches, samples, found.metrics):
+            for rule in (batches, samples, found.metrics, credit):
                 rule.take(entry)
             found.digests.append(entry.digest)
         else:
@@ -76,6 +78,7 @@ def _audit(run: Path) -> Audit:
     batches.finish(voided)
     found.checkpoints = check_checkpoints(run / "checkpoints", found.digests, found.notes)
     found.metrics.finish(found.num_steps, max(found.checkpoints.complete, default=0))
+    credit.finish(found.num_steps)
     evaluations = check_evaluations(run, found.digests)
     found.proved = [
         _chain(found),
@@ -91,6 +94,11 @@ def _audit(run: Path) -> Audit:
             "each record agrees with its batch",
             f"{len(found.metrics.records):,} records, {found.metrics.values:,} values"
             + (f"; {len(found.metrics.missing)} come when the run continues" if found.metrics.missing else ""),
+        ),
+        Proved(
+            "credit",
+            "each file belongs to its batch, and has a value for each token",
+            f"{credit.files:,} files, {credit.tokens:,} tokens",
         ),
         Proved("evaluations", "each stands on this journal, and agrees with its answers", f"{len(evaluations)}"),
     ]

@@ -17,10 +17,11 @@ from transformers.utils import logging as transformers_logging
 from common.config.ppo import Config
 from common.errors import BatchError
 from learner.loop.changes import config_at
-from learner.loop.credit import write_credit
+from learner.loop.credit import credit_path, write_credit
 from learner.loop.journal import Journal
 from learner.ppo.learner import Learner
 from learner.proof.chain import Violation
+from learner.proof.credit import check_same_credit
 from learner.proof.records import Metrics
 from learner.proof.tensors import check_same_state, check_same_weights
 
@@ -38,8 +39,8 @@ class Replay:
     policy: Path | None = None  # written by the run after `until` updates: its weights must equal the learner's
     metrics: Metrics | None = None  # the learner's own must equal those of the replay
     to: Path | None = None  # where the policy is written
-    credit: range = range(0)  # the steps whose values of tokens are written, unless their batch is void
-    credit_to: Path = Path("credit")  # the directory for them
+    credit: range = range(0)  # the steps whose values of tokens are rebuilt, unless their batch is void
+    credit_to: Path | None = None  # the directory for them; left out: they must equal those of the run
 
     def __call__(self, rank: int = 0, world: int = 1, rendezvous: str = "") -> None:
         """One rank's part. Raises Violation at the first difference."""
@@ -55,9 +56,7 @@ class Replay:
             if self.metrics is not None and rank == 0:
                 self.metrics.check_update(step, stats)
             if step in self.credit and step not in journal.voided:
-                derived = learner.credit()
-                if derived is not None:  # rank 0
-                    write_credit(self.credit_to, journal.read(step), derived, journal=journal.digest(step + 1))
+                self._rebuild_credit(learner, journal, step)
             if step + 1 in self.checkpoints:
                 self._compare(learner, self.checkpoints[step + 1], rank)
         if self.policy is not None:
@@ -79,6 +78,15 @@ class Replay:
             return learner.update(entry.table)
         except BatchError as error:
             raise Violation("replay", f"step {step} cannot be learned from, and no note says so: {error}") from error
+
+    def _rebuild_credit(self, learner: Learner, journal: Journal, step: int) -> None:
+        """Writes what the newest update derived for each token or, without a place for it, compares it."""
+        derived, target = learner.credit(), self.credit_to or self.scratch / "credit"
+        if derived is None:
+            return  # rank 0 does it
+        write_credit(target, journal.read(step), derived, journal=journal.digest(step + 1))
+        if self.credit_to is None:
+            check_same_credit(credit_path(self.run / "credit", step), credit_path(target, step))
 
     def _compare(self, learner: Learner, checkpoint: Path, rank: int) -> None:
         """Compares the learner's state with a checkpoint of the run."""

@@ -64,7 +64,7 @@ def test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm(run, model, tmp
     done = ratchet("audit", str(run), "--replay", "--model", "elsewhere/model", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        *("rule", "chain", "samples", "versions", "checkpoints", "metrics", "evaluations", "replay"),
+        *("rule", "chain", "samples", "versions", "checkpoints", "metrics", "credit", "evaluations", "replay"),
     ]
     assert f"{NUM_STEPS} steps; compared: checkpoint 4, checkpoint 5" in done.stdout
     assert tree_digest(run) == before

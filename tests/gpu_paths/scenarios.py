@@ -28,6 +28,7 @@ from common.model import attention
 from common.model.kernels import install
 from common.model.packing import Sequences
 from common.model.reward_scores import sequence_scores
+from learner.ppo.credit import NewestPass
 from learner.ppo.objective import objective
 from learner.ppo.policy import PolicyWithCritic
 from learner.ppo.targets import Targets
@@ -204,6 +205,20 @@ def publication() -> dict[str, Any]:
     return {"crossed": dict(asked.crossed), "values": sum(sizes), "parameters": sum(t.numel() for _, t in tensors)}
 
 
+def credit() -> dict[str, Any]:
+    """The log-probabilities of two minibatches, of one micro-batch each, on their way to RUN/credit."""
+    with fake_gpu(None):
+        newest = NewestPass(torch.Size((4, 6)), torch.device("cuda"))
+        outputs = torch.ones(2, 5, device="cuda")
+        with Asked() as learning:
+            for rows in ([0, 3], [2, 1]):
+                newest.begin(np.array(rows))
+                newest.add(torch.tensor(rows), outputs)
+        with Asked() as reading:
+            newest.read()
+    return {"learning": learning.waits, "reading": reading.waits, "crossed": dict(reading.crossed)}
+
+
 def frozen() -> dict[str, Any]:
     """Log-probabilities under a model in bfloat16 without gradients, as the reference service computes them."""
     model, (_, fake) = causal_model("llama").bfloat16(), packed()
@@ -243,6 +258,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     **{kind: lambda kind=kind: micro_batch(kind) for kind in KINDS},  # type: ignore[misc]
     "float32": lambda: micro_batch("llama", None),
     "publication": publication,
+    "credit": credit,
     "frozen": frozen,
     "reward": reward,
     "waits": waits,

@@ -80,6 +80,12 @@ def test_only_bf16_crosses_from_the_gpu_in_a_publication(found):
     assert published["crossed"] == {"cuda to cpu, torch.bfloat16": 2 * published["parameters"]}
 
 
+def test_credit_waits_for_the_gpu_once_a_step(found):
+    assert found["credit"]["learning"] == []
+    assert found["credit"]["reading"] == ["aten::_to_copy"]
+    assert found["credit"]["crossed"] == {"cuda to cpu, torch.float32": 4 * 4 * 6}
+
+
 def test_a_reward_model_scores_and_learns_on_the_gpu(found):
     assert found["reward"]["outputs"] == found["reward"]["gradients"] == ON_GPU
     assert found["reward"]["waits"] == []

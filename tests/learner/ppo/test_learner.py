@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config.ppo import Config
 from common.credit_table import DERIVED_SCHEMA
+from common.errors import BatchError
 from common.experience_table import experience_table
 from common.weights import IncomingWeights, Manifest
 from learner.ppo.learner import Learner
@@ -480,6 +481,43 @@ def test_a_step_that_has_moved_too_far_ends_early(model):
         assert stats["ppo/optimizer_steps"] == 1
         assert stats["ppo/approx_kl"] > 1e-5
         assert torch.equal(parameters(bound), parameters(single))
+
+
+def test_rollouts_that_no_pass_reached_have_no_ratio(model):
+    """The second of four minibatches went too far; it was passed, and the last two were not."""
+    learner = make_learner(
+        model, ppo={"minibatches": 4, "ppo_epochs": 1, "target_kl": 1e-5}, optimizer={"learning_rate": 1e-2}
+    )
+    passed = [set(rows.tolist()) for rows in learner._minibatches(8)]
+    assert learner.update(batch())["ppo/optimizer_steps"] == 1
+    credit = learner.credit()
+    for name in ("ratio", "clipped"):
+        reached = {row for row, values in enumerate(credit[name].to_pylist()) if values is not None}
+        assert reached == passed[0] | passed[1]
+    assert credit["advantages"].null_count == credit["values"].null_count == 0
+    ratios = credit["ratio"].to_pylist()
+    assert all(ratios[row] == pytest.approx([1.0] * len(ratios[row]), abs=1e-6) for row in passed[0])
+    assert all(abs(ratio - 1) > 1e-4 for row in passed[1] for ratio in ratios[row])
+
+
+def test_credit_is_that_of_the_newest_update_and_is_given_once(model):
+    learner = make_learner(model)
+    learner.update(batch(0))
+    learner.update(varied_batch(1))
+    credit = learner.credit()
+    assert [len(row) for row in credit["kl"].to_pylist()] == [len(row) for row in varied_batch(1)["response_ids"]]
+    with pytest.raises(RuntimeError, match="no update whose values"):
+        learner.credit()
+    learner.update(batch(0))
+    with pytest.raises(BatchError):
+        learner.update(with_score(batch(1), math.nan))
+    with pytest.raises(RuntimeError, match="no update whose values"):
+        learner.credit()
+
+
+def with_score(table: pa.Table, score: float) -> pa.Table:
+    index = table.schema.get_field_index("score")
+    return table.set_column(index, table.schema.field(index), pa.array([score] * len(table), pa.float64()))
 
 
 def gradients(learner: Learner, table: pa.Table) -> tuple[torch.Tensor, dict[str, float]]:

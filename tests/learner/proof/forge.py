@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 Change = Callable[[pa.Table, dict[str, Any]], pa.Table]
 
@@ -58,12 +59,31 @@ def chain_again(run: Path) -> None:
             path.write_text(json.dumps({**about, "previous": previous}, indent=2) + "\n")
         previous = hashlib.sha256(path.read_bytes()).hexdigest()
         path.with_suffix(".sha256").write_text(f"{previous}  {path.name}\n")
+        if path.suffix == ".arrow":
+            _stamp_credit(run, int(path.stem[5:]), previous)
+
+
+def _stamp_credit(run: Path, step: int, digest: str) -> None:
+    forge_credit(run, step, lambda table, about: about.update(journal=digest))
 
 
 def _write_step(path: Path, table: pa.Table, about: dict[str, Any]) -> None:
     schema = table.schema.with_metadata({"ratchet": json.dumps(about)})
     with open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_table(table.cast(schema))
+
+
+def forge_credit(run: Path, step: int, change: Callable[[pa.Table, dict[str, Any]], pa.Table | None]) -> None:
+    """Changes the columns or the metadata of a file of RUN/credit, if there is one."""
+    path = run / f"credit/step-{step:06d}.parquet"
+    if path.exists():
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[b"ratchet"])
+        before = dict(about)
+        changed = change(table, about)
+        if changed is not None or about != before:
+            metadata = {"ratchet": json.dumps(about)}
+            pq.write_table((table if changed is None else changed).replace_schema_metadata(metadata), path)
 
 
 def replace_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from learner.proof.audit import audit
@@ -18,6 +20,7 @@ from tests.learner.proof.forge import (
     chain_again,
     entries,
     forge_checkpoint,
+    forge_credit,
     forge_note,
     forge_step,
     replace_column,
@@ -46,8 +49,6 @@ def run(honest, tmp_path):
 
 def sample_ids(run: Path) -> list[list[str]]:
     """Of every step, read in the plainest way."""
-    import pandas as pd
-
     frames = map(pd.read_feather, sorted((run / "journal").glob("step-*.arrow")))
     return [[f"{r.epoch}/{r.prompt_index}/{r.replica}" for r in frame.itertuples()] for frame in frames]
 
@@ -71,11 +72,22 @@ def test_an_honest_run_is_proved_with_counts(honest):
     assert by_rule["checkpoints"].startswith("2 (4, 5)")
     assert by_rule["metrics"].startswith(f"{NUM_STEPS} records")
     assert by_rule["evaluations"] == "3"
+    tokens = sum(len(ids) for frame in learned(honest) for ids in frame["response_ids"])
+    assert by_rule["credit"] == f"{NUM_STEPS - 1} files, {tokens} tokens"
+
+
+def learned(run: Path) -> list[pd.DataFrame]:
+    """The batches that have credit."""
+    steps = [path.stem for path in sorted((run / "credit").iterdir())]
+    return [pd.read_feather(run / f"journal/{step}.arrow") for step in steps]
+
+
+def test_credit_may_be_missing(run):
+    shutil.rmtree(run / "credit")
+    assert {line.rule: line.counts for line in audit(run).proved}["credit"] == "0 files, 0 tokens"
 
 
 def _metadata(path: Path) -> bytes:
-    import pyarrow as pa
-
     return pa.ipc.open_file(pa.BufferReader(path.read_bytes())).schema.metadata[b"ratchet"]
 
 
@@ -365,6 +377,42 @@ DERIVED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: edit_line(run / "metrics.jsonl", 1, lambda record: record.update(step=0)),
         "metrics: .* has step 0 twice",
     ),
+    "credit of other rollouts": (
+        lambda run: forge_credit(run, 2, lambda table, about: table.take([1, 0])),
+        "credit: .*step-000002.parquet has other rollouts",
+    ),
+    "credit of fewer tokens": (
+        lambda run: forge_credit(run, 2, lambda table, about: replace_column(table, "kl", [[0.0]] * len(table))),
+        "credit: .*step-000002.parquet: kl has another length",
+    ),
+    "credit with other log-probabilities": (
+        lambda run: forge_credit(
+            run, 2, lambda table, about: replace_column(table, "rollout_logprobs", zeros(table, "rollout_logprobs"))
+        ),
+        "credit: .*step-000002.parquet: rollout_logprobs are not those",
+    ),
+    "credit with other versions": (
+        lambda run: forge_credit(
+            run, 2, lambda table, about: replace_column(table, "policy_version", zeros(table, "kl"))
+        ),
+        "credit: .*step-000002.parquet: policy_version is not that",
+    ),
+    "credit of another column": (
+        lambda run: forge_credit(run, 2, lambda table, about: table.drop_columns("entropy")),
+        "credit: .*step-000002.parquet does not belong",
+    ),
+    "credit of another journal": (
+        lambda run: forge_credit(run, 2, lambda table, about: about.update(journal="0" * 64)),
+        "credit: .*step-000002.parquet does not belong",
+    ),
+    "credit of no step": (
+        lambda run: shutil.copy(run / "credit/step-000002.parquet", run / "credit/step-000007.parquet"),
+        "credit: .*step-000007.parquet is of no step",
+    ),
+    "credit that is no table": (
+        lambda run: (run / "credit/step-000002.parquet").write_bytes(b"PAR1"),
+        "credit: .*step-000002.parquet cannot be read",
+    ),
     "a line": (
         lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n" + (run / "metrics.jsonl").read_bytes()),
         "metrics.jsonl: line 1 is no record",
@@ -388,6 +436,10 @@ DERIVED: dict[str, tuple[Callable[[Path], object], str]] = {
         "evaluations: version 3 has prompts",
     ),
 }
+
+
+def zeros(table: pa.Table, column: str) -> list[list[int]]:
+    return [[0] * len(row) for row in table[column]]
 
 
 def link(path: Path, target: Path) -> None:

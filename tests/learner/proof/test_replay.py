@@ -20,7 +20,7 @@ from learner.proof.replay import Replay
 from learner.proof.tensors import whole_tensors
 from tests.durability.disasters import contents
 from tests.durability.small_run import NUM_STEPS, save_smallest_model, small_config, train_to_the_end
-from tests.learner.proof.forge import forge_checkpoint
+from tests.learner.proof.forge import forge_checkpoint, forge_credit, replace_column
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -125,6 +125,18 @@ def test_other_numbers_than_those_of_the_journal_are_found(run, tmp_path):
         Replay(cfg, forged, NUM_STEPS, tmp_path / "s", checkpoints=audit(forged).checkpoints.complete)()
 
 
+def test_credit_that_the_journal_does_not_lead_to_is_found(run, tmp_path):
+    directory, cfg = run
+    forged = Path(shutil.copytree(directory, tmp_path / "run"))
+    [*_, last] = sorted(path.name for path in (forged / "credit").iterdir())
+    Replay(cfg, forged, NUM_STEPS, tmp_path / "honest", credit=range(NUM_STEPS))()
+    step = int(last.removesuffix(".parquet")[5:])
+    forge_credit(forged, step, lambda table, about: replace_column(table, "returns", table["kl"].to_pylist()))
+    audit(forged)
+    with pytest.raises(Violation, match=f"^replay: .*{last}: returns is not what the journal leads to"):
+        Replay(cfg, forged, NUM_STEPS, tmp_path / "forged", credit=range(NUM_STEPS))()
+
+
 def test_a_policy_that_the_journal_does_not_lead_to_is_found(run, tmp_path):
     directory, cfg = run
     forged = Path(shutil.copytree(directory / "policy", tmp_path / "policy"))
@@ -147,8 +159,11 @@ def test_two_ranks_replay_what_two_ranks_learned(model, tmp_path):
     for name in ("first", "second"):
         scratch = tmp_path / name
         scratch.mkdir()
-        in_ranks(Replay(two, directory, NUM_STEPS, scratch, to=scratch / "policy"), 2, gpus=0, scratch=scratch)
+        outputs = {"to": scratch / "policy", "credit": range(NUM_STEPS), "credit_to": scratch / "credit"}
+        in_ranks(Replay(two, directory, NUM_STEPS, scratch, **outputs), 2, gpus=0, scratch=scratch)
     assert policy(tmp_path / "first/policy") == policy(tmp_path / "second/policy")
+    assert contents(tmp_path / "first/credit") == contents(tmp_path / "second/credit")
+    assert contents(tmp_path / "first/credit").keys() == contents(directory / "credit").keys()
     found, one = (load_file(path / "policy/model.safetensors") for path in (tmp_path / "first", directory))
     for name, tensor in one.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=1e-2)
