@@ -169,7 +169,7 @@ def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
     remedy = {
         "learner": f"{smaller_passes if 'activations' in dict(parts) else ''}use more learner.ranks or learner.lora",
         "generators": "lower generators.kv_cache_mib, or raise generators.tensor_parallel",
-    }.get(need.section, "use a smaller model")
+    }.get(need.section, "lower max_batch_tokens or use a smaller model")
     if _share(need) < 1:
         remedy = f"raise {need.section}.gpus, {remedy}"
     return (

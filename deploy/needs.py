@@ -9,10 +9,11 @@ from actors.generation.kv_cache import bytes_per_sequence, bytes_per_value, othe
 from common.config.actors import GeneratorsConfig, SourcesConfig
 from common.config.base import Placed
 from common.config.ppo import Config, LoRAConfig
+from common.config.sources import ModelSourceConfig
 from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.memory import MIB
-from common.model.size import CONTEXT, ModelSize
+from common.model.size import CONTEXT, ModelSize, pass_bytes
 from deploy.object_store import Stored, generator_store, learner_store
 
 IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
@@ -51,10 +52,10 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
     """The processes of generators, reference and reward, without the learner."""
-    weights = {"weights": _weights(cfg.reference.dtype, model)}
+    parts = _scoring([model], cfg.reference.dtype, cfg.reference.max_batch_tokens)
     return [
         *generator_needs(cfg.generators, model, max_tokens=cfg.max_sequence_tokens),
-        *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, weights),
+        *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, parts),
         *reward_needs("reward", cfg.reward, reward_models),
     ]
 
@@ -77,9 +78,9 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int)
     cache = (cfg.kv_cache_mib or 0) * MIB or bytes_per_sequence(cfg, model, max_tokens=max_tokens)[1]
     beside = 0  # in the machine's memory, on GPUs and CPUs alike
     if cfg.updates == "changes":
-        beside += 2 * _weights("bfloat16", model)
+        beside += 2 * 2 * model.parameters
     if parts > 1:
-        beside += parts * IMPORTS + _weights("bfloat16", model)
+        beside += parts * IMPORTS + 2 * model.parameters
     if cfg.gpus == 0:
         return _role("Generator", "generators", cfg, cfg.min, {"engine": 2 * weights + cache + beside})
     device = {
@@ -111,9 +112,19 @@ def _check_split(parts: int, model: ModelSize) -> None:
 
 
 def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:
-    """The reward processes, each with every reward model among the sources, counted as float32."""
-    weights = sum(_weights("float32", model) for model in models)
-    return _role("Reward", section, cfg, cfg.min, {"weights": weights})
+    """The reward processes, each with every reward model among the sources and judges, counted as float32, and with a
+    pass of each."""
+    tokens = [source.max_batch_tokens for source in cfg.sources if isinstance(source, ModelSourceConfig)]
+    return _role("Reward", section, cfg, cfg.min, _scoring(models, "float32", max(tokens, default=0)))
+
+
+def _scoring(models: Sequence[ModelSize], dtype: str, tokens: int) -> Parts:
+    """The parts of a process that scores with these models, in passes of up to `tokens`."""
+    size = _value_bytes(dtype)
+    return {
+        "weights": sum(size * model.parameters for model in models),
+        "one pass": sum(pass_bytes(model, tokens, value_bytes=size) for model in models),
+    }
 
 
 def _training(
@@ -157,8 +168,8 @@ def _training(
     return _role(name, "learner", cfg, ranks, state | working, loading=loading)
 
 
-def _weights(dtype: str, model: ModelSize) -> int:
-    return (2 if dtype == "bfloat16" else 4) * model.parameters
+def _value_bytes(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
 
 
 def _role(name: str, section: str, cfg: Placed, count: int, parts: Parts, *, loading: int | None = None) -> list[Need]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from common.config.actors import GeneratorsConfig
 from common.errors import UserError
 from common.memory import MIB
-from common.model.size import ModelSize
+from common.model.size import ModelSize, pass_bytes
 
 CONTEXT_AND_GRAPHS = 2 << 30  # memory that CUDA's context and CUDA graphs take on each device
 USABLE = 0.92  # the part of a GPU that an engine with a whole one may plan for
@@ -27,9 +27,9 @@ def other_bytes(cfg: GeneratorsConfig, model: ModelSize) -> int:
     """Memory on each device besides weights and KV cache: context, graphs, and the activations of the largest step, or
     the logits of the sampler if they take more."""
     tokens = max(cfg.max_batched_tokens, cfg.max_running)
-    width = 3 * (model.intermediate or 4 * model.hidden) // cfg.tensor_parallel + 6 * model.hidden
+    step = pass_bytes(model, tokens, value_bytes=bytes_per_value(cfg), parts=cfg.tensor_parallel)
     logits = 6 * 4 * cfg.max_running * model.vocabulary  # float32: the sampler's copies, sorted values, indices
-    return CONTEXT_AND_GRAPHS + max(tokens * width * bytes_per_value(cfg), logits)
+    return CONTEXT_AND_GRAPHS + max(step, logits)
 
 
 def kv_cache_bytes(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int, device_memory: int) -> int:

@@ -33,6 +33,13 @@ class ModelSize:
     intermediate: int | None = None  # width of a feed-forward layer, if the config has it
 
 
+def pass_bytes(model: ModelSize, tokens: int, *, value_bytes: int, parts: int = 1) -> int:
+    """Memory for the activations of a forward pass without gradients, estimated: those of its largest layer. `parts`:
+    of each device, if the layers are split over several."""
+    width = 3 * (model.intermediate or 4 * model.hidden) // parts + 6 * model.hidden
+    return tokens * width * value_bytes
+
+
 def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
     """Sizes of the model in `directory`. Raises UserError if the config cannot be read or lacks a size."""
     with reading(directory, setting, "be trained"):

@@ -63,9 +63,9 @@ def merged(model: PreTrainedModel) -> Iterator[NamedTensor]:
 
 
 def _merged(parameter: nn.Parameter, layer: Adapted | None) -> Tensor:
-    """The parameter in full. If its layer has an adapter, float32 with the adapter added."""
-    weight = whole(parameter)
-    return weight if layer is None else weight.float() + _delta(layer)
+    """The parameter in full. If its layer has an adapter, float32 with the adapter added; else it is gathered in the
+    type in which policies are published and saved, half of float32's bytes."""
+    return whole(parameter, torch.bfloat16) if layer is None else whole(parameter).float() + _delta(layer)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -85,10 +86,13 @@ def shard(network: nn.Module, exact: Iterable[nn.Module], *, precision: str, dev
     fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter in full, detached. Every rank must call this at the same time."""
+def whole(parameter: Tensor, travels_as: torch.dtype | None = None) -> Tensor:
+    """A parameter in full, detached. Every rank must call this at the same time. Shards are cast to `travels_as` before
+    they are gathered; a parameter that is not sharded stays unchanged."""
     value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    return cast(DTensor, value.to(travels_as or value.dtype)).full_tensor()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

@@ -82,7 +82,8 @@ class RewardTrainer(Trainer):
 
     def save_model(self, directory: Path) -> None:
         """Writes the reward model as a Hugging Face directory."""
-        tensors = {name: whole(value).to("cpu", torch.bfloat16) for name, value in self.model.state_dict().items()}
+        gathered = ((name, whole(value, torch.bfloat16)) for name, value in self.model.state_dict().items())
+        tensors = {name: value.to("cpu", torch.bfloat16) for name, value in gathered}
         if self._ranks.rank == 0:
             scale = ScoreScale(chat=self.cfg.data.format == "chat")
             save_reward_model(self.model, resolve_model(self.cfg.model.path), directory, scale, tensors=tensors)

@@ -77,7 +77,8 @@ def test_the_memory_estimate_counts_the_copies_of_weights_of_each_role():
 def test_the_estimates_of_a_small_model_worked_out_by_hand():
     # By default: sequences of 512 + 256 tokens, more than the 512 of a micro-batch; 4096 in a pass of the reference.
     estimate = memory(config())
-    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000
+    # A pass of the reference keeps 3 * 144 + 6 * 64 = 816 values of 2 bytes for each token.
+    assert estimate["ReferencePolicy(0)"] == 600 * MIB + 2_000_000 + 4096 * 816 * 2
     assert estimate["Generator(0)"] == 600 * MIB + 4_000_000 + 256 * MIB
     # Saved for the backward pass: 18 bf16 values for 768 tokens * 2 layers * 64 units, 3,538,944 bytes. A second
     # float32 gradient of the tied embedding, 4 * 100 * 64 = 25,600.
@@ -130,11 +131,26 @@ def test_without_a_critic_a_separate_one_takes_no_memory():
 
 
 @pytest.mark.parametrize(
-    ("role", "section", "copies"), [("Generator(0)", "generators", 2), ("ReferencePolicy(0)", "reference", 1)]
+    ("role", "section", "half_size"),
+    [
+        ("Generator(0)", "generators", 2 * 2 * 1_000_000),
+        ("ReferencePolicy(0)", "reference", 2 * 1_000_000 + 4096 * 816 * 2),
+    ],
 )
-def test_float32_doubles_the_weights_of_a_frozen_role(role, section, copies):
+def test_float32_doubles_weights_and_activations_of_a_frozen_role(role, section, half_size):
     half, full = memory(config(**{section: {"dtype": "bfloat16"}})), memory(config(**{section: {"dtype": "float32"}}))
-    assert full[role] - half[role] == copies * 2 * 1_000_000
+    assert full[role] - half[role] == half_size
+
+
+def test_services_on_a_gpu_need_room_for_their_largest_pass():
+    sources = [{"name": "s", "model": "rm", "max_batch_tokens": 10_000}]
+    cfg = config(reference={"gpus": 0.1, "max_batch_tokens": 20_000}, reward={"gpus": 0.1, "sources": sources})
+    device = {n.section: n.device for n in needs(cfg, MODEL, [MODEL])}
+    context = {"CUDA": 600 * MIB}
+    assert device["reference"] == {**context, "weights": 2_000_000, "one pass": 20_000 * 816 * 2}
+    assert device["reward"] == {**context, "weights": 4_000_000, "one pass": 10_000 * 816 * 4}
+    wanted = [n for n in needs(cfg, MODEL, [MODEL]) if n.section == "reward"]
+    assert "lower max_batch_tokens or use a smaller model" in refusal(wanted, [Node("n", 8, 1, GIB, 6 * GIB)])
 
 
 def test_changes_as_updates_take_two_more_copies_in_a_generator():
@@ -248,7 +264,7 @@ def test_sampling_pairs_needs_generators_and_a_labeller():
         }
     )
     engine = 600 * MIB + 4_000_000 + 256 * MIB
-    on_gpu = {"CUDA": 600 * MIB, "weights": 4_000_000}
+    on_gpu = {"CUDA": 600 * MIB, "weights": 4_000_000, "one pass": 0}
     wanted = [*generator_needs(cfg.generators, MODEL, max_tokens=768), *reward_needs("labeller", cfg.labeller, [MODEL])]
     assert wanted == [
         Need("Generator(0)", "generators", 2, 0, engine),

@@ -50,7 +50,8 @@ def check_update(run: Run) -> None:
     before = {name: tensor.clone() for name, tensor in network.policy_tensors()}
     shard(network, [network.value_head], precision="bf16", device=run.device)
     gathered = dict(network.policy_tensors())
-    run.expect(all(torch.equal(before[name], gathered[name].cpu()) for name in before), "sharded: gathers the weights")
+    same = all(torch.equal(before[name].bfloat16(), gathered[name].cpu()) for name in before)
+    run.expect(same, "sharded: gathers the weights in bfloat16")
     optimizer = make_optimizer(network.parts(cfg.optimizer), cfg.optimizer)
     table = batch(str(model), rollouts=8, shortest=16, longest=48)
     sequences = ExperienceBatch.from_table(table).sequences.to(run.device)

@@ -169,11 +169,12 @@ def run_case(learner: Learner, name: str) -> dict[str, Any]:
 
 
 def outputs(learner: Learner, directory: Path) -> dict[str, Any]:
-    """A learner's outputs, and the largest number of values of gathered tensors alive at once."""
-    alive, peaks = [0], {}
+    """A learner's outputs, the largest number of values of gathered tensors alive at once, and the types of those."""
+    alive, peaks, dtypes = [0], {}, set()
 
-    def counted(parameter: torch.Tensor) -> torch.Tensor:
-        tensor = whole(parameter).clone()  # one of its own also where nothing is gathered
+    def counted(parameter: torch.Tensor, *how: torch.dtype) -> torch.Tensor:
+        tensor = whole(parameter, *how).clone()  # one of its own also where nothing is gathered
+        dtypes.add(tensor.dtype)
         size = tensor.numel()
         alive[0] += size
         weakref.finalize(tensor, lambda: alive.__setitem__(0, alive[0] - size))
@@ -193,7 +194,7 @@ def outputs(learner: Learner, directory: Path) -> dict[str, Any]:
     if learner.cfg.learner.lora:
         rows = [make_experience(i, [4 + i] * (i % 5)).rollout for i in range(7)]
         ref_logprobs = [*learner.ref_logprobs(*rows), *learner.ref_logprobs(rows[0])]
-    return {"published": published, "ref_logprobs": ref_logprobs, "peaks": peaks}
+    return {"published": published, "ref_logprobs": ref_logprobs, "peaks": peaks, "dtypes": dtypes}
 
 
 WHOLE_LAYERS = ["experts", "experts-lora"]  # gathered by layers, since a file's tensor may be made of several
@@ -361,12 +362,20 @@ def test_only_the_first_rank_publishes_and_its_bits_are_those_of_one(runs, name)
             assert found == expected
 
 
+def test_shards_are_gathered_in_bf16_where_they_are_published(runs):
+    alone, *ranks = runs[1]["unclipped"]
+    assert alone["dtypes"] == {torch.float32}  # one rank gathers nothing
+    assert [run["dtypes"] for run in ranks] == 2 * [{torch.bfloat16}]
+
+
 @pytest.mark.parametrize("name", [name for name in OUTPUTS if name not in WHOLE_LAYERS])
 def test_gathering_weights_holds_at_most_two_whole_tensors(runs, name):
     entries = [entry for item in runs[1][name][0]["published"] if isinstance(item, Bucket) for entry in item.entries]
     sizes = [int(np.prod(entry.shape)) for entry in entries]
     for run in runs[1][name]:
         for what, peak in run["peaks"].items():
+            if what == "save_policy" and run["dtypes"] == {torch.bfloat16}:
+                continue  # they are what it writes, so it keeps them
             # A tensor may be alive until the next is gathered, together with the two small ones of its adapter.
             assert 0 < peak <= 2 * max(sizes) + 2 * 4 * (64 + 128), what
             assert peak < sum(sizes) / 3
