@@ -1,8 +1,9 @@
 """vLLM behind the `Engine` protocol: the engine in this process, stepped by its own thread. Runs in each generator.
 
-Everything that touches the engine runs on that thread between two steps. So no weight update can fall into a step, and
-every token's weight version is exact. The engine shares the generator's process, which starts faster and is smaller
-than vLLM's own layouts. Only with tensor parallelism each device has its own process, which ends with this one.
+Everything that touches the engine runs on that thread between two steps. On a GPU one more step is in flight then, and
+a weight update first takes its tokens. So no update can fall into a step, and every token's weight version is exact.
+The engine shares the generator's process, which starts faster and is smaller than vLLM's own layouts. Only with tensor
+parallelism each device has its own process, which ends with this one.
 """
 
 from __future__ import annotations
@@ -167,9 +168,13 @@ class VLLMEngine:
 
     async def swap(self, version: int) -> float:
         def swap() -> tuple[list[Any], float]:
+            self._finish_steps()
             started = time.perf_counter()
-            old = self._weights.swap(version)
-            self._engine.set_weight_version(str(version))
+            try:
+                old = self._weights.swap(version)
+                self._engine.set_weight_version(str(version))
+            finally:
+                self._core.resume_scheduler()
             pause_s = time.perf_counter() - started
             meters.observe("ratchet_generator_swap_seconds", pause_s)
             return old, pause_s
@@ -209,17 +214,32 @@ class VLLMEngine:
             while True:
                 self._run_commands()
                 if self._engine.has_unfinished_requests():
-                    for output in self._engine.step():
-                        if output.finished and (waiting := self._waiting.pop(output.request_id, None)):
-                            waiting.set_result(output)
+                    self._step()
                 self._report_load()
         except BaseException as error:
             traceback.print_exc()  # into the actor's log; callers get only the message
             self._fail(error)
             self._engine.engine_core.shutdown()  # ends the worker processes
 
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if output.finished and (waiting := self._waiting.pop(output.request_id, None)):
+                waiting.set_result(output)
+
+    def _finish_steps(self) -> None:
+        """Pauses the scheduler and takes the tokens of all steps in flight, which the current weights sampled. Requests
+        keep their place. With asynchronous scheduling vLLM starts a step before it takes the tokens of the last one, so
+        that the GPU never waits for Python."""
+        self._core.pause_scheduler("keep", clear_cache=False)
+        while self._core.batch_queue:
+            self._step()
+
+    @property
+    def _core(self) -> Any:
+        return self._engine.engine_core.engine_core
+
     def _report_load(self) -> None:
-        load = self._engine.engine_core.engine_core.scheduler.get_request_counts()
+        load = self._core.scheduler.get_request_counts()
         if load != self._load:
             self._load = load
             for state, requests in zip(("running", "waiting"), load, strict=True):
@@ -241,7 +261,7 @@ class VLLMEngine:
                 result.set_exception(error)
                 raise
             except Exception as error:
-                if not getattr(self._engine.engine_core.engine_core.model_executor, "is_failed", False):
+                if not getattr(self._core.model_executor, "is_failed", False):
                     result.set_exception(error)  # the caller's mistake, such as a prompt longer than the context
                     continue
                 dead = EngineDeadError(f"one of its processes is gone: {error}")
@@ -294,9 +314,7 @@ def _engine_args(
         max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
         tensor_parallel_size=cfg.tensor_parallel,
         distributed_executor_backend="mp" if cfg.tensor_parallel > 1 else None,
-        # With asynchronous scheduling a batch is in flight between two steps: tokens of the old weights would get the
-        # new version.
-        async_scheduling=False,
+        async_scheduling=not on_cpu,  # on the CPU a step only begins when it is waited for, so nothing would overlap
         kv_cache_memory_bytes=kv_cache_bytes(
             cfg,
             model_size(model),

@@ -95,9 +95,8 @@ def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", way="pac
 
 
 def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
-    from actors.generation import vllm_weights
+    from actors.generation import vllm_engine, vllm_weights
     from actors.generation.generator import Generator
-    from actors.generation.vllm_engine import VLLMEngine
 
     def not_stageable(self, *args):
         raise vllm_weights.NotStageableError("told so")
@@ -114,6 +113,8 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     elif way == "copied":  # as on a GPU; on CPU for layers without packed copies only
         vllm_weights.ops._supports_onednn = False
         vllm_weights.PackedWeights = vllm_weights.CopiedWeights
+    elif way == "asynchronous":  # as on a GPU: between two steps one more is in flight
+        _schedule_asynchronously(vllm_engine.current_platform)
     elif way == "reloaded":
         vllm_weights.PackedWeights.__init__ = not_stageable
 
@@ -121,7 +122,7 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     gpus = parts if ENGINE_GPUS and parts > 1 else ENGINE_GPUS
 
     def make_engine():
-        return VLLMEngine(
+        return vllm_engine.VLLMEngine(
             model_dir,
             GeneratorsConfig(dtype=dtype, kv_cache_mib=16, gpus=gpus, tensor_parallel=parts),
             SamplingConfig.model_validate({"max_new_tokens": 12, **sampling}),
@@ -143,6 +144,17 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     assert type(generator._engine._weights).__name__ == expected
     assert len(multiprocessing.active_children()) == (2 if way == "sharded" else 0)
     return asyncio.run(globals()[scenario](generator, weight_sets))
+
+
+def _schedule_asynchronously(platform):
+    """vLLM turns asynchronous scheduling off on the CPU, but its executor can do it."""
+    kept = type(platform).check_and_update_config
+
+    def check_and_update_config(cls, vllm_config):
+        kept(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    type(platform).check_and_update_config = classmethod(check_and_update_config)
 
 
 async def load(generator, weights: list[Bucket | Delta]) -> int:
@@ -407,7 +419,14 @@ def head_moved(tensors: dict[str, torch.Tensor], version: int) -> list[Bucket]:
 
 
 @pytest.mark.parametrize(
-    ("way", "sent"), [("packed", "changes"), ("copied", "full"), ("reloaded", "full"), ("sharded", "changes")]
+    ("way", "sent"),
+    [
+        ("packed", "changes"),
+        ("copied", "full"),
+        ("reloaded", "full"),
+        ("sharded", "changes"),
+        ("asynchronous", "full"),
+    ],
 )
 def test_every_token_is_written_by_the_version_that_it_names(tmp_path, way, sent):
     model_dir = save_model_that_writes_its_version(tmp_path / "model")
