@@ -46,12 +46,20 @@ class Starter:
             pool.stop()
 
     async def generators(
-        self, policy: PolicyFiles, cfg: GeneratorsConfig, sampling: SamplingConfig, *, seed: int, max_tokens: int
+        self,
+        policy: PolicyFiles,
+        cfg: GeneratorsConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        max_tokens: int,
+        sleeps: bool = False,
     ) -> GeneratorPool:
-        """Starts generators for sequences of up to `max_tokens`, or of the model's context if that is shorter."""
+        """Starts generators for sequences of up to `max_tokens`, or of the model's context if that is shorter. With
+        `sleeps` they can lend their GPU memory to the learner."""
         end_tokens = end_token_ids(policy.directory, policy.tokenizer)
         length = min(max_tokens, policy.size.context)
-        make = partial(make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code)
+        make = partial(make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code, sleeps)
         host = RayHost(Generator, cfg, seed, make, updates=cfg.updates)
         generators = GeneratorPool(host, cfg, on_event=self._on_event, response_tokens=sampling.max_new_tokens)
         self.pools.append(await generators.pool.start(self._timeout_s))
@@ -84,6 +92,7 @@ def make_engine(
     max_model_len: int,
     end_tokens: list[int],
     trust_remote_code: bool,
+    sleeps: bool,
 ) -> Engine:
     """Runs in each generator, so that only generators import vLLM."""
     from actors.generation.vllm_engine import VLLMEngine
@@ -93,6 +102,7 @@ def make_engine(
         cfg,
         sampling,
         trust_remote_code=trust_remote_code,
+        sleeps=sleeps,
         max_model_len=max_model_len,
         end_token_ids=end_tokens,
         export_metrics=ray.is_initialized(),

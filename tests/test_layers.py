@@ -26,7 +26,7 @@ RAY_FILES = {
     Path("learner/ranks/rank_group.py"),
     Path("learner/ranks/processes.py"),
 }
-VLLM_FILES = {Path(f"actors/generation/vllm_{name}.py") for name in ("engine", "weights", "reload")}
+VLLM_FILES = {Path(f"actors/generation/vllm_{name}.py") for name in ("engine", "settings", "weights", "reload")}
 
 # Its arguments: packages to block, with commas between them; modules to import.
 BLOCKED = """
@@ -80,7 +80,7 @@ def test_ray_is_imported_only_by_the_named_files_and_deploy():
     assert {path for path in importers("ray") if path.parts[0] != "deploy"} <= RAY_FILES
 
 
-def test_vllm_is_imported_only_by_its_engine_and_its_weights():
+def test_vllm_is_imported_only_by_the_files_that_are_named_after_it():
     assert importers("vllm") == VLLM_FILES
 
 

@@ -37,6 +37,12 @@ class Engine(Protocol):
         """Ends every running response, and every later one at once. `generate` returns what there is, with the finish
         reason HANDED_OVER."""
 
+    async def sleep(self) -> None:
+        """Gives up the engine's GPU memory until `wake`. Requests wait; those that had begun keep their tokens."""
+
+    async def wake(self) -> None:
+        """Takes the memory back and continues. Has no effect on an engine that is awake."""
+
     async def stage(self, bucket: Bucket) -> None:
         """Prepares a verified bucket for the next `swap`, while running requests continue with the current weights.
 

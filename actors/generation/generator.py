@@ -78,6 +78,14 @@ class Generator:
         """Ends every response now. `generate` returns the partial responses, for other generators to continue."""
         await self._engine.hand_over()
 
+    async def sleep(self) -> None:
+        """Lends the engine's GPU memory to the learner until `wake`. Every request waits meanwhile."""
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        """Continues after `sleep`; does nothing on a generator that is awake."""
+        await self._engine.wake()
+
     async def stage(self, *parts: Bucket | Delta) -> None:
         """Verifies the next buckets of new weights and keeps them for `swap`. Raises CorruptWeightsError, also if this
         generator does not hold the base of a delta. The caller may then send the set again from bucket 0.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import sys
 import threading
 import time
@@ -23,36 +22,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from actors.generation.engine import Completion
-from actors.generation.kv_cache import kv_cache_bytes
-from common.config.actors import NEEDS_CPU, NEEDS_GPU, GeneratorsConfig, SamplingConfig
-from common.errors import EngineDeadError, UserError
+from actors.generation.vllm_settings import WHOLE_DISTRIBUTION, engine_args, sampling_settings
+from common.config.actors import GeneratorsConfig, SamplingConfig
+from common.errors import EngineDeadError
 from common.metrics import meters
-from common.model.size import model_size
 from common.types import HANDED_OVER
 from common.user_code.packages import package_root
 from common.weights import Bucket
 
-# vLLM reads its variables while it is imported.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core must run in this process
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
-# Worker processes are spawned: a fork of this process with its threads would hang. They inherit its cores and threads.
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# All worker processes are on this node, so the loopback interface is enough.
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-if not torch.cuda.is_available():
-    # Otherwise the kernel that ranks log-probabilities is compiled for 13 s, with no gain at these sizes.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
+# isort: split
+# vllm_settings must come first: it sets variables that vLLM reads while it is imported.
 from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -63,9 +45,6 @@ T = TypeVar("T")
 # After this time without a new request an idle engine begins to step, seconds. Requests that are sent together arrive
 # one by one, and those that miss the first step cost one step more: 1.2 % of the time of 64 requests of 32 tokens.
 GATHER_S = 0.005
-
-# Sampling from the whole distribution at the run's temperature, without the run's truncation and end tokens.
-_PLAIN: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": True}
 
 
 class VLLMEngine:
@@ -80,13 +59,20 @@ class VLLMEngine:
         max_model_len: int,
         end_token_ids: list[int],
         trust_remote_code: bool = False,
+        sleeps: bool = False,
         export_metrics: bool = False,
     ) -> None:
-        """Returns when vLLM has loaded the model; raises vLLM's error if that fails. With `export_metrics` vLLM
-        exports its own metrics through Ray, which works only in a Ray process."""
-        self._sampling = _sampling_settings(sampling, end_token_ids)
-        self._args = _engine_args(
-            model, cfg, max_model_len=max_model_len, trust_remote_code=trust_remote_code, log_stats=export_metrics
+        """Returns when vLLM has loaded the model; raises vLLM's error if that fails. `sleeps` makes `sleep` free the
+        memory of a GPU. With `export_metrics` vLLM exports its own metrics through Ray, which works only in a Ray
+        process."""
+        self._sampling = sampling_settings(sampling, end_token_ids)
+        self._args = engine_args(
+            model,
+            cfg,
+            max_model_len=max_model_len,
+            trust_remote_code=trust_remote_code,
+            sleeps=sleeps,
+            log_stats=export_metrics,
         )
         self._load = (-1, -1)  # requests running and waiting, as reported last
         self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
@@ -94,6 +80,7 @@ class VLLMEngine:
         self._waiting: dict[str, Future] = {}  # request key -> its final output
         self._keys = itertools.count()
         self._leaving = False
+        self._asleep = False
         self._failure: BaseException | None = None
         self._stager = ThreadPoolExecutor(1, "vllm-weights")
         # Staging needs the interpreter lock for microseconds between long native calls. With Python's default of 5 ms
@@ -117,7 +104,7 @@ class VLLMEngine:
         def add() -> None:
             changed = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
             if plain_tokens:
-                changed = {**_PLAIN, "max_tokens": plain_tokens}
+                changed = {**WHOLE_DISTRIBUTION, "max_tokens": plain_tokens}
             params = SamplingParams(**{**self._sampling, **changed}, seed=seed)
             self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist()}, params)
             self._waiting[key] = output
@@ -162,6 +149,23 @@ class VLLMEngine:
             final = state.make_request_output([], None, FinishReason.ABORT, None)
             self._engine.abort_request([key])
             self._waiting.pop(key).set_result(final)
+
+    async def sleep(self) -> None:
+        def sleep() -> None:
+            if not self._asleep:
+                self._finish_steps()
+                self._engine.sleep(level=1, mode="keep")
+                self._asleep = True
+
+        await self._call(sleep)
+
+    async def wake(self) -> None:
+        def wake() -> None:
+            if self._asleep:
+                self._engine.wake_up()
+                self._asleep = False
+
+        await self._call(wake)
 
     async def stage(self, bucket: Bucket) -> None:
         await self._on_stager(partial(self._weights.stage, bucket))
@@ -213,13 +217,16 @@ class VLLMEngine:
         try:
             while True:
                 self._run_commands()
-                if self._engine.has_unfinished_requests():
+                if self._has_work():
                     self._step()
                 self._report_load()
         except BaseException as error:
             traceback.print_exc()  # into the actor's log; callers get only the message
             self._fail(error)
             self._engine.engine_core.shutdown()  # ends the worker processes
+
+    def _has_work(self) -> bool:
+        return not self._asleep and self._engine.has_unfinished_requests()
 
     def _step(self) -> None:
         for output in self._engine.step():
@@ -247,7 +254,7 @@ class VLLMEngine:
 
     def _run_commands(self) -> None:
         with self._wake:
-            while not (self._commands or self._engine.has_unfinished_requests()):
+            while not (self._commands or self._has_work()):
                 self._wake.wait()
                 while self._wake.wait(GATHER_S):  # more came: a step takes as long for one request as for many
                     pass
@@ -276,61 +283,6 @@ class VLLMEngine:
         for result in pending:
             if not result.done():
                 result.set_exception(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
-
-
-def _sampling_settings(sampling: SamplingConfig, end_token_ids: list[int]) -> dict[str, Any]:
-    """The arguments of every request's SamplingParams."""
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_tokens": sampling.max_new_tokens,
-        "min_tokens": sampling.min_new_tokens,
-        "stop_token_ids": end_token_ids,
-        "logprobs": 0,  # of the sampled token only
-        "detokenize": False,
-        "output_kind": RequestOutputKind.FINAL_ONLY,
-    }
-
-
-def _engine_args(
-    model: Path, cfg: GeneratorsConfig, *, max_model_len: int, trust_remote_code: bool, log_stats: bool
-) -> EngineArgs:
-    """vLLM's settings for exact versions, exact log-probabilities and weights that change."""
-    on_cpu = current_platform.is_cpu()
-    if (cfg.gpus == 0) != on_cpu:
-        raise UserError(NEEDS_CPU if on_cpu else NEEDS_GPU)
-    return EngineArgs(
-        model=str(model),
-        # A tag of vLLM's metrics. By default it is the path, and Ray refuses tags with letters outside ASCII.
-        served_model_name="policy",
-        trust_remote_code=trust_remote_code,
-        dtype=cfg.dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=cfg.max_running,
-        # A seeded request whose prompt is split over several steps rewinds its random generator, which vLLM 0.32
-        # cannot do on CPU ("CPU Generator does not use offset"). So on CPU every prompt must fit into one step.
-        enable_chunked_prefill=not on_cpu,
-        max_num_batched_tokens=max(cfg.max_batched_tokens, cfg.max_running, max_model_len if on_cpu else 0),
-        tensor_parallel_size=cfg.tensor_parallel,
-        distributed_executor_backend="mp" if cfg.tensor_parallel > 1 else None,
-        async_scheduling=not on_cpu,  # on the CPU a step only begins when it is waited for, so nothing would overlap
-        kv_cache_memory_bytes=kv_cache_bytes(
-            cfg,
-            model_size(model),
-            max_tokens=max_model_len,
-            device_memory=0 if on_cpu else current_platform.get_device_total_memory(),
-        ),
-        # vLLM only checks at the start that this share of the memory is free: the cache's size is given above.
-        gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,
-        enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
-        # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
-        logprobs_mode="processed_logprobs",
-        # After an update, a cached prefix would serve states that the old weights computed.
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        disable_log_stats=not log_stats,
-    )
 
 
 def _ray_stat_logger() -> Any:

@@ -80,7 +80,7 @@ def pin(name: str, cores: Collection[int]) -> None:
 def worker_environment(cfg: Placed) -> dict[str, str]:
     """Environment of a role's process: few log lines, and the same importable modules as in the driver.
 
-    vLLM's own variables are set where it is imported, in actors/generation/vllm_engine.py.
+    vLLM's own variables are set where it is imported, in actors/generation/vllm_settings.py.
     """
     inherited = {key: os.environ[key] for key in _INHERITED if key in os.environ}
     environment = {

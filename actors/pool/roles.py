@@ -55,6 +55,12 @@ class GeneratorPool:
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
         return await self.pool.host.fetch(references)
 
+    async def sleep(self) -> None:
+        await self.pool.each(lambda replica: self.pool.ask(replica, "sleep", lambda handle: handle.sleep.remote()))
+
+    async def wake(self) -> None:
+        await self.pool.each(lambda replica: self.pool.ask(replica, "wake", lambda handle: handle.wake.remote()))
+
     async def load(self, weights: AsyncGenerator[PublishedBucket | Manifest, None], version: int) -> dict[str, float]:
         return await self.weights.load(weights, version)
 

@@ -114,6 +114,10 @@ class GeneratorsConfig(Replicated):
     """Most tokens of one engine step; bounds how long a weight update waits for the step to end. Raised to
     max_running if lower, and on the CPU also to the longest prompt with its response. Left out: 256 on the CPU, 8192 on
     a GPU."""
+    sleep: bool | None = None
+    """During each update the engine lends its GPU memory to the learner: its weights move to the machine's memory, and
+    its KV cache is dropped. Needs max_staleness = 0, and one learner rank with a share of the engine's GPU. Left out:
+    on where that is so."""
     updates: Literal["full", "changes"] = "full"
     """Weights sent after a step. full: all of them; best on one node, where engines read them in place. changes: only
     values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs the search for changes,

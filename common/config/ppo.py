@@ -228,6 +228,18 @@ class Config(Root):
         return BYTES_PER_TOKEN * self.max_sequence_tokens
 
     @property
+    def lent_share(self) -> float:
+        """The share of its GPU that an engine lends to the learner during each update; 0 if engines stay awake."""
+        return self.generators.gpus if self._may_sleep and self.generators.sleep is not False else 0.0
+
+    @property
+    def _may_sleep(self) -> bool:
+        """True if nothing is generated during an update, and the learner has a share of an engine's GPU."""
+        learner, engine = self.learner.gpus, self.generators.gpus
+        share_one_gpu = self.learner.ranks == 1 and min(learner, engine) > 0 and learner + engine <= 1
+        return share_one_gpu and self.max_staleness == 0
+
+    @property
     def group_size(self) -> int:
         """Rollouts that stay together in one batch: all responses to a prompt if each is a baseline for the others."""
         return self.prompts.rollouts_per_prompt if self.ppo.advantages == "group" else 1
@@ -238,6 +250,8 @@ class Config(Root):
         yield from _broken_schedule_rules(self)
         yield from _broken_kl_rules(self)
         yield from _broken_length_and_staleness_rules(self)
+        if self.generators.sleep and not self._may_sleep:
+            yield _sleep_rule(self)
         rows = self.rollouts_per_step // self.ppo.minibatches
         yield from broken_trainer_rules(self.learner, rows, "rollouts_per_step / ppo.minibatches")
         yield from broken_source_rules("reward.sources", self.reward.sources, others=self.evaluation.judges)
@@ -310,6 +324,15 @@ def _broken_length_and_staleness_rules(cfg: Config) -> Iterator[str]:
             f"{step_mib} MiB, with max_staleness ({cfg.max_staleness}): without room, no rollouts of later steps start "
             "early; raise it, or set max_staleness = 0"
         )
+
+
+def _sleep_rule(cfg: Config) -> str:
+    return (
+        f"generators.sleep (true) needs max_staleness = 0 (it is {cfg.max_staleness}) and shares of one GPU for engine "
+        f"and learner: learner.ranks = 1 (it is {cfg.learner.ranks}), generators.gpus and learner.gpus above 0 and "
+        f"together at most 1 (they are {cfg.generators.gpus:g} and {cfg.learner.gpus:g}); change these, or leave "
+        "generators.sleep out"
+    )
 
 
 def _broken_evaluation_rules(cfg: Config) -> Iterator[str]:

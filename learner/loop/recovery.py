@@ -119,7 +119,7 @@ async def bring_to_end(run: Run, state: State = State.READY, *, live: int | None
                 state = State.READY
                 continue
             if step >= run.journal.next_step:
-                return stats
+                break
             stats = await _advance(run, step, live=live)
         except BatchError as error:
             _void(run, step, error)
@@ -127,6 +127,9 @@ async def bring_to_end(run: Run, state: State = State.READY, *, live: int | None
         except RankLostError as error:
             _count_loss(run, error)
             state = State.LOST
+    if run.cfg.lent_share:
+        await run.generators.wake()
+    return stats
 
 
 async def _advance(run: Run, step: int, *, live: int | None) -> dict[str, float]:
@@ -137,6 +140,8 @@ async def _advance(run: Run, step: int, *, live: int | None) -> dict[str, float]
         run.doing = partial("step {} is learned again from the journal".format, step + 1)
     if reason is None:
         await _configure(run, step)
+        if run.cfg.lent_share:
+            await run.generators.sleep()
         stats = await run.learner.update(entry.table)
         if run.credit.due(step):
             with run.phase("credit", f"step {step + 1}: the values of its tokens are written"):

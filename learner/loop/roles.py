@@ -27,6 +27,12 @@ class Generators(Protocol):
         """The values behind the references of a RolloutRef or ExperienceRef. A value that is gone becomes a
         RolloutLostError in its place; an item that is no reference is returned unchanged."""
 
+    async def sleep(self) -> None:
+        """Every replica lends its GPU memory to the learner until `wake`. Requests wait meanwhile."""
+
+    async def wake(self) -> None:
+        """Every replica takes its memory back and continues. A replica that is awake does nothing."""
+
     async def load(self, weights: AsyncGenerator[Any, None], version: int) -> dict[str, float]:
         """Brings a publication of `LearnerGroup.publish` to every replica. Returns the metrics `weights/*` when every
         replica that gets prompts has verified and holds `version`.

@@ -47,7 +47,7 @@ class Learner(Trainer):
 
     def __init__(self, cfg: Config) -> None:
         torch.set_num_threads(cfg.learner.threads)
-        device = find_device(cfg.learner.gpus)
+        device = find_device(cfg.learner.gpus + cfg.lent_share)
         directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
         # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
         held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")
@@ -114,6 +114,8 @@ class Learner(Trainer):
             metrics.add(key, value)
         self._credit = Credit(fixed, derivation, old_entropy, newest, cfg.ppo)
         self.step += 1
+        if cfg.lent_share:
+            torch.cuda.empty_cache()  # an engine on this GPU takes its memory back; torch would keep what it has freed
         return metrics.result()
 
     def credit(self) -> pa.Table | None:

@@ -95,7 +95,7 @@ def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", way="pac
 
 
 def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
-    from actors.generation import vllm_engine, vllm_weights
+    from actors.generation import vllm_engine, vllm_settings, vllm_weights
     from actors.generation.generator import Generator
 
     def not_stageable(self, *args):
@@ -114,7 +114,7 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
         vllm_weights.ops._supports_onednn = False
         vllm_weights.PackedWeights = vllm_weights.CopiedWeights
     elif way == "asynchronous":  # as on a GPU: between two steps one more is in flight
-        _schedule_asynchronously(vllm_engine.current_platform)
+        _schedule_asynchronously(vllm_settings.current_platform)
     elif way == "reloaded":
         vllm_weights.PackedWeights.__init__ = not_stageable
 
@@ -225,6 +225,22 @@ async def update_in_flight(generator, weight_sets) -> tuple[str, list[Rollout]]:
         await asyncio.sleep(0)
     await load(generator, weights[-1:])
     return refused, list(await asyncio.gather(*running))
+
+
+async def sleep_in_flight(generator, weight_sets) -> tuple[bool, list[Rollout]]:
+    """The engine sleeps in the middle of all responses, and one more is requested. Says whether anything was sampled in
+    its sleep."""
+    engine = generator._engine
+    running = [asyncio.create_task(write(generator, prompt)) for prompt in PROMPTS]
+    while not await engine._call(partial(tokens_written, engine)):
+        await asyncio.sleep(0)
+    await generator.sleep()
+    before = await engine._call(partial(tokens_written, engine))
+    running.append(asyncio.create_task(write(generator, PROMPTS[0])))
+    await generator.sleep()  # a second time has no effect
+    sampled = await engine._call(partial(tokens_written, engine)) != before
+    await generator.wake()
+    return sampled, list(await asyncio.gather(*running))
 
 
 def tokens_written(engine) -> int:
@@ -439,6 +455,18 @@ def test_every_token_is_written_by_the_version_that_it_names(tmp_path, way, sent
         assert (rollout.response_ids - 4).tolist() == rollout.policy_versions.tolist()
         assert np.isfinite(rollout.rollout_logprobs).all()
     assert max(len(set(rollout.policy_versions)) for rollout in batch) >= 3
+
+
+@pytest.mark.parametrize("way", ["packed", "asynchronous"])
+def test_an_engine_that_slept_continues_every_response(tmp_path, way):
+    """On the CPU no memory is freed. But as on a GPU the cache is dropped, and its contents are computed again."""
+    model_dir = save_tiny_model(tmp_path / "model")
+    sampled, batch = in_engine(model_dir, "float32", way=way, scenario="sleep_in_flight", max_new_tokens=100)
+    assert not sampled
+    assert batch[-1].response_ids.tolist() == batch[0].response_ids.tolist()
+    for rollout in batch:
+        assert rollout.finish_reason in ("stop", "length")
+        np.testing.assert_allclose(rollout.rollout_logprobs, hf_logprobs(model_dir, rollout, None), atol=1e-4)
 
 
 def test_no_cached_state_of_old_weights_is_used_after_an_update(tmp_path):
