@@ -338,6 +338,7 @@ class FakeRoles:
         self.step = 0
         self.tables: list[Any] = []
         self.updating = False
+        self.asleep = False
         self._fail_prompts = fail_prompts
 
     async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
@@ -349,6 +350,8 @@ class FakeRoles:
 
     async def write(self, prompt: Prompt) -> Rollout:
         assert not (self._synchronous and self.updating), "a synchronous step must not generate while it learns"
+        while self.asleep:
+            await asyncio.sleep(0.001)
         version = self.version
         await asyncio.sleep(0.001 * (prompt.sample_id.prompt % 3))  # finish out of order
         if prompt.sample_id.epoch >= 0:
@@ -370,6 +373,14 @@ class FakeRoles:
 
     async def measure(self, rollout: Rollout) -> np.ndarray:
         return rollout.rollout_logprobs
+
+    async def sleep(self) -> None:
+        self.asleep = True
+        self.events.append("sleep")
+
+    async def wake(self) -> None:
+        self.asleep = False
+        self.events.append("wake")
 
     async def update(self, table: Any) -> dict[str, float]:
         self.updating = True
@@ -393,6 +404,7 @@ class FakeRoles:
             yield f"bucket {index} of {self.step}"
 
     async def load(self, weights: AsyncGenerator[str, None], version: int) -> dict[str, float]:
+        assert not self.asleep, "an engine that sleeps has no memory for new weights"
         assert [bucket async for bucket in weights] == [f"bucket {index} of {version}" for index in range(2)]
         await asyncio.sleep(0.003)  # long enough for a rollout that was let in too early to be written
         self.events.append(f"load v{version}")

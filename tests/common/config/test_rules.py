@@ -87,6 +87,14 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
             | {"reference": {"max_batch_tokens": 10_256}},
             ["buffer_mib (78)", "the 400 rollouts of a step", "79 MiB", "max_staleness (1)", "raise it"],
         ),
+        (
+            {"generators": {"sleep": True}},
+            ["generators.sleep (true)", "max_staleness = 0 (it is 1)", "(they are 0 and 0)"],
+        ),
+        (
+            {"max_staleness": 0, "generators": {"sleep": True, "gpus": 0.7}, "learner": {"gpus": 0.4}},
+            ["generators.gpus and learner.gpus above 0 and together at most 1 (they are 0.7 and 0.4)"],
+        ),
         # 512 + 256 tokens
         ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
         ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
@@ -97,6 +105,23 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
 def test_each_broken_rule_of_ppo_is_refused_with_its_values(sections, parts):
     (message,) = broken_rules(Config, ppo(**sections))
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "learner", "staleness", "lent"),
+    [
+        ({"gpus": 0.6}, {"gpus": 0.4}, 0, 0.6),
+        ({"gpus": 0.6, "sleep": True}, {"gpus": 0.3}, 0, 0.6),
+        ({"gpus": 0.6, "sleep": False}, {"gpus": 0.4}, 0, 0),
+        ({"gpus": 0.6}, {"gpus": 0.4}, 1, 0),  # the engine writes the next batch during the update
+        ({"gpus": 0.6}, {"gpus": 0.5}, 0, 0),  # they cannot share a GPU
+        ({"gpus": 1}, {"gpus": 1, "ranks": 2}, 0, 0),
+        ({"gpus": 0}, {"gpus": 0.4}, 0, 0),
+    ],
+)
+def test_an_engine_lends_its_share_where_it_has_a_gpu_with_the_learner(engine, learner, staleness, lent):
+    cfg = Config.model_validate(ppo(generators=engine, learner=learner, max_staleness=staleness))
+    assert cfg.lent_share == lent
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,18 @@ def check_whole(directory: Path, learner: HashLearner, steps: int = 6) -> None:
     assert learner.state == followed(directory / "journal") == (directory / "policy/state").read_text()
 
 
+SHARES = {"generators": {"gpus": 0.6}, "learner": {"gpus": 0.4}}
 CALLS = ["unless_lost", "update", "publish", "bucket", "save", "policy_logprobs", "save_policy"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_engines_that_sleep_wake_again_after_a_rank_died(tmp_path, call):
+    learner = HashLearner({call: [None] * (call != "save_policy") + [dies]})
+    run_with(tmp_path, learner, max_staleness=0, **SHARES)
+    check_whole(tmp_path, learner)
+    updates = [before for before, event in pairwise(learner.events) if event.startswith("update")]
+    assert set(updates) == {"sleep"}
+    assert not learner.asleep
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -54,6 +54,26 @@ def test_a_synchronous_step_generates_journals_learns_publishes_in_order(tmp_pat
     ]  # fmt: skip
 
 
+SHARES = {"generators": {"gpus": 0.6}, "learner": {"gpus": 0.4}}
+
+
+def test_engines_on_the_learners_gpu_sleep_during_each_update(tmp_path):
+    events: list[str] = []
+    asyncio.run(train(make_run(tmp_path, FakeRoles(events), num_steps=1, **SHARES)))
+    assert events == [
+        "wake", "publish v0", "load v0",
+        *["generate v0"] * 4, "sleep", "update 0", "wake", "publish v1", "load v1", "save 1",
+        "save policy",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"max_staleness": 1}, {"learner": {"gpus": 0.5}}, {"generators": {"gpus": 0}}])
+def test_engines_that_lend_nothing_stay_awake(tmp_path, change):
+    roles = FakeRoles([], synchronous=False)
+    asyncio.run(train(make_run(tmp_path, roles, num_steps=2, **{**SHARES, **change})))
+    assert "sleep" not in roles.events
+
+
 def test_synchronous_training_is_on_policy(tmp_path):
     roles = FakeRoles([])
     asyncio.run(train(make_run(tmp_path, roles, num_steps=4)))

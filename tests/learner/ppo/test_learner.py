@@ -21,6 +21,7 @@ from common.credit_table import DERIVED_SCHEMA
 from common.errors import BatchError
 from common.experience_table import experience_table
 from common.weights import IncomingWeights, Manifest
+from learner.ppo import learner as learner_module
 from learner.ppo.learner import Learner
 from tests.fakes import make_experience, save_tiny_model, tiny_config
 from tests.saving import save_checkpoint_of
@@ -398,6 +399,19 @@ def test_a_learner_without_a_critic_publishes_and_exports_its_policy(model, tmp_
     published = dict(learner.network.policy_tensors())
     assert loaded.keys() == published.keys()
     assert all(torch.equal(tensor, published[name].bfloat16()) for name, tensor in loaded.items())
+
+
+@pytest.mark.parametrize(("staleness", "share", "given_back"), [(0, 0.9, 2), (1, 0.3, 0)])
+def test_a_learner_gives_the_memory_that_an_engine_lent_back(model, monkeypatch, staleness, share, given_back):
+    shares, emptied = [], []
+    monkeypatch.setattr(learner_module, "find_device", lambda gpus: shares.append(gpus) or torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    gpus = {"learner": {"precision": "fp32", "gpus": 0.3}, "generators": {"gpus": 0.6}}
+    learner = make_learner(model, max_staleness=staleness, **gpus)
+    learner.update(batch())
+    learner.update(batch(1))
+    assert shares == [pytest.approx(share)]
+    assert len(emptied) == given_back
 
 
 def test_the_first_pass_over_a_batch_has_ratio_one(model):
