@@ -412,7 +412,7 @@ def test_a_resolved_config_of_every_root_loads_back_equal(tmp_path, name):
     assert again.to_toml() == cfg.to_toml()
     # Every default is written out, so that a run does not change when a default does; only what is left out stays so.
     written = set(leaves(tomllib.loads(cfg.to_toml())))
-    unset = {"generators.max", "reference.max", "reward.max", "labeller.max", "prompts.heldout",
+    unset = {"generators.max", "generators.sleep", "reference.max", "reward.max", "labeller.max", "prompts.heldout",
              "evaluation.pass_source", "ray.address", "data.heldout", "scale.policy",
              "learner.micro_batch_tokens", "learner.min_ranks", "monitoring.discovery", "ray.object_store_mib",
              "reward.call_timeout_s", "labeller.call_timeout_s"}  # fmt: skip
