@@ -78,11 +78,13 @@ class _Room:
     memory: float
     gpu_memory: int
     store: int
+    on_gpus: list[list[Need]]  # the processes on each GPU; empty if others use some
 
     @classmethod
     def of(cls, node: Node) -> _Room:
         gpus: list[float] | float = node.gpus if node.gpus_in_use > ROUNDING else [1.0] * round(node.gpus)
-        return cls(node.cpus, gpus, float(node.memory), node.gpu_memory, node.store)
+        on_gpus: list[list[Need]] = [[] for _ in gpus] if isinstance(gpus, list) else []
+        return cls(node.cpus, gpus, float(node.memory), node.gpu_memory, node.store, on_gpus)
 
     def gpus_for(self, need: Need) -> list[int] | None:
         """The GPUs that the process would take: the fullest one with room for a fraction, or empty ones for a whole
@@ -100,7 +102,7 @@ class _Room:
             self.cpus < need.cpus - ROUNDING,
             self.gpus_for(need) is None,
             self.memory < need.memory,
-            0 < self.gpu_memory * _share(need) < sum(need.device.values()),
+            self.gpu_memory > 0 and not _fits_gpu(need, self.gpu_memory),
             0 < self.store < sum(need.store.values()),
         )
 
@@ -109,15 +111,31 @@ class _Room:
         if isinstance(self.gpus, list):
             for index in self.gpus_for(need) or ():
                 self.gpus[index] -= min(need.gpus, 1.0)
+                self.on_gpus[index].append(need)
         else:
             self.gpus -= need.gpus
         self.cpus -= need.cpus
         self.memory -= need.memory
 
+    def lenders_missing(self) -> bool:
+        """True if a process is to fill a share that an engine lends, but shares its GPU with others instead."""
+        for processes in self.on_gpus:
+            others = sum(need.gpus for need in processes if need.section != "generators")
+            if any(others + need.lent > 1 + ROUNDING for need in processes):
+                return True
+        return False
+
 
 def _share(need: Need) -> float:
     """The part of each of its GPUs that a process may fill."""
-    return min(need.gpus, 1.0)
+    return min(need.gpus + need.lent, 1.0)
+
+
+def _fits_gpu(need: Need, gpu_memory: int) -> bool:
+    """True if a process fits its share of a GPU, in its turn and between its turns."""
+    most = sum(need.device.values())
+    lasting = most - sum(need.in_turn.values())
+    return most <= gpu_memory * _share(need) and lasting <= gpu_memory * min(need.gpus, 1.0)
 
 
 def check_fits(wanted: Sequence[Need], nodes: Sequence[Node]) -> None:
@@ -128,6 +146,11 @@ def check_fits(wanted: Sequence[Need], nodes: Sequence[Node]) -> None:
         if chosen is None:
             raise UserError(_refusal(need, wanted, nodes, rooms))
         chosen.take(need)
+    if any(room.lenders_missing() for room in rooms):
+        raise UserError(
+            "no engine is on the learner's GPU, so none can lend it memory (generators.sleep): choose learner.gpus, "
+            "generators.gpus and reference.gpus so that learner and engine get one GPU, or set generators.sleep = false"
+        )
 
 
 def _refusal(need: Need, wanted: Sequence[Need], nodes: Sequence[Node], rooms: Sequence[_Room]) -> str:
@@ -163,7 +186,11 @@ def _total(rows: Sequence[Node] | Sequence[Need]) -> str:
 def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
     """The share of a GPU that the process may use, its largest parts, and the settings that change them."""
     largest = max((node.gpu_memory for node in nodes), default=0)
-    parts = sorted(need.device.items(), key=lambda part: -part[1])[:3]
+    share, held, when = _share(need), dict(need.device), ""
+    lasting = {name: size for name, size in held.items() if name not in need.in_turn}
+    if need.lent and sum(lasting.values()) > largest * need.gpus:
+        share, held, when = need.gpus, lasting, "between updates "
+    parts = sorted(held.items(), key=lambda part: -part[1])[:3]
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
     smaller_passes = "lower learner.micro_batch_tokens, set learner.gradient_checkpointing = true, or "
     remedy = {
@@ -173,6 +200,6 @@ def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
     if _share(need) < 1:
         remedy = f"raise {need.section}.gpus, {remedy}"
     return (
-        f"it may use {_share(need):g} of a GPU with {largest / GIB:.1f} GiB, and its largest parts are {listed} GiB: "
+        f"{when}it may use {share:g} of a GPU with {largest / GIB:.1f} GiB, and its largest parts are {listed} GiB: "
         f"{remedy}"
     )

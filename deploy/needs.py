@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from actors.generation.kv_cache import bytes_per_sequence, bytes_per_value, other_bytes
+from actors.generation.kv_cache import CONTEXT_AND_GRAPHS, bytes_per_sequence, bytes_per_value, other_bytes
 from common.config.actors import GeneratorsConfig, SourcesConfig
 from common.config.base import Placed
 from common.config.ppo import Config, LoRAConfig
@@ -31,6 +31,8 @@ class Need:
     gpus: float
     memory: int  # of its machine, bytes, estimated
     device: Parts = field(default_factory=dict)  # memory of each of its GPUs
+    lent: float = 0.0  # more of its GPU that it may fill in its turn, while an engine there sleeps
+    in_turn: Parts = field(default_factory=dict)  # the parts of `device` that exist only then
     store: Stored = field(default_factory=dict)  # what its node's object store has, for all processes there
 
 
@@ -47,7 +49,20 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
     first, *others = _training("Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora)
     stores = {"generators": generator_store(cfg, model)}
     services = [replace(need, store=stores.get(need.section, {})) for need in services]
+    if cfg.lent_share:
+        first, services = _taking_turns(first, services, cfg, model)
     return [replace(first, store=learner_store(cfg, model)), *others, *services]
+
+
+def _taking_turns(learner: Need, services: list[Need], cfg: Config, model: ModelSize) -> tuple[Need, list[Need]]:
+    """During an update the engine's weights are in pinned memory of its machine (torch rounds each tensor up to a power
+    of two). It keeps only its context and graphs on the GPU, and the learner may fill its share."""
+    lasting = ("CUDA", "weights", "optimizer state")
+    device = {**learner.device, "the engine that sleeps": CONTEXT_AND_GRAPHS}
+    in_turn = {name: size for name, size in device.items() if name not in lasting}
+    weights = 2 * bytes_per_value(cfg.generators) * model.parameters
+    engines = [replace(need, memory=need.memory + weights * (need.section == "generators")) for need in services]
+    return replace(learner, lent=cfg.lent_share, device=device, in_turn=in_turn), engines
 
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:

@@ -355,6 +355,41 @@ def test_three_roles_fit_one_gpu_or_are_refused_by_its_memory():
     assert "raise learner.gpus, lower learner.micro_batch_tokens" in message
 
 
+TURNS = {"max_staleness": 0, "generators": {"gpus": 0.5}, "reference": {"gpus": 0.1}}
+
+
+def test_an_engine_that_sleeps_keeps_its_weights_in_the_machines_memory():
+    awake, asleep = (
+        {n.name: n for n in needs(config(**TURNS | {"max_staleness": stale}, learner={"gpus": 0.4}), MODEL)}
+        for stale in (1, 0)
+    )
+    assert (
+        asleep["Generator(0)"].memory - awake["Generator(0)"].memory == 4_000_000
+    )  # bf16, rounded up to powers of two
+    assert asleep["Learner(0)"].lent == 0.5
+    assert sum(asleep["Learner(0)"].in_turn.values()) == sum(awake["Learner(0)"].device.values()) + 2048 * MIB - (
+        12_000_000 + 600 * MIB  # weights, Adam's moments and CUDA stay between updates
+    )
+
+
+def test_a_learner_must_fit_its_own_share_between_updates():
+    wanted = needs(config(**TURNS, learner={"gpus": 0.4}), QWEN_1_5B)
+    message = refusal(wanted, [Node("n", 8, 1, 100 * GIB, 40 * GIB)])
+    # 12 bytes for 1.54e9 weights are 17.3 GiB
+    assert "between updates it may use 0.4 of a GPU with 40.0 GiB" in message
+    assert "largest parts are optimizer state 11.5, weights 5.8" in message
+    check_fits(wanted, [Node("n", 8, 1, 100 * GIB, 80 * GIB)])
+
+
+def test_a_learner_needs_an_engine_on_its_gpu_to_borrow_from():
+    apart = {"max_staleness": 0, "generators": {"gpus": 0.55}, "reference": {"gpus": 0.6}, "learner": {"gpus": 0.4}}
+    check_fits(needs(config(**apart | {"reference": {"gpus": 1}}), MODEL), [Node("n", 8, 2, 10 * GIB)])
+    message = refusal(needs(config(**apart), MODEL), [Node("n", 8, 2, 10 * GIB)])
+    assert message.startswith("no engine is on the learner's GPU")
+    apart["generators"]["sleep"] = False
+    check_fits(needs(config(**apart), MODEL), [Node("n", 8, 2, 10 * GIB)])
+
+
 def test_a_gpu_of_unknown_memory_refuses_nothing():
     check_fits(needs(config(learner={"gpus": 1}), LLAMA_2_7B), [Node("n", 64, 8, 1000 * GIB)])
 

@@ -68,6 +68,26 @@ def test_micro_batches_are_halved_until_the_plan_fits_the_share(gib, learner, to
             check_fits(needs(cfg, LLAMA_2_7B), [node(gib * GIB)])
 
 
+@pytest.mark.parametrize(
+    ("model", "gib", "sleep", "tokens"),
+    [
+        (QWEN_1_5B, 24, True, 8192),
+        (QWEN_1_5B, 24, False, 1024),
+        (LLAMA_2_7B, 80, True, 8192),
+        (LLAMA_2_7B, 80, False, 2048),
+    ],
+)
+def test_a_learner_has_room_for_more_tokens_while_the_engine_sleeps(model, gib, sleep, tokens):
+    """LoRA on one GPU. Of 24 GiB the learner has 7.2, or all but the 2 that a sleeping engine keeps; 1.5 GiB for 1,024
+    tokens of Qwen2.5 1.5B, next to 4.5 that do not depend on them. Of 80 GiB it has 24; 4.5 GiB, next to 14.1."""
+    tree = config(gpus=0.3, lora={}).model_dump()
+    tree |= {"max_staleness": 0, "generators": {"gpus": 0.7, "sleep": sleep}}
+    one_gpu = Node("n", 64, 1, 1000 * GIB, gib * GIB)
+    cfg = with_micro_batches(Config.model_validate(tree), model, [one_gpu], lambda cfg: [needs(cfg, model)])
+    assert cfg.learner.micro_batch_tokens == tokens
+    check_fits(needs(cfg, model), [one_gpu])
+
+
 def test_smaller_passes_are_no_remedy_where_activations_are_small():
     cfg = config(gpus=1, micro_batch_tokens=512)
     with pytest.raises(UserError, match=r"24\.0 GiB, .*: use more learner\.ranks") as caught:

@@ -63,6 +63,9 @@ def on_h100s() -> None:
         def get_device_total_memory(cls, device_id: int = 0) -> int:
             return MEMORY
 
+        def is_cumem_allocator_available(self) -> bool:
+            return True  # it is compiled into builds for CUDA
+
         @classmethod
         def is_fully_connected(cls, device_ids: list[int]) -> bool:
             return True
@@ -80,13 +83,13 @@ def on_h100s() -> None:
 
 
 def main(model: str, cases: str) -> None:
-    from actors.generation.vllm_engine import _engine_args
+    from actors.generation.vllm_settings import engine_args
 
     on_h100s()
     results = []
     for settings in json.loads(cases):
-        cfg = GeneratorsConfig.model_validate(settings)
-        args = _engine_args(Path(model), cfg, max_model_len=128, trust_remote_code=False, log_stats=False)
+        cfg, sleeps = GeneratorsConfig.model_validate(settings), settings["gpus"] < 1
+        args = engine_args(Path(model), cfg, max_model_len=128, trust_remote_code=False, sleeps=sleeps, log_stats=False)
         config = args.create_engine_config()
         results.append(
             {

@@ -58,6 +58,11 @@ def test_an_engine_on_a_gpu_is_exact(found, case):
     assert (kept["logprobs_mode"], kept["enable_prefix_caching"]) == ("processed_logprobs", False)
 
 
+def test_an_engine_on_a_gpu_schedules_ahead_and_one_with_a_share_can_sleep(found):
+    assert all(found[case]["kept"]["async_scheduling"] for case in CASES)
+    assert [found[case]["kept"]["enable_sleep_mode"] for case in CASES] == [False, True, False, True]
+
+
 def test_an_engine_on_a_gpu_gets_the_defaults_of_the_device(found):
     for case in ("whole", "share", "two"):
         kept = found[case]["kept"]
