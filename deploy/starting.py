@@ -65,6 +65,12 @@ class Starter:
         self.pools.append(await generators.pool.start(self._timeout_s))
         return generators
 
+    async def rollout_generators(self, policy: PolicyFiles, cfg: Config) -> GeneratorPool:
+        """Starts the generators of a run of PPO, which may lend their GPU memory to the learner."""
+        tokens, sleeps = cfg.max_sequence_tokens, cfg.lent_share > 0
+        settings = cfg.generators, cfg.sampling
+        return await self.generators(policy, *settings, seed=cfg.seed, max_tokens=tokens, sleeps=sleeps)
+
     async def rewards(self, cfg: SourcesConfig, *, policy: PolicyFiles, judges: Sequence[RewardSource] = ()) -> Pool:
         """Starts reward replicas for responses of this policy. `judges` do not count in the total."""
         secrets, trust = read_secrets([*cfg.sources, *judges]), policy.trust_remote_code

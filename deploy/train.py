@@ -155,14 +155,7 @@ async def _train(
         ending.enter_context(told_at_once())
         errors = ErrorFiles(directory)
         generators, rewards, reference, _ = await asyncio.gather(
-            start.generators(
-                policy,
-                cfg.generators,
-                cfg.sampling,
-                seed=cfg.seed,
-                max_tokens=cfg.max_sequence_tokens,
-                sleeps=cfg.lent_share > 0,
-            ),
+            start.rollout_generators(policy, cfg),
             start.rewards(cfg.reward, policy=policy, judges=cfg.evaluation.judges),
             start_reference(),
             learner.start(),
