@@ -255,6 +255,18 @@ def scale(
 
 
 @app.command()
+def monitoring(
+    directory: Annotated[Path, typer.Argument(help="Where the files go; files of an earlier call are replaced.")],
+    prometheus: Annotated[str, typer.Option(help="The address of Prometheus, for Grafana.")] = "http://127.0.0.1:9090",
+) -> None:
+    """Write the files with which Prometheus and Grafana show all runs."""
+    from deploy.monitoring.installation import next_commands, write_monitoring
+
+    write_monitoring(directory, prometheus)
+    typer.echo(next_commands(directory, prometheus))
+
+
+@app.command()
 def demo(
     name: Annotated[Literal["rlhf"], typer.Argument(help="rlhf: pairs, reward model, PPO, verdict.")],
     settings: Annotated[

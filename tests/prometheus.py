@@ -1,4 +1,4 @@
-"""A real Prometheus for tests: the program, the configuration of docs/metrics.md, and a server over it on loopback."""
+"""A real Prometheus for tests: the program, the configuration of docs/monitoring.md, and a server over it on loopback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs/metrics.md"
+DOCS = Path(__file__).parent.parent / "docs/monitoring.md"
 
 
 def find_prometheus() -> Path:

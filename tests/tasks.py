@@ -25,5 +25,10 @@ def fails_on_some(answer: RewardInput) -> float:
     return a_words(answer)
 
 
+def words_of_some(answer: RewardInput) -> dict[str, float]:
+    """A score and another figure."""
+    return {"score": fails_on_some(answer), "words": len(answer.response.split())}
+
+
 def not_a_number(answer: RewardInput) -> float:
     return float("nan")

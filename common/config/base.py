@@ -18,6 +18,8 @@ Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
+WEB_ADDRESS = r"https?://[^\s/@?#]+(/[^\s@?#]*)?"  # without a user, a password or a query: configs are not secret
+WebAddress = Annotated[str, Field(pattern=f"^{WEB_ADDRESS}$")]
 # Marks a setting, or a whole section of a root, that may change when a run continues. Such a setting does not decide
 # what is learned. It may decide how that is computed, so that a run can get past a crash; repeated steps then agree up
 # to rounding. All other settings are fixed when the run begins.
@@ -146,6 +148,14 @@ class RayConfig(Section):
     machine, has not answered for this long, seconds. After 60 s Ray itself would end the driver without a message."""
     dashboard: bool = True
     """Start Ray's dashboard with a cluster started here."""
+    prometheus: WebAddress | None = None
+    """Address at which Ray's dashboard finds Prometheus (RAY_PROMETHEUS_HOST), such as http://127.0.0.1:9090. This and
+    the next two settings are for a cluster started here. Left out: Ray's variables, if they are set."""
+    grafana: WebAddress | None = None
+    """Address at which Ray's dashboard finds Grafana (RAY_GRAFANA_HOST), such as http://127.0.0.1:3000."""
+    grafana_dashboards: str | None = None
+    """Directory in which Ray writes its Grafana dashboards (RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR), so that Grafana
+    shows them next to Ratchet's; `ratchet monitoring` makes one, DIRECTORY/grafana/dashboards."""
 
 
 class LoggingConfig(Section):

@@ -62,9 +62,9 @@ def cluster(cfg: RayConfig, run: Path | None = None) -> Iterator[list[Node]]:
             leaving.callback(_shut_down)
             with limited("the start of the Ray cluster (ray.startup_timeout_s)", cfg.startup_timeout_s):
                 if joined is None:
-                    own_cluster.start(cfg, directory)
+                    own_cluster.start(cfg, directory, _job(run))
                 else:
-                    _join(joined, run)
+                    _join(joined, _job(run))
             signals.reinstall_handlers()
             with limited("the look for processes and nodes of the Ray cluster", GONE_S + cfg.max_silence_s):
                 leaving.enter_context(_watched(cfg.max_silence_s))
@@ -91,10 +91,16 @@ def _metered() -> Iterator[None]:
         meters.install(meters.InMemory())
 
 
-def _join(address: str, run: Path | None) -> None:
-    metadata = {} if run is None else {RUN_OF_JOB: run_of_job(run)}
+def _job(run: Path | None) -> JobConfig:
+    """What Ray's dashboard shows about the job. Ray has no way to change it later, so it cannot name the step."""
+    if run is None:
+        return JobConfig()
+    report = run.resolve() / "report.html"
+    return JobConfig(metadata={RUN_OF_JOB: run_of_job(run), "ratchet_report": report.as_uri()})
+
+
+def _join(address: str, job: JobConfig) -> None:
     try:
-        job = JobConfig(metadata=metadata)
         ray.init(address=address, job_config=job, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(

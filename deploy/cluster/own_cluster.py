@@ -20,6 +20,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 from ray._private.utils import estimate_available_memory, get_shared_memory_bytes
+from ray.job_config import JobConfig
 
 from common.config.base import RayConfig
 from common.errors import RoleError, UserError
@@ -142,8 +143,8 @@ def _end_processes_of(directory: Path) -> None:
         time.sleep(0.05)
 
 
-def start(cfg: RayConfig, directory: Path) -> None:
-    """Starts Ray in the directory. Raises UserError or RoleError if it cannot."""
+def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
+    """Starts Ray in the directory, with this driver as its job. Raises UserError or RoleError if it cannot."""
     store_mib = cfg.object_store_mib or LEAST_MIB
     check_store(store_mib, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
     _make_token_private()
@@ -153,10 +154,12 @@ def start(cfg: RayConfig, directory: Path) -> None:
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     before = os.environ.get("TMPDIR")
+    os.environ |= _dashboards_variables(cfg)
     os.environ["TMPDIR"] = str(directory)  # for every process that Ray starts: vLLM leaves files there
     try:
         ray.init(
             address="local",
+            job_config=job,
             include_dashboard=cfg.dashboard,
             object_store_memory=store_mib * MIB,
             log_to_driver=False,
@@ -171,6 +174,17 @@ def start(cfg: RayConfig, directory: Path) -> None:
             del os.environ["TMPDIR"]
         else:
             os.environ["TMPDIR"] = before
+
+
+def _dashboards_variables(cfg: RayConfig) -> dict[str, str]:
+    """Ray's own variables of the settings that are given. Ray's dashboard inherits them from this process."""
+    dashboards = cfg.grafana_dashboards and os.path.abspath(os.path.expanduser(cfg.grafana_dashboards))
+    given = {
+        "RAY_PROMETHEUS_HOST": cfg.prometheus,
+        "RAY_GRAFANA_HOST": cfg.grafana,
+        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": dashboards,
+    }
+    return {name: value.rstrip("/") for name, value in given.items() if value is not None}
 
 
 def check_store(mib: int, memory: int, shared: int, disk: int) -> None:

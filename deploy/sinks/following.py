@@ -109,7 +109,7 @@ class _Follower:
                 for row in self._rows.read():
                     sink.write(row)
             sink.close()
-        except Exception as error:  # whatever a tracker's library raises: the run continues without it
+        except Exception as error:  # any error of a tracker's library: the run continues without it
             reason = (str(error).strip().splitlines() or [""])[0]
             self._report(
                 f"{self._name} (logging.sinks) failed and gets no more records ({type(error).__name__}: {reason}); the "
