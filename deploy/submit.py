@@ -36,7 +36,7 @@ from common.memory import MIB
 from common.user_code.functions import load_function
 from common.user_code.import_path import IMPORT_FROM
 from deploy.cluster.addresses import refused
-from deploy.cluster.job import ENTRYPOINT, write_package
+from deploy.cluster.job import ENTRYPOINT, shown_of_job, write_package
 from deploy.ending import signals
 from deploy.ending.limits import limited
 from deploy.run.provenance import IN_A_JOB
@@ -91,7 +91,7 @@ def submit_run(
                         "excludes": EXCLUDED,
                         "env_vars": {IN_A_JOB: "1", IMPORT_FROM: json.dumps([str(path) for path in modules])},
                     },
-                    metadata={"run": str(directory)},
+                    metadata={"run": str(directory), **shown_of_job(directory)},
                 )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"the cluster at {address} did not take the job: {error}") from error

@@ -1,4 +1,4 @@
-"""A real Prometheus for tests: the program, the configuration of docs/monitoring.md, and a server over it on loopback."""
+"""A real Prometheus for tests: the program, the configuration of docs/monitoring.md, and a server on loopback."""
 
 from __future__ import annotations
 
@@ -65,13 +65,17 @@ def documented(*, run: Path = Path("/no/run"), discovery: Path = Path("/no/disco
     return yaml
 
 
-@contextmanager
-def scraping(config: str, directory: Path) -> Iterator[Callable[..., Any]]:
-    """Runs a Prometheus with this configuration, after its own checker. Yields a function that asks its HTTP API."""
-    programs = find_prometheus()
+def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextmanager
+def scraping(config: str, directory: Path, address: str = "") -> Iterator[Callable[..., Any]]:
+    """Runs a Prometheus with this configuration, after its own checker. Yields a function that asks its HTTP API."""
+    programs = find_prometheus()
+    address = address or free_address()
     path = directory / "prometheus.yml"
     path.write_text(config)
     checked = subprocess.run([programs / "promtool", "check", "config", path], capture_output=True, text=True)

@@ -28,6 +28,7 @@ from deploy.capacity import Node
 from deploy.cluster import own_cluster
 from deploy.cluster.addresses import ask_control_service, ask_node_manager, named_address, reachable
 from deploy.cluster.earlier_drivers import GONE_S, RUN_OF_JOB, run_of_job, wait_for_earlier_drivers
+from deploy.cluster.job import shown_of_job
 from deploy.ending import exit_message, signals
 from deploy.ending.driver_watcher import watched
 from deploy.ending.limits import end_run, limited
@@ -92,11 +93,8 @@ def _metered() -> Iterator[None]:
 
 
 def _job(run: Path | None) -> JobConfig:
-    """What Ray's dashboard shows about the job. Ray has no way to change it later, so it cannot name the step."""
-    if run is None:
-        return JobConfig()
-    report = run.resolve() / "report.html"
-    return JobConfig(metadata={RUN_OF_JOB: run_of_job(run), "ratchet_report": report.as_uri()})
+    """The job as Ray's dashboard lists it. Ray has no way to change it later, so it cannot name the step."""
+    return JobConfig() if run is None else JobConfig(metadata={RUN_OF_JOB: run_of_job(run), **shown_of_job(run)})
 
 
 def _join(address: str, job: JobConfig) -> None:

@@ -1,4 +1,4 @@
-"""A submitted run: the package that `ratchet submit` sends with the user's directory, and the start of the job.
+"""A run as a Ray job: what Ray shows of it; the package that `ratchet submit` sends, and the start of such a job.
 
 Runs in the driver: `write_package` where `ratchet submit` is called, `main` on the cluster. Config and arguments are
 sent as files of a package, not as command line or environment, which everyone who may list the cluster's jobs can see.
@@ -26,6 +26,11 @@ ENTRYPOINT = (
     r"python=$(tr '\0' '\n' < /proc/$raylet/cmdline | sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'); "
     'exec "${python:-python}" -P -m deploy.cluster.job'
 )
+
+
+def shown_of_job(run: Path) -> dict[str, str]:
+    """Metadata of the Ray job of a run: its name in Ray's dashboard, and where its report is."""
+    return {"job_name": f"ratchet {run.name}", "report": (run.absolute() / "report.html").as_uri()}
 
 
 def write_package(staging: Path, cfg: Config | None, arguments: Sequence[str]) -> Path:

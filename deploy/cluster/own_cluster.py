@@ -153,9 +153,9 @@ def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
     # with this switch, read at import and in every process it starts, they stay on loopback.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
-    before = os.environ.get("TMPDIR")
-    os.environ |= _dashboards_variables(cfg)
-    os.environ["TMPDIR"] = str(directory)  # for every process that Ray starts: vLLM leaves files there
+    variables = {"TMPDIR": str(directory), **_dashboard_variables(cfg)}  # TMPDIR: vLLM leaves files there
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables  # for every process that Ray starts
     try:
         ray.init(
             address="local",
@@ -170,13 +170,14 @@ def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RoleError(f"Ray cannot start on this machine: {reason}") from error
     finally:
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _dashboards_variables(cfg: RayConfig) -> dict[str, str]:
+def _dashboard_variables(cfg: RayConfig) -> dict[str, str]:
     """Ray's own variables of the settings that are given. Ray's dashboard inherits them from this process."""
     dashboards = cfg.grafana_dashboards and os.path.abspath(os.path.expanduser(cfg.grafana_dashboards))
     given = {

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -25,7 +26,7 @@ from deploy.screen.progress import Progress
 from deploy.train import run_training
 from tests.event_files import scalars
 from tests.fakes import save_tiny_model, tiny_config
-from tests.prometheus import find_prometheus, scraping, wait_for
+from tests.prometheus import find_prometheus, free_address, scraping, wait_for
 from tests.wandb_file import history
 
 pytestmark = pytest.mark.ray
@@ -45,112 +46,163 @@ def unanswered(ask: Callable[..., Any]) -> set[str]:
     return {query for query in queries if not ask("query", query=f"count_over_time(({query})[5m:1s])")["result"]}
 
 
-def scrape(directory: Path, wanted: set[str]) -> tuple[list[dict[str, Any]], Samples, set[str]]:
+def scraped(ask: Callable[..., Any], wanted: set[str]) -> tuple[list[dict[str, Any]], Samples, set[str]]:
     """Targets, series and unanswered queries, once every wanted metric is there, every target is up and every query is
-    answered, or after a time limit. Also with the rules of the alerts."""
-    config = (directory / "prometheus.yml").read_text().replace("10s", "1s")
-    with scraping(config, directory) as ask:
-        wait_for(lambda: wanted <= set(ask("label/__name__/values")) and not not_up(ask("targets")["activeTargets"]))
-        wait_for(lambda: not unanswered(ask))
-        [rules] = ask("rules")["groups"]
-        assert {rule["health"] for rule in rules["rules"]} == {"ok"}, rules
-        samples: Samples = {}
-        for series in ask("query", query='{__name__=~"(ray_)?ratchet_.*|ray_vllm_.*"}')["result"]:
-            labels = series["metric"]
-            samples.setdefault(labels.pop("__name__"), []).append(labels)
-        return ask("targets")["activeTargets"], samples, unanswered(ask)
+    answered, or after a time limit."""
+    wait_for(lambda: wanted <= set(ask("label/__name__/values")) and not not_up(ask("targets")["activeTargets"]))
+    wait_for(lambda: not unanswered(ask))
+    samples: Samples = {}
+    for series in ask("query", query='{__name__=~"(ray_)?ratchet_.*|ray_vllm_.*"}')["result"]:
+        labels = series["metric"]
+        samples.setdefault(labels.pop("__name__"), []).append(labels)
+    return ask("targets")["activeTargets"], samples, unanswered(ask)
 
 
-def jobs_of_the_dashboard() -> list[dict[str, Any]]:
+def ask_ray(what: str) -> Any:
+    """The answer of Ray's dashboard."""
     token = os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().read_text().strip()
-    url = f"http://{ray_dashboard()}/api/jobs/"
+    url = f"http://{ray_dashboard()}/api/{what}"
     with urlopen(Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=30) as answer:
         return json.load(answer)
 
 
-def test_prometheus_finds_every_figure_every_meter_and_vllms_own(tmp_path, monkeypatch):
-    """And so does every query of the Grafana dashboard."""
+@dataclass
+class Seen:
+    """What was seen from outside after the last step, while the run waited."""
+
+    directory: Path
+    actors: set[tuple[str, str]]  # class and name in Ray's dashboard
+    targets: list[dict[str, Any]]
+    samples: Samples
+    unanswered: set[str]  # queries of the Grafana dashboard
+    rules: list[dict[str, Any]]
+    jobs: list[dict[str, Any]]
+    prometheus_health: str  # in Ray's dashboard
+
+
+EXPORTED = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in METERS}
+FIGURES = {metric.prometheus for metric in (*STEP, *ENDPOINT)}
+VLLMS = {"ray_vllm_generation_tokens_total", "ray_vllm_e2e_request_latency_seconds_count"}
+REPLICAS = {"Generator(0)", "Generator(1)", "Reward(0)", "ReferencePolicy(0)"}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> Iterator[Seen]:
+    """A run of two steps with two generators and all trackers."""
     find_prometheus()  # skips before anything starts
-    with tempfile.TemporaryDirectory(prefix="rt") as temporary:  # short: a socket's path has 108 bytes
-        monkeypatch.setenv("RAY_TMPDIR", temporary)
-        monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        directory = tmp_path / "run"
-        model = save_tiny_model(tmp_path / "model")
-        monitoring = tmp_path / "monitoring"
-        write_monitoring(monitoring, "http://127.0.0.1:9090")
-        sources = [{"name": "a_words", "function": "tests.tasks:words_of_some"}]
-        cfg = tiny_config(
-            model,
-            num_steps=2,
-            evaluation={"pass_source": "a_words"},
-            rollouts_per_step=8,
-            reward={"sources": sources},
-            generators={"min": 2, "cpus": 0.5},
-            ray={"dashboard": True},
-            monitoring={"discovery": str(monitoring / "targets")},
-            logging={"sinks": ["tensorboard", "wandb"]},
+    tmp_path = tmp_path_factory.mktemp("monitoring")
+    directory, monitoring, prometheus = tmp_path / "run", tmp_path / "monitoring", free_address()
+    write_monitoring(monitoring, f"http://{prometheus}")
+    cfg = tiny_config(
+        save_tiny_model(tmp_path / "model"),
+        num_steps=2,
+        evaluation={"pass_source": "a_words"},
+        rollouts_per_step=8,
+        reward={"sources": [{"name": "a_words", "function": "tests.tasks:words_of_some"}]},
+        generators={"min": 2, "cpus": 0.5},
+        ray={"dashboard": True, "prometheus": f"http://{prometheus}"},
+        monitoring={"discovery": str(monitoring / "targets")},
+        logging={"sinks": ["tensorboard", "wandb"]},
+    )
+    found: list[Seen] = []
+    shown = Progress.step
+
+    def look(self: Progress, record: dict[str, Any], *rest: Any) -> None:
+        shown(self, record, *rest)
+        if record["step"] + 1 < cfg.num_steps:
+            return
+        actors = list_actors(address=ray.get_runtime_context().gcs_address, detail=True)
+        listed = directory / "prometheus-ray.json"
+        assert wait_for(listed.exists), f"{os.readlink(listed)} is not there"  # Ray writes it a little later
+        targets, samples, unanswered = scraped(ask, EXPORTED | FIGURES | VLLMS)
+        found.append(
+            Seen(
+                directory,
+                {(actor.class_name, actor.repr_name) for actor in actors},
+                targets,
+                samples,
+                unanswered,
+                ask("rules")["groups"][0]["rules"],
+                ask_ray("jobs/"),
+                ask_ray("prometheus_health")["msg"],
+            )
         )
-        exported = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in METERS}
-        figures = {metric.prometheus for metric in (*STEP, *ENDPOINT)}
-        found: list[Any] = []
-        labels_shown: set[tuple[str, str]] = set()
-        shown = Progress.step
 
-        def look(self: Progress, record: dict[str, Any], *rest: Any) -> None:
-            shown(self, record, *rest)
-            if record["step"] + 1 == cfg.num_steps:  # the run waits until this returns
-                labels_shown.update(
-                    (actor.class_name, actor.repr_name)
-                    for actor in list_actors(address=ray.get_runtime_context().gcs_address, detail=True)
-                )
-                listed = directory / "prometheus-ray.json"
-                assert wait_for(listed.exists), f"{os.readlink(listed)} is not there"  # Ray writes it a little later
-                vllms = {"ray_vllm_generation_tokens_total", "ray_vllm_e2e_request_latency_seconds_count"}
-                found.append((*scrape(monitoring, exported | figures | vllms), jobs_of_the_dashboard()))
-
-        monkeypatch.setattr(Progress, "step", look)
+    config = (monitoring / "prometheus.yml").read_text().replace("10s", "1s")
+    with (
+        tempfile.TemporaryDirectory(prefix="rt") as temporary,  # short: a socket's path has 108 bytes
+        pytest.MonkeyPatch.context() as patch,
+        scraping(config, monitoring, prometheus) as ask,
+    ):
+        patch.setenv("RAY_TMPDIR", temporary)
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setattr(Progress, "step", look)
         run_training(cfg, directory)
-    replicas = {"Generator(0)", "Generator(1)", "Reward(0)", "ReferencePolicy(0)"}
-    assert labels_shown == {(name.partition("(")[0], name) for name in replicas | {"Learner(0)"}}
-    [(targets, samples, unanswered_queries, jobs)] = found
-    assert unanswered_queries == set()
-    metadata = {"ratchet_run": str(directory), "ratchet_report": f"file://{directory}/report.html"}
-    assert metadata in [job["metadata"] for job in jobs]
-    assert len(targets) >= 2
-    assert not_up(targets) == []
+        yield found[0]
+    import wandb
 
-    assert figures <= set(samples)
-    assert samples["ratchet_reward_score"][0]["source"] == "a_words"
-    assert all(labels["run"] == "run" for name in figures for labels in samples[name])
+    wandb.teardown()  # it remembers the variables of its first use
 
-    assert exported <= set(samples)
-    pools = {name for name in exported if name.startswith("ray_ratchet_pool_")}  # recorded by the driver
+
+def test_every_process_has_its_name_in_rays_dashboard(seen):
+    assert seen.actors == {(name.partition("(")[0], name) for name in REPLICAS | {"Learner(0)"}}
+
+
+def test_the_job_in_rays_dashboard_names_run_and_report(seen):
+    report = f"file://{seen.directory}/report.html"
+    metadata = {"ratchet_run": str(seen.directory), "job_name": "ratchet run", "report": report}
+    assert metadata in [job["metadata"] for job in seen.jobs]
+
+
+def test_rays_dashboard_finds_the_prometheus_that_is_named(seen):
+    assert seen.prometheus_health == "prometheus running"
+
+
+def test_every_query_of_the_grafana_dashboard_is_answered(seen):
+    assert seen.unanswered == set()
+    assert {rule["health"] for rule in seen.rules} == {"ok"}
+
+
+def test_prometheus_finds_every_figure_of_the_run(seen):
+    assert len(seen.targets) >= 2
+    assert not_up(seen.targets) == []
+    assert set(seen.samples) >= FIGURES
+    assert seen.samples["ratchet_reward_score"][0]["source"] == "a_words"
+    assert seen.samples["ratchet_reward_figure"][0]["figure"] == "words"
+    assert all(labels["run"] == "run" for name in FIGURES for labels in seen.samples[name])
+    assert not list(seen.directory.glob("prometheus*"))  # the run has ended
+
+
+def test_prometheus_finds_every_meter_and_vllms_own(seen):
+    samples = seen.samples
+    assert set(samples) >= EXPORTED
+    pools = {name for name in EXPORTED if name.startswith("ray_ratchet_pool_")}  # recorded by the driver
     for name in pools:
         assert {labels["role"] for labels in samples[name]} == {"Generator", "Reward", "ReferencePolicy"}
-    for name in exported - pools:
+    for name in EXPORTED - pools:
         for labels in samples[name]:
-            assert labels["replica"] in replicas
+            assert labels["replica"] in REPLICAS
             assert labels["role"] == labels["replica"].partition("(")[0]
 
-    def seen(name: str) -> set[str]:
+    def replicas(name: str) -> set[str]:
         return {labels["replica"] for labels in samples[name]}
 
-    assert seen("ray_ratchet_generator_requests") == {"Generator(0)", "Generator(1)"}
-    assert seen("ray_ratchet_scored_rollouts_total") == {"Reward(0)", "ReferencePolicy(0)"}
-    assert seen("ray_ratchet_batch_tokens_count") == {"ReferencePolicy(0)"}
+    assert replicas("ray_ratchet_generator_requests") == {"Generator(0)", "Generator(1)"}
+    assert replicas("ray_ratchet_scored_rollouts_total") == {"Reward(0)", "ReferencePolicy(0)"}
+    assert replicas("ray_ratchet_batch_tokens_count") == {"ReferencePolicy(0)"}
     assert {labels["state"] for labels in samples["ray_ratchet_pool_replicas"]} == set(STATES)
-    assert any(name.startswith("ray_vllm_") for name in samples)
     workers = {labels["WorkerId"] for labels in samples["ray_ratchet_generator_weights_version"]}
     assert {labels["WorkerId"] for labels in samples["ray_vllm_generation_tokens_total"]} == workers
-    assert not list(directory.glob("prometheus*"))
 
-    records = read_records(directory / "metrics.jsonl")
+
+def test_tensorboard_and_wandb_have_every_step_and_evaluation(seen):
+    records = read_records(seen.directory / "metrics.jsonl")
     scores = [(record["step"], record["rollout/score/mean"]) for record in records]
-    assert scalars(directory)["rollout/score/mean"] == [(step, pytest.approx(score)) for step, score in scores]
-    assert len(scalars(directory)["evaluation/pass_at_1"]) == 2
-    assert wait_for(lambda: len(history(directory)) == 4)  # W&B's own process writes the file
-    rows = history(directory)
+    assert scalars(seen.directory)["rollout/score/mean"] == [(step, pytest.approx(score)) for step, score in scores]
+    assert len(scalars(seen.directory)["evaluation/pass_at_1"]) == 2
+    assert wait_for(lambda: len(history(seen.directory)) == 4)  # W&B's own process writes the file
+    rows = history(seen.directory)
     assert [row["_step"] for row in rows] == [0, 1, 3, 4]
     assert [(row["step"], row["rollout/score/mean"]) for row in rows[1:3]] == scores
     assert "samples/path" in rows[1]

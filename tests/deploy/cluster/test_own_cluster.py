@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.job_config import JobConfig
 
 from common.errors import UserError
 from common.memory import MIB
@@ -35,6 +36,22 @@ def test_a_store_that_ray_will_keep_in_a_file_is_allowed_with_a_warning(capsys):
     assert "ray.object_store_mib (1000) does not fit into /dev/shm, which has 64 MiB free" in capsys.readouterr().err
     own_cluster.check_store(1000, 8000 * MIB, 1000 * MIB, 2000 * MIB)
     assert capsys.readouterr().err == ""
+
+
+def test_rays_dashboard_is_told_where_prometheus_and_grafana_are(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_GRAFANA_HOST", "http://before:3000")
+    started = {}
+    monkeypatch.setattr(own_cluster.ray, "init", lambda **arguments: started.update(os.environ))
+    cfg = RayConfig(prometheus="http://127.0.0.1:9090/", grafana_dashboards="grafana/dashboards")
+    own_cluster.start(cfg, tmp_path, JobConfig())
+    assert started["RAY_PROMETHEUS_HOST"] == "http://127.0.0.1:9090"
+    assert started["RAY_GRAFANA_HOST"] == "http://before:3000"  # not given, so Ray's variable stays
+    assert started["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"] == f"{tmp_path}/grafana/dashboards"
+    assert started["TMPDIR"] == str(tmp_path)
+    assert "RAY_PROMETHEUS_HOST" not in os.environ
+    with pytest.raises(ValueError, match="prometheus"):
+        RayConfig(prometheus="http://user:secret@host:9090")
 
 
 def test_the_directory_of_a_cluster_is_private_and_removed_afterwards(tmp_path, monkeypatch):
