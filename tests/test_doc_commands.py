@@ -33,6 +33,8 @@ WORK = {
     "export": "tests/deploy/test_export.py::test_an_interrupted_run_gives_the_policy_of_its_newest_checkpoint",
     "audit": "tests/deploy/test_audit.py::test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm",
     "replay": "tests/deploy/test_audit.py::test_every_step_of_a_run_can_be_rebuilt",
+    "replay --credit": "tests/deploy/test_audit.py::test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm",
+    "report": "tests/deploy/report/test_page.py::test_the_command_prints_the_path_on_its_last_line",
     "scale": "tests/deploy/test_scale.py::test_a_target_reaches_the_pool",
     "monitoring": "tests/deploy/monitoring/test_installation.py::test_the_files_name_each_other",
     "config": "tests/common/config/test_description.py::test_only_the_listed_settings_may_change_on_resume",
@@ -51,17 +53,21 @@ OTHER = {
     "prometheus ": "tests/end_to_end/test_monitoring.py",
     "grafana server ": "Grafana",
 }
-HEAVY = {  # the work that is replaced, by module
-    "deploy.train": "run_training",
-    "deploy.train_reward": "run_reward_training",
-    "deploy.sample_pairs": "run_pair_sampling",
-    "deploy.evaluate": "run_evaluation",
-    "deploy.export": "run_export",
-    "deploy.replay": "run_replay",
-    "deploy.audit": "run_audit",
-    "deploy.submit": "submit_run",
-    "deploy.demo": "run_rlhf_demo",
-}
+HEAVY = (  # the work that is replaced
+    "deploy.train.run_training",
+    "deploy.train_reward.run_reward_training",
+    "deploy.sample_pairs.run_pair_sampling",
+    "deploy.evaluate.run_evaluation",
+    "deploy.export.run_export",
+    "deploy.replay.run_replay",
+    "deploy.replay.rebuild_credit",
+    "deploy.audit.run_audit",
+    "deploy.report.report.run_report",
+    "deploy.submit.submit_run",
+    "deploy.demo.run_rlhf_demo",
+    "deploy.scale.scale",
+    "deploy.restarts.Supervisor.run",
+)
 
 
 class Line(NamedTuple):
@@ -108,22 +114,15 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def done(monkeypatch):
     """What commands have asked for. Their work is replaced."""
-    import importlib
-
-    import deploy.restarts
-    import deploy.scale
-
     calls: list[Any] = []
 
     def note(*arguments: Any, **options: Any) -> int:
         calls.append((arguments, options))
         return 0
 
-    for module, name in HEAVY.items():
-        monkeypatch.setattr(importlib.import_module(module), name, note)
-    monkeypatch.setattr(deploy.scale, "scale", note)
-    monkeypatch.setattr(deploy.scale, "show", lambda shown: None)
-    monkeypatch.setattr(deploy.restarts.Supervisor, "run", note)
+    for name in HEAVY:
+        monkeypatch.setattr(name, note)
+    monkeypatch.setattr("deploy.scale.show", lambda shown: None)
     return calls
 
 

@@ -33,10 +33,9 @@ class Row:
 
 
 def step_row(record: Mapping[str, Any]) -> Row:
-    """The row of a record of metrics.jsonl. Each health rule that it names is a value of 1."""
-    events = {f"health/{rule}": 1.0 for rule in record.get("health", ())}
+    """The row of a record of metrics.jsonl. Each health rule in it is a value of 1."""
     values = {key: float(value) for key, value in record.items() if _is_number(value) and key not in ("step", "time")}
-    return Row(2 * record["step"] + 1, record["step"], record["time"], values | events)
+    return Row(2 * record["step"] + 1, record["step"], record["time"], values | _events(record))
 
 
 def evaluation_row(record: Mapping[str, Any]) -> Row:
@@ -47,7 +46,7 @@ def evaluation_row(record: Mapping[str, Any]) -> Row:
     for known in ("policy_version", "step", "time"):
         numbers.pop(known, None)
     values = {f"evaluation/{key}": float(value) for key, value in numbers.items()}
-    return Row(2 * step, step, record["time"], values)
+    return Row(2 * step, step, record["time"], values | _events(record))
 
 
 class NewRows:
@@ -82,6 +81,10 @@ def samples(directory: Path, step: int, count: int) -> list[tuple[Any, ...]]:
         tokens = [len(ids) for ids in table["response_ids"]]
         reasons = table["finish_reason"].to_pylist()
     return [(step, *row) for row in zip(*texts, tokens, reasons, strict=True)]
+
+
+def _events(record: Mapping[str, Any]) -> dict[str, float]:
+    return {f"health/{rule}": 1.0 for rule in record.get("health", ())}
 
 
 def _is_number(value: Any) -> bool:

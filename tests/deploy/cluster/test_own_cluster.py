@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ray.job_config import JobConfig
 
+from common.config.base import RayConfig
 from common.errors import UserError
 from common.memory import MIB
 from deploy.cluster import own_cluster

@@ -75,13 +75,15 @@ def test_a_sink_gets_every_row_once_in_the_order_of_the_run(follow, tmp_path):
         wake()
         assert wait_for(lambda: len(kept.rows) == 3)
         append_record(tmp_path / "metrics.jsonl", step(2))
-        append_record(tmp_path / "evaluations.jsonl", evaluation(3))
+        append_record(tmp_path / "evaluations.jsonl", {**evaluation(3), "health": ["judge_falls"]})
         wake()
     assert [(row.place, row.step, row.time) for row in kept.rows] == [
         (0, 0, 50.0), (1, 0, 100.0), (3, 1, 101.0), (5, 2, 102.0), (6, 3, 53.0)
     ]  # fmt: skip
     assert kept.rows[2].values == {"kl/coef": 0.1, "health/kl_exploding": 1.0}
-    assert kept.rows[4].values == {"evaluation/voids": 0, "evaluation/score": 0.5, "evaluation/components/exact": 0.25}
+    evaluated = {"evaluation/voids": 0, "evaluation/score": 0.5, "evaluation/components/exact": 0.25}
+    assert kept.rows[0].values == evaluated
+    assert kept.rows[4].values == {**evaluated, "health/judge_falls": 1.0}
     assert kept.closed
     assert (sorted(told), reports) == (["tensorboard: nowhere", "wandb: nowhere"], [])
 
