@@ -20,10 +20,10 @@ from common.config.base import LoggingConfig, Root
 from common.errors import UserError
 from deploy.sinks.rows import NewRows, Row
 from deploy.sinks.tensorboard_sink import TensorBoardSink
-from deploy.sinks.wandb_sink import FINISH_S, WandbSink
+from deploy.sinks.wandb_sink import START_S, WandbSink
 
 POLL_S = 5.0  # a sink looks for new records this often, and as soon as a step is done
-CLOSE_S = FINISH_S + 10.0  # longest wait for all sinks at the end of a run
+CLOSE_S = START_S + 10.0  # longest wait for all sinks at the end of a run
 
 Tell = Callable[[str], None]
 
@@ -80,7 +80,7 @@ class _Follower:
 
     def __init__(self, name: str, open_sink: Callable[[], Sink], rows: NewRows, tell: Tell, report: Tell) -> None:
         self._name, self._open, self._rows = name, open_sink, rows
-        self._tell, self._report = tell, report
+        self._tell, self._report, self._failed = tell, report, False
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: the run ends
         # A daemon, so that a sink that hangs cannot keep the process from ending.
         self._thread = threading.Thread(target=self._follow, name=f"sink {name}", daemon=True)
@@ -97,7 +97,7 @@ class _Follower:
         if self._thread.ident is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
             if self._thread.is_alive():
-                self._report(f"{self._name} (logging.sinks) has not taken all records after {CLOSE_S:g} s; not waiting")
+                self._fail(f"has not taken all records after {CLOSE_S:g} s; not waiting")
 
     def _follow(self) -> None:
         try:
@@ -111,10 +111,16 @@ class _Follower:
             sink.close()
         except Exception as error:  # any error of a tracker's library: the run continues without it
             reason = (str(error).strip().splitlines() or [""])[0]
-            self._report(
-                f"{self._name} (logging.sinks) failed and gets no more records ({type(error).__name__}: {reason}); the "
-                "run continues without it, and --resume sends it what is missing"
+            self._fail(
+                f"failed and gets no more records ({type(error).__name__}: {reason}); the run continues without it, "
+                "and --resume sends it what is missing"
             )
+
+    def _fail(self, what: str) -> None:
+        """Reports the first failure of this sink, and no other."""
+        if not self._failed:
+            self._failed = True
+            self._report(f"{self._name} (logging.sinks) {what}")
 
     def _ended(self) -> bool:
         """Waits until there may be new records. True if the run ends."""

@@ -16,6 +16,7 @@ from common.config.ppo import Config
 from common.files import write_json
 from deploy.sinks.rows import SAMPLE_COLUMNS, Row, samples
 
+START_S = 30  # longest wait for W&B's answer at the start; at the end of a short run, the process waits for it too
 FINISH_S = 20  # longest wait for the last values to be sent; `wandb sync` can send the rest later
 
 
@@ -46,7 +47,7 @@ class WandbSink:
             name=os.environ.get("WANDB_NAME") or directory.resolve().name,
             dir=directory,
             config=settings.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off", finish_timeout=FINISH_S),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=START_S, finish_timeout=FINISH_S),
         )
         self._note()
         self._run.define_metric("*", step_metric="step")

@@ -124,7 +124,8 @@ def test_a_sink_that_hangs_holds_up_neither_the_run_nor_its_end(follow, tmp_path
         append_record(tmp_path / "metrics.jsonl", step(0))
         wake()
         assert wait_for(lambda: kept.rows)
-    hanging.set()
+    hanging.set()  # it continues, and fails then: it opened no sink
+    assert wait_for(lambda: not any(thread.name == "sink tensorboard" for thread in threading.enumerate()))
     assert reports == ["tensorboard (logging.sinks) has not taken all records after 0.2 s; not waiting"]
 
 
