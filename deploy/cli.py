@@ -259,7 +259,7 @@ def monitoring(
     directory: Annotated[Path, typer.Argument(help="Where the files go; files of an earlier call are replaced.")],
     prometheus: Annotated[str, typer.Option(help="The address of Prometheus, for Grafana.")] = "http://127.0.0.1:9090",
 ) -> None:
-    """Write the files with which Prometheus and Grafana show all runs."""
+    """Write what Prometheus and Grafana need to show all runs."""
     from deploy.monitoring.installation import next_commands, write_monitoring
 
     write_monitoring(directory, prometheus)

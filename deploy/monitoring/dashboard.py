@@ -52,7 +52,8 @@ def dashboard() -> dict[str, Any]:
     panels: list[dict[str, Any]] = []
     y = 0
     for row, members in groupby(found, key=lambda row_and_panel: row_and_panel[0]):
-        panels.append({"type": "row", "title": ROWS[row], "gridPos": _place(0, y, width=24, height=1), "panels": []})
+        place = _place(0, y, width=24, height=1)
+        panels.append({"type": "row", "title": ROWS[row], "gridPos": place, "collapsed": False, "panels": []})
         y += 1
         for number, (_, panel) in enumerate(members):
             place = _place(number % _COLUMNS * _WIDTH, y + number // _COLUMNS * _HEIGHT)

@@ -43,7 +43,8 @@ class Sink(Protocol):
 def check_sinks(cfg: LoggingConfig) -> None:
     """Raises UserError unless the package of every sink is installed. Sinks and packages have the same names."""
     for name in cfg.sinks:
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin: only a directory of that name, such as W&B's own
             raise UserError(
                 f"logging.sinks names {name}, which is not installed; call pip install {name}, or leave it out"
             )

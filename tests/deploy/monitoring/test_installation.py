@@ -62,7 +62,8 @@ def series(name: str, values: str) -> dict[str, str]:
 
 PHASES = [series(f'ratchet_time_{phase}_s{{run="a"}}', f"{s}x60") for phase, s in
           (("generate", "60+0"), ("score", "0+0"), ("learn", "20+0"), ("publish", "4+0"))]  # fmt: skip
-# Alert: series that trigger it (a value each minute), series that look alike and do not, and minutes until it fires.
+# Alert: series that trigger it (a value each minute), series that look alike and do not, and when it fires (minute).
+# It does not fire two minutes earlier.
 CASES = {
     "RatchetUnhealthy": (
         [series('ratchet_health{run="a",rule="kl_exploding"}', "0 1 1")],
@@ -81,12 +82,12 @@ CASES = {
         18,
     ),
     "RatchetRewardVoids": (
-        [series('ray_ratchet_reward_voids_total{source="judge",replica="Reward(0)"}', "0 0 1 1 1")],
+        [series('ray_ratchet_reward_voids_total{source="judge",replica="Reward(0)"}', "0 0 0 1 1")],
         [series('ray_ratchet_reward_voids_total{source="judge",replica="Reward(0)"}', "3 3 3 3 3")],
         4,
     ),
     "RatchetNotFinite": (
-        [series('ray_ratchet_generator_nonfinite_total{replica="Generator(0)"}', "0 0 1 1 1")],
+        [series('ray_ratchet_generator_nonfinite_total{replica="Generator(0)"}', "0 0 0 1 1")],
         [series('ray_ratchet_generator_nonfinite_total{replica="Generator(0)"}', "0 0 0 0 0")],
         4,
     ),
@@ -99,7 +100,7 @@ CASES = {
         3,
     ),
     "RatchetReplicasDie": (
-        [series('ray_ratchet_pool_leaves_total{role="Generator",reason="died"}', "0 1 2 3 4 5")],
+        [series('ray_ratchet_pool_leaves_total{role="Generator",reason="died"}', "0 0 1 1 2 5")],
         [series('ray_ratchet_pool_leaves_total{role="Generator",reason="scale"}', "0 1 2 3 4 5")],
         5,
     ),
@@ -119,9 +120,10 @@ def test_each_alert_fires_on_its_cause_and_not_on_a_series_that_looks_alike(tmp_
             "promql_expr_test": [
                 {
                     "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})',
-                    "eval_time": f"{minutes}m",
-                    "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
+                    "eval_time": f"{minute}m",
+                    "exp_samples": [{"labels": "{}", "value": 1}] if fires and minute == minutes else [],
                 }
+                for minute in (minutes - 2, minutes)
             ],
         }
         for alert, (cause, alike, minutes) in CASES.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -137,9 +138,10 @@ def test_sinks_open_with_the_first_record_and_not_before(follow):
     assert (opened, told) == ([], [])
 
 
-def test_a_sink_whose_package_is_missing_is_refused(monkeypatch):
+@pytest.mark.parametrize("found", [None, ModuleSpec("wandb", None)], ids=["nothing", "a directory named wandb"])
+def test_a_sink_whose_package_is_missing_is_refused(monkeypatch, found):
     check_sinks(LoggingConfig(sinks=("tensorboard",)))
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "find_spec", lambda name: found)
     with pytest.raises(UserError, match=r"logging\.sinks names wandb, which is not installed; call pip install wandb"):
         check_sinks(LoggingConfig(sinks=("wandb",)))
 
