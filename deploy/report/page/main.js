@@ -50,8 +50,8 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
     const both = before && before.policy_version !== after.policy_version;
     figure(label, both ? `${shown(before[key])} → ${shown(after[key])}` : shown(after[key]), `version ${after.policy_version}`);
   };
-  change("held-out pass@1", "pass_at_1", percent);
-  change("held-out score", "score", brief);
+  if (after?.pass_at_1 !== null) change("held-out pass@1", "pass_at_1", percent);
+  else change("held-out score", "score", brief);
   const newest = (label, key, unit) => {
     if (last[key] !== undefined) figure(label, brief(last[key]), unit);
   };
