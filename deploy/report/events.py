@@ -6,20 +6,16 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deploy.report.health import health_events
 from deploy.report.run_files import RunFiles
 
 REPLICAS = {"joined": "joined", "leaving": "is told to leave", "left": "left", "died": "died"}
 
 
 def events_of(run: RunFiles) -> list[dict[str, Any]]:
-    """All events, by step: {step, kind, text}, and for a health event also {rule, anchor, advice}."""
-    events = [*health_events(run.metrics), *_evaluations(run.evaluations), *_replicas(run.pool_events, run.metrics)]
+    """All events, by step: {step, kind, text}, and more for a health event (deploy/report/health.py)."""
+    events = [*health_events(run), *_evaluations(run.evaluations), *_replicas(run.pool_events, run.metrics)]
     return sorted(events, key=lambda event: event["step"])
-
-
-def health_events(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Found again in the records, by the rules that the run itself used."""
-    return []
 
 
 def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

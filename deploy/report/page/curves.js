@@ -98,7 +98,7 @@ function showEvents() {
     jump.addEventListener("click", () => zoomTo([event.step - near, event.step + near]));
     const item = element("li", { parent: list.querySelector("ol") }, jump);
     element("span", { className: `kind-${event.kind}`, text: event.text, parent: item });
-    if (event.advice) element("span", { className: "advice", text: ` ${event.advice}`, parent: item });
+    if (event.advice) element("span", { className: "advice", text: ` Try: ${event.advice}.`, parent: item });
   }
 }
 

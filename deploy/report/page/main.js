@@ -66,16 +66,17 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
 
 function showNotices(run) {
   const notice = (text, className = "") => element("li", { text, className, parent: byId("notices") });
-  const health = Map.groupBy(block("events").filter(({ kind }) => kind === "health"), ({ rule }) => rule);
-  for (const [rule, events] of health) {
-    const { step, text } = events.at(-1);
-    notice(`${rule}: ${text} (${events.length === 1 ? `at step ${step}` : `at ${number(events.length)} steps, last at ${step}`})`, "bad");
+  for (const event of block("events").filter(({ kind }) => kind === "health")) {
+    notice(`${when(event)}: ${event.text}${event.advice && `; ${event.advice}`} (${event.anchor})`, "bad");
   }
   if (run.state === "stopped") notice(`The run stopped after ${number(run.steps)} of ${number(run.num_steps)} steps; ratchet train --resume ${run.directory} continues it.`);
   if (run.unreadable.length) notice(`Left out because they cannot be read: ${run.unreadable.join(", ")}`);
   if (!run.tokenizer) notice("The run kept no tokenizer, so tokens are shown as numbers.");
   if (!run.credit && block("rollouts").step.length) notice("There are no credit files, so the token view has log-probabilities and versions only.");
 }
+
+// The steps at which the rule of a health event held.
+const when = ({ step, last }) => (step === last ? `step ${step}` : `steps ${step} to ${last}`);
 
 for (const name of Object.keys(TABS)) byId(`tab-${name}`).addEventListener("click", () => openTab(name));
 document.querySelector('[role="tablist"]').addEventListener("keydown", moveInTabs);

@@ -138,6 +138,20 @@ def test_events_are_marked_listed_and_can_be_hidden(open_page):
     assert page.locator("#event-list li", has_text="Generator(0) died: killed <b>by</b> 9").count() == 1
 
 
+def test_a_health_event_is_named_marked_and_leads_to_its_steps(open_page, blocks, tmp_path):
+    said = {"rule": "kl_exploding", "text": "kl_exploding: KL doubled to <b>31</b> nats", "anchor": "docs/health.md#x"}
+    event = {"step": 2, "last": 4, "kind": "health", "times": 3, "advice": "lower the learning rate", **said}
+    (tmp_path / "report.html").write_text(render("run", {**blocks, "events": [event]}), encoding="utf-8")
+    page = open_page("curves", address=(tmp_path / "report.html").as_uri())
+    notice = "steps 2 to 4: kl_exploding: KL doubled to <b>31</b> nats; lower the learning rate (docs/health.md#x)"
+    assert page.locator("#notices li").first.text_content() == notice
+    page.wait_for_selector(".plot canvas")
+    assert page.evaluate("[...charts].find(c => c.figure).figure.marks.map(([kind]) => kind)") == ["health"]
+    page.locator("#event-list summary").click()
+    page.get_by_role("button", name="step 2").click()
+    assert all(start < 2 < end < 4 for start, end in zoomed(page))
+
+
 def test_hovering_a_curve_shows_its_values(open_page):
     page = open_page("curves")
     page.wait_for_selector(".plot canvas")
