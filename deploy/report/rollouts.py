@@ -6,7 +6,6 @@ what is kept, then for the kept texts and tokens.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,15 +14,9 @@ import numpy as np
 from common.types import SampleId
 from deploy.report.sampling import BUDGET, MAX_ROWS, Facts, details_kept, extremes, prompt_of, rows_kept
 from deploy.report.steps import Lists, Step, StepFiles, lists
+from deploy.report.token_numbers import BYTES_PER_NUMBER, CREDIT, JOURNAL, Pieces, packed, short
 from deploy.report.token_text import TokenText
 
-# Token numbers of the page, and where each is read: the credit file or the journal.
-CREDIT = (
-    *("kl", "rewards", "values", "td_errors", "advantages", "whitened_advantages", "returns", "entropy"),
-    *("old_logprobs", "importance_weight", "ratio", "clipped"),
-)
-JOURNAL = ("rollout_logprobs", "ref_logprobs", "policy_versions")
-BYTES_PER_NUMBER = 8 / 3  # a float16 in base64
 LONGEST_TEXT = 8_000  # characters of a prompt, and of the response of a void rollout
 NUMBERS = ("step", "score", "tokens", "staleness", "kl", "clipped")
 
@@ -56,12 +49,12 @@ class Rollouts:
         chosen = [self._rows[row] for row in rows]
         names = list(dict.fromkeys(name for row in chosen for name in row["components"]))
         table = {
-            **{key: [_short(row[key]) for row in chosen] for key in NUMBERS},
+            **{key: [short(row[key]) for row in chosen] for key in NUMBERS},
             "id": [row["id"] for row in chosen],
             "finish": [row["finish"] for row in chosen],
             "generator": _indexed(row["generator"] for row in chosen),
             "void": _indexed(row["void"] for row in chosen),
-            "components": {name: [_short(row["components"].get(name)) for row in chosen] for name in names},
+            "components": {name: [short(row["components"].get(name)) for row in chosen] for name in names},
             "kept": self._kept_counts(facts, rows, kept),
         }
         shown = {prompt_of(row["id"]) for row in (self._rows[i] for i in kept)}
@@ -154,26 +147,11 @@ class Rollouts:
                     continue
                 text = step.table["prompt"][i].as_py() or ""
                 self._prompts.setdefault(prompt_of(self._rows[row]["id"]), text[:LONGEST_TEXT])
-                numbers = {name: _packed(column.row(i), len(tokens)) for name, column in columns.items()}
+                numbers = {name: packed(column.row(i), len(tokens)) for name, column in columns.items()}
                 details[row] = {"tokens": pieces.of(tokens.tolist())} | {
-                    name: packed for name, packed in numbers.items() if packed is not None
+                    name: found for name, found in numbers.items() if found is not None
                 }
         return details, {"pieces": pieces.texts}
-
-
-class Pieces:
-    """Token texts, each of them once."""
-
-    def __init__(self, text: TokenText) -> None:
-        self._text = text
-        self._index: dict[str, int] = {}
-
-    def of(self, ids: list[int]) -> list[int]:
-        return [self._index.setdefault(piece, len(self._index)) for piece in self._text.pieces(ids)]
-
-    @property
-    def texts(self) -> list[str]:
-        return list(self._index)
 
 
 def _row(step: int, sample_id: str, **known: Any) -> dict[str, Any]:
@@ -195,23 +173,6 @@ def _kl(step: Step, learned: Lists | None) -> np.ndarray | None:
 
 def _shares(clipped: Lists | None, rows: int) -> np.ndarray | None:
     return None if clipped is None else clipped.sums() / np.maximum(1, clipped.lengths)
-
-
-def _short(value: float | None) -> float | None:
-    """With five significant digits: the page has many of these."""
-    if value is None or not np.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(f"{value:.5g}")
-
-
-def _packed(values: np.ndarray | None, length: int) -> str | float | None:
-    """The numbers of a response as float16 in base64, or one number if all are equal. None if they are not known."""
-    if values is None or len(values) != length or not length:
-        return None
-    if (values == values[0]).all():
-        return _short(float(values[0]))
-    with np.errstate(over="ignore"):
-        return base64.b64encode(values.astype("<f2").tobytes()).decode()
 
 
 def _indexed(values: Iterable[str | None]) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 "use strict";
 
 const charts = new Set(); // of {box, draw, figure}: all that were asked for and are still in the page
-const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) drawn(entry.target.chart);
-}, { rootMargin: "200px" });
+const seen = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) if (entry.isIntersecting) drawn(entry.target.chart);
+  },
+  { rootMargin: "200px" },
+);
 
 // Draws a chart into `box` when it is first seen. `draw(figure)` adds its glyphs.
 function chart(box, options, draw) {
@@ -24,7 +27,9 @@ function drawn(made) {
     toolbar_location: null,
     tools: made.options.zoom === false ? "" : "xbox_zoom",
     x_range: x ? new Bokeh.Range1d({ start: x[0], end: x[1] }) : new Bokeh.DataRange1d({ range_padding: 0.05 }),
-    y_range: yRange ? new Bokeh.Range1d({ start: yRange[0], end: yRange[1] }) : new Bokeh.DataRange1d({ range_padding: 0.08 }),
+    y_range: yRange
+      ? new Bokeh.Range1d({ start: yRange[0], end: yRange[1] })
+      : new Bokeh.DataRange1d({ range_padding: 0.08 }),
     min_border_left: 46,
     min_border_right: 10,
     output_backend: "canvas",
@@ -42,7 +47,10 @@ function paint(figure, xLabel, yLabel) {
   figure.background_fill_alpha = 0;
   figure.border_fill_alpha = 0;
   figure.outline_line_color = null;
-  for (const [axis, label] of [[figure.xaxis, xLabel], [figure.yaxis, yLabel]]) {
+  for (const [axis, label] of [
+    [figure.xaxis, xLabel],
+    [figure.yaxis, yLabel],
+  ]) {
     axis.axis_line_color = line;
     axis.major_tick_line_color = line;
     axis.minor_tick_line_color = null;
@@ -69,11 +77,13 @@ function removeChart(box) {
   box.replaceChildren();
 }
 
-// New colours: every chart is drawn again when it is next seen.
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+// Draws every chart again when it is next seen.
+function drawAgain() {
   for (const made of charts) {
     made.figure = null;
     made.box.replaceChildren();
     seen.observe(made.box);
   }
-});
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAgain);

@@ -9,6 +9,7 @@ const KINDS = {
   left: ["replicas left", "--muted", "dashed"],
 };
 const zoom = { all: [0, 1], now: [0, 1], changing: false };
+const MANY = 30; // marks of one kind; more of them are hidden at first
 const marksShown = new Set();
 
 function showCurves() {
@@ -21,6 +22,7 @@ function showCurves() {
   }
   if (!groups.length) element("p", { text: "No step has been learned yet.", parent: byId("groups") });
   byId("groups").addEventListener("dblclick", () => zoomTo(zoom.all));
+  byId("smooth").addEventListener("change", drawAgain);
   byId("zoom-reset").addEventListener("click", () => zoomTo(zoom.all));
   for (const id of ["zoom-from", "zoom-to"]) byId(id).addEventListener("change", zoomFromFields);
 }
@@ -28,16 +30,20 @@ function showCurves() {
 // All steps of the run, with some room at both ends.
 function setZoom() {
   const curves = block("curves").flatMap(({ curves: found }) => found);
-  const last = curves.flatMap(({ x, heldout }) => [x.at(-1) ?? 0, heldout.x.at(-1) ?? 0]).reduce((a, b) => Math.max(a, b), 1);
+  const last = curves
+    .flatMap(({ x, heldout }) => [x.at(-1) ?? 0, heldout.x.at(-1) ?? 0])
+    .reduce((a, b) => Math.max(a, b), 1);
   zoom.all = zoom.now = [-0.015 * last, 1.015 * last];
 }
 
 function curveBox(curve) {
   const newest = curve.y.length ? curve.y.at(-1) : curve.heldout.y.at(-1);
   const about = element(
-    "details", {},
+    "details",
+    {},
     element(
-      "summary", { title: curve.meaning },
+      "summary",
+      { title: curve.meaning },
       element("span", { className: "key", text: curve.key }),
       element("span", { className: "unit", text: curve.unit === "-" ? "" : curve.unit }),
       element("span", { className: "newest", text: number(newest) }),
@@ -59,17 +65,44 @@ function drawCurve(figure, { key, x, y, heldout }) {
     return [kind, renderer];
   });
   if (x.length) {
-    const line = figure.line(x, y, { line_color: style("--curve"), line_width: 1.6 });
-    if (x.length < 40) figure.scatter(x, y, { size: 4, color: style("--curve") });
-    hover(figure, line, [["step", "@x{0}"], [key, "@y{0.[00000]}"]], "vline");
+    const smooth = Number(byId("smooth").value);
+    const line = figure.line(x, y, { line_color: style("--curve"), line_width: 1.6, line_alpha: smooth ? 0.25 : 1 });
+    if (smooth) figure.line(x, smoothed(y, smooth), { line_color: style("--curve"), line_width: 2 });
+    else if (x.length < 40) figure.scatter(x, y, { size: 4, color: style("--curve") });
+    hover(
+      figure,
+      line,
+      [
+        ["step", "@x{0}"],
+        [key, "@y{0.[00000]}"],
+      ],
+      "vline",
+    );
   }
   if (heldout.x.length) {
     const colour = style("--curve-2");
     if (heldout.low) figure.segment(heldout.x, heldout.low, heldout.x, heldout.high, { line_color: colour });
     if (!x.length) figure.line(heldout.x, heldout.y, { line_color: colour, line_alpha: 0.6 });
-    const points = figure.scatter(heldout.x, heldout.y, { marker: "diamond", size: 9, color: colour });
-    hover(figure, points, [["policy version", "@x{0}"], ["held out", "@y{0.[0000]}"]]);
+    const points = figure.scatter(heldout.x, heldout.y, {
+      marker: "diamond",
+      size: heldout.x.length < 50 ? 9 : 5,
+      color: colour,
+    });
+    hover(figure, points, [
+      ["policy version", "@x{0}"],
+      ["held out", "@y{0.[0000]}"],
+    ]);
   }
+}
+
+// The exponential moving average, which does not lean on the first value: Adam's correction (arXiv:1412.6980).
+function smoothed(values, weight) {
+  let [sum, known] = [0, 0];
+  return values.map((value) => {
+    sum = weight * sum + (1 - weight) * value;
+    known = weight * known + (1 - weight);
+    return sum / known;
+  });
 }
 
 const marks = () => {
@@ -82,10 +115,13 @@ function showEvents() {
   const events = block("events");
   const found = Object.keys(KINDS).filter((kind) => events.some((event) => event.kind === kind));
   for (const kind of found) {
-    if (kind !== "joined" && kind !== "left") marksShown.add(kind);
+    if (kind !== "joined" && kind !== "left" && marks()[kind].length <= MANY) marksShown.add(kind);
     const box = element("input", { type: "checkbox", checked: marksShown.has(kind), name: kind });
     box.addEventListener("change", () => toggle(kind, box.checked));
-    const swatch = element("span", { className: "swatch", style: `border-top-style: ${KINDS[kind][2]}; color: var(${KINDS[kind][1]})` });
+    const swatch = element("span", {
+      className: "swatch",
+      style: `border-top-style: ${KINDS[kind][2]}; color: var(${KINDS[kind][1]})`,
+    });
     element("label", { parent: byId("marks") }, box, swatch, KINDS[kind][0]);
   }
   if (!found.length) byId("marks").hidden = true;

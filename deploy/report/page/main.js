@@ -33,7 +33,13 @@ function showHead() {
   byId("run-name").textContent = run.name;
   byId("run-state").textContent = run.state;
   byId("run-state").classList.add(run.state);
-  byId("run-about").textContent = [run.model, `seed ${run.seed}`, run.started && `started ${run.started.slice(0, 16).replace("T", " ")}`].filter(Boolean).join(" · ");
+  byId("run-about").textContent = [
+    run.model,
+    `seed ${run.seed}`,
+    run.started && `started ${run.started.slice(0, 16).replace("T", " ")}`,
+  ]
+    .filter(Boolean)
+    .join(" · ");
   showFigures(run);
   showNotices(run);
   const versions = Object.entries(run.versions).map(([name, version]) => `${name} ${version}`);
@@ -41,14 +47,24 @@ function showHead() {
 }
 
 function showFigures({ steps, num_steps: planned, last, before, after }) {
-  const brief = (value) => (typeof value === "number" && !Number.isInteger(value) ? number(Number(value.toPrecision(3))) : number(value));
+  const brief = (value) =>
+    typeof value === "number" && !Number.isInteger(value) ? number(Number(value.toPrecision(3))) : number(value);
   const figure = (label, value, note = "") =>
-    element("div", { parent: byId("figures") }, element("dt", { text: label }), element("dd", { text: `${value} ` }, element("small", { text: note })));
+    element(
+      "div",
+      { parent: byId("figures") },
+      element("dt", { text: label }),
+      element("dd", { text: `${value} ` }, element("small", { text: note })),
+    );
   figure("steps", number(steps), planned ? `of ${number(planned)}` : "");
   const change = (label, key, shown) => {
     if (after?.[key] === null || after?.[key] === undefined) return;
     const both = before && before.policy_version !== after.policy_version;
-    figure(label, both ? `${shown(before[key])} → ${shown(after[key])}` : shown(after[key]), `version ${after.policy_version}`);
+    figure(
+      label,
+      both ? `${shown(before[key])} → ${shown(after[key])}` : shown(after[key]),
+      `version ${after.policy_version}`,
+    );
   };
   if (after?.pass_at_1 !== null) change("held-out pass@1", "pass_at_1", percent);
   else change("held-out score", "score", brief);
@@ -66,13 +82,22 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
 
 function showNotices(run) {
   const notice = (text, className = "") => element("li", { text, className, parent: byId("notices") });
-  for (const event of block("events").filter(({ kind }) => kind === "health")) {
+  const health = block("events").filter(({ kind }) => kind === "health");
+  const newest = new Map(health.map((event) => [event.rule, event]));
+  for (const event of newest.values()) {
     notice(`${when(event)}: ${event.text}${event.advice && `; ${event.advice}`} (${event.anchor})`, "bad");
   }
-  if (run.state === "stopped") notice(`The run stopped after ${number(run.steps)} of ${number(run.num_steps)} steps; ratchet train --resume ${run.directory} continues it.`);
+  if (newest.size < health.length)
+    notice("Some of these rules held earlier too: the list of events has all times.", "bad");
+  if (run.state === "stopped")
+    notice(
+      `The run stopped after ${number(run.steps)} of ${number(run.num_steps)} steps; ` +
+        `ratchet train --resume ${run.directory} continues it.`,
+    );
   if (run.unreadable.length) notice(`Left out because they cannot be read: ${run.unreadable.join(", ")}`);
   if (!run.tokenizer) notice("The run kept no tokenizer, so tokens are shown as numbers.");
-  if (!run.credit && block("rollouts").step.length) notice("There are no credit files, so the token view has log-probabilities and versions only.");
+  if (!run.credit && block("rollouts").step.length)
+    notice("There are no credit files, so the token view has log-probabilities and versions only.");
 }
 
 // The steps at which the rule of a health event held.

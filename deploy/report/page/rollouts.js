@@ -7,19 +7,38 @@ const list = { shown: [], page: 0, sort: "step", descending: true, selected: -1 
 // Columns of the table: heading, what it means, the value of a row.
 function columns() {
   const rows = block("rollouts");
-  const texts = ({ texts: names, rows: indices }) => (i) => (indices[i] < 0 ? null : names[indices[i]]);
+  const texts =
+    ({ texts: names, rows: indices }) =>
+    (i) =>
+      indices[i] < 0 ? null : names[indices[i]];
   const found = [
     { key: "step", about: "step of the run, from 0", value: (i) => rows.step[i] },
-    { key: "sample", about: "epoch / prompt / replica", value: (i) => rows.id[i], sorted: (i) => sampleOrder(rows.id[i]) },
+    {
+      key: "sample",
+      about: "epoch / prompt / replica",
+      value: (i) => rows.id[i],
+      sorted: (i) => sampleOrder(rows.id[i]),
+    },
     { key: "score", about: "weighted sum of the sources", value: (i) => rows.score[i] },
     ...Object.entries(rows.components).map(([name, values]) => ({
-      key: name, about: `raw score of the source ${name}`, value: (i) => values[i],
+      key: name,
+      about: `raw score of the source ${name}`,
+      value: (i) => values[i],
     })),
     { key: "tokens", about: "length of the response", value: (i) => rows.tokens[i] },
     { key: "finish", about: "stop: it ended with its end token; length: it was cut off", value: (i) => rows.finish[i] },
-    { key: "staleness", about: "versions between the weights of its oldest token and the learner's", value: (i) => rows.staleness[i] },
+    {
+      key: "staleness",
+      about: "versions between the weights of its oldest token and the learner's",
+      value: (i) => rows.staleness[i],
+    },
     { key: "KL", about: "from the reference, nats", value: (i) => rows.kl[i] },
-    { key: "clipped", about: "share of its tokens whose gradient the clip removed in the last pass", value: (i) => rows.clipped[i], shown: percent },
+    {
+      key: "clipped",
+      about: "share of its tokens whose gradient the clip removed in the last pass",
+      value: (i) => rows.clipped[i],
+      shown: percent,
+    },
   ];
   list.reason = texts(rows.void);
   list.generator = texts(rows.generator);
@@ -37,8 +56,14 @@ function showRollouts() {
     sort.addEventListener("click", () => sortBy(key));
     element("th", { scope: "col", parent: document.querySelector("#table thead tr") }, sort);
   }
-  element("th", { className: "text", scope: "col", text: "response, or why it is void", parent: document.querySelector("#table thead tr") });
-  for (const [value, label] of Object.entries(CLASSES)) element("option", { value, text: label[0], parent: byId("class") });
+  element("th", {
+    className: "text",
+    scope: "col",
+    text: "response, or why it is void",
+    parent: document.querySelector("#table thead tr"),
+  });
+  for (const [value, label] of Object.entries(CLASSES))
+    element("option", { value, text: label[0], parent: byId("class") });
   for (const id of ["search", "class", "from", "to"]) byId(id).addEventListener("input", filter);
   byId("filter").addEventListener("submit", (event) => event.preventDefault());
   byId("previous").addEventListener("click", () => turn(-1));
@@ -73,10 +98,11 @@ function samplingRule() {
   if (detailed === run) return `All ${number(run)} rollouts are in this page, each with its text and token numbers.`;
   const part = (name) => `${number(kept[name][2])} of ${number(kept[name][0])} ${name}`;
   return (
-    `The table has ${table === run ? "all" : `${number(table)} of`} ${number(run)} rollouts. ${number(detailed)} have their ` +
-    `text and token numbers here (${["void", "extreme", "clipped"].map(part).join(", ")}): first void and extreme rollouts, ` +
-    "then those with clipped tokens, then the first and the last rollout of a prompt, then others, drawn by their sample id. " +
-    "The journal has all of them."
+    `The table has ${table === run ? "all" : `${number(table)} of`} ${number(run)} rollouts. ` +
+    `${number(detailed)} have ` +
+    `their text and token numbers here (${["void", "extreme", "clipped"].map(part).join(", ")}): first void and ` +
+    "extreme rollouts, then those with clipped tokens, then the first and the last rollout of a prompt, then others, " +
+    "drawn by their sample id. The journal has all of them."
   );
 }
 
@@ -102,9 +128,9 @@ function filter() {
     const texts = [responseOf(i), promptOf(i) ?? "", list.reason(i) ?? "", rows.id[i]];
     return texts.some((text) => text.toLowerCase().includes(wanted));
   };
-  list.shown = rows.step.map((_, i) => i).filter(
-    (i) => rows.step[i] >= from && rows.step[i] <= to && inClass(i) && (!wanted || matches(i)),
-  );
+  list.shown = rows.step
+    .map((_, i) => i)
+    .filter((i) => rows.step[i] >= from && rows.step[i] <= to && inClass(i) && (!wanted || matches(i)));
   byId("matches").textContent = `${number(list.shown.length)} of ${number(rows.step.length)} rollouts`;
   list.page = 0;
   sortShown();
@@ -163,7 +189,13 @@ function tableRow(i) {
   const reason = list.reason(i);
   const text = reason === null ? responseOf(i) || (list.details.rows[i] ? "" : "not in this page") : `void: ${reason}`;
   const about = reason === null ? text : `${text}\n${responseOf(i)}`;
-  element("td", { className: reason === null ? "text" : "text void", text: text.slice(0, 300), title: about.slice(0, 600), dir: "auto", parent: row });
+  element("td", {
+    className: reason === null ? "text" : "text void",
+    text: text.slice(0, 300),
+    title: about.slice(0, 600),
+    dir: "auto",
+    parent: row,
+  });
   row.addEventListener("click", () => select(i));
   return row;
 }
@@ -183,6 +215,7 @@ function moveInTable(event) {
 
 function select(i) {
   list.selected = i;
-  for (const row of document.querySelectorAll("#table tbody tr")) row.setAttribute("aria-selected", String(Number(row.dataset.row) === i));
+  for (const row of document.querySelectorAll("#table tbody tr"))
+    row.setAttribute("aria-selected", String(Number(row.dataset.row) === i));
   showTokens(i);
 }

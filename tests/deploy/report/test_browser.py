@@ -127,6 +127,18 @@ def test_a_curve_that_is_first_seen_later_has_the_same_zoom(open_page):
     assert {tuple(found) for found in zoomed(page)} == {(1, 3)}
 
 
+def test_a_smoothed_curve_is_the_moving_average(open_page):
+    page = open_page("curves")
+    assert page.evaluate("smoothed([4, 8, 2], 0.5)") == pytest.approx(
+        [4, (0.25 * 4 + 0.5 * 8) / 0.75, (0.5 + 2 + 1) / 0.875]
+    )
+    page.wait_for_selector(".plot canvas")
+    lines = "[...charts].find(c => c.figure)?.figure.renderers.filter(r => r.glyph.type === 'Line').length"
+    assert page.evaluate(lines) == 1
+    page.select_option("#smooth", "0.95")
+    page.until(f"{lines} === 2")
+
+
 def test_events_are_marked_listed_and_can_be_hidden(open_page):
     page = open_page("curves")
     page.wait_for_selector(".plot canvas")

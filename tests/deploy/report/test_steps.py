@@ -7,6 +7,7 @@ import pytest
 from common.errors import UserError
 from deploy.report.run_files import RunFiles
 from deploy.report.steps import StepFiles, lists
+from deploy.run.directory import sole_owner
 from tests.deploy.report.made_run import write_run
 
 
@@ -60,6 +61,13 @@ def test_a_run_that_goes_on_may_lack_its_last_files(tmp_path):
     assert [files.credit(step) is None for step in files.each(files.numbers())] == [False, False, True]
     assert files.unreadable == []
     assert [record["step"] for record in RunFiles.read(run).metrics] == [0, 1, 2]
+
+
+def test_a_run_is_running_while_a_process_owns_its_directory(tmp_path):
+    run = write_run(tmp_path / "run", steps=1, finished=False)
+    with sole_owner(run, make=False):
+        assert RunFiles.read(run).running
+    assert not RunFiles.read(run).running
 
 
 def test_a_replayed_step_is_shown_once_by_its_newest_record(tmp_path):

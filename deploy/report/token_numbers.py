@@ -1,0 +1,49 @@
+"""The numbers and the texts of tokens, as the page has them. Runs anywhere."""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+
+from deploy.report.token_text import TokenText
+
+# Token numbers of the page, and where each is read: the credit file or the journal.
+CREDIT = (
+    *("kl", "rewards", "values", "td_errors", "advantages", "whitened_advantages", "returns", "entropy"),
+    *("old_logprobs", "importance_weight", "ratio", "clipped"),
+)
+JOURNAL = ("rollout_logprobs", "ref_logprobs", "policy_versions")
+BYTES_PER_NUMBER = 8 / 3  # a float16 in base64
+
+
+class Pieces:
+    """Token texts, each of them once."""
+
+    def __init__(self, text: TokenText) -> None:
+        self._text = text
+        self._index: dict[str, int] = {}
+
+    def of(self, ids: list[int]) -> list[int]:
+        return [self._index.setdefault(piece, len(self._index)) for piece in self._text.pieces(ids)]
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self._index)
+
+
+def packed(values: np.ndarray | None, length: int) -> str | float | None:
+    """The numbers of a response as float16 in base64, or one number if all are equal. None if they are not known."""
+    if values is None or len(values) != length or not length:
+        return None
+    if (values == values[0]).all():
+        return short(float(values[0]))
+    with np.errstate(over="ignore"):
+        return base64.b64encode(values.astype("<f2").tobytes()).decode()
+
+
+def short(value: float | None) -> float | None:
+    """With five significant digits: the page has many of these."""
+    if value is None or not np.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.5g}")
