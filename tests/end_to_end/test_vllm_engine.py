@@ -28,7 +28,8 @@ from common.model.files import save_policy
 from common.model.saved_weights import as_saved
 from common.types import Rollout, RolloutRef, SampleId
 from common.weights import Bucket, Delta, buckets, make_delta
-from tests.fakes import END, ENGINE_GPUS, WORDS, make_prompt, save_tiny_kind, save_tiny_model
+from tests.fakes import END, ENGINE_GPUS, make_prompt, save_tiny_kind, save_tiny_model
+from tests.version_models import VERSIONS, head_moved, save_model_that_writes_its_version
 
 pytestmark = pytest.mark.ray
 
@@ -406,32 +407,6 @@ def test_tokens_after_an_update_have_the_new_version(tmp_path):
         difference = np.abs(rollout.rollout_logprobs - hf_logprobs(model_dir, rollout, None))
         assert difference[old].max() < 1e-4  # sampled by the old weights, as their version says
         assert difference[~old].mean() > 0.1  # the others were not
-
-
-# Version v of the model below writes token 4 + v; as many versions as there are words.
-VERSIONS = range(1, len(WORDS) - 4)
-
-
-def save_model_that_writes_its_version(directory):
-    """Attention and MLP add nothing and all tokens have one embedding, so every position has the same final state. The
-    head's row for token 4 points along it, so this token is always written."""
-    save_tiny_model(directory, tied=False)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.fill_(1.0)
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[4] = 0.5  # a logit of 32 against 0
-    model.save_pretrained(directory)
-    return directory
-
-
-def head_moved(tensors: dict[str, torch.Tensor], version: int) -> list[Bucket]:
-    """The weights that write token 4 + version."""
-    head = torch.roll(tensors["lm_head.weight"], version, dims=0)
-    return list(buckets({**tensors, "lm_head.weight": head}.items(), version, bucket_bytes=10_000))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""`python -m tests.gpu_check`: checks and measures on a GPU the code that needs neither Ray nor vLLM.
+"""`python -m tests.gpu_check`: checks and measures on a GPU the code that needs neither Ray nor vLLM, and where
+they are installed also vLLM's engine and a whole run.
 
 One line a result: PASS, FAIL, SKIP with its reason, or a figure. Exits with 1 if a check failed. Nothing is downloaded:
 the models have random weights. With `--device cpu` it runs the checks that make sense there.
@@ -17,7 +18,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.gpu_check import attention, head, kernels, learner, publication, services, sharded, speed
+from tests.gpu_check import (
+    attention,
+    demo,
+    engine,
+    head,
+    kernels,
+    learner,
+    publication,
+    ranks,
+    services,
+    sharded,
+    speed,
+)
 from tests.gpu_check.older_torch import adapt
 from tests.gpu_check.run import Run
 
@@ -29,7 +42,10 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "services": services.check,
     "sharded": sharded.check,
     "publication": publication.check,
+    "ranks": ranks.check,
+    "engine": engine.check,
     "speed": speed.check,
+    "demo": demo.check,
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu_check import engine
 from tests.gpu_check.__main__ import CHECKS, main
 from tests.gpu_check.run import Run
 from tests.test_layers import imports_without
@@ -21,11 +22,21 @@ def _environment_and_threads(monkeypatch):
 
 
 def test_the_checks_that_a_cpu_can_run_pass_there(capsys):
-    assert main(["--device", "cpu"]) == 0
+    assert main(["--device", "cpu", "--only", ",".join(set(CHECKS) - {"engine"})]) == 0
     kinds = [line[:4] for line in capsys.readouterr().out.splitlines()]
     assert kinds.count("PASS") >= 35
     assert kinds.count("FAIL") == 0
     assert kinds.count("SKIP") >= 6
+
+
+@pytest.mark.ray  # it imports vLLM
+def test_the_check_of_the_engine_passes_on_a_cpu(tmp_path, capsys):
+    run = Run(torch.device("cpu"), tmp_path)
+    run.part("engine, sampling", engine.check_sampling)
+    assert run.failures == []
+    said = capsys.readouterr().out
+    assert said.count("PASS") == 3
+    assert "answers are the same alone and in a batch" in said
 
 
 def test_an_unknown_check_is_refused_with_those_that_exist(capsys):
