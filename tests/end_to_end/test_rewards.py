@@ -17,6 +17,7 @@ from deploy.sample_pairs import run_pair_sampling
 from deploy.train import run_training
 from deploy.train_reward import run_reward_training
 from learner.loop.journal import Journal
+from tests.event_files import scalars
 from tests.fakes import ENGINE_GPUS, save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray
@@ -77,7 +78,8 @@ def pairs(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reward(model, pairs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("Läufe 実行") / "reward"
-    run_reward_training(reward_config(model, pairs, learner={"ranks": 2}), directory)
+    logging = {"sinks": ["tensorboard"]}
+    run_reward_training(reward_config(model, pairs, learner={"ranks": 2}, logging=logging), directory)
     return directory
 
 
@@ -100,6 +102,15 @@ def test_two_ranks_learn_the_preference_and_report_its_interval(reward):
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head of zeros gives both sides the same score
     assert np.mean(losses[-5:]) < 0.6
     assert (reward / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_has_every_step_and_evaluation(reward):
+    shown = scalars(reward)
+    losses = [(record["step"], record["preference/loss"]) for record in read_records(reward / "metrics.jsonl")]
+    assert shown["preference/loss"] == [(step, pytest.approx(loss)) for step, loss in losses]
+    accuracies = [(record["step"], record["accuracy"]) for record in read_records(reward / "evaluations.jsonl")]
+    assert shown["evaluation/accuracy"] == [(step, pytest.approx(accuracy)) for step, accuracy in accuracies]
+    assert len(accuracies) == 6
 
 
 @pytest.fixture(scope="module")
