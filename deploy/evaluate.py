@@ -20,6 +20,7 @@ from deploy.policy_files import PolicyFiles
 from deploy.run.directory import run_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.run.summary import write_answers
+from deploy.screen.bar import Bars
 from deploy.screen.console import Output
 from deploy.screen.progress import evaluation_table
 from deploy.session import load_inputs, session
@@ -45,11 +46,11 @@ def run_evaluation(cfg: Config, directory: Path, *, policy: str | None = None, f
 
         with session(cfg, "evaluate", owned, phases, force=force) as (_, begin):
             begin()
-            evaluation, answers = signals.run(_evaluate(cfg, directory, judged, prompts))
+            with Bars(console := Output()) as bars:
+                evaluation, answers = signals.run(_evaluate(cfg, directory, judged, prompts, bars))
     write_answers(directory / "answers.jsonl", answers, judged.tokenizer)
     record = {"policy": judged.path, "reference": reference.path, **evaluation.record()}
     write_json(directory / "evaluation.json", record)
-    console = Output()
     console.print(evaluation_table({Path(judged.path).name: evaluation}))
     console.print(f"{directory}: evaluation.json, answers.jsonl", markup=False)
     return record
@@ -69,7 +70,7 @@ def load_policies(cfg: Config, policy: str | None) -> tuple[PolicyFiles, PolicyF
 
 
 async def _evaluate(
-    cfg: Config, directory: Path, policy: PolicyFiles, prompts: list[Prompt]
+    cfg: Config, directory: Path, policy: PolicyFiles, prompts: list[Prompt], bars: Bars
 ) -> tuple[Evaluation, list[Answer]]:
     """Starts the services and has the policy answer every prompt."""
     start = Starter(cfg.ray, on_event=lambda event: None)
@@ -86,4 +87,5 @@ async def _evaluate(
         cfg.evaluation,
         policy_version=0,
         max_void_share=cfg.reward.max_void_share,
+        answered=lambda done: bars.show("evaluation", done, len(prompts)),
     )

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import read_records
 from deploy.model_card import model_card
 from deploy.run.record import read_record
+from deploy.screen.bar import Bars
 from deploy.screen.console import Output, complain
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.ppo.learner import Learner
@@ -39,14 +40,18 @@ def run_export(run: Path, to: Path | None = None, step: int | None = None) -> Pa
     transformers_logging.disable_progress_bar()
     # One process on the CPU reads the checkpoint of any number of ranks on any devices.
     alone = cfg.learner.model_copy(update={"ranks": 1, "gpus": 0, "gradient_checkpointing": False})
-    learner = Learner(cfg.model_copy(update={"learner": alone}))
-    try:
-        learner.restore_policy(checkpoint)
-    except (UserError, OSError) as error:
-        raise UserError(f"{checkpoint} cannot be read ({error}){_PERHAPS_GONE}") from error
-    target = to or run / "exported" / checkpoint.name
-    card = model_card(cfg, step, read_records(run / "evaluations.jsonl"), read_record(run))
-    learner.save_policy(target, adapter=target / "adapter", card=card)
+    with Bars(Output()) as bars:
+        bars.show("export", 0, 3)
+        learner = Learner(cfg.model_copy(update={"learner": alone}))
+        bars.show("export", 1, 3)
+        try:
+            learner.restore_policy(checkpoint)
+        except (UserError, OSError) as error:
+            raise UserError(f"{checkpoint} cannot be read ({error}){_PERHAPS_GONE}") from error
+        bars.show("export", 2, 3)
+        target = to or run / "exported" / checkpoint.name
+        card = model_card(cfg, step, read_records(run / "evaluations.jsonl"), read_record(run))
+        learner.save_policy(target, adapter=target / "adapter", card=card)
     Output().print(
         f"policy after {step} of {cfg.num_steps} steps: {target} (transformers and vLLM can load it)",
         markup=False,

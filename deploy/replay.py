@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.config.loading import absolute_if_directory
@@ -21,6 +23,7 @@ from common.model.identity import model_digest
 from deploy.run.record import read_record
 from deploy.run.resume import resumed_config
 from deploy.run.settings import settled
+from deploy.screen.bar import Bars
 from deploy.screen.console import Output, complain
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.loop.journal import Journal
@@ -136,8 +139,34 @@ def config_for_replay(run: Path, journal: Journal, model: str | None, settings: 
 def replay_in_ranks(cfg: Config, run: Path, until: int, **what: object) -> None:
     """Replays in as many processes as the run has ranks. `what`: other fields of `Replay`."""
     with tempfile.TemporaryDirectory(prefix="ratchet-replay-") as scratch:
-        job = Replay(cfg, run, until, Path(scratch), **what)  # type: ignore[arg-type]
-        in_ranks(job, cfg.learner.ranks, gpus=cfg.learner.gpus, scratch=Path(scratch))
+        steps_done = Path(scratch) / "steps-done"
+        job = Replay(cfg, run, until, Path(scratch), steps_done=steps_done, **what)  # type: ignore[arg-type]
+        with _bar(steps_done, until):
+            in_ranks(job, cfg.learner.ranks, gpus=cfg.learner.gpus, scratch=Path(scratch))
+
+
+@contextmanager
+def _bar(steps_done: Path, until: int) -> Iterator[None]:
+    """During the block, a bar on the terminal shows the number in the file, which a rank may write in another
+    process."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(0.5):
+            with suppress(OSError, ValueError):
+                bars.show("replay", int(steps_done.read_text(encoding="utf-8")), until)
+
+    with Bars(Output()) as bars:
+        thread = threading.Thread(target=follow, name="bar", daemon=True)
+        if bars:
+            bars.show("replay", 0, None)
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if thread.is_alive():
+                thread.join()
 
 
 def _newest_verified(run: Path, journal: Journal, steps: int) -> Path | None:

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress as ProgressBar
-
 from actors.pool.roles import RewardPool
 from common.config.reward_model import PairSamplingConfig
 from common.data.prompt_records import PromptRecord
@@ -26,7 +24,6 @@ from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.run.finished import finished_pair_sampling
-from deploy.screen.console import Output
 from deploy.screen.screen import Screen
 from deploy.session import load_inputs, session
 from deploy.starting import Starter
@@ -56,35 +53,32 @@ def _run_in(owned: RunDirectory, cfg: PairSamplingConfig, *, resume: bool, force
         generators = generator_needs(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
         return [[*generators, *reward_needs("labeller", cfg.labeller, inputs.reward_models)]]
 
-    console = Output()
+    screen = Screen(directory, log=owned.log)
     with session(cfg, "sample-pairs", owned, phases, resume=resume, force=force) as (_, begin):
         begin()
-        console.print(
+        screen.say(
             f"ratchet sample-pairs {policy.path} · {cfg.prompts.pairs} pairs over {len(records)} prompts · "
-            f"seed {cfg.seed}\nrun directory {directory}; starting Ray actors ...",
-            markup=False,
-            soft_wrap=True,
+            f"seed {cfg.seed}\nrun directory {directory}; starting Ray actors ..."
         )
         try:
-            signals.run(_sample(cfg, directory, policy, records, console))
+            with screen.bars:
+                signals.run(_sample(cfg, directory, policy, records, screen))
         except ExceptionGroup as group:  # many pairs may fail for one reason; the first error says it
             raise group.exceptions[0] from None
         summary = _finish(cfg, directory, seconds=time.perf_counter() - started)
     reason = f" (the last: {summary['last_void']})" if summary["voids"] else ""
-    console.print(
+    screen.say(
         f"{summary['pairs']} pairs in {directory / 'pairs.jsonl'}; left out: {summary['no_preference']} without a "
-        f"preference and {summary['voids']} void{reason}; {summary['seconds']:.0f} s",
-        markup=False,
-        soft_wrap=True,
+        f"preference and {summary['voids']} void{reason}; {summary['seconds']:.0f} s"
     )
     return summary
 
 
 async def _sample(
-    cfg: PairSamplingConfig, directory: Path, policy: PolicyFiles, records: Sequence[PromptRecord], console: Output
+    cfg: PairSamplingConfig, directory: Path, policy: PolicyFiles, records: Sequence[PromptRecord], screen: Screen
 ) -> None:
     """Appends a line to labelled.jsonl for each pair that has none yet, as soon as the pair is labelled."""
-    start = Starter(cfg.ray, on_event=Screen(directory).pool)
+    start = Starter(cfg.ray, on_event=screen.pool)
     generators, labellers = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
         start.rewards(cfg.labeller, policy=policy),
@@ -100,8 +94,8 @@ async def _sample(
         rollouts, scores, _ = zip(*answers, strict=True)
         record = {"pair": number, **_preference(cfg, policy, rollouts, scores)}
         append_record(directory / "labelled.jsonl", record)
-        bar.advance(task)
         done.add(number)
+        screen.bars.show("pairs", len(done), cfg.prompts.pairs)
         if "void" in record:
             voids.append(record["void"])
         if len(voids) > max(cfg.labeller.max_void_share * len(done), FEW_VOIDS):
@@ -111,14 +105,13 @@ async def _sample(
             )
         free.release()
 
-    with ProgressBar(console=console, transient=True) as bar:
-        task = bar.add_task("sampling and labelling", total=cfg.prompts.pairs, completed=len(done))
-        async with asyncio.TaskGroup() as pairs:
-            for number in range(cfg.prompts.pairs):
-                prompts = stream.next(), stream.next()
-                if number not in done:
-                    await free.acquire()
-                    pairs.create_task(label(number, prompts))
+    screen.bars.show("pairs", len(done), cfg.prompts.pairs)
+    async with asyncio.TaskGroup() as pairs:
+        for number in range(cfg.prompts.pairs):
+            prompts = stream.next(), stream.next()
+            if number not in done:
+                await free.acquire()
+                pairs.create_task(label(number, prompts))
 
 
 def _preference(

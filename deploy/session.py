@@ -23,6 +23,7 @@ from common.model.size import ModelSize
 from deploy.capacity import check_engine_build, check_fits, check_kv_cache
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
+from deploy.cluster.role_output import role_output_to
 from deploy.micro_batches import with_micro_batches
 from deploy.needs import Phases
 from deploy.object_store import sized
@@ -98,7 +99,8 @@ def session(
     ray = cfg.ray
     if named_address(ray) is None:  # the object stores of a running cluster already have their sizes
         ray = sized(ray, [need.store for processes in phases(cfg) for need in processes])
-    with cluster(ray, owned.directory) as nodes:
+    log = owned.log
+    with cluster(ray, owned.directory) as nodes, role_output_to(log.write), log.python_warnings():
         if trains is not None and not isinstance(cfg, PairSamplingConfig):
             cfg = with_micro_batches(cfg, trains, nodes, phases)
         for processes in phases(cfg):

@@ -34,7 +34,6 @@ from deploy.run.identity import identity_of
 from deploy.run.start import new_start, resumed_start
 from deploy.run.summary import answers_path, summarise, write_answers
 from deploy.scale import follow_targets
-from deploy.screen.console import complain
 from deploy.screen.progress import Progress
 from deploy.session import load_inputs, rare_full_collections, session, step_grace_s
 from deploy.sinks.following import check_sinks, following
@@ -95,11 +94,11 @@ def _run_in(
     with RunFigures.served(cfg.monitoring) as figures, here as (cfg, begin):
         begin()
         policy.keep_tokenizer(directory)
-        progress = Progress(cfg, directory, policy.tokenizer)
+        progress = Progress(cfg, directory, policy.tokenizer, owned.log)
         progress.begin(num_prompts=len(train_records), num_heldout=len(heldout))
         with (
             figures.discoverable(directory, metrics_addresses()),
-            following(cfg.logging, directory, cfg, tell=progress.note, report=complain) as wake_sinks,
+            following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks,
             rare_full_collections(),
         ):
             training = _train(cfg, directory, policy, prompts, heldout, progress, figures, wake_sinks)
@@ -131,7 +130,7 @@ async def _train(
         lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg),
         cfg.learner,
         startup_timeout_s=cfg.ray.startup_timeout_s,
-        report=complain,
+        report=progress.warn,
         deltas=cfg.generators.updates == "changes",
     )
 
@@ -173,8 +172,9 @@ async def _train(
             model_type=policy.model_type,
             decode=policy.decode,
             on_step=stepped,
+            on_answer=progress.answered,
             on_evaluation=evaluated,
-            report=complain,
+            report=progress.warn,
         )
         for background in (follow_targets(directory, start.pools), progress.while_silent(lambda: run.doing())):
             ending.callback(asyncio.create_task(background).cancel)

@@ -27,7 +27,6 @@ from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import check_pairs, load_pairs, longest_answered, prepared_pairs, reference_prompts
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.finished import finished_reward_training
-from deploy.screen.console import complain
 from deploy.screen.reward_progress import RewardProgress, plot_calibration
 from deploy.session import session, step_grace_s
 from deploy.sinks.following import check_sinks, following
@@ -62,7 +61,7 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
     base, reference = load_models(cfg)
     if resume and not (directory / "pairs/counts.json").exists():
         raise UserError(f"{directory} was stopped before its pairs were written; begin again with --force")
-    progress = RewardProgress(cfg, directory)
+    progress = RewardProgress(cfg, directory, owned.log)
     with prepared_pairs(cfg, base, directory, resume=resume) as pairs:
         train, heldout = load_pairs(cfg, pairs)
         counts = json.loads((pairs / "counts.json").read_text(encoding="utf-8"))
@@ -87,7 +86,7 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
                     shutil.move(pairs, directory / "pairs")  # `train` and `heldout` stay readable: they are mapped
                 progress.begin(counts, len(train), len(heldout))
 
-            with following(cfg.logging, directory, cfg, tell=progress.note, report=complain) as wake_sinks:
+            with following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks:
                 training = _train(cfg, directory, train, heldout, accepted, progress, wake_sinks)
                 evaluations = signals.run(training, grace_s=step_grace_s(cfg))
             if prompts:
@@ -126,7 +125,7 @@ async def _train(
         lambda rank: actor(RewardTrainer, cfg.learner, f"RewardTrainer({rank})").remote(cfg, num_steps),
         cfg.learner,
         startup_timeout_s=cfg.ray.startup_timeout_s,
-        report=complain,
+        report=progress.warn,
     )
 
     def stepped(record: dict[str, Any]) -> None:
@@ -141,7 +140,7 @@ async def _train(
         await group.start()
         accepted()
         return await train_reward_model(
-            RewardRun(cfg, directory, train, heldout, group, stepped, evaluated, report=complain)
+            RewardRun(cfg, directory, train, heldout, group, stepped, evaluated, report=progress.warn)
         )
     finally:
         group.stop()  # the services that measure the scale need its memory
@@ -161,8 +160,13 @@ async def _measure_scale(
     )
     score = RewardPool(rewards).score
 
+    scored = 0
+
     async def one(prompt: Prompt) -> float:
+        nonlocal scored
         _, result, _ = await answer(prompt, generators, score)
+        scored += 1
+        progress.scale(scored, len(prompts))
         if not isinstance(result, Score):
             raise RuntimeError(f"the trained reward model gave no score: {result.reason}")
         return result.components[SOURCE]

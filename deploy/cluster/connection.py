@@ -99,7 +99,7 @@ def _job(run: Path | None) -> JobConfig:
 
 def _join(address: str, job: JobConfig) -> None:
     try:
-        ray.init(address=address, job_config=job, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, job_config=job, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"this machine cannot join the Ray cluster at {address}: {error}; start ratchet on one of the "
@@ -109,7 +109,8 @@ def _join(address: str, job: JobConfig) -> None:
 
 @contextmanager
 def _quiet_ray() -> Iterator[None]:
-    """Keeps Ray from taking over SIGTERM, and from printing paragraphs of its own when one of its processes dies."""
+    """Keeps Ray from taking over SIGTERM, from printing paragraphs of its own when one of its processes dies, and from
+    printing what the roles print: that goes to `role_output_to`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     sets_handler, prints = utils.set_sigterm_handler, worker.print_to_stdstream
     if signals.handlers_installed():

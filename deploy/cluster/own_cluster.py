@@ -162,7 +162,6 @@ def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
             job_config=job,
             include_dashboard=cfg.dashboard,
             object_store_memory=store_mib * MIB,
-            log_to_driver=False,
             logging_level="ERROR",
             _temp_dir=str(directory / _RAY),  # Ray makes it readable to all; its parent stays closed
         )

@@ -21,6 +21,7 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
 from common.files import write_whole
+from deploy.run.log import RunLog
 from deploy.run.record import RECORD, add_start, read_record, write_first_record
 from deploy.screen.console import complain
 
@@ -80,6 +81,7 @@ class RunDirectory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.log = RunLog()
         self._descriptor = self._lock()
 
     def begin(self, cfg: Root, command: str, *, force: bool) -> None:
@@ -92,13 +94,16 @@ class RunDirectory:
             leftover.unlink()
         write_first_record(self.directory, command)
         write_whole(self.directory / "config.toml", cfg.to_toml())
+        self.log.open(self.directory)
 
     def resume(self, cfg: Root) -> None:
         """Continues the run in it with these settings."""
         add_start(self.directory)
         write_whole(self.directory / "config.toml", cfg.to_toml())
+        self.log.open(self.directory)
 
     def release(self) -> None:
+        self.log.close()
         os.close(self._descriptor)
 
     def _move_aside(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -94,8 +95,19 @@ class Output(Console):
         return super().render_str(printable(text), **options)
 
 
+_before_complaints: list[Callable[[], None]] = []
+
+
+def call_before_complaints(action: Callable[[], None]) -> None:
+    """`action` is called before the next message on standard error, such as one that removes a bar from the terminal.
+    Only the newest one is."""
+    _before_complaints[:] = [action]
+
+
 def complain(message: str) -> None:
     """One message on standard error."""
+    while _before_complaints:
+        _before_complaints.pop()()
     stream = Lenient("stderr")
     stream.write(f"ratchet: {printable(message)}\n")
     stream.flush()

@@ -22,8 +22,10 @@ from common.config.ppo import Config
 from common.health.health import Event
 from common.metrics.table import STEP
 from common.types import Experience, Prompt, Void
+from deploy.run.log import RunLog
 from deploy.screen.console import printable
-from deploy.screen.screen import Column, Screen, columns_of, duration, short
+from deploy.screen.screen import Column, Screen, columns_of
+from deploy.screen.text import duration, short
 from learner.loop.evaluation import Evaluation
 
 # The row of a step, 80 columns in all: width and text by the heading in common/metrics/table.py. "step",
@@ -47,20 +49,23 @@ _LEGEND = (  # each at most 80 columns
     "    explains; tok/s: response tokens per second; left: time until the end",
     "below: seconds of the step by phase; one of its prompts and responses",
 )
+_TRAINING, _EVALUATION = "training", "evaluation"  # bars
 _PLURALS = {"Generator": "Generators", "Reward": "Rewards", "ReferencePolicy": "ReferencePolicies"}
 
 
 class Progress(Screen):
     """A run of `ratchet train`."""
 
-    def __init__(self, cfg: Config, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, cfg: Config, directory: Path, tokenizer: PreTrainedTokenizerBase, log: RunLog | None = None
+    ) -> None:
         columns = [
             Column("step", 9, "step", lambda step: f"{step + 1:.0f}/{cfg.num_steps}"),
             *columns_of(STEP, _CELLS),
             Column("tok/s", 5, "tokens_per_s", partial(short, width=5)),
             Column("left", 5, "seconds_left", duration),
         ]
-        super().__init__(directory, columns, _LEGEND)
+        super().__init__(directory, columns, _LEGEND, log=log)
         self._cfg = cfg
         self._tokenizer = tokenizer
         self._seconds: deque[float] = deque(maxlen=20)  # of the newest steps
@@ -86,9 +91,14 @@ class Progress(Screen):
         if dashboard:
             self._print(f"Ray's dashboard: http://{dashboard} (token in {token_place()})", style="dim")
         self._print(f"figures of this run: http://{figures}/metrics", style="dim")
+        self.bars.show(_TRAINING, 0, None)  # a resumed run has done steps before
 
     async def while_silent(self, doing: Callable[[], str], *, after_s: float = 60) -> None:
-        """Shows what the run is doing after each `after_s` without output. Runs until cancelled."""
+        """Shows what the run is doing: next to its bar, or without one after each `after_s` without output. Runs until
+        cancelled."""
+        while self.bars:
+            self.bars.say(_TRAINING, doing())
+            await asyncio.sleep(0.5)
         while True:
             silent_s = time.perf_counter() - self._shown_at
             if silent_s >= after_s:
@@ -96,8 +106,13 @@ class Progress(Screen):
                 self._print(f"      {time.strftime('%H:%M:%S')} {doing()}", style="dim")
             await asyncio.sleep(min(after_s, max(0.01, after_s - silent_s)))
 
+    def answered(self, done: int, total: int) -> None:
+        """So many of the prompts of a held-out evaluation are answered and scored."""
+        self.bars.show(_EVALUATION, done, total)
+
     def evaluation(self, evaluation: Evaluation, events: Sequence[Event] = ()) -> None:
         self._shown_at = time.perf_counter()
+        self.bars.hide(_EVALUATION)
         at = f"at version {evaluation.policy_version}"
         if evaluation.pass_at_1 is not None and evaluation.interval is not None:
             low, high = evaluation.interval
@@ -125,6 +140,7 @@ class Progress(Screen):
         tokens = record["rollout/response_tokens/mean"] * self._cfg.rollouts_per_step
         rate = tokens / seconds if seconds else math.nan
         self._row({**record, "tokens_per_s": rate, "seconds_left": left})
+        self.bars.show(_TRAINING, record["step"] + 1, self._cfg.num_steps, left_s=left)
         spent = ", ".join(f"{word} {took:.1f}" for word, took in phases if took >= 0.05)
         self._print(f"      {seconds:.1f} s: {spent}", style="dim")
         for reason, count in Counter(void.reason for void in voids).most_common(3):
@@ -143,6 +159,7 @@ class Progress(Screen):
 
     def end(self, evaluations: Sequence[Evaluation], *, wins: float | None = None, seconds: float) -> None:
         """`wins` is the share of held-out prompts whose answer scores higher after training than before."""
+        self.bars.close()
         if evaluations:
             first = evaluations[0].policy_version
             heading = "before" if first == 0 else f"version {first}"

@@ -13,9 +13,11 @@ from rich.table import Table
 from common.config.reward_model import RewardTrainingConfig
 from common.metrics.table import REWARD_STEP
 from common.model.reward_head import ScoreScale
+from deploy.run.log import RunLog
 from deploy.screen.screen import Screen, columns_of
 from learner.reward_model.calibration import PreferenceEvaluation
 from learner.reward_model.pair_records import PairCounts
+from learner.reward_model.training import steps_per_epoch
 
 # Width and text of each column, by the heading in common/metrics/table.py.
 _CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
@@ -33,12 +35,14 @@ _CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
 class RewardProgress(Screen):
     """A run of `ratchet train-reward`."""
 
-    def __init__(self, cfg: RewardTrainingConfig, directory: Path) -> None:
-        super().__init__(directory, columns_of(REWARD_STEP, _CELLS))
+    def __init__(self, cfg: RewardTrainingConfig, directory: Path, log: RunLog | None = None) -> None:
+        super().__init__(directory, columns_of(REWARD_STEP, _CELLS), log=log)
         self._cfg = cfg
+        self._num_steps: int | None = None
 
     def begin(self, counts: dict[str, Any], train: int, heldout: int) -> None:
         cfg = self._cfg
+        self._num_steps = cfg.epochs * steps_per_epoch(train, cfg)
         self._print(
             f"[bold]ratchet train-reward[/] {escape(cfg.model.path)} · {train} training pairs, {heldout} held out · "
             f"{cfg.epochs} epoch(s), {cfg.pairs_per_step} pairs a step · seed {cfg.seed}"
@@ -54,6 +58,7 @@ class RewardProgress(Screen):
 
     def step(self, record: dict[str, Any]) -> None:
         self._row(record)
+        self.bars.show("training", record["step"] + 1, self._num_steps)
 
     def evaluation(self, evaluation: PreferenceEvaluation) -> None:
         low, high = evaluation.interval
@@ -63,7 +68,13 @@ class RewardProgress(Screen):
             f"{time.perf_counter() - self._started:.0f} s"
         )
 
+    def scale(self, done: int, total: int) -> None:
+        """So many responses of the reference policy are scored, to find the scale of the scores."""
+        self.bars.hide("training")
+        self.bars.show("scale of the scores", done, total)
+
     def end(self, evaluations: Sequence[PreferenceEvaluation], scale: ScoreScale | None, *, seconds: float) -> None:
+        self.bars.close()
         if evaluations:
             table = Table(
                 title="calibration: predicted probability of the human's choice, and the share that came true"

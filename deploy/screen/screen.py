@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from rich.markup import escape
 
 from actors.pool.replica import PoolEvent
 from common.metrics.table import Metric
+from deploy.run.log import RunLog
+from deploy.screen.bar import Bars
 from deploy.screen.console import Output
 
 
@@ -33,8 +34,17 @@ def columns_of(metrics: Iterable[Metric], shown: Mapping[str, tuple[int, Callabl
 class Screen:
     """Prints to the terminal. Nothing else depends on it."""
 
-    def __init__(self, directory: Path, columns: Sequence[Column] = (), legend: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        columns: Sequence[Column] = (),
+        legend: Sequence[str] = (),
+        *,
+        log: RunLog | None = None,
+    ) -> None:
         self._console = Output()
+        self._log = log or RunLog()
+        self.bars = Bars(self._console)
         self._directory = directory
         self._columns, self._legend = columns, legend
         self._started = time.perf_counter()
@@ -51,6 +61,10 @@ class Screen:
         }
         text = f"      {event.replica} {texts[event.event]}"
         self._print(escape(text), style="yellow" if event.event == "died" else "dim")
+
+    def say(self, text: str) -> None:
+        """A text as it is."""
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line about the run, such as where a tracker shows it."""
@@ -69,31 +83,16 @@ class Screen:
             self._print(line, style="dim")
         self._print(" ".join(f"{column.heading:>{column.width}}" for column in self._columns), style="bold")
 
+    def warn(self, message: str) -> None:
+        """A warning about the run: into its log, since it would only disturb the numbers."""
+        self._log.warn(message)
+
     def _end(self, seconds: float, files: str) -> None:
+        self.bars.close()
         where = escape(str(self._directory))
+        if self._log.warnings:
+            self._print(f"{self._log.warnings} warning(s) about the run: {escape(str(self._log.path))}", style="yellow")
         self._print(f"{seconds:.0f} s in all. Run directory: [bold]{where}[/] ({files})")
 
     def _print(self, text: str, **style: Any) -> None:
         self._console.print(text, soft_wrap=True, **style)  # a terminal may wrap; a log file should not
-
-
-def short(value: float, width: int = 6) -> str:
-    """A number with as many decimals, two at most, as `width` characters have room for."""
-    for form in (".2f", ".1f", ".0f"):
-        if len(text := f"{value:{form}}") <= width:
-            return text
-    return f"{value:.0e}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in at most five characters: 42s, 17m, 3h05, 12d."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f}s"
-    if minutes < 100:
-        return f"{minutes}m"
-    if minutes < 48 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}"
-    return f"{seconds / 86400:.0f}d"

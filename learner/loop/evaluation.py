@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from common.config.ppo import EvaluationConfig
 from common.errors import UserError
 from common.proportions import wilson_interval
-from common.types import Prompt, Score, Void
+from common.types import Prompt, Rollout, Score, Void
 from learner.loop.answers import Answer, answer
 from learner.loop.roles import Generators, Reference, Reward
 
@@ -55,13 +55,22 @@ async def evaluate(
     *,
     policy_version: int,
     max_void_share: float = 1.0,
+    answered: Callable[[int], None] = lambda done: None,
 ) -> tuple[Evaluation, list[Answer]]:
     """Asks every prompt once, all at the same time, and waits for the answers. No answer is journalled or trained on.
-    `reference` is None if the policy itself is the reference. Raises UserError if more than `max_void_share` of the
-    answers have no score."""
+    `reference` is None if the policy itself is the reference. `answered` is called with the number of answers so far.
+    Raises UserError if more than `max_void_share` of the answers have no score."""
 
-    asking = (answer(prompt, generators, reward.judge, reference) for prompt in prompts)
-    answers = await asyncio.gather(*asking)
+    done = 0
+
+    async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
+        nonlocal done
+        found = await answer(prompt, generators, reward.judge, reference)
+        done += 1
+        answered(done)
+        return found
+
+    answers = await asyncio.gather(*map(ask, prompts))
     scores = [score for _, score, _ in answers if isinstance(score, Score)]
     voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
     if len(voids) > max_void_share * len(answers):

@@ -19,7 +19,12 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
     wanted = step in (0, run.cfg.num_steps) or (every > 0 and step % every == 0)
     if not (run.heldout and wanted) or any(done.policy_version == step for done in evaluations):
         return
-    run.doing = lambda: f"version {step} of the policy answers {len(run.heldout)} held-out prompts"
+
+    def answered(done: int) -> None:
+        run.doing = lambda: f"version {step} of the policy has answered {done} of {len(run.heldout)} held-out prompts"
+        run.on_answer(done, len(run.heldout))
+
+    answered(0)
     evaluating = evaluate(
         run.heldout,
         run.generators,
@@ -28,6 +33,7 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
         run.cfg.evaluation,
         policy_version=step,
         max_void_share=run.cfg.reward.max_void_share,
+        answered=answered,
     )
     evaluation, answers = await without_learner(run, evaluating)
     # The hash ties the record to the steps that this version has learned from.

@@ -40,6 +40,7 @@ class Run:
     decode: Decode | None = None  # for the text in the journal
     on_step: Callable[[dict[str, Any], Experience, list[Void], list[Event]], None] = lambda *step: None
     on_evaluation: Callable[[Evaluation, list[Answer], list[Event]], None] = lambda *evaluation: None
+    on_answer: Callable[[int, int], None] = lambda done, total: None  # of a held-out evaluation
     report: Callable[[str], None] = lambda message: print(message, file=sys.stderr)  # about faults that were overcome
     doing: Callable[[], str] = lambda: "roles start"  # for the screen
     seconds: dict[str, float] = field(default_factory=dict)  # of the current step, by metric

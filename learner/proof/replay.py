@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.config.ppo import Config
 from common.errors import BatchError
+from common.files import write_whole
 from learner.loop.changes import config_at
 from learner.loop.credit import credit_path, write_credit
 from learner.loop.journal import Journal
@@ -41,6 +42,7 @@ class Replay:
     to: Path | None = None  # where the policy is written
     credit: range = range(0)  # the steps whose values of tokens are rebuilt, unless their batch is void
     credit_to: Path | None = None  # the directory for them; left out: they must equal those of the run
+    steps_done: Path | None = None  # a file that gets the number of steps done so far
 
     def __call__(self, rank: int = 0, world: int = 1, rendezvous: str = "") -> None:
         """One rank's part. Raises Violation at the first difference."""
@@ -53,6 +55,8 @@ class Replay:
             learner.restore(self.start)
         for step in range(learner.step, self.until):
             stats = self._learn(learner, journal, step)
+            if self.steps_done is not None and rank == 0:
+                write_whole(self.steps_done, str(step + 1))
             if self.metrics is not None and rank == 0:
                 self.metrics.check_update(step, stats)
             if step in self.credit and step not in journal.voided:

@@ -1,9 +1,10 @@
-"""Roles on real Ray keep to the cores they are given."""
+"""Roles on real Ray keep to the cores they are given, and what they print reaches the log of the run."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from actors.pool.ray_actor import actor
 from actors.pool.ray_host import start_pool
 from common.config.base import RayConfig, Replicated
 from common.config.ppo import LearnerConfig
-from common.errors import UserError
+from common.errors import RoleError, UserError
 from deploy.cluster import connection
 from deploy.cluster.connection import cluster
+from deploy.cluster.role_output import role_output_to
+from deploy.run.log import RunLog
 from learner.ranks.group import LearnerGroup
 
 pytestmark = pytest.mark.ray
@@ -36,6 +39,33 @@ class Worker:
     def affinities(self) -> list[set[int]]:
         threads = [os.sched_getaffinity(int(thread.name)) for thread in Path("/proc/self/task").iterdir()]
         return [self._pinned_before_it_began, *threads]
+
+
+class Chatty(Worker):
+    def speak(self) -> None:
+        print("one word\nand another", flush=True)
+
+    def die(self) -> None:
+        os.abort()
+
+
+def test_the_log_has_what_a_role_printed_and_the_traceback_of_its_death(tmp_path):
+    async def scenario():
+        pool = await start_pool(Chatty, Replicated(), startup_timeout_s=60)
+        await pool.each(lambda replica: replica.handle.speak.remote())
+        await pool.ready[0].handle.die.remote()
+
+    log = RunLog()
+    log.open(tmp_path)
+    with pytest.raises(RoleError, match="died"), cluster(SMALL), role_output_to(log.write):
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+    log.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    [name] = {line[24:].partition(": ")[0] for line in lines if "word" in line or "Aborted" in line}
+    assert re.fullmatch(r"Chatty\(0\) \(pid \d+\)", name)
+    assert [line.partition(": ")[2] for line in lines if "word" in line] == ["one word"]
+    assert any("Fatal Python error: Aborted" in line for line in lines)
+    assert any(line.endswith(" in die") for line in lines)
 
 
 def test_every_thread_of_a_role_keeps_to_its_cores():

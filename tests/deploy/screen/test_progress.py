@@ -12,7 +12,7 @@ import pytest
 from common.health.health import Event
 from common.types import Score, Void
 from deploy.screen.progress import Progress, one_line, question
-from deploy.screen.screen import duration, short
+from deploy.screen.text import duration, short
 from learner.loop.evaluation import Evaluation
 from tests.fakes import make_experience, make_prompt, tiny_config
 

@@ -287,10 +287,13 @@ def test_evaluation_happens_before_after_and_every_so_many_steps(tmp_path):
     run = make_run(tmp_path, roles, num_steps=5, evaluation={"every": 2})
     told: list[tuple[Evaluation, list[Answer], list[Event]]] = []
     run.on_evaluation = lambda *all_three: told.append(all_three)
+    answered: list[tuple[int, int]] = []
+    run.on_answer = lambda *count: answered.append(count)
     evaluations = asyncio.run(train(run))
     assert [evaluation.policy_version for evaluation in evaluations] == [0, 2, 4, 5]
     assert all(evaluation.pass_at_1 == 1.0 and evaluation.prompts == 2 for evaluation in evaluations)
     assert [evaluation for evaluation, _, _ in told] == evaluations
+    assert answered == [(0, 2), (1, 2), (2, 2)] * 4
     for evaluation, answers, _ in told:
         assert [rollout.prompt.sample_id for rollout, _ in answers] == [SampleId(-1, 0, 0), SampleId(-1, 1, 0)]
         assert all(set(rollout.policy_versions) == {evaluation.policy_version} for rollout, _ in answers)
@@ -391,13 +394,13 @@ def test_a_run_says_at_every_moment_what_it_is_doing(tmp_path):
     run = make_run(tmp_path, Told([]), num_steps=1)
     asyncio.run(asyncio.wait_for(train(run), 60))
     assert set(said) >= {
-        "version 0 of the policy answers 2 held-out prompts",
+        "version 0 of the policy has answered 0 of 2 held-out prompts",
         "step 1: 0 of 4 rollouts are written and scored",
         "step 1: 3 of 4 rollouts are written and scored",
         "step 1: the learner learns",
         "step 1: generators take the new weights",
         "step 1: a checkpoint is written",
-        "version 1 of the policy answers 2 held-out prompts",
+        "version 1 of the policy has answered 0 of 2 held-out prompts",
         "the policy is written",
     }
     again = make_run(tmp_path, Told([]), num_steps=1)

@@ -1,0 +1,45 @@
+"""What the processes of the roles print, on every node, line by line. Runs in the driver.
+
+Ray's log monitors read the output of each process and publish it. With `log_to_driver` Ray prints it on the terminal;
+deploy/cluster/connection.py turns this off, and the lines come here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+QUIET_S, MOST_S = 0.5, 3.0  # a log monitor looks every 0.1 s; then its lines travel
+
+
+@contextmanager
+def role_output_to(write: Callable[[str, str], None]) -> Iterator[None]:
+    """During the block, calls `write` with the name of a process and a line that it has printed. After an error it
+    waits for the last lines: a process that died may have printed why."""
+    newest, lock = time.monotonic(), threading.Lock()
+
+    def took(printed: Mapping[str, Any]) -> None:
+        nonlocal newest
+        newest = time.monotonic()
+        where = "" if printed.get("ip") == printed.get("localhost") else f" on {printed.get('ip')}"
+        name = printed.get("actor_name") or printed.get("task_name") or "process"
+        with lock:
+            for line in printed["lines"]:
+                write(f"{name} (pid {printed.get('pid')}{where})", str(line))
+
+    handler = f"ratchet-{id(took)}"
+    dispatcher.add_handler(handler, took)
+    try:
+        yield
+    except Exception:
+        until = time.monotonic() + MOST_S
+        while time.monotonic() < min(until, max(newest, until - MOST_S) + QUIET_S):
+            time.sleep(0.05)
+        raise
+    finally:
+        dispatcher.remove_handler(handler)

@@ -1,0 +1,27 @@
+"""Numbers and times as short text. Runs in the driver."""
+
+from __future__ import annotations
+
+import math
+
+
+def short(value: float, width: int = 6) -> str:
+    """A number with as many decimals, two at most, as `width` characters have room for."""
+    for form in (".2f", ".1f", ".0f"):
+        if len(text := f"{value:{form}}") <= width:
+            return text
+    return f"{value:.0e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in at most five characters: 42s, 17m, 3h05, 12d."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f}s"
+    if minutes < 100:
+        return f"{minutes}m"
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}"
+    return f"{seconds / 86400:.0f}d"
