@@ -16,7 +16,7 @@ NEGATIVE_KL = -1.0
 # demo goes from 0 to 2 nats within three steps.
 FAR_KL = 10.0
 KL_SPAN = 10  # a KL that doubles within this many steps explodes
-# Nats per response, and steps. A policy that learns is farther away: the demo is at 0.2 after one step.
+# Nats per response, and steps. A policy that learns is farther away: the demos are at 2.0 and 0.3 after two steps.
 PINNED_KL, PINNED_STEPS = 0.01, 30
 # Share of the entropy at the start. Low entropy alone is no fault: training gives up entropy for score (Cui et al.
 # 2025, arXiv:2505.22617, fit score = b - a * exp(entropy)). The demo ends with 6 % of its entropy and 98 % right.

@@ -105,6 +105,7 @@ def test_every_rule_has_a_paragraph_in_the_docs_and_no_other_does():
 TINY = {"rollouts_per_step": 32, "ppo": {"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 4}}
 RUNS = {
     "larger": load_config(ROOT / "deploy/configs/larger.toml", [], Config),
+    "positive": load_config(ROOT / "deploy/configs/positive.toml", [], Config),  # PPO of the human-feedback demo
     "tiny": tiny_config("model", num_steps=20, **TINY),
     "tiny-stale": tiny_config("model", num_steps=40, max_staleness=1, **TINY),
     "tiny-too-fast": tiny_config("model", num_steps=20, **TINY),  # learning rate 0.15 in place of 4e-3
@@ -130,3 +131,14 @@ def test_recorded_runs_have_exactly_these_events(run):
         for event in health.step(record):
             found.setdefault(event.rule, []).append(record["step"])
     assert found == EXPECTED.get(run, {})
+
+
+def test_a_judge_that_rises_with_the_score_is_no_event():
+    health = Health(RUNS["positive"])
+    before, after = read_records(RECORDS / "positive-evaluations.jsonl")
+    gold = [record["components"]["gold"] for record in (before, after)]
+    assert (round(gold[0], 2), round(gold[1], 2)) == (0.25, 0.8)
+    assert health.evaluation(before) + health.evaluation(after) == []
+    # Had the judge liked it less than at the start, by 0.3 (standard error 0.04), it would be one.
+    fallen = {**after, "components": {**after["components"], "gold": gold[0] - 0.3}}
+    assert [event.rule for event in Health(RUNS["positive"]).follow([], [before]).evaluation(fallen)] == ["judge_falls"]
