@@ -9,8 +9,10 @@ also on a cluster whose GPUs have more memory than those that it began on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
+from actors.generation.kv_cache import USABLE
 from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from common.config.training import CPU_TOKENS, GPU_TOKENS
@@ -31,13 +33,14 @@ def with_micro_batches(
     cfg: Trains, model: ModelSize, nodes: Sequence[Node], phases: Callable[[Trains], Phases]
 ) -> Trains:
     """The settings of a command that trains `model`, with learner.micro_batch_tokens: the given number, or on GPUs the
-    largest of `_sizes` with which `phases` fit the nodes. If none fits, the smallest, and the run is refused later."""
+    largest of `_sizes` with which the ranks in `phases` fit the nodes. If none fits, the smallest: the run is refused
+    later."""
     if cfg.learner.micro_batch_tokens is not None or not cfg.learner.gpus:
         return cfg
     chosen = cfg
     for tokens in _sizes(model, nodes):
         chosen = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"micro_batch_tokens": tokens})})
-        if _fit(phases(chosen), nodes):
+        if _ranks_fit(phases(chosen), nodes):
             break
     return chosen
 
@@ -53,10 +56,12 @@ def _sizes(model: ModelSize, nodes: Sequence[Node]) -> Iterator[int]:
         tokens //= 2
 
 
-def _fit(phases: Phases, nodes: Sequence[Node]) -> bool:
+def _ranks_fit(phases: Phases, nodes: Sequence[Node]) -> bool:
+    """True if the estimate of every rank fits its share, less the part that an engine leaves free, too: micro-batches
+    of changing sizes leave gaps in the memory of a GPU."""
+    ranks = [need for processes in phases for need in processes if "activations" in need.device]
     try:
-        for processes in phases:
-            check_fits(processes, nodes)
+        check_fits(ranks, [replace(node, gpu_memory=int(USABLE * node.gpu_memory)) for node in nodes])
     except UserError:
         return False
     return True
