@@ -4,8 +4,8 @@
 function showScores() {
   const scores = block("scores");
   const parent = byId("scores-panel");
-  const part = (name, about) => {
-    const box = element("section", { className: "group", parent }, element("h2", { text: name }));
+  const part = (name, about, className = "group") => {
+    const box = element("section", { className, parent }, element("h2", { text: name }));
     if (about) element("p", { className: "muted", text: about, parent: box });
     return element("div", { className: "charts", parent: box });
   };
@@ -17,9 +17,11 @@ function showScores() {
   ];
   const found = keys.map((key) => curves.find((curve) => curve.key === key)).filter(Boolean);
   if (found.length)
-    part("Sources over training", "Orange diamonds: held-out evaluations. A judge is never trained on.").append(
-      ...found.map(curveBox),
-    );
+    part(
+      "Sources over training",
+      "Orange diamonds: held-out evaluations. A judge is never trained on.",
+      "group wide",
+    ).append(...found.map(curveBox));
   const versions = scores.heldout;
   const pairs = scores.judges.flatMap((judge) => scores.sources.map((source) => [source, judge]));
   const known = pairs.filter(
