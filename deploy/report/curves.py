@@ -110,12 +110,16 @@ def _heldout_curves(run: RunFiles) -> list[dict[str, Any]]:
 def _heldout(evaluations: Sequence[Mapping[str, Any]], value: Any) -> dict[str, list[Any]]:
     found = [(r, v) for r in evaluations if isinstance(v := value(r), int | float) and math.isfinite(v)]
     points: dict[str, list[Any]] = {"x": [r["policy_version"] for r, _ in found], "y": [short(v) for _, v in found]}
-    if found and all(r.get("interval") and v == r.get("pass_at_1") for r, v in found):
+    if found and all(_is_interval(r.get("interval")) and v == r.get("pass_at_1") for r, v in found):
         points |= {
             "low": [short(r["interval"][0]) for r, _ in found],
             "high": [short(r["interval"][1]) for r, _ in found],
         }
     return points
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value)
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:

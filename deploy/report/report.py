@@ -68,7 +68,9 @@ def page_blocks(run: RunFiles, *, max_rows: int = MAX_ROWS, budget: int = BUDGET
 
 
 def _about(run: RunFiles) -> dict[str, Any]:
-    starts = run.record.get("starts") or [{}]
+    starts = run.record.get("starts")
+    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    starts = starts or [{}]
     settings = ("ppo.gamma", "ppo.lam", "ppo.clip_eps", "kl.coef", "sampling.max_new_tokens", "rollouts_per_step")
     return {
         "name": run.directory.resolve().name,

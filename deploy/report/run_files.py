@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.errors import UserError
@@ -16,6 +17,9 @@ from common.files import read_record as parse_record
 from common.files import read_records
 from deploy.run.directory import is_owned
 from deploy.run.record import read_record
+
+NUMBER = (int, float)
+_EVALUATION = {"pass_at_1": NUMBER, "interval": list, "components": dict, "kl_per_response": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,18 @@ class RunFiles:
         if command != "train" or not (directory / "config.toml").is_file():
             made = f"ratchet {command} made it" if command else "it has no run.json and no journal"
             raise UserError(f"{directory} must be the directory of a run of ratchet train, but {made}; name another")
-        steps = {record["step"]: record for record in read_records(directory / "metrics.jsonl") if "step" in record}
-        versions = {r["policy_version"]: r for r in read_records(directory / "evaluations.jsonl")}
+        steps = {
+            record["step"]: record for record in _sound(directory / "metrics.jsonl", {"step": int, "time": NUMBER})
+        }
+        evaluations = _sound(directory / "evaluations.jsonl", {"policy_version": int, "score": NUMBER}, _EVALUATION)
+        versions = {record["policy_version"]: record for record in evaluations}
         return cls(
             directory=directory,
             config=_config(directory / "config.toml"),
             record=record,
             metrics=[steps[step] for step in sorted(steps)],
             evaluations=[versions[version] for version in sorted(versions)],
-            pool_events=read_records(directory / "pool-events.jsonl"),
+            pool_events=_sound(directory / "pool-events.jsonl", {"time": NUMBER, "event": str}),
             summary=_json(directory / "summary.json"),
             running=is_owned(directory),
         )
@@ -60,6 +67,12 @@ class RunFiles:
         for part in path.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return default if value is None else value
+
+
+def _sound(path: Path, required: Mapping[str, Any], optional: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+    """The records that have every `required` field with its type, without `optional` fields of another type."""
+    records = [r for r in read_records(path) if all(isinstance(r.get(key), kind) for key, kind in required.items())]
+    return [{k: v for k, v in r.items() if k not in optional or isinstance(v, optional[k])} for r in records]
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def scores_of(run: RunFiles) -> dict[str, Any]:
     training = [
         [record["step"], record["kl/per_response"], record["rollout/score/mean"]]
         for record in run.metrics
-        if "kl/per_response" in record and "rollout/score/mean" in record
+        if all(isinstance(record.get(key), int | float) for key in ("kl/per_response", "rollout/score/mean"))
     ]
     calibrations = [found for source in run.setting("reward.sources", []) if (found := _calibration(source))]
     return {

@@ -103,7 +103,8 @@ class StepFiles:
     def void_batches(self) -> dict[int, str]:
         """The steps whose batches were never learned from, each with the reason."""
         notes = (read_record(path.read_bytes()) for path in sorted((self._directory / "journal").glob("note-*.json")))
-        return {note["step"]: str(note.get("reason", "")) for note in notes if note and note.get("kind") == "void"}
+        voids = [note for note in notes if note and note.get("kind") == "void" and isinstance(note.get("step"), int)]
+        return {note["step"]: str(note.get("reason", "")) for note in voids}
 
     def _note(self, path: Path) -> None:
         name = str(path.relative_to(self._directory))

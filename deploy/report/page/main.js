@@ -36,13 +36,13 @@ function showHead() {
   byId("run-about").textContent = [
     run.model,
     `seed ${run.seed}`,
-    run.started && `started ${run.started.slice(0, 16).replace("T", " ")}`,
+    typeof run.started === "string" && `started ${run.started.slice(0, 16).replace("T", " ")}`,
   ]
     .filter(Boolean)
     .join(" · ");
   showFigures(run);
   showNotices(run);
-  const versions = Object.entries(run.versions).map(([name, version]) => `${name} ${version}`);
+  const versions = Object.entries(run.versions ?? {}).map(([name, version]) => `${name} ${version}`);
   byId("footer").textContent = [`Written ${run.written}`, run.directory, ...versions].join(" · ");
 }
 
@@ -66,7 +66,7 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
       `version ${after.policy_version}`,
     );
   };
-  if (after?.pass_at_1 !== null) change("held-out pass@1", "pass_at_1", percent);
+  if ((after?.pass_at_1 ?? null) !== null) change("held-out pass@1", "pass_at_1", percent);
   else change("held-out score", "score", brief);
   const newest = (label, key, unit) => {
     if (last[key] !== undefined) figure(label, brief(last[key]), unit);

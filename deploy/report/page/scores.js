@@ -51,7 +51,7 @@ function showScores() {
       "Circles: training steps, darker with time. Diamonds: held-out evaluations.",
   );
   const heldout = versions
-    .filter(({ kl, score }) => kl !== null && score !== null)
+    .filter(({ kl, score }) => (kl ?? null) !== null && (score ?? null) !== null)
     .map(({ version, kl, score }) => [version, kl, score]);
   if (scores.training.length || heldout.length) grid.append(klBox(scores.training, heldout));
   for (const calibration of scores.calibrations)

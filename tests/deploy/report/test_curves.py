@@ -62,7 +62,11 @@ def test_a_long_curve_keeps_its_peaks():
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):
     run = write_run(tmp_path / "run", steps=1)
-    lines = ['{"step": 0, "ppo/entropy": 1.5}', '{"step": 1, "ppo/entropy": NaN}', '{"step": 2, "ppo/entropy": 2.5}']
+    lines = [
+        '{"step": 0, "time": 1, "ppo/entropy": 1.5}',
+        '{"step": 1, "time": 1, "ppo/entropy": NaN}',
+        '{"step": 2, "time": 1, "ppo/entropy": 2.5}',
+    ]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     curves = [c for group in curves_of(RunFiles.read(run)) for c in group["curves"] if c["key"] == "ppo/entropy"]
     assert [(c["x"], c["y"]) for c in curves] == [([0, 2], [1.5, 2.5])]

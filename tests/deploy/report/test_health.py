@@ -11,7 +11,7 @@ from tests.deploy.report.made_run import write_run
 
 def run_with(tmp_path, records, cfg=None):
     run = write_run(tmp_path / "run", steps=1)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1.0, **record}) + "\n" for record in records))
     (run / "evaluations.jsonl").unlink()
     (run / "config.toml").write_text(cfg if isinstance(cfg, str) else (cfg or config()).to_toml())
     return RunFiles.read(run)
@@ -35,7 +35,11 @@ def test_an_event_is_shown_once_with_its_first_and_last_step(tmp_path):
 
 
 def test_a_config_of_another_version_leaves_the_recorded_names(tmp_path):
-    records = [{"step": 0}, {"step": 1, "health": ["kl_pinned"]}, {"step": 2, "health": ["kl_pinned", "of_the_future"]}]
+    records = [
+        {"step": 0, "time": 1},
+        {"step": 1, "time": 1, "health": ["kl_pinned"]},
+        {"step": 2, "time": 1, "health": ["kl_pinned", "of_the_future"]},
+    ]
     found = health_events(run_with(tmp_path, records, cfg="num_steps = 3\nnew_setting = 1\n"))
     assert [(event["rule"], event["step"], event["last"]) for event in found] == [
         ("kl_pinned", 1, 2),

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from common.errors import UserError
+from deploy.report.report import page_blocks
 from deploy.report.run_files import RunFiles
 from deploy.report.steps import StepFiles, lists
 from deploy.run.directory import sole_owner
@@ -73,8 +74,30 @@ def test_a_run_is_running_while_a_process_owns_its_directory(tmp_path):
 def test_a_replayed_step_is_shown_once_by_its_newest_record(tmp_path):
     run = write_run(tmp_path / "run", steps=2)
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 1, "rollout/score/mean": 7}\n')
+        file.write('{"step": 1, "time": 1, "rollout/score/mean": 7}\n')
     assert [r["rollout/score/mean"] for r in RunFiles.read(run).metrics if r["step"] == 1] == [7]
+
+
+def test_records_of_another_kind_are_left_out(tmp_path):
+    run = write_run(tmp_path / "run", steps=2)
+    odd = {
+        "metrics.jsonl": ['{"step": "x", "time": 1}', '{"step": 9, "time": {}}', '{"time": 3}', "[1]"],
+        "evaluations.jsonl": ['{"policy_version": []}', '{"policy_version": 1, "score": "<b>"}'],
+        "pool-events.jsonl": ['{"time": null, "event": "died"}', '{"time": 1, "event": []}'],
+    }
+    before = RunFiles.read(run)
+    for name, lines in odd.items():
+        with open(run / name, "a") as file:
+            file.write("\n".join(lines) + "\n")
+    with open(run / "evaluations.jsonl", "a") as file:
+        file.write('{"policy_version": 3, "score": 1, "interval": "x", "components": true}\n')
+    after = RunFiles.read(run)
+    assert after.metrics == before.metrics
+    assert after.pool_events == before.pool_events
+    assert after.evaluations == [*before.evaluations, {"policy_version": 3, "score": 1}]
+    (run / "run.json").write_text('{"ratchet_run": 1, "command": "train", "starts": 7}')
+    (run / "journal/note-000002-000.json").write_text('{"kind": "void", "step": [1]}')
+    assert page_blocks(RunFiles.read(run))["run"]["started"] is None
 
 
 @pytest.mark.parametrize(("name", "says"), [("none", "not a directory"), ("", "must be the directory of a run")])
