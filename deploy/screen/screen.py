@@ -63,7 +63,7 @@ class Screen:
         self._print(escape(text), style="yellow" if event.event == "died" else "dim")
 
     def say(self, text: str) -> None:
-        """A text as it is."""
+        """Prints a text, which may hold brackets and other marks of rich."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
