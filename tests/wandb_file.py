@@ -21,6 +21,8 @@ def records(path: Path) -> Iterator[Any]:
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + HEADER + length > len(data):
+            return  # the rest was never written
         record += data[place + HEADER : place + HEADER + length]
         place += HEADER + length
         if kind in (WHOLE, LAST):

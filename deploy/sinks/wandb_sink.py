@@ -15,16 +15,17 @@ from common.config.base import Root
 from common.config.ppo import Config
 from common.files import write_json
 from deploy.sinks.rows import SAMPLE_COLUMNS, Row, samples
+from deploy.sinks.wandb_log import last_row
 
 START_S = 30  # longest wait for W&B's answer at the start; at the end of a short run, the process waits for it too
 FINISH_S = 20  # longest wait for the last values to be sent; `wandb sync` can send the rest later
 
 
 class WandbSink:
-    """One W&B run for one run directory, also when the run is resumed.
+    """One W&B run for one run directory, also when the run is resumed. RUN/wandb/run.json has its id.
 
-    RUN/wandb/run.json has its id and the place of the last row that was sent. W&B numbers its rows by the same places
-    and drops a number that it has already, so a row that a killed run sent without noting it is not there twice.
+    W&B numbers its rows by the places of ours. A resumed run asks it which number comes next, so that no row is lost
+    or there twice: online the server says it, offline W&B's own log.
     """
 
     def __init__(self, directory: Path, settings: Root) -> None:
@@ -33,13 +34,11 @@ class WandbSink:
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no API key; call `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
-        self._wandb, self._directory = wandb, directory
         self._logging = settings.logging if isinstance(settings, Config) else None
-        self._file = directory / "wandb/run.json"
-        self._file.parent.mkdir(exist_ok=True)
-        known = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
-        self._sent: int = known.get("sent", -1)
-        self._run = wandb.init(
+        place = directory / "wandb/run.json"
+        place.parent.mkdir(exist_ok=True)
+        known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+        run = wandb.init(
             id=known.get("id"),
             resume="allow" if known else None,
             project=known.get("project") or os.environ.get("WANDB_PROJECT") or "ratchet",
@@ -47,11 +46,19 @@ class WandbSink:
             name=os.environ.get("WANDB_NAME") or directory.resolve().name,
             dir=directory,
             config=settings.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=START_S, finish_timeout=FINISH_S),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=START_S,
+                finish_timeout=FINISH_S,
+                x_transaction_log_flush_interval=1,  # seconds of rows that a kill can cost offline; they are sent again
+            ),
         )
-        self._note()
-        self._run.define_metric("*", step_metric="step")
-        self.shown_at = self._run.url or f"wandb sync {self._run.settings.sync_dir}"
+        write_json(place, {"id": run.id, "project": run.project, "entity": run.entity})
+        self._sent = last_row(directory, run.id) if run.offline else run.starting_step - 1
+        run.define_metric("*", step_metric="step")
+        self._wandb, self._run, self._directory = wandb, run, directory
+        self.shown_at = run.url or f"wandb sync {run.settings.sync_dir}"
 
     def write(self, row: Row) -> None:
         if row.place <= self._sent:
@@ -64,11 +71,6 @@ class WandbSink:
                 values["samples"] = self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)
         self._run.log(values, step=row.place, commit=True)
         self._sent = row.place
-        self._note()
 
     def close(self) -> None:
         self._run.finish()
-
-    def _note(self) -> None:
-        run = self._run
-        write_json(self._file, {"id": run.id, "project": run.project, "entity": run.entity, "sent": self._sent})

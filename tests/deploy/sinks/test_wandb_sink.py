@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from deploy.sinks.following import following
 from deploy.sinks.rows import SAMPLE_COLUMNS
 from deploy.sinks.wandb_sink import WandbSink
 from learner.loop.journal import Journal
+from learner.loop.run import Run
 from learner.loop.train_loop import train
 from tests.learner.loop.test_train_loop import make_run
 from tests.prometheus import wait_for
@@ -30,20 +32,39 @@ def offline(monkeypatch):
     wandb.teardown()  # it remembers the variables of its first use
 
 
-def test_a_resumed_run_continues_its_wandb_run_without_a_row_twice(tmp_path, offline):
-    """Two starts of a run of fakes, with sinks from its own loop; the second one trains two more steps."""
+def follow(directory: Path, num_steps: int, reports: list[str]) -> Run:
+    """Trains with fakes up to this step. The sink follows."""
+    logging = {"sinks": ["wandb"], "samples": 3, "samples_every": 2}
+    run = make_run(directory, Writers([]), num_steps=num_steps, logging=logging, evaluation={"prompts": 4})
+    run.decode = lambda responses: [f"text {ids[0]}" for ids in responses]
+    with following(run.cfg.logging, directory, run.cfg, tell=lambda text: None, report=reports.append) as wake:
+        run.on_step = lambda *_: wake()
+        run.on_evaluation = lambda *_: wake()
+        asyncio.run(train(run))
+    return run
+
+
+def numbers(directory: Path) -> list[int]:
+    return [row["_step"] for row in history(directory)]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_resumed_run_continues_its_wandb_run_without_a_row_twice(tmp_path, offline, killed):
+    """Two starts; the second one trains two more steps. A killed process has not written all rows to W&B's log."""
     directory, reports = tmp_path / "RUN", []
-    for num_steps in (2, 4):
-        logging = {"sinks": ["wandb"], "samples": 3, "samples_every": 2}
-        run = make_run(directory, Writers([]), num_steps=num_steps, logging=logging, evaluation={"prompts": 4})
-        run.decode = lambda responses: [f"text {ids[0]}" for ids in responses]
-        with following(run.cfg.logging, directory, run.cfg, tell=lambda text: None, report=reports.append) as wake:
-            run.on_step = lambda *_, wake=wake: wake()
-            run.on_evaluation = lambda *_, wake=wake: wake()
-            asyncio.run(train(run))
+    follow(directory, 2, reports)
+    assert wait_for(lambda: numbers(directory) == [0, 1, 3, 4])  # W&B's own process writes the file
+    if killed:
+        [log] = directory.glob("wandb/offline-run-*/*.wandb")
+        whole = log.read_bytes()
+        for length in range(len(whole), 0, -50):
+            log.write_bytes(whole[:length])
+            if numbers(directory) == [0, 1]:
+                break
+    run = follow(directory, 4, reports)
     assert reports == []
     assert len({path.name.rpartition("-")[2] for path in directory.glob("wandb/offline-run-*")}) == 1  # the run's id
-    assert wait_for(lambda: len(history(directory)) == 7)  # W&B's own process writes the file
+    assert wait_for(lambda: len(history(directory)) == 7)
     rows = history(directory)
     assert [row["_step"] for row in rows] == [0, 1, 3, 4, 5, 7, 8]
     records = {record["step"]: record for record in read_records(directory / "metrics.jsonl")}
