@@ -13,6 +13,7 @@ from tests.bench import __main__ as bench
 from tests.bench import plain_ppo
 from tests.bench.bare import ROW, bare_for, count
 from tests.bench.batch import LONGEST, ROLLOUTS, SHORTEST, batch
+from tests.bench.credit import costs
 from tests.bench.fresh import call
 from tests.bench.learner import compare
 from tests.bench.memory import record
@@ -55,6 +56,14 @@ def test_both_loops_run_and_are_compared(tiny):
     assert found["ratio"] == pytest.approx(found["bare_s"] / found["optimise_s"])
     assert found["update_ratio"] == pytest.approx(found["bare_s"] / found["update_s"])
     assert found["tokens"] == ROLLOUTS * (SHORTEST + LONGEST) / 2
+
+
+def test_credit_is_measured_against_its_own_update_and_journal(tiny):
+    found = costs(tiny, 1, 1, 4, 40, 0.25)
+    assert found["time_ratio"] == pytest.approx((found["gather_s"] + found["write_s"]) / found["update_s"])
+    # A journal without compression has at least its ids, log-probabilities, versions and texts, 4 bytes each.
+    assert found["journal_bytes"] > 4 * (30 * 4 * 2 + 10 * 4 * 5)
+    assert 10 * 4 < found["credit_bytes"] < found["bytes_ratio"] * found["journal_bytes"] + 1
 
 
 def test_memory_counts_the_interpreter(tiny):
