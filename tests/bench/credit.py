@@ -6,7 +6,7 @@ also generates, scores and publishes, so the share of a whole step is smaller.
 credit_vs_journal: bytes of that file over those of the journal's, with responses of 4 characters a token.
 
 Both with policy and shared critic in one process, one epoch of one minibatch, random tokens and random weights of the
-critic's head: real values compress better, and short files are mostly headers. `long_` has 16 rollouts of 192 prompt
+critic's head: real values compress better, and short files are mostly headers. `long_` has 8 rollouts of 192 prompt
 and 192 response tokens, `short_` 64 rollouts of 24 and 8. The median of the rounds counts.
 """
 
@@ -30,7 +30,7 @@ from tests.bench.learner import timed
 from tests.bench.results import Result
 
 THREADS, ROUNDS = 2, 3
-SHAPES = {"long": (16, 384, 0.5), "short": (64, 32, 0.25)}  # rollouts, their tokens, share of the response
+SHAPES = {"long": (8, 384, 0.5), "short": (64, 32, 0.25)}  # rollouts, their tokens, share of the response
 
 
 def costs(model: str, threads: int, rounds: int, rollouts: int, tokens: int, share: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import safetensors.torch
@@ -140,6 +141,11 @@ def test_a_run_whose_learner_dies_and_freezes_ends_with_the_same_bits(model, alo
     weights = [(path / "policy" / "model.safetensors").read_bytes() for path in (alone, directory)]
     assert weights[0] == weights[1]
     assert curve(directory) == curve(alone)
+    tables = [
+        [pq.read_table(path / f"credit/step-{step:06d}.parquet") for step in range(STEPS)]
+        for path in (alone, directory)
+    ]
+    assert tables[0] == tables[1]
     events = [event["event"] for event in read_records(directory / "pool-events.jsonl")]
     assert events == ["joined"] * 3
 
