@@ -25,12 +25,15 @@ def role_output_to(write: Callable[[str, str], None]) -> Iterator[None]:
 
     def took(printed: Mapping[str, Any]) -> None:
         nonlocal newest
+        if not str(printed.get("pid")).isdecimal():  # Ray's own, such as a line every 5 s about free resources
+            return
         newest = time.monotonic()
         where = "" if printed.get("ip") == printed.get("localhost") else f" on {printed.get('ip')}"
         name = printed.get("actor_name") or printed.get("task_name") or "process"
         with lock:
             for line in printed["lines"]:
-                write(f"{name} (pid {printed.get('pid')}{where})", str(line))
+                if text := str(line).rpartition("\r")[2].rstrip():  # a bar was drawn over what comes before
+                    write(f"{name} (pid {printed['pid']}{where})", text)
 
     handler = f"ratchet-{id(took)}"
     dispatcher.add_handler(handler, took)
