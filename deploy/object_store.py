@@ -14,9 +14,9 @@ from common.errors import UserError
 from common.memory import MIB
 from common.model.size import ModelSize
 
-# Room for a version of the weights, as a multiple of its bytes: the store's own bookkeeping, gaps between objects, and
-# deltas (generators.updates = "changes").
-OVERHEAD = 1.1
+# Room for what is kept, as a multiple of its bytes. Ray begins to move objects to a disk when 80 % of a store are full;
+# the rest is for gaps between objects, and for deltas (generators.updates = "changes").
+OVERHEAD = 1.3
 LEAST_MIB = 1024  # of a store whose size is left out: evaluations and preference pairs need some, too
 
 Stored = Mapping[str, int]  # bytes in the object store of one node, by what they are
@@ -42,7 +42,7 @@ def _version(model: ModelSize) -> int:
 def _rollouts(cfg: Config) -> int:
     batch = cfg.rollouts_per_step * cfg.longest_rollout_bytes
     buffered = min(cfg.buffer_mib * MIB, cfg.max_staleness * batch)
-    return buffered + 2 * batch  # the batch that is learned from, and its table
+    return int(OVERHEAD * (buffered + 2 * batch))  # the batch that is learned from, and its table
 
 
 def sized(cfg: RayConfig, stores: Sequence[Stored]) -> RayConfig:

@@ -16,7 +16,7 @@ from tests.deploy.test_capacity import MODEL
 REWARDS = {"sources": [{"name": "s", "function": "m:f"}]}
 # 8 rollouts of 30 + 20 tokens, 20 bytes each: a batch has 8000 bytes.
 SHORT = {"prompts": {"train": "t", "max_tokens": 30}, "sampling": {"max_new_tokens": 20}, "rollouts_per_step": 8}
-WEIGHTS = 2_200_000  # 1 million in bf16, and a tenth more
+WEIGHTS = 2_600_000  # 1 million in bf16, and 30 % more
 
 
 def config(**sections):
@@ -26,10 +26,14 @@ def config(**sections):
 @pytest.mark.parametrize(
     ("settings", "rollouts"),
     [
-        ({"max_staleness": 0}, 2 * 8000),  # the batch and its table; no rollout starts before both are gone
-        ({"max_staleness": 1}, 3 * 8000),
-        ({"max_staleness": 3}, 5 * 8000),
-        ({"max_staleness": 1000, "buffer_mib": 1}, MIB + 2 * 8000),  # the buffer has no room for 1000 batches
+        (
+            {"max_staleness": 0},
+            20_800,
+        ),  # 1.3 of 2 batches: the batch and its table; no rollout starts before both are gone
+        ({"max_staleness": 1}, 31_200),
+        ({"max_staleness": 3}, 52_000),
+        # The buffer has no room for 1000 batches: 1.3 * (1,048,576 + 16,000).
+        ({"max_staleness": 1000, "buffer_mib": 1}, 1_383_948),
     ],
 )
 def test_a_store_holds_weights_and_as_many_rollouts_as_may_exist(settings, rollouts):
@@ -70,20 +74,20 @@ def test_only_processes_that_get_weights_share_the_store():
 
 
 def test_nodes_of_a_running_cluster_need_room_for_one_or_two_versions():
-    # Large weights, so that rollouts (24,000 bytes) hardly count: a version has 2200 MiB, with a tenth for overhead.
+    # Large weights, so that rollouts (31,200 bytes) hardly count: a version has 2000 MiB, and 30 % more.
     wanted = needs(config(generators={"gpus": 1, "min": 2}), replace(MODEL, parameters=1000 * MIB))
     room = {"cpus": 8, "memory": 1 << 40}
-    one, two = 2201 * MIB, 4401 * MIB
+    one, two = 2601 * MIB, 5201 * MIB
     learner, generators = Node("l", gpus=0, store=two, **room), Node("g", gpus=2, store=one, **room)
     check_fits(wanted, [learner, generators])  # both generators share one version
     check_fits(wanted, [replace(generators, store=two)])
     check_fits(wanted, [replace(generators, store=0)])  # Ray does not say how large it is
-    for nodes in ([replace(learner, store=one), generators], [learner, replace(generators, store=2199 * MIB)]):
+    for nodes in ([replace(learner, store=one), generators], [learner, replace(generators, store=2599 * MIB)]):
         with pytest.raises(UserError) as caught:
             check_fits(wanted, nodes)
-        name, versions = ("Learner(0)", "two versions of the weights (4400 MiB)")
+        name, versions = ("Learner(0)", "two versions of the weights (5200 MiB)")
         if nodes[0] is learner:
-            name, versions = ("Generator(0)", "a version of the weights (2200 MiB)")
+            name, versions = ("Generator(0)", "a version of the weights (2600 MiB)")
         assert f"no node has room for {name}" in str(caught.value)
         assert f"object store must have room for {versions} and rollouts (1 MiB)" in str(caught.value)
         assert "ray start --object-store-memory=" in str(caught.value)
