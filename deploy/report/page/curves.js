@@ -69,15 +69,7 @@ function drawCurve(figure, { key, x, y, heldout }) {
     const line = figure.line(x, y, { line_color: style("--curve"), line_width: 1.6, line_alpha: smooth ? 0.25 : 1 });
     if (smooth) figure.line(x, smoothed(y, smooth), { line_color: style("--curve"), line_width: 2 });
     else if (x.length < 40) figure.scatter(x, y, { size: 4, color: style("--curve") });
-    hover(
-      figure,
-      line,
-      [
-        ["step", "@x{0}"],
-        [key, "@y{0.[00000]}"],
-      ],
-      "vline",
-    );
+    hover(figure, line, "step @x{0}: @y{0.[00000]}", "vline");
   }
   if (heldout.x.length) {
     const colour = style("--curve-2");
@@ -88,10 +80,7 @@ function drawCurve(figure, { key, x, y, heldout }) {
       size: heldout.x.length < 50 ? 9 : 5,
       color: colour,
     });
-    hover(figure, points, [
-      ["policy version", "@x{0}"],
-      ["held out", "@y{0.[0000]}"],
-    ]);
+    hover(figure, points, "held out, version @x{0}: @y{0.[0000]}");
   }
 }
 

@@ -40,7 +40,6 @@ function showScores() {
           points.map(({ version, components: c }) => [version, c[source], c[judge]]),
           source,
           judge,
-          "policy version",
         ),
       );
     }
@@ -72,17 +71,13 @@ function plotBox(title, unit, options, draw) {
 
 const unzip = (points) => (points.length ? points[0].map((_, i) => points.map((point) => point[i])) : [[], [], []]);
 
-function pathBox(title, points, xLabel, yLabel, label) {
+function pathBox(title, points, xLabel, yLabel) {
   const [order, x, y] = unzip(points);
   return plotBox(title, "held out", { x_label: xLabel, y_label: yLabel }, (figure) => {
     figure.line(x, y, { line_color: style("--curve-2"), line_alpha: 0.6 });
     const renderer = figure.scatter(x, y, { marker: "diamond", size: 9, color: style("--curve-2") });
     renderer.data_source.data = { ...renderer.data_source.data, order };
-    hover(figure, renderer, [
-      [label, "@order{0}"],
-      [xLabel, "@x{0.[0000]}"],
-      [yLabel, "@y{0.[0000]}"],
-    ]);
+    hover(figure, renderer, "version @order{0}: @x{0.[0000]}, @y{0.[0000]}");
   });
 }
 
@@ -101,20 +96,12 @@ function klBox(training, heldout) {
         line_alpha: 0.25,
       });
       circles.data_source.data = { ...circles.data_source.data, order: steps };
-      hover(figure, circles, [
-        ["step", "@order{0}"],
-        ["KL", "@x{0.[0000]}"],
-        ["score", "@y{0.[0000]}"],
-      ]);
+      hover(figure, circles, "step @order{0}: KL @x{0.[0000]}, score @y{0.[0000]}");
       const [versions, x, y] = unzip(heldout);
       figure.line(x, y, { line_color: style("--curve-2"), line_alpha: 0.6 });
       const diamonds = figure.scatter(x, y, { marker: "diamond", size: 10, color: style("--curve-2") });
       diamonds.data_source.data = { ...diamonds.data_source.data, order: versions };
-      hover(figure, diamonds, [
-        ["policy version", "@order{0}"],
-        ["KL", "@x{0.[0000]}"],
-        ["held-out score", "@y{0.[0000]}"],
-      ]);
+      hover(figure, diamonds, "held out, version @order{0}: KL @x{0.[0000]}, score @y{0.[0000]}");
     },
   );
 }
@@ -149,11 +136,7 @@ function calibrationBox(grid, { bins }) {
           { size: 8, color: style("--curve") },
         );
         renderer.data_source.data = { ...renderer.data_source.data, pairs: bins.map(({ pairs }) => pairs) };
-        hover(figure, renderer, [
-          ["predicted", "@x{0.000}"],
-          ["came true", "@y{0.000}"],
-          ["pairs", "@pairs"],
-        ]);
+        hover(figure, renderer, "predicted @x{0.000}, came true @y{0.000}, @pairs pairs");
       },
     ),
   );

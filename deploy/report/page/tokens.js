@@ -181,10 +181,7 @@ function addTokenCurves(side) {
     for (const [label, found, colour, dash] of lines) {
       const line = figure.line(at, found, { line_color: style(colour), line_width: 1.6, line_dash: dash });
       figure.scatter(at, found, { size: at.length < 40 ? 4 : 0, color: style(colour) });
-      hover(figure, line, [
-        ["token", "@x{0}"],
-        [label, "@y{0.[0000]}"],
-      ]);
+      hover(figure, line, `token @x{0}: ${label} @y{0.[0000]}`);
     }
     side.cursor = new Bokeh.Span({
       dimension: "height",
