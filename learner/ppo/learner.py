@@ -28,13 +28,13 @@ from learner.ppo import lora
 from learner.ppo.credit import Credit, NewestPass
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
-from learner.ppo.objective import objective, read_together
+from learner.ppo.objective import objective
 from learner.ppo.policy import PolicyWithCritic
 from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
 from learner.ranks.checkpoint import load_network
 from learner.ranks.rows import minibatches, sequence_costs
-from learner.ranks.trainer import Trainer
+from learner.ranks.trainer import Trainer, read_together
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]  # logprobs, entropy, values, [b, r] of a micro-batch
 

@@ -5,9 +5,6 @@ Runs in every learner rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from common.config.ppo import PPOConfig
@@ -60,9 +57,3 @@ def objective(
         if ppo.entropy_coef:
             terms.append(-ppo.entropy_coef * bonus)
     return sum(terms[1:], terms[0]), {key: total.detach().double() for key, total in stats.items()}
-
-
-def read_together(parts: Sequence[tuple[int, dict[str, Tensor]]]) -> list[tuple[int, dict[str, float]]]:
-    """The sums of all micro-batches as numbers, each with its count. One read for all: each waits for the device."""
-    rows = torch.stack([torch.stack(list(sums.values())) for _, sums in parts]).tolist()
-    return [(count, dict(zip(sums, row, strict=True))) for (count, sums), row in zip(parts, rows, strict=True)]

@@ -103,7 +103,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     parameters = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not math.isfinite(norm):
-        raise BatchError(f"the gradient's norm is not finite ({norm.item()})")
+    found = norm.item()
+    if not math.isfinite(found):
+        raise BatchError(f"the gradient's norm is not finite ({found})")
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.item()
+    return found

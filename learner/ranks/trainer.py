@@ -141,3 +141,9 @@ class Trainer(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def read_together(parts: Sequence[tuple[int, dict[str, Tensor]]]) -> list[tuple[int, dict[str, float]]]:
+    """The sums of all micro-batches as numbers, each with its count. One read for all: each waits for the device."""
+    rows = torch.stack([torch.stack(list(sums.values())) for _, sums in parts]).tolist()
+    return [(count, dict(zip(sums, row, strict=True))) for (count, sums), row in zip(parts, rows, strict=True)]

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from common.errors import UserError
 from common.model.packing import embed
 from common.model.reward_scores import head_scores
+from common.model.transfer import on_device
 from learner.reward_model.pairs import Pair
 
 
@@ -52,15 +53,16 @@ class PairBatch:
         """The states that are scored, [2, B, H]: of the chosen sequences, then of the rejected."""
         device = model.device
         # An additive mask: every attention implementation takes this form.
-        blocked = torch.where(self.visible.to(device), 0.0, torch.finfo(torch.float32).min)
+        blocked = torch.where(on_device(self.visible, device), 0.0, torch.finfo(torch.float32).min)
         hidden = model.base_model(
-            inputs_embeds=embed(model.base_model, self.input_ids.to(device)),
-            position_ids=self.positions.to(device),
+            inputs_embeds=embed(model.base_model, on_device(self.input_ids, device)),
+            position_ids=on_device(self.positions, device),
             attention_mask=blocked,
             use_cache=False,
         ).last_hidden_state
         rows = torch.arange(len(self.input_ids), device=device)
-        return torch.stack([hidden[rows, self.chosen_last.to(device)], hidden[rows, self.rejected_last.to(device)]])
+        lasts = on_device(self.chosen_last, device), on_device(self.rejected_last, device)
+        return torch.stack([hidden[rows, last] for last in lasts])
 
 
 class PairScorer(nn.Module):

@@ -18,8 +18,9 @@ from common.model.files import find_device, resolve_model
 from common.model.kernels import install
 from common.model.recomputed_layers import checkpoint_activations
 from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model
+from common.model.transfer import on_device
 from learner.ranks.distributed import whole
-from learner.ranks.trainer import Trainer
+from learner.ranks.trainer import Trainer, read_together
 from learner.reward_model.loss import preference_loss
 from learner.reward_model.pair_batch import PairBatch, PairScorer, check_masking
 from learner.reward_model.pairs import Pair
@@ -52,18 +53,25 @@ class RewardTrainer(Trainer):
         """One optimizer step. Each rank takes its share of `pairs`. Returns the metrics, the same on every rank."""
         started, metrics, cfg = time.perf_counter(), StepMetrics(), self.cfg
         scale = self.set_learning_rate()
+        parts: list[tuple[int, dict[str, Tensor]]] = []  # pairs of each micro-batch, and its sums by metric key
         for rows in self._micro_batches(pairs):
             chosen_pairs = [pairs[i] for i in rows]
             chosen, rejected = self._scores(chosen_pairs)
-            margins = cfg.loss.margin_coef * torch.tensor([p.margin for p in chosen_pairs], device=chosen.device)
+            margins = cfg.loss.margin_coef * on_device(torch.tensor([p.margin for p in chosen_pairs]), chosen.device)
             loss, stats = preference_loss(
                 chosen, rejected, margins, centre_coef=cfg.loss.centre_coef, num_pairs=len(pairs)
             )
             self.backward(loss)
-            metrics.add("preference/loss", loss.item() * len(pairs), len(rows))
-            metrics.add("preference/accuracy", stats["correct"].item(), len(rows))
-            metrics.add("preference/margin", stats["margin"].item(), len(rows))
-            metrics.add("preference/score", (chosen + rejected).sum().item() / 2, len(rows))
+            sums = {
+                "preference/loss": loss.double() * len(pairs),
+                "preference/accuracy": stats["correct"].double(),
+                "preference/margin": stats["margin"].double(),
+                "preference/score": (chosen + rejected).sum().double() / 2,
+            }
+            parts.append((len(rows), {key: total.detach() for key, total in sums.items()}))
+        for count, numbers in read_together(parts):
+            for key, total in numbers.items():
+                metrics.add(key, total, count)
         self._ranks.merge(metrics)
         metrics.add("preference/grad_norm", self.optimizer_step())
         self.step += 1

@@ -12,8 +12,9 @@ import torch
 from common.config.ppo import PPOConfig
 from common.experience_table import experience_table
 from learner.ppo.experience import ExperienceBatch
-from learner.ppo.objective import objective, read_together
+from learner.ppo.objective import objective
 from learner.ppo.targets import Targets, targets
+from learner.ranks.trainer import read_together
 from tests.fakes import make_experience
 
 PLAIN = PPOConfig(lam=1.0, whiten_advantages=False, importance_cap=2.0, value_coef=0.5, clip_eps=0.2)
