@@ -6,7 +6,6 @@ also takes `lengths`, the number of tokens of each sequence. It computes the sam
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -15,8 +14,9 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from common.model.recomputed_attention import Scores, causal_bias, recomputed_attention
-from common.model.transfer import on_device
+from common.model.attention_operation import recomputed_attention
+from common.model.lengths import Lengths
+from common.model.recomputed_attention import Scores, causal_bias
 
 PACKED = "packed"
 # Arguments whose names begin with one of these do not change the result, and are ignored.
@@ -35,7 +35,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    lengths: list[int] | None = None,
+    lengths: Lengths | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -49,16 +49,16 @@ def packed_attention(
     has no value. Raises AttentionError for anything else a model asks for, and without `lengths`.
     """
     _refuse(lengths, dropout, others)
-    lengths = cast("list[int]", lengths)
+    lengths = cast(Lengths, lengths)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    longest = max(lengths)
-    window = sliding_window if sliding_window and sliding_window < longest else longest
+    longest = lengths.longest
+    window = sliding_window if sliding_window and sliding_window < longest else None
     on_cpu, plain = query.device.type == "cpu", softcap is None and s_aux is None
     if on_cpu or not plain or value.shape[-1] > query.shape[-1]:
         how = Scores(scaling, window, softcap)
         return recomputed_attention(query[0], key[0], value[0], s_aux, lengths, how)[None], None
     if _flash_takes(query):
-        ends, left = _ends(tuple(lengths), query.device), -1 if window == longest else window - 1
+        ends, left = lengths.ends, -1 if window is None else window - 1
         narrow, width = value.shape[-1], query.shape[-1]  # flash attention needs values as wide as keys
         value = value if narrow == width else pad(value, (0, width - narrow))
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
@@ -66,20 +66,15 @@ def packed_attention(
             q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True
         )
         return cast(Tensor, attended)[None, ..., :narrow], None
-    each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    parts = [
-        scaled_dot_product_attention(q, k, v, attn_mask=_causal_mask(q, window), scale=scaling, enable_gqa=True)
-        for q, k, v in each
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return _each_alone(query, key, value, lengths, window, scaling), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def _refuse(lengths: list[int] | None, dropout: float, others: dict[str, object]) -> None:
+def _refuse(lengths: Lengths | None, dropout: float, others: dict[str, object]) -> None:
     """Raises AttentionError for unknown arguments. Ignoring them would make the result silently wrong."""
-    if not lengths:
+    if lengths is None:
         raise AttentionError("its layers do not pass `lengths`, the sizes of packed sequences, on to their attention")
     if others.get("is_causal") is True:
         others = {**others, "is_causal": None}
@@ -95,13 +90,19 @@ def _flash_takes(query: Tensor) -> bool:
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
-@lru_cache(maxsize=4)  # all layers use the same
-def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [B + 1]: 0, and the end of each sequence in the packed row."""
-    with torch.inference_mode(False):  # autograd would refuse a tensor that was made, and cached, in inference mode
-        return on_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
+@torch.compiler.disable(reason="its type or head size has no packed kernel")
+def _each_alone(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, window: int | None, scaling: float
+) -> Tensor:
+    """One sequence after another. torch.compile would make one graph for each list of lengths."""
+    each = zip(*(x.split(lengths.each, dim=2) for x in (query, key, value)), strict=True)
+    parts = [
+        scaled_dot_product_attention(q, k, v, attn_mask=_causal_mask(q, window), scale=scaling, enable_gqa=True)
+        for q, k, v in each
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _causal_mask(like: Tensor, window: int) -> Tensor:
+def _causal_mask(like: Tensor, window: int | None) -> Tensor:
     """bool [T, T], T = like.shape[-2]: a token attends to itself and the `window` - 1 tokens before it."""
     return causal_bias(like.shape[-2], window, like.device).isfinite()

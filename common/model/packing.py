@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.model.lengths import Lengths
 from common.model.logprobs import Finish, autocast_dtype, chosen_logprobs
 from common.model.masking import length_mask
 from common.model.transfer import on_device
@@ -77,7 +78,7 @@ class Sequences:
             inputs_embeds=embed(model, self.input_ids[None]),
             position_ids=positions[None],
             use_cache=False,
-            lengths=self.lengths.tolist(),
+            lengths=self._packed_lengths,
         ).last_hidden_state[0]
         # The state at position t predicts the token at t + 1.
         return hidden.index_select(0, places - 1), self.input_ids.index_select(0, places)
@@ -95,6 +96,10 @@ class Sequences:
         places = (positions >= self.prompt_lengths.repeat_interleave(self.lengths)).nonzero().squeeze(1)
         device = self.input_ids.device
         return on_device(positions, device), on_device(places, device)
+
+    @cached_property
+    def _packed_lengths(self) -> Lengths:
+        return Lengths(self.lengths.tolist(), self.input_ids.device)
 
     @cached_property
     def _cells(self) -> tuple[torch.Size, Tensor]:

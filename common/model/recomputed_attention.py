@@ -1,4 +1,4 @@
-"""Attention within packed sequences in plain matrix products, with a backward pass written by hand.
+"""Attention within packed sequences in plain matrix products, with its gradients written by hand.
 
 Runs anywhere: on CPUs for all models, on GPUs for those without a kernel in flash attention. Measured on the update of
 common/model/kernels.py: a loop of torch's scaled_dot_product_attention would take 14 to 28 % more CPU time and 6 % more
@@ -21,67 +21,65 @@ class Scores:
     """How scores are computed from q and k: scaling q k, with a cap c also c tanh(scaling q k / c), in a window."""
 
     scaling: float
-    window: int
+    window: int | None  # a token attends to itself and the window - 1 tokens before it; None: to all before it
     cap: float | None
 
 
-def recomputed_attention(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, lengths: list[int], scores: Scores
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, lengths: tuple[int, ...], scores: Scores
 ) -> Tensor:
-    """query [heads, N, D], key [kv_heads, N, D], value [kv_heads, N, E], sinks [heads]; returns [N, heads, E]."""
-    return _Recomputed.apply(query, key, value, sinks, lengths, scores)
+    """query [heads, N, D], key [kv_heads, N, D], value [kv_heads, N, E], sinks [heads]; returns [N, heads, E].
+
+    Sequences of similar length are computed together.
+    """
+    layout = _layout(lengths, len(query), len(key), query.device, _most_scores(query.device))
+    q_rows, k_rows, v_rows = _rows(query), _rows(key), _rows(value)
+    parts = []
+    for group in layout.groups:
+        q, k, v = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows)
+        parts.append(_probabilities(q, k, sinks, scores)[0] @ v)
+    return _to_token_order(parts, layout.q_order).view(query.shape[1], query.shape[0], value.shape[2])
 
 
-class _Recomputed(torch.autograd.Function):
-    """Sequences of similar length are computed together. The backward pass computes the probabilities again, so nothing
-    of quadratic size is kept."""
-
-    @staticmethod
-    def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, lengths: list[int], scores: Scores
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, sinks)
-        ctx.scores = scores
-        # A CPU has the memory for all sequences of a length at once. On a GPU their scores are bounded.
-        most = None if query.device.type == "cpu" else _GPU_SCORES
-        ctx.layout = layout = _layout(tuple(lengths), len(query), len(key), query.device, most)
-        q_rows, k_rows, v_rows = _rows(query), _rows(key), _rows(value)
-        attended = []
-        for group in layout.groups:
-            q, k, v = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows)
-            attended.append(_probabilities(q, k, sinks, scores)[0] @ v)
-        return _to_token_order(attended, layout.q_order).view(query.shape[1], query.shape[0], value.shape[2])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks = ctx.saved_tensors
-        q_rows, k_rows, v_rows, g_rows = _rows(query), _rows(key), _rows(value), gradient.flatten(0, 1)
-        d_queries, d_keys, d_values = [], [], []
-        d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
-        for group in ctx.layout.groups:
-            q, k, v, g = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows), group.queries(g_rows)
-            g.mul_(group.is_token.to(g.dtype))
-            p, slope, at_sink = _probabilities(q, k, sinks, ctx.scores)
-            d_p = g @ v.transpose(1, 2)
-            if d_sinks is not None:
-                # d p_i / d sink = -p_i p_sink, for every token of every head.
-                pulled = torch.linalg.vecdot(p, d_p).float() * at_sink
-                d_sinks -= pulled.view(-1, len(key), len(query) // len(key), group.length).sum((0, 3)).flatten()
-            d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(ctx.scores.scaling)
-            if slope is not None:
-                d_scores.mul_(slope)
-            d_queries.append(d_scores @ k)
-            d_keys.append(d_scores.transpose(1, 2) @ q)
-            d_values.append(p.transpose(1, 2) @ g)
-        d_query, d_key, d_value = (
-            _to_token_order(parts, order).view(like.shape[1], like.shape[0], like.shape[2]).transpose(0, 1)
-            for parts, order, like in (
-                (d_queries, ctx.layout.q_order, query),
-                (d_keys, ctx.layout.k_order, key),
-                (d_values, ctx.layout.k_order, value),
-            )
+def gradients(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    lengths: tuple[int, ...],
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of query [N, heads, D], key [N, kv_heads, D], value [N, kv_heads, E] and sinks [heads], from that
+    of the result. Computes the probabilities again, so nothing of quadratic size has to be kept."""
+    layout = _layout(lengths, len(query), len(key), query.device, _most_scores(query.device))
+    q_rows, k_rows, v_rows, g_rows = _rows(query), _rows(key), _rows(value), gradient.flatten(0, 1)
+    d_queries, d_keys, d_values = [], [], []
+    d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
+    for group in layout.groups:
+        q, k, v, g = group.queries(q_rows), group.keys(k_rows), group.keys(v_rows), group.queries(g_rows)
+        g.mul_(group.is_token.to(g.dtype))
+        p, slope, at_sink = _probabilities(q, k, sinks, scores)
+        d_p = g @ v.transpose(1, 2)
+        if d_sinks is not None:
+            # d p_i / d sink = -p_i p_sink, for every token of every head.
+            pulled = torch.linalg.vecdot(p, d_p).float() * at_sink
+            d_sinks -= pulled.view(-1, len(key), len(query) // len(key), group.length).sum((0, 3)).flatten()
+        d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(scores.scaling)
+        if slope is not None:
+            d_scores.mul_(slope)
+        d_queries.append(d_scores @ k)
+        d_keys.append(d_scores.transpose(1, 2) @ q)
+        d_values.append(p.transpose(1, 2) @ g)
+    d_query, d_key, d_value = (
+        _to_token_order(parts, order).view(like.shape[1], like.shape[0], like.shape[2])
+        for parts, order, like in (
+            (d_queries, layout.q_order, query),
+            (d_keys, layout.k_order, key),
+            (d_values, layout.k_order, value),
         )
-        return d_query, d_key, d_value, d_sinks if d_sinks is None else d_sinks.to(sinks.dtype), None, None
+    )
+    return d_query, d_key, d_value, d_sinks if sinks is None or d_sinks is None else d_sinks.to(sinks.dtype)
 
 
 # Sequences are padded to a multiple of this before they are multiplied. So a padded length depends on the sequence's
@@ -140,6 +138,11 @@ def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.d
     return _Layout(groups, q_order.to(device), k_order.to(device))
 
 
+def _most_scores(device: torch.device) -> int | None:
+    """A CPU has the memory for all sequences of a length at once. On a GPU their scores are bounded."""
+    return None if device.type == "cpu" else _GPU_SCORES
+
+
 def _inverse(index: Tensor, real: Tensor) -> Tensor:
     """Inverse of `index`: the place of each row in it. Ignores padding, where `real` is False."""
     places = real.nonzero().squeeze(1)
@@ -183,10 +186,10 @@ def _probabilities(
     return p.to(q.dtype).reshape(count, -1, length), slope, at_sink
 
 
-def causal_bias(length: int, window: int, device: torch.device) -> Tensor:
+def causal_bias(length: int, window: int | None, device: torch.device) -> Tensor:
     """[length, length]: 0 where a token attends, else -inf. A slice of a larger, cached one."""
     size = round_up(length, 256)
-    return _whole_bias(size, window if window < length else size, device)[:length, :length]
+    return _whole_bias(size, window if window and window < length else size, device)[:length, :length]
 
 
 @lru_cache(maxsize=4)

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from common.model import attention
 from common.model.attention import packed_attention
+from common.model.lengths import Lengths
 from tests.gpu_check.run import Run, error
 
 LENGTHS = [1, 7, 64, 200, 33, 129]
@@ -67,7 +68,7 @@ def check_case(run: Run, case: Case) -> None:
         v,
         None,
         scaling=case.width**-0.5,
-        lengths=LENGTHS,
+        lengths=Lengths(LENGTHS, run.device),
         sliding_window=case.window,
         softcap=case.softcap,
         s_aux=sinks,

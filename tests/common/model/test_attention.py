@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from common.model import attention, recomputed_attention
 from common.model.attention import PACKED, AttentionError, packed_attention
+from common.model.lengths import Lengths
 from common.model.packing import Sequences
 
 HEAD_SIZE = 5
@@ -34,7 +35,7 @@ def packed(query, key, value, gradient, lengths, *, scaling=0.4, window=None):
     """The output, and the gradients of the inputs."""
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     attended, weights = packed_attention(
-        nn.Module(), *leaves, None, scaling=scaling, lengths=lengths, sliding_window=window, dropout=0.0
+        nn.Module(), *leaves, None, scaling=scaling, lengths=Lengths(lengths), sliding_window=window, dropout=0.0
     )
     assert weights is None
     return attended.detach(), *torch.autograd.grad(attended, leaves, gradient)
@@ -83,11 +84,11 @@ def test_windows_worked_by_hand():
     def means(**how):
         return packed_attention(nn.Module(), zeros, zeros, value, None, scaling=1.0, **how)[0].flatten().tolist()
 
-    assert means(lengths=[4]) == pytest.approx([1, 3 / 2, 7 / 3, 15 / 4])
-    assert means(lengths=[2, 2]) == [1, 1.5, 4, 6]
-    assert means(lengths=[4], sliding_window=2) == [1, 1.5, 3, 6]
-    assert means(lengths=[1, 1, 1, 1]) == [1, 2, 4, 8]
-    assert means(lengths=[4], sliding_window=1) == [1, 2, 4, 8]
+    assert means(lengths=Lengths([4])) == pytest.approx([1, 3 / 2, 7 / 3, 15 / 4])
+    assert means(lengths=Lengths([2, 2])) == [1, 1.5, 4, 6]
+    assert means(lengths=Lengths([4]), sliding_window=2) == [1, 1.5, 3, 6]
+    assert means(lengths=Lengths([1, 1, 1, 1])) == [1, 2, 4, 8]
+    assert means(lengths=Lengths([4]), sliding_window=1) == [1, 2, 4, 8]
 
 
 def test_masks_of_different_windows_and_lengths_are_not_mixed_up():
@@ -137,7 +138,7 @@ def test_sinks_caps_and_value_widths_equal_a_token_by_token_derivation(cap, wind
         *leaves[:3],
         None,
         scaling=0.4,
-        lengths=lengths,
+        lengths=Lengths(lengths),
         sliding_window=window,
         softcap=cap,
         s_aux=leaves[3],
@@ -164,14 +165,14 @@ def test_groups_that_are_split_for_a_gpu_give_the_same(monkeypatch):
         monkeypatch.setattr(recomputed_attention, "_layout", layout)
         for one, other in zip(packed(*tensors, lengths), whole, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-    assert sizes == [6, 4]  # four of up to 32 tokens in twos, two of up to 64 by themselves
+    assert sizes == [6, 6, 4, 4]  # forward and backward: four of up to 32 tokens in twos, two of up to 64 by themselves
 
 
 def test_a_sink_worked_by_hand():
     # Scores 0 and a sink of ln 2: the first token gives 1 / (1 + 2) to itself, the second 1 / 4 to each of two.
     zeros, value = torch.zeros(1, 1, 2, 1), torch.tensor([3.0, 5.0]).view(1, 1, 2, 1)
     sink = torch.tensor([2.0]).log()
-    out = packed_attention(nn.Module(), zeros, zeros, value, None, scaling=1.0, lengths=[2], s_aux=sink)[0]
+    out = packed_attention(nn.Module(), zeros, zeros, value, None, scaling=1.0, lengths=Lengths([2]), s_aux=sink)[0]
     assert out.flatten().tolist() == pytest.approx([1, 2])
 
 
@@ -190,7 +191,7 @@ def test_what_packed_attention_does_not_know_is_refused(asked, reason):
     zeros = torch.zeros(1, 1, 2, 1)
 
     def attend():
-        return packed_attention(nn.Module(), zeros, zeros, zeros, None, **{"lengths": [2], **asked})
+        return packed_attention(nn.Module(), zeros, zeros, zeros, None, **{"lengths": Lengths([2]), **asked})
 
     if reason is None:
         attend()
@@ -241,7 +242,7 @@ def test_only_the_inputs_are_kept_for_the_backward_pass():
     query, key, value, _ = (x.requires_grad_() for x in inputs(lengths, dtype=torch.float32))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        packed_attention(nn.Module(), query, key, value, None, scaling=1.0, lengths=lengths)
+        packed_attention(nn.Module(), query, key, value, None, scaling=1.0, lengths=Lengths(lengths))
     assert sum(x.numel() for x in kept) == query.numel() + key.numel() + value.numel()
 
 
@@ -327,5 +328,5 @@ def test_flash_attention_gets_a_window_only_if_it_hides_tokens(window, left, mon
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
     q, k, v = (torch.empty(1, heads, 15, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
-    packed_attention(nn.Module(), q, k, v, None, lengths=[9, 6], sliding_window=window)
+    packed_attention(nn.Module(), q, k, v, None, lengths=Lengths([9, 6]), sliding_window=window)
     assert windows == [(left, 0)]

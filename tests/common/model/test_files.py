@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import replaced_directory
 from common.model.embedded import EMBEDDED
 from common.model.files import end_token_ids, load_policy, load_tokenizer, resolve_model, save_policy
+from common.model.lengths import Lengths
 from common.model.packing import ROW_MULTIPLE
 from common.model.size import ModelSize, model_size, parameter_shapes
 from tests.fakes import END, save_tiny_model
@@ -68,7 +69,7 @@ def test_the_embedded_model_is_converted_once(tmp_path, monkeypatch):
     tokenizer, policy = load_tokenizer(directory), load_policy(directory, **CPU)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        assert tokenizer.decode([int(policy(ids, lengths=[ids.shape[1]]).logits[0, -1].argmax())]) == " Paris"
+        assert tokenizer.decode([int(policy(ids, lengths=Lengths([ids.shape[1]])).logits[0, -1].argmax())]) == " Paris"
 
 
 # Sizes and shapes
@@ -239,7 +240,7 @@ def test_a_loaded_policy_attends_within_packed_sequences(tmp_path):
     once = torch.arange(ROW_MULTIPLE)  # equal bits need whole vectors
     ids, positions = (once + 5).repeat(2)[None], once.repeat(2)[None]
     with torch.no_grad():
-        logits = policy(ids, position_ids=positions, lengths=[ROW_MULTIPLE, ROW_MULTIPLE]).logits[0]
-        whole = policy(ids, position_ids=positions, lengths=[2 * ROW_MULTIPLE]).logits[0]
+        logits = policy(ids, position_ids=positions, lengths=Lengths([ROW_MULTIPLE, ROW_MULTIPLE])).logits[0]
+        whole = policy(ids, position_ids=positions, lengths=Lengths([2 * ROW_MULTIPLE])).logits[0]
     assert torch.equal(logits[:ROW_MULTIPLE], logits[ROW_MULTIPLE:])
     assert not torch.allclose(whole[:ROW_MULTIPLE], whole[ROW_MULTIPLE:], atol=1e-3)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.model import packing
 from common.model.attention import PACKED
+from common.model.lengths import Lengths
 from common.model.packing import ROW_MULTIPLE, Sequences, response_logprobs
 
 PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 1, 6, 2, 4], [4, 7, 0, 1, 5]
@@ -105,7 +106,7 @@ def test_states_come_with_the_response_tokens_they_predict(model, pairs):
     first = 0
     for prompt, response in zip(*pairs, strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, response])).long()
-        alone = model.base_model(ids[None], lengths=[len(ids)]).last_hidden_state[0]
+        alone = model.base_model(ids[None], lengths=Lengths([len(ids)])).last_hidden_state[0]
         # The first response token comes from the state of the last prompt token.
         expected = alone[len(prompt) - 1 : len(prompt) - 1 + len(response)]
         torch.testing.assert_close(states[first : first + len(response)], expected, atol=1e-5, rtol=0)
@@ -120,7 +121,9 @@ def test_a_packed_batch_gives_the_logprobs_of_each_sequence_alone(model, pairs, 
     assert logprobs.dtype == torch.float32
     for b, (prompt, response) in enumerate(zip(*pairs, strict=True)):
         ids = prompt.tolist() + response.tolist()
-        full = torch.log_softmax(model(torch.tensor([ids]), lengths=[len(ids)]).logits[0].double() / temperature, -1)
+        full = torch.log_softmax(
+            model(torch.tensor([ids]), lengths=Lengths([len(ids)])).logits[0].double() / temperature, -1
+        )
         for t, token in enumerate(response.tolist()):
             before = full[len(prompt) + t - 1]  # the model's logits after the prompt and t response tokens
             assert float(logprobs[b, t]) == pytest.approx(float(before[token]), abs=1e-5)

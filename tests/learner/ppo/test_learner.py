@@ -20,6 +20,7 @@ from common.config.ppo import Config
 from common.credit_table import DERIVED_SCHEMA
 from common.errors import BatchError
 from common.experience_table import experience_table
+from common.model.lengths import Lengths
 from common.weights import IncomingWeights, Manifest
 from learner.ppo import learner as learner_module
 from learner.ppo.learner import Learner
@@ -53,7 +54,7 @@ def parameters(learner: Learner) -> torch.Tensor:
 
 def first_token_logprob(learner: Learner, token: int) -> float:
     with torch.no_grad():
-        logits = learner.network.policy(torch.tensor([[3, 4]]), lengths=[2]).logits[0, -1]
+        logits = learner.network.policy(torch.tensor([[3, 4]]), lengths=Lengths([2])).logits[0, -1]
     return logits.log_softmax(-1)[token].item()
 
 

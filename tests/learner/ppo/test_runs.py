@@ -13,6 +13,7 @@ import torch
 
 from common.config.ppo import Config
 from common.files import read_records
+from common.model.lengths import Lengths
 from common.types import Prompt, Rollout, RolloutRef, Score
 from learner.loop.journal import Journal
 from learner.loop.prompts import PromptRecord, PromptStream
@@ -40,7 +41,7 @@ class OneProcess(FakeRoles):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(LENGTH):
             with torch.no_grad():
-                logits = self.learner.network.policy(torch.tensor([ids]), lengths=[len(ids)]).logits[0, -1]
+                logits = self.learner.network.policy(torch.tensor([ids]), lengths=Lengths([len(ids)])).logits[0, -1]
             ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
             logprobs.append(logits.log_softmax(-1)[ids[-1]].item())
         plain = make_rollout(prompt, ids[-LENGTH:], version=self.version)
