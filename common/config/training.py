@@ -40,6 +40,12 @@ class TrainerConfig(Placed):
     records the number for a GPU, and a resumed run or a replay keeps it: on another device, set it too."""
     gradient_checkpointing: MayChange[bool] = False
     """Recompute activations in the backward pass: about a quarter slower, and far less memory."""
+    compile: MayChange[bool | None] = None
+    """Compile the model's layers (torch.compile) at the first update, which then takes about 20 seconds longer. Later
+    updates are faster on a GPU, those of small models most. Layers that cannot be compiled, or would then compute
+    something else, stay as they are, and RUN/log.txt says why. The services for reference and reward never compile:
+    each of their processes would wait for it, and their passes have no backward pass. Left out: true on a GPU, false on
+    the CPU, where it gains nothing."""
     timeout_s: MayChange[Seconds] = 1800
     """Longest update, and longest wait of one rank for another, seconds. A rank that takes longer counts as lost."""
     probe_timeout_s: MayChange[Seconds] = 30
@@ -49,6 +55,11 @@ class TrainerConfig(Placed):
     def fewest_ranks(self) -> int:
         """Fewest processes to train with."""
         return self.min_ranks or self.ranks
+
+    @property
+    def compiles(self) -> bool:
+        """True if the model's layers are compiled."""
+        return self.gpus > 0 if self.compile is None else self.compile
 
     @property
     def token_budget(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config.ppo import LearnerConfig, OptimizerConfig
+from common.model.compiled_layers import compile_layers
 from common.model.files import load_policy
 from common.model.kernels import install
 from common.model.logprobs import Finish, chosen_logprobs
@@ -60,6 +61,8 @@ class PolicyWithCritic(nn.Module):
                 lora.add(model, cfg.lora, seed=seed)
             if cfg.gradient_checkpointing:
                 checkpoint_activations(model)
+            if cfg.compiles:
+                compile_layers(model)
         return cls(policy, critic_body, has_critic=has_critic)
 
     def forward(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from common.config.reward_model import RewardTrainingConfig
 from common.metrics.step import StepMetrics
 from common.model.batches import token_batches
+from common.model.compiled_layers import compile_layers
 from common.model.files import find_device, resolve_model
 from common.model.kernels import install
 from common.model.recomputed_layers import checkpoint_activations
@@ -42,6 +43,8 @@ class RewardTrainer(Trainer):
         self.model = model
         if cfg.learner.gradient_checkpointing:
             checkpoint_activations(self.model)
+        if cfg.learner.compiles:
+            compile_layers(self.model)
         super().__init__(PairScorer(self.model), cfg, num_steps=num_steps, device=device)
 
     def join(self, rank: int, world: int, rendezvous: str) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from common.model import compiled_layers
 from tests.gpu_check import (
     attention,
     demo,
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch's deterministic mode; read by CUDA's start
     device = torch.device(options.device)
+    if device.type == "cpu":
+        compiled_layers.BACKEND = "eager"  # which only traces: torch's compiler takes half a minute for each graph
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("torch finds no GPU; use --device cpu for the checks that run without one")
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.scratch) as scratch:

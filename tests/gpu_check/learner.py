@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"lora": {"rank": 4}},
     {"lora": {"rank": 4}, "gradient_checkpointing": True},
 ]
-FP32 = {"precision": "fp32", "micro_batch_tokens": 128}
-BF16 = {"precision": "bf16", "micro_batch_tokens": 128}
+FP32 = {"precision": "fp32", "micro_batch_tokens": 128, "compile": False}
+BF16 = {"precision": "bf16", "micro_batch_tokens": 128, "compile": False}
 
 
 def check(run: Run) -> None:
@@ -39,11 +41,16 @@ def check(run: Run) -> None:
     run.part("learner, bf16", check_bf16, case)
     for variant in VARIANTS:
         run.part(f"learner, {variant}", check_variant, case, variant)
+    for variant in ({}, *VARIANTS):
+        run.part(f"learner, compiled, {variant}", check_compiled, case, variant)
     for deterministic in (False, True):
-        run.part(f"learner, repeated, deterministic {deterministic}", check_repeats, model, deterministic=deterministic)
+        for compiled in (False, True):
+            name = f"learner, repeated, deterministic {deterministic}, compiled {compiled}"
+            run.part(name, check_repeats, model, deterministic=deterministic, compiled=compiled)
     run.part("learner, checkpoint", check_checkpoint, case)
     run.part("learner, publication", check_publication, case)
-    run.part("learner, host waits", count_waits, case)
+    for compiled in (False, True):
+        run.part("learner, host waits", count_waits, case, compiled)
 
 
 @dataclass(frozen=True)
@@ -92,10 +99,35 @@ def check_variant(run: Run, case: Case, variant: dict[str, Any]) -> None:
     run.expect(stats["ppo/grad_norm"] > 0, f"learner: an update in bf16 with {variant}")
 
 
-def check_repeats(run: Run, tiny: str, *, deterministic: bool) -> None:
+def check_compiled(run: Run, case: Case, variant: dict[str, Any]) -> None:
+    """The gradients of a first update, compiled and not, and whether any layer was left as it is."""
+    found, printed = [], io.StringIO()
+    for compiled in (False, True):
+        learner = case.learner({**BF16, **variant, "compile": compiled})
+        gradients: list[Tensor] = []
+        learner.optimizer.register_step_pre_hook(
+            lambda *_, learner=learner, gradients=gradients: gradients.append(all_gradients(learner))
+        )
+        with redirect_stdout(printed):
+            stats = learner.update(case.table)
+        found.append((gradients[0], stats))
+    (plain, plain_stats), (mine, stats) = found
+    off, moved = error(mine, plain), abs(stats["ppo/entropy"] - plain_stats["ppo/entropy"])
+    run.expect(
+        off < 0.05 and moved < 0.01 and not printed.getvalue(),
+        f"learner: compiled with {variant}, gradients in bf16 are off from those without by {off:.1e}, the entropy by "
+        f"{moved:.1e} nats {printed.getvalue()}",
+    )
+
+
+def all_gradients(learner: Learner) -> Tensor:
+    return torch.cat([p.grad.detach().cpu().flatten() for p in learner.network.parameters() if p.grad is not None])
+
+
+def check_repeats(run: Run, tiny: str, *, deterministic: bool, compiled: bool) -> None:
     """On a GPU with 135M weights: with few of them, sums in any order may happen to agree."""
     model = random_llama(run, "135M") if run.on_gpu else tiny
-    cfg = learner_config(run, model, learner={"micro_batch_tokens": 4096})
+    cfg = learner_config(run, model, learner={"micro_batch_tokens": 4096, "compile": compiled})
     table, found = batch(model, longest=512 if run.on_gpu else 128), []
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -106,7 +138,8 @@ def check_repeats(run: Run, tiny: str, *, deterministic: bool) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     same = all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
-    what = f"learner: two updates twice, deterministic algorithms {'on' if deterministic else 'off'}"
+    how = f"deterministic algorithms {'on' if deterministic else 'off'}{', compiled' if compiled else ''}"
+    what = f"learner: two updates twice, {how}"
     if deterministic:
         run.expect(same, f"{what}: the same bits")
     else:
@@ -144,12 +177,12 @@ def check_publication(run: Run, case: Case) -> None:
     run.expect(same, f"learner: publishes its {len(wanted)} weights bit for bit")
 
 
-def count_waits(run: Run, case: Case) -> None:
+def count_waits(run: Run, case: Case, compiled: bool) -> None:
     """One micro-batch, two layers. CUDA warns each time the host waits for the GPU."""
     if not run.on_gpu:
         run.skip("learner, host waits", "needs a GPU")
         return
-    one = case.learner({**BF16, "micro_batch_tokens": 8192})
+    one = case.learner({**BF16, "micro_batch_tokens": 8192, "compile": compiled})
     one.update(case.table)
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -160,4 +193,5 @@ def count_waits(run: Run, case: Case) -> None:
         torch.cuda.set_sync_debug_mode("default")
     places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
     listed = ", ".join(f"{place} {count}" for place, count in places.most_common(24))
-    run.figure(f"learner: the host waits {len(waits)} times in an update of one micro-batch and 2 layers: {listed}")
+    which = f"an update of one micro-batch and 2 {'compiled ' if compiled else ''}layers"
+    run.figure(f"learner: the host waits {len(waits)} times in {which}: {listed}")

@@ -35,11 +35,12 @@ def check(run: Run) -> None:
     free()
     for name in ("135M", "1.2B") if run.big else ("135M",):
         model = random_llama(run, name)
-        for budget in BUDGETS:
-            run.part(f"speed of {name}, {budget} tokens a micro-batch", measure, name, model, budget)
+        for compiled in (False, True):
+            for budget in BUDGETS:
+                run.part(f"speed of {name}, {budget} tokens a micro-batch", measure, name, model, budget, compiled)
+                free()
+            run.part(f"speed of {name}, bare loop", compare, name, model, compiled)
             free()
-        run.part(f"speed of {name}, bare loop", compare, name, model)
-        free()
 
 
 def measure_products(run: Run, width: int = 8192) -> None:
@@ -55,25 +56,28 @@ def measure_products(run: Run, width: int = 8192) -> None:
     )
 
 
-def measure(run: Run, name: str, model: str, budget: int) -> None:
-    cfg = learner_config(run, model, learner={"micro_batch_tokens": budget})
+def measure(run: Run, name: str, model: str, budget: int, compiled: bool) -> None:
+    cfg = learner_config(run, model, learner={"micro_batch_tokens": budget, "compile": compiled})
     table = batch(model, rollouts=ROLLOUTS, shortest=SHORTEST, longest=LONGEST)
     learner, size = Learner(cfg), model_size(resolve_model(model))
-    learner.update(table)
+    first_s, _ = run.seconds(lambda: learner.update(table))
     torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(run.seconds(lambda: learner.update(table))[0] for _ in range(ROUNDS))
     peak, reserved = (x / 2**30 for x in (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
     sequences: Sequences = ExperienceBatch.from_table(table).sequences
     tokens, forward = int(sequences.lengths.sum()), sum(sequence_costs(sequences, size))
     rate = 4 * forward / seconds  # two forward passes, and a backward pass of twice their operations
+    how = ", compiled" if compiled else ""
     planned = sum(needs(cfg, size)[0].device.values()) / 2**30
     run.figure(
-        f"speed of {name}, {budget} tokens a micro-batch: {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s, "
+        f"speed of {name}{how}, {budget} tokens a micro-batch: {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s, "
         f"{rate / 1e12:.0f} TFLOP/s{share_of_peak(rate)}; {peak:.1f} GiB at the peak, {reserved:.1f} reserved, "
-        f"{planned:.1f} planned"
+        f"{planned:.1f} planned; the first update took {first_s:.1f} s"
     )
     if budget == BUDGETS[0]:
-        run.figure(f"speed of {name}, ms on the GPU in an update: {kernel_times(lambda: learner.update(table), 16)}")
+        run.figure(
+            f"speed of {name}{how}, ms on the GPU in an update: {kernel_times(lambda: learner.update(table), 16)}"
+        )
 
 
 def share_of_peak(rate: float) -> str:
@@ -81,11 +85,11 @@ def share_of_peak(rate: float) -> str:
     return f" ({rate / peaks[0]:.0%} of the peak)" if peaks else ""
 
 
-def compare(run: Run, name: str, model: str, budget: int = BUDGETS[0]) -> None:
+def compare(run: Run, name: str, model: str, compiled: bool, budget: int = BUDGETS[0]) -> None:
     """Forward, backward and AdamW of an update against the same in a bare loop."""
     table = batch(model, rollouts=ROLLOUTS, shortest=SHORTEST, longest=LONGEST)
     bare = bare_for(model, table, budget, row=(SHORTEST + LONGEST) // 2, device=run.device, attention="sdpa")
-    learner = Learner(learner_config(run, model, learner={"micro_batch_tokens": budget}))
+    learner = Learner(learner_config(run, model, learner={"micro_batch_tokens": budget, "compile": compiled}))
     learner.update(table), bare.step()
     laps: list[dict[str, float]] = []
     for _ in range(ROUNDS):
@@ -94,9 +98,10 @@ def compare(run: Run, name: str, model: str, budget: int = BUDGETS[0]) -> None:
         forward_s, _ = run.seconds(bare.forward)
         optimise_s = update_s - stats["time/old_logprobs_s"]
         laps.append({"ratio": bare_s / optimise_s, "whole": (bare_s + forward_s) / update_s, "bare": bare_s})
+    how = ", compiled" if compiled else ""
     median: Any = {key: statistics.median(lap[key] for lap in laps) for key in laps[0]}
     run.figure(
-        f"speed of {name}: learner_vs_bare {median['ratio']:.2f}; with the pass for old log-probabilities in both "
+        f"speed of {name}{how}: learner_vs_bare {median['ratio']:.2f}; with the pass for old log-probabilities in both "
         f"{median['whole']:.2f}; the bare loop takes {median['bare']:.3f} s"
     )
 

@@ -11,11 +11,13 @@ from tests.gpu_check import engine
 from tests.gpu_check.__main__ import CHECKS, main
 from tests.gpu_check.run import Run
 from tests.test_layers import imports_without
+from tests.tracing import trace_only
 
 
 @pytest.fixture(autouse=True)
 def _environment_and_threads(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    trace_only(monkeypatch)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

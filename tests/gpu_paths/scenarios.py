@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from common import weights
 from common.config.ppo import PPOConfig
-from common.model import attention
+from common.model import attention, compiled_layers
+from common.model.compiled_layers import compile_layers
 from common.model.kernels import install
 from common.model.packing import Sequences
 from common.model.reward_scores import sequence_scores
@@ -57,6 +58,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide-heads": ("llama", {"head_dim": 288}),
 }
 PROMPTS, RESPONSES = (3, 5), (6, 4)  # tokens of two sequences: 9 each
+# Prompts and responses of several rows. Those of the last are shorter than the window above.
+ROWS = [((9,), (9,)), (PROMPTS, RESPONSES), ((3, 5, 7), (6, 4, 9)), ((30,), (9,)), ((1, 1, 2), (2, 2, 2))]
 
 
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")  # they read values
@@ -135,10 +138,12 @@ def causal_model(kind: str) -> Any:
     return model
 
 
-def packed() -> tuple[Sequences, Callable[[], Sequences]]:
-    """Two sequences on the CPU, and a function for the same on the fake GPU. Places are computed before, because they
+def packed(
+    prompts: tuple[int, ...] = PROMPTS, responses: tuple[int, ...] = RESPONSES
+) -> tuple[Sequences, Callable[[], Sequences]]:
+    """Sequences on the CPU, and a function for the same on the fake GPU. Places are computed before, because they
     depend on values."""
-    real = Sequences.pack([np.ones(n) for n in PROMPTS], [np.ones(n) for n in RESPONSES])
+    real = Sequences.pack([np.ones(n) for n in prompts], [np.ones(n) for n in responses])
     positions, (shape, cells) = real._positions, real._cells
 
     def fake() -> Sequences:
@@ -190,6 +195,32 @@ def micro_batch(kind: str, dtype: torch.dtype | None = torch.bfloat16) -> dict[s
         "operations": dict(asked.operations),
         "products": sorted(asked.products),
     }
+
+
+def compiled(kind: str, lengths: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Any]:
+    """Compiled layers on packed rows of these prompts and responses: the number of graphs after each row, and how often
+    the packed kernel is in each graph. No mode may record operations meanwhile: torch would not compile."""
+    model, rows, in_graph = causal_model(kind), [packed(*each)[1] for each in lengths], []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        in_graph.append(sum("_varlen_attn" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled_layers.BACKEND = noted
+    compiled_layers._error = lambda found, expected: 0.0  # fakes have no values
+    graphs = []
+    with fake_gpu():
+        network = PolicyWithCritic(moved(model))
+        compile_layers(network.policy)
+        for row in rows:
+            sequences = row()
+            with torch.no_grad():
+                network(sequences, temperature=0.7)
+            logprobs, entropy, values = network(sequences, temperature=0.7)
+            (logprobs.sum() + entropy.sum() + values.sum()).backward()
+            graphs.append(len(in_graph))
+        gradients = {f"{p.grad.device}, {p.grad.dtype}" for p in network.parameters()}
+    return {"graphs": graphs, "in_graph": in_graph, "gradients": sorted(gradients)}
 
 
 def publication() -> dict[str, Any]:
@@ -257,6 +288,8 @@ def waits() -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     **{kind: lambda kind=kind: micro_batch(kind) for kind in KINDS},  # type: ignore[misc]
     "float32": lambda: micro_batch("llama", None),
+    "compiled": lambda: compiled("llama", ROWS),
+    "compiled-window": lambda: compiled("window", ROWS),
     "publication": publication,
     "credit": credit,
     "frozen": frozen,

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.gpu_paths.scenarios import KINDS, PROMPTS, RESPONSES, SCENARIOS
+from tests.tracing import DISABLED
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
@@ -36,7 +37,8 @@ def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
     subprocess.run([*command, "-o", str(library), f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu"], check=True)
     command = [sys.executable, "-m", "tests.gpu_paths.fake_gpu", str(library), ",".join(SCENARIOS)]
     path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    env = {name: value for name, value in os.environ.items() if name != DISABLED} | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -72,6 +74,14 @@ def test_heads_and_types_that_the_kernel_lacks_go_another_way(found, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_matrix_products_are_in_bf16_under_autocast(found, kind):
     assert found[kind]["products"] == ["torch.bfloat16"]
+
+
+@pytest.mark.parametrize(("kind", "graphs"), [("compiled", [1, 1, 1, 1, 1]), ("compiled-window", [1, 1, 1, 1, 2])])
+def test_one_graph_with_the_packed_kernel_serves_all_lengths(found, kind, graphs):
+    """A window that hides nothing is another graph: its kernel is the causal one."""
+    assert found[kind]["graphs"] == graphs
+    assert found[kind]["in_graph"] == [1] * graphs[-1]
+    assert found[kind]["gradients"] == ON_GPU
 
 
 def test_only_bf16_crosses_from_the_gpu_in_a_publication(found):

@@ -517,6 +517,13 @@ def test_the_default_micro_batch_depends_on_the_device(root, tree):
     assert budgets == [512, 8192, 100, 100]
 
 
+@pytest.mark.parametrize(("root", "tree"), [(Config, ppo), (RewardTrainingConfig, reward_training)])
+def test_layers_are_compiled_on_gpus_unless_the_config_says_otherwise(root, tree):
+    sections = ({}, {"gpus": 1}, {"compile": True}, {"gpus": 1, "compile": False})
+    found = [root.model_validate(tree(learner=learner)).learner.compiles for learner in sections]
+    assert found == [False, True, True, False]
+
+
 def test_lora_is_off_until_its_section_is_there():
     assert Config.model_validate(ppo()).learner.lora is None
     lora = Config.model_validate(ppo(learner={"lora": {}})).learner.lora

@@ -25,7 +25,7 @@ from learner.reward_model.trainer import RewardTrainer
 from tests.fakes import save_tiny_model
 from tests.learner.reward_model.test_training import make_pair, ragged_pairs, reward_config
 
-LIMIT_S = 120  # for the processes of a test: they take far less, so one that is still alive hangs
+LIMIT_S = 240  # for the processes of a test: they take far less, so one that is still alive hangs
 
 
 # A single rank

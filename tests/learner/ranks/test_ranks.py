@@ -5,6 +5,7 @@ All cases run in one pair of processes, since starting them costs more than the 
 
 from __future__ import annotations
 
+import os
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from common.experience_table import experience_table
+from common.model import compiled_layers
 from common.model.size import model_size
 from common.weights import Bucket, Manifest, buckets
 from learner.ppo.experience import ExperienceBatch
@@ -30,6 +32,7 @@ from tests.fakes import make_experience, make_prompt, save_tiny_kind, save_tiny_
 from tests.learner.ppo.test_learner import OTHERWISE, UNUSUAL, WITHOUT_CRITIC, grouped, varied_batch
 from tests.learner.ranks.test_distributed import run_ranks
 from tests.saving import save_checkpoint_of
+from tests.tracing import DISABLED, graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -100,6 +103,7 @@ def one_rollout() -> list[pa.Table]:
 
 SEPARATE = learner_of(critic="separate")
 LORA = learner_of(lora={"rank": 4, "alpha": 8})
+COMPILED = learner_of(compile=True, timeout_s=120)  # the ranks may take unequal times to compile
 # Each case: settings that differ from UNUSUAL, and the batches.
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "unclipped": ({}, two_batches),
@@ -127,6 +131,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     # Passed by the whole minibatch (0.35 and 0.52), by far not by either rank's part of the sum.
     "target-kl": (ppo(2, epochs=4, target_kl=0.3), two_batches),
     "bf16": (learner_of(precision="bf16"), two_batches),
+    "compiled": (COMPILED, one_batch),
+    "compiled-lora-checkpointing": (merged(COMPILED, LORA, learner_of(gradient_checkpointing=True)), one_batch),
     "lora": (LORA, two_batches),
     "group": (WITHOUT_CRITIC["group"], grouped_batches),
     "returns": (merged(WITHOUT_CRITIC["returns"], ppo(1), learner_of(micro_batch_tokens=512)), two_batches),
@@ -143,6 +149,9 @@ EXACT = [name for name in CASES if name != "bf16"]
 def new_learner(model: Path, name: str) -> Learner:
     """A learner of the tiny model, or of the one with experts."""
     overrides, _ = CASES[name]
+    # torch traces both passes, and runs the operations one by one; with adapters only the forward pass, for speed.
+    compiled_layers.BACKEND = "eager" if "lora" in name else "aot_eager"
+    os.environ.pop(DISABLED, None)
     model = model.with_name("experts") if name.startswith("experts") else model
     settings = merged(UNUSUAL, NO_CLIPPING, ppo(2, target_kl=0.0), learner_of(timeout_s=TIMEOUT_S), overrides)
     settings["reward"]["sources"] = [{"name": "a_words", "function": "tests.tasks:a_words"}]
@@ -165,6 +174,7 @@ def run_case(learner: Learner, name: str) -> dict[str, Any]:
         "gradients": steps,
         "stats": [{k: v for k, v in s.items() if not k.startswith("time/")} for s in stats],
         "credit": credit and credit.to_pydict(),
+        "graphs": graphs(),
     }
 
 
@@ -304,6 +314,8 @@ def test_the_cases_are_what_their_names_say(model, runs):
     assert found["unclipped"][0]["stats"][1]["value/clip_frac"] > 0.01
     assert 0 < found["unclipped"][0]["stats"][1]["mismatch/capped"] < 1
     assert len(found["a-rollout-each"][0]["gradients"]) == 2 * 2 * 8
+    for name in ("compiled", "compiled-lora-checkpointing"):
+        assert all(run["graphs"] > 0 for run in found[name])
 
 
 def test_the_order_of_the_rollouts_does_not_change_the_gradient(runs):

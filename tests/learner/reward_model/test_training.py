@@ -26,6 +26,7 @@ from learner.reward_model.pairs import Pair, Pairs
 from learner.reward_model.trainer import RewardTrainer
 from learner.reward_model.training import RewardRun, train_reward_model
 from tests.fakes import WORDS, save_tiny_model
+from tests.tracing import graphs, trace_only
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,18 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_update(model):
         passes.append(len(calls))
     assert passes == [1, 2]
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_layers_give_the_same_bits(model, monkeypatch):
+    trace_only(monkeypatch)
+    section = {"precision": "fp32", "micro_batch_tokens": 40}
+    plain, other = (RewardTrainer(reward_config(model, learner={**section, "compile": on}), 3) for on in (False, True))
+    for seed in range(3):
+        expected, found = (trainer.update(ragged_pairs(9, seed)) for trainer in (plain, other))
+        assert {**found, "time/learn_s": 0} == {**expected, "time/learn_s": 0}
+    assert torch.equal(parameters(other.network), parameters(plain.network))
+    assert np.array_equal(other.scores(ragged_pairs(5)), plain.scores(ragged_pairs(5)))
+    assert 1 <= graphs() <= 2  # a single row may get a graph of its own
 
 
 def test_bf16_stays_near_float32(model):
