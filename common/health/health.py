@@ -98,14 +98,14 @@ class Health:
         """Takes the record of a step. Returns the events of all rules that hold now."""
         self._history.add(record)
         self._taken += 1
-        seen = ((name, rule(self._history, self._cfg)) for name, (rule, _) in RULES.items())
+        seen = ((name, _said(rule, self._history, self._cfg)) for name, (rule, _) in RULES.items())
         self._in_steps = [self._event(name, message) for name, message in seen if message is not None]
         return self._in_steps
 
     def evaluation(self, record: Record) -> list[Event]:
         """Takes the record of a held-out evaluation. Returns the events of all rules that hold now."""
         self._evaluations.append(record)
-        message = score_rules.judge_falls_in_evaluations(self._evaluations, self._cfg)
+        message = _said(score_rules.judge_falls_in_evaluations, self._evaluations, self._cfg)
         remedy = RULES[IN_EVALUATIONS][1]
         self._in_evaluations = [] if message is None else [Event(IN_EVALUATIONS, message, remedy)]
         return self._in_evaluations
@@ -128,6 +128,14 @@ class Health:
         held = held + 1 if self._taken - newest <= QUIET else 1
         self._lasting[name] = (self._taken, held)
         return Event(name, message, RULES[name][1], held, news=str(held).strip("0") == "1")
+
+
+def _said(rule: Callable[..., str | None], *seen: Any) -> str | None:
+    """What a rule says; nothing if numbers are so large that it cannot compute with them. It must not end the run."""
+    try:
+        return rule(*seen)
+    except ArithmeticError:
+        return None
 
 
 def names(events: Iterable[Event]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ An event lasts for several steps. The page shows it once, at the step where it b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ def health_events(run: RunFiles) -> list[dict[str, Any]]:
         in_evaluations = ((r["policy_version"], _recorded(r)) for r in run.evaluations)
     else:
         health = Health(cfg)
-        in_steps = ((r["step"], _held(health.step, r)) for r in run.metrics)
-        in_evaluations = ((r["policy_version"], _held(health.evaluation, r)) for r in run.evaluations)
+        in_steps = ((r["step"], health.step(r)) for r in run.metrics)
+        in_evaluations = ((r["policy_version"], health.evaluation(r)) for r in run.evaluations)
     return [*_episodes(in_steps), *_episodes(in_evaluations, between=None)]
 
 
@@ -44,14 +44,6 @@ def _episodes(seen: Iterable[tuple[int, list[Event]]], *, between: int | None = 
             text = f"{event.rule}: {event.message}" if event.message else event.rule
             episode |= {"text": text, "advice": event.remedy}
     return episodes
-
-
-def _held(take: Callable[[dict[str, Any]], list[Event]], record: dict[str, Any]) -> list[Event]:
-    """The events of a record; none if its numbers are too large for a rule."""
-    try:
-        return take(record)
-    except ArithmeticError:
-        return []
 
 
 def _config(directory: Path) -> Config | None:

@@ -142,3 +142,9 @@ def test_a_judge_that_rises_with_the_score_is_no_event():
     # Had the judge liked it less than at the start, by 0.3 (standard error 0.04), it would be one.
     fallen = {**after, "components": {**after["components"], "gold": gold[0] - 0.3}}
     assert [event.rule for event in Health(RUNS["positive"]).follow([], [before]).evaluation(fallen)] == ["judge_falls"]
+
+
+def test_scores_as_large_as_floats_can_be_end_no_run():
+    health = Health(config())
+    for record in series(30, rollout__score__mean=lambda step: (-1) ** step * 1.7e308, rollout__score__std=1.7e308):
+        health.step(record)
