@@ -187,8 +187,8 @@ class Config(Root):
     """A run of PPO."""
 
     seed: NonNegative = 0
-    """Seeds prompts, sampling and minibatches. With max_staleness = 0, on one machine and with the same threads, a seed
-    always gives the same result."""
+    """Seeds prompts, sampling and minibatches. With max_staleness = 0, on the CPUs of one machine and with the same
+    threads, a seed always gives the same result. On GPUs results differ by rounding, which may change samples."""
     num_steps: MayChange[Positive] = 100
     """Learner updates, each on rollouts_per_step rollouts."""
     rollouts_per_step: Positive = 64

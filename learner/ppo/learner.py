@@ -19,7 +19,7 @@ from common.config.ppo import Config
 from common.errors import BatchError, BrokenWeightsError
 from common.metrics.step import StepMetrics
 from common.model.batches import packed_batches
-from common.model.files import find_device, resolve_model, save_policy
+from common.model.files import resolve_model, save_policy
 from common.model.packing import Sequences
 from common.model.size import model_size
 from common.types import Rollout
@@ -33,6 +33,7 @@ from learner.ppo.policy import PolicyWithCritic
 from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
 from learner.ranks.checkpoint import load_network
+from learner.ranks.device import trainer_device
 from learner.ranks.rows import minibatches, sequence_costs
 from learner.ranks.trainer import Trainer, read_together
 
@@ -46,8 +47,7 @@ class Learner(Trainer):
     network: PolicyWithCritic
 
     def __init__(self, cfg: Config) -> None:
-        torch.set_num_threads(cfg.learner.threads)
-        device = find_device(cfg.learner.gpus + cfg.lent_share)
+        device = trainer_device(cfg.learner, lent=cfg.lent_share)
         directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
         # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
         held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")

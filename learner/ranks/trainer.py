@@ -28,7 +28,7 @@ class Trainer(ABC):
     every weight.
 
     Its state after step s is a function of config, initial weights and the batches 0..s: nothing else is random here.
-    On a GPU that holds to rounding, because some kernels add in any order.
+    On a GPU, where some kernels add in any order, this holds up to rounding without `learner.deterministic`.
     """
 
     cfg: Config | RewardTrainingConfig

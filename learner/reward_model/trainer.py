@@ -15,11 +15,12 @@ from common.config.reward_model import RewardTrainingConfig
 from common.metrics.step import StepMetrics
 from common.model.batches import token_batches
 from common.model.compiled_layers import compile_layers
-from common.model.files import find_device, resolve_model
+from common.model.files import resolve_model
 from common.model.kernels import install
 from common.model.recomputed_layers import checkpoint_activations
 from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model
 from common.model.transfer import on_device
+from learner.ranks.device import trainer_device
 from learner.ranks.distributed import whole
 from learner.ranks.trainer import Trainer, read_together
 from learner.reward_model.loss import preference_loss
@@ -33,8 +34,7 @@ class RewardTrainer(Trainer):
     cfg: RewardTrainingConfig
 
     def __init__(self, cfg: RewardTrainingConfig, num_steps: int, *, model: PreTrainedModel | None = None) -> None:
-        torch.set_num_threads(cfg.learner.threads)
-        device = find_device(cfg.learner.gpus)
+        device = trainer_device(cfg.learner)
         if model is None:
             directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
             model = load_reward_model(directory, dtype=torch.float32, device=device, install=install)

@@ -127,18 +127,15 @@ def all_gradients(learner: Learner) -> Tensor:
 def check_repeats(run: Run, tiny: str, *, deterministic: bool, compiled: bool) -> None:
     """On a GPU with 135M weights: with few of them, sums in any order may happen to agree."""
     model = random_llama(run, "135M") if run.on_gpu else tiny
-    cfg = learner_config(run, model, learner={"micro_batch_tokens": 4096, "compile": compiled})
+    settings = {"micro_batch_tokens": 4096, "compile": compiled, "deterministic": deterministic}
+    cfg = learner_config(run, model, learner=settings)
     table, found = batch(model, longest=512 if run.on_gpu else 128), []
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        for _ in range(2):
-            one = Learner(cfg)
-            one.update(table), one.update(table)
-            found.append([p.detach().cpu() for p in one.network.parameters()])
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for _ in range(2):
+        one = Learner(cfg)
+        one.update(table), one.update(table)
+        found.append([p.detach().cpu() for p in one.network.parameters()])
     same = all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
-    how = f"deterministic algorithms {'on' if deterministic else 'off'}{', compiled' if compiled else ''}"
+    how = f"learner.deterministic {'on' if deterministic else 'off'}{', compiled' if compiled else ''}"
     what = f"learner: two updates twice, {how}"
     if deterministic:
         run.expect(same, f"{what}: the same bits")

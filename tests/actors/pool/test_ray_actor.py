@@ -12,6 +12,7 @@ from ray._private import ray_constants
 
 from actors.pool.ray_actor import pin, worker_environment
 from common.config.base import Placed
+from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.user_code.import_path import find_users_modules
 
@@ -52,6 +53,11 @@ def test_a_role_finds_the_users_modules_where_the_driver_does(tmp_path, monkeypa
 def test_a_role_without_a_gpu_sees_none():
     assert worker_environment(Placed())["CUDA_VISIBLE_DEVICES"] == ""
     assert "CUDA_VISIBLE_DEVICES" not in worker_environment(Placed(gpus=0.3))  # Ray sets it
+
+
+def test_a_deterministic_trainer_gives_cublas_its_workspace():
+    assert worker_environment(TrainerConfig(deterministic=True, gpus=1))["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in worker_environment(TrainerConfig(gpus=1))
 
 
 def test_existing_and_later_threads_are_pinned_to_the_cores():

@@ -22,8 +22,8 @@ from common.errors import BatchError
 from common.experience_table import experience_table
 from common.model.lengths import Lengths
 from common.weights import IncomingWeights, Manifest
-from learner.ppo import learner as learner_module
 from learner.ppo.learner import Learner
+from learner.ranks import device
 from tests.fakes import make_experience, save_tiny_model, tiny_config
 from tests.saving import save_checkpoint_of
 
@@ -405,7 +405,7 @@ def test_a_learner_without_a_critic_publishes_and_exports_its_policy(model, tmp_
 @pytest.mark.parametrize(("staleness", "share", "given_back"), [(0, 0.9, 2), (1, 0.3, 0)])
 def test_a_learner_gives_the_memory_that_an_engine_lent_back(model, monkeypatch, staleness, share, given_back):
     shares, emptied = [], []
-    monkeypatch.setattr(learner_module, "find_device", lambda gpus: shares.append(gpus) or torch.device("cpu"))
+    monkeypatch.setattr(device, "find_device", lambda gpus: shares.append(gpus) or torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     gpus = {"learner": {"precision": "fp32", "gpus": 0.3}, "generators": {"gpus": 0.6}}
     learner = make_learner(model, max_staleness=staleness, **gpus)
@@ -436,6 +436,15 @@ def test_micro_batches_do_not_change_the_update(model, critic):
         assert torch.allclose(found, results[0][0], atol=2e-5)
         for key in ("ppo/policy_loss", "value/loss", "ppo/entropy", "ppo/grad_norm", "kl/per_token", "ppo/approx_kl"):
             assert stats[key] == pytest.approx(results[0][1][key], rel=1e-4, abs=1e-6), key
+
+
+def test_a_deterministic_learner_asks_torch_for_it_and_learns_the_same(model):
+    learners = []
+    for deterministic in (True, False):
+        learners.append(make_learner(model, learner={"precision": "fp32", "deterministic": deterministic}))
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        learners[-1].update(batch())
+    assert torch.equal(*map(parameters, learners))  # a CPU adds in a fixed order anyway
 
 
 def test_two_learners_on_one_journal_agree_bit_for_bit(model):
