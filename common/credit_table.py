@@ -26,6 +26,8 @@ DERIVED_SCHEMA = pa.schema(
         ("clipped", pa.list_(pa.bool_())),  # the same
     ]
 )
+NULL_COLUMNS = {"values", "td_errors", "whitened_advantages"}  # null in all rows, or in none
+NULL_ROWS = {"ratio", "clipped"}  # null in any row
 # The other columns repeat the journal: they name the rollout, and belong next to the ones above.
 CREDIT_SCHEMA = pa.schema(
     [

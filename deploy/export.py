@@ -45,7 +45,7 @@ def run_export(run: Path, to: Path | None = None, step: int | None = None) -> Pa
         learner = Learner(cfg.model_copy(update={"learner": alone}))
         bars.show("export", 1, 3)
         try:
-            learner.restore_policy(checkpoint)
+            learner.restore_network(checkpoint)
         except (UserError, OSError) as error:
             raise UserError(f"{checkpoint} cannot be read ({error}){_PERHAPS_GONE}") from error
         bars.show("export", 2, 3)

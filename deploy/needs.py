@@ -57,8 +57,10 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
 def _taking_turns(learner: Need, services: list[Need], cfg: Config, model: ModelSize) -> tuple[Need, list[Need]]:
     """During an update the engine's weights are in pinned memory of its machine (torch rounds each tensor up to a power
     of two). It keeps only its context and graphs on the GPU, and the learner may fill its share."""
-    lasting = ("CUDA", "weights", "optimizer state")
-    device = {**learner.device, "the engine that sleeps": CONTEXT_AND_GRAPHS}
+    size = 2 if cfg.learner.precision == "bf16" else 4
+    between = pass_bytes(model, cfg.learner.token_budget, value_bytes=size)  # the reference of LoRA, and comparisons
+    device = {**learner.device, "one pass": between, "the engine that sleeps": CONTEXT_AND_GRAPHS}
+    lasting = ("CUDA", "weights", "optimizer state", "one pass")
     in_turn = {name: size for name, size in device.items() if name not in lasting}
     weights = 2 * bytes_per_value(cfg.generators) * model.parameters
     engines = [replace(need, memory=need.memory + weights * (need.section == "generators")) for need in services]
@@ -91,13 +93,13 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int)
     _check_split(parts, model)
     weights = bytes_per_value(cfg) * model.parameters
     cache = (cfg.kv_cache_mib or 0) * MIB or bytes_per_sequence(cfg, model, max_tokens=max_tokens)[1]
-    beside = 0  # in the machine's memory, on GPUs and CPUs alike
+    copies = 0  # more sets of weights, in the machine's memory on GPUs and CPUs alike
     if cfg.updates == "changes":
-        beside += 2 * 2 * model.parameters
+        copies += 2 * 2 * model.parameters
     if parts > 1:
-        beside += parts * IMPORTS + 2 * model.parameters
+        copies += parts * IMPORTS + 2 * model.parameters
     if cfg.gpus == 0:
-        return _role("Generator", "generators", cfg, cfg.min, {"engine": 2 * weights + cache + beside})
+        return _role("Generator", "generators", cfg, cfg.min, {"engine": 2 * weights + cache + copies})
     device = {
         "weights": weights // parts,
         "KV cache": cache // parts,
@@ -105,7 +107,7 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int)
     }
     # torch rounds each pinned tensor up to a power of two. The staged set of several parts is counted above.
     staged = 2 * weights if parts == 1 else 0
-    memory = IMPORTS + staged + beside
+    memory = IMPORTS + staged + copies
     return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, memory, device) for i in range(cfg.min)]
 
 

@@ -101,7 +101,8 @@ def session(
         ray = sized(ray, [need.store for processes in phases(cfg) for need in processes])
     log = owned.log
     with cluster(ray, owned.directory) as nodes, role_output_to(log.write), log.python_warnings():
-        if trains is not None and not isinstance(cfg, PairSamplingConfig):
+        # A run of an older version did not record the size of its micro-batches. It keeps that version's default.
+        if trains is not None and not resume and not isinstance(cfg, PairSamplingConfig):
             cfg = with_micro_batches(cfg, trains, nodes, phases)
         for processes in phases(cfg):
             check_fits(processes, nodes)

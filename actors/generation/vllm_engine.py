@@ -15,8 +15,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,7 +155,8 @@ class VLLMEngine:
         def sleep() -> None:
             if not self._asleep:
                 self._finish_steps()
-                self._engine.sleep(level=1, mode="keep")
+                with _fatal("giving up its GPU memory"):
+                    self._engine.sleep(level=1, mode="keep")
                 self._asleep = True
 
         await self._call(sleep)
@@ -162,7 +164,8 @@ class VLLMEngine:
     async def wake(self) -> None:
         def wake() -> None:
             if self._asleep:
-                self._engine.wake_up()
+                with _fatal("taking its GPU memory back"):
+                    self._engine.wake_up()
                 self._asleep = False
 
         await self._call(wake)
@@ -237,9 +240,10 @@ class VLLMEngine:
         """Pauses the scheduler and takes the tokens of all steps in flight, which the current weights sampled. Requests
         keep their place. With asynchronous scheduling vLLM starts a step before it takes the tokens of the last one, so
         that the GPU never waits for Python."""
-        self._core.pause_scheduler("keep", clear_cache=False)
-        while self._core.batch_queue:
-            self._step()
+        with _fatal("the step in flight"):
+            self._core.pause_scheduler("keep", clear_cache=False)
+            while self._core.batch_queue:
+                self._step()
 
     @property
     def _core(self) -> Any:
@@ -283,6 +287,15 @@ class VLLMEngine:
         for result in pending:
             if not result.done():
                 result.set_exception(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+
+
+@contextmanager
+def _fatal(what: str) -> Iterator[None]:
+    """After an error in here nobody knows the state of the engine, so it ends, and its replica is replaced."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineDeadError(f"{what} failed: {error}") from error
 
 
 def _ray_stat_logger() -> Any:

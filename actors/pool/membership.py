@@ -59,6 +59,7 @@ class Membership:
         self._lives: set[asyncio.Task[None]] = set()
         self._last_number = 0
         self._deaths = Deaths()
+        self._may_start = True
         self._short_since: float | None = time.monotonic()  # since then fewer than `min` are ready
         self._was_complete = False  # `min` replicas were ready at some time
         self._leaving_nodes: Mapping[str, float] = {}
@@ -187,6 +188,15 @@ class Membership:
             limit = f"{self._startup_timeout_s:g} s (ray.startup_timeout_s)"
             self.lose(replica, RoleError(f"{replica.name} did not start within {limit}"))
 
+    async def hold_starts(self) -> None:
+        """No replica is created until `allow_starts`. Returns when none is starting any more."""
+        self._may_start = False
+        while any(replica.state == "starting" for replica in self._replicas.values()):
+            await asyncio.sleep(TICK_S)
+
+    def allow_starts(self) -> None:
+        self._may_start = True
+
     def _adjust_size(self) -> None:
         staying = [replica for replica in self._replicas.values() if not replica.ended]
         # Dismiss first the replicas that are not ready yet, then the least loaded, then the newest.
@@ -196,7 +206,7 @@ class Membership:
         pending = sum(replica.state == "pending" for replica in staying)
         # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
         recorded = all(replica.state != "dead" for replica in self._replicas.values())
-        if recorded and time.monotonic() >= self._deaths.wait_until:
+        if recorded and self._may_start and time.monotonic() >= self._deaths.wait_until:
             for _ in range(min(self.target - len(staying), MAX_PENDING - pending)):
                 self._create()
 

@@ -13,6 +13,7 @@ from actors.pool.host import Host
 from actors.pool.membership import TICK_S, CatchUp, HandOver, Membership, OnEvent
 from actors.pool.replica import Replica
 from actors.pool.routing import Router
+from actors.pool.time_limits import TimeLimits
 from common.config.base import Replicated
 from common.errors import GivenUpError, RoleError, RolloutLostError
 from common.metrics import meters
@@ -50,6 +51,7 @@ class Pool:
         self._cfg = cfg
         self._router = Router(cfg.in_flight)
         self.members = Membership(host, cfg, self._router, on_event=on_event, catch_up=catch_up, hand_over=hand_over)
+        self.limits = TimeLimits()
         self._trying_alone = asyncio.Lock()  # held by the suspect that is tried alone
 
     async def start(self, timeout_s: float) -> Self:
@@ -144,7 +146,7 @@ class Pool:
         """One replica's answer. Raises RoleError when it takes too long, RolloutLostError if a referenced argument is
         gone."""
         try:
-            async with asyncio.timeout(self._cfg.timeout_s) as limit:
+            async with self.limits.limit(self._cfg.timeout_s) as limit:
                 return await call(replica.handle)
         except self.host.lost_values as error:
             raise RolloutLostError(f"{what}: an argument of {replica.name} is lost: {error}") from error

@@ -56,10 +56,15 @@ class GeneratorPool:
         return await self.pool.host.fetch(references)
 
     async def sleep(self) -> None:
+        """Until `wake` no replica starts either: it would take the memory that the learner fills."""
+        await self.pool.members.hold_starts()
         await self.pool.each(lambda replica: self.pool.ask(replica, "sleep", lambda handle: handle.sleep.remote()))
+        self.pool.limits.stop()
 
     async def wake(self) -> None:
+        self.pool.limits.start()
         await self.pool.each(lambda replica: self.pool.ask(replica, "wake", lambda handle: handle.wake.remote()))
+        self.pool.members.allow_starts()
 
     async def load(self, weights: AsyncGenerator[PublishedBucket | Manifest, None], version: int) -> dict[str, float]:
         return await self.weights.load(weights, version)

@@ -43,9 +43,9 @@ class TrainerConfig(Placed):
     compile: MayChange[bool | None] = None
     """Compile the model's layers (torch.compile) at the first update, which then takes about 20 seconds longer. Later
     updates are faster on a GPU, those of small models most. Layers that cannot be compiled, or would then compute
-    something else, stay as they are, and RUN/log.txt says why. The services for reference and reward never compile:
-    each of their processes would wait for it, and their passes have no backward pass. Left out: true on a GPU, false on
-    the CPU, where it gains nothing."""
+    something else, stay as they are, and RUN/log.txt says why. If compiling fails in the middle of a run, set this to
+    false and continue. The services for reference and reward never compile: each of their processes would wait for it,
+    and their passes have no backward pass. Left out: true on a GPU, false on the CPU, where it gains nothing."""
     deterministic: MayChange[bool] = False
     """Use only kernels that add in a fixed order (torch's deterministic mode). On one layout of GPUs a step that is
     repeated then has the same bits. 10 % slower for 1.2B weights on an H100. An operation that has no such kernel ends

@@ -134,7 +134,7 @@ def _said(rule: Callable[..., str | None], *seen: Any) -> str | None:
     """What a rule says; nothing if numbers are so large that it cannot compute with them. It must not end the run."""
     try:
         return rule(*seen)
-    except ArithmeticError:
+    except (ArithmeticError, ValueError):  # statistics raises both
         return None
 
 

@@ -64,12 +64,13 @@ def kl_exploding(history: History, cfg: Config) -> str | None:
     if not all(kls) or change is None:
         return None
     before, now = map(median, kls)
+    span = min(KL_SPAN, len(history.newest) - len(groups[1]))
     cost = (history.typical("kl/coef", 1) or 0.0) * (now - before)
     gain = change.amount / (score_unit(history, cfg) or 1.0)
     if now < FAR_KL or now < 2 * before or gain > cost:
         return None
     return (
-        f"KL from the reference went from {before:.1f} to {now:.1f} nats per response in {KL_SPAN} steps; the penalty "
+        f"KL from the reference went from {before:.1f} to {now:.1f} nats per response in {span} steps; the penalty "
         f"rose by {cost:.2g}, the score by {gain:.2g}"
     )
 

@@ -77,8 +77,8 @@ class _CompiledForward:
         return self._plain(states, *args, **kwargs)
 
     def _run(self, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph of training also in passes without gradients. They would need a graph of their own, which
-        takes longer to compile than it saves, and whose last bits could differ from those of training."""
+        """Runs the graph of training, also in passes without gradients. A second graph for those passes would take
+        longer to compile than it saves, and its last bits could differ from those of training."""
         with_gradients = torch.is_grad_enabled()
         with torch.enable_grad():
             outputs = self._compiled(_with_gradient(states), *args, **kwargs)

@@ -99,7 +99,7 @@ def _job(run: Path | None) -> JobConfig:
 
 def _join(address: str, job: JobConfig) -> None:
     try:
-        ray.init(address=address, job_config=job, logging_level="ERROR")
+        ray.init(address=address, job_config=job, logging_level="ERROR", log_to_driver=True)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"this machine cannot join the Ray cluster at {address}: {error}; start ratchet on one of the "

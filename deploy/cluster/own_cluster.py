@@ -163,6 +163,7 @@ def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
             include_dashboard=cfg.dashboard,
             object_store_memory=store_mib * MIB,
             logging_level="ERROR",
+            log_to_driver=True,
             _temp_dir=str(directory / _RAY),  # Ray makes it readable to all; its parent stays closed
         )
     except (OSError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:

@@ -29,7 +29,7 @@ def run_report(directory: Path, to: Path | None = None) -> Path:
     """Writes the page and prints its path on the last line."""
     target = to or directory / NAME
     started = time.perf_counter()
-    run, blocks = RunFiles.read(directory), {}
+    run = RunFiles.read(directory)
     blocks = page_blocks(run)
     text = render(f"{directory.resolve().name} · Ratchet", blocks)
     try:

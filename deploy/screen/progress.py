@@ -107,7 +107,7 @@ class Progress(Screen):
             await asyncio.sleep(min(after_s, max(0.01, after_s - silent_s)))
 
     def answered(self, done: int, total: int) -> None:
-        """So many of the prompts of a held-out evaluation are answered and scored."""
+        """This many prompts of a held-out evaluation are answered and scored."""
         self.bars.show(_EVALUATION, done, total)
 
     def evaluation(self, evaluation: Evaluation, events: Sequence[Event] = ()) -> None:

@@ -71,7 +71,7 @@ class NewRows:
 
 
 def samples(directory: Path, step: int, count: int) -> list[tuple[Any, ...]]:
-    """The first rollouts of a step in the journal, as values of SAMPLE_COLUMNS. None if it has no such step."""
+    """The first rollouts of a step in the journal, as values of SAMPLE_COLUMNS. Empty if it has no such step."""
     path = directory / f"journal/step-{step:06d}.arrow"
     if not path.exists():
         return []

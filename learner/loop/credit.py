@@ -50,13 +50,16 @@ class CreditFiles:
         restored from an older copy."""
         for path in sorted(self.directory.glob("step-*.parquet")):
             if _NAME.fullmatch(path.name) and not path.is_symlink() and (fault := self._fault(path)):
-                self._report(set_aside(self._run, path, fault))
+                try:
+                    self._report(set_aside(self._run, path, fault))
+                except OSError as error:
+                    self._report(f"{path} ({fault}) could not be set aside ({error}); remove it")
 
     def write(self, entry: JournalStep, derived: pa.Table) -> None:
         """Writes the file of a step. If the disk refuses it, reports that once, and the run continues without it."""
         try:
             write_credit(self.directory, entry, derived, journal=self._journal.digest(entry.step + 1))
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             if not self._failing:
                 self._report(
                     f"{credit_path(self.directory, entry.step)} could not be written ({error}); the run continues, and "
@@ -76,7 +79,7 @@ class CreditFiles:
         step = int(path.stem.removeprefix("step-"))
         try:
             about = read_about(path)
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             return f"it is no file of token values ({type(error).__name__}: {error})"
         if step >= self._journal.next_step or about.get("journal") != self._journal.digest(step + 1):
             return "it was derived from another journal"
@@ -90,7 +93,8 @@ def credit_path(directory: Path, step: int) -> Path:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The metadata of a file. Raises OSError, ArrowException, KeyError or ValueError if it is none of this layout."""
+    """The metadata of a file. Raises OSError, ArrowException, KeyError, TypeError or ValueError if it is none of this
+    layout."""
     about = json.loads(pq.read_metadata(path).metadata[b"ratchet"])
     if not isinstance(about, dict) or about.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"its layout is not {SCHEMA_VERSION}")

@@ -32,7 +32,6 @@ from learner.ppo.objective import objective
 from learner.ppo.policy import PolicyWithCritic
 from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
-from learner.ranks.checkpoint import load_network
 from learner.ranks.device import trainer_device
 from learner.ranks.rows import minibatches, sequence_costs
 from learner.ranks.trainer import Trainer, read_together
@@ -52,7 +51,7 @@ class Learner(Trainer):
         # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
         held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")
         network = PolicyWithCritic.load(directory, cfg.learner, held_on, has_critic=cfg.ppo.has_critic, seed=cfg.seed)
-        super().__init__(network, cfg, num_steps=cfg.num_steps, device=device)
+        super().__init__(network, cfg, num_steps=cfg.num_steps, device=device, borrows=cfg.lent_share > 0)
         self._size = model_size(directory)
         self.score_moments = RunningMoments()
         self.kl_controller = kl_controller(cfg.kl)
@@ -114,8 +113,7 @@ class Learner(Trainer):
             metrics.add(key, value)
         self._credit = Credit(fixed, derivation, old_entropy, newest, cfg.ppo)
         self.step += 1
-        if cfg.lent_share:
-            torch.cuda.empty_cache()  # an engine on this GPU takes its memory back; torch would keep what it has freed
+        self.return_memory()
         return metrics.result()
 
     def credit(self) -> pa.Table | None:
@@ -141,12 +139,6 @@ class Learner(Trainer):
         if self._ranks.rank > 0:
             deque(tensors, maxlen=0)
         yield from publication(buckets(tensors, self.policy_version), base)
-
-    def restore_policy(self, directory: Path) -> int:
-        """Restores the network of a checkpoint without the optimizer, in a learner of one rank that will not train.
-        Returns the updates it has done."""
-        self.step = load_network(directory, self.network)["step"]
-        return self.step
 
     def save_policy(self, directory: Path, *, adapter: Path | None = None, card: str | None = None) -> None:
         """Writes the policy as a Hugging Face directory, with LoRA's adapters merged, and `card` as its README.md. The

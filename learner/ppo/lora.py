@@ -63,8 +63,8 @@ def merged(model: PreTrainedModel) -> Iterator[NamedTensor]:
 
 
 def _merged(parameter: nn.Parameter, layer: Adapted | None) -> Tensor:
-    """The parameter in full. If its layer has an adapter, float32 with the adapter added; else it is gathered in the
-    type in which policies are published and saved, half of float32's bytes."""
+    """The parameter in full. If its layer has an adapter: in float32, with the adapter added. Otherwise it is gathered
+    in bfloat16, the type that is published and saved: half the bytes."""
     return whole(parameter, torch.bfloat16) if layer is None else whole(parameter).float() + _delta(layer)
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from common.credit_table import CREDIT_SCHEMA
+from common.credit_table import CREDIT_SCHEMA, NULL_COLUMNS, NULL_ROWS
 from learner.proof.chain import Step, Violation
 
 RULE = "credit"
@@ -41,12 +41,16 @@ class Credit:
 
     def _check(self, path: Path, step: Step) -> None:
         table = _read(path, step)
-        for name in CREDIT_SCHEMA.names[1:]:
-            lengths = pc.list_value_length(step.table["response_ids"])
-            if not pc.all(pc.equal(pc.list_value_length(table[name]), lengths), min_count=0).as_py():
-                raise Violation(RULE, f"{path}: {name} has another length than the response")
         if table["sample_id"].to_pylist() != step.sample_ids:
             raise Violation(RULE, f"{path} has other rollouts than its journal file, or another order")
+        lengths = pc.list_value_length(step.table["response_ids"])
+        for name in CREDIT_SCHEMA.names[1:]:
+            if not pc.all(pc.equal(pc.list_value_length(table[name]), lengths), min_count=0).as_py():
+                raise Violation(RULE, f"{path}: {name} has another length than the response")
+            absent = table[name].null_count
+            may_lack = {0, len(table)} if name in NULL_COLUMNS else {0}
+            if absent not in may_lack and name not in NULL_ROWS:
+                raise Violation(RULE, f"{path}: {name} is missing in {absent} of {len(table)} rollouts")
         ours, theirs = (
             _flat(side, name) for side, name in ((table, "policy_version"), (step.table, "policy_versions"))
         )

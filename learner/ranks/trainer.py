@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
-from learner.ranks.checkpoint import load_checkpoint, save_checkpoint
+from learner.ranks.checkpoint import load_checkpoint, load_network, save_checkpoint
 from learner.ranks.distributed import Ranks, clip_gradients, shard
 from learner.ranks.optimizer import learning_rate_scale, make_optimizer, reconfigure, set_learning_rate
 from learner.ranks.rendezvous import open_rendezvous
@@ -34,8 +34,16 @@ class Trainer(ABC):
     cfg: Config | RewardTrainingConfig
 
     def __init__(
-        self, network: nn.Module, cfg: Config | RewardTrainingConfig, *, num_steps: int, device: torch.device
+        self,
+        network: nn.Module,
+        cfg: Config | RewardTrainingConfig,
+        *,
+        num_steps: int,
+        device: torch.device,
+        borrows: bool = False,
     ) -> None:
+        """`borrows`: an engine lends its GPU memory to this rank during each update."""
+        self._borrows = borrows
         self.network, self.cfg, self.num_steps, self.device = network, cfg, num_steps, device
         self.step = 0  # updates done
         self._ranks = Ranks()
@@ -90,9 +98,17 @@ class Trainer(ABC):
 
     def restore(self, directory: Path) -> int:
         """Restores a checkpoint that any number of ranks wrote. Returns the updates it has done."""
+        self.return_memory()  # of an update that failed
         numbers = load_checkpoint(directory, self.network, self.optimizer)
+        self.return_memory()
         self.step = numbers["step"]
         self.restore_numbers(numbers)
+        return self.step
+
+    def restore_network(self, directory: Path) -> int:
+        """Restores the network of a checkpoint without the optimizer, in a group of one rank that will not train.
+        Returns the updates it has done."""
+        self.step = load_network(directory, self.network)["step"]
         return self.step
 
     def reconfigure(self, cfg: Any) -> None:
@@ -102,8 +118,16 @@ class Trainer(ABC):
 
     def skip(self) -> int:
         """Counts a step in which nothing is learned. Returns the updates done, such steps included."""
+        self.return_memory()
         self.step += 1
         return self.step
+
+    def return_memory(self) -> None:
+        """Returns borrowed memory to the GPU, once it is free. torch would keep it for later, and the engine that lent
+        it could not wake."""
+        if self._borrows:
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
 
     # One update: set the rate, then for each minibatch forward and backward, then step.
 

@@ -33,7 +33,7 @@ class SlowEngine:
         self.begun: list[int] = []
         self.version = self.staged = 0
         self.max_tokens = max_tokens
-        self.leaving = False
+        self.leaving = self.asleep = False
         self.stages: list[int] = []
 
     async def generate(
@@ -46,7 +46,8 @@ class SlowEngine:
         tokens: list[int] = []
         while num_begun + len(tokens) < self.max_tokens and not self.leaving:
             await asyncio.sleep(0.01)
-            tokens.append(self.version)
+            if not self.asleep:
+                tokens.append(self.version)
         numbers = np.arange(num_begun, num_begun + len(tokens), dtype=np.float32)
         ids = np.array(tokens, dtype=np.int32)
         return Completion(ids, -numbers, ids, HANDED_OVER if self.leaving else "length")
@@ -59,9 +60,15 @@ class SlowEngine:
         self.staged = bucket.version
 
     async def swap(self, version: int) -> float:
-        assert self.staged == version
+        assert (self.staged, self.asleep) == (version, False)
         self.version = version
         return 0.0
+
+    async def sleep(self) -> None:
+        self.asleep = True
+
+    async def wake(self) -> None:
+        self.asleep = False
 
 
 async def generators(max_tokens: int = 40, room: int = 1 << 30, **settings) -> tuple[Started, GeneratorPool]:
@@ -98,6 +105,35 @@ def test_another_generator_continues_the_responses_of_one_that_leaves():
         assert any(set(rollout.policy_versions) == {0, 1} for rollout in rollouts)
         engines = [handle.role._engine for handle in it.host.handles]
         assert sum(begun > 0 for engine in engines for begun in engine.begun) == 2  # continued, not started again
+
+    run(scenario)
+
+
+def test_a_call_that_waits_for_a_sleeping_engine_does_not_run_out_of_time():
+    async def scenario():
+        _, service = await generators(min=1, timeout_s=0.6)
+        call = asyncio.create_task(service.generate(make_prompt(0)))
+        await asyncio.sleep(0.02)
+        await service.sleep()
+        late = asyncio.create_task(service.generate(make_prompt(1)))
+        await asyncio.sleep(1.0)  # longer than the limit
+        assert [each.done() for each in (call, late)] == [False, False]
+        await service.wake()
+        assert [(await each).num_tokens > 0 for each in (call, late)] == [True, True]
+
+    run(scenario)
+
+
+def test_no_replica_starts_while_the_others_sleep():
+    async def scenario():
+        it, service = await generators(min=2, probe_timeout_s=0.1)
+        await service.sleep()
+        it.host.alive("Generator(0)").silent = True
+        await until(lambda: it.told("died") == ["Generator(0)"])
+        await asyncio.sleep(1.2)  # more than two looks at the pool's size
+        assert it.told("joined") == ["Generator(0)", "Generator(1)"]
+        await service.wake()
+        await until(lambda: it.told("joined") == ["Generator(0)", "Generator(1)", "Generator(0)"])
 
     run(scenario)
 

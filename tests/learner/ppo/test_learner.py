@@ -394,7 +394,7 @@ def test_a_learner_without_a_critic_publishes_and_exports_its_policy(model, tmp_
     learner.update(two_to_a_prompt(0))
     save_checkpoint_of(learner, tmp_path / "step-000001")
     exported = without_critic(model, "returns", lora)
-    assert exported.restore_policy(tmp_path / "step-000001") == 1
+    assert exported.restore_network(tmp_path / "step-000001") == 1
     exported.save_policy(tmp_path / "policy")
     loaded = dict(LlamaForCausalLM.from_pretrained(tmp_path / "policy").named_parameters())
     published = dict(learner.network.policy_tensors())
@@ -413,6 +413,9 @@ def test_a_learner_gives_the_memory_that_an_engine_lent_back(model, monkeypatch,
     learner.update(batch(1))
     assert shares == [pytest.approx(share)]
     assert len(emptied) == given_back
+    emptied.clear()
+    learner.skip()  # after a batch that it could not take
+    assert len(emptied) == given_back // 2
 
 
 def test_the_first_pass_over_a_batch_has_ratio_one(model):

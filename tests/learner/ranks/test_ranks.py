@@ -330,7 +330,7 @@ def test_the_order_of_the_rollouts_does_not_change_the_gradient(runs):
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_one_process_exports_a_checkpoint_of_two_ranks(runs, model, tmp_path, name):
     alone = new_learner(model, name)
-    alone.restore_policy(runs[0] / "two" / name / "checkpoint")
+    alone.restore_network(runs[0] / "two" / name / "checkpoint")
     alone.save_policy(tmp_path / "policy")
     found, expected = (load_file(path / "policy/model.safetensors") for path in (tmp_path, runs[0] / "one" / name))
     assert found.keys() == expected.keys()
