@@ -385,6 +385,16 @@ DERIVED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: forge_credit(run, 2, lambda table, about: replace_column(table, "kl", [[0.0]] * len(table))),
         "credit: .*step-000002.parquet: kl has another length",
     ),
+    "credit of fewer rollouts": (
+        lambda run: forge_credit(run, 2, lambda table, about: table.slice(1)),
+        "credit: .*step-000002.parquet has other rollouts",
+    ),
+    "credit without a value": (
+        lambda run: forge_credit(
+            run, 2, lambda table, about: replace_column(table, "kl", [None, *table["kl"].to_pylist()[1:]])
+        ),
+        "credit: .*step-000002.parquet: kl is missing in 1 of ",
+    ),
     "credit with other log-probabilities": (
         lambda run: forge_credit(
             run, 2, lambda table, about: replace_column(table, "rollout_logprobs", zeros(table, "rollout_logprobs"))
