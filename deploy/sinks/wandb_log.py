@@ -19,7 +19,7 @@ _ENDS = (1, 4)  # kinds of fragments that end a record: a whole one, the last on
 
 def last_row(directory: Path, run_id: str) -> int:
     """The highest number of a row in the logs of all starts of this W&B run; -1 if they have none."""
-    steps = (step for path in directory.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb") for step in _steps(path))
+    steps = (step for path in directory.glob(f"wandb/*run-*/run-{run_id}.wandb") for step in _steps(path))
     return max(steps, default=-1)
 
 
