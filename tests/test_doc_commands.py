@@ -92,7 +92,7 @@ LINES = command_lines()
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def project_copy(tmp_path, monkeypatch):
     """A directory with what the pages name: configs, a task, and runs that can be continued."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -129,7 +129,7 @@ def done(monkeypatch):
 @pytest.mark.parametrize(
     "line", [line for line in LINES if line.text.startswith("ratchet ")], ids=lambda line: line.text
 )
-def test_the_command_line_accepts_every_documented_command(line, workplace, done, monkeypatch, capsys):
+def test_the_command_line_accepts_every_documented_command(line, project_copy, done, monkeypatch, capsys):
     arguments = shlex.split(line.text)
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
