@@ -1,4 +1,4 @@
-"""The table of what an update derived for each token: one row for each rollout of the batch. Runs anywhere.
+"""The credit table: numbers that an update derived for each token, one row for each rollout. Runs anywhere.
 
 docs/credit.md says what each column is. RUN/credit/step-000123.parquet holds the table of step 123.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+SCHEMA_VERSION = 1  # layout of the files in RUN/credit
 FLOATS = pa.list_(pa.float32())
 # The columns that a learner computes. A list has one item for each token of the response; a column is null in runs that
 # have no such quantity.

@@ -1,7 +1,7 @@
-"""What a run keeps in Ray's object store, and the size of a store that is started for it. Pure arithmetic.
+"""The contents of a run's object store, and the size of a store that is started for it. Pure arithmetic.
 
 Runs in the driver. Published weights, rollouts and batches are in the object store of their node, which is shared
-memory. Ray moves what finds no room there to a disk, and the run becomes slow without a message.
+memory. Ray moves objects that find no room there to a disk, and the run becomes slow without a message.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What goes wrong in a run, found by rules over its metrics. Runs anywhere."""
+"""Rules over the metrics of a run that find what goes wrong in it. Runs anywhere."""

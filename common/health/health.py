@@ -131,7 +131,7 @@ class Health:
 
 
 def _said(rule: Callable[..., str | None], *seen: Any) -> str | None:
-    """What a rule says; nothing if numbers are so large that it cannot compute with them. It must not end the run."""
+    """The message of a rule, or None. A rule that cannot compute with very large numbers must not end the run."""
     try:
         return rule(*seen)
     except (ArithmeticError, ValueError):  # statistics raises both
@@ -139,6 +139,6 @@ def _said(rule: Callable[..., str | None], *seen: Any) -> str | None:
 
 
 def names(events: Iterable[Event]) -> dict[str, Any]:
-    """What a record says about its events: the names of their rules under `health`, and nothing without any."""
+    """The part of a record that names the rules of its events, under `health`. Empty without events."""
     found = [event.rule for event in events]
     return {"health": found} if found else {}

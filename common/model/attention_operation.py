@@ -42,6 +42,7 @@ class _Recomputed(torch.autograd.Function):
         return *(rows.transpose(0, 1) for rows in heads), d_sinks, None, None
 
 
+# torch reads the schema of an operation from its signature, so both operations list all arguments.
 @torch.library.custom_op("ratchet::attention", mutates_args=())
 def _attention(
     query: Tensor,

@@ -12,10 +12,10 @@ CPU = torch.device("cpu")
 
 
 class Lengths:
-    """What attention needs to know of a packed row. Layers pass it on to their attention unchanged.
+    """The lengths of the sequences in a packed row. Layers pass this object on to their attention unchanged.
 
-    It is an object, not a list: torch.compile would make one graph for each list of numbers. Of an object it reads only
-    the attributes that it meets, and `longest` may change without a new graph.
+    It is an object, not a list: torch.compile would make one graph for each list of numbers. It reads only those
+    attributes of an object that the layer uses, and `longest` may change without a new graph.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device = CPU) -> None:

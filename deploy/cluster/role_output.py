@@ -1,4 +1,4 @@
-"""What the processes of the roles print, on every node, line by line. Runs in the driver.
+"""The output of the roles' processes on every node, line by line. Runs in the driver.
 
 Ray's log monitors read the output of each process and publish it. With `log_to_driver` Ray prints it on the terminal;
 deploy/cluster/connection.py turns this off, and the lines come here.
@@ -39,7 +39,7 @@ def role_output_to(write: Callable[[str, str], None]) -> Iterator[None]:
     dispatcher.add_handler(handler, took)
     try:
         yield
-    except Exception:
+    except Exception:  # any error: the traceback of a process that died may still be on its way
         until = time.monotonic() + MOST_S
         while time.monotonic() < min(until, max(newest, until - MOST_S) + QUIET_S):
             time.sleep(0.05)

@@ -94,7 +94,7 @@ def write_monitoring(directory: Path, prometheus: str) -> None:
 
 
 def next_commands(directory: Path, prometheus: str) -> str:
-    """What to call with the files, as text for the screen."""
+    """The commands that use the files, as text for the screen."""
     place = quote(str(directory.absolute()))
     return (
         f"Prometheus: prometheus --config.file={place}/prometheus.yml --storage.tsdb.path={place}/data "

@@ -1,8 +1,8 @@
 """RUN/credit: what each update derived for each token, one Parquet file for each step. Runs in the driver.
 
-`ratchet replay --credit` writes the same files in its rank 0. They are derived: they may be deleted, and no fault of
-theirs stops a run. common/credit_table.py has the columns. The file's metadata holds, under the key `ratchet`, a JSON
-object:
+`ratchet replay --credit` writes the same files in its rank 0. They are derived: they may be deleted, and a file that is
+damaged or cannot be written stops no run. common/credit_table.py has the columns. The file's metadata holds, under the
+key `ratchet`, a JSON object:
 
     schema   version of this layout
     step     number of the step, from 0
@@ -22,12 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.credit_table import CREDIT_SCHEMA, FLOATS
+from common.credit_table import CREDIT_SCHEMA, FLOATS, SCHEMA_VERSION
 from common.files import replaced_file
 from learner.loop.journal import Journal, JournalStep
 from learner.loop.set_aside import set_aside
 
-SCHEMA_VERSION = 1
 # Bits of a float's mantissa that are kept: an error of at most 1 in 2,048. The others are noise that no compression
 # makes smaller: with all 23 bits a file would be almost twice as large.
 KEPT_BITS = 10

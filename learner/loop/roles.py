@@ -66,8 +66,8 @@ class LearnerGroup(Protocol):
         what they lead to, are not finite: the state is then no step's, and must be restored."""
 
     async def credit(self) -> pa.Table:
-        """What the update that has just ended derived for each token: a table of `DERIVED_SCHEMA`. At most once for
-        each update."""
+        """The numbers that the newest update derived for each token: a table of `DERIVED_SCHEMA`. At most once for each
+        update."""
 
     async def skip(self) -> None:
         """Counts a step in which nothing is learned: nothing but `step` changes."""

@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from common.credit_table import CREDIT_SCHEMA, NULL_COLUMNS, NULL_ROWS
+from common.credit_table import CREDIT_SCHEMA, NULL_COLUMNS, NULL_ROWS, SCHEMA_VERSION
 from learner.proof.chain import Step, Violation
 
 RULE = "credit"
-SCHEMA_VERSION = 1
 ROUNDING = 2.0**-11  # relative
 _NAME = re.compile(r"step-(\d{6,})\.parquet")
 

@@ -1,4 +1,4 @@
-"""What do the values of each token cost? RUN/credit against the update and the journal file of the same step.
+"""The cost of RUN/credit: time and bytes, relative to the update and to the journal file of the same step.
 
 credit_vs_update: seconds in which a step's file is gathered and written, over those of the update before it. A step
 also generates, scores and publishes, so the share of a whole step is smaller.
