@@ -1,8 +1,9 @@
-"""Settings of `ratchet train` and `ratchet evaluate`: the tree `Config`, its sections, and the rules across fields.
+"""Settings of `ratchet train` and `ratchet evaluate`: the tree `Config` and its sections.
 
 Runs anywhere. Each field has a bound in its type, and a sentence with its meaning, its unit and the effect of a change;
-`ratchet config --describe` prints them. common/config/loading.py loads the tree from TOML, and
-common/config/reward_model.py has the trees of the commands that make reward models.
+`ratchet config --describe` prints them. common/config/ppo_rules.py has the rules across fields.
+common/config/loading.py loads the tree from TOML, and common/config/reward_model.py has the trees of the commands that
+make reward models.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from common.config.actors import (
     ReferenceConfig,
     RewardConfig,
     SamplingConfig,
-    broken_sampling_rules,
 )
 from common.config.base import (
     LoggingConfig,
@@ -32,8 +32,9 @@ from common.config.base import (
     Root,
     Section,
 )
-from common.config.sources import SourceConfig, broken_source_rules
-from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig, broken_trainer_rules
+from common.config.ppo_rules import broken_rules
+from common.config.sources import SourceConfig
+from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig
 from common.memory import BYTES_PER_TOKEN
 
 
@@ -230,10 +231,10 @@ class Config(Root):
     @property
     def lent_share(self) -> float:
         """The share of its GPU that an engine lends to the learner during each update; 0 if engines stay awake."""
-        return self.generators.gpus if self._may_sleep and self.generators.sleep is not False else 0.0
+        return self.generators.gpus if self.may_sleep and self.generators.sleep is not False else 0.0
 
     @property
-    def _may_sleep(self) -> bool:
+    def may_sleep(self) -> bool:
         """True if nothing is generated during an update, and the learner has a share of an engine's GPU."""
         learner, engine = self.learner.gpus, self.generators.gpus
         share_one_gpu = self.learner.ranks == 1 and min(learner, engine) > 0 and learner + engine <= 1
@@ -245,103 +246,4 @@ class Config(Root):
         return self.prompts.rollouts_per_prompt if self.ppo.advantages == "group" else 1
 
     def _broken_rules(self) -> Iterator[str]:
-        yield from _broken_batch_rules(self)
-        yield from broken_sampling_rules(self.sampling)
-        yield from _broken_schedule_rules(self)
-        yield from _broken_kl_rules(self)
-        yield from _broken_length_and_staleness_rules(self)
-        if self.generators.sleep and not self._may_sleep:
-            yield _sleep_rule(self)
-        rows = self.rollouts_per_step // self.ppo.minibatches
-        yield from broken_trainer_rules(self.learner, rows, "rollouts_per_step / ppo.minibatches")
-        yield from broken_source_rules("reward.sources", self.reward.sources, others=self.evaluation.judges)
-        yield from _broken_evaluation_rules(self)
-
-
-def _broken_batch_rules(cfg: Config) -> Iterator[str]:
-    batch = cfg.rollouts_per_step
-    for key, parts in (
-        ("ppo.minibatches", cfg.ppo.minibatches),
-        ("prompts.rollouts_per_prompt", cfg.prompts.rollouts_per_prompt),
-    ):
-        if batch % parts:
-            nearest = ", ".join(str(n) for n in (batch // parts * parts, batch // parts * parts + parts) if n)
-            yield f"rollouts_per_step ({batch}) must be a multiple of {key} ({parts}); nearest: {nearest}"
-    if cfg.ppo.advantages == "group" and cfg.prompts.rollouts_per_prompt < 2:
-        yield (
-            f"prompts.rollouts_per_prompt ({cfg.prompts.rollouts_per_prompt}) must be at least 2 with "
-            'ppo.advantages = "group", which compares the responses to one prompt; raise it, or use "gae" or "returns"'
-        )
-
-
-def _broken_schedule_rules(cfg: Config) -> Iterator[str]:
-    if cfg.optimizer.warmup_steps > cfg.num_steps:
-        yield (
-            f"optimizer.warmup_steps ({cfg.optimizer.warmup_steps}) must not exceed num_steps ({cfg.num_steps}); "
-            "lower the first or raise the second"
-        )
-    if cfg.learner.critic_warmup_steps >= cfg.num_steps:
-        yield (
-            f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be below num_steps "
-            f"({cfg.num_steps}), or the policy is never trained; lower the first or raise the second"
-        )
-    if cfg.learner.critic_warmup_steps and not cfg.ppo.has_critic:
-        yield (
-            f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be 0 with ppo.advantages = "
-            f'"{cfg.ppo.advantages}", which has no critic to train alone; set it to 0, or use "gae"'
-        )
-
-
-def _broken_kl_rules(cfg: Config) -> Iterator[str]:
-    if cfg.kl.controller == "adaptive" and cfg.kl.coef == 0:
-        yield (
-            'kl.coef (0) must be above 0 with kl.controller = "adaptive", which multiplies it: it would stay 0; '
-            'raise it, or set kl.controller = "fixed"'
-        )
-    if cfg.kl.controller == "adaptive" and cfg.kl.horizon < cfg.rollouts_per_step:
-        yield (
-            f"kl.horizon ({cfg.kl.horizon}) must be at least rollouts_per_step ({cfg.rollouts_per_step}), or the "
-            "controller overshoots; raise it"
-        )
-
-
-def _broken_length_and_staleness_rules(cfg: Config) -> Iterator[str]:
-    if cfg.reference.max_batch_tokens < cfg.max_sequence_tokens:
-        yield (
-            f"reference.max_batch_tokens ({cfg.reference.max_batch_tokens}) must hold the longest sequence, "
-            f"prompts.max_tokens + sampling.max_new_tokens = {cfg.max_sequence_tokens}; raise the first or lower "
-            "one of the others"
-        )
-    if cfg.max_staleness and not cfg.ppo.importance_cap:
-        yield (
-            f"ppo.importance_cap (0) must be above 0 with max_staleness ({cfg.max_staleness}): tokens that older "
-            "weights sampled need their importance weight; raise it (2 is common) or set max_staleness = 0"
-        )
-    step_mib = -(-cfg.rollouts_per_step * cfg.longest_rollout_bytes >> 20)
-    if cfg.max_staleness and cfg.buffer_mib < step_mib:
-        yield (
-            f"buffer_mib ({cfg.buffer_mib}) must hold the {cfg.rollouts_per_step} rollouts of a step at their longest, "
-            f"{step_mib} MiB, with max_staleness ({cfg.max_staleness}): without room, no rollouts of later steps start "
-            "early; raise it, or set max_staleness = 0"
-        )
-
-
-def _sleep_rule(cfg: Config) -> str:
-    return (
-        f"generators.sleep (true) needs max_staleness = 0 (it is {cfg.max_staleness}) and shares of one GPU for engine "
-        f"and learner: learner.ranks = 1 (it is {cfg.learner.ranks}), generators.gpus and learner.gpus above 0 and "
-        f"together at most 1 (they are {cfg.generators.gpus:g} and {cfg.learner.gpus:g}); change these, or leave "
-        "generators.sleep out"
-    )
-
-
-def _broken_evaluation_rules(cfg: Config) -> Iterator[str]:
-    names = [source.name for source in (*cfg.reward.sources, *cfg.evaluation.judges)]
-    source, score = cfg.evaluation.pass_source, cfg.evaluation.pass_score
-    if source is None and score != 0.5:
-        yield (
-            f"evaluation.pass_score ({score:g}) needs evaluation.pass_source: name the source or judge whose scores "
-            f"it applies to ({', '.join(names)})"
-        )
-    if source not in (None, *names):
-        yield f"evaluation.pass_source ({source}) must be one of {names}"
+        yield from broken_rules(self)

@@ -1,0 +1,120 @@
+"""The rules across fields of `Config` (common/config/ppo.py). Runs anywhere.
+
+Each message says rule, values and remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from common.config.actors import broken_sampling_rules
+from common.config.sources import broken_source_rules
+from common.config.training import broken_trainer_rules
+
+if TYPE_CHECKING:  # that file imports this one
+    from common.config.ppo import Config
+
+
+def broken_rules(cfg: Config) -> Iterator[str]:
+    """One message for each broken rule."""
+    yield from _broken_batch_rules(cfg)
+    yield from broken_sampling_rules(cfg.sampling)
+    yield from _broken_schedule_rules(cfg)
+    yield from _broken_kl_rules(cfg)
+    yield from _broken_length_and_staleness_rules(cfg)
+    if cfg.generators.sleep and not cfg.may_sleep:
+        yield _sleep_rule(cfg)
+    rows = cfg.rollouts_per_step // cfg.ppo.minibatches
+    yield from broken_trainer_rules(cfg.learner, rows, "rollouts_per_step / ppo.minibatches")
+    yield from broken_source_rules("reward.sources", cfg.reward.sources, others=cfg.evaluation.judges)
+    yield from _broken_evaluation_rules(cfg)
+
+
+def _broken_batch_rules(cfg: Config) -> Iterator[str]:
+    batch = cfg.rollouts_per_step
+    for key, parts in (
+        ("ppo.minibatches", cfg.ppo.minibatches),
+        ("prompts.rollouts_per_prompt", cfg.prompts.rollouts_per_prompt),
+    ):
+        if batch % parts:
+            nearest = ", ".join(str(n) for n in (batch // parts * parts, batch // parts * parts + parts) if n)
+            yield f"rollouts_per_step ({batch}) must be a multiple of {key} ({parts}); nearest: {nearest}"
+    if cfg.ppo.advantages == "group" and cfg.prompts.rollouts_per_prompt < 2:
+        yield (
+            f"prompts.rollouts_per_prompt ({cfg.prompts.rollouts_per_prompt}) must be at least 2 with "
+            'ppo.advantages = "group", which compares the responses to one prompt; raise it, or use "gae" or "returns"'
+        )
+
+
+def _broken_schedule_rules(cfg: Config) -> Iterator[str]:
+    if cfg.optimizer.warmup_steps > cfg.num_steps:
+        yield (
+            f"optimizer.warmup_steps ({cfg.optimizer.warmup_steps}) must not exceed num_steps ({cfg.num_steps}); "
+            "lower the first or raise the second"
+        )
+    if cfg.learner.critic_warmup_steps >= cfg.num_steps:
+        yield (
+            f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be below num_steps "
+            f"({cfg.num_steps}), or the policy is never trained; lower the first or raise the second"
+        )
+    if cfg.learner.critic_warmup_steps and not cfg.ppo.has_critic:
+        yield (
+            f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be 0 with ppo.advantages = "
+            f'"{cfg.ppo.advantages}", which has no critic to train alone; set it to 0, or use "gae"'
+        )
+
+
+def _broken_kl_rules(cfg: Config) -> Iterator[str]:
+    if cfg.kl.controller == "adaptive" and cfg.kl.coef == 0:
+        yield (
+            'kl.coef (0) must be above 0 with kl.controller = "adaptive", which multiplies it: it would stay 0; '
+            'raise it, or set kl.controller = "fixed"'
+        )
+    if cfg.kl.controller == "adaptive" and cfg.kl.horizon < cfg.rollouts_per_step:
+        yield (
+            f"kl.horizon ({cfg.kl.horizon}) must be at least rollouts_per_step ({cfg.rollouts_per_step}), or the "
+            "controller overshoots; raise it"
+        )
+
+
+def _broken_length_and_staleness_rules(cfg: Config) -> Iterator[str]:
+    if cfg.reference.max_batch_tokens < cfg.max_sequence_tokens:
+        yield (
+            f"reference.max_batch_tokens ({cfg.reference.max_batch_tokens}) must hold the longest sequence, "
+            f"prompts.max_tokens + sampling.max_new_tokens = {cfg.max_sequence_tokens}; raise the first or lower "
+            "one of the others"
+        )
+    if cfg.max_staleness and not cfg.ppo.importance_cap:
+        yield (
+            f"ppo.importance_cap (0) must be above 0 with max_staleness ({cfg.max_staleness}): tokens that older "
+            "weights sampled need their importance weight; raise it (2 is common) or set max_staleness = 0"
+        )
+    step_mib = -(-cfg.rollouts_per_step * cfg.longest_rollout_bytes >> 20)
+    if cfg.max_staleness and cfg.buffer_mib < step_mib:
+        yield (
+            f"buffer_mib ({cfg.buffer_mib}) must hold the {cfg.rollouts_per_step} rollouts of a step at their longest, "
+            f"{step_mib} MiB, with max_staleness ({cfg.max_staleness}): without room, no rollouts of later steps start "
+            "early; raise it, or set max_staleness = 0"
+        )
+
+
+def _sleep_rule(cfg: Config) -> str:
+    return (
+        f"generators.sleep (true) needs max_staleness = 0 (it is {cfg.max_staleness}) and shares of one GPU for engine "
+        f"and learner: learner.ranks = 1 (it is {cfg.learner.ranks}), generators.gpus and learner.gpus above 0 and "
+        f"together at most 1 (they are {cfg.generators.gpus:g} and {cfg.learner.gpus:g}); change these, or leave "
+        "generators.sleep out"
+    )
+
+
+def _broken_evaluation_rules(cfg: Config) -> Iterator[str]:
+    names = [source.name for source in (*cfg.reward.sources, *cfg.evaluation.judges)]
+    source, score = cfg.evaluation.pass_source, cfg.evaluation.pass_score
+    if source is None and score != 0.5:
+        yield (
+            f"evaluation.pass_score ({score:g}) needs evaluation.pass_source: name the source or judge whose scores "
+            f"it applies to ({', '.join(names)})"
+        )
+    if source not in (None, *names):
+        yield f"evaluation.pass_source ({source}) must be one of {names}"
