@@ -192,10 +192,15 @@ def save_policy(tensors: Mapping[str, Tensor], base: Path, target: Path, *, card
             # Copied, not saved by transformers, which refuses to write some configs that it can read.
             shutil.copyfile(base / "generation_config.json", staging / "generation_config.json")
         load_tokenizer(base).save_pretrained(staging)
-        for code in base.glob("*.py") if trusted(base) else ():
-            shutil.copyfile(code, staging / code.name)
+        copy_code(base, staging)
         if card is not None:
             (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def copy_code(base: Path, target: Path) -> None:
+    """Copies the Python code of a model that may run code from its directory."""
+    for code in base.glob("*.py") if trusted(base) else ():
+        shutil.copyfile(code, target / code.name)
 
 
 def write_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:

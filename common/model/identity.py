@@ -5,19 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 # Weights, config, tokenizer, and code that trust_remote_code allows. A README may change.
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+_TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "chat_template")
 # Keys of config.json and generation_config.json that only say who wrote the file.
 _WRITER = ("transformers_version", "_name_or_path")
 
 
 def model_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of the model's files. Each file is read once in this process."""
-    paths = sorted(path for path in directory.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    return _digest(path for path in directory.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """The same over the files of the model's tokenizer alone."""
+    return _digest(path for path in directory.iterdir() if path.name.startswith(_TOKENIZER) and path.is_file())
+
+
+def _digest(files: Iterable[Path]) -> str:
+    paths = sorted(files)
     # Hashing releases Python's lock, so several large files are read at once.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         digests = list(threads.map(_file_digest, paths))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
 from common.model.recomputed_layers import checkpoint_activations
 from common.model.saved_weights import as_saved
+from learner.critic.files import HEAD, load_body, load_head
 from learner.ppo import lora
 from learner.ranks.distributed import whole
 
@@ -47,15 +49,27 @@ class PolicyWithCritic(nn.Module):
 
     @classmethod
     def load(
-        cls, directory: Path, cfg: LearnerConfig, device: torch.device, *, has_critic: bool, seed: int
+        cls,
+        directory: Path,
+        cfg: LearnerConfig,
+        device: torch.device,
+        *,
+        has_critic: bool,
+        seed: int,
+        critic: Path | None = None,
     ) -> PolicyWithCritic:
-        """In float32; with LoRA the frozen weights are in the precision of the forward pass."""
+        """In float32; with LoRA the frozen weights are in the precision of the forward pass. `critic`: the directory of
+        a trained critic (learner/critic/files.py), which takes the place of the fresh one."""
         frozen_bf16 = cfg.lora is not None and cfg.precision == "bf16"
         dtype = torch.bfloat16 if frozen_bf16 else torch.float32
         policy = load_policy(directory, dtype=dtype, device=device, install=install)
         critic_body = None
         if has_critic and cfg.critic == "separate":
-            critic_body = load_policy(directory, dtype=dtype, device=device, install=install).base_model
+            if critic is None:
+                critic_body = load_policy(directory, dtype=dtype, device=device, install=install).base_model
+            else:
+                critic_body = load_body(critic, type(policy.base_model), dtype=dtype, device=device)
+                install(critic_body)
         for model in filter(None, (policy, critic_body)):
             if cfg.lora is not None:
                 lora.add(model, cfg.lora, seed=seed)
@@ -63,7 +77,10 @@ class PolicyWithCritic(nn.Module):
                 checkpoint_activations(model)
             if cfg.compiles:
                 compile_layers(model)
-        return cls(policy, critic_body, has_critic=has_critic)
+        network = cls(policy, critic_body, has_critic=has_critic)
+        if network.value_head is not None and critic is not None:
+            load_head(critic, network.value_head)
+        return network
 
     def forward(
         self, sequences: Sequences, *, temperature: float, reference: bool = False
@@ -105,6 +122,17 @@ class PolicyWithCritic(nn.Module):
         through them together.
         """
         return as_saved(self.policy, lora.merged(self.policy))
+
+    def critic_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The value head and, of a separate critic, its network, in float32 with LoRA's adapters merged: the tensors of
+        `learner.critic.files.save_critic`. Gathered as above; none without a critic."""
+        for name, parameter in () if self.value_head is None else self.value_head.named_parameters():
+            yield f"{HEAD}{name}", whole(parameter)
+        if self.critic_body is not None:
+            persistent = self.critic_body.state_dict().keys()
+            buffers = ((name, buffer.detach) for name, buffer in self.critic_body.named_buffers() if name in persistent)
+            merged = lora.merged(self.critic_body, torch.float32)
+            yield from as_saved(self.critic_body, chain(merged, buffers))
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's LoRA adapters, gathered as above; none without LoRA."""

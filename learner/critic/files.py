@@ -1,0 +1,159 @@
+"""A trained critic on disk: weights, and a record of their training. Runs in the driver and in every rank.
+
+    value_head.safetensors   the value head, float32
+    critic.json              the record: `TrainedCritic`, and the SHA-256 of every other file
+    model.safetensors        the network of a separate critic, float32, with config.json and a tokenizer: `AutoModel` of
+                             transformers loads it. A critic that shares the policy's trunk has none of these
+
+`ratchet train-critic` writes such a directory, and `learner.critic_path` starts a run from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common.errors import UserError
+from common.files import replaced_directory, write_json
+from common.model.attention import PACKED
+from common.model.checks import check_finite, check_loaded, read_config, reading
+from common.model.files import copy_code, load_tokenizer
+from common.model.identity import file_digest
+from common.model.remote_code import trusted
+from common.model.rotary import use_own_lengths
+from common.model.size import without_weights
+from learner.ppo.scores import RunningMoments
+
+LAYOUT = 1
+SETTING = "learner.critic_path"
+HEAD = "value_head."  # prefix of the head's tensors, next to those of the network
+_HEAD_FILE, _RECORD = "value_head.safetensors", "critic.json"
+
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True)
+class CriticBasis:
+    """What the values of a critic mean. A critic with another basis than the run's would be wrong from the start."""
+
+    kind: str  # learner.critic: "separate" or "shared"
+    model: str  # SHA-256 of the model that training started from (common.model.identity.model_digest)
+    tokenizer: str  # SHA-256 of its tokenizer (common.model.identity.tokenizer_digest)
+    reward: Mapping[str, Any]  # normalise, clip, and of each source its name, weight and digest
+    gamma: float
+    kl: Mapping[str, Any]  # coef and estimator of the penalty in the returns
+
+
+@dataclass(frozen=True)
+class TrainedCritic:
+    """The record of a trained critic."""
+
+    basis: CriticBasis
+    score_moments: RunningMoments  # that normalised the scores; a run begins with them
+    trained_on: Sequence[Mapping[str, Any]] = ()  # for each journal: directory, steps, last digest, rollouts
+    passes: Sequence[Mapping[str, Any]] = ()  # for each pass over the data: the figures of the held-out prompts
+
+
+def save_critic(target: Path, tensors: Mapping[str, Tensor], record: TrainedCritic, *, base: Path) -> None:
+    """Writes `target`. A crash leaves the old directory or the new one.
+
+    `tensors`: those of `PolicyWithCritic.critic_tensors`, which every rank has to gather; one rank calls this. `base`:
+    the model that training started from, which gives a separate critic its config and tokenizer.
+    """
+    head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
+    body = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
+    with replaced_directory(target) as staging:
+        save_file({name: tensor.float().contiguous() for name, tensor in head.items()}, staging / _HEAD_FILE)
+        if body:
+            network = without_weights(read_config(base)).base_model
+            network.config.dtype = torch.float32
+            weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in body.items()}
+            network.save_pretrained(staging, state_dict=weights, save_original_format=False)
+            load_tokenizer(base).save_pretrained(staging)
+            copy_code(base, staging)
+        files = {path.name: file_digest(path) for path in sorted(staging.iterdir()) if path.is_file()}
+        write_json(staging / _RECORD, {"layout": LAYOUT, **asdict(record), "files": files})
+
+
+def read_critic(directory: Path) -> TrainedCritic:
+    """The record of the critic in `directory`. Reads every file once. Raises UserError if there is no such critic, or
+    if a file is missing or has changed."""
+    if not (directory / _RECORD).is_file():
+        raise UserError(
+            f"{SETTING} ({directory}) has no {_RECORD}; name a directory that ratchet train-critic has written"
+        )
+    with _reading(directory):
+        tree = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+        if (layout := tree["layout"]) != LAYOUT:
+            raise ValueError(f"its {_RECORD} has layout {layout}, and this version of Ratchet reads {LAYOUT}")
+        record = _record(tree)
+        for name, digest in tree["files"].items():
+            if not (directory / name).is_file():
+                raise ValueError(f"its {name} is missing")
+            if file_digest(directory / name) != digest:
+                raise ValueError(f"its {name} is not the file that was written: its SHA-256 is another one")
+        if _HEAD_FILE not in tree["files"]:
+            raise ValueError(f"its {_RECORD} does not name {_HEAD_FILE}")
+    return record
+
+
+def _record(tree: Mapping[str, Any]) -> TrainedCritic:
+    """Raises an error for anything that `save_critic` would not write."""
+    basis, moments = CriticBasis(**tree["basis"]), RunningMoments(**tree["score_moments"])
+    if basis.kind not in ("separate", "shared"):
+        raise ValueError(f"its kind must be separate or shared, but is {basis.kind!r}")
+    numbers = [basis.gamma, *(getattr(moments, field.name) for field in fields(moments))]
+    if not all(type(number) in (int, float) and isfinite(number) for number in numbers):
+        raise ValueError("gamma or the statistics of its scores are not finite numbers")
+    return TrainedCritic(basis, moments, tree["trained_on"], tree["passes"])
+
+
+def load_body(directory: Path, kind: type[AnyModel], *, dtype: torch.dtype, device: torch.device) -> AnyModel:
+    """The network of a separate critic, in eval mode. `kind`: the class of the policy's own network, whose checks when
+    it was loaded hold for this one too. Raises UserError."""
+    with _reading(directory):
+        model, found = kind.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            output_loading_info=True,
+            trust_remote_code=trusted(directory),
+        )
+        check_loaded(found)
+        check_finite(model)
+        use_own_lengths(model)
+        return model.to(device).eval()
+
+
+@torch.no_grad()
+def load_head(directory: Path, head: torch.nn.Linear) -> None:
+    """Fills the value head. Raises UserError."""
+    with _reading(directory), safe_open(directory / _HEAD_FILE, "pt") as file:
+        for name, parameter in head.named_parameters():
+            value = file.get_tensor(name)
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"its value head has a {name} of shape {list(value.shape)}, the run's {list(parameter.shape)}"
+                )
+            parameter.copy_(value)
+        check_finite(head)
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    with reading(directory, SETTING, "start a critic"):
+        try:
+            yield
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"its {_RECORD} is damaged ({type(error).__name__}: {error}); train it again") from error
