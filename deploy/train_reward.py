@@ -140,7 +140,16 @@ async def _train(
         await group.start()
         accepted()
         return await train_reward_model(
-            RewardRun(cfg, directory, train, heldout, group, stepped, evaluated, report=progress.warn)
+            RewardRun(
+                cfg,
+                directory,
+                train,
+                heldout,
+                group,
+                on_step=stepped,
+                on_evaluation=evaluated,
+                report=progress.warn,
+            )
         )
     finally:
         group.stop()  # the services that measure the scale need its memory
