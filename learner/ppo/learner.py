@@ -3,64 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config.ppo import Config
 from common.errors import BatchError, BrokenWeightsError
 from common.metrics.step import StepMetrics
-from common.model.batches import packed_batches
-from common.model.files import resolve_model, save_policy
-from common.model.packing import Sequences
-from common.model.size import model_size
-from common.types import Rollout
-from common.weights import Bucket, Delta, Manifest, buckets, publication
-from learner.ppo import lora
 from learner.ppo.credit import Credit, NewestPass
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
 from learner.ppo.objective import objective
-from learner.ppo.policy import PolicyWithCritic
+from learner.ppo.policy_trainer import Outputs, PolicyTrainer
 from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
-from learner.ranks.device import trainer_device
-from learner.ranks.rows import minibatches, sequence_costs
-from learner.ranks.trainer import Trainer, read_together
-
-Outputs = tuple[Tensor, Tensor, Tensor | None]  # logprobs, entropy, values, [b, r] of a micro-batch
+from learner.ranks.rows import minibatches
+from learner.ranks.trainer import read_together
 
 
-class Learner(Trainer):
+class Learner(PolicyTrainer):
     """Trains the policy, and its critic if the advantages need one."""
 
-    cfg: Config
-    network: PolicyWithCritic
-
     def __init__(self, cfg: Config) -> None:
-        device = trainer_device(cfg.learner, lent=cfg.lent_share)
-        directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
-        # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
-        held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")
-        network = PolicyWithCritic.load(directory, cfg.learner, held_on, has_critic=cfg.ppo.has_critic, seed=cfg.seed)
-        super().__init__(network, cfg, num_steps=cfg.num_steps, device=device, borrows=cfg.lent_share > 0)
-        self._size = model_size(directory)
+        super().__init__(cfg)
         self.score_moments = RunningMoments()
         self.kl_controller = kl_controller(cfg.kl)
         self._credit: Credit | None = None  # of the newest update, until `credit` has returned it
-
-    @property
-    def policy_version(self) -> int:
-        """Every update publishes once."""
-        return self.step
 
     def update(self, table: pa.Table) -> dict[str, float]:
         """One PPO step. Each rank takes its share of `table`. Returns the step's metrics, the same on every rank.
@@ -124,45 +97,7 @@ class Learner(Trainer):
         table, self._credit = self._credit.table(self._ranks.sum), None
         return table if self._ranks.rank == 0 else None
 
-    def policy_logprobs(self, *rollouts: Rollout) -> list[np.ndarray]:
-        """Log-probabilities of each rollout's response, float32 [R], nats."""
-        return self._logprobs(rollouts, reference=False)
-
-    def ref_logprobs(self, *rollouts: Rollout) -> list[np.ndarray]:
-        """With LoRA: log-probabilities of each rollout's response without the adapters, float32 [R], nats."""
-        return self._logprobs(rollouts, reference=True)
-
-    def publish(self, *base: Bucket) -> Iterator[Bucket | Delta | Manifest]:
-        """The policy's weights as a `publication`, with deltas against the buckets of `base` if there are any. Ranks
-        other than 0 help to gather the tensors, and publish only an empty manifest."""
-        tensors = self.network.policy_tensors()
-        if self._ranks.rank > 0:
-            deque(tensors, maxlen=0)
-        yield from publication(buckets(tensors, self.policy_version), base)
-
-    def save_policy(self, directory: Path, *, adapter: Path | None = None, card: str | None = None) -> None:
-        """Writes the policy as a Hugging Face directory, with LoRA's adapters merged, and `card` as its README.md. The
-        adapters alone go to `adapter`, by default a directory next to the policy's."""
-        if self._ranks.rank > 0:  # only helps to gather them
-            deque(chain(self.network.policy_tensors(), self.network.adapter_tensors()), maxlen=0)
-            return
-        base = resolve_model(self.cfg.model.path)
-        tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in self.network.policy_tensors()}
-        adapters = {name: tensor.cpu() for name, tensor in self.network.adapter_tensors()}
-        save_policy(tensors, base, directory, card=card)
-        if self.cfg.learner.lora:
-            lora.save(adapters, self.cfg.learner.lora, str(base), adapter or directory.with_name("adapter"))
-
-    # The learner's part of `Trainer`
-
-    def parts(self) -> list[tuple[nn.Module, float]]:
-        return self.network.parts(self.cfg.optimizer)
-
-    def exact_modules(self) -> list[nn.Module]:
-        return [] if self.network.value_head is None else [self.network.value_head]
-
-    def dummy_batch(self) -> Sequences:
-        return Sequences.pack([np.zeros(1)], [np.zeros(1)]).to(self.device)
+    # State of its own
 
     def reconfigure(self, cfg: Config) -> None:
         before, coef = self.cfg.kl, self.kl_controller.coef
@@ -243,34 +178,9 @@ class Learner(Trainer):
     def _critic_only(self) -> bool:
         return self.step < self.cfg.learner.critic_warmup_steps
 
-    # Forward passes over chosen rows
-
-    def _forward(self, sequences: Sequences, rows: Tensor, *, reference: bool = False) -> Outputs:
-        chosen, temperature = sequences.rows(rows).to(self.device), self.cfg.sampling.temperature
-        logprobs, entropy, values = self.forward(chosen, len(rows), temperature=temperature, reference=reference)
-        return logprobs, entropy, values
-
-    def _logprobs(self, rollouts: Sequence[Rollout], *, reference: bool) -> list[np.ndarray]:
-        sequences = Sequences.pack([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
-        result = torch.zeros(sequences.response_mask.shape)
-        with torch.no_grad():
-            for rows in self._micro_batches(sequences, np.arange(len(rollouts))):
-                logprobs, _, _ = self._forward(sequences, rows, reference=reference)
-                result[rows, : logprobs.shape[1]] = logprobs.cpu()
-        self._ranks.sum(result)
-        return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]
-
     def _minibatches(self, count: int) -> Iterator[np.ndarray]:
         ppo = self.cfg.ppo
         return minibatches(count, epochs=ppo.ppo_epochs, parts=ppo.minibatches, seed=self.cfg.seed, step=self.step)
-
-    def _micro_batches(self, sequences: Sequences, rows: np.ndarray) -> list[Tensor]:
-        """This rank's share of the rows, packed under the token budget. Sorted first: a minibatch is a set, and its
-        micro-batches should not depend on its order."""
-        chosen = torch.from_numpy(np.sort(rows))
-        minibatch = sequences.rows(chosen)
-        costs, lengths = sequence_costs(minibatch, self._size), minibatch.lengths.tolist()
-        return [chosen[group] for group in self.micro_batches(costs, lengths, packed_batches)]
 
 
 def _check_finite(what: str, values: Tensor, error: type[BatchError] = BatchError) -> None:

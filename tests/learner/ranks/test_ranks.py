@@ -192,7 +192,7 @@ def outputs(learner: Learner, directory: Path) -> dict[str, Any]:
         return tensor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("learner.ppo.learner.buckets", partial(buckets, bucket_bytes=BUCKET_BYTES))
+        patch.setattr("learner.ppo.policy_trainer.buckets", partial(buckets, bucket_bytes=BUCKET_BYTES))
         patch.setattr("learner.ppo.policy.whole", counted)
         patch.setattr("learner.ppo.lora.whole", counted)
         what, peaks["publish"] = "publish", 0
