@@ -1,9 +1,9 @@
-"""Answers to callers that wait in a queue. Runs anywhere."""
+"""Answers to callers that wait in a queue, and work that waits for a task. Runs anywhere."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -18,3 +18,21 @@ def settle(requests: Sequence[tuple[Any, asyncio.Future[Result]]], outcomes: Seq
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+async def unless_failed(work: Coroutine[Any, Any, Result], producer: asyncio.Task[None]) -> Result:
+    """The result of `work`, or the producer's error if that comes first: after it, nothing would wake `work`."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        unfinished = not task.done()
+        if unfinished:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    if unfinished:
+        error = producer.exception()
+        while isinstance(error, BaseExceptionGroup):  # many rollouts may fail from one cause; the first one tells it
+            error = error.exceptions[0]
+        raise error or RuntimeError("the rollout producer ended by itself")
+    return await task

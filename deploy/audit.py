@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deploy.replay import config_for_replay, refuse_other_directories, replay_in_ranks
+from deploy.replay import config_for_replay, refuse_other_directories, refuse_unlearned, replay_in_ranks
 from deploy.run.record import RECORD, read_record
 from deploy.screen.console import Output, complain
 from learner.loop.journal import Journal
@@ -31,6 +31,7 @@ def run_audit(run: Path, *, replay: bool = False, model: str | None = None, sett
         if read_record(run).get("journal", found.digests[0]) != found.digests[0]:
             raise Violation("chain", f"{run}/journal is the journal of another run than {run}/{RECORD}")
         if replay:
+            refuse_unlearned(Journal(run / "journal"))
             found.proved.append(_replay(found, model, settings))
     except Violation as violation:
         complain(f"audit of {run} failed: {violation}")

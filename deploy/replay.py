@@ -27,7 +27,7 @@ from deploy.screen.bar import Bars
 from deploy.screen.console import Output, complain
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.loop.journal import Journal
-from learner.loop.notes import identity
+from learner.loop.notes import identity, learns
 from learner.proof.ranks import in_ranks
 from learner.proof.replay import Replay
 
@@ -52,6 +52,7 @@ def run_replay(
         raise UserError(f"--to ({to}) exists; name a new directory")
     journal = Journal(run / "journal")
     journal.verify()
+    refuse_unlearned(journal)
     steps = journal.next_step if to_step is None else to_step
     if not 0 <= steps <= journal.next_step:
         raise UserError(f"--to-step ({steps}) must be between 0 and {journal.next_step}, the steps of the journal")
@@ -85,6 +86,7 @@ def rebuild_credit(
     refuse_other_directories(run)
     journal = Journal(run / "journal")
     journal.verify()
+    refuse_unlearned(journal)
     chosen, directory = _steps(steps, journal.next_step), run / "credit" if to is None else to
     cfg = config_for_replay(run, journal, model, settings)
     start = _newest_verified(run, journal, chosen.start) if from_checkpoint else None
@@ -110,11 +112,23 @@ def _steps(text: str, num_steps: int) -> range:
 
 
 def refuse_other_directories(run: Path) -> None:
-    """Raises UserError unless the directory is that of a run of `ratchet train`."""
+    """Raises UserError unless the directory has the journal of `ratchet train`, or of `ratchet train-critic --sample`.
+    A directory without a run.json may be a copy of a run's."""
     if not os.path.exists(run / "config.toml"):
         raise UserError(f"{run} is no run directory (no config.toml); name one that ratchet train has made")
-    if (command := read_record(run).get("command", "train")) != "train":
+    command = read_record(run).get("command", "train")
+    sampled = command == "train-critic" and (run / "journal").is_dir()
+    if command != "train" and not sampled:
         raise UserError(f"{run} was made by ratchet {command}, which keeps no journal; name a run of ratchet train")
+
+
+def refuse_unlearned(journal: Journal) -> None:
+    """Raises UserError for a journal whose policy never learned."""
+    if not learns(journal.notes):
+        raise UserError(
+            f"{journal.directory} cannot be replayed: it has only responses of the starting policy (ratchet "
+            "train-critic --sample), and no policy learned from them; name a run of ratchet train"
+        )
 
 
 def config_for_replay(run: Path, journal: Journal, model: str | None, settings: Sequence[str]) -> Config:

@@ -94,4 +94,5 @@ def _about(run: RunFiles) -> dict[str, Any]:
 def _state(run: RunFiles) -> str:
     if run.running:
         return "running"
-    return "finished" if run.summary and len(run.metrics) >= run.setting("num_steps", 0) else "stopped"
+    all_steps = run.sampled or len(run.metrics) >= run.setting("num_steps", 0)
+    return "finished" if run.summary and all_steps else "stopped"

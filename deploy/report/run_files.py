@@ -34,15 +34,17 @@ class RunFiles:
     pool_events: list[dict[str, Any]]
     summary: Mapping[str, Any]
     running: bool  # a process works in the directory
+    sampled: bool  # its journal is of a policy that never learns, so no step has metrics
 
     @classmethod
     def read(cls, directory: Path) -> RunFiles:
-        """Raises UserError if this is no directory of `ratchet train`."""
+        """Raises UserError if this is no directory of `ratchet train`, nor of `ratchet train-critic --sample`."""
         if not directory.is_dir():
             raise UserError(f"{directory} is not a directory; name the directory of a run")
         record = read_record(directory)
         command = record.get("command", "train" if (directory / "journal").is_dir() else None)
-        if command != "train" or not (directory / "config.toml").is_file():
+        sampled = command == "train-critic" and (directory / "journal").is_dir()
+        if not (command == "train" or sampled) or not (directory / "config.toml").is_file():
             made = f"ratchet {command} made it" if command else "it has no run.json and no journal"
             raise UserError(f"{directory} must be the directory of a run of ratchet train, but {made}; name another")
         steps = {
@@ -54,11 +56,12 @@ class RunFiles:
             directory=directory,
             config=_config(directory / "config.toml"),
             record=record,
-            metrics=[steps[step] for step in sorted(steps)],
+            metrics=[] if sampled else [steps[step] for step in sorted(steps)],
             evaluations=[versions[version] for version in sorted(versions)],
             pool_events=_sound(directory / "pool-events.jsonl", {"time": NUMBER, "event": str}),
             summary=_json(directory / "summary.json"),
             running=is_owned(directory),
+            sampled=sampled,
         )
 
     def setting(self, path: str, default: Any = None) -> Any:

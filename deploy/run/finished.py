@@ -21,8 +21,10 @@ from learner.loop.journal import Journal
 
 
 def finished_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
-    """Raises UserError if the run cannot be continued: if it has more steps than num_steps, or if files of its journal
-    are missing."""
+    """Raises UserError if the run cannot be continued: if another command made it, if it has more steps than num_steps,
+    or if files of its journal are missing."""
+    if (command := read_record(directory).get("command", "train")) != "train":
+        raise UserError(f"{directory} was made by ratchet {command}; continue it with that command")
     journal = Journal(directory / "journal")
     steps = journal.next_step
     newest = Checkpoints(directory / "checkpoints", every=1, keep=1).newest()

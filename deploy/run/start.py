@@ -37,14 +37,18 @@ class Start:
         remember_journal(self.directory, journal.digest(0))
 
 
-def new_start(directory: Path, cfg: Config, identity: Mapping[str, str], prompts: PromptStream) -> Start:
-    """The start of a new run."""
-    begin = {
+def new_start(
+    directory: Path, cfg: Config, identity: Mapping[str, str], prompts: PromptStream, *, learns: bool = True
+) -> Start:
+    """The start of a new run. Without `learns` its journal has only responses of the starting policy."""
+    begin: dict[str, Any] = {
         "identity": identity,
         "config": cfg.model_dump(mode="json", exclude_none=True),
         "num_prompts": prompts.num_prompts,
         "versions": versions(),
     }
+    if not learns:
+        begin["learns"] = False
     return Start(directory, cfg, [("begin", begin)])
 
 
@@ -56,6 +60,7 @@ def resumed_start(
     *,
     changed: Sequence[str] = (),
     accepted: Sequence[str] = (),
+    learns: bool = True,
 ) -> Start:
     """The start of a run that continues; brings `prompts` to the end of the journal. Raises UserError if settings or
     inputs are not those of the journal, except settings that --change names and inputs that --accept names."""
@@ -63,7 +68,7 @@ def resumed_start(
     journal.verify()
     last = journal.last()
     if not journal.notes and last is None:  # it was killed before its journal began
-        return new_start(directory, cfg, identity, prompts)
+        return new_start(directory, cfg, identity, prompts, learns=learns)
     if not journal.notes:
         raise UserError(f"{journal.directory} has no beginning (note-000000-000.json); restore it from a copy")
     if read_record(directory).get("journal", journal.digest(0)) != journal.digest(0):

@@ -11,8 +11,9 @@ its kind:
     previous     SHA-256 of the journal's entry before it
 
     begin   the run begins. `identity`: digests of everything the run depends on, by name. `config`: its settings.
-            `num_prompts`: of prompts.train. `versions`: of Ratchet and its libraries. It is the first entry of the
-            journal, and only there.
+            `num_prompts`: of prompts.train. `versions`: of Ratchet and its libraries. `learns`: false if no step is
+            ever learned from (learner/loop/sampling.py); left out otherwise. It is the first entry of the journal, and
+            only there.
     void    the batch of `step` is never learned from. `reason`, and the `sample_ids` of its rollouts. The learner skips
             the step: its number grows by one, and nothing else changes.
     change  `settings` have new values from the next step on, as {key: value}.
@@ -35,6 +36,11 @@ class Note:
     kind: str
     time: float  # seconds since 1970
     fields: Mapping[str, Any]
+
+
+def learns(notes: Iterable[Note]) -> bool:
+    """False for a journal of a policy that never learns: version 0 of the weights wrote every token."""
+    return all(note.fields.get("learns", True) for note in notes if note.kind == "begin")
 
 
 def voided(notes: Iterable[Note]) -> dict[int, str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from common.config.ppo import Config
 from common.experience_table import Decode
@@ -22,6 +22,19 @@ from learner.loop.evaluation import Evaluation
 from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream
 from learner.loop.roles import Generators, LearnerGroup, Reference, Reward
+
+
+class Sampler(Protocol):
+    """The parts that turn prompts into batches of the journal: of a run, or of a policy that never learns."""
+
+    cfg: Config
+    prompts: PromptStream
+    generators: Generators
+    reward: Reward
+    reference: Reference
+    decode: Decode | None
+    newest_text: float
+    journal: Journal
 
 
 @dataclass

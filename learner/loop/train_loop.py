@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from common.errors import GivenUpError, RolloutLostError
 from common.experience_table import experience_table
+from common.futures import unless_failed
 from common.types import Experience, ExperienceRef, Prompt, RolloutRef, Void
 from learner.loop.agreement import NUM_PROMPTS, MismatchBound, check_engines
 from learner.loop.batch_metrics import batch_metrics
@@ -38,9 +39,7 @@ from learner.loop.evaluation import Evaluation
 from learner.loop.evaluations import evaluate_if_due
 from learner.loop.recovery import bring_to_end, publish, recover, with_learner, without_learner
 from learner.loop.roles import Generators
-from learner.loop.run import Run
-
-T = TypeVar("T")
+from learner.loop.run import Run, Sampler
 
 
 async def train(run: Run) -> list[Evaluation]:
@@ -65,7 +64,7 @@ async def train(run: Run) -> list[Evaluation]:
     producer = asyncio.create_task(produce(run, buffer))
     try:
         while run.learner.step < cfg.num_steps:
-            mismatch.check(await _unless_failed(train_step(run, buffer), producer))
+            mismatch.check(await unless_failed(train_step(run, buffer), producer))
             await evaluate_if_due(run, evaluations)
             await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
     except asyncio.CancelledError:
@@ -91,11 +90,7 @@ async def train_step(run: Run, buffer: RolloutBuffer) -> dict[str, float]:
     run.waited_for_batch(began)
 
     with run.phase("journal", f"step {step + 1}: the batch is written to disk"):
-        given_up = [void.sample_id for void in batch.voids if not void.asked_again]
-        run.prompts.settle([row.rollout.prompt.sample_id for row in batch.experience] + given_up)
-        run.prompts.give_back([void.sample_id for void in batch.voids if void.asked_again])
-        # On disk before anyone learns from it. In a thread, because rollouts need this one while the disk syncs.
-        table = await asyncio.to_thread(_write_down, run, batch, step, run.prompts.state())
+        table = await write_down(run, batch, policy_version=step)
 
     learning = learn(run, batch, table)
     return await (completed(learning) if run.cfg.checkpoint.on_signal else learning)
@@ -120,7 +115,7 @@ async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
     return stats
 
 
-async def produce(run: Run, buffer: RolloutBuffer) -> None:
+async def produce(run: Sampler, buffer: RolloutBuffer) -> None:
     """Keeps every slot of the buffer busy. Consumes slots and prompts. Waits for slots, which `release` and voids free,
     and for memory, which cuts free. Runs until cancelled, and fails when one of its rollouts fails."""
     async with asyncio.TaskGroup() as rollouts:
@@ -130,7 +125,7 @@ async def produce(run: Run, buffer: RolloutBuffer) -> None:
                 rollouts.create_task(_fill(run, buffer, ticket, member, run.prompts.next()))
 
 
-async def _fill(run: Run, buffer: RolloutBuffer, ticket: int, member: int, prompt: Prompt) -> None:
+async def _fill(run: Sampler, buffer: RolloutBuffer, ticket: int, member: int, prompt: Prompt) -> None:
     """Has one prompt answered, scored and measured, and puts the outcome into the buffer. Waits for the pools. A
     response whose tokens are lost with a node is written again."""
     outcome: ExperienceRef | Void | None = None
@@ -146,7 +141,7 @@ async def _fill(run: Run, buffer: RolloutBuffer, ticket: int, member: int, promp
     await buffer.put(ticket, outcome, member)
 
 
-async def _scored(run: Run, ref: RolloutRef) -> ExperienceRef | Void:
+async def _scored(run: Sampler, ref: RolloutRef) -> ExperienceRef | Void:
     """Has the response scored and measured by the reference at the same time. Waits for both pools."""
     if ref.fault:  # a replay from the journal would fail at this rollout every time
         return Void(ref.sample_id, ref.fault)
@@ -164,7 +159,7 @@ async def _scored(run: Run, ref: RolloutRef) -> ExperienceRef | Void:
     return ExperienceRef(ref, score, ref_logprobs)
 
 
-async def _ref_logprobs(run: Run, ref: RolloutRef) -> tuple[Any, bool]:
+async def _ref_logprobs(run: Sampler, ref: RolloutRef) -> tuple[Any, bool]:
     """None in the first step of a synchronous run: the policy that wrote the rollout still is the reference."""
     if run.journal.next_step == 0 and run.cfg.max_staleness == 0:
         return None, True
@@ -181,25 +176,16 @@ async def fetch(generators: Generators, rows: Sequence[ExperienceRef]) -> list[E
     return fetched
 
 
-def _write_down(run: Run, batch: Batch, step: int, prompts: dict[str, Any]) -> pa.Table:
-    table = experience_table(batch.experience, step=step, decode=run.decode)
-    run.journal.append(table, policy_version=step, prompts=prompts, voids=batch.voids)
+async def write_down(run: Sampler, batch: Batch, *, policy_version: int) -> pa.Table:
+    """Writes the batch into the journal, before anyone learns from it. Returns its table."""
+    given_up = [void.sample_id for void in batch.voids if not void.asked_again]
+    run.prompts.settle([row.rollout.prompt.sample_id for row in batch.experience] + given_up)
+    run.prompts.give_back([void.sample_id for void in batch.voids if void.asked_again])
+    # In a thread, because rollouts need this one while the disk syncs.
+    return await asyncio.to_thread(_write_down, run, batch, policy_version, run.prompts.state())
+
+
+def _write_down(run: Sampler, batch: Batch, policy_version: int, prompts: dict[str, Any]) -> pa.Table:
+    table = experience_table(batch.experience, step=run.journal.next_step, decode=run.decode)
+    run.journal.append(table, policy_version=policy_version, prompts=prompts, voids=batch.voids)
     return table
-
-
-async def _unless_failed(work: Coroutine[Any, Any, T], producer: asyncio.Task[None]) -> T:
-    """The result of `work`, or the producer's error if that comes first: after it, nothing would wake `work`."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        unfinished = not task.done()
-        if unfinished:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-    if unfinished:
-        error = producer.exception()
-        while isinstance(error, BaseExceptionGroup):  # many rollouts may fail from one cause; the first one tells it
-            error = error.exceptions[0]
-        raise error or RuntimeError("the rollout producer ended by itself")
-    return await task

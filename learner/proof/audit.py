@@ -35,6 +35,7 @@ class Audit:
     run: Path
     digests: list[str] = field(default_factory=list)  # of the begin note, then of each step: by policy version
     notes: list[Note] = field(default_factory=list)
+    learns: bool = True  # False: a journal of a policy that never learns, so there is nothing derived from it
     metrics: Metrics = field(init=False)
     checkpoints: Found = field(init=False)
     proved: list[Proved] = field(default_factory=list)
@@ -55,20 +56,25 @@ def audit(run: Path) -> Audit:
 
 def _audit(run: Path) -> Audit:
     found = Audit(run)
-    found.metrics = Metrics(run / "metrics.jsonl")
     entries = read_chain(run / "journal")
     begin = next(entries)
     assert isinstance(begin, Note)  # read_chain has checked it
     found.digests.append(begin.digest)
     found.notes.append(begin)
+    found.learns = begin.about.get("learns", True)
     cfg = begin.about["config"]
     prompts = cfg["prompts"]["rollouts_per_prompt"]
     samples = Samples(seed=cfg["seed"], num_prompts=begin.about["num_prompts"], rollouts_per_prompt=prompts)
-    batches = Batches(rollouts_per_step=cfg["rollouts_per_step"], max_staleness=cfg["max_staleness"])
+    batches = Batches(
+        rollouts_per_step=cfg["rollouts_per_step"], max_staleness=cfg["max_staleness"], learns=found.learns
+    )
+    found.metrics = Metrics(run / "metrics.jsonl" if found.learns else None)
     credit = Credit(run / "credit")
+    rules: list[Batches | Samples | Metrics | Credit] = [batches, samples]
+    rules += [found.metrics, credit] if found.learns else []
     for entry in entries:
         if isinstance(entry, Step):
-            for rule in (batches, samples, found.metrics, credit):
+            for rule in rules:
                 rule.take(entry)
             found.digests.append(entry.digest)
         else:
@@ -76,6 +82,15 @@ def _audit(run: Path) -> Audit:
             found.notes.append(entry)
     voided = {note.about["step"] for note in found.notes if note.kind == "void"}
     batches.finish(voided)
+    oldest = f"{sum(batches.tokens.values()):,} tokens; the oldest: {batches.oldest}"
+    if not found.learns:
+        claim = "version 0 of the policy wrote every token, and nothing was learned"
+        found.proved = [
+            _chain(found),
+            _samples(samples, voided, "in the journal once"),
+            Proved("versions", claim, oldest),
+        ]
+        return found
     found.checkpoints = check_checkpoints(run / "checkpoints", found.digests, found.notes)
     found.metrics.finish(found.num_steps, max(found.checkpoints.complete, default=0))
     credit.finish(found.num_steps)
@@ -86,7 +101,7 @@ def _audit(run: Path) -> Audit:
         Proved(
             "versions",
             f"no token was older than max_staleness ({cfg['max_staleness']}) when it was trained",
-            f"{sum(batches.tokens.values()):,} tokens; the oldest: {batches.oldest}",
+            oldest,
         ),
         _checkpoints(found.checkpoints),
         Proved(
@@ -130,11 +145,11 @@ def _chain(found: Audit) -> Proved:
     return Proved("chain", "every entry has its hash, and the hash of the entry before it", counts)
 
 
-def _samples(samples: Samples, voided: set[int]) -> Proved:
+def _samples(samples: Samples, voided: set[int], kept: str = "trained once") -> Proved:
     in_voided = sum(count for step, count in samples.in_batches.items() if step in voided)
     trained = sum(samples.in_batches.values()) - in_voided
     parts = {
-        "trained once": trained,
+        kept: trained,
         "void with a reason": samples.num_void,
         "in voided batches": in_voided,
         "outstanding": samples.num_outstanding,

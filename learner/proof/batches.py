@@ -17,8 +17,9 @@ PER_TOKEN = ("rollout_logprobs", "policy_versions", "ref_logprobs")  # one value
 class Batches:
     """Checks the rows of the batches, and the versions of the weights that sampled them."""
 
-    def __init__(self, *, rollouts_per_step: int, max_staleness: int) -> None:
-        self._size, self._max_staleness = rollouts_per_step, max_staleness
+    def __init__(self, *, rollouts_per_step: int, max_staleness: int, learns: bool = True) -> None:
+        """Without `learns`, version 0 of the weights wrote every token, and is its own reference."""
+        self._size, self._max_staleness, self._learns = rollouts_per_step, max_staleness, learns
         self.rollouts: dict[int, int] = {}  # by step
         self.tokens: dict[int, int] = {}
         self.oldest = 0  # versions between a token's weights and the learner's, at most
@@ -28,7 +29,7 @@ class Batches:
         """Raises Violation."""
         self._check_rows(step)
         versions, now = _flat(step.table, "policy_versions"), step.about["policy_version"]
-        if now != step.number:
+        if now != (step.number if self._learns else 0):
             raise Violation("versions", f"step {step.number} says that the learner had version {now}")
         if len(versions):
             if versions.max() > now:
@@ -63,8 +64,11 @@ class Batches:
                 raise Violation("batches", f"{name}: {column} has another length than response_ids")
             if not np.isfinite(_flat(table, column)).all():
                 self._not_finite[step.number] = column
-        if step.number and table["ref_logprobs"].null_count:
+        unmeasured = table["ref_logprobs"].null_count
+        if self._learns and step.number and unmeasured:
             raise Violation("batches", f"{name} has rollouts without ref_logprobs; only those of step 0 need none")
+        if not self._learns and unmeasured < table.num_rows:
+            raise Violation("batches", f"{name} has ref_logprobs, but its policy never learned and needs none")
         if not np.isfinite(table["score"].to_numpy()).all():
             self._not_finite[step.number] = "score"
 

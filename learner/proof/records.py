@@ -33,9 +33,10 @@ class Metrics:
 
     rule = "metrics"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        """None: the run has no records of steps."""
         self.records: dict[int, dict[str, Any]] = {}
-        for record in read_lines(path):
+        for record in read_lines(path) if path is not None else ():
             if self.records.setdefault(step := record.get("step", -1), record) is not record:
                 raise Violation(self.rule, f"{path} has step {step} twice")
         self.missing: list[int] = []
