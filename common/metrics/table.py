@@ -203,7 +203,22 @@ STEP = (
         "tokens",
         "what the critic expects; should approach the score. A run without a critic has no `value/*`",
     ),
-    Metric("value/returns_var", "reward units squared", "var", "tokens", "the variance that a critic could remove"),
+    Metric(
+        "value/returns_var",
+        "reward units squared",
+        "var",
+        "tokens",
+        "of the value targets. Below a lambda of 1 they contain the critic's own predictions: see "
+        "`value/returns_var/realised`",
+    ),
+    Metric(
+        "value/returns_var/realised",
+        "reward units squared",
+        "var",
+        "tokens",
+        "of the realised returns: what really followed each token, the discounted rewards from it on. This is the "
+        "variance that a critic could explain. With hardly any of it left, no figure of the critic means anything",
+    ),
     Metric(
         "value/advantages_var",
         "reward units squared",
@@ -231,8 +246,60 @@ STEP = (
         "share",
         "last",
         "",
-        "1 - Var(returns - values) / Var(returns); 1: perfect, 0: no better than a constant, below 0: worse than one",
+        "1 - Var(targets - values) / Var(targets): how well the critic predicts the value targets. Below a lambda of 1 "
+        "they contain its own predictions",
+    ),
+    Metric(
+        "value/explained_variance/realised",
+        "share",
+        "last",
+        "",
+        "1 - Var(returns - values) / Var(returns) over all tokens, of realised returns; 1: perfect, 0: no better than "
+        "a constant, below 0: worse than one, or the returns hardly vary (`value/returns_var/realised`)",
         "critic",
+    ),
+    Metric(
+        "value/explained_variance/first",
+        "share",
+        "last",
+        "",
+        "the same at the first tokens alone: what the critic knows from the prompt. 0 where prompts say nothing about "
+        "the score",
+        "first",
+    ),
+    *(
+        Metric(
+            f"value/explained_variance/quarter_{number}",
+            "share",
+            "last",
+            "",
+            f"the same in the {name} quarter of each response",
+        )
+        for number, name in enumerate(("first", "second", "third", "last"), 1)
+    ),
+    Metric(
+        "value/explained_variance/last",
+        "share",
+        "last",
+        "",
+        "the same at the last tokens alone, whose return is the score less one KL penalty; low: the critic does not "
+        "know a good response when it has nearly read it",
+    ),
+    Metric(
+        "value/calibration_error",
+        "reward units",
+        "last",
+        "",
+        "tokens in ten bins of equal size by predicted value: mean distance between predicted and realised return of a "
+        "bin; far above 0 with few rollouts, because chance moves ten small groups",
+    ),
+    Metric(
+        "value/score_correlation",
+        "-",
+        "last",
+        "",
+        "between the value of a response's first token and its score (normalised); 0: the critic cannot tell promising "
+        "prompts from others",
     ),
     Metric("learner/tokens", "tokens", "last", "", "prompt and response tokens of the batch"),
     Metric(

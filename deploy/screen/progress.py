@@ -25,28 +25,31 @@ from common.types import Experience, Prompt, Void
 from deploy.run.log import RunLog
 from deploy.screen.console import printable
 from deploy.screen.screen import Column, Screen, columns_of
-from deploy.screen.text import duration, short
+from deploy.screen.text import duration, share, short
 from learner.loop.evaluation import Evaluation
 
 # The row of a step, 80 columns in all: width and text by the heading in common/metrics/table.py. "step",
 # "tok/s" and "left" need more than one value and are made in `Progress.step`.
 _CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
-    "score": (7, short),
-    "std": (6, short),
-    "KL": (6, short),
+    "score": (6, short),
+    "std": (5, partial(short, width=5)),
+    "KL": (5, partial(short, width=5)),
     "mismatch": (8, "{:.1e}".format),
     "entropy": (7, short),
     "tokens": (6, short),
     "clip": (4, "{:.0%}".format),
-    "critic": (6, short),
+    "critic": (6, share),
+    "first": (5, share),
 }
 _PHASES = {metric.screen: metric.key for metric in STEP if metric.screen and metric.key.startswith("time/")}
 _LEGEND = (  # each at most 80 columns
     "score, std: mean and standard deviation of the scores",
     "KL: from the reference, nats per response; mismatch: learner from generator,",
     "    nats per token; entropy: nats per token; tokens: per response",
-    "clip: share of tokens clipped; critic: share of the returns' variance that it",
-    "    explains; tok/s: response tokens per second; left: time until the end",
+    "clip: share of tokens clipped; critic: share of the variance of what followed",
+    "    each token that the critic foresaw, 0 or less: no better than a constant;",
+    "    first: the same at first tokens. Both mean little once std is near 0",
+    "tok/s: response tokens per second; left: time until the end",
     "below: seconds of the step by phase; one of its prompts and responses",
 )
 _TRAINING, _EVALUATION = "training", "evaluation"  # bars
@@ -60,7 +63,7 @@ class Progress(Screen):
         self, cfg: Config, directory: Path, tokenizer: PreTrainedTokenizerBase, log: RunLog | None = None
     ) -> None:
         columns = [
-            Column("step", 9, "step", lambda step: f"{step + 1:.0f}/{cfg.num_steps}"),
+            Column("step", 7, "step", lambda step: _of_all(int(step) + 1, cfg.num_steps)),
             *columns_of(STEP, _CELLS),
             Column("tok/s", 5, "tokens_per_s", partial(short, width=5)),
             Column("left", 5, "seconds_left", duration),
@@ -168,6 +171,11 @@ class Progress(Screen):
                 table.add_row("higher score than before", "", f"{wins:.1%}")
             self._console.print(table)
         self._end(seconds, "summary.json, metrics.jsonl, journal/, policy/: a Hugging Face directory")
+
+
+def _of_all(step: int, num_steps: int) -> str:
+    """Such as 7/200. The total is left out where it would take more than seven characters."""
+    return f"{step}/{num_steps}" if num_steps < 1000 else str(step)
 
 
 def token_place() -> str:

@@ -13,6 +13,11 @@ def short(value: float, width: int = 6) -> str:
     return f"{value:.0e}"
 
 
+def share(value: float) -> str:
+    """A share of at most 1 in at most five characters. Far below 0 the exact number means nothing."""
+    return "<-9" if value < -9.99 else f"{value:.2f}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in at most five characters: 42s, 17m, 3h05, 12d."""
     if not math.isfinite(seconds):

@@ -63,13 +63,14 @@ def calibration(values: ArrayLike, returns: ArrayLike, mask: ArrayLike, bins: in
     """The tokens in order of their predicted value, cut into `bins` bins whose sizes differ by 1 at most. Fewer tokens
     than bins: one bin for each token.
 
-    Tokens with equal predictions count with their mean return. Otherwise their order would decide which bin gets which
-    return, and a critic that predicts a constant would look badly calibrated.
+    Tokens with equal predictions, but for rounding, count with their mean return. Otherwise their order would decide
+    which bin gets which return, and a critic that predicts a constant would look badly calibrated.
     """
-    each = np.unique(_chosen(values, mask), return_inverse=True, return_counts=True)
-    predicted, group, members = each[0], each[1].ravel(), each[2]
-    realised = np.bincount(group, _chosen(returns, mask), len(predicted)) / members
-    parts = [np.array_split(x.repeat(members), bins) for x in (predicted, realised)]
+    values, returns = _chosen(values, mask), _chosen(returns, mask)
+    unit = 1e-5 * np.abs(values).max(initial=0.0) or 1.0
+    _, group, members = np.unique(np.round(values / unit), return_inverse=True, return_counts=True)
+    means = [np.bincount(group, x, len(members)) / members for x in (values, returns)]
+    parts = [np.array_split(mean.repeat(members), bins) for mean in means]
     return [Bin(float(p.mean()), float(r.mean()), len(p)) for p, r in zip(*parts, strict=True) if len(p)]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from common.config.ppo import PPOConfig
 from common.model.masking import masked_mean, masked_sum, masked_var, whiten
 from common.model.transfer import on_device
-from learner.ppo.advantages import ADVANTAGES
+from learner.ppo.advantages import ADVANTAGES, returns_to_go
+from learner.ppo.critic_quality import critic_quality
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.losses import importance_weights
 from learner.ppo.shaping import KL_ESTIMATORS, token_rewards
@@ -87,12 +88,14 @@ def targets(
         "mismatch/capped": mismatch["capped"].item() / num_tokens,
     }
     if ppo.has_critic:
+        _, realised = returns_to_go(rewards.double(), old_values, mask, gamma=ppo.gamma)
         stats |= _value_statistics(old_values, returns, advantages, mask)
+        stats |= critic_quality(old_values, realised, scores, mask)
     return fixed, Derivation(kl, rewards, advantages), stats
 
 
 def _value_statistics(values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:
-    """How well the critic predicts the returns."""
+    """How well the critic predicts its targets."""
     returns_var, advantages_var = float(masked_var(returns, mask)), float(masked_var(advantages, mask))
     unexplained = float(masked_var(returns - values, mask))
     return {

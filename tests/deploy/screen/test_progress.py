@@ -12,7 +12,7 @@ import pytest
 from common.health.health import Event
 from common.types import Score, Void
 from deploy.screen.progress import Progress, one_line, question
-from deploy.screen.text import duration, short
+from deploy.screen.text import duration, share, short
 from learner.loop.evaluation import Evaluation
 from tests.fakes import make_experience, make_prompt, tiny_config
 
@@ -26,7 +26,9 @@ RECORD = {
     "mismatch/kl": 3.4e-5,
     "ppo/entropy": 2.5,
     "ppo/clip_frac": 0.125,
-    "value/explained_variance": -0.5,
+    "value/explained_variance": 0.9,  # of the value targets: not shown
+    "value/explained_variance/realised": -0.5,
+    "value/explained_variance/first": 0.25,
     "time/generate_s": 3.0,
     "time/score_s": 1.0,
     "time/journal_s": 0.01,
@@ -66,7 +68,8 @@ def row_of(lines: list[str]) -> dict[str, str]:
 
 def test_a_step_without_a_critic_shows_a_dash_for_it(capsys, progress):
     record = {key: value for key, value in RECORD.items() if not key.startswith("value/")}
-    assert row_of(lines_of(capsys, progress, record))["critic"] == "-"
+    row = row_of(lines_of(capsys, progress, record))
+    assert row["critic"] == row["first"] == "-"
 
 
 def test_a_step_shows_these_numbers(capsys, progress):
@@ -81,6 +84,7 @@ def test_a_step_shows_these_numbers(capsys, progress):
         "tokens": "30.00",
         "clip": "12%",
         "critic": "-0.50",
+        "first": "0.25",
         "tok/s": "40.03",  # 16 rollouts of 30 tokens in 3 + 1 + 6 + 0.49 + 1.5 s
         "left": "39m",  # 193 steps of 11.99 s are 2314 s
     }
@@ -93,9 +97,18 @@ def test_every_line_of_a_step_fits_80_columns(capsys, progress):
     example = make_experience(0, list(range(20)) * 9, score=-123456.5)
     example = replace(example, rollout=replace(example.rollout, prompt=replace(make_prompt(), text="why? " * 50)))
     large |= {"ppo/clip_frac": 1.0, "rollout/score/zero_std": 0.0}
+    large |= {f"value/explained_variance/{part}": -1e9 for part in ("realised", "first")}
     lines = lines_of(capsys, progress, {**RECORD, "step": 198}, large, broken, example=example)
     assert max(map(len, lines)) <= 80
     assert len({line.split()[0] for line in lines} & {"199/200", "7/200"}) == 2
+
+
+def test_a_row_of_a_long_run_leaves_out_the_number_of_steps(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = Progress(tiny_config("model", num_steps=50_000, rollouts_per_step=16), tmp_path, Letters())
+    lines = lines_of(capsys, long, {**RECORD, "step": 49_998})
+    assert row_of(lines)["step"] == "49999"
+    assert max(map(len, lines)) <= 80
 
 
 def test_no_two_columns_have_one_heading(capsys, progress):
@@ -128,6 +141,11 @@ def test_a_duration_takes_at_most_five_characters(seconds, shown):
 )
 def test_a_number_takes_at_most_six_characters(value, shown):
     assert short(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1.0, "1.00"), (-9.99, "-9.99"), (-9.995, "<-9"), (math.nan, "nan")])
+def test_a_share_takes_at_most_five_characters(value, shown):
+    assert share(value) == shown
 
 
 def test_a_health_rule_is_shown_in_one_line_when_it_is_news(capsys, progress):

@@ -24,6 +24,7 @@ from common.model.lengths import Lengths
 from common.weights import IncomingWeights, Manifest
 from learner.ppo.learner import Learner
 from learner.ranks import device
+from tests.critic_figures import figures
 from tests.fakes import make_experience, save_tiny_model, tiny_config
 from tests.saving import save_checkpoint_of
 
@@ -136,6 +137,8 @@ class SlowLearner:
             next_advantage = token["reward"] + gamma * next_value - token["value"] + gamma * lam * next_advantage
             next_value = token["value"]
             token["advantage"], token["return"] = next_advantage, next_advantage + next_value
+        for t, token in enumerate(old):
+            token["realised"] = sum(gamma**n * later["reward"] for n, later in enumerate(old[t:]))
 
     def compare_with_the_group(self, index: int, rows: list[dict[str, Any]], batch: list[list[dict]]) -> None:
         """Advantage: the response's whole reward minus the mean of the prompt's other responses."""
@@ -164,6 +167,7 @@ class SlowLearner:
             "value/advantages_var": advantages_var,
             "value/variance_ratio": advantages_var / returns_var,
             "value/explained_variance": 1 - np.var([t["return"] - t["value"] for t in every]) / returns_var,
+            **self.critic_figures(targets, [self.shaped(row["score"]) for row in rows]),
             "mismatch/kl": np.mean([t["mismatch"] - 1 - math.log(t["mismatch"]) for t in every]),
             "mismatch/capped": np.mean([t["mismatch"] > (cfg.ppo.importance_cap or math.inf) for t in every]),
             "reward/running_mean": np.mean(self.scores),
@@ -200,6 +204,11 @@ class SlowLearner:
             seen += [{key: float(torch.as_tensor(x).detach()) for key, x in part.items()} for part in parts]
         found = {**stats, **{key: np.mean([s[key] for s in seen]) for key in seen[0]}, "ppo/grad_norm": max(norms)}
         return {key: x for key, x in found.items() if cfg.ppo.has_critic or not key.startswith("value/")}
+
+    def critic_figures(self, targets: list[list[dict[str, float]]], scores: list[float]) -> dict[str, float]:
+        if not self.cfg.ppo.has_critic:
+            return {}
+        return figures([[(token["value"], token["realised"]) for token in row] for row in targets], scores)
 
     def losses(self, now: dict[str, torch.Tensor], fixed: dict[str, float]) -> dict[str, Any]:
         """The terms and statistics of one token."""
