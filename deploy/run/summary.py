@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +15,17 @@ from common.files import read_records
 from common.types import Rollout, Score, Void
 from learner.loop.evaluation import Evaluation, win_rate
 
+STEPS = 5  # one step's figures of a critic are noisy: summary.json has the means of this many
+POSITIONS = ("first", "quarter_1", "quarter_2", "quarter_3", "quarter_4", "last")
+
 
 def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
-    """The contents of summary.json: the evaluation before training and the last one; pass@1 if both have one. If there
-    is none of version 0, because its record was lost or evaluations began later, nothing is called "before"."""
+    """The contents of summary.json: how well the critic predicts, if there is one; the evaluation before training and
+    the last one; pass@1 if both have one. If there is none of version 0, because its record was lost or evaluations
+    began later, nothing is called "before"."""
     summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
+    if cfg.ppo.has_critic:
+        summary |= _critic(read_records(directory / "metrics.jsonl"))
     if not evaluations:
         return summary
     before, after = evaluations[0], evaluations[-1]
@@ -63,6 +70,27 @@ def write_answers(
             else:
                 record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
             file.write(json.dumps(record) + "\n")
+
+
+def _critic(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Explained variance in the last steps, and the variance of the realised returns in the first and last steps. A
+    critic that explains much of hardly any variance explains nothing, so the three belong together. Empty if no step
+    has these figures."""
+
+    def mean(key: str, steps: Sequence[dict[str, Any]]) -> float:
+        return fmean(step[key] for step in steps)
+
+    steps = [record for record in records if "value/returns_var/realised" in record]
+    if not steps:
+        return {}
+    first, last, explained = steps[:STEPS], steps[-STEPS:], "value/explained_variance"
+    return {
+        "explained_variance": mean(explained, last),
+        "explained_variance_realised": mean(f"{explained}/realised", last),
+        "explained_variance_by_position": {where: mean(f"{explained}/{where}", last) for where in POSITIONS},
+        "returns_var_start": mean("value/returns_var/realised", first),
+        "returns_var_end": mean("value/returns_var/realised", last),
+    }
 
 
 def _win_rate(directory: Path, before: Evaluation, after: Evaluation) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from common.model.files import load_tokenizer
 from common.types import Score, Void
 from deploy.run.summary import summarise, write_answers
@@ -22,6 +24,31 @@ def test_a_later_evaluation_is_not_called_the_one_before_training(tmp_path):
     lost = summarise(cfg, tmp_path, [later, last], seconds=1.0)
     assert lost["score_after"] == 0.3
     assert not {"score_before", "before", "win_rate"} & lost.keys()
+
+
+def test_the_critics_figures_are_means_of_the_last_five_steps(tmp_path):
+    explained, cfg = "value/explained_variance", tiny_config("unused")
+    parts = ["first", *(f"quarter_{n}" for n in range(1, 5)), "last"]
+    with open(tmp_path / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for step in range(8):  # explained: 0.0, 0.1 ... 0.7; variance: 8, 7 ... 1
+            figures = {f"{explained}/{part}": step / 10 + place for place, part in enumerate(parts)}
+            figures |= {explained: step / 10, f"{explained}/realised": -step / 10}
+            record = {"step": step, "value/returns_var/realised": 8 - step, **figures}
+            file.write(json.dumps(record) + "\n")
+        file.write(json.dumps({"step": 8, "void": "a step in which nothing was learned"}) + "\n")
+    whole = summarise(cfg, tmp_path, [], seconds=1.0)
+    assert whole["explained_variance"] == pytest.approx(0.5)  # (0.3 + 0.4 + 0.5 + 0.6 + 0.7) / 5
+    assert whole["explained_variance_realised"] == pytest.approx(-0.5)
+    assert whole["explained_variance_by_position"] == {
+        part: pytest.approx(0.5 + place) for place, part in enumerate(parts)
+    }
+    assert whole["returns_var_start"] == 6.0  # (8 + 7 + 6 + 5 + 4) / 5
+    assert whole["returns_var_end"] == 3.0  # (5 + 4 + 3 + 2 + 1) / 5
+
+
+def test_a_run_without_a_critic_has_no_figures_of_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "rollout/score/mean": 1.0}\n')
+    assert summarise(tiny_config("unused"), tmp_path, [], seconds=1.0).keys() == {"seed", "num_steps", "seconds"}
 
 
 def test_answers_have_text_and_scores_or_the_reason_of_the_void(tmp_path):
