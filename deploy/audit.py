@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from common.config.ppo import Config
 from deploy.replay import config_for_replay, refuse_other_directories, refuse_unlearned, replay_in_ranks
 from deploy.run.record import RECORD, read_record
 from deploy.screen.console import Output, complain
@@ -21,7 +22,14 @@ from learner.proof.chain import Violation
 HOLDS, BROKEN = 0, 1  # exit codes
 
 
-def run_audit(run: Path, *, replay: bool = False, model: str | None = None, settings: Sequence[str] = ()) -> int:
+def run_audit(
+    run: Path,
+    *,
+    replay: bool = False,
+    model: str | None = None,
+    critic: str | None = None,
+    settings: Sequence[str] = (),
+) -> int:
     """Prints a table with the results of all rules, or the first broken rule. Returns the exit code. With `replay` it
     also learns the whole journal again, and compares every checkpoint. The other arguments are those of `ratchet
     replay`."""
@@ -31,8 +39,9 @@ def run_audit(run: Path, *, replay: bool = False, model: str | None = None, sett
         if read_record(run).get("journal", found.digests[0]) != found.digests[0]:
             raise Violation("chain", f"{run}/journal is the journal of another run than {run}/{RECORD}")
         if replay:
-            refuse_unlearned(Journal(run / "journal"))
-            found.proved.append(_replay(found, model, settings))
+            journal = Journal(run / "journal")
+            refuse_unlearned(journal)
+            found.proved.append(_replay(found, config_for_replay(run, journal, model, critic, settings)))
     except Violation as violation:
         complain(f"audit of {run} failed: {violation}")
         return BROKEN
@@ -45,9 +54,8 @@ def run_audit(run: Path, *, replay: bool = False, model: str | None = None, sett
     return HOLDS
 
 
-def _replay(found: Audit, model: str | None, settings: Sequence[str]) -> Proved:
+def _replay(found: Audit, cfg: Config) -> Proved:
     """Learns every step again. Raises Violation at the first difference."""
-    cfg = config_for_replay(found.run, Journal(found.run / "journal"), model, settings)
     checkpoints = found.checkpoints.complete
     policy = _finished_policy(found)
     replay_in_ranks(

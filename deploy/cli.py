@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -183,6 +183,9 @@ Layout = Annotated[
 StartingModel = Annotated[
     str | None, typer.Option("--model", help="The model that the run began with, if it is not at model.path any more.")
 ]
+StartingCritic = Annotated[
+    str | None, typer.Option("--critic", help="Its trained critic, if it is not at learner.critic_path any more.")
+]
 
 
 @app.command()
@@ -199,18 +202,20 @@ def replay(
         bool, typer.Option("--from-checkpoint", help="Begin with the newest checkpoint before it, which is faster.")
     ] = False,
     model: StartingModel = None,
+    critic: StartingCritic = None,
 ) -> None:
     """Rebuild the policy after any step of a run, or the values of its tokens, from its journal."""
     from deploy.replay import rebuild_credit, run_replay
 
+    began: dict[str, Any] = {"model": model, "critic": critic, "settings": settings or []}
     if credit is not None:
         if to_step is not None:
             raise UserError("--to-step chooses a policy, and --credit the values of tokens; name one of them")
-        rebuild_credit(run, credit, to=to, from_checkpoint=from_checkpoint, model=model, settings=settings or [])
+        rebuild_credit(run, credit, to=to, from_checkpoint=from_checkpoint, **began)
     elif to is None:
         raise UserError("name a new directory for the policy with --to, or steps with --credit")
     else:
-        run_replay(run, to, to_step=to_step, from_checkpoint=from_checkpoint, model=model, settings=settings or [])
+        run_replay(run, to, to_step=to_step, from_checkpoint=from_checkpoint, **began)
 
 
 @app.command()
@@ -221,11 +226,12 @@ def audit(
         bool, typer.Option("--replay", help="Also learn the whole journal again, and compare every checkpoint.")
     ] = False,
     model: StartingModel = None,
+    critic: StartingCritic = None,
 ) -> None:
     """Prove that a run lost nothing and trained nothing twice. Exit code 1 if it did."""
     from deploy.audit import run_audit
 
-    sys.exit(run_audit(run, replay=replay, model=model, settings=settings or []))
+    sys.exit(run_audit(run, replay=replay, model=model, critic=critic, settings=settings or []))
 
 
 @app.command()

@@ -39,7 +39,9 @@ def run_export(run: Path, to: Path | None = None, step: int | None = None) -> Pa
     checkpoint = checkpoints.path(step)
     transformers_logging.disable_progress_bar()
     # One process on the CPU reads the checkpoint of any number of ranks on any devices.
-    alone = cfg.learner.model_copy(update={"ranks": 1, "gpus": 0, "gradient_checkpointing": False, "compile": False})
+    alone = cfg.learner.model_copy(
+        update={"ranks": 1, "gpus": 0, "gradient_checkpointing": False, "compile": False, "critic_path": None}
+    )
     with Bars(Output()) as bars:
         bars.show("export", 0, 3)
         learner = Learner(cfg.model_copy(update={"learner": alone}))

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,13 +39,14 @@ def run_replay(
     to_step: int | None = None,
     from_checkpoint: bool = False,
     model: str | None = None,
+    critic: str | None = None,
     settings: Sequence[str] = (),
 ) -> Path:
     """Writes the policy after `to_step` updates (left out: all that the journal has) into `to`, as a Hugging Face
     directory. With LoRA, its subdirectory `adapter` has the adapters.
 
-    `model`: where the run's starting model is now. `settings`: of the device layout, such as learner.gpus=0. Raises
-    UserError.
+    `model`, `critic`: where the run's starting model and its trained critic are now. `settings`: of the device layout,
+    such as learner.gpus=0. Raises UserError.
     """
     refuse_other_directories(run)
     if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
@@ -56,7 +57,7 @@ def run_replay(
     steps = journal.next_step if to_step is None else to_step
     if not 0 <= steps <= journal.next_step:
         raise UserError(f"--to-step ({steps}) must be between 0 and {journal.next_step}, the steps of the journal")
-    cfg = config_for_replay(run, journal, model, settings)
+    cfg = config_for_replay(run, journal, model, critic, settings)
     start = _newest_verified(run, journal, steps) if from_checkpoint else None
     replay_in_ranks(cfg, run, steps, start=start, to=to)
     skipped = sum(step < steps for step in journal.voided)
@@ -79,6 +80,7 @@ def rebuild_credit(
     to: Path | None = None,
     from_checkpoint: bool = False,
     model: str | None = None,
+    critic: str | None = None,
     settings: Sequence[str] = (),
 ) -> None:
     """Writes the values of the tokens of some steps, such as 7 or 7-9, into `to` (left out: RUN/credit). The other
@@ -88,7 +90,7 @@ def rebuild_credit(
     journal.verify()
     refuse_unlearned(journal)
     chosen, directory = _steps(steps, journal.next_step), run / "credit" if to is None else to
-    cfg = config_for_replay(run, journal, model, settings)
+    cfg = config_for_replay(run, journal, model, critic, settings)
     start = _newest_verified(run, journal, chosen.start) if from_checkpoint else None
     replay_in_ranks(cfg, run, chosen.stop, start=start, credit=chosen, credit_to=directory)
     written = [step for step in chosen if step not in journal.voided]
@@ -131,23 +133,39 @@ def refuse_unlearned(journal: Journal) -> None:
         )
 
 
-def config_for_replay(run: Path, journal: Journal, model: str | None, settings: Sequence[str]) -> Config:
-    """The newest settings of the run, with the starting model where it is now. Raises UserError if it is not the model
-    that the run began with."""
+def config_for_replay(
+    run: Path, journal: Journal, model: str | None, critic: str | None, settings: Sequence[str]
+) -> Config:
+    """The newest settings of the run, with the starting model and the trained critic where they are now. Raises
+    UserError if these are not those that the run began with."""
     cfg, _ = settled(
         resumed_config(Config, run, settings, travels=False), journal.notes, journal.next_step, (), journal.identity
     )
+    begun = identity(journal.notes, before_step=0)
     if model is not None:
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": absolute_if_directory(model)})})
     setting = "model.path" if model is None else "--model"
     directory = resolve_model(cfg.model.path, setting, trust_remote_code=cfg.model.trust_remote_code)
-    begun, found = identity(journal.notes, before_step=0).get("model"), model_digest(directory)
-    if begun != found:
-        raise UserError(
-            f"{setting} ({cfg.model.path}) is not the model that the run began with (SHA-256 {found}, in the journal "
-            f"{begun}); name that model's directory with --model"
-        )
+    _check_same("model", f"{setting} ({cfg.model.path})", model_digest(directory), begun)
+    if critic is not None and cfg.learner.critic_path is None:
+        raise UserError(f"--critic ({critic}): the run began without a trained critic; leave it out")
+    if cfg.learner.critic_path is not None:
+        path = absolute_if_directory(critic or cfg.learner.critic_path)
+        setting = f"{'learner.critic_path' if critic is None else '--critic'} ({path})"
+        if not os.path.isdir(path):
+            raise UserError(f"{setting} is no directory; name that of the run's trained critic with --critic")
+        _check_same("critic", setting, model_digest(Path(path)), begun)
+        cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"critic_path": path})})
     return cfg
+
+
+def _check_same(name: str, setting: str, found: str, begun: Mapping[str, str]) -> None:
+    """Raises UserError if the digest is not the one that the run began with."""
+    if begun.get(name) != found:
+        raise UserError(
+            f"{setting} is not the {name} that the run began with (SHA-256 {found}, in the journal {begun.get(name)}); "
+            f"name that {name}'s directory with --{name}"
+        )
 
 
 def replay_in_ranks(cfg: Config, run: Path, until: int, **what: object) -> None:

@@ -30,8 +30,7 @@ from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles
 from deploy.run.finished import finished_training
-from deploy.run.identity import identity_of
-from deploy.run.start import new_start, resumed_start
+from deploy.run.start import planned_start
 from deploy.run.summary import answers_path, summarise, write_answers
 from deploy.scale import follow_targets
 from deploy.screen.progress import Progress
@@ -81,10 +80,9 @@ def _run_in(
     train_records, heldout_records = inputs.records
     prompts = PromptStream(train_records, seed=cfg.seed, rollouts_per_prompt=cfg.prompts.rollouts_per_prompt)
     heldout = heldout_prompts(heldout_records, cfg.evaluation.prompts)
-    identity = identity_of(cfg, policy, train_records, heldout_records)
-    start = new_start(directory, cfg, identity, prompts)
-    if resume:
-        start = resumed_start(directory, cfg, identity, prompts, changed=changed, accepted=accepted)
+    start = planned_start(
+        directory, cfg, policy, inputs.records, prompts, resume=resume, changed=changed, accepted=accepted
+    )
     cfg = start.cfg
 
     def phases(cfg: Config) -> Phases:

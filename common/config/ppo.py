@@ -132,6 +132,10 @@ class LearnerConfig(TrainerConfig):
     critic: Literal["shared", "separate"] = "shared"
     """shared: a value head on the policy's trunk, one forward pass; separate: its own network from the same
     checkpoint, twice the memory and compute, and a value loss that cannot disturb the policy."""
+    critic_path: str | None = None
+    """Directory of a critic that ratchet train-critic has written: the run starts from it, and from the statistics of
+    the scores that it was trained with. It must have been trained for this model, this reward, this kind of critic and
+    this ppo.gamma. Left out: a value head of zeros."""
     critic_warmup_steps: NonNegative = 0
     """Number of first steps that train only the critic."""
     max_losses: MayChange[Positive] = 3

@@ -21,6 +21,7 @@ def broken_rules(cfg: Config) -> Iterator[str]:
     yield from _broken_batch_rules(cfg)
     yield from broken_sampling_rules(cfg.sampling)
     yield from _broken_schedule_rules(cfg)
+    yield from _broken_critic_rules(cfg)
     yield from _broken_kl_rules(cfg)
     yield from _broken_length_and_staleness_rules(cfg)
     if cfg.generators.sleep and not cfg.may_sleep:
@@ -62,6 +63,14 @@ def _broken_schedule_rules(cfg: Config) -> Iterator[str]:
         yield (
             f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be 0 with ppo.advantages = "
             f'"{cfg.ppo.advantages}", which has no critic to train alone; set it to 0, or use "gae"'
+        )
+
+
+def _broken_critic_rules(cfg: Config) -> Iterator[str]:
+    if cfg.learner.critic_path is not None and not cfg.ppo.has_critic:
+        yield (
+            f"learner.critic_path ({cfg.learner.critic_path}) must be left out with ppo.advantages = "
+            f'"{cfg.ppo.advantages}", which has no critic; leave it out, or use "gae"'
         )
 
 

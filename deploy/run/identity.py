@@ -1,6 +1,7 @@
 """The identity of everything that a run depends on: digests by name, for the journal. Runs in the driver.
 
     model             weights, config and tokenizer of the model that training starts from
+    critic            all files of the trained critic that a run starts from (learner.critic_path)
     prompts.train     prompts in order: text, messages, token ids and other fields; the seed and rollouts_per_prompt
     prompts.heldout   the same of the held-out prompts, if the run evaluates
     reward.sources.N  files of a reward model; the file with a reward function. None for a service
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from actors.scoring.kinds import kind_of
@@ -26,13 +28,20 @@ _SHOWN = 12  # hex digits of a digest in messages
 
 
 def identity_of(
-    cfg: Config, policy: PolicyFiles, train: Sequence[PromptRecord], heldout: Sequence[PromptRecord]
+    cfg: Config,
+    policy: PolicyFiles,
+    train: Sequence[PromptRecord],
+    heldout: Sequence[PromptRecord],
+    *,
+    critic: str | None = None,
 ) -> dict[str, str]:
-    """The digests of a run with these settings and inputs."""
+    """The digests of a run with these settings and inputs, and with the trained critic in the directory `critic`."""
     found = {
         "model": model_digest(policy.directory),
         "prompts.train": prompts_digest(train, cfg.seed, cfg.prompts.rollouts_per_prompt),
     }
+    if critic is not None:
+        found["critic"] = model_digest(Path(critic))
     if heldout:
         found["prompts.heldout"] = prompts_digest(heldout)
     for number, source in enumerate(cfg.reward.sources):
@@ -76,7 +85,12 @@ def accepted_differences(
 
 def shown_names(cfg: Config) -> dict[str, str]:
     """The file or setting behind the name of each digest, for messages."""
-    names = {"model": cfg.model.path, "prompts.train": cfg.prompts.train, "prompts.heldout": str(cfg.prompts.heldout)}
+    names = {
+        "model": cfg.model.path,
+        "critic": str(cfg.learner.critic_path),
+        "prompts.train": cfg.prompts.train,
+        "prompts.heldout": str(cfg.prompts.heldout),
+    }
     return names | {f"reward.sources.{number}": source.name for number, source in enumerate(cfg.reward.sources)}
 
 

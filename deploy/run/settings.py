@@ -89,7 +89,12 @@ def _as_now(begun: Mapping[str, Any]) -> dict[str, Any]:
 
 def _left_to_digests(known: Collection[str]) -> set[str]:
     """Settings that name a file or directory whose contents are compared instead of its path."""
-    paths = {"model": "model.path", "prompts.train": "prompts.train", "prompts.heldout": "prompts.heldout"}
+    paths = {
+        "model": "model.path",
+        "critic": "learner.critic_path",
+        "prompts.train": "prompts.train",
+        "prompts.heldout": "prompts.heldout",
+    }
     return {paths.get(name, f"{name}.model") for name in known}
 
 

@@ -12,7 +12,10 @@ from typing import Any
 
 from common.config.ppo import Config
 from common.errors import UserError
-from deploy.run.identity import accepted_differences, shown_names
+from common.types import PromptRecord
+from deploy.policy_files import PolicyFiles
+from deploy.run.critic import check_critic
+from deploy.run.identity import accepted_differences, identity_of, shown_names
 from deploy.run.provenance import versions
 from deploy.run.record import read_record, remember_journal
 from deploy.run.settings import settled
@@ -35,6 +38,26 @@ class Start:
         for kind, fields in self.notes:
             journal.note(kind, **fields)
         remember_journal(self.directory, journal.digest(0))
+
+
+def planned_start(
+    directory: Path,
+    cfg: Config,
+    policy: PolicyFiles,
+    records: Sequence[Sequence[PromptRecord]],
+    prompts: PromptStream,
+    *,
+    resume: bool,
+    changed: Sequence[str] = (),
+    accepted: Sequence[str] = (),
+) -> Start:
+    """The start of a new run or, with `resume`, of the run in `directory`. Raises UserError for a trained critic that
+    does not fit the run, and as `resumed_start` does. `records`: training prompts, and held-out prompts."""
+    check_critic(cfg, policy, begun=resume and bool(Journal(directory / "journal").notes))
+    identity = identity_of(cfg, policy, *records, critic=cfg.learner.critic_path)
+    if resume:
+        return resumed_start(directory, cfg, identity, prompts, changed=changed, accepted=accepted)
+    return new_start(directory, cfg, identity, prompts)
 
 
 def new_start(

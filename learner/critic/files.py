@@ -11,14 +11,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -44,15 +45,27 @@ AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
-class CriticBasis:
-    """What the values of a critic mean. A critic with another basis than the run's would be wrong from the start."""
+class CriticSource:
+    """A reward source that the critic's returns came from."""
 
-    kind: str  # learner.critic: "separate" or "shared"
+    name: str
+    weight: FiniteFloat
+    digest: str | None  # SHA-256 of its files, if it has any
+
+
+@dataclass(frozen=True)
+class CriticBasis:
+    """The model, the reward and the returns that a critic belongs to."""
+
+    kind: Literal["separate", "shared"]  # learner.critic
     model: str  # SHA-256 of the model that training started from (common.model.identity.model_digest)
     tokenizer: str  # SHA-256 of its tokenizer (common.model.identity.tokenizer_digest)
-    reward: Mapping[str, Any]  # normalise, clip, and of each source its name, weight and digest
-    gamma: float
-    kl: Mapping[str, Any]  # coef and estimator of the penalty in the returns
+    sources: tuple[CriticSource, ...]
+    normalise: str  # reward.normalise
+    clip: FiniteFloat  # reward.clip
+    gamma: FiniteFloat
+    kl_coef: FiniteFloat
+    kl_estimator: str
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,8 @@ class TrainedCritic:
 
     basis: CriticBasis
     score_moments: RunningMoments  # that normalised the scores; a run begins with them
-    trained_on: Sequence[Mapping[str, Any]] = ()  # for each journal: directory, steps, last digest, rollouts
-    passes: Sequence[Mapping[str, Any]] = ()  # for each pass over the data: the figures of the held-out prompts
+    trained_on: list[dict[str, Any]]  # for each journal: directory, steps, last digest, rollouts
+    passes: list[dict[str, Any]]  # for each pass over the data: the figures of the held-out prompts
 
 
 def save_critic(target: Path, tensors: Mapping[str, Tensor], record: TrainedCritic, *, base: Path) -> None:
@@ -95,8 +108,6 @@ def read_critic(directory: Path) -> TrainedCritic:
         )
     with _reading(directory):
         tree = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
-        if (layout := tree["layout"]) != LAYOUT:
-            raise ValueError(f"its {_RECORD} has layout {layout}, and this version of Ratchet reads {LAYOUT}")
         record = _record(tree)
         for name, digest in tree["files"].items():
             if not (directory / name).is_file():
@@ -108,15 +119,20 @@ def read_critic(directory: Path) -> TrainedCritic:
     return record
 
 
+def score_moments(directory: Path) -> RunningMoments:
+    """The statistics of the scores with which a run begins. Raises UserError."""
+    with _reading(directory):
+        return _record(json.loads((directory / _RECORD).read_text(encoding="utf-8"))).score_moments
+
+
 def _record(tree: Mapping[str, Any]) -> TrainedCritic:
     """Raises an error for anything that `save_critic` would not write."""
-    basis, moments = CriticBasis(**tree["basis"]), RunningMoments(**tree["score_moments"])
-    if basis.kind not in ("separate", "shared"):
-        raise ValueError(f"its kind must be separate or shared, but is {basis.kind!r}")
-    numbers = [basis.gamma, *(getattr(moments, field.name) for field in fields(moments))]
-    if not all(type(number) in (int, float) and isfinite(number) for number in numbers):
-        raise ValueError("gamma or the statistics of its scores are not finite numbers")
-    return TrainedCritic(basis, moments, tree["trained_on"], tree["passes"])
+    if (layout := tree["layout"]) != LAYOUT:
+        raise ValueError(f"its {_RECORD} has layout {layout}, and this version of Ratchet reads {LAYOUT}")
+    record = TypeAdapter(TrainedCritic).validate_python(tree)
+    if not isfinite(record.score_moments.mean + record.score_moments.squares):
+        raise ValueError("the statistics of its scores are not finite")
+    return record
 
 
 def load_body(directory: Path, kind: type[AnyModel], *, dtype: torch.dtype, device: torch.device) -> AnyModel:
@@ -155,5 +171,9 @@ def _reading(directory: Path) -> Iterator[None]:
     with reading(directory, SETTING, "start a critic"):
         try:
             yield
+        except ValidationError as error:
+            [fault, *_] = error.errors()
+            where = ".".join(str(part) for part in fault["loc"])
+            raise ValueError(f"{where} in its {_RECORD} is wrong ({fault['msg']})") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its {_RECORD} is damaged ({type(error).__name__}: {error}); train it again") from error
+            raise ValueError(f"its {_RECORD} is damaged ({type(error).__name__}: {error})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from common.config.ppo import Config
 from common.errors import BatchError, BrokenWeightsError
 from common.metrics.step import StepMetrics
+from learner.critic.files import score_moments
 from learner.ppo.credit import Credit, NewestPass
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
@@ -30,8 +32,9 @@ class Learner(PolicyTrainer):
     """Trains the policy, and its critic if the advantages need one."""
 
     def __init__(self, cfg: Config) -> None:
-        super().__init__(cfg)
-        self.score_moments = RunningMoments()
+        critic = None if cfg.learner.critic_path is None else Path(cfg.learner.critic_path)
+        super().__init__(cfg, critic=critic)
+        self.score_moments = RunningMoments() if critic is None else score_moments(critic)
         self.kl_controller = kl_controller(cfg.kl)
         self._credit: Credit | None = None  # of the newest update, until `credit` has returned it
 

@@ -36,12 +36,15 @@ class PolicyTrainer(Trainer):
     cfg: Config
     network: PolicyWithCritic
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, *, critic: Path | None = None) -> None:
+        """`critic`: the directory of a trained critic to begin with."""
         device = trainer_device(cfg.learner, lent=cfg.lent_share)
         directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
         # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
         held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")
-        network = PolicyWithCritic.load(directory, cfg.learner, held_on, has_critic=cfg.ppo.has_critic, seed=cfg.seed)
+        network = PolicyWithCritic.load(
+            directory, cfg.learner, held_on, has_critic=cfg.ppo.has_critic, seed=cfg.seed, critic=critic
+        )
         super().__init__(network, cfg, num_steps=cfg.num_steps, device=device, borrows=cfg.lent_share > 0)
         self._size = model_size(directory)
 

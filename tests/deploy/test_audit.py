@@ -17,7 +17,14 @@ from deploy.audit import run_audit
 from deploy.replay import rebuild_credit, run_replay
 from deploy.run.directory import sole_owner
 from tests.durability.disasters import tree_digest
-from tests.durability.small_run import NUM_STEPS, save_smallest_model, small_config, train_to_the_end
+from tests.durability.small_run import (
+    FROM_A_CRITIC,
+    NUM_STEPS,
+    save_smallest_critic,
+    save_smallest_model,
+    small_config,
+    train_to_the_end,
+)
 from tests.learner.proof.forge import add_note, forge_checkpoint, forge_step
 from tests.learner.proof.test_replay import one_more
 
@@ -41,8 +48,8 @@ def model(tmp_path_factory):
 def honest(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     with sole_owner(directory) as held:
-        held.begin(small_config(model), "train", force=False)
-    train_to_the_end(directory, model)
+        held.begin(small_config(model, **FROM_A_CRITIC), "train", force=False)
+    train_to_the_end(directory, model, **FROM_A_CRITIC)
     return directory
 
 
@@ -60,15 +67,17 @@ def ratchet(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm(run, model, tmp_path):
     moved = Path(shutil.copytree(model, tmp_path / "elsewhere/model"))
+    shutil.copytree(save_smallest_critic(model), tmp_path / "elsewhere/critic")
+    elsewhere = ("--model", "elsewhere/model", "--critic", "elsewhere/critic")
     before = tree_digest(run)
-    done = ratchet("audit", str(run), "--replay", "--model", "elsewhere/model", cwd=tmp_path)
+    done = ratchet("audit", str(run), "--replay", *elsewhere, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         *("rule", "chain", "samples", "versions", "checkpoints", "metrics", "credit", "evaluations", "replay"),
     ]
     assert f"{NUM_STEPS} steps; compared: checkpoint 4, checkpoint 5" in done.stdout
     assert tree_digest(run) == before
-    done = ratchet("replay", str(run), "--to-step", "3", "--to", "out", "--model", str(moved), cwd=tmp_path)
+    done = ratchet("replay", str(run), "--to-step", "3", "--to", "out", *elsewhere, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"policy after 3 of {NUM_STEPS} steps" in done.stdout
     assert sha256(tmp_path / "out/model.safetensors") in done.stdout
@@ -112,7 +121,7 @@ def test_only_a_replay_finds_weights_that_the_journal_does_not_lead_to(run, caps
 
 def test_every_step_of_a_run_can_be_rebuilt(run, tmp_path, model, capsys):
     """The policy after step s is that of a run which ended there."""
-    train_to_the_end(tmp_path / "short", model, num_steps=2)
+    train_to_the_end(tmp_path / "short", model, num_steps=2, **FROM_A_CRITIC)
     for steps, expected in ((2, tmp_path / "short/policy"), (NUM_STEPS, run / "policy")):
         found = run_replay(run, tmp_path / f"out-{steps}", to_step=steps)
         assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
@@ -141,10 +150,10 @@ def test_a_setting_that_changed_is_replayed_from_its_step_on(honest, tmp_path, m
     """A run that continues with --change, and its replay."""
     run = tmp_path / "run"
     with sole_owner(run) as held:
-        held.begin(small_config(model, num_steps=3), "train", force=False)
-        train_to_the_end(run, model, num_steps=3)
+        held.begin(small_config(model, num_steps=3, **FROM_A_CRITIC), "train", force=False)
+        train_to_the_end(run, model, num_steps=3, **FROM_A_CRITIC)
         add_note(run, 3, "change", settings={"optimizer.learning_rate": 0.05, "kl.coef": 0.5})
-        changed = {"optimizer": {"learning_rate": 0.05}, "kl": {"controller": "adaptive", "coef": 0.5}}
+        changed = {"optimizer": {"learning_rate": 0.05}, "kl": {"controller": "adaptive", "coef": 0.5}, **FROM_A_CRITIC}
         held.resume(small_config(model, **changed))
         train_to_the_end(run, model, **changed)
     assert run_audit(run, replay=True) == 0, capsys.readouterr().err
@@ -164,6 +173,17 @@ def test_a_run_that_cannot_be_replayed_is_refused_with_the_remedy(run, model, tm
     weights.write_bytes(one_more(weights.read_bytes()))
     with pytest.raises(UserError, match=r"--model .* is not the model that the run began with .*name that model"):
         run_replay(run, tmp_path / "out", model=str(other))
+    critic = save_smallest_critic(model)
+    with pytest.raises(
+        UserError, match=r"--critic .*other\) is not the critic that the run began with .* with --critic$"
+    ):
+        run_replay(run, tmp_path / "out", critic=str(other))
+    critic.rename(tmp_path / "moved")
+    try:
+        with pytest.raises(UserError, match=r"learner.critic_path .* is no directory; name .* with --critic$"):
+            run_replay(run, tmp_path / "out")
+    finally:
+        (tmp_path / "moved").rename(critic)
     with pytest.raises(UserError, match=r"ppo.clip_eps=0.3"):
         run_replay(run, tmp_path / "out", settings=["ppo.clip_eps=0.3"])
     assert not (tmp_path / "out").exists()

@@ -89,6 +89,14 @@ def test_an_interrupted_run_gives_the_policy_of_its_newest_checkpoint(interrupte
     assert run_export(run) == target  # again, in place of what it wrote before
 
 
+def test_an_export_needs_no_trained_critic(interrupted):
+    """The one that the run began with may be gone."""
+    run, written, _ = interrupted
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("[learner]\n", '[learner]\ncritic_path = "/gone"\n'))
+    assert (run_export(run) / "model.safetensors").read_bytes() == (written / "policy/model.safetensors").read_bytes()
+
+
 def test_an_export_never_overwrites_a_directory(interrupted, tmp_path):
     run, written, _ = interrupted
     before = contents(run)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.utils import logging as transformers_logging
 
 from common.config.ppo import Config
@@ -28,14 +28,18 @@ from common.model.files import load_tokenizer
 from common.model.identity import model_digest
 from common.types import Prompt, PromptRecord, Rollout, RolloutRef, Score, Void
 from common.weights import Bucket
+from deploy.policy_files import PolicyFiles
+from deploy.run.critic import critic_basis
 from deploy.run.leftovers import clear_leftovers
 from deploy.run.summary import answers_path, write_answers
+from learner.critic.files import TrainedCritic, save_critic
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation
 from learner.loop.prompts import PromptStream, heldout_prompts
 from learner.loop.run import Run
 from learner.loop.train_loop import train
 from learner.ppo.learner import Learner
+from learner.ppo.scores import RunningMoments
 from tests.fakes import END, make_rollout, save_tiny_tokenizer, tiny_config
 
 NUM_STEPS = 5
@@ -66,7 +70,26 @@ def save_smallest_model(directory: Path) -> Path:
     return directory
 
 
+FROM_A_CRITIC = {"learner": {"critic": "separate", "critic_path": "next to the model"}}
+
+
+def save_smallest_critic(model: Path) -> Path:
+    """A trained critic for the smallest model, in a directory next to it: random weights, and the moments of scores."""
+    directory = model.parent / f"{model.name}-critic"
+    if not directory.exists():
+        torch.manual_seed(1)
+        body = LlamaModel(LlamaConfig.from_pretrained(model))
+        head = {"value_head.weight": torch.randn(1, 16), "value_head.bias": torch.randn(1)}
+        cfg = tiny_config(model, learner={"critic": "separate"})
+        record = TrainedCritic(critic_basis(cfg, PolicyFiles.load(str(model))), RunningMoments(9, 0.25, 3.0), [], [])
+        save_critic(directory, {**body.state_dict(), **head}, record, base=model)
+    return directory
+
+
 def small_config(model: Path, **overrides: Any) -> Config:
+    """`FROM_A_CRITIC` among the overrides: the run starts from `save_smallest_critic`."""
+    if "critic_path" in (learner := overrides.get("learner", {})):
+        overrides["learner"] = {**learner, "critic_path": str(save_smallest_critic(model))}
     settings: dict[str, Any] = {
         "num_steps": NUM_STEPS,
         "rollouts_per_step": 2,
@@ -209,6 +232,7 @@ def small_run(directory: Path, model: Path, *, roles: Mapping[str, Any] | None =
     cfg, tokenizer = small_config(model, **overrides), tokenizer_of(model)
     records = [PromptRecord(f"q{i}", np.array([3, 4 + i], dtype=np.int32), {}) for i in range(NUM_PROMPTS)]
     heldout = [PromptRecord(f"h{i}", np.array([3, 40 + i], dtype=np.int32), {}) for i in range(2)]
+    critic = cfg.learner.critic_path
     every = SmallRoles(cfg, **(roles or {}))
 
     def evaluated(evaluation: Evaluation, answers: list[Answer], events: list[Event]) -> None:
@@ -232,7 +256,7 @@ def small_run(directory: Path, model: Path, *, roles: Mapping[str, Any] | None =
     if not run.journal.notes:
         run.journal.note(
             "begin",
-            identity={"model": model_digest(model)},
+            identity={"model": model_digest(model)} | ({"critic": model_digest(Path(critic))} if critic else {}),
             config=cfg.model_dump(mode="json", exclude_none=True),
             versions={},
             num_prompts=NUM_PROMPTS,

@@ -39,7 +39,7 @@ from learner.proof.audit import audit
 from learner.proof.replay import Replay
 from tests.durability.disasters import all_places, beginning, contents, full_disks, killed
 from tests.durability.places import Place, functions_of
-from tests.durability.small_run import NUM_STEPS, save_smallest_model, small_config, train_to_the_end
+from tests.durability.small_run import FROM_A_CRITIC, NUM_STEPS, save_smallest_model, small_config, train_to_the_end
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:coroutine .* was never awaited")
 ALL = partial(pytest.param, marks=pytest.mark.exhaustive)
@@ -122,7 +122,7 @@ SCENARIOS: dict[str, tuple[Start, dict[str, Any]]] = {
     "damaged-checkpoint": (damaged, {}),
     "half-learned-batch": (nothing, {"roles": {"torn": (1, 1)}}),
     "first-batch-poison": (nothing, {"roles": {"poison": (0, 3)}, "checkpoint": {"every": 1, "keep": 2}}),
-    "lost-rank": (nothing, {"roles": {"lose_at": 3}}),
+    "lost-rank": (nothing, {"roles": {"lose_at": 3}, **FROM_A_CRITIC}),
     "small-checkpoints": (
         nothing,
         {"checkpoint": {"every": 2, "keep": 1, "best": True, "keep_optimizer_at_end": False}},

@@ -73,6 +73,11 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
             {"ppo": {"advantages": "returns"}, "learner": {"critic_warmup_steps": 1}},
             ["critic_warmup_steps (1) must be 0", 'ppo.advantages = "returns"', "set it to 0"],
         ),
+        (
+            {"ppo": {"advantages": "group"}, "prompts": {"train": "t", "rollouts_per_prompt": 2}}
+            | {"learner": {"critic_path": "critics/a"}},
+            ["learner.critic_path (critics/a) must be left out", 'ppo.advantages = "group"', 'or use "gae"'],
+        ),
         ({"kl": {"controller": "adaptive", "coef": 0}}, ["kl.coef (0)", "above 0", '"fixed"']),
         ({"kl": {"controller": "adaptive", "horizon": 63}}, ["kl.horizon (63)", "rollouts_per_step (64)", "raise"]),
         ({"max_staleness": 2, "ppo": {"importance_cap": 0}}, ["ppo.importance_cap (0)", "max_staleness (2)", "raise"]),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 from common.config.ppo import LearnerConfig
 from common.errors import UserError
 from common.model.files import resolve_model
-from learner.critic.files import CriticBasis, TrainedCritic, read_critic, save_critic
+from learner.critic.files import CriticBasis, CriticSource, TrainedCritic, read_critic, save_critic
+from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
 from learner.ppo.policy import PolicyWithCritic
 from learner.ppo.scores import RunningMoments
@@ -28,9 +31,9 @@ LORA = {"rank": 4, "alpha": 8}
 
 
 def record(kind: str = "separate", **changes) -> TrainedCritic:
-    reward = {"normalise": "mean_std", "clip": 5.0, "sources": [{"name": "a", "weight": 1.0, "digest": "ab"}]}
-    basis = {"kind": kind, "model": "0" * 64, "tokenizer": "1" * 64, "reward": reward, "gamma": 1.0}
-    basis |= {"kl": {"coef": 0.05, "estimator": "k1"}} | changes
+    sources = (CriticSource("a_words", 1.0, "2" * 64), CriticSource("judge", -0.5, None))
+    basis = {"kind": kind, "model": "0" * 64, "tokenizer": "1" * 64, "sources": sources, "normalise": "mean_std"}
+    basis |= {"clip": 5.0, "gamma": 1.0, "kl_coef": 0.05, "kl_estimator": "k1"} | changes
     trained_on = [{"directory": "runs/first", "steps": 3, "digest": "2" * 64, "rollouts": 24}]
     return TrainedCritic(CriticBasis(**basis), RunningMoments(24, 0.5, 6.0), trained_on, [{"loss": 0.25}])
 
@@ -120,6 +123,24 @@ def test_adapters_are_merged_and_new_ones_start_from_there(model, tmp_path):
         )
 
 
+def test_a_learner_begins_with_the_critic_and_its_score_moments(model, written):
+    """Its first old values are those of the critic, and its statistics those of 24 scores and of the 8 of the batch."""
+    table = varied_batch(5)
+    settings = {"precision": "fp32", "critic": "separate", "critic_path": str(written)}
+    learner = Learner(tiny_config(model, rollouts_per_step=8, learner=settings))
+    assert asdict(learner.score_moments) == asdict(record().score_moments)
+    metrics = learner.update(table)
+    batch = ExperienceBatch.from_table(table)
+    with torch.no_grad():
+        expected = loaded(model, written)(batch.sequences, temperature=1.0)[2]
+    assert metrics["value/mean"] == pytest.approx(expected[batch.mask].mean().item(), abs=1e-5)
+    scores = np.array(table["score"].to_pylist())
+    mean = (24 * 0.5 + scores.sum()) / 32
+    squares = 6.0 + 24 * 0.5**2 + (scores**2).sum() - 32 * mean**2
+    assert metrics["reward/running_mean"] == pytest.approx(mean, abs=1e-6)
+    assert metrics["reward/running_std"] == pytest.approx((squares / 32) ** 0.5, abs=1e-6)
+
+
 def test_the_record_is_read_as_it_was_written(written):
     assert read_critic(written) == record()
 
@@ -141,10 +162,14 @@ DAMAGE = {
     "no json": (lambda d: (d / "critic.json").write_text("{"), "cannot start a critic"),
     "no object": (lambda d: (d / "critic.json").write_text("[]"), "its critic.json is damaged"),
     "layout": (lambda d: damaged_record(d, layout=2), "has layout 2, and this version of Ratchet reads 1"),
-    "no basis": (lambda d: damaged_record(d, basis={}), "its critic.json is damaged"),
+    "no basis": (lambda d: damaged_record(d, basis={}), "basis.kind in its critic.json is wrong"),
+    "NaN": (
+        lambda d: damaged_record(d, score_moments={"count": 1, "mean": float("nan"), "squares": 0.0}),
+        "the statistics of its scores are not finite",
+    ),
     "moments": (
         lambda d: damaged_record(d, score_moments={"count": 1, "mean": None, "squares": 0.0}),
-        "the statistics of its scores are not finite numbers",
+        "score_moments.mean in its critic.json is wrong",
     ),
     "files": (lambda d: damaged_record(d, files={}), "does not name value_head.safetensors"),
 }

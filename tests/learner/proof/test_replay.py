@@ -19,7 +19,7 @@ from learner.proof.ranks import in_ranks
 from learner.proof.replay import Replay
 from learner.proof.tensors import whole_tensors
 from tests.durability.disasters import contents
-from tests.durability.small_run import NUM_STEPS, save_smallest_model, small_config, train_to_the_end
+from tests.durability.small_run import FROM_A_CRITIC, NUM_STEPS, save_smallest_model, small_config, train_to_the_end
 from tests.learner.proof.forge import forge_checkpoint, forge_credit, replace_column
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 KINDS: dict[str, dict[str, Any]] = {
     "shared-critic": {},
     "separate-critic": {"learner": {"critic": "separate"}},
+    "trained-critic": FROM_A_CRITIC,
     "lora": {"learner": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}},
     "asynchronous": {"max_staleness": 1},
     "poison": {"roles": {"poison": (0, 5)}},

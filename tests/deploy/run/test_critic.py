@@ -1,0 +1,151 @@
+"""A trained critic compared with the run that would start from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config.sources import FunctionSourceConfig, HttpSourceConfig
+from common.errors import UserError
+from common.model.identity import file_digest, model_digest
+from common.user_code.import_path import module_file
+from deploy.policy_files import PolicyFiles
+from deploy.run.critic import check_critic, critic_basis
+from deploy.run.start import planned_start
+from learner.critic.files import CriticBasis, CriticSource, TrainedCritic, save_critic
+from learner.loop.prompts import PromptStream
+from learner.ppo.scores import RunningMoments
+from tests.deploy.run.test_start import RECORDS
+from tests.fakes import save_tiny_model, tiny_config
+
+SOURCES = (
+    FunctionSourceConfig(name="words", function="tests.tasks:a_words"),
+    HttpSourceConfig(name="service", urls=["http://h"], weight=0.5),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def policy(model):
+    return PolicyFiles.load(str(model))
+
+
+@pytest.fixture
+def cfg(model, tmp_path):
+    learner = {"precision": "fp32", "critic_path": str(tmp_path / "critic")}
+    cfg = tiny_config(model, learner=learner)
+    return cfg.model_copy(update={"reward": cfg.reward.model_copy(update={"sources": SOURCES})})
+
+
+def save(cfg, basis: CriticBasis) -> None:
+    head = {"value_head.weight": torch.zeros(1, 64), "value_head.bias": torch.zeros(1)}
+    record = TrainedCritic(basis, RunningMoments(8, 0.5, 2.0), [], [])
+    save_critic(Path(cfg.learner.critic_path), head, record, base=Path(cfg.model.path))
+
+
+def test_the_basis_of_a_critic_is_what_its_returns_come_from(cfg, policy, model):
+    found = critic_basis(cfg, policy)
+    assert (found.kind, found.model, found.gamma) == ("shared", model_digest(model), 1.0)
+    assert (found.normalise, found.clip, found.kl_coef, found.kl_estimator) == ("mean_std", 5.0, 0.05, "k1")
+    words, service = found.sources
+    assert words == CriticSource("words", 1.0, file_digest(module_file("tests.tasks")))
+    assert service == CriticSource("service", 0.5, None)
+
+
+def test_a_critic_of_this_run_is_accepted(cfg, policy, capsys):
+    save(cfg, critic_basis(cfg, policy))
+    check_critic(cfg, policy)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_without_a_trained_critic_has_nothing_to_check(model, policy):
+    check_critic(tiny_config(model), policy)
+
+
+DIFFERENT = {
+    "kind": ({"kind": "separate"}, "it is a separate critic, and learner.critic is shared"),
+    "tokenizer": ({"tokenizer": "0" * 64, "model": "0" * 64}, "with another tokenizer than that of model.path"),
+    "model": ({"model": "0" * 64}, "it was trained from another model than model.path"),
+    "normalise": ({"normalise": "std"}, "it was trained with reward.normalise std, and the run has mean_std"),
+    "clip": ({"clip": 4.0}, "it was trained with reward.clip 4.0, and the run has 5.0"),
+    "gamma": ({"gamma": 0.9}, "it was trained with ppo.gamma 0.9, and the run has 1.0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), DIFFERENT.values(), ids=DIFFERENT)
+def test_a_critic_for_another_run_is_refused_by_name(cfg, policy, changes, message):
+    save(cfg, replace(critic_basis(cfg, policy), **changes))
+    with pytest.raises(UserError, match=r"learner\.critic_path \(.*\) does not fit this run: ") as error:
+        check_critic(cfg, policy)
+    assert message in str(error.value)
+    assert str(error.value).count("trained with") + str(error.value).count("it is a") <= 1
+
+
+def test_other_reward_sources_are_refused_by_name(cfg, policy):
+    basis = critic_basis(cfg, policy)
+    words, service = basis.sources
+    for sources, message in (
+        ((words,), "with the reward sources words, and the run has words, service"),
+        ((words, replace(service, weight=2.0)), "with the reward source service at weight 2, and the run has 0.5"),
+        ((replace(words, digest="0" * 64), service), "it was trained with other files behind the reward source words"),
+    ):
+        save(cfg, replace(basis, sources=sources))
+        with pytest.raises(UserError) as error:
+            check_critic(cfg, policy)
+        assert message in str(error.value)
+    save(cfg, replace(basis, sources=(service, words)))  # in another order
+    check_critic(cfg, policy)
+
+
+def test_another_kl_penalty_is_only_a_warning(cfg, policy, capsys):
+    save(cfg, replace(critic_basis(cfg, policy), kl_coef=0.2))
+    check_critic(cfg, policy)
+    assert "was trained with kl.coef 0.2 and kl.estimator k1, and the run has 0.05 and k1" in capsys.readouterr().err
+
+
+def test_a_run_that_has_begun_may_have_another_reward_by_now(cfg, policy, capsys):
+    save(cfg, replace(critic_basis(cfg, policy), clip=4.0, kl_coef=0.2))
+    check_critic(cfg, policy, begun=True)
+    assert capsys.readouterr().err == ""
+    save(cfg, replace(critic_basis(cfg, policy), kind="separate"))
+    with pytest.raises(UserError, match="it is a separate critic"):
+        check_critic(cfg, policy, begun=True)
+
+
+def planned(directory, cfg, policy, **fields):
+    prompts = PromptStream(RECORDS, seed=0, rollouts_per_prompt=1)
+    return planned_start(directory, cfg, policy, [RECORDS, []], prompts, **fields)
+
+
+def test_the_journal_records_the_critic_and_a_moved_one_is_no_change(cfg, policy, tmp_path):
+    save(cfg, critic_basis(cfg, policy))
+    run, critic = tmp_path / "run", Path(cfg.learner.critic_path)
+    start = planned(run, cfg, policy, resume=False)
+    [(kind, begin)] = start.notes
+    assert (kind, begin["identity"]["critic"]) == ("begin", model_digest(critic))
+    start.record()
+    moved = shutil.move(critic, tmp_path / "moved")
+    with pytest.raises(UserError, match=r"critic\) has no critic.json"):
+        planned(run, cfg, policy, resume=True)
+    at_its_place = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"critic_path": str(moved)})})
+    assert planned(run, at_its_place, policy, resume=True).notes == []
+
+
+def test_another_critic_is_refused_on_resume_until_it_is_accepted(cfg, policy, tmp_path):
+    save(cfg, critic_basis(cfg, policy))
+    run, record = tmp_path / "run", Path(cfg.learner.critic_path) / "critic.json"
+    planned(run, cfg, policy, resume=False).record()
+    record.write_text(json.dumps({**json.loads(record.read_text()), "passes": [{"loss": 1.0}]}))
+    with pytest.raises(UserError, match=r"critic \(.*\) has SHA-256 .* --accept critic"):
+        planned(run, cfg, policy, resume=True)
+    [(kind, fields)] = planned(run, cfg, policy, resume=True, accepted=["critic"]).notes
+    assert (kind, fields) == ("accept", {"identity": {"critic": model_digest(record.parent)}})
