@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config.ppo import Config
-from common.health import policy_rules, score_rules, system_rules
+from common.health import critic_rules, policy_rules, score_rules, system_rules
 from common.health.history import History, Record
 
 PAGE = "docs/health.md"
@@ -40,8 +40,17 @@ RULES: dict[str, tuple[Rule, str]] = {
     "clip_frac_high": (policy_rules.clip_frac_high, "lower optimizer.learning_rate or ppo.ppo_epochs"),
     "approx_kl_high": (policy_rules.approx_kl_high, "lower optimizer.learning_rate, or set ppo.target_kl"),
     "critic_useless": (
-        policy_rules.critic_useless,
-        "raise the critic's learning rate, or set learner.critic_warmup_steps",
+        critic_rules.critic_useless,
+        "set ppo.value_lam = 1, raise ppo.value_epochs or the critic's learning rate, or train it before the run "
+        "(learner.critic_path)",
+    ),
+    "critic_late": (
+        critic_rules.critic_late,
+        "set ppo.value_lam = 1, or start from a critic trained before the run (learner.critic_path)",
+    ),
+    "critic_miscalibrated": (
+        critic_rules.critic_miscalibrated,
+        "set ppo.value_lam = 1, or raise ppo.value_epochs or the critic's learning rate",
     ),
     "scores_constant": (
         score_rules.scores_constant,

@@ -1,14 +1,14 @@
-"""Health rules about policy and critic: KL, entropy, size of a step, explained variance. Runs anywhere.
+"""Health rules about the policy: KL, entropy, size of a step. Runs anywhere.
 
 Each function takes the history and the config, and says in one sentence what it sees, or returns None.
 """
 
 from __future__ import annotations
 
-from statistics import fmean, median
+from statistics import median
 
 from common.config.ppo import Config
-from common.health.history import START, History, number, score_change, values
+from common.health.history import START, History, score_change, values
 
 # TRL's PPOTrainer warns below -1 nat per response. A few tenths below 0 are noise of the k1 estimator.
 NEGATIVE_KL = -1.0
@@ -33,11 +33,6 @@ HIGH_CLIP_FRAC = 0.5
 # learning rate the tiny model has 0.22 and still learns; 0.58 and keeps 1 % of its entropy; 6.3 and unlearns all.
 HIGH_APPROX_KL = 0.2
 OVER_TARGET = 1.5  # times ppo.target_kl: where Spinning Up and Stable-Baselines3 end a step
-# Steps that train the critic before it is judged, and then steps that judge it. Its head starts at zero.
-CRITIC_STEPS = 10
-# Share of the variance that the returns had at the start. The rest is mostly chance: once 97 % of the demo's answers
-# are right, 19 % of the variance is left, and no critic can know which answers will be wrong.
-ENOUGH_VARIANCE = 0.5
 
 
 def kl_negative(history: History, cfg: Config) -> str | None:
@@ -118,28 +113,6 @@ def approx_kl_high(history: History, cfg: Config) -> str | None:
     if kl is None or kl <= bound:
         return None
     return f"a step moves the policy by {kl:.2g} nats per token, more than {bound:.2g}"
-
-
-def critic_useless(history: History, cfg: Config) -> str | None:
-    """Over some steps together, each weighted with its variance: with hardly any variance, a step's own figure means
-    nothing."""
-    steps = [
-        (variance, explained)
-        for record in list(history.newest)[-CRITIC_STEPS:]
-        if (variance := number(record, "value/returns_var")) is not None
-        and (explained := number(record, "value/explained_variance")) is not None
-    ]
-    trained = history.step + 1 - cfg.learner.critic_warmup_steps
-    at_start = history.at_start("value/returns_var")
-    if trained < 2 * CRITIC_STEPS or len(steps) < CRITIC_STEPS or at_start is None:
-        return None
-    variance = fmean(variance for variance, _ in steps)
-    if variance == 0 or variance < ENOUGH_VARIANCE * at_start:
-        return None
-    explained = fmean(variance * explained for variance, explained in steps) / variance
-    if explained > 0:
-        return None
-    return f"the critic explains {explained:.0%} of the returns' variance after {history.step + 1} steps"
 
 
 def score_unit(history: History, cfg: Config) -> float | None:

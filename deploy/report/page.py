@@ -20,7 +20,10 @@ from bokeh.resources import Resources
 
 from deploy.screen.console import printable
 
-SCRIPTS = ("data.js", "charts.js", "curves.js", "rollouts.js", "quantities.js", "tokens.js", "scores.js", "main.js")
+SCRIPTS = (
+    *("data.js", "charts.js", "curves.js", "rollouts.js", "quantities.js", "tokens.js", "scores.js", "critic.js"),
+    "main.js",
+)
 _PAGE = files("deploy.report") / "page"
 
 

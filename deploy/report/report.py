@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_whole
+from deploy.report.critic import critic_of
 from deploy.report.curves import curves_of
 from deploy.report.events import events_of
 from deploy.report.page import render
@@ -62,6 +63,7 @@ def page_blocks(run: RunFiles, *, max_rows: int = MAX_ROWS, budget: int = BUDGET
         "curves": curves_of(run),
         "events": events_of(run),
         "scores": scores_of(run),
+        "critic": critic_of(run, files),
         "rollouts": table,
         "details": details,
     }

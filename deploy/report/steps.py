@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from common.files import read_record, sha256
 
-_NAME = re.compile(r"(?:step|note)-(\d{6,})(?:-\d{3})?\.(?:arrow|json)")
+_NAME = re.compile(r"(?:step|note)-(\d{6,})(?:-\d{3})?\.(?:arrow|json|parquet)")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class StepFiles:
     def numbers(self) -> list[int]:
         """Numbers of the steps that have a journal file."""
         return sorted(_number(path) for path in (self._directory / "journal").glob("step-*.arrow"))
+
+    def credit_numbers(self) -> list[int]:
+        """Numbers of the steps that have a journal file and a credit file."""
+        credit = {_number(path) for path in (self._directory / "credit").glob("step-*.parquet")}
+        return [number for number in self.numbers() if number in credit]
 
     def each(self, numbers: Sequence[int]) -> Iterator[Step]:
         for number in numbers:

@@ -65,12 +65,12 @@ function paint(figure, xLabel, yLabel) {
   figure.ygrid.grid_line_color = grid;
 }
 
-// Shows `text` at the pointer, with the values of columns in place of names such as @x. It is part of a label's value,
-// because Bokeh's labels have a fixed colour with too little contrast. Bokeh reads it as HTML: it must be our own text.
+// Shows `text`, or several lines of it, at the pointer, with the values of columns in place of names such as @x. It is
+// part of a label's value, because Bokeh's labels have a fixed colour with too little contrast. Bokeh reads it as HTML:
+// it must be our own text.
 function hover(figure, renderer, text, mode = "mouse") {
-  figure.add_tools(
-    new Bokeh.HoverTool({ renderers: [renderer], mode, tooltips: [["", text]], line_policy: "nearest" }),
-  );
+  const tooltips = [text].flat().map((line) => ["", line]);
+  figure.add_tools(new Bokeh.HoverTool({ renderers: [renderer], mode, tooltips, line_policy: "nearest" }));
 }
 
 function removeChart(box) {

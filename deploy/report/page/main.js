@@ -1,7 +1,7 @@
 // The head of the page and its tabs. A tab is filled when it is first opened.
 "use strict";
 
-const TABS = { curves: showCurves, rollouts: showRollouts, scores: showScores };
+const TABS = { curves: showCurves, rollouts: showRollouts, critic: showCritic, scores: showScores };
 const opened = new Set();
 
 function openTab(name, { focus = false } = {}) {
@@ -74,7 +74,8 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
   newest("score", "rollout/score/mean", "");
   newest("KL", "kl/per_response", "nats per response");
   newest("entropy", "ppo/entropy", "nats");
-  newest("explained variance", "value/explained_variance", "");
+  const { left } = block("critic");
+  newest("critic explains", "value/explained_variance/realised", `of the variance; ${percent(left)} of it is left`);
   const [rollouts] = block("rollouts").kept.all;
   const [voids] = block("rollouts").kept.void;
   figure("rollouts", number(rollouts), voids ? `${number(voids)} void` : "none void");

@@ -49,8 +49,10 @@ def steady(step: int) -> Record:
         "ppo/entropy": 1.5 - 0.005 * step,
         "ppo/clip_frac": 0.1,
         "ppo/approx_kl": 0.008,
-        "value/returns_var": 0.2,
-        "value/explained_variance": min(0.3, 0.03 * step),
+        "value/returns_var/realised": 0.2,
+        "value/explained_variance/realised": min(0.3, 0.03 * step),
+        "value/explained_variance/first": min(0.1, 0.01 * step),
+        "value/calibration_error": 0.1,
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 from common.health.health import RULES, Health
 from tests.common.health.series import ROLLOUTS, config, series, steady
 
+REALISED = "value__explained_variance__realised"
 WEIGHT_0 = {
     "sources": [
         {"name": name, "function": "tests.tasks:a_words", "weight": w} for name, w in (("exact", 1), ("judge", 0))
@@ -66,8 +67,18 @@ CASES = {
     ),
     # worse than a constant | the same once all but a tenth of the variance is gone
     "critic_useless": (
-        ({}, series(25, value__explained_variance=-0.2)),
-        ({}, series(25, value__explained_variance=-0.2, value__returns_var=lambda s: 0.2 if s < 10 else 0.02)),
+        ({}, series(25, **{REALISED: -0.2})),
+        ({}, series(25, **{REALISED: -0.2}, value__returns_var__realised=lambda s: 0.2 if s < 10 else 0.02)),
+    ),
+    # worse than a constant at the first tokens alone | a constant there, but for chance: prompts say nothing
+    "critic_late": (
+        ({}, series(25, value__explained_variance__first=-0.2)),
+        ({}, series(25, value__explained_variance__first=lambda s: -0.05 + 0.1 * (-1) ** s)),
+    ),
+    # sqrt(2 / pi * 10 / 64) = 0.315, and half a deviation, of sqrt(0.2) = 0.447: 0.365 | what chance explains, twice
+    "critic_miscalibrated": (
+        ({}, series(25, value__calibration_error=0.4)),
+        ({}, series(25, value__calibration_error=0.28)),
     ),
     # three equal batches in a row | two of three, as chance makes them near the top
     "scores_constant": (
@@ -187,6 +198,19 @@ def test_messages_have_the_numbers_of_their_series():
     assert "79% of the time" in message("generators_starving")  # 6 / 7.6
     assert "older weights explain 0.058" in message("engine_mismatch")
     assert "explains -20% of" in message("critic_useless")
+    assert "explains 30% of" in message("critic_late")
+    assert "-20% at the first tokens" in message("critic_late")
+    assert "differ by 0.4 on average" in message("critic_miscalibrated")
+    assert message("critic_miscalibrated").endswith("deviation is 0.45, and chance explains 0.14")
+
+
+@pytest.mark.parametrize("rule", ["critic_useless", "critic_late", "critic_miscalibrated"])
+def test_no_critic_is_judged_when_the_variance_has_nearly_gone(rule):
+    [records] = [records for _, records in CASES[rule][:1]]
+    gone = [{**r, "value/returns_var/realised": 0.2 if r["step"] < 5 else 0.09} for r in records]
+    assert set().union(*held(({}, gone))) == set()
+    back = [{**r, "value/returns_var/realised": 0.11} for r in records[15:]]
+    assert held(({}, [*gone[:15], *back]))[-1] == {rule}
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "a lot", True, [1.0]])

@@ -20,6 +20,7 @@ from common.types import Experience, Prompt, Rollout, SampleId, Score
 from deploy.run.record import write_first_record
 from learner.loop.credit import write_credit
 from learner.loop.journal import JournalStep
+from tests.critic_figures import PARTS
 from tests.fakes import WORDS, save_tiny_tokenizer, tiny_config
 
 
@@ -159,6 +160,10 @@ def _record(step: int, rows: Sequence[Experience], rng: np.random.Generator) -> 
         "kl/per_response": 0.1 * step,
         "ppo/entropy": 2 - 0.01 * step,
         "value/explained_variance": float(rng.random()),
+        "value/returns_var/realised": 1.0 if step < 3 else 0.3,
+        **{f"value/explained_variance/{part}": 0.1 * step - 0.05 * place for place, part in enumerate(PARTS)},
+        "value/calibration_error": 0.2,
+        "value/score_correlation": 0.1 * step,
         "time/learn_s": 1 + float(rng.random()),
     }
 

@@ -270,6 +270,41 @@ def test_reward_to_go_sums_the_rewards_that_follow(open_page):
     assert page.evaluate("rewardToGo([1, -2, 4])") == [1, 0, 4]
 
 
+EXPLAINED = "[...charts].find(c => c.figure?.places).figure"
+
+
+def test_the_critic_is_shown_by_position_next_to_the_variance(open_page, blocks):
+    page = open_page("critic")
+    page.until("[...charts].filter(c => c.figure).length >= 3")
+    lines = f"{EXPLAINED}.places.filter(([p, r]) => p === 'first' && r.glyph.type === 'Line')"
+    assert page.evaluate(f"[...{lines}[0][1].data_source.data.y]") == blocks["critic"]["explained"]["first"]
+    # Of the made run's six steps, the last three have too little variance: pale, and on a grey ground.
+    judged = page.evaluate(f"[...{lines}[1][1].data_source.data.y].map(y => isNaN(y) ? null : y)")
+    assert judged == [*blocks["critic"]["explained"]["first"][:3], None, None, None]
+    grey = f"{EXPLAINED}.center.filter(r => r.type === 'BoxAnnotation').map(r => [r.left, r.right])"
+    assert page.evaluate(grey) == [[2.5, 5.5]]
+    page.get_by_label("first token").uncheck()
+    assert page.evaluate(f"{lines}.map(([, r]) => r.visible)") == [False, False]
+    headline = "critic explains0.5 of the variance; 30.0% of it is left"
+    assert page.locator("#figures > div", has_text="critic").text_content() == headline
+
+
+def test_predicted_against_realised_returns_of_a_chosen_step(open_page, blocks):
+    page = open_page("critic")
+    page.wait_for_selector("#critic-panel .plot canvas")
+    choices = page.locator("#calibration-steps option").all_text_contents()
+    assert choices == ["steps 0 to 5 together", *(f"step {step}" for step in (5, 4, 3, 2, 1, 0))]
+    page.select_option("#calibration-steps", label="step 4")
+    drawn = "[...charts].find(c => c.box.ariaLabel?.startsWith('realised by')).figure"
+    page.locator("#calibration-steps").scroll_into_view_if_needed()
+    page.until(f"!!{drawn}")
+    bins = blocks["critic"]["calibrations"][2]["bins"]
+    points = f"{drawn}.renderers.find(r => r.glyph.type === 'Scatter').data_source.data"
+    shown = page.evaluate(f"(({{x, y, tokens}}) => [...x].map((p, i) => [p, y[i], tokens[i]]))({points})")
+    assert shown == [pytest.approx(bin, rel=1e-6) for bin in bins]
+    assert f"Mean distance {blocks['critic']['calibrations'][2]['error']:.4g}" in page.locator(".about").text_content()
+
+
 def test_the_page_can_be_used_by_keyboard_alone(open_page):
     page = open_page("curves")
     page.locator("#tab-curves").focus()
@@ -308,7 +343,7 @@ def test_hostile_texts_are_shown_and_do_nothing(open_page):
 @pytest.mark.parametrize("width", [1280, 400])
 def test_nothing_is_wider_than_the_window(open_page, width, scheme):
     page = open_page("curves", width=width, scheme=scheme)
-    for tab in ("curves", "rollouts", "scores"):
+    for tab in ("curves", "rollouts", "critic", "scores"):
         page.locator(f"#tab-{tab}").click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -340,6 +375,7 @@ def test_a_run_that_has_not_learned_yet_is_shown(open_page, tmp_path):
     (tmp_path / "report.html").write_text(render("run", blocks), encoding="utf-8")
     page = open_page("curves", address=(tmp_path / "report.html").as_uri())
     assert page.locator("#run-state").text_content() == "stopped"
-    for tab in ("rollouts", "scores"):
+    for tab in ("rollouts", "critic", "scores"):
         page.locator(f"#tab-{tab}").click()
     assert page.locator("#matches").text_content() == "0 of 0 rollouts"
+    assert page.locator("#critic-panel").text_content() == "This run has no critic."

@@ -12,6 +12,7 @@ TEXT = [  # text colour, background
     ("curve", "surface"),
     ("curve-2", "surface"),
     ("curve-3", "surface"),
+    *[(f"place-{number}", "surface") for number in range(1, 7)],
 ]
 HUES = ("positive", "negative", "amount")  # of tokens, mixed with the surface
 

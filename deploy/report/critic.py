@@ -1,0 +1,101 @@
+"""The page's critic tab: how well the critic predicts, by position and by predicted value. Runs anywhere.
+
+The figures of each step are those of metrics.jsonl. Predicted against realised returns come from the credit files,
+which have the values and the rewards of every token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from common.health.critic_rules import ENOUGH_VARIANCE
+from common.health.history import START, values
+from deploy.report.curves import short
+from deploy.report.run_files import RunFiles
+from deploy.report.steps import Lists, Step, StepFiles, lists
+from learner.ppo.critic_quality import calibration, calibration_error
+
+EXPLAINED = "value/explained_variance/"
+VARIANCE = "value/returns_var/realised"
+PARTS = ("realised", "first", "quarter_1", "quarter_2", "quarter_3", "quarter_4", "last")
+MAX_STEPS = 1000  # of each line; of a longer run every second, third, ... step
+NEWEST = 10  # steps that are shown together
+MAX_TOKENS = 2_000_000  # of these steps; fewer steps are shown if they have more
+MAX_CALIBRATIONS = 100  # single steps to choose from
+
+Tokens = tuple[np.ndarray, np.ndarray]  # predicted and realised return of each token of a step
+
+
+def critic_of(run: RunFiles, files: StepFiles) -> dict[str, Any]:
+    """Everything of the tab that the curves do not have."""
+    known = [r for r in run.metrics if values([r], EXPLAINED + "realised")]
+    variances = values(known, VARIANCE)
+    start = median(variances[:START]) if variances else 0.0
+    shown = known[:: 1 + len(known) // MAX_STEPS]
+    return {
+        "steps": [record["step"] for record in shown],
+        "explained": {part: [_number(record, EXPLAINED + part) for record in shown] for part in PARTS},
+        "variance": [_number(record, VARIANCE) for record in shown],
+        "enough": short(ENOUGH_VARIANCE * start),
+        "left": short(variances[-1] / start) if start else None,
+        "calibrations": _calibrations(files, float(run.setting("ppo.gamma", 1.0))),
+    }
+
+
+def _number(record: dict[str, Any], key: str) -> float | None:
+    return next(iter(map(short, values([record], key))), None)
+
+
+def _calibrations(files: StepFiles, gamma: float) -> list[dict[str, Any]]:
+    """The newest steps together, then single steps, the newest first: {steps: [first, last], bins, error, deviation}.
+    Steps without a credit file, or without values in it, are left out."""
+    numbers = files.credit_numbers()
+    chosen = sorted({*numbers[:: 1 + len(numbers) // MAX_CALIBRATIONS], *numbers[-NEWEST:]})
+    single: list[dict[str, Any]] = []
+    newest: deque[tuple[int, Tokens]] = deque(maxlen=NEWEST)
+    for step in files.each(chosen):
+        if (tokens := _tokens(files, step, gamma)) is None:
+            continue
+        single.insert(0, _calibration([step.number], [tokens]))
+        newest.append((step.number, tokens))
+        while sum(len(predicted) for _, (predicted, _) in newest) > MAX_TOKENS:
+            newest.popleft()
+    together = [_calibration(*zip(*newest, strict=True))] if len(newest) > 1 else []
+    return together + single
+
+
+def _calibration(steps: Sequence[int], tokens: Sequence[Tokens]) -> dict[str, Any]:
+    predicted, realised = (np.concatenate(part) for part in zip(*tokens, strict=True))
+    bins = calibration(predicted, realised, np.ones(len(predicted), bool))
+    return {
+        "steps": [steps[0], steps[-1]],
+        "bins": [[short(b.predicted), short(b.realised), b.tokens] for b in bins],
+        "error": short(calibration_error(bins)),
+        "deviation": short(float(realised.std())),
+    }
+
+
+def _tokens(files: StepFiles, step: Step, gamma: float) -> Tokens | None:
+    """None without values, or where one of the numbers is not finite."""
+    credit = files.credit(step, ["values", "rewards"])
+    predicted, rewards = lists(credit, "values"), lists(credit, "rewards")
+    if predicted is None or rewards is None or not np.array_equal(predicted.offsets, rewards.offsets):
+        return None
+    numbers, realised = predicted.values.astype(np.float64), returns_to_go(rewards, gamma)
+    return (numbers, realised) if len(numbers) and np.isfinite([numbers, realised]).all() else None
+
+
+def returns_to_go(rewards: Lists, gamma: float) -> np.ndarray:
+    """The discounted sum of the rewards from each token to the end of its response, of one response after another."""
+    lengths = rewards.lengths
+    mask = np.arange(lengths.max(initial=0))[:, None] < lengths  # tokens first: the loop takes whole rows
+    padded = np.zeros(mask.shape)
+    padded.T[mask.T] = rewards.values
+    for t in range(len(padded) - 2, -1, -1):
+        padded[t] += gamma * padded[t + 1]
+    return padded.T[mask.T]

@@ -1,0 +1,96 @@
+"""The critic tab's data: lines from the records, predicted against realised returns from the credit files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.credit_table import FLOATS
+from deploy.report import critic
+from deploy.report.critic import critic_of
+from deploy.report.run_files import RunFiles
+from deploy.report.steps import StepFiles
+from tests.critic_figures import PARTS, split
+from tests.deploy.report.made_run import write_run
+
+
+def tab(directory):
+    return critic_of(RunFiles.read(directory), StepFiles(directory))
+
+
+def pairs(directory, step, gamma):
+    """Value and realised return of each token of a step, from their definition."""
+    found = []
+    for row in pq.read_table(directory / f"credit/step-{step:06d}.parquet").to_pylist():
+        for t, value in enumerate(row["values"]):
+            found.append((value, sum(gamma**n * reward for n, reward in enumerate(row["rewards"][t:]))))
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six steps; gamma 0.9. Step 2 has no credit file, that of step 3 is damaged."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "run")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("gamma = 1.0", "gamma = 0.9"))
+    assert RunFiles.read(run).setting("ppo.gamma") == 0.9
+    (run / "credit/step-000002.parquet").unlink()
+    (run / "credit/step-000003.parquet").write_bytes(b"cut")
+    return run
+
+
+def test_calibration_follows_from_the_credit_files(run):
+    found = tab(run)["calibrations"]
+    assert [one["steps"] for one in found] == [[0, 5], [5, 5], [4, 4], [1, 1], [0, 0]]
+    for one, steps in zip(found, [(0, 1, 4, 5), (5,), (4,), (1,), (0,)], strict=True):
+        tokens = sorted(pair for step in steps for pair in pairs(run, step, 0.9))
+        expected = [[*np.mean(part, axis=0), len(part)] for part in split(tokens, 10)]
+        assert one["bins"] == [pytest.approx(bin, rel=1e-4, abs=1e-6) for bin in expected]
+        assert one["error"] == pytest.approx(sum(n * abs(p - r) for p, r, n in expected) / len(tokens), rel=1e-4)
+        assert one["deviation"] == pytest.approx(np.std([realised for _, realised in tokens]), rel=1e-4)
+
+
+def test_lines_are_those_of_the_records(run):
+    found = tab(run)
+    assert found["steps"] == [0, 1, 2, 3, 4, 5]
+    assert tuple(found["explained"]) == PARTS
+    assert found["explained"]["first"] == pytest.approx([0.1 * step - 0.05 for step in range(6)])
+    assert found["variance"] == [1, 1, 1, 0.3, 0.3, 0.3]
+    assert found["enough"] == 0.5  # half of the median of the first five
+    assert found["left"] == 0.3
+
+
+def test_of_many_steps_the_newest_and_some_others_are_offered(run, monkeypatch):
+    monkeypatch.setattr(critic, "MAX_CALIBRATIONS", 2)
+    monkeypatch.setattr(critic, "NEWEST", 2)
+    found = tab(run)["calibrations"]  # files of 0, 1, 3, 4, 5: every third, and the newest two
+    assert [one["steps"] for one in found] == [[4, 5], [5, 5], [4, 4], [0, 0]]
+
+
+def test_steps_that_are_shown_together_are_bounded_by_their_tokens(run, monkeypatch):
+    monkeypatch.setattr(critic, "MAX_TOKENS", len(pairs(run, 5, 1)) + len(pairs(run, 4, 1)))
+    assert tab(run)["calibrations"][0]["steps"] == [4, 5]
+
+
+def test_a_run_without_credit_files_has_its_lines(tmp_path):
+    found = tab(write_run(tmp_path / "run", credit=False))
+    assert len(found["steps"]) == 6
+    assert found["calibrations"] == []
+
+
+def test_a_run_without_a_critic_has_nothing(tmp_path):
+    run = write_run(tmp_path / "run", steps=2)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    without = [{key: x for key, x in record.items() if not key.startswith("value/")} for record in records]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in without))
+    for path in (run / "credit").glob("*.parquet"):
+        table = pq.read_table(path)
+        index = table.schema.get_field_index("values")
+        pq.write_table(table.set_column(index, "values", pa.nulls(table.num_rows, FLOATS)), path)
+    found = tab(run)
+    assert found["steps"] == found["calibrations"] == []
+    assert found["left"] is None
