@@ -20,15 +20,15 @@ DERIVED_SCHEMA = pa.schema(
         ("advantages", FLOATS),  # before whitening
         ("whitened_advantages", FLOATS),  # null without whitening
         ("returns", FLOATS),
-        ("entropy", FLOATS),
-        ("old_logprobs", FLOATS),
+        ("entropy", FLOATS),  # with "mask" null in rows that no pass reached
+        ("old_logprobs", FLOATS),  # null with "mask"
         ("importance_weight", FLOATS),
         ("ratio", FLOATS),  # null in rows that no pass with gradients reached
         ("clipped", pa.list_(pa.bool_())),  # the same
     ]
 )
-NULL_COLUMNS = {"values", "td_errors", "whitened_advantages"}  # null in all rows, or in none
-NULL_ROWS = {"ratio", "clipped"}  # null in any row
+NULL_COLUMNS = {"values", "td_errors", "whitened_advantages", "old_logprobs"}  # null in all rows, or in none
+NULL_ROWS = {"ratio", "clipped", "entropy"}  # null in any row
 # The other columns repeat the journal: they name the rollout, and belong next to the ones above.
 CREDIT_SCHEMA = pa.schema(
     [

@@ -55,6 +55,7 @@ def _settings(cfg: Config) -> dict[str, Any]:
         "optimizer.schedule": cfg.optimizer.schedule,
         "kl.coef": cfg.kl.coef,
         "ppo.advantages": cfg.ppo.advantages,
+        "ppo.policy_loss": cfg.ppo.policy_loss,
         "ppo.clip_eps": cfg.ppo.clip_eps,
         "ppo.ppo_epochs": cfg.ppo.ppo_epochs,
         "sampling.temperature": cfg.sampling.temperature,

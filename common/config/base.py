@@ -6,10 +6,11 @@ Runs anywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 Positive = Annotated[int, Field(ge=1)]
@@ -18,6 +19,21 @@ Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
+
+
+def _number_or_length(value: Any) -> Any:
+    """One message for both kinds of value: pydantic would have one for each."""
+    if value != "length":
+        with suppress(TypeError, ValueError):
+            if not isinstance(value, bool) and 0 <= float(value) <= 1:
+                return float(value)
+        raise ValueError(f'must be a number from 0 to 1, or "length"; it is {value!r}')
+    return value
+
+
+Lambda = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | Literal["length"], BeforeValidator(_number_or_length)
+]  # of GAE
 WEB_ADDRESS = r"https?://[^\s/@?#]+(/[^\s@?#]*)?"  # without a user, a password or a query: configs are not secret
 WebAddress = Annotated[str, Field(pattern=f"^{WEB_ADDRESS}$")]
 # Marks a setting, or a whole section of a root, that may change when a run continues. Such a setting does not decide

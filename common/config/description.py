@@ -91,7 +91,7 @@ def _type_name(field: FieldInfo) -> str:
         args = [a for a in getattr(kind, "__args__", ()) if a is not type(None)]
         if len(args) == 1:  # or none
             return _type_name(FieldInfo.from_annotation(args[0]))
-        text = {int: "integer", float: "number", str: "text"}.get(args[0] if args else kind, "list")  # type: ignore[arg-type]
+        text = " | ".join(_type_name(FieldInfo.from_annotation(arg)) for arg in args)
     return " ".join([text, *bounds])
 
 

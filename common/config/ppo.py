@@ -21,6 +21,7 @@ from common.config.actors import (
     SamplingConfig,
 )
 from common.config.base import (
+    Lambda,
     LoggingConfig,
     MayChange,
     ModelConfig,
@@ -44,15 +45,29 @@ class PPOConfig(Section):
     advantages: Literal["gae", "group", "returns"] = "gae"
     """The baseline that rewards are compared with. gae: a learned critic (arXiv:1506.02438). group: the mean of the
     prompt's other responses (RLOO, arXiv:2402.14740). returns: none. The last two build no critic, and ignore its
-    settings: lam, value_clip, value_coef, learner.critic and the critic's learning rates."""
+    settings: lam, lam_alpha, value_lam, value_clip, value_coef, learner.critic and the critic's learning rates."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount per token; 1 counts the score in full at the first token. Unused with advantages = "group"."""
-    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    lam: Lambda = 0.95
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
-    critic's bias for variance."""
+    critic's bias for variance. length: each response has its own, see lam_alpha."""
+    lam_alpha: Annotated[float, Field(gt=0)] = 0.05
+    """For lam or value_lam = length: the share of a response that counts at each token. Its lambda is 1 - 1 /
+    (lam_alpha x tokens), never below 0 (arXiv:2504.05118). 0.05 is made for thousands of tokens: 200 tokens have lambda
+    0.9, and up to 20 have 0."""
+    value_lam: Lambda | None = None
+    """Lambda of the returns that the critic learns from; 1 makes them sampled returns, without the critic's own errors
+    (arXiv:2503.01491). Left out: the same as lam."""
+    policy_loss: Literal["clip", "mask"] = "clip"
+    """How a step stays near the data. clip: the ratio to the policy before the step, clipped. mask: the ratio to the
+    sampler itself, and no gradient for tokens whose ratio is out of bounds. It needs no importance weight and, without
+    a critic, no pass over the batch before learning."""
     clip_eps: Recorded[Annotated[float, Field(gt=0)]] = 0.05
-    """A token's gain stops growing once its probability has moved by this share from its value before the step. 0.2 is
-    common elsewhere."""
+    """A token's gain stops growing once its probability has moved by this share from its value before the step; with
+    mask: from the sampler's. 0.2 is common elsewhere."""
+    clip_eps_high: Recorded[Annotated[float, Field(gt=0)] | None] = None
+    """The same share for probabilities that rise, so clip_eps is for those that fall. More than clip_eps lets rare good
+    tokens grow (arXiv:2503.14476: 0.28 and 0.2). Left out: clip_eps."""
     value_clip: Recorded[Annotated[float, Field(ge=0)]] = 0
     """Most a value may move from its old value within a step, in reward units; 0: unclipped."""
     ppo_epochs: Positive = 2
@@ -67,11 +82,11 @@ class PPOConfig(Section):
     """Scale the advantages of a batch to mean 0 and variance 1, so that the step size does not depend on the reward's
     unit."""
     target_kl: Recorded[Annotated[float, Field(ge=0)]] = 0
-    """End the step before a minibatch whose mean KL from the policy at the start of the step is above this, nats per
-    token; 0: never."""
+    """End the step before a minibatch whose mean KL from the policy at the start of the step (with mask: from the
+    sampler) is above this, nats per token; 0: never."""
     importance_cap: Recorded[Annotated[float, Field(ge=0)]] = 2.0
     """Cap of the importance weight, the ratio of the learner's to the generator's probability of a token. It corrects
-    for generators with older weights or other rounding; 0: no correction."""
+    for generators with older weights or other rounding; 0: no correction. Unused with policy_loss = mask."""
     max_mismatch_kl: MayChange[Annotated[float, Field(ge=0)]] = 0.1
     """Stop the run when mismatch/kl (k3 between learner and generator, nats per token) is above this for
     max_mismatch_steps steps in a row: the two then compute different policies; 0: never."""
@@ -82,6 +97,16 @@ class PPOConfig(Section):
     def has_critic(self) -> bool:
         """True if the advantages need a critic."""
         return self.advantages == "gae"
+
+    @property
+    def ratio_to_sampler(self) -> bool:
+        """True if the ratio divides by the sampler's probabilities, and not by those of the policy before the step."""
+        return self.policy_loss == "mask"
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        """The ratios between which a token may move."""
+        return 1 - self.clip_eps, 1 + (self.clip_eps if self.clip_eps_high is None else self.clip_eps_high)
 
 
 class KLConfig(Section):

@@ -23,6 +23,7 @@ def broken_rules(cfg: Config) -> Iterator[str]:
     yield from _broken_schedule_rules(cfg)
     yield from _broken_critic_rules(cfg)
     yield from _broken_kl_rules(cfg)
+    yield from _broken_lambda_rules(cfg)
     yield from _broken_length_and_staleness_rules(cfg)
     if cfg.generators.sleep and not cfg.may_sleep:
         yield _sleep_rule(cfg)
@@ -87,6 +88,18 @@ def _broken_kl_rules(cfg: Config) -> Iterator[str]:
         )
 
 
+def _broken_lambda_rules(cfg: Config) -> Iterator[str]:
+    """The settings of a critic are ignored without one."""
+    alpha, longest = cfg.ppo.lam_alpha, cfg.sampling.max_new_tokens
+    for key in ("lam", "value_lam") if cfg.ppo.has_critic else ():
+        if getattr(cfg.ppo, key) == "length" and alpha * longest <= 1:
+            yield (
+                f"ppo.lam_alpha ({alpha:g}) x sampling.max_new_tokens ({longest}) must be above 1 with "
+                f'ppo.{key} = "length", or every lambda is 0; raise the first (above {1 / longest:.2g}), or set '
+                f"ppo.{key} to a number"
+            )
+
+
 def _broken_length_and_staleness_rules(cfg: Config) -> Iterator[str]:
     if cfg.reference.max_batch_tokens < cfg.max_sequence_tokens:
         yield (
@@ -94,10 +107,11 @@ def _broken_length_and_staleness_rules(cfg: Config) -> Iterator[str]:
             f"prompts.max_tokens + sampling.max_new_tokens = {cfg.max_sequence_tokens}; raise the first or lower "
             "one of the others"
         )
-    if cfg.max_staleness and not cfg.ppo.importance_cap:
+    if cfg.max_staleness and not cfg.ppo.importance_cap and not cfg.ppo.ratio_to_sampler:
         yield (
             f"ppo.importance_cap (0) must be above 0 with max_staleness ({cfg.max_staleness}): tokens that older "
-            "weights sampled need their importance weight; raise it (2 is common) or set max_staleness = 0"
+            "weights sampled need their importance weight; raise it (2 is common), set max_staleness = 0, or set "
+            'ppo.policy_loss = "mask"'
         )
     step_mib = -(-cfg.rollouts_per_step * cfg.longest_rollout_bytes >> 20)
     if cfg.max_staleness and cfg.buffer_mib < step_mib:

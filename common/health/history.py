@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from common.config.ppo import Config
+
 FIRST, NEWEST = 10, 20  # records that are kept
 START = 5  # records that tell how the run began
 
@@ -92,6 +94,15 @@ def number(record: Record, key: str) -> float | None:
 def values(records: Iterable[Record], key: str) -> list[float]:
     """The values of all records that have one."""
     return [value for record in records if (value := number(record, key)) is not None]
+
+
+def step_kl(history: History, cfg: Config, count: int) -> list[float]:
+    """How far each of the newest steps moved the policy, nats per token. With "mask" `ppo/approx_kl` is the distance
+    from the sampler, and `mismatch/kl` of that was there before the step."""
+    if not cfg.ppo.ratio_to_sampler:
+        return history.last("ppo/approx_kl", count)
+    pairs = ((number(record, "ppo/approx_kl"), number(record, "mismatch/kl")) for record in history.newest)
+    return [max(0.0, kl - before) for kl, before in pairs if kl is not None and before is not None][-count:]
 
 
 def score_change(before: Sequence[Record], after: Sequence[Record], rollouts: int) -> Change | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from statistics import median
 
 from common.config.ppo import Config
-from common.health.history import START, History, score_change, values
+from common.health.history import START, History, score_change, step_kl, values
 
 # TRL's PPOTrainer warns below -1 nat per response. A few tenths below 0 are noise of the k1 estimator.
 NEGATIVE_KL = -1.0
@@ -43,7 +43,8 @@ def kl_negative(history: History, cfg: Config) -> str | None:
     )
     if kl is None or cfg.kl.estimator != "k1":  # k2 and k3 are never below 0
         return None
-    lowest = NEGATIVE_KL - (mismatch or 0.0) * (tokens or 0.0)
+    # With "mask" the first term is KL(sampler, ref) itself.
+    lowest = NEGATIVE_KL - (0.0 if cfg.ppo.ratio_to_sampler else (mismatch or 0.0) * (tokens or 0.0))
     if kl >= lowest:
         return None
     return f"KL from the reference is {kl:.2f} nats per response; noise explains no less than {lowest:.2f}"
@@ -102,15 +103,16 @@ def entropy_collapsing(history: History, cfg: Config) -> str | None:
 
 
 def clip_frac_high(history: History, cfg: Config) -> str | None:
-    share = history.typical("ppo/clip_frac", 3)
+    key, rule = ("ppo/masked", "mask") if cfg.ppo.ratio_to_sampler else ("ppo/clip_frac", "clip")
+    share = history.typical(key, 3)
     if share is None or share <= HIGH_CLIP_FRAC:
         return None
-    return f"the clip removed the gradient of {share:.0%} of the tokens (ppo.clip_eps is {cfg.ppo.clip_eps:g})"
+    return f"the {rule} removed the gradient of {share:.0%} of the tokens (ppo.clip_eps is {cfg.ppo.clip_eps:g})"
 
 
 def approx_kl_high(history: History, cfg: Config) -> str | None:
-    kl, bound = history.typical("ppo/approx_kl", 3), max(HIGH_APPROX_KL, OVER_TARGET * cfg.ppo.target_kl)
-    if kl is None or kl <= bound:
+    moved, bound = step_kl(history, cfg, 3), max(HIGH_APPROX_KL, OVER_TARGET * cfg.ppo.target_kl)
+    if len(moved) < 3 or (kl := median(moved)) <= bound:
         return None
     return f"a step moves the policy by {kl:.2g} nats per token, more than {bound:.2g}"
 

@@ -5,10 +5,10 @@ Each function takes the history and the config, and says in one sentence what it
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import fmean, median
 
 from common.config.ppo import Config
-from common.health.history import History, number
+from common.health.history import History, number, step_kl
 
 # Share of the way from the length at the start to the limit, and share of the responses that are cut off in addition to
 # those at the start. Responses that are as long as the limit from the start are no drift: the human-feedback demo cuts
@@ -45,8 +45,12 @@ def length_at_limit(history: History, cfg: Config) -> str | None:
 
 def engine_mismatch(history: History, cfg: Config) -> str | None:
     """Engines and learner disagree by more than rounding and older weights explain."""
-    found, moved = history.typical("mismatch/kl", 5), history.mean("ppo/approx_kl", 5) or 0.0
-    bound = MISMATCH + END_OF_STEP * moved * (history.typical("staleness/max", 5) or 0.0) ** 2
+    found, moves = history.typical("mismatch/kl", 5), step_kl(history, cfg, 5)
+    moved = fmean(moves) if len(moves) == 5 else 0.0
+    staleness = history.typical("staleness/max", 5) or 0.0
+    if staleness and cfg.ppo.ppo_epochs * cfg.ppo.minibatches == 1:
+        return None  # the only pass of a step measures no move, so nobody knows what older weights explain
+    bound = MISMATCH + END_OF_STEP * moved * staleness**2
     if found is None or found <= bound:
         return None
     return f"engines and learner differ by {found:.2g} nats per token; rounding and older weights explain {bound:.2g}"

@@ -155,10 +155,17 @@ STEP = (
         "tokens",
         "k3 between learner and generator on the sampled tokens (at most 10 each); above 0.01 without staleness: the "
         "two disagree about the model. The run stops when it stays above `ppo.max_mismatch_kl` for "
-        "`ppo.max_mismatch_steps` steps in a row",
+        "`ppo.max_mismatch_steps` steps in a row. With `mask` measured in the first epoch, so with several minibatches "
+        "while the policy already moves",
         "mismatch",
     ),
-    Metric("mismatch/capped", "share", "mean", "tokens", "tokens whose importance weight reached `importance_cap`"),
+    Metric(
+        "mismatch/capped",
+        "share",
+        "mean",
+        "tokens",
+        "tokens whose importance weight reached `importance_cap`; absent with `mask`, which has no such weight",
+    ),
     Metric("ppo/policy_loss", "-", "mean", "tokens", "near 0 with whitened advantages; its trend means little"),
     Metric(
         "ppo/entropy",
@@ -173,15 +180,26 @@ STEP = (
         "share",
         "mean",
         "tokens",
-        "tokens whose gradient the clip removed; above 0.3: the learning rate is too high for `clip_eps`",
+        "tokens whose gradient the clip removed; above 0.3: the learning rate is too high for `clip_eps`. Absent with "
+        "`mask`",
         "clip",
+    ),
+    Metric(
+        "ppo/masked",
+        "share",
+        "mean",
+        "tokens",
+        'with `policy_loss = "mask"`: tokens without a gradient, because their ratio to the sampler is out of bounds; '
+        "high from the first step on: `clip_eps` is too small for rounding or old weights",
+        "mask",
     ),
     Metric(
         "ppo/approx_kl",
         "nats",
         "mean",
         "tokens",
-        "k3 between the policy at the start of the step and the policy during it; compare `target_kl`",
+        "k3 between the policy at the start of the step (with `mask`: the sampler) and the policy during it; compare "
+        "`target_kl`",
     ),
     Metric("ppo/ratio", "-", "mean", "tokens", "near 1"),
     Metric("ppo/grad_norm", "-", "max", "optimizer steps", "before clipping to `max_grad_norm`"),
@@ -347,7 +365,8 @@ STEP = (
         "seconds",
         "last",
         "",
-        "the pass for old log-probabilities and values; where the first optimizer step shares it, its forward half",
+        "the pass for old log-probabilities and values; where the first optimizer step shares it, its forward half. "
+        "With `mask` for values only",
     ),
     Metric("time/optimise_s", "seconds", "last", "", "all other passes with gradients, and the optimizer"),
     Metric("time/credit_s", "seconds", "last", "", "writing the values of each token, if `credit.every` asks for it"),

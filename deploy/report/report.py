@@ -73,7 +73,10 @@ def _about(run: RunFiles) -> dict[str, Any]:
     starts = run.record.get("starts")
     starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
     starts = starts or [{}]
-    settings = ("ppo.gamma", "ppo.lam", "ppo.clip_eps", "kl.coef", "sampling.max_new_tokens", "rollouts_per_step")
+    settings = (
+        *("ppo.gamma", "ppo.lam", "ppo.value_lam", "ppo.policy_loss", "ppo.clip_eps", "ppo.clip_eps_high"),
+        *("kl.coef", "sampling.max_new_tokens", "rollouts_per_step"),
+    )
     return {
         "name": run.directory.resolve().name,
         "directory": str(run.directory.resolve()),

@@ -38,6 +38,7 @@ _CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
     "entropy": (7, short),
     "tokens": (6, short),
     "clip": (4, "{:.0%}".format),
+    "mask": (4, "{:.0%}".format),
     "critic": (6, share),
     "first": (5, share),
 }
@@ -46,9 +47,10 @@ _LEGEND = (  # each at most 80 columns
     "score, std: mean and standard deviation of the scores",
     "KL: from the reference, nats per response; mismatch: learner from generator,",
     "    nats per token; entropy: nats per token; tokens: per response",
-    "clip: share of tokens clipped; critic: share of the variance of what followed",
-    "    each token that the critic foresaw, 0 or less: no better than a constant;",
-    "    first: the same at first tokens. Both mean little once std is near 0",
+    "clip or mask: share of tokens that it left without a gradient;",
+    "critic: share of the variance of what followed each token that it foresaw, 0 or",
+    "    less: no better than a constant; first: the same at first tokens. Both mean",
+    "    little once std is near 0",
     "tok/s: response tokens per second; left: time until the end",
     "below: seconds of the step by phase; one of its prompts and responses",
 )
@@ -62,9 +64,10 @@ class Progress(Screen):
     def __init__(
         self, cfg: Config, directory: Path, tokenizer: PreTrainedTokenizerBase, log: RunLog | None = None
     ) -> None:
+        unused = "clip" if cfg.ppo.ratio_to_sampler else "mask"
         columns = [
             Column("step", 7, "step", lambda step: _of_all(int(step) + 1, cfg.num_steps)),
-            *columns_of(STEP, _CELLS),
+            *columns_of(STEP, {heading: cell for heading, cell in _CELLS.items() if heading != unused}),
             Column("tok/s", 5, "tokens_per_s", partial(short, width=5)),
             Column("left", 5, "seconds_left", duration),
         ]

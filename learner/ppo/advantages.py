@@ -13,36 +13,66 @@ from torch import Tensor
 
 from common.model.masking import check_no_holes
 
+Lambda = float | Tensor  # one for all responses, or one for each, [B]
+
 
 class Estimator(Protocol):
     """One rule of the table."""
 
     def __call__(
-        self, rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, gamma: float, lam: float
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        *,
+        groups: Tensor,
+        gamma: float,
+        lam: Lambda,
+        value_lam: Lambda | None,
     ) -> tuple[Tensor, Tensor]:
         """Advantages, and the returns that a critic learns from, both [B, R].
 
         rewards, values: per token [B, R]; values are zeros in a run without a critic. groups: int64 [B], equal for
-        responses to the same prompt. Raises ValueError for a mask with holes.
+        responses to the same prompt. value_lam: lambda of the returns; None: lam. Raises ValueError for a mask with
+        holes.
         """
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, groups: Tensor | None = None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: Lambda,
+    value_lam: Lambda | None = None,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
 
-    A response is a finished episode: nothing follows its last token.
+    A response is a finished episode: nothing follows its last token. The returns are V plus the advantages that
+    `value_lam` gives ("decoupled GAE", arXiv:2503.01491): with 1 they are sums of rewards, whatever the critic says.
     """
     check_no_holes(mask)
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = mask[:, t] * (delta + gamma * lam * next_advantage)
-        next_value, next_advantage = values[:, t], advantages[:, t]
-    return advantages, advantages + values
+    errors = td_errors(rewards, values, mask, gamma=gamma)
+    advantages = _decaying_sums(errors, gamma * lam)
+    gains = advantages if value_lam is None else _decaying_sums(errors, gamma * value_lam)
+    return advantages, torch.where(mask, gains + values, 0.0)
+
+
+def _decaying_sums(errors: Tensor, decay: Lambda) -> Tensor:
+    """A_t = errors_t + decay A_(t+1), [B, R], from the last column backwards."""
+    sums = torch.zeros_like(errors)
+    following = errors.new_zeros(errors.shape[0])
+    for t in reversed(range(errors.shape[1])):
+        following = errors[:, t] + decay * following
+        sums[:, t] = following
+    return sums
+
+
+def length_lambdas(lengths: Tensor, *, alpha: float) -> Tensor:
+    """A lambda for each response, float32 [B]: 1 - 1 / (alpha length), at least 0 (VAPO, arXiv:2504.05118)."""
+    return (1 - 1 / (alpha * lengths.double())).clamp(min=0).float()
 
 
 def td_errors(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
@@ -54,14 +84,21 @@ def td_errors(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float) ->
 
 
 def leave_one_out(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, groups: Tensor, gamma: float = 1.0, lam: float = 1.0
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    groups: Tensor,
+    gamma: float = 1.0,
+    lam: Lambda = 1.0,
+    value_lam: Lambda | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RLOO (Ahmadian et al. 2024, arXiv:2402.14740): A_i = R_i - mean of R_j over the other responses j of the group,
     the same for every token of response i.
 
     The whole response is one action, so R_i is the plain sum of its rewards: its score less its KL penalties. Values,
-    gamma and lam play no part. A response alone in its group has advantage 0. An empty response is in no group: its
-    score is on none of its tokens.
+    gamma and the lambdas play no part. A response alone in its group has advantage 0. An empty response is in no group:
+    its score is on none of its tokens.
     """
     check_no_holes(mask)
     total = torch.where(mask, rewards, 0.0).double().sum(1)  # float64: each baseline comes from a difference of sums
@@ -77,11 +114,18 @@ def leave_one_out(
 
 
 def returns_to_go(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, groups: Tensor | None = None, lam: float = 1.0
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    groups: Tensor | None = None,
+    lam: Lambda = 1.0,
+    value_lam: Lambda | None = None,
 ) -> tuple[Tensor, Tensor]:
     """REINFORCE without a baseline (Williams 1992): A_t = r_t + gamma r_(t+1) + gamma^2 r_(t+2) + ...
 
-    That is GAE with values of zero and lam = 1. The given values and lam play no part.
+    That is GAE with values of zero and lam = 1. The given values and lambdas play no part.
     """
     return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
 

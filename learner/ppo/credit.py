@@ -17,33 +17,39 @@ from common.config.ppo import PPOConfig
 from common.credit_table import DERIVED_SCHEMA
 from common.model.transfer import on_device
 from learner.ppo.advantages import td_errors
-from learner.ppo.losses import probability_ratio
+from learner.ppo.losses import POLICY_LOSSES, probability_ratio
 from learner.ppo.targets import Derivation, Targets
 
 
 class NewestPass:
-    """The log-probabilities of the newest pass with gradients over each row. They stay on the device, because each copy
-    to the host waits for the device: `read` is the only one of a step."""
+    """The log-probabilities of the newest pass with gradients over each row, and if asked for the entropy of the first
+    one. They stay on the device, because each copy to the host waits for the device: `read` is the only one of a
+    step."""
 
-    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, shape: torch.Size, device: torch.device, *, entropy: bool = False) -> None:
         self._logprobs = torch.zeros(shape, device=device)
+        self._entropy = torch.zeros(shape, device=device) if entropy else None
         self.reached = torch.zeros(shape[0], dtype=torch.bool)
+        self.first = True  # the rows of the minibatch have had no pass before
 
     def begin(self, rows: np.ndarray) -> None:
         """A minibatch begins. Another rank may have had some of its rows in the epoch before, so all become zero on
         every rank."""
         chosen = torch.from_numpy(rows)
+        self.first = not bool(self.reached[chosen].any())
         self.reached[chosen] = True
         self._logprobs.index_fill_(0, on_device(chosen, self._logprobs.device), 0.0)
 
-    def add(self, rows: Tensor, logprobs: Tensor) -> None:
+    def add(self, rows: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
         """Takes the outputs [b, r] of one micro-batch of this rank."""
         places = on_device(rows, self._logprobs.device)
         self._logprobs[:, : logprobs.shape[1]].index_copy_(0, places, logprobs.detach())
+        if self.first and self._entropy is not None:
+            self._entropy[:, : entropy.shape[1]].index_copy_(0, places, entropy.detach())
 
     def read(self) -> Tensor:
-        """[B, R] on the CPU, zeros in rows of other ranks."""
-        return self._logprobs.cpu()
+        """Log-probabilities and, if asked for, entropy: [1 or 2, B, R] on the CPU, zeros in rows of other ranks."""
+        return torch.stack([x for x in (self._logprobs, self._entropy) if x is not None]).cpu()
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Credit:
 
     fixed: Targets
     derivation: Derivation
-    entropy: Tensor  # of the policy before the update, nats
+    entropy: Tensor | None  # of the policy before the update, nats; None: the first pass over each row gave it
     newest: NewestPass
     ppo: PPOConfig
 
@@ -60,9 +66,9 @@ class Credit:
         """The table of DERIVED_SCHEMA, rows in the order of the batch. Every rank must call it at the same time."""
         fixed, ppo, mask = self.fixed, self.ppo, self.fixed.mask
         reached = mask & self.newest.reached[:, None]
-        ratio = probability_ratio(sum_over_ranks(self.newest.read()), fixed.old_logprobs, reached)
-        # The loss is -A min(ratio, bound): the clip decides where the ratio has passed the bound in A's direction.
-        clipped = torch.where(fixed.advantages > 0, ratio > 1 + ppo.clip_eps, ratio < 1 - ppo.clip_eps)
+        logprobs, *first_entropy = sum_over_ranks(self.newest.read())
+        ratio = probability_ratio(logprobs, fixed.base_logprobs, reached)
+        _, dropped = POLICY_LOSSES[ppo.policy_loss](ratio, fixed.advantages, bounds=ppo.ratio_bounds)
         columns = {
             "values": fixed.old_values if ppo.has_critic else None,
             "kl": self.derivation.kl,
@@ -71,13 +77,15 @@ class Credit:
             "advantages": self.derivation.advantages,
             "whitened_advantages": fixed.advantages if ppo.whiten_advantages else None,
             "returns": fixed.returns,
-            "entropy": self.entropy,
-            "old_logprobs": fixed.old_logprobs,
+            "entropy": first_entropy[0] if self.entropy is None else self.entropy,
+            "old_logprobs": None if ppo.ratio_to_sampler else fixed.base_logprobs,
             "importance_weight": fixed.importance,
             "ratio": ratio,
-            "clipped": clipped & (fixed.advantages != 0),
+            "clipped": dropped,
         }
-        rows = {"ratio": self.newest.reached, "clipped": self.newest.reached}
+        rows = dict.fromkeys(("ratio", "clipped"), self.newest.reached)
+        if self.entropy is None:
+            rows["entropy"] = self.newest.reached
         arrays = [
             pa.nulls(len(mask), field.type)
             if (values := columns[field.name]) is None

@@ -27,6 +27,8 @@ from learner.ppo.targets import Targets, targets
 from learner.ranks.rows import minibatches
 from learner.ranks.trainer import read_together
 
+OLD_LOGPROB = "a log-probability under the policy as it was before"
+
 
 class Learner(PolicyTrainer):
     """Trains the policy, and its critic if the advantages need one."""
@@ -50,7 +52,8 @@ class Learner(PolicyTrainer):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
         _check_finite("a total score", batch.scores.float())
         old_logprobs, old_entropy, old_values, shared_pass = self._old_outputs(batch)
-        _check_finite("a log-probability under the policy as it was before", old_logprobs, BrokenWeightsError)
+        if old_logprobs is not None:
+            _check_finite(OLD_LOGPROB, old_logprobs, BrokenWeightsError)
         _check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
         fixed, derivation, stats = targets(
             batch,
@@ -64,10 +67,14 @@ class Learner(PolicyTrainer):
         self.kl_controller.update(stats["kl/per_response"], len(batch.scores))
         forwarded = time.perf_counter()
 
-        scale, steps, newest = self.set_learning_rate(), 0, NewestPass(batch.mask.shape, self.device)
+        scale, steps = self.set_learning_rate(), 0
+        newest = NewestPass(batch.mask.shape, self.device, entropy=old_entropy is None)
         for rows in self._minibatches(len(batch.scores)):
-            approx_kl = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
+            approx_kl, loss = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
             shared_pass = None
+            if old_logprobs is None and steps == 0:  # then this is the first pass of the weights as they were
+                _check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
+            _check_finite("the loss", loss)
             if cfg.ppo.target_kl and approx_kl > cfg.ppo.target_kl:
                 self.optimizer.zero_grad(set_to_none=True)
                 break
@@ -119,23 +126,31 @@ class Learner(PolicyTrainer):
 
     # The stages of an update
 
-    def _old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor, Tensor, Tensor, Outputs | None]:
-        """Log-probabilities, entropy and values [B, R] before the update; values are zeros without a critic.
+    def _old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor | None, Tensor | None, Tensor, Outputs | None]:
+        """Log-probabilities, entropy and values [B, R] before the update; values are zeros without a critic. The first
+        two are None if the ratio is taken to the sampler: then a pass is needed for values only.
 
         The last value is None, or the outputs of this pass with their graph: if one minibatch and one micro-batch hold
         the whole batch, the first optimizer step would begin with the same pass, so it uses this one.
         """
+        to_sampler = self.cfg.ppo.ratio_to_sampler
+        if to_sampler and not self.cfg.ppo.has_critic:
+            return None, None, torch.zeros(batch.mask.shape), None
         micro_batches = self._micro_batches(batch.sequences, np.arange(len(batch.scores)))
         shared_pass = None
         if self.cfg.ppo.minibatches == 1 and len(micro_batches) == 1:
             shared_pass = self._forward(batch.sequences, micro_batches[0])
         old = torch.zeros(3, *batch.mask.shape)
-        with torch.no_grad():
-            passes = [shared_pass or self._forward(batch.sequences, rows) for rows in micro_batches]  # first queue all
-            for rows, (logprobs, entropy, values) in zip(micro_batches, passes, strict=True):
-                outputs = torch.stack([logprobs, entropy, torch.zeros_like(logprobs) if values is None else values])
-                old[:, rows, : logprobs.shape[1]] = outputs.cpu()  # in one copy: each waits for the device
+        with torch.no_grad():  # first queue all, then copy each at once: every copy waits for the device
+            if to_sampler and shared_pass is None:
+                passes = [self._values(batch.sequences, rows)[None] for rows in micro_batches]
+            else:
+                passes = [_stacked(shared_pass or self._forward(batch.sequences, rows)) for rows in micro_batches]
+            for rows, outputs in zip(micro_batches, passes, strict=True):
+                old[-len(outputs) :, rows, : outputs.shape[2]] = outputs.cpu()
         old_logprobs, old_entropy, old_values = self._ranks.sum(old)
+        if to_sampler:
+            return None, None, old_values, shared_pass
         return old_logprobs, old_entropy, old_values, shared_pass
 
     def _shaped_scores(self, scores: Tensor, metrics: StepMetrics) -> Tensor:
@@ -153,8 +168,9 @@ class Learner(PolicyTrainer):
         shared_pass: Outputs | None,
         newest: NewestPass,
         metrics: StepMetrics,
-    ) -> float:
-        """Adds the gradient of one minibatch. Returns its mean KL from the old policy, nats per token."""
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of one minibatch. Returns its mean KL from the policy that the ratio divides by, nats per
+        token, and its loss. Both may not be finite."""
         num_tokens = max(1, int(batch.mask[torch.from_numpy(rows)].sum()))
         newest.begin(rows)
         parts: list[tuple[int, dict[str, Tensor]]] = []  # tokens of each micro-batch, and its sums by metric key
@@ -165,7 +181,7 @@ class Learner(PolicyTrainer):
                 logprobs, entropy, values, part, ppo=self.cfg.ppo, num_tokens=num_tokens, critic_only=self._critic_only
             )
             self.backward(loss)
-            newest.add(chosen, logprobs)
+            newest.add(chosen, logprobs, entropy)
             parts.append((int(fixed.mask[chosen].sum()), {**sums, "loss": loss.detach().double()}))
         kl_sum, loss_sum = torch.zeros(2, dtype=torch.float64)
         for count, numbers in read_together(parts):
@@ -173,9 +189,10 @@ class Learner(PolicyTrainer):
             kl_sum += numbers["ppo/approx_kl"]
             for key, total in numbers.items():
                 metrics.add(key, total, count)
+            if newest.first and self.cfg.ppo.ratio_to_sampler:
+                metrics.add("mismatch/kl", numbers["ppo/approx_kl"], count)
         kl_sum, loss_sum = self._ranks.sum(torch.stack([kl_sum, loss_sum]))
-        _check_finite("the loss", loss_sum)
-        return kl_sum.item() / num_tokens
+        return kl_sum / num_tokens, loss_sum
 
     @property
     def _critic_only(self) -> bool:
@@ -184,6 +201,12 @@ class Learner(PolicyTrainer):
     def _minibatches(self, count: int) -> Iterator[np.ndarray]:
         ppo = self.cfg.ppo
         return minibatches(count, epochs=ppo.ppo_epochs, parts=ppo.minibatches, seed=self.cfg.seed, step=self.step)
+
+
+def _stacked(outputs: Outputs) -> Tensor:
+    """As one tensor [3, b, r], with zeros for values without a critic."""
+    logprobs, entropy, values = outputs
+    return torch.stack([logprobs, entropy, torch.zeros_like(logprobs) if values is None else values])
 
 
 def _check_finite(what: str, values: Tensor, error: type[BatchError] = BatchError) -> None:

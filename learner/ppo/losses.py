@@ -7,6 +7,8 @@ returns statistics, detached, as sums over tokens.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,41 +16,65 @@ from common.model.masking import masked_sum
 from learner.ppo.shaping import k3
 
 
+class PolicyLoss(Protocol):
+    """One rule of `POLICY_LOSSES`."""
+
+    def __call__(self, ratio: Tensor, advantages: Tensor, *, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """The loss of each token, and True where the rule removed the token's gradient, both [B, R]. `bounds`: the
+        lowest and the highest ratio that a token should have."""
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """max(-A ratio, -A clip(ratio)), eq. 7: nothing is gained by going beyond a bound in A's direction."""
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(*bounds)
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def masked_surrogate(ratio: Tensor, advantages: Tensor, *, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """-A ratio between the bounds, else 0, whatever the sign of A (IcePop; SAO, arXiv:2607.07508)."""
+    outside = (ratio < bounds[0]) | (ratio > bounds[1])
+    return torch.where(outside, 0.0, -advantages * ratio), outside
+
+
+# By the name in `ppo.policy_loss`. `PPOConfig.ratio_to_sampler` says what the ratio divides by.
+POLICY_LOSSES: dict[str, PolicyLoss] = {"clip": clipped_surrogate, "mask": masked_surrogate}
+
+
 def policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    base_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_eps: float,
+    rule: PolicyLoss,
+    bounds: tuple[float, float],
     num_tokens: int,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate: mean of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)); all tensors [B, R].
+    """The mean of a rule's losses; all tensors [B, R].
 
-    `weights` are per-token importance weights of the sampler (see `importance_weights`). Statistics: `clipped`, tokens
-    whose gradient the clip removed; `approx_kl`, k3 estimate of KL(old || new) in nats; `ratio`.
+    `base_logprobs` are of the policy that the ratio divides by. `weights` are per-token importance weights of the
+    sampler (learner/ppo/mismatch.py). Statistics: `dropped`, tokens whose gradient the rule removed; `approx_kl`, k3
+    estimate of KL(base || new) in nats; `ratio`.
     """
-    ratio = probability_ratio(logprobs, old_logprobs, mask)
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    per_token = torch.maximum(unclipped, clipped)
+    ratio = probability_ratio(logprobs, base_logprobs, mask)
+    per_token, dropped = rule(ratio, advantages, bounds=bounds)
     if weights is not None:
         per_token = per_token * weights
     with torch.no_grad():
         stats = {
-            "clipped": masked_sum((clipped > unclipped).float(), mask),
-            "approx_kl": masked_sum(k3(torch.where(mask, old_logprobs, 0.0), torch.where(mask, logprobs, 0.0)), mask),
+            "dropped": masked_sum(dropped.float(), mask),
+            "approx_kl": masked_sum(k3(torch.where(mask, base_logprobs, 0.0), torch.where(mask, logprobs, 0.0)), mask),
             "ratio": masked_sum(ratio, mask),
         }
     return masked_sum(per_token, mask) / num_tokens, stats
 
 
-def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """exp(logprobs - old_logprobs), [B, R], 1 outside the mask."""
+def probability_ratio(logprobs: Tensor, base_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """exp(logprobs - base_logprobs), [B, R], 1 outside the mask."""
     # Masked before exp, so that garbage in the padding cannot become NaN in the gradient. Bounded: exp overflows
     # beyond 88, and the gradient of a token that the clip removes would be 0 x inf.
-    return torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20).exp()
+    return torch.where(mask, logprobs - base_logprobs, 0.0).clamp(-20, 20).exp()
 
 
 def value_loss(
@@ -75,21 +101,3 @@ def value_loss(
 def entropy_bonus(entropy: Tensor, mask: Tensor, *, num_tokens: int) -> Tensor:
     """Mean entropy of the sampling distribution, nats per token."""
     return masked_sum(entropy, mask) / num_tokens
-
-
-@torch.no_grad()
-def importance_weights(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Truncated weights min(pi_old / pi_rollout, cap), [B, R], 1 outside the mask; they carry no gradient.
-
-    They correct for tokens that older weights sampled, or an engine that rounds differently (decoupled PPO, Hilton et
-    al. 2021, arXiv:2110.00641; truncation, Ionides 2008). Statistics: `capped` tokens; `mismatch_kl`, k3 in nats.
-    """
-    difference = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).clamp(-20, 20)
-    weights = difference.exp()
-    stats = {
-        "capped": masked_sum((weights > cap).float(), mask),
-        "mismatch_kl": masked_sum(k3(torch.zeros_like(difference), difference), mask),
-    }
-    return torch.where(mask, weights.clamp(max=cap), 1.0), stats

@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from common.config.ppo import PPOConfig
-from learner.ppo.losses import entropy_bonus, policy_loss, value_loss
+from learner.ppo.losses import POLICY_LOSSES, entropy_bonus, policy_loss, value_loss
 from learner.ppo.targets import Targets
+
+DROPPED = {"clip": "ppo/clip_frac", "mask": "ppo/masked"}  # the metric of tokens without a gradient, by ppo.policy_loss
 
 
 def objective(
@@ -32,17 +34,18 @@ def objective(
     bonus = entropy_bonus(entropy, fixed.mask, num_tokens=num_tokens)
     p_loss, p_stats = policy_loss(
         logprobs,
-        fixed.old_logprobs,
+        fixed.base_logprobs,
         fixed.advantages,
         fixed.mask,
-        clip_eps=ppo.clip_eps,
+        rule=POLICY_LOSSES[ppo.policy_loss],
+        bounds=ppo.ratio_bounds,
         num_tokens=num_tokens,
         weights=fixed.importance,
     )
     stats = {
         "ppo/policy_loss": p_loss.double() * num_tokens,
         "ppo/entropy": bonus.double() * num_tokens,
-        "ppo/clip_frac": p_stats["clipped"],
+        DROPPED[ppo.policy_loss]: p_stats["dropped"],
         "ppo/approx_kl": p_stats["approx_kl"],
         "ppo/ratio": p_stats["ratio"],
     }

@@ -83,25 +83,30 @@ class PolicyWithCritic(nn.Module):
         return network
 
     def forward(
-        self, sequences: Sequences, *, temperature: float, reference: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, sequences: Sequences, *, temperature: float, reference: bool = False, only_values: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Log-probabilities, entropy and values of every response token, float32 [B, R]. Without a critic, values are
         None.
 
-        With `reference` the log-probabilities are those without LoRA's adapters.
+        With `reference` the log-probabilities are those without LoRA's adapters. With `only_values` the others are
+        None: neither the output embedding nor, with a separate critic, the policy computes anything.
         """
+        if only_values:  # no method of its own: FSDP gathers weights for `forward` only
+            return None, None, self._values(sequences)
         with lora.off(self.policy) if reference else nullcontext():
             states, token_ids = sequences.response_states(self.policy.base_model)
         head, finish = self.policy.get_output_embeddings(), Finish.of(self.policy.config)
         logprobs, entropy = chosen_logprobs(states, token_ids, head, temperature=temperature, finish=finish)
         return sequences.scatter(logprobs), sequences.scatter(entropy), self._values(sequences, states)
 
-    def _values(self, sequences: Sequences, states: Tensor) -> Tensor | None:
-        """Values [B, R] from the policy's states, or from those of the critic's own network."""
+    def _values(self, sequences: Sequences, states: Tensor | None = None) -> Tensor | None:
+        """Values [B, R] from the policy's states, which may be given, or from those of the critic's own network."""
         if self.value_head is None:
             return None
         if self.critic_body is not None:
             states, _ = sequences.response_states(self.critic_body)
+        elif states is None:
+            states, _ = sequences.response_states(self.policy.base_model)
         with torch.autocast(states.device.type, enabled=False):  # bfloat16 has 8 bits: too coarse for a value
             values = self.value_head(states.float()).squeeze(-1)
         return sequences.scatter(values)

@@ -100,6 +100,12 @@ class PolicyTrainer(Trainer):
         logprobs, entropy, values = self.forward(chosen, len(rows), temperature=temperature, reference=reference)
         return logprobs, entropy, values
 
+    def _values(self, sequences: Sequences, rows: Tensor) -> Tensor:
+        """Values alone, [b, r]."""
+        chosen, temperature = sequences.rows(rows).to(self.device), self.cfg.sampling.temperature
+        _, _, values = self.forward(chosen, len(rows), temperature=temperature, only_values=True)
+        return values
+
     def _logprobs(self, rollouts: Sequence[Rollout], *, reference: bool) -> list[np.ndarray]:
         sequences = Sequences.pack([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
         result = torch.zeros(sequences.response_mask.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from common.config.ppo import PPOConfig
 from common.model.masking import masked_mean, masked_sum, masked_var, whiten
 from common.model.transfer import on_device
-from learner.ppo.advantages import ADVANTAGES, returns_to_go
+from learner.ppo.advantages import ADVANTAGES, Lambda, length_lambdas, returns_to_go
 from learner.ppo.critic_quality import critic_quality
 from learner.ppo.experience import ExperienceBatch
-from learner.ppo.losses import importance_weights
+from learner.ppo.mismatch import importance_weights
 from learner.ppo.shaping import KL_ESTIMATORS, token_rewards
 
 
@@ -27,7 +27,7 @@ class Targets:
     """All [B, R]; zeros outside the mask."""
 
     mask: Tensor
-    old_logprobs: Tensor
+    base_logprobs: Tensor  # what the ratio divides by: of the policy before the update, or of the sampler
     old_values: Tensor  # zeros without a critic
     advantages: Tensor
     returns: Tensor
@@ -48,7 +48,7 @@ class Derivation(NamedTuple):
 
 def targets(
     batch: ExperienceBatch,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     old_values: Tensor,
     scores: Tensor,
     *,
@@ -58,40 +58,53 @@ def targets(
 ) -> tuple[Targets, Derivation, dict[str, float]]:
     """The targets, how they came about, and statistics over the batch by metric key.
 
-    old_logprobs, old_values [B, R]: of the policy and the critic before the update; values are zeros without a critic.
-    scores [B]: after normalisation, float32.
+    old_logprobs, old_values [B, R]: of the policy and the critic before the update. Log-probabilities are None where
+    the sampler's take their place; values are zeros without a critic. scores [B]: after normalisation, float32.
     """
     mask = batch.mask
-    ref_logprobs = torch.where(batch.ref_is_policy[:, None], old_logprobs, batch.ref_logprobs)
-    kl = KL_ESTIMATORS[kl_estimator](old_logprobs, ref_logprobs)
+    base_logprobs = batch.rollout_logprobs if old_logprobs is None else old_logprobs
+    ref_logprobs = torch.where(batch.ref_is_policy[:, None], base_logprobs, batch.ref_logprobs)
+    kl = KL_ESTIMATORS[kl_estimator](base_logprobs, ref_logprobs)
     rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
     advantages, returns = ADVANTAGES[ppo.advantages](
-        rewards, old_values, mask, groups=batch.groups, gamma=ppo.gamma, lam=ppo.lam
+        rewards,
+        old_values,
+        mask,
+        groups=batch.groups,
+        gamma=ppo.gamma,
+        lam=_lambda(ppo.lam, mask, ppo),
+        value_lam=None if ppo.value_lam in (None, ppo.lam) else _lambda(ppo.value_lam, mask, ppo),
     )
     importance, mismatch = importance_weights(
-        old_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap or math.inf
+        base_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap or math.inf
     )
     fixed = Targets(
         mask,
-        old_logprobs,
+        base_logprobs,
         old_values,
         whiten(advantages, mask) if ppo.whiten_advantages else advantages,
         returns,
-        importance if ppo.importance_cap else torch.ones_like(importance),
+        importance if ppo.importance_cap and old_logprobs is not None else torch.ones_like(importance),
     )
     num_tokens, kl_sum = max(1, int(mask.sum())), float(masked_sum(kl, mask))
     stats = {
         "kl/coef": kl_coef,
         "kl/per_token": kl_sum / num_tokens,
         "kl/per_response": kl_sum / len(mask),
-        "mismatch/kl": mismatch["mismatch_kl"].item() / num_tokens,
-        "mismatch/capped": mismatch["capped"].item() / num_tokens,
     }
+    if old_logprobs is not None:  # else the first passes over the batch measure it
+        stats["mismatch/kl"] = mismatch["mismatch_kl"].item() / num_tokens
+        stats["mismatch/capped"] = mismatch["capped"].item() / num_tokens
     if ppo.has_critic:
         _, realised = returns_to_go(rewards.double(), old_values, mask, gamma=ppo.gamma)
         stats |= _value_statistics(old_values, returns, advantages, mask)
         stats |= critic_quality(old_values, realised, scores, mask)
     return fixed, Derivation(kl, rewards, advantages), stats
+
+
+def _lambda(setting: float | Literal["length"], mask: Tensor, ppo: PPOConfig) -> Lambda:
+    """The lambda of all responses, or one for each."""
+    return length_lambdas(mask.sum(1), alpha=ppo.lam_alpha) if setting == "length" else setting
 
 
 def _value_statistics(values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:

@@ -244,7 +244,7 @@ def credit() -> dict[str, Any]:
         with Asked() as learning:
             for rows in ([0, 3], [2, 1]):
                 newest.begin(np.array(rows))
-                newest.add(torch.tensor(rows), outputs)
+                newest.add(torch.tensor(rows), outputs, outputs)
         with Asked() as reading:
             newest.read()
     return {"learning": learning.waits, "reading": reading.waits, "crossed": dict(reading.crossed)}

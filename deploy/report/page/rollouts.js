@@ -35,7 +35,7 @@ function columns() {
     { key: "KL", about: "from the reference, nats", value: (i) => rows.kl[i] },
     {
       key: "clipped",
-      about: "share of its tokens whose gradient the clip removed in the last pass",
+      about: "share of its tokens whose gradient the clip or the mask removed in the last pass",
       value: (i) => rows.clipped[i],
       shown: percent,
     },

@@ -43,7 +43,7 @@ CHANGEABLE = {
 # The same for PPO's settings that may change if the journal records it.
 RECORDED_SETTINGS = {
     "reward": "clip",
-    "ppo": "clip_eps value_clip value_coef entropy_coef target_kl importance_cap",
+    "ppo": "clip_eps clip_eps_high value_clip value_coef entropy_coef target_kl importance_cap",
     "kl": "coef target",
     "optimizer": "learning_rate value_head_learning_rate critic_learning_rate max_grad_norm",
 }
@@ -104,6 +104,9 @@ def test_describe_states_bounds_choices_and_defaults():
     rows = {key: (kind, default) for key, kind, default, *_ in describe(Config)}
     assert rows["num_steps"] == ("integer >= 1", "100")
     assert rows["ppo.gamma"] == ("number >= 0 <= 1", "1.0")
+    assert rows["ppo.lam"] == ("number >= 0 <= 1 | length", "0.95")
+    assert rows["ppo.value_lam"] == ("number >= 0 <= 1 | length", "none")
+    assert rows["ppo.clip_eps_high"] == ("number > 0", "none")
     assert rows["learner.critic"] == ("shared | separate", "shared")
     assert rows["ppo.whiten_advantages"] == ("true | false", "true")
     assert rows["prompts.train"] == ("text", "required")
@@ -111,7 +114,7 @@ def test_describe_states_bounds_choices_and_defaults():
     assert rows["optimizer.betas"][0] == "list"  # not a number
     assert rows["learner.micro_batch_tokens"] == ("integer >= 1", "none")
     assert rows["learner.lora.rank"] == ("integer >= 1", "16")  # of a section that may stay out
-    assert rows["learner.lora.targets"] == ("text", "all-linear")
+    assert rows["learner.lora.targets"] == ("text | list", "all-linear")
     assert rows["reward.sources"] == ("list", "required")
     assert rows["reward.sources[].weight"] == ("number", "1.0")
     assert rows["reward.sources[].function"] == ("text", "required")

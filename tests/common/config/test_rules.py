@@ -81,6 +81,19 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ({"kl": {"controller": "adaptive", "coef": 0}}, ["kl.coef (0)", "above 0", '"fixed"']),
         ({"kl": {"controller": "adaptive", "horizon": 63}}, ["kl.horizon (63)", "rollouts_per_step (64)", "raise"]),
         ({"max_staleness": 2, "ppo": {"importance_cap": 0}}, ["ppo.importance_cap (0)", "max_staleness (2)", "raise"]),
+        # 0.05 x 20 = 1
+        (
+            {"ppo": {"lam": "length"}, "sampling": {"max_new_tokens": 20}},
+            [
+                "ppo.lam_alpha (0.05) x sampling.max_new_tokens (20) must be above 1",
+                'ppo.lam = "length"',
+                "(above 0.05)",
+            ],
+        ),
+        (
+            {"ppo": {"value_lam": "length", "lam_alpha": 0.01}, "sampling": {"max_new_tokens": 64}},
+            ["ppo.lam_alpha (0.01)", "(64)", "every lambda is 0", "(above 0.016)", "set ppo.value_lam to a number"],
+        ),
         ({"learner": {"ranks": 2, "gpus": 0.5}}, ["learner.gpus (0.5)", "each of 2 learner.ranks", "0 for the CPU"]),
         ({"learner": {"ranks": 64, "gpus": 2}}, ["learner.gpus (2)", "each of 64 learner.ranks", "cannot share a GPU"]),
         ({"learner": {"ranks": 2, "min_ranks": 3}}, ["learner.min_ranks (3)", "at most learner.ranks (2)", "raise"]),
@@ -178,6 +191,9 @@ def test_each_broken_rule_of_pair_sampling_is_refused_with_its_values(sections, 
         (Config, ppo(kl={"controller": "fixed", "horizon": 1})),
         (Config, ppo(ppo={"gamma": 1, "minibatches": 64})),
         (Config, ppo(reward={"sources": [{**MODEL, "max_tokens": 100, "max_batch_tokens": 100}]})),
+        (Config, ppo(ppo={"lam": "length"}, sampling={"max_new_tokens": 21})),  # 1.05
+        (Config, ppo(ppo={"lam": "length", "advantages": "returns"}, sampling={"max_new_tokens": 20})),  # no critic
+        (Config, ppo(ppo={"policy_loss": "mask", "importance_cap": 0}, max_staleness=8)),
         (Config, ppo(learner={"micro_batch_tokens": 1})),  # a longer sequence is a micro-batch of its own
         (Config, ppo(learner={"ranks": 64, "gpus": 0})),
         (Config, ppo(learner={"ranks": 64, "gpus": 1})),
@@ -209,6 +225,12 @@ def test_several_broken_rules_are_all_reported_at_once():
         (ppo(reward={"sources": [{**FUNCTION, "weight": float("nan")}]}), "weight"),
         (ppo(evaluation={"pass_score": float("nan")}), "pass_score"),
         (ppo(ppo={"gamma": 1.01}), "gamma"),
+        (ppo(ppo={"lam": 1.01}), "lam"),
+        (ppo(ppo={"lam": float("nan")}), "lam"),
+        (ppo(ppo={"value_lam": -0.01}), "value_lam"),
+        (ppo(ppo={"value_lam": "legnth"}), "value_lam"),
+        (ppo(ppo={"lam": True}), "lam"),
+        (ppo(ppo={"clip_eps_high": 0}), "clip_eps_high"),
         (ppo(max_staleness=-1), "max_staleness"),
         (ppo(learner={"ranks": 0}), "ranks"),
         (ppo(learner={"micro_batch_tokens": 0}), "micro_batch_tokens"),
@@ -218,6 +240,19 @@ def test_several_broken_rules_are_all_reported_at_once():
 def test_a_number_past_its_bounds_or_not_finite_is_refused(tree, key):
     (fault,) = faults(Config, tree)
     assert fault["loc"][-1] == key
+
+
+@pytest.mark.parametrize(("value", "found"), [(0, 0.0), (1, 1.0), (0.5, 0.5), (".5", 0.5), ("length", "length")])
+def test_a_lambda_is_a_number_from_zero_to_one_or_the_lengths(value, found):
+    cfg = Config.model_validate(ppo(ppo={"lam": value, "value_lam": value}))
+    assert [cfg.ppo.lam, cfg.ppo.value_lam] == [found, found]
+    (fault,) = faults(Config, ppo(ppo={"lam": [value]}))
+    assert 'must be a number from 0 to 1, or "length"; it is [' in fault["msg"]
+
+
+@pytest.mark.parametrize(("high", "bounds"), [(None, (0.8, 1.2)), (0.28, (0.8, 1.28))])
+def test_the_upper_bound_of_the_ratio_is_the_lower_one_unless_given(high, bounds):
+    assert Config.model_validate(ppo(ppo={"clip_eps": 0.2, "clip_eps_high": high})).ppo.ratio_bounds == bounds
 
 
 # Reward sources

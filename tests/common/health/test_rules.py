@@ -229,3 +229,32 @@ def test_records_without_figures_of_the_learner_are_skipped():
 
 def test_the_first_records_cause_no_event():
     assert held(({}, [{}, {"step": 1}, {"step": 2, "rollout/score/mean": 1.0}])) == [set(), set(), set()]
+
+
+MASK = {"ppo": {"policy_loss": "mask"}}
+
+
+def test_under_the_mask_its_own_share_is_watched():
+    assert "clip_frac_high" not in held((MASK, series(6, ppo__clip_frac=0.6)))[-1]
+    assert held((MASK, series(6, ppo__masked=0.6)))[-1] == {"clip_frac_high"}
+    assert held(({}, series(6, ppo__masked=0.6)))[-1] == set()
+
+
+def test_under_the_mask_the_distance_from_the_sampler_is_no_move_of_the_step():
+    """ppo/approx_kl begins at mismatch/kl there."""
+    far = series(6, ppo__approx_kl=0.4, mismatch__kl=0.3, staleness__max=8)
+    assert held((MASK, far))[-1] == set()  # 0.1 in the step; and 0.01 + 6 * 0.1 * 64 explain the mismatch
+    assert held(({}, far))[-1] == {"approx_kl_high"}
+    still = series(6, ppo__approx_kl=0.3, mismatch__kl=0.3, staleness__max=8)
+    assert held((MASK, still))[-1] == {"engine_mismatch"}  # a policy that does not move grows no older
+
+
+@pytest.mark.parametrize(("staleness", "expected"), [(0, {"engine_mismatch"}), (8, set())])
+def test_a_single_pass_does_not_tell_what_older_weights_explain(staleness, expected):
+    records = series(6, ppo__approx_kl=0.0, mismatch__kl=0.3, staleness__max=staleness)
+    assert held(({"ppo": {"ppo_epochs": 1, "minibatches": 1}}, records))[-1] == expected
+
+
+def test_under_the_mask_no_mismatch_explains_a_negative_kl():
+    records = series(8, kl__per_response=-1.4, mismatch__kl=0.02)
+    assert held((MASK, records))[-1] - {"engine_mismatch"} == {"kl_negative"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.config.ppo import PPOConfig
-from learner.ppo.advantages import ADVANTAGES, gae, leave_one_out, returns_to_go
+from learner.ppo.advantages import ADVANTAGES, gae, leave_one_out, length_lambdas, returns_to_go
 
 LENGTHS, WIDTH = [5, 0, 1, 3, 6], 7
 
@@ -58,6 +58,36 @@ def test_gae_equals_its_definition_whatever_the_padding(definition, gamma, lam, 
         assert returns[b].tolist() == pytest.approx(gains + padding, abs=1e-10)
 
 
+@pytest.mark.parametrize("definition", [sum_of_deltas, average_of_n_step_advantages])
+@pytest.mark.parametrize("value_lam", [1.0, 0.3, [0.5, 0.0, 1.0, 0.25, 0.9]])
+def test_two_lambdas_give_each_response_what_each_gives_alone(definition, value_lam):
+    """Advantages with a lambda for each response; returns with lambdas of their own."""
+    rewards, values, mask = ragged(math.nan)
+    lams = [0.9, 0.1, 0.7, 0.2, 1.0]
+    of_values = torch.tensor(value_lam, dtype=torch.float64) if isinstance(value_lam, list) else value_lam
+    lam = torch.tensor(lams, dtype=torch.float64)
+    advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=lam, value_lam=of_values)
+    for b, n in enumerate(LENGTHS):
+        row, critic, padding = rewards[b, :n].tolist(), values[b, :n].tolist(), [0.0] * (WIDTH - n)
+        own = value_lam[b] if isinstance(value_lam, list) else value_lam
+        assert advantages[b].tolist() == pytest.approx(definition(row, critic, 0.9, lams[b]) + padding, abs=1e-10)
+        gains = [a + v for a, v in zip(definition(row, critic, 0.9, own), critic, strict=True)]
+        assert returns[b].tolist() == pytest.approx(gains + padding, abs=1e-10)
+
+
+def test_the_same_lambda_for_both_gives_the_same_bits_as_one():
+    rewards, values, mask = (x.float() if x.is_floating_point() else x for x in ragged(0.0))
+    once, twice = (gae(rewards, values, mask, gamma=0.99, lam=0.95, value_lam=lam) for lam in (None, 0.95))
+    assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
+
+
+def test_a_lambda_grows_with_the_length_of_its_response():
+    # alpha 0.05: 1 - 20 / length, and 0 up to 20 tokens. An empty response has no error to weigh.
+    lengths = torch.tensor([0, 1, 20, 25, 40, 200, 2000])
+    assert length_lambdas(lengths, alpha=0.05).tolist() == pytest.approx([0, 0, 0, 0.2, 0.5, 0.9, 0.99], abs=1e-6)
+    assert length_lambdas(lengths, alpha=2.0).tolist()[:3] == pytest.approx([0, 0.5, 0.975], abs=1e-6)
+
+
 def test_with_lambda_one_returns_are_discounted_sums_of_rewards():
     rewards, values, mask = ragged(0.0)
     _, returns = gae(rewards, values, mask, gamma=0.9, lam=1.0)
@@ -85,7 +115,7 @@ def test_advantages_worked_by_hand():
 def test_no_columns_give_no_advantages(name):
     empty = torch.zeros(2, 0)
     advantages, returns = ADVANTAGES[name](
-        empty, empty, empty.bool(), groups=torch.zeros(2, dtype=torch.int64), gamma=1.0, lam=0.95
+        empty, empty, empty.bool(), groups=torch.zeros(2, dtype=torch.int64), gamma=1.0, lam=0.95, value_lam=1.0
     )
     assert advantages.shape == returns.shape == (2, 0)
 
@@ -94,7 +124,7 @@ def test_no_columns_give_no_advantages(name):
 def test_inputs_are_not_changed(name):
     rewards, values, mask = ragged(3.0)
     copies = rewards.clone(), values.clone(), mask.clone()
-    ADVANTAGES[name](rewards, values, mask, groups=torch.zeros(len(LENGTHS)), gamma=0.9, lam=0.9)
+    ADVANTAGES[name](rewards, values, mask, groups=torch.zeros(len(LENGTHS)), gamma=0.9, lam=0.9, value_lam=1.0)
     assert all(torch.equal(x, copy) for x, copy in zip((rewards, values, mask), copies, strict=True))
 
 
@@ -199,13 +229,16 @@ def test_the_table_has_every_name_of_the_setting():
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_only_estimators_that_read_values_have_a_critic(name):
+def test_only_estimators_with_a_critic_read_values_and_lambdas(name):
     rewards, values, mask = ragged(0.0)
-    found = [
-        ADVANTAGES[name](rewards, given, mask, groups=torch.tensor(GROUPS), gamma=0.9, lam=0.8)[0]
-        for given in (values, torch.zeros_like(values))
-    ]
-    assert torch.equal(*found) == (not PPOConfig(advantages=name).has_critic)
+    changes = [(values, 0.8, 0.8), (torch.zeros_like(values), 0.8, 0.8), (values, 0.5, 0.8), (values, 0.8, 0.5)]
+    plain, *others = (
+        ADVANTAGES[name](rewards, given, mask, groups=torch.tensor(GROUPS), gamma=0.9, lam=lam, value_lam=value_lam)
+        for given, lam, value_lam in changes
+    )
+    same = [tuple(torch.equal(x, y) for x, y in zip(other, plain, strict=True)) for other in others]
+    critic = [(False, False), (False, True), (True, False)]  # of advantages and returns
+    assert same == (critic if PPOConfig(advantages=name).has_critic else [(True, True)] * 3)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -216,4 +249,4 @@ def test_only_estimators_that_read_values_have_a_critic(name):
 def test_a_mask_with_holes_is_refused(name, row, place, found):
     mask = torch.tensor([[True, True, False], row])
     with pytest.raises(ValueError, match=rf"without gaps, but row 1 is {found} at place {place}; put the tokens"):
-        ADVANTAGES[name](torch.ones(2, 3), torch.ones(2, 3), mask, groups=torch.zeros(2), gamma=1.0, lam=1.0)
+        ADVANTAGES[name](*torch.ones(2, 2, 3), mask, groups=torch.zeros(2), gamma=1.0, lam=1.0, value_lam=None)

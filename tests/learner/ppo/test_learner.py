@@ -21,7 +21,9 @@ from common.credit_table import DERIVED_SCHEMA
 from common.errors import BatchError
 from common.experience_table import experience_table
 from common.model.lengths import Lengths
+from common.model.logprobs import chosen_logprobs
 from common.weights import IncomingWeights, Manifest
+from learner.ppo import policy
 from learner.ppo.learner import Learner
 from learner.ranks import device
 from tests.critic_figures import figures
@@ -116,11 +118,13 @@ class SlowLearner:
             with torch.no_grad():
                 old = [{key: x.item() for key, x in token.items()} for token in self.tokens(row)]
             for t, token in enumerate(old):
-                x = row["ref_logprobs"][t] - token["logprob"]
+                token["base"] = row["rollout_logprobs"][t] if ppo.policy_loss == "mask" else token["logprob"]
+                x = row["ref_logprobs"][t] - token["base"]
                 token["kl"] = {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[self.cfg.kl.estimator]
                 token["reward"] = -self.kl_coef * token["kl"] + (self.shaped(row["score"]) if t == len(old) - 1 else 0)
-                token["mismatch"] = math.exp(token["logprob"] - row["rollout_logprobs"][t])
-                token["weight"] = min(token["mismatch"], ppo.importance_cap) if ppo.importance_cap else 1.0
+                token["mismatch"] = math.exp(token["base"] - row["rollout_logprobs"][t])
+                corrected = ppo.importance_cap and ppo.policy_loss != "mask"
+                token["weight"] = min(token["mismatch"], ppo.importance_cap) if corrected else 1.0
             batch.append(old)
         for index, old in enumerate(batch):
             if ppo.advantages == "group":
@@ -131,14 +135,22 @@ class SlowLearner:
 
     def look_ahead(self, old: list[dict[str, float]]) -> None:
         """Advantages and returns with a critic, or with none whose values would be zero."""
-        gamma, lam = self.cfg.ppo.gamma, self.cfg.ppo.lam if self.cfg.ppo.has_critic else 1.0
-        next_value = next_advantage = 0.0
+        ppo = self.cfg.ppo
+        lam = self.number(ppo.lam, old) if ppo.has_critic else 1.0
+        value_lam = self.number(ppo.value_lam, old) if ppo.has_critic and ppo.value_lam is not None else lam
+        next_value = next_advantage = next_gain = 0.0
         for token in reversed(old):
-            next_advantage = token["reward"] + gamma * next_value - token["value"] + gamma * lam * next_advantage
+            error = token["reward"] + ppo.gamma * next_value - token["value"]
+            next_advantage = error + ppo.gamma * lam * next_advantage
+            next_gain = error + ppo.gamma * value_lam * next_gain
             next_value = token["value"]
-            token["advantage"], token["return"] = next_advantage, next_advantage + next_value
+            token["advantage"], token["return"] = next_advantage, next_gain + next_value
         for t, token in enumerate(old):
-            token["realised"] = sum(gamma**n * later["reward"] for n, later in enumerate(old[t:]))
+            token["realised"] = sum(ppo.gamma**n * later["reward"] for n, later in enumerate(old[t:]))
+
+    def number(self, lam: float | str, old: list[dict[str, float]]) -> float:
+        """A lambda, or that of a response of this length."""
+        return max(0.0, 1 - 1 / (self.cfg.ppo.lam_alpha * len(old))) if lam == "length" and old else lam
 
     def compare_with_the_group(self, index: int, rows: list[dict[str, Any]], batch: list[list[dict]]) -> None:
         """Advantage: the response's whole reward minus the mean of the prompt's other responses."""
@@ -183,10 +195,10 @@ class SlowLearner:
             for token in every:
                 token["plain_advantage"] = token["advantage"]
                 token["advantage"] = (token["advantage"] - mean) / math.sqrt(advantages_var)
-        seen, norms = [], []
-        for minibatch in minibatches:
+        seen, norms, first = [], [], len(minibatches) // cfg.ppo.ppo_epochs
+        for place, minibatch in enumerate(minibatches):
             parts = [
-                self.losses(now, fixed)
+                self.losses(now, fixed, first=place < first)
                 for index in minibatch
                 for now, fixed in zip(self.tokens(rows[index]), targets[index], strict=True)
             ]
@@ -202,6 +214,9 @@ class SlowLearner:
                 group["lr"] = rate * scale
             self.optimizer.step()
             seen += [{key: float(torch.as_tensor(x).detach()) for key, x in part.items()} for part in parts]
+        if cfg.ppo.policy_loss == "mask":  # measured in the first epoch: k3 from the sampler
+            early = [s["ppo/approx_kl"] for s in seen[: len(every)]]
+            stats = {key: x for key, x in stats.items() if key != "mismatch/capped"} | {"mismatch/kl": np.mean(early)}
         found = {**stats, **{key: np.mean([s[key] for s in seen]) for key in seen[0]}, "ppo/grad_norm": max(norms)}
         return {key: x for key, x in found.items() if cfg.ppo.has_critic or not key.startswith("value/")}
 
@@ -210,14 +225,23 @@ class SlowLearner:
             return {}
         return figures([[(token["value"], token["realised"]) for token in row] for row in targets], scores)
 
-    def losses(self, now: dict[str, torch.Tensor], fixed: dict[str, float]) -> dict[str, Any]:
+    def losses(self, now: dict[str, torch.Tensor], fixed: dict[str, float], *, first: bool) -> dict[str, Any]:
         """The terms and statistics of one token."""
         ppo, advantage, value = self.cfg.ppo, fixed["advantage"], now["value"]
-        log_ratio = now["logprob"] - fixed["logprob"]
+        log_ratio = now["logprob"] - fixed["base"]
         ratio = log_ratio.exp()
-        kept = min(max(ratio, 1 - ppo.clip_eps), 1 + ppo.clip_eps)
-        gain = min(advantage * ratio, advantage * kept)
-        fixed |= {"ratio": float(ratio.detach()), "clipped": bool(gain < advantage * ratio)}  # of the newest pass
+        low, high = 1 - ppo.clip_eps, 1 + (ppo.clip_eps_high or ppo.clip_eps)
+        if ppo.policy_loss == "mask":
+            share = "ppo/masked"
+            stopped = not low <= ratio <= high
+            gain = 0 * ratio if stopped else advantage * ratio
+            if first:
+                fixed["entropy"] = float(now["entropy"].detach())
+        else:
+            share = "ppo/clip_frac"
+            gain = min(advantage * ratio, advantage * min(max(ratio, low), high))
+            stopped = bool(gain < advantage * ratio)
+        fixed |= {"ratio": float(ratio.detach()), "clipped": stopped}  # of the newest pass
         error = (value - fixed["return"]) ** 2
         too_far = ppo.value_clip > 0 and abs(value - fixed["value"]) > ppo.value_clip
         near = (
@@ -228,7 +252,7 @@ class SlowLearner:
             "ppo/policy_loss": -gain * fixed["weight"],
             "value/loss": max(error, near_error) / 2,
             "ppo/entropy": now["entropy"],
-            "ppo/clip_frac": gain < advantage * ratio,
+            share: stopped,
             "ppo/approx_kl": ratio - 1 - log_ratio,
             "ppo/ratio": ratio,
             "value/clip_frac": near_error > error,
@@ -262,6 +286,8 @@ def slow_credit(slow: SlowLearner) -> list[dict[str, Any]]:
         row["td_errors"] = [reward + ppo.gamma * after - value for reward, after, value in steps]
         if not ppo.has_critic:
             row["values"] = row["td_errors"] = None
+        if ppo.policy_loss == "mask":
+            row["old_logprobs"] = None
         found.append(row)
     return found
 
@@ -301,14 +327,19 @@ UNUSUAL = {
 }  # fmt: skip
 OTHERWISE = {
     "sampling": {"temperature": 1.3},
-    "ppo": {"value_clip": 0.0, "whiten_advantages": True, "importance_cap": 0.0},
+    "ppo": {"value_clip": 0.0, "whiten_advantages": True, "importance_cap": 0.0, "clip_eps_high": 0.05,
+            "value_lam": 0.9},
     "kl": {"estimator": "k2", "controller": "fixed"},
     "reward": {"normalise": "mean_std"},
-}
+}  # fmt: skip
+MASK = {
+    "ppo": {"policy_loss": "mask", "clip_eps": 0.25, "clip_eps_high": 0.35, "importance_cap": 0.5, "lam": 0.6,
+            "value_lam": "length", "lam_alpha": 0.4},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-@pytest.mark.parametrize("other", [{}, OTHERWISE], ids=["unusual", "otherwise"])
+@pytest.mark.parametrize("other", [{}, OTHERWISE, MASK], ids=["unusual", "otherwise", "mask"])
 def test_three_updates_agree_with_a_slow_derivation(model, critic, other):
     settings = {key: {**old, **other.get(key, {})} if isinstance(old, dict) else old for key, old in UNUSUAL.items()}
     settings["reward"]["sources"] = [{"name": "a_words", "function": "tests.tasks:a_words"}]
@@ -326,7 +357,7 @@ def test_three_updates_agree_with_a_slow_derivation(model, critic, other):
         check_credit(learner, slow)
         assert torch.allclose(parameters(learner), torch.cat([p.flatten() for p in slow.parameters]), atol=1e-6)
     # Every part above had an effect.
-    assert expected["ppo/clip_frac"] > 0.1
+    assert 0.1 < expected["ppo/masked" if other is MASK else "ppo/clip_frac"] < 0.9
     assert expected["ppo/grad_norm"] > 2 * learner.cfg.optimizer.max_grad_norm
     assert other or (expected["value/clip_frac"] > 0.02 and 0.1 < expected["mismatch/capped"] < 0.9)
     assert other or expected["kl/coef"] != learner.cfg.kl.coef
@@ -709,7 +740,9 @@ def assert_same_update(one: tuple[torch.Tensor, dict[str, float]], other: tuple[
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("epochs", [1, 3])
-@pytest.mark.parametrize("more", [{}, {"ppo": {"entropy_coef": 0.1, "value_clip": 0.04}}], ids=["usual", "more"])
+@pytest.mark.parametrize(
+    "more", [{}, {"ppo": {"entropy_coef": 0.1, "value_clip": 0.04}}, MASK], ids=["usual", "more", "mask"]
+)
 def test_sharing_the_first_pass_does_not_change_the_update(model, critic, epochs, more):
     updates, passes = [], []
     for tokens in (4096, 12):
@@ -722,7 +755,7 @@ def test_sharing_the_first_pass_does_not_change_the_update(model, critic, epochs
         updates.append(gradients(learner, varied_batch(3)))
     assert passes[0] == [8] * epochs
     assert len(passes[1]) > 2 * (1 + epochs)
-    assert sum(passes[1]) == 8 * (1 + epochs)  # once more for the old log-probabilities
+    assert sum(passes[1]) == 8 * (1 + epochs)  # once more for the old log-probabilities, or the values alone
     assert_same_update(*updates)
 
 
@@ -731,6 +764,60 @@ def test_with_minibatches_the_batch_has_a_pass_of_its_own(model):
     passes = passes_of(learner)
     learner.update(varied_batch(3))
     assert passes == [8, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trunk", "critic"),  # sequences in the passes through the policy's network, and through the critic's
+    [
+        ({"ppo": {"advantages": "returns"}}, [4, 4], []),
+        ({}, [8, 4, 4], []),
+        ({"learner": {"critic": "separate"}}, [4, 4], [8, 4, 4]),
+    ],
+    ids=["no critic", "shared", "separate"],
+)
+def test_with_the_mask_only_the_critic_makes_a_pass_before_learning(model, monkeypatch, settings, trunk, critic):
+    heads: list[int] = []
+    monkeypatch.setattr(
+        policy, "chosen_logprobs", lambda *args, **options: heads.append(1) or chosen_logprobs(*args, **options)
+    )
+    ppo = {**MASK["ppo"], **settings.get("ppo", {}), "minibatches": 2, "ppo_epochs": 1}
+    more = {"micro_batch_tokens": 4096, **settings.get("learner", {})}
+    learner = make_learner(model, ppo=ppo, learner=more)
+    found: tuple[list[int], list[int]] = [], []
+    for body, passes in zip((learner.network.policy.base_model, learner.network.critic_body), found, strict=True):
+        if body is not None:
+            body.register_forward_pre_hook(
+                lambda *args, passes=passes: passes.append(len(args[2]["lengths"].each)), with_kwargs=True
+            )
+    learner.update(varied_batch(3))
+    assert found == (trunk, critic)
+    assert len(heads) == 2  # the output embedding works for gradients only
+
+
+def test_the_first_epoch_measures_the_mismatch_that_a_pass_before_would(model):
+    ppo = {"minibatches": 1, "ppo_epochs": 3}
+    masked, clipped = (
+        make_learner(model, ppo={**MASK["ppo"], **ppo, "policy_loss": name}).update(varied_batch(0))
+        for name in ("mask", "clip")
+    )
+    assert masked["mismatch/kl"] == pytest.approx(clipped["mismatch/kl"], rel=1e-5)
+    assert "mismatch/capped" not in masked
+    assert "ppo/clip_frac" not in masked
+    assert "ppo/masked" not in clipped
+
+
+def test_a_batch_too_far_from_its_sampler_trains_nothing_under_the_mask(model):
+    learner = make_learner(model, ppo={**MASK["ppo"], "minibatches": 4, "ppo_epochs": 1, "target_kl": 1e-4})
+    before = parameters(learner)
+    passed = set(next(learner._minibatches(8)).tolist())
+    stats = learner.update(varied_batch(0))
+    assert stats["ppo/optimizer_steps"] == 0
+    assert stats["mismatch/kl"] == stats["ppo/approx_kl"] > 1e-4
+    assert torch.equal(parameters(learner), before)
+    credit = learner.credit()
+    for name in ("ratio", "clipped", "entropy"):
+        assert {row for row, values in enumerate(credit[name].to_pylist()) if values is not None} == passed
+    assert credit["old_logprobs"].null_count == 8
 
 
 @pytest.mark.parametrize("tokens", [4096, 24], ids=["one micro-batch", "several"])
@@ -766,6 +853,13 @@ def own_logprobs(model: Path, table: pa.Table, temperature: float) -> list[list[
             log_probs = (policy(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
         found.append([log_probs[t - 1, ids[t]].item() for t in range(first, len(ids))])
     return found
+
+
+def test_under_the_mask_missing_ref_logprobs_are_the_samplers(model):
+    table = with_ref_logprobs(varied_batch(4), [None] * 8)
+    stats = make_learner(model, **MASK, kl={"coef": 0.5}).update(table)
+    assert stats["kl/per_token"] == 0.0
+    assert stats["mismatch/kl"] > 0.01
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

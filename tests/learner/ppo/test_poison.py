@@ -54,10 +54,14 @@ def test_a_total_that_is_not_finite_in_float32_changes_nothing(model, score, nor
     assert_same(state(learner), before)
 
 
+LOSSES = pytest.mark.parametrize("policy_loss", ["clip", "mask"])
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf, 1e38])
-def test_a_loss_that_is_not_finite_changes_no_weight(model, value):
+@LOSSES
+def test_a_loss_that_is_not_finite_changes_no_weight(model, value, policy_loss):
     """1e38 twice, once for each of two tokens, is infinite as a sum in float32."""
-    learner = make_learner(model, kl={"coef": 4.0})
+    learner = make_learner(model, kl={"coef": 4.0}, ppo={"policy_loss": policy_loss})
     before = parameters(learner)
     with pytest.raises(BatchError, match=r"the loss is not finite \((nan|-?inf)\)"):
         learner.update(with_ref_logprob(varied_batch(0), value))
@@ -74,12 +78,35 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(model):
     assert torch.equal(parameters(learner), before)
 
 
-def test_weights_that_are_broken_before_the_batch_are_told_apart(model):
-    learner = make_learner(model)
+@pytest.mark.parametrize(
+    ("ppo", "what"),
+    [
+        ({}, "a log-probability under the policy"),
+        ({"policy_loss": "mask"}, "a value of the critic"),
+        # Without a pass before learning, the first minibatch tells.
+        ({"policy_loss": "mask", "advantages": "returns"}, "a log-probability under the policy"),
+    ],
+)
+def test_weights_that_are_broken_before_the_batch_are_told_apart(model, ppo, what):
+    learner = make_learner(model, ppo=ppo)
     with torch.no_grad():
         next(learner.network.policy.parameters()).fill_(math.nan)
-    with pytest.raises(BrokenWeightsError, match="a log-probability under the policy as it was before is not finite"):
+    with pytest.raises(BrokenWeightsError, match=f"{what} as it was before is not finite"):
         learner.update(batch(0))
+
+
+@LOSSES
+def test_weights_that_the_batch_itself_breaks_are_its_own_fault(model, policy_loss):
+    learner = make_learner(model, ppo={"policy_loss": policy_loss, "advantages": "returns"})
+
+    def break_weights(*_):
+        with torch.no_grad():
+            next(learner.network.policy.parameters()).fill_(math.nan)
+
+    learner.optimizer.register_step_post_hook(break_weights)
+    with pytest.raises(BatchError, match="the loss is not finite") as caught:
+        learner.update(batch(0))
+    assert not isinstance(caught.value, BrokenWeightsError)
 
 
 def test_a_checkpoint_restores_every_bit_after_half_an_update(model, tmp_path):

@@ -6,6 +6,7 @@ import asyncio
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,13 +74,20 @@ class OneProcess(FakeRoles):
         return self.learner.save(directory)
 
 
-def config(model: Path, advantages: str, num_steps: int) -> Config:
+# By a name: settings of a run.
+RUNS: dict[str, dict[str, Any]] = {
+    **{name: {"advantages": name} for name in ADVANTAGES},
+    "mask": {"policy_loss": "mask", "clip_eps_high": 0.4, "lam": "length", "lam_alpha": 0.5, "value_lam": 1.0},
+}
+
+
+def config(model: Path, name: str, num_steps: int) -> Config:
     return tiny_config(
         model,
         num_steps=num_steps,
         rollouts_per_step=16,
         prompts={"rollouts_per_prompt": 4},
-        ppo={"advantages": advantages, "minibatches": 2},
+        ppo={**RUNS[name], "minibatches": 2},
         optimizer={"learning_rate": 3e-3},
         evaluation={"prompts": 0},
         checkpoint={"every": 3, "keep": 9},
@@ -91,10 +99,10 @@ def weights_of(learner: Learner) -> torch.Tensor:
 
 
 def run(
-    directory: Path, model: Path, advantages: str, num_steps: int, roles_of: type[OneProcess] = OneProcess
+    directory: Path, model: Path, name: str, num_steps: int, roles_of: type[OneProcess] = OneProcess
 ) -> torch.Tensor:
     """Trains in `directory` up to `num_steps`. Returns the policy's weights."""
-    cfg = config(model, advantages, num_steps)
+    cfg = config(model, name, num_steps)
     records = [PromptRecord(f"q{i}", np.array([3, 4 + i], dtype=np.int32), {}) for i in range(6)]
     prompts = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=4)
     roles = roles_of(cfg)
@@ -107,7 +115,7 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=list(ADVANTAGES))
+@pytest.fixture(scope="module", params=list(RUNS))
 def whole(request, model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     return request.param, run(directory, model, request.param, STEPS), directory
@@ -127,14 +135,14 @@ def test_the_reward_rises_with_every_estimator(whole):
 
 def test_only_runs_with_a_critic_log_its_metrics(whole):
     logged = {key for record in curve(whole[2]) for key in record if key.startswith("value/")}
-    assert bool(logged) == (whole[0] == "gae")
+    assert bool(logged) == (whole[0] in ("gae", "mask"))
 
 
 def test_a_run_of_every_estimator_resumes_bit_for_bit(whole, model, tmp_path):
-    advantages, weights, directory = whole
-    run(tmp_path / "run", model, advantages, 5)
+    name, weights, directory = whole
+    run(tmp_path / "run", model, name, 5)
     shutil.rmtree(tmp_path / "run/checkpoints/step-000005")  # so that steps 3 and 4 are replayed from the journal
-    assert torch.equal(run(tmp_path / "run", model, advantages, STEPS), weights)
+    assert torch.equal(run(tmp_path / "run", model, name, STEPS), weights)
     assert curve(tmp_path / "run") == curve(directory)
 
 

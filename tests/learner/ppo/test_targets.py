@@ -97,7 +97,7 @@ def test_rows_of_targets_are_cut_to_the_longest_chosen_response():
 
 def loss_and_gradients(**options) -> tuple[float, list[torch.Tensor | None]]:
     fixed, _ = found_targets(PLAIN.model_copy(update={"importance_cap": 0.0}))
-    leaves = [x.clone().requires_grad_() for x in (fixed.old_logprobs, torch.ones(2, 2), fixed.old_values)]
+    leaves = [x.clone().requires_grad_() for x in (fixed.base_logprobs, torch.ones(2, 2), fixed.old_values)]
     loss, _ = objective(*leaves, fixed, ppo=PLAIN.model_copy(update={"entropy_coef": 0.1}), num_tokens=3, **options)
     loss.backward()
     return loss.item(), [leaf.grad for leaf in leaves]

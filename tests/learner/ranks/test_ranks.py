@@ -29,7 +29,7 @@ from learner.ppo.learner import Learner
 from learner.ranks.distributed import whole
 from learner.ranks.rows import sequence_costs, shares
 from tests.fakes import make_experience, make_prompt, save_tiny_kind, save_tiny_model, tiny_config
-from tests.learner.ppo.test_learner import OTHERWISE, UNUSUAL, WITHOUT_CRITIC, grouped, varied_batch
+from tests.learner.ppo.test_learner import MASK, OTHERWISE, UNUSUAL, WITHOUT_CRITIC, grouped, varied_batch
 from tests.learner.ranks.test_distributed import run_ranks
 from tests.saving import save_checkpoint_of
 from tests.tracing import DISABLED, graphs
@@ -136,6 +136,9 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "lora": (LORA, two_batches),
     "group": (WITHOUT_CRITIC["group"], grouped_batches),
     "returns": (merged(WITHOUT_CRITIC["returns"], ppo(1), learner_of(micro_batch_tokens=512)), two_batches),
+    "mask": (merged(MASK, ppo(4)), two_batches),
+    "mask-separate": (merged(MASK, SEPARATE, ppo(2)), one_batch),
+    "mask-target-kl": (merged(MASK, WITHOUT_CRITIC["returns"], ppo(4, epochs=1, target_kl=0.35)), two_batches),
     "experts": ({}, two_batches),
     "experts-lora": (LORA, two_batches),
     "lora-separate-checkpointing": (
