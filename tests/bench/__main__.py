@@ -17,6 +17,7 @@ from tests.bench.results import Result, table, write_results
 # Which measurements each module answers with:
 MODULES = {
     "learner": ["learner_vs_bare"],
+    "mask": ["mask_vs_clip"],
     "credit": ["credit_vs_update", "credit_vs_journal"],
     "memory": ["memory_vs_state"],
     "step": ["step_vs_plain"],

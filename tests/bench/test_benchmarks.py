@@ -16,6 +16,8 @@ from tests.bench.batch import LONGEST, ROLLOUTS, SHORTEST, batch
 from tests.bench.credit import costs
 from tests.bench.fresh import call
 from tests.bench.learner import compare
+from tests.bench.mask import CRITICS
+from tests.bench.mask import compare as compare_losses
 from tests.bench.memory import record
 from tests.bench.plain_ppo import PlainPPO
 from tests.bench.results import Result, table
@@ -56,6 +58,12 @@ def test_both_loops_run_and_are_compared(tiny):
     assert found["ratio"] == pytest.approx(found["bare_s"] / found["optimise_s"])
     assert found["update_ratio"] == pytest.approx(found["bare_s"] / found["update_s"])
     assert found["tokens"] == ROLLOUTS * (SHORTEST + LONGEST) / 2
+
+
+def test_both_policy_losses_run_on_one_learner_and_are_compared(tiny):
+    for critic in CRITICS:
+        found = compare_losses(tiny, critic, 1, 1, 1)
+        assert found["ratio"] == pytest.approx(found["mask_s"] / found["clip_s"])
 
 
 def test_credit_is_measured_against_its_own_update_and_journal(tiny):

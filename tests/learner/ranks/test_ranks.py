@@ -317,6 +317,10 @@ def test_the_cases_are_what_their_names_say(model, runs):
     assert found["unclipped"][0]["stats"][1]["value/clip_frac"] > 0.01
     assert 0 < found["unclipped"][0]["stats"][1]["mismatch/capped"] < 1
     assert len(found["a-rollout-each"][0]["gradients"]) == 2 * 2 * 8
+    assert all(
+        0.1 < stats["ppo/masked"] < 0.9 for name in ("mask", "mask-separate") for stats in found[name][0]["stats"]
+    )
+    assert [stats["ppo/optimizer_steps"] for stats in found["mask-target-kl"][0]["stats"]] == [4, 3]
     for name in ("compiled", "compiled-lora-checkpointing"):
         assert all(run["graphs"] > 0 for run in found[name])
 
