@@ -35,6 +35,11 @@ def generator_store(cfg: Config, model: ModelSize) -> Stored:
     return {"a version of the weights": _version(model), "rollouts": _rollouts(cfg)}
 
 
+def sampling_store(cfg: Config) -> Stored:
+    """The store while a policy is sampled that never learns: two batches at most."""
+    return {"rollouts": _rollouts(cfg)}
+
+
 def _version(model: ModelSize) -> int:
     return int(OVERHEAD * 2 * model.parameters)
 

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.pool.roles import RewardPool
@@ -22,6 +22,7 @@ from common.model.size import ModelSize
 from deploy.ending import signals
 from deploy.ending.ray_errors import told_at_once
 from deploy.needs import Need, service_needs
+from deploy.object_store import sampling_store
 from deploy.policy_files import PolicyFiles
 from deploy.run.error_files import ErrorFiles
 from deploy.run.identity import identity_of
@@ -65,7 +66,8 @@ class JournalSampling:
     def needs(self, cfg: Config) -> list[Need]:
         """The processes that sample."""
         services = service_needs(cfg, self.policy.size, self.reward_models)
-        return [need for need in services if need.section != "reference"]
+        stores = {"generators": sampling_store(cfg)}
+        return [replace(need, store=stores.get(need.section, {})) for need in services if need.section != "reference"]
 
     def record(self) -> None:
         """Begins the journal, unless it has begun: for `session`."""
