@@ -66,13 +66,13 @@ def stage_configs(directory: Path, settings: Sequence[str]) -> tuple[PairSamplin
     """The configs of the stages. A setting goes to every stage that has it. Raises UserError for one that none has."""
 
     def config(name: str, root: type[AnyRoot], *own: str) -> AnyRoot:
-        return load_config(CONFIGS / name, [*own, *(s for s in settings if _has(root, s))], root)
+        return load_config(CONFIGS / name, [*own, *(s for s in settings if has_setting(root, s))], root)
 
     data, model = json.dumps(str(directory / "pairs/pairs.jsonl")), json.dumps(str(directory / "reward/model"))
     pairs = config("positive-pairs.toml", PairSamplingConfig)
     reward = config("positive-reward.toml", RewardTrainingConfig, f"data.train={data}")
     ppo = config("positive.toml", Config, f"reward.sources.0.model={model}")
-    if unused := [s for s in settings if not any(_has(type(stage), s) for stage in (pairs, reward, ppo))]:
+    if unused := [s for s in settings if not any(has_setting(type(stage), s) for stage in (pairs, reward, ppo))]:
         raise UserError(f"{', '.join(unused)}: no stage of the demo has such a setting; see ratchet config --describe")
     if not (reward.data.heldout or reward.data.heldout_pairs) or not ppo.evaluation.prompts:
         raise UserError(
@@ -81,7 +81,7 @@ def stage_configs(directory: Path, settings: Sequence[str]) -> tuple[PairSamplin
     return pairs, reward, ppo
 
 
-def _has(root: type[Root], setting: str) -> bool:
+def has_setting(root: type[Root], setting: str) -> bool:
     """True if the tree has the key of a `key=value` setting."""
     section: Any = root
     for part in setting.partition("=")[0].split("."):

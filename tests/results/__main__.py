@@ -1,0 +1,58 @@
+"""`python -m tests.results`: runs experiments with several seeds, and writes the tables of docs/results.md.
+
+    python -m tests.results list
+    python -m tests.results run critic --seeds 0 1 2        # hours; cut it and start it again as you like
+    python -m tests.results table critic --seeds 0 1 2      # prints the table of the runs that are finished
+    python -m tests.results write critic --seeds 0 1 2      # the same into docs/results.md
+
+The runs are ordinary ones, below runs/results. Keep the machine quiet meanwhile: seconds are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tests.results.experiments import EXPERIMENTS
+from tests.results.runner import REPOSITORY, Runner
+from tests.results.tables import section, table, written
+
+PAGE = REPOSITORY / "docs/results.md"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.results", description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("list", "run", "table", "write"))
+    parser.add_argument("experiment", nargs="?", choices=tuple(EXPERIMENTS))
+    parser.add_argument("--arms", nargs="+", default=[], help="only these [default: all]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="directory of all runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for every run")
+    options = parser.parse_args(arguments)
+    if options.action == "list":
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name}: {', '.join(arm.work.name for arm in experiment.arms)}")
+        return 0
+    if options.experiment is None:
+        parser.error(f"name an experiment: {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[options.experiment]
+    try:
+        arms = experiment.chosen(options.arms)
+        if options.action == "run":
+            runner = Runner(options.runs, options.set)
+            runner.run_all(arms, options.seeds)
+            print("\n".join(f"failed: {name}, see {options.runs / name}.log" for name in runner.failed))
+            return 1 if runner.failed else 0
+        if options.action == "table":
+            print(table(experiment, arms, options.runs, options.seeds))
+            return 0
+        text = section(experiment, options.experiment, arms, options.runs, options.seeds)
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), options.experiment, text), encoding="utf-8")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""The experiments of docs/results.md: a shipped config and settings for each arm."""
+
+from __future__ import annotations
+
+from tests.results.finished import Finished
+from tests.results.works import Arm, Column, Experiment, Work
+
+GROUP = 4  # responses to each prompt
+SAMPLED = 640  # responses that a critic is trained on before the run: ten steps' worth
+SAME_PROMPTS = (f"prompts.rollouts_per_prompt={GROUP}",)
+PRETRAINED = "learner.critic_path={NAME}/critic"
+NO_CRITIC = {"group": 'ppo.advantages="group"', "returns": 'ppo.advantages="returns"'}
+
+
+def _critic(name: str, config: str, *settings: str, needs: tuple[Work, ...] = ()) -> Work:
+    """A critic, trained on responses of the starting policy to the first prompts of the run that starts from it."""
+    return Work(name, config, settings, "train-critic", ("--sample", str(SAMPLED)), needs)
+
+
+def _compared(prefix: str, config: str, *settings: str, needs: tuple[Work, ...] = ()) -> tuple[Arm, ...]:
+    """The four baselines on the same prompts: every step asks the same number of prompts GROUP times each."""
+    same = (*settings, *SAME_PROMPTS)
+    critic = _critic(f"{prefix}-critic", config, *settings, needs=needs)
+    start = PRETRAINED.replace("NAME", critic.name)
+    return (
+        Arm(
+            "pretrained critic",
+            Work(f"{prefix}-pretrained", config, (*same, start), needs=(*needs, critic)),
+            critic,
+            SAMPLED,
+        ),
+        Arm("fresh critic", Work(f"{prefix}-fresh", config, same, needs=needs)),
+        Arm("group baseline", Work(f"{prefix}-group", config, (*same, NO_CRITIC["group"]), needs=needs)),
+        Arm("no baseline", Work(f"{prefix}-none", config, (*same, NO_CRITIC["returns"]), needs=needs)),
+    )
+
+
+# The question task
+
+
+QUESTION = "larger.toml"
+EVERY_STEP = "evaluation.every=1"
+_single_critic = _critic("question-critic", QUESTION, EVERY_STEP)
+_single = (
+    Arm(
+        "pretrained critic, 1 response to each prompt",
+        Work(
+            "question-pretrained-single",
+            QUESTION,
+            (EVERY_STEP, PRETRAINED.replace("NAME", _single_critic.name)),
+            needs=(_single_critic,),
+        ),
+        _single_critic,
+        SAMPLED,
+    ),
+    Arm("fresh critic, 1 response to each prompt", Work("question-fresh-single", QUESTION, (EVERY_STEP,))),
+    Arm(
+        "no baseline, 1 response to each prompt",
+        Work("question-none-single", QUESTION, (EVERY_STEP, NO_CRITIC["returns"])),
+    ),
+)
+BASELINES = Experiment(
+    about=(
+        f"The question task (`deploy/configs/{QUESTION}`). All rows have the same number of responses in each step. In "
+        f"the first four rows every prompt gets {GROUP} responses, so with one seed they ask the same prompts in the "
+        "same order, and their first batches are the same; a row with 1 response asks "
+        f"{GROUP} times as many prompts. The critic of a pretrained row was trained with `ratchet train-critic` on "
+        f"{SAMPLED} responses of the starting policy, which the column of responses does not contain. The policy is "
+        "evaluated on 256 held-out prompts after every step, and the first evaluation of at least 90 % counts. Seconds "
+        "are those of the steps before it: generation, scoring, journal, learning and publication, without "
+        "evaluations, start-up and the training of the critic. The variance of the advantages is that of all tokens of "
+        "a batch, before whitening, from RUN/credit; in the first step all rows have the same policy."
+    ),
+    arms=(*_compared("question", QUESTION, EVERY_STEP), *_single),
+    columns=(
+        Column("responses to 90 %", lambda run: run.responses_to(0.9), "{:.0f}", "never"),
+        Column("seconds to 90 %", lambda run: run.seconds_to(0.9), "{:.0f}", "never"),
+        Column("pass@1 at the end, %", lambda run: _percent(run.last_pass_rate()), "{:.1f}"),
+        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.4f}"),
+        Column("variance of advantages, all steps", Finished.mean_advantage_variance, "{:.4f}"),
+    ),
+)
+
+# The human-feedback demo
+
+FEEDBACK, JUDGE = "positive.toml", "gold"
+LEVELS = (2.0, 4.0, 6.0)  # nats per response
+_pairs = Work("feedback-pairs", "positive-pairs.toml", command="sample-pairs", seeded=False)
+_reward = Work(
+    "feedback-reward",
+    "positive-reward.toml",
+    ("data.train={feedback-pairs}/pairs.jsonl",),
+    "train-reward",
+    needs=(_pairs,),
+    seeded=False,
+)
+FEEDBACK_BASELINES = Experiment(
+    about=(
+        f"The human-feedback demo (`deploy/configs/{FEEDBACK}`), against one reward model for all rows and seeds. The "
+        f"baselines are those of the question task, with {GROUP} responses to each prompt. The gold score is that of "
+        "the labeller on 128 held-out prompts, which the policy never sees. It is read where the KL from the reference "
+        "first reaches a level, on the line between two evaluations, one every second step."
+    ),
+    arms=_compared(
+        "feedback",
+        FEEDBACK,
+        "evaluation.every=2",
+        "reward.sources.0.model={feedback-reward}/model",
+        needs=(_reward,),
+    ),
+    columns=(
+        *(
+            Column(f"gold at {kl:g} nats", lambda run, kl=kl: run.judged_at_kl(JUDGE, kl), "{:.3f}", "never")
+            for kl in LEVELS
+        ),
+        Column("gold at the end", lambda run: run.last_judged(JUDGE), "{:.3f}"),
+        Column("KL at the end, nats", Finished.last_kl, "{:.2f}"),
+        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.4f}"),
+    ),
+)
+
+# Asynchronous training
+
+_LONG = (
+    "num_steps=40",
+    "rollouts_per_step=32",
+    "ppo.minibatches=2",
+    'optimizer.schedule="constant"',
+    "evaluation.every=4",
+    "ppo.max_mismatch_kl=0",  # a policy that moves away from its data is what is measured, and must not end the run
+)
+
+
+def _asynchronous(staleness: int, loss: str) -> Arm:
+    settings = (*_LONG, f"max_staleness={staleness}", f'ppo.policy_loss="{loss}"')
+    return Arm(f'max_staleness = {staleness}, "{loss}"', Work(f"staleness-{staleness}-{loss}", QUESTION, settings))
+
+
+STALENESS = Experiment(
+    about=(
+        f"The question task with older tokens: 40 steps of 32 responses at a constant learning rate, the bounds of the "
+        f"ratio and the importance weight as in `deploy/configs/{QUESTION}`. Lost pass@1 is the best held-out figure "
+        "less the last one: a policy that collapses loses much."
+    ),
+    arms=tuple(_asynchronous(staleness, loss) for staleness in (0, 2, 8) for loss in ("clip", "mask")),
+    columns=(
+        Column("pass@1 at the end, %", lambda run: _percent(run.last_pass_rate()), "{:.1f}"),
+        Column("best pass@1, %", lambda run: _percent(run.best_pass_rate()), "{:.1f}"),
+        Column("lost pass@1, points", lambda run: _percent(run.lost_pass_rate()), "{:.1f}"),
+        Column("mean staleness, versions", lambda run: run.mean("staleness/mean"), "{:.2f}"),
+        Column("mismatch/kl, mean", lambda run: run.mean("mismatch/kl"), "{:.4f}"),
+        Column("tokens clipped or masked, %", lambda run: _percent(_without_gradient(run)), "{:.1f}"),
+    ),
+)
+
+
+def _without_gradient(run: Finished) -> float | None:
+    """Share of the tokens that the rule of the policy loss stops."""
+    masked = run.mean("ppo/masked")
+    return run.mean("ppo/clip_frac") if masked is None else masked
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+EXPERIMENTS = {"baselines": BASELINES, "feedback": FEEDBACK_BASELINES, "staleness": STALENESS}

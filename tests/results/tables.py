@@ -1,0 +1,85 @@
+"""The tables of docs/results.md, from the directories of finished runs.
+
+Every number is the mean over the seeds, with its 95 % interval of Student's t in parentheses: mean plus and minus
+t(n - 1) times the standard deviation divided by the root of n. With few seeds such an interval is wide, and it should
+be. A number that some seeds lack ("to 90 %") has no mean: the cell says how many have it, and their values.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.results.finished import Finished
+from tests.results.works import Arm, Column, Experiment, Work
+
+# The 97.5 % quantile of Student's t by degrees of freedom. The last one also serves more seeds, and is a little wide.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % t-interval of the mean; None for a single value."""
+    if len(values) < 2:
+        return None
+    t = T_975[min(len(values) - 1, len(T_975)) - 1]
+    half = t * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def cell(values: Sequence[float | None], column: Column) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return column.missing
+    if len(known) < len(values):
+        return f"{len(known)} of {len(values)}: {', '.join(column.form.format(value) for value in known)}"
+    bounds = interval(known)
+    mean = column.form.format(statistics.fmean(known))
+    return mean if bounds is None else f"{mean} ({column.form.format(bounds[0])} to {column.form.format(bounds[1])})"
+
+
+def table(experiment: Experiment, arms: Sequence[Arm], root: Path, seeds: Sequence[int]) -> str:
+    """The rows of the arms that have finished runs, as Markdown."""
+    lines = [["", "seeds", *(column.title for column in experiment.columns)]]
+    for arm in arms:
+        runs = [Finished(path) for path in finished_runs(arm.work, root, seeds)]
+        if runs:
+            cells = (cell([column.value(run) for run in runs], column) for column in experiment.columns)
+            lines.append([arm.title + _before(arm, root, seeds), str(len(runs)), *cells])
+    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *rows])
+
+
+def _before(arm: Arm, root: Path, seeds: Sequence[int]) -> str:
+    """What the critic of this arm took before the run."""
+    if arm.critic is None:
+        return ""
+    taken = [Finished(path).summary["seconds"] for path in finished_runs(arm.critic, root, seeds)]
+    seconds = f" and {statistics.fmean(taken):.0f} s" if taken else ""
+    return f" (+ {arm.critic_responses} responses{seconds} before the run)"
+
+
+def finished_runs(work: Work, root: Path, seeds: Sequence[int]) -> list[Path]:
+    paths = (root / work.directory(seed) for seed in seeds)
+    return [path for path in paths if (path / "summary.json").exists()]
+
+
+def section(experiment: Experiment, name: str, arms: Sequence[Arm], root: Path, seeds: Sequence[int]) -> str:
+    """The generated part of the page: what is compared, the table, and how to make it again."""
+    command = f"python -m tests.results run {name} --seeds {' '.join(map(str, seeds))}"
+    return (
+        f"{experiment.about}\n\n{table(experiment, arms, root, seeds)}\n\n"
+        "Mean over the seeds, with the 95 % interval of Student's t in parentheses. Made by:\n\n"
+        f"```\n{command}\n```\n"
+    )
+
+
+def written(page: str, name: str, text: str) -> str:
+    """The page with the section `name` made again. Raises ValueError if the page has no place for it."""
+    begin, end = f"<!-- results: {name} -->\n", f"<!-- end of {name} -->\n"
+    place = re.compile(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", flags=re.DOTALL)
+    if len(place.findall(page)) != 1:
+        raise ValueError(f"the page has no place for {name}; add the lines {begin.strip()} and {end.strip()}")
+    return place.sub(lambda _: f"\n{text}\n", page)
