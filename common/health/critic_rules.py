@@ -21,6 +21,7 @@ EXPLAINED = "value/explained_variance/"
 # Share of the variance that the returns had at the start. The rest is mostly chance: once 97 % of the demo's answers
 # are right, 19 % of the variance is left, and no critic can know which answers will be wrong.
 ENOUGH_VARIANCE = 0.5
+USELESS = 0.01  # share that is explained; a head that hardly learns is at 0.0001 in some steps
 # Where prompts say nothing about the score, a good critic's first values are equal, and explain 0. Values that explain
 # -10 % vary, and at random: their variance is added to that of the advantages.
 LATE = -0.1
@@ -33,7 +34,7 @@ def critic_useless(history: History, cfg: Config) -> str | None:
     nothing."""
     steps = _judging(history, cfg)
     explained = _mean(steps, EXPLAINED + "realised")
-    if explained is None or explained > 0:
+    if explained is None or explained > USELESS:
         return None
     return f"the critic explains {explained:.0%} of the variance of the realised returns after {history.step + 1} steps"
 
@@ -42,7 +43,7 @@ def critic_late(history: History, cfg: Config) -> str | None:
     """It predicts well once it has read most of a response, and adds noise to the advantages of the first tokens."""
     steps = _judging(history, cfg)
     explained, first = _mean(steps, EXPLAINED + "realised"), _mean(steps, EXPLAINED + "first")
-    if explained is None or first is None or explained <= 0 or first > LATE:
+    if explained is None or first is None or explained <= USELESS or first > LATE:
         return None
     return (
         f"the critic explains {explained:.0%} of the realised returns' variance over all tokens, but {first:.0%} at "

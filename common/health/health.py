@@ -41,7 +41,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "approx_kl_high": (policy_rules.approx_kl_high, "lower optimizer.learning_rate, or set ppo.target_kl"),
     "critic_useless": (
         critic_rules.critic_useless,
-        "set ppo.value_lam = 1, raise ppo.value_epochs or the critic's learning rate, or train it before the run "
+        "set ppo.value_lam = 1, raise ppo.value_epochs, change the critic's learning rate, or train it before the run "
         "(learner.critic_path)",
     ),
     "critic_late": (
@@ -50,7 +50,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     ),
     "critic_miscalibrated": (
         critic_rules.critic_miscalibrated,
-        "set ppo.value_lam = 1, or raise ppo.value_epochs or the critic's learning rate",
+        "set ppo.value_lam = 1, raise ppo.value_epochs, or change the critic's learning rate",
     ),
     "scores_constant": (
         score_rules.scores_constant,

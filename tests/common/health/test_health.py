@@ -104,11 +104,14 @@ def test_every_rule_has_a_paragraph_in_the_docs_and_no_other_does():
 # Recorded runs, with the keys that the rules read: the demos, a tiny model, and the same with weights one step old.
 TINY = {"rollouts_per_step": 32, "ppo": {"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 4}}
 RUNS = {
-    "larger": load_config(ROOT / "deploy/configs/larger.toml", [], Config),
+    "larger": load_config(ROOT / "deploy/configs/larger.toml", ["num_steps=24"], Config),
     "positive": load_config(ROOT / "deploy/configs/positive.toml", [], Config),  # PPO of the human-feedback demo
     "tiny": tiny_config("model", num_steps=20, **TINY),
     "tiny-stale": tiny_config("model", num_steps=40, max_staleness=1, **TINY),
     "tiny-too-fast": tiny_config("model", num_steps=20, **TINY),  # learning rate 0.15 in place of 4e-3
+    # reward.normalise "none", kl.coef 0.3, and value heads with the learning rates 1e-7 and 0.3 in place of 1e-2.
+    "tiny-slow-critic": tiny_config("model", num_steps=40, rollouts_per_step=32),
+    "tiny-wild-critic": tiny_config("model", num_steps=40, rollouts_per_step=32),
 }
 EXPECTED = {
     # Steps 31 to 35 have mean scores of 1, 1, 0.99, 1 and 1.
@@ -119,6 +122,9 @@ EXPECTED = {
         "entropy_collapsing": [*range(5, 20)],
         "scores_constant": [18, 19],
     },
+    # Values stay at 0 where returns are 0.55, or swing around them.
+    "tiny-slow-critic": {"critic_useless": [*range(19, 40)], "critic_miscalibrated": [*range(19, 40)]},
+    "tiny-wild-critic": {"critic_useless": [*range(19, 40)], "critic_miscalibrated": [*range(19, 40)]},
 }
 
 
