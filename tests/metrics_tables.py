@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common.metrics.table import METERS, REWARD_STEP, STEP, Meter, Metric
+from common.metrics.table import CRITIC_STEP, METERS, REWARD_STEP, STEP, Meter, Metric
 
 PAGE = Path(__file__).parents[1] / "docs/metrics.md"
 # A table is between the line <!-- table: NAME --> and the next empty line.
@@ -15,7 +15,12 @@ _TABLE = re.compile(r"(?<=^<!-- table: )(\w+) -->\n.*?(?=^$)", flags=re.MULTILIN
 
 def written(page: str) -> str:
     """The page with all tables made again."""
-    tables = {"step": _metrics(STEP), "process": _meters(METERS.values()), "reward_step": _metrics(REWARD_STEP)}
+    tables = {
+        "step": _metrics(STEP),
+        "process": _meters(METERS.values()),
+        "reward_step": _metrics(REWARD_STEP),
+        "critic_step": _metrics(CRITIC_STEP),
+    }
     if (places := sorted(_TABLE.findall(page))) != sorted(tables):
         raise ValueError(f"the page has places for the tables {places}, not for {sorted(tables)}")
     return _TABLE.sub(lambda match: f"{match[1]} -->\n{tables[match[1]]}", page)

@@ -33,6 +33,7 @@ from common.config.base import (
     Root,
     Section,
 )
+from common.config.critic_training import CriticTrainingConfig
 from common.config.ppo_rules import broken_rules
 from common.config.sources import SourceConfig
 from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig
@@ -243,6 +244,7 @@ class Config(Root):
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
     checkpoint: MayChange[PolicyCheckpointConfig] = PolicyCheckpointConfig()
     credit: MayChange[CreditConfig] = CreditConfig()
+    critic_training: MayChange[CriticTrainingConfig] = CriticTrainingConfig()
     ray: MayChange[RayConfig] = RayConfig()
     logging: MayChange[PolicyLoggingConfig] = PolicyLoggingConfig()
     monitoring: MayChange[MonitoringConfig] = MonitoringConfig()

@@ -447,8 +447,42 @@ REWARD_STEP = (
     Metric("time/learn_s", "seconds", "last", "", "the step", "seconds"),
 )
 
-# For the trainers, which reduce partial values. Both tables agree where they share a key, and a test checks it.
-REDUCERS: dict[str, Reducer] = {metric.key: metric.reducer for metric in (*STEP, *REWARD_STEP)}
+# The record of an optimizer step of `ratchet train-critic`.
+CRITIC_STEP = (
+    Metric("step", "count", "last", "", "number of the step, from 0", "step"),
+    Metric("time", "seconds since 1970", "last", "", "when the record was written"),
+    Metric("epoch", "passes", "last", "", "passes over the rollouts when the step was done", "pass"),
+    Metric(
+        "value/loss",
+        "reward units squared",
+        "mean",
+        "tokens",
+        "half the squared error to the realised returns, before the step learned from them. Far below the held-out "
+        "loss: overfitting",
+        "loss",
+    ),
+    Metric(
+        "value/explained_variance/realised",
+        "share",
+        "last",
+        "",
+        "what the critic explains of the step's returns, before the step learned from them",
+        "explained",
+    ),
+    Metric("critic/grad_norm", "-", "last", "", "before clipping to `max_grad_norm`", "grad"),
+    Metric(
+        "critic/learning_rate",
+        "-",
+        "last",
+        "",
+        "of a separate critic's network, or of the head on a shared trunk, after warm-up and schedule",
+    ),
+    Metric("learner/tokens", "tokens", "last", "", "prompt and response tokens of the step", "tokens"),
+    Metric("time/learn_s", "seconds", "last", "", "the step", "seconds"),
+)
+
+# For the trainers, which reduce partial values. The tables agree where they share a key, and a test checks it.
+REDUCERS: dict[str, Reducer] = {metric.key: metric.reducer for metric in (*STEP, *REWARD_STEP, *CRITIC_STEP)}
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,9 @@ class PassTraining(ABC, Generic[E]):
         """The batch of these rows."""
 
     @abstractmethod
-    async def evaluate(self, step: int) -> E | None:
-        """The evaluation after `step` steps, at the end of a pass or before the first. None: not evaluated."""
+    async def evaluate(self, step: int, before: Sequence[E]) -> E | None:
+        """The evaluation after `step` steps, at the end of a pass or before the first; None if there is none. `before`:
+        all earlier ones."""
 
     @abstractmethod
     def evaluation_of(self, record: Mapping[str, Any]) -> E:
@@ -150,7 +151,7 @@ class PassTraining(ABC, Generic[E]):
         step = self._trainer.step
         if step % self.order.steps_per_pass or any(done.step == step for done in evaluations):
             return
-        if (evaluation := await self.evaluate(step)) is not None:
+        if (evaluation := await self.evaluate(step, evaluations)) is not None:
             append_record(self.directory / "evaluations.jsonl", {"time": time.time(), **evaluation.record()})
             evaluations.append(evaluation)
             self._on_evaluation(evaluation)

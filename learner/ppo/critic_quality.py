@@ -27,7 +27,7 @@ class Bin(NamedTuple):
 def critic_quality(values: ArrayLike, returns: ArrayLike, scores: ArrayLike, mask: ArrayLike) -> dict[str, float]:
     """The figures of a batch by metric key. scores [B]: as the learner saw them, normalised."""
     values, returns, scores, mask = (np.asarray(x) for x in (values, returns, scores, mask))
-    parts = {"realised": mask, **_positions(mask)}
+    parts = {"realised": mask, **positions(mask)}
     explained = {name: explained_variance(values, returns, part) for name, part in parts.items()}
     return {
         "value/returns_var/realised": _variance(_chosen(returns, mask)),
@@ -37,7 +37,7 @@ def critic_quality(values: ArrayLike, returns: ArrayLike, scores: ArrayLike, mas
     }
 
 
-def _positions(mask: np.ndarray) -> dict[str, np.ndarray]:
+def positions(mask: np.ndarray) -> dict[str, np.ndarray]:
     """Masks [B, R] of the parts of a response.
 
     Token t of n, counted from 0, is in quarter floor(4 t / n) + 1: a quarter has the tokens that begin in it. So the

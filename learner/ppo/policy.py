@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config.ppo import LearnerConfig, OptimizerConfig
-from common.model.compiled_layers import compile_layers
 from common.model.files import load_policy
 from common.model.kernels import install
 from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
-from common.model.recomputed_layers import checkpoint_activations
 from common.model.saved_weights import as_saved
-from learner.critic.files import HEAD, load_body, load_head
+from learner.critic.files import load_body, load_head
+from learner.critic.network import critic_tensors, head_values, new_head, prepare, weights_dtype
 from learner.ppo import lora
 from learner.ranks.distributed import whole
 
@@ -40,12 +38,7 @@ class PolicyWithCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.critic_body = critic_body  # None: the policy's trunk serves both
-        self.value_head: nn.Linear | None = None
-        if has_critic:
-            width = policy.get_output_embeddings().weight.shape[1]  # the layers of OPT-350m have another width
-            self.value_head = nn.Linear(width, 1, device=policy.device)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+        self.value_head = new_head(policy) if has_critic else None
 
     @classmethod
     def load(
@@ -58,10 +51,9 @@ class PolicyWithCritic(nn.Module):
         seed: int,
         critic: Path | None = None,
     ) -> PolicyWithCritic:
-        """In float32; with LoRA the frozen weights are in the precision of the forward pass. `critic`: the directory of
-        a trained critic (learner/critic/files.py), which takes the place of the fresh one."""
-        frozen_bf16 = cfg.lora is not None and cfg.precision == "bf16"
-        dtype = torch.bfloat16 if frozen_bf16 else torch.float32
+        """`critic`: the directory of a trained critic (learner/critic/files.py), which takes the place of the fresh
+        one."""
+        dtype = weights_dtype(cfg)
         policy = load_policy(directory, dtype=dtype, device=device, install=install)
         critic_body = None
         if has_critic and cfg.critic == "separate":
@@ -71,12 +63,7 @@ class PolicyWithCritic(nn.Module):
                 critic_body = load_body(critic, type(policy.base_model), dtype=dtype, device=device)
                 install(critic_body)
         for model in filter(None, (policy, critic_body)):
-            if cfg.lora is not None:
-                lora.add(model, cfg.lora, seed=seed)
-            if cfg.gradient_checkpointing:
-                checkpoint_activations(model)
-            if cfg.compiles:
-                compile_layers(model)
+            prepare(model, cfg, seed=seed)
         network = cls(policy, critic_body, has_critic=has_critic)
         if network.value_head is not None and critic is not None:
             load_head(critic, network.value_head)
@@ -107,9 +94,7 @@ class PolicyWithCritic(nn.Module):
             states, _ = sequences.response_states(self.critic_body)
         elif states is None:
             states, _ = sequences.response_states(self.policy.base_model)
-        with torch.autocast(states.device.type, enabled=False):  # bfloat16 has 8 bits: too coarse for a value
-            values = self.value_head(states.float()).squeeze(-1)
-        return sequences.scatter(values)
+        return sequences.scatter(head_values(self.value_head, states))
 
     def parts(self, cfg: OptimizerConfig) -> list[tuple[nn.Module, float]]:
         """The policy, and the parts of the critic, each with its peak learning rate."""
@@ -129,15 +114,8 @@ class PolicyWithCritic(nn.Module):
         return as_saved(self.policy, lora.merged(self.policy))
 
     def critic_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The value head and, of a separate critic, its network, in float32 with LoRA's adapters merged: the tensors of
-        `learner.critic.files.save_critic`. Gathered as above; none without a critic."""
-        for name, parameter in () if self.value_head is None else self.value_head.named_parameters():
-            yield f"{HEAD}{name}", whole(parameter)
-        if self.critic_body is not None:
-            persistent = self.critic_body.state_dict().keys()
-            buffers = ((name, buffer.detach) for name, buffer in self.critic_body.named_buffers() if name in persistent)
-            merged = lora.merged(self.critic_body, torch.float32)
-            yield from as_saved(self.critic_body, chain(merged, buffers))
+        """See `learner.critic.network.critic_tensors`; none without a critic."""
+        return iter(()) if self.value_head is None else critic_tensors(self.value_head, self.critic_body)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's LoRA adapters, gathered as above; none without LoRA."""

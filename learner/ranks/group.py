@@ -1,4 +1,4 @@
-"""The `Learner`s of all ranks behind one object, and the `RewardTrainer`s. Runs in the driver."""
+"""The `Learner`s of all ranks behind one object, and the ranks of the other trainers. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from common.config.ppo import Config
 from common.daemon_threads import answer, in_daemon_thread
 from common.errors import RankLostError
 from common.types import Manifest, PublishedBucket
+from learner.critic.files import TrainedCritic
 from learner.ranks.rank_group import RankGroup
 from learner.reward_model.pairs import Pair
 
@@ -142,6 +143,25 @@ class RewardTrainerGroup(RankGroup):
 
     async def save_model(self, directory: Path) -> None:
         await self._call("save the reward model", lambda rank: rank.save_model.remote(directory.resolve()))
+
+
+class CriticTrainerGroup(RankGroup):
+    """`learner.critic.training.Trainers` over the actors of the ranks."""
+
+    role = "CriticTrainer"
+
+    async def remember(self, table: pa.Table) -> None:
+        shared = await self._share(table)
+        await self._call("compute states", lambda rank: rank.remember.remote(shared))
+
+    async def values(self, table: pa.Table) -> np.ndarray:
+        """float32 [B, R]; the ranks share the rollouts."""
+        shared = await self._share(table)
+        values = await self._call("value responses", lambda rank: rank.values.remote(shared))
+        return values[0]
+
+    async def save_critic(self, target: Path, record: TrainedCritic) -> None:
+        await self._call("save the critic", lambda rank: rank.save_critic.remote(target.resolve(), record))
 
 
 async def _failed(item: Any) -> bool:

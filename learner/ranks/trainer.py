@@ -1,4 +1,4 @@
-"""The base of both trainers, `Learner` for PPO and `RewardTrainer` for reward models.
+"""The base of all trainers: `Learner` for PPO, `RewardTrainer` for reward models, `CriticTrainer` for critics.
 
 Runs in every trainer rank.
 """

@@ -53,7 +53,7 @@ class RewardRun(PassTraining[PreferenceEvaluation]):
     def take(self, rows: Sequence[int]) -> list[Pair]:
         return [self.pairs[row] for row in rows]
 
-    async def evaluate(self, step: int) -> PreferenceEvaluation | None:
+    async def evaluate(self, step: int, before: Sequence[PreferenceEvaluation]) -> PreferenceEvaluation | None:
         """Scores the held-out pairs, if there are any."""
         if step == 0 or not self.heldout:
             return None

@@ -24,6 +24,7 @@ CHANGEABLE = {
         "evaluation": "*",
         "checkpoint": "*",
         "credit": "*",
+        "critic_training": "*",
         "ray": "*",
         "logging": "*",
         "monitoring": "*",

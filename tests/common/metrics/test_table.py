@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 
-from common.metrics.table import ENDPOINT, METERS, REDUCERS, REWARD_STEP, STEP
+from common.metrics.table import CRITIC_STEP, ENDPOINT, METERS, REDUCERS, REWARD_STEP, STEP
 from tests.metrics_tables import PAGE, written
+
+RECORDS = (STEP, REWARD_STEP, CRITIC_STEP)
 
 
 def test_the_tables_in_the_docs_are_those_of_the_code():
@@ -18,7 +20,7 @@ def test_the_tables_in_the_docs_are_those_of_the_code():
 def test_the_docs_have_a_row_for_every_metric():
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     rows = Counter(line.split("`")[1] for line in lines if line.startswith("| `"))
-    keys = Counter(metric.key for metric in (*STEP, *REWARD_STEP)) + Counter(f"ray_{name}" for name in METERS)
+    keys = Counter(metric.key for table in RECORDS for metric in table) + Counter(f"ray_{name}" for name in METERS)
     assert rows == keys
     assert "| `kl/coef` | reward per nat | last | | changes only with the adaptive controller |" in lines
     assert any(line.startswith("| `ppo/grad_norm` | - | max over optimizer steps | |") for line in lines)
@@ -45,11 +47,12 @@ def test_no_two_metrics_share_a_name_in_prometheus():
 
 
 def test_no_two_metrics_share_a_heading_on_the_screen():
-    for table in (STEP, REWARD_STEP):
+    for table in RECORDS:
         headings = [metric.screen for metric in table if metric.screen]
         assert len(set(headings)) == len(headings)
 
 
-def test_a_key_of_both_tables_is_reduced_in_the_same_way():
-    for metric in (*STEP, *REWARD_STEP):
-        assert REDUCERS[metric.key] == metric.reducer
+def test_a_key_of_several_tables_is_reduced_in_the_same_way():
+    for table in RECORDS:
+        for metric in table:
+            assert REDUCERS[metric.key] == metric.reducer

@@ -1,0 +1,33 @@
+"""What a critic learns to predict: the realised returns of responses in a journal, as a pure function.
+
+Runs in the driver and in every trainer rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.config.actors import RewardConfig
+from common.config.ppo import KLConfig
+from learner.ppo.advantages import returns_to_go
+from learner.ppo.experience import ExperienceBatch
+from learner.ppo.scores import RunningMoments, shaped
+from learner.ppo.shaping import KL_ESTIMATORS, token_rewards
+
+
+def realised_returns(
+    batch: ExperienceBatch, moments: RunningMoments, *, reward: RewardConfig, kl: KLConfig, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Scores [B] as a learner sees them, and Monte-Carlo returns [B, R], float32; zeros outside the mask.
+
+    Every response pays the KL penalty of the policy that sampled it: its `rollout_logprobs` take the place of the
+    learner's old ones. Rollouts without `ref_logprobs` are of the reference itself, so their penalty is 0. `moments`
+    normalise the scores.
+    """
+    scores = shaped(batch.scores, moments, reward)
+    ref_logprobs = torch.where(batch.ref_is_policy[:, None], batch.rollout_logprobs, batch.ref_logprobs)
+    penalty = KL_ESTIMATORS[kl.estimator](batch.rollout_logprobs, ref_logprobs)
+    rewards = token_rewards(scores, penalty, batch.mask, kl_coef=kl.coef)
+    _, returns = returns_to_go(rewards, rewards, batch.mask, gamma=gamma)
+    return scores, returns

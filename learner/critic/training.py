@@ -1,0 +1,137 @@
+"""The loop of `ratchet train-critic`: passes over the rollouts of journals, until held-out prompts gain no more.
+
+Runs in the driver. learner/loop/passes.py has the loop itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from common.config.ppo import Config
+from common.errors import UserError
+from learner.critic.evaluation import CriticEvaluation, Predicted, best_of, evaluate_critic
+from learner.critic.files import CriticBasis, TrainedCritic, read_critic
+from learner.critic.returns import realised_returns
+from learner.critic.rollouts import Rollouts
+from learner.loop.passes import PassTraining, RowOrder, Updates
+from learner.ppo.experience import ExperienceBatch
+
+CRITIC = "critic"  # the directory in RUN with the result
+ROLLOUTS_PER_CALL = 64
+
+
+class Trainers(Updates, Protocol):
+    """The group of trainer ranks. `learner.ranks.group.CriticTrainerGroup` implements it on Ray."""
+
+    async def remember(self, table: pa.Table) -> None:
+        """For a shared trunk: computes the states of these rollouts once for all."""
+
+    async def values(self, table: pa.Table) -> np.ndarray:
+        """Values of every response token, float32 [B, R]. Nothing is learned."""
+
+    async def save_critic(self, target: Path, record: TrainedCritic) -> None:
+        """Writes the critic. Replaces an existing directory."""
+
+
+class CriticRun(PassTraining[CriticEvaluation]):
+    """A training of a critic. It evaluates before the first pass and after every pass, and writes the critic whenever
+    it is better than all before."""
+
+    ROWS = "rollouts"
+    SUSPECTS = "absurd scores in the journals"
+
+    def __init__(
+        self,
+        cfg: Config,
+        directory: Path,
+        rollouts: Rollouts,
+        trainer: Trainers,
+        basis: CriticBasis,
+        *,
+        on_states: Callable[[int, int], None] = lambda done, total: None,
+        **callbacks: Any,
+    ) -> None:
+        """`on_states`: rollouts whose states are computed, and all. `callbacks`: those of PassTraining."""
+        self.cfg, self.rollouts, self.trainer, self.basis = cfg, rollouts, trainer, basis
+        self.rows, self.heldout = rollouts.split(cfg.critic_training.heldout_share, seed=cfg.seed)
+        self._on_states = on_states
+        order = RowOrder(len(self.rows), per_step=cfg.rollouts_per_step, seed=cfg.seed)
+        passes, checkpoint = cfg.critic_training.passes, cfg.checkpoint
+        super().__init__(directory, trainer, order, passes=passes, checkpoint=checkpoint, **callbacks)
+
+    @property
+    def num_steps(self) -> int:
+        """Most steps."""
+        return self._num_steps
+
+    def take(self, rows: Sequence[int]) -> pa.Table:
+        return self.rollouts.table(self.rows[np.asarray(rows)])
+
+    async def evaluate(self, step: int, before: Sequence[CriticEvaluation]) -> CriticEvaluation:
+        evaluation = await self._evaluation(step)
+        done = [*before, evaluation]
+        if best_of(done) is evaluation:  # before its record: after a crash it would not be evaluated again
+            passes = [one.record() for one in done]
+            record = TrainedCritic(self.basis, self.rollouts.moments, self.rollouts.records(), passes)
+            await self.trainer.save_critic(self.directory / CRITIC, record)
+        return evaluation
+
+    async def _evaluation(self, step: int) -> CriticEvaluation:
+        parts = []
+        for table in self.rollouts.chunks(self.heldout, ROLLOUTS_PER_CALL):
+            batch = ExperienceBatch.from_table(table)
+            scores, returns = self._returns(batch)
+            values = await self.trainer.values(table)
+            parts.append(Predicted(values, returns.numpy(), scores.numpy(), batch.mask.numpy()))
+        return evaluate_critic(parts, step=step, epoch=step / self.order.steps_per_pass)
+
+    def evaluation_of(self, record: Mapping[str, Any]) -> CriticEvaluation:
+        return CriticEvaluation.from_record(record)
+
+    def is_over(self, evaluations: Sequence[CriticEvaluation]) -> bool:
+        """True after `critic_training.patience` passes without a rise."""
+        without = len(evaluations) - 1 - evaluations.index(best_of(evaluations))
+        return without >= self.cfg.critic_training.patience
+
+    async def remember(self) -> None:
+        """With a shared trunk, has the ranks compute the states of all rollouts. Always the same rollouts together, so
+        that a resumed training gets the same bits."""
+        if self.cfg.learner.critic == "shared":
+            for done, table in enumerate(self.rollouts.chunks(np.arange(len(self.rollouts)), ROLLOUTS_PER_CALL)):
+                self._on_states(done * ROLLOUTS_PER_CALL, len(self.rollouts))
+                await self.trainer.remember(table)
+
+    def check_returns(self) -> None:
+        """Raises UserError if no critic could explain anything: if all returns of the held-out rollouts are equal."""
+        known: set[float] = set()
+        for table in self.rollouts.chunks(self.heldout, ROLLOUTS_PER_CALL):
+            batch = ExperienceBatch.from_table(table)
+            _, returns = self._returns(batch)
+            known |= set(returns[batch.mask].unique().tolist())
+            if len(known) > 1:
+                return
+        what = f"all returns are {known.pop():g}" if known else "all responses are empty"
+        raise UserError(
+            f"there is nothing that a critic could explain: in the {len(self.heldout)} held-out rollouts {what}; use "
+            "journals with different scores (--from, --steps), or hold out more prompts (critic_training.heldout_share)"
+        )
+
+    def _returns(self, batch: ExperienceBatch) -> tuple[Any, Any]:
+        cfg, moments = self.cfg, self.rollouts.moments
+        return realised_returns(batch, moments, reward=cfg.reward, kl=cfg.kl, gamma=cfg.ppo.gamma)
+
+
+async def train_critic(run: CriticRun) -> list[CriticEvaluation]:
+    """Trains to the end. RUN/critic has the best critic then. Returns all evaluations of the run."""
+    await run.remember()
+    evaluations = await run.train()
+    read_critic(run.directory / CRITIC)  # it is what was written
+    if not run.cfg.checkpoint.keep_optimizer_at_end:
+        await asyncio.to_thread(run.checkpoints.drop_optimizers)
+    return evaluations

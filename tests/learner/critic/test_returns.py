@@ -1,0 +1,52 @@
+"""Realised returns against their definition, token by token in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.config.actors import RewardConfig
+from common.config.ppo import KLConfig
+from learner.critic.returns import realised_returns
+from learner.ppo.experience import ExperienceBatch
+from learner.ppo.scores import RunningMoments
+from tests.learner.critic.journals import step_table
+
+SOURCES = [{"name": "a_words", "function": "tests.tasks:a_words"}]
+
+
+def slow_kl(estimator: str, logprob: float, ref: float) -> float:
+    x = ref - logprob
+    found = {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[estimator]
+    return min(found, 10) if estimator == "k3" and x > 0 else found
+
+
+@pytest.mark.parametrize(
+    ("estimator", "gamma", "normalise", "clip"),
+    [("k1", 1.0, "mean_std", 0.8), ("k2", 0.9, "std", 0.0), ("k3", 0.5, "none", 1.0)],
+)
+def test_returns_are_what_followed_each_token(estimator, gamma, normalise, clip):
+    moments = RunningMoments(count=4, mean=1.0, squares=1.0)  # deviation sqrt(1 / 4) = 0.5
+    reward = RewardConfig.model_validate({"sources": SOURCES, "normalise": normalise, "clip": clip})
+    kl = KLConfig(coef=0.3, estimator=estimator)
+    for step in (0, 1):  # the first has no reference log-probabilities
+        table = step_table(step)
+        batch = ExperienceBatch.from_table(table)
+        scores, returns = realised_returns(batch, moments, reward=reward, kl=kl, gamma=gamma)
+        for row, score, found in zip(table.to_pylist(), scores, returns):
+            expected = {"none": row["score"], "std": row["score"] / 0.5}.get(normalise, (row["score"] - 1.0) / 0.5)
+            if clip and normalise != "none":
+                expected = max(-clip, min(clip, expected))
+            assert score.item() == pytest.approx(expected, abs=1e-6)
+            refs = row["ref_logprobs"] or row["rollout_logprobs"]
+            rewards = [-0.3 * slow_kl(estimator, *pair) for pair in zip(row["rollout_logprobs"], refs)]
+            rewards[-1] += expected
+            for t in range(len(rewards)):
+                later = sum(gamma**k * reward for k, reward in enumerate(rewards[t:]))
+                assert found[t].item() == pytest.approx(later, abs=1e-5)
+            assert not found[len(rewards) :].any()
+    assert torch.isfinite(returns).all()
+    assert np.ptp(returns.numpy()) > 0.1
