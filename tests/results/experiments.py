@@ -9,6 +9,7 @@ GROUP = 4  # responses to each prompt
 SAMPLED = 640  # responses that a critic is trained on before the run: ten steps' worth
 SAME_PROMPTS = (f"prompts.rollouts_per_prompt={GROUP}",)
 PRETRAINED = "learner.critic_path={NAME}/critic"
+EXPLAINED = "value/explained_variance/realised"
 NO_CRITIC = {"group": 'ppo.advantages="group"', "returns": 'ppo.advantages="returns"'}
 
 
@@ -76,8 +77,9 @@ BASELINES = Experiment(
         Column("responses to 90 %", lambda run: run.responses_to(0.9), "{:.0f}", "never"),
         Column("seconds to 90 %", lambda run: run.seconds_to(0.9), "{:.0f}", "never"),
         Column("pass@1 at the end, %", lambda run: _percent(run.last_pass_rate()), "{:.1f}"),
-        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.4f}"),
-        Column("variance of advantages, all steps", Finished.mean_advantage_variance, "{:.4f}"),
+        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.3g}"),
+        Column("variance of advantages, all steps", Finished.mean_advantage_variance, "{:.3g}"),
+        Column("explained variance, last 5 steps", lambda run: run.mean(EXPLAINED, last=5)),
     ),
 )
 
@@ -115,7 +117,7 @@ FEEDBACK_BASELINES = Experiment(
         ),
         Column("gold at the end", lambda run: run.last_judged(JUDGE), "{:.3f}"),
         Column("KL at the end, nats", Finished.last_kl, "{:.2f}"),
-        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.4f}"),
+        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.3g}"),
     ),
 )
 
