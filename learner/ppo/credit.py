@@ -29,16 +29,20 @@ class NewestPass:
     def __init__(self, shape: torch.Size, device: torch.device, *, entropy: bool = False) -> None:
         self._logprobs = torch.zeros(shape, device=device)
         self._entropy = torch.zeros(shape, device=device) if entropy else None
-        self.reached = torch.zeros(shape[0], dtype=torch.bool)
+        self._reached = np.zeros(shape[0], dtype=np.bool_)
         self.first = True  # the rows of the minibatch have had no pass before
 
     def begin(self, rows: np.ndarray) -> None:
         """A minibatch begins. Another rank may have had some of its rows in the epoch before, so all become zero on
         every rank."""
-        chosen = torch.from_numpy(rows)
-        self.first = not bool(self.reached[chosen].any())
-        self.reached[chosen] = True
-        self._logprobs.index_fill_(0, on_device(chosen, self._logprobs.device), 0.0)
+        self.first = not self._reached[rows].any()
+        self._reached[rows] = True
+        self._logprobs.index_fill_(0, on_device(torch.from_numpy(rows), self._logprobs.device), 0.0)
+
+    @property
+    def reached(self) -> Tensor:
+        """Rows that had a pass, bool [B]."""
+        return torch.from_numpy(self._reached)
 
     def add(self, rows: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
         """Takes the outputs [b, r] of one micro-batch of this rank."""

@@ -141,11 +141,15 @@ def test_a_run_that_is_cut_and_resumed_has_the_bits_of_a_whole_one(finished, mod
 
 
 def test_with_staleness_allowed_generators_write_while_the_learner_learns(model, tmp_path):
+    """With the mask, which needs no importance weight, and two lambdas."""
     directory = tmp_path / "overlapped"
-    run_training(run_config(model, max_staleness=1), directory)
+    ppo = {"policy_loss": "mask", "clip_eps": 0.2, "clip_eps_high": 0.28, "ppo_epochs": 2, "minibatches": 4}
+    lambdas = {"lam": "length", "lam_alpha": 1.0, "value_lam": 1.0}
+    run_training(run_config(model, max_staleness=1, ppo={**ppo, **lambdas, "importance_cap": 0}), directory)
     records = read_records(directory / "metrics.jsonl")
     assert [record["staleness/max"] for record in records] == [0] + [1] * (STEPS - 1)
     assert all(np.isfinite(record["ppo/policy_loss"]) for record in records)
+    assert all(0 < record["ppo/masked"] < 1 for record in records)
     assert np.mean([record["rollout/score/mean"] for record in records[-2:]]) > records[0]["rollout/score/mean"] + 0.1
     steps = list(Journal(directory / "journal").since(0))
     ids = [
