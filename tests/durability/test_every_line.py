@@ -253,7 +253,15 @@ def test_a_run_continued_after_a_full_disk_ends_as_if_it_had_been_large(scenario
 
 def test_a_killed_asynchronous_run_equals_its_own_replay(model, tmp_path, count):
     """Which weights sample a token then depends on the clock, so no undisturbed run has the same batches."""
-    about = {"max_staleness": 1, "evaluation": {"prompts": 0}}
+    ppo = {
+        "ppo_epochs": 1,
+        "minibatches": 2,
+        "policy_loss": "mask",
+        "lam": "length",
+        "lam_alpha": 1.0,
+        "value_lam": 1.0,
+    }
+    about = {"max_staleness": 1, "evaluation": {"prompts": 0}, "ppo": ppo}
     cfg, work = small_config(model, **about), partial(train_to_the_end, model=model, **about)
 
     check = partial(check_replay, cfg=cfg, scratch=tmp_path)

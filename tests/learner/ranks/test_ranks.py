@@ -136,7 +136,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "lora": (LORA, two_batches),
     "group": (WITHOUT_CRITIC["group"], grouped_batches),
     "returns": (merged(WITHOUT_CRITIC["returns"], ppo(1), learner_of(micro_batch_tokens=512)), two_batches),
-    "mask": (merged(MASK, ppo(4)), two_batches),
+    "mask": (merged(MASK, ppo(4)), one_batch),
     "mask-separate": (merged(MASK, SEPARATE, ppo(2)), one_batch),
     "mask-target-kl": (merged(MASK, WITHOUT_CRITIC["returns"], ppo(4, epochs=1, target_kl=0.35)), two_batches),
     "experts": ({}, two_batches),
@@ -273,11 +273,12 @@ def test_rank_count_does_not_change_any_gradient(runs, name):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_rank_count_does_not_change_any_metric(runs, name):
-    """To 1e-5, and 1e-6 absolute where a sum of terms near one cancels, as in the mean of whitened advantages."""
+    """To 1e-5, and 5e-6 absolute where a sum of terms near one cancels, as in the mean of whitened advantages and in
+    explained variances."""
     alone, *ranks = runs[1][name]
     for rank in ranks:
         for found, expected in zip(rank["stats"], alone["stats"], strict=True):
-            assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert found == pytest.approx(expected, rel=1e-5, abs=5e-6)
 
 
 @pytest.mark.parametrize("name", EXACT)
