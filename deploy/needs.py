@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.memory import MIB
 from common.model.size import CONTEXT, ModelSize, pass_bytes
 from deploy.object_store import Stored, generator_store, learner_store
+from learner.critic.frozen import frozen_names
 
 IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
 
@@ -46,7 +47,12 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
     if cfg.learner.lora is not None:  # the learner is its own reference
         services = [need for need in services if need.section != "reference"]
     row = min(cfg.max_sequence_tokens, model.context)
-    first, *others = _training("Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora)
+    frozen = 0
+    if networks == 2 and cfg.learner.critic_frozen:
+        frozen = sum(model.body[name] for name in frozen_names(model.body, cfg.learner.critic_frozen))
+    first, *others = _training(
+        "Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora, frozen=frozen
+    )
     stores = {"generators": generator_store(cfg, model)}
     services = [replace(need, store=stores.get(need.section, {})) for need in services]
     if cfg.lent_share:
@@ -152,20 +158,22 @@ def _training(
     row: int,
     networks: int = 1,
     lora: LoRAConfig | None = None,
+    frozen: int = 0,
     padded: bool = False,
 ) -> list[Need]:
     """The ranks. Each holds its share of weights, gradients and optimizer state; activations; and a second gradient of
     the output embedding, in case it is shared with the input.
 
-    A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments), a frozen one its precision. Each
-    token, layer and hidden unit keeps about 18 values until the backward pass (measured), or 3 with checkpointing.
-    Pairs are padded, not packed (`padded`), and on CPU they also keep their attention scores. While several ranks
-    load, each holds all weights; on GPUs every rank loads them in its machine's memory.
+    A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments), one below adapters its precision, and
+    each of the `frozen` weights of a critic 4 bytes. Each token, layer and hidden unit keeps about 18 values until the
+    backward pass (measured), or 3 with checkpointing. Pairs are padded, not packed (`padded`), and on CPU they also
+    keep their attention scores. While several ranks load, each holds all weights; on GPUs every rank loads them in its
+    machine's memory.
     """
     size = 2 if cfg.precision == "bf16" else 4
     adapters = 0 if lora is None else 2 * 7 * model.layers * lora.rank * model.hidden  # about seven matrices a layer
     trained = model.parameters if lora is None else adapters
-    frozen = 0 if lora is None else size * model.parameters
+    below = 0 if lora is None else size * model.parameters
     tokens = max(row, cfg.token_budget)
     saved = (3 if cfg.gradient_checkpointing else 18) * size * tokens * model.layers * model.hidden
     attention = 2 * 4 * tokens * row * model.heads * model.layers if padded and not cfg.gpus else 0
@@ -175,9 +183,9 @@ def _training(
     }
     ranks = cfg.fewest_ranks
     state = {
-        "weights": networks * ((4 * trained + frozen) // ranks),
-        "gradients": networks * (4 * trained // ranks),
-        "optimizer state": networks * (8 * trained // ranks),
+        "weights": networks * ((4 * trained + below) // ranks),
+        "gradients": 4 * (networks * trained - frozen) // ranks,
+        "optimizer state": 8 * (networks * trained - frozen) // ranks,
     }
     loading = networks * 4 * model.parameters
     if cfg.gpus == 0 and cfg.ranks > 1:

@@ -162,6 +162,10 @@ class LearnerConfig(TrainerConfig):
     """Directory of a critic that ratchet train-critic has written: the run starts from it, and from the statistics of
     the scores that it was trained with. It must have been trained for this model, this reward, this kind of critic and
     this ppo.gamma. Left out: a value head of zeros."""
+    critic_frozen: str | tuple[str, ...] | None = None
+    """Weights of a separate critic that do not train, against overfitting on few scores: attention, or patterns over
+    the names of its parameters, such as "*.mlp.*" or "embed_tokens.*". They take no gradient and no optimizer state.
+    The value head always trains. Left out: all weights train."""
     critic_warmup_steps: NonNegative = 0
     """Number of first steps that train only the critic."""
     max_losses: MayChange[Positive] = 3

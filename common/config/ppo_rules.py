@@ -22,6 +22,7 @@ def broken_rules(cfg: Config) -> Iterator[str]:
     yield from broken_sampling_rules(cfg.sampling)
     yield from _broken_schedule_rules(cfg)
     yield from _broken_critic_rules(cfg)
+    yield from _broken_frozen_rules(cfg)
     yield from _broken_kl_rules(cfg)
     yield from _broken_lambda_rules(cfg)
     yield from _broken_length_and_staleness_rules(cfg)
@@ -72,6 +73,22 @@ def _broken_critic_rules(cfg: Config) -> Iterator[str]:
         yield (
             f"learner.critic_path ({cfg.learner.critic_path}) must be left out with ppo.advantages = "
             f'"{cfg.ppo.advantages}", which has no critic; leave it out, or use "gae"'
+        )
+
+
+def _broken_frozen_rules(cfg: Config) -> Iterator[str]:
+    if not cfg.learner.critic_frozen:
+        return
+    if not cfg.ppo.has_critic or cfg.learner.critic == "shared":
+        yield (
+            f"learner.critic_frozen ({cfg.learner.critic_frozen}) needs a network of the critic's own: set "
+            f'learner.critic = "separate" (it is "{cfg.learner.critic}") with ppo.advantages = "gae" (it is '
+            f'"{cfg.ppo.advantages}"), or leave it out'
+        )
+    if cfg.learner.lora is not None:
+        yield (
+            f"learner.critic_frozen ({cfg.learner.critic_frozen}) must be left out with learner.lora, which freezes "
+            "all weights and trains adapters; learner.lora.targets chooses their layers"
         )
 
 

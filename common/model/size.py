@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +32,9 @@ class ModelSize:
     vocabulary: int  # rows of the embedding; every token id is smaller
     context: int  # longest sequence, tokens
     intermediate: int | None = None  # width of a feed-forward layer, if the config has it
+    body: Mapping[str, int] = field(
+        default_factory=dict, compare=False
+    )  # sizes of all weights but the output embedding
 
 
 def pass_bytes(model: ModelSize, tokens: int, *, value_bytes: int, parts: int = 1) -> int:
@@ -44,12 +48,12 @@ def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
     """Sizes of the model in `directory`. Raises UserError if the config cannot be read or lacks a size."""
     with reading(directory, setting, "be trained"):
         config = read_config(directory)
-        parameters = sum(p.numel() for p in without_weights(config).parameters())
+        model = without_weights(config)
         text = config.get_text_config()
         hidden, heads = _count(text, "hidden_size"), _count(text, "num_attention_heads")
         widths = getattr(text, "intermediate_size", None)
         return ModelSize(
-            parameters=parameters,
+            parameters=sum(p.numel() for p in model.parameters()),
             layers=_count(text, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
@@ -58,6 +62,7 @@ def model_size(directory: Path, setting: str = "model.path") -> ModelSize:
             vocabulary=_count(text, "vocab_size"),
             context=min(_count(text, "max_position_embeddings"), original_length(text)),
             intermediate=widths if isinstance(widths, int) else None,
+            body={name: parameter.numel() for name, parameter in model.base_model.named_parameters()},
         )
 
 

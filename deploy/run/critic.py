@@ -1,4 +1,4 @@
-"""The trained critic that a run starts from, compared with the run. Runs in the driver.
+"""The settings of the critic, compared with the model and with the critic that a run starts from. Runs in the driver.
 
 Its values are predictions of the returns of one model under one reward. In a run with others it would be wrong at every
 token from the start, so differences are refused before anything starts.
@@ -16,6 +16,7 @@ from common.model.identity import model_digest, tokenizer_digest
 from deploy.policy_files import PolicyFiles
 from deploy.screen.console import complain
 from learner.critic.files import SETTING, CriticBasis, CriticSource, read_critic
+from learner.critic.frozen import frozen_names
 
 _SHOWN = 12  # hex digits of a digest in messages
 
@@ -36,12 +37,15 @@ def critic_basis(cfg: Config, policy: PolicyFiles) -> CriticBasis:
 
 
 def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> None:
-    """Raises UserError if `learner.critic_path` has no trained critic, or one of another run. Only warns if it has
-    another KL penalty: the run itself may change the coefficient, and the critic learns the difference.
+    """Raises UserError if `learner.critic_frozen` freezes nothing, or if `learner.critic_path` has no trained critic,
+    or that of another run. Only warns of another KL penalty: the run itself may change the coefficient, and the critic
+    learns the difference.
 
     `begun`: the run has begun with a critic, and the journal has its digest. The user may have changed or accepted a
     part of the reward since, so the reward is not compared again.
     """
+    if cfg.learner.critic_frozen:
+        frozen_names(policy.size.body, cfg.learner.critic_frozen)
     if cfg.learner.critic_path is None:
         return
     theirs, ours = read_critic(Path(cfg.learner.critic_path)).basis, critic_basis(cfg, policy)

@@ -23,6 +23,7 @@ from common.model.packing import Sequences
 from common.model.recomputed_layers import checkpoint_activations
 from common.model.saved_weights import as_saved
 from learner.critic.files import HEAD
+from learner.critic.frozen import freeze
 from learner.ppo import lora
 from learner.ranks.distributed import whole
 
@@ -95,6 +96,7 @@ class Critic(nn.Module):
             if cfg.compiles:
                 compile_layers(body)
         else:
+            freeze(body, cfg.critic_frozen)
             prepare(body, cfg, seed=seed)
         return cls(body, head, is_shared=is_shared)
 

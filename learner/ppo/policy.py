@@ -20,6 +20,7 @@ from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
 from common.model.saved_weights import as_saved
 from learner.critic.files import load_body, load_head
+from learner.critic.frozen import freeze
 from learner.critic.network import critic_tensors, head_values, new_head, prepare, weights_dtype
 from learner.ppo import lora
 from learner.ranks.distributed import whole
@@ -62,6 +63,7 @@ class PolicyWithCritic(nn.Module):
             else:
                 critic_body = load_body(critic, type(policy.base_model), dtype=dtype, device=device)
                 install(critic_body)
+            freeze(critic_body, cfg.critic_frozen)
         for model in filter(None, (policy, critic_body)):
             prepare(model, cfg, seed=seed)
         network = cls(policy, critic_body, has_critic=has_critic)

@@ -125,6 +125,15 @@ def test_a_separate_critic_adds_a_second_trained_network():
     assert {**separate, "Learner(0)": 0} == {**shared, "Learner(0)": 0}
 
 
+def test_frozen_weights_of_a_critic_need_no_gradient_and_no_optimizer_state():
+    model = replace(MODEL, body={"layers.0.attn.q.weight": 300_000, "layers.0.mlp.up.weight": 500_000})
+    cfg = config(learner={"critic": "separate"})
+    some, every = (config(learner={"critic": "separate", "critic_frozen": name}) for name in ("attention", "*"))
+    whole = memory(cfg, model)["Learner(0)"]
+    assert whole - memory(some, model)["Learner(0)"] == 12 * 300_000
+    assert whole - memory(every, model)["Learner(0)"] == 12 * 800_000
+
+
 def test_without_a_critic_a_separate_one_takes_no_memory():
     settings = {"ppo": {"advantages": "returns"}}
     assert memory(config(learner={"critic": "separate"}, **settings)) == memory(config(**settings))

@@ -78,6 +78,14 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
             | {"learner": {"critic_path": "critics/a"}},
             ["learner.critic_path (critics/a) must be left out", 'ppo.advantages = "group"', 'or use "gae"'],
         ),
+        (
+            {"learner": {"critic_frozen": "attention"}},
+            ["learner.critic_frozen (attention) needs a network", '(it is "shared")', '(it is "gae")', "leave it out"],
+        ),
+        (
+            {"learner": {"critic_frozen": ["*.mlp.*"], "critic": "separate", "lora": {}}},
+            ["learner.critic_frozen (('*.mlp.*',)) must be left out with learner.lora", "learner.lora.targets"],
+        ),
         ({"kl": {"controller": "adaptive", "coef": 0}}, ["kl.coef (0)", "above 0", '"fixed"']),
         ({"kl": {"controller": "adaptive", "horizon": 63}}, ["kl.horizon (63)", "rollouts_per_step (64)", "raise"]),
         ({"max_staleness": 2, "ppo": {"importance_cap": 0}}, ["ppo.importance_cap (0)", "max_staleness (2)", "raise"]),

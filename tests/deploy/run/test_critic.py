@@ -67,6 +67,17 @@ def test_a_critic_of_this_run_is_accepted(cfg, policy, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_pattern_that_freezes_nothing_is_refused_before_anything_starts(model, policy):
+    def cfg(pattern):
+        return tiny_config(model, learner={"critic": "separate", "critic_frozen": [pattern]})
+
+    check_critic(cfg("*.mlp.*"), policy)
+    with pytest.raises(
+        UserError, match=r"critic_frozen \(\*\.mpl\.\*\) matches no parameter .*near it are layers\.0\.mlp"
+    ):
+        check_critic(cfg("*.mpl.*"), policy)
+
+
 def test_a_run_without_a_trained_critic_has_nothing_to_check(model, policy):
     check_critic(tiny_config(model), policy)
 

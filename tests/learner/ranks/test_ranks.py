@@ -121,6 +121,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "separate": (merged(SEPARATE, ppo(8)), one_batch),
     "warmup": (merged(learner_of(critic_warmup_steps=1), ppo(2)), two_batches),
     "warmup-separate": (merged(SEPARATE, learner_of(critic_warmup_steps=1), ppo(8)), two_batches),
+    "frozen": (merged(SEPARATE, learner_of(critic_frozen="attention")), two_batches),
     "one-for-a-rank": (ppo(1), lopsided_batches),
     "none-for-a-rank": (merged(ppo(1, 1), {"rollouts_per_step": 1}), one_rollout),
     "empty-responses": (ppo(4), only_empty_responses),
@@ -203,15 +204,16 @@ def outputs(learner: Learner, directory: Path) -> dict[str, Any]:
         assert alive == [0]
         what, peaks["save_policy"] = "save_policy", 0
         learner.save_policy(directory / "policy")
+    critic = {name: tensor.clone() for name, tensor in learner.network.critic_tensors()}
     ref_logprobs = []
     if learner.cfg.learner.lora:
         rows = [make_experience(i, [4 + i] * (i % 5)).rollout for i in range(7)]
         ref_logprobs = [*learner.ref_logprobs(*rows), *learner.ref_logprobs(rows[0])]
-    return {"published": published, "ref_logprobs": ref_logprobs, "peaks": peaks, "dtypes": dtypes}
+    return {"published": published, "critic": critic, "ref_logprobs": ref_logprobs, "peaks": peaks, "dtypes": dtypes}
 
 
 WHOLE_LAYERS = ["experts", "experts-lora"]  # gathered by layers, since a file's tensor may be made of several
-OUTPUTS = ["unclipped", "lora", *WHOLE_LAYERS]  # the cases whose outputs are looked at
+OUTPUTS = ["unclipped", "lora", "frozen", *WHOLE_LAYERS]  # the cases whose outputs are looked at
 
 
 def rank_process(rank: int, ready: Barrier, directory: Path, model: Path) -> None:
@@ -322,6 +324,9 @@ def test_the_cases_are_what_their_names_say(model, runs):
         0.1 < stats["ppo/masked"] < 0.9 for name in ("mask", "mask-separate") for stats in found[name][0]["stats"]
     )
     assert [stats["ppo/optimizer_steps"] for stats in found["mask-target-kl"][0]["stats"]] == [4, 3]
+    for gradients in found["frozen"][0]["gradients"]:
+        assert "critic_body.layers.0.mlp.up_proj.weight" in gradients
+        assert not [name for name in gradients if name.startswith("critic_body") and "self_attn" in name]
     for name in ("compiled", "compiled-lora-checkpointing"):
         assert all(run["graphs"] > 0 for run in found[name])
 
@@ -380,6 +385,16 @@ def test_only_the_first_rank_publishes_and_its_bits_are_those_of_one(runs, name)
             assert (found.version, found.index, found.last) == (expected.version, expected.index, expected.last)
         else:
             assert found == expected
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_two_ranks_gather_the_critic_that_one_has_in_float32(runs, name):
+    alone, *ranks = (run["critic"] for run in runs[1][name])
+    assert ("norm.weight" in alone) == (name == "frozen")  # the others share the policy's trunk
+    for rank in ranks:
+        assert rank.keys() == alone.keys()
+        assert all(torch.equal(rank[key], tensor) for key, tensor in alone.items())
+        assert {tensor.dtype for tensor in rank.values()} == {torch.float32}
 
 
 def test_shards_are_gathered_in_bf16_where_they_are_published(runs):
