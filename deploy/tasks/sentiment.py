@@ -99,11 +99,11 @@ def heldout_prompts(seed: int) -> list[dict[str, Any]]:
 
 def positivity(answer: RewardInput) -> float:
     """VADER's compound sentiment of the response alone: -1 most negative, 1 most positive."""
-    return _analyser().polarity_scores(answer.response)["compound"]
+    return analyser().polarity_scores(answer.response)["compound"]
 
 
 @cache
-def _analyser() -> Any:
+def analyser() -> Any:
     return SentimentIntensityAnalyzer()
 
 

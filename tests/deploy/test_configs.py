@@ -16,6 +16,7 @@ ROOTS = {
     "positive-pairs.toml": PairSamplingConfig,
     "positive-reward.toml": RewardTrainingConfig,
     "positive.toml": Config,
+    "reviews.toml": Config,
 }
 
 
