@@ -45,6 +45,7 @@ from deploy.run.record import read_record
 from deploy.run.resume import enter_starting_directory
 
 ROOTS["train"] = Config
+ROOTS["train-critic"] = Config
 
 
 @app.command(epilog=epilog("train"))
@@ -127,6 +128,35 @@ def train_reward(cfg: RewardTrainingConfig, directory: Path, *, resume: bool, fo
     from deploy.train_reward import run_reward_training
 
     run_reward_training(cfg, directory, resume=resume, force=force)
+
+
+@app.command(epilog=epilog("train-critic"))
+def train_critic(
+    config: ConfigFile = "",
+    settings: Settings = None,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="RUN", help="A run whose journal it learns from; may be given several times."),
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Only steps A to B - 1 of each journal [default: all].")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG-critic].")] = None,
+    resume: Resume = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """Train a critic from the journals of runs, for a run to start from."""
+    if resume is not None and (source or steps):
+        raise UserError("a training that continues (--resume) reads its journals again; leave --from and --steps out")
+    if resume is None and config and run is None:
+        run = Path("runs") / f"{Path(config).stem}-critic"
+    cfg, directory = config_and_directory(Config, config, with_address(settings, address), run, resume)
+    exit_message.run_begins(directory, f"continue with ratchet train-critic --resume {quote(str(directory))}")
+    from deploy.train_critic import run_critic_training
+
+    resumed, sources = resume is not None, source or []
+    run_critic_training(cfg, directory, sources=sources, steps=steps, resume=resumed, force=force)
 
 
 @run_command(PairSamplingConfig)

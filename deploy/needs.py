@@ -47,9 +47,7 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
     if cfg.learner.lora is not None:  # the learner is its own reference
         services = [need for need in services if need.section != "reference"]
     row = min(cfg.max_sequence_tokens, model.context)
-    frozen = 0
-    if networks == 2 and cfg.learner.critic_frozen:
-        frozen = sum(model.body[name] for name in frozen_names(model.body, cfg.learner.critic_frozen))
+    frozen = _frozen(cfg, model) if networks == 2 else 0
     first, *others = _training(
         "Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora, frozen=frozen
     )
@@ -86,6 +84,27 @@ def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSi
 def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:
     """The ranks of reward training. `row` is the longest pair in tokens."""
     return _training("RewardTrainer", cfg, model, row=row, padded=True)
+
+
+def critic_needs(cfg: Config, model: ModelSize) -> list[Need]:
+    """The ranks of critic training. On a shared trunk they hold its weights, and compute passes without gradients."""
+    row, learner = min(cfg.max_sequence_tokens, model.context), cfg.learner
+    if learner.critic == "separate":
+        return _training("CriticTrainer", learner, model, row=row, lora=learner.lora, frozen=_frozen(cfg, model))
+    tokens, size = max(row, learner.token_budget), 2 if learner.precision == "bf16" else 4
+    weights = 4 * model.parameters
+    on_cpus = learner.ranks > 1 and not learner.gpus  # there each rank first loads all weights
+    parts = {
+        "weights": weights if on_cpus else weights // learner.fewest_ranks,
+        "activations": pass_bytes(model, tokens, value_bytes=size),
+    }
+    return _role("CriticTrainer", "learner", learner, learner.fewest_ranks, parts, loading=weights)
+
+
+def _frozen(cfg: Config, model: ModelSize) -> int:
+    """Weights of a separate critic that do not train. Raises UserError for a pattern that freezes nothing."""
+    frozen = cfg.learner.critic_frozen
+    return sum(model.body[name] for name in frozen_names(model.body, frozen)) if frozen else 0
 
 
 def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> list[Need]:

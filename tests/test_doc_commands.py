@@ -29,6 +29,7 @@ WORK = {
     "submit": "tests/end_to_end/test_submit.py::test_a_submitted_run_trains_on_every_node_with_the_uploaded_code",
     "sample-pairs": "tests/end_to_end/test_rewards.py::test_the_labeller_preferred_more_a_words",
     "train-reward": "tests/end_to_end/test_rewards.py::test_two_ranks_learn_the_preference_and_report_its_interval",
+    "train-critic": "tests/end_to_end/test_run.py::test_a_critic_is_trained_from_the_journal_of_a_run",
     "evaluate": "tests/end_to_end/test_rewards.py::test_evaluate_judges_the_saved_policy_as_the_run_did",
     "export": "tests/deploy/test_export.py::test_an_interrupted_run_gives_the_policy_of_its_newest_checkpoint",
     "audit": "tests/deploy/test_audit.py::test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm",
@@ -56,6 +57,7 @@ OTHER = {
 HEAVY = (  # the work that is replaced
     "deploy.train.run_training",
     "deploy.train_reward.run_reward_training",
+    "deploy.train_critic.run_critic_training",
     "deploy.sample_pairs.run_pair_sampling",
     "deploy.evaluate.run_evaluation",
     "deploy.export.run_export",

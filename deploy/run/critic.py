@@ -6,7 +6,7 @@ token from the start, so differences are refused before anything starts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from actors.scoring.kinds import kind_of
@@ -73,7 +73,7 @@ def _differences(theirs: CriticBasis, ours: CriticBasis, model: str) -> Iterator
     elif theirs.model != ours.model:
         shown = f"SHA-256 {theirs.model[:_SHOWN]}, the run's {ours.model[:_SHOWN]}"
         yield f"it was trained from another model than model.path ({model}; {shown})"
-    yield from _source_differences(*({source.name: source for source in basis.sources} for basis in (theirs, ours)))
+    yield from source_differences(theirs.sources, ours.sources, was="it was trained", now="the run has")
     for setting, before, now in (
         ("reward.normalise", theirs.normalise, ours.normalise),
         ("reward.clip", theirs.clip, ours.clip),
@@ -83,13 +83,17 @@ def _differences(theirs: CriticBasis, ours: CriticBasis, model: str) -> Iterator
             yield f"it was trained with {setting} {before}, and the run has {now}"
 
 
-def _source_differences(before: Mapping[str, CriticSource], now: Mapping[str, CriticSource]) -> Iterator[str]:
-    if before.keys() != now.keys():
-        yield f"it was trained with the reward sources {', '.join(before)}, and the run has {', '.join(now)}"
+def source_differences(
+    theirs: Iterable[CriticSource], ours: Iterable[CriticSource], *, was: str, now: str
+) -> Iterator[str]:
+    """One sentence for each difference between the reward sources. `was` and `now` say whose they are."""
+    before, after = ({source.name: source for source in sources} for sources in (theirs, ours))
+    if before.keys() != after.keys():
+        yield f"{was} with the reward sources {', '.join(before)}, and {now} {', '.join(after)}"
         return
-    for name, source in now.items():
+    for name, source in after.items():
         if before[name].weight != source.weight:
-            weights = f"{before[name].weight:g}, and the run has {source.weight:g}"
-            yield f"it was trained with the reward source {name} at weight {weights}"
+            weights = f"{before[name].weight:g}, and {now} {source.weight:g}"
+            yield f"{was} with the reward source {name} at weight {weights}"
         if before[name].digest != source.digest:
-            yield f"it was trained with other files behind the reward source {name}"
+            yield f"{was} with other files behind the reward source {name}"

@@ -57,6 +57,15 @@ def finished_reward_training(cfg: RewardTrainingConfig, directory: Path) -> dict
     return _finished(directory, f"all {cfg.epochs} epochs are done; raise epochs to continue")
 
 
+def finished_critic_training(cfg: Config, directory: Path) -> dict[str, Any] | None:
+    """Raises UserError if another command made the run."""
+    if (command := read_record(directory).get("command", "train")) != "train-critic":
+        raise UserError(f"{directory} was made by ratchet {command}; continue it with that command")
+    if cfg != load_config(directory / "config.toml", [], Config):
+        return None  # for example, more passes
+    return _finished(directory, f"its critic is in {directory / 'critic'}; raise critic_training.patience to continue")
+
+
 def finished_pair_sampling(cfg: PairSamplingConfig, directory: Path) -> dict[str, Any] | None:
     if (_summary(directory) or {"voids": 1}).get("voids"):
         return None  # void pairs are tried again

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from common.config.ppo import Config
 from common.errors import UserError
@@ -39,6 +41,51 @@ class Trainers(Updates, Protocol):
         """Writes the critic. Replaces an existing directory."""
 
 
+@dataclass(frozen=True)
+class CriticData:
+    """The rollouts of a training: which are learned from, which are held out, and their returns."""
+
+    cfg: Config
+    rollouts: Rollouts
+    rows: np.ndarray  # int64: rollouts to learn from
+    heldout: np.ndarray  # int64
+
+    @classmethod
+    def split(cls, cfg: Config, rollouts: Rollouts) -> CriticData:
+        """Raises UserError if there is only one prompt."""
+        return cls(cfg, rollouts, *rollouts.split(cfg.critic_training.heldout_share, seed=cfg.seed))
+
+    @property
+    def order(self) -> RowOrder:
+        return RowOrder(len(self.rows), per_step=self.cfg.rollouts_per_step, seed=self.cfg.seed)
+
+    @property
+    def num_steps(self) -> int:
+        """Most steps."""
+        return self.cfg.critic_training.passes * self.order.steps_per_pass
+
+    def returns(self, table: pa.Table) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [B] as a learner sees them, realised returns [B, R] and the mask of these rollouts."""
+        cfg, batch = self.cfg, ExperienceBatch.from_table(table)
+        moments = self.rollouts.moments
+        scores, returns = realised_returns(batch, moments, reward=cfg.reward, kl=cfg.kl, gamma=cfg.ppo.gamma)
+        return scores, returns, batch.mask
+
+    def check_returns(self) -> None:
+        """Raises UserError if no critic could explain anything: if all returns of the held-out rollouts are equal."""
+        known: set[float] = set()
+        for table in self.rollouts.chunks(self.heldout, ROLLOUTS_PER_CALL):
+            _, returns, mask = self.returns(table)
+            known |= set(returns[mask].unique().tolist())
+            if len(known) > 1:
+                return
+        what = f"all returns are {known.pop():g}" if known else "all responses are empty"
+        raise UserError(
+            f"there is nothing that a critic could explain: in the {len(self.heldout)} held-out rollouts {what}; use "
+            "journals with different scores (--from, --steps), or hold out more prompts (critic_training.heldout_share)"
+        )
+
+
 class CriticRun(PassTraining[CriticEvaluation]):
     """A training of a critic. It evaluates before the first pass and after every pass, and writes the critic whenever
     it is better than all before."""
@@ -48,9 +95,8 @@ class CriticRun(PassTraining[CriticEvaluation]):
 
     def __init__(
         self,
-        cfg: Config,
+        data: CriticData,
         directory: Path,
-        rollouts: Rollouts,
         trainer: Trainers,
         basis: CriticBasis,
         *,
@@ -58,20 +104,14 @@ class CriticRun(PassTraining[CriticEvaluation]):
         **callbacks: Any,
     ) -> None:
         """`on_states`: rollouts whose states are computed, and all. `callbacks`: those of PassTraining."""
-        self.cfg, self.rollouts, self.trainer, self.basis = cfg, rollouts, trainer, basis
-        self.rows, self.heldout = rollouts.split(cfg.critic_training.heldout_share, seed=cfg.seed)
-        self._on_states = on_states
-        order = RowOrder(len(self.rows), per_step=cfg.rollouts_per_step, seed=cfg.seed)
+        cfg = data.cfg
         passes, checkpoint = cfg.critic_training.passes, cfg.checkpoint
-        super().__init__(directory, trainer, order, passes=passes, checkpoint=checkpoint, **callbacks)
-
-    @property
-    def num_steps(self) -> int:
-        """Most steps."""
-        return self._num_steps
+        super().__init__(directory, trainer, data.order, passes=passes, checkpoint=checkpoint, **callbacks)
+        self.cfg, self.data, self.rollouts, self.trainer, self.basis = cfg, data, data.rollouts, trainer, basis
+        self._on_states = on_states
 
     def take(self, rows: Sequence[int]) -> pa.Table:
-        return self.rollouts.table(self.rows[np.asarray(rows)])
+        return self.rollouts.table(self.data.rows[np.asarray(rows)])
 
     async def evaluate(self, step: int, before: Sequence[CriticEvaluation]) -> CriticEvaluation:
         evaluation = await self._evaluation(step)
@@ -84,11 +124,10 @@ class CriticRun(PassTraining[CriticEvaluation]):
 
     async def _evaluation(self, step: int) -> CriticEvaluation:
         parts = []
-        for table in self.rollouts.chunks(self.heldout, ROLLOUTS_PER_CALL):
-            batch = ExperienceBatch.from_table(table)
-            scores, returns = self._returns(batch)
+        for table in self.rollouts.chunks(self.data.heldout, ROLLOUTS_PER_CALL):
+            scores, returns, mask = self.data.returns(table)
             values = await self.trainer.values(table)
-            parts.append(Predicted(values, returns.numpy(), scores.numpy(), batch.mask.numpy()))
+            parts.append(Predicted(values, returns.numpy(), scores.numpy(), mask.numpy()))
         return evaluate_critic(parts, step=step, epoch=step / self.order.steps_per_pass)
 
     def evaluation_of(self, record: Mapping[str, Any]) -> CriticEvaluation:
@@ -106,25 +145,6 @@ class CriticRun(PassTraining[CriticEvaluation]):
             for done, table in enumerate(self.rollouts.chunks(np.arange(len(self.rollouts)), ROLLOUTS_PER_CALL)):
                 self._on_states(done * ROLLOUTS_PER_CALL, len(self.rollouts))
                 await self.trainer.remember(table)
-
-    def check_returns(self) -> None:
-        """Raises UserError if no critic could explain anything: if all returns of the held-out rollouts are equal."""
-        known: set[float] = set()
-        for table in self.rollouts.chunks(self.heldout, ROLLOUTS_PER_CALL):
-            batch = ExperienceBatch.from_table(table)
-            _, returns = self._returns(batch)
-            known |= set(returns[batch.mask].unique().tolist())
-            if len(known) > 1:
-                return
-        what = f"all returns are {known.pop():g}" if known else "all responses are empty"
-        raise UserError(
-            f"there is nothing that a critic could explain: in the {len(self.heldout)} held-out rollouts {what}; use "
-            "journals with different scores (--from, --steps), or hold out more prompts (critic_training.heldout_share)"
-        )
-
-    def _returns(self, batch: ExperienceBatch) -> tuple[Any, Any]:
-        cfg, moments = self.cfg, self.rollouts.moments
-        return realised_returns(batch, moments, reward=cfg.reward, kl=cfg.kl, gamma=cfg.ppo.gamma)
 
 
 async def train_critic(run: CriticRun) -> list[CriticEvaluation]:

@@ -17,7 +17,11 @@ from common.metrics.table import STEP
 from common.model.files import load_policy
 from common.model.packing import Sequences, response_logprobs
 from deploy.audit import run_audit
+from deploy.policy_files import PolicyFiles
+from deploy.run.critic import check_critic
 from deploy.train import run_training
+from deploy.train_critic import run_critic_training
+from learner.critic.files import read_critic
 from learner.loop.journal import Journal
 from tests.fakes import save_tiny_model, tiny_config
 
@@ -198,6 +202,34 @@ def test_rollouts_whose_reward_fails_are_voided_and_counted(continued):
     assert len(step.voids) == curve(continued)[0]["rollout/voids"] > 0
     assert all("a_words raised ValueError: b3 is not to be scored" in reason for _, reason in step.voids)
     assert not any(prompt.endswith("b3") for prompt in step.table["prompt"].to_pylist())
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (directory / "critic").iterdir()}
+
+
+def test_a_critic_is_trained_from_the_journal_of_a_run(finished, model, tmp_path):
+    """Cut after two passes and continued, on two ranks; and without a cut."""
+    cfg = run_config(
+        model,
+        learner={"ranks": 2, "critic": "separate"},
+        optimizer={"critic_learning_rate": 1e-3, "value_head_learning_rate": 1e-2},
+        critic_training={"passes": 2, "heldout_share": 0.2, "patience": 9},
+    )
+    more = cfg.model_copy(update={"critic_training": cfg.critic_training.model_copy(update={"passes": 4})})
+    summary = run_critic_training(more, tmp_path / "whole", sources=[finished], steps=":6")
+    run_critic_training(cfg, tmp_path / "cut", sources=[finished], steps=":6")
+    resumed = run_critic_training(more, tmp_path / "cut", resume=True)
+    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert (summary["passes"], summary["training_rollouts"] + summary["heldout_rollouts"]) == (4, 6 * 32)
+    assert summary["explained_variance"] > 0.1
+    critic = str(tmp_path / "cut/critic")
+    from_it = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"critic_path": critic})})
+    check_critic(from_it, PolicyFiles.load(cfg.model.path))  # a run accepts it
+    [trained_on] = read_critic(Path(critic)).trained_on
+    assert (trained_on["run"], trained_on["end"], trained_on["rollouts"]) == (str(finished), 6, 192)
+    assert trained_on["digest"] == Journal(finished / "journal").digest(6)
 
 
 def test_a_run_that_cannot_be_placed_is_refused_and_leaves_nothing(model, tmp_path):

@@ -18,7 +18,7 @@ from learner.critic.evaluation import EXPLAINED, Predicted, evaluate_critic
 from learner.critic.files import read_critic
 from learner.critic.rollouts import Rollouts, choose_steps
 from learner.critic.trainer import CriticTrainer
-from learner.critic.training import CriticRun, train_critic
+from learner.critic.training import CriticData, CriticRun, train_critic
 from tests.fakes import save_tiny_model, tiny_config
 from tests.learner.critic.journals import step_table, write_journal
 from tests.learner.critic.test_trainer import BASIS, trained
@@ -81,7 +81,7 @@ def run_once(directory: Path, cfg: Config, rollouts: Rollouts, *, dies: tuple[in
     directory.mkdir(exist_ok=True)
     group = OneProcess(CriticTrainer(cfg, 9, rollouts.moments, directory), dies=dies)
     try:
-        return group, asyncio.run(train_critic(CriticRun(cfg, directory, rollouts, group, BASIS)))
+        return group, asyncio.run(train_critic(CriticRun(CriticData.split(cfg, rollouts), directory, group, BASIS)))
     except Killed:
         return group, None
 
@@ -140,7 +140,7 @@ def test_it_ends_after_passes_without_a_rise_and_keeps_the_best(model, rollouts,
     weights = []
 
     async def next_one(run, step):
-        [values] = [await run.trainer.values(rollouts.table(run.heldout))]
+        [values] = [await run.trainer.values(rollouts.table(run.data.heldout))]
         evaluation = evaluate_critic(
             [Predicted(values, values, np.zeros(len(values)), np.ones(values.shape, bool))], step=step, epoch=step / 3
         )
@@ -152,12 +152,12 @@ def test_it_ends_after_passes_without_a_rise_and_keeps_the_best(model, rollouts,
     group = OneProcess(CriticTrainer(cfg, 27, rollouts.moments, tmp_path))
     save = group.trainer.save_critic
     group.trainer.save_critic = lambda *arguments: (weights.append(group.step), save(*arguments))
-    found = asyncio.run(train_critic(CriticRun(cfg, tmp_path, rollouts, group, BASIS)))
+    found = asyncio.run(train_critic(CriticRun(CriticData.split(cfg, rollouts), tmp_path, group, BASIS)))
     assert [evaluation.explained for evaluation in found] == [0.0, 0.2, 0.3, 0.1, 0.3]  # an equal one is no rise
     assert weights == [0, 3, 6]
     assert [one[EXPLAINED] for one in read_critic(tmp_path / "critic").passes] == [0.0, 0.2, 0.3]
     again = OneProcess(CriticTrainer(cfg, 27, rollouts.moments, tmp_path))
-    assert asyncio.run(train_critic(CriticRun(cfg, tmp_path, rollouts, again, BASIS))) == found
+    assert asyncio.run(train_critic(CriticRun(CriticData.split(cfg, rollouts), tmp_path, again, BASIS))) == found
     assert "update" not in again.calls
 
 
@@ -186,10 +186,10 @@ def test_returns_that_are_all_equal_are_refused(model, tmp_path, empty, message)
             table = table.set_column(place, table.field(place), pa.array([[]] * 8, table.field(place).type))
     write_journal(tmp_path, [table])
     rollouts = Rollouts([choose_steps(tmp_path, slice(None))])
-    run = CriticRun(config(model), tmp_path, rollouts, OneProcess(None), BASIS)
+    data = CriticData.split(config(model), rollouts)
     with pytest.raises(UserError, match=rf"nothing that a critic could explain: in the 2 held-out rollouts {message}"):
-        run.check_returns()
+        data.check_returns()
 
 
 def test_returns_that_differ_are_accepted(model, rollouts, tmp_path):
-    CriticRun(config(model), tmp_path, rollouts, OneProcess(None), BASIS).check_returns()
+    CriticData.split(config(model), rollouts).check_returns()

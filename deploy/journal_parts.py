@@ -1,0 +1,96 @@
+"""The journals that `ratchet train-critic` reads: which steps, whether they fit the config, and their record in RUN.
+
+Runs in the driver. RUN/journals.json is written as the run begins. A training that continues reads the same steps, and
+refuses a journal that has changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config.ppo import Config
+from common.errors import UserError
+from common.files import write_json
+from deploy.run.critic import source_differences
+from learner.critic.files import CriticBasis, CriticSource
+from learner.critic.rollouts import JournalPart, Rollouts, choose_steps
+from learner.loop.journal import Journal
+from learner.loop.notes import Note, identity
+
+RECORD = "journals.json"
+
+
+def new_parts(runs: Sequence[Path], steps: slice) -> list[JournalPart]:
+    """The chosen steps of each run's journal. Raises UserError."""
+    if not runs:
+        raise UserError("name at least one run of ratchet train whose journal the critic learns from, with --from RUN")
+    parts = [choose_steps(run, steps) for run in runs]
+    names = [part.run for part in parts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--from names {twice[0]} twice; name it once")
+    return parts
+
+
+def write_parts(run: Path, cfg: Config, rollouts: Rollouts) -> None:
+    """Writes what a training that continues must read again."""
+    training = cfg.critic_training
+    fixed = {"heldout_share": training.heldout_share, "passes": training.passes}
+    write_json(run / RECORD, {**fixed, "journals": rollouts.records()})
+
+
+def read_parts(run: Path, cfg: Config) -> list[JournalPart]:
+    """What `write_parts` wrote. Raises UserError if there is nothing, or if settings differ that may not."""
+    try:
+        record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        before, passes = float(record["heldout_share"]), int(record["passes"])
+        parts = [JournalPart.from_record(part) for part in record["journals"]]
+    except FileNotFoundError:
+        raise UserError(f"{run} was stopped before it began; begin again with --force") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / RECORD} cannot be read ({type(error).__name__}: {error}); restore it") from None
+    training, schedule = cfg.critic_training, cfg.optimizer.schedule
+    if training.heldout_share != before:
+        raise UserError(
+            f"critic_training.heldout_share ({training.heldout_share:g}) was {before:g} when this training began, and "
+            "the critic has learned from the other prompts; leave it, or begin again with --force"
+        )
+    if training.passes != passes and schedule != "constant":
+        raise UserError(
+            f"critic_training.passes ({training.passes}) cannot change: the {schedule} schedule was planned for "
+            f"{passes}; leave it, or begin again with --force"
+        )
+    return parts
+
+
+def check_parts(parts: Sequence[JournalPart], basis: CriticBasis) -> None:
+    """Raises UserError for a run with another model, tokenizer or reward than the config's."""
+    for part in parts:
+        notes = Journal(Path(part.run) / "journal").notes
+        begin = next((note for note in notes if note.kind == "begin"), None)
+        if begin is None:
+            raise UserError(f"the journal of {part.run} does not say how its run began; restore its first note")
+        for step in _steps_with_other_inputs(notes, part):
+            if faults := list(_differences(begin.fields["config"], identity(notes, before_step=step), basis)):
+                raise UserError(
+                    f"--from ({part.run}) does not fit this config: {'; '.join(faults)}. A critic predicts the returns "
+                    "of one model under one reward: name other runs, or train with the config of that run"
+                )
+
+
+def _steps_with_other_inputs(notes: Sequence[Note], part: JournalPart) -> list[int]:
+    """The first step, and those before which the user accepted that something was replaced."""
+    accepted = [note.before_step for note in notes if note.kind == "accept"]
+    return [part.first, *(step for step in accepted if part.first < step < part.end)]
+
+
+def _differences(config: Mapping[str, Any], digests: Mapping[str, str], basis: CriticBasis) -> Iterator[str]:
+    if digests.get("model") != basis.model:
+        yield "it began with another base model (other weights, config or tokenizer) than model.path"
+    sources = [
+        CriticSource(source["name"], source["weight"], digests.get(f"reward.sources.{number}"))
+        for number, source in enumerate(config["reward"]["sources"])
+    ]
+    yield from source_differences(sources, basis.sources, was="its responses were scored", now="this config has")

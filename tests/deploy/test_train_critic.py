@@ -1,0 +1,211 @@
+"""`ratchet train-critic`: input that is refused before Ray starts, and how a training continues."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deploy.session
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.errors import UserError
+from deploy.cli import main
+from deploy.journal_parts import RECORD, new_parts, read_parts, write_parts
+from deploy.policy_files import PolicyFiles
+from deploy.run.directory import sole_owner
+from deploy.run.identity import identity_of
+from deploy.train_critic import chosen_steps
+from learner.critic.rollouts import Rollouts
+from tests.fakes import save_tiny_model, tiny_config
+from tests.learner.critic.journals import step_table, write_journal
+
+
+class RayWouldStart(SystemExit):
+    """Raised where a run would start Ray: the input has passed every check."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def begin_note(cfg: Config) -> dict[str, Any]:
+    """As `ratchet train` begins a journal with this config."""
+    identity = identity_of(cfg, PolicyFiles.load(cfg.model.path), [], ())
+    return {"identity": identity, "config": cfg.model_dump(mode="json", exclude_none=True)}
+
+
+@pytest.fixture(scope="module")
+def runs(model, tmp_path_factory):
+    """Run directories with journals: one fits the config, and each other one differs in one thing."""
+    directory, cfg = tmp_path_factory.mktemp("runs"), tiny_config(model)
+    other_model = save_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+    source = {"name": "a_words", "function": "tests.tasks:a_words"}
+    tables = [step_table(step) for step in range(3)]
+    fitting = begin_note(cfg)
+    write_journal(directory / "fits", tables, begin=fitting)
+    write_journal(directory / "also", [step_table(0, 1)], begin=fitting)
+    write_journal(directory / "prompt", [step_table(0, prompts=1)], begin=fitting)
+    write_journal(directory / "model", tables, begin=begin_note(tiny_config(other_model)))
+    for name, sources in {
+        "weight": [{**source, "weight": 0.5}],
+        "names": [{**source, "name": "others"}, {**source, "name": "more"}],
+    }.items():
+        write_journal(directory / name, tables, begin=begin_note(tiny_config(model, reward={"sources": sources})))
+    changed = {**fitting, "identity": {**fitting["identity"], "reward.sources.0": "0" * 64}}
+    write_journal(directory / "files", tables, begin=changed)
+    accepted = write_journal(directory / "accepted", tables[:1], begin=fitting)
+    accepted.note("accept", identity={"model": "0" * 64})
+    accepted.append(tables[1], policy_version=1, prompts={})
+    write_journal(directory / "headless", tables)
+    return directory
+
+
+@pytest.fixture
+def command(model, runs, tmp_path, monkeypatch, capsys):
+    """Runs the command line in an empty directory. Returns exit code and stderr."""
+
+    def no_ray(cfg, run):
+        raise RayWouldStart(99)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(deploy.session, "cluster", no_ray)
+    (tmp_path / "tiny.toml").write_text(tiny_config(model).to_toml())
+
+    def call(*arguments: Any) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["ratchet", "train-critic", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not (tmp_path / "runs").exists()
+        return ended.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--from {}/fits",
+        "--from {}/fits --from {}/also",
+        "--from {}/fits --steps 1:",
+        "--from {}/accepted --steps :1 critic_training.heldout_share=0.5",
+        "learner.critic=separate --from {}/fits",
+    ],
+)
+def test_journals_that_fit_are_accepted(command, runs, options):
+    assert command("tiny.toml", *options.format(runs, runs).split()) == (99, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "name at least one run of ratchet train whose journal the critic learns from, with --from RUN"),
+        ("--from {}/nowhere", "nowhere) has no journal with steps"),
+        ("--from {}/fits --from {}/fits", "fits twice; name it once"),
+        ("--from {}/model", "it began with another base model (other weights, config or tokenizer) than model.path"),
+        ("--from {}/accepted", "it began with another base model"),
+        ("--from {}/weight", "its responses were scored with the reward source a_words at weight 0.5, and this config"),
+        ("--from {}/names", "with the reward sources others, more, and this config has a_words"),
+        ("--from {}/files", "its responses were scored with other files behind the reward source a_words"),
+        ("--from {}/fits --from {}/weight", "weight) does not fit this config"),
+        ("--from {}/headless", "does not say how its run began"),
+        ("--from {}/prompt", "8 responses to a single prompt"),
+        ("--from {}/fits --steps 7", "--steps (7) must read A:B, such as 10:40"),
+        ("--from {}/fits --steps 2:9", "--steps 2:9 is not in the journal of"),
+        ("--from {}/fits ppo.advantages=returns", 'ppo.advantages ("returns") needs no critic'),
+        ("--from {}/fits optimizer.warmup_steps=3 critic_training.passes=1 rollouts_per_step=8", "(3) must be below"),
+        ("--from {}/fits learner.critic=separate learner.critic_frozen=conv", "(conv) matches no parameter"),
+        ("--from {}/fits critic_training.heldout_share=1", "critic_training.heldout_share"),
+    ],
+)
+def test_bad_input_is_refused_with_one_message(command, runs, options, message):
+    code, err = command("tiny.toml", *options.format(runs, runs).split())
+    assert code == 2
+    assert err.startswith("ratchet: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_disk_without_room_for_the_states_is_refused(command, runs, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("deploy.train_critic.shutil.disk_usage", lambda path: usage)
+    code, err = command("tiny.toml", "--from", runs / "fits")
+    assert code == 2
+    assert "the states of the shared trunk may take 0.0 GiB" in err
+    assert command("tiny.toml", "--from", runs / "fits", "learner.critic=separate")[0] == 99
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [(None, slice(None)), ("3:9", slice(3, 9)), (":9", slice(None, 9)), ("3:", slice(3, None))]
+)
+def test_steps_are_half_open(text, steps):
+    assert chosen_steps(text) == steps
+
+
+@pytest.fixture
+def begun(model, runs, tmp_path):
+    """A training that has begun, as its directory is left by a kill."""
+    cfg, directory = tiny_config(model), tmp_path / "critic"
+    with sole_owner(directory) as owned:
+        owned.begin(cfg, "train-critic", force=False)
+    parts = new_parts([runs / "fits"], slice(1, None))
+    write_parts(directory, cfg, Rollouts(parts))
+    return cfg, directory, parts
+
+
+def test_a_training_that_continues_reads_the_same_steps(begun, command):
+    cfg, directory, parts = begun
+    assert read_parts(directory, cfg) == parts
+    assert command("--resume", directory) == (99, "")
+    code, err = command("--resume", directory, "--from", parts[0].run)
+    assert (code, "leave --from and --steps out" in err) == (2, True)
+    code, err = command("--resume", directory, "critic_training.heldout_share=0.5")
+    assert (code, "critic_training.heldout_share (0.5) was 0.1" in err) == (2, True)
+    assert command("--resume", directory, "critic_training.passes=50")[0] == 99
+    (directory / RECORD).write_text(json.dumps({"heldout_share": 0.1, "passes": 20}))
+    assert "journals.json cannot be read" in command("--resume", directory)[1]
+    (directory / RECORD).unlink()
+    assert "was stopped before it began; begin again with --force" in command("--resume", directory)[1]
+
+
+def test_more_passes_do_not_fit_a_schedule_that_falls(begun):
+    cfg, directory, _ = begun
+    more = {
+        "critic_training": cfg.critic_training.model_copy(update={"passes": 9}),
+        "optimizer": cfg.optimizer.model_copy(update={"schedule": "linear"}),
+    }
+    with pytest.raises(UserError, match=r"passes \(9\) cannot change: the linear schedule was planned for 20"):
+        read_parts(directory, cfg.model_copy(update=more))
+
+
+def test_each_command_continues_its_own_runs_only(begun, command, monkeypatch, capsys):
+    _, directory, _ = begun
+    monkeypatch.setattr(sys, "argv", ["ratchet", "train", "--resume", str(directory)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "was made by ratchet train-critic; continue it with that command" in capsys.readouterr().err
+    record = json.loads((directory / "run.json").read_text())
+    (directory / "run.json").write_text(json.dumps({**record, "command": "train"}))
+    assert "was made by ratchet train; continue it with that command" in command("--resume", directory)[1]
+
+
+def test_a_finished_training_says_so(begun, command):
+    cfg, directory, _ = begun
+    (directory / "summary.json").write_text("{}")
+    assert command("--resume", directory)[0] == 0
+    assert load_config(directory / "config.toml", [], Config) == cfg
+    assert command("--resume", directory, "critic_training.patience=9")[0] == 99
+
+
+def test_the_default_directory_is_named_after_the_config(runs, command, monkeypatch):
+    directories: list[Path] = []
+    monkeypatch.setattr(
+        "deploy.train_critic.run_critic_training", lambda cfg, directory, **_: directories.append(directory)
+    )
+    command("tiny.toml", "--from", runs / "fits")
+    assert directories == [Path("runs/tiny-critic")]
