@@ -1,7 +1,7 @@
 """The page's critic tab: how well the critic predicts, by position and by predicted value. Runs anywhere.
 
-The figures of each step are those of metrics.jsonl. Predicted against realised returns come from the credit files,
-which have the values and the rewards of every token.
+The figures of each step are those of metrics.jsonl; for `ratchet train-critic` those of each evaluation. Predicted
+against realised returns come from the credit files, which have the values and the rewards of every token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Tokens = tuple[np.ndarray, np.ndarray]  # predicted and realised return of each 
 
 def critic_of(run: RunFiles, files: StepFiles) -> dict[str, Any]:
     """Everything of the tab that the curves do not have."""
-    known = [r for r in run.metrics if values([r], EXPLAINED + "realised")]
+    known = [r for r in (run.passes if run.is_critic else run.metrics) if values([r], EXPLAINED + "realised")]
     variances = values(known, VARIANCE)
     start = median(variances[:START]) if variances else 0.0
     shown = known[:: 1 + len(known) // MAX_STEPS]
@@ -41,7 +41,7 @@ def critic_of(run: RunFiles, files: StepFiles) -> dict[str, Any]:
         "steps": [record["step"] for record in shown],
         "explained": {part: [_number(record, EXPLAINED + part) for record in shown] for part in PARTS},
         "variance": [_number(record, VARIANCE) for record in shown],
-        "enough": short(ENOUGH_VARIANCE * start),
+        "enough": 0.0 if run.is_critic else short(ENOUGH_VARIANCE * start),  # a critic's held-out prompts stay the same
         "left": short(variances[-1] / start) if start else None,
         "calibrations": _calibrations(files, float(run.setting("ppo.gamma", 1.0))),
     }

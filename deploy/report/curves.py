@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics.table import STEP, Metric
+from common.metrics.table import CRITIC_STEP, STEP, Metric
 from deploy.report.run_files import RunFiles
 
 # Name of a group, and the beginnings of its keys. A key belongs to the first group that fits.
@@ -19,15 +19,15 @@ GROUPS = (
     ("Responses", ("rollout/",)),
     ("Distance from the reference", ("kl/",)),
     ("Policy update", ("ppo/",)),
-    ("Critic", ("value/",)),
+    ("Critic", ("value/", "critic/")),
     ("Learner and engine", ("mismatch/",)),
     ("Staleness and waiting", ("staleness/", "wait/")),
     ("Time of a step", ("time/",)),
     ("Weights and batch size", ("weights/", "learner/")),
     ("Other", ("",)),
 )
-_METRICS = {metric.key: metric for metric in STEP}
-_UNSHOWN = {"step", "time", "health"}
+_METRICS = {metric.key: metric for metric in (*CRITIC_STEP, *STEP)}  # of a key that both have, a run's meaning
+_UNSHOWN = {"step", "time", "health", "epoch"}
 _LINK = re.compile(r" ?\(?\[([^]]*)\]\([^)]*\)\)?")
 MAX_POINTS = 2000  # of a curve
 
@@ -50,7 +50,7 @@ def curves_of(run: RunFiles) -> list[dict[str, Any]]:
     """The groups that have curves: {name, curves: [{key, unit, meaning, x, y, heldout}]}."""
     keys = dict.fromkeys(key for record in run.metrics for key in record if key not in _UNSHOWN)
     curves = [curve for key in keys if (curve := _training_curve(key, run)) is not None]
-    curves += _heldout_curves(run)
+    curves += _heldout_curves(run) + _curves_of_passes(run, set(keys))
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in GROUPS}
     for curve in curves:
         groups[_group(curve["key"])].append(curve)
@@ -82,9 +82,9 @@ def _training_curve(key: str, run: RunFiles) -> dict[str, Any] | None:
         "meaning": _plain(metric.meaning) if metric else "",
         "x": steps,
         "y": values,
-        "heldout": _heldout(
-            run.evaluations, lambda r: r.get("components", {}).get(name) if name else r.get(_SAME.get(key))
-        ),
+        "heldout": _of_passes(run, key)
+        if run.is_critic
+        else _heldout(run.evaluations, lambda r: r.get("components", {}).get(name) if name else r.get(_SAME.get(key))),
     }
 
 
@@ -107,9 +107,34 @@ def _heldout_curves(run: RunFiles) -> list[dict[str, Any]]:
     ]
 
 
-def _heldout(evaluations: Sequence[Mapping[str, Any]], value: Any) -> dict[str, list[Any]]:
+def _curves_of_passes(run: RunFiles, trained: set[str]) -> list[dict[str, Any]]:
+    """Numbers that only the evaluations of a critic have."""
+    keys = dict.fromkeys(key for record in run.passes for key in record if key in _METRICS)
+    return [
+        {
+            "key": key,
+            "unit": _METRICS[key].unit,
+            "meaning": _plain(_METRICS[key].meaning),
+            "x": [],
+            "y": [],
+            "heldout": _of_passes(run, key),
+        }
+        for key in keys
+        if key not in trained | _UNSHOWN
+    ]
+
+
+def _of_passes(run: RunFiles, key: str) -> dict[str, Any]:
+    """A number of the evaluations of a critic, at their steps."""
+    name = "loss" if key == "value/loss" else key
+    return _heldout(run.passes, lambda record: record.get(name), at="step")
+
+
+def _heldout(
+    evaluations: Sequence[Mapping[str, Any]], value: Any, *, at: str = "policy_version"
+) -> dict[str, list[Any]]:
     found = [(r, v) for r in evaluations if isinstance(v := value(r), int | float) and math.isfinite(v)]
-    points: dict[str, list[Any]] = {"x": [r["policy_version"] for r, _ in found], "y": [short(v) for _, v in found]}
+    points: dict[str, list[Any]] = {"x": [r[at] for r, _ in found], "y": [short(v) for _, v in found]}
     if found and all(_is_interval(r.get("interval")) and v == r.get("pass_at_1") for r, v in found):
         points |= {
             "low": [short(r["interval"][0]) for r, _ in found],

@@ -82,7 +82,7 @@ def _about(run: RunFiles) -> dict[str, Any]:
         "directory": str(run.directory.resolve()),
         "state": _state(run),
         "steps": len(run.metrics),
-        "num_steps": run.setting("num_steps"),
+        "num_steps": None if run.is_critic else run.setting("num_steps"),
         "model": run.setting("model.path"),
         "seed": run.setting("seed"),
         "started": starts[0].get("time"),
@@ -91,6 +91,7 @@ def _about(run: RunFiles) -> dict[str, Any]:
         "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "settings": {name: run.setting(name) for name in settings},
         "last": run.metrics[-1] if run.metrics else {},
+        "is_critic": run.is_critic,
         "before": run.evaluations[0] if run.evaluations else None,
         "after": run.evaluations[-1] if run.evaluations else None,
     }
@@ -99,5 +100,5 @@ def _about(run: RunFiles) -> dict[str, Any]:
 def _state(run: RunFiles) -> str:
     if run.running:
         return "running"
-    all_steps = run.sampled or len(run.metrics) >= run.setting("num_steps", 0)
+    all_steps = run.is_critic or len(run.metrics) >= run.setting("num_steps", 0)
     return "finished" if run.summary and all_steps else "stopped"

@@ -19,6 +19,7 @@ from deploy.run.directory import is_owned
 from deploy.run.record import read_record
 
 NUMBER = (int, float)
+EXPLAINED = "value/explained_variance/realised"
 _EVALUATION = {"pass_at_1": NUMBER, "interval": list, "components": dict, "kl_per_response": NUMBER}
 
 
@@ -34,34 +35,40 @@ class RunFiles:
     pool_events: list[dict[str, Any]]
     summary: Mapping[str, Any]
     running: bool  # a process works in the directory
-    sampled: bool  # its journal is of a policy that never learns, so no step has metrics
+    is_critic: bool  # of `ratchet train-critic`: steps train a critic, and a journal is of a policy that never learns
+    passes: list[dict[str, Any]]  # of a critic: its evaluations on held-out prompts, by step
 
     @classmethod
     def read(cls, directory: Path) -> RunFiles:
-        """Raises UserError if this is no directory of `ratchet train`, nor of `ratchet train-critic --sample`."""
+        """Raises UserError if this is no directory of `ratchet train` or `ratchet train-critic`."""
         if not directory.is_dir():
             raise UserError(f"{directory} is not a directory; name the directory of a run")
         record = read_record(directory)
         command = record.get("command", "train" if (directory / "journal").is_dir() else None)
-        sampled = command == "train-critic" and (directory / "journal").is_dir()
-        if not (command == "train" or sampled) or not (directory / "config.toml").is_file():
+        if command not in ("train", "train-critic") or not (directory / "config.toml").is_file():
             made = f"ratchet {command} made it" if command else "it has no run.json and no journal"
-            raise UserError(f"{directory} must be the directory of a run of ratchet train, but {made}; name another")
+            raise UserError(
+                f"{directory} must be the directory of a run of ratchet train or train-critic, but {made}; name another"
+            )
+        is_critic = command == "train-critic"
         steps = {
             record["step"]: record for record in _sound(directory / "metrics.jsonl", {"step": int, "time": NUMBER})
         }
-        evaluations = _sound(directory / "evaluations.jsonl", {"policy_version": int, "score": NUMBER}, _EVALUATION)
+        path = directory / "evaluations.jsonl"
+        evaluations = _sound(path, {"policy_version": int, "score": NUMBER}, _EVALUATION)
+        passes = _sound(path, {"step": int, EXPLAINED: NUMBER}) if is_critic else []
         versions = {record["policy_version"]: record for record in evaluations}
         return cls(
             directory=directory,
             config=_config(directory / "config.toml"),
             record=record,
-            metrics=[] if sampled else [steps[step] for step in sorted(steps)],
+            metrics=[steps[step] for step in sorted(steps)],
             evaluations=[versions[version] for version in sorted(versions)],
             pool_events=_sound(directory / "pool-events.jsonl", {"time": NUMBER, "event": str}),
             summary=_json(directory / "summary.json"),
             running=is_owned(directory),
-            sampled=sampled,
+            is_critic=is_critic,
+            passes=sorted(passes, key=lambda record: record["step"]),
         )
 
     def setting(self, path: str, default: Any = None) -> Any:

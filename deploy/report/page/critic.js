@@ -16,11 +16,13 @@ const placesShown = new Set(Object.keys(PLACES));
 
 function showCritic() {
   const { steps, calibrations } = block("critic");
+  const { is_critic: isCritic } = block("run");
   const parent = byId("critic-panel");
   const curves = block("curves").flatMap(({ curves: found }) => found);
   if (!steps.length && !calibrations.length) {
     const has = curves.some(({ key }) => key.startsWith("value/"));
-    const text = has ? "The steps have no figures against realised returns." : "This run has no critic.";
+    const none = isCritic ? "The critic has not been evaluated yet." : "This run has no critic.";
+    const text = has ? "The steps have no figures against realised returns." : none;
     element("p", { text, parent });
     return;
   }
@@ -32,9 +34,12 @@ function showCritic() {
   if (steps.length) {
     const [grid, box] = part(
       "What the critic foresees",
-      "Explained variance, 1 - Var(returns - values) / Var(returns), before the step's update. Returns are realised: " +
-        "what really followed a token. 1: perfect; 0: no better than a constant; values below -1 are cut. In the " +
-        "grey steps less than half of the variance of the start is left: the figures there mean little.",
+      "Explained variance, 1 - Var(returns - values) / Var(returns). Returns are realised: what really followed a " +
+        "token. 1: perfect; 0: no better than a constant; values below -1 are cut. " +
+        (isCritic
+          ? "On held-out prompts, before the first pass and after each pass; the best of these critics is kept."
+          : "Before the step's update. In the grey steps less than half of the variance of the start is left: the " +
+            "figures there mean little."),
       "charts pair",
     );
     grid.before(placeChoice());
@@ -43,11 +48,14 @@ function showCritic() {
   }
   const [grid] = part(
     "Predicted against realised returns",
-    "Tokens in ten bins of equal size by predicted value: on the dashed line a bin earns what was predicted. A flat " +
-      "row of points: the predictions say nothing. Parallel to the line: right in order, wrong in height.",
+    isCritic
+      ? "The mean distance between them, over tokens in ten bins by predicted value; and how the value of the first " +
+          "token goes with the score."
+      : "Tokens in ten bins of equal size by predicted value: on the dashed line a bin earns what was predicted. A " +
+          "flat row of points: the predictions say nothing. Parallel to the line: right in order, wrong in height.",
   );
   if (calibrations.length) grid.append(calibrationChoice(calibrations));
-  else element("p", { text: "There are no credit files with values (credit.every).", parent: grid });
+  else if (!isCritic) element("p", { text: "There are no credit files with values (credit.every).", parent: grid });
   for (const key of ["value/calibration_error", "value/score_correlation"]) {
     const curve = curves.find((found) => found.key === key);
     if (curve) grid.append(curveBox(curve));

@@ -80,7 +80,7 @@ function drawCurve(figure, { key, x, y, heldout }) {
       size: heldout.x.length < 50 ? 9 : 5,
       color: colour,
     });
-    hover(figure, points, "held out, version @x{0}: @y{0.[0000]}");
+    hover(figure, points, `held out, ${block("run").is_critic ? "step" : "version"} @x{0}: @y{0.[0000]}`);
   }
 }
 

@@ -74,7 +74,17 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
   newest("score", "rollout/score/mean", "");
   newest("KL", "kl/per_response", "nats per response");
   newest("entropy", "ppo/entropy", "nats");
-  const { left } = block("critic");
+  const { left, explained } = block("critic");
+  if (block("run").is_critic) {
+    const known = explained.realised;
+    if (known.length)
+      figure(
+        "held-out explained variance",
+        `${brief(known[0])} → ${brief(Math.max(...known))}`,
+        `best of ${known.length} evaluations`,
+      );
+    return;
+  }
   newest("critic explains", "value/explained_variance/realised", `of the variance; ${percent(left)} of it is left`);
   const [rollouts] = block("rollouts").kept.all;
   const [voids] = block("rollouts").kept.void;
@@ -90,7 +100,7 @@ function showNotices(run) {
   }
   if (newest.size < health.length)
     notice("Some of these rules held earlier too: the list of events has all times.", "bad");
-  if (run.state === "stopped")
+  if (run.state === "stopped" && !run.is_critic)
     notice(
       `The run stopped after ${number(run.steps)} of ${number(run.num_steps)} steps; ` +
         `ratchet train --resume ${run.directory} continues it.`,

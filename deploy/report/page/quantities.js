@@ -22,7 +22,11 @@ const QUANTITIES = {
   ],
   values: ["value", "amount", "what the critic expects of the rest of the response"],
   td_errors: ["TD error", "signed", "reward + gamma x next value - value: the critic's surprise at this token"],
-  returns: ["return", "amount", "what the critic learns: value + TD errors of this and later tokens, by value_lam"],
+  returns: [
+    "return",
+    "amount",
+    "what the critic learns: value + TD errors from here on, by gamma and value_lam; if that is 1, the reward-to-go",
+  ],
   entropy: ["entropy", "amount", "spread of the policy before this token, nats"],
   ratio: ["ratio", "around one", "probability in the last pass over that before the update; mask: over the sampler's"],
   clipped: ["clipped", "flag", "the clip or the mask removed this token's gradient in the last pass"],

@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.credit_table import FLOATS
+from common.files import append_record
 from deploy.report import critic
 from deploy.report.critic import critic_of
+from deploy.report.curves import curves_of
+from deploy.report.report import page_blocks
 from deploy.report.run_files import RunFiles
 from deploy.report.steps import StepFiles
 from tests.critic_figures import PARTS, split
@@ -80,6 +83,64 @@ def test_a_run_without_credit_files_has_its_lines(tmp_path):
     found = tab(write_run(tmp_path / "run", credit=False))
     assert len(found["steps"]) == 6
     assert found["calibrations"] == []
+
+
+def passes_of(*explained):
+    """Evaluations of `ratchet train-critic` after 0, 10, 20, ... steps."""
+    figures = [{f"value/explained_variance/{part}": value for part in PARTS} for value in explained]
+    return [
+        {
+            **{
+                "step": 10 * number,
+                "epoch": float(number),
+                "rollouts": 8,
+                "tokens": 40,
+                "loss": 1 - found,
+                "time": 1.0,
+            },
+            **{"value/returns_var/realised": 1.5, "value/calibration_error": 0.1, **figures[number]},
+        }
+        for number, found in enumerate(explained)
+    ]
+
+
+@pytest.fixture(scope="module")
+def critic_run(tmp_path_factory):
+    """A directory of `ratchet train-critic`: 20 steps in two passes."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "critic", steps=1, credit=False)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (run / name).unlink()
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**about, "command": "train-critic"}))
+    for step in range(20):
+        record = {"step": step, "time": 1.0, "epoch": step / 10, "value/loss": 1.0, "critic/grad_norm": 2.0}
+        append_record(run / "metrics.jsonl", {**record, "value/explained_variance/realised": 0.02 * step})
+    for record in passes_of(0.0, 0.4, 0.3):
+        append_record(run / "evaluations.jsonl", record)
+    return run
+
+
+def test_a_critic_that_is_trained_alone_has_its_evaluations(critic_run):
+    found = tab(critic_run)
+    assert found["steps"] == [0, 10, 20]
+    assert found["explained"]["quarter_2"] == [0, 0.4, 0.3]
+    assert found["variance"] == [1.5] * 3
+    assert found["enough"] == 0.0
+    curves = {curve["key"]: curve for group in curves_of(RunFiles.read(critic_run)) for curve in group["curves"]}
+    assert len(curves["critic/grad_norm"]["y"]) == len(curves["value/loss"]["y"]) == 20
+    assert curves["value/loss"]["heldout"] == {"x": [0, 10, 20], "y": [1.0, 0.6, 0.7]}
+    assert curves["value/explained_variance/realised"]["heldout"]["y"] == [0, 0.4, 0.3]
+    assert curves["value/calibration_error"]["heldout"]["y"] == [0.1] * 3
+    assert curves["value/calibration_error"]["meaning"]
+    assert set(curves).isdisjoint({"epoch", "loss", "tokens", "rollouts"})
+
+
+def test_the_page_of_a_critic_that_is_trained_alone(critic_run):
+    blocks = page_blocks(RunFiles.read(critic_run))
+    assert blocks["run"]["state"] == "finished"
+    assert blocks["run"]["is_critic"]
+    assert blocks["run"]["num_steps"] is None  # of PPO
+    assert blocks["events"] == [e for e in blocks["events"] if e["kind"] == "died"]
 
 
 def test_a_run_without_a_critic_has_nothing(tmp_path):
