@@ -63,7 +63,8 @@ def finished_critic_training(cfg: Config, directory: Path) -> dict[str, Any] | N
         raise UserError(f"{directory} was made by ratchet {command}; continue it with that command")
     if cfg != load_config(directory / "config.toml", [], Config):
         return None  # for example, more passes
-    return _finished(directory, f"its critic is in {directory / 'critic'}; raise critic_training.patience to continue")
+    more = "raise critic_training.passes or critic_training.patience to continue"
+    return _finished(directory, f"its critic is in {directory / 'critic'}; {more}")
 
 
 def finished_pair_sampling(cfg: PairSamplingConfig, directory: Path) -> dict[str, Any] | None:

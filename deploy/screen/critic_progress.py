@@ -84,9 +84,7 @@ class CriticProgress(Screen):
     def end(self, evaluations: Sequence[CriticEvaluation], *, seconds: float) -> None:
         self.bars.close()
         best = best_of(evaluations)
-        table = Table(
-            title=f"the critic after {best.epoch:g} pass(es), on {best.rollouts} rollouts of held-out prompts"
-        )
+        table = Table(title=f"after {best.epoch:g} pass(es), on {best.rollouts} held-out rollouts")
         for heading in ("position", "explained variance", "variance of the returns"):
             table.add_column(heading, justify="left" if heading == "position" else "right")
         for key, name in _POSITIONS.items():

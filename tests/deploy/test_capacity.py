@@ -14,8 +14,8 @@ from common.errors import UserError
 from common.memory import GIB, MIB
 from common.model.size import ModelSize
 from deploy.capacity import Node, check_engine_build, check_fits, check_kv_cache
-from deploy.needs import Need, generator_needs, needs, reward_needs, trainer_needs
-from tests.fakes import QWEN_1_5B
+from deploy.needs import Need, critic_needs, generator_needs, needs, reward_needs, trainer_needs
+from tests.fakes import QWEN_1_5B, tiny_config
 
 MODEL = ModelSize(
     parameters=1_000_000,
@@ -573,3 +573,14 @@ def test_a_cluster_without_nodes_is_refused():
 def test_a_refusal_for_lack_of_gpus_says_so():
     message = refusal([need("Learner(0)", cpus=1, gpus=1, memory=GIB, section="learner")], [Node("n", 8, 0, 64 * GIB)])
     assert "learner.gpus" in message
+
+
+def test_a_critic_on_a_frozen_trunk_needs_less_memory_than_one_that_trains():
+    def memory_of(**learner):
+        needs = critic_needs(tiny_config("model", learner=learner), MODEL)
+        assert {need.section for need in needs} == {"learner"}
+        return needs[0].memory
+
+    # A weight that trains takes 16 bytes, one of a frozen trunk 4.
+    assert memory_of(critic="separate") - memory_of(critic="shared") > 11 * MODEL.parameters
+    assert len(critic_needs(tiny_config("model", learner={"ranks": 2}), MODEL)) == 2

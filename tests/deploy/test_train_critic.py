@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +15,22 @@ import deploy.session
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
+from common.files import read_records
+from deploy.capacity import Node
 from deploy.cli import main
 from deploy.journal_parts import RECORD, new_parts, read_parts, write_parts
 from deploy.policy_files import PolicyFiles
+from deploy.run.critic import check_critic
 from deploy.run.directory import sole_owner
 from deploy.run.identity import identity_of
-from deploy.train_critic import chosen_steps
+from deploy.train_critic import chosen_steps, run_critic_training
+from learner.critic.evaluation import EXPLAINED
+from learner.critic.files import read_critic
 from learner.critic.rollouts import Rollouts
+from tests.event_files import scalars
 from tests.fakes import save_tiny_model, tiny_config
 from tests.learner.critic.journals import step_table, write_journal
+from tests.learner.critic.test_training import OneProcess
 
 
 class RayWouldStart(SystemExit):
@@ -209,3 +218,72 @@ def test_the_default_directory_is_named_after_the_config(runs, command, monkeypa
     )
     command("tiny.toml", "--from", runs / "fits")
     assert directories == [Path("runs/tiny-critic")]
+
+
+class InThisProcess(OneProcess):
+    """The group of ranks without Ray."""
+
+    def __init__(self, create: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(create(0))
+
+    async def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    @contextmanager
+    def nodes(cfg, run):
+        yield [Node("here", cpus=8, gpus=0, memory=1 << 40)]
+
+    def actor(role: Any, *about: Any) -> Any:
+        return SimpleNamespace(remote=role)
+
+    monkeypatch.setattr("deploy.session.cluster", nodes)
+    monkeypatch.setattr("deploy.train_critic.actor", actor)
+    monkeypatch.setattr("deploy.train_critic.CriticTrainerGroup", InThisProcess)
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, without_ray, capsys, kind):
+    cfg = tiny_config(
+        model,
+        rollouts_per_step=8,
+        ppo={"minibatches": 1},
+        learner={"critic": kind},
+        critic_training={"passes": 2, "heldout_share": 0.3},
+        logging={"sinks": ["tensorboard"]},
+    )
+    directory = tmp_path / "critic"
+    summary = run_critic_training(cfg, directory, sources=[runs / "fits", runs / "also"])
+    out = capsys.readouterr().out
+    assert json.loads((directory / "summary.json").read_text()) == summary
+    evaluations = read_records(directory / "evaluations.jsonl")
+    best = max(evaluations, key=lambda record: record[EXPLAINED])
+    assert (summary["explained_variance"], summary["best_pass"]) == (best[EXPLAINED], best["epoch"])
+    assert (summary["passes"], summary["training_rollouts"] + summary["heldout_rollouts"]) == (2, 32)
+    record = read_critic(directory / "critic")
+    assert [Path(part["run"]).name for part in record.trained_on] == ["fits", "also"]
+    check_critic(
+        cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"critic_path": str(directory / "critic")})}),
+        PolicyFiles.load(cfg.model.path),
+    )
+    assert f"{kind} critic · {summary['training_rollouts']} rollouts to learn from" in out
+    [row] = [line for line in out.splitlines() if "quarter 4" in line]
+    shown = [f"{best[f'value/{figure}/quarter_4']:.3f}" for figure in ("explained_variance", "returns_var")]
+    assert [cell for cell in row.split() if cell[-1].isdigit()][1:] == shown
+    steps = [(step, value) for step, value in scalars(directory)["value/loss"]]
+    assert [step for step, _ in steps] == [record["step"] for record in read_records(directory / "metrics.jsonl")]
+    leftover = directory / ".critic-abcdefgh"
+    leftover.mkdir()
+    more = cfg.model_copy(update={"critic_training": cfg.critic_training.model_copy(update={"passes": 3})})
+    assert run_critic_training(cfg, directory, resume=True) == summary
+    assert run_critic_training(more, directory, resume=True)["passes"] == 3
+    assert not leftover.exists()
+    assert {path.name for path in directory.iterdir()} == {
+        *("checkpoints", "config.toml", "critic", "evaluations.jsonl", "journals.json", "metrics.jsonl"),
+        *("run.json", "summary.json", "tensorboard"),
+    }
