@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def _run_in(
     basis = critic_basis(cfg, policy)
     parts = read_parts(directory, cfg) if resume else new_parts(sources, steps)
     check_parts(parts, basis)
-    data = CriticData.split(cfg, Rollouts(parts))
-    _check(data, policy, directory)
     progress = CriticProgress(directory, owned.log)
+    data = CriticData.split(cfg, Rollouts(parts, on_progress=partial(progress.work, "journals")))
+    _check(data, policy, directory)
 
     def phases(cfg: Config) -> Phases:
         return [critic_needs(cfg, policy.size)]
@@ -162,7 +163,7 @@ async def _train(
                 directory,
                 group,
                 basis,
-                on_states=progress.states,
+                on_progress=progress.work,
                 on_step=stepped,
                 on_evaluation=evaluated,
                 report=progress.warn,

@@ -63,12 +63,14 @@ class CriticProgress(Screen):
         waited = time.perf_counter() - self._started
         self._print(f"run directory {escape(str(self._directory))}; ready after {waited:.0f} s", style="dim")
 
-    def states(self, done: int, total: int) -> None:
-        """The frozen trunk has computed the states of this many rollouts."""
-        self.bars.show("states of the trunk", done, total)
+    def work(self, name: str, done: int, total: int) -> None:
+        """This much of some work is done, such as reading the journals. Its bar disappears at the end."""
+        if done < total:
+            self.bars.show(name, done, total)
+        else:
+            self.bars.hide(name)
 
     def step(self, record: dict[str, Any]) -> None:
-        self.bars.hide("states of the trunk")
         self._row(record)
         self.bars.show("training", record["step"] + 1, self._num_steps)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -74,9 +74,13 @@ def shown_steps(chosen: slice) -> str:
 class Rollouts:
     """All rollouts of the parts, in the order of the parts and of their journals."""
 
-    def __init__(self, parts: Sequence[JournalPart]) -> None:
+    def __init__(
+        self, parts: Sequence[JournalPart], *, on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
         """Reads every step once, and checks it against its journal. Raises UserError for a journal that has changed
-        since the part was made, and for rollouts that nobody can learn from."""
+        since the part was made, and for rollouts that nobody can learn from. `on_progress` gets the steps that are
+        read, and all."""
+        total = sum(len(part.steps) for part in parts)
         self.parts = parts
         self.moments = RunningMoments()  # of all scores
         self._files: list[Path] = []
@@ -99,6 +103,7 @@ class Rollouts:
                 prompts.append(np.array([_hash(text) for text in table["prompt"].to_pylist()], dtype=np.int64))
                 belongs.append(np.full_like(rows, number))
                 self._files.append(path)
+                on_progress(len(self._files), total)
         self._counts = np.bincount(np.concatenate(belongs), minlength=len(parts)).tolist()  # rollouts of each part
         self._places = np.concatenate(places, axis=1)
         self.response_tokens = np.concatenate(tokens)  # int64 [N]
@@ -133,9 +138,11 @@ class Rollouts:
             yield self.table(rows[start : start + size])
 
     def split(self, heldout_share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to learn from and held-out rows. All responses to a prompt are on the same side. Raises UserError if
-        there is only one prompt."""
+        """Rows to learn from and held-out rows. All responses to a prompt are on the same side. Raises UserError for
+        fewer than two prompts."""
         prompts, which = np.unique(self._prompts, return_inverse=True)
+        if not len(self):
+            raise UserError("the journals have no rollout in the chosen steps; choose others (--from, --steps)")
         if len(prompts) < 2:
             raise UserError(
                 f"the journals have {len(self)} responses to a single prompt, and the critic is judged on prompts that "

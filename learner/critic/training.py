@@ -6,7 +6,7 @@ Runs in the driver. learner/loop/passes.py has the loop itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,15 +100,16 @@ class CriticRun(PassTraining[CriticEvaluation]):
         trainer: Trainers,
         basis: CriticBasis,
         *,
-        on_states: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[str, int, int], None] = lambda work, done, total: None,
         **callbacks: Any,
     ) -> None:
-        """`on_states`: rollouts whose states are computed, and all. `callbacks`: those of PassTraining."""
+        """`on_progress` gets the name of some work, the rollouts for which it is done, and all. `callbacks`: those of
+        PassTraining."""
         cfg = data.cfg
         passes, checkpoint = cfg.critic_training.passes, cfg.checkpoint
         super().__init__(directory, trainer, data.order, passes=passes, checkpoint=checkpoint, **callbacks)
         self.cfg, self.data, self.rollouts, self.trainer, self.basis = cfg, data, data.rollouts, trainer, basis
-        self._on_states = on_states
+        self._on_progress = on_progress
 
     def take(self, rows: Sequence[int]) -> pa.Table:
         return self.rollouts.table(self.data.rows[np.asarray(rows)])
@@ -124,7 +125,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
 
     async def _evaluation(self, step: int) -> CriticEvaluation:
         parts = []
-        for table in self.rollouts.chunks(self.data.heldout, ROLLOUTS_PER_CALL):
+        for table in self._chunks("held-out prompts", self.data.heldout):
             scores, returns, mask = self.data.returns(table)
             values = await self.trainer.values(table)
             parts.append(Predicted(values, returns.numpy(), scores.numpy(), mask.numpy()))
@@ -142,9 +143,15 @@ class CriticRun(PassTraining[CriticEvaluation]):
         """With a shared trunk, has the ranks compute the states of all rollouts. Always the same rollouts together, so
         that a resumed training gets the same bits."""
         if self.cfg.learner.critic == "shared":
-            for done, table in enumerate(self.rollouts.chunks(np.arange(len(self.rollouts)), ROLLOUTS_PER_CALL)):
-                self._on_states(done * ROLLOUTS_PER_CALL, len(self.rollouts))
+            for table in self._chunks("states of the trunk", np.arange(len(self.rollouts))):
                 await self.trainer.remember(table)
+
+    def _chunks(self, work: str, rows: np.ndarray) -> Iterator[pa.Table]:
+        """The rollouts at `rows` for the calls of some work, whose progress is told."""
+        for number, table in enumerate(self.rollouts.chunks(rows, ROLLOUTS_PER_CALL)):
+            self._on_progress(work, number * ROLLOUTS_PER_CALL, len(rows))
+            yield table
+        self._on_progress(work, len(rows), len(rows))
 
 
 async def train_critic(run: CriticRun) -> list[CriticEvaluation]:

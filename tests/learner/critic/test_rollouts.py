@@ -124,6 +124,12 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, column):
         Rollouts([choose_steps(tmp_path, ALL)])
 
 
+def test_steps_without_a_rollout_are_refused(tmp_path):
+    write_journal(tmp_path, [step_table(0).slice(0, 0)])
+    with pytest.raises(UserError, match="no rollout in the chosen steps"):
+        Rollouts([choose_steps(tmp_path, ALL)]).split(0.5, seed=0)
+
+
 def test_a_single_prompt_is_refused(tmp_path):
     write_journal(tmp_path, [step_table(0, prompts=1)])
     with pytest.raises(UserError, match="8 responses to a single prompt"):
