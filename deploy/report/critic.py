@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from common.health.critic_rules import ENOUGH_VARIANCE
 from common.health.history import START, values
 from deploy.report.curves import short
 from deploy.report.run_files import RunFiles
@@ -23,6 +22,9 @@ from learner.ppo.critic_quality import calibration, calibration_error
 EXPLAINED = "value/explained_variance/"
 VARIANCE = "value/returns_var/realised"
 PARTS = ("realised", "first", "quarter_1", "quarter_2", "quarter_3", "quarter_4", "last")
+# Share of the variance of the first steps below which explained variances mean little. The health rules are more
+# careful with their verdicts: they want half.
+ENOUGH = 0.25
 MAX_STEPS = 1000  # of each line; of a longer run every second, third, ... step
 NEWEST = 10  # steps that are shown together
 MAX_TOKENS = 2_000_000  # of these steps; fewer steps are shown if they have more
@@ -41,7 +43,7 @@ def critic_of(run: RunFiles, files: StepFiles) -> dict[str, Any]:
         "steps": [record["step"] for record in shown],
         "explained": {part: [_number(record, EXPLAINED + part) for record in shown] for part in PARTS},
         "variance": [_number(record, VARIANCE) for record in shown],
-        "enough": 0.0 if run.is_critic else short(ENOUGH_VARIANCE * start),  # a critic's held-out prompts stay the same
+        "enough": 0.0 if run.is_critic else short(ENOUGH * start),  # a critic's held-out prompts stay the same
         "left": short(variances[-1] / start) if start else None,
         "calibrations": _calibrations(files, float(run.setting("ppo.gamma", 1.0))),
     }

@@ -38,8 +38,8 @@ function showCritic() {
         "token. 1: perfect; 0: no better than a constant; values below -1 are cut. " +
         (isCritic
           ? "On held-out prompts, before the first pass and after each pass; the best of these critics is kept."
-          : "Before the step's update. In the grey steps less than half of the variance of the start is left: the " +
-            "figures there mean little."),
+          : "Before the step's update. In the grey steps less than a quarter of the variance of the start is left: " +
+            "the figures there mean little."),
       "charts pair",
     );
     grid.before(placeChoice());
@@ -124,8 +124,8 @@ function varianceBox() {
     shadeLittle(figure);
     const line = figure.line(steps, variance.map(orNaN), { line_color: style("--curve"), line_width: 1.6 });
     hover(figure, line, "step @x{0}: @y{0.[00000]}", "vline");
-    const half = { dimension: "width", location: enough, line_color: style("--muted"), line_dash: "dashed" };
-    figure.add_layout(new Bokeh.Span(half));
+    const quarter = { dimension: "width", location: enough, line_color: style("--muted"), line_dash: "dashed" };
+    figure.add_layout(new Bokeh.Span(quarter));
   });
 }
 

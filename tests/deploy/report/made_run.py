@@ -160,7 +160,7 @@ def _record(step: int, rows: Sequence[Experience], rng: np.random.Generator) -> 
         "kl/per_response": 0.1 * step,
         "ppo/entropy": 2 - 0.01 * step,
         "value/explained_variance": float(rng.random()),
-        "value/returns_var/realised": 1.0 if step < 3 else 0.3,
+        "value/returns_var/realised": 1.0 if step < 3 else 0.2,
         **{f"value/explained_variance/{part}": 0.1 * step - 0.05 * place for place, part in enumerate(PARTS)},
         "value/calibration_error": 0.2,
         "value/score_correlation": 0.1 * step,

@@ -62,9 +62,9 @@ def test_lines_are_those_of_the_records(run):
     assert found["steps"] == [0, 1, 2, 3, 4, 5]
     assert tuple(found["explained"]) == PARTS
     assert found["explained"]["first"] == pytest.approx([0.1 * step - 0.05 for step in range(6)])
-    assert found["variance"] == [1, 1, 1, 0.3, 0.3, 0.3]
-    assert found["enough"] == 0.5  # half of the median of the first five
-    assert found["left"] == 0.3
+    assert found["variance"] == [1, 1, 1, 0.2, 0.2, 0.2]
+    assert found["enough"] == 0.25  # a quarter of the median of the first five
+    assert found["left"] == 0.2
 
 
 def test_of_many_steps_the_newest_and_some_others_are_offered(run, monkeypatch):
