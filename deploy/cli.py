@@ -141,14 +141,18 @@ def train_critic(
     steps: Annotated[
         str | None, typer.Option(metavar="A:B", help="Only steps A to B - 1 of each journal [default: all].")
     ] = None,
+    sample: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="First have the starting policy answer N training prompts."),
+    ] = 0,
     run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG-critic].")] = None,
     resume: Resume = None,
     address: Address = None,
     force: Force = False,
 ) -> None:
     """Train a critic from the journals of runs, for a run to start from."""
-    if resume is not None and (source or steps):
-        raise UserError("a training that continues (--resume) reads its journals again; leave --from and --steps out")
+    if resume is not None and (source or steps or sample):
+        raise UserError("a training that continues (--resume) knows its data; leave --from, --steps and --sample out")
     if resume is None and config and run is None:
         run = Path("runs") / f"{Path(config).stem}-critic"
     cfg, directory = config_and_directory(Config, config, with_address(settings, address), run, resume)
@@ -156,7 +160,7 @@ def train_critic(
     from deploy.train_critic import run_critic_training
 
     resumed, sources = resume is not None, source or []
-    run_critic_training(cfg, directory, sources=sources, steps=steps, resume=resumed, force=force)
+    run_critic_training(cfg, directory, sources=sources, steps=steps, sample=sample, resume=resumed, force=force)
 
 
 @run_command(PairSamplingConfig)

@@ -1,13 +1,17 @@
 """The journals that `ratchet train-critic` reads: which steps, whether they fit the config, and their record in RUN.
 
-Runs in the driver. RUN/journals.json is written as the run begins. A training that continues reads the same steps, and
-refuses a journal that has changed.
+Runs in the driver. RUN/journals.json is written as the training begins. A training that continues reads the same steps,
+and refuses a journal that has changed. With --sample the run's own journal is one of them, and is only known once it is
+sampled: until then RUN/sample.json has what the command line asked for.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,58 @@ from learner.loop.journal import Journal
 from learner.loop.notes import Note, identity
 
 RECORD = "journals.json"
+ASKED = "sample.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The data that the command line names."""
+
+    runs: Sequence[Path] = ()  # of --from
+    steps: str | None = None  # of each of them, such as 10:40
+    responses: int = 0  # of the starting policy, to be sampled into the run's own journal
+
+    def parts_of_others(self) -> list[JournalPart]:
+        """The parts of --from. Raises UserError; also if nothing else is asked for, and there is none."""
+        return new_parts(self.runs, chosen_steps(self.steps)) if self.runs or not self.responses else []
+
+    def parts(self, run: Path) -> list[JournalPart]:
+        """All parts to learn from, once the run's own journal is sampled. Raises UserError."""
+        return [*self.parts_of_others(), *([choose_steps(run, slice(None))] if self.responses else [])]
+
+    def write(self, run: Path) -> None:
+        runs = [os.path.abspath(path) for path in self.runs]
+        write_json(run / ASKED, {"responses": self.responses, "from": runs, "steps": self.steps})
+
+    @classmethod
+    def read(cls, run: Path) -> Asked:
+        """What a sampling that was killed was asked for. Nothing if the training has begun, or if none is sampled."""
+        if (run / RECORD).exists() or not (run / ASKED).exists():
+            return cls()
+        try:
+            record = json.loads((run / ASKED).read_text(encoding="utf-8"))
+            return cls([Path(name) for name in record["from"]], record["steps"], int(record["responses"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{run / ASKED} cannot be read ({type(error).__name__}: {error}); restore it") from None
+
+
+def chosen_steps(text: str | None) -> slice:
+    """The steps of A:B, half-open. Raises UserError."""
+    if text is None:
+        return slice(None)
+    if not (match := re.fullmatch(r"([0-9]{1,9})?:([0-9]{1,9})?", text)):
+        raise UserError(f"--steps ({text}) must read A:B, such as 10:40 for steps 10 to 39, or 10: for all from 10 on")
+    first, end = (int(number) if number else None for number in match.groups())
+    return slice(first, end)
 
 
 def new_parts(runs: Sequence[Path], steps: slice) -> list[JournalPart]:
     """The chosen steps of each run's journal. Raises UserError."""
     if not runs:
-        raise UserError("name at least one run of ratchet train whose journal the critic learns from, with --from RUN")
+        raise UserError(
+            "name at least one run of ratchet train whose journal the critic learns from, with --from RUN; or have the "
+            "starting policy write one, with --sample N"
+        )
     parts = [choose_steps(run, steps) for run in runs]
     names = [part.run for part in parts]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -1,11 +1,11 @@
 """`ratchet train-critic`: journals of earlier runs become a critic that a run can start from. Runs in the driver.
 
-Nothing is generated and nothing is scored: the responses, their scores and their log-probabilities are in the journals.
+The responses, their scores and their log-probabilities are in the journals, so nothing is generated and nothing scored.
+With --sample the starting policy first writes such a journal (deploy/sample_journal.py).
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,18 +19,20 @@ from common.errors import UserError
 from common.files import write_json
 from common.memory import GIB
 from deploy.ending import signals
-from deploy.journal_parts import check_parts, new_parts, read_parts, write_parts
+from deploy.journal_parts import Asked, check_parts, read_parts, write_parts
 from deploy.needs import Phases, critic_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import critic_basis
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.finished import finished_critic_training
+from deploy.sample_journal import JournalSampling
 from deploy.screen.critic_progress import CriticProgress
+from deploy.screen.sampling_progress import SamplingProgress
 from deploy.session import session, step_grace_s
 from deploy.sinks.following import check_sinks, following
 from learner.critic.evaluation import CriticEvaluation, best_of
 from learner.critic.files import CriticBasis
-from learner.critic.rollouts import Rollouts
+from learner.critic.rollouts import JournalPart, Rollouts
 from learner.critic.trainer import CriticTrainer
 from learner.critic.training import CriticData, CriticRun, train_critic
 from learner.ranks.group import CriticTrainerGroup
@@ -44,49 +46,72 @@ def run_critic_training(
     *,
     sources: Sequence[Path] = (),
     steps: str | None = None,
+    sample: int = 0,
     resume: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Trains in `directory`, writes the critic into RUN/critic, and returns the summary.
 
-    `sources`: run directories whose journals are read, and `steps` of each, such as 10:40. Everything a user can get
-    wrong is checked first: a UserError leaves nothing written and nothing running.
+    `sources`: run directories whose journals are read, and `steps` of each, such as 10:40. `sample`: responses of the
+    starting policy that are added to them. Everything a user can get wrong is checked first: a UserError leaves nothing
+    written and nothing running.
     """
     with run_owner(directory, resume=resume, force=force) as owned:
+        asked = Asked.read(directory) if resume else Asked(sources, steps, sample)
         if resume and (finished := finished_critic_training(cfg, directory)) is not None:
             return finished
-        return _run_in(owned, cfg, sources, chosen_steps(steps), resume=resume, force=force)
+        return _run_in(owned, cfg, asked, resume=resume, force=force)
 
 
-def _run_in(
-    owned: RunDirectory, cfg: Config, sources: Sequence[Path], steps: slice, *, resume: bool, force: bool
-) -> dict[str, Any]:
+def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, force: bool) -> dict[str, Any]:
     started, directory = time.perf_counter(), owned.directory
     check_sinks(cfg.logging)
     if not cfg.ppo.has_critic:
         raise UserError(f'ppo.advantages ("{cfg.ppo.advantages}") needs no critic; train one for a config with "gae"')
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
     basis = critic_basis(cfg, policy)
-    parts = read_parts(directory, cfg) if resume else new_parts(sources, steps)
-    check_parts(parts, basis)
     progress = CriticProgress(directory, owned.log)
-    data = CriticData.split(cfg, Rollouts(parts, on_progress=partial(progress.work, "journals")))
-    _check(data, policy, directory)
+
+    def load(parts: Sequence[JournalPart]) -> CriticData:
+        """Raises UserError if a critic cannot be trained on these parts."""
+        check_parts(parts, basis)
+        data = CriticData.split(cfg, Rollouts(parts, on_progress=partial(progress.work, "journals")))
+        _check(data, policy, directory)
+        return data
+
+    sampling: JournalSampling | None = None
+    data: CriticData | None = None
+    if asked.responses:
+        check_parts(asked.parts_of_others(), basis)
+        sampling = JournalSampling.prepare(cfg, policy, directory, asked.responses, resume=resume)
+    else:
+        data = load(read_parts(directory, cfg) if resume else asked.parts(directory))
 
     def phases(cfg: Config) -> Phases:
-        return [critic_needs(cfg, policy.size)]
+        return [*([sampling.needs(cfg)] if sampling is not None else []), critic_needs(cfg, policy.size)]
 
     def record() -> None:
-        if not resume:
+        if sampling is not None:
+            asked.write(directory)
+            sampling.record()
+        elif data is not None and not resume:
             write_parts(directory, cfg, data.rollouts)
 
     here = session(cfg, "train-critic", owned, phases, trains=policy.size, resume=resume, force=force, record=record)
     with here as (cfg, begin):
+        if sampling is not None:
+            begin()
+            policy.keep_tokenizer(directory)
+            sampling.run(cfg, SamplingProgress(directory, owned.log))
+            data = load(asked.parts(directory))
+            write_parts(directory, cfg, data.rollouts)
+        assert data is not None  # without sampling it was loaded above
         data = CriticData(cfg, data.rollouts, data.rows, data.heldout)
 
         def accepted() -> None:
             """Called when the ranks have accepted the model: from now on the directory is this run's."""
-            begin()
+            if sampling is None:
+                begin()
             progress.begin(data)
 
         with following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks:
@@ -96,16 +121,6 @@ def _run_in(
     write_json(directory / "summary.json", summary)
     progress.end(evaluations, seconds=summary["seconds"])
     return summary
-
-
-def chosen_steps(text: str | None) -> slice:
-    """The steps of A:B, half-open. Raises UserError."""
-    if text is None:
-        return slice(None)
-    if not (match := re.fullmatch(r"([0-9]{1,9})?:([0-9]{1,9})?", text)):
-        raise UserError(f"--steps ({text}) must read A:B, such as 10:40 for steps 10 to 39, or 10: for all from 10 on")
-    first, end = (int(number) if number else None for number in match.groups())
-    return slice(first, end)
 
 
 def _check(data: CriticData, policy: PolicyFiles, directory: Path) -> None:

@@ -16,19 +16,21 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import read_records
+from common.types import Prompt, Rollout, RolloutRef, Score
 from deploy.capacity import Node
 from deploy.cli import main
-from deploy.journal_parts import RECORD, new_parts, read_parts, write_parts
+from deploy.journal_parts import RECORD, Asked, chosen_steps, new_parts, read_parts, write_parts
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic
 from deploy.run.directory import sole_owner
 from deploy.run.identity import identity_of
-from deploy.train_critic import chosen_steps, run_critic_training
+from deploy.train_critic import run_critic_training
 from learner.critic.evaluation import EXPLAINED
 from learner.critic.files import read_critic
 from learner.critic.rollouts import Rollouts
+from learner.loop.journal import Journal
 from tests.event_files import scalars
-from tests.fakes import save_tiny_model, tiny_config
+from tests.fakes import FakeRoles, save_tiny_model, tiny_config
 from tests.learner.critic.journals import step_table, write_journal
 from tests.learner.critic.test_training import OneProcess
 
@@ -156,6 +158,33 @@ def test_steps_are_half_open(text, steps):
     assert chosen_steps(text) == steps
 
 
+def test_a_killed_sampling_knows_what_it_was_asked_for(runs, tmp_path):
+    asked = Asked([runs / "fits"], "1:", 64)
+    asked.write(tmp_path)
+    assert Asked.read(tmp_path) == asked
+    (tmp_path / RECORD).touch()  # the training has begun: its record counts
+    assert Asked.read(tmp_path) == Asked()
+    (tmp_path / RECORD).unlink()
+    (tmp_path / "sample.json").write_text("{}")
+    with pytest.raises(UserError, match=r"sample\.json cannot be read"):
+        Asked.read(tmp_path)
+
+
+def test_the_runs_own_journal_is_read_whole_after_those_of_from(runs):
+    parts = Asked([runs / "fits"], "1:", 64).parts(runs / "also")
+    assert [(Path(part.run).name, part.first) for part in parts] == [("fits", 1), ("also", 0)]
+    assert [Path(part.run).name for part in Asked([], None, 64).parts(runs / "also")] == ["also"]
+
+
+def test_a_sampling_checks_everything_before_anything_starts(command, runs):
+    assert command("tiny.toml", "--sample", 64)[0] == 99
+    assert command("tiny.toml", "--sample", 64, "--from", runs / "fits")[0] == 99
+    code, err = command("tiny.toml", "--sample", 64, "--from", runs / "model")
+    assert (code, "it began with another base model" in err) == (2, True)
+    code, err = command("tiny.toml", "--sample", 64, "prompts.train=nothing.jsonl")
+    assert (code, "nothing.jsonl" in err) == (2, True)
+
+
 @pytest.fixture
 def begun(model, runs, tmp_path):
     """A training that has begun, as its directory is left by a kill."""
@@ -172,7 +201,7 @@ def test_a_training_that_continues_reads_the_same_steps(begun, command):
     assert read_parts(directory, cfg) == parts
     assert command("--resume", directory) == (99, "")
     code, err = command("--resume", directory, "--from", parts[0].run)
-    assert (code, "leave --from and --steps out" in err) == (2, True)
+    assert (code, "leave --from, --steps and --sample out" in err) == (2, True)
     code, err = command("--resume", directory, "critic_training.heldout_share=0.5")
     assert (code, "critic_training.heldout_share (0.5) was 0.1" in err) == (2, True)
     assert command("--resume", directory, "critic_training.passes=50")[0] == 99
@@ -287,3 +316,82 @@ def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, with
         *("checkpoints", "config.toml", "critic", "evaluations.jsonl", "journals.json", "metrics.jsonl"),
         *("run.json", "summary.json", "tensorboard"),
     }
+
+
+class Killed(BaseException):
+    """Stands for a kill of the process."""
+
+
+class FakeEngines(FakeRoles):
+    """Scores alternate. Dies when it is asked for response number `dies_at`."""
+
+    def __init__(self, events: list[str], dies_at: int | None) -> None:
+        super().__init__(events)
+        self._left = dies_at
+
+    async def write(self, prompt: Prompt) -> Rollout:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise Killed
+        return await super().write(prompt)
+
+    async def score(self, ref: RolloutRef) -> Score:
+        return Score(float(ref.sample_id.prompt % 2), {"a_words": float(ref.sample_id.prompt % 2)})
+
+
+@pytest.fixture
+def engines(monkeypatch, without_ray):
+    """Stands in for the pools. Call it with the number of the response that kills the process. Returns the events."""
+
+    def install(dies_at: int | None = None) -> list[str]:
+        events: list[str] = []
+        roles = FakeEngines(events, dies_at)
+
+        class Starter:
+            def __init__(self, cfg: Any, on_event: Any) -> None:
+                events.append("engines start")
+
+            async def generators(self, *about: Any, **more: Any) -> FakeEngines:
+                return roles
+
+            async def rewards(self, *about: Any, **more: Any) -> FakeEngines:
+                return roles
+
+            def stop(self) -> None:
+                events.append("engines stop")
+
+        class Group(InThisProcess):
+            async def start(self) -> None:
+                events.append("trainer starts")
+
+        monkeypatch.setattr("deploy.sample_journal.Starter", Starter)
+        monkeypatch.setattr("deploy.sample_journal.RewardPool", lambda pool, keep: pool)
+        monkeypatch.setattr("deploy.train_critic.CriticTrainerGroup", Group)
+        return events
+
+    return install
+
+
+def sampled(directory: Path) -> list[str]:
+    return [sample_id for step in Journal(directory / "journal").since(0) for sample_id in step.sample_ids]
+
+
+def test_the_starting_policy_is_sampled_before_the_trainer_starts(model, runs, tmp_path, engines):
+    cfg = tiny_config(model, rollouts_per_step=8, critic_training={"passes": 1, "heldout_share": 0.3})
+    events = engines()
+    summary = run_critic_training(cfg, tmp_path / "whole", sources=[runs / "fits"], sample=20)
+    assert events == ["engines start", *["generate v0"] * 20, "engines stop", "trainer starts"]
+    parts = read_critic(tmp_path / "whole/critic").trained_on
+    assert [(Path(part["run"]).name, part["rollouts"]) for part in parts] == [("fits", 24), ("whole", 20)]
+
+    engines(dies_at=17)  # 16 are asked for at first, and one more once 8 are in the journal
+    with pytest.raises(Killed):
+        run_critic_training(cfg, tmp_path / "cut", sources=[runs / "fits"], sample=20)
+    kept = len(sampled(tmp_path / "cut"))
+    assert kept in (8, 16)
+    events = engines()
+    resumed = run_critic_training(cfg, tmp_path / "cut", resume=True)
+    assert events == ["engines start", *["generate v0"] * (20 - kept), "engines stop", "trainer starts"]
+    assert sampled(tmp_path / "cut") == sampled(tmp_path / "whole")
+    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
