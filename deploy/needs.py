@@ -51,6 +51,10 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
     first, *others = _training(
         "Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora, frozen=frozen
     )
+    if cfg.ppo.has_critic and cfg.ppo.value_epochs and networks == 1:  # the head trains on states that are kept
+        tokens = cfg.rollouts_per_step * cfg.sampling.max_new_tokens
+        kept = (2 if cfg.learner.precision == "bf16" else 4) * tokens * model.hidden // cfg.learner.fewest_ranks
+        first, *others = (replace(need, memory=need.memory + kept) for need in (first, *others))
     stores = {"generators": generator_store(cfg, model)}
     services = [replace(need, store=stores.get(need.section, {})) for need in services]
     if cfg.lent_share:

@@ -46,7 +46,8 @@ class PPOConfig(Section):
     advantages: Literal["gae", "group", "returns"] = "gae"
     """The baseline that rewards are compared with. gae: a learned critic (arXiv:1506.02438). group: the mean of the
     prompt's other responses (RLOO, arXiv:2402.14740). returns: none. The last two build no critic, and ignore its
-    settings: lam, lam_alpha, value_lam, value_clip, value_coef, learner.critic and the critic's learning rates."""
+    settings: lam, lam_alpha, value_lam, value_epochs, value_clip, value_coef, learner.critic, learner.critic_frozen and
+    the critic's learning rates."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount per token; 1 counts the score in full at the first token. Unused with advantages = "group"."""
     lam: Lambda = 0.95
@@ -73,6 +74,10 @@ class PPOConfig(Section):
     """Most a value may move from its old value within a step, in reward units; 0: unclipped."""
     ppo_epochs: Positive = 2
     """Passes over each batch; more reuse the data, and move further from the policy that sampled it."""
+    value_epochs: NonNegative = 0
+    """Further passes of the value loss alone, after those of the policy and over the same returns: more let the critic
+    follow a policy that learns faster. A separate critic trains its network and its head; on a shared trunk the head
+    alone trains, which takes hardly any time."""
     minibatches: Positive = 1
     """Optimizer steps per pass, each on an equal part of the batch: rollouts_per_step must be a multiple of it."""
     value_coef: Recorded[Annotated[float, Field(ge=0)]] = 0.5

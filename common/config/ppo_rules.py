@@ -74,16 +74,21 @@ def _broken_critic_rules(cfg: Config) -> Iterator[str]:
             f"learner.critic_path ({cfg.learner.critic_path}) must be left out with ppo.advantages = "
             f'"{cfg.ppo.advantages}", which has no critic; leave it out, or use "gae"'
         )
+    if cfg.ppo.value_epochs and not cfg.ppo.value_coef:
+        yield (
+            f"ppo.value_coef (0) must be above 0 with ppo.value_epochs ({cfg.ppo.value_epochs}), whose loss it "
+            "multiplies; raise the first, or set the second to 0"
+        )
 
 
 def _broken_frozen_rules(cfg: Config) -> Iterator[str]:
-    if not cfg.learner.critic_frozen:
+    """The settings of a critic are ignored without one."""
+    if not cfg.learner.critic_frozen or not cfg.ppo.has_critic:
         return
-    if not cfg.ppo.has_critic or cfg.learner.critic == "shared":
+    if cfg.learner.critic == "shared":
         yield (
             f"learner.critic_frozen ({cfg.learner.critic_frozen}) needs a network of the critic's own: set "
-            f'learner.critic = "separate" (it is "{cfg.learner.critic}") with ppo.advantages = "gae" (it is '
-            f'"{cfg.ppo.advantages}"), or leave it out'
+            'learner.critic = "separate" (it is "shared"), or leave it out'
         )
     if cfg.learner.lora is not None:
         yield (

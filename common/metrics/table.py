@@ -215,6 +215,22 @@ STEP = (
     Metric("value/loss", "reward units squared", "mean", "tokens", "half the squared error to the returns"),
     Metric("value/clip_frac", "share", "mean", "tokens", "tokens that `value_clip` held back"),
     Metric(
+        "value/epochs/first_loss",
+        "reward units squared",
+        "mean",
+        "tokens",
+        "with `value_epochs`: `value/loss` during the first of these passes",
+    ),
+    Metric(
+        "value/epochs/last_loss",
+        "reward units squared",
+        "mean",
+        "tokens",
+        "the same during the last of them; hardly below the first: more passes gain nothing, or the critic's learning "
+        "rate is too low; above it: too high",
+    ),
+    Metric("value/epochs/grad_norm", "-", "max", "optimizer steps", "of these passes, before clipping"),
+    Metric(
         "value/mean",
         "reward units",
         "mean",
@@ -369,6 +385,7 @@ STEP = (
         "With `mask` for values only",
     ),
     Metric("time/optimise_s", "seconds", "last", "", "all other passes with gradients, and the optimizer"),
+    Metric("time/value_epochs_s", "seconds", "last", "", "with `value_epochs`: their part of `time/optimise_s`"),
     Metric("time/credit_s", "seconds", "last", "", "writing the values of each token, if `credit.every` asks for it"),
     Metric(
         "time/publish_s",

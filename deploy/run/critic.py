@@ -44,7 +44,7 @@ def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> No
     `begun`: the run has begun with a critic, and the journal has its digest. The user may have changed or accepted a
     part of the reward since, so the reward is not compared again.
     """
-    if cfg.learner.critic_frozen:
+    if cfg.learner.critic_frozen and cfg.ppo.has_critic:
         frozen_names(policy.size.body, cfg.learner.critic_frozen)
     if cfg.learner.critic_path is None:
         return

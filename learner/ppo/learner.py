@@ -14,23 +14,24 @@ import torch
 from torch import Tensor
 
 from common.config.ppo import Config
-from common.errors import BatchError, BrokenWeightsError
+from common.errors import BrokenWeightsError
 from common.metrics.step import StepMetrics
 from learner.critic.files import score_moments
 from learner.ppo.credit import Credit, NewestPass
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
 from learner.ppo.objective import objective
-from learner.ppo.policy_trainer import Outputs, PolicyTrainer
+from learner.ppo.policy_trainer import Outputs, check_finite
 from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
+from learner.ppo.value_passes import ValuePasses
 from learner.ranks.rows import minibatches
 from learner.ranks.trainer import read_together
 
 OLD_LOGPROB = "a log-probability under the policy as it was before"
 
 
-class Learner(PolicyTrainer):
+class Learner(ValuePasses):
     """Trains the policy, and its critic if the advantages need one."""
 
     def __init__(self, cfg: Config) -> None:
@@ -50,11 +51,11 @@ class Learner(PolicyTrainer):
         batch = ExperienceBatch.from_table(table)
         if self.step > 0 and bool((batch.ref_is_policy & batch.mask.any(1)).any()):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
-        _check_finite("a total score", batch.scores.float())
+        check_finite("a total score", batch.scores.float())
         old_logprobs, old_entropy, old_values, shared_pass = self._old_outputs(batch)
         if old_logprobs is not None:
-            _check_finite(OLD_LOGPROB, old_logprobs, BrokenWeightsError)
-        _check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
+            check_finite(OLD_LOGPROB, old_logprobs, BrokenWeightsError)
+        check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
         fixed, derivation, stats = targets(
             batch,
             old_logprobs,
@@ -73,8 +74,8 @@ class Learner(PolicyTrainer):
             approx_kl, loss = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
             shared_pass = None
             if old_logprobs is None and steps == 0:  # then this is the first pass of the weights as they were
-                _check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
-            _check_finite("the loss", loss)
+                check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
+            check_finite("the loss", loss)
             if cfg.ppo.target_kl and approx_kl > cfg.ppo.target_kl:
                 self.optimizer.zero_grad(set_to_none=True)
                 break
@@ -83,6 +84,7 @@ class Learner(PolicyTrainer):
                     parameter.grad = None
             metrics.add("ppo/grad_norm", self.optimizer_step())
             steps += 1
+        stats |= self.train_critic_alone(batch, fixed, metrics)
 
         self._ranks.merge(metrics)
         stats |= {
@@ -207,9 +209,3 @@ def _stacked(outputs: Outputs) -> Tensor:
     """As one tensor [3, b, r], with zeros for values without a critic."""
     logprobs, entropy, values = outputs
     return torch.stack([logprobs, entropy, torch.zeros_like(logprobs) if values is None else values])
-
-
-def _check_finite(what: str, values: Tensor, error: type[BatchError] = BatchError) -> None:
-    """Raises the error if a value is not finite. The values are the same on every rank."""
-    if not bool(torch.isfinite(values).all()):
-        raise error(f"{what} is not finite ({values[~torch.isfinite(values)].flatten()[0].item()})")

@@ -72,14 +72,23 @@ class PolicyWithCritic(nn.Module):
         return network
 
     def forward(
-        self, sequences: Sequences, *, temperature: float, reference: bool = False, only_values: bool = False
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self,
+        sequences: Sequences,
+        *,
+        temperature: float,
+        reference: bool = False,
+        only_values: bool = False,
+        only_states: bool = False,
+    ) -> tuple[Tensor | None, ...]:
         """Log-probabilities, entropy and values of every response token, float32 [B, R]. Without a critic, values are
         None.
 
         With `reference` the log-probabilities are those without LoRA's adapters. With `only_values` the others are
-        None: neither the output embedding nor, with a separate critic, the policy computes anything.
+        None: neither the output embedding nor, with a separate critic, the policy computes anything. With `only_states`
+        the only result are the policy's states of the response tokens, [n, H].
         """
+        if only_states:
+            return (sequences.response_states(self.policy.base_model)[0],)
         if only_values:  # no method of its own: FSDP gathers weights for `forward` only
             return None, None, self._values(sequences)
         with lora.off(self.policy) if reference else nullcontext():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config.ppo import Config
+from common.errors import BatchError
 from common.model.batches import packed_batches
 from common.model.files import resolve_model, save_policy
 from common.model.packing import Sequences
@@ -123,3 +124,9 @@ class PolicyTrainer(Trainer):
         minibatch = sequences.rows(chosen)
         costs, lengths = sequence_costs(minibatch, self._size), minibatch.lengths.tolist()
         return [chosen[group] for group in self.micro_batches(costs, lengths, packed_batches)]
+
+
+def check_finite(what: str, values: Tensor, error: type[BatchError] = BatchError) -> None:
+    """Raises the error if a value is not finite. The values are the same on every rank."""
+    if not bool(torch.isfinite(values).all()):
+        raise error(f"{what} is not finite ({values[~torch.isfinite(values)].flatten()[0].item()})")

@@ -17,12 +17,13 @@ from common.model.packing import Sequences
 from common.model.size import ModelSize
 
 
-def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    """Yields all `count` rows once in every epoch, in `parts` parts. The order depends on seed, step and epoch alone.
+def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int, first: int = 0) -> Iterator[np.ndarray]:
+    """Yields all `count` rows once in every epoch, in `parts` parts. The order depends on seed, step and epoch alone;
+    the epochs are counted from `first`.
 
     The parts have equal size, except after a void in a batch of whole groups: then some have one row less.
     """
-    for epoch in range(epochs):
+    for epoch in range(first, first + epochs):
         order = np.random.default_rng([seed, step, epoch]).permutation(count)
         yield from (part for part in np.array_split(order, parts) if len(part))
 

@@ -125,6 +125,15 @@ def test_a_separate_critic_adds_a_second_trained_network():
     assert {**separate, "Learner(0)": 0} == {**shared, "Learner(0)": 0}
 
 
+def test_value_epochs_on_a_shared_trunk_keep_its_states_in_the_machines_memory():
+    """64 rollouts of 256 tokens, 64 numbers each, in bf16; on two ranks each has half of them."""
+    for ranks, kept in ((1, 2_097_152), (2, 1_048_576)):
+        fewer, more = (memory(config(ppo={"value_epochs": n}, learner={"ranks": ranks})) for n in (0, 2))
+        assert more["Learner(0)"] - fewer["Learner(0)"] == kept
+    separate = {"learner": {"critic": "separate"}}
+    assert memory(config(ppo={"value_epochs": 2}, **separate)) == memory(config(**separate))
+
+
 def test_frozen_weights_of_a_critic_need_no_gradient_and_no_optimizer_state():
     model = replace(MODEL, body={"layers.0.attn.q.weight": 300_000, "layers.0.mlp.up.weight": 500_000})
     cfg = config(learner={"critic": "separate"})

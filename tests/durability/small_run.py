@@ -70,7 +70,11 @@ def save_smallest_model(directory: Path) -> Path:
     return directory
 
 
-FROM_A_CRITIC = {"learner": {"critic": "separate", "critic_path": "next to the model"}}
+# A run that starts from `save_smallest_critic`, freezes a part of it and trains it more than the policy.
+FROM_A_CRITIC = {
+    "learner": {"critic": "separate", "critic_path": "next to the model", "critic_frozen": "attention"},
+    "ppo": {"ppo_epochs": 1, "minibatches": 2, "value_epochs": 1},
+}
 
 
 def save_smallest_critic(model: Path) -> Path:

@@ -80,8 +80,9 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ),
         (
             {"learner": {"critic_frozen": "attention"}},
-            ["learner.critic_frozen (attention) needs a network", '(it is "shared")', '(it is "gae")', "leave it out"],
+            ["learner.critic_frozen (attention) needs a network", '(it is "shared")', "leave it out"],
         ),
+        ({"ppo": {"value_epochs": 2, "value_coef": 0}}, ["ppo.value_coef (0)", "ppo.value_epochs (2)", "raise"]),
         (
             {"learner": {"critic_frozen": ["*.mlp.*"], "critic": "separate", "lora": {}}},
             ["learner.critic_frozen (('*.mlp.*',)) must be left out with learner.lora", "learner.lora.targets"],

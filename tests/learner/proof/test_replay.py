@@ -32,7 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "asynchronous": {"max_staleness": 1},
     "poison": {"roles": {"poison": (0, 5)}},
     "poison-first": {"roles": {"poison": (0, 3)}, "checkpoint": {"every": 1, "keep": 2}},
-    "warm-up": {"learner": {"critic_warmup_steps": 4}},
+    "warm-up": {
+        "learner": {"critic_warmup_steps": 4},
+        "ppo": {"ppo_epochs": 1, "minibatches": 2, "value_epochs": 2},
+    },
     "bf16": {"learner": {"precision": "bf16"}},
 }
 

@@ -121,6 +121,9 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "separate": (merged(SEPARATE, ppo(8)), one_batch),
     "warmup": (merged(learner_of(critic_warmup_steps=1), ppo(2)), two_batches),
     "warmup-separate": (merged(SEPARATE, learner_of(critic_warmup_steps=1), ppo(8)), two_batches),
+    "value-epochs": (ppo(2, value_epochs=2), two_batches),
+    "value-epochs-of-no-tokens-for-a-rank": (ppo(8, value_epochs=1), only_empty_responses),
+    "value-epochs-separate": (merged(SEPARATE, ppo(2, value_epochs=2)), two_batches),
     "frozen": (merged(SEPARATE, learner_of(critic_frozen="attention")), two_batches),
     "one-for-a-rank": (ppo(1), lopsided_batches),
     "none-for-a-rank": (merged(ppo(1, 1), {"rollouts_per_step": 1}), one_rollout),
@@ -324,6 +327,10 @@ def test_the_cases_are_what_their_names_say(model, runs):
         0.1 < stats["ppo/masked"] < 0.9 for name in ("mask", "mask-separate") for stats in found[name][0]["stats"]
     )
     assert [stats["ppo/optimizer_steps"] for stats in found["mask-target-kl"][0]["stats"]] == [4, 3]
+    for name, parts in (("value-epochs", {"value_head"}), ("value-epochs-separate", {"value_head", "critic_body"})):
+        gradients = found[name][0]["gradients"]
+        assert len(gradients) == 2 * (2 + 2) * 2
+        assert [{key.partition(".")[0] for key in step} for step in gradients[4:8]] == 4 * [parts]
     for gradients in found["frozen"][0]["gradients"]:
         assert "critic_body.layers.0.mlp.up_proj.weight" in gradients
         assert not [name for name in gradients if name.startswith("critic_body") and "self_attn" in name]
