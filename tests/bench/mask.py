@@ -20,7 +20,7 @@ from tests.bench.batch import MODEL, batch, config
 from tests.bench.fresh import call
 from tests.bench.results import Result
 
-THREADS, ROUNDS = 1, 3
+THREADS, ROUNDS = 1, 5
 CRITICS: dict[str, dict[str, dict[str, Any]]] = {
     "no_critic": {"ppo": {"advantages": "returns"}},
     "shared": {},
