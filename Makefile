@@ -1,5 +1,6 @@
 # make demo        train a small language model with PPO and show that it improved (SEED=n for another seed)
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
+# make demo-critic trains a critic before the run, and shows that it sees the score before it arrives
 # make test        every test but those of `make exhaustive`
 # make test-quick  every test that starts neither Ray nor vLLM (about two minutes on two cores)
 # make exhaustive  kills a run, or fills its disk, before every line of the code that writes to disk (half an hour)
@@ -11,7 +12,7 @@
 #                  target; FUZZ="config prompts" runs these targets only; FUZZ=config:17 repeats one case)
 # make chaos       kills real runs at named points and at random times, for more than an hour, and audits each of them
 #                  (KILLS=n signals in all; CHAOS="two-ranks full-disk" runs these scenarios only)
-.PHONY: demo demo-rlhf test test-quick exhaustive fuzz chaos check bench bench-control clean
+.PHONY: demo demo-rlhf demo-critic test test-quick exhaustive fuzz chaos check bench bench-control clean
 
 PYTHON ?= python3
 SEED ?= 0
@@ -30,6 +31,9 @@ EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # One GPU is shared by the roles that hold a model.
 DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=0.1 reward.gpus=0.1 learner.gpus=0.4)
 
+# A critic that starts from nothing learns faster, in smaller batches, than one that only follows the policy.
+DEMO_CRITIC := rollouts_per_step=16 optimizer.critic_learning_rate=1.5e-4 optimizer.value_head_learning_rate=1e-3
+
 demo: $(VENV)/.installed
 	rm -rf runs/demo.old-*
 	$(BIN)/ratchet train deploy/configs/larger.toml seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force
@@ -38,6 +42,14 @@ demo: $(VENV)/.installed
 demo-rlhf: $(VENV)/.installed
 	rm -rf runs/demo-rlhf/*.old-*
 	$(BIN)/ratchet demo rlhf seed=$(SEED) $(DEMO_SETTINGS) --force
+
+demo-critic: $(VENV)/.installed
+	rm -rf runs/demo-critic.old-* runs/demo-critic-training.old-*
+	$(BIN)/ratchet train-critic deploy/configs/reviews.toml --sample 1024 $(DEMO_CRITIC) \
+	  seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo-critic-training --force
+	$(BIN)/ratchet train deploy/configs/reviews.toml learner.critic_path=runs/demo-critic-training/critic \
+	  seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo-critic --force
+	-$(BIN)/ratchet report runs/demo-critic
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench $(BENCH)

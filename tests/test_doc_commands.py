@@ -43,6 +43,7 @@ WORK = {
 # Other programs, by the start of their lines: the test that runs them, or what they need.
 OTHER = {
     "make demo-rlhf": "minutes",
+    "make demo-critic": "minutes",
     "make demo": "minutes",
     "make test": "it runs the tests",
     "make exhaustive": "half an hour",
