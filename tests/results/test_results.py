@@ -40,14 +40,15 @@ def test_arms_with_one_name_are_one_work():
             assert all(ALL[work.name] == work for work in works(arm.work))
 
 
-def test_the_four_baselines_differ_only_in_the_baseline(tmp_path):
+def test_the_baselines_differ_only_in_the_baseline(tmp_path):
     cfgs = []
-    for arm in EXPERIMENTS["baselines"].arms[:4]:
+    for arm in EXPERIMENTS["baselines"].arms[:5]:
         _, config, *settings = Runner(tmp_path).command(arm.work, seed=0)
         cfg = load_config(REPOSITORY / config, settings, ROOTS["train"])
         assert cfg.prompts.rollouts_per_prompt == 4
-        same = {"ppo": cfg.ppo.model_copy(update={"advantages": "gae"})}
-        same["learner"] = cfg.learner.model_copy(update={"critic_path": None})
+        same = {"ppo": cfg.ppo.model_copy(update={"advantages": "gae", "value_lam": None})}
+        same["learner"] = cfg.learner.model_copy(update={"critic_path": None, "critic": "shared"})
+        same["optimizer"] = cfg.optimizer.model_copy(update={"critic_learning_rate": 1e-5})
         cfgs.append(cfg.model_copy(update=same))
     assert all(cfg == cfgs[0] for cfg in cfgs)
 
@@ -199,3 +200,9 @@ def test_only_the_named_part_of_the_page_is_written():
     assert written(page, "x", "new \\1") == page.replace("old\n", "\nnew \\1\n")
     with pytest.raises(ValueError, match="no place for z"):
         written(page, "z", "new")
+
+
+def test_the_page_has_a_place_for_every_experiment():
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    for name in EXPERIMENTS:
+        assert "a new table" in written(page, name, "a new table")
