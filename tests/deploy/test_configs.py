@@ -17,6 +17,7 @@ ROOTS = {
     "positive-reward.toml": RewardTrainingConfig,
     "positive.toml": Config,
     "reviews.toml": Config,
+    "single-response-async.toml": Config,
 }
 
 
@@ -59,3 +60,14 @@ def test_the_stages_of_the_demo_fit_together():
     # The human of the pairs is the judge of the outcome, and is no source.
     assert [j.function for j in ppo.evaluation.judges] == [s.function for s in pairs.labeller.sources]
     assert ppo.evaluation.pass_source == ppo.evaluation.judges[0].name
+
+
+def test_the_asynchronous_config_has_the_method_of_sao():
+    cfg = load("single-response-async.toml")
+    assert cfg.prompts.rollouts_per_prompt == cfg.group_size == 1
+    assert cfg.max_staleness > 0
+    assert (cfg.ppo.policy_loss, cfg.ppo.lam, cfg.ppo.value_lam) == ("mask", "length", 1)
+    assert cfg.ppo.value_epochs == cfg.ppo.ppo_epochs  # the critic learns twice as often as the policy
+    assert (cfg.learner.critic, cfg.learner.critic_frozen) == ("separate", "attention")
+    assert cfg.learner.critic_warmup_steps > 0
+    assert cfg.optimizer.critic_learning_rate == pytest.approx(5 * cfg.optimizer.learning_rate)
