@@ -182,6 +182,33 @@ def test_a_separate_critic_is_saved_and_loaded_as_it_is(model, rollouts, tmp_pat
     assert torch.equal(loaded.value_head.weight, trainer.network.value_head.weight)
 
 
+@pytest.mark.parametrize(
+    ("learner", "kept"),
+    [({"lora": {"rank": 4, "alpha": 8}}, "mlp.up_proj"), ({"critic_frozen": "attention"}, "self_attn.q_proj")],
+)
+def test_adapters_and_layers_around_frozen_ones_learn_and_are_saved(model, rollouts, tmp_path, learner, kept):
+    trainer, table = (
+        make_trainer(config(model, "separate", **learner), rollouts, tmp_path),
+        rollouts.table(np.arange(16)),
+    )
+
+    def weights() -> dict[str, torch.Tensor]:
+        named = trainer.network.body.named_parameters()
+        return {name.replace(".base_layer", ""): p.detach().clone() for name, p in named}
+
+    before = weights()[f"layers.0.{kept}.weight"]
+    losses = [trainer.update(table)["value/loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert torch.equal(weights()[f"layers.0.{kept}.weight"], before)
+    trainer.save_critic(tmp_path / "critic", TrainedCritic(BASIS, rollouts.moments, [], []))
+    whole_critic = config(model, "separate").learner
+    where = {"critic": tmp_path / "critic", "has_critic": True, "seed": 0}
+    loaded = PolicyWithCritic.load(model, whole_critic, torch.device("cpu"), **where)
+    with torch.no_grad():
+        _, _, values = loaded(ExperienceBatch.from_table(table).sequences, temperature=1.0)
+    np.testing.assert_allclose(trainer.values(table), values.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_a_restored_trainer_continues_bit_for_bit(model, rollouts, tmp_path, kind):
     trainers = [make_trainer(config(model, kind), rollouts, tmp_path) for _ in range(2)]
