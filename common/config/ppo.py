@@ -66,7 +66,7 @@ class PPOConfig(Section):
     a critic, no pass over the batch before learning."""
     clip_eps: Recorded[Annotated[float, Field(gt=0)]] = 0.05
     """A token's gain stops growing once its probability has moved by this share from its value before the step; with
-    mask: from the sampler's. 0.2 is common elsewhere."""
+    mask: from the sampler's, which rounding alone moves by more (docs/ppo.md). 0.2 is common elsewhere."""
     clip_eps_high: Recorded[Annotated[float, Field(gt=0)] | None] = None
     """The same share for probabilities that rise, so clip_eps is for those that fall. More than clip_eps lets rare good
     tokens grow (arXiv:2503.14476: 0.28 and 0.2). Left out: clip_eps."""
