@@ -31,8 +31,10 @@ EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # One GPU is shared by the roles that hold a model.
 DEMO_SETTINGS := $(if $(filter gpu,$(EXTRA)),generators.gpus=0.4 reference.gpus=0.1 reward.gpus=0.1 learner.gpus=0.4)
 
-# A critic that starts from nothing learns faster, in smaller batches, than one that only follows the policy.
-DEMO_CRITIC := rollouts_per_step=16 optimizer.critic_learning_rate=1.5e-4 optimizer.value_head_learning_rate=1e-3
+# A critic that starts from nothing learns faster, in smaller batches, than one that only follows the policy. The other
+# seed makes the run's responses new to it. With the same seed, the first ones would be those that it has learned from.
+DEMO_CRITIC := seed=1$(SEED) rollouts_per_step=16 optimizer.critic_learning_rate=1.5e-4 \
+  optimizer.value_head_learning_rate=1e-3
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo.old-*
@@ -45,8 +47,8 @@ demo-rlhf: $(VENV)/.installed
 
 demo-critic: $(VENV)/.installed
 	rm -rf runs/demo-critic.old-* runs/demo-critic-training.old-*
-	$(BIN)/ratchet train-critic deploy/configs/reviews.toml --sample 1024 $(DEMO_CRITIC) \
-	  seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo-critic-training --force
+	$(BIN)/ratchet train-critic deploy/configs/reviews.toml --sample 1408 $(DEMO_CRITIC) \
+	  $(DEMO_SETTINGS) --run runs/demo-critic-training --force
 	$(BIN)/ratchet train deploy/configs/reviews.toml learner.critic_path=runs/demo-critic-training/critic \
 	  seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo-critic --force
 	-$(BIN)/ratchet report runs/demo-critic
