@@ -270,10 +270,10 @@ def audit(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, also while it runs.")],
+    run: Annotated[Path, typer.Argument(help="The directory of a run of ratchet train or train-critic.")],
     to: Annotated[Path | None, typer.Option(help="The file to write [default: RUN/report.html].")] = None,
 ) -> None:
-    """Write one HTML file that shows a run: curves, rollouts, tokens, scores."""
+    """Write one HTML file that shows a run: curves, rollouts, tokens, critic, scores."""
     from deploy.report.report import run_report
 
     run_report(run, to)
