@@ -18,9 +18,11 @@ from common.health.history import History, Record, number
 CRITIC_STEPS = 10
 VARIANCE = "value/returns_var/realised"
 EXPLAINED = "value/explained_variance/"
-# Share of the variance that the returns had at the start. The rest is mostly chance: once 97 % of the demo's answers
-# are right, 19 % of the variance is left, and no critic can know which answers will be wrong.
+# Share of the variance that the returns had at the start; the rules need more. The rest is mostly chance: once 97 % of
+# the demo's answers are right, 19 % of the variance is left, and no critic can know which answers will be wrong.
 ENOUGH_VARIANCE = 0.5
+# A bound for people, who see the variance too: below this share the report draws the figures of a step in grey.
+LITTLE_VARIANCE = 0.25
 USELESS = 0.01  # share that is explained; a head that hardly learns is at 0.0001 in some steps
 # Where prompts say nothing about the score, a good critic's first values are equal, and explain 0. Values that explain
 # -10 % vary, and at random: their variance is added to that of the advantages.
@@ -70,15 +72,16 @@ def critic_miscalibrated(history: History, cfg: Config) -> str | None:
 
 
 def _judging(history: History, cfg: Config) -> list[Record]:
-    """The records that judge the critic; none before it has learned, or once the variance has nearly gone: a share of
-    nothing proves nothing."""
-    trained = history.step + 1 - cfg.learner.critic_warmup_steps
+    """The newest records that judge the critic, of those with figures: a void batch has none. Empty as long as there
+    are too few after its first steps, and once the variance has nearly gone: a share of nothing proves nothing."""
+    first = cfg.learner.critic_warmup_steps + CRITIC_STEPS
+    known = [record for record in history.newest if number(record, VARIANCE) is not None]
+    judging = [record for record in known if (number(record, "step") or 0) >= first][-CRITIC_STEPS:]
     at_start = history.at_start(VARIANCE)
-    newest = [r for r in list(history.newest)[-CRITIC_STEPS:] if number(r, VARIANCE) is not None]
-    if trained < 2 * CRITIC_STEPS or len(newest) < CRITIC_STEPS or at_start is None:
+    if len(judging) < CRITIC_STEPS or at_start is None:
         return []
-    variance = fmean(_variance(record) for record in newest)
-    return newest if variance > 0 and variance >= ENOUGH_VARIANCE * at_start else []
+    variance = fmean(_variance(record) for record in judging)
+    return judging if variance > 0 and variance >= ENOUGH_VARIANCE * at_start else []
 
 
 def _mean(steps: Sequence[Record], key: str) -> float | None:

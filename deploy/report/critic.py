@@ -13,18 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from common.health.critic_rules import LITTLE_VARIANCE
 from common.health.history import START, values
 from deploy.report.curves import short
 from deploy.report.run_files import RunFiles
-from deploy.report.steps import Lists, Step, StepFiles, lists
-from learner.ppo.critic_quality import calibration, calibration_error
+from deploy.report.steps import Step, StepFiles, lists
+from learner.ppo.critic_quality import PARTS, calibration, calibration_error, realised_returns
 
 EXPLAINED = "value/explained_variance/"
 VARIANCE = "value/returns_var/realised"
-PARTS = ("realised", "first", "quarter_1", "quarter_2", "quarter_3", "quarter_4", "last")
-# Share of the variance of the first steps below which explained variances mean little. The health rules are more
-# careful with their verdicts: they want half.
-ENOUGH = 0.25
 MAX_STEPS = 1000  # of each line; of a longer run every second, third, ... step
 NEWEST = 10  # steps that are shown together
 MAX_TOKENS = 2_000_000  # of these steps; fewer steps are shown if they have more
@@ -40,10 +37,12 @@ def critic_of(run: RunFiles, files: StepFiles) -> dict[str, Any]:
     start = median(variances[:START]) if variances else 0.0
     shown = known[:: 1 + len(known) // MAX_STEPS]
     return {
+        "parts": PARTS,
         "steps": [record["step"] for record in shown],
         "explained": {part: [_number(record, EXPLAINED + part) for record in shown] for part in PARTS},
         "variance": [_number(record, VARIANCE) for record in shown],
-        "enough": 0.0 if run.is_critic else short(ENOUGH * start),  # a critic's held-out prompts stay the same
+        "enough": 0.0 if run.is_critic else short(LITTLE_VARIANCE * start),  # a critic's held-out prompts stay the same
+        "enough_share": LITTLE_VARIANCE,
         "left": short(variances[-1] / start) if start else None,
         "calibrations": _calibrations(files, float(run.setting("ppo.gamma", 1.0))),
     }
@@ -88,16 +87,8 @@ def _tokens(files: StepFiles, step: Step, gamma: float) -> Tokens | None:
     predicted, rewards = lists(credit, "values"), lists(credit, "rewards")
     if predicted is None or rewards is None or not np.array_equal(predicted.offsets, rewards.offsets):
         return None
-    numbers, realised = predicted.values.astype(np.float64), returns_to_go(rewards, gamma)
+    numbers, realised = (
+        predicted.values.astype(np.float64),
+        realised_returns(rewards.values, rewards.lengths, gamma=gamma),
+    )
     return (numbers, realised) if len(numbers) and np.isfinite([numbers, realised]).all() else None
-
-
-def returns_to_go(rewards: Lists, gamma: float) -> np.ndarray:
-    """The discounted sum of the rewards from each token to the end of its response, of one response after another."""
-    lengths = rewards.lengths
-    mask = np.arange(lengths.max(initial=0))[:, None] < lengths  # tokens first: the loop takes whole rows
-    padded = np.zeros(mask.shape)
-    padded.T[mask.T] = rewards.values
-    for t in range(len(padded) - 2, -1, -1):
-        padded[t] += gamma * padded[t + 1]
-    return padded.T[mask.T]

@@ -14,9 +14,9 @@ from common.config.ppo import Config
 from common.files import read_records
 from common.types import Rollout, Score, Void
 from learner.loop.evaluation import Evaluation, win_rate
+from learner.ppo.critic_quality import POSITIONS
 
 STEPS = 5  # one step's figures of a critic are noisy: summary.json has the means of this many
-POSITIONS = ("first", "quarter_1", "quarter_2", "quarter_3", "quarter_4", "last")
 
 
 def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from deploy.screen.screen import Screen, columns_of
 from learner.critic.evaluation import CriticEvaluation, best_of
 from learner.critic.rollouts import shown_steps
 from learner.critic.training import CriticData
+from learner.ppo.critic_quality import PARTS
 
 # Width and text of each column, by the heading in common/metrics/table.py.
 _CELLS: dict[str, tuple[int, Callable[[float], str]]] = {
@@ -34,12 +35,6 @@ _LEGEND = (
     "pass: passes over the rollouts; loss: half the squared error of the values, mean over tokens",
     "explained: share of the variance of the returns that the values explain, before the step learned",
 )
-_POSITIONS = {
-    "realised": "all tokens",
-    "first": "first token",
-    **{f"quarter_{number}": f"quarter {number}" for number in range(1, 5)},
-    "last": "last token",
-}
 
 
 class CriticProgress(Screen):
@@ -89,7 +84,7 @@ class CriticProgress(Screen):
         table = Table(title=f"after {best.epoch:g} pass(es), on {best.rollouts} held-out rollouts")
         for heading in ("position", "explained variance", "variance of the returns"):
             table.add_column(heading, justify="left" if heading == "position" else "right")
-        for key, name in _POSITIONS.items():
+        for key, name in PARTS.items():
             shares = (f"value/explained_variance/{key}", f"value/returns_var/{key}")
             table.add_row(name, *(f"{best.figures[share]:.3f}" for share in shares))
         self._console.print(table)

@@ -2,8 +2,8 @@
 
 Runs in every learner rank, in the trainers of a critic, and in the driver for the report, which imports no torch: so
 tensors on the CPU and arrays are both taken. values, returns and mask are [B, R]: the critic's prediction for each
-token, and what really followed (`returns_to_go`: the rewards from that token on, discounted by gamma, without a
-bootstrap). Padding may hold anything.
+token, and what really followed (the rewards from that token on, discounted by gamma, without a bootstrap). Padding may
+hold anything.
 """
 
 from __future__ import annotations
@@ -14,6 +14,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 QUARTERS = 4
+# The parts of a response by their name in value/explained_variance/NAME, and the name that people read.
+PARTS = {
+    "realised": "all tokens",
+    "first": "first token",
+    "quarter_1": "quarter 1",
+    "quarter_2": "quarter 2",
+    "quarter_3": "quarter 3",
+    "quarter_4": "quarter 4",
+    "last": "last token",
+}
+POSITIONS = tuple(PARTS)[1:]
 
 
 class Bin(NamedTuple):
@@ -46,9 +57,19 @@ def positions(mask: np.ndarray) -> dict[str, np.ndarray]:
     lengths = mask.sum(1, keepdims=True)
     token = mask.cumsum(1) - 1
     quarter = token * QUARTERS // np.maximum(lengths, 1)
-    quarters = {f"quarter_{number + 1}": quarter == number for number in range(QUARTERS)}
-    parts = {"first": token == 0, **quarters, "last": token == lengths - 1}
-    return {name: mask & part for name, part in parts.items()}
+    parts = [token == 0, *(quarter == number for number in range(QUARTERS)), token == lengths - 1]
+    return {name: mask & part for name, part in zip(POSITIONS, parts, strict=True)}
+
+
+def realised_returns(rewards: np.ndarray, lengths: np.ndarray, *, gamma: float) -> np.ndarray:
+    """The discounted sum of the rewards from each token to the end of its response, float64. One response follows
+    another: rewards [tokens of all], lengths [B]. For files; `returns_to_go` does the same with padded tensors."""
+    mask = np.arange(lengths.max(initial=0))[:, None] < lengths  # tokens first: the loop takes whole rows
+    padded = np.zeros(mask.shape)
+    padded.T[mask.T] = rewards
+    for t in range(len(padded) - 2, -1, -1):
+        padded[t] += gamma * padded[t + 1]
+    return padded.T[mask.T]
 
 
 def explained_variance(values: ArrayLike, returns: ArrayLike, mask: ArrayLike) -> float:

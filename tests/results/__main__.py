@@ -1,9 +1,9 @@
 """`python -m tests.results`: runs experiments with several seeds, and writes the tables of docs/results.md.
 
     python -m tests.results list
-    python -m tests.results run critic --seeds 0 1 2        # hours; cut it and start it again as you like
-    python -m tests.results table critic --seeds 0 1 2      # prints the table of the runs that are finished
-    python -m tests.results write critic --seeds 0 1 2      # the same into docs/results.md
+    python -m tests.results run baselines --seeds 0 1 2     # hours; cut it and start it again as you like
+    python -m tests.results table baselines --seeds 0 1 2   # prints the table of the runs that are finished
+    python -m tests.results write baselines --seeds 0 1 2   # the same into docs/results.md
 
 The runs are ordinary ones, below runs/results. Keep the machine quiet meanwhile: seconds are compared.
 """
@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.action == "list":
         for name, experiment in EXPERIMENTS.items():
-            print(f"{name}: {', '.join(arm.work.name for arm in experiment.arms)}")
+            names = ", ".join(arm.work.name for arm in experiment.arms)
+            print(f"{name} (about {experiment.minutes} minutes a seed on two cores): {names}")
         return 0
     if options.experiment is None:
         parser.error(f"name an experiment: {', '.join(EXPERIMENTS)}")

@@ -1,4 +1,8 @@
-"""The experiments of docs/results.md: a shipped config and settings for each arm."""
+"""The experiments of docs/results.md: a shipped config and settings for each arm.
+
+The minutes of each are estimated from the seconds of single runs on two cores: 11 a step of the question task with a
+shared critic, 15 with a separate one, 18 in the human-feedback demo, and a minute to start.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ EXPLAINED = "value/explained_variance/realised"
 NO_CRITIC = {"group": 'ppo.advantages="group"', "returns": 'ppo.advantages="returns"'}
 
 
-# Of the critics that are compared: a network of their own, because a head on a trunk that stays explains little
-# (docs/results.md), with a learning rate at which about 500 responses teach it.
+# The critics that are compared have a network of their own, because a head on a trunk that does not learn explains
+# little (docs/results.md). At this learning rate about 500 responses teach it.
 SEPARATE = ('learner.critic="separate"', "ppo.value_lam=1", "optimizer.critic_learning_rate=1.5e-4")
 
 
@@ -42,47 +46,49 @@ def _compared(prefix: str, config: str, *settings: str, needs: tuple[Work, ...] 
 
 
 QUESTION = "larger.toml"
-EVERY_STEP = "evaluation.every=1"
-_single_critic = _critic("question-critic", QUESTION, EVERY_STEP)
+SHORT = ("num_steps=10", "evaluation.every=1", "evaluation.prompts=128")
+_single_critic = _critic("question-critic", QUESTION, *SHORT)
 _single = (
     Arm(
         "pretrained critic, 1 response to each prompt",
         Work(
             "question-pretrained-single",
             QUESTION,
-            (EVERY_STEP, *SEPARATE, PRETRAINED.replace("NAME", _single_critic.name)),
+            (*SHORT, *SEPARATE, PRETRAINED.replace("NAME", _single_critic.name)),
             needs=(_single_critic,),
         ),
         _single_critic,
         SAMPLED,
     ),
-    Arm("fresh critic, 1 response to each prompt", Work("question-fresh-single", QUESTION, (EVERY_STEP, *SEPARATE))),
+    Arm("fresh critic, 1 response to each prompt", Work("question-fresh-single", QUESTION, (*SHORT, *SEPARATE))),
     Arm(
         "no baseline, 1 response to each prompt",
-        Work("question-none-single", QUESTION, (EVERY_STEP, NO_CRITIC["returns"])),
+        Work("question-none-single", QUESTION, (*SHORT, NO_CRITIC["returns"])),
     ),
 )
 BASELINES = Experiment(
     about=(
-        f"The question task (`deploy/configs/{QUESTION}`). All rows have the same number of responses in each step. In "
-        f"the first five rows every prompt gets {GROUP} responses, so with one seed they ask the same prompts in the "
-        "same order, and their first batches are the same; a row with 1 response asks "
+        f"The question task (`deploy/configs/{QUESTION}`, with 10 steps in place of 14). All rows have the same number "
+        f"of responses in each step. In the first five rows every prompt gets {GROUP} responses. With one seed these "
+        "rows ask the same prompts in the same order, and their first batches are the same. A row with 1 response asks "
         f"{GROUP} times as many prompts. Critics are networks of their own, with `ppo.value_lam = 1` and a learning "
-        "rate of 1.5e-4. The row with a shared trunk is the shipped config. The critic of a pretrained row was trained "
-        f"with `ratchet train-critic` on {SAMPLED} responses of the starting policy to the first prompts, which the "
-        "column of responses does not contain. The policy is "
-        "evaluated on 256 held-out prompts after every step, and the first evaluation of at least 90 % counts. Seconds "
-        "are those of the steps before it: generation, scoring, journal, learning and publication, without "
-        "evaluations, start-up and the training of the critic. The variance of the advantages is that of all tokens of "
-        "a batch, before whitening, from RUN/credit; in the first step all rows have the same policy."
+        "rate of 1.5e-4; only the row with a shared trunk has the critic of the shipped config. The critic of a "
+        f"pretrained row was trained with `ratchet train-critic` on {SAMPLED} responses of the starting policy to the "
+        "first prompts. The column of responses does not contain these. The policy is evaluated on 128 held-out "
+        "prompts after every step, and the first evaluation of at least 90 % counts. Seconds are those of the steps "
+        "before it: generation, scoring, journal, learning and publication, without evaluations, start-up and the "
+        "training of the critic. What a baseline leaves is the variance of realised return minus baseline over all "
+        "tokens of a batch, from RUN/credit: the advantages with lambda 1, before whitening. The baseline is the "
+        "critic's value, the mean of the other responses, or nothing. In the first step all rows have the same policy."
     ),
-    arms=(*_compared("question", QUESTION, EVERY_STEP), *_single),
+    minutes=37,
+    arms=(*_compared("question", QUESTION, *SHORT), *_single),
     columns=(
         Column("responses to 90 %", lambda run: run.responses_to(0.9), "{:.0f}", "never"),
         Column("seconds to 90 %", lambda run: run.seconds_to(0.9), "{:.0f}", "never"),
         Column("pass@1 at the end, %", lambda run: _percent(run.last_pass_rate()), "{:.1f}"),
-        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.3g}"),
-        Column("variance of advantages, all steps", Finished.mean_advantage_variance, "{:.3g}"),
+        Column("variance that the baseline leaves, first step", Finished.first_variance_left, "{:.3g}"),
+        Column("... all steps, share of the returns' variance", Finished.share_left),
         Column("explained variance, last 5 steps", lambda run: run.mean(EXPLAINED, last=5)),
     ),
 )
@@ -105,8 +111,10 @@ FEEDBACK_BASELINES = Experiment(
         f"The human-feedback demo (`deploy/configs/{FEEDBACK}`), against one reward model for all rows and seeds. The "
         f"baselines are those of the question task, with {GROUP} responses to each prompt. The gold score is that of "
         "the labeller on 128 held-out prompts, which the policy never sees. It is read where the KL from the reference "
-        "first reaches a level, on the line between two evaluations, one every second step."
+        "first reaches a level, on the line between two evaluations, one every second step. The variance that the "
+        "baseline leaves is that of realised return minus baseline."
     ),
+    minutes=41,
     arms=_compared(
         "feedback",
         FEEDBACK,
@@ -121,7 +129,7 @@ FEEDBACK_BASELINES = Experiment(
         ),
         Column("gold at the end", lambda run: run.last_judged(JUDGE), "{:.3f}"),
         Column("KL at the end, nats", Finished.last_kl, "{:.2f}"),
-        Column("variance of advantages, first step", Finished.first_advantage_variance, "{:.3g}"),
+        Column("variance that the baseline leaves, first step", Finished.first_variance_left, "{:.3g}"),
     ),
 )
 
@@ -133,6 +141,7 @@ _LONG = (
     "ppo.minibatches=2",
     'optimizer.schedule="constant"',
     "evaluation.every=4",
+    "evaluation.prompts=128",
     "ppo.max_mismatch_kl=0",  # a policy that moves away from its data is what is measured, and must not end the run
 )
 
@@ -146,8 +155,10 @@ STALENESS = Experiment(
     about=(
         f"The question task with older tokens: 40 steps of 32 responses at a constant learning rate, the bounds of the "
         f"ratio and the importance weight as in `deploy/configs/{QUESTION}`. Lost pass@1 is the best held-out figure "
-        "less the last one: a policy that collapses loses much."
+        "less the last one: a policy that collapses loses much. Evaluations have 128 held-out prompts, one every "
+        "fourth step."
     ),
+    minutes=36,
     arms=tuple(_asynchronous(staleness, loss) for staleness in (0, 2, 8) for loss in ("clip", "mask")),
     columns=(
         Column("pass@1 at the end, %", lambda run: _percent(run.last_pass_rate()), "{:.1f}"),

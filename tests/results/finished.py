@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common.files import read_records
+from deploy.report.steps import lists
+from learner.ppo.critic_quality import realised_returns
 
 # The phases of a step that the run waits for. Evaluations, checkpoints and the start of the engines do not count.
 PHASES = ("time/generate_s", "time/score_s", "time/journal_s", "time/learn_s", "time/publish_s")
@@ -72,20 +74,35 @@ class Finished:
         best, last = self.best_pass_rate(), self.last_pass_rate()
         return None if best is None or last is None else best - last
 
-    def advantage_variances(self) -> Iterator[tuple[int, float]]:
-        """Step, and the variance of the advantages of all tokens before whitening. From RUN/credit, which has them
-        with and without a critic."""
+    def variances(self) -> Iterator[tuple[int, float, float]]:
+        """Step, and two variances over all tokens of the step, from RUN/credit: of the realised returns, and of these
+        minus the baseline. The second is that of the advantages with lambda 1. The baseline is the critic's value;
+        without a critic the advantages are already what is left.
+
+        The advantages that a critic gives in the run say nothing here: with lambda 0.95 a critic that predicts 0
+        everywhere has small advantages too, because the score fades.
+        """
+        gamma = self.config["ppo"]["gamma"]
         for path in sorted((self.directory / "credit").glob("step-*.parquet")):
-            column = pq.read_table(path, columns=["advantages"])["advantages"]
-            values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            yield int(path.stem.removeprefix("step-")), float(values.astype(np.float64).var())
+            table = pq.read_table(path)
+            rewards, baseline, advantages = (lists(table, name) for name in ("rewards", "values", "advantages"))
+            assert rewards is not None
+            returns = realised_returns(rewards.values, rewards.lengths, gamma=gamma)
+            if baseline is not None:
+                left = returns - baseline.values
+            else:
+                assert advantages is not None
+                left = advantages.values.astype(np.float64)
+            yield int(path.stem.removeprefix("step-")), float(returns.var()), float(left.var())
 
-    def first_advantage_variance(self) -> float | None:
-        return dict(self.advantage_variances()).get(0)
+    def first_variance_left(self) -> float | None:
+        return next((left for step, _, left in self.variances() if step == 0), None)
 
-    def mean_advantage_variance(self) -> float | None:
-        found = [variance for _, variance in self.advantage_variances()]
-        return float(np.mean(found)) if found else None
+    def share_left(self) -> float | None:
+        """The variance that the baseline leaves, as a share of that of the returns: both are sums over all steps."""
+        found = list(self.variances())
+        total = sum(returns for _, returns, _ in found)
+        return sum(left for _, _, left in found) / total if total else None
 
     def judged_at_kl(self, judge: str, kl: float) -> float | None:
         """The mean score of a judge where the KL per response first reaches `kl`, between two evaluations: on the

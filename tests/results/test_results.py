@@ -123,15 +123,15 @@ def evaluation(version: int, pass_rate: float, *, kl: float = 0.0, gold: float =
     return {"policy_version": version, "score": 0.0, "pass_at_1": pass_rate, **about}
 
 
-def made_up_run(directory: Path, *evaluations: dict, advantages: tuple[list[list[float]], ...] = ()) -> Finished:
+def made_up_run(directory: Path, *evaluations: dict, credit: tuple[dict[str, list], ...] = ()) -> Finished:
     """Each step takes 1 s to generate, 2 s to learn, and 8 s for a checkpoint, which does not count."""
     (directory / "credit").mkdir(parents=True)
-    (directory / "config.toml").write_text("rollouts_per_step = 64\n")
+    (directory / "config.toml").write_text("rollouts_per_step = 64\n[ppo]\ngamma = 0.5\n")
     steps = [{"step": s, "time/generate_s": 1.0, "time/learn_s": 2.0, "time/checkpoint_s": 8.0} for s in range(4)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (directory / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evaluations))
-    for step, rows in enumerate(advantages):
-        pq.write_table(pa.table({"advantages": rows}), directory / f"credit/step-{step:06d}.parquet")
+    for step, columns in enumerate(credit):
+        pq.write_table(pa.table(columns), directory / f"credit/step-{step:06d}.parquet")
     (directory / "summary.json").write_text("{}")
     return Finished(directory)
 
@@ -154,11 +154,18 @@ def test_the_judges_score_is_read_between_two_evaluations(tmp_path):
     assert run.judged_at_kl("gold", 6.0) is None
 
 
-def test_the_variance_of_advantages_is_over_all_tokens_of_a_step(tmp_path):
-    # Tokens 1 2 3: mean 2, variance 2/3. Tokens 0 0 6 6: variance 9.
-    run = made_up_run(tmp_path / "run", advantages=([[1.0, 2.0], [3.0]], [[0.0, 0.0, 6.0, 6.0]]))
-    assert run.first_advantage_variance() == pytest.approx(2 / 3)
-    assert run.mean_advantage_variance() == pytest.approx((2 / 3 + 9) / 2)
+def test_the_variance_that_a_baseline_leaves_is_of_returns_minus_it(tmp_path):
+    # Returns (gamma 0.5) of the rewards 0 4 | 1: 2 4 1, less the values 1 1 0: 1 3 1. Their variances: 14/9 and 8/9.
+    critic = {"rewards": [[0.0, 4.0], [1.0]], "values": [[1.0, 1.0], [0.0]], "advantages": [[7.0, -9.0], [5.0]]}
+    ignorant = critic | {"values": [[0.0, 0.0], [0.0]]}  # its small advantages with lambda below 1 do not count
+    run = made_up_run(tmp_path / "critic", credit=(ignorant, critic))
+    assert run.first_variance_left() == pytest.approx(14 / 9)
+    assert run.share_left() == pytest.approx((14 + 8) / (14 + 14))
+    # Without a critic the advantages count: -3 3 | 0 leaves 6.
+    without = {"rewards": critic["rewards"], "values": [None, None], "advantages": [[-3.0, 3.0], [0.0]]}
+    run = made_up_run(tmp_path / "group", credit=(without,))
+    assert run.first_variance_left() == pytest.approx(6)
+    assert run.share_left() == pytest.approx(6 * 9 / 14)
 
 
 def test_the_interval_of_three_seeds_is_students(tmp_path):

@@ -58,6 +58,7 @@ class Experiment:
     about: str
     arms: tuple[Arm, ...]
     columns: tuple[Column, ...]
+    minutes: int = 0  # of all arms with one seed, on two cores; estimated
 
     def chosen(self, names: list[str]) -> list[Arm]:
         """The arms whose works have these names; all if none is named. Raises ValueError for an unknown name."""

@@ -1,21 +1,20 @@
 // The critic tab: explained variance by position next to the variance, predicted against realised returns.
 "use strict";
 
-// The parts of a response, in its order: label and colour.
-const PLACES = {
-  realised: ["all tokens", "--ink"],
-  first: ["first token", "--place-1"],
-  quarter_1: ["1st quarter", "--place-2"],
-  quarter_2: ["2nd quarter", "--place-3"],
-  quarter_3: ["3rd quarter", "--place-4"],
-  quarter_4: ["4th quarter", "--place-5"],
-  last: ["last token", "--place-6"],
-};
+// The colours of the parts of a response, in its order.
+const PLACE_COLOURS = ["--ink", ...[1, 2, 3, 4, 5, 6].map((number) => `--place-${number}`)];
 const LOWEST = -1; // of the explained variance that is drawn
-const placesShown = new Set(Object.keys(PLACES));
+const placesHidden = new Set();
+
+// [key, label, colour] of each part of a response that has figures.
+function places() {
+  const { parts, explained } = block("critic");
+  const all = Object.entries(parts).map(([place, label], i) => [place, label, PLACE_COLOURS[i]]);
+  return all.filter(([place]) => explained[place].some((value) => value !== null));
+}
 
 function showCritic() {
-  const { steps, calibrations } = block("critic");
+  const { steps, calibrations, enough_share: enoughShare } = block("critic");
   const { is_critic: isCritic } = block("run");
   const parent = byId("critic-panel");
   const curves = block("curves").flatMap(({ curves: found }) => found);
@@ -38,8 +37,8 @@ function showCritic() {
         "token. 1: perfect; 0: no better than a constant; values below -1 are cut. " +
         (isCritic
           ? "On held-out prompts, before the first pass and after each pass; the best of these critics is kept."
-          : "Before the step's update. In the grey steps less than a quarter of the variance of the start is left: " +
-            "the figures there mean little."),
+          : `Before the step's update. In the grey steps less than ${100 * enoughShare} % of the variance of the start ` +
+            "is left: the figures there mean little."),
       "charts pair",
     );
     grid.before(placeChoice());
@@ -64,16 +63,14 @@ function showCritic() {
 
 // Boxes that show and hide the lines, with their colours.
 function placeChoice() {
-  const { explained } = block("critic");
   const choice = element("fieldset", { className: "places" }, element("legend", { text: "Show" }));
-  for (const [place, [label, colour]] of Object.entries(PLACES)) {
-    if (!explained[place].some((value) => value !== null)) continue;
+  for (const [place, label, colour] of places()) {
     const box = element("input", { type: "checkbox", checked: true, name: place });
     box.addEventListener("change", () => {
-      if (box.checked) placesShown.add(place);
-      else placesShown.delete(place);
+      if (box.checked) placesHidden.delete(place);
+      else placesHidden.add(place);
       for (const { figure } of charts)
-        for (const [of, line] of figure?.places ?? []) line.visible = placesShown.has(of);
+        for (const [of, line] of figure?.places ?? []) line.visible = !placesHidden.has(of);
     });
     const swatch = element("span", { className: "swatch", style: `color: var(${colour})` });
     element("label", { parent: choice }, box, swatch, label);
@@ -97,21 +94,21 @@ function explainedBox() {
     shadeLittle(figure);
     const zero = { dimension: "width", location: 0, line_color: style("--muted"), line_dash: "dashed" };
     figure.add_layout(new Bokeh.Span(zero));
-    const found = Object.keys(PLACES).filter((place) => explained[place].some((value) => value !== null));
+    const found = places();
     const little = littleVariance();
-    figure.places = found.reverse().flatMap((place) => {
-      const line = { line_color: style(PLACES[place][1]), line_width: place === "realised" ? 2.6 : 1.5 };
+    figure.places = found.toReversed().flatMap(([place, , colour]) => {
+      const line = { line_color: style(colour), line_width: place === "realised" ? 2.6 : 1.5 };
       const values = explained[place].map(orNaN);
       const judged = values.map((value, i) => (little[i] ? NaN : value));
       const drawn = [figure.line(steps, values, { ...line, line_alpha: 0.22 }), figure.line(steps, judged, line)];
       if (steps.length < 40) drawn.push(figure.scatter(steps, judged, { size: 4, color: line.line_color }));
-      for (const renderer of drawn) renderer.visible = placesShown.has(place);
+      for (const renderer of drawn) renderer.visible = !placesHidden.has(place);
       return drawn.map((renderer) => [place, renderer]);
     });
     const pointed = figure.line(steps, explained.realised.map(orNaN), { line_alpha: 0 });
-    const columns = found.map((place) => [place, explained[place].map(orNaN)]);
+    const columns = found.map(([place]) => [place, explained[place].map(orNaN)]);
     pointed.data_source.data = { ...pointed.data_source.data, ...Object.fromEntries(columns) };
-    const rows = found.toReversed().map((place) => `${PLACES[place][0]}: @${place}{0.00}`);
+    const rows = found.map(([place, label]) => `${label}: @${place}{0.00}`);
     hover(figure, pointed, ["step @x{0}", ...rows], "vline");
   });
 }

@@ -85,7 +85,8 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
       );
     return;
   }
-  newest("critic explains", "value/explained_variance/realised", `of the variance; ${percent(left)} of it is left`);
+  const variance = `of the returns' variance; the returns have ${percent(left)} of their variance at the start`;
+  newest("critic explains", "value/explained_variance/realised", variance);
   const [rollouts] = block("rollouts").kept.all;
   const [voids] = block("rollouts").kept.void;
   figure("rollouts", number(rollouts), voids ? `${number(voids)} void` : "none void");

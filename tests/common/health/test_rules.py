@@ -213,6 +213,14 @@ def test_no_critic_is_judged_when_the_variance_has_nearly_gone(rule):
     assert held(({}, [*gone[:15], *back]))[-1] == {rule}
 
 
+@pytest.mark.parametrize("rule", ["critic_useless", "critic_late", "critic_miscalibrated"])
+def test_a_void_batch_in_ten_does_not_silence_the_critics_rules(rule):
+    _, records = CASES[rule][0]
+    voids = [{"step": r["step"]} if r["step"] % 10 == 4 else r for r in records]
+    # Of the steps 10, 11, ... all but 14 judge: the tenth of them is step 20.
+    assert next(step for step, rules in enumerate(held(({}, voids))) if rule in rules) == 20
+
+
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "a lot", True, [1.0]])
 def test_a_value_that_is_no_number_causes_no_event(value):
     for key in steady(0):

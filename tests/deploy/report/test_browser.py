@@ -285,7 +285,7 @@ def test_the_critic_is_shown_by_position_next_to_the_variance(open_page, blocks)
     assert page.evaluate(grey) == [[2.5, 5.5]]
     page.get_by_label("first token").uncheck()
     assert page.evaluate(f"{lines}.map(([, r]) => r.visible)") == [False, False]
-    headline = "critic explains0.5 of the variance; 20.0% of it is left"
+    headline = "critic explains0.5 of the returns' variance; the returns have 20.0% of their variance at the start"
     assert page.locator("#figures > div", has_text="critic").text_content() == headline
 
 
