@@ -39,6 +39,7 @@ from deploy.sinks.following import check_sinks, following
 from deploy.starting import Starter
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation
+from learner.loop.journal import Journal
 from learner.loop.prompts import PromptStream, heldout_prompts
 from learner.loop.roles import Reference
 from learner.loop.run import Run
@@ -124,8 +125,9 @@ async def _train(
         progress.pool(event)
 
     start = Starter(cfg.ray, on_event=pool_changed)
+    critic_digest = Journal(directory / "journal").identity.get("critic")
     learner = LearnerGroup(
-        lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg),
+        lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg, critic_digest=critic_digest),
         cfg.learner,
         startup_timeout_s=cfg.ray.startup_timeout_s,
         report=progress.warn,

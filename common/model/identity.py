@@ -1,4 +1,6 @@
-"""The identity of a model: one digest of every file that decides what it computes. Runs in the driver."""
+"""The identity of a model: one digest of every file that decides what it computes.
+
+Runs in the driver, and in every learner rank for a trained critic."""
 
 from __future__ import annotations
 

@@ -63,12 +63,22 @@ def prompts_digest(records: Sequence[PromptRecord], *numbers: int) -> str:
 
 
 def accepted_differences(
-    now: Mapping[str, str], before: Mapping[str, str], accepted: Sequence[str], shown: Mapping[str, str]
+    now: Mapping[str, str],
+    before: Mapping[str, str],
+    accepted: Sequence[str],
+    shown: Mapping[str, str],
+    kept: Mapping[str, str],
 ) -> dict[str, str]:
     """The digests that the journal is to record from now on: those of differences that the user accepts by name, and of
-    parts that the run did not have. Raises UserError for any other difference. `shown`: what each name stands for."""
+    parts that the run did not have. Raises UserError for any other difference. `shown`: what each name stands for.
+    `kept`: see `kept_names`."""
     if unknown := [name for name in accepted if name not in now]:
         raise UserError(f"--accept {unknown[0]}: the run depends on {', '.join(now)}; name one of them")
+    if names := [name for name in accepted if name in kept]:
+        raise UserError(
+            f"--accept {names[0]}: {kept[names[0]]}, and the journal could not rebuild the learner. Restore "
+            f"{shown[names[0]]} as it was, or start a new run"
+        )
     different = [name for name in now if name in before and before[name] != now[name]]
     if refused := [name for name in different if name not in accepted]:
         parts = "; ".join(
@@ -76,11 +86,21 @@ def accepted_differences(
             for name in refused
         )
         accept = " ".join(f"--accept {name}" for name in refused)
-        raise UserError(
-            f"the run began with other contents: {parts}. Restore them, or continue with what is there now: add "
-            f"{accept}, which the journal records; or start a new run"
-        )
+        can_accept = not any(name in kept for name in refused)
+        remedy = f"or continue with what is there now: add {accept}, which the journal records; " if can_accept else ""
+        raise UserError(f"the run began with other contents: {parts}. Restore them, {remedy}or start a new run")
     return {name: now[name] for name in now if before.get(name) != now[name]}
+
+
+def kept_names(cfg: Config) -> dict[str, str]:
+    """The names whose contents may never change, each with the reason. Checkpoints have only the weights that train, so
+    a restored learner reads the others again."""
+    reasons = {"critic": "the run begins with the weights of its trained critic"}
+    if cfg.learner.lora is not None:
+        reasons["model"] = "the weights below the adapters (learner.lora) are the model's, and in no checkpoint"
+    elif cfg.learner.critic_frozen is not None and cfg.ppo.has_critic:
+        reasons["model"] = "the frozen weights of the critic (learner.critic_frozen) are in no checkpoint"
+    return reasons
 
 
 def shown_names(cfg: Config) -> dict[str, str]:

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.types import PromptRecord
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic
-from deploy.run.identity import accepted_differences, identity_of, shown_names
+from deploy.run.identity import accepted_differences, identity_of, kept_names, shown_names
 from deploy.run.provenance import versions
 from deploy.run.record import read_record, remember_journal
 from deploy.run.settings import settled
@@ -100,7 +100,7 @@ def resumed_start(
             "storage mounted?)"
         )
     before = journal.identity
-    new = accepted_differences(identity, before, accepted, shown_names(cfg))
+    new = accepted_differences(identity, before, accepted, shown_names(cfg), kept_names(cfg))
     cfg, values = settled(cfg, journal.notes, journal.next_step, changed, identity.keys() & before.keys())
     if last is not None:
         prompts.restore(last.prompts)  # refuses other texts than the run's now, not after minutes of replay

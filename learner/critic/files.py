@@ -30,7 +30,7 @@ from common.files import replaced_directory, write_json
 from common.model.attention import PACKED
 from common.model.checks import check_finite, check_loaded, read_config, reading
 from common.model.files import copy_code, load_tokenizer
-from common.model.identity import file_digest
+from common.model.identity import file_digest, model_digest
 from common.model.remote_code import trusted
 from common.model.rotary import use_own_lengths
 from common.model.size import without_weights
@@ -40,6 +40,7 @@ LAYOUT = 1
 SETTING = "learner.critic_path"
 HEAD = "value_head."  # prefix of the head's tensors, next to those of the network
 _HEAD_FILE, _RECORD = "value_head.safetensors", "critic.json"
+_SHOWN = 12  # hex digits of a digest in messages
 
 AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
@@ -117,6 +118,18 @@ def read_critic(directory: Path) -> TrainedCritic:
         if _HEAD_FILE not in tree["files"]:
             raise ValueError(f"its {_RECORD} does not name {_HEAD_FILE}")
     return record
+
+
+def check_same(directory: Path, digest: str) -> None:
+    """Raises UserError if the critic in `directory` has another digest. A rank calls it after it has loaded the critic:
+    the driver found the digest earlier, and another process may have replaced the files since."""
+    with _reading(directory):
+        found = model_digest(directory)
+    if found != digest:
+        raise UserError(
+            f"{SETTING} ({directory}) has changed since the run began: its SHA-256 is {found[:_SHOWN]}, and was "
+            f"{digest[:_SHOWN]}; restore it, or start a new run"
+        )
 
 
 def score_moments(directory: Path) -> RunningMoments:

@@ -7,7 +7,6 @@ train-critic` trains it on responses that are written already.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from common.model.recomputed_layers import checkpoint_activations
 from common.model.saved_weights import as_saved
 from learner.critic.files import HEAD
 from learner.critic.frozen import freeze
+from learner.critic.frozen_states import States
 from learner.ppo import lora
 from learner.ranks.distributed import whole
 
@@ -41,6 +41,12 @@ def head_values(head: nn.Linear, states: Tensor) -> Tensor:
     """Values [n] of states [n, H], float32."""
     with torch.autocast(states.device.type, enabled=False):  # bfloat16 has 8 bits: too coarse for a value
         return head(states.float()).squeeze(-1)
+
+
+def values_of_states(head: nn.Linear, states: States) -> Tensor:
+    """Values [n] of kept states. A network returns them from its `forward`, and FSDP takes no view of another tensor
+    there."""
+    return head_values(head, states.values).clone()
 
 
 def weights_dtype(cfg: LearnerConfig) -> torch.dtype:
@@ -70,13 +76,6 @@ def critic_tensors(head: nn.Linear, body: PreTrainedModel | None) -> Iterator[tu
         yield from as_saved(body, chain(lora.merged(body, torch.float32), buffers))
 
 
-@dataclass(frozen=True)
-class States:
-    """States of response tokens that a frozen trunk has computed before."""
-
-    values: Tensor  # [n, H]
-
-
 class Critic(nn.Module):
     """A critic without a policy. With learner.critic = "shared" the body is the policy's trunk as training starts, and
     stays frozen: only the head trains."""
@@ -104,7 +103,7 @@ class Critic(nn.Module):
         """Values of every response token, float32: [B, R] of sequences, [n] of states. With `only_states` instead the
         states of the sequences, [n, H]."""
         if isinstance(batch, States):
-            return (head_values(self.value_head, batch.values).clone(),)  # FSDP takes no view of another tensor
+            return (values_of_states(self.value_head, batch),)
         states, _ = batch.response_states(self.body)
         return (states if only_states else batch.scatter(head_values(self.value_head, states)),)
 

@@ -20,8 +20,8 @@ from common.model.size import model_size
 from common.model.transfer import on_device
 from learner.critic.evaluation import EXPLAINED
 from learner.critic.files import TrainedCritic, save_critic
-from learner.critic.frozen_states import FrozenStates
-from learner.critic.network import Critic, States
+from learner.critic.frozen_states import FrozenStatesOnDisk, States, kept_micro_batches, values_on_states
+from learner.critic.network import Critic
 from learner.critic.returns import realised_returns
 from learner.critic.rollouts import ROW
 from learner.ppo.critic_quality import explained_variance
@@ -52,7 +52,7 @@ class CriticTrainer(Trainer):
         network = Critic.load(directory, cfg.learner, held_on, seed=cfg.seed)
         super().__init__(network, cfg, num_steps=num_steps, device=device)
         self._size, self._moments = model_size(directory), moments
-        self._states = FrozenStates(run) if network.is_shared else None
+        self._states = FrozenStatesOnDisk(run) if network.is_shared else None
 
     @torch.no_grad()
     def remember(self, table: pa.Table) -> None:
@@ -63,8 +63,7 @@ class CriticTrainer(Trainer):
             lengths = batch.sequences.response_lengths[rows].tolist()
             chosen = batch.sequences.rows(rows).to(self.device)
             (states,) = self.forward(chosen, sum(lengths), only_states=True)
-            if sum(lengths):
-                self._states.add(numbers[rows.numpy()].tolist(), lengths, states)
+            self._states.add(numbers[rows.numpy()].tolist(), lengths, states)
 
     def update(self, table: pa.Table) -> dict[str, float]:
         """One optimizer step on all tokens of these rollouts. Each rank takes its share. Returns the metrics, the same
@@ -86,8 +85,8 @@ class CriticTrainer(Trainer):
         for count, numbers in read_together(parts):
             for key, total in numbers.items():
                 metrics.add(key, total, count)
-        self._ranks.merge(metrics)
-        self._ranks.sum(found)
+        self.ranks.merge(metrics)
+        self.ranks.sum(found)
         norm, rate = self.optimizer_step(), self.network.parts(self.cfg.optimizer)[-1][1]
         self.step += 1
         for key, value in {
@@ -108,11 +107,11 @@ class CriticTrainer(Trainer):
         for rows in self._share(table, sequences):
             values = self._values(table, sequences, rows)
             result[rows, : values.shape[1]] = values.cpu()
-        return self._ranks.sum(result).numpy()
+        return self.ranks.sum(result).numpy()
 
     def save_critic(self, target: Path, record: TrainedCritic) -> None:
         """Writes the critic as `learner.critic.files` says."""
-        if self._ranks.rank > 0:  # only helps to gather the tensors
+        if self.ranks.rank > 0:  # only helps to gather the tensors
             deque(self.network.tensors(), maxlen=0)
             return
         tensors = {name: tensor.cpu() for name, tensor in self.network.tensors()}
@@ -138,18 +137,21 @@ class CriticTrainer(Trainer):
         chosen = sequences.rows(rows)
         if self._states is None:
             return self.forward(chosen.to(self.device), len(rows))[0]
-        if not len(rows):  # joins the others' collective operations, as in `forward`
-            (values,) = self.forward(States(torch.zeros(1, self.network.value_head.in_features).to(self.device)), 1)
-            return values[:0, None]
-        states = self._states.of(table[ROW].to_numpy()[rows.numpy()].tolist())
-        (values,) = self.forward(States(on_device(states, self.device)), len(states))
-        return chosen.scatter(values)
+
+        def forward(states: States, count: int) -> Tensor:
+            return self.forward(states, count)[0]
+
+        return values_on_states(
+            forward, chosen, self._states.of(table[ROW].to_numpy()[rows.numpy()].tolist()), self.device
+        )
 
     def _share(self, table: pa.Table, sequences: Sequences) -> list[Tensor]:
-        """The micro-batches of this rank's share. With a frozen trunk that is one: the rows whose states it has."""
+        """The micro-batches of this rank's share. With a frozen trunk these are the rows whose states it has."""
         if self._states is None:
             return self._by_cost(sequences)
-        return [torch.tensor([i for i, row in enumerate(table[ROW].to_pylist()) if row in self._states]).long()]
+        budget, lengths = self.cfg.learner.token_budget, sequences.response_lengths.tolist()
+        kept = kept_micro_batches(self._states, table[ROW].to_pylist(), lengths, max_tokens=budget, ranks=self.ranks)
+        return [torch.tensor(places).long() for places in kept]
 
     def _by_cost(self, sequences: Sequences) -> list[Tensor]:
         lengths = sequences.lengths.tolist()

@@ -16,28 +16,31 @@ from torch import Tensor
 from common.config.ppo import Config
 from common.errors import BrokenWeightsError
 from common.metrics.step import StepMetrics
-from learner.critic.files import score_moments
+from learner.critic.files import check_same, score_moments
 from learner.ppo.credit import Credit, NewestPass
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
 from learner.ppo.objective import objective
-from learner.ppo.policy_trainer import Outputs, check_finite
+from learner.ppo.policy_trainer import Outputs, PolicyTrainer, check_finite
 from learner.ppo.scores import RunningMoments, shaped
 from learner.ppo.targets import Targets, targets
-from learner.ppo.value_passes import ValuePasses
+from learner.ppo.value_passes import train_critic_alone
 from learner.ranks.rows import minibatches
 from learner.ranks.trainer import read_together
 
 OLD_LOGPROB = "a log-probability under the policy as it was before"
 
 
-class Learner(ValuePasses):
+class Learner(PolicyTrainer):
     """Trains the policy, and its critic if the advantages need one."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, *, critic_digest: str | None = None) -> None:
+        """`critic_digest`: that of the trained critic when the run began. Raises UserError if it is another one now."""
         critic = None if cfg.learner.critic_path is None else Path(cfg.learner.critic_path)
         super().__init__(cfg, critic=critic)
         self.score_moments = RunningMoments() if critic is None else score_moments(critic)
+        if critic is not None and critic_digest is not None:
+            check_same(critic, critic_digest)
         self.kl_controller = kl_controller(cfg.kl)
         self._credit: Credit | None = None  # of the newest update, until `credit` has returned it
 
@@ -84,9 +87,9 @@ class Learner(ValuePasses):
                     parameter.grad = None
             metrics.add("ppo/grad_norm", self.optimizer_step())
             steps += 1
-        stats |= self.train_critic_alone(batch, fixed, metrics)
+        stats |= train_critic_alone(self, batch, fixed, metrics)
 
-        self._ranks.merge(metrics)
+        self.ranks.merge(metrics)
         stats |= {
             "ppo/learning_rate": cfg.optimizer.learning_rate * scale,
             "ppo/optimizer_steps": steps,
@@ -106,8 +109,8 @@ class Learner(ValuePasses):
         The other ranks help to gather it, and return None."""
         if self._credit is None:
             raise RuntimeError(f"step {self.step} has no update whose values for each token are still there")
-        table, self._credit = self._credit.table(self._ranks.sum), None
-        return table if self._ranks.rank == 0 else None
+        table, self._credit = self._credit.table(self.ranks.sum), None
+        return table if self.ranks.rank == 0 else None
 
     # State of its own
 
@@ -138,19 +141,19 @@ class Learner(ValuePasses):
         to_sampler = self.cfg.ppo.ratio_to_sampler
         if to_sampler and not self.cfg.ppo.has_critic:
             return None, None, torch.zeros(batch.mask.shape), None
-        micro_batches = self._micro_batches(batch.sequences, np.arange(len(batch.scores)))
+        micro_batches = self.share_of(batch.sequences, np.arange(len(batch.scores)))
         shared_pass = None
         if self.cfg.ppo.minibatches == 1 and len(micro_batches) == 1:
             shared_pass = self._forward(batch.sequences, micro_batches[0])
         old = torch.zeros(3, *batch.mask.shape)
         with torch.no_grad():  # first queue all, then copy each at once: every copy waits for the device
             if to_sampler and shared_pass is None:
-                passes = [self._values(batch.sequences, rows)[None] for rows in micro_batches]
+                passes = [self.values(batch.sequences, rows)[None] for rows in micro_batches]
             else:
                 passes = [_stacked(shared_pass or self._forward(batch.sequences, rows)) for rows in micro_batches]
             for rows, outputs in zip(micro_batches, passes, strict=True):
                 old[-len(outputs) :, rows, : outputs.shape[2]] = outputs.cpu()
-        old_logprobs, old_entropy, old_values = self._ranks.sum(old)
+        old_logprobs, old_entropy, old_values = self.ranks.sum(old)
         if to_sampler:
             return None, None, old_values, shared_pass
         return old_logprobs, old_entropy, old_values, shared_pass
@@ -176,7 +179,7 @@ class Learner(ValuePasses):
         num_tokens = max(1, int(batch.mask[torch.from_numpy(rows)].sum()))
         newest.begin(rows)
         parts: list[tuple[int, dict[str, Tensor]]] = []  # tokens of each micro-batch, and its sums by metric key
-        for chosen in self._micro_batches(batch.sequences, rows):
+        for chosen in self.share_of(batch.sequences, rows):
             logprobs, entropy, values = shared_pass or self._forward(batch.sequences, chosen)
             part = fixed.rows(chosen, logprobs.shape[1], self.device)
             loss, sums = objective(
@@ -193,7 +196,7 @@ class Learner(ValuePasses):
                 metrics.add(key, total, count)
             if newest.first and self.cfg.ppo.ratio_to_sampler:
                 metrics.add("mismatch/kl", numbers["ppo/approx_kl"], count)
-        kl_sum, loss_sum = self._ranks.sum(torch.stack([kl_sum, loss_sum]))
+        kl_sum, loss_sum = self.ranks.sum(torch.stack([kl_sum, loss_sum]))
         return kl_sum / num_tokens, loss_sum
 
     @property

@@ -21,7 +21,8 @@ from common.model.packing import Sequences
 from common.model.saved_weights import as_saved
 from learner.critic.files import load_body, load_head
 from learner.critic.frozen import freeze
-from learner.critic.network import critic_tensors, head_values, new_head, prepare, weights_dtype
+from learner.critic.frozen_states import States
+from learner.critic.network import critic_tensors, head_values, new_head, prepare, values_of_states, weights_dtype
 from learner.ppo import lora
 from learner.ranks.distributed import whole
 
@@ -73,7 +74,7 @@ class PolicyWithCritic(nn.Module):
 
     def forward(
         self,
-        sequences: Sequences,
+        sequences: Sequences | States,
         *,
         temperature: float,
         reference: bool = False,
@@ -85,8 +86,12 @@ class PolicyWithCritic(nn.Module):
 
         With `reference` the log-probabilities are those without LoRA's adapters. With `only_values` the others are
         None: neither the output embedding nor, with a separate critic, the policy computes anything. With `only_states`
-        the only result are the policy's states of the response tokens, [n, H].
+        the only result are the policy's states of the response tokens, [n, H]. For `States` in place of sequences it
+        returns the values of the head alone, [n].
         """
+        if isinstance(sequences, States):
+            assert self.value_head is not None, "without a critic there is no head"
+            return None, None, values_of_states(self.value_head, sequences)
         if only_states:
             return (sequences.response_states(self.policy.base_model)[0],)
         if only_values:  # no method of its own: FSDP gathers weights for `forward` only

@@ -66,14 +66,14 @@ class PolicyTrainer(Trainer):
         """The policy's weights as a `publication`, with deltas against the buckets of `base` if there are any. Ranks
         other than 0 help to gather the tensors, and publish only an empty manifest."""
         tensors = self.network.policy_tensors()
-        if self._ranks.rank > 0:
+        if self.ranks.rank > 0:
             deque(tensors, maxlen=0)
         yield from publication(buckets(tensors, self.policy_version), base)
 
     def save_policy(self, directory: Path, *, adapter: Path | None = None, card: str | None = None) -> None:
         """Writes the policy as a Hugging Face directory, with LoRA's adapters merged, and `card` as its README.md. The
         adapters alone go to `adapter`, by default a directory next to the policy's."""
-        if self._ranks.rank > 0:  # only helps to gather them
+        if self.ranks.rank > 0:  # only helps to gather them
             deque(chain(self.network.policy_tensors(), self.network.adapter_tensors()), maxlen=0)
             return
         base = resolve_model(self.cfg.model.path)
@@ -101,7 +101,7 @@ class PolicyTrainer(Trainer):
         logprobs, entropy, values = self.forward(chosen, len(rows), temperature=temperature, reference=reference)
         return logprobs, entropy, values
 
-    def _values(self, sequences: Sequences, rows: Tensor) -> Tensor:
+    def values(self, sequences: Sequences, rows: Tensor) -> Tensor:
         """Values alone, [b, r]."""
         chosen, temperature = sequences.rows(rows).to(self.device), self.cfg.sampling.temperature
         _, _, values = self.forward(chosen, len(rows), temperature=temperature, only_values=True)
@@ -111,13 +111,13 @@ class PolicyTrainer(Trainer):
         sequences = Sequences.pack([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
         result = torch.zeros(sequences.response_mask.shape)
         with torch.no_grad():
-            for rows in self._micro_batches(sequences, np.arange(len(rollouts))):
+            for rows in self.share_of(sequences, np.arange(len(rollouts))):
                 logprobs, _, _ = self._forward(sequences, rows, reference=reference)
                 result[rows, : logprobs.shape[1]] = logprobs.cpu()
-        self._ranks.sum(result)
+        self.ranks.sum(result)
         return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]
 
-    def _micro_batches(self, sequences: Sequences, rows: np.ndarray) -> list[Tensor]:
+    def share_of(self, sequences: Sequences, rows: np.ndarray) -> list[Tensor]:
         """This rank's share of the rows, packed under the token budget. Sorted first: a minibatch is a set, and its
         micro-batches should not depend on its order."""
         chosen = torch.from_numpy(np.sort(rows))

@@ -7,7 +7,7 @@ shared trunk the head alone trains, on states that are computed once: the policy
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from common.metrics.step import StepMetrics
 from common.model.packing import Sequences
-from common.model.transfer import on_device
-from learner.critic.network import head_values
+from learner.critic.frozen_states import FrozenStates, States, kept_micro_batches, values_on_states
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.losses import value_loss
 from learner.ppo.policy_trainer import PolicyTrainer, check_finite
@@ -24,85 +23,102 @@ from learner.ppo.targets import Targets
 from learner.ranks.rows import minibatches
 from learner.ranks.trainer import read_together
 
-# The states of the trunk for the response tokens of each row of this rank, [length, H]. They are in the machine's
-# memory: those of many long responses might not fit next to the weights on a GPU.
-States = Mapping[int, Tensor]
+
+def train_critic_alone(
+    trainer: PolicyTrainer, batch: ExperienceBatch, fixed: Targets, metrics: StepMetrics
+) -> dict[str, float]:
+    """The passes of ppo.value_epochs, if there is a critic. Adds to `metrics`, and returns figures that are the same on
+    every rank.
+
+    Raises BatchError, on every rank, if a loss or a gradient is not finite, before that minibatch changes a weight.
+    """
+    started, cfg, ppo = time.perf_counter(), trainer.cfg, trainer.cfg.ppo
+    if not ppo.value_epochs or not ppo.has_critic:
+        return {}
+    has_body = trainer.network.critic_body is not None
+    critic: _Critic = (_OwnBody if has_body else _HeadAlone)(trainer, batch.sequences)
+    for epoch in range(ppo.value_epochs):
+        keys = [key for key, at in _LOSSES.items() if epoch == at % ppo.value_epochs]
+        first = ppo.ppo_epochs + epoch  # an order of its own: it continues the epochs of the policy's passes
+        for rows in minibatches(
+            len(batch.scores), epochs=1, parts=ppo.minibatches, seed=cfg.seed, step=trainer.step, first=first
+        ):
+            parts = _add_gradient(trainer, critic, batch, fixed, np.sort(rows))
+            for key in keys:
+                for tokens, total in parts:
+                    metrics.add(key, total, tokens)
+            metrics.add("value/epochs/grad_norm", trainer.optimizer_step())
+    return {"time/value_epochs_s": time.perf_counter() - started}
 
 
-class ValuePasses(PolicyTrainer):
-    """A trainer of the policy that can also train the critic alone."""
+class _Critic(Protocol):
+    """The part of the network that these passes train."""
 
-    def train_critic_alone(self, batch: ExperienceBatch, fixed: Targets, metrics: StepMetrics) -> dict[str, float]:
-        """The passes of ppo.value_epochs, if there is a critic. Adds to `metrics`, and returns figures that are the
-        same on every rank.
+    def micro_batches(self, rows: np.ndarray) -> list[Tensor]:
+        """This rank's share of the sorted rows of a minibatch."""
 
-        Raises BatchError, on every rank, if a loss or a gradient is not finite, before that minibatch changes a weight.
-        """
-        started, ppo = time.perf_counter(), self.cfg.ppo
-        if not ppo.value_epochs or not ppo.has_critic:
-            return {}
-        states = self._trunk_states(batch.sequences) if self.network.critic_body is None else None
-        for epoch in range(ppo.value_epochs):
-            keys = [key for key, at in _LOSSES.items() if epoch == at % ppo.value_epochs]
-            for rows in self._value_minibatches(epoch, len(batch.scores)):
-                parts = self._value_gradient(batch, fixed, rows, states)
-                for key in keys:
-                    for tokens, total in parts:
-                        metrics.add(key, total, tokens)
-                metrics.add("value/epochs/grad_norm", self.optimizer_step())
-        return {"time/value_epochs_s": time.perf_counter() - started}
+    def values(self, rows: Tensor) -> Tensor:
+        """Values [b, r] of the rows of a micro-batch."""
 
-    def _value_minibatches(self, epoch: int, count: int) -> list[np.ndarray]:
-        """The minibatches of one pass. Its order is of its own: it continues the epochs of the policy's passes."""
-        ppo, cfg = self.cfg.ppo, self.cfg
-        first = ppo.ppo_epochs + epoch
-        return list(minibatches(count, epochs=1, parts=ppo.minibatches, seed=cfg.seed, step=self.step, first=first))
 
-    def _value_gradient(
-        self, batch: ExperienceBatch, fixed: Targets, rows: np.ndarray, states: States | None
-    ) -> list[tuple[int, float]]:
-        """Adds the gradient of one minibatch. Returns the tokens of each micro-batch, and the sum of their losses."""
-        ppo, num_tokens = self.cfg.ppo, max(1, int(batch.mask[torch.from_numpy(rows)].sum()))
-        parts: list[tuple[int, dict[str, Tensor]]] = []
-        if states is None:
-            micro_batches = self._micro_batches(batch.sequences, rows)
-        else:  # the rows whose states this rank has, maybe none
-            micro_batches = [torch.tensor([row for row in np.sort(rows).tolist() if row in states]).long()]
-        for chosen in micro_batches:
-            if states is None:
-                values = self._values(batch.sequences, chosen)
-            else:
-                values = self._head_values(batch.sequences, chosen, states)
-            part = fixed.rows(chosen, values.shape[1], self.device)
-            loss, _ = value_loss(
-                values, part.old_values, part.returns, part.mask, value_clip=ppo.value_clip, num_tokens=num_tokens
-            )
-            self.backward(ppo.value_coef * loss)
-            parts.append((int(fixed.mask[chosen].sum()), {"loss": loss.detach().double() * num_tokens}))
-        sums = [(count, numbers["loss"]) for count, numbers in read_together(parts)]
-        total = torch.tensor(sum(loss for _, loss in sums), dtype=torch.float64)
-        check_finite("the loss of the critic alone", self._ranks.sum(total))
-        return sums
+class _OwnBody:
+    """A separate critic: its network and its head."""
+
+    def __init__(self, trainer: PolicyTrainer, sequences: Sequences) -> None:
+        self._trainer, self._sequences = trainer, sequences
+
+    def micro_batches(self, rows: np.ndarray) -> list[Tensor]:
+        return self._trainer.share_of(self._sequences, rows)
+
+    def values(self, rows: Tensor) -> Tensor:
+        return self._trainer.values(self._sequences, rows)
+
+
+class _HeadAlone:
+    """The head on the policy's trunk, whose states are computed here, once for all passes."""
 
     @torch.no_grad()
-    def _trunk_states(self, sequences: Sequences) -> States:
-        """Those of this rank's share of the batch."""
-        found: dict[int, Tensor] = {}
-        for rows in self._micro_batches(sequences, np.arange(len(sequences.lengths))):
+    def __init__(self, trainer: PolicyTrainer, sequences: Sequences) -> None:
+        self._trainer, self._sequences, self._states = trainer, sequences, FrozenStates()
+        self._options = {"temperature": trainer.cfg.sampling.temperature}
+        for rows in trainer.share_of(sequences, np.arange(len(sequences.lengths))):
             lengths = sequences.response_lengths[rows].tolist()
-            chosen = sequences.rows(rows).to(self.device)
-            states, *_ = self.forward(chosen, sum(lengths), temperature=self.cfg.sampling.temperature, only_states=True)
-            found |= zip(rows.tolist(), states.cpu().split(lengths), strict=True)
-        return found
+            chosen = sequences.rows(rows).to(trainer.device)
+            states, *_ = trainer.forward(chosen, sum(lengths), only_states=True, **self._options)
+            self._states.add(rows.tolist(), lengths, states)
 
-    def _head_values(self, sequences: Sequences, rows: Tensor, states: States) -> Tensor:
-        """Values [b, r] of rows whose states are known."""
-        head = self.network.value_head
-        assert head is not None, "value epochs need a critic"
-        if not len(rows):  # joins the others' collective operations
-            return head_values(head, torch.zeros(1, head.in_features, device=self.device))[:0, None]
-        flat = torch.cat([states[row] for row in rows.tolist()])
-        return sequences.rows(rows).scatter(head_values(head, on_device(flat, self.device)))
+    def micro_batches(self, rows: np.ndarray) -> list[Tensor]:
+        lengths, budget = self._sequences.response_lengths[rows].tolist(), self._trainer.cfg.learner.token_budget
+        kept = kept_micro_batches(self._states, rows.tolist(), lengths, max_tokens=budget, ranks=self._trainer.ranks)
+        return [torch.from_numpy(rows[places]) for places in kept]
+
+    def values(self, rows: Tensor) -> Tensor:
+        def forward(states: States, count: int) -> Tensor:
+            _, _, values = self._trainer.forward(states, count, **self._options)
+            return values
+
+        states = self._states.of(rows.tolist())
+        return values_on_states(forward, self._sequences.rows(rows), states, self._trainer.device)
+
+
+def _add_gradient(
+    trainer: PolicyTrainer, critic: _Critic, batch: ExperienceBatch, fixed: Targets, rows: np.ndarray
+) -> list[tuple[int, float]]:
+    """Adds the gradient of one minibatch. Returns the tokens of each micro-batch, and the sum of their losses."""
+    ppo, num_tokens = trainer.cfg.ppo, max(1, int(batch.mask[torch.from_numpy(rows)].sum()))
+    parts: list[tuple[int, dict[str, Tensor]]] = []
+    for chosen in critic.micro_batches(rows):
+        values = critic.values(chosen)
+        part = fixed.rows(chosen, values.shape[1], trainer.device)
+        loss, _ = value_loss(
+            values, part.old_values, part.returns, part.mask, value_clip=ppo.value_clip, num_tokens=num_tokens
+        )
+        trainer.backward(ppo.value_coef * loss)
+        parts.append((int(fixed.mask[chosen].sum()), {"loss": loss.detach().double() * num_tokens}))
+    sums = [(count, numbers["loss"]) for count, numbers in read_together(parts)]
+    total = torch.tensor(sum(loss for _, loss in sums), dtype=torch.float64)
+    check_finite("the loss of the critic alone", trainer.ranks.sum(total))
+    return sums
 
 
 _LOSSES = {"value/epochs/first_loss": 0, "value/epochs/last_loss": -1}  # the pass whose mean loss it is

@@ -20,6 +20,7 @@ from common.files import write_whole
 from learner.loop.changes import config_at
 from learner.loop.credit import credit_path, write_credit
 from learner.loop.journal import Journal
+from learner.loop.notes import identity
 from learner.ppo.learner import Learner
 from learner.proof.chain import Violation
 from learner.proof.credit import check_same_credit
@@ -49,7 +50,8 @@ class Replay:
         transformers_logging.disable_progress_bar()
         journal = Journal(self.run / "journal")
         first = 0 if self.start is None else int(self.start.name.removeprefix("step-"))
-        learner = Learner(config_at(self.cfg, journal.notes, max(0, first - 1)))
+        critic_digest = identity(journal.notes, before_step=0).get("critic")
+        learner = Learner(config_at(self.cfg, journal.notes, max(0, first - 1)), critic_digest=critic_digest)
         learner.join(rank, world, rendezvous)
         if self.start is not None:
             learner.restore(self.start)

@@ -46,7 +46,7 @@ class Trainer(ABC):
         self._borrows = borrows
         self.network, self.cfg, self.num_steps, self.device = network, cfg, num_steps, device
         self.step = 0  # updates done
-        self._ranks = Ranks()
+        self.ranks = Ranks()
         self._served: dist.Store | None = None  # where the ranks of a group have met, if this process serves it
         self.optimizer = make_optimizer(self.parts(), cfg.optimizer)
 
@@ -81,7 +81,7 @@ class Trainer(ABC):
     def join(self, rank: int, world: int, rendezvous: str) -> int:
         """Makes this process one of the ranks of a group. Called once, before training. Returns the updates done."""
         cfg = self.cfg.learner
-        self._ranks = Ranks.join(
+        self.ranks = Ranks.join(
             rank, world, rendezvous, served=self._served, device=self.device, timeout_s=cfg.timeout_s
         )
         if world > 1:
@@ -141,7 +141,7 @@ class Trainer(ABC):
         self, costs: Sequence[int], lengths: Sequence[int], pack: Callable[[list[int], int], list[list[int]]]
     ) -> list[list[int]]:
         """The micro-batches of this rank's share of some rows: see `learner.ranks.rows`."""
-        max_tokens, ranks = self.cfg.learner.token_budget, self._ranks
+        max_tokens, ranks = self.cfg.learner.token_budget, self.ranks
         return micro_batches(costs, lengths, pack, max_tokens=max_tokens, rank=ranks.rank, world=ranks.world)
 
     def forward(self, batch: Any, num_rows: int, **options: Any) -> tuple[Any, ...]:
@@ -157,7 +157,7 @@ class Trainer(ABC):
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this rank's part of the loss. FSDP averages over ranks; the factor makes it a sum."""
-        (loss * self._ranks.world).backward()
+        (loss * self.ranks.world).backward()
 
     def optimizer_step(self) -> float:
         """Clips the gradients, updates the weights and drops the gradients. Returns the norm before clipping."""

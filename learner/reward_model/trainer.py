@@ -75,7 +75,7 @@ class RewardTrainer(Trainer):
         for count, numbers in read_together(parts):
             for key, total in numbers.items():
                 metrics.add(key, total, count)
-        self._ranks.merge(metrics)
+        self.ranks.merge(metrics)
         metrics.add("preference/grad_norm", self.optimizer_step())
         self.step += 1
         metrics.add("preference/learning_rate", cfg.optimizer.learning_rate * scale)
@@ -89,13 +89,13 @@ class RewardTrainer(Trainer):
         result = torch.zeros(len(pairs), 2)
         for rows in self._micro_batches(pairs):
             result[rows] = torch.stack(self._scores([pairs[i] for i in rows]), dim=1).cpu()
-        return self._ranks.sum(result).numpy()
+        return self.ranks.sum(result).numpy()
 
     def save_model(self, directory: Path) -> None:
         """Writes the reward model as a Hugging Face directory."""
         gathered = ((name, whole(value, torch.bfloat16)) for name, value in self.model.state_dict().items())
         tensors = {name: value.to("cpu", torch.bfloat16) for name, value in gathered}
-        if self._ranks.rank == 0:
+        if self.ranks.rank == 0:
             scale = ScoreScale(chat=self.cfg.data.format == "chat")
             save_reward_model(self.model, resolve_model(self.cfg.model.path), directory, scale, tensors=tensors)
 

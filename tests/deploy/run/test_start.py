@@ -14,6 +14,7 @@ from common.experience_table import experience_table
 from common.types import PromptRecord
 from deploy.run.directory import sole_owner
 from deploy.run.finished import finished_training
+from deploy.run.identity import accepted_differences, kept_names
 from deploy.run.provenance import versions
 from deploy.run.record import read_record
 from deploy.run.settings import leaves
@@ -145,6 +146,16 @@ def test_a_difference_is_refused_until_it_is_accepted(run):
     assert resumed(run, identity=other).notes == []
     with pytest.raises(UserError, match="in the journal ffffffffffff"):
         resumed(run)
+
+
+@pytest.mark.parametrize("frozen", [{"lora": {}}, {"critic": "separate", "critic_frozen": "attention"}])
+def test_another_model_cannot_be_accepted_where_weights_are_frozen(cfg, frozen):
+    shown = {"model": "models/a", "critic": "None"}
+    tree = {**cfg.model_dump(mode="json", exclude_none=True)}
+    kept = kept_names(Config.model_validate({**tree, "learner": {**tree["learner"], **frozen}}))
+    with pytest.raises(UserError, match=r"--accept model: the .* in no checkpoint, .* Restore models/a as it was"):
+        accepted_differences({"model": "f"}, {"model": "1"}, ["model"], shown, kept)
+    assert accepted_differences({"model": "f"}, {"model": "1"}, ["model"], shown, kept_names(cfg)) == {"model": "f"}
 
 
 def test_other_prompt_texts_cannot_be_accepted(run):

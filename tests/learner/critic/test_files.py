@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from common.config.ppo import LearnerConfig
 from common.errors import UserError
 from common.model.files import resolve_model
+from common.model.identity import model_digest
 from learner.critic.files import CriticBasis, CriticSource, TrainedCritic, read_critic, save_critic
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
@@ -139,6 +140,15 @@ def test_a_learner_begins_with_the_critic_and_its_score_moments(model, written):
     squares = 6.0 + 24 * 0.5**2 + (scores**2).sum() - 32 * mean**2
     assert metrics["reward/running_mean"] == pytest.approx(mean, abs=1e-6)
     assert metrics["reward/running_std"] == pytest.approx((squares / 32) ** 0.5, abs=1e-6)
+
+
+def test_a_rank_refuses_a_critic_that_was_replaced_meanwhile(model, critic):
+    cfg = tiny_config(model, learner={"precision": "fp32", "critic": "separate", "critic_path": str(critic)})
+    digest = model_digest(critic)
+    Learner(cfg, critic_digest=digest)
+    damaged_record(critic, passes=[{"loss": 1.0}])
+    with pytest.raises(UserError, match=rf"has changed since the run began: its SHA-256 is .*, and was {digest[:12]};"):
+        Learner(cfg, critic_digest=digest)
 
 
 def test_the_record_is_read_as_it_was_written(written):

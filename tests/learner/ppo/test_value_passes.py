@@ -133,6 +133,8 @@ def test_without_a_critic_there_are_no_value_epochs(model):
 
 def test_a_value_loss_that_is_not_finite_voids_the_batch(model, monkeypatch):
     learner = learner_with(model, "shared", 1)
-    monkeypatch.setattr("learner.ppo.value_passes.head_values", lambda head, states: states.sum(-1) * head.bias / 0)
+    monkeypatch.setattr(
+        "learner.ppo.policy.values_of_states", lambda head, states: states.values.sum(-1) * head.bias / 0
+    )
     with pytest.raises(BatchError, match="the loss of the critic alone is not finite"):
         learner.update(varied_batch(0))
