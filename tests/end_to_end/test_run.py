@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from deploy.train import run_training
 from deploy.train_critic import run_critic_training
 from learner.critic.files import read_critic
 from learner.loop.journal import Journal
+from learner.loop.notes import learns
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray
@@ -231,6 +233,30 @@ def test_a_critic_is_trained_from_the_journal_of_a_run(finished, model, tmp_path
     [trained_on] = read_critic(Path(critic)).trained_on
     assert (trained_on["run"], trained_on["end"], trained_on["rollouts"]) == (str(finished), 6, 192)
     assert trained_on["digest"] == Journal(finished / "journal").digest(6)
+
+
+def sampled_ids(run: Path) -> list[str]:
+    return [sample_id for step in Journal(run / "journal").since(0) for sample_id in step.sample_ids]
+
+
+def test_a_critic_is_trained_on_sampled_responses_of_the_starting_policy(model, tmp_path):
+    """Whole; and as if it had been killed after it had journalled two of four batches."""
+    cfg, whole, cut = run_config(model, critic_training={"passes": 2}), tmp_path / "whole", tmp_path / "cut"
+    summary = run_critic_training(cfg, whole, sample=100)
+    journal = Journal(whole / "journal")
+    assert not learns(journal.notes)
+    assert [(step.policy_version, step.table.num_rows) for step in journal.since(0)] == [(0, 32)] * 3 + [(0, 4)]
+    assert len(set(sampled_ids(whole))) == 100
+    [trained_on] = read_critic(whole / "critic").trained_on
+    assert (trained_on["rollouts"], trained_on["digest"]) == (100, journal.digest(4))
+    assert run_audit(whole) == 0
+    cut.mkdir()
+    for name in ("run.json", "config.toml", "sample.json"):
+        shutil.copy(whole / name, cut)
+    shutil.copytree(whole / "journal", cut / "journal", ignore=shutil.ignore_patterns("step-00000[23].*"))
+    resumed = run_critic_training(cfg, cut, resume=True)
+    assert sampled_ids(cut) == sampled_ids(whole)
+    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
 
 
 def test_a_run_that_cannot_be_placed_is_refused_and_leaves_nothing(model, tmp_path):
