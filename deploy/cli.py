@@ -34,6 +34,7 @@ from deploy.command_line import (
     config_and_directory,
     config_of_a_job,
     epilog,
+    name_of_config,
     refuse_without_resume,
     run_command,
     run_directory,
@@ -136,16 +137,18 @@ def train_critic(
     settings: Settings = None,
     source: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="RUN", help="A run whose journal it learns from; may be given several times."),
+        typer.Option(
+            "--from", metavar="RUN", help="A run whose journal the critic learns from; may be given several times."
+        ),
     ] = None,
     steps: Annotated[
         str | None, typer.Option(metavar="A:B", help="Only steps A to B - 1 of each journal [default: all].")
     ] = None,
     sample: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="First have the starting policy answer N training prompts."),
+        typer.Option(min=0, metavar="N", help="First sample N responses of the starting policy to training prompts."),
     ] = 0,
-    run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG-critic].")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-critic].")] = None,
     resume: Resume = None,
     address: Address = None,
     force: Force = False,
@@ -154,7 +157,7 @@ def train_critic(
     if resume is not None and (source or steps or sample):
         raise UserError("a training that continues (--resume) knows its data; leave --from, --steps and --sample out")
     if resume is None and config and run is None:
-        run = Path("runs") / f"{Path(config).stem}-critic"
+        run = Path("runs") / f"{name_of_config(Path(config))}-critic"
     cfg, directory = config_and_directory(Config, config, with_address(settings, address), run, resume)
     exit_message.run_begins(directory, f"continue with ratchet train-critic --resume {quote(str(directory))}")
     from deploy.train_critic import run_critic_training
@@ -184,8 +187,7 @@ def evaluate(
     path = Path(config)
     cfg = load_config(path, with_address(settings, address), Config)
     judged = absolute_if_directory(policy) if policy else None
-    name = path.resolve().parent.name if path.name == "config.toml" else path.stem
-    directory = run or Path("runs") / f"{name}-evaluation"
+    directory = run or Path("runs") / f"{name_of_config(path)}-evaluation"
     if path.name == "config.toml" and read_record(path.parent):
         directory = directory.absolute()
         find_users_modules(*enter_starting_directory(path.parent)[1])
@@ -210,6 +212,9 @@ def export(
 
 
 TrainRun = Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, or a copy of it.")]
+AuditedRun = Annotated[
+    Path, typer.Argument(help="The directory of a run of ratchet train or of train-critic --sample, or a copy of it.")
+]
 Layout = Annotated[
     list[str] | None,
     typer.Argument(help="Settings of the layout of devices, such as learner.gpus=0 or learner.ranks=2."),
@@ -254,7 +259,7 @@ def replay(
 
 @app.command()
 def audit(
-    run: TrainRun,
+    run: AuditedRun,
     settings: Layout = None,
     replay: Annotated[
         bool, typer.Option("--replay", help="Also learn the whole journal again, and compare every checkpoint.")

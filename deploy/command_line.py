@@ -135,6 +135,11 @@ def run_directory(config: str, run: Path | None, resume: Path | None) -> Path:
     return run or Path("runs") / Path(config).stem
 
 
+def name_of_config(config: Path) -> str:
+    """The name of a config file, or of its run for RUN/config.toml, for the directory of another run with it."""
+    return config.resolve().parent.name if config.name == "config.toml" else config.stem
+
+
 def refuse_without_resume(resume: Path | None, changes: Sequence[str] | None, accepted: Sequence[str] | None) -> None:
     """Raises UserError if options for a run that continues are given to a new one."""
     if resume is None and changes:
@@ -149,10 +154,10 @@ def config_and_directory(
     settings: Sequence[str],
     run: Path | None,
     resume: Path | None,
-    changes: Sequence[str] = (),
+    changes: Sequence[str] | None = None,
 ) -> tuple[AnyRoot, Path]:
-    """The config and the run directory of a new run, or of the run to continue, where `changes` are those of --change.
-    From here on the user's modules can be imported."""
+    """The config and the run directory of a new run, or of the run to continue, where `changes` are those of --change;
+    None if the command has no such option. From here on the user's modules can be imported."""
     in_a_job = IN_A_JOB in os.environ  # file names stay relative, because each job has its own current directory
     if resume is not None:
         cfg = resumed_config(root, resume, _changes(config, settings, run), changes, travels=in_a_job)

@@ -36,13 +36,26 @@ class Asked:
     steps: str | None = None  # of each of them, such as 10:40
     responses: int = 0  # of the starting policy, to be sampled into the run's own journal
 
-    def parts_of_others(self) -> list[JournalPart]:
-        """The parts of --from. Raises UserError; also if nothing else is asked for, and there is none."""
-        return new_parts(self.runs, chosen_steps(self.steps)) if self.runs or not self.responses else []
+    def parts_of_others(self, run: Path) -> list[JournalPart]:
+        """The parts of --from. Raises UserError; also if nothing else is asked for, and there is none. `run`: the run
+        directory of the training, which none of them may be in: --force would rename it."""
+        steps, here = chosen_steps(self.steps), run.resolve()
+        if inside := [path for path in self.runs if here in (real := path.resolve(), *real.parents)]:
+            raise UserError(
+                f"--from ({inside[0]}) is in the run directory of this training ({run}); name another directory with "
+                "--run"
+            )
+        if self.runs or not self.responses:
+            return new_parts(self.runs, steps)
+        if self.steps is not None:
+            raise UserError(
+                f"--steps ({self.steps}) chooses among the steps of --from; name a run with it, or leave it out"
+            )
+        return []
 
     def parts(self, run: Path) -> list[JournalPart]:
         """All parts to learn from, once the run's own journal is sampled. Raises UserError."""
-        return [*self.parts_of_others(), *([choose_steps(run, slice(None))] if self.responses else [])]
+        return [*self.parts_of_others(run), *([choose_steps(run, slice(None))] if self.responses else [])]
 
     def write(self, run: Path) -> None:
         runs = [os.path.abspath(path) for path in self.runs]
@@ -77,11 +90,10 @@ def new_parts(runs: Sequence[Path], steps: slice) -> list[JournalPart]:
             "name at least one run of ratchet train whose journal the critic learns from, with --from RUN; or have the "
             "starting policy write one, with --sample N"
         )
-    parts = [choose_steps(run, steps) for run in runs]
-    names = [part.run for part in parts]
+    names = [os.path.realpath(run) for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--from names {twice[0]} twice; name it once")
-    return parts
+    return [choose_steps(run, steps) for run in runs]
 
 
 def write_parts(run: Path, cfg: Config, rollouts: Rollouts) -> None:

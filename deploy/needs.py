@@ -90,9 +90,10 @@ def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Nee
     return _training("RewardTrainer", cfg, model, row=row, padded=True)
 
 
-def critic_needs(cfg: Config, model: ModelSize) -> list[Need]:
-    """The ranks of critic training. On a shared trunk they hold its weights, and compute passes without gradients."""
-    row, learner = min(cfg.max_sequence_tokens, model.context), cfg.learner
+def critic_needs(cfg: Config, model: ModelSize, *, row: int | None = None) -> list[Need]:
+    """The ranks of critic training. On a shared trunk they hold its weights, and compute passes without gradients.
+    `row`: the longest prompt with its response, in tokens; by default, the longest that the config allows."""
+    row, learner = min(row or cfg.max_sequence_tokens, model.context), cfg.learner
     if learner.critic == "separate":
         return _training("CriticTrainer", learner, model, row=row, lora=learner.lora, frozen=_frozen(cfg, model))
     tokens, size = max(row, learner.token_budget), 2 if learner.precision == "bf16" else 4

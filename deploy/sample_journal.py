@@ -8,6 +8,7 @@ it returns, because the trainer needs their memory.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -69,6 +70,11 @@ class JournalSampling:
         stores = {"generators": sampling_store(cfg)}
         return [replace(need, store=stores.get(need.section, {})) for need in services if need.section != "reference"]
 
+    @property
+    def num_prompts(self) -> int:
+        """Training prompts."""
+        return len(self.records)
+
     def record(self) -> None:
         """Begins the journal, unless it has begun: for `session`."""
         self.start.record()
@@ -94,7 +100,9 @@ class JournalSampling:
             ending.enter_context(told_at_once())
             tokens = cfg.max_sequence_tokens
             generators, rewards = await asyncio.gather(
-                start.generators(self.policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=tokens),
+                start.generators(
+                    self.policy, cfg.generators, cfg.sampling, seed=_generator_seed(cfg), max_tokens=tokens
+                ),
                 start.rewards(cfg.reward, policy=self.policy),
             )
             progress.ready()
@@ -104,6 +112,12 @@ class JournalSampling:
             ending.callback(asyncio.create_task(progress.follow(lambda: run.finished())).cancel)
             await sample(run, self.responses)
         progress.end(seconds=time.perf_counter() - began)
+
+
+def _generator_seed(cfg: Config) -> int:
+    """The seed of the sampled tokens. With the run's own seed, the responses would be those of the run's first step:
+    the critic would already have seen them, and their scores would count twice in its moments."""
+    return int.from_bytes(hashlib.blake2b(f"critic/{cfg.seed}".encode(), digest_size=8).digest())
 
 
 def _stream(cfg: Config, records: Sequence[PromptRecord]) -> PromptStream:

@@ -6,9 +6,10 @@ With --sample the starting policy first writes such a journal (deploy/sample_jou
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from actors.pool.ray_actor import actor
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_json
-from common.memory import GIB
+from deploy.critic_checks import check_data, check_plan
 from deploy.ending import signals
 from deploy.journal_parts import Asked, check_parts, read_parts, write_parts
 from deploy.needs import Phases, critic_needs
@@ -26,6 +27,7 @@ from deploy.run.critic import critic_basis
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.finished import finished_critic_training
 from deploy.sample_journal import JournalSampling
+from deploy.screen.console import complain
 from deploy.screen.critic_progress import CriticProgress
 from deploy.screen.sampling_progress import SamplingProgress
 from deploy.session import session, step_grace_s
@@ -36,8 +38,6 @@ from learner.critic.rollouts import JournalPart, Rollouts
 from learner.critic.trainer import CriticTrainer
 from learner.critic.training import CriticData, CriticRun, train_critic
 from learner.ranks.group import CriticTrainerGroup
-
-STATE_BYTES = 4  # of a number in a state of the trunk, at most
 
 
 def run_critic_training(
@@ -69,77 +69,97 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
     if not cfg.ppo.has_critic:
         raise UserError(f'ppo.advantages ("{cfg.ppo.advantages}") needs no critic; train one for a config with "gae"')
     policy = PolicyFiles.load(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
-    basis = critic_basis(cfg, policy)
     progress = CriticProgress(directory, owned.log)
-
-    def load(parts: Sequence[JournalPart]) -> CriticData:
-        """Raises UserError if a critic cannot be trained on these parts."""
-        check_parts(parts, basis)
-        data = CriticData.split(cfg, Rollouts(parts, on_progress=partial(progress.work, "journals")))
-        _check(data, policy, directory)
-        return data
-
-    sampling: JournalSampling | None = None
-    data: CriticData | None = None
-    if asked.responses:
-        check_parts(asked.parts_of_others(), basis)
-        sampling = JournalSampling.prepare(cfg, policy, directory, asked.responses, resume=resume)
-    else:
-        data = load(read_parts(directory, cfg) if resume else asked.parts(directory))
-
-    def phases(cfg: Config) -> Phases:
-        return [*([sampling.needs(cfg)] if sampling is not None else []), critic_needs(cfg, policy.size)]
-
-    def record() -> None:
-        if sampling is not None:
-            asked.write(directory)
-            sampling.record()
-        elif data is not None and not resume:
-            write_parts(directory, cfg, data.rollouts)
-
-    here = session(cfg, "train-critic", owned, phases, trains=policy.size, resume=resume, force=force, record=record)
-    with here as (cfg, begin):
-        if sampling is not None:
-            begin()
-            policy.keep_tokenizer(directory)
-            sampling.run(cfg, SamplingProgress(directory, owned.log))
-            data = load(asked.parts(directory))
-            write_parts(directory, cfg, data.rollouts)
-        assert data is not None  # without sampling it was loaded above
-        data = CriticData(cfg, data.rollouts, data.rows, data.heldout)
-
-        def accepted() -> None:
-            """Called when the ranks have accepted the model: from now on the directory is this run's."""
-            if sampling is None:
-                begin()
-            progress.begin(data)
-
-        with following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks:
-            training = _train(data, directory, basis, accepted, progress, wake_sinks)
-            evaluations = signals.run(training, grace_s=step_grace_s(cfg))
+    training = _Training(owned, policy, critic_basis(cfg, policy), progress, resume=resume, force=force)
+    train = training.on_samples if asked.responses else training.on_journals
+    data, evaluations = train(cfg, asked)
     summary = summarise(data, evaluations, seconds=time.perf_counter() - started)
     write_json(directory / "summary.json", summary)
     progress.end(evaluations, seconds=summary["seconds"])
     return summary
 
 
-def _check(data: CriticData, policy: PolicyFiles, directory: Path) -> None:
-    """Raises UserError if this training could not succeed."""
-    data.check_returns()
-    warmup = data.cfg.optimizer.warmup_steps
-    if warmup >= data.num_steps:
-        raise UserError(
-            f"optimizer.warmup_steps ({warmup}) must be below the {data.num_steps} steps of critic_training.passes "
-            f"passes over {len(data.rows)} rollouts; lower the first, or raise the passes"
+@dataclass(frozen=True)
+class _Training:
+    """A training in the run directory, with or without sampling before it."""
+
+    owned: RunDirectory
+    policy: PolicyFiles
+    basis: CriticBasis
+    progress: CriticProgress
+    _: KW_ONLY
+    resume: bool
+    force: bool
+
+    def on_journals(self, cfg: Config, asked: Asked) -> tuple[CriticData, list[CriticEvaluation]]:
+        """Everything is checked first. The directory is this run's once the ranks have accepted the model."""
+        directory = self.owned.directory
+        data = self._load(cfg, read_parts(directory, cfg) if self.resume else asked.parts(directory))
+
+        def phases(cfg: Config) -> Phases:
+            return [critic_needs(cfg, self.policy.size, row=data.rollouts.longest)]
+
+        def record() -> None:
+            if not self.resume:
+                write_parts(directory, cfg, data.rollouts)
+
+        with self._session(cfg, phases, record) as (cfg, begin):
+            return self._train(replace(data, cfg=cfg), begin)
+
+    def on_samples(self, cfg: Config, asked: Asked) -> tuple[CriticData, list[CriticEvaluation]]:
+        """Samples, then trains. The directory is this run's before the first response is sampled."""
+        directory, policy = self.owned.directory, self.policy
+        others = asked.parts_of_others(directory)
+        check_parts(others, self.basis)
+        sampling = JournalSampling.prepare(cfg, policy, directory, asked.responses, resume=self.resume)
+        known = Rollouts(others)
+        check_plan(cfg, directory, policy.size, sampling.num_prompts, asked.responses, known)
+
+        def phases(cfg: Config) -> Phases:
+            row = max(cfg.max_sequence_tokens, known.longest)
+            return [sampling.needs(cfg), critic_needs(cfg, policy.size, row=row)]
+
+        def record() -> None:
+            asked.write(directory)
+            sampling.record()
+
+        with self._session(cfg, phases, record) as (cfg, begin):
+            begin()
+            policy.keep_tokenizer(directory)
+            sampling.run(cfg, SamplingProgress(directory, self.owned.log))
+            data = self._load(cfg, asked.parts(directory))
+            write_parts(directory, cfg, data.rollouts)
+            return self._train(data, lambda: None)
+
+    def _load(self, cfg: Config, parts: Sequence[JournalPart]) -> CriticData:
+        """Raises UserError if a critic cannot be trained on these parts."""
+        check_parts(parts, self.basis)
+        rollouts = Rollouts(parts, on_progress=partial(self.progress.work, "journals"))
+        for fault in rollouts.faults:
+            complain(f"warning: {fault}, and nobody can learn from it: the step is skipped")
+        data = CriticData.split(cfg, rollouts)
+        check_data(data, self.owned.directory, self.policy.size)
+        return data
+
+    def _session(
+        self, cfg: Config, phases: Callable[[Config], Phases], record: Callable[[], None]
+    ) -> AbstractContextManager[tuple[Config, Callable[[], None]]]:
+        trains, resume, force = self.policy.size, self.resume, self.force
+        return session(
+            cfg, "train-critic", self.owned, phases, trains=trains, resume=resume, force=force, record=record
         )
-    if data.cfg.learner.critic == "shared":
-        size = int(data.rollouts.response_tokens.sum()) * policy.size.hidden * STATE_BYTES
-        existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-        if size > (free := shutil.disk_usage(existing).free):
-            raise UserError(
-                f"the states of the shared trunk may take {size / GIB:.1f} GiB, and {existing} has "
-                f"{free / GIB:.1f} GiB free; choose another --run, or fewer --steps"
-            )
+
+    def _train(self, data: CriticData, accepted: Callable[[], None]) -> tuple[CriticData, list[CriticEvaluation]]:
+        """`accepted` is called when the ranks have accepted the model."""
+        cfg, directory, progress = data.cfg, self.owned.directory, self.progress
+
+        def begin() -> None:
+            accepted()
+            progress.begin(data)
+
+        with following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks:
+            training = _train(data, directory, self.basis, begin, progress, wake_sinks)
+            return data, signals.run(training, grace_s=step_grace_s(cfg))
 
 
 async def _train(

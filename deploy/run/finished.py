@@ -63,7 +63,11 @@ def finished_critic_training(cfg: Config, directory: Path) -> dict[str, Any] | N
         raise UserError(f"{directory} was made by ratchet {command}; continue it with that command")
     if cfg != load_config(directory / "config.toml", [], Config):
         return None  # for example, more passes
-    more = "raise critic_training.passes or critic_training.patience to continue"
+    more = "raise critic_training.passes to continue"
+    if (_summary(directory) or {}).get("passes", 0) < cfg.critic_training.passes:
+        more = "raise critic_training.patience to continue"
+    elif cfg.optimizer.schedule != "constant":
+        more = f"its {cfg.optimizer.schedule} schedule ends here, so for more passes start a new run"
     return _finished(directory, f"its critic is in {directory / 'critic'}; {more}")
 
 

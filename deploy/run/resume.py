@@ -18,15 +18,20 @@ from deploy.run.record import read_record
 
 
 def resumed_config(
-    root: type[AnyRoot], directory: Path, overrides: Sequence[str], changes: Sequence[str] = (), *, travels: bool
+    root: type[AnyRoot],
+    directory: Path,
+    overrides: Sequence[str],
+    changes: Sequence[str] | None = None,
+    *,
+    travels: bool,
 ) -> AnyRoot:
-    """The config of the run in `directory` with `overrides`, and with the `changes` that the journal is to record.
-    Raises UserError if a setting may not change, or not in this way."""
+    """The config of the run in `directory` with `overrides`, and with the `changes` that the journal is to record;
+    None if the command records no changes. Raises UserError if a setting may not change, or not in this way."""
     if not os.path.exists(directory / "config.toml"):
         raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet has made")
     names = tuple(changeable(root))
     sections = tuple(name for name in names if name.endswith("."))
-    with_change = tuple(recorded(root))
+    with_change = () if changes is None else tuple(recorded(root))
     fixed = [text for text in overrides if _key(text) not in names and not _key(text).startswith(sections)]
     if for_change := [text for text in fixed if _key(text) in with_change]:
         raise UserError(
@@ -40,6 +45,7 @@ def resumed_config(
             f"changeable: {', '.join(name.rstrip('.') for name in names)}; "
             f"{recordable}or start a new run"
         )
+    changes = changes or ()
     if wrong := [text for text in changes if _key(text) not in with_change]:
         raise UserError(
             f"--change {wrong[0]}: only these settings can change in this way: {', '.join(with_change)}; others are "

@@ -20,6 +20,7 @@ import torch
 
 from common.errors import UserError
 from learner.loop.journal import Journal
+from learner.loop.notes import identity, learns
 from learner.ppo.scores import RunningMoments
 
 # The columns of EXPERIENCE_SCHEMA that training reads, and the row's number among all rollouts.
@@ -38,6 +39,9 @@ class JournalPart:
     end: int  # one after the last step
     void: tuple[int, ...]  # the steps in between that are skipped, because nobody could learn from them
     digest: str  # SHA-256 of the last step's file, which contains that of every entry before it
+    seed: int | None = None  # of its run
+    prompts: str | None = None  # digest of its training prompts, in the order in which they were asked
+    learns: bool = True  # False: the responses are those of --sample, which has seeds of its own
 
     @property
     def steps(self) -> list[int]:
@@ -45,8 +49,8 @@ class JournalPart:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> JournalPart:
-        run, first, end, void, digest = (record[field.name] for field in fields(cls))
-        return cls(run, first, end, tuple(void), digest)
+        known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        return cls(**{**known, "void": tuple(record["void"])})
 
 
 def choose_steps(run: Path, chosen: slice) -> JournalPart:
@@ -63,7 +67,10 @@ def choose_steps(run: Path, chosen: slice) -> JournalPart:
     void = tuple(sorted(step for step in journal.voided if first <= step < end))
     if len(void) == end - first:
         raise UserError(f"--from ({run}): every step of {first}:{end} is void in its journal; choose others")
-    return JournalPart(os.path.abspath(run), first, end, void, journal.digest(end))
+    notes = journal.notes
+    seed = next((note.fields["config"].get("seed") for note in notes if note.kind == "begin"), None)
+    prompts = identity(notes, before_step=first).get("prompts.train")
+    return JournalPart(os.path.abspath(run), first, end, void, journal.digest(end), seed, prompts, learns(notes))
 
 
 def shown_steps(chosen: slice) -> str:
@@ -77,15 +84,19 @@ class Rollouts:
     def __init__(
         self, parts: Sequence[JournalPart], *, on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        """Reads every step once, and checks it against its journal. Raises UserError for a journal that has changed
-        since the part was made, and for rollouts that nobody can learn from. `on_progress` gets the steps that are
-        read, and all."""
+        """Reads every step once, and checks it against its journal. Skips steps with numbers that nobody can learn
+        from, which `faults` then names. Raises UserError for a journal that has changed since the part was made.
+        `on_progress` gets the steps that are read, and all."""
         total = sum(len(part.steps) for part in parts)
         self.parts = parts
         self.moments = RunningMoments()  # of all scores
+        self.faults: list[str] = []  # one sentence for each step that is skipped
+        self.longest = 0  # tokens of the longest prompt with its response
+        self._skipped: list[list[int]] = [[] for _ in parts]
         self._files: list[Path] = []
-        places: list[np.ndarray] = []  # of each file: the number of the file, and of the row in it
-        tokens, prompts, belongs = [], [], []
+        places = [np.empty((2, 0), dtype=np.int32)]  # of each file: the number of the file, and of the row in it
+        tokens, prompts, belongs = ([np.empty(0, dtype=np.int64)] for _ in range(3))
+        done = 0
         for number, part in enumerate(parts):
             journal = Journal(Path(part.run) / "journal")
             if journal.next_step < part.end or journal.digest(part.end) != part.digest:
@@ -95,15 +106,22 @@ class Rollouts:
                 )
             for step in part.steps:
                 path, table = journal.directory / f"step-{step:06d}.arrow", journal.read(step).table
-                _check(table, path)
+                done += 1
+                on_progress(done, total)
+                if (fault := _fault(table)) is not None:
+                    self.faults.append(f"{path} has {fault}")
+                    self._skipped[number].append(step)
+                    continue
                 self.moments.update(torch.tensor(table["score"].to_numpy()))
                 rows = np.arange(table.num_rows, dtype=np.int32)
                 places.append(np.stack([np.full_like(rows, len(self._files)), rows]))
                 tokens.append(_lengths(table, "response_ids"))
+                self.longest = max(self.longest, *(tokens[-1] + _lengths(table, "prompt_ids")).tolist(), 0)
                 prompts.append(np.array([_hash(text) for text in table["prompt"].to_pylist()], dtype=np.int64))
-                belongs.append(np.full_like(rows, number))
+                belongs.append(np.full(table.num_rows, number))
                 self._files.append(path)
-                on_progress(len(self._files), total)
+        if parts and not self._files:
+            raise UserError(f"nobody can learn from any of the chosen steps: {self.faults[0]}; choose others")
         self._counts = np.bincount(np.concatenate(belongs), minlength=len(parts)).tolist()  # rollouts of each part
         self._places = np.concatenate(places, axis=1)
         self.response_tokens = np.concatenate(tokens)  # int64 [N]
@@ -115,7 +133,8 @@ class Rollouts:
 
     def records(self) -> list[dict[str, Any]]:
         """The parts and the number of their rollouts, for `critic.json` and RUN/journals.json."""
-        return [{**asdict(part), "rollouts": count} for part, count in zip(self.parts, self._counts, strict=True)]
+        counts = zip(self.parts, self._skipped, self._counts, strict=True)
+        return [{**asdict(part), "skipped": skipped, "rollouts": count} for part, skipped, count in counts]
 
     @property
     def num_prompts(self) -> int:
@@ -149,23 +168,24 @@ class Rollouts:
                 "it has not learned from; add a run with other prompts (--from)"
             )
         order = np.random.default_rng([seed, 0]).permutation(len(prompts))
-        held = order[: min(max(1, round(heldout_share * len(prompts))), len(prompts) - 1)]
+        held = order[: num_heldout(len(prompts), heldout_share)]
         is_heldout = np.isin(which, held)
         return np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout)
 
 
-def _check(table: pa.Table, path: Path) -> None:
-    """Raises UserError if a number is missing or not finite."""
+def num_heldout(prompts: int, share: float) -> int:
+    """Prompts that are held out: at least one, and not all."""
+    return min(max(1, round(share * prompts)), prompts - 1)
+
+
+def _fault(table: pa.Table) -> str | None:
+    """What nobody can learn from: a number that is missing or not finite, or an empty prompt."""
     for name in ("score", "rollout_logprobs", "ref_logprobs"):
         column = table[name].combine_chunks()
         numbers = column if name == "score" else column.flatten()
         if (name == "score" and column.null_count) or not np.isfinite(numbers.to_numpy(zero_copy_only=False)).all():
-            raise UserError(
-                f"{path} has a {name} that is missing or not finite, and nobody can learn from it; leave its step out "
-                "with --steps"
-            )
-    if not _lengths(table, "prompt_ids").all():
-        raise UserError(f"{path} has a prompt without tokens; leave its step out with --steps")
+            return f"a {name} that is missing or not finite"
+    return None if _lengths(table, "prompt_ids").all() else "a prompt without tokens"
 
 
 def _lengths(table: pa.Table, name: str) -> np.ndarray:

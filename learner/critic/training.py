@@ -110,6 +110,8 @@ class CriticRun(PassTraining[CriticEvaluation]):
         super().__init__(directory, trainer, data.order, passes=passes, checkpoint=checkpoint, **callbacks)
         self.cfg, self.data, self.rollouts, self.trainer, self.basis = cfg, data, data.rollouts, trainer, basis
         self._on_progress = on_progress
+        network = "optimizer.critic_learning_rate or " if cfg.learner.critic == "separate" else ""
+        self.RATE = f"{network}optimizer.value_head_learning_rate"
 
     def take(self, rows: Sequence[int]) -> pa.Table:
         return self.rollouts.table(self.data.rows[np.asarray(rows)])

@@ -65,6 +65,7 @@ class PassTraining(ABC, Generic[E]):
 
     ROWS = "rows"  # what the rows are, for messages
     SUSPECTS = "absurd numbers in the rows"  # what to look for when a batch cannot be learned from
+    RATE = "optimizer.learning_rate"  # the setting that it learns with
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class PassTraining(ABC, Generic[E]):
         except BatchError as error:
             raise UserError(
                 f"the trainer cannot learn from the {self.ROWS} of step {step + 1}: {error}. Look for {self.SUSPECTS}, "
-                "or begin a new run with a lower optimizer.learning_rate"
+                f"or begin a new run with a lower {self.RATE}"
             ) from error
         record = {"step": step, "epoch": (step + 1) / self.order.steps_per_pass, **stats}
         if step not in logged:  # a resumed run repeats the steps since its checkpoint, with the same result

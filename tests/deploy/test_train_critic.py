@@ -23,6 +23,7 @@ from deploy.journal_parts import RECORD, Asked, chosen_steps, new_parts, read_pa
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic
 from deploy.run.directory import sole_owner
+from deploy.run.finished import finished_critic_training
 from deploy.run.identity import identity_of
 from deploy.train_critic import run_critic_training
 from learner.critic.evaluation import EXPLAINED
@@ -73,6 +74,7 @@ def runs(model, tmp_path_factory):
     accepted.note("accept", identity={"model": "0" * 64})
     accepted.append(tables[1], policy_version=1, prompts={})
     write_journal(directory / "headless", tables)
+    (directory / "link").symlink_to("fits")
     return directory
 
 
@@ -128,6 +130,14 @@ def test_journals_that_fit_are_accepted(command, runs, options):
         ("--from {}/prompt", "8 responses to a single prompt"),
         ("--from {}/fits --steps 7", "--steps (7) must read A:B, such as 10:40"),
         ("--from {}/fits --steps 2:9", "--steps 2:9 is not in the journal of"),
+        ("--from {}/fits --from {}/link", "fits twice; name it once"),
+        ("--sample 64 --steps banana", "--steps (banana) must read A:B"),
+        ("--sample 64 --steps 1:", "--steps (1:) chooses among the steps of --from"),
+        ("--sample 1", "--sample (1) asks a single prompt"),
+        (
+            "--sample 16 optimizer.warmup_steps=2 critic_training.passes=1 rollouts_per_step=8",
+            "(2) must be below the 2",
+        ),
         ("--from {}/fits ppo.advantages=returns", 'ppo.advantages ("returns") needs no critic'),
         ("--from {}/fits optimizer.warmup_steps=3 critic_training.passes=1 rollouts_per_step=8", "(3) must be below"),
         ("--from {}/fits learner.critic=separate learner.critic_frozen=conv", "(conv) matches no parameter"),
@@ -144,11 +154,13 @@ def test_bad_input_is_refused_with_one_message(command, runs, options, message):
 
 def test_a_disk_without_room_for_the_states_is_refused(command, runs, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("deploy.train_critic.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("deploy.critic_checks.shutil.disk_usage", lambda path: usage)
     code, err = command("tiny.toml", "--from", runs / "fits")
     assert code == 2
     assert "the states of the shared trunk may take 0.0 GiB" in err
     assert command("tiny.toml", "--from", runs / "fits", "learner.critic=separate")[0] == 99
+    code, err = command("tiny.toml", "--sample", 64)  # real responses may be shorter
+    assert (code, "may take 0.0 GiB" in err) == (99, True)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +186,13 @@ def test_the_runs_own_journal_is_read_whole_after_those_of_from(runs):
     parts = Asked([runs / "fits"], "1:", 64).parts(runs / "also")
     assert [(Path(part.run).name, part.first) for part in parts] == [("fits", 1), ("also", 0)]
     assert [Path(part.run).name for part in Asked([], None, 64).parts(runs / "also")] == ["also"]
+
+
+@pytest.mark.parametrize("run", ["fits", "link", "."])
+@pytest.mark.parametrize("responses", [0, 64])
+def test_a_journal_in_the_directory_that_is_replaced_is_refused(runs, run, responses):
+    with pytest.raises(UserError, match=r"fits\) is in the run directory of this training .*name another"):
+        Asked([runs / "also", runs / "fits"] if run != "." else [runs / "fits"], None, responses).parts(runs / run)
 
 
 def test_a_sampling_checks_everything_before_anything_starts(command, runs):
@@ -205,6 +224,8 @@ def test_a_training_that_continues_reads_the_same_steps(begun, command):
     code, err = command("--resume", directory, "critic_training.heldout_share=0.5")
     assert (code, "critic_training.heldout_share (0.5) was 0.1" in err) == (2, True)
     assert command("--resume", directory, "critic_training.passes=50")[0] == 99
+    code, err = command("--resume", directory, "kl.coef=0.1")
+    assert (code, "kl.coef=0.1 cannot change when a run continues" in err, "--change" in err) == (2, True, False)
     (directory / RECORD).write_text(json.dumps({"heldout_share": 0.1, "passes": 20}))
     assert "journals.json cannot be read" in command("--resume", directory)[1]
     (directory / RECORD).unlink()
@@ -240,13 +261,33 @@ def test_a_finished_training_says_so(begun, command):
     assert command("--resume", directory, "critic_training.patience=9")[0] == 99
 
 
+@pytest.mark.parametrize(
+    ("passes", "schedule", "message"),
+    [
+        (20, "constant", "raise critic_training.passes to continue"),
+        (7, "linear", "raise critic_training.patience to continue"),
+        (20, "linear", "its linear schedule ends here"),
+    ],
+)
+def test_a_finished_training_says_which_setting_continues_it(model, tmp_path, capsys, passes, schedule, message):
+    cfg = tiny_config(model, optimizer={"schedule": schedule})
+    with sole_owner(tmp_path / "critic") as owned:
+        owned.begin(cfg, "train-critic", force=False)
+    (tmp_path / "critic/summary.json").write_text(json.dumps({"passes": passes}))
+    assert finished_critic_training(cfg, tmp_path / "critic") == {"passes": passes}
+    assert message in capsys.readouterr().out
+
+
 def test_the_default_directory_is_named_after_the_config(runs, command, monkeypatch):
     directories: list[Path] = []
     monkeypatch.setattr(
         "deploy.train_critic.run_critic_training", lambda cfg, directory, **_: directories.append(directory)
     )
     command("tiny.toml", "--from", runs / "fits")
-    assert directories == [Path("runs/tiny-critic")]
+    Path("mine").mkdir()
+    Path("tiny.toml").rename("mine/config.toml")
+    command("mine/config.toml", "--from", runs / "fits")
+    assert directories == [Path("runs/tiny-critic"), Path("runs/mine-critic")]
 
 
 class InThisProcess(OneProcess):
@@ -341,7 +382,13 @@ class FakeEngines(FakeRoles):
 
 
 @pytest.fixture
-def engines(monkeypatch, without_ray):
+def seeds() -> list[int]:
+    """Those of the generators that were started."""
+    return []
+
+
+@pytest.fixture
+def engines(monkeypatch, without_ray, seeds):
     """Stands in for the pools. Call it with the number of the response that kills the process. Returns the events."""
 
     def install(dies_at: int | None = None) -> list[str]:
@@ -352,7 +399,8 @@ def engines(monkeypatch, without_ray):
             def __init__(self, cfg: Any, on_event: Any) -> None:
                 events.append("engines start")
 
-            async def generators(self, *about: Any, **more: Any) -> FakeEngines:
+            async def generators(self, *about: Any, seed: int, **more: Any) -> FakeEngines:
+                seeds.append(seed)
                 return roles
 
             async def rewards(self, *about: Any, **more: Any) -> FakeEngines:
@@ -377,7 +425,7 @@ def sampled(directory: Path) -> list[str]:
     return [sample_id for step in Journal(directory / "journal").since(0) for sample_id in step.sample_ids]
 
 
-def test_the_starting_policy_is_sampled_before_the_trainer_starts(model, runs, tmp_path, engines):
+def test_the_starting_policy_is_sampled_before_the_trainer_starts(model, runs, tmp_path, engines, seeds):
     cfg = tiny_config(model, rollouts_per_step=8, critic_training={"passes": 1, "heldout_share": 0.3})
     events = engines()
     summary = run_critic_training(cfg, tmp_path / "whole", sources=[runs / "fits"], sample=20)
@@ -395,3 +443,5 @@ def test_the_starting_policy_is_sampled_before_the_trainer_starts(model, runs, t
     assert events == ["engines start", *["generate v0"] * (20 - kept), "engines stop", "trainer starts"]
     assert sampled(tmp_path / "cut") == sampled(tmp_path / "whole")
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
+    assert seeds == [seeds[0]] * 3
+    assert seeds[0] != cfg.seed  # or the critic would learn from the run's own first responses

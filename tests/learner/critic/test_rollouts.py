@@ -47,6 +47,12 @@ def test_every_rollout_that_is_not_void_is_given_once(both, runs):
     assert both.records()[0]["digest"] == Journal(runs / "one/journal").digest(4)
 
 
+def test_the_longest_prompt_with_its_response_is_known(both):
+    table = both.table(np.arange(32)).to_pydict()
+    pairs = zip(table["prompt_ids"], table["response_ids"], strict=True)
+    assert both.longest == max(len(prompt) + len(response) for prompt, response in pairs)
+
+
 def test_the_moments_are_those_of_all_scores(both):
     scores = both.table(np.arange(32))["score"].to_numpy()
     assert both.moments.count == 32
@@ -113,15 +119,21 @@ def test_a_journal_that_changed_since_is_refused(runs, tmp_path):
 
 
 @pytest.mark.parametrize("column", ["score", "rollout_logprobs", "ref_logprobs"])
-def test_numbers_that_are_not_finite_are_refused(tmp_path, column):
+def test_a_step_with_numbers_that_are_not_finite_is_skipped(tmp_path, column):
     table = step_table(1)
     values = table[column].to_pylist()
     values[3] = float("nan") if column == "score" else [float("inf")] * len(values[3])
     place = table.column_names.index(column)
     table = table.set_column(place, table.field(place), pa.array(values, table.field(place).type))
-    write_journal(tmp_path, [step_table(0), table])
-    with pytest.raises(UserError, match=rf"step-000001.arrow has a {column} that is missing or not finite"):
-        Rollouts([choose_steps(tmp_path, ALL)])
+    write_journal(tmp_path, [step_table(0), table, step_table(2)])
+    found = Rollouts([choose_steps(tmp_path, ALL)])
+    assert found.faults == [f"{tmp_path}/journal/step-000001.arrow has a {column} that is missing or not finite"]
+    kept = pa.concat_tables([step_table(0), step_table(2)])["response_ids"].to_pylist()
+    assert found.table(np.arange(16))["response_ids"].to_pylist() == kept
+    [record] = found.records()
+    assert (record["skipped"], record["rollouts"], record["end"]) == ([1], 16, 3)
+    with pytest.raises(UserError, match="nobody can learn from any of the chosen steps"):
+        Rollouts([choose_steps(tmp_path, slice(1, 2))])
 
 
 def test_steps_without_a_rollout_are_refused(tmp_path):
