@@ -155,6 +155,7 @@ class _Training:
 
         def begin() -> None:
             accepted()
+            (directory / "summary.json").unlink(missing_ok=True)  # of fewer passes: --resume would take it for the end
             progress.begin(data)
 
         with following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks:
@@ -217,6 +218,7 @@ def summarise(data: CriticData, evaluations: Sequence[CriticEvaluation], *, seco
         "heldout_rollouts": len(data.heldout),
         "passes": len(evaluations) - 1,
         "best_pass": best.epoch,
+        "r2": best.r2,
         "explained_variance": best.explained,
         "explained_variance_by_pass": {f"{one.epoch:g}": one.explained for one in evaluations},
         "heldout_loss": best.loss,

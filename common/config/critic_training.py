@@ -16,7 +16,7 @@ class CriticTrainingConfig(Section):
     passes: Positive = 20
     """Most passes over the rollouts."""
     patience: Positive = 3
-    """End after this many passes in which the explained variance on held-out prompts has not risen. The critic of the
-    best pass is kept."""
+    """End after this many passes in which R2 on held-out prompts (1 - mean squared error / variance of the returns) has
+    not risen. The critic of the best pass is kept."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts that the critic never learns from: they judge it after every pass."""

@@ -13,8 +13,9 @@ from learner.loop.checkpoints import COMPLETE
 
 # Files of common.files.write_whole. Not those that `ratchet scale` and `ratchet report` may be writing now.
 _STAGING_FILE = re.compile(r"(?!scale\.json|report\.html).+\.\d+\.tmp")
-_STAGING_DIRECTORY = re.compile(r"\.(policy|adapter|model|critic)-\w{8}")  # of common.files.replaced_directory
-_REPLACED_DIRECTORY = re.compile(r"\.(policy|adapter|model|critic)-\w{8}-old")
+# Directories of common.files.replaced_directory.
+_STAGING_DIRECTORY = re.compile(r"\.(policy|adapter|model|critic|best-critic)-\w{8}")
+_REPLACED_DIRECTORY = re.compile(r"\.(policy|adapter|model|critic|best-critic)-\w{8}-old")
 _CHECKPOINT = re.compile(r"step-\d{6,}")
 
 

@@ -72,8 +72,8 @@ class CriticProgress(Screen):
     def evaluation(self, evaluation: CriticEvaluation) -> None:
         figures = evaluation.figures
         self._print(
-            f"held-out prompts after {evaluation.epoch:g} pass(es): explained variance "
-            f"[bold]{evaluation.explained:.3f}[/] (first token {figures['value/explained_variance/first']:.3f}, last "
+            f"held-out prompts after {evaluation.epoch:g} pass(es): R2 [bold]{evaluation.r2:.3f}[/], explained "
+            f"variance {evaluation.explained:.3f} (first token {figures['value/explained_variance/first']:.3f}, last "
             f"{figures['value/explained_variance/last']:.3f}), loss {evaluation.loss:.3f}; "
             f"{time.perf_counter() - self._started:.0f} s"
         )
@@ -88,9 +88,10 @@ class CriticProgress(Screen):
             shares = (f"value/explained_variance/{key}", f"value/returns_var/{key}")
             table.add_row(name, *(f"{best.figures[share]:.3f}" for share in shares))
         self._console.print(table)
+        self._print(f"all tokens: R2 {best.r2:.3f} (1 - mean squared error / variance of the returns)")
         if best.step == 0:
             self._print(
-                "no pass explained more than the untrained critic, which is what is kept: train on more rollouts, or "
+                "no pass predicted better than the untrained critic, which is what is kept: train on more rollouts, or "
                 "change the learning rate",
                 style="yellow",
             )

@@ -11,6 +11,8 @@ import numpy as np
 from learner.ppo.critic_quality import critic_quality, positions
 
 EXPLAINED = "value/explained_variance/realised"
+R2 = "value/r2"
+_VARIANCE = "value/returns_var/realised"
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,26 @@ class CriticEvaluation:
 
     @property
     def explained(self) -> float:
-        """Explained variance over all tokens. Training keeps the critic that has the highest."""
+        """Explained variance over all tokens. It ignores an error that is the same at every token."""
         return self.figures[EXPLAINED]
 
+    @property
+    def r2(self) -> float:
+        """R2, the coefficient of determination over all tokens: 1 - mean squared error / variance of the returns. It is
+        the explained variance if the mean value is right, and lower otherwise. Training keeps the critic that has the
+        highest."""
+        variance = self.figures[_VARIANCE]
+        return 1 - 2 * self.loss / variance if variance else 0.0
+
     def record(self) -> dict[str, Any]:
-        return {**{key: getattr(self, key) for key in _OWN}, **self.figures}
+        return {**{key: getattr(self, key) for key in _OWN}, R2: self.r2, **self.figures}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> CriticEvaluation:
         own = {key: record[key] for key in _OWN}
-        figures = {key: float(value) for key, value in record.items() if key not in (*_OWN, "time")}
-        if EXPLAINED not in figures:
-            raise KeyError(EXPLAINED)
+        figures = {key: float(value) for key, value in record.items() if key not in (*_OWN, R2, "time")}
+        if missing := {EXPLAINED, _VARIANCE} - figures.keys():
+            raise KeyError(min(missing))
         return cls(**own, figures=figures)
 
 
@@ -75,8 +85,8 @@ def evaluate_critic(parts: Iterable[Predicted], *, step: int, epoch: float) -> C
 
 
 def best_of(evaluations: Iterable[CriticEvaluation]) -> CriticEvaluation:
-    """The first one that explains most."""
-    return max(evaluations, key=lambda evaluation: (evaluation.explained, -evaluation.step))
+    """The first one with the highest R2."""
+    return max(evaluations, key=lambda evaluation: (evaluation.r2, -evaluation.step))
 
 
 def _stacked(arrays: list[np.ndarray]) -> np.ndarray:

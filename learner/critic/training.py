@@ -6,6 +6,7 @@ Runs in the driver. learner/loop/passes.py has the loop itself.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from common.config.ppo import Config
 from common.errors import UserError
+from common.files import sync_directory
 from learner.critic.evaluation import CriticEvaluation, Predicted, best_of, evaluate_critic
 from learner.critic.files import CriticBasis, TrainedCritic, read_critic
 from learner.critic.returns import realised_returns
@@ -24,7 +26,8 @@ from learner.critic.rollouts import Rollouts
 from learner.loop.passes import PassTraining, RowOrder, Updates
 from learner.ppo.experience import ExperienceBatch
 
-CRITIC = "critic"  # the directory in RUN with the result
+CRITIC = "critic"  # the directory in RUN with the result: it appears at the end, complete
+BEST = "best-critic"  # the best critic so far; at the end it becomes CRITIC
 ROLLOUTS_PER_CALL = 64
 
 
@@ -122,7 +125,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
         if best_of(done) is evaluation:  # before its record: after a crash it would not be evaluated again
             passes = [one.record() for one in done]
             record = TrainedCritic(self.basis, self.rollouts.moments, self.rollouts.records(), passes)
-            await self.trainer.save_critic(self.directory / CRITIC, record)
+            await self.trainer.save_critic(self.directory / BEST, record)
         return evaluation
 
     async def _evaluation(self, step: int) -> CriticEvaluation:
@@ -137,7 +140,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
         return CriticEvaluation.from_record(record)
 
     def is_over(self, evaluations: Sequence[CriticEvaluation]) -> bool:
-        """True after `critic_training.patience` passes without a rise."""
+        """True after `critic_training.patience` passes whose R2 is no higher."""
         without = len(evaluations) - 1 - evaluations.index(best_of(evaluations))
         return without >= self.cfg.critic_training.patience
 
@@ -160,7 +163,21 @@ async def train_critic(run: CriticRun) -> list[CriticEvaluation]:
     """Trains to the end. RUN/critic has the best critic then. Returns all evaluations of the run."""
     await run.remember()
     evaluations = await run.train()
+    keep_best(run.directory)
     read_critic(run.directory / CRITIC)  # it is what was written
     if not run.cfg.checkpoint.keep_optimizer_at_end:
         await asyncio.to_thread(run.checkpoints.drop_optimizers)
     return evaluations
+
+
+def keep_best(directory: Path) -> None:
+    """Makes the best critic of this training the result. A training with more passes may have found none that is better
+    than the result before."""
+    if not (directory / BEST).exists():
+        return
+    old = directory / f".{CRITIC}-replaced-old"  # after a kill, deploy/run/leftovers.py restores or removes it
+    if (directory / CRITIC).exists():
+        (directory / CRITIC).rename(old)
+    (directory / BEST).rename(directory / CRITIC)
+    sync_directory(directory)
+    shutil.rmtree(old, ignore_errors=True)

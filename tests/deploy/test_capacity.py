@@ -592,6 +592,9 @@ def test_a_critic_on_a_frozen_trunk_needs_less_memory_than_one_that_trains():
 
     # A weight that trains takes 16 bytes, one of a frozen trunk 4.
     assert memory_of(critic="separate") - memory_of(critic="shared") > 11 * MODEL.parameters
+    for precision, fewer in (("fp32", 0), ("bf16", 2)):  # with LoRA a trunk is loaded in the precision of its passes
+        plain, adapted = (memory_of(precision=precision, **more) for more in ({}, {"lora": {}}))
+        assert plain - adapted == fewer * MODEL.parameters
     assert len(critic_needs(tiny_config("model", learner={"ranks": 2}), MODEL)) == 2
     cfg = tiny_config("model", learner={"critic": "separate", "micro_batch_tokens": 8})
     one, two = (critic_needs(cfg, MODEL, row=row)[0].memory for row in (100, 200))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -332,7 +333,8 @@ def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, with
     out = capsys.readouterr().out
     assert json.loads((directory / "summary.json").read_text()) == summary
     evaluations = read_records(directory / "evaluations.jsonl")
-    best = max(evaluations, key=lambda record: record[EXPLAINED])
+    best = max(evaluations, key=lambda record: record["value/r2"])
+    assert summary["r2"] == best["value/r2"]
     assert (summary["explained_variance"], summary["best_pass"]) == (best[EXPLAINED], best["epoch"])
     assert (summary["passes"], summary["training_rollouts"] + summary["heldout_rollouts"]) == (2, 32)
     record = read_critic(directory / "critic")
@@ -344,11 +346,13 @@ def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, with
     assert f"{kind} critic · {summary['training_rollouts']} rollouts to learn from" in out
     [row] = [line for line in out.splitlines() if "quarter 4" in line]
     shown = [f"{best[f'value/{figure}/quarter_4']:.3f}" for figure in ("explained_variance", "returns_var")]
+    assert f"R2 {best['value/r2']:.3f}" in out
     assert [cell for cell in row.split() if cell[-1].isdigit()][1:] == shown
     steps = [(step, value) for step, value in scalars(directory)["value/loss"]]
     assert [step for step, _ in steps] == [record["step"] for record in read_records(directory / "metrics.jsonl")]
     leftover = directory / ".critic-abcdefgh"
     leftover.mkdir()
+    shutil.copytree(directory / "critic", directory / "best-critic")  # as a kill before the last rename leaves it
     more = cfg.model_copy(update={"critic_training": cfg.critic_training.model_copy(update={"passes": 3})})
     assert run_critic_training(cfg, directory, resume=True) == summary
     assert run_critic_training(more, directory, resume=True)["passes"] == 3

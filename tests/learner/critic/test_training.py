@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import read_records
-from learner.critic.evaluation import EXPLAINED, Predicted, evaluate_critic
+from learner.critic.evaluation import EXPLAINED, CriticEvaluation, Predicted, evaluate_critic
 from learner.critic.files import read_critic
 from learner.critic.rollouts import Rollouts, choose_steps
 from learner.critic.trainer import CriticTrainer
@@ -115,7 +116,7 @@ def test_the_record_of_the_critic_says_what_it_was_trained_on(whole, rollouts):
     record = read_critic(directory / "critic")
     assert (record.basis, record.score_moments) == (BASIS, rollouts.moments)
     assert [(part["rollouts"], part["first"], part["end"]) for part in record.trained_on] == [(48, 0, 6)]
-    best = max(range(4), key=lambda i: evaluations[i].explained)
+    best = max(range(4), key=lambda i: evaluations[i].r2)
     assert [one["step"] for one in record.passes] == [0, 3, 6, 9][: best + 1]
     assert best > 0
 
@@ -126,6 +127,7 @@ def test_a_death_at_any_call_leads_to_the_same_bytes(whole, rollouts, tmp_path):
         directory = tmp_path / str(number)
         dead, _ = run_once(directory, cfg, rollouts, dies=(number, "before" if number % 4 else "after"))
         assert len(dead.calls) == number + 1
+        assert not (directory / "critic").exists()
         resumed, found = run_once(directory, cfg, rollouts)
         assert found == evaluations
         assert torch.equal(trained(resumed.trainer), trained(group.trainer))
@@ -136,7 +138,7 @@ def test_a_death_at_any_call_leads_to_the_same_bytes(whole, rollouts, tmp_path):
 
 
 def test_it_ends_after_passes_without_a_rise_and_keeps_the_best(model, rollouts, tmp_path, monkeypatch):
-    explained = iter([0.0, 0.2, 0.3, 0.1, 0.3, 0.9])
+    shares = iter([0.0, 0.25, 0.5, 0.125, 0.5, 0.75])
     weights = []
 
     async def next_one(run, step):
@@ -144,8 +146,8 @@ def test_it_ends_after_passes_without_a_rise_and_keeps_the_best(model, rollouts,
         evaluation = evaluate_critic(
             [Predicted(values, values, np.zeros(len(values)), np.ones(values.shape, bool))], step=step, epoch=step / 3
         )
-        object.__setattr__(evaluation, "figures", {EXPLAINED: next(explained)})
-        return evaluation
+        figures = {EXPLAINED: 0.5, "value/returns_var/realised": 2.0}  # so R2 is 1 - loss
+        return replace(evaluation, loss=1 - next(shares), figures=figures)
 
     cfg = config(model, passes=9, patience=2)
     monkeypatch.setattr(CriticRun, "_evaluation", next_one)
@@ -153,9 +155,9 @@ def test_it_ends_after_passes_without_a_rise_and_keeps_the_best(model, rollouts,
     save = group.trainer.save_critic
     group.trainer.save_critic = lambda *arguments: (weights.append(group.step), save(*arguments))
     found = asyncio.run(train_critic(CriticRun(CriticData.split(cfg, rollouts), tmp_path, group, BASIS)))
-    assert [evaluation.explained for evaluation in found] == [0.0, 0.2, 0.3, 0.1, 0.3]  # an equal one is no rise
+    assert [evaluation.r2 for evaluation in found] == [0.0, 0.25, 0.5, 0.125, 0.5]  # an equal one is no rise
     assert weights == [0, 3, 6]
-    assert [one[EXPLAINED] for one in read_critic(tmp_path / "critic").passes] == [0.0, 0.2, 0.3]
+    assert [one["value/r2"] for one in read_critic(tmp_path / "critic").passes] == [0.0, 0.25, 0.5]
     again = OneProcess(CriticTrainer(cfg, 27, rollouts.moments, tmp_path))
     assert asyncio.run(train_critic(CriticRun(CriticData.split(cfg, rollouts), tmp_path, again, BASIS))) == found
     assert "update" not in again.calls
@@ -171,6 +173,8 @@ def test_an_evaluation_joins_parts_of_several_widths():
     assert found.loss == pytest.approx((0.25 + 4) / 4 / 2)
     # Returns 1, 1, 2, 5: mean 2.25, variance 2.6875. Errors 0.5, 0, 0, 2: mean 0.625, variance 0.671875.
     assert found.explained == pytest.approx(1 - 0.671875 / 2.6875)
+    assert found.r2 == pytest.approx(1 - (4.25 / 4) / 2.6875)  # lower: the mean value is 0.625 too low
+    assert CriticEvaluation.from_record(found.record()) == found
     assert found.figures["value/returns_var/first"] == pytest.approx(np.var([1.0, 2.0, 5.0]))
     assert found.figures["value/returns_var/last"] == pytest.approx(np.var([1.0, 2.0, 5.0]))
 
