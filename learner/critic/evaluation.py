@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from learner.ppo.critic_quality import critic_quality, positions
+from learner.ppo.critic_quality import POSITIONS, positions, quality_of_tokens
 
 EXPLAINED = "value/explained_variance/realised"
 R2 = "value/r2"
@@ -56,28 +56,37 @@ _OWN = ("step", "epoch", "rollouts", "tokens", "loss")
 
 @dataclass(frozen=True)
 class Predicted:
-    """Some rollouts with the values that a critic gave them; R is their longest response."""
+    """The response tokens of some rollouts, one rollout after another, with the values that a critic gave them. A token
+    takes 9 bytes; padding would take many times as much."""
 
-    values: np.ndarray  # float32 [B, R]
-    returns: np.ndarray  # float32 [B, R]
-    scores: np.ndarray  # float32 [B]
-    mask: np.ndarray  # bool [B, R]
+    rollouts: int
+    values: np.ndarray  # float32 [n]
+    returns: np.ndarray  # float32 [n]
+    positions: np.ndarray  # uint8 [n]; bit k is set where the token is in part k of POSITIONS
+    scores: np.ndarray  # float32, of the rollouts that have tokens
+
+    @classmethod
+    def of(cls, values: np.ndarray, returns: np.ndarray, scores: np.ndarray, mask: np.ndarray) -> Predicted:
+        """values, returns, mask [B, R]; scores [B]."""
+        parts = positions(mask)
+        bits = [parts[name][mask].astype(np.uint8) << bit for bit, name in enumerate(POSITIONS)]
+        return cls(len(mask), values[mask], returns[mask], np.bitwise_or.reduce(bits), scores[mask.any(1)])
 
 
-def evaluate_critic(parts: Iterable[Predicted], *, step: int, epoch: float) -> CriticEvaluation:
+def evaluate_critic(found: Sequence[Predicted], *, step: int, epoch: float) -> CriticEvaluation:
     """Evaluates the parts together."""
-    found = list(parts)
-    values, returns, mask = (
-        _stacked([getattr(part, name) for part in found]) for name in ("values", "returns", "mask")
+    values, returns, codes, scores = (
+        np.concatenate([getattr(part, name) for part in found]) for name in ("values", "returns", "positions", "scores")
     )
-    errors = (values - returns)[mask].astype(np.float64)
-    figures = critic_quality(values, returns, np.concatenate([part.scores for part in found]), mask)
-    for name, part in positions(mask).items():
+    parts = {name: (codes & (1 << bit)).astype(bool) for bit, name in enumerate(POSITIONS)}
+    figures = quality_of_tokens(values, returns, parts, scores)
+    for name, part in parts.items():
         figures[f"value/returns_var/{name}"] = float(returns[part].astype(np.float64).var()) if part.any() else 0.0
+    errors = (values - returns).astype(np.float64)
     return CriticEvaluation(
         step=step,
         epoch=epoch,
-        rollouts=len(mask),
+        rollouts=sum(part.rollouts for part in found),
         tokens=len(errors),
         loss=float((errors**2).mean() / 2),
         figures=figures,
@@ -87,13 +96,3 @@ def evaluate_critic(parts: Iterable[Predicted], *, step: int, epoch: float) -> C
 def best_of(evaluations: Iterable[CriticEvaluation]) -> CriticEvaluation:
     """The first one with the highest R2."""
     return max(evaluations, key=lambda evaluation: (evaluation.r2, -evaluation.step))
-
-
-def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    """[B, R] arrays of several widths below each other, with zeros at the ends of shorter rows."""
-    whole = np.zeros((sum(map(len, arrays)), max(array.shape[1] for array in arrays)), arrays[0].dtype)
-    start = 0
-    for array in arrays:
-        whole[start : start + len(array), : array.shape[1]] = array
-        start += len(array)
-    return whole

@@ -133,7 +133,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
         for table in self._chunks("held-out prompts", self.data.heldout):
             scores, returns, mask = self.data.returns(table)
             values = await self.trainer.values(table)
-            parts.append(Predicted(values, returns.numpy(), scores.numpy(), mask.numpy()))
+            parts.append(Predicted.of(values, returns.numpy(), scores.numpy(), mask.numpy()))
         return evaluate_critic(parts, step=step, epoch=step / self.order.steps_per_pass)
 
     def evaluation_of(self, record: Mapping[str, Any]) -> CriticEvaluation:

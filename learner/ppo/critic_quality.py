@@ -8,6 +8,7 @@ hold anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -38,13 +39,22 @@ class Bin(NamedTuple):
 def critic_quality(values: ArrayLike, returns: ArrayLike, scores: ArrayLike, mask: ArrayLike) -> dict[str, float]:
     """The figures of a batch by metric key. scores [B]: as the learner saw them, normalised."""
     values, returns, scores, mask = (np.asarray(x) for x in (values, returns, scores, mask))
-    parts = {"realised": mask, **positions(mask)}
+    parts = {name: part[mask] for name, part in positions(mask).items()}
+    return quality_of_tokens(values[mask], returns[mask], parts, scores[mask.any(1)])
+
+
+def quality_of_tokens(
+    values: np.ndarray, returns: np.ndarray, parts: Mapping[str, np.ndarray], scores: np.ndarray
+) -> dict[str, float]:
+    """The same of tokens without padding, one response after another. values, returns, and each of the parts that
+    `positions` names: [n]. scores: of the responses that have tokens."""
+    parts = {"realised": np.ones(len(values), bool), **parts}
     explained = {name: explained_variance(values, returns, part) for name, part in parts.items()}
     return {
-        "value/returns_var/realised": _variance(_chosen(returns, mask)),
+        "value/returns_var/realised": _variance(returns.astype(np.float64)),
         **{f"value/explained_variance/{name}": share for name, share in explained.items()},
-        "value/calibration_error": calibration_error(calibration(values, returns, mask)),
-        "value/score_correlation": correlation(values[parts["first"]], scores[mask.any(1)]),
+        "value/calibration_error": calibration_error(calibration(values, returns, parts["realised"])),
+        "value/score_correlation": correlation(values[parts["first"]], scores),
     }
 
 

@@ -20,6 +20,7 @@ from learner.critic.files import read_critic
 from learner.critic.rollouts import Rollouts, choose_steps
 from learner.critic.trainer import CriticTrainer
 from learner.critic.training import CriticData, CriticRun, train_critic
+from learner.ppo.critic_quality import critic_quality
 from tests.fakes import save_tiny_model, tiny_config
 from tests.learner.critic.journals import step_table, write_journal
 from tests.learner.critic.test_trainer import BASIS, trained
@@ -144,7 +145,9 @@ def test_it_ends_after_passes_without_a_rise_and_keeps_the_best(model, rollouts,
     async def next_one(run, step):
         [values] = [await run.trainer.values(rollouts.table(run.data.heldout))]
         evaluation = evaluate_critic(
-            [Predicted(values, values, np.zeros(len(values)), np.ones(values.shape, bool))], step=step, epoch=step / 3
+            [Predicted.of(values, values, np.zeros(len(values)), np.ones(values.shape, bool))],
+            step=step,
+            epoch=step / 3,
         )
         figures = {EXPLAINED: 0.5, "value/returns_var/realised": 2.0}  # so R2 is 1 - loss
         return replace(evaluation, loss=1 - next(shares), figures=figures)
@@ -167,7 +170,8 @@ def test_an_evaluation_joins_parts_of_several_widths():
     values = [np.array([[0.5, 1.0, 9.0]], np.float32), np.array([[2.0], [3.0]], np.float32)]
     masks = [np.array([[True, True, False]]), np.array([[True], [True]])]
     returns = [np.array([[1.0, 1.0, 0.0]], np.float32), np.array([[2.0], [5.0]], np.float32)]
-    parts = [Predicted(v, r, np.zeros(len(v)), m) for v, r, m in zip(values, returns, masks)]
+    scores = [np.array([0.0]), np.array([1.0, 2.0])]
+    parts = [Predicted.of(v, r, s, m) for v, r, s, m in zip(values, returns, scores, masks)]
     found = evaluate_critic(parts, step=6, epoch=2.0)
     assert (found.rollouts, found.tokens) == (3, 4)
     assert found.loss == pytest.approx((0.25 + 4) / 4 / 2)
@@ -175,6 +179,11 @@ def test_an_evaluation_joins_parts_of_several_widths():
     assert found.explained == pytest.approx(1 - 0.671875 / 2.6875)
     assert found.r2 == pytest.approx(1 - (4.25 / 4) / 2.6875)  # lower: the mean value is 0.625 too low
     assert CriticEvaluation.from_record(found.record()) == found
+    padded = [
+        np.array([row + [7.0] * (3 - len(row)) for row in rows]) for rows in ([[0.5, 1], [2], [3]], [[1, 1], [2], [5]])
+    ]
+    expected = critic_quality(*padded, np.arange(3.0), np.arange(3) < np.array([[2], [1], [1]]))
+    assert expected.items() <= found.figures.items()
     assert found.figures["value/returns_var/first"] == pytest.approx(np.var([1.0, 2.0, 5.0]))
     assert found.figures["value/returns_var/last"] == pytest.approx(np.var([1.0, 2.0, 5.0]))
 
