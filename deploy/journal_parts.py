@@ -19,10 +19,10 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_json
 from deploy.run.critic import source_differences
-from learner.critic.files import CriticBasis, CriticSource
 from learner.critic.rollouts import JournalPart, Rollouts, choose_steps
 from learner.loop.journal import Journal
 from learner.loop.notes import Note, identity
+from learner.ppo.critic_files import CriticBasis, CriticSource
 
 RECORD = "journals.json"
 ASKED = "sample.json"

@@ -33,10 +33,10 @@ from deploy.screen.sampling_progress import SamplingProgress
 from deploy.session import session, step_grace_s
 from deploy.sinks.following import check_sinks, following
 from learner.critic.evaluation import CriticEvaluation, best_of
-from learner.critic.files import CriticBasis
 from learner.critic.rollouts import JournalPart, Rollouts
 from learner.critic.trainer import CriticTrainer
 from learner.critic.training import CriticData, CriticRun, train_critic
+from learner.ppo.critic_files import CriticBasis
 from learner.ranks.group import CriticTrainerGroup
 
 

@@ -71,6 +71,13 @@ def test_imports_point_one_way(path):
     assert imported(path) & set(LAYERS) <= MAY_IMPORT[path.parts[0]]
 
 
+def test_ppo_does_not_import_the_training_of_critics():
+    """`ratchet train-critic` uses the maths of PPO, and PPO starts from the files that it writes."""
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in FILES if path.is_relative_to("learner/ppo")}
+    assert len(texts) > 10
+    assert not [path for path, text in texts.items() if re.search(r"^\s*(from|import) learner\.critic\b", text, re.M)]
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_product_file_imports_the_tests(path):
     assert imported(path) & {"tests", "fakes", "pytest"} == set()

@@ -15,8 +15,8 @@ from common.errors import UserError
 from common.model.identity import model_digest, tokenizer_digest
 from deploy.policy_files import PolicyFiles
 from deploy.screen.console import complain
-from learner.critic.files import SETTING, CriticBasis, CriticSource, read_critic
-from learner.critic.frozen import frozen_names
+from learner.ppo.critic_files import SETTING, CriticBasis, CriticSource, read_critic
+from learner.ppo.frozen import frozen_names
 
 _SHOWN = 12  # hex digits of a digest in messages
 

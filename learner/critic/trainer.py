@@ -19,13 +19,13 @@ from common.model.packing import Sequences
 from common.model.size import model_size
 from common.model.transfer import on_device
 from learner.critic.evaluation import EXPLAINED
-from learner.critic.files import TrainedCritic, save_critic
-from learner.critic.frozen_states import FrozenStatesOnDisk, States, kept_micro_batches, values_on_states
 from learner.critic.network import Critic
 from learner.critic.returns import realised_returns
 from learner.critic.rollouts import ROW
+from learner.ppo.critic_files import TrainedCritic, save_critic
 from learner.ppo.critic_quality import explained_variance
 from learner.ppo.experience import ExperienceBatch
+from learner.ppo.frozen_states import FrozenStatesOnDisk, States, kept_micro_batches, values_on_states
 from learner.ppo.losses import value_loss
 from learner.ppo.scores import RunningMoments
 from learner.ranks.device import trainer_device
@@ -110,7 +110,7 @@ class CriticTrainer(Trainer):
         return self.ranks.sum(result).numpy()
 
     def save_critic(self, target: Path, record: TrainedCritic) -> None:
-        """Writes the critic as `learner.critic.files` says."""
+        """Writes the critic as `learner.ppo.critic_files` says."""
         if self.ranks.rank > 0:  # only helps to gather the tensors
             deque(self.network.tensors(), maxlen=0)
             return

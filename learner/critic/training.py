@@ -20,10 +20,10 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.files import sync_directory
 from learner.critic.evaluation import CriticEvaluation, Predicted, best_of, evaluate_critic
-from learner.critic.files import CriticBasis, TrainedCritic, read_critic
 from learner.critic.returns import realised_returns
 from learner.critic.rollouts import Rollouts
 from learner.loop.passes import PassTraining, RowOrder, Updates
+from learner.ppo.critic_files import CriticBasis, TrainedCritic, read_critic
 from learner.ppo.experience import ExperienceBatch
 
 CRITIC = "critic"  # the directory in RUN with the result: it appears at the end, complete

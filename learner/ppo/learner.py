@@ -16,8 +16,8 @@ from torch import Tensor
 from common.config.ppo import Config
 from common.errors import BrokenWeightsError
 from common.metrics.step import StepMetrics
-from learner.critic.files import check_same, score_moments
 from learner.ppo.credit import Credit, NewestPass
+from learner.ppo.critic_files import check_same, score_moments
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
 from learner.ppo.objective import objective

@@ -19,11 +19,12 @@ from common.model.kernels import install
 from common.model.logprobs import Finish, chosen_logprobs
 from common.model.packing import Sequences
 from common.model.saved_weights import as_saved
-from learner.critic.files import load_body, load_head
-from learner.critic.frozen import freeze
-from learner.critic.frozen_states import States
-from learner.critic.network import critic_tensors, head_values, new_head, prepare, values_of_states, weights_dtype
 from learner.ppo import lora
+from learner.ppo.critic_files import load_body, load_head
+from learner.ppo.frozen import freeze
+from learner.ppo.frozen_states import States
+from learner.ppo.preparation import prepare, weights_dtype
+from learner.ppo.value_head import critic_tensors, head_values, new_head, values_of_states
 from learner.ranks.distributed import whole
 
 
@@ -53,7 +54,7 @@ class PolicyWithCritic(nn.Module):
         seed: int,
         critic: Path | None = None,
     ) -> PolicyWithCritic:
-        """`critic`: the directory of a trained critic (learner/critic/files.py), which takes the place of the fresh
+        """`critic`: the directory of a trained critic (learner/ppo/critic_files.py), which takes the place of the fresh
         one."""
         dtype = weights_dtype(cfg)
         policy = load_policy(directory, dtype=dtype, device=device, install=install)
@@ -130,7 +131,7 @@ class PolicyWithCritic(nn.Module):
         return as_saved(self.policy, lora.merged(self.policy))
 
     def critic_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `learner.critic.network.critic_tensors`; none without a critic."""
+        """See `learner.ppo.value_head.critic_tensors`; none without a critic."""
         return iter(()) if self.value_head is None else critic_tensors(self.value_head, self.critic_body)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common.metrics.step import StepMetrics
 from common.model.packing import Sequences
-from learner.critic.frozen_states import FrozenStates, States, kept_micro_batches, values_on_states
 from learner.ppo.experience import ExperienceBatch
+from learner.ppo.frozen_states import FrozenStates, States, kept_micro_batches, values_on_states
 from learner.ppo.losses import value_loss
 from learner.ppo.policy_trainer import PolicyTrainer, check_finite
 from learner.ppo.targets import Targets

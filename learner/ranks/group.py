@@ -17,7 +17,7 @@ from common.config.ppo import Config
 from common.daemon_threads import answer, in_daemon_thread
 from common.errors import RankLostError
 from common.types import Manifest, PublishedBucket
-from learner.critic.files import TrainedCritic
+from learner.ppo.critic_files import TrainedCritic
 from learner.ranks.rank_group import RankGroup
 from learner.reward_model.pairs import Pair
 

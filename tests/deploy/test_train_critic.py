@@ -28,9 +28,9 @@ from deploy.run.finished import finished_critic_training
 from deploy.run.identity import identity_of
 from deploy.train_critic import run_critic_training
 from learner.critic.evaluation import EXPLAINED
-from learner.critic.files import read_critic
 from learner.critic.rollouts import Rollouts
 from learner.loop.journal import Journal
+from learner.ppo.critic_files import read_critic
 from tests.event_files import scalars
 from tests.fakes import FakeRoles, save_tiny_model, tiny_config
 from tests.learner.critic.journals import step_table, write_journal

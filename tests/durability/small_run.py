@@ -32,12 +32,12 @@ from deploy.policy_files import PolicyFiles
 from deploy.run.critic import critic_basis
 from deploy.run.leftovers import clear_leftovers
 from deploy.run.summary import answers_path, write_answers
-from learner.critic.files import TrainedCritic, save_critic
 from learner.loop.answers import Answer
 from learner.loop.evaluation import Evaluation
 from learner.loop.prompts import PromptStream, heldout_prompts
 from learner.loop.run import Run
 from learner.loop.train_loop import train
+from learner.ppo.critic_files import TrainedCritic, save_critic
 from learner.ppo.learner import Learner
 from learner.ppo.scores import RunningMoments
 from tests.fakes import END, make_rollout, save_tiny_tokenizer, tiny_config

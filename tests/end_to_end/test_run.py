@@ -22,9 +22,9 @@ from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic
 from deploy.train import run_training
 from deploy.train_critic import run_critic_training
-from learner.critic.files import read_critic
 from learner.loop.journal import Journal
 from learner.loop.notes import learns
+from learner.ppo.critic_files import read_critic
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray

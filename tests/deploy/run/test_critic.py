@@ -17,8 +17,8 @@ from common.user_code.import_path import module_file
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic, critic_basis
 from deploy.run.start import planned_start
-from learner.critic.files import CriticBasis, CriticSource, TrainedCritic, save_critic
 from learner.loop.prompts import PromptStream
+from learner.ppo.critic_files import CriticBasis, CriticSource, TrainedCritic, save_critic
 from learner.ppo.scores import RunningMoments
 from tests.deploy.run.test_start import RECORDS
 from tests.fakes import save_tiny_model, tiny_config

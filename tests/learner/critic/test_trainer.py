@@ -14,11 +14,11 @@ from transformers import AutoModel
 
 from common.config.ppo import Config
 from learner.critic.evaluation import EXPLAINED
-from learner.critic.files import CriticBasis, TrainedCritic, load_head, read_critic
 from learner.critic.returns import realised_returns
 from learner.critic.rollouts import Rollouts, choose_steps
 from learner.critic.trainer import CriticTrainer
 from learner.loop.checkpoints import write_marker
+from learner.ppo.critic_files import CriticBasis, TrainedCritic, load_head, read_critic
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.policy import PolicyWithCritic
 from learner.ranks.distributed import whole

@@ -16,10 +16,10 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.files import read_records
 from learner.critic.evaluation import EXPLAINED, CriticEvaluation, Predicted, evaluate_critic
-from learner.critic.files import read_critic
 from learner.critic.rollouts import Rollouts, choose_steps
 from learner.critic.trainer import CriticTrainer
 from learner.critic.training import CriticData, CriticRun, train_critic
+from learner.ppo.critic_files import read_critic
 from learner.ppo.critic_quality import critic_quality
 from tests.fakes import save_tiny_model, tiny_config
 from tests.learner.critic.journals import step_table, write_journal

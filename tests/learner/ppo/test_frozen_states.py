@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.critic.frozen_states import FrozenStates, FrozenStatesOnDisk, States
 from learner.critic.rollouts import Rollouts, choose_steps
+from learner.ppo.frozen_states import FrozenStates, FrozenStatesOnDisk, States
 from tests.fakes import save_tiny_model
 from tests.learner.critic.journals import step_table, write_journal
 from tests.learner.critic.test_trainer import batches, config, make_trainer, remember

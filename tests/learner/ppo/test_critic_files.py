@@ -17,7 +17,7 @@ from common.config.ppo import LearnerConfig
 from common.errors import UserError
 from common.model.files import resolve_model
 from common.model.identity import model_digest
-from learner.critic.files import CriticBasis, CriticSource, TrainedCritic, read_critic, save_critic
+from learner.ppo.critic_files import CriticBasis, CriticSource, TrainedCritic, read_critic, save_critic
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
 from learner.ppo.policy import PolicyWithCritic

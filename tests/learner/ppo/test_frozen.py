@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.model.size import model_size
-from learner.critic.frozen import frozen_names
 from learner.critic.network import Critic
+from learner.ppo.frozen import frozen_names
 from learner.ppo.learner import Learner
 from tests.common.model.model_kinds import listed
 from tests.common.model.model_kinds import tiny_config as kind_config
