@@ -56,9 +56,6 @@ class Learner(PolicyTrainer):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
         check_finite("a total score", batch.scores.float())
         old_logprobs, old_entropy, old_values, shared_pass = self._old_outputs(batch)
-        if old_logprobs is not None:
-            check_finite(OLD_LOGPROB, old_logprobs, BrokenWeightsError)
-        check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
         fixed, derivation, stats = targets(
             batch,
             old_logprobs,
@@ -71,22 +68,9 @@ class Learner(PolicyTrainer):
         self.kl_controller.update(stats["kl/per_response"], len(batch.scores))
         forwarded = time.perf_counter()
 
-        scale, steps = self.set_learning_rate(), 0
+        scale = self.set_learning_rate()
         newest = NewestPass(batch.mask.shape, self.device, entropy=old_entropy is None)
-        for rows in self._minibatches(len(batch.scores)):
-            approx_kl, loss = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
-            shared_pass = None
-            if old_logprobs is None and steps == 0:  # then this is the first pass of the weights as they were
-                check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
-            check_finite("the loss", loss)
-            if cfg.ppo.target_kl and approx_kl > cfg.ppo.target_kl:
-                self.optimizer.zero_grad(set_to_none=True)
-                break
-            if self._critic_only:
-                for parameter in self.network.policy.parameters():
-                    parameter.grad = None
-            metrics.add("ppo/grad_norm", self.optimizer_step())
-            steps += 1
+        steps = self._policy_passes(batch, fixed, shared_pass, newest, metrics)
         stats |= train_critic_alone(self, batch, fixed, metrics)
 
         self.ranks.merge(metrics)
@@ -154,6 +138,9 @@ class Learner(PolicyTrainer):
             for rows, outputs in zip(micro_batches, passes, strict=True):
                 old[-len(outputs) :, rows, : outputs.shape[2]] = outputs.cpu()
         old_logprobs, old_entropy, old_values = self.ranks.sum(old)
+        if not to_sampler:
+            check_finite(OLD_LOGPROB, old_logprobs, BrokenWeightsError)
+        check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
         if to_sampler:
             return None, None, old_values, shared_pass
         return old_logprobs, old_entropy, old_values, shared_pass
@@ -164,6 +151,33 @@ class Learner(PolicyTrainer):
         metrics.add("reward/running_mean", self.score_moments.mean)
         metrics.add("reward/running_std", self.score_moments.deviation)
         return shaped(scores, self.score_moments, self.cfg.reward)
+
+    def _policy_passes(
+        self,
+        batch: ExperienceBatch,
+        fixed: Targets,
+        shared_pass: Outputs | None,
+        newest: NewestPass,
+        metrics: StepMetrics,
+    ) -> int:
+        """The passes over the batch that train the policy. They end early if it has moved too far (ppo.target_kl).
+        Returns the optimizer steps."""
+        ppo, steps = self.cfg.ppo, 0
+        for rows in self._minibatches(len(batch.scores)):
+            approx_kl, loss = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
+            shared_pass = None
+            if ppo.ratio_to_sampler and steps == 0:  # then this is the first pass of the weights as they were
+                check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
+            check_finite("the loss", loss)
+            if ppo.target_kl and approx_kl > ppo.target_kl:
+                self.optimizer.zero_grad(set_to_none=True)
+                break
+            if self._critic_only:
+                for parameter in self.network.policy.parameters():
+                    parameter.grad = None
+            metrics.add("ppo/grad_norm", self.optimizer_step())
+            steps += 1
+        return steps
 
     def _minibatch_gradient(
         self,
