@@ -15,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from common.config.ppo import Config
+from common.config.sources import SourceConfig
 from common.errors import UserError
 from common.files import write_json
-from deploy.run.critic import source_differences
+from deploy.run.critic import critic_source, response_differences, response_settings, source_differences
+from deploy.screen.console import complain
 from learner.critic.rollouts import JournalPart, Rollouts, choose_steps
 from learner.loop.journal import Journal
 from learner.loop.notes import Note, identity
-from learner.ppo.critic_files import CriticBasis, CriticSource
+from learner.ppo.critic_files import CriticBasis
 
 RECORD = "journals.json"
 ASKED = "sample.json"
+_SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,16 @@ def check_parts(parts: Sequence[JournalPart], basis: CriticBasis) -> None:
                 )
 
 
+def warn_of_other_responses(parts: Sequence[JournalPart], basis: CriticBasis) -> None:
+    """Warns of journals whose responses were sampled with other settings than the config's."""
+    for part in parts:
+        [begin] = [note for note in Journal(Path(part.run) / "journal").notes if note.kind == "begin"]
+        if different := response_differences(response_settings(begin.fields["config"]), basis.responses):
+            complain(
+                f"warning: --from ({part.run}) has other responses than a run with this config: {', '.join(different)}"
+            )
+
+
 def _steps_with_other_inputs(notes: Sequence[Note], part: JournalPart) -> list[int]:
     """The first step, and those before which the user accepted that something was replaced."""
     accepted = [note.before_step for note in notes if note.kind == "accept"]
@@ -152,7 +167,7 @@ def _differences(config: Mapping[str, Any], digests: Mapping[str, str], basis: C
     if digests.get("model") != basis.model:
         yield "it began with another base model (other weights, config or tokenizer) than model.path"
     sources = [
-        CriticSource(source["name"], source["weight"], digests.get(f"reward.sources.{number}"))
+        critic_source(_SOURCE.validate_python(source), digests.get(f"reward.sources.{number}"))
         for number, source in enumerate(config["reward"]["sources"])
     ]
     yield from source_differences(sources, basis.sources, was="its responses were scored", now="this config has")

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import write_json
 from deploy.critic_checks import check_data, check_plan
 from deploy.ending import signals
-from deploy.journal_parts import Asked, check_parts, read_parts, write_parts
+from deploy.journal_parts import Asked, check_parts, read_parts, warn_of_other_responses, write_parts
 from deploy.needs import Phases, critic_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import critic_basis
@@ -134,6 +134,7 @@ class _Training:
     def _load(self, cfg: Config, parts: Sequence[JournalPart]) -> CriticData:
         """Raises UserError if a critic cannot be trained on these parts."""
         check_parts(parts, self.basis)
+        warn_of_other_responses(parts, self.basis)
         rollouts = Rollouts(parts, on_progress=partial(self.progress.work, "journals"))
         for fault in rollouts.faults:
             complain(f"warning: {fault}, and nobody can learn from it: the step is skipped")

@@ -163,10 +163,10 @@ class LearnerConfig(TrainerConfig):
     critic: Literal["shared", "separate"] = "shared"
     """shared: a value head on the policy's trunk, one forward pass; separate: its own network from the same
     checkpoint, twice the memory and compute, and a value loss that cannot disturb the policy."""
-    critic_path: str | None = None
+    critic_path: MayChange[str | None] = None
     """Directory of a critic that ratchet train-critic has written: the run starts from it, and from the statistics of
     the scores that it was trained with. It must have been trained for this model, this reward, this kind of critic and
-    this ppo.gamma. Left out: a value head of zeros."""
+    this ppo.gamma. A run that continues may name a new place of the same critic. Left out: a value head of zeros."""
     critic_frozen: str | tuple[str, ...] | None = None
     """Weights of a separate critic that do not train, against overfitting on few scores: attention, or patterns over
     the names of its parameters, such as "*.mlp.*" or "embed_tokens.*". They take no gradient and no optimizer state.

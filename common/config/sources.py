@@ -22,14 +22,21 @@ _HEADERS = 'headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }'
 
 
 class RewardSource(Section):
-    """A source of raw scores for responses. `key` names the setting that only this kind of source has."""
+    """A source of raw scores for responses. `key` names the setting that only this kind of source has, and `decide` the
+    settings that decide a score: not those of speed, and not where its files or services are."""
 
     key: ClassVar[str]
+    decide: ClassVar[tuple[str, ...]] = ()
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
     """The name of its raw score in the log, in the journal and on the screen."""
     weight: float = 1.0
     """Its share in the total: score = sum of weight * raw score. The weight of a judge has no effect."""
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """The kind of the source and the settings that decide a score, as JSON has them."""
+        return {"kind": self.key, **self.model_dump(mode="json", include=set(self.decide))}
 
     def broken_rules(self) -> Iterator[str]:
         """Faults that no single field shows; each message says rule, value and remedy."""
@@ -40,6 +47,7 @@ class FunctionSourceConfig(RewardSource):
     """A Python function."""
 
     key = "function"
+    decide = ("function",)
     function: str
     """`module:function`, def or async def. It takes a RewardInput and returns a number, or a dict with the number under
     "score" and further numbers for the metrics. docs/rewards.md explains both."""
@@ -57,6 +65,7 @@ class ModelSourceConfig(RewardSource):
     """A reward model: a Hugging Face sequence classifier with one label."""
 
     key = "model"
+    decide = ("dtype", "max_tokens")
     model: str
     """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. With the mean
     and deviation of the reference policy's own scores in it, raw scores count in deviations from that mean."""
@@ -130,6 +139,7 @@ class JudgeSourceConfig(ServiceConfig):
     """A language model behind an OpenAI-compatible service (chat completions) that writes its score as text."""
 
     key = "judge_urls"
+    decide = ("judge_model", "template", "system", "score_range", "score_pattern", "score_field", "request")
     judge_urls: Annotated[tuple[str, ...], Field(min_length=1)]
     """Addresses of the service up to the version, such as http://127.0.0.1:8000/v1. A request goes to the address with
     the fewest unanswered ones."""

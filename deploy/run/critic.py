@@ -6,19 +6,24 @@ token from the start, so differences are refused before anything starts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 from actors.scoring.kinds import kind_of
 from common.config.ppo import Config
+from common.config.sources import RewardSource
 from common.errors import UserError
 from common.model.identity import model_digest, tokenizer_digest
 from deploy.policy_files import PolicyFiles
 from deploy.screen.console import complain
-from learner.ppo.critic_files import SETTING, CriticBasis, CriticSource, read_critic
+from learner.ppo.critic_files import SETTING, CriticBasis, CriticSource, TrainedCritic, read_critic
 from learner.ppo.frozen import frozen_names
 
 _SHOWN = 12  # hex digits of a digest in messages
+_SHOWN_TEXT = 80  # characters of a setting in messages
 
 
 def critic_basis(cfg: Config, policy: PolicyFiles) -> CriticBasis:
@@ -27,19 +32,37 @@ def critic_basis(cfg: Config, policy: PolicyFiles) -> CriticBasis:
         kind=cfg.learner.critic,
         model=model_digest(policy.directory),
         tokenizer=tokenizer_digest(policy.directory),
-        sources=tuple(CriticSource(s.name, s.weight, kind_of(s).identity(s)) for s in cfg.reward.sources),
+        sources=tuple(critic_source(source, kind_of(source).identity(source)) for source in cfg.reward.sources),
         normalise=cfg.reward.normalise,
         clip=cfg.reward.clip,
         gamma=cfg.ppo.gamma,
         kl_coef=cfg.kl.coef,
         kl_estimator=cfg.kl.estimator,
+        responses=response_settings(cfg.model_dump(mode="json")),
     )
 
 
-def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> None:
+def critic_source(source: RewardSource, digest: str | None) -> CriticSource:
+    """A source of this config, with the digest of its files."""
+    return CriticSource(source.name, source.weight, digest, source.scoring)
+
+
+def response_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what responses look like, by key, out of a whole config as JSON has it."""
+    prompts = {f"prompts.{key}": config["prompts"].get(key) for key in ("format", "last_assistant", "last_end_token")}
+    return {f"sampling.{key}": value for key, value in config["sampling"].items()} | prompts
+
+
+def response_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One clause for each setting of the responses that differs."""
+    keys = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+    return [f"{key} was {theirs[key]} and is {ours[key]} now" for key in keys]
+
+
+def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> TrainedCritic | None:
     """Raises UserError if `learner.critic_frozen` freezes nothing, or if `learner.critic_path` has no trained critic,
-    or that of another run. Only warns of another KL penalty: the run itself may change the coefficient, and the critic
-    learns the difference.
+    or that of another run. Only warns of another KL penalty or other responses: the critic learns the difference.
+    Returns the critic, if there is one.
 
     `begun`: the run has begun with a critic, and the journal has its digest. The user may have changed or accepted a
     part of the reward since, so the reward is not compared again.
@@ -47,8 +70,9 @@ def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> No
     if cfg.learner.critic_frozen and cfg.ppo.has_critic:
         frozen_names(policy.size.body, cfg.learner.critic_frozen)
     if cfg.learner.critic_path is None:
-        return
-    theirs, ours = read_critic(Path(cfg.learner.critic_path)).basis, critic_basis(cfg, policy)
+        return None
+    critic = read_critic(Path(cfg.learner.critic_path))
+    theirs, ours = critic.basis, critic_basis(cfg, policy)
     named = f"{SETTING} ({cfg.learner.critic_path})"
     faults = [] if begun else list(_differences(theirs, ours, cfg.model.path))
     if theirs.kind != ours.kind:
@@ -63,6 +87,20 @@ def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> No
         complain(
             f"warning: {named} was trained with kl.coef {before[0]:g} and kl.estimator {before[1]}, and the run has "
             f"{now[0]:g} and {now[1]}: its values are off by the difference until it has learned it"
+        )
+    if not begun and (different := response_differences(theirs.responses, ours.responses)):
+        complain(f"warning: {named} learned from other responses than the run's: {', '.join(different)}")
+    return critic
+
+
+def warn_of_seen_responses(cfg: Config, critic: TrainedCritic, prompts: str) -> None:
+    """Warns if the critic learned from the first step of a run with this seed and these prompts (`prompts`: their
+    digest). The first responses of such runs are the same, and their scores would count twice in the moments."""
+    same = {"seed": cfg.seed, "prompts": prompts, "learns": True, "first": 0}
+    if seen := [part["run"] for part in critic.trained_on if all(part.get(key) == same[key] for key in same)]:
+        complain(
+            f"warning: {SETTING} ({cfg.learner.critic_path}) learned from {', '.join(seen)}, with this run's seed "
+            f"({cfg.seed}) and prompts: the first responses may be ones that it has seen; choose another seed"
         )
 
 
@@ -97,3 +135,11 @@ def source_differences(
             yield f"{was} with the reward source {name} at weight {weights}"
         if before[name].digest != source.digest:
             yield f"{was} with other files behind the reward source {name}"
+        for key in sorted(before[name].settings.keys() | source.settings.keys()):
+            old, new = before[name].settings.get(key), source.settings.get(key)
+            if old != new:
+                yield f"{was} with {key} {_short(old)} in the reward source {name}, and {now} {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    return shorten(json.dumps(value, ensure_ascii=False), _SHOWN_TEXT, placeholder="...")

@@ -17,6 +17,13 @@ from common.errors import UserError
 from learner.loop.notes import Note
 
 _NONE = "left out"
+# The settings that name a file or directory, by the name of the digest of its contents.
+_PATHS = {
+    "model": "model.path",
+    "critic": "learner.critic_path",
+    "prompts.train": "prompts.train",
+    "prompts.heldout": "prompts.heldout",
+}
 
 
 def settled(
@@ -43,7 +50,9 @@ def settled(
     faults: list[str] = []
     for key in sorted(now.keys() | journal.keys()):
         old, new = journal.get(key), now.get(key)
-        if old == new or key in changed or key in free or key.startswith(sections) or key in leave:
+        if old == new or key in changed or key in leave:
+            continue
+        if key not in _PATHS.values() and (key in free or key.startswith(sections)):  # a path may change, no contents
             continue
         if key in unwritten and new == unwritten[key]:  # a crash came between the journal and config.toml
             taken[key] = old
@@ -89,13 +98,7 @@ def _as_now(begun: Mapping[str, Any]) -> dict[str, Any]:
 
 def _left_to_digests(known: Collection[str]) -> set[str]:
     """Settings that name a file or directory whose contents are compared instead of its path."""
-    paths = {
-        "model": "model.path",
-        "critic": "learner.critic_path",
-        "prompts.train": "prompts.train",
-        "prompts.heldout": "prompts.heldout",
-    }
-    return {paths.get(name, f"{name}.model") for name in known}
+    return {_PATHS.get(name, f"{name}.model") for name in known}
 
 
 def _with(cfg: Config, values: Mapping[str, Any]) -> Config:

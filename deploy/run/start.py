@@ -14,7 +14,7 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.types import PromptRecord
 from deploy.policy_files import PolicyFiles
-from deploy.run.critic import check_critic
+from deploy.run.critic import check_critic, warn_of_seen_responses
 from deploy.run.identity import accepted_differences, identity_of, kept_names, shown_names
 from deploy.run.provenance import versions
 from deploy.run.record import read_record, remember_journal
@@ -53,8 +53,11 @@ def planned_start(
 ) -> Start:
     """The start of a new run or, with `resume`, of the run in `directory`. Raises UserError for a trained critic that
     does not fit the run, and as `resumed_start` does. `records`: training prompts, and held-out prompts."""
-    check_critic(cfg, policy, begun=resume and bool(Journal(directory / "journal").notes))
+    begun = resume and bool(Journal(directory / "journal").notes)
+    critic = check_critic(cfg, policy, begun=begun)
     identity = identity_of(cfg, policy, *records, critic=cfg.learner.critic_path)
+    if critic is not None and not begun:
+        warn_of_seen_responses(cfg, critic, identity["prompts.train"])
     if resume:
         return resumed_start(directory, cfg, identity, prompts, changed=changed, accepted=accepted)
     return new_start(directory, cfg, identity, prompts)

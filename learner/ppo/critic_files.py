@@ -36,7 +36,7 @@ from common.model.rotary import use_own_lengths
 from common.model.size import without_weights
 from learner.ppo.scores import RunningMoments
 
-LAYOUT = 1
+LAYOUT = 2
 SETTING = "learner.critic_path"
 HEAD = "value_head."  # prefix of the head's tensors, next to those of the network
 _HEAD_FILE, _RECORD = "value_head.safetensors", "critic.json"
@@ -52,6 +52,7 @@ class CriticSource:
     name: str
     weight: FiniteFloat
     digest: str | None  # SHA-256 of its files, if it has any
+    settings: dict[str, Any]  # that decide its scores (common.config.sources: `scoring`)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class CriticBasis:
     gamma: FiniteFloat
     kl_coef: FiniteFloat
     kl_estimator: str
+    responses: dict[str, Any]  # the settings of sampling and prompts that decide what responses look like, by key
 
 
 @dataclass(frozen=True)

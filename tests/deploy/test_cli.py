@@ -469,7 +469,8 @@ def test_resume_refuses_settings_that_may_not_change(refusal, runs, command, set
         "reward.workers, reward.call_timeout_s, reward.max_void_share, ppo.max_mismatch_kl, ppo.max_mismatch_steps, "
         "learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, learner.min_ranks, "
         "learner.room_wait_s, learner.micro_batch_tokens, learner.gradient_checkpointing, learner.compile, "
-        "learner.deterministic, learner.timeout_s, learner.probe_timeout_s, learner.max_losses, evaluation, "
+        "learner.deterministic, learner.timeout_s, learner.probe_timeout_s, learner.critic_path, learner.max_losses, "
+        "evaluation, "
         "checkpoint, credit, critic_training, ray, logging, monitoring; ",
         "train-reward": "epochs, learner.cpus, learner.gpus, learner.threads, learner.cores, learner.ranks, ",
         "sample-pairs": "generators, labeller.cores, labeller.min, labeller.max, labeller.in_flight, ",

@@ -66,6 +66,7 @@ def runs(model, tmp_path_factory):
     write_journal(directory / "model", tables, begin=begin_note(tiny_config(other_model)))
     for name, sources in {
         "weight": [{**source, "weight": 0.5}],
+        "function": [{**source, "function": "tests.tasks:fails_on_some"}],
         "names": [{**source, "name": "others"}, {**source, "name": "more"}],
     }.items():
         write_journal(directory / name, tables, begin=begin_note(tiny_config(model, reward={"sources": sources})))
@@ -124,6 +125,10 @@ def test_journals_that_fit_are_accepted(command, runs, options):
         ("--from {}/model", "it began with another base model (other weights, config or tokenizer) than model.path"),
         ("--from {}/accepted", "it began with another base model"),
         ("--from {}/weight", "its responses were scored with the reward source a_words at weight 0.5, and this config"),
+        (
+            "--from {}/function",
+            'with function "tests.tasks:fails_on_some" in the reward source a_words, and this config',
+        ),
         ("--from {}/names", "with the reward sources others, more, and this config has a_words"),
         ("--from {}/files", "its responses were scored with other files behind the reward source a_words"),
         ("--from {}/fits --from {}/weight", "weight) does not fit this config"),
@@ -151,6 +156,11 @@ def test_bad_input_is_refused_with_one_message(command, runs, options, message):
     assert err.startswith("ratchet: ")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_responses_of_other_settings_are_a_warning(command, runs):
+    code, err = command("tiny.toml", "--from", runs / "fits", "sampling.temperature=0.5")
+    assert (code, err.count("sampling.temperature was 1.0 and is 0.5 now")) == (99, 1)
 
 
 def test_a_disk_without_room_for_the_states_is_refused(command, runs, monkeypatch):
@@ -436,6 +446,8 @@ def test_the_starting_policy_is_sampled_before_the_trainer_starts(model, runs, t
     assert events == ["engines start", *["generate v0"] * 20, "engines stop", "trainer starts"]
     parts = read_critic(tmp_path / "whole/critic").trained_on
     assert [(Path(part["run"]).name, part["rollouts"]) for part in parts] == [("fits", 24), ("whole", 20)]
+    assert [(part["seed"], part["learns"]) for part in parts] == [(cfg.seed, True), (cfg.seed, False)]
+    assert parts[1]["prompts"] == Journal(tmp_path / "whole/journal").identity["prompts.train"]
 
     engines(dies_at=17)  # 16 are asked for at first, and one more once 8 are in the journal
     with pytest.raises(Killed):

@@ -20,7 +20,7 @@ CHANGEABLE = {
         "reference": "*",
         "reward": SCORING,
         "ppo": "max_mismatch_kl max_mismatch_steps",
-        "learner": f"{COMPUTING} max_losses",
+        "learner": f"{COMPUTING} critic_path max_losses",
         "evaluation": "*",
         "checkpoint": "*",
         "credit": "*",

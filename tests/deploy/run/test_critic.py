@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config.sources import FunctionSourceConfig, HttpSourceConfig
+from common.config.sources import FunctionSourceConfig, HttpSourceConfig, JudgeSourceConfig, ModelSourceConfig
 from common.errors import UserError
 from common.model.identity import file_digest, model_digest
 from common.user_code.import_path import module_file
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic, critic_basis
+from deploy.run.identity import identity_of
 from deploy.run.start import planned_start
 from learner.loop.prompts import PromptStream
 from learner.ppo.critic_files import CriticBasis, CriticSource, TrainedCritic, save_critic
@@ -46,9 +47,9 @@ def cfg(model, tmp_path):
     return cfg.model_copy(update={"reward": cfg.reward.model_copy(update={"sources": SOURCES})})
 
 
-def save(cfg, basis: CriticBasis) -> None:
+def save(cfg, basis: CriticBasis, *trained_on) -> None:
     head = {"value_head.weight": torch.zeros(1, 64), "value_head.bias": torch.zeros(1)}
-    record = TrainedCritic(basis, RunningMoments(8, 0.5, 2.0), [], [])
+    record = TrainedCritic(basis, RunningMoments(8, 0.5, 2.0), list(trained_on), [])
     save_critic(Path(cfg.learner.critic_path), head, record, base=Path(cfg.model.path))
 
 
@@ -57,8 +58,11 @@ def test_the_basis_of_a_critic_is_what_its_returns_come_from(cfg, policy, model)
     assert (found.kind, found.model, found.gamma) == ("shared", model_digest(model), 1.0)
     assert (found.normalise, found.clip, found.kl_coef, found.kl_estimator) == ("mean_std", 5.0, 0.05, "k1")
     words, service = found.sources
-    assert words == CriticSource("words", 1.0, file_digest(module_file("tests.tasks")))
-    assert service == CriticSource("service", 0.5, None)
+    scoring = {"kind": "function", "function": "tests.tasks:a_words"}
+    assert words == CriticSource("words", 1.0, file_digest(module_file("tests.tasks")), scoring)
+    assert service == CriticSource("service", 0.5, None, {"kind": "urls"})
+    assert found.responses["sampling.max_new_tokens"] == 8
+    assert found.responses["prompts.format"] == "plain"
 
 
 def test_a_critic_of_this_run_is_accepted(cfg, policy, capsys):
@@ -108,6 +112,10 @@ def test_other_reward_sources_are_refused_by_name(cfg, policy):
         ((words,), "with the reward sources words, and the run has words, service"),
         ((words, replace(service, weight=2.0)), "with the reward source service at weight 2, and the run has 0.5"),
         ((replace(words, digest="0" * 64), service), "it was trained with other files behind the reward source words"),
+        (
+            (replace(words, settings={**words.settings, "function": "tests.tasks:b"}), service),
+            'with function "tests.tasks:b" in the reward source words, and the run has "tests.tasks:a_words"',
+        ),
     ):
         save(cfg, replace(basis, sources=sources))
         with pytest.raises(UserError) as error:
@@ -121,6 +129,24 @@ def test_another_kl_penalty_is_only_a_warning(cfg, policy, capsys):
     save(cfg, replace(critic_basis(cfg, policy), kl_coef=0.2))
     check_critic(cfg, policy)
     assert "was trained with kl.coef 0.2 and kl.estimator k1, and the run has 0.05 and k1" in capsys.readouterr().err
+
+
+def test_what_a_judge_is_told_decides_its_scores_and_its_address_does_not():
+    about = {"name": "judge", "judge_model": "m", "template": "{response}", "score_range": (0, 10)}
+    judge = JudgeSourceConfig(judge_urls=["http://h/v1"], **about)
+    elsewhere = judge.model_copy(update={"judge_urls": ("http://i/v1",), "retries": 9, "weight": 2.0})
+    assert elsewhere.scoring == judge.scoring
+    for changed in ({"judge_model": "n"}, {"template": "{response}!"}, {"score_range": (0, 5)}, {"request": {}}):
+        assert judge.model_copy(update=changed).scoring != judge.scoring
+    model = ModelSourceConfig(name="model", model="here")
+    assert model.scoring == {"kind": "model", "dtype": "bfloat16", "max_tokens": 2048}
+
+
+def test_other_responses_are_only_a_warning(cfg, policy, capsys):
+    basis = critic_basis(cfg, policy)
+    save(cfg, replace(basis, responses={**basis.responses, "sampling.temperature": 0.5}))
+    check_critic(cfg, policy)
+    assert "other responses than the run's: sampling.temperature was 0.5 and is 1.0 now" in capsys.readouterr().err
 
 
 def test_a_run_that_has_begun_may_have_another_reward_by_now(cfg, policy, capsys):
@@ -160,3 +186,25 @@ def test_another_critic_is_refused_on_resume_and_cannot_be_accepted(cfg, policy,
         planned(run, cfg, policy, resume=True)
     with pytest.raises(UserError, match=r"--accept critic: the run begins with the weights .* Restore .*/critic as it"):
         planned(run, cfg, policy, resume=True, accepted=["critic"])
+
+
+def test_a_critic_that_has_seen_the_first_responses_is_a_warning(cfg, policy, tmp_path, capsys):
+    prompts = identity_of(cfg, policy, RECORDS, [])["prompts.train"]
+    part = {"run": "runs/mine", "first": 0, "seed": cfg.seed, "prompts": prompts, "learns": True}
+    others = ({"seed": 9}, {"prompts": "0" * 64}, {"learns": False}, {"first": 1})
+    save(cfg, critic_basis(cfg, policy), *({**part, **other} for other in others))
+    planned(tmp_path / "run", cfg, policy, resume=False)
+    assert capsys.readouterr().err == ""
+    save(cfg, critic_basis(cfg, policy), part)
+    planned(tmp_path / "run", cfg, policy, resume=False)
+    message = "learned from runs/mine, with this run's seed (0) and prompts"
+    assert capsys.readouterr().err.count(message) == 1
+
+
+def test_only_the_same_critic_may_have_another_path_on_resume(cfg, policy, tmp_path):
+    save(cfg, critic_basis(cfg, policy))
+    without = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"critic_path": None})})
+    for name, before, after in (("removed", cfg, without), ("added", without, cfg)):
+        planned(tmp_path / name, before, policy, resume=False).record()
+        with pytest.raises(UserError, match=r"learner\.critic_path is .*in the journal"):
+            planned(tmp_path / name, after, policy, resume=True)

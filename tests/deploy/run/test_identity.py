@@ -144,28 +144,28 @@ SHOWN = {"model": "m", "prompts.train": "t", "prompts.heldout": "h"}
 def test_a_difference_is_refused_by_name_with_the_way_to_accept_it():
     now, before = {"model": "a" * 64, "prompts.train": "b" * 64}, {"model": "c" * 64, "prompts.train": "b" * 64}
     with pytest.raises(UserError) as refused:
-        accepted_differences(now, before, [], SHOWN)
+        accepted_differences(now, before, [], SHOWN, {})
     assert str(refused.value) == (
         "the run began with other contents: model (m) has SHA-256 aaaaaaaaaaaa, in the journal cccccccccccc. Restore "
         "them, or continue with what is there now: add --accept model, which the journal records; or start a new run"
     )
-    assert accepted_differences(now, before, ["model"], SHOWN) == {"model": "a" * 64}
-    assert accepted_differences(now, now, ["model"], SHOWN) == {}  # accepted before
+    assert accepted_differences(now, before, ["model"], SHOWN, {}) == {"model": "a" * 64}
+    assert accepted_differences(now, now, ["model"], SHOWN, {}) == {}  # accepted before
 
 
 def test_accepting_one_part_does_not_accept_another():
     now, before = {"model": "1", "prompts.train": "2"}, {"model": "3", "prompts.train": "4"}
     with pytest.raises(UserError, match=r"contents: prompts.train \(t\) has"):
-        accepted_differences(now, before, ["model"], SHOWN)
+        accepted_differences(now, before, ["model"], SHOWN, {})
 
 
 def test_a_part_that_the_run_did_not_have_is_recorded():
-    assert accepted_differences({"model": "1", "prompts.heldout": "2"}, {"model": "1"}, [], SHOWN) == {
+    assert accepted_differences({"model": "1", "prompts.heldout": "2"}, {"model": "1"}, [], SHOWN, {}) == {
         "prompts.heldout": "2"
     }
-    assert accepted_differences({"model": "1"}, {"model": "1", "prompts.heldout": "2"}, [], SHOWN) == {}
+    assert accepted_differences({"model": "1"}, {"model": "1", "prompts.heldout": "2"}, [], SHOWN, {}) == {}
 
 
 def test_a_name_that_the_run_does_not_depend_on_is_refused():
     with pytest.raises(UserError, match=r"--accept modle: the run depends on model, prompts.train; name one of them"):
-        accepted_differences({"model": "1", "prompts.train": "2"}, {}, ["modle"], SHOWN)
+        accepted_differences({"model": "1", "prompts.train": "2"}, {}, ["modle"], SHOWN, {})

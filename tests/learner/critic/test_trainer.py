@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 UNUSUAL = {"betas": (0.8, 0.9), "weight_decay": 0.1, "max_grad_norm": 0.3, "schedule": "linear", "warmup_steps": 1,
            "eps": 1e-3, "value_head_learning_rate": 2e-2, "critic_learning_rate": 4e-3}  # fmt: skip
-BASIS = CriticBasis("separate", "m", "t", (), "mean_std", 5.0, 1.0, 0.1, "k1")
+BASIS = CriticBasis("separate", "m", "t", (), "mean_std", 5.0, 1.0, 0.1, "k1", {})
 
 
 @pytest.fixture(scope="module")

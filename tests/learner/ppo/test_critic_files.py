@@ -32,9 +32,15 @@ LORA = {"rank": 4, "alpha": 8}
 
 
 def record(kind: str = "separate", **changes) -> TrainedCritic:
-    sources = (CriticSource("a_words", 1.0, "2" * 64), CriticSource("judge", -0.5, None))
+    sources = (CriticSource("a_words", 1.0, "2" * 64, {}), CriticSource("judge", -0.5, None, {"request": {"a": [1]}}))
     basis = {"kind": kind, "model": "0" * 64, "tokenizer": "1" * 64, "sources": sources, "normalise": "mean_std"}
-    basis |= {"clip": 5.0, "gamma": 1.0, "kl_coef": 0.05, "kl_estimator": "k1"} | changes
+    basis |= {
+        "clip": 5.0,
+        "gamma": 1.0,
+        "kl_coef": 0.05,
+        "kl_estimator": "k1",
+        "responses": {"sampling.top_p": 1.0},
+    } | changes
     trained_on = [{"directory": "runs/first", "steps": 3, "digest": "2" * 64, "rollouts": 24}]
     return TrainedCritic(CriticBasis(**basis), RunningMoments(24, 0.5, 6.0), trained_on, [{"loss": 0.25}])
 
@@ -171,7 +177,7 @@ DAMAGE = {
     "cut short": (cut_short, "its model.safetensors is not the file that was written"),
     "no json": (lambda d: (d / "critic.json").write_text("{"), "cannot start a critic"),
     "no object": (lambda d: (d / "critic.json").write_text("[]"), "its critic.json is damaged"),
-    "layout": (lambda d: damaged_record(d, layout=2), "has layout 2, and this version of Ratchet reads 1"),
+    "layout": (lambda d: damaged_record(d, layout=1), "has layout 1, and this version of Ratchet reads 2"),
     "no basis": (lambda d: damaged_record(d, basis={}), "basis.kind in its critic.json is wrong"),
     "NaN": (
         lambda d: damaged_record(d, score_moments={"count": 1, "mean": float("nan"), "squares": 0.0}),
