@@ -147,10 +147,10 @@ def config_for_replay(
     setting = "model.path" if model is None else "--model"
     directory = resolve_model(cfg.model.path, setting, trust_remote_code=cfg.model.trust_remote_code)
     _check_same("model", f"{setting} ({cfg.model.path})", model_digest(directory), begun)
-    if critic is not None and cfg.learner.critic_path is None:
+    if critic is not None and cfg.critic_path is None:
         raise UserError(f"--critic ({critic}): the run began without a trained critic; leave it out")
-    if cfg.learner.critic_path is not None:
-        path = absolute_if_directory(critic or cfg.learner.critic_path)
+    if cfg.critic_path is not None:
+        path = absolute_if_directory(critic or cfg.critic_path)
         setting = f"{'learner.critic_path' if critic is None else '--critic'} ({path})"
         if not os.path.isdir(path):
             raise UserError(f"{setting} is no directory; name that of the run's trained critic with --critic")

@@ -46,8 +46,8 @@ class PPOConfig(Section):
     advantages: Literal["gae", "group", "returns"] = "gae"
     """The baseline that rewards are compared with. gae: a learned critic (arXiv:1506.02438). group: the mean of the
     prompt's other responses (RLOO, arXiv:2402.14740). returns: none. The last two build no critic, and ignore its
-    settings: lam, lam_alpha, value_lam, value_epochs, value_clip, value_coef, learner.critic, learner.critic_frozen and
-    the critic's learning rates."""
+    settings: lam, lam_alpha, value_lam, value_epochs, value_clip, value_coef, learner.critic, learner.critic_path,
+    learner.critic_frozen, learner.critic_warmup_steps and the critic's learning rates."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount per token; 1 counts the score in full at the first token. Unused with advantages = "group"."""
     lam: Lambda = 0.95
@@ -257,6 +257,16 @@ class Config(Root):
     ray: MayChange[RayConfig] = RayConfig()
     logging: MayChange[PolicyLoggingConfig] = PolicyLoggingConfig()
     monitoring: MayChange[MonitoringConfig] = MonitoringConfig()
+
+    @property
+    def critic_path(self) -> str | None:
+        """learner.critic_path; None without a critic, whose settings are all ignored."""
+        return self.learner.critic_path if self.ppo.has_critic else None
+
+    @property
+    def critic_warmup_steps(self) -> int:
+        """learner.critic_warmup_steps; 0 without a critic."""
+        return self.learner.critic_warmup_steps if self.ppo.has_critic else 0
 
     @property
     def max_sequence_tokens(self) -> int:

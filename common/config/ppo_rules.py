@@ -22,9 +22,7 @@ def broken_rules(cfg: Config) -> Iterator[str]:
     yield from broken_sampling_rules(cfg.sampling)
     yield from _broken_schedule_rules(cfg)
     yield from _broken_critic_rules(cfg)
-    yield from _broken_frozen_rules(cfg)
     yield from _broken_kl_rules(cfg)
-    yield from _broken_lambda_rules(cfg)
     yield from _broken_length_and_staleness_rules(cfg)
     if cfg.generators.sleep and not cfg.may_sleep:
         yield _sleep_rule(cfg)
@@ -56,23 +54,19 @@ def _broken_schedule_rules(cfg: Config) -> Iterator[str]:
             f"optimizer.warmup_steps ({cfg.optimizer.warmup_steps}) must not exceed num_steps ({cfg.num_steps}); "
             "lower the first or raise the second"
         )
+
+
+def _broken_critic_rules(cfg: Config) -> Iterator[str]:
+    """Without a critic all of its settings are ignored, so that `ppo.advantages = "returns"` alone compares a run with
+    one that has none."""
+    if not cfg.ppo.has_critic:
+        return
+    yield from _broken_frozen_rules(cfg)
+    yield from _broken_lambda_rules(cfg)
     if cfg.learner.critic_warmup_steps >= cfg.num_steps:
         yield (
             f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be below num_steps "
             f"({cfg.num_steps}), or the policy is never trained; lower the first or raise the second"
-        )
-    if cfg.learner.critic_warmup_steps and not cfg.ppo.has_critic:
-        yield (
-            f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be 0 with ppo.advantages = "
-            f'"{cfg.ppo.advantages}", which has no critic to train alone; set it to 0, or use "gae"'
-        )
-
-
-def _broken_critic_rules(cfg: Config) -> Iterator[str]:
-    if cfg.learner.critic_path is not None and not cfg.ppo.has_critic:
-        yield (
-            f"learner.critic_path ({cfg.learner.critic_path}) must be left out with ppo.advantages = "
-            f'"{cfg.ppo.advantages}", which has no critic; leave it out, or use "gae"'
         )
     if cfg.ppo.value_epochs and not cfg.ppo.value_coef:
         yield (
@@ -82,8 +76,7 @@ def _broken_critic_rules(cfg: Config) -> Iterator[str]:
 
 
 def _broken_frozen_rules(cfg: Config) -> Iterator[str]:
-    """The settings of a critic are ignored without one."""
-    if not cfg.learner.critic_frozen or not cfg.ppo.has_critic:
+    if not cfg.learner.critic_frozen:
         return
     if cfg.learner.critic == "shared":
         yield (
@@ -111,9 +104,8 @@ def _broken_kl_rules(cfg: Config) -> Iterator[str]:
 
 
 def _broken_lambda_rules(cfg: Config) -> Iterator[str]:
-    """The settings of a critic are ignored without one."""
     alpha, longest = cfg.ppo.lam_alpha, cfg.sampling.max_new_tokens
-    for key in ("lam", "value_lam") if cfg.ppo.has_critic else ():
+    for key in ("lam", "value_lam"):
         if getattr(cfg.ppo, key) == "length" and alpha * longest <= 1:
             yield (
                 f"ppo.lam_alpha ({alpha:g}) x sampling.max_new_tokens ({longest}) must be above 1 with "

@@ -74,7 +74,7 @@ def critic_miscalibrated(history: History, cfg: Config) -> str | None:
 def _judging(history: History, cfg: Config) -> list[Record]:
     """The newest records that judge the critic, of those with figures: a void batch has none. Empty as long as there
     are too few after its first steps, and once the variance has nearly gone: a share of nothing proves nothing."""
-    first = cfg.learner.critic_warmup_steps + CRITIC_STEPS
+    first = cfg.critic_warmup_steps + CRITIC_STEPS
     known = [record for record in history.newest if number(record, VARIANCE) is not None]
     judging = [record for record in known if (number(record, "step") or 0) >= first][-CRITIC_STEPS:]
     at_start = history.at_start(VARIANCE)

@@ -69,11 +69,11 @@ def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> Tr
     """
     if cfg.learner.critic_frozen and cfg.ppo.has_critic:
         frozen_names(policy.size.body, cfg.learner.critic_frozen)
-    if cfg.learner.critic_path is None:
+    if cfg.critic_path is None:
         return None
-    critic = read_critic(Path(cfg.learner.critic_path))
+    critic = read_critic(Path(cfg.critic_path))
     theirs, ours = critic.basis, critic_basis(cfg, policy)
-    named = f"{SETTING} ({cfg.learner.critic_path})"
+    named = f"{SETTING} ({cfg.critic_path})"
     faults = [] if begun else list(_differences(theirs, ours, cfg.model.path))
     if theirs.kind != ours.kind:
         faults.insert(0, f"it is a {theirs.kind} critic, and learner.critic is {ours.kind}")
@@ -99,7 +99,7 @@ def warn_of_seen_responses(cfg: Config, critic: TrainedCritic, prompts: str) -> 
     same = {"seed": cfg.seed, "prompts": prompts, "learns": True, "first": 0}
     if seen := [part["run"] for part in critic.trained_on if all(part.get(key) == same[key] for key in same)]:
         complain(
-            f"warning: {SETTING} ({cfg.learner.critic_path}) learned from {', '.join(seen)}, with this run's seed "
+            f"warning: {SETTING} ({cfg.critic_path}) learned from {', '.join(seen)}, with this run's seed "
             f"({cfg.seed}) and prompts: the first responses may be ones that it has seen; choose another seed"
         )
 

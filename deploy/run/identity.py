@@ -107,7 +107,7 @@ def shown_names(cfg: Config) -> dict[str, str]:
     """The file or setting behind the name of each digest, for messages."""
     names = {
         "model": cfg.model.path,
-        "critic": str(cfg.learner.critic_path),
+        "critic": str(cfg.critic_path),
         "prompts.train": cfg.prompts.train,
         "prompts.heldout": str(cfg.prompts.heldout),
     }

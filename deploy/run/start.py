@@ -55,7 +55,7 @@ def planned_start(
     does not fit the run, and as `resumed_start` does. `records`: training prompts, and held-out prompts."""
     begun = resume and bool(Journal(directory / "journal").notes)
     critic = check_critic(cfg, policy, begun=begun)
-    identity = identity_of(cfg, policy, *records, critic=cfg.learner.critic_path)
+    identity = identity_of(cfg, policy, *records, critic=cfg.critic_path)
     if critic is not None and not begun:
         warn_of_seen_responses(cfg, critic, identity["prompts.train"])
     if resume:

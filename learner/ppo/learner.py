@@ -36,7 +36,7 @@ class Learner(PolicyTrainer):
 
     def __init__(self, cfg: Config, *, critic_digest: str | None = None) -> None:
         """`critic_digest`: that of the trained critic when the run began. Raises UserError if it is another one now."""
-        critic = None if cfg.learner.critic_path is None else Path(cfg.learner.critic_path)
+        critic = None if cfg.critic_path is None else Path(cfg.critic_path)
         super().__init__(cfg, critic=critic)
         self.score_moments = RunningMoments() if critic is None else score_moments(critic)
         if critic is not None and critic_digest is not None:
@@ -215,7 +215,7 @@ class Learner(PolicyTrainer):
 
     @property
     def _critic_only(self) -> bool:
-        return self.step < self.cfg.learner.critic_warmup_steps
+        return self.step < self.cfg.critic_warmup_steps
 
     def _minibatches(self, count: int) -> Iterator[np.ndarray]:
         ppo = self.cfg.ppo

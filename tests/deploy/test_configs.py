@@ -62,6 +62,13 @@ def test_the_stages_of_the_demo_fit_together():
     assert ppo.evaluation.pass_source == ppo.evaluation.judges[0].name
 
 
+@pytest.mark.parametrize("name", ["single-response-async.toml", "reviews.toml"])
+def test_returns_as_advantages_compare_a_config_with_no_critic(name):
+    critic = ["learner.critic_path=runs/some-critic", "learner.critic_warmup_steps=9", "ppo.value_coef=0"]
+    cfg = load_config(CONFIGS / name, ["ppo.advantages=returns", "num_steps=8", *critic], Config)
+    assert (cfg.critic_path, cfg.critic_warmup_steps) == (None, 0)
+
+
 def test_the_asynchronous_config_has_the_method_of_sao():
     cfg = load("single-response-async.toml")
     assert cfg.prompts.rollouts_per_prompt == cfg.group_size == 1

@@ -70,15 +70,6 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ({"num_steps": 5, "learner": {"critic_warmup_steps": 5}}, ["critic_warmup_steps (5)", "num_steps (5)"]),
         ({"ppo": {"advantages": "group"}}, ["prompts.rollouts_per_prompt (1)", "at least 2", "raise it", '"returns"']),
         (
-            {"ppo": {"advantages": "returns"}, "learner": {"critic_warmup_steps": 1}},
-            ["critic_warmup_steps (1) must be 0", 'ppo.advantages = "returns"', "set it to 0"],
-        ),
-        (
-            {"ppo": {"advantages": "group"}, "prompts": {"train": "t", "rollouts_per_prompt": 2}}
-            | {"learner": {"critic_path": "critics/a"}},
-            ["learner.critic_path (critics/a) must be left out", 'ppo.advantages = "group"', 'or use "gae"'],
-        ),
-        (
             {"learner": {"critic_frozen": "attention"}},
             ["learner.critic_frozen (attention) needs a network", '(it is "shared")', "leave it out"],
         ),

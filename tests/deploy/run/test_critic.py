@@ -163,6 +163,13 @@ def planned(directory, cfg, policy, **fields):
     return planned_start(directory, cfg, policy, [RECORDS, []], prompts, **fields)
 
 
+def test_a_run_without_a_critic_ignores_the_path_of_one(cfg, policy, tmp_path):
+    assert not Path(cfg.learner.critic_path).exists()
+    without = cfg.model_copy(update={"ppo": cfg.ppo.model_copy(update={"advantages": "returns"})})
+    [(_, begin)] = planned(tmp_path / "run", without, policy, resume=False).notes
+    assert "critic" not in begin["identity"]
+
+
 def test_the_journal_records_the_critic_and_a_moved_one_is_no_change(cfg, policy, tmp_path):
     save(cfg, critic_basis(cfg, policy))
     run, critic = tmp_path / "run", Path(cfg.learner.critic_path)
