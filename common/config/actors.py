@@ -217,9 +217,10 @@ class RewardConfig(SourcesConfig):
     """The reward service, its sources, and how their scores add up."""
 
     normalise: Literal["mean_std", "std", "none"] = "mean_std"
-    """Unit of the scores. mean_std: standard deviations from the mean of all scores so far in the run, so that neither
-    unit nor zero point of the reward matters. std: standard deviations from 0. In both a score counts as at most 20
-    deviations away from the mean. none: the raw scores; the KL coefficient then is in their unit."""
+    """Unit of the scores. mean_std: standard deviations from the mean of all scores so far, in the run and in the
+    training of learner.critic_path, so that neither unit nor zero point of the reward matters. std: standard deviations
+    from 0. In both a score counts as at most 20 deviations away from the mean. none: the raw scores; the KL coefficient
+    then is in their unit."""
     clip: Recorded[Annotated[float, Field(ge=0)]] = 5.0
     """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: no clip."""
 

@@ -19,4 +19,4 @@ class CriticTrainingConfig(Section):
     """End after this many passes in which R2 on held-out prompts (1 - mean squared error / variance of the returns) has
     not risen. The critic of the best pass is kept."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the prompts that the critic never learns from: they judge it after every pass."""
+    """Share of the prompts that the critic never learns from. It is evaluated on them after every pass."""

@@ -54,9 +54,9 @@ class PPOConfig(Section):
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
     critic's bias for variance. length: each response has its own, see lam_alpha."""
     lam_alpha: Annotated[float, Field(gt=0)] = 0.05
-    """For lam or value_lam = length: the share of a response that counts at each token. Its lambda is 1 - 1 /
-    (lam_alpha x tokens), never below 0 (arXiv:2504.05118). 0.05 is made for thousands of tokens: 200 tokens have lambda
-    0.9, and up to 20 have 0."""
+    """For lam or value_lam = length: the share of a response that counts at each token. The lambda of a response is 1 -
+    1 / (lam_alpha x tokens), never below 0 (arXiv:2504.05118). 0.05 is made for thousands of tokens: a response of 200
+    tokens has lambda 0.9, one of 20 or fewer has 0."""
     value_lam: Lambda | None = None
     """Lambda of the returns that the critic learns from; 1 makes them sampled returns, without the critic's own errors
     (arXiv:2503.01491). Left out: the same as lam."""
@@ -65,19 +65,20 @@ class PPOConfig(Section):
     sampler itself, and no gradient for tokens whose ratio is out of bounds. It needs no importance weight and, without
     a critic, no pass over the batch before learning."""
     clip_eps: Recorded[Annotated[float, Field(gt=0)]] = 0.05
-    """A token's gain stops growing once its probability has moved by this share from its value before the step; with
-    mask: from the sampler's, which rounding alone moves by more (docs/ppo.md). 0.2 is common elsewhere."""
+    """A token's gain stops growing once its probability has moved by this share from its value before the step. With
+    mask the distance is from the sampler's probability, and rounding alone is often above 0.05: use 0.2 or more
+    (docs/ppo.md). 0.2 is common elsewhere."""
     clip_eps_high: Recorded[Annotated[float, Field(gt=0)] | None] = None
-    """The same share for probabilities that rise, so clip_eps is for those that fall. More than clip_eps lets rare good
-    tokens grow (arXiv:2503.14476: 0.28 and 0.2). Left out: clip_eps."""
+    """The bound for probabilities that rise; clip_eps is then for those that fall. A larger value lets rare good tokens
+    grow (arXiv:2503.14476 has 0.28, and 0.2 for clip_eps). Left out: the same as clip_eps."""
     value_clip: Recorded[Annotated[float, Field(ge=0)]] = 0
     """Most a value may move from its old value within a step, in reward units; 0: unclipped."""
     ppo_epochs: Positive = 2
     """Passes over each batch; more reuse the data, and move further from the policy that sampled it."""
     value_epochs: NonNegative = 0
-    """Further passes of the value loss alone, after those of the policy and over the same returns: more let the critic
-    follow a policy that learns faster. A separate critic trains its network and its head; on a shared trunk the head
-    alone trains, which takes hardly any time."""
+    """Further passes of the value loss alone, after the passes of the policy and over the same returns. More passes let
+    the critic follow a policy that learns fast. A separate critic trains its network and its head; on a shared trunk
+    only the head trains, which takes hardly any time."""
     minibatches: Positive = 1
     """Optimizer steps per pass, each on an equal part of the batch: rollouts_per_step must be a multiple of it."""
     value_coef: Recorded[Annotated[float, Field(ge=0)]] = 0.5

@@ -265,9 +265,16 @@ STEP = (
         "share",
         "last",
         "",
-        "variance of advantages over variance of returns: what the critic left; above 1 it adds noise",
+        "variance of advantages over variance of returns. With `lam` = `value_lam`: what the critic left; above 1 it "
+        "adds noise. With a smaller `lam` it is small even for a critic that knows nothing",
     ),
-    Metric("reward/running_mean", "reward units", "last", "", "mean of every score of the run so far"),
+    Metric(
+        "reward/running_mean",
+        "reward units",
+        "last",
+        "",
+        "mean of every score of the run so far, and of the scores that `learner.critic_path` was trained with",
+    ),
     Metric(
         "reward/running_std",
         "reward units",

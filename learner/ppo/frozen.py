@@ -30,7 +30,7 @@ def frozen_names(names: Iterable[str], setting: str | Sequence[str]) -> set[str]
         if not found:
             near = sorted(known, key=lambda name: -_likeness(pattern, name))[:3]
             raise UserError(
-                f"learner.critic_frozen ({pattern}) matches no parameter of the critic's network; near it are "
+                f"learner.critic_frozen ({pattern}) matches no parameter of the critic's network; similar names: "
                 f'{", ".join(near)}; give "{ATTENTION}", or a pattern such as "*.mlp.*"'
             )
         frozen |= found

@@ -66,7 +66,7 @@ def test_attention_is_found_by_name_in_every_supported_model(kind):
 
 def test_a_pattern_that_matches_nothing_is_refused_with_names_near_it(model):
     with pytest.raises(
-        UserError, match=r"critic_frozen \(\*\.atn\.\*\) matches no .*; near it are layers\.\d\.self_attn"
+        UserError, match=r"critic_frozen \(\*\.atn\.\*\) matches no .*; similar names: layers\.\d\.self_attn"
     ):
         learner_with(model, ["*.mlp.*", "*.atn.*"])
     with pytest.raises(UserError, match=r"critic_frozen \(attention\) matches no parameter"):
