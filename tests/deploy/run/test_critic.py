@@ -77,7 +77,7 @@ def test_a_pattern_that_freezes_nothing_is_refused_before_anything_starts(model,
 
     check_critic(cfg("*.mlp.*"), policy)
     with pytest.raises(
-        UserError, match=r"critic_frozen \(\*\.mpl\.\*\) matches no parameter .*near it are layers\.0\.mlp"
+        UserError, match=r"critic_frozen \(\*\.mpl\.\*\) matches no parameter .*similar names: layers\.0\.mlp"
     ):
         check_critic(cfg("*.mpl.*"), policy)
 
