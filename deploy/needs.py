@@ -211,7 +211,7 @@ def _training(
         "gradients": 4 * (networks * trained - frozen) // ranks,
         "optimizer state": 8 * (networks * trained - frozen) // ranks,
     }
-    loading = networks * 4 * model.parameters
+    loading = networks * (4 * model.parameters if lora is None else below)
     if cfg.gpus == 0 and cfg.ranks > 1:
         state = {"weights, gradients and optimizer state": max(sum(state.values()), loading)}
     return _role(name, "learner", cfg, ranks, state | working, loading=loading)

@@ -324,6 +324,7 @@ def test_lora_on_a_gpu_has_one_frozen_set_of_weights_and_small_states():
     assert learner.device["weights"] == 2 * 1_000_000 + 4 * 7168
     assert learner.device["gradients"] == 4 * 7168
     assert learner.device["optimizer state"] == 8 * 7168
+    assert learner.memory == 600 * MIB + 2 * 1_000_000  # while it loads
 
 
 def test_an_engine_on_a_gpu_has_weights_and_cache_there_and_stages_beside_it():
