@@ -329,7 +329,7 @@ def without_ray(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
-def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, without_ray, capsys, kind):
+def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, without_ray, capsys, monkeypatch, kind):
     cfg = tiny_config(
         model,
         rollouts_per_step=8,
@@ -365,7 +365,11 @@ def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, with
     shutil.copytree(directory / "critic", directory / "best-critic")  # as a kill before the last rename leaves it
     more = cfg.model_copy(update={"critic_training": cfg.critic_training.model_copy(update={"passes": 3})})
     assert run_critic_training(cfg, directory, resume=True) == summary
-    assert run_critic_training(more, directory, resume=True)["passes"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("deploy.train_critic.train_critic", die)
+        with pytest.raises(Killed):
+            run_critic_training(more, directory, resume=True)
+    assert run_critic_training(more, directory, resume=True)["passes"] == 3  # it was not taken for finished
     assert not leftover.exists()
     assert {path.name for path in directory.iterdir()} == {
         *("checkpoints", "config.toml", "critic", "evaluations.jsonl", "journals.json", "metrics.jsonl"),
@@ -375,6 +379,10 @@ def test_the_command_leaves_a_critic_and_its_figures(model, runs, tmp_path, with
 
 class Killed(BaseException):
     """Stands for a kill of the process."""
+
+
+def die(run: Any) -> None:
+    raise Killed
 
 
 class FakeEngines(FakeRoles):
