@@ -250,7 +250,7 @@ STEP = (
         "reward units squared",
         "var",
         "tokens",
-        "of the realised returns: what really followed each token, the discounted rewards from it on. This is the "
+        "of the realised returns: for each token the discounted sum of the rewards from it on. This is the "
         "variance that a critic could explain. With hardly any of it left, no figure of the critic means anything",
     ),
     Metric(
@@ -265,8 +265,8 @@ STEP = (
         "share",
         "last",
         "",
-        "variance of advantages over variance of returns. With `lam` = `value_lam`: what the critic left; above 1 it "
-        "adds noise. With a smaller `lam` it is small even for a critic that knows nothing",
+        "variance of advantages over variance of value targets. With `lam` = `value_lam`: what the critic left; above "
+        "1 it adds noise. With a smaller `lam` it is small even for a critic that knows nothing",
     ),
     Metric(
         "reward/running_mean",

@@ -236,7 +236,7 @@ def small_run(directory: Path, model: Path, *, roles: Mapping[str, Any] | None =
     cfg, tokenizer = small_config(model, **overrides), tokenizer_of(model)
     records = [PromptRecord(f"q{i}", np.array([3, 4 + i], dtype=np.int32), {}) for i in range(NUM_PROMPTS)]
     heldout = [PromptRecord(f"h{i}", np.array([3, 40 + i], dtype=np.int32), {}) for i in range(2)]
-    critic = cfg.learner.critic_path
+    critic = cfg.critic_path
     every = SmallRoles(cfg, **(roles or {}))
 
     def evaluated(evaluation: Evaluation, answers: list[Answer], events: list[Event]) -> None:
