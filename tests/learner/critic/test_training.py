@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.config.ppo import Config
-from common.errors import UserError
+from common.errors import BatchError, UserError
 from common.files import read_records
 from learner.critic.evaluation import EXPLAINED, CriticEvaluation, Predicted, evaluate_critic
 from learner.critic.rollouts import Rollouts, choose_steps
@@ -120,6 +120,18 @@ def test_the_record_of_the_critic_says_what_it_was_trained_on(whole, rollouts):
     best = max(range(4), key=lambda i: evaluations[i].r2)
     assert [one["step"] for one in record.passes] == [0, 3, 6, 9][: best + 1]
     assert best > 0
+
+
+def test_a_batch_that_cannot_be_learned_from_names_the_rates(whole, rollouts, tmp_path):
+    async def update(batch):
+        raise BatchError("the gradient is not finite")
+
+    cfg = whole[0]
+    group = OneProcess(CriticTrainer(cfg, 9, rollouts.moments, tmp_path))
+    group.update = update
+    network = "optimizer.critic_learning_rate or " if cfg.learner.critic == "separate" else ""
+    with pytest.raises(UserError, match=f"a lower {network}optimizer.value_head_learning_rate"):
+        asyncio.run(train_critic(CriticRun(CriticData.split(cfg, rollouts), tmp_path, group, BASIS)))
 
 
 def test_a_death_at_any_call_leads_to_the_same_bytes(whole, rollouts, tmp_path):
