@@ -85,8 +85,8 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
       );
     return;
   }
-  const variance = `of the returns' variance; the returns have ${percent(left)} of their variance at the start`;
-  newest("critic explains", "value/explained_variance/realised", variance);
+  newest("critic explains", "value/explained_variance/realised", "of the returns' variance");
+  if (left !== null) figure("the returns have", percent(left), "of their variance at the start");
   const [rollouts] = block("rollouts").kept.all;
   const [voids] = block("rollouts").kept.void;
   figure("rollouts", number(rollouts), voids ? `${number(voids)} void` : "none void");
