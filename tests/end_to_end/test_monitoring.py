@@ -26,6 +26,7 @@ from deploy.screen.progress import Progress
 from deploy.train import run_training
 from tests.event_files import scalars
 from tests.fakes import save_tiny_model, tiny_config
+from tests.metrics_tables import OPTIONAL
 from tests.prometheus import find_prometheus, free_address, scraping, wait_for
 from tests.wandb_file import history
 
@@ -43,6 +44,7 @@ def unanswered(ask: Callable[..., Any]) -> set[str]:
     queries = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
     for variable, value in (("$run", ".*"), ("$SessionName", ".*"), ("$__rate_interval", "1m")):
         queries = [query.replace(variable, value) for query in queries]
+    queries = [query for query in queries if query.partition("{")[0] not in NOT_OF_THIS_RUN]
     return {query for query in queries if not ask("query", query=f"count_over_time(({query})[5m:1s])")["result"]}
 
 
@@ -81,7 +83,8 @@ class Seen:
 
 
 EXPORTED = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in METERS}
-FIGURES = {metric.prometheus for metric in (*STEP, *ENDPOINT)}
+FIGURES = {metric.prometheus for metric in (*STEP, *ENDPOINT) if metric.key not in OPTIONAL}
+NOT_OF_THIS_RUN = {metric.prometheus for metric in STEP if metric.key in OPTIONAL}
 VLLMS = {"ray_vllm_generation_tokens_total", "ray_vllm_e2e_request_latency_seconds_count"}
 REPLICAS = {"Generator(0)", "Generator(1)", "Reward(0)", "ReferencePolicy(0)"}
 
