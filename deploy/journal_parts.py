@@ -68,7 +68,7 @@ class Asked:
 
     @classmethod
     def read(cls, run: Path) -> Asked:
-        """What a sampling that was killed was asked for. Nothing if the training has begun, or if none is sampled."""
+        """The request of a sampling that was killed. Empty if the training has begun, or if nothing is sampled."""
         if (run / RECORD).exists() or not (run / ASKED).exists():
             return cls()
         try:

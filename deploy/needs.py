@@ -97,7 +97,7 @@ def critic_needs(cfg: Config, model: ModelSize, *, row: int | None = None) -> li
     if learner.critic == "separate":
         return _training("CriticTrainer", learner, model, row=row, lora=learner.lora, frozen=_frozen(cfg, model))
     tokens, size = max(row, learner.token_budget), 2 if learner.precision == "bf16" else 4
-    weights = (4 if learner.lora is None else size) * model.parameters  # as they are loaded (weights_dtype)
+    weights = (4 if learner.lora is None else size) * model.parameters  # bytes when loaded, see weights_dtype
     on_cpus = learner.ranks > 1 and not learner.gpus  # there each rank first loads all weights
     parts = {
         "weights": weights if on_cpus else weights // learner.fewest_ranks,

@@ -27,7 +27,8 @@ USELESS = 0.01  # share that is explained; a head that hardly learns is at 0.000
 # Where prompts say nothing about the score, a good critic's first values are equal, and explain 0. Values that explain
 # -10 % vary, and at random: their variance is added to that of the advantages.
 LATE = -0.1
-# Of the standard deviation of the returns, beyond what chance explains. An advantage is then mostly the critic's error.
+# A share of the returns' standard deviation, in addition to what chance explains. Beyond it, an advantage is mostly the
+# critic's error.
 MISCALIBRATED = 0.5
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,6 +138,21 @@ def find_device(gpus: float) -> torch.device:
     return torch.device("cuda")
 
 
+def load_packed(kind: Any, directory: Path, *, dtype: torch.dtype) -> Any:
+    """A model of a class of transformers, with attention for packed sequences. Raises ValueError unless all of its
+    weights are there and finite."""
+    model, found = kind.from_pretrained(
+        directory,
+        dtype=dtype,
+        attn_implementation=PACKED,
+        output_loading_info=True,
+        trust_remote_code=trusted(directory),
+    )
+    check_loaded(found)
+    check_finite(model)
+    return model
+
+
 def load_policy(
     directory: Path,
     *,
@@ -152,15 +168,7 @@ def load_policy(
     attention on each sequence alone.
     """
     with reading(directory, setting, "be trained"):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation=PACKED,
-            output_loading_info=True,
-            trust_remote_code=trusted(directory),
-        )
-        check_loaded(found)
-        check_finite(model)
+        model = load_packed(AutoModelForCausalLM, directory, dtype=dtype)
         _check_tied(model)
         model = model.to(device).eval()
         use_own_lengths(model)

@@ -1,4 +1,4 @@
-"""What a critic learns to predict: the realised returns of responses in a journal, as a pure function.
+"""The targets of a critic: the realised returns of responses in a journal, as a pure function.
 
 Runs in the driver and in every trainer rank.
 """

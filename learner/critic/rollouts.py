@@ -179,7 +179,7 @@ def num_heldout(prompts: int, share: float) -> int:
 
 
 def _fault(table: pa.Table) -> str | None:
-    """What nobody can learn from: a number that is missing or not finite, or an empty prompt."""
+    """The reason why a step cannot be learned from: a number that is missing or not finite, or an empty prompt."""
     for name in ("score", "rollout_logprobs", "ref_logprobs"):
         column = table[name].combine_chunks()
         numbers = column if name == "score" else column.flatten()

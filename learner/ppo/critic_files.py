@@ -27,11 +27,9 @@ from transformers import PreTrainedModel
 
 from common.errors import UserError
 from common.files import replaced_directory, write_json
-from common.model.attention import PACKED
-from common.model.checks import check_finite, check_loaded, read_config, reading
-from common.model.files import copy_code, load_tokenizer
+from common.model.checks import check_finite, read_config, reading
+from common.model.files import copy_code, load_packed, load_tokenizer
 from common.model.identity import file_digest, model_digest
-from common.model.remote_code import trusted
 from common.model.rotary import use_own_lengths
 from common.model.size import without_weights
 from learner.ppo.scores import RunningMoments
@@ -154,15 +152,7 @@ def load_body(directory: Path, kind: type[AnyModel], *, dtype: torch.dtype, devi
     """The network of a separate critic, in eval mode. `kind`: the class of the policy's own network, whose checks when
     it was loaded hold for this one too. Raises UserError."""
     with _reading(directory):
-        model, found = kind.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation=PACKED,
-            output_loading_info=True,
-            trust_remote_code=trusted(directory),
-        )
-        check_loaded(found)
-        check_finite(model)
+        model: AnyModel = load_packed(kind, directory, dtype=dtype)
         use_own_lengths(model)
         return model.to(device).eval()
 

@@ -166,7 +166,7 @@ class Learner(PolicyTrainer):
         for rows in self._minibatches(len(batch.scores)):
             approx_kl, loss = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
             shared_pass = None
-            if ppo.ratio_to_sampler and steps == 0:  # then this is the first pass of the weights as they were
+            if ppo.ratio_to_sampler and steps == 0:  # the first pass with the old weights
                 check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
             check_finite("the loss", loss)
             if ppo.target_kl and approx_kl > ppo.target_kl:

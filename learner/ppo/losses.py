@@ -31,7 +31,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, bounds: tuple[float,
 
 
 def masked_surrogate(ratio: Tensor, advantages: Tensor, *, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """-A ratio between the bounds, else 0, whatever the sign of A (IcePop; SAO, arXiv:2607.07508)."""
+    """-A ratio inside the bounds and 0 outside, for both signs of A (IcePop; SAO, arXiv:2607.07508)."""
     outside = (ratio < bounds[0]) | (ratio > bounds[1])
     return torch.where(outside, 0.0, -advantages * ratio), outside
 

@@ -1,4 +1,4 @@
-"""What the settings add to a model that trains: precision, adapters, recomputed activations, compiled layers.
+"""Prepares a model for training as the settings say: precision, adapters, recomputed activations, compiled layers.
 
 Runs in every trainer rank.
 """

@@ -53,7 +53,7 @@ def table(experiment: Experiment, arms: Sequence[Arm], root: Path, seeds: Sequen
 
 
 def _before(arm: Arm, root: Path, seeds: Sequence[int]) -> str:
-    """What the critic of this arm took before the run."""
+    """The responses and seconds that this arm's critic needed before the run, for its row."""
     if arm.critic is None:
         return ""
     taken = [Finished(path).summary["seconds"] for path in finished_runs(arm.critic, root, seeds)]

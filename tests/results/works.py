@@ -1,4 +1,4 @@
-"""What the results of docs/results.md are made of: commands, arms and columns. Plain data; nothing here runs anything.
+"""The parts of an experiment in docs/results.md: commands, arms and columns. Only data: nothing here runs a command.
 
 A `Work` is one command of Ratchet with a shipped config, in a directory of its own. An `Arm` is a work that a table
 compares with others; an `Experiment` is a table. To add an ablation, add an entry to EXPERIMENTS

@@ -217,7 +217,7 @@ def test_no_critic_is_judged_when_the_variance_has_nearly_gone(rule):
 def test_a_void_batch_in_ten_does_not_silence_the_critics_rules(rule):
     _, records = CASES[rule][0]
     voids = [{"step": r["step"]} if r["step"] % 10 == 4 else r for r in records]
-    # Of the steps 10, 11, ... all but 14 judge: the tenth of them is step 20.
+    # A verdict needs ten steps with figures, from step 10 on. Step 14 has none, so the tenth is step 20.
     assert next(step for step, rules in enumerate(held(({}, voids))) if rule in rules) == 20
 
 

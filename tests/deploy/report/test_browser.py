@@ -278,7 +278,7 @@ def test_the_critic_is_shown_by_position_next_to_the_variance(open_page, blocks)
     page.until("[...charts].filter(c => c.figure).length >= 3")
     lines = f"{EXPLAINED}.places.filter(([p, r]) => p === 'first' && r.glyph.type === 'Line')"
     assert page.evaluate(f"[...{lines}[0][1].data_source.data.y]") == blocks["critic"]["explained"]["first"]
-    # Of the made run's six steps, the last three have too little variance: pale, and on a grey ground.
+    # The last three of the six steps have too little variance: their line is pale, and their background grey.
     judged = page.evaluate(f"[...{lines}[1][1].data_source.data.y].map(y => isNaN(y) ? null : y)")
     assert judged == [*blocks["critic"]["explained"]["first"][:3], None, None, None]
     grey = f"{EXPLAINED}.center.filter(r => r.type === 'BoxAnnotation').map(r => [r.left, r.right])"

@@ -15,15 +15,14 @@ from transformers import AutoModel
 from common.config.ppo import Config
 from learner.critic.evaluation import EXPLAINED
 from learner.critic.returns import realised_returns
-from learner.critic.rollouts import Rollouts, choose_steps
+from learner.critic.rollouts import Rollouts
 from learner.critic.trainer import CriticTrainer
 from learner.loop.checkpoints import write_marker
 from learner.ppo.critic_files import CriticBasis, TrainedCritic, load_head, read_critic
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.policy import PolicyWithCritic
 from learner.ranks.distributed import whole
-from tests.fakes import save_tiny_model, tiny_config
-from tests.learner.critic.journals import step_table, write_journal
+from tests.fakes import tiny_config
 from tests.learner.ranks.test_distributed import LIMIT_S, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -31,18 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 UNUSUAL = {"betas": (0.8, 0.9), "weight_decay": 0.1, "max_grad_norm": 0.3, "schedule": "linear", "warmup_steps": 1,
            "eps": 1e-3, "value_head_learning_rate": 2e-2, "critic_learning_rate": 4e-3}  # fmt: skip
 BASIS = CriticBasis("separate", "m", "t", (), "mean_std", 5.0, 1.0, 0.1, "k1", {})
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rollouts(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run")
-    write_journal(directory, [step_table(step) for step in range(6)])
-    return Rollouts([choose_steps(directory, slice(None))])
 
 
 def config(model: Path, kind: str, *, optimizer: dict[str, Any] | None = None, **learner: Any) -> Config:
@@ -66,7 +53,7 @@ def remember(trainer: CriticTrainer, rollouts: Rollouts) -> None:
 
 
 def batches(rollouts: Rollouts) -> list[Any]:
-    """Of eight rollouts, of five, of one, which leaves a second rank without work."""
+    """Three batches, of eight, five and one rollouts. The last one leaves a second rank without work."""
     return [rollouts.table(np.array(rows)) for rows in ([3, 40, 8, 21, 0, 17, 30, 46], [5, 6, 7, 44, 2], [11])]
 
 

@@ -21,7 +21,7 @@ from learner.critic.trainer import CriticTrainer
 from learner.critic.training import CriticData, CriticRun, train_critic
 from learner.ppo.critic_files import read_critic
 from learner.ppo.critic_quality import critic_quality
-from tests.fakes import save_tiny_model, tiny_config
+from tests.fakes import tiny_config
 from tests.learner.critic.journals import step_table, write_journal
 from tests.learner.critic.test_trainer import BASIS, trained
 
@@ -52,18 +52,6 @@ class OneProcess:
             return result
 
         return call
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rollouts(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run")
-    write_journal(directory, [step_table(step) for step in range(6)])
-    return Rollouts([choose_steps(directory, slice(None))])
 
 
 def config(model: Path, kind: str = "shared", **training: Any) -> Config:

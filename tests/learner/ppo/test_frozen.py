@@ -104,7 +104,7 @@ def test_freezing_changes_no_gradient_of_the_other_weights(model):
     """They are those of a critic that trains whole."""
 
     def gradients(frozen):
-        """Of the first optimizer step."""
+        """The gradients of the first optimizer step."""
         learner, found = learner_with(model, frozen), {}
 
         def keep(*_):
