@@ -155,8 +155,8 @@ STEP = (
         "tokens",
         "k3 between learner and generator on the sampled tokens (at most 10 each); above 0.01 without staleness: the "
         "two disagree about the model. The run stops when it stays above `ppo.max_mismatch_kl` for "
-        "`ppo.max_mismatch_steps` steps in a row. With `mask` measured in the first epoch, so with several minibatches "
-        "while the policy already moves",
+        "`ppo.max_mismatch_steps` steps in a row. With `mask` it is that of the first minibatch, before it moves "
+        "the policy",
         "mismatch",
     ),
     Metric(

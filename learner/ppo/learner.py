@@ -166,8 +166,9 @@ class Learner(PolicyTrainer):
         for rows in self._minibatches(len(batch.scores)):
             approx_kl, loss = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
             shared_pass = None
-            if ppo.ratio_to_sampler and steps == 0:  # the first pass with the old weights
+            if ppo.ratio_to_sampler and steps == 0:  # only this minibatch has passed through the old weights
                 check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
+                metrics.add("mismatch/kl", float(approx_kl))
             check_finite("the loss", loss)
             if ppo.target_kl and approx_kl > ppo.target_kl:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -208,8 +209,6 @@ class Learner(PolicyTrainer):
             kl_sum += numbers["ppo/approx_kl"]
             for key, total in numbers.items():
                 metrics.add(key, total, count)
-            if newest.first and self.cfg.ppo.ratio_to_sampler:
-                metrics.add("mismatch/kl", numbers["ppo/approx_kl"], count)
         kl_sum, loss_sum = self.ranks.sum(torch.stack([kl_sum, loss_sum]))
         return kl_sum / num_tokens, loss_sum
 

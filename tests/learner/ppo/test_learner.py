@@ -214,8 +214,8 @@ class SlowLearner:
                 group["lr"] = rate * scale
             self.optimizer.step()
             seen += [{key: float(torch.as_tensor(x).detach()) for key, x in part.items()} for part in parts]
-        if cfg.ppo.policy_loss == "mask":  # measured in the first epoch: k3 from the sampler
-            early = [s["ppo/approx_kl"] for s in seen[: len(every)]]
+        if cfg.ppo.policy_loss == "mask":  # k3 from the sampler in the first minibatch
+            early = [s["ppo/approx_kl"] for s in seen[: sum(len(targets[index]) for index in minibatches[0])]]
             stats = {key: x for key, x in stats.items() if key != "mismatch/capped"} | {"mismatch/kl": np.mean(early)}
         found = {**stats, **{key: np.mean([s[key] for s in seen]) for key in seen[0]}, "ppo/grad_norm": max(norms)}
         return {key: x for key, x in found.items() if cfg.ppo.has_critic or not key.startswith("value/")}
@@ -794,7 +794,7 @@ def test_with_the_mask_only_the_critic_makes_a_pass_before_learning(model, monke
     assert len(heads) == 2  # the output embedding works for gradients only
 
 
-def test_the_first_epoch_measures_the_mismatch_that_a_pass_before_would(model):
+def test_the_first_pass_measures_the_mismatch_that_a_pass_before_would(model):
     ppo = {"minibatches": 1, "ppo_epochs": 3}
     masked, clipped = (
         make_learner(model, ppo={**MASK["ppo"], **ppo, "policy_loss": name}).update(varied_batch(0))
