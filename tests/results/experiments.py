@@ -6,14 +6,14 @@ shared critic, 15 with a separate one, 18 in the human-feedback demo, and a minu
 
 from __future__ import annotations
 
+from tests.results.critic_experiments import CAUSES, EXPLAINED, LEARNING
 from tests.results.finished import Finished
-from tests.results.works import Arm, Column, Experiment, Work
+from tests.results.works import Arm, Column, Experiment, Work, percent
 
 GROUP = 4  # responses to each prompt
 SAMPLED = 640  # responses that a critic is trained on before the run: ten steps' worth
 SAME_PROMPTS = (f"prompts.rollouts_per_prompt={GROUP}",)
 PRETRAINED = "learner.critic_path={NAME}/critic"
-EXPLAINED = "value/explained_variance/realised"
 NO_CRITIC = {"group": 'ppo.advantages="group"', "returns": 'ppo.advantages="returns"'}
 
 
@@ -86,10 +86,10 @@ BASELINES = Experiment(
     columns=(
         Column("responses to 90 %", lambda run: run.responses_to(0.9), "{:.0f}", "never"),
         Column("seconds to 90 %", lambda run: run.seconds_to(0.9), "{:.0f}", "never"),
-        Column("pass@1 at the end, %", lambda run: _percent(run.last_pass_rate()), "{:.1f}"),
+        Column("pass@1 at the end, %", lambda run: percent(run.last_pass_rate()), "{:.1f}"),
         Column("variance that the baseline leaves, first step", Finished.first_variance_left, "{:.3g}"),
         Column("... all steps, share of the returns' variance", Finished.share_left),
-        Column("explained variance, last 5 steps", lambda run: run.mean(EXPLAINED, last=5)),
+        Column("explained variance, last 5 steps", lambda run: run.mean(EXPLAINED, slice(-5, None))),
     ),
 )
 
@@ -161,12 +161,12 @@ STALENESS = Experiment(
     minutes=36,
     arms=tuple(_asynchronous(staleness, loss) for staleness in (0, 2, 8) for loss in ("clip", "mask")),
     columns=(
-        Column("pass@1 at the end, %", lambda run: _percent(run.last_pass_rate()), "{:.1f}"),
-        Column("best pass@1, %", lambda run: _percent(run.best_pass_rate()), "{:.1f}"),
-        Column("lost pass@1, points", lambda run: _percent(run.lost_pass_rate()), "{:.1f}"),
+        Column("pass@1 at the end, %", lambda run: percent(run.last_pass_rate()), "{:.1f}"),
+        Column("best pass@1, %", lambda run: percent(run.best_pass_rate()), "{:.1f}"),
+        Column("lost pass@1, points", lambda run: percent(run.lost_pass_rate()), "{:.1f}"),
         Column("mean staleness, versions", lambda run: run.mean("staleness/mean"), "{:.2f}"),
         Column("mismatch/kl, mean", lambda run: run.mean("mismatch/kl"), "{:.4f}"),
-        Column("tokens clipped or masked, %", lambda run: _percent(_without_gradient(run)), "{:.1f}"),
+        Column("tokens clipped or masked, %", lambda run: percent(_without_gradient(run)), "{:.1f}"),
     ),
 )
 
@@ -177,8 +177,10 @@ def _without_gradient(run: Finished) -> float | None:
     return run.mean("ppo/clip_frac") if masked is None else masked
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-EXPERIMENTS = {"baselines": BASELINES, "feedback": FEEDBACK_BASELINES, "staleness": STALENESS}
+EXPERIMENTS = {
+    "baselines": BASELINES,
+    "feedback": FEEDBACK_BASELINES,
+    "staleness": STALENESS,
+    "causes": CAUSES,
+    "critics": LEARNING,
+}

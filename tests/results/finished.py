@@ -21,7 +21,7 @@ PHASES = ("time/generate_s", "time/score_s", "time/journal_s", "time/learn_s", "
 
 
 class Finished:
-    """One run of `ratchet train`."""
+    """One run of `ratchet train`, or of `ratchet train-critic`, which has a summary only."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -42,10 +42,10 @@ class Finished:
     def summary(self) -> dict[str, Any]:
         return json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
 
-    def mean(self, key: str, *, last: int = 0) -> float | None:
-        """The mean of a metric over all steps that have it, or over the `last` of them."""
-        values = [record[key] for record in self.metrics if key in record]
-        return float(np.mean(values[-last:])) if values else None
+    def mean(self, key: str, steps: slice = slice(None)) -> float | None:
+        """The mean of a metric over all steps that have it, or over some of them."""
+        values = [record[key] for record in self.metrics if key in record][steps]
+        return float(np.mean(values)) if values else None
 
     def first_version(self, pass_rate: float) -> int | None:
         """The first policy version that passes on this share of the held-out prompts."""

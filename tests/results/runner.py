@@ -82,9 +82,13 @@ class Runner:
     def command(self, work: Work, seed: int) -> list[str]:
         """The arguments of `ratchet`, without the run directory."""
         places = {need.name: str(self._root / need.directory(seed)) for need in work.needs}
-        settings = [setting.format(**places) if "{" in setting else setting for setting in work.settings]
+
+        def filled(texts: Sequence[str]) -> list[str]:
+            return [text.format(**places) if "{" in text else text for text in texts]
+
+        settings = filled(work.settings)
         settings += [setting for setting in self._settings if has_setting(ROOTS[work.command], setting)]
-        return [work.command, f"{CONFIGS}/{work.config}", *settings, f"seed={seed}", *work.options]
+        return [work.command, f"{CONFIGS}/{work.config}", *settings, f"seed={seed}", *filled(work.options)]
 
     def _remember(self, work: Work, seed: int, directory: Path) -> None:
         """Raises ValueError if the directory was made with another command."""

@@ -28,7 +28,7 @@ ALL = {work.name: work for e in EXPERIMENTS.values() for arm in e.arms for work 
 def test_the_settings_of_a_work_are_those_of_its_config(name, tmp_path):
     work = ALL[name]
     _, config, *settings = Runner(tmp_path).command(work, seed=7)
-    settings = [setting for setting in settings if setting not in work.options]
+    settings = settings[: len(settings) - len(work.options)]
     cfg = load_config(REPOSITORY / config, settings, ROOTS[work.command])
     assert cfg.seed == 7
     assert config.startswith(CONFIGS)
@@ -116,6 +116,8 @@ def test_a_command_names_its_needs_and_settings_of_other_commands_are_left_out(t
     ]  # fmt: skip
     assert runner.command(SHARED, 0) == ["sample-pairs", "deploy/configs/positive-pairs.toml", "seed=0"]
     assert runner.command(FIRST, 0)[-2:] == ["--sample", "8"]
+    again = Work("again", "larger.toml", command="train-critic", options=("--from", "{first}"), needs=(FIRST,))
+    assert runner.command(again, 3)[-2:] == ["--from", f"{tmp_path}/first/seed-3"]
 
 
 def evaluation(version: int, pass_rate: float, *, kl: float = 0.0, gold: float = 0.0) -> dict:

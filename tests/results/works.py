@@ -15,8 +15,8 @@ from tests.results.finished import Finished
 
 @dataclass(frozen=True)
 class Work:
-    """One command, run once for each seed. `needs` run before it; `{NAME}` in a setting is the directory of the need
-    with this name."""
+    """One command, run once for each seed. `needs` run before it; `{NAME}` in a setting or option is the
+    directory of the need with this name."""
 
     name: str
     config: str  # a file of deploy/configs
@@ -49,6 +49,10 @@ class Column:
     value: Callable[[Finished], float | None]
     form: str = "{:.2f}"
     missing: str = "-"  # where no run has it
+
+
+def percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 @dataclass(frozen=True)
