@@ -34,6 +34,7 @@ from deploy.command_line import (
     config_and_directory,
     config_of_a_job,
     epilog,
+    find_modules_of,
     name_of_config,
     refuse_without_resume,
     run_command,
@@ -42,8 +43,6 @@ from deploy.command_line import (
     with_address,
 )
 from deploy.ending import exit_message
-from deploy.run.record import read_record
-from deploy.run.resume import enter_starting_directory
 
 ROOTS["train"] = Config
 ROOTS["train-critic"] = Config
@@ -158,11 +157,13 @@ def train_critic(
         raise UserError("a training that continues (--resume) knows its data; leave --from, --steps and --sample out")
     if resume is None and config and run is None:
         run = Path("runs") / f"{name_of_config(Path(config))}-critic"
+    here = Path.cwd()
     cfg, directory = config_and_directory(Config, config, with_address(settings, address), run, resume)
     exit_message.run_begins(directory, f"continue with ratchet train-critic --resume {quote(str(directory))}")
     from deploy.train_critic import run_critic_training
 
-    resumed, sources = resume is not None, source or []
+    resumed, moved = resume is not None, Path.cwd() != here
+    sources = [here / path if moved else path for path in source or []]
     run_critic_training(cfg, directory, sources=sources, steps=steps, sample=sample, resume=resumed, force=force)
 
 
@@ -187,12 +188,7 @@ def evaluate(
     path = Path(config)
     cfg = load_config(path, with_address(settings, address), Config)
     judged = absolute_if_directory(policy) if policy else None
-    directory = run or Path("runs") / f"{name_of_config(path)}-evaluation"
-    if path.name == "config.toml" and read_record(path.parent):
-        directory = directory.absolute()
-        find_users_modules(*enter_starting_directory(path.parent)[1])
-    else:
-        find_users_modules(path.absolute().parent)
+    directory = find_modules_of(path, run or Path("runs") / f"{name_of_config(path)}-evaluation")
     from deploy.evaluate import run_evaluation
 
     exit_message.run_begins(directory, "begin again with --force")

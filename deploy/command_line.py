@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.user_code.import_path import find_users_modules
 from deploy.ending import exit_message
 from deploy.run.provenance import IN_A_JOB, ratchets_git_state, versions
+from deploy.run.record import read_record
 from deploy.run.resume import enter_starting_directory, resumed_config
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -157,7 +158,8 @@ def config_and_directory(
     changes: Sequence[str] | None = None,
 ) -> tuple[AnyRoot, Path]:
     """The config and the run directory of a new run, or of the run to continue, where `changes` are those of --change;
-    None if the command has no such option. From here on the user's modules can be imported."""
+    None if the command has no such option. From here on the user's modules can be imported. The current directory is
+    then the one that RUN was started from, if this run continues RUN or has the config RUN/config.toml."""
     in_a_job = IN_A_JOB in os.environ  # file names stay relative, because each job has its own current directory
     if resume is not None:
         cfg = resumed_config(root, resume, _changes(config, settings, run), changes, travels=in_a_job)
@@ -166,8 +168,18 @@ def config_and_directory(
         return cfg, directory
     directory = run_directory(config, run, resume)
     cfg = load_config(Path(config), settings, root, keep_relative=in_a_job)
-    find_users_modules(Path(config).absolute().parent)
-    return cfg, directory
+    return cfg, find_modules_of(Path(config), directory)
+
+
+def find_modules_of(config: Path, directory: Path) -> Path:
+    """From here on the modules that a config names can be imported. For RUN/config.toml the current directory becomes
+    the one that RUN was started from. Returns the path of `directory`, a new run, from there."""
+    if config.name != "config.toml" or not read_record(config.parent):
+        find_users_modules(config.absolute().parent)
+        return directory
+    directory = directory.absolute()
+    find_users_modules(*enter_starting_directory(config.parent)[1])
+    return directory
 
 
 def config_of_a_job(

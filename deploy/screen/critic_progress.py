@@ -18,7 +18,7 @@ from deploy.run.log import RunLog
 from deploy.screen.screen import Screen, columns_of
 from learner.critic.evaluation import CriticEvaluation, best_of
 from learner.critic.rollouts import shown_steps
-from learner.critic.training import CriticData
+from learner.critic.training import CriticData, learning_rates
 from learner.ppo.critic_quality import PARTS
 
 # Width and text of each column, by the heading in common/metrics/table.py.
@@ -43,9 +43,10 @@ class CriticProgress(Screen):
     def __init__(self, directory: Path, log: RunLog | None = None) -> None:
         super().__init__(directory, columns_of(CRITIC_STEP, _CELLS), _LEGEND, log=log)
         self._num_steps: int | None = None
+        self._rates = ""
 
     def begin(self, data: CriticData) -> None:
-        cfg, self._num_steps = data.cfg, data.num_steps
+        cfg, self._num_steps, self._rates = data.cfg, data.num_steps, learning_rates(data.cfg)
         self._print(
             f"[bold]ratchet train-critic[/] {escape(cfg.model.path)} · {cfg.learner.critic} critic · "
             f"{len(data.rows)} rollouts to learn from, {len(data.heldout)} of held-out prompts · at most "
@@ -92,7 +93,7 @@ class CriticProgress(Screen):
         if best.step == 0:
             self._print(
                 "no pass predicted better than the untrained critic, which is what is kept: train on more rollouts, or "
-                "change the learning rate",
+                f"change {self._rates}",
                 style="yellow",
             )
         self._end(seconds, "critic/: for learner.critic_path; summary.json, metrics.jsonl, evaluations.jsonl")

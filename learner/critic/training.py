@@ -113,8 +113,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
         super().__init__(directory, trainer, data.order, passes=passes, checkpoint=checkpoint, **callbacks)
         self.cfg, self.data, self.rollouts, self.trainer, self.basis = cfg, data, data.rollouts, trainer, basis
         self._on_progress = on_progress
-        network = "optimizer.critic_learning_rate or " if cfg.learner.critic == "separate" else ""
-        self.RATE = f"{network}optimizer.value_head_learning_rate"
+        self.RATE = learning_rates(cfg)
 
     def take(self, rows: Sequence[int]) -> pa.Table:
         return self.rollouts.table(self.data.rows[np.asarray(rows)])
@@ -157,6 +156,12 @@ class CriticRun(PassTraining[CriticEvaluation]):
             self._on_progress(work, number * ROLLOUTS_PER_CALL, len(rows))
             yield table
         self._on_progress(work, len(rows), len(rows))
+
+
+def learning_rates(cfg: Config) -> str:
+    """The settings with the learning rates of this critic, for messages."""
+    network = "optimizer.critic_learning_rate or " if cfg.learner.critic == "separate" else ""
+    return f"{network}optimizer.value_head_learning_rate"
 
 
 async def train_critic(run: CriticRun) -> list[CriticEvaluation]:

@@ -315,10 +315,11 @@ def test_a_run_continues_from_anywhere(accepted, configs, workplace, monkeypatch
     monkeypatch.setattr(sys, "path", [*sys.path])
     accepted(command, "--resume", run.relative_to(workplace))
     assert Path.cwd() == home
-    if command == "train":
+    for other in ("evaluate", "train") if command == "train" else ():
         monkeypatch.chdir("/")
         sys.modules.pop("their_rewards")
-        accepted("evaluate", run / "config.toml", "--run", workplace / "verdict")
+        accepted(other, run / "config.toml", "--run", workplace / other)
+        assert Path.cwd() == home
     sys.modules.pop("their_rewards", None)
 
 

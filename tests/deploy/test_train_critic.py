@@ -16,7 +16,7 @@ import deploy.session
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
-from common.files import read_records
+from common.files import read_records, write_json
 from common.types import Prompt, Rollout, RolloutRef, Score
 from deploy.capacity import Node
 from deploy.cli import main
@@ -299,6 +299,21 @@ def test_the_default_directory_is_named_after_the_config(runs, command, monkeypa
     Path("tiny.toml").rename("mine/config.toml")
     command("mine/config.toml", "--from", runs / "fits")
     assert directories == [Path("runs/tiny-critic"), Path("runs/mine-critic")]
+
+
+def test_a_config_of_a_run_finds_its_files_and_the_journals(runs, command, monkeypatch, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "run").mkdir()
+    Path("tiny.toml").rename(tmp_path / "run/config.toml")
+    write_json(tmp_path / "run/run.json", {"ratchet_run": 1, "directory": str(tmp_path / "home")})
+    monkeypatch.chdir(runs)
+    given = []
+    monkeypatch.setattr(
+        "deploy.train_critic.run_critic_training", lambda cfg, run, *, sources, **_: given.extend([run, *sources])
+    )
+    command(tmp_path / "run/config.toml", "--from", "fits", "--run", "new")
+    assert given == [runs / "new", runs / "fits"]
+    assert Path.cwd() == tmp_path / "home"
 
 
 class InThisProcess(OneProcess):
