@@ -6,14 +6,10 @@ Minutes as in tests/results/experiments.py.
 from __future__ import annotations
 
 from tests.results.finished import Finished
-from tests.results.works import Arm, Column, Experiment, Work, percent
-
-EXPLAINED = "value/explained_variance/realised"
+from tests.results.shipped import EXPLAINED, EXPLAINED_AT_END, PASS_AT_END, QUESTION, REVIEWS, SEPARATE
+from tests.results.works import Arm, Column, Experiment, Work
 
 # The critic of the question task
-
-QUESTION = "larger.toml"
-SEPARATE = ('learner.critic="separate"', "optimizer.critic_learning_rate=1.5e-4")
 
 
 def _run(name: str, title: str, *settings: str, needs: tuple[Work, ...] = ()) -> Arm:
@@ -41,10 +37,10 @@ CAUSES = Experiment(
     ),
     columns=(
         Column("explained variance, steps 1 to 4", lambda run: run.mean(EXPLAINED, slice(1, 5))),
-        Column("last 5 steps", lambda run: run.mean(EXPLAINED, slice(-5, None))),
+        EXPLAINED_AT_END,
         Column("variance of the returns, last 5 steps / first 5", lambda run: _left_of_returns(run)),
         Column("explained in all steps together", lambda run: _explained_share(run)),
-        Column("pass@1 at the end, %", lambda run: percent(run.last_pass_rate()), "{:.1f}"),
+        PASS_AT_END,
     ),
 )
 
@@ -61,7 +57,6 @@ def _explained_share(run: Finished) -> float | None:
 
 # Critics that learn from a journal: the policy does not move
 
-REVIEWS = "reviews.toml"
 BATCH = "rollouts_per_step=16"  # responses of one update
 PASSES = "critic_training.passes=2"
 RATES = ("optimizer.critic_learning_rate=1.5e-4", "optimizer.value_head_learning_rate=1e-3")

@@ -6,8 +6,22 @@ shared critic, 15 with a separate one, 18 in the human-feedback demo, and a minu
 
 from __future__ import annotations
 
-from tests.results.critic_experiments import CAUSES, EXPLAINED, LEARNING
+from tests.results.ablations import CLIPPING, DRIFT, ENTROPY, UNITS
+from tests.results.critic_experiments import CAUSES, LEARNING
 from tests.results.finished import Finished
+from tests.results.shipped import (
+    EXPLAINED_AT_END,
+    FEEDBACK,
+    GOLD_AT_END,
+    JUDGE,
+    KL_AT_END,
+    LOST_PASS,
+    PASS_AT_END,
+    QUESTION,
+    REWARD_MODEL,
+    SEPARATE,
+    WITH_REWARD_MODEL,
+)
 from tests.results.works import Arm, Column, Experiment, Work, percent
 
 GROUP = 4  # responses to each prompt
@@ -19,12 +33,12 @@ NO_CRITIC = {"group": 'ppo.advantages="group"', "returns": 'ppo.advantages="retu
 
 # The critics that are compared have a network of their own, because a head on a trunk that does not learn explains
 # little (docs/results.md). At this learning rate about 500 responses teach it.
-SEPARATE = ('learner.critic="separate"', "ppo.value_lam=1", "optimizer.critic_learning_rate=1.5e-4")
+TAUGHT = (*SEPARATE, "ppo.value_lam=1")
 
 
 def _critic(name: str, config: str, *settings: str, needs: tuple[Work, ...] = ()) -> Work:
     """A critic, trained on responses of the starting policy to the first prompts of the run that starts from it."""
-    return Work(name, config, (*settings, *SEPARATE), "train-critic", ("--sample", str(SAMPLED)), needs)
+    return Work(name, config, (*settings, *TAUGHT), "train-critic", ("--sample", str(SAMPLED)), needs)
 
 
 def _compared(prefix: str, config: str, *settings: str, needs: tuple[Work, ...] = ()) -> tuple[Arm, ...]:
@@ -32,10 +46,10 @@ def _compared(prefix: str, config: str, *settings: str, needs: tuple[Work, ...] 
     same = (*settings, *SAME_PROMPTS)
     critic = _critic(f"{prefix}-critic", config, *settings, needs=needs)
     start = PRETRAINED.replace("NAME", critic.name)
-    pretrained = Work(f"{prefix}-pretrained", config, (*same, *SEPARATE, start), needs=(*needs, critic))
+    pretrained = Work(f"{prefix}-pretrained", config, (*same, *TAUGHT, start), needs=(*needs, critic))
     return (
         Arm("pretrained critic", pretrained, critic, SAMPLED),
-        Arm("fresh critic", Work(f"{prefix}-fresh", config, (*same, *SEPARATE), needs=needs)),
+        Arm("fresh critic", Work(f"{prefix}-fresh", config, (*same, *TAUGHT), needs=needs)),
         Arm("fresh critic, shared trunk", Work(f"{prefix}-shared", config, same, needs=needs)),
         Arm("group baseline", Work(f"{prefix}-group", config, (*same, NO_CRITIC["group"]), needs=needs)),
         Arm("no baseline", Work(f"{prefix}-none", config, (*same, NO_CRITIC["returns"]), needs=needs)),
@@ -45,7 +59,6 @@ def _compared(prefix: str, config: str, *settings: str, needs: tuple[Work, ...] 
 # The question task
 
 
-QUESTION = "larger.toml"
 SHORT = ("num_steps=10", "evaluation.every=1", "evaluation.prompts=128")
 _single_critic = _critic("question-critic", QUESTION, *SHORT)
 _single = (
@@ -54,13 +67,13 @@ _single = (
         Work(
             "question-pretrained-single",
             QUESTION,
-            (*SHORT, *SEPARATE, PRETRAINED.replace("NAME", _single_critic.name)),
+            (*SHORT, *TAUGHT, PRETRAINED.replace("NAME", _single_critic.name)),
             needs=(_single_critic,),
         ),
         _single_critic,
         SAMPLED,
     ),
-    Arm("fresh critic, 1 response to each prompt", Work("question-fresh-single", QUESTION, (*SHORT, *SEPARATE))),
+    Arm("fresh critic, 1 response to each prompt", Work("question-fresh-single", QUESTION, (*SHORT, *TAUGHT))),
     Arm(
         "no baseline, 1 response to each prompt",
         Work("question-none-single", QUESTION, (*SHORT, NO_CRITIC["returns"])),
@@ -86,26 +99,16 @@ BASELINES = Experiment(
     columns=(
         Column("responses to 90 %", lambda run: run.responses_to(0.9), "{:.0f}", "never"),
         Column("seconds to 90 %", lambda run: run.seconds_to(0.9), "{:.0f}", "never"),
-        Column("pass@1 at the end, %", lambda run: percent(run.last_pass_rate()), "{:.1f}"),
+        PASS_AT_END,
         Column("variance that the baseline leaves, first step", Finished.first_variance_left, "{:.3g}"),
         Column("... all steps, share of the returns' variance", Finished.share_left),
-        Column("explained variance, last 5 steps", lambda run: run.mean(EXPLAINED, slice(-5, None))),
+        EXPLAINED_AT_END,
     ),
 )
 
 # The human-feedback demo
 
-FEEDBACK, JUDGE = "positive.toml", "gold"
 LEVELS = (2.0, 4.0, 6.0)  # nats per response
-_pairs = Work("feedback-pairs", "positive-pairs.toml", command="sample-pairs", seeded=False)
-_reward = Work(
-    "feedback-reward",
-    "positive-reward.toml",
-    ("data.train={feedback-pairs}/pairs.jsonl",),
-    "train-reward",
-    needs=(_pairs,),
-    seeded=False,
-)
 FEEDBACK_BASELINES = Experiment(
     about=(
         f"The human-feedback demo (`deploy/configs/{FEEDBACK}`), against one reward model for all rows and seeds. The "
@@ -119,16 +122,16 @@ FEEDBACK_BASELINES = Experiment(
         "feedback",
         FEEDBACK,
         "evaluation.every=2",
-        "reward.sources.0.model={feedback-reward}/model",
-        needs=(_reward,),
+        WITH_REWARD_MODEL,
+        needs=(REWARD_MODEL,),
     ),
     columns=(
         *(
             Column(f"gold at {kl:g} nats", lambda run, kl=kl: run.judged_at_kl(JUDGE, kl), "{:.3f}", "never")
             for kl in LEVELS
         ),
-        Column("gold at the end", lambda run: run.last_judged(JUDGE), "{:.3f}"),
-        Column("KL at the end, nats", Finished.last_kl, "{:.2f}"),
+        GOLD_AT_END,
+        KL_AT_END,
         Column("variance that the baseline leaves, first step", Finished.first_variance_left, "{:.3g}"),
     ),
 )
@@ -161,9 +164,9 @@ STALENESS = Experiment(
     minutes=36,
     arms=tuple(_asynchronous(staleness, loss) for staleness in (0, 2, 8) for loss in ("clip", "mask")),
     columns=(
-        Column("pass@1 at the end, %", lambda run: percent(run.last_pass_rate()), "{:.1f}"),
+        PASS_AT_END,
         Column("best pass@1, %", lambda run: percent(run.best_pass_rate()), "{:.1f}"),
-        Column("lost pass@1, points", lambda run: percent(run.lost_pass_rate()), "{:.1f}"),
+        LOST_PASS,
         Column("mean staleness, versions", lambda run: run.mean("staleness/mean"), "{:.2f}"),
         Column("mismatch/kl, mean", lambda run: run.mean("mismatch/kl"), "{:.4f}"),
         Column("tokens clipped or masked, %", lambda run: percent(_without_gradient(run)), "{:.1f}"),
@@ -183,4 +186,8 @@ EXPERIMENTS = {
     "staleness": STALENESS,
     "causes": CAUSES,
     "critics": LEARNING,
+    "clipping": CLIPPING,
+    "units": UNITS,
+    "drift": DRIFT,
+    "entropy": ENTROPY,
 }

@@ -47,6 +47,10 @@ class Finished:
         values = [record[key] for record in self.metrics if key in record][steps]
         return float(np.mean(values)) if values else None
 
+    def largest(self, key: str) -> float | None:
+        """The largest value of a metric in any step."""
+        return max((record[key] for record in self.metrics if key in record), default=None)
+
     def first_version(self, pass_rate: float) -> int | None:
         """The first policy version that passes on this share of the held-out prompts."""
         return next((e["policy_version"] for e in self.evaluations if (e["pass_at_1"] or 0) >= pass_rate), None)
@@ -63,7 +67,7 @@ class Finished:
         return sum(record.get(key, 0.0) for record in self.metrics if record["step"] < version for key in PHASES)
 
     def last_pass_rate(self) -> float | None:
-        return self.evaluations[-1]["pass_at_1"] if self.evaluations else None
+        return self.last("pass_at_1")
 
     def best_pass_rate(self) -> float | None:
         rates = [e["pass_at_1"] for e in self.evaluations if e["pass_at_1"] is not None]
@@ -118,8 +122,19 @@ class Finished:
             before = here
         return None
 
+    def judged(self, judge: str) -> list[float]:
+        """The mean score of a judge, or of a reward source, in each evaluation."""
+        return [record["components"][judge] for record in self.evaluations if judge in record["components"]]
+
     def last_judged(self, judge: str) -> float | None:
-        return self.evaluations[-1]["components"].get(judge) if self.evaluations else None
+        return next(iter(self.judged(judge)[-1:]), None)
+
+    def best_judged(self, judge: str) -> float | None:
+        return max(self.judged(judge), default=None)
+
+    def last(self, key: str) -> float | None:
+        """A figure of the last evaluation."""
+        return self.evaluations[-1][key] if self.evaluations else None
 
     def last_kl(self) -> float | None:
-        return self.evaluations[-1]["kl_per_response"] if self.evaluations else None
+        return self.last("kl_per_response")

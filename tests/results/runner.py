@@ -81,10 +81,12 @@ class Runner:
 
     def command(self, work: Work, seed: int) -> list[str]:
         """The arguments of `ratchet`, without the run directory."""
-        places = {need.name: str(self._root / need.directory(seed)) for need in work.needs}
+        places = {f"{{{need.name}}}": str(self._root / need.directory(seed)) for need in work.needs}
 
         def filled(texts: Sequence[str]) -> list[str]:
-            return [text.format(**places) if "{" in text else text for text in texts]
+            for name, place in places.items():
+                texts = [text.replace(name, place) for text in texts]
+            return list(texts)
 
         settings = filled(work.settings)
         settings += [setting for setting in self._settings if has_setting(ROOTS[work.command], setting)]

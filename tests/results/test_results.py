@@ -145,6 +145,7 @@ def test_the_first_evaluation_at_the_goal_counts(tmp_path):
     assert (run.responses_to(0.99), run.seconds_to(0.99)) == (None, None)
     assert run.lost_pass_rate() == 0
     assert run.best_pass_rate() == 0.95
+    assert (run.largest("step"), run.mean("step", slice(1, 3)), run.largest("time/unknown_s")) == (3, 1.5, None)
 
 
 def test_the_judges_score_is_read_between_two_evaluations(tmp_path):
@@ -154,6 +155,8 @@ def test_the_judges_score_is_read_between_two_evaluations(tmp_path):
     assert run.judged_at_kl("gold", 3.0) == pytest.approx(0.5)
     assert run.judged_at_kl("gold", 4.0) == pytest.approx(0.9 + (4 - 2) / (5 - 2) * (0.6 - 0.9))
     assert run.judged_at_kl("gold", 6.0) is None
+    assert (run.best_judged("gold"), run.last_judged("gold"), run.last_kl()) == (0.9, 0.6, 5.0)
+    assert (run.best_judged("silver"), run.last_judged("silver")) == (None, None)
 
 
 def test_the_variance_that_a_baseline_leaves_is_of_returns_minus_it(tmp_path):
