@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.config.loading import absolute_if_directory, load_config
+from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
@@ -43,6 +43,7 @@ from deploy.command_line import (
     with_address,
 )
 from deploy.ending import exit_message
+from deploy.evaluation.names import policy_names
 
 ROOTS["train"] = Config
 ROOTS["train-critic"] = Config
@@ -177,22 +178,36 @@ def sample_pairs(cfg: PairSamplingConfig, directory: Path, *, resume: bool, forc
 
 @app.command(epilog=epilog("train"))
 def evaluate(
-    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run, such as RUN/config.toml.")],
+    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run, such as RUN/config.toml.")] = "",
     settings: Settings = None,
-    policy: Annotated[str | None, typer.Option(help="The policy to judge [default: model.path].")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]PATH", help="A policy to compare with model.path; may be given several times."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Answers of each policy to each prompt.")] = 1,
     run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-evaluation].")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the evaluation in this directory.")] = None,
     address: Address = None,
     force: Force = False,
 ) -> None:
-    """Judge a policy on the held-out prompts of a PPO config."""
-    path = Path(config)
-    cfg = load_config(path, with_address(settings, address), Config)
-    judged = absolute_if_directory(policy) if policy else None
-    directory = find_modules_of(path, run or Path("runs") / f"{name_of_config(path)}-evaluation")
-    from deploy.evaluate import run_evaluation
+    """Judge policies on the held-out prompts of a PPO config: pass@k, and what training changed."""
+    given, policies = with_address(settings, address), policy_names(policy or [])
+    if resume is not None:
+        if policy or samples != 1:
+            raise UserError(
+                "--resume continues with the policies and samples of its run; give no --policy or --samples"
+            )
+        cfg, directory = config_and_directory(Config, config, given, run, resume)
+    elif not config:
+        raise UserError("name the config file of a PPO run, such as RUN/config.toml, or an evaluation with --resume")
+    else:
+        path = Path(config)
+        cfg = load_config(path, given, Config)
+        directory = find_modules_of(path, run or Path("runs") / f"{name_of_config(path)}-evaluation")
+    exit_message.run_begins(directory, f"continue with ratchet evaluate --resume {quote(str(directory))}")
+    from deploy.evaluation.command import run_evaluation
 
-    exit_message.run_begins(directory, "begin again with --force")
-    run_evaluation(cfg, directory, policy=judged, force=force)
+    run_evaluation(cfg, directory, policies=policies, samples=samples, resume=resume is not None, force=force)
 
 
 @app.command()

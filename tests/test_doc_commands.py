@@ -60,7 +60,7 @@ HEAVY = (  # the work that is replaced
     "deploy.train_reward.run_reward_training",
     "deploy.train_critic.run_critic_training",
     "deploy.sample_pairs.run_pair_sampling",
-    "deploy.evaluate.run_evaluation",
+    "deploy.evaluation.command.run_evaluation",
     "deploy.export.run_export",
     "deploy.replay.run_replay",
     "deploy.replay.rebuild_credit",

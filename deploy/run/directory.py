@@ -140,13 +140,11 @@ class RunDirectory:
 
 
 @contextmanager
-def run_owner(
-    directory: Path, *, resume: bool = False, force: bool = False, can_resume: bool = True
-) -> Iterator[RunDirectory]:
+def run_owner(directory: Path, *, resume: bool = False, force: bool = False) -> Iterator[RunDirectory]:
     """Owns the directory of the run to continue, or of a new run, until the end. Raises UserError at once if another
     process owns it, or if no new run may begin in it."""
     if not resume:
-        refuse_overwriting(directory, force=force, can_resume=can_resume)
+        refuse_overwriting(directory, force=force)
     with sole_owner(directory, make=not resume) as owned:
         yield owned
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,15 +16,23 @@ from learner.loop.roles import Generators, Reference
 Answer = tuple[Rollout, Score | Void]
 
 
+class Answered(NamedTuple):
+    """One answer with everything that is known about it."""
+
+    rollout: Rollout
+    score: Score | Void
+    ref_logprobs: np.ndarray  # float32 [R] nats, under the reference; without one, the rollout_logprobs
+
+
 async def answer(
     prompt: Prompt,
     generators: Generators,
     score: Callable[[RolloutRef], Awaitable[Score | Void]],
     reference: Reference | None = None,
-) -> tuple[Rollout, Score | Void, np.ndarray]:
-    """Samples one response and scores it. Returns the rollout, its score and its log-probabilities under the reference
-    (without a reference: its rollout_logprobs). Asks again if the tokens are lost. If generation is given up or a value
-    is not finite, the score is a Void and all log-probabilities are zero. Waits for the pools."""
+) -> Answered:
+    """Samples one response, scores it and measures it under the reference, if there is one. Asks again if the tokens
+    are lost. If generation is given up or a value is not finite, the score is a Void and all log-probabilities are
+    zero. Waits for the pools."""
     while True:
         try:
             ref = await generators.generate(prompt)
@@ -35,14 +44,15 @@ async def answer(
         except GivenUpError as error:
             none = np.zeros(0, dtype=np.int32)
             zeros = np.zeros(0, dtype=np.float32)
-            return Rollout(prompt, none, zeros, none, "length", "none"), Void(prompt.sample_id, str(error)), zeros
+            void = Void(prompt.sample_id, str(error))
+            return Answered(Rollout(prompt, none, zeros, none, "length", "none"), void, zeros)
         if isinstance(rollout, RolloutLostError) or isinstance(measured, RolloutLostError):
             continue
         if ref.fault or not finite:
             zeros = np.zeros_like(rollout.rollout_logprobs)
             reason = ref.fault or "the reference gave a log-probability that is not finite"
-            return replace(rollout, rollout_logprobs=zeros), Void(prompt.sample_id, reason), zeros
-        return rollout, scored, rollout.rollout_logprobs if measured is None else measured
+            return Answered(replace(rollout, rollout_logprobs=zeros), Void(prompt.sample_id, reason), zeros)
+        return Answered(rollout, scored, rollout.rollout_logprobs if measured is None else measured)
 
 
 async def _unmeasured() -> tuple[None, bool]:

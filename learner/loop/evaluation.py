@@ -13,8 +13,8 @@ import numpy as np
 from common.config.ppo import EvaluationConfig
 from common.errors import UserError
 from common.proportions import wilson_interval
-from common.types import Prompt, Rollout, Score, Void
-from learner.loop.answers import Answer, answer
+from common.types import Prompt, Score, Void
+from learner.loop.answers import Answer, Answered, answer
 from learner.loop.roles import Generators, Reference, Reward
 
 
@@ -63,7 +63,7 @@ async def evaluate(
 
     done = 0
 
-    async def ask(prompt: Prompt) -> tuple[Rollout, Score | Void, np.ndarray]:
+    async def ask(prompt: Prompt) -> Answered:
         nonlocal done
         found = await answer(prompt, generators, reward.judge, reference)
         done += 1
@@ -71,30 +71,39 @@ async def evaluate(
         return found
 
     answers = await asyncio.gather(*map(ask, prompts))
-    scores = [score for _, score, _ in answers if isinstance(score, Score)]
-    voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
-    if len(voids) > max_void_share * len(answers):
+    check_voids([answer.score for answer in answers], len(answers), max_void_share)
+    evaluation = evaluation_of(answers, cfg, policy_version=policy_version)
+    return evaluation, [(rollout, score) for rollout, score, _ in answers]
+
+
+def check_voids(scores: Sequence[Score | Void], asked: int, max_void_share: float) -> None:
+    """Raises UserError if more than `max_void_share` of the answers that are asked for have no score."""
+    reasons = [score.reason for score in scores if isinstance(score, Void)]
+    if len(reasons) > max_void_share * asked:
         raise UserError(
-            f"{len(voids)} of {len(answers)} held-out answers could not be scored, more than reward.max_void_share "
-            f"({max_void_share:.0%}); most often: {Counter(voids).most_common(1)[0][0]}; fix it and try "
+            f"{len(reasons)} of {asked} held-out answers could not be scored, more than reward.max_void_share "
+            f"({max_void_share:.0%}); most often: {Counter(reasons).most_common(1)[0][0]}; fix it and try "
             "again, or raise the share"
         )
-    source = cfg.pass_source or (next(iter(scores[0].components)) if scores else "")
-    raw = [score.components[source] for score in scores]
-    can_pass = cfg.pass_source is not None or set(raw) <= {0, 1}
-    passed = sum(value >= cfg.pass_score for value in raw)
+
+
+def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_version: int) -> Evaluation:
+    """The figures of one answer to each prompt."""
+    scores = [score for _, score, _ in answers if isinstance(score, Score)]
+    voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
+    passed = passes([score for _, score, _ in answers], cfg)
     components = {
         name: [score.components[name] for score in scores] for name in (scores[0].components if scores else ())
     }
     asked = max(1, len(answers))
     responses = [rollout.response_ids for rollout, _, _ in answers]
-    evaluation = Evaluation(
+    return Evaluation(
         policy_version=policy_version,
-        prompts=len(prompts),
+        prompts=len(answers),
         voids=len(voids),
         void_reason=Counter(voids).most_common(1)[0][0] if voids else "",
-        pass_at_1=passed / max(1, len(prompts)) if can_pass else None,
-        interval=wilson_interval(passed, len(prompts)) if can_pass else None,
+        pass_at_1=None if passed is None else sum(passed) / asked,
+        interval=None if passed is None else wilson_interval(sum(passed), len(answers)),
         score=sum(score.total for score in scores) / max(1, len(scores)),
         components={name: sum(values) / len(values) for name, values in components.items()},
         kl_per_response=sum(float((r.rollout_logprobs - ref).sum()) for r, _, ref in answers) / asked,
@@ -104,7 +113,16 @@ async def evaluate(
         score_std=float(np.std([score.total for score in scores])) if scores else None,
         component_stds={name: float(np.std(values)) for name, values in components.items()},
     )
-    return evaluation, [(rollout, score) for rollout, score, _ in answers]
+
+
+def passes(scores: Sequence[Score | Void], cfg: EvaluationConfig) -> list[bool] | None:
+    """Whether each answer passes; one without a score does not. None: the scores are not 0 and 1, and no
+    `evaluation.pass_source` says what passes."""
+    given = [score for score in scores if isinstance(score, Score)]
+    source = cfg.pass_source or (next(iter(given[0].components)) if given else "")
+    if cfg.pass_source is None and not {score.components[source] for score in given} <= {0, 1}:
+        return None
+    return [isinstance(score, Score) and score.components[source] >= cfg.pass_score for score in scores]
 
 
 def best_version(evaluations: Sequence[Evaluation]) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.files import read_records
 from common.model.reward_head import content_hash, read_scale
-from deploy.evaluate import run_evaluation
+from deploy.evaluation.command import run_evaluation
 from deploy.sample_pairs import run_pair_sampling
 from deploy.train import run_training
 from deploy.train_reward import run_reward_training
@@ -188,7 +188,7 @@ def test_first_scores_are_near_0_with_deviation_1_and_name_their_model(ppo, rewa
 
 def test_evaluate_judges_the_saved_policy_as_the_run_did(ppo, tmp_path):
     cfg, directory = ppo
-    found = run_evaluation(cfg, tmp_path / "verdict", policy=str(directory / "policy"))
+    found = run_evaluation(cfg, tmp_path / "verdict", policies={"policy": str(directory / "policy")})
     after = json.loads((directory / "summary.json").read_text())["after"]
     for key in ("score", "components", "response_tokens", "distinct_2"):
         assert found[key] == after[key]

@@ -1,0 +1,127 @@
+"""RUN/answers/NAME.jsonl: every answer of one policy, as it came. Runs in the driver.
+
+A batch of answers is written at once and synced. A killed evaluation leaves at most one unfinished line, which nobody
+reads. All figures are computed from these files, so an evaluation in one piece and one in several have the same.
+
+    {"prompt": 3, "sample": 0, "response": "...", "finish_reason": "stop", "score": 1.0, "components": {...},
+     "origins": {...}, "tokens": [...], "logprobs": [...], "ref_logprobs": [...]}
+
+`prompt` counts the lines of RUN/prompts.jsonl. An answer without a score has its reason as "void" instead of score,
+components and origins; a continued evaluation asks it again, and the newest line counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.experience_table import Decode
+from common.files import read_record, sync_directory, write_durably
+from common.types import HELDOUT_EPOCH, Prompt, Rollout, SampleId, Score, Void
+from deploy.run.directory import make_private
+from deploy.screen.progress import question
+from learner.loop.answers import Answered
+
+DIRECTORY, PROMPTS = "answers", "prompts.jsonl"
+_GENERATOR = ""  # which replica wrote an answer is not kept
+
+
+class AnswerFile:
+    """The answers of one policy."""
+
+    def __init__(self, run: Path, name: str, prompts: Sequence[Prompt], decode: Decode) -> None:
+        self.path = run / DIRECTORY / f"{name}.jsonl"
+        self._prompts = {prompt.sample_id.prompt: prompt for prompt in prompts}
+        self._decode = decode
+
+    def read(self, samples: int) -> dict[SampleId, Answered]:
+        """The newest answer of each sample below `samples`, in the order of prompts and samples. Lines that are no
+        answer to one of the prompts are left out."""
+        found: dict[SampleId, Answered] = {}
+        if self.path.exists():
+            with open(self.path, "rb") as lines:
+                for line in lines:
+                    answer = self._answer(read_record(line) or {})
+                    if answer is not None and answer.rollout.prompt.sample_id.replica < samples:
+                        found[answer.rollout.prompt.sample_id] = answer
+        return dict(sorted(found.items()))
+
+    def append(self, answers: Sequence[Answered]) -> None:
+        """Writes the answers. When it returns, they survive a loss of power."""
+        texts = self._decode([rollout.response_ids for rollout, _, _ in answers])
+        lines = [json.dumps(_record(*pair)).encode() + b"\n" for pair in zip(answers, texts, strict=True)]
+        is_new = not self.path.exists()
+        with open(self.path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a kill left an unfinished line
+                    file.write(b"\n")
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_directory(self.path.parent)
+
+    def _answer(self, record: Mapping[str, Any]) -> Answered | None:
+        try:
+            prompt = self._prompts[record["prompt"]]
+            sample_id = SampleId(HELDOUT_EPOCH, record["prompt"], int(record["sample"]))
+            tokens = np.asarray(record["tokens"], np.int32)
+            logprobs, ref_logprobs = (np.asarray(record[key], np.float32) for key in ("logprobs", "ref_logprobs"))
+            score: Score | Void
+            if "void" in record:
+                score = Void(sample_id, str(record["void"]))
+            else:
+                score = Score(float(record["score"]), dict(record["components"]), dict(record["origins"]))
+            if not tokens.shape == logprobs.shape == ref_logprobs.shape:
+                return None
+            asked = _asked(prompt, sample_id)
+            versions = np.zeros_like(tokens)
+            return Answered(
+                Rollout(asked, tokens, logprobs, versions, str(record["finish_reason"]), _GENERATOR),
+                score,
+                ref_logprobs,
+            )
+        except (KeyError, ValueError, TypeError):
+            return None
+
+
+def _asked(prompt: Prompt, sample_id: SampleId) -> Prompt:
+    return Prompt(sample_id, prompt.text, prompt.token_ids, prompt.fields, prompt.messages)
+
+
+def _record(answer: Answered, text: str) -> dict[str, Any]:
+    rollout, score, ref_logprobs = answer
+    _, prompt, sample = rollout.prompt.sample_id
+    record: dict[str, Any] = {
+        "prompt": prompt,
+        "sample": sample,
+        "response": text,
+        "finish_reason": rollout.finish_reason,
+    }
+    if isinstance(score, Void):
+        record["void"] = score.reason
+    else:
+        record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
+    return record | {
+        "tokens": rollout.response_ids.tolist(),
+        "logprobs": _short(rollout.rollout_logprobs),
+        "ref_logprobs": _short(ref_logprobs),
+    }
+
+
+def _short(values: np.ndarray) -> list[float]:
+    """float32 numbers with the fewest digits that give the same float32 again."""
+    return [float(str(value)) for value in values.astype(np.float32)]
+
+
+def write_prompts(run: Path, prompts: Sequence[Prompt]) -> None:
+    """Writes RUN/prompts.jsonl, and makes RUN/answers. A question is the prompt without its chat template."""
+    make_private(run / DIRECTORY)
+    lines = [json.dumps({"prompt": prompt.text, "question": question(prompt)}) + "\n" for prompt in prompts]
+    write_durably(run / PROMPTS, "".join(lines))

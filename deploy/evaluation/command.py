@@ -1,0 +1,177 @@
+"""`ratchet evaluate`: answers of policies to held-out prompts, scored by the sources and judges of a PPO config.
+
+Runs in the driver. The reward and reference services serve all policies. The engines of one policy run at a time: they
+are stopped before those of the next start, because their memory is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.pool.roles import ReferencePool, RewardPool
+from common.config.ppo import Config
+from common.errors import UserError
+from common.files import write_json
+from common.types import Prompt, SampleId, Score, Void
+from deploy.ending import signals
+from deploy.evaluation.answers import AnswerFile, write_prompts
+from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
+from deploy.evaluation.record import evaluation_record
+from deploy.needs import Phases, generator_needs, service_needs
+from deploy.policy_files import PolicyFiles
+from deploy.run.directory import RunDirectory, run_owner
+from deploy.run.error_files import ErrorFiles
+from deploy.run.summary import write_answers
+from deploy.screen.evaluation_progress import EvaluationProgress
+from deploy.session import load_inputs, session
+from deploy.starting import Starter
+from learner.evaluation.asking import ask_all, questions
+from learner.loop.answers import Answered, answer
+from learner.loop.evaluation import check_voids
+from learner.loop.prompts import heldout_prompts
+
+
+def run_evaluation(
+    cfg: Config,
+    directory: Path,
+    *,
+    policies: Mapping[str, str] | None = None,
+    samples: int = 1,
+    resume: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Evaluates the base (model.path) and `policies`, paths by name, with `samples` answers to each prompt. One policy
+    with one answer is evaluated alone. Writes evaluation.json and the answers into `directory`, and returns the record
+    of evaluation.json.
+
+    Everything a user can get wrong is checked first: a UserError leaves nothing written and nothing running."""
+    if cfg.prompts.heldout is None or not cfg.evaluation.prompts:
+        raise UserError("there are no prompts to evaluate on; set both prompts.heldout and evaluation.prompts")
+    with run_owner(directory, resume=resume, force=force) as owned:
+        asked = Asked.read(directory) if resume else Asked.of(cfg, policies or {}, samples)
+        return _run_in(owned, cfg, asked, resume=resume, force=force)
+
+
+def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, force: bool) -> dict[str, Any]:
+    directory = owned.directory
+    reference, policies = load_policies(cfg, asked)
+    first = next(iter(policies.values()))
+    heldout = {"prompts.heldout": cfg.prompts.heldout}
+    inputs = load_inputs(cfg, first, cfg.reward, heldout, judges=cfg.evaluation.judges)
+    [records] = inputs.records
+    check_room(policies, records, cfg.sampling.max_new_tokens)
+    identity = identity_of(cfg, policies, records)
+    if resume:
+        check_identity(directory, identity)
+    prompts = heldout_prompts(records, cfg.evaluation.prompts)
+    progress = EvaluationProgress(directory, owned.log, asked, len(prompts))
+    evaluation = _Evaluation(cfg, directory, asked, policies, prompts, progress)
+
+    def phases(cfg: Config) -> Phases:
+        services = service_needs(cfg, reference.size, inputs.reward_models)
+        services = [need for need in services if need.section != "generators"]
+        tokens = cfg.max_sequence_tokens
+        sizes = [policy.size for policy in policies.values()]
+        return [[*generator_needs(cfg.generators, size, max_tokens=tokens), *services] for size in sizes]
+
+    def record() -> None:
+        asked.write(directory, identity)
+        write_prompts(directory, prompts)
+
+    if resume and not evaluation.missing():
+        owned.resume(cfg)
+    else:
+        with session(cfg, "evaluate", owned, phases, resume=resume, force=force, record=record) as (_, begin):
+            begin()
+            first.keep_tokenizer(directory)
+            with progress.bars:
+                signals.run(evaluation.ask())
+    return evaluation.finish()
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """An evaluation in its run directory."""
+
+    cfg: Config
+    directory: Path
+    asked: Asked
+    policies: Mapping[str, PolicyFiles]
+    prompts: Sequence[Prompt]
+    progress: EvaluationProgress
+
+    def file(self, name: str) -> AnswerFile:
+        """The answers of a policy, written or not."""
+        return AnswerFile(self.directory, name, self.prompts, self.policies[name].decode)
+
+    def answers(self, name: str) -> dict[SampleId, Answered]:
+        """The answers of a policy so far."""
+        return self.file(name).read(self.asked.samples)
+
+    def missing(self) -> dict[str, list[Prompt]]:
+        """The questions that each policy has not answered. One whose answer has no score is asked again. Policies that
+        have answered all are left out."""
+        found = {}
+        for name in self.policies:
+            known = {of for of, answer in self.answers(name).items() if not isinstance(answer.score, Void)}
+            if left := questions(self.prompts, self.asked.samples, known):
+                found[name] = left
+        return found
+
+    async def ask(self) -> None:
+        """Has every policy answer what is missing."""
+        cfg, missing = self.cfg, self.missing()
+        self.progress.begin({name: len(left) for name, left in missing.items()})
+        start = Starter(cfg.ray, on_event=self.progress.pool)
+        any_policy = next(iter(self.policies.values()))
+        rewards, references = await asyncio.gather(
+            start.rewards(cfg.reward, policy=any_policy, judges=cfg.evaluation.judges), start.references(cfg)
+        )
+        reward, reference = RewardPool(rewards, ErrorFiles(self.directory).keep), ReferencePool(references)
+        for name, left in missing.items():
+            with ExitStack() as ending:
+                engines = Starter(cfg.ray, on_event=self.progress.pool)
+                ending.callback(engines.stop)
+                await self._ask_policy(name, left, engines, reward, reference)
+
+    async def _ask_policy(
+        self, name: str, left: Sequence[Prompt], engines: Starter, reward: RewardPool, reference: ReferencePool
+    ) -> None:
+        cfg, file, progress = self.cfg, self.file(name), self.progress
+        tokens = cfg.max_sequence_tokens
+        generators = await engines.generators(
+            self.policies[name], cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=tokens
+        )
+        progress.ready(name)
+        scores: list[Score | Void] = []
+
+        async def ask(prompt: Prompt) -> Answered:
+            found = await answer(prompt, generators, reward.judge, reference)
+            progress.answered(name, found)
+            return found
+
+        def keep(answers: Sequence[Answered]) -> None:
+            file.append(answers)
+            scores.extend(answer.score for answer in answers)
+            check_voids(scores, len(self.prompts) * self.asked.samples, cfg.reward.max_void_share)
+
+        at_once = 2 * cfg.generators.max_replicas * cfg.generators.in_flight
+        await ask_all(left, ask, keep, at_once=at_once)
+        progress.finished(name)
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the figures, from the answers on disk, and shows them."""
+        answers = {name: list(self.answers(name).values()) for name in self.policies}
+        record = evaluation_record(self.cfg, self.asked, answers, len(self.prompts))
+        if self.asked.is_single:
+            [(name, found)] = answers.items()
+            judged = [(rollout, score) for rollout, score, _ in found]
+            write_answers(self.directory / "answers.jsonl", judged, self.policies[name].tokenizer)
+        write_json(self.directory / "evaluation.json", record)
+        self.progress.end(record)
+        return record

@@ -1,0 +1,123 @@
+"""The policies of an evaluation: their names, their files, and RUN/evaluated.json, which has what they are asked.
+
+Runs in the driver. model.path is the base: the reference of every KL, and the first policy. Only one policy with one
+sample a prompt is evaluated without it, because there is nothing to compare then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.scoring.kinds import kind_of
+from common.config.ppo import Config
+from common.errors import UserError
+from common.files import write_json
+from common.model.identity import model_digest
+from common.types import PromptRecord
+from deploy.evaluation.names import BASE
+from deploy.policy_files import PolicyFiles
+from deploy.run.identity import prompts_digest
+from deploy.run.record import read_record
+
+RECORD = "evaluated.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The policies and the number of samples."""
+
+    paths: Mapping[str, str]  # of each policy, by name, in the order of their evaluation
+    samples: int
+
+    @classmethod
+    def of(cls, cfg: Config, policies: Mapping[str, str], samples: int) -> Asked:
+        """`policies`: the paths of --policy, by name. Raises UserError."""
+        if samples == 1 and len(policies) == 1:
+            return cls(policies, samples)
+        if cfg.model.path in policies.values():
+            raise UserError(f"--policy ({cfg.model.path}) is model.path, which is evaluated as the base; leave it out")
+        return cls({BASE: cfg.model.path, **policies}, samples)
+
+    @classmethod
+    def read(cls, run: Path) -> Asked:
+        """Those of an evaluation that continues. Raises UserError."""
+        if (command := read_record(run).get("command", "evaluate")) != "evaluate":
+            raise UserError(f"{run} was made by ratchet {command}; continue it with that command")
+        try:
+            record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+            return cls({str(name): str(path) for name, path in record["policies"].items()}, int(record["samples"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{run / RECORD} cannot be read ({type(error).__name__}: {error}), so the evaluation cannot continue; "
+                "restore it, or begin again with --force"
+            ) from None
+
+    def write(self, run: Path, identity: Mapping[str, str]) -> None:
+        record = {"policies": self.paths, "samples": self.samples, "identity": identity}
+        write_json(run / RECORD, record)
+
+    @property
+    def is_single(self) -> bool:
+        """One answer of one policy to each prompt."""
+        return self.samples == 1 and len(self.paths) == 1
+
+    @property
+    def base(self) -> str | None:
+        """The name of the base, if it is evaluated."""
+        return BASE if BASE in self.paths else None
+
+
+def load_policies(cfg: Config, asked: Asked) -> tuple[PolicyFiles, dict[str, PolicyFiles]]:
+    """The reference, and the policies by name. Raises UserError if their tokenizers differ."""
+    trust = cfg.model.trust_remote_code
+    reference = PolicyFiles.load(cfg.model.path, trust_remote_code=trust)
+    policies = {}
+    for name, path in asked.paths.items():
+        is_reference = path == cfg.model.path
+        policy = reference if is_reference else PolicyFiles.load(path, "--policy", trust_remote_code=trust)
+        if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+            raise UserError(
+                f"--policy ({path}) and model.path ({cfg.model.path}) have different tokenizers, so there is no KL "
+                "between them; set model.path to the policy's own reference"
+            )
+        policies[name] = policy
+    return reference, policies
+
+
+def check_room(policies: Mapping[str, PolicyFiles], records: Sequence[PromptRecord], new_tokens: int) -> None:
+    """Raises UserError if one of the policies has no room for a prompt that the first one has room for."""
+    longest = max(len(record.token_ids) for record in records) + new_tokens
+    for policy in policies.values():
+        if policy.size.context < longest:
+            raise UserError(
+                f"--policy ({policy.path}) has a context of {policy.size.context} tokens, and the longest prompt with "
+                f"its response needs {longest}; lower prompts.max_tokens or sampling.max_new_tokens"
+            )
+
+
+def identity_of(cfg: Config, policies: Mapping[str, PolicyFiles], records: Sequence[PromptRecord]) -> dict[str, str]:
+    """Digests of everything that the answers depend on, by name: policies, prompts, reward functions and models."""
+    found = {f"policy {name}": model_digest(policy.directory) for name, policy in policies.items()}
+    found["prompts.heldout"] = prompts_digest(records)
+    sources = {"reward.sources": cfg.reward.sources, "evaluation.judges": cfg.evaluation.judges}
+    for setting, listed in sources.items():
+        for number, source in enumerate(listed):
+            known = [source.name, source.scoring, kind_of(source).identity(source)]
+            found[f"{setting}.{number}"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return found
+
+
+def check_identity(run: Path, now: Mapping[str, str]) -> None:
+    """Raises UserError if the evaluation that continues began with other contents: its answers would not belong
+    together."""
+    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    before = record.get("identity", {})
+    if different := [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]:
+        raise UserError(
+            f"the evaluation in {run} began with other contents of {', '.join(sorted(different))}; restore them, or "
+            "begin again with --force"
+        )
