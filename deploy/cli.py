@@ -190,7 +190,7 @@ def evaluate(
     address: Address = None,
     force: Force = False,
 ) -> None:
-    """Judge policies on the held-out prompts of a PPO config: pass@k, and what training changed."""
+    """Compare policies on the held-out prompts of a PPO config."""
     given, policies = with_address(settings, address), policy_names(policy or [])
     if resume is not None:
         if policy or samples != 1:
