@@ -1,4 +1,4 @@
-"""pass@k against the share of all sets of k answers, counted one by one; intervals against resamples drawn by a loop."""
+"""pass@k against the share of all sets of k answers that pass; intervals against resamples drawn by a loop."""
 
 from __future__ import annotations
 
