@@ -20,6 +20,7 @@ from common.files import write_json
 from common.types import Prompt, SampleId, Score, Void
 from deploy.ending import signals
 from deploy.evaluation.answers import AnswerFile, write_prompts
+from deploy.evaluation.plots import plot_pass_at_k
 from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
 from deploy.evaluation.record import evaluation_record
 from deploy.needs import Phases, generator_needs, service_needs
@@ -168,10 +169,14 @@ class _Evaluation:
         """Writes the figures, from the answers on disk, and shows them."""
         answers = {name: list(self.answers(name).values()) for name in self.policies}
         record = evaluation_record(self.cfg, self.asked, answers, len(self.prompts))
+        files = ["evaluation.json"]
         if self.asked.is_single:
             [(name, found)] = answers.items()
             judged = [(rollout, score) for rollout, score, _ in found]
             write_answers(self.directory / "answers.jsonl", judged, self.policies[name].tokenizer)
+            files.append("answers.jsonl")
+        elif (plot := plot_pass_at_k(record, self.directory)) is not None:
+            files.append(plot.name)
         write_json(self.directory / "evaluation.json", record)
-        self.progress.end(record)
+        self.progress.end(record, [*files, *([] if self.asked.is_single else ["answers/"])])
         return record

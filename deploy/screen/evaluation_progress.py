@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -90,11 +90,12 @@ class EvaluationProgress(Screen):
         self._busy += time.perf_counter() - self._began
         self.bars.hide(name)
 
-    def end(self, record: Mapping[str, Any]) -> None:
-        """Shows the figures of evaluation.json."""
+    def end(self, record: Mapping[str, Any], files: Sequence[str]) -> None:
+        """Shows the figures of evaluation.json, and names the files."""
         self.bars.close()
         for part in evaluation_summary(record):
             self._console.print(part, markup=False, soft_wrap=isinstance(part, str))
+        self.say(f"{self._directory}: {', '.join(files)}")
 
 
 def _means(answers: list[Answered]) -> dict[str, float]:

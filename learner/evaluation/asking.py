@@ -45,7 +45,8 @@ async def ask_all(
             keep(answers)
 
     async def one(prompt: Prompt) -> None:
-        come.append(await ask(prompt))
+        answer = await ask(prompt)
+        come.append(answer)  # into the list of now: an answer that was kept meanwhile began another one
         free.release()
         if len(come) >= batch or time.monotonic() - kept_at > EVERY_S:
             keep_all()
