@@ -27,12 +27,12 @@ def policy_names(policies: Sequence[str]) -> dict[str, str]:
     count = next((n for n in range(1, longest) if len({part[-n:] for part in parts}) == len(parts)), longest)
     named: dict[str, str] = {}
     for name, path in given:
+        if path in named.values():
+            raise UserError(f"--policy {path} is given twice; leave one out")
         name = name or _as_name("-".join(PurePath(path).parts[-count:]))
         if name in named or name == BASE:
             taken = "that of model.path" if name == BASE else f"also that of {named[name]}"
             raise UserError(f"--policy {path}: its name {name} is {taken}; choose one: --policy NAME={quote(path)}")
-        if path in named.values():
-            raise UserError(f"--policy {path} is given twice; leave one out")
         named[name] = path
     return named
 

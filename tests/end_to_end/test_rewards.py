@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,48 @@ def test_evaluate_judges_the_saved_policy_as_the_run_did(ppo, tmp_path):
         assert found[key] == after[key]
     answers = read_records(directory / f"answers/version-{cfg.num_steps:06d}.jsonl")
     assert [a["response"] for a in read_records(tmp_path / "verdict/answers.jsonl")] == [a["response"] for a in answers]
+
+
+@pytest.fixture(scope="module")
+def compared(ppo, tmp_path_factory):
+    """The base and the trained policy, asked three times each."""
+    cfg, directory = ppo
+    target = tmp_path_factory.mktemp("compared") / "whole"
+    return target, run_evaluation(cfg, target, policies={"trained": str(directory / "policy")}, samples=3)
+
+
+def test_evaluate_compares_the_trained_policy_with_its_base(ppo, compared):
+    _, directory = ppo
+    whole, record = compared
+    summary = json.loads((directory / "summary.json").read_text())
+    assert list(record["policies"]) == ["base", "trained"]
+    for name, when in (("base", "before"), ("trained", "after")):
+        answers = [a for a in read_records(whole / f"answers/{name}.jsonl") if a["sample"] == 0]
+        assert len(answers) == 16
+        first = np.mean([answer["components"]["gold"] for answer in answers])
+        assert first == pytest.approx(summary[when]["components"]["gold"])  # the first sample is the run's own answer
+    gold = [figures["components"]["gold"] for figures in record["policies"].values()]
+    assert gold[1]["interval"][0] > gold[0]["interval"][1]
+    kl = [figures["kl_per_response"] for figures in record["policies"].values()]
+    assert kl[0]["value"] == pytest.approx(0, abs=1e-3)
+    assert kl[1]["interval"][0] > 0.1
+    assert "pass_at_k" not in record["policies"]["base"]  # scores of a reward model, and no threshold
+
+
+def test_an_evaluation_that_was_cut_ends_with_the_same_figures(ppo, compared, tmp_path):
+    (cfg, _), (whole, record) = ppo, compared
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    (cut / "evaluation.json").unlink()
+    answers = cut / "answers/trained.jsonl"
+    answers.write_bytes(answers.read_bytes()[:-700])  # in the middle of a line
+    kept = read_records(answers)
+    assert 0 < len(kept) < 48
+    assert run_evaluation(cfg, cut, resume=True) == record
+    again = read_records(answers)
+    assert again[: len(kept)] == kept  # ... which were not asked again
+    assert sorted((a["prompt"], a["sample"]) for a in again) == [(p, s) for p in range(16) for s in range(3)]
+    assert run_evaluation(cfg, cut, resume=True) == record  # nothing is missing, so nothing is asked
 
 
 def test_the_scale_is_that_of_the_policys_own_responses(reward):

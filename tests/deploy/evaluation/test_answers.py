@@ -1,0 +1,113 @@
+"""The answers on disk: wherever a kill cuts them, nothing that was written is lost and nothing is asked twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.types import SampleId, Score, Void
+from deploy.evaluation.answers import AnswerFile, write_prompts
+from learner.evaluation.asking import questions
+from learner.loop.answers import Answered
+from tests.fakes import make_prompt, make_rollout
+
+SAMPLES = 2
+
+
+def decode(responses):
+    return [" ".join(f"t{token}" for token in ids) for ids in responses]
+
+
+@pytest.fixture
+def prompts():
+    return [replace(make_prompt(i), sample_id=SampleId(-1, i, 0)) for i in range(3)]
+
+
+def answer(prompt):
+    """An answer that follows from the sample id alone, as with an engine. Its numbers need all digits of float32."""
+    _, number, sample = prompt.sample_id
+    rollout = make_rollout(prompt, [10 + number, 20 + sample, 1][sample:])
+    draws = np.random.default_rng([number, sample])
+    logprobs, ref_logprobs = (-draws.exponential(size=3 - sample).astype(np.float32) for _ in range(2))
+    score = Score(0.1 + number / 3, {"exact": number / 3, "gold": 1e-7}, {"exact": "m:f", "gold": "g"})
+    return Answered(replace(rollout, rollout_logprobs=logprobs), score, ref_logprobs)
+
+
+def same(found, expected):
+    assert list(found) == sorted(expected)
+    for sample_id, one in expected.items():
+        other = found[sample_id]
+        assert other.rollout.prompt.sample_id == one.rollout.prompt.sample_id
+        assert (other.rollout.prompt.text, other.rollout.finish_reason) == (
+            one.rollout.prompt.text,
+            one.rollout.finish_reason,
+        )
+        np.testing.assert_array_equal(other.rollout.response_ids, one.rollout.response_ids)
+        np.testing.assert_array_equal(other.rollout.rollout_logprobs, one.rollout.rollout_logprobs)
+        np.testing.assert_array_equal(other.ref_logprobs, one.ref_logprobs)
+        assert other.score == one.score
+
+
+def test_answers_are_read_as_they_were_written(tmp_path, prompts):
+    write_prompts(tmp_path, prompts)
+    file = AnswerFile(tmp_path, "mine", prompts, decode)
+    asked = questions(prompts, SAMPLES, set())
+    for part in (asked[3:], asked[:3]):
+        file.append([answer(prompt) for prompt in part])
+    same(file.read(SAMPLES), {prompt.sample_id: answer(prompt) for prompt in asked})
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert lines[0]["response"] == "t21 t1"
+    assert [(line["prompt"], line["sample"]) for line in lines] == [(0, 1), (1, 1), (2, 1), (0, 0), (1, 0), (2, 0)]
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").open()] == [p.text for p in prompts]
+
+
+def test_a_kill_at_any_byte_loses_only_the_unfinished_line(tmp_path, prompts):
+    write_prompts(tmp_path, prompts)
+    whole = AnswerFile(tmp_path, "whole", prompts, decode)
+    asked = questions(prompts, SAMPLES, set())
+    whole.append([answer(prompt) for prompt in asked])
+    text, expected = whole.path.read_bytes(), whole.read(SAMPLES)
+    file = AnswerFile(tmp_path, "cut", prompts, decode)
+    for size in range(len(text) + 1):
+        file.path.write_bytes(text[:size])
+        known = file.read(SAMPLES)
+        lines = text[:size].count(b"\n") + (text[size : size + 1] == b"\n")  # a line may lack nothing but its end
+        assert list(known) == sorted(prompt.sample_id for prompt in asked[:lines])
+        if left := questions(prompts, SAMPLES, set(known)):
+            file.append([answer(prompt) for prompt in left])
+        same(file.read(SAMPLES), expected)
+        assert len(known) + len(left) == len(asked)
+
+
+def test_the_newest_answer_counts(tmp_path, prompts):
+    write_prompts(tmp_path, prompts)
+    file = AnswerFile(tmp_path, "mine", prompts, decode)
+    void = Void(prompts[0].sample_id, "no service")
+    file.append([answer(prompts[0])._replace(score=void)])
+    assert file.read(1)[prompts[0].sample_id].score == void
+    file.append([answer(prompts[0])])
+    same(file.read(1), {prompts[0].sample_id: answer(prompts[0])})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": 3},  # there are three prompts
+        {"sample": 1},  # one sample is asked for
+        {"sample": "first"},
+        {"tokens": [1, 2]},  # fewer than log-probabilities
+        {"logprobs": None},
+        {"score": "good"},
+        {"components": 1},
+    ],
+    ids=str,
+)
+def test_a_line_that_is_no_answer_is_asked_again(tmp_path, prompts, change):
+    write_prompts(tmp_path, prompts)
+    file = AnswerFile(tmp_path, "mine", prompts, decode)
+    file.append([answer(prompts[0])])
+    file.path.write_text(json.dumps({**json.loads(file.path.read_text()), **change}) + "\n[1]\n{\n")
+    assert file.read(1) == {}
