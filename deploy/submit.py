@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ray.job_submission import JobSubmissionClient
 
 from actors.scoring.kinds import kind_of
 from common.config.ppo import Config
-from common.data.records import is_function, matching_files
+from common.data.source_names import SourceName, matching_files, parsed_name
 from common.errors import UserError
 from common.memory import MIB
 from common.user_code.functions import load_function
@@ -143,15 +143,27 @@ def check_travels(cfg: Config, directory: Path) -> None:
     for key, source in prompts.items():
         if source is None or os.path.isabs(os.path.expanduser(source)):
             continue
-        if is_function(source, key):
+        named = parsed_name(source, key)
+        if named.kind == "function":
             load_function(source, key)
-        elif not (files := matching_files(source)) or any(Path(os.path.normpath(file)) not in sent for file in files):
+        elif named.kind in ("files", "directory") and not _all_sent(_files(named), sent):
             raise UserError(
                 f"{key} ({source}) would not be sent with the job: it must be in the current directory and not be "
                 "excluded there, or have an absolute path that the cluster's nodes see"
             )
     for reward_source in (*cfg.reward.sources, *cfg.evaluation.judges):
         kind_of(reward_source).check_travels(reward_source, cfg.reward)
+
+
+def _files(named: SourceName) -> list[str]:
+    """The files of a source: those that match, or all below a directory."""
+    if named.kind == "directory":
+        return [str(path) for path in Path(named.name).rglob("*") if path.is_file()]
+    return matching_files(named.name)
+
+
+def _all_sent(files: Sequence[str], sent: Container[Path]) -> bool:
+    return bool(files) and all(Path(os.path.normpath(file)) in sent for file in files)
 
 
 def _connect(address: str) -> JobSubmissionClient:

@@ -21,6 +21,7 @@ from actors.scoring.model_source import (
     size_of_reward_model,
     try_reading,
 )
+from actors.scoring.reasoning_gym_source import ReasoningGymSource, check_package, rule_digest, try_rule
 from actors.scoring.secrets import Secrets, secrets_of
 from common.config.actors import SourcesConfig
 from common.config.sources import (
@@ -28,6 +29,7 @@ from common.config.sources import (
     HttpSourceConfig,
     JudgeSourceConfig,
     ModelSourceConfig,
+    ReasoningGymSourceConfig,
     RewardSource,
 )
 from common.model.size import ModelSize
@@ -60,8 +62,8 @@ class SourceKind:
     check_travels: Callable[[Any, SourcesConfig], None] = lambda cfg, service: None
     """In `ratchet submit`: raises UserError for a source that needs something which does not travel with the job."""
     identity: Callable[[Any], str | None] = lambda cfg: None
-    """In `ratchet train`: SHA-256 of the files that decide its scores, which the journal records and --resume compares.
-    None: there are none that this process can read."""
+    """In `ratchet train`: SHA-256 of the files or the version that decide its scores, which the journal records and
+    --resume compares. None: there are none that this process can read."""
 
 
 KINDS: Mapping[type[RewardSource], SourceKind] = {
@@ -81,6 +83,12 @@ KINDS: Mapping[type[RewardSource], SourceKind] = {
     HttpSourceConfig: SourceKind(make=lambda cfg, service, secrets: HttpSource(cfg, secrets), secrets=secrets_of),
     JudgeSourceConfig: SourceKind(
         make=lambda cfg, service, secrets: JudgeSource(cfg, secrets), secrets=secrets_of, try_once=try_template
+    ),
+    ReasoningGymSourceConfig: SourceKind(
+        make=lambda cfg, service, secrets: ReasoningGymSource(cfg, service),
+        check=check_package,
+        try_once=try_rule,
+        identity=rule_digest,
     ),
 }
 

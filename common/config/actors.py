@@ -35,6 +35,32 @@ class PromptColumns(Section):
     """Column with the prompt: text or chat messages. Reward sources get all other columns as fields."""
 
 
+class ReasoningGymConfig(Section):
+    """Prompts of `reasoning-gym:TASK`: their numbers, and the task's parameters."""
+
+    train_prompts: Positive = 1000
+    """Different questions for training; fewer if the task has no more. A question that is held out, one in five by its
+    hash, is none of them."""
+    heldout_prompts: Positive = 256
+    """Different held-out questions for prompts.heldout; fewer if the task has no more."""
+    parameters: Mapping[str, Any] = {}
+    """The task's own parameters by name, such as { min_terms = 2, max_terms = 3 }, for training and held-out questions
+    alike. The seed of the run decides the questions."""
+    template: str = "{question}"
+    """The prompt, with the question in place of {question}. Add how to answer, such as tags around the answer."""
+
+    @model_validator(mode="after")
+    def check_prompts(self) -> ReasoningGymConfig:
+        """The question must be in the prompt, and Ratchet sets two parameters itself."""
+        if "{question}" not in self.template:
+            raise ValueError(f"template ({self.template!r}) must have {{question}} in it; add it")
+        deciders = {"size": "train_prompts and heldout_prompts decide", "seed": "the seed of the run decides"}
+        for name, decider in deciders.items():
+            if name in self.parameters:
+                raise ValueError(f"parameters must not have {name}; {decider} it: remove it")
+        return self
+
+
 class PromptFormat(TextFormat):
     """The form of a prompt record, and the longest prompt."""
 
@@ -45,15 +71,17 @@ class PromptFormat(TextFormat):
     """Handling of a longer prompt. refuse: an error before the run starts; drop: leave it out and count it;
     cut_start: remove its first tokens, except the one that begins a sequence."""
     columns: PromptColumns = PromptColumns()
+    reasoning_gym: ReasoningGymConfig = ReasoningGymConfig()
 
 
 class PromptsConfig(PromptFormat):
     """The prompts of training and evaluation."""
 
     train: str
-    """Training prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or
-    a Python function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat
-    messages. CSV cells are text."""
+    """Training prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", a
+    Python function `module:function` that takes a seed and returns records, a Hugging Face data set ("DIRECTORY" or
+    "hf:OWNER/NAME?config=main&split=train"), or "reasoning-gym:TASK". A record has a `prompt`: text or chat messages.
+    docs/data.md has all forms."""
     heldout: str | None = None
     """Prompts for evaluation, in the same forms; none of them may be in `train`. Left out: no evaluation."""
     rollouts_per_prompt: Positive = 1
@@ -180,7 +208,7 @@ class SourcesConfig(Replicated):
     after another and need a low number: otherwise the last request waits longer than timeout_s."""
 
     sources: tuple[SourceConfig, ...]
-    """The sources: each has a name, a weight, and a function, a model, urls or judge_urls."""
+    """The sources: each has a name, a weight, and a function, a model, urls, judge_urls or reasoning_gym."""
     isolation: MayChange[Literal["thread", "process"]] = "thread"
     """thread: reward functions run in threads of the reward process. process: they run in worker processes. There,
     functions may use signals, a crash costs one rollout, a call past its limit is ended, and your modules may have any

@@ -80,7 +80,8 @@ def _type_name(field: FieldInfo) -> str:
     if getattr(kind, "__origin__", None) is tuple:
         text = "list"
     elif getattr(kind, "__origin__", None) is Literal:
-        text = " | ".join(kind.__args__)  # type: ignore[union-attr]
+        choices = kind.__args__  # type: ignore[union-attr]
+        text = " | ".join("true" if choice is True else choice for choice in choices)
     elif getattr(kind, "__origin__", None) is Mapping:
         text = "table"
     elif isinstance(kind, type) and not hasattr(kind, "__origin__"):

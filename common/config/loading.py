@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from common.config.base import Root
 from common.config.faults import fault_message, shortened, without_secrets
+from common.data.source_names import split_options
 from common.errors import UserError
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
@@ -77,12 +78,16 @@ def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> 
 
 
 def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
-    """The absolute path of a data file, or of a pattern that data files match; any other name unchanged."""
+    """The absolute path of a data file, of a pattern that data files match, or of a data set's directory, also with
+    options; any other name unchanged."""
     pattern = os.path.expanduser(name)
+    data_set, options = split_options(pattern)
     has_magic = glob.has_magic(pattern) and "\0" not in pattern and len(pattern) <= _LONGEST_PATH
     for directory in directories:
         if name and os.path.exists(path := os.path.join(directory, pattern)):
             return os.path.abspath(path)
+        if options and os.path.isdir(path := os.path.join(directory, data_set)):
+            return f"{os.path.abspath(path)}?{options}"
         if has_magic and glob.glob(pattern, root_dir=directory, recursive=True):
             return os.path.join(glob.escape(os.path.abspath(directory)), pattern)
     return name

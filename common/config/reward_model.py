@@ -34,9 +34,8 @@ class PairPromptsConfig(PromptFormat):
     """The prompts of the sampled pairs."""
 
     source: str
-    """Prompts: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a Python
-    function `module:function` that takes a seed and returns records. A record has a `prompt`: text or chat messages.
-    CSV cells are text."""
+    """Prompts, in any form that prompts.train of PPO may have, such as a .jsonl or .parquet file, a pattern, a function
+    `module:function` or "hf:OWNER/NAME". A record has a `prompt`: text or chat messages. docs/data.md has all forms."""
     pairs: Positive = 512
     """Pairs to sample, one for each prompt in seeded order; the order repeats when the prompts are used up."""
 
@@ -88,8 +87,9 @@ class PreferencesConfig(TextFormat):
 
     section: ClassVar[str] = "data"
     train: str
-    """Training pairs: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", or a
-    Python function `module:function` that takes a seed and returns records. A record has `chosen` and `rejected` (text
+    """Training pairs: a .jsonl, .json, .csv (each also .gz) or .parquet file, a pattern such as "data/*.parquet", a
+    Python function `module:function` that takes a seed and returns records, or a Hugging Face data set ("DIRECTORY" or
+    "hf:OWNER/NAME?config=main&split=train"). A record has `chosen` and `rejected` (text
     or chat messages: responses to its `prompt`, or whole dialogues) and may have `margin`."""
     heldout: str | None = None
     """Pairs for evaluation, in the same forms; pairs whose prompt is also in `train` are left out and counted."""

@@ -165,18 +165,32 @@ class JudgeSourceConfig(ServiceConfig):
         low, high = self.score_range
         if not low < high:
             yield f"score_range must be [lowest, highest], not [{low:g}, {high:g}]"
-        try:
-            groups = re.compile(self.score_pattern).groups
-        except re.error as error:
-            yield f"score_pattern is not a regular expression ({error})"
-        else:
-            if not groups:
-                yield "score_pattern must have a group, in parentheses, that matches the number"
+        yield from _broken_pattern_rules("score_pattern", self.score_pattern, "number")
         if own := sorted({"model", "messages", "stream", "n"} & self.request.keys()):
             yield f"request must not have {own[0]}, which Ratchet sets itself; remove it"
 
 
-_KINDS = (FunctionSourceConfig, ModelSourceConfig, HttpSourceConfig, JudgeSourceConfig)
+class ReasoningGymSourceConfig(RewardSource):
+    """The rule of the reasoning-gym task that the prompt is from (prompts.train = "reasoning-gym:TASK")."""
+
+    key = "reasoning_gym"
+    decide = ("answer_pattern",)
+    reasoning_gym: Literal[True]
+    """Score with the task's own rule, whose result usually is from 0 to 1; many tasks give a part for a wrong answer.
+    docs/rewards.md explains it."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer in a response, such as (?s)<answer>(.*?)</answer>. The last
+    match counts; without one there is no answer, which the task scores too. Left out: the whole response."""
+    run_answers: bool = False
+    """Allow tasks whose rule runs responses as Python code, with your rights (n_queens, countdown and others). They
+    need isolation = "process"."""
+
+    def broken_rules(self) -> Iterator[str]:
+        if self.answer_pattern is not None:
+            yield from _broken_pattern_rules("answer_pattern", self.answer_pattern, "answer")
+
+
+_KINDS = (FunctionSourceConfig, ModelSourceConfig, HttpSourceConfig, JudgeSourceConfig, ReasoningGymSourceConfig)
 SOURCE_KINDS: dict[str, type[RewardSource]] = {kind.key: kind for kind in _KINDS}
 *_FIRST_KEYS, _LAST_KEY = SOURCE_KINDS
 
@@ -212,6 +226,16 @@ def broken_source_rules(
         yield f"{key} must have different names, not {names}; rename one"
     for source in (*sources, *others):
         yield from (f"reward source {source.name}: {fault}" for fault in source.broken_rules())
+
+
+def _broken_pattern_rules(key: str, pattern: str, what: str) -> Iterator[str]:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        yield f"{key} is not a regular expression ({error})"
+    else:
+        if not groups:
+            yield f"{key} must have a group, in parentheses, that matches the {what}"
 
 
 def _broken_address_rules(key: str, url: str) -> Iterator[str]:

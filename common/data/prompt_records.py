@@ -81,7 +81,7 @@ def load_records(
         drafts.clear()
 
     drafts: list[_Draft] = []
-    for where, record in read_source(source, setting, seed=seed):
+    for where, record in read_source(source, setting, seed=seed, reasoning_gym=cfg.reasoning_gym):
         draft = _draft(where, record, cfg, tokenizer)
         if draft is None:
             counts.empty += 1

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 from common.config.base import LoggingConfig, Root
 from common.errors import UserError
+from common.optional_packages import is_installed
 from deploy.sinks.rows import NewRows, Row
 from deploy.sinks.tensorboard_sink import TensorBoardSink
 from deploy.sinks.wandb_sink import START_S, WandbSink
@@ -43,8 +43,7 @@ class Sink(Protocol):
 def check_sinks(cfg: LoggingConfig) -> None:
     """Raises UserError unless the package of every sink is installed. Sinks and packages have the same names."""
     for name in cfg.sinks:
-        spec = find_spec(name)
-        if spec is None or spec.origin is None:  # without an origin: only a directory of that name, such as W&B's own
+        if not is_installed(name):
             raise UserError(
                 f"logging.sinks names {name}, which is not installed; call pip install {name}, or leave it out"
             )

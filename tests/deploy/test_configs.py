@@ -8,14 +8,18 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.config.sources import FunctionSourceConfig
+from common.data.reasoning_gym_script import questions
+from common.data.source_names import parsed_name
 from common.user_code.functions import load_function
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
+REASONING_GYM = "reasoning-gym.toml"
 ROOTS = {
     "larger.toml": Config,
     "positive-pairs.toml": PairSamplingConfig,
     "positive-reward.toml": RewardTrainingConfig,
     "positive.toml": Config,
+    REASONING_GYM: Config,
     "reviews.toml": Config,
     "single-response-async.toml": Config,
 }
@@ -35,13 +39,24 @@ def test_a_shipped_config_parses_and_its_functions_exist(name):
     sources, prompts = [], []
     if isinstance(cfg, Config):
         sources, prompts = [*cfg.reward.sources, *cfg.evaluation.judges], [cfg.prompts.train, cfg.prompts.heldout]
-        assert len(load_function(cfg.prompts.heldout, name)(0)) >= cfg.evaluation.prompts
+        assert name == REASONING_GYM or len(load_function(cfg.prompts.heldout, name)(0)) >= cfg.evaluation.prompts
     elif isinstance(cfg, PairSamplingConfig):
         sources, prompts = cfg.labeller.sources, [cfg.prompts.source]
     functions = [source.function for source in sources if isinstance(source, FunctionSourceConfig)]
-    assert functions or name == "positive-reward.toml"
-    for function in [*functions, *prompts]:
+    assert functions or name in ("positive-reward.toml", REASONING_GYM)
+    for function in [*functions, *(() if name == REASONING_GYM else prompts)]:
         assert load_function(function, name).__name__ == function.partition(":")[2]
+
+
+def test_the_task_of_reasoning_gym_has_questions_enough():
+    pytest.importorskip("reasoning_gym")
+    cfg = load(REASONING_GYM)
+    assert cfg.prompts.train == cfg.prompts.heldout
+    task, gym = parsed_name(cfg.prompts.heldout, "prompts.heldout"), cfg.prompts.reasoning_gym
+    rule, *heldout = questions(task.name, dict(gym.parameters), gym.heldout_prompts, True, cfg.seed)
+    _, *train = questions(task.name, dict(gym.parameters), gym.train_prompts, False, cfg.seed)
+    assert (rule, len(train)) == ({"runs_answers": False}, gym.train_prompts)
+    assert len(heldout) == gym.heldout_prompts == cfg.evaluation.prompts
 
 
 def test_the_stages_of_the_demo_fit_together():

@@ -321,8 +321,18 @@ def test_prompts_are_sent_only_from_the_current_directory(place):
     Path(".gitignore").write_text("data/more*\n")
     with pytest.raises(UserError, match=r"prompts.train \(data/\*\) would not be sent with the job: "):
         check(place, **prompts("data/*"))  # one of its two files does not
-    with pytest.raises(UserError, match=r"prompts.train \(openai/gsm8k\) is neither a file nor a function"):
+    with pytest.raises(
+        UserError, match=r"prompts.train \(openai/gsm8k\) is neither a file, a directory nor a function"
+    ):
         check(place, **prompts("openai/gsm8k"))
+    for source in ("hf:openai/gsm8k?config=main", "reasoning-gym:chain_sum"):  # the cluster reads them itself
+        check(place, **prompts(source))
+    Path("gsm8k/data").mkdir(parents=True)
+    Path("gsm8k/data/train.parquet").touch()
+    check(place, **prompts("gsm8k?split=train"))
+    Path(".gitignore").write_text("data/\n")
+    with pytest.raises(UserError, match=r"prompts.train \(gsm8k\) would not be sent with the job: "):
+        check(place, **prompts("gsm8k"))
     Path(".gitignore").write_text("data/\n")
     for source in (
         "data/prompts.jsonl",

@@ -98,6 +98,7 @@ def test_describe_lists_the_fields_of_every_kind_of_source_once(root, key):
         *("headers", "request_timeout_s", "max_answer_kib", "retries", "backoff_s", "follow_redirects"),
         *("urls", "send_tokens"),
         *("judge_urls", "judge_model", "template", "system", "score_range", "score_pattern", "score_field", "request"),
+        *("reasoning_gym", "answer_pattern", "run_answers"),
     ]
 
 
@@ -120,6 +121,7 @@ def test_describe_states_bounds_choices_and_defaults():
     assert rows["reward.sources[].weight"] == ("number", "1.0")
     assert rows["reward.sources[].function"] == ("text", "required")
     assert rows["reward.sources[].dtype"] == ("bfloat16 | float32", "bfloat16")
+    assert rows["reward.sources[].reasoning_gym"] == ("true", "required")
     assert rows["reward.sources[].urls"] == ("list", "required")
     assert rows["reward.sources[].request_timeout_s"] == ("number > 0", "10")
     assert rows["evaluation.judges"][0] == "list"

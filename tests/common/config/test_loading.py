@@ -128,7 +128,7 @@ def test_a_source_without_exactly_one_kind_is_refused_in_one_line(minimal, list_
     assert first.endswith("has 1 fault(s):")
     assert len(lines) == 1
     assert lines[0].startswith(f"  {list_key}.{2 if list_key == 'reward.sources' else 0} = ")
-    assert lines[0].endswith(": a source must have exactly one of function, model, urls and judge_urls")
+    assert lines[0].endswith(": a source must have exactly one of function, model, urls, judge_urls and reasoning_gym")
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,19 @@ def test_files_are_found_in_the_current_directory_then_next_to_the_config(home):
     assert names() == tuple(str(Path(name).absolute()) for name in ("model", "train.jsonl", "data/*.parquet"))
 
 
+def test_the_directory_of_a_data_set_becomes_absolute_and_keeps_its_options(home):
+    names = ["prompts.train=data", "prompts.heldout=data?split=train[:9%]"]
+    prompts = load_config(home / "run.toml", names, Config).prompts
+    assert [prompts.train, prompts.heldout] == [str(home / "data"), f"{home / 'data'}?split=train[:9%]"]
+
+
 def test_names_of_missing_files_and_of_functions_stay_unchanged(home):
     names = {"prompts.train": "deploy.tasks.larger:prompts", "prompts.heldout": "no.jsonl", "model.path": "org/model"}
     cfg = load_config(home / "run.toml", [f"{key}={name}" for key, name in names.items()], Config)
     assert [cfg.prompts.train, cfg.prompts.heldout, cfg.model.path] == list(names.values())
+    names = {"prompts.train": "reasoning-gym:gcd", "prompts.heldout": "hf:org/data?split=test&config=main"}
+    cfg = load_config(home / "run.toml", [f"{key}={name}" for key, name in names.items()], Config)
+    assert [cfg.prompts.train, cfg.prompts.heldout] == list(names.values())
 
 
 def test_names_below_the_current_directory_stay_relative_in_a_job(home, monkeypatch):
@@ -419,7 +428,7 @@ def test_a_resolved_config_of_every_root_loads_back_equal(tmp_path, name):
              "learner.min_ranks", "monitoring.discovery", "ppo.value_lam", "ppo.clip_eps_high",
              "reward.call_timeout_s", "labeller.call_timeout_s"}  # fmt: skip
     lists = ("reward.sources", "labeller.sources", "evaluation.judges")
-    unset |= {f"{key}[].{name}" for key in lists for name in ("batch", "system", "score_field")}
+    unset |= {f"{key}[].{name}" for key in lists for name in ("batch", "system", "score_field", "answer_pattern")}
     dumped = cfg.model_dump(mode="json")
     assert set(leaves(dumped)) - written <= unset
     assert written <= set(leaves(dumped))

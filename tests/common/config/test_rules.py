@@ -295,7 +295,7 @@ def test_sources_made_in_python_are_accepted():
 def test_a_source_without_exactly_one_kind_is_one_fault(root, tree, loc, keys):
     (fault,) = faults(root, tree({"name": "s", **keys}))
     assert fault["loc"] == loc
-    assert fault["msg"] == "a source must have exactly one of function, model, urls and judge_urls"
+    assert fault["msg"] == "a source must have exactly one of function, model, urls, judge_urls and reasoning_gym"
 
 
 @pytest.mark.parametrize(
@@ -380,6 +380,10 @@ def test_a_source_name_that_cannot_be_in_a_metric_key_is_refused(source, name):
             "reward source s: score_pattern is not a regular expression (unterminated character set at position 1)",
         ),
         (
+            {"name": "s", "reasoning_gym": True, "answer_pattern": "[0-9]+"},
+            "reward source s: answer_pattern must have a group, in parentheses, that matches the answer",
+        ),
+        (
             {**JUDGE, "request": {"stream": True}},
             "reward source s: request must not have stream, which Ratchet sets itself; remove it",
         ),
@@ -387,6 +391,19 @@ def test_a_source_name_that_cannot_be_in_a_metric_key_is_refused(source, name):
 )
 def test_the_rules_of_a_source_hold_in_every_list_of_sources(root, tree, source, message):
     assert broken_rules(root, tree(source)) == [message]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "Solve it."}, "template ('Solve it.') must have {question} in it; add it"),
+        ({"parameters": {"seed": 1}}, "parameters must not have seed; the seed of the run decides it: remove it"),
+        ({"parameters": {"size": 1}}, "parameters must not have size; train_prompts and heldout_prompts decide it: "),
+    ],
+)
+def test_settings_of_reasoning_gym_that_cannot_be_are_refused(settings, message):
+    (fault,) = faults(Config, ppo(prompts={"train": "reasoning-gym:gcd", "reasoning_gym": settings}))
+    assert message in fault["msg"]
 
 
 def test_a_service_without_an_address_is_refused():

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.data import file_formats
-from common.data.records import is_function, matching_files, read_source
+from common.data.records import read_source
 from common.errors import UserError
 from tests.record_files import write
 
@@ -220,26 +220,12 @@ def test_a_missing_file_and_an_unknown_format_are_refused(tmp_path):
     (tmp_path / "p.txt").write_text(GOOD)
     with pytest.raises(UserError, match=r"the ending of .*/p\.txt names no known format; known are JSON lines"):
         list(raw_records(tmp_path / "p.txt"))
-    with pytest.raises(UserError, match=r"\) is a directory; give a file, .* Formats: JSON lines"):
-        list(raw_records(tmp_path))
     for name in ("openai/gsm8k", "", "a.b:c d", "p:", ":f", "x\0y", "x\ud83d", "a" * 5000, "~nobody/x"):
-        with pytest.raises(UserError, match="is neither a file nor a function"):
+        with pytest.raises(UserError, match="is neither a file, a directory nor a function"):
             list(raw_records(name))
     for name in ("x\0*.jsonl", "\ud83d.jsonl", "a" * 5000 + ".csv", "\ud83d*"):
         with pytest.raises(UserError, match="there is no such file"):
             list(raw_records(name))
-
-
-def test_a_source_is_a_function_or_names_files(tmp_path):
-    (tmp_path / "odd:name").write_text("")
-    assert is_function("my.tasks:train", "prompts.train")
-    for name in ("p.parquet", "a:b.jsonl", "data/[ab].*", "x.csv.gz", f"{tmp_path}/odd:name"):
-        assert not is_function(name, "prompts.train")
-    for name in ("b.csv", "a.csv"):
-        (tmp_path / name).write_text("")
-    (tmp_path / "c.csv").mkdir()
-    assert matching_files(f"{tmp_path}/*.csv") == [f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"]
-    assert matching_files(f"{tmp_path}/missing.csv") == []
 
 
 def test_every_error_of_zlib_becomes_a_refusal_naming_the_file(tmp_path):

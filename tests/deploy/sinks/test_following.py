@@ -141,7 +141,7 @@ def test_sinks_open_with_the_first_record_and_not_before(follow):
 @pytest.mark.parametrize("found", [None, ModuleSpec("wandb", None)], ids=["nothing", "a directory named wandb"])
 def test_a_sink_whose_package_is_missing_is_refused(monkeypatch, found):
     check_sinks(LoggingConfig(sinks=("tensorboard",)))
-    monkeypatch.setattr(module, "find_spec", lambda name: found)
+    monkeypatch.setattr("common.optional_packages.find_spec", lambda name: found)
     with pytest.raises(UserError, match=r"logging\.sinks names wandb, which is not installed; call pip install wandb"):
         check_sinks(LoggingConfig(sinks=("wandb",)))
 
