@@ -78,15 +78,15 @@ class Starter:
             Reward, cfg, cfg, model=policy.path, judges=judges, secrets=secrets, trust_remote_code=trust
         )
 
-    async def references(self, cfg: Config) -> Pool:
-        """Starts reference replicas, with the model that PPO starts from."""
-        temperature = cfg.sampling.temperature
+    async def references(self, cfg: Config, *, model: str | None = None, temperature: float | None = None) -> Pool:
+        """Starts reference replicas, with the model that PPO starts from and the temperature of sampling, unless others
+        are given."""
         return await self.pool(
             ReferencePolicy,
             cfg.reference,
             cfg.reference,
-            model=cfg.model.path,
-            temperature=temperature,
+            model=model or cfg.model.path,
+            temperature=temperature or cfg.sampling.temperature,
             trust_remote_code=cfg.model.trust_remote_code,
         )
 

@@ -72,7 +72,7 @@ def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> 
                 _find_files(entry, directories, keep_relative)
         elif key in ("path", "model", "policy", "critic_path") and isinstance(value, str):
             tree[key] = absolute_if_directory(value, directories)
-        elif key in ("train", "heldout", "source") and isinstance(value, str):
+        elif key in ("train", "heldout", "source", "text") and isinstance(value, str):
             found = _absolute_if_file(value, directories)
             tree[key] = _relative_if_below(found, value) if keep_relative else found
 

@@ -183,7 +183,7 @@ class LearnerConfig(TrainerConfig):
 
 
 class EvaluationConfig(Section):
-    """Held-out evaluation before and after training."""
+    """Held-out evaluation: before and after training, and by ratchet evaluate."""
 
     prompts: NonNegative = 256
     """Held-out prompts to answer; 0 turns evaluation off."""
@@ -197,6 +197,17 @@ class EvaluationConfig(Section):
     if all its scores are 0 or 1; with other scores, such as a reward model's, there is no pass@1."""
     pass_score: float = 0.5
     """See pass_source."""
+    text: str | None = None
+    """Text whose perplexity ratchet evaluate measures in addition to the shipped text: a .txt file, a pattern such as
+    "texts/*.txt", or records as in prompts.train. Left out: the shipped text alone."""
+    text_column: str = "text"
+    """Column of the records with the text."""
+    text_tokens: NonNegative = 16_384
+    """Most tokens of each text; the rest is not measured. 0: no perplexity."""
+    text_window: Annotated[int, Field(ge=2)] = 256
+    """Tokens of a window. Each token is predicted from those before it in its window alone, so longer windows lower the
+    perplexity; and there are fewer of them, so its interval is less exact. The model's context and
+    reference.max_batch_tokens may be lower limits."""
 
 
 class PolicyCheckpointConfig(CheckpointConfig):

@@ -1,4 +1,4 @@
-"""Reads records from JSON lines, JSON, CSV and Parquet files, plain or compressed. Runs anywhere.
+"""Reads records from JSON lines, JSON, CSV and Parquet files, and plain texts; also compressed. Runs anywhere.
 
 A broken file raises a UserError that names the file, the line or row, the fault and the remedy.
 """
@@ -127,6 +127,11 @@ def _has_json_form(kind: pa.DataType) -> bool:
         types.is_null,
     )
     return any(test(kind) for test in tests)
+
+
+def plain_text(path: str) -> str:
+    """Reads the whole file as one text."""
+    return "".join(line for _, line in _lines(path))
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:

@@ -422,7 +422,7 @@ def test_a_resolved_config_of_every_root_loads_back_equal(tmp_path, name):
     # Every default is written out, so that a run does not change when a default does; only what is left out stays so.
     written = set(leaves(tomllib.loads(cfg.to_toml())))
     unset = {"generators.max", "generators.sleep", "reference.max", "reward.max", "labeller.max", "prompts.heldout",
-             "evaluation.pass_source", "ray.address", "data.heldout", "scale.policy",
+             "evaluation.pass_source", "evaluation.text", "ray.address", "data.heldout", "scale.policy",
              "ray.prometheus", "ray.grafana", "ray.grafana_dashboards", "ray.object_store_mib",
              "learner.compile", "learner.critic_frozen", "learner.critic_path", "learner.micro_batch_tokens",
              "learner.min_ranks", "monitoring.discovery", "ppo.value_lam", "ppo.clip_eps_high",

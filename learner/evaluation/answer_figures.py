@@ -1,0 +1,68 @@
+"""What the answers of one policy show of diversity, KL and judges, next to the base's. Runs in the driver; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.types import Rollout, Score
+from learner.evaluation.bootstrap import Bootstrap
+from learner.evaluation.diversity import NGRAMS, different_answers, distinct, entropy
+from learner.evaluation.forgetting import kl_by_position
+from learner.evaluation.proxy import JudgedAnswers, proxy_record
+from learner.loop.answers import Answered
+
+
+@dataclass(frozen=True)
+class ScoredAnswers:
+    """The answers that have a score. The log-probabilities of the others may be missing."""
+
+    rollouts: Sequence[Rollout]
+    scores: Sequence[Score]
+    ref_logprobs: Sequence[np.ndarray]
+
+    @classmethod
+    def of(cls, answers: Sequence[Answered]) -> ScoredAnswers:
+        scored = [answer for answer in answers if isinstance(answer.score, Score)]
+        scores = [answer.score for answer in scored if isinstance(answer.score, Score)]
+        return cls([a.rollout for a in scored], scores, [a.ref_logprobs for a in scored])
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """The prompt of each answer, int64 [A]."""
+        return np.array([rollout.prompt.sample_id.prompt for rollout in self.rollouts], dtype=np.int64)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """The number of each answer among those to its prompt, int64 [A]."""
+        return np.array([rollout.prompt.sample_id.replica for rollout in self.rollouts], dtype=np.int64)
+
+    def judged(self, judges: Sequence[str]) -> JudgedAnswers:
+        """Total scores, and those of the judges by name."""
+        by_judge = {name: np.array([score.components[name] for score in self.scores]) for name in judges}
+        return JudgedAnswers(self.prompts, np.array([score.total for score in self.scores]), by_judge)
+
+
+def figures_of(
+    answers: Sequence[Answered], base: Sequence[Answered] | None, judges: Sequence[str], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """The figures of a policy, by their name in evaluation.json. `base`: the answers of the base to the same prompts;
+    None for the base itself, or if it is not evaluated."""
+    found = ScoredAnswers.of(answers)
+    prompts, responses = found.prompts, [rollout.response_ids for rollout in found.rollouts]
+    logprobs = [rollout.rollout_logprobs for rollout in found.rollouts]
+    kl = [own - ref for own, ref in zip(logprobs, found.ref_logprobs, strict=True)]
+    diversity = {"entropy": entropy(prompts, logprobs, bootstrap)}
+    for n in NGRAMS:
+        diversity[f"distinct_{n}"] = distinct(prompts, found.samples, responses, n, count=bootstrap.prompts)
+    if (different := different_answers(prompts, responses, bootstrap)) is not None:
+        diversity["different_answers"] = different
+    compared = None if base is None else ScoredAnswers.of(base).judged(judges)
+    return {
+        **diversity,
+        "kl_by_position": kl_by_position(prompts, kl, bootstrap),
+        **proxy_record(found.judged(judges), compared, bootstrap),
+    }

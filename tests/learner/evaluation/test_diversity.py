@@ -1,0 +1,77 @@
+"""Diversity of answers, against sets of tuples and loops."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from learner.evaluation.bootstrap import Bootstrap
+from learner.evaluation.diversity import different_answers, distinct, entropy
+from learner.loop.evaluation import distinct as distinct_of_one_answer
+
+RANDOM = np.random.default_rng(1)
+PROMPTS = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
+OF_PROMPTS = Bootstrap(3, seed=0)
+SAMPLES = np.array([0, 1, 2] * 3)
+ANSWERS = [RANDOM.integers(0, 4, size=length).astype(np.int32) for length in (6, 1, 0, 9, 3, 12, 2, 7, 5)]
+
+
+def by_sets(answers, n):
+    grams = [tuple(ids[i : i + n].tolist()) for ids in answers for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def by_loops(prompts, n):
+    """The mean over samples of the share in one answer to each of these prompts."""
+    chosen = [
+        [ANSWERS[i] for i in range(len(ANSWERS)) if SAMPLES[i] == sample and PROMPTS[i] in prompts]
+        for sample in range(3)
+    ]
+    return statistics.fmean(by_sets(answers, n) for answers in chosen)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_distinct_n_and_its_interval_are_those_of_sets(n):
+    found = distinct(PROMPTS, SAMPLES, ANSWERS, n, count=3)
+    assert found["value"] == pytest.approx(by_loops((0, 1, 2), n))
+    without = [by_loops(rest, n) for rest in ((1, 2), (0, 2), (0, 1))]
+    error = math.sqrt(2 / 3 * sum((share - statistics.fmean(without)) ** 2 for share in without))
+    assert found["interval"] == pytest.approx([found["value"] - 1.96 * error, found["value"] + 1.96 * error])
+
+
+def test_with_one_sample_distinct_n_is_that_of_evaluations_in_training():
+    first = SAMPLES == 0
+    answers = [ids for ids, chosen in zip(ANSWERS, first) if chosen]
+    for n in (1, 2):
+        found = distinct(PROMPTS[first], SAMPLES[first], answers, n, count=3)
+        assert found["value"] == pytest.approx(distinct_of_one_answer(answers, n))
+
+
+def test_large_token_ids_stay_apart():
+    ids = np.array([2**20 + 1, 1, 2**20, 2**20 + 1, 1, 2**20], dtype=np.int32)
+    assert distinct(np.zeros(1, int), np.zeros(1), [ids], 3, count=1)["value"] == pytest.approx(3 / 4)
+
+
+def test_answers_without_tokens_have_no_ngrams():
+    assert distinct(np.arange(2), np.zeros(2), [np.zeros(0, np.int32)] * 2, 2, count=2)["value"] == 0
+    assert distinct(np.zeros(0, int), np.zeros(0), [], 1, count=3)["value"] == 0
+
+
+def test_different_answers_are_counted_for_each_prompt():
+    answers = [np.int32(ids) for ids in ([4, 1], [5, 1], [4, 1], [5, 1], [5, 1], [5, 1], [], [7], [7, 8])]
+    found = different_answers(PROMPTS, answers, OF_PROMPTS)
+    assert found["value"] == pytest.approx((2 / 3 + 1 / 3 + 3 / 3) / 3)
+    assert found["interval"] == pytest.approx([1 / 3, 1])
+    assert different_answers(np.arange(9), answers, Bootstrap(9, seed=0)) is None
+
+
+def test_the_entropy_estimate_is_that_of_the_sampled_distribution():
+    p = np.array([0.5, 0.25, 0.125, 0.125])
+    logprobs = np.log(p)[RANDOM.choice(4, size=(200, 100), p=p)].astype(np.float32)
+    found = entropy(np.arange(200), list(logprobs), Bootstrap(200, seed=0))
+    assert found["value"] == pytest.approx(1.75 * math.log(2), abs=0.02)
+    low, high = found["interval"]
+    assert low < 1.75 * math.log(2) < high
+    short = [np.float32([-1, -2]), np.float32([-4]), np.float32([])]
+    assert entropy(np.arange(3), short, OF_PROMPTS)["value"] == pytest.approx(7 / 3)
