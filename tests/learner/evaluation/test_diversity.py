@@ -48,9 +48,11 @@ def test_with_one_sample_distinct_n_is_that_of_evaluations_in_training():
         assert found["value"] == pytest.approx(distinct_of_one_answer(answers, n))
 
 
-def test_large_token_ids_stay_apart():
-    ids = np.array([2**20 + 1, 1, 2**20, 2**20 + 1, 1, 2**20], dtype=np.int32)
-    assert distinct(np.zeros(1, int), np.zeros(1), [ids], 3, count=1)["value"] == pytest.approx(3 / 4)
+@pytest.mark.parametrize("n", [2, 3])
+def test_ngrams_of_large_token_ids_stay_apart(n):
+    ids = RANDOM.choice([0, 1, 2, 2**8, 2**12, 2**18, 2**20 + 1], 200).astype(np.int32)
+    found = distinct(np.zeros(1, int), np.zeros(1), [ids], n, count=1)
+    assert found["value"] == pytest.approx(by_sets([ids], n))
 
 
 def test_answers_without_tokens_have_no_ngrams():
