@@ -77,12 +77,17 @@ def _taking_turns(learner: Need, services: list[Need], cfg: Config, model: Model
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
     """The processes of generators, reference and reward, without the learner."""
-    parts = _scoring([model], cfg.reference.dtype, cfg.reference.max_batch_tokens)
     return [
         *generator_needs(cfg.generators, model, max_tokens=cfg.max_sequence_tokens),
-        *_role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, parts),
+        *reference_needs(cfg, model),
         *reward_needs("reward", cfg.reward, reward_models),
     ]
+
+
+def reference_needs(cfg: Config, model: ModelSize) -> list[Need]:
+    """The reference replicas, with this model in them."""
+    parts = _scoring([model], cfg.reference.dtype, cfg.reference.max_batch_tokens)
+    return _role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, parts)
 
 
 def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:

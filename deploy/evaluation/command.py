@@ -1,7 +1,8 @@
 """`ratchet evaluate`: answers of policies to held-out prompts, scored by the sources and judges of a PPO config.
 
 Runs in the driver. The reward and reference services serve all policies. The engines of one policy run at a time: they
-are stopped before those of the next start, because their memory is needed.
+are stopped before those of the next start, because their memory is needed. After the last answer each policy is
+measured on texts, in a reference service of its own.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from common.files import write_json
 from common.types import Prompt, SampleId, Score, Void
 from deploy.ending import signals
 from deploy.evaluation.answers import AnswerFile, write_prompts
+from deploy.evaluation.perplexity import TextMeasurement
 from deploy.evaluation.plots import plot_pass_at_k
 from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
 from deploy.evaluation.record import evaluation_record
-from deploy.needs import Phases, generator_needs, service_needs
+from deploy.evaluation.texts import load_texts
+from deploy.needs import Phases, generator_needs, reference_needs, service_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles
@@ -71,27 +74,29 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
         check_identity(directory, identity)
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
     progress = EvaluationProgress(directory, owned.log, asked, len(prompts))
-    evaluation = _Evaluation(cfg, directory, asked, policies, prompts, progress)
+    texts = TextMeasurement(cfg, directory, load_texts(cfg, list(policies.values())))
+    evaluation = _Evaluation(cfg, directory, asked, policies, prompts, texts, progress)
 
     def phases(cfg: Config) -> Phases:
         services = service_needs(cfg, reference.size, inputs.reward_models)
         services = [need for need in services if need.section != "generators"]
         tokens = cfg.max_sequence_tokens
         sizes = [policy.size for policy in policies.values()]
-        return [[*generator_needs(cfg.generators, size, max_tokens=tokens), *services] for size in sizes]
+        answering = [[*generator_needs(cfg.generators, size, max_tokens=tokens), *services] for size in sizes]
+        return [*answering, *([need] for size in sizes for need in reference_needs(cfg, size))]
 
     def record() -> None:
         asked.write(directory, identity)
         write_prompts(directory, prompts)
 
-    if resume and not evaluation.missing():
+    if resume and evaluation.is_complete:
         owned.resume(cfg)
     else:
         with session(cfg, "evaluate", owned, phases, resume=resume, force=force, record=record) as (_, begin):
             begin()
             first.keep_tokenizer(directory)
             with progress.bars:
-                signals.run(evaluation.ask())
+                signals.run(evaluation.run())
     return evaluation.finish()
 
 
@@ -104,6 +109,7 @@ class _Evaluation:
     asked: Asked
     policies: Mapping[str, PolicyFiles]
     prompts: Sequence[Prompt]
+    texts: TextMeasurement
     progress: EvaluationProgress
 
     def file(self, name: str) -> AnswerFile:
@@ -124,10 +130,25 @@ class _Evaluation:
                 found[name] = left
         return found
 
-    async def ask(self) -> None:
-        """Has every policy answer what is missing."""
-        cfg, missing = self.cfg, self.missing()
+    @property
+    def is_complete(self) -> bool:
+        """All answers and measurements are on disk."""
+        return not self.missing() and not self.texts.missing(self.policies)
+
+    async def run(self) -> None:
+        """Has every policy answer what is missing, then measures the policies that are not measured."""
+        missing = self.missing()
         self.progress.begin({name: len(left) for name, left in missing.items()})
+        if missing:
+            await self._ask(missing)
+        for name in self.texts.missing(self.policies):
+            with ExitStack() as ending:
+                start = Starter(self.cfg.ray, on_event=self.progress.pool)
+                ending.callback(start.stop)
+                await self.texts.measure(name, self.policies[name], start, self.progress.reading(name))
+
+    async def _ask(self, missing: Mapping[str, Sequence[Prompt]]) -> None:
+        cfg = self.cfg
         start = Starter(cfg.ray, on_event=self.progress.pool)
         any_policy = next(iter(self.policies.values()))
         rewards, references = await asyncio.gather(
@@ -139,6 +160,7 @@ class _Evaluation:
                 engines = Starter(cfg.ray, on_event=self.progress.pool)
                 ending.callback(engines.stop)
                 await self._ask_policy(name, left, engines, reward, reference)
+        start.stop()
 
     async def _ask_policy(
         self, name: str, left: Sequence[Prompt], engines: Starter, reward: RewardPool, reference: ReferencePool
@@ -168,7 +190,8 @@ class _Evaluation:
     def finish(self) -> dict[str, Any]:
         """Writes the figures, from the answers on disk, and shows them."""
         answers = {name: list(self.answers(name).values()) for name in self.policies}
-        record = evaluation_record(self.cfg, self.asked, answers, len(self.prompts))
+        of_texts = {name: self.texts.figures(name, self.asked.base) for name in self.policies}
+        record = evaluation_record(self.cfg, self.asked, answers, len(self.prompts), of_texts)
         files = ["evaluation.json"]
         if self.asked.is_single:
             [(name, found)] = answers.items()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -54,20 +54,21 @@ class TextMeasurement:
                 return sums
         return None
 
-    def missing(self, names: Sequence[str]) -> list[str]:
+    def missing(self, names: Iterable[str]) -> list[str]:
         """The policies that must be measured."""
         return [name for name in names if self._texts and self.read(name) is None]
 
-    async def measure(self, name: str, policy: PolicyFiles, start: Starter, measured: Callable[[int], None]) -> None:
-        """Measures a policy at temperature 1. Starts reference replicas with `start`; the caller ends them. `measured`
-        is called with the number of windows so far. Raises UserError."""
+    async def measure(self, name: str, policy: PolicyFiles, start: Starter, read: Callable[[int, int], None]) -> None:
+        """Measures a policy at temperature 1. Starts reference replicas with `start`; the caller ends them. `read` is
+        called with the number of windows read so far, and of all. Raises UserError."""
         pool = await start.references(self._cfg, model=policy.path, temperature=1.0)
-        reference, done = ReferencePool(pool), 0
+        reference, done, total = ReferencePool(pool), 0, sum(len(text.windows) for text in self._texts)
 
         async def ask(window: Rollout) -> float:
             nonlocal done
             nll = await _nll(window, reference, pool.host.fetch)
-            measured(done := done + 1)
+            done += 1
+            read(done, total)
             return nll
 
         sums = {text.name: await asyncio.gather(*map(ask, text.windows)) for text in self._texts}
@@ -81,15 +82,18 @@ class TextMeasurement:
 
     def figures(self, name: str, base: str | None) -> dict[str, Any]:
         """The figures of a measured policy for evaluation.json, by text; `base`: the policy to divide by."""
-        own, other = self.read(name), self.read(base) if base not in (None, name) else None
-        found: dict[str, Any] = {"perplexity": {}, "perplexity_ratio": {}}
-        for text in self._texts if own is not None else ():
-            bootstrap = Bootstrap(len(text.windows), seed=self._cfg.seed)
-            found["perplexity"][text.name] = perplexity(own[text.name], text.tokens, bootstrap)
+        own, other = self.read(name), self.read(base) if base is not None and base != name else None
+        found: dict[str, Any] = {"perplexity": {}}
+        if own is None:
+            return found
+        for text in self._texts:
+            nll, tokens, bootstrap = own[text.name], text.tokens, Bootstrap(len(text.windows), seed=self._cfg.seed)
+            size = {"tokens": int(tokens.sum()), "windows": len(text.windows)}
+            found["perplexity"][text.name] = {**perplexity(nll, tokens, bootstrap), **size}
             if other is not None:
-                ratio = perplexity_ratio(own[text.name], other[text.name], text.tokens, bootstrap)
-                found["perplexity_ratio"][text.name] = ratio
-        return {key: figures for key, figures in found.items() if figures}
+                ratio = perplexity_ratio(nll, other[text.name], tokens, bootstrap)
+                found.setdefault("perplexity_ratio", {})[text.name] = ratio
+        return found
 
     def _path(self, name: str) -> Path:
         return self._run / DIRECTORY / f"{name}.json"

@@ -1,4 +1,4 @@
-"""RUN/evaluation.json: the figures of every policy, computed from the answers on disk. Runs in the driver.
+"""RUN/evaluation.json: the figures of every policy, computed from the files on disk. Runs in the driver.
 
     {"base": "base", "samples": N, "prompts": P, "policies": {"base": {...}, "mine": {...}}}
 
@@ -17,6 +17,7 @@ import numpy as np
 from common.config.ppo import Config
 from common.types import Score, Void
 from deploy.evaluation.policies import Asked
+from learner.evaluation.answer_figures import figures_of
 from learner.evaluation.bootstrap import Bootstrap
 from learner.evaluation.crossover import crossover
 from learner.evaluation.pass_at_k import pass_at_k, pass_figures
@@ -26,13 +27,19 @@ from learner.loop.evaluation import evaluation_of, passes
 Answers = Sequence[Answered]  # of one policy: the samples of the first prompt, those of the second, ...
 
 
-def evaluation_record(cfg: Config, asked: Asked, answers: Mapping[str, Answers], prompts: int) -> dict[str, Any]:
-    """The contents of evaluation.json. `answers`: by policy, `asked.samples` of each prompt, in order."""
+def evaluation_record(
+    cfg: Config, asked: Asked, answers: Mapping[str, Answers], prompts: int, of_texts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The contents of evaluation.json. `answers`: by policy, `asked.samples` of each prompt, in order. `of_texts`: the
+    figures of each policy on texts."""
+    judges = [judge.name for judge in cfg.evaluation.judges]
     bootstrap = Bootstrap(prompts, seed=cfg.seed)
     estimates = _estimates(cfg, asked, answers, prompts)
     policies = {}
     for name, found in answers.items():
         figures = {"path": asked.paths[name], **answer_figures(found, prompts, bootstrap)}
+        compared = answers[asked.base] if asked.base not in (None, name) else None
+        figures |= {**figures_of(found, compared, judges, bootstrap), **of_texts[name]}
         if estimates is not None:
             figures["pass_at_k"] = pass_figures(estimates[name], bootstrap)
             if asked.base is not None and name != asked.base:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-Figures = Mapping[str, Any]  # of one policy, as in evaluation.json
+from deploy.evaluation.figure_text import Figures, number_text, percent_text
+from deploy.evaluation.forgetting_rows import forgetting_rows
+
 Row = tuple[str, Sequence[str]]  # what it shows, and the text of each policy: "" if there is none
 
 
@@ -26,6 +28,8 @@ def figure_rows(record: Mapping[str, Any]) -> list[Row]:
     row("KL, nats", lambda figures: number_text(figures["kl_per_response"], ".2f"))
     row("tokens", lambda figures: number_text(figures["response_tokens"], ".1f"))
     row("cut off, %", lambda figures: percent_text(figures["cut_off"]))
+    for label, text in forgetting_rows(policies):
+        row(label, text)
     row("without a score", lambda figures: str(figures["voids"] or ""))
     return [(label, cells) for label, cells in rows if any(cells)]
 
@@ -63,19 +67,3 @@ def crossover_text(found: Mapping[str, Any]) -> str:
         return f"not up to k = {found['up_to']} ({share})"
     low, high = (none if k is None else str(k) for k in found["interval"])
     return f"from k = {found['value']} on (95 % interval {low} to {high}; {share})"
-
-
-def number_text(figure: Figures | None, form: str) -> str:
-    """Such as "0.50 (0.25, 0.75)"; "" if there is none."""
-    if figure is None or figure["value"] is None:
-        return ""
-    low, high = figure["interval"]
-    return f"{figure['value']:{form}} ({low:{form}}, {high:{form}})"
-
-
-def percent_text(figure: Figures | None) -> str:
-    """Such as "50.0 (25.0, 75.0)", in percent; "" if there is none."""
-    if figure is None or figure["value"] is None:
-        return ""
-    low, high = figure["interval"]
-    return f"{100 * figure['value']:.1f} ({100 * low:.1f}, {100 * high:.1f})"

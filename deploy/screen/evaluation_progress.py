@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,6 +89,18 @@ class EvaluationProgress(Screen):
         """This policy has given all answers."""
         self._busy += time.perf_counter() - self._began
         self.bars.hide(name)
+
+    def reading(self, name: str) -> Callable[[int, int], None]:
+        """This policy begins to read the texts. Call the result with the windows read so far, and with all of them."""
+        if not self._asked.is_single:
+            self._print(f"[bold]{escape(name)}[/] reads the texts")
+
+        def read(done: int, total: int) -> None:
+            self.bars.show(f"{name}: text", done, total)
+            if done == total:
+                self.bars.hide(f"{name}: text")
+
+        return read
 
     def end(self, record: Mapping[str, Any], files: Sequence[str]) -> None:
         """Shows the figures of evaluation.json, and names the files."""

@@ -1,4 +1,4 @@
-"""What the answers of one policy show of diversity, KL and judges, next to the base's. Runs in the driver; no torch."""
+"""Diversity, KL and judges of one policy's answers, next to the base's. Runs in the driver; no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How different a policy's answers are: distinct n-grams, different answers, entropy. Runs in the driver; no torch."""
+"""Diversity of a policy's answers: distinct n-grams, different answers, entropy. Runs in the driver; no torch."""
 
 from __future__ import annotations
 

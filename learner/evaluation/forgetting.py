@@ -1,4 +1,4 @@
-"""How far a policy has moved from its base: KL by token position, and perplexity of text. Runs in the driver; no torch.
+"""The distance of a policy from its base: KL by token position, perplexity of text. Runs in the driver; no torch.
 
 kl is rollout_logprobs - ref_logprobs of each token that the policy sampled. Its mean estimates the KL from the base
 (k1, unbiased), so single tokens may be below 0. nll is the negative log-probability of each token of a text. Both are

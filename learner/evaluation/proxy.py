@@ -1,7 +1,7 @@
 """The training reward next to the judges that training never sees. Runs in the driver; no torch.
 
-The training reward is only a proxy for what the judges value. A policy that is trained for too long finds answers that
-the proxy likes and the judges do not (Gao et al. 2023, arXiv:2210.10760).
+The training reward is only a proxy. A policy that is trained for too long finds answers that the proxy likes and the
+judges do not (Gao et al. 2023, arXiv:2210.10760).
 """
 
 from __future__ import annotations

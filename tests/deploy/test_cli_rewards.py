@@ -75,6 +75,7 @@ from tests.deploy.test_cli import (
         ("sample-pairs", ["sampling.max_new_tokens=128"], "(128) leaves no room for a prompt"),
         ("evaluate", ["evaluation.prompts=0"], "set both prompts.heldout and evaluation.prompts"),
         ("evaluate", ["prompts.heldout=torn.jsonl"], "torn.jsonl, line 2: not valid JSON"),
+        ("evaluate", ["evaluation.text=no.txt"], "evaluation.text (no.txt): there is no such file"),
         ("evaluate", ["--policy", "nowhere"], "(nowhere) is neither a directory nor a hub name"),
         ("evaluate", ['reward.sources=[{name="m", model="model"}]'], NO_REWARD_MODEL),
         ("evaluate", ['evaluation.judges=[{name="m", model="model"}]'], NO_REWARD_MODEL),

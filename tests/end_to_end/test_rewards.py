@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.scoring.reference import ReferencePolicy
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.files import read_records
 from common.model.reward_head import content_hash, read_scale
 from deploy.evaluation.command import run_evaluation
+from deploy.evaluation.texts import load_texts
+from deploy.policy_files import PolicyFiles
 from deploy.sample_pairs import run_pair_sampling
 from deploy.train import run_training
 from deploy.train_reward import run_reward_training
@@ -157,7 +161,7 @@ def ppo(model, reward, tmp_path_factory):
         reward={"sources": [source]},
         ppo={"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 4},
         optimizer={"learning_rate": 4e-3, "value_head_learning_rate": 1e-2},
-        evaluation={"prompts": 16, "judges": [{"name": "gold", "function": "tests.tasks:a_words"}]},
+        evaluation={"prompts": 16, "judges": [{"name": "gold", "function": "tests.tasks:a_words"}], "text_tokens": 99},
     )
     directory = tmp_path_factory.mktemp("runs") / "ppo"
     run_training(cfg, directory)
@@ -195,6 +199,13 @@ def test_evaluate_judges_the_saved_policy_as_the_run_did(ppo, tmp_path):
         assert found[key] == after[key]
     answers = read_records(directory / f"answers/version-{cfg.num_steps:06d}.jsonl")
     assert [a["response"] for a in read_records(tmp_path / "verdict/answers.jsonl")] == [a["response"] for a in answers]
+    [figures] = found["policies"].values()
+    assert figures["judges"]["gold"]["score"]["value"] == pytest.approx(after["components"]["gold"])
+    assert sum(part["tokens"] for part in figures["kl_by_position"]) == round(16 * after["response_tokens"])
+    [text] = load_texts(cfg, [policy := PolicyFiles.load(str(directory / "policy"))])
+    service = ReferencePolicy("ReferencePolicy(0)", cfg.reference, model=policy.path, temperature=1.0)
+    nll = -sum(float(logprobs.sum()) for logprobs in service.forward(text.windows))
+    assert figures["perplexity"]["shipped"]["value"] == pytest.approx(math.exp(nll / 99), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

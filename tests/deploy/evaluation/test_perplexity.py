@@ -49,7 +49,7 @@ def measured(cfg, run, policies, *names):
     async def measure():
         for name in names:
             start = LocalStart()
-            await measurement.measure(name, policies[name], start, seen.append)
+            await measurement.measure(name, policies[name], start, lambda *windows: seen.append(windows))
             start.pool.stop()
 
     asyncio.run(measure())
@@ -67,7 +67,8 @@ def nll_by_hand(model, window):
 def test_perplexity_is_that_of_transformers_at_temperature_one(cfg, tmp_path, policies):
     measurement, seen = measured(cfg, tmp_path, policies, "base", "other")
     texts = load_texts(cfg, list(policies.values()))
-    assert seen == 2 * [*range(1, 1 + sum(len(text.windows) for text in texts))]
+    total = sum(len(text.windows) for text in texts)
+    assert seen == 2 * [(n, total) for n in range(1, 1 + total)]
     models = {
         name: AutoModelForCausalLM.from_pretrained(p.directory, dtype=torch.float32) for name, p in policies.items()
     }
@@ -79,6 +80,7 @@ def test_perplexity_is_that_of_transformers_at_temperature_one(cfg, tmp_path, po
             figures = measurement.figures(name, "base")
             found = figures["perplexity"][text.name]
             assert found["value"] == pytest.approx(expected[name], rel=1e-5)
+            assert (found["tokens"], found["windows"]) == (tokens, len(text.windows))
             assert found["interval"][0] <= found["value"] <= found["interval"][1]
         assert figures["perplexity_ratio"][text.name]["value"] == pytest.approx(
             expected["other"] / expected["base"], rel=1e-5
@@ -96,7 +98,7 @@ def test_a_policy_is_measured_once_for_each_set_of_texts(cfg, tmp_path, policies
     assert TextMeasurement(cfg, tmp_path, texts[:1]).missing(["base"]) == ["base"]
     (tmp_path / "texts" / "base.json").write_text('{"digest": ')
     assert TextMeasurement(cfg, tmp_path, texts).missing(["base"]) == ["base"]
-    assert TextMeasurement(cfg, tmp_path, texts).figures("base", None) == {}
+    assert TextMeasurement(cfg, tmp_path, texts).figures("base", None) == {"perplexity": {}}
 
 
 def test_measuring_again_gives_the_same_bytes(cfg, tmp_path, policies):

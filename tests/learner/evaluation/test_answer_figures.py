@@ -1,0 +1,65 @@
+"""The figures of a policy's answers as evaluation.json has them, on answers made by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.types import HELDOUT_EPOCH, SampleId, Score, Void
+from learner.evaluation.answer_figures import figures_of
+from learner.evaluation.bootstrap import Bootstrap
+from learner.loop.answers import Answered
+from tests.fakes import make_prompt, make_rollout
+
+BOOTSTRAP = Bootstrap(2, seed=0)
+
+
+def answered(prompt, sample, response, score, *, gold=0.0, logprob=-1.0, ref=-1.0):
+    sample_id = SampleId(HELDOUT_EPOCH, prompt, sample)
+    rollout = make_rollout(replace(make_prompt(prompt), sample_id=sample_id), response, logprob=logprob)
+    given = Void(sample_id, "no") if score is None else Score(score, {"rm": score, "gold": gold})
+    return Answered(rollout, given, np.full(len(response), ref, dtype=np.float32))
+
+
+BASE = [answered(0, 0, [4, 5], 0.0, gold=1), answered(0, 1, [4, 6], 1.0, gold=1), answered(1, 0, [7], 0.0, gold=1)]
+MINE = [
+    answered(0, 0, [4, 5], 2.0, gold=0, logprob=-0.5, ref=-1.5),
+    answered(0, 1, [4, 5], 2.0, gold=0, logprob=-0.5, ref=-1.0),
+    answered(1, 0, [4, 8, 9], 3.0, gold=0, logprob=-0.25, ref=-1.25),
+]
+
+
+def test_a_policy_is_compared_with_the_base():
+    found = figures_of(MINE, BASE, ["gold"], BOOTSTRAP)
+    assert found["entropy"]["value"] == pytest.approx((4 * 0.5 + 3 * 0.25) / 7)
+    assert found["different_answers"]["value"] == 1 / 2
+    # Samples 0: 4 5 and 4 8 9, so 4 different of 5 tokens. Sample 1: 4 5, both different.
+    assert found["distinct_1"]["value"] == pytest.approx((4 / 5 + 1) / 2)
+    assert [(p["first"], p["tokens"], p["value"]) for p in found["kl_by_position"]] == [
+        (0, 3, pytest.approx(2.5 / 3)),
+        (1, 3, pytest.approx(2.5 / 3)),
+        (2, 1, pytest.approx(1.0)),
+    ]
+    assert found["proxy"]["change"]["value"] == pytest.approx(7 / 3 - 1 / 3)
+    assert found["judges"]["gold"]["change"] == {"value": -1, "interval": [-1, -1]}
+    assert found["judges"]["gold"]["proxy_rose_judge_fell"]
+
+
+def test_answers_without_a_score_do_not_count():
+    void = answered(1, 1, [9, 9, 9], None, logprob=0.0, ref=-50.0)
+    assert figures_of([*MINE, void], [*BASE, void], ["gold"], BOOTSTRAP) == figures_of(MINE, BASE, ["gold"], BOOTSTRAP)
+
+
+def test_the_base_and_one_answer_to_each_prompt_have_fewer_figures():
+    found = figures_of([BASE[0], BASE[2]], None, [], BOOTSTRAP)
+    assert "different_answers" not in found
+    assert set(found["proxy"]) == {"score"}
+    assert found["judges"] == {}
+
+
+def test_no_answer_with_a_score_gives_no_figures_but_no_error():
+    voids = [answered(prompt, 0, [], None) for prompt in (0, 1)]
+    found = figures_of(voids, voids, ["gold"], BOOTSTRAP)
+    assert found["entropy"] == found["proxy"]["change"] == {"value": None, "interval": None}
+    assert found["kl_by_position"] == []
+    assert not found["judges"]["gold"]["proxy_rose_judge_fell"]
