@@ -26,9 +26,8 @@ def forgetting_rows(policies: Sequence[Figures]) -> Iterator[tuple[str, Callable
 def text_lines(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each text that a policy was measured on, if there is one policy."""
     [figures] = record["policies"].values()
-    return [
-        f"perplexity of the {name} text: {number_text(figure, '.4g')}" for name, figure in figures["perplexity"].items()
-    ]
+    measured = figures.get("perplexity", {})
+    return [f"perplexity of the {name} text: {number_text(figure, '.4g')}" for name, figure in measured.items()]
 
 
 def judge_lines(record: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,11 @@ Answers = Sequence[Answered]  # of one policy: the samples of the first prompt, 
 
 
 def evaluation_record(
-    cfg: Config, asked: Asked, answers: Mapping[str, Answers], prompts: int, of_texts: Mapping[str, Any]
+    cfg: Config,
+    asked: Asked,
+    answers: Mapping[str, Answers],
+    prompts: int,
+    of_texts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of evaluation.json. `answers`: by policy, `asked.samples` of each prompt, in order. `of_texts`: the
     figures of each policy on texts."""
@@ -39,7 +43,7 @@ def evaluation_record(
     for name, found in answers.items():
         figures = {"path": asked.paths[name], **answer_figures(found, prompts, bootstrap)}
         compared = answers[asked.base] if asked.base not in (None, name) else None
-        figures |= {**figures_of(found, compared, judges, bootstrap), **of_texts[name]}
+        figures |= {**figures_of(found, compared, judges, bootstrap), **(of_texts or {}).get(name, {})}
         if estimates is not None:
             figures["pass_at_k"] = pass_figures(estimates[name], bootstrap)
             if asked.base is not None and name != asked.base:

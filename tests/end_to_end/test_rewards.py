@@ -231,6 +231,8 @@ def test_evaluate_compares_the_trained_policy_with_its_base(ppo, compared):
     kl = [figures["kl_per_response"] for figures in record["policies"].values()]
     assert kl[0]["value"] == pytest.approx(0, abs=1e-3)
     assert kl[1]["interval"][0] > 0.1
+    assert record["policies"]["trained"]["perplexity_ratio"]["shipped"]["value"] != 1
+    assert not record["policies"]["trained"]["judges"]["gold"]["proxy_rose_judge_fell"]
     assert "pass_at_k" not in record["policies"]["base"]  # scores of a reward model, and no threshold
 
 
@@ -239,6 +241,7 @@ def test_an_evaluation_that_was_cut_ends_with_the_same_figures(ppo, compared, tm
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
     (cut / "evaluation.json").unlink()
+    (cut / "texts/trained.json").unlink()
     answers = cut / "answers/trained.jsonl"
     answers.write_bytes(answers.read_bytes()[:-700])  # in the middle of a line
     kept = read_records(answers)
