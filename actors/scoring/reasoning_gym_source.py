@@ -24,6 +24,7 @@ from common.types import RawScore
 from common.user_code.errors import UserCodeError
 
 _ENTRY = ("question", "answer", "metadata")
+_RULE = ("task", "parameters", "runs_answers")
 
 
 class ReasoningGymSource:
@@ -55,14 +56,14 @@ def _function(cfg: ReasoningGymSourceConfig) -> FunctionSourceConfig:
 def _fault(cfg: ReasoningGymSourceConfig, answer: RewardInput) -> str | None:
     """Why this source cannot score any response to the prompt; None if it can."""
     rule: Any = answer.fields.get("reasoning_gym")
-    if not isinstance(rule, dict) or not all(key in answer.fields for key in _ENTRY):
+    if not isinstance(rule, dict) or not (rule.keys() >= {*_RULE} and answer.fields.keys() >= {*_ENTRY}):
         return (
             "scores prompts of reasoning-gym only, but the prompt's record has not their fields (reasoning_gym, "
             'question, answer, metadata); set prompts.train = "reasoning-gym:TASK"'
         )
-    if rule.get("runs_answers", True) and not cfg.run_answers:
+    if rule["runs_answers"] and not cfg.run_answers:
         return (
-            f"would run responses as Python code, because the rule of the task {rule.get('task')} does; allow it with "
+            f"would run responses as Python code, because the rule of the task {rule['task']} does; allow it with "
             "run_answers = true, or choose another task"
         )
     return None

