@@ -6,6 +6,7 @@ The run may be finished, may still run, or may have crashed. Nothing here import
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from common.errors import UserError
 from common.files import write_whole
 from deploy.report.critic import critic_of
 from deploy.report.curves import curves_of
+from deploy.report.evaluation import evaluation_of
 from deploy.report.events import events_of
 from deploy.report.page import render
 from deploy.report.rollouts import Rollouts
-from deploy.report.run_files import RunFiles
+from deploy.report.run_files import RunFiles, read_config
 from deploy.report.sampling import BUDGET, MAX_ROWS
 from deploy.report.scores import scores_of
 from deploy.report.steps import StepFiles
 from deploy.report.token_text import TokenText
+from deploy.run.directory import is_owned
+from deploy.run.record import read_record
 from deploy.screen.console import Output, complain
 
 NAME = "report.html"
@@ -30,8 +34,8 @@ def run_report(directory: Path, to: Path | None = None) -> Path:
     """Writes the page and prints its path on the last line."""
     target = to or directory / NAME
     started = time.perf_counter()
-    run = RunFiles.read(directory)
-    blocks = page_blocks(run)
+    is_evaluation = read_record(directory).get("command") == "evaluate"
+    blocks = evaluation_blocks(directory) if is_evaluation else page_blocks(RunFiles.read(directory))
     text = render(f"{directory.resolve().name} · Ratchet", blocks)
     try:
         write_whole(target, text)
@@ -39,17 +43,19 @@ def run_report(directory: Path, to: Path | None = None) -> Path:
         raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --to") from None
     for name in blocks["run"]["unreadable"]:
         complain(f"{directory / name} cannot be read, so the report leaves it out")
-    (rollouts, _, detailed), steps = blocks["rollouts"]["kept"]["all"], len(run.metrics)
-    some = "all" if detailed == rollouts else f"{detailed:,}"
+    size = f"{len(text) / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s"
     console = Output()
-    console.print(
-        f"{steps:,} steps, {rollouts:,} rollouts, {some} with text and token numbers; {len(text) / 1e6:.1f} MB in "
-        f"{time.perf_counter() - started:.1f} s",
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(str(target), markup=False, soft_wrap=True)
+    for line in (f"{_contents(blocks)}; {size}", str(target)):
+        console.print(line, markup=False, soft_wrap=True)
     return target
+
+
+def _contents(blocks: Mapping[str, Any]) -> str:
+    if (evaluation := blocks.get("evaluation")) is not None:
+        return f"{len(evaluation['paths'])} policies, answers to {len(evaluation['answers'])} prompts"
+    (rollouts, _, detailed), steps = blocks["rollouts"]["kept"]["all"], blocks["run"]["steps"]
+    some = "all" if detailed == rollouts else f"{detailed:,}"
+    return f"{steps:,} steps, {rollouts:,} rollouts, {some} with text and token numbers"
 
 
 def page_blocks(run: RunFiles, *, max_rows: int = MAX_ROWS, budget: int = BUDGET) -> dict[str, Any]:
@@ -69,26 +75,45 @@ def page_blocks(run: RunFiles, *, max_rows: int = MAX_ROWS, budget: int = BUDGET
     }
 
 
-def _about(run: RunFiles) -> dict[str, Any]:
-    starts = run.record.get("starts")
+def evaluation_blocks(directory: Path) -> dict[str, Any]:
+    """The data of the page of an evaluation, by the name of its block."""
+    config = read_config(directory / "config.toml")
+    evaluation = evaluation_of(directory)
+    ended = "finished" if evaluation["finished"] else "stopped"
+    state = "running" if is_owned(directory) else ended
+    about = _head(directory, read_record(directory), state)
+    known = {"model": config.get("model", {}).get("path"), "seed": config.get("seed"), "tabs": ["evaluation"]}
+    return {"run": {**about, **known, "unreadable": []}, "evaluation": evaluation}
+
+
+def _head(directory: Path, record: Mapping[str, Any], state: str) -> dict[str, Any]:
+    """What the head and the foot of every page show."""
+    starts = record.get("starts")
     starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
     starts = starts or [{}]
+    return {
+        "name": directory.resolve().name,
+        "directory": str(directory.resolve()),
+        "state": state,
+        "started": starts[0].get("time"),
+        "starts": len(starts),
+        "versions": starts[-1].get("versions", {}),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    }
+
+
+def _about(run: RunFiles) -> dict[str, Any]:
     settings = (
         *("ppo.gamma", "ppo.lam", "ppo.value_lam", "ppo.policy_loss", "ppo.clip_eps", "ppo.clip_eps_high"),
         *("kl.coef", "sampling.max_new_tokens", "rollouts_per_step"),
     )
     return {
-        "name": run.directory.resolve().name,
-        "directory": str(run.directory.resolve()),
-        "state": _state(run),
+        **_head(run.directory, run.record, _state(run)),
+        "tabs": ["curves", "rollouts", "critic", "scores"],
         "steps": len(run.metrics),
         "num_steps": None if run.is_critic else run.setting("num_steps"),
         "model": run.setting("model.path"),
         "seed": run.setting("seed"),
-        "started": starts[0].get("time"),
-        "starts": len(starts),
-        "versions": starts[-1].get("versions", {}),
-        "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "settings": {name: run.setting(name) for name in settings},
         "last": run.metrics[-1] if run.metrics else {},
         "is_critic": run.is_critic,

@@ -48,7 +48,8 @@ class RunFiles:
         if command not in ("train", "train-critic") or not (directory / "config.toml").is_file():
             made = f"ratchet {command} made it" if command else "it has no run.json and no journal"
             raise UserError(
-                f"{directory} must be the directory of a run of ratchet train or train-critic, but {made}; name another"
+                f"{directory} must be the directory of a run of ratchet train, train-critic or evaluate, but {made}; "
+                "name another"
             )
         is_critic = command == "train-critic"
         steps = {
@@ -60,7 +61,7 @@ class RunFiles:
         versions = {record["policy_version"]: record for record in evaluations}
         return cls(
             directory=directory,
-            config=_config(directory / "config.toml"),
+            config=read_config(directory / "config.toml"),
             record=record,
             metrics=[steps[step] for step in sorted(steps)],
             evaluations=[versions[version] for version in sorted(versions)],
@@ -85,7 +86,8 @@ def _sound(path: Path, required: Mapping[str, Any], optional: Mapping[str, Any] 
     return [{k: v for k, v in r.items() if k not in optional or isinstance(v, optional[k])} for r in records]
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.toml. Raises UserError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ function drawn(made) {
     sizing_mode: "stretch_both",
     toolbar_location: null,
     tools: made.options.zoom === false ? "" : "xbox_zoom",
+    x_axis_type: made.options.x_type ?? "auto",
     x_range: x ? new Bokeh.Range1d({ start: x[0], end: x[1] }) : new Bokeh.DataRange1d({ range_padding: 0.05 }),
     y_range: yRange
       ? new Bokeh.Range1d({ start: yRange[0], end: yRange[1] })

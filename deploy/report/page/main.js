@@ -1,7 +1,13 @@
 // The head of the page and its tabs. A tab is filled when it is first opened.
 "use strict";
 
-const TABS = { curves: showCurves, rollouts: showRollouts, critic: showCritic, scores: showScores };
+const TABS = {
+  curves: showCurves,
+  rollouts: showRollouts,
+  critic: showCritic,
+  scores: showScores,
+  evaluation: showEvaluation,
+};
 const opened = new Set();
 
 function openTab(name, { focus = false } = {}) {
@@ -20,7 +26,7 @@ function openTab(name, { focus = false } = {}) {
 }
 
 function moveInTabs(event) {
-  const names = Object.keys(TABS);
+  const names = block("run").tabs;
   const at = names.findIndex((name) => byId(`tab-${name}`) === document.activeElement);
   const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: names.length - 1 }[event.key];
   if (next === undefined) return;
@@ -40,8 +46,12 @@ function showHead() {
   ]
     .filter(Boolean)
     .join(" · ");
-  showFigures(run);
-  showNotices(run);
+  if (run.tabs.includes("evaluation")) showEvaluationHead(run);
+  else {
+    showFigures(run);
+    showNotices(run);
+    setZoom();
+  }
   const versions = Object.entries(run.versions ?? {}).map(([name, version]) => `${name} ${version}`);
   byId("footer").textContent = [`Written ${run.written}`, run.directory, ...versions].join(" · ");
 }
@@ -115,8 +125,10 @@ function showNotices(run) {
 // The steps at which the rule of a health event held.
 const when = ({ step, last }) => (step === last ? `step ${step}` : `steps ${step} to ${last}`);
 
-for (const name of Object.keys(TABS)) byId(`tab-${name}`).addEventListener("click", () => openTab(name));
+for (const name of Object.keys(TABS)) {
+  byId(`tab-${name}`).hidden = !block("run").tabs.includes(name);
+  byId(`tab-${name}`).addEventListener("click", () => openTab(name));
+}
 document.querySelector('[role="tablist"]').addEventListener("keydown", moveInTabs);
 showHead();
-setZoom();
-openTab(location.hash.slice(1) in TABS ? location.hash.slice(1) : "curves");
+openTab(block("run").tabs.includes(location.hash.slice(1)) ? location.hash.slice(1) : block("run").tabs[0]);

@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from deploy.report.page import render
+from deploy.report.report import evaluation_blocks
 from tests.deploy.report.conftest import HOSTILE
+from tests.deploy.report.made_evaluation import write_evaluation
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -380,3 +382,46 @@ def test_a_run_that_has_not_learned_yet_is_shown(open_page, tmp_path):
         page.locator(f"#tab-{tab}").click()
     assert page.locator("#matches").text_content() == "0 of 0 rollouts"
     assert page.locator("#critic-panel").text_content() == "This run has no critic."
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    """The page of an evaluation whose prompts and answers are hostile, and the data of its blocks."""
+    directory = tmp_path_factory.mktemp("evaluations") / "compared"
+    write_evaluation(directory, prompts=12, texts=HOSTILE)
+    blocks = evaluation_blocks(directory)
+    path = directory / "report.html"
+    path.write_text(render("compared", blocks), encoding="utf-8")
+    return path.as_uri(), blocks["evaluation"]
+
+
+def test_an_evaluation_shows_its_curves_and_figures(open_page, evaluation):
+    address, data = evaluation
+    page = open_page("", address=address)
+    assert page.locator('[role="tab"]:visible').all_text_contents() == ["Evaluation"]
+    page.until("[...charts].some(c => c.figure)")
+    drawn = "[...charts][0].figure.renderers.filter(r => r.glyph.type === 'Line').map(r => [...r.data_source.data.y])"
+    lines = page.evaluate(drawn)
+    for curve in data["curves"].values():
+        assert [figure["value"] for figure in curve] in lines
+    table = page.locator("table.figures")
+    assert table.locator("th[scope=col]").all_text_contents() == ["base", "mine"]
+    cells = table.locator("tbody tr").first.locator("td").all_text_contents()
+    assert cells == list(data["rows"][0][1])
+    for sentence in data["sentences"]:
+        assert page.get_by_text(sentence).count() == 1
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_hostile_answers_of_an_evaluation_are_only_text(open_page, evaluation, width):
+    address, data = evaluation
+    page = open_page("", address=address, width=width)
+    asked = page.locator(".asked")
+    assert asked.count() == len(data["answers"]) == 12
+    assert "<img src=x onerror=" in asked.nth(1).locator("> pre").text_content()
+    shown = asked.nth(0).locator(".side pre").first.text_content()
+    assert shown in [HOSTILE[4].replace("\x1b", "\\x1b").replace("\x07", "\\x07")]
+    assert "no score: no service" in asked.nth(1).locator(".side h3").first.text_content()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img, main b, main i, main script").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
