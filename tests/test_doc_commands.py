@@ -30,6 +30,8 @@ WORK = {
     "sample-pairs": "tests/end_to_end/test_rewards.py::test_the_labeller_preferred_more_a_words",
     "train-reward": "tests/end_to_end/test_rewards.py::test_two_ranks_learn_the_preference_and_report_its_interval",
     "train-critic": "tests/end_to_end/test_run.py::test_a_critic_is_trained_from_the_journal_of_a_run",
+    "evaluate --samples": "tests/end_to_end/test_rewards.py::test_evaluate_compares_the_trained_policy_with_its_base",
+    "evaluate --resume": "tests/end_to_end/test_rewards.py::test_an_evaluation_that_was_cut_ends_with_the_same_figures",
     "evaluate": "tests/end_to_end/test_rewards.py::test_evaluate_judges_the_saved_policy_as_the_run_did",
     "export": "tests/deploy/test_export.py::test_an_interrupted_run_gives_the_policy_of_its_newest_checkpoint",
     "audit": "tests/deploy/test_audit.py::test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm",
@@ -110,6 +112,8 @@ def project_copy(tmp_path, monkeypatch):
         with sole_owner(tmp_path / "runs" / name) as held:
             held.begin(load_config(tmp_path / f"{config}.toml", [], Config), "train", force=False)
         (tmp_path / "runs" / name / "journal").mkdir()
+    with sole_owner(tmp_path / "runs/mine-evaluation") as held:
+        held.begin(load_config(tmp_path / "config.toml", [], Config), "evaluate", force=False)
     yield tmp_path
     sys.modules.pop("my_task", None)
 
