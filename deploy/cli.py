@@ -184,7 +184,9 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="[NAME=]PATH", help="A policy to compare with model.path; may be given several times."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Answers of each policy to each prompt.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Answers of each policy to each prompt [default: 1].")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-evaluation].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the evaluation in this directory.")] = None,
     address: Address = None,
@@ -193,10 +195,6 @@ def evaluate(
     """Compare policies on the held-out prompts of a PPO config."""
     given, policies = with_address(settings, address), policy_names(policy or [])
     if resume is not None:
-        if policy or samples != 1:
-            raise UserError(
-                "--resume continues with the policies and samples of its run; give no --policy or --samples"
-            )
         cfg, directory = config_and_directory(Config, config, given, run, resume)
     elif not config:
         raise UserError("name the config file of a PPO run, such as RUN/config.toml, or an evaluation with --resume")

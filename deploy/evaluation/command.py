@@ -45,19 +45,22 @@ def run_evaluation(
     directory: Path,
     *,
     policies: Mapping[str, str] | None = None,
-    samples: int = 1,
+    samples: int | None = None,
     resume: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the base (model.path) and `policies`, paths by name, with `samples` answers to each prompt. One policy
     with one answer is evaluated alone. Writes evaluation.json and the answers into `directory`, and returns the record
-    of evaluation.json.
+    of evaluation.json. With `resume` it continues, with more policies and more samples if they are given.
 
     Everything a user can get wrong is checked first: a UserError leaves nothing written and nothing running."""
     if cfg.prompts.heldout is None or not cfg.evaluation.prompts:
         raise UserError("there are no prompts to evaluate on; set both prompts.heldout and evaluation.prompts")
     with run_owner(directory, resume=resume, force=force) as owned:
-        asked = Asked.read(directory) if resume else Asked.of(cfg, policies or {}, samples)
+        if resume:
+            asked = Asked.read(directory).extended(cfg, policies or {}, samples)
+        else:
+            asked = Asked.of(cfg, policies or {}, samples or 1)
         return _run_in(owned, cfg, asked, resume=resume, force=force)
 
 
@@ -90,6 +93,7 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
         write_prompts(directory, prompts)
 
     if resume and evaluation.is_complete:
+        record()
         owned.resume(cfg)
     else:
         with session(cfg, "evaluate", owned, phases, resume=resume, force=force, record=record) as (_, begin):

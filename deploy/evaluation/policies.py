@@ -24,6 +24,7 @@ from deploy.run.identity import prompts_digest
 from deploy.run.record import read_record
 
 RECORD = "evaluated.json"
+_POLICY = "policy "  # begins the name of a policy's digest
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ class Asked:
                 f"{run / RECORD} cannot be read ({type(error).__name__}: {error}), so the evaluation cannot continue; "
                 "restore it, or begin again with --force"
             ) from None
+
+    def extended(self, cfg: Config, policies: Mapping[str, str], samples: int | None) -> Asked:
+        """This evaluation with more policies, or more samples. Raises UserError."""
+        for name, path in policies.items():
+            if (known := self.paths.get(name, path)) != path:
+                raise UserError(
+                    f"--policy {path}: {name} is {known} in this evaluation; choose a name with NAME={path}"
+                )
+        if samples is not None and samples < self.samples:
+            raise UserError(f"--samples ({samples}) is below the {self.samples} of this evaluation; it can only rise")
+        others = {name: path for name, path in self.paths.items() if name != BASE}
+        return Asked.of(cfg, {**others, **policies}, samples or self.samples)
 
     def write(self, run: Path, identity: Mapping[str, str]) -> None:
         record = {"policies": self.paths, "samples": self.samples, "identity": identity}
@@ -101,7 +114,7 @@ def check_room(policies: Mapping[str, PolicyFiles], records: Sequence[PromptReco
 
 def identity_of(cfg: Config, policies: Mapping[str, PolicyFiles], records: Sequence[PromptRecord]) -> dict[str, str]:
     """Digests of everything that the answers depend on, by name: policies, prompts, reward functions and models."""
-    found = {f"policy {name}": model_digest(policy.directory) for name, policy in policies.items()}
+    found = {f"{_POLICY}{name}": model_digest(policy.directory) for name, policy in policies.items()}
     found["prompts.heldout"] = prompts_digest(records)
     sources = {"reward.sources": cfg.reward.sources, "evaluation.judges": cfg.evaluation.judges}
     for setting, listed in sources.items():
@@ -113,10 +126,10 @@ def identity_of(cfg: Config, policies: Mapping[str, PolicyFiles], records: Seque
 
 def check_identity(run: Path, now: Mapping[str, str]) -> None:
     """Raises UserError if the evaluation that continues began with other contents: its answers would not belong
-    together."""
-    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-    before = record.get("identity", {})
-    if different := [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]:
+    together. It may have new policies."""
+    before: Mapping[str, str] = json.loads((run / RECORD).read_text(encoding="utf-8")).get("identity", {})
+    new = {name for name in now if name.startswith(_POLICY) and name not in before}
+    if different := [name for name in (now.keys() | before.keys()) - new if now.get(name) != before.get(name)]:
         raise UserError(
             f"the evaluation in {run} began with other contents of {', '.join(sorted(different))}; restore them, or "
             "begin again with --force"

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from actors.pool.replica import PoolEvent
 from common.types import Score
 from deploy.evaluation.policies import Asked
 from deploy.run.log import RunLog
@@ -45,6 +46,11 @@ class EvaluationProgress(Screen):
         self._began = 0.0  # when this policy began to answer
         self._tokens = 0  # in its answers
         self._newest: list[Answered] = []  # since the row before
+
+    def pool(self, event: PoolEvent) -> None:
+        """A replica joins or leaves."""
+        if not (self._asked.is_single and event.event == "joined"):
+            super().pool(event)
 
     def begin(self, left: Mapping[str, int]) -> None:
         """`left`: answers that each policy still has to give."""

@@ -59,6 +59,6 @@ class Bootstrap:
 
 
 def interval(drawn: np.ndarray) -> list[float]:
-    """The middle 95 % of what the resamples gave."""
+    """The middle 95 % of a statistic of all resamples."""
     low, high = np.percentile(drawn, [2.5, 97.5])
     return [float(low), float(high)]

@@ -1,0 +1,112 @@
+"""Which policies are asked what, what an evaluation that continues may change, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.types import PromptRecord
+from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
+from deploy.policy_files import PolicyFiles
+from tests.fakes import save_tiny_model, tiny_config
+
+CFG = tiny_config("m")
+
+
+@pytest.mark.parametrize(
+    ("policies", "samples", "asked"),
+    [
+        ({}, 1, {"base": "m"}),
+        ({"mine": "p"}, 1, {"mine": "p"}),  # the only case without the base
+        ({}, 8, {"base": "m"}),
+        ({"mine": "p"}, 8, {"base": "m", "mine": "p"}),
+        ({"mine": "p", "other": "q"}, 1, {"base": "m", "mine": "p", "other": "q"}),
+    ],
+)
+def test_the_base_comes_first_where_there_is_something_to_compare(policies, samples, asked):
+    found = Asked.of(CFG, policies, samples)
+    assert list(found.paths.items()) == list(asked.items())
+    assert found.is_single == (len(asked) == samples == 1)
+    assert found.base == ("base" if "base" in asked else None)
+
+
+def test_a_policy_that_is_the_base_is_refused_next_to_it():
+    assert Asked.of(CFG, {"same": "m"}, 1).paths == {"same": "m"}
+    with pytest.raises(UserError, match=r"is model\.path, which is evaluated as the base; leave it out"):
+        Asked.of(CFG, {"same": "m"}, 2)
+
+
+def test_what_is_asked_is_read_as_it_was_written(tmp_path):
+    asked = Asked.of(CFG, {"mine": "p"}, 4)
+    asked.write(tmp_path, {"prompts.heldout": "abc"})
+    assert Asked.read(tmp_path) == asked
+    (tmp_path / "evaluated.json").write_text("{}")
+    with pytest.raises(UserError, match=r"evaluated\.json cannot be read .*; restore it, or begin again with --force"):
+        Asked.read(tmp_path)
+
+
+def test_an_evaluation_that_continues_may_ask_more():
+    asked = Asked.of(CFG, {"mine": "p"}, 4)
+    assert asked.extended(CFG, {}, None) == asked
+    assert asked.extended(CFG, {"mine": "p"}, 4) == asked
+    assert asked.extended(CFG, {"new": "q"}, 8) == Asked({"base": "m", "mine": "p", "new": "q"}, 8)
+    assert Asked.of(CFG, {"mine": "p"}, 1).extended(CFG, {}, 3) == Asked({"base": "m", "mine": "p"}, 3)
+    assert Asked.of(CFG, {}, 1).extended(CFG, {}, 3) == Asked({"base": "m"}, 3)
+    with pytest.raises(UserError, match=r"--samples \(2\) is below the 4 of this evaluation; it can only rise"):
+        asked.extended(CFG, {}, 2)
+    with pytest.raises(UserError, match="q: mine is p in this evaluation; choose a name: NAME=q"):
+        asked.extended(CFG, {"mine": "q"}, None)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return [save_tiny_model(tmp_path_factory.mktemp(name)) for name in ("model", "same")]
+
+
+def record(*tokens):
+    return PromptRecord("text", np.array(tokens, np.int32), {})
+
+
+def test_other_contents_than_at_the_beginning_are_refused_by_name(models, tmp_path):
+    cfg = tiny_config(models[0])
+    _, policies = load_policies(cfg, Asked.of(cfg, {"mine": str(models[1])}, 2))
+    before = identity_of(cfg, policies, [record(3)])
+    Asked.of(cfg, {}, 2).write(tmp_path, before)
+    check_identity(tmp_path, before)
+    check_identity(tmp_path, {**before, "policy new": "x"})  # --policy
+    judged = tiny_config(models[0], evaluation={"judges": [{"name": "gold", "function": "tests.tasks:a_words"}]})
+    others = {
+        "prompts.heldout": identity_of(cfg, policies, [record(4)]),
+        "evaluation.judges.0": identity_of(judged, policies, [record(3)]),
+        "policy mine": {**before, "policy mine": "other weights"},
+        "policy base": {name: digest for name, digest in before.items() if name != "policy base"},
+    }
+    for name, now in others.items():
+        with pytest.raises(UserError, match=f"began with other contents of {name}; restore them, or begin again"):
+            check_identity(tmp_path, now)
+
+
+def test_a_policy_with_another_tokenizer_is_refused(models, tmp_path, monkeypatch):
+    cfg = tiny_config(models[0])
+    load = PolicyFiles.load
+
+    def with_another_vocabulary(path, *arguments, **options):
+        found = load(path, *arguments, **options)
+        other = SimpleNamespace(get_vocab=lambda: {"a": 0})
+        return replace(found, tokenizer=other) if path == str(models[1]) else found
+
+    monkeypatch.setattr(PolicyFiles, "load", with_another_vocabulary)
+    with pytest.raises(UserError, match="have different tokenizers, so there is no KL between them"):
+        load_policies(cfg, Asked.of(cfg, {"mine": str(models[1])}, 2))
+
+
+def test_a_policy_without_room_for_the_longest_prompt_is_refused(models):
+    policy = PolicyFiles.load(str(models[0]))  # a context of 128 tokens
+    records = [record(3), record(*[3] * 120)]
+    check_room({"mine": policy}, records, 8)
+    with pytest.raises(UserError, match=r"context of 128 tokens, and the longest prompt with its response needs 129"):
+        check_room({"mine": policy}, records, 9)
