@@ -61,9 +61,7 @@ class Asked:
         """This evaluation with more policies, or more samples. Raises UserError."""
         for name, path in policies.items():
             if (known := self.paths.get(name, path)) != path:
-                raise UserError(
-                    f"--policy {path}: {name} is {known} in this evaluation; choose a name with NAME={path}"
-                )
+                raise UserError(f"--policy {path}: {name} is {known} in this evaluation; choose a name: NAME={path}")
         if samples is not None and samples < self.samples:
             raise UserError(f"--samples ({samples}) is below the {self.samples} of this evaluation; it can only rise")
         others = {name: path for name, path in self.paths.items() if name != BASE}
