@@ -66,7 +66,7 @@ def test_answers_are_read_as_they_were_written(tmp_path, prompts):
 
 def test_a_kill_at_any_byte_loses_only_the_unfinished_line(tmp_path, prompts, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # a thousand of them take ten seconds
-    prompts = prompts[1:]
+    prompts = prompts[:1]
     write_prompts(tmp_path, prompts)
     whole = AnswerFile(tmp_path, "whole", prompts, decode)
     asked = questions(prompts, SAMPLES, set())

@@ -38,10 +38,10 @@ def test_the_crossover_is_where_the_base_stays_above(base, target, k):
 
 
 @pytest.mark.parametrize("equal", [False, True])
-@pytest.mark.parametrize("trained_passes", [0.4, 0.62, 0.95])
+@pytest.mark.parametrize("trained_passes", [0.4, 0.95])
 def test_the_interval_is_that_of_the_crossovers_of_the_resamples(equal, trained_passes):
     draws = np.random.default_rng(2)
-    prompts, samples = 15, 6
+    prompts, samples = 9, 6
     base = pass_at_k(draws.binomial(samples, 0.25, prompts), samples)
     trained = pass_at_k(draws.binomial(samples, trained_passes, prompts), samples)
     found = crossover(base, trained, Bootstrap(prompts, seed=9, resamples=100), equal=equal)
