@@ -4,6 +4,7 @@
     python -m tests.results run baselines --seeds 0 1 2     # hours; cut it and start it again as you like
     python -m tests.results table baselines --seeds 0 1 2   # prints the table of the runs that are finished
     python -m tests.results write baselines --seeds 0 1 2   # the same into docs/results.md
+    python -m tests.results plot baselines --seeds 0 1 2    # pass@1 by responses, into docs/baselines.png
 
 The runs are ordinary ones, below runs/results. Keep the machine quiet meanwhile: seconds are compared.
 """
@@ -14,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tests.results.curves import plot
 from tests.results.experiments import EXPERIMENTS
 from tests.results.runner import REPOSITORY, Runner
 from tests.results.tables import section, table, written
@@ -23,7 +25,7 @@ PAGE = REPOSITORY / "docs/results.md"
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.results", description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("list", "run", "table", "write"))
+    parser.add_argument("action", choices=("list", "run", "table", "write", "plot"))
     parser.add_argument("experiment", nargs="?", choices=tuple(EXPERIMENTS))
     parser.add_argument("--arms", nargs="+", default=[], help="only these [default: all]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -45,6 +47,9 @@ def main(arguments: list[str]) -> int:
             runner.run_all(arms, options.seeds)
             print("\n".join(f"failed: {name}, see {options.runs / name}.log" for name in runner.failed))
             return 1 if runner.failed else 0
+        if options.action == "plot":
+            plot(arms, options.runs, options.seeds, PAGE.parent / f"{options.experiment}.png")
+            return 0
         if options.action == "table":
             print(table(experiment, arms, options.runs, options.seeds))
             return 0

@@ -22,6 +22,7 @@ from tests.results.shipped import (
     SEPARATE,
     WITH_REWARD_MODEL,
 )
+from tests.results.trained import LEARNED, TRAINED
 from tests.results.works import Arm, Column, Experiment, Work, percent
 
 GROUP = 4  # responses to each prompt
@@ -181,6 +182,8 @@ def _without_gradient(run: Finished) -> float | None:
 
 
 EXPERIMENTS = {
+    "learning": LEARNED,
+    "trained": TRAINED,
     "baselines": BASELINES,
     "feedback": FEEDBACK_BASELINES,
     "staleness": STALENESS,

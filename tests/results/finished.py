@@ -21,7 +21,7 @@ PHASES = ("time/generate_s", "time/score_s", "time/journal_s", "time/learn_s", "
 
 
 class Finished:
-    """One run of `ratchet train`, or of `ratchet train-critic`, which has a summary only."""
+    """One run of `ratchet train`, `train-critic` (which has a summary only) or `evaluate` (evaluation.json only)."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -41,6 +41,10 @@ class Finished:
     @cached_property
     def summary(self) -> dict[str, Any]:
         return json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
+
+    def compared(self, policy: str) -> dict[str, Any]:
+        """The figures of a policy in a finished `ratchet evaluate`."""
+        return json.loads((self.directory / "evaluation.json").read_text(encoding="utf-8"))["policies"][policy]
 
     def mean(self, key: str, steps: slice = slice(None)) -> float | None:
         """The mean of a metric over all steps that have it, or over some of them."""

@@ -25,6 +25,7 @@ CONFIGS = "deploy/configs"
 ROOTS: dict[str, type[Root]] = {
     "train": Config,
     "train-critic": Config,
+    "evaluate": Config,
     "sample-pairs": PairSamplingConfig,
     "train-reward": RewardTrainingConfig,
 }
@@ -65,7 +66,7 @@ class Runner:
         if directory.relative_to(self._root).as_posix() in self.failed:
             return False
         self._remember(work, seed, directory)
-        if (directory / "summary.json").exists():
+        if (directory / work.result).exists():
             return True
         if (directory / "config.toml").exists():
             arguments = [work.command, "--resume", str(directory)]

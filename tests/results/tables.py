@@ -41,13 +41,16 @@ def cell(values: Sequence[float | None], column: Column) -> str:
 
 
 def table(experiment: Experiment, arms: Sequence[Arm], root: Path, seeds: Sequence[int]) -> str:
-    """The rows of the arms that have finished runs, as Markdown."""
+    """The rows of the arms that have finished runs, as Markdown. An experiment with one arm has a row for each number
+    instead."""
     lines = [["", "seeds", *(column.title for column in experiment.columns)]]
     for arm in arms:
         runs = [Finished(path) for path in finished_runs(arm.work, root, seeds)]
         if runs:
             cells = (cell([column.value(run) for run in runs], column) for column in experiment.columns)
             lines.append([arm.title + _before(arm, root, seeds), str(len(runs)), *cells])
+    if len(arms) == 1:
+        lines = [list(column) for column in zip(*lines, strict=True)]
     head, *rows = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|" + "---|" * len(lines[0]), *rows])
 
@@ -63,7 +66,7 @@ def _before(arm: Arm, root: Path, seeds: Sequence[int]) -> str:
 
 def finished_runs(work: Work, root: Path, seeds: Sequence[int]) -> list[Path]:
     paths = (root / work.directory(seed) for seed in seeds)
-    return [path for path in paths if (path / "summary.json").exists()]
+    return [path for path in paths if (path / work.result).exists()]
 
 
 def section(experiment: Experiment, name: str, arms: Sequence[Arm], root: Path, seeds: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.config.loading import load_config
+from tests.results.curves import curve
 from tests.results.experiments import EXPERIMENTS
 from tests.results.finished import Finished
 from tests.results.runner import CONFIGS, REPOSITORY, ROOTS, Runner
@@ -203,8 +204,18 @@ def test_the_row_of_a_pretrained_critic_says_what_it_took(tmp_path):
         (tmp_path / f"first/seed-{seed}").mkdir(parents=True)
         (tmp_path / f"first/seed-{seed}/summary.json").write_text(json.dumps({"seconds": seconds}))
     experiment = Experiment("about", (ONE,), (Column("pass@1", Finished.last_pass_rate, "{:.1f}"),))
-    last = table(experiment, [ONE], tmp_path, [0, 1]).splitlines()[-1]
-    assert last == "| one (+ 8 responses and 35 s before the run) | 1 | 0.5 |"
+    first, *_, last = table(experiment, [ONE], tmp_path, [0, 1]).splitlines()
+    assert (first, last) == ("|  | one (+ 8 responses and 35 s before the run) |", "| pass@1 | 0.5 |")
+
+
+def test_a_curve_has_the_mean_and_the_interval_of_its_seeds(tmp_path):
+    one = made_up_run(tmp_path / "0", evaluation(0, 0.1), evaluation(2, 0.5), evaluation(4, 0.9))
+    two = made_up_run(tmp_path / "1", evaluation(0, 0.3), evaluation(2, 0.7))
+    # 12.706 * 0.1414 / root 2 = 1.27, as above. The second run has no evaluation of version 4.
+    (start, mean, (low, high)), (later, *_) = curve([one, two])
+    assert (start, later) == (0, 2 * 64)
+    assert (mean, low, high) == (pytest.approx(0.2), pytest.approx(0.2 - 1.2706), pytest.approx(0.2 + 1.2706))
+    assert curve([one])[2] == (4 * 64, 0.9, (0.9, 0.9))
 
 
 def test_only_the_named_part_of_the_page_is_written():

@@ -26,6 +26,11 @@ class Work:
     needs: tuple[Work, ...] = ()
     seeded: bool = True  # False: one directory for all seeds, made with seed 0
 
+    @property
+    def result(self) -> str:
+        """The file that a finished command leaves in its directory."""
+        return "evaluation.json" if self.command == "evaluate" else "summary.json"
+
     def directory(self, seed: int) -> str:
         """Its directory below the root of all results."""
         return f"{self.name}/seed-{seed}" if self.seeded else f"{self.name}/all-seeds"
