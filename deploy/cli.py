@@ -208,6 +208,64 @@ def evaluate(
     run_evaluation(cfg, directory, policies=policies, samples=samples, resume=resume is not None, force=force)
 
 
+@app.command(epilog=epilog("train"))
+def tune(
+    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run; not with --resume.")] = "",
+    spaces: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=SPACE]...",
+            help="What to try: values (ppo.clip_eps=0.05,0.1), a range (kl.coef=0..0.1) or a range on a logarithmic "
+            "scale (optimizer.learning_rate=log:1e-6..1e-4). A single value is a setting of all trials.",
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, max=1000, help="Trials. [default: 12]")] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Time for everything, earlier starts included. [default: 1]")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What to raise: score, pass_at_1, or the name of a source or judge. [default: pass_at_1 if "
+            "evaluation.pass_source is set, else score]"
+        ),
+    ] = None,
+    finalists: Annotated[int | None, typer.Option(min=1, help="Best trials that get more seeds. [default: 2]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of each finalist. [default: 3]")] = None,
+    keep_all: Annotated[
+        bool, typer.Option("--keep-all", help="Let every trial run to its end: no early stops by ASHA.")
+    ] = False,
+    at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at the same time.")] = 1,
+    run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-tune].")] = None,
+    resume: Resume = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """Try settings of a PPO config, find the best ones, and see which of them matter."""
+    from deploy.tune.command import Pace, run_tune
+    from deploy.tune.plan import make_plan
+
+    pace, new = Pace(hours, at_once), None
+    if resume is None:
+        directory = run_directory(config, run or Path("runs") / f"{name_of_config(Path(config))}-tune", None)
+        new = make_plan(
+            Path(config),
+            with_address(spaces, address),
+            trials=trials or 12,
+            metric=metric,
+            finalists=finalists or 2,
+            seeds=seeds or 3,
+            keep_all=keep_all,
+        )
+        directory = find_modules_of(Path(config), directory)
+    elif config or any((run, address, metric, trials, finalists, seeds, keep_all)):
+        raise UserError("a tuning that continues (--resume) has its plan; give only --hours and --at-once with it")
+    else:
+        directory = find_modules_of(resume / "config.toml", resume)
+    exit_message.run_begins(directory, f"continue with ratchet tune --resume {quote(str(directory))}")
+    run_tune(directory, pace, new, force=force)
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, finished or not.")],

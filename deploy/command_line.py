@@ -159,7 +159,7 @@ def config_and_directory(
 ) -> tuple[AnyRoot, Path]:
     """The config and the run directory of a new run, or of the run to continue, where `changes` are those of --change;
     None if the command has no such option. From here on the user's modules can be imported. The current directory is
-    then the one that RUN was started from, if this run continues RUN or has the config RUN/config.toml."""
+    then the one that RUN was started from, if this run continues RUN or has a config that is in RUN."""
     in_a_job = IN_A_JOB in os.environ  # file names stay relative, because each job has its own current directory
     if resume is not None:
         cfg = resumed_config(root, resume, _changes(config, settings, run), changes, travels=in_a_job)
@@ -172,9 +172,10 @@ def config_and_directory(
 
 
 def find_modules_of(config: Path, directory: Path) -> Path:
-    """From here on the modules that a config names can be imported. For RUN/config.toml the current directory becomes
-    the one that RUN was started from. Returns the path of `directory`, a new run, from there."""
-    if config.name != "config.toml" or not read_record(config.parent):
+    """From here on the modules that a config names can be imported. For a config in a run directory RUN, such as
+    RUN/config.toml, the current directory becomes the one that RUN was started from. Returns the path of `directory`, a
+    new run, from there."""
+    if not read_record(config.parent):
         find_users_modules(config.absolute().parent)
         return directory
     directory = directory.absolute()

@@ -89,7 +89,8 @@ class Supervisor:
 
     def _run_driver(self, arguments: Sequence[str]) -> int:
         """The exit code of the driver; -N if signal N has killed it."""
-        self._driver = driver = subprocess.Popen(driver_command(arguments), env=_environment())
+        environment = {**driver_environment(), SUPERVISED: "1"}  # this process says that the driver was killed
+        self._driver = driver = subprocess.Popen(driver_command(arguments), env=environment)
         if self._asked is not None:  # the signal came before there was a driver to forward it to
             driver.send_signal(self._asked)
         # Waits in a thread. Popen.wait with a time limit would look 20 times a second.
@@ -152,11 +153,10 @@ def driver_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "deploy.cli", *arguments]
 
 
-def _environment() -> dict[str, str]:
-    """The driver imports Ratchet from the same place as this process, and leaves it to this process to say that it was
-    killed."""
+def driver_environment() -> dict[str, str]:
+    """With it, a driver imports Ratchet from the same place as this process."""
     path = os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, SUPERVISED: "1"}
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _killed(code: int) -> str:

@@ -107,7 +107,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *sections, leaf = key.split(".")
     if len(sections) > _DEEPEST:
         raise UserError(f"override {shortened(override)}: no setting is in more than {_DEEPEST} sections")
-    value = _value(override, text)
+    value = setting_value(override, text)
     for name in sections:
         if isinstance(tree, list) and re.fullmatch("[0-9]{1,4}", name) and int(name) < len(tree):
             tree = tree[int(name)]  # reward.sources.0.weight
@@ -120,8 +120,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
-def _value(override: str, text: str) -> Any:
-    """The TOML value of an override; a bare word is a string."""
+def setting_value(override: str, text: str) -> Any:
+    """The TOML value `text` of an override; a bare word is a string."""
     try:
         override.encode()
         return tomllib.loads(f"value = {text}")["value"]

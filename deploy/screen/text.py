@@ -30,3 +30,8 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60}h{minutes % 60:02d}"
     return f"{seconds / 86400:.0f}d"
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """A number with this many significant digits, and no more zeros than it needs."""
+    return f"{value:.{digits}g}"

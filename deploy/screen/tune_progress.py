@@ -1,0 +1,145 @@
+"""The screen of `ratchet tune`: each trial with its evaluations, a bar, and tables at the end. Runs in the driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from common.config.ppo import Config
+from deploy.screen.screen import Screen
+from deploy.screen.text import duration, significant
+from deploy.tune.comparison import Comparison, sentence, unselected, value_of
+from deploy.tune.events import COMPLETE, RunState
+from deploy.tune.outcome import Outcome
+from deploy.tune.plan import Plan
+from deploy.tune.search import Job
+from deploy.tune.sensitivity import FEWEST, Effect
+from deploy.tune.space import Choices, Space, as_overrides, toml_text
+
+_BAR = "runs"
+
+
+class TuneProgress(Screen):
+    """A tuning."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        super().__init__(directory)
+        self._plan = plan
+
+    def begin(self, cfg: Config, *, hours: float, used_s: float, at_once: int) -> None:
+        plan = self._plan
+        before = f", {duration(used_s)} of them used before" if used_s > 1 else ""
+        self._print(
+            f"[bold]ratchet tune[/] {escape(cfg.model.path)} · {len(plan.trials)} trials of {plan.num_steps} steps, "
+            f"{at_once} at once · {plan.metric} of {cfg.evaluation.prompts} held-out prompts every {plan.every} "
+            f"step(s) · {hours:g} hours{before} · seed {plan.seed}"
+        )
+        compared = ", ".join(map(str, plan.rungs))
+        stops = f"ASHA compares at steps {compared}" if compared else "every trial runs to its end"
+        self._print(
+            f"{stops}; then {plan.finalists} finalist(s) with {plan.seeds} seeds. Run directories: "
+            f"{escape(str(self._directory / 'trials'))}",
+            style="dim",
+        )
+        for text in plan.spaces:
+            self._print(escape(f"  {text}"), style="dim")
+
+    def started(self, job: Job, *, continues: bool) -> None:
+        settings = " ".join(as_overrides(self._plan.trials[job.trial - 1]))
+        verb = " continues" if continues else ""
+        self._print(f"[bold]{self._name(job)}[/]{verb}: {escape(settings)}")
+        self.bars.show(_BAR, 0, None)
+        self.bars.say(_BAR, self._name(job))
+
+    def result(self, job: Job, step: int, value: float) -> None:
+        self._print(f"  {self._name(job)} step {step}: {self._plan.metric} {significant(value)}")
+        self.bars.say(_BAR, f"{self._name(job)}, step {step} of {self._plan.num_steps}")
+
+    def ended(self, job: Job, state: RunState) -> None:
+        seconds = duration(state.seconds)
+        if state.outcome == COMPLETE:
+            self._print(f"  {self._name(job)} is complete after {seconds}")
+            return
+        text = f"  {self._name(job)} ended early after {seconds} ({state.outcome}): {state.why}"
+        self._print(escape(text), style="yellow" if state.outcome == "failed" else "dim")
+
+    def progress(self, done: int, total: int, left_s: float | None) -> None:
+        self.bars.show(_BAR, done, total, left_s=left_s)
+
+    def end(self, outcome: Outcome) -> None:
+        self.bars.close()
+        self._trials(outcome)
+        self._sensitivity(outcome)
+        self._print(f"[bold]best[/]: {escape(outcome.reason)}")
+        if outcome.finalists:
+            best = self._plan.trials[outcome.finalists[0].trial - 1]
+            self._print(f"  {escape(' '.join(as_overrides(best)))}")
+        self._end(time.perf_counter() - self._started, "best.toml: for ratchet train; tune.json, sensitivity.json")
+
+    def _trials(self, outcome: Outcome) -> None:
+        steps = [*self._plan.rungs, self._plan.num_steps]
+        table = Table(title=f"{self._plan.metric} of each trial at equal steps")
+        table.add_column("trial", justify="right")
+        for step in steps:
+            table.add_column(f"step {step}", justify="right")
+        table.add_column("end")
+        table.add_column("settings")
+        for number, state in sorted(outcome.states.items()):
+            values = [significant(state.results[step]) if step in state.results else "-" for step in steps]
+            settings = " ".join(as_overrides(self._plan.trials[number - 1]))
+            table.add_row(str(number), *values, state.outcome or "cut", escape(settings))
+        self._console.print(table)
+
+    def _sensitivity(self, outcome: Outcome) -> None:
+        at = unselected(outcome.compared)
+        if not at.effects:
+            self._print(f"{len(at.numbers)} trial(s) at step {at.step}: at least {FEWEST} are needed to compare keys")
+            return
+        spaces = {space.key: space for space in self._plan.keys}
+        table = Table(title=self._title(at))
+        for heading in ("key", "explained", "95 %", "effect", "best near"):
+            table.add_column(heading, justify="left" if heading in ("key", "effect") else "right")
+        for effect in at.effects:
+            low, high = effect.explained_interval
+            space = spaces[effect.key]
+            best = toml_text(value_of(space, effect.best))
+            interval = f"{low:.0%} to {high:.0%}"
+            table.add_row(
+                escape(effect.key), f"{effect.explained:.0%}", interval, escape(_shown(effect, space)), escape(best)
+            )
+        self._console.print(table)
+        for effect in at.effects:
+            self._print(escape(sentence(self._plan, at, effect)), style="" if effect.mattered else "dim")
+        noise = outcome.seed_deviation
+        if noise is not None:
+            self._print(f"standard deviation between seeds of one trial: {significant(noise, 2)}", style="dim")
+
+    def _title(self, at: Comparison) -> str:
+        worst = f", {len(at.counted_as_worst)} of them ended before and counted as the worst" * bool(
+            at.counted_as_worst
+        )
+        chosen = ", chosen by their outcome" * bool(at.stopped_before)
+        return f"how much each key mattered: {len(at.numbers)} trials at step {at.step}{chosen}{worst}"
+
+    def _name(self, job: Job) -> str:
+        repeat = f", seed {self._plan.seed + job.repeat}" if job.repeat else ""
+        return f"trial {job.trial}{repeat}"
+
+
+def _shown(effect: Effect, space: Space) -> str:
+    """The slope of a range, or the mean of each choice."""
+    if isinstance(space, Choices):
+        return _means(effect.means or ())
+    if effect.slope is None or effect.slope_interval is None:
+        return "one value"
+    low, high = (significant(bound, 2) for bound in effect.slope_interval)
+    unit = "a factor of 10" if space.log else "1"
+    return f"{effect.slope:+.2g} for {unit} ({low} to {high})"
+
+
+def _means(means: Sequence[dict]) -> str:  # type: ignore[type-arg]
+    return ", ".join(f"{toml_text(one['value'])}: {significant(one['mean'], 3)}" for one in means)

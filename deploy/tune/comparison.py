@@ -1,0 +1,124 @@
+"""Trials at equal steps, and what they say about each key: DIR/sensitivity.json. Runs anywhere.
+
+A trial that ASHA has stopped has no outcome at the end, and those that continued were chosen by their outcome. So
+trials are only compared at the same step, and only the last step that every trial has reached is free of that choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deploy.screen.text import significant
+from deploy.tune.events import BROKEN, RunState
+from deploy.tune.plan import Plan
+from deploy.tune.sensitivity import FEWEST, Column, Effect, effect_of
+from deploy.tune.space import Choices, Range, Space, toml_text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The trials that have reached one step."""
+
+    step: int
+    numbers: tuple[int, ...]  # of the trials, from 1
+    outcomes: tuple[float, ...]
+    counted_as_worst: tuple[int, ...]  # trials that a health rule or a failure has ended before
+    stopped_before: int  # trials that ASHA has stopped before: the others were chosen by their outcome
+    effects: tuple[Effect, ...] = ()  # of each key, the most important one first; none with too few trials
+
+
+def comparisons(plan: Plan, trials: Mapping[int, RunState]) -> list[Comparison]:
+    """One for each rung, and one for the end. `trials`: the states by number, of trials that have begun."""
+    found = (compared_at(step, trials) for step in [*plan.rungs, plan.num_steps])
+    return [replace(one, effects=tuple(_effects(plan, one))) for one in found]
+
+
+def compared_at(step: int, trials: Mapping[int, RunState]) -> Comparison:
+    """The trials with an outcome at this step. One that a health rule or a failure has ended counts as much as the
+    worst of the others: leaving it out would hide the key that ruined it."""
+    found = {number: state.results[step] for number, state in trials.items() if step in state.results}
+    ruined = [number for number, state in trials.items() if state.outcome in BROKEN and step not in state.results]
+    worst = min(found.values(), default=0.0)
+    outcomes = found | (dict.fromkeys(ruined, worst) if found else {})
+    stopped = sum(state.outcome == "asha" and step > (state.last or (-1, 0))[0] for state in trials.values())
+    numbers = tuple(sorted(outcomes))
+    return Comparison(step, numbers, tuple(outcomes[n] for n in numbers), tuple(ruined if found else ()), stopped)
+
+
+def unselected(found: Sequence[Comparison]) -> Comparison:
+    """The last step before which ASHA has stopped nothing; the first step if there is none."""
+    return next((one for one in reversed(found) if not one.stopped_before and one.numbers), found[0])
+
+
+def _effects(plan: Plan, at: Comparison) -> list[Effect]:
+    if len(at.numbers) < FEWEST:
+        return []
+    settings = [plan.trials[number - 1] for number in at.numbers]
+    found = [effect_of(_column(space, settings), at.outcomes, seed=plan.seed) for space in plan.keys]
+    return sorted(found, key=lambda effect: (effect.p, -effect.explained))
+
+
+def _column(space: Space, settings: Sequence[Mapping[str, Any]]) -> Column:
+    if isinstance(space, Choices):
+        numbers = {toml_text(value): float(number) for number, value in enumerate(space.values)}
+        return Column(space.key, tuple(numbers[toml_text(one[space.key])] for one in settings), space.values)
+    return Column(space.key, tuple(space.place(one[space.key]) for one in settings), log=space.log)
+
+
+def sensitivity_record(plan: Plan, found: Sequence[Comparison], noise: float | None) -> dict[str, Any]:
+    """The contents of sensitivity.json. `noise`: standard deviation of the outcome between seeds."""
+    headline = unselected(found)
+    return {
+        "metric": plan.metric,
+        "compared_at_step": headline.step,
+        "seed_deviation": noise,
+        "steps": [_record(plan, one) for one in found if one.numbers],
+    }
+
+
+def _record(plan: Plan, at: Comparison) -> dict[str, Any]:
+    spaces = {space.key: space for space in plan.keys}
+    return {
+        "step": at.step,
+        "trials": list(at.numbers),
+        "counted_as_worst": list(at.counted_as_worst),
+        "stopped_by_asha_before": at.stopped_before,
+        "keys": [_key_record(plan, at, effect, spaces[effect.key]) for effect in at.effects],
+    }
+
+
+def _key_record(plan: Plan, at: Comparison, effect: Effect, space: Space) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "key": effect.key,
+        "mattered": effect.mattered,
+        "explained": {"value": effect.explained, "interval": effect.explained_interval},
+        "p": effect.p,
+        "best": value_of(space, effect.best),
+        "sentence": sentence(plan, at, effect),
+    }
+    if isinstance(space, Range):
+        slope = None if effect.slope is None else {"value": effect.slope, "interval": effect.slope_interval}
+        record |= {"scale": "log10" if space.log else "linear", "slope": slope}
+    else:
+        record["values"] = effect.means
+    return record
+
+
+def value_of(space: Space, best: Any) -> Any:
+    """A choice, or the value at a place on the scale of a range."""
+    if isinstance(space, Choices):
+        return best
+    value = float(significant(10**best if space.log else best))
+    return round(value) if space.whole else value
+
+
+def sentence(plan: Plan, at: Comparison, effect: Effect) -> str:
+    """What the trials say about a key."""
+    low, high = effect.explained_interval
+    share = f"{effect.explained:.0%} of the variance of {plan.metric} at step {at.step} ({low:.0%} to {high:.0%})"
+    [space] = [space for space in plan.keys if space.key == effect.key]
+    if not effect.mattered:
+        return f"{effect.key} did not matter as far as {len(at.numbers)} trials can tell (it explains {share})"
+    return f"{effect.key} mattered: it explains {share}; best near {toml_text(value_of(space, effect.best))}"

@@ -1,0 +1,119 @@
+"""DIR/events.jsonl: what happened in a tuning, one line after another, and the state that follows. Runs in the driver.
+
+A line is written before anything is done about it. So a tuning that is killed at any moment continues from here: runs
+that have ended count, and the decisions about the others are computed again from the same results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.files import append_record, read_records
+from deploy.tune.halving import Halving
+
+COMPLETE = "complete"  # it has done all of its steps
+STOPPED_BY_ASHA = "asha"
+STOPPED_BY_HEALTH = "health"
+FAILED = "failed"  # it ended by itself, and cannot continue
+CUT = "cut"  # the tuning ended, and the run continues with it
+BROKEN = (STOPPED_BY_HEALTH, FAILED)  # it counts as the worst where others went on
+
+
+@dataclass
+class RunState:
+    """One run of the tuning: a trial, or a finalist with another seed."""
+
+    results: dict[int, float] = field(default_factory=dict)  # value of the metric by step
+    outcome: str | None = None
+    why: str = ""  # the reason of a stop or a failure
+    seconds: float = 0.0
+    again: bool = False  # ASHA had stopped it, and it continues as a finalist
+
+    @property
+    def last(self) -> tuple[int, float] | None:
+        """Step and value of the newest evaluation."""
+        return max(self.results.items()) if self.results else None
+
+
+class Events:
+    """Reads and extends the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._runs: dict[str, RunState] = {}
+        self._order: list[tuple[str, int, float]] = []
+        self.hours: float | None = None  # that the newest start of the command was given
+        self._starts: list[list[float]] = []  # times of the first and the newest event of each start of the command
+        self._started_here = False
+        for record in read_records(path):
+            self._take(record)
+
+    def start(self, hours: float) -> None:
+        """The command starts or continues. `hours`: the time for all of its starts together."""
+        self._add({"event": "start", "hours": hours})
+        self._started_here = True
+
+    def result(self, run: str, step: int, value: float) -> None:
+        """An evaluation of a run."""
+        self._add({"event": "result", "run": run, "step": step, "value": value})
+
+    def stop(self, run: str, outcome: str, why: str) -> None:
+        """The run is stopped for this reason, and does not continue."""
+        self._add({"event": "stop", "run": run, "outcome": outcome, "why": why})
+
+    def again(self, run: str) -> None:
+        """A run that ASHA has stopped continues, because it is a finalist."""
+        self._add({"event": "again", "run": run})
+
+    def end(self, run: str, outcome: str, seconds: float, why: str = "") -> None:
+        """The process of a run has ended."""
+        self._add({"event": "end", "run": run, "outcome": outcome, "seconds": round(seconds, 1), "why": why})
+
+    def run(self, name: str) -> RunState:
+        return self._runs.setdefault(name, RunState())
+
+    def results(self) -> Iterator[tuple[str, int, float]]:
+        """All results in the order in which they came."""
+        return iter(self._order)
+
+    def halving(self, rungs: tuple[int, ...], trials: set[str]) -> Halving:
+        """ASHA with the results of all trials so far."""
+        return Halving(rungs, (result for result in self._order if result[0] in trials))
+
+    @property
+    def seconds(self) -> float:
+        """Time that the command has worked, all starts together. Of a start that was killed, the time until its last
+        event."""
+        if not self._started_here:
+            return sum(newest - first for first, newest in self._starts)
+        *earlier, (began, _) = self._starts
+        return sum(newest - first for first, newest in earlier) + time.time() - began
+
+    def _add(self, event: dict[str, Any]) -> None:
+        record = {"time": time.time(), **event}
+        append_record(self._path, record)
+        self._take(record)
+
+    def _take(self, record: dict[str, Any]) -> None:
+        kind, now = record["event"], float(record["time"])
+        if kind == "start":
+            self._starts.append([now, now])
+            self.hours = record["hours"]
+            return
+        self._starts[-1][1] = now
+        state, name = self.run(record["run"]), record["run"]
+        if kind == "result" and record["step"] not in state.results:
+            state.results[record["step"]] = record["value"]
+            self._order.append((name, record["step"], record["value"]))
+        elif kind == "stop":
+            state.outcome, state.why = record["outcome"], record["why"]
+        elif kind == "again":
+            state.outcome, state.why, state.again = None, "", True
+        elif kind == "end":
+            state.seconds += record["seconds"]
+            if record["outcome"] in (COMPLETE, FAILED):
+                state.outcome, state.why = record["outcome"], record["why"]

@@ -1,0 +1,28 @@
+"""The health rules that stop a trial early. Runs anywhere.
+
+The other rules warn of something that costs time, that a later step may repair, or that has nothing to do with the
+settings. With these the policy is lost, and further steps only cost time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+STEPS = 3  # in a row in which one of them must hold
+RUINED = {
+    "kl_exploding": "the policy runs away from the reference, and the score does not pay for it",
+    "entropy_collapsing": "the policy repeats itself, and the score has not risen",
+    "scores_constant": "all responses to a prompt score the same: nothing is learned",
+}
+
+
+def ruined(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """The reason to stop a run with these records of metrics.jsonl; None without one."""
+    newest = records[-STEPS:]
+    if len(newest) < STEPS:
+        return None
+    for rule, meaning in RUINED.items():
+        if all(rule in record.get("health", ()) for record in newest):
+            return f"{rule} in {STEPS} steps in a row, up to step {newest[-1]['step'] + 1}: {meaning}"
+    return None

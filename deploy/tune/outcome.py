@@ -1,0 +1,167 @@
+"""The result of a tuning: DIR/tune.json, DIR/best.toml and DIR/sensitivity.json. Runs in the driver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.files import write_json, write_whole
+from deploy.screen.text import significant
+from deploy.tune.comparison import Comparison, comparisons, sensitivity_record
+from deploy.tune.events import COMPLETE, RunState
+from deploy.tune.plan import Plan
+from deploy.tune.search import Job, Search
+from deploy.tune.space import as_overrides
+
+CLEAR = 2.0  # standard errors between two finalists from which on one is called better
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trial with the outcomes of all of its seeds that are complete."""
+
+    trial: int
+    values: tuple[float, ...]
+    step: int  # at which the values were measured: the last one, or that of its newest evaluation if it is not complete
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Between its seeds."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a tuning has found so far."""
+
+    plan: Plan
+    states: dict[int, RunState]  # of the trials that have begun, by number
+    finalists: tuple[Finalist, ...]  # the best first
+    compared: tuple[Comparison, ...]
+    missing: int  # runs for which there was no time
+
+    @property
+    def seed_deviation(self) -> float | None:
+        """Standard deviation of the outcome between seeds, pooled over the finalists."""
+        known = [one for one in self.finalists if one.deviation is not None]
+        freedom = sum(len(one.values) - 1 for one in known)
+        squares = sum((len(one.values) - 1) * (one.deviation or 0.0) ** 2 for one in known)
+        return math.sqrt(squares / freedom) if freedom else None
+
+    @property
+    def reason(self) -> str:
+        """Why the best trial is the best."""
+        if not self.finalists:
+            return "no trial has an evaluation after its first step"
+        best, *others = self.finalists
+        metric = self.plan.metric
+        if best.step < self.plan.num_steps:
+            return (
+                f"trial {best.trial} had come farthest when the time was up: {metric} {significant(best.mean)} at "
+                f"step {best.step}"
+            )
+        seeds = f"the mean of {len(best.values)} seeds" if len(best.values) > 1 else "with one seed"
+        text = f"trial {best.trial} has {metric} {significant(best.mean)} at the last step, {seeds}"
+        if not others:
+            return text
+        return f"{text}; {self._against(best, others[0])}"
+
+    def _against(self, best: Finalist, second: Finalist) -> str:
+        gap = best.mean - second.mean
+        text = f"{significant(gap, 2)} above trial {second.trial}"
+        noise = self.seed_deviation
+        if second.step < self.plan.num_steps:
+            return f"trial {second.trial} is the next one, and is not complete"
+        if noise is None:
+            return f"{text}, and nobody knows how much of that is chance: no trial has several seeds"
+        error = noise * math.sqrt(1 / len(best.values) + 1 / len(second.values))
+        verdict = "so it is better" if gap > CLEAR * error else "so the two are not clearly different"
+        return f"{text} with a standard error of {significant(error, 2)}, {verdict}"
+
+
+def outcome_of(search: Search) -> Outcome:
+    """The outcome of what has run so far."""
+    states = {job.trial: state for job in search.trials if (state := search.events.run(job.name)).results}
+    found = [_finalist(search, job) for job in search.finalists()]
+    known = [one for one in found if one is not None]
+    known.sort(key=lambda one: (one.step, one.mean), reverse=True)
+    missing = len(search.waiting_trials()) + len(search.waiting_repeats())
+    return Outcome(search.plan, states, tuple(known), tuple(comparisons(search.plan, states)), missing)
+
+
+def _finalist(search: Search, job: Job) -> Finalist | None:
+    """None without any evaluation after the start."""
+    end = search.plan.num_steps
+    runs = [search.events.run(Job(job.trial, repeat).name) for repeat in range(search.plan.seeds)]
+    complete = [state.results[end] for state in runs if state.outcome == COMPLETE and end in state.results]
+    if complete:
+        return Finalist(job.trial, tuple(complete), end)
+    step, value = runs[0].last or (0, 0.0)
+    return Finalist(job.trial, (value,), step) if step else None
+
+
+def write_outcome(outcome: Outcome, search: Search) -> None:
+    """Writes all files. They are derived, so a tuning that continues writes them again."""
+    plan, directory = outcome.plan, search.directory
+    write_json(directory / "sensitivity.json", sensitivity_record(plan, outcome.compared, outcome.seed_deviation))
+    best = outcome.finalists[0].trial if outcome.finalists else None
+    if best is not None:
+        settings = as_overrides(plan.trials[best - 1])
+        cfg = load_config(directory / "config.toml", [*settings, f"evaluation.every={plan.every_given}"], Config)
+        comment = "".join(f"# {line}\n" for line in [f"From ratchet tune: {outcome.reason}.", *settings])
+        write_whole(directory / "best.toml", comment + cfg.to_toml())
+    write_json(directory / "tune.json", _record(outcome, search, best))
+
+
+def _record(outcome: Outcome, search: Search, best: int | None) -> dict[str, Any]:
+    plan = outcome.plan
+    return {
+        "metric": plan.metric,
+        "best": None if best is None else {"trial": best, "settings": plan.trials[best - 1], "reason": outcome.reason},
+        "finalists": [_finalist_record(one, plan) for one in outcome.finalists],
+        "seed_deviation": outcome.seed_deviation,
+        "missing_runs": outcome.missing,
+        "hours": round(search.events.seconds / 3600, 3),
+        "rungs": plan.rungs,
+        "trials": [_run_record(job, search) for job in search.trials],
+        "repeats": [_run_record(job, search) for job in _repeats(search)],
+    }
+
+
+def _finalist_record(one: Finalist, plan: Plan) -> dict[str, Any]:
+    return {
+        "trial": one.trial,
+        "settings": plan.trials[one.trial - 1],
+        "step": one.step,
+        "values": one.values,
+        "mean": one.mean,
+        "deviation": one.deviation,
+    }
+
+
+def _repeats(search: Search) -> Sequence[Job]:
+    jobs = (Job(job.trial, repeat) for job in search.trials for repeat in range(1, search.plan.seeds))
+    return [job for job in jobs if search.directory_of(job).exists()]
+
+
+def _run_record(job: Job, search: Search) -> dict[str, Any]:
+    state = search.events.run(job.name)
+    return {
+        "trial": job.trial,
+        "seed": search.plan.seed + job.repeat,
+        "settings": search.plan.trials[job.trial - 1],
+        "directory": str(search.directory_of(job).relative_to(search.directory)),
+        "outcome": state.outcome or ("cut" if state.results else "not begun"),
+        "why": state.why,
+        "results": {str(step): value for step, value in sorted(state.results.items())},
+        "seconds": round(state.seconds, 1),
+    }

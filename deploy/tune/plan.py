@@ -1,0 +1,166 @@
+"""DIR/plan.json: what a tuning will do. It is made and checked before anything starts. Runs in the driver.
+
+Every start of the command reads the same plan, so a tuning that is continued draws nothing again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.errors import UserError
+from common.files import write_json
+from deploy.tune.halving import rungs
+from deploy.tune.space import Choices, Space, as_overrides, draw, parse_space
+
+PASS, SCORE = "pass_at_1", "score"
+EVALUATIONS = 6  # of each trial at least, if the config asks for none between start and end
+MOST_TRIALS = 1000
+# Keys that trials cannot differ in, with the reason. A single value is fine: it is a setting of all trials.
+_FIXED = {
+    "seed": "trials have the same seed, and finalists are repeated with others (--seeds)",
+    "num_steps": "trials are compared after equal numbers of steps",
+    "evaluation.": "trials are compared by the same evaluation",
+    "prompts.heldout": "trials are compared on the same prompts",
+    "model.": "trials start from the same model",
+    "ray.": "it decides where trials run",
+    "logging.": "it changes no result",
+    "monitoring.": "it changes no result",
+    "checkpoint.": "it changes no result",
+    "credit.": "it changes no result",
+    "critic_training.": "ratchet train does not use it",
+}
+_REWARD = "reward."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tuning."""
+
+    spaces: tuple[str, ...]  # KEY=SPACE of the keys that differ
+    trials: tuple[dict[str, Any], ...]  # the settings of each trial, by key
+    metric: str
+    num_steps: int
+    seed: int
+    every: int  # steps between evaluations
+    every_given: int  # the config's own, which best.toml gets
+    rungs: tuple[int, ...]  # steps at which ASHA compares; empty: every trial runs to its end
+    finalists: int
+    seeds: int
+
+    @property
+    def keys(self) -> list[Space]:
+        return [parse_space(text) for text in self.spaces]
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / "plan.json", asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> Plan:
+        """Raises UserError if the directory has no plan."""
+        try:
+            plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+            lists = {key: tuple(plan[key]) for key in ("spaces", "trials", "rungs")}
+            return cls(**{**plan, **lists})
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{directory} has no plan.json of ratchet tune; name a directory that the command has made"
+            ) from None
+
+
+def make_plan(
+    config: Path,
+    arguments: Sequence[str],
+    *,
+    trials: int,
+    metric: str | None,
+    finalists: int,
+    seeds: int,
+    keep_all: bool,
+) -> tuple[Plan, Config]:
+    """The plan, and the config that all trials start from. `arguments`: KEY=SPACE, or key=value for all trials. Raises
+    UserError unless every trial has a valid config."""
+    spaces = [(argument, parse_space(argument)) for argument in arguments]
+    differing = [(text, space) for text, space in spaces if not _is_setting(space)]
+    if not differing:
+        raise UserError(
+            "name at least one key with several values, such as ppo.clip_eps=0.05,0.1,0.2 or "
+            "optimizer.learning_rate=log:1e-6..1e-4"
+        )
+    _check_once([space.key for _, space in spaces])
+    fixed = [text for text, space in spaces if _is_setting(space)]
+    cfg = load_config(config, fixed, Config)
+    if not cfg.evaluation.prompts or cfg.prompts.heldout is None:
+        raise UserError("trials are compared on held-out prompts: set prompts.heldout and evaluation.prompts above 0")
+    metric = _checked_metric(metric, cfg)
+    for _, space in differing:
+        _check_key(space.key, metric)
+    every = cfg.evaluation.every or max(1, cfg.num_steps // EVALUATIONS)
+    fixed.append(f"evaluation.every={every}")
+    drawn = draw([space for _, space in differing], trials, seed=cfg.seed)
+    configs = [_checked(config, fixed, settings, number, len(drawn)) for number, settings in enumerate(drawn, 1)]
+    plan = Plan(
+        spaces=tuple(text for text, _ in differing),
+        trials=tuple(drawn),
+        metric=metric,
+        num_steps=cfg.num_steps,
+        seed=cfg.seed,
+        every=every,
+        every_given=cfg.evaluation.every,
+        rungs=() if keep_all else tuple(rungs(_first_rung(configs, every), cfg.num_steps)),
+        finalists=min(finalists, len(drawn)),
+        seeds=seeds,
+    )
+    return plan, load_config(config, fixed, Config)
+
+
+def _is_setting(space: Space) -> bool:
+    return isinstance(space, Choices) and len(space.values) == 1
+
+
+def _check_once(keys: Sequence[str]) -> None:
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise UserError(f"{twice[0]} is given {keys.count(twice[0])} times; give all of its values once")
+
+
+def _check_key(key: str, metric: str) -> None:
+    for start, reason in _FIXED.items():
+        if key == start or (start.endswith(".") and key.startswith(start)):
+            raise UserError(f"{key} cannot differ between trials: {reason}; give one value, or leave it out")
+    if key.startswith(_REWARD) and metric == SCORE:
+        raise UserError(
+            f"{key} changes what a score means, so trials cannot be compared by their score; compare them by a judge "
+            "or a source (--metric NAME)"
+        )
+
+
+def _checked_metric(metric: str | None, cfg: Config) -> str:
+    """The default is pass@1 if the config says what passes, else the mean score."""
+    if metric is None:
+        return SCORE if cfg.evaluation.pass_source is None else PASS
+    if metric == PASS and cfg.evaluation.pass_source is None:
+        raise UserError("--metric pass_at_1 needs evaluation.pass_source: the source or judge whose scores decide it")
+    known = [PASS, SCORE, *(source.name for source in (*cfg.reward.sources, *cfg.evaluation.judges))]
+    if metric not in known:
+        raise UserError(f"--metric ({metric}) must be one of {', '.join(known)}")
+    return metric
+
+
+def _checked(config: Path, fixed: Sequence[str], settings: dict[str, Any], number: int, trials: int) -> Config:
+    try:
+        return load_config(config, [*fixed, *as_overrides(settings)], Config)
+    except UserError as error:
+        raise UserError(
+            f"trial {number} of {trials} ({' '.join(as_overrides(settings))}) would not start, so none does: {error}"
+        ) from None
+
+
+def _first_rung(configs: Sequence[Config], every: int) -> int:
+    """The first evaluation after all warm-ups: before it, nothing that is tuned has had its full effect."""
+    warmup = max(cfg.critic_warmup_steps + cfg.optimizer.warmup_steps for cfg in configs)
+    return every * (warmup // every + 1)

@@ -1,0 +1,142 @@
+"""How much each key of a search mattered for the outcome of its trials. Runs anywhere; pure numbers.
+
+Each key is judged alone. A key with choices is described by the mean outcome of each value, a range by a parabola in
+its value (a line if there are few trials), on the logarithmic scale where the range is on one. `explained` is adjusted
+R2 (Ezekiel 1930), which is near 0 for a key without any effect. Plain R2 would be far above 0 with few trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000  # of the bootstrap, and permutations
+LEVEL = 0.95
+SIGNIFICANCE = 0.05
+FEWEST = 4  # trials: with fewer no interval means anything
+PARABOLA = 8  # trials from which on a range gets a parabola: three coefficients
+
+
+@dataclass(frozen=True)
+class Column:
+    """A key's value in every trial: the number of a choice, or the place on the scale of a range."""
+
+    key: str
+    values: tuple[float, ...]
+    choices: tuple[Any, ...] | None = None  # None: a range
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one key did to the outcome."""
+
+    key: str
+    explained: float  # share of the variance of the outcome
+    explained_interval: tuple[float, float]
+    p: float  # how often a key without any effect explains this much, by permutation
+    slope: float | None  # of a range: change of the outcome for each factor of 10 (log) or each unit; None: one value
+    slope_interval: tuple[float, float] | None
+    means: tuple[dict[str, Any], ...] | None  # of choices: value, number of trials, mean outcome and its interval
+    best: Any  # the choice with the best mean; the place on the scale of a range at which the curve is highest
+
+    @property
+    def mattered(self) -> bool:
+        return self.p <= SIGNIFICANCE
+
+
+def effect_of(column: Column, outcomes: Sequence[float], *, seed: int = 0) -> Effect:
+    """Intervals are percentiles of a bootstrap over trials (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    x, y = np.array(column.values, float), np.array(outcomes, float)
+    curve = _choices if column.choices is not None else _parabola if len(y) >= PARABOLA else _line
+    drawn = rng.integers(len(y), size=(RESAMPLES, len(y)))
+    explained = [_adjusted(curve(x[rows]), y[rows], trials=len(set(rows.tolist()))) for rows in drawn]
+    slope = slope_interval = means = None
+    if column.choices is None:
+        best: Any = _highest(curve(x), x, y)
+        if np.ptp(x) > 0:
+            slope = _slope(x, y)
+            slope_interval = _interval([_slope(x[rows], y[rows]) for rows in drawn if np.ptp(x[rows]) > 0])
+    else:
+        means = tuple(_mean_of(column.choices[int(value)], y[x == value], rng) for value in sorted(set(x.tolist())))
+        best = max(means, key=lambda mean: mean["mean"])["value"]
+    return Effect(
+        key=column.key,
+        explained=_adjusted(curve(x), y, trials=len(y)),
+        explained_interval=_interval(explained),
+        p=_p(curve(x), y, rng),
+        slope=slope,
+        slope_interval=slope_interval,
+        means=means,
+        best=best,
+    )
+
+
+def _choices(x: np.ndarray) -> np.ndarray:
+    """One column for each value that occurs: the fit is the mean outcome of each."""
+    return (x[:, None] == np.unique(x)[None, :]).astype(float)
+
+
+def _line(x: np.ndarray) -> np.ndarray:
+    return np.stack([np.ones_like(x), _centred(x)], axis=1)
+
+
+def _parabola(x: np.ndarray) -> np.ndarray:
+    return np.stack([np.ones_like(x), _centred(x), _centred(x) ** 2], axis=1)
+
+
+def _centred(x: np.ndarray) -> np.ndarray:
+    width = np.ptp(x)
+    return (x - x.mean()) / width if width > 0 else np.zeros_like(x)
+
+
+def _r2(design: np.ndarray, y: np.ndarray) -> float:
+    """Share of the variance that the least-squares fit explains; 0 without any variance."""
+    total = float(((y - y.mean()) ** 2).sum())
+    if total <= 1e-24:
+        return 0.0
+    fit = design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    return max(0.0, 1 - float(((y - fit) ** 2).sum()) / total)
+
+
+def _adjusted(design: np.ndarray, y: np.ndarray, *, trials: int) -> float:
+    """R2 adjusted for the coefficients of the fit, never below 0. `trials`: number of different ones, because a trial
+    that a resample repeats is no further evidence."""
+    coefficients = int(np.linalg.matrix_rank(design))
+    if trials <= coefficients:
+        return 0.0
+    return max(0.0, 1 - (1 - _r2(design, y)) * (trials - 1) / (trials - coefficients))
+
+
+def _p(design: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
+    """How often the fit explains at least as much of outcomes in another order, those of the trials included."""
+    basis, sizes, _ = np.linalg.svd(design, full_matrices=False)
+    basis = basis[:, sizes > 1e-9 * sizes[0]]
+    orders = np.stack([y, *(rng.permutation(y) for _ in range(RESAMPLES))])
+    explained = ((orders @ basis) ** 2).sum(axis=1)  # the squared length of the fit: R2 but for a constant
+    return float(np.mean(explained >= explained[0] - 1e-9 * (y @ y)))
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Of the least-squares line."""
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def _highest(design: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
+    """The trial's place at which the curve is highest: nothing is said about places between trials or beyond them."""
+    return float(x[np.argmax(design @ np.linalg.lstsq(design, y, rcond=None)[0])])
+
+
+def _mean_of(value: Any, y: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    resampled = y[rng.integers(len(y), size=(RESAMPLES, len(y)))].mean(axis=1)
+    interval = _interval(resampled.tolist()) if len(y) > 1 else None
+    return {"value": value, "trials": len(y), "mean": float(y.mean()), "interval": interval}
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.quantile(np.array(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

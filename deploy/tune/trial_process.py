@@ -1,0 +1,132 @@
+"""The process of one run of a tuning: `ratchet train`, started or continued, followed and stopped. Runs in the driver.
+
+It is an ordinary run in a run directory of its own. The tuning only reads its files, and stops it with SIGTERM, so it
+can be continued, reported, exported and audited like any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from common.errors import UserError
+from common.files import read_records
+from deploy.ending.signals import CLEANUP_S
+from deploy.restarts import driver_command, driver_environment
+from deploy.run.directory import is_owned
+
+POLL_S = 1.0  # between two looks at the files of a run
+RESTARTS = 1  # of a run that fails: a failure of the machine says nothing about its settings
+STOP_S = CLEANUP_S + 10.0  # longest wait for a run that was told to stop; it ends itself after CLEANUP_S
+OWNED_S = 90.0  # longest wait for a run that an earlier, killed start of the command has left
+
+Command = Callable[[Sequence[str]], list[str]]  # the command line that runs `ratchet` with these arguments
+Look = Callable[[], bool]  # looks at the run's files; True: stop the run
+
+
+@dataclass(frozen=True)
+class TrialProcess:
+    """A run in `directory`. `arguments`: those of `ratchet` that begin it, without --run. `grace_s`: how much longer it
+    may take to stop, because it ends its step first."""
+
+    directory: Path
+    arguments: Sequence[str]
+    grace_s: float = 0.0
+    command: Command = driver_command
+    poll_s: float = POLL_S
+
+    @property
+    def log(self) -> Path:
+        """What the process has printed, all starts of it."""
+        return self.directory.with_name(f"{self.directory.name}.log")
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the run has done all of its steps: the summary is written last."""
+        return (self.directory / "summary.json").exists()
+
+    async def run(self, look: Look) -> int:
+        """Starts or continues the run, and calls `look` now and then and once after its end. Returns its exit code.
+        The run is stopped if `look` asks for it, and if this coroutine is cancelled."""
+        await self._wait_until_free()
+        with open(self.log, "ab") as log:
+            process = await self._started(log)
+        ended = asyncio.create_task(process.wait())
+        try:
+            while not ended.done():
+                await asyncio.wait({ended}, timeout=self.poll_s)
+                if look() and not ended.done():
+                    break
+        finally:
+            await self._stop(process)
+            await ended
+        look()  # at what it wrote before it ended
+        return process.returncode or 0
+
+    def last_words(self) -> str:
+        """The message with which the process ended: the last line of its log."""
+        with suppress(OSError):
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            said = [line.removeprefix("ratchet: ") for line in lines if line.startswith("ratchet: ")]
+            return (said or lines or [""])[-1]
+        return ""
+
+    async def _wait_until_free(self) -> None:
+        """An earlier start of the command that was killed has told its runs to stop, and they need some seconds."""
+        deadline = time.monotonic() + OWNED_S + self.grace_s
+        while self.directory.exists() and is_owned(self.directory):
+            if time.monotonic() > deadline:
+                raise UserError(f"another process works in {self.directory}; stop it, then continue")
+            await asyncio.sleep(self.poll_s)
+
+    async def _started(self, log: IO[bytes]) -> asyncio.subprocess.Process:
+        if (self.directory / "config.toml").exists():
+            arguments = ["train", "--resume", str(self.directory)]
+        else:
+            arguments = [*self.arguments, "--run", str(self.directory)]
+        libc, parent = ctypes.CDLL(None), os.getpid()  # loaded here: after the fork it might wait for a lock
+
+        def stop_with_parent() -> None:
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a tuning that is killed leaves no run behind
+            if os.getppid() != parent:
+                os._exit(128 + signal.SIGTERM)
+
+        return await asyncio.create_subprocess_exec(
+            *self.command([*arguments, "--restarts", str(RESTARTS)]),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=driver_environment(),
+            start_new_session=True,  # Ctrl-C is for the tuning, which then stops its runs
+            preexec_fn=stop_with_parent,
+        )
+
+    async def _stop(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_S + self.grace_s)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def evaluations(directory: Path) -> list[dict[str, Any]]:
+    """The held-out evaluations of a run so far."""
+    return read_records(directory / "evaluations.jsonl")
+
+
+def metric_of(record: dict[str, Any], metric: str) -> float | None:
+    """The value of a metric in the record of an evaluation; None if it has none."""
+    value = record.get(metric, record.get("components", {}).get(metric))
+    return None if value is None else float(value)

@@ -1,0 +1,108 @@
+"""The plan of a tuning: what is refused before anything starts, and what the trials get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from deploy.tune.command import Pace, run_tune
+from deploy.tune.plan import Plan, make_plan
+from tests.deploy.tune.test_search import CONFIG, plan
+
+POSITIVE = CONFIG.with_name("positive.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["ppo.clip_epsilon=0.1,0.2"],
+            r"trial 1 of 2 .*so none does: (?s:.*)ppo.clip_epsilon: unknown key; did you mean clip_eps",
+        ),
+        (
+            ["ppo.clip_eps=0.1,-1"],
+            "ppo.clip_eps = -1: input should be greater than 0",
+        ),
+        (["ppo.minibatches=4,5"], r"rollouts_per_step \(64\) must be a multiple of ppo.minibatches \(5\)"),
+        (["ppo.policy_loss=clip,masks"], "ppo.policy_loss = 'masks'"),
+        (["kl.coef=0.1"], "name at least one key with several values"),
+        (["kl.coef=0.1,0.2", "kl.coef=0.3,0.4"], "kl.coef is given 2 times"),
+        (["seed=1,2"], r"seed cannot differ between trials: .* finalists are repeated with others \(--seeds\)"),
+        (["model.path=a,b"], "model.path cannot differ between trials"),
+        (["evaluation.prompts=4,8"], "evaluation.prompts cannot differ between trials"),
+        (["reward.sources.1.weight=-1.0..0.0"], "reward.sources.1.weight changes what a score means"),
+        (["kl.coef=0.1,0.2", "evaluation.prompts=0"], "trials are compared on held-out prompts"),
+        (["ppo.clip_eps"], "must read KEY=SPACE"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_with_one_message(arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan(*arguments)
+
+
+def test_the_metric_is_pass_at_1_where_the_config_says_what_passes():
+    given = {"trials": 2, "finalists": 1, "seeds": 1, "keep_all": False}
+    space = ["kl.coef=0.1,0.2"]
+    assert make_plan(CONFIG, space, metric=None, **given)[0].metric == "pass_at_1"
+    assert make_plan(CONFIG, space, metric="correct", **given)[0].metric == "correct"
+    assert make_plan(POSITIVE, space, metric="gold", **given)[0].metric == "gold"
+    with pytest.raises(UserError, match=r"--metric \(golden\) must be one of pass_at_1, score, reward_model, gold"):
+        make_plan(POSITIVE, space, metric="golden", **given)
+
+
+def test_a_source_may_be_tuned_against_a_judge():
+    made, _ = make_plan(
+        CONFIG,
+        ["reward.sources.1.weight=-1.0..0.0"],
+        trials=3,
+        metric="correct",
+        finalists=1,
+        seeds=1,
+        keep_all=False,
+    )
+    assert all(-1 <= trial["reward.sources.1.weight"] <= 0 for trial in made.trials)
+
+
+@pytest.mark.parametrize(
+    ("settings", "every", "rungs"),
+    [
+        (["num_steps=14"], 2, (2, 6)),
+        (["num_steps=60"], 10, (10, 30)),
+        (["num_steps=60", "evaluation.every=4"], 4, (4, 12, 36)),
+        (["num_steps=60", "evaluation.every=4", "optimizer.warmup_steps=9"], 4, (12, 36)),
+        (["num_steps=3"], 1, (2,)),
+    ],
+)
+def test_rungs_are_evaluations_after_all_warm_ups(settings, every, rungs):
+    """The warm-up of the shipped config is 1 step."""
+    made, cfg = make_plan(
+        CONFIG,
+        ["kl.coef=0.1,0.2", *settings],
+        trials=2,
+        metric=None,
+        finalists=1,
+        seeds=1,
+        keep_all=False,
+    )
+    assert (made.every, cfg.evaluation.every, made.rungs) == (every, every, rungs)
+    assert all(rung % every == 0 for rung in made.rungs)
+
+
+def test_a_tuned_warm_up_counts_with_its_longest_value():
+    made, _ = plan("optimizer.warmup_steps=1,4", trials=2)
+    assert made.rungs == (5,)
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path):
+    made, _ = plan("kl.coef=log:0.001..0.1", "ppo.policy_loss=clip,mask")
+    made.write(tmp_path)
+    assert Plan.read(tmp_path) == made
+
+
+def test_a_directory_of_another_command_does_not_continue(tmp_path):
+    with pytest.raises(UserError, match=r"has no plan\.json of ratchet tune"):
+        Plan.read(tmp_path)
+    with pytest.raises((UserError, FileNotFoundError)):
+        run_tune(Path(tmp_path / "missing"), Pace())
