@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from deploy.command_line import (
     Change,
     ConfigFile,
     Force,
+    Preset,
     Restarts,
     Resume,
     RunOption,
@@ -36,7 +38,7 @@ from deploy.command_line import (
     epilog,
     find_modules_of,
     name_of_config,
-    refuse_without_resume,
+    refuse_wrong_options,
     run_command,
     run_directory,
     settings_text,
@@ -44,6 +46,7 @@ from deploy.command_line import (
 )
 from deploy.ending import exit_message
 from deploy.evaluation.names import policy_names
+from deploy.presets import with_preset
 
 ROOTS["train"] = Config
 ROOTS["train-critic"] = Config
@@ -55,6 +58,7 @@ def train(
     settings: Settings = None,
     run: RunOption = None,
     resume: Resume = None,
+    preset: Preset = None,
     restarts: Restarts = 0,
     change: Change = None,
     accept: Accept = None,
@@ -68,9 +72,10 @@ def train(
         directory = run_directory(config, run, resume)
         arguments = without_restarts(sys.argv[1:])
         sys.exit(Supervisor(arguments, directory, resume=resume is not None, restarts=restarts).run())
-    refuse_without_resume(resume, change, accept)
+    refuse_wrong_options(resume, preset, change, accept)
     given = with_address(settings, address)
-    cfg, directory = config_and_directory(Config, config, given, run, resume, changes=change or [])
+    load = partial(config_and_directory, Config, config, run=run, resume=resume, changes=change or [])
+    cfg, directory = with_preset(preset, given, load)
     exit_message.run_begins(directory, f"continue with ratchet train --resume {quote(str(directory))}")
     from deploy.train import run_training
 
@@ -91,13 +96,14 @@ def submit(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="New run directory, on storage that every node sees.")] = None,
     resume: Resume = None,
+    preset: Preset = None,
     restarts: Restarts = 3,
     change: Change = None,
     accept: Accept = None,
     force: Force = False,
     follow: Annotated[bool, typer.Option(help="Print the job's log, and exit with its result.")] = True,
 ) -> None:
-    """Train a policy with PPO, as a job of a running Ray cluster. The current directory is sent with it."""
+    """Train with PPO as a job of a Ray cluster. The current directory goes along."""
     if address is None:
         raise UserError("name the cluster's dashboard with --address, such as http://127.0.0.1:8265")
     if run is None and resume is None:
@@ -105,8 +111,9 @@ def submit(
             "name the run directory with --run: it must be on storage that every node sees, because the job's own "
             "directory is deleted after the job; a relative path starts at the current directory"
         )
-    refuse_without_resume(resume, change, accept)
-    cfg, modules = config_of_a_job(config, settings or [], run, resume, change or [])
+    refuse_wrong_options(resume, preset, change, accept)
+    load = partial(config_of_a_job, config, run=run, resume=resume, changes=change or [])
+    cfg, modules = with_preset(preset, settings or [], load)
     directory = Path(os.path.abspath(resume or run or ""))
     from deploy.run.directory import refuse_overwriting
     from deploy.submit import submit_run
@@ -210,38 +217,26 @@ def evaluate(
 
 @app.command(epilog=epilog("train"))
 def tune(
-    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run; not with --resume.")] = "",
+    config: Annotated[str, typer.Argument(help="A TOML file; not with --resume.")] = "",
     spaces: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[KEY=SPACE]...",
-            help="What to try: values (ppo.clip_eps=0.05,0.1), a range (kl.coef=0..0.1) or a range on a logarithmic "
-            "scale (optimizer.learning_rate=log:1e-6..1e-4). A single value is a setting of all trials.",
-        ),
+        typer.Argument(help="Values to try: KEY=a,b,c, KEY=lo..hi, KEY=log:lo..hi."),
     ] = None,
-    trials: Annotated[int | None, typer.Option(min=1, max=1000, help="Trials. [default: 12]")] = None,
-    hours: Annotated[
-        float | None, typer.Option(min=0.001, help="Time for everything, earlier starts included. [default: 1]")
+    trials: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of trials. [default: 12]")] = None,
+    hours: Annotated[float | None, typer.Option(min=0.001, metavar="H", help="For all starts. [default: 1]")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="score, pass_at_1, or a source or judge.")] = None,
+    finalists: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Trials with more seeds. [default: 2]")
     ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="What to raise: score, pass_at_1, or the name of a source or judge. [default: pass_at_1 if "
-            "evaluation.pass_source is set, else score]"
-        ),
-    ] = None,
-    finalists: Annotated[int | None, typer.Option(min=1, help="Best trials that get more seeds. [default: 2]")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of each finalist. [default: 3]")] = None,
-    keep_all: Annotated[
-        bool, typer.Option("--keep-all", help="Let every trial run to its end: no early stops by ASHA.")
-    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Seeds of each finalist. [default: 3]")] = None,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Let every trial run to its end: no ASHA.")] = False,
     at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at the same time.")] = 1,
     run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-tune].")] = None,
     resume: Resume = None,
-    address: Address = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster of the runs, as in ratchet train.")] = None,
     force: Force = False,
 ) -> None:
-    """Try settings of a PPO config, find the best ones, and see which of them matter."""
+    """Try settings of a PPO config, find the best, and see which of them matter."""
     from deploy.tune.command import Pace, run_tune
     from deploy.tune.plan import make_plan
 
@@ -400,6 +395,7 @@ def demo(
 def config(
     config: Annotated[Path | None, typer.Argument(help="A TOML file to resolve and print.")] = None,
     settings: Settings = None,
+    preset: Preset = None,
     command: Annotated[str, typer.Option("--for", help=f"The command that it is for: {', '.join(ROOTS)}.")] = "train",
     explain: Annotated[bool, typer.Option("--describe", help="Explain every setting.")] = False,
 ) -> None:
@@ -409,7 +405,8 @@ def config(
     if explain:
         typer.echo(settings_text(ROOTS[command]))
     elif config is not None:
-        typer.echo(load_config(config, settings or [], ROOTS[command]).to_toml())
+        path, root = config, ROOTS[command]
+        typer.echo(with_preset(preset, settings or [], lambda given: load_config(path, given, root)).to_toml())
     else:
         raise UserError("name a config file to resolve, or ask for --describe")
 

@@ -43,6 +43,7 @@ Address = Annotated[
     ),
 ]
 Restarts = Annotated[int, typer.Option(min=0, metavar="N", help="After a failure, continue the run: N times at most.")]
+Preset = Annotated[str | None, typer.Option(metavar="NAME", help="careful, balanced, fast, or a file of settings.")]
 Change = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="With --resume: change a setting, and record it.")
 ]
@@ -141,8 +142,12 @@ def name_of_config(config: Path) -> str:
     return config.resolve().parent.name if config.name == "config.toml" else config.stem
 
 
-def refuse_without_resume(resume: Path | None, changes: Sequence[str] | None, accepted: Sequence[str] | None) -> None:
-    """Raises UserError if options for a run that continues are given to a new one."""
+def refuse_wrong_options(
+    resume: Path | None, preset: str | None, changes: Sequence[str] | None, accepted: Sequence[str] | None
+) -> None:
+    """Raises UserError if options for a run that continues are given to a new one, or the other way round."""
+    if resume is not None and preset:
+        raise UserError(f"--preset {preset} is for a new run; the settings of this one are in {resume / 'config.toml'}")
     if resume is None and changes:
         raise UserError(f"--change {changes[0]} is for a run that continues (--resume); give {changes[0]} as a setting")
     if resume is None and accepted:

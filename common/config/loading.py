@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from common.config.base import Root
-from common.config.faults import fault_message, shortened, without_secrets
+from common.config.faults import fault_message
+from common.config.overrides import apply_override
 from common.data.source_names import split_options
 from common.errors import UserError
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
 
-_DEEPEST = 8  # most sections around a key of an override; no setting has as many
 _LONGEST_PATH = 4096  # bytes, Linux's own limit; matching a longer pattern can take minutes
 
 
@@ -36,7 +35,7 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
         for override in given:
-            _apply(tree, override)
+            apply_override(tree, override)
         directories = [Path.cwd(), path.absolute().parent]
         if keep_relative:  # only the current directory is sent to the cluster
             directories = [directory for directory in directories if directory.is_relative_to(Path.cwd())]
@@ -97,37 +96,3 @@ def _relative_if_below(found: str, given: str) -> str:
     """The file's path relative to the current directory, if the file is below it and the user gave no absolute path."""
     absolute = os.path.isabs(os.path.expanduser(given)) or not Path(found).is_relative_to(Path.cwd())
     return found if absolute else os.path.relpath(found)
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Sets the value of one `key=value` in the tree."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} must read key=value, such as ppo.clip_eps=0.1")
-    *sections, leaf = key.split(".")
-    if len(sections) > _DEEPEST:
-        raise UserError(f"override {shortened(override)}: no setting is in more than {_DEEPEST} sections")
-    value = setting_value(override, text)
-    for name in sections:
-        if isinstance(tree, list) and re.fullmatch("[0-9]{1,4}", name) and int(name) < len(tree):
-            tree = tree[int(name)]  # reward.sources.0.weight
-        elif isinstance(tree, dict):
-            tree = tree.setdefault(name, {})
-        else:
-            break
-    if not isinstance(tree, dict):
-        raise UserError(f"override {without_secrets(override)!r}: {leaf} would be set inside a value, not a section")
-    tree[leaf] = value
-
-
-def setting_value(override: str, text: str) -> Any:
-    """The TOML value `text` of an override; a bare word is a string."""
-    try:
-        override.encode()
-        return tomllib.loads(f"value = {text}")["value"]
-    except UnicodeEncodeError:
-        raise UserError(f"override {override!r} is not valid UTF-8; write it in a UTF-8 terminal") from None
-    except RecursionError:
-        raise UserError(f"override {shortened(override)} nests brackets too deeply") from None
-    except ValueError:
-        return text

@@ -9,16 +9,17 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from common.config.overrides import as_overrides, toml_text
 from common.config.ppo import Config
 from deploy.screen.screen import Screen
 from deploy.screen.text import duration, significant
 from deploy.tune.comparison import Comparison, sentence, unselected, value_of
 from deploy.tune.events import COMPLETE, RunState
+from deploy.tune.following import Job
 from deploy.tune.outcome import Outcome
 from deploy.tune.plan import Plan
-from deploy.tune.search import Job
 from deploy.tune.sensitivity import FEWEST, Effect
-from deploy.tune.space import Choices, Space, as_overrides, toml_text
+from deploy.tune.space import Choices, Space
 
 _BAR = "runs"
 
@@ -52,7 +53,6 @@ class TuneProgress(Screen):
         settings = " ".join(as_overrides(self._plan.trials[job.trial - 1]))
         verb = " continues" if continues else ""
         self._print(f"[bold]{self._name(job)}[/]{verb}: {escape(settings)}")
-        self.bars.show(_BAR, 0, None)
         self.bars.say(_BAR, self._name(job))
 
     def result(self, job: Job, step: int, value: float) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from common.config.overrides import toml_text
 from deploy.screen.text import significant
 from deploy.tune.events import BROKEN, RunState
 from deploy.tune.plan import Plan
 from deploy.tune.sensitivity import FEWEST, Column, Effect, effect_of
-from deploy.tune.space import Choices, Range, Space, toml_text
+from deploy.tune.space import Choices, Range, Space
 
 
 @dataclass(frozen=True)

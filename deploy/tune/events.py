@@ -86,8 +86,7 @@ class Events:
 
     @property
     def seconds(self) -> float:
-        """Time that the command has worked, all starts together. Of a start that was killed, the time until its last
-        event."""
+        """Working time of all starts of the command together. One that was killed counts until its last event."""
         if not self._started_here:
             return sum(newest - first for first, newest in self._starts)
         *earlier, (began, _) = self._starts

@@ -9,14 +9,15 @@ from statistics import fmean, stdev
 from typing import Any
 
 from common.config.loading import load_config
+from common.config.overrides import as_overrides
 from common.config.ppo import Config
 from common.files import write_json, write_whole
 from deploy.screen.text import significant
 from deploy.tune.comparison import Comparison, comparisons, sensitivity_record
 from deploy.tune.events import COMPLETE, RunState
+from deploy.tune.following import Job
 from deploy.tune.plan import Plan
-from deploy.tune.search import Job, Search
-from deploy.tune.space import as_overrides
+from deploy.tune.search import Search
 
 CLEAR = 2.0  # standard errors between two finalists from which on one is called better
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from common.config.loading import load_config
+from common.config.overrides import as_overrides
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_json
 from deploy.tune.halving import rungs
-from deploy.tune.space import Choices, Space, as_overrides, draw, parse_space
+from deploy.tune.space import Choices, Space, draw, parse_space
 
 PASS, SCORE = "pass_at_1", "score"
 EVALUATIONS = 6  # of each trial at least, if the config asks for none between start and end

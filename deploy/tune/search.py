@@ -6,43 +6,27 @@ import asyncio
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from common.config.overrides import as_overrides
 from common.errors import UserError
-from common.files import read_records
 from deploy.restarts import driver_command
-from deploy.tune.events import COMPLETE, CUT, FAILED, STOPPED_BY_ASHA, STOPPED_BY_HEALTH, Events, RunState
+from deploy.tune.events import COMPLETE, CUT, FAILED, STOPPED_BY_ASHA, Events, RunState
+from deploy.tune.following import Follower, Job, Listener, below
 from deploy.tune.halving import Halving
-from deploy.tune.health_stop import ruined
 from deploy.tune.plan import Plan
-from deploy.tune.space import as_overrides
-from deploy.tune.trial_process import POLL_S, Command, TrialProcess, evaluations, metric_of
+from deploy.tune.trial_process import POLL_S, Command, TrialProcess
 
 _LONGEST_LABEL = 60  # characters of the settings in the name of a run directory
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run: a trial with the seed of the plan (`repeat` 0), or with another one."""
-
-    trial: int  # its number, from 1
-    repeat: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.trial:03d}" if not self.repeat else f"{self.trial:03d}-repeat-{self.repeat}"
-
-
-class Watcher(Protocol):
+class Watcher(Listener, Protocol):
     """What the screen is told."""
 
     def started(self, job: Job, *, continues: bool) -> None:
         """A run begins or continues."""
-
-    def result(self, job: Job, step: int, value: float) -> None:
-        """A run has a new evaluation."""
 
     def ended(self, job: Job, state: RunState) -> None:
         """A run has ended."""
@@ -149,19 +133,18 @@ class Search:
             self.directory_of(job), self._arguments(job), grace_s=self.grace_s, command=self.command, poll_s=self.poll_s
         )
         process.directory.parent.mkdir(exist_ok=True)
-        self.watcher.started(job, continues=(process.directory / "config.toml").exists())
         self._progress()
-        look = _Look(self, job, process.directory, halving)
+        self.watcher.started(job, continues=(process.directory / "config.toml").exists())
+        follower = Follower(job, process.directory, self.plan.metric, self.events, self.watcher, halving)
         code, began = 0, self.events.seconds
         try:
-            if process.is_complete:  # it ended after an earlier start of the command was killed
-                look()
-            else:
-                code = await process.run(look)
+            if not process.is_complete:  # else it ended although an earlier start of the command was killed
+                code = await process.run(follower.look)
         except BaseException:
             self.events.end(job.name, CUT, self.events.seconds - began)
             raise
         self._end(job, process, code, self.events.seconds - began)
+        replace(follower, halving=None).look()  # a run that is complete counts to its end
         self.watcher.ended(job, self.events.run(job.name))
         self._progress()
 
@@ -205,56 +188,6 @@ class Search:
         self.watcher.progress(len(ended), total, left)
 
 
-@dataclass
-class _Look:
-    """Reads new evaluations and health events of a run. True: stop it."""
-
-    search: Search
-    job: Job
-    directory: Path
-    halving: Halving | None
-
-    def __post_init__(self) -> None:
-        self._seen: tuple[int, ...] = ()  # sizes of the two files
-
-    def __call__(self) -> bool:
-        sizes = tuple(_size(self.directory / name) for name in ("evaluations.jsonl", "metrics.jsonl"))
-        if sizes == self._seen:
-            return False
-        self._seen = sizes
-        events, name, plan = self.search.events, self.job.name, self.search.plan
-        state = events.run(name)
-        for record in evaluations(self.directory):
-            step = record["policy_version"]
-            if (
-                step in state.results or state.outcome is not None
-            ):  # what comes after a decision to stop depends on time
-                continue
-            value = metric_of(record, plan.metric)
-            if value is None:
-                continue
-            events.result(name, step, value)
-            self.search.watcher.result(self.job, step, value)
-            if state.outcome is None and self.halving is not None and not self.halving.goes_on(name, step, value):
-                events.stop(name, STOPPED_BY_ASHA, below(step, value))
-        may_stop = state.outcome is None and self.halving is not None
-        if may_stop and (reason := ruined(read_records(self.directory / "metrics.jsonl"))) is not None:
-            events.stop(name, STOPPED_BY_HEALTH, reason)
-        return state.outcome is not None
-
-
-def below(step: int, value: float) -> str:
-    """Why ASHA has stopped a trial."""
-    return f"{value:.4g} at step {step} is not in the best third of the trials that had come this far"
-
-
 def _able(state: RunState) -> bool:
     """True if a trial can be a finalist: it is complete, or only ASHA has stopped it."""
     return state.outcome in (COMPLETE, STOPPED_BY_ASHA) or (state.again and state.outcome is None)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

@@ -122,7 +122,7 @@ def _p(design: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Of the least-squares line."""
+    """The slope of the least-squares line."""
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 

@@ -8,7 +8,6 @@ go along with each other.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import tomllib
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config.loading import setting_value
+from common.config.overrides import override_value, toml_text
 from common.errors import UserError
 
 _NUMBER = r"[+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
@@ -101,7 +100,7 @@ def _values(argument: str, text: str) -> tuple[Any, ...]:
     try:
         values = tomllib.loads(f"values = [{text}]")["values"]
     except (ValueError, RecursionError):  # a bare word, which is a string
-        values = [setting_value(argument, part.strip()) for part in text.split(",")]
+        values = [override_value(argument, part.strip()) for part in text.split(",")]
     if not values or any(value == "" for value in values):
         raise UserError(f"{argument}: a value between two commas is missing")
     return tuple(values)
@@ -167,19 +166,3 @@ def _terms(space: Space, values: Sequence[Any]) -> list[np.ndarray]:
         return [np.array([toml_text(value) == toml_text(choice) for value in values], float) for choice in space.values]
     places = np.array([space.place(value) for value in values])
     return [places, (places - places.mean()) ** 2]
-
-
-def as_overrides(settings: Settings) -> list[str]:
-    """The settings as `key=value` arguments of a command."""
-    return [f"{key}={toml_text(value)}" for key, value in settings.items()]
-
-
-def toml_text(value: Any) -> str:
-    """A TOML value on one line."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{toml_text(key)} = {toml_text(part)}' for key, part in value.items())}}}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml_text, value)) + "]"
-    if isinstance(value, str | bool):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from common.errors import UserError
-from common.files import read_records
 from deploy.ending.signals import CLEANUP_S
 from deploy.restarts import driver_command, driver_environment
 from deploy.run.directory import is_owned
@@ -119,14 +118,3 @@ class TrialProcess:
         except TimeoutError:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def evaluations(directory: Path) -> list[dict[str, Any]]:
-    """The held-out evaluations of a run so far."""
-    return read_records(directory / "evaluations.jsonl")
-
-
-def metric_of(record: dict[str, Any], metric: str) -> float | None:
-    """The value of a metric in the record of an evaluation; None if it has none."""
-    value = record.get(metric, record.get("components", {}).get(metric))
-    return None if value is None else float(value)

@@ -10,8 +10,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from common.config.overrides import toml_text
 from common.errors import UserError
-from deploy.tune.space import Choices, Range, draw, parse_space, toml_text
+from deploy.tune.space import Choices, Range, draw, parse_space
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""Follows one run of a tuning by its files, and decides when it is stopped. Runs in the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.files import read_records
+from deploy.tune.events import COMPLETE, STOPPED_BY_ASHA, STOPPED_BY_HEALTH, Events
+from deploy.tune.halving import Halving
+from deploy.tune.health_stop import ruined
+
+_FILES = ("evaluations.jsonl", "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a trial with the seed of the plan (`repeat` 0), or with another one."""
+
+    trial: int  # its number, from 1
+    repeat: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.trial:03d}" if not self.repeat else f"{self.trial:03d}-repeat-{self.repeat}"
+
+
+class Listener(Protocol):
+    """The part of the screen that hears of new evaluations."""
+
+    def result(self, job: Job, step: int, value: float) -> None:
+        """A run has a new evaluation."""
+
+
+@dataclass
+class Follower:
+    """Writes down new evaluations of a run. With `halving`, it also writes down when ASHA or a health rule stops it."""
+
+    job: Job
+    directory: Path
+    metric: str
+    events: Events
+    screen: Listener
+    halving: Halving | None
+
+    def __post_init__(self) -> None:
+        self._seen: tuple[int, ...] = ()  # sizes of the files
+
+    def look(self) -> bool:
+        """Reads what is new. True if the run is to be stopped."""
+        sizes = tuple(_size(self.directory / name) for name in _FILES)
+        if sizes != self._seen:
+            self._seen = sizes
+            for record in read_records(self.directory / _FILES[0]):
+                self._take(record)
+            self._check_health()
+        return self.events.run(self.job.name).outcome is not None
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """One evaluation. Those after a decision to stop do not count, unless the run came to its end all the same:
+        how many there are depends on how fast the process stops."""
+        state, step = self.events.run(self.job.name), record["policy_version"]
+        value = metric_of(record, self.metric)
+        if step in state.results or value is None or state.outcome not in (None, COMPLETE):
+            return
+        self.events.result(self.job.name, step, value)
+        self.screen.result(self.job, step, value)
+        if self.halving is not None and not self.halving.goes_on(self.job.name, step, value):
+            self.events.stop(self.job.name, STOPPED_BY_ASHA, below(step, value))
+
+    def _check_health(self) -> None:
+        if self.halving is None or self.events.run(self.job.name).outcome is not None:
+            return
+        if (reason := ruined(read_records(self.directory / _FILES[1]))) is not None:
+            self.events.stop(self.job.name, STOPPED_BY_HEALTH, reason)
+
+
+def metric_of(record: dict[str, Any], metric: str) -> float | None:
+    """The value of a metric in the record of an evaluation; None if it has none."""
+    value = record.get(metric, record.get("components", {}).get(metric))
+    return None if value is None else float(value)
+
+
+def below(step: int, value: float) -> str:
+    """Why ASHA has stopped a trial."""
+    return f"{value:.4g} at step {step} is not in the best third of the trials that had come this far"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
