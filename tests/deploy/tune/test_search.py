@@ -158,7 +158,7 @@ def small(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=str)
 def test_a_tuning_that_is_ended_continues_with_the_results_of_a_whole_one(kill, small, tmp_path):
     directory, hold = tmp_path / "cut", tmp_path / "hold"
     hold.write_text("002 1")

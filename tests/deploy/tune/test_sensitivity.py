@@ -99,6 +99,7 @@ def test_a_key_without_effect_matters_by_chance_once_in_twenty(monkeypatch):
     found = [effect_of(Column("k", x, ("a", "b", "c")), chance.normal(size=12).tolist(), seed=n) for n in range(200)]
     assert fmean(one.mattered for one in found) == pytest.approx(0.05, abs=0.05)  # 3 standard deviations
     assert fmean(one.explained for one in found) < 0.1
+    assert fmean(one.explained_interval[0] > 0 for one in found) < 0.05
 
 
 @pytest.mark.parametrize("outcomes", [[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
