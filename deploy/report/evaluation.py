@@ -11,6 +11,7 @@ from typing import Any
 
 from common.files import read_record as parse_record
 from common.files import read_records
+from deploy.evaluation.forgetting_rows import judge_lines
 from deploy.evaluation.rows import crossover_lines, figure_rows
 
 MAX_PROMPTS = 24  # whose answers are shown: of many prompts every second, third, ... one
@@ -30,6 +31,8 @@ def evaluation_of(directory: Path) -> dict[str, Any]:
         "crossovers": {},
         "rows": [],
         "sentences": [],
+        "warnings": [],
+        "kl": {},
         "answers": _answers(directory, list(paths)),
     }
     if record:
@@ -38,6 +41,8 @@ def evaluation_of(directory: Path) -> dict[str, Any]:
         found["crossovers"] = {name: of["crossover"] for name, of in policies.items() if "crossover" in of}
         found["rows"] = figure_rows(record)
         found["sentences"] = crossover_lines(record)
+        found["warnings"] = judge_lines(record)
+        found["kl"] = {name: figures.get("kl_by_position", []) for name, figures in policies.items()}
     return found
 
 

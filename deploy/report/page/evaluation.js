@@ -30,6 +30,7 @@ function showEvaluation() {
     const box = part("Figures", "In parentheses: 95 % intervals over prompts.");
     figureTable(element("div", { className: "scroll", parent: box }), rows);
   }
+  showForgetting(part);
   const box = part("Answers", "The first answer of each policy, with its score.");
   for (const { question, answers: given } of answers) sideBySide(box, question, given);
   if (!answers.length) element("p", { text: "There are no answers yet.", parent: box });
@@ -98,7 +99,7 @@ function sideBySide(parent, question, given) {
 
 // The head of the page of an evaluation.
 function showEvaluationHead({ state, directory }) {
-  const { paths, samples, curves, finished } = block("evaluation");
+  const { paths, samples, curves, warnings, finished } = block("evaluation");
   const figure = (label, value, note = "") =>
     element(
       "div",
@@ -110,6 +111,7 @@ function showEvaluationHead({ state, directory }) {
   figure("answers to each prompt", number(samples));
   for (const [name, [{ value, interval }]] of Object.entries(curves))
     figure(`pass@1 of ${name}`, percent(value), `${percent(interval[0])} to ${percent(interval[1])}`);
+  for (const text of warnings) element("li", { text, className: "bad", parent: byId("notices") });
   if (!finished && state !== "running") {
     const text = `The evaluation stopped before its end; ratchet evaluate --resume ${directory} continues it.`;
     element("li", { text, parent: byId("notices") });

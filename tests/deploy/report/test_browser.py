@@ -404,6 +404,10 @@ def test_an_evaluation_shows_its_curves_and_figures(open_page, evaluation):
     lines = page.evaluate(drawn)
     for curve in data["curves"].values():
         assert [figure["value"] for figure in curve] in lines
+    values = [figure["value"] for figure in data["kl"]["mine"]]
+    page.get_by_text("KL from the base by position").scroll_into_view_if_needed()
+    page.until("[...charts].filter(c => c.figure).length === 2")
+    assert values in page.evaluate(drawn.replace("[...charts][0]", "[...charts][1]"))
     table = page.locator("table.figures")
     assert table.locator("th[scope=col]").all_text_contents() == ["base", "mine"]
     cells = table.locator("tbody tr").first.locator("td").all_text_contents()

@@ -23,6 +23,7 @@ def test_the_page_has_the_figures_and_the_curves_of_the_record(tmp_path):
     assert found["crossovers"] == {"mine": record["policies"]["mine"]["crossover"]}
     assert found["rows"] == figure_rows(record)
     assert found["sentences"] == crossover_lines(record)
+    assert found["kl"] == {name: of["kl_by_position"] for name, of in record["policies"].items()}
     assert (found["base"], found["samples"], found["finished"]) == ("base", 8, True)
 
 
