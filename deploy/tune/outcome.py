@@ -117,7 +117,7 @@ def write_outcome(outcome: Outcome, search: Search) -> None:
     best = outcome.finalists[0].trial if outcome.finalists else None
     if best is not None:
         settings = as_overrides(plan.trials[best - 1])
-        cfg = load_config(directory / "config.toml", [*settings, f"evaluation.every={plan.every_given}"], Config)
+        cfg = load_config(directory / "config.toml", as_overrides(plan.given) + settings, Config)
         comment = "".join(f"# {line}\n" for line in [f"From ratchet tune: {outcome.reason}.", *settings])
         write_whole(directory / "best.toml", comment + cfg.to_toml())
     write_json(directory / "tune.json", _record(outcome, search, best))

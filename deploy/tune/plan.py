@@ -37,6 +37,9 @@ _FIXED = {
     "critic_training.": "ratchet train does not use it",
 }
 _REWARD = "reward."
+# Many runs are kept, and hardly any is trained further; optimizer state is two thirds of a checkpoint. A value on the
+# command line overrides these.
+_SMALL = ("checkpoint.keep=1", "checkpoint.keep_optimizer_at_end=false")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Plan:
     num_steps: int
     seed: int
     every: int  # steps between evaluations
-    every_given: int  # the config's own, which best.toml gets
+    given: dict[str, Any]  # the config's own values of settings that trials have others of: best.toml gets them
     rungs: tuple[int, ...]  # steps at which ASHA compares; empty: every trial runs to its end
     finalists: int
     seeds: int
@@ -94,15 +97,15 @@ def make_plan(
             "optimizer.learning_rate=log:1e-6..1e-4"
         )
     _check_once([space.key for _, space in spaces])
-    fixed = [text for text, space in spaces if _is_setting(space)]
-    cfg = load_config(config, fixed, Config)
+    settings = [text for text, space in spaces if _is_setting(space)]
+    cfg = load_config(config, settings, Config)
     if not cfg.evaluation.prompts or cfg.prompts.heldout is None:
         raise UserError("trials are compared on held-out prompts: set prompts.heldout and evaluation.prompts above 0")
     metric = _checked_metric(metric, cfg)
     for _, space in differing:
         _check_key(space.key, metric)
     every = cfg.evaluation.every or max(1, cfg.num_steps // EVALUATIONS)
-    fixed.append(f"evaluation.every={every}")
+    fixed = [*_SMALL, *settings, f"evaluation.every={every}"]
     drawn = draw([space for _, space in differing], trials, seed=cfg.seed)
     configs = [_checked(config, fixed, settings, number, len(drawn)) for number, settings in enumerate(drawn, 1)]
     plan = Plan(
@@ -112,7 +115,11 @@ def make_plan(
         num_steps=cfg.num_steps,
         seed=cfg.seed,
         every=every,
-        every_given=cfg.evaluation.every,
+        given={
+            "evaluation.every": cfg.evaluation.every,
+            "checkpoint.keep": cfg.checkpoint.keep,
+            "checkpoint.keep_optimizer_at_end": cfg.checkpoint.keep_optimizer_at_end,
+        },
         rungs=() if keep_all else tuple(rungs(_first_rung(configs, every), cfg.num_steps)),
         finalists=min(finalists, len(drawn)),
         seeds=seeds,

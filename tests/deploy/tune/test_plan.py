@@ -90,6 +90,18 @@ def test_rungs_are_evaluations_after_all_warm_ups(settings, every, rungs):
     assert all(rung % every == 0 for rung in made.rungs)
 
 
+def test_trials_keep_small_checkpoints_unless_told_otherwise():
+    made, cfg = plan("kl.coef=0.1,0.2")
+    assert (cfg.checkpoint.keep, cfg.checkpoint.keep_optimizer_at_end) == (1, False)
+    assert made.given == {
+        "evaluation.every": 0,
+        "checkpoint.keep": 2,
+        "checkpoint.keep_optimizer_at_end": True,
+    }
+    made, cfg = plan("kl.coef=0.1,0.2", "checkpoint.keep=3")
+    assert (cfg.checkpoint.keep, made.given["checkpoint.keep"]) == (3, 3)
+
+
 def test_a_tuned_warm_up_counts_with_its_longest_value():
     made, _ = plan("optimizer.warmup_steps=1,4", trials=2)
     assert made.rungs == (5,)
