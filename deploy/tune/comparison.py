@@ -96,6 +96,7 @@ def _key_record(plan: Plan, at: Comparison, effect: Effect, space: Space) -> dic
         "mattered": effect.mattered,
         "explained": {"value": effect.explained, "interval": effect.explained_interval},
         "p": effect.p,
+        "smallest_p": effect.smallest_p,
         "best": value_of(space, effect.best),
         "sentence": sentence(plan, at, effect),
     }
@@ -120,6 +121,8 @@ def sentence(plan: Plan, at: Comparison, effect: Effect) -> str:
     low, high = effect.explained_interval
     share = f"{effect.explained:.0%} of the variance of {plan.metric} at step {at.step} ({low:.0%} to {high:.0%})"
     [space] = [space for space in plan.keys if space.key == effect.key]
+    if not effect.can_tell:
+        return f"{len(at.numbers)} trials are too few to tell whether {effect.key} mattered (it explains {share})"
     if not effect.mattered:
         return f"{effect.key} did not matter as far as {len(at.numbers)} trials can tell (it explains {share})"
     return f"{effect.key} mattered: it explains {share}; best near {toml_text(value_of(space, effect.best))}"

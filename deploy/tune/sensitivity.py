@@ -38,6 +38,7 @@ class Effect:
     explained: float  # share of the variance of the outcome
     explained_interval: tuple[float, float]
     p: float  # how often a key without any effect explains this much, by permutation
+    smallest_p: float  # of a key that explains everything, in these trials
     slope: float | None  # of a range: change of the outcome for each factor of 10 (log) or each unit; None: one value
     slope_interval: tuple[float, float] | None
     means: tuple[dict[str, Any], ...] | None  # of choices: value, number of trials, mean outcome and its interval
@@ -46,6 +47,11 @@ class Effect:
     @property
     def mattered(self) -> bool:
         return self.p <= SIGNIFICANCE
+
+    @property
+    def can_tell(self) -> bool:
+        """False if no outcome of these trials could show that the key matters: there are too few."""
+        return self.smallest_p <= SIGNIFICANCE
 
 
 def effect_of(column: Column, outcomes: Sequence[float], *, seed: int = 0) -> Effect:
@@ -69,6 +75,7 @@ def effect_of(column: Column, outcomes: Sequence[float], *, seed: int = 0) -> Ef
         explained=_adjusted(curve(x), y, trials=len(y)),
         explained_interval=_interval(explained),
         p=_p(curve(x), y, rng),
+        smallest_p=_p(curve(x), x, rng),
         slope=slope,
         slope_interval=slope_interval,
         means=means,

@@ -42,6 +42,16 @@ def test_p_is_the_share_of_all_orders_that_explain_as_much():
     assert found.mattered == (found.p <= 0.05)
 
 
+def test_few_trials_of_many_values_cannot_tell():
+    # Of 6! orders, those with the same pairs explain as much: 2 x 2 x 2 within the pairs, 3! of whole pairs.
+    found = effect_of(Column("k", (0.0, 0.0, 1.0, 1.0, 2.0, 2.0), ("a", "b", "c")), [1, 1, 2, 2, 4, 4])
+    assert found.smallest_p == pytest.approx(48 / 720, abs=0.03)
+    assert found.p == pytest.approx(48 / 720, abs=0.03)
+    assert not found.mattered
+    assert not found.can_tell
+    assert effect_of(Column("k", (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0), CHOICES), [0.0] * 7).can_tell  # 3! 4! / 7!
+
+
 def test_the_slope_is_that_of_least_squares():
     x, y = (-6.0, -5.5, -4.0, -3.0), [0.2, 0.4, 0.5, 0.9]
     # Among many lines, none has smaller squares than the found one through the means.
