@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.config.loading import absolute_if_directory
@@ -23,8 +21,8 @@ from common.model.identity import model_digest
 from deploy.run.record import read_record
 from deploy.run.resume import resumed_config
 from deploy.run.settings import settled
-from deploy.screen.bar import Bars
 from deploy.screen.console import Output, complain
+from deploy.screen.rank_bars import bars_of
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.loop.journal import Journal
 from learner.loop.notes import identity, learns
@@ -58,7 +56,7 @@ def run_replay(
     if not 0 <= steps <= journal.next_step:
         raise UserError(f"--to-step ({steps}) must be between 0 and {journal.next_step}, the steps of the journal")
     cfg = config_for_replay(run, journal, model, critic, settings)
-    start = _newest_verified(run, journal, steps) if from_checkpoint else None
+    start = newest_verified(run, journal, steps, until=steps) if from_checkpoint else None
     replay_in_ranks(cfg, run, steps, start=start, to=to)
     skipped = sum(step < steps for step in journal.voided)
     began = f"checkpoint {start.name}" if start is not None else "the initial weights"
@@ -91,7 +89,7 @@ def rebuild_credit(
     refuse_unlearned(journal)
     chosen, directory = _steps(steps, journal.next_step), run / "credit" if to is None else to
     cfg = config_for_replay(run, journal, model, critic, settings)
-    start = _newest_verified(run, journal, chosen.start) if from_checkpoint else None
+    start = newest_verified(run, journal, chosen.start, until=chosen.stop) if from_checkpoint else None
     replay_in_ranks(cfg, run, chosen.stop, start=start, credit=chosen, credit_to=directory)
     written = [step for step in chosen if step not in journal.voided]
     void = ", ".join(str(step) for step in chosen if step in journal.voided)
@@ -171,44 +169,23 @@ def _check_same(name: str, setting: str, found: str, begun: Mapping[str, str]) -
 def replay_in_ranks(cfg: Config, run: Path, until: int, **what: object) -> None:
     """Replays in as many processes as the run has ranks. `what`: other fields of `Replay`."""
     with tempfile.TemporaryDirectory(prefix="ratchet-replay-") as scratch:
-        steps_done = Path(scratch) / "steps-done"
-        job = Replay(cfg, run, until, Path(scratch), steps_done=steps_done, **what)  # type: ignore[arg-type]
-        with _bar(steps_done, until):
+        progress = Path(scratch) / "progress"
+        job = Replay(cfg, run, until, Path(scratch), progress=progress, **what)  # type: ignore[arg-type]
+        with bars_of(progress, "replay"):
             in_ranks(job, cfg.learner.ranks, gpus=cfg.learner.gpus, scratch=Path(scratch))
 
 
-@contextmanager
-def _bar(steps_done: Path, until: int) -> Iterator[None]:
-    """During the block, a bar on the terminal shows the number in the file, which a rank may write in another
-    process."""
-    ended = threading.Event()
-
-    def follow() -> None:
-        while not ended.wait(0.5):
-            with suppress(OSError, ValueError):
-                bars.show("replay", int(steps_done.read_text(encoding="utf-8")), until)
-
-    with Bars(Output()) as bars:
-        thread = threading.Thread(target=follow, name="bar", daemon=True)
-        if bars:
-            bars.show("replay", 0, None)
-            thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            if thread.is_alive():
-                thread.join()
-
-
-def _newest_verified(run: Path, journal: Journal, steps: int) -> Path | None:
-    """The newest checkpoint of at most this many steps whose files and history are right; None if there is none."""
+def newest_verified(run: Path, journal: Journal, step: int, *, until: int) -> Path | None:
+    """The newest checkpoint of at most `step` steps whose files and history are right, and from which the learner can
+    reach `until`; None if there is none."""
     checkpoints = Checkpoints(run / "checkpoints", every=1, keep=1, journal=journal)
-    for step in reversed(checkpoints.steps()):
-        if step <= steps:
-            try:
-                checkpoints.check(step)
-                return checkpoints.path(step)
-            except CheckpointError as error:
-                complain(f"{checkpoints.path(step)} is passed over: {error}")
+    for found in reversed(checkpoints.steps()):
+        if found > step:
+            continue
+        try:
+            checkpoints.check(found)
+            if found == until or checkpoints.can_continue(found):  # else Adam would begin again
+                return checkpoints.path(found)
+        except CheckpointError as error:
+            complain(f"{checkpoints.path(found)} is passed over: {error}")
     return None

@@ -23,6 +23,7 @@ from deploy.report.sampling import BUDGET, MAX_ROWS
 from deploy.report.scores import scores_of
 from deploy.report.steps import StepFiles
 from deploy.report.token_text import TokenText
+from deploy.report.variance import variance_of
 from deploy.run.directory import is_owned
 from deploy.run.record import read_record
 from deploy.screen.console import Output, complain
@@ -64,12 +65,16 @@ def page_blocks(run: RunFiles, *, max_rows: int = MAX_ROWS, budget: int = BUDGET
     rollouts = Rollouts(files, text := TokenText.of_run(run.directory, str(run.setting("model.path", ""))))
     rollouts.read()
     table, details = rollouts.page(max_rows=max_rows, budget=budget)
+    variance = variance_of(run.directory, files.unreadable)
+    tabs = ["curves", "rollouts", "critic", *(["variance"] if variance else []), "scores"]
+    found = {"tokenizer": text.found, "credit": rollouts.has_credit, "unreadable": files.unreadable, "tabs": tabs}
     return {
-        "run": {**_about(run), "tokenizer": text.found, "credit": rollouts.has_credit, "unreadable": files.unreadable},
+        "run": {**_about(run), **found},
         "curves": curves_of(run),
         "events": events_of(run),
         "scores": scores_of(run),
         "critic": critic_of(run, files),
+        "variance": variance,
         "rollouts": table,
         "details": details,
     }
@@ -109,7 +114,6 @@ def _about(run: RunFiles) -> dict[str, Any]:
     )
     return {
         **_head(run.directory, run.record, _state(run)),
-        "tabs": ["curves", "rollouts", "critic", "scores"],
         "steps": len(run.metrics),
         "num_steps": None if run.is_critic else run.setting("num_steps"),
         "model": run.setting("model.path"),

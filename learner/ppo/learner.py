@@ -55,12 +55,12 @@ class Learner(PolicyTrainer):
         if self.step > 0 and bool((batch.ref_is_policy & batch.mask.any(1)).any()):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
         check_finite("a total score", batch.scores.float())
-        old_logprobs, old_entropy, old_values, shared_pass = self._old_outputs(batch)
+        old_logprobs, old_entropy, old_values, shared_pass = self.old_outputs(batch)
         fixed, derivation, stats = targets(
             batch,
             old_logprobs,
             old_values,
-            self._shaped_scores(batch.scores, metrics),
+            self.shaped_scores(batch.scores, metrics),
             kl_coef=self.kl_controller.coef,
             kl_estimator=cfg.kl.estimator,
             ppo=cfg.ppo,
@@ -115,7 +115,7 @@ class Learner(PolicyTrainer):
 
     # The stages of an update
 
-    def _old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor | None, Tensor | None, Tensor, Outputs | None]:
+    def old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor | None, Tensor | None, Tensor, Outputs | None]:
         """Log-probabilities, entropy and values [B, R] before the update; values are zeros without a critic. The first
         two are None if the ratio is taken to the sampler: then a pass is needed for values only.
 
@@ -128,13 +128,13 @@ class Learner(PolicyTrainer):
         micro_batches = self.share_of(batch.sequences, np.arange(len(batch.scores)))
         shared_pass = None
         if self.cfg.ppo.minibatches == 1 and len(micro_batches) == 1:
-            shared_pass = self._forward(batch.sequences, micro_batches[0])
+            shared_pass = self.outputs(batch.sequences, micro_batches[0])
         old = torch.zeros(3, *batch.mask.shape)
         with torch.no_grad():  # first queue all, then copy each at once: every copy waits for the device
             if to_sampler and shared_pass is None:
                 passes = [self.values(batch.sequences, rows)[None] for rows in micro_batches]
             else:
-                passes = [_stacked(shared_pass or self._forward(batch.sequences, rows)) for rows in micro_batches]
+                passes = [_stacked(shared_pass or self.outputs(batch.sequences, rows)) for rows in micro_batches]
             for rows, outputs in zip(micro_batches, passes, strict=True):
                 old[-len(outputs) :, rows, : outputs.shape[2]] = outputs.cpu()
         old_logprobs, old_entropy, old_values = self.ranks.sum(old)
@@ -145,7 +145,7 @@ class Learner(PolicyTrainer):
             return None, None, old_values, shared_pass
         return old_logprobs, old_entropy, old_values, shared_pass
 
-    def _shaped_scores(self, scores: Tensor, metrics: StepMetrics) -> Tensor:
+    def shaped_scores(self, scores: Tensor, metrics: StepMetrics) -> Tensor:
         """Adds the batch to the running statistics, and returns its scores [B] normalised as configured, float32."""
         self.score_moments.update(scores)
         metrics.add("reward/running_mean", self.score_moments.mean)
@@ -195,7 +195,7 @@ class Learner(PolicyTrainer):
         newest.begin(rows)
         parts: list[tuple[int, dict[str, Tensor]]] = []  # tokens of each micro-batch, and its sums by metric key
         for chosen in self.share_of(batch.sequences, rows):
-            logprobs, entropy, values = shared_pass or self._forward(batch.sequences, chosen)
+            logprobs, entropy, values = shared_pass or self.outputs(batch.sequences, chosen)
             part = fixed.rows(chosen, logprobs.shape[1], self.device)
             loss, sums = objective(
                 logprobs, entropy, values, part, ppo=self.cfg.ppo, num_tokens=num_tokens, critic_only=self._critic_only

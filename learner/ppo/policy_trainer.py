@@ -96,7 +96,7 @@ class PolicyTrainer(Trainer):
 
     # Forward passes over chosen rows
 
-    def _forward(self, sequences: Sequences, rows: Tensor, *, reference: bool = False) -> Outputs:
+    def outputs(self, sequences: Sequences, rows: Tensor, *, reference: bool = False) -> Outputs:
         chosen, temperature = sequences.rows(rows).to(self.device), self.cfg.sampling.temperature
         logprobs, entropy, values = self.forward(chosen, len(rows), temperature=temperature, reference=reference)
         return logprobs, entropy, values
@@ -112,7 +112,7 @@ class PolicyTrainer(Trainer):
         result = torch.zeros(sequences.response_mask.shape)
         with torch.no_grad():
             for rows in self.share_of(sequences, np.arange(len(rollouts))):
-                logprobs, _, _ = self._forward(sequences, rows, reference=reference)
+                logprobs, _, _ = self.outputs(sequences, rows, reference=reference)
                 result[rows, : logprobs.shape[1]] = logprobs.cpu()
         self.ranks.sum(result)
         return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]

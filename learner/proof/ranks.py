@@ -1,4 +1,5 @@
-"""Learner ranks as processes of this machine, without Ray. Runs in `ratchet replay` and `ratchet audit --replay`.
+"""Learner ranks as processes of this machine, without Ray. Runs in `ratchet replay`, `ratchet audit --replay` and
+`ratchet evaluate --variance`.
 
 The number of ranks is part of the device layout: it decides the order in which gradients are added. So a run of several
 ranks is replayed by as many.
@@ -14,9 +15,21 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from common.errors import RoleError, UserError
+from common.files import write_whole
 from learner.proof.chain import Violation
 
 Work = Callable[[int, int, str], None]  # (rank, world, rendezvous)
+
+
+def tell(progress: Path, work: str, done: int, total: int) -> None:
+    """Writes how far some work is, for a bar that another process shows."""
+    write_whole(progress, f"{work}\n{done}\n{total}")
+
+
+def read_progress(progress: Path) -> tuple[str, int, int]:
+    """What `tell` wrote. Raises OSError or ValueError before that."""
+    work, done, total = progress.read_text(encoding="utf-8").splitlines()
+    return work, int(done), int(total)
 
 
 def in_ranks(work: Work, world: int, *, gpus: float, scratch: Path) -> None:

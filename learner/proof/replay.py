@@ -1,4 +1,5 @@
-"""The learner, rebuilt from the journal. Runs in every rank of `ratchet replay` and `ratchet audit --replay`.
+"""The learner, rebuilt from the journal. Runs in every rank of `ratchet replay`, `ratchet audit --replay` and
+`ratchet evaluate --variance`.
 
 The learner's state after a step is a function of config, initial weights and the journal up to this step. On the
 machine type and device layout of the run it is the same bit for bit. No prompt is asked and nothing is scored, so
@@ -16,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 
 from common.config.ppo import Config
 from common.errors import BatchError
-from common.files import write_whole
 from learner.loop.changes import config_at
 from learner.loop.credit import credit_path, write_credit
 from learner.loop.journal import Journal
@@ -24,6 +24,7 @@ from learner.loop.notes import identity
 from learner.ppo.learner import Learner
 from learner.proof.chain import Violation
 from learner.proof.credit import check_same_credit
+from learner.proof.ranks import tell
 from learner.proof.records import Metrics
 from learner.proof.tensors import check_same_state, check_same_weights
 
@@ -43,22 +44,16 @@ class Replay:
     to: Path | None = None  # where the policy is written
     credit: range = range(0)  # the steps whose values of tokens are rebuilt, unless their batch is void
     credit_to: Path | None = None  # the directory for them; left out: they must equal those of the run
-    steps_done: Path | None = None  # a file that gets the number of steps done so far
+    progress: Path | None = None  # a file that gets the number of steps done so far
 
     def __call__(self, rank: int = 0, world: int = 1, rendezvous: str = "") -> None:
         """One rank's part. Raises Violation at the first difference."""
-        transformers_logging.disable_progress_bar()
         journal = Journal(self.run / "journal")
-        first = 0 if self.start is None else int(self.start.name.removeprefix("step-"))
-        critic_digest = identity(journal.notes, before_step=0).get("critic")
-        learner = Learner(config_at(self.cfg, journal.notes, max(0, first - 1)), critic_digest=critic_digest)
-        learner.join(rank, world, rendezvous)
-        if self.start is not None:
-            learner.restore(self.start)
+        learner = learner_of_run(self.cfg, journal, self.start, rank, world, rendezvous)
         for step in range(learner.step, self.until):
-            stats = self._learn(learner, journal, step)
-            if self.steps_done is not None and rank == 0:
-                write_whole(self.steps_done, str(step + 1))
+            stats = learn_again(learner, self.cfg, journal, step)
+            if self.progress is not None and rank == 0:
+                tell(self.progress, "replay", step + 1, self.until)
             if self.metrics is not None and rank == 0:
                 self.metrics.check_update(step, stats)
             if step in self.credit and step not in journal.voided:
@@ -71,19 +66,6 @@ class Replay:
                 check_same_weights(self.policy, self.scratch / "policy")
         if self.to is not None:
             learner.save_policy(self.to, adapter=self.to / "adapter")
-
-    def _learn(self, learner: Learner, journal: Journal, step: int) -> dict[str, float]:
-        """Learns or skips one step, with the settings of its time."""
-        entry = journal.read(step)
-        if step in journal.voided:
-            learner.skip()
-            return {}
-        if (cfg := config_at(self.cfg, journal.notes, step)) != learner.cfg:
-            learner.reconfigure(cfg)
-        try:
-            return learner.update(entry.table)
-        except BatchError as error:
-            raise Violation("replay", f"step {step} cannot be learned from, and no note says so: {error}") from error
 
     def _rebuild_credit(self, learner: Learner, journal: Journal, step: int) -> None:
         """Writes what the newest update derived for each token or, without a place for it, compares it."""
@@ -104,3 +86,33 @@ class Replay:
             check_same_state(checkpoint, directory)
         if dist.is_initialized():
             dist.barrier()
+
+
+def learner_of_run(
+    cfg: Config, journal: Journal, start: Path | None, rank: int = 0, world: int = 1, rendezvous: str = ""
+) -> Learner:
+    """One rank of the learner of a run, as `start` has it: a checkpoint, or the initial weights. Raises UserError if
+    the checkpoint cannot be read."""
+    transformers_logging.disable_progress_bar()
+    first = 0 if start is None else int(start.name.removeprefix("step-"))
+    critic_digest = identity(journal.notes, before_step=0).get("critic")
+    learner = Learner(config_at(cfg, journal.notes, max(0, first - 1)), critic_digest=critic_digest)
+    learner.join(rank, world, rendezvous)
+    if start is not None:
+        learner.restore(start)
+    return learner
+
+
+def learn_again(learner: Learner, cfg: Config, journal: Journal, step: int) -> dict[str, float]:
+    """Learns or skips one step, with the settings of its time. Returns the metrics. Raises Violation for a batch that
+    cannot be learned from."""
+    entry = journal.read(step)
+    if step in journal.voided:
+        learner.skip()
+        return {}
+    if (settings := config_at(cfg, journal.notes, step)) != learner.cfg:
+        learner.reconfigure(settings)
+    try:
+        return learner.update(entry.table)
+    except BatchError as error:
+        raise Violation("replay", f"step {step} cannot be learned from, and no note says so: {error}") from error

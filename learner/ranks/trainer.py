@@ -155,9 +155,10 @@ class Trainer(ABC):
             outputs = self.network(batch if num_rows else self.dummy_batch(), **options)
         return tuple(None if output is None else output[:num_rows] for output in outputs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this rank's part of the loss. FSDP averages over ranks; the factor makes it a sum."""
-        (loss * self.ranks.world).backward()
+    def backward(self, loss: Tensor, *, again: bool = False) -> None:
+        """Adds the gradient of this rank's part of the loss. FSDP averages over ranks; the factor makes it a sum.
+        `again`: another loss of the same forward pass follows."""
+        (loss * self.ranks.world).backward(retain_graph=again)
 
     def optimizer_step(self) -> float:
         """Clips the gradients, updates the weights and drops the gradients. Returns the norm before clipping."""

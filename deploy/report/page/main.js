@@ -5,6 +5,7 @@ const TABS = {
   curves: showCurves,
   rollouts: showRollouts,
   critic: showCritic,
+  variance: showVariance,
   scores: showScores,
   evaluation: showEvaluation,
 };

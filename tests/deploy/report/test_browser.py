@@ -14,10 +14,13 @@ import time
 import pytest
 from PIL import Image
 
+from common.files import write_json
 from deploy.report.page import render
 from deploy.report.report import evaluation_blocks
+from deploy.report.variance import variance_of
 from tests.deploy.report.conftest import HOSTILE
 from tests.deploy.report.made_evaluation import write_evaluation
+from tests.deploy.report.test_variance import ACCOUNT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -306,6 +309,29 @@ def test_predicted_against_realised_returns_of_a_chosen_step(open_page, blocks):
     shown = page.evaluate(f"(({{x, y, tokens}}) => [...x].map((p, i) => [p, y[i], tokens[i]]))({points})")
     assert shown == [pytest.approx(bin, rel=1e-6) for bin in bins]
     assert f"Mean distance {blocks['critic']['calibrations'][2]['error']:.4g}" in page.locator(".about").text_content()
+
+
+def test_the_variance_account_has_a_tab_if_the_run_has_one(open_page, blocks, tmp_path):
+    without = open_page("variance")  # a tab that this page does not have
+    assert without.locator("#tab-variance").is_hidden()
+    assert without.locator("#curves-panel").is_visible()
+    write_json(tmp_path / "variance.json", ACCOUNT)
+    about = {**blocks["run"], "tabs": ["curves", "variance"]}
+    with_account = {**blocks, "run": about, "variance": variance_of(tmp_path, [])}
+    (tmp_path / "report.html").write_text(render("run", with_account), encoding="utf-8")
+    page = open_page("variance", address=(tmp_path / "report.html").as_uri())
+    page.until("[...charts].filter(c => c.figure).length >= 3")
+    rows = [row.locator("th, td").all_text_contents() for row in page.locator("#variance-panel tbody tr").all()]
+    assert [row[0] for row in rows] == ["critic, lam 0.95 *", "none"]
+    assert rows[0][1:] == ["0.1", "0.5 (0.4 to 0.6)", "0.25 (0.2 to 0.3)", "0.7 (0.6 to 0.8)", "0.9 (0.8 to 1.1)",
+                           "61.5 (36 to 114)", "-", "0.99 (0.9 to 1)"]  # fmt: skip
+    assert rows[1][5:] == ["1.01 (0.98 to 1.05)", "above 150", "1 (1 to 1)", "-"]
+    drawn = "[...charts].find(c => c.box.ariaLabel?.startsWith('standard error')).figure"
+    points = f"{drawn}.renderers.find(r => r.glyph.type === 'Scatter').data_source.data"
+    assert page.evaluate(f"(({{x, y, name}}) => [[...x], [...y], name])({points})") == [
+        [0.7, 0.98], [0, -1], ["critic, lam 0.95 *", "none"]
+    ]  # fmt: skip
+    assert "Left out: group: one response" in page.locator("#variance-panel").text_content()
 
 
 def test_the_page_can_be_used_by_keyboard_alone(open_page):

@@ -1,0 +1,74 @@
+"""The page's variance tab: the account that `ratchet evaluate --variance` wrote. Runs anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploy.report.curves import short
+from learner.ppo.critic_quality import PARTS
+
+FILE = "variance.json"
+
+
+def variance_of(run: Path, unreadable: list[str]) -> dict[str, Any] | None:
+    """Everything of the tab; None without an account. Adds the file to `unreadable` if it is not one."""
+    path = run / FILE
+    if not path.is_file():
+        return None
+    try:
+        return _tab(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        unreadable.append(FILE)
+        return None
+
+
+def _tab(account: Mapping[str, Any]) -> dict[str, Any]:
+    explained = account["explained_variance"]
+    return {
+        **{key: int(account[key]) for key in ("step", "responses", "prompts", "tokens")},
+        "batches": [int(account["batches"][0]), int(account["batches"][-1])],
+        "gradients": {key: int(account["gradients"][key]) for key in ("parts", "weights", "kept")},
+        "returns_variance": _figure(account["returns"]["variance"]),
+        "estimators": [_estimator(str(name), figures) for name, figures in account["estimators"].items()],
+        "explained": [
+            {
+                "part": title,
+                "share": _figure(explained[name]["explained_variance"]),
+                "returns_variance": _figure(explained[name]["returns_variance"]),
+            }
+            for name, title in (PARTS.items() if explained else ())
+        ],
+        "left_out": [f"{name}: {reason}" for name, reason in account["left_out"].items()],
+    }
+
+
+def _estimator(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    noise = figures["whitened"]
+    return {
+        "name": name,
+        "own": bool(figures["is_runs_own"]),
+        "mean": _number(figures["mean"]),
+        "variance": _figure(figures["variance"]),
+        "of_returns": _figure(figures["of_returns"]),
+        "error": _figure(noise["relative_standard_error"]),
+        "unwhitened_error": _figure(figures["unwhitened"]["relative_standard_error"]),
+        "noise_scale": _figure(noise["noise_scale"]),
+        "against_none": _figure(noise["against_none"]),
+        "direction": _figure(figures.get("direction")),
+    }
+
+
+def _figure(figure: Mapping[str, Any] | None) -> list[float | None] | None:
+    """[value, low end, high end]; an end is None if it is open. None for no figure."""
+    if figure is None:
+        return None
+    ends = figure["interval"] or (None, None)
+    return [_number(figure["value"]), *(None if end is None else _number(end) for end in ends)]
+
+
+def _number(value: Any) -> float | None:
+    return short(float(value)) if math.isfinite(value) else None

@@ -1,0 +1,104 @@
+"""`ratchet evaluate --variance RUN`: the noise of the policy gradient with and without a critic.
+
+Runs in a process of its own, and in one process for each rank if the run has several. It needs neither Ray nor vLLM:
+the journal has the responses, their scores and their log-probabilities. The run may be active, finished or a copy. It
+writes RUN/variance.json and RUN/variance.png.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import write_json
+from deploy.journal_parts import chosen_steps
+from deploy.replay import config_for_replay, newest_verified, refuse_other_directories, refuse_unlearned
+from deploy.screen.console import Output
+from deploy.screen.rank_bars import bars_of
+from deploy.variance.plot import plot_account
+from deploy.variance.table import account_text
+from learner.loop.checkpoints import Checkpoints
+from learner.loop.journal import Journal
+from learner.proof.ranks import in_ranks
+from learner.variance.account import VarianceAccount
+
+RECORD, PLOT = "variance.json", "variance.png"
+
+
+def run_variance(
+    run: Path,
+    *,
+    step: int | None = None,
+    steps: str | None = None,
+    model: str | None = None,
+    critic: str | None = None,
+    settings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Writes the account into the run directory, and returns it.
+
+    `step`: updates that the learner has done. `steps`: the batches, such as 10:14; left out, the one right after
+    `step`. `model`, `critic`, `settings`: as for `ratchet replay`. Raises UserError.
+    """
+    refuse_other_directories(run)
+    journal = Journal(run / "journal")
+    refuse_unlearned(journal)
+    step, batches = choose(run, journal, step, steps)
+    cfg = config_for_replay(run, journal, model, critic, settings)
+    # A compiled layer keeps its graph for one backward pass only.
+    cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"compile": False})})
+    start = newest_verified(run, journal, step, until=step)
+    with tempfile.TemporaryDirectory(prefix="ratchet-variance-") as scratch:
+        result, progress = Path(scratch) / RECORD, Path(scratch) / "progress"
+        job = VarianceAccount(cfg, run, step, batches, start, result, progress)
+        with bars_of(progress, "variance"):
+            in_ranks(job, cfg.learner.ranks, gpus=cfg.learner.gpus, scratch=Path(scratch))
+        found = json.loads(result.read_text(encoding="utf-8"))
+    begun = None if start is None else start.name
+    account = {"run": str(run.resolve()), "batches": batches, "checkpoint": begun, **found}
+    write_json(run / RECORD, account)
+    plot_account(account, run / PLOT)
+    console = Output()
+    for part in account_text(account):
+        console.print(part)
+    console.print(f"{run}: {RECORD}, {PLOT}", markup=False, soft_wrap=True)
+    return account
+
+
+def choose(run: Path, journal: Journal, step: int | None, steps: str | None) -> tuple[int, list[int]]:
+    """The updates that the learner has done, and the batches to measure: steps of the journal that it has not learned
+    from. Left out, `step` is that of the newest checkpoint before a batch, or 0. Raises UserError."""
+    count = journal.next_step
+    usable = [number for number in range(count) if number not in journal.voided]
+    if not usable:
+        raise UserError(
+            f"{journal.directory} has no batch; the account needs one that the learner has not learned from"
+        )
+    if steps is not None:
+        chosen = chosen_steps(steps)
+        first = chosen.start or 0 if chosen.start is not None or step is None else step
+        end = count if chosen.stop is None else chosen.stop
+        if not first < end <= count:
+            raise UserError(f"--steps ({steps}) is not in the journal of {run}, which has {count} steps: 0:{count}")
+        step = first if step is None else step
+        if first < step:
+            raise UserError(
+                f"--steps ({steps}) has batches that the learner of --step {step} has learned from, so its critic "
+                f"knows their returns; begin with step {step}, or name an earlier --step"
+            )
+        batches = [number for number in usable if first <= number < end]
+        if not batches:
+            raise UserError(f"--steps ({steps}): every batch there is void; choose others")
+        return step, batches
+    if step is None:
+        found = Checkpoints(run / "checkpoints", every=1, keep=1, journal=journal).steps()
+        step = max((number for number in found if number <= usable[-1]), default=0)
+    elif step > usable[-1]:
+        raise UserError(
+            f"--step ({step}): the journal has no batch that was written after {step} steps; its last one is of step "
+            f"{usable[-1]}"
+        )
+    return step, [next(number for number in usable if number >= step)]

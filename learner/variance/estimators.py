@@ -1,0 +1,57 @@
+"""The advantage estimators that the variance account compares, on one batch. Runs in every rank of the account."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.config.ppo import PPOConfig
+
+LAMBDAS = (0.0, 0.5, 0.9, 0.95, 1.0)
+GROUP, NONE = "group", "none"
+
+
+def with_critic(lam: float | str) -> str:
+    """The name of GAE with this lambda."""
+    return "critic, lam by length" if lam == "length" else f"critic, lam {lam:g}"
+
+
+UNBIASED = with_critic(1.0)  # its expected gradient is the policy gradient, whatever the critic says
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One estimator of the comparison."""
+
+    name: str
+    ppo: PPOConfig  # the settings of the run with this estimator in place of its own
+    is_runs_own: bool
+
+
+def compared(ppo: PPOConfig, groups: Tensor) -> tuple[list[Compared], dict[str, str]]:
+    """The estimators that this batch allows, and the reason for each that it does not. groups [B]: equal for responses
+    to one prompt, only of responses that have tokens. The run's own lambda is added if it is not among LAMBDAS."""
+    own = {"gae": with_critic(ppo.lam), "group": GROUP, "returns": NONE}[ppo.advantages]
+    found, left_out = [], {}
+
+    def add(name: str, **settings: object) -> None:
+        found.append(Compared(name, ppo.model_copy(update={"value_lam": None, **settings}), name == own))
+
+    if ppo.has_critic:
+        for lam in (*LAMBDAS, *_others(ppo)):
+            add(with_critic(lam), lam=lam)
+    else:
+        left_out["critic"] = f'the run has no critic (ppo.advantages = "{ppo.advantages}")'
+    if int(groups.unique(return_counts=True)[1].max()) > 1:
+        add(GROUP, advantages="group")
+    else:
+        left_out[GROUP] = "the journal has one response to each prompt (prompts.rollouts_per_prompt)"
+    add(NONE, advantages="returns")
+    return found, left_out
+
+
+def _others(ppo: PPOConfig) -> Iterator[float | str]:
+    if ppo.lam not in LAMBDAS:
+        yield ppo.lam

@@ -1,0 +1,144 @@
+"""`ratchet evaluate --variance` on the directory of a run: which state and which batches, files, screen, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import UserError
+from deploy.run.directory import sole_owner
+from deploy.variance.command import choose, run_variance
+from learner.loop.journal import Journal
+from tests.durability.disasters import tree_digest
+from tests.durability.small_run import FROM_A_CRITIC, NUM_STEPS, save_smallest_model, small_config, train_to_the_end
+from tests.learner.proof.forge import forge_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+SETTINGS = {**FROM_A_CRITIC, "rollouts_per_step": 6, "kl": {"coef": 0.02}}
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """A finished run of five steps with checkpoints of steps 4 and 5. The batch of step 2 is void."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    model = save_smallest_model(tmp_path_factory.mktemp("model"))
+    with sole_owner(directory) as held:
+        held.begin(small_config(model, **SETTINGS), "train", force=False)
+    train_to_the_end(directory, model, roles={"poison": (2, 3)}, **SETTINGS)
+    assert list(Journal(directory / "journal").voided) == [2]
+    return directory
+
+
+@pytest.fixture
+def run(honest, tmp_path):
+    return Path(shutil.copytree(honest, tmp_path / "läufe/1 [b]"))
+
+
+def test_the_newest_checkpoint_before_a_batch_is_measured_on_that_batch(run, capsys):
+    before = tree_digest(run)
+    found = run_variance(run)
+    assert (found["step"], found["batches"], found["checkpoint"]) == (4, [4], "step-000004")
+    assert json.loads((run / "variance.json").read_text()) == json.loads(json.dumps(found))
+    with Image.open(run / "variance.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+    shown = capsys.readouterr().out
+    assert f"{run}: variance.json, variance.png" in shown.replace("\n", "")
+    assert "policy and critic after 4 updates; batch of step 4: 6 responses to 6 prompts" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if str(run.parent) not in line)
+    table = [line.split() for line in shown.splitlines() if line.startswith("critic, lam 0.95")]
+    assert table[0][3:5] == ["*", f"{found['estimators']['critic, lam 0.95']['of_returns']['value']:.2f}"]
+    for name in ("variance.json", "variance.png"):
+        (run / name).unlink()
+    assert tree_digest(run) == before
+
+
+def test_a_step_without_a_checkpoint_is_reached_by_learning_again(run):
+    found = run_variance(run, step=4)
+    shutil.rmtree(run / "checkpoints")
+    again = run_variance(run, step=4)
+    assert again["checkpoint"] is None
+    assert {**again, "checkpoint": "step-000004"} == found
+    assert run_variance(run, step=3)["estimators"] != found["estimators"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, capsys):
+    found = run_variance(run)
+    path = run / "checkpoints/step-000004/weights-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    again = run_variance(run)
+    assert "step-000004 is passed over" in capsys.readouterr().err
+    assert {**again, "checkpoint": "step-000004"} == found
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_learned_on_from(run):
+    """Adam would begin again, and the weights after the next step would be others."""
+    found = run_variance(run, step=4)
+    shutil.rmtree(run / "checkpoints/step-000005")
+    forged = shutil.copytree(run, run.parent / "forged")
+    forge_checkpoint(forged, 4, "optimizer-00000.safetensors", lambda data: data)  # it stays what it is
+    from learner.loop.checkpoints import Checkpoints
+
+    Checkpoints(forged / "checkpoints", every=1, keep=1).drop_optimizers()
+    assert run_variance(forged, step=4)["checkpoint"] == "step-000004"  # nothing is learned
+    assert run_variance(forged, step=4)["estimators"] == found["estimators"]
+
+
+def test_several_batches_are_one_sample(run):
+    found = run_variance(run, steps="1:4")
+    assert (found["step"], found["batches"], found["checkpoint"]) == (1, [1, 3], None)  # that of step 2 is void
+    one, other = run_variance(run, steps="1:2"), run_variance(run, step=1)
+    assert one == other
+    assert found["responses"] == 12
+    assert found["gradients"]["parts"] == 12
+    assert run_variance(run, step=2)["batches"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "fault"),
+    [
+        (
+            5,
+            None,
+            r"^--step \(5\): the journal has no batch that was written after 5 steps; its last one is of step 4$",
+        ),
+        (3, "1:4", r"^--steps \(1:4\) has batches that the learner of --step 3 has learned from, .* begin with step 3"),
+        (None, "3:6", r"^--steps \(3:6\) is not in the journal of .*, which has 5 steps: 0:5$"),
+        (None, "3:3", r"^--steps \(3:3\) is not in the journal"),
+        (None, "2:3", r"^--steps \(2:3\): every batch there is void; choose others$"),
+        (None, "3-4", r"^--steps \(3-4\) must read A:B"),
+    ],
+)
+def test_batches_that_give_no_account_are_refused(honest, step, steps, fault):
+    with pytest.raises(UserError, match=fault):
+        choose(honest, Journal(honest / "journal"), step, steps)
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "expected"),
+    [
+        (None, None, (4, [4])),
+        (0, None, (0, [0])),
+        (None, "3:", (3, [3, 4])),
+        (1, ":4", (1, [1, 3])),
+        (0, "3:5", (0, [3, 4])),
+        (None, ":2", (0, [0, 1])),
+    ],
+)
+def test_state_and_batches_are_chosen(honest, step, steps, expected):
+    assert choose(honest, Journal(honest / "journal"), step, steps) == expected
+    assert NUM_STEPS == 5
+
+
+def test_a_run_without_steps_is_refused(tmp_path, run):
+    for path in (run / "journal").glob("*-00000[0-9]*"):
+        if path.name != "note-000000-000.json":
+            path.unlink()
+    with pytest.raises(UserError, match="has no batch"):
+        run_variance(run)
+    assert not (run / "variance.json").exists()
