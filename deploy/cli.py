@@ -183,6 +183,14 @@ def sample_pairs(cfg: PairSamplingConfig, directory: Path, *, resume: bool, forc
     run_pair_sampling(cfg, directory, resume=resume, force=force)
 
 
+StartingModel = Annotated[
+    str | None, typer.Option("--model", help="The model that the run began with, if it is not at model.path any more.")
+]
+StartingCritic = Annotated[
+    str | None, typer.Option("--critic", help="Its trained critic, if it is not at learner.critic_path any more.")
+]
+
+
 @app.command(epilog=epilog("train"))
 def evaluate(
     config: Annotated[str, typer.Argument(help="The TOML file of a PPO run, such as RUN/config.toml.")] = "",
@@ -198,8 +206,33 @@ def evaluate(
     resume: Annotated[Path | None, typer.Option(help="Continue the evaluation in this directory.")] = None,
     address: Address = None,
     force: Force = False,
+    variance: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Instead: measure the noise of this run's gradients."),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="For --variance: learned steps [default: the newest checkpoint's].")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="A:B", help="For --variance: batches A to B - 1 [default: the next one].")
+    ] = None,
+    model: StartingModel = None,
+    critic: StartingCritic = None,
 ) -> None:
-    """Compare policies on the held-out prompts of a PPO config."""
+    """Compare policies on the held-out prompts of a PPO config, or measure a run's gradients (--variance)."""
+    of_variance: dict[str, Any] = {"step": step, "steps": steps, "model": model, "critic": critic}
+    if variance is not None:
+        if policy or samples != 1 or run or resume or force or address or config.endswith(".toml"):
+            raise UserError(
+                "--variance reads the directory of a run: with it give only --step, --steps, --model, --critic, and "
+                "settings of the layout of devices"
+            )
+        from deploy.variance.command import run_variance
+
+        run_variance(variance, **of_variance, settings=[*filter(None, [config]), *(settings or [])])
+        return
+    if alone := [f"--{name}" for name, value in of_variance.items() if value is not None]:
+        raise UserError(f"{', '.join(alone)}: only with --variance RUN")
     given, policies = with_address(settings, address), policy_names(policy or [])
     if resume is not None:
         cfg, directory = config_and_directory(Config, config, given, run, resume)
@@ -280,12 +313,6 @@ AuditedRun = Annotated[
 Layout = Annotated[
     list[str] | None,
     typer.Argument(help="Settings of the layout of devices, such as learner.gpus=0 or learner.ranks=2."),
-]
-StartingModel = Annotated[
-    str | None, typer.Option("--model", help="The model that the run began with, if it is not at model.path any more.")
-]
-StartingCritic = Annotated[
-    str | None, typer.Option("--critic", help="Its trained critic, if it is not at learner.critic_path any more.")
 ]
 
 

@@ -1,4 +1,4 @@
-"""Bars for work in ranks that are processes of this machine: they write their progress into a file. Runs in the driver."""
+"""Bars for work in ranks that write their progress into a file. Runs in the driver."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from deploy.screen.text import share
 from learner.ppo.critic_quality import PARTS
 
-
 _LEGEND = (  # each at most 80 columns
     "var: variance of the advantages before whitening, divided by that of the returns",
     "error: standard error of the gradient of the whitened advantages, divided by its",

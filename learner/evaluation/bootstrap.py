@@ -1,4 +1,6 @@
-"""Intervals of figures that are means over prompts: the bootstrap (Efron 1979). Runs in the driver.
+"""Intervals of figures that are means over prompts: the bootstrap (Efron 1979).
+
+Runs in the driver, and in the ranks of the variance account.
 
 The prompts are drawn again with replacement, each with all its samples, because the samples of one prompt are alike.
 All figures of all policies share the same resamples, so the difference of two policies is that of paired prompts.

@@ -1,1 +1,1 @@
-"""The variance account: how noisy the policy gradient of a batch is. Runs in every rank of `ratchet evaluate --variance`."""
+"""How noisy the policy gradient of a batch is. Runs in every rank of `ratchet evaluate --variance`."""

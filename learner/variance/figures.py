@@ -2,7 +2,7 @@
 
 Runs in every rank of the variance account. Arrays are [B, R], and the mask is True on response tokens. Tokens of one
 response, and responses to one prompt, are not independent. So an interval comes from batches in which whole prompts
-are drawn again, with replacement (the cluster bootstrap). All figures share the same draws.
+are drawn again (learner/evaluation/bootstrap.py). All figures share the same draws.
 """
 
 from __future__ import annotations
@@ -12,42 +12,36 @@ from typing import Any
 
 import numpy as np
 
+from learner.evaluation.bootstrap import Bootstrap, Figure, interval
 from learner.ppo.critic_quality import positions
-
-DRAWS = 1000
-ENDS = (2.5, 97.5)  # percentiles: the interval of 95 %
 
 
 class Resampled:
-    """The batch, and batches of as many prompts that are drawn from it."""
+    """The batch, and resamples of it: as many prompts, drawn with replacement."""
 
     def __init__(self, groups: np.ndarray, *, seed: int) -> None:
         """groups [B]: equal for responses to one prompt."""
         _, self._group = np.unique(groups, return_inverse=True)
-        count = int(self._group.max()) + 1
-        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
-        self._times = np.concatenate([np.ones((1, count)), drawn])  # how often each prompt is in each; first: the batch
+        self._bootstrap = Bootstrap(int(self._group.max()) + 1, seed=seed)
 
     def variance(self, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The population variance of x over the mask, [1 + DRAWS]: of the batch, then of each drawn batch. NaN where a
-        batch has no token."""
+        """The population variance of x over the mask, [1 + resamples]: of the batch, then of each resample. NaN where
+        there is no token."""
         known = np.where(mask, x, 0.0).astype(np.float64)
         centred = np.where(mask, known - known.sum() / max(1, mask.sum()), 0.0)  # so that no digits are lost below
         rows = np.stack([mask.sum(1), centred.sum(1), (centred**2).sum(1)], axis=1)
-        sums = np.zeros((self._times.shape[1], 3))
+        sums = np.zeros((self._bootstrap.prompts, 3))
         np.add.at(sums, self._group, rows)
-        count, total, squares = (self._times @ sums).T
+        count, total, squares = np.concatenate([sums.mean(0)[None], self._bootstrap.means(sums)]).T
         with np.errstate(invalid="ignore"):
             return np.maximum(squares / count - (total / count) ** 2, 0.0)
 
 
-def figure(values: np.ndarray) -> dict[str, Any] | None:
-    """The value of the batch, with an interval from the drawn batches; None if it is undefined."""
+def figure(values: np.ndarray) -> Figure | None:
+    """The value of the batch, with an interval from the resamples; None if it is undefined."""
     if not np.isfinite(values[0]):
         return None
-    drawn = values[1:][np.isfinite(values[1:])]
-    interval = [float(end) for end in np.percentile(drawn, ENDS)] if len(drawn) else None
-    return {"value": float(values[0]), "interval": interval}
+    return {"value": float(values[0]), "interval": interval(values[1:][np.isfinite(values[1:])])}
 
 
 def variance_account(

@@ -105,8 +105,8 @@ def _add_gradients(
     sketches: GradientSketches,
     place: Sequence[int],
 ) -> None:
-    """Adds the gradients of one micro-batch of part `place[0]`, of `place[1]`, to the sketches of this part. One forward
-    pass serves all estimators, and each has a backward pass of its own."""
+    """Adds the gradients of one micro-batch to the sketches of its part, which is number `place[0]` of `place[1]`. One
+    forward pass serves all estimators, and each has a backward pass of its own."""
     ppo, num_tokens = learner.cfg.ppo, max(1, int(batch.mask.sum()))
     logprobs, _, _ = learner.outputs(batch.sequences, chosen)
     for number, values in enumerate(weighted):

@@ -23,7 +23,7 @@ CONFIDENCE = 0.95
 
 
 class Moments(NamedTuple):
-    """Of one batch, or an array of them."""
+    """The moments of one batch, or arrays of those of several."""
 
     squared_norm: Any  # |mean|^2
     trace: Any
@@ -36,7 +36,7 @@ class Moments(NamedTuple):
 
 
 def moments(products: np.ndarray) -> Moments:
-    """Of the whole batch."""
+    """The moments of the whole batch."""
     count, total, diagonal = len(products), products.sum(), np.trace(products)
     others = (total - diagonal) / (count * (count - 1))
     return Moments(total / count**2, (diagonal / count - others) / count)
@@ -69,11 +69,11 @@ def noise(products: np.ndarray, responses: int) -> dict[str, Any]:
     }
     if not (whole.squared_norm > 0 and whole.trace > 0):
         return found
-    ends = _interval(np.log(whole.relative), _logs(without_each(products).relative))
-    ends = ends and [math.exp(end) for end in ends]
+    logs = _interval(np.log(whole.relative), _logs(without_each(products).relative))
+    ends = None if logs is None else [math.exp(log) for log in logs]
     found["relative_standard_error"] = _figure(math.sqrt(whole.relative), ends and [math.sqrt(end) for end in ends])
     if whole.relative < 1:
-        scales = ends and [responses * _odds(end) if end < 1 else None for end in ends]
+        scales = None if ends is None else [responses * _odds(end) if end < 1 else None for end in ends]
         found["noise_scale"] = _figure(responses * _odds(whole.relative), scales)
     return found
 
@@ -88,7 +88,7 @@ def noise_against(products: np.ndarray, others: np.ndarray) -> dict[str, Any] | 
         return None
     value = _odds(whole[0]) / _odds(whole[1])
     without = [without_each(one).relative for one in pair]
-    if not all(((0 < relative) & (relative < 1)).all() for relative in without):
+    if not all(((relative > 0) & (relative < 1)).all() for relative in without):
         return _figure(value, None)
     logs = np.log(_odds(without[0])) - np.log(_odds(without[1]))
     ends = _interval(math.log(value), logs)
@@ -143,8 +143,8 @@ def _interval(value: float, without: np.ndarray) -> list[float] | None:
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Of Student's t distribution: the expansion around the normal quantile of Abramowitz and Stegun 1964, 26.7.5. Its
-    error is below 0.4 % at 97.5 % and 3 degrees of freedom, and falls quickly with more."""
+    """A quantile of Student's t distribution, by its expansion around the normal quantile (Abramowitz and Stegun 1964,
+    26.7.5). At 97.5 % the error is 0.12 % with 3 degrees of freedom, and below 0.002 % with 7 or more."""
     z = NormalDist().inv_cdf(probability)
     terms = (
         z,

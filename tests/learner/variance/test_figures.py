@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.variance.figures import DRAWS, Resampled, explained_account, figure, variance_account
+from learner.evaluation.bootstrap import RESAMPLES
+from learner.variance.figures import Resampled, explained_account, figure, variance_account
 from tests.critic_figures import PARTS
 
 GROUPS = np.array([5, 5, 9, 9, 9, 2, 7, 7])
@@ -25,7 +26,7 @@ def tokens(x: np.ndarray, rows: list[int]) -> list[float]:
 
 def drawn_rows(seed: int) -> list[list[int]]:
     """The rows of each drawn batch: every prompt as often as the draw says, with all of its responses."""
-    draws = np.random.default_rng(seed).multinomial(4, [0.25] * 4, size=DRAWS)
+    draws = np.random.default_rng(seed).multinomial(4, [0.25] * 4, size=RESAMPLES)
     prompts = sorted(set(GROUPS.tolist()))
     return [
         [row for prompt, times in zip(prompts, draw, strict=True) for _ in range(times) for row in range(8)

@@ -23,7 +23,6 @@ from tests.learner.ppo.test_learner import MASK, OTHERWISE, UNUSUAL, WITHOUT_CRI
 TABLE = grouped(varied_batch(0))  # eight responses to four prompts; one response is empty
 ROWS = TABLE.to_pylist()
 KINDS: dict[str, dict[str, Any]] = {
-    "unusual": {},
     "otherwise-separate": {**OTHERWISE, "learner": {"critic": "separate"}},
     "mask": MASK,
     "group": WITHOUT_CRITIC["group"],
@@ -116,7 +115,7 @@ def test_parts_have_the_gradients_of_their_responses(model, kind, monkeypatch):
     between = vectors[first] @ vectors[last].T
     assert products.whitened(first, last) == pytest.approx(between, rel=2e-4, abs=2e-4 * np.abs(between).max())
     assert [name for name, figures in record["estimators"].items() if figures["is_runs_own"]] == [
-        {"unusual": "critic, lam 0.6", "otherwise-separate": "critic, lam 0.6", "mask": "critic, lam 0.6"}.get(
+        {"otherwise-separate": "critic, lam 0.6", "mask": "critic, lam 0.6"}.get(
             kind, "group" if kind == "group" else "none"
         )
     ]
