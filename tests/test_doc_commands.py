@@ -34,6 +34,8 @@ WORK = {
     "evaluate --resume": "tests/end_to_end/test_rewards.py::test_an_evaluation_that_was_cut_ends_with_the_same_figures",
     "evaluate": "tests/end_to_end/test_rewards.py::test_evaluate_judges_the_saved_policy_as_the_run_did",
     "tune": "tests/deploy/tune/test_search.py::test_the_best_config_is_the_given_one_with_the_best_settings",
+    "evaluate --variance": "tests/deploy/variance/test_command.py::"
+    "test_the_newest_checkpoint_before_a_batch_is_measured_on_that_batch",
     "export": "tests/deploy/test_export.py::test_an_interrupted_run_gives_the_policy_of_its_newest_checkpoint",
     "audit": "tests/deploy/test_audit.py::test_an_audit_with_replay_proves_a_copy_without_ray_and_vllm",
     "replay": "tests/deploy/test_audit.py::test_every_step_of_a_run_can_be_rebuilt",
@@ -65,6 +67,7 @@ HEAVY = (  # the work that is replaced
     "deploy.sample_pairs.run_pair_sampling",
     "deploy.evaluation.command.run_evaluation",
     "deploy.tune.command.run_tune",
+    "deploy.variance.command.run_variance",
     "deploy.export.run_export",
     "deploy.replay.run_replay",
     "deploy.replay.rebuild_credit",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from common.model.masking import masked_mean, masked_var, whiten
 from learner.ppo.experience import ExperienceBatch
@@ -77,6 +78,10 @@ def gradient_products(
     it. `done` gets the number of parts done so far."""
     mask = batch.mask
     weighted = [*(whiten(x, mask) for x in advantages.values()), mask.float()]
+    if isinstance(learner.network, FSDPModule):
+        # A pass without gradients leaves weights of the root gathered. Then they are other tensors than those that get
+        # the gradients.
+        learner.network.reshard()
     policy = [p for p in learner.network.policy.parameters() if p.requires_grad]
     sketches = GradientSketches(policy, len(weighted) * len(parts), seed=learner.cfg.seed, room=room)
     for number, rows in enumerate(parts):

@@ -28,6 +28,7 @@ from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
 from learner.ranks.distributed import whole
 from learner.ranks.rows import sequence_costs, shares
+from learner.variance.account import account
 from tests.fakes import make_experience, make_prompt, save_tiny_kind, save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import MASK, OTHERWISE, UNUSUAL, WITHOUT_CRITIC, grouped, varied_batch
 from tests.learner.ranks.test_distributed import run_ranks
@@ -150,6 +151,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         two_batches,
     ),
 }
+ACCOUNTS = ["unclipped", "lora-separate-checkpointing", "mask"]  # the cases whose variance account is made at the end
 EXACT = [name for name in CASES if name != "bf16"]
 
 
@@ -182,6 +184,7 @@ def run_case(learner: Learner, name: str) -> dict[str, Any]:
         "stats": [{k: v for k, v in s.items() if not k.startswith("time/")} for s in stats],
         "credit": credit and credit.to_pydict(),
         "graphs": graphs(),
+        "account": account(learner, grouped(varied_batch(2))) if name in ACCOUNTS else None,
     }
 
 
@@ -295,6 +298,21 @@ def test_rank_count_does_not_change_the_credit_of_a_token(runs, name):
     for column, rows in alone.items():
         for found, expected in zip(first[column], rows, strict=True):
             assert found == (expected if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-5)), column
+
+
+@pytest.mark.parametrize("name", ACCOUNTS)
+def test_rank_count_does_not_change_the_variance_account(runs, name):
+    """Also of a rank that has no row of a part."""
+    alone, first, second = (run["account"] for run in runs[1][name])
+    assert second == first
+    assert first["gradients"] == alone["gradients"]
+    assert alone["gradients"]["kept"] == alone["gradients"]["weights"]
+    for estimator, expected in alone["estimators"].items():
+        found = first["estimators"][estimator]
+        assert found["variance"]["value"] == pytest.approx(expected["variance"]["value"], rel=1e-4), estimator
+        for which in ("whitened", "unwhitened"):
+            for figure in ("gradient_norm", "standard_error"):
+                assert found[which][figure] == pytest.approx(expected[which][figure], rel=1e-4), (estimator, figure)
 
 
 @pytest.mark.parametrize("name", CASES)
