@@ -222,7 +222,7 @@ def evaluate(
     """Compare policies on the held-out prompts of a PPO config, or measure a run's gradients (--variance)."""
     of_variance: dict[str, Any] = {"step": step, "steps": steps, "model": model, "critic": critic}
     if variance is not None:
-        if policy or samples != 1 or run or resume or force or address or config.endswith(".toml"):
+        if policy or samples or run or resume or force or address or config.endswith(".toml"):
             raise UserError(
                 "--variance reads the directory of a run: with it give only --step, --steps, --model, --critic, and "
                 "settings of the layout of devices"

@@ -60,7 +60,7 @@ function estimatorTable(estimators) {
     return row;
   });
   const caption = element("caption", { text: "*: the estimator of this run; (low to high): interval; -: too few responses to tell" });
-  return element("table", {}, caption, element("thead", {}, heading), element("tbody", {}, ...rows));
+  return element("table", { className: "figures" }, caption, element("thead", {}, heading), element("tbody", {}, ...rows));
 }
 
 // A figure [value, low, high] with its interval. Without a closed interval the value alone would look exact.

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from deploy.cli import main
 from deploy.replay import newest_verified
 from deploy.run.directory import sole_owner
 from deploy.variance.command import choose, run_variance
@@ -138,3 +139,18 @@ def test_a_run_without_steps_is_refused(tmp_path, honest):
     (tmp_path / "journal").mkdir()
     with pytest.raises(UserError, match=r"/journal has no batch; the account needs one"):
         choose(tmp_path, Journal(tmp_path / "journal"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("--variance", "runs/a", "--policy", "p"), "--variance reads the directory of a run"),
+        (("config.toml", "--variance", "runs/a"), "--variance reads the directory of a run"),
+        (("config.toml", "--steps", "1:2"), "--steps: only with --variance RUN"),
+    ],
+)
+def test_options_of_other_evaluations_are_refused(arguments, fault, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ratchet", "evaluate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, fault in capsys.readouterr().err) == (2, True)
