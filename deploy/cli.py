@@ -183,24 +183,16 @@ def sample_pairs(cfg: PairSamplingConfig, directory: Path, *, resume: bool, forc
     run_pair_sampling(cfg, directory, resume=resume, force=force)
 
 
-StartingModel = Annotated[
-    str | None, typer.Option("--model", help="The model that the run began with, if it is not at model.path any more.")
-]
-StartingCritic = Annotated[
-    str | None, typer.Option("--critic", help="Its trained critic, if it is not at learner.critic_path any more.")
-]
-
-
 @app.command(epilog=epilog("train"))
 def evaluate(
-    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run, such as RUN/config.toml.")] = "",
+    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run (RUN/config.toml).")] = "",
     settings: Settings = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="A policy to compare with model.path; may be given several times."),
+        typer.Option(metavar="[NAME=]PATH", help="A policy to compare; may be given several times."),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Answers of each policy to each prompt [default: 1].")
+        int | None, typer.Option(min=1, metavar="N", help="Answers to each prompt [default: 1].")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-evaluation].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the evaluation in this directory.")] = None,
@@ -210,16 +202,12 @@ def evaluate(
         Path | None,
         typer.Option(metavar="RUN", help="Instead: measure the noise of this run's gradients."),
     ] = None,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="For --variance: learned steps [default: the newest checkpoint's].")
-    ] = None,
-    steps: Annotated[
-        str | None, typer.Option(metavar="A:B", help="For --variance: batches A to B - 1 [default: the next one].")
-    ] = None,
-    model: StartingModel = None,
-    critic: StartingCritic = None,
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="With --variance: steps learned.")] = None,
+    steps: Annotated[str | None, typer.Option(metavar="A:B", help="With --variance: batches A to B - 1.")] = None,
+    model: Annotated[str | None, typer.Option(hidden=True)] = None,  # as for replay; docs/evaluation.md has them
+    critic: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Compare policies on the held-out prompts of a PPO config, or measure a run's gradients (--variance)."""
+    """Compare policies on held-out prompts, or measure the gradients of a run."""
     of_variance: dict[str, Any] = {"step": step, "steps": steps, "model": model, "critic": critic}
     if variance is not None:
         if policy or samples or run or resume or force or address or config.endswith(".toml"):
@@ -313,6 +301,12 @@ AuditedRun = Annotated[
 Layout = Annotated[
     list[str] | None,
     typer.Argument(help="Settings of the layout of devices, such as learner.gpus=0 or learner.ranks=2."),
+]
+StartingModel = Annotated[
+    str | None, typer.Option("--model", help="The model that the run began with, if it is not at model.path any more.")
+]
+StartingCritic = Annotated[
+    str | None, typer.Option("--critic", help="Its trained critic, if it is not at learner.critic_path any more.")
 ]
 
 
