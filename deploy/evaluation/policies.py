@@ -46,7 +46,8 @@ class Asked:
     @classmethod
     def read(cls, run: Path) -> Asked:
         """Those of an evaluation that continues. Raises UserError."""
-        if (command := read_record(run).get("command", "evaluate")) != "evaluate":
+        unrecorded = "evaluate" if (run / RECORD).exists() else "train"
+        if (command := read_record(run).get("command", unrecorded)) != "evaluate":
             raise UserError(f"{run} was made by ratchet {command}; continue it with that command")
         try:
             record = json.loads((run / RECORD).read_text(encoding="utf-8"))

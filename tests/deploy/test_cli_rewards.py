@@ -85,6 +85,11 @@ def test_wrong_input_of_the_other_commands_is_refused(refusal, configs, command,
     assert message in refusal(command, configs[command], *arguments, "--run", "new")
 
 
+def test_evaluate_continues_only_what_it_began(refusal, runs):
+    assert "was made by ratchet train; continue it with that command" in refusal("evaluate", "--resume", runs["train"])
+    assert "name the config file of a PPO run, such as RUN/config.toml, or an evaluation" in refusal("evaluate")
+
+
 def test_pairs_need_no_prompts_if_no_scale_is_measured(accepted, configs):
     settings = ["data.train=promptless.jsonl", "scale.responses=0"]
     accepted("train-reward", configs["train-reward"], *settings, "--run", "new")
