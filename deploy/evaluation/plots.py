@@ -35,7 +35,7 @@ def plot_pass_at_k(record: Mapping[str, Any], directory: Path) -> Path | None:
             low, high = (samples if k is None else k for k in found["interval"])
             height, k = values[0], found["value"]
             axes.hlines(height, 1, k, color=line.get_color(), linestyle="--", linewidth=1)
-            label = f"the base, asked {k} times, beats {name}, asked once"
+            label = f"k = {k}: the base, asked k times, beats {name}, asked once"
             axes.errorbar(
                 k, height, xerr=[[k - low], [high - k]], color=line.get_color(), marker="D", capsize=4, label=label
             )

@@ -123,6 +123,6 @@ def test_the_plot_has_every_curve_and_the_crossover(record, tmp_path, monkeypatc
     lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
     for name, figures in record["policies"].items():
         assert lines[name] == [figure["value"] for figure in figures["pass_at_k"]]
-    [crossing] = [box for box in axes.containers if "asked 3 times, beats mine" in box.get_label()]
+    [crossing] = [box for box in axes.containers if "k = 3: the base, asked k times, beats mine" in box.get_label()]
     assert (crossing[0].get_xdata().tolist(), crossing[0].get_ydata().tolist()) == ([3], [pytest.approx(1 / 3)])
     assert [path.name for path in tmp_path.iterdir()] == ["pass-at-k.png"]
