@@ -12,6 +12,7 @@ def number_text(figure: Figures | None, form: str) -> str:
     """Such as "0.50 (0.25, 0.75)"; "" if there is none."""
     if figure is None or figure["value"] is None:
         return ""
+    form = form.replace(".", "z.", 1)  # a value that rounds to 0 is not shown as -0
     if figure["interval"] is None:
         return f"{figure['value']:{form}}"
     low, high = figure["interval"]

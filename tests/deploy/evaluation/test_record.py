@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from common.types import SampleId, Score, Void
+from deploy.evaluation.figure_text import number_text
 from deploy.evaluation.plots import plot_pass_at_k
 from deploy.evaluation.policies import Asked
 from deploy.evaluation.record import evaluation_record
@@ -101,6 +102,11 @@ def test_the_rows_have_every_figure_with_its_interval(record):
     assert rows["tokens"] == ["2.0 (1.0, 3.0)"] * 2  # 1 of 27 resamples is the shortest prompt three times
     assert rows["without a score"] == ["", "1"]
     assert "cut off, %" in rows
+
+
+def test_a_figure_that_rounds_to_0_has_no_sign():
+    assert number_text({"value": -0.001, "interval": [-0.2, 0.001]}, ".2f") == "0.00 (-0.20, 0.00)"
+    assert number_text({"value": 0.25, "interval": None}, "+.3g") == "+0.25"
 
 
 def test_the_screen_says_where_the_base_overtakes(record):
