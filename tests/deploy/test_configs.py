@@ -55,8 +55,9 @@ def test_the_task_of_reasoning_gym_has_questions_enough():
     task, gym = parsed_name(cfg.prompts.heldout, "prompts.heldout"), cfg.prompts.reasoning_gym
     rule, *heldout = questions(task.name, dict(gym.parameters), gym.heldout_prompts, True, cfg.seed)
     _, *train = questions(task.name, dict(gym.parameters), gym.train_prompts, False, cfg.seed)
-    assert (rule, len(train)) == ({"runs_answers": False}, gym.train_prompts)
-    assert len(heldout) == gym.heldout_prompts == cfg.evaluation.prompts
+    assert rule == {"runs_answers": False}
+    assert len(heldout) > 128
+    assert len(train) > 8 * cfg.rollouts_per_step
 
 
 def test_the_stages_of_the_demo_fit_together():
