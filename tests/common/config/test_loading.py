@@ -245,7 +245,9 @@ def home(tmp_path, monkeypatch):
 
 def test_files_are_found_in_the_current_directory_then_next_to_the_config(home):
     def names():
-        cfg = load_config(home / "run.toml", ["prompts.heldout=data/*.parquet"], Config)
+        given = ["prompts.heldout=data/*.parquet", "evaluation.text=train.jsonl"]
+        cfg = load_config(home / "run.toml", given, Config)
+        assert cfg.evaluation.text == cfg.prompts.train
         return cfg.model.path, cfg.prompts.train, cfg.prompts.heldout
 
     there = tuple(str(home / name) for name in ("model", "train.jsonl", "data/*.parquet"))
