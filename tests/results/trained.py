@@ -47,7 +47,6 @@ LEARNED = Experiment(
         Column("pass@1 before, %", lambda run: percent(run.evaluations[0]["pass_at_1"]), "{:.1f}"),
         PASS_AT_END,
         Column("responses to 90 %", lambda run: run.responses_to(0.9), "{:.0f}", "never"),
-        Column("seconds, evaluations included", lambda run: run.summary["seconds"], "{:.0f}"),
         KL_AT_END,
     ),
 )
