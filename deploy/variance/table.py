@@ -17,7 +17,7 @@ _LEGEND = (  # each at most 80 columns
     "    norm, with its interval; near 1 only noise is seen",
     "noise scale: responses for which the error equals the true gradient: interval",
     "/none: noise scale divided by that without a baseline; below 1 the estimator is",
-    "    better; cosine: between its true gradient and that of lam 1, which has no bias",
+    "    better; cosine: of its true gradient with that of lam 1, which has no bias",
     "*: the run's own estimator; -: the batch is too small to tell",
 )
 
@@ -33,7 +33,7 @@ def account_text(account: Mapping[str, Any]) -> Iterator[Table | str]:
     yield _estimators(account)
     yield "\n".join(_LEGEND)
     for name, reason in account["left_out"].items():
-        yield escape(f"without {name}: {reason}")
+        yield escape(f"{name} is left out: {reason}")
     if account["explained_variance"]:
         yield _explained(account["explained_variance"])
     kept = gradients["kept"]

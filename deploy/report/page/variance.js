@@ -41,14 +41,14 @@ function showVariance() {
 }
 
 const VARIANCE_COLUMNS = [
-  ["mean advantage", ({ mean }) => number(mean)],
-  ["variance", ({ variance }) => shownFigure(variance)],
-  ["of the returns'", ({ of_returns: share }) => shownFigure(share)],
+  ["variance, of the returns'", ({ of_returns: share }) => shownFigure(share)],
   ["relative standard error", ({ error }) => shownFigure(error)],
-  ["unwhitened", ({ unwhitened_error: error }) => shownFigure(error)],
-  ["noise scale, responses", ({ noise_scale: scale }) => shownFigure(scale)],
+  ["noise scale", ({ noise_scale: scale }) => shownFigure(scale)],
   ["against none", ({ against_none: ratio }) => shownFigure(ratio)],
   ["cosine", ({ direction }) => shownFigure(direction)],
+  ["error unwhitened", ({ unwhitened_error: error }) => shownFigure(error)],
+  ["variance", ({ variance }) => (variance === null ? "-" : rounded(variance[0], 3))],
+  ["mean", ({ mean }) => rounded(mean, 3)],
 ];
 
 function estimatorTable(estimators) {
@@ -66,10 +66,13 @@ function estimatorTable(estimators) {
 // A figure [value, low, high] with its interval. Without a closed interval the value alone would look exact.
 function shownFigure(figure) {
   if (figure === null || figure[0] === null) return "-";
-  const [value, low, high] = figure.map((x) => (x === null ? null : number(Number(x.toPrecision(3)))));
+  const [value, low, high] = figure;
   if (low === null) return "-";
-  return high === null ? `above ${low}` : `${value} (${low} to ${high})`;
+  const least = rounded(low, 2);
+  return high === null ? `above ${least}` : `${rounded(value, 2)} (${least} to ${rounded(high, 2)})`;
 }
+
+const rounded = (value, digits) => (value === null ? "-" : number(Number(value.toPrecision(digits))));
 
 // Points with their intervals, one below another; `line`: where a dashed line is drawn.
 function intervalBox(title, unit, names, figures, line) {

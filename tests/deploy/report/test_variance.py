@@ -40,7 +40,7 @@ ACCOUNT: dict[str, Any] = {
             "mean": 0.1,
             "variance": figure(0.5, 0.4, 0.6),
             "of_returns": figure(0.25, 0.2, 0.3),
-            "whitened": noise(figure(0.7, 0.6, 0.8), figure(61.5, 36, 114), None),
+            "whitened": noise(figure(0.7, 0.6, 0.8), figure(61.6, 36, 114), None),
             "unwhitened": noise(figure(0.9, 0.8, 1.1), None, None),
             "direction": figure(0.99, 0.9, 1.0),
         },
