@@ -18,7 +18,7 @@ def with_critic(lam: float | str) -> str:
     return "critic, lam by length" if lam == "length" else f"critic, lam {lam:g}"
 
 
-UNBIASED = with_critic(1.0)  # its expected gradient is the policy gradient, whatever the critic says
+UNBIASED = with_critic(1.0)  # without bias for every critic
 
 
 @dataclass(frozen=True)

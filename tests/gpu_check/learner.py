@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.weights import Bucket, IncomingWeights
 from learner.ppo.learner import Learner
+from learner.variance.account import account
 from tests.bench.batch import batch
 from tests.fakes import save_tiny_model
 from tests.gpu_check.models import learner_config, random_llama
@@ -47,6 +48,7 @@ def check(run: Run) -> None:
         for compiled in (False, True):
             name = f"learner, repeated, deterministic {deterministic}, compiled {compiled}"
             run.part(name, check_repeats, model, deterministic=deterministic, compiled=compiled)
+    run.part("learner, variance account", check_variance_account, case)
     run.part("learner, checkpoint", check_checkpoint, case)
     run.part("learner, publication", check_publication, case)
     for compiled in (False, True):
@@ -97,6 +99,19 @@ def check_variant(run: Run, case: Case, variant: dict[str, Any]) -> None:
     run.expect(off < 2e-3, f"learner: metrics in float32 with {variant} are the CPU's to {off:.1e}")
     stats = case.learner({**BF16, **variant}).update(case.table)
     run.expect(stats["ppo/grad_norm"] > 0, f"learner: an update in bf16 with {variant}")
+
+
+def check_variance_account(run: Run, case: Case) -> None:
+    mine, cpu = (account(case.learner(FP32, gpus=gpus), case.table)["estimators"] for gpus in (None, 0))
+    names = ("gradient_norm", "standard_error")
+    pairs = [
+        (found[which][name], cpu[estimator][which][name])
+        for estimator, found in mine.items()
+        for which in ("whitened", "unwhitened")
+        for name in names
+    ]
+    off = max(abs(a - b) / b for a, b in pairs)
+    run.expect(off < 2e-3, f"learner: noise of gradients in float32 is the CPU's to {off:.1e}")
 
 
 def check_compiled(run: Run, case: Case, variant: dict[str, Any]) -> None:
