@@ -1,0 +1,87 @@
+"""Which trials are compared at which step, and why the best one is the best."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deploy.tune.comparison import compared_at, unselected
+from deploy.tune.events import COMPLETE, FAILED, STOPPED_BY_ASHA, STOPPED_BY_HEALTH, RunState
+from deploy.tune.outcome import Finalist, Outcome
+from tests.deploy.tune.test_search import STEPS, plan
+
+
+def state(outcome, **results):
+    return RunState({int(step[1:]): value for step, value in results.items()}, outcome)
+
+
+TRIALS = {
+    1: state(COMPLETE, _2=0.4, _6=0.5, _9=0.6),
+    2: state(STOPPED_BY_ASHA, _2=0.1),
+    3: state(STOPPED_BY_HEALTH, _2=0.3),
+    4: state(FAILED, _1=0.9),
+    5: state(None, _2=0.2, _3=0.3),  # the time was up
+    6: state(STOPPED_BY_ASHA, _2=0.5, _6=0.2),
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "outcomes", "worst", "stopped"),
+    [
+        (2, {1: 0.4, 2: 0.1, 3: 0.3, 4: 0.1, 5: 0.2, 6: 0.5}, (4,), 0),
+        (6, {1: 0.5, 3: 0.2, 4: 0.2, 6: 0.2}, (3, 4), 1),
+        (9, {1: 0.6, 3: 0.6, 4: 0.6}, (3, 4), 2),
+    ],
+)
+def test_trials_are_compared_at_equal_steps_and_ruined_ones_are_the_worst(step, outcomes, worst, stopped):
+    found = compared_at(step, TRIALS)
+    assert dict(zip(found.numbers, found.outcomes)) == outcomes
+    assert (found.counted_as_worst, found.stopped_before) == (worst, stopped)
+
+
+def test_the_headline_is_the_last_step_before_asha_chose_among_the_trials():
+    found = [compared_at(step, TRIALS) for step in (2, 6, 9)]
+    assert unselected(found).step == 2
+    free = {number: replace(one, outcome=COMPLETE) for number, one in TRIALS.items() if number in (1, 6)}
+    assert unselected([compared_at(step, free) for step in (2, 6, 9)]).step == 9
+    assert unselected([compared_at(step, {}) for step in (2, 6)]).step == 2
+
+
+def outcome(*finalists):
+    made, _ = plan("kl.coef=0.1,0.2")
+    return Outcome(made, {}, finalists, (), 0)
+
+
+def test_the_seeds_of_all_finalists_say_how_large_chance_is():
+    # Squares around the means 0.5 and 0.3: 0.02 and 0.02, with 1 + 2 degrees of freedom.
+    found = outcome(Finalist(1, (0.4, 0.6), STEPS), Finalist(2, (0.2, 0.3, 0.4), STEPS))
+    assert found.seed_deviation == pytest.approx((0.04 / 3) ** 0.5)
+    # Standard error of the difference: 0.115 x sqrt(1 / 2 + 1 / 3) = 0.105; the difference is 0.2.
+    assert found.reason == (
+        "trial 1 has score 0.5 at the last step, the mean of 2 seeds; 0.2 above trial 2 with a standard error of 0.11, "
+        "so the two are not clearly different"
+    )
+    clear = outcome(Finalist(1, (0.5, 0.6), STEPS), Finalist(2, (0.2, 0.3), STEPS))
+    assert clear.reason.endswith("0.3 above trial 2 with a standard error of 0.071, so it is better")
+
+
+@pytest.mark.parametrize(
+    ("finalists", "reason"),
+    [
+        ([], "no trial has an evaluation after its first step"),
+        ([Finalist(3, (0.5,), 6)], "trial 3 had come farthest when the time was up: score 0.5 at step 6"),
+        ([Finalist(3, (0.5,), STEPS)], "trial 3 has score 0.5 at the last step, with one seed"),
+        (
+            [Finalist(3, (0.5,), STEPS), Finalist(1, (0.4,), STEPS)],
+            "trial 3 has score 0.5 at the last step, with one seed; 0.1 above trial 1, and nobody knows how much of "
+            "that is chance: no trial has several seeds",
+        ),
+        (
+            [Finalist(3, (0.5,), STEPS), Finalist(1, (0.6,), 6)],
+            "trial 3 has score 0.5 at the last step, with one seed; trial 1 is the next one, and is not complete",
+        ),
+    ],
+)
+def test_the_reason_says_what_is_known(finalists, reason):
+    assert outcome(*finalists).reason == reason
