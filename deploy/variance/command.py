@@ -16,13 +16,14 @@ from typing import Any
 from common.errors import UserError
 from common.files import write_json
 from deploy.journal_parts import chosen_steps
-from deploy.replay import config_for_replay, newest_verified, refuse_other_directories, refuse_unlearned
+from deploy.replay import config_for_replay, newest_verified, refuse_other_directories
 from deploy.screen.console import Output
 from deploy.screen.rank_bars import bars_of
 from deploy.variance.plot import plot_account
 from deploy.variance.table import account_text
 from learner.loop.checkpoints import Checkpoints
 from learner.loop.journal import Journal
+from learner.loop.notes import learns
 from learner.proof.ranks import in_ranks
 from learner.variance.account import VarianceAccount
 
@@ -45,7 +46,11 @@ def run_variance(
     """
     refuse_other_directories(run)
     journal = Journal(run / "journal")
-    refuse_unlearned(journal)
+    if not learns(journal.notes):
+        raise UserError(
+            f"{run} has only responses of the starting policy (ratchet train-critic --sample); start a run from its "
+            "critic (learner.critic_path), and measure that run with --step 0"
+        )
     step, batches = choose(run, journal, step, steps)
     cfg = config_for_replay(run, journal, model, critic, settings)
     # A compiled layer keeps its graph for one backward pass only.

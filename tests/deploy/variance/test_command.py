@@ -154,3 +154,11 @@ def test_options_of_other_evaluations_are_refused(arguments, fault, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         main()
     assert (ended.value.code, fault in capsys.readouterr().err) == (2, True)
+
+
+def test_a_directory_of_sampled_responses_is_refused(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "journal").mkdir()
+    Journal(tmp_path / "journal").note("begin", identity={}, config={}, versions={}, num_prompts=1, learns=False)
+    with pytest.raises(UserError, match=r"only responses of the starting policy .* with --step 0$"):
+        run_variance(tmp_path)
