@@ -86,7 +86,8 @@ def gradient_products(
     sketches = GradientSketches(policy, len(weighted) * len(parts), seed=learner.cfg.seed, room=room)
     for number, rows in enumerate(parts):
         for chosen in learner.share_of(batch.sequences, rows):
-            _add_gradients(learner, batch, fixed, weighted, chosen, sketches, [number, len(parts)])
+            numbers = [number + len(parts) * estimator for estimator in range(len(weighted))]
+            _add_gradients(learner, batch, fixed, weighted, chosen, sketches, numbers)
         done(number + 1)
     ranks = learner.ranks
     sizes = ranks.sum(torch.tensor([sketches.weights, sketches.width]))
@@ -108,13 +109,13 @@ def _add_gradients(
     weighted: Sequence[Tensor],
     chosen: Tensor,
     sketches: GradientSketches,
-    place: Sequence[int],
+    numbers: Sequence[int],
 ) -> None:
-    """Adds the gradients of one micro-batch to the sketches of its part, which is number `place[0]` of `place[1]`. One
+    """Adds the gradients of one micro-batch to the sketches of its part; `numbers`: that of each estimator's. One
     forward pass serves all estimators, and each has a backward pass of its own."""
     ppo, num_tokens = learner.cfg.ppo, max(1, int(batch.mask.sum()))
     logprobs, _, _ = learner.outputs(batch.sequences, chosen)
-    for number, values in enumerate(weighted):
+    for number, values in zip(numbers, weighted, strict=True):
         part = replace(fixed, advantages=values).rows(chosen, logprobs.shape[1], learner.device)
         loss, _ = policy_loss(
             logprobs,
@@ -126,6 +127,6 @@ def _add_gradients(
             num_tokens=num_tokens,
             weights=part.importance,
         )
-        learner.backward(loss, again=number + 1 < len(weighted))
-        sketches.add(number * place[1] + place[0])
+        learner.backward(loss, again=number != numbers[-1])
+        sketches.add(number)
         learner.optimizer.zero_grad(set_to_none=True)
