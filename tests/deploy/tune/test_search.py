@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,10 +227,30 @@ def test_a_first_trial_that_cannot_start_ends_the_tuning_with_its_message(tmp_pa
     assert len(list((tmp_path / "no/trials").glob("*.log"))) == 1
 
 
-def test_when_the_time_is_up_the_best_so_far_is_kept_and_the_rest_can_follow(tmp_path, capsys):
+def test_when_the_time_is_up_the_best_so_far_is_kept_and_the_rest_can_follow(tmp_path, capsys, monkeypatch):
     directory, hold = tmp_path / "short", tmp_path / "hold"
     hold.write_text("002 4")
-    outcome = tune(directory, plan("ppo.clip_eps=0.3,0.1,0.2", trials=3, keep_all=True), hours=4 / 3600)
+    timeout = asyncio.timeout
+
+    @asynccontextmanager
+    async def until_held(seconds):
+        """The hour is over when trial 2 waits after its step 4."""
+        async with timeout(seconds) as limit:
+
+            async def watch():
+                while not list(directory.glob("trials/002-*/held")):
+                    await asyncio.sleep(0.01)
+                limit.reschedule(asyncio.get_running_loop().time())
+
+            watching = asyncio.create_task(watch())
+            try:
+                yield
+            finally:
+                watching.cancel()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "timeout", until_held)
+        outcome = tune(directory, plan("ppo.clip_eps=0.3,0.1,0.2", trials=3, keep_all=True))
     assert (outcome.missing, len(outcome.finalists)) == (3, 1)  # trials 2 and 3, and a further seed of the first one
     assert "--hours 2" in capsys.readouterr().err
     assert (directory / "best.toml").exists()
