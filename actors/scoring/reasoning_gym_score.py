@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import reasoning_gym
 
+from common.reasoning_gym_rule import refusal, runs_answers
+
 if TYPE_CHECKING:  # a worker process has its own RewardInput
     from common.reward_input import RewardInput
 
 
 def score(answer: RewardInput) -> float:
-    """The task's own score, usually from 0 to 1."""
+    """The task's own score, usually from 0 to 1. Raises PermissionError if the rule would run the answer as Python code
+    without permission."""
     fields = answer.fields
-    data_set = _data_set(fields["task"], json.dumps(fields["parameters"]))
+    data_set, runs = _data_set(fields["task"], json.dumps(fields["parameters"]))
+    if runs and not fields["run_answers"]:
+        raise PermissionError(refusal(fields["task"]))
     return float(data_set.score_answer(extracted(answer.response, fields["pattern"]), fields["entry"]))
 
 
@@ -34,6 +39,7 @@ def extracted(response: str, pattern: str | None) -> str | None:
 
 
 @lru_cache(maxsize=16)
-def _data_set(task: str, parameters: str) -> Any:
-    """A data set of the task, for its rule only."""
-    return reasoning_gym.create_dataset(task, seed=0, size=1, **json.loads(parameters))
+def _data_set(task: str, parameters: str) -> tuple[Any, bool]:
+    """A data set of the task, for its rule only, and whether the rule runs answers as Python code."""
+    data_set = reasoning_gym.create_dataset(task, seed=0, size=1, **json.loads(parameters))
+    return data_set, runs_answers(data_set)

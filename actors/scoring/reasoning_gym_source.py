@@ -3,7 +3,8 @@ before a run.
 
 The prompt's record says which task it is from: its field `reasoning_gym` has the task, its parameters, and whether its
 rule runs answers as Python code. The fields `question`, `answer` and `metadata` are the entry.
-common/data/reasoning_gym_prompts.py writes these fields.
+common/data/reasoning_gym_prompts.py writes these fields. Some rules run parts of their entry as Python code, so the
+config must not name another source of prompts (broken_reasoning_gym_rules in common/config/sources.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
 
 from actors.scoring.function_check import try_function
 from actors.scoring.function_source import FunctionSource
@@ -19,12 +19,12 @@ from common.config.actors import SourcesConfig
 from common.config.sources import FunctionSourceConfig, ReasoningGymSourceConfig
 from common.errors import UserError
 from common.optional_packages import require
+from common.reasoning_gym_rule import refusal
 from common.reward_input import RewardInput
 from common.types import RawScore
 from common.user_code.errors import UserCodeError
 
 _ENTRY = ("question", "answer", "metadata")
-_RULE = ("task", "parameters", "runs_answers")
 
 
 class ReasoningGymSource:
@@ -38,7 +38,7 @@ class ReasoningGymSource:
 
     async def __call__(self, answer: RewardInput) -> RawScore:
         """The task's score. Raises UserCodeError."""
-        if (fault := _fault(self._cfg, answer)) is not None:
+        if (fault := _fault(answer)) is not None:
             raise UserCodeError(fault)
         scored = await self._function(_input(self._cfg, answer))
         task = answer.fields["reasoning_gym"]["task"]
@@ -53,18 +53,12 @@ def _function(cfg: ReasoningGymSourceConfig) -> FunctionSourceConfig:
     return FunctionSourceConfig(name=cfg.name, function="actors.scoring.reasoning_gym_score:score")
 
 
-def _fault(cfg: ReasoningGymSourceConfig, answer: RewardInput) -> str | None:
+def _fault(answer: RewardInput) -> str | None:
     """Why this source cannot score any response to the prompt; None if it can."""
-    rule: Any = answer.fields.get("reasoning_gym")
-    if not isinstance(rule, dict) or not (rule.keys() >= {*_RULE} and answer.fields.keys() >= {*_ENTRY}):
+    if lacking := [key for key in ("reasoning_gym", *_ENTRY) if key not in answer.fields]:
         return (
-            "scores prompts of reasoning-gym only, but the prompt's record has not their fields (reasoning_gym, "
-            'question, answer, metadata); set prompts.train = "reasoning-gym:TASK"'
-        )
-    if rule["runs_answers"] and not cfg.run_answers:
-        return (
-            f"would run responses as Python code, because the rule of the task {rule['task']} does; allow it with "
-            "run_answers = true, or choose another task"
+            f"needs all fields of a reasoning-gym prompt, but the record lacks {', '.join(lacking)}; leave out "
+            "prompts.columns.prompt"
         )
     return None
 
@@ -76,6 +70,7 @@ def _input(cfg: ReasoningGymSourceConfig, answer: RewardInput) -> RewardInput:
         "task": rule["task"],
         "parameters": rule["parameters"],
         "pattern": cfg.answer_pattern,
+        "run_answers": cfg.run_answers,
         "entry": {key: answer.fields[key] for key in _ENTRY},
     }
     return replace(answer, fields=fields)
@@ -90,15 +85,13 @@ def check_package(cfg: ReasoningGymSourceConfig, chat: bool) -> None:
 
 
 def try_rule(cfg: ReasoningGymSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:
-    """Raises UserError if the first prompt is not of reasoning-gym, or if its task would run responses as code without
-    permission. Returns a warning if the rule fails on the made-up response, else ""."""
-    if (fault := _fault(cfg, answer)) is not None:
+    """Raises UserError if the first prompt lacks fields, or if its task would run responses as code without permission.
+    Returns a warning if the rule fails on the made-up response, else ""."""
+    fault = _fault(answer)
+    if fault is None and answer.fields["reasoning_gym"]["runs_answers"] and not cfg.run_answers:
+        fault = refusal(answer.fields["reasoning_gym"]["task"])
+    if fault is not None:
         raise UserError(f"reward source {cfg.name} {fault}")
-    if answer.fields["reasoning_gym"]["runs_answers"] and service.isolation == "thread":
-        raise UserError(
-            f"reward source {cfg.name} runs responses as Python code (run_answers), so that a single one can stop the "
-            'reward process; set reward.isolation = "process" (labeller.isolation for a labeller)'
-        )
     return try_function(_function(cfg), service, _input(cfg, answer))
 
 

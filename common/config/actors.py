@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -51,13 +52,21 @@ class ReasoningGymConfig(Section):
 
     @model_validator(mode="after")
     def check_prompts(self) -> ReasoningGymConfig:
-        """The question must be in the prompt, and Ratchet sets two parameters itself."""
+        """The question must be in the prompt, Ratchet sets two parameters itself, and they travel as JSON."""
         if "{question}" not in self.template:
             raise ValueError(f"template ({self.template!r}) must have {{question}} in it; add it")
         deciders = {"size": "train_prompts and heldout_prompts decide", "seed": "the seed of the run decides"}
         for name, decider in deciders.items():
             if name in self.parameters:
                 raise ValueError(f"parameters must not have {name}; {decider} it: remove it")
+        for name, value in self.parameters.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"parameters.{name} must be a value of JSON, with numbers that are finite, not {value!r}; write a "
+                    "date as text"
+                ) from None
         return self
 
 

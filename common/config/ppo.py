@@ -199,7 +199,7 @@ class EvaluationConfig(Section):
     """See pass_source."""
     text: str | None = None
     """Text whose perplexity ratchet evaluate measures in addition to the shipped text: a .txt file, a pattern such as
-    "texts/*.txt", or records as in prompts.train. Left out: the shipped text alone."""
+    "texts/*.txt", or records as in prompts.heldout. Left out: the shipped text alone."""
     text_column: str = "text"
     """Column of the records with the text."""
     text_tokens: NonNegative = 16_384

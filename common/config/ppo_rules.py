@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from common.config.actors import broken_sampling_rules
-from common.config.sources import broken_source_rules
+from common.config.sources import broken_reasoning_gym_rules, broken_source_rules
 from common.config.training import broken_trainer_rules
 
 if TYPE_CHECKING:  # that file imports this one
@@ -29,6 +29,12 @@ def broken_rules(cfg: Config) -> Iterator[str]:
     rows = cfg.rollouts_per_step // cfg.ppo.minibatches
     yield from broken_trainer_rules(cfg.learner, rows, "rollouts_per_step / ppo.minibatches")
     yield from broken_source_rules("reward.sources", cfg.reward.sources, others=cfg.evaluation.judges)
+    yield from broken_reasoning_gym_rules(
+        [*cfg.reward.sources, *cfg.evaluation.judges],
+        {"prompts.train": cfg.prompts.train, "prompts.heldout": cfg.prompts.heldout},
+        key="reward.isolation",
+        isolation=cfg.reward.isolation,
+    )
     yield from _broken_evaluation_rules(cfg)
 
 

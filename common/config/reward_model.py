@@ -26,7 +26,7 @@ from common.config.base import (
     Root,
     Section,
 )
-from common.config.sources import broken_source_rules
+from common.config.sources import broken_reasoning_gym_rules, broken_source_rules
 from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig, broken_trainer_rules
 
 
@@ -67,6 +67,12 @@ class PairSamplingConfig(Root):
     def _broken_rules(self) -> Iterator[str]:
         yield from broken_sampling_rules(self.sampling)
         yield from broken_source_rules("labeller.sources", self.labeller.sources)
+        yield from broken_reasoning_gym_rules(
+            self.labeller.sources,
+            {"prompts.source": self.prompts.source},
+            key="labeller.isolation",
+            isolation=self.labeller.isolation,
+        )
 
 
 class PairColumns(Section):

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import Discriminator, Field, Tag
 
 from common.config.base import NonNegative, Positive, Seconds, Section
+from common.data.source_names import is_reasoning_gym
 
 _HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
 VARIABLE = re.compile(r"(?:(?P<scheme>[A-Za-z]+) )?env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)")  # the value of a header
@@ -226,6 +227,28 @@ def broken_source_rules(
         yield f"{key} must have different names, not {names}; rename one"
     for source in (*sources, *others):
         yield from (f"reward source {source.name}: {fault}" for fault in source.broken_rules())
+
+
+def broken_reasoning_gym_rules(
+    sources: Sequence[RewardSource], prompts: Mapping[str, str | None], *, key: str, isolation: str
+) -> Iterator[str]:
+    """One message for each broken rule of sources with `reasoning_gym`. prompts: the sources of prompts, by setting.
+    isolation: the value of the setting `key`."""
+    for source in sources:
+        if not isinstance(source, ReasoningGymSourceConfig):
+            continue
+        for setting, named in prompts.items():
+            # Some rules call eval on fields of the record. A data set from elsewhere could run any code.
+            if named is not None and not is_reasoning_gym(named):
+                yield (
+                    f'reward source {source.name}: {setting} ({named}) must be "reasoning-gym:TASK", because rules of '
+                    "reasoning-gym may run a record's fields as Python code; name a task, or use another kind of source"
+                )
+        if source.run_answers and isolation != "process":
+            yield (
+                f'reward source {source.name}: run_answers (true) needs {key} = "process" (it is "{isolation}"), where '
+                "a response that ends its process costs one rollout; set it"
+            )
 
 
 def _broken_pattern_rules(key: str, pattern: str, what: str) -> Iterator[str]:

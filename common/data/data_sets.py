@@ -12,7 +12,7 @@ from typing import Any
 
 from common.data.file_formats import Located
 from common.data.json_values import cause, json_values
-from common.data.source_names import SourceName, is_heldout
+from common.data.source_names import ParsedSource, is_heldout
 from common.errors import UserError
 from common.optional_packages import require
 from common.plain_text import one_line
@@ -20,7 +20,7 @@ from common.plain_text import one_line
 _EXAMPLE = "as in ?config=main&split=train"
 
 
-def data_set_rows(named: SourceName, source: str, setting: str) -> Iterator[Located]:
+def data_set_rows(named: ParsedSource, source: str, setting: str) -> Iterator[Located]:
     """Every row of one split, in order. Without the option `split` it is `test` for held-out records, else `train`."""
     require("datasets", "datasets", f"{setting} ({source})")
     split = named.options.get("split") or ("test" if is_heldout(setting) else "train")
@@ -44,12 +44,14 @@ def data_set_rows(named: SourceName, source: str, setting: str) -> Iterator[Loca
         raise UserError(f"{setting} ({source}), split {split}, cannot be read{after} ({reason}); {remedy}") from error
 
 
-def _rows(named: SourceName, split: str) -> Iterable[dict[str, Any]]:
+def _rows(named: ParsedSource, split: str) -> Iterable[dict[str, Any]]:
     import datasets
 
     if named.kind == "hub":
         options = named.options
-        return datasets.load_dataset(named.name, options.get("config"), split=split, revision=options.get("revision"))
+        # Without the prefix a directory of this name would be read instead.
+        path, config = f"hf://datasets/{named.name}", options.get("config")
+        return datasets.load_dataset(path, config, split=split, revision=options.get("revision"))
     with _no_progress_bars():
         if not any(os.path.isfile(os.path.join(named.name, file)) for file in ("dataset_dict.json", "state.json")):
             return datasets.load_dataset(os.path.abspath(named.name), named.options.get("config"), split=split)

@@ -7,10 +7,8 @@ with its answer and metadata. A line with `error` says why the task cannot be us
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import random
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,13 +18,12 @@ from typing import Any
 
 from common.data.json_values import json_values
 from common.errors import UserError
+from common.reasoning_gym_rule import runs_answers
 
 ITEMS = 500  # of one data set of the package; the next one has another seed
 HELD_OUT = 5  # one question in this many
 CHECKED = 3  # questions whose scores must survive the way through JSON
 LIMIT_S = 60  # longest time for one question, or for the data set before its first one
-# A task that runs a response as Python code; code of its own entries does not count.
-_RUNS_ANSWERS = re.compile(r"\b(eval|exec|parse_expr|sympify)\s*\((?!entry\b)")
 _OWN = ("seed", "size")  # parameters of every task that Ratchet sets
 
 
@@ -54,7 +51,7 @@ def questions(task: str, parameters: dict[str, Any], count: int, heldout: bool, 
         first = random.Random(f"{seed} {'heldout' if heldout else 'train'} {chunk}").getrandbits(31)
         data_set = make(task, seed=first, size=ITEMS, **parameters)
         if not chunk:
-            yield {"runs_answers": bool(_RUNS_ANSWERS.search(inspect.getsource(type(data_set).score_answer)))}
+            yield {"runs_answers": runs_answers(data_set)}
         for index in range(ITEMS):
             entry = _within_limit(data_set.__getitem__, index)
             question = entry["question"]

@@ -13,7 +13,7 @@ from common.data.data_sets import data_set_rows
 from common.data.file_formats import Located, csv_rows, json_lines, json_records, parquet_rows
 from common.data.json_values import cause, json_values
 from common.data.reasoning_gym_prompts import task_prompts
-from common.data.source_names import FILE, FORMATS, matching_files, parsed_name
+from common.data.source_names import FILE, FORMATS, matching_files, parsed_source
 from common.errors import UserError
 from common.user_code.functions import load_function
 
@@ -32,13 +32,13 @@ def read_source(
 
     seed: for functions and reasoning-gym. reasoning_gym: its settings; None if the records are no prompts.
     """
-    named = parsed_name(source, setting)
+    named = parsed_source(source, setting)
     match named.kind:
         case "files":
             yield from _file_records(source, setting)
         case "function":
             yield from _function_records(source, setting, seed)
-        case "task":
+        case "reasoning_gym":
             if reasoning_gym is None:
                 raise UserError(f"{setting} ({source}): reasoning-gym has prompts only; name another source")
             yield from task_prompts(named.name, setting, reasoning_gym, seed=seed)

@@ -13,45 +13,47 @@ from common.errors import UserError
 
 FORMATS = "JSON lines (.jsonl), JSON (.json), CSV (.csv), each also compressed (.gz), and Parquet (.parquet)"
 FILE = re.compile(r"\.(jsonl|json|csv)(\.gz)?$|\.(parquet)$", re.IGNORECASE)
-_HUB, _TASK = "hf:", "reasoning-gym:"
+_HUB, _REASONING_GYM = "hf:", "reasoning-gym:"
 _WITH_OPTIONS = re.compile(r"([^?]+)\?(\w+=.*)", re.DOTALL)
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Without an owner, `datasets` would take a name such as json for one of its own readers, of the current directory.
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DIRECTORY_OPTIONS = ("split", "config")
 _HUB_OPTIONS = (*_DIRECTORY_OPTIONS, "revision")
+_HELDOUT = ("prompts.heldout", "data.heldout", "evaluation.text")
 _LONGEST_NAME = 4096  # Linux's own limit; matching a longer pattern can take minutes
 
 
 @dataclass(frozen=True)
-class SourceName:
+class ParsedSource:
     """The meaning of a source's name. `name` has neither prefix nor options."""
 
-    kind: Literal["files", "directory", "function", "hub", "task"]
+    kind: Literal["files", "directory", "function", "hub", "reasoning_gym"]
     name: str
     options: Mapping[str, str] = field(default_factory=dict)  # split, config and revision of a data set
 
 
-def parsed_name(source: str, setting: str) -> SourceName:
+def parsed_source(source: str, setting: str) -> ParsedSource:
     """The meaning of a source's name. Raises UserError if it has none. Files need not exist."""
     if source.startswith(_HUB):
         name, options = _with_options(source.removeprefix(_HUB), source, setting, _HUB_OPTIONS)
         if not _HUB_NAME.fullmatch(name):
             raise UserError(f"{setting} ({source}): a data set of the hub is named as in hf:OWNER/NAME?split=train")
-        return SourceName("hub", name, options)
-    if source.startswith(_TASK):
-        return SourceName("task", source.removeprefix(_TASK))
+        return ParsedSource("hub", name, options)
+    if is_reasoning_gym(source):
+        return ParsedSource("reasoning_gym", source.removeprefix(_REASONING_GYM))
     name = os.path.expanduser(source)
     if os.path.isdir(name):
-        return SourceName("directory", name)
+        return ParsedSource("directory", name)
     if os.path.isfile(name) or FILE.search(name):
-        return SourceName("files", name)
+        return ParsedSource("files", name)
     directory, options_text = split_options(name)
     if options_text and os.path.isdir(directory):
-        return SourceName("directory", *_with_options(name, source, setting, _DIRECTORY_OPTIONS))
+        return ParsedSource("directory", *_with_options(name, source, setting, _DIRECTORY_OPTIONS))
     if glob.has_magic(name):
-        return SourceName("files", name)
+        return ParsedSource("files", name)
     module, _, function = source.partition(":")
     if function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
-        return SourceName("function", source)
+        return ParsedSource("function", source)
     raise UserError(
         f"{setting} ({source}) is neither a file, a directory nor a function; give a file, a pattern such as "
         f"data/*.parquet, the directory of a data set, module:function, hf:OWNER/NAME or reasoning-gym:TASK. Formats: "
@@ -78,9 +80,14 @@ def matching_files(source: str) -> list[str]:
         return []
 
 
+def is_reasoning_gym(source: str) -> bool:
+    """True if the name is that of a task of reasoning-gym."""
+    return source.startswith(_REASONING_GYM)
+
+
 def is_heldout(setting: str) -> bool:
-    """True for the settings of held-out records: prompts.heldout, data.heldout."""
-    return setting.rpartition(".")[2] == "heldout"
+    """True for the settings whose records no policy learns from."""
+    return setting in _HELDOUT
 
 
 def _with_options(text: str, source: str, setting: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.config.sources import FunctionSourceConfig
 from common.data.reasoning_gym_script import questions
-from common.data.source_names import parsed_name
+from common.data.source_names import parsed_source
 from common.user_code.functions import load_function
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
@@ -52,7 +52,7 @@ def test_the_task_of_reasoning_gym_has_questions_enough():
     pytest.importorskip("reasoning_gym")
     cfg = load(REASONING_GYM)
     assert cfg.prompts.train == cfg.prompts.heldout
-    task, gym = parsed_name(cfg.prompts.heldout, "prompts.heldout"), cfg.prompts.reasoning_gym
+    task, gym = parsed_source(cfg.prompts.heldout, "prompts.heldout"), cfg.prompts.reasoning_gym
     rule, *heldout = questions(task.name, dict(gym.parameters), gym.heldout_prompts, True, cfg.seed)
     _, *train = questions(task.name, dict(gym.parameters), gym.train_prompts, False, cfg.seed)
     assert rule == {"runs_answers": False}

@@ -29,7 +29,12 @@ LOGIC = {
     "metadata": {"variables": ["P", "Q", "R"], "premises": ["P", "(P → Q)"]},
     "reasoning_gym": {"task": "propositional_logic", "parameters": {}, "runs_answers": False},
 }
-QUEENS = {**SUM, "reasoning_gym": {"task": "n_queens", "parameters": {}, "runs_answers": True}}
+QUEENS = {
+    **SUM,
+    "metadata": {"valid_answers": []},
+    "reasoning_gym": {"task": "n_queens", "parameters": {}, "runs_answers": True},
+}
+DENIED = "would run responses as Python code, because the rule of the task n_queens does; allow it with run_answers"
 
 
 def source(**settings):
@@ -44,19 +49,19 @@ def answer(response, fields=SUM):
     return RewardInput("3 + 4 =", response, 3, "stop", fields)
 
 
-def score(*responses, fields=SUM, **settings):
+def score(*responses, fields=SUM, isolation="thread", **settings):
     """(score, origin) of each response, or the reason why it has none."""
 
     async def ask(made):
-        found = await asyncio.gather(*(made(answer(text, fields)) for text in responses), return_exceptions=True)
+        try:
+            found = await asyncio.gather(*(made(answer(text, fields)) for text in responses), return_exceptions=True)
+        finally:
+            made.close()
         return [str(one) if isinstance(one, UserCodeError) else (one.score, one.origin) for one in found]
 
     cfg = source(**settings)
-    made = ReasoningGymSource(cfg, service(cfg))
-    try:
-        return asyncio.run(ask(made))
-    finally:
-        made.close()
+    made = ReasoningGymSource(cfg, service(cfg, isolation=isolation))
+    return asyncio.run(ask(made))
 
 
 def scores(*responses, **settings):
@@ -92,25 +97,33 @@ def test_the_digest_of_the_source_is_that_of_the_version(monkeypatch):
     assert source(answer_pattern="(a)").scoring == {"kind": "reasoning_gym", "answer_pattern": "(a)"}
 
 
-def test_a_prompt_from_elsewhere_has_no_score_and_stops_the_start():
-    [reason] = score("7", fields={"answer": "7"})
-    assert reason.startswith("scores prompts of reasoning-gym only, but the prompt's record has not their fields (")
-    with pytest.raises(UserError, match=r'source solved scores prompts of .* prompts\.train = "reasoning'):
-        try_rule(source(), service(source()), answer("7", {"answer": "7"}))
-    for rule in ({"task": "chain_sum", "parameters": {}}, {"parameters": {}, "runs_answers": False}):
-        [same] = score("7", fields={**SUM, "reasoning_gym": rule})
-        assert same == reason
+def test_a_prompt_without_all_fields_has_no_score_and_stops_the_start():
+    fields = {key: value for key, value in SUM.items() if key != "question"}
+    [reason] = score("7", fields=fields)
+    assert reason == (
+        "needs all fields of a reasoning-gym prompt, but the record lacks question; leave out prompts.columns.prompt"
+    )
+    with pytest.raises(UserError, match=r"^reward source solved needs all fields of a reasoning-gym prompt"):
+        try_rule(source(), service(source()), answer("7", fields))
 
 
-def test_running_answers_as_code_needs_permission_and_a_process():
-    [reason] = score("7", fields=QUEENS)
-    assert reason.startswith("would run responses as Python code, because the rule of the task n_queens does; allow it")
+def test_running_answers_as_code_needs_permission():
     asked = answer("__import__('os')", QUEENS)
-    with pytest.raises(UserError, match="reward source solved would run responses as Python code"):
+    with pytest.raises(UserError, match=f"^reward source solved {DENIED}"):
         try_rule(source(), service(source(), isolation="process"), asked)
-    allowed = source(run_answers=True)
-    with pytest.raises(UserError, match=r"runs responses as Python code .* set reward.isolation = \"process\""):
-        try_rule(allowed, service(allowed), asked)
+    assert try_rule(source(run_answers=True), service(source(), isolation="process"), asked) == ""
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_the_task_decides_whether_answers_run_whatever_the_record_says(tmp_path, isolation):
+    fields = {**QUEENS, "reasoning_gym": {**QUEENS["reasoning_gym"], "runs_answers": False}}
+    made = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    [reason] = score(made, fields=fields, isolation=isolation)
+    assert reason.startswith(f"raised PermissionError: {DENIED}")
+    assert not (tmp_path / "ran").exists()
+    if isolation == "process":  # the same prompt and answer, with permission
+        assert scores(made, fields=fields, isolation=isolation, run_answers=True) == [0]
+        assert (tmp_path / "ran").exists()
 
 
 def test_the_trial_calls_the_rule_in_another_process():

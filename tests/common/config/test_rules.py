@@ -1,5 +1,7 @@
 """The trees of settings: refused values and combinations, kinds of reward sources, properties, immutability."""
 
+from datetime import date
+
 import pytest
 from pydantic import ValidationError
 
@@ -380,10 +382,6 @@ def test_a_source_name_that_cannot_be_in_a_metric_key_is_refused(source, name):
             "reward source s: score_pattern is not a regular expression (unterminated character set at position 1)",
         ),
         (
-            {"name": "s", "reasoning_gym": True, "answer_pattern": "[0-9]+"},
-            "reward source s: answer_pattern must have a group, in parentheses, that matches the answer",
-        ),
-        (
             {**JUDGE, "request": {"stream": True}},
             "reward source s: request must not have stream, which Ratchet sets itself; remove it",
         ),
@@ -398,12 +396,58 @@ def test_the_rules_of_a_source_hold_in_every_list_of_sources(root, tree, source,
     [
         ({"template": "Solve it."}, "template ('Solve it.') must have {question} in it; add it"),
         ({"parameters": {"seed": 1}}, "parameters must not have seed; the seed of the run decides it: remove it"),
+        (
+            {"parameters": {"starting": date(2026, 11, 26)}},
+            "parameters.starting must be a value of JSON, with numbers that are finite, not datetime.date(",
+        ),
+        ({"parameters": {"bounds": [0, float("inf")]}}, "parameters.bounds must be a value of JSON, with numbers that"),
         ({"parameters": {"size": 1}}, "parameters must not have size; train_prompts and heldout_prompts decide it: "),
     ],
 )
 def test_settings_of_reasoning_gym_that_cannot_be_are_refused(settings, message):
     (fault,) = faults(Config, ppo(prompts={"train": "reasoning-gym:gcd", "reasoning_gym": settings}))
     assert message in fault["msg"]
+
+
+def gym(source, prompts, isolation="thread"):
+    """A tree for each place of a source: in reward.sources, in evaluation.judges and in labeller.sources."""
+    named = {"train": "reasoning-gym:gcd", "heldout": prompts}
+    yield Config, ppo(prompts=named, reward={"sources": [source], "isolation": isolation})
+    reward = {"sources": [FUNCTION], "isolation": isolation}
+    yield Config, ppo(prompts=named, reward=reward, evaluation={"judges": [source]})
+    labeller = {"sources": [source], "isolation": isolation}
+    yield PairSamplingConfig, pair_sampling(prompts={"source": prompts}, labeller=labeller)
+
+
+@pytest.mark.parametrize("prompts", ["p.jsonl", "hf:me/reasoning-gym", "tasks:prompts", "data/reasoning-gym:gcd"])
+def test_a_data_set_never_gives_the_entries_that_rules_run(prompts):
+    for root, tree in gym({"name": "s", "reasoning_gym": True}, prompts):
+        (message,) = broken_rules(root, tree)
+        setting = "prompts.heldout" if root is Config else "prompts.source"
+        assert message.startswith(f'reward source s: {setting} ({prompts}) must be "reasoning-gym:TASK", because rules')
+
+
+def test_other_sources_score_records_that_look_like_reasoning_gym():
+    for root, tree in gym(FUNCTION | {"name": "s"}, "p.jsonl"):
+        root.model_validate(tree)
+
+
+def test_answers_run_in_worker_processes_only():
+    source = {"name": "s", "reasoning_gym": True, "run_answers": True}
+    for root, tree in gym(source, "reasoning-gym:n_queens"):
+        (message,) = broken_rules(root, tree)
+        key = "reward.isolation" if root is Config else "labeller.isolation"
+        assert message.startswith(
+            f'reward source s: run_answers (true) needs {key} = "process" (it is "thread"), where'
+        )
+    for root, tree in gym(source, "reasoning-gym:n_queens", "process"):
+        root.model_validate(tree)
+
+
+def test_a_pattern_of_answers_has_a_group():
+    for root, tree in gym({"name": "s", "reasoning_gym": True, "answer_pattern": "[0-9]+"}, "reasoning-gym:gcd"):
+        (message,) = broken_rules(root, tree)
+        assert message == "reward source s: answer_pattern must have a group, in parentheses, that matches the answer"
 
 
 def test_a_service_without_an_address_is_refused():

@@ -20,7 +20,7 @@ SOURCES = [
 TREES = {
     "ppo": {
         "seed": 3,
-        "prompts": {"train": 'a "b" ü.jsonl', "heldout": "h.jsonl", "format": "chat"},
+        "prompts": {"train": 'reasoning-gym:a "b" ü', "heldout": "reasoning-gym:h", "format": "chat"},
         "reward": {"sources": SOURCES, "min": 2, "normalise": "none"},
         "evaluation": {"judges": [{**source, "name": f"judge_{i}"} for i, source in enumerate(SOURCES)]},
         "optimizer": {"eps": 1e-9, "betas": [0.5, 0.6]},
@@ -34,7 +34,7 @@ TREES = {
         "optimizer": {"head_learning_rate": 1e-2},
     },
     "pair sampling": {
-        "prompts": {"source": "tasks:prompts", "pairs": 7},
+        "prompts": {"source": "reasoning-gym:a", "pairs": 7},
         "labeller": {"sources": SOURCES, "min_gap": 0.25, "gpus": 0.5},
         "sampling": {"temperature": 0.7},
     },

@@ -103,7 +103,8 @@ def test_a_name_on_the_hub_is_loaded_with_config_split_and_revision(directories,
     load, asked = datasets.load_dataset, []
 
     def from_the_hub(path, name=None, *, split, revision):
-        asked.append((path, name, split, revision))
+        assert path.startswith("hf://datasets/")  # so that `datasets` looks at no directory of this name
+        asked.append((path.removeprefix("hf://datasets/"), name, split, revision))
         return load(str(directories / "configs"), name, split=split)
 
     monkeypatch.setattr(datasets, "load_dataset", from_the_hub)

@@ -345,6 +345,6 @@ def test_nan_in_a_field_is_no_value(tmp_path, tokenizer):
 
 def test_the_settings_named_in_the_data_page_exist():
     page = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
-    tree = tomllib.loads(page.split("```toml\n")[1].split("```")[0])
+    tree = tomllib.loads(page.partition("## Columns")[2].split("```toml\n")[1].split("```")[0])
     assert PromptsConfig(**tree["prompts"]).columns.prompt == "question"
     assert PreferencesConfig(**tree["data"]).columns.chosen == "better"

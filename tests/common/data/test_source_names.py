@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.data.source_names import SourceName, is_heldout, matching_files, parsed_name, split_options
+from common.data.source_names import ParsedSource, is_heldout, matching_files, parsed_source, split_options
 from common.errors import UserError
 
 
@@ -19,40 +19,44 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("p.parquet", SourceName("files", "p.parquet")),
-        ("a:b.jsonl", SourceName("files", "a:b.jsonl")),
-        ("data/[ab].*", SourceName("files", "data/[ab].*")),
-        ("x.csv.gz", SourceName("files", "x.csv.gz")),
-        ("odd:name", SourceName("files", "odd:name")),
-        ("x?y=1.jsonl", SourceName("files", "x?y=1.jsonl")),
-        ("missing?split=test", SourceName("files", "missing?split=test")),
-        ("my.tasks:train", SourceName("function", "my.tasks:train")),
-        ("gsm8k", SourceName("directory", "gsm8k")),
-        ("spark.parquet", SourceName("directory", "spark.parquet")),
-        ("gsm8k?split=train[:9%]", SourceName("directory", "gsm8k", {"split": "train[:9%]"})),
-        ("hf:gsm8k", SourceName("hub", "gsm8k")),
-        ("hf:openai/gsm8k?config=a&revision=e", SourceName("hub", "openai/gsm8k", {"config": "a", "revision": "e"})),
-        ("reasoning-gym:chain_sum", SourceName("task", "chain_sum")),
+        ("p.parquet", ParsedSource("files", "p.parquet")),
+        ("a:b.jsonl", ParsedSource("files", "a:b.jsonl")),
+        ("data/[ab].*", ParsedSource("files", "data/[ab].*")),
+        ("x.csv.gz", ParsedSource("files", "x.csv.gz")),
+        ("odd:name", ParsedSource("files", "odd:name")),
+        ("x?y=1.jsonl", ParsedSource("files", "x?y=1.jsonl")),
+        ("missing?split=test", ParsedSource("files", "missing?split=test")),
+        ("my.tasks:train", ParsedSource("function", "my.tasks:train")),
+        ("gsm8k", ParsedSource("directory", "gsm8k")),
+        ("spark.parquet", ParsedSource("directory", "spark.parquet")),
+        ("gsm8k?split=train[:9%]", ParsedSource("directory", "gsm8k", {"split": "train[:9%]"})),
+        ("hf:openai/gsm8k", ParsedSource("hub", "openai/gsm8k")),
+        ("hf:openai/gsm8k?config=a&revision=e", ParsedSource("hub", "openai/gsm8k", {"config": "a", "revision": "e"})),
+        ("reasoning-gym:chain_sum", ParsedSource("reasoning_gym", "chain_sum")),
     ],
 )  # fmt: skip
 def test_a_name_says_which_kind_of_source_it_is(place, source, expected):
-    assert parsed_name(source, "prompts.train") == expected
+    assert parsed_source(source, "prompts.train") == expected
 
 
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        ("hf:gsm8k?splits=x", "'splits=x' is no option of a data set; the options are split, config, revision, each"),
-        ("hf:gsm8k?split=", "'split=' is no option"),
-        ("hf:gsm8k?split=a&split=b", "'split=b' is no option"),
+        (
+            "hf:openai/gsm8k?splits=x",
+            "'splits=x' is no option of a data set; the options are split, config, revision,",
+        ),
+        ("hf:openai/gsm8k?split=", "'split=' is no option"),
+        ("hf:openai/gsm8k?split=a&split=b", "'split=b' is no option"),
         ("gsm8k?revision=x", "'revision=x' is no option of a data set; the options are split, config, each"),
         ("hf:a/b/c", "a data set of the hub is named as in hf:OWNER/NAME?split=train"),
+        ("hf:json", "a data set of the hub is named as in hf:OWNER/NAME?split=train"),
         ("hf:", "a data set of the hub is named as in hf:OWNER/NAME?split=train"),
     ],
 )
 def test_an_unknown_option_or_hub_name_is_refused(place, source, complaint):
     with pytest.raises(UserError) as caught:
-        parsed_name(source, "prompts.train")
+        parsed_source(source, "prompts.train")
     assert f"prompts.train ({source}): {complaint}" in str(caught.value)
 
 
@@ -66,5 +70,6 @@ def test_files_of_a_pattern_are_sorted_and_no_directories(place):
     assert matching_files("missing.csv") == []
 
 
-def test_settings_of_held_out_records_end_with_heldout():
-    assert [is_heldout(key) for key in ("prompts.heldout", "data.heldout", "prompts.train")] == [True, True, False]
+def test_the_text_of_an_evaluation_is_held_out_too():
+    assert all(map(is_heldout, ("prompts.heldout", "data.heldout", "evaluation.text")))
+    assert not any(map(is_heldout, ("prompts.train", "prompts.source", "data.train")))
