@@ -178,13 +178,13 @@ class ReasoningGymSourceConfig(RewardSource):
     decide = ("answer_pattern",)
     reasoning_gym: Literal[True]
     """Score with the task's own rule, whose result usually is from 0 to 1; many tasks give a part for a wrong answer.
-    docs/rewards.md explains it."""
+    All prompts must be of reasoning-gym:TASK. docs/rewards.md explains it."""
     answer_pattern: str | None = None
     """Regular expression whose first group is the answer in a response, such as (?s)<answer>(.*?)</answer>. The last
     match counts; without one there is no answer, which the task scores too. Left out: the whole response."""
     run_answers: bool = False
-    """Allow tasks whose rule runs responses as Python code, with your rights (n_queens, countdown and others). They
-    need isolation = "process"."""
+    """Allow tasks whose rule runs responses as Python code, with your rights (n_queens, countdown and others). This
+    needs isolation = "process"."""
 
     def broken_rules(self) -> Iterator[str]:
         if self.answer_pattern is not None:
