@@ -102,7 +102,8 @@ class SamplingConfig(Section):
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM allows no
-    value below 0.01. For evaluations only, top_k = 1 always takes the likeliest token."""
+    value below 0.01. For evaluations only, top_k = 1 always takes the likeliest token: all answers to a
+    prompt are then the same, and the KL is not that of the policy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Below 1 the learner's log-probabilities are not those of the distribution sampled from."""
     top_k: NonNegative = 0

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from common.data.questions import question
 from common.experience_table import Decode
 from common.files import read_record, sync_directory, write_durably
 from common.types import HELDOUT_EPOCH, Prompt, Rollout, SampleId, Score, Void
 from deploy.run.directory import make_private
-from deploy.screen.progress import question
 from learner.loop.answers import Answered
 
 DIRECTORY, PROMPTS = "answers", "prompts.jsonl"

@@ -59,11 +59,12 @@ def crossover_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def crossover_text(found: Mapping[str, Any]) -> str:
-    """Such as "from k = 5 on (95 % interval 4 to 7; in 100.0% of the resamples)", or "not up to k = 128 (in 3.0% of the
-    resamples)"."""
+    """Such as "from k = 5 on (95 % interval 4 to 7; in 100.0% of the resamples)", or "no crossover up to k = 128 (3.0%
+    of the resamples have one, from k = 60 on)"."""
     none = f"none up to {found['up_to']}"
-    share = f"in {found['share']:.1%} of the resamples"
+    share = f"{found['share']:.1%} of the resamples"
     if found["value"] is None:
-        return f"not up to k = {found['up_to']} ({share})"
+        earliest = "" if found["interval"][0] is None else f", from k = {found['interval'][0]} on"
+        return f"no crossover up to k = {found['up_to']} ({share} have one{earliest})"
     low, high = (none if k is None else str(k) for k in found["interval"])
-    return f"from k = {found['value']} on (95 % interval {low} to {high}; {share})"
+    return f"from k = {found['value']} on (95 % interval {low} to {high}; in {share})"

@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.pool.pool import Pool
 from common.config.ppo import Config
+from common.data.questions import question
 from common.health.health import Event
 from common.metrics.table import STEP
-from common.types import Experience, Prompt, Void
+from common.types import Experience, Void
 from deploy.run.log import RunLog
 from deploy.screen.console import printable
 from deploy.screen.screen import Column, Screen, columns_of
@@ -186,12 +187,6 @@ def token_place() -> str:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "the variable RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
-
-
-def question(prompt: Prompt) -> str:
-    """The last message of the user, without the chat template."""
-    asked = [message["content"] for message in prompt.messages or () if message.get("role") == "user"]
-    return str(asked[-1]) if asked else prompt.text
 
 
 def one_line(asked: str, answer: str, score: str, width: int) -> str:

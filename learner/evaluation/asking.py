@@ -1,4 +1,4 @@
-"""Many questions to a policy at once, whose answers are kept batch by batch. Runs in the driver."""
+"""Asks a policy many questions at once, and saves its answers batch by batch. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import replace
 from common.types import Prompt, SampleId
 from learner.loop.answers import Answered
 
-BATCH = 64  # answers that are kept together
-EVERY_S = 5.0  # ... or those of this many seconds: a kill costs at most these
+BATCH = 64  # answers that are saved together
+EVERY_S = 5.0  # the first answer after this many seconds saves all so far
 
 
 def questions(prompts: Iterable[Prompt], samples: int, known: set[SampleId]) -> list[Prompt]:
     """Every prompt `samples` times, without the known answers: first all prompts once, then all of them again. The
-    sample id, and with it the seed of the answer, names prompt and sample."""
+    sample id has the prompt and the sample, and the seed of the answer follows from it."""
     asked = [
         replace(prompt, sample_id=prompt.sample_id._replace(replica=sample))
         for sample in range(samples)
@@ -33,23 +33,23 @@ async def ask_all(
     at_once: int,
     batch: int = BATCH,
 ) -> None:
-    """Asks all, `at_once` at the same time, and hands the answers to `keep` in batches. Waits for free places, then for
-    the last answers. `keep` also gets the answers that had come before an error or a cancellation."""
-    free, kept_at = asyncio.Semaphore(at_once), time.monotonic()
-    come: list[Answered] = []
+    """Asks all, `at_once` at the same time, and calls `keep` with the answers in batches. Waits for free places, then
+    for the last answers. After an error or a cancellation, `keep` still gets the answers so far."""
+    free, saved_at = asyncio.Semaphore(at_once), time.monotonic()
+    unsaved: list[Answered] = []
 
-    def keep_all() -> None:
-        nonlocal come, kept_at
-        answers, come, kept_at = come, [], time.monotonic()
+    def save() -> None:
+        nonlocal unsaved, saved_at
+        answers, unsaved, saved_at = unsaved, [], time.monotonic()
         if answers:
             keep(answers)
 
     async def one(prompt: Prompt) -> None:
         answer = await ask(prompt)
-        come.append(answer)  # into the list of now: an answer that was kept meanwhile began another one
+        unsaved.append(answer)  # only now: `save` may have replaced the list during the await
         free.release()
-        if len(come) >= batch or time.monotonic() - kept_at > EVERY_S:
-            keep_all()
+        if len(unsaved) >= batch or time.monotonic() - saved_at > EVERY_S:
+            save()
 
     try:
         async with asyncio.TaskGroup() as answering:
@@ -59,4 +59,4 @@ async def ask_all(
     except ExceptionGroup as group:  # many may fail for one reason; the first error says it
         raise group.exceptions[0] from None
     finally:
-        keep_all()
+        save()

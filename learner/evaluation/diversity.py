@@ -8,6 +8,7 @@ import numpy as np
 
 from learner.evaluation.bootstrap import Bootstrap, Figure
 from learner.evaluation.figures import jackknife, mean
+from learner.evaluation.shares import share
 
 NGRAMS = (1, 2, 3)
 _BITS = 21  # of a token id in the code of an n-gram: three fit into 64 bits, for vocabularies of up to two million
@@ -36,17 +37,14 @@ def distinct(
     return jackknife(float(np.mean(shares)), np.mean(without, axis=0))
 
 
-def different_answers(prompts: np.ndarray, responses: Sequence[np.ndarray], bootstrap: Bootstrap) -> Figure | None:
+def different_answers(prompts: np.ndarray, responses: Sequence[np.ndarray]) -> Figure | None:
     """Different answers to a prompt (token ids), divided by all answers to it; the mean over prompts. Falls as the
     number of samples grows. None if no prompt has two answers."""
     answers: dict[int, list[bytes]] = {}
     for prompt, ids in zip(prompts.tolist(), responses, strict=True):
         answers.setdefault(prompt, []).append(ids.tobytes())
-    several = {prompt: found for prompt, found in answers.items() if len(found) > 1}
-    if not several:
-        return None
-    shares = np.array([len(set(found)) / len(found) for found in several.values()])
-    return mean(np.array(list(several)), shares, bootstrap)
+    shares = [len(set(found)) / len(found) for found in answers.values() if len(found) > 1]
+    return share(np.array(shares)) if shares else None
 
 
 def entropy(prompts: np.ndarray, logprobs: Sequence[np.ndarray], bootstrap: Bootstrap) -> Figure:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from learner.evaluation.bootstrap import Bootstrap, Figure, interval
+from learner.evaluation.shares import share
 
 
 def sums_by_prompt(prompts: np.ndarray, count: int, *columns: np.ndarray) -> np.ndarray:
@@ -21,21 +22,31 @@ def sums_by_prompt(prompts: np.ndarray, count: int, *columns: np.ndarray) -> np.
     return np.stack([np.bincount(prompts, np.asarray(c, np.float64), count) for c in columns], axis=1)
 
 
-def figures(sums: np.ndarray, bootstrap: Bootstrap, of: Callable[[np.ndarray], np.ndarray]) -> list[Figure]:
+def figures(
+    sums: np.ndarray, bootstrap: Bootstrap, of: Callable[[np.ndarray], np.ndarray], given: np.ndarray
+) -> list[Figure]:
     """Figures of prompts with sums [P, K]. `of` maps means of sums over prompts, [..., K], to figures, [..., M]. It
-    must not depend on their scale, and gives nan where there is no figure; such resamples do not count."""
+    must not depend on their scale, and gives nan where there is no figure; such resamples do not count. given [P, M]
+    or [P, 1]: above 0 for the prompts that a figure is computed from. With one such prompt there is no interval."""
     values = of(sums.mean(0))
-    if bootstrap.prompts < 2:  # all resamples are the same
-        return [_figure(float(value), values[:0]) for value in values]
-    drawn = of(bootstrap.means(sums))
-    return [_figure(float(value), column) for value, column in zip(values, drawn.T, strict=True)]
+    numbers = np.broadcast_to((given > 0).sum(0), values.shape).tolist()
+    drawn = of(bootstrap.means(sums)) if max(numbers) > 1 else np.zeros((0, len(values)))
+    return [_figure(float(value), *rest) for value, *rest in zip(values, drawn.T, numbers, strict=True)]
 
 
 def mean(prompts: np.ndarray, values: np.ndarray, bootstrap: Bootstrap, *, counts: np.ndarray | None = None) -> Figure:
     """The sum of the values divided by the sum of the counts (left out: 1 for each value)."""
     counts = np.ones(len(values)) if counts is None else counts
-    [figure] = figures(sums_by_prompt(prompts, bootstrap.prompts, values, counts), bootstrap, ratio)
+    sums = sums_by_prompt(prompts, bootstrap.prompts, values, counts)
+    [figure] = figures(sums, bootstrap, ratio, sums[:, 1:])
     return figure
+
+
+def mean_score(prompts: np.ndarray, scores: np.ndarray, bootstrap: Bootstrap) -> Figure:
+    """The mean over answers of scores, which are often 0 and 1, or between them."""
+    if ((scores >= 0) & (scores <= 1)).all():
+        return share(*sums_by_prompt(prompts, bootstrap.prompts, scores, np.ones(len(scores))).T)
+    return mean(prompts, scores, bootstrap)
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -47,11 +58,12 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 def jackknife(value: float, without: np.ndarray) -> Figure:
     """The interval from `without` [P], the figure computed without each prompt in turn: 1.96 standard errors to each
     side. For figures that a bootstrap distorts, such as numbers of different items: a prompt that is drawn twice adds
-    nothing new. The variance is on average too large rather than too small (Efron and Stein 1981)."""
+    nothing new. The variance is on average too large rather than too small (Efron and Stein 1981). The figure is a
+    share, so the interval ends at 0 and 1."""
     if len(without) < 2:
         return {"value": value, "interval": None}
     spread = 1.96 * math.sqrt((len(without) - 1) * without.var())
-    return {"value": value, "interval": [value - spread, value + spread]}
+    return {"value": value, "interval": [max(0.0, value - spread), min(1.0, value + spread)]}
 
 
 def rose(change: Figure) -> bool:
@@ -64,6 +76,10 @@ def fell(change: Figure) -> bool:
     return change["interval"] is not None and change["interval"][1] < 0
 
 
-def _figure(value: float, drawn: np.ndarray) -> Figure:
+def _figure(value: float, drawn: np.ndarray, prompts: int) -> Figure:
     known = drawn[np.isfinite(drawn)]
-    return {"value": value if math.isfinite(value) else None, "interval": interval(known) if len(known) else None}
+    has_interval = prompts > 1 and len(known) > 0
+    return {
+        "value": value if math.isfinite(value) else None,
+        "interval": interval(known, prompts) if has_interval else None,
+    }

@@ -8,6 +8,7 @@ in nats.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def kl_by_position(prompts: np.ndarray, kl: Sequence[np.ndarray], bootstrap: Boo
         np.bincount(cells, weights, math.prod(shape)).reshape(shape)
         for weights in (np.concatenate(kl).astype(np.float64), None)
     )
-    found = figures(np.concatenate([sums, tokens], axis=1), bootstrap, ratio)
+    found = figures(np.concatenate([sums, tokens], axis=1), bootstrap, ratio, tokens)
     ends = [*(starts[1:] - 1), lengths.max() - 1]
     return [
         {"first": int(first), "last": int(last), "tokens": int(count), **figure}
@@ -56,12 +57,18 @@ def kl_by_position(prompts: np.ndarray, kl: Sequence[np.ndarray], bootstrap: Boo
 
 
 def perplexity(nll: np.ndarray, tokens: np.ndarray, bootstrap: Bootstrap) -> Figure:
-    """exp(mean nll per token). nll [W]: the sum of each window; tokens [W]: their number. Resamples windows."""
+    """exp(mean nll per token). nll [W]: the sum of each window; tokens [W]: their number. Resamples windows. None in
+    place of numbers that are too large for a float."""
     nats = mean(np.arange(len(nll)), nll, bootstrap, counts=tokens)
-    return {"value": math.exp(nats["value"]), "interval": nats["interval"] and [*map(math.exp, nats["interval"])]}
+    ends = nats["interval"] and [_exp(end) for end in nats["interval"]]
+    return {"value": _exp(nats["value"]), "interval": None if ends is None or None in ends else ends}
 
 
 def perplexity_ratio(nll: np.ndarray, base_nll: np.ndarray, tokens: np.ndarray, bootstrap: Bootstrap) -> Figure:
     """The perplexity divided by the base's on the same windows. Above 1 the policy has forgotten some of the text. Both
     find the same windows hard, so this interval is narrower than those of the two perplexities."""
     return perplexity(nll - base_nll, tokens, bootstrap)
+
+
+def _exp(nats: float) -> float | None:
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from learner.evaluation.bootstrap import Bootstrap, Figure
+from learner.evaluation.bootstrap import Figure
+from learner.evaluation.shares import share
 
 
 def pass_at_k(passed: np.ndarray, samples: int) -> np.ndarray:
@@ -21,6 +22,6 @@ def pass_at_k(passed: np.ndarray, samples: int) -> np.ndarray:
     return (1 - none_passed)[passed]
 
 
-def pass_figures(estimates: np.ndarray, bootstrap: Bootstrap) -> list[Figure]:
+def pass_figures(estimates: np.ndarray) -> list[Figure]:
     """The mean over prompts with its interval, for each k: the first figure is pass@1."""
-    return [bootstrap.share(column) for column in estimates.T]
+    return [share(column) for column in estimates.T]

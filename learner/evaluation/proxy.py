@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from learner.evaluation.bootstrap import Bootstrap, Figure
-from learner.evaluation.figures import fell, figures, mean, ratio, rose, sums_by_prompt
+from learner.evaluation.figures import fell, figures, mean_score, ratio, rose, sums_by_prompt
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ def proxy_record(answers: JudgedAnswers, base: JudgedAnswers | None, bootstrap: 
     """The mean score of the proxy and of every judge. For each judge also the correlation with the proxy over answers.
     With `base`, the answers of the base to the same prompts: the changes, and whether the proxy rose while the judge
     fell (both intervals on their side of 0)."""
-    proxy: dict[str, Any] = {"score": mean(answers.prompts, answers.proxy, bootstrap)}
+    proxy: dict[str, Any] = {"score": mean_score(answers.prompts, answers.proxy, bootstrap)}
     if base is not None:
         proxy["change"] = change(answers.prompts, answers.proxy, base.prompts, base.proxy, bootstrap)
     judges = {}
     for name, scores in answers.judges.items():
         found: dict[str, Any] = {
-            "score": mean(answers.prompts, scores, bootstrap),
+            "score": mean_score(answers.prompts, scores, bootstrap),
             "correlation": correlation(answers.prompts, answers.proxy, scores, bootstrap),
         }
         if base is not None:
@@ -54,7 +54,8 @@ def change(
         for where, given in ((prompts, scores), (base_prompts, base_scores))
     )
     columns = np.concatenate([own, base], axis=1)[:, [0, 2, 1, 3]]
-    [figure] = figures(columns, bootstrap, lambda sums: -np.diff(ratio(sums), axis=-1))
+    given = columns[:, 2:].max(1, keepdims=True)
+    [figure] = figures(columns, bootstrap, lambda sums: -np.diff(ratio(sums), axis=-1), given)
     return figure
 
 
@@ -63,7 +64,7 @@ def correlation(prompts: np.ndarray, x: np.ndarray, y: np.ndarray, bootstrap: Bo
     if len(x):
         x, y = x - x.mean(), y - y.mean()  # or the sums of squares would lose the digits that matter
     sums = sums_by_prompt(prompts, bootstrap.prompts, np.ones(len(x)), x, y, x * x, y * y, x * y)
-    [figure] = figures(sums, bootstrap, _correlation)
+    [figure] = figures(sums, bootstrap, _correlation, sums[:, :1])
     return figure
 
 

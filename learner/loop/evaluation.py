@@ -14,6 +14,7 @@ from common.config.ppo import EvaluationConfig
 from common.errors import UserError
 from common.proportions import wilson_interval
 from common.types import Prompt, Score, Void
+from learner.evaluation.diversity import distinct
 from learner.loop.answers import Answer, Answered, answer
 from learner.loop.roles import Generators, Reference, Reward
 
@@ -24,7 +25,7 @@ class Evaluation:
 
     policy_version: int
     prompts: int
-    voids: int  # answers without a score; they count as failed
+    voids: int  # answers without a score; they count as failed, and in no other figure
     void_reason: str  # the most frequent one
     pass_at_1: float | None  # None: scores other than 0 and 1, and no `evaluation.pass_source`
     interval: tuple[float, float] | None  # 95 %, of pass_at_1
@@ -89,27 +90,29 @@ def check_voids(scores: Sequence[Score | Void], asked: int, max_void_share: floa
 
 def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_version: int) -> Evaluation:
     """The figures of one answer to each prompt."""
-    scores = [score for _, score, _ in answers if isinstance(score, Score)]
+    scored = [(rollout, score, ref) for rollout, score, ref in answers if isinstance(score, Score)]
+    scores = [score for _, score, _ in scored]
     voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
     passed = passes([score for _, score, _ in answers], cfg)
     components = {
         name: [score.components[name] for score in scores] for name in (scores[0].components if scores else ())
     }
-    asked = max(1, len(answers))
-    responses = [rollout.response_ids for rollout, _, _ in answers]
+    responses = [rollout.response_ids for rollout, _, _ in scored]
+    numbers, given = np.arange(len(scored)), max(1, len(scored))
+    distinct_1, distinct_2 = (distinct(numbers, 0 * numbers, responses, n, count=given)["value"] for n in (1, 2))
     return Evaluation(
         policy_version=policy_version,
         prompts=len(answers),
         voids=len(voids),
         void_reason=Counter(voids).most_common(1)[0][0] if voids else "",
-        pass_at_1=None if passed is None else sum(passed) / asked,
+        pass_at_1=None if passed is None else sum(passed) / max(1, len(answers)),
         interval=None if passed is None else wilson_interval(sum(passed), len(answers)),
-        score=sum(score.total for score in scores) / max(1, len(scores)),
+        score=sum(score.total for score in scores) / given,
         components={name: sum(values) / len(values) for name, values in components.items()},
-        kl_per_response=sum(float((r.rollout_logprobs - ref).sum()) for r, _, ref in answers) / asked,
-        response_tokens=sum(map(len, responses)) / asked,
-        distinct_1=distinct(responses, 1),
-        distinct_2=distinct(responses, 2),
+        kl_per_response=sum(float((r.rollout_logprobs - ref).sum()) for r, _, ref in scored) / given,
+        response_tokens=sum(map(len, responses)) / given,
+        distinct_1=distinct_1,
+        distinct_2=distinct_2,
         score_std=float(np.std([score.total for score in scores])) if scores else None,
         component_stds={name: float(np.std(values)) for name, values in components.items()},
     )
@@ -136,9 +139,3 @@ def win_rate(before: Sequence[float | None], after: Sequence[float | None]) -> f
     both = [(old, new) for old, new in zip(before, after, strict=True) if old is not None and new is not None]
     wins = sum(1.0 if new > old else 0.5 if new == old else 0.0 for old, new in both)
     return wins / len(both) if both else None
-
-
-def distinct(responses: Sequence[np.ndarray], n: int) -> float:
-    """Distinct token n-grams divided by all n-grams of the responses; 0 if there are none."""
-    grams = [gram for ids in responses for gram in zip(*(ids[i:].tolist() for i in range(n)))]
-    return len(set(grams)) / len(grams) if grams else 0.0

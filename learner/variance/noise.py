@@ -14,10 +14,11 @@ Intervals are of the jackknife: every figure again without each of the parts (Ef
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from common.student import student_quantile
 
 CONFIDENCE = 0.95
 
@@ -140,17 +141,3 @@ def _interval(value: float, without: np.ndarray) -> list[float] | None:
     error = math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
     reach = student_quantile((1 + CONFIDENCE) / 2, count - 1) * error
     return [float(value - reach), float(value + reach)]
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """A quantile of Student's t distribution, by its expansion around the normal quantile (Abramowitz and Stegun 1964,
-    26.7.5). At 97.5 % the error is 0.12 % with 3 degrees of freedom, and below 0.002 % with 7 or more."""
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))

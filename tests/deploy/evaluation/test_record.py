@@ -16,7 +16,7 @@ from deploy.evaluation.figure_text import number_text
 from deploy.evaluation.plots import plot_pass_at_k
 from deploy.evaluation.policies import Asked
 from deploy.evaluation.record import evaluation_record
-from deploy.evaluation.rows import crossover_lines, figure_rows
+from deploy.evaluation.rows import crossover_lines, crossover_text, figure_rows
 from deploy.screen.evaluation_table import evaluation_summary
 from learner.loop.answers import Answered
 from tests.fakes import make_prompt, make_rollout, tiny_config
@@ -72,7 +72,7 @@ def test_an_answer_without_a_score_fails_and_has_no_part_in_the_mean_score(recor
     assert mine["components"]["exact"]["value"] == pytest.approx(4 / 11)
 
 
-def test_kl_and_tokens_are_means_over_all_answers(record):
+def test_kl_and_tokens_are_means_over_answers(record):
     base, mine = record["policies"].values()
     assert mine["kl_per_response"]["value"] == pytest.approx(0.5 * (1 + 2 + 3) / 3)
     assert base["kl_per_response"] == {"value": 0.0, "interval": [0.0, 0.0]}
@@ -117,8 +117,24 @@ def test_the_screen_says_where_the_base_overtakes(record):
         "The base, asked k times, beats mine, asked once: from k = 3 on (95 % interval "
         f"{low} to {high}; in {found['share']:.1%} of the resamples)"
     )
-    assert equal.startswith("The base beats mine if both are asked k times: not up to k = 4 (in ")
+    assert equal.startswith("The base beats mine if both are asked k times: no crossover up to k = 4 (")
     assert evaluation_summary(record)[1:] == [once, equal]
+
+
+def test_a_missing_crossover_says_how_many_resamples_have_one():
+    found = {"value": None, "interval": [60, None], "share": 0.4, "up_to": 128}
+    assert crossover_text(found) == "no crossover up to k = 128 (40.0% of the resamples have one, from k = 60 on)"
+    found |= {"interval": [None, None], "share": 0.01}
+    assert crossover_text(found) == "no crossover up to k = 128 (1.0% of the resamples have one)"
+
+
+def test_one_answer_to_each_prompt_has_one_interval_of_pass_at_1():
+    answers = {"p": [answered("base", p, 0, passed) for p, passed in enumerate([0, 1, 1, None, 1])]}
+    record = evaluation_record(tiny_config("m"), Asked({"p": "p"}, 1), answers, 5)
+    [figure] = record["policies"]["p"]["pass_at_k"]
+    assert figure["value"] == record["pass_at_1"] == 3 / 5
+    assert figure["interval"] == pytest.approx(record["interval"])
+    assert record["policies"]["p"]["response_tokens"]["value"] == record["response_tokens"]
 
 
 def test_the_plot_has_every_curve_and_the_crossover(record, tmp_path, monkeypatch):

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from common.data.questions import question
 from common.health.health import Event
 from common.types import Score, Void
-from deploy.screen.progress import Progress, one_line, question
+from deploy.screen.progress import Progress, one_line
 from deploy.screen.text import duration, share, short
 from learner.loop.evaluation import Evaluation
 from tests.fakes import make_experience, make_prompt, tiny_config

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common.proportions import wilson_interval
 from common.types import HELDOUT_EPOCH, SampleId, Score, Void
 from learner.evaluation.answer_figures import figures_of
 from learner.evaluation.bootstrap import Bootstrap
@@ -47,7 +48,17 @@ def test_a_policy_is_compared_with_the_base():
 
 def test_answers_without_a_score_do_not_count():
     void = answered(1, 1, [9, 9, 9], None, logprob=0.0, ref=-50.0)
-    assert figures_of([*MINE, void], [*BASE, void], ["gold"], BOOTSTRAP) == figures_of(MINE, BASE, ["gold"], BOOTSTRAP)
+    found = figures_of([*MINE, void], [*BASE, void], ["gold"], BOOTSTRAP)
+    assert found == {**figures_of(MINE, BASE, ["gold"], BOOTSTRAP), "voids": 1, "void_reason": "no"}
+    assert found["response_tokens"]["value"] == 7 / 3
+    assert found["kl_per_response"]["value"] == pytest.approx((2 + 1 + 3) / 3)
+
+
+def test_what_always_happens_has_an_interval_of_less_than_1():
+    found = figures_of(BASE, None, ["gold"], BOOTSTRAP)  # answers made by hand are cut off
+    assert found["cut_off"] == {"value": 1, "interval": pytest.approx(wilson_interval(2, 2))}
+    assert found["components"]["gold"] == {"value": 1, "interval": pytest.approx(wilson_interval(2, 2))}
+    assert found["judges"]["gold"]["score"] == found["components"]["gold"]
 
 
 def test_the_base_and_one_answer_to_each_prompt_have_fewer_figures():

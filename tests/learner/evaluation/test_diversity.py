@@ -8,7 +8,7 @@ import pytest
 
 from learner.evaluation.bootstrap import Bootstrap
 from learner.evaluation.diversity import different_answers, distinct, entropy
-from learner.loop.evaluation import distinct as distinct_of_one_answer
+from learner.evaluation.shares import share
 
 RANDOM = np.random.default_rng(1)
 PROMPTS = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -37,15 +37,24 @@ def test_distinct_n_and_its_interval_are_those_of_sets(n):
     assert found["value"] == pytest.approx(by_loops((0, 1, 2), n))
     without = [by_loops(rest, n) for rest in ((1, 2), (0, 2), (0, 1))]
     error = math.sqrt(2 / 3 * sum((share - statistics.fmean(without)) ** 2 for share in without))
-    assert found["interval"] == pytest.approx([found["value"] - 1.96 * error, found["value"] + 1.96 * error])
+    low, high = found["value"] - 1.96 * error, found["value"] + 1.96 * error
+    assert found["interval"] == pytest.approx([max(0, low), min(1, high)])
 
 
-def test_with_one_sample_distinct_n_is_that_of_evaluations_in_training():
-    first = SAMPLES == 0
-    answers = [ids for ids, chosen in zip(ANSWERS, first) if chosen]
-    for n in (1, 2):
-        found = distinct(PROMPTS[first], SAMPLES[first], answers, n, count=3)
-        assert found["value"] == pytest.approx(distinct_of_one_answer(answers, n))
+@pytest.mark.parametrize(
+    ("responses", "n", "expected"),
+    [
+        ([[4, 4, 4, 4]], 1, 1 / 4),
+        ([[4, 4, 4, 4]], 2, 1 / 3),
+        ([[4, 5], [5, 4]], 2, 1.0),
+        ([[4], []], 2, 0.0),
+        ([], 1, 0.0),
+    ],
+)
+def test_distinct_ngrams_worked_by_hand(responses, n, expected):
+    prompts = np.arange(len(responses))
+    answers = [np.array(ids, dtype=np.int32) for ids in responses]
+    assert distinct(prompts, 0 * prompts, answers, n, count=len(answers))["value"] == expected
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -62,10 +71,10 @@ def test_answers_without_tokens_have_no_ngrams():
 
 def test_different_answers_are_counted_for_each_prompt():
     answers = [np.int32(ids) for ids in ([4, 1], [5, 1], [4, 1], [5, 1], [5, 1], [5, 1], [], [7], [7, 8])]
-    found = different_answers(PROMPTS, answers, OF_PROMPTS)
+    found = different_answers(PROMPTS, answers)
     assert found["value"] == pytest.approx((2 / 3 + 1 / 3 + 3 / 3) / 3)
-    assert found["interval"] == pytest.approx([1 / 3, 1])
-    assert different_answers(np.arange(9), answers, Bootstrap(9, seed=0)) is None
+    assert found == share(np.array([2 / 3, 1 / 3, 1]))
+    assert different_answers(np.arange(9), answers) is None
 
 
 def test_the_entropy_estimate_is_that_of_the_sampled_distribution():

@@ -74,6 +74,15 @@ def test_the_ratio_of_perplexities_is_that_of_the_two():
     assert ratio["interval"] == pytest.approx([math.exp(0.1), math.exp(0.1)])
 
 
+def test_a_perplexity_beyond_the_largest_number_is_none():
+    """exp(710) is beyond the largest float, exp(700) is not."""
+    tokens, bootstrap = np.array([1, 1]), Bootstrap(2, seed=0)
+    assert perplexity(np.array([800.0, 900]), tokens, bootstrap) == {"value": None, "interval": None}
+    assert perplexity_ratio(np.array([800.0, 900]), np.zeros(2), tokens, bootstrap)["value"] is None
+    half = perplexity(np.array([650.0, 750]), tokens, bootstrap)
+    assert half == {"value": pytest.approx(math.exp(700)), "interval": None}
+
+
 def test_one_window_has_a_perplexity_without_an_interval():
     found = perplexity(np.array([2.0]), np.array([2]), Bootstrap(1, seed=0))
     assert found == {"value": pytest.approx(math.e), "interval": None}

@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from common.proportions import wilson_interval
-from learner.evaluation.bootstrap import Bootstrap
+from learner.evaluation.bootstrap import Bootstrap, interval
 from learner.evaluation.pass_at_k import pass_at_k, pass_figures
+from learner.evaluation.shares import share
 
 N = 7
 
@@ -50,18 +50,11 @@ def resampled_means(values: np.ndarray, seed: int, resamples: int) -> list[float
 
 def test_an_interval_is_the_middle_95_percent_of_the_resamples():
     values = np.random.default_rng(0).random(12)
-    figure = Bootstrap(12, seed=5, resamples=100).mean(values)
+    low, high = interval(Bootstrap(12, seed=5, resamples=100).means(values))
     drawn = sorted(resampled_means(values, 5, 100))
-    assert figure["value"] == pytest.approx(values.mean())
     # Of 100 numbers in order, 2.5 % is between the third and the fourth: at place 0.025 * 99 = 2.475.
-    assert figure["interval"][0] == pytest.approx(drawn[2] + 0.475 * (drawn[3] - drawn[2]))
-    assert figure["interval"][1] == pytest.approx(drawn[96] + 0.525 * (drawn[97] - drawn[96]))
-
-
-def test_the_interval_of_a_mean_has_the_width_of_its_standard_error():
-    values = np.random.default_rng(1).normal(size=400)
-    low, high = Bootstrap(400, seed=0).mean(values)["interval"]
-    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.08)
+    assert low == pytest.approx(drawn[2] + 0.475 * (drawn[3] - drawn[2]))
+    assert high == pytest.approx(drawn[96] + 0.525 * (drawn[97] - drawn[96]))
 
 
 def test_many_resamples_are_drawn_in_blocks_without_a_difference():
@@ -71,17 +64,8 @@ def test_many_resamples_are_drawn_in_blocks_without_a_difference():
     assert len(Bootstrap(9, seed=3, resamples=250).means(values)) == 250
 
 
-def test_prompts_without_an_answer_do_not_count_in_a_mean_over_answers():
-    figure = Bootstrap(3, seed=0).ratio(np.array([4.0, 0, 3]), np.array([2, 0, 1]))
-    assert figure["value"] == pytest.approx(7 / 3)
-    low, high = figure["interval"]
-    assert (low, high) == (2.0, 3.0)  # only the first prompt, or only the last one
-    assert Bootstrap(3, seed=0).ratio(np.zeros(3), np.zeros(3)) == {"value": None, "interval": None}
-
-
-def test_prompts_that_all_agree_have_wilsons_interval():
-    bootstrap = Bootstrap(20, seed=0)
-    none, both = pass_figures(np.tile([0.0, 1.0], (20, 1)), bootstrap)
-    assert none == {"value": 0.0, "interval": list(wilson_interval(0, 20))}
-    assert both == {"value": 1.0, "interval": list(wilson_interval(20, 20))}
-    assert none["interval"][1] > 0.1
+def test_the_figures_are_means_over_prompts_for_each_k():
+    estimates = pass_at_k(np.array([0, 2, 7, 7]), N)
+    found = pass_figures(estimates)
+    assert [figure["value"] for figure in found] == pytest.approx(estimates.mean(0))
+    assert found == [share(column) for column in estimates.T]

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from learner.variance.noise import direction, noise, noise_against, student_quantile
+from common.student import student_quantile
+from learner.variance.noise import direction, noise, noise_against
 
 T_975 = {3: 3.18245, 7: 2.36462, 15: 2.13145}  # of printed tables, by degrees of freedom
 PARTS = 8
