@@ -14,7 +14,7 @@ from common.config.ppo import Config
 from deploy.screen.screen import Screen
 from deploy.screen.text import duration, significant
 from deploy.tune.comparison import Comparison, sentence, unselected, value_of
-from deploy.tune.events import COMPLETE, RunState
+from deploy.tune.events import COMPLETE, CUT, FAILED, RunState
 from deploy.tune.following import Job
 from deploy.tune.outcome import Outcome
 from deploy.tune.plan import Plan
@@ -65,7 +65,7 @@ class TuneProgress(Screen):
             self._print(f"  {self._name(job)} is complete after {seconds}")
             return
         text = f"  {self._name(job)} ended early after {seconds} ({state.outcome}): {state.why}"
-        self._print(escape(text), style="yellow" if state.outcome == "failed" else "dim")
+        self._print(escape(text), style="yellow" if state.outcome == FAILED else "dim")
 
     def progress(self, done: int, total: int, left_s: float | None) -> None:
         self.bars.show(_BAR, done, total, left_s=left_s)
@@ -91,7 +91,7 @@ class TuneProgress(Screen):
         for number, state in sorted(outcome.states.items()):
             values = [significant(state.results[step]) if step in state.results else "-" for step in steps]
             settings = " ".join(as_overrides(self._plan.trials[number - 1]))
-            table.add_row(str(number), *values, state.outcome or "cut", escape(settings))
+            table.add_row(str(number), *values, state.outcome or CUT, escape(settings))
         self._console.print(table)
 
     def _sensitivity(self, outcome: Outcome) -> None:

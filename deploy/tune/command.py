@@ -60,8 +60,18 @@ def run_tune(
     with run_owner(directory, resume=new is None, force=force) as owned:
         plan, cfg = new or _planned(directory)
         progress = TuneProgress(directory, plan)
-        search = _search(owned, plan, cfg, pace, progress, begins=new is not None, force=force)
-        search.command, search.poll_s = command, poll_s
+        events, hours = _begun(owned, plan, cfg, pace, progress, begins=new is not None, force=force)
+        search = Search(
+            plan,
+            directory,
+            events,
+            progress,
+            hours,
+            at_once=pace.at_once,
+            grace_s=cfg.learner.timeout_s if cfg.checkpoint.on_signal else 0.0,
+            command=command,
+            poll_s=poll_s,
+        )
         signals.run(search.run(), grace_s=STOP_S + search.grace_s)
         outcome = outcome_of(search)
         write_outcome(outcome, search)
@@ -75,7 +85,7 @@ def run_tune(
     return outcome
 
 
-def _search(
+def _begun(
     owned: RunDirectory,
     plan: Plan,
     cfg: Config,
@@ -84,8 +94,8 @@ def _search(
     *,
     begins: bool,
     force: bool,
-) -> Search:
-    """The search, once the directory is this tuning's."""
+) -> tuple[Events, float]:
+    """The events, and the hours of all starts together, once the directory is this tuning's."""
     directory = owned.directory
     if begins:
         owned.begin(cfg, "tune", force=force)
@@ -96,8 +106,7 @@ def _search(
     hours = pace.hours or events.hours or HOURS
     progress.begin(cfg, hours=hours, used_s=events.seconds, at_once=pace.at_once)
     events.start(hours)
-    grace_s = cfg.learner.timeout_s if cfg.checkpoint.on_signal else 0.0
-    return Search(plan, directory, events, progress, hours, at_once=pace.at_once, grace_s=grace_s)
+    return events, hours
 
 
 def _planned(directory: Path) -> tuple[Plan, Config]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.config.overrides import toml_text
 from deploy.screen.text import significant
-from deploy.tune.events import BROKEN, RunState
+from deploy.tune.events import BROKEN, STOPPED_BY_ASHA, RunState
 from deploy.tune.plan import Plan
 from deploy.tune.sensitivity import FEWEST, Column, Effect, effect_of
 from deploy.tune.space import Choices, Range, Space
@@ -43,7 +43,7 @@ def compared_at(step: int, trials: Mapping[int, RunState]) -> Comparison:
     ruined = [number for number, state in trials.items() if state.outcome in BROKEN and step not in state.results]
     worst = min(found.values(), default=0.0)
     outcomes = found | (dict.fromkeys(ruined, worst) if found else {})
-    stopped = sum(state.outcome == "asha" and step > (state.last or (-1, 0))[0] for state in trials.values())
+    stopped = sum(state.outcome == STOPPED_BY_ASHA and step > (state.last or (-1, 0))[0] for state in trials.values())
     numbers = tuple(sorted(outcomes))
     return Comparison(step, numbers, tuple(outcomes[n] for n in numbers), tuple(ruined if found else ()), stopped)
 

@@ -20,7 +20,7 @@ STOPPED_BY_ASHA = "asha"
 STOPPED_BY_HEALTH = "health"
 FAILED = "failed"  # it ended by itself, and cannot continue
 CUT = "cut"  # the tuning ended, and the run continues with it
-BROKEN = (STOPPED_BY_HEALTH, FAILED)  # it counts as the worst where others went on
+BROKEN = (STOPPED_BY_HEALTH, FAILED)  # it counts as the worst at steps that only others have reached
 
 
 @dataclass
@@ -31,7 +31,7 @@ class RunState:
     outcome: str | None = None
     why: str = ""  # the reason of a stop or a failure
     seconds: float = 0.0
-    again: bool = False  # ASHA had stopped it, and it continues as a finalist
+    continues_as_finalist: bool = False  # although ASHA had stopped it
 
     @property
     def last(self) -> tuple[int, float] | None:
@@ -65,7 +65,7 @@ class Events:
         """The run is stopped for this reason, and does not continue."""
         self._add({"event": "stop", "run": run, "outcome": outcome, "why": why})
 
-    def again(self, run: str) -> None:
+    def continue_as_finalist(self, run: str) -> None:
         """A run that ASHA has stopped continues, because it is a finalist."""
         self._add({"event": "again", "run": run})
 
@@ -111,7 +111,7 @@ class Events:
         elif kind == "stop":
             state.outcome, state.why = record["outcome"], record["why"]
         elif kind == "again":
-            state.outcome, state.why, state.again = None, "", True
+            state.outcome, state.why, state.continues_as_finalist = None, "", True
         elif kind == "end":
             state.seconds += record["seconds"]
             if record["outcome"] in (COMPLETE, FAILED):

@@ -10,6 +10,7 @@ from common.files import read_records
 from deploy.tune.events import COMPLETE, STOPPED_BY_ASHA, STOPPED_BY_HEALTH, Events
 from deploy.tune.halving import Halving
 from deploy.tune.health_stop import ruined
+from deploy.tune.plan import PASS, SCORE
 
 _FILES = ("evaluations.jsonl", "metrics.jsonl")
 
@@ -47,26 +48,34 @@ class Follower:
     def __post_init__(self) -> None:
         self._seen: tuple[int, ...] = ()  # sizes of the files
 
-    def look(self) -> bool:
+    def read_new(self) -> bool:
         """Reads what is new. True if the run is to be stopped."""
         sizes = tuple(_size(self.directory / name) for name in _FILES)
         if sizes != self._seen:
             self._seen = sizes
-            for record in read_records(self.directory / _FILES[0]):
-                self._take(record)
+            self.read_evaluations()
             self._check_health()
         return self.events.run(self.job.name).outcome is not None
 
+    def read_evaluations(self) -> None:
+        """Reads all evaluations. Once the events say that a run is complete, this also takes those after a stop."""
+        for record in read_records(self.directory / _FILES[0]):
+            self._take(record)
+
     def _take(self, record: dict[str, Any]) -> None:
         """One evaluation. Those after a decision to stop do not count, unless the run came to its end all the same:
-        how many there are depends on how fast the process stops."""
+        how many there are depends on how fast the process stops.
+
+        ASHA gets every result that is written down, also those of a run that is complete. Otherwise a restarted
+        command, which gives it all of them, would decide differently."""
         state, step = self.events.run(self.job.name), record["policy_version"]
         value = metric_of(record, self.metric)
         if step in state.results or value is None or state.outcome not in (None, COMPLETE):
             return
         self.events.result(self.job.name, step, value)
         self.screen.result(self.job, step, value)
-        if self.halving is not None and not self.halving.goes_on(self.job.name, step, value):
+        continues = self.halving is None or self.halving.continues(self.job.name, step, value)
+        if not continues and state.outcome is None:
             self.events.stop(self.job.name, STOPPED_BY_ASHA, below(step, value))
 
     def _check_health(self) -> None:
@@ -77,8 +86,9 @@ class Follower:
 
 
 def metric_of(record: dict[str, Any], metric: str) -> float | None:
-    """The value of a metric in the record of an evaluation; None if it has none."""
-    value = record.get(metric, record.get("components", {}).get(metric))
+    """The value of a metric in the record of an evaluation; None if it has none. The values of sources and judges are
+    apart from the record's own fields, so a source may have the name of such a field."""
+    value = record.get(metric) if metric in (PASS, SCORE) else record.get("components", {}).get(metric)
     return None if value is None else float(value)
 
 

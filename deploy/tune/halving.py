@@ -31,9 +31,9 @@ class Halving:
         self._scheduler = _scheduler(self._rungs)
         self._trials: dict[str, Any] = {}
         # Stopped by earlier results: the command may have been killed before it wrote that down.
-        self.stopped = {result[0] for result in results if not self.goes_on(*result)}
+        self.stopped = {result[0] for result in results if not self.continues(*result)}
 
-    def goes_on(self, trial: str, step: int, value: float) -> bool:
+    def continues(self, trial: str, step: int, value: float) -> bool:
         """Takes a result, and says whether the trial continues. Between rungs every trial does."""
         if step not in self._rungs or self._scheduler is None:
             return True

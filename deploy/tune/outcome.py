@@ -14,7 +14,7 @@ from common.config.ppo import Config
 from common.files import write_json, write_whole
 from deploy.screen.text import significant
 from deploy.tune.comparison import Comparison, comparisons, sensitivity_record
-from deploy.tune.events import COMPLETE, RunState
+from deploy.tune.events import BROKEN, COMPLETE, CUT, RunState
 from deploy.tune.following import Job
 from deploy.tune.plan import Plan
 from deploy.tune.search import Search
@@ -29,6 +29,7 @@ class Finalist:
     trial: int
     values: tuple[float, ...]
     step: int  # at which the values were measured: the last one, or that of its newest evaluation if it is not complete
+    failed: int = 0  # seeds whose run has failed: they have no value, so the mean is that of the others
 
     @property
     def mean(self) -> float:
@@ -71,12 +72,14 @@ class Outcome:
                 f"step {best.step}"
             )
         seeds = f"the mean of {len(best.values)} seeds" if len(best.values) > 1 else "with one seed"
-        text = f"trial {best.trial} has {metric} {significant(best.mean)} at the last step, {seeds}"
+        text = f"trial {best.trial} has {metric} {significant(best.mean)} at the last step, {seeds}{_failures(best)}"
         if not others:
             return text
         return f"{text}; {self._against(best, others[0])}"
 
     def _against(self, best: Finalist, second: Finalist) -> str:
+        if second.failed > best.failed:
+            return f"trial {second.trial} is the next one: {significant(second.mean)}{_failures(second)}"
         gap = best.mean - second.mean
         text = f"{significant(gap, 2)} above trial {second.trial}"
         noise = self.seed_deviation
@@ -94,7 +97,8 @@ def outcome_of(search: Search) -> Outcome:
     states = {job.trial: state for job in search.trials if (state := search.events.run(job.name)).results}
     found = [_finalist(search, job) for job in search.finalists()]
     known = [one for one in found if one is not None]
-    known.sort(key=lambda one: (one.step, one.mean), reverse=True)
+    # A failure counts as the worst outcome, as in the comparison of trials, so no mean of other seeds makes up for it.
+    known.sort(key=lambda one: (one.step, -one.failed, one.mean), reverse=True)
     missing = len(search.waiting_trials()) + len(search.waiting_repeats())
     return Outcome(search.plan, states, tuple(known), tuple(comparisons(search.plan, states)), missing)
 
@@ -105,9 +109,13 @@ def _finalist(search: Search, job: Job) -> Finalist | None:
     runs = [search.events.run(Job(job.trial, repeat).name) for repeat in range(search.plan.seeds)]
     complete = [state.results[end] for state in runs if state.outcome == COMPLETE and end in state.results]
     if complete:
-        return Finalist(job.trial, tuple(complete), end)
+        return Finalist(job.trial, tuple(complete), end, failed=sum(state.outcome in BROKEN for state in runs))
     step, value = runs[0].last or (0, 0.0)
     return Finalist(job.trial, (value,), step) if step else None
+
+
+def _failures(one: Finalist) -> str:
+    return f", and {one.failed} seed(s) failed" if one.failed else ""
 
 
 def write_outcome(outcome: Outcome, search: Search) -> None:
@@ -146,6 +154,7 @@ def _finalist_record(one: Finalist, plan: Plan) -> dict[str, Any]:
         "values": one.values,
         "mean": one.mean,
         "deviation": one.deviation,
+        "failed_seeds": one.failed,
     }
 
 
@@ -161,7 +170,7 @@ def _run_record(job: Job, search: Search) -> dict[str, Any]:
         "seed": search.plan.seed + job.repeat,
         "settings": search.plan.trials[job.trial - 1],
         "directory": str(search.directory_of(job).relative_to(search.directory)),
-        "outcome": state.outcome or ("cut" if state.results else "not begun"),
+        "outcome": state.outcome or (CUT if search.has_begun(job) else "not begun"),
         "why": state.why,
         "results": {str(step): value for step, value in sorted(state.results.items())},
         "seconds": round(state.seconds, 1),

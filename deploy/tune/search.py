@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Protocol
 
 from common.config.overrides import as_overrides
@@ -19,6 +19,7 @@ from deploy.tune.halving import Halving
 from deploy.tune.plan import Plan
 from deploy.tune.trial_process import POLL_S, Command, TrialProcess
 
+FAILED_STARTS = 3  # trials that fail before their first step until the tuning ends, if no run has done a step
 _LONGEST_LABEL = 60  # characters of the settings in the name of a run directory
 
 
@@ -52,14 +53,18 @@ class Search:
     def __post_init__(self) -> None:
         self.trials = [Job(number) for number in range(1, len(self.plan.trials) + 1)]
         self._running: set[str] = set()
+        self._not_started: list[str] = []  # runs that failed before any run had done a step
 
     async def run(self) -> None:
         """Runs everything that is missing, as far as the time allows."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, self.hours * 3600 - self.events.seconds)):
+        try:
+            async with asyncio.timeout(max(0.0, self.hours * 3600 - self.events.seconds)) as limit:
                 halving = self._halving()
                 await self._all(self.waiting_trials, halving, reserve=True)
                 await self._all(self.waiting_repeats)
+        except TimeoutError:  # a network disk has errors of this type too
+            if not limit.expired():
+                raise
 
     def directory_of(self, job: Job) -> Path:
         """The run directory of a job, such as DIR/trials/003-clip_eps-0.1."""
@@ -72,14 +77,15 @@ class Search:
 
         def rank(job: Job) -> tuple[bool, tuple[int, float]]:
             state = self.events.run(job.name)
-            return state.outcome == COMPLETE or state.again, state.last or (-1, 0.0)
+            return state.outcome == COMPLETE or state.continues_as_finalist, state.last or (-1, 0.0)
 
-        able = [job for job in self.trials if _able(self.events.run(job.name))]
-        return sorted(able, key=rank, reverse=True)[: self.plan.finalists]
+        possible = [job for job in self.trials if _can_be_finalist(self.events.run(job.name))]
+        return sorted(possible, key=rank, reverse=True)[: self.plan.finalists]
 
     def waiting_trials(self) -> list[Job]:
         """Trials that have not ended."""
-        return [job for job in self.trials if (state := self.events.run(job.name)).outcome is None and not state.again]
+        states = {job: self.events.run(job.name) for job in self.trials}
+        return [job for job, state in states.items() if state.outcome is None and not state.continues_as_finalist]
 
     def waiting_repeats(self) -> list[Job]:
         """Runs of the finalists that are missing: seed by seed, so that an early end leaves equal numbers of seeds. A
@@ -92,7 +98,7 @@ class Search:
         halving = self.events.halving(self.plan.rungs, {job.name for job in self.trials})
         for job in self.trials:
             state = self.events.run(job.name)
-            if job.name in halving.stopped and state.outcome is None and not state.again:
+            if job.name in halving.stopped and state.outcome is None and not state.continues_as_finalist:
                 self.events.stop(job.name, STOPPED_BY_ASHA, below(*(state.last or (0, 0.0))))
         return halving
 
@@ -104,6 +110,7 @@ class Search:
 
         async def work() -> None:
             while self._time_for(reserve) and (jobs := [job for job in waiting() if job.name not in self._running]):
+                jobs.sort(key=lambda job: job.name in self._not_started)  # these once more, after all others
                 self._running.add(jobs[0].name)
                 try:
                     await self._run(jobs[0], halving)
@@ -128,7 +135,7 @@ class Search:
     async def _run(self, job: Job, halving: Halving | None) -> None:
         """One run, from its start or where it was cut until it ends or is stopped."""
         if self.events.run(job.name).outcome == STOPPED_BY_ASHA:
-            self.events.again(job.name)
+            self.events.continue_as_finalist(job.name)
         process = TrialProcess(
             self.directory_of(job), self._arguments(job), grace_s=self.grace_s, command=self.command, poll_s=self.poll_s
         )
@@ -139,31 +146,45 @@ class Search:
         code, began = 0, self.events.seconds
         try:
             if not process.is_complete:  # else it ended although an earlier start of the command was killed
-                code = await process.run(follower.look)
+                code = await process.run(follower.read_new)
         except BaseException:
             self.events.end(job.name, CUT, self.events.seconds - began)
             raise
         self._end(job, process, code, self.events.seconds - began)
-        replace(follower, halving=None).look()  # a run that is complete counts to its end
+        follower.read_evaluations()  # a run that is complete counts to its end
         self.watcher.ended(job, self.events.run(job.name))
         self._progress()
 
     def _end(self, job: Job, process: TrialProcess, code: int, seconds: float) -> None:
-        """Writes down how a run has ended. Raises UserError if no run has done a step yet: the next one would hardly do
-        better."""
+        """Writes down how a run has ended. A run that fails before any run has done a step waits for another try: the
+        cause may be its values, or the machine. Raises UserError after FAILED_STARTS of them."""
         state = self.events.run(job.name)
         if process.is_complete:
             self.events.end(job.name, COMPLETE, seconds)
         elif state.outcome is not None:
             self.events.end(job.name, state.outcome, seconds)
-        elif any((self.directory_of(one) / "metrics.jsonl").exists() for one in self._jobs()):
-            self.events.end(job.name, FAILED, seconds, f"exit code {code}: {process.last_words()}")
+        elif job.name in self._not_started or any(
+            (self.directory_of(one) / "metrics.jsonl").exists() for one in self._jobs()
+        ):
+            self.events.end(job.name, FAILED, seconds, f"exit code {code}: {process.error_message()}")
         else:
             self.events.end(job.name, CUT, seconds)
-            raise UserError(
-                f"trial {job.trial} failed before its first step with exit code {code}: {process.last_words()} (all of "
-                f"its output is in {process.log})"
-            )
+            self._not_started.append(job.name)
+            if len(self._not_started) >= min(FAILED_STARTS, len(self.trials)):
+                raise UserError(self._failed_starts(job, process, code))
+
+    def _failed_starts(self, last: Job, process: TrialProcess, code: int) -> str:
+        names = ", ".join(name.lstrip("0") for name in self._not_started)
+        return (
+            f"no trial has done a step, and {len(self._not_started)} of them have failed (trial {names}); trial "
+            f"{last.trial} ended with exit code {code}: {process.error_message()} (all of its output is in "
+            f"{process.log}). If values of the trials are the cause, leave these out and begin again with --force; if "
+            f"not, remove the cause and continue with ratchet tune --resume {quote(str(self.directory))}"
+        )
+
+    def has_begun(self, job: Job) -> bool:
+        """True if the run was started at least once."""
+        return self.events.run(job.name).seconds > 0 or self.directory_of(job).exists()
 
     def _arguments(self, job: Job) -> list[str]:
         settings = {**self.plan.trials[job.trial - 1], "seed": self.plan.seed + job.repeat}
@@ -188,6 +209,6 @@ class Search:
         self.watcher.progress(len(ended), total, left)
 
 
-def _able(state: RunState) -> bool:
+def _can_be_finalist(state: RunState) -> bool:
     """True if a trial can be a finalist: it is complete, or only ASHA has stopped it."""
-    return state.outcome in (COMPLETE, STOPPED_BY_ASHA) or (state.again and state.outcome is None)
+    return state.outcome in (COMPLETE, STOPPED_BY_ASHA) or (state.continues_as_finalist and state.outcome is None)

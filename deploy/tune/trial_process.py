@@ -28,7 +28,7 @@ STOP_S = CLEANUP_S + 10.0  # longest wait for a run that was told to stop; it en
 OWNED_S = 90.0  # longest wait for a run that an earlier, killed start of the command has left
 
 Command = Callable[[Sequence[str]], list[str]]  # the command line that runs `ratchet` with these arguments
-Look = Callable[[], bool]  # looks at the run's files; True: stop the run
+ShouldStop = Callable[[], bool]  # reads what is new in the run's files; True: stop the run
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class TrialProcess:
         """True if the run has done all of its steps: the summary is written last."""
         return (self.directory / "summary.json").exists()
 
-    async def run(self, look: Look) -> int:
-        """Starts or continues the run, and calls `look` now and then and once after its end. Returns its exit code.
-        The run is stopped if `look` asks for it, and if this coroutine is cancelled."""
+    async def run(self, should_stop: ShouldStop) -> int:
+        """Starts or continues the run, and calls `should_stop` now and then and once after its end. Returns its exit
+        code. The run is stopped if `should_stop` returns True, and if this coroutine is cancelled."""
         await self._wait_until_free()
         with open(self.log, "ab") as log:
             process = await self._started(log)
@@ -62,15 +62,15 @@ class TrialProcess:
         try:
             while not ended.done():
                 await asyncio.wait({ended}, timeout=self.poll_s)
-                if look() and not ended.done():
+                if should_stop() and not ended.done():
                     break
         finally:
             await self._stop(process)
             await ended
-        look()  # at what it wrote before it ended
+        should_stop()  # reads what it wrote before it ended
         return process.returncode or 0
 
-    def last_words(self) -> str:
+    def error_message(self) -> str:
         """The message with which the process ended: the last line of its log."""
         with suppress(OSError):
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -109,12 +109,37 @@ class TrialProcess:
         )
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
-        if process.returncode is not None:
-            return
-        with suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), STOP_S + self.grace_s)
-        except TimeoutError:
+        """Stops what is left of the run. The process is the parent of the driver (--restarts), and a driver whose
+        parent was killed works on: both are in one process group."""
+        limit_s = STOP_S + self.grace_s
+        if process.returncode is None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), limit_s)
+        if process.returncode is not None and _signal_group(process.pid, signal.SIGTERM):
+            deadline = time.monotonic() + limit_s
+            while _members(process.pid) and time.monotonic() < deadline:
+                await asyncio.sleep(self.poll_s)
+        _signal_group(process.pid, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: signal.Signals) -> bool:
+    """Sends the signal to all processes of the group. False if there are none."""
+    if not _members(group):
+        return False
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+    return True
+
+
+def _members(group: int) -> list[int]:
+    """The running processes of a process group. An ended one that its parent has not asked for still is in the group,
+    and nobody can wait for its end."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):  # it has ended meanwhile
+            state, _, number = path.read_text().rpartition(")")[2].split()[:3]
+            if int(number) == group and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found

@@ -5,7 +5,7 @@ value, so that a decision always comes before the next step. Settings with these
 
     ppo.value_coef = 7      a health rule holds from step 1 on
     ppo.value_coef = 8      the run fails after step 3
-    ppo.value_coef = 9      the run fails before its first step
+    ppo.value_coef >= 9     the run fails before its first step
 
 A file "hold" next to the directory of the tuning has "NAME STEP": the run NAME waits after that step until it is told
 to stop.
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
 
 def begin(directory: Path, settings: dict) -> None:
-    if settings.get("ppo.value_coef") == 9:
+    if settings.get("ppo.value_coef", 0) >= 9:
         sys.exit("ratchet: nothing fits")
     directory.mkdir(exist_ok=True)
     (directory / "settings.json").write_text(json.dumps(settings))

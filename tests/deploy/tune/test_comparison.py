@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from deploy.tune.comparison import compared_at, unselected
-from deploy.tune.events import COMPLETE, FAILED, STOPPED_BY_ASHA, STOPPED_BY_HEALTH, RunState
-from deploy.tune.outcome import Finalist, Outcome
+from deploy.tune.events import COMPLETE, CUT, FAILED, STOPPED_BY_ASHA, STOPPED_BY_HEALTH, Events, RunState
+from deploy.tune.following import Job
+from deploy.tune.outcome import Finalist, Outcome, outcome_of, write_outcome
+from deploy.tune.search import Search
 from tests.deploy.tune.test_search import STEPS, plan
 
 
@@ -85,3 +88,36 @@ def test_the_seeds_of_all_finalists_say_how_large_chance_is():
 )
 def test_the_reason_says_what_is_known(finalists, reason):
     assert outcome(*finalists).reason == reason
+
+
+def search(directory, made):
+    events = Events(directory / "events.jsonl")
+    events.start(1.0)
+    return Search(made, directory, events, None, 1.0)
+
+
+def test_a_finalist_with_failed_seeds_loses_and_the_reason_names_them(tmp_path):
+    made, _ = plan("kl.coef=0.1,0.2", trials=2, seeds=3)
+    found = search(tmp_path, made)
+    for trial, values in ((1, (0.9, None, None)), (2, (0.5, 0.5, 0.8))):
+        for repeat, value in enumerate(values):
+            name = Job(trial, repeat).name
+            if value is not None:
+                found.events.result(name, STEPS, value)
+            found.events.end(name, FAILED if value is None else COMPLETE, 1.0)
+    outcome = outcome_of(found)
+    assert [(one.trial, one.failed) for one in outcome.finalists] == [(2, 0), (1, 2)]
+    assert outcome.reason == (
+        "trial 2 has score 0.6 at the last step, the mean of 3 seeds; trial 1 is the next one: 0.9, and 2 seed(s) "
+        "failed"
+    )
+
+
+def test_a_trial_that_was_cut_before_its_first_evaluation_has_begun(tmp_path):
+    made, cfg = plan("kl.coef=0.1,0.2", trials=2)
+    (tmp_path / "config.toml").write_text(cfg.to_toml())
+    found = search(tmp_path, made)
+    found.events.end("001", CUT, 2.0)
+    write_outcome(outcome_of(found), found)
+    trials = json.loads((tmp_path / "tune.json").read_text())["trials"]
+    assert [trial["outcome"] for trial in trials] == ["cut", "not begun"]

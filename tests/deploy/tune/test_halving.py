@@ -17,7 +17,7 @@ def test_each_rung_is_three_times_the_one_before_and_before_the_end(first, num_s
     assert rungs(first, num_steps) == expected
 
 
-def goes_on_by_definition(value, earlier):
+def continues_by_definition(value, earlier):
     """It continues unless its value is below the one that two thirds of the earlier ones are below, where between two
     values the line counts (numpy's percentile)."""
     if not earlier:
@@ -40,8 +40,8 @@ def random_results(at, seed):
 def test_decisions_are_those_of_the_definition(at):
     halving, earlier, decisions = Halving(at), {step: [] for step in at}, []
     for trial, step, value in random_results(at, seed=1):
-        expected = step not in earlier or goes_on_by_definition(value, earlier[step])
-        assert halving.goes_on(trial, step, value) == expected
+        expected = step not in earlier or continues_by_definition(value, earlier[step])
+        assert halving.continues(trial, step, value) == expected
         decisions.append(expected)
         if step in earlier:
             earlier[step].append(value)
@@ -51,12 +51,12 @@ def test_decisions_are_those_of_the_definition(at):
 def test_results_of_an_earlier_start_lead_to_the_same_decisions():
     results = list(random_results([2, 6], seed=2))
     whole, first = Halving([2, 6]), len(results) // 2
-    decisions = [whole.goes_on(*result) for result in results]
+    decisions = [whole.continues(*result) for result in results]
     continued = Halving([2, 6], results[:first])
-    assert [continued.goes_on(*result) for result in results[first:]] == decisions[first:]
+    assert [continued.continues(*result) for result in results[first:]] == decisions[first:]
     assert continued.stopped == {result[0] for result, on in zip(results[:first], decisions) if not on}
 
 
-def test_without_rungs_every_trial_goes_on():
+def test_without_rungs_every_trial_continues():
     halving = Halving([])
-    assert all(halving.goes_on(*result) for result in random_results([1], seed=0))
+    assert all(halving.continues(*result) for result in random_results([1], seed=0))

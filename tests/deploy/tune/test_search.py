@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from common.errors import UserError
 from common.files import read_records
 from deploy.tune.command import Pace, run_tune
 from deploy.tune.plan import make_plan
+from deploy.tune.search import Search
 from tests.deploy.tune import fake_trial
 
 ROOT = Path(__file__).parents[3]
@@ -221,10 +223,31 @@ def test_health_and_failures_end_a_trial_and_count_as_the_worst(tmp_path):
     assert set(starts(directory).values()) == {1}
 
 
-def test_a_first_trial_that_cannot_start_ends_the_tuning_with_its_message(tmp_path):
-    with pytest.raises(UserError, match="trial 1 failed before its first step with exit code 1: nothing fits"):
-        tune(tmp_path / "no", plan("ppo.value_coef=9,9.0001"))
-    assert len(list((tmp_path / "no/trials").glob("*.log"))) == 1
+def test_a_tuning_ends_when_its_first_trials_cannot_start(tmp_path):
+    message = (
+        r"3 of them have failed \(trial 1, 2, 3\); trial 3 ended with exit code 1: nothing fits .*again with --force"
+    )
+    with pytest.raises(UserError, match=message):
+        tune(tmp_path / "no", plan("ppo.value_coef=9,10,11,12"))
+    assert len(list((tmp_path / "no/trials").glob("*.log"))) == 3
+
+
+def test_a_first_trial_that_cannot_start_does_not_end_the_tuning(tmp_path):
+    directory = tmp_path / "one"
+    made, cfg = plan("ppo.value_coef=9,0.5,0.6", trials=3, finalists=1, seeds=1)
+    bad_first = sorted(made.trials, key=lambda settings: -settings["ppo.value_coef"])
+    outcome = tune(directory, (replace(made, trials=tuple(bad_first)), cfg))
+    assert [trial["outcome"] for trial in records(directory)["trials"]] == ["failed", "complete", "complete"]
+    assert outcome.missing == 0
+
+
+def test_a_time_out_of_another_cause_is_not_the_end_of_the_time(tmp_path, monkeypatch):
+    def disk_fails(*arguments):
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr(Search, "_halving", disk_fails)
+    with pytest.raises(TimeoutError, match="Connection timed out"):
+        tune(tmp_path / "disk", small_plan())
 
 
 def test_when_the_time_is_up_the_best_so_far_is_kept_and_the_rest_can_follow(tmp_path, capsys, monkeypatch):
@@ -244,7 +267,7 @@ def test_when_the_time_is_up_the_best_so_far_is_kept_and_the_rest_can_follow(tmp
 
             watching = asyncio.create_task(watch())
             try:
-                yield
+                yield limit
             finally:
                 watching.cancel()
 

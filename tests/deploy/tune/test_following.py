@@ -1,0 +1,50 @@
+"""What is read from the files of a run, and what ASHA learns from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.files import append_record
+from deploy.tune.events import COMPLETE, STOPPED_BY_ASHA, Events
+from deploy.tune.following import Follower, Job, metric_of
+
+RUNGS = (2, 6)
+NAMES = {"001", "002", "003"}
+
+
+class Screen:
+    def result(self, job, step, value):
+        pass
+
+
+def test_asha_decides_the_same_after_a_restart(tmp_path):
+    """Each run is complete before anyone reads its files, as a fast one is."""
+    events = Events(tmp_path / "events.jsonl")
+    events.start(1.0)
+    halving = events.halving(RUNGS, NAMES)
+
+    def follow(trial, values):
+        job = Job(trial)
+        follower = Follower(job, tmp_path / job.name, "score", events, Screen(), halving)
+        follower.directory.mkdir()
+        for step, value in values.items():
+            append_record(follower.directory / "evaluations.jsonl", {"policy_version": step, "score": value})
+        follower.read_new()
+        return follower
+
+    for trial, values in ((1, {2: 0.5, 6: 0.5}), (2, {2: 0.4, 6: 0.9})):  # ASHA would have stopped the second one at 2
+        follower = follow(trial, values)
+        events.end(follower.job.name, COMPLETE, 1.0)
+        follower.read_evaluations()
+        assert events.run(follower.job.name).results == values
+        assert events.run(follower.job.name).outcome == COMPLETE
+    # Two thirds of the way from 0.5 to 0.9 is 0.77. Without the second run it would be 0.5.
+    follow(3, {2: 0.6, 6: 0.6})
+    assert events.run("003").outcome == STOPPED_BY_ASHA
+    assert Events(tmp_path / "events.jsonl").halving(RUNGS, NAMES).stopped == {"002", "003"}
+
+
+@pytest.mark.parametrize(("metric", "value"), [("score", 1.0), ("pass_at_1", 0.5), ("voids", 0.25), ("other", None)])
+def test_a_source_with_the_name_of_a_field_of_the_record_is_the_source(metric, value):
+    record = {"score": 1, "pass_at_1": 0.5, "voids": 7, "prompts": 8, "components": {"voids": 0.25, "score": 3}}
+    assert metric_of(record, metric) == value
