@@ -22,7 +22,7 @@ from common.types import Prompt, SampleId, Score, Void
 from deploy.ending import signals
 from deploy.evaluation.answers import AnswerFile, write_prompts
 from deploy.evaluation.perplexity import TextMeasurement
-from deploy.evaluation.plots import plot_pass_at_k
+from deploy.evaluation.plots import write_plots
 from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
 from deploy.evaluation.record import evaluation_record
 from deploy.evaluation.texts import load_texts
@@ -202,8 +202,8 @@ class _Evaluation:
             judged = [(rollout, score) for rollout, score, _ in found]
             write_answers(self.directory / "answers.jsonl", judged, self.policies[name].tokenizer)
             files.append("answers.jsonl")
-        elif (plot := plot_pass_at_k(record, self.directory)) is not None:
-            files.append(plot.name)
+        else:
+            files += [plot.name for plot in write_plots(record, self.directory)]
         write_json(self.directory / "evaluation.json", record)
         self.progress.end(record, [*files, *([] if self.asked.is_single else ["answers/"])])
         return record

@@ -94,7 +94,7 @@ def roles(monkeypatch):
     monkeypatch.setattr(deploy.session, "cluster", cluster)
     monkeypatch.setattr(deploy.session, "try_sources", lambda *arguments: None)
     monkeypatch.setattr(command, "Starter", Starter)
-    monkeypatch.setattr(command, "plot_pass_at_k", lambda record, directory: directory / "plot.png")  # takes a second
+    monkeypatch.setattr(command, "write_plots", lambda record, directory: [directory / "plot.png"])  # takes a second
     monkeypatch.setattr(command, "RewardPool", lambda pool, keep: pool)
     monkeypatch.setattr(command, "ReferencePool", lambda pool: pool)
     return known

@@ -1,4 +1,4 @@
-"""The figures of evaluation.json, worked by hand or by loops over the answers; the table and the plot of them."""
+"""The figures of evaluation.json, worked by hand or by loops over the answers; the table of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from statistics import fmean
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from common.types import SampleId, Score, Void
 from deploy.evaluation.figure_text import number_text
-from deploy.evaluation.plots import plot_pass_at_k
 from deploy.evaluation.policies import Asked
 from deploy.evaluation.record import evaluation_record
 from deploy.evaluation.rows import crossover_lines, crossover_text, figure_rows
@@ -135,16 +133,3 @@ def test_one_answer_to_each_prompt_has_one_interval_of_pass_at_1():
     assert figure["value"] == record["pass_at_1"] == 3 / 5
     assert figure["interval"] == pytest.approx(record["interval"])
     assert record["policies"]["p"]["response_tokens"]["value"] == record["response_tokens"]
-
-
-def test_the_plot_has_every_curve_and_the_crossover(record, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: drawn.append(figure) or path.touch())
-    assert plot_pass_at_k(record, tmp_path) == tmp_path / "pass-at-k.png"
-    [axes] = drawn[0].axes
-    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
-    for name, figures in record["policies"].items():
-        assert lines[name] == [figure["value"] for figure in figures["pass_at_k"]]
-    [crossing] = [box for box in axes.containers if "k = 3: the base, asked k times, beats mine" in box.get_label()]
-    assert (crossing[0].get_xdata().tolist(), crossing[0].get_ydata().tolist()) == ([3], [pytest.approx(1 / 3)])
-    assert [path.name for path in tmp_path.iterdir()] == ["pass-at-k.png"]
