@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from learner.evaluation.bootstrap import interval
+
 RESAMPLES = 1000  # of the bootstrap, and permutations
-LEVEL = 0.95
 SIGNIFICANCE = 0.05
 FEWEST = 4  # trials: with fewer no interval means anything
 PARABOLA = 8  # trials from which on a range gets a parabola: three coefficients
@@ -36,11 +37,11 @@ class Effect:
 
     key: str
     explained: float  # share of the variance of the outcome
-    explained_interval: tuple[float, float]
+    explained_interval: list[float]
     p: float  # how often a key without any effect explains this much, by permutation
     smallest_p: float  # of a key that explains everything, in these trials
     slope: float | None  # of a range: change of the outcome for each factor of 10 (log) or each unit; None: one value
-    slope_interval: tuple[float, float] | None
+    slope_interval: list[float] | None
     means: tuple[dict[str, Any], ...] | None  # of choices: value, number of trials, mean outcome and its interval
     best: Any  # the choice with the best mean; the place on the scale of a range at which the curve is highest
 
@@ -66,14 +67,14 @@ def effect_of(column: Column, outcomes: Sequence[float], *, seed: int = 0) -> Ef
         best: Any = _highest(curve(x), x, y)
         if np.ptp(x) > 0:
             slope = _slope(x, y)
-            slope_interval = _interval([_slope(x[rows], y[rows]) for rows in drawn if np.ptp(x[rows]) > 0])
+            slope_interval = interval(np.array([_slope(x[rows], y[rows]) for rows in drawn if np.ptp(x[rows]) > 0]))
     else:
         means = tuple(_mean_of(column.choices[int(value)], y[x == value], rng) for value in sorted(set(x.tolist())))
         best = max(means, key=lambda mean: mean["mean"])["value"]
     return Effect(
         key=column.key,
         explained=_adjusted(curve(x), y, trials=len(y)),
-        explained_interval=_interval(explained),
+        explained_interval=interval(np.array(explained)),
         p=_p(curve(x), y, rng),
         smallest_p=_p(curve(x), x, rng),
         slope=slope,
@@ -140,10 +141,5 @@ def _highest(design: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
 
 def _mean_of(value: Any, y: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     resampled = y[rng.integers(len(y), size=(RESAMPLES, len(y)))].mean(axis=1)
-    interval = _interval(resampled.tolist()) if len(y) > 1 else None
-    return {"value": value, "trials": len(y), "mean": float(y.mean()), "interval": interval}
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.quantile(np.array(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    known = interval(resampled) if len(y) > 1 else None
+    return {"value": value, "trials": len(y), "mean": float(y.mean()), "interval": known}
