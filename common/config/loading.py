@@ -6,6 +6,7 @@ file.
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import tomllib
@@ -51,6 +52,14 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
         raise UserError(fault_message(error, root, path, given)) from None
     except ValueError as error:  # TOML's and UTF-8's own errors, NUL in the path, a number of 5,000 digits
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def with_absolute_files(key: str, value: Any, config: Path) -> Any:
+    """The value of a setting, with names of files as `load_config` makes them for the config file `config`."""
+    name = key.rpartition(".")[2]
+    tree = {name: copy.deepcopy(value)}
+    _find_files(tree, [Path.cwd(), config.absolute().parent], keep_relative=False)
+    return tree[name]
 
 
 def absolute_if_directory(name: str, directories: Sequence[Path] = (Path(),)) -> str:

@@ -1,6 +1,6 @@
 """`ratchet tune`: trials of a config, the best one, and which of its settings mattered. Runs in the driver.
 
-    plan.py           the trials are drawn and checked
+    plan.py           the trials are drawn and checked; metric.py says what they are compared by
     search.py         trials run one after another; ASHA and health rules stop the bad ones; finalists get more seeds
     trial_process.py  each run is a process of its own: `ratchet train` in DIR/trials/...
     events.py         what happened, on disk before anything is done about it

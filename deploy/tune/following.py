@@ -10,7 +10,7 @@ from common.files import read_records
 from deploy.tune.events import COMPLETE, STOPPED_BY_ASHA, STOPPED_BY_HEALTH, Events
 from deploy.tune.halving import Halving
 from deploy.tune.health_stop import ruined
-from deploy.tune.plan import PASS, SCORE
+from deploy.tune.metric import metric_of
 
 _FILES = ("evaluations.jsonl", "metrics.jsonl")
 
@@ -83,13 +83,6 @@ class Follower:
             return
         if (reason := ruined(read_records(self.directory / _FILES[1]))) is not None:
             self.events.stop(self.job.name, STOPPED_BY_HEALTH, reason)
-
-
-def metric_of(record: dict[str, Any], metric: str) -> float | None:
-    """The value of a metric in the record of an evaluation; None if it has none. The values of sources and judges are
-    apart from the record's own fields, so a source may have the name of such a field."""
-    value = record.get(metric) if metric in (PASS, SCORE) else record.get("components", {}).get(metric)
-    return None if value is None else float(value)
 
 
 def below(step: int, value: float) -> str:

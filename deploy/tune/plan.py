@@ -11,32 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config.loading import load_config
-from common.config.overrides import as_overrides
+from common.config.loading import load_config, with_absolute_files
+from common.config.overrides import as_overrides, toml_text
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_json
 from deploy.tune.halving import rungs
-from deploy.tune.space import Choices, Space, draw, parse_space
+from deploy.tune.metric import check_key, checked_metric
+from deploy.tune.space import Choices, Range, Space, draw, parse_space
 
-PASS, SCORE = "pass_at_1", "score"
 EVALUATIONS = 6  # of each trial at least, if the config asks for none between start and end
 MOST_TRIALS = 1000
-# Keys that trials cannot differ in, with the reason. A single value is fine: it is a setting of all trials.
-_FIXED = {
-    "seed": "trials have the same seed, and finalists are repeated with others (--seeds)",
-    "num_steps": "trials are compared after equal numbers of steps",
-    "evaluation.": "trials are compared by the same evaluation",
-    "prompts.heldout": "trials are compared on the same prompts",
-    "model.": "trials start from the same model",
-    "ray.": "it decides where trials run",
-    "logging.": "it changes no result",
-    "monitoring.": "it changes no result",
-    "checkpoint.": "it changes no result",
-    "credit.": "it changes no result",
-    "critic_training.": "ratchet train does not use it",
-}
-_REWARD = "reward."
 # Many runs are kept, and hardly any is trained further; optimizer state is two thirds of a checkpoint. A value on the
 # command line overrides these.
 _SMALL = ("checkpoint.keep=1", "checkpoint.keep_optimizer_at_end=false")
@@ -89,7 +74,9 @@ def make_plan(
 ) -> tuple[Plan, Config]:
     """The plan, and the config that all trials start from. `arguments`: KEY=SPACE, or key=value for all trials. Raises
     UserError unless every trial has a valid config."""
-    spaces = [(argument, parse_space(argument)) for argument in arguments]
+    if trials > MOST_TRIALS:
+        raise UserError(f"--trials ({trials}) must not exceed {MOST_TRIALS}; try fewer, then again around the best one")
+    spaces = [_with_absolute_files(argument, parse_space(argument), config) for argument in arguments]
     differing = [(text, space) for text, space in spaces if not _is_setting(space)]
     if not differing:
         raise UserError(
@@ -101,13 +88,14 @@ def make_plan(
     cfg = load_config(config, settings, Config)
     if not cfg.evaluation.prompts or cfg.prompts.heldout is None:
         raise UserError("trials are compared on held-out prompts: set prompts.heldout and evaluation.prompts above 0")
-    metric = _checked_metric(metric, cfg)
+    metric = checked_metric(metric, cfg)
     for _, space in differing:
-        _check_key(space.key, metric)
+        check_key(space.key, metric, cfg)
     every = cfg.evaluation.every or max(1, cfg.num_steps // EVALUATIONS)
     fixed = [*_SMALL, *settings, f"evaluation.every={every}"]
     drawn = draw([space for _, space in differing], trials, seed=cfg.seed)
     configs = [_checked(config, fixed, settings, number, len(drawn)) for number, settings in enumerate(drawn, 1)]
+    _check_different(drawn, configs)
     plan = Plan(
         spaces=tuple(text for text, _ in differing),
         trials=tuple(drawn),
@@ -131,32 +119,30 @@ def _is_setting(space: Space) -> bool:
     return isinstance(space, Choices) and len(space.values) == 1
 
 
+def _with_absolute_files(text: str, space: Space, config: Path) -> tuple[str, Space]:
+    """A trial is started with DIR/config.toml, and the tuning may continue in another current directory."""
+    if isinstance(space, Range):
+        return text, space
+    values = tuple(with_absolute_files(space.key, value, config) for value in space.values)
+    if values == space.values:
+        return text, space
+    return f"{space.key}={','.join(map(toml_text, values))}", Choices(space.key, values)
+
+
 def _check_once(keys: Sequence[str]) -> None:
     if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
         raise UserError(f"{twice[0]} is given {keys.count(twice[0])} times; give all of its values once")
 
 
-def _check_key(key: str, metric: str) -> None:
-    for start, reason in _FIXED.items():
-        if key == start or (start.endswith(".") and key.startswith(start)):
-            raise UserError(f"{key} cannot differ between trials: {reason}; give one value, or leave it out")
-    if key.startswith(_REWARD) and metric == SCORE:
-        raise UserError(
-            f"{key} changes what a score means, so trials cannot be compared by their score; compare them by a judge "
-            "or a source (--metric NAME)"
-        )
-
-
-def _checked_metric(metric: str | None, cfg: Config) -> str:
-    """The default is pass@1 if the config says what passes, else the mean score."""
-    if metric is None:
-        return SCORE if cfg.evaluation.pass_source is None else PASS
-    if metric == PASS and cfg.evaluation.pass_source is None:
-        raise UserError("--metric pass_at_1 needs evaluation.pass_source: the source or judge whose scores decide it")
-    known = [PASS, SCORE, *(source.name for source in (*cfg.reward.sources, *cfg.evaluation.judges))]
-    if metric not in known:
-        raise UserError(f"--metric ({metric}) must be one of {', '.join(known)}")
-    return metric
+def _check_different(drawn: Sequence[dict[str, Any]], configs: Sequence[Config]) -> None:
+    """Values that differ as text may be equal: 1 and 1.0."""
+    first: dict[str, int] = {}
+    for number, cfg in enumerate(configs, 1):
+        if (other := first.setdefault(cfg.model_dump_json(), number)) != number:
+            same = [" ".join(as_overrides(drawn[one - 1])) for one in (other, number)]
+            raise UserError(
+                f"trials {other} and {number} would have the same config ({same[0]}; {same[1]}); name every value once"
+            )
 
 
 def _checked(config: Path, fixed: Sequence[str], settings: dict[str, Any], number: int, trials: int) -> Config:

@@ -22,6 +22,7 @@ from common.errors import UserError
 
 _NUMBER = r"[+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _RANGE = re.compile(rf"(log:)?({_NUMBER})\.\.({_NUMBER})")
+_NO_RANGE = re.compile(r"log:[+-]?\.?[0-9]|[+-]?\.?[0-9].*\.\.")  # begins like one; ../prompts.jsonl does not
 _DIGITS = 4  # of a number drawn from a range: enough to tell trials apart, and short in a command
 _MOST_COMBINATIONS = 10_000  # of choices that are listed to draw distinct ones
 _DESIGNS, _CHOICE_DESIGNS = 200, 20  # from which the best one is taken; lists of combinations take longer
@@ -77,7 +78,7 @@ def parse_space(argument: str) -> Space:
         )
     if match := _RANGE.fullmatch(text):
         return _range(argument, key, *match.groups())
-    if ".." in text or text.startswith("log:"):
+    if _NO_RANGE.match(text):
         raise UserError(f"{argument}: a range is two numbers, such as 0.1..0.5 or log:1e-6..1e-4")
     values = _values(argument, text)
     if len(distinct := {toml_text(value) for value in values}) < len(values):

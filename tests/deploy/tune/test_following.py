@@ -6,7 +6,8 @@ import pytest
 
 from common.files import append_record
 from deploy.tune.events import COMPLETE, STOPPED_BY_ASHA, Events
-from deploy.tune.following import Follower, Job, metric_of
+from deploy.tune.following import Follower, Job
+from deploy.tune.metric import metric_of
 
 RUNGS = (2, 6)
 NAMES = {"001", "002", "003"}

@@ -32,6 +32,11 @@ POSITIVE = CONFIG.with_name("positive.toml")
         (["seed=1,2"], r"seed cannot differ between trials: .* finalists are repeated with others \(--seeds\)"),
         (["model.path=a,b"], "model.path cannot differ between trials"),
         (["evaluation.prompts=4,8"], "evaluation.prompts cannot differ between trials"),
+        (["evaluation={prompts = 8},{prompts = 16}"], "evaluation cannot differ between trials"),
+        (["sampling.temperature=0.7,1.0"], "sampling.temperature cannot differ between trials: held-out responses"),
+        (["prompts.format=chat,text"], "prompts.format cannot differ between trials"),
+        (["prompts.columns.prompt=a,b"], "prompts.columns.prompt cannot differ between trials"),
+        (["ppo.lam=1,1.0"], r"trials 1 and 2 would have the same config \(ppo.lam=1(.0)?; ppo.lam=1(.0)?\)"),
         (["reward.sources.1.weight=-1.0..0.0"], "reward.sources.1.weight changes what a score means"),
         (["kl.coef=0.1,0.2", "evaluation.prompts=0"], "trials are compared on held-out prompts"),
         (["ppo.clip_eps"], "must read KEY=SPACE"),
@@ -50,6 +55,29 @@ def test_the_metric_is_pass_at_1_where_the_config_says_what_passes():
     assert make_plan(POSITIVE, space, metric="gold", **given)[0].metric == "gold"
     with pytest.raises(UserError, match=r"--metric \(golden\) must be one of pass_at_1, score, reward_model, gold"):
         make_plan(POSITIVE, space, metric="golden", **given)
+
+
+@pytest.mark.parametrize("metric", ["correct", "pass_at_1"])
+@pytest.mark.parametrize("key", ["reward.sources.0.function", "reward.sources", "reward"])
+def test_the_source_that_trials_are_compared_by_cannot_differ(metric, key):
+    with pytest.raises(UserError, match=rf"{key} may change the source correct, by which trials are compared"):
+        plan(f"{key}=a,b", metric=metric)
+
+
+def test_more_trials_than_the_limit_are_refused():
+    with pytest.raises(UserError, match=r"--trials \(1001\) must not exceed 1000"):
+        plan("kl.coef=0.1..0.2", trials=1001)
+
+
+def test_names_of_files_do_not_depend_on_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    made, _ = plan("prompts.train=../one.jsonl,../two.jsonl", trials=2)
+    monkeypatch.chdir(tmp_path)
+    expected = {str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")}
+    assert {trial["prompts.train"] for trial in made.trials} == set(made.keys[0].values) == expected
 
 
 def test_a_source_may_be_tuned_against_a_judge():
