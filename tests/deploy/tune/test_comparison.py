@@ -60,13 +60,24 @@ def test_the_seeds_of_all_finalists_say_how_large_chance_is():
     # Squares around the means 0.5 and 0.3: 0.02 and 0.02, with 1 + 2 degrees of freedom.
     found = outcome(Finalist(1, (0.4, 0.6), STEPS), Finalist(2, (0.2, 0.3, 0.4), STEPS))
     assert found.seed_deviation == pytest.approx((0.04 / 3) ** 0.5)
-    # Standard error of the difference: 0.115 x sqrt(1 / 2 + 1 / 3) = 0.105; the difference is 0.2.
+    # Standard error of the difference: 0.115 x sqrt(1 / 2 + 1 / 3) = 0.105; Student's t with freedom 3: 3.18.
     assert found.reason == (
-        "trial 1 has score 0.5 at the last step, the mean of 2 seeds; 0.2 above trial 2 with a standard error of 0.11, "
-        "so the two are not clearly different"
+        "trial 1 has score 0.5 at the last step, the mean of 2 seeds; 0.2 above trial 2 (95 % interval -0.14 to "
+        "0.54), so the two are not clearly different"
     )
-    clear = outcome(Finalist(1, (0.5, 0.6), STEPS), Finalist(2, (0.2, 0.3), STEPS))
-    assert clear.reason.endswith("0.3 above trial 2 with a standard error of 0.071, so it is better")
+
+
+@pytest.mark.parametrize(
+    ("mean", "said"),
+    [
+        (0.7, "0.4 above trial 2 (95 % interval 0.17 to 0.63), so it is better"),
+        (0.5, "0.2 above trial 2 (95 % interval -0.027 to 0.43), so the two are not clearly different"),
+    ],
+)
+def test_few_seeds_need_a_larger_difference(mean, said):
+    """The standard error is 0.1 x sqrt(2 / 3) = 0.0816. 2.45 of them are not enough: Student's t is 2.78."""
+    found = outcome(*(Finalist(trial, (at - 0.1, at, at + 0.1), STEPS) for trial, at in ((1, mean), (2, 0.3))))
+    assert found.reason.endswith(said)
 
 
 @pytest.mark.parametrize(
