@@ -10,7 +10,7 @@ from deploy.tune.following import Follower, Job
 from deploy.tune.metric import metric_of
 
 RUNGS = (2, 6)
-NAMES = {"001", "002", "003"}
+NAMES = {"001", "002", "003", "004"}
 
 
 class Screen:
@@ -33,16 +33,17 @@ def test_asha_decides_the_same_after_a_restart(tmp_path):
         follower.read_new()
         return follower
 
-    for trial, values in ((1, {2: 0.5, 6: 0.5}), (2, {2: 0.4, 6: 0.9})):  # ASHA would have stopped the second one at 2
+    # ASHA would have stopped the second and the third one at step 2.
+    for trial, values in ((1, {2: 0.5, 6: 0.5}), (2, {2: 0.4, 6: 0.9}), (3, {2: 0.1, 6: 0.1})):
         follower = follow(trial, values)
         events.end(follower.job.name, COMPLETE, 1.0)
         follower.read_evaluations()
         assert events.run(follower.job.name).results == values
         assert events.run(follower.job.name).outcome == COMPLETE
-    # Two thirds of the way from 0.5 to 0.9 is 0.77. Without the second run it would be 0.5.
-    follow(3, {2: 0.6, 6: 0.6})
-    assert events.run("003").outcome == STOPPED_BY_ASHA
-    assert Events(tmp_path / "events.jsonl").halving(RUNGS, NAMES).stopped == {"002", "003"}
+    # Two thirds of 0.1, 0.5 and 0.9 are below 0.63. With the first run alone it would be 0.5.
+    follow(4, {2: 0.6, 6: 0.6})
+    assert events.run("004").outcome == STOPPED_BY_ASHA
+    assert Events(tmp_path / "events.jsonl").halving(RUNGS, NAMES).stopped == {"002", "003", "004"}
 
 
 @pytest.mark.parametrize(("metric", "value"), [("score", 1.0), ("pass_at_1", 0.5), ("voids", 0.25), ("other", None)])

@@ -239,6 +239,8 @@ def test_a_first_trial_that_cannot_start_does_not_end_the_tuning(tmp_path):
     outcome = tune(directory, (replace(made, trials=tuple(bad_first)), cfg))
     assert [trial["outcome"] for trial in records(directory)["trials"]] == ["failed", "complete", "complete"]
     assert outcome.missing == 0
+    ends = [event["run"] for event in read_records(directory / "events.jsonl") if event["event"] == "end"]
+    assert ends == ["001", "002", "003", "001"]
 
 
 def test_a_time_out_of_another_cause_is_not_the_end_of_the_time(tmp_path, monkeypatch):
