@@ -26,6 +26,7 @@ from deploy.evaluation.plots import write_plots
 from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
 from deploy.evaluation.record import evaluation_record
 from deploy.evaluation.texts import load_texts
+from deploy.evaluation.truncation import truncation_warnings
 from deploy.needs import Phases, generator_needs, reference_needs, service_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
@@ -75,6 +76,8 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
     identity = identity_of(cfg, policies, records)
     if resume:
         check_identity(directory, identity)
+    for text in truncation_warnings(cfg.sampling, asked.samples):
+        owned.log.warn(text)
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
     progress = EvaluationProgress(directory, owned.log, asked, len(prompts))
     texts = TextMeasurement(cfg, directory, load_texts(cfg, list(policies.values())))

@@ -202,3 +202,10 @@ def test_one_answer_of_one_policy_has_the_record_of_before(roles, cfg, models, t
     out = capsys.readouterr().out
     assert "held-out prompts, one sampled answer each" in out
     assert out.splitlines()[-1] == f"{tmp_path / 'run'}: evaluation.json, answers.jsonl"
+
+
+def test_truncated_sampling_is_warned_of(roles, models, tmp_path, capsys):
+    settings = {"prompts": PROMPTS, "text_tokens": 0}
+    cfg = tiny_config(models[0], evaluation=settings, sampling={"max_new_tokens": 8, "top_k": 1})
+    run_evaluation(cfg, tmp_path / "run", samples=2)
+    assert "all 2 answers to a prompt are the same" in " ".join(capsys.readouterr().err.split())
