@@ -202,17 +202,17 @@ def evaluate(
         Path | None,
         typer.Option(metavar="RUN", help="Instead: measure the noise of this run's gradients."),
     ] = None,
-    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="With --variance: steps learned.")] = None,
+    after: Annotated[int | None, typer.Option(min=0, metavar="N", help="With --variance: steps learned.")] = None,
     steps: Annotated[str | None, typer.Option(metavar="A:B", help="With --variance: batches A to B - 1.")] = None,
     model: Annotated[str | None, typer.Option(hidden=True)] = None,  # as for replay; docs/evaluation.md has them
     critic: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Compare policies on held-out prompts, or measure the gradients of a run."""
-    of_variance: dict[str, Any] = {"step": step, "steps": steps, "model": model, "critic": critic}
+    of_variance: dict[str, Any] = {"after": after, "steps": steps, "model": model, "critic": critic}
     if variance is not None:
         if policy or samples or run or resume or force or address or config.endswith(".toml"):
             raise UserError(
-                "--variance reads the directory of a run: with it give only --step, --steps, --model, --critic, and "
+                "--variance reads the directory of a run: with it give only --after, --steps, --model, --critic, and "
                 "settings of the layout of devices"
             )
         from deploy.variance.command import run_variance

@@ -85,6 +85,8 @@ def chosen_steps(text: str | None) -> slice:
     if not (match := re.fullmatch(r"([0-9]{1,9})?:([0-9]{1,9})?", text)):
         raise UserError(f"--steps ({text}) must read A:B, such as 10:40 for steps 10 to 39, or 10: for all from 10 on")
     first, end = (int(number) if number else None for number in match.groups())
+    if first is not None and end is not None and first >= end:
+        raise UserError(f"--steps ({text}) has no step: A must be below B, as in {end}:{first + 1}")
     return slice(first, end)
 
 

@@ -9,31 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from deploy.report.curves import short
+from deploy.variance.record import RECORD, advantages_used
 from learner.ppo.critic_quality import PARTS
-
-FILE = "variance.json"
 
 
 def variance_of(run: Path, unreadable: list[str]) -> dict[str, Any] | None:
     """Everything of the tab; None without an account. Adds the file to `unreadable` if it is not one."""
-    path = run / FILE
+    path = run / RECORD
     if not path.is_file():
         return None
     try:
         return _tab(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        unreadable.append(FILE)
+        unreadable.append(RECORD)
         return None
 
 
 def _tab(account: Mapping[str, Any]) -> dict[str, Any]:
     explained = account["explained_variance"]
+    used = advantages_used(account)
     return {
+        "used": used,
         **{key: int(account[key]) for key in ("step", "responses", "prompts", "tokens")},
         "batches": [int(account["batches"][0]), int(account["batches"][-1])],
         "gradients": {key: int(account["gradients"][key]) for key in ("parts", "weights", "kept")},
         "returns_variance": _figure(account["returns"]["variance"]),
-        "estimators": [_estimator(str(name), figures) for name, figures in account["estimators"].items()],
+        "estimators": [_estimator(str(name), figures, used) for name, figures in account["estimators"].items()],
         "explained": [
             {
                 "part": title,
@@ -46,8 +47,8 @@ def _tab(account: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _estimator(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    noise = figures["whitened"]
+def _estimator(name: str, figures: Mapping[str, Any], used: str) -> dict[str, Any]:
+    noise, other = figures[used], figures["unwhitened" if used == "whitened" else "whitened"]
     return {
         "name": name,
         "own": bool(figures["is_runs_own"]),
@@ -55,10 +56,10 @@ def _estimator(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         "variance": _figure(figures["variance"]),
         "of_returns": _figure(figures["of_returns"]),
         "error": _figure(noise["relative_standard_error"]),
-        "unwhitened_error": _figure(figures["unwhitened"]["relative_standard_error"]),
+        "other_error": _figure(other["relative_standard_error"]),
         "noise_scale": _figure(noise["noise_scale"]),
         "against_none": _figure(noise["against_none"]),
-        "direction": _figure(figures.get("direction")),
+        "direction": _figure(noise.get("direction")),
     }
 
 

@@ -14,8 +14,8 @@ from learner.proof.ranks import read_progress
 
 @contextmanager
 def bars_of(progress: Path, work: str) -> Iterator[None]:
-    """During the block, bars on the terminal show what `learner.proof.ranks.tell` has written into the file. `work`:
-    the name of the first bar."""
+    """During the block, bars on the terminal show what `learner.proof.ranks.write_progress` has written into the file.
+    `work`: the name of the first bar."""
     ended = threading.Event()
 
     def follow() -> None:

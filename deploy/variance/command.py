@@ -8,6 +8,7 @@ writes RUN/variance.json and RUN/variance.png.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ from common.errors import UserError
 from common.files import write_json
 from deploy.journal_parts import chosen_steps
 from deploy.replay import config_for_replay, newest_verified, refuse_other_directories
-from deploy.screen.console import Output
+from deploy.screen.console import Output, complain
 from deploy.screen.rank_bars import bars_of
 from deploy.variance.plot import plot_account
+from deploy.variance.record import RECORD
 from deploy.variance.table import account_text
 from learner.loop.checkpoints import Checkpoints
 from learner.loop.journal import Journal
@@ -27,13 +29,13 @@ from learner.loop.notes import learns
 from learner.proof.ranks import in_ranks
 from learner.variance.account import VarianceAccount
 
-RECORD, PLOT = "variance.json", "variance.png"
+PLOT = "variance.png"
 
 
 def run_variance(
     run: Path,
     *,
-    step: int | None = None,
+    after: int | None = None,
     steps: str | None = None,
     model: str | None = None,
     critic: str | None = None,
@@ -41,21 +43,28 @@ def run_variance(
 ) -> dict[str, Any]:
     """Writes the account into the run directory, and returns it.
 
-    `step`: updates that the learner has done. `steps`: the batches, such as 10:14; left out, the one right after
-    `step`. `model`, `critic`, `settings`: as for `ratchet replay`. Raises UserError.
+    `after`: updates that the learner has done. `steps`: the batches, such as 10:14; left out, the one right after
+    `after`. `model`, `critic`, `settings`: as for `ratchet replay`. Raises UserError.
     """
     refuse_other_directories(run)
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise UserError(f"{run} cannot be written, and gets {RECORD} and {PLOT}; change its permissions, or copy it")
     journal = Journal(run / "journal")
     if not learns(journal.notes):
         raise UserError(
             f"{run} has only responses of the starting policy (ratchet train-critic --sample); start a run from its "
-            "critic (learner.critic_path), and measure that run with --step 0"
+            "critic (learner.critic_path), and measure that run with --after 0"
         )
-    step, batches = choose(run, journal, step, steps)
+    step, batches = choose(run, journal, after, steps)
     cfg = config_for_replay(run, journal, model, critic, settings)
     # A compiled layer keeps its graph for one backward pass only.
     cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"compile": False})})
     start = newest_verified(run, journal, step, until=step)
+    if start is None and step:
+        complain(
+            f"{run} has no checkpoint to begin with, so {step} {'step is' if step == 1 else 'steps are'} learned again "
+            "from the journal; --after 0 measures the start of the run without that"
+        )
     with tempfile.TemporaryDirectory(prefix="ratchet-variance-") as scratch:
         result, progress = Path(scratch) / RECORD, Path(scratch) / "progress"
         job = VarianceAccount(cfg, run, step, batches, start, result, progress)
@@ -73,9 +82,10 @@ def run_variance(
     return account
 
 
-def choose(run: Path, journal: Journal, step: int | None, steps: str | None) -> tuple[int, list[int]]:
+def choose(run: Path, journal: Journal, after: int | None, steps: str | None) -> tuple[int, list[int]]:
     """The updates that the learner has done, and the batches to measure: steps of the journal that it has not learned
-    from. Left out, `step` is that of the newest checkpoint before a batch, or 0. Raises UserError."""
+    from. Left out, `after` is the newest checkpoint that a batch follows. If there is none, it is the last batch that
+    can be measured, because the policy and the critic that the run began with say little about it. Raises UserError."""
     count = journal.next_step
     usable = [number for number in range(count) if number not in journal.voided]
     if not usable:
@@ -83,27 +93,33 @@ def choose(run: Path, journal: Journal, step: int | None, steps: str | None) -> 
             f"{journal.directory} has no batch; the account needs one that the learner has not learned from"
         )
     if steps is not None:
-        chosen = chosen_steps(steps)
-        first = chosen.start or 0 if chosen.start is not None or step is None else step
-        end = count if chosen.stop is None else chosen.stop
-        if not first < end <= count:
-            raise UserError(f"--steps ({steps}) is not in the journal of {run}, which has {count} steps: 0:{count}")
-        step = first if step is None else step
-        if first < step:
-            raise UserError(
-                f"--steps ({steps}) has batches that the learner of --step {step} has learned from, so its critic "
-                f"knows their returns; begin with step {step}, or name an earlier --step"
-            )
-        batches = [number for number in usable if first <= number < end]
-        if not batches:
-            raise UserError(f"--steps ({steps}): every batch there is void; choose others")
-        return step, batches
-    if step is None:
+        return _chosen(run, usable, count, after, steps)
+    if after is None:
         found = Checkpoints(run / "checkpoints", every=1, keep=1, journal=journal).steps()
-        step = max((number for number in found if number <= usable[-1]), default=0)
-    elif step > usable[-1]:
+        after = max((number for number in found if number <= usable[-1]), default=usable[-1])
+    elif after > usable[-1]:
         raise UserError(
-            f"--step ({step}): the journal has no batch that was written after {step} steps; its last one is of step "
-            f"{usable[-1]}"
+            f"--after ({after}): the journal has no batch that was written after {after} steps; its last one is of "
+            f"step {usable[-1]}"
         )
-    return step, [next(number for number in usable if number >= step)]
+    return after, [next(number for number in usable if number >= after)]
+
+
+def _chosen(run: Path, usable: Sequence[int], count: int, after: int | None, steps: str) -> tuple[int, list[int]]:
+    """The same with --steps. A missing first step is `after`, or 0; a missing `after` is the first step."""
+    chosen = chosen_steps(steps)
+    first = chosen.start if chosen.start is not None else after if after is not None else 0
+    end = count if chosen.stop is None else chosen.stop
+    if not first < end <= count:
+        raise UserError(f"--steps ({steps}) is not in the journal of {run}, which has {count} steps: 0:{count}")
+    if after is None:
+        after = first
+    if first < after:
+        raise UserError(
+            f"--steps ({steps}) has batches that the learner of --after {after} has learned from, so its critic knows "
+            f"their returns; begin with step {after}, or name an earlier --after"
+        )
+    batches = [number for number in usable if first <= number < end]
+    if not batches:
+        raise UserError(f"--steps ({steps}): every batch there is void; choose others")
+    return after, batches

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import replaced_file
+from deploy.variance.record import advantages_used
 from learner.ppo.critic_quality import PARTS
 
 LEAST_SHARE = -1.0  # of the explained variance that is drawn
@@ -19,6 +20,7 @@ def plot_account(account: Mapping[str, Any], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    used = advantages_used(account)
     explained = account["explained_variance"]
     figure, axes = pyplot.subplots(
         1, 3 if explained else 2, figsize=(14 if explained else 9.5, 4), layout="constrained"
@@ -28,10 +30,10 @@ def plot_account(account: Mapping[str, Any], target: Path) -> None:
     dark = [one["is_runs_own"] for one in found]
     _bars(axes[0], names, [one["of_returns"] for one in found], dark)
     axes[0].set(title="variance of the advantages\n(before whitening)", xlabel="share of the variance of the returns")
-    _bars(axes[1], names, [one["whitened"]["relative_standard_error"] for one in found], dark)
+    _bars(axes[1], names, [one[used]["relative_standard_error"] for one in found], dark)
     axes[1].axvline(1, color="0.5", linestyle="--", linewidth=1)
     axes[1].set(
-        title="standard error of the policy gradient\n(whitened advantages)",
+        title=f"standard error of the policy gradient\n({used} advantages)",
         xlabel="divided by the norm of the gradient; 1: only noise",
     )
     if explained:

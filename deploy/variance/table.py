@@ -9,11 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.screen.text import share
+from deploy.variance.record import advantages_used
 from learner.ppo.critic_quality import PARTS
 
 _LEGEND = (  # each at most 80 columns
     "var: variance of the advantages before whitening, divided by that of the returns",
-    "error: standard error of the gradient of the whitened advantages, divided by its",
+    "error: standard error of the gradient of the {used} advantages, divided by its",
     "    norm, with its interval; near 1 only noise is seen",
     "noise scale: responses for which the error equals the true gradient: interval",
     "/none: noise scale divided by that without a baseline; below 1 the estimator is",
@@ -31,7 +32,7 @@ def account_text(account: Mapping[str, Any]) -> Iterator[Table | str]:
         f"{account['prompts']:,} prompts, {account['tokens']:,} tokens"
     )
     yield _estimators(account)
-    yield "\n".join(_LEGEND)
+    yield "\n".join(_LEGEND).format(used=advantages_used(account))
     for name, reason in account["left_out"].items():
         yield escape(f"{name} is left out: {reason}")
     if account["explained_variance"]:
@@ -47,8 +48,8 @@ def account_text(account: Mapping[str, Any]) -> Iterator[Table | str]:
 def _estimators(account: Mapping[str, Any]) -> Table:
     table = _table("advantages", "var", "error", "interval", "noise scale", "/none", "cosine")
     for name, figures in account["estimators"].items():
-        noise, direction = figures["whitened"], figures.get("direction")
-        error, against = noise["relative_standard_error"], noise["against_none"]
+        noise = figures[advantages_used(account)]
+        error, against, direction = noise["relative_standard_error"], noise["against_none"], noise.get("direction")
         table.add_row(
             escape(name) + (" *" if figures["is_runs_own"] else ""),
             _value(figures["of_returns"]),
@@ -66,7 +67,7 @@ def _explained(parts: Mapping[str, Any]) -> Table:
     for name, title in PARTS.items():
         found = parts[name]
         share = found["explained_variance"]
-        table.add_row(title, _value(share), _interval(share), _value(found["returns_variance"], "{:.3g}"))
+        table.add_row(title, _value(share), _interval(share), _value(found["returns_variance"], "z.3g"))
     return table
 
 
@@ -78,8 +79,9 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _value(figure: Mapping[str, Any] | None, form: str = "{:.2f}") -> str:
-    return "-" if figure is None else form.format(figure["value"])
+def _value(figure: Mapping[str, Any] | None, form: str = "z.2f") -> str:
+    """z: a value that rounds to 0 is not shown as -0."""
+    return "-" if figure is None else format(figure["value"], form)
 
 
 def _interval(figure: Mapping[str, Any] | None) -> str:

@@ -21,13 +21,13 @@ from learner.proof.chain import Violation
 Work = Callable[[int, int, str], None]  # (rank, world, rendezvous)
 
 
-def tell(progress: Path, work: str, done: int, total: int) -> None:
+def write_progress(progress: Path, work: str, done: int, total: int) -> None:
     """Writes how far some work is, for a bar that another process shows."""
     write_whole(progress, f"{work}\n{done}\n{total}")
 
 
 def read_progress(progress: Path) -> tuple[str, int, int]:
-    """What `tell` wrote. Raises OSError or ValueError before that."""
+    """What `write_progress` wrote. Raises OSError or ValueError before that."""
     work, done, total = progress.read_text(encoding="utf-8").splitlines()
     return work, int(done), int(total)
 

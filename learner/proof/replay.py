@@ -24,7 +24,7 @@ from learner.loop.notes import identity
 from learner.ppo.learner import Learner
 from learner.proof.chain import Violation
 from learner.proof.credit import check_same_credit
-from learner.proof.ranks import tell
+from learner.proof.ranks import write_progress
 from learner.proof.records import Metrics
 from learner.proof.tensors import check_same_state, check_same_weights
 
@@ -53,7 +53,7 @@ class Replay:
         for step in range(learner.step, self.until):
             stats = learn_again(learner, self.cfg, journal, step)
             if self.progress is not None and rank == 0:
-                tell(self.progress, "replay", step + 1, self.until)
+                write_progress(self.progress, "replay", step + 1, self.until)
             if self.metrics is not None and rank == 0:
                 self.metrics.check_update(step, stats)
             if step in self.credit and step not in journal.voided:

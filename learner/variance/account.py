@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from learner.loop.journal import Journal
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
 from learner.ppo.targets import Targets, targets
-from learner.proof.ranks import tell
+from learner.proof.ranks import write_progress
 from learner.proof.replay import learn_again, learner_of_run
-from learner.variance.estimators import NONE, UNBIASED, Compared, compared
+from learner.variance.estimators import NONE, UNBIASED, Estimator, estimators_of
 from learner.variance.figures import Resampled, explained_account, variance_account
 from learner.variance.gradients import Products, equal_parts, gradient_products
 from learner.variance.noise import direction, noise, noise_against
 
-PARTS = 16  # the interval needs several, and a part should have a few responses
+MOST_PARTS = 16  # the interval needs several, and a part should have a few responses
 FEWEST_PARTS = 4
 
 
@@ -65,7 +66,7 @@ class VarianceAccount:
 
     def _tell(self, rank: int, work: str, done: int, total: int) -> None:
         if rank == 0:
-            tell(self.progress, work, done, total)
+            write_progress(self.progress, work, done, total)
 
 
 def account(learner: Learner, table: pa.Table, *, done: Any = lambda parts, total: None) -> dict[str, Any]:
@@ -73,14 +74,14 @@ def account(learner: Learner, table: pa.Table, *, done: Any = lambda parts, tota
     batch = ExperienceBatch.from_table(table)
     groups, mask = batch.groups, batch.mask
     written = mask.any(1)
-    parts = min(PARTS, len(groups[written].unique()))
+    parts = min(MOST_PARTS, len(groups[written].unique()))
     if parts < FEWEST_PARTS:
         raise UserError(
             f"the chosen batches have responses to {parts} prompts; the account needs at least {FEWEST_PARTS}: choose "
             "more steps with --steps"
         )
     rows = torch.nonzero(written).flatten()  # a prompt whose responses are all empty is in no part
-    estimators, left_out = compared(learner.cfg.ppo, groups[rows])
+    estimators, left_out = estimators_of(learner.cfg.ppo, groups[rows])
     advantages, values, fixed, mismatch = _derived(learner, batch, estimators)
     returns = advantages[NONE].numpy()
     divided = [rows.numpy()[part] for part in equal_parts(groups[rows].numpy(), parts, seed=_seed(learner))]
@@ -117,19 +118,17 @@ def _seed(learner: Learner) -> int:
 
 def _noise(products: Products, name: str, rows: Tensor) -> dict[str, Any]:
     """The noise of the gradients of one estimator, whitened and not."""
-    whitened, of_none = products.whitened(name), products.whitened(NONE)
-    found: dict[str, Any] = {
-        "whitened": {**noise(whitened, len(rows)), "against_none": noise_against(whitened, of_none)},
-        "unwhitened": noise(products.unwhitened(name), len(rows)),
-    }
-    if UNBIASED in products.names:
-        unbiased = products.whitened(UNBIASED)
-        found["direction"] = direction(whitened, unbiased, products.whitened(name, UNBIASED))
+    found: dict[str, Any] = {}
+    for which, between in (("whitened", products.whitened), ("unwhitened", products.unwhitened)):
+        own = between(name)
+        found[which] = {**noise(own, len(rows)), "against_none": noise_against(own, between(NONE))}
+        if UNBIASED in products.names:
+            found[which]["direction"] = direction(own, between(UNBIASED), between(name, UNBIASED))
     return found
 
 
 def _derived(
-    learner: Learner, batch: ExperienceBatch, estimators: Sequence[Compared]
+    learner: Learner, batch: ExperienceBatch, estimators: Sequence[Estimator]
 ) -> tuple[dict[str, Tensor], Tensor, Targets, float | None]:
     """The advantages of each estimator before whitening, the critic's values, what all estimators share of the targets,
     and the KL from the policies that sampled, nats per token. Those without a baseline are the realised returns.
@@ -137,17 +136,16 @@ def _derived(
     Scores are normalised as in an update of this step: the running statistics take them in first.
     """
     old_logprobs, _, values, _ = learner.old_outputs(batch)
-    scores = learner.shaped_scores(batch.scores, StepMetrics())
-    advantages = {}
-    for one in estimators:
-        fixed, derivation, stats = targets(
-            batch,
-            old_logprobs,
-            values,
-            scores,
-            kl_coef=learner.kl_controller.coef,
-            kl_estimator=learner.cfg.kl.estimator,
-            ppo=one.ppo,
-        )
-        advantages[one.name] = derivation.advantages
-    return advantages, values, fixed, stats.get("mismatch/kl")
+    targets_with = partial(
+        targets,
+        batch,
+        old_logprobs,
+        values,
+        learner.shaped_scores(batch.scores, StepMetrics()),
+        kl_coef=learner.kl_controller.coef,
+        kl_estimator=learner.cfg.kl.estimator,
+    )
+    # Any estimator would do here: the ratio and its weights do not depend on the advantages.
+    shared, _, stats = targets_with(ppo=learner.cfg.ppo)
+    advantages = {one.name: targets_with(ppo=one.ppo)[1].advantages for one in estimators}
+    return advantages, values, shared, stats.get("mismatch/kl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,7 +21,7 @@ UNBIASED = with_critic(1.0)  # without bias for every critic
 
 
 @dataclass(frozen=True)
-class Compared:
+class Estimator:
     """One estimator of the comparison."""
 
     name: str
@@ -30,17 +29,17 @@ class Compared:
     is_runs_own: bool
 
 
-def compared(ppo: PPOConfig, groups: Tensor) -> tuple[list[Compared], dict[str, str]]:
+def estimators_of(ppo: PPOConfig, groups: Tensor) -> tuple[list[Estimator], dict[str, str]]:
     """The estimators that this batch allows, and the reason for each that it does not. groups [B]: equal for responses
     to one prompt, only of responses that have tokens. The run's own lambda is added if it is not among LAMBDAS."""
     own = {"gae": with_critic(ppo.lam), "group": GROUP, "returns": NONE}[ppo.advantages]
     found, left_out = [], {}
 
     def add(name: str, **settings: object) -> None:
-        found.append(Compared(name, ppo.model_copy(update={"value_lam": None, **settings}), name == own))
+        found.append(Estimator(name, ppo.model_copy(update={"value_lam": None, **settings}), name == own))
 
     if ppo.has_critic:
-        for lam in (*LAMBDAS, *_others(ppo)):
+        for lam in LAMBDAS if ppo.lam in LAMBDAS else (*LAMBDAS, ppo.lam):
             add(with_critic(lam), lam=lam)
     else:
         left_out["critic"] = f'the run has no critic (ppo.advantages = "{ppo.advantages}")'
@@ -50,8 +49,3 @@ def compared(ppo: PPOConfig, groups: Tensor) -> tuple[list[Compared], dict[str, 
         left_out[GROUP] = "the journal has one response to each prompt (prompts.rollouts_per_prompt)"
     add(NONE, advantages="returns")
     return found, left_out
-
-
-def _others(ppo: PPOConfig) -> Iterator[float | str]:
-    if ppo.lam not in LAMBDAS:
-        yield ppo.lam

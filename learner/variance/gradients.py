@@ -49,16 +49,12 @@ class Products:
         """[M, M], between the parts of two estimators; left out: of one."""
         return self.table[self._at(name), :, self._at(other or name), :]
 
-    def unwhitened(self, name: str) -> np.ndarray:
-        """[M, M]. Advantages are scale * whitened + shift, so gradients are too."""
-        scale, shift = self.scale[name], self.shift[name]
-        at, one = self._at(name), len(self.names)
-        mixed = self.table[at, :, one, :]
-        return (
-            scale**2 * self.table[at, :, at, :]
-            + scale * shift * (mixed + mixed.T)
-            + shift**2 * self.table[one, :, one, :]
-        )
+    def unwhitened(self, name: str, other: str | None = None) -> np.ndarray:
+        """The same of advantages before whitening. They are scale * whitened + shift, so gradients are too."""
+        other = other or name
+        one = len(self.names)
+        first = self.scale[name] * self.table[self._at(name)] + self.shift[name] * self.table[one]  # [M, E + 1, M]
+        return self.scale[other] * first[:, self._at(other), :] + self.shift[other] * first[:, one, :]
 
     def _at(self, name: str) -> int:
         return self.names.index(name)
@@ -77,22 +73,22 @@ def gradient_products(
     """advantages: by estimator, [B, R], before whitening. `fixed`: the other targets of the batch. Every rank must call
     it. `done` gets the number of parts done so far."""
     mask = batch.mask
-    weighted = [*(whiten(x, mask) for x in advantages.values()), mask.float()]
+    advantages_and_one = [*(whiten(x, mask) for x in advantages.values()), mask.float()]
     if isinstance(learner.network, FSDPModule):
         # A pass without gradients leaves weights of the root gathered. Then they are other tensors than those that get
         # the gradients.
         learner.network.reshard()
     policy = [p for p in learner.network.policy.parameters() if p.requires_grad]
-    sketches = GradientSketches(policy, len(weighted) * len(parts), seed=learner.cfg.seed, room=room)
+    sketches = GradientSketches(policy, len(advantages_and_one) * len(parts), seed=learner.cfg.seed, room=room)
     for number, rows in enumerate(parts):
         for chosen in learner.share_of(batch.sequences, rows):
-            numbers = [number + len(parts) * estimator for estimator in range(len(weighted))]
-            _add_gradients(learner, batch, fixed, weighted, chosen, sketches, numbers)
+            numbers = [number + len(parts) * estimator for estimator in range(len(advantages_and_one))]
+            _add_gradients(learner, batch, fixed, advantages_and_one, chosen, sketches, numbers)
         done(number + 1)
     ranks = learner.ranks
     sizes = ranks.sum(torch.tensor([sketches.weights, sketches.width]))
     table = ranks.sum(sketches.products()) * len(parts) ** 2
-    shape = (len(weighted), len(parts)) * 2
+    shape = (len(advantages_and_one), len(parts)) * 2
     return Products(
         table.reshape(shape).numpy(),
         tuple(advantages),
@@ -106,7 +102,7 @@ def _add_gradients(
     learner: Learner,
     batch: ExperienceBatch,
     fixed: Targets,
-    weighted: Sequence[Tensor],
+    advantages_and_one: Sequence[Tensor],
     chosen: Tensor,
     sketches: GradientSketches,
     numbers: Sequence[int],
@@ -115,7 +111,7 @@ def _add_gradients(
     forward pass serves all estimators, and each has a backward pass of its own."""
     ppo, num_tokens = learner.cfg.ppo, max(1, int(batch.mask.sum()))
     logprobs, _, _ = learner.outputs(batch.sequences, chosen)
-    for number, values in zip(numbers, weighted, strict=True):
+    for number, values in zip(numbers, advantages_and_one, strict=True):
         part = replace(fixed, advantages=values).rows(chosen, logprobs.shape[1], learner.device)
         loss, _ = policy_loss(
             logprobs,

@@ -102,7 +102,7 @@ def direction(products: np.ndarray, others: np.ndarray, between: np.ndarray) -> 
     where either has no signal."""
 
     def cosine(keep: np.ndarray) -> float:
-        signals = [_others(part[np.ix_(keep, keep)]) for part in (products, others, between)]
+        signals = [_off_diagonal_mean(part[np.ix_(keep, keep)]) for part in (products, others, between)]
         return signals[2] / math.sqrt(signals[0] * signals[1]) if min(signals[:2]) > 0 else math.nan
 
     everyone = np.arange(len(products))
@@ -113,7 +113,7 @@ def direction(products: np.ndarray, others: np.ndarray, between: np.ndarray) -> 
     return _figure(min(1.0, max(-1.0, value)), ends and [max(-1.0, ends[0]), min(1.0, ends[1])])
 
 
-def _others(products: np.ndarray) -> float:
+def _off_diagonal_mean(products: np.ndarray) -> float:
     """The mean of all entries that are not on the diagonal."""
     return float((products.sum() - np.trace(products)) / (len(products) * (len(products) - 1)))
 

@@ -181,6 +181,11 @@ def test_steps_are_half_open(text, steps):
     assert chosen_steps(text) == steps
 
 
+def test_steps_in_the_wrong_order_are_refused():
+    with pytest.raises(UserError, match=r"^--steps \(9:3\) has no step: A must be below B, as in 3:10$"):
+        chosen_steps("9:3")
+
+
 def test_a_killed_sampling_knows_what_it_was_asked_for(runs, tmp_path):
     asked = Asked([runs / "fits"], "1:", 64)
     asked.write(tmp_path)

@@ -21,14 +21,14 @@ function showVariance() {
       "which the standard error equals the true gradient: fewer is better. The cosine compares the true gradient with " +
       "that of lam 1, which has no bias: noise that is bought with bias makes it smaller.",
   ]);
-  box.append(element("div", { className: "scroll" }, estimatorTable(found.estimators)));
+  box.append(element("div", { className: "scroll" }, estimatorTable(found)));
   for (const text of found.left_out) element("p", { className: "muted", text: `Left out: ${text}`, parent: box });
   const grid = element("div", { className: "charts pair", parent: box });
   const names = found.estimators.map(({ name, own }) => (own ? `${name} *` : name));
   const of = (key) => found.estimators.map((one) => one[key]);
   grid.append(
     intervalBox("variance of the advantages before whitening", "share of the returns' variance", names, of("of_returns")),
-    intervalBox("standard error of the policy gradient, whitened advantages", "of its norm", names, of("error"), 1),
+    intervalBox(`standard error of the policy gradient, ${found.used} advantages`, "of its norm", names, of("error"), 1),
   );
   if (!found.explained.length) return;
   const explained = part("Explained variance by position", [
@@ -40,23 +40,24 @@ function showVariance() {
   );
 }
 
-const VARIANCE_COLUMNS = [
+const varianceColumns = (used) => [
   ["variance, of the returns'", ({ of_returns: share }) => shownFigure(share)],
   ["relative standard error", ({ error }) => shownFigure(error)],
   ["noise scale", ({ noise_scale: scale }) => shownFigure(scale)],
   ["against none", ({ against_none: ratio }) => shownFigure(ratio)],
   ["cosine", ({ direction }) => shownFigure(direction)],
-  ["error unwhitened", ({ unwhitened_error: error }) => shownFigure(error)],
+  [`error ${used === "whitened" ? "unwhitened" : "whitened"}`, ({ other_error: error }) => shownFigure(error)],
   ["variance", ({ variance }) => (variance === null ? "-" : rounded(variance[0], 3))],
   ["mean", ({ mean }) => rounded(mean, 3)],
 ];
 
-function estimatorTable(estimators) {
+function estimatorTable({ estimators, used }) {
+  const columns = varianceColumns(used);
   const heading = element("tr", {}, element("th", { text: "advantages", scope: "col" }));
-  heading.append(...VARIANCE_COLUMNS.map(([text]) => element("th", { text, scope: "col" })));
+  heading.append(...columns.map(([text]) => element("th", { text, scope: "col" })));
   const rows = estimators.map((one) => {
     const row = element("tr", {}, element("th", { text: one.own ? `${one.name} *` : one.name, scope: "row" }));
-    row.append(...VARIANCE_COLUMNS.map(([, shown]) => element("td", { text: shown(one) })));
+    row.append(...columns.map(([, shown]) => element("td", { text: shown(one) })));
     return row;
   });
   const caption = element("caption", { text: "*: the estimator of this run; (low to high): interval; -: too few responses to tell" });

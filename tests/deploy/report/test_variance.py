@@ -18,9 +18,11 @@ def figure(value: float, *interval: float | None) -> dict[str, Any]:
     return {"value": value, "interval": list(interval) or None}
 
 
-def noise(error: dict[str, Any], scale: dict[str, Any] | None, against: dict[str, Any] | None) -> dict[str, Any]:
+def noise(
+    error: dict[str, Any], scale: dict[str, Any] | None, against: dict[str, Any] | None, **others: Any
+) -> dict[str, Any]:
     names = {"gradient_norm": 2.0, "standard_error": 1.0, "signal": 3.0}
-    return {**names, "relative_standard_error": error, "noise_scale": scale, "against_none": against}
+    return {**names, "relative_standard_error": error, "noise_scale": scale, "against_none": against, **others}
 
 
 ACCOUNT: dict[str, Any] = {
@@ -40,9 +42,8 @@ ACCOUNT: dict[str, Any] = {
             "mean": 0.1,
             "variance": figure(0.5, 0.4, 0.6),
             "of_returns": figure(0.25, 0.2, 0.3),
-            "whitened": noise(figure(0.7, 0.6, 0.8), figure(61.6, 36, 114), None),
+            "whitened": noise(figure(0.7, 0.6, 0.8), figure(61.6, 36, 114), None, direction=figure(0.99, 0.9, 1.0)),
             "unwhitened": noise(figure(0.9, 0.8, 1.1), None, None),
-            "direction": figure(0.99, 0.9, 1.0),
         },
         "none": {
             "is_runs_own": False,
@@ -71,6 +72,15 @@ def test_the_tab_has_the_figures_of_the_file(tmp_path):
     assert [one["part"] for one in found["explained"]] == ["all tokens", "first token", *(
         f"quarter {number}" for number in (1, 2, 3, 4)), "last token"]  # fmt: skip
     assert found["explained"][0]["share"] == [0.3, -7.0, 0.4]
+
+
+def test_a_run_without_whitening_shows_the_gradients_that_it_uses(tmp_path):
+    write_json(tmp_path / "variance.json", {**ACCOUNT, "whitens": False})
+    found = variance_of(tmp_path, [])
+    assert found["used"] == "unwhitened"
+    assert (found["estimators"][1]["error"], found["estimators"][1]["other_error"]) == (
+        [1.01, 0.98, 1.05], [0.98, 0.9, 1.05]
+    )  # fmt: skip
 
 
 def test_a_run_without_an_account_has_no_tab(tmp_path):

@@ -14,7 +14,7 @@ from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
 from learner.variance import account as module
 from learner.variance.account import account
-from learner.variance.estimators import compared
+from learner.variance.estimators import estimators_of
 from learner.variance.gradients import Products, equal_parts, gradient_products
 from learner.variance.sketch import GradientSketches
 from tests.fakes import save_tiny_model, tiny_config
@@ -92,7 +92,7 @@ def test_parts_have_the_gradients_of_their_responses(model, kind, monkeypatch):
     [(products, parts)] = seen
     assert len(parts) == 4
     groups = ExperienceBatch.from_table(TABLE).groups
-    estimators, _ = compared(learner.cfg.ppo, groups)
+    estimators, _ = estimators_of(learner.cfg.ppo, groups)
     assert len(estimators) == (8 if learner.cfg.ppo.has_critic else 2)
     vectors = {}
     for one in estimators:
@@ -109,11 +109,12 @@ def test_parts_have_the_gradients_of_their_responses(model, kind, monkeypatch):
             assert figures[which]["gradient_norm"] == pytest.approx(np.linalg.norm(each.sum(0)), rel=1e-3)
             error = math.sqrt(((g - g.mean(0)) ** 2).sum() / (len(parts) - 1) / len(parts))
             assert figures[which]["standard_error"] == pytest.approx(error, rel=1e-3)
-            if which == "whitened":
-                vectors[one.name] = g
-    [first, *_, last] = vectors
-    between = vectors[first] @ vectors[last].T
-    assert products.whitened(first, last) == pytest.approx(between, rel=2e-4, abs=2e-4 * np.abs(between).max())
+            vectors[which, one.name] = g
+    first, last = estimators[0].name, estimators[-1].name
+    for which in ("whitened", "unwhitened"):
+        between = vectors[which, first] @ vectors[which, last].T
+        found = getattr(products, which)(first, last)
+        assert found == pytest.approx(between, rel=2e-4, abs=2e-4 * np.abs(between).max())
     assert [name for name, figures in record["estimators"].items() if figures["is_runs_own"]] == [
         {"otherwise-separate": "critic, lam 0.6", "mask": "critic, lam 0.6"}.get(
             kind, "group" if kind == "group" else "none"
