@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """A quantile of Student's t distribution, by its expansion around the normal quantile (Abramowitz and Stegun 1964,
-    26.7.5). At 97.5 % the error is 0.12 % with 3 degrees of freedom, and below 0.002 % with 7 or more. With 1 and 2 the
-    quantile is 11 % and 1 % too small."""
+    """A quantile of Student's t distribution: exact with 1 and 2 degrees of freedom, otherwise by an expansion around
+    the normal quantile (Abramowitz and Stegun 1964, 26.7.5). At 97.5 % its error is 0.12 % with 3 degrees of freedom,
+    and below 0.002 % with 7 or more."""
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        x = 2 * probability - 1
+        return x * math.sqrt(2 / (1 - x * x))
     z = NormalDist().inv_cdf(probability)
     terms = (
         z,
