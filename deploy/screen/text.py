@@ -15,7 +15,7 @@ def short(value: float, width: int = 6) -> str:
 
 def share(value: float) -> str:
     """A share of at most 1 in at most five characters. Far below 0 the exact number means nothing."""
-    return "<-9" if value < -9.99 else f"{value:.2f}"
+    return "<-9" if value < -9.99 else f"{value:z.2f}"  # z: a value that rounds to 0 is not shown as -0.00
 
 
 def duration(seconds: float) -> str:

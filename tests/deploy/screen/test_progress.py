@@ -144,7 +144,9 @@ def test_a_number_takes_at_most_six_characters(value, shown):
     assert short(value) == shown
 
 
-@pytest.mark.parametrize(("value", "shown"), [(1.0, "1.00"), (-9.99, "-9.99"), (-9.995, "<-9"), (math.nan, "nan")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1.0, "1.00"), (-9.99, "-9.99"), (-9.995, "<-9"), (-0.004, "0.00"), (math.nan, "nan")]
+)
 def test_a_share_takes_at_most_five_characters(value, shown):
     assert share(value) == shown
 
