@@ -12,19 +12,16 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.student import student_quantile
 from tests.results.finished import Finished
 from tests.results.works import Arm, Column, Experiment, Work
-
-# The 97.5 % quantile of Student's t by degrees of freedom. The last one also serves more seeds, and is a little wide.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % t-interval of the mean; None for a single value."""
     if len(values) < 2:
         return None
-    t = T_975[min(len(values) - 1, len(T_975)) - 1]
-    half = t * statistics.stdev(values) / len(values) ** 0.5
+    half = student_quantile(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.fmean(values)
     return mean - half, mean + half
 

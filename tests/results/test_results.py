@@ -214,7 +214,7 @@ def test_a_curve_has_the_mean_and_the_interval_of_its_seeds(tmp_path):
     # 12.706 * 0.1414 / root 2 = 1.27, as above. The second run has no evaluation of version 4.
     (start, mean, (low, high)), (later, *_) = curve([one, two])
     assert (start, later) == (0, 2 * 64)
-    assert (mean, low, high) == (pytest.approx(0.2), pytest.approx(0.2 - 1.2706), pytest.approx(0.2 + 1.2706))
+    assert (mean, low, high) == (pytest.approx(0.2), pytest.approx(0.2 - 1.27062), pytest.approx(0.2 + 1.27062))
     assert curve([one])[2] == (4 * 64, 0.9, (0.9, 0.9))
 
 
