@@ -1,12 +1,13 @@
-"""RUN/answers/NAME.jsonl: every answer of one policy, as it came. Runs in the driver.
+"""RUN/answers/NAME.jsonl: every answer of one policy, in the order of arrival. Runs in the driver.
 
-A batch of answers is written at once and synced. A killed evaluation leaves at most one unfinished line, which nobody
-reads. All figures are computed from these files, so an evaluation in one piece and one in several have the same.
+A batch of answers is written at once and synced. A killed evaluation leaves at most one unfinished line, which readers
+skip. All figures are computed from these files, so they do not depend on how often the evaluation was stopped.
 
     {"prompt": 3, "sample": 0, "response": "...", "finish_reason": "stop", "score": 1.0, "components": {...},
      "origins": {...}, "tokens": [...], "logprobs": [...], "ref_logprobs": [...]}
 
-`prompt` counts the lines of RUN/prompts.jsonl. An answer without a score has its reason as "void" instead of score,
+`prompt` counts the lines of RUN/prompts.jsonl. `prompt` and `sample` begin the line: a reader that wants few answers
+need not parse the others. An answer without a score has its reason as "void" instead of score,
 components and origins; a continued evaluation asks it again, and the newest line counts.
 """
 
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from deploy.run.directory import make_private
 from learner.loop.answers import Answered
 
 DIRECTORY, PROMPTS = "answers", "prompts.jsonl"
+_PLACE = re.compile(rb'\{"prompt": (\d{1,9}), "sample": (\d{1,9}),')
 _GENERATOR = ""  # which replica wrote an answer is not kept
 
 
@@ -80,19 +84,17 @@ class AnswerFile:
                 score = Score(float(record["score"]), dict(record["components"]), dict(record["origins"]))
             if not tokens.shape == logprobs.shape == ref_logprobs.shape:
                 return None
-            asked = _asked(prompt, sample_id)
-            versions = np.zeros_like(tokens)
-            return Answered(
-                Rollout(asked, tokens, logprobs, versions, str(record["finish_reason"]), _GENERATOR),
-                score,
-                ref_logprobs,
-            )
+            question = replace(prompt, sample_id=sample_id)
+            versions, reason = np.zeros_like(tokens), str(record["finish_reason"])
+            return Answered(Rollout(question, tokens, logprobs, versions, reason, _GENERATOR), score, ref_logprobs)
         except (KeyError, ValueError, TypeError):
             return None
 
 
-def _asked(prompt: Prompt, sample_id: SampleId) -> Prompt:
-    return Prompt(sample_id, prompt.text, prompt.token_ids, prompt.fields, prompt.messages)
+def place_of(line: bytes) -> tuple[int, int] | None:
+    """Prompt and sample of the answer in a line, from its beginning. None if the line is no answer."""
+    found = _PLACE.match(line)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _record(answer: Answered, text: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ measured on texts, in a reference service of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from deploy.run.summary import write_answers
 from deploy.screen.evaluation_progress import EvaluationProgress
 from deploy.session import load_inputs, session
 from deploy.starting import Starter
-from learner.evaluation.asking import ask_all, questions
+from learner.evaluation.asking import BATCH, ask_all, questions
 from learner.loop.answers import Answered, answer
 from learner.loop.evaluation import check_voids
 from learner.loop.prompts import heldout_prompts
@@ -73,7 +74,7 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
     inputs = load_inputs(cfg, first, cfg.reward, heldout, judges=cfg.evaluation.judges)
     [records] = inputs.records
     check_room(policies, records, cfg.sampling.max_new_tokens)
-    identity = identity_of(cfg, policies, records)
+    identity = identity_of(cfg, reference, policies, records)
     if resume:
         check_identity(directory, identity)
     for text in truncation_warnings(cfg.sampling, asked.samples):
@@ -95,7 +96,8 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
         asked.write(directory, identity)
         write_prompts(directory, prompts)
 
-    if resume and evaluation.is_complete:
+    left = evaluation.missing() if resume else None
+    if left is not None and not left and not texts.missing(policies):
         record()
         owned.resume(cfg)
     else:
@@ -103,7 +105,7 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
             begin()
             first.keep_tokenizer(directory)
             with progress.bars:
-                signals.run(evaluation.run())
+                signals.run(evaluation.run(evaluation.missing() if left is None else left))
     return evaluation.finish()
 
 
@@ -137,37 +139,35 @@ class _Evaluation:
                 found[name] = left
         return found
 
-    @property
-    def is_complete(self) -> bool:
-        """All answers and measurements are on disk."""
-        return not self.missing() and not self.texts.missing(self.policies)
-
-    async def run(self) -> None:
+    async def run(self, missing: Mapping[str, Sequence[Prompt]]) -> None:
         """Has every policy answer what is missing, then measures the policies that are not measured."""
-        missing = self.missing()
         self.progress.begin({name: len(left) for name, left in missing.items()})
         if missing:
             await self._ask(missing)
         for name in self.texts.missing(self.policies):
-            with ExitStack() as ending:
-                start = Starter(self.cfg.ray, on_event=self.progress.pool)
-                ending.callback(start.stop)
+            with self._starter() as start:
                 await self.texts.measure(name, self.policies[name], start, self.progress.reading(name))
 
     async def _ask(self, missing: Mapping[str, Sequence[Prompt]]) -> None:
         cfg = self.cfg
-        start = Starter(cfg.ray, on_event=self.progress.pool)
         any_policy = next(iter(self.policies.values()))
-        rewards, references = await asyncio.gather(
-            start.rewards(cfg.reward, policy=any_policy, judges=cfg.evaluation.judges), start.references(cfg)
-        )
-        reward, reference = RewardPool(rewards, ErrorFiles(self.directory).keep), ReferencePool(references)
-        for name, left in missing.items():
-            with ExitStack() as ending:
-                engines = Starter(cfg.ray, on_event=self.progress.pool)
-                ending.callback(engines.stop)
-                await self._ask_policy(name, left, engines, reward, reference)
-        start.stop()
+        with self._starter() as start:
+            rewards, references = await asyncio.gather(
+                start.rewards(cfg.reward, policy=any_policy, judges=cfg.evaluation.judges), start.references(cfg)
+            )
+            reward, reference = RewardPool(rewards, ErrorFiles(self.directory).keep), ReferencePool(references)
+            for name, left in missing.items():
+                with self._starter() as engines:
+                    await self._ask_policy(name, left, engines, reward, reference)
+
+    @contextmanager
+    def _starter(self) -> Iterator[Starter]:
+        """Starts pools, and ends them at the end of the block, also after an error."""
+        start = Starter(self.cfg.ray, on_event=self.progress.pool)
+        try:
+            yield start
+        finally:
+            start.stop()
 
     async def _ask_policy(
         self, name: str, left: Sequence[Prompt], engines: Starter, reward: RewardPool, reference: ReferencePool
@@ -178,7 +178,8 @@ class _Evaluation:
             self.policies[name], cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=tokens
         )
         progress.ready(name)
-        scores: list[Score | Void] = []
+        total, scores = len(self.prompts) * self.asked.samples, list[Score | Void]()
+        is_new = len(left) == total
 
         async def ask(prompt: Prompt) -> Answered:
             found = await answer(prompt, generators, reward.judge, reference)
@@ -188,7 +189,9 @@ class _Evaluation:
         def keep(answers: Sequence[Answered]) -> None:
             file.append(answers)
             scores.extend(answer.score for answer in answers)
-            check_voids(scores, len(self.prompts) * self.asked.samples, cfg.reward.max_void_share)
+            if is_new:  # or the first ones may be the only ones that never get a score
+                _check_beginning(name, scores, cfg.reward.max_void_share)
+            check_voids(scores, total, cfg.reward.max_void_share)
 
         at_once = 2 * cfg.generators.max_replicas * cfg.generators.in_flight
         await ask_all(left, ask, keep, at_once=at_once)
@@ -210,3 +213,13 @@ class _Evaluation:
         write_json(self.directory / "evaluation.json", record)
         self.progress.end(record, [*files, *([] if self.asked.is_single else ["answers/"])])
         return record
+
+
+def _check_beginning(name: str, scores: Sequence[Score | Void], max_void_share: float) -> None:
+    """Raises UserError if none of the first answers of a policy has a score: a service that is down costs one batch."""
+    first = [score.reason for score in scores[:BATCH] if isinstance(score, Void)]
+    if len(first) == BATCH and max_void_share < 1:
+        raise UserError(
+            f"none of the first {BATCH} answers of {name} could be scored; most often: "
+            f"{Counter(first).most_common(1)[0][0]}; fix it and continue with --resume, or set reward.max_void_share=1"
+        )

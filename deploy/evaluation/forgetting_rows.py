@@ -23,13 +23,6 @@ def forgetting_rows(policies: Sequence[Figures]) -> Iterator[tuple[str, Callable
         yield f"score with {judge}, r", partial(_correlation_text, judge)
 
 
-def text_lines(record: Mapping[str, Any]) -> list[str]:
-    """A sentence for each text that a policy was measured on, if there is one policy."""
-    [figures] = record["policies"].values()
-    measured = figures.get("perplexity", {})
-    return [f"perplexity of the {name} text: {number_text(figure, '.4g')}" for name, figure in measured.items()]
-
-
 def judge_lines(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each policy and judge, if the score rose on the base's while the judge fell."""
     lines = []

@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.scoring.kinds import kind_of
 from common.config.ppo import Config
+from common.config.sources import RewardSource
 from common.errors import UserError
 from common.files import write_json
 from common.model.identity import model_digest
@@ -38,7 +40,8 @@ class Asked:
     def of(cls, cfg: Config, policies: Mapping[str, str], samples: int) -> Asked:
         """`policies`: the paths of --policy, by name. Raises UserError."""
         if samples == 1 and len(policies) == 1:
-            return cls(policies, samples)
+            [(name, path)] = policies.items()  # the base keeps its name when the evaluation gets more samples
+            return cls({BASE if path == cfg.model.path else name: path}, samples)
         if cfg.model.path in policies.values():
             raise UserError(f"--policy ({cfg.model.path}) is model.path, which is evaluated as the base; leave it out")
         return cls({BASE: cfg.model.path, **policies}, samples)
@@ -63,10 +66,12 @@ class Asked:
         for name, path in policies.items():
             if (known := self.paths.get(name, path)) != path:
                 raise UserError(f"--policy {path}: {name} is {known} in this evaluation; choose a name: NAME={path}")
+            if others := [other for other, its in self.paths.items() if its == path and other not in (name, BASE)]:
+                raise UserError(f"--policy {path}: it is {others[0]} in this evaluation; leave it out")
         if samples is not None and samples < self.samples:
             raise UserError(f"--samples ({samples}) is below the {self.samples} of this evaluation; it can only rise")
-        others = {name: path for name, path in self.paths.items() if name != BASE}
-        return Asked.of(cfg, {**others, **policies}, samples or self.samples)
+        before = {name: path for name, path in self.paths.items() if name != BASE}
+        return Asked.of(cfg, {**before, **policies}, samples or self.samples)
 
     def write(self, run: Path, identity: Mapping[str, str]) -> None:
         record = {"policies": self.paths, "samples": self.samples, "identity": identity}
@@ -111,16 +116,30 @@ def check_room(policies: Mapping[str, PolicyFiles], records: Sequence[PromptReco
             )
 
 
-def identity_of(cfg: Config, policies: Mapping[str, PolicyFiles], records: Sequence[PromptRecord]) -> dict[str, str]:
-    """Digests of everything that the answers depend on, by name: policies, prompts, reward functions and models."""
-    found = {f"{_POLICY}{name}": model_digest(policy.directory) for name, policy in policies.items()}
+def identity_of(
+    cfg: Config, reference: PolicyFiles, policies: Mapping[str, PolicyFiles], records: Sequence[PromptRecord]
+) -> dict[str, str]:
+    """Digests of everything that the answers and their scores depend on, by name: the policies, the reference
+    (model.path), prompts, sampling, and the reward functions and models."""
+    found = {f"{_POLICY}{name}": model_digest(policy.directory) for name, policy in policies.items() if name != BASE}
+    found["model.path"] = model_digest(reference.directory)
     found["prompts.heldout"] = prompts_digest(records)
-    sources = {"reward.sources": cfg.reward.sources, "evaluation.judges": cfg.evaluation.judges}
-    for setting, listed in sources.items():
-        for number, source in enumerate(listed):
-            known = [source.name, source.scoring, kind_of(source).identity(source)]
-            found[f"{setting}.{number}"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    found["sampling"] = _digest(cfg.sampling.model_dump(mode="json"))
+    found["seed"] = _digest(cfg.seed)
+    found["generators.dtype"], found["reference.dtype"] = _digest(cfg.generators.dtype), _digest(cfg.reference.dtype)
+    for number, source in enumerate(cfg.reward.sources):
+        found[f"reward.sources.{number}"] = _digest([source.weight, *_scoring(source)])
+    for number, judge in enumerate(cfg.evaluation.judges):
+        found[f"evaluation.judges.{number}"] = _digest(_scoring(judge))
     return found
+
+
+def _scoring(source: RewardSource) -> list[Any]:
+    return [source.name, source.scoring, kind_of(source).identity(source)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def check_identity(run: Path, now: Mapping[str, str]) -> None:

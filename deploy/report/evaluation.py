@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from common.files import read_record as parse_record
 from common.files import read_records
+from deploy.evaluation.answers import place_of
 from deploy.evaluation.forgetting_rows import judge_lines
 from deploy.evaluation.rows import crossover_lines, figure_rows
 
@@ -18,10 +20,14 @@ MAX_PROMPTS = 24  # whose answers are shown: of many prompts every second, third
 
 
 def evaluation_of(directory: Path) -> dict[str, Any]:
-    """Everything of the tab. Without evaluation.json there are answers only."""
+    """Everything of the tab. There are no figures if evaluation.json is missing, or is older than evaluated.json: an
+    evaluation that continues may ask for more policies and samples."""
     record = json_file(directory / "evaluation.json")
     asked = json_file(directory / "evaluated.json")
     paths: Mapping[str, Any] = asked.get("policies", {})
+    recorded = [(name, figures["path"]) for name, figures in record.get("policies", {}).items()]
+    if (recorded, record.get("samples")) != (list(paths.items()), asked.get("samples")):
+        record = {}
     found = {
         "paths": dict(paths),
         "base": record.get("base"),
@@ -49,7 +55,7 @@ def evaluation_of(directory: Path) -> dict[str, Any]:
 def _answers(directory: Path, names: list[str]) -> list[dict[str, Any]]:
     """Some prompts with the first answer of each policy: {question, answers: {name: {text, score or void}}}."""
     prompts = read_records(directory / "prompts.jsonl")
-    shown = range(0, len(prompts), 1 + (len(prompts) - 1) // MAX_PROMPTS)
+    shown = range(0, len(prompts), max(1, ceil(len(prompts) / MAX_PROMPTS)))
     found: list[dict[str, Any]] = [{"question": prompts[n].get("question", ""), "answers": {}} for n in shown]
     for name in names:
         path = directory / "answers" / f"{name}.jsonl"
@@ -57,11 +63,11 @@ def _answers(directory: Path, names: list[str]) -> list[dict[str, Any]]:
             continue
         with open(path, "rb") as lines:  # one after another: there may be very many
             for line in lines:
-                answer = parse_record(line) or {}
-                if answer.get("sample") == 0 and answer.get("prompt") in shown:
+                prompt, sample = place_of(line) or (-1, -1)
+                if sample == 0 and prompt in shown and (answer := parse_record(line)) is not None:
                     about = {"text": str(answer.get("response", "")), "score": answer.get("score")}
                     about |= {"void": str(answer["void"])} if "void" in answer else {}
-                    found[shown.index(answer["prompt"])]["answers"][name] = about
+                    found[shown.index(prompt)]["answers"][name] = about
     return found
 
 

@@ -42,7 +42,7 @@ class EvaluationProgress(Screen):
         self._total = prompts * asked.samples  # answers of one policy
         self._left: dict[str, int] = {}  # answers that each policy still has to give
         self._given = 0  # answers in this start
-        self._busy = 0.0  # seconds in which policies that are done now were answering
+        self._busy = 0.0  # seconds that the finished policies took to answer
         self._began = 0.0  # when this policy began to answer
         self._tokens = 0  # in its answers
         self._newest: list[Answered] = []  # since the row before

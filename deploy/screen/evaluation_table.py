@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from deploy.evaluation.forgetting_rows import judge_lines, text_lines
+from deploy.evaluation.forgetting_rows import forgetting_rows, judge_lines
 from deploy.evaluation.rows import crossover_lines, figure_rows
 from deploy.screen.progress import evaluation_table
 from learner.loop.evaluation import Evaluation
@@ -18,7 +18,12 @@ def evaluation_summary(record: Mapping[str, Any]) -> list[Table | str]:
     """What the screen shows at the end of an evaluation."""
     if "reference" in record:  # one answer of one policy to each prompt
         known = {field: record[field] for field in Evaluation.__dataclass_fields__}
-        return [evaluation_table({Path(record["policy"]).name: Evaluation.from_record(known)}), *text_lines(record)]
+        table = evaluation_table({Path(record["policy"]).name: Evaluation.from_record(known)})
+        [figures] = record["policies"].values()
+        for label, text in forgetting_rows([figures]):
+            if cell := text(figures):
+                table.add_row(label, cell)
+        return [table]
     title = f"{record['prompts']} held-out prompts, {record['samples']} answer(s) of each policy to each"
     table = Table(title=title, caption="in parentheses: 95 % intervals", title_justify="left", caption_justify="left")
     table.add_column("")

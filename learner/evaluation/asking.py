@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from common.types import Prompt, SampleId
 from learner.loop.answers import Answered
 
-BATCH = 64  # answers that are saved together
-EVERY_S = 5.0  # the first answer after this many seconds saves all so far
+BATCH = 64  # answers that are saved together: a kill loses fewer than these ...
+EVERY_S = 5.0  # ... and none that is older than this
 
 
 def questions(prompts: Iterable[Prompt], samples: int, known: set[SampleId]) -> list[Prompt]:
@@ -34,29 +33,41 @@ async def ask_all(
     batch: int = BATCH,
 ) -> None:
     """Asks all, `at_once` at the same time, and calls `keep` with the answers in batches. Waits for free places, then
-    for the last answers. After an error or a cancellation, `keep` still gets the answers so far."""
-    free, saved_at = asyncio.Semaphore(at_once), time.monotonic()
+    for the last answers. `keep` gets the answers so far every EVERY_S seconds, and after an error or a
+    cancellation."""
+    free = asyncio.Semaphore(at_once)
     unsaved: list[Answered] = []
 
     def save() -> None:
-        nonlocal unsaved, saved_at
-        answers, unsaved, saved_at = unsaved, [], time.monotonic()
+        nonlocal unsaved
+        answers, unsaved = unsaved, []
         if answers:
             keep(answers)
+
+    async def save_in_time() -> None:
+        while True:
+            await asyncio.sleep(EVERY_S)
+            save()
 
     async def one(prompt: Prompt) -> None:
         answer = await ask(prompt)
         unsaved.append(answer)  # only now: `save` may have replaced the list during the await
         free.release()
-        if len(unsaved) >= batch or time.monotonic() - saved_at > EVERY_S:
+        if len(unsaved) >= batch:
             save()
 
     try:
-        async with asyncio.TaskGroup() as answering:
-            for prompt in asked:
-                await free.acquire()
-                answering.create_task(one(prompt))
+        async with asyncio.TaskGroup() as saving:
+            timer = saving.create_task(save_in_time())
+            async with asyncio.TaskGroup() as answering:
+                for prompt in asked:
+                    await free.acquire()
+                    answering.create_task(one(prompt))
+            timer.cancel()
     except ExceptionGroup as group:  # many may fail for one reason; the first error says it
-        raise group.exceptions[0] from None
+        error: Exception = group
+        while isinstance(error, ExceptionGroup):  # one group for each of the two above
+            error = error.exceptions[0]
+        raise error from None
     finally:
         save()

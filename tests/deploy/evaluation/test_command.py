@@ -21,6 +21,11 @@ from tests.fakes import FakeRoles, make_rollout, save_tiny_model, tiny_config
 PROMPTS, SAMPLES = 4, 3
 
 
+class Everything:
+    def __contains__(self, value):
+        return True
+
+
 class Cluster:
     """What all processes of the commands of a test have done."""
 
@@ -29,6 +34,7 @@ class Cluster:
         self.started = []  # the policies whose engines were started
         self.asked = []  # (policy, sample id)
         self.fails_after = None  # questions
+        self.services = 0  # that run
         self.without_score = set()  # sample ids
 
 
@@ -69,7 +75,7 @@ def roles(monkeypatch):
 
     class Starter:
         def __init__(self, cfg, on_event):
-            self.policy = None
+            self.policy, self.services = None, 0
 
         async def generators(self, policy, cfg, sampling, *, seed, max_tokens):
             assert known.running is None, "the engines of the policy before must have stopped"
@@ -77,13 +83,19 @@ def roles(monkeypatch):
             known.started.append(policy.path)
             return Engine(known, policy.path)
 
-        async def rewards(self, cfg, *, policy, judges):
+        def service(self):
+            self.services += 1
+            known.services += 1
             return Services(known)
+
+        async def rewards(self, cfg, *, policy, judges):
+            return self.service()
 
         async def references(self, cfg):
-            return Services(known)
+            return self.service()
 
         def stop(self):
+            known.services -= self.services
             if self.policy is not None:
                 known.running = None
 
@@ -120,7 +132,7 @@ EVERY = [(prompt, sample) for prompt in range(PROMPTS) for sample in range(SAMPL
 def test_every_policy_answers_every_question_and_one_runs_at_a_time(roles, cfg, models, tmp_path, capsys):
     record = run_evaluation(cfg, tmp_path / "run", policies={"mine": models[1]}, samples=SAMPLES)
     assert roles.started == models
-    assert roles.running is None
+    assert (roles.running, roles.services) == (None, 0)
     assert json.loads((tmp_path / "run/evaluation.json").read_text()) == record
     for name in ("base", "mine"):
         assert sorted(ids(tmp_path / f"run/answers/{name}.jsonl")) == EVERY
@@ -148,6 +160,7 @@ def test_a_cut_evaluation_asks_the_rest_and_ends_the_same(roles, cfg, models, tm
     with pytest.raises(RuntimeError, match="the pool has failed"):
         run_evaluation(cfg, tmp_path / "cut", policies=policies, samples=SAMPLES)
     assert not (tmp_path / "cut/evaluation.json").exists()
+    assert roles.services == 0
     roles.fails_after, before, roles.asked = None, roles.asked, []
     assert run_evaluation(cfg, tmp_path / "cut", resume=True) == whole
     for name in ("base", "mine"):
@@ -188,6 +201,14 @@ def test_too_many_answers_without_a_score_end_the_evaluation(roles, cfg, models,
     with pytest.raises(UserError, match=r"12 of 12 held-out answers could not be scored, .*most often: no service"):
         run_evaluation(cfg, tmp_path / "run", policies={"mine": models[1]}, samples=SAMPLES)
     assert roles.started == [models[0], models[0]]
+
+
+def test_a_service_that_is_down_costs_one_batch(roles, cfg, models, tmp_path):
+    roles.without_score = Everything()
+    with pytest.raises(UserError, match="none of the first 64 answers of base could be scored; most often: no service"):
+        run_evaluation(cfg, tmp_path / "run", policies={"mine": models[1]}, samples=100)
+    assert roles.started == models[:1]
+    assert roles.services == 0
 
 
 def test_one_answer_of_one_policy_has_the_record_of_before(roles, cfg, models, tmp_path, capsys):

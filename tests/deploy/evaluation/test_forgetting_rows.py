@@ -5,8 +5,9 @@ import io
 from rich.console import Console
 
 from deploy.evaluation.figure_text import number_text, percent_text
-from deploy.evaluation.forgetting_rows import forgetting_rows, judge_lines, text_lines
+from deploy.evaluation.forgetting_rows import forgetting_rows, judge_lines
 from deploy.screen.evaluation_table import evaluation_summary
+from learner.loop.evaluation import Evaluation
 
 
 def figure(value, spread=0.5):
@@ -68,8 +69,18 @@ def test_policies_without_these_figures_have_empty_cells():
     assert percent_text({"value": 0.25, "interval": None}) == "25.0"
 
 
-def test_one_policy_has_a_sentence_for_each_text():
-    assert text_lines({"policies": {"p": policy()}}) == ["perplexity of the shipped text: 23.46 (22.96, 23.96)"]
+def test_one_answer_of_one_policy_shows_entropy_judges_and_texts():
+    run = Evaluation(0, 256, 0, "", None, None, 1.5, {}, 12.5, 123.5, 0.5, 0.75)
+    console = Console(file=io.StringIO(), width=100)
+    [table] = evaluation_summary(
+        {**RECORD, "policies": {"p": policy()}, "policy": "p", "reference": "m", **run.record()}
+    )
+    console.print(table)
+    shown = console.file.getvalue()
+    for row in ("perplexity, shipped", "entropy, nats", "distinct-1, -2, -3", "score with gold, r"):
+        assert shown.count(row) == 1
+    assert "1.250 (0.750, 1.750)" in shown
+    assert "that of the base" not in shown
 
 
 def test_the_table_of_three_policies_fits_100_columns():

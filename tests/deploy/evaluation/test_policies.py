@@ -35,9 +35,15 @@ def test_the_base_comes_first_where_there_is_something_to_compare(policies, samp
 
 
 def test_a_policy_that_is_the_base_is_refused_next_to_it():
-    assert Asked.of(CFG, {"same": "m"}, 1).paths == {"same": "m"}
     with pytest.raises(UserError, match=r"is model\.path, which is evaluated as the base; leave it out"):
         Asked.of(CFG, {"same": "m"}, 2)
+
+
+def test_model_path_evaluated_alone_may_get_more_samples():
+    alone = Asked.of(CFG, {"same": "m"}, 1)
+    assert alone.is_single
+    assert alone.paths == {"base": "m"}
+    assert alone.extended(CFG, {}, 4) == Asked({"base": "m"}, 4)
 
 
 def test_what_is_asked_is_read_as_it_was_written(tmp_path):
@@ -60,6 +66,8 @@ def test_an_evaluation_that_continues_may_ask_more():
         asked.extended(CFG, {}, 2)
     with pytest.raises(UserError, match="q: mine is p in this evaluation; choose a name: NAME=q"):
         asked.extended(CFG, {"mine": "q"}, None)
+    with pytest.raises(UserError, match="--policy p: it is mine in this evaluation; leave it out"):
+        asked.extended(CFG, {"again": "p"}, None)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +81,26 @@ def record(*tokens):
 
 def test_other_contents_than_at_the_beginning_are_refused_by_name(models, tmp_path):
     cfg = tiny_config(models[0])
-    _, policies = load_policies(cfg, Asked.of(cfg, {"mine": str(models[1])}, 2))
-    before = identity_of(cfg, policies, [record(3)])
+    reference, policies = load_policies(cfg, Asked.of(cfg, {"mine": str(models[1])}, 2))
+    before = identity_of(cfg, reference, policies, [record(3)])
     Asked.of(cfg, {}, 2).write(tmp_path, before)
     check_identity(tmp_path, before)
     check_identity(tmp_path, {**before, "policy new": "x"})  # --policy
-    judged = tiny_config(models[0], evaluation={"judges": [{"name": "gold", "function": "tests.tasks:a_words"}]})
+    changes = {
+        "evaluation.judges.0": {"evaluation": {"judges": [{"name": "gold", "function": "tests.tasks:a_words"}]}},
+        "sampling": {"sampling": {**cfg.sampling.model_dump(), "top_k": 1}},
+        "seed": {"seed": cfg.seed + 1},
+        "generators.dtype": {"generators": {**cfg.generators.model_dump(), "dtype": "bfloat16"}},
+        "reference.dtype": {"reference": {**cfg.reference.model_dump(), "dtype": "bfloat16"}},
+    }
     others = {
-        "prompts.heldout": identity_of(cfg, policies, [record(4)]),
-        "evaluation.judges.0": identity_of(judged, policies, [record(3)]),
+        name: identity_of(tiny_config(models[0], **change), reference, policies, [record(3)])
+        for name, change in changes.items()
+    }
+    others |= {
+        "prompts.heldout": identity_of(cfg, reference, policies, [record(4)]),
         "policy mine": {**before, "policy mine": "other weights"},
-        "policy base": {name: digest for name, digest in before.items() if name != "policy base"},
+        "model.path": {**before, "model.path": "other weights"},
     }
     for name, now in others.items():
         with pytest.raises(UserError, match=f"began with other contents of {name}; restore them, or begin again"):

@@ -61,6 +61,24 @@ def test_an_evaluation_that_was_cut_shows_its_answers(tmp_path):
     assert evaluation_of(run)["answers"][0]["answers"] == {}
 
 
+@pytest.mark.parametrize("change", [{"samples": 16}, {"policies": {"base": "model", "mine": "model", "new": "p"}}])
+def test_an_evaluation_that_asks_for_more_shows_no_older_figures(tmp_path, change):
+    write_evaluation(tmp_path, prompts=2, texts=TEXTS)
+    asked = json.loads((tmp_path / "evaluated.json").read_text())
+    (tmp_path / "evaluated.json").write_text(json.dumps({**asked, **change}))
+    found = evaluation_of(tmp_path)
+    assert (found["finished"], found["rows"], found["curves"], found["kl"]) == (False, [], {}, {})
+    assert list(found["answers"][0]["answers"]) == ["base", "mine"]
+
+
+def test_an_evaluation_without_its_prompts_has_a_page(tmp_path):
+    write_evaluation(tmp_path, prompts=2, texts=TEXTS)
+    (tmp_path / "prompts.jsonl").unlink()
+    found = evaluation_of(tmp_path)
+    assert found["answers"] == []
+    assert found["finished"]
+
+
 def test_the_command_writes_the_page_of_an_evaluation(tmp_path, monkeypatch, capsys):
     write_evaluation(tmp_path / "run", prompts=2, texts=TEXTS)
     monkeypatch.setattr("sys.argv", ["ratchet", "report", str(tmp_path / "run")])

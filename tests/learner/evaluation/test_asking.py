@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from common.types import SampleId
+from learner.evaluation import asking
 from learner.evaluation.asking import ask_all, questions
 from tests.fakes import make_prompt
 
@@ -72,6 +73,36 @@ def test_the_answers_before_an_error_are_kept(prompts):
     kept, error = ask(Policy(fails=asked[20].sample_id), asked, at_once=1, batch=8)
     assert str(error) == "the pool has failed"
     assert [answer for part in kept for answer in part] == [question.sample_id for question in asked[:20]]
+
+
+def test_an_answer_is_kept_in_time_though_no_other_comes(prompts, monkeypatch):
+    monkeypatch.setattr(asking, "EVERY_S", 0.001)
+    kept = asyncio.Event()
+
+    async def answer(prompt):
+        if prompt.sample_id.prompt:  # waits for the first answer to be kept
+            await asyncio.wait_for(kept.wait(), 10)
+        return prompt.sample_id
+
+    parts = []
+    asyncio.run(ask_all(prompts, answer, lambda part: (parts.append(part), kept.set()), at_once=5))
+    assert parts[0] == [prompts[0].sample_id]
+    assert sorted(answer for part in parts for answer in part) == [prompt.sample_id for prompt in prompts]
+
+
+def test_an_error_of_keeping_in_time_ends_the_asking(prompts, monkeypatch):
+    monkeypatch.setattr(asking, "EVERY_S", 0.001)
+
+    async def answer(prompt):
+        if prompt.sample_id.prompt:
+            await asyncio.wait_for(asyncio.Event().wait(), 10)
+        return prompt.sample_id
+
+    def refuse(answers):
+        raise RuntimeError("too many have no score")
+
+    with pytest.raises(RuntimeError, match="too many have no score"):
+        asyncio.run(ask_all(prompts, answer, refuse, at_once=5))
 
 
 def test_an_error_of_keeping_ends_the_asking(prompts):
