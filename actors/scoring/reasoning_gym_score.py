@@ -11,8 +11,6 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import reasoning_gym
-
 from common.reasoning_gym_rule import refusal, runs_answers
 
 if TYPE_CHECKING:  # a worker process has its own RewardInput
@@ -41,5 +39,7 @@ def extracted(response: str, pattern: str | None) -> str | None:
 @lru_cache(maxsize=16)
 def _data_set(task: str, parameters: str) -> tuple[Any, bool]:
     """A data set of the task, for its rule only, and whether the rule runs answers as Python code."""
+    import reasoning_gym  # an optional package
+
     data_set = reasoning_gym.create_dataset(task, seed=0, size=1, **json.loads(parameters))
     return data_set, runs_answers(data_set)
