@@ -111,8 +111,8 @@ def draw(spaces: Sequence[Space], trials: int, *, seed: int) -> list[dict[str, A
     """The settings of each trial; no two trials have the same. There are fewer than `trials` if the choices have fewer
     combinations: then each combination is tried.
 
-    Of many designs, the one is taken in which the keys vary most independently. In a single one with few trials, a key
-    without any effect often goes along with one that has an effect, and would seem to have it."""
+    Many designs are drawn, and the one in which the keys vary most independently is taken. In a single design of few
+    trials, a key without any effect often varies with one that has an effect, and then seems to have it too."""
     rng = np.random.default_rng(seed)
     choices = [space for space in spaces if isinstance(space, Choices)]
     combinations = math.prod(len(space.values) for space in choices)

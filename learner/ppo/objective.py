@@ -32,16 +32,7 @@ def objective(
     """
     terms = []
     bonus = entropy_bonus(entropy, fixed.mask, num_tokens=num_tokens)
-    p_loss, p_stats = policy_loss(
-        logprobs,
-        fixed.base_logprobs,
-        fixed.advantages,
-        fixed.mask,
-        rule=POLICY_LOSSES[ppo.policy_loss],
-        bounds=ppo.ratio_bounds,
-        num_tokens=num_tokens,
-        weights=fixed.importance,
-    )
+    p_loss, p_stats = policy_term(logprobs, fixed, ppo=ppo, num_tokens=num_tokens)
     stats = {
         "ppo/policy_loss": p_loss.double() * num_tokens,
         "ppo/entropy": bonus.double() * num_tokens,
@@ -60,3 +51,19 @@ def objective(
         if ppo.entropy_coef:
             terms.append(-ppo.entropy_coef * bonus)
     return sum(terms[1:], terms[0]), {key: total.detach().double() for key, total in stats.items()}
+
+
+def policy_term(
+    logprobs: Tensor, fixed: Targets, *, ppo: PPOConfig, num_tokens: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss by the rule and the bounds of the config, and its sums over tokens."""
+    return policy_loss(
+        logprobs,
+        fixed.base_logprobs,
+        fixed.advantages,
+        fixed.mask,
+        rule=POLICY_LOSSES[ppo.policy_loss],
+        bounds=ppo.ratio_bounds,
+        num_tokens=num_tokens,
+        weights=fixed.importance,
+    )

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from common.model.masking import masked_mean, masked_var, whiten
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
-from learner.ppo.losses import POLICY_LOSSES, policy_loss
+from learner.ppo.objective import policy_term
 from learner.ppo.targets import Targets
 from learner.variance.sketch import ROOM, GradientSketches
 
@@ -113,16 +113,7 @@ def _add_gradients(
     logprobs, _, _ = learner.outputs(batch.sequences, chosen)
     for number, values in zip(numbers, advantages_and_one, strict=True):
         part = replace(fixed, advantages=values).rows(chosen, logprobs.shape[1], learner.device)
-        loss, _ = policy_loss(
-            logprobs,
-            part.base_logprobs,
-            part.advantages,
-            part.mask,
-            rule=POLICY_LOSSES[ppo.policy_loss],
-            bounds=ppo.ratio_bounds,
-            num_tokens=num_tokens,
-            weights=part.importance,
-        )
+        loss, _ = policy_term(logprobs, part, ppo=ppo, num_tokens=num_tokens)
         learner.backward(loss, again=number != numbers[-1])
         sketches.add(number)
         learner.optimizer.zero_grad(set_to_none=True)

@@ -100,17 +100,10 @@ function sideBySide(parent, question, given) {
 // The head of the page of an evaluation.
 function showEvaluationHead({ state, directory }) {
   const { paths, samples, curves, warnings, finished } = block("evaluation");
-  const figure = (label, value, note = "") =>
-    element(
-      "div",
-      { parent: byId("figures") },
-      element("dt", { text: label }),
-      element("dd", { text: `${value} ` }, element("small", { text: note })),
-    );
-  figure("policies", Object.keys(paths).length);
-  figure("answers to each prompt", number(samples));
+  headFigure("policies", Object.keys(paths).length);
+  headFigure("answers to each prompt", number(samples));
   for (const [name, [{ value, interval }]] of Object.entries(curves))
-    figure(`pass@1 of ${name}`, percent(value), `${percent(interval[0])} to ${percent(interval[1])}`);
+    headFigure(`pass@1 of ${name}`, percent(value), `${percent(interval[0])} to ${percent(interval[1])}`);
   for (const text of warnings) element("li", { text, className: "bad", parent: byId("notices") });
   if (!finished && state !== "running") {
     const text = `The evaluation stopped before its end; ratchet evaluate --resume ${directory} continues it.`;

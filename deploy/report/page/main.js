@@ -57,21 +57,23 @@ function showHead() {
   byId("footer").textContent = [`Written ${run.written}`, run.directory, ...versions].join(" · ");
 }
 
+function headFigure(label, value, note = "") {
+  element(
+    "div",
+    { parent: byId("figures") },
+    element("dt", { text: label }),
+    element("dd", { text: `${value} ` }, element("small", { text: note })),
+  );
+}
+
 function showFigures({ steps, num_steps: planned, last, before, after }) {
   const brief = (value) =>
     typeof value === "number" && !Number.isInteger(value) ? number(Number(value.toPrecision(3))) : number(value);
-  const figure = (label, value, note = "") =>
-    element(
-      "div",
-      { parent: byId("figures") },
-      element("dt", { text: label }),
-      element("dd", { text: `${value} ` }, element("small", { text: note })),
-    );
-  figure("steps", number(steps), planned ? `of ${number(planned)}` : "");
+  headFigure("steps", number(steps), planned ? `of ${number(planned)}` : "");
   const change = (label, key, shown) => {
     if (after?.[key] === null || after?.[key] === undefined) return;
     const both = before && before.policy_version !== after.policy_version;
-    figure(
+    headFigure(
       label,
       both ? `${shown(before[key])} → ${shown(after[key])}` : shown(after[key]),
       `version ${after.policy_version}`,
@@ -80,7 +82,7 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
   if ((after?.pass_at_1 ?? null) !== null) change("held-out pass@1", "pass_at_1", percent);
   else change("held-out score", "score", brief);
   const newest = (label, key, unit) => {
-    if (last[key] !== undefined) figure(label, brief(last[key]), unit);
+    if (last[key] !== undefined) headFigure(label, brief(last[key]), unit);
   };
   newest("score", "rollout/score/mean", "");
   newest("KL", "kl/per_response", "nats per response");
@@ -89,7 +91,7 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
   if (block("run").is_critic) {
     const known = explained.realised;
     if (known.length)
-      figure(
+      headFigure(
         "held-out explained variance",
         `${brief(known[0])} → ${brief(Math.max(...known))}`,
         `best of ${known.length} evaluations`,
@@ -97,10 +99,10 @@ function showFigures({ steps, num_steps: planned, last, before, after }) {
     return;
   }
   newest("critic explains", "value/explained_variance/realised", "of the returns' variance");
-  if (left !== null) figure("the returns have", percent(left), "of their variance at the start");
+  if (left !== null) headFigure("the returns have", percent(left), "of their variance at the start");
   const [rollouts] = block("rollouts").kept.all;
   const [voids] = block("rollouts").kept.void;
-  figure("rollouts", number(rollouts), voids ? `${number(voids)} void` : "none void");
+  headFigure("rollouts", number(rollouts), voids ? `${number(voids)} void` : "none void");
 }
 
 function showNotices(run) {
