@@ -22,7 +22,7 @@ from common.files import write_json
 from common.model.checks import read_config
 from common.model.reward_head import is_reward_model, scored_padding_id
 from common.types import HELDOUT_EPOCH, Prompt, SampleId
-from deploy.capacity import check_engine_build, check_kv_cache
+from deploy.plan.capacity import check_engine_build, check_kv_cache
 from deploy.policy_files import PolicyFiles
 from learner.reward_model.pair_batch import check_window
 from learner.reward_model.pair_records import PairCounts, tokenise_pairs

@@ -22,8 +22,8 @@ from common.errors import UserError
 from common.model.size import ModelSize
 from deploy.ending import signals
 from deploy.ending.ray_errors import told_at_once
-from deploy.needs import Need, service_needs
-from deploy.object_store import sampling_store
+from deploy.plan.needs import Need, service_needs
+from deploy.plan.object_store import sampling_store
 from deploy.policy_files import PolicyFiles
 from deploy.run.error_files import ErrorFiles
 from deploy.run.identity import identity_of

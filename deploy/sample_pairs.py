@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import append_record, read_records, write_json, write_whole
 from common.types import Prompt, Rollout, Score, Void
 from deploy.ending import signals
-from deploy.needs import Phases, generator_needs, reward_needs
+from deploy.plan.needs import Phases, generator_needs, reward_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles

@@ -20,13 +20,13 @@ from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.capacity import check_engine_build, check_fits, check_kv_cache
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
-from deploy.micro_batches import with_micro_batches
-from deploy.needs import Phases
-from deploy.object_store import sized
+from deploy.plan.capacity import check_engine_build, check_fits, check_kv_cache
+from deploy.plan.micro_batches import with_micro_batches
+from deploy.plan.needs import Phases
+from deploy.plan.object_store import sized
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory
 from deploy.run.leftovers import clear_leftovers

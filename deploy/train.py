@@ -25,7 +25,7 @@ from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
 from deploy.ending.ray_errors import told_at_once
 from deploy.monitoring.endpoint import RunFigures
-from deploy.needs import Phases, needs
+from deploy.plan.needs import Phases, needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles

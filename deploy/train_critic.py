@@ -21,7 +21,7 @@ from common.files import write_json
 from deploy.critic_checks import check_data, check_plan
 from deploy.ending import signals
 from deploy.journal_parts import Asked, check_parts, read_parts, warn_of_other_responses, write_parts
-from deploy.needs import Phases, critic_needs
+from deploy.plan.needs import Phases, critic_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import critic_basis
 from deploy.run.directory import RunDirectory, run_owner

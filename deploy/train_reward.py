@@ -22,7 +22,7 @@ from common.files import write_json
 from common.model.reward_head import ScoreScale, check_reward_files, read_scale, write_scale
 from common.types import Prompt, Score
 from deploy.ending import signals
-from deploy.needs import Phases, generator_needs, reward_needs, trainer_needs
+from deploy.plan.needs import Phases, generator_needs, reward_needs, trainer_needs
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import check_pairs, load_pairs, longest_answered, prepared_pairs, reference_prompts
 from deploy.run.directory import RunDirectory, run_owner

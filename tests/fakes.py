@@ -25,7 +25,7 @@ from common.files import sha256
 from common.metrics import meters
 from common.model.size import ModelSize
 from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Void
-from deploy.capacity import engine_needs_gpu
+from deploy.plan.capacity import engine_needs_gpu
 
 END = 1
 WORDS = ["<pad>", "<end>", "<unk>", "ask", *(f"a{i}" for i in range(30)), *(f"b{i}" for i in range(30))]

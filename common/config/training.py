@@ -67,7 +67,7 @@ class TrainerConfig(Placed):
 
     @property
     def token_budget(self) -> int:
-        """Tokens of a micro-batch. deploy/micro_batches.py fills in the setting where a run trains on GPUs."""
+        """Tokens of a micro-batch. deploy/plan/micro_batches.py fills in the setting where a run trains on GPUs."""
         return self.micro_batch_tokens or (GPU_TOKENS if self.gpus else CPU_TOKENS)
 
 

@@ -24,7 +24,6 @@ from actors.pool.ray_meters import RayMeters
 from common.config.base import RayConfig
 from common.errors import RoleError, UserError
 from common.metrics import meters
-from deploy.capacity import Node
 from deploy.cluster import own_cluster
 from deploy.cluster.addresses import ask_control_service, ask_node_manager, named_address, reachable
 from deploy.cluster.earlier_drivers import GONE_S, RUN_OF_JOB, run_of_job, wait_for_earlier_drivers
@@ -34,6 +33,7 @@ from deploy.ending.driver_watcher import watched
 from deploy.ending.limits import end_run, limited
 from deploy.ending.native_errors import native_errors_to
 from deploy.ending.ray_errors import dead_cluster_process, essential_processes, told_at_once
+from deploy.plan.capacity import Node
 
 GPU_ANSWER_S = 20.0  # longest wait for the memory of the GPUs of all nodes
 SHUTDOWN_S = 15.0  # Ray usually takes 2 s, but waits without a limit for processes that are suspended

@@ -25,7 +25,7 @@ from ray.job_config import JobConfig
 from common.config.base import RayConfig
 from common.errors import RoleError, UserError
 from common.memory import MIB
-from deploy.object_store import LEAST_MIB
+from deploy.plan.object_store import LEAST_MIB
 from deploy.screen.console import complain
 
 _PREFIX = "ratchet-ray-"

@@ -28,7 +28,7 @@ from deploy.evaluation.policies import Asked, check_identity, check_room, identi
 from deploy.evaluation.record import evaluation_record
 from deploy.evaluation.texts import load_texts
 from deploy.evaluation.truncation import truncation_warnings
-from deploy.needs import Phases, generator_needs, reference_needs, service_needs
+from deploy.plan.needs import Phases, generator_needs, reference_needs, service_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.error_files import ErrorFiles

@@ -15,12 +15,12 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
 from common.memory import GIB
-from deploy.capacity import Node
-from deploy.needs import Need, needs
+from deploy.plan.capacity import Node
+from deploy.plan.needs import Need, needs
 from deploy.run.directory import is_owned, run_owner
 from deploy.run.resume import resumed_config
 from deploy.session import COLLECT_AFTER, rare_full_collections, session, step_grace_s
-from tests.deploy.test_capacity import LLAMA_2_7B
+from tests.deploy.plan.test_capacity import LLAMA_2_7B
 
 TREE = {"prompts": {"train": "t"}, "reward": {"sources": [{"name": "s", "function": "m:f"}]}}
 FITS, TOO_LARGE = Need("Learner(0)", "learner", 1, 0, 0), Need("Learner(0)", "learner", 3, 0, 0)

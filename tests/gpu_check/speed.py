@@ -11,7 +11,7 @@ import torch
 from common.model.files import resolve_model
 from common.model.packing import Sequences
 from common.model.size import model_size
-from deploy.needs import needs
+from deploy.plan.needs import needs
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
 from learner.ranks.rows import sequence_costs

@@ -13,8 +13,8 @@ from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.memory import GIB, MIB
 from common.model.size import ModelSize
-from deploy.capacity import Node, check_engine_build, check_fits, check_kv_cache
-from deploy.needs import Need, critic_needs, generator_needs, needs, reward_needs, trainer_needs
+from deploy.plan.capacity import Node, check_engine_build, check_fits, check_kv_cache
+from deploy.plan.needs import Need, critic_needs, generator_needs, needs, reward_needs, trainer_needs
 from tests.fakes import QWEN_1_5B, tiny_config
 
 MODEL = ModelSize(
@@ -471,7 +471,7 @@ def test_engines_need_a_build_for_their_device(monkeypatch, installed, gpus, ref
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr("deploy.capacity.version", version)
+    monkeypatch.setattr("deploy.plan.capacity.version", version)
     with nullcontext() if refused is None else pytest.raises(UserError, match=f"generators.gpus.* {refused}"):
         check_engine_build(GeneratorsConfig(gpus=gpus))
 

@@ -18,8 +18,8 @@ from common.config.reward_model import RewardTrainingConfig
 from common.config.training import CPU_TOKENS, GPU_TOKENS
 from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.capacity import Node, check_fits
-from deploy.needs import Phases
+from deploy.plan.capacity import Node, check_fits
+from deploy.plan.needs import Phases
 
 Trains = TypeVar("Trains", Config, RewardTrainingConfig)
 

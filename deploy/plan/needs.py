@@ -14,7 +14,7 @@ from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.memory import MIB
 from common.model.size import CONTEXT, ModelSize, pass_bytes
-from deploy.object_store import Stored, generator_store, learner_store
+from deploy.plan.object_store import Stored, generator_store, learner_store
 from learner.ppo.frozen import frozen_names
 
 IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights

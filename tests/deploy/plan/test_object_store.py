@@ -8,10 +8,10 @@ from common.config.base import RayConfig
 from common.config.ppo import Config
 from common.errors import UserError
 from common.memory import MIB
-from deploy.capacity import Node, check_fits
-from deploy.needs import needs, service_needs
-from deploy.object_store import generator_store, learner_store, sized
-from tests.deploy.test_capacity import MODEL
+from deploy.plan.capacity import Node, check_fits
+from deploy.plan.needs import needs, service_needs
+from deploy.plan.object_store import generator_store, learner_store, sized
+from tests.deploy.plan.test_capacity import MODEL
 
 REWARDS = {"sources": [{"name": "s", "function": "m:f"}]}
 # 8 rollouts of 30 + 20 tokens, 20 bytes each: a batch has 8000 bytes.

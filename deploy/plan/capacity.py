@@ -1,7 +1,7 @@
 """Checks, before anything starts, that a run fits: processes into the cluster, with the weights and rollouts that they
 share through object stores, and the longest sequence into the KV cache.
 
-Runs in the driver. The estimates come from deploy/needs.py; Ray then decides on which node each process runs.
+Runs in the driver. The estimates come from deploy/plan/needs.py; Ray then decides on which node each process runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from common.config.actors import NEEDS_CPU, NEEDS_GPU, GeneratorsConfig
 from common.errors import UserError
 from common.memory import GIB, MIB
 from common.model.size import ModelSize
-from deploy.needs import Need
-from deploy.object_store import listed
+from deploy.plan.needs import Need
+from deploy.plan.object_store import listed
 
 ROUNDING = 1e-4  # Ray counts in ten-thousandths, so a sum of fractions may exceed the node by a rounding error
 
