@@ -12,6 +12,7 @@ from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
 from common.model.size import ModelSize
 from common.reward_input import RewardInput
+from deploy.plan.models import reward_model_sizes
 from deploy.screen.console import complain
 
 MADE_UP = "(A made-up response, to try the reward function.)"
@@ -24,8 +25,7 @@ def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[Mo
     read_secrets(sources)
     for source in sources:
         kind_of(source).check(source, chat)
-    sizes = [kind_of(source).model_size(source) for source in sources]
-    return [size for size in sizes if size is not None]
+    return reward_model_sizes(sources)
 
 
 def try_sources(

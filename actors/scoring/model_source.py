@@ -105,8 +105,10 @@ def check_reward_model(cfg: ModelSourceConfig, chat: bool) -> None:
 
 
 def size_of_reward_model(cfg: ModelSourceConfig) -> ModelSize:
-    """The model's sizes, for the estimate of memory."""
-    return model_size(_directory(cfg), _setting(cfg))
+    """The model's sizes, for the estimate of memory. Reads its config alone."""
+    setting = _setting(cfg)
+    directory = resolve_model(cfg.model, setting, trust_remote_code=cfg.trust_remote_code, weights=False)
+    return model_size(directory, setting)
 
 
 def try_reading(cfg: ModelSourceConfig, service: SourcesConfig, answer: RewardInput) -> str:

@@ -44,23 +44,26 @@ from common.model.size import CONTEXT, constants, without_weights
 from common.model.small_model import try_small
 
 
-def resolve_model(name: str, setting: str = "model.path", *, trust_remote_code: bool = False) -> Path:
+def resolve_model(
+    name: str, setting: str = "model.path", *, trust_remote_code: bool = False, weights: bool = True
+) -> Path:
     """The local directory of the model that `setting` names. Converts or downloads the model if necessary. Raises
-    UserError if it cannot be found. With `trust_remote_code`, this process may run code from the directory."""
-    directory = _find_model(name, setting)
+    UserError if it cannot be found. With `trust_remote_code`, this process may run code from the directory. Without
+    `weights` the model's config is enough: a plan reads only its sizes."""
+    directory = _find_model(name, setting, weights)
     if trust_remote_code:
         allow(directory)
     return directory
 
 
-def _find_model(name: str, setting: str) -> Path:
+def _find_model(name: str, setting: str, weights: bool) -> Path:
     if name == EMBEDDED:
         return prepare_embedded()
     directory = Path(os.path.expanduser(name))
     if name and os.path.isdir(directory):  # os.path.isdir: Path.is_dir raises for a name that is too long
         if not (directory / "config.json").exists():
             raise UserError(f"{setting} ({name}) has no config.json; name a Hugging Face model directory")
-        if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+        if weights and not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
             raise UserError(f"{setting} ({name}) has no weights (*.safetensors); name a complete model directory")
         return directory
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -70,7 +73,7 @@ def _find_model(name: str, setting: str) -> Path:
         )
     from huggingface_hub import snapshot_download  # a slow import that only hub names need
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"] if weights else ["config.json", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:

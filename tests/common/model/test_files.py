@@ -39,6 +39,21 @@ def test_a_directory_without_config_or_weights_is_refused(tmp_path):
     assert f"model.path ({tmp_path}) has no weights (*.safetensors)" in refusal(tmp_path)
 
 
+def test_a_plan_needs_the_config_of_a_model_and_no_weights(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path), weights=False) == tmp_path
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.extend(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_model("org/model", weights=False) == tmp_path
+    assert "config.json" in asked
+    assert not any("safetensors" in pattern for pattern in asked)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./no/model", "/no/model", "~/no-model", "embedded:other"])
 def test_a_name_that_is_no_directory_and_no_hub_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
