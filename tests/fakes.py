@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -201,8 +201,17 @@ class LocalHost:
     lost_values = (LookupError,)
     outages = (OSError,)
 
-    def __init__(self, role: Any, *args: Any, room: int = 1 << 30, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        role: Any,
+        *args: Any,
+        room: int = 1 << 30,
+        node_of: Callable[[int], str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`node_of`: the node of the handle with this index; by default each replica has its own."""
         self.role = role.__name__
+        self._node_of = node_of
         self._make, self._args = partial(role, **kwargs), args
         self.room = room
         self.handles: list[LocalHandle] = []
@@ -229,7 +238,9 @@ class LocalHost:
         return killed
 
     async def node(self, handle: LocalHandle) -> str | None:
-        return f"node of {handle.name}" if handle.placed.done() else None
+        if not handle.placed.done():
+            return None
+        return self._node_of(self.handles.index(handle)) if self._node_of else f"node of {handle.name}"
 
     async def leaving_nodes(self) -> dict[str, float]:
         return self.leaving

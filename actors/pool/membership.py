@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,8 +20,9 @@ from common.config.base import Replicated
 from common.errors import RoleError, UserError, death_reason
 from common.metrics import meters
 
-# Replicas that wait for room on the cluster at once: enough for an autoscaler to notice, without flooding it.
-MAX_PENDING = 2
+# Replicas that wait for room on the cluster at once. An autoscaler adds nodes for all of them at the same time, and new
+# nodes take minutes; but each replica that finds room also loads a model.
+MAX_PENDING = 8
 # Seconds between two looks at the cluster and the size of the pool.
 TICK_S = 0.5
 # Longest wait for the cluster to take the orders to kill replicas when a pool stops, seconds. It needs milliseconds.
@@ -199,8 +200,8 @@ class Membership:
 
     def _adjust_size(self) -> None:
         staying = [replica for replica in self._replicas.values() if not replica.ended]
-        # Dismiss first the replicas that are not ready yet, then the least loaded, then the newest.
-        staying.sort(key=lambda r: (STATES.index(r.state), self._router.cost(r.number), -r.number))
+        if len(staying) > self.target:
+            staying.sort(key=self._dismissal_order(staying))
         for replica in staying[: max(0, len(staying) - self.target)]:
             self._dismiss(replica, "the target was lowered")
         pending = sum(replica.state == "pending" for replica in staying)
@@ -209,6 +210,21 @@ class Membership:
         if recorded and self._may_start and time.monotonic() >= self._deaths.wait_until:
             for _ in range(min(self.target - len(staying), MAX_PENDING - pending)):
                 self._create()
+
+    def _dismissal_order(self, staying: Sequence[Replica]) -> Callable[[Replica], tuple[Any, ...]]:
+        """The sort key of the replicas to dismiss: first those that are not ready yet, then the least loaded, then the
+        newest. Several on one node leave one after another, from the node with the fewest: an autoscaler removes only
+        nodes that are empty."""
+        here: dict[str | None, list[Replica]] = {}
+        for replica in staying:
+            here.setdefault(replica.node, []).append(replica)
+
+        def key(r: Replica) -> tuple[Any, ...]:
+            node = here[r.node]
+            costs, newest = sum(self._router.cost(other.number) for other in node), max(other.number for other in node)
+            return STATES.index(r.state), len(node), costs, -newest, self._router.cost(r.number), -r.number
+
+        return key
 
     def _create(self) -> None:
         taken = {replica.name for replica in self._replicas.values()}

@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 import ray
 from ray._private import ray_constants, utils, worker
+from ray._private import state as ray_state
 from ray._private.state import available_resources_per_node
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -194,7 +195,8 @@ def dashboard() -> str | None:
 
 
 def _free_nodes() -> list[Node]:
-    alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    leaving = ray_state.state.get_draining_nodes()  # Ray starts nothing on them any more
+    alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
     free = {  # without the resources of other jobs
         node_id: left for node_id, left in available_resources_per_node().items() if node_id in alive
     }

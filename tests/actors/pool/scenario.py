@@ -37,8 +37,15 @@ class Started:
     events: list[PoolEvent] = field(default_factory=list)
 
     @classmethod
-    async def start(cls, room: int = 1 << 30, role: type = Worker, **settings: Any) -> Started:
-        host = LocalHost(role, room=room)
+    async def start(
+        cls,
+        room: int = 1 << 30,
+        role: type = Worker,
+        node_of: Callable[[int], str] | None = None,
+        **settings: Any,
+    ) -> Started:
+        """`node_of`: the node of the handle with this index; by default each replica has its own."""
+        host = LocalHost(role, room=room, node_of=node_of)
         events: list[PoolEvent] = []
         pool = Pool(host, Replicated(**settings), on_event=events.append)
         return cls(host, await pool.start(timeout_s=5), events)

@@ -18,18 +18,18 @@ from tests.fakes import LocalHost, pending
 
 def test_a_pool_starts_with_min_and_grows_to_max_as_there_is_room():
     async def scenario():
-        it = await Started.start(room=1, max=5)
+        it = await Started.start(room=1, max=11)
         assert len(it.pool.ready) == 1
         await asyncio.sleep(0.1)
-        # One runs, and only two wait for room: enough for an autoscaler to notice.
-        assert [handle.name for handle in it.host.handles] == ["Worker(0)", "Worker(1)", "Worker(2)"]
+        # One runs, and no more than eight wait for room: these are what an autoscaler sees.
+        assert [handle.name for handle in it.host.handles] == [f"Worker({i})" for i in range(9)]
         it.host.make_room(4)
         await until(lambda: len(it.pool.ready) == 4)
-        it.host.make_room(9)
-        await until(lambda: len(it.pool.ready) == 5)
+        it.host.make_room(15)
+        await until(lambda: len(it.pool.ready) == 11)
         await asyncio.sleep(0.05)
-        assert len(it.host.handles) == 5
-        assert it.told("joined") == [f"Worker({i})" for i in range(5)]
+        assert len(it.host.handles) == 11
+        assert it.told("joined") == [f"Worker({i})" for i in range(11)]
 
     run(scenario)
 
@@ -322,6 +322,23 @@ def test_a_lower_target_dismisses_the_least_loaded_replica():
         assert it.host.handles[0].dead
         it.pool.members.target = 3
         await until(lambda: len(it.pool.ready) == 3)
+
+    run(scenario)
+
+
+def test_a_lower_target_empties_one_node_before_the_next():
+    """Each of two nodes has two replicas. The least loaded replica is on the first one, which has more work."""
+
+    async def scenario():
+        it = await Started.start(min=1, max=4, node_of=lambda number: "first" if number in (0, 1) else "second")
+        await until(lambda: len(it.pool.ready) == 4)
+        calls = [asyncio.create_task(it.work(0.3, cost=cost)) for cost in (1, 20, 2, 3)]
+        await asyncio.sleep(0.02)
+        it.pool.members.target = 3
+        await until(lambda: it.told("leaving") == ["Worker(2)"])
+        it.pool.members.target = 2
+        await until(lambda: it.told("leaving") == ["Worker(2)", "Worker(3)"])
+        await asyncio.gather(*calls)
 
     run(scenario)
 
