@@ -84,6 +84,29 @@ def train(
 
 
 @app.command(epilog=epilog("train"))
+def plan(
+    config: ConfigFile,
+    settings: Settings = None,
+    preset: Preset = None,
+    nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Nodes of the machines to plan for.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, metavar="N", help="GPUs of each node.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, metavar="GIB", help="Memory of each GPU.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=1, metavar="N", help="CPU cores of each node.")] = None,
+    memory: Annotated[float | None, typer.Option(min=1, metavar="GIB", help="Memory of each node.")] = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show who would run where and what it takes, before a start. Exit code 0: it fits; 1: it does not."""
+    path = Path(config)
+    cfg = with_preset(preset, with_address(settings, address), lambda given: load_config(path, given, Config))
+    find_modules_of(path, path.parent)
+    from deploy.plan.command import run_plan
+    from deploy.plan.machines import Described
+
+    sys.exit(run_plan(cfg, Described(nodes, gpus, gpu_memory, cpus, memory), as_json=as_json))
+
+
+@app.command(epilog=epilog("train"))
 def submit(
     config: ConfigFile = "",
     settings: Settings = None,

@@ -11,7 +11,6 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from common.config.actors import SourcesConfig
 from common.config.ppo import Config
@@ -23,17 +22,15 @@ from common.model.size import ModelSize
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
-from deploy.plan.capacity import check_engine_build, check_fits, check_kv_cache
-from deploy.plan.micro_batches import with_micro_batches
+from deploy.plan.capacity import check_engine_build, check_kv_cache
 from deploy.plan.needs import Phases
 from deploy.plan.object_store import sized
+from deploy.plan.plan import AnyConfig, make_plan
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory
 from deploy.run.leftovers import clear_leftovers
 from deploy.scale import clear_stale_state
 from deploy.source_checks import check_sources, try_sources
-
-AnyConfig = TypeVar("AnyConfig", Config, RewardTrainingConfig, PairSamplingConfig)
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,9 @@ def session(
     log = owned.log
     with cluster(ray, owned.directory) as nodes, role_output_to(log.write), log.python_warnings():
         # A run of an older version did not record the size of its micro-batches. It keeps that version's default.
-        if trains is not None and not resume and not isinstance(cfg, PairSamplingConfig):
-            cfg = with_micro_batches(cfg, trains, nodes, phases)
-        for processes in phases(cfg):
-            check_fits(processes, nodes)
+        plan = make_plan(cfg, nodes, phases, trains=None if resume else trains)
+        plan.check()
+        cfg = plan.cfg
 
         def begin() -> None:
             if resume:

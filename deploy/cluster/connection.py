@@ -34,7 +34,8 @@ from deploy.ending.driver_watcher import watched
 from deploy.ending.limits import end_run, limited
 from deploy.ending.native_errors import native_errors_to
 from deploy.ending.ray_errors import dead_cluster_process, essential_processes, told_at_once
-from deploy.plan.capacity import Node
+from deploy.plan.machines import gpu_question
+from deploy.plan.placement import Node
 
 GPU_ANSWER_S = 20.0  # longest wait for the memory of the GPUs of all nodes
 SHUTDOWN_S = 15.0  # Ray usually takes 2 s, but waits without a limit for processes that are suspended
@@ -219,16 +220,8 @@ def _gpu_memory(node_ids: Sequence[str]) -> dict[str, int]:
     """The memory of the largest usable GPU of each node, bytes. Nodes without nvidia-smi, or that do not answer in
     time, are left out."""
 
-    def largest() -> int:  # nested, so that it travels by value: the node may not have this module
-        import subprocess
-
-        command = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        cards = [line.split(",") for line in answer.splitlines()]
-        return max(int(memory) for memory, capability in cards if float(capability) >= 8) << 20  # others are refused
-
     asked = {
-        node_id: ray.remote(largest)
+        node_id: ray.remote(gpu_question())
         .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
         .remote()
         for node_id in node_ids

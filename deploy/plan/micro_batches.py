@@ -18,8 +18,9 @@ from common.config.reward_model import RewardTrainingConfig
 from common.config.training import CPU_TOKENS, GPU_TOKENS
 from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.plan.capacity import Node, check_fits
+from deploy.plan.capacity import check_fits
 from deploy.plan.needs import Phases
+from deploy.plan.placement import Node
 
 Trains = TypeVar("Trains", Config, RewardTrainingConfig)
 

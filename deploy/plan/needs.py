@@ -30,11 +30,16 @@ class Need:
     section: str  # of the config, for the message
     cpus: float
     gpus: float
-    memory: int  # of its machine, bytes, estimated
+    host: Parts  # memory of its machine at its peak, estimated
     device: Parts = field(default_factory=dict)  # memory of each of its GPUs
     lent: float = 0.0  # more of its GPU that it may fill in its turn, while an engine there sleeps
     in_turn: Parts = field(default_factory=dict)  # the parts of `device` that exist only then
     store: Stored = field(default_factory=dict)  # what its node's object store has, for all processes there
+
+    @property
+    def memory(self) -> int:
+        """Bytes of its machine, without the object store."""
+        return sum(self.host.values())
 
 
 Phases = Sequence[Sequence[Need]]  # for each phase of a command, the processes that run at the same time
@@ -54,7 +59,7 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()
     if cfg.ppo.has_critic and cfg.ppo.value_epochs and networks == 1:  # the head trains on states that are kept
         tokens = cfg.rollouts_per_step * cfg.sampling.max_new_tokens
         kept = (2 if cfg.learner.precision == "bf16" else 4) * tokens * model.hidden // cfg.learner.fewest_ranks
-        first, *others = (replace(need, memory=need.memory + kept) for need in (first, *others))
+        first, *others = (_with_host(need, {"states for value epochs": kept}) for need in (first, *others))
     stores = {"generators": generator_store(cfg, model)}
     services = [replace(need, store=stores.get(need.section, {})) for need in services]
     if cfg.lent_share:
@@ -70,9 +75,14 @@ def _taking_turns(learner: Need, services: list[Need], cfg: Config, model: Model
     device = {**learner.device, "one pass": between, "the engine that sleeps": CONTEXT_AND_GRAPHS}
     lasting = ("CUDA", "weights", "optimizer state", "one pass")
     in_turn = {name: size for name, size in device.items() if name not in lasting}
-    weights = 2 * bytes_per_value(cfg.generators) * model.parameters
-    engines = [replace(need, memory=need.memory + weights * (need.section == "generators")) for need in services]
+    asleep = {"weights while it sleeps": 2 * bytes_per_value(cfg.generators) * model.parameters}
+    engines = [_with_host(need, asleep) if need.section == "generators" else need for need in services]
     return replace(learner, lent=cfg.lent_share, device=device, in_turn=in_turn), engines
+
+
+def _with_host(need: Need, more: Parts) -> Need:
+    """The process with more parts in its machine's memory."""
+    return replace(need, host={**need.host, **more})
 
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
@@ -128,22 +138,24 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int)
     _check_split(parts, model)
     weights = bytes_per_value(cfg) * model.parameters
     cache = (cfg.kv_cache_mib or 0) * MIB or bytes_per_sequence(cfg, model, max_tokens=max_tokens)[1]
-    copies = 0  # more sets of weights, in the machine's memory on GPUs and CPUs alike
+    host = {"libraries": IMPORTS}
     if cfg.updates == "changes":
-        copies += 2 * 2 * model.parameters
+        host["buckets for deltas"] = 2 * 2 * model.parameters
     if parts > 1:
-        copies += parts * IMPORTS + 2 * model.parameters
+        host["libraries of its workers"] = parts * IMPORTS
+        host["weights for its workers"] = 2 * model.parameters
     if cfg.gpus == 0:
-        return _role("Generator", "generators", cfg, cfg.min, {"engine": 2 * weights + cache + copies})
+        host |= {"weights": weights, "staged weights": weights, "KV cache": cache}
+        return [Need(f"Generator({i})", "generators", cfg.cpus, 0, host) for i in range(cfg.min)]
     device = {
         "weights": weights // parts,
         "KV cache": cache // parts,
         "CUDA, its graphs and one step": other_bytes(cfg, model),
     }
     # torch rounds each pinned tensor up to a power of two. The staged set of several parts is counted above.
-    staged = 2 * weights if parts == 1 else 0
-    memory = IMPORTS + staged + copies
-    return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, memory, device) for i in range(cfg.min)]
+    if parts == 1:
+        host["staged weights"] = 2 * weights
+    return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, host, device) for i in range(cfg.min)]
 
 
 def _check_split(parts: int, model: ModelSize) -> None:
@@ -229,8 +241,9 @@ def _value_bytes(dtype: str) -> int:
 def _role(name: str, section: str, cfg: Placed, count: int, parts: Parts, *, loading: int | None = None) -> list[Need]:
     """Processes whose parts are in the memory of their device. On a GPU they first load weights of `loading` bytes in
     the machine's memory; by default those of `parts`."""
-    on_machine, on_gpu = IMPORTS + sum(parts.values()), {}
+    on_machine, on_gpu = {"libraries": IMPORTS, **parts}, {}
     if cfg.gpus > 0:
-        on_machine = IMPORTS + (parts.get("weights", 0) if loading is None else loading)
+        loaded = parts.get("weights", 0) if loading is None else loading
+        on_machine = {"libraries": IMPORTS, "weights while they load": loaded}
         on_gpu = {"CUDA": CONTEXT, **parts}
     return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, on_machine, on_gpu) for i in range(count)]

@@ -27,7 +27,7 @@ from common.memory import GIB
 from common.user_code.functions import load_function
 from common.user_code.import_path import find_users_modules
 from deploy.cli import main
-from deploy.plan.capacity import Node
+from deploy.plan.placement import Node
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import prepared_pairs
 from deploy.run.directory import sole_owner

@@ -18,7 +18,7 @@ from common.config.reward_model import RewardTrainingConfig
 from common.data.prompt_records import load_records
 from common.errors import UserError
 from common.model.reward_head import ScoreScale, load_reward_model, save_reward_model, write_scale
-from deploy.plan.capacity import Node
+from deploy.plan.placement import Node
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import load_pairs, prepared_pairs
 from deploy.run.directory import sole_owner

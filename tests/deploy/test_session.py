@@ -15,15 +15,15 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
 from common.memory import GIB
-from deploy.plan.capacity import Node
 from deploy.plan.needs import Need, needs
+from deploy.plan.placement import Node
 from deploy.run.directory import is_owned, run_owner
 from deploy.run.resume import resumed_config
 from deploy.session import COLLECT_AFTER, rare_full_collections, session, step_grace_s
 from tests.deploy.plan.test_capacity import LLAMA_2_7B
 
 TREE = {"prompts": {"train": "t"}, "reward": {"sources": [{"name": "s", "function": "m:f"}]}}
-FITS, TOO_LARGE = Need("Learner(0)", "learner", 1, 0, 0), Need("Learner(0)", "learner", 3, 0, 0)
+FITS, TOO_LARGE = (Need("Learner(0)", "learner", cpus, 0, {}) for cpus in (1, 3))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from common.files import read_records, write_json
 from common.types import Prompt, Rollout, RolloutRef, Score
 from deploy.cli import main
 from deploy.journal_parts import RECORD, Asked, chosen_steps, new_parts, read_parts, write_parts
-from deploy.plan.capacity import Node
+from deploy.plan.placement import Node
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic
 from deploy.run.directory import sole_owner

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import read_records
 from common.types import Rollout, RolloutRef, Score, Void
 from deploy.evaluation.command import run_evaluation
-from deploy.plan.capacity import Node
+from deploy.plan.placement import Node
 from tests.fakes import FakeRoles, make_rollout, save_tiny_model, tiny_config
 
 PROMPTS, SAMPLES = 4, 3

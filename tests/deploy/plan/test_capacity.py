@@ -13,8 +13,9 @@ from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.memory import GIB, MIB
 from common.model.size import ModelSize
-from deploy.plan.capacity import Node, check_engine_build, check_fits, check_kv_cache
+from deploy.plan.capacity import check_engine_build, check_fits, check_kv_cache
 from deploy.plan.needs import Need, critic_needs, generator_needs, needs, reward_needs, trainer_needs
+from deploy.plan.placement import Node
 from tests.fakes import QWEN_1_5B, tiny_config
 
 MODEL = ModelSize(
@@ -36,7 +37,7 @@ def config(**sections):
 
 
 def need(name, *, cpus=0.0, gpus=0.0, memory=0, section="generators"):
-    return Need(name, section, cpus, gpus, memory)
+    return Need(name, section, cpus, gpus, {"weights": memory})
 
 
 def memory(cfg, model=MODEL):
@@ -252,8 +253,9 @@ def test_a_reward_trainer_keeps_the_attention_scores_of_its_padded_rows():
     # As the learner's in the estimate above, and scores and softmax, float32, of 768 * 768 pairs * 4 heads * 2 layers:
     # 2 * 4 * 4,718,592 = 37,748,736 bytes.
     usual = 600 * MIB + 16_000_000 + 3_538_944 + 25_600
-    assert trainer_needs(TrainerConfig(cpus=3, ranks=2), MODEL, row=768) == [
-        Need(f"RewardTrainer({i})", "learner", 3, 0, usual - 8_000_000 + 37_748_736) for i in range(2)
+    found = trainer_needs(TrainerConfig(cpus=3, ranks=2), MODEL, row=768)
+    assert [(n.name, n.section, n.cpus, n.memory) for n in found] == [
+        (f"RewardTrainer({i})", "learner", 3, usual - 8_000_000 + 37_748_736) for i in range(2)
     ]
 
 
@@ -284,11 +286,11 @@ def test_sampling_pairs_needs_generators_and_a_labeller():
     engine = 600 * MIB + 4_000_000 + 256 * MIB
     on_gpu = {"CUDA": 600 * MIB, "weights": 4_000_000, "one pass": 0}
     wanted = [*generator_needs(cfg.generators, MODEL, max_tokens=768), *reward_needs("labeller", cfg.labeller, [MODEL])]
-    assert wanted == [
-        Need("Generator(0)", "generators", 2, 0, engine),
-        Need("Generator(1)", "generators", 2, 0, engine),
-        Need("Reward(0)", "labeller", 1, 0.25, 600 * MIB + 4_000_000, on_gpu),
-        Need("Reward(1)", "labeller", 1, 0.25, 600 * MIB + 4_000_000, on_gpu),
+    assert [(n.name, n.section, n.cpus, n.gpus, n.memory, n.device) for n in wanted] == [
+        ("Generator(0)", "generators", 2, 0, engine, {}),
+        ("Generator(1)", "generators", 2, 0, engine, {}),
+        ("Reward(0)", "labeller", 1, 0.25, 600 * MIB + 4_000_000, on_gpu),
+        ("Reward(1)", "labeller", 1, 0.25, 600 * MIB + 4_000_000, on_gpu),
     ]
     # The remedy is a setting that this command has.
     message = refusal(wanted, [Node("n", 8, 0, 64 * GIB)])

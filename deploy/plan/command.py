@@ -1,0 +1,120 @@
+"""`ratchet plan`: where the processes of a PPO run would be and what they would take, before anything starts.
+
+Runs in the driver. It decides by the same functions as `ratchet train` (deploy/plan/plan.py). It writes no run
+directory, reads no prompts, and of a model on the hub it downloads only the config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import RenderableType
+
+from common.config.ppo import Config
+from common.model.size import ModelSize
+from deploy.plan.capacity import check_kv_cache
+from deploy.plan.machines import Described, machines
+from deploy.plan.models import policy_size, reward_model_sizes
+from deploy.plan.needs import Phases, needs
+from deploy.plan.object_store import LEAST_MIB, listed, sized
+from deploy.plan.plan import Plan, make_plan
+from deploy.plan.table import memory_by_parts, size, who_runs_where
+from deploy.screen.console import Output
+
+
+@dataclass(frozen=True)
+class Models:
+    """The sizes of a run's models, from their configs alone."""
+
+    policy: ModelSize
+    rewards: Sequence[ModelSize]
+
+    @classmethod
+    def of(cls, cfg: Config) -> Models:
+        """Raises UserError for a model that is not there."""
+        return cls(policy_size(cfg.model), reward_model_sizes([*cfg.reward.sources, *cfg.evaluation.judges]))
+
+    def phases(self, cfg: Config) -> Phases:
+        """The processes of the run, which all run at the same time."""
+        return [needs(cfg, self.policy, self.rewards)]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the plan, as the screen shows it and as --json prints it."""
+
+    key: str
+    data: Any
+    shown: Sequence[RenderableType]
+
+
+def run_plan(cfg: Config, described: Described, *, as_json: bool = False) -> int:
+    """Prints the plan of a run. Returns the exit code: 0 if it fits, 1 if not. Raises UserError."""
+    models = Models.of(cfg)
+    check_kv_cache(cfg.generators, models.policy, max_tokens=cfg.max_sequence_tokens)
+    if described:
+        described.check()
+    with machines(described, cfg.ray, store_mib(cfg, models)) as nodes:
+        plan = make_plan(cfg, nodes, models.phases, trains=models.policy)
+    sections = plan_sections(plan, models)
+    if as_json:
+        print(json.dumps({section.key: section.data for section in sections}, indent=2))
+    else:
+        console = Output()
+        for section in sections:
+            for shown in section.shown:
+                console.print(shown)
+    return 0 if plan.fits else 1
+
+
+def store_mib(cfg: Config, models: Models) -> int:
+    """The size of an object store that is started for the run, MiB. Raises UserError if the given one is too small."""
+    [processes] = models.phases(cfg)
+    return sized(cfg.ray, [need.store for need in processes]).object_store_mib or LEAST_MIB
+
+
+def plan_sections(plan: Plan[Config], models: Models) -> list[Section]:
+    """The parts of the plan in the order of the screen."""
+    return [_memory(plan), _stores(plan), _verdict(plan)]
+
+
+def _memory(plan: Plan[Config]) -> Section:
+    [placement] = plan.placements
+    places = {place.need.name: place for place in placement.places}
+    processes = [
+        {
+            "name": need.name,
+            "section": need.section,
+            "node": places[need.name].node if need.name in places else None,
+            "gpus": list(places[need.name].gpus) if need.name in places else [],
+            "cpus": need.cpus,
+            "gpu_share": need.gpus,
+            "lent_gpu_share": need.lent,
+            "host": dict(need.host),
+            "device": dict(need.device),
+            "host_bytes": need.memory,
+            "device_bytes": sum(need.device.values()),
+            "store": dict(need.store),
+        }
+        for need in plan.phases[0]
+    ]
+    data = {"nodes": [vars(node) for node in plan.nodes], "processes": processes}
+    return Section("placement", data, [who_runs_where(placement), *memory_by_parts(plan.phases[0])])
+
+
+def _stores(plan: Plan[Config]) -> Section:
+    """What the object stores of the nodes must have room for."""
+    learner, *others = plan.phases[0]
+    stores = {"the learner's node": learner.store}
+    if generators := [need for need in others if need.store]:
+        stores["another node with generators"] = generators[0].store
+    lines = [f"Object store of {where}: {size(sum(s.values()))} for {listed(s)}" for where, s in stores.items()]
+    return Section("object_stores", {where: dict(store) for where, store in stores.items()}, lines)
+
+
+def _verdict(plan: Plan[Config]) -> Section:
+    verdict = "[bold green]It fits.[/]" if plan.fits else f"[bold red]It does not fit:[/] {plan.refusal}"
+    return Section("verdict", {"fits": plan.fits, "why_not": plan.refusal}, [verdict])

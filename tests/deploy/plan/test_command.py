@@ -1,0 +1,128 @@
+"""`ratchet plan`: its tables, its JSON object and its exit codes. Nothing starts, and no model has weights."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from common.errors import UserError
+from common.memory import GIB, MIB
+from deploy.cli import main
+from deploy.plan.machines import SYSTEM, Described
+from deploy.plan.table import numbers
+from tests.fakes import tiny_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model directory with nothing but a config: 135M weights, tied."""
+    directory = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ).save_pretrained(directory)
+    return directory
+
+
+def plan(capsys, monkeypatch, *arguments):
+    """Exit code and output of `ratchet plan`."""
+    monkeypatch.setattr("sys.argv", ["ratchet", "plan", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr().out
+
+
+def write(path, **settings):
+    path.write_text(tiny_config("m", ray={"object_store_mib": None}, **settings).to_toml())
+    return path
+
+
+CLUSTER = ("--nodes", 2, "--gpus", 4, "--gpu-memory", 80, "--cpus", 16, "--memory", 64)
+ROLES = {
+    "generators": {"dtype": "bfloat16", "gpus": 1, "min": 5, "max": 5},
+    "reference": {"gpus": 0.5},
+    "learner": {"gpus": 1, "precision": "bf16"},
+}
+
+
+def test_the_plan_of_a_shipped_config_lists_every_process(model, capsys, monkeypatch):
+    shipped = ("deploy/configs/larger.toml", f"model.path={model}", "generators.gpus=0")
+    code, shown = plan(capsys, monkeypatch, *shipped, "--cpus", 2, "--memory", 16)
+    assert code == 0
+    for name in ("node 1", "Learner(0)", "Generator(0)", "ReferencePolicy(0)", "Reward(0)", "It fits."):
+        assert name in shown
+
+
+def test_processes_of_one_role_on_one_node_share_a_row(model, tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "run.toml", **ROLES)
+    code, shown = plan(capsys, monkeypatch, path, f"model.path={model}", *CLUSTER)
+    assert code == 0
+    rows = [line.split("│")[1:5] for line in shown.splitlines() if "Generator " in line or "ReferencePolicy(" in line]
+    # Learner first, then engines on the other three GPUs, then the next node
+    assert [(row[0].strip(), row[3].strip()) for row in rows[:3]] == [
+        ("Generator 0-2", "1-3"),
+        ("Generator 3-4", "0-1"),
+        ("ReferencePolicy(0)", "0.5 of 2"),
+    ]
+
+
+def test_json_has_the_place_and_the_parts_of_every_process(model, tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "run.toml", **ROLES)
+    code, shown = plan(capsys, monkeypatch, path, f"model.path={model}", *CLUSTER, "--json")
+    found = json.loads(shown)
+    assert (code, found["verdict"]) == (0, {"fits": True, "why_not": None})
+    processes = {process["name"]: process for process in found["placement"]["processes"]}
+    assert {name: (p["node"], p["gpus"]) for name, p in processes.items()} == {
+        "Learner(0)": (0, [0]),
+        **{f"Generator({i})": (0, [i + 1]) for i in range(3)},
+        **{f"Generator({i + 3})": (1, [i]) for i in range(2)},
+        "ReferencePolicy(0)": (1, [2]),
+        "Reward(0)": (0, []),
+    }
+    for process in processes.values():
+        assert sum(process["host"].values()) == process["host_bytes"]
+        assert sum(process["device"].values()) == process["device_bytes"]
+    weights = 134_515_008
+    assert processes["Learner(0)"]["device"]["optimizer state"] == 8 * weights
+
+
+def test_a_run_without_room_exits_with_1_and_says_what_to_change(model, tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "run.toml", **ROLES)
+    small = ("--nodes", 1, "--gpus", 4, "--gpu-memory", 80, "--cpus", 16, "--memory", 64)
+    code, shown = plan(capsys, monkeypatch, path, f"model.path={model}", *small)
+    assert code == 1
+    assert "It does not fit: no node has room for Generator(" in shown
+    assert "no room" in shown
+
+
+@pytest.mark.parametrize(
+    ("described", "what"),
+    [
+        (Described(nodes=2), "a described machine needs --cpus and --memory"),
+        (Described(cpus=2), "--cpus and --memory"),
+        (Described(cpus=2, memory=8, gpus=1), "--gpus .* and --gpu-memory .* go together"),
+        (Described(cpus=2, memory=8, gpu_memory=80), "go together"),
+        (Described(cpus=2, memory=3), "the object store \\(1.0 GiB\\); give more"),
+    ],
+)
+def test_half_a_description_of_a_machine_is_refused(described, what):
+    with pytest.raises(UserError, match=what):
+        described.make(1024)
+
+
+def test_described_nodes_keep_room_for_the_system_and_the_object_store():
+    nodes = Described(nodes=2, gpus=8, gpu_memory=80, cpus=64, memory=512).make(4096)
+    assert [(n.name, n.cpus, n.gpus, n.memory, n.gpu_memory, n.store) for n in nodes] == [
+        (f"node {i}", 64, 8, 512 * GIB - SYSTEM - 4 * GIB, 80 * GIB, 4096 * MIB) for i in (1, 2)
+    ]
+
+
+def test_numbers_are_listed_as_ranges():
+    assert numbers([0, 1, 2, 3, 6, 8, 9]) == "0-3, 6, 8-9"

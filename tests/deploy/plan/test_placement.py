@@ -1,0 +1,30 @@
+"""Who runs where: the node and the GPUs of each process, and the processes without room."""
+
+from deploy.plan.placement import Node, place
+from tests.deploy.plan.test_capacity import need
+
+
+def where(placement):
+    return {p.need.name: (p.node, p.gpus) for p in placement.places}
+
+
+def test_each_process_has_a_node_and_its_gpus():
+    wanted = [need("half", gpus=0.5), need("two", gpus=2), need("rest", gpus=0.5), need("cpu", memory=5)]
+    placement = place(wanted, [Node("a", 0, 2, 4), Node("b", 0, 1, 9)])
+    assert placement.fits
+    # "two" fills a's GPUs; the shares go to b's only one; a has too little memory for "cpu"
+    assert where(placement) == {"two": (0, (0, 1)), "half": (1, (0,)), "rest": (1, (0,)), "cpu": (1, ())}
+
+
+def test_processes_without_room_are_listed_and_the_others_placed():
+    wanted = [need("wide", cpus=3), need("heavy", memory=20), need("small", cpus=1, memory=1)]
+    placement = place(wanted, [Node("a", 2, 0, 10), Node("b", 1, 0, 10)])
+    assert not placement.fits
+    lacking = {missing.need.name: [tuple(node) for node in missing.lacking] for missing in placement.no_room}
+    # CPUs, GPUs, memory, memory of a GPU, object store of each node
+    assert lacking == {
+        "wide": [(True, False, False, False, False)] * 2,
+        "heavy": [(False, False, True, False, False)] * 2,
+    }
+    assert where(placement) == {"small": (0, ())}
+    assert {n.name for n in placement.needs} == {n.name for n in wanted}
