@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -42,6 +43,18 @@ def pass_bytes(model: ModelSize, tokens: int, *, value_bytes: int, parts: int = 
     of each device, if the layers are split over several."""
     width = 3 * (model.intermediate or 4 * model.hidden) // parts + 6 * model.hidden
     return tokens * width * value_bytes
+
+
+def forward_operations(model: ModelSize, tokens: Any, answered: Any) -> Any:
+    """About how many floating-point operations a forward pass of one sequence takes. `tokens`: its length. `answered`:
+    the tokens that pass the output embedding. Numbers, or tensors with one element for each sequence.
+
+    Each weight takes a multiplication and an addition for each token. Attention compares each token with those before
+    it, half of tokens^2 pairs: two products of all heads, with two operations for each pair and value.
+    """
+    head = model.vocabulary * model.hidden
+    attention = 2 * model.layers * model.heads * model.head_dim
+    return 2 * (model.parameters - head) * tokens + 2 * head * answered + attention * tokens**2
 
 
 def model_size(directory: Path, setting: str = "model.path") -> ModelSize:

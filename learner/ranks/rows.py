@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from common.model.packing import Sequences
-from common.model.size import ModelSize
+from common.model.size import ModelSize, forward_operations
 
 
 def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int, first: int = 0) -> Iterator[np.ndarray]:
@@ -63,13 +63,7 @@ def micro_batches(
 
 
 def sequence_costs(sequences: Sequences, size: ModelSize) -> list[int]:
-    """About how many floating-point operations the forward pass of each sequence takes.
-
-    Each weight takes two operations for each token; only response tokens pass the output embedding. Attention takes
-    operations in proportion to the square of the length.
-    """
+    """About how many floating-point operations the forward pass of each sequence takes. Only response tokens pass the
+    output embedding."""
     tokens, answered = sequences.lengths.double(), sequences.response_lengths.double()
-    head = size.vocabulary * size.hidden
-    attention = 2 * size.layers * size.heads * size.head_dim
-    costs = 2 * (size.parameters - head) * tokens + 2 * head * answered + attention * tokens**2
-    return costs.long().tolist()
+    return forward_operations(size, tokens, answered).long().tolist()

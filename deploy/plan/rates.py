@@ -1,0 +1,124 @@
+"""How fast a kind of device computes: measured rates, and where each comes from. Runs in the driver.
+
+A rate is the work of deploy/plan/work.py divided by measured seconds, so it contains everything that a pass does
+besides its matrix products. `python -m tests.bench.rates` measures the rates of a machine and writes them to a file
+that `ratchet plan --rate FILE` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations per second of passes with a model of this size, and this many tokens in each pass."""
+
+    parameters: int
+    tokens: int
+    per_s: float
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The rates of an engine. The seconds of a step are the bytes that it reads and its operations, each divided by its
+    rate: their sum as measured. Where the rates are those of a data sheet, the larger of them is the least that a step
+    can take."""
+
+    prefill_per_s: float  # operations
+    decode_per_s: float  # operations
+    read_bytes_per_s: float  # weights, keys and values
+    data_sheet: bool = False
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The rates of one device: a GPU, or a CPU core with one thread. In bfloat16."""
+
+    kind: str
+    device: Literal["gpu", "cpu"]
+    origin: str
+    passes: tuple[Speed, ...]  # without gradients
+    training: tuple[Speed, ...]  # forward and backward
+    decoding: Decoding
+    publish_bytes_per_s: float
+    publish_whole: bool = True  # False: the rate is of packing alone, so a publication takes longer
+    optimizer_bytes_per_s: float | None = None  # None: the optimizer's time is in the rate of training
+    gain: float = 1.0  # of each further thread, as a share of the first one's rate
+
+    def threads(self, count: int) -> float:
+        """How many times as fast this many threads are."""
+        return 1 + self.gain * (count - 1)
+
+
+def speed(measured: Sequence[Speed], *, parameters: int, tokens: float) -> Speed:
+    """The measurement to take for a model and passes of this size: the largest model that is not larger, then the most
+    tokens that are not more; else the smallest. Rates rise with both sizes, so the estimate is on the slow side."""
+    sizes = {one.parameters for one in measured}
+    size = max((size for size in sizes if size <= parameters), default=min(sizes))
+    rows = sorted((one for one in measured if one.parameters == size), key=lambda one: one.tokens)
+    return max((one for one in rows if one.tokens <= tokens), key=lambda one: one.tokens, default=rows[0])
+
+
+H100_SPEEDS = (  # operations of an update, divided by its seconds; docs/performance.md has the seconds
+    Speed(134_515_008, 8_192, 30.4e12),
+    Speed(134_515_008, 16_384, 64.0e12),
+    Speed(134_515_008, 32_768, 70.2e12),
+    Speed(1_235_814_400, 8_192, 321e12),
+    Speed(1_235_814_400, 16_384, 355e12),
+    Speed(1_235_814_400, 32_768, 362e12),
+)
+H100 = Rates(
+    kind="h100",
+    device="gpu",
+    origin=(
+        "passes, updates and packing measured on one NVIDIA H100 80GB HBM3, 2026-11-26, without compiled layers "
+        "(docs/performance.md). vLLM was not measured on it: the least that generation can take by the data sheet, "
+        "989 TFLOP/s in bfloat16 and 3.35 TB/s"
+    ),
+    passes=H100_SPEEDS,
+    training=H100_SPEEDS,
+    decoding=Decoding(989e12, 989e12, 3.35e12, data_sheet=True),
+    publish_bytes_per_s=13.5e9 / 1.95,
+    publish_whole=False,
+)
+KINDS = {rates.kind: rates for rates in (H100,)}
+
+
+def find_rates(names: Sequence[str]) -> dict[str, Rates]:
+    """The rates that `--rate` names, by device ("gpu" or "cpu"). A name is one of KINDS, or a file of measured rates.
+    Raises UserError for another name, and for two rates of one device."""
+    found: dict[str, Rates] = {}
+    for name in names:
+        rates = KINDS.get(name) or _read(name)
+        if rates.device in found:
+            raise UserError(
+                f"--rate {name} and --rate {found[rates.device].kind} are both rates of a {rates.device}; give one for "
+                "GPUs and one for CPUs at most"
+            )
+        found[rates.device] = rates
+    return found
+
+
+def _read(name: str) -> Rates:
+    """The rates in a file that tests/bench/rates.py has written."""
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"--rate {name} must be one of {', '.join(KINDS)}, or a file that `python -m tests.bench.rates --out FILE` "
+            "has written; there is no such kind or file"
+        )
+    try:
+        return TypeAdapter(Rates).validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise UserError(
+            f"--rate {name} must be a file that `python -m tests.bench.rates --out FILE` has written, but it cannot be "
+            f"read as one ({str(error).splitlines()[0]}); write it again"
+        ) from None

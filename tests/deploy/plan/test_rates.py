@@ -1,0 +1,96 @@
+"""Rates: which measurement counts, what `--rate` takes, and the file that a measurement writes."""
+
+import pytest
+from pydantic import TypeAdapter
+
+from common.errors import UserError
+from common.model.size import ModelSize
+from deploy.plan.rates import H100, KINDS, Decoding, Rates, Speed, find_rates, speed
+from deploy.plan.seconds import step_seconds
+from deploy.plan.work import Lengths
+from tests.bench.batch import config
+from tests.bench.rates import decoding
+
+LLAMA_1B = ModelSize(1_235_814_400, 16, 2048, 32, 8, 64, 128256, 131072)
+SMOL = ModelSize(134_515_008, 30, 576, 9, 3, 64, 49152, 2048)
+
+
+def made(**changes) -> Rates:
+    one = Speed(10, 10, 1e9)
+    return Rates(
+        **{
+            "kind": "own",
+            "device": "cpu",
+            "origin": "made up",
+            "passes": (one,),
+            "training": (one,),
+            "decoding": Decoding(1, 1, 1),
+            "publish_bytes_per_s": 1.0,
+        }
+        | changes
+    )
+
+
+def test_the_measurement_of_the_next_smaller_model_and_pass_counts():
+    rows = [Speed(100, 8, 1.0), Speed(100, 16, 2.0), Speed(1000, 8, 3.0), Speed(1000, 16, 4.0)]
+    wanted = {(100, 16): 2.0, (999, 15): 1.0, (5000, 99): 4.0, (1000, 8): 3.0, (1, 99): 2.0, (1000, 2): 3.0}
+    assert {key: speed(rows, parameters=key[0], tokens=key[1]).per_s for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "seconds"),
+    [
+        (SMOL, 8192, 1.43),
+        (SMOL, 16384, 0.68),
+        (SMOL, 32768, 0.62),
+        (LLAMA_1B, 8192, 1.15),
+        (LLAMA_1B, 16384, 1.04),
+        (LLAMA_1B, 32768, 1.02),
+    ],
+)
+def test_the_rates_of_an_h100_give_back_its_measured_updates(size, tokens, seconds):
+    # docs/performance.md: 64 rollouts of 256 to 1,024 tokens, half of them prompt, one epoch of one minibatch
+    sections = {"ppo": {"ppo_epochs": 1}, "learner": {"gpus": 1, "micro_batch_tokens": tokens}}
+    cfg = config("", **sections, rollouts_per_step=64, reference={"gpus": 1}, generators={"gpus": 1})
+    found = step_seconds(cfg, size, [], {"gpu": H100}, lengths=Lengths(320, 320))
+    learn = next(phase for phase in found.phases if phase.name == "learn")
+    assert learn.seconds == pytest.approx(seconds, rel=0.03)  # lengths of one size have less attention
+
+
+def test_a_rate_is_named_by_its_kind_or_its_file(tmp_path):
+    file = tmp_path / "rates.json"
+    file.write_bytes(TypeAdapter(Rates).dump_json(made()))
+    assert find_rates(["h100", str(file)]) == {"gpu": H100, "cpu": made()}
+    assert find_rates([]) == {}
+
+
+def test_a_rate_that_is_not_known_is_refused_with_the_list(tmp_path):
+    with pytest.raises(UserError, match=f"--rate b300 must be one of {', '.join(KINDS)}, or a file"):
+        find_rates(["b300"])
+    (tmp_path / "other.json").write_text('{"kind": "own"}')
+    with pytest.raises(UserError, match="cannot be read as one"):
+        find_rates([str(tmp_path / "other.json")])
+
+
+def test_two_rates_of_one_device_are_refused(tmp_path):
+    file = tmp_path / "rates.json"
+    file.write_bytes(TypeAdapter(Rates).dump_json(made(device="gpu")))
+    with pytest.raises(UserError, match="both rates of a gpu"):
+        find_rates(["h100", str(file)])
+
+
+def test_rates_of_an_engine_solve_for_the_measured_seconds():
+    # Each step reads 269,030,016 bytes of weights, and 23,040 bytes for each of the 72 tokens of a running sequence.
+    # A sequence of 64 + 16 tokens takes the operations below; its first token comes with the prompt.
+    head = 49152 * 576
+    attention = 2 * 30 * 9 * 64
+    prefill = 2 * (SMOL.parameters - head) * 64 + 2 * head + attention * 64**2
+    decode = 2 * (SMOL.parameters - head) * 16 + 2 * head * 15 + attention * (80**2 - 64**2)
+
+    def step_s(running: int) -> float:
+        return (269_030_016 + running * 72 * 23_040) / 20e9 + running * decode / 15 / 150e9
+
+    found = {"running": 64, "prefill_s": 64 * prefill / 200e9, "step_s": step_s(64), "step_of_one_s": step_s(1)}
+    rates = decoding(found, SMOL)
+    assert (rates.prefill_per_s, rates.decode_per_s) == pytest.approx((200e9, 150e9))
+    assert rates.read_bytes_per_s == pytest.approx(20e9)
