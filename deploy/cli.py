@@ -20,6 +20,7 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
 from common.user_code.import_path import find_users_modules
+from deploy.cluster.commands import app as cluster_commands
 from deploy.command_line import (
     ROOTS,
     Accept,
@@ -50,6 +51,7 @@ from deploy.presets import with_preset
 
 ROOTS["train"] = Config
 ROOTS["train-critic"] = Config
+app.add_typer(cluster_commands, name="cluster")
 
 
 @app.command(epilog=epilog("train"))

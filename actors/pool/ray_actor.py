@@ -37,7 +37,12 @@ def actor(role: type, cfg: Placed, label: str = "", **options: Any) -> Any:
     groups = {"health": 1}
     # Ray reserves all resources of one actor on one node, so an engine over several GPUs needs no placement group.
     placed = ray.remote(
-        num_cpus=cfg.cpus, num_gpus=cfg.gpus, runtime_env=environment, concurrency_groups=groups, **options
+        num_cpus=cfg.cpus,
+        num_gpus=cfg.gpus,
+        label_selector=dict(cfg.labels),
+        runtime_env=environment,
+        concurrency_groups=groups,
+        **options,
     )
     return placed(_hosted(role, label, cfg.cores))
 

@@ -5,12 +5,13 @@ Runs anywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 Positive = Annotated[int, Field(ge=1)]
@@ -36,6 +37,20 @@ Lambda = Annotated[
 ]  # of GAE
 WEB_ADDRESS = r"https?://[^\s/@?#]+(/[^\s@?#]*)?"  # without a user, a password or a query: configs are not secret
 WebAddress = Annotated[str, Field(pattern=f"^{WEB_ADDRESS}$")]
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"  # as Ray and Kubernetes write the two parts of a label
+
+
+def _node_labels(given: Mapping[str, str]) -> Mapping[str, str]:
+    for key, value in given.items():
+        if not (re.fullmatch(rf"([a-z0-9.-]{{1,253}}/)?{_LABEL}", key) and re.fullmatch(_LABEL, value)):
+            raise ValueError(
+                f"{key} = {value!r} is no label of a Ray node: both parts need letters and digits, 63 at most, with -, "
+                '_ and . between them; write it as in { group = "generators" }'
+            )
+    return given
+
+
+NodeLabels = Annotated[Mapping[str, str], AfterValidator(_node_labels)]
 # Marks a setting, or a whole section of a root, that may change when a run continues. Such a setting does not decide
 # what is learned. It may decide how that is computed, so that a run can get past a crash; repeated steps then agree up
 # to rounding. All other settings are fixed when the run begins.
@@ -100,6 +115,9 @@ class Placed(Section):
     cores: MayChange[tuple[NonNegative, ...]] = ()
     """CPU cores that each process may use, with all its threads; all processes of the role share them. Roles that work
     at the same time disturb each other least on separate cores. Empty: the operating system chooses."""
+    labels: MayChange[NodeLabels] = {}
+    """Ray labels of the nodes that may have the role's processes, such as { group = "generators" }: nodes started with
+    ray start --labels group=generators, or of such a group of an autoscaler. Empty: any node."""
 
 
 class Replicated(Placed):

@@ -211,6 +211,7 @@ def _free_nodes() -> list[Node]:
             gpu_memory.get(node, 0),
             alive[node]["Resources"].get("GPU", 0) - left.get("GPU", 0),
             int(alive[node]["Resources"].get("object_store_memory", 0)),
+            alive[node]["Labels"],
         )
         for node, left in free.items()
     ]

@@ -89,6 +89,8 @@ def _refusal(missing: NoRoom, placement: Placement) -> str:
         f"its node's object store must have room for {listed(need.store)}: start the nodes with ray start "
         f"--object-store-memory={sum(need.store.values())} or more, lower buffer_mib or rollouts_per_step, or use a "
         "smaller model",
+        f"nodes with the Ray label {_listed_labels(need)} must have room ({section}.labels): start them with "
+        "ray start --labels, or leave the setting out",
     )
     # A resource is short if every node lacks it. If there is none, each that some node lacks is named.
     lacking = list(zip(remedies, zip(*missing.lacking, strict=True)))
@@ -101,6 +103,10 @@ def _refusal(missing: NoRoom, placement: Placement) -> str:
         f"no node has room for {need.name}, which takes {takes}: the run takes {all_take} in all, "
         f"the cluster of {len(nodes)} node(s) has {_total(nodes)} of memory free; {'; '.join(short)}; or add a node"
     )
+
+
+def _listed_labels(need: Need) -> str:
+    return ",".join(f"{key}={value}" for key, value in need.labels.items())
 
 
 def _total(rows: Sequence[Node] | Sequence[Need]) -> str:

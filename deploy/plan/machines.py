@@ -88,6 +88,7 @@ def this_machine(store_mib: int) -> Node:
         estimate_available_memory() - store_mib * MIB,
         gpu_question()() if gpus else 0,
         store=store_mib * MIB,
+        labels={},
     )
 
 

@@ -35,6 +35,7 @@ class Need:
     lent: float = 0.0  # more of its GPU that it may fill in its turn, while an engine there sleeps
     in_turn: Parts = field(default_factory=dict)  # the parts of `device` that exist only then
     store: Stored = field(default_factory=dict)  # what its node's object store has, for all processes there
+    labels: Mapping[str, str] = field(default_factory=dict)  # of Ray nodes that may have it
 
     @property
     def memory(self) -> int:
@@ -146,7 +147,7 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int)
         host["weights for its workers"] = 2 * model.parameters
     if cfg.gpus == 0:
         host |= {"weights": weights, "staged weights": weights, "KV cache": cache}
-        return [Need(f"Generator({i})", "generators", cfg.cpus, 0, host) for i in range(cfg.min)]
+        return [Need(f"Generator({i})", "generators", cfg.cpus, 0, host, labels=cfg.labels) for i in range(cfg.min)]
     device = {
         "weights": weights // parts,
         "KV cache": cache // parts,
@@ -155,7 +156,8 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int)
     # torch rounds each pinned tensor up to a power of two. The staged set of several parts is counted above.
     if parts == 1:
         host["staged weights"] = 2 * weights
-    return [Need(f"Generator({i})", "generators", cfg.cpus, cfg.gpus, host, device) for i in range(cfg.min)]
+    names = [f"Generator({i})" for i in range(cfg.min)]
+    return [Need(name, "generators", cfg.cpus, cfg.gpus, host, device, labels=cfg.labels) for name in names]
 
 
 def _check_split(parts: int, model: ModelSize) -> None:
@@ -246,4 +248,5 @@ def _role(name: str, section: str, cfg: Placed, count: int, parts: Parts, *, loa
         loaded = parts.get("weights", 0) if loading is None else loading
         on_machine = {"libraries": IMPORTS, "weights while they load": loaded}
         on_gpu = {"CUDA": CONTEXT, **parts}
-    return [Need(f"{name}({i})", section, cfg.cpus, cfg.gpus, on_machine, on_gpu) for i in range(count)]
+    names = [f"{name}({i})" for i in range(count)]
+    return [Need(name, section, cfg.cpus, cfg.gpus, on_machine, on_gpu, labels=cfg.labels) for name in names]

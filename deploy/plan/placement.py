@@ -5,7 +5,7 @@ The estimates come from deploy/plan/needs.py. In a run, Ray then decides on whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deploy.plan.needs import Need
@@ -13,7 +13,7 @@ from deploy.plan.needs import Need
 ROUNDING = 1e-4  # Ray counts in ten-thousandths, so a sum of fractions may exceed the node by a rounding error
 
 # What a node may have too little of, in the order of `_Room.lacks`.
-RESOURCES = ("CPUs", "GPUs", "memory", "memory of a GPU", "object store")
+RESOURCES = ("CPUs", "GPUs", "memory", "memory of a GPU", "object store", "labels")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Node:
     gpu_memory: int = 0  # of its largest GPU, bytes; 0 if it is not known
     gpus_in_use: float = 0.0  # by others; Ray does not say which
     store: int = 0  # size of its object store, bytes; 0 if it is not known
+    labels: Mapping[str, str] | None = None  # of its Ray node; None if they are not known
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,14 @@ class _Room:
     memory: float
     gpu_memory: int
     store: int
+    labels: Mapping[str, str] | None
     on_gpus: list[list[Need]] = field(default_factory=list)  # processes on each GPU; empty if others use some
 
     @classmethod
     def of(cls, node: Node) -> _Room:
         gpus: list[float] | float = node.gpus if node.gpus_in_use > ROUNDING else [1.0] * round(node.gpus)
         on_gpus: list[list[Need]] = [[] for _ in gpus] if isinstance(gpus, list) else []
-        return cls(node.cpus, gpus, float(node.memory), node.gpu_memory, node.store, on_gpus)
+        return cls(node.cpus, gpus, float(node.memory), node.gpu_memory, node.store, node.labels, on_gpus)
 
     def gpus_for(self, need: Need) -> list[int] | None:
         """The GPUs that the process would take: the fullest one with room for a fraction, or empty ones for a whole
@@ -115,6 +117,7 @@ class _Room:
             self.memory < need.memory,
             self.gpu_memory > 0 and not _fits_gpu(need, self.gpu_memory),
             0 < self.store < sum(need.store.values()),
+            self.labels is not None and not need.labels.items() <= self.labels.items(),
         )
 
     def take(self, need: Need) -> tuple[int, ...]:

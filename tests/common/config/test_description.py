@@ -8,10 +8,10 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from tests.common.config.trees import TREES, leaves, root_of
 
-REPLICATED = "cores min max in_flight timeout_s probe_timeout_s drain_s max_shortage_s"
+REPLICATED = "cores labels min max in_flight timeout_s probe_timeout_s drain_s max_shortage_s"
 SCORING = f"{REPLICATED} isolation workers call_timeout_s max_void_share"
 RANKS = "ranks min_ranks room_wait_s timeout_s probe_timeout_s"
-COMPUTING = f"cpus gpus threads cores micro_batch_tokens gradient_checkpointing compile deterministic {RANKS}"
+COMPUTING = f"cpus gpus threads cores labels micro_batch_tokens gradient_checkpointing compile deterministic {RANKS}"
 # Per root: section -> its settings that may change. "*": all; "" is the root itself.
 CHANGEABLE = {
     Config: {

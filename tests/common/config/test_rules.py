@@ -51,6 +51,14 @@ def broken_rules(root, tree):
 # Rules across fields
 
 
+def test_labels_that_no_ray_node_can_have_are_refused():
+    assert Config.model_validate(ppo(generators={"labels": {"ray.io/market-type": "spot"}}))
+    for labels in ({"group": "!spot"}, {"group": ""}, {"-group": "a"}, {"group": "a" * 64}):
+        (fault,) = faults(Config, ppo(generators={"labels": labels}))
+        [(key, value)] = labels.items()
+        assert f"{key} = {value!r} is no label of a Ray node" in fault["msg"]
+
+
 def test_an_impossible_batch_split_names_rule_values_and_nearest():
     tree = ppo(rollouts_per_step=100, ppo={"minibatches": 16})
     assert broken_rules(Config, tree) == [

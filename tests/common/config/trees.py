@@ -49,7 +49,12 @@ def root_of(tree):
 def leaves(tree, prefix=""):
     """Dotted keys of a nested dict; of a list of tables those of any of them, with `[]` for its index."""
     for key, value in tree.items():
-        if isinstance(value, dict) and key not in ("headers", "request", "parameters"):  # tables of the user's own keys
+        if isinstance(value, dict) and key not in (
+            "headers",
+            "labels",
+            "parameters",
+            "request",
+        ):  # tables of the user's own keys
             yield from leaves(value, f"{prefix}{key}.")
             continue
         yield prefix + key

@@ -1,5 +1,8 @@
 """Who runs where: the node and the GPUs of each process, and the processes without room."""
 
+from dataclasses import replace
+
+from deploy.plan.capacity import refusal
 from deploy.plan.placement import Node, place
 from tests.deploy.plan.test_capacity import need
 
@@ -21,10 +24,21 @@ def test_processes_without_room_are_listed_and_the_others_placed():
     placement = place(wanted, [Node("a", 2, 0, 10), Node("b", 1, 0, 10)])
     assert not placement.fits
     lacking = {missing.need.name: [tuple(node) for node in missing.lacking] for missing in placement.no_room}
-    # CPUs, GPUs, memory, memory of a GPU, object store of each node
+    # CPUs, GPUs, memory, memory of a GPU, object store, labels of each node
     assert lacking == {
-        "wide": [(True, False, False, False, False)] * 2,
-        "heavy": [(False, False, True, False, False)] * 2,
+        "wide": [(True, False, False, False, False, False)] * 2,
+        "heavy": [(False, False, True, False, False, False)] * 2,
     }
     assert where(placement) == {"small": (0, ())}
     assert {n.name for n in placement.needs} == {n.name for n in wanted}
+
+
+def test_a_role_with_labels_goes_only_to_nodes_that_have_them():
+    nodes = [Node("large", 9, 0, 99, labels={"ray.io/node-id": "a"}), Node("small", 1, 0, 9, labels={"group": "g"})]
+    asks = replace(need("asks", cpus=1, memory=1), labels={"group": "g"})
+    assert where(place([asks, need("any", cpus=1, memory=2)], nodes)) == {"asks": (1, ()), "any": (0, ())}
+    assert where(place([asks], [Node("unknown", 1, 0, 9)])) == {"asks": (0, ())}  # such as one that options describe
+    second = place([asks, replace(asks, name="second")], nodes)
+    assert not second.fits
+    message = refusal(second)
+    assert "nodes with the Ray label group=g must have room (generators.labels): start them with ray start" in message

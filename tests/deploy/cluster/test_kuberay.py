@@ -1,0 +1,216 @@
+"""The objects for KubeRay: its own schemas accept them, Ray's autoscaler reads them, and they say what the config
+says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay import autoscaling_config
+
+from common.config.loading import load_config
+from common.config.ppo import Config
+from common.errors import UserError
+from deploy.cluster import kuberay
+from tests.fakes import tiny_config
+
+ROOT = Path(__file__).parents[3]
+# The definitions of KubeRay's release, ray.io_rayclusters.yaml and ray.io_rayjobs.yaml. They are not part of Ratchet.
+CRDS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "data" / "kuberay"))
+needs_crds = pytest.mark.skipif(
+    not CRDS.is_dir(), reason=f"{CRDS} has no definitions of KubeRay; KUBERAY_CRDS names the directory that has them"
+)
+SETTINGS = (
+    "generators.min=2", "generators.max=6", "generators.gpus=2", "generators.tensor_parallel=2", "learner.ranks=4",
+    "learner.gpus=1", "reference.gpus=0.5", "reward.gpus=0.25", "reward.min=2", "generators.cpus=2",
+)  # fmt: skip
+
+
+def write(tmp_path, invoke, *options):
+    """The objects of each file that the command writes."""
+    to = tmp_path / "out"
+    config = ROOT / "deploy" / "configs" / "single-response-async.toml"
+    invoke("cluster", "kuberay", config, *SETTINGS, "--image", "registry/ratchet:gpu", "--to", to, *options)
+    return {path.stem: list(yaml.safe_load_all(path.read_text())) for path in to.iterdir()}
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    from deploy.cli import app
+
+    def run(*arguments):
+        app([str(argument) for argument in arguments], standalone_mode=False)
+
+    return run
+
+
+@pytest.fixture
+def written(tmp_path, invoke):
+    return write(tmp_path, invoke, "--spot", "cloud.google.com/gke-spot=true", "--notice", 25, "--secret", "keys")
+
+
+def strict(schema):
+    """Closes every object of a schema, so that a field that KubeRay does not know is an error."""
+    if isinstance(schema, list):
+        for part in schema:
+            strict(part)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "object" and "properties" in schema:
+            schema.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
+        if schema.get("x-kubernetes-int-or-string"):
+            schema.pop("type", None)
+        for part in schema.values():
+            strict(part)
+
+
+def faults(document):
+    text = (CRDS / f"ray.io_{document['kind'].lower()}s.yaml").read_text()
+    definition = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C: it has a megabyte
+    [schema] = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"]
+    strict(schema)
+    schema["properties"]["metadata"] = {"type": "object"}
+    return [f"{fault.json_path}: {fault.message}" for fault in jsonschema.Draft7Validator(schema).iter_errors(document)]
+
+
+@needs_crds
+def test_kuberays_schemas_accept_cluster_and_job(written):
+    [cluster], [_, job] = written["cluster"], written["job"]
+    assert (cluster["kind"], job["kind"]) == ("RayCluster", "RayJob")
+    assert faults(cluster) == faults(job) == []
+    cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imag"] = "x"  # such a fault is found
+    assert len(faults(cluster)) == 1
+
+
+def test_the_autoscaler_reads_groups_of_the_configs_sizes(written):
+    cluster = written["cluster"][0]
+    cluster["metadata"]["namespace"] = "default"
+    groups = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    assert {name: (group["min_workers"], group["max_workers"], group["labels"]) for name, group in groups.items()} == {
+        "headgroup": (0, 0, {"group": "head"}),
+        "learner": (1, 1, {"group": "learner"}),
+        "generators": (2, 6, {"group": "generators"}),  # generators.min and .max
+    }
+    # Four ranks with a GPU each, and 0.5 + 0.25 + 0.25 of another one.
+    assert groups["learner"]["resources"] == {"CPU": 16, "GPU": 5, "memory": 128 << 30}
+    assert groups["generators"]["resources"] == {"CPU": 8, "GPU": 2, "memory": 32 << 30}
+    assert groups["headgroup"]["resources"]["CPU"] == 0
+
+
+def test_only_generators_are_on_spot_machines_and_have_time_to_drain(written):
+    head, learner, generators = (
+        group["template"]["spec"]
+        for group in (
+            written["cluster"][0]["spec"]["headGroupSpec"],
+            *written["cluster"][0]["spec"]["workerGroupSpecs"],
+        )
+    )
+    assert generators["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
+    assert {"key": "cloud.google.com/gke-spot", "operator": "Exists"} in generators["tolerations"]
+    assert "nodeSelector" not in head
+    assert "nodeSelector" not in learner
+    [drain] = [e for e in generators["containers"][0]["env"] if e["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+    assert int(drain["value"]) == 20 < generators["terminationGracePeriodSeconds"] == 25
+
+
+def test_every_pod_has_the_storage_the_secret_and_no_root(written):
+    spec = written["job"][1]["spec"]["rayClusterSpec"]
+    [claim] = written["claim"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert spec["authOptions"] == {"mode": "token"}
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        [container] = pod["containers"]
+        assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
+        assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+        assert (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"]) == (True, 1000)
+
+
+def test_the_job_begins_a_run_once_and_then_continues_it(written, tmp_path):
+    files, job = written["job"]
+    assert job["spec"]["entrypoint"] == "bash /etc/ratchet/start.sh"
+    assert (job["spec"]["backoffLimit"], job["spec"]["shutdownAfterJobFinishes"]) == (5, True)
+    (tmp_path / "ratchet").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "ratchet").chmod(0o755)
+    home = tmp_path / "shared" / "single-response-async"
+    home.mkdir(parents=True)
+    script = files["data"]["start.sh"].replace("/shared/", f"{tmp_path}/shared/")
+    run, path = home / "runs" / "single-response-async", {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def start():
+        return subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=True).stdout
+
+    assert start() == f"train /etc/ratchet/config.toml --run {run} --restarts 3\n"
+    run.mkdir(parents=True)
+    (run / "config.toml").touch()
+    assert start() == f"train --resume {run} --restarts 3\n"
+
+
+def test_the_jobs_config_differs_only_in_the_roles_groups(written, tmp_path):
+    text = written["job"][0]["data"]["config.toml"]
+    path = ROOT / "deploy" / "configs" / "single-response-async.toml"
+    expected = load_config(path, SETTINGS, Config, keep_relative=True).model_dump(exclude_none=True, mode="json")
+    found = tomllib.loads(text)
+    labels = {section: found[section].pop("labels") for section in ("generators", "learner", "reference", "reward")}
+    assert labels == {
+        "generators": {"group": "generators"}, "learner": {"group": "learner"}, "reference": {"group": "learner"},
+        "reward": {"group": "learner"},
+    }  # fmt: skip
+    for section in labels:
+        assert expected[section].pop("labels") == {}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("shares", "gpus"),
+    [
+        ((1, 0.5, 0.25, 0.25), 1),
+        ((1, 0.6, 0.6, 0.6), 3),  # 1.8 in all, but no two fit on one
+        ((8, 1, 1, 0), 9),
+        ((2, 0, 0, 0), 0),
+    ],
+)
+def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
+    ranks, learner, reference, reward = shares
+    sections = {
+        "learner": {"ranks": ranks, "gpus": learner},
+        "reference": {"gpus": reference},
+        "reward": {"gpus": reward},
+    }
+    cfg = tiny_config("model")
+    changed = {name: getattr(cfg, name).model_copy(update=values) for name, values in sections.items()}
+    assert kuberay.learner_gpus(cfg.model_copy(update=changed)) == gpus
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--learner-gpus", 4],
+            "learner, reference and reward need 5 GPUs, and --learner-pods (1) with --learner-gpus",
+        ),
+        (["--generator", 1, 8], "generators.cpus (2) must fit into --generator-cpus (1)"),
+        (["--notice", 5], "--notice (5) must be more than 5 s"),
+        (["--spot", "gke-spot"], "--spot (gke-spot) must be a label of spot machines"),
+        (["--name", "A_run"], "--name (A_run) must have lower-case letters"),
+        (["--directory", "/home/me"], "--directory (/home/me) must be on the shared storage, below /shared"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, invoke, options, message):
+    with pytest.raises(UserError) as refused:
+        write(tmp_path, invoke, *options)
+    assert message in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_size_of_a_pod_is_what_the_options_say(tmp_path, invoke):
+    cluster = write(tmp_path, invoke, "--learner", 96, 900, "--learner-pods", 2, "--learner-gpus", 8)["cluster"][0]
+    learner = cluster["spec"]["workerGroupSpecs"][0]
+    limits = learner["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (learner["replicas"], limits) == (2, {"cpu": "96", "memory": "900Gi", "nvidia.com/gpu": "8"})

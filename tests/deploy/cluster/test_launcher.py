@@ -1,0 +1,52 @@
+"""The files of Ray's cluster launcher, checked by Ray; and the command that copies all files that are changed by
+hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonschema import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+import deploy.cluster
+from common.errors import UserError
+from deploy.cluster import commands
+from deploy.cluster.kuberay import GROUPS
+
+LAUNCHER = Path(deploy.cluster.__file__).parent / "launcher"
+
+
+def read(name):
+    return yaml.safe_load((LAUNCHER / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp", "machines"])
+def test_ray_accepts_the_launchers_files(name):
+    prepared = prepare_config(read(name))
+    validate_config(prepared)
+    with pytest.raises(ValidationError):
+        validate_config({**prepared, "max_worker": 3})  # such a fault is found
+    starts = [*prepared["head_start_ray_commands"], *prepared["worker_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in start for start in starts if "ray start" in start)
+    assert "~/.ray/auth_token" in prepared["file_mounts"]
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_the_launchers_nodes_have_the_groups_that_roles_ask_for(name):
+    types = read(name)["available_node_types"]
+    assert {kind: node["labels"] for kind, node in types.items()} == {kind: {"group": kind} for kind in types}
+    assert set(GROUPS.values()) < set(types)
+    assert types["learner"]["min_workers"] == types["learner"]["max_workers"]
+    assert types["generators"]["min_workers"] < types["generators"]["max_workers"]
+
+
+def test_the_files_of_all_platforms_are_copied_once(tmp_path, capsys):
+    to = tmp_path / "mine"
+    commands.files(to)
+    copied = {str(path.relative_to(to)) for path in to.rglob("*") if path.is_file()}
+    assert {"docker/Dockerfile.gpu", "launcher/aws.yaml", "slurm/ratchet.sbatch"} <= copied
+    assert capsys.readouterr().out.split() == sorted(str(to / name) for name in copied)
+    with pytest.raises(UserError, match=r"File exists.*name a new directory"):
+        commands.files(to)
