@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.config.loading import load_config
+from common.config.loading import given_settings, load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
@@ -97,15 +97,25 @@ def plan(
     memory: Annotated[float | None, typer.Option(min=1, metavar="GIB", help="Memory of each node.")] = None,
     address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Print a config that fits these machines.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --suggest: write it to this new file.")] = None,
 ) -> None:
     """Show who would run where and what it takes, before a start. Exit code 0: it fits; 1: it does not."""
+    if (suggest and as_json) or (out is not None and not suggest):
+        raise UserError("--out goes with --suggest, and --json without it; leave one of them out")
     path = Path(config)
-    cfg = with_preset(preset, with_address(settings, address), lambda given: load_config(path, given, Config))
+    given = with_address(settings, address)
+    cfg = with_preset(preset, given, lambda settings: load_config(path, settings, Config))
     find_modules_of(path, path.parent)
-    from deploy.plan.command import run_plan
+    from deploy.plan.command import run_plan, run_suggest
     from deploy.plan.machines import Described
 
-    sys.exit(run_plan(cfg, Described(nodes, gpus, gpu_memory, cpus, memory), as_json=as_json))
+    described = Described(nodes, gpus, gpu_memory, cpus, memory)
+    if not suggest:
+        sys.exit(run_plan(cfg, described, as_json=as_json))
+    tree = with_preset(preset, given, lambda settings: given_settings(path, settings))
+    fixed = [setting.partition("=")[0] for setting in settings or []]
+    sys.exit(run_suggest(tree, described, f"ratchet {' '.join(' '.join(sys.argv[1:]).split())}", fixed=fixed, out=out))
 
 
 @app.command(epilog=epilog("train"))

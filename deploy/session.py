@@ -25,7 +25,8 @@ from deploy.cluster.role_output import role_output_to
 from deploy.plan.capacity import check_engine_build, check_kv_cache
 from deploy.plan.needs import Phases
 from deploy.plan.object_store import sized
-from deploy.plan.plan import AnyConfig, make_plan
+from deploy.plan.plan import AnyConfig
+from deploy.plan.planner import Planner
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory
 from deploy.run.leftovers import clear_leftovers
@@ -91,7 +92,7 @@ def session(
     first renames the old run. Call it once nothing can refuse the run any more.
 
     Each of `phases` lists, for a config, the processes that run at the same time in one phase of the run. Raises
-    UserError if the processes of a phase do not fit the cluster.
+    UserError, with the smallest change that fits, if the processes of a phase do not fit the cluster.
     """
     ray = cfg.ray
     if named_address(ray) is None:  # the object stores of a running cluster already have their sizes
@@ -99,9 +100,8 @@ def session(
     log = owned.log
     with cluster(ray, owned.directory) as nodes, role_output_to(log.write), log.python_warnings():
         # A run of an older version did not record the size of its micro-batches. It keeps that version's default.
-        plan = make_plan(cfg, nodes, phases, trains=None if resume else trains)
-        plan.check()
-        cfg = plan.cfg
+        planner = Planner(nodes, phases, trains=None if resume else trains, engines=trains)
+        cfg = planner.check(cfg, resume=resume)
 
         def begin() -> None:
             if resume:

@@ -34,14 +34,7 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
     current directory has another path on the cluster."""
     given = tuple(overrides)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
-        for override in given:
-            apply_override(tree, override)
-        directories = [Path.cwd(), path.absolute().parent]
-        if keep_relative:  # only the current directory is sent to the cluster
-            directories = [directory for directory in directories if directory.is_relative_to(Path.cwd())]
-        _find_files(tree, directories, keep_relative)
-        return root.model_validate(tree)
+        return root.model_validate(given_settings(path, given, keep_relative=keep_relative))
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist; deploy/configs/ has shipped ones") from None
     except OSError as error:
@@ -52,6 +45,19 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
         raise UserError(fault_message(error, root, path, given)) from None
     except ValueError as error:  # TOML's and UTF-8's own errors, NUL in the path, a number of 5,000 digits
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def given_settings(path: Path, overrides: Iterable[str], *, keep_relative: bool = False) -> dict[str, Any]:
+    """The settings that `path` and `key=value` overrides give, without defaults, and with names of files as in
+    `load_config`. Raises the errors of files and of TOML."""
+    tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
+    for override in overrides:
+        apply_override(tree, override)
+    directories = [Path.cwd(), path.absolute().parent]
+    if keep_relative:  # only the current directory is sent to the cluster
+        directories = [directory for directory in directories if directory.is_relative_to(Path.cwd())]
+    _find_files(tree, directories, keep_relative)
+    return tree
 
 
 def with_absolute_files(key: str, value: Any, config: Path) -> Any:

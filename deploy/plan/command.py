@@ -7,20 +7,26 @@ directory, reads no prompts, and of a model on the hub it downloads only the con
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
 from common.config.ppo import Config
+from common.errors import UserError
+from common.files import write_whole
 from common.model.size import ModelSize
 from deploy.plan.capacity import check_kv_cache
-from deploy.plan.machines import Described, machines
+from deploy.plan.machines import Described, joins, machines
 from deploy.plan.models import policy_size, reward_model_sizes
 from deploy.plan.needs import Phases, needs
 from deploy.plan.object_store import LEAST_MIB, listed, sized
+from deploy.plan.placement import Node
 from deploy.plan.plan import Plan, make_plan
+from deploy.plan.planner import Planner
+from deploy.plan.suggest import DoesNotFit, suggest
 from deploy.plan.table import memory_by_parts, size, who_runs_where
 from deploy.screen.console import Output
 
@@ -41,6 +47,13 @@ class Models:
         """The processes of the run, which all run at the same time."""
         return [needs(cfg, self.policy, self.rewards)]
 
+    def planner(self, cfg: Config, described: Described, nodes: Sequence[Node]) -> Planner[Config]:
+        """Plans other configs on these nodes. Unless they are those of a running cluster, each would start with an
+        object store for that config."""
+        starts = not joins(described, cfg.ray)
+        free = [replace(node, memory=node.memory + node.store, store=0) for node in nodes] if starts else nodes
+        return Planner(free, self.phases, trains=self.policy, engines=self.policy, starts_stores=starts)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -59,7 +72,9 @@ def run_plan(cfg: Config, described: Described, *, as_json: bool = False) -> int
         described.check()
     with machines(described, cfg.ray, store_mib(cfg, models)) as nodes:
         plan = make_plan(cfg, nodes, models.phases, trains=models.policy)
-    sections = plan_sections(plan, models)
+    sections = plan_sections(
+        plan, models, remedy=None if plan.fits else models.planner(cfg, described, nodes).remedy(cfg)
+    )
     if as_json:
         print(json.dumps({section.key: section.data for section in sections}, indent=2))
     else:
@@ -70,15 +85,45 @@ def run_plan(cfg: Config, described: Described, *, as_json: bool = False) -> int
     return 0 if plan.fits else 1
 
 
+def run_suggest(
+    tree: Mapping[str, Any], described: Described, title: str, *, fixed: Collection[str] = (), out: Path | None = None
+) -> int:
+    """Prints a config with which the run of the given settings fits, or writes it to a new file. Returns the exit code:
+    0 if there is one, 1 if not. `fixed`: keys that keep their values. Raises UserError."""
+    if out is not None and out.exists():
+        raise UserError(f"--out ({out}) exists already; name a new file")
+    cfg = Config.model_validate(tree)
+    models = Models.of(cfg)
+    if described:
+        described.check()
+    with machines(described, cfg.ray, 0) as nodes:
+        planner = models.planner(cfg, described, nodes)
+    try:
+        found = suggest(tree, planner, models.policy, fixed)
+    except DoesNotFit as error:
+        print(error)
+        return 1
+    text = found.to_toml(title)
+    if out is None:
+        print(text, end="")
+        return 0
+    write_whole(out, text)
+    for key, reason in found.reasons.items():
+        print(f"{key}: {reason}")
+    print(f"written to {out}; it fits")
+    return 0
+
+
 def store_mib(cfg: Config, models: Models) -> int:
     """The size of an object store that is started for the run, MiB. Raises UserError if the given one is too small."""
     [processes] = models.phases(cfg)
     return sized(cfg.ray, [need.store for need in processes]).object_store_mib or LEAST_MIB
 
 
-def plan_sections(plan: Plan[Config], models: Models) -> list[Section]:
-    """The parts of the plan in the order of the screen."""
-    return [_memory(plan), _stores(plan), _verdict(plan)]
+def plan_sections(plan: Plan[Config], models: Models, remedy: str | None = None) -> list[Section]:
+    """The parts of the plan in the order of the screen. `remedy`: what would make it fit."""
+    remedies = [] if remedy is None else [Section("remedy", remedy, [f"{remedy[0].upper()}{remedy[1:]}."])]
+    return [_memory(plan), _stores(plan), _verdict(plan), *remedies]
 
 
 def _memory(plan: Plan[Config]) -> Section:

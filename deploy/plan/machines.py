@@ -64,15 +64,20 @@ def machines(described: Described, ray: RayConfig, store_mib: int) -> Iterator[l
     if described:
         yield described.make(store_mib)
         return
-    from deploy.cluster.addresses import named_address  # imports Ray
-
-    if named_address(ray) is None:
+    if not joins(described, ray):
         yield [this_machine(store_mib)]
         return
     from deploy.cluster.connection import cluster
 
     with cluster(ray) as nodes:
         yield nodes
+
+
+def joins(described: Described, ray: RayConfig) -> bool:
+    """True if the nodes are those of a running cluster, whose object stores have their sizes already."""
+    from deploy.cluster.addresses import named_address  # imports Ray
+
+    return not described and named_address(ray) is not None
 
 
 def this_machine(store_mib: int) -> Node:

@@ -34,19 +34,19 @@ def with_micro_batches(
     cfg: Trains, model: ModelSize, nodes: Sequence[Node], phases: Callable[[Trains], Phases]
 ) -> Trains:
     """The settings of a command that trains `model`, with learner.micro_batch_tokens: the given number, or on GPUs the
-    largest of `_sizes` with which the ranks in `phases` fit the nodes. If none fits, the smallest: the run is refused
+    largest of `sizes` with which the ranks in `phases` fit the nodes. If none fits, the smallest: the run is refused
     later."""
     if cfg.learner.micro_batch_tokens is not None or not cfg.learner.gpus:
         return cfg
     chosen = cfg
-    for tokens in _sizes(model, nodes):
+    for tokens in sizes(model, nodes):
         chosen = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"micro_batch_tokens": tokens})})
-        if _ranks_fit(phases(chosen), nodes):
+        if ranks_fit(phases(chosen), nodes):
             break
     return chosen
 
 
-def _sizes(model: ModelSize, nodes: Sequence[Node]) -> Iterator[int]:
+def sizes(model: ModelSize, nodes: Sequence[Node]) -> Iterator[int]:
     """The sizes to try, largest first. Where no node says how much memory its GPUs have, only GPU_TOKENS."""
     if not any(node.gpu_memory for node in nodes):
         yield GPU_TOKENS
@@ -57,7 +57,7 @@ def _sizes(model: ModelSize, nodes: Sequence[Node]) -> Iterator[int]:
         tokens //= 2
 
 
-def _ranks_fit(phases: Phases, nodes: Sequence[Node]) -> bool:
+def ranks_fit(phases: Phases, nodes: Sequence[Node]) -> bool:
     """True if the estimate of every rank fits its share, less the part that an engine leaves free, too: micro-batches
     of changing sizes leave gaps in the memory of a GPU."""
     ranks = [need for processes in phases for need in processes if "activations" in need.device]

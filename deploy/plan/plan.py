@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.model.size import ModelSize
-from deploy.plan.capacity import check_placed, refusal
+from deploy.plan.capacity import refusal
 from deploy.plan.micro_batches import with_micro_batches
 from deploy.plan.needs import Phases
 from deploy.plan.placement import Node, Placement, place
@@ -39,11 +39,6 @@ class Plan(Generic[AnyConfig]):
     def refusal(self) -> str | None:
         """The reason why it does not fit, with a remedy. None if it does."""
         return next(filter(None, map(refusal, self.placements)), None)
-
-    def check(self) -> None:
-        """Raises UserError unless it fits."""
-        for placement in self.placements:
-            check_placed(placement)
 
 
 def make_plan(

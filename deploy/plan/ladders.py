@@ -1,0 +1,208 @@
+"""The settings that decide whether a run fits, in the order of the harm that a change of them does.
+
+Runs in the driver; pure arithmetic. A ladder has the values of one setting, the smallest change first. The order: what
+only divides GPUs in another way, what makes a step slower, what takes other processes, and last what changes what is
+learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from actors.generation.kv_cache import bytes_per_sequence
+from common.config.base import Root
+from common.config.training import CPU_TOKENS
+from common.memory import MIB
+from common.model.size import ModelSize
+
+Settings = Mapping[str, Any]  # values by key, such as {"learner.ranks": 4}
+MOST_RANKS, MOST_PARTS = 64, 8
+SHARES = [0.05, *(n / 10 for n in range(1, 11))]  # of a GPU
+
+
+class Given:
+    """The config that is changed, with settings by key."""
+
+    def __init__(self, cfg: Root, model: ModelSize | None) -> None:
+        self.cfg, self.model = cfg, model
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a setting; the default if it is left out, or if this kind of config does not have it."""
+        part: Any = self.cfg
+        for name in key.split("."):
+            part = part[int(name)] if isinstance(part, tuple) else getattr(part, name, None)
+            if part is None:
+                return default
+        return part
+
+    def halved(self, key: str, least: int) -> Iterator[Settings]:
+        """The setting halved again and again, and `least` at the end."""
+        value = self.get(key, 0)
+        while value > least:
+            value = max(value // 2, least)
+            yield {key: value}
+
+
+Values = Callable[[Given], Iterator[Settings]]
+
+
+def _half(key: str, least: int) -> Values:
+    return lambda given: given.halved(key, least)
+
+
+def _to(key: str, value: Any, *, of: Any) -> Values:
+    """A setting that has the value `of` gets another one."""
+
+    def values(given: Given) -> Iterator[Settings]:
+        if given.get(key) == of:
+            yield {key: value}
+
+    return values
+
+
+def _larger_share(section: str) -> Values:
+    def values(given: Given) -> Iterator[Settings]:
+        now = given.get(f"{section}.gpus", 0)
+        yield from ({f"{section}.gpus": share} for share in SHARES if 0 < now < share)
+
+    return values
+
+
+def _smaller_share(section: str) -> Values:
+    def values(given: Given) -> Iterator[Settings]:
+        now = given.get(f"{section}.gpus", 0)
+        yield from ({f"{section}.gpus": share} for share in reversed(SHARES) if share < now <= 1)
+
+    return values
+
+
+def _on_cpu(section: str) -> Values:
+    def values(given: Given) -> Iterator[Settings]:
+        if given.get(f"{section}.gpus"):
+            yield {f"{section}.gpus": 0}
+
+    return values
+
+
+def _fewer_cpus(section: str) -> Values:
+    """CPU cores that each process of a section reserves: half as many, and in the end none."""
+
+    def values(given: Given) -> Iterator[Settings]:
+        cpus = given.get(f"{section}.cpus", 0)
+        while cpus > 1:
+            yield {f"{section}.cpus": (cpus := int(cpus // 2))}
+        if cpus:
+            yield {f"{section}.cpus": 0}
+
+    return values
+
+
+def _fewer(section: str) -> Values:
+    def values(given: Given) -> Iterator[Settings]:
+        yield from ({f"{section}.min": n} for n in range(given.get(f"{section}.min", 1) - 1, 0, -1))
+
+    return values
+
+
+def _reference_passes(given: Given) -> Iterator[Settings]:
+    yield from given.halved("reference.max_batch_tokens", given.get("max_sequence_tokens", 0))
+
+
+def _reward_passes(given: Given) -> Iterator[Settings]:
+    for index in range(len(given.get("reward.sources", ()))):
+        source = f"reward.sources.{index}"
+        yield from given.halved(f"{source}.max_batch_tokens", given.get(f"{source}.max_tokens", 0))
+
+
+def _cache(given: Given) -> Iterator[Settings]:
+    engines, tokens = given.get("generators"), given.get("max_sequence_tokens")
+    if given.model is not None and tokens is not None:
+        sequence = bytes_per_sequence(engines, given.model, max_tokens=tokens)[1]
+        yield from given.halved("generators.kv_cache_mib", -(-sequence // MIB))
+
+
+def _running(given: Given) -> Iterator[Settings]:
+    if given.get("generators.gpus"):  # only there an estimate has the logits of a step
+        yield from given.halved("generators.max_running", 16)
+
+
+def _buffer(given: Given) -> Iterator[Settings]:
+    if given.get("max_staleness"):
+        step = given.get("rollouts_per_step") * given.get("longest_rollout_bytes")
+        yield from given.halved("buffer_mib", -(-step // MIB))
+
+
+def _fewer_ranks(given: Given) -> Iterator[Settings]:
+    fewest, ranks = given.get("learner.min_ranks"), given.get("learner.ranks", 1)
+    key = "learner.ranks" if fewest is None else "learner.min_ranks"
+    yield from ({key: n} for n in range((fewest or ranks) - 1, 0, -1))
+
+
+def _more_ranks(given: Given) -> Iterator[Settings]:
+    """Twice as many ranks, and so on. Each has a whole GPU."""
+    ranks, gpus = given.get("learner.ranks", 1), given.get("learner.gpus", 0)
+    while gpus and (ranks := 2 * ranks) <= MOST_RANKS:
+        more = {"learner.ranks": ranks}
+        if gpus < 1:
+            more["learner.gpus"] = 1
+        if given.get("learner.min_ranks") is not None:
+            more["learner.min_ranks"] = ranks
+        yield more
+
+
+def _more_parts(given: Given) -> Iterator[Settings]:
+    parts = given.get("generators.tensor_parallel", 1)
+    while given.get("generators.gpus") and (parts := 2 * parts) <= MOST_PARTS:
+        yield {"generators.tensor_parallel": parts, "generators.gpus": parts}
+
+
+def _turns(given: Given) -> Iterator[Settings]:
+    """With max_staleness = 0 engines that share the learner's GPU sleep during an update."""
+    if 0 < given.get("learner.gpus", 0) < 1 and given.get("max_staleness"):
+        yield {"max_staleness": 0}
+
+
+def _adapters(given: Given) -> Iterator[Settings]:
+    learner = given.get("learner")
+    if hasattr(learner, "lora") and learner.lora is None and learner.critic_frozen is None:
+        yield {"learner.lora.rank": 16}
+
+
+SERVICES = ("reference", "reward", "labeller")
+LADDERS: list[tuple[str, Values]] = [
+    # The same gradient and the same samples.
+    *(("it gets more of its GPU", _larger_share(section)) for section in ("learner", "generators", *SERVICES)),
+    *(("it gets less of its GPU", _smaller_share(section)) for section in SERVICES),
+    ("it scores in smaller passes", _reference_passes),
+    ("it scores in smaller passes", _reward_passes),
+    *(("processes share cores", _fewer_cpus(section)) for section in (*SERVICES, "learner", "generators")),
+    ("the same gradient in more passes", _half("learner.micro_batch_tokens", CPU_TOKENS)),
+    ("the engine lends its memory to each update", _to("generators.sleep", True, of=False)),
+    # The same, and slower.
+    ("an engine step has fewer tokens", _half("generators.max_batched_tokens", 1024)),
+    ("an engine works on fewer rollouts at once", _cache),
+    ("an engine works on fewer rollouts at once", _running),
+    ("the KV cache is smaller", _smaller_share("generators")),
+    ("it gets less of its GPU", _smaller_share("learner")),
+    ("fewer rollouts wait for the learner", _buffer),
+    ("more bytes are sent after a step", _to("generators.updates", "full", of="changes")),
+    ("an update takes about a quarter longer", _to("learner.gradient_checkpointing", True, of=False)),
+    # The same with other processes.
+    ("more GPUs learn", _more_ranks),
+    ("each engine takes more GPUs", _more_parts),
+    *(("fewer processes score", _fewer(section)) for section in SERVICES),
+    ("fewer engines generate", _fewer("generators")),
+    ("fewer processes learn, and a step takes longer", _fewer_ranks),
+    *(("it runs on the CPU, far slower", _on_cpu(section)) for section in SERVICES),
+    # Something else is learned, or with other rounding.
+    ("generators wait during an update, and lend it their memory", _turns),
+    ("log-probabilities of the reference are rounded more", _to("reference.dtype", "bfloat16", of="float32")),
+    ("the engine rounds more", _to("generators.dtype", "bfloat16", of="float32")),
+    ("the learner rounds more", _to("learner.precision", "bf16", of="fp32")),
+    ("critic and policy share their weights", _to("learner.critic", "shared", of="separate")),
+    ("only adapters are trained", _adapters),
+    ("responses are cut earlier", _half("sampling.max_new_tokens", 64)),
+    ("longer prompts are refused", _half("prompts.max_tokens", 64)),
+    ("the gradient is noisier", _half("rollouts_per_step", 16)),
+]

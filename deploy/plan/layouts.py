@@ -1,0 +1,169 @@
+"""Ways to divide machines among learner, engines and services, best first. Runs in the driver; pure arithmetic.
+
+A layout has the settings of one way, each with its reason. deploy/plan/suggest.py takes the first that fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.generation.kv_cache import USABLE, bytes_per_sequence
+from common.config.ppo import Config
+from common.config.sources import ModelSourceConfig
+from common.memory import GIB, MIB
+from common.model.size import ModelSize
+from deploy.plan.micro_batches import sizes
+from deploy.plan.needs import Need
+from deploy.plan.placement import Node
+
+Layout = dict[str, tuple[Any, str]]  # value and reason of each setting; None: the setting is left out
+MANY_GPUS = 3  # from this many GPUs next to the learner's on, the services get one of their own
+PARTS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The nodes as layouts see them."""
+
+    nodes: Sequence[Node]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that nobody uses."""
+        return sum(int(node.gpus) for node in self.nodes if node.gpu_memory)
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of the smallest GPU."""
+        return min((node.gpu_memory for node in self.nodes if node.gpus >= 1), default=0)
+
+    def share(self, size: int) -> int:
+        """The share of a GPU that has room for this many bytes, in percent."""
+        return math.ceil(100 * size / self.gpu_memory) + 1
+
+
+def layouts(
+    cfg: Config, machines: Machines, model: ModelSize, needs: Callable[[Config], Sequence[Need]]
+) -> Iterator[Layout]:
+    """The layouts of a config on these machines. `needs`: the processes of the config, with all roles on GPUs."""
+    services = [] if cfg.learner.lora else ["reference"]
+    if any(isinstance(source, ModelSourceConfig) for source in (*cfg.reward.sources, *cfg.evaluation.judges)):
+        services.append("reward")
+    if not machines.gpus:
+        yield from _on_cpus(cfg, machines, model)
+    elif machines.gpus > 1:
+        yield from _apart(machines, needs(cfg), services)
+    else:
+        found = (_in_turns(cfg, tokens, machines, needs, services) for tokens in sizes(model, machines.nodes))
+        yield from filter(None, found)
+
+
+def _on_cpus(cfg: Config, machines: Machines, model: ModelSize) -> Iterator[Layout]:
+    """One process of each role, which take turns on the cores; with a large KV cache, and with a small one."""
+    cores = max(1, *(int(node.cpus) for node in machines.nodes))
+    half = max(1, cores // 2)
+    no_gpu = "no GPU is free" if any(node.gpus for node in machines.nodes) else "there is no GPU"
+    layout: Layout = {
+        "max_staleness": (0, "learning takes most of a step: the roles take turns, and the learner gets all cores"),
+        "learner.gpus": (0, no_gpu),
+        "learner.ranks": (1, "one process uses all cores"),
+        "learner.threads": (cores, "it works alone"),
+        "generators.gpus": (0, no_gpu),
+        "generators.tensor_parallel": (1, "one process uses its cores"),
+        "generators.min": (1, "one engine uses its cores"),
+        "generators.threads": (half, "generators and services work at the same time"),
+        "generators.sleep": (None, "engines on CPUs never sleep"),
+        "reference.gpus": (0, no_gpu),
+        "reference.threads": (half, "it works next to the generators"),
+        "reward.gpus": (0, no_gpu),
+    }
+    if sum(node.cpus for node in machines.nodes) < cfg.learner.cpus + cfg.generators.cpus:
+        layout |= {f"{section}.cpus": (0, "they share the cores") for section in ("learner", "generators")}
+    _, sequence = bytes_per_sequence(cfg.generators, model, max_tokens=cfg.max_sequence_tokens)
+    for rollouts in dict.fromkeys((cfg.generators.max_running, 8, 1)):
+        cache = max(256, -(-rollouts * sequence // MIB))
+        room = f"room for {cache * MIB // sequence} rollouts at their longest"
+        yield layout | {"generators.kv_cache_mib": (cache, room)}
+
+
+def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str]) -> Iterator[Layout]:
+    """Whole GPUs for each rank and for each engine, which work at the same time. Half of the GPUs learn, or more if the
+    state does not fit them; an engine has the fewest GPUs that hold its weights."""
+    gpus = machines.gpus
+    half = 1 << int(math.log2(gpus // 2))
+    counts = [half << n for n in range(8)] + [half >> n for n in range(1, 8)]
+    for ranks in (n for n in counts if 1 <= n < gpus):
+        left = gpus - ranks
+        shares = {name: machines.share(_device(needs, name)) for name in services}
+        own = bool(services) and left >= MANY_GPUS
+        if own and sum(shares.values()) <= 100:  # nobody else uses the rest of that GPU
+            shares = {name: share + (100 - sum(shares.values())) // len(shares) for name, share in shares.items()}
+        for parts in PARTS:
+            engines = (left - own) // parts
+            engine_share = 100 if own or not services else 100 - sum(shares.values())
+            if engines < 1 or engine_share < 5 or (parts > 1 and engine_share < 100):
+                continue
+            layout: Layout = {
+                "learner.gpus": (1, "each rank has a GPU"),
+                "learner.ranks": (ranks, f"of {gpus} GPUs; weights, gradients and optimizer state are split over them"),
+                "generators.gpus": (
+                    parts if parts > 1 else engine_share / 100,
+                    "a whole engine" if engine_share == 100 else "what the services leave of a GPU",
+                ),
+                "generators.tensor_parallel": (
+                    parts,
+                    "one GPU holds the weights" if parts == 1 else f"the weights need {parts} GPUs",
+                ),
+                "generators.min": (engines, f"the other {engines * parts} GPU(s) generate"),
+                "generators.kv_cache_mib": (None, "the rest of the engine's share"),
+                "generators.sleep": (None, "engines have GPUs of their own and stay awake"),
+            }
+            for name, share in shares.items():
+                where = "on a GPU without an engine" if own else "next to an engine"
+                layout[f"{name}.gpus"] = (share / 100, f"{_gib(_device(needs, name))} GiB, {where}")
+            yield layout
+
+
+def _in_turns(
+    cfg: Config,
+    tokens: int,
+    machines: Machines,
+    needs: Callable[[Config], Sequence[Need]],
+    services: Sequence[str],
+) -> Layout | None:
+    """All processes on one GPU. Each has the share that it keeps between updates, and the engine the rest; it lends it
+    to each update. None if there is no rest."""
+    learner = cfg.learner.model_copy(update={"micro_batch_tokens": tokens})
+    found = needs(cfg.model_copy(update={"learner": learner}))
+    first = next(need for need in found if need.section == "learner")
+    kept = sum(first.device.values()) - sum(first.in_turn.values())
+    shares = {name: machines.share(_device(found, name)) for name in services}
+    shares["learner"] = machines.share(int(kept / USABLE))
+    rest = 100 - sum(shares.values())
+    if rest < 5:
+        return None
+    layout: Layout = {
+        "max_staleness": (0, "the engine waits for each update, and lends it its memory"),
+        "learner.ranks": (1, "there is one GPU for all"),
+        "learner.gpus": (shares["learner"] / 100, f"it keeps {_gib(kept)} GiB between updates"),
+        "learner.micro_batch_tokens": (tokens, "the largest with which an update fits"),
+        "generators.gpus": (rest / 100, "the rest of the GPU"),
+        "generators.tensor_parallel": (1, "there is one GPU"),
+        "generators.min": (1, "there is one GPU"),
+        "generators.kv_cache_mib": (None, "the rest of the engine's share"),
+        "generators.sleep": (True, "an update takes its memory"),
+    }
+    for name in services:
+        layout[f"{name}.gpus"] = (shares[name] / 100, f"{_gib(_device(found, name))} GiB")
+    return layout
+
+
+def _device(needs: Sequence[Need], section: str) -> int:
+    return max((sum(need.device.values()) for need in needs if need.section == section), default=0)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"

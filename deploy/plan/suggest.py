@@ -1,0 +1,169 @@
+"""`ratchet plan --suggest`: settings with which a model trains on some machines, and the reason of each.
+
+Runs in the driver; pure arithmetic. The task and the algorithm stay as the config has them. Only if nothing else fits,
+adapters are trained instead of all weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tomli_w
+
+from actors.generation.kv_cache import bytes_per_sequence, kv_cache_bytes
+from common.config.ppo import Config
+from common.errors import UserError
+from common.model.size import ModelSize
+from deploy.plan.layouts import Layout, Machines, layouts
+from deploy.plan.micro_batches import ranks_fit
+from deploy.plan.missing import missing_hardware
+from deploy.plan.placement import Node
+from deploy.plan.plan import Plan
+from deploy.plan.planner import Planner
+
+# Tokens of a micro-batch, and rollouts in an engine's cache, that a layout should have. If none has, any will do.
+GOOD_TOKENS, GOOD_ROLLOUTS = 4096, 16
+
+
+class DoesNotFit(UserError):
+    """No layout of a run fits the machines."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A config that fits, and the reasons of its settings."""
+
+    plan: Plan[Config]
+    tree: Mapping[str, Any]  # the settings that are given, as in a TOML file
+    reasons: Mapping[str, str]  # by key
+
+    def to_toml(self, title: str) -> str:
+        """The config as a TOML file, with each reason next to its setting."""
+        lines, section = [f"# {title}"], ""
+        left_out = dict(self.reasons)
+        for line in tomli_w.dumps(self.tree).splitlines():
+            if line.startswith("["):
+                key = section = line.strip("[]")
+            else:
+                key = ".".join(filter(None, [section, line.partition(" = ")[0]]))
+            reason = left_out.pop(key, None)
+            lines.append(f"{line}  # {reason}" if reason else line)
+        lines += [f"# {key} is left out: {reason}" for key, reason in left_out.items()]
+        return "\n".join(lines) + "\n"
+
+
+def suggest(
+    tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize, fixed: Collection[str] = ()
+) -> Suggestion:
+    """The first layout with which the config in `tree` fits the planner's machines. `fixed`: keys that keep their
+    values. Raises DoesNotFit."""
+    Config.model_validate(tree)
+    machines = Machines(planner.nodes)
+    for first, good in _first_choices(tree, on_gpus=machines.gpus > 0):
+        for layout, plan in _plans(tree, first, fixed, planner, model):
+            if _fits(plan, planner) and (not good or _is_good(plan.cfg, model, machines)):
+                return _suggestion(tree, layout, plan)
+    raise DoesNotFit(_refusal(tree, planner, model, fixed))
+
+
+def _first_choices(tree: Mapping[str, Any], *, on_gpus: bool) -> Iterator[tuple[Layout, bool]]:
+    """Best first: all weights before adapters, then layouts that are good on a GPU, then activations that are computed
+    once."""
+    why = "all weights fit these machines in no layout, so only adapters are trained"
+    once: Layout = {"learner.gradient_checkpointing": (False, "activations have room")}
+    twice: Layout = {"learner.gradient_checkpointing": (True, "far less memory; an update takes a quarter longer")}
+    adapters: Layout = {"learner.lora.rank": (16, why)}
+    for lora in [{}] if "lora" in tree.get("learner", {}) else [{}, adapters]:
+        for good in (True, False) if on_gpus else (False,):
+            yield {**lora, **once}, good
+            yield {**lora, **twice}, good
+
+
+def _plans(
+    tree: Mapping[str, Any], first: Layout, fixed: Collection[str], planner: Planner[Config], model: ModelSize
+) -> Iterator[tuple[Layout, Plan[Config]]]:
+    """Every layout that the rules of the config allow, and its plan."""
+    for layout in _layouts(_with(tree, first), planner, model):
+        wanted = {key: value for key, value in {**first, **layout}.items() if key not in fixed}
+        try:
+            yield wanted, planner.plan(Config.model_validate(_with(tree, wanted)))
+        except (ValueError, UserError):
+            continue
+
+
+def _layouts(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize) -> Iterator[Layout]:
+    """The layouts for the planner's machines. Sizes on a GPU are those of a config with all roles on one GPU."""
+    machines = Machines(planner.nodes)
+    shares = {"learner": 0.5, "generators": 0.3, "reference": 0.1, "reward": 0.1} if machines.gpus else {}
+    on_one: Layout = {f"{section}.gpus": (share, "") for section, share in shares.items()}
+    on_one |= {"max_staleness": (0, ""), "generators.sleep": (None, ""), "generators.kv_cache_mib": (None, "")}
+    on_one |= {"learner.ranks": (1, ""), "learner.min_ranks": (None, ""), "generators.tensor_parallel": (1, "")}
+    try:
+        probe = Config.model_validate(_with(tree, on_one))
+    except ValueError:  # some settings exclude adapters
+        return
+    yield from layouts(probe, machines, model, lambda cfg: planner.phases(cfg)[0])
+
+
+def _with(tree: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The tree with the values of a layout. A value of None leaves its setting out."""
+    new = copy.deepcopy(dict(tree))
+    for key, (value, _) in layout.items():
+        *sections, leaf = key.split(".")
+        part = new
+        for name in sections:
+            part = part.setdefault(name, {})
+        if value is None:
+            part.pop(leaf, None)
+        else:
+            part[leaf] = value
+    return new
+
+
+def _fits(plan: Plan[Config], planner: Planner[Config]) -> bool:
+    """True if the plan fits, and ranks on a GPU leave the part free that an engine leaves free, too."""
+    return plan.fits and ranks_fit(planner.phases(plan.cfg), plan.nodes)
+
+
+def _is_good(cfg: Config, model: ModelSize, machines: Machines) -> bool:
+    """True if an update and an engine work on enough at once to keep a GPU busy."""
+    _, sequence = bytes_per_sequence(cfg.generators, model, max_tokens=cfg.max_sequence_tokens)
+    rollouts = _cache(cfg, model, machines) // sequence
+    return cfg.learner.token_budget >= GOOD_TOKENS and rollouts >= min(GOOD_ROLLOUTS, cfg.rollouts_per_step)
+
+
+def _cache(cfg: Config, model: ModelSize, machines: Machines) -> int:
+    """Bytes of an engine's KV cache, over all its GPUs; 0 if it cannot hold one sequence."""
+    engines, tokens = cfg.generators, cfg.max_sequence_tokens
+    try:
+        of_each = kv_cache_bytes(engines, model, max_tokens=tokens, device_memory=machines.gpu_memory)
+    except UserError:
+        return 0
+    return of_each * engines.tensor_parallel
+
+
+def _suggestion(tree: Mapping[str, Any], layout: Layout, plan: Plan[Config]) -> Suggestion:
+    """With the size of micro-batches that the plan filled in."""
+    tokens = plan.cfg.learner.micro_batch_tokens
+    if tokens is not None and "learner.micro_batch_tokens" not in layout:
+        layout = {**layout, "learner.micro_batch_tokens": (tokens, "the largest that is faster and fits a rank's GPU")}
+    reasons = {key: reason for key, (_, reason) in layout.items()}
+    return Suggestion(plan, _with(tree, layout), reasons)
+
+
+def _refusal(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize, fixed: Collection[str]) -> str:
+    """The message that the config fits in no layout, with what is missing for the layouts that take least."""
+    *_, (least, _) = _first_choices(tree, on_gpus=False)
+
+    def fits(nodes: Sequence[Node]) -> bool:
+        there = replace(planner, nodes=nodes)
+        return any(_fits(plan, there) for _, plan in _plans(tree, least, fixed, there, model))
+
+    adapters = ", not even with adapters instead of all weights" if "learner.lora.rank" in least else ""
+    return (
+        f"no layout of this run fits these machines{adapters}: it would fit with "
+        f"{missing_hardware(planner.nodes, fits)}; or use a smaller model or shorter sequences"
+    )
