@@ -1,16 +1,22 @@
 """The shipped configs: each is one of a command, names what exists, and those of the demo fit together."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from actors.generation.kv_cache import bytes_per_sequence, kv_cache_bytes
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.config.sources import FunctionSourceConfig
 from common.data.reasoning_gym_script import questions
 from common.data.source_names import parsed_source
+from common.memory import GIB
 from common.user_code.functions import load_function
+from deploy.plan.machines import Described
+from tests.deploy.plan.shapes import planner, size_of
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 REASONING_GYM = "reasoning-gym.toml"
@@ -23,6 +29,16 @@ ROOTS = {
     "reviews.toml": Config,
     "single-response-async.toml": Config,
 }
+# Configs for GPUs, the model of each, and the machines that it names. They have the same task.
+ON_GPUS = {
+    "gpu-24gb-1.5b-lora.toml": ("1.5B", Described(nodes=1, gpus=1, gpu_memory=24, cpus=8, memory=48)),
+    "gpu-80gb-1.5b.toml": ("1.5B", Described(nodes=1, gpus=1, gpu_memory=80, cpus=16, memory=128)),
+    "gpu-80gb-7b-lora.toml": ("7B", Described(nodes=1, gpus=1, gpu_memory=80, cpus=16, memory=192)),
+    "node-8x80gb-7b.toml": ("7B", Described(nodes=1, gpus=8, gpu_memory=80, cpus=64, memory=512)),
+    "nodes-2x8x80gb-7b.toml": ("7B", Described(nodes=2, gpus=8, gpu_memory=80, cpus=64, memory=512)),
+}
+ROOTS |= dict.fromkeys(ON_GPUS, Config)
+TASKS = (REASONING_GYM, *ON_GPUS)  # prompts and rule are those of reasoning-gym
 
 
 def load(name):
@@ -39,18 +55,47 @@ def test_a_shipped_config_parses_and_its_functions_exist(name):
     sources, prompts = [], []
     if isinstance(cfg, Config):
         sources, prompts = [*cfg.reward.sources, *cfg.evaluation.judges], [cfg.prompts.train, cfg.prompts.heldout]
-        assert name == REASONING_GYM or len(load_function(cfg.prompts.heldout, name)(0)) >= cfg.evaluation.prompts
+        assert name in TASKS or len(load_function(cfg.prompts.heldout, name)(0)) >= cfg.evaluation.prompts
     elif isinstance(cfg, PairSamplingConfig):
         sources, prompts = cfg.labeller.sources, [cfg.prompts.source]
     functions = [source.function for source in sources if isinstance(source, FunctionSourceConfig)]
-    assert functions or name in ("positive-reward.toml", REASONING_GYM)
-    for function in [*functions, *(() if name == REASONING_GYM else prompts)]:
+    assert functions or name in ("positive-reward.toml", *TASKS)
+    for function in [*functions, *(() if name in TASKS else prompts)]:
         assert load_function(function, name).__name__ == function.partition(":")[2]
 
 
-def test_the_task_of_reasoning_gym_has_questions_enough():
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_config_for_gpus_fits_its_machines_and_not_half_of_their_memory(name, tmp_path):
+    model, machines = ON_GPUS[name]
+    cfg, size = load(name), size_of(tmp_path, model)
+    assert planner(size, machines.make(0)).fits(cfg)
+    assert not planner(size, replace(machines, gpu_memory=machines.gpu_memory / 2).make(0)).fits(cfg)
+    assert check_engine_shares(cfg, size, machines)
+
+
+def check_engine_shares(cfg, size, machines):
+    """True if what is left of an engine's share holds 64 rollouts at their longest."""
+    _, sequence = bytes_per_sequence(cfg.generators, size, max_tokens=cfg.max_sequence_tokens)
+    device_memory = int(machines.gpu_memory * GIB)
+    cache = kv_cache_bytes(cfg.generators, size, max_tokens=cfg.max_sequence_tokens, device_memory=device_memory)
+    return cache >= 64 * sequence
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_config_for_gpus_names_its_model_and_the_command_that_plans_it(name):
+    text, (model, machines) = (CONFIGS / name).read_text(), ON_GPUS[name]
+    assert load(name).model.path == f"Qwen/Qwen2.5-{model}-Instruct"
+    command = re.search(r"^#   (ratchet plan .*)$", text, flags=re.MULTILINE).group(1).split()
+    assert command[2] == f"deploy/configs/{name}"
+    options = {key.removeprefix("--"): float(value) for key, value in zip(command[3::2], command[4::2], strict=True)}
+    given = {key.replace("_", "-"): value for key, value in vars(machines).items()}
+    assert {"nodes": 1, **options} == given
+
+
+@pytest.mark.parametrize("name", [REASONING_GYM, next(iter(ON_GPUS))])
+def test_the_task_of_reasoning_gym_has_questions_enough(name):
     pytest.importorskip("reasoning_gym")
-    cfg = load(REASONING_GYM)
+    cfg = load(name)
     assert cfg.prompts.train == cfg.prompts.heldout
     task, gym = parsed_source(cfg.prompts.heldout, "prompts.heldout"), cfg.prompts.reasoning_gym
     rule, *heldout = questions(task.name, dict(gym.parameters), gym.heldout_prompts, True, cfg.seed)
