@@ -24,7 +24,7 @@ from deploy.ending import signals
 from deploy.evaluation.answers import AnswerFile, write_prompts
 from deploy.evaluation.perplexity import TextMeasurement
 from deploy.evaluation.plots import write_plots
-from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
+from deploy.evaluation.policies import EvaluationPlan, check_identity, check_room, identity_of, load_policies
 from deploy.evaluation.record import evaluation_record
 from deploy.evaluation.texts import load_texts
 from deploy.evaluation.truncation import truncation_warnings
@@ -60,15 +60,15 @@ def run_evaluation(
         raise UserError("there are no prompts to evaluate on; set both prompts.heldout and evaluation.prompts")
     with run_owner(directory, resume=resume, force=force) as owned:
         if resume:
-            asked = Asked.read(directory).extended(cfg, policies or {}, samples)
+            plan = EvaluationPlan.read(directory).extended(cfg, policies or {}, samples)
         else:
-            asked = Asked.of(cfg, policies or {}, samples or 1)
-        return _run_in(owned, cfg, asked, resume=resume, force=force)
+            plan = EvaluationPlan.of(cfg, policies or {}, samples or 1)
+        return _run_in(owned, cfg, plan, resume=resume, force=force)
 
 
-def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, force: bool) -> dict[str, Any]:
+def _run_in(owned: RunDirectory, cfg: Config, plan: EvaluationPlan, *, resume: bool, force: bool) -> dict[str, Any]:
     directory = owned.directory
-    reference, policies = load_policies(cfg, asked)
+    reference, policies = load_policies(cfg, plan)
     first = next(iter(policies.values()))
     heldout = {"prompts.heldout": cfg.prompts.heldout}
     inputs = load_inputs(cfg, first, cfg.reward, heldout, judges=cfg.evaluation.judges)
@@ -77,12 +77,12 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
     identity = identity_of(cfg, reference, policies, records)
     if resume:
         check_identity(directory, identity)
-    for text in truncation_warnings(cfg.sampling, asked.samples):
+    for text in truncation_warnings(cfg.sampling, plan.samples):
         owned.log.warn(text)
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
-    progress = EvaluationProgress(directory, owned.log, asked, len(prompts))
+    progress = EvaluationProgress(directory, owned.log, plan, len(prompts))
     texts = TextMeasurement(cfg, directory, load_texts(cfg, list(policies.values())))
-    evaluation = _Evaluation(cfg, directory, asked, policies, prompts, texts, progress)
+    evaluation = _Evaluation(cfg, directory, plan, policies, prompts, texts, progress)
 
     def phases(cfg: Config) -> Phases:
         services = service_needs(cfg, reference.size, inputs.reward_models)
@@ -93,7 +93,7 @@ def _run_in(owned: RunDirectory, cfg: Config, asked: Asked, *, resume: bool, for
         return [*answering, *([need] for size in sizes for need in reference_needs(cfg, size))]
 
     def record() -> None:
-        asked.write(directory, identity)
+        plan.write(directory, identity)
         write_prompts(directory, prompts)
 
     left = evaluation.missing() if resume else None
@@ -115,7 +115,7 @@ class _Evaluation:
 
     cfg: Config
     directory: Path
-    asked: Asked
+    plan: EvaluationPlan
     policies: Mapping[str, PolicyFiles]
     prompts: Sequence[Prompt]
     texts: TextMeasurement
@@ -127,7 +127,7 @@ class _Evaluation:
 
     def answers(self, name: str) -> dict[SampleId, Answered]:
         """The answers of a policy so far."""
-        return self.file(name).read(self.asked.samples)
+        return self.file(name).read(self.plan.samples)
 
     def missing(self) -> dict[str, list[Prompt]]:
         """The questions that each policy has not answered. One whose answer has no score is asked again. Policies that
@@ -135,7 +135,7 @@ class _Evaluation:
         found = {}
         for name in self.policies:
             known = {of for of, answer in self.answers(name).items() if not isinstance(answer.score, Void)}
-            if left := questions(self.prompts, self.asked.samples, known):
+            if left := questions(self.prompts, self.plan.samples, known):
                 found[name] = left
         return found
 
@@ -178,7 +178,7 @@ class _Evaluation:
             self.policies[name], cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=tokens
         )
         progress.ready(name)
-        total, scores = len(self.prompts) * self.asked.samples, list[Score | Void]()
+        total, scores = len(self.prompts) * self.plan.samples, list[Score | Void]()
         is_new = len(left) == total
 
         async def ask(prompt: Prompt) -> Answered:
@@ -200,10 +200,10 @@ class _Evaluation:
     def finish(self) -> dict[str, Any]:
         """Writes the figures, from the answers on disk, and shows them."""
         answers = {name: list(self.answers(name).values()) for name in self.policies}
-        of_texts = {name: self.texts.figures(name, self.asked.base) for name in self.policies}
-        record = evaluation_record(self.cfg, self.asked, answers, len(self.prompts), of_texts)
+        of_texts = {name: self.texts.figures(name, self.plan.base) for name in self.policies}
+        record = evaluation_record(self.cfg, self.plan, answers, len(self.prompts), of_texts)
         files = ["evaluation.json"]
-        if self.asked.is_single:
+        if self.plan.is_single:
             [(name, found)] = answers.items()
             judged = [(rollout, score) for rollout, score, _ in found]
             write_answers(self.directory / "answers.jsonl", judged, self.policies[name].tokenizer)
@@ -211,7 +211,7 @@ class _Evaluation:
         else:
             files += [plot.name for plot in write_plots(record, self.directory)]
         write_json(self.directory / "evaluation.json", record)
-        self.progress.end(record, [*files, *([] if self.asked.is_single else ["answers/"])])
+        self.progress.end(record, [*files, *([] if self.plan.is_single else ["answers/"])])
         return record
 
 

@@ -1,4 +1,4 @@
-"""The policies of an evaluation: their names, their files, and RUN/evaluated.json, which has what they are asked.
+"""The policies of an evaluation: their names, their files, and RUN/evaluated.json, which has the plan.
 
 Runs in the driver. model.path is the base: the reference of every KL, and the first policy. Only one policy with one
 sample a prompt is evaluated without it, because there is nothing to compare then.
@@ -30,14 +30,14 @@ _POLICY = "policy "  # begins the name of a policy's digest
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The policies and the number of samples."""
+class EvaluationPlan:
+    """Which policies are asked, and how often each prompt."""
 
     paths: Mapping[str, str]  # of each policy, by name, in the order of their evaluation
     samples: int
 
     @classmethod
-    def of(cls, cfg: Config, policies: Mapping[str, str], samples: int) -> Asked:
+    def of(cls, cfg: Config, policies: Mapping[str, str], samples: int) -> EvaluationPlan:
         """`policies`: the paths of --policy, by name. Raises UserError."""
         if samples == 1 and len(policies) == 1:
             [(name, path)] = policies.items()  # the base keeps its name when the evaluation gets more samples
@@ -47,7 +47,7 @@ class Asked:
         return cls({BASE: cfg.model.path, **policies}, samples)
 
     @classmethod
-    def read(cls, run: Path) -> Asked:
+    def read(cls, run: Path) -> EvaluationPlan:
         """Those of an evaluation that continues. Raises UserError."""
         unrecorded = "evaluate" if (run / RECORD).exists() else "train"
         if (command := read_record(run).get("command", unrecorded)) != "evaluate":
@@ -61,7 +61,7 @@ class Asked:
                 "restore it, or begin again with --force"
             ) from None
 
-    def extended(self, cfg: Config, policies: Mapping[str, str], samples: int | None) -> Asked:
+    def extended(self, cfg: Config, policies: Mapping[str, str], samples: int | None) -> EvaluationPlan:
         """This evaluation with more policies, or more samples. Raises UserError."""
         for name, path in policies.items():
             if (known := self.paths.get(name, path)) != path:
@@ -71,7 +71,7 @@ class Asked:
         if samples is not None and samples < self.samples:
             raise UserError(f"--samples ({samples}) is below the {self.samples} of this evaluation; it can only rise")
         before = {name: path for name, path in self.paths.items() if name != BASE}
-        return Asked.of(cfg, {**before, **policies}, samples or self.samples)
+        return EvaluationPlan.of(cfg, {**before, **policies}, samples or self.samples)
 
     def write(self, run: Path, identity: Mapping[str, str]) -> None:
         record = {"policies": self.paths, "samples": self.samples, "identity": identity}
@@ -88,12 +88,12 @@ class Asked:
         return BASE if BASE in self.paths else None
 
 
-def load_policies(cfg: Config, asked: Asked) -> tuple[PolicyFiles, dict[str, PolicyFiles]]:
+def load_policies(cfg: Config, plan: EvaluationPlan) -> tuple[PolicyFiles, dict[str, PolicyFiles]]:
     """The reference, and the policies by name. Raises UserError if their tokenizers differ."""
     trust = cfg.model.trust_remote_code
     reference = PolicyFiles.load(cfg.model.path, trust_remote_code=trust)
     policies = {}
-    for name, path in asked.paths.items():
+    for name, path in plan.paths.items():
         is_reference = path == cfg.model.path
         policy = reference if is_reference else PolicyFiles.load(path, "--policy", trust_remote_code=trust)
         if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():

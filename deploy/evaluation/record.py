@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.config.ppo import Config
-from deploy.evaluation.policies import Asked
+from deploy.evaluation.policies import EvaluationPlan
 from learner.evaluation.answer_figures import figures_of
 from learner.evaluation.bootstrap import Bootstrap
 from learner.evaluation.crossover import crossover
@@ -27,41 +27,43 @@ Answers = Sequence[Answered]  # of one policy: the samples of the first prompt, 
 
 def evaluation_record(
     cfg: Config,
-    asked: Asked,
+    plan: EvaluationPlan,
     answers: Mapping[str, Answers],
     prompts: int,
     of_texts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The contents of evaluation.json. `answers`: by policy, `asked.samples` of each prompt, in order. `of_texts`: the
+    """The contents of evaluation.json. `answers`: by policy, `plan.samples` of each prompt, in order. `of_texts`: the
     figures of each policy on texts."""
     judges = [judge.name for judge in cfg.evaluation.judges]
     bootstrap = Bootstrap(prompts, seed=cfg.seed)
-    estimates = _estimates(cfg, asked, answers, prompts)
+    estimates = _estimates(cfg, plan, answers, prompts)
     policies = {}
     for name, found in answers.items():
-        compared = answers[asked.base] if asked.base not in (None, name) else None
-        figures = {"path": asked.paths[name], **figures_of(found, compared, judges, bootstrap)}
+        compared = answers[plan.base] if plan.base not in (None, name) else None
+        figures = {"path": plan.paths[name], **figures_of(found, compared, judges, bootstrap)}
         figures |= (of_texts or {}).get(name, {})
         if estimates is not None:
             figures["pass_at_k"] = pass_figures(estimates[name])
-            if asked.base is not None and name != asked.base:
-                base, own = estimates[asked.base], estimates[name]
+            if plan.base is not None and name != plan.base:
+                base, own = estimates[plan.base], estimates[name]
                 figures["crossover"] = crossover(base, own, bootstrap)
                 figures["crossover_equal"] = crossover(base, own, bootstrap, equal=True)
         policies[name] = figures
-    record = {"base": asked.base, "samples": asked.samples, "prompts": prompts, "policies": policies}
-    if asked.is_single:
+    record = {"base": plan.base, "samples": plan.samples, "prompts": prompts, "policies": policies}
+    if plan.is_single:
         [(name, found)] = answers.items()
         single = evaluation_of(found, cfg.evaluation, policy_version=0).record()
-        record |= {"policy": asked.paths[name], "reference": cfg.model.path, **single}
+        record |= {"policy": plan.paths[name], "reference": cfg.model.path, **single}
     return record
 
 
-def _estimates(cfg: Config, asked: Asked, answers: Mapping[str, Answers], prompts: int) -> dict[str, np.ndarray] | None:
+def _estimates(
+    cfg: Config, plan: EvaluationPlan, answers: Mapping[str, Answers], prompts: int
+) -> dict[str, np.ndarray] | None:
     """pass@k of every prompt, [P, N], by policy. None if scores of one of them are not 0 and 1, and no threshold is
     set."""
     passed = passes([answer.score for found in answers.values() for answer in found], cfg.evaluation)
     if passed is None:
         return None
-    counts = np.asarray(passed).reshape(len(answers), prompts, asked.samples).sum(axis=2)
-    return {name: pass_at_k(counts[number], asked.samples) for number, name in enumerate(answers)}
+    counts = np.asarray(passed).reshape(len(answers), prompts, plan.samples).sum(axis=2)
+    return {name: pass_at_k(counts[number], plan.samples) for number, name in enumerate(answers)}

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from actors.pool.replica import PoolEvent
 from common.types import Score
-from deploy.evaluation.policies import Asked
+from deploy.evaluation.policies import EvaluationPlan
 from deploy.run.log import RunLog
 from deploy.screen.evaluation_table import evaluation_summary
 from deploy.screen.screen import Column, Screen
@@ -25,7 +25,7 @@ _ROWS = 10  # for each policy, at equal distances
 class EvaluationProgress(Screen):
     """An evaluation. That of one answer to each prompt is short: it shows a bar, and at the end its figures."""
 
-    def __init__(self, directory: Path, log: RunLog, asked: Asked, prompts: int) -> None:
+    def __init__(self, directory: Path, log: RunLog, plan: EvaluationPlan, prompts: int) -> None:
         columns = [
             Column("answers", 9, "done", "{:.0f}".format),
             Column("score", 7, "score", short),
@@ -38,8 +38,8 @@ class EvaluationProgress(Screen):
             "per second of this policy; left: time until the last policy is done",
         )
         super().__init__(directory, columns, legend, log=log)
-        self._asked, self._prompts = asked, prompts
-        self._total = prompts * asked.samples  # answers of one policy
+        self._plan, self._prompts = plan, prompts
+        self._total = prompts * plan.samples  # answers of one policy
         self._left: dict[str, int] = {}  # answers that each policy still has to give
         self._given = 0  # answers in this start
         self._busy = 0.0  # seconds that the finished policies took to answer
@@ -49,26 +49,26 @@ class EvaluationProgress(Screen):
 
     def pool(self, event: PoolEvent) -> None:
         """A replica joins or leaves."""
-        if not (self._asked.is_single and event.event == "joined"):
+        if not (self._plan.is_single and event.event == "joined"):
             super().pool(event)
 
     def begin(self, left: Mapping[str, int]) -> None:
         """`left`: answers that each policy still has to give."""
         self._left = dict(left)
-        if self._asked.is_single:
+        if self._plan.is_single:
             return
-        done = len(self._asked.paths) * self._total - sum(left.values())
+        done = len(self._plan.paths) * self._total - sum(left.values())
         before = f", {done} of them there already" if done else ""
         self._print(
-            f"[bold]ratchet evaluate[/] {escape(', '.join(self._asked.paths))} · {self._prompts} prompts · "
-            f"{self._asked.samples} answer(s) of each policy to each{before}"
+            f"[bold]ratchet evaluate[/] {escape(', '.join(self._plan.paths))} · {self._prompts} prompts · "
+            f"{self._plan.samples} answer(s) of each policy to each{before}"
         )
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
     def ready(self, name: str) -> None:
         """The engines of this policy are ready."""
         self._began, self._tokens, self._newest = time.perf_counter(), 0, []
-        if not self._asked.is_single:
+        if not self._plan.is_single:
             self._print(f"[bold]{escape(name)}[/] answers: {self._left[name]} of {self._total} are left")
 
     def answered(self, name: str, answer: Answered) -> None:
@@ -79,8 +79,8 @@ class EvaluationProgress(Screen):
         self._newest.append(answer)
         done, seconds = self._total - self._left[name], time.perf_counter() - self._began
         left_s = (self._busy + seconds) / self._given * sum(self._left.values())
-        self.bars.show("evaluation" if self._asked.is_single else name, done, self._total, left_s=left_s)
-        if not self._asked.is_single and done * _ROWS // self._total > (done - 1) * _ROWS // self._total:
+        self.bars.show("evaluation" if self._plan.is_single else name, done, self._total, left_s=left_s)
+        if not self._plan.is_single and done * _ROWS // self._total > (done - 1) * _ROWS // self._total:
             self._row(
                 {
                     "done": done,
@@ -98,7 +98,7 @@ class EvaluationProgress(Screen):
 
     def reading(self, name: str) -> Callable[[int, int], None]:
         """This policy begins to read the texts. Call the result with the windows read so far, and with all of them."""
-        if not self._asked.is_single:
+        if not self._plan.is_single:
             self._print(f"[bold]{escape(name)}[/] reads the texts")
 
         def read(done: int, total: int) -> None:

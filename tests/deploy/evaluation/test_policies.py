@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.types import PromptRecord
-from deploy.evaluation.policies import Asked, check_identity, check_room, identity_of, load_policies
+from deploy.evaluation.policies import EvaluationPlan, check_identity, check_room, identity_of, load_policies
 from deploy.policy_files import PolicyFiles
 from tests.fakes import save_tiny_model, tiny_config
 
@@ -28,7 +28,7 @@ CFG = tiny_config("m")
     ],
 )
 def test_the_base_comes_first_where_there_is_something_to_compare(policies, samples, asked):
-    found = Asked.of(CFG, policies, samples)
+    found = EvaluationPlan.of(CFG, policies, samples)
     assert list(found.paths.items()) == list(asked.items())
     assert found.is_single == (len(asked) == samples == 1)
     assert found.base == ("base" if "base" in asked else None)
@@ -36,38 +36,40 @@ def test_the_base_comes_first_where_there_is_something_to_compare(policies, samp
 
 def test_a_policy_that_is_the_base_is_refused_next_to_it():
     with pytest.raises(UserError, match=r"is model\.path, which is evaluated as the base; leave it out"):
-        Asked.of(CFG, {"same": "m"}, 2)
+        EvaluationPlan.of(CFG, {"same": "m"}, 2)
 
 
 def test_model_path_evaluated_alone_may_get_more_samples():
-    alone = Asked.of(CFG, {"same": "m"}, 1)
+    alone = EvaluationPlan.of(CFG, {"same": "m"}, 1)
     assert alone.is_single
     assert alone.paths == {"base": "m"}
-    assert alone.extended(CFG, {}, 4) == Asked({"base": "m"}, 4)
+    assert alone.extended(CFG, {}, 4) == EvaluationPlan({"base": "m"}, 4)
 
 
 def test_what_is_asked_is_read_as_it_was_written(tmp_path):
-    asked = Asked.of(CFG, {"mine": "p"}, 4)
-    asked.write(tmp_path, {"prompts.heldout": "abc"})
-    assert Asked.read(tmp_path) == asked
+    plan = EvaluationPlan.of(CFG, {"mine": "p"}, 4)
+    plan.write(tmp_path, {"prompts.heldout": "abc"})
+    assert EvaluationPlan.read(tmp_path) == plan
     (tmp_path / "evaluated.json").write_text("{}")
     with pytest.raises(UserError, match=r"evaluated\.json cannot be read .*; restore it, or begin again with --force"):
-        Asked.read(tmp_path)
+        EvaluationPlan.read(tmp_path)
 
 
 def test_an_evaluation_that_continues_may_ask_more():
-    asked = Asked.of(CFG, {"mine": "p"}, 4)
-    assert asked.extended(CFG, {}, None) == asked
-    assert asked.extended(CFG, {"mine": "p"}, 4) == asked
-    assert asked.extended(CFG, {"new": "q"}, 8) == Asked({"base": "m", "mine": "p", "new": "q"}, 8)
-    assert Asked.of(CFG, {"mine": "p"}, 1).extended(CFG, {}, 3) == Asked({"base": "m", "mine": "p"}, 3)
-    assert Asked.of(CFG, {}, 1).extended(CFG, {}, 3) == Asked({"base": "m"}, 3)
+    plan = EvaluationPlan.of(CFG, {"mine": "p"}, 4)
+    assert plan.extended(CFG, {}, None) == plan
+    assert plan.extended(CFG, {"mine": "p"}, 4) == plan
+    assert plan.extended(CFG, {"new": "q"}, 8) == EvaluationPlan({"base": "m", "mine": "p", "new": "q"}, 8)
+    assert EvaluationPlan.of(CFG, {"mine": "p"}, 1).extended(CFG, {}, 3) == EvaluationPlan(
+        {"base": "m", "mine": "p"}, 3
+    )
+    assert EvaluationPlan.of(CFG, {}, 1).extended(CFG, {}, 3) == EvaluationPlan({"base": "m"}, 3)
     with pytest.raises(UserError, match=r"--samples \(2\) is below the 4 of this evaluation; it can only rise"):
-        asked.extended(CFG, {}, 2)
+        plan.extended(CFG, {}, 2)
     with pytest.raises(UserError, match="q: mine is p in this evaluation; choose a name: NAME=q"):
-        asked.extended(CFG, {"mine": "q"}, None)
+        plan.extended(CFG, {"mine": "q"}, None)
     with pytest.raises(UserError, match="--policy p: it is mine in this evaluation; leave it out"):
-        asked.extended(CFG, {"again": "p"}, None)
+        plan.extended(CFG, {"again": "p"}, None)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +83,9 @@ def record(*tokens):
 
 def test_other_contents_than_at_the_beginning_are_refused_by_name(models, tmp_path):
     cfg = tiny_config(models[0])
-    reference, policies = load_policies(cfg, Asked.of(cfg, {"mine": str(models[1])}, 2))
+    reference, policies = load_policies(cfg, EvaluationPlan.of(cfg, {"mine": str(models[1])}, 2))
     before = identity_of(cfg, reference, policies, [record(3)])
-    Asked.of(cfg, {}, 2).write(tmp_path, before)
+    EvaluationPlan.of(cfg, {}, 2).write(tmp_path, before)
     check_identity(tmp_path, before)
     check_identity(tmp_path, {**before, "policy new": "x"})  # --policy
     changes = {
@@ -118,7 +120,7 @@ def test_a_policy_with_another_tokenizer_is_refused(models, tmp_path, monkeypatc
 
     monkeypatch.setattr(PolicyFiles, "load", with_another_vocabulary)
     with pytest.raises(UserError, match="have different tokenizers, so there is no KL between them"):
-        load_policies(cfg, Asked.of(cfg, {"mine": str(models[1])}, 2))
+        load_policies(cfg, EvaluationPlan.of(cfg, {"mine": str(models[1])}, 2))
 
 
 def test_a_policy_without_room_for_the_longest_prompt_is_refused(models):

@@ -12,7 +12,7 @@ import pytest
 
 from common.types import SampleId, Score, Void
 from deploy.evaluation.figure_text import number_text
-from deploy.evaluation.policies import Asked
+from deploy.evaluation.policies import EvaluationPlan
 from deploy.evaluation.record import evaluation_record
 from deploy.evaluation.rows import crossover_lines, crossover_text, figure_rows
 from deploy.screen.evaluation_table import evaluation_summary
@@ -41,8 +41,8 @@ def record():
         name: [answered(name, p, s, passed) for p, row in enumerate(rows) for s, passed in enumerate(row)]
         for name, rows in PASSED.items()
     }
-    asked = Asked({"base": "m", "mine": "runs/mine"}, 4)
-    return evaluation_record(tiny_config("m"), asked, answers, 3)
+    plan = EvaluationPlan({"base": "m", "mine": "runs/mine"}, 4)
+    return evaluation_record(tiny_config("m"), plan, answers, 3)
 
 
 def test_pass_at_k_is_the_mean_over_prompts_of_the_sets_that_pass(record):
@@ -81,11 +81,11 @@ def test_kl_and_tokens_are_means_over_answers(record):
 
 def test_scores_that_are_not_0_and_1_need_a_threshold():
     answers = {"base": [answered("base", p, s, 0.25 * s) for p in range(3) for s in range(4)]}
-    asked = Asked({"base": "m"}, 4)
-    assert "pass_at_k" not in evaluation_record(tiny_config("m"), asked, answers, 3)["policies"]["base"]
+    plan = EvaluationPlan({"base": "m"}, 4)
+    assert "pass_at_k" not in evaluation_record(tiny_config("m"), plan, answers, 3)["policies"]["base"]
     sources = {"sources": [{"name": "exact", "function": "tests.tasks:a_words"}]}
     cfg = tiny_config("m", reward=sources, evaluation={"pass_source": "exact", "pass_score": 0.5})
-    found = evaluation_record(cfg, asked, answers, 3)["policies"]["base"]["pass_at_k"]
+    found = evaluation_record(cfg, plan, answers, 3)["policies"]["base"]["pass_at_k"]
     assert [figure["value"] for figure in found] == pytest.approx([1 / 2, 5 / 6, 1, 1])  # two of four pass
 
 
@@ -128,7 +128,7 @@ def test_a_missing_crossover_says_how_many_resamples_have_one():
 
 def test_one_answer_to_each_prompt_has_one_interval_of_pass_at_1():
     answers = {"p": [answered("base", p, 0, passed) for p, passed in enumerate([0, 1, 1, None, 1])]}
-    record = evaluation_record(tiny_config("m"), Asked({"p": "p"}, 1), answers, 5)
+    record = evaluation_record(tiny_config("m"), EvaluationPlan({"p": "p"}, 1), answers, 5)
     [figure] = record["policies"]["p"]["pass_at_k"]
     assert figure["value"] == record["pass_at_1"] == 3 / 5
     assert figure["interval"] == pytest.approx(record["interval"])

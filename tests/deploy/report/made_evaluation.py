@@ -12,7 +12,7 @@ import numpy as np
 from common.files import write_json
 from common.types import SampleId, Score, Void
 from deploy.evaluation.answers import AnswerFile, write_prompts
-from deploy.evaluation.policies import Asked
+from deploy.evaluation.policies import EvaluationPlan
 from deploy.evaluation.record import evaluation_record
 from deploy.run.directory import run_owner
 from learner.evaluation.asking import questions
@@ -25,14 +25,14 @@ CHANCES = {"base": 0.3, "mine": 0.6}  # of an answer that passes
 def write_evaluation(directory: Path, *, prompts: int, texts: Sequence[str], samples: int = 8) -> dict[str, Any]:
     """The prompts and the answers say the texts. Returns the contents of evaluation.json."""
     cfg = tiny_config("model")
-    asked = Asked(dict.fromkeys(CHANCES, "model"), samples)
+    plan = EvaluationPlan(dict.fromkeys(CHANCES, "model"), samples)
     with run_owner(directory) as owned:
         owned.begin(cfg, "evaluate", force=False)
     said = [f"{number} {texts[number % len(texts)]}" for number in range(prompts)]
     made = [
         replace(make_prompt(number), sample_id=SampleId(-1, number, 0), text=text) for number, text in enumerate(said)
     ]
-    asked.write(directory, {})
+    plan.write(directory, {})
     write_prompts(directory, made)
     draws = np.random.default_rng(0)
     answers = {}
@@ -40,7 +40,7 @@ def write_evaluation(directory: Path, *, prompts: int, texts: Sequence[str], sam
         file = AnswerFile(directory, name, made, lambda responses: [texts[ids[0] % len(texts)] for ids in responses])
         file.append([_answer(prompt, draws.random() < chance) for prompt in questions(made, samples, set())])
         answers[name] = list(file.read(samples).values())
-    record = evaluation_record(cfg, asked, answers, prompts)
+    record = evaluation_record(cfg, plan, answers, prompts)
     write_json(directory / "evaluation.json", record)
     return record
 
