@@ -66,15 +66,7 @@ def targets(
     ref_logprobs = torch.where(batch.ref_is_policy[:, None], base_logprobs, batch.ref_logprobs)
     kl = KL_ESTIMATORS[kl_estimator](base_logprobs, ref_logprobs)
     rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
-    advantages, returns = ADVANTAGES[ppo.advantages](
-        rewards,
-        old_values,
-        mask,
-        groups=batch.groups,
-        gamma=ppo.gamma,
-        lam=_lambda(ppo.lam, mask, ppo),
-        value_lam=None if ppo.value_lam in (None, ppo.lam) else _lambda(ppo.value_lam, mask, ppo),
-    )
+    advantages, returns = advantages_and_returns(rewards, old_values, mask, batch.groups, ppo)
     importance, mismatch = importance_weights(
         base_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap or math.inf
     )
@@ -100,6 +92,21 @@ def targets(
         stats |= _value_statistics(old_values, returns, advantages, mask)
         stats |= critic_quality(old_values, realised, scores, mask)
     return fixed, Derivation(kl, rewards, advantages), stats
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor, ppo: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Those of the estimator of these settings, [B, R], before whitening. groups [B]: equal for the same prompt."""
+    return ADVANTAGES[ppo.advantages](
+        rewards,
+        values,
+        mask,
+        groups=groups,
+        gamma=ppo.gamma,
+        lam=_lambda(ppo.lam, mask, ppo),
+        value_lam=None if ppo.value_lam in (None, ppo.lam) else _lambda(ppo.value_lam, mask, ppo),
+    )
 
 
 def _lambda(setting: float | Literal["length"], mask: Tensor, ppo: PPOConfig) -> Lambda:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from learner.loop.changes import config_at
 from learner.loop.journal import Journal
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
-from learner.ppo.targets import Targets, targets
+from learner.ppo.targets import Targets, advantages_and_returns, targets
 from learner.proof.ranks import write_progress
 from learner.proof.replay import learn_again, learner_of_run
 from learner.variance.estimators import NONE, UNBIASED, Estimator, estimators_of
@@ -136,16 +135,18 @@ def _derived(
     Scores are normalised as in an update of this step: the running statistics take them in first.
     """
     old_logprobs, _, values, _ = learner.old_outputs(batch)
-    targets_with = partial(
-        targets,
+    # Those of the run's own estimator. Any would do here: rewards, ratio and its weights do not depend on it.
+    shared, derivation, stats = targets(
         batch,
         old_logprobs,
         values,
         learner.shaped_scores(batch.scores, StepMetrics()),
         kl_coef=learner.kl_controller.coef,
         kl_estimator=learner.cfg.kl.estimator,
+        ppo=learner.cfg.ppo,
     )
-    # Any estimator would do here: the ratio and its weights do not depend on the advantages.
-    shared, _, stats = targets_with(ppo=learner.cfg.ppo)
-    advantages = {one.name: targets_with(ppo=one.ppo)[1].advantages for one in estimators}
+    advantages = {
+        one.name: advantages_and_returns(derivation.rewards, values, batch.mask, batch.groups, one.ppo)[0]
+        for one in estimators
+    }
     return advantages, values, shared, stats.get("mismatch/kl")
