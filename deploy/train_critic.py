@@ -7,20 +7,19 @@ With --sample the starting policy first writes such a journal (deploy/sample_jou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.pool.ray_actor import actor
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_json
 from deploy.critic_checks import check_data, check_plan
-from deploy.ending import signals
 from deploy.journal_parts import Asked, check_parts, read_parts, warn_of_other_responses, write_parts
+from deploy.pass_training import Ranks, train_in_passes
 from deploy.plan.needs import Phases, critic_needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import critic_basis
@@ -30,8 +29,8 @@ from deploy.sample_journal import JournalSampling
 from deploy.screen.console import complain
 from deploy.screen.critic_progress import CriticProgress
 from deploy.screen.sampling_progress import SamplingProgress
-from deploy.session import session, step_grace_s
-from deploy.sinks.following import check_sinks, following
+from deploy.session import session
+from deploy.sinks.following import check_sinks
 from learner.critic.evaluation import CriticEvaluation, best_of
 from learner.critic.rollouts import JournalPart, Rollouts
 from learner.critic.trainer import CriticTrainer
@@ -159,55 +158,12 @@ class _Training:
             (directory / "summary.json").unlink(missing_ok=True)  # of fewer passes: --resume would take it for the end
             progress.begin(data)
 
-        with following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks:
-            training = _train(data, directory, self.basis, begin, progress, wake_sinks)
-            return data, signals.run(training, grace_s=step_grace_s(cfg))
+        def train(group: Any, **callbacks: Any) -> Coroutine[Any, Any, list[CriticEvaluation]]:
+            run = CriticRun(data, directory, group, self.basis, on_progress=progress.work, **callbacks)
+            return train_critic(run)
 
-
-async def _train(
-    data: CriticData,
-    directory: Path,
-    basis: CriticBasis,
-    accepted: Callable[[], None],
-    progress: CriticProgress,
-    wake_sinks: Callable[[], None],
-) -> list[CriticEvaluation]:
-    """Starts the trainer's ranks, calls `accepted`, trains, and stops the ranks."""
-    cfg, moments, run = data.cfg, data.rollouts.moments, directory.resolve()
-    group = CriticTrainerGroup(
-        lambda rank: actor(CriticTrainer, cfg.learner, f"CriticTrainer({rank})").remote(
-            cfg, data.num_steps, moments, run
-        ),
-        cfg.learner,
-        startup_timeout_s=cfg.ray.startup_timeout_s,
-        report=progress.warn,
-    )
-
-    def stepped(record: dict[str, Any]) -> None:
-        progress.step(record)
-        wake_sinks()
-
-    def evaluated(evaluation: CriticEvaluation) -> None:
-        progress.evaluation(evaluation)
-        wake_sinks()
-
-    try:
-        await group.start()
-        accepted()
-        return await train_critic(
-            CriticRun(
-                data,
-                directory,
-                group,
-                basis,
-                on_progress=progress.work,
-                on_step=stepped,
-                on_evaluation=evaluated,
-                report=progress.warn,
-            )
-        )
-    finally:
-        group.stop()
+        ranks = Ranks(CriticTrainerGroup, CriticTrainer, (data.num_steps, data.rollouts.moments, directory.resolve()))
+        return data, train_in_passes(cfg, directory, ranks, train, progress, begin)
 
 
 def summarise(data: CriticData, evaluations: Sequence[CriticEvaluation], *, seconds: float) -> dict[str, Any]:

@@ -6,13 +6,12 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.pool.ray_actor import actor
 from actors.pool.roles import RewardPool
 from common.config.actors import SourcesConfig
 from common.config.reward_model import RewardTrainingConfig
@@ -22,19 +21,19 @@ from common.files import write_json
 from common.model.reward_head import ScoreScale, check_reward_files, read_scale, write_scale
 from common.types import Prompt, Score
 from deploy.ending import signals
+from deploy.pass_training import Ranks, train_in_passes
 from deploy.plan.needs import Phases, generator_needs, reward_needs, trainer_needs
 from deploy.policy_files import PolicyFiles
 from deploy.reward_inputs import check_pairs, load_pairs, longest_answered, prepared_pairs, reference_prompts
 from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.finished import finished_reward_training
 from deploy.screen.reward_progress import RewardProgress, plot_calibration
-from deploy.session import session, step_grace_s
-from deploy.sinks.following import check_sinks, following
+from deploy.session import session
+from deploy.sinks.following import check_sinks
 from deploy.starting import Starter
 from learner.loop.answers import answer
 from learner.ranks.group import RewardTrainerGroup
 from learner.reward_model.calibration import PreferenceEvaluation
-from learner.reward_model.pairs import Pairs
 from learner.reward_model.trainer import RewardTrainer
 from learner.reward_model.training import RewardRun, steps_per_epoch, train_reward_model
 
@@ -86,10 +85,13 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
                     shutil.move(pairs, directory / "pairs")  # `train` and `heldout` stay readable: they are mapped
                 progress.begin(counts, len(train), len(heldout))
 
-            with following(cfg.logging, directory, cfg, tell=progress.note, report=progress.warn) as wake_sinks:
-                training = _train(cfg, directory, train, heldout, accepted, progress, wake_sinks)
-                evaluations = signals.run(training, grace_s=step_grace_s(cfg))
-            if prompts:
+            def training(group: Any, **callbacks: Any) -> Coroutine[Any, Any, list[PreferenceEvaluation]]:
+                return train_reward_model(RewardRun(cfg, directory, train, heldout, group, **callbacks))
+
+            num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
+            ranks = Ranks(RewardTrainerGroup, RewardTrainer, (num_steps,))
+            evaluations = train_in_passes(cfg, directory, ranks, training, progress, accepted)
+            if prompts:  # the ranks have ended: the services that measure the scale need their memory
                 signals.run(_measure_scale(cfg, directory, reference, prompts, progress))
     if evaluations:
         plot_calibration(evaluations[-1], directory / "calibration.png")
@@ -108,51 +110,6 @@ def load_models(cfg: RewardTrainingConfig) -> tuple[PolicyFiles, PolicyFiles]:
         reference = PolicyFiles.load(cfg.scale.policy, "scale.policy", trust_remote_code=trust, packed=False)
     check_reward_files(base.directory)
     return base, reference
-
-
-async def _train(
-    cfg: RewardTrainingConfig,
-    directory: Path,
-    train: Pairs,
-    heldout: Pairs,
-    accepted: Callable[[], None],
-    progress: RewardProgress,
-    wake_sinks: Callable[[], None],
-) -> list[PreferenceEvaluation]:
-    """Starts the trainer's ranks, calls `accepted`, trains, and stops the ranks."""
-    num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
-    group = RewardTrainerGroup(
-        lambda rank: actor(RewardTrainer, cfg.learner, f"RewardTrainer({rank})").remote(cfg, num_steps),
-        cfg.learner,
-        startup_timeout_s=cfg.ray.startup_timeout_s,
-        report=progress.warn,
-    )
-
-    def stepped(record: dict[str, Any]) -> None:
-        progress.step(record)
-        wake_sinks()
-
-    def evaluated(evaluation: PreferenceEvaluation) -> None:
-        progress.evaluation(evaluation)
-        wake_sinks()
-
-    try:
-        await group.start()
-        accepted()
-        return await train_reward_model(
-            RewardRun(
-                cfg,
-                directory,
-                train,
-                heldout,
-                group,
-                on_step=stepped,
-                on_evaluation=evaluated,
-                report=progress.warn,
-            )
-        )
-    finally:
-        group.stop()  # the services that measure the scale need its memory
 
 
 async def _measure_scale(

@@ -324,6 +324,8 @@ def test_a_config_of_a_run_finds_its_files_and_the_journals(runs, command, monke
 class InThisProcess(OneProcess):
     """The group of ranks without Ray."""
 
+    role = "CriticTrainer"
+
     def __init__(self, create: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(create(0))
 
@@ -344,7 +346,7 @@ def without_ray(monkeypatch):
         return SimpleNamespace(remote=role)
 
     monkeypatch.setattr("deploy.session.cluster", nodes)
-    monkeypatch.setattr("deploy.train_critic.actor", actor)
+    monkeypatch.setattr("deploy.pass_training.actor", actor)
     monkeypatch.setattr("deploy.train_critic.CriticTrainerGroup", InThisProcess)
 
 
