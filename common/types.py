@@ -118,6 +118,7 @@ class Score:
     components: Mapping[str, float]
     origins: Mapping[str, str] = field(default_factory=dict)  # by component: function, model@hash, or URL
     figures: Mapping[str, float] = field(default_factory=dict)  # other numbers from sources, under SOURCE/NAME
+    judge_voids: Mapping[str, Void] = field(default_factory=dict)  # by judge that gave no score, with its reason
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class ScoringError:
 
 @dataclass(frozen=True)
 class Void:
-    """A rollout that is not learned from, with the reason. It is recorded and counted; it never gets a score of 0."""
+    """A rollout that is not learned from, or that a judge gave no score, with the reason. It never scores 0."""
 
     sample_id: SampleId
     reason: str

@@ -7,6 +7,7 @@ the labeller's scores of held-out answers, before and after.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,8 @@ def _show_answers(console: Output, ppo: Path, judge: str) -> None:
         console.print(f"[bold]{escape(old['prompt'])}[/]")
         for label, answer in (("before", old), ("after ", new)):
             text = " ".join(answer["response"].split())
-            console.print(f"  {label} {answer['components'][judge]:+.2f}  {escape(text)}", soft_wrap=True)
+            gold = answer["components"].get(judge, math.nan)  # nan: the judge gave no score
+            console.print(f"  {label} {gold:+.2f}  {escape(text)}", soft_wrap=True)
 
 
 def _show_figures(console: Output, summary: Mapping[str, Any]) -> None:

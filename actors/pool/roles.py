@@ -98,7 +98,9 @@ class RewardPool:
 
     async def _ask(self, ref: RolloutRef, what: str, call: Callable[[Any], Any]) -> Score | Void:
         result = await self._pool.call(f"{what} {ref.sample_id}", call, cost=ref.num_tokens)
-        return self._keep(result) if isinstance(result, Void) else result
+        if isinstance(result, Void):
+            return self._keep(result)
+        return replace(result, judge_voids={name: self._keep(void) for name, void in result.judge_voids.items()})
 
 
 class ReferencePool:

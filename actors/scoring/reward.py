@@ -9,15 +9,14 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from actors.scoring.failures import finite_score, void_of
 from actors.scoring.kinds import Source, kind_of
 from actors.scoring.secrets import Secrets
 from common.config.actors import SourcesConfig
 from common.config.sources import RewardSource
 from common.metrics import meters
 from common.model.files import load_tokenizer, resolve_model
-from common.plain_text import one_line
-from common.types import RawScore, RewardInput, Rollout, Score, ScoringError, Void
-from common.user_code.errors import UserCodeError
+from common.types import RawScore, RewardInput, Rollout, Score, Void
 from common.user_code.results import FLOAT32_MAX
 
 
@@ -52,28 +51,31 @@ class Reward:
 
     async def score(self, rollout: Rollout) -> Score | Void:
         """The score, or a Void that says which source failed on this response and how: a failure is never a zero."""
-        return await self._ask(self._sources, rollout)
+        return await self._ask(rollout, ())
 
     async def judge(self, rollout: Rollout) -> Score | Void:
-        """The score with the judges' components added to the sources'. Judges do not change the total."""
-        return await self._ask([*self._sources, *self._judges], rollout)
+        """The score with the judges' components added to the sources'. Judges do not change the total. One that fails
+        has no component, and its Void is in `judge_voids`."""
+        return await self._ask(rollout, self._judges)
 
-    async def _ask(self, asked: Sequence[tuple[RewardSource, Source]], rollout: Rollout) -> Score | Void:
-        answer = self._answer(rollout)
-        results = await asyncio.gather(*(self._within_limit(call, answer) for _, call in asked), return_exceptions=True)
-        components: dict[str, float] = {}
-        origins: dict[str, str] = {}
-        figures: dict[str, float] = {}
-        for (source, _), result in zip(asked, results, strict=True):
+    async def _ask(self, rollout: Rollout, judges: Sequence[tuple[RewardSource, Source]]) -> Score | Void:
+        answer, asked = self._answer(rollout), [*self._sources, *judges]
+        calls = (finite_score(call, answer, self._limit_s) for _, call in asked)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        found: dict[str, RawScore] = {}
+        judge_voids: dict[str, Void] = {}
+        for number, ((source, _), result) in enumerate(zip(asked, results, strict=True)):
+            is_judge = number >= len(self._sources)
             if isinstance(result, Exception):
-                return _void(rollout, answer, source, result)
-            if isinstance(result, BaseException):
+                void = void_of(rollout.prompt.sample_id, answer, source.name, result, is_judge=is_judge)
+                if not is_judge:
+                    return void
+                judge_voids[source.name] = void
+            elif isinstance(result, BaseException):
                 raise result
-            if not abs(result.score) <= FLOAT32_MAX:  # NaN is refused here too
-                return _void(rollout, answer, source, UserCodeError(f"returned {result.score:g}"))
-            components[source.name], origins[source.name] = result.score, result.origin
-            figures |= {f"{source.name}/{key}": value for key, value in result.figures.items()}
-        weighted = [(source, components[source.name]) for source, _ in self._sources]
+            else:
+                found[source.name] = result
+        weighted = [(source, found[source.name].score) for source, _ in self._sources]
         total = sum(source.weight * score for source, score in weighted)
         if not abs(total) <= FLOAT32_MAX:
             terms = " + ".join(f"{source.weight:g} * {score:g} ({source.name})" for source, score in weighted)
@@ -83,19 +85,10 @@ class Reward:
                 response=answer.response,
             )
         meters.count("ratchet_scored_rollouts_total")
-        return Score(total, components, origins, figures)
-
-    async def _within_limit(self, call: Source, answer: RewardInput) -> RawScore:
-        limit = asyncio.timeout(self._limit_s)
-        try:
-            async with limit:
-                return await call(answer)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise UserCodeError(
-                f"gave no score within {self._limit_s:g} s (0.9 * timeout_s), waiting for its turn included"
-            ) from None
+        components = {name: raw.score for name, raw in found.items()}
+        origins = {name: raw.origin for name, raw in found.items()}
+        figures = {f"{name}/{key}": value for name, raw in found.items() for key, value in raw.figures.items()}
+        return Score(total, components, origins, figures, judge_voids)
 
     def _answer(self, rollout: Rollout) -> RewardInput:
         response_ids = rollout.response_ids.tolist()
@@ -110,12 +103,3 @@ class Reward:
             prompt_ids=rollout.prompt.token_ids.tolist(),
             response_ids=response_ids,
         )
-
-
-def _void(rollout: Rollout, answer: RewardInput, source: RewardSource, error: Exception) -> Void:
-    meters.count("ratchet_reward_voids_total", source=source.name)
-    if not isinstance(error, UserCodeError):
-        error = UserCodeError(f"raised {type(error).__name__}: {error}", fault=f"raised {type(error).__name__}")
-    reason, fault = (f"reward source {source.name} {one_line(text)}" for text in (error.reason, error.fault))
-    kept = ScoringError(fault, error.details, answer.prompt, answer.raw_response)
-    return Void(rollout.prompt.sample_id, reason, response=answer.response, error=kept)

@@ -133,6 +133,7 @@ def _evaluated(record: Record, judge: str | None) -> tuple[float, float] | None:
         mean, std = number(record, "score"), number(record, "score_std")
     elif isinstance(means, Mapping) and isinstance(stds, Mapping):
         mean, std = number(means, judge), number(stds, judge)
+        scored -= number(record.get("judge_voids") or {}, judge) or 0
     else:
         return None
     return None if mean is None or std is None or scored <= 0 else (mean, std / math.sqrt(scored))

@@ -593,7 +593,7 @@ METERS = {
             "counter",
             "rollouts",
             (*OWN, "source"),
-            "without a score because this source failed; should stay 0",
+            "without a score because this source or judge failed; should stay 0",
         ),
         Meter(
             "ratchet_batch_rollouts",

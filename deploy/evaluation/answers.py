@@ -8,7 +8,8 @@ skip. All figures are computed from these files, so they do not depend on how of
 
 `prompt` counts the lines of RUN/prompts.jsonl. `prompt` and `sample` begin the line: a reader that wants few answers
 need not parse the others. An answer without a score has its reason as "void" instead of score,
-components and origins; a continued evaluation asks it again, and the newest line counts.
+components and origins. One that a judge gave no score has the reason under "judge_voids", by judge. A continued
+evaluation asks both again. The newest line counts, but one without a score never replaces one with a score.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from common.experience_table import Decode
 from common.files import read_record, sync_directory, write_durably
 from common.types import HELDOUT_EPOCH, Prompt, Rollout, SampleId, Score, Void
 from deploy.run.directory import make_private
+from deploy.run.summary import score_record
 from learner.loop.answers import Answered
 
 DIRECTORY, PROMPTS = "answers", "prompts.jsonl"
@@ -42,23 +44,25 @@ class AnswerFile:
         self.path = run / DIRECTORY / f"{name}.jsonl"
         self._prompts = {prompt.sample_id.prompt: prompt for prompt in prompts}
         self._decode = decode
+        self._known: dict[SampleId, Answered] | None = None  # None: the file was not read yet
 
     def read(self, samples: int) -> dict[SampleId, Answered]:
-        """The newest answer of each sample below `samples`, in the order of prompts and samples. Lines that are no
-        answer to one of the prompts are left out."""
-        found: dict[SampleId, Answered] = {}
-        if self.path.exists():
-            with open(self.path, "rb") as lines:
-                for line in lines:
-                    answer = self._answer(read_record(line) or {})
-                    if answer is not None and answer.rollout.prompt.sample_id.replica < samples:
-                        found[answer.rollout.prompt.sample_id] = answer
-        return dict(sorted(found.items()))
+        """The newest answer of each sample below `samples`, with a score if there is one, in the order of prompts and
+        samples. Lines that are no answer to one of the prompts are left out. The file is parsed once: `append` adds to
+        what is known."""
+        if self._known is None:
+            self._known = {}
+            if self.path.exists():
+                with open(self.path, "rb") as lines:
+                    for line in lines:
+                        self._take(self._known, read_record(line) or {})
+        return {place: answer for place, answer in sorted(self._known.items()) if place.replica < samples}
 
     def append(self, answers: Sequence[Answered]) -> None:
         """Writes the answers. When it returns, they survive a loss of power."""
         texts = self._decode([rollout.response_ids for rollout, _, _ in answers])
-        lines = [json.dumps(_record(*pair)).encode() + b"\n" for pair in zip(answers, texts, strict=True)]
+        records = [_record(*pair) for pair in zip(answers, texts, strict=True)]
+        lines = [json.dumps(record).encode() + b"\n" for record in records]
         is_new = not self.path.exists()
         with open(self.path, "a+b") as file:
             if file.tell():
@@ -70,6 +74,16 @@ class AnswerFile:
             os.fsync(file.fileno())
         if is_new:
             sync_directory(self.path.parent)
+        if self._known is not None:
+            for record in records:  # not the answers: their arrays keep memory of the object store
+                self._take(self._known, record)
+
+    def _take(self, known: dict[SampleId, Answered], record: Mapping[str, Any]) -> None:
+        answer = self._answer(record)
+        if answer is not None:
+            place = answer.rollout.prompt.sample_id
+            if place not in known or not isinstance(answer.score, Void):
+                known[place] = answer
 
     def _answer(self, record: Mapping[str, Any]) -> Answered | None:
         try:
@@ -81,13 +95,15 @@ class AnswerFile:
             if "void" in record:
                 score = Void(sample_id, str(record["void"]))
             else:
-                score = Score(float(record["score"]), dict(record["components"]), dict(record["origins"]))
+                voids = {judge: Void(sample_id, str(why)) for judge, why in record.get("judge_voids", {}).items()}
+                components, origins = dict(record["components"]), dict(record["origins"])
+                score = Score(float(record["score"]), components, origins, judge_voids=voids)
             if not tokens.shape == logprobs.shape == ref_logprobs.shape:
                 return None
             question = replace(prompt, sample_id=sample_id)
             versions, reason = np.zeros_like(tokens), str(record["finish_reason"])
             return Answered(Rollout(question, tokens, logprobs, versions, reason, _GENERATOR), score, ref_logprobs)
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, AttributeError):
             return None
 
 
@@ -106,11 +122,9 @@ def _record(answer: Answered, text: str) -> dict[str, Any]:
         "response": text,
         "finish_reason": rollout.finish_reason,
     }
-    if isinstance(score, Void):
-        record["void"] = score.reason
-    else:
-        record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
-    return record | {
+    return {
+        **record,
+        **score_record(score),
         "tokens": rollout.response_ids.tolist(),
         "logprobs": _short(rollout.rollout_logprobs),
         "ref_logprobs": _short(ref_logprobs),

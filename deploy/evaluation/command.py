@@ -39,6 +39,7 @@ from deploy.starting import Starter
 from learner.evaluation.asking import BATCH, ask_all, questions
 from learner.loop.answers import Answered, answer
 from learner.loop.evaluation import check_voids
+from learner.loop.judges import JudgeWatch, has_all_scores
 from learner.loop.prompts import heldout_prompts
 
 
@@ -82,7 +83,9 @@ def _run_in(owned: RunDirectory, cfg: Config, plan: EvaluationPlan, *, resume: b
     prompts = heldout_prompts(records, cfg.evaluation.prompts)
     progress = EvaluationProgress(directory, owned.log, plan, len(prompts))
     texts = TextMeasurement(cfg, directory, load_texts(cfg, list(policies.values())))
-    evaluation = _Evaluation(cfg, directory, plan, policies, prompts, texts, progress)
+    files = {name: AnswerFile(directory, name, prompts, policy.decode) for name, policy in policies.items()}
+    judges = JudgeWatch(progress.warn)
+    evaluation = _Evaluation(cfg, directory, plan, policies, files, prompts, texts, progress, judges)
 
     def phases(cfg: Config) -> Phases:
         services = service_needs(cfg, reference.size, inputs.reward_models)
@@ -117,24 +120,22 @@ class _Evaluation:
     directory: Path
     plan: EvaluationPlan
     policies: Mapping[str, PolicyFiles]
+    files: Mapping[str, AnswerFile]  # of each policy, written or not
     prompts: Sequence[Prompt]
     texts: TextMeasurement
     progress: EvaluationProgress
-
-    def file(self, name: str) -> AnswerFile:
-        """The answers of a policy, written or not."""
-        return AnswerFile(self.directory, name, self.prompts, self.policies[name].decode)
+    judges: JudgeWatch
 
     def answers(self, name: str) -> dict[SampleId, Answered]:
         """The answers of a policy so far."""
-        return self.file(name).read(self.plan.samples)
+        return self.files[name].read(self.plan.samples)
 
     def missing(self) -> dict[str, list[Prompt]]:
-        """The questions that each policy has not answered. One whose answer has no score is asked again. Policies that
-        have answered all are left out."""
+        """The questions that each policy has not answered. One whose answer lacks a score, be it that of a judge, is
+        asked again. Policies that have answered all are left out."""
         found = {}
         for name in self.policies:
-            known = {of for of, answer in self.answers(name).items() if not isinstance(answer.score, Void)}
+            known = {of for of, answer in self.answers(name).items() if has_all_scores(answer.score)}
             if left := questions(self.prompts, self.plan.samples, known):
                 found[name] = left
         return found
@@ -172,7 +173,7 @@ class _Evaluation:
     async def _ask_policy(
         self, name: str, left: Sequence[Prompt], engines: Starter, reward: RewardPool, reference: ReferencePool
     ) -> None:
-        cfg, file, progress = self.cfg, self.file(name), self.progress
+        cfg, file, progress = self.cfg, self.files[name], self.progress
         tokens = cfg.max_sequence_tokens
         generators = await engines.generators(
             self.policies[name], cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=tokens
@@ -184,6 +185,7 @@ class _Evaluation:
         async def ask(prompt: Prompt) -> Answered:
             found = await answer(prompt, generators, reward.judge, reference)
             progress.answered(name, found)
+            self.judges.see(found.score)
             return found
 
         def keep(answers: Sequence[Answered]) -> None:

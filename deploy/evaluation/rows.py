@@ -31,6 +31,8 @@ def figure_rows(record: Mapping[str, Any]) -> list[Row]:
     for label, text in forgetting_rows(policies):
         row(label, text)
     row("without a score", lambda figures: str(figures["voids"] or ""))
+    for judge in dict.fromkeys(judge for figures in policies for judge in figures.get("judges", {})):
+        row(f"  of {judge} alone", partial(_judge_voids_text, judge))
     return [(label, cells) for label, cells in rows if any(cells)]
 
 
@@ -40,6 +42,10 @@ def _pass_text(k: int, figures: Figures) -> str:
 
 def _component_text(source: str, figures: Figures) -> str:
     return number_text(figures["components"].get(source), ".3f")
+
+
+def _judge_voids_text(judge: str, figures: Figures) -> str:
+    return str(figures.get("judges", {}).get(judge, {}).get("voids") or "")
 
 
 def shown_k(samples: int) -> list[int]:

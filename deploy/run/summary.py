@@ -60,16 +60,23 @@ def write_answers(
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for rollout, score in answers:
-            record: dict[str, Any] = {
+            record = {
                 "prompt": rollout.prompt.text,
                 "response": tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True),
                 "finish_reason": rollout.finish_reason,
+                **score_record(score),
             }
-            if isinstance(score, Void):
-                record["void"] = score.reason
-            else:
-                record |= {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
             file.write(json.dumps(record) + "\n")
+
+
+def score_record(score: Score | Void) -> dict[str, Any]:
+    """The score of an answer as a file of answers has it, or the reason why there is none."""
+    if isinstance(score, Void):
+        return {"void": score.reason}
+    record = {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
+    if score.judge_voids:
+        record["judge_voids"] = {judge: void.reason for judge, void in score.judge_voids.items()}
+    return record
 
 
 def _critic(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -52,6 +52,11 @@ class EvaluationProgress(Screen):
         if not (self._plan.is_single and event.event == "joined"):
             super().pool(event)
 
+    def warn(self, message: str) -> None:
+        """A warning into the log and onto the screen, whose rows are few."""
+        super().warn(message)
+        self._print(f"      {escape(message)}", style="yellow")
+
     def begin(self, left: Mapping[str, int]) -> None:
         """`left`: answers that each policy still has to give."""
         self._left = dict(left)

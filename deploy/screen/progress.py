@@ -132,6 +132,10 @@ class Progress(Screen):
         if evaluation.voids:
             reason = escape(evaluation.void_reason[:200])
             self._print(f"      {evaluation.voids} answer(s) without a score, most often: {reason}", style="yellow")
+        for judge, count in evaluation.judge_voids.items():
+            reason = escape(evaluation.judge_void_reasons[judge][:200])
+            text = f"      {count} more answer(s) without a score of {escape(judge)}, most often: {reason}"
+            self._print(text, style="yellow")
         self._health(events)
         if evaluation.policy_version == 0:
             self._header()
@@ -220,6 +224,8 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         table.add_row(f"  {name}", *("" if value is None else f"{value:.3f}" for value in raw))
     if any(e.voids for e in evaluations.values()):
         row("answers without a score", lambda e: f"{e.voids}")
+    for name in dict.fromkeys(name for e in evaluations.values() for name in e.judge_voids):
+        table.add_row(f"... of {name} alone", *(str(e.judge_voids.get(name, 0)) for e in evaluations.values()))
     row("KL from reference, nats", lambda e: f"{e.kl_per_response:.2f}")
     row("tokens", lambda e: f"{e.response_tokens:.1f}")
     row("distinct-1, -2", lambda e: f"{e.distinct_1:.2f}, {e.distinct_2:.2f}")

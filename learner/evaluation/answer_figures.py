@@ -19,6 +19,7 @@ from learner.evaluation.figures import mean, mean_score
 from learner.evaluation.forgetting import kl_by_position
 from learner.evaluation.proxy import JudgedAnswers, proxy_record
 from learner.loop.answers import Answered
+from learner.loop.judges import voids_by_judge
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class ScoredAnswers:
 
     def judged(self, judges: Sequence[str]) -> JudgedAnswers:
         """Total scores, and those of the judges by name."""
-        by_judge = {name: np.array([score.components[name] for score in self.scores]) for name in judges}
+        by_judge = {
+            name: np.array([score.components.get(name, np.nan) for score in self.scores], np.float64) for name in judges
+        }
         return JudgedAnswers(self.prompts, np.array([score.total for score in self.scores]), by_judge)
 
 
@@ -59,12 +62,16 @@ def figures_of(
     reasons = Counter(answer.score.reason for answer in answers if isinstance(answer.score, Void))
     found = ScoredAnswers.of(answers)
     compared = None if base is None else ScoredAnswers.of(base).judged(judges)
+    figures = proxy_record(found.judged(judges), compared, bootstrap)
+    judge_voids = voids_by_judge(found.scores)
+    for judge, of_judge in figures["judges"].items():
+        of_judge["voids"], of_judge["void_reason"] = judge_voids.get(judge, (0, ""))
     return {
         "voids": reasons.total(),
         "void_reason": reasons.most_common(1)[0][0] if reasons else "",
         **_score_figures(found, bootstrap),
         **_token_figures(found, bootstrap),
-        **proxy_record(found.judged(judges), compared, bootstrap),
+        **figures,
     }
 
 

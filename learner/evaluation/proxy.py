@@ -22,24 +22,33 @@ class JudgedAnswers:
 
     prompts: np.ndarray  # int64 [A], the prompt of each answer, from 0
     proxy: np.ndarray  # float64 [A], the total score that training maximises
-    judges: Mapping[str, np.ndarray]  # float64 [A] by name
+    judges: Mapping[str, np.ndarray]  # float64 [A] by name; nan: this judge gave the answer no score
+
+    def scored_by(self, judge: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Prompt, score of the proxy and score of the judge, for the answers that the judge scored."""
+        scores = self.judges[judge]
+        known = ~np.isnan(scores)
+        return self.prompts[known], self.proxy[known], scores[known]
 
 
 def proxy_record(answers: JudgedAnswers, base: JudgedAnswers | None, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The mean score of the proxy and of every judge. For each judge also the correlation with the proxy over answers.
-    With `base`, the answers of the base to the same prompts: the changes, and whether the proxy rose while the judge
-    fell (both intervals on their side of 0)."""
+    """The mean score of the proxy and of every judge. For each judge also the number of answers that it scored, which
+    all its figures are of, and the correlation with the proxy. With `base`, the answers of the base to the same
+    prompts: the changes, and whether the proxy rose while the judge fell (both intervals on their side of 0)."""
     proxy: dict[str, Any] = {"score": mean_score(answers.prompts, answers.proxy, bootstrap)}
     if base is not None:
         proxy["change"] = change(answers.prompts, answers.proxy, base.prompts, base.proxy, bootstrap)
     judges = {}
-    for name, scores in answers.judges.items():
+    for name in answers.judges:
+        prompts, own_proxy, scores = answers.scored_by(name)
         found: dict[str, Any] = {
-            "score": mean_score(answers.prompts, scores, bootstrap),
-            "correlation": correlation(answers.prompts, answers.proxy, scores, bootstrap),
+            "answers": len(scores),
+            "score": mean_score(prompts, scores, bootstrap),
+            "correlation": correlation(prompts, own_proxy, scores, bootstrap),
         }
         if base is not None:
-            found["change"] = change(answers.prompts, scores, base.prompts, base.judges[name], bootstrap)
+            base_prompts, _, base_scores = base.scored_by(name)
+            found["change"] = change(prompts, scores, base_prompts, base_scores, bootstrap)
             found["proxy_rose_judge_fell"] = rose(proxy["change"]) and fell(found["change"])
         judges[name] = found
     return {"proxy": proxy, "judges": judges}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.proportions import wilson_interval
 from common.types import Prompt, Score, Void
 from learner.evaluation.diversity import distinct
 from learner.loop.answers import Answer, Answered, answer
+from learner.loop.judges import voids_by_judge
 from learner.loop.roles import Generators, Reference, Reward
 
 
@@ -37,6 +39,8 @@ class Evaluation:
     distinct_2: float  # the same for token pairs; falls when answers become alike
     score_std: float | None = None  # standard deviation of the total scores; older records have neither
     component_stds: Mapping[str, float] | None = None  # standard deviation of each raw score
+    judge_voids: Mapping[str, int] = field(default_factory=dict)  # scored answers that a judge gave no score, by judge
+    judge_void_reasons: Mapping[str, str] = field(default_factory=dict)  # the most frequent one, by judge
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,11 +60,11 @@ async def evaluate(
     *,
     policy_version: int,
     max_void_share: float = 1.0,
-    answered: Callable[[int], None] = lambda done: None,
+    answered: Callable[[int, Score | Void], None] = lambda done, score: None,
 ) -> tuple[Evaluation, list[Answer]]:
     """Asks every prompt once, all at the same time, and waits for the answers. No answer is journalled or trained on.
-    `reference` is None if the policy itself is the reference. `answered` is called with the number of answers so far.
-    Raises UserError if more than `max_void_share` of the answers have no score."""
+    `reference` is None if the policy itself is the reference. `answered` is called with the number of answers so far
+    and the newest score. Raises UserError if more than `max_void_share` of the answers have no score."""
 
     done = 0
 
@@ -68,7 +72,7 @@ async def evaluate(
         nonlocal done
         found = await answer(prompt, generators, reward.judge, reference)
         done += 1
-        answered(done)
+        answered(done, found.score)
         return found
 
     answers = await asyncio.gather(*map(ask, prompts))
@@ -94,9 +98,9 @@ def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_
     scores = [score for _, score, _ in scored]
     voids = [score.reason for _, score, _ in answers if isinstance(score, Void)]
     passed = passes([score for _, score, _ in answers], cfg)
-    components = {
-        name: [score.components[name] for score in scores] for name in (scores[0].components if scores else ())
-    }
+    names = dict.fromkeys(name for score in scores for name in score.components)
+    components = {name: [score.components[name] for score in scores if name in score.components] for name in names}
+    judge_voids = voids_by_judge(scores)
     responses = [rollout.response_ids for rollout, _, _ in scored]
     numbers, given = np.arange(len(scored)), max(1, len(scored))
     distinct_1, distinct_2 = (distinct(numbers, 0 * numbers, responses, n, count=given)["value"] for n in (1, 2))
@@ -115,17 +119,19 @@ def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_
         distinct_2=distinct_2,
         score_std=float(np.std([score.total for score in scores])) if scores else None,
         component_stds={name: float(np.std(values)) for name, values in components.items()},
+        judge_voids={judge: count for judge, (count, _) in judge_voids.items()},
+        judge_void_reasons={judge: reason for judge, (_, reason) in judge_voids.items()},
     )
 
 
 def passes(scores: Sequence[Score | Void], cfg: EvaluationConfig) -> list[bool] | None:
-    """Whether each answer passes; one without a score does not. None: the scores are not 0 and 1, and no
+    """Whether each answer passes; one without a score of the source does not. None: the scores are not 0 and 1, and no
     `evaluation.pass_source` says what passes."""
     given = [score for score in scores if isinstance(score, Score)]
     source = cfg.pass_source or (next(iter(given[0].components)) if given else "")
     if cfg.pass_source is None and not {score.components[source] for score in given} <= {0, 1}:
         return None
-    return [isinstance(score, Score) and score.components[source] >= cfg.pass_score for score in scores]
+    return [isinstance(score, Score) and score.components.get(source, -math.inf) >= cfg.pass_score for score in scores]
 
 
 def best_version(evaluations: Sequence[Evaluation]) -> int | None:

@@ -7,6 +7,7 @@ from functools import partial
 
 from common.files import append_record
 from common.health.health import names
+from common.types import Score, Void
 from learner.loop.checkpoints import save_now
 from learner.loop.evaluation import Evaluation, best_version, evaluate
 from learner.loop.recovery import with_learner, without_learner
@@ -20,11 +21,15 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
     if not (run.heldout and wanted) or any(done.policy_version == step for done in evaluations):
         return
 
-    def answered(done: int) -> None:
+    def show(done: int) -> None:
         run.doing = lambda: f"version {step} of the policy has answered {done} of {len(run.heldout)} held-out prompts"
         run.on_answer(done, len(run.heldout))
 
-    answered(0)
+    def answered(done: int, score: Score | Void) -> None:
+        run.judges.see(score)
+        show(done)
+
+    show(0)
     evaluating = evaluate(
         run.heldout,
         run.generators,

@@ -47,7 +47,7 @@ class Reward(Protocol):
         """Raises RolloutLostError if the rollout is gone."""
 
     async def judge(self, ref: RolloutRef) -> Score | Void:
-        """Like `score`, with the judges' components as well. They do not count in the total."""
+        """Like `score`, with the judges' components as well. They do not count in the total, and may be missing."""
 
 
 class Reference(Protocol):

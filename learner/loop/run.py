@@ -20,6 +20,7 @@ from learner.loop.checkpoints import Checkpoints
 from learner.loop.credit import CreditFiles
 from learner.loop.evaluation import Evaluation
 from learner.loop.journal import Journal
+from learner.loop.judges import JudgeWatch
 from learner.loop.prompts import PromptStream
 from learner.loop.roles import Generators, LearnerGroup, Reference, Reward
 
@@ -66,6 +67,7 @@ class Run:
     checkpoints: Checkpoints = field(init=False)
     credit: CreditFiles = field(init=False)
     health: Health = field(init=False)
+    judges: JudgeWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.configured = self.cfg
@@ -78,6 +80,7 @@ class Run:
             self.directory, every=self.cfg.credit.every, journal=self.journal, report=lambda text: self.report(text)
         )
         self.health = Health(self.cfg)
+        self.judges = JudgeWatch(lambda text: self.report(text))
 
     def read_health(self) -> None:
         """Brings the health rules to the end of the records on disk."""

@@ -15,10 +15,10 @@ from actors.generation.engine import Completion
 from actors.generation.generator import Generator
 from actors.pool import deaths
 from actors.pool.replica import PoolEvent
-from actors.pool.roles import GeneratorPool
+from actors.pool.roles import GeneratorPool, RewardPool
 from common.config.base import Replicated
 from common.errors import CorruptWeightsError, EngineDeadError, RankLostError
-from common.types import HANDED_OVER, Manifest, PublishedBucket
+from common.types import HANDED_OVER, Manifest, PublishedBucket, RolloutRef, SampleId, Score, Void
 from common.weights import Bucket, buckets, publication
 from tests.actors.pool.scenario import Started, run, until
 from tests.fakes import LocalHost, make_prompt
@@ -473,3 +473,22 @@ def test_the_error_of_a_dead_replica_does_not_keep_weights_alive(monkeypatch, di
         run(scenario)
     finally:
         gc.enable()
+
+
+def test_the_failures_of_sources_and_judges_are_kept():
+    void, kept = Void(SampleId(-1, 0, 0), "judge gold is down"), []
+
+    class Replicas:
+        async def call(self, what, call, cost):
+            return answers.pop()
+
+    def keep(void):
+        kept.append(void)
+        return replace(void, reason=f"{void.reason}; see errors/01.txt")
+
+    answers = [Score(1.0, {"rm": 1.0}), Score(1.0, {"rm": 1.0}, judge_voids={"gold": void}), void]
+    reward = RewardPool(Replicas(), keep)
+    found = [asyncio.run(reward.judge(RolloutRef(void.sample_id, 3, 0, True))) for _ in range(3)]
+    told = replace(void, reason="judge gold is down; see errors/01.txt")
+    assert found == [told, Score(1.0, {"rm": 1.0}, judge_voids={"gold": told}), Score(1.0, {"rm": 1.0})]
+    assert kept == [void, void]

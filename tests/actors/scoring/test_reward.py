@@ -25,6 +25,8 @@ MODULE = "tests.actors.scoring.test_reward"
 SERVICE = SourcesConfig(sources=())
 ANSWER = RewardInput("question", "yes", 2, "stop", {})
 ROLLOUT = make_rollout(make_prompt(7, answer=3), [4, 5, END])
+SAMPLE = ROLLOUT.prompt.sample_id
+STRICT = "strict returned 'many' (str) where a number is needed"
 
 seen: list[RewardInput] = []
 events: list[str] = []
@@ -243,12 +245,19 @@ def test_training_never_asks_a_judge(tokenizer, imported):
     assert len(imported.seen) == 1
 
 
-def test_a_judge_that_fails_voids_its_judgement_only(tokenizer):
+def test_a_judge_that_fails_leaves_the_score_of_the_sources(tokenizer):
     reward = make_reward(tokenizer, function("tokens", "length"), judges=(function("strict", "wrong_type"),))
     assert isinstance(asyncio.run(reward.score(ROLLOUT)), Score)
-    reason = "reward source strict returned 'many' (str) where a number is needed"
-    result = asyncio.run(reward.judge(ROLLOUT))
-    assert result == Void(ROLLOUT.prompt.sample_id, reason, response="a0 a1")
+    result, reason = asyncio.run(reward.judge(ROLLOUT)), f"judge {STRICT}"
+    void = Void(SAMPLE, reason, response="a0 a1")
+    assert result == Score(3.0, {"tokens": 3.0}, {"tokens": f"{MODULE}:length"}, judge_voids={"strict": void})
+    assert result.judge_voids["strict"].error.fault == "judge strict returned <class 'str'>"
+
+
+def test_a_source_that_fails_voids_the_answer_whatever_judges_say(tokenizer):
+    reward = make_reward(tokenizer, function("strict", "wrong_type"), judges=(function("judge", "wrong_type"),))
+    found = asyncio.run(reward.judge(ROLLOUT))
+    assert found == Void(SAMPLE, f"reward source {STRICT}", response="a0 a1")
 
 
 def test_without_judges_judging_is_scoring(tokenizer):
@@ -297,9 +306,11 @@ def test_a_void_is_counted_under_the_source_that_failed(tokenizer):
         for _ in range(2):
             await reward.score(ROLLOUT)
         fine = make_reward(tokenizer, function("fine", "length"), judges=(function("judge", "length"),))
-        await asyncio.gather(fine.score(ROLLOUT), fine.score(ROLLOUT), fine.judge(ROLLOUT))
+        judged = make_reward(tokenizer, function("fine", "length"), judges=(function("judge", "wrong_type"),))
+        await asyncio.gather(fine.score(ROLLOUT), fine.judge(ROLLOUT), judged.judge(ROLLOUT))
 
     asyncio.run(scenario())
     assert memory.read("ratchet_scored_rollouts_total", **OWN_TAGS) == [3]
-    voids = {name: memory.read("ratchet_reward_voids_total", **OWN_TAGS, source=name) for name in ("fine", "broken")}
-    assert voids == {"fine": [0], "broken": [2]}
+    names = ("fine", "broken", "judge")
+    voids = {name: memory.read("ratchet_reward_voids_total", **OWN_TAGS, source=name) for name in names}
+    assert voids == {"fine": [0], "broken": [2], "judge": [1]}

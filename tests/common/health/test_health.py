@@ -85,6 +85,8 @@ JUDGED = {"evaluation": {"judges": [{"name": "human", "function": "tests.tasks:a
         (evaluation(20, 0.6, 0.3), False),  # the score rose by 0.1
         (evaluation(20, 0.8, 0.3, std=1.0), False),
         (evaluation(20, 0.8, 0.3, prompts=100, voids=95), False),  # only 5 answers count
+        (evaluation(20, 0.8, 0.3, judge_voids={"human": 95}), False),
+        (evaluation(20, 0.8, 0.3, judge_voids={"other": 95}), True),
         (evaluation(20, 0.8, 0.3, component_stds=None), False),  # a record of an older version
     ],
 )

@@ -72,15 +72,16 @@ def test_a_kill_at_any_byte_loses_only_the_unfinished_line(tmp_path, prompts, mo
     asked = questions(prompts, SAMPLES, set())
     whole.append([answer(prompt) for prompt in asked])
     text, expected = whole.path.read_bytes(), whole.read(SAMPLES)
-    file = AnswerFile(tmp_path, "cut", prompts, decode)
     for size in range(len(text) + 1):
+        file = AnswerFile(tmp_path, "cut", prompts, decode)
         file.path.write_bytes(text[:size])
         known = file.read(SAMPLES)
         lines = text[:size].count(b"\n") + (text[size : size + 1] == b"\n")  # a line may lack nothing but its end
         assert list(known) == sorted(prompt.sample_id for prompt in asked[:lines])
         if left := questions(prompts, SAMPLES, set(known)):
             file.append([answer(prompt) for prompt in left])
-        same(file.read(SAMPLES), expected)
+        for one in (file, AnswerFile(tmp_path, "cut", prompts, decode)):  # what it knows is what it has written
+            same(one.read(SAMPLES), expected)
         assert len(known) + len(left) == len(asked)
 
 
@@ -92,6 +93,16 @@ def test_the_newest_answer_counts(tmp_path, prompts):
     assert file.read(1)[prompts[0].sample_id].score == void
     file.append([answer(prompts[0])])
     same(file.read(1), {prompts[0].sample_id: answer(prompts[0])})
+    file.append([answer(prompts[0])._replace(score=void)])  # asked again for its judge, without luck
+    same(file.read(1), {prompts[0].sample_id: answer(prompts[0])})
+
+
+def test_a_judge_without_a_score_is_read_with_its_reason(tmp_path, prompts):
+    write_prompts(tmp_path, prompts)
+    file = AnswerFile(tmp_path, "mine", prompts, decode)
+    failed = Score(1.0, {"exact": 1.0}, {"exact": "m:f"}, judge_voids={"gold": Void(prompts[0].sample_id, "down")})
+    file.append([answer(prompts[0])._replace(score=failed)])
+    assert file.read(1)[prompts[0].sample_id].score == failed
 
 
 @pytest.mark.parametrize(
@@ -104,6 +115,7 @@ def test_the_newest_answer_counts(tmp_path, prompts):
         {"logprobs": None},
         {"score": "good"},
         {"components": 1},
+        {"judge_voids": 1},
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.files import read_records
 from common.types import Rollout, RolloutRef, Score, Void
 from deploy.evaluation.command import run_evaluation
+from deploy.evaluation.rows import figure_rows
 from deploy.plan.placement import Node
 from tests.fakes import FakeRoles, make_rollout, save_tiny_model, tiny_config
 
@@ -36,6 +37,7 @@ class Cluster:
         self.fails_after = None  # questions
         self.services = 0  # that run
         self.without_score = set()  # sample ids
+        self.without_judge = set()  # sample ids
 
 
 class Engine(FakeRoles):
@@ -62,7 +64,9 @@ class Services(FakeRoles):
         if ref.sample_id in self.cluster.without_score:
             return Void(ref.sample_id, "no service")
         passed = float(ref.rollout.response_ids[0] % 2)
-        return Score(passed, {"a_words": passed})
+        if ref.sample_id in self.cluster.without_judge:
+            return Score(passed, {"a_words": passed}, judge_voids={"gold": Void(ref.sample_id, "no judge")})
+        return Score(passed, {"a_words": passed, "gold": passed - 0.5})
 
     async def measure(self, rollout: Rollout) -> np.ndarray:
         return rollout.rollout_logprobs - np.float32(0.25)
@@ -193,6 +197,24 @@ def test_answers_without_a_score_are_asked_again(roles, cfg, tmp_path):
     roles.without_score, roles.asked = set(), []
     assert run_evaluation(cfg, tmp_path / "run", resume=True) == whole
     assert [sample_id for _, sample_id in roles.asked] == [first]
+
+
+def test_answers_that_a_judge_gave_no_score_count_and_are_asked_again(roles, models, tmp_path, capsys):
+    judges = [{"name": "gold", "function": "tests.tasks:a_words"}]
+    cfg = tiny_config(models[0], evaluation={"prompts": PROMPTS, "text_tokens": 0, "judges": judges})
+    whole = run_evaluation(cfg, tmp_path / "whole", samples=2 * SAMPLES)
+    roles.without_judge = Everything()
+    record = run_evaluation(cfg, tmp_path / "run", samples=2 * SAMPLES)
+    base, asked = record["policies"]["base"], 2 * SAMPLES * PROMPTS
+    assert base["pass_at_k"] == whole["policies"]["base"]["pass_at_k"]
+    assert base["voids"] == 0
+    assert base["judges"]["gold"]["voids"] == asked
+    assert ("  of gold alone", [str(asked)]) in figure_rows(record)
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("judge gold gave no score to 16 answers in a row, most recently: no judge;") == 1
+    roles.without_judge, roles.asked = set(), []
+    assert run_evaluation(cfg, tmp_path / "run", resume=True) == whole
+    assert len(roles.asked) == asked
 
 
 def test_too_many_answers_without_a_score_end_the_evaluation(roles, cfg, models, tmp_path):

@@ -18,7 +18,12 @@ BOOTSTRAP = Bootstrap(2, seed=0)
 def answered(prompt, sample, response, score, *, gold=0.0, logprob=-1.0, ref=-1.0):
     sample_id = SampleId(HELDOUT_EPOCH, prompt, sample)
     rollout = make_rollout(replace(make_prompt(prompt), sample_id=sample_id), response, logprob=logprob)
-    given = Void(sample_id, "no") if score is None else Score(score, {"rm": score, "gold": gold})
+    if score is None:
+        given = Void(sample_id, "no")
+    elif gold is None:
+        given = Score(score, {"rm": score}, judge_voids={"gold": Void(sample_id, "no judge")})
+    else:
+        given = Score(score, {"rm": score, "gold": gold})
     return Answered(rollout, given, np.full(len(response), ref, dtype=np.float32))
 
 
@@ -74,3 +79,19 @@ def test_no_answer_with_a_score_gives_no_figures_but_no_error():
     assert found["entropy"] == found["proxy"]["change"] == {"value": None, "interval": None}
     assert found["kl_by_position"] == []
     assert not found["judges"]["gold"]["proxy_rose_judge_fell"]
+
+
+@pytest.mark.parametrize("failed", [1, 2, 3])
+def test_a_judge_that_fails_changes_its_own_figures_only(failed):
+    whole = figures_of(MINE, BASE, ["gold"], BOOTSTRAP)
+    answers = [
+        answer._replace(score=answered(0, 0, [4], answer.score.total, gold=None).score) if number < failed else answer
+        for number, answer in enumerate(MINE)
+    ]
+    found = figures_of(answers, BASE, ["gold"], BOOTSTRAP)
+    assert found["components"].pop("rm") == whole["components"].pop("rm")
+    gold = found["judges"]["gold"]
+    assert (gold["answers"], gold["voids"], gold["void_reason"]) == (3 - failed, failed, "no judge")
+    assert gold["change"]["value"] == (None if failed == 3 else -1)
+    own = ("judges", "components")
+    assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in whole.items() if k not in own}

@@ -37,10 +37,23 @@ def test_a_judge_that_falls_while_the_proxy_rises_is_flagged():
     assert not any(judge["proxy_rose_judge_fell"] for judge in [*back.values(), *same.values()])
 
 
+def test_figures_of_a_judge_are_of_the_answers_that_it_scored():
+    some = RANDOM.random(120) < 0.7
+    partly = judged(OVERDONE.proxy, harsh=np.where(some, OVERDONE.judges["harsh"], np.nan))
+    found, whole = (proxy_record(answers, BASE, OF_PROMPTS) for answers in (partly, OVERDONE))
+    assert found["proxy"] == whole["proxy"]
+    scores, own_proxy = OVERDONE.judges["harsh"][some].tolist(), OVERDONE.proxy[some].tolist()
+    harsh = found["judges"]["harsh"]
+    assert harsh["answers"] == len(scores) < whole["judges"]["harsh"]["answers"] == 120
+    assert harsh["score"]["value"] == pytest.approx(statistics.fmean(scores))
+    assert harsh["correlation"]["value"] == pytest.approx(statistics.correlation(own_proxy, scores))
+    assert harsh["change"]["value"] == pytest.approx(statistics.fmean(scores) - np.mean(BASE.judges["harsh"]))
+
+
 def test_the_base_has_scores_and_correlations_but_no_change():
     record = proxy_record(BASE, None, OF_PROMPTS)
     assert set(record["proxy"]) == {"score"}
-    assert set(record["judges"]["good"]) == {"score", "correlation"}
+    assert set(record["judges"]["good"]) == {"answers", "score", "correlation"}
 
 
 def test_the_same_prompts_make_the_interval_of_a_change_narrow():

@@ -130,6 +130,18 @@ def test_an_answer_without_a_score_fails_and_counts_in_no_other_figure():
     assert (found.response_tokens, found.distinct_1, found.distinct_2) == (3.0, 4 / 6, 3 / 4)
 
 
+def test_a_judge_that_fails_leaves_the_other_figures_unchanged():
+    failed = Score(-1.0, {"rm": -1.0}, judge_voids={"gold": Void(SampleId(-1, 1, 0), "no judge")})
+    found, whole = evaluated([failed, *SCORES[1:]], pass_source="rm")[0], evaluated([*SCORES], pass_source="rm")[0]
+    assert found.components["gold"] == pytest.approx((0.75 - 0.2) / 2)
+    assert found.component_stds["gold"] == pytest.approx((0.75 + 0.2) / 2)
+    assert (found.judge_voids, found.judge_void_reasons) == ({"gold": 1}, {"gold": "no judge"})
+    assert (whole.judge_voids, whole.judge_void_reasons) == ({}, {})
+    assert (found.voids, found.kl_per_response, found.distinct_2) == (0, whole.kl_per_response, whole.distinct_2)
+    check_passed(found, 1)  # by the reward model: 0.5 of -1, -1 and 0.5
+    check_passed(evaluated([failed, *SCORES[1:]], pass_source="gold")[0], 1)  # 0.75: no score is no pass
+
+
 def test_no_score_at_all_and_no_prompt_at_all_are_no_error():
     found = evaluated([None] * 3)[0]
     assert (found.voids, found.pass_at_1, found.score, found.components) == (3, 0.0, 0.0, {})
