@@ -393,7 +393,9 @@ def audit(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The directory of a run of ratchet train, train-critic or evaluate.")],
+    run: Annotated[
+        Path, typer.Argument(help="The directory of a run of ratchet train, train-critic, evaluate or tune.")
+    ],
     to: Annotated[Path | None, typer.Option(help="The file to write [default: RUN/report.html].")] = None,
 ) -> None:
     """Write one HTML file that shows a run: curves, rollouts, tokens, critic, scores."""

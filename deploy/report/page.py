@@ -22,7 +22,7 @@ from deploy.screen.console import printable
 
 SCRIPTS = (
     *("data.js", "charts.js", "curves.js", "rollouts.js", "quantities.js", "tokens.js", "scores.js", "critic.js"),
-    *("variance.js", "evaluation.js", "forgetting.js", "main.js"),
+    *("variance.js", "evaluation.js", "forgetting.js", "tuning.js", "main.js"),
 )
 _PAGE = files("deploy.report") / "page"
 

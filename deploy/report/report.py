@@ -23,6 +23,7 @@ from deploy.report.sampling import BUDGET, MAX_ROWS
 from deploy.report.scores import scores_of
 from deploy.report.steps import StepFiles
 from deploy.report.token_text import TokenText
+from deploy.report.tuning import tuning_of
 from deploy.report.variance import variance_of
 from deploy.run.directory import is_owned
 from deploy.run.record import read_record
@@ -35,8 +36,13 @@ def run_report(directory: Path, to: Path | None = None) -> Path:
     """Writes the page and prints its path on the last line."""
     target = to or directory / NAME
     started = time.perf_counter()
-    is_evaluation = read_record(directory).get("command") == "evaluate"
-    blocks = evaluation_blocks(directory) if is_evaluation else page_blocks(RunFiles.read(directory))
+    command = read_record(directory).get("command")
+    if command == "evaluate":
+        blocks = evaluation_blocks(directory)
+    elif command == "tune":
+        blocks = tuning_blocks(directory)
+    else:
+        blocks = page_blocks(RunFiles.read(directory))
     text = render(f"{directory.resolve().name} · Ratchet", blocks)
     try:
         write_whole(target, text)
@@ -54,6 +60,8 @@ def run_report(directory: Path, to: Path | None = None) -> Path:
 def _contents(blocks: Mapping[str, Any]) -> str:
     if (evaluation := blocks.get("evaluation")) is not None:
         return f"{len(evaluation['paths'])} policies, answers to {len(evaluation['answers'])} prompts"
+    if (tuning := blocks.get("tuning")) is not None:
+        return f"{len(tuning['trials'])} trials, {len(tuning['finalists'])} finalists"
     (rollouts, _, detailed), steps = blocks["rollouts"]["kept"]["all"], blocks["run"]["steps"]
     some = "all" if detailed == rollouts else f"{detailed:,}"
     return f"{steps:,} steps, {rollouts:,} rollouts, {some} with text and token numbers"
@@ -82,13 +90,23 @@ def page_blocks(run: RunFiles, *, max_rows: int = MAX_ROWS, budget: int = BUDGET
 
 def evaluation_blocks(directory: Path) -> dict[str, Any]:
     """The data of the page of an evaluation, by the name of its block."""
-    config = read_config(directory / "config.toml")
     evaluation = evaluation_of(directory)
-    ended = "finished" if evaluation["finished"] else "stopped"
-    state = "running" if is_owned(directory) else ended
+    return _one_tab(directory, "evaluation", evaluation, finished=evaluation["finished"])
+
+
+def tuning_blocks(directory: Path) -> dict[str, Any]:
+    """The data of the page of a tuning, by the name of its block."""
+    tuning = tuning_of(directory, running=is_owned(directory))
+    return _one_tab(directory, "tuning", tuning, finished=not tuning["missing"])
+
+
+def _one_tab(directory: Path, tab: str, data: Mapping[str, Any], *, finished: bool) -> dict[str, Any]:
+    """A page with one tab, of a directory that is not that of one run."""
+    config = read_config(directory / "config.toml")
+    state = "running" if is_owned(directory) else "finished" if finished else "stopped"
     about = _head(directory, read_record(directory), state)
-    known = {"model": config.get("model", {}).get("path"), "seed": config.get("seed"), "tabs": ["evaluation"]}
-    return {"run": {**about, **known, "unreadable": []}, "evaluation": evaluation}
+    known = {"model": config.get("model", {}).get("path"), "seed": config.get("seed"), "tabs": [tab]}
+    return {"run": {**about, **known, "unreadable": []}, tab: data}
 
 
 def _head(directory: Path, record: Mapping[str, Any], state: str) -> dict[str, Any]:

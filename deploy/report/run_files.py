@@ -48,8 +48,8 @@ class RunFiles:
         if command not in ("train", "train-critic") or not (directory / "config.toml").is_file():
             made = f"ratchet {command} made it" if command else "it has no run.json and no journal"
             raise UserError(
-                f"{directory} must be the directory of a run of ratchet train, train-critic or evaluate, but {made}; "
-                "name another"
+                f"{directory} must be the directory of a run of ratchet train, train-critic, evaluate or tune, but "
+                f"{made}; name another"
             )
         is_critic = command == "train-critic"
         steps = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -13,13 +12,12 @@ from common.config.overrides import as_overrides, toml_text
 from common.config.ppo import Config
 from deploy.screen.screen import Screen
 from deploy.screen.text import duration, significant
-from deploy.tune.comparison import Comparison, sentence, unselected, value_of
+from deploy.tune.comparison import effect_text, sentence, title_of, unselected, value_of
 from deploy.tune.events import COMPLETE, CUT, FAILED, RunState
 from deploy.tune.following import Job
 from deploy.tune.outcome import Outcome
 from deploy.tune.plan import Plan
-from deploy.tune.sensitivity import FEWEST, Effect
-from deploy.tune.space import Choices, Space
+from deploy.tune.sensitivity import FEWEST
 
 _BAR = "runs"
 
@@ -100,7 +98,7 @@ class TuneProgress(Screen):
             self._print(f"{len(at.numbers)} trial(s) at step {at.step}: at least {FEWEST} are needed to compare keys")
             return
         spaces = {space.key: space for space in self._plan.keys}
-        table = Table(title=self._title(at))
+        table = Table(title=title_of(at))
         for heading in ("key", "explained", "95 %", "effect", "best near"):
             table.add_column(heading, justify="left" if heading in ("key", "effect") else "right")
         for effect in at.effects:
@@ -109,7 +107,11 @@ class TuneProgress(Screen):
             best = toml_text(value_of(space, effect.best))
             interval = f"{low:.0%} to {high:.0%}"
             table.add_row(
-                escape(effect.key), f"{effect.explained:.0%}", interval, escape(_shown(effect, space)), escape(best)
+                escape(effect.key),
+                f"{effect.explained:.0%}",
+                interval,
+                escape(effect_text(effect, space)),
+                escape(best),
             )
         self._console.print(table)
         for effect in at.effects:
@@ -118,28 +120,6 @@ class TuneProgress(Screen):
         if noise is not None:
             self._print(f"standard deviation between seeds of one trial: {significant(noise, 2)}", style="dim")
 
-    def _title(self, at: Comparison) -> str:
-        worst = f", {len(at.counted_as_worst)} of them ended before and counted as the worst" * bool(
-            at.counted_as_worst
-        )
-        chosen = ", chosen by their outcome" * bool(at.stopped_before)
-        return f"how much each key mattered: {len(at.numbers)} trials at step {at.step}{chosen}{worst}"
-
     def _name(self, job: Job) -> str:
         repeat = f", seed {self._plan.seed + job.repeat}" if job.repeat else ""
         return f"trial {job.trial}{repeat}"
-
-
-def _shown(effect: Effect, space: Space) -> str:
-    """The slope of a range, or the mean of each choice."""
-    if isinstance(space, Choices):
-        return _means(effect.means or ())
-    if effect.slope is None or effect.slope_interval is None:
-        return "one value"
-    low, high = (significant(bound, 2) for bound in effect.slope_interval)
-    unit = "a factor of 10" if space.log else "1"
-    return f"{effect.slope:+.2g} for {unit} ({low} to {high})"
-
-
-def _means(means: Sequence[dict]) -> str:  # type: ignore[type-arg]
-    return ", ".join(f"{toml_text(one['value'])}: {significant(one['mean'], 3)}" for one in means)

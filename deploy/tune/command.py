@@ -26,14 +26,13 @@ from deploy.run.directory import RunDirectory, run_owner
 from deploy.run.record import read_record
 from deploy.screen.console import complain
 from deploy.screen.tune_progress import TuneProgress
-from deploy.tune.events import Events
+from deploy.tune.events import EVENTS, Events
 from deploy.tune.halving import check_ray_tune
 from deploy.tune.outcome import Outcome, outcome_of, write_outcome
 from deploy.tune.plan import Plan
 from deploy.tune.search import Search
 from deploy.tune.trial_process import POLL_S, STOP_S, Command
 
-EVENTS = "events.jsonl"
 HOURS = 1.0
 
 

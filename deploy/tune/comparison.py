@@ -126,3 +126,21 @@ def sentence(plan: Plan, at: Comparison, effect: Effect) -> str:
     if not effect.mattered:
         return f"{effect.key} did not matter as far as {len(at.numbers)} trials can tell (it explains {share})"
     return f"{effect.key} mattered: it explains {share}; best near {toml_text(value_of(space, effect.best))}"
+
+
+def title_of(at: Comparison) -> str:
+    """Which trials the effects are of."""
+    worst = f", {len(at.counted_as_worst)} of them ended before and counted as the worst" * bool(at.counted_as_worst)
+    chosen = ", chosen by their outcome" * bool(at.stopped_before)
+    return f"how much each key mattered: {len(at.numbers)} trials at step {at.step}{chosen}{worst}"
+
+
+def effect_text(effect: Effect, space: Space) -> str:
+    """The slope of a range with its interval, or the mean of each choice."""
+    if isinstance(space, Choices):
+        return ", ".join(f"{toml_text(one['value'])}: {significant(one['mean'], 3)}" for one in effect.means or ())
+    if effect.slope is None or effect.slope_interval is None:
+        return "one value"
+    low, high = (significant(bound, 2) for bound in effect.slope_interval)
+    unit = "a factor of 10" if space.log else "1"
+    return f"{effect.slope:+.2g} for {unit} ({low} to {high})"

@@ -15,6 +15,7 @@ from typing import Any
 from common.files import append_record, read_records
 from deploy.tune.halving import Halving
 
+EVENTS = "events.jsonl"
 COMPLETE = "complete"  # it has done all of its steps
 STOPPED_BY_ASHA = "asha"
 STOPPED_BY_HEALTH = "health"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -18,7 +17,7 @@ from deploy.tune.comparison import Comparison, comparisons, sensitivity_record
 from deploy.tune.events import BROKEN, COMPLETE, CUT, RunState
 from deploy.tune.following import Job
 from deploy.tune.plan import Plan
-from deploy.tune.search import Search
+from deploy.tune.runs import Runs
 
 
 @dataclass(frozen=True)
@@ -97,25 +96,25 @@ class Outcome:
         return f"{text} (95 % interval {significant(gap - reach, 2)} to {significant(gap + reach, 2)}), {verdict}"
 
 
-def outcome_of(search: Search) -> Outcome:
+def outcome_of(runs: Runs) -> Outcome:
     """The outcome of what has run so far."""
-    states = {job.trial: state for job in search.trials if (state := search.events.run(job.name)).results}
-    found = [_finalist(search, job) for job in search.finalists()]
+    states = {job.trial: state for job in runs.trials if (state := runs.events.run(job.name)).results}
+    found = [_finalist(runs, job) for job in runs.finalists()]
     known = [one for one in found if one is not None]
     # A failure counts as the worst outcome, as in the comparison of trials, so no mean of other seeds makes up for it.
     known.sort(key=lambda one: (one.step, -one.failed, one.mean), reverse=True)
-    missing = len(search.waiting_trials()) + len(search.waiting_repeats())
-    return Outcome(search.plan, states, tuple(known), tuple(comparisons(search.plan, states)), missing)
+    missing = len(runs.waiting_trials()) + len(runs.waiting_repeats())
+    return Outcome(runs.plan, states, tuple(known), tuple(comparisons(runs.plan, states)), missing)
 
 
-def _finalist(search: Search, job: Job) -> Finalist | None:
+def _finalist(runs: Runs, job: Job) -> Finalist | None:
     """None without any evaluation after the start."""
-    end = search.plan.num_steps
-    runs = [search.events.run(Job(job.trial, repeat).name) for repeat in range(search.plan.seeds)]
-    complete = [state.results[end] for state in runs if state.outcome == COMPLETE and end in state.results]
+    end = runs.plan.num_steps
+    states = [runs.events.run(Job(job.trial, repeat).name) for repeat in range(runs.plan.seeds)]
+    complete = [state.results[end] for state in states if state.outcome == COMPLETE and end in state.results]
     if complete:
-        return Finalist(job.trial, tuple(complete), end, failed=sum(state.outcome in BROKEN for state in runs))
-    step, value = runs[0].last or (0, 0.0)
+        return Finalist(job.trial, tuple(complete), end, failed=sum(state.outcome in BROKEN for state in states))
+    step, value = states[0].last or (0, 0.0)
     return Finalist(job.trial, (value,), step) if step else None
 
 
@@ -123,9 +122,9 @@ def _failures(one: Finalist) -> str:
     return f", and {one.failed} seed(s) failed" if one.failed else ""
 
 
-def write_outcome(outcome: Outcome, search: Search) -> None:
+def write_outcome(outcome: Outcome, runs: Runs) -> None:
     """Writes all files. They are derived, so a tuning that continues writes them again."""
-    plan, directory = outcome.plan, search.directory
+    plan, directory = outcome.plan, runs.directory
     write_json(directory / "sensitivity.json", sensitivity_record(plan, outcome.compared, outcome.seed_deviation))
     best = outcome.finalists[0].trial if outcome.finalists else None
     if best is not None:
@@ -133,10 +132,10 @@ def write_outcome(outcome: Outcome, search: Search) -> None:
         cfg = load_config(directory / "config.toml", as_overrides(plan.given) + settings, Config)
         comment = "".join(f"# {line}\n" for line in [f"From ratchet tune: {outcome.reason}.", *settings])
         write_whole(directory / "best.toml", comment + cfg.to_toml())
-    write_json(directory / "tune.json", _record(outcome, search, best))
+    write_json(directory / "tune.json", _record(outcome, runs, best))
 
 
-def _record(outcome: Outcome, search: Search, best: int | None) -> dict[str, Any]:
+def _record(outcome: Outcome, runs: Runs, best: int | None) -> dict[str, Any]:
     plan = outcome.plan
     return {
         "metric": plan.metric,
@@ -144,10 +143,10 @@ def _record(outcome: Outcome, search: Search, best: int | None) -> dict[str, Any
         "finalists": [_finalist_record(one, plan) for one in outcome.finalists],
         "seed_deviation": outcome.seed_deviation,
         "missing_runs": outcome.missing,
-        "hours": round(search.events.seconds / 3600, 3),
+        "hours": round(runs.events.seconds / 3600, 3),
         "rungs": plan.rungs,
-        "trials": [_run_record(job, search) for job in search.trials],
-        "repeats": [_run_record(job, search) for job in _repeats(search)],
+        "trials": [_run_record(job, runs) for job in runs.trials],
+        "repeats": [_run_record(job, runs) for job in runs.repeats() if runs.directory_of(job).exists()],
     }
 
 
@@ -163,19 +162,14 @@ def _finalist_record(one: Finalist, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _repeats(search: Search) -> Sequence[Job]:
-    jobs = (Job(job.trial, repeat) for job in search.trials for repeat in range(1, search.plan.seeds))
-    return [job for job in jobs if search.directory_of(job).exists()]
-
-
-def _run_record(job: Job, search: Search) -> dict[str, Any]:
-    state = search.events.run(job.name)
+def _run_record(job: Job, runs: Runs) -> dict[str, Any]:
+    state = runs.events.run(job.name)
     return {
         "trial": job.trial,
-        "seed": search.plan.seed + job.repeat,
-        "settings": search.plan.trials[job.trial - 1],
-        "directory": str(search.directory_of(job).relative_to(search.directory)),
-        "outcome": state.outcome or (CUT if search.has_begun(job) else "not begun"),
+        "seed": runs.plan.seed + job.repeat,
+        "settings": runs.plan.trials[job.trial - 1],
+        "directory": str(runs.directory_of(job).relative_to(runs.directory)),
+        "outcome": state.outcome or (CUT if runs.has_begun(job) else "not begun"),
         "why": state.why,
         "results": {str(step): value for step, value in sorted(state.results.items())},
         "seconds": round(state.seconds, 1),

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from shlex import quote
 from typing import Protocol
 
 from common.config.overrides import as_overrides
 from common.errors import UserError
 from deploy.restarts import driver_command
-from deploy.tune.events import COMPLETE, CUT, FAILED, STOPPED_BY_ASHA, Events, RunState
+from deploy.tune.events import COMPLETE, CUT, FAILED, STOPPED_BY_ASHA, RunState
 from deploy.tune.following import Follower, Job, Listener, below
 from deploy.tune.halving import Halving
-from deploy.tune.plan import Plan
+from deploy.tune.runs import Runs
 from deploy.tune.trial_process import POLL_S, Command, TrialProcess
 
 FAILED_STARTS = 3  # trials that fail before their first step until the tuning ends, if no run has done a step
-_LONGEST_LABEL = 60  # characters of the settings in the name of a run directory
 
 
 class Watcher(Listener, Protocol):
@@ -37,12 +34,9 @@ class Watcher(Listener, Protocol):
 
 
 @dataclass
-class Search:
-    """A tuning in `directory`."""
+class Search(Runs):
+    """A tuning that runs."""
 
-    plan: Plan
-    directory: Path
-    events: Events
     watcher: Watcher
     hours: float  # of all starts of the command together
     at_once: int = 1
@@ -51,7 +45,7 @@ class Search:
     poll_s: float = POLL_S
 
     def __post_init__(self) -> None:
-        self.trials = [Job(number) for number in range(1, len(self.plan.trials) + 1)]
+        super().__post_init__()
         self._running: set[str] = set()
         self._not_started: list[str] = []  # runs that failed before any run had done a step
 
@@ -65,33 +59,6 @@ class Search:
         except TimeoutError:  # a network disk has errors of this type too
             if not limit.expired():
                 raise
-
-    def directory_of(self, job: Job) -> Path:
-        """The run directory of a job, such as DIR/trials/003-clip_eps-0.1."""
-        label = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in self.plan.trials[job.trial - 1].items())
-        label = re.sub(r"[^\w.-]+", "_", label)[:_LONGEST_LABEL].rstrip("-._")
-        return self.directory / "trials" / (f"{job.name}-{label}" if not job.repeat else job.name)
-
-    def finalists(self) -> list[Job]:
-        """The best trials: complete ones first, then those that came farthest. At equal steps the value decides."""
-
-        def rank(job: Job) -> tuple[bool, tuple[int, float]]:
-            state = self.events.run(job.name)
-            return state.outcome == COMPLETE or state.continues_as_finalist, state.last or (-1, 0.0)
-
-        possible = [job for job in self.trials if _can_be_finalist(self.events.run(job.name))]
-        return sorted(possible, key=rank, reverse=True)[: self.plan.finalists]
-
-    def waiting_trials(self) -> list[Job]:
-        """Trials that have not ended."""
-        states = {job: self.events.run(job.name) for job in self.trials}
-        return [job for job, state in states.items() if state.outcome is None and not state.continues_as_finalist]
-
-    def waiting_repeats(self) -> list[Job]:
-        """Runs of the finalists that are missing: seed by seed, so that an early end leaves equal numbers of seeds. A
-        finalist that ASHA has stopped continues to its end."""
-        jobs = [Job(job.trial, repeat) for repeat in range(self.plan.seeds) for job in self.finalists()]
-        return [job for job in jobs if self.events.run(job.name).outcome in (None, STOPPED_BY_ASHA)]
 
     def _halving(self) -> Halving:
         """ASHA with all results so far. Writes down stops that a killed start of the command had decided."""
@@ -182,10 +149,6 @@ class Search:
             f"not, remove the cause and continue with ratchet tune --resume {quote(str(self.directory))}"
         )
 
-    def has_begun(self, job: Job) -> bool:
-        """True if the run was started at least once."""
-        return self.events.run(job.name).seconds > 0 or self.directory_of(job).exists()
-
     def _arguments(self, job: Job) -> list[str]:
         settings = {**self.plan.trials[job.trial - 1], "seed": self.plan.seed + job.repeat}
         return ["train", str(self.directory / "config.toml"), *as_overrides(settings)]
@@ -207,8 +170,3 @@ class Search:
             budget = self.hours * 3600 - self.events.seconds
             left = max(0.0, min(mean * (total - len(ended)) / self.at_once, budget))
         self.watcher.progress(len(ended), total, left)
-
-
-def _can_be_finalist(state: RunState) -> bool:
-    """True if a trial can be a finalist: it is complete, or only ASHA has stopped it."""
-    return state.outcome in (COMPLETE, STOPPED_BY_ASHA) or (state.continues_as_finalist and state.outcome is None)

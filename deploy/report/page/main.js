@@ -8,6 +8,7 @@ const TABS = {
   variance: showVariance,
   scores: showScores,
   evaluation: showEvaluation,
+  tuning: showTuning,
 };
 const opened = new Set();
 
@@ -48,6 +49,7 @@ function showHead() {
     .filter(Boolean)
     .join(" · ");
   if (run.tabs.includes("evaluation")) showEvaluationHead(run);
+  else if (run.tabs.includes("tuning")) showTuningHead(run);
   else {
     showFigures(run);
     showNotices(run);

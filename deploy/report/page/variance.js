@@ -75,10 +75,10 @@ function shownFigure(figure) {
 
 const rounded = (value, digits) => (value === null ? "-" : number(Number(value.toPrecision(digits))));
 
-// Points with their intervals, one below another; `line`: where a dashed line is drawn.
-function intervalBox(title, unit, names, figures, line) {
+// Points with their intervals, one below another; `line`: where a dashed line is drawn. Values below `lowest` are cut.
+function intervalBox(title, unit, names, figures, line, lowest = LOWEST) {
   const known = figures.map((figure, i) => [figure, -i]).filter(([figure]) => figure !== null && figure[0] !== null);
-  const cut = (x) => Math.max(LOWEST, x);
+  const cut = (x) => Math.max(lowest, x);
   const options = { y_range: [-names.length + 0.4, 0.6], x_label: unit };
   return plotBox(title, unit, options, (figure) => {
     figure.yaxis.ticker = new Bokeh.FixedTicker({ ticks: names.map((_, i) => -i) });

@@ -16,10 +16,11 @@ from PIL import Image
 
 from common.files import write_json
 from deploy.report.page import render
-from deploy.report.report import evaluation_blocks
+from deploy.report.report import evaluation_blocks, tuning_blocks
 from deploy.report.variance import variance_of
 from tests.deploy.report.conftest import HOSTILE
 from tests.deploy.report.made_evaluation import write_evaluation
+from tests.deploy.report.made_tuning import write_tuning
 from tests.deploy.report.test_variance import ACCOUNT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -454,4 +455,34 @@ def test_hostile_answers_of_an_evaluation_are_only_text(open_page, evaluation, w
     assert "no score: no service" in asked.nth(1).locator(".side h3").first.text_content()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img, main b, main i, main script").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_tuning_shows_trials_finalists_and_keys(open_page, tmp_path, width):
+    directory = tmp_path / "tune"
+    write_tuning(directory, why=HOSTILE[1])
+    blocks = tuning_blocks(directory)
+    (tmp_path / "report.html").write_text(render("tune", blocks), encoding="utf-8")
+    page = open_page("", address=(tmp_path / "report.html").as_uri(), width=width)
+    data = blocks["tuning"]
+    assert page.locator('[role="tab"]:visible').all_text_contents() == ["Tuning"]
+    page.until("[...charts].some(c => c.figure)")
+    drawn = "[...charts][0].figure.renderers.filter(r => r.glyph.type === 'Line').map(r => [...r.data_source.data.y])"
+    lines = page.evaluate(drawn)
+    assert sorted(lines) == sorted([y for _, y in run["curve"]] for run in [*data["trials"], *data["repeats"]])
+    tables = page.locator("table.figures")
+    assert tables.count() == 4  # trials, finalists, their further seeds, keys
+    first, *_, last = tables.nth(0).locator("tbody tr").all()
+    shown = [cell.text_content() for cell in first.locator("th, td").all()]
+    assert shown[:5] == ["1", "7", data["trials"][0]["settings"], "0.1", "-"]
+    assert shown[5] == f"failed: {HOSTILE[1]}"
+    assert last.locator("td").nth(4).text_content() == "complete"
+    assert tables.nth(1).locator("tbody th").all_text_contents() == ["6", "5"]
+    assert tables.nth(3).locator("tbody th").all_text_contents() == [key["key"] for key in data["sensitivity"]["keys"]]
+    for key in data["sensitivity"]["keys"]:
+        assert page.get_by_text(f"{key['sentence']}.").count() == 1
+    page.locator(".charts").last.scroll_into_view_if_needed()
+    page.until("[...charts].every(c => c.figure)")
+    assert page.evaluate("window.hacked") is None
     assert page.evaluate("document.documentElement.scrollWidth") <= width
