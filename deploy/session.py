@@ -97,10 +97,17 @@ def session(
     ray = cfg.ray
     if named_address(ray) is None:  # the object stores of a running cluster already have their sizes
         ray = sized(ray, [need.store for processes in phases(cfg) for need in processes])
+
+    def at_once(cfg: AnyConfig) -> Phases:
+        """The processes that must find room now. Others may wait for nodes that an autoscaler adds: a pool waits for
+        room, ranks do not."""
+        waits = ray.autoscaler and named_address(ray) is not None
+        return [[need for need in processes if need.section == "learner" or not waits] for processes in phases(cfg)]
+
     log = owned.log
     with cluster(ray, owned.directory) as nodes, role_output_to(log.write), log.python_warnings():
         # A run of an older version did not record the size of its micro-batches. It keeps that version's default.
-        planner = Planner(nodes, phases, trains=None if resume else trains, engines=trains)
+        planner = Planner(nodes, at_once, trains=None if resume else trains, engines=trains)
         cfg = planner.check(cfg, resume=resume)
 
         def begin() -> None:

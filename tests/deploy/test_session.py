@@ -131,6 +131,22 @@ def test_an_own_cluster_gets_a_store_for_the_phase_that_needs_most(cfg, tmp_path
     assert stores == [3072, 3000]
 
 
+def test_with_an_autoscaler_only_the_learners_ranks_must_fit_now(cfg, tmp_path):
+    wide = replace(TOO_LARGE, name="Generator(0)", section="generators")
+    for name, ray in {"its own": RayConfig(autoscaler=True), "fixed": RayConfig(address="h:1")}.items():
+        refused = cfg.model_copy(update={"ray": ray})
+        with pytest.raises(UserError, match="no node has room"), started(refused, tmp_path / name, [FITS, wide]):
+            pass
+    growing = cfg.model_copy(update={"ray": RayConfig(autoscaler=True, address="h:1")})
+    with started(growing, tmp_path / "started", [FITS, wide]):
+        pass
+    with (
+        pytest.raises(UserError, match=r"no node has room for Learner\(0\)"),
+        started(growing, tmp_path / "refused", [TOO_LARGE, wide]),
+    ):
+        pass
+
+
 def test_a_directory_is_owned_before_the_cluster_is_joined(cfg, tmp_path, events):
     run = tmp_path / "run"
     with started(cfg, run, [FITS]):
