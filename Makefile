@@ -38,7 +38,7 @@ DEMO_CRITIC := seed=1$(SEED) rollouts_per_step=16 optimizer.critic_learning_rate
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo.old-*
-	$(BIN)/ratchet train deploy/configs/larger.toml seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force
+	$(BIN)/ratchet train larger seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo --force
 	-$(BIN)/ratchet report runs/demo
 
 demo-rlhf: $(VENV)/.installed
@@ -47,9 +47,9 @@ demo-rlhf: $(VENV)/.installed
 
 demo-critic: $(VENV)/.installed
 	rm -rf runs/demo-critic.old-* runs/demo-critic-training.old-*
-	$(BIN)/ratchet train-critic deploy/configs/reviews.toml --sample 1408 $(DEMO_CRITIC) \
+	$(BIN)/ratchet train-critic reviews --sample 1408 $(DEMO_CRITIC) \
 	  $(DEMO_SETTINGS) --run runs/demo-critic-training --force
-	$(BIN)/ratchet train deploy/configs/reviews.toml learner.critic_path=runs/demo-critic-training/critic \
+	$(BIN)/ratchet train reviews learner.critic_path=runs/demo-critic-training/critic \
 	  seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo-critic --force
 	-$(BIN)/ratchet report runs/demo-critic
 

@@ -48,6 +48,7 @@ from deploy.command_line import (
 from deploy.ending import exit_message
 from deploy.evaluation.names import policy_names
 from deploy.presets import with_preset
+from deploy.shipped import config_file, listing, shipped_text
 
 ROOTS["train"] = Config
 ROOTS["train-critic"] = Config
@@ -220,7 +221,7 @@ def sample_pairs(cfg: PairSamplingConfig, directory: Path, *, resume: bool, forc
 
 @app.command(epilog=epilog("train"))
 def evaluate(
-    config: Annotated[str, typer.Argument(help="The TOML file of a PPO run (RUN/config.toml).")] = "",
+    config: Annotated[str, typer.Argument(help="A PPO config, such as RUN/config.toml.", callback=config_file)] = "",
     settings: Settings = None,
     policy: Annotated[
         list[str] | None,
@@ -273,7 +274,9 @@ def evaluate(
 
 @app.command(epilog=epilog("train"))
 def tune(
-    config: Annotated[str, typer.Argument(help="A TOML file; not with --resume.")] = "",
+    config: Annotated[
+        str, typer.Argument(help="A TOML file or shipped config; not with --resume.", callback=config_file)
+    ] = "",
     spaces: Annotated[
         list[str] | None,
         typer.Argument(help="Values to try: KEY=a,b,c, KEY=lo..hi, KEY=log:lo..hi."),
@@ -451,22 +454,32 @@ def demo(
 
 @app.command()
 def config(
-    config: Annotated[Path | None, typer.Argument(help="A TOML file to resolve and print.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file or shipped config to resolve and print.", callback=config_file)
+    ] = None,
     settings: Settings = None,
     preset: Preset = None,
+    shipped: Annotated[bool, typer.Option("--list", help="List the shipped configs.")] = False,
+    unchanged: Annotated[bool, typer.Option("--text", help="Print a shipped config with its comments.")] = False,
     command: Annotated[str, typer.Option("--for", help=f"The command that it is for: {', '.join(ROOTS)}.")] = "train",
     explain: Annotated[bool, typer.Option("--describe", help="Explain every setting.")] = False,
 ) -> None:
-    """Show a resolved config, or explain every setting."""
+    """Show a resolved config, the shipped ones, or every setting."""
     if command not in ROOTS:
         raise UserError(f"--for ({command}) must be one of {', '.join(ROOTS)}")
     if explain:
         typer.echo(settings_text(ROOTS[command]))
+    elif shipped:
+        typer.echo(listing())
+    elif unchanged:
+        if preset or settings or config is None:
+            raise UserError("--text prints a shipped config unchanged: name one, and give no settings and no preset")
+        typer.echo(shipped_text(config), nl=False)
     elif config is not None:
         path, root = config, ROOTS[command]
         typer.echo(with_preset(preset, settings or [], lambda given: load_config(path, given, root)).to_toml())
     else:
-        raise UserError("name a config file to resolve, or ask for --describe")
+        raise UserError("name a config file to resolve, or ask for --list or --describe")
 
 
 def main() -> None:

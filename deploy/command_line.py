@@ -26,11 +26,14 @@ from deploy.ending import exit_message
 from deploy.run.provenance import IN_A_JOB, ratchets_git_state, versions
 from deploy.run.record import read_record
 from deploy.run.resume import enter_starting_directory, resumed_config
+from deploy.shipped import config_file
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 ROOTS: dict[str, type[Root]] = {}  # the kind of config of each command that has run directories
 
-ConfigFile = Annotated[str, typer.Argument(help="A TOML file; with --resume: a key=value setting.")]
+ConfigFile = Annotated[
+    str, typer.Argument(help="TOML file or shipped config; with --resume: setting.", callback=config_file)
+]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file's.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")]
 Resume = Annotated[Path | None, typer.Option(help="Continue the run in this directory.")]
@@ -133,7 +136,7 @@ def run_directory(config: str, run: Path | None, resume: Path | None) -> Path:
     if resume is not None:
         return resume
     if not config:
-        raise UserError("name a config file, such as those in deploy/configs/, or a run directory with --resume")
+        raise UserError("name a config file or a shipped one (ratchet config --list), or a run directory with --resume")
     return run or Path("runs") / Path(config).stem
 
 

@@ -25,10 +25,10 @@ from deploy.report.report import run_report
 from deploy.run.directory import refuse_overwriting
 from deploy.sample_pairs import run_pair_sampling
 from deploy.screen.console import Output, complain
+from deploy.shipped import shipped_configs
 from deploy.train import run_training
 from deploy.train_reward import run_reward_training
 
-CONFIGS = Path(__file__).parent / "configs"
 EXAMPLES = 3
 
 
@@ -67,12 +67,12 @@ def stage_configs(directory: Path, settings: Sequence[str]) -> tuple[PairSamplin
     """The configs of the stages. A setting goes to every stage that has it. Raises UserError for one that none has."""
 
     def config(name: str, root: type[AnyRoot], *own: str) -> AnyRoot:
-        return load_config(CONFIGS / name, [*own, *(s for s in settings if has_setting(root, s))], root)
+        return load_config(shipped_configs()[name], [*own, *(s for s in settings if has_setting(root, s))], root)
 
     data, model = json.dumps(str(directory / "pairs/pairs.jsonl")), json.dumps(str(directory / "reward/model"))
-    pairs = config("positive-pairs.toml", PairSamplingConfig)
-    reward = config("positive-reward.toml", RewardTrainingConfig, f"data.train={data}")
-    ppo = config("positive.toml", Config, f"reward.sources.0.model={model}")
+    pairs = config("positive-pairs", PairSamplingConfig)
+    reward = config("positive-reward", RewardTrainingConfig, f"data.train={data}")
+    ppo = config("positive", Config, f"reward.sources.0.model={model}")
     if unused := [s for s in settings if not any(has_setting(type(stage), s) for stage in (pairs, reward, ppo))]:
         raise UserError(f"{', '.join(unused)}: no stage of the demo has such a setting; see ratchet config --describe")
     if not (reward.data.heldout or reward.data.heldout_pairs) or not ppo.evaluation.prompts:

@@ -59,6 +59,9 @@ OTHER = {
     "diff <(python -m tests.digest ": "tests/test_digest.py",
     "export RAY_AUTH_MODE=token": "a cluster",
     "ray start --head": "a cluster",
+    "pip wheel ": "tests/test_wheel.py",
+    "pip install ": "a package index",
+    "pip uninstall ": "a package index",
     "prometheus ": "tests/end_to_end/test_monitoring.py",
     "grafana server ": "Grafana",
 }

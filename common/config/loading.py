@@ -36,7 +36,7 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
     try:
         return root.model_validate(given_settings(path, given, keep_relative=keep_relative))
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist; deploy/configs/ has shipped ones") from None
+        raise UserError(f"config file {path} does not exist; ratchet config --list has shipped ones") from None
     except OSError as error:
         raise UserError(f"config {path} cannot be read ({error.strerror}); name a .toml file") from None
     except RecursionError:

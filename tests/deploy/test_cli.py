@@ -366,8 +366,8 @@ def test_a_missing_broken_or_wrong_config_file_is_refused(refusal, configs, comm
 @pytest.mark.parametrize("command", ROOTS)
 def test_without_config_and_resume_the_message_says_what_to_name(refusal, command):
     message = refusal(command)
-    assert "name a config file, such as those in deploy/configs/, or a run directory with --resume" in message
-    assert "name a config file to resolve, or ask for --describe" in refusal("config")
+    assert "name a config file or a shipped one (ratchet config --list), or a run directory with --resume" in message
+    assert "name a config file to resolve, or ask for --list or --describe" in refusal("config")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

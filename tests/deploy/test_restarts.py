@@ -176,4 +176,4 @@ main()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "[] 2\n")
-    assert done.stderr == "ratchet: config file nowhere.toml does not exist; deploy/configs/ has shipped ones\n"
+    assert done.stderr == "ratchet: config file nowhere.toml does not exist; ratchet config --list has shipped ones\n"
