@@ -150,6 +150,8 @@ def test_the_demo_trains_two_steps_from_the_wheel(elsewhere, installed, tmp_path
     assert "larger\n" in elsewhere("ratchet", "config", "--list")
     model = save_tiny_model(tmp_path / "model")
     smaller = ["num_steps=2", "rollouts_per_step=8", "evaluation.prompts=8", "generators.kv_cache_mib=16"]
+    machine = ["--cpus", "4", "--memory", "16"]
+    assert "Generator" in elsewhere("ratchet", "plan", "larger", f"model.path={model}", *smaller, *machine)
     elsewhere("ratchet", "train", "larger", f"model.path={model}", *smaller, "--run", "runs/demo")
     run = tmp_path / "elsewhere/runs/demo"
     assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [0, 1]
