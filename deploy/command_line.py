@@ -32,7 +32,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 ROOTS: dict[str, type[Root]] = {}  # the kind of config of each command that has run directories
 
 ConfigFile = Annotated[
-    str, typer.Argument(help="TOML file or shipped config; with --resume: setting.", callback=config_file)
+    str, typer.Argument(help="TOML file or shipped config; --resume: a setting.", callback=config_file)
 ]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file's.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-OF-CONFIG].")]
