@@ -29,6 +29,7 @@ READ = {
     "common/data/reasoning_gym_prompts.py": ["common/data/reasoning_gym_script.py"],
     "common/user_code/errors.py": [],  # whether a frame of a traceback is Ratchet's own
     "common/user_code/packages.py": [],  # the directory of all packages
+    "deploy/cluster/commands.py": ["deploy/cluster/docker/*", "deploy/cluster/launcher/*", "deploy/cluster/slurm/*"],
     "deploy/ending/driver_watcher.py": [],  # likewise
     "deploy/evaluation/texts.py": ["deploy/evaluation/held-out-text.txt"],
     "deploy/monitoring/installation.py": ["deploy/monitoring/alerts.yml"],
