@@ -154,7 +154,7 @@ def _in_turns(
         "generators.tensor_parallel": (1, "there is one GPU"),
         "generators.min": (1, "there is one GPU"),
         "generators.kv_cache_mib": (None, "the rest of the engine's share"),
-        "generators.sleep": (True, "an update takes its memory"),
+        "generators.sleep": (None, "the engine sleeps during updates where it shares the learner's GPU"),
     }
     for name in services:
         layout[f"{name}.gpus"] = (shares[name] / 100, f"{_gib(_device(found, name))} GiB")

@@ -22,7 +22,7 @@ Fits = Callable[[Sequence[Node]], bool]
 
 
 def missing_hardware(nodes: Sequence[Node], fits: Fits) -> str:
-    """The hardware with which a run would fit: more nodes of this kind, or more in each node."""
+    """What hardware a run would fit: more nodes of this kind, or more in each node. In words, after "the run"."""
     nodes = list(nodes) or [Node("", 0, 0, 0)]
     ways = []
     if (count := _more_nodes(nodes, fits)) is not None:
@@ -31,7 +31,7 @@ def missing_hardware(nodes: Sequence[Node], fits: Fits) -> str:
         enough = fits([replace(_at_least(node, short), gpus_in_use=0.0) for node in nodes])
         listed = " and ".join(RESOURCES[name][0].format(amount) for name, amount in short.items())
         ways.append(f"{'' if enough else 'more than '}{listed}")
-    return ", or with ".join(ways) or "no number of such nodes"
+    return f"would fit with {', or with '.join(ways)}" if ways else "would not fit with more of this hardware either"
 
 
 def _more_nodes(nodes: Sequence[Node], fits: Fits) -> int | None:

@@ -64,7 +64,7 @@ class Planner(Generic[AnyConfig]):
         if change is not None:
             return f"the smallest change that fits: {change}"
         missing = missing_hardware(self.nodes, lambda nodes: replace(self, nodes=nodes).fits(cfg))
-        return f"no change of one or two settings fits; it would fit with {missing}"
+        return f"no change of one or two settings fits; the run {missing}"
 
     def _cache_holds(self, cfg: AnyConfig) -> bool:
         """True if an engine's KV cache has room for one sequence, as far as that is known."""

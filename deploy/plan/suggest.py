@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import tomli_w
+from pydantic import ValidationError
 
 from actors.generation.kv_cache import bytes_per_sequence, kv_cache_bytes
 from common.config.ppo import Config
@@ -59,39 +60,71 @@ def suggest(
     tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize, fixed: Collection[str] = ()
 ) -> Suggestion:
     """The first layout with which the config in `tree` fits the planner's machines. `fixed`: keys that keep their
-    values. Raises DoesNotFit."""
+    values. Raises DoesNotFit, or UserError if no layout obeys the rules of the config with them."""
     Config.model_validate(tree)
     machines = Machines(planner.nodes)
-    for first, good in _first_choices(tree, on_gpus=machines.gpus > 0):
-        for layout, plan in _plans(tree, first, fixed, planner, model):
+    faults: list[Exception] = []
+    planned = False
+    for first, good in _first_choices(tree, planner, on_gpus=machines.gpus > 0):
+        for layout, plan in _plans(tree, first, fixed, planner, model, faults):
+            planned = True
             if _fits(plan, planner) and (not good or _is_good(plan.cfg, model, machines)):
                 return _suggestion(tree, layout, plan)
+    if faults and not planned:
+        raise UserError(f"no layout for these machines obeys the rules of the config: {_in_words(faults[0])}")
     raise DoesNotFit(_refusal(tree, planner, model, fixed))
 
 
-def _first_choices(tree: Mapping[str, Any], *, on_gpus: bool) -> Iterator[tuple[Layout, bool]]:
-    """Best first: all weights before adapters, then layouts that are good on a GPU, then activations that are computed
-    once."""
+def _first_choices(
+    tree: Mapping[str, Any], planner: Planner[Config], *, on_gpus: bool
+) -> Iterator[tuple[Layout, bool]]:
+    """What all layouts share. Best first: all weights before adapters, then layouts that are good on a GPU, then
+    activations that are computed once."""
+    given = _given_counts(tree)
+    if planner.starts_stores and "object_store_mib" in tree.get("ray", {}):
+        given["ray.object_store_mib"] = (None, "the size that weights and rollouts need")
     why = "all weights fit these machines in no layout, so only adapters are trained"
     once: Layout = {"learner.gradient_checkpointing": (False, "activations have room")}
     twice: Layout = {"learner.gradient_checkpointing": (True, "far less memory; an update takes a quarter longer")}
     adapters: Layout = {"learner.lora.rank": (16, why)}
     for lora in [{}] if "lora" in tree.get("learner", {}) else [{}, adapters]:
         for good in (True, False) if on_gpus else (False,):
-            yield {**lora, **once}, good
-            yield {**lora, **twice}, good
+            yield {**given, **lora, **once}, good
+            yield {**given, **lora, **twice}, good
+
+
+def _given_counts(tree: Mapping[str, Any]) -> Layout:
+    """Numbers of processes that the config gives, and that a layout decides anew."""
+    anew: Layout = {
+        "generators.max": (None, "as many as generators.min"),
+        "reference.min": (1, "one process serves all"),
+        "reference.max": (None, "one process serves all"),
+        "reward.min": (1, "one process serves all"),
+        "reward.max": (None, "one process serves all"),
+        "learner.min_ranks": (None, "all ranks are there"),
+    }
+    return {key: entry for key, entry in anew.items() if key.split(".")[1] in tree.get(key.split(".")[0], {})}
 
 
 def _plans(
-    tree: Mapping[str, Any], first: Layout, fixed: Collection[str], planner: Planner[Config], model: ModelSize
+    tree: Mapping[str, Any],
+    first: Layout,
+    fixed: Collection[str],
+    planner: Planner[Config],
+    model: ModelSize,
+    faults: list[Exception],
 ) -> Iterator[tuple[Layout, Plan[Config]]]:
-    """Every layout that the rules of the config allow, and its plan."""
+    """Every layout that the rules of the config allow, and its plan. The faults of the others go to `faults`."""
     for layout in _layouts(_with(tree, first), planner, model):
         wanted = {key: value for key, value in {**first, **layout}.items() if key not in fixed}
         try:
             yield wanted, planner.plan(Config.model_validate(_with(tree, wanted)))
-        except (ValueError, UserError):
-            continue
+        except (ValueError, UserError) as fault:
+            faults.append(fault)
+
+
+def _in_words(fault: Exception) -> str:
+    return fault.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(fault, ValidationError) else str(fault)
 
 
 def _layouts(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize) -> Iterator[Layout]:
@@ -156,14 +189,14 @@ def _suggestion(tree: Mapping[str, Any], layout: Layout, plan: Plan[Config]) -> 
 
 def _refusal(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize, fixed: Collection[str]) -> str:
     """The message that the config fits in no layout, with what is missing for the layouts that take least."""
-    *_, (least, _) = _first_choices(tree, on_gpus=False)
+    *_, (least, _) = _first_choices(tree, planner, on_gpus=False)
 
     def fits(nodes: Sequence[Node]) -> bool:
         there = replace(planner, nodes=nodes)
-        return any(_fits(plan, there) for _, plan in _plans(tree, least, fixed, there, model))
+        return any(_fits(plan, there) for _, plan in _plans(tree, least, fixed, there, model, []))
 
     adapters = ", not even with adapters instead of all weights" if "learner.lora.rank" in least else ""
     return (
-        f"no layout of this run fits these machines{adapters}: it would fit with "
-        f"{missing_hardware(planner.nodes, fits)}; or use a smaller model or shorter sequences"
+        f"no layout of this run fits these machines{adapters}; it {missing_hardware(planner.nodes, fits)}; or use a "
+        "smaller model or shorter sequences"
     )

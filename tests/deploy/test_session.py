@@ -108,6 +108,21 @@ def test_a_resumed_run_keeps_its_micro_batches_on_larger_gpus(tmp_path, monkeypa
     assert trained_with(again, gib=80, resume=True) == 8192
 
 
+def test_the_refusal_of_a_run_ends_with_the_smallest_change(tmp_path, monkeypatch):
+    cfg = Config.model_validate({**TREE, "learner": {"cpus": 7}, "generators": {"kv_cache_mib": 500}})
+    monkeypatch.setattr(deploy.session, "cluster", lambda ray, run: nullcontext([Node("n", 6, 0, 300 * GIB)]))
+
+    def start(cfg):
+        with run_owner(tmp_path / "run") as owned:
+            phases = lambda cfg: [needs(cfg, LLAMA_2_7B)]  # noqa: E731
+            with session(cfg, "train", owned, phases, trains=LLAMA_2_7B):
+                pass
+
+    with pytest.raises(UserError, match=r"no node has room .*; the smallest change that fits: learner.cpus=3 \(.*\)$"):
+        start(cfg)
+    start(cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"cpus": 3})}))
+
+
 def test_an_own_cluster_gets_a_store_for_the_phase_that_needs_most(cfg, tmp_path, monkeypatch):
     stores = []
 

@@ -6,6 +6,7 @@ import pytest
 
 from common.config.loading import load_config
 from common.config.ppo import Config
+from common.errors import UserError
 from deploy.plan.suggest import DoesNotFit, suggest
 from tests.deploy.plan.shapes import CONFIGS, MACHINES, model_directory, planner, size_of
 from tests.deploy.plan.test_command import plan
@@ -84,6 +85,23 @@ def test_settings_of_the_command_line_stay(sizes):
     found = suggest(tree, here, sizes["1.5B"], ["learner.ranks", "learner.gpus"])
     assert (found.plan.cfg.learner.ranks, found.plan.cfg.learner.gpus) == (2, 1)
     assert "learner.ranks" not in found.reasons
+
+
+def test_numbers_of_processes_that_the_config_gives_are_decided_anew(sizes):
+    tree = {**TREE, "generators": {"max": 2}, "reference": {"min": 2}, "learner": {"ranks": 9, "min_ranks": 9}}
+    tree["ray"] = {"object_store_mib": 100}
+    cfg = suggest(tree, planner(sizes["7B"], MACHINES["8 x 80 GB"]), sizes["7B"]).plan.cfg
+    assert (cfg.generators.min, cfg.generators.max_replicas, cfg.reference.min) == (3, 3, 1)
+    assert (cfg.learner.ranks, cfg.learner.fewest_ranks) == (4, 4)
+    assert cfg.ray.object_store_mib is None
+
+
+def test_values_that_exclude_every_layout_are_named(sizes):
+    tree, here = {**TREE, "learner": {"ranks": 2, "gpus": 1}}, planner(sizes["1.5B"], MACHINES["1 x 80 GB"])
+    with pytest.raises(
+        UserError, match=r"obeys the rules of the config: .*learner.gpus \(0.27\) must be 1 for each of 2"
+    ):
+        suggest(tree, here, sizes["1.5B"], ["learner.ranks"])
 
 
 def test_a_reward_model_gets_a_share(sizes):
