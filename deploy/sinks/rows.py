@@ -41,7 +41,8 @@ def step_row(record: Mapping[str, Any]) -> Row:
 def evaluation_row(record: Mapping[str, Any]) -> Row:
     """The row of a record of evaluations.jsonl, of PPO or of reward training."""
     step = record["policy_version" if "policy_version" in record else "step"]
-    parts = {f"components/{name}": value for name, value in record.get("components", {}).items()}
+    groups = ("components", "judge_voids")
+    parts = {f"{group}/{name}": value for group in groups for name, value in record.get(group, {}).items()}
     numbers = {key: value for key, value in {**record, **parts}.items() if _is_number(value)}
     for known in ("policy_version", "step", "time"):
         numbers.pop(known, None)

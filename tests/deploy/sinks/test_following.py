@@ -33,6 +33,7 @@ def evaluation(version: int) -> dict[str, object]:
         "pass_at_1": None,
         "interval": [0.1, 0.2],
         "components": {"exact": 0.25},
+        "judge_voids": {"gold": 3},
     }
 
 
@@ -83,6 +84,7 @@ def test_a_sink_gets_every_row_once_in_the_order_of_the_run(follow, tmp_path):
     ]  # fmt: skip
     assert kept.rows[2].values == {"kl/coef": 0.1, "health/kl_exploding": 1.0}
     evaluated = {"evaluation/voids": 0, "evaluation/score": 0.5, "evaluation/components/exact": 0.25}
+    evaluated["evaluation/judge_voids/gold"] = 3
     assert kept.rows[0].values == evaluated
     assert kept.rows[4].values == {**evaluated, "health/judge_falls": 1.0}
     assert kept.closed
