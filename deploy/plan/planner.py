@@ -64,7 +64,8 @@ class Planner(Generic[AnyConfig]):
         if change is not None:
             return f"the smallest change that fits: {change}"
         missing = missing_hardware(self.nodes, lambda nodes: replace(self, nodes=nodes).fits(cfg))
-        return f"no change of one or two settings fits; the run {missing}"
+        layouts = "; ratchet plan --suggest tries whole layouts" if isinstance(cfg, Config) and not resume else ""
+        return f"no change of one or two settings fits; the run {missing}{layouts}"
 
     def _cache_holds(self, cfg: AnyConfig) -> bool:
         """True if an engine's KV cache has room for one sequence, as far as that is known."""

@@ -94,8 +94,8 @@ def _first_choices(
 
 
 def _given_counts(tree: Mapping[str, Any]) -> Layout:
-    """Numbers of processes that the config gives, and that a layout decides anew."""
-    anew: Layout = {
+    """Numbers of processes in the config. A layout replaces them."""
+    replaced: Layout = {
         "generators.max": (None, "as many as generators.min"),
         "reference.min": (1, "one process serves all"),
         "reference.max": (None, "one process serves all"),
@@ -103,7 +103,7 @@ def _given_counts(tree: Mapping[str, Any]) -> Layout:
         "reward.max": (None, "one process serves all"),
         "learner.min_ranks": (None, "all ranks are there"),
     }
-    return {key: entry for key, entry in anew.items() if key.split(".")[1] in tree.get(key.split(".")[0], {})}
+    return {key: entry for key, entry in replaced.items() if key.split(".")[1] in tree.get(key.split(".")[0], {})}
 
 
 def _plans(

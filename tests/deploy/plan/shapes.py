@@ -62,7 +62,7 @@ CONFIGS = {
     },
 }
 MACHINES = {
-    "2 cores": [Node("n", 2, 0, 6 * GIB)],
+    "2 cores": [Node("n", 2, 0, 12 * GIB)],
     "1 x 24 GB": [Node("n", 8, 1, 46 * GIB, 24 * GIB)],
     "1 x 80 GB": [Node("n", 16, 1, 190 * GIB, 80 * GIB)],
     "8 x 80 GB": [Node("n", 64, 8, 510 * GIB, 80 * GIB)],
