@@ -97,6 +97,16 @@ def plan(
     cpus: Annotated[float | None, typer.Option(min=1, metavar="N", help="CPU cores of each node.")] = None,
     memory: Annotated[float | None, typer.Option(min=1, metavar="GIB", help="Memory of each node.")] = None,
     address: Address = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help="Measured rates for the seconds of a step: h100, or a file. Repeatable."),
+    ] = None,
+    prompt_tokens: Annotated[
+        float | None, typer.Option(min=1, metavar="N", help="Tokens of a typical prompt. Left out: the longest.")
+    ] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(min=1, metavar="N", help="Tokens of a typical response. Left out: the longest.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     suggest: Annotated[bool, typer.Option("--suggest", help="Print a config that fits these machines.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --suggest: write it to this new file.")] = None,
@@ -110,10 +120,12 @@ def plan(
     find_modules_of(path, path.parent)
     from deploy.plan.command import run_plan, run_suggest
     from deploy.plan.machines import Described
+    from deploy.plan.step import Typical
 
     described = Described(nodes, gpus, gpu_memory, cpus, memory)
     if not suggest:
-        sys.exit(run_plan(cfg, described, as_json=as_json))
+        typical = Typical(rate or (), prompt_tokens, response_tokens)
+        sys.exit(run_plan(cfg, described, typical=typical, as_json=as_json))
     tree = with_preset(preset, given, lambda settings: given_settings(path, settings))
     fixed = [setting.partition("=")[0] for setting in settings or []]
     sys.exit(run_suggest(tree, described, f"ratchet {' '.join(' '.join(sys.argv[1:]).split())}", fixed=fixed, out=out))

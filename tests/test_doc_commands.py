@@ -57,6 +57,7 @@ OTHER = {
     "make check": "CI",
     ".ci/run": "CI",
     "diff <(python -m tests.digest ": "tests/test_digest.py",
+    "python -m tests.bench.rates": "tests/deploy/plan/test_rates.py",
     "export RAY_AUTH_MODE=token": "a cluster",
     "ray start --head": "a cluster",
     "pip wheel ": "tests/test_wheel.py",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from deploy.plan.object_store import LEAST_MIB, listed, sized
 from deploy.plan.placement import Node
 from deploy.plan.plan import Plan, make_plan
 from deploy.plan.planner import Planner
+from deploy.plan.step import Typical, plan_step
+from deploy.plan.step_table import seconds_tables, traffic_table
 from deploy.plan.suggest import DoesNotFit, suggest
 from deploy.plan.table import memory_by_parts, size, who_runs_where
 from deploy.screen.console import Output
@@ -64,17 +66,18 @@ class Section:
     shown: Sequence[RenderableType]
 
 
-def run_plan(cfg: Config, described: Described, *, as_json: bool = False) -> int:
+def run_plan(cfg: Config, described: Described, *, typical: Typical | None = None, as_json: bool = False) -> int:
     """Prints the plan of a run. Returns the exit code: 0 if it fits, 1 if not. Raises UserError."""
+    typical = typical or Typical()
+    typical.check()
     models = Models.of(cfg)
     check_kv_cache(cfg.generators, models.policy, max_tokens=cfg.max_sequence_tokens)
     if described:
         described.check()
     with machines(described, cfg.ray, store_mib(cfg, models)) as nodes:
         plan = make_plan(cfg, nodes, models.phases, trains=models.policy)
-    sections = plan_sections(
-        plan, models, remedy=None if plan.fits else models.planner(cfg, described, nodes).remedy(cfg)
-    )
+    remedy = None if plan.fits else models.planner(cfg, described, nodes).remedy(cfg)
+    sections = plan_sections(plan, models, typical, remedy)
     if as_json:
         print(json.dumps({section.key: section.data for section in sections}, indent=2))
     else:
@@ -120,10 +123,11 @@ def store_mib(cfg: Config, models: Models) -> int:
     return sized(cfg.ray, [need.store for need in processes]).object_store_mib or LEAST_MIB
 
 
-def plan_sections(plan: Plan[Config], models: Models, remedy: str | None = None) -> list[Section]:
+def plan_sections(plan: Plan[Config], models: Models, typical: Typical, remedy: str | None = None) -> list[Section]:
     """The parts of the plan in the order of the screen. `remedy`: what would make it fit."""
     remedies = [] if remedy is None else [Section("remedy", remedy, [f"{remedy[0].upper()}{remedy[1:]}."])]
-    return [_memory(plan), _stores(plan), _verdict(plan), *remedies]
+    step = _step(plan, models, typical) if plan.fits else []
+    return [_memory(plan), _stores(plan), *step, _verdict(plan), *remedies]
 
 
 def _memory(plan: Plan[Config]) -> Section:
@@ -158,6 +162,14 @@ def _stores(plan: Plan[Config]) -> Section:
         stores["another node with generators"] = generators[0].store
     lines = [f"Object store of {where}: {size(sum(s.values()))} for {listed(s)}" for where, s in stores.items()]
     return Section("object_stores", {where: dict(store) for where, store in stores.items()}, lines)
+
+
+def _step(plan: Plan[Config], models: Models, typical: Typical) -> list[Section]:
+    seconds, flows = plan_step(plan, models.policy, typical)
+    return [
+        Section("seconds", asdict(seconds), seconds_tables(seconds)),
+        Section("traffic", [asdict(flow) for flow in flows], [traffic_table(flows)]),
+    ]
 
 
 def _verdict(plan: Plan[Config]) -> Section:

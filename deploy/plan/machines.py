@@ -15,6 +15,7 @@ from deploy.plan.placement import Node
 # Memory of a described node that no role gets, bytes: the operating system, Ray's own processes (0.7 GiB on the
 # cluster's first node, measured), and the driver (0.8 GiB).
 SYSTEM = 2 * GIB
+THIS_MACHINE = "this machine"  # the name of its node
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def this_machine(store_mib: int) -> Node:
 
     gpus = get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators()
     return Node(
-        "this machine",
+        THIS_MACHINE,
         get_num_cpus(),
         _visible(gpus),
         estimate_available_memory() - store_mib * MIB,

@@ -7,7 +7,9 @@ that `ratchet plan --rate FILE` takes.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,6 +54,7 @@ class Rates:
     publish_whole: bool = True  # False: the rate is of packing alone, so a publication takes longer
     optimizer_bytes_per_s: float | None = None  # None: the optimizer's time is in the rate of training
     gain: float = 1.0  # of each further thread, as a share of the first one's rate
+    device_name: str = ""  # a part of the name that such a device has, see `own_devices`
 
     def threads(self, count: int) -> float:
         """How many times as fast this many threads are."""
@@ -60,7 +63,8 @@ class Rates:
 
 def speed(measured: Sequence[Speed], *, parameters: int, tokens: float) -> Speed:
     """The measurement to take for a model and passes of this size: the largest model that is not larger, then the most
-    tokens that are not more; else the smallest. Rates rise with both sizes, so the estimate is on the slow side."""
+    tokens that are not more; else the smallest. Rates rise with both sizes. So the estimate is on the slow side, but
+    too fast for less than the smallest."""
     sizes = {one.parameters for one in measured}
     size = max((size for size in sizes if size <= parameters), default=min(sizes))
     rows = sorted((one for one in measured if one.parameters == size), key=lambda one: one.tokens)
@@ -88,8 +92,25 @@ H100 = Rates(
     decoding=Decoding(989e12, 989e12, 3.35e12, data_sheet=True),
     publish_bytes_per_s=13.5e9 / 1.95,
     publish_whole=False,
+    device_name="H100",
 )
-KINDS = {rates.kind: rates for rates in (H100,)}
+ZEN5_CORE = Rates(
+    kind="zen5-core",
+    device="cpu",
+    origin=(
+        "measured with SmolLM2-135M on a virtual machine with two cores of an AMD EPYC (family 26), 2026-11-26, in CPU "
+        "seconds of one thread next to other programs; publication and the gain of a second thread are from "
+        "docs/performance.md"
+    ),
+    passes=(Speed(134_515_008, 512, 230e9),),
+    training=(Speed(134_515_008, 512, 241e9),),
+    decoding=Decoding(prefill_per_s=316e9, decode_per_s=198e9, read_bytes_per_s=15.1e9),
+    publish_bytes_per_s=269e6 / 0.24,
+    optimizer_bytes_per_s=49e9,
+    gain=0.8,
+    device_name="AuthenticAMD family 26",
+)
+KINDS = {rates.kind: rates for rates in (H100, ZEN5_CORE)}
 
 
 def find_rates(names: Sequence[str]) -> dict[str, Rates]:
@@ -104,6 +125,30 @@ def find_rates(names: Sequence[str]) -> dict[str, Rates]:
                 "GPUs and one for CPUs at most"
             )
         found[rates.device] = rates
+    return found
+
+
+def own_rates() -> dict[str, Rates]:
+    """The rates of this machine's devices, by device, where a kind with that name was measured."""
+    names = own_devices()
+    return {
+        rates.device: rates
+        for rates in KINDS.values()
+        if rates.device_name and rates.device_name in names.get(rates.device, "")
+    }
+
+
+def own_devices() -> dict[str, str]:
+    """The names of this machine's CPU (vendor and family: many kinds have one model name) and of its first GPU."""
+    found = {}
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        values = [next(line for line in lines if line.startswith(key)) for key in ("vendor_id", "cpu family")]
+        found["cpu"] = " family ".join(value.partition(":")[2].strip() for value in values)
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        found["gpu"] = answer.partition("\n")[0]
     return found
 
 

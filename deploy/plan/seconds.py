@@ -155,9 +155,11 @@ def _learn(cfg: Config, model: ModelSize, lengths: Lengths, rates: Mapping[str, 
     measured = speed(found.training, parameters=model.parameters, tokens=done.pass_tokens)
     training = done.training / ranks / measured.per_s / _threads(learner, found)
     several = ranks > 1
+    small = done.pass_tokens < 0.9 * measured.tokens  # its rate is lower than any that was measured
+    at_least = several or small
     parts = [
-        Phase("old log-probabilities", before, "passes without gradients", several, part=True),
-        Phase("passes", training, f"forward and backward, {done.pass_tokens:.0f} tokens each", several, part=True),
+        Phase("old log-probabilities", before, "passes without gradients", at_least, part=True),
+        Phase("passes", training, f"forward and backward, {done.pass_tokens:.0f} tokens each", at_least, part=True),
     ]
     if found.optimizer_bytes_per_s is not None:
         # Its time is that of the memory: more threads do not help.
@@ -166,7 +168,9 @@ def _learn(cfg: Config, model: ModelSize, lengths: Lengths, rates: Mapping[str, 
     detail = f"rates of a model with {measured.parameters / 1e6:,.0f}M weights"
     if several:
         detail += f"; {ranks} ranks, whose exchange of weights and gradients was not measured"
-    return [Phase("learn", sum(part.seconds or 0 for part in parts), detail, several), *parts]
+    if small:
+        detail += f"; passes of at least {measured.tokens:,} tokens were measured, and smaller ones are slower"
+    return [Phase("learn", sum(part.seconds or 0 for part in parts), detail, at_least), *parts]
 
 
 def _publish(cfg: Config, model: ModelSize, rates: Mapping[str, Rates]) -> Phase:

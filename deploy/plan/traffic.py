@@ -13,12 +13,21 @@ from math import ceil
 from common.config.ppo import Config
 from common.memory import BYTES_PER_TOKEN
 from common.model.size import ModelSize
+from deploy.plan.placement import Placement
 from deploy.plan.work import Lengths, published_bytes, update
 
 INLINE = 100 * 1024  # bytes; Ray sends smaller results of calls with the answer, through the process that called
 CREDIT_BYTES = 45  # of a response token in the credit table: eleven float32 numbers and a flag
 
-Homes = Mapping[str, Sequence[int]]  # by section of the config: the node of each of its processes, by index
+Homes = Mapping[str, Sequence[int]]  # by section of the config: the node of each of its processes, the first one first
+
+
+def homes(placement: Placement) -> Homes:
+    """The nodes of all processes that have a place."""
+    found: dict[str, list[int]] = {}
+    for place in sorted(placement.places, key=lambda p: (len(p.need.name), p.need.name)):  # ...(9) before ...(10)
+        found.setdefault(place.need.section, []).append(place.node)
+    return found
 
 
 @dataclass(frozen=True)
@@ -31,15 +40,15 @@ class Flow:
     detail: str = ""
 
 
-def traffic(cfg: Config, model: ModelSize, homes: Homes, *, lengths: Lengths | None = None) -> list[Flow]:
+def traffic(cfg: Config, model: ModelSize, nodes: Homes, *, lengths: Lengths | None = None) -> list[Flow]:
     """The flows of a step with rollouts of these lengths; by default, the longest ones."""
     lengths = lengths or Lengths.longest(cfg)
-    ranks = homes["learner"]
+    ranks = nodes["learner"]
     flows = [
-        _weights(cfg, model, homes),
-        _rollouts(cfg, homes, lengths),
-        _reference(cfg, homes, lengths),
-        _batch(cfg, homes, lengths),
+        _weights(cfg, model, nodes),
+        _rollouts(cfg, nodes, lengths),
+        _reference(cfg, nodes, lengths),
+        _batch(cfg, nodes, lengths),
     ]
     if cfg.credit.every:
         credit = CREDIT_BYTES * cfg.rollouts_per_step * lengths.response
@@ -48,7 +57,7 @@ def traffic(cfg: Config, model: ModelSize, homes: Homes, *, lengths: Lengths | N
         flows.append(_exchange(cfg, model, ranks, lengths))
     if cfg.prompts.heldout and cfg.evaluation.prompts and cfg.evaluation.every:
         answers = BYTES_PER_TOKEN * cfg.evaluation.prompts * lengths.whole
-        away = answers * _away(homes["generators"], [ranks[0]])
+        away = answers * _away(nodes["generators"], [ranks[0]])
         flows.append(Flow("evaluation", answers, away, _every(cfg.evaluation.every)))
     return flows
 
@@ -57,37 +66,37 @@ def _every(steps: int) -> str:
     return "in each step" if steps == 1 else f"in one of {steps} steps"
 
 
-def _weights(cfg: Config, model: ModelSize, homes: Homes) -> Flow:
+def _weights(cfg: Config, model: ModelSize, nodes: Homes) -> Flow:
     """Rank 0 puts one set into its store; every other node with generators fetches it once."""
-    size, home = published_bytes(model), homes["learner"][0]
-    others = len(set(homes["generators"]) - {home})
+    size, home = published_bytes(model), nodes["learner"][0]
+    others = len(set(nodes["generators"]) - {home})
     detail = f"to {others} other node(s) with generators"
     if cfg.generators.updates == "changes":
         detail += "; far fewer bytes where few values change"
     return Flow("weights", size, others * size, detail)
 
 
-def _rollouts(cfg: Config, homes: Homes, lengths: Lengths) -> Flow:
+def _rollouts(cfg: Config, nodes: Homes, lengths: Lengths) -> Flow:
     """Each goes to a reward replica, to a reference replica and, with its batch, to the driver."""
     one = BYTES_PER_TOKEN * lengths.whole
-    batch, driver = cfg.rollouts_per_step * one, homes["learner"][0]
-    readers = [homes.get("reward", ()), homes.get("reference", ()), [driver]]
-    between = batch * sum(_away(homes["generators"], nodes) for nodes in readers if nodes)
+    batch, driver = cfg.rollouts_per_step * one, nodes["learner"][0]
+    readers = [nodes.get("reward", ()), nodes.get("reference", ()), [driver]]
+    between = batch * sum(_away(nodes["generators"], places) for places in readers if places)
     small = "; small ones travel inside Ray's messages" if one < INLINE else ""
     return Flow("rollouts", batch, between, f"{cfg.rollouts_per_step} of {one / 1000:.3g} kB{small}")
 
 
-def _reference(cfg: Config, homes: Homes, lengths: Lengths) -> Flow:
+def _reference(cfg: Config, nodes: Homes, lengths: Lengths) -> Flow:
     measured = 4 * cfg.rollouts_per_step * lengths.response
-    nodes = homes.get("reference", ())
-    away = _away(nodes, [homes["learner"][0]]) if nodes else 0
+    replicas = nodes.get("reference", ())
+    away = _away(replicas, [nodes["learner"][0]]) if replicas else 0
     return Flow("reference log-probabilities", measured, measured * away)
 
 
-def _batch(cfg: Config, homes: Homes, lengths: Lengths) -> Flow:
+def _batch(cfg: Config, nodes: Homes, lengths: Lengths) -> Flow:
     """The driver puts the table into its store; every other node with ranks fetches it once."""
     table = BYTES_PER_TOKEN * cfg.rollouts_per_step * lengths.whole
-    others = len(set(homes["learner"])) - 1
+    others = len(set(nodes["learner"])) - 1
     return Flow("batch", table, others * table, f"to {others} other node(s) with ranks")
 
 

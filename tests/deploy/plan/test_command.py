@@ -126,3 +126,32 @@ def test_described_nodes_keep_room_for_the_system_and_the_object_store():
 
 def test_numbers_are_listed_as_ranges():
     assert numbers([0, 1, 2, 3, 6, 8, 9]) == "0-3, 6, 8-9"
+
+
+def test_a_plan_that_fits_has_seconds_and_data_of_a_step(model, tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "run.toml", **ROLES, max_staleness=1)
+    given = (path, f"model.path={model}", *CLUSTER, "--json")
+    code, shown = plan(capsys, monkeypatch, *given, "--rate", "h100", "--prompt-tokens", 100, "--response-tokens", 50)
+    found = json.loads(shown)
+    assert code == 0
+    assert found["seconds"]["lengths"] == {"prompt": 100, "response": 50}
+    phases = {phase["name"]: phase for phase in found["seconds"]["phases"]}
+    assert phases["generate"]["at_least"]  # vLLM was not measured on this card
+    [weights, *_] = found["traffic"]
+    assert (weights["stores"], weights["between"]) == (269_030_016, 269_030_016)  # one other node has generators
+    assert "score" in phases
+
+    _, shown = plan(capsys, monkeypatch, *given)
+    assert json.loads(shown)["seconds"]["step"]["seconds"] is None  # nobody says what GPUs these are
+    _, shown = plan(capsys, monkeypatch, *given[:-1], "--rate", "h100")
+    assert "Seconds of a step" in shown
+    assert "Rates of h100: passes, updates and packing measured on one NVIDIA H100" in " ".join(shown.split())
+
+
+def test_a_kind_without_rates_is_refused_with_the_list(model, tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "run.toml")
+    monkeypatch.setattr("sys.argv", ["ratchet", "plan", str(path), f"model.path={model}", "--rate", "b300"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "h100, zen5-core" in " ".join(capsys.readouterr().err.split())

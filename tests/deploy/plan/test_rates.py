@@ -1,11 +1,15 @@
 """Rates: which measurement counts, what `--rate` takes, and the file that a measurement writes."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import TypeAdapter
 
+from common.config.loading import load_config
+from common.config.ppo import Config
 from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.plan.rates import H100, KINDS, Decoding, Rates, Speed, find_rates, speed
+from deploy.plan.rates import H100, KINDS, ZEN5_CORE, Decoding, Rates, Speed, find_rates, own_rates, speed
 from deploy.plan.seconds import step_seconds
 from deploy.plan.work import Lengths
 from tests.bench.batch import config
@@ -57,6 +61,24 @@ def test_the_rates_of_an_h100_give_back_its_measured_updates(size, tokens, secon
     assert learn.seconds == pytest.approx(seconds, rel=0.03)  # lengths of one size have less attention
 
 
+# Medians of the steps after the first of two runs on the machine of zen5-core, next to other programs: the config, the
+# tokens of its prompts and responses, and seconds.
+RECORDED = {
+    "larger": (18.0, 6.97, {"generate": 1.66, "score": 1.08, "learn": 5.55, "publish": 0.23, "step": 8.53}),
+    "reviews": (13.3, 15.9, {"generate": 2.03, "score": 1.58, "learn": 15.5, "publish": 0.21, "step": 19.3}),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_shipped_config_takes_about_the_seconds_of_recorded_steps(name):
+    prompt, response, recorded = RECORDED[name]
+    cfg = load_config(Path(f"deploy/configs/{name}.toml"), [], Config)
+    found = step_seconds(cfg, SMOL, [], {"cpu": ZEN5_CORE}, lengths=Lengths(prompt, response), cores=2)
+    seconds = {phase.name: phase.seconds for phase in (*found.phases, found.step)}
+    assert {key: seconds[key] for key in recorded} == pytest.approx(recorded, rel=0.5)  # docs/plan.md says why
+    assert seconds["step"] == pytest.approx(recorded["step"], rel=0.25)
+
+
 def test_a_rate_is_named_by_its_kind_or_its_file(tmp_path):
     file = tmp_path / "rates.json"
     file.write_bytes(TypeAdapter(Rates).dump_json(made()))
@@ -70,6 +92,13 @@ def test_a_rate_that_is_not_known_is_refused_with_the_list(tmp_path):
     (tmp_path / "other.json").write_text('{"kind": "own"}')
     with pytest.raises(UserError, match="cannot be read as one"):
         find_rates([str(tmp_path / "other.json")])
+
+
+def test_this_machine_has_the_rates_of_devices_with_its_names(monkeypatch):
+    monkeypatch.setattr("deploy.plan.rates.own_devices", lambda: {"cpu": "AuthenticAMD family 26", "gpu": "NVIDIA A10"})
+    assert own_rates() == {"cpu": ZEN5_CORE}
+    monkeypatch.setattr("deploy.plan.rates.own_devices", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
+    assert own_rates() == {"gpu": H100}
 
 
 def test_two_rates_of_one_device_are_refused(tmp_path):

@@ -125,3 +125,10 @@ def test_several_ranks_take_at_least_their_share():
     seconds, least = plan(GPU, **{**ON_GPUS, "learner": {"gpus": 1, "ranks": 4}})
     assert seconds["learn"] == pytest.approx((LEARN - 1600) / 4)
     assert least == {"learn", "old log-probabilities", "passes", "step"}
+
+
+def test_smaller_passes_than_measured_take_at_least_their_seconds():
+    few = Rates(**{**vars(CPU), "training": (Speed(1000, 512, 500.0),)})
+    seconds, least = plan(few)
+    assert seconds["learn"] == pytest.approx(LEARN)
+    assert "learn" in least

@@ -4,7 +4,9 @@ import pytest
 
 from common.credit_table import DERIVED_SCHEMA
 from common.model.size import ModelSize
-from deploy.plan.traffic import CREDIT_BYTES, traffic
+from deploy.plan.needs import Need
+from deploy.plan.placement import Place, Placement
+from deploy.plan.traffic import CREDIT_BYTES, homes, traffic
 from deploy.plan.work import Lengths
 from tests.bench.batch import config
 
@@ -12,10 +14,16 @@ SIZE = ModelSize(parameters=1000, layers=2, hidden=10, heads=2, kv_heads=1, head
 HOMES = {"learner": [0, 0, 1, 1], "generators": [0, 1, 2, 2], "reward": [0], "reference": [1, 2]}
 
 
-def flows(homes=HOMES, **sections):
-    tree = {"rollouts_per_step": 8, "learner": {"ranks": len(homes["learner"]), "micro_batch_tokens": 40}}
-    found = traffic(config("", **(tree | sections)), SIZE, homes, lengths=Lengths(30, 10))
+def flows(nodes=HOMES, **sections):
+    tree = {"rollouts_per_step": 8, "learner": {"ranks": len(nodes["learner"]), "micro_batch_tokens": 40}}
+    found = traffic(config("", **(tree | sections)), SIZE, nodes, lengths=Lengths(30, 10))
     return {flow.what: (flow.stores, flow.between) for flow in found}
+
+
+def test_the_nodes_of_a_placement_are_in_the_order_of_the_processes():
+    names = [("Generator(10)", "generators", 2), ("Generator(9)", "generators", 1), ("Learner(0)", "learner", 0)]
+    places = [Place(Need(name, section, 0, 0, {}), node) for name, section, node in names]
+    assert homes(Placement([], places, [])) == {"learner": [0], "generators": [1, 2]}
 
 
 def test_everything_on_one_node_sends_nothing():
@@ -56,8 +64,7 @@ def test_sharded_ranks_exchange_weights_and_gradients():
 
 
 def test_a_run_with_adapters_has_no_reference_replicas():
-    homes = {"learner": [0], "generators": [1], "reward": [0]}
-    found = flows(homes, learner={"lora": {"rank": 1}})
+    found = flows({"learner": [0], "generators": [1], "reward": [0]}, learner={"lora": {"rank": 1}})
     assert found["rollouts"] == (6400, 2 * 6400)
     assert found["reference log-probabilities"] == (320, 0)
 
