@@ -20,6 +20,7 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_whole
 from deploy.cluster import kuberay as objects
+from deploy.shipped import config_file
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write files that start a Ray cluster.")
 PLATFORMS = ("docker", "launcher", "slurm")  # the directories next to this file with files to be changed by hand
@@ -51,7 +52,7 @@ def _spot(given: list[str] | None) -> dict[str, str]:
 
 @app.command()
 def kuberay(
-    config: Annotated[Path, typer.Argument(help="The TOML file of the run.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file or shipped config.", callback=config_file)],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file's.")] = None,
     image: Annotated[str, typer.Option(help="Ratchet's image, as the machines find it.")] = "",
     to: Annotated[Path, typer.Option(help="Where claim.yaml, cluster.yaml and job.yaml go.")] = Path("kuberay"),
@@ -119,7 +120,7 @@ def kuberay(
     except OSError as error:
         raise UserError(f"{to} cannot be written ({error.strerror}); name another directory with --to") from None
     written = {file: quote(str(to / file)) for file in documents}
-    submit = ["ratchet", "submit", str(config), *objects.labels_for_submit(), "--run", str(place / "runs" / "NEW")]
+    submit = ["ratchet", "submit", str(config), *objects.settings_for_submit(), "--run", str(place / "runs" / "NEW")]
     typer.echo(
         f"storage, once:    kubectl apply -f {written['claim.yaml']}\n"
         f"one run:          kubectl apply -f {written['job.yaml']}\n"

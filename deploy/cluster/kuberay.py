@@ -17,7 +17,7 @@ has handed over its unfinished responses (docs/elasticity.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import PurePosixPath
@@ -106,8 +106,9 @@ def check(cfg: Config, values: Values) -> None:
 
 
 def config_of_job(cfg: Config) -> str:
-    """The config as TOML, with each role in its group."""
+    """The config as TOML, with each role in its group. Generators may wait for pods."""
     tree = cfg.model_dump(exclude_none=True, mode="json")
+    tree["ray"]["autoscaler"] = True
     for section, group in GROUPS.items():
         tree[section]["labels"] = {**tree[section]["labels"], "group": group}
     return tomli_w.dumps(tree)
@@ -249,6 +250,6 @@ def _container(group: str, machine: Machine, values: Values, *, spot: bool, file
     return container
 
 
-def labels_for_submit() -> Iterable[str]:
-    """The settings with which a submitted run puts each role into its group."""
-    return (f"{section}.labels.group={group}" for section, group in GROUPS.items())
+def settings_for_submit() -> list[str]:
+    """What a submitted run needs to know of the cluster, as settings."""
+    return ["ray.autoscaler=true", *(f"{section}.labels.group={group}" for section, group in GROUPS.items())]

@@ -34,8 +34,17 @@ SETTINGS = (
 def write(tmp_path, invoke, *options):
     """The objects of each file that the command writes."""
     to = tmp_path / "out"
-    config = ROOT / "deploy" / "configs" / "single-response-async.toml"
-    invoke("cluster", "kuberay", config, *SETTINGS, "--image", "registry/ratchet:gpu", "--to", to, *options)
+    invoke(
+        "cluster",
+        "kuberay",
+        "single-response-async",
+        *SETTINGS,
+        "--image",
+        "registry/ratchet:gpu",
+        "--to",
+        to,
+        *options,
+    )
     return {path.stem: list(yaml.safe_load_all(path.read_text())) for path in to.iterdir()}
 
 
@@ -152,7 +161,7 @@ def test_the_job_begins_a_run_once_and_then_continues_it(written, tmp_path):
     assert start() == f"train --resume {run} --restarts 3\n"
 
 
-def test_the_jobs_config_differs_only_in_the_roles_groups(written, tmp_path):
+def test_the_jobs_config_differs_only_in_groups_and_autoscaler(written, tmp_path):
     text = written["job"][0]["data"]["config.toml"]
     path = ROOT / "deploy" / "configs" / "single-response-async.toml"
     expected = load_config(path, SETTINGS, Config, keep_relative=True).model_dump(exclude_none=True, mode="json")
@@ -162,6 +171,7 @@ def test_the_jobs_config_differs_only_in_the_roles_groups(written, tmp_path):
         "generators": {"group": "generators"}, "learner": {"group": "learner"}, "reference": {"group": "learner"},
         "reward": {"group": "learner"},
     }  # fmt: skip
+    assert (found["ray"].pop("autoscaler"), expected["ray"].pop("autoscaler")) == (True, False)
     for section in labels:
         assert expected[section].pop("labels") == {}
     assert found == expected
