@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.config.description import describe
 from common.config.overrides import apply_override, as_overrides
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
@@ -12,6 +13,7 @@ from common.errors import UserError
 from common.memory import GIB
 from common.model.size import ModelSize
 from deploy.plan.change import Change, changed, changes, smallest_change
+from deploy.plan.ladders import LADDERS
 from deploy.plan.missing import missing_hardware
 from deploy.plan.placement import Node
 from tests.deploy.plan.shapes import planner
@@ -133,6 +135,26 @@ def test_every_ladder_goes_from_the_smallest_change_to_the_largest():
     sequence = 768 * 2 * 28 * 2 * 128 * 2  # bytes of keys and values of the longest sequence, 21 MiB
     assert by_first["generators.kv_cache_mib"] == [2000, 1000, 500, 250, 125, 62, 31, -(-sequence >> 20)]
     assert by_first["sampling.max_new_tokens"] == [128, 64]
+
+
+def test_every_ladder_changes_settings_that_exist():
+    source = {"name": "s", "model": "m", "max_batch_tokens": 8192}
+    on_gpu = {"gpus": 0.5, "cpus": 2, "min": 2}
+    sections = {
+        "learner": {"gpus": 0.5, "cpus": 2, "micro_batch_tokens": 4096, "precision": "fp32", "critic": "separate"},
+        "generators": {**on_gpu, "kv_cache_mib": 4000, "dtype": "float32", "updates": "changes", "sleep": False},
+        "reference": {**on_gpu, "dtype": "float32"},
+        "reward": {**on_gpu, "sources": [source]},
+    }
+    several = Config.model_validate(tree(**sections))
+    ranks = Config.model_validate(tree(learner={"ranks": 4, "gpus": 1, "min_ranks": 2}))
+    labeller = PairSamplingConfig.model_validate({"prompts": {"source": "t"}, "labeller": sections["reward"]})
+    found = [changes(cfg, QWEN_1_5B) for cfg in (several, ranks, labeller)]
+    keys = {key for ladders in found for ladder in ladders for change in ladder for key in change.settings}
+    known = {setting.key for root in (Config, PairSamplingConfig) for setting in describe(root)}
+    assert {key.replace(".0.", "[].") for key in keys} <= known
+    used = {effect for ladders in found for ladder in ladders for effect in {change.effect for change in ladder}}
+    assert used == {effect for effect, _ in LADDERS}  # every kind of change is tried here
 
 
 @pytest.mark.parametrize(
