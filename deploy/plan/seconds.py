@@ -15,7 +15,7 @@ from common.config.ppo import Config
 from common.config.sources import ModelSourceConfig
 from common.model.size import ModelSize
 from deploy.plan import work
-from deploy.plan.rates import KINDS, Rates, speed
+from deploy.plan.rates import KINDS, Rates, Speed, speed
 from deploy.plan.work import Lengths
 
 
@@ -118,6 +118,7 @@ def _score(
         return Phase("score", None, missing)
     measured = work.measuring(cfg, model, lengths) / replicas
     seconds = [_passes(measured, model, measurer, rates, tokens=budget)]
+    measured_at = speed(rates[_device(measurer)].passes, parameters=model.parameters, tokens=budget)
     detail = "reference" if not lora else "the learner without its adapters is the reference"
     if reward_models:
         if missing := _missing(cfg.reward, rates, float32=any(source.dtype == "float32" for source in sources)):
@@ -133,7 +134,7 @@ def _score(
     detail += "; less where it overlaps with generation"
     if len(reward_models) < len(cfg.reward.sources):
         detail += "; reward functions and services are not counted"
-    return Phase("score", max(seconds), detail)
+    return Phase("score", max(seconds), detail, _too_small(measured_at, budget))
 
 
 def _passes(
@@ -143,6 +144,11 @@ def _passes(
     found = rates[_device(section)]
     rate = speed(found.passes, parameters=model.parameters, tokens=tokens).per_s
     return operations / rate / _threads(section, found)
+
+
+def _too_small(measured: Speed, tokens: float) -> bool:
+    """True if passes have fewer tokens than any that were measured: their rate is lower."""
+    return tokens < 0.9 * measured.tokens
 
 
 def _learn(cfg: Config, model: ModelSize, lengths: Lengths, rates: Mapping[str, Rates]) -> list[Phase]:
@@ -155,7 +161,7 @@ def _learn(cfg: Config, model: ModelSize, lengths: Lengths, rates: Mapping[str, 
     measured = speed(found.training, parameters=model.parameters, tokens=done.pass_tokens)
     training = done.training / ranks / measured.per_s / _threads(learner, found)
     several = ranks > 1
-    small = done.pass_tokens < 0.9 * measured.tokens  # its rate is lower than any that was measured
+    small = _too_small(measured, done.pass_tokens)
     at_least = several or small
     parts = [
         Phase("old log-probabilities", before, "passes without gradients", at_least, part=True),

@@ -36,7 +36,7 @@ from tests.bench.batch import MODEL, batch, config
 from tests.bench.fresh import call
 
 ROUNDS = 3
-CPU_BUDGETS, GPU_BUDGETS = (512,), (8192, 16384, 32768)  # tokens of a micro-batch
+CPU_BUDGETS, GPU_BUDGETS = (128, 512), (8192, 16384, 32768)  # tokens of a micro-batch
 CPU_ROWS: dict[str, int] = {"rollouts": 24, "shortest": 16, "longest": 128}
 GPU_ROWS: dict[str, int] = {"rollouts": 64, "shortest": 256, "longest": 1024}
 PROMPT, NEW = 64, 16  # tokens of a request to the engine
@@ -212,7 +212,7 @@ def measure(model: str, *, kind: str, gpu: bool, busy: bool) -> Rates:
     learned = [learn(1, budget) for budget in budgets]
     gain = 1.0
     if not gpu and not busy and (os.cpu_count() or 1) > 1:
-        gain = learn(2, budgets[0])["training"] / learned[0]["training"] - 1
+        gain = learn(2, budgets[-1])["training"] / learned[-1]["training"] - 1
     written = part("engine", model, gpu, busy, threads=1, worker=GeneratorsConfig(gpus=int(gpu)))
     sent = None if gpu else part("publication")
     return Rates(

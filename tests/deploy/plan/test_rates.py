@@ -8,12 +8,13 @@ from pydantic import TypeAdapter
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
-from common.model.size import ModelSize
+from common.model.size import ModelSize, model_size
 from deploy.plan.rates import H100, KINDS, ZEN5_CORE, Decoding, Rates, Speed, find_rates, own_rates, speed
 from deploy.plan.seconds import step_seconds
 from deploy.plan.work import Lengths
 from tests.bench.batch import config
-from tests.bench.rates import decoding
+from tests.bench.rates import decoding, learning
+from tests.fakes import save_tiny_model
 
 LLAMA_1B = ModelSize(1_235_814_400, 16, 2048, 32, 8, 64, 128256, 131072)
 SMOL = ModelSize(134_515_008, 30, 576, 9, 3, 64, 49152, 2048)
@@ -106,6 +107,19 @@ def test_two_rates_of_one_device_are_refused(tmp_path):
     file.write_bytes(TypeAdapter(Rates).dump_json(made(device="gpu")))
     with pytest.raises(UserError, match="both rates of a gpu"):
         find_rates(["h100", str(file)])
+
+
+def test_the_rates_of_an_update_are_its_work_over_the_seconds_of_a_clock(tmp_path, monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr("tests.bench.rates.clock", lambda busy: lambda: next(ticks))  # a second at each look
+    model = save_tiny_model(tmp_path)
+    found = learning(str(model), False, 1, 512, True)
+    # 24 rollouts with 36 + 36 tokens; two layers with two heads of 32; the output embedding has 64 rows of 64.
+    weights = model_size(model).parameters - 64 * 64
+    forward = 24 * (2 * weights * 72 + 2 * 64 * 64 * 36 + 2 * 2 * 2 * 32 * 72**2)
+    assert found["passes"] == forward / 1  # two looks at the clock
+    assert found["training"] == 3 * forward / 4  # what is left of seven seconds after 1 + 2
+    assert found["optimizer"] == 2 * 40 * (weights + 64 * 64) / 2  # two steps
 
 
 def test_rates_of_an_engine_solve_for_the_measured_seconds():

@@ -128,7 +128,9 @@ def test_several_ranks_take_at_least_their_share():
 
 
 def test_smaller_passes_than_measured_take_at_least_their_seconds():
-    few = Rates(**{**vars(CPU), "training": (Speed(1000, 512, 500.0),)})
+    few = Rates(**{**vars(CPU), "training": (Speed(1000, 512, 500.0),), "passes": (Speed(1000, 512, 1000.0),)})
     seconds, least = plan(few)
     assert seconds["learn"] == pytest.approx(LEARN)
-    assert "learn" in least
+    assert {"learn", "step"} < least
+    assert "score" not in least  # its passes have up to 4,096 tokens
+    assert "score" in plan(few, reference={"max_batch_tokens": 256})[1]
