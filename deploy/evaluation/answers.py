@@ -29,8 +29,7 @@ from common.experience_table import Decode
 from common.files import read_record, sync_directory, write_durably
 from common.types import HELDOUT_EPOCH, Prompt, Rollout, SampleId, Score, Void
 from deploy.run.directory import make_private
-from deploy.run.summary import score_record
-from learner.loop.answers import Answered
+from learner.loop.answers import Answered, score_record
 
 DIRECTORY, PROMPTS = "answers", "prompts.jsonl"
 _PLACE = re.compile(rb'\{"prompt": (\d{1,9}), "sample": (\d{1,9}),')

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from common.config.ppo import Config
 from common.files import read_records
 from common.types import Rollout, Score, Void
+from learner.loop.answers import score_record
 from learner.loop.evaluation import Evaluation, win_rate
 from learner.ppo.critic_quality import POSITIONS
 
@@ -67,16 +68,6 @@ def write_answers(
                 **score_record(score),
             }
             file.write(json.dumps(record) + "\n")
-
-
-def score_record(score: Score | Void) -> dict[str, Any]:
-    """The score of an answer as a file of answers has it, or the reason why there is none."""
-    if isinstance(score, Void):
-        return {"void": score.reason}
-    record = {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
-    if score.judge_voids:
-        record["judge_voids"] = {judge: void.reason for judge, void in score.judge_voids.items()}
-    return record
 
 
 def _critic(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

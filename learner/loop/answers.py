@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,3 +57,13 @@ async def answer(
 
 async def _unmeasured() -> tuple[None, bool]:
     return None, True
+
+
+def score_record(score: Score | Void) -> dict[str, Any]:
+    """The score of an answer as a file of answers has it, or the reason why there is none."""
+    if isinstance(score, Void):
+        return {"void": score.reason}
+    record = {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}
+    if score.judge_voids:
+        record["judge_voids"] = {judge: void.reason for judge, void in score.judge_voids.items()}
+    return record
