@@ -1,1 +1,4 @@
-"""Finds or starts, joins and leaves the Ray cluster. Runs in the driver."""
+"""The Ray cluster of a command: finds or starts, joins and leaves it. Runs in the driver.
+
+docker/, launcher/, slurm/ and kuberay.py are for people: they start clusters elsewhere (docs/clusters.md).
+"""
