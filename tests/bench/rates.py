@@ -36,7 +36,7 @@ from tests.bench.batch import MODEL, batch, config
 from tests.bench.fresh import call
 
 ROUNDS = 3
-CPU_BUDGETS, GPU_BUDGETS = (128, 512), (8192, 16384, 32768)  # tokens of a micro-batch
+CPU_BUDGETS, GPU_BUDGETS = (128, 256, 512), (8192, 16384, 32768)  # tokens of a micro-batch
 CPU_ROWS: dict[str, int] = {"rollouts": 24, "shortest": 16, "longest": 128}
 GPU_ROWS: dict[str, int] = {"rollouts": 64, "shortest": 256, "longest": 1024}
 PROMPT, NEW = 64, 16  # tokens of a request to the engine

@@ -76,8 +76,8 @@ def test_a_shipped_config_takes_about_the_seconds_of_recorded_steps(name):
     cfg = load_config(Path(f"deploy/configs/{name}.toml"), [], Config)
     found = step_seconds(cfg, SMOL, [], {"cpu": ZEN5_CORE}, lengths=Lengths(prompt, response), cores=2)
     seconds = {phase.name: phase.seconds for phase in (*found.phases, found.step)}
-    assert {key: seconds[key] for key in recorded} == pytest.approx(recorded, rel=0.5)  # docs/plan.md says why
-    assert seconds["step"] == pytest.approx(recorded["step"], rel=0.25)
+    assert {key: seconds[key] for key in recorded} == pytest.approx(recorded, rel=0.4)  # docs/plan.md says why
+    assert seconds["step"] == pytest.approx(recorded["step"], rel=0.2)
 
 
 def test_a_rate_is_named_by_its_kind_or_its_file(tmp_path):
