@@ -332,10 +332,11 @@ class Membership:
             return False
         states = ", ".join(f"{replica.name} {replica.state}" for replica in self.replicas) or "none"
         last = self._deaths.last_error
+        longer = "" if self._was_complete else ", raise ray.startup_timeout_s if nodes are still to come,"
         died = f"; the last one died of: {self.last_death}" if last else ""
         message = (
             f"{self.role}: for {limit_s:g} s only {ready} replicas were ready, but at least {self._cfg.min} (min) are "
-            f"needed; there are: {states}{died}. Give it room or lower min, and continue with --resume"
+            f"needed; there are: {states}{died}. Give it room{longer} or lower min, and continue with --resume"
         )
         self._fail(UserError(message), last)
         return True

@@ -384,7 +384,10 @@ def test_a_long_shortage_fails_every_caller_with_the_reason():
 def test_a_pool_without_room_fails_when_its_start_up_time_is_over():
     async def scenario():
         pool = Pool(LocalHost(Worker, room=0), Replicated())
-        with pytest.raises(UserError, match=r"for 0.1 s only 0 replicas were ready, .* Worker\(0\) pending"):
+        message = (
+            r"for 0.1 s only 0 replicas were ready, .* Worker\(0\) pending\. Give it room, raise ray\.startup_timeout_s"
+        )
+        with pytest.raises(UserError, match=message):
             await pool.start(timeout_s=0.1)
 
     run(scenario)
