@@ -50,7 +50,7 @@ def _run_in(owned: RunDirectory, cfg: PairSamplingConfig, *, resume: bool, force
     [records] = inputs.records
 
     def phases(cfg: PairSamplingConfig) -> Phases:
-        generators = generator_needs(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
+        generators = generator_needs(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens, updated=False)
         return [[*generators, *reward_needs("labeller", cfg.labeller, inputs.reward_models)]]
 
     screen = Screen(directory, log=owned.log)

@@ -73,7 +73,10 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
                 return [training]
             service = reward_needs("learner", _service(cfg, directory), [base.size])
             longest = longest_answered(cfg, reference)
-            return [training, [*generator_needs(cfg.generators, reference.size, max_tokens=longest), *service]]
+            return [
+                training,
+                [*generator_needs(cfg.generators, reference.size, max_tokens=longest, updated=False), *service],
+            ]
 
         here = session(cfg, "train-reward", owned, phases, trains=base.size, resume=resume, force=force)
         with here as (cfg, begin):

@@ -15,9 +15,18 @@ from common.errors import UserError
 from common.memory import MIB
 from common.model.size import CONTEXT, ModelSize, pass_bytes
 from deploy.plan.object_store import Stored, generator_store, learner_store
+from deploy.plan.parts import (
+    ENGINE,
+    REFERENCE,
+    REWARD,
+    TRAINER,
+    adapter_weights,
+    engine_weights,
+    kept_until_backward,
+    libraries,
+    tied,
+)
 from learner.ppo.frozen import frozen_names
-
-IMPORTS = 600 * MIB  # memory of a process that has imported torch and transformers, or vLLM, and loaded no weights
 
 Parts = Mapping[str, int]  # bytes, by what takes them
 
@@ -98,7 +107,8 @@ def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSi
 def reference_needs(cfg: Config, model: ModelSize) -> list[Need]:
     """The reference replicas, with this model in them."""
     parts = _scoring([model], cfg.reference.dtype, cfg.reference.max_batch_tokens)
-    return _role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, parts)
+    process = libraries(REFERENCE, gpus=cfg.reference.gpus, dtype=cfg.reference.dtype)
+    return _role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, process, parts)
 
 
 def trainer_needs(cfg: TrainerConfig, model: ModelSize, *, row: int) -> list[Need]:
@@ -119,7 +129,8 @@ def critic_needs(cfg: Config, model: ModelSize, *, row: int | None = None) -> li
         "weights": weights if on_cpus else weights // learner.fewest_ranks,
         "activations": pass_bytes(model, tokens, value_bytes=size),
     }
-    return _role("CriticTrainer", "learner", learner, learner.fewest_ranks, parts, loading=weights)
+    process = libraries(TRAINER, gpus=learner.gpus, dtype=learner.precision)
+    return _role("CriticTrainer", "learner", learner, learner.fewest_ranks, process, parts, loading=weights)
 
 
 def _frozen(cfg: Config, model: ModelSize) -> int:
@@ -128,25 +139,28 @@ def _frozen(cfg: Config, model: ModelSize) -> int:
     return sum(model.body[name] for name in frozen_names(model.body, frozen)) if frozen else 0
 
 
-def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> list[Need]:
-    """The generators. Each has its weights twice: an engine keeps the old set while it stages a new one. On a GPU the
-    staged set is in the machine's memory. A KV cache without a given size must hold one sequence of `max_tokens`.
+def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int, updated: bool = True) -> list[Need]:
+    """The generators. If they are `updated`, each has its weights twice: an engine keeps the old set while it stages a
+    new one. On a GPU the staged set is in the machine's memory. A KV cache without a given size must hold one sequence
+    of `max_tokens`.
 
     With updates = "changes" a generator keeps the buckets that deltas are applied to, next to the new ones.
     With tensor parallelism each device has a process of its own, and one more copy in bfloat16 is staged for all of
     them. Raises UserError if vLLM cannot split the model into this many parts."""
     parts = cfg.tensor_parallel
     _check_split(parts, model)
-    weights = bytes_per_value(cfg) * model.parameters
+    weights = bytes_per_value(cfg) * (model.parameters if cfg.gpus else engine_weights(model))
     cache = (cfg.kv_cache_mib or 0) * MIB or bytes_per_sequence(cfg, model, max_tokens=max_tokens)[1]
-    host = {"libraries": IMPORTS}
+    host = libraries(ENGINE, gpus=cfg.gpus, dtype=cfg.dtype)
     if cfg.updates == "changes":
         host["buckets for deltas"] = 2 * 2 * model.parameters
     if parts > 1:
-        host["libraries of its workers"] = parts * IMPORTS
+        host["libraries of its workers"] = parts * ENGINE
         host["weights for its workers"] = 2 * model.parameters
     if cfg.gpus == 0:
-        host |= {"weights": weights, "staged weights": weights, "KV cache": cache}
+        step = other_bytes(cfg, model) - CONTEXT_AND_GRAPHS
+        staged = weights if updated else 0
+        host |= {"weights": weights, "staged weights": staged, "KV cache": cache, "one step": step}
         return [Need(f"Generator({i})", "generators", cfg.cpus, 0, host, labels=cfg.labels) for i in range(cfg.min)]
     device = {
         "weights": weights // parts,
@@ -154,7 +168,7 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int)
         "CUDA, its graphs and one step": other_bytes(cfg, model),
     }
     # torch rounds each pinned tensor up to a power of two. The staged set of several parts is counted above.
-    if parts == 1:
+    if parts == 1 and updated:
         host["staged weights"] = 2 * weights
     names = [f"Generator({i})" for i in range(cfg.min)]
     return [Need(name, "generators", cfg.cpus, cfg.gpus, host, device, labels=cfg.labels) for name in names]
@@ -178,10 +192,14 @@ def _check_split(parts: int, model: ModelSize) -> None:
 
 
 def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:
-    """The reward processes, each with every reward model among the sources and judges, counted as float32, and with a
-    pass of each."""
-    tokens = [source.max_batch_tokens for source in cfg.sources if isinstance(source, ModelSourceConfig)]
-    return _role("Reward", section, cfg, cfg.min, _scoring(models, "float32", max(tokens, default=0)))
+    """The reward processes, each with every reward model among the sources and judges, and a pass of each. The models
+    count as float32 if one of them is."""
+    sources = [source for source in cfg.sources if isinstance(source, ModelSourceConfig)]
+    tokens = max((source.max_batch_tokens for source in sources), default=0)
+    half = sources and all(source.dtype == "bfloat16" for source in sources) and len(sources) == len(models)
+    dtype = "bfloat16" if half else "float32"
+    process = libraries(REWARD, gpus=cfg.gpus, dtype=dtype)
+    return _role("Reward", section, cfg, cfg.min, process, _scoring(models, dtype, tokens))
 
 
 def _scoring(models: Sequence[ModelSize], dtype: str, tokens: int) -> Parts:
@@ -208,22 +226,18 @@ def _training(
     the output embedding, in case it is shared with the input.
 
     A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments), one below adapters its precision, and
-    each of the `frozen` weights of a critic 4 bytes. Each token, layer and hidden unit keeps about 18 values until the
-    backward pass (measured), or 3 with checkpointing. Pairs are padded, not packed (`padded`), and on CPU they also
-    keep their attention scores. While several ranks load, each holds all weights; on GPUs every rank loads them in its
+    each of the `frozen` weights of a critic 4 bytes. Pairs are padded, not packed (`padded`), and on CPU they also keep
+    their attention scores. While several ranks load, each holds all weights; on GPUs every rank loads them in its
     machine's memory.
     """
     size = 2 if cfg.precision == "bf16" else 4
-    adapters = 0 if lora is None else 2 * 7 * model.layers * lora.rank * model.hidden  # about seven matrices a layer
-    trained = model.parameters if lora is None else adapters
+    trained = model.parameters if lora is None else adapter_weights(model, lora)
     below = 0 if lora is None else size * model.parameters
     tokens = max(row, cfg.token_budget)
-    saved = (3 if cfg.gradient_checkpointing else 18) * size * tokens * model.layers * model.hidden
+    saved = kept_until_backward(model, tokens, value_bytes=size, checkpointing=cfg.gradient_checkpointing, lora=lora)
     attention = 2 * 4 * tokens * row * model.heads * model.layers if padded and not cfg.gpus else 0
-    working = {
-        "activations": networks * saved + attention,
-        "gradient of the output embedding": 4 * model.vocabulary * model.hidden,
-    }
+    second = 4 * model.vocabulary * model.hidden if lora is None and tied(model) else 0
+    working = {"activations": networks * saved + attention, "second gradient of the embedding": second}
     ranks = cfg.fewest_ranks
     state = {
         "weights": networks * ((4 * trained + below) // ranks),
@@ -233,20 +247,30 @@ def _training(
     loading = networks * (4 * model.parameters if lora is None else below)
     if cfg.gpus == 0 and cfg.ranks > 1:
         state = {"weights, gradients and optimizer state": max(sum(state.values()), loading)}
-    return _role(name, "learner", cfg, ranks, state | working, loading=loading)
+    process = libraries(TRAINER, gpus=cfg.gpus, dtype=cfg.precision)
+    return _role(name, "learner", cfg, ranks, process, state | working, loading=loading)
 
 
 def _value_bytes(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def _role(name: str, section: str, cfg: Placed, count: int, parts: Parts, *, loading: int | None = None) -> list[Need]:
-    """Processes whose parts are in the memory of their device. On a GPU they first load weights of `loading` bytes in
-    the machine's memory; by default those of `parts`."""
-    on_machine, on_gpu = {"libraries": IMPORTS, **parts}, {}
+def _role(
+    name: str,
+    section: str,
+    cfg: Placed,
+    count: int,
+    process: Parts,
+    parts: Parts,
+    *,
+    loading: int | None = None,
+) -> list[Need]:
+    """Processes whose `parts` are in the memory of their device, and `process` in that of their machine. On a GPU they
+    first load weights of `loading` bytes in the machine's memory; by default those of `parts`."""
+    on_machine, on_gpu = {**process, **parts}, {}
     if cfg.gpus > 0:
         loaded = parts.get("weights", 0) if loading is None else loading
-        on_machine = {"libraries": IMPORTS, "weights while they load": loaded}
+        on_machine = {**process, "weights while they load": loaded}
         on_gpu = {"CUDA": CONTEXT, **parts}
     names = [f"{name}({i})" for i in range(count)]
     return [Need(name, section, cfg.cpus, cfg.gpus, on_machine, on_gpu, labels=cfg.labels) for name in names]

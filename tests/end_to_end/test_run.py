@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from common.files import read_records
 from common.metrics.table import STEP
 from common.model.files import load_policy
 from common.model.packing import Sequences, response_logprobs
+from common.model.size import model_size
 from deploy.audit import run_audit
+from deploy.plan.capacity import engine_needs_gpu
+from deploy.plan.needs import needs
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import check_critic
 from deploy.train import run_training
@@ -27,6 +31,7 @@ from learner.loop.notes import learns
 from learner.ppo.critic_files import read_critic
 from tests.fakes import save_tiny_model, tiny_config
 from tests.metrics_tables import OPTIONAL
+from tests.process_memory import ProcessMemory
 
 pytestmark = pytest.mark.ray
 
@@ -58,11 +63,17 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(model, tmp_path_factory):
-    """One whole run, shared by the tests below."""
+def watched(model, tmp_path_factory):
+    """One whole run, shared by the tests below, and the memory of its processes."""
     directory = tmp_path_factory.mktemp("Läufe 実行") / "whole"
-    run_training(run_config(model), directory)
-    return directory
+    with ProcessMemory(os.getpid()).watching() as memory:
+        run_training(run_config(model), directory)
+    return directory, memory
+
+
+@pytest.fixture(scope="module")
+def finished(watched):
+    return watched[0]
 
 
 def curve(directory) -> list[dict]:
@@ -117,6 +128,14 @@ def test_the_figures_are_those_of_a_step_record(finished):
 
 
 # Several tests share each run, because starting one takes far longer than its steps.
+
+
+@pytest.mark.skipif(engine_needs_gpu(), reason="the libraries of a process on a GPU are not measured")
+def test_the_peak_of_every_process_is_within_15_percent_of_its_estimate(watched, model):
+    _, memory = watched
+    estimated = {need.name.partition("(")[0]: need.memory for need in needs(run_config(model), model_size(model))}
+    measured = {role: [peak.own for peak in memory.of(role)] for role in estimated}
+    assert measured == {role: [pytest.approx(size, rel=0.15)] for role, size in estimated.items()}
 
 
 @pytest.fixture(scope="module")

@@ -64,11 +64,11 @@ def test_processes_of_one_role_on_one_node_share_a_row(model, tmp_path, capsys, 
     path = write(tmp_path / "run.toml", **ROLES)
     code, shown = plan(capsys, monkeypatch, path, f"model.path={model}", *CLUSTER)
     assert code == 0
-    rows = [line.split("│")[1:5] for line in shown.splitlines() if "Generator " in line or "ReferencePolicy(" in line]
-    # Learner first, then engines on the other three GPUs, then the next node
+    rows = [line.split("│")[1:5] for line in shown.splitlines() if "Generator" in line or "ReferencePolicy(" in line]
+    # engines first: their machines' memory has vLLM and staged weights
     assert [(row[0].strip(), row[3].strip()) for row in rows[:3]] == [
-        ("Generator 0-2", "1-3"),
-        ("Generator 3-4", "0-1"),
+        ("Generator 0-3", "0-3"),
+        ("Generator(4)", "0"),
         ("ReferencePolicy(0)", "0.5 of 2"),
     ]
 
@@ -80,9 +80,9 @@ def test_json_has_the_place_and_the_parts_of_every_process(model, tmp_path, caps
     assert (code, found["verdict"]) == (0, {"fits": True, "why_not": None})
     processes = {process["name"]: process for process in found["placement"]["processes"]}
     assert {name: (p["node"], p["gpus"]) for name, p in processes.items()} == {
-        "Learner(0)": (0, [0]),
-        **{f"Generator({i})": (0, [i + 1]) for i in range(3)},
-        **{f"Generator({i + 3})": (1, [i]) for i in range(2)},
+        **{f"Generator({i})": (0, [i]) for i in range(4)},
+        "Generator(4)": (1, [0]),
+        "Learner(0)": (1, [1]),
         "ReferencePolicy(0)": (1, [2]),
         "Reward(0)": (0, []),
     }

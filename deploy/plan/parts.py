@@ -1,0 +1,71 @@
+"""The parts of a process's memory that do not follow from the number of weights alone. Runs in the driver.
+
+Measured on a two-core x86 machine; docs/plan.md compares the estimates with measured peaks.
+"""
+
+from __future__ import annotations
+
+from common.config.ppo import LoRAConfig
+from common.memory import MIB
+from common.model.size import ModelSize
+
+# Memory of a process that has joined Ray and imported its role, private and of library files, before it loads a model.
+REFERENCE = 515 * MIB  # reference
+REWARD = 560 * MIB  # reward: it also has the tokenizer of the policy
+TRAINER = 580 * MIB  # learner and the other trainers
+ENGINE = 770 * MIB  # generator: vLLM
+
+# In bfloat16 on CPUs: oneDNN compiles a kernel for each shape of a matrix product and keeps the last 1,024, and passes
+# of ever-changing lengths leave gaps in the heap. In 200 passes of different lengths through one layer the process grew
+# by 300 MiB, and by 180 with a cache of 16 kernels. In whole runs of 10 to 14 steps reference, learner and engine grew
+# by 230 to 490 MiB beyond their other parts, and more slowly at the end.
+GAPS = 370 * MIB
+
+
+def libraries(imported: int, *, gpus: float, dtype: str) -> dict[str, int]:
+    """The parts of every process of a kind that computes in `dtype`."""
+    gaps = GAPS if gpus == 0 and dtype in ("bfloat16", "bf16") else 0
+    return {"libraries": imported, "kernels and gaps": gaps}
+
+
+def kept_values(model: ModelSize, *, lora: LoRAConfig | None = None) -> int:
+    """Numbers that one layer keeps of one token until the backward pass (common/model/kernels.py).
+
+    The inputs of both norms and their outputs; queries, keys, values and the output of attention; gate, up and their
+    product. peft casts the input of each adapter on its own: three, one, two and one for the seven matrices of a layer,
+    which makes three copies more, and each adapter keeps its product with A."""
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    values = 4 * model.hidden + 2 * queries + 2 * keys + 3 * _width(model)
+    return values if lora is None else values + 3 * model.hidden + 7 * lora.rank
+
+
+def kept_until_backward(
+    model: ModelSize, tokens: int, *, value_bytes: int, checkpointing: bool, lora: LoRAConfig | None = None
+) -> int:
+    """Bytes that a pass keeps until the backward pass. With checkpointing: the input of each layer, and everything of
+    the layer that is computed again."""
+    of_layer = kept_values(model, lora=lora)
+    values = model.layers * model.hidden + of_layer if checkpointing else model.layers * of_layer
+    return value_bytes * tokens * values
+
+
+def adapter_weights(model: ModelSize, lora: LoRAConfig) -> int:
+    """Weights of adapters on the seven matrices of every layer: rank x (inputs + outputs)."""
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    ends = 2 * (model.hidden + queries) + 2 * (model.hidden + keys) + 3 * (model.hidden + _width(model))
+    return lora.rank * model.layers * ends
+
+
+def tied(model: ModelSize) -> bool:
+    """True if input and output embedding are one matrix. Also if the sizes of the weights are not known."""
+    return sum(model.body.values()) in (0, model.parameters)
+
+
+def engine_weights(model: ModelSize) -> int:
+    """Weights of a set in an engine on the CPU. It keeps them packed for matrix products only, so a matrix that is
+    also the input embedding is there twice."""
+    return model.parameters + (model.vocabulary * model.hidden if tied(model) else 0)
+
+
+def _width(model: ModelSize) -> int:
+    return model.intermediate or 4 * model.hidden
