@@ -164,7 +164,7 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int,
         return [Need(f"Generator({i})", "generators", cfg.cpus, 0, host, labels=cfg.labels) for i in range(cfg.min)]
     device = {
         "weights": weights // parts,
-        "KV cache": cache // parts,
+        "KV cache" if cfg.kv_cache_mib else "KV cache, at least": cache // parts,
         "CUDA, its graphs and one step": other_bytes(cfg, model),
     }
     # torch rounds each pinned tensor up to a power of two. The staged set of several parts is counted above.
