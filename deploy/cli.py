@@ -114,6 +114,8 @@ def plan(
     """Show who would run where and what it takes, before a start. Exit code 0: it fits; 1: it does not."""
     if (suggest and as_json) or (out is not None and not suggest):
         raise UserError("--out goes with --suggest, and --json without it; leave one of them out")
+    if suggest and (rate or prompt_tokens or response_tokens):
+        raise UserError("--rate, --prompt-tokens and --response-tokens are for a plan; leave them out with --suggest")
     path = Path(config)
     given = with_address(settings, address)
     cfg = with_preset(preset, given, lambda settings: load_config(path, settings, Config))

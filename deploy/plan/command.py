@@ -69,7 +69,7 @@ class Section:
 def run_plan(cfg: Config, described: Described, *, typical: Typical | None = None, as_json: bool = False) -> int:
     """Prints the plan of a run. Returns the exit code: 0 if it fits, 1 if not. Raises UserError."""
     typical = typical or Typical()
-    typical.check()
+    typical.check(cfg)
     models = Models.of(cfg)
     check_kv_cache(cfg.generators, models.policy, max_tokens=cfg.max_sequence_tokens)
     if described:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from actors.generation.kv_cache import kv_cache_bytes
 from common.config.ppo import Config
+from common.errors import UserError
 from common.model.size import ModelSize
 from deploy.plan.machines import THIS_MACHINE
 from deploy.plan.models import reward_model_sizes
@@ -26,9 +27,17 @@ class Typical:
     prompt_tokens: float | None = None  # of a rollout; None: the longest that the config allows
     response_tokens: float | None = None
 
-    def check(self) -> None:
-        """Raises UserError for rates that are not known."""
+    def check(self, cfg: Config) -> None:
+        """Raises UserError for rates that are not known, and for more tokens than a rollout may have."""
         find_rates(self.rates)
+        for option, given, setting, most in (
+            ("--prompt-tokens", self.prompt_tokens, "prompts.max_tokens", cfg.prompts.max_tokens),
+            ("--response-tokens", self.response_tokens, "sampling.max_new_tokens", cfg.sampling.max_new_tokens),
+        ):
+            if given is not None and given > most:
+                raise UserError(
+                    f"{option} ({given:g}) must be at most {setting} ({most}); lower it, or raise the setting"
+                )
 
     def lengths(self, cfg: Config) -> Lengths:
         """The tokens of a typical rollout."""

@@ -131,10 +131,10 @@ def test_numbers_are_listed_as_ranges():
 def test_a_plan_that_fits_has_seconds_and_data_of_a_step(model, tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "run.toml", **ROLES, max_staleness=1)
     given = (path, f"model.path={model}", *CLUSTER, "--json")
-    code, shown = plan(capsys, monkeypatch, *given, "--rate", "h100", "--prompt-tokens", 100, "--response-tokens", 50)
+    code, shown = plan(capsys, monkeypatch, *given, "--rate", "h100", "--prompt-tokens", 6, "--response-tokens", 4)
     found = json.loads(shown)
     assert code == 0
-    assert found["seconds"]["lengths"] == {"prompt": 100, "response": 50}
+    assert found["seconds"]["lengths"] == {"prompt": 6, "response": 4}
     phases = {phase["name"]: phase for phase in found["seconds"]["phases"]}
     assert phases["generate"]["at_least"]  # vLLM was not measured on this card
     [weights, *_] = found["traffic"]
@@ -148,10 +148,19 @@ def test_a_plan_that_fits_has_seconds_and_data_of_a_step(model, tmp_path, capsys
     assert "Rates of h100: passes, updates and packing measured on one NVIDIA H100" in " ".join(shown.split())
 
 
-def test_a_kind_without_rates_is_refused_with_the_list(model, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rate", "b300"), "h100, zen5-core"),
+        (("--response-tokens", 5000), "--response-tokens (5000) must be at most sampling.max_new_tokens"),
+        (("--rate", "h100", "--suggest"), "leave them out with --suggest"),
+    ],
+)
+def test_options_for_seconds_are_refused_with_what_is_allowed(options, message, model, tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "run.toml")
-    monkeypatch.setattr("sys.argv", ["ratchet", "plan", str(path), f"model.path={model}", "--rate", "b300"])
+    given = ("ratchet", "plan", path, f"model.path={model}", *options)
+    monkeypatch.setattr("sys.argv", list(map(str, given)))
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "h100, zen5-core" in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
