@@ -34,7 +34,7 @@ WORK = {
     "train-critic": "tests/end_to_end/test_run.py::test_a_critic_is_trained_from_the_journal_of_a_run",
     "evaluate --samples": "tests/end_to_end/test_rewards.py::test_evaluate_compares_the_trained_policy_with_its_base",
     "evaluate --resume": "tests/end_to_end/test_rewards.py::test_an_evaluation_that_was_cut_ends_with_the_same_figures",
-    "evaluate": "tests/end_to_end/test_rewards.py::test_evaluate_judges_the_saved_policy_as_the_run_did",
+    "evaluate": "tests/end_to_end/test_rewards.py::test_evaluate_compares_the_trained_policy_with_its_base",
     "tune": "tests/end_to_end/test_tune.py::test_the_trials_of_a_tuning_are_whole_runs_with_a_sound_journal",
     "evaluate --variance": "tests/deploy/variance/test_command.py::"
     "test_the_newest_checkpoint_before_a_batch_is_measured_on_that_batch",

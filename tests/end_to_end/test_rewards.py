@@ -121,7 +121,7 @@ def test_tensorboard_has_every_step_and_evaluation(reward):
 @pytest.fixture(scope="module")
 def alone(model, pairs, tmp_path_factory):
     """The config and directory of a training on one rank, without a scale."""
-    cfg = reward_config(model, pairs, epochs=2, scale={"responses": 0}, checkpoint={"every": 3})
+    cfg = reward_config(model, pairs, epochs=2, scale={"responses": 0}, checkpoint={"every": 3, "keep": 99})
     directory = tmp_path_factory.mktemp("runs") / "alone"
     run_reward_training(cfg, directory)
     return cfg, directory
@@ -136,12 +136,20 @@ def test_ranks_do_not_change_what_is_learned(alone, reward):
 
 
 def test_reward_training_cut_and_resumed_gives_the_same_model(alone, tmp_path):
-    cfg, whole = alone
-    run_reward_training(cfg.model_copy(update={"epochs": 1}), tmp_path / "cut")
-    run_reward_training(cfg, tmp_path / "cut", resume=True)
-    assert content_hash(tmp_path / "cut/model") == content_hash(whole / "model")
-    losses = [[r["preference/loss"] for r in read_records(d / "metrics.jsonl")] for d in (whole, tmp_path / "cut")]
-    assert losses[0] == losses[1]
+    """Killed in the first epoch, two steps after a checkpoint: a copy without all that comes later."""
+    (cfg, whole), cut = alone, tmp_path / "cut"
+    checkpoints = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    losses = [record["preference/loss"] for record in read_records(whole / "metrics.jsonl")]
+    assert checkpoints[0] == "step-000003"
+    assert len(losses) > 2 * 5  # the kill comes before the end of the first epoch
+    later = ("model", "summary.json", "evaluations.jsonl", "calibration.png", *checkpoints[1:])
+    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns(*later))
+    (cut / "metrics.jsonl").write_bytes(b"".join((whole / "metrics.jsonl").read_bytes().splitlines(True)[:5]))
+    run_reward_training(cfg, cut, resume=True)
+    assert content_hash(cut / "model") == content_hash(whole / "model")
+    assert [record["preference/loss"] for record in read_records(cut / "metrics.jsonl")] == losses
+    accuracies = [[e["accuracy"] for e in read_records(run / "evaluations.jsonl")] for run in (whole, cut)]
+    assert accuracies[0] == accuracies[1]
 
 
 def test_every_metric_of_reward_training_has_a_row_in_the_docs(reward):
@@ -191,23 +199,6 @@ def test_first_scores_are_near_0_with_deviation_1_and_name_their_model(ppo, rewa
     assert [dict(row) for row in first["components"].to_pylist()] == [{"reward": score} for score in scores]
 
 
-def test_evaluate_judges_the_saved_policy_as_the_run_did(ppo, tmp_path):
-    cfg, directory = ppo
-    found = run_evaluation(cfg, tmp_path / "verdict", policies={"policy": str(directory / "policy")})
-    after = json.loads((directory / "summary.json").read_text())["after"]
-    for key in ("score", "components", "response_tokens", "distinct_2"):
-        assert found[key] == after[key]
-    answers = read_records(directory / f"answers/version-{cfg.num_steps:06d}.jsonl")
-    assert [a["response"] for a in read_records(tmp_path / "verdict/answers.jsonl")] == [a["response"] for a in answers]
-    [figures] = found["policies"].values()
-    assert figures["judges"]["gold"]["score"]["value"] == pytest.approx(after["components"]["gold"])
-    assert sum(part["tokens"] for part in figures["kl_by_position"]) == round(16 * after["response_tokens"])
-    [text] = load_texts(cfg, [policy := PolicyFiles.load(str(directory / "policy"))])
-    service = ReferencePolicy("ReferencePolicy(0)", cfg.reference, model=policy.path, temperature=1.0)
-    nll = -sum(float(logprobs.sum()) for logprobs in service.forward(text.windows))
-    assert figures["perplexity"]["shipped"]["value"] == pytest.approx(math.exp(nll / 99), rel=1e-5)
-
-
 @pytest.fixture(scope="module")
 def compared(ppo, tmp_path_factory):
     """The base and the trained policy, asked three times each."""
@@ -234,6 +225,33 @@ def test_evaluate_compares_the_trained_policy_with_its_base(ppo, compared):
     assert record["policies"]["trained"]["perplexity_ratio"]["shipped"]["value"] != 1
     assert not record["policies"]["trained"]["judges"]["gold"]["proxy_rose_judge_fell"]
     assert "pass_at_k" not in record["policies"]["base"]  # scores of a reward model, and no threshold
+
+
+def test_the_first_answers_of_an_evaluation_are_those_of_the_run(ppo, compared):
+    (cfg, directory), (whole, record) = ppo, compared
+    answers = read_records(whole / "answers/trained.jsonl")
+    first = sorted((answer for answer in answers if answer["sample"] == 0), key=lambda answer: answer["prompt"])
+    of_run = read_records(directory / f"answers/version-{cfg.num_steps:06d}.jsonl")
+    for key in ("response", "finish_reason", "score", "components", "origins"):
+        assert [answer[key] for answer in first] == [answer[key] for answer in of_run]
+    after = json.loads((directory / "summary.json").read_text())["after"]
+    assert np.mean([answer["score"] for answer in first]) == pytest.approx(after["score"])
+    kl = [sum(answer["logprobs"]) - sum(answer["ref_logprobs"]) for answer in first]
+    assert np.mean(kl) == pytest.approx(after["kl_per_response"], rel=1e-3)
+    figures = record["policies"]["trained"]
+    assert figures["judges"]["gold"]["answers"] == len(answers) == 48
+    gold = np.mean([answer["components"]["gold"] for answer in answers])
+    assert figures["judges"]["gold"]["score"]["value"] == pytest.approx(gold)
+    assert sum(part["tokens"] for part in figures["kl_by_position"]) == sum(len(a["tokens"]) for a in answers)
+
+
+def test_the_perplexity_of_a_text_is_that_of_the_saved_policy(ppo, compared):
+    (cfg, directory), (_, record) = ppo, compared
+    [text] = load_texts(cfg, [policy := PolicyFiles.load(str(directory / "policy"))])
+    service = ReferencePolicy("ReferencePolicy(0)", cfg.reference, model=policy.path, temperature=1.0)
+    nll = -sum(float(logprobs.sum()) for logprobs in service.forward(text.windows))
+    found = record["policies"]["trained"]["perplexity"]["shipped"]["value"]
+    assert found == pytest.approx(math.exp(nll / 99), rel=1e-5)
 
 
 def test_an_evaluation_that_was_cut_ends_with_the_same_figures(ppo, compared, tmp_path):
