@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,33 +117,73 @@ class Served(Generator):
         self._held = {}
 
 
-def run(scenario, *, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, updates: str = "changes"):
-    """Runs `scenario(learner, generators, pool, plan)` with everything started before and stopped after it."""
+@dataclass
+class Started:
+    """Ranks and a pool of generators, and the newest version that was published."""
+
+    learner: LearnerGroup
+    generators: GeneratorPool
+    handles: dict[int, Any]  # of the newest ranks
+    version: int = 0
+
+    @property
+    def pool(self) -> Pool:
+        return self.generators.pool
+
+    async def plan(self, *troubles: str) -> int:
+        """Has the ranks prepare the next version, and returns it. A rank without trouble publishes its part."""
+        self.version += 1
+        told = [*troubles, *[""] * (len(self.handles) - len(troubles))]
+        calls = (self.handles[rank].plan.remote(self.version, trouble) for rank, trouble in enumerate(told))
+        await asyncio.gather(*calls)
+        return self.version
+
+    async def publish(self) -> tuple[int, dict[str, float]]:
+        """Publishes the next version to the pool. Returns it, and the metrics."""
+        version = await self.plan()
+        return version, await self.generators.load(self.learner.publish(), version)
+
+    def stop(self) -> None:
+        self.pool.stop()
+        self.learner.stop()
+
+
+async def start(*, ranks: int = 1, replicas: int = 1, timeout_s: float = 30, updates: str = "changes") -> Started:
+    handles: dict[int, Any] = {}
+
+    def create(rank: int) -> Any:
+        handles[rank] = ray.remote(num_cpus=0, concurrency_groups={"health": 1})(Rank).remote(rank)
+        return handles[rank]
+
+    learner_cfg = LearnerConfig(ranks=ranks, timeout_s=timeout_s)
+    learner = LearnerGroup(create, learner_cfg, startup_timeout_s=240, deltas=True)
+    cfg = Replicated(min=replicas, cpus=0)
+    generators = GeneratorPool(RayHost(Served, cfg, updates), cfg)
+    await asyncio.gather(learner.start(), generators.pool.start(240))
+    return Started(learner, generators, handles)
+
+
+def run(scenario, **settings):
+    """Runs `scenario(started)` with everything started before and stopped after it."""
 
     async def whole():
-        handles: dict[int, Any] = {}  # the newest ones
-
-        def create(rank: int) -> Any:
-            handles[rank] = ray.remote(num_cpus=0, concurrency_groups={"health": 1})(Rank).remote(rank)
-            return handles[rank]
-
-        cfg = LearnerConfig(ranks=ranks, timeout_s=timeout_s)
-        learner = LearnerGroup(create, cfg, startup_timeout_s=240, deltas=True)
-        await learner.start()
-        cfg = Replicated(min=replicas, cpus=0)
-        generators = GeneratorPool(RayHost(Served, cfg, updates), cfg)
-        pool = await generators.pool.start(240)
-
-        async def plan(version: int, troubles: tuple[str, ...] = ("",) * ranks) -> None:
-            await asyncio.gather(*(handles[rank].plan.remote(version, t) for rank, t in enumerate(troubles)))
-
+        started = await start(**settings)
         try:
-            return await scenario(learner, generators, pool, plan)
+            return await scenario(started)
         finally:
-            pool.stop()
-            learner.stop()
+            started.stop()
 
     return asyncio.run(asyncio.wait_for(whole(), 400))
+
+
+@pytest.fixture(scope="module")
+def shared(ray_cluster):
+    """Two ranks and two replicas for the tests after which all of them still work, since starting them takes longest.
+    Returns the function that runs a scenario."""
+    with asyncio.Runner() as runner:
+        started = runner.run(start(ranks=2, replicas=2, timeout_s=60))
+        yield lambda scenario: runner.run(asyncio.wait_for(scenario(started), 400))
+        started.stop()
 
 
 async def served(pool: Pool) -> list[tuple[int, dict[str, float]]]:
@@ -159,60 +201,40 @@ def stored() -> str:
 
 @pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (3, 2)])
 def test_every_replica_serves_the_published_set_and_only_one_is_stored(ray_cluster, ranks, replicas):
-    async def scenario(learner, generators, pool, plan):
-        for version in (1, 2, 3):
-            await plan(version)
-            sent = await generators.load(learner.publish(), version)
-            assert await served(pool) == [all_of(version)] * replicas
-            expected = FULL_BYTES if version == 1 else CHANGES_BYTES
+    async def scenario(started):
+        for expected in (FULL_BYTES, CHANGES_BYTES, CHANGES_BYTES):
+            version, sent = await started.publish()
+            assert await served(started.pool) == [all_of(version)] * replicas
             assert sent == {"weights/bytes": replicas * expected, "weights/pause_s": PAUSE_S}
         gc.collect()  # references held by pools of earlier tests
         deadline = time.monotonic() + 60
         while f" {NUM_BUCKETS} objects" not in stored():
             assert time.monotonic() < deadline, stored()
             await asyncio.sleep(0.2)
-        assert len(learner._base) == NUM_BUCKETS
+        assert len(started.learner._base) == NUM_BUCKETS
 
     run(scenario, ranks=ranks, replicas=replicas)
 
 
-@pytest.mark.parametrize("updates", ["full", "changes"])
-def test_a_replica_that_refuses_deltas_is_sent_the_full_set(ray_cluster, updates):
-    async def scenario(learner, generators, pool, plan):
-        for version in (1, 2):
-            await plan(version)
-            sent = await generators.load(learner.publish(), version)
-            await pool.ready[0].handle.forget.remote()
-            assert await served(pool) == [all_of(version)] * 2
-        changes, full = (CHANGES_BYTES, FULL_BYTES) if updates == "changes" else (0, 2 * FULL_BYTES)
-        # Plus the refused deltas: of at least one bucket and at most all, for each replica.
-        assert changes + full < sent["weights/bytes"] <= changes + full + 2 * CHANGES_BYTES
-
-    run(scenario, replicas=2, updates=updates)
+async def refused_deltas(started, *, changes: int, full: int) -> None:
+    """`changes`, `full`: the bytes of the deltas and of whole sets that two replicas are sent."""
+    for _ in range(2):
+        version, sent = await started.publish()
+        await started.pool.ready[0].handle.forget.remote()
+        assert await served(started.pool) == [all_of(version)] * 2
+    # Plus the refused deltas: of at least one bucket and at most all, for each replica.
+    assert changes + full < sent["weights/bytes"] <= changes + full + 2 * CHANGES_BYTES
 
 
-def test_a_replica_that_refuses_the_full_set_keeps_its_weights(ray_cluster):
-    async def scenario(learner, generators, pool, plan):
-        await plan(1)
-        await generators.load(learner.publish(), 1)
-        await pool.ready[0].handle.refuse_at.remote(2)
-        await plan(2)
-        with pytest.raises(CorruptWeightsError, match="told to refuse"):
-            await generators.load(learner.publish(), 2)
-        assert await served(pool) == [all_of(1)] * 2
-        await pool.ready[0].handle.refuse_at.remote(-1)
-        await plan(3)
-        await generators.load(learner.publish(), 3)
-        assert await served(pool) == [all_of(3)] * 2
-
-    run(scenario, replicas=2)
+def test_replicas_that_never_apply_deltas_are_sent_the_full_set(ray_cluster):
+    run(partial(refused_deltas, changes=0, full=2 * FULL_BYTES), replicas=2, updates="full")
 
 
 def test_published_buckets_outlive_the_rank(ray_cluster):
-    async def scenario(learner, generators, pool, plan):
-        await plan(7)
-        handles = [bucket async for bucket in learner.publish()]
-        [rank] = learner._processes.handles
+    async def scenario(started):
+        version = await started.plan()
+        handles = [bucket async for bucket in started.learner.publish()]
+        [rank] = started.learner._processes.handles
         ray.kill(rank)
         with suppress(ray.exceptions.RayActorError):  # raised as soon as it is dead
             while True:
@@ -222,58 +244,52 @@ def test_published_buckets_outlive_the_rank(ray_cluster):
             for handle in handles:
                 yield handle
 
-        await generators.load(stored(), 7)
-        return await served(pool)
+        await started.generators.load(stored(), version)
+        return await served(started.pool)
 
-    assert run(scenario) == [all_of(7)]
+    assert run(scenario) == [all_of(1)]
 
 
-@pytest.mark.parametrize(
-    ("trouble", "where", "error", "message"),
-    [
-        ("error", 0, ValueError, "cannot gather"),
-        ("error", 1, ValueError, "cannot gather"),
-        ("death", 0, RankLostError, r"Learner\(0\) died while it was to publish weights at step 0"),
-        ("silence", 0, RankLostError, "did not publish weights at step 0 within 5 s"),
-    ],
-)
-def test_after_a_publication_that_breaks_off_the_old_weights_serve(ray_cluster, trouble, where, error, message):
-    async def scenario(learner, generators, pool, plan):
-        await plan(1)
-        await generators.load(learner.publish(), 1)
-        await plan(2, tuple(trouble if rank == where else "" for rank in range(2)))
-        with pytest.raises(error, match=message):
-            await generators.load(learner.publish(), 2)
-        assert await served(pool) == [all_of(1)] * 2
-        await learner.rebuild()
-        await plan(2)
-        sent = await generators.load(learner.publish(), 2)  # the same version again, and complete
-        assert sent["weights/bytes"] == 2 * FULL_BYTES
-        assert await served(pool) == [all_of(2)] * 2
+async def broken_publication(started, trouble: str, where: int, error: type[Exception], message: str) -> None:
+    before, _ = await started.publish()
+    version = await started.plan(*(trouble if rank == where else "" for rank in range(2)))
+    with pytest.raises(error, match=message):
+        await started.generators.load(started.learner.publish(), version)
+    assert await served(started.pool) == [all_of(before)] * 2
+    await started.learner.rebuild()
+    started.version -= 1
+    again, sent = await started.publish()  # the same version again, and complete
+    assert again == version
+    assert sent["weights/bytes"] == 2 * FULL_BYTES
+    assert await served(started.pool) == [all_of(version)] * 2
 
-    run(scenario, ranks=2, replicas=2, timeout_s=5 if trouble == "silence" else 60)
+
+def test_after_a_publication_that_takes_too_long_the_old_weights_serve(ray_cluster):
+    message = "did not publish weights at step 0 within 5 s"
+    late = partial(broken_publication, trouble="silence", where=0, error=RankLostError, message=message)
+    run(late, ranks=2, replicas=2, timeout_s=5)
 
 
 def test_a_replica_that_dies_is_replaced_by_one_with_the_newest_weights(ray_cluster):
-    async def scenario(learner, generators, pool, plan):
-        await plan(1)
-        await pool.ready[0].handle.die_at.remote(2)
-        await generators.load(learner.publish(), 1)
-        assert await served(pool) == [all_of(1)]
-        while len(pool.ready) < 2:
+    async def scenario(started):
+        version = await started.plan()
+        await started.pool.ready[0].handle.die_at.remote(2)
+        await started.generators.load(started.learner.publish(), version)
+        assert await served(started.pool) == [all_of(version)]
+        while len(started.pool.ready) < 2:
             await asyncio.sleep(0.1)
-        return await served(pool)
+        return await served(started.pool)
 
     assert run(scenario, replicas=2) == [all_of(1)] * 2
 
 
 def test_a_replica_that_reports_another_version_is_an_error(ray_cluster):
-    async def scenario(learner, generators, pool, plan):
-        await plan(4)
-        [replica] = pool.ready
+    async def scenario(started):
+        version = await started.plan()
+        [replica] = started.pool.ready
         replica.handle = Liar(replica.handle)
-        with pytest.raises(RoleError, match=r"Served\(0\) was to load weights version 4, but it holds version 3"):
-            await generators.load(learner.publish(), 4)
+        with pytest.raises(RoleError, match=r"Served\(0\) was to load weights version 1, but it holds version 0"):
+            await started.generators.load(started.learner.publish(), version)
         replica.handle = replica.handle.replica
 
     run(scenario)
@@ -290,3 +306,38 @@ class Liar:
     async def remote(self, version: int) -> tuple[int, float]:
         held, pause_s = await self.replica.swap.remote(version)
         return held - 1, pause_s
+
+
+# In shared processes: one after another, so that their event loop never waits long
+
+
+def test_a_replica_that_forgets_its_base_is_sent_the_full_set(shared):
+    shared(partial(refused_deltas, changes=CHANGES_BYTES, full=FULL_BYTES))
+
+
+def test_a_replica_that_refuses_the_full_set_keeps_its_weights(shared):
+    async def scenario(started):
+        before, _ = await started.publish()
+        [replica, _] = started.pool.ready
+        await replica.handle.refuse_at.remote(2)
+        version = await started.plan()
+        with pytest.raises(CorruptWeightsError, match="told to refuse"):
+            await started.generators.load(started.learner.publish(), version)
+        assert await served(started.pool) == [all_of(before)] * 2
+        await replica.handle.refuse_at.remote(-1)
+        after, _ = await started.publish()
+        assert await served(started.pool) == [all_of(after)] * 2
+
+    shared(scenario)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "where", "error", "message"),
+    [
+        ("error", 0, ValueError, "cannot gather"),
+        ("error", 1, ValueError, "cannot gather"),
+        ("death", 0, RankLostError, r"Learner\(0\) died while it was to publish weights at step 0"),
+    ],
+)
+def test_after_a_publication_that_breaks_off_the_old_weights_serve(shared, trouble, where, error, message):
+    shared(partial(broken_publication, trouble=trouble, where=where, error=error, message=message))
