@@ -1,5 +1,7 @@
-"""How a source or a judge fails, as a void that says so: too late, an exception, a score that float32 cannot hold. Runs
-in each reward replica."""
+"""Failures of sources and judges: too late, an exception, or a score that float32 cannot hold. Each becomes a void.
+
+Runs in each reward replica.
+"""
 
 from __future__ import annotations
 
