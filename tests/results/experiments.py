@@ -150,20 +150,29 @@ _LONG = (
 )
 
 
-def _asynchronous(staleness: int, loss: str) -> Arm:
-    settings = (*_LONG, f"max_staleness={staleness}", f'ppo.policy_loss="{loss}"')
-    return Arm(f'max_staleness = {staleness}, "{loss}"', Work(f"staleness-{staleness}-{loss}", QUESTION, settings))
+def _asynchronous(staleness: int, loss: str, *bounds: str) -> Arm:
+    settings = (*_LONG, f"max_staleness={staleness}", f'ppo.policy_loss="{loss}"', *bounds)
+    title, name = f'max_staleness = {staleness}, "{loss}"', f"staleness-{staleness}-{loss}"
+    if bounds:
+        title, name = f"{title} with the bounds of SAO", f"{name}-wide"
+    return Arm(title, Work(name, QUESTION, settings))
+
+
+_BOUNDS_OF_SAO = ("ppo.clip_eps=0.3", "ppo.clip_eps_high=5.0")  # as in single-response-async.toml
 
 
 STALENESS = Experiment(
     about=(
         f"The question task with older tokens: 40 steps of 32 responses at a constant learning rate, the bounds of the "
-        f"ratio and the importance weight as in `deploy/configs/{QUESTION}`. Lost pass@1 is the best held-out figure "
-        "less the last one: a policy that collapses loses much. Evaluations have 128 held-out prompts, one every "
-        "fourth step."
+        f"ratio (0.8 to 1.2) and the importance weight as in `deploy/configs/{QUESTION}`. The bounds of SAO are 0.7 to "
+        "6. Lost pass@1 is the best held-out figure less the last one: a policy that collapses loses much. Evaluations "
+        "have 128 held-out prompts, one every fourth step."
     ),
     minutes=36,
-    arms=tuple(_asynchronous(staleness, loss) for staleness in (0, 2, 8) for loss in ("clip", "mask")),
+    arms=(
+        *(_asynchronous(staleness, loss) for staleness in (0, 2, 8) for loss in ("clip", "mask")),
+        *(_asynchronous(staleness, "mask", *_BOUNDS_OF_SAO) for staleness in (2, 8)),
+    ),
     columns=(
         PASS_AT_END,
         Column("best pass@1, %", lambda run: percent(run.best_pass_rate()), "{:.1f}"),
