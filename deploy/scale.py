@@ -20,7 +20,7 @@ from actors.pool.pool import Pool
 from common.config.base import MOST_PROCESSES
 from common.errors import UserError
 from common.files import write_json
-from deploy.run.directory import is_owned
+from deploy.run.lock import is_owned
 from deploy.screen.console import Output
 
 _LOOK_EVERY_S = 0.5

@@ -25,7 +25,7 @@ from deploy.report.steps import StepFiles
 from deploy.report.token_text import TokenText
 from deploy.report.tuning import tuning_of
 from deploy.report.variance import variance_of
-from deploy.run.directory import is_owned
+from deploy.run.lock import is_owned
 from deploy.run.record import read_record
 from deploy.screen.console import Output, complain
 

@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import read_record as parse_record
 from common.files import read_records
-from deploy.run.directory import is_owned
+from deploy.run.lock import is_owned
 from deploy.run.record import read_record
 
 NUMBER = (int, float)

@@ -6,7 +6,6 @@ file in it, and is written atomically: it says that Ratchet made the directory.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
@@ -21,6 +20,7 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
 from common.files import write_whole
+from deploy.run.lock import LOCK, RunLock
 from deploy.run.log import RunLog
 from deploy.run.record import RECORD, add_start, read_record, write_first_record
 from deploy.screen.console import complain
@@ -82,7 +82,7 @@ class RunDirectory:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.log = RunLog()
-        self._descriptor = self._lock()
+        self._lock = RunLock(directory)
 
     def begin(self, cfg: Root, command: str, *, force: bool) -> None:
         """Makes it the directory of a new run. The directory of an old run is renamed, so that at any moment the
@@ -91,7 +91,8 @@ class RunDirectory:
         if _entries(self.directory) - {RECORD}:
             self._move_aside()
         for leftover in self.directory.iterdir():
-            leftover.unlink()
+            if leftover.name != LOCK:
+                leftover.unlink()
         write_first_record(self.directory, command)
         write_whole(self.directory / "config.toml", cfg.to_toml())
         self.log.open(self.directory)
@@ -104,7 +105,7 @@ class RunDirectory:
 
     def release(self) -> None:
         self.log.close()
-        os.close(self._descriptor)
+        self._lock.release()
 
     def _move_aside(self) -> None:
         real = self.directory.resolve()  # if the directory is a link, the link stays
@@ -112,31 +113,14 @@ class RunDirectory:
         aside = next(path for path in names if not os.path.lexists(path))
         try:
             real.rename(aside)
+            self._lock.follow(aside)
             make_private(real)
         except OSError as error:
             raise UserError(f"run directory {self.directory} cannot be renamed to {aside} ({error.strerror})") from None
-        old, self._descriptor = self._descriptor, self._lock()
-        os.close(old)
+        old, self._lock = self._lock, RunLock(self.directory)
+        old.release()
         refuse_overwriting(self.directory, force=False)  # another process may have used the new directory already
         complain(f"the old run is now {aside}; remove it when you no longer need it")
-
-    def _lock(self) -> int:
-        """Locks the directory and returns its descriptor. Raises UserError if another process holds the lock."""
-        while True:
-            descriptor = os.open(self.directory, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), os.stat(self.directory)):
-                    return descriptor
-            except BlockingIOError:
-                os.close(descriptor)
-                raise UserError(f"another process works in {self.directory}; stop it first, or name another") from None
-            except OSError as error:
-                os.close(descriptor)
-                if isinstance(error, FileNotFoundError):
-                    continue
-                raise
-            os.close(descriptor)  # it was renamed or removed meanwhile, and this is the lock of the old one
 
 
 @contextmanager
@@ -157,10 +141,10 @@ def sole_owner(directory: Path, *, make: bool = True) -> Iterator[RunDirectory]:
     try:
         yield owned
     finally:
-        for path in reversed(made):  # still owned: another process must not write into a directory that is removed
-            with suppress(OSError):  # it is in use
-                path.rmdir()
         owned.release()
+        for path in reversed(made):
+            with suppress(OSError):  # it has files, such as the lock of another process
+                path.rmdir()
 
 
 def _owned(directory: Path, *, make: bool) -> tuple[RunDirectory, list[Path]]:
@@ -178,17 +162,6 @@ def _owned(directory: Path, *, make: bool) -> tuple[RunDirectory, list[Path]]:
                 raise
 
 
-def is_owned(directory: Path) -> bool:
-    """True if a process is working in the directory."""
-    try:
-        with sole_owner(directory, make=False):
-            return False
-    except FileNotFoundError:
-        return False
-    except UserError:
-        return True
-
-
 def make_private(directory: Path) -> list[Path]:
     """Makes the directory if there is none, and returns the directories that were made, outermost first. It is readable
     by its user only, because it will have prompts and answers. An existing directory keeps its permissions."""
@@ -199,8 +172,8 @@ def make_private(directory: Path) -> list[Path]:
 
 
 def _entries(directory: Path) -> set[str]:
-    """Names of the files in the directory, without leftovers of killed processes."""
-    return {name for name in os.listdir(directory) if not _LEFTOVER.fullmatch(name)}
+    """Names of the files in the directory, without its lock and leftovers of killed processes."""
+    return {name for name in os.listdir(directory) if name != LOCK and not _LEFTOVER.fullmatch(name)}
 
 
 def _check_can_be_made(directory: Path) -> None:

@@ -20,7 +20,7 @@ from typing import IO
 from common.errors import UserError
 from deploy.ending.signals import CLEANUP_S
 from deploy.restarts import driver_command, driver_environment
-from deploy.run.directory import is_owned
+from deploy.run.lock import is_owned
 
 POLL_S = 1.0  # between two looks at the files of a run
 RESTARTS = 1  # of a run that fails: a failure of the machine says nothing about its settings

@@ -12,7 +12,8 @@ import actors.pool.membership as membership
 from actors.pool.pool import Pool
 from common.config.base import Replicated
 from common.errors import UserError
-from deploy.run.directory import is_owned, sole_owner
+from deploy.run.directory import sole_owner
+from deploy.run.lock import is_owned
 from deploy.scale import clear_stale_state, follow_targets, scale, show
 from tests.fakes import LocalHost
 

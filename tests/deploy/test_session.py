@@ -17,7 +17,8 @@ from common.errors import UserError
 from common.memory import GIB
 from deploy.plan.needs import Need, needs
 from deploy.plan.placement import Node
-from deploy.run.directory import is_owned, run_owner
+from deploy.run.directory import run_owner
+from deploy.run.lock import is_owned
 from deploy.run.resume import resumed_config
 from deploy.session import COLLECT_AFTER, rare_full_collections, session, step_grace_s
 from tests.deploy.plan.test_capacity import LLAMA_2_7B
@@ -63,12 +64,17 @@ def test_a_session_writes_config_and_record_and_then_the_other_entries(cfg, tmp_
         events.append(f"recorded beside {sorted(path.name for path in run.iterdir())}")
 
     with started(cfg, run, [FITS], record=record) as begin:
-        assert list(run.iterdir()) == []
+        assert [path.name for path in run.iterdir()] == ["run.lock"]
         begin()
         assert load_config(run / "config.toml", [], Config) == cfg
         assert json.loads((run / "run.json").read_text())["command"] == "train"
         events.append("work")
-    assert events == ["cluster joined", "recorded beside ['config.toml', 'run.json']", "work", "cluster left"]
+    assert events == [
+        "cluster joined",
+        "recorded beside ['config.toml', 'run.json', 'run.lock']",
+        "work",
+        "cluster left",
+    ]
 
 
 def test_a_resumed_session_records_its_entries_before_it_writes_the_config(cfg, tmp_path):

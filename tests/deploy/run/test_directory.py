@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
 import os
 import platform
+import socket
+import stat
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -22,6 +26,7 @@ import torch
 from common.errors import UserError
 from common.user_code.import_path import find_users_modules
 from deploy.run.directory import refuse_overwriting, sole_owner
+from deploy.run.lock import is_owned
 from deploy.run.provenance import VERSION, git_state
 from tests.fakes import tiny_config
 
@@ -265,3 +270,61 @@ def test_a_directory_that_cannot_be_made_is_refused_before_anything_starts(tmp_p
 def test_an_error_of_the_body_is_not_mistaken_for_an_owned_directory(tmp_path):
     with pytest.raises(BlockingIOError), sole_owner(tmp_path):
         raise BlockingIOError
+
+
+OTHER_NODE = """
+import sys, pathlib
+from deploy.run.directory import sole_owner
+with sole_owner(pathlib.Path(sys.argv[1])):
+    print("owned", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_refusal_names_the_owner_and_a_killed_owner_is_none(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", OTHER_NODE, run]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "owned\n"
+        named = (
+            rf"another process works in {run} \(process {other.pid} on {socket.gethostname()}, since \d{{4}}-.*\); stop"
+        )
+        with pytest.raises(UserError, match=named), sole_owner(run):
+            pass
+        assert is_owned(run)
+        other.kill()
+        other.wait()
+    assert (run / "run.lock").exists()
+    assert not is_owned(run)
+    with sole_owner(run):
+        assert is_owned(run)
+    assert not names(run)
+
+
+def test_the_lock_is_on_a_file_opened_for_writing(tmp_path, monkeypatch):
+    locked, flock = [], fcntl.flock
+
+    def look(descriptor, how):
+        found, flags = os.fstat(descriptor), fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        locked.append((stat.S_ISREG(found.st_mode), flags & os.O_ACCMODE == os.O_RDWR))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", look)  # NFS: a lock on anything else holds on one node only
+    with sole_owner(tmp_path):
+        assert locked == [(True, True)]
+        assert (tmp_path / "run.lock").exists()
+    assert not names(tmp_path)
+
+
+def test_readers_make_no_lock_and_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    assert not is_owned(tmp_path)
+    assert not names(tmp_path)
+
+    def without(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    refusal = r"run.lock cannot be locked \(No locks available\); put the run directory"
+    with pytest.raises(UserError, match=refusal), sole_owner(tmp_path):
+        pass
+    assert not is_owned(tmp_path)
