@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,3 +113,12 @@ def test_the_verl_command_and_its_translation_agree():
     assert cfg.generators.gpus == float(theirs["actor_rollout_ref.rollout.gpu_memory_utilization"])
     assert cfg.generators.gpus + cfg.reference.gpus + cfg.learner.gpus == pytest.approx(1)
     assert cfg.may_sleep
+
+
+def test_the_verl_reward_function_reads_verls_columns():
+    names: dict = {}
+    exec(next(block for block in blocks(PAGE, "python") if "solution_str" in block), names)
+    row = {"data_source": "gsm8k", "reward_model": {"style": "rule", "ground_truth": "18"}, "extra_info": {"index": 0}}
+    for response, score in ((" 18\n", 1.0), ("17", 0.0)):
+        assert names["before"]("gsm8k", response, row["reward_model"]["ground_truth"], row["extra_info"]) == score
+        assert names["compute_score"](SimpleNamespace(response=response, fields=row)) == score

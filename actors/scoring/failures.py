@@ -1,4 +1,4 @@
-"""Failures of sources and judges: too late, an exception, or a score that float32 cannot hold. Each becomes a void.
+"""Turns the failure of a source or judge (timeout, exception, score outside float32) into a Void with its reason.
 
 Runs in each reward replica.
 """

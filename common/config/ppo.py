@@ -191,7 +191,7 @@ class EvaluationConfig(Section):
     """Also evaluate after every this many steps; 0: only before and after training."""
     judges: tuple[SourceConfig, ...] = ()
     """Reward sources that score held-out responses only. Training never sees their scores, so they show
-    over-optimisation. A judge that fails on a response takes nothing else from it: its other scores count."""
+    over-optimisation. If a judge fails on an answer, the answer keeps its other scores."""
     pass_source: str | None = None
     """A response passes (pass@1) when this source or judge scores it at least `pass_score`. Left out: the first source,
     if all its scores are 0 or 1; with other scores, such as a reward model's, there is no pass@1."""

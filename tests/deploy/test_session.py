@@ -188,7 +188,7 @@ def test_a_session_deletes_the_scaling_state_and_leftovers_of_an_earlier_process
     with started(cfg, tmp_path, [FITS], resume=True) as begin:
         assert (tmp_path / "summary.json.1.tmp").exists()  # nothing is cleaned before the run is accepted
         begin()
-        assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "run.json", "metrics.jsonl"}
+        assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "run.json", "run.lock", "metrics.jsonl"}
 
 
 def test_every_phase_must_fit_and_a_refused_run_leaves_no_directory(cfg, tmp_path):
