@@ -166,7 +166,7 @@ def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
             log_to_driver=True,
             _temp_dir=str(directory / _RAY),  # Ray makes it readable to all; its parent stays closed
         )
-    except (OSError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises plain ones too, such as when its node does not start within 30 seconds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RoleError(f"Ray cannot start on this machine: {reason}") from error
     finally:

@@ -12,7 +12,7 @@ import pytest
 from ray.job_config import JobConfig
 
 from common.config.base import RayConfig
-from common.errors import UserError
+from common.errors import RoleError, UserError
 from common.memory import MIB
 from deploy.cluster import own_cluster
 
@@ -53,6 +53,15 @@ def test_rays_dashboard_is_told_where_prometheus_and_grafana_are(monkeypatch, tm
     assert "RAY_PROMETHEUS_HOST" not in os.environ
     with pytest.raises(ValueError, match="prometheus"):
         RayConfig(prometheus="http://user:secret@host:9090")
+
+
+def test_a_node_that_does_not_start_in_time_is_no_fault_of_ratchet(monkeypatch, tmp_path):
+    def init(**arguments: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.setattr(own_cluster.ray, "init", init)
+    with pytest.raises(RoleError, match="Ray cannot start on this machine: The current node timed out"):
+        own_cluster.start(RayConfig(), tmp_path, JobConfig())
 
 
 def test_the_directory_of_a_cluster_is_private_and_removed_afterwards(tmp_path, monkeypatch):
