@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from common.user_code.packages import import_ratchet_first
@@ -32,14 +33,14 @@ def users_directories() -> Sequence[str]:
 
 def module_file(name: str) -> Path | None:
     """The file of a module, found without importing it. None if it has none."""
-    path: Sequence[str] | None = None
-    spec = None
-    parts = name.split(".")
-    for count in range(1, len(parts) + 1):
-        found = (finder.find_spec(".".join(parts[:count]), path) for finder in sys.meta_path)
-        if (spec := next((one for one in found if one is not None), None)) is None:
+    first, *others = name.split(".")
+    spec = next((found for finder in sys.meta_path if (found := finder.find_spec(first, None)) is not None), None)
+    for part in others:
+        if spec is None:
             return None
-        path = list(spec.submodule_search_locations or ())
+        # By its last name: for a directory without __init__.py below another such one, Python would look for the whole
+        # name's parent among the imported modules.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 

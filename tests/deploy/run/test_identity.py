@@ -122,6 +122,16 @@ def test_a_reward_functions_digest_is_that_of_its_file(tmp_path, monkeypatch):
     assert module_file("sys") is None  # built in
 
 
+def test_a_module_is_found_below_folders_without_an_init_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "outer/inner").mkdir(parents=True)
+    (tmp_path / "outer/inner/rewards.py").touch()
+    assert module_file("outer.inner.rewards") == tmp_path / "outer/inner/rewards.py"
+    assert module_file("outer.inner") is None
+    assert module_file("outer.inner.nothing") is None
+    assert "outer" not in sys.modules
+
+
 def test_the_parts_of_a_run_have_the_names_of_their_settings(model):
     cfg = tiny_config(model)
     service = HttpSourceConfig(name="h", urls=["http://h"])
