@@ -67,6 +67,8 @@ OTHER = {
     "ray start --": "a cluster",
     "kubectl ": "Kubernetes",
     "docker ": "a container engine",
+    "mkdir -p runs": "a container engine",
+    "(umask 077; openssl rand ": "a cluster",
     "sbatch ": "tests/deploy/cluster/test_slurm.py",
     "ray get-auth-token": "a cloud",
     "chmod 600 ~/.ray/auth_token": "a cloud",

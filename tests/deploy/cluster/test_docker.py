@@ -71,6 +71,40 @@ def test_both_images_have_the_same_python_and_an_extra_that_exists():
     assert gpu["CUDA_VERSION"].startswith(gpu["CUDA_PACKAGES"].replace("-", ".") + ".")
 
 
+def runs(name, stage):
+    """The RUN instructions of a stage, 0 the first one, as one text."""
+    stages = [[]]
+    for kind, text in instructions(name):
+        stages = [*stages, []] if kind == "FROM" else stages
+        stages[-1] += [text] if kind == "RUN" else []
+    return "\n".join(stages[stage + 1])
+
+
+@pytest.mark.parametrize(("name", "own"), [("Dockerfile.cpu", "cpu"), ("Dockerfile.gpu", "gpu")])
+def test_images_install_what_the_page_says(name, own):
+    page = (ROOT / "docs" / "install.md").read_text()
+    [model] = re.findall(r"^pip install --no-deps (.+)$", page, re.MULTILINE)
+    [removed] = re.findall(r"^pip uninstall --yes (.+)$", page, re.MULTILINE)
+    installs = runs(name, 1)
+    assert f"uv pip install --no-cache --no-deps {model}" in installs
+    assert (f"uv pip uninstall {removed}" in installs) == (own == "cpu")  # "for `[cpu]` alone"
+    assert "reasoning-gym` | prompts and rewards of reasoning-gym; it needs a C compiler" in page
+    assert {"gcc", "libc6-dev"} <= set(installs.split())
+    assert {"reasoning-gym", "demo", "aws", "gcp"} <= set(arguments(name)["EXTRAS"].split(","))
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.gpu"])
+def test_images_have_what_rays_launcher_uses_in_them(name):
+    installs = runs(name, 2)
+    assert {"rsync", "openssh-client"} <= set(installs.split())
+    [environment] = [text for kind, text in instructions(name) if kind == "ENV" and " PATH=" in text]
+    values = dict(word.split("=", 1) for word in environment.split())
+    assert values["HOME"] == "/home/ratchet"  # where it mounts the token
+    # Login shells, such as the launcher's, set PATH to the system's own.
+    [login] = re.findall(r'echo "export PATH=(.*):\\\$PATH" > /etc/profile.d/ratchet.sh', installs)
+    assert f"{login}:$PATH" == values["PATH"]
+
+
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.gpu"])
 def test_images_have_pinned_bases_two_stages_and_a_user(name):
     found, values = instructions(name), arguments(name)

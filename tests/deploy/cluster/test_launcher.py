@@ -39,7 +39,15 @@ def test_the_launchers_nodes_have_the_groups_that_roles_ask_for(name):
     assert {kind: node["labels"] for kind, node in types.items()} == {kind: {"group": kind} for kind in types}
     assert set(GROUPS.values()) < set(types)
     assert types["learner"]["min_workers"] == types["learner"]["max_workers"]
-    assert types["generators"]["min_workers"] < types["generators"]["max_workers"]
+    assert types["generators"]["min_workers"] == 0 < types["generators"]["max_workers"]
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_the_shared_storage_is_the_images_users_once_it_is_mounted(name):
+    commands = read(name)["initialization_commands"]
+    order = [text for text in commands for mark in ("update", "install", "mount -t", "chown 1000:1000") if mark in text]
+    assert [text.split()[-1] for text in order] == ["update", "nfs-common", "/shared", "/shared"]
+    assert order[-1] == commands[-1] == "sudo chown 1000:1000 /shared"
 
 
 def test_the_files_of_all_platforms_are_copied_once(tmp_path, capsys):

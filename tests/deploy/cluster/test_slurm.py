@@ -18,7 +18,8 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 FAKES = {
     # Runs what it is given on "another node": here.
     "srun": 'echo "srun $*" >> "$LOG"; while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-    "hostname": "echo 10.1.2.3 10.9.9.9",
+    # The node's own name may be that of its loopback.
+    "getent": '[ "$1 $2" = "ahostsv4 node1" ] && printf "%s STREAM node1\\n" $ADDRESSES',
     "ray": """
         size=$(wc -c < "$RAY_AUTH_TOKEN_PATH") mode=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")
         echo "ray $* token=$RAY_AUTH_MODE,$size,$mode" >> "$LOG"
@@ -35,9 +36,9 @@ FAKES = {
     "ratchet": """
         echo "ratchet $*" >> "$LOG"
         [ "$2" = --resume ] && exit 0
-        trap 'echo checkpoint >> "$LOG"; exit 143' TERM
+        trap 'echo checkpoint >> "$LOG"; touch $MADE; exit ${STOPPED:-143}' TERM
         [ -n "$ENDS" ] && exit "$ENDS"
-        mkdir -p "$RUN" && touch "$RUN/config.toml"
+        mkdir -p "$RUN/journal" && touch "$RUN/config.toml"
         while :; do sleep 0.05; done""",
 }
 
@@ -53,12 +54,14 @@ def start(tmp_path):
     (tmp_path / "nodes").write_text("node1\nnode2\nnode3\n")
     started = []
 
-    def begin(state="RUNNING", ends=""):
+    def begin(state="RUNNING", ends="", **more):
         (tmp_path / "log").unlink(missing_ok=True)
         environment = {
             "PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "LOG": str(tmp_path / "log"),
             "RUN": str(tmp_path / "run"), "STATE": state, "ENDS": ends, "SLURM_JOB_ID": "71234",
+            "ADDRESSES": "127.0.1.1 10.1.2.3 10.9.9.9", "MADE": str(tmp_path / "run/journal/step-000001.arrow"),
             "SLURM_JOB_NODELIST": str(tmp_path / "nodes"), "SLURM_CPUS_PER_TASK": "6", "SLURM_GPUS_ON_NODE": "2",
+            **more,
         }  # fmt: skip
         arguments = ["bash", SCRIPT, "my.toml", tmp_path / "run", "seed=3"]
         process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
@@ -123,6 +126,31 @@ def test_a_job_that_was_cancelled_or_failed_is_not_queued_again(start, tmp_path,
     process.communicate(timeout=60)
     assert process.returncode == code
     assert not [line for line in log(tmp_path) if line.startswith("scontrol")]
+
+
+@pytest.mark.parametrize(
+    ("made", "restarts", "stopped", "again"),
+    [
+        ("journal/note-000001-000.json", "2", "143", True),
+        ("journal/note-000001-000.json", "3", "143", False),  # the fourth start without a step
+        ("journal/step-000001.arrow", "9", "143", True),
+        ("journal/step-000001.arrow", "9", "1", True),  # a library's fault while it stopped
+        ("journal/step-000001.arrow", "0", "2", False),
+        ("journal/step-000001.arrow", "0", "0", False),
+    ],
+)
+def test_a_stopped_run_is_queued_again_while_it_advances(start, tmp_path, made, restarts, stopped, again):
+    process = start(MADE=str(tmp_path / "run" / made), SLURM_RESTART_COUNT=restarts, STOPPED=stopped)
+    assert stop(process, tmp_path) == int(stopped)
+    assert ("scontrol requeue 71234" in log(tmp_path)) == again
+
+
+def test_the_heads_address_can_be_named_and_is_never_its_loopback(start, tmp_path):
+    assert stop(start(RATCHET_HEAD_IP="10.7.7.7"), tmp_path) == 143
+    assert [line for line in log(tmp_path) if "--node-ip-address=10.7.7.7 --port=21234" in line]
+    process = start(ADDRESSES="127.0.1.1")
+    process.communicate(timeout=60)
+    assert (process.returncode, log(tmp_path)) == (1, [])
 
 
 def test_slurm_is_asked_for_the_signal_and_for_a_second_start():
