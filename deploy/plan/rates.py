@@ -92,7 +92,7 @@ H100 = Rates(
     decoding=Decoding(989e12, 989e12, 3.35e12, data_sheet=True),
     publish_bytes_per_s=13.5e9 / 1.95,
     publish_whole=False,
-    device_name="H100",
+    device_name="H100 80GB HBM3",
 )
 ZEN5_CORE = Rates(
     kind="zen5-core",

@@ -15,6 +15,7 @@ from common.config.ppo import Config
 from common.config.sources import ModelSourceConfig
 from common.model.size import ModelSize
 from deploy.plan import work
+from deploy.plan.overlap import OneGpu, fractions, overlapping
 from deploy.plan.rates import KINDS, Rates, Speed, speed
 from deploy.plan.work import Lengths
 
@@ -49,17 +50,22 @@ def step_seconds(
     lengths: Lengths | None = None,
     cache_bytes: int | None = None,
     cores: float | None = None,
+    gpus: OneGpu | None = None,
 ) -> StepSeconds:
     """The seconds of a step with rollouts of these lengths; by default, the longest ones. `rates`: by device.
-    `cache_bytes`: KV cache of an engine, if it is known. `cores`: of all nodes, for roles that share them."""
+    `cache_bytes`: KV cache of an engine, if it is known. `cores`: of all nodes, for roles that share them. `gpus`: the
+    roles on each GPU, if they are known."""
     lengths = lengths or Lengths.longest(cfg)
     generate = _generate(cfg, model, lengths, rates, cache_bytes)
-    score = _score(cfg, model, reward_models, lengths, rates)
+    score, scoring = _score(cfg, model, reward_models, lengths, rates, gpus)
     learn, *parts = _learn(cfg, model, lengths, rates)
     publish = _publish(cfg, model, rates)
-    step = _step(cfg, generate, score, learn, publish, cores=cores)
-    used = {_device(section) for section in (cfg.generators, cfg.reference, cfg.learner)}
-    origins = tuple(f"{rates[device].kind}: {rates[device].origin}" for device in sorted(used & rates.keys()))
+    busy = {**scoring, "generators": generate.seconds or 0.0}
+    busy["learner"] = busy.get("learner", 0.0) + (learn.seconds or 0.0)
+    step = _step(cfg, (generate, score, learn, publish), busy, gpus, cores=cores)
+    workers = {"generators": generate, **dict.fromkeys(scoring, score), "learner": learn if learn.seconds else publish}
+    used = {_device(getattr(cfg, section)) for section, phase in workers.items() if phase.seconds is not None}
+    origins = tuple(f"{rates[device].kind}: {rates[device].origin}" for device in sorted(used))
     return StepSeconds(lengths, (generate, score, learn, *parts, publish), step, origins)
 
 
@@ -94,7 +100,7 @@ def _generate(
     prefill, decode = done.prefill / rate.prefill_per_s, done.decode / rate.decode_per_s
     reading = done.steps * done.step_bytes / rate.read_bytes_per_s
     seconds = max(prefill + decode, reading) if rate.data_sheet else prefill + decode + reading
-    detail = f"{engines.min} engine(s), {done.running} at once in each, {done.steps:.0f} steps"
+    detail = f"{engines.min} engine(s), at most {done.running} at once in each, {done.steps:.0f} steps"
     if rate.data_sheet:
         detail += "; by the card's data sheet, not measured"
     return Phase("generate", seconds / faster, detail, rate.data_sheet or engines.tensor_parallel > 1)
@@ -106,8 +112,10 @@ def _score(
     reward_models: Sequence[ModelSize],
     lengths: Lengths,
     rates: Mapping[str, Rates],
-) -> Phase:
-    """Reference and reward models work at the same time, and after generation if all responses end together."""
+    gpus: OneGpu | None,
+) -> tuple[Phase, dict[str, float]]:
+    """The phase, and the seconds of each role that works in it: the reference (with LoRA, the learner) and the reward
+    models, at the same time unless they share a GPU. Both work after generation if all responses end together."""
     lora, reference = cfg.learner.lora is not None, cfg.reference
     sources = [source for source in cfg.reward.sources if isinstance(source, ModelSourceConfig)]
     measurer: Placed = cfg.learner if lora else reference
@@ -115,26 +123,27 @@ def _score(
     float32 = cfg.learner.precision == "fp32" if lora else reference.dtype == "float32"
     budget = cfg.learner.token_budget if lora else reference.max_batch_tokens
     if missing := _missing(measurer, rates, float32=float32):
-        return Phase("score", None, missing)
+        return Phase("score", None, missing), {}
     measured = work.measuring(cfg, model, lengths) / replicas
-    seconds = [_passes(measured, model, measurer, rates, tokens=budget)]
+    seconds = {"learner" if lora else "reference": _passes(measured, model, measurer, rates, tokens=budget)}
     measured_at = speed(rates[_device(measurer)].passes, parameters=model.parameters, tokens=budget)
     detail = "reference" if not lora else "the learner without its adapters is the reference"
     if reward_models:
         if missing := _missing(cfg.reward, rates, float32=any(source.dtype == "float32" for source in sources)):
-            return Phase("score", None, missing)
+            return Phase("score", None, missing), {}
         tokens = min(source.max_batch_tokens for source in sources) if sources else budget
-        seconds.append(
-            sum(
-                _passes(work.scoring(cfg, [one], lengths) / cfg.reward.min, one, cfg.reward, rates, tokens=tokens)
-                for one in reward_models
-            )
+        seconds["reward"] = sum(
+            _passes(work.scoring(cfg, [one], lengths) / cfg.reward.min, one, cfg.reward, rates, tokens=tokens)
+            for one in reward_models
         )
         detail += ", and at the same time the reward model(s)"
+    whole = max(seconds.values())
+    if any(seconds.keys() <= set(sections) for sections in (fractions(cfg, seconds) if gpus is None else gpus)):
+        whole, detail = sum(seconds.values()), detail.replace("at the same time", "on the same GPU")
     detail += "; less where it overlaps with generation"
     if len(reward_models) < len(cfg.reward.sources):
         detail += "; reward functions and services are not counted"
-    return Phase("score", max(seconds), detail, _too_small(measured_at, budget))
+    return Phase("score", whole, detail, _too_small(measured_at, budget)), seconds
 
 
 def _passes(
@@ -189,28 +198,18 @@ def _publish(cfg: Config, model: ModelSize, rates: Mapping[str, Rates]) -> Phase
     return Phase("publish", sent / found.publish_bytes_per_s, detail, not found.publish_whole)
 
 
-def _step(cfg: Config, generate: Phase, score: Phase, learn: Phase, publish: Phase, *, cores: float | None) -> Phase:
-    phases = (generate, score, learn, publish)
+def _step(
+    cfg: Config, phases: Sequence[Phase], busy: Mapping[str, float], gpus: OneGpu | None, *, cores: float | None
+) -> Phase:
+    """The step: generate, score and learn, and then publish. `busy`: seconds of each role."""
     if unknown := [phase.name for phase in phases if phase.seconds is None]:
         return Phase("step", None, f"no number for {', '.join(unknown)}")
-    generate_s, score_s, learn_s, publish_s = (phase.seconds or 0.0 for phase in phases)
-    one_by_one = generate_s + score_s + learn_s
-    together = max(generate_s, score_s, learn_s)
+    *before, publish = (phase.seconds or 0.0 for phase in phases)
     if cfg.max_staleness == 0:
-        seconds, detail = one_by_one, "one phase after another (max_staleness = 0)"
+        seconds, detail = sum(before), "one phase after another (max_staleness = 0)"
         if cfg.lent_share:
             detail += "; the engine's sleep and waking were not measured"
-    elif cfg.generators.gpus == cfg.learner.gpus == 0:
-        busy = (
-            generate_s * cfg.generators.threads * cfg.generators.tensor_parallel * cfg.generators.min
-            + score_s * cfg.reference.threads * cfg.reference.min
-            + learn_s * cfg.learner.threads * cfg.learner.fewest_ranks
-        )
-        seconds = max(together, busy / cores if cores else one_by_one)
-        detail = "phases overlap (max_staleness above 0), and share the cores"
-    elif 0 < cfg.learner.gpus < 1 and 0 < cfg.generators.gpus < 1:
-        seconds, detail = one_by_one, "phases overlap, but share a GPU, so none is faster than one after another"
     else:
-        seconds, detail = together, "generating, scoring and learning at the same time (max_staleness above 0)"
+        seconds, detail = overlapping(cfg, busy, fractions(cfg, busy) if gpus is None else gpus, cores=cores)
     at_least = any(phase.at_least for phase in phases) or cfg.lent_share > 0
-    return Phase("step", seconds + publish_s, f"{detail}; then publish", at_least)
+    return Phase("step", seconds + publish, f"{detail}; then publish", at_least)

@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.model.size import ModelSize
 from deploy.plan.machines import THIS_MACHINE
 from deploy.plan.models import reward_model_sizes
+from deploy.plan.overlap import one_gpu
 from deploy.plan.placement import Node
 from deploy.plan.plan import Plan
 from deploy.plan.rates import find_rates, own_rates
@@ -59,6 +60,7 @@ def plan_step(plan: Plan[Config], model: ModelSize, typical: Typical) -> tuple[S
         lengths=typical.lengths(cfg),
         cache_bytes=_cache_bytes(cfg, model, nodes),
         cores=sum(node.cpus for node in nodes),
+        gpus=one_gpu(placement),
     )
     return seconds, traffic(cfg, model, homes(placement), lengths=typical.lengths(cfg))
 

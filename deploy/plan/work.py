@@ -44,15 +44,16 @@ class Generation:
     """The work of the engine that has most of a batch to write."""
 
     rollouts: int
-    running: int  # rollouts that it works on at once
+    running: int  # rollouts that it works on at once, at most
     prefill: float  # operations for the prompts, first tokens of the responses included
     decode: float  # operations for the other tokens of the responses
     steps: float  # of the engine; in each, every running rollout gets a token
-    step_bytes: float  # read in each step: all weights, and the keys and values of the running rollouts
+    step_bytes: float  # read in each step, on average: all weights, and the keys and values of the running rollouts
 
 
 def generation(cfg: Config, model: ModelSize, lengths: Lengths, *, cache_bytes: int | None) -> Generation:
-    """The work of one of `generators.min` engines. `cache_bytes`: its KV cache; None: large enough."""
+    """The work of one of `generators.min` engines. Rollouts of one length start and end together, `running` at once.
+    `cache_bytes`: the KV cache of an engine; None: large enough."""
     engines = cfg.generators
     rollouts = ceil(cfg.rollouts_per_step / engines.min)
     tokens, longest = bytes_per_sequence(engines, model, max_tokens=cfg.max_sequence_tokens)
@@ -62,14 +63,15 @@ def generation(cfg: Config, model: ModelSize, lengths: Lengths, *, cache_bytes: 
         running = max(1, min(running, int(cache_bytes / (token_bytes * lengths.whole))))
     whole = rollouts * forward_operations(model, lengths.whole, lengths.response)
     prefill = rollouts * forward_operations(model, lengths.prompt, 1)
+    waves = ceil(rollouts / running)
     half_written = lengths.prompt + lengths.response / 2
     return Generation(
         rollouts=rollouts,
         running=running,
         prefill=prefill,
         decode=max(0.0, whole - prefill),
-        steps=lengths.response * rollouts / running,
-        step_bytes=bytes_per_value(engines) * model.parameters + running * token_bytes * half_written,
+        steps=lengths.response * waves,
+        step_bytes=bytes_per_value(engines) * model.parameters + rollouts / waves * token_bytes * half_written,
     )
 
 

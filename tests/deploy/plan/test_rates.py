@@ -100,6 +100,9 @@ def test_this_machine_has_the_rates_of_devices_with_its_names(monkeypatch):
     assert own_rates() == {"cpu": ZEN5_CORE}
     monkeypatch.setattr("deploy.plan.rates.own_devices", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
     assert own_rates() == {"gpu": H100}
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL"):  # slower cards with less or other memory
+        monkeypatch.setattr("deploy.plan.rates.own_devices", lambda other=other: {"gpu": other})
+        assert own_rates() == {}
 
 
 def test_two_rates_of_one_device_are_refused(tmp_path):

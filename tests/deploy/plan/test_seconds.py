@@ -3,6 +3,9 @@
 import pytest
 
 from common.model.size import ModelSize
+from deploy.plan.needs import Need
+from deploy.plan.overlap import one_gpu
+from deploy.plan.placement import Node, place
 from deploy.plan.rates import Decoding, Rates, Speed
 from deploy.plan.seconds import step_seconds
 from deploy.plan.work import Lengths
@@ -31,7 +34,7 @@ GPU = Rates(**{**vars(CPU), "device": "gpu", "optimizer_bytes_per_s": None})
 SHEET = Rates(**{**vars(GPU), "decoding": Decoding(4000.0, 4000.0, 100.0, data_sheet=True), "publish_whole": False})
 
 
-def plan(rates=CPU, *, cores=None, reward_models=(), **sections):
+def plan(rates=CPU, *, cores=None, gpus=None, reward_models=(), **sections):
     """The seconds of each phase of a step with eight rollouts, and which of them are the least possible."""
     tree = {
         "rollouts_per_step": 8,
@@ -39,13 +42,13 @@ def plan(rates=CPU, *, cores=None, reward_models=(), **sections):
         "sampling": {"max_new_tokens": 10},
         "ppo": {"ppo_epochs": 1, "minibatches": 2},
     }
-    found = step_seconds(
-        config("", **(tree | sections)), SIZE, reward_models, {rates.device: rates}, lengths=LENGTHS, cores=cores
-    )
+    cfg, of_device = config("", **(tree | sections)), {rates.device: rates}
+    found = step_seconds(cfg, SIZE, reward_models, of_device, lengths=LENGTHS, cores=cores, gpus=gpus)
     phases = (*found.phases, found.step)
     return {p.name: p.seconds for p in phases}, {p.name for p in phases if p.at_least}
 
 
+REWARD_MODEL = {"name": "model", "model": "x"}
 ON_GPUS = {name: {"gpus": 1} for name in ("generators", "reference", "learner")}
 GENERATE = 8 * PREFILL / 4000 + 8 * (PASS - PREFILL) / 2000 + 10 * STEP_BYTES / 100
 LEARN = 8 * PASS / 1000 + 3 * 8 * PASS / 500 + 2 * 40 * 1000 / 50  # before; forward and backward; two optimizer steps
@@ -86,6 +89,37 @@ def test_roles_on_different_devices_work_at_the_same_time():
     )
 
 
+def test_roles_on_one_gpu_take_turns():
+    sections = {**ON_GPUS, "generators": {"gpus": 0.8}, "reference": {"gpus": 0.2}, "max_staleness": 1}
+    score = 8 * PASS / 1000
+    beside_an_engine = plan(GPU, **sections, gpus=[{"learner"}, {"generators", "reference"}, {"generators"}])
+    assert beside_an_engine[0]["step"] == pytest.approx(max(GENERATE + score, LEARN - 1600) + 200)
+    apart = plan(GPU, **sections, gpus=[{"learner"}, {"generators"}, {"reference"}])
+    assert apart[0]["step"] == pytest.approx(max(GENERATE, LEARN - 1600) + 200)
+    with_learner = plan(GPU, **sections, gpus=[{"learner", "reference"}, {"generators"}])
+    assert with_learner[0]["step"] == pytest.approx(max(GENERATE, score + LEARN - 1600) + 200)
+
+
+def test_reference_and_reward_model_on_one_gpu_take_turns():
+    sections = {**ON_GPUS, "reference": {"gpus": 0.5}, "reward": {"gpus": 0.5, "sources": [REWARD_MODEL]}}
+    alone, both = (
+        plan(GPU, **sections, reward_models=[SIZE], gpus=[{"learner"}, {"generators"}, *scorers])[0]["score"]
+        for scorers in ([{"reference"}, {"reward"}], [{"reference", "reward"}])
+    )
+    score, reward = 8 * PASS / 1000, 8 * (2 * 800 * 40 + 40 * 40**2) / 1000
+    assert (alone, both) == (pytest.approx(score), pytest.approx(score + reward))
+
+
+def test_the_plan_finds_the_roles_that_share_a_gpu():
+    shares = {"Learner(0)": ("learner", 1), "Generator(0)": ("generators", 0.8), "Generator(1)": ("generators", 0.8)}
+    shares |= {"ReferencePolicy(0)": ("reference", 0.2)}
+    needs = [Need(name, section, 0, gpus, {}) for name, (section, gpus) in shares.items()]
+    found = [set(sections) for sections in one_gpu(place(needs, [Node("n", 8, 3, 1)]))]
+    assert sorted(map(sorted, found)) == [["generators"], ["generators", "reference"], ["learner"]]
+    in_use = one_gpu(place(needs, [Node("n", 8, 3, 1, gpus_in_use=0.5)]))  # nobody knows which
+    assert list(map(set, in_use)) == [{"generators", "reference"}]
+
+
 def test_roles_on_the_cpu_share_its_cores():
     work = GENERATE + 8 * PASS / 1000 + LEARN  # of one thread in each role
     assert plan(max_staleness=1, cores=2)[0]["step"] == pytest.approx(max(work / 2, LEARN) + 200)
@@ -93,13 +127,19 @@ def test_roles_on_the_cpu_share_its_cores():
 
 
 def test_adapters_make_the_learner_its_own_reference():
-    seconds, _ = plan(learner={"lora": {"rank": 2}, "threads": 3})
-    assert seconds["score"] == pytest.approx(8 * PASS / 1000 / 2)
+    sections = {"learner": {"lora": {"rank": 2}, "threads": 3}, "reference": {"threads": 64, "min": 64}}
+    seconds, _ = plan(**sections)
+    score, learn = 8 * PASS / 1000 / 2, (8 * PASS / 1000 + 2 * 8 * PASS / 500) / 2  # no gradients of weights
+    assert seconds["score"] == pytest.approx(score)
     assert seconds["optimizer"] == 0
+    together = {**sections, "max_staleness": 1}  # the same ranks score and learn
+    assert plan(**together, cores=64)[0]["step"] == pytest.approx(max(GENERATE, score + learn) + 200)
+    work = GENERATE + 3 * (score + learn)  # of one thread
+    assert plan(**together, cores=2)[0]["step"] == pytest.approx(work / 2 + 200)
 
 
 def test_the_slower_of_reward_model_and_reference_counts():
-    sources = [{"name": "model", "model": "x"}, {"name": "variety", "function": "tests.bench.task:reward"}]
+    sources = [REWARD_MODEL, {"name": "variety", "function": "tests.bench.task:reward"}]
     large = ModelSize(**{**vars(SIZE), "parameters": 3200})
     seconds, _ = plan(reward_models=[large], reward={"sources": sources})
     assert seconds["score"] == pytest.approx(8 * (2 * 3000 * 40 + 40 * 40**2) / 1000)
@@ -113,6 +153,19 @@ def test_a_device_without_a_rate_gets_a_sentence_and_no_number():
     assert "tests.bench.rates" in learn.detail
     assert found.step.seconds is None
     assert found.step.detail == "no number for generate, score, learn, publish"
+
+
+def test_only_rates_that_a_phase_used_have_an_origin():
+    both = {"cpu": CPU, "gpu": Rates(**{**vars(GPU), "kind": "card"})}
+
+    def origins(**sections):
+        return [o.partition(":")[0] for o in step_seconds(config("", **sections), SIZE, [], both).origins]
+
+    assert origins() == ["round"]
+    assert origins(learner={"gpus": 1, "lora": {"rank": 2}}, generators={"gpus": 1}) == ["card"]  # no reference
+    assert origins(learner={"gpus": 1}, generators={"gpus": 1}) == ["round", "card"]
+    in_float32 = {"learner": {"gpus": 1, "lora": {"rank": 2}, "precision": "fp32"}, "generators": {"gpus": 1}}
+    assert origins(**in_float32, max_staleness=1) == ["card"]
 
 
 def test_no_rate_of_bfloat16_serves_float32():

@@ -81,6 +81,11 @@ def test_an_engine_reads_weights_and_cache_in_each_step():
     short_of_cache = generation(config("", **sections), SIZE, Lengths(30, 10), cache_bytes=4 * 40 * token + 1)
     assert (short_of_cache.rollouts, short_of_cache.running, short_of_cache.steps) == (20, 4, 50)
 
+    # 20 rollouts, eight at once: 8, 8 and 4 of them, so 3 x 10 steps, and 20 / 3 rollouts in each on average.
+    three_waves = generation(config("", **sections), SIZE, Lengths(30, 10), cache_bytes=8 * 40 * token + 1)
+    assert (three_waves.running, three_waves.steps) == (8, 30)
+    assert three_waves.step_bytes == pytest.approx(2 * 1000 + 20 / 3 * token * 35)
+
 
 def test_reward_models_pass_no_output_embedding():
     assert scoring(config("", rollouts_per_step=3), [SIZE, SIZE], Lengths(4, 6)) == 3 * 2 * (1600 * 10 + 40 * 100)

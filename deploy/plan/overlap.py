@@ -1,0 +1,57 @@
+"""The seconds of a step whose roles work at the same time: those of one device take turns. Runs in the driver; pure
+arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from common.config.ppo import Config
+from deploy.plan.placement import Placement
+
+Busy = Mapping[str, float]  # by section of the config: seconds that each of its processes works in a step
+OneGpu = Sequence[Collection[str]]  # for each GPU the sections of its processes
+
+
+def one_gpu(placement: Placement) -> OneGpu:
+    """The sections on each GPU. Fractions of GPUs that nobody can tell apart count as fractions of one."""
+    found: dict[object, set[str]] = {}
+    for place in placement.places:
+        unknown = [None] if 0 < place.need.gpus < 1 and not place.gpus else []
+        for gpu in [*place.gpus, *unknown]:
+            found.setdefault((place.node, gpu) if gpu is not None else None, set()).add(place.need.section)
+    return list(found.values())
+
+
+def fractions(cfg: Config, busy: Busy) -> OneGpu:
+    """The same without places: all roles with a fraction of a GPU count as on one."""
+    return [{section for section in busy if 0 < getattr(cfg, section).gpus < 1}]
+
+
+def overlapping(cfg: Config, busy: Busy, gpus: OneGpu, *, cores: float | None) -> tuple[float, str]:
+    """The seconds until all roles have done the work of a step, and in words what decides. `cores`: of all nodes; None:
+    roles on CPUs take turns."""
+    seconds, detail = max(busy.values()), "generating, scoring and learning at the same time (max_staleness above 0)"
+    for sections in gpus:
+        together = sum(busy.get(section, 0.0) for section in sections)
+        if together > seconds:
+            names = " and ".join(sorted(section for section in sections if busy.get(section)))
+            seconds, detail = together, f"phases overlap (max_staleness above 0), but {names} share a GPU"
+    on_cpus = {section: time for section, time in busy.items() if not getattr(cfg, section).gpus}
+    if len(on_cpus) > 1:
+        work = sum(time * _threads(cfg, section) for section, time in on_cpus.items())
+        together = work / cores if cores else sum(on_cpus.values())
+        if together > seconds:
+            seconds, detail = together, "phases overlap (max_staleness above 0), and share the cores"
+    return seconds, detail
+
+
+def _threads(cfg: Config, section: str) -> int:
+    """The threads of all processes of a section."""
+    processes = {
+        "learner": cfg.learner.fewest_ranks,
+        "generators": cfg.generators.min * cfg.generators.tensor_parallel,
+        "reference": cfg.reference.min,
+        "reward": cfg.reward.min,
+    }
+    threads: int = getattr(cfg, section).threads
+    return processes[section] * threads
