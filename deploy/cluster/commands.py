@@ -23,7 +23,9 @@ from deploy.cluster import kuberay as objects
 from deploy.shipped import config_file
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write files that start a Ray cluster.")
-PLATFORMS = ("docker", "launcher", "slurm")  # the directories next to this file with files to be changed by hand
+# The directories next to this file with files that users edit. The Dockerfiles are not among them: they build in a
+# checkout only.
+PLATFORMS = ("launcher", "slurm")
 Size = tuple[int, int]
 # A name of Kubernetes. KubeRay adds to it, and the names of pods have 63 characters at most.
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
@@ -31,7 +33,7 @@ NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 
 @app.command()
 def files(directory: Annotated[Path, typer.Argument(help="A new directory for the files.")]) -> None:
-    """Copy the Dockerfiles, the files of Ray's cluster launcher and the Slurm script."""
+    """Copy the files of Ray's cluster launcher and the Slurm script."""
     try:
         directory.mkdir(parents=True)
         for platform in PLATFORMS:
@@ -41,21 +43,20 @@ def files(directory: Annotated[Path, typer.Argument(help="A new directory for th
     typer.echo("\n".join(str(path) for path in sorted(directory.rglob("*")) if path.is_file()))
 
 
-def _spot(given: list[str] | None) -> dict[str, str]:
+def _labels(option: str, given: list[str] | None, example: str) -> dict[str, str]:
+    """The labels of machines that an option names."""
     labels = [label.partition("=") for label in given or []]
     if faulty := ["".join(label) for label in labels if not (label[0] and label[2])]:
-        raise UserError(
-            f"--spot ({faulty[0]}) must be a label of spot machines, such as cloud.google.com/gke-spot=true"
-        )
+        raise UserError(f"{option} ({faulty[0]}) must be a label of machines, such as {example}")
     return {key: value for key, _, value in labels}
 
 
 @app.command()
 def kuberay(
-    config: Annotated[Path, typer.Argument(help="A TOML file or shipped config.", callback=config_file)],
+    config: Annotated[str, typer.Argument(help="A TOML file or shipped config.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file's.")] = None,
     image: Annotated[str, typer.Option(help="Ratchet's image, as the machines find it.")] = "",
-    to: Annotated[Path, typer.Option(help="Where claim.yaml, cluster.yaml and job.yaml go.")] = Path("kuberay"),
+    to: Annotated[Path, typer.Option(help="The directory of the files.")] = Path("kuberay"),
     name: Annotated[str | None, typer.Option(help="Name of the run and of all objects [default: the file's].")] = None,
     directory: Annotated[
         str | None, typer.Option(help="Your files and runs/ on the shared storage [default: /shared/NAME].")
@@ -65,6 +66,10 @@ def kuberay(
     learner_pods: Annotated[int, typer.Option(min=1, help="Pods for learner, reference and reward.")] = 1,
     learner_gpus: Annotated[
         int | None, typer.Option(min=0, help="GPUs of a learner's pod [default: what the config needs, on one pod].")
+    ] = None,
+    learner_node: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Label of the learner's machines; may be repeated."),
     ] = None,
     generator: Annotated[Size, typer.Option(metavar="CPUS GIB", help="Size of a generator's pod.")] = (8, 32),
     spot: Annotated[
@@ -78,16 +83,18 @@ def kuberay(
     secret: Annotated[
         str | None, typer.Option(help="A secret whose entries become environment variables: keys of reward services.")
     ] = None,
+    pull_secret: Annotated[str | None, typer.Option(help="The secret of a private registry of images.")] = None,
 ) -> None:
-    """Write a storage claim, a RayCluster and a RayJob for a config."""
+    """Write a storage claim, a pod for copying files, a RayCluster and a RayJob for a config."""
     if not image:
         raise UserError("name Ratchet's image with --image; deploy/cluster/docker/ has the files that make it")
-    chosen = name or re.sub(r"[^a-z0-9]+", "-", config.stem.lower()).strip("-")
+    path = Path(config_file(config))
+    chosen = name or re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")
     if not re.fullmatch(NAME, chosen):
         raise UserError(
             f"--name ({chosen}) must have lower-case letters, digits and - only, 40 at most; choose another"
         )
-    cfg = load_config(config, settings or [], Config, keep_relative=True)
+    cfg = load_config(path, settings or [], Config, keep_relative=True)
     place = PurePosixPath(directory or f"{objects.SHARED}/{chosen}")
     if not place.is_relative_to(objects.SHARED):
         raise UserError(f"--directory ({place}) must be on the shared storage, below {objects.SHARED}")
@@ -99,17 +106,25 @@ def kuberay(
         head=objects.Machine(*head),
         learner=objects.Machine(*learner, gpus),
         learner_pods=learner_pods,
+        learner_node=_labels("--learner-node", learner_node, "node.kubernetes.io/instance-type=p5.48xlarge"),
         generator=objects.Machine(*generator, math.ceil(cfg.generators.gpus)),
-        spot=_spot(spot),
+        spot=_labels("--spot", spot, "cloud.google.com/gke-spot=true"),
         notice_s=notice,
         retries=retries,
         storage=storage,
         storage_class=storage_class,
         secret=secret,
+        pull_secret=pull_secret,
     )
     objects.check(cfg, values)
+    given = [*(settings or []), *objects.settings_of_run(cfg, values)]
+    cfg = load_config(path, given, Config, keep_relative=True)
+    from deploy.cluster.pods import check_memory  # imports torch
+
+    check_memory(cfg, values)
     documents = {
         "claim.yaml": [objects.claim(values)],
+        "files.yaml": [objects.files(values)],
         "cluster.yaml": [objects.cluster(cfg, values)],
         "job.yaml": objects.job(cfg, values),
     }
@@ -120,10 +135,11 @@ def kuberay(
     except OSError as error:
         raise UserError(f"{to} cannot be written ({error.strerror}); name another directory with --to") from None
     written = {file: quote(str(to / file)) for file in documents}
-    submit = ["ratchet", "submit", str(config), *objects.settings_for_submit(), "--run", str(place / "runs" / "NEW")]
+    there = ["--run", str(place / "runs" / "NEW"), "--address", "http://127.0.0.1:8265"]
     typer.echo(
-        f"storage, once:    kubectl apply -f {written['claim.yaml']}\n"
+        f"storage, once:    kubectl apply -f {written['claim.yaml']} -f {written['files.yaml']}\n"
+        f"your files:       kubectl cp FILE {quote(f'{values.files}:{place}')}/\n"
         f"one run:          kubectl apply -f {written['job.yaml']}\n"
         f"or a cluster:     kubectl apply -f {written['cluster.yaml']}\n"
-        f"                  {join(submit)}"
+        f"                  {join(['ratchet', 'submit', config, *given, *there])}"
     )

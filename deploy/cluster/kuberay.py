@@ -1,14 +1,14 @@
-"""A run on Kubernetes: the objects that KubeRay makes a cluster and a job of, from a config and a few values.
+"""Renders the Kubernetes objects of a run. KubeRay makes a cluster and a job of them.
 
-Runs in a process of its own: `ratchet cluster kuberay`. Three files come out. claim.yaml is the shared storage, which
-must outlive every run. cluster.yaml is a RayCluster for `ratchet submit`. job.yaml is a RayJob, which makes a cluster
-of its own for one run.
+Runs in a process of its own: `ratchet cluster kuberay`. It writes four files. claim.yaml is the shared storage, which
+must outlive every run. files.yaml is a pod through which files are copied there. cluster.yaml is a RayCluster for
+`ratchet submit`. job.yaml is a RayJob, which makes a cluster of its own for one run.
 
 A cluster has three groups of pods. Each has the Ray label `group`, and the roles' `labels` choose their group:
   head        the driver and Ray's own servers; no role
   learner     a fixed number of pods: the learner's ranks, the reference and the reward services
-  generators  one pod for each generator, between generators.min and generators.max, on spot machines; Ray's autoscaler
-              adds a pod when the run has a generator that waits for room
+  generators  one pod for each generator, up to generators.max, on spot machines; Ray's autoscaler adds a pod when the
+              run has a generator that waits for room, and removes it when it is empty
 
 A spot machine gives notice by ending its pods: `ray start` gets SIGTERM, drains its node, and waits until the generator
 has handed over its unfinished responses (docs/elasticity.md).
@@ -24,8 +24,6 @@ from pathlib import PurePosixPath
 from shlex import quote
 from typing import Any
 
-import tomli_w
-
 from common.config.ppo import Config
 from common.errors import UserError
 
@@ -33,6 +31,18 @@ SHARED = "/shared"  # where every pod has the shared storage
 FILES = "/etc/ratchet"  # where the head has the config and the job's command
 USER = 1000  # of the images in deploy/cluster/docker/
 SHUTDOWN_S = 5  # part of the notice that `ray start` needs after its node has drained
+DRAIN_S = 5  # of pods that get no notice; Kubernetes ends them after 30 s
+STARTUP_TIMEOUT_S = 1800  # a new machine with GPUs, and a first download of the image, take many minutes
+# Pods that no machine may be emptied of to save money. Without these, an autoscaler of machines may end a run's head.
+KEEP = {"karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+NO_PRIVILEGES = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": USER,
+    "fsGroup": USER,
+    "fsGroupChangePolicy": "OnRootMismatch",  # otherwise each start would look at every file of the storage
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 GROUPS = {"generators": "generators", "learner": "learner", "reference": "learner", "reward": "learner"}  # by section
 Object = dict[str, Any]  # of Kubernetes
 
@@ -56,6 +66,7 @@ class Values:
     head: Machine
     learner: Machine
     learner_pods: int
+    learner_node: Mapping[str, str]  # labels of machines for the learner's pods; empty: any machine
     generator: Machine
     spot: Mapping[str, str]  # labels of spot machines; empty: any machine
     notice_s: int  # between the notice of a spot machine and its end
@@ -63,6 +74,17 @@ class Values:
     storage: str
     storage_class: str | None
     secret: str | None  # whose entries are environment variables of all pods
+    pull_secret: str | None  # with which machines fetch the image
+
+    @property
+    def cluster(self) -> str:
+        """The name of the RayCluster. KubeRay names services after it, and after the job."""
+        return f"{self.name}-cluster"
+
+    @property
+    def files(self) -> str:
+        """The name of the pod through which files are copied."""
+        return f"{self.name}-files"
 
     @property
     def run(self) -> PurePosixPath:
@@ -105,21 +127,30 @@ def check(cfg: Config, values: Values) -> None:
         raise UserError(f"--notice ({values.notice_s}) must be more than {SHUTDOWN_S} s, which Ray needs to end")
 
 
+def settings_of_run(cfg: Config, values: Values) -> list[str]:
+    """What a run needs to know of the cluster, as settings: each role's group, and that generators may wait for pods.
+    A generator reserves its whole pod. Otherwise several small ones would share a pod."""
+    pod, given = values.generator, "startup_timeout_s" in cfg.ray.model_fields_set
+    return [
+        "ray.autoscaler=true",
+        *([] if given else [f"ray.startup_timeout_s={STARTUP_TIMEOUT_S}"]),
+        f"generators.cpus={pod.cpus}",
+        *([f"generators.gpus={pod.gpus}"] if pod.gpus else []),
+        *(f"{section}.labels.group={group}" for section, group in GROUPS.items()),
+    ]
+
+
 def config_of_job(cfg: Config) -> str:
-    """The config as TOML, with each role in its group. Generators may wait for pods."""
-    tree = cfg.model_dump(exclude_none=True, mode="json")
-    tree["ray"]["autoscaler"] = True
-    for section, group in GROUPS.items():
-        tree[section]["labels"] = {**tree[section]["labels"], "group": group}
-    return tomli_w.dumps(tree)
+    """The run's config as TOML. Without an address: the job joins the cluster that KubeRay makes for it."""
+    return cfg.model_copy(update={"ray": cfg.ray.model_copy(update={"address": None})}).to_toml()
 
 
 def start_script(values: Values) -> str:
     """The job's command. KubeRay passes a job's command through a shell, so it is a file."""
-    run = quote(str(values.run))
+    run, home = quote(str(values.run)), quote(str(values.directory))
     return (
         "# The first start begins the run; every other one continues it.\n"
-        f"cd {quote(str(values.directory))} || exit 2\n"
+        f"mkdir -p {home} && cd {home} || exit 2\n"
         f"if [ -e {run}/config.toml ]; then\n"
         f"    exec ratchet train --resume {run} --restarts 3\n"
         "fi\n"
@@ -135,9 +166,23 @@ def claim(values: Values) -> Object:
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": _claim(values)}, "spec": spec}
 
 
+def files(values: Values) -> Object:
+    """A pod that does nothing and sees the storage, for `kubectl cp`."""
+    container = {
+        "name": "files",
+        "image": values.image,
+        "command": ["sh", "-c", f"mkdir -p {quote(str(values.directory))} && exec sleep infinity"],
+        "resources": _resources({"cpu": "1", "memory": "1Gi"}),
+        "volumeMounts": [{"name": "shared", "mountPath": SHARED}],
+        "securityContext": NO_PRIVILEGES,
+    }
+    spec = {**_pod([container], values), "volumes": [_storage(values)], "terminationGracePeriodSeconds": 1}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": values.files}, "spec": spec}
+
+
 def cluster(cfg: Config, values: Values) -> Object:
     """A RayCluster, for `ratchet submit`."""
-    return {**_ray("RayCluster", values), "spec": _cluster_spec(cfg, values, files=False)}
+    return {**_ray("RayCluster", values.cluster), "spec": _cluster_spec(cfg, values, files=False)}
 
 
 def job(cfg: Config, values: Values) -> list[Object]:
@@ -146,12 +191,13 @@ def job(cfg: Config, values: Values) -> list[Object]:
     return [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": values.name}, "data": files},
         {
-            **_ray("RayJob", values),
+            **_ray("RayJob", values.name),
             "spec": {
                 "entrypoint": f"bash {FILES}/start.sh",
                 "backoffLimit": values.retries,
                 "shutdownAfterJobFinishes": True,
-                "ttlSecondsAfterFinished": 600,  # so long its logs and its dashboard can be read
+                "ttlSecondsAfterFinished": 600,  # seconds in which logs and dashboard stay readable
+                "submitterPodTemplate": {"spec": _submitter(values)},
                 "rayClusterSpec": _cluster_spec(cfg, values, files=True),
             },
         },
@@ -162,22 +208,54 @@ def _claim(values: Values) -> str:
     return f"{values.name}-shared"
 
 
-def _ray(kind: str, values: Values) -> Object:
-    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": values.name}}
+def _storage(values: Values) -> Object:
+    return {"name": "shared", "persistentVolumeClaim": {"claimName": _claim(values)}}
+
+
+def _ray(kind: str, name: str) -> Object:
+    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name}}
+
+
+def _pod(containers: list[Object], values: Values) -> Object:
+    """The parts that the specs of all pods share."""
+    secrets = {"imagePullSecrets": [{"name": values.pull_secret}]} if values.pull_secret else {}
+    return {"containers": containers, "securityContext": dict(POD_SECURITY), **secrets}
+
+
+def _submitter(values: Values) -> Object:
+    """The pod that sends the job to the cluster. KubeRay's own has no security settings."""
+    container = {
+        "name": "ray-job-submitter",
+        "image": values.image,
+        "resources": _resources({"cpu": "1", "memory": "1Gi"}),
+        "securityContext": NO_PRIVILEGES,
+    }
+    return {**_pod([container], values), "restartPolicy": "Never"}
+
+
+def _resources(amounts: Mapping[str, str]) -> Object:
+    """Limits are what Ray counts. With equal requests Kubernetes ends other pods first when memory is short."""
+    return {"limits": dict(amounts), "requests": dict(amounts)}
 
 
 def _cluster_spec(cfg: Config, values: Values, *, files: bool) -> Object:
-    fewest = cfg.generators.min
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},  # KubeRay makes the secret with the token
         "enableInTreeAutoscaling": True,
-        "autoscalerOptions": {"version": "v2", "upscalingMode": "Default", "idleTimeoutSeconds": 120},
+        "autoscalerOptions": {
+            "version": "v2",
+            "upscalingMode": "Default",
+            "idleTimeoutSeconds": 120,
+            "securityContext": NO_PRIVILEGES,
+        },
         # Ray places nothing that takes CPUs on the head.
         "headGroupSpec": _group("head", values.head, values, ray={"num-cpus": "0"}, files=files),
         "workerGroupSpecs": [
             _workers("learner", values.learner, values, fewest=values.learner_pods, most=values.learner_pods),
-            _workers("generators", values.generator, values, fewest=fewest, most=cfg.generators.max_replicas),
+            # The run's generators bring their pods. KubeRay would keep a minimum without a run, and start no job before
+            # it is there.
+            _workers("generators", values.generator, values, fewest=0, most=cfg.generators.max_replicas),
         ],
     }
 
@@ -202,54 +280,42 @@ def _group(
     spot: bool = False,
     files: bool = False,
 ) -> Object:
-    pod: Object = {
-        "containers": [_container(group, machine, values, spot=spot, files=files)],
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "fsGroup": USER,
-            "fsGroupChangePolicy": "OnRootMismatch",  # otherwise each start would look at every file of the storage
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "volumes": [{"name": "shared", "persistentVolumeClaim": {"claimName": _claim(values)}}],
-    }
+    pod = _pod([_container(group, machine, values, spot=spot, files=files)], values)
+    pod["volumes"] = [_storage(values)]
     if files:
         pod["volumes"].append({"name": "files", "configMap": {"name": values.name}})
-    tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists"}] if machine.gpus else []
     if spot:
         pod["terminationGracePeriodSeconds"] = values.notice_s
-        if values.spot:
-            pod["nodeSelector"] = dict(values.spot)
-            tolerations += [{"key": key, "operator": "Exists"} for key in values.spot]
-    if tolerations:
-        pod["tolerations"] = tolerations
-    return {"rayStartParams": dict(ray or {}), "labels": {"group": group}, "template": {"spec": pod}}
+    chosen = {"generators": values.spot, "learner": values.learner_node}.get(group, {})
+    if chosen:
+        pod["nodeSelector"] = dict(chosen)
+    tainted = [*(["nvidia.com/gpu"] if machine.gpus else []), *chosen]
+    if tainted:
+        pod["tolerations"] = [{"key": key, "operator": "Exists"} for key in tainted]
+    metadata = {} if spot else {"metadata": {"annotations": dict(KEEP)}}
+    return {"rayStartParams": dict(ray or {}), "labels": {"group": group}, "template": {**metadata, "spec": pod}}
 
 
 def _container(group: str, machine: Machine, values: Values, *, spot: bool, files: bool) -> Object:
     resources: dict[str, str] = {"cpu": str(machine.cpus), "memory": f"{machine.memory_gib}Gi"}
     if machine.gpus:
         resources["nvidia.com/gpu"] = str(machine.gpus)
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HOME": f"{SHARED}/cache/huggingface"}
-    if spot:
-        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = str(values.notice_s - SHUTDOWN_S)
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HOME": f"{SHARED}/cache/huggingface",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(values.notice_s - SHUTDOWN_S if spot else DRAIN_S),
+    }
     mounts = [{"name": "shared", "mountPath": SHARED}]
     if files:
         mounts.append({"name": "files", "mountPath": FILES})
     container: Object = {
         "name": "ray-head" if group == "head" else "ray-worker",
         "image": values.image,
-        # Limits are what Ray counts. With equal requests Kubernetes ends other pods first when memory is short.
-        "resources": {"limits": resources, "requests": resources.copy()},
+        "resources": _resources(resources),
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "volumeMounts": mounts,
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": NO_PRIVILEGES,
     }
     if values.secret is not None:
         container["envFrom"] = [{"secretRef": {"name": values.secret}}]
     return container
-
-
-def settings_for_submit() -> list[str]:
-    """What a submitted run needs to know of the cluster, as settings."""
-    return ["ray.autoscaler=true", *(f"{section}.labels.group={group}" for section, group in GROUPS.items())]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tomllib
+from copy import deepcopy
 from pathlib import Path
 
 import jsonschema
@@ -16,6 +17,7 @@ from ray.autoscaler._private.kuberay import autoscaling_config
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
+from deploy.cli import app
 from deploy.cluster import kuberay
 from tests.fakes import tiny_config
 
@@ -26,7 +28,7 @@ needs_crds = pytest.mark.skipif(
     not CRDS.is_dir(), reason=f"{CRDS} has no definitions of KubeRay; KUBERAY_CRDS names the directory that has them"
 )
 SETTINGS = (
-    "generators.min=2", "generators.max=6", "generators.gpus=2", "generators.tensor_parallel=2", "learner.ranks=4",
+    "generators.min=2", "generators.max=6", "generators.gpus=3", "generators.tensor_parallel=3", "learner.ranks=4",
     "learner.gpus=1", "reference.gpus=0.5", "reward.gpus=0.25", "reward.min=2", "generators.cpus=2",
 )  # fmt: skip
 
@@ -48,19 +50,24 @@ def write(tmp_path, invoke, *options):
     return {path.stem: list(yaml.safe_load_all(path.read_text())) for path in to.iterdir()}
 
 
+def run(*arguments):
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
 @pytest.fixture
-def invoke(monkeypatch):
-    from deploy.cli import app
-
-    def run(*arguments):
-        app([str(argument) for argument in arguments], standalone_mode=False)
-
+def invoke():
     return run
 
 
+@pytest.fixture(scope="module")
+def of_one_command(tmp_path_factory):
+    options = ("--spot", "cloud.google.com/gke-spot=true", "--notice", 25, "--secret", "keys")
+    return write(tmp_path_factory.mktemp("kuberay"), run, *options)
+
+
 @pytest.fixture
-def written(tmp_path, invoke):
-    return write(tmp_path, invoke, "--spot", "cloud.google.com/gke-spot=true", "--notice", 25, "--secret", "keys")
+def written(of_one_command):
+    return deepcopy(of_one_command)
 
 
 def strict(schema):
@@ -102,11 +109,11 @@ def test_the_autoscaler_reads_groups_of_the_configs_sizes(written):
     assert {name: (group["min_workers"], group["max_workers"], group["labels"]) for name, group in groups.items()} == {
         "headgroup": (0, 0, {"group": "head"}),
         "learner": (1, 1, {"group": "learner"}),
-        "generators": (2, 6, {"group": "generators"}),  # generators.min and .max
+        "generators": (0, 6, {"group": "generators"}),  # up to generators.max, when the run asks for them
     }
     # Four ranks with a GPU each, and 0.5 + 0.25 + 0.25 of another one.
     assert groups["learner"]["resources"] == {"CPU": 16, "GPU": 5, "memory": 128 << 30}
-    assert groups["generators"]["resources"] == {"CPU": 8, "GPU": 2, "memory": 32 << 30}
+    assert groups["generators"]["resources"] == {"CPU": 8, "GPU": 3, "memory": 32 << 30}
     assert groups["headgroup"]["resources"]["CPU"] == 0
 
 
@@ -124,6 +131,90 @@ def test_only_generators_are_on_spot_machines_and_have_time_to_drain(written):
     assert "nodeSelector" not in learner
     [drain] = [e for e in generators["containers"][0]["env"] if e["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
     assert int(drain["value"]) == 20 < generators["terminationGracePeriodSeconds"] == 25
+    for pod in (head, learner):  # Kubernetes ends these after 30 s
+        assert {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "5"} in pod["containers"][0]["env"]
+
+
+def test_no_machine_may_be_emptied_of_head_or_learner_to_save_money(written):
+    spec = written["cluster"][0]["spec"]
+    for group in (spec["headGroupSpec"], spec["workerGroupSpecs"][0]):
+        assert group["template"]["metadata"]["annotations"] == {
+            "karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        }  # fmt: skip
+    assert "metadata" not in spec["workerGroupSpecs"][1]["template"]
+
+
+def test_only_the_learners_pods_are_on_machines_with_its_labels(tmp_path, invoke):
+    spec = write(tmp_path, invoke, "--learner-node", "pool=a", "--spot", "pool=b")["cluster"][0]["spec"]
+    pods = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    assert [pod.get("nodeSelector") for pod in pods] == [None, {"pool": "a"}, {"pool": "b"}]
+    assert {"key": "pool", "operator": "Exists"} in pods[1]["tolerations"]
+
+
+def test_every_pod_drops_its_privileges_and_has_the_pull_secret(tmp_path, invoke):
+    written = write(tmp_path, invoke, "--pull-secret", "registry")
+    spec = written["job"][1]["spec"]
+    cluster = spec["rayClusterSpec"]
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    pods = [group["template"]["spec"] for group in groups] + [spec["submitterPodTemplate"]["spec"]]
+    pods.append(written["files"][0]["spec"])
+    nothing = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for pod in pods:
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert [container["securityContext"] for container in pod["containers"]] == [nothing]
+    assert cluster["autoscalerOptions"]["securityContext"] == nothing  # of the head's second container
+
+
+def test_objects_of_one_run_have_names_of_their_own(written):
+    claim, files, cluster, job = (
+        written[file][-1]["metadata"]["name"] for file in ("claim", "files", "cluster", "job")
+    )
+    assert len({claim, files, cluster, job}) == 4
+    assert job == "single-response-async"
+
+
+def test_the_files_pod_makes_the_directory_and_sees_the_storage(written):
+    [pod] = written["files"]
+    [container] = pod["spec"]["containers"]
+    assert container["command"] == ["sh", "-c", "mkdir -p /shared/single-response-async && exec sleep infinity"]
+    assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
+    claim = written["claim"][0]["metadata"]["name"]
+    assert pod["spec"]["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": claim}}]
+
+
+def test_the_printed_submit_has_the_users_settings_and_those_of_the_cluster(tmp_path, invoke, capsys):
+    write(tmp_path, invoke)
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    assert line[:3] == ["ratchet", "submit", "single-response-async"]
+    assert tuple(line[3 : 3 + len(SETTINGS)]) == SETTINGS
+    rest = line[3 + len(SETTINGS) :]
+    options = ["--run", "/shared/single-response-async/runs/NEW", "--address", "http://127.0.0.1:8265"]
+    assert rest[-4:] == options
+    path = ROOT / "deploy" / "configs" / "single-response-async.toml"
+    submitted = load_config(path, line[3:-4], Config, keep_relative=True)
+    [job, _] = list(yaml.safe_load_all((tmp_path / "out" / "job.yaml").read_text()))
+    assert submitted.to_toml() == job["data"]["config.toml"]
+
+
+def test_a_users_own_limit_for_starts_stays_and_an_address_does_not(tmp_path, invoke):
+    invoke(
+        "cluster", "kuberay", "single-response-async", "ray.startup_timeout_s=700", "ray.address=10.0.0.1:6379",
+        "generators.gpus=0.5", "--generator", 8, 64, "--image", "i", "--to", tmp_path,
+    )  # fmt: skip
+    [job, _] = list(yaml.safe_load_all((tmp_path / "job.yaml").read_text()))
+    config = tomllib.loads(job["data"]["config.toml"])
+    assert config["ray"]["startup_timeout_s"] == 700
+    assert "address" not in config["ray"]
+    assert (config["generators"]["cpus"], config["generators"]["gpus"]) == (8, 1)  # its whole pod
+
+
+def test_a_run_that_does_not_fit_the_memory_of_its_pods_is_refused(tmp_path, invoke, capsys):
+    with pytest.raises(UserError, match=r"does not fit its pods .*no node has room for Learner\(\d\)"):
+        write(tmp_path, invoke, "--learner", 16, 1)
+    assert not (tmp_path / "out").exists()
+    write(tmp_path, invoke, "--learner", 16, 1, "model.path=/shared/no-such-model")
+    assert "it was not checked whether the run fits" in capsys.readouterr().err
 
 
 def test_every_pod_has_the_storage_the_secret_and_no_root(written):
@@ -147,8 +238,7 @@ def test_the_job_begins_a_run_once_and_then_continues_it(written, tmp_path):
     assert (job["spec"]["backoffLimit"], job["spec"]["shutdownAfterJobFinishes"]) == (5, True)
     (tmp_path / "ratchet").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "ratchet").chmod(0o755)
-    home = tmp_path / "shared" / "single-response-async"
-    home.mkdir(parents=True)
+    home = tmp_path / "shared" / "single-response-async"  # a new claim has no directories
     script = files["data"]["start.sh"].replace("/shared/", f"{tmp_path}/shared/")
     run, path = home / "runs" / "single-response-async", {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
@@ -156,12 +246,13 @@ def test_the_job_begins_a_run_once_and_then_continues_it(written, tmp_path):
         return subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=True).stdout
 
     assert start() == f"train /etc/ratchet/config.toml --run {run} --restarts 3\n"
+    assert home.is_dir()
     run.mkdir(parents=True)
     (run / "config.toml").touch()
     assert start() == f"train --resume {run} --restarts 3\n"
 
 
-def test_the_jobs_config_differs_only_in_groups_and_autoscaler(written, tmp_path):
+def test_the_jobs_config_differs_only_in_what_the_cluster_needs(written, tmp_path):
     text = written["job"][0]["data"]["config.toml"]
     path = ROOT / "deploy" / "configs" / "single-response-async.toml"
     expected = load_config(path, SETTINGS, Config, keep_relative=True).model_dump(exclude_none=True, mode="json")
@@ -172,6 +263,8 @@ def test_the_jobs_config_differs_only_in_groups_and_autoscaler(written, tmp_path
         "reward": {"group": "learner"},
     }  # fmt: skip
     assert (found["ray"].pop("autoscaler"), expected["ray"].pop("autoscaler")) == (True, False)
+    assert (found["ray"].pop("startup_timeout_s"), expected["ray"].pop("startup_timeout_s")) == (1800, 300)
+    assert (found["generators"].pop("cpus"), expected["generators"].pop("cpus")) == (8, 2)  # its whole pod
     for section in labels:
         assert expected[section].pop("labels") == {}
     assert found == expected
@@ -207,7 +300,7 @@ def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
         ),
         (["--generator", 1, 8], "generators.cpus (2) must fit into --generator-cpus (1)"),
         (["--notice", 5], "--notice (5) must be more than 5 s"),
-        (["--spot", "gke-spot"], "--spot (gke-spot) must be a label of spot machines"),
+        (["--spot", "gke-spot"], "--spot (gke-spot) must be a label of machines"),
         (["--name", "A_run"], "--name (A_run) must have lower-case letters"),
         (["--directory", "/home/me"], "--directory (/home/me) must be on the shared storage, below /shared"),
     ],
