@@ -93,13 +93,13 @@ def plan(
     preset: Preset = None,
     nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Nodes of the machines to plan for.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, metavar="N", help="GPUs of each node.")] = None,
-    gpu_memory: Annotated[float | None, typer.Option(min=1, metavar="GIB", help="Memory of each GPU.")] = None,
-    cpus: Annotated[float | None, typer.Option(min=1, metavar="N", help="CPU cores of each node.")] = None,
-    memory: Annotated[float | None, typer.Option(min=1, metavar="GIB", help="Memory of each node.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, max=1e5, metavar="GIB", help="Memory of each GPU.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=1, max=1e5, metavar="N", help="CPU cores of each node.")] = None,
+    memory: Annotated[float | None, typer.Option(min=1, max=1e6, metavar="GIB", help="Memory of each node.")] = None,
     address: Address = None,
     rate: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND", help="Measured rates for the seconds of a step: h100, or a file. Repeatable."),
+        typer.Option(metavar="KIND", help="Measured rates for seconds: h100, zen5-core, or a file. Repeatable."),
     ] = None,
     prompt_tokens: Annotated[
         float | None, typer.Option(min=1, metavar="N", help="Tokens of a typical prompt. Left out: the longest.")
@@ -108,10 +108,13 @@ def plan(
         float | None, typer.Option(min=1, metavar="N", help="Tokens of a typical response. Left out: the longest.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    suggest: Annotated[bool, typer.Option("--suggest", help="Print a config that fits these machines.")] = False,
+    suggest: Annotated[
+        bool,
+        typer.Option("--suggest", help="Print a config that fits; max_staleness and learner.lora may change, too."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --suggest: write it to this new file.")] = None,
 ) -> None:
-    """Show who would run where and what it takes, before a start. Exit code 0: it fits; 1: it does not."""
+    """Show who would run where and what it takes. Exit code 0: it fits; 1: it does not; 2: wrong input."""
     if (suggest and as_json) or (out is not None and not suggest):
         raise UserError("--out goes with --suggest, and --json without it; leave one of them out")
     if suggest and (rate or prompt_tokens or response_tokens):
@@ -125,6 +128,11 @@ def plan(
     from deploy.plan.step import Typical
 
     described = Described(nodes, gpus, gpu_memory, cpus, memory)
+    if described and address is not None:
+        raise UserError(
+            "--address plans for a running cluster, and --nodes, --gpus, --gpu-memory, --cpus and --memory describe "
+            "machines; give only one of them"
+        )
     if not suggest:
         typical = Typical(rate or (), prompt_tokens, response_tokens)
         sys.exit(run_plan(cfg, described, typical=typical, as_json=as_json))

@@ -19,10 +19,9 @@ from actors.pool.roles import RewardPool
 from common.config.ppo import Config
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
-from common.model.size import ModelSize
 from deploy.ending import signals
 from deploy.ending.ray_errors import told_at_once
-from deploy.plan.needs import Need, service_needs
+from deploy.plan.needs import Need, ScoringModel, service_needs
 from deploy.plan.object_store import sampling_store
 from deploy.policy_files import PolicyFiles
 from deploy.run.error_files import ErrorFiles
@@ -44,7 +43,7 @@ class JournalSampling:
     directory: Path
     policy: PolicyFiles
     records: Sequence[PromptRecord]
-    reward_models: Sequence[ModelSize]
+    reward_models: Sequence[ScoringModel]
     start: Start
     responses: int  # in the journal, at the end
 

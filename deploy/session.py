@@ -23,10 +23,10 @@ from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
 from deploy.plan.capacity import check_engine_build, check_kv_cache
-from deploy.plan.needs import Phases
+from deploy.plan.needs import Phases, ScoringModel
 from deploy.plan.object_store import sized
 from deploy.plan.plan import AnyConfig
-from deploy.plan.planner import Planner
+from deploy.plan.planner import Planner, without_stores
 from deploy.policy_files import PolicyFiles
 from deploy.run.directory import RunDirectory
 from deploy.run.leftovers import clear_leftovers
@@ -39,7 +39,7 @@ class Inputs:
     """Prompts and reward models of a run, all of them checked."""
 
     records: Sequence[Sequence[PromptRecord]]  # one list for each setting that names prompts
-    reward_models: Sequence[ModelSize]
+    reward_models: Sequence[ScoringModel]
 
 
 def load_inputs(
@@ -94,20 +94,26 @@ def session(
     Each of `phases` lists, for a config, the processes that run at the same time in one phase of the run. Raises
     UserError, with the smallest change that fits, if the processes of a phase do not fit the cluster.
     """
-    ray = cfg.ray
-    if named_address(ray) is None:  # the object stores of a running cluster already have their sizes
+    ray, starts = cfg.ray, named_address(cfg.ray) is None
+    if starts:  # the object stores of a running cluster already have their sizes
         ray = sized(ray, [need.store for processes in phases(cfg) for need in processes])
 
     def at_once(cfg: AnyConfig) -> Phases:
         """The processes that must find room now. Others may wait for nodes that an autoscaler adds: a pool waits for
         room, ranks do not."""
-        waits = ray.autoscaler and named_address(ray) is not None
+        waits = ray.autoscaler and not starts
         return [[need for need in processes if need.section == "learner" or not waits] for processes in phases(cfg)]
 
     log = owned.log
     with cluster(ray, owned.directory) as nodes, role_output_to(log.write), log.python_warnings():
         # A run of an older version did not record the size of its micro-batches. It keeps that version's default.
-        planner = Planner(nodes, at_once, trains=None if resume else trains, engines=trains)
+        planner = Planner(
+            without_stores(nodes) if starts else nodes,
+            at_once,
+            trains=None if resume else trains,
+            engines=trains,
+            starts_stores=starts,
+        )
         cfg = planner.check(cfg, resume=resume)
 
         def begin() -> None:

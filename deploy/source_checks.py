@@ -10,22 +10,22 @@ from actors.scoring.kinds import kind_of, read_secrets
 from common.config.actors import SourcesConfig
 from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
-from common.model.size import ModelSize
 from common.reward_input import RewardInput
-from deploy.plan.models import reward_model_sizes
+from deploy.plan.models import scoring_models
+from deploy.plan.needs import ScoringModel
 from deploy.screen.console import complain
 
 MADE_UP = "(A made-up response, to try the reward function.)"
 
 
-def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[ModelSize]:
+def check_sources(sources: Iterable[RewardSource], *, chat: bool) -> Sequence[ScoringModel]:
     """Raises UserError for a source that cannot be used, such as a model that is not there or a service whose key is
-    not in the environment. `chat`: prompts are chat messages. Returns the sizes of the models that sources load."""
+    not in the environment. `chat`: prompts are chat messages. Returns the sources that load a model, with its size."""
     sources = list(sources)
     read_secrets(sources)
     for source in sources:
         kind_of(source).check(source, chat)
-    return reward_model_sizes(sources)
+    return scoring_models(sources)
 
 
 def try_sources(

@@ -71,7 +71,8 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
             training = trainer_needs(cfg.learner, base.size, row=2 * cfg.data.max_tokens)
             if not prompts:
                 return [training]
-            service = reward_needs("learner", _service(cfg, directory), [base.size])
+            scores = _service(cfg, directory)
+            service = reward_needs("learner", scores, [(scores.sources[0], base.size)])
             longest = longest_answered(cfg, reference)
             return [
                 training,

@@ -16,7 +16,7 @@ from common.memory import GIB, MIB
 from common.model.size import ModelSize
 from deploy.plan.needs import Need
 from deploy.plan.object_store import listed
-from deploy.plan.placement import Node, NoRoom, Placement, gpu_share, place
+from deploy.plan.placement import Node, NoRoom, Placement, gpu_share, largest_share, place
 
 
 def engine_needs_gpu() -> bool:
@@ -128,7 +128,7 @@ def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
         "learner": f"{smaller_passes if 'activations' in dict(parts) else ''}use more learner.ranks or learner.lora",
         "generators": "lower generators.kv_cache_mib, or raise generators.tensor_parallel",
     }.get(need.section, "lower max_batch_tokens or use a smaller model")
-    if gpu_share(need) < 1:
+    if gpu_share(need) < largest_share(need):
         remedy = f"raise {need.section}.gpus, {remedy}"
     return (
         f"{when}it may use {share:g} of a GPU with {largest / GIB:.1f} GiB, and its largest parts are {listed} GiB: "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_whole
 from common.model.size import ModelSize
-from deploy.plan.capacity import check_kv_cache
+from deploy.plan.capacity import check_engine_build, check_kv_cache
 from deploy.plan.machines import Described, joins, machines
-from deploy.plan.models import policy_size, reward_model_sizes
-from deploy.plan.needs import Phases, needs
-from deploy.plan.object_store import LEAST_MIB, listed, sized
+from deploy.plan.models import policy_size, scoring_models
+from deploy.plan.needs import Phases, ScoringModel, needs
+from deploy.plan.object_store import LEAST_MIB, sized
 from deploy.plan.placement import Node
 from deploy.plan.plan import Plan, make_plan
-from deploy.plan.planner import Planner
+from deploy.plan.planner import Planner, without_stores
 from deploy.plan.step import Typical, plan_step
 from deploy.plan.step_table import seconds_tables, traffic_table
 from deploy.plan.suggest import DoesNotFit, suggest
@@ -38,12 +38,12 @@ class Models:
     """The sizes of a run's models, from their configs alone."""
 
     policy: ModelSize
-    rewards: Sequence[ModelSize]
+    rewards: Sequence[ScoringModel]
 
     @classmethod
     def of(cls, cfg: Config) -> Models:
         """Raises UserError for a model that is not there."""
-        return cls(policy_size(cfg.model), reward_model_sizes([*cfg.reward.sources, *cfg.evaluation.judges]))
+        return cls(policy_size(cfg.model), scoring_models([*cfg.reward.sources, *cfg.evaluation.judges]))
 
     def phases(self, cfg: Config) -> Phases:
         """The processes of the run, which all run at the same time."""
@@ -53,7 +53,7 @@ class Models:
         """Plans other configs on these nodes. Unless they are those of a running cluster, each would start with an
         object store for that config."""
         starts = not joins(described, cfg.ray)
-        free = [replace(node, memory=node.memory + node.store, store=0) for node in nodes] if starts else nodes
+        free = without_stores(nodes) if starts else nodes
         return Planner(free, self.phases, trains=self.policy, engines=self.policy, starts_stores=starts)
 
 
@@ -74,7 +74,10 @@ def run_plan(cfg: Config, described: Described, *, typical: Typical | None = Non
     check_kv_cache(cfg.generators, models.policy, max_tokens=cfg.max_sequence_tokens)
     if described:
         described.check()
-    with machines(described, cfg.ray, store_mib(cfg, models)) as nodes:
+    else:
+        check_engine_build(cfg.generators)
+    store = 0 if joins(described, cfg.ray) else store_mib(cfg, models)  # running stores have their sizes
+    with machines(described, cfg.ray, store) as nodes:
         plan = make_plan(cfg, nodes, models.phases, trains=models.policy)
     remedy = None if plan.fits else models.planner(cfg, described, nodes).remedy(cfg)
     sections = plan_sections(plan, models, typical, remedy)
@@ -150,8 +153,14 @@ def _memory(plan: Plan[Config]) -> Section:
         }
         for need in plan.phases[0]
     ]
-    data = {"nodes": [vars(node) for node in plan.nodes], "processes": processes}
-    return Section("placement", data, [who_runs_where(placement), *memory_by_parts(plan.phases[0])])
+    tokens = plan.cfg.learner.token_budget
+    data = {
+        "nodes": [vars(node) for node in plan.nodes],
+        "processes": processes,
+        "micro_batch_tokens": tokens,
+    }
+    names = {"activations": f"activations (micro-batches of {tokens} tokens)"}
+    return Section("placement", data, [who_runs_where(placement), *memory_by_parts(plan.phases[0], names)])
 
 
 def _stores(plan: Plan[Config]) -> Section:
@@ -160,7 +169,10 @@ def _stores(plan: Plan[Config]) -> Section:
     stores = {"the learner's node": learner.store}
     if generators := [need for need in others if need.store]:
         stores["another node with generators"] = generators[0].store
-    lines = [f"Object store of {where}: {size(sum(s.values()))} for {listed(s)}" for where, s in stores.items()]
+    lines = []
+    for where, store in stores.items():
+        parts = " and ".join(f"{name} ({size(taken)})" for name, taken in store.items())
+        lines.append(f"Object store of {where}: {size(sum(store.values()))} for {parts}")
     return Section("object_stores", {where: dict(store) for where, store in stores.items()}, lines)
 
 

@@ -22,6 +22,7 @@ from deploy.plan.parts import (
     TRAINER,
     adapter_weights,
     engine_weights,
+    gathered,
     kept_until_backward,
     libraries,
     tied,
@@ -52,10 +53,11 @@ class Need:
         return sum(self.host.values())
 
 
+ScoringModel = tuple[ModelSourceConfig, ModelSize]  # a reward source, and the size of its model
 Phases = Sequence[Sequence[Need]]  # for each phase of a command, the processes that run at the same time
 
 
-def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
+def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ScoringModel] = ()) -> list[Need]:
     """Every process of a PPO run with an estimate of its peak memory."""
     networks = 2 if cfg.ppo.has_critic and cfg.learner.critic == "separate" else 1
     services = service_needs(cfg, model, reward_models)
@@ -95,7 +97,7 @@ def _with_host(need: Need, more: Parts) -> Need:
     return replace(need, host={**need.host, **more})
 
 
-def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSize] = ()) -> list[Need]:
+def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ScoringModel] = ()) -> list[Need]:
     """The processes of generators, reference and reward, without the learner."""
     return [
         *generator_needs(cfg.generators, model, max_tokens=cfg.max_sequence_tokens),
@@ -106,7 +108,7 @@ def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ModelSi
 
 def reference_needs(cfg: Config, model: ModelSize) -> list[Need]:
     """The reference replicas, with this model in them."""
-    parts = _scoring([model], cfg.reference.dtype, cfg.reference.max_batch_tokens)
+    parts = _scoring([(model, cfg.reference.dtype, cfg.reference.max_batch_tokens)])
     process = libraries(REFERENCE, gpus=cfg.reference.gpus, dtype=cfg.reference.dtype)
     return _role("ReferencePolicy", "reference", cfg.reference, cfg.reference.min, process, parts)
 
@@ -129,6 +131,8 @@ def critic_needs(cfg: Config, model: ModelSize, *, row: int | None = None) -> li
         "weights": weights if on_cpus else weights // learner.fewest_ranks,
         "activations": pass_bytes(model, tokens, value_bytes=size),
     }
+    if learner.fewest_ranks > 1:
+        parts["gathered weights and gradients"] = gathered(model, 0, value_bytes=size, trains=False)
     process = libraries(TRAINER, gpus=learner.gpus, dtype=learner.precision)
     return _role("CriticTrainer", "learner", learner, learner.fewest_ranks, process, parts, loading=weights)
 
@@ -191,23 +195,19 @@ def _check_split(parts: int, model: ModelSize) -> None:
             )
 
 
-def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ModelSize] = ()) -> list[Need]:
-    """The reward processes, each with every reward model among the sources and judges, and a pass of each. The models
-    count as float32 if one of them is."""
-    sources = [source for source in cfg.sources if isinstance(source, ModelSourceConfig)]
-    tokens = max((source.max_batch_tokens for source in sources), default=0)
-    half = sources and all(source.dtype == "bfloat16" for source in sources) and len(sources) == len(models)
-    dtype = "bfloat16" if half else "float32"
-    process = libraries(REWARD, gpus=cfg.gpus, dtype=dtype)
-    return _role("Reward", section, cfg, cfg.min, process, _scoring(models, dtype, tokens))
+def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ScoringModel] = ()) -> list[Need]:
+    """The reward processes, each with every reward model of the sources and judges, and a pass of each."""
+    half = any(source.dtype == "bfloat16" for source, _ in models)
+    process = libraries(REWARD, gpus=cfg.gpus, dtype="bfloat16" if half else "float32")
+    parts = _scoring([(model, source.dtype, source.max_batch_tokens) for source, model in models])
+    return _role("Reward", section, cfg, cfg.min, process, parts)
 
 
-def _scoring(models: Sequence[ModelSize], dtype: str, tokens: int) -> Parts:
-    """The parts of a process that scores with these models, in passes of up to `tokens`."""
-    size = _value_bytes(dtype)
+def _scoring(models: Sequence[tuple[ModelSize, str, int]]) -> Parts:
+    """The parts of a process that scores with these models, each in its dtype and in passes of up to so many tokens."""
     return {
-        "weights": sum(size * model.parameters for model in models),
-        "one pass": sum(pass_bytes(model, tokens, value_bytes=size) for model in models),
+        "weights": sum(_value_bytes(dtype) * model.parameters for model, dtype, _ in models),
+        "one pass": sum(pass_bytes(model, tokens, value_bytes=_value_bytes(dtype)) for model, dtype, tokens in models),
     }
 
 
@@ -222,8 +222,8 @@ def _training(
     frozen: int = 0,
     padded: bool = False,
 ) -> list[Need]:
-    """The ranks. Each holds its share of weights, gradients and optimizer state; activations; and a second gradient of
-    the output embedding, in case it is shared with the input.
+    """The ranks. Each holds its share of weights, gradients and optimizer state; activations; a second gradient of the
+    output embedding, in case it is shared with the input; and what several ranks gather for a pass.
 
     A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments), one below adapters its precision, and
     each of the `frozen` weights of a critic 4 bytes. Pairs are padded, not packed (`padded`), and on CPU they also keep
@@ -239,6 +239,10 @@ def _training(
     second = 4 * model.vocabulary * model.hidden if lora is None and tied(model) else 0
     working = {"activations": networks * saved + attention, "second gradient of the embedding": second}
     ranks = cfg.fewest_ranks
+    if ranks > 1:
+        working["gathered weights and gradients"] = gathered(
+            model, working["activations"], value_bytes=size, networks=networks, trains=lora is None
+        )
     state = {
         "weights": networks * ((4 * trained + below) // ranks),
         "gradients": 4 * (networks * trained - frozen) // ranks,

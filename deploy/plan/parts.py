@@ -49,6 +49,26 @@ def kept_until_backward(
     return value_bytes * tokens * values
 
 
+def gathered(model: ModelSize, activations: int, *, value_bytes: int, networks: int = 1, trains: bool = True) -> int:
+    """Bytes that a rank has beyond its share, next to `activations`, while several ranks train (FSDP2, see `shard` of
+    learner/ranks/distributed.py). `trains`: all weights train, not only adapters.
+
+    At the start of a backward pass: the embeddings, which stay gathered after the forward pass; the last layer, and the
+    one before it, which is gathered ahead; the gradient of the output embedding, and that of the layer. At its end the
+    activations are gone, and gradients of the embeddings are copied into a float32 buffer, to be added up over ranks.
+    The larger of both counts. A critic of its own has one more input embedding.
+    """
+    embedding = model.vocabulary * model.hidden
+    ends = embedding if tied(model) else 2 * embedding
+    layer = (model.parameters - ends) // model.layers
+    ends += (networks - 1) * embedding
+    begins = value_bytes * (ends + 2 * layer)
+    if not trains:
+        return begins
+    begins += value_bytes * (embedding + layer)
+    return max(begins, (value_bytes + 4) * ends - activations)
+
+
 def adapter_weights(model: ModelSize, lora: LoRAConfig) -> int:
     """Weights of adapters on the seven matrices of every layer: rank x (inputs + outputs)."""
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from actors.generation.kv_cache import USABLE
 from deploy.plan.needs import Need
 
 ROUNDING = 1e-4  # Ray counts in ten-thousandths, so a sum of fractions may exceed the node by a rounding error
@@ -145,7 +146,13 @@ class _Room:
 
 def gpu_share(need: Need) -> float:
     """The part of each of its GPUs that a process may fill."""
-    return min(need.gpus + need.lent, 1.0)
+    return min(need.gpus + need.lent, largest_share(need))
+
+
+def largest_share(need: Need) -> float:
+    """The most of a GPU that a process of this role ever fills. An engine leaves a part free, also if it has no
+    neighbours."""
+    return USABLE if need.section == "generators" else 1.0
 
 
 def _fits_gpu(need: Need, gpu_memory: int) -> bool:

@@ -15,12 +15,18 @@ from common.errors import UserError
 from common.memory import MIB
 from common.model.size import ModelSize
 from deploy.plan.capacity import check_kv_cache
-from deploy.plan.change import smallest_change
+from deploy.plan.change import Change, smallest_change
+from deploy.plan.micro_batches import ranks_fit
 from deploy.plan.missing import missing_hardware
 from deploy.plan.needs import Phases
 from deploy.plan.object_store import sized
 from deploy.plan.placement import Node
 from deploy.plan.plan import AnyConfig, Plan, make_plan
+
+
+def without_stores(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes before their object stores start."""
+    return [replace(node, memory=node.memory + node.store, store=0) for node in nodes]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,15 @@ class Planner(Generic[AnyConfig]):
         except UserError:
             return False
 
+    def leaves_margin(self, cfg: AnyConfig) -> bool:
+        """True if it also fits with the part of a GPU free that micro-batches of changing sizes need. Sizes that the
+        plan fills in keep it; given ones need not."""
+        try:
+            plan = self.plan(cfg)
+        except UserError:
+            return False
+        return plan.fits and ranks_fit(plan.phases, plan.nodes)
+
     def check(self, cfg: AnyConfig, *, resume: bool = False) -> AnyConfig:
         """The config with the sizes that the plan fills in. Raises UserError, with the smallest change, if it does not
         fit. `resume`: only settings of a run that continues may change."""
@@ -53,14 +68,20 @@ class Planner(Generic[AnyConfig]):
         return plan.cfg
 
     def remedy(self, cfg: AnyConfig, *, resume: bool = False) -> str:
-        """The smallest change that makes a config fit, or the hardware that is missing, in words."""
+        """The smallest change that makes a config fit, or the hardware that is missing, in words. A change with which
+        the ranks keep their margin comes before all others."""
         keys = tuple(changeable(type(cfg)))  # those of whole sections end with a dot
         holds = self._cache_holds(cfg)
 
-        def fits(other: AnyConfig) -> bool:
-            return self.fits(other) and self._cache_holds(other) >= holds
+        def smallest(fits: Callable[[AnyConfig], bool]) -> Change | None:
+            return smallest_change(
+                cfg,
+                lambda other: fits(other) and self._cache_holds(other) >= holds,
+                self.engines,
+                lambda key: not resume or key.startswith(keys),
+            )
 
-        change = smallest_change(cfg, fits, self.engines, lambda key: not resume or key.startswith(keys))
+        change = smallest(self.leaves_margin) or smallest(self.fits)
         if change is not None:
             return f"the smallest change that fits: {change}"
         missing = missing_hardware(self.nodes, lambda nodes: replace(self, nodes=nodes).fits(cfg))

@@ -41,26 +41,30 @@ def who_runs_where(placement: Placement) -> Table:
     return table
 
 
-def memory_by_parts(needs: Sequence[Need]) -> list[Table]:
-    """The parts of the memory of each kind of process: on its machine, and on each of its GPUs."""
+def memory_by_parts(needs: Sequence[Need], names: Mapping[str, str]) -> list[Table]:
+    """The parts of the memory of each kind of process: on its machine, and on each of its GPUs. `names`: longer names
+    of parts."""
     kinds: dict[str, Need] = {}
     for need in needs:
         kinds.setdefault(_role(need), need)
-    tables = [_parts_table("Memory of each process on its machine, by parts", {r: n.host for r, n in kinds.items()})]
+    on_machines = {role: need.host for role, need in kinds.items()}
+    tables = [_parts_table("Memory of each process on its machine, by parts", on_machines, names)]
     on_gpus = {role: need.device for role, need in kinds.items() if need.device}
     if on_gpus:
-        tables.append(_parts_table("Memory of each process on each of its GPUs, by parts", on_gpus))
+        tables.append(_parts_table("Memory of each process on each of its GPUs, by parts", on_gpus, names))
     return tables
 
 
-def _parts_table(title: str, columns: Mapping[str, Parts]) -> Table:
+def _parts_table(title: str, columns: Mapping[str, Parts], names: Mapping[str, str]) -> Table:
     """A row for each part, in the order in which the processes have them, and a column for each process."""
     table = _table(title)
     table.add_column("")
     for role in columns:
         table.add_column(role, justify="right")
     for part in _in_order(columns.values()):
-        table.add_row(part, *(size(parts[part]) if parts.get(part) else "" for parts in columns.values()))
+        table.add_row(
+            names.get(part, part), *(size(parts[part]) if parts.get(part) else "" for parts in columns.values())
+        )
     table.add_section()
     table.add_row("[bold]in all[/]", *(_bold(size(sum(parts.values()))) for parts in columns.values()))
     return table

@@ -96,7 +96,7 @@ def test_a_resumed_run_keeps_its_micro_batches_on_larger_gpus(tmp_path, monkeypa
         return [needs(cfg, LLAMA_2_7B)]
 
     def trained_with(cfg, *, gib, resume):
-        node = Node("n", 9, 8, 64 * GIB, gib * GIB)
+        node = Node("n", 9, 8, 128 * GIB, gib * GIB)
         monkeypatch.setattr(deploy.session, "cluster", lambda ray, run: nullcontext([node]))
         with (
             run_owner(tmp_path, resume=resume) as owned,

@@ -41,9 +41,10 @@ def asked(monkeypatch):
     return calls
 
 
-def test_every_source_is_checked_and_the_sizes_of_models_returned(asked):
+def test_every_source_is_checked_and_those_with_models_returned(asked):
     function = FunctionSourceConfig(name="f", function="m:f")  # loads no model
-    assert check_sources([ProbeConfig(name="a"), function, ProbeConfig(name="b")], chat=True) == [7, 7]
+    first, second = ProbeConfig(name="a"), ProbeConfig(name="b")
+    assert check_sources([first, function, second], chat=True) == [(first, 7), (second, 7)]
     assert asked[:2] == [("check", "a", True), ("check", "b", True)]
 
 

@@ -6,16 +6,19 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from actors.generation.kv_cache import kv_cache_bytes
 from common.config.actors import GeneratorsConfig
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig
+from common.config.sources import ModelSourceConfig
 from common.config.training import TrainerConfig
 from common.errors import UserError
 from common.memory import GIB, MIB
 from common.model.size import ModelSize
 from deploy.plan.capacity import check_engine_build, check_fits, check_kv_cache
 from deploy.plan.needs import Need, critic_needs, generator_needs, needs, reward_needs, trainer_needs
-from deploy.plan.placement import Node
+from deploy.plan.placement import Node, place
+from tests.deploy.plan.shapes import size_of
 from tests.fakes import QWEN_1_5B, tiny_config
 
 MODEL = ModelSize(
@@ -29,6 +32,11 @@ MODEL = ModelSize(
     context=4096,
     intermediate=144,
 )
+
+
+def scores(model, **settings):
+    """A reward model of this size with the settings of its source."""
+    return ModelSourceConfig.model_validate({"name": "s", "model": "rm", **settings}), model
 
 
 def config(**sections):
@@ -107,9 +115,9 @@ def test_the_estimates_of_a_small_model_worked_out_by_hand():
             -256 * 3520,
         ),  # of 384, so 512 tokens at once
         ({"context": 384}, {}, -256 * 3520),  # the model has no longer ones
-        # Of 16 bytes a weight each rank keeps its share, but while it loads 4 for each.
-        ({}, {"learner": {"ranks": 2}}, -8_000_000),
-        ({}, {"learner": {"ranks": 8}}, -12_000_000),
+        # Of 16 bytes a weight each rank keeps its share, but while it loads 4 for each. It gathers weights, see below.
+        ({}, {"learner": {"ranks": 2}}, -8_000_000 + 4 * 496_800 + 2 * (12_800 + 496_800)),
+        ({}, {"learner": {"ranks": 8}}, -12_000_000 + 4 * 496_800 + 2 * (12_800 + 496_800)),
         # Frozen weights of 2 bytes, no gradient of the embedding, and 16 bytes for each weight of adapters: rank 4 * 2
         # layers * (2 * 128 + 2 * 96 + 3 * 208) = 8576. A token keeps 3 * 64 + 7 * 4 = 220 values more in each layer.
         ({}, {"learner": {"lora": {"rank": 4}}}, -14_000_000 + 16 * 8576 - 25_600 + 768 * 4 * 220),
@@ -169,13 +177,13 @@ def test_float32_doubles_weights_and_activations_of_a_frozen_role(role, section,
 
 
 def test_services_on_a_gpu_need_room_for_their_largest_pass():
-    sources = [{"name": "s", "model": "rm", "max_batch_tokens": 10_000}]
-    cfg = config(reference={"gpus": 0.1, "max_batch_tokens": 20_000}, reward={"gpus": 0.1, "sources": sources})
-    device = {n.section: n.device for n in needs(cfg, MODEL, [MODEL])}
+    cfg = config(reference={"gpus": 0.1, "max_batch_tokens": 20_000}, reward={"gpus": 0.1})
+    reward_model = scores(MODEL, max_batch_tokens=10_000)
+    device = {n.section: n.device for n in needs(cfg, MODEL, [reward_model])}
     context = {"CUDA": 600 * MIB}
     assert device["reference"] == {**context, "weights": 2_000_000, "one pass": 20_000 * 816 * 2}
     assert device["reward"] == {**context, "weights": 2_000_000, "one pass": 10_000 * 816 * 2}
-    wanted = [n for n in needs(cfg, MODEL, [MODEL]) if n.section == "reward"]
+    wanted = [n for n in needs(cfg, MODEL, [reward_model]) if n.section == "reward"]
     assert "lower max_batch_tokens or use a smaller model" in refusal(wanted, [Node("n", 8, 1, GIB, 6 * GIB)])
 
 
@@ -236,21 +244,27 @@ def test_with_lora_the_learner_is_its_own_reference():
     assert [n.name for n in needs(config(learner={"lora": {}}), MODEL)] == ["Learner(0)", "Generator(0)", "Reward(0)"]
 
 
-def test_every_reward_process_holds_every_reward_model_in_float32():
+def test_every_reward_process_holds_every_reward_model_in_its_own_dtype():
+    """A source in bfloat16, and a judge in float32, which has no entry in reward.sources."""
     cfg = config(reward={"min": 2, "gpus": 0.5})
-    without, found = needs(cfg, MODEL), needs(cfg, MODEL, [MODEL, replace(MODEL, parameters=3_000_000)])
+    source = scores(MODEL, dtype="bfloat16", max_batch_tokens=1000)
+    judge = scores(replace(MODEL, parameters=3_000_000), dtype="float32", max_batch_tokens=3000)
+    without, found = needs(cfg, MODEL), needs(cfg, MODEL, [source, judge])
     assert [n.name for n in found] == [n.name for n in without]
     for before, after in zip(without, found, strict=True):
-        more = 4 * 1_000_000 + 4 * 3_000_000 if after.name.startswith("Reward(") else 0
-        assert after.memory == before.memory + more  # where they are loaded
-        assert sum(after.device.values()) == sum(before.device.values()) + more
+        reward = after.name.startswith("Reward(")
+        weights = 2 * 1_000_000 + 4 * 3_000_000 if reward else 0
+        passes = 1000 * 816 * 2 + 3000 * 816 * 4 if reward else 0  # 816 values of a token, as above
+        assert after.memory == before.memory + weights  # where they are loaded
+        assert sum(after.device.values()) == sum(before.device.values()) + weights + passes
 
 
 def test_ppo_needs_learner_reference_generators_and_rewards():
     cfg = config(generators={"min": 2, "dtype": "float32"}, reward={"min": 2, "cpus": 0.5})
-    found = [replace(n, store={}) for n in needs(cfg, MODEL, [MODEL])]
+    models = [scores(MODEL)]
+    found = [replace(n, store={}) for n in needs(cfg, MODEL, models)]
     assert [n for n in found if n.section == "generators"] == generator_needs(cfg.generators, MODEL, max_tokens=768)
-    assert [n for n in found if n.section == "reward"] == reward_needs("reward", cfg.reward, [MODEL])
+    assert [n for n in found if n.section == "reward"] == reward_needs("reward", cfg.reward, models)
     assert {n.section for n in found} == {"learner", "generators", "reference", "reward"}
 
 
@@ -263,7 +277,9 @@ def test_a_reward_trainer_keeps_the_attention_scores_of_its_padded_rows():
     usual = (580 + 370) * MIB + 16_000_000 + 2_703_360 + 25_600
     found = trainer_needs(TrainerConfig(cpus=3, ranks=2), MODEL, row=768)
     assert [(n.name, n.section, n.cpus, n.memory) for n in found] == [
-        (f"RewardTrainer({i})", "learner", 3, usual - 8_000_000 + 37_748_736) for i in range(2)
+        # and gathered weights and gradients of two ranks, see below
+        (f"RewardTrainer({i})", "learner", 3, usual - 8_000_000 + 37_748_736 + 3_006_400)
+        for i in range(2)
     ]
 
 
@@ -292,8 +308,9 @@ def test_sampling_pairs_needs_generators_and_a_labeller():
         }
     )
     engine = (770 + 370) * MIB + 2 * 2_012_800 + 256 * MIB + 256 * 816 * 2
-    on_gpu = {"CUDA": 600 * MIB, "weights": 4_000_000, "one pass": 0}
-    wanted = [*generator_needs(cfg.generators, MODEL, max_tokens=768), *reward_needs("labeller", cfg.labeller, [MODEL])]
+    on_gpu = {"CUDA": 600 * MIB, "weights": 4_000_000, "one pass": 2048 * 816 * 4}
+    labels = reward_needs("labeller", cfg.labeller, [scores(MODEL, dtype="float32", max_batch_tokens=2048)])
+    wanted = [*generator_needs(cfg.generators, MODEL, max_tokens=768), *labels]
     assert [(n.name, n.section, n.cpus, n.gpus, n.memory, n.device) for n in wanted] == [
         ("Generator(0)", "generators", 2, 0, engine, {}),
         ("Generator(1)", "generators", 2, 0, engine, {}),
@@ -326,6 +343,37 @@ def test_ranks_on_gpus_share_the_state_and_each_loads_all():
     learners = [n for n in needs(config(learner={"gpus": 1, "ranks": 4}), MODEL) if n.section == "learner"]
     assert [n.memory for n in learners] == 4 * [580 * MIB + 4_000_000]
     assert [n.device["weights"] + n.device["optimizer state"] for n in learners] == 4 * [1_000_000 + 2_000_000]
+
+
+def gathered(model, **learner):
+    settings = {"gpus": 1, "ranks": 2, **learner}
+    return needs(config(learner=settings), model)[0].device["gathered weights and gradients"]
+
+
+def test_ranks_gather_embeddings_two_layers_and_their_gradients():
+    # The tied embedding has 6400 weights, so each of two layers has (1,000,000 - 6400) / 2 = 496,800.
+    # In bf16: embedding and two layers; the gradients of the embedding and of one layer.
+    assert gathered(MODEL) == 2 * (6400 + 2 * 496_800) + 2 * (6400 + 496_800) == 3_006_400
+    assert gathered(MODEL, precision="fp32") == 2 * 3_006_400
+    assert gathered(MODEL, lora={}) == 2 * (6400 + 2 * 496_800)  # no gradients
+    assert gathered(MODEL, critic="separate") == 3_006_400 + 2 * 6400  # its input embedding
+    alone = needs(config(learner={"gpus": 1}), MODEL)[0].device
+    assert "gathered weights and gradients" not in alone
+
+
+def test_large_embeddings_are_reduced_in_float32_after_activations_are_freed():
+    # Two embeddings of 40,000 * 64 = 2,560,000 weights each, in a model whose layers have 440,000.
+    wide = replace(MODEL, parameters=6_000_000, vocabulary=40_000, body={"embed": 2_560_000, "layers": 880_000})
+    begins = 2 * (5_120_000 + 880_000) + 2 * (2_560_000 + 440_000)
+    ends = (2 + 4) * 5_120_000  # gradients in bf16, and their float32 buffer
+    for tokens in (1000, 5000):
+        kept = tokens * 3520
+        assert gathered(wide, micro_batch_tokens=tokens) == max(begins, ends - kept)
+    assert ends - 1000 * 3520 > begins > ends - 5000 * 3520
+
+
+def test_7b_on_two_ranks_gathers_4_to_5_gib(tmp_path):
+    assert 4 * GIB < gathered(size_of(tmp_path, "7B")) < 5 * GIB
 
 
 def test_lora_on_a_gpu_has_one_frozen_set_of_weights_and_small_states():
@@ -431,6 +479,17 @@ def test_a_learner_is_placed_on_the_node_with_the_larger_gpus():
     message = refusal(2 * wanted, nodes)  # the first has the large GPU, and the others are too small
     assert "lower learner.gpus" in message
     assert "it may use 1 of a GPU with 80.0 GiB" in message
+
+
+@pytest.mark.parametrize("share", [0.9, 0.91, 0.92, 0.93, 0.96, 1])
+@pytest.mark.parametrize("gib", [16.7, 17, 17.4, 17.6, 18, 18.5])
+def test_a_placed_engine_has_room_for_its_cache(share, gib):
+    """The plan and the engine draw the same line."""
+    cfg, memory = GeneratorsConfig(gpus=share), int(gib * GIB)
+    wanted = generator_needs(cfg, LLAMA_2_7B, max_tokens=768)
+    fits = place(wanted, [Node("n", 8, 1, 100 * GIB, memory)]).fits
+    with nullcontext() if fits else pytest.raises(UserError, match="must hold at least one sequence"):
+        kv_cache_bytes(cfg, LLAMA_2_7B, max_tokens=768, device_memory=memory)
 
 
 # Caches of fixed size

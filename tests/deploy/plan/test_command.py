@@ -91,6 +91,10 @@ def test_json_has_the_place_and_the_parts_of_every_process(model, tmp_path, caps
         assert sum(process["device"].values()) == process["device_bytes"]
     weights = 134_515_008
     assert processes["Learner(0)"]["device"]["optimizer state"] == 8 * weights
+    tokens = found["placement"]["micro_batch_tokens"]
+    assert tokens == 32_768  # filled in for a small model
+    _, shown = plan(capsys, monkeypatch, path, f"model.path={model}", *CLUSTER)
+    assert "activations (micro-batches of" in shown
 
 
 def test_a_run_without_room_exits_with_1_and_says_what_to_change(model, tmp_path, capsys, monkeypatch):
@@ -154,9 +158,12 @@ def test_a_plan_that_fits_has_seconds_and_data_of_a_step(model, tmp_path, capsys
         (("--rate", "b300"), "h100, zen5-core"),
         (("--response-tokens", 5000), "--response-tokens (5000) must be at most sampling.max_new_tokens"),
         (("--rate", "h100", "--suggest"), "leave them out with --suggest"),
+        (("--cpus", 2, "--memory", "inf"), "--memory"),
+        (("--cpus", 2, "--memory", 9, "--gpus", 1, "--gpu-memory", "inf"), "--gpu-memory"),
+        (("--cpus", 2, "--memory", 9, "--address", "h:1"), "give only one of them"),
     ],
 )
-def test_options_for_seconds_are_refused_with_what_is_allowed(options, message, model, tmp_path, capsys, monkeypatch):
+def test_wrong_options_are_refused_with_what_is_allowed(options, message, model, tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "run.toml")
     given = ("ratchet", "plan", path, f"model.path={model}", *options)
     monkeypatch.setattr("sys.argv", list(map(str, given)))
