@@ -72,7 +72,8 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
             if not prompts:
                 return [training]
             scores = _service(cfg, directory)
-            service = reward_needs("learner", scores, [(scores.sources[0], base.size)])
+            models = [(source, base.size) for source in scores.sources if isinstance(source, ModelSourceConfig)]
+            service = reward_needs("learner", scores, models)
             longest = longest_answered(cfg, reference)
             return [
                 training,
