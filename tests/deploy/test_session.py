@@ -14,7 +14,7 @@ from common.config.base import RayConfig
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
-from common.memory import GIB
+from common.memory import GIB, MIB
 from deploy.plan.needs import Need, needs
 from deploy.plan.placement import Node
 from deploy.run.directory import run_owner
@@ -127,6 +127,29 @@ def test_the_refusal_of_a_run_ends_with_the_smallest_change(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"no node has room .*; the smallest change that fits: learner.cpus=3 \(.*\)$"):
         start(cfg)
     start(cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"cpus": 3})}))
+
+
+def test_an_own_cluster_starts_with_the_smaller_store_of_a_change(cfg, tmp_path, monkeypatch):
+    """Of 16 GiB the store takes 8, and the process 10."""
+    monkeypatch.setattr(
+        deploy.session, "cluster", lambda ray, run: nullcontext([Node("n", 2, 0, 8 * GIB, store=8 * GIB)])
+    )
+
+    def phases(cfg):
+        return [[Need("Learner(0)", "learner", 1, 0, {"x": 10 * GIB}, store={"rollouts": cfg.buffer_mib * MIB})]]
+
+    cfg = cfg.model_copy(update={"buffer_mib": 8192})
+    for address, change in (
+        (None, "the smallest change that fits: buffer_mib=4096"),
+        ("h:1", "no change of one or two"),
+    ):
+        there = cfg.model_copy(update={"ray": RayConfig(address=address)})
+        with (
+            run_owner(tmp_path / "run") as owned,
+            pytest.raises(UserError, match=f"no node has room for Learner.*{change}"),
+            session(there, "train", owned, phases),
+        ):
+            pass
 
 
 def test_an_own_cluster_gets_a_store_for_the_phase_that_needs_most(cfg, tmp_path, monkeypatch):

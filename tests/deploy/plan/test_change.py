@@ -85,6 +85,14 @@ def test_if_no_single_change_fits_a_pair_is_named():
     assert str(pair).startswith(f"learner.gpus={pair.settings['learner.gpus']} learner.cpus=4 (")
 
 
+def test_a_change_that_keeps_the_ranks_margin_comes_first():
+    """Of 91 GiB, 16,384 tokens take 90.1: that fits, without the 8 % that sizes filled in by the plan leave free."""
+    sections = {"learner": {"gpus": 1, "lora": {}, "micro_batch_tokens": 32_768}, "generators": {"gpus": 1}}
+    cfg, here = Config.model_validate(tree(**sections)), planner(LLAMA_2_7B, [node(2, 91)])
+    assert smallest_change(cfg, here.fits, LLAMA_2_7B).settings == {"learner.micro_batch_tokens": 16_384}
+    assert here.remedy(cfg).startswith("the smallest change that fits: learner.micro_batch_tokens=8192 (")
+
+
 def test_a_run_that_continues_changes_only_what_may_change():
     cfg = Config.model_validate(tree(max_staleness=1))
     here = planner(LLAMA_2_7B, [node(gib=100)])

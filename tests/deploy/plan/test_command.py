@@ -1,6 +1,7 @@
 """`ratchet plan`: its tables, its JSON object and its exit codes. Nothing starts, and no model has weights."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from transformers import LlamaConfig
@@ -8,7 +9,9 @@ from transformers import LlamaConfig
 from common.errors import UserError
 from common.memory import GIB, MIB
 from deploy.cli import main
+from deploy.plan.command import run_plan
 from deploy.plan.machines import SYSTEM, Described
+from deploy.plan.placement import Node
 from deploy.plan.table import numbers
 from tests.fakes import tiny_config
 
@@ -171,3 +174,17 @@ def test_wrong_options_are_refused_with_what_is_allowed(options, message, model,
         main()
     assert ended.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_a_described_machine_the_engines_build_is_checked(model, monkeypatch):
+    monkeypatch.setattr("deploy.plan.capacity.version", {"vllm": "0.32.0"}.__getitem__)
+    with pytest.raises(UserError, match=r"generators\.gpus"):
+        run_plan(tiny_config(str(model)), Described())
+
+
+def test_a_running_cluster_has_its_stores_whatever_the_config_says(model, capsys, monkeypatch):
+    cfg = tiny_config(str(model), ray={"object_store_mib": 80, "address": "h:1"})  # too small for two sets of weights
+    node = Node("n", 8, 0, 64 * GIB, store=2 * GIB)
+    monkeypatch.setattr("deploy.plan.command.machines", lambda described, ray, store_mib: nullcontext([node]))
+    assert run_plan(cfg, Described()) == 0
+    assert "It fits." in capsys.readouterr().out
