@@ -16,7 +16,7 @@ from common.memory import GIB, MIB
 from common.model.size import ModelSize
 from deploy.plan.needs import Need
 from deploy.plan.object_store import listed
-from deploy.plan.placement import Node, NoRoom, Placement, gpu_share, largest_share, place
+from deploy.plan.placement import Node, NoRoom, Placement, gpu_share, place
 
 
 def engine_needs_gpu() -> bool:
@@ -85,7 +85,7 @@ def _refusal(missing: NoRoom, placement: Placement) -> str:
         f"lower {section}.cpus or the number of processes",
         f"lower {section}.gpus, or set it to 0 to run on the CPU",
         f"use a smaller model, fewer {section} processes, or smaller caches and micro-batches",
-        _gpu_memory_remedy(need, nodes),
+        _gpu_memory(need, nodes),
         f"its node's object store must have room for {listed(need.store)}: start the nodes with ray start "
         f"--object-store-memory={sum(need.store.values())} or more, lower buffer_mib or rollouts_per_step, or use a "
         "smaller model",
@@ -114,8 +114,8 @@ def _total(rows: Sequence[Node] | Sequence[Need]) -> str:
     return f"{cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.1f} GiB"
 
 
-def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
-    """The share of a GPU that the process may use, its largest parts, and the settings that change them."""
+def _gpu_memory(need: Need, nodes: Sequence[Node]) -> str:
+    """The share of a GPU that the process may use, and its largest parts. The planner names the setting to change."""
     largest = max((node.gpu_memory for node in nodes), default=0)
     share, held, when = gpu_share(need), dict(need.device), ""
     lasting = {name: size for name, size in held.items() if name not in need.in_turn}
@@ -123,14 +123,4 @@ def _gpu_memory_remedy(need: Need, nodes: Sequence[Node]) -> str:
         share, held, when = need.gpus, lasting, "between updates "
     parts = sorted(held.items(), key=lambda part: -part[1])[:3]
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
-    smaller_passes = "lower learner.micro_batch_tokens, set learner.gradient_checkpointing = true, or "
-    remedy = {
-        "learner": f"{smaller_passes if 'activations' in dict(parts) else ''}use more learner.ranks or learner.lora",
-        "generators": "lower generators.kv_cache_mib, or raise generators.tensor_parallel",
-    }.get(need.section, "lower max_batch_tokens or use a smaller model")
-    if gpu_share(need) < largest_share(need):
-        remedy = f"raise {need.section}.gpus, {remedy}"
-    return (
-        f"{when}it may use {share:g} of a GPU with {largest / GIB:.1f} GiB, and its largest parts are {listed} GiB: "
-        f"{remedy}"
-    )
+    return f"{when}it may use {share:g} of a GPU with {largest / GIB:.1f} GiB, and its largest parts are {listed} GiB"

@@ -169,32 +169,45 @@ def _adapters(given: Given) -> Iterator[Settings]:
         yield {"learner.lora.rank": 16}
 
 
-SERVICES = ("reference", "reward", "labeller")
+def _share_from_engine(given: Given) -> Iterator[Settings]:
+    """The learner's share of a GPU grows by a twentieth at a time, and the engine's shrinks by as much."""
+    learner, engine = given.get("learner.gpus", 0), given.get("generators.gpus", 0)
+    if 0 < learner < 1 and 0 < engine < 1:
+        for moved in (n / 20 for n in range(1, 20)):
+            if engine - moved > 0.01:
+                yield {"learner.gpus": round(learner + moved, 4), "generators.gpus": round(engine - moved, 4)}
+
+
+SERVICES = {"reference": "the reference", "reward": "the reward process", "labeller": "the labeller"}
+ROLES = {"learner": "the learner", "generators": "each engine", **SERVICES}
 LADDERS: list[tuple[str, Values]] = [
     # The same gradient and the same samples.
-    *(("it gets more of its GPU", _larger_share(section)) for section in ("learner", "generators", *SERVICES)),
-    *(("it gets less of its GPU", _smaller_share(section)) for section in SERVICES),
-    ("it scores in smaller passes", _reference_passes),
-    ("it scores in smaller passes", _reward_passes),
-    *(("processes share cores", _fewer_cpus(section)) for section in (*SERVICES, "learner", "generators")),
+    *((f"{role} gets more of its GPU", _larger_share(section)) for section, role in ROLES.items()),
+    *((f"{role} gets less of its GPU", _smaller_share(section)) for section, role in SERVICES.items()),
+    ("the reference scores in smaller passes", _reference_passes),
+    ("reward models score in smaller passes", _reward_passes),
+    *((f"{role} shares cores with others", _fewer_cpus(section)) for section, role in SERVICES.items()),
+    ("the learner shares cores with others", _fewer_cpus("learner")),
+    ("each engine shares cores with others", _fewer_cpus("generators")),
     ("the same gradient in more passes", _half("learner.micro_batch_tokens", CPU_TOKENS)),
     ("the engine lends its memory to each update", _to("generators.sleep", True, of=False)),
     # The same, and slower.
-    ("an engine step has fewer tokens", _half("generators.max_batched_tokens", 1024)),
-    ("an engine works on fewer rollouts at once", _cache),
-    ("an engine works on fewer rollouts at once", _running),
-    ("the KV cache is smaller", _smaller_share("generators")),
-    ("it gets less of its GPU", _smaller_share("learner")),
+    ("each engine step has fewer tokens", _half("generators.max_batched_tokens", 1024)),
+    ("each engine works on fewer rollouts at once", _cache),
+    ("each engine works on fewer rollouts at once", _running),
+    ("the learner gets more of its GPU, and the engine less", _share_from_engine),
+    ("each engine gets less of its GPU, and its KV cache is smaller", _smaller_share("generators")),
+    ("the learner gets less of its GPU", _smaller_share("learner")),
     ("fewer rollouts wait for the learner", _buffer),
     ("more bytes are sent after a step", _to("generators.updates", "full", of="changes")),
     ("an update takes about a quarter longer", _to("learner.gradient_checkpointing", True, of=False)),
     # The same with other processes.
     ("more GPUs learn", _more_ranks),
     ("each engine takes more GPUs", _more_parts),
-    *(("fewer processes score", _fewer(section)) for section in SERVICES),
+    *((f"fewer processes of {role}", _fewer(section)) for section, role in SERVICES.items()),
     ("fewer engines generate", _fewer("generators")),
     ("fewer processes learn, and a step takes longer", _fewer_ranks),
-    *(("it runs on the CPU, far slower", _on_cpu(section)) for section in SERVICES),
+    *((f"{role} runs on the CPU, far slower", _on_cpu(section)) for section, role in SERVICES.items()),
     # Something else is learned, or with other rounding.
     ("generators wait during an update, and lend it their memory", _turns),
     ("log-probabilities of the reference are rounded more", _to("reference.dtype", "bfloat16", of="float32")),

@@ -107,6 +107,7 @@ def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str]) -
             if engines < 1 or engine_share < 5 or (parts > 1 and engine_share < 100):
                 continue
             layout: Layout = {
+                "max_staleness": (1, "engines and ranks have their own GPUs, so the next batch is written meanwhile"),
                 "learner.gpus": (1, "each rank has a GPU"),
                 "learner.ranks": (ranks, f"of {gpus} GPUs; weights, gradients and optimizer state are split over them"),
                 "generators.gpus": (

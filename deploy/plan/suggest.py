@@ -116,7 +116,8 @@ def _plans(
 ) -> Iterator[tuple[Layout, Plan[Config]]]:
     """Every layout that the rules of the config allow, and its plan. The faults of the others go to `faults`."""
     for layout in _layouts(_with(tree, first), planner, model):
-        wanted = {key: value for key, value in {**first, **layout}.items() if key not in fixed}
+        kept = {*fixed, "max_staleness"} if tree.get("max_staleness", 0) >= layout["max_staleness"][0] > 0 else fixed
+        wanted = {key: value for key, value in {**first, **layout}.items() if key not in kept}
         try:
             yield wanted, planner.plan(Config.model_validate(_with(tree, wanted)))
         except (ValueError, UserError) as fault:

@@ -184,7 +184,7 @@ def test_services_on_a_gpu_need_room_for_their_largest_pass():
     assert device["reference"] == {**context, "weights": 2_000_000, "one pass": 20_000 * 816 * 2}
     assert device["reward"] == {**context, "weights": 2_000_000, "one pass": 10_000 * 816 * 2}
     wanted = [n for n in needs(cfg, MODEL, [reward_model]) if n.section == "reward"]
-    assert "lower max_batch_tokens or use a smaller model" in refusal(wanted, [Node("n", 8, 1, GIB, 6 * GIB)])
+    assert "its largest parts are CUDA 0.6, one pass 0.0" in refusal(wanted, [Node("n", 8, 1, GIB, 6 * GIB)])
 
 
 def test_changes_as_updates_take_two_more_copies_in_a_generator():
@@ -420,7 +420,8 @@ def test_a_learner_that_no_gpu_holds_is_refused_with_its_largest_parts():
     assert "no node has room for Learner(0)" in message
     assert "and 133.6 GiB on each GPU" in message
     parts = "optimizer state 50.2, activations 32.1, weights 25.1 GiB"
-    assert f"it may use 1 of a GPU with 80.0 GiB, and its largest parts are {parts}: lower learner.micro_b" in message
+    assert f"it may use 1 of a GPU with 80.0 GiB, and its largest parts are {parts}" in message
+    assert "learner.lora" not in message  # the planner names the setting to change
 
 
 def test_three_roles_fit_one_gpu_or_are_refused_by_its_memory():
@@ -429,7 +430,6 @@ def test_three_roles_fit_one_gpu_or_are_refused_by_its_memory():
     check_fits(wanted, [Node("n", 8, 1, 44 * GIB, H100)])
     message = refusal(wanted, [Node("n", 8, 1, 44 * GIB, 40 * GIB)])
     assert "it may use 0.6 of a GPU with 40.0 GiB" in message
-    assert "raise learner.gpus, lower learner.micro_batch_tokens" in message
 
 
 TURNS = {"max_staleness": 0, "generators": {"gpus": 0.5}, "reference": {"gpus": 0.1}}

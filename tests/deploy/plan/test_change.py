@@ -71,6 +71,16 @@ def test_the_named_change_fits_and_no_earlier_one_does(model, sections, nodes, s
         assert found is None or not here.fits(found), earlier
 
 
+def test_the_engine_gives_the_learner_a_part_of_its_share():
+    sections = {"learner": {"gpus": 0.3, "lora": {}, "micro_batch_tokens": 8192}, "generators": {"gpus": 0.7}}
+    cfg, here = Config.model_validate(tree(**sections, max_staleness=0)), planner(LLAMA_2_7B, [node(1, 40)])
+    assert not here.fits(cfg)
+    change = smallest_change(cfg, here.fits, LLAMA_2_7B)
+    assert {"learner.gpus", "generators.gpus"} <= set(change.settings)
+    assert change.settings["learner.gpus"] + change.settings["generators.gpus"] == pytest.approx(1)
+    assert "the learner gets more of its GPU, and the engine less" in change.effect
+
+
 def test_if_no_single_change_fits_a_pair_is_named():
     given = tree(learner={"gpus": 0.1, "cpus": 9}, generators={"gpus": 0.7}, max_staleness=0)
     cfg, here = Config.model_validate(given), planner(QWEN_1_5B, [node(1, 80, cpus=8)])

@@ -77,6 +77,9 @@ def test_one_gpu_is_shared_and_the_engine_sleeps(sizes):
 def test_all_gpus_have_work(sizes):
     cfg = suggest(TREE, planner(sizes["7B"], MACHINES["2 x 8 x 80 GB"]), sizes["7B"]).plan.cfg
     assert cfg.learner.ranks + cfg.generators.min + cfg.reference.gpus == 16
+    assert cfg.max_staleness == 1  # so that engines and ranks work at the same time
+    more = {**TREE, "max_staleness": 3}
+    assert suggest(more, planner(sizes["7B"], MACHINES["8 x 80 GB"]), sizes["7B"]).plan.cfg.max_staleness == 3
 
 
 def test_settings_of_the_command_line_stay(sizes):
