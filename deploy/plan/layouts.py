@@ -90,8 +90,9 @@ def _on_cpus(cfg: Config, machines: Machines, model: ModelSize) -> Iterator[Layo
 
 
 def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str]) -> Iterator[Layout]:
-    """Whole GPUs for each rank and for each engine, which work at the same time. Half of the GPUs learn, or more if the
-    state does not fit them; an engine has the fewest GPUs that hold its weights."""
+    """Whole GPUs for each rank and for each engine, which work at the same time. As many GPUs learn as the largest
+    power of two up to their half, or more if the state does not fit them; an engine has the fewest GPUs that hold its
+    weights."""
     gpus = machines.gpus
     half = 1 << int(math.log2(gpus // 2))
     counts = [half << n for n in range(8)] + [half >> n for n in range(1, 8)]
