@@ -3,10 +3,11 @@
     python -m tests.results list
     python -m tests.results run baselines --seeds 0 1 2     # hours; cut it and start it again as you like
     python -m tests.results table baselines --seeds 0 1 2   # prints the table of the runs that are finished
-    python -m tests.results write baselines --seeds 0 1 2   # the same into docs/results.md
+    python -m tests.results write baselines --seeds 0 1 2   # keeps their figures, and writes the table of all kept ones
     python -m tests.results plot baselines --seeds 0 1 2    # pass@1 by responses, into docs/baselines.png
 
-The runs are ordinary ones, below runs/results. Keep the machine quiet meanwhile: seconds are compared.
+The runs are ordinary ones, below runs/results. `write` keeps their figures in tests/results/measured/ and writes the
+table into docs/results.md. Keep the machine quiet while `baselines` runs: it compares seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from tests.results.curves import plot
 from tests.results.experiments import EXPERIMENTS
+from tests.results.measured import MEASURED, keep, measure
 from tests.results.runner import REPOSITORY, Runner
 from tests.results.tables import section, table, written
 
@@ -51,9 +53,12 @@ def main(arguments: list[str]) -> int:
             plot(arms, options.runs, options.seeds, PAGE.parent / f"{options.experiment}.png")
             return 0
         if options.action == "table":
-            print(table(experiment, arms, options.runs, options.seeds))
+            print(table(experiment, arms, measure(experiment, arms, options.runs, options.seeds)))
             return 0
-        text = section(experiment, options.experiment, arms, options.runs, options.seeds)
+        if options.arms:
+            parser.error("write makes the whole table: leave --arms out")
+        new = measure(experiment, arms, options.runs, options.seeds)
+        text = section(experiment, options.experiment, arms, keep(MEASURED / f"{options.experiment}.json", arms, new))
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), options.experiment, text), encoding="utf-8")
     except ValueError as error:
         parser.error(str(error))

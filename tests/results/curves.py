@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.results.finished import Finished
-from tests.results.tables import finished_runs, interval
+from tests.results.measured import finished_runs
+from tests.results.tables import interval
 from tests.results.works import Arm
 
 Point = tuple[float, float, tuple[float, float]]  # responses, mean over the seeds, interval
@@ -37,7 +38,7 @@ def plot(arms: Sequence[Arm], root: Path, seeds: Sequence[int], target: Path) ->
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for arm in arms:
-        runs = [Finished(path) for path in finished_runs(arm.work, root, seeds)]
+        runs = [Finished(path) for path in finished_runs(arm.work, root, seeds).values()]
         if not runs:
             continue
         responses, means, intervals = zip(*curve(runs), strict=True)

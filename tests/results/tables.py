@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from the directories of finished runs.
+"""The tables of docs/results.md, from the figures of finished runs (tests/results/measured.py).
 
 Every number is the mean over the seeds, with its 95 % interval of Student's t in parentheses: mean plus and minus
 t(n - 1) times the standard deviation divided by the root of n. With few seeds such an interval is wide, and it should
@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from common.student import student_quantile
-from tests.results.finished import Finished
-from tests.results.works import Arm, Column, Experiment, Work
+from tests.results.measured import CRITIC_SECONDS, Figures, Measured
+from tests.results.works import Arm, Column, Experiment
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -37,40 +36,35 @@ def cell(values: Sequence[float | None], column: Column) -> str:
     return mean if bounds is None else f"{mean} ({column.form.format(bounds[0])} to {column.form.format(bounds[1])})"
 
 
-def table(experiment: Experiment, arms: Sequence[Arm], root: Path, seeds: Sequence[int]) -> str:
-    """The rows of the arms that have finished runs, as Markdown. An experiment with one arm has a row for each number
+def table(experiment: Experiment, arms: Sequence[Arm], measured: Measured) -> str:
+    """The rows of the arms that have figures, as Markdown. An experiment with one arm has a row for each number
     instead."""
     lines = [["", "seeds", *(column.title for column in experiment.columns)]]
     for arm in arms:
-        runs = [Finished(path) for path in finished_runs(arm.work, root, seeds)]
-        if runs:
-            cells = (cell([column.value(run) for run in runs], column) for column in experiment.columns)
-            lines.append([arm.title + _before(arm, root, seeds), str(len(runs)), *cells])
+        if runs := list(measured.get(arm.work.name, {}).values()):
+            cells = (cell([run.get(column.title) for run in runs], column) for column in experiment.columns)
+            lines.append([arm.title + _before(arm, runs), str(len(runs)), *cells])
     if len(arms) == 1:
         lines = [list(column) for column in zip(*lines, strict=True)]
     head, *rows = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|" + "---|" * len(lines[0]), *rows])
 
 
-def _before(arm: Arm, root: Path, seeds: Sequence[int]) -> str:
+def _before(arm: Arm, runs: Sequence[Figures]) -> str:
     """The responses and seconds that this arm's critic needed before the run, for its row."""
     if arm.critic is None:
         return ""
-    taken = [Finished(path).summary["seconds"] for path in finished_runs(arm.critic, root, seeds)]
+    taken = [seconds for run in runs if (seconds := run.get(CRITIC_SECONDS)) is not None]
     seconds = f" and {statistics.fmean(taken):.0f} s" if taken else ""
     return f" (+ {arm.critic_responses} responses{seconds} before the run)"
 
 
-def finished_runs(work: Work, root: Path, seeds: Sequence[int]) -> list[Path]:
-    paths = (root / work.directory(seed) for seed in seeds)
-    return [path for path in paths if (path / work.result).exists()]
-
-
-def section(experiment: Experiment, name: str, arms: Sequence[Arm], root: Path, seeds: Sequence[int]) -> str:
+def section(experiment: Experiment, name: str, arms: Sequence[Arm], measured: Measured) -> str:
     """The generated part of the page: what is compared, the table, and how to make it again."""
+    seeds = sorted({seed for found in measured.values() for seed in found})
     command = f"python -m tests.results run {name} --seeds {' '.join(map(str, seeds))}"
     return (
-        f"{experiment.about}\n\n{table(experiment, arms, root, seeds)}\n\n"
+        f"{experiment.about}\n\n{table(experiment, arms, measured)}\n\n"
         "Mean over the seeds, with the 95 % interval of Student's t in parentheses. Made by:\n\n"
         f"```\n{command}\n```\n"
     )

@@ -13,8 +13,9 @@ from common.config.loading import load_config
 from tests.results.curves import curve
 from tests.results.experiments import EXPERIMENTS
 from tests.results.finished import Finished
+from tests.results.measured import CRITIC_SECONDS, MEASURED, command, keep, kept, measure
 from tests.results.runner import CONFIGS, REPOSITORY, ROOTS, Runner
-from tests.results.tables import cell, interval, table, written
+from tests.results.tables import cell, interval, section, table, written
 from tests.results.works import Arm, Column, Experiment, Work
 
 
@@ -191,7 +192,8 @@ def test_a_table_has_a_row_for_each_arm_with_finished_runs(tmp_path):
         made_up_run(tmp_path / f"two/seed-{seed}", evaluation(4, rate))
     experiment = Experiment("about", (ONE, TWO), (Column("pass@1", Finished.last_pass_rate, "{:.1f}"),))
     # 0.5 0.7: mean 0.6, standard deviation 0.1414; t(1) = 12.706; 12.706 * 0.1414 / root 2 = 1.27.
-    assert table(experiment, experiment.arms, tmp_path, [0, 1, 2]).splitlines() == [
+    found = measure(experiment, experiment.arms, tmp_path, [0, 1, 2])
+    assert table(experiment, experiment.arms, found).splitlines() == [
         "|  | seeds | pass@1 |",
         "|---|---|---|",
         "| two | 2 | 0.6 (-0.7 to 1.9) |",
@@ -199,13 +201,39 @@ def test_a_table_has_a_row_for_each_arm_with_finished_runs(tmp_path):
 
 
 def test_the_row_of_a_pretrained_critic_says_what_it_took(tmp_path):
-    made_up_run(tmp_path / "one/seed-0", evaluation(4, 0.5))
     for seed, seconds in ((0, 30.0), (1, 40.0)):
+        made_up_run(tmp_path / f"one/seed-{seed}", evaluation(4, 0.5))
         (tmp_path / f"first/seed-{seed}").mkdir(parents=True)
         (tmp_path / f"first/seed-{seed}/summary.json").write_text(json.dumps({"seconds": seconds}))
     experiment = Experiment("about", (ONE,), (Column("pass@1", Finished.last_pass_rate, "{:.1f}"),))
-    first, *_, last = table(experiment, [ONE], tmp_path, [0, 1]).splitlines()
-    assert (first, last) == ("|  | one (+ 8 responses and 35 s before the run) |", "| pass@1 | 0.5 |")
+    first, *_, last = table(experiment, [ONE], measure(experiment, [ONE], tmp_path, [0, 1])).splitlines()
+    assert (first, last) == ("|  | one (+ 8 responses and 35 s before the run) |", "| pass@1 | 0.5 (0.5 to 0.5) |")
+
+
+def test_seeds_are_added_to_the_kept_figures(tmp_path):
+    experiment = Experiment("about", (ONE, TWO), (Column("pass@1", Finished.last_pass_rate, "{:.1f}"),))
+    path = tmp_path / "kept/made-up.json"
+    first = {"one": {0: {"pass@1": 0.5, CRITIC_SECONDS: 30.0}}, "two": {0: {"pass@1": None}}}
+    assert keep(path, experiment.arms, first) == first
+    made_up_run(tmp_path / "two/seed-2", evaluation(4, 0.7))
+    merged = keep(path, experiment.arms, measure(experiment, experiment.arms, tmp_path, [0, 1, 2]))
+    assert merged == {**first, "two": {0: {"pass@1": None}, 2: {"pass@1": 0.7}}}
+    assert kept(path, experiment.arms) == merged
+    # Figures of another command do not count, and leave the file with the next `write`.
+    changed = (ONE, Arm("two", Work("two", "larger.toml", ("num_steps=3",))))
+    assert kept(path, changed) == {"one": first["one"]}
+    assert keep(path, changed, {}) == {"one": first["one"], "two": {}}
+
+
+@pytest.mark.parametrize("path", sorted(MEASURED.glob("*.json")), ids=lambda path: path.stem)
+def test_the_page_has_the_table_of_the_kept_figures(path):
+    experiment = EXPERIMENTS[path.stem]
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    assert {name: entry["command"] for name, entry in entries.items()} == {
+        arm.work.name: command(arm.work) for arm in experiment.arms if arm.work.name in entries
+    }
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    assert section(experiment, path.stem, experiment.arms, kept(path, experiment.arms)) in page
 
 
 def test_a_curve_has_the_mean_and_the_interval_of_its_seeds(tmp_path):
