@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 
-from common.types import Experience
+from common.types import Experience, response_mask
 
 # Turns the tokens of many responses into texts.
 Decode = Callable[[Sequence[np.ndarray]], Sequence[str]]
 
+
+# The fields of `Turn`.
+TURNS = pa.list_(
+    pa.struct(
+        [
+            ("end", pa.int32()),
+            ("next_start", pa.int32()),
+            ("reward", pa.float64()),
+            ("observation", pa.string()),
+            ("info", pa.string()),
+        ]
+    )
+)
 
 EXPERIENCE_SCHEMA = pa.schema(
     [
@@ -34,6 +48,7 @@ EXPERIENCE_SCHEMA = pa.schema(
         ("origins", pa.map_(pa.string(), pa.string())),
         ("figures", pa.map_(pa.string(), pa.float64())),  # other numbers from sources, under SOURCE/NAME
         ("ref_logprobs", pa.list_(pa.float32())),  # null: see Experience
+        ("turns", TURNS),  # null without an environment
     ]
 )
 
@@ -62,6 +77,16 @@ def experience_table(rows: Sequence[Experience], *, step: int = 0, decode: Decod
         [list(row.score.origins.items()) for row in rows],
         [list(row.score.figures.items()) for row in rows],
         [row.ref_logprobs for row in rows],
+        [[asdict(turn) for turn in r.turns] or None for r in rollouts],
     ]
     arrays = [pa.array(values, type=column.type) for values, column in zip(columns, EXPERIENCE_SCHEMA)]
     return pa.Table.from_arrays(arrays, schema=EXPERIENCE_SCHEMA)
+
+
+def response_masks(table: pa.Table) -> list[np.ndarray]:
+    """True on the tokens that the policy sampled, bool [R + E] for each row of a table with `response_ids` and
+    `turns`."""
+    return [
+        response_mask(len(ids), ((turn["end"], turn["next_start"]) for turn in turns or ()))
+        for ids, turns in zip(table["response_ids"], table["turns"].to_pylist(), strict=True)
+    ]

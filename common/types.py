@@ -1,7 +1,8 @@
 """The data that roles exchange: a `Prompt` out, a `Rollout` back, an `Experience` into the journal and the learner.
 
 Runs anywhere. An `Experience` is one row of the Arrow table that the journal stores and the learner consumes
-(common/experience_table.py). Arrays are one-dimensional and unpadded: R is the length of one response. Example:
+(common/experience_table.py). Arrays are one-dimensional and unpadded. R is the number of tokens that the policy sampled
+in one response. With an environment, E more tokens of the response are the environment's (see `Turn`). Example:
 
     Prompt(SampleId(0, 17, 0), "2 + 2 =", token_ids=[17, 10, 17, 28], fields={"answer": "4"})
     Rollout(prompt, [19, 2], rollout_logprobs=[-0.1, -0.3], policy_versions=[5, 5], finish_reason="stop", generator="G")
@@ -10,7 +11,7 @@ Runs anywhere. An `Experience` is one row of the Arrow table that the journal st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from common.reward_input import RewardInput as RewardInput
 HELDOUT_EPOCH = -1
 PROBE_EPOCH = -2
 HANDED_OVER = "handed over"  # finish reason of a partial response that another generator will continue
+IN_EPISODE = "in episode"  # finish reason of a response that the policy continues after the environment's answer
 
 
 class SampleId(NamedTuple):
@@ -63,19 +65,48 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What an environment did after the policy had written one message."""
+
+    end: int  # place in the response after the last token of the policy's message
+    next_start: int  # place of the policy's next token: those from `end` on until here are the environment's
+    reward: float
+    observation: str = "[]"  # the messages that it answered with, JSON
+    info: str = "{}"  # JSON
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One response of the policy, and the weights behind each of its tokens."""
 
     prompt: Prompt
-    response_ids: np.ndarray  # int32 [R], end token included when there is one
+    response_ids: np.ndarray  # int32 [R + E], end token included when there is one
     rollout_logprobs: np.ndarray  # float32 [R] nats, of the distribution that was sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
-    finish_reason: str  # "stop": it ends with the end token; "length": cut off; HANDED_OVER
+    # "stop": it ends with the end token or a stop string; "length": cut off; HANDED_OVER; IN_EPISODE. A finished
+    # episode has the environment's reason (actors/environments).
+    finish_reason: str
     generator: str  # replica that sampled it, or its last part
+    turns: tuple[Turn, ...] = ()  # those that an environment has answered; () without an environment
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt.token_ids) + len(self.response_ids)
+
+    @property
+    def sampled_ids(self) -> np.ndarray:
+        """The tokens that the policy sampled, int32 [R]."""
+        return self.response_ids[self.response_mask] if self.turns else self.response_ids
+
+    @property
+    def turn_start(self) -> int:
+        """Place in the response where the newest turn of the policy begins."""
+        return self.turns[-1].next_start if self.turns else 0
+
+    @property
+    def response_mask(self) -> np.ndarray:
+        """True on the tokens that the policy sampled, bool [R + E]."""
+        return response_mask(len(self.response_ids), ((turn.end, turn.next_start) for turn in self.turns))
 
 
 @dataclass(frozen=True)
@@ -85,7 +116,7 @@ class RolloutRef:
     sample_id: SampleId
     num_tokens: int  # prompt and response
     oldest_version: int | None  # of its tokens; None without tokens
-    finished: bool  # False: its generator had to leave, and another one will continue it
+    finished: bool  # False: it goes on, in another generator or after the environment's answer
     fault: str = ""  # the reason why it must not be learned from, if there is one
     rollout: Any = None  # the Rollout, or a reference to it
 
@@ -97,7 +128,7 @@ class RolloutRef:
             rollout.prompt.sample_id,
             rollout.num_tokens,
             oldest_version(rollout.policy_versions),
-            rollout.finish_reason != HANDED_OVER,
+            rollout.finish_reason not in (HANDED_OVER, IN_EPISODE),
             "" if finite else "the generator gave a log-probability that is not finite",
         )
 
@@ -148,6 +179,15 @@ class ExperienceRef:
     def staleness(self, policy_version: int) -> int:
         """See the function `staleness`."""
         return staleness(self.ref.oldest_version, policy_version)
+
+
+def response_mask(length: int, holes: Iterable[tuple[int, int]]) -> np.ndarray:
+    """True on the tokens of a response that the policy sampled, bool [length]. `holes`: the half-open ranges of places
+    that an environment filled."""
+    mask = np.ones(length, dtype=np.bool_)
+    for first, end in holes:
+        mask[first:end] = False
+    return mask
 
 
 def oldest_version(policy_versions: np.ndarray) -> int | None:

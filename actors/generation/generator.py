@@ -29,10 +29,13 @@ class Generator:
         make_engine: Callable[[], Engine],
         *,
         updates: Literal["full", "changes"] = "full",
+        max_response: int | None = None,
     ) -> None:
-        """With updates = "changes" the generator keeps the buckets of its weights: the next update may be deltas."""
+        """With updates = "changes" the generator keeps the buckets of its weights: the next update may be deltas.
+        `max_response`: most tokens of a response, an environment's included; None: the engine's bound of one turn."""
         self._name = name
         self._seed = seed
+        self._max_response = max_response
         self._engine = make_engine()
         self._version: int | None = None  # the learner's version in use; None: the weights of the model's files
         self._incoming = IncomingWeights()
@@ -55,19 +58,27 @@ class Generator:
     ) -> tuple[Rollout, RolloutRef]:
         """The rollout, which stays in this process until it is fetched, and the facts about it that the loop needs.
 
-        With one version of the weights, it depends only on them, the run's seed and the sample id. `begun` is another
-        generator's partial response to continue; its tokens keep their versions and log-probabilities.
+        With one version of the weights, it depends only on them, the run's seed, the sample id and what an environment
+        answered. `begun` is a partial response to continue, of another generator or of an episode; its tokens keep
+        their versions and log-probabilities.
         """
-        context = prompt.token_ids if begun is None else np.concatenate([prompt.token_ids, begun.response_ids])
-        num_begun = len(context) - len(prompt.token_ids)
-        seed = sampling_seed(self._seed, prompt.sample_id, num_begun)
+        written = np.empty(0, dtype=np.int32) if begun is None else begun.response_ids
+        num_begun = len(written) - (0 if begun is None else begun.turn_start)  # tokens of this turn
+        seed = sampling_seed(self._seed, prompt.sample_id, len(written))
         plain_left = max(1, plain_tokens - num_begun) if plain_tokens else 0
-        done = await self._engine.generate(context, seed=seed, num_begun=num_begun, plain_tokens=plain_left)
+        done = await self._engine.generate(
+            np.concatenate([prompt.token_ids, written]),
+            seed=seed,
+            num_begun=num_begun,
+            plain_tokens=plain_left,
+            most=None if self._max_response is None else max(1, self._max_response - len(written)),
+        )
         arrays = done.token_ids, done.logprobs, done.policy_versions
         if begun is not None:
             before = begun.response_ids, begun.rollout_logprobs, begun.policy_versions
             arrays = tuple(np.concatenate(pair) for pair in zip(before, arrays, strict=True))
-        rollout = Rollout(prompt, *arrays, done.finish_reason, generator=self._name)
+        turns = () if begun is None else begun.turns
+        rollout = Rollout(prompt, *arrays, done.finish_reason, generator=self._name, turns=turns)
         ref = RolloutRef.of(rollout)
         meters.count("ratchet_generator_tokens_total", len(done.token_ids))
         meters.count("ratchet_generator_rollouts_total", ref.finished)
@@ -123,7 +134,7 @@ class Generator:
 
 
 def sampling_seed(run_seed: int, sample_id: SampleId, num_begun: int = 0) -> int:
-    """A seed of 63 bits. It differs by run seed, sample id, and the number of tokens that another generator sampled."""
+    """A seed of 63 bits. It differs by run seed, sample id, and the number of tokens that the response has already."""
     place = f"/{num_begun}" if num_begun else ""
     digest = hashlib.blake2b(f"{run_seed}/{sample_id}{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -262,6 +262,11 @@ class RewardConfig(SourcesConfig):
     clip: Recorded[Annotated[float, Field(ge=0)]] = 5.0
     """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: no clip."""
 
+    @property
+    def turn_weight(self) -> float:
+        """Weight of the environment's rewards in the score; 0 without such a source."""
+        return sum(source.weight for source in self.sources if source.key == "environment")
+
 
 def broken_sampling_rules(cfg: SamplingConfig) -> Iterator[str]:
     """One message for each broken rule across the fields of a [sampling] section."""

@@ -1,4 +1,8 @@
-"""Packed sequences: prompts and responses one after another in one long row, without padding. Runs anywhere."""
+"""Packed sequences: prompts and responses one after another in one long row, without padding. Runs anywhere.
+
+Tokens of an environment inside a response are read by the model, and nothing else: they have no place in tensors
+[B, R]. So everything that is computed for each token of a response steps over them, without knowing them.
+"""
 
 from __future__ import annotations
 
@@ -26,41 +30,59 @@ ROW_MULTIPLE = 16
 class Sequences:
     """B sequences, each a prompt and its response, one after another: N tokens in all.
 
-    The lengths are always on the CPU, so that shapes and places are known without waiting for a GPU.
+    Lengths and `sampled` are always on the CPU, so that shapes and places are known without waiting for a GPU.
     """
 
     input_ids: Tensor  # int64 [N], on the model's device
     prompt_lengths: Tensor  # int64 [B]
     lengths: Tensor  # int64 [B], prompt and response
+    sampled: Tensor  # bool [N], True on the tokens of responses that the policy sampled
 
     @classmethod
-    def pack(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> Sequences:
-        """Packs token ids. Raises ValueError for an empty prompt: the state of its last token must predict the first
-        response token."""
+    def pack(
+        cls,
+        prompts: Sequence[np.ndarray],
+        responses: Sequence[np.ndarray],
+        masks: Sequence[np.ndarray] | None = None,
+    ) -> Sequences:
+        """Packs token ids. `masks` are True on the response tokens that the policy sampled; left out: on all of them.
+        Raises ValueError for an empty prompt: the state of its last token must predict the first response token."""
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt without tokens cannot be answered; give it at least one")
+        if masks is None:
+            masks = [np.ones(len(response), dtype=np.bool_) for response in responses]
         pairs = list(zip(prompts, responses, strict=True))
         tokens = np.concatenate([part for pair in pairs for part in pair] or [np.empty(0)])
+        sampled = [(np.zeros(len(p), np.bool_), mask) for p, mask in zip(prompts, masks, strict=True)]
+        flags = np.concatenate([part for pair in sampled for part in pair] or [np.empty(0, np.bool_)])
+        if len(flags) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens have {len(flags)} places in prompts and masks; give each token one")
         return cls(
             torch.from_numpy(tokens.astype(np.int64)),
             torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int64),
             torch.tensor([len(prompt) + len(response) for prompt, response in pairs], dtype=torch.int64),
+            torch.from_numpy(flags),
         )
 
     def rows(self, index: Tensor) -> Sequences:
         """The sequences at `index`, in that order."""
-        parts = self.input_ids.split(self.lengths.tolist())
-        chosen = [parts[i] for i in index.tolist()] or [self.input_ids[:0]]
-        return Sequences(torch.cat(chosen), self.prompt_lengths[index], self.lengths[index])
+
+        def chosen(flat: Tensor) -> Tensor:
+            parts = flat.split(self.lengths.tolist())
+            return torch.cat([parts[i] for i in index.tolist()] or [flat[:0]])
+
+        return Sequences(chosen(self.input_ids), self.prompt_lengths[index], self.lengths[index], chosen(self.sampled))
 
     def to(self, device: torch.device) -> Sequences:
         """The same sequences, with their tokens on another device."""
         return replace(self, input_ids=on_device(self.input_ids, device))
 
-    @property
+    @cached_property
     def response_lengths(self) -> Tensor:
-        """int64 [B]."""
-        return self.lengths - self.prompt_lengths
+        """Tokens that the policy sampled, int64 [B]."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.sampled.cumsum(0)])
+        ends = self.lengths.cumsum(0)
+        return before[ends] - before[ends - self.lengths]
 
     @property
     def response_mask(self) -> Tensor:
@@ -68,9 +90,9 @@ class Sequences:
         return length_mask(self.response_lengths, int(self.response_lengths.max()))
 
     def response_states(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        """The states that predict each response token, [n, H], and those tokens, [n], sequence after sequence.
+        """The states that predict each sampled token, [n, H], and those tokens, [n], sequence after sequence.
 
-        `model` is any transformer body with packed attention. States of prompt tokens are left out, so no output
+        `model` is any transformer body with packed attention. States before other tokens are left out, so no output
         embedding computes them.
         """
         positions, places = self._positions
@@ -84,16 +106,16 @@ class Sequences:
         return hidden.index_select(0, places - 1), self.input_ids.index_select(0, places)
 
     def scatter(self, flat: Tensor) -> Tensor:
-        """[n] values of response tokens, sequence after sequence, to [B, R] with zeros in the padding."""
+        """[n] values of sampled tokens, sequence after sequence, to [B, R] with zeros in the padding."""
         shape, cells = self._cells
         return flat.new_zeros(shape.numel()).index_copy(0, cells.to(flat.device), flat).view(shape)
 
     @cached_property
     def _positions(self) -> tuple[Tensor, Tensor]:
-        """The position of each token in its sequence, [N], and the places of the response tokens among all, [n]."""
+        """The position of each token in its sequence, [N], and the places of the sampled tokens among all, [n]."""
         starts = self.lengths.cumsum(0) - self.lengths
         positions = torch.arange(len(self.input_ids)) - starts.repeat_interleave(self.lengths)
-        places = (positions >= self.prompt_lengths.repeat_interleave(self.lengths)).nonzero().squeeze(1)
+        places = self.sampled.nonzero().squeeze(1)
         device = self.input_ids.device
         return on_device(positions, device), on_device(places, device)
 
@@ -103,7 +125,7 @@ class Sequences:
 
     @cached_property
     def _cells(self) -> tuple[torch.Size, Tensor]:
-        """The shape [B, R], and the places of the response tokens in such a tensor when it is flat, [n]."""
+        """The shape [B, R], and the places of the sampled tokens in such a tensor when it is flat, [n]."""
         mask = self.response_mask
         return mask.shape, on_device(mask.flatten().nonzero().squeeze(1), self.input_ids.device)
 
@@ -115,7 +137,7 @@ def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def response_logprobs(model: PreTrainedModel, sequences: Sequences, *, temperature: float) -> Tensor:
-    """Log-probability of every response token under a causal LM, float32 [B, R]."""
+    """Log-probability of every sampled token under a causal LM, float32 [B, R]."""
     states, token_ids = sequences.response_states(model.base_model)
     # Pad the rows of the output embedding's product too: each response begins at a multiple of ROW_MULTIPLE.
     missing = -sequences.response_lengths % ROW_MULTIPLE

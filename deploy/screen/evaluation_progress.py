@@ -80,7 +80,7 @@ class EvaluationProgress(Screen):
         """One more answer is written and scored."""
         self._left[name] -= 1
         self._given += 1
-        self._tokens += len(answer.rollout.response_ids)
+        self._tokens += len(answer.rollout.sampled_ids)
         self._newest.append(answer)
         done, seconds = self._total - self._left[name], time.perf_counter() - self._began
         left_s = (self._busy + seconds) / self._given * sum(self._left.values())
@@ -124,5 +124,5 @@ class EvaluationProgress(Screen):
 def _means(answers: list[Answered]) -> dict[str, float]:
     """Without a score, if none of the answers has one."""
     scores = [answer.score.total for answer in answers if isinstance(answer.score, Score)]
-    tokens = fmean(len(answer.rollout.response_ids) for answer in answers)
+    tokens = fmean(len(answer.rollout.sampled_ids) for answer in answers)
     return {"tokens": tokens, **({"score": fmean(scores)} if scores else {})}

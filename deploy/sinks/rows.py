@@ -79,7 +79,7 @@ def samples(directory: Path, step: int, count: int) -> list[tuple[Any, ...]]:
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all().slice(0, count)
         texts = (table[name].to_pylist() for name in ("prompt", "response", "score"))
-        tokens = [len(ids) for ids in table["response_ids"]]
+        tokens = [len(versions) for versions in table["policy_versions"]]
         reasons = table["finish_reason"].to_pylist()
     return [(step, *row) for row in zip(*texts, tokens, reasons, strict=True)]
 

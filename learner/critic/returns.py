@@ -12,7 +12,7 @@ from common.config.actors import RewardConfig
 from common.config.ppo import KLConfig
 from learner.ppo.advantages import returns_to_go
 from learner.ppo.experience import ExperienceBatch
-from learner.ppo.scores import RunningMoments, shaped
+from learner.ppo.scores import RunningMoments, shaped, shaped_turns
 from learner.ppo.shaping import KL_ESTIMATORS, token_rewards
 
 
@@ -28,6 +28,7 @@ def realised_returns(
     scores = shaped(batch.scores, moments, reward)
     ref_logprobs = torch.where(batch.ref_is_policy[:, None], batch.rollout_logprobs, batch.ref_logprobs)
     penalty = KL_ESTIMATORS[kl.estimator](batch.rollout_logprobs, ref_logprobs)
-    rewards = token_rewards(scores, penalty, batch.mask, kl_coef=kl.coef)
+    turns = shaped_turns(batch.turn_rewards, moments, reward)
+    rewards = token_rewards(scores, penalty, batch.mask, kl_coef=kl.coef, turn_rewards=turns)
     _, returns = returns_to_go(rewards, rewards, batch.mask, gamma=gamma)
     return scores, returns

@@ -24,7 +24,7 @@ from learner.loop.notes import identity, learns
 from learner.ppo.scores import RunningMoments
 
 # The columns of EXPERIENCE_SCHEMA that training reads, and the row's number among all rollouts.
-COLUMNS = ["epoch", "prompt_index", "prompt_ids", "response_ids", "rollout_logprobs", "ref_logprobs", "score"]
+COLUMNS = ["epoch", "prompt_index", "prompt_ids", "response_ids", "rollout_logprobs", "ref_logprobs", "score", "turns"]
 ROW = "row"
 _OPEN_FILES = 256  # mapped at once: a process may open about 1,000
 _SHOWN = 12  # hex digits of a digest in messages
@@ -115,8 +115,9 @@ class Rollouts:
                 self.moments.update(torch.tensor(table["score"].to_numpy()))
                 rows = np.arange(table.num_rows, dtype=np.int32)
                 places.append(np.stack([np.full_like(rows, len(self._files)), rows]))
-                tokens.append(_lengths(table, "response_ids"))
-                self.longest = max(self.longest, *(tokens[-1] + _lengths(table, "prompt_ids")).tolist(), 0)
+                tokens.append(_lengths(table, "rollout_logprobs"))
+                whole = _lengths(table, "prompt_ids") + _lengths(table, "response_ids")
+                self.longest = max(self.longest, *whole.tolist(), 0)
                 prompts.append(np.array([_hash(text) for text in table["prompt"].to_pylist()], dtype=np.int64))
                 belongs.append(np.full(table.num_rows, number))
                 self._files.append(path)
@@ -124,7 +125,7 @@ class Rollouts:
             raise UserError(f"nobody can learn from any of the chosen steps: {self.faults[0]}; choose others")
         self._counts = np.bincount(np.concatenate(belongs), minlength=len(parts)).tolist()  # rollouts of each part
         self._places = np.concatenate(places, axis=1)
-        self.response_tokens = np.concatenate(tokens)  # int64 [N]
+        self.response_tokens = np.concatenate(tokens)  # int64 [N], those that a policy sampled
         self._prompts = np.concatenate(prompts)  # int64 [N], equal for the same text
         self._open = lru_cache(_OPEN_FILES)(_mapped)
 

@@ -88,7 +88,7 @@ def _score_figures(found: ScoredAnswers, bootstrap: Bootstrap) -> dict[str, Any]
 
 def _token_figures(found: ScoredAnswers, bootstrap: Bootstrap) -> dict[str, Any]:
     """Length, KL and diversity."""
-    prompts, responses = found.prompts, [rollout.response_ids for rollout in found.rollouts]
+    prompts, responses = found.prompts, [rollout.sampled_ids for rollout in found.rollouts]
     logprobs = [rollout.rollout_logprobs for rollout in found.rollouts]
     kl = [own - ref for own, ref in zip(logprobs, found.ref_logprobs, strict=True)]
     cut = np.array([rollout.finish_reason == "length" for rollout in found.rollouts], dtype=np.float64)

@@ -101,7 +101,7 @@ def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_
     names = dict.fromkeys(name for score in scores for name in score.components)
     components = {name: [score.components[name] for score in scores if name in score.components] for name in names}
     judge_voids = voids_by_judge(scores)
-    responses = [rollout.response_ids for rollout, _, _ in scored]
+    responses = [rollout.sampled_ids for rollout, _, _ in scored]
     numbers, given = np.arange(len(scored)), max(1, len(scored))
     distinct_1, distinct_2 = (distinct(numbers, 0 * numbers, responses, n, count=given)["value"] for n in (1, 2))
     return Evaluation(

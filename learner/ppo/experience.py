@@ -5,6 +5,7 @@ Runs in every learner rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +13,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from common.experience_table import response_masks
 from common.model.packing import Sequences
 
 
 @dataclass(frozen=True)
 class ExperienceBatch:
-    """B rollouts, ready to learn from. R is the longest response; padding holds zeros."""
+    """B rollouts, ready to learn from. R is the longest response, without tokens of an environment; padding holds
+    zeros."""
 
     sequences: Sequences
     mask: Tensor  # bool [B, R], the response mask
@@ -26,11 +29,13 @@ class ExperienceBatch:
     ref_is_policy: Tensor  # bool [B]: the policy still is the reference, so its log-probabilities are ref_logprobs
     scores: Tensor  # float64 [B]: scores of hundreds of millions keep their small differences
     groups: Tensor  # int64 [B], equal for responses to one prompt in one pass over the prompts
+    turn_rewards: Tensor  # float32 [B, R], an environment's reward for a turn on the turn's last token
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ExperienceBatch:
         """Keeps the table's order of rows."""
-        sequences = Sequences.pack(arrays(table, "prompt_ids"), arrays(table, "response_ids"))
+        masks = response_masks(table)
+        sequences = Sequences.pack(arrays(table, "prompt_ids"), arrays(table, "response_ids"), masks)
         mask = sequences.response_mask
         ref_is_policy = torch.from_numpy(table["ref_logprobs"].is_null().to_numpy())
         measured = mask & ~ref_is_policy[:, None]
@@ -43,7 +48,17 @@ class ExperienceBatch:
             ref_is_policy,
             torch.tensor(table["score"].to_numpy(), dtype=torch.float64),
             torch.from_numpy((epochs << 32) + prompts),  # both are int32 in the table
+            _turn_rewards(table, masks, mask.shape),
         )
+
+
+def _turn_rewards(table: pa.Table, masks: Sequence[np.ndarray], shape: torch.Size) -> Tensor:
+    rewards = torch.zeros(shape)
+    for row, (turns, mask) in enumerate(zip(table["turns"].to_pylist(), masks, strict=True)):
+        for turn in turns or ():
+            if (sampled := int(mask[: turn["end"]].sum())) > 0:
+                rewards[row, sampled - 1] += turn["reward"]
+    return rewards
 
 
 def arrays(table: pa.Table, name: str) -> list[np.ndarray]:

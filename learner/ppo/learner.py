@@ -22,7 +22,7 @@ from learner.ppo.experience import ExperienceBatch
 from learner.ppo.kl_controller import kl_controller
 from learner.ppo.objective import objective
 from learner.ppo.policy_trainer import Outputs, PolicyTrainer, check_finite
-from learner.ppo.scores import RunningMoments, shaped
+from learner.ppo.scores import RunningMoments, shaped, shaped_turns
 from learner.ppo.targets import Targets, targets
 from learner.ppo.value_passes import train_critic_alone
 from learner.ranks.rows import minibatches
@@ -56,14 +56,16 @@ class Learner(PolicyTrainer):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
         check_finite("a total score", batch.scores.float())
         old_logprobs, old_entropy, old_values, shared_pass = self.old_outputs(batch)
+        scores = self.shaped_scores(batch.scores, metrics)
         fixed, derivation, stats = targets(
             batch,
             old_logprobs,
             old_values,
-            self.shaped_scores(batch.scores, metrics),
+            scores,
             kl_coef=self.kl_controller.coef,
             kl_estimator=cfg.kl.estimator,
             ppo=cfg.ppo,
+            turn_rewards=shaped_turns(batch.turn_rewards, self.score_moments, cfg.reward),
         )
         self.kl_controller.update(stats["kl/per_response"], len(batch.scores))
         forwarded = time.perf_counter()

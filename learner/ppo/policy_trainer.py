@@ -108,14 +108,15 @@ class PolicyTrainer(Trainer):
         return values
 
     def _logprobs(self, rollouts: Sequence[Rollout], *, reference: bool) -> list[np.ndarray]:
-        sequences = Sequences.pack([r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts])
+        tokens = [r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts]
+        sequences = Sequences.pack(*tokens, [r.response_mask for r in rollouts])
         result = torch.zeros(sequences.response_mask.shape)
         with torch.no_grad():
             for rows in self.share_of(sequences, np.arange(len(rollouts))):
                 logprobs, _, _ = self.outputs(sequences, rows, reference=reference)
                 result[rows, : logprobs.shape[1]] = logprobs.cpu()
         self.ranks.sum(result)
-        return [row[: len(r.response_ids)] for row, r in zip(result.numpy(), rollouts, strict=True)]
+        return [row[: len(r.rollout_logprobs)] for row, r in zip(result.numpy(), rollouts, strict=True)]
 
     def share_of(self, sequences: Sequences, rows: np.ndarray) -> list[Tensor]:
         """This rank's share of the rows, packed under the token budget. Sorted first: a minibatch is a set, and its

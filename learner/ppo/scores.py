@@ -79,3 +79,16 @@ def shaped(scores: Tensor, moments: RunningMoments, cfg: RewardConfig) -> Tensor
     if cfg.normalise == "none":
         return scores.float()
     return normalise(scores, moments, centre=cfg.normalise == "mean_std", clip=cfg.clip)
+
+
+def shaped_turns(turn_rewards: Tensor, moments: RunningMoments, cfg: RewardConfig) -> Tensor | None:
+    """An environment's rewards for turns, [B, R], weighted and in the unit of the shaped scores, float32. None if they
+    are no part of the score."""
+    weight = cfg.turn_weight
+    if weight == 0:
+        return None
+    if cfg.normalise == "none":
+        return turn_rewards * weight
+    if not moments.varied:
+        return torch.zeros_like(turn_rewards)
+    return (turn_rewards.double() * weight / moments.deviation).float()

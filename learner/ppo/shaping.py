@@ -34,8 +34,13 @@ def k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+def token_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, turn_rewards: Tensor | None = None
+) -> Tensor:
     """Rewards [B, R]: every response token pays `kl_coef * kl`, and the last one also gets the score [B].
+
+    `turn_rewards` [B, R] are the parts of the score that were earned before: each stays on its token, and the last
+    token gets what is left. So the rewards of a response always add up to its score, less its penalties.
 
     An empty response has no token for its score. Raises ValueError for a mask with holes, because the score would then
     go to a token that does not count.
@@ -44,5 +49,9 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     lengths = mask.sum(1)
     written = lengths > 0
+    if turn_rewards is not None:
+        turn_rewards = torch.where(mask, turn_rewards, 0.0)
+        rewards += turn_rewards
+        scores = scores - turn_rewards.sum(1)
     rewards[written, lengths[written] - 1] += scores[written]
     return rewards

@@ -55,17 +55,19 @@ def targets(
     kl_coef: float,
     kl_estimator: str,
     ppo: PPOConfig,
+    turn_rewards: Tensor | None = None,
 ) -> tuple[Targets, Derivation, dict[str, float]]:
     """The targets, how they came about, and statistics over the batch by metric key.
 
     old_logprobs, old_values [B, R]: of the policy and the critic before the update. Log-probabilities are None where
     the sampler's take their place; values are zeros without a critic. scores [B]: after normalisation, float32.
+    turn_rewards [B, R]: parts of the scores that an environment gave for turns, see `token_rewards`.
     """
     mask = batch.mask
     base_logprobs = batch.rollout_logprobs if old_logprobs is None else old_logprobs
     ref_logprobs = torch.where(batch.ref_is_policy[:, None], base_logprobs, batch.ref_logprobs)
     kl = KL_ESTIMATORS[kl_estimator](base_logprobs, ref_logprobs)
-    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
+    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef, turn_rewards=turn_rewards)
     advantages, returns = advantages_and_returns(rewards, old_values, mask, batch.groups, ppo)
     importance, mismatch = importance_weights(
         base_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap or math.inf

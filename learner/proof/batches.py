@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.experience_table import EXPERIENCE_SCHEMA
+from common.experience_table import EXPERIENCE_SCHEMA, response_masks
 from learner.proof.chain import Step, Violation
 
-PER_TOKEN = ("rollout_logprobs", "policy_versions", "ref_logprobs")  # one value for each token of the response
+PER_TOKEN = ("rollout_logprobs", "policy_versions", "ref_logprobs")  # one value for each token that was sampled
 
 
 class Batches:
@@ -57,11 +57,12 @@ class Batches:
             raise Violation("batches", f"{name} has other columns than a batch")
         if not 0 < table.num_rows <= self._size or set(table["step"].to_pylist()) != {step.number}:
             raise Violation("batches", f"{name} has {table.num_rows} rows of steps {set(table['step'].to_pylist())}")
-        lengths = _lengths(table, "response_ids")
+        _check_turns(table, name)
+        lengths = np.array([mask.sum() for mask in response_masks(table)])
         for column in PER_TOKEN:
             known = ~table[column].is_null().to_numpy()
             if not np.array_equal(_lengths(table, column)[known], lengths[known]):
-                raise Violation("batches", f"{name}: {column} has another length than response_ids")
+                raise Violation("batches", f"{name}: {column} has another length than the response")
             if not np.isfinite(_flat(table, column)).all():
                 self._not_finite[step.number] = column
         unmeasured = table["ref_logprobs"].null_count
@@ -71,6 +72,16 @@ class Batches:
             raise Violation("batches", f"{name} has ref_logprobs, but its policy never learned and needs none")
         if not np.isfinite(table["score"].to_numpy()).all():
             self._not_finite[step.number] = "score"
+
+
+def _check_turns(table: pa.Table, name: str) -> None:
+    """Raises Violation unless the turns of each response follow one another inside it."""
+    for row, (ids, turns) in enumerate(zip(table["response_ids"], table["turns"].to_pylist(), strict=True)):
+        places = [0, *(turn[key] for turn in turns or () for key in ("end", "next_start")), len(ids)]
+        if places != sorted(places):
+            raise Violation("batches", f"{name}: the turns of row {row} do not follow one another in its response")
+        if not np.isfinite([turn["reward"] for turn in turns or ()]).all():
+            raise Violation("batches", f"{name}: row {row} has a reward that is not finite")
 
 
 def _flat(table: pa.Table, column: str) -> np.ndarray:

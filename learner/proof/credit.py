@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common.credit_table import CREDIT_SCHEMA, NULL_COLUMNS, NULL_ROWS, SCHEMA_VERSION
+from common.experience_table import response_masks
 from learner.proof.chain import Step, Violation
 
 RULE = "credit"
@@ -42,7 +43,7 @@ class Credit:
         table = _read(path, step)
         if table["sample_id"].to_pylist() != step.sample_ids:
             raise Violation(RULE, f"{path} has other rollouts than its journal file, or another order")
-        lengths = pc.list_value_length(step.table["response_ids"])
+        lengths = pa.array([int(mask.sum()) for mask in response_masks(step.table)], pa.int32())
         for name in CREDIT_SCHEMA.names[1:]:
             if not pc.all(pc.equal(pc.list_value_length(table[name]), lengths), min_count=0).as_py():
                 raise Violation(RULE, f"{path}: {name} has another length than the response")

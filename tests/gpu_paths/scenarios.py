@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ def packed(
     positions, (shape, cells) = real._positions, real._cells
 
     def fake() -> Sequences:
-        found = Sequences(on_gpu(real.input_ids), real.prompt_lengths, real.lengths)
+        found = replace(real, input_ids=on_gpu(real.input_ids))
         found.__dict__.update(_positions=tuple(map(on_gpu, positions)), _cells=(shape, on_gpu(cells)))
         return found
 
