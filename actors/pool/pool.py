@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 from actors.pool.host import Host
@@ -23,6 +24,14 @@ Call = Callable[[Any], Awaitable[Any]]  # starts a call, given the handle of a r
 # After this many replicas died while running a call, the call is a suspect: it is tried once more on a replica that
 # runs nothing else. If that one dies too, the call is given up. Before that, another call may have been the cause.
 SUSPECT_AFTER = 2
+
+
+@dataclass
+class Preferred:
+    """The replica that answered the last call of a conversation, which may hold state that makes the next call cheaper.
+    The conversation's calls share one of these; `Pool.call` reads it and sets it."""
+
+    number: int | None = None  # None before the first answer
 
 
 class _Lost(Exception):
@@ -68,9 +77,21 @@ class Pool:
         """The replicas that serve calls."""
         return self.members.ready
 
-    async def call(self, what: str, call: Call, *, cost: int = 1) -> Any:
+    async def call(
+        self,
+        what: str,
+        call: Call,
+        *,
+        cost: int = 1,
+        prefer: Preferred | None = None,
+        limit_s: float | None = None,
+    ) -> Any:
         """The answer of the least loaded replica. `what` names the call in messages; `cost` is its share of a replica's
         load.
+
+        With `prefer`, the replica in it gets the call, as long as it has room and is not overloaded (see
+        `Router.acquire`). Afterwards `prefer` has the replica that answered. The call may take `limit_s` seconds
+        instead of the config's timeout_s. With math.inf it has no limit, for a call whose parts have limits themselves.
 
         Raises RoleError if the answer takes too long, RolloutLostError if a referenced argument is gone, and
         GivenUpError if SUSPECT_AFTER replicas died while running the call and one more died running nothing else.
@@ -82,8 +103,11 @@ class Pool:
             if suspect:
                 await self._trying_alone.acquire()
             try:
-                number = await self._router.acquire(cost)
-                return await self._try(number, what, call, cost, alone=suspect)
+                number = await self._router.acquire(cost, prefer.number if prefer else None)
+                answer = await self._try(number, what, call, cost, limit_s, alone=suspect)
+                if prefer:
+                    prefer.number = number
+                return answer
             except _Lost as lost:
                 deaths += lost.by_death
             finally:
@@ -91,7 +115,7 @@ class Pool:
                     self._trying_alone.release()
         raise GivenUpError(f"{what}: {deaths} {self.role} replicas died of it: {self.members.last_death}")
 
-    async def _try(self, number: int, what: str, call: Call, cost: int, *, alone: bool) -> Any:
+    async def _try(self, number: int, what: str, call: Call, cost: int, limit_s: float | None, *, alone: bool) -> Any:
         """The answer of the replica that the router chose; with `alone`, once it has no other calls. Raises _Lost."""
         replica = self.members.find(number)
         if replica is None:
@@ -103,7 +127,7 @@ class Pool:
                 while self._router.calls(number) > 1 and not replica.ended:
                     await asyncio.sleep(TICK_S)
             had_ended = replica.ended
-            answer = await self.ask(replica, what, call)
+            answer = await self.ask(replica, what, call, limit_s)
             self.members.answered()
             return answer
         except self.host.losses as error:
@@ -142,11 +166,12 @@ class Pool:
                 results[replica.name] = result
         return results
 
-    async def ask(self, replica: Replica, what: str, call: Call) -> Any:
-        """One replica's answer. Raises RoleError when it takes too long, RolloutLostError if a referenced argument is
-        gone."""
+    async def ask(self, replica: Replica, what: str, call: Call, limit_s: float | None = None) -> Any:
+        """One replica's answer. Raises RoleError when it takes longer than `limit_s` (if left out: timeout_s),
+        RolloutLostError if a referenced argument is gone."""
+        seconds, setting = (self._cfg.timeout_s, " (timeout_s)") if limit_s is None else (limit_s, "")
         try:
-            async with self.limits.limit(self._cfg.timeout_s) as limit:
+            async with self.limits.limit(seconds) as limit:
                 return await call(replica.handle)
         except self.host.lost_values as error:
             raise RolloutLostError(f"{what}: an argument of {replica.name} is lost: {error}") from error
@@ -154,6 +179,6 @@ class Pool:
             if not limit.expired():
                 raise  # the role itself raised this TimeoutError
             raise RoleError(
-                f"{replica.name} did not {what} within {self._cfg.timeout_s:g} s (timeout_s); find out what blocks it, "
+                f"{replica.name} did not {what} within {seconds:g} s{setting}; find out what blocks it, "
                 "or raise the limit, and continue with --resume"
             ) from error

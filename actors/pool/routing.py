@@ -1,4 +1,4 @@
-"""Which replica gets the next call: the least loaded one that may take it. Runs in the driver.
+"""Which replica gets the next call: the one that the caller prefers, or the least loaded one. Runs in the driver.
 
 Calls are served in the order in which they arrive.
 """
@@ -59,14 +59,22 @@ class Router:
         self._calls.pop(number, None)
         self._cost.pop(number, None)
 
-    async def acquire(self, cost: int) -> int:
-        """The replica for one call. Waits without limit until one has room. Raises the error given to `fail`."""
+    async def acquire(self, cost: int, prefer: int | None = None) -> int:
+        """The replica for one call. Waits without limit until one has room. Raises the error given to `fail`.
+
+        The least loaded open replica with room gets the call. The replica `prefer` gets it instead if it is open, has
+        room and is not overloaded: its cost is at most twice the least loaded one's, plus the cost of this call. A call
+        that has to wait for room takes the first there is, on any replica.
+        """
         if self._failure is not None:
             raise self._failure
         if not self._waiting and (number := self._least()) is not None:
+            if prefer is not None and self._keeps(prefer, number, cost):
+                number = prefer
             self._take(number, cost)
             return number
         turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        # When its turn comes, only one replica has room, so `prefer` decides nothing then.
         self._waiting.append((cost, turn))
         try:
             return await turn
@@ -97,6 +105,12 @@ class Router:
             if not turn.done():
                 self._take(number, cost)
                 turn.set_result(number)
+
+    def _keeps(self, preferred: int, least: int, cost: int) -> bool:
+        """Whether the preferred replica gets a call of this cost, and not the least loaded one."""
+        if preferred not in self._open or self._calls[preferred] >= self._in_flight:
+            return False
+        return self._cost[preferred] <= 2 * self._cost[least] + cost
 
     def _least(self) -> int | None:
         heap = self._heap

@@ -54,8 +54,8 @@ class Started:
         """Names of the replicas with this event."""
         return [e.replica for e in self.events if e.event == event]
 
-    async def work(self, seconds: float = 0.0, cost: int = 1) -> str:
-        return await self.pool.call("work", lambda handle: handle.work.remote(seconds), cost=cost)
+    async def work(self, seconds: float = 0.0, **options: Any) -> str:
+        return await self.pool.call("work", lambda handle: handle.work.remote(seconds), **options)
 
     async def fail(self, error: Exception) -> None:
         await self.pool.call("fail", lambda handle: handle.fail.remote(error))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import numpy as np
 import pytest
 
 from actors.pool import membership
-from actors.pool.pool import Pool
+from actors.pool.pool import Pool, Preferred
 from actors.pool.replica import PoolEvent
 from common.config.base import Replicated
 from common.errors import EngineDeadError, GivenUpError, RoleError, UserError
@@ -302,6 +303,53 @@ def test_the_time_limit_of_a_call_does_not_run_while_it_waits():
     async def scenario():
         it = await Started.start(in_flight=1, timeout_s=0.5)
         assert await asyncio.gather(*(it.work(0.2) for _ in range(4))) == ["Worker(0)"] * 4
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("limit_s", "message"), [(0.05, "did not work within 0.05 s; find out"), (math.inf, None)])
+def test_a_call_may_have_a_limit_of_its_own_or_none(limit_s, message):
+    async def scenario():
+        it = await Started.start(timeout_s=0.1 if message is None else 5)
+        if message is None:
+            assert await it.work(0.3, limit_s=limit_s) == "Worker(0)"
+        else:
+            with pytest.raises(RoleError, match=message):
+                await it.work(1, limit_s=limit_s)
+
+    run(scenario)
+
+
+def test_a_call_without_limit_stays_without_one_when_the_replicas_have_slept():
+    async def scenario():
+        it = await Started.start(timeout_s=0.1)
+        working = await pending(it.work(0.3, limit_s=math.inf))
+        it.pool.limits.stop()
+        asleep = await pending(it.work(0.3, limit_s=math.inf))
+        it.pool.limits.start()
+        assert await asyncio.gather(working, asleep) == ["Worker(0)"] * 2
+
+    run(scenario)
+
+
+def test_the_calls_of_a_conversation_go_to_the_replica_that_answered_last():
+    async def scenario():
+        it = await Started.start(min=3)
+        conversation = Preferred()
+        other = asyncio.create_task(it.work(0.5))
+        await asyncio.sleep(0)
+        assert await it.work(prefer=conversation) == "Worker(1)"
+        assert await it.work() == "Worker(1)"
+        await other
+        assert await it.work() == "Worker(0)"  # the first of three idle ones
+        assert [await it.work(prefer=conversation) for _ in range(3)] == ["Worker(1)"] * 3
+        assert [replica.name for replica in it.pool.ready if replica.number == conversation.number] == ["Worker(1)"]
+
+        failing = asyncio.create_task(it.work(0.3, prefer=conversation))
+        await asyncio.sleep(0.05)
+        it.host.alive("Worker(1)").die()
+        assert await failing == "Worker(0)"
+        assert await it.work(prefer=conversation) == "Worker(0)"
 
     run(scenario)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 
 import pytest
 
@@ -88,8 +89,57 @@ def test_after_fail_every_caller_gets_the_error():
     asyncio.run(scenario())
 
 
+async def loaded(*costs: int, in_flight: int = 10) -> Router:
+    """A router whose replicas 1, 2, ... have one call of these costs each."""
+    router = Router(in_flight)
+    for replica, cost in enumerate(costs, 1):
+        router.open(replica)
+        assert await router.acquire(cost) == replica
+    return router
+
+
+def test_a_preferred_replica_is_passed_over_when_it_is_overloaded():
+    async def scenario():
+        # The least loaded one has 10, and the call costs 5: up to 2 * 10 + 5 = 25 the preferred one gets it.
+        assert await (await loaded(25, 10, 11)).acquire(5, prefer=1) == 1
+        assert await (await loaded(26, 10, 11)).acquire(5, prefer=1) == 2
+        router = await loaded(25, 10, 11)
+        assert await router.acquire(5) == 2
+        assert [await router.acquire(1, prefer=3), await router.acquire(1)] == [3, 3]  # 25, 15, 11: then 12, then 13
+        assert (router.cost(1), router.cost(2), router.cost(3)) == (25, 15, 13)
+
+    asyncio.run(scenario())
+
+
+def test_a_preferred_replica_that_is_full_closed_or_gone_is_passed_over():
+    async def scenario():
+        assert await (await loaded(2, 3)).acquire(1, prefer=2) == 2
+        assert await (await loaded(2, 3, in_flight=2)).acquire(1, prefer=2) == 2
+        router = await loaded(2, 3, in_flight=2)
+        assert [await router.acquire(1, prefer=2), await router.acquire(1, prefer=2)] == [2, 1]  # 2 is full
+        for end in (Router.close, Router.forget):
+            router = await loaded(2, 3)
+            end(router, 2)
+            assert await router.acquire(1, prefer=2) == 1
+        assert await (await loaded(2, 3)).acquire(1, prefer=99) == 1  # never seen here
+
+    asyncio.run(scenario())
+
+
+def test_a_waiting_call_takes_the_first_room_on_any_replica():
+    async def scenario():
+        router = await loaded(5, 5, in_flight=1)
+        first, second = await pending(router.acquire(1, prefer=2)), await pending(router.acquire(1, prefer=1))
+        router.release(1, 5)
+        assert await first == 1
+        router.release(2, 5)
+        assert await second == 2
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_the_choice_is_always_the_least_loaded_open_replica_with_room(seed):
+def test_the_choice_is_the_preferred_or_the_least_loaded_open_replica_with_room(seed):
     """Compared with a plain search, over random operations."""
 
     async def scenario():
@@ -97,6 +147,7 @@ def test_the_choice_is_always_the_least_loaded_open_replica_with_room(seed):
         router, in_flight = Router(in_flight=3), 3
         is_open: set[int] = set()
         held: list[tuple[int, int]] = []
+        outcomes = Counter[tuple[bool, bool]]()  # whether a replica was preferred, whether it got the call
         for _ in range(3000):
             replica = chance.randrange(1, 8)
             action = chance.random()
@@ -113,9 +164,14 @@ def test_the_choice_is_always_the_least_loaded_open_replica_with_room(seed):
                 costs = {r: sum(h[1] for h in held if h[0] == r) for r in is_open}
                 if free := [r for r in is_open if calls[r] < in_flight]:
                     cost = chance.randrange(1, 50)
-                    chosen = await asyncio.wait_for(router.acquire(cost), 1)
-                    assert costs[chosen] == min(costs[r] for r in free)
+                    prefer = chance.choice([None, chance.randrange(1, 10)])
+                    chosen = await asyncio.wait_for(router.acquire(cost, prefer), 1)
+                    least = min(costs[r] for r in free)
+                    kept = prefer in free and costs[prefer] - cost <= 2 * least
+                    assert chosen == prefer if kept else costs[chosen] == least
+                    outcomes[prefer is not None, kept] += 1
                     held.append((chosen, cost))
+        assert min(outcomes[True, False], outcomes[True, True], outcomes[False, False]) > 100
         assert len(router._heap) <= 8 * 7 + 64 + 1
 
     asyncio.run(scenario())
