@@ -330,7 +330,7 @@ class LocalMethod:
 
 def made_up_credit(table: Any) -> pa.Table:
     """What a learner without a critic might derive from this batch: every value is 0.5, and no token is clipped."""
-    lengths = [len(row) for row in table["response_ids"]]
+    lengths = [len(row) for row in table["policy_versions"]]
     columns = {name: [[0.5] * n for n in lengths] for name in DERIVED_SCHEMA.names}
     columns |= {name: [None] * len(lengths) for name in ("values", "td_errors")}
     columns["clipped"] = [[False] * n for n in lengths]

@@ -169,16 +169,21 @@ class Pool:
     async def ask(self, replica: Replica, what: str, call: Call, limit_s: float | None = None) -> Any:
         """One replica's answer. Raises RoleError when it takes longer than `limit_s` (if left out: timeout_s),
         RolloutLostError if a referenced argument is gone."""
+        return await self.in_time(what, call(replica.handle), limit_s, name=replica.name)
+
+    async def in_time(self, what: str, answer: Awaitable[Any], limit_s: float | None = None, *, name: str = "") -> Any:
+        """Awaits an answer of the replica `name`, and raises as `ask` does."""
+        name = name or f"one of the {self.role} replicas"
         seconds, setting = (self._cfg.timeout_s, " (timeout_s)") if limit_s is None else (limit_s, "")
         try:
             async with self.limits.limit(seconds) as limit:
-                return await call(replica.handle)
+                return await answer
         except self.host.lost_values as error:
-            raise RolloutLostError(f"{what}: an argument of {replica.name} is lost: {error}") from error
+            raise RolloutLostError(f"{what}: an argument of {name} is lost: {error}") from error
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the role itself raised this TimeoutError
             raise RoleError(
-                f"{replica.name} did not {what} within {seconds:g} s{setting}; find out what blocks it, "
+                f"{name} did not {what} within {seconds:g} s{setting}; find out what blocks it, "
                 "or raise the limit, and continue with --resume"
             ) from error

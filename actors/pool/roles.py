@@ -14,7 +14,7 @@ from typing import Any
 from actors.pool.host import Host
 from actors.pool.loading import WeightLoader
 from actors.pool.membership import OnEvent
-from actors.pool.pool import Pool
+from actors.pool.pool import Pool, Preferred
 from common.config.base import Replicated
 from common.errors import RolloutLostError
 from common.types import Manifest, Prompt, PublishedBucket, RolloutRef, Score, Void
@@ -37,16 +37,24 @@ class GeneratorPool:
         self.weights = WeightLoader(self.pool)
         self._response_tokens = response_tokens
 
-    async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
-        """If its replica dies, another one starts again. If it leaves, another one continues the partial response."""
+    async def generate(
+        self, prompt: Prompt, *, plain_tokens: int = 0, begun: Any = None, near: Preferred | None = None
+    ) -> RolloutRef:
+        """If its replica dies, another one starts again. If it leaves, another one continues the partial response.
+
+        `begun`: a reference to a Rollout that the response continues; RolloutLostError is raised if it is gone. `near`:
+        the replica that has its tokens in its cache.
+        """
         cost = len(prompt.token_ids) + self._response_tokens
-        begun: Any = None
+        start = begun
         while True:
             ask = partial(_generate, prompt, begun, plain_tokens)
             try:
-                rollout, ref = await self.pool.call(f"answer prompt {prompt.sample_id}", ask, cost=cost)
+                rollout, ref = await self.pool.call(f"answer prompt {prompt.sample_id}", ask, cost=cost, prefer=near)
             except RolloutLostError:  # the node that held the partial response is gone
-                begun = None
+                if begun is start is not None:
+                    raise
+                begun = start
                 continue
             if ref.finished:
                 return replace(ref, rollout=rollout)

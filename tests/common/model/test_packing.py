@@ -227,3 +227,47 @@ def test_states_and_scores_take_their_places_without_reading_the_device(pairs, m
     assert (states.shape, token_ids.shape) == ((sum(RESPONSE_LENGTHS), 8), (sum(RESPONSE_LENGTHS),))
     assert sequences.scatter(states[:, 0]).shape == (len(RESPONSE_LENGTHS), max(RESPONSE_LENGTHS))
     states.sum().backward()
+
+
+# An environment's tokens inside responses: of 4, 7, 0, 1 and 5 tokens the policy sampled those that are True.
+MASKS = [
+    np.array([True, False, False, True]),
+    np.array([True, True, False, True, False, False, True]),
+    np.array([], dtype=bool),
+    np.array([True]),
+    np.array([True, True, True, False, False]),  # the episode ended after an answer of the environment
+]
+
+
+def test_tokens_of_an_environment_have_no_place_in_a_response():
+    masks = [np.array([True, False, True]), np.array([True])]
+    sequences = Sequences.pack([np.array([5, 6]), np.array([7])], [np.array([8, 9, 0]), np.array([0])], masks)
+    assert sequences.input_ids.tolist() == [5, 6, 8, 9, 0, 7, 0]
+    assert sequences.lengths.tolist() == [5, 2]
+    assert sequences.response_lengths.tolist() == [2, 1]
+    assert sequences.response_mask.tolist() == [[True, True], [True, False]]
+    assert sequences.scatter(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 2], [3, 0]]
+    with pytest.raises(ValueError, match="6 places in prompts and masks"):
+        Sequences.pack(
+            [np.array([5, 6]), np.array([7])], [np.array([8, 9, 0]), np.array([0])], [masks[0][1:], masks[1]]
+        )
+
+
+@torch.no_grad()
+def test_logprobs_of_sampled_tokens_are_those_of_the_whole_response(model, pairs):
+    whole = response_logprobs(model, Sequences.pack(*pairs), temperature=0.7)
+    some = response_logprobs(model, Sequences.pack(*pairs, MASKS), temperature=0.7)
+    assert some.shape == (5, 4)
+    for b, mask in enumerate(MASKS):
+        kept = whole[b, : len(mask)][torch.from_numpy(mask)]
+        torch.testing.assert_close(some[b, : len(kept)], kept, atol=1e-5, rtol=0)
+        assert some[b, len(kept) :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("rows", [[3, 0], [2], [4, 3, 2, 1, 0], [1, 1]], ids=str)
+def test_chosen_rows_keep_their_holes(pairs, rows):
+    chosen = Sequences.pack(*([parts[i] for i in rows] for parts in (*pairs, MASKS)))
+    found = Sequences.pack(*pairs, MASKS).rows(torch.tensor(rows))
+    check_equal(found, chosen)
+    assert found.sampled.tolist() == chosen.sampled.tolist()
+    assert found.response_lengths.tolist() == [int(MASKS[i].sum()) for i in rows]

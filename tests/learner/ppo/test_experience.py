@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.experience_table import experience_table
-from common.types import Experience, SampleId
+from common.types import Experience, SampleId, Turn
 from learner.ppo.experience import ExperienceBatch
 from tests.fakes import make_experience
 
@@ -69,3 +69,32 @@ def test_groups_are_the_responses_to_one_prompt_in_one_epoch():
     groups = ExperienceBatch.from_table(experience_table(rows)).groups.tolist()
     assert groups[0] == groups[2]
     assert len(set(groups)) == 4
+
+
+def episode(index: int, response: list[int], turns: list[Turn]) -> Experience:
+    """An episode whose log-probabilities are -1, -2, ... on the tokens that the policy sampled."""
+    made = make_experience(index, response)
+    rollout = replace(made.rollout, turns=tuple(turns))
+    sampled = -np.arange(1, rollout.response_mask.sum() + 1, dtype=np.float32)
+    rollout = replace(rollout, rollout_logprobs=sampled, policy_versions=np.zeros(len(sampled), dtype=np.int32))
+    return replace(made, rollout=rollout, ref_logprobs=sampled - 10)
+
+
+def test_tokens_of_an_environment_are_read_and_nothing_else():
+    # 10 11 | 40 41 | 12 | 42 | 13 14, and one turn that the environment ended.
+    first = episode(0, [10, 11, 40, 41, 12, 42, 13, 14], [Turn(2, 4, 0.5), Turn(5, 6, -2.0), Turn(8, 8, 3.0)])
+    second = episode(1, [15, 16, 17], [Turn(3, 3, 7.0)])
+    batch = ExperienceBatch.from_table(experience_table([first, second, experience(2, 1, [-8])]))
+    prompts = [3, 4], [3, 4, 5], [3, 4, 5, 6]
+    tokens = [*prompts[0], 10, 11, 40, 41, 12, 42, 13, 14, *prompts[1], 15, 16, 17, *prompts[2], 10]
+    assert batch.sequences.input_ids.tolist() == tokens
+    assert batch.mask.sum(1).tolist() == [5, 3, 1]
+    assert batch.rollout_logprobs.tolist() == [[-1, -2, -3, -4, -5], [-1, -2, -3, 0, 0], [-1, 0, 0, 0, 0]]
+    assert batch.ref_logprobs[0].tolist() == [-11, -12, -13, -14, -15]
+    assert batch.turn_rewards.tolist() == [[0, 0.5, -2, 0, 3], [0, 0, 7, 0, 0], [0, 0, 0, 0, 0]]
+    assert first.rollout.sampled_ids.tolist() == [10, 11, 12, 13, 14]
+
+
+def test_a_turn_without_tokens_gives_its_reward_to_the_token_before_it():
+    row = episode(0, [10, 40, 41], [Turn(1, 2, 1.0), Turn(2, 3, 4.0)])
+    assert ExperienceBatch.from_table(experience_table([row])).turn_rewards.tolist() == [[5.0]]

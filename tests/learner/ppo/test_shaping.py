@@ -96,3 +96,15 @@ def test_a_mask_with_holes_is_refused_before_a_score_is_lost(row):
     mask = torch.tensor([[True, False, False], row])
     with pytest.raises(ValueError, match="without gaps, but row 1 is False at place"):
         token_rewards(torch.ones(2), torch.zeros(2, 3), mask, kl_coef=0.1)
+
+
+def test_turn_rewards_stay_on_their_tokens_and_the_last_one_gets_the_rest():
+    # kl_coef 0.5. Score 10, of which 3 and -1 were earned on tokens 0 and 2: the last one gets 10 - 2 = 8 more.
+    kl = torch.tensor([[2.0, -4.0, 0.0, 6.0], [6.0, 8.0, 8.0, 8.0]])
+    mask = torch.tensor([[True, True, True, True], [True, False, False, False]])
+    turns = torch.tensor([[3.0, 0.0, -1.0, 0.0], [5.0, 9.0, math.nan, 9.0]])
+    rewards = token_rewards(torch.tensor([10.0, 20.0]), kl, mask, kl_coef=0.5, turn_rewards=turns)
+    assert rewards.tolist() == [[2.0, 2.0, -1.0, 5.0], [17.0, 0.0, 0.0, 0.0]]
+    # Whatever is earned when, the rewards add up to the score less the penalties.
+    without = token_rewards(torch.tensor([10.0, 20.0]), kl, mask, kl_coef=0.5)
+    assert rewards.sum(1).tolist() == without.sum(1).tolist()
