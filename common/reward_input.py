@@ -18,9 +18,12 @@ class RewardInput:
     prompt: str
     response: str  # decoded, without special tokens
     response_tokens: int  # end token included
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop" or "length"; with an environment see docs/environments.md
     fields: Mapping[str, Any]  # the prompt record's other fields, such as a reference answer
     messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, with prompts.format = "chat"
     raw_response: str = ""  # decoded with every special token, the end token included
     prompt_ids: Sequence[int] = ()
     response_ids: Sequence[int] = ()
+    # With an environment, one dict for each turn that it answered: "text" (what the model wrote), "observation" (its
+    # messages to the model), "reward" and "info". `response` then holds all turns with the observations between them.
+    turns: Sequence[Mapping[str, Any]] = ()

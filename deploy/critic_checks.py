@@ -41,7 +41,7 @@ def check_plan(
     rollouts, prompts = responses + len(others), asked + others.num_prompts  # prompts of both count twice here
     learned = rollouts - round(rollouts * num_heldout(prompts, cfg.critic_training.heldout_share) / prompts)
     _check_warmup(cfg, cfg.critic_training.passes * -(-learned // cfg.rollouts_per_step), learned)
-    tokens = responses * cfg.sampling.max_new_tokens + int(others.response_tokens.sum())
+    tokens = responses * cfg.max_response_tokens + int(others.response_tokens.sum())
     if lack := _lack_of_room(cfg, directory, size, tokens):
         complain(f"warning: {lack}; if responses are shorter, they fit")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.config.actors import PromptFormat, SamplingConfig
+from common.config.actors import PromptFormat
 from common.data.prompt_records import PromptRecord, load_records
 from common.errors import UserError
 from common.files import write_whole
@@ -74,29 +74,31 @@ class PolicyFiles:
         self,
         source: str,
         cfg: PromptFormat,
-        sampling: SamplingConfig,
         *,
+        room: int,
         seed: int,
         setting: str,
     ) -> list[PromptRecord]:
-        """Every prompt of a source as tokens of this policy. Prints how many were dropped or cut."""
+        """Every prompt of a source as tokens of this policy. Prints how many were dropped or cut. `room`: the longest
+        prompt, of `prompt_room`."""
         return load_records(
             source,
             cfg,
             self.tokenizer,
             seed=seed,
-            max_tokens=self.prompt_room(cfg.max_tokens, sampling),
+            max_tokens=room,
             vocabulary=self.size.vocabulary,
             setting=setting,
             report=complain,
         )
 
-    def prompt_room(self, max_tokens: int, sampling: SamplingConfig) -> int:
-        """Longest prompt in tokens that leaves room for a response. Raises UserError if there is no room."""
-        room = min(max_tokens, self.size.context - sampling.max_new_tokens)
+    def prompt_room(self, max_tokens: int, response_tokens: int, *, setting: str = "sampling.max_new_tokens") -> int:
+        """Longest prompt in tokens that leaves room for the longest response, which `setting` bounds. Raises UserError
+        if there is no room."""
+        room = min(max_tokens, self.size.context - response_tokens)
         if room < 1:
             raise UserError(
-                f"sampling.max_new_tokens ({sampling.max_new_tokens}) leaves no room for a prompt in the model's "
+                f"{setting} ({response_tokens}) leaves no room for a prompt in the model's "
                 f"context of {self.size.context} tokens; lower it"
             )
         return room

@@ -108,7 +108,7 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 def longest_answered(cfg: RewardTrainingConfig, reference: PolicyFiles) -> int:
     """Tokens of the longest prompt with its response by the reference policy."""
-    return reference.prompt_room(cfg.data.max_tokens, cfg.sampling) + cfg.sampling.max_new_tokens
+    return reference.prompt_room(cfg.data.max_tokens, cfg.sampling.max_new_tokens) + cfg.sampling.max_new_tokens
 
 
 def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: Pairs) -> list[Prompt]:
@@ -119,7 +119,7 @@ def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: 
             f"scale.policy ({reference.path}) is itself a reward model and cannot answer; name the policy that PPO "
             "will start from, or set scale.responses = 0"
         )
-    room = reference.prompt_room(cfg.data.max_tokens, cfg.sampling)
+    room = reference.prompt_room(cfg.data.max_tokens, cfg.sampling.max_new_tokens)
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, reference.size, max_tokens=longest_answered(cfg, reference))
     records = _fitting_prompts(cfg, reference, pairs, room)

@@ -57,10 +57,12 @@ def load_inputs(
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
 
+    room = policy.prompt_room(cfg.prompts.max_tokens, cfg.max_response_tokens, setting=cfg.max_response_setting)
+
     def load(setting: str, source: str | None) -> list[PromptRecord]:
         if source is None:
             return []
-        return policy.load_prompts(source, cfg.prompts, cfg.sampling, seed=cfg.seed, setting=setting)
+        return policy.load_prompts(source, cfg.prompts, room=room, seed=cfg.seed, setting=setting)
 
     records = [load(setting, source) for setting, source in prompts.items()]
     texts = [{record.text for record in part} for part in records]

@@ -18,7 +18,7 @@ from actors.scoring.kinds import read_secrets
 from actors.scoring.reference import ReferencePolicy
 from actors.scoring.reward import Reward
 from common.config.actors import GeneratorsConfig, SamplingConfig, SourcesConfig
-from common.config.base import RayConfig, Replicated
+from common.config.base import RayConfig, Pooled
 from common.config.ppo import Config
 from common.config.sources import RewardSource
 from common.model.files import end_token_ids, resolve_model
@@ -33,7 +33,7 @@ class Starter:
         self._on_event = on_event
         self.pools: list[Pool] = []
 
-    async def pool(self, role: type, cfg: Replicated, *args: Any, **kwargs: Any) -> Pool:
+    async def pool(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> Pool:
         """Starts replicas `role(name, *args, **kwargs)`. Returns when `cfg.min` of them are ready."""
         limit = self._timeout_s
         pool = await start_pool(role, cfg, *args, startup_timeout_s=limit, on_event=self._on_event, **kwargs)

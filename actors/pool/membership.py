@@ -16,7 +16,7 @@ from actors.pool.deaths import MAX_DEATHS, Deaths, drop_tracebacks
 from actors.pool.host import Host
 from actors.pool.replica import STATES, PoolEvent, Replica
 from actors.pool.routing import Router
-from common.config.base import Replicated
+from common.config.base import Pooled
 from common.errors import RoleError, UserError, death_reason
 from common.metrics import meters
 
@@ -43,7 +43,7 @@ class Membership:
     def __init__(
         self,
         host: Host,
-        cfg: Replicated,
+        cfg: Pooled,
         router: Router,
         *,
         on_event: OnEvent = lambda event: None,

@@ -15,7 +15,7 @@ from actors.pool.membership import TICK_S, CatchUp, HandOver, Membership, OnEven
 from actors.pool.replica import Replica
 from actors.pool.routing import Router
 from actors.pool.time_limits import TimeLimits
-from common.config.base import Replicated
+from common.config.base import Pooled
 from common.errors import GivenUpError, RoleError, RolloutLostError
 from common.metrics import meters
 
@@ -49,7 +49,7 @@ class Pool:
     def __init__(
         self,
         host: Host,
-        cfg: Replicated,
+        cfg: Pooled,
         *,
         on_event: OnEvent = lambda event: None,
         catch_up: CatchUp | None = None,

@@ -17,7 +17,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError
 from actors.pool.membership import OnEvent
 from actors.pool.pool import Pool
 from actors.pool.ray_actor import actor
-from common.config.base import Replicated
+from common.config.base import Pooled
 from common.daemon_threads import answer, in_daemon_thread
 from common.errors import EngineDeadError, RolloutLostError
 
@@ -36,7 +36,7 @@ class RayHost:
     lost_values: tuple[type[BaseException], ...] = (ObjectLostError,)
     outages: tuple[type[BaseException], ...] = (TimeoutError, RayError)
 
-    def __init__(self, role: type, cfg: Replicated, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> None:
         self.role = role.__name__
         self._actor = actor(role, cfg)
         self._args, self._kwargs = args, kwargs
@@ -94,7 +94,7 @@ class RayHost:
 
 async def start_pool(
     role: type,
-    cfg: Replicated,
+    cfg: Pooled,
     *args: Any,
     startup_timeout_s: float,
     on_event: OnEvent = lambda event: None,

@@ -54,7 +54,8 @@ class HttpSource:
         settle(waiting, [RawScore(score, _origin(model, where)) for score in scores])
 
     def _json(self, answer: RewardInput) -> dict[str, Any]:
-        return {key: getattr(answer, key) for key in self._sent}
+        sent = {key: getattr(answer, key) for key in self._sent}
+        return {**sent, "turns": answer.turns} if answer.turns else sent
 
 
 def _origin(model: str, where: str) -> str:

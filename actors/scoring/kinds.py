@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from actors.scoring.environment_source import EnvironmentSource
 from actors.scoring.function_check import check_import, function_digest, try_function
 from actors.scoring.function_source import FunctionSource
 from actors.scoring.http_source import HttpSource
@@ -25,6 +26,7 @@ from actors.scoring.reasoning_gym_source import ReasoningGymSource, check_packag
 from actors.scoring.secrets import Secrets, secrets_of
 from common.config.actors import SourcesConfig
 from common.config.sources import (
+    EnvironmentSourceConfig,
     FunctionSourceConfig,
     HttpSourceConfig,
     JudgeSourceConfig,
@@ -90,6 +92,7 @@ KINDS: Mapping[type[RewardSource], SourceKind] = {
         try_once=try_rule,
         identity=rule_digest,
     ),
+    EnvironmentSourceConfig: SourceKind(make=lambda cfg, service, secrets: EnvironmentSource()),
 }
 
 

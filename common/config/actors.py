@@ -75,7 +75,7 @@ class PromptFormat(TextFormat):
 
     section: ClassVar[str] = "prompts"
     max_tokens: Positive = 512
-    """Longest prompt allowed, in tokens. The model's context minus sampling.max_new_tokens may be a lower limit."""
+    """Longest prompt allowed, in tokens. The model's context minus the longest response may be a lower limit."""
     overlong: Literal["refuse", "drop", "cut_start"] = "refuse"
     """Handling of a longer prompt. refuse: an error before the run starts; drop: leave it out and count it;
     cut_start: remove its first tokens, except the one that begins a sequence."""
@@ -109,7 +109,8 @@ class SamplingConfig(Section):
     top_k: NonNegative = 0
     """Sample among the k likeliest tokens only; 1: always the likeliest; 0: off. The caution of top_p applies."""
     max_new_tokens: Positive = 256
-    """Longest response, in tokens; a response that reaches it has finish reason `length`."""
+    """Longest response, in tokens; a response that reaches it has finish reason `length`. With an environment: longest
+    turn."""
     min_new_tokens: NonNegative = 0
     """Forbid the end token before this many tokens. The learner does not take this into account: the caution of top_p
     applies."""
@@ -218,7 +219,8 @@ class SourcesConfig(Replicated):
     after another and need a low number: otherwise the last request waits longer than timeout_s."""
 
     sources: tuple[SourceConfig, ...]
-    """The sources: each has a name, a weight, and a function, a model, urls, judge_urls or reasoning_gym."""
+    """The sources: each has a name, a weight, and a function, a model, urls, judge_urls, reasoning_gym or
+    environment."""
     isolation: MayChange[Literal["thread", "process"]] = "thread"
     """thread: reward functions run in threads of the reward process. process: they run in worker processes. There,
     functions may use signals, a crash costs one rollout, a call past its limit is ended, and your modules may have any

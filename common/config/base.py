@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -120,7 +120,7 @@ class Placed(Section):
     ray start --labels group=generators, or of such a group of an autoscaler. Empty: any node."""
 
 
-class Replicated(Placed):
+class Pooled(Placed):
     """A role with one or more processes (replicas) that all do the same work."""
 
     min: MayChange[Processes] = 1
@@ -129,9 +129,6 @@ class Replicated(Placed):
     max: MayChange[Processes | None] = None
     """Most processes the run asks for; the cluster starts them when it has room, now or after nodes join. `ratchet
     scale` changes the number during the run. Left out: min."""
-    in_flight: MayChange[Positive] = 128
-    """Requests sent to each process at once. Further requests wait in the driver; timeout_s does not count that
-    wait."""
     timeout_s: MayChange[Seconds] = 300
     """Longest wait for an answer, seconds; a longer one is an error that names the replica."""
     probe_timeout_s: MayChange[Seconds] = 30
@@ -142,17 +139,31 @@ class Replicated(Placed):
     max_shortage_s: MayChange[Seconds] = 600
     """Longest time with fewer than `min` ready processes before the run stops, seconds."""
 
+    if TYPE_CHECKING:  # a setting of each section, under the name that suits the role
+
+        @property
+        def in_flight(self) -> int:
+            """Requests sent to each process at once."""
+
     @property
     def max_replicas(self) -> int:
         """Most replicas the run asks for."""
         return self.max or self.min
 
     @model_validator(mode="after")
-    def check_bounds(self) -> Replicated:
+    def check_bounds(self) -> Pooled:
         """`max` must be at least `min`."""
         if self.max_replicas < self.min:
             raise ValueError(f"max ({self.max}) must be at least min ({self.min}); raise the first or lower the second")
         return self
+
+
+class Replicated(Pooled):
+    """A role whose replicas answer requests."""
+
+    in_flight: MayChange[Positive] = 128
+    """Requests sent to each process at once. Further requests wait in the driver; timeout_s does not count that
+    wait."""
 
 
 class ModelConfig(Section):

@@ -34,6 +34,7 @@ from common.config.base import (
     Section,
 )
 from common.config.critic_training import CriticTrainingConfig
+from common.config.environment import EnvironmentConfig
 from common.config.ppo_rules import broken_rules
 from common.config.sources import SourceConfig
 from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig
@@ -258,6 +259,7 @@ class Config(Root):
     generators: MayChange[GeneratorsConfig] = GeneratorsConfig()
     reference: MayChange[ReferenceConfig] = ReferenceConfig()
     reward: RewardConfig
+    environment: EnvironmentConfig | None = None
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -281,9 +283,19 @@ class Config(Root):
         return self.learner.critic_warmup_steps if self.ppo.has_critic else 0
 
     @property
+    def max_response_tokens(self) -> int:
+        """Longest response: one turn, or all turns of an episode with what the environment says."""
+        return self.sampling.max_new_tokens if self.environment is None else self.environment.max_tokens
+
+    @property
+    def max_response_setting(self) -> str:
+        """The setting that max_response_tokens comes from."""
+        return "sampling.max_new_tokens" if self.environment is None else "environment.max_tokens"
+
+    @property
     def max_sequence_tokens(self) -> int:
         """Longest prompt and response together."""
-        return self.prompts.max_tokens + self.sampling.max_new_tokens
+        return self.prompts.max_tokens + self.max_response_tokens
 
     @property
     def longest_rollout_bytes(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from common.config.actors import broken_sampling_rules
-from common.config.sources import broken_reasoning_gym_rules, broken_source_rules
+from common.config.sources import broken_environment_source_rules, broken_reasoning_gym_rules, broken_source_rules
 from common.config.training import broken_trainer_rules
 
 if TYPE_CHECKING:  # that file imports this one
@@ -35,6 +35,7 @@ def broken_rules(cfg: Config) -> Iterator[str]:
         key="reward.isolation",
         isolation=cfg.reward.isolation,
     )
+    yield from _broken_environment_rules(cfg)
     yield from _broken_evaluation_rules(cfg)
 
 
@@ -110,11 +111,11 @@ def _broken_kl_rules(cfg: Config) -> Iterator[str]:
 
 
 def _broken_lambda_rules(cfg: Config) -> Iterator[str]:
-    alpha, longest = cfg.ppo.lam_alpha, cfg.sampling.max_new_tokens
+    alpha, longest = cfg.ppo.lam_alpha, cfg.max_response_tokens
     for key in ("lam", "value_lam"):
         if getattr(cfg.ppo, key) == "length" and alpha * longest <= 1:
             yield (
-                f"ppo.lam_alpha ({alpha:g}) x sampling.max_new_tokens ({longest}) must be above 1 with "
+                f"ppo.lam_alpha ({alpha:g}) x {cfg.max_response_setting} ({longest}) must be above 1 with "
                 f'ppo.{key} = "length", or every lambda is 0; raise the first (above {1 / longest:.2g}), or set '
                 f"ppo.{key} to a number"
             )
@@ -124,7 +125,7 @@ def _broken_length_and_staleness_rules(cfg: Config) -> Iterator[str]:
     if cfg.reference.max_batch_tokens < cfg.max_sequence_tokens:
         yield (
             f"reference.max_batch_tokens ({cfg.reference.max_batch_tokens}) must hold the longest sequence, "
-            f"prompts.max_tokens + sampling.max_new_tokens = {cfg.max_sequence_tokens}; raise the first or lower "
+            f"prompts.max_tokens + {cfg.max_response_setting} = {cfg.max_sequence_tokens}; raise the first or lower "
             "one of the others"
         )
     if cfg.max_staleness and not cfg.ppo.importance_cap and not cfg.ppo.ratio_to_sampler:
@@ -149,6 +150,26 @@ def _sleep_rule(cfg: Config) -> str:
         f"together at most 1 (they are {cfg.generators.gpus:g} and {cfg.learner.gpus:g}); change these, or leave "
         "generators.sleep out"
     )
+
+
+def _broken_environment_rules(cfg: Config) -> Iterator[str]:
+    if cfg.environment is None:
+        yield from broken_environment_source_rules(
+            [*cfg.reward.sources, *cfg.evaluation.judges],
+            remedy='add [environment] with function = "module:Class" or with tools, or use another kind of source',
+        )
+        return
+    if cfg.sampling.max_new_tokens > cfg.environment.max_tokens:
+        yield (
+            f"sampling.max_new_tokens ({cfg.sampling.max_new_tokens}), the longest turn, must not exceed "
+            f"environment.max_tokens ({cfg.environment.max_tokens}), the longest episode; lower the first or raise the "
+            "second"
+        )
+    if cfg.environment.tools and cfg.prompts.format != "chat":
+        yield (
+            f'environment.tools needs prompts.format = "chat" (it is "{cfg.prompts.format}"), because the chat '
+            "template describes the tools to the model; set it, or use environment.function"
+        )
 
 
 def _broken_evaluation_rules(cfg: Config) -> Iterator[str]:

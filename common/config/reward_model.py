@@ -26,7 +26,7 @@ from common.config.base import (
     Root,
     Section,
 )
-from common.config.sources import broken_reasoning_gym_rules, broken_source_rules
+from common.config.sources import broken_environment_source_rules, broken_reasoning_gym_rules, broken_source_rules
 from common.config.training import AdamWConfig, CheckpointConfig, TrainerConfig, broken_trainer_rules
 
 
@@ -59,14 +59,24 @@ class PairSamplingConfig(Root):
     labeller: LabellerConfig
     ray: MayChange[RayConfig] = RayConfig()
 
+    max_response_setting: ClassVar[str] = "sampling.max_new_tokens"
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Longest response, which max_response_setting bounds."""
+        return self.sampling.max_new_tokens
+
     @property
     def max_sequence_tokens(self) -> int:
         """Longest prompt and response together."""
-        return self.prompts.max_tokens + self.sampling.max_new_tokens
+        return self.prompts.max_tokens + self.max_response_tokens
 
     def _broken_rules(self) -> Iterator[str]:
         yield from broken_sampling_rules(self.sampling)
         yield from broken_source_rules("labeller.sources", self.labeller.sources)
+        yield from broken_environment_source_rules(
+            self.labeller.sources, remedy="pairs have one turn: use another kind of source"
+        )
         yield from broken_reasoning_gym_rules(
             self.labeller.sources,
             {"prompts.source": self.prompts.source},

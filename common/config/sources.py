@@ -191,7 +191,23 @@ class ReasoningGymSourceConfig(RewardSource):
             yield from _broken_pattern_rules("answer_pattern", self.answer_pattern, "answer")
 
 
-_KINDS = (FunctionSourceConfig, ModelSourceConfig, HttpSourceConfig, JudgeSourceConfig, ReasoningGymSourceConfig)
+class EnvironmentSourceConfig(RewardSource):
+    """The rewards of the environment's turns."""
+
+    key = "environment"
+    environment: Literal[True]
+    """Score with the sum of the rewards that the environment gave in its steps. This needs [environment]. Each turn's
+    reward counts at the turn's last token."""
+
+
+_KINDS = (
+    FunctionSourceConfig,
+    ModelSourceConfig,
+    HttpSourceConfig,
+    JudgeSourceConfig,
+    ReasoningGymSourceConfig,
+    EnvironmentSourceConfig,
+)
 SOURCE_KINDS: dict[str, type[RewardSource]] = {kind.key: kind for kind in _KINDS}
 *_FIRST_KEYS, _LAST_KEY = SOURCE_KINDS
 
@@ -248,6 +264,16 @@ def broken_reasoning_gym_rules(
             yield (
                 f'reward source {source.name}: run_answers (true) needs {key} = "process" (it is "{isolation}"), where '
                 "a response that ends its process costs one rollout; set it"
+            )
+
+
+def broken_environment_source_rules(sources: Sequence[RewardSource], *, remedy: str) -> Iterator[str]:
+    """One message for each source with `environment`, in a command or a run that has no environment."""
+    for source in sources:
+        if isinstance(source, EnvironmentSourceConfig):
+            yield (
+                f"reward source {source.name}: environment (true) needs an environment, whose rewards it adds up, and "
+                f"there is none; {remedy}"
             )
 
 

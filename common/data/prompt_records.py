@@ -69,7 +69,8 @@ def load_records(
                     raise UserError(
                         f"{draft.where}: the prompt has {length} tokens, but prompts.max_tokens and the model's "
                         f"context allow {max_tokens}; shorten it, raise prompts.max_tokens, lower "
-                        'sampling.max_new_tokens, or set prompts.overlong = "drop" or "cut_start"'
+                        "sampling.max_new_tokens (with an environment: environment.max_tokens), or set "
+                        'prompts.overlong = "drop" or "cut_start"'
                     )
                 if cfg.overlong == "drop":
                     counts.overlong += 1

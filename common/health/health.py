@@ -61,7 +61,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "judge_falls": (score_rules.judge_falls, "stop at the judge's best version, raise kl.coef, or improve the reward"),
     "length_at_limit": (
         system_rules.length_at_limit,
-        "raise sampling.max_new_tokens, or penalise unfinished responses",
+        "raise that limit, or penalise unfinished responses",
     ),
     "engine_mismatch": (system_rules.engine_mismatch, 'set generators.dtype = "float32" to rule out rounding'),
     "importance_capped": (system_rules.importance_capped, "lower max_staleness or optimizer.learning_rate"),

@@ -30,7 +30,7 @@ VOIDS = 0.05  # share of the rollouts that are void
 
 def length_at_limit(history: History, cfg: Config) -> str | None:
     """Responses get longer until the limit cuts them off."""
-    key, limit = "rollout/response_tokens/mean", cfg.sampling.max_new_tokens
+    key, limit = "rollout/response_tokens/mean", cfg.max_response_tokens
     tokens, tokens_before = history.typical(key, 3), history.at_start(key, 3)
     finished, finished_before = history.typical("rollout/finished", 3), history.at_start("rollout/finished", 3)
     if tokens is None or tokens_before is None or finished is None or finished_before is None:
@@ -39,7 +39,7 @@ def length_at_limit(history: History, cfg: Config) -> str | None:
         return None
     return (
         f"responses grew from {tokens_before:.0f} to {tokens:.0f} tokens, and {1 - finished:.0%} are cut off at "
-        f"sampling.max_new_tokens ({limit})"
+        f"{cfg.max_response_setting} ({limit})"
     )
 
 

@@ -74,7 +74,7 @@ def _run_in(owned: RunDirectory, cfg: Config, plan: EvaluationPlan, *, resume: b
     heldout = {"prompts.heldout": cfg.prompts.heldout}
     inputs = load_inputs(cfg, first, cfg.reward, heldout, judges=cfg.evaluation.judges)
     [records] = inputs.records
-    check_room(policies, records, cfg.sampling.max_new_tokens)
+    check_room(policies, records, cfg.max_response_tokens, setting=cfg.max_response_setting)
     identity = identity_of(cfg, reference, policies, records)
     if resume:
         check_identity(directory, identity)

@@ -105,14 +105,21 @@ def load_policies(cfg: Config, plan: EvaluationPlan) -> tuple[PolicyFiles, dict[
     return reference, policies
 
 
-def check_room(policies: Mapping[str, PolicyFiles], records: Sequence[PromptRecord], new_tokens: int) -> None:
-    """Raises UserError if one of the policies has no room for a prompt that the first one has room for."""
-    longest = max(len(record.token_ids) for record in records) + new_tokens
+def check_room(
+    policies: Mapping[str, PolicyFiles],
+    records: Sequence[PromptRecord],
+    response_tokens: int,
+    *,
+    setting: str = "sampling.max_new_tokens",
+) -> None:
+    """Raises UserError if one of the policies has no room for a prompt that the first one has room for.
+    `response_tokens`: the longest response; `setting` bounds it."""
+    longest = max(len(record.token_ids) for record in records) + response_tokens
     for policy in policies.values():
         if policy.size.context < longest:
             raise UserError(
                 f"--policy ({policy.path}) has a context of {policy.size.context} tokens, and the longest prompt with "
-                f"its response needs {longest}; lower prompts.max_tokens or sampling.max_new_tokens"
+                f"its response needs {longest}; lower prompts.max_tokens or {setting}"
             )
 
 

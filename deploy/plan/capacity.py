@@ -50,7 +50,7 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
         raise UserError(
             f"generators.kv_cache_mib ({cfg.kv_cache_mib}) must hold at least one sequence of {tokens} "
             f"tokens, {-(-sequence // MIB)} MiB with this model; raise it, or lower the longest prompt or "
-            "sampling.max_new_tokens"
+            "sampling.max_new_tokens (with an environment: environment.max_tokens)"
         )
 
 

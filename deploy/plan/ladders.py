@@ -178,6 +178,15 @@ def _share_from_engine(given: Given) -> Iterator[Settings]:
                 yield {"learner.gpus": round(learner + moved, 4), "generators.gpus": round(engine - moved, 4)}
 
 
+def _shorter_responses(given: Given) -> Iterator[Settings]:
+    """With an environment its limit is halved, down to one turn."""
+    turn = given.get("sampling.max_new_tokens", 64)
+    if given.get("environment") is None:
+        yield from given.halved("sampling.max_new_tokens", 64)
+    else:
+        yield from given.halved("environment.max_tokens", turn)
+
+
 SERVICES = {"reference": "the reference", "reward": "the reward process", "labeller": "the labeller"}
 ROLES = {"learner": "the learner", "generators": "each engine", **SERVICES}
 LADDERS: list[tuple[str, Values]] = [
@@ -215,7 +224,7 @@ LADDERS: list[tuple[str, Values]] = [
     ("the learner rounds more", _to("learner.precision", "bf16", of="fp32")),
     ("critic and policy share their weights", _to("learner.critic", "shared", of="separate")),
     ("only adapters are trained", _adapters),
-    ("responses are cut earlier", _half("sampling.max_new_tokens", 64)),
+    ("responses are cut earlier", _shorter_responses),
     ("longer prompts are refused", _half("prompts.max_tokens", 64)),
     ("the gradient is noisier", _half("rollouts_per_step", 16)),
 ]

@@ -69,7 +69,7 @@ def needs(cfg: Config, model: ModelSize, reward_models: Sequence[ScoringModel] =
         "Learner", cfg.learner, model, row=row, networks=networks, lora=cfg.learner.lora, frozen=frozen
     )
     if cfg.ppo.has_critic and cfg.ppo.value_epochs and networks == 1:  # the head trains on states that are kept
-        tokens = cfg.rollouts_per_step * cfg.sampling.max_new_tokens
+        tokens = cfg.rollouts_per_step * cfg.max_response_tokens
         kept = (2 if cfg.learner.precision == "bf16" else 4) * tokens * model.hidden // cfg.learner.fewest_ranks
         first, *others = (_with_host(need, {"states for value epochs": kept}) for need in (first, *others))
     stores = {"generators": generator_store(cfg, model)}
@@ -98,12 +98,21 @@ def _with_host(need: Need, more: Parts) -> Need:
 
 
 def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[ScoringModel] = ()) -> list[Need]:
-    """The processes of generators, reference and reward, without the learner."""
+    """The processes of generators, reference, reward and environment, without the learner."""
     return [
         *generator_needs(cfg.generators, model, max_tokens=cfg.max_sequence_tokens),
         *reference_needs(cfg, model),
         *reward_needs("reward", cfg.reward, reward_models),
+        *environment_needs(cfg),
     ]
+
+
+def environment_needs(cfg: Config) -> list[Need]:
+    """The environment processes, if there is an environment. Nobody knows what its class or its tools take."""
+    if (environment := cfg.environment) is None:
+        return []
+    process = libraries(REWARD, gpus=environment.gpus, dtype="float32")  # it also has the tokenizer of the policy
+    return _role("Environments", "environment", environment, environment.min, process, {})
 
 
 def reference_needs(cfg: Config, model: ModelSize) -> list[Need]:

@@ -33,7 +33,7 @@ class Typical:
         find_rates(self.rates)
         for option, given, setting, most in (
             ("--prompt-tokens", self.prompt_tokens, "prompts.max_tokens", cfg.prompts.max_tokens),
-            ("--response-tokens", self.response_tokens, "sampling.max_new_tokens", cfg.sampling.max_new_tokens),
+            ("--response-tokens", self.response_tokens, cfg.max_response_setting, cfg.max_response_tokens),
         ):
             if given is not None and given > most:
                 raise UserError(

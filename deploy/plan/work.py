@@ -36,7 +36,7 @@ class Lengths:
     @classmethod
     def longest(cls, cfg: Config) -> Lengths:
         """The longest that the config allows."""
-        return cls(cfg.prompts.max_tokens, cfg.sampling.max_new_tokens)
+        return cls(cfg.prompts.max_tokens, cfg.max_response_tokens)
 
 
 @dataclass(frozen=True)

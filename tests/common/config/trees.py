@@ -21,7 +21,8 @@ TREES = {
     "ppo": {
         "seed": 3,
         "prompts": {"train": 'reasoning-gym:a "b" ü', "heldout": "reasoning-gym:h", "format": "chat"},
-        "reward": {"sources": SOURCES, "min": 2, "normalise": "none"},
+        "reward": {"sources": [*SOURCES, {"name": "game", "environment": True}], "min": 2, "normalise": "none"},
+        "environment": {"tools": ["tasks:add"], "concurrent": 5, "labels": {"group": "games"}},
         "evaluation": {"judges": [{**source, "name": f"judge_{i}"} for i, source in enumerate(SOURCES)]},
         "optimizer": {"eps": 1e-9, "betas": [0.5, 0.6]},
         "learner": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}},

@@ -1,0 +1,59 @@
+"""Settings of environments, which answer the model in episodes of several turns. Runs anywhere."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from common.config.base import MayChange, Pooled, Positive, Seconds
+
+KINDS = ("function", "tools")  # the settings of which a section has exactly one
+
+
+class EnvironmentConfig(Pooled):
+    """The environment, and the processes that its episodes run in. Left out: each rollout is one turn."""
+
+    function: str | None = None
+    """`module:Class` of an environment. docs/environments.md explains it."""
+    tools: tuple[str, ...] = ()
+    """Python functions, each as `module:function`, that the model may call. Names, parameters and docstrings become the
+    description that the model's chat template shows it."""
+    max_turns: Positive = 8
+    """Most turns of the model in an episode. One that reaches it has finish reason `max_turns`."""
+    max_tokens: Positive = 1024
+    """Most tokens of an episode after its prompt: of the model and of the environment. An episode whose next turn has
+    no room has finish reason `max_tokens`. sampling.max_new_tokens bounds each turn."""
+    step_timeout_s: MayChange[Seconds] = 60
+    """Longest call of an environment's method, seconds. A longer one ends its episode, which is void."""
+    concurrent: MayChange[Positive] = 64
+    """Most episodes at once in each process. Further episodes wait in the driver."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent to each process at once: an episode is one."""
+        return self.concurrent
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+        return self.function or ", ".join(self.tools)
+
+    @model_validator(mode="after")
+    def check_kind(self) -> EnvironmentConfig:
+        """An environment is of exactly one kind."""
+        given = [kind for kind in KINDS if getattr(self, kind)]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of {' and '.join(KINDS)} must be set, not {' and '.join(given) or 'none of them'}; name "
+                "a class or some tools, or leave the section out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_limits(self) -> EnvironmentConfig:
+        """A step must end before the call that waits for it does."""
+        if self.step_timeout_s >= 0.9 * self.timeout_s:
+            raise ValueError(
+                f"step_timeout_s ({self.step_timeout_s:g}) must be below 0.9 * timeout_s ({0.9 * self.timeout_s:g}), "
+                "after which the run stops; lower the first or raise the second"
+            )
+        return self
