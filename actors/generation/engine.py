@@ -24,13 +24,22 @@ class Engine(Protocol):
     """An inference engine that serves one policy. Its weights are replaced while it runs."""
 
     async def generate(
-        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+        self,
+        prompt_ids: np.ndarray,
+        *,
+        seed: int,
+        num_begun: int = 0,
+        plain_tokens: int = 0,
+        most: int | None = None,
     ) -> Completion:
         """One response to `prompt_ids`, int32 [P]. The last `num_begun` of them are the start of a response that the
         engine continues. The same seed under the same weights gives the same tokens. Raises EngineDeadError.
 
+        The response has at most `max_new_tokens` tokens, with those that it began with. With `most`, at least 1, this
+        call adds no more than `most` of them. A response that reaches a bound has the finish reason "length".
+
         With `plain_tokens`: this many tokens, sampled from the model's whole distribution at the run's temperature,
-        without truncation. Sampling does not stop at an end token.
+        without truncation. Sampling does not stop at an end token, and `most` has no effect.
         """
 
     async def hand_over(self) -> None:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.generation.engine import Completion
-from actors.generation.vllm_settings import WHOLE_DISTRIBUTION, engine_args, sampling_settings
+from actors.generation.vllm_settings import WHOLE_DISTRIBUTION, engine_args, sampling_settings, token_bounds
 from common.config.actors import GeneratorsConfig, SamplingConfig
 from common.errors import EngineDeadError
 from common.metrics import meters
@@ -96,14 +96,20 @@ class VLLMEngine:
         started.result()
 
     async def generate(
-        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+        self,
+        prompt_ids: np.ndarray,
+        *,
+        seed: int,
+        num_begun: int = 0,
+        plain_tokens: int = 0,
+        most: int | None = None,
     ) -> Completion:
         key = str(next(self._keys))
         output: Future = Future()
         output.set_running_or_notify_cancel()  # without it, `set_result` fails if the caller was cancelled
 
         def add() -> None:
-            changed = {bound: max(0, self._sampling[bound] - num_begun) for bound in ("max_tokens", "min_tokens")}
+            changed = token_bounds(self._sampling, num_begun, most)
             if plain_tokens:
                 changed = {**WHOLE_DISTRIBUTION, "max_tokens": plain_tokens}
             params = SamplingParams(**{**self._sampling, **changed}, seed=seed)

@@ -58,6 +58,15 @@ def sampling_settings(sampling: SamplingConfig, end_token_ids: list[int]) -> dic
     }
 
 
+def token_bounds(settings: dict[str, Any], num_begun: int, most: int | None) -> dict[str, Any]:
+    """The bounds of a request that continues a response of `num_begun` tokens by at most `most`."""
+    longest = settings["max_tokens"] - num_begun
+    if most is not None:
+        longest = min(longest, most)
+    # vLLM refuses a lower bound above the upper one.
+    return {"max_tokens": longest, "min_tokens": max(0, min(settings["min_tokens"] - num_begun, longest))}
+
+
 def engine_args(
     model: Path, cfg: GeneratorsConfig, *, max_model_len: int, trust_remote_code: bool, sleeps: bool, log_stats: bool
 ) -> EngineArgs:

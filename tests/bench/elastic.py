@@ -41,7 +41,7 @@ class DistantEngine:
         self._room = asyncio.Semaphore(RUNNING)
 
     async def generate(
-        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
     ) -> Completion:
         if not plain_tokens:
             async with self._room:

@@ -24,7 +24,9 @@ class RecordingEngine:
         self.calls.append(f"stage {bucket.version}.{bucket.index}")
         self.staged |= {name: tensor.tolist() for name, tensor in bucket.tensors()}
 
-    async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0) -> Completion:
+    async def generate(
+        self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
+    ) -> Completion:
         length = len(prompt_ids)
         return Completion(np.ones(length, np.int32), np.zeros(length, np.float32), np.zeros(length, np.int32), "stop")
 
@@ -140,7 +142,9 @@ def test_a_continued_response_has_its_own_sampling_seed():
     asked: list[tuple[int, int, list[int]]] = []
 
     class Asked(RecordingEngine):
-        async def generate(self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0) -> Completion:
+        async def generate(
+            self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
+        ) -> Completion:
             asked.append((seed, num_begun, prompt_ids.tolist()))
             return await super().generate(prompt_ids[:1], seed=seed)
 

@@ -37,7 +37,7 @@ class SlowEngine:
         self.stages: list[int] = []
 
     async def generate(
-        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0
+        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
     ) -> Completion:
         if plain_tokens:
             ids = np.zeros(plain_tokens, dtype=np.int32)
