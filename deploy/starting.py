@@ -18,7 +18,7 @@ from actors.scoring.kinds import read_secrets
 from actors.scoring.reference import ReferencePolicy
 from actors.scoring.reward import Reward
 from common.config.actors import GeneratorsConfig, SamplingConfig, SourcesConfig
-from common.config.base import RayConfig, Pooled
+from common.config.base import Pooled, RayConfig
 from common.config.ppo import Config
 from common.config.sources import RewardSource
 from common.model.files import end_token_ids, resolve_model

@@ -96,7 +96,8 @@ STEP = (
         "share",
         "mean",
         "rollouts",
-        "responses that ended with their end token; low: `max_new_tokens` cuts them off",
+        "responses that ended with their end token, or episodes that their environment ended; low: a limit such as "
+        "`max_new_tokens` cuts them off",
     ),
     Metric(
         "rollout/voids",
@@ -105,6 +106,37 @@ STEP = (
         "",
         "voided since the previous step; should be 0. The journal has each reason. Prompts of rollouts that were too "
         "old are asked again",
+    ),
+    Metric("environment/turns", "turns", "mean", "rollouts", "turns of the policy in an episode", "turns"),
+    Metric(
+        "environment/tokens",
+        "tokens",
+        "mean",
+        "rollouts",
+        "what the environment says in an episode; the policy reads these tokens, and does not learn from them",
+    ),
+    Metric("environment/step_s/mean", "seconds", "mean", "turns", "the environment's answer to a turn"),
+    Metric(
+        "environment/step_s/max",
+        "seconds",
+        "max",
+        "turns",
+        "near `environment.step_timeout_s`, beyond which the episode is void",
+    ),
+    Metric(
+        "environment/cached",
+        "share",
+        "mean",
+        "tokens before later turns",
+        "found in the engine's cache; low: turns go to other generators, or the weights change between the turns",
+    ),
+    Metric("environment/tool_calls", "calls", "mean", "rollouts", "calls of tools in an episode"),
+    Metric(
+        "environment/failed_calls",
+        "calls",
+        "mean",
+        "rollouts",
+        "calls that were answered with an error; should fall as the policy learns to call",
     ),
     Metric("staleness/min", "versions", "min", "rollouts", "age of a rollout's oldest token when it is learned from"),
     Metric("staleness/mean", "versions", "mean", "rollouts", "0 when training is synchronous"),

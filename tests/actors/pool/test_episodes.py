@@ -164,6 +164,6 @@ def test_a_call_that_takes_too_long_names_the_episode_and_ends_it():
     error, _, log = play(PROMPT, slow_at=2, timeout_s=0.2)
     assert isinstance(error, RoleError)
     assert str(error).startswith(
-        f"a Environment replica did not answer a turn of the episode of prompt {ID} within 0.2 s"
+        f"a Environment replica did not answer a turn of the episode of prompt {ID} within 0.2 s (timeout_s)"
     )
     assert log[-1] == f"end {ID}"
