@@ -24,6 +24,8 @@ TURNS = pa.list_(
             ("reward", pa.float64()),
             ("observation", pa.string()),
             ("info", pa.string()),
+            ("seconds", pa.float64()),
+            ("cached_tokens", pa.int32()),
         ]
     )
 )

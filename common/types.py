@@ -73,6 +73,8 @@ class Turn:
     reward: float
     observation: str = "[]"  # the messages that it answered with, JSON
     info: str = "{}"  # JSON
+    seconds: float = 0.0  # that it took
+    cached_tokens: int = 0  # of the prompt and the turns before, found in the engine's cache when this turn was sampled
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Rollout:
     finish_reason: str
     generator: str  # replica that sampled it, or its last part
     turns: tuple[Turn, ...] = ()  # those that an environment has answered; () without an environment
+    cached_tokens: int = 0  # see Turn; of the newest turn, until the environment answers it
 
     @property
     def num_tokens(self) -> int:

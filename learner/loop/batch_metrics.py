@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import groupby, islice
+import json
+from itertools import groupby, islice, pairwise
 from statistics import fmean
 
 import pyarrow as pa
 
 from common.types import oldest_version, staleness
 from common.user_code.results import MAX_FIGURES
+
+FINISHED = ("stop", "terminated")  # the finish reasons of responses that no limit cut off
 
 
 def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:
@@ -22,14 +25,45 @@ def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> di
         "rollout/score/std": float(scores.std()) if scores.min() < scores.max() else 0.0,
         "rollout/score/zero_std": _equally_scored(table),
         "rollout/response_tokens/mean": sum(map(len, versions)) / len(scores),
-        "rollout/finished": table["finish_reason"].to_pylist().count("stop") / len(scores),
+        "rollout/finished": sum(reason in FINISHED for reason in table["finish_reason"].to_pylist()) / len(scores),
         "rollout/voids": num_voids,
         "staleness/min": min(ages),
         "staleness/mean": sum(ages) / len(ages),
         "staleness/max": max(ages),
         **{f"reward/{name}/score": sum(row[name] for row in components) / len(scores) for name in components[0]},
         **_mean_figures(table),
+        **_environment(table),
     }
+
+
+def _environment(table: pa.Table) -> dict[str, float]:
+    """What the environment did in these episodes; nothing without one."""
+    episodes = [turns for turns in table["turns"].to_pylist() if turns]
+    if not episodes:
+        return {}
+    turns = [turn for episode in episodes for turn in episode]
+    infos = [json.loads(turn["info"]) for turn in turns]
+    prompts = [
+        len(ids) for ids, episode in zip(table["prompt_ids"], table["turns"].to_pylist(), strict=True) if episode
+    ]
+    # A later turn begins where the answer to the one before it ends. All of this could be in the engine's cache.
+    later = [
+        (prompt + before["next_start"], turn["cached_tokens"])
+        for prompt, episode in zip(prompts, episodes, strict=True)
+        for before, turn in pairwise(episode)
+    ]
+    found = {
+        "environment/turns": len(turns) / len(episodes),
+        "environment/tokens": sum(turn["next_start"] - turn["end"] for turn in turns) / len(episodes),
+        "environment/step_s/mean": fmean(turn["seconds"] for turn in turns),
+        "environment/step_s/max": max(turn["seconds"] for turn in turns),
+    }
+    if later:
+        found["environment/cached"] = sum(cached for _, cached in later) / sum(whole for whole, _ in later)
+    for key in ("tool_calls", "failed_calls"):
+        if counts := [info[key] for info in infos if key in info]:
+            found[f"environment/{key}"] = sum(counts) / len(episodes)
+    return found
 
 
 def _mean_figures(table: pa.Table) -> dict[str, float]:
