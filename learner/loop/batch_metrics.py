@@ -38,31 +38,28 @@ def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> di
 
 def _environment(table: pa.Table) -> dict[str, float]:
     """What the environment did in these episodes; nothing without one."""
-    episodes = [turns for turns in table["turns"].to_pylist() if turns]
-    if not episodes:
+    rows = [turns or [] for turns in table["turns"].to_pylist()]
+    turns = [turn for row in rows for turn in row]
+    if not turns:
         return {}
-    turns = [turn for episode in episodes for turn in episode]
-    infos = [json.loads(turn["info"]) for turn in turns]
-    prompts = [
-        len(ids) for ids, episode in zip(table["prompt_ids"], table["turns"].to_pylist(), strict=True) if episode
-    ]
-    # A later turn begins where the answer to the one before it ends. All of this could be in the engine's cache.
-    later = [
-        (prompt + before["next_start"], turn["cached_tokens"])
-        for prompt, episode in zip(prompts, episodes, strict=True)
-        for before, turn in pairwise(episode)
-    ]
+    episodes = sum(map(bool, rows))
     found = {
-        "environment/turns": len(turns) / len(episodes),
-        "environment/tokens": sum(turn["next_start"] - turn["end"] for turn in turns) / len(episodes),
+        "environment/turns": len(turns) / episodes,
+        "environment/tokens": sum(turn["next_start"] - turn["end"] for turn in turns) / episodes,
         "environment/step_s/mean": fmean(turn["seconds"] for turn in turns),
         "environment/step_s/max": max(turn["seconds"] for turn in turns),
     }
-    if later:
-        found["environment/cached"] = sum(cached for _, cached in later) / sum(whole for whole, _ in later)
+    before = cached = 0  # tokens before each later turn, and those of them that the engine's cache had
+    for prompt_ids, row in zip(table["prompt_ids"], rows, strict=True):
+        for earlier, turn in pairwise(row):
+            before += len(prompt_ids) + earlier["next_start"]
+            cached += turn["cached_tokens"]
+    if before:
+        found["environment/cached"] = cached / before
+    infos = [json.loads(turn["info"]) for turn in turns]
     for key in ("tool_calls", "failed_calls"):
         if counts := [info[key] for info in infos if key in info]:
-            found[f"environment/{key}"] = sum(counts) / len(episodes)
+            found[f"environment/{key}"] = sum(counts) / episodes
     return found
 
 

@@ -19,7 +19,9 @@ CHANGEABLE = {
         "generators": "*",
         "reference": "*",
         "reward": SCORING,
-        "environment": "cores labels min max concurrent step_timeout_s timeout_s probe_timeout_s drain_s max_shortage_s",
+        "environment": (
+            "cores labels min max concurrent step_timeout_s timeout_s probe_timeout_s drain_s max_shortage_s"
+        ),
         "ppo": "max_mismatch_kl max_mismatch_steps",
         "learner": f"{COMPUTING} critic_path max_losses",
         "evaluation": "*",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from common.experience_table import experience_table
-from common.types import Experience, Score
+from common.types import Experience, Score, Turn
 from common.user_code.results import MAX_FIGURES
 from learner.loop.batch_metrics import batch_metrics
 from tests.fakes import END, make_experience, make_prompt, make_rollout
@@ -45,3 +48,36 @@ def test_the_number_of_figures_of_a_source_is_bounded():
     record = batch_metrics(experience_table(rows), 0, policy_version=0)
     assert sum(key.startswith("reward/s/f") for key in record) == MAX_FIGURES
     assert record["reward/t/x"] == 2.0
+
+
+def test_metrics_of_an_environment_are_those_of_its_episodes():
+    def episode(index: int, response: list[int], *turns: Turn, reason: str) -> Experience:
+        made = make_experience(index, response)
+        rollout = replace(made.rollout, turns=turns, finish_reason=reason)
+        sampled = int(rollout.response_mask.sum())
+        arrays = {"rollout_logprobs": np.zeros(sampled, np.float32), "policy_versions": np.zeros(sampled, np.int32)}
+        return replace(made, rollout=replace(rollout, **arrays), ref_logprobs=arrays["rollout_logprobs"])
+
+    calls = '{"tool_calls": 2, "failed_calls": 1}'
+    over = "terminated"
+    rows = [
+        # Prompts have 2, 3 and 4 tokens.
+        episode(0, [9, 9, 8, 8, 9], Turn(2, 4, 0, "[]", calls, 0.5), Turn(5, 5, 1, "[]", "{}", 0.1, 4), reason=over),
+        episode(1, [9, 8, 9], Turn(1, 2, 0, "[]", calls, 0.2), Turn(3, 3, 1, "[]", "{}", 0.4, 0), reason="max_turns"),
+        episode(2, [9, 9], Turn(2, 2, 1.0, seconds=0.3), reason=over),
+    ]  # fmt: skip
+    record = batch_metrics(experience_table(rows), 0, policy_version=0)
+    found = {key: value for key, value in record.items() if key.startswith("environment/")}
+    assert found == pytest.approx(
+        {
+            "environment/turns": 5 / 3,
+            "environment/tokens": 3 / 3,
+            "environment/step_s/mean": 1.5 / 5,
+            "environment/step_s/max": 0.5,
+            "environment/cached": 4 / ((2 + 4) + (3 + 2)),
+            "environment/tool_calls": 4 / 3,
+            "environment/failed_calls": 2 / 3,
+        }
+    )
+    assert record["rollout/finished"] == pytest.approx(2 / 3)
+    assert record["rollout/response_tokens/mean"] == pytest.approx((3 + 2 + 2) / 3)  # without the environment's
