@@ -17,6 +17,7 @@ GROUPS = (
     ("Score", ("rollout/score", "reward/")),
     ("Held-out evaluations", ("heldout/",)),
     ("Responses", ("rollout/",)),
+    ("Environment", ("environment/",)),
     ("Distance from the reference", ("kl/",)),
     ("Policy update", ("ppo/",)),
     ("Critic", ("value/", "critic/")),

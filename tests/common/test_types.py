@@ -1,14 +1,15 @@
 """Data types, and the table of experience, which keeps every value."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.experience_table import EXPERIENCE_SCHEMA, experience_table
-from common.types import Experience, Prompt, RewardInput, Rollout, SampleId, Score
+from common.experience_table import EXPERIENCE_SCHEMA, experience_table, response_masks
+from common.types import IN_EPISODE, Experience, Prompt, RewardInput, Rollout, RolloutRef, SampleId, Score, Turn
+from tests.fakes import make_prompt
 
 
 def int32(*values):
@@ -88,6 +89,7 @@ def test_an_experience_table_gives_back_every_column_of_ragged_rows():
         ],
         "figures": [[("correct/digits", 2.0)], [], []],
         "ref_logprobs": [[-1.5, -2.0], [-4.0, -3.0, -2.0, -1.0], []],
+        "turns": [None, None, None],
     }
 
 
@@ -168,3 +170,16 @@ def test_reference_logprobs_that_nobody_asked_for_are_null():
     first, second, empty = ragged_rows()
     table = experience_table([replace(first, ref_logprobs=None), second, empty, replace(empty, ref_logprobs=None)])
     assert table["ref_logprobs"].to_pylist() == [None, [-4.0, -3.0, -2.0, -1.0], [], None]
+
+
+def test_tokens_of_an_environment_are_the_gaps_between_turns():
+    turns = (Turn(2, 4, 0.5, '[{"role": "user", "content": "no"}]', '{"k": 1}', 0.25, 7), Turn(5, 5, 1.0))
+    rollout = Rollout(make_prompt(), np.arange(5, dtype=np.int32), *np.zeros((2, 3)), "terminated", "G", turns)
+    assert rollout.response_mask.tolist() == [True, True, False, False, True]
+    assert rollout.sampled_ids.tolist() == [0, 1, 4]
+    assert rollout.turn_start == 5
+    assert RolloutRef.of(rollout).finished
+    assert not RolloutRef.of(replace(rollout, finish_reason=IN_EPISODE)).finished
+    table = experience_table([Experience(rollout, Score(1.0, {}), np.zeros(3, np.float32))])
+    assert table["turns"].to_pylist() == [[asdict(turn) for turn in turns]]
+    assert [mask.tolist() for mask in response_masks(table)] == [rollout.response_mask.tolist()]

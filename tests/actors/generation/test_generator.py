@@ -10,7 +10,7 @@ import torch
 from actors.generation.engine import Completion
 from actors.generation.generator import Generator, sampling_seed
 from common.errors import CorruptWeightsError, EngineDeadError
-from common.types import SampleId
+from common.types import SampleId, Turn
 from common.weights import buckets, make_delta
 from tests.fakes import OWN_TAGS, make_prompt, make_rollout, metered
 
@@ -157,6 +157,36 @@ def test_a_continued_response_has_its_own_sampling_seed():
     rollout = asyncio.run(scenario())
     assert asked == [(sampling_seed(7, make_prompt(3).sample_id, 2), 2, [3, 4, 8, 9])]
     assert (rollout.response_ids.tolist(), rollout.policy_versions.tolist()) == ([8, 9, 1], [5, 5, 0])
+
+
+def test_the_next_turn_of_an_episode_follows_the_environments_tokens():
+    asked: list[tuple[int, dict]] = []
+
+    class Asked(RecordingEngine):
+        async def generate(self, prompt_ids, **options) -> Completion:
+            asked.append((prompt_ids.tolist(), options))
+            return await super().generate(prompt_ids[:2], seed=0)
+
+    prompt, turns = make_prompt(3, (3, 4)), (Turn(2, 4, 0.5),)
+    begun = make_rollout(prompt, [8, 9], version=5)
+    begun = replace(begun, turns=turns, response_ids=np.array([8, 9, 40, 41], dtype=np.int32))
+
+    async def scenario():
+        generator = Generator("Generator(1)", 7, Asked, max_response=10)
+        rollout, _ = await generator.generate(prompt, begun)
+        # Another generator sampled the first token of the second turn.
+        await generator.generate(prompt, replace(begun, response_ids=np.append(begun.response_ids, np.int32(1))))
+        return rollout
+
+    rollout = asyncio.run(scenario())
+    seeds = [sampling_seed(7, prompt.sample_id, written) for written in (4, 5)]
+    assert asked == [
+        ([3, 4, 8, 9, 40, 41], {"seed": seeds[0], "num_begun": 0, "plain_tokens": 0, "most": 6}),
+        ([3, 4, 8, 9, 40, 41, 1], {"seed": seeds[1], "num_begun": 1, "plain_tokens": 0, "most": 5}),
+    ]
+    assert rollout.response_ids.tolist() == [8, 9, 40, 41, 1, 1]
+    assert rollout.policy_versions.tolist() == [5, 5, 0, 0]
+    assert rollout.turns == turns
 
 
 def test_a_swap_returns_how_long_the_engine_did_not_step():
