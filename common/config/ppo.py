@@ -260,6 +260,7 @@ class Config(Root):
     reference: MayChange[ReferenceConfig] = ReferenceConfig()
     reward: RewardConfig
     environment: EnvironmentConfig | None = None
+    """Answers the model, in rollouts of several turns. Left out: a rollout is one response."""
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -466,15 +466,18 @@ def test_resume_takes_its_config_and_directory_from_the_run(refusal, configs, ru
 def test_resume_refuses_settings_that_may_not_change(refusal, runs, command, settings):
     changeable = {
         "train": "num_steps, generators, reference, reward.cores, reward.labels, reward.min, reward.max, "
-        "reward.in_flight, reward.timeout_s, reward.probe_timeout_s, reward.drain_s, reward.max_shortage_s, "
-        "reward.isolation, reward.workers, reward.call_timeout_s, reward.max_void_share, ppo.max_mismatch_kl, "
-        "ppo.max_mismatch_steps, learner.cpus, learner.gpus, learner.threads, learner.cores, learner.labels, "
+        "reward.timeout_s, reward.probe_timeout_s, reward.drain_s, reward.max_shortage_s, reward.in_flight, "
+        "reward.isolation, reward.workers, reward.call_timeout_s, reward.max_void_share, environment.cores, "
+        "environment.labels, environment.min, environment.max, environment.timeout_s, environment.probe_timeout_s, "
+        "environment.drain_s, environment.max_shortage_s, environment.step_timeout_s, environment.concurrent, "
+        "ppo.max_mismatch_kl, ppo.max_mismatch_steps, "
+        "learner.cpus, learner.gpus, learner.threads, learner.cores, learner.labels, "
         "learner.ranks, learner.min_ranks, learner.room_wait_s, learner.micro_batch_tokens, "
         "learner.gradient_checkpointing, learner.compile, learner.deterministic, learner.timeout_s, "
         "learner.probe_timeout_s, learner.critic_path, learner.max_losses, evaluation, "
         "checkpoint, credit, critic_training, ray, logging, monitoring; ",
         "train-reward": "epochs, learner.cpus, learner.gpus, learner.threads, learner.cores, learner.labels, ",
-        "sample-pairs": "generators, labeller.cores, labeller.labels, labeller.min, labeller.max, labeller.in_flight, ",
+        "sample-pairs": "generators, labeller.cores, labeller.labels, labeller.min, labeller.max, labeller.timeout_s, ",
     }[command]  # whole sections are named without a dot
     for setting in settings.split():
         message = refusal(command, "--resume", runs[command], "generators.threads=2", setting)

@@ -8,8 +8,8 @@ from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from tests.common.config.trees import TREES, leaves, root_of
 
-REPLICATED = "cores labels min max in_flight timeout_s probe_timeout_s drain_s max_shortage_s"
-SCORING = f"{REPLICATED} isolation workers call_timeout_s max_void_share"
+POOLED = "cores labels min max timeout_s probe_timeout_s drain_s max_shortage_s"
+SCORING = f"{POOLED} in_flight isolation workers call_timeout_s max_void_share"
 RANKS = "ranks min_ranks room_wait_s timeout_s probe_timeout_s"
 COMPUTING = f"cpus gpus threads cores labels micro_batch_tokens gradient_checkpointing compile deterministic {RANKS}"
 # Per root: section -> its settings that may change. "*": all; "" is the root itself.
@@ -19,9 +19,7 @@ CHANGEABLE = {
         "generators": "*",
         "reference": "*",
         "reward": SCORING,
-        "environment": (
-            "cores labels min max concurrent step_timeout_s timeout_s probe_timeout_s drain_s max_shortage_s"
-        ),
+        "environment": f"{POOLED} step_timeout_s concurrent",
         "ppo": "max_mismatch_kl max_mismatch_steps",
         "learner": f"{COMPUTING} critic_path max_losses",
         "evaluation": "*",
@@ -104,6 +102,7 @@ def test_describe_lists_the_fields_of_every_kind_of_source_once(root, key):
         *("urls", "send_tokens"),
         *("judge_urls", "judge_model", "template", "system", "score_range", "score_pattern", "score_field", "request"),
         *("reasoning_gym", "answer_pattern", "run_answers"),
+        "environment",
     ]
 
 

@@ -11,7 +11,7 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
-from tests.common.config.trees import TREES, leaves, root_of
+from tests.common.config.trees import ONE_KIND, TREES, leaves, root_of
 
 SHIPPED = sorted((Path(__file__).parents[3] / "deploy" / "configs").glob("*.toml"))
 MINIMAL = """
@@ -58,12 +58,12 @@ def refusal(path, *overrides, root=Config):
         ("reward.temperature=1", "reward.temperature: unknown key; did you mean sampling.temperature?"),
         (
             "max_tokens=1",
-            "max_tokens: unknown key; did you mean prompts.max_tokens?",
+            "max_tokens: unknown key; did you mean prompts.max_tokens or environment.max_tokens?",
         ),
         (
             "threads=2",
             "threads: unknown key; did you mean generators.threads or reference.threads or reward.threads or "
-            "learner.threads?",
+            "environment.threads or learner.threads?",
         ),
         (
             "model.weigth=1",
@@ -128,7 +128,7 @@ def test_a_source_without_exactly_one_kind_is_refused_in_one_line(minimal, list_
     assert first.endswith("has 1 fault(s):")
     assert len(lines) == 1
     assert lines[0].startswith(f"  {list_key}.{2 if list_key == 'reward.sources' else 0} = ")
-    assert lines[0].endswith(": a source must have exactly one of function, model, urls, judge_urls and reasoning_gym")
+    assert lines[0].endswith(f": {ONE_KIND}")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from common.config.base import Section
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.config.sources import FunctionSourceConfig, HttpSourceConfig, ModelSourceConfig
+from tests.common.config.trees import ONE_KIND
 
 JUDGE = {
     "name": "s",
@@ -20,6 +21,7 @@ JUDGE = {
 FUNCTION = {"name": "short", "function": "tasks:short", "weight": -0.5}
 MODEL = {"name": "helpful", "model": "runs/reward/model"}
 SERVICE = {"name": "correct", "urls": ["http://h:8001/score"]}
+GAME = {"function": "games:Guess"}
 
 
 def ppo(**sections):
@@ -125,6 +127,36 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ),
         # 512 + 256 tokens
         ({"reference": {"max_batch_tokens": 767}}, ["reference.max_batch_tokens (767)", "= 768", "raise"]),
+        # 512 tokens of the prompt, 1,024 of the episode
+        (
+            {"reference": {"max_batch_tokens": 1535}, "environment": GAME},
+            ["(1535)", "prompts.max_tokens + environment.max_tokens = 1536", "raise"],
+        ),
+        # 0.05 x 20 = 1, and 0.05 x 21 is more
+        (
+            {
+                "ppo": {"lam": "length"},
+                "environment": {**GAME, "max_tokens": 20},
+                "sampling": {"max_new_tokens": 20},
+            },
+            ["ppo.lam_alpha (0.05) x environment.max_tokens (20) must be above 1"],
+        ),
+        (
+            {"environment": {**GAME, "max_tokens": 255}},
+            ["sampling.max_new_tokens (256)", "environment.max_tokens (255)", "lower the first or raise the second"],
+        ),
+        (
+            {"environment": {"tools": ["m:add"]}},
+            ["environment.tools needs", '"chat" (it is "plain")', "use environment.function"],
+        ),
+        (
+            {"reward": {"sources": [FUNCTION, {"name": "game", "environment": True}]}},
+            ["reward source game: environment (true) needs an environment", "add [environment] with function"],
+        ),
+        (
+            {"evaluation": {"judges": [{"name": "game", "environment": True}]}},
+            ["reward source game: environment (true) needs an environment", "use another kind of source"],
+        ),
         ({"reward": {"sources": []}}, ["reward.sources is empty", "[[reward.sources]]"]),
         ({"evaluation": {"pass_source": "brief"}}, ["evaluation.pass_source (brief)", "['correct', 'short']"]),
         ({"evaluation": {"pass_score": 0.8}}, ["evaluation.pass_score (0.8) needs evaluation.pass_source", "short"]),
@@ -305,7 +337,7 @@ def test_sources_made_in_python_are_accepted():
 def test_a_source_without_exactly_one_kind_is_one_fault(root, tree, loc, keys):
     (fault,) = faults(root, tree({"name": "s", **keys}))
     assert fault["loc"] == loc
-    assert fault["msg"] == "a source must have exactly one of function, model, urls, judge_urls and reasoning_gym"
+    assert fault["msg"] == ONE_KIND
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 
+ONE_KIND = "a source must have exactly one of function, model, urls, judge_urls, reasoning_gym and environment"
 ROOTS = {"reward": Config, "data": RewardTrainingConfig, "labeller": PairSamplingConfig}  # by a section only it has
 SOURCES = [
     {"name": "short", "function": "tasks:short", "weight": -0.5},
