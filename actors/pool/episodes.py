@@ -6,7 +6,9 @@ Tokens stay in the processes of generators and environments: only references and
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,6 +29,47 @@ class Episode:
     state: Any = None  # a reference to the environment's state after that turn, which is None if it has none
 
 
+class Waits:
+    """Seconds in which environments answered and no generator wrote."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._writing = self._answering = 0
+        self._since: float | None = None  # start of a wait that lasts
+        self._seconds = 0.0
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A generator writes a turn."""
+        self._count(1, 0)
+        try:
+            yield
+        finally:
+            self._count(-1, 0)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """An environment answers a turn."""
+        self._count(0, 1)
+        try:
+            yield
+        finally:
+            self._count(0, -1)
+
+    def read(self) -> float:
+        """The seconds since the last call."""
+        self._count(0, 0)
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _count(self, writing: int, answering: int) -> None:
+        now = self._clock()
+        if self._since is not None:
+            self._seconds += now - self._since
+        self._writing, self._answering = self._writing + writing, self._answering + answering
+        self._since = now if self._answering and not self._writing else None
+
+
 class EpisodePool:
     """`learner.loop.roles.Generators`, over generators and environments.
 
@@ -39,6 +82,7 @@ class EpisodePool:
     ) -> None:
         """`keep` writes the ScoringError of a void to a file, and returns the void without it."""
         self._generators, self._environments, self._keep = generators, environments, keep
+        self._waits = Waits()
 
     async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
         """A whole episode. If its environment replica dies, another one continues after the newest turn, or begins
@@ -65,11 +109,13 @@ class EpisodePool:
         over = False
         try:
             while True:
-                written = await self._generators.generate(prompt, begun=episode.rollout, near=near)
+                with self._waits.writing():
+                    written = await self._generators.generate(prompt, begun=episode.rollout, near=near)
                 if written.fault:
                     return written
                 rollout, answer, state = handle.step.options(num_returns=3).remote(written.rollout)
-                answered = await self._in_time(f"answer a turn of {name}", answer)
+                with self._waits.answering():
+                    answered = await self._in_time(f"answer a turn of {name}", answer)
                 over = isinstance(answered, Void) or answered.finished
                 if over:
                     return answered if isinstance(answered, Void) else replace(answered, rollout=rollout)
@@ -91,4 +137,4 @@ class EpisodePool:
         await self._generators.wake()
 
     async def load(self, weights: AsyncGenerator[PublishedBucket | Manifest, None], version: int) -> dict[str, float]:
-        return await self._generators.load(weights, version)
+        return {**await self._generators.load(weights, version), "wait/environments_s": self._waits.read()}

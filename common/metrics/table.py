@@ -170,6 +170,14 @@ STEP = (
         "no training rollout was being written or scored, because no slot was free or the buffer was full "
         "(`buffer_mib`); held-out evaluations count too. High: learning is the bottleneck, or `max_staleness` is 0",
     ),
+    Metric(
+        "wait/environments_s",
+        "seconds",
+        "sum",
+        "the time since the previous step",
+        "environments were answering and no generator was writing. Long: the environment is the bottleneck; make it "
+        "faster, or allow more episodes at once (`max_staleness`, `environment.max`)",
+    ),
     Metric("kl/per_token", "nats", "mean", "tokens", "distance from the reference by the configured estimator"),
     Metric(
         "kl/per_response",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.pool.episodes import EpisodePool
+from actors.pool.episodes import EpisodePool, Waits
 from actors.pool.pool import Pool
 from common.config.base import Replicated
 from common.errors import GivenUpError, RoleError
@@ -166,3 +166,19 @@ def test_a_call_that_takes_too_long_names_the_episode_and_ends_it():
     expected = f"one of the Environment replicas did not answer a turn of the episode of prompt {ID} within 0.2 s"
     assert str(error).startswith(expected)
     assert log[-1] == f"end {ID}"
+
+
+def test_a_wait_is_the_time_in_which_only_environments_are_busy():
+    now = 0.0
+    waits = Waits(clock=lambda: now)
+    with waits.answering():
+        now = 1.0
+        with waits.writing():
+            now = 3.0  # an episode is written while the environment answers another one
+        now = 7.0
+        assert waits.read() == 1.0 + 4.0
+        now = 8.0
+    now = 20.0  # nothing is going on
+    with waits.writing(), waits.answering():
+        now = 30.0
+    assert waits.read() == 1.0
