@@ -97,15 +97,13 @@ class JournalSampling:
         with ExitStack() as ending:
             ending.callback(start.stop)
             ending.enter_context(told_at_once())
-            tokens = cfg.max_sequence_tokens
+            errors = ErrorFiles(self.directory)
             generators, rewards = await asyncio.gather(
-                start.generators(
-                    self.policy, cfg.generators, cfg.sampling, seed=_generator_seed(cfg), max_tokens=tokens
-                ),
+                start.writers(self.policy, cfg, keep=errors.keep, seed=_generator_seed(cfg)),
                 start.rewards(cfg.reward, policy=self.policy),
             )
             progress.ready()
-            reward = RewardPool(rewards, ErrorFiles(self.directory).keep)
+            reward = RewardPool(rewards, errors.keep)
             prompts = _stream(cfg, self.records)
             run = Sampling(cfg, self.directory, prompts, generators, reward, self.policy.decode, progress.batch)
             ending.callback(asyncio.create_task(progress.follow(lambda: run.finished())).cancel)

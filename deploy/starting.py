@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import ray
+from actors.environments.environments import Environments
 
 from actors.generation.engine import Engine
 from actors.generation.generator import Generator
+from actors.pool.episodes import EpisodePool
 from actors.pool.membership import OnEvent
 from actors.pool.pool import Pool
 from actors.pool.ray_host import RayHost, start_pool
@@ -22,7 +25,9 @@ from common.config.base import Pooled, RayConfig
 from common.config.ppo import Config
 from common.config.sources import RewardSource
 from common.model.files import end_token_ids, resolve_model
+from common.types import Void
 from deploy.policy_files import PolicyFiles
+from learner.loop.roles import Generators
 
 
 class Starter:
@@ -54,22 +59,51 @@ class Starter:
         seed: int,
         max_tokens: int,
         sleeps: bool = False,
+        max_response: int | None = None,
     ) -> GeneratorPool:
         """Starts generators for sequences of up to `max_tokens`, or of the model's context if that is shorter. With
-        `sleeps` they can lend their GPU memory to the learner."""
+        `sleeps` they can lend their GPU memory to the learner. `max_response`: most tokens of an episode; None: each
+        response is one turn."""
         end_tokens = end_token_ids(policy.directory, policy.tokenizer)
-        length = min(max_tokens, policy.size.context)
-        make = partial(make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code, sleeps)
-        host = RayHost(Generator, cfg, seed, make, updates=cfg.updates)
+        length, episodes = min(max_tokens, policy.size.context), max_response is not None
+        make = partial(
+            make_engine, policy.path, cfg, sampling, length, end_tokens, policy.trust_remote_code, sleeps, episodes
+        )
+        host = RayHost(Generator, cfg, seed, make, updates=cfg.updates, max_response=max_response)
         generators = GeneratorPool(host, cfg, on_event=self._on_event, response_tokens=sampling.max_new_tokens)
         self.pools.append(await generators.pool.start(self._timeout_s))
         return generators
 
-    async def rollout_generators(self, policy: PolicyFiles, cfg: Config) -> GeneratorPool:
-        """Starts the generators of a run of PPO, which may lend their GPU memory to the learner."""
-        tokens, sleeps = cfg.max_sequence_tokens, cfg.lent_share > 0
-        settings = cfg.generators, cfg.sampling
-        return await self.generators(policy, *settings, seed=cfg.seed, max_tokens=tokens, sleeps=sleeps)
+    async def writers(
+        self, policy: PolicyFiles, cfg: Config, *, keep: Callable[[Void], Void], seed: int, sleeps: bool = False
+    ) -> Generators:
+        """Starts generators, and the environment of the config, if it has one. `keep` writes the error of a void
+        episode to a file, and returns the void without it. `sleeps`: see `generators`."""
+        environment = cfg.environment
+        starting = self.generators(
+            policy,
+            cfg.generators,
+            cfg.sampling,
+            seed=seed,
+            max_tokens=cfg.max_sequence_tokens,
+            sleeps=sleeps,
+            max_response=None if environment is None else environment.max_tokens,
+        )
+        if environment is None:
+            return await starting
+        generators, environments = await asyncio.gather(
+            starting,
+            self.pool(
+                Environments,
+                environment,
+                environment,
+                model=policy.path,
+                prompts=cfg.prompts,
+                seed=cfg.seed,
+                trust_remote_code=policy.trust_remote_code,
+            ),
+        )
+        return EpisodePool(generators, environments, keep=keep)
 
     async def rewards(self, cfg: SourcesConfig, *, policy: PolicyFiles, judges: Sequence[RewardSource] = ()) -> Pool:
         """Starts reward replicas for responses of this policy. `judges` do not count in the total."""
@@ -99,6 +133,7 @@ def make_engine(
     end_tokens: list[int],
     trust_remote_code: bool,
     sleeps: bool,
+    caches_prefixes: bool,
 ) -> Engine:
     """Runs in each generator, so that only generators import vLLM."""
     from actors.generation.vllm_engine import VLLMEngine
@@ -109,6 +144,7 @@ def make_engine(
         sampling,
         trust_remote_code=trust_remote_code,
         sleeps=sleeps,
+        caches_prefixes=caches_prefixes,
         max_model_len=max_model_len,
         end_token_ids=end_tokens,
         export_metrics=ray.is_initialized(),

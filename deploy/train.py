@@ -154,7 +154,7 @@ async def _train(
         ending.enter_context(told_at_once())
         errors = ErrorFiles(directory)
         generators, rewards, reference, _ = await asyncio.gather(
-            start.rollout_generators(policy, cfg),
+            start.writers(policy, cfg, keep=errors.keep, seed=cfg.seed, sleeps=cfg.lent_share > 0),
             start.rewards(cfg.reward, policy=policy, judges=cfg.evaluation.judges),
             start_reference(),
             learner.start(),

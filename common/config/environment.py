@@ -33,9 +33,14 @@ class EnvironmentConfig(Pooled):
         return self.concurrent
 
     @property
+    def code(self) -> tuple[str, ...]:
+        """The class, or the tools."""
+        return (self.function,) if self.function else self.tools
+
+    @property
     def name(self) -> str:
         """What it is, for messages."""
-        return self.function or ", ".join(self.tools)
+        return ", ".join(self.code)
 
     @model_validator(mode="after")
     def check_kind(self) -> EnvironmentConfig:

@@ -174,10 +174,8 @@ class _Evaluation:
         self, name: str, left: Sequence[Prompt], engines: Starter, reward: RewardPool, reference: ReferencePool
     ) -> None:
         cfg, file, progress = self.cfg, self.files[name], self.progress
-        tokens = cfg.max_sequence_tokens
-        generators = await engines.generators(
-            self.policies[name], cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=tokens
-        )
+        errors = ErrorFiles(self.directory)
+        generators = await engines.writers(self.policies[name], cfg, keep=errors.keep, seed=cfg.seed)
         progress.ready(name)
         total, scores = len(self.prompts) * self.plan.samples, list[Score | Void]()
         is_new = len(left) == total

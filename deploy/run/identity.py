@@ -5,6 +5,7 @@
     prompts.train     prompts in order: text, messages, token ids and other fields; the seed and rollouts_per_prompt
     prompts.heldout   the same of the held-out prompts, if the run evaluates
     reward.sources.N  files of a reward model; the file with a reward function. None for a service
+    environment       the files with the environment's class, or with its tools
 
 The settings are compared one by one (deploy/run/settings.py).
 """
@@ -20,8 +21,9 @@ from typing import Any
 from actors.scoring.kinds import kind_of
 from common.config.ppo import Config
 from common.errors import UserError
-from common.model.identity import model_digest
+from common.model.identity import file_digest, model_digest
 from common.types import PromptRecord
+from common.user_code.import_path import module_file
 from deploy.policy_files import PolicyFiles
 
 _SHOWN = 12  # hex digits of a digest in messages
@@ -47,7 +49,17 @@ def identity_of(
     for number, source in enumerate(cfg.reward.sources):
         if (digest := kind_of(source).identity(source)) is not None:
             found[f"reward.sources.{number}"] = digest
+    if cfg.environment is not None and (digest := code_digest(cfg.environment.code)) is not None:
+        found["environment"] = digest
     return found
+
+
+def code_digest(names: Sequence[str]) -> str | None:
+    """SHA-256 over the files that have these functions or classes (`module:name`). Modules that they import are not
+    looked at. None if none has a file."""
+    files = [module_file(name.partition(":")[0]) for name in names]
+    digests = [file_digest(file) for file in dict.fromkeys(files) if file is not None]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else None
 
 
 def prompts_digest(records: Sequence[PromptRecord], *numbers: int) -> str:
@@ -110,6 +122,7 @@ def shown_names(cfg: Config) -> dict[str, str]:
         "critic": str(cfg.critic_path),
         "prompts.train": cfg.prompts.train,
         "prompts.heldout": str(cfg.prompts.heldout),
+        "environment": cfg.environment.name if cfg.environment else "",
     }
     return names | {f"reward.sources.{number}": source.name for number, source in enumerate(cfg.reward.sources)}
 

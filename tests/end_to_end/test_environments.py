@@ -1,0 +1,125 @@
+"""Whole runs whose rollouts are episodes with an environment: Ray, vLLM, and a tiny random model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from common.config.ppo import Config
+from common.experience_table import response_masks
+from common.files import read_records
+from common.types import SampleId
+from deploy.audit import run_audit
+from deploy.train import run_training
+from learner.loop.journal import Journal
+from tests.environments import TURNS
+from tests.fakes import save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.ray
+
+GAME = {"name": "game", "environment": True}
+
+
+def run_config(model, environment: str, **overrides) -> Config:
+    return tiny_config(
+        model,
+        **{
+            "rollouts_per_step": 16,
+            "max_staleness": 1,
+            "sampling": {"max_new_tokens": 4},
+            "environment": {"function": f"tests.environments:{environment}", "max_tokens": 40},
+            "reward": {"sources": [GAME], "normalise": "none"},
+            "learner": {"precision": "fp32", "critic": "separate"},
+            "evaluation": {"prompts": 4},
+            **overrides,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """One whole run with AWords."""
+    directory = tmp_path_factory.mktemp("run") / "whole"
+    run_training(run_config(model, "AWords"), directory)
+    return directory
+
+
+def rows(directory) -> list[dict]:
+    journal = Journal(directory / "journal")
+    return [row for step in journal.since(0) for row in step.table.to_pylist()]
+
+
+def test_policy_and_environment_write_in_turns(finished):
+    found = rows(finished)
+    assert len(found) == 3 * 16
+    for row in found:
+        turns = row["turns"]
+        assert [json.loads(turn["info"]) for turn in turns] == [{"turn": n + 1} for n in range(TURNS)]
+        assert row["finish_reason"] == "terminated"
+        assert all(turn["next_start"] - turn["end"] == 2 for turn in turns[:-1])  # two b-words
+        assert turns[-1]["end"] == turns[-1]["next_start"] == len(row["response_ids"])
+        assert row["score"] == pytest.approx(sum(turn["reward"] for turn in turns))
+        sampled = len(row["response_ids"]) - 2 * (TURNS - 1)
+        assert [len(row[name]) for name in ("rollout_logprobs", "policy_versions", "ref_logprobs")] == [sampled] * 3
+
+
+def test_learner_and_generator_agree_about_every_sampled_token(finished):
+    records = read_records(finished / "metrics.jsonl")
+    # In step 0 both have the same weights in float32. Later the published ones are rounded to bfloat16, and may be old.
+    assert abs(records[0]["mismatch/kl"]) < 1e-8
+    assert all(abs(record["mismatch/kl"]) < 0.05 for record in records)
+    for record in records:
+        assert (record["environment/turns"], record["environment/tokens"]) == (TURNS, 2 * (TURNS - 1))
+        assert 0 <= record["environment/cached"] <= 1
+        assert record["wait/environments_s"] >= 0
+
+
+def test_the_journal_alone_rebuilds_the_weights(finished):
+    assert run_audit(finished, replay=True) == 0
+
+
+def test_an_environments_process_may_die_in_the_middle_of_an_episode(model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    files = [tmp_path / f"{index}.kill" for index in range(12)]
+    files[2].write_text("x")  # one death, which costs nothing
+    records = [{"prompt": f"ask a{i} b{i}", "kill": str(file)} for i, file in enumerate(files)]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    directory = tmp_path / "run"
+    cfg = run_config(
+        model, "Fragile", num_steps=2, prompts={"train": str(prompts), "heldout": None}, evaluation={"prompts": 0}
+    )
+    run_training(cfg, directory)
+    assert files[2].read_text() == ""
+    found = rows(directory)
+    assert len(found) == 2 * 16
+    assert all(len(row["turns"]) == TURNS for row in found)
+    assert len({SampleId(row["epoch"], row["prompt_index"], row["replica"]) for row in found}) == 2 * 16
+    assert "died" in (directory / "pool-events.jsonl").read_text()
+
+
+def test_an_episode_that_fails_is_void_with_its_traceback(model, tmp_path):
+    directory = tmp_path / "run"
+    reward = {"sources": [GAME], "max_void_share": 0.6}
+    run_training(run_config(model, "Faulty", num_steps=2, reward=reward, evaluation={"prompts": 0}), directory)
+    voids = [reason for step in Journal(directory / "journal").since(0) for _, reason in step.voids]
+    assert all("b3 has no answer" in reason for reason in voids)
+    prompts = [row["prompt"] for row in rows(directory)]
+    assert len(prompts) == 2 * 16
+    assert not any(prompt.endswith("b3") for prompt in prompts)
+    if voids:
+        assert "ValueError: b3 has no answer" in next((directory / "errors").glob("*.txt")).read_text()
+
+
+def test_masks_of_the_journal_hide_what_the_environment_said(finished):
+    table = Journal(finished / "journal").read(0).table
+    for mask, row in zip(response_masks(table), table.to_pylist(), strict=True):
+        ids = np.array(row["response_ids"])
+        assert len(ids[~mask]) == 2 * (TURNS - 1)
+        assert mask.sum() == len(row["rollout_logprobs"])

@@ -1,0 +1,59 @@
+"""Environments of the tests' runs, named in their configs as any user's would be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.environment import EpisodePrompt, Step
+
+TURNS = 3
+
+
+class AWords:
+    """Three turns. Each is rewarded with the share of a-words in it, and answered with two b-words."""
+
+    async def reset(self, prompt: EpisodePrompt) -> None:
+        self.turn = 0
+
+    async def step(self, message: Mapping[str, Any]) -> Step:
+        self.turn += 1
+        words = message["content"].split()
+        reward = sum(word.startswith("a") for word in words) / max(1, len(words))
+        return Step(f" b{self.turn} b7", reward, terminated=self.turn == TURNS, info={"turn": self.turn})
+
+
+class Fragile(AWords):
+    """Its process ends in the second turn of an episode, as often as the file `b<index>.kill` of the prompt says. It
+    can continue an episode."""
+
+    async def reset(self, prompt: EpisodePrompt) -> None:
+        await super().reset(prompt)
+        self.file = Path(prompt.fields["kill"])
+
+    async def step(self, message: Mapping[str, Any]) -> Step:
+        if self.turn == 1 and self.file.exists() and (left := self.file.read_text()):
+            self.file.write_text(left[1:])
+            os._exit(1)
+        return await super().step(message)
+
+    def state(self) -> int:
+        return self.turn
+
+    def restore(self, state: int) -> None:
+        self.turn = state
+
+
+class Faulty(AWords):
+    """Raises an error for prompts that end with b3."""
+
+    async def reset(self, prompt: EpisodePrompt) -> None:
+        await super().reset(prompt)
+        self.text = prompt.text
+
+    async def step(self, message: Mapping[str, Any]) -> Step:
+        if self.text.endswith("b3"):
+            raise ValueError("b3 has no answer")
+        return await super().step(message)
