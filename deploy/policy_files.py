@@ -92,6 +92,15 @@ class PolicyFiles:
             report=complain,
         )
 
+    def check_stop_tokens(self, sampling: SamplingConfig) -> None:
+        """Raises UserError if the policy has no such token: vLLM would refuse every request."""
+        rows = self.size.vocabulary
+        if unknown := [token for token in sampling.stop_token_ids if token >= rows]:
+            raise UserError(
+                f"sampling.stop_token_ids ({unknown[0]}) must be tokens of the model, from 0 to {rows - 1}; name one "
+                "of these, or give its text in sampling.stop"
+            )
+
     def prompt_room(self, max_tokens: int, response_tokens: int, *, setting: str = "sampling.max_new_tokens") -> int:
         """Longest prompt in tokens that leaves room for the longest response, which `setting` bounds. Raises UserError
         if there is no room."""

@@ -119,6 +119,7 @@ def reference_prompts(cfg: RewardTrainingConfig, reference: PolicyFiles, pairs: 
             f"scale.policy ({reference.path}) is itself a reward model and cannot answer; name the policy that PPO "
             "will start from, or set scale.responses = 0"
         )
+    reference.check_stop_tokens(cfg.sampling)
     room = reference.prompt_room(cfg.data.max_tokens, cfg.sampling.max_new_tokens)
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, reference.size, max_tokens=longest_answered(cfg, reference))

@@ -57,6 +57,7 @@ def load_inputs(
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
 
+    policy.check_stop_tokens(cfg.sampling)
     room = policy.prompt_room(cfg.prompts.max_tokens, cfg.max_response_tokens, setting=cfg.max_response_setting)
 
     def load(setting: str, source: str | None) -> list[PromptRecord]:

@@ -39,7 +39,7 @@ class Engine(Protocol):
         call adds no more than `most` of them. A response that reaches a bound has the finish reason "length".
 
         With `plain_tokens`: this many tokens, sampled from the model's whole distribution at the run's temperature,
-        without truncation. Sampling does not stop at an end token, and `most` has no effect.
+        without truncation. Sampling does not stop at an end token or a stop text, and `most` has no effect.
         """
 
     async def hand_over(self) -> None:

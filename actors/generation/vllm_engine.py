@@ -25,10 +25,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.generation.engine import Completion
+from actors.generation.stop_texts import StopTexts
 from actors.generation.vllm_settings import WHOLE_DISTRIBUTION, engine_args, sampling_settings, token_bounds
 from common.config.actors import GeneratorsConfig, SamplingConfig
 from common.errors import EngineDeadError
 from common.metrics import meters
+from common.model.files import load_tokenizer
 from common.types import HANDED_OVER
 from common.user_code.packages import package_root
 from common.weights import Bucket
@@ -67,6 +69,7 @@ class VLLMEngine:
         memory of a GPU. With `export_metrics` vLLM exports its own metrics through Ray, which works only in a Ray
         process."""
         self._sampling = sampling_settings(sampling, end_token_ids)
+        self._stop = StopTexts(load_tokenizer(model), sampling.stop) if sampling.stop else None
         self._args = engine_args(
             model,
             cfg,
@@ -115,6 +118,8 @@ class VLLMEngine:
             params = SamplingParams(**{**self._sampling, **changed}, seed=seed)
             self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist()}, params)
             self._waiting[key] = output
+            if self._stop is not None and params.stop:
+                self._stop.prepare(self._state(key), begun=prompt_ids[len(prompt_ids) - num_begun :])
             if self._leaving:
                 self._end([key])
 
@@ -150,12 +155,16 @@ class VLLMEngine:
     def _end(self, keys: list[str]) -> None:
         """Ends these requests with their partial responses, on the engine's thread. vLLM's own abort delivers partial
         responses only to a queue, and this engine has none, so they would be lost."""
-        outputs = self._engine.output_processor
         for key in keys:
-            [state] = [outputs.request_states[internal] for internal in outputs.external_req_ids[key]]
-            final = state.make_request_output([], None, FinishReason.ABORT, None)
+            final = self._state(key).make_request_output([], None, FinishReason.ABORT, None)
             self._engine.abort_request([key])
             self._waiting.pop(key).set_result(final)
+
+    def _state(self, key: str) -> Any:
+        """What vLLM knows about the output of an unfinished request."""
+        outputs = self._engine.output_processor
+        [internal] = outputs.external_req_ids[key]
+        return outputs.request_states[internal]
 
     async def sleep(self) -> None:
         def sleep() -> None:
@@ -217,6 +226,8 @@ class VLLMEngine:
         try:
             stat_loggers = None if self._args.disable_log_stats else [_ray_stat_logger()]
             self._engine = LLMEngine.from_engine_args(self._args, stat_loggers=stat_loggers)
+            if self._stop is not None:
+                self._engine.output_processor.tokenizer = self._stop.tokenizer
             self._engine.set_weight_version("0")
             self._weights = weights_of(self._engine, Path(self._args.model))
             started.set_result(None)

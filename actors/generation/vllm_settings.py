@@ -38,23 +38,29 @@ WHOLE_DISTRIBUTION: dict[str, Any] = {
     "top_p": 1.0,
     "top_k": 0,
     "min_tokens": 0,
+    "stop": [],
     "stop_token_ids": [],
     "ignore_eos": True,
+    "detokenize": False,
 }
 
 
 def sampling_settings(sampling: SamplingConfig, end_token_ids: list[int]) -> dict[str, Any]:
     """The arguments of every request's SamplingParams."""
+    # Stop texts are looked for in the text as it grows, so only they need every token's text. They see special tokens,
+    # and the token that completes one stays in the response.
+    stops = {"stop": list(sampling.stop), "include_stop_str_in_output": True, "skip_special_tokens": False}
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_tokens": sampling.max_new_tokens,
         "min_tokens": sampling.min_new_tokens,
-        "stop_token_ids": end_token_ids,
+        "stop_token_ids": [*end_token_ids, *sampling.stop_token_ids],
         "logprobs": 0,  # of the sampled token only
-        "detokenize": False,
+        "detokenize": bool(sampling.stop),
         "output_kind": RequestOutputKind.FINAL_ONLY,
+        **(stops if sampling.stop else {}),
     }
 
 

@@ -112,8 +112,21 @@ class SamplingConfig(Section):
     """Longest response, in tokens; a response that reaches it has finish reason `length`. With an environment: longest
     turn."""
     min_new_tokens: NonNegative = 0
-    """Forbid the end token before this many tokens. The learner does not take this into account: the caution of top_p
-    applies."""
+    """Forbid the end token and stop_token_ids before this many tokens; a stop text ends no response before. The learner
+    does not take this into account: the caution of top_p applies."""
+    stop: tuple[str, ...] = ()
+    """A response ends, with finish reason `stop`, at the token that completes one of these texts, such as
+    ["</answer>"]. It keeps all its tokens, so rewards get the text and the learner trains on it. Names of special
+    tokens count as text. The prompt does not count."""
+    stop_token_ids: tuple[NonNegative, ...] = ()
+    """Tokens that end a response as the model's end token does. The response keeps them."""
+
+    @model_validator(mode="after")
+    def check_stop(self) -> SamplingConfig:
+        """An empty text is in every response."""
+        if "" in self.stop:
+            raise ValueError("stop must not have an empty text, which would end every response; remove it")
+        return self
 
 
 NEEDS_GPU = (

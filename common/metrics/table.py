@@ -96,8 +96,8 @@ STEP = (
         "share",
         "mean",
         "rollouts",
-        "responses that ended with their end token, or episodes that their environment ended; low: a limit such as "
-        "`max_new_tokens` cuts them off",
+        "responses that ended with their end token or a stop of `sampling`, or episodes that their environment ended; "
+        "low: a limit such as `max_new_tokens` cuts them off",
     ),
     Metric(
         "rollout/voids",

@@ -248,6 +248,8 @@ def test_the_configs_of_these_tests_are_accepted(accepted, configs, command):
         ("prompts.max_tokens=2", "train.jsonl, line 3: the prompt has 3 tokens"),
         ("sampling.max_new_tokens=126", "model's context allow 2"),  # of the context's 128
         ("sampling.max_new_tokens=128", "sampling.max_new_tokens (128) leaves no room for a prompt"),
+        ("sampling.stop_token_ids=[3,64]", "sampling.stop_token_ids (64) must be tokens of the model, from 0 to 63"),
+        ('sampling.stop=["</a>",""]', "sampling: stop must not have an empty text"),
         ("prompts.heldout=train.jsonl", "prompts.train and prompts.heldout share 3 prompt(s), such as 'a1'"),
         ("prompts.format=chat", "train.jsonl, line 1: the tokenizer's chat template refuses the prompt"),
         ("reward.sources.0.function=no_module:f", "reward source correct (no_module:f): module no_module cannot be"),
