@@ -18,6 +18,7 @@ class Completion:
     logprobs: np.ndarray  # float32 [R] nats, of the distribution that was sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
     finish_reason: str  # "stop", "length" or common.types.HANDED_OVER
+    cached_tokens: int = 0  # tokens of the prompt whose states the engine had from earlier requests
 
 
 class Engine(Protocol):

@@ -40,6 +40,7 @@ from common.weights import Bucket
 from vllm import SamplingParams
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.request import RequestStatus
 
 from actors.generation.vllm_weights import weights_of
 
@@ -64,10 +65,12 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         sleeps: bool = False,
         export_metrics: bool = False,
+        caches_prefixes: bool = False,
     ) -> None:
         """Returns when vLLM has loaded the model; raises vLLM's error if that fails. `sleeps` makes `sleep` free the
         memory of a GPU. With `export_metrics` vLLM exports its own metrics through Ray, which works only in a Ray
-        process."""
+        process. With `caches_prefixes` a prompt that begins like an earlier request, response included, uses the states
+        that the same weights computed for it, as long as the KV cache has room for them."""
         self._sampling = sampling_settings(sampling, end_token_ids)
         self._stop = StopTexts(load_tokenizer(model), sampling.stop) if sampling.stop else None
         self._args = engine_args(
@@ -77,7 +80,12 @@ class VLLMEngine:
             trust_remote_code=trust_remote_code,
             sleeps=sleeps,
             log_stats=export_metrics,
+            caches_prefixes=caches_prefixes,
         )
+        self._swaps = 0
+        if caches_prefixes:
+            for counted in ("prompt", "cached"):
+                meters.count(f"ratchet_generator_{counted}_tokens_total", 0)
         self._load = (-1, -1)  # requests running and waiting, as reported last
         self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
         self._wake = threading.Condition()
@@ -116,7 +124,8 @@ class VLLMEngine:
             if plain_tokens:
                 changed = {**WHOLE_DISTRIBUTION, "max_tokens": plain_tokens}
             params = SamplingParams(**{**self._sampling, **changed}, seed=seed)
-            self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist()}, params)
+            salt = {"cache_salt": self._salt} if self._args.enable_prefix_caching else {}
+            self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist(), **salt}, params)
             self._waiting[key] = output
             if self._stop is not None and params.stop:
                 self._stop.prepare(self._state(key), begun=prompt_ids[len(prompt_ids) - num_begun :])
@@ -129,10 +138,14 @@ class VLLMEngine:
 
         await self._call(add)
         try:
-            final = (await asyncio.wrap_future(output)).outputs[0]
+            answer = await asyncio.wrap_future(output)
         except asyncio.CancelledError:
             self._submit(abort)
             raise
+        if self._args.enable_prefix_caching:
+            meters.count("ratchet_generator_prompt_tokens_total", len(prompt_ids))
+            meters.count("ratchet_generator_cached_tokens_total", answer.num_cached_tokens)
+        final = answer.outputs[0]
         versions = np.full(len(final.token_ids), -1, dtype=np.int32)
         for span in final.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
@@ -143,6 +156,7 @@ class VLLMEngine:
             ),
             versions,
             HANDED_OVER if final.finish_reason == "abort" else final.finish_reason,
+            answer.num_cached_tokens,
         )
 
     async def hand_over(self) -> None:
@@ -195,6 +209,8 @@ class VLLMEngine:
             try:
                 old = self._weights.swap(version)
                 self._engine.set_weight_version(str(version))
+                if self._args.enable_prefix_caching:
+                    self._forget_prefixes()
             finally:
                 self._core.resume_scheduler()
             pause_s = time.perf_counter() - started
@@ -204,6 +220,23 @@ class VLLMEngine:
         old, pause_s = await self._call(swap)
         await self._on_stager(old.clear)
         return pause_s
+
+    @property
+    def _salt(self) -> str:
+        """Requests with the same salt share states in the cache. It counts swaps: a version may be swapped in twice,
+        with other weights."""
+        return str(self._swaps)
+
+    def _forget_prefixes(self) -> None:
+        """No later request uses states that earlier weights computed. A request that runs now keeps its own, and what
+        it adds to the cache keeps the old salt. One that has not begun, or has lost its states, gets the new salt:
+        otherwise it would find states of the old weights and continue with the new ones."""
+        self._swaps += 1
+        for request in self._core.scheduler.requests.values():
+            if request.status != RequestStatus.RUNNING:
+                request.cache_salt = self._salt
+                request.block_hashes.clear()
+                request.update_block_hashes()
 
     async def _on_stager(self, function: Callable[[], T]) -> T:
         """Runs `function` on the thread that prepares weights while the engine steps."""

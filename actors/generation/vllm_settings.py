@@ -74,7 +74,14 @@ def token_bounds(settings: dict[str, Any], num_begun: int, most: int | None) -> 
 
 
 def engine_args(
-    model: Path, cfg: GeneratorsConfig, *, max_model_len: int, trust_remote_code: bool, sleeps: bool, log_stats: bool
+    model: Path,
+    cfg: GeneratorsConfig,
+    *,
+    max_model_len: int,
+    trust_remote_code: bool,
+    sleeps: bool,
+    log_stats: bool,
+    caches_prefixes: bool,
 ) -> EngineArgs:
     """vLLM's settings for exact versions, exact log-probabilities and weights that change."""
     on_cpu = current_platform.is_cpu()
@@ -107,8 +114,9 @@ def engine_args(
         enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
         # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
         logprobs_mode="processed_logprobs",
-        # After an update, a cached prefix would serve states that the old weights computed.
-        enable_prefix_caching=False,
+        # Only requests with the same salt share states. Without salts, those of old weights would be used after an
+        # update.
+        enable_prefix_caching=caches_prefixes,
         skip_tokenizer_init=True,
         disable_log_stats=not log_stats,
     )

@@ -584,6 +584,21 @@ METERS = {
             "sampled tokens, those of handed-over responses included; the rate is the throughput",
         ),
         Meter(
+            "ratchet_generator_prompt_tokens_total",
+            "counter",
+            "tokens",
+            OWN,
+            "tokens of prompts, earlier turns included; only of engines that cache prefixes",
+        ),
+        Meter(
+            "ratchet_generator_cached_tokens_total",
+            "counter",
+            "tokens",
+            OWN,
+            "those of them whose states were in the cache; few with several turns: the KV cache is too small, or turns "
+            "go to other replicas",
+        ),
+        Meter(
             "ratchet_generator_nonfinite_total",
             "counter",
             "rollouts",

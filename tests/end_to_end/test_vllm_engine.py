@@ -31,7 +31,7 @@ from common.weights import Bucket, Delta, buckets, make_delta
 from tests.fakes import END, ENGINE_GPUS, make_prompt, save_tiny_kind, save_tiny_model
 from tests.version_models import VERSIONS, head_moved, save_model_that_writes_its_version
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("forked_from_vllm")]
 
 PROMPTS = [make_prompt(i, (3, *range(4, 5 + i % 7))) for i in range(12)]
 
@@ -77,18 +77,6 @@ def perturbed(model_dir, version: int, keep=slice(None)) -> list[Bucket]:
     return list(buckets(list(saved)[keep], version, bucket_bytes=10_000))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported_once(tmp_path_factory):
-    """The processes of this module are forked from one that has imported vLLM. Other modules' processes are not. vLLM
-    leaves files in TMPDIR, so that is one of pytest's directories."""
-    forkserver._forkserver._stop()
-    get_context("forkserver").set_forkserver_preload(["actors.generation.vllm_engine", __name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
-        yield
-    forkserver._forkserver._stop()
-
-
 def in_engine(model_dir, dtype, weight_sets=(), *, scenario="rollouts", way="packed", **sampling):
     """Runs `scenario` in a fresh process with a Generator over vLLM, whose weights are updated in the given way."""
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as process:
@@ -115,7 +103,7 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
         vllm_weights.ops._supports_onednn = False
         vllm_weights.PackedWeights = vllm_weights.CopiedWeights
     elif way == "asynchronous":  # as on a GPU: between two steps one more is in flight
-        _schedule_asynchronously(vllm_settings.current_platform)
+        schedule_asynchronously(vllm_settings.current_platform)
     elif way == "reloaded":
         vllm_weights.PackedWeights.__init__ = not_stageable
 
@@ -147,7 +135,7 @@ def _in_engine(model_dir, dtype, weight_sets, sampling, scenario, way):
     return asyncio.run(globals()[scenario](generator, weight_sets))
 
 
-def _schedule_asynchronously(platform):
+def schedule_asynchronously(platform):
     """vLLM turns asynchronous scheduling off on the CPU, but its executor can do it."""
     kept = type(platform).check_and_update_config
 
