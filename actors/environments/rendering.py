@@ -1,0 +1,162 @@
+"""Tokens of what an environment says, as the continuation of a response. Runs in each environment replica, and in the
+driver for the check before a run.
+
+Tokens that the model sampled are never encoded again from text. What follows them is:
+
+    prompt      <|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n
+    sampled     4<|im_end|>
+    here        \n<|im_start|>user\nAnd 3 + 3?<|im_end|>\n<|im_start|>assistant\n
+
+A chat template writes these texts only as parts of a whole conversation. So a made-up conversation is rendered, and the
+text after the assistant's message in it is taken. This is right if a template writes each message in the same way
+whatever comes before and after it. Not all do: some drop the reasoning of earlier answers. `check_template` finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from common.data.messages import Message
+from common.data.prompt_tokens import bare_ids, rendered
+from common.errors import UserError
+
+QUESTION: Message = {"role": "user", "content": "A question."}
+ANSWER = "Answer 7f3a."  # in no template
+THOUGHT = f"<think>\nA thought.\n</think>\n\n{ANSWER}"  # some templates cut it off from earlier answers
+NEXT: Message = {"role": "user", "content": "Another one."}
+
+
+class Rendering(Protocol):
+    """Turns what an environment says into tokens."""
+
+    def continuation(self, observation: Sequence[Message], last_id: int | None) -> list[int]:
+        """The tokens between the model's last one, `last_id`, and its next one. None: it sampled none. Raises any error
+        of the template."""
+
+
+class PlainRendering:
+    """With prompts.format = "plain": the observation's text, unchanged."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def continuation(self, observation: Sequence[Message], last_id: int | None) -> list[int]:
+        return continued_ids(self._tokenizer, "".join(message["content"] for message in observation))
+
+
+class ChatRendering:
+    """With prompts.format = "chat": the end of the model's message, the observation's messages, and the beginning of
+    the model's next one, as the chat template writes them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_tokens: Collection[int] = (), **options: Any) -> None:
+        """`end_tokens`: all that end a response. `options`: arguments of the template, such as `tools`. Raises any
+        error of the template, and ValueError if it leaves out what the assistant says."""
+        self._tokenizer, self._options = tokenizer, options
+        self._end_tokens = frozenset([*end_tokens, tokenizer.eos_token_id])
+        # The end of the model's message, whatever comes next.
+        closing = continued_ids(tokenizer, _common_beginning(self._after_answer([]), self._after_answer([NEXT])))
+        # The first special token in it is the template's end token, which need not be the tokenizer's.
+        special = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+        # Place after that token; 0 if there is none.
+        self._after_end = next((place for place, token in enumerate(closing, 1) if token in special), 0)
+        self._end_id = closing[self._after_end - 1] if self._after_end else None
+
+    def continuation(self, observation: Sequence[Message], last_id: int | None) -> list[int]:
+        ids = continued_ids(self._tokenizer, self._after_answer(observation, add_generation_prompt=True))
+        # A response that was cut off lacks the end token. One that ends with another end token needs no second one.
+        ended = last_id is not None and (last_id == self._end_id or last_id in self._end_tokens)
+        return ids[self._after_end :] if ended else ids
+
+    def _after_answer(self, observation: Sequence[Message], **options: Any) -> str:
+        """What a conversation has after the content of the assistant's message, if `observation` comes next."""
+        conversation = [QUESTION, {"role": "assistant", "content": ANSWER}, *observation]
+        _, found, after = rendered(self._tokenizer, conversation, **self._options, **options).partition(ANSWER)
+        if not found:
+            raise ValueError("it leaves out what the assistant says")
+        return after
+
+
+def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that continues another one. Tokenizers such as Llama 2's put a space before every text, which
+    would be wrong here, so the text is encoded after a line break, whose tokens are then removed."""
+    [alone] = bare_ids(tokenizer, [text])
+    if not alone or not tokenizer.convert_ids_to_tokens(bare_ids(tokenizer, ["a"])[0][0]).startswith("▁"):
+        return alone
+    before, whole = bare_ids(tokenizer, ["\n", f"\n{text}"])
+    return whole[len(before) :] if whole[: len(before)] == before else alone
+
+
+def _common_beginning(one: str, other: str) -> str:
+    length = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def make_rendering(
+    tokenizer: PreTrainedTokenizerBase, *, chat: bool, end_tokens: Collection[int] = (), **options: Any
+) -> Rendering:
+    """The rendering of a run. `chat`: prompts.format is "chat". See ChatRendering for the rest."""
+    return ChatRendering(tokenizer, end_tokens=end_tokens, **options) if chat else PlainRendering(tokenizer)
+
+
+# Before a run
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    observations: Sequence[Sequence[Message]] = ([NEXT],),
+    **options: Any,
+) -> None:
+    """Raises UserError if the template writes a conversation in another way than prompt, responses and continuations
+    one after another. `model` is its name, for the message. `observations`: what an environment may say, such as a
+    message of the role `tool`. `options`: arguments of the template, such as `tools`."""
+    try:
+        rendering = ChatRendering(tokenizer, **options)
+        for observation in observations:
+            for answer in (ANSWER, THOUGHT):
+                if not _grows(tokenizer, rendering, answer, observation, options):
+                    what = "changes or drops earlier messages"
+                    if answer == THOUGHT and _grows(tokenizer, rendering, ANSWER, observation, options):
+                        what = "drops the reasoning (<think>) of earlier answers"
+                    raise UserError(
+                        f"environment: the chat template of {model} {what} when a conversation continues, so turns "
+                        "cannot be trained as the model reads them; give the model a chat_template that keeps earlier "
+                        f"messages unchanged (in {model}, chat_template.jinja or tokenizer_config.json), or use "
+                        'prompts.format = "plain"'
+                    )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"environment: the chat template of {model} refuses a conversation of several turns: {error}; give the "
+            'model another chat_template, or use prompts.format = "plain"'
+        ) from error
+
+
+def _grows(
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: ChatRendering,
+    answer: str,
+    observation: Sequence[Message],
+    options: dict[str, Any],
+) -> bool:
+    """True if a conversation of two turns is its prompt, and then twice the answer and its continuation. A template may
+    put white space before an answer: the model then samples it."""
+    said = {"role": "assistant", "content": answer}
+    follows = rendering._after_answer(observation, add_generation_prompt=True)
+    rest = rendered(
+        tokenizer, [QUESTION, said, *observation, said, *observation], add_generation_prompt=True, **options
+    )
+    prompt = rendered(tokenizer, [QUESTION], add_generation_prompt=True, **options)
+    if not rest.startswith(prompt):
+        return False
+    rest = rest[len(prompt) :]
+    for _ in range(2):
+        rest = rest.lstrip()
+        if not rest.startswith(answer + follows):
+            return False
+        rest = rest[len(answer + follows) :]
+    return not rest
