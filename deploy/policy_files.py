@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.config.actors import PromptFormat
+from common.config.actors import PromptFormat, SamplingConfig
 from common.data.prompt_records import PromptRecord, load_records
 from common.errors import UserError
 from common.files import write_whole

@@ -78,7 +78,9 @@ class Generator:
             before = begun.response_ids, begun.rollout_logprobs, begun.policy_versions
             arrays = tuple(np.concatenate(pair) for pair in zip(before, arrays, strict=True))
         turns = () if begun is None else begun.turns
-        rollout = Rollout(prompt, *arrays, done.finish_reason, generator=self._name, turns=turns)
+        rollout = Rollout(
+            prompt, *arrays, done.finish_reason, self._name, turns=turns, cached_tokens=done.cached_tokens
+        )
         ref = RolloutRef.of(rollout)
         meters.count("ratchet_generator_tokens_total", len(done.token_ids))
         meters.count("ratchet_generator_rollouts_total", ref.finished)
