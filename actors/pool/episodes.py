@@ -137,4 +137,8 @@ class EpisodePool:
         await self._generators.wake()
 
     async def load(self, weights: AsyncGenerator[PublishedBucket | Manifest, None], version: int) -> dict[str, float]:
-        return {**await self._generators.load(weights, version), "wait/environments_s": self._waits.read()}
+        return {**await self._generators.load(weights, version), "wait/environments_s": self.waited_s()}
+
+    def waited_s(self) -> float:
+        """Seconds since the last call in which environments were answering and no generator was writing."""
+        return self._waits.read()

@@ -23,6 +23,7 @@ MODULES = {
     "step": ["step_vs_plain"],
     "overlap": ["overlap_step"],
     "generation": ["generator_vs_vllm"],
+    "turns": ["turns_vs_one", "engine_busy"],
     "weights": ["update_vs_memcpy", "publish_vs_memcpy", "changes_vs_full"],
     "scoring": ["scoring"],
     "elastic": ["three_replicas_vs_one"],
