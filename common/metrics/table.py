@@ -651,6 +651,20 @@ METERS = {
             "without a score because this source or judge failed; should stay 0",
         ),
         Meter(
+            "ratchet_environment_steps_total",
+            "counter",
+            "turns",
+            OWN,
+            "turns that an environment has answered, evaluations included",
+        ),
+        Meter(
+            "ratchet_environment_voids_total",
+            "counter",
+            "rollouts",
+            OWN,
+            "episodes that ended without a score because their environment failed; should stay 0",
+        ),
+        Meter(
             "ratchet_batch_rollouts",
             "histogram",
             "rollouts",

@@ -142,13 +142,13 @@ async def call_async(
     try:
         returned = await function(list(answers) if style.takes_list else answers[0])
     except BaseException as error:
-        if _is_cancelled_from_outside(error, task):
+        if is_cancelled_from_outside(error, task):
             raise
         raise error_of(error) from error
     return read_results(returned, len(answers)) if style.takes_list else [read_result(returned)]
 
 
-def _is_cancelled_from_outside(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
+def is_cancelled_from_outside(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
     """True if the call was cancelled, or dropped before its end; False if the function raised this itself."""
     if isinstance(error, asyncio.CancelledError):
         return task is not None and task.cancelling() > 0

@@ -25,7 +25,9 @@ def read_results(returned: Any, count: int) -> list[Outcome]:
     list of this length."""
     listed = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(listed, (list, tuple)):
-        raise UserCodeError(f"takes a list of answers, but returned {_kind(returned)} instead of a list of scores")
+        raise UserCodeError(
+            f"takes a list of answers, but returned {kind_of_value(returned)} instead of a list of scores"
+        )
     if len(listed) != count:
         raise UserCodeError(
             f"returned {len(listed)} scores for {count} answers; return one for each, in the same order",
@@ -49,9 +51,11 @@ def read_result(returned: Any) -> Outcome:
 
 def _score(value: Any) -> float:
     """A finite number. Text and true/false are refused, although Python's float() would accept them."""
-    score = _number(value)
+    score = as_number(value)
     if score is None:
-        raise UserCodeError(f"returned {_kind(value)} where a number is needed", fault=f"returned {type(value)}")
+        raise UserCodeError(
+            f"returned {kind_of_value(value)} where a number is needed", fault=f"returned {type(value)}"
+        )
     if not math.isfinite(score):
         raise UserCodeError(f"returned {score}", permanent=False)
     if abs(score) > FLOAT32_MAX:
@@ -63,7 +67,7 @@ def _score(value: Any) -> float:
     return score
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A number, a numpy scalar, or an array or tensor of one element, as a float. None if it is none of these."""
     if callable(getattr(value, "item", None)):
         try:
@@ -91,14 +95,14 @@ def _figures(returned: dict[Any, Any]) -> Iterator[tuple[str, float]]:
             raise UserCodeError(
                 f"returned a dict with the key {str(key)[:80]!r}; a figure's name has letters, digits, _ and - only"
             )
-        figure = float(value) if isinstance(value, bool) else _number(value)
+        figure = float(value) if isinstance(value, bool) else as_number(value)
         if figure is None:
-            raise UserCodeError(f"returned {_kind(value)} for {key!r} where a number is needed")
+            raise UserCodeError(f"returned {kind_of_value(value)} for {key!r} where a number is needed")
         if math.isfinite(figure):
             yield key, figure
 
 
-def _kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
     if value is None:
         return "None"
     if inspect.iscoroutine(value):

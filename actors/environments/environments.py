@@ -1,0 +1,213 @@
+"""Plays the environment's side of episodes. Runs in each environment replica.
+
+A plain class: `actors.pool.ray_actor` makes it a Ray actor. For each episode the driver calls
+
+    begin     makes an instance of the user's class; may replace the prompt
+    step      answers a turn of the model and adds what it says to the rollout; the last one closes the instance
+    end       closes the instance of an episode that is not played to its end
+
+The driver holds no tokens: a rollout stays in the process that extended it last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.environments.instance import BlocksLoopError, Deadline, Instance
+from actors.environments.kinds import Make, make_episode
+from actors.environments.steps import read_step
+from actors.environments.transcript import Transcript
+from actors.environments.user_threads import UserLoop
+from common.config.actors import PromptFormat
+from common.config.environment import EnvironmentConfig
+from common.environment import EpisodePrompt
+from common.metrics import meters
+from common.model.files import end_token_ids, load_tokenizer, resolve_model
+from common.model.size import model_size
+from common.plain_text import one_line
+from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, ScoringError, Void
+from common.user_code.errors import UserCodeError
+
+MAX_STUCK = 8  # with this many threads in calls past their limit, the process is replaced
+END_AFTER_S = 2.0  # time in which the answers to the driver leave a process that ends
+
+
+class _Saved(NamedTuple):
+    """What an episode continues from in another process."""
+
+    prompt: Prompt  # of its rollout: `reset` may have replaced the first one
+    state: Any
+
+
+class Environments:
+    """The episodes of one replica. A failure of the user's code costs one episode, which is void.
+
+    Python cannot end a thread from outside. If an async method blocks the event loop that all episodes share, or if
+    MAX_STUCK plain methods never return, the process ends, and the pool replaces it. Its other episodes begin again, or
+    continue from their states.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cfg: EnvironmentConfig,
+        *,
+        model: str | PreTrainedTokenizerBase,
+        prompts: PromptFormat,
+        seed: int = 0,
+        max_prompt_tokens: int | None = None,
+        trust_remote_code: bool = False,
+        make: Make | None = None,
+        end_process: Callable[[], None] = lambda: os._exit(1),
+    ) -> None:
+        """`model` is the policy: its tokenizer reads and writes tokens. `seed`: of the run. `max_prompt_tokens`: the
+        longest prompt that `reset` may give; None: prompts.max_tokens. `make` makes the object of an episode; None: as
+        `cfg` says. `end_process` ends this process. Raises UserError for an environment that cannot be used."""
+        self._name, self._cfg, self._seed = name, cfg, seed
+        known: dict[str, Any] = {}
+        if isinstance(model, str):
+            directory = resolve_model(model, trust_remote_code=trust_remote_code)
+            model = load_tokenizer(directory)
+            known = {"end_tokens": end_token_ids(directory, model), "vocabulary": model_size(directory).vocabulary}
+        longest = max_prompt_tokens or prompts.max_tokens
+        self._transcript = Transcript(cfg, prompts, model, max_prompt_tokens=longest, **known)
+        self._make = make or make_episode(cfg)
+        self._loop = UserLoop()
+        self._episodes: dict[SampleId, Instance] = {}
+        self._stuck: list[Instance] = []  # closed ones whose thread may still run
+        self._end_process, self._ends = end_process, False
+        self._warned: set[str] = set()
+        # step_timeout_s is below 0.9 * timeout_s, and a request must be answered before timeout_s.
+        self._close_s = min(10.0, 0.05 * cfg.timeout_s)
+        for counted in ("steps", "voids"):
+            meters.count(f"ratchet_environment_{counted}_total", 0)
+
+    async def ready(self) -> str:
+        """Returns the replica's name."""
+        return self._name
+
+    async def begin(self, prompt: Prompt, state: bytes | None = None) -> tuple[Prompt | Void, bool]:
+        """Makes the instance of an episode and resets it. Returns the prompt that the model gets, and False.
+
+        `state` is of an earlier `step` of this episode, in this process or another one. If the class can restore it,
+        the episode continues after that step: the prompt is then that of its rollout, and the answer's second part is
+        True."""
+        await self.end(prompt.sample_id)
+        self._episodes[prompt.sample_id] = instance = Instance(self._make, self._loop, prompt.sample_id)
+        deadline = self._deadline()
+        try:
+            await instance.create(deadline)
+            said = await self._reset(instance, prompt, deadline)
+            if state is not None and instance.has("restore"):
+                saved = _unpickled(state)
+                await instance.call("restore", saved.state, deadline=deadline)
+                return saved.prompt, True
+            return self._transcript.replaced(prompt, said), False
+        except UserCodeError as error:
+            return await self._void(instance, prompt, "", error), False
+
+    async def _reset(self, instance: Instance, prompt: Prompt, deadline: Deadline) -> Any:
+        if not instance.has("reset"):
+            return None
+        messages = None if prompt.messages is None else [dict(message) for message in prompt.messages]
+        seed = episode_seed(self._seed, prompt.sample_id)
+        argument = EpisodePrompt(prompt.text, messages, dict(prompt.fields), seed)
+        return await instance.call("reset", argument, deadline=deadline)
+
+    async def step(self, rollout: Rollout) -> tuple[Rollout | None, RolloutRef | Void, bytes | None]:
+        """Answers the newest turn of a rollout. Returns the rollout with what the environment says, which stays in this
+        process until it is fetched; the facts about it that the loop needs; and the environment's state, if the episode
+        goes on and the class has one. A rollout that is not finished is continued by a generator."""
+        prompt = rollout.prompt
+        instance = self._episodes.get(prompt.sample_id)
+        if instance is None:
+            return None, Void(prompt.sample_id, f"environment {self._cfg.name}: this process has no such episode"), None
+        deadline, started = self._deadline(), time.perf_counter()
+        state = None
+        try:
+            text = self._transcript.newest_turn(rollout, special_tokens=instance.needs_special_tokens)
+            answer = await instance.call("step", {"role": "assistant", "content": text}, deadline=deadline)
+            seconds = time.perf_counter() - started
+            extended = self._transcript.extended(rollout, read_step(answer, chat=self._transcript.chat), seconds)
+            if extended.finish_reason == IN_EPISODE and instance.has("state"):
+                state = _pickled(_Saved(prompt, await instance.call("state", deadline=deadline)))
+        except UserCodeError as error:
+            return None, await self._void(instance, prompt, self._transcript.whole(rollout), error), None
+        meters.count("ratchet_environment_steps_total")
+        if extended.finish_reason != IN_EPISODE:
+            await self.end(prompt.sample_id)
+        return extended, RolloutRef.of(extended), state
+
+    async def end(self, sample_id: SampleId) -> None:
+        """Closes an episode's instance. Does nothing for an episode that has none."""
+        if (instance := self._episodes.pop(sample_id, None)) is not None:
+            await self._close(instance)
+
+    async def _close(self, instance: Instance, *, loop_blocked: bool = False) -> None:
+        """A failure of `close` changes nothing about the episode. Each kind of failure is reported once."""
+        if (fault := await instance.close(self._close_s, loop_blocked=loop_blocked)) and fault not in self._warned:
+            self._warned.add(fault)
+            print(f"warning: environment {self._cfg.name}: {one_line(fault)}", file=sys.stderr)
+        if instance.stuck and instance.is_running:
+            self._stuck = [other for other in self._stuck if other.is_running] + [instance]
+            if len(self._stuck) >= MAX_STUCK:
+                self._end_soon()
+
+    async def _void(self, instance: Instance, prompt: Prompt, response: str, error: UserCodeError) -> Void:
+        """The void of an episode whose environment failed. Closes its instance."""
+        if blocks := isinstance(error, BlocksLoopError):
+            self._end_soon()
+        if self._episodes.get(prompt.sample_id) is instance:
+            del self._episodes[prompt.sample_id]
+        await self._close(instance, loop_blocked=blocks)
+        meters.count("ratchet_environment_voids_total")
+        reason, fault = (f"environment {self._cfg.name}: {one_line(text)}" for text in (error.reason, error.fault))
+        kept = ScoringError(fault, error.details, prompt.text, response)
+        return Void(prompt.sample_id, reason, response=response, error=kept)
+
+    def _end_soon(self) -> None:
+        """Ends this process when the answers to the driver have left it."""
+        if not self._ends:
+            self._ends = True
+            print(f"environment {self._cfg.name}: {self._name} ends, because calls in it do not", file=sys.stderr)
+            timer = threading.Timer(END_AFTER_S, self._end_process)
+            timer.daemon = True
+            timer.start()
+
+    def _deadline(self) -> Deadline:
+        return Deadline(self._cfg.step_timeout_s, "environment.step_timeout_s", most_s=0.9 * self._cfg.timeout_s)
+
+    def close(self) -> None:
+        """Ends the thread of the event loop."""
+        self._loop.close()
+
+
+def episode_seed(run_seed: int, sample_id: SampleId) -> int:
+    """A seed of 63 bits for the environment of an episode."""
+    digest = hashlib.blake2b(f"environment {run_seed}/{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _pickled(saved: _Saved) -> bytes:
+    try:
+        return pickle.dumps(saved)
+    except Exception as error:
+        what = "state returned something that cannot be pickled"
+        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
+
+
+def _unpickled(state: bytes) -> _Saved:
+    try:
+        return pickle.loads(state)
+    except Exception as error:
+        what = "the pickled result of state cannot be read"
+        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error

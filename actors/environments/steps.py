@@ -1,0 +1,107 @@
+"""Reads what an environment returns: messages, rewards and info, checked. Runs in each environment replica."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.data.json_values import json_values, shown
+from common.data.messages import Message
+from common.environment import Step
+from common.errors import UserError
+from common.user_code.errors import UserCodeError
+from common.user_code.results import FLOAT32_MAX, as_number, kind_of_value
+
+
+@dataclass(frozen=True)
+class CheckedStep:
+    """A step whose values can be rendered, written to the journal and learned from."""
+
+    messages: Sequence[Message]
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: str  # JSON
+
+
+def read_step(returned: Any, *, chat: bool) -> CheckedStep:
+    """Checks what `step` returned. `chat`: prompts.format is "chat". Raises UserCodeError."""
+    if not isinstance(returned, tuple) or len(returned) != len(Step._fields):
+        what = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else kind_of_value(returned)
+        raise UserCodeError(
+            f"step returned {what}; return Step(observation, reward, terminated, truncated, info)",
+            fault="step returned no Step",
+        )
+    step = Step(*returned)
+    return CheckedStep(
+        read_observation("step", step.observation, chat=chat),
+        _reward(step.reward),
+        _flag("terminated", step.terminated),
+        _flag("truncated", step.truncated),
+        _info(step.info),
+    )
+
+
+def read_observation(method: str, observation: Any, *, chat: bool) -> list[Message]:
+    """The messages of an observation. Raises UserCodeError that names the method."""
+    if observation is None or (isinstance(observation, str) and not observation):
+        return []
+    if isinstance(observation, str):
+        return [_message(method, {"role": "user", "content": observation})]
+    if not isinstance(observation, (list, tuple)):
+        raise UserCodeError(
+            f"{method} returned the observation {kind_of_value(observation)}; return text, a list of messages or None",
+            fault=f"{method} returned an observation of another type",
+        )
+    if not chat:
+        raise UserCodeError(
+            f'{method} returned a list of messages as observation; set prompts.format = "chat", or return text'
+        )
+    return [_message(method, message) for message in observation]
+
+
+def _message(method: str, message: Any) -> Message:
+    what = f"{method} returned the message {shown(message)}"
+    if not isinstance(message, Mapping):
+        raise UserCodeError(f"{what}; a message is a dict with role and content", fault=f"{method} returned no message")
+    try:
+        checked = json_values(f"{method} returned a message", message)
+    except UserError as error:
+        raise UserCodeError(str(error)) from None
+    if not isinstance(checked.get("role"), str) or not isinstance(checked.get("content"), str):
+        raise UserCodeError(f"{what}; role and content must be text", fault=f"{method} returned a message without text")
+    return checked
+
+
+def _reward(value: Any) -> float:
+    reward = as_number(value)
+    if reward is None:
+        raise UserCodeError(
+            f"step returned the reward {kind_of_value(value)}, where a number is needed",
+            fault=f"step returned a reward of {type(value)}",
+        )
+    if not math.isfinite(reward) or abs(reward) > FLOAT32_MAX:
+        raise UserCodeError(f"step returned the reward {reward:g}; it must be finite and fit float32", permanent=False)
+    return reward
+
+
+def _flag(name: str, value: Any) -> bool:
+    flag = value.item() if hasattr(value, "item") else value  # numpy has a type of its own
+    if not isinstance(flag, bool):
+        raise UserCodeError(f"step returned {name} = {kind_of_value(value)}; it must be True or False")
+    return flag
+
+
+def _info(value: Any) -> str:
+    if value is not None and not isinstance(value, Mapping):
+        raise UserCodeError(f"step returned the info {kind_of_value(value)}; it must be a dict")
+    try:
+        return json.dumps(json_values("step returned an info that is not JSON", value or {}), allow_nan=False)
+    except (UserError, ValueError) as error:
+        raise UserCodeError(
+            str(error) if isinstance(error, UserError) else f"step returned an info that is not JSON: {error}",
+            fault="step returned an info that is not JSON",
+        ) from None

@@ -1,0 +1,132 @@
+"""An episode's messages and its tokens: what the model wrote as text, and what the environment says as tokens. Runs in
+each environment replica."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from actors.environments.rendering import make_rendering
+from actors.environments.steps import CheckedStep, read_observation
+from common.config.actors import PromptFormat
+from common.config.environment import EnvironmentConfig
+from common.data.messages import Message
+from common.data.prompt_records import prompt_record
+from common.data.prompt_tokens import check_embedded
+from common.errors import UserError
+from common.types import IN_EPISODE, Prompt, Rollout, Turn
+from common.user_code.errors import UserCodeError
+
+
+class Transcript:
+    """Reads and extends rollouts. Methods raise UserCodeError for messages that cannot become tokens."""
+
+    def __init__(
+        self,
+        cfg: EnvironmentConfig,
+        prompts: PromptFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_tokens: int,
+        end_tokens: Collection[int] = (),
+        vocabulary: int | None = None,
+        **options: Any,
+    ) -> None:
+        """`end_tokens`: all that end a response. `vocabulary`: rows of the model's embedding, if known. `options`:
+        arguments of the chat template, such as `tools`."""
+        self._cfg, self._prompts, self._tokenizer = cfg, prompts, tokenizer
+        self.chat = prompts.format == "chat"
+        self._max_prompt_tokens, self._vocabulary = max_prompt_tokens, vocabulary
+        self._end_tokens = frozenset([*end_tokens, tokenizer.eos_token_id])
+        self._rendering = make_rendering(tokenizer, chat=self.chat, end_tokens=end_tokens, **options)
+
+    def replaced(self, prompt: Prompt, said: Any) -> Prompt:
+        """The prompt that `reset` asked for. Raises UserCodeError."""
+        messages = read_observation("reset", said, chat=self.chat)
+        if not messages:
+            return prompt
+        content = messages if self.chat else messages[0]["content"]
+        try:
+            record = prompt_record(
+                "reset returned a prompt that cannot be used",
+                {self._prompts.columns.prompt: content},
+                self._prompts,
+                self._tokenizer,
+                vocabulary=self._vocabulary,
+            )
+        except UserError as error:
+            raise UserCodeError(str(error)) from None
+        if record is None:
+            raise UserCodeError("reset returned an empty prompt; return None to keep the prompt of the data")
+        if (length := len(record.token_ids)) > self._max_prompt_tokens:
+            raise UserCodeError(
+                f"reset returned a prompt of {length} tokens, but prompts.max_tokens and the model's context allow "
+                f"{self._max_prompt_tokens}",
+                fault="reset returned a prompt that is too long",
+            )
+        return replace(prompt, text=record.text, token_ids=record.token_ids, messages=record.messages)
+
+    def newest_turn(self, rollout: Rollout, *, special_tokens: bool = False) -> str:
+        """What the model wrote in its newest turn. With `special_tokens` only its end token is left out."""
+        ids = rollout.response_ids[rollout.turn_start :].tolist()
+        if special_tokens and ids and ids[-1] in self._end_tokens:
+            ids.pop()
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not special_tokens))
+
+    def whole(self, rollout: Rollout) -> str:
+        """The response with every special token, for messages."""
+        return str(self._tokenizer.decode(rollout.response_ids.tolist()))
+
+    def extended(self, rollout: Rollout, step: CheckedStep, seconds: float) -> Rollout:
+        """The rollout after a step. What the environment says is added only if the policy continues after it. Raises
+        UserCodeError for messages that cannot be rendered."""
+        end = len(rollout.response_ids)
+        said: list[int] = []
+        if (over := self._reason_to_end(rollout, step)) is None:
+            said = self._rendered(step.messages, rollout)
+            if end + len(said) + 1 > self._cfg.max_tokens:
+                said, over = [], "max_tokens"
+        turn = Turn(
+            end=end,
+            next_start=end + len(said),
+            reward=step.reward,
+            observation=json.dumps(step.messages, ensure_ascii=False),
+            info=step.info,
+            seconds=seconds,
+            cached_tokens=rollout.cached_tokens,
+        )
+        return replace(
+            rollout,
+            response_ids=np.concatenate([rollout.response_ids, np.asarray(said, dtype=np.int32)]),
+            turns=(*rollout.turns, turn),
+            finish_reason=over or IN_EPISODE,
+            cached_tokens=0,
+        )
+
+    def _reason_to_end(self, rollout: Rollout, step: CheckedStep) -> str | None:
+        if step.terminated:
+            return "terminated"
+        if step.truncated:
+            return "truncated"
+        return "max_turns" if len(rollout.turns) + 1 >= self._cfg.max_turns else None
+
+    def _rendered(self, messages: Sequence[Message], rollout: Rollout) -> list[int]:
+        wrote = rollout.response_ids[rollout.turn_start :]
+        last_id = int(wrote[-1]) if len(wrote) else None
+        try:
+            ids = self._rendering.continuation(messages, last_id)
+            if ids:
+                check_embedded(
+                    "step returned an observation that the model cannot read", ids, self._tokenizer, self._vocabulary
+                )
+        except UserError as error:
+            raise UserCodeError(str(error)) from None
+        except Exception as error:
+            what = "the chat template refuses what step returned" if self.chat else "step returned an unusable text"
+            raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
+        return ids
