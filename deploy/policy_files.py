@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -78,9 +79,10 @@ class PolicyFiles:
         room: int,
         seed: int,
         setting: str,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[PromptRecord]:
         """Every prompt of a source as tokens of this policy. Prints how many were dropped or cut. `room`: the longest
-        prompt, of `prompt_room`."""
+        prompt, of `prompt_room`. `tools`: see load_records."""
         return load_records(
             source,
             cfg,
@@ -89,6 +91,7 @@ class PolicyFiles:
             max_tokens=room,
             vocabulary=self.size.vocabulary,
             setting=setting,
+            tools=tools,
             report=complain,
         )
 

@@ -19,6 +19,7 @@ from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.size import ModelSize
+from common.user_code.tools import load_tools
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
@@ -60,10 +61,13 @@ def load_inputs(
     policy.check_stop_tokens(cfg.sampling)
     room = policy.prompt_room(cfg.prompts.max_tokens, cfg.max_response_tokens, setting=cfg.max_response_setting)
 
+    environment = cfg.environment if isinstance(cfg, Config) else None
+    tools = [tool.schema for tool in load_tools(environment.tools if environment else ())]
+
     def load(setting: str, source: str | None) -> list[PromptRecord]:
         if source is None:
             return []
-        return policy.load_prompts(source, cfg.prompts, room=room, seed=cfg.seed, setting=setting)
+        return policy.load_prompts(source, cfg.prompts, room=room, seed=cfg.seed, setting=setting, tools=tools)
 
     records = [load(setting, source) for setting, source in prompts.items()]
     texts = [{record.text for record in part} for part in records]

@@ -27,6 +27,7 @@ RAY_FILES = {
     Path("learner/ranks/processes.py"),
 }
 VLLM_FILES = {Path(f"actors/generation/vllm_{name}.py") for name in ("engine", "settings", "weights", "reload")}
+VLLM_FILES.add(Path("actors/environments/vllm_tool_calls.py"))
 
 # Its arguments: packages to block, with commas between them; modules to import.
 BLOCKED = """

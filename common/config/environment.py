@@ -17,6 +17,9 @@ class EnvironmentConfig(Pooled):
     tools: tuple[str, ...] = ()
     """Python functions, each as `module:function`, that the model may call. Names, parameters and docstrings become the
     description that the model's chat template shows it."""
+    tool_parser: str = "hermes"
+    """vLLM's parser that finds the calls of `tools` in what the model writes. vLLM's documentation names the parser of
+    each model family; hermes reads <tool_call>{"name": ..., "arguments": {...}}</tool_call>, which Qwen writes too."""
     max_turns: Positive = 8
     """Most turns of the model in an episode. One that reaches it has finish reason `max_turns`."""
     max_tokens: Positive = 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,12 +51,14 @@ def load_records(
     max_tokens: int,
     vocabulary: int | None = None,
     setting: str = "prompts.train",
+    tools: Sequence[Mapping[str, Any]] = (),
     report: Callable[[str], None] = lambda text: None,
 ) -> list[PromptRecord]:
     """All prompts of a source, tokenised and checked. Raises UserError that names the faulty record.
 
     max_tokens: longest prompt that prompts.max_tokens and the model's context allow. vocabulary: rows of the model's
-    embedding. report: called with the counts if any prompt was dropped, cut or repeated.
+    embedding. tools: schemas of the functions that the model may call, for the chat template. report: called with the
+    counts if any prompt was dropped, cut or repeated, and if the chat template ignores tools.
     """
     loaded: list[PromptRecord] = []
     counts, texts = PromptCounts(), set()
@@ -83,10 +85,15 @@ def load_records(
 
     drafts: list[_Draft] = []
     for where, record in read_source(source, setting, seed=seed, reasoning_gym=cfg.reasoning_gym):
-        draft = _draft(where, record, cfg, tokenizer)
+        draft = _draft(where, record, cfg, tokenizer, tools)
         if draft is None:
             counts.empty += 1
             continue
+        if tools and not (drafts or loaded) and draft == _draft(where, record, cfg, tokenizer):
+            report(
+                f"{setting}: the model's chat template ignores tools, so the model does not know about them; describe "
+                "them in the prompts, with an example of a call"
+            )
         drafts.append(draft)
         if len(drafts) == _TOKENISED_AT_ONCE:
             finish(drafts)
@@ -126,7 +133,13 @@ class _Draft(NamedTuple):
     fields: dict[str, Any]
 
 
-def _draft(where: str, record: dict[str, Any], cfg: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> _Draft | None:
+def _draft(
+    where: str,
+    record: dict[str, Any],
+    cfg: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> _Draft | None:
     """A record's prompt as text. None if it is empty."""
     name = cfg.columns.prompt
     prompt = checked_text(where, name, column(where, record, name, cfg, key="prompt"), cfg)
@@ -139,8 +152,11 @@ def _draft(where: str, record: dict[str, Any], cfg: PromptFormat, tokenizer: Pre
     if not messages:
         return None
     continues = messages[-1]["role"] == "assistant"
+    options: dict[str, Any] = {"continue_final_message": continues, "add_generation_prompt": not continues}
+    if tools:
+        options["tools"] = list(tools)
     try:
-        text = rendered(tokenizer, messages, continue_final_message=continues, add_generation_prompt=not continues)
+        text = rendered(tokenizer, messages, **options)
     except Exception as error:
         raise UserError(f"{where}: the tokenizer's chat template refuses the prompt: {error}") from error
     return _Draft(where, text, messages, fields)

@@ -348,3 +348,26 @@ def test_the_settings_named_in_the_data_page_exist():
     tree = tomllib.loads(page.partition("## Columns")[2].split("```toml\n")[1].split("```")[0])
     assert PromptsConfig(**tree["prompts"]).columns.prompt == "question"
     assert PreferencesConfig(**tree["data"]).columns.chosen == "better"
+
+
+TOOL = {"type": "function", "function": {"name": "larger", "description": "d", "parameters": {"type": "object"}}}
+
+
+def test_the_chat_template_gets_the_tools(tmp_path, tokenizer):
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.function.name + ' ' }}{% endfor %}" + ROLES
+    path = write(tmp_path / "questions.jsonl", [{"prompt": "which is"}])
+    cfg, reports = PromptsConfig(train=path, format="chat"), []
+    (record,) = load_records(path, cfg, tokenizer, seed=0, max_tokens=9, tools=[TOOL], report=reports.append)
+    assert (record.text, reports) == ("larger user : which is ", [])
+    assert record.token_ids.tolist() == ids("larger user : which is")
+
+
+def test_a_chat_template_that_ignores_tools_is_reported_once(tmp_path, tokenizer):
+    tokenizer.chat_template = ROLES
+    path = write(tmp_path / "questions.jsonl", [{"prompt": "which"}, {"prompt": "is"}])
+    cfg, reports = PromptsConfig(train=path, format="chat"), []
+    load_records(path, cfg, tokenizer, seed=0, max_tokens=9, tools=[TOOL], report=reports.append)
+    assert reports == [
+        "prompts.train: the model's chat template ignores tools, so the model does not know about them; describe them "
+        "in the prompts, with an example of a call"
+    ]
