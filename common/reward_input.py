@@ -17,7 +17,7 @@ class RewardInput:
 
     prompt: str
     response: str  # decoded, without special tokens
-    response_tokens: int  # end token included
+    response_tokens: int  # end tokens included; with an environment only the model's tokens
     finish_reason: str  # "stop" or "length"; with an environment see docs/environments.md
     fields: Mapping[str, Any]  # the prompt record's other fields, such as a reference answer
     messages: Sequence[Mapping[str, str]] | None = None  # the prompt as chat messages, with prompts.format = "chat"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from actors.environments.check import check_environment
 from common.config.actors import SourcesConfig
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
@@ -51,10 +52,13 @@ def load_inputs(
     *,
     judges: Sequence[RewardSource] = (),
 ) -> Inputs:
-    """Loads the prompts, given as {setting: source}, and checks them, the reward sources and the sizes of caches. Tries
-    every reward function once, on the first prompt. Raises UserError."""
+    """Loads the prompts, given as {setting: source}, and checks them, the reward sources, the environment and the
+    sizes of caches. Tries every reward function once, on the first prompt. Raises UserError."""
     sources = [*service.sources, *judges]
-    reward_models = check_sources(sources, chat=cfg.prompts.format == "chat")
+    chat = cfg.prompts.format == "chat"
+    reward_models = check_sources(sources, chat=chat)
+    if isinstance(cfg, Config) and cfg.environment is not None:
+        check_environment(cfg.environment, policy.tokenizer, model=policy.path, chat=chat)
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
 

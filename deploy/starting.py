@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import ray
-from actors.environments.environments import Environments
 
+from actors.environments.environments import Environments
 from actors.generation.engine import Engine
 from actors.generation.generator import Generator
 from actors.pool.episodes import EpisodePool

@@ -23,8 +23,8 @@ from common.user_code.functions import explain_import
 from common.user_code.packages import package_root
 
 IMPORT_S = 120.0  # time limit of the import, seconds
-# Its arguments: the class, the new sys.path as JSON, and a file for the fault. Ratchet's packages are found first, as in
-# the replicas.
+# Its arguments: the class, the new sys.path as JSON, and a file for the fault. Ratchet's packages are found first, as
+# in the replicas.
 _SCRIPT = """
 import json, sys
 from common.user_code.packages import import_ratchet_first

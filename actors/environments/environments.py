@@ -64,22 +64,21 @@ class Environments:
         model: str | PreTrainedTokenizerBase,
         prompts: PromptFormat,
         seed: int = 0,
-        max_prompt_tokens: int | None = None,
         trust_remote_code: bool = False,
         make: Make | None = None,
         end_process: Callable[[], None] = lambda: os._exit(1),
     ) -> None:
-        """`model` is the policy: its tokenizer reads and writes tokens. `seed`: of the run. `max_prompt_tokens`: the
-        longest prompt that `reset` may give; None: prompts.max_tokens. `make` makes the object of an episode; None: as
-        `cfg` says. `end_process` ends this process. Raises UserError for an environment that cannot be used."""
+        """`model` is the policy: its tokenizer reads and writes tokens. `seed`: of the run. `make` makes the object of
+        an episode; None: as `cfg` says. `end_process` ends this process. Raises UserError for an environment that
+        cannot be used."""
         self._name, self._cfg, self._seed = name, cfg, seed
-        known: dict[str, Any] = {}
+        known: dict[str, Any] = {"max_prompt_tokens": prompts.max_tokens}
         if isinstance(model, str):
             directory = resolve_model(model, trust_remote_code=trust_remote_code)
-            model = load_tokenizer(directory)
-            known = {"end_tokens": end_token_ids(directory, model), "vocabulary": model_size(directory).vocabulary}
-        longest = max_prompt_tokens or prompts.max_tokens
-        self._transcript = Transcript(cfg, prompts, model, max_prompt_tokens=longest, **known)
+            model, size = load_tokenizer(directory), model_size(directory)
+            known["max_prompt_tokens"] = min(prompts.max_tokens, size.context - cfg.max_tokens)
+            known |= {"vocabulary": size.vocabulary, "end_tokens": end_token_ids(directory, model)}
+        self._transcript = Transcript(cfg, prompts, model, **known)
         self._make = make or make_episode(cfg)
         self._loop = UserLoop()
         self._episodes: dict[SampleId, Instance] = {}

@@ -4,7 +4,9 @@ reward replica."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -96,10 +98,26 @@ class Reward:
             prompt=rollout.prompt.text,
             messages=rollout.prompt.messages,
             response=self._tokenizer.decode(response_ids, skip_special_tokens=True),
-            response_tokens=len(response_ids),
+            response_tokens=len(rollout.rollout_logprobs),
             finish_reason=rollout.finish_reason,
             fields=rollout.prompt.fields,
             raw_response=self._tokenizer.decode(response_ids),
             prompt_ids=rollout.prompt.token_ids.tolist(),
             response_ids=response_ids,
+            turns=self._turns(rollout),
         )
+
+    def _turns(self, rollout: Rollout) -> list[dict[str, Any]]:
+        """See RewardInput."""
+        starts = [0, *(turn.next_start for turn in rollout.turns)]
+        return [
+            {
+                "text": self._tokenizer.decode(
+                    rollout.response_ids[start : turn.end].tolist(), skip_special_tokens=True
+                ),
+                "observation": json.loads(turn.observation),
+                "reward": turn.reward,
+                "info": json.loads(turn.info),
+            }
+            for start, turn in zip(starts, rollout.turns)
+        ]
