@@ -1,6 +1,7 @@
 # make demo        train a small language model with PPO and show that it improved (SEED=n for another seed)
 # make demo-rlhf   the same from human feedback: preference pairs, reward model, PPO, verdict
 # make demo-critic trains a critic before the run, and shows that it sees the score before it arrives
+# make demo-tools  trains the model to call a calculator for sums that it cannot do by itself
 # make test        every test but those of `make exhaustive`
 # make test-quick  every test that starts neither Ray nor vLLM (about two minutes on two cores)
 # make exhaustive  kills a run, or fills its disk, before every line of the code that writes to disk (half an hour)
@@ -12,7 +13,7 @@
 #                  target; FUZZ="config prompts" runs these targets only; FUZZ=config:17 repeats one case)
 # make chaos       kills real runs at named points and at random times, for more than an hour, and audits each of them
 #                  (KILLS=n signals in all; CHAOS="two-ranks full-disk" runs these scenarios only)
-.PHONY: demo demo-rlhf demo-critic test test-quick exhaustive fuzz chaos check bench bench-control clean
+.PHONY: demo demo-rlhf demo-critic demo-tools test test-quick exhaustive fuzz chaos check bench bench-control clean
 
 PYTHON ?= python3
 SEED ?= 0
@@ -52,6 +53,11 @@ demo-critic: $(VENV)/.installed
 	$(BIN)/ratchet train reviews learner.critic_path=runs/demo-critic-training/critic \
 	  seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo-critic --force
 	-$(BIN)/ratchet report runs/demo-critic
+
+demo-tools: $(VENV)/.installed
+	rm -rf runs/demo-tools.old-*
+	$(BIN)/ratchet train calculator seed=$(SEED) $(DEMO_SETTINGS) --run runs/demo-tools --force
+	-$(BIN)/ratchet report runs/demo-tools
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench $(BENCH)

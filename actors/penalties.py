@@ -10,8 +10,8 @@ from common.types import RewardInput
 
 
 def unfinished(answer: RewardInput) -> float:
-    """1 if the response was cut off before its end token, else 0."""
-    return float(answer.finish_reason != "stop")
+    """1 if the response was cut off before its end token, or the episode before its end, else 0."""
+    return float(answer.finish_reason not in ("stop", "terminated"))
 
 
 def length(answer: RewardInput) -> float:

@@ -58,7 +58,7 @@ def load_records(
 
     max_tokens: longest prompt that prompts.max_tokens and the model's context allow. vocabulary: rows of the model's
     embedding. tools: schemas of the functions that the model may call, for the chat template. report: called with the
-    counts if any prompt was dropped, cut or repeated, and if the chat template ignores tools.
+    counts if any prompt was dropped, cut or repeated, and if neither chat template nor first prompt names a tool.
     """
     loaded: list[PromptRecord] = []
     counts, texts = PromptCounts(), set()
@@ -89,10 +89,10 @@ def load_records(
         if draft is None:
             counts.empty += 1
             continue
-        if tools and not (drafts or loaded) and draft == _draft(where, record, cfg, tokenizer):
+        if tools and not (drafts or loaded) and not any(tool["function"]["name"] in draft.text for tool in tools):
             report(
-                f"{setting}: the model's chat template ignores tools, so the model does not know about them; describe "
-                "them in the prompts, with an example of a call"
+                f"{setting}: no tool is named in the first prompt, because the model's chat template ignores tools; "
+                "describe them in the prompts, with an example of a call"
             )
         drafts.append(draft)
         if len(drafts) == _TOKENISED_AT_ONCE:

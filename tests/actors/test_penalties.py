@@ -15,6 +15,8 @@ def answer(response: str = "", tokens: int = 0, finish_reason: str = "stop") -> 
 def test_only_a_response_without_its_end_token_is_unfinished():
     assert unfinished(answer(finish_reason="stop")) == 0.0
     assert unfinished(answer(finish_reason="length")) == 1.0
+    assert unfinished(answer(finish_reason="terminated")) == 0.0
+    assert [unfinished(answer(finish_reason=f"max_{limit}")) for limit in ("turns", "tokens")] == [1.0, 1.0]
 
 
 def test_length_counts_tokens_not_words():

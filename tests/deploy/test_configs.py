@@ -15,12 +15,15 @@ from common.data.reasoning_gym_script import questions
 from common.data.source_names import parsed_source
 from common.memory import GIB
 from common.user_code.functions import load_function
+from common.user_code.tools import load_tools
 from deploy.plan.machines import Described
 from tests.deploy.plan.shapes import planner, size_of
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 REASONING_GYM = "reasoning-gym.toml"
 ROOTS = {
+    "calculator.toml": Config,
+    "guessing.toml": Config,
     "larger.toml": Config,
     "positive-pairs.toml": PairSamplingConfig,
     "positive-reward.toml": RewardTrainingConfig,
@@ -59,7 +62,9 @@ def test_a_shipped_config_parses_and_its_functions_exist(name):
     elif isinstance(cfg, PairSamplingConfig):
         sources, prompts = cfg.labeller.sources, [cfg.prompts.source]
     functions = [source.function for source in sources if isinstance(source, FunctionSourceConfig)]
-    assert functions or name in ("positive-reward.toml", *TASKS)
+    assert functions or name in ("guessing.toml", "positive-reward.toml", *TASKS)
+    if isinstance(cfg, Config) and cfg.environment:
+        assert load_tools(cfg.environment.tools) or load_function(cfg.environment.function, name)().step
     for function in [*functions, *(() if name in TASKS else prompts)]:
         assert load_function(function, name).__name__ == function.partition(":")[2]
 

@@ -364,10 +364,15 @@ def test_the_chat_template_gets_the_tools(tmp_path, tokenizer):
 
 def test_a_chat_template_that_ignores_tools_is_reported_once(tmp_path, tokenizer):
     tokenizer.chat_template = ROLES
-    path = write(tmp_path / "questions.jsonl", [{"prompt": "which"}, {"prompt": "is"}])
-    cfg, reports = PromptsConfig(train=path, format="chat"), []
-    load_records(path, cfg, tokenizer, seed=0, max_tokens=9, tools=[TOOL], report=reports.append)
-    assert reports == [
-        "prompts.train: the model's chat template ignores tools, so the model does not know about them; describe them "
-        "in the prompts, with an example of a call"
+    cfg = PromptsConfig(train="", format="chat")
+
+    def reports(name, *prompts):
+        found, path = [], write(tmp_path / name, [{"prompt": prompt} for prompt in prompts])
+        load_records(path, cfg, tokenizer, seed=0, max_tokens=9, tools=[TOOL], report=found.append)
+        return found
+
+    assert reports("silent.jsonl", "which", "is") == [
+        "prompts.train: no tool is named in the first prompt, because the model's chat template ignores tools; "
+        "describe them in the prompts, with an example of a call"
     ]
+    assert reports("described.jsonl", "is larger", "which") == []
