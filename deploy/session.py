@@ -20,7 +20,6 @@ from common.config.sources import RewardSource
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from common.model.size import ModelSize
-from common.user_code.tools import load_tools
 from deploy.cluster.addresses import named_address
 from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
@@ -57,16 +56,14 @@ def load_inputs(
     sources = [*service.sources, *judges]
     chat = cfg.prompts.format == "chat"
     reward_models = check_sources(sources, chat=chat)
+    tools = []
     if isinstance(cfg, Config) and cfg.environment is not None:
-        check_environment(cfg.environment, policy.tokenizer, model=policy.path, chat=chat)
+        tools = check_environment(cfg.environment, policy.tokenizer, model=policy.path, chat=chat)
     check_engine_build(cfg.generators)
     check_kv_cache(cfg.generators, policy.size, max_tokens=cfg.max_sequence_tokens)
 
     policy.check_stop_tokens(cfg.sampling)
     room = policy.prompt_room(cfg.prompts.max_tokens, cfg.max_response_tokens, setting=cfg.max_response_setting)
-
-    environment = cfg.environment if isinstance(cfg, Config) else None
-    tools = [tool.schema for tool in load_tools(environment.tools if environment else ())]
 
     def load(setting: str, source: str | None) -> list[PromptRecord]:
         if source is None:

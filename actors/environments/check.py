@@ -1,6 +1,6 @@
 """Checks an environment before anything starts. Runs in the driver.
 
-A process of its own imports the class, so nothing of the user's module stays in the driver.
+A process of its own imports the class or the tools, so nothing of the user's module stays in the driver.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from actors.environments.rendering import check_template
 from common.config.environment import EnvironmentConfig
+from common.data.messages import Message
 from common.errors import UserError
 from common.plain_text import one_line
 from common.user_code.errors import UserCodeError
@@ -23,44 +26,80 @@ from common.user_code.functions import explain_import
 from common.user_code.packages import package_root
 
 IMPORT_S = 120.0  # time limit of the import, seconds
-# Its arguments: the class, the new sys.path as JSON, and a file for the fault. Ratchet's packages are found first, as
-# in the replicas.
+# Its arguments: the class, or tools with commas between them; the new sys.path as JSON; and a file for the result.
+# Ratchet's packages are found first, as in the replicas.
 _SCRIPT = """
 import json, sys
 from common.user_code.packages import import_ratchet_first
 import_ratchet_first()
-function, path, result = sys.argv[1:]
+functions, path, result = sys.argv[1:]
 sys.argv = [""]
 sys.path[:] = json.loads(path)
-from actors.environments.loading import find_environment
+{imports}
+from common.errors import UserError
 from common.user_code.errors import UserCodeError
+found = {{}}
 try:
-    find_environment(function)
-    fault = None
+    {look}
 except UserCodeError as error:
-    fault = vars(error)
+    found["fault"] = vars(error)
+except UserError as error:
+    found["refusal"] = str(error)
 with open(result, "w") as file:
-    json.dump(fault, file)
+    json.dump(found, file)
 """
+_CLASS = _SCRIPT.format(
+    imports="from actors.environments.loading import find_environment", look="find_environment(functions)"
+)
+_TOOLS = _SCRIPT.format(
+    imports="from common.user_code.tools import load_tools",
+    look='found["schemas"] = [tool.schema for tool in load_tools(functions.split(","))]',
+)
+# What tools may answer: one call, and two.
+_ANSWER: Message = {"role": "tool", "name": "tool", "tool_call_id": "call00000", "content": "An answer."}
+_TOOL_ANSWERS = ([_ANSWER], [_ANSWER, {**_ANSWER, "tool_call_id": "call00001", "content": "Another one."}])
 
 
-def check_environment(cfg: EnvironmentConfig, tokenizer: PreTrainedTokenizerBase, *, model: str, chat: bool) -> None:
-    """Raises UserError for a class that cannot be imported or is no environment, and for a chat template that cannot
-    continue a conversation. `model`: the policy's name. `chat`: prompts.format is "chat"."""
+def check_environment(
+    cfg: EnvironmentConfig, tokenizer: PreTrainedTokenizerBase, *, model: str, chat: bool
+) -> list[dict[str, Any]]:
+    """Returns the schemas of the tools, for the chat template. Raises UserError for a class that cannot be imported or
+    is no environment, for a function that cannot be a tool, and for a chat template that cannot continue a
+    conversation. `model`: the policy's name. `chat`: prompts.format is "chat"."""
     if cfg.function is not None:
         check_class(cfg.function)
         if chat:
             check_template(tokenizer, model)
+        return []
+    schemas = tool_schemas(cfg.tools)
+    check_template(tokenizer, model, _TOOL_ANSWERS, tools=schemas)
+    return schemas
 
 
 def check_class(function: str) -> None:
     """Raises UserError unless `module:Class` can be imported and has the methods of an environment."""
+    found = _found_by(_CLASS, function, f"environment.function ({function})")
+    if fault := found.get("fault"):
+        raise UserError(explain_import(function, "environment.function", UserCodeError(**fault)))
+
+
+def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:
+    """The description of each tool, for the chat template. Raises UserError for a function that cannot be a tool."""
+    functions = ",".join(tools)
+    found = _found_by(_TOOLS, functions, f"environment.tools ({functions})")
+    if "refusal" in found:
+        raise UserError(found["refusal"])
+    return list(found["schemas"])
+
+
+def _found_by(script: str, functions: str, what: str) -> dict[str, Any]:
+    """The result that the script writes in a process of its own. Raises UserError if it writes none."""
     with TemporaryDirectory() as directory:
-        result = Path(directory, "fault.json")
+        result = Path(directory, "result.json")
         path = json.dumps([package_root(), *sys.path])
         try:
             done = subprocess.run(
-                [sys.executable, "-P", "-c", _SCRIPT, function, path, str(result)],
+                [sys.executable, "-P", "-c", script, functions, path, str(result)],
                 env={**os.environ, "PYTHONPATH": package_root()},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -68,14 +107,11 @@ def check_class(function: str) -> None:
                 timeout=IMPORT_S,
             )
         except subprocess.TimeoutExpired:
-            raise UserError(f"environment.function ({function}) took longer than {IMPORT_S:g} s to import") from None
+            raise UserError(f"{what} took longer than {IMPORT_S:g} s to import") from None
         if not result.exists():
             printed = done.stdout[-10_000:].decode(errors="replace").strip().splitlines()
             last = f" (the last line it printed: {one_line(printed[-1], 200)})" if printed else ""
             raise UserError(
-                f"environment.function ({function}) ended its process, with exit code {done.returncode}, while its "
-                f"module was imported{last}"
+                f"{what} ended its process, with exit code {done.returncode}, while its module was imported{last}"
             )
-        fault = json.loads(result.read_text())
-    if fault is not None:
-        raise UserError(explain_import(function, "environment.function", UserCodeError(**fault)))
+        return dict(json.loads(result.read_text()))

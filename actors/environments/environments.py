@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from actors.environments.instance import BlocksLoopError, Deadline, Instance
-from actors.environments.kinds import Make, make_episode
+from actors.environments.kinds import Kind, Make, episode_kind
 from actors.environments.steps import read_step
 from actors.environments.transcript import Transcript
 from actors.environments.user_threads import UserLoop
@@ -78,8 +78,9 @@ class Environments:
             model, size = load_tokenizer(directory), model_size(directory)
             known["max_prompt_tokens"] = min(prompts.max_tokens, size.context - cfg.max_tokens)
             known |= {"vocabulary": size.vocabulary, "end_tokens": end_token_ids(directory, model)}
-        self._transcript = Transcript(cfg, prompts, model, **known)
-        self._make = make or make_episode(cfg)
+        kind = Kind(make) if make else episode_kind(cfg, model)
+        self._make = kind.make
+        self._transcript = Transcript(cfg, prompts, model, **known, **kind.template_options)
         self._loop = UserLoop()
         self._episodes: dict[SampleId, Instance] = {}
         self._stuck: list[Instance] = []  # closed ones whose thread may still run

@@ -11,6 +11,7 @@ import json
 import operator
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 from common.types import RewardInput
@@ -18,8 +19,13 @@ from common.types import RewardInput
 TRAIN_PROMPTS, HELDOUT_PROMPTS = 4096, 256
 LONGEST_EXPRESSION = 100  # characters
 
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-_SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_SIGNS: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def calculator(expression: str) -> str:
@@ -56,7 +62,7 @@ def correct(answer: RewardInput) -> float:
 
 def _value(node: ast.expr) -> float:
     """The value of a parsed expression. Raises ValueError for anything but numbers and the four operations."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
