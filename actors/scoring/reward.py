@@ -107,10 +107,10 @@ class Reward:
             turns=self._turns(rollout),
         )
 
-    def _turns(self, rollout: Rollout) -> list[dict[str, Any]]:
+    def _turns(self, rollout: Rollout) -> tuple[dict[str, Any], ...]:
         """See RewardInput."""
         starts = [0, *(turn.next_start for turn in rollout.turns)]
-        return [
+        return tuple(
             {
                 "text": self._tokenizer.decode(
                     rollout.response_ids[start : turn.end].tolist(), skip_special_tokens=True
@@ -120,4 +120,4 @@ class Reward:
                 "info": json.loads(turn.info),
             }
             for start, turn in zip(starts, rollout.turns)
-        ]
+        )

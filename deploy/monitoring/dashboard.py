@@ -18,6 +18,7 @@ ROWS = {
     "evaluation": "Held-out evaluation",
     "rollout": "Rollouts and scores",
     "reward": "Reward sources",
+    "environment": "Environments",
     "kl": "KL from the reference",
     "ppo": "PPO",
     "value": "Critic",

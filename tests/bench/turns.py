@@ -17,8 +17,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from actors.environments.environments import Environments
 
+from actors.environments.environments import Environments
 from actors.generation.engine import Engine
 from actors.generation.generator import Generator
 from actors.pool.episodes import EpisodePool

@@ -60,7 +60,7 @@ def test_a_reward_function_gets_the_turns(tokenizer):
     seen.clear()
     scored(tokenizer, EPISODE)
     [answer] = seen
-    assert answer.turns == [
+    assert list(answer.turns) == [
         {"text": "a0", "observation": [{"role": "user", "content": "a2"}], "reward": 0.25, "info": {"n": 1}},
         {"text": "a3", "observation": [], "reward": -1.5, "info": {}},
     ]
@@ -73,7 +73,7 @@ def test_a_response_without_turns_has_none_and_gets_no_score(tokenizer):
     void = scored(tokenizer, make_rollout(make_prompt(), [4, END]))
     assert isinstance(void, Void)
     assert void.reason == "reward source game needs an environment, which has answered no turn of this response"
-    assert seen[0].turns == []
+    assert seen[0].turns == ()
 
 
 def test_large_rewards_that_cancel_out_are_added_exactly():
