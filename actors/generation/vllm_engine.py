@@ -124,11 +124,13 @@ class VLLMEngine:
             if plain_tokens:
                 changed = {**WHOLE_DISTRIBUTION, "max_tokens": plain_tokens}
             params = SamplingParams(**{**self._sampling, **changed}, seed=seed)
+            context = prompt_ids.tolist()
             salt = {"cache_salt": self._salt} if self._args.enable_prefix_caching else {}
-            self._engine.add_request(key, {"prompt_token_ids": prompt_ids.tolist(), **salt}, params)
+            self._engine.add_request(key, {"prompt_token_ids": context, **salt}, params)
             self._waiting[key] = output
             if self._stop is not None and params.stop:
-                self._stop.prepare(self._state(key), begun=prompt_ids[len(prompt_ids) - num_begun :])
+                begins = len(context) - num_begun
+                self._stop.prepare(self._state(key), context[:begins], context[begins:])
             if self._leaving:
                 self._end([key])
 
