@@ -93,7 +93,7 @@ class JournalSampling:
         began = time.perf_counter()
         journal = Journal(self.directory / "journal")
         progress.begin(num_responses(journal), self.responses, prompts=len(self.records))
-        start = Starter(cfg.ray, on_event=progress.pool)
+        start = Starter(cfg.ray, on_event=progress.pool, tell=progress.note)
         with ExitStack() as ending:
             ending.callback(start.stop)
             ending.enter_context(told_at_once())

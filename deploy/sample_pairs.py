@@ -78,7 +78,7 @@ async def _sample(
     cfg: PairSamplingConfig, directory: Path, policy: PolicyFiles, records: Sequence[PromptRecord], screen: Screen
 ) -> None:
     """Appends a line to labelled.jsonl for each pair that has none yet, as soon as the pair is labelled."""
-    start = Starter(cfg.ray, on_event=screen.pool)
+    start = Starter(cfg.ray, on_event=screen.pool, tell=screen.note)
     generators, labellers = await asyncio.gather(
         start.generators(policy, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=cfg.max_sequence_tokens),
         start.rewards(cfg.labeller, policy=policy),

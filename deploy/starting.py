@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from actors.generation.generator import Generator
 from actors.pool.episodes import EpisodePool
 from actors.pool.membership import OnEvent
 from actors.pool.pool import Pool
-from actors.pool.ray_host import RayHost, start_pool
+from actors.pool.ray_host import RayHost
 from actors.pool.roles import GeneratorPool
 from actors.scoring.kinds import read_secrets
 from actors.scoring.reference import ReferencePolicy
@@ -29,21 +30,45 @@ from common.types import Void
 from deploy.policy_files import PolicyFiles
 from learner.loop.roles import Generators
 
+# Seconds without a node after which the user is told, and those between two further messages. On a busy machine a
+# process may take some seconds to start, although it has room.
+TELL_AFTER_S, TELL_EVERY_S, LOOK_EVERY_S = 10.0, 30.0, 1.0
+
 
 class Starter:
     """Starts the pools of one run, all with the same start-up time limit and the same callback for pool events."""
 
-    def __init__(self, cfg: RayConfig, on_event: OnEvent) -> None:
+    def __init__(self, cfg: RayConfig, on_event: OnEvent, tell: Callable[[str], None] = lambda text: None) -> None:
+        """`tell` gets a sentence for the user while a start waits for nodes."""
         self._timeout_s = cfg.startup_timeout_s
-        self._on_event = on_event
+        self._on_event, self._tell = on_event, tell
         self.pools: list[Pool] = []
 
     async def pool(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> Pool:
         """Starts replicas `role(name, *args, **kwargs)`. Returns when `cfg.min` of them are ready."""
-        limit = self._timeout_s
-        pool = await start_pool(role, cfg, *args, startup_timeout_s=limit, on_event=self._on_event, **kwargs)
-        self.pools.append(pool)
+        return await self.start(Pool(RayHost(role, cfg, *args, **kwargs), cfg, on_event=self._on_event))
+
+    async def start(self, pool: Pool) -> Pool:
+        """Starts a pool, and tells which of its replicas wait for a node, and for how long."""
+        telling = asyncio.create_task(self._tell_waits(pool))
+        try:
+            self.pools.append(await pool.start(self._timeout_s))
+        finally:
+            telling.cancel()
         return pool
+
+    async def _tell_waits(self, pool: Pool) -> None:
+        due_s = TELL_AFTER_S
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            waiting = pool.members.waiting
+            waited_s = max((time.monotonic() - replica.since for replica in waiting), default=0.0)
+            if waited_s >= due_s:
+                due_s = waited_s + TELL_EVERY_S
+                names = ", ".join(replica.name for replica in waiting)
+                verb = "waits" if len(waiting) == 1 else "wait"
+                limit = f"at most {self._timeout_s:g} s, ray.startup_timeout_s"
+                self._tell(f"{names} {verb} for a node with room: {waited_s:.0f} s so far ({limit})")
 
     def stop(self) -> None:
         """Ends all pools."""
@@ -71,7 +96,7 @@ class Starter:
         )
         host = RayHost(Generator, cfg, seed, make, updates=cfg.updates, max_response=max_response)
         generators = GeneratorPool(host, cfg, on_event=self._on_event, response_tokens=sampling.max_new_tokens)
-        self.pools.append(await generators.pool.start(self._timeout_s))
+        await self.start(generators.pool)
         return generators
 
     async def writers(

@@ -124,7 +124,7 @@ async def _train(
         append_record(directory / "pool-events.jsonl", {"time": time.time(), **asdict(event)})
         progress.pool(event)
 
-    start = Starter(cfg.ray, on_event=pool_changed)
+    start = Starter(cfg.ray, on_event=pool_changed, tell=progress.note)
     critic_digest = Journal(directory / "journal").identity.get("critic")
     learner = LearnerGroup(
         lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg, critic_digest=critic_digest),

@@ -123,7 +123,7 @@ async def _measure_scale(
     """Has the reference policy answer the prompts and the reward service score the answers; stores mean and standard
     deviation with the model."""
     write_scale(directory / "model", ScoreScale(chat=cfg.data.format == "chat"))
-    start, service = Starter(cfg.ray, on_event=progress.pool), _service(cfg, directory)
+    start, service = Starter(cfg.ray, on_event=progress.pool, tell=progress.note), _service(cfg, directory)
     longest = cfg.data.max_tokens + cfg.sampling.max_new_tokens
     generators, rewards = await asyncio.gather(
         start.generators(reference, cfg.generators, cfg.sampling, seed=cfg.seed, max_tokens=longest),

@@ -97,6 +97,12 @@ class Membership:
         return [replica for replica in self._replicas.values() if replica.state == "ready"]
 
     @property
+    def waiting(self) -> list[Replica]:
+        """The replicas without a node, while the run needs them: fewer than `min` are ready."""
+        needed = len(self.ready) < self._cfg.min
+        return [replica for replica in self._replicas.values() if needed and replica.state == "pending"]
+
+    @property
     def last_death(self) -> str:
         """Why the last dead replica died, in one line."""
         return death_reason(self._deaths.last_error)

@@ -14,8 +14,6 @@ import ray
 from ray._private import state as ray_state
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
-from actors.pool.membership import OnEvent
-from actors.pool.pool import Pool
 from actors.pool.ray_actor import actor
 from common.config.base import Pooled
 from common.daemon_threads import answer, in_daemon_thread
@@ -90,15 +88,3 @@ class RayHost:
             lost.__cause__ = error
             return lost
         return fetched.result()
-
-
-async def start_pool(
-    role: type,
-    cfg: Pooled,
-    *args: Any,
-    startup_timeout_s: float,
-    on_event: OnEvent = lambda event: None,
-    **kwargs: Any,
-) -> Pool:
-    """A pool of replicas `role(name, *args, **kwargs)`, named like Reward(0); returns when `cfg.min` are ready."""
-    return await Pool(RayHost(role, cfg, *args, **kwargs), cfg, on_event=on_event).start(startup_timeout_s)

@@ -164,7 +164,7 @@ class _Evaluation:
     @contextmanager
     def _starter(self) -> Iterator[Starter]:
         """Starts pools, and ends them at the end of the block, also after an error."""
-        start = Starter(self.cfg.ray, on_event=self.progress.pool)
+        start = Starter(self.cfg.ray, on_event=self.progress.pool, tell=self.progress.note)
         try:
             yield start
         finally:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from actors.pool.ray_actor import actor
-from actors.pool.ray_host import start_pool
 from actors.pool.roles import ReferencePool, RewardPool
 from actors.scoring.model_source import RewardModelSource
 from actors.scoring.reference import ReferencePolicy
@@ -36,6 +35,7 @@ from common.model.reward_head import ScoreScale, load_reward_model, save_reward_
 from common.types import Prompt, RewardInput, Rollout, RolloutRef, SampleId, Score
 from deploy.cluster.connection import cluster
 from tests.bench.results import Result
+from tests.ray_pools import start_pool
 
 MODEL = "embedded:smollm2-135m-instruct"
 REQUESTS, ROUNDS, IDLE_REQUESTS = 64, 3, 15

@@ -11,7 +11,6 @@ import pytest
 import ray
 
 from actors.pool.ray_actor import actor
-from actors.pool.ray_host import start_pool
 from common.config.base import RayConfig, Replicated
 from common.config.ppo import LearnerConfig
 from common.errors import RoleError, UserError
@@ -20,6 +19,7 @@ from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
 from deploy.run.log import RunLog
 from learner.ranks.group import LearnerGroup
+from tests.ray_pools import start_pool
 
 pytestmark = pytest.mark.ray
 

@@ -14,10 +14,10 @@ import ray
 from ray._private.internal_api import memory_summary
 
 from actors.pool.pool import Pool
-from actors.pool.ray_host import start_pool
 from actors.pool.replica import PoolEvent
 from common.config.base import Replicated
 from common.errors import EngineDeadError, RoleError
+from tests.ray_pools import start_pool
 
 pytestmark = pytest.mark.ray
 
