@@ -100,24 +100,19 @@ def session(
     first renames the old run. Call it once nothing can refuse the run any more.
 
     Each of `phases` lists, for a config, the processes that run at the same time in one phase of the run. Raises
-    UserError, with the smallest change that fits, if the processes of a phase do not fit the cluster.
+    UserError, with the smallest change that fits, if the processes of a phase do not fit the cluster. Some may wait for
+    nodes of an autoscaler.
     """
     ray, starts = cfg.ray, named_address(cfg.ray) is None
     if starts:  # the object stores of a running cluster already have their sizes
         ray = sized(ray, [need.store for processes in phases(cfg) for need in processes])
-
-    def at_once(cfg: AnyConfig) -> Phases:
-        """The processes that must find room now. Others may wait for nodes that an autoscaler adds: a pool waits for
-        room, ranks do not."""
-        waits = ray.autoscaler and not starts
-        return [[need for need in processes if need.section == "learner" or not waits] for processes in phases(cfg)]
 
     log = owned.log
     with cluster(ray, owned.directory) as nodes, role_output_to(log.write), log.python_warnings():
         # A run of an older version did not record the size of its micro-batches. It keeps that version's default.
         planner = Planner(
             without_stores(nodes) if starts else nodes,
-            at_once,
+            phases,
             trains=None if resume else trains,
             engines=trains,
             starts_stores=starts,

@@ -184,9 +184,9 @@ class RayConfig(Section):
     """HOST:PORT of a running cluster. --address overrides it; it overrides the variable RAY_ADDRESS. With none of them,
     or with local, a cluster is started on this machine, on loopback, and stopped at the end."""
     autoscaler: bool = False
-    """The running cluster has an autoscaler, which adds nodes for processes that wait for room. Only the learner's
-    ranks must then fit the nodes that exist when a run starts; other processes wait, up to startup_timeout_s. False: a
-    run is refused unless the fewest processes that it needs fit."""
+    """The running cluster has an autoscaler, which adds nodes for processes that wait for room. When a run starts, only
+    the learner's ranks, and processes that reserve neither CPUs nor GPUs, must then fit the nodes that exist; others
+    wait, up to startup_timeout_s. False: a run is refused unless the fewest processes that it needs fit."""
     object_store_mib: Positive | None = None
     """Shared memory of a cluster started here, MiB: must hold two versions of the weights and the rollouts. Left out:
     what these take, or 1024 if that is more."""

@@ -16,7 +16,7 @@ from common.memory import GIB, MIB
 from common.model.size import ModelSize
 from deploy.plan.needs import Need
 from deploy.plan.object_store import listed
-from deploy.plan.placement import Node, NoRoom, Placement, gpu_share, place
+from deploy.plan.placement import Node, NoRoom, Placement, gpu_share
 
 
 def engine_needs_gpu() -> bool:
@@ -54,55 +54,58 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
         )
 
 
-def check_fits(wanted: Sequence[Need], nodes: Sequence[Node]) -> None:
-    """Raises UserError if a process finds no room."""
-    check_placed(place(wanted, nodes))
-
-
-def check_placed(placement: Placement) -> None:
-    """Raises UserError unless every process has a place."""
-    if (why := refusal(placement)) is not None:
-        raise UserError(why)
-
-
 def refusal(placement: Placement) -> str | None:
-    """The reason why the processes do not fit, with a remedy. None if they do."""
+    """The reason why the processes do not fit. None if they do. It names no change: the planner does, because a change
+    that helps this process may take the room of another."""
     if placement.no_room:
         return _refusal(placement.no_room[0], placement)
     if placement.lender_missing:
         return (
-            "no engine is on the learner's GPU, so none can lend it memory (generators.sleep): choose learner.gpus, "
-            "generators.gpus and reference.gpus so that learner and engine get one GPU, or set generators.sleep = false"
+            "no engine is on the learner's GPU, so none can lend it memory (generators.sleep): learner and engine must "
+            "share one GPU"
         )
     return None
 
 
 def _refusal(missing: NoRoom, placement: Placement) -> str:
-    """The message that no node has room for a process, with a setting to change for every resource that is short."""
+    """The message that no node has room for a process, with every resource that is short."""
     need, nodes, wanted = missing.need, placement.nodes, placement.needs
-    section = need.section
-    remedies = (
-        f"lower {section}.cpus or the number of processes",
-        f"lower {section}.gpus, or set it to 0 to run on the CPU",
-        f"use a smaller model, fewer {section} processes, or smaller caches and micro-batches",
-        _gpu_memory(need, nodes),
-        f"its node's object store must have room for {listed(need.store)}: start the nodes with ray start "
-        f"--object-store-memory={sum(need.store.values())} or more, lower buffer_mib or rollouts_per_step, or use a "
-        "smaller model",
-        f"nodes with the Ray label {_listed_labels(need)} must have room ({section}.labels): start them with "
-        "ray start --labels, or leave the setting out",
-    )
-    # A resource is short if every node lacks it. If there is none, each that some node lacks is named.
-    lacking = list(zip(remedies, zip(*missing.lacking, strict=True)))
-    short = [remedy for remedy, lacks in lacking if all(lacks)] or [remedy for remedy, lacks in lacking if any(lacks)]
-    short = short or list(remedies[:3])  # there is no node
     takes, all_take = (f"{_total(rows)} of memory" for rows in ([need], wanted))
     if need.device:
         takes += f", and {sum(need.device.values()) / GIB:.1f} GiB on each GPU"
-    return (
-        f"no node has room for {need.name}, which takes {takes}: the run takes {all_take} in all, "
-        f"the cluster of {len(nodes)} node(s) has {_total(nodes)} of memory free; {'; '.join(short)}; or add a node"
+    return "; ".join(
+        [
+            f"no node has room for {need.name}, which takes {takes}: the run takes {all_take} in all, "
+            f"the cluster of {len(nodes)} node(s) has {_total(nodes)} of memory free",
+            *_short(missing, nodes),
+            *([_adds_none(need)] if placement.autoscaler else []),
+        ]
     )
+
+
+def _short(missing: NoRoom, nodes: Sequence[Node]) -> Sequence[str]:
+    """What is short: resources that every node lacks. If there is none, each that some node lacks."""
+    if not nodes:
+        return ["there is no node"]
+    need, by_resource = missing.need, list(zip(*missing.lacking, strict=True))
+    counts, have = (all, "every node has") if any(map(all, by_resource)) else (any, "some nodes have")
+    facts = (
+        f"{have} too few free CPUs",
+        f"{have} {'too little of a GPU' if 0 < need.gpus < 1 else 'too few GPUs'} free",
+        f"{have} too little free memory",
+        _gpu_memory(need, nodes),
+        f"its node's object store must have room for {listed(need.store)}, which ray start "
+        f"--object-store-memory={sum(need.store.values())} gives it",
+        f"only nodes with the Ray label {_listed_labels(need)} may have it ({need.section}.labels), which ray start "
+        "--labels gives them",
+    )
+    return [fact for fact, lacks in zip(facts, by_resource, strict=True) if counts(lacks)]
+
+
+def _adds_none(need: Need) -> str:
+    """Why it does not wait for a node of the autoscaler."""
+    why = "ranks must find room when they start" if need.section == "learner" else "it reserves neither CPUs nor GPUs"
+    return f"the autoscaler adds no node for it, because {why}"
 
 
 def _listed_labels(need: Need) -> str:

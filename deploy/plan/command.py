@@ -24,7 +24,7 @@ from deploy.plan.models import policy_size, scoring_models
 from deploy.plan.needs import Phases, ScoringModel, needs
 from deploy.plan.object_store import LEAST_MIB, sized
 from deploy.plan.placement import Node
-from deploy.plan.plan import Plan, make_plan
+from deploy.plan.plan import Plan
 from deploy.plan.planner import Planner, without_stores
 from deploy.plan.step import Typical, plan_step
 from deploy.plan.step_table import seconds_tables, traffic_table
@@ -78,8 +78,9 @@ def run_plan(cfg: Config, described: Described, *, typical: Typical | None = Non
         check_engine_build(cfg.generators)
     store = 0 if joins(described, cfg.ray) else store_mib(cfg, models)  # running stores have their sizes
     with machines(described, cfg.ray, store) as nodes:
-        plan = make_plan(cfg, nodes, models.phases, trains=models.policy)
-    remedy = None if plan.fits else models.planner(cfg, described, nodes).remedy(cfg)
+        planner = models.planner(cfg, described, nodes)
+    plan = planner.plan(cfg)
+    remedy = None if plan.fits else planner.remedy(cfg)
     sections = plan_sections(plan, models, typical, remedy)
     if as_json:
         print(json.dumps({section.key: section.data for section in sections}, indent=2))
@@ -141,6 +142,7 @@ def _memory(plan: Plan[Config]) -> Section:
             "name": need.name,
             "section": need.section,
             "node": places[need.name].node if need.name in places else None,
+            "waits_for_a_node": need in placement.waiting,
             "gpus": list(places[need.name].gpus) if need.name in places else [],
             "cpus": need.cpus,
             "gpu_share": need.gpus,
@@ -186,4 +188,11 @@ def _step(plan: Plan[Config], models: Models, typical: Typical) -> list[Section]
 
 def _verdict(plan: Plan[Config]) -> Section:
     verdict = "[bold green]It fits.[/]" if plan.fits else f"[bold red]It does not fit:[/] {plan.refusal}"
-    return Section("verdict", {"fits": plan.fits, "why_not": plan.refusal}, [verdict])
+    waiting = [need.name for need in plan.waiting]
+    if plan.fits and waiting:
+        verdict = (
+            f"[bold green]The run starts.[/] It then waits until the autoscaler has added nodes for "
+            f"{', '.join(waiting)}, for at most {plan.cfg.ray.startup_timeout_s:g} s (ray.startup_timeout_s)."
+        )
+    data = {"fits": plan.fits, "why_not": plan.refusal, "waits_for_a_node": waiting}
+    return Section("verdict", data, [verdict])

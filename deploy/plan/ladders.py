@@ -77,6 +77,16 @@ def _smaller_share(section: str) -> Values:
     return values
 
 
+def _brings_node(section: str) -> Values:
+    """An autoscaler adds nodes only for processes that reserve something."""
+
+    def values(given: Given) -> Iterator[Settings]:
+        if given.get("ray.autoscaler") and given.get(f"{section}.cpus") == given.get(f"{section}.gpus") == 0:
+            yield {f"{section}.cpus": 1}
+
+    return values
+
+
 def _on_cpu(section: str) -> Values:
     def values(given: Given) -> Iterator[Settings]:
         if given.get(f"{section}.gpus"):
@@ -188,9 +198,11 @@ def _shorter_responses(given: Given) -> Iterator[Settings]:
 
 
 SERVICES = {"reference": "the reference", "reward": "the reward process", "labeller": "the labeller"}
-ROLES = {"learner": "the learner", "generators": "each engine", **SERVICES}
+REPLICATED = {"generators": "each engine", **SERVICES}
+ROLES = {"learner": "the learner", **REPLICATED}
 LADDERS: list[tuple[str, Values]] = [
     # The same gradient and the same samples.
+    *((f"the autoscaler adds a node for {role}", _brings_node(section)) for section, role in REPLICATED.items()),
     *((f"{role} gets more of its GPU", _larger_share(section)) for section, role in ROLES.items()),
     *((f"{role} gets less of its GPU", _smaller_share(section)) for section, role in SERVICES.items()),
     ("the reference scores in smaller passes", _reference_passes),

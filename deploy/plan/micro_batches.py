@@ -16,11 +16,9 @@ from actors.generation.kv_cache import USABLE
 from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from common.config.training import CPU_TOKENS, GPU_TOKENS
-from common.errors import UserError
 from common.model.size import ModelSize
-from deploy.plan.capacity import check_fits
 from deploy.plan.needs import Phases
-from deploy.plan.placement import Node
+from deploy.plan.placement import Node, place
 
 Trains = TypeVar("Trains", Config, RewardTrainingConfig)
 
@@ -61,8 +59,4 @@ def ranks_fit(phases: Phases, nodes: Sequence[Node]) -> bool:
     """True if the estimate of every rank fits its share, less the part that an engine leaves free, too: micro-batches
     of changing sizes leave gaps in the memory of a GPU."""
     ranks = [need for processes in phases for need in processes if "activations" in need.device]
-    try:
-        check_fits(ranks, [replace(node, gpu_memory=int(USABLE * node.gpu_memory)) for node in nodes])
-    except UserError:
-        return False
-    return True
+    return place(ranks, [replace(node, gpu_memory=int(USABLE * node.gpu_memory)) for node in nodes]).fits

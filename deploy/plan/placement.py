@@ -56,30 +56,45 @@ class Placement:
     places: Sequence[Place]
     no_room: Sequence[NoRoom]
     lender_missing: bool = False  # no engine is on the GPU of a learner that counts on an engine's share
+    waiting: Sequence[Need] = ()  # without room now: each waits for a node of the autoscaler
+    autoscaler: bool = False  # nodes are added for processes that bring them
 
     @property
     def fits(self) -> bool:
-        """True if every process has a place."""
+        """True if every process has a place, or waits for a node."""
         return not self.no_room and not self.lender_missing
 
     @property
     def needs(self) -> list[Need]:
         """All processes, with and without a place."""
-        return [place.need for place in self.places] + [missing.need for missing in self.no_room]
+        return [*(place.need for place in self.places), *(missing.need for missing in self.no_room), *self.waiting]
 
 
-def place(wanted: Sequence[Need], nodes: Sequence[Node]) -> Placement:
-    """Places the processes: largest first, each goes to the first node that has room."""
+def place(wanted: Sequence[Need], nodes: Sequence[Node], *, autoscaler: bool = False) -> Placement:
+    """Places the processes: largest first, each goes to the first node that has room. With an `autoscaler`, those that
+    bring nodes come last, and wait if they find no room."""
     rooms = [_Room.of(node) for node in nodes]
-    places, no_room = [], []
-    for need in sorted(wanted, key=lambda n: (-n.gpus, -n.memory, -n.cpus)):
+    places, no_room, waiting = [], [], []
+
+    def waits(need: Need) -> bool:
+        return autoscaler and brings_node(need)
+
+    for need in sorted(wanted, key=lambda n: (waits(n), -n.gpus, -n.memory, -n.cpus)):
         lacking = [room.lacks(need) for room in rooms]
         chosen = next((index for index, lacks in enumerate(lacking) if not any(lacks)), None)
-        if chosen is None:
-            no_room.append(NoRoom(need, lacking))
-        else:
+        if chosen is not None:
             places.append(Place(need, chosen, rooms[chosen].take(need)))
-    return Placement(nodes, places, no_room, any(room.lenders_missing() for room in rooms))
+        elif waits(need):
+            waiting.append(need)
+        else:
+            no_room.append(NoRoom(need, lacking))
+    return Placement(nodes, places, no_room, any(room.lenders_missing() for room in rooms), waiting, autoscaler)
+
+
+def brings_node(need: Need) -> bool:
+    """True if an autoscaler adds a node for this process, and the run waits for it. A pool waits for room, ranks do
+    not. Ray starts a process that reserves neither CPUs nor GPUs at once, whatever memory is free."""
+    return need.section != "learner" and (need.cpus > 0 or need.gpus > 0)
 
 
 @dataclass

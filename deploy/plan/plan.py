@@ -15,7 +15,7 @@ from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.model.size import ModelSize
 from deploy.plan.capacity import refusal
 from deploy.plan.micro_batches import with_micro_batches
-from deploy.plan.needs import Phases
+from deploy.plan.needs import Need, Phases
 from deploy.plan.placement import Node, Placement, place
 
 AnyConfig = TypeVar("AnyConfig", Config, RewardTrainingConfig, PairSamplingConfig)
@@ -32,8 +32,13 @@ class Plan(Generic[AnyConfig]):
 
     @property
     def fits(self) -> bool:
-        """True if the processes of every phase have places."""
+        """True if the processes of every phase have places, or wait for nodes of the autoscaler."""
         return all(placement.fits for placement in self.placements)
+
+    @property
+    def waiting(self) -> Sequence[Need]:
+        """The processes that wait for a node in the first phase that has any."""
+        return next((placement.waiting for placement in self.placements if placement.waiting), ())
 
     @property
     def refusal(self) -> str | None:
@@ -42,11 +47,17 @@ class Plan(Generic[AnyConfig]):
 
 
 def make_plan(
-    cfg: AnyConfig, nodes: Sequence[Node], phases: Callable[[AnyConfig], Phases], *, trains: ModelSize | None = None
+    cfg: AnyConfig,
+    nodes: Sequence[Node],
+    phases: Callable[[AnyConfig], Phases],
+    *,
+    trains: ModelSize | None = None,
+    autoscaler: bool = False,
 ) -> Plan[AnyConfig]:
     """Plans a command on these nodes. Each of `phases` lists, for a config, the processes that run at the same time.
-    `trains`: the model whose micro-batches get a size if the config leaves it out."""
+    `trains`: the model whose micro-batches get a size if the config leaves it out. `autoscaler`: nodes are added for
+    processes that bring them."""
     if trains is not None and not isinstance(cfg, PairSamplingConfig):
         cfg = with_micro_batches(cfg, trains, nodes, phases)
     processes = phases(cfg)
-    return Plan(cfg, nodes, processes, [place(phase, nodes) for phase in processes])
+    return Plan(cfg, nodes, processes, [place(phase, nodes, autoscaler=autoscaler) for phase in processes])

@@ -41,7 +41,8 @@ class Planner(Generic[AnyConfig]):
 
     def plan(self, cfg: AnyConfig) -> Plan[AnyConfig]:
         """The plan of a config. Raises UserError for one that no machine could run."""
-        return make_plan(cfg, self._with_stores(cfg), self.phases, trains=self.trains)
+        autoscaler = cfg.ray.autoscaler and not self.starts_stores  # that of a running cluster
+        return make_plan(cfg, self._with_stores(cfg), self.phases, trains=self.trains, autoscaler=autoscaler)
 
     def fits(self, cfg: AnyConfig) -> bool:
         """True if the config has a plan that fits."""

@@ -59,7 +59,7 @@ def plan_step(plan: Plan[Config], model: ModelSize, typical: Typical) -> tuple[S
         {**own, **find_rates(typical.rates)},
         lengths=typical.lengths(cfg),
         cache_bytes=_cache_bytes(cfg, model, nodes),
-        cores=sum(node.cpus for node in nodes),
+        cores=sum(node.cpus for node in nodes) + sum(need.cpus for need in plan.waiting),
         gpus=one_gpu(placement),
     )
     return seconds, traffic(cfg, model, homes(placement), lengths=typical.lengths(cfg))

@@ -158,8 +158,9 @@ def _with(tree: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def _fits(plan: Plan[Config], planner: Planner[Config]) -> bool:
-    """True if the plan fits, and ranks on a GPU leave the part free that an engine leaves free, too."""
-    return plan.fits and ranks_fit(planner.phases(plan.cfg), plan.nodes)
+    """True if the plan fits these machines without further nodes, and ranks on a GPU leave the part free that an engine
+    leaves free, too."""
+    return plan.fits and not plan.waiting and ranks_fit(planner.phases(plan.cfg), plan.nodes)
 
 
 def _is_good(cfg: Config, model: ModelSize, machines: Machines) -> bool:

@@ -33,11 +33,16 @@ def who_runs_where(placement: Placement) -> Table:
         for places in _same_role(on_it):
             table.add_row(*_process_row(places, node))
         table.add_row(*_free_row(node, on_it))
-    if placement.no_room:
-        table.add_section()
-        table.add_row("[bold red]no room[/]", "", "", "", "")
-        for missing in placement.no_room:
-            table.add_row(*_process_row([Place(missing.need, -1)], None))
+    without = {
+        "[bold red]no room[/]": [missing.need for missing in placement.no_room],
+        "[bold yellow]waits for a node[/]": placement.waiting,
+    }
+    for heading, needs in without.items():
+        if needs:
+            table.add_section()
+            table.add_row(heading, "", "", "", "")
+        for places in _same_role([Place(need, -1) for need in needs]):
+            table.add_row(*_process_row(places, None))
     return table
 
 

@@ -13,7 +13,7 @@ from math import ceil
 from common.config.ppo import Config
 from common.memory import BYTES_PER_TOKEN
 from common.model.size import ModelSize
-from deploy.plan.placement import Placement
+from deploy.plan.placement import Place, Placement
 from deploy.plan.work import Lengths, published_bytes, update
 
 INLINE = 100 * 1024  # bytes; Ray sends smaller results of calls with the answer, through the process that called
@@ -23,9 +23,10 @@ Homes = Mapping[str, Sequence[int]]  # by section of the config: the node of eac
 
 
 def homes(placement: Placement) -> Homes:
-    """The nodes of all processes that have a place."""
+    """The nodes of all processes that have a place. A process that waits for a node gets one of its own."""
+    waiting = [Place(need, len(placement.nodes) + index) for index, need in enumerate(placement.waiting)]
     found: dict[str, list[int]] = {}
-    for place in sorted(placement.places, key=lambda p: (len(p.need.name), p.need.name)):  # ...(9) before ...(10)
+    for place in sorted([*placement.places, *waiting], key=lambda p: (len(p.need.name), p.need.name)):  # (9), (10)
         found.setdefault(place.need.section, []).append(place.node)
     return found
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 from common.config.base import ModelConfig
+from common.errors import UserError
 from common.memory import GIB
 from common.model.size import ModelSize
+from deploy.plan.capacity import refusal
 from deploy.plan.models import policy_size
 from deploy.plan.needs import needs
-from deploy.plan.placement import Node
+from deploy.plan.placement import Node, place
 from deploy.plan.planner import Planner
 
 QWEN = {
@@ -79,6 +81,12 @@ def model_directory(directory, name):
 
 def size_of(directory, name) -> ModelSize:
     return policy_size(ModelConfig(path=str(model_directory(directory / name, name))))
+
+
+def check_fits(wanted, nodes):
+    """Raises UserError, with the reason, if a process finds no room."""
+    if (why := refusal(place(wanted, nodes))) is not None:
+        raise UserError(why)
 
 
 def planner(model, nodes) -> Planner:

@@ -71,6 +71,15 @@ def test_the_named_change_fits_and_no_earlier_one_does(model, sections, nodes, s
         assert found is None or not here.fits(found), earlier
 
 
+def test_a_process_that_would_bring_no_node_reserves_a_core():
+    small = node(cpus=4, gib=1)
+    cfg = Config.model_validate(tree(reference={"gpus": 0}, ray={"autoscaler": True}, learner={"cpus": 1}))
+    here = replace(planner(SMALL, [replace(small, memory=4 * GIB)]), starts_stores=False)
+    assert [need.section for need in here.plan(cfg).placements[0].waiting] == ["generators"]
+    assert not here.fits(cfg)
+    assert here.remedy(cfg).startswith("the smallest change that fits: reference.cpus=1 (the autoscaler adds a node")
+
+
 def test_the_engine_gives_the_learner_a_part_of_its_share():
     sections = {"learner": {"gpus": 0.3, "lora": {}, "micro_batch_tokens": 8192}, "generators": {"gpus": 0.7}}
     cfg, here = Config.model_validate(tree(**sections, max_staleness=0)), planner(LLAMA_2_7B, [node(1, 40)])
@@ -167,7 +176,11 @@ def test_every_ladder_changes_settings_that_exist():
     several = Config.model_validate(tree(**sections))
     ranks = Config.model_validate(tree(learner={"ranks": 4, "gpus": 1, "min_ranks": 2}))
     labeller = PairSamplingConfig.model_validate({"prompts": {"source": "t"}, "labeller": sections["reward"]})
-    found = [changes(cfg, QWEN_1_5B) for cfg in (several, ranks, labeller)]
+    nothing, ray = {"cpus": 0, "gpus": 0}, {"autoscaler": True}
+    waits = tree(ray=ray, generators=nothing, reference=nothing, reward={**nothing, "sources": [source]})
+    labels = {"prompts": {"source": "t"}, "labeller": {**nothing, "sources": [source]}, "ray": ray}
+    added = [Config.model_validate(waits), PairSamplingConfig.model_validate(labels)]
+    found = [changes(cfg, QWEN_1_5B) for cfg in (several, ranks, labeller, *added)]
     keys = {key for ladders in found for ladder in ladders for change in ladder for key in change.settings}
     known = {setting.key for root in (Config, PairSamplingConfig) for setting in describe(root)}
     assert {key.replace(".0.", "[].") for key in keys} <= known

@@ -1,18 +1,22 @@
 """`ratchet plan`: its tables, its JSON object and its exit codes. Nothing starts, and no model has weights."""
 
 import json
+import re
 from contextlib import nullcontext
 
 import pytest
 from transformers import LlamaConfig
 
+import deploy.session
 from common.errors import UserError
 from common.memory import GIB, MIB
 from deploy.cli import main
-from deploy.plan.command import run_plan
+from deploy.plan.command import Models, run_plan
 from deploy.plan.machines import SYSTEM, Described
 from deploy.plan.placement import Node
+from deploy.plan.planner import Planner
 from deploy.plan.table import numbers
+from deploy.run.directory import run_owner
 from tests.fakes import tiny_config
 
 
@@ -80,7 +84,7 @@ def test_json_has_the_place_and_the_parts_of_every_process(model, tmp_path, caps
     path = write(tmp_path / "run.toml", **ROLES)
     code, shown = plan(capsys, monkeypatch, path, f"model.path={model}", *CLUSTER, "--json")
     found = json.loads(shown)
-    assert (code, found["verdict"]) == (0, {"fits": True, "why_not": None})
+    assert (code, found["verdict"]) == (0, {"fits": True, "why_not": None, "waits_for_a_node": []})
     processes = {process["name"]: process for process in found["placement"]["processes"]}
     assert {name: (p["node"], p["gpus"]) for name, p in processes.items()} == {
         **{f"Generator({i})": (0, [i]) for i in range(4)},
@@ -188,3 +192,52 @@ def test_a_running_cluster_has_its_stores_whatever_the_config_says(model, capsys
     monkeypatch.setattr("deploy.plan.command.machines", lambda described, ray, store_mib: nullcontext([node]))
     assert run_plan(cfg, Described()) == 0
     assert "It fits." in capsys.readouterr().out
+
+
+GROWING = {"address": "h:1", "autoscaler": True, "object_store_mib": None}
+
+
+@pytest.mark.parametrize("autoscaler", [True, False])
+@pytest.mark.parametrize("section", ["generators", "reference", "reward", "learner"])
+def test_plan_and_train_decide_the_same(section, autoscaler, model, tmp_path, capsys, monkeypatch):
+    """On the same cluster, for every role, with an autoscaler and without one."""
+    monkeypatch.setattr("deploy.plan.command.check_engine_build", lambda cfg: None)
+    monkeypatch.setattr(Planner, "remedy", lambda *args, **kwargs: "a remedy")
+    others = {"learner": {"cpus": 1}, "generators": {"cpus": 1}}
+    found = []
+    for node in (Node("n", 4, 1, 64 * GIB, 80 * GIB), Node("n", 2, 0, 64 * GIB)):
+        for resources in ({"cpus": 0}, {"cpus": 3}, {"gpus": 1, "cpus": 0}):
+            cfg = tiny_config(str(model), ray={**GROWING, "autoscaler": autoscaler}, **{**others, section: resources})
+            monkeypatch.setattr("deploy.plan.command.machines", lambda *args, node=node: nullcontext([node]))
+            monkeypatch.setattr(deploy.session, "cluster", lambda *args, node=node: nullcontext([node]))
+            code, models = run_plan(cfg, Described(), as_json=True), Models.of(cfg)
+            shown = json.loads(capsys.readouterr().out)
+            verdict, waiting = shown["verdict"], shown["verdict"]["waits_for_a_node"]
+            assert waiting == [p["name"] for p in shown["placement"]["processes"] if p["waits_for_a_node"]]
+            refused = nullcontext() if code == 0 else pytest.raises(UserError, match=re.escape(verdict["why_not"]))
+            with (
+                run_owner(tmp_path / "run") as owned,
+                refused,
+                deploy.session.session(cfg, "train", owned, models.phases, trains=models.policy),
+            ):
+                pass
+            found.append("waits" if waiting else "starts" if code == 0 else "refused")
+    lacks = "waits" if autoscaler and section != "learner" else "refused"
+    three = "starts" if section in others else lacks  # cores next to learner and engine, which have one each
+    assert found == ["starts", three, "starts", "starts", lacks, lacks]
+
+
+def test_processes_that_wait_for_nodes_are_shown(model, capsys, monkeypatch):
+    cfg = tiny_config(str(model), ray=GROWING, generators={"min": 2, "cpus": 9}, reference={"cpus": 9})
+    monkeypatch.setattr(
+        "deploy.plan.command.machines", lambda described, ray, store_mib: nullcontext([Node("n", 8, 0, 64 * GIB)])
+    )
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run_plan(cfg, Described()) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"waits for a node .*Generator 0-1.*ReferencePolicy\(0\)", shown)
+    waits = "waits until the autoscaler has added nodes for Generator(0), Generator(1), ReferencePolicy(0), for at most"
+    assert f"The run starts. It then {waits}" in shown
+    assert "a step" in shown  # its seconds, and the data that travels to the new nodes
+    assert run_plan(cfg, Described(cpus=8, memory=64)) == 1  # no cluster: all of it must fit these machines
+    assert "It does not fit: no node has room for Generator(0)" in " ".join(capsys.readouterr().out.split())

@@ -8,10 +8,10 @@ from common.config.ppo import Config
 from common.config.reward_model import RewardTrainingConfig
 from common.errors import UserError
 from common.memory import GIB
-from deploy.plan.capacity import check_fits
 from deploy.plan.micro_batches import with_micro_batches
 from deploy.plan.needs import needs, trainer_needs
 from deploy.plan.placement import Node
+from tests.deploy.plan.shapes import check_fits
 from tests.deploy.plan.test_capacity import H100, LLAMA_2_7B, MODEL
 from tests.fakes import QWEN_1_5B
 

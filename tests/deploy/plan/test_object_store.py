@@ -8,10 +8,10 @@ from common.config.base import RayConfig
 from common.config.ppo import Config
 from common.errors import UserError
 from common.memory import MIB
-from deploy.plan.capacity import check_fits
 from deploy.plan.needs import needs, service_needs
 from deploy.plan.object_store import generator_store, learner_store, sized
 from deploy.plan.placement import Node
+from tests.deploy.plan.shapes import check_fits
 from tests.deploy.plan.test_capacity import MODEL
 
 REWARDS = {"sources": [{"name": "s", "function": "m:f"}]}

@@ -41,4 +41,22 @@ def test_a_role_with_labels_goes_only_to_nodes_that_have_them():
     second = place([asks, replace(asks, name="second")], nodes)
     assert not second.fits
     message = refusal(second)
-    assert "nodes with the Ray label group=g must have room (generators.labels): start them with ray start" in message
+    assert "only nodes with the Ray label group=g may have it (generators.labels), which ray start --labels" in message
+
+
+def test_with_an_autoscaler_processes_that_reserve_something_wait_for_nodes():
+    """Ranks are placed first, and need room. Ray starts what reserves nothing at once."""
+    rank = need("Learner(0)", gpus=0.5, memory=4, section="learner")
+    engine, service = need("Generator(0)", gpus=1, memory=1), need("Reward(0)", memory=5, section="reward")
+    nodes = [Node("a", 4, 1, 10)]
+    placement = place([engine, rank, service], nodes, autoscaler=True)
+    assert where(placement) == {"Learner(0)": (0, (0,)), "Reward(0)": (0, ())}
+    assert (placement.fits, placement.waiting, placement.no_room) == (True, [engine], [])
+    assert {n.name for n in placement.needs} == {"Learner(0)", "Generator(0)", "Reward(0)"}
+    assert not place([engine, rank, service], nodes).fits
+    assert where(place([engine, service], nodes, autoscaler=True)) == {"Generator(0)": (0, (0,)), "Reward(0)": (0, ())}
+    for lacks, why in ((replace(rank, gpus=2), "ranks must find room when"), (service, "it reserves neither CPUs nor")):
+        without = place([lacks], [Node("a", 4, 1, 4)], autoscaler=True)
+        assert (without.fits, without.waiting) == (False, [])
+        assert f"; the autoscaler adds no node for it, because {why}" in refusal(without)
+    assert place([replace(service, cpus=1)], [Node("a", 4, 1, 4)], autoscaler=True).fits
