@@ -32,6 +32,12 @@ def other_bytes(cfg: GeneratorsConfig, model: ModelSize) -> int:
     return CONTEXT_AND_GRAPHS + max(step, logits)
 
 
+def free_share_at_start(cfg: GeneratorsConfig, *, device_memory: int) -> float:
+    """The share of a device that must be free when an engine starts, of `device_memory` bytes in all. CUDA's context is
+    there already. So an engine whose neighbours fill their shares is not refused."""
+    return max(0.01, min(cfg.gpus, USABLE) - CONTEXT_AND_GRAPHS / device_memory)
+
+
 def kv_cache_bytes(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int, device_memory: int) -> int:
     """Bytes of the KV cache on each device. `device_memory` is the total memory of one device. Without
     `generators.kv_cache_mib` the cache gets the rest of the engine's share after its weights and `other_bytes`. Raises

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from actors.generation.kv_cache import kv_cache_bytes
+from actors.generation.kv_cache import free_share_at_start, kv_cache_bytes
 from common.config.actors import NEEDS_CPU, NEEDS_GPU, GeneratorsConfig, SamplingConfig
 from common.errors import UserError
 from common.model.size import model_size
@@ -85,6 +85,7 @@ def engine_args(
 ) -> EngineArgs:
     """vLLM's settings for exact versions, exact log-probabilities and weights that change."""
     on_cpu = current_platform.is_cpu()
+    device_memory = 0 if on_cpu else current_platform.get_device_total_memory()
     if (cfg.gpus == 0) != on_cpu:
         raise UserError(NEEDS_CPU if on_cpu else NEEDS_GPU)
     return EngineArgs(
@@ -106,10 +107,10 @@ def engine_args(
             cfg,
             model_size(model),
             max_tokens=max_model_len,
-            device_memory=0 if on_cpu else current_platform.get_device_total_memory(),
+            device_memory=device_memory,
         ),
         # vLLM only checks at the start that this share of the memory is free: the cache's size is given above.
-        gpu_memory_utilization=min(0.9, cfg.gpus) or 0.9,
+        gpu_memory_utilization=0.9 if on_cpu else free_share_at_start(cfg, device_memory=device_memory),
         enable_sleep_mode=sleeps,
         enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
         # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from actors.generation.kv_cache import kv_cache_bytes
+from actors.generation.kv_cache import free_share_at_start, kv_cache_bytes
 from common.config.actors import GeneratorsConfig
 from common.errors import UserError
+from common.model.size import CONTEXT
 from tests.fakes import QWEN_1_5B
 
 GIB = 1 << 30
@@ -56,3 +58,13 @@ def test_a_share_that_holds_no_sequence_is_refused():
         "and what is left must hold at least one sequence of 10000 tokens, 274 MiB; raise generators.gpus or "
         "generators.tensor_parallel"
     )
+
+
+@pytest.mark.parametrize("gib", [16, 24, 40, 80, 141])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.89, 0.9, 0.91, 0.92, 0.95, 1])
+def test_an_engine_starts_next_to_neighbours_that_fill_their_shares(share, gib):
+    """vLLM refuses to start if less than its share is free once its own CUDA context is there."""
+    asked = math.ceil(gib * GIB * free_share_at_start(GeneratorsConfig(gpus=share), device_memory=gib * GIB))
+    assert asked <= share * gib * GIB - CONTEXT
+    # Less than a share that is too small for the context and the graphs is never asked for; otherwise all of it is.
+    assert asked >= min(share, 0.92) * gib * GIB - 2 * GIB
