@@ -26,6 +26,7 @@ from typing import Any
 
 from common.config.ppo import Config
 from common.errors import UserError
+from deploy.ending.exit_message import USERS_FAULT
 
 SHARED = "/shared"  # where every pod has the shared storage
 FILES = "/etc/ratchet"  # where the head has the config and the job's command
@@ -146,15 +147,31 @@ def config_of_job(cfg: Config) -> str:
 
 
 def start_script(values: Values) -> str:
-    """The job's command. KubeRay passes a job's command through a shell, so it is a file."""
+    """The job's command. KubeRay passes a job's command through a shell, so it is a file.
+
+    After a fault of the user the job stops itself: its status is then STOPPED, not FAILED, and KubeRay takes it as
+    complete. KubeRay sees no exit codes of jobs."""
     run, home = quote(str(values.run)), quote(str(values.directory))
     return (
         "# The first start begins the run; every other one continues it.\n"
-        f"mkdir -p {home} && cd {home} || exit 2\n"
-        f"if [ -e {run}/config.toml ]; then\n"
-        f"    exec ratchet train --resume {run} --restarts 3\n"
+        f"if mkdir -p {home} && cd {home}; then\n"
+        f"    if [ -e {run}/config.toml ]; then\n"
+        f"        ratchet train --resume {run} --restarts 3\n"
+        "    else\n"
+        f"        ratchet train {FILES}/config.toml --run {run} --restarts 3\n"
+        "    fi\n"
+        "    code=$?\n"
+        "else\n"
+        "    code=1\n"
         "fi\n"
-        f"exec ratchet train {FILES}/config.toml --run {run} --restarts 3\n"
+        "# KubeRay makes a new cluster after a job that failed, but not after one that was stopped. A fault of the\n"
+        "# input would be there again, so this job stops itself.\n"
+        f"if [ $code -eq {USERS_FAULT} ]; then\n"
+        '    id=$(printenv RAY_JOB_CONFIG_JSON_ENV_VAR | sed -n \'s/.*"job_submission_id": *"\\([^"]*\\)".*/\\1/p\')\n'
+        '    echo "The input is at fault (see above): this job stops, and is not tried again." >&2\n'
+        '    ray job stop --no-wait "$id" && sleep 60\n'
+        "fi\n"
+        "exit $code\n"
     )
 
 
@@ -186,7 +203,8 @@ def cluster(cfg: Config, values: Values) -> Object:
 
 
 def job(cfg: Config, values: Values) -> list[Object]:
-    """A RayJob, and the files of its head. After a failure KubeRay makes a new cluster, which continues the run."""
+    """A RayJob, and the files of its head. After a failure KubeRay makes a new cluster, which continues the run; not
+    after a fault of the user."""
     files = {"config.toml": config_of_job(cfg), "start.sh": start_script(values)}
     return [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": values.name}, "data": files},

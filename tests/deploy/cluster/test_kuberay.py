@@ -3,6 +3,7 @@ says."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tomllib
@@ -250,6 +251,22 @@ def test_the_job_begins_a_run_once_and_then_continues_it(written, tmp_path):
     run.mkdir(parents=True)
     (run / "config.toml").touch()
     assert start() == f"train --resume {run} --restarts 3\n"
+
+
+@pytest.mark.parametrize(("code", "stopped"), [(0, False), (1, False), (2, True), (137, False)])
+def test_only_a_fault_of_the_user_stops_the_job(written, tmp_path, code, stopped):
+    """KubeRay makes a new cluster after a job that FAILED, not after one that was STOPPED."""
+    for name, text in {"ratchet": f"exit {code}", "ray": f'echo "$@" >> {tmp_path}/stopped; exit 1'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = written["job"][0]["data"]["start.sh"].replace("/shared/", f"{tmp_path}/shared/")
+    job = {"runtime_env": {"env_vars": {"A": "b"}}, "metadata": {"job_name": "m", "job_submission_id": "mine-x7k2p"}}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
+    ended = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert ended.returncode == code  # Ray does not stop it here
+    found = (tmp_path / "stopped").read_text() if (tmp_path / "stopped").exists() else ""
+    assert found == ("job stop --no-wait mine-x7k2p\n" if stopped else "")
+    assert ("this job stops, and is not tried again" in ended.stderr) == stopped
 
 
 def test_the_jobs_config_differs_only_in_what_the_cluster_needs(written, tmp_path):
