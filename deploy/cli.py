@@ -117,8 +117,6 @@ def plan(
     """Show who would run where and what it takes. Exit code 0: it fits; 1: it does not; 2: wrong input."""
     if (suggest and as_json) or (out is not None and not suggest):
         raise UserError("--out goes with --suggest, and --json without it; leave one of them out")
-    if suggest and (rate or prompt_tokens or response_tokens):
-        raise UserError("--rate, --prompt-tokens and --response-tokens are for a plan; leave them out with --suggest")
     path = Path(config)
     given = with_address(settings, address)
     cfg = with_preset(preset, given, lambda settings: load_config(path, settings, Config))
@@ -133,12 +131,13 @@ def plan(
             "--address plans for a running cluster, and --nodes, --gpus, --gpu-memory, --cpus and --memory describe "
             "machines; give only one of them"
         )
+    typical = Typical(rate or (), prompt_tokens, response_tokens)
     if not suggest:
-        typical = Typical(rate or (), prompt_tokens, response_tokens)
         sys.exit(run_plan(cfg, described, typical=typical, as_json=as_json))
     tree = with_preset(preset, given, lambda settings: given_settings(path, settings))
     fixed = [setting.partition("=")[0] for setting in settings or []]
-    sys.exit(run_suggest(tree, described, f"ratchet {' '.join(' '.join(sys.argv[1:]).split())}", fixed=fixed, out=out))
+    title = f"ratchet {' '.join(' '.join(sys.argv[1:]).split())}"
+    sys.exit(run_suggest(tree, described, title, fixed=fixed, out=out, typical=typical))
 
 
 @app.command(epilog=epilog("train"))

@@ -20,7 +20,7 @@ from common.files import write_whole
 from common.model.size import ModelSize
 from deploy.plan.capacity import check_engine_build, check_kv_cache
 from deploy.plan.machines import Described, joins, machines
-from deploy.plan.models import policy_size, scoring_models
+from deploy.plan.models import policy_size, reward_model_sizes, scoring_models
 from deploy.plan.needs import Phases, ScoringModel, needs
 from deploy.plan.object_store import LEAST_MIB, sized
 from deploy.plan.placement import Node
@@ -93,20 +93,34 @@ def run_plan(cfg: Config, described: Described, *, typical: Typical | None = Non
 
 
 def run_suggest(
-    tree: Mapping[str, Any], described: Described, title: str, *, fixed: Collection[str] = (), out: Path | None = None
+    tree: Mapping[str, Any],
+    described: Described,
+    title: str,
+    *,
+    fixed: Collection[str] = (),
+    out: Path | None = None,
+    typical: Typical | None = None,
 ) -> int:
     """Prints a config with which the run of the given settings fits, or writes it to a new file. Returns the exit code:
     0 if there is one, 1 if not. `fixed`: keys that keep their values. Raises UserError."""
     if out is not None and out.exists():
         raise UserError(f"--out ({out}) exists already; name a new file")
     cfg = Config.model_validate(tree)
+    (typical or Typical()).check(cfg)
     models = Models.of(cfg)
     if described:
         described.check()
     with machines(described, cfg.ray, 0) as nodes:
         planner = models.planner(cfg, described, nodes)
     try:
-        found = suggest(tree, planner, models.policy, fixed)
+        found = suggest(
+            tree,
+            planner,
+            models.policy,
+            fixed,
+            reward_models=reward_model_sizes(cfg.reward.sources),
+            typical=typical,
+        )
     except DoesNotFit as error:
         print(error)
         return 1

@@ -1,12 +1,13 @@
-"""Ways to divide machines among learner, engines and services, best first. Runs in the driver; pure arithmetic.
+"""Ways to divide machines among learner, engines and services. Runs in the driver; pure arithmetic.
 
-A layout has the settings of one way, each with its reason. deploy/plan/suggest.py takes the first that fits.
+A layout has the settings of one way, each with its reason. deploy/plan/suggest.py takes the one with the fewest seconds
+of a step, of those that fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from deploy.plan.needs import Need
 from deploy.plan.placement import Node
 
 Layout = dict[str, tuple[Any, str]]  # value and reason of each setting; None: the setting is left out
-MANY_GPUS = 3  # from this many GPUs next to the learner's on, the services get one of their own
 PARTS = (1, 2, 4, 8)
+MOST_APART = 4  # GPUs for services alone, at most
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,17 @@ class Machines:
 
 
 def layouts(
-    cfg: Config, machines: Machines, model: ModelSize, needs: Callable[[Config], Sequence[Need]]
+    cfg: Config, machines: Machines, model: ModelSize, needs: Callable[[Config], Sequence[Need]], *, every: bool = True
 ) -> Iterator[Layout]:
-    """The layouts of a config on these machines. `needs`: the processes of the config, with all roles on GPUs."""
+    """The layouts of a config on these machines. `needs`: the processes of the config, with all roles on GPUs. Without
+    `every`, only powers of two as numbers of ranks: enough to find out whether any layout fits."""
     services = [] if cfg.learner.lora else ["reference"]
     if any(isinstance(source, ModelSourceConfig) for source in (*cfg.reward.sources, *cfg.evaluation.judges)):
         services.append("reward")
     if not machines.gpus:
         yield from _on_cpus(cfg, machines, model)
     elif machines.gpus > 1:
-        yield from _apart(machines, needs(cfg), services)
+        yield from _apart(machines, needs(cfg), services, every=every)
     else:
         found = (_in_turns(cfg, tokens, machines, needs, services) for tokens in sizes(model, machines.nodes))
         yield from filter(None, found)
@@ -89,44 +91,71 @@ def _on_cpus(cfg: Config, machines: Machines, model: ModelSize) -> Iterator[Layo
         yield layout | {"generators.kv_cache_mib": (cache, room)}
 
 
-def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str]) -> Iterator[Layout]:
-    """Whole GPUs for each rank and for each engine, which work at the same time. As many GPUs learn as the largest
-    power of two up to their half, or more if the state does not fit them; an engine has the fewest GPUs that hold its
-    weights."""
-    gpus = machines.gpus
-    half = 1 << int(math.log2(gpus // 2))
-    counts = [half << n for n in range(8)] + [half >> n for n in range(1, 8)]
-    for ranks in (n for n in counts if 1 <= n < gpus):
-        left = gpus - ranks
-        shares = {name: machines.share(_device(needs, name)) for name in services}
-        own = bool(services) and left >= MANY_GPUS
-        if own and sum(shares.values()) <= 100:  # nobody else uses the rest of that GPU
-            shares = {name: share + (100 - sum(shares.values())) // len(shares) for name, share in shares.items()}
-        for parts in PARTS:
-            engines = (left - own) // parts
-            engine_share = 100 if own or not services else 100 - sum(shares.values())
-            if engines < 1 or engine_share < 5 or (parts > 1 and engine_share < 100):
-                continue
-            layout: Layout = {
-                "max_staleness": (1, "engines and ranks have their own GPUs, so the next batch is written meanwhile"),
-                "learner.gpus": (1, "each rank has a GPU"),
-                "learner.ranks": (ranks, f"of {gpus} GPUs; weights, gradients and optimizer state are split over them"),
-                "generators.gpus": (
-                    parts if parts > 1 else engine_share / 100,
-                    "a whole engine" if engine_share == 100 else "what the services leave of a GPU",
-                ),
-                "generators.tensor_parallel": (
-                    parts,
-                    "one GPU holds the weights" if parts == 1 else f"the weights need {parts} GPUs",
-                ),
-                "generators.min": (engines, f"the other {engines * parts} GPU(s) generate"),
-                "generators.kv_cache_mib": (None, "the rest of the engine's share"),
-                "generators.sleep": (None, "engines have GPUs of their own and stay awake"),
-            }
-            for name, share in shares.items():
-                where = "on a GPU without an engine" if own else "next to an engine"
-                layout[f"{name}.gpus"] = (share / 100, f"{_gib(_device(needs, name))} GiB, {where}")
-            yield layout
+def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str], *, every: bool) -> Iterator[Layout]:
+    """Whole GPUs for each rank and for each engine, which work at the same time. Services have GPUs of their own, or a
+    share of each engine's, or of one engine's."""
+    shares = {name: machines.share(_device(needs, name)) for name in services}
+    state = sum(_part(needs, "learner", name) for name in ("weights", "gradients", "optimizer state"))
+    for ranks in range(1, machines.gpus):
+        if state / ranks > machines.gpu_memory or not (every or ranks & (ranks - 1) == 0):
+            continue
+        for own in range(MOST_APART + 1 if services else 1):
+            for parts in _parts(machines, needs):
+                engines = (machines.gpus - ranks - own) // parts
+                if engines >= 1:
+                    replicas = (own,) if own else dict.fromkeys((engines, 1))
+                    for count in replicas if services else (1,):
+                        yield from _divided(machines, needs, shares, ranks, engines, parts, own, count)
+
+
+def _parts(machines: Machines, needs: Sequence[Need]) -> Sequence[int]:
+    """The fewest GPUs that hold the weights of an engine, and twice as many."""
+    weights = _part(needs, "generators", "weights")
+    fewest = next((parts for parts in PARTS if weights / parts < USABLE * machines.gpu_memory), PARTS[-1])
+    return [parts for parts in PARTS if fewest <= parts <= 2 * fewest]
+
+
+def _divided(
+    machines: Machines,
+    needs: Sequence[Need],
+    shares: Mapping[str, int],
+    ranks: int,
+    engines: int,
+    parts: int,
+    own: int,
+    replicas: int,
+) -> Iterator[Layout]:
+    """The layout with these numbers, unless the shares of a GPU do not allow it. `own`: GPUs for services alone.
+    `replicas`: of each service. `shares`: of a GPU for one process of each service, in percent."""
+    together = sum(shares.values())
+    if own and together <= 100:  # nobody else uses the rest of that GPU
+        shares = {name: share + (100 - together) // len(shares) for name, share in shares.items()}
+    whole = own > 0 or not shares
+    engine = 100 if whole else 100 - together
+    # Two engines with half a GPU each would be on the same one.
+    if engine < (5 if engines == 1 else 51) or (parts > 1 and not whole):
+        return
+    layout: Layout = {
+        "max_staleness": (1, "engines and ranks have their own GPUs, so the next batch is written meanwhile"),
+        "learner.gpus": (1, "each rank has a GPU"),
+        "learner.ranks": (ranks, f"of {machines.gpus} GPUs: with these engines, the shortest predicted step"),
+        "generators.gpus": (
+            parts if parts > 1 else engine / 100,
+            "a whole engine" if whole else "what the services leave of a GPU",
+        ),
+        "generators.tensor_parallel": (
+            parts,
+            "one GPU holds the weights" if parts == 1 else f"the weights need {parts} GPUs",
+        ),
+        "generators.min": (engines, f"{engines * parts} GPU(s) generate"),
+        "generators.kv_cache_mib": (None, "the rest of the engine's share"),
+        "generators.sleep": (None, "engines have GPUs of their own and stay awake"),
+    }
+    where = "on a GPU without an engine" if own else "next to an engine"
+    for name, share in shares.items():
+        layout[f"{name}.gpus"] = (share / 100, f"{_gib(_device(needs, name))} GiB, {where}")
+        layout[f"{name}.min"] = (replicas, "one process serves all" if replicas == 1 else f"one {where} each")
+    yield layout
 
 
 def _in_turns(
@@ -161,6 +190,10 @@ def _in_turns(
     for name in services:
         layout[f"{name}.gpus"] = (shares[name] / 100, f"{_gib(_device(found, name))} GiB")
     return layout
+
+
+def _part(needs: Sequence[Need], section: str, name: str) -> int:
+    return max((need.device.get(name, 0) for need in needs if need.section == section), default=0)
 
 
 def _device(needs: Sequence[Need], section: str) -> int:

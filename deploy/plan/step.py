@@ -58,14 +58,14 @@ def plan_step(plan: Plan[Config], model: ModelSize, typical: Typical) -> tuple[S
         reward_model_sizes(cfg.reward.sources),
         {**own, **find_rates(typical.rates)},
         lengths=typical.lengths(cfg),
-        cache_bytes=_cache_bytes(cfg, model, nodes),
+        cache_bytes=cache_bytes(cfg, model, nodes),
         cores=sum(node.cpus for node in nodes) + sum(need.cpus for need in plan.waiting),
         gpus=one_gpu(placement),
     )
     return seconds, traffic(cfg, model, homes(placement), lengths=typical.lengths(cfg))
 
 
-def _cache_bytes(cfg: Config, model: ModelSize, nodes: Sequence[Node]) -> int | None:
+def cache_bytes(cfg: Config, model: ModelSize, nodes: Sequence[Node]) -> int | None:
     """The KV cache of an engine, over all its devices. None if nobody knows the memory of the GPUs."""
     engines, memory = cfg.generators, max(node.gpu_memory for node in nodes)
     if engines.kv_cache_mib is None and not memory:

@@ -1,12 +1,14 @@
 """`ratchet plan --suggest`: settings with which a model trains on some machines, and the reason of each.
 
-Runs in the driver; pure arithmetic. The task and the algorithm stay as the config has them. Only if nothing else fits,
-adapters are trained instead of all weights.
+Runs in the driver; pure arithmetic. Of the layouts that fit, it takes the one with the fewest predicted seconds of a
+step. The task and the algorithm stay as the config has them. Only if nothing else fits, adapters are trained instead of
+all weights.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,12 +23,20 @@ from common.model.size import ModelSize
 from deploy.plan.layouts import Layout, Machines, layouts
 from deploy.plan.micro_batches import ranks_fit
 from deploy.plan.missing import missing_hardware
+from deploy.plan.overlap import one_gpu
 from deploy.plan.placement import Node
 from deploy.plan.plan import Plan
 from deploy.plan.planner import Planner
+from deploy.plan.rates import KINDS, Decoding, Rates, find_rates
+from deploy.plan.seconds import step_seconds
+from deploy.plan.step import Typical, cache_bytes
+from deploy.plan.traffic import homes
 
 # Tokens of a micro-batch, and rollouts in an engine's cache, that a layout should have. If none has, any will do.
 GOOD_TOKENS, GOOD_ROLLOUTS = 4096, 16
+# The part of a data sheet's numbers that an engine is taken to reach. Not measured. With all of them, almost every GPU
+# would learn, and a step would wait for too few engines.
+OF_DATA_SHEET = 0.5
 
 
 class DoesNotFit(UserError):
@@ -57,29 +67,83 @@ class Suggestion:
 
 
 def suggest(
-    tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize, fixed: Collection[str] = ()
+    tree: Mapping[str, Any],
+    planner: Planner[Config],
+    model: ModelSize,
+    fixed: Collection[str] = (),
+    *,
+    reward_models: Sequence[ModelSize] = (),
+    typical: Typical | None = None,
 ) -> Suggestion:
-    """The first layout with which the config in `tree` fits the planner's machines. `fixed`: keys that keep their
-    values. Raises DoesNotFit, or UserError if no layout obeys the rules of the config with them."""
+    """The fastest layout with which the config in `tree` fits the planner's machines. `fixed`: keys that keep their
+    values. `typical`: rates and rollouts that the seconds of a step are predicted for. Raises DoesNotFit, or UserError
+    if no layout obeys the rules of the config with them."""
     Config.model_validate(tree)
     machines = Machines(planner.nodes)
     faults: list[Exception] = []
     planned = False
-    for first, good in _first_choices(tree, planner, on_gpus=machines.gpus > 0):
-        for layout, plan in _plans(tree, first, fixed, planner, model, faults):
+    typical = typical or Typical()
+    # Without rates of the user, those that were measured: a choice needs only their proportions.
+    rates = {**{kind.device: kind for kind in KINDS.values()}, **find_rates(typical.rates)}
+    rates = {device: _expected(one) for device, one in rates.items()}
+
+    def slowness(found: tuple[Layout, Plan[Config]]) -> tuple[float, ...]:
+        """Seconds, but first what was not measured: the gain of more GPUs for one engine, and what it costs if ranks
+        exchange weights and gradients over a network."""
+        plan = found[1]
+        nodes = len(set(homes(plan.placements[0])["learner"]))
+        return plan.cfg.generators.tensor_parallel, nodes, *_seconds(plan, model, reward_models, rates, typical)
+
+    for firsts, good in _first_choices(tree, planner, on_gpus=machines.gpus > 0):
+        found = []
+        for layout, plan in _plans(tree, firsts, fixed, planner, model, faults):
             planned = True
             if _fits(plan, planner) and (not good or _is_good(plan.cfg, model, machines)):
-                return _suggestion(tree, layout, plan)
+                found.append((layout, plan))
+                if not machines.gpus:  # the largest KV cache
+                    break
+        if found:
+            return _suggestion(tree, *min(found, key=slowness))
     if faults and not planned:
         raise UserError(f"no layout for these machines obeys the rules of the config: {_in_words(faults[0])}")
     raise DoesNotFit(_refusal(tree, planner, model, fixed))
 
 
+def _expected(rates: Rates) -> Rates:
+    """The rates with engines at OF_DATA_SHEET of the least that a step can take by a data sheet."""
+    sheet, part = rates.decoding, OF_DATA_SHEET
+    if not sheet.data_sheet:
+        return rates
+    prefill, decode, read = (part * rate for rate in (sheet.prefill_per_s, sheet.decode_per_s, sheet.read_bytes_per_s))
+    return replace(rates, decoding=Decoding(prefill, decode, read, data_sheet=True))
+
+
+def _seconds(
+    plan: Plan[Config],
+    model: ModelSize,
+    reward_models: Sequence[ModelSize],
+    rates: Mapping[str, Rates],
+    typical: Typical,
+) -> tuple[float, float]:
+    """The predicted seconds of a step, and of all its phases together, for layouts with equal steps."""
+    cfg, [placement] = plan.cfg, plan.placements
+    found = step_seconds(
+        cfg,
+        model,
+        reward_models,
+        rates,
+        lengths=typical.lengths(cfg),
+        cache_bytes=cache_bytes(cfg, model, plan.nodes),
+        gpus=one_gpu(placement),
+    )
+    return found.step.seconds or math.inf, sum(phase.seconds or 0.0 for phase in found.phases)
+
+
 def _first_choices(
     tree: Mapping[str, Any], planner: Planner[Config], *, on_gpus: bool
-) -> Iterator[tuple[Layout, bool]]:
-    """What all layouts share. Best first: all weights before adapters, then layouts that are good on a GPU, then
-    activations that are computed once."""
+) -> Iterator[tuple[Sequence[Layout], bool]]:
+    """What layouts share: one entry for activations that are computed once, one for those that are computed again. Best
+    first: all weights before adapters, then layouts that are good on a GPU."""
     given = _given_counts(tree)
     if planner.starts_stores and "object_store_mib" in tree.get("ray", {}):
         given["ray.object_store_mib"] = (None, "the size that weights and rollouts need")
@@ -89,8 +153,7 @@ def _first_choices(
     adapters: Layout = {"learner.lora.rank": (16, why)}
     for lora in [{}] if "lora" in tree.get("learner", {}) else [{}, adapters]:
         for good in (True, False) if on_gpus else (False,):
-            yield {**given, **lora, **once}, good
-            yield {**given, **lora, **twice}, good
+            yield [{**given, **lora, **once}, {**given, **lora, **twice}], good
 
 
 def _given_counts(tree: Mapping[str, Any]) -> Layout:
@@ -108,14 +171,18 @@ def _given_counts(tree: Mapping[str, Any]) -> Layout:
 
 def _plans(
     tree: Mapping[str, Any],
-    first: Layout,
+    firsts: Sequence[Layout],
     fixed: Collection[str],
     planner: Planner[Config],
     model: ModelSize,
     faults: list[Exception],
+    *,
+    every: bool = True,
 ) -> Iterator[tuple[Layout, Plan[Config]]]:
-    """Every layout that the rules of the config allow, and its plan. The faults of the others go to `faults`."""
-    for layout in _layouts(_with(tree, first), planner, model):
+    """Every layout that the rules of the config allow, and its plan. The faults of the others go to `faults`.
+    `every`: see `layouts`."""
+    found = [(first, layout) for first in firsts for layout in _layouts(_with(tree, first), planner, model, every)]
+    for first, layout in found:
         kept = {*fixed, "max_staleness"} if tree.get("max_staleness", 0) >= layout["max_staleness"][0] > 0 else fixed
         wanted = {key: value for key, value in {**first, **layout}.items() if key not in kept}
         try:
@@ -128,7 +195,7 @@ def _in_words(fault: Exception) -> str:
     return fault.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(fault, ValidationError) else str(fault)
 
 
-def _layouts(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize) -> Iterator[Layout]:
+def _layouts(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize, every: bool) -> Iterator[Layout]:
     """The layouts for the planner's machines. Sizes on a GPU are those of a config with all roles on one GPU."""
     machines = Machines(planner.nodes)
     shares = {"learner": 0.5, "generators": 0.3, "reference": 0.1, "reward": 0.1} if machines.gpus else {}
@@ -139,7 +206,7 @@ def _layouts(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize
         probe = Config.model_validate(_with(tree, on_one))
     except ValueError:  # some settings exclude adapters
         return
-    yield from layouts(probe, machines, model, lambda cfg: planner.phases(cfg)[0])
+    yield from layouts(probe, machines, model, lambda cfg: planner.phases(cfg)[0], every=every)
 
 
 def _with(tree: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
@@ -191,11 +258,11 @@ def _suggestion(tree: Mapping[str, Any], layout: Layout, plan: Plan[Config]) -> 
 
 def _refusal(tree: Mapping[str, Any], planner: Planner[Config], model: ModelSize, fixed: Collection[str]) -> str:
     """The message that the config fits in no layout, with what is missing for the layouts that take least."""
-    *_, (least, _) = _first_choices(tree, planner, on_gpus=False)
+    *_, ([*_, least], _) = _first_choices(tree, planner, on_gpus=False)
 
     def fits(nodes: Sequence[Node]) -> bool:
         there = replace(planner, nodes=nodes)
-        return any(_fits(plan, there) for _, plan in _plans(tree, least, fixed, there, model, []))
+        return any(_fits(plan, there) for _, plan in _plans(tree, [least], fixed, there, model, [], every=False))
 
     adapters = ", not even with adapters instead of all weights" if "learner.lora.rank" in least else ""
     return (

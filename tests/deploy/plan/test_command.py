@@ -164,7 +164,7 @@ def test_a_plan_that_fits_has_seconds_and_data_of_a_step(model, tmp_path, capsys
     [
         (("--rate", "b300"), "h100, zen5-core"),
         (("--response-tokens", 5000), "--response-tokens (5000) must be at most sampling.max_new_tokens"),
-        (("--rate", "h100", "--suggest"), "leave them out with --suggest"),
+        (("--rate", "b300", "--suggest"), "h100, zen5-core"),
         (("--cpus", 2, "--memory", "inf"), "--memory"),
         (("--cpus", 2, "--memory", 9, "--gpus", 1, "--gpu-memory", "inf"), "--gpu-memory"),
         (("--cpus", 2, "--memory", 9, "--address", "h:1"), "give only one of them"),

@@ -2,12 +2,19 @@
 
 import re
 import tomllib
+from dataclasses import replace
 
 import pytest
 
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
+from common.memory import GIB
+from deploy.plan.overlap import one_gpu
+from deploy.plan.placement import Node
+from deploy.plan.rates import H100, ZEN5_CORE, Decoding
+from deploy.plan.seconds import step_seconds
+from deploy.plan.step import Typical, cache_bytes
 from deploy.plan.suggest import DoesNotFit, suggest
 from tests.deploy.plan.shapes import CONFIGS, MACHINES, model_directory, planner, size_of
 from tests.deploy.plan.test_command import plan
@@ -60,7 +67,7 @@ def test_every_suggested_value_has_its_reason_next_to_it(sizes):
     found = suggest(TREE, planner(sizes["7B"], MACHINES["8 x 80 GB"]), sizes["7B"])
     lines = found.to_toml("a title").splitlines()
     assert lines[0] == "# a title"
-    assert "ranks = 4  # of 8 GPUs; weights, gradients and optimizer state are split over them" in lines
+    assert "ranks = 6  # of 8 GPUs: with these engines, the shortest predicted step" in lines
     assert "# generators.kv_cache_mib is left out: the rest of the engine's share" in lines
     cfg = tomllib.loads("\n".join(lines))
     given = {f"{name}.{key}" for name in ("learner", "generators", "reference") for key in cfg[name]}
@@ -74,18 +81,84 @@ def test_one_gpu_is_shared_and_the_engine_sleeps(sizes):
     assert 0.95 < cfg.learner.gpus + cfg.generators.gpus + cfg.reference.gpus <= 1
 
 
-def test_all_gpus_have_work(sizes):
-    cfg = suggest(TREE, planner(sizes["7B"], MACHINES["2 x 8 x 80 GB"]), sizes["7B"]).plan.cfg
-    assert cfg.learner.ranks + cfg.generators.min + cfg.reference.gpus == 16
-    assert cfg.max_staleness == 1  # so that engines and ranks work at the same time
+def step_s(cfg, size, nodes):
+    """The predicted seconds of a step, with engines at half of the data sheet: each number of GPUs twice as slow."""
+    plan = planner(size, nodes).plan(cfg)
+    if not plan.fits:
+        return float("inf")
+    sheet = H100.decoding
+    half = Decoding(sheet.prefill_per_s / 2, sheet.decode_per_s / 2, sheet.read_bytes_per_s / 2, data_sheet=True)
+    cache = cache_bytes(cfg, size, nodes)
+    rates = {"gpu": replace(H100, decoding=half), "cpu": ZEN5_CORE}
+    return step_seconds(cfg, size, (), rates, cache_bytes=cache, gpus=one_gpu(plan.placements[0])).step.seconds
+
+
+def with_counts(cfg, ranks, engines):
+    """The same with other numbers of ranks and engines, and services on the same kind of place."""
+    replicas = cfg.reference.min if cfg.reference.gpus == 1 else engines
+    return cfg.model_copy(
+        update={
+            "learner": cfg.learner.model_copy(update={"ranks": ranks}),
+            "generators": cfg.generators.model_copy(update={"min": engines}),
+            "reference": cfg.reference.model_copy(update={"min": replicas}),
+        }
+    )
+
+
+@pytest.mark.parametrize("model", ["1.5B", "7B"])
+def test_no_gpu_idles_and_no_other_division_has_shorter_steps(model, sizes):
+    size, before = sizes[model], float("inf")
+    for gpus in (3, 5, 6, 7, 12):
+        nodes = [Node("n", 64, gpus, 510 * GIB, 80 * GIB)]
+        cfg = suggest(TREE, planner(size, nodes), size).plan.cfg
+        whole = cfg.reference.min if cfg.reference.gpus == 1 else 0
+        ranks, engines = cfg.learner.ranks, cfg.generators.min
+        assert ranks + engines + whole == gpus
+        assert cfg.max_staleness == 1  # so that engines and ranks work at the same time
+        seconds = step_s(cfg, size, nodes)
+        assert seconds < before  # than with fewer GPUs
+        for moved in (-2, -1, 1, 2):
+            if ranks + moved > 0 and engines - moved > 0:
+                assert step_s(with_counts(cfg, ranks + moved, engines - moved), size, nodes) >= seconds
+        before = seconds
+
+
+def test_services_share_the_gpus_of_engines_unless_a_step_gets_longer(sizes):
+    """On 5 GPUs the reference of 1.5B takes little of each engine's time. A GPU of its own would be a rank less."""
+    size, nodes = sizes["1.5B"], [Node("n", 64, 5, 510 * GIB, 80 * GIB)]
+    cfg = suggest(TREE, planner(size, nodes), size).plan.cfg
+    assert cfg.reference.min == cfg.generators.min
+    assert cfg.reference.gpus + cfg.generators.gpus == 1
+    own = cfg.model_copy(
+        update={
+            "learner": cfg.learner.model_copy(update={"ranks": cfg.learner.ranks - 1}),
+            "generators": cfg.generators.model_copy(update={"gpus": 1.0}),
+            "reference": cfg.reference.model_copy(update={"gpus": 1.0, "min": 1}),
+        }
+    )
+    assert planner(size, nodes).fits(own)
+    assert step_s(own, size, nodes) > step_s(cfg, size, nodes)
+
+
+def test_ranks_stay_on_one_node_and_more_staleness_stays(sizes):
+    found = suggest(TREE, planner(sizes["7B"], MACHINES["2 x 8 x 80 GB"]), sizes["7B"]).plan
+    assert len({place.node for place in found.placements[0].places if place.need.section == "learner"}) == 1
     more = {**TREE, "max_staleness": 3}
     assert suggest(more, planner(sizes["7B"], MACHINES["8 x 80 GB"]), sizes["7B"]).plan.cfg.max_staleness == 3
+
+
+def test_lengths_and_rates_of_the_user_decide(sizes):
+    """Short responses take engines less time, so more GPUs learn."""
+    size, nodes = sizes["1.5B"], [Node("n", 64, 12, 510 * GIB, 80 * GIB)]
+    long = suggest(TREE, planner(size, nodes), size).plan.cfg
+    short = suggest(TREE, planner(size, nodes), size, typical=Typical(response_tokens=16)).plan.cfg
+    assert short.generators.min < long.generators.min
 
 
 def test_settings_of_the_command_line_stay(sizes):
     tree = {**TREE, "learner": {"ranks": 2, "gpus": 1}, "generators": {"min": 9}}
     here = planner(sizes["1.5B"], MACHINES["8 x 80 GB"])
-    assert suggest(tree, here, sizes["1.5B"]).plan.cfg.learner.ranks == 4
+    assert suggest(tree, here, sizes["1.5B"]).plan.cfg.learner.ranks == 5
     found = suggest(tree, here, sizes["1.5B"], ["learner.ranks", "learner.gpus"])
     assert (found.plan.cfg.learner.ranks, found.plan.cfg.learner.gpus) == (2, 1)
     assert "learner.ranks" not in found.reasons
@@ -95,8 +168,8 @@ def test_numbers_of_processes_that_the_config_gives_are_replaced(sizes):
     tree = {**TREE, "generators": {"max": 2}, "reference": {"min": 2}, "learner": {"ranks": 9, "min_ranks": 9}}
     tree["ray"] = {"object_store_mib": 100}
     cfg = suggest(tree, planner(sizes["7B"], MACHINES["8 x 80 GB"]), sizes["7B"]).plan.cfg
-    assert (cfg.generators.min, cfg.generators.max_replicas, cfg.reference.min) == (3, 3, 1)
-    assert (cfg.learner.ranks, cfg.learner.fewest_ranks) == (4, 4)
+    assert (cfg.generators.min, cfg.generators.max_replicas, cfg.reference.min) == (1, 1, 1)
+    assert (cfg.learner.ranks, cfg.learner.fewest_ranks) == (6, 6)
     assert cfg.ray.object_store_mib is None
 
 
