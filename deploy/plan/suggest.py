@@ -84,7 +84,7 @@ def suggest(
     planned = False
     typical = typical or Typical()
     # Without rates of the user, those that were measured: a choice needs only their proportions.
-    rates = {**{kind.device: kind for kind in KINDS.values()}, **find_rates(typical.rates)}
+    rates = {kind.device: kind for kind in KINDS.values()} | dict(find_rates(typical.rates))
     rates = {device: _expected(one) for device, one in rates.items()}
 
     def slowness(found: tuple[Layout, Plan[Config]]) -> tuple[float, ...]:

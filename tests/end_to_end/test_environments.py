@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from common.config.ppo import Config
 from common.experience_table import response_masks
@@ -40,7 +42,11 @@ def run_config(model, environment: str, **overrides) -> Config:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
+    """A model whose weights bfloat16 holds exactly. The learner then publishes exactly its weights."""
+    directory = save_tiny_model(tmp_path_factory.mktemp("model"))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.to(torch.bfloat16).to(torch.float32).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
