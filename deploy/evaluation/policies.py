@@ -131,9 +131,7 @@ def identity_of(
     found = {f"{_POLICY}{name}": model_digest(policy.directory) for name, policy in policies.items() if name != BASE}
     found["model.path"] = model_digest(reference.directory)
     found["prompts.heldout"] = prompts_digest(records)
-    # Stops that are off are left out of the digest, so that an evaluation whose record lacks them can continue.
-    sampling = cfg.sampling.model_dump(mode="json")
-    found["sampling"] = _digest({name: value for name, value in sampling.items() if value or "stop" not in name})
+    found["sampling"] = _digest(cfg.sampling.model_dump(mode="json"))
     found["seed"] = _digest(cfg.seed)
     found["generators.dtype"], found["reference.dtype"] = _digest(cfg.generators.dtype), _digest(cfg.reference.dtype)
     for number, source in enumerate(cfg.reward.sources):

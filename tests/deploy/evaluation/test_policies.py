@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -109,17 +107,6 @@ def test_other_contents_than_at_the_beginning_are_refused_by_name(models, tmp_pa
     for name, now in others.items():
         with pytest.raises(UserError, match=f"began with other contents of {name}; restore them, or begin again"):
             check_identity(tmp_path, now)
-
-
-def test_the_digest_of_sampling_has_stops_only_if_there_are_any(models):
-    def digest(**sampling):
-        cfg = tiny_config(models[0], sampling=sampling)
-        reference, policies = load_policies(cfg, EvaluationPlan.of(cfg, {}, 1))
-        return identity_of(cfg, reference, policies, [record(3)])["sampling"]
-
-    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "min_new_tokens": 0}
-    assert digest() == hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    assert len({digest(), digest(stop=["a"]), digest(stop=["b"]), digest(stop_token_ids=[3])}) == 4
 
 
 def test_a_policy_with_another_tokenizer_is_refused(models, tmp_path, monkeypatch):
