@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.pool.ray_actor import actor
+from common.config.base import RayConfig
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import read_records
@@ -20,6 +23,7 @@ from common.model.files import load_policy
 from common.model.packing import Sequences, response_logprobs
 from common.model.size import model_size
 from deploy.audit import run_audit
+from deploy.cluster.connection import cluster
 from deploy.plan.capacity import engine_needs_gpu
 from deploy.plan.needs import needs
 from deploy.policy_files import PolicyFiles
@@ -29,9 +33,12 @@ from deploy.train_critic import run_critic_training
 from learner.loop.journal import Journal
 from learner.loop.notes import learns
 from learner.ppo.critic_files import read_critic
+from learner.ppo.learner import Learner
+from learner.ranks.group import LearnerGroup
 from tests.fakes import save_tiny_model, tiny_config
+from tests.learner.ppo.test_learner import varied_batch
 from tests.metrics_tables import OPTIONAL
-from tests.process_memory import ProcessMemory
+from tests.process_memory import Peak, ProcessMemory
 
 pytestmark = pytest.mark.ray
 
@@ -136,6 +143,46 @@ def test_the_peak_of_every_process_is_within_15_percent_of_its_estimate(watched,
     estimated = {need.name.partition("(")[0]: need.memory for need in needs(run_config(model), model_size(model))}
     measured = {role: [peak.own for peak in memory.of(role)] for role in estimated}
     assert measured == {role: [pytest.approx(size, rel=0.15)] for role, size in estimated.items()}
+
+
+VARIANTS = {
+    "LoRA": {"lora": {"rank": 4}},
+    "two ranks": {"ranks": 2, "cpus": 0.5},
+    "a separate critic": {"critic": "separate"},
+}
+
+
+@pytest.mark.skipif(engine_needs_gpu(), reason="the libraries of a process on a GPU are not measured")
+def test_peaks_of_other_learners_are_within_15_percent_of_their_estimates(model, tmp_path):
+    """Learners alone, one after another on one cluster: their engines and services are those of the test above."""
+
+    async def learns(cfg: Config, directory: Path) -> list[Peak]:
+        with ProcessMemory(os.getpid()).watching() as memory:
+            learner = LearnerGroup(
+                lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg),
+                cfg.learner,
+                startup_timeout_s=120,
+            )
+            try:
+                await learner.start()
+                for step in range(2):
+                    await learner.update(varied_batch(step))
+                    assert [item async for item in learner.publish()]
+                await learner.save(directory)
+                await learner.save_policy(directory / "policy")
+            finally:
+                learner.stop()
+        return memory.of("Learner")
+
+    measured, estimated = {}, {}
+    with cluster(RayConfig(object_store_mib=128, dashboard=False)):
+        for name, settings in VARIANTS.items():
+            cfg = run_config(model, learner={"precision": "fp32", **settings})
+            peaks = asyncio.run(asyncio.wait_for(learns(cfg, tmp_path / name), 300))
+            measured[name] = [peak.own for peak in peaks]
+            ranks = [need for need in needs(cfg, model_size(model)) if need.section == "learner"]
+            estimated[name] = [pytest.approx(need.memory, rel=0.15) for need in ranks]
+    assert measured == estimated
 
 
 @pytest.fixture(scope="module")
