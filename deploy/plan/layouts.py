@@ -101,11 +101,12 @@ def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str], *
             continue
         for own in range(MOST_APART + 1 if services else 1):
             for parts in _parts(machines, needs):
-                engines = (machines.gpus - ranks - own) // parts
-                if engines >= 1:
-                    replicas = (own,) if own else dict.fromkeys((engines, 1))
-                    for count in replicas if services else (1,):
-                        yield from _divided(machines, needs, shares, ranks, engines, parts, own, count)
+                if (engines := (machines.gpus - ranks - own) // parts) < 1:
+                    continue
+                for replicas in {own} if own else {engines, 1} if services else {1}:
+                    layout = _divided(machines, needs, shares, ranks, engines, parts, own, replicas)
+                    if layout is not None:
+                        yield layout
 
 
 def _parts(machines: Machines, needs: Sequence[Need]) -> Sequence[int]:
@@ -124,8 +125,8 @@ def _divided(
     parts: int,
     own: int,
     replicas: int,
-) -> Iterator[Layout]:
-    """The layout with these numbers, unless the shares of a GPU do not allow it. `own`: GPUs for services alone.
+) -> Layout | None:
+    """The layout with these numbers. None if the shares of a GPU do not allow it. `own`: GPUs for services alone.
     `replicas`: of each service. `shares`: of a GPU for one process of each service, in percent."""
     together = sum(shares.values())
     if own and together <= 100:  # nobody else uses the rest of that GPU
@@ -134,7 +135,7 @@ def _divided(
     engine = 100 if whole else 100 - together
     # Two engines with half a GPU each would be on the same one.
     if engine < (5 if engines == 1 else 51) or (parts > 1 and not whole):
-        return
+        return None
     layout: Layout = {
         "max_staleness": (1, "engines and ranks have their own GPUs, so the next batch is written meanwhile"),
         "learner.gpus": (1, "each rank has a GPU"),
@@ -154,8 +155,8 @@ def _divided(
     where = "on a GPU without an engine" if own else "next to an engine"
     for name, share in shares.items():
         layout[f"{name}.gpus"] = (share / 100, f"{_gib(_device(needs, name))} GiB, {where}")
-        layout[f"{name}.min"] = (replicas, "one process serves all" if replicas == 1 else f"one {where} each")
-    yield layout
+        layout[f"{name}.min"] = (replicas, "one process serves all" if replicas == 1 else f"each {where}")
+    return layout
 
 
 def _in_turns(

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from actors.generation.kv_cache import bytes_per_sequence, kv_cache_bytes
 from common.config.ppo import Config
+from common.config.sources import ModelSourceConfig
 from common.errors import UserError
 from common.model.size import ModelSize
 from deploy.plan.layouts import Layout, Machines, layouts
@@ -84,8 +85,8 @@ def suggest(
     planned = False
     typical = typical or Typical()
     # Without rates of the user, those that were measured: a choice needs only their proportions.
-    rates = {kind.device: kind for kind in KINDS.values()} | dict(find_rates(typical.rates))
-    rates = {device: _expected(one) for device, one in rates.items()}
+    known: dict[str, Rates] = {kind.device: kind for kind in KINDS.values()}
+    rates = {device: _expected(one) for device, one in (known | find_rates(typical.rates)).items()}
 
     def slowness(found: tuple[Layout, Plan[Config]]) -> tuple[float, ...]:
         """Seconds, but first what was not measured: the gain of more GPUs for one engine, and what it costs if ranks
@@ -128,7 +129,7 @@ def _seconds(
     """The predicted seconds of a step, and of all its phases together, for layouts with equal steps."""
     cfg, [placement] = plan.cfg, plan.placements
     found = step_seconds(
-        cfg,
+        _in_bfloat16(cfg),
         model,
         reward_models,
         rates,
@@ -137,6 +138,23 @@ def _seconds(
         gpus=one_gpu(placement),
     )
     return found.step.seconds or math.inf, sum(phase.seconds or 0.0 for phase in found.phases)
+
+
+def _in_bfloat16(cfg: Config) -> Config:
+    """The config with all roles in bfloat16. Rates of float32 are not known, and a choice needs only proportions."""
+    sources = [
+        source.model_copy(update={"dtype": "bfloat16"}) if isinstance(source, ModelSourceConfig) else source
+        for source in cfg.reward.sources
+    ]
+    changes: Mapping[str, Mapping[str, Any]] = {
+        "learner": {"precision": "bf16"},
+        "generators": {"dtype": "bfloat16"},
+        "reference": {"dtype": "bfloat16"},
+        "reward": {"sources": tuple(sources)},
+    }
+    return cfg.model_copy(
+        update={section: getattr(cfg, section).model_copy(update=update) for section, update in changes.items()}
+    )
 
 
 def _first_choices(

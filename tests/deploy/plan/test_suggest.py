@@ -10,6 +10,7 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
 from common.memory import GIB
+from deploy.plan.needs import needs
 from deploy.plan.overlap import one_gpu
 from deploy.plan.placement import Node
 from deploy.plan.rates import H100, ZEN5_CORE, Decoding
@@ -145,6 +146,26 @@ def test_ranks_stay_on_one_node_and_more_staleness_stays(sizes):
     assert len({place.node for place in found.placements[0].places if place.need.section == "learner"}) == 1
     more = {**TREE, "max_staleness": 3}
     assert suggest(more, planner(sizes["7B"], MACHINES["8 x 80 GB"]), sizes["7B"]).plan.cfg.max_staleness == 3
+
+
+def test_without_rates_of_a_precision_gpus_are_divided_as_with_rates(sizes):
+    """All in float32 instead of bfloat16: no seconds are known, and learning still takes most of a step."""
+    size, nodes = sizes["135M"], [Node("n", 64, 8, 510 * GIB, 80 * GIB)]
+    single = {"learner": {"precision": "fp32"}, "reference": {"dtype": "float32"}, "generators": {"dtype": "float32"}}
+    half, whole = (suggest({**TREE, **more}, planner(size, nodes), size).plan.cfg for more in ({}, single))
+    assert whole.learner.precision == "fp32"
+    assert (whole.learner.ranks, whole.generators.min) == (half.learner.ranks, half.generators.min)
+
+
+def test_reward_models_sit_next_to_engines_too(sizes):
+    """Each of three processes has its part of every engine's GPU."""
+    tree = {**TREE, "reward": {"sources": [{"name": "rm", "model": "org/rm"}]}}
+    nodes = [Node("n", 64, 5, 510 * GIB, 80 * GIB)]
+    models = [(Config.model_validate(tree).reward.sources[0], sizes["1.5B"])]
+    here = replace(planner(sizes["1.5B"], nodes), phases=lambda cfg: [needs(cfg, sizes["1.5B"], models)])
+    cfg = suggest(tree, here, sizes["1.5B"], reward_models=[sizes["1.5B"]]).plan.cfg
+    assert cfg.reward.min == cfg.reference.min == cfg.generators.min
+    assert cfg.reward.gpus + cfg.reference.gpus + cfg.generators.gpus == pytest.approx(1)
 
 
 def test_lengths_and_rates_of_the_user_decide(sizes):
