@@ -354,6 +354,14 @@ def test_a_kv_cache_that_holds_no_sequence_is_refused_before_ray_starts(refusal,
     assert "generators.kv_cache_mib (1) must hold at least one sequence of 4104 tokens, 2 MiB" in message
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_an_environment_that_cannot_be_used_is_refused_before_ray_starts(refusal, configs, command):
+    message = refusal(command, configs[command], "environment.function=nowhere:Game", "sampling.max_new_tokens=8")
+    assert "environment.function (nowhere:Game): module nowhere cannot be imported" in message
+    message = refusal(command, configs[command], "environment.function=tests.actors.environments.games:NoStep")
+    assert "has no method step; write async def step(self, message) -> Step" in message
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_broken_or_wrong_config_file_is_refused(refusal, configs, command):
     assert "config file no.toml does not exist" in refusal(command, "no.toml")

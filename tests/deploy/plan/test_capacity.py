@@ -240,6 +240,16 @@ def test_a_run_fits_if_the_fewest_ranks_that_it_may_have_fit():
     assert needs(config(learner=few), MODEL) == needs(config(learner=enough), MODEL)
 
 
+def test_environment_processes_take_their_resources():
+    cfg = config(environment={"function": "m:Game", "min": 2, "cpus": 3, "labels": {"group": "games"}})
+    found = [n for n in needs(cfg, MODEL) if n.section == "environment"]
+    assert [(n.name, n.cpus, n.gpus, n.labels) for n in found] == [
+        (f"Environments({i})", 3, 0, {"group": "games"}) for i in range(2)
+    ]
+    reward = next(n for n in needs(cfg, MODEL) if n.section == "reward")
+    assert [n.host for n in found] == [{"libraries": reward.host["libraries"], "kernels and gaps": 0}] * 2
+
+
 def test_with_lora_the_learner_is_its_own_reference():
     assert [n.name for n in needs(config(learner={"lora": {}}), MODEL)] == ["Learner(0)", "Generator(0)", "Reward(0)"]
 

@@ -164,6 +164,15 @@ def test_every_ladder_goes_from_the_smallest_change_to_the_largest():
     assert by_first["sampling.max_new_tokens"] == [128, 64]
 
 
+def test_an_episode_is_shortened_down_to_one_turn():
+    cfg = Config.model_validate(tree(environment={"function": "m:Game"}, sampling={"max_new_tokens": 300}))
+    ladder = next(found for found in changes(cfg, QWEN_1_5B) if found[0].effect == "responses are cut earlier")
+    assert [change.settings for change in ladder] == [
+        {"environment.max_tokens": 512},
+        {"environment.max_tokens": 300},
+    ]
+
+
 def test_every_ladder_changes_settings_that_exist():
     source = {"name": "s", "model": "m", "max_batch_tokens": 8192}
     on_gpu = {"gpus": 0.5, "cpus": 2, "min": 2}
