@@ -16,7 +16,8 @@ from common.environment import EpisodePrompt, Step
 HELDOUT_PROMPTS = 128
 NUMBERS = 7  # the game asks for one of so many numbers
 GUESSES = 3  # halving the numbers finds any of seven in three guesses; guessing at random does in 3 of 7 games
-SMALLEST = range(100, 990)  # smallest numbers of the games
+SHOWN = 440  # smallest number of the example in every prompt
+SMALLEST = [number for number in range(100, 990) if number != SHOWN]  # of the other games
 
 
 class Guess:
@@ -65,8 +66,7 @@ def heldout_prompts(seed: int) -> list[dict[str, Any]]:
 
 
 def _games(seed: int) -> list[dict[str, Any]]:
-    order = list(SMALLEST)
-    random.Random(seed).shuffle(order)
+    order = random.Random(seed).sample(SMALLEST, len(SMALLEST))
     return [{"prompt": [*_EXAMPLE, _question(smallest)], "smallest": smallest} for smallest in order]
 
 
@@ -74,11 +74,11 @@ def _question(smallest: int) -> dict[str, str]:
     return {"role": "user", "content": f"Guess my number from {smallest} to {smallest + NUMBERS - 1}."}
 
 
-# A game that shows the form of the answers. Its smallest number is not in SMALLEST.
+# A game that shows the form of the answers.
 _EXAMPLE = [
     {"role": "system", "content": "Guess."},
-    _question(40),
-    {"role": "assistant", "content": "45"},
+    _question(SHOWN),
+    {"role": "assistant", "content": "445"},
     {"role": "user", "content": "lower"},
-    {"role": "assistant", "content": "42"},
+    {"role": "assistant", "content": "442"},
 ]
