@@ -24,7 +24,7 @@ from common.errors import EngineDeadError
 from common.files import sha256
 from common.metrics import meters
 from common.model.size import ModelSize
-from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Void
+from common.types import Experience, ExperienceRef, Prompt, Rollout, RolloutRef, SampleId, Score, Turn, Void
 from deploy.plan.capacity import engine_needs_gpu
 
 END = 1
@@ -173,6 +173,27 @@ def make_rollout(prompt: Prompt, response: list[int], *, version: int = 0, logpr
 def make_experience(index: int, response: list[int], *, score: float = 0.0, version: int = 0) -> Experience:
     rollout = make_rollout(make_prompt(index, tuple(range(3, 5 + index % 3))), response, version=version)
     return Experience(rollout, Score(score, {"made_up": score}), np.full(len(response), -4.0, dtype=np.float32))
+
+
+def as_episode(row: Experience, *turns: Turn) -> Experience:
+    """The same response, in which an environment wrote the tokens between the turns: their log-probabilities and
+    versions are gone."""
+    rollout = replace(row.rollout, turns=turns)
+    sampled = rollout.response_mask
+    arrays = {name: getattr(rollout, name)[sampled] for name in ("rollout_logprobs", "policy_versions")}
+    ref_logprobs = None if row.ref_logprobs is None else row.ref_logprobs[sampled]
+    return replace(row, rollout=replace(rollout, **arrays), ref_logprobs=ref_logprobs)
+
+
+def random_turns(rng: np.random.Generator, count: int) -> list[Turn]:
+    """Turns that follow one another from the start of a response. Some have no token of the policy, or none of the
+    environment."""
+    turns, place = [], 0
+    for _ in range(count):
+        end = place + int(rng.integers(4))
+        place = end + int(rng.integers(4))
+        turns.append(Turn(end, place, float(rng.normal(0, 2))))
+    return turns
 
 
 async def pending(coroutine: Any) -> asyncio.Task:

@@ -39,8 +39,10 @@ def token_rewards(
 ) -> Tensor:
     """Rewards [B, R]: every response token pays `kl_coef * kl`, and the last one also gets the score [B].
 
-    `turn_rewards` [B, R] are the parts of the score that were earned before: each stays on its token, and the last
-    token gets what is left. So the rewards of a response always add up to its score, less its penalties.
+    `turn_rewards` [B, R] are the parts of the score that were earned before the last token: each stays on its token,
+    and the last token gets what is left. So the rewards of a response always add up to its score, less its penalties.
+    Those of the last token are ignored: with them, rounding would give an episode of one turn other bits than the same
+    response without an environment.
 
     An empty response has no token for its score. Raises ValueError for a mask with holes, because the score would then
     go to a token that does not count.
@@ -50,7 +52,8 @@ def token_rewards(
     lengths = mask.sum(1)
     written = lengths > 0
     if turn_rewards is not None:
-        turn_rewards = torch.where(mask, turn_rewards, 0.0)
+        before_last = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None] - 1
+        turn_rewards = torch.where(before_last, turn_rewards, 0.0)
         rewards += turn_rewards
         scores = scores - turn_rewards.sum(1)
     rewards[written, lengths[written] - 1] += scores[written]

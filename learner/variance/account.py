@@ -23,6 +23,7 @@ from learner.loop.changes import config_at
 from learner.loop.journal import Journal
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
+from learner.ppo.scores import shaped_turns
 from learner.ppo.targets import Targets, advantages_and_returns, targets
 from learner.proof.ranks import write_progress
 from learner.proof.replay import learn_again, learner_of_run
@@ -135,15 +136,17 @@ def _derived(
     Scores are normalised as in an update of this step: the running statistics take them in first.
     """
     old_logprobs, _, values, _ = learner.old_outputs(batch)
+    scores = learner.shaped_scores(batch.scores, StepMetrics())
     # Those of the run's own estimator. Any would do here: rewards, ratio and its weights do not depend on it.
     shared, derivation, stats = targets(
         batch,
         old_logprobs,
         values,
-        learner.shaped_scores(batch.scores, StepMetrics()),
+        scores,
         kl_coef=learner.kl_controller.coef,
         kl_estimator=learner.cfg.kl.estimator,
         ppo=learner.cfg.ppo,
+        turn_rewards=shaped_turns(batch.turn_rewards, learner.score_moments, learner.cfg.reward),
     )
     advantages = {
         one.name: advantages_and_returns(derivation.rewards, values, batch.mask, batch.groups, one.ppo)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import json
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ from common.errors import BatchError, RankLostError
 from common.health.health import Event
 from common.model.files import load_tokenizer
 from common.model.identity import model_digest
-from common.types import Prompt, PromptRecord, Rollout, RolloutRef, Score, Void
+from common.types import Experience, Prompt, PromptRecord, Rollout, RolloutRef, Score, Turn, Void
 from common.weights import Bucket
 from deploy.policy_files import PolicyFiles
 from deploy.run.critic import critic_basis
@@ -40,7 +41,7 @@ from learner.loop.train_loop import train
 from learner.ppo.critic_files import TrainedCritic, save_critic
 from learner.ppo.learner import Learner
 from learner.ppo.scores import RunningMoments
-from tests.fakes import END, make_rollout, save_tiny_tokenizer, tiny_config
+from tests.fakes import END, as_episode, make_rollout, save_tiny_tokenizer, tiny_config
 
 NUM_STEPS = 5
 NUM_PROMPTS = 6
@@ -77,6 +78,20 @@ FROM_A_CRITIC = {
 }
 
 
+# A run of episodes, whose environment rewards turns.
+EPISODES: dict[str, Any] = {
+    "rollouts_per_step": 4,
+    "environment": {"function": "tests.tasks:NoSuchClass", "max_tokens": 15},
+    "reward": {
+        "sources": [
+            {"name": "a_words", "function": "tests.tasks:a_words"},
+            {"name": "game", "environment": True, "weight": 2},
+        ]
+    },
+    "roles": {"episodes": True},
+}
+
+
 def save_smallest_critic(model: Path) -> Path:
     """A trained critic for the smallest model, in a directory next to it: random weights, and the moments of scores."""
     directory = model.parent / f"{model.name}-critic"
@@ -109,8 +124,9 @@ def small_config(model: Path, **overrides: Any) -> Config:
 class SmallRoles:
     """Every role of a run. The learner is real.
 
-    `poison`: the epoch and prompt of a rollout whose score is too large for float32. `torn`: those of a rollout whose
-    batch fails in its second minibatch. `lose_at`: a rank is lost in the first update of this step.
+    `episodes`: an environment answers each turn, and rewards it. `poison`: the epoch and prompt of a rollout whose
+    score is too large for float32. `torn`: those of a rollout whose batch fails in its second minibatch. `lose_at`: a
+    rank is lost in the first update of this step.
     """
 
     def __init__(
@@ -120,12 +136,13 @@ class SmallRoles:
         poison: tuple[int, int] | None = None,
         torn: tuple[int, int] | None = None,
         lose_at: int | None = None,
+        episodes: bool = False,
     ) -> None:
         self._cfg = cfg
         self.learner = Learner(cfg)
         self.version = -1
         self._weights = b""  # hash of the weights of this version
-        self._poison, self._torn, self._lose_at = poison, torn, lose_at
+        self._poison, self._torn, self._lose_at, self._episodes = poison, torn, lose_at, episodes
 
     # Generators
 
@@ -143,6 +160,8 @@ class SmallRoles:
         rng = np.random.default_rng(list(seed))
         tokens = [*rng.integers(4, 64, size=rng.integers(1, 4)).tolist(), END]
         rollout = make_rollout(prompt, tokens[:3], version=self.version)
+        if self._episodes:
+            rollout = episode(prompt, rng, version=self.version)
         for _ in range(int(rng.integers(3))):
             await asyncio.sleep(0)  # finish out of order
         return replace(RolloutRef.of(rollout), rollout=rollout)
@@ -158,6 +177,9 @@ class SmallRoles:
         share = float((ref.rollout.response_ids < 34).mean())
         if (ref.sample_id.epoch, ref.sample_id.prompt) == self._poison:
             share = 1e39
+        if self._episodes:
+            game = sum(turn.reward for turn in ref.rollout.turns)
+            return Score(share + 2 * game, {"a_words": share, "game": game}, {"a_words": "tests.tasks:a_words"})
         return Score(share, {"a_words": share}, {"a_words": "tests.tasks:a_words"})
 
     judge = score
@@ -210,6 +232,20 @@ class SmallRoles:
 
     async def save_policy(self, directory: Path) -> None:
         self.learner.save_policy(directory)
+
+
+def episode(prompt: Prompt, rng: np.random.Generator, *, version: int) -> Rollout:
+    """One to three turns of one to three tokens; the environment says zero to two tokens after each but the last."""
+    tokens: list[int] = []
+    turns: list[Turn] = []
+    for left in reversed(range(int(rng.integers(1, 4)))):
+        tokens += rng.integers(4, 64, size=rng.integers(1, 4)).tolist()
+        said = rng.integers(4, 64, size=rng.integers(3)).tolist() if left else []
+        info = json.dumps({"left": left})
+        turns.append(Turn(len(tokens), len(tokens) + len(said), float(rng.integers(3)), "[]", info, 0.5))
+        tokens += said
+    row = Experience(make_rollout(prompt, tokens, version=version), Score(0.0, {}), None)
+    return replace(as_episode(row, *turns).rollout, finish_reason="terminated")
 
 
 @contextmanager

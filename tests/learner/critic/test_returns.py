@@ -10,10 +10,12 @@ import torch
 
 from common.config.actors import RewardConfig
 from common.config.ppo import KLConfig
+from common.experience_table import experience_table
 from learner.critic.returns import realised_returns
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.scores import RunningMoments
-from tests.learner.critic.journals import step_table
+from tests.fakes import as_episode, random_turns
+from tests.learner.critic.journals import rollout, step_table
 
 SOURCES = [{"name": "a_words", "function": "tests.tasks:a_words"}]
 
@@ -50,3 +52,44 @@ def test_returns_are_what_followed_each_token(estimator, gamma, normalise, clip)
             assert not found[len(rewards) :].any()
     assert torch.isfinite(returns).all()
     assert np.ptp(returns.numpy()) > 0.1
+
+
+@pytest.mark.parametrize(("normalise", "unit"), [("mean_std", 0.5), ("std", 0.5), ("none", 1.0)])
+def test_rewards_of_turns_are_followed_from_where_they_were_earned(normalise, unit):
+    """In episodes from which the environment's tokens are taken out first, one turn after another."""
+    moments = RunningMoments(count=4, mean=1.0, squares=1.0)
+    game = {"name": "game", "environment": True, "weight": 3}
+    reward = RewardConfig.model_validate({"sources": [*SOURCES, game], "normalise": normalise, "clip": 0.0})
+    rng = np.random.default_rng(0)
+    rows = [as_episode(rollout(i, 5), *random_turns(rng, int(rng.integers(4)))) for i in range(200)]
+    rows = [row for row in rows if all(t.next_start <= len(row.rollout.response_ids) for t in row.rollout.turns)]
+    table = experience_table(rows)
+    batch = ExperienceBatch.from_table(table)
+    scores, returns = realised_returns(batch, moments, reward=reward, kl=KLConfig(coef=0.3, estimator="k2"), gamma=0.9)
+    several = 0
+    for row, score, found in zip(table.to_pylist(), scores, returns):
+        parts = [[]]  # the rewards of each turn's tokens
+        logprobs = list(zip(row["rollout_logprobs"], row["ref_logprobs"]))
+        earned = []
+        place = 0
+        for turn in row["turns"] or ():
+            count = turn["end"] - place
+            parts[-1] += [-0.3 * slow_kl("k2", *pair) for pair in logprobs[:count]]
+            del logprobs[:count]
+            earned.append((sum(map(len, parts)), 3 * turn["reward"] / unit))
+            parts.append([])
+            place = turn["next_start"]
+        parts[-1] += [-0.3 * slow_kl("k2", *pair) for pair in logprobs]
+        rewards = [reward for part in parts for reward in part]
+        left = score.item()
+        for before, amount in earned:
+            if 0 < before < len(rewards):
+                rewards[before - 1] += amount
+                left -= amount
+        if rewards:
+            rewards[-1] += left
+        for t in range(len(rewards)):
+            assert found[t].item() == pytest.approx(sum(0.9**k * r for k, r in enumerate(rewards[t:])), abs=2e-5)
+        assert not found[len(rewards) :].any()
+        several += len({before for before, _ in earned if 0 < before < len(rewards)}) > 1
+    assert several > 3

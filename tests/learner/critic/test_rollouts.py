@@ -10,10 +10,13 @@ import pyarrow as pa
 import pytest
 
 from common.errors import UserError
+from common.experience_table import experience_table
+from common.types import Turn
 from learner.critic import rollouts
 from learner.critic.rollouts import COLUMNS, ROW, JournalPart, Rollouts, choose_steps
 from learner.loop.journal import Journal
-from tests.learner.critic.journals import step_table, write_journal
+from tests.fakes import as_episode
+from tests.learner.critic.journals import rollout, step_table, write_journal
 
 ALL = slice(None)
 
@@ -51,6 +54,16 @@ def test_the_longest_prompt_with_its_response_is_known(both):
     table = both.table(np.arange(32)).to_pydict()
     pairs = zip(table["prompt_ids"], table["response_ids"], strict=True)
     assert both.longest == max(len(prompt) + len(response) for prompt, response in pairs)
+
+
+def test_tokens_of_an_environment_count_for_memory_alone(tmp_path):
+    rows = [as_episode(rollout(i, 0), *([Turn(1, 2, 1.0)] if i % 2 else ())) for i in range(8)]
+    write_journal(tmp_path, [experience_table(rows)])
+    found = Rollouts([choose_steps(tmp_path, ALL)])
+    lengths = [len(row.rollout.response_ids) for row in rows]
+    assert found.response_tokens.tolist() == [n - (i % 2 and n > 1) for i, n in enumerate(lengths)]
+    assert found.longest == max(len(row.rollout.prompt.token_ids) + n for row, n in zip(rows, lengths, strict=True))
+    assert found.table(np.arange(8))["turns"].to_pylist()[1][0]["next_start"] == 2
 
 
 def test_the_moments_are_those_of_all_scores(both):

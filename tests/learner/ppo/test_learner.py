@@ -71,6 +71,12 @@ def test_updates_raise_what_scores_and_lower_what_does_not(model):
     assert learner.policy_version == 3
 
 
+def sampled_places(row: dict[str, Any]) -> list[int]:
+    """Places of a response whose tokens are not an environment's."""
+    others = {place for turn in row["turns"] or () for place in range(turn["end"], turn["next_start"])}
+    return [place for place in range(len(row["response_ids"])) if place not in others]
+
+
 class SlowLearner:
     """PPO from the definitions in docs/ppo.md, token by token, without padding, masks or micro-batches."""
 
@@ -92,11 +98,11 @@ class SlowLearner:
         self.optimizer = torch.optim.AdamW(groups, betas=opt.betas, eps=opt.eps, foreach=False)
 
     def tokens(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """The network's present outputs for each response token."""
+        """The network's present outputs for each token that the policy sampled."""
         ids, start = row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"])
         logits, states = self.policy(torch.tensor([ids])).logits[0], self.critic(torch.tensor([ids]))[0][0]
         found = []
-        for t in range(start, len(ids)):
+        for t in (start + place for place in sampled_places(row)):
             log_probs = torch.log(torch.softmax(logits[t - 1] / self.cfg.sampling.temperature, dim=0))
             value = (self.value_head[0][0] * states[t - 1]).sum() + self.value_head[1][0]
             found.append({"logprob": log_probs[ids[t]], "entropy": -(log_probs.exp() @ log_probs), "value": value})
@@ -109,6 +115,20 @@ class SlowLearner:
         score = (score - (np.mean(self.scores) if how.normalise == "mean_std" else 0)) / np.std(self.scores)
         return max(-how.clip, min(how.clip, score))
 
+    def earned(self, row: dict[str, Any]) -> list[float]:
+        """What each sampled token gets of the score: each turn's reward at its end, and the rest at the end of all."""
+        places = sampled_places(row)
+        parts = [0.0] * len(places)
+        unit = 1.0 if self.cfg.reward.normalise == "none" else np.std(self.scores)
+        weight = sum(source.weight for source in self.cfg.reward.sources if source.key == "environment")
+        for turn in row["turns"] or ():
+            before = sum(place < turn["end"] for place in places)
+            if 0 < before < len(places):
+                parts[before - 1] += weight * turn["reward"] / unit
+        if parts:
+            parts[-1] = self.shaped(row["score"]) - sum(parts)
+        return parts
+
     def targets(self, rows: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
         """Per row and token, all that stays fixed during the update."""
         ppo = self.cfg.ppo
@@ -117,11 +137,12 @@ class SlowLearner:
         for row in rows:
             with torch.no_grad():
                 old = [{key: x.item() for key, x in token.items()} for token in self.tokens(row)]
+            earned = self.earned(row)
             for t, token in enumerate(old):
                 token["base"] = row["rollout_logprobs"][t] if ppo.policy_loss == "mask" else token["logprob"]
                 x = row["ref_logprobs"][t] - token["base"]
                 token["kl"] = {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[self.cfg.kl.estimator]
-                token["reward"] = -self.kl_coef * token["kl"] + (self.shaped(row["score"]) if t == len(old) - 1 else 0)
+                token["reward"] = -self.kl_coef * token["kl"] + earned[t]
                 token["mismatch"] = math.exp(token["base"] - row["rollout_logprobs"][t])
                 corrected = ppo.importance_cap and ppo.policy_loss != "mask"
                 token["weight"] = min(token["mismatch"], ppo.importance_cap) if corrected else 1.0

@@ -14,7 +14,7 @@ import pytest
 from learner.proof.audit import audit
 from learner.proof.chain import Violation
 from tests.durability.disasters import tree_digest
-from tests.durability.small_run import NUM_STEPS, UNSCORED, save_smallest_model, train_to_the_end
+from tests.durability.small_run import EPISODES, NUM_STEPS, UNSCORED, save_smallest_model, train_to_the_end
 from tests.learner.proof.forge import (
     add_note,
     chain_again,
@@ -316,6 +316,103 @@ def test_a_lie_whose_hashes_are_right_is_found(case, run):
     lie, message = LIES[case]
     lie(run)
     with pytest.raises(Violation, match=f"^({message})"):
+        audit(run)
+
+
+# Episodes
+
+
+@pytest.fixture(scope="module")
+def honest_episodes(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("episodes") / "run"
+    train_to_the_end(directory, model, **EPISODES)
+    return directory
+
+
+def test_a_run_of_episodes_is_proved_with_the_tokens_that_were_sampled(honest_episodes):
+    by_rule = {line.rule: line.counts for line in audit(honest_episodes).proved}
+    sampled = said = several = 0
+    for frame in learned(honest_episodes):
+        for row in frame.itertuples():
+            others = sum(turn["next_start"] - turn["end"] for turn in row.turns)
+            sampled, said = sampled + len(row.response_ids) - others, said + others
+            several += len(row.turns) > 1
+    assert by_rule["credit"] == f"{NUM_STEPS} files, {sampled} tokens"
+    assert said > 3
+    assert several > 3
+
+
+def with_turns(change: Callable[[list[dict], int], object]) -> Callable:
+    """Changes the turns of the row of a step that has the most; the change also gets the length of its response."""
+
+    def forge(table, about):
+        rows = table["turns"].to_pylist()
+        chosen = max(range(len(rows)), key=lambda row: len(rows[row]))
+        change(rows[chosen], len(table["response_ids"][chosen]))
+        return replace_column(table, "turns", rows)
+
+    return forge
+
+
+def changed_last(row: list[dict], **fields) -> None:
+    row[-1].update(fields)
+
+
+def of_all_tokens(name: str) -> Callable:
+    """A column that has a value for the environment's tokens too."""
+    return lambda table, about: replace_column(table, name, [[1] * len(ids) for ids in table["response_ids"]])
+
+
+TURNS: dict[str, tuple[Callable, str]] = {
+    "turns that overlap": (
+        with_turns(lambda row, length: row.append({**row[0], "end": 0, "next_start": length})),
+        "step 1: the turns of row . do not follow one another",
+    ),
+    "a turn that ends before it begins": (
+        with_turns(lambda row, length: changed_last(row, end=length, next_start=length - 1)),
+        "step 1: the turns of row . do not follow one another",
+    ),
+    "a turn behind the response": (
+        with_turns(lambda row, length: changed_last(row, next_start=length + 1)),
+        "step 1: the turns of row . do not follow one another",
+    ),
+    "a turn before the response": (
+        with_turns(lambda row, length: row[0].update(end=-1)),
+        "step 1: the turns of row . do not follow one another",
+    ),
+    "a hole that was sampled": (
+        with_turns(lambda row, length: row[0].update(end=row[0]["end"] - 1)),
+        "step 1: rollout_logprobs has another length than the response",
+    ),
+    "turns that vanished": (
+        lambda table, about: replace_column(table, "turns", [None] * len(table)),
+        "step 1: rollout_logprobs has another length than the response",
+    ),
+    **{
+        f"{name} of all tokens": (of_all_tokens(name), f"step 1: {name} has another length than the response")
+        for name in ("rollout_logprobs", "policy_versions", "ref_logprobs")
+    },
+    "a reward that is no number": (
+        with_turns(lambda row, length: row[0].update(reward=float("nan"))),
+        "step 1: row . has a reward that is not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_a_lie_about_turns_is_found(case, honest_episodes, tmp_path):
+    run = Path(shutil.copytree(honest_episodes, tmp_path / "run"))
+    change, message = TURNS[case]
+    forge_step(run, 1, change)
+    with pytest.raises(Violation, match=f"^batches: {message}"):
+        audit(run)
+
+
+def test_credit_of_the_environments_tokens_is_found(honest_episodes, tmp_path):
+    run = Path(shutil.copytree(honest_episodes, tmp_path / "run"))
+    whole = pd.read_feather(run / "journal/step-000001.arrow")["response_ids"]
+    forge_credit(run, 1, lambda table, about: replace_column(table, "kl", [[0.0] * len(ids) for ids in whole]))
+    with pytest.raises(Violation, match=r"^credit: .*step-000001.parquet: kl has another length"):
         audit(run)
 
 

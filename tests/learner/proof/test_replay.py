@@ -19,7 +19,14 @@ from learner.proof.ranks import in_ranks
 from learner.proof.replay import Replay
 from learner.proof.tensors import whole_tensors
 from tests.durability.disasters import contents
-from tests.durability.small_run import FROM_A_CRITIC, NUM_STEPS, save_smallest_model, small_config, train_to_the_end
+from tests.durability.small_run import (
+    EPISODES,
+    FROM_A_CRITIC,
+    NUM_STEPS,
+    save_smallest_model,
+    small_config,
+    train_to_the_end,
+)
 from tests.learner.proof.forge import forge_checkpoint, forge_credit, replace_column
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -36,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "learner": {"critic_warmup_steps": 4},
         "ppo": {"ppo_epochs": 1, "minibatches": 2, "value_epochs": 2},
     },
+    "episodes": EPISODES,
     "bf16": {"learner": {"precision": "bf16"}},
 }
 

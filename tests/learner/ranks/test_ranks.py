@@ -30,6 +30,7 @@ from learner.ranks.distributed import whole
 from learner.ranks.rows import sequence_costs, shares
 from learner.variance.account import account
 from tests.fakes import make_experience, make_prompt, save_tiny_kind, save_tiny_model, tiny_config
+from tests.learner.ppo.test_episodes import EPISODES, episodes
 from tests.learner.ppo.test_learner import MASK, OTHERWISE, UNUSUAL, WITHOUT_CRITIC, grouped, varied_batch
 from tests.learner.ranks.test_distributed import run_ranks
 from tests.saving import save_checkpoint_of
@@ -70,6 +71,10 @@ def two_batches() -> list[pa.Table]:
 
 def grouped_batches() -> list[pa.Table]:
     return [grouped(table) for table in two_batches()]
+
+
+def episode_batches() -> list[pa.Table]:
+    return [episodes(0), episodes(1)]
 
 
 def shuffled_batches(seed: int) -> list[pa.Table]:
@@ -130,6 +135,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "none-for-a-rank": (merged(ppo(1, 1), {"rollouts_per_step": 1}), one_rollout),
     "empty-responses": (ppo(4), only_empty_responses),
     "no-ref-logprobs": (ppo(2), without_ref_logprobs),
+    "episodes": (EPISODES, episode_batches),
+    "episodes-by-the-token": (merged(EPISODES, SEPARATE, ppo(8), learner_of(micro_batch_tokens=1)), episode_batches),
     "checkpointing": (learner_of(gradient_checkpointing=True), one_batch),
     "checkpointing-separate": (merged(SEPARATE, learner_of(gradient_checkpointing=True)), one_batch),
     "no-entropy": (ppo(2, entropy_coef=0.0), one_batch),
@@ -163,7 +170,7 @@ def new_learner(model: Path, name: str) -> Learner:
     os.environ.pop(DISABLED, None)
     model = model.with_name("experts") if name.startswith("experts") else model
     settings = merged(UNUSUAL, NO_CLIPPING, ppo(2, target_kl=0.0), learner_of(timeout_s=TIMEOUT_S), overrides)
-    settings["reward"]["sources"] = [{"name": "a_words", "function": "tests.tasks:a_words"}]
+    settings["reward"].setdefault("sources", [{"name": "a_words", "function": "tests.tasks:a_words"}])
     return Learner(tiny_config(model, **{"rollouts_per_step": 8, **settings}))
 
 

@@ -18,14 +18,16 @@ from learner.variance.estimators import estimators_of
 from learner.variance.gradients import Products, equal_parts, gradient_products
 from learner.variance.sketch import GradientSketches
 from tests.fakes import save_tiny_model, tiny_config
+from tests.learner.ppo.test_episodes import EPISODES, episodes
 from tests.learner.ppo.test_learner import MASK, OTHERWISE, UNUSUAL, WITHOUT_CRITIC, SlowLearner, grouped, varied_batch
 
 TABLE = grouped(varied_batch(0))  # eight responses to four prompts; one response is empty
-ROWS = TABLE.to_pylist()
+TABLES = {"episodes": grouped(episodes(0))}  # of the kinds that have another
 KINDS: dict[str, dict[str, Any]] = {
     "otherwise-separate": {**OTHERWISE, "learner": {"critic": "separate"}},
     "mask": MASK,
     "group": WITHOUT_CRITIC["group"],
+    "episodes": EPISODES,
     "returns-checkpointing": {**WITHOUT_CRITIC["returns"], "learner": {"gradient_checkpointing": True}},
 }
 
@@ -38,8 +40,8 @@ def model(tmp_path_factory):
 def learner_of(model, kind: str) -> Learner:
     other = KINDS[kind]
     settings = {key: {**old, **other.get(key, {})} if isinstance(old, dict) else old for key, old in UNUSUAL.items()}
-    settings["reward"]["sources"] = [{"name": "a_words", "function": "tests.tasks:a_words"}]
-    settings["prompts"] = other.get("prompts", {})
+    settings["reward"].setdefault("sources", [{"name": "a_words", "function": "tests.tasks:a_words"}])
+    settings |= {section: other[section] for section in ("prompts", "environment") if section in other}
     learner = Learner(tiny_config(model, rollouts_per_step=8, **settings))
     if learner.network.value_head is not None:
         torch.manual_seed(0)
@@ -50,12 +52,12 @@ def learner_of(model, kind: str) -> Learner:
 class Slow:
     """Everything by definition: the advantages of one estimator, and the policy gradient of each response."""
 
-    def __init__(self, model, learner: Learner, ppo: Any) -> None:
-        self.ppo = ppo
+    def __init__(self, model, learner: Learner, ppo: Any, rows: list[dict[str, Any]]) -> None:
+        self.ppo, self._rows = ppo, rows
         slow = SlowLearner(model, learner.cfg.model_copy(update={"ppo": ppo}))
         if ppo.has_critic:  # else the values are zeros
             slow.value_head = [p.detach().clone() for p in learner.network.value_head.parameters()]
-        self.tokens = slow.targets(ROWS)
+        self.tokens = slow.targets(rows)
         self._slow = slow
 
     def advantages(self) -> list[float]:
@@ -64,7 +66,7 @@ class Slow:
     def gradients(self, shift: float, scale: float) -> np.ndarray:
         """[8, weights]: of each response, with advantages (A - shift) / scale, divided by the tokens of the batch."""
         found = []
-        for row, fixed in zip(ROWS, self.tokens, strict=True):
+        for row, fixed in zip(self._rows, self.tokens, strict=True):
             objective = torch.zeros((), requires_grad=True) * 1
             for now, token in zip(self._slow.tokens(row), fixed, strict=True):
                 ratio = (now["logprob"] - token["base"]).exp()
@@ -80,7 +82,7 @@ class Slow:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_have_the_gradients_of_their_responses(model, kind, monkeypatch):
-    learner = learner_of(model, kind)
+    learner, table = learner_of(model, kind), TABLES.get(kind, TABLE)
     seen: list[tuple[Products, list[np.ndarray]]] = []
 
     def kept(learner, batch, fixed, advantages, parts, **options):
@@ -88,15 +90,15 @@ def test_parts_have_the_gradients_of_their_responses(model, kind, monkeypatch):
         return seen[0][0]
 
     monkeypatch.setattr(module, "gradient_products", kept)
-    record = account(learner, TABLE)
+    record = account(learner, table)
     [(products, parts)] = seen
     assert len(parts) == 4
-    groups = ExperienceBatch.from_table(TABLE).groups
+    groups = ExperienceBatch.from_table(table).groups
     estimators, _ = estimators_of(learner.cfg.ppo, groups)
     assert len(estimators) == (8 if learner.cfg.ppo.has_critic else 2)
     vectors = {}
     for one in estimators:
-        slow = Slow(model, learner, one.ppo)
+        slow = Slow(model, learner, one.ppo, table.to_pylist())
         shift, scale = np.mean(slow.advantages()), np.std(slow.advantages())
         figures = record["estimators"][one.name]
         assert figures["mean"] == pytest.approx(shift, rel=1e-4, abs=1e-6)
@@ -116,9 +118,7 @@ def test_parts_have_the_gradients_of_their_responses(model, kind, monkeypatch):
         found = getattr(products, which)(first, last)
         assert found == pytest.approx(between, rel=2e-4, abs=2e-4 * np.abs(between).max())
     assert [name for name, figures in record["estimators"].items() if figures["is_runs_own"]] == [
-        {"otherwise-separate": "critic, lam 0.6", "mask": "critic, lam 0.6"}.get(
-            kind, "group" if kind == "group" else "none"
-        )
+        {"group": "group", "returns-checkpointing": "none"}.get(kind, "critic, lam 0.6")
     ]
 
 
