@@ -79,10 +79,11 @@ class PolicyFiles:
         room: int,
         seed: int,
         setting: str,
+        response_setting: str = "sampling.max_new_tokens",
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[PromptRecord]:
         """Every prompt of a source as tokens of this policy. Prints how many were dropped or cut. `room`: the longest
-        prompt, of `prompt_room`. `tools`: see load_records."""
+        prompt, of `prompt_room`. The rest: see load_records."""
         return load_records(
             source,
             cfg,
@@ -91,6 +92,7 @@ class PolicyFiles:
             max_tokens=room,
             vocabulary=self.size.vocabulary,
             setting=setting,
+            response_setting=response_setting,
             tools=tools,
             report=complain,
         )

@@ -68,7 +68,15 @@ def load_inputs(
     def load(setting: str, source: str | None) -> list[PromptRecord]:
         if source is None:
             return []
-        return policy.load_prompts(source, cfg.prompts, room=room, seed=cfg.seed, setting=setting, tools=tools)
+        return policy.load_prompts(
+            source,
+            cfg.prompts,
+            room=room,
+            seed=cfg.seed,
+            setting=setting,
+            response_setting=cfg.max_response_setting,
+            tools=tools,
+        )
 
     records = [load(setting, source) for setting, source in prompts.items()]
     texts = [{record.text for record in part} for part in records]

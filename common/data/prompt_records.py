@@ -51,14 +51,16 @@ def load_records(
     max_tokens: int,
     vocabulary: int | None = None,
     setting: str = "prompts.train",
+    response_setting: str = "sampling.max_new_tokens",
     tools: Sequence[Mapping[str, Any]] = (),
     report: Callable[[str], None] = lambda text: None,
 ) -> list[PromptRecord]:
     """All prompts of a source, tokenised and checked. Raises UserError that names the faulty record.
 
     max_tokens: longest prompt that prompts.max_tokens and the model's context allow. vocabulary: rows of the model's
-    embedding. tools: schemas of the functions that the model may call, for the chat template. report: called with the
-    counts if any prompt was dropped, cut or repeated, and if neither chat template nor first prompt names a tool.
+    embedding. response_setting: bounds the longest response, for messages. tools: schemas of the functions that the
+    model may call, for the chat template. report: called with the counts if any prompt was dropped, cut or repeated,
+    and if neither chat template nor first prompt names a tool.
     """
     loaded: list[PromptRecord] = []
     counts, texts = PromptCounts(), set()
@@ -71,8 +73,7 @@ def load_records(
                     raise UserError(
                         f"{draft.where}: the prompt has {length} tokens, but prompts.max_tokens and the model's "
                         f"context allow {max_tokens}; shorten it, raise prompts.max_tokens, lower "
-                        "sampling.max_new_tokens (with an environment: environment.max_tokens), or set "
-                        'prompts.overlong = "drop" or "cut_start"'
+                        f'{response_setting}, or set prompts.overlong = "drop" or "cut_start"'
                     )
                 if cfg.overlong == "drop":
                     counts.overlong += 1

@@ -36,15 +36,10 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def test_a_class_with_a_step_is_accepted_and_not_imported_here():
-    sys.modules.pop(GAMES, None)
-    check_class(f"{GAMES}:Counting")
-    assert GAMES not in sys.modules
-
-
-def test_a_module_next_to_the_config_file_is_found(module):
+def test_a_module_next_to_the_config_file_is_found_and_not_imported_here(module):
     module("my_game", "from common.environment import Step\nclass Game:\n    def step(self, message): return Step()\n")
     check_class("my_game:Game")
+    assert "my_game" not in sys.modules
 
 
 @pytest.mark.parametrize(
