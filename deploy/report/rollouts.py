@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from common.types import SampleId
 from deploy.report.sampling import BUDGET, MAX_ROWS, Facts, details_kept, extremes, prompt_of, rows_kept
 from deploy.report.steps import Lists, Step, StepFiles, lists
 from deploy.report.token_numbers import BYTES_PER_NUMBER, CREDIT, JOURNAL, Pieces, packed, short
 from deploy.report.token_text import TokenText
+from deploy.report.turns import turn_rows, turns_of
 
 LONGEST_TEXT = 8_000  # characters of a prompt, and of the response of a void rollout
 NUMBERS = ("step", "score", "tokens", "staleness", "kl", "clipped")
@@ -28,6 +30,7 @@ class Rollouts:
         self._files, self._text = files, text
         self._rows: list[dict[str, Any]] = []
         self._prompts: dict[str, str] = {}  # by number; of kept rollouts
+        self._first_prompts: dict[str, int] = {}  # by number: the hash of the first text, in runs with an environment
         self._void_texts: dict[int, str | None] = {}  # by row
         self._places: dict[int, list[tuple[int, int]]] = {}  # step -> (row of its table, row here)
         self.has_credit = False
@@ -57,6 +60,8 @@ class Rollouts:
             "components": {name: [short(row["components"].get(name)) for row in chosen] for name in names},
             "kept": self._kept_counts(facts, rows, kept),
         }
+        if any(row["turns"] for row in chosen):
+            table["turns"] = [row["turns"] for row in chosen]
         shown = {prompt_of(row["id"]) for row in (self._rows[i] for i in kept)}
         prompts = {number: text for number, text in self._prompts.items() if number in shown}
         return table, {"rows": {place[row]: detail for row, detail in details.items()}, "prompts": prompts} | pieces
@@ -73,6 +78,7 @@ class Rollouts:
             str(SampleId(*row)) for row in zip(*(table[n].to_pylist() for n in ("epoch", "prompt_index", "replica")))
         ]
         tokens, versions = lists(table, "response_ids"), lists(table, "policy_versions")
+        turns = turn_rows(table)
         kl, shares = _kl(step, lists(credit, "kl")), _shares(lists(credit, "clipped"), len(ids))
         scores, components = table["score"].to_pylist(), table["components"].to_pylist()
         finish, generators = table["finish_reason"].to_pylist(), table["generator"].to_pylist()
@@ -80,6 +86,8 @@ class Rollouts:
             oldest = versions.row(i) if versions else None
             stale = step.metadata["policy_version"] - int(oldest.min()) if oldest is not None and len(oldest) else 0
             self._places.setdefault(step.number, []).append((i, len(self._rows)))
+            length = int(tokens.lengths[i]) if tokens else 0
+            found = turns_of(turns[i], length)
             self._rows.append(
                 _row(
                     step.number,
@@ -87,7 +95,9 @@ class Rollouts:
                     void=void,
                     score=scores[i],
                     components=dict(components[i] or ()),
-                    tokens=int(tokens.lengths[i]) if tokens else 0,
+                    tokens=found.sampled,
+                    turns=found.count or None,
+                    extra=found.size + self._prompt_size(table, i, sample_id) if found.count else 0,
                     finish=finish[i],
                     generator=generators[i],
                     staleness=stale,
@@ -95,6 +105,12 @@ class Rollouts:
                     clipped=None if shares is None else float(shares[i]),
                 )
             )
+
+    def _prompt_size(self, table: pa.Table, row: int, sample_id: str) -> int:
+        """Bytes of a prompt that differs from the first one with its number: an environment may replace prompts."""
+        text = table["prompt"][row].as_py() or ""
+        first = self._first_prompts.setdefault(prompt_of(sample_id), hash(text))
+        return 0 if hash(text) == first else len(text[:LONGEST_TEXT])
 
     def _facts(self) -> Facts:
         def column(key: str) -> np.ndarray:
@@ -110,7 +126,7 @@ class Rollouts:
             kl=column("kl"),
             clipped=column("clipped"),
             void=np.array([row["void"] is not None for row in self._rows], bool),
-            size=200 + np.nan_to_num(tokens) * (columns * BYTES_PER_NUMBER + 6),
+            size=200 + np.nan_to_num(tokens) * (columns * BYTES_PER_NUMBER + 6) + column("extra"),
         )
 
     def _kept_counts(self, facts: Facts, rows: list[int], kept: list[int]) -> dict[str, list[int]]:
@@ -140,25 +156,28 @@ class Rollouts:
             columns = {name: column for name in JOURNAL if (column := lists(step.table, name)) is not None}
             credit = self._files.credit(step, CREDIT)
             columns |= {name: column for name in CREDIT if (column := lists(credit, name)) is not None}
-            ids = lists(step.table, "response_ids")
+            ids, turns = lists(step.table, "response_ids"), turn_rows(step.table)
             for i, row in wanted[step.number]:
                 tokens = ids.row(i) if ids else None
                 if tokens is None:
                     continue
                 text = step.table["prompt"][i].as_py() or ""
-                self._prompts.setdefault(prompt_of(self._rows[row]["id"]), text[:LONGEST_TEXT])
-                numbers = {name: packed(column.row(i), len(tokens)) for name, column in columns.items()}
+                shown = self._prompts.setdefault(prompt_of(self._rows[row]["id"]), text[:LONGEST_TEXT])
+                episode = turns_of(turns[i], len(tokens))
+                numbers = {name: packed(column.row(i), episode.sampled) for name, column in columns.items()}
                 details[row] = {"tokens": pieces.of(tokens.tolist())} | {
                     name: found for name, found in numbers.items() if found is not None
                 }
+                if episode.count:
+                    details[row] |= episode.detail() | ({} if shown == text else {"prompt": text[:LONGEST_TEXT]})
         return details, {"pieces": pieces.texts}
 
 
 def _row(step: int, sample_id: str, **known: Any) -> dict[str, Any]:
     nothing: Mapping[str, Any] = dict.fromkeys(
-        ("void", "score", "tokens", "finish", "generator", "staleness", "kl", "clipped")
+        ("void", "score", "tokens", "turns", "finish", "generator", "staleness", "kl", "clipped")
     )
-    return {"step": step, "id": sample_id, "components": {}, **nothing, **known}
+    return {"step": step, "id": sample_id, "components": {}, "extra": 0, **nothing, **known}
 
 
 def _kl(step: Step, learned: Lists | None) -> np.ndarray | None:

@@ -25,8 +25,21 @@ function columns() {
       about: `raw score of the source ${name}`,
       value: (i) => values[i],
     })),
-    { key: "tokens", about: "length of the response", value: (i) => rows.tokens[i] },
-    { key: "finish", about: "stop: it ended with its end token; length: it was cut off", value: (i) => rows.finish[i] },
+    {
+      key: "tokens",
+      about: rows.turns ? "tokens of the policy in the response" : "length of the response",
+      value: (i) => rows.tokens[i],
+    },
+    ...(rows.turns ? [{ key: "turns", about: "turns of the policy", value: (i) => rows.turns[i] }] : []),
+    {
+      key: "finish",
+      about:
+        "stop: it ended with its end token; length: it was cut off" +
+        (rows.turns
+          ? "; terminated, truncated: the environment ended it; max_turns, max_tokens: a limit of [environment] did"
+          : ""),
+      value: (i) => rows.finish[i],
+    },
     {
       key: "staleness",
       about: "versions between the weights of its oldest token and the learner's",
@@ -83,11 +96,12 @@ function longestOfNewestStep() {
   return known.reduce((best, i) => (better(best, i) ? i : best), null);
 }
 
+const CUT_OFF = ["length", "truncated", "max_turns", "max_tokens"];
 const CLASSES = {
   all: ["all", () => true],
   learned: ["learned from", (i) => list.reason(i) === null],
   void: ["void", (i) => list.reason(i) !== null],
-  length: ["cut off", (i) => block("rollouts").finish[i] === "length"],
+  length: ["cut off", (i) => CUT_OFF.includes(block("rollouts").finish[i])],
   clipped: ["with clipped tokens", (i) => block("rollouts").clipped[i] > 0],
   kept: ["with tokens in this page", (i) => list.details.rows[i]?.tokens !== undefined],
 };
@@ -116,7 +130,8 @@ function responseOf(i) {
   return list.texts.get(i);
 }
 
-const promptOf = (i) => list.details.prompts[block("rollouts").id[i].split("/")[1]];
+// An environment may have replaced the prompt of this rollout.
+const promptOf = (i) => list.details.rows[i]?.prompt ?? list.details.prompts[block("rollouts").id[i].split("/")[1]];
 
 function filter() {
   const rows = block("rollouts");

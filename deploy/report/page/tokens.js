@@ -9,6 +9,8 @@ function setUpTokens() {
     colourTokens();
   });
   byId("compare").addEventListener("change", showSides);
+  if (block("rollouts").turns)
+    QUANTITIES.rewards[2] += "; rewards of an environment are on the last token of their turn";
 }
 
 function showTokens(i) {
@@ -75,15 +77,22 @@ function makeSide(i) {
     if (detail?.text) element("div", { className: "tokens", dir: "auto", text: detail.text, parent: box });
     return { box, numbers: {}, tokens: [] };
   }
-  const length = detail.tokens.length;
+  const texts = detail.tokens.map((piece) => list.details.pieces[piece]);
+  const parts = partsOf(detail);
+  const sampled = texts.filter((_, place) => parts.some(({ start, end }) => place >= start && place < end));
   const numbers = {};
   for (const name of Object.keys(QUANTITIES)) {
-    const found = unpack(detail[name], length);
+    const found = unpack(detail[name], sampled.length);
     if (found) numbers[name] = found;
   }
-  const texts = detail.tokens.map((piece) => list.details.pieces[piece]);
-  const tokens = texts.map((text, t) => tokenElement(text, numbers, t));
-  const side = { box, numbers, texts, tokens, at: 0 };
+  const tokens = sampled.map((text, t) => tokenElement(text, numbers, t));
+  const side = { box, numbers, texts: sampled, tokens, at: 0 };
+  if (detail.turns) {
+    side.parts = parts;
+    const count = parts.length === 1 ? "1 turn" : `${number(parts.length)} turns`;
+    const text = `${count} · finish: ${block("rollouts").finish[i]}`;
+    element("p", { className: "turn-count muted", text, parent: box });
+  }
   const holder = element(
     "div",
     {
@@ -94,7 +103,7 @@ function makeSide(i) {
       dir: "auto",
       parent: box,
     },
-    ...tokens,
+    ...(detail.turns ? turnElements(parts, texts, tokens) : tokens),
   );
   side.at_text = element("p", { className: "at muted", parent: box });
   side.table = element("dl", { className: "numbers", "aria-live": "polite", parent: box });
@@ -106,16 +115,52 @@ function makeSide(i) {
   return side;
 }
 
-// A line break is shown by a mark as well, and an empty text (part of a character) by a dot.
+// The policy's turns: places of the first token and behind the last one, where the environment's answer ends, the
+// reward and the info. The last turn may have no answer. A response without an environment is one turn.
+function partsOf({ tokens, turns = [] }) {
+  let start = 0;
+  const parts = turns.map(([end, next, reward, info]) => {
+    const part = { start, end, next, reward, info };
+    start = next;
+    return part;
+  });
+  if (start < tokens.length || !turns.length) parts.push({ start, end: tokens.length, next: tokens.length });
+  return parts;
+}
+
+// A group for each turn: its number, reward and info, its tokens, and the environment's answer, which has no numbers.
+function turnElements(parts, texts, tokens) {
+  let first = 0;
+  return parts.map(({ start, end, next, reward, info }, turn) => {
+    const title = `turn ${turn + 1} · ${reward === undefined ? "not answered" : `reward ${number(reward)}`}`;
+    const head = element("div", { className: "turn-head" }, element("b", { text: title }));
+    if (info) element("span", { text: ` · ${info}`, dir: "auto", title: "the environment's info", parent: head });
+    const group = element("div", { className: "turn", role: "group", "aria-label": title }, head);
+    group.append(...tokens.slice(first, first + end - start));
+    first += end - start;
+    if (next > end) {
+      const said = element("span", { className: "said", title: "the environment's, not learned from", parent: group });
+      addText(said, texts.slice(end, next).join(""));
+    }
+    return group;
+  });
+}
+
+// An empty text (part of a character) is shown by a dot.
 function tokenElement(text, numbers, t) {
   const token = element("span", { className: "token", role: "option", tabIndex: t === 0 ? 0 : -1 });
   if (text === "") element("span", { className: "mark", text: "·", parent: token });
-  for (const [i, part] of text.split("\n").entries()) {
-    if (i > 0) token.append(element("span", { className: "mark", text: "↵" }), "\n");
-    token.append(part);
-  }
+  addText(token, text);
   if (numbers.clipped?.[t]) token.classList.add("clipped");
   return token;
+}
+
+// A line break is shown by a mark as well.
+function addText(parent, text) {
+  for (const [i, part] of text.split("\n").entries()) {
+    if (i > 0) parent.append(element("span", { className: "mark", text: "↵" }), "\n");
+    parent.append(part);
+  }
 }
 
 function moveInTokens(event, side) {
@@ -136,7 +181,8 @@ function focusToken(side, t) {
   now.tabIndex = 0;
   now.setAttribute("aria-selected", "true");
   side.at = t;
-  side.at_text.textContent = `token ${t + 1} of ${side.tokens.length}: ${JSON.stringify(side.texts[t])}`;
+  const turn = side.parts ? `, turn ${turnOf(side.parts, t)}` : "";
+  side.at_text.textContent = `token ${t + 1} of ${side.tokens.length}${turn}: ${JSON.stringify(side.texts[t])}`;
   const rows = Object.entries(side.numbers).map(([name, values]) => {
     const [label, scale, meaning] = QUANTITIES[name];
     const shown = scale === "flag" ? (values[t] ? "yes" : "no") : number(values[t]);
@@ -152,7 +198,13 @@ function focusToken(side, t) {
   if (side.cursor) side.cursor.location = t + 1;
 }
 
-// Value, reward-to-go and advantage over the tokens.
+// The number of the turn, from 1, of the policy's token t.
+function turnOf(parts, t) {
+  let before = 0;
+  return 1 + parts.findIndex(({ start, end }) => t < (before += end - start));
+}
+
+// Value, reward-to-go and advantage over the policy's tokens.
 function addTokenCurves(side) {
   const { values, rewards, advantages } = side.numbers;
   const lines = [
@@ -190,6 +242,11 @@ function addTokenCurves(side) {
       line_dash: "dotted",
     });
     figure.add_layout(side.cursor);
+    for (const t of at.slice(1)) {
+      if (!side.parts || turnOf(side.parts, t - 1) === turnOf(side.parts, t - 2)) continue;
+      const turn = { dimension: "height", location: t - 0.5, line_color: style("--line") };
+      figure.add_layout(new Bokeh.Span(turn));
+    }
   });
 }
 

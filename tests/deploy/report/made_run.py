@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import pyarrow as pa
 from common.credit_table import DERIVED_SCHEMA
 from common.experience_table import EXPERIENCE_SCHEMA, experience_table
 from common.files import append_record, sha256, write_json
-from common.types import Experience, Prompt, Rollout, SampleId, Score
+from common.types import Experience, Prompt, Rollout, SampleId, Score, Turn
 from deploy.run.record import write_first_record
 from learner.loop.credit import write_credit
 from learner.loop.journal import JournalStep
 from tests.critic_figures import PARTS
-from tests.fakes import WORDS, save_tiny_tokenizer, tiny_config
+from tests.fakes import WORDS, as_episode, save_tiny_tokenizer, tiny_config
 
 
 def write_run(
@@ -36,9 +37,12 @@ def write_run(
     prompt: str = "ask a1 b2",
     voids: Sequence[tuple[str, str, str | None]] = (),
     finished: bool = True,
+    turns: int = 0,
+    info: str = '{"tool_calls": 1}',
     seed: int = 0,
 ) -> Path:
-    """Writes the run. `voids` are in the journal's step 1."""
+    """Writes the run. `voids` are in the journal's step 1. With `turns`, every second response is an episode of at most
+    so many, the first of them with this `info`."""
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True)
     cfg = tiny_config("tests/tiny", num_steps=max(1, steps), rollouts_per_step=rollouts)
@@ -51,7 +55,8 @@ def write_run(
         rows = []
         for _ in range(rollouts):
             sample = SampleId(asked // prompts, asked % prompts, 0)
-            rows.append(_experience(rng, sample, f"{prompt} {sample.prompt}", step, tokens))
+            row = _experience(rng, sample, f"{prompt} {sample.prompt}", step, tokens)
+            rows.append(_episode(rng, row, turns, info) if turns and asked % 2 else row)
             asked += 1
         path = write_step(directory, step, rows, voids=voids if step == 1 else ())
         if credit:
@@ -105,7 +110,7 @@ def write_made_credit(
 
 def _derived(row: Experience, rng: np.random.Generator, *, clip_share: float, gamma: float) -> dict[str, np.ndarray]:
     """The numbers of one response, but for the whitened advantages."""
-    length, logprobs = len(row.rollout.response_ids), row.rollout.rollout_logprobs
+    length, logprobs = len(row.rollout.rollout_logprobs), row.rollout.rollout_logprobs
     kl = logprobs - row.ref_logprobs if row.ref_logprobs is not None else np.zeros(length)
     rewards = -0.05 * kl
     rewards[-1] += row.score.total
@@ -147,6 +152,20 @@ def _experience(
     )
     score = float(np.round(rng.normal(0.05 * version, 1), 3))
     return Experience(rollout, Score(score, {"a_words": score}), reference)
+
+
+def _episode(rng: np.random.Generator, row: Experience, most: int, info: str) -> Experience:
+    """The same response in turns. The environment answers each turn but the last with one or two of its tokens."""
+    length = len(row.rollout.response_ids)
+    count = int(rng.integers(1, most + 1))
+    ends = np.sort(rng.choice(np.arange(1, length - 2), count - 1, replace=False)).tolist()
+    turns = []
+    for number, end in enumerate(ends):
+        after = ends[number + 1] if number + 1 < len(ends) else length - 1
+        said = min(int(rng.integers(1, 3)), after - end)
+        turns.append(Turn(end, end + said, round(float(rng.normal()), 2), info=info if number == 0 else "{}"))
+    turns.append(Turn(length, length, 1.0))
+    return as_episode(replace(row, rollout=replace(row.rollout, finish_reason="terminated")), *turns)
 
 
 def _record(step: int, rows: Sequence[Experience], rng: np.random.Generator) -> dict[str, Any]:

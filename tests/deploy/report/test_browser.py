@@ -6,6 +6,7 @@ Playwright drives the Chromium that is installed on the machine; without one, th
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -16,12 +17,16 @@ from PIL import Image
 
 from common.files import write_json
 from deploy.report.page import render
-from deploy.report.report import evaluation_blocks, tuning_blocks
+from deploy.report.report import evaluation_blocks, page_blocks, tuning_blocks
+from deploy.report.run_files import RunFiles
 from deploy.report.variance import variance_of
 from tests.deploy.report.conftest import HOSTILE
 from tests.deploy.report.made_evaluation import write_evaluation
+from tests.deploy.report.made_run import write_run
 from tests.deploy.report.made_tuning import write_tuning
+from tests.deploy.report.test_rollouts import journal_rows, sampled_places
 from tests.deploy.report.test_variance import ACCOUNT
+from tests.fakes import WORDS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -269,6 +274,108 @@ def test_tokens_are_coloured_by_the_chosen_quantity(open_page, blocks):
     assert strengths == ["100%" if flag else "0%" for flag in clipped]
 
 
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """The page of a run of episodes whose info is hostile, its data, and the journal's rows by sample id."""
+    directory = tmp_path_factory.mktemp("episodes") / "run"
+    info = json.dumps({"said": HOSTILE[1], "tool_calls": 1})
+    write_run(directory, prompts=24, turns=4, tokens=(16, 30), info=info)
+    blocks = page_blocks(RunFiles.read(directory))
+    path = directory / "report.html"
+    path.write_text(render("run", blocks), encoding="utf-8")
+    return (
+        path.as_uri(),
+        blocks,
+        {f"{r['epoch']}/{r['prompt_index']}/{r['replica']}": r for r in journal_rows(directory)},
+    )
+
+
+def test_turns_of_an_episode_are_apart_and_what_the_environment_said_is_grey(open_page, episodes):
+    address, blocks, journal = episodes
+    page, table = open_page("rollouts", address=address), blocks["rollouts"]
+    assert "turns" in page.locator("#table th button").all_text_contents()
+    most = max(
+        (row for row in journal.values() if row["turns"] and len(row["turns"]) > 2),
+        key=lambda row: len(row["response_ids"]) - len(sampled_places(row)),
+    )
+    sample = f"{most['epoch']}/{most['prompt_index']}/{most['replica']}"
+    page.fill("#search", sample)
+    page.locator("#table tbody tr").first.click()
+    page.select_option("#compare", "")
+    turns = most["turns"]
+    side = page.locator(".side")
+    assert side.locator(".turn-count").text_content() == f"{len(turns)} turns · finish: terminated"
+    heads = side.locator(".turn-head").all_text_contents()
+    assert [head.partition(" · ")[0] for head in heads] == [f"turn {n + 1}" for n in range(len(turns))]
+    assert [float(re.search(r"reward (-?[\d.]+)", head)[1]) for head in heads] == [turn["reward"] for turn in turns]
+    assert heads[0].endswith(f" · {turns[0]['info']}")
+    assert page.evaluate("window.hacked") is None
+    # Each group has its turn's tokens, then the environment's as one text without numbers.
+    words, start = [WORDS[t] for t in most["response_ids"]], 0
+    for number, turn in enumerate(turns):
+        group = side.locator(".turn").nth(number)
+        assert [text.strip() for text in group.locator(".token").all_text_contents()] == words[start : turn["end"]]
+        said = words[turn["end"] : turn["next_start"]]
+        assert group.locator(".said").count() == bool(said)
+        if said:
+            assert group.locator(".said").text_content().split() == said
+            assert group.locator(".said").get_attribute("title") == "the environment's, not learned from"
+        start = turn["next_start"]
+    assert table["turns"][table["id"].index(sample)] == len(turns)
+
+
+def test_tokens_of_an_episode_have_their_own_numbers(open_page, episodes):
+    address, _, journal = episodes
+    page = open_page("rollouts", address=address)
+    sample, row = next(
+        (sample, row)
+        for sample, row in journal.items()
+        if row["turns"] and len(row["turns"]) > 1 and 0 < row["turns"][0]["end"] < row["turns"][0]["next_start"]
+    )
+    page.fill("#search", sample)
+    page.locator("#table tbody tr").first.click()
+    page.select_option("#compare", "")
+    places = sampled_places(row)
+    assert page.locator(".token").count() == len(places)
+    before = row["turns"][0]["end"]
+    page.locator(".token").nth(before - 1).focus()
+    assert page.locator(".at").text_content().startswith(f"token {before} of {len(places)}, turn 1: ")
+    page.locator(".said").first.hover()
+    page.locator(".said").first.click()
+    assert page.locator(".at").text_content().startswith(f"token {before} of ")
+    page.locator(".token").nth(before - 1).focus()
+    page.keyboard.press("ArrowRight")
+    second = 2 if row["turns"][1]["end"] > row["turns"][0]["next_start"] else 3
+    assert page.locator(".at").text_content().startswith(f"token {before + 1} of {len(places)}, turn {second}: ")
+    assert float(page.numbers()["logprob, sampler"]) == pytest.approx(row["rollout_logprobs"][before], rel=5e-3)
+    drawn = "[...charts].find(c => c.box.ariaLabel === 'curves over the tokens').figure"
+    page.locator(".side .plot").scroll_into_view_if_needed()
+    page.until(f"!!{drawn}")
+    line = f"[...{drawn}.renderers.find(r => r.glyph.type === 'Line').data_source.data.x]"
+    assert page.evaluate(line) == list(range(1, len(places) + 1))
+    lengths = []  # of the policy's part of each turn
+    start = 0
+    for turn in row["turns"]:
+        lengths.append(turn["end"] - start)
+        start = turn["next_start"]
+    breaks = {sum(lengths[:n]) + 0.5 for n in range(1, len(lengths))} - {0.5, len(places) + 0.5}
+    spans = f"{drawn}.center.filter(r => r.type === 'Span').map(r => r.location)"
+    assert set(page.evaluate(spans)) - {before + 1} == breaks
+
+
+def test_a_response_without_an_environment_has_no_turns_next_to_episodes(open_page, episodes):
+    address, _, journal = episodes
+    page = open_page("rollouts", address=address)
+    sample = next(sample for sample, row in journal.items() if row["turns"] is None)
+    page.fill("#search", sample)
+    page.locator("#table tbody tr").first.click()
+    page.select_option("#compare", "")
+    assert page.locator(".turn, .said, .turn-head").count() == 0
+    assert page.locator(".token").count() == len(journal[sample]["response_ids"])
+    page.locator(".token").first.focus()
+    assert ", turn" not in page.locator(".at").text_content()
+
+
 def test_reward_to_go_sums_the_rewards_that_follow(open_page):
     page = open_page("rollouts")
     assert page.evaluate("rewardToGo([1, -2, 4])") == [3, 2, 4]
@@ -397,10 +504,6 @@ def test_charts_take_the_new_colours_when_the_scheme_changes(open_page):
 
 
 def test_a_run_that_has_not_learned_yet_is_shown(open_page, tmp_path):
-    from deploy.report.report import page_blocks
-    from deploy.report.run_files import RunFiles
-    from tests.deploy.report.made_run import write_run
-
     blocks = page_blocks(RunFiles.read(write_run(tmp_path / "run", steps=0, finished=False)))
     (tmp_path / "report.html").write_text(render("run", blocks), encoding="utf-8")
     page = open_page("curves", address=(tmp_path / "report.html").as_uri())

@@ -118,3 +118,104 @@ def test_tokens_are_numbers_if_the_run_kept_no_tokenizer(tmp_path):
     _, details = tables_of(run)
     ids = journal_rows(run)[0]["response_ids"]
     assert [details["pieces"][p] for p in details["rows"][0]["tokens"]] == [f"[{i}]" for i in ids]
+
+
+def sampled_places(row):
+    others = {place for turn in row["turns"] or () for place in range(turn["end"], turn["next_start"])}
+    return [place for place in range(len(row["response_ids"])) if place not in others]
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "run", turns=4, tokens=(12, 30))
+
+
+def test_tokens_of_an_environment_have_a_text_and_no_numbers(episodes):
+    table, details = tables_of(episodes)
+    journal, credit = journal_rows(episodes), credit_rows(episodes)
+    assert len(details["rows"]) == len(table["id"]) == 48
+    several = 0
+    for i, (row, derived) in enumerate(zip(journal, credit, strict=True)):
+        detail, places = details["rows"][i], sampled_places(row)
+        assert [details["pieces"][p].strip() for p in detail["tokens"]] == [WORDS[t] for t in row["response_ids"]]
+        assert table["tokens"][i] == len(places)
+        assert table["turns"][i] == (len(row["turns"]) if row["turns"] else None)
+        for name in ("values", "kl", "rewards", "advantages", "returns", "entropy", "ratio", "clipped"):
+            assert numbers(detail[name], len(places)) == pytest.approx(
+                np.array(derived[name], float), rel=1e-3, abs=1e-6
+            ), name
+        assert numbers(detail["rollout_logprobs"], len(places)) == pytest.approx(row["rollout_logprobs"], rel=1e-3)
+        expected = [
+            [turn["end"], turn["next_start"], turn["reward"], turn["info"].replace("{}", "")]
+            for turn in row["turns"] or ()
+        ]
+        assert detail.get("turns", []) == expected
+        assert table["kl"][i] == pytest.approx(sum(derived["kl"]), rel=1e-4, abs=1e-5)
+        several += len(places) < len(row["response_ids"]) and len(expected) > 1
+    assert several > 10
+
+
+def test_a_page_without_an_environment_has_nothing_about_turns(tmp_path):
+    table, details = tables_of(write_run(tmp_path / "run", steps=2))
+    assert "turns" not in table
+    assert not any("turns" in detail or "prompt" in detail for detail in details["rows"].values())
+
+
+def change_steps(run, change):
+    """Journal files whose rows `change` changed. The credit files no longer belong to them."""
+    for path in sorted((run / "journal").glob("*.arrow")):
+        with pa.ipc.open_file(str(path)) as file:
+            table = file.read_all()
+        rows = table.to_pylist()
+        for row in rows:
+            change(row)
+        changed = pa.Table.from_pylist(rows, schema=table.schema)
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(changed)
+
+
+def test_a_turn_that_nobody_answered_counts(tmp_path):
+    run = write_run(tmp_path / "run", steps=1, turns=3, tokens=(12, 30))
+    change_steps(run, lambda row: row["turns"] and row["turns"].pop())
+    table, _ = tables_of(run)
+    answered = [len(row["turns"] or ()) for row in journal_rows(run)]
+    assert table["turns"] == [count + 1 if count else None for count in answered]
+
+
+def test_a_prompt_that_an_environment_replaced_is_that_of_its_own_rollout(tmp_path):
+    run = write_run(tmp_path / "run", steps=4, prompts=4, turns=3, tokens=(12, 30))
+
+    def replaced(row):
+        if row["turns"]:
+            row["prompt"] = f"seed {row['epoch']}"
+
+    change_steps(run, replaced)
+    table, details = tables_of(run)
+    asked = set()
+    for i, row in enumerate(journal_rows(run)):
+        number = table["id"][i].split("/")[1]
+        assert details["rows"][i].get("prompt", details["prompts"][number]) == row["prompt"]
+        asked.add("prompt" in details["rows"][i])
+    assert asked == {True, False}
+
+
+@pytest.mark.parametrize("cause", ["info", "prompt", "tokens"])
+def test_a_small_budget_bounds_what_environments_say(tmp_path, cause):
+    run = write_run(tmp_path / "run", steps=30, turns=4, tokens=(20, 40), info=json.dumps({"a" * 900: '"' * 90}))
+
+    def changed(row):
+        row["turns"] = row["turns"] or [{**empty, "end": 5, "next_start": 5}]
+        for turn in row["turns"]:
+            turn["info"] = turn["info"] if cause == "info" else "{}"
+        if cause == "prompt":
+            row["prompt"] = f"{row['epoch']} {row['step']} " + "x" * 2_000
+        elif cause == "tokens":
+            last = len(row["response_ids"])
+            row["response_ids"] += [7] * 500
+            row["turns"][-1] |= {"end": last, "next_start": last + 500}
+
+    empty = {"reward": 0.0, "observation": "[]", "info": "{}", "seconds": 0.0, "cached_tokens": 0}
+    change_steps(run, changed)
+    _, details = tables_of(run, budget=60_000)
+    assert len(json.dumps(details["rows"])) < 70_000
+    assert len(details["rows"]) > 5

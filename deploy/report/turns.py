@@ -1,0 +1,63 @@
+"""The turns of an episode, as the page has them. Runs anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from common.types import response_mask
+from deploy.report.token_numbers import short
+
+LONGEST_INFO = 1_000  # characters of the `info` of a turn
+BYTES_PER_TURN = 40  # places and reward
+
+
+@dataclass(frozen=True)
+class Turns:
+    """One response. Without an environment it has no turns, and all its tokens were sampled."""
+
+    rows: Sequence[Mapping[str, Any]]  # those that the environment has answered, with the fields of `Turn`
+    length: int  # tokens of the response
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        if not self.rows:
+            return self.length
+        return int(response_mask(self.length, ((row["end"], row["next_start"]) for row in self.rows)).sum())
+
+    @property
+    def count(self) -> int:
+        """Turns of the policy: the last one may have no answer. 0 without an environment."""
+        return len(self.rows) + bool(self.rows and self.rows[-1]["next_start"] < self.length)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the page, next to those of the sampled tokens."""
+        said = self.length - self.sampled
+        return 6 * said + sum(BYTES_PER_TURN + len(json.dumps(_info(row))) for row in self.rows)
+
+    def detail(self) -> dict[str, Any]:
+        """What the token view needs: for each turn its end, the start of the next one, its reward, and its `info` as
+        JSON text ("" if there is none)."""
+        return {"turns": [[row["end"], row["next_start"], short(row["reward"]), _info(row)] for row in self.rows]}
+
+
+def turns_of(rows: Sequence[Mapping[str, Any]] | None, length: int) -> Turns:
+    return Turns(rows or (), length)
+
+
+def turn_rows(table: pa.Table) -> list[Sequence[Mapping[str, Any]] | None]:
+    """The turns of each row of a journal's step."""
+    if "turns" not in table.column_names or table["turns"].null_count == table.num_rows:
+        return [None] * table.num_rows
+    return table["turns"].to_pylist()
+
+
+def _info(row: Mapping[str, Any]) -> str:
+    info = row["info"] or ""
+    return "" if info == "{}" else info[:LONGEST_INFO]
