@@ -9,7 +9,8 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
-from common.types import Experience, response_mask
+from common.turns import response_mask
+from common.types import Experience
 
 # Turns the tokens of many responses into texts.
 Decode = Callable[[Sequence[np.ndarray]], Sequence[str]]

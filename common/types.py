@@ -11,7 +11,7 @@ in one response. With an environment, E more tokens of the response are the envi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ import numpy as np
 
 from common.memory import BYTES_PER_TOKEN
 from common.reward_input import RewardInput as RewardInput
+from common.turns import Turn as Turn
+from common.turns import response_mask
 
 HELDOUT_EPOCH = -1
 PROBE_EPOCH = -2
@@ -62,19 +64,6 @@ class Prompt:
     token_ids: np.ndarray  # int32 [P]
     fields: Mapping[str, Any] = field(default_factory=dict)  # other fields of the record, for the reward
     messages: Sequence[Mapping[str, str]] | None = None  # with prompts.format = "chat": the input of the template
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What an environment did after the policy had written one message."""
-
-    end: int  # place in the response after the last token of the policy's message
-    next_start: int  # place of the policy's next token: those from `end` on until here are the environment's
-    reward: float
-    observation: str = "[]"  # the messages that it answered with, JSON
-    info: str = "{}"  # JSON
-    seconds: float = 0.0  # that it took
-    cached_tokens: int = 0  # of the prompt and the turns before, found in the engine's cache when this turn was sampled
 
 
 @dataclass(frozen=True)
@@ -182,15 +171,6 @@ class ExperienceRef:
     def staleness(self, policy_version: int) -> int:
         """See the function `staleness`."""
         return staleness(self.ref.oldest_version, policy_version)
-
-
-def response_mask(length: int, holes: Iterable[tuple[int, int]]) -> np.ndarray:
-    """True on the tokens of a response that the policy sampled, bool [length]. `holes`: the half-open ranges of places
-    that an environment filled."""
-    mask = np.ones(length, dtype=np.bool_)
-    for first, end in holes:
-        mask[first:end] = False
-    return mask
 
 
 def oldest_version(policy_versions: np.ndarray) -> int | None:

@@ -4,9 +4,8 @@ reward replica."""
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from common.config.actors import SourcesConfig
 from common.config.sources import RewardSource
 from common.metrics import meters
 from common.model.files import load_tokenizer, resolve_model
+from common.turns import described
 from common.types import RawScore, RewardInput, Rollout, Score, Void
 from common.user_code.results import FLOAT32_MAX
 
@@ -93,31 +93,16 @@ class Reward:
         return Score(total, components, origins, figures, judge_voids)
 
     def _answer(self, rollout: Rollout) -> RewardInput:
-        response_ids = rollout.response_ids.tolist()
+        response_ids, decode = rollout.response_ids.tolist(), partial(self._tokenizer.decode, skip_special_tokens=True)
         return RewardInput(
             prompt=rollout.prompt.text,
             messages=rollout.prompt.messages,
-            response=self._tokenizer.decode(response_ids, skip_special_tokens=True),
+            response=decode(response_ids),
             response_tokens=len(rollout.rollout_logprobs),
             finish_reason=rollout.finish_reason,
             fields=rollout.prompt.fields,
             raw_response=self._tokenizer.decode(response_ids),
             prompt_ids=rollout.prompt.token_ids.tolist(),
             response_ids=response_ids,
-            turns=self._turns(rollout),
-        )
-
-    def _turns(self, rollout: Rollout) -> tuple[dict[str, Any], ...]:
-        """See RewardInput."""
-        starts = [0, *(turn.next_start for turn in rollout.turns)]
-        return tuple(
-            {
-                "text": self._tokenizer.decode(
-                    rollout.response_ids[start : turn.end].tolist(), skip_special_tokens=True
-                ),
-                "observation": json.loads(turn.observation),
-                "reward": turn.reward,
-                "info": json.loads(turn.info),
-            }
-            for start, turn in zip(starts, rollout.turns)
+            turns=described(rollout.turns, rollout.response_ids, decode),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from common.types import response_mask
+from common.turns import response_mask
 from deploy.report.token_numbers import short
 
 LONGEST_INFO = 1_000  # characters of the `info` of a turn

@@ -158,12 +158,12 @@ def test_a_response_starts_again_when_its_first_part_is_lost():
         handle.role.generate = begin
         generate = service.pool.call
 
-        async def hands_over_first(what, call, *, cost):
+        async def hands_over_first(what, call, **options):
             if not asked:
                 asked.append("first")
-                _, ref = await generate(what, call, cost=cost)
+                _, ref = await generate(what, call, **options)
                 return lost, replace(ref, finished=False)
-            return await generate(what, call, cost=cost)
+            return await generate(what, call, **options)
 
         service.pool.call = hands_over_first
         ref = await service.generate(make_prompt(3))

@@ -1,0 +1,48 @@
+"""The turns of an episode: where the policy wrote in a response, and where an environment answered. Runs anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an environment did after the policy had written one message."""
+
+    end: int  # place in the response after the last token of the policy's message
+    next_start: int  # place of the policy's next token: those from `end` on until here are the environment's
+    reward: float
+    observation: str = "[]"  # the messages that it answered with, JSON
+    info: str = "{}"  # JSON
+    seconds: float = 0.0  # that it took
+    cached_tokens: int = 0  # of the prompt and the turns before, found in the engine's cache when this turn was sampled
+
+
+def response_mask(length: int, holes: Iterable[tuple[int, int]]) -> np.ndarray:
+    """True on the tokens of a response that the policy sampled, bool [length]. `holes`: the half-open ranges of places
+    that an environment filled."""
+    mask = np.ones(length, dtype=np.bool_)
+    for first, end in holes:
+        mask[first:end] = False
+    return mask
+
+
+def described(
+    turns: Sequence[Turn], response_ids: np.ndarray, decode: Callable[[list[int]], str]
+) -> tuple[dict[str, Any], ...]:
+    """The turns as reward functions get them (`RewardInput.turns`). `decode` gives the text of tokens."""
+    starts = [0, *(turn.next_start for turn in turns)]
+    return tuple(
+        {
+            "text": decode(response_ids[start : turn.end].tolist()),
+            "observation": json.loads(turn.observation),
+            "reward": turn.reward,
+            "info": json.loads(turn.info),
+        }
+        for start, turn in zip(starts, turns)
+    )
