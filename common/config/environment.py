@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import model_validator
 
-from common.config.base import MayChange, Pooled, Positive, Seconds
+from common.config.base import MAY_CHANGE, MayChange, Placed, Pooled, Positive, Seconds
 
 KINDS = ("function", "tools")  # the settings of which a section has exactly one
 
@@ -39,6 +41,12 @@ class EnvironmentConfig(Pooled):
     def code(self) -> tuple[str, ...]:
         """The class, or the tools."""
         return (self.function,) if self.function else self.tools
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The settings that decide what an episode is, as JSON has them."""
+        may_change = {key for key, field in type(self).model_fields.items() if MAY_CHANGE in field.metadata}
+        return self.model_dump(mode="json", exclude={*may_change, *Placed.model_fields})
 
     @property
     def name(self) -> str:

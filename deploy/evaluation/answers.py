@@ -6,6 +6,10 @@ skip. All figures are computed from these files, so they do not depend on how of
     {"prompt": 3, "sample": 0, "response": "...", "finish_reason": "stop", "score": 1.0, "components": {...},
      "origins": {...}, "tokens": [...], "logprobs": [...], "ref_logprobs": [...]}
 
+An answer in turns has them as "turns", each with the fields of `common.types.Turn`. `tokens` are those of the whole
+response then, and `logprobs` and `ref_logprobs` are of the tokens that the policy sampled. If the environment replaced
+the prompt, "asked" is its text.
+
 `prompt` counts the lines of RUN/prompts.jsonl. `prompt` and `sample` begin the line: a reader that wants few answers
 need not parse the others. An answer without a score has its reason as "void" instead of score,
 components and origins. One that a judge gave no score has the reason under "judge_voids", by judge. A continued
@@ -18,7 +22,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ import numpy as np
 from common.data.questions import question
 from common.experience_table import Decode
 from common.files import read_record, sync_directory, write_durably
-from common.types import HELDOUT_EPOCH, Prompt, Rollout, SampleId, Score, Void
+from common.types import HELDOUT_EPOCH, Prompt, Rollout, SampleId, Score, Turn, Void
 from deploy.run.directory import make_private
 from learner.loop.answers import Answered, score_record
 
@@ -60,7 +64,7 @@ class AnswerFile:
     def append(self, answers: Sequence[Answered]) -> None:
         """Writes the answers. When it returns, they survive a loss of power."""
         texts = self._decode([rollout.response_ids for rollout, _, _ in answers])
-        records = [_record(*pair) for pair in zip(answers, texts, strict=True)]
+        records = [self._record(*pair) for pair in zip(answers, texts, strict=True)]
         lines = [json.dumps(record).encode() + b"\n" for record in records]
         is_new = not self.path.exists()
         with open(self.path, "a+b") as file:
@@ -76,6 +80,22 @@ class AnswerFile:
         if self._known is not None:
             for record in records:  # not the answers: their arrays keep memory of the object store
                 self._take(self._known, record)
+
+    def _record(self, answer: Answered, text: str) -> dict[str, Any]:
+        rollout, score, ref_logprobs = answer
+        _, prompt, sample = rollout.prompt.sample_id
+        record: dict[str, Any] = {"prompt": prompt, "sample": sample}
+        if rollout.prompt.text != self._prompts[prompt].text:
+            record["asked"] = rollout.prompt.text
+        record |= {"response": text, "finish_reason": rollout.finish_reason, **score_record(score)}
+        if rollout.turns:
+            record["turns"] = [asdict(turn) for turn in rollout.turns]
+        return {
+            **record,
+            "tokens": rollout.response_ids.tolist(),
+            "logprobs": _short(rollout.rollout_logprobs),
+            "ref_logprobs": _short(ref_logprobs),
+        }
 
     def _take(self, known: dict[SampleId, Answered], record: Mapping[str, Any]) -> None:
         answer = self._answer(record)
@@ -97,11 +117,13 @@ class AnswerFile:
                 voids = {judge: Void(sample_id, str(why)) for judge, why in record.get("judge_voids", {}).items()}
                 components, origins = dict(record["components"]), dict(record["origins"])
                 score = Score(float(record["score"]), components, origins, judge_voids=voids)
-            if not tokens.shape == logprobs.shape == ref_logprobs.shape:
+            turns = tuple(map(_turn, record.get("turns", [])))
+            question = replace(prompt, sample_id=sample_id, text=str(record.get("asked", prompt.text)))
+            versions, reason = np.zeros(logprobs.shape, np.int32), str(record["finish_reason"])
+            rollout = Rollout(question, tokens, logprobs, versions, reason, _GENERATOR, turns)
+            if not rollout.sampled_ids.shape == logprobs.shape == ref_logprobs.shape or not _follow(turns, len(tokens)):
                 return None
-            question = replace(prompt, sample_id=sample_id)
-            versions, reason = np.zeros_like(tokens), str(record["finish_reason"])
-            return Answered(Rollout(question, tokens, logprobs, versions, reason, _GENERATOR), score, ref_logprobs)
+            return Answered(rollout, score, ref_logprobs)
         except (KeyError, ValueError, TypeError, AttributeError):
             return None
 
@@ -112,22 +134,22 @@ def place_of(line: bytes) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _record(answer: Answered, text: str) -> dict[str, Any]:
-    rollout, score, ref_logprobs = answer
-    _, prompt, sample = rollout.prompt.sample_id
-    record: dict[str, Any] = {
-        "prompt": prompt,
-        "sample": sample,
-        "response": text,
-        "finish_reason": rollout.finish_reason,
-    }
-    return {
-        **record,
-        **score_record(score),
-        "tokens": rollout.response_ids.tolist(),
-        "logprobs": _short(rollout.rollout_logprobs),
-        "ref_logprobs": _short(ref_logprobs),
-    }
+def _turn(record: Mapping[str, Any]) -> Turn:
+    return Turn(
+        end=int(record["end"]),
+        next_start=int(record["next_start"]),
+        reward=float(record["reward"]),
+        observation=str(record["observation"]),
+        info=str(record["info"]),
+        seconds=float(record["seconds"]),
+        cached_tokens=int(record["cached_tokens"]),
+    )
+
+
+def _follow(turns: Sequence[Turn], length: int) -> bool:
+    """Whether the turns follow one another in a response of this length."""
+    places = [0, *(place for turn in turns for place in (turn.end, turn.next_start)), length]
+    return places == sorted(places)
 
 
 def _short(values: np.ndarray) -> list[float]:

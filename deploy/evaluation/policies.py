@@ -22,7 +22,7 @@ from common.model.identity import model_digest
 from common.types import PromptRecord
 from deploy.evaluation.names import BASE
 from deploy.policy_files import PolicyFiles
-from deploy.run.identity import prompts_digest
+from deploy.run.identity import code_digest, prompts_digest
 from deploy.run.record import read_record
 
 RECORD = "evaluated.json"
@@ -127,13 +127,15 @@ def identity_of(
     cfg: Config, reference: PolicyFiles, policies: Mapping[str, PolicyFiles], records: Sequence[PromptRecord]
 ) -> dict[str, str]:
     """Digests of everything that the answers and their scores depend on, by name: the policies, the reference
-    (model.path), prompts, sampling, and the reward functions and models."""
+    (model.path), prompts, sampling, the environment, and the reward functions and models."""
     found = {f"{_POLICY}{name}": model_digest(policy.directory) for name, policy in policies.items() if name != BASE}
     found["model.path"] = model_digest(reference.directory)
     found["prompts.heldout"] = prompts_digest(records)
     found["sampling"] = _digest(cfg.sampling.model_dump(mode="json"))
     found["seed"] = _digest(cfg.seed)
     found["generators.dtype"], found["reference.dtype"] = _digest(cfg.generators.dtype), _digest(cfg.reference.dtype)
+    if cfg.environment is not None:
+        found["environment"] = _digest([cfg.environment.fixed, code_digest(cfg.environment.code)])
     for number, source in enumerate(cfg.reward.sources):
         found[f"reward.sources.{number}"] = _digest([source.weight, *_scoring(source)])
     for number, judge in enumerate(cfg.evaluation.judges):

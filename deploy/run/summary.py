@@ -57,17 +57,34 @@ def answers_path(directory: Path, evaluation: Evaluation) -> Path:
 def write_answers(
     path: Path, answers: Sequence[tuple[Rollout, Score | Void]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Held-out answers with their scores, one JSON record a line; a void has its reason instead of a score."""
+    """Held-out answers with their scores, one JSON record a line; a void has its reason instead of a score. An episode
+    also has its turns: what the policy wrote, what the environment answered, its reward and info."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for rollout, score in answers:
-            record = {
+            record: dict[str, Any] = {
                 "prompt": rollout.prompt.text,
                 "response": tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True),
                 "finish_reason": rollout.finish_reason,
                 **score_record(score),
             }
+            if rollout.turns:
+                record["turns"] = _turns(rollout, tokenizer)
             file.write(json.dumps(record) + "\n")
+
+
+def _turns(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Also the last turn of an episode that was cut off before the environment answered it, without the answer."""
+    found = []
+    for start, end, turn in rollout.written():
+        answer = (
+            {}
+            if turn is None
+            else {"observation": json.loads(turn.observation), "reward": turn.reward, "info": json.loads(turn.info)}
+        )
+        text = tokenizer.decode(rollout.response_ids[start:end].tolist(), skip_special_tokens=True)
+        found.append({"response": text, **answer})
+    return found
 
 
 def _critic(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import statistics
@@ -22,7 +23,7 @@ from common.config.ppo import Config
 from common.data.questions import question
 from common.health.health import Event
 from common.metrics.table import STEP
-from common.types import Experience, Void
+from common.types import Experience, Turn, Void
 from deploy.run.log import RunLog
 from deploy.screen.console import printable
 from deploy.screen.screen import Column, Screen, columns_of
@@ -55,6 +56,7 @@ _LEGEND = (  # each at most 80 columns
     "tok/s: response tokens per second; left: time until the end",
     "below: seconds of the step by phase; one of its prompts and responses",
 )
+SHOWN_TURNS = 4  # of an example
 _TRAINING, _EVALUATION = "training", "evaluation"  # bars
 _PLURALS = {"Generator": "Generators", "Reward": "Rewards", "ReferencePolicy": "ReferencePolicies"}
 
@@ -156,10 +158,23 @@ class Progress(Screen):
         self._print(f"      {seconds:.1f} s: {spent}", style="dim")
         for reason, count in Counter(void.reason for void in voids).most_common(3):
             self._print(f"      {count} rollout(s) voided: {escape(reason[:200])}", style="yellow")
-        answer = self._tokenizer.decode(example.rollout.response_ids.tolist())
-        score = f" = {example.score.total:g}"
-        self._print(escape(one_line(question(example.rollout.prompt), answer, score, self._console.width)), style="dim")
+        self._example(example)
         self._health(events)
+
+    def _example(self, example: Experience) -> None:
+        """One line with the question and the answer. With an environment, one line for each of SHOWN_TURNS turns: the
+        first ones and the last one."""
+        rollout, width = example.rollout, self._console.width
+        asked, messages = question(rollout.prompt), list(rollout.written())
+        last, hidden = len(messages) - 1, len(messages) - SHOWN_TURNS
+        for number, (start, end, turn) in enumerate(messages):
+            if number < SHOWN_TURNS - 1 or number == last:
+                answer = self._tokenizer.decode(rollout.response_ids[start:end].tolist())
+                score = f" = {example.score.total:g}" if number == last else ""
+                self._print(escape(one_line(asked, answer, score, width)), style="dim")
+            elif number == SHOWN_TURNS - 1:
+                self._print(f"      ... {hidden} more turn{'s' if hidden > 1 else ''}", style="dim")
+            asked = "" if turn is None else said(turn)
 
     def _health(self, events: Sequence[Event]) -> None:
         """One line for each rule that holds, when it begins and now and then while it lasts."""
@@ -191,6 +206,11 @@ def token_place() -> str:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "the variable RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+
+
+def said(turn: Turn) -> str:
+    """The texts of what an environment answered."""
+    return " ".join(message["content"] for message in json.loads(turn.observation))
 
 
 def one_line(asked: str, answer: str, score: str, width: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.types import Rollout, Score, Void
+from common.types import FINISHED, Rollout, Score, Void
 from learner.evaluation.bootstrap import Bootstrap
 from learner.evaluation.diversity import NGRAMS, different_answers, distinct, entropy
 from learner.evaluation.figures import mean, mean_score
@@ -91,7 +91,7 @@ def _token_figures(found: ScoredAnswers, bootstrap: Bootstrap) -> dict[str, Any]
     prompts, responses = found.prompts, [rollout.sampled_ids for rollout in found.rollouts]
     logprobs = [rollout.rollout_logprobs for rollout in found.rollouts]
     kl = [own - ref for own, ref in zip(logprobs, found.ref_logprobs, strict=True)]
-    cut = np.array([rollout.finish_reason == "length" for rollout in found.rollouts], dtype=np.float64)
+    cut = np.array([rollout.finish_reason not in FINISHED for rollout in found.rollouts], dtype=np.float64)
     figures = {
         "kl_per_response": mean(prompts, np.array([float(tokens.sum()) for tokens in kl]), bootstrap),
         "response_tokens": mean(prompts, np.array([len(ids) for ids in responses]), bootstrap),

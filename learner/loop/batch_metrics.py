@@ -8,10 +8,8 @@ from statistics import fmean
 
 import pyarrow as pa
 
-from common.types import oldest_version, staleness
+from common.types import FINISHED, oldest_version, staleness
 from common.user_code.results import MAX_FIGURES
-
-FINISHED = ("stop", "terminated")  # the finish reasons of responses that no limit cut off
 
 
 def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ import deploy.evaluation.command as command
 import deploy.session
 from common.errors import UserError
 from common.files import read_records
-from common.types import Rollout, RolloutRef, Score, Void
+from common.types import Rollout, RolloutRef, Score, Turn, Void
 from deploy.evaluation.command import run_evaluation
 from deploy.evaluation.rows import figure_rows
 from deploy.plan.placement import Node
@@ -38,6 +38,7 @@ class Cluster:
         self.services = 0  # that run
         self.without_score = set()  # sample ids
         self.without_judge = set()  # sample ids
+        self.episodes = False  # an environment answers the policies
 
 
 class Engine(FakeRoles):
@@ -52,7 +53,16 @@ class Engine(FakeRoles):
         self.cluster.asked.append((self.policy, prompt.sample_id))
         draws = np.random.default_rng([len(self.policy), *map(abs, prompt.sample_id)])
         rollout = make_rollout(prompt, [int(draws.integers(4, 50)) for _ in range(draws.integers(1, 4))])
-        return replace(rollout, rollout_logprobs=-draws.exponential(size=len(rollout.response_ids)).astype(np.float32))
+        logprobs = -draws.exponential(size=len(rollout.response_ids)).astype(np.float32)
+        rollout = replace(rollout, rollout_logprobs=logprobs)
+        if self.cluster.episodes:  # the environment says 60 61 after the first token
+            rollout = replace(
+                rollout,
+                prompt=replace(prompt, text=f"{prompt.text}, {draws.integers(99)}"),
+                response_ids=np.insert(rollout.response_ids, 1, [60, 61]),
+                turns=(Turn(1, 3, float(draws.normal())),),
+            )
+        return rollout
 
 
 class Services(FakeRoles):
@@ -78,10 +88,10 @@ def roles(monkeypatch):
     known = Cluster()
 
     class Starter:
-        def __init__(self, cfg, on_event):
+        def __init__(self, cfg, on_event, tell):
             self.policy, self.services = None, 0
 
-        async def generators(self, policy, cfg, sampling, *, seed, max_tokens):
+        async def writers(self, policy, cfg, *, keep, seed):
             assert known.running is None, "the engines of the policy before must have stopped"
             self.policy = known.running = policy.path
             known.started.append(policy.path)
@@ -155,8 +165,10 @@ def test_every_policy_answers_every_question_and_one_runs_at_a_time(roles, cfg, 
     assert "The base, asked k times, beats mine, asked once: " in out
 
 
+@pytest.mark.parametrize("episodes", [False, True], ids=["responses", "episodes"])
 @pytest.mark.parametrize("fails_after", [5, PROMPTS * SAMPLES])
-def test_a_cut_evaluation_asks_the_rest_and_ends_the_same(roles, cfg, models, tmp_path, fails_after):
+def test_a_cut_evaluation_asks_the_rest_and_ends_the_same(roles, cfg, models, tmp_path, fails_after, episodes):
+    roles.episodes = episodes
     policies = {"mine": models[1]}
     whole = run_evaluation(cfg, tmp_path / "whole", policies=policies, samples=SAMPLES)
     everything, roles.asked, roles.started = roles.asked, [], []
@@ -170,6 +182,9 @@ def test_a_cut_evaluation_asks_the_rest_and_ends_the_same(roles, cfg, models, tm
     for name in ("base", "mine"):
         assert sorted(ids(tmp_path / f"cut/answers/{name}.jsonl")) == EVERY
     assert sorted({*before, *roles.asked}) == sorted(everything)
+    for answer in read_records(tmp_path / "cut/answers/mine.jsonl"):
+        assert len(answer["tokens"]) == len(answer["logprobs"]) + 2 * episodes
+        assert len(answer.get("turns", [])) == episodes
 
 
 def test_a_finished_evaluation_starts_nothing(roles, cfg, tmp_path):

@@ -109,6 +109,29 @@ def test_other_contents_than_at_the_beginning_are_refused_by_name(models, tmp_pa
             check_identity(tmp_path, now)
 
 
+def test_another_environment_than_at_the_beginning_is_refused(models, tmp_path):
+    def identity(**settings):
+        cfg = tiny_config(models[0], environment={"function": "tests.actors.environments.games:Counting", **settings})
+        reference, policies = load_policies(cfg, EvaluationPlan.of(cfg, {}, 2))
+        return cfg, identity_of(cfg, reference, policies, [record(3)])
+
+    cfg, before = identity()
+    assert set(cfg.environment.fixed) == {"function", "tools", "tool_parser", "max_turns", "max_tokens"}
+    EvaluationPlan.of(cfg, {}, 2).write(tmp_path, before)
+    _, same = identity(concurrent=3, min=2, timeout_s=500, step_timeout_s=5)
+    check_identity(tmp_path, same)
+    plain = tiny_config(models[0])
+    reference, policies = load_policies(plain, EvaluationPlan.of(plain, {}, 2))
+    others = [
+        identity(max_turns=3)[1],
+        identity(function="tests.tasks:NoSuchClass")[1],
+        identity_of(plain, reference, policies, [record(3)]),
+    ]
+    for other in others:
+        with pytest.raises(UserError, match="began with other contents of environment; restore them"):
+            check_identity(tmp_path, other)
+
+
 def test_a_policy_with_another_tokenizer_is_refused(models, tmp_path, monkeypatch):
     cfg = tiny_config(models[0])
     load = PolicyFiles.load

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from common.model.files import load_tokenizer
-from common.types import Score, Void
+from common.types import Score, Turn, Void
 from deploy.run.summary import summarise, write_answers
 from learner.loop.evaluation import Evaluation
-from tests.fakes import END, WORDS, make_prompt, make_rollout, save_tiny_model, tiny_config
+from tests.fakes import END, WORDS, as_episode, make_experience, make_prompt, make_rollout, save_tiny_model, tiny_config
 
 
 def evaluation(version: int, score: float) -> Evaluation:
@@ -73,3 +74,21 @@ def test_answers_have_text_and_scores_or_the_reason_of_the_void(tmp_path):
         },
         {"prompt": "prompt 1", "response": "a3 b7", "finish_reason": "length", "void": "no service"},
     ]
+
+
+def test_an_episode_has_its_turns_one_by_one(tmp_path):
+    tokenizer = load_tokenizer(save_tiny_model(tmp_path / "model"))
+    ids = [WORDS.index(word) for word in ("a3", "<end>", "b1", "b2", "a4", "a5")]
+    said = [{"role": "tool", "content": "7 é"}]
+    turns = [Turn(2, 4, 0.5, json.dumps(said), '{"tool_calls": 1}', 0.1, 3)]
+    row = as_episode(make_experience(0, ids), *turns)
+    ended = replace(row.rollout, turns=(*turns, Turn(6, 6, 1.0)), finish_reason="terminated")
+    path = tmp_path / "answers/version-000000.jsonl"
+    score = Score(1.5, {"game": 1.5}, {"game": "environment"})
+    write_answers(path, [(row.rollout, score), (ended, score)], tokenizer)
+    cut_off, whole = (json.loads(line) for line in path.read_text().splitlines())
+    assert whole["response"] == cut_off["response"] == "a3 b1 b2 a4 a5"
+    first = {"response": "a3", "observation": said, "reward": 0.5, "info": {"tool_calls": 1}}
+    assert cut_off["turns"] == [first, {"response": "a4 a5"}]
+    assert whole["turns"] == [first, {"response": "a4 a5", "observation": [], "reward": 1.0, "info": {}}]
+    assert whole["finish_reason"] == "terminated"

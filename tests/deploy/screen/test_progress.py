@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 from dataclasses import replace
@@ -11,11 +12,11 @@ import pytest
 
 from common.data.questions import question
 from common.health.health import Event
-from common.types import Score, Void
+from common.types import Score, Turn, Void
 from deploy.screen.progress import Progress, one_line
 from deploy.screen.text import duration, share, short
 from learner.loop.evaluation import Evaluation
-from tests.fakes import make_experience, make_prompt, tiny_config
+from tests.fakes import as_episode, make_experience, make_prompt, tiny_config
 
 RECORD = {
     "step": 6,
@@ -177,6 +178,40 @@ def test_the_example_shows_the_last_question_of_the_user(capsys, progress):
     row = make_experience(0, [0, 1, 2])
     row = replace(row, rollout=replace(row.rollout, prompt=prompt), score=Score(0.5, {}))
     assert "      Where does a moose live? -> 'abc' = 0.5" in lines_of(capsys, progress, RECORD, example=row)
+
+
+def observed(text: str) -> str:
+    return json.dumps([{"role": "user", "content": text}] if text else [])
+
+
+def test_the_example_shows_each_turn_in_a_line_of_its_own(capsys, progress):
+    row = as_episode(
+        make_experience(3, [0, 1, 8, 9, 2, 10, 3]),
+        Turn(2, 4, 0.0, observed("Higher.\nAgain?")),
+        Turn(5, 6, 0.0, observed("[red]Lower.")),
+        Turn(7, 7, 1.0, observed("Right!")),
+    )
+    row = replace(row, score=Score(0.5, {}))
+    assert lines_of(capsys, progress, RECORD, example=row)[-3:] == [
+        "      prompt 3 -> 'ab'",
+        "      Higher. Again? -> 'c'",
+        "      [red]Lower. -> 'd' = 0.5",
+    ]
+
+
+@pytest.mark.parametrize(("turns", "left_out"), [(5, "1 more turn"), (9, "5 more turns")])
+def test_the_example_of_many_turns_shows_the_first_ones_and_the_last(capsys, progress, turns, left_out):
+    """The last one was cut off before the environment answered it."""
+    answers = [Turn(2 * i + 1, 2 * i + 2, 0.0, observed(f"no {i}")) for i in range(turns - 1)]
+    row = as_episode(make_experience(3, [*range(2 * turns - 1)]), *answers)
+    row = replace(row, score=Score(0.5, {}))
+    assert lines_of(capsys, progress, RECORD, example=row)[-5:] == [
+        "      prompt 3 -> 'a'",
+        "      no 0 -> 'c'",
+        "      no 1 -> 'e'",
+        f"      ... {left_out}",
+        f"      no {turns - 2} -> '{chr(ord('a') + 2 * turns - 2)}' = 0.5",
+    ]
 
 
 @pytest.mark.parametrize(

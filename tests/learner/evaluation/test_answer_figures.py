@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.proportions import wilson_interval
-from common.types import HELDOUT_EPOCH, SampleId, Score, Void
+from common.types import HELDOUT_EPOCH, SampleId, Score, Turn, Void
 from learner.evaluation.answer_figures import figures_of
 from learner.evaluation.bootstrap import Bootstrap
 from learner.loop.answers import Answered
@@ -95,3 +95,29 @@ def test_a_judge_that_fails_changes_its_own_figures_only(failed):
     assert gold["change"]["value"] == (None if failed == 3 else -1)
     own = ("judges", "components")
     assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in whole.items() if k not in own}
+
+
+def test_an_episode_has_the_figures_of_its_sampled_tokens():
+    """Those of answers from which the environment's tokens are taken out."""
+    plain, episodes = [], []
+    for answer in MINE:
+        response = answer.rollout.response_ids.tolist()
+        plain.append(answer)
+        longer = replace(
+            answer.rollout,
+            response_ids=np.array([response[0], 60, 61, *response[1:]], dtype=np.int32),
+            turns=(Turn(1, 3, 1.0), Turn(len(response) + 2, len(response) + 2, 0.0)),
+        )
+        assert longer.sampled_ids.tolist() == response
+        episodes.append(answer._replace(rollout=longer))
+    found = figures_of(episodes, BASE, ["gold"], BOOTSTRAP)
+    assert found == figures_of(plain, BASE, ["gold"], BOOTSTRAP)
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut_off"),
+    [("stop", 0), ("terminated", 0), ("length", 1), ("truncated", 1), ("max_turns", 1), ("max_tokens", 1)],
+)
+def test_an_answer_that_a_limit_ended_is_cut_off(reason, cut_off):
+    answers = [answer._replace(rollout=replace(answer.rollout, finish_reason=reason)) for answer in MINE]
+    assert figures_of(answers, None, [], BOOTSTRAP)["cut_off"]["value"] == cut_off
