@@ -67,6 +67,10 @@ RULES: dict[str, tuple[Rule, str]] = {
     "importance_capped": (system_rules.importance_capped, "lower max_staleness or optimizer.learning_rate"),
     "learner_starving": (system_rules.learner_starving, "add generators, or give them a larger share of the GPUs"),
     "generators_starving": (system_rules.generators_starving, "raise max_staleness or learner.ranks"),
+    "environments_slow": (
+        system_rules.environments_slow,
+        "make the environment faster, or let more episodes play at once (max_staleness, environment.concurrent)",
+    ),
     "voids_rising": (system_rules.voids_rising, "read the reasons in RUN/errors and in the journal"),
 }
 IN_EVALUATIONS = "judge_falls"  # also looks at held-out evaluations

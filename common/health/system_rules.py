@@ -24,6 +24,7 @@ END_OF_STEP = 6.0
 # old cap 1 to 3 % (the tiny run with max_staleness = 1).
 CAPPED = 0.05
 IDLE = 2 / 3  # share of a step: the role waits twice as long as it works
+ENVIRONMENTS = 1 / 3  # share of a step: without this wait, steps would take two thirds of their time
 WORTH_IT_S = 1.0  # seconds of a step below which a wait is not worth a change
 VOIDS = 0.05  # share of the rollouts that are void
 
@@ -67,7 +68,10 @@ def importance_capped(history: History, cfg: Config) -> str | None:
 
 
 def learner_starving(history: History, cfg: Config) -> str | None:
-    """With max_staleness = 0 the roles take turns, so waiting is no fault there."""
+    """With max_staleness = 0 the roles take turns, so waiting is no fault there. More generators would not help where
+    all of them wait for environments."""
+    if environments_slow(history, cfg) is not None:
+        return None
     idle = _idle(history, "wait/learner_s") if cfg.max_staleness else None
     return f"the learner waits for rollouts {idle:.0%} of the time" if idle is not None else None
 
@@ -76,6 +80,14 @@ def generators_starving(history: History, cfg: Config) -> str | None:
     """With max_staleness = 0 the roles take turns, so waiting is no fault there."""
     idle = _idle(history, "wait/generators_s") if cfg.max_staleness else None
     return f"the generators have nothing to do {idle:.0%} of the time" if idle is not None else None
+
+
+def environments_slow(history: History, cfg: Config) -> str | None:
+    """Engines and learner wait for environments. While the learner has work, such a wait costs nothing."""
+    idle = _idle(history, "wait/environments_s", "wait/learner_s", most=ENVIRONMENTS)
+    if idle is None:
+        return None
+    return f"{idle:.0%} of the time no generator writes and the learner has no rollouts, because environments answer"
 
 
 def voids_rising(history: History, cfg: Config) -> str | None:
@@ -90,16 +102,17 @@ def voids_rising(history: History, cfg: Config) -> str | None:
     return f"{share:.0%} of the rollouts of 5 steps are void, {share_before:.0%} were before"
 
 
-def _idle(history: History, key: str) -> float | None:
-    """The typical share of a step that a role waits, if it is too much."""
+def _idle(history: History, *keys: str, most: float = IDLE) -> float | None:
+    """The typical share of a step that a role waits, if it is more than `most`. Of several waits the least counts."""
     shares, waits = [], []
     for record in list(history.newest)[-5:]:
         parts = [number(record, f"{name}_s") for name in ("wait/learner", "time/journal", "time/learn", "time/publish")]
-        wait, known = number(record, key), [part for part in parts if part is not None]
-        if wait is not None and len(known) == len(parts) and sum(known) > 0:
-            shares.append(min(1.0, wait / sum(known)))
-            waits.append(wait)
-    if len(shares) < 5 or median(shares) <= IDLE or median(waits) < WORTH_IT_S:
+        known = [part for part in parts if part is not None]
+        found = [wait for key in keys if (wait := number(record, key)) is not None]
+        if len(found) == len(keys) and len(known) == len(parts) and sum(known) > 0:
+            shares.append(min(1.0, min(found) / sum(known)))
+            waits.append(min(found))
+    if len(shares) < 5 or median(shares) <= most or median(waits) < WORTH_IT_S:
         return None
     return median(shares)
 

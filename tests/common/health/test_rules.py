@@ -141,6 +141,11 @@ CASES = {
             ),
         ),
     ),
+    # 16 s of 25.6 s, in which the learner waits | the same while the learner works
+    "environments_slow": (
+        ({}, series(6, wait__learner_s=20.0, wait__environments_s=16.0)),
+        ({}, series(6, wait__learner_s=2.0, wait__environments_s=6.0)),
+    ),
     # 8 of 72 in every step | 64 at once, when a node died
     "voids_rising": (
         ({}, series(12, rollout__voids=lambda s: 8 if s > 6 else 0)),
@@ -196,6 +201,7 @@ def test_messages_have_the_numbers_of_their_series():
     assert message("voids_rising").startswith("11% of the rollouts of 5 steps are void, 0% were before")  # 8 / 72
     assert "78% of the time" in message("learner_starving")  # 20 / 25.6
     assert "79% of the time" in message("generators_starving")  # 6 / 7.6
+    assert message("environments_slow").startswith("62% of the time no generator writes")  # 16 / 25.6
     assert "older weights explain 0.058" in message("engine_mismatch")
     assert "explains -20% of" in message("critic_useless")
     assert "explains 30% of" in message("critic_late")
@@ -225,6 +231,33 @@ def test_a_void_batch_in_ten_does_not_silence_the_critics_rules(rule):
 def test_a_value_that_is_no_number_causes_no_event(value):
     for key in steady(0):
         assert set().union(*held(({}, [{**record, key: value} for record in series(45)]))) == set(), key
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "overrides", "expected"),
+    [
+        (8.5, {"max_staleness": 0}, set()),  # 8.5 of 25.6 s is below a third
+        (8.6, {"max_staleness": 0}, {"environments_slow"}),
+        (8.6, {}, {"environments_slow"}),  # and not learner_starving
+        (8.5, {}, {"learner_starving"}),
+    ],
+)
+def test_environments_may_take_a_third_of_a_step(wait_s, overrides, expected):
+    records = series(6, wait__learner_s=20.0, wait__environments_s=wait_s, staleness__max=0)
+    assert held((overrides, records))[-1] == expected
+
+
+def test_waits_of_less_than_a_second_for_environments_are_no_fault():
+    short = {"time__learn_s": 0.5, "time__journal_s": 0.1, "time__publish_s": 0.1}
+    assert held(({}, series(6, wait__learner_s=1.0, wait__environments_s=0.99, **short)))[-1] == set()
+    assert held(({}, series(6, wait__learner_s=1.1, wait__environments_s=1.1, **short)))[-1] == {"environments_slow"}
+
+
+def test_voids_of_an_environment_that_fails_from_the_start_are_named():
+    """They count as any void: the first five steps are enough."""
+    found = held(({}, series(12, rollout__voids=16)))
+    assert found[4] == {"voids_rising"}
+    assert found[3] == set()
 
 
 def test_records_without_figures_of_the_learner_are_skipped():
