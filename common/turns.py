@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,3 +46,14 @@ def described(
         }
         for start, turn in zip(starts, turns)
     )
+
+
+def messages_of(turns: Sequence[Turn], length: int) -> Iterator[tuple[int, int, Turn | None]]:
+    """The policy's messages in a response of this length: the place of the first token, the place after the last one,
+    and the turn as the environment answered it. None: the newest message, which has no answer."""
+    start = 0
+    for turn in turns:
+        yield start, turn.end, turn
+        start = turn.next_start
+    if start < length or not turns:
+        yield start, length, None

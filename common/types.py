@@ -11,7 +11,7 @@ in one response. With an environment, E more tokens of the response are the envi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -95,16 +95,6 @@ class Rollout:
     def turn_start(self) -> int:
         """Place in the response where the newest turn of the policy begins."""
         return self.turns[-1].next_start if self.turns else 0
-
-    def written(self) -> Iterator[tuple[int, int, Turn | None]]:
-        """The policy's messages in order: the place of the first token, the place after the last one, and the turn as
-        the environment answered it. None: the newest message, which has no answer."""
-        start = 0
-        for turn in self.turns:
-            yield start, turn.end, turn
-            start = turn.next_start
-        if start < len(self.response_ids) or not self.turns:
-            yield start, len(self.response_ids), None
 
     @property
     def response_mask(self) -> np.ndarray:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.config.ppo import Config
 from common.files import read_records
+from common.turns import messages_of
 from common.types import Rollout, Score, Void
 from learner.loop.answers import score_record
 from learner.loop.evaluation import Evaluation, win_rate
@@ -76,14 +77,14 @@ def write_answers(
 def _turns(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Also the last turn of an episode that was cut off before the environment answered it, without the answer."""
     found = []
-    for start, end, turn in rollout.written():
+    for start, end, turn in messages_of(rollout.turns, len(rollout.response_ids)):
         answer = (
             {}
             if turn is None
             else {"observation": json.loads(turn.observation), "reward": turn.reward, "info": json.loads(turn.info)}
         )
         text = tokenizer.decode(rollout.response_ids[start:end].tolist(), skip_special_tokens=True)
-        found.append({"response": text, **answer})
+        found.append({"text": text, **answer})
     return found
 
 

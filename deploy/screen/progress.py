@@ -23,6 +23,7 @@ from common.config.ppo import Config
 from common.data.questions import question
 from common.health.health import Event
 from common.metrics.table import STEP
+from common.turns import messages_of
 from common.types import Experience, Turn, Void
 from deploy.run.log import RunLog
 from deploy.screen.console import printable
@@ -165,7 +166,7 @@ class Progress(Screen):
         """One line with the question and the answer. With an environment, one line for each of SHOWN_TURNS turns: the
         first ones and the last one."""
         rollout, width = example.rollout, self._console.width
-        asked, messages = question(rollout.prompt), list(rollout.written())
+        asked, messages = question(rollout.prompt), list(messages_of(rollout.turns, len(rollout.response_ids)))
         last, hidden = len(messages) - 1, len(messages) - SHOWN_TURNS
         for number, (start, end, turn) in enumerate(messages):
             if number < SHOWN_TURNS - 1 or number == last:

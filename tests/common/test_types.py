@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 
 from common.experience_table import EXPERIENCE_SCHEMA, experience_table, response_masks
+from common.turns import messages_of
 from common.types import IN_EPISODE, Experience, Prompt, RewardInput, Rollout, RolloutRef, SampleId, Score, Turn
-from tests.fakes import make_prompt, make_rollout
+from tests.fakes import make_prompt
 
 
 def int32(*values):
@@ -186,10 +187,8 @@ def test_tokens_of_an_environment_are_the_gaps_between_turns():
 
 
 def test_the_messages_of_an_episode_are_given_with_their_answers():
-    first, second = Turn(1, 3, 0.0), Turn(3, 4, 0.0)  # the second message has no token
-    rollout = replace(make_rollout(make_prompt(), [5, 6, 7, 8, 9]), turns=(first, second))
-    assert list(rollout.written()) == [(0, 1, first), (3, 3, second), (4, 5, None)]
-    ended = Turn(5, 5, 1.0)
-    assert list(replace(rollout, turns=(first, ended)).written()) == [(0, 1, first), (3, 5, ended)]
-    assert list(replace(rollout, turns=()).written()) == [(0, 5, None)]
-    assert list(make_rollout(make_prompt(), []).written()) == [(0, 0, None)]
+    first, second, ended = Turn(1, 3, 0.0), Turn(3, 4, 0.0), Turn(5, 5, 1.0)  # the second message has no token
+    assert list(messages_of([first, second], 5)) == [(0, 1, first), (3, 3, second), (4, 5, None)]
+    assert list(messages_of([first, ended], 5)) == [(0, 1, first), (3, 5, ended)]
+    assert list(messages_of([], 5)) == [(0, 5, None)]
+    assert list(messages_of([], 0)) == [(0, 0, None)]

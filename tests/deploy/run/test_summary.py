@@ -88,7 +88,7 @@ def test_an_episode_has_its_turns_one_by_one(tmp_path):
     write_answers(path, [(row.rollout, score), (ended, score)], tokenizer)
     cut_off, whole = (json.loads(line) for line in path.read_text().splitlines())
     assert whole["response"] == cut_off["response"] == "a3 b1 b2 a4 a5"
-    first = {"response": "a3", "observation": said, "reward": 0.5, "info": {"tool_calls": 1}}
-    assert cut_off["turns"] == [first, {"response": "a4 a5"}]
-    assert whole["turns"] == [first, {"response": "a4 a5", "observation": [], "reward": 1.0, "info": {}}]
+    first = {"text": "a3", "observation": said, "reward": 0.5, "info": {"tool_calls": 1}}
+    assert cut_off["turns"] == [first, {"text": "a4 a5"}]
+    assert whole["turns"] == [first, {"text": "a4 a5", "observation": [], "reward": 1.0, "info": {}}]
     assert whole["finish_reason"] == "terminated"
