@@ -36,15 +36,15 @@ def described(
     turns: Sequence[Turn], response_ids: np.ndarray, decode: Callable[[list[int]], str]
 ) -> tuple[dict[str, Any], ...]:
     """The turns as reward functions get them (`RewardInput.turns`). `decode` gives the text of tokens."""
-    starts = [0, *(turn.next_start for turn in turns)]
     return tuple(
         {
-            "text": decode(response_ids[start : turn.end].tolist()),
+            "text": decode(response_ids[start:end].tolist()),
             "observation": json.loads(turn.observation),
             "reward": turn.reward,
             "info": json.loads(turn.info),
         }
-        for start, turn in zip(starts, turns)
+        for start, end, turn in messages_of(turns, len(response_ids))
+        if turn is not None
     )
 
 
