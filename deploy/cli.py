@@ -434,12 +434,18 @@ def scale(
     generators: Annotated[int | None, typer.Option(help="Target number of generators.")] = None,
     reward: Annotated[int | None, typer.Option(help="Target number of reward processes.")] = None,
     reference: Annotated[int | None, typer.Option(help="Target number of reference processes.")] = None,
+    environments: Annotated[int | None, typer.Option(help="Target number of environment processes.")] = None,
 ) -> None:
     """Show the processes of a run, or change their number."""
     from deploy.scale import scale as scale_run
     from deploy.scale import show
 
-    targets = {"Generator": generators, "Reward": reward, "ReferencePolicy": reference}
+    targets = {
+        "Generator": generators,
+        "Reward": reward,
+        "ReferencePolicy": reference,
+        "Environments": environments,
+    }
     show(scale_run(run, {role: number for role, number in targets.items() if number is not None}))
 
 
