@@ -25,7 +25,7 @@ from common.files import read_records
 from learner.loop.journal import Journal
 
 UNREPEATABLE_KEYS = {"time", "journal", "health", "staleness/generating_s", "staleness/buffered_s"}
-UNREPEATABLE_PATHS = ("time/", "wait/", "weights/")
+UNREPEATABLE_PATHS = ("time/", "wait/", "weights/", "environment/step_s/")
 
 
 def digests(run: Path) -> Iterator[tuple[str, str]]:

@@ -440,10 +440,10 @@ def engines(monkeypatch, without_ray, seeds):
         roles = FakeEngines(events, dies_at)
 
         class Starter:
-            def __init__(self, cfg: Any, on_event: Any) -> None:
+            def __init__(self, cfg: Any, **callbacks: Any) -> None:
                 events.append("engines start")
 
-            async def generators(self, *about: Any, seed: int, **more: Any) -> FakeEngines:
+            async def writers(self, *about: Any, seed: int, **more: Any) -> FakeEngines:
                 seeds.append(seed)
                 return roles
 

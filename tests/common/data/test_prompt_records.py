@@ -117,7 +117,7 @@ def test_a_prompt_of_one_token_over_the_limit_is_refused(tmp_path, tokenizer):
     assert [len(r.token_ids) for r in load(tmp_path, tokenizer, text, max_tokens=3)] == [2, 3]
     message = refusal(tmp_path, tokenizer, text, max_tokens=2)
     assert message.startswith("line 2: the prompt has 3 tokens")
-    assert "context allow 2; shorten it, raise prompts.max_tokens, lower sampling.max_new_tokens (with an" in message
+    assert "context allow 2; shorten it, raise prompts.max_tokens, lower sampling.max_new_tokens, or set" in message
 
 
 def test_chat_messages_under_format_plain_are_refused(tmp_path, tokenizer):
