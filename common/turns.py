@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Turn:
-    """What an environment did after the policy had written one message."""
+    """One message of the policy, and the answer of the environment to it."""
 
     end: int  # place in the response after the last token of the policy's message
     next_start: int  # place of the policy's next token: those from `end` on until here are the environment's

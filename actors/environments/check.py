@@ -55,7 +55,7 @@ _TOOLS = _SCRIPT.format(
     imports="from common.user_code.tools import load_tools",
     look='found["schemas"] = [tool.schema for tool in load_tools(functions.split(","))]',
 )
-# What tools may answer: one call, and two.
+# The answers of tools to one call, and to two calls.
 _ANSWER: Message = {"role": "tool", "name": "tool", "tool_call_id": "call00000", "content": "An answer."}
 _TOOL_ANSWERS = ([_ANSWER], [_ANSWER, {**_ANSWER, "tool_call_id": "call00001", "content": "Another one."}])
 

@@ -42,7 +42,7 @@ END_AFTER_S = 2.0  # time in which the answers to the driver leave a process tha
 
 
 class _Saved(NamedTuple):
-    """What an episode continues from in another process."""
+    """The prompt and the state from which an episode continues in another process."""
 
     prompt: Prompt  # of its rollout: `reset` may have replaced the first one
     state: Any

@@ -80,7 +80,7 @@ class Instance:
         return bool(getattr(self._object, "needs_special_tokens", False))
 
     async def call(self, method: str, *args: Any, deadline: Deadline) -> Any:
-        """What the method returns. Raises UserCodeError, also after the deadline."""
+        """The result of the method. Raises UserCodeError, also after the deadline."""
         return await self._run(method, getattr(self._object, method), args, deadline)
 
     async def _run(self, what: str, function: Callable[..., Any], args: tuple[Any, ...], deadline: Deadline) -> Any:

@@ -39,7 +39,7 @@ class ParsedTurn:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call is answered with."""
+    """The answer to a call."""
 
     text: str
     failed: bool = False
@@ -58,7 +58,7 @@ class ToolEnvironment:
         self._turn = 0
 
     async def reset(self, prompt: EpisodePrompt) -> None:
-        """The prompt stays as it is: its chat template has been given the tools."""
+        """Changes nothing: the chat template wrote the tools into the prompt."""
 
     async def step(self, message: Mapping[str, Any]) -> Step:
         """Runs the calls of a turn. The step's `info` has the numbers of calls and of failed calls."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import queue
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -16,6 +15,7 @@ from threading import Thread
 from typing import Any
 
 from common.user_code.methods import call_plain
+from common.user_code.ordered_calls import OrderedCalls
 
 # The episode that a task of the user's event loop belongs to. Tasks that the user's code starts inherit it.
 _owner: contextvars.ContextVar[Any] = contextvars.ContextVar("owner", default=None)
@@ -74,31 +74,16 @@ class EpisodeThread:
     to one thread, can be used in all of them."""
 
     def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], Future[Any]] | None]
-        self._calls = queue.SimpleQueue()
-        self._thread = Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._calls = OrderedCalls(name)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Starts a call when the earlier ones have ended. The future gets its result or its UserCodeError."""
-        future: Future[Any] = Future()
-        self._calls.put((function, args, future))
-        return future
+        return self._calls.submit(call_plain, function, *args)
 
     def leave(self) -> None:
         """Makes the thread end when its current call does."""
-        self._calls.put(None)
+        self._calls.leave()
 
     def is_alive(self) -> bool:
         """False once the thread has ended."""
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            function, args, future = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call_plain(function, *args))
-            except BaseException as error:
-                future.set_exception(error)
+        return self._calls.is_alive()

@@ -7,7 +7,6 @@ behind, and a new thread serves later calls.
 from __future__ import annotations
 
 import asyncio
-import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Thread
@@ -17,6 +16,7 @@ from actors.scoring.function_runner import too_long
 from common.reward_input import RewardInput
 from common.user_code.calls import CallStyle, call, call_async
 from common.user_code.errors import UserCodeError
+from common.user_code.ordered_calls import OrderedCalls
 from common.user_code.results import Outcome
 
 MAX_LEFT_BEHIND = 8  # with this many threads in calls past their limit, no further call is made
@@ -28,15 +28,11 @@ class CallThread:
 
     def __init__(self, function: Callable[..., Any], style: CallStyle) -> None:
         self._function, self._style = function, style
-        self._calls: queue.SimpleQueue[tuple[Sequence[RewardInput], Future[list[Outcome]]] | None] = queue.SimpleQueue()
-        self._thread = Thread(target=self._run, name="reward function", daemon=True)
-        self._thread.start()
+        self._calls = OrderedCalls("reward function")
 
     def submit(self, answers: Sequence[RewardInput]) -> Future[list[Outcome]]:
         """Starts a call when the earlier ones have ended. The future gets its outcomes or its UserCodeError."""
-        future: Future[list[Outcome]] = Future()
-        self._calls.put((answers, future))
-        return future
+        return self._calls.submit(call, self._function, self._style, answers)
 
     async def is_blocked(self) -> bool:
         """True if a call that passed its limit still blocks the thread. Always True, since nothing can end a call."""
@@ -44,21 +40,11 @@ class CallThread:
 
     def leave(self) -> None:
         """Makes the thread end when its current call does."""
-        self._calls.put(None)
+        self._calls.leave()
 
     def is_alive(self) -> bool:
         """False once the thread has ended."""
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            answers, future = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call(self._function, self._style, answers))
-            except BaseException as error:
-                future.set_exception(error)
+        return self._calls.is_alive()
 
 
 class LoopThread:

@@ -50,7 +50,7 @@ class EnvironmentConfig(Pooled):
 
     @property
     def name(self) -> str:
-        """What it is, for messages."""
+        """The name of the class or of the tools, for messages."""
         return ", ".join(self.code)
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from typing import Any
 from common.environment import EpisodePrompt, Step
 
 HELDOUT_PROMPTS = 128
-NUMBERS = 7  # the game asks for one of so many numbers
+NUMBERS = 7  # the number is one of this many
 GUESSES = 3  # halving the numbers finds any of seven in three guesses; guessing at random does in 3 of 7 games
 SHOWN = 440  # smallest number of the example in every prompt
 SMALLEST = [number for number in range(100, 990) if number != SHOWN]  # of the other games
