@@ -9,14 +9,15 @@ from pathlib import Path
 from common.metrics.table import CRITIC_STEP, METERS, REWARD_STEP, STEP, Meter, Metric
 
 PAGE = Path(__file__).parents[1] / "docs/metrics.md"
-# Keys of a step that only ppo.policy_loss = "mask", ppo.value_epochs and an environment give.
+# Keys of a step that only ppo.policy_loss = "mask" and ppo.value_epochs give, and those of an environment.
+ENVIRONMENT = {metric.key for metric in STEP if metric.key.startswith(("environment/", "wait/environments"))}
 OPTIONAL = {
     "ppo/masked",
     "value/epochs/first_loss",
     "value/epochs/last_loss",
     "value/epochs/grad_norm",
     "time/value_epochs_s",
-    *(metric.key for metric in STEP if metric.key.startswith(("environment/", "wait/environments"))),
+    *ENVIRONMENT,
 }
 # A table is between the line <!-- table: NAME --> and the next empty line.
 _TABLE = re.compile(r"(?<=^<!-- table: )(\w+) -->\n.*?(?=^$)", flags=re.MULTILINE | re.DOTALL)

@@ -26,7 +26,7 @@ from deploy.screen.progress import Progress
 from deploy.train import run_training
 from tests.event_files import scalars
 from tests.fakes import save_tiny_model, tiny_config
-from tests.metrics_tables import OPTIONAL
+from tests.metrics_tables import ENVIRONMENT, OPTIONAL
 from tests.prometheus import find_prometheus, free_address, scraping, wait_for
 from tests.wandb_file import history
 
@@ -83,15 +83,16 @@ class Seen:
 
 
 EXPORTED = {f"ray_{name}{'_count' * (METERS[name].kind == 'histogram')}" for name in METERS}
-FIGURES = {metric.prometheus for metric in (*STEP, *ENDPOINT) if metric.key not in OPTIONAL}
-NOT_OF_THIS_RUN = {metric.prometheus for metric in STEP if metric.key in OPTIONAL}
+OF_OTHER_RUNS = OPTIONAL - ENVIRONMENT | {"environment/tool_calls", "environment/failed_calls"}  # it has no tools
+FIGURES = {metric.prometheus for metric in (*STEP, *ENDPOINT) if metric.key not in OF_OTHER_RUNS}
+NOT_OF_THIS_RUN = {metric.prometheus for metric in STEP if metric.key in OF_OTHER_RUNS}
 VLLMS = {"ray_vllm_generation_tokens_total", "ray_vllm_e2e_request_latency_seconds_count"}
-REPLICAS = {"Generator(0)", "Generator(1)", "Reward(0)", "ReferencePolicy(0)"}
+REPLICAS = {"Generator(0)", "Generator(1)", "Environments(0)", "Reward(0)", "ReferencePolicy(0)"}
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> Iterator[Seen]:
-    """A run of two steps with two generators and all trackers."""
+    """A run of two steps with two generators, an environment and all trackers."""
     find_prometheus()  # skips before anything starts
     tmp_path = tmp_path_factory.mktemp("monitoring")
     directory, monitoring, prometheus = tmp_path / "run", tmp_path / "monitoring", free_address()
@@ -101,6 +102,8 @@ def seen(tmp_path_factory) -> Iterator[Seen]:
         num_steps=2,
         evaluation={"pass_source": "a_words"},
         rollouts_per_step=8,
+        environment={"function": "tests.environments:AWords", "max_tokens": 40},
+        sampling={"max_new_tokens": 4},
         reward={"sources": [{"name": "a_words", "function": "tests.tasks:words_of_some"}]},
         generators={"min": 2, "cpus": 0.5},
         ray={"dashboard": True, "prometheus": f"http://{prometheus}"},
@@ -182,7 +185,7 @@ def test_prometheus_finds_every_meter_and_vllms_own(seen):
     assert set(samples) >= EXPORTED
     pools = {name for name in EXPORTED if name.startswith("ray_ratchet_pool_")}  # recorded by the driver
     for name in pools:
-        assert {labels["role"] for labels in samples[name]} == {"Generator", "Reward", "ReferencePolicy"}
+        assert {labels["role"] for labels in samples[name]} == {name.partition("(")[0] for name in REPLICAS}
     for name in EXPORTED - pools:
         for labels in samples[name]:
             assert labels["replica"] in REPLICAS

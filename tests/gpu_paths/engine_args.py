@@ -89,7 +89,15 @@ def main(model: str, cases: str) -> None:
     results = []
     for settings in json.loads(cases):
         cfg, sleeps = GeneratorsConfig.model_validate(settings), settings["gpus"] < 1
-        args = engine_args(Path(model), cfg, max_model_len=128, trust_remote_code=False, sleeps=sleeps, log_stats=False)
+        args = engine_args(
+            Path(model),
+            cfg,
+            max_model_len=128,
+            trust_remote_code=False,
+            sleeps=sleeps,
+            log_stats=False,
+            caches_prefixes=sleeps,  # so both values occur
+        )
         config = args.create_engine_config()
         results.append(
             {

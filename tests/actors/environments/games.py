@@ -10,14 +10,14 @@ from collections import Counter
 
 from common.environment import Step
 
-closed = Counter()  # closed instances, by class
+closed = Counter()  # closed instances, by class; each test has another one, which its late ones cannot reach
 
 
 class Counting:
     """Repeats what the model wrote, and gives the number of the turn as reward. Ends after `turns` turns."""
 
     def __init__(self):
-        self.turn = 0
+        self.turn, self.closed = 0, closed
 
     async def reset(self, prompt):
         self.prompt = prompt
@@ -29,7 +29,7 @@ class Counting:
         return Step(f"{self.turn}:{message['content']}", float(self.turn), terminated=over, info={"turn": self.turn})
 
     async def close(self):
-        closed[type(self).__name__] += 1
+        self.closed[type(self).__name__] += 1
 
 
 class Saving(Counting):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import pickle
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,7 @@ QUICK = {"step_timeout_s": 0.4, "timeout_s": 60}
 def host(game, *, prompts=CHAT, **settings):
     cfg = EnvironmentConfig(function=f"tests.actors.environments.games:{game}", **settings)
     found = Environments("Environments(0)", cfg, model=TOKENIZER, prompts=prompts, seed=5, end_process=ended)
-    games.closed.clear()
+    games.closed = Counter()
     return found
 
 
@@ -471,7 +472,7 @@ def test_two_hundred_episodes_at_once_are_not_held_up_by_a_slow_one():
     async def steps():
         cfg = EnvironmentConfig(function="m:Mixed", concurrent=200)
         environments = Environments("Environments(0)", cfg, model=TOKENIZER, prompts=CHAT, make=Mixed)
-        games.closed.clear()
+        games.closed = Counter()
         tasks = [
             asyncio.create_task(play(environments, make_prompt(n, slow=n == 0, turns=1 + n % 3), "x", "y", "z"))
             for n in range(200)
