@@ -53,6 +53,16 @@ def heldout_prompts(seed: int) -> list[dict[str, Any]]:
     return _questions(seed)[:HELDOUT_PROMPTS]
 
 
+def train_sums(seed: int) -> list[dict[str, Any]]:
+    """The sums of `train_prompts`, to be done without the tool: the example has no call."""
+    return [_without_tool(record) for record in train_prompts(seed)]
+
+
+def heldout_sums(seed: int) -> list[dict[str, Any]]:
+    """The sums of `heldout_prompts`, to be done without the tool."""
+    return [_without_tool(record) for record in heldout_prompts(seed)]
+
+
 def correct(answer: RewardInput) -> float:
     """1 if the last number of the last turn is the sum, else 0. Without the tool there is one turn."""
     text = answer.turns[-1]["text"] if answer.turns else answer.response
@@ -77,6 +87,11 @@ def _questions(seed: int) -> list[dict[str, Any]]:
     while len(sums) < TRAIN_PROMPTS + HELDOUT_PROMPTS:
         sums[tuple(rng.randint(100, 999) for _ in range(3))] = None
     return [{"prompt": [*_EXAMPLE, _question(numbers)], "sum": sum(numbers)} for numbers in sums]
+
+
+def _without_tool(record: dict[str, Any]) -> dict[str, Any]:
+    _, question, _, _, answer, asked = record["prompt"]
+    return {**record, "prompt": [question, answer, asked]}
 
 
 def _question(numbers: tuple[int, ...]) -> dict[str, str]:

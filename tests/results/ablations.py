@@ -116,6 +116,38 @@ DRIFT = Experiment(
     ),
 )
 
+# Tools and conversations
+
+_SUMS = "deploy.tasks.calculator"
+_WITHOUT_TOOL = (
+    f"prompts.train={_SUMS}:train_sums",
+    f"prompts.heldout={_SUMS}:heldout_sums",
+    "environment.max_turns=1",
+)
+
+ENVIRONMENTS = Experiment(
+    about=(
+        "Sums of three numbers with a calculator as a tool (`deploy/configs/calculator.toml`, which is `make "
+        "demo-tools`), the same sums with one turn and an example that has no call, and the guessing game "
+        "(`deploy/configs/guessing.toml`), whose reward comes with the last turn. Turns are those of an episode. "
+        "Seconds are those of the whole command."
+    ),
+    minutes=30,
+    arms=(
+        Arm("sums, with the tool", Work("sums-tool", "calculator.toml")),
+        Arm("sums, without the tool", Work("sums-alone", "calculator.toml", _WITHOUT_TOOL)),
+        Arm("guessing game", Work("guessing", "guessing.toml")),
+    ),
+    columns=(
+        Column("pass@1 before, %", lambda run: percent(run.first_pass_rate()), "{:.1f}"),
+        PASS_AT_END,
+        Column("turns, first step", lambda run: run.mean("environment/turns", slice(1))),
+        Column("turns, last 5 steps", lambda run: run.mean("environment/turns", LAST_FIVE)),
+        KL_AT_END,
+        Column("seconds", lambda run: run.summary["seconds"], "{:.0f}"),
+    ),
+)
+
 # The entropy bonus
 
 ENTROPY = Experiment(

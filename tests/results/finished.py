@@ -70,6 +70,9 @@ class Finished:
             return None
         return sum(record.get(key, 0.0) for record in self.metrics if record["step"] < version for key in PHASES)
 
+    def first_pass_rate(self) -> float | None:
+        return self.evaluations[0]["pass_at_1"] if self.evaluations else None
+
     def last_pass_rate(self) -> float | None:
         return self.last("pass_at_1")
 

@@ -6,7 +6,7 @@ import pytest
 
 from common.types import RewardInput
 from common.user_code.tools import load_tools
-from deploy.tasks.calculator import calculator, correct, heldout_prompts, train_prompts
+from deploy.tasks.calculator import calculator, correct, heldout_prompts, heldout_sums, train_prompts, train_sums
 
 ROLES = ["system", "user", "assistant", "tool", "assistant", "user"]
 
@@ -99,3 +99,13 @@ def test_correct_without_an_environment_reads_the_response():
 def test_correct_reads_numbers_with_commas():
     large = RewardInput("", "It is 1,884.", 3, "stop", {"sum": 1884})
     assert correct(large) == 1.0
+
+
+def test_the_sums_without_the_tool_are_the_same_and_show_no_call():
+    for made, alone in ((train_prompts, train_sums), (heldout_prompts, heldout_sums)):
+        for record, plain in zip(made(3)[:50], alone(3)[:50], strict=True):
+            assert plain["sum"] == record["sum"]
+            assert plain["prompt"][-1] == record["prompt"][-1]
+            assert [message["role"] for message in plain["prompt"]] == ["user", "assistant", "user"]
+            first, answer, _ = (message["content"] for message in plain["prompt"])
+            assert int(answer) == sum(int(number) for number in first.removeprefix("Calculate ").split(" + "))
