@@ -116,6 +116,54 @@ DRIFT = Experiment(
     ),
 )
 
+# Presets
+
+
+def _presets(task: str, config: str, *settings: str, needs: tuple[Work, ...] = ()) -> tuple[Arm, ...]:
+    """The shipped config, and the same with each preset."""
+    return (
+        Arm("as shipped", Work(f"presets-{task}-none", config, settings, needs=needs)),
+        *(
+            Arm(f"`{name}`", Work(f"presets-{task}-{name}", config, settings, options=("--preset", name), needs=needs))
+            for name in ("careful", "balanced", "fast")
+        ),
+    )
+
+
+_ENTROPY_AT_END = Column("entropy in the last 5 steps, nats per token", lambda run: run.mean("ppo/entropy", LAST_FIVE))
+
+PRESETS = Experiment(
+    about=(
+        f"The question task (`deploy/configs/{QUESTION}`), whose score cannot be fooled. The policy is evaluated on "
+        "128 held-out prompts after every step, and the first evaluation of at least 90 % counts."
+    ),
+    minutes=14,
+    arms=_presets("question", QUESTION, "evaluation.every=1", "evaluation.prompts=128"),
+    columns=(
+        Column("responses to 90 %", lambda run: run.responses_to(0.9), "{:.0f}", "never"),
+        PASS_AT_END,
+        KL_AT_END,
+        _ENTROPY_AT_END,
+    ),
+)
+
+PRESETS_WITH_FEEDBACK = Experiment(
+    about=(
+        f"The human-feedback demo (`deploy/configs/{FEEDBACK}`, against one reward model for all rows and seeds). The "
+        "reward model is the proxy: PPO raises its score, and it can be fooled. The gold score is that of the labeller "
+        "on 128 held-out prompts, which the policy never sees."
+    ),
+    minutes=20,
+    arms=_presets("feedback", FEEDBACK, WITH_REWARD_MODEL, needs=(REWARD_MODEL,)),
+    columns=(
+        Column("proxy at the end", lambda run: run.last_judged("reward_model"), "{:.2f}"),
+        GOLD_AT_END,
+        KL_AT_END,
+        DISTINCT,
+        _ENTROPY_AT_END,
+    ),
+)
+
 # Tools and conversations
 
 _SUMS = "deploy.tasks.calculator"
@@ -159,7 +207,7 @@ ENTROPY = Experiment(
     ),
     columns=(
         PASS_AT_END,
-        Column("entropy in the last 5 steps, nats per token", lambda run: run.mean("ppo/entropy", LAST_FIVE)),
+        _ENTROPY_AT_END,
         DISTINCT,
         KL_AT_END,
     ),

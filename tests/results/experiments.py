@@ -6,7 +6,15 @@ shared critic, 15 with a separate one, 18 in the human-feedback demo, and a minu
 
 from __future__ import annotations
 
-from tests.results.ablations import CLIPPING, DRIFT, ENTROPY, ENVIRONMENTS, UNITS
+from tests.results.ablations import (
+    CLIPPING,
+    DRIFT,
+    ENTROPY,
+    ENVIRONMENTS,
+    PRESETS,
+    PRESETS_WITH_FEEDBACK,
+    UNITS,
+)
 from tests.results.critic_experiments import CAUSES, LEARNING
 from tests.results.finished import Finished
 from tests.results.shipped import (
@@ -202,5 +210,7 @@ EXPERIMENTS = {
     "units": UNITS,
     "drift": DRIFT,
     "entropy": ENTROPY,
+    "presets": PRESETS,
+    "presets-feedback": PRESETS_WITH_FEEDBACK,
     "environments": ENVIRONMENTS,
 }
