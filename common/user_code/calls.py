@@ -149,12 +149,13 @@ async def call_async(
 
 
 def is_cancelled_from_outside(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
-    """True if the call was cancelled, or dropped before its end; False if the function raised this itself."""
+    """True if the caller cancelled the call, or dropped it before its end. False if the function itself raised the
+    error."""
     if isinstance(error, asyncio.CancelledError):
         return task is not None and task.cancelling() > 0
     if isinstance(error, GeneratorExit):
         try:
             return asyncio.current_task() is not task
-        except RuntimeError:  # no event loop runs any more
+        except RuntimeError:  # the event loop has ended
             return True
     return False

@@ -44,8 +44,8 @@ def explain_import(path: str, setting: str, error: UserCodeError, *, users_first
 
 
 def _users_package(module: str) -> tuple[str, Path] | None:
-    """If the module's name begins with the name of a package of Ratchet, and the user has a package or module of that
-    name: the name, and the user's path. Otherwise None."""
+    """The name and the path of the user's package or module that has the same name as the module's package in Ratchet.
+    None if there is none."""
     name = module.partition(".")[0]
     if name not in RATCHET_PACKAGES:
         return None

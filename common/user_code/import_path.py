@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.user_code.packages import import_ratchet_first
 
-IMPORT_FROM = "RATCHET_IMPORT_FROM"  # JSON list of directories; ratchet submit sets it, with relative names, for a job
+IMPORT_FROM = "RATCHET_IMPORT_FROM"  # JSON list of directories; ratchet submit sets it for a job, with relative paths
 _directories: list[str] = []
 
 
@@ -38,8 +38,8 @@ def module_file(name: str) -> Path | None:
     for part in others:
         if spec is None:
             return None
-        # By its last name: for a directory without __init__.py below another such one, Python would look for the whole
-        # name's parent among the imported modules.
+        # By the last part of its name. With the whole name, Python would look for the parent in sys.modules, where a
+        # directory without __init__.py need not be.
         spec = PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 

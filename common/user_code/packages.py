@@ -15,7 +15,8 @@ def package_root() -> str:
 
 
 def import_ratchet_first() -> None:
-    """Imports Ratchet's packages before the user's directory joins sys.path, where a `common` would hide Ratchet's."""
+    """Imports Ratchet's packages before the user's directory is added to sys.path. A `common` there would hide
+    Ratchet's."""
     for package in RATCHET_PACKAGES:
         import_module(package)
 

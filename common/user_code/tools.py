@@ -112,7 +112,7 @@ def _checker(function: Callable[..., Any], where: str) -> Callable[..., tuple[tu
 
 
 def _fault(fault: Mapping[str, Any]) -> str:
-    """One fault that pydantic found. Its own words for a missing or an unknown argument would confuse a model."""
+    """One fault that pydantic found. pydantic's words for a missing or an unknown argument would confuse a model."""
     place = ".".join(map(str, fault["loc"]))
     if fault["type"] in ("missing_argument", "missing_keyword_only_argument"):
         return f"the argument {place} is missing"

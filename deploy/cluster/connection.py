@@ -34,7 +34,7 @@ from deploy.ending.driver_watcher import watched
 from deploy.ending.limits import end_run, limited
 from deploy.ending.native_errors import native_errors_to
 from deploy.ending.ray_errors import dead_cluster_process, essential_processes, told_at_once
-from deploy.plan.machines import gpu_question
+from deploy.plan.machines import gpu_memory_query
 from deploy.plan.placement import Node
 
 GPU_ANSWER_S = 20.0  # longest wait for the memory of the GPUs of all nodes
@@ -69,7 +69,7 @@ def cluster(cfg: RayConfig, run: Path | None = None) -> Iterator[list[Node]]:
                 else:
                     _join(joined, _job(run))
             signals.reinstall_handlers()
-            with limited("the look for processes and nodes of the Ray cluster", GONE_S + cfg.max_silence_s):
+            with limited("the search for processes and nodes of the Ray cluster", GONE_S + cfg.max_silence_s):
                 leaving.enter_context(_watched(cfg.max_silence_s))
                 leaving.enter_context(_metered())
                 if joined is not None and run is not None:
@@ -111,8 +111,8 @@ def _join(address: str, job: JobConfig) -> None:
 
 @contextmanager
 def _quiet_ray() -> Iterator[None]:
-    """Keeps Ray from taking over SIGTERM, from printing paragraphs of its own when one of its processes dies, and from
-    printing what the roles print: that goes to `role_output_to`."""
+    """Prevents three things. Ray may not take over SIGTERM, may not print long texts when one of its processes dies,
+    and may not print the output of the roles, which goes to `role_output_to`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     sets_handler, prints = utils.set_sigterm_handler, worker.print_to_stdstream
     if signals.handlers_installed():
@@ -126,8 +126,8 @@ def _quiet_ray() -> Iterator[None]:
 
 @contextmanager
 def _watched(max_silence_s: float) -> Iterator[None]:
-    """Ends the run with a message when its cluster is lost. Otherwise, when the node manager or the control service
-    dies, Ray's C++ code ends this process without a message, at once or after a minute."""
+    """Ends the run with a message when its cluster is lost. Without this, Ray's C++ code ends this process without a
+    message, at once or after a minute, when the node manager or the control service dies."""
     ended = threading.Event()
 
     def lost(error: RoleError | None) -> None:
@@ -196,7 +196,7 @@ def dashboard() -> str | None:
 
 
 def _free_nodes() -> list[Node]:
-    leaving = ray_state.state.get_draining_nodes()  # Ray starts nothing on them any more
+    leaving = ray_state.state.get_draining_nodes()  # Ray starts no process on these
     alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
     free = {  # without the resources of other jobs
         node_id: left for node_id, left in available_resources_per_node().items() if node_id in alive
@@ -222,7 +222,7 @@ def _gpu_memory(node_ids: Sequence[str]) -> dict[str, int]:
     time, are left out."""
 
     asked = {
-        node_id: ray.remote(gpu_question())
+        node_id: ray.remote(gpu_memory_query())
         .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
         .remote()
         for node_id in node_ids

@@ -1,7 +1,7 @@
 """Waits for the end of processes that earlier drivers of a run have left on a cluster. Runs in the driver.
 
-A driver that is killed takes a cluster of its own along. On a cluster that others use too, Ray ends its processes, but
-needs time to notice: until then they have memory that a new driver counts on.
+If a driver is killed, a cluster that it started ends with it. On a shared cluster, Ray ends the processes of the
+driver, but needs time to notice that it is dead. Until then they hold memory that a new driver needs.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _name(actor: dict[str, Any]) -> str:
 
 
 def _ran_at(pid: int, time_s: float) -> bool:
-    """True if the process is alive and was at this time, in seconds since 1970: its number may have been given to
-    another one since then."""
+    """True if the process is alive and was alive at this time, in seconds since 1970. A process that started later only
+    has the same number."""
     with suppress(OSError, IndexError, ValueError, StopIteration):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         lines = Path("/proc/stat").read_text().splitlines()

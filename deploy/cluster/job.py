@@ -1,4 +1,5 @@
-"""A run as a Ray job: what Ray shows of it; the package that `ratchet submit` sends, and the start of such a job.
+"""A run as a Ray job: the metadata that Ray shows, the package that `ratchet submit` sends, and the start of such a
+job.
 
 Runs in the driver: `write_package` where `ratchet submit` is called, `main` on the cluster. Config and arguments are
 sent as files of a package, not as command line or environment, which everyone who may list the cluster's jobs can see.

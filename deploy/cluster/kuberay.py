@@ -1,4 +1,4 @@
-"""Renders the Kubernetes objects of a run. KubeRay makes a cluster and a job of them.
+"""Renders the Kubernetes objects of a run. KubeRay makes a cluster and a job from them.
 
 Runs in a process of its own: `ratchet cluster kuberay`. It writes four files. claim.yaml is the shared storage, which
 must outlive every run. files.yaml is a pod through which files are copied there. cluster.yaml is a RayCluster for
@@ -34,7 +34,8 @@ USER = 1000  # of the images in deploy/cluster/docker/
 SHUTDOWN_S = 5  # part of the notice that `ray start` needs after its node has drained
 DRAIN_S = 5  # of pods that get no notice; Kubernetes ends them after 30 s
 STARTUP_TIMEOUT_S = 1800  # a new machine with GPUs, and a first download of the image, take many minutes
-# Pods that no machine may be emptied of to save money. Without these, an autoscaler of machines may end a run's head.
+# Annotations of pods that must not be moved. Without them, an autoscaler of machines may end the head of a run to save
+# a machine.
 KEEP = {"karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
 NO_PRIVILEGES = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 POD_SECURITY = {
@@ -121,16 +122,16 @@ def check(cfg: Config, values: Values) -> None:
         )
     if cfg.generators.cpus > values.generator.cpus:
         raise UserError(
-            f"generators.cpus ({cfg.generators.cpus:g}) must fit into --generator-cpus ({values.generator.cpus}); "
-            "lower the first or raise the second"
+            f"generators.cpus ({cfg.generators.cpus:g}) must be at most the CPUs of --generator "
+            f"({values.generator.cpus}); lower the first or raise the second"
         )
     if values.notice_s <= SHUTDOWN_S:
         raise UserError(f"--notice ({values.notice_s}) must be more than {SHUTDOWN_S} s, which Ray needs to end")
 
 
 def settings_of_run(cfg: Config, values: Values) -> list[str]:
-    """What a run needs to know of the cluster, as settings: each role's group, and that generators may wait for pods.
-    A generator reserves its whole pod. Otherwise several small ones would share a pod."""
+    """The settings that tell a run about the cluster: each role's group, and that generators may wait for pods. A
+    generator reserves its whole pod. Otherwise several small generators would share a pod."""
     pod, given = values.generator, "startup_timeout_s" in cfg.ray.model_fields_set
     return [
         "ray.autoscaler=true",
@@ -149,11 +150,11 @@ def config_of_job(cfg: Config) -> str:
 def start_script(values: Values) -> str:
     """The job's command. KubeRay passes a job's command through a shell, so it is a file.
 
-    After a fault of the user the job stops itself: its status is then STOPPED, not FAILED, and KubeRay takes it as
-    complete. KubeRay sees no exit codes of jobs."""
+    If the input is wrong, the job stops itself. Its status is then STOPPED, not FAILED, and KubeRay treats it as
+    complete. KubeRay does not see the exit codes of jobs."""
     run, home = quote(str(values.run)), quote(str(values.directory))
     return (
-        "# The first start begins the run; every other one continues it.\n"
+        "# The first start begins the run; every later start continues it.\n"
         f"if mkdir -p {home} && cd {home}; then\n"
         f"    if [ -e {run}/config.toml ]; then\n"
         f"        ratchet train --resume {run} --restarts 3\n"
@@ -203,8 +204,8 @@ def cluster(cfg: Config, values: Values) -> Object:
 
 
 def job(cfg: Config, values: Values) -> list[Object]:
-    """A RayJob, and the files of its head. After a failure KubeRay makes a new cluster, which continues the run; not
-    after a fault of the user."""
+    """A RayJob, and the files of its head. After a failure KubeRay makes a new cluster, which continues the run. It
+    makes none if the input was wrong."""
     files = {"config.toml": config_of_job(cfg), "start.sh": start_script(values)}
     return [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": values.name}, "data": files},
@@ -271,8 +272,8 @@ def _cluster_spec(cfg: Config, values: Values, *, files: bool) -> Object:
         "headGroupSpec": _group("head", values.head, values, ray={"num-cpus": "0"}, files=files),
         "workerGroupSpecs": [
             _workers("learner", values.learner, values, fewest=values.learner_pods, most=values.learner_pods),
-            # The run's generators bring their pods. KubeRay would keep a minimum without a run, and start no job before
-            # it is there.
+            # The autoscaler adds pods for a run's generators. With a minimum here, KubeRay would keep these pods
+            # without a run, and start no job before they are ready.
             _workers("generators", values.generator, values, fewest=0, most=cfg.generators.max_replicas),
         ],
     }

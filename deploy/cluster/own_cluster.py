@@ -55,8 +55,8 @@ def private_directory() -> Iterator[Path]:
 
 
 def remove(directory: Path, wait_s: float = 1.5) -> None:
-    """Removes the directory, and kills the processes of its cluster that are still there after `wait_s`: some of Ray's
-    would take minutes to end, and suspended ones never would."""
+    """Removes the directory. First it kills the processes of its cluster that are still alive after `wait_s`: some of
+    Ray's need minutes to end, and suspended ones never end."""
     deadline = time.monotonic() + wait_s
     while (left := _processes_of(directory)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -122,13 +122,13 @@ def _temporary_directory() -> str:
 
 def _sweep(base: str) -> None:
     """Removes the directories of commands that were killed before they could remove them. First it ends the processes
-    of their clusters, and waits until their memory is free: this run counts on it. Ray would end them only later, or
-    never if a process between them and the system's first one takes over orphans."""
+    of their clusters, and waits until their memory is free: this run counts on it. Ray itself would end them later, or
+    never if another process than init adopts orphans."""
     for left in Path(base).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(left / _LOCK, os.O_RDWR)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the process of its owner lives
                 _end_processes_of(left)
                 shutil.rmtree(left, ignore_errors=True)
             finally:
@@ -136,7 +136,8 @@ def _sweep(base: str) -> None:
 
 
 def _end_processes_of(directory: Path) -> None:
-    """Returns when they are gone, after GONE_S at most. It looks again and again, because they may start others."""
+    """Returns when they are gone, after GONE_S at most. It searches again and again, because they may start other
+    processes."""
     deadline = time.monotonic() + GONE_S
     while (left := _processes_of(directory)) and time.monotonic() < deadline:
         _kill(left)

@@ -1,6 +1,6 @@
 """Checks, before Kubernetes files are written, that a run fits its pods. Runs in the process of `ratchet cluster`.
 
-It plans the run as the driver will do on the cluster (deploy/plan/).
+It makes the plan that the driver will make on the cluster (deploy/plan/).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MAX_STORE = 200_000_000_000  # bytes; Ray takes no more
 
 
 def check_memory(cfg: Config, values: Values) -> None:
-    """Raises UserError if the plan of the run does not fit the pods. Says so if the sizes of the models are not known
-    here: their directories may be on the cluster only."""
+    """Raises UserError if the plan of the run does not fit the pods. Prints a message instead if the sizes of the
+    models are not known here, because their directories may be on the cluster only."""
     try:
         models = Models.of(cfg)
     except UserError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
-QUIET_S, MOST_S = 0.5, 3.0  # a log monitor looks every 0.1 s; then its lines travel
+QUIET_S, MOST_S = 0.5, 3.0  # a log monitor reads every 0.1 s, and then sends the lines
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def role_output_to(write: Callable[[str, str], None]) -> Iterator[None]:
         name = printed.get("actor_name") or printed.get("task_name") or "process"
         with lock:
             for line in printed["lines"]:
-                if text := str(line).rpartition("\r")[2].rstrip():  # a bar was drawn over what comes before
+                if text := str(line).rpartition("\r")[2].rstrip():  # a progress bar overwrites the text before it
                     write(f"{name} (pid {printed['pid']}{where})", text)
 
     handler = f"ratchet-{id(took)}"

@@ -6,14 +6,14 @@ skip. All figures are computed from these files, so they do not depend on how of
     {"prompt": 3, "sample": 0, "response": "...", "finish_reason": "stop", "score": 1.0, "components": {...},
      "origins": {...}, "tokens": [...], "logprobs": [...], "ref_logprobs": [...]}
 
-An answer in turns has them as "turns", each with the fields of `common.types.Turn`. `tokens` are those of the whole
-response then, and `logprobs` and `ref_logprobs` are of the tokens that the policy sampled. If the environment replaced
-the prompt, "asked" is its text.
+An answer in several turns has them under "turns", each with the fields of `common.types.Turn`. Then `tokens` are those
+of the whole response, and `logprobs` and `ref_logprobs` are of the tokens that the policy sampled. If the environment
+replaced the prompt, "asked" is its text.
 
-`prompt` counts the lines of RUN/prompts.jsonl. `prompt` and `sample` begin the line: a reader that wants few answers
-need not parse the others. An answer without a score has its reason as "void" instead of score,
-components and origins. One that a judge gave no score has the reason under "judge_voids", by judge. A continued
-evaluation asks both again. The newest line counts, but one without a score never replaces one with a score.
+`prompt` counts the lines of RUN/prompts.jsonl. `prompt` and `sample` come first in the line, so a reader of a few
+answers need not parse the others. An answer without a score has the reason as "void" instead of score, components and
+origins. If only a judge gave no score, the reason is under "judge_voids", by judge. In both cases a continued
+evaluation asks the question again. The newest line counts, but a line without a score never replaces one with a score.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class AnswerFile:
 
     def read(self, samples: int) -> dict[SampleId, Answered]:
         """The newest answer of each sample below `samples`, with a score if there is one, in the order of prompts and
-        samples. Lines that are no answer to one of the prompts are left out. The file is parsed once: `append` adds to
-        what is known."""
+        samples. Lines that are no answer to one of the prompts are left out. The file is parsed once, and `append` adds
+        the later answers."""
         if self._known is None:
             self._known = {}
             if self.path.exists():

@@ -1,7 +1,7 @@
 """`ratchet evaluate`: answers of policies to held-out prompts, scored by the sources and judges of a PPO config.
 
-Runs in the driver. The reward and reference services serve all policies. The engines of one policy run at a time: they
-are stopped before those of the next start, because their memory is needed. After the last answer each policy is
+Runs in the driver. The reward and reference services serve all policies. The engines of one policy run at a time. They
+are stopped before those of the next policy start, because these need the memory. After the last answer each policy is
 measured on texts, in a reference service of its own.
 """
 
@@ -131,8 +131,8 @@ class _Evaluation:
         return self.files[name].read(self.plan.samples)
 
     def missing(self) -> dict[str, list[Prompt]]:
-        """The questions that each policy has not answered. One whose answer lacks a score, be it that of a judge, is
-        asked again. Policies that have answered all are left out."""
+        """The questions that each policy has not answered. A question is asked again if its answer has no score, or no
+        score from a judge. Policies that have answered all questions are left out."""
         found = {}
         for name in self.policies:
             known = {of for of, answer in self.answers(name).items() if has_all_scores(answer.score)}
@@ -189,7 +189,7 @@ class _Evaluation:
         def keep(answers: Sequence[Answered]) -> None:
             file.append(answers)
             scores.extend(answer.score for answer in answers)
-            if is_new:  # or the first ones may be the only ones that never get a score
+            if is_new:  # in a continued evaluation, those left may be the only ones that never get a score
                 _check_beginning(name, scores, cfg.reward.max_void_share)
             check_voids(scores, total, cfg.reward.max_void_share)
 

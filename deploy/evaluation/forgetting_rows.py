@@ -24,14 +24,16 @@ def forgetting_rows(policies: Sequence[Figures]) -> Iterator[tuple[str, Callable
 
 
 def judge_lines(record: Mapping[str, Any]) -> list[str]:
-    """A sentence for each policy and judge, if the score rose on the base's while the judge fell."""
+    """A sentence for each policy and judge, if the policy's score is above the base's and the judge's score is
+    below."""
     lines = []
     for name, figures in record["policies"].items():
         for judge, found in figures.get("judges", {}).items():
             if found.get("proxy_rose_judge_fell"):
                 rose, fell = (number_text(of["change"], "+.3g") for of in (figures["proxy"], found))
                 lines.append(
-                    f"{name} is over-optimised: against the base its score changed by {rose}, and {judge} by {fell}"
+                    f"{name} is over-optimised: compared with the base, its score changed by {rose}, and {judge} by "
+                    f"{fell}"
                 )
     return lines
 

@@ -37,7 +37,7 @@ Sums = Mapping[str, np.ndarray]  # negative log-probability of each window, floa
 
 
 class TextMeasurement:
-    """The sums of every policy in the run directory, and what is missing of them."""
+    """The sums of every policy in the run directory, and which of them are missing."""
 
     def __init__(self, cfg: Config, run: Path, texts: Sequence[Text]) -> None:
         self._cfg, self._run, self._texts = cfg, run, texts
@@ -46,7 +46,7 @@ class TextMeasurement:
         self._digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def read(self, name: str) -> Sums | None:
-        """The sums of a policy. None if it was not measured, or on other windows."""
+        """The sums of a policy. None if it was not measured, or was measured on other windows."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(self._path(name).read_text(encoding="utf-8"))
             sums = {text.name: np.array(record["nll"][text.name], dtype=np.float64) for text in self._texts}

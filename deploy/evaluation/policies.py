@@ -1,7 +1,7 @@
 """The policies of an evaluation: their names, their files, and RUN/evaluated.json, which has the plan.
 
-Runs in the driver. model.path is the base: the reference of every KL, and the first policy. Only one policy with one
-sample a prompt is evaluated without it, because there is nothing to compare then.
+Runs in the driver. model.path is the base: the reference of every KL, and the first policy. It is left out if there is
+one policy with one sample of each prompt, because then nothing is compared.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class EvaluationPlan:
 
     @classmethod
     def read(cls, run: Path) -> EvaluationPlan:
-        """Those of an evaluation that continues. Raises UserError."""
+        """The plan of an evaluation that continues. Raises UserError."""
         unrecorded = "evaluate" if (run / RECORD).exists() else "train"
         if (command := read_record(run).get("command", unrecorded)) != "evaluate":
             raise UserError(f"{run} was made by ratchet {command}; continue it with that command")
@@ -152,8 +152,8 @@ def _digest(value: Any) -> str:
 
 
 def check_identity(run: Path, now: Mapping[str, str]) -> None:
-    """Raises UserError if the evaluation that continues began with other contents: its answers would not belong
-    together. It may have new policies."""
+    """Raises UserError if the evaluation began with other contents: old and new answers could not be compared. New
+    policies are allowed."""
     before: Mapping[str, str] = json.loads((run / RECORD).read_text(encoding="utf-8")).get("identity", {})
     new = {name for name in now if name.startswith(_POLICY) and name not in before}
     if different := [name for name in (now.keys() | before.keys()) - new if now.get(name) != before.get(name)]:

@@ -60,8 +60,7 @@ def evaluation_record(
 def _estimates(
     cfg: Config, plan: EvaluationPlan, answers: Mapping[str, Answers], prompts: int
 ) -> dict[str, np.ndarray] | None:
-    """pass@k of every prompt, [P, N], by policy. None if scores of one of them are not 0 and 1, and no threshold is
-    set."""
+    """pass@k of every prompt, [P, N], by policy. None if no threshold is set, and some scores are neither 0 nor 1."""
     passed = passes([answer.score for found in answers.values() for answer in found], cfg.evaluation)
     if passed is None:
         return None

@@ -15,7 +15,7 @@ def truncation_warnings(sampling: SamplingConfig, samples: int) -> list[str]:
     }
     if names := [f"sampling.{name}" for name, is_set in truncated.items() if is_set]:
         texts.append(
-            f"the reference takes no account of {' and '.join(names)}, so the KL of every policy, also of the base, "
+            f"the reference ignores {' and '.join(names)}, so the KL of every policy, also of the base, "
             "includes what they change"
         )
     if sampling.top_k == 1 and samples > 1:

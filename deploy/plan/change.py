@@ -1,7 +1,7 @@
 """The smallest change of settings with which a run fits its machines. Runs in the driver; pure arithmetic.
 
-`ratchet plan` shows the change, and the refusal of a command ends with it. deploy/plan/ladders.py has the settings in
-the order of the harm that a change does.
+`ratchet plan` shows the change, and the error message of a command ends with it. deploy/plan/ladders.py lists the
+settings, the least harmful change first.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def smallest_change(
     model: ModelSize | None = None,
     may_change: Callable[[str], bool] = lambda key: True,
 ) -> Change | None:
-    """The change of one setting that does least harm, of those with which the run `fits`; otherwise of two settings.
-    None if there is none. `model`: the model of the engines; without it the KV cache keeps its size. `may_change` says
-    for a key whether its setting may change."""
+    """The least harmful change of one setting with which the run `fits`; if there is none, of two settings. None if no
+    such change fits. `model`: the model of the engines; without it the KV cache keeps its size. `may_change` says for a
+    key whether its setting may change."""
     ladders = changes(cfg, model, may_change)
     for ladder in ladders:
         for change in ladder:
@@ -90,7 +90,8 @@ def _smallest_pair(cfg: AnyRoot, ladders: Sequence[Sequence[Change]], fits: Call
 
 
 def _ends(ladder: Sequence[Change]) -> Sequence[Change]:
-    """The last value; of shares of a GPU all, because what one process gets, others lack."""
+    """The last value. For shares of a GPU all values, because a larger share for one process leaves less for the
+    others."""
     shares = any(key.endswith(".gpus") for key in ladder[0].settings)
     return ladder if shares else ladder[-1:]
 

@@ -1,7 +1,8 @@
-"""`ratchet plan`: where the processes of a PPO run would be and what they would take, before anything starts.
+"""`ratchet plan`: shows where the processes of a PPO run would run and what memory they would take, before anything
+starts.
 
-Runs in the driver. It decides by the same functions as `ratchet train` (deploy/plan/plan.py). It writes no run
-directory, reads no prompts, and of a model on the hub it downloads only the config.
+Runs in the driver. It decides with the same functions as `ratchet train` (deploy/plan/plan.py). It writes no run
+directory and reads no prompts. For a model on the hub, it downloads only the config.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Models:
         return [needs(cfg, self.policy, self.rewards)]
 
     def planner(self, cfg: Config, described: Described, nodes: Sequence[Node]) -> Planner[Config]:
-        """Plans other configs on these nodes. Unless they are those of a running cluster, each would start with an
-        object store for that config."""
+        """A planner of configs on these nodes. On a running cluster the object stores keep their sizes. Otherwise each
+        config gets stores of the size that it needs."""
         starts = not joins(described, cfg.ray)
         free = without_stores(nodes) if starts else nodes
         return Planner(free, self.phases, trains=self.policy, engines=self.policy, starts_stores=starts)

@@ -1,8 +1,8 @@
-"""The settings that decide whether a run fits, in the order of the harm that a change of them does.
+"""The settings that decide whether a run fits, the least harmful change first.
 
-Runs in the driver; pure arithmetic. A ladder has the values of one setting, the smallest change first. The order: what
-only divides GPUs in another way, what makes a step slower, what takes other processes, and last what changes what is
-learned.
+Runs in the driver; pure arithmetic. A ladder has the values of one setting, the smallest change first. First come the
+ladders that only divide GPUs in another way. Then come those that make a step slower, those that use other processes,
+and last those that change what is learned.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Given:
         return part
 
     def halved(self, key: str, least: int) -> Iterator[Settings]:
-        """The setting halved again and again, and `least` at the end."""
+        """Halves the setting again and again. The last value is `least`."""
         value = self.get(key, 0)
         while value > least:
             value = max(value // 2, least)
@@ -77,7 +77,7 @@ def _smaller_share(section: str) -> Values:
     return values
 
 
-def _brings_node(section: str) -> Values:
+def _reserve_a_cpu(section: str) -> Values:
     """An autoscaler adds nodes only for processes that reserve something."""
 
     def values(given: Given) -> Iterator[Settings]:
@@ -96,7 +96,7 @@ def _on_cpu(section: str) -> Values:
 
 
 def _fewer_cpus(section: str) -> Values:
-    """CPU cores that each process of a section reserves: half as many, and in the end none."""
+    """Halves the CPU cores that each process of a section reserves, again and again, down to none."""
 
     def values(given: Given) -> Iterator[Settings]:
         cpus = given.get(f"{section}.cpus", 0)
@@ -133,7 +133,7 @@ def _cache(given: Given) -> Iterator[Settings]:
 
 
 def _running(given: Given) -> Iterator[Settings]:
-    if given.get("generators.gpus"):  # only there an estimate has the logits of a step
+    if given.get("generators.gpus"):  # only on a GPU the estimate contains the logits of a step
         yield from given.halved("generators.max_running", 16)
 
 
@@ -150,7 +150,7 @@ def _fewer_ranks(given: Given) -> Iterator[Settings]:
 
 
 def _more_ranks(given: Given) -> Iterator[Settings]:
-    """Twice as many ranks, and so on. Each has a whole GPU."""
+    """Doubles the number of ranks again and again. Each rank has a whole GPU."""
     ranks, gpus = given.get("learner.ranks", 1), given.get("learner.gpus", 0)
     while gpus and (ranks := 2 * ranks) <= MOST_RANKS:
         more = {"learner.ranks": ranks}
@@ -202,7 +202,7 @@ REPLICATED = {"generators": "each engine", **SERVICES}
 ROLES = {"learner": "the learner", **REPLICATED}
 LADDERS: list[tuple[str, Values]] = [
     # The same gradient and the same samples.
-    *((f"the autoscaler adds a node for {role}", _brings_node(section)) for section, role in REPLICATED.items()),
+    *((f"the autoscaler adds a node for {role}", _reserve_a_cpu(section)) for section, role in REPLICATED.items()),
     *((f"{role} gets more of its GPU", _larger_share(section)) for section, role in ROLES.items()),
     *((f"{role} gets less of its GPU", _smaller_share(section)) for section, role in SERVICES.items()),
     ("the reference scores in smaller passes", _reference_passes),

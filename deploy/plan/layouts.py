@@ -1,7 +1,7 @@
 """Ways to divide machines among learner, engines and services. Runs in the driver; pure arithmetic.
 
-A layout has the settings of one way, each with its reason. deploy/plan/suggest.py takes the one with the fewest seconds
-of a step, of those that fit.
+A layout has the settings of one way, each with its reason. Of the layouts that fit, deploy/plan/suggest.py takes the
+one with the shortest predicted step.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def layouts(
 
 
 def _on_cpus(cfg: Config, machines: Machines, model: ModelSize) -> Iterator[Layout]:
-    """One process of each role, which take turns on the cores; with a large KV cache, and with a small one."""
+    """One process for each role; they take turns on the cores. The layouts differ in the size of the KV cache, the
+    largest first."""
     cores = max(1, *(int(node.cpus) for node in machines.nodes))
     half = max(1, cores // 2)
     no_gpu = "no GPU is free" if any(node.gpus for node in machines.nodes) else "there is no GPU"
@@ -92,8 +93,8 @@ def _on_cpus(cfg: Config, machines: Machines, model: ModelSize) -> Iterator[Layo
 
 
 def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str], *, every: bool) -> Iterator[Layout]:
-    """Whole GPUs for each rank and for each engine, which work at the same time. Services have GPUs of their own, or a
-    share of each engine's, or of one engine's."""
+    """Ranks and engines on different GPUs, so that they work at the same time. Services have separate GPUs, or a share
+    of each engine's GPU, or of one engine's GPU."""
     shares = {name: machines.share(_device(needs, name)) for name in services}
     state = sum(_part(needs, "learner", name) for name in ("weights", "gradients", "optimizer state"))
     for ranks in range(1, machines.gpus):
@@ -166,8 +167,8 @@ def _in_turns(
     needs: Callable[[Config], Sequence[Need]],
     services: Sequence[str],
 ) -> Layout | None:
-    """All processes on one GPU. Each has the share that it keeps between updates, and the engine the rest; it lends it
-    to each update. None if there is no rest."""
+    """All processes on one GPU. Each gets the share that it needs between updates. The engine gets the rest, and lends
+    it to each update. None if nothing is left for the engine."""
     learner = cfg.learner.model_copy(update={"micro_batch_tokens": tokens})
     found = needs(cfg.model_copy(update={"learner": learner}))
     first = next(need for need in found if need.section == "learner")

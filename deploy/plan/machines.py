@@ -12,8 +12,8 @@ from common.errors import UserError
 from common.memory import GIB, MIB
 from deploy.plan.placement import Node
 
-# Memory of a described node that no role gets, bytes: the operating system, Ray's own processes (0.7 GiB on the
-# cluster's first node, measured), and the driver (0.8 GiB).
+# Bytes of a described node that no role gets: the operating system, Ray's own processes (0.7 GiB on the cluster's first
+# node, measured), and the driver (0.8 GiB).
 SYSTEM = 2 * GIB
 THIS_MACHINE = "this machine"  # the name of its node
 
@@ -92,7 +92,7 @@ def this_machine(store_mib: int) -> Node:
         get_num_cpus(),
         _visible(gpus),
         estimate_available_memory() - store_mib * MIB,
-        gpu_question()() if gpus else 0,
+        gpu_memory_query()() if gpus else 0,
         store=store_mib * MIB,
         labels={},
     )
@@ -104,9 +104,9 @@ def _visible(gpus: int) -> int:
     return gpus if named is None else min(gpus, len([device for device in named.split(",") if device.strip()]))
 
 
-def gpu_question() -> Callable[[], int]:
-    """A function that returns the memory of the largest usable GPU of the machine where it runs, bytes. It is nested,
-    so that it travels by value: a node of a cluster may not have this module."""
+def gpu_memory_query() -> Callable[[], int]:
+    """Returns a function that asks for the memory of the largest usable GPU of the machine where it runs, bytes. The
+    function is nested, so that Ray sends its code: a node of a cluster may not have this module."""
 
     def largest() -> int:
         import subprocess

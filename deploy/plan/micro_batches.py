@@ -1,9 +1,9 @@
-"""The size of micro-batches on a GPU, if the user leaves it out: the fastest for the model that fits its memory.
+"""Chooses the size of micro-batches on a GPU if the user leaves it out: the fastest size that fits its memory.
 
 Runs in the driver.
 
-RUN/config.toml records the size. A resumed run reads it there, so on one layout of devices it computes the same bits,
-also on a cluster whose GPUs have more memory than those that it began on.
+RUN/config.toml records the size. A resumed run reads it there. So with the same layout of devices it computes the same
+bits, also on GPUs with more memory.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ FASTEST, FASTEST_OF_LARGE = 32_768, 16_384  # tokens
 def with_micro_batches(
     cfg: Trains, model: ModelSize, nodes: Sequence[Node], phases: Callable[[Trains], Phases]
 ) -> Trains:
-    """The settings of a command that trains `model`, with learner.micro_batch_tokens: the given number, or on GPUs the
-    largest of `sizes` with which the ranks in `phases` fit the nodes. If none fits, the smallest: the run is refused
-    later."""
+    """Fills in learner.micro_batch_tokens in the settings of a command that trains `model`. A given number stays. On
+    GPUs it is the largest of `sizes` with which the ranks in `phases` fit the nodes. If none fits, it is the smallest,
+    and the run is refused later."""
     if cfg.learner.micro_batch_tokens is not None or not cfg.learner.gpus:
         return cfg
     chosen = cfg
@@ -56,7 +56,7 @@ def sizes(model: ModelSize, nodes: Sequence[Node]) -> Iterator[int]:
 
 
 def ranks_fit(phases: Phases, nodes: Sequence[Node]) -> bool:
-    """True if the estimate of every rank fits its share, less the part that an engine leaves free, too: micro-batches
-    of changing sizes leave gaps in the memory of a GPU."""
+    """True if every rank fits its share of a GPU with the margin that an engine leaves free (1 - USABLE). Without a
+    margin a rank could run out of memory, because micro-batches of different sizes leave gaps."""
     ranks = [need for processes in phases for need in processes if "activations" in need.device]
     return place(ranks, [replace(node, gpu_memory=int(USABLE * node.gpu_memory)) for node in nodes]).fits

@@ -22,7 +22,8 @@ Fits = Callable[[Sequence[Node]], bool]
 
 
 def missing_hardware(nodes: Sequence[Node], fits: Fits) -> str:
-    """What hardware a run would fit: more nodes of this kind, or more in each node. In words, after "the run"."""
+    """Says with which hardware a run would fit: more nodes of this kind, or more in each node. The text continues "the
+    run"."""
     nodes = list(nodes) or [Node("", 0, 0, 0)]
     ways = []
     if (count := _more_nodes(nodes, fits)) is not None:
@@ -35,7 +36,8 @@ def missing_hardware(nodes: Sequence[Node], fits: Fits) -> str:
 
 
 def _more_nodes(nodes: Sequence[Node], fits: Fits) -> int | None:
-    """The fewest of MORE_NODES further nodes like the largest one with which it fits."""
+    """The smallest of MORE_NODES for which the run fits, with this many nodes like the largest one added. None if none
+    is enough."""
     largest = max(nodes, key=lambda node: (node.gpus, node.gpu_memory, node.memory))
     return next((n for n in MORE_NODES if fits([*nodes, *[largest] * n])), None)
 

@@ -29,7 +29,7 @@ from deploy.plan.parts import (
 )
 from learner.ppo.frozen import frozen_names
 
-Parts = Mapping[str, int]  # bytes, by what takes them
+Parts = Mapping[str, int]  # bytes of each part, by name
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Need:
     gpus: float
     host: Parts  # memory of its machine at its peak, estimated
     device: Parts = field(default_factory=dict)  # memory of each of its GPUs
-    lent: float = 0.0  # more of its GPU that it may fill in its turn, while an engine there sleeps
-    in_turn: Parts = field(default_factory=dict)  # the parts of `device` that exist only then
-    store: Stored = field(default_factory=dict)  # what its node's object store has, for all processes there
-    labels: Mapping[str, str] = field(default_factory=dict)  # of Ray nodes that may have it
+    lent: float = 0.0  # further share of its GPU that it may fill while the engine there sleeps
+    in_turn: Parts = field(default_factory=dict)  # the parts of `device` that exist only while the engine sleeps
+    store: Stored = field(default_factory=dict)  # what the object store of its node holds for all its processes
+    labels: Mapping[str, str] = field(default_factory=dict)  # that a Ray node must have to run it
 
     @property
     def memory(self) -> int:
@@ -108,7 +108,8 @@ def service_needs(cfg: Config, model: ModelSize, reward_models: Sequence[Scoring
 
 
 def environment_needs(cfg: Config) -> list[Need]:
-    """The environment processes, if there is an environment. Nobody knows what its class or its tools take."""
+    """The environment processes, if there is an environment. The memory of its class and of its tools is not known, and
+    not counted."""
     if (environment := cfg.environment) is None:
         return []
     process = libraries(REWARD, gpus=environment.gpus, dtype="float32")  # it also has the tokenizer of the policy
@@ -213,7 +214,8 @@ def reward_needs(section: str, cfg: SourcesConfig, models: Sequence[ScoringModel
 
 
 def _scoring(models: Sequence[tuple[ModelSize, str, int]]) -> Parts:
-    """The parts of a process that scores with these models, each in its dtype and in passes of up to so many tokens."""
+    """The parts of a process that scores with these models, each in its dtype and in passes of up to this many
+    tokens."""
     return {
         "weights": sum(_value_bytes(dtype) * model.parameters for model, dtype, _ in models),
         "one pass": sum(pass_bytes(model, tokens, value_bytes=_value_bytes(dtype)) for model, dtype, tokens in models),
@@ -234,10 +236,10 @@ def _training(
     """The ranks. Each holds its share of weights, gradients and optimizer state; activations; a second gradient of the
     output embedding, in case it is shared with the input; and what several ranks gather for a pass.
 
-    A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments), one below adapters its precision, and
-    each of the `frozen` weights of a critic 4 bytes. Pairs are padded, not packed (`padded`), and on CPU they also keep
-    their attention scores. While several ranks load, each holds all weights; on GPUs every rank loads them in its
-    machine's memory.
+    A trained weight takes 16 bytes (float32 weight, gradient, two Adam moments). A weight of the base below adapters
+    takes 2 or 4 bytes, by precision. Each of the `frozen` weights of a critic takes 4 bytes. Pairs are padded, not
+    packed (`padded`), and on CPU they also keep their attention scores. While several ranks load, each holds all
+    weights; on GPUs every rank loads them in its machine's memory.
     """
     size = 2 if cfg.precision == "bf16" else 4
     trained = model.parameters if lora is None else adapter_weights(model, lora)

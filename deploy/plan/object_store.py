@@ -31,12 +31,12 @@ def learner_store(cfg: Config, model: ModelSize) -> Stored:
 
 
 def generator_store(cfg: Config, model: ModelSize) -> Stored:
-    """The store of another node, with generators: they fetch the new weights there, and leave their rollouts there."""
+    """The store of another node with generators: it holds the new weights and the generators' rollouts."""
     return {"a version of the weights": _version(model), "rollouts": _rollouts(cfg)}
 
 
 def sampling_store(cfg: Config) -> Stored:
-    """The store while a policy is sampled that never learns: two batches at most."""
+    """The store of a command that only samples responses: two batches at most."""
     return {"rollouts": _rollouts(cfg)}
 
 

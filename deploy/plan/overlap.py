@@ -1,5 +1,5 @@
-"""The seconds of a step whose roles work at the same time: those of one device take turns. Runs in the driver; pure
-arithmetic."""
+"""The seconds of a step whose roles work at the same time. Roles on the same device take turns. Runs in the driver;
+pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ OneGpu = Sequence[Collection[str]]  # for each GPU the sections of its processes
 
 
 def one_gpu(placement: Placement) -> OneGpu:
-    """The sections on each GPU. Fractions of GPUs that nobody can tell apart count as fractions of one."""
+    """The sections on each GPU. If it is not known which GPU a fraction is on, all such fractions count as on one
+    GPU."""
     found: dict[object, set[str]] = {}
     for place in placement.places:
         unknown = [None] if 0 < place.need.gpus < 1 and not place.gpus else []

@@ -15,10 +15,10 @@ REWARD = 560 * MIB  # reward: it also has the tokenizer of the policy
 TRAINER = 580 * MIB  # learner and the other trainers
 ENGINE = 770 * MIB  # generator: vLLM
 
-# In bfloat16 on CPUs: oneDNN compiles a kernel for each shape of a matrix product and keeps the last 1,024, and passes
-# of ever-changing lengths leave gaps in the heap. In 200 passes of different lengths through one layer the process grew
-# by 300 MiB, and by 180 with a cache of 16 kernels. In whole runs of 10 to 14 steps reference, learner and engine grew
-# by 230 to 490 MiB beyond their other parts, and more slowly at the end.
+# Only in bfloat16 on CPUs. oneDNN compiles a kernel for each shape of a matrix product, and keeps the last 1,024.
+# Passes of different lengths leave gaps in the heap. In 200 passes of different lengths through one layer the process
+# grew by 300 MiB, and by 180 with a cache of 16 kernels. In whole runs of 10 to 14 steps reference, learner and engine
+# grew by 230 to 490 MiB beyond their other parts, and more slowly at the end.
 GAPS = 370 * MIB
 
 
@@ -32,8 +32,8 @@ def kept_values(model: ModelSize, *, lora: LoRAConfig | None = None) -> int:
     """Numbers that one layer keeps of one token until the backward pass (common/model/kernels.py).
 
     The inputs of both norms and their outputs; queries, keys, values and the output of attention; gate, up and their
-    product. peft casts the input of each adapter on its own: three, one, two and one for the seven matrices of a layer,
-    which makes three copies more, and each adapter keeps its product with A."""
+    product. peft casts the input of each adapter separately. Three, one, two and one of a layer's seven matrices have
+    the same input, so three more copies are kept. Each adapter also keeps its product with A."""
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     values = 4 * model.hidden + 2 * queries + 2 * keys + 3 * _width(model)
     return values if lora is None else values + 3 * model.hidden + 7 * lora.rank
@@ -50,13 +50,13 @@ def kept_until_backward(
 
 
 def gathered(model: ModelSize, activations: int, *, value_bytes: int, networks: int = 1, trains: bool = True) -> int:
-    """Bytes that a rank has beyond its share, next to `activations`, while several ranks train (FSDP2, see `shard` of
-    learner/ranks/distributed.py). `trains`: all weights train, not only adapters.
+    """Bytes that a rank has in addition to its share and to `activations`, while several ranks train (FSDP2, see
+    `shard` of learner/ranks/distributed.py). `trains`: all weights train, not only adapters.
 
     At the start of a backward pass: the embeddings, which stay gathered after the forward pass; the last layer, and the
     one before it, which is gathered ahead; the gradient of the output embedding, and that of the layer. At its end the
     activations are gone, and gradients of the embeddings are copied into a float32 buffer, to be added up over ranks.
-    The larger of both counts. A critic of its own has one more input embedding.
+    The result is the larger of the two. A separate critic has one more input embedding.
     """
     embedding = model.vocabulary * model.hidden
     ends = embedding if tied(model) else 2 * embedding
@@ -82,8 +82,8 @@ def tied(model: ModelSize) -> bool:
 
 
 def engine_weights(model: ModelSize) -> int:
-    """Weights of a set in an engine on the CPU. It keeps them packed for matrix products only, so a matrix that is
-    also the input embedding is there twice."""
+    """Weights of a set in an engine on the CPU. The engine packs matrices for products, and the packed form cannot
+    serve as an embedding. So a matrix that is also the input embedding is there twice."""
     return model.parameters + (model.vocabulary * model.hidden if tied(model) else 0)
 
 

@@ -56,8 +56,8 @@ class Placement:
     places: Sequence[Place]
     no_room: Sequence[NoRoom]
     lender_missing: bool = False  # no engine is on the GPU of a learner that counts on an engine's share
-    waiting: Sequence[Need] = ()  # without room now: each waits for a node of the autoscaler
-    autoscaler: bool = False  # nodes are added for processes that bring them
+    waiting: Sequence[Need] = ()  # no room now; each waits for a node of the autoscaler
+    autoscaler: bool = False  # it adds nodes for processes that have no room
 
     @property
     def fits(self) -> bool:
@@ -71,13 +71,13 @@ class Placement:
 
 
 def place(wanted: Sequence[Need], nodes: Sequence[Node], *, autoscaler: bool = False) -> Placement:
-    """Places the processes: largest first, each goes to the first node that has room. With an `autoscaler`, those that
-    bring nodes come last, and wait if they find no room."""
+    """Places the processes: largest first, each goes to the first node that has room. With an `autoscaler`, processes
+    for which it adds nodes come last, and wait if they find no room."""
     rooms = [_Room.of(node) for node in nodes]
     places, no_room, waiting = [], [], []
 
     def waits(need: Need) -> bool:
-        return autoscaler and brings_node(need)
+        return autoscaler and gets_a_node(need)
 
     for need in sorted(wanted, key=lambda n: (waits(n), -n.gpus, -n.memory, -n.cpus)):
         lacking = [room.lacks(need) for room in rooms]
@@ -91,7 +91,7 @@ def place(wanted: Sequence[Need], nodes: Sequence[Node], *, autoscaler: bool = F
     return Placement(nodes, places, no_room, any(room.lenders_missing() for room in rooms), waiting, autoscaler)
 
 
-def brings_node(need: Need) -> bool:
+def gets_a_node(need: Need) -> bool:
     """True if an autoscaler adds a node for this process, and the run waits for it. A pool waits for room, ranks do
     not. Ray starts a process that reserves neither CPUs nor GPUs at once, whatever memory is free."""
     return need.section != "learner" and (need.cpus > 0 or need.gpus > 0)
@@ -151,7 +151,7 @@ class _Room:
         return chosen
 
     def lenders_missing(self) -> bool:
-        """True if a process is to fill a share that an engine lends, but shares its GPU with others instead."""
+        """True if a process needs a share that an engine lends, but other processes have that share of its GPU."""
         for processes in self.on_gpus:
             others = sum(need.gpus for need in processes if need.section != "generators")
             if any(others + need.lent > 1 + ROUNDING for need in processes):
@@ -171,7 +171,7 @@ def largest_share(need: Need) -> float:
 
 
 def _fits_gpu(need: Need, gpu_memory: int) -> bool:
-    """True if a process fits its share of a GPU, in its turn and between its turns."""
+    """True if a process fits its share of a GPU, while the engine sleeps and while it does not."""
     most = sum(need.device.values())
     lasting = most - sum(need.in_turn.values())
     return most <= gpu_memory * gpu_share(need) and lasting <= gpu_memory * min(need.gpus, 1.0)

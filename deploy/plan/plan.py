@@ -1,6 +1,6 @@
 """The plan of a command: its settings on these nodes, and who runs where. Runs in the driver; pure arithmetic.
 
-`ratchet plan` shows it. The commands that start processes decide by the same functions: deploy/session.py refuses a
+`ratchet plan` shows it. The commands that start processes decide with the same functions: deploy/session.py refuses a
 plan that does not fit.
 """
 
@@ -55,8 +55,8 @@ def make_plan(
     autoscaler: bool = False,
 ) -> Plan[AnyConfig]:
     """Plans a command on these nodes. Each of `phases` lists, for a config, the processes that run at the same time.
-    `trains`: the model whose micro-batches get a size if the config leaves it out. `autoscaler`: nodes are added for
-    processes that bring them."""
+    `trains`: the model whose micro-batches get a size if the config leaves it out. `autoscaler`: it adds nodes for
+    processes that have no room."""
     if trains is not None and not isinstance(cfg, PairSamplingConfig):
         cfg = with_micro_batches(cfg, trains, nodes, phases)
     processes = phases(cfg)

@@ -1,4 +1,4 @@
-"""Plans several configs on the same machines: a run's own, changed ones, and suggested ones.
+"""Plans several configs on the same machines: the run's config, changed ones, and suggested ones.
 
 Runs in the driver; pure arithmetic.
 """
@@ -31,7 +31,7 @@ def without_stores(nodes: Sequence[Node]) -> list[Node]:
 
 @dataclass(frozen=True)
 class Planner(Generic[AnyConfig]):
-    """The machines, and what the processes of a config are."""
+    """The machines, and a function that lists the processes of a config."""
 
     nodes: Sequence[Node]
     phases: Callable[[AnyConfig], Phases]
@@ -52,8 +52,8 @@ class Planner(Generic[AnyConfig]):
             return False
 
     def leaves_margin(self, cfg: AnyConfig) -> bool:
-        """True if it also fits with the part of a GPU free that micro-batches of changing sizes need. Sizes that the
-        plan fills in keep it; given ones need not."""
+        """True if the config fits, and the ranks keep the margin of `ranks_fit`. Sizes of micro-batches that the plan
+        chooses keep it; sizes that the user gives may not."""
         try:
             plan = self.plan(cfg)
         except UserError:

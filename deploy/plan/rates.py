@@ -30,9 +30,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Decoding:
-    """The rates of an engine. The seconds of a step are the bytes that it reads and its operations, each divided by its
-    rate: their sum as measured. Where the rates are those of a data sheet, the larger of them is the least that a step
-    can take."""
+    """The rates of an engine. The bytes that a step reads and its operations are each divided by a rate. With measured
+    rates, a step takes the sum of the two times. With the rates of a data sheet, the larger one is the least time that
+    a step can take."""
 
     prefill_per_s: float  # operations
     decode_per_s: float  # operations
@@ -62,9 +62,9 @@ class Rates:
 
 
 def speed(measured: Sequence[Speed], *, parameters: int, tokens: float) -> Speed:
-    """The measurement to take for a model and passes of this size: the largest model that is not larger, then the most
-    tokens that are not more; else the smallest. Rates rise with both sizes. So the estimate is on the slow side, but
-    too fast for less than the smallest."""
+    """The measurement to use for a model and passes of this size. It is that of the largest measured model that is not
+    larger than this one, with the most tokens that are not more than these; or the smallest, if there is none. Rates
+    rise with both sizes. So the estimate is rather too slow, but too fast below the smallest measurement."""
     sizes = {one.parameters for one in measured}
     size = max((size for size in sizes if size <= parameters), default=min(sizes))
     rows = sorted((one for one in measured if one.parameters == size), key=lambda one: one.tokens)

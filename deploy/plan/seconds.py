@@ -115,7 +115,8 @@ def _score(
     gpus: OneGpu | None,
 ) -> tuple[Phase, dict[str, float]]:
     """The phase, and the seconds of each role that works in it: the reference (with LoRA, the learner) and the reward
-    models, at the same time unless they share a GPU. Both work after generation if all responses end together."""
+    models. They work at the same time unless they share a GPU. All of it comes after generation if all responses end
+    together."""
     lora, reference = cfg.learner.lora is not None, cfg.reference
     sources = [source for source in cfg.reward.sources if isinstance(source, ModelSourceConfig)]
     measurer: Placed = cfg.learner if lora else reference

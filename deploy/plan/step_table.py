@@ -52,7 +52,7 @@ def traffic_table(flows: Sequence[Flow]) -> Table:
 
 
 def _bytes(count: float) -> str:
-    """Decimal units, as networks have them."""
+    """Decimal units, as is usual for networks."""
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -1,8 +1,7 @@
-"""`ratchet plan --suggest`: settings with which a model trains on some machines, and the reason of each.
+"""`ratchet plan --suggest`: settings with which a model can train on some machines, and the reason for each.
 
-Runs in the driver; pure arithmetic. Of the layouts that fit, it takes the one with the fewest predicted seconds of a
-step. The task and the algorithm stay as the config has them. Only if nothing else fits, adapters are trained instead of
-all weights.
+Runs in the driver; pure arithmetic. Of the layouts that fit, it takes the one with the shortest predicted step. The
+task and the algorithm stay as in the config. Adapters are trained instead of all weights only if nothing else fits.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from deploy.plan.traffic import homes
 
 # Tokens of a micro-batch, and rollouts in an engine's cache, that a layout should have. If none has, any will do.
 GOOD_TOKENS, GOOD_ROLLOUTS = 4096, 16
-# The part of a data sheet's numbers that an engine is taken to reach. Not measured. With all of them, almost every GPU
-# would learn, and a step would wait for too few engines.
+# The part of a data sheet's numbers that an engine is assumed to reach. It was not measured. With 1, almost every GPU
+# would go to the learner, and a step would wait for too few engines.
 OF_DATA_SHEET = 0.5
 
 
@@ -84,13 +83,13 @@ def suggest(
     faults: list[Exception] = []
     planned = False
     typical = typical or Typical()
-    # Without rates of the user, those that were measured: a choice needs only their proportions.
+    # Measured rates replace those that the user does not give: a choice needs only their proportions.
     known: dict[str, Rates] = {kind.device: kind for kind in KINDS.values()}
     rates = {device: _expected(one) for device, one in (known | find_rates(typical.rates)).items()}
 
     def slowness(found: tuple[Layout, Plan[Config]]) -> tuple[float, ...]:
-        """Seconds, but first what was not measured: the gain of more GPUs for one engine, and what it costs if ranks
-        exchange weights and gradients over a network."""
+        """The sort key, smallest first. The GPUs of an engine and the nodes of the learner come before the seconds:
+        their effect was not measured, so fewer of them are preferred."""
         plan = found[1]
         nodes = len(set(homes(plan.placements[0])["learner"]))
         return plan.cfg.generators.tensor_parallel, nodes, *_seconds(plan, model, reward_models, rates, typical)
@@ -111,7 +110,7 @@ def suggest(
 
 
 def _expected(rates: Rates) -> Rates:
-    """The rates with engines at OF_DATA_SHEET of the least that a step can take by a data sheet."""
+    """The rates. Those of a data sheet for engines are multiplied by OF_DATA_SHEET."""
     sheet, part = rates.decoding, OF_DATA_SHEET
     if not sheet.data_sheet:
         return rates
@@ -160,8 +159,8 @@ def _in_bfloat16(cfg: Config) -> Config:
 def _first_choices(
     tree: Mapping[str, Any], planner: Planner[Config], *, on_gpus: bool
 ) -> Iterator[tuple[Sequence[Layout], bool]]:
-    """What layouts share: one entry for activations that are computed once, one for those that are computed again. Best
-    first: all weights before adapters, then layouts that are good on a GPU."""
+    """Settings that the layouts of one round share, in two variants: activations are kept, or computed again. The best
+    round is first: all weights before adapters, and for each of them, good layouts before any layout."""
     given = _given_counts(tree)
     if planner.starts_stores and "object_store_mib" in tree.get("ray", {}):
         given["ray.object_store_mib"] = (None, "the size that weights and rollouts need")
@@ -243,8 +242,7 @@ def _with(tree: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def _fits(plan: Plan[Config], planner: Planner[Config]) -> bool:
-    """True if the plan fits these machines without further nodes, and ranks on a GPU leave the part free that an engine
-    leaves free, too."""
+    """True if the plan fits these machines without further nodes, and the ranks keep the margin of `ranks_fit`."""
     return plan.fits and not plan.waiting and ranks_fit(planner.phases(plan.cfg), plan.nodes)
 
 

@@ -96,7 +96,7 @@ def _places_on(placement: Placement, node: int) -> list[Place]:
 
 
 def _alike(placement: Placement) -> list[list[int]]:
-    """The nodes, those with equal resources and equal processes together."""
+    """Groups of nodes with equal resources and equal processes."""
     groups: dict[object, list[int]] = {}
     for index, node in enumerate(placement.nodes):
         same = [(_role(p.need), p.need.cpus, p.need.memory, p.gpus) for p in _places_on(placement, index)]
@@ -155,7 +155,7 @@ def _process_row(places: Sequence[Place], node: Node | None) -> tuple[str, ...]:
 
 
 def _gpu_memory(need: Need, node: Node | None) -> str:
-    """What it takes of each GPU, and of how much."""
+    """The memory that it takes of each GPU, and the memory of its share."""
     if not need.device:
         return ""
     taken = sum(need.device.values())

@@ -41,7 +41,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Generation:
-    """The work of the engine that has most of a batch to write."""
+    """The work of the engine that writes the largest part of a batch."""
 
     rollouts: int
     running: int  # rollouts that it works on at once, at most

@@ -1,9 +1,9 @@
 """`ratchet tune`: trials of a config, the best one, and which of its settings mattered. Runs in the driver.
 
-    plan.py           the trials are drawn and checked; metric.py says what they are compared by
+    plan.py           the trials are drawn and checked; metric.py has the figure that compares them
     search.py         trials run one after another; ASHA and health rules stop the bad ones; finalists get more seeds
     trial_process.py  each run is a process of its own: `ratchet train` in DIR/trials/...
-    events.py         what happened, on disk before anything is done about it
+    events.py         what happened; each event is on disk before the tuning reacts to it
     outcome.py        the best config; comparison.py and sensitivity.py say which keys mattered
 
 This process needs no Ray cluster, no torch and no model: each run starts its own cluster, or joins the one that its
@@ -38,7 +38,8 @@ HOURS = 1.0
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a tuning may take, and how many runs at once. It may change when a tuning continues."""
+    """How long a tuning may take, and how many runs it starts at the same time. It may change when a tuning
+    continues."""
 
     hours: float | None = None  # of all starts together; None: as before
     at_once: int = 1

@@ -37,8 +37,8 @@ def comparisons(plan: Plan, trials: Mapping[int, RunState]) -> list[Comparison]:
 
 
 def compared_at(step: int, trials: Mapping[int, RunState]) -> Comparison:
-    """The trials with an outcome at this step. One that a health rule or a failure has ended counts as much as the
-    worst of the others: leaving it out would hide the key that ruined it."""
+    """The trials with an outcome at this step. A trial that a health rule or a failure has ended gets the worst outcome
+    of the others. Without it, the key that ruined it would not be found."""
     found = {number: state.results[step] for number, state in trials.items() if step in state.results}
     ruined = [number for number, state in trials.items() if state.outcome in BROKEN and step not in state.results]
     worst = min(found.values(), default=0.0)

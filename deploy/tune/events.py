@@ -1,7 +1,7 @@
 """DIR/events.jsonl: what happened in a tuning, one line after another, and the state that follows. Runs in the driver.
 
-A line is written before anything is done about it. So a tuning that is killed at any moment continues from here: runs
-that have ended count, and the decisions about the others are computed again from the same results.
+A line is written before the tuning reacts to it. So a tuning that was killed at any moment continues from this file.
+Runs that have ended count, and the decisions about the others are computed again from the same results.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ EVENTS = "events.jsonl"
 COMPLETE = "complete"  # it has done all of its steps
 STOPPED_BY_ASHA = "asha"
 STOPPED_BY_HEALTH = "health"
-FAILED = "failed"  # it ended by itself, and cannot continue
-CUT = "cut"  # the tuning ended, and the run continues with it
+FAILED = "failed"  # it ended with an error, and cannot continue
+CUT = "cut"  # the tuning ended; the run continues when the tuning does
 BROKEN = (STOPPED_BY_HEALTH, FAILED)  # it counts as the worst at steps that only others have reached
 
 
@@ -32,7 +32,7 @@ class RunState:
     outcome: str | None = None
     why: str = ""  # the reason of a stop or a failure
     seconds: float = 0.0
-    continues_as_finalist: bool = False  # although ASHA had stopped it
+    continues_as_finalist: bool = False  # ASHA had stopped it, but it is a finalist
 
     @property
     def last(self) -> tuple[int, float] | None:
@@ -47,7 +47,7 @@ class Events:
         self._path = path
         self._runs: dict[str, RunState] = {}
         self._order: list[tuple[str, int, float]] = []
-        self.hours: float | None = None  # that the newest start of the command was given
+        self.hours: float | None = None  # given to the newest start of the command
         self._starts: list[list[float]] = []  # times of the first and the newest event of each start of the command
         self._started_here = False
         for record in read_records(path):
@@ -87,7 +87,7 @@ class Events:
 
     @property
     def seconds(self) -> float:
-        """Working time of all starts of the command together. One that was killed counts until its last event."""
+        """Working time of all starts of the command together. A start that was killed counts until its last event."""
         if not self._started_here:
             return sum(newest - first for first, newest in self._starts)
         *earlier, (began, _) = self._starts

@@ -28,7 +28,7 @@ class Job:
 
 
 class Listener(Protocol):
-    """The part of the screen that hears of new evaluations."""
+    """The part of the screen that is told of new evaluations."""
 
     def result(self, job: Job, step: int, value: float) -> None:
         """A run has a new evaluation."""
@@ -63,11 +63,11 @@ class Follower:
             self._take(record)
 
     def _take(self, record: dict[str, Any]) -> None:
-        """One evaluation. Those after a decision to stop do not count, unless the run came to its end all the same:
-        how many there are depends on how fast the process stops.
+        """Takes one evaluation. After a decision to stop, evaluations do not count, because their number depends on how
+        fast the process stops. They count if the run reached its end all the same.
 
-        ASHA gets every result that is written down, also those of a run that is complete. Otherwise a restarted
-        command, which gives it all of them, would decide differently."""
+        ASHA gets every result that is written down, also those of a complete run. A restarted command gives it all of
+        them, and must decide in the same way."""
         state, step = self.events.run(self.job.name), record["policy_version"]
         value = metric_of(record, self.metric)
         if step in state.results or value is None or state.outcome not in (None, COMPLETE):
@@ -87,7 +87,7 @@ class Follower:
 
 def below(step: int, value: float) -> str:
     """Why ASHA has stopped a trial."""
-    return f"{value:.4g} at step {step} is not in the best third of the trials that had come this far"
+    return f"{value:.4g} at step {step} is not in the best third of the trials that had reached it"
 
 
 def _size(path: Path) -> int:

@@ -1,7 +1,7 @@
 """Asynchronous successive halving (ASHA, arXiv:1810.05934), as Ray Tune computes it. Runs in the driver.
 
-Only Ray Tune's scheduler is used, without a cluster. Its experiment loop would need a Ray cluster of its own next to
-that of each trial, and continues after a kill from snapshots; here every decision follows from DIR/events.jsonl.
+Only Ray Tune's scheduler is used, without a cluster. Its experiment loop would need one more Ray cluster, and would
+continue from snapshots after a kill. Here every decision follows from DIR/events.jsonl.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Halving:
         self._rungs = sorted(at)
         self._scheduler = _scheduler(self._rungs)
         self._trials: dict[str, Any] = {}
-        # Stopped by earlier results: the command may have been killed before it wrote that down.
+        # Trials that earlier results stop. A killed command may not have written these stops down.
         self.stopped = {result[0] for result in results if not self.continues(*result)}
 
     def continues(self, trial: str, step: int, value: float) -> bool:
@@ -68,7 +68,7 @@ def _scheduler(at: list[int]) -> Any:
         grace_period=at[0],
         max_t=at[-1] + 1,  # the scheduler counts rungs with logarithms: 243 would round down to below 3 ** 5
         reduction_factor=REDUCTION,
-        stop_last_trials=False,  # a trial that passes the last rung runs to its end
+        stop_last_trials=False,  # a trial that continues at the last rung runs to its end
     )
 
 

@@ -1,7 +1,7 @@
 """The health rules that stop a trial early. Runs anywhere.
 
-The other rules warn of something that costs time, that a later step may repair, or that has nothing to do with the
-settings. With these the policy is lost, and further steps only cost time.
+The other rules warn of something that costs time, that a later step may repair, or that does not depend on the
+settings. When one of these rules holds, the policy is lost, and further steps only cost time.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-STEPS = 3  # in a row in which one of them must hold
+STEPS = 3  # consecutive steps in which the rule must hold
 RUINED = {
-    "kl_exploding": "the policy runs away from the reference, and the score does not pay for it",
+    "kl_exploding": "the KL from the reference doubled, and the score rose less than the penalty",
     "entropy_collapsing": "the policy repeats itself, and the score has not risen",
     "scores_constant": "all responses to a prompt score the same: nothing is learned",
 }

@@ -69,8 +69,8 @@ class Outcome:
         metric = self.plan.metric
         if best.step < self.plan.num_steps:
             return (
-                f"trial {best.trial} had come farthest when the time was up: {metric} {significant(best.mean)} at "
-                f"step {best.step}"
+                f"trial {best.trial} had done the most steps when the time was up: {metric} {significant(best.mean)} "
+                f"at step {best.step}"
             )
         seeds = f"the mean of {len(best.values)} seeds" if len(best.values) > 1 else "with one seed"
         text = f"trial {best.trial} has {metric} {significant(best.mean)} at the last step, {seeds}{_failures(best)}"
@@ -87,10 +87,10 @@ class Outcome:
         if second.step < self.plan.num_steps:
             return f"trial {second.trial} is the next one, and is not complete"
         if noise is None:
-            return f"{text}, and nobody knows how much of that is chance: no trial has several seeds"
+            return f"{text}; how much of that is chance is not known, because no trial has several seeds"
         error = noise * math.sqrt(1 / len(best.values) + 1 / len(second.values))
-        # Student's t: with few seeds the deviation is hardly known. Two equal trials with 3 seeds each are
-        # 2 standard errors apart in 12 % of the cases.
+        # Student's t: with few seeds the deviation is very uncertain. Two equal trials with 3 seeds each are 2 standard
+        # errors apart in 12 % of the cases.
         reach = student_quantile(0.975, self._freedom) * error
         verdict = "so it is better" if gap > reach else "so the two are not clearly different"
         return f"{text} (95 % interval {significant(gap - reach, 2)} to {significant(gap + reach, 2)}), {verdict}"
@@ -101,14 +101,15 @@ def outcome_of(runs: Runs) -> Outcome:
     states = {job.trial: state for job in runs.trials if (state := runs.events.run(job.name)).results}
     found = [_finalist(runs, job) for job in runs.finalists()]
     known = [one for one in found if one is not None]
-    # A failure counts as the worst outcome, as in the comparison of trials, so no mean of other seeds makes up for it.
+    # A failure counts as the worst outcome, as in the comparison of trials, so a good mean of the other seeds cannot
+    # outweigh it.
     known.sort(key=lambda one: (one.step, -one.failed, one.mean), reverse=True)
     missing = len(runs.waiting_trials()) + len(runs.waiting_repeats())
     return Outcome(runs.plan, states, tuple(known), tuple(comparisons(runs.plan, states)), missing)
 
 
 def _finalist(runs: Runs, job: Job) -> Finalist | None:
-    """None without any evaluation after the start."""
+    """None if the trial has no evaluation after its start."""
     end = runs.plan.num_steps
     states = [runs.events.run(Job(job.trial, repeat).name) for repeat in range(runs.plan.seeds)]
     complete = [state.results[end] for state in states if state.outcome == COMPLETE and end in state.results]

@@ -1,6 +1,6 @@
 """DIR/plan.json: what a tuning will do. It is made and checked before anything starts. Runs in the driver.
 
-Every start of the command reads the same plan, so a tuning that is continued draws nothing again.
+Every start of the command reads the same plan, so a continued tuning does not draw values again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from deploy.tune.space import Choices, Range, Space, draw, parse_space
 
 EVALUATIONS = 6  # of each trial at least, if the config asks for none between start and end
 MOST_TRIALS = 1000
-# Many runs are kept, and hardly any is trained further; optimizer state is two thirds of a checkpoint. A value on the
-# command line overrides these.
+# Many runs are kept, and few are trained further. Optimizer state is two thirds of a checkpoint. A value on the command
+# line overrides these.
 _SMALL = ("checkpoint.keep=1", "checkpoint.keep_optimizer_at_end=false")
 
 
@@ -37,7 +37,7 @@ class Plan:
     num_steps: int
     seed: int
     every: int  # steps between evaluations
-    given: dict[str, Any]  # the config's own values of settings that trials have others of: best.toml gets them
+    given: dict[str, Any]  # the config's own values of settings that differ in trials; best.toml has these
     rungs: tuple[int, ...]  # steps at which ASHA compares; empty: every trial runs to its end
     finalists: int
     seeds: int

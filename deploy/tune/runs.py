@@ -34,7 +34,7 @@ class Runs:
         return self.directory / "trials" / (f"{job.name}-{label}" if not job.repeat else job.name)
 
     def finalists(self) -> list[Job]:
-        """The best trials: complete ones first, then those that came farthest. At equal steps the value decides."""
+        """The best trials: complete ones first, then those with the most steps. With equal steps the value decides."""
 
         def rank(job: Job) -> tuple[bool, tuple[int, float]]:
             state = self.events.run(job.name)

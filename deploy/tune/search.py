@@ -17,7 +17,7 @@ from deploy.tune.halving import Halving
 from deploy.tune.runs import Runs
 from deploy.tune.trial_process import POLL_S, Command, TrialProcess
 
-FAILED_STARTS = 3  # trials that fail before their first step until the tuning ends, if no run has done a step
+FAILED_STARTS = 3  # the tuning ends if this many trials fail before any run has done a step
 
 
 class Watcher(Listener, Protocol):
@@ -30,7 +30,7 @@ class Watcher(Listener, Protocol):
         """A run has ended."""
 
     def progress(self, done: int, total: int, left_s: float | None) -> None:
-        """This many runs have ended, of those that the tuning may need."""
+        """`done` of the `total` runs that the tuning may need have ended."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Search(Runs):
             async with asyncio.TaskGroup() as group:
                 for _ in range(self.at_once):
                     group.create_task(work())
-        except ExceptionGroup as errors:  # one message is enough: the others follow from the first
+        except ExceptionGroup as errors:  # one message is enough: the first error causes the others
             raise errors.exceptions[0] from None
 
     def _time_for(self, reserve: bool) -> bool:
@@ -123,8 +123,8 @@ class Search(Runs):
         self._progress()
 
     def _end(self, job: Job, process: TrialProcess, code: int, seconds: float) -> None:
-        """Writes down how a run has ended. A run that fails before any run has done a step waits for another try: the
-        cause may be its values, or the machine. Raises UserError after FAILED_STARTS of them."""
+        """Writes down how a run has ended. If a run fails before any run has done a step, the cause may be its values
+        or the machine, so it is tried once more. Raises UserError after FAILED_STARTS of them."""
         state = self.events.run(job.name)
         if process.is_complete:
             self.events.end(job.name, COMPLETE, seconds)

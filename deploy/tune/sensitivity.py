@@ -1,8 +1,8 @@
 """How much each key of a search mattered for the outcome of its trials. Runs anywhere; pure numbers.
 
-Each key is judged alone. A key with choices is described by the mean outcome of each value, a range by a parabola in
-its value (a line if there are few trials), on the logarithmic scale where the range is on one. `explained` is adjusted
-R2 (Ezekiel 1930), which is near 0 for a key without any effect. Plain R2 would be far above 0 with few trials.
+Each key is judged alone. For a key with choices, the fit is the mean outcome of each value. For a range, it is a
+parabola in the value, or in its logarithm for a logarithmic range. With few trials it is a line. `explained` is
+adjusted R2 (Ezekiel 1930), which is near 0 for a key without any effect. Plain R2 would be far above 0 with few trials.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _adjusted(design: np.ndarray, y: np.ndarray, *, trials: int) -> float:
 
 
 def _p(design: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
-    """How often the fit explains at least as much of outcomes in another order, those of the trials included."""
+    """How often the fit explains at least as much if the outcomes are shuffled. The real order counts as one of the
+    orders."""
     basis, sizes, _ = np.linalg.svd(design, full_matrices=False)
     basis = basis[:, sizes > 1e-9 * sizes[0]]
     orders = np.stack([y, *(rng.permutation(y) for _ in range(RESAMPLES))])

@@ -1,8 +1,8 @@
 """The search space of `ratchet tune`: what KEY=SPACE means, and the values that each trial gets. Runs anywhere.
 
 The values are a Latin hypercube (McKay et al. 1979): every choice is drawn equally often, and the values of a range are
-spread evenly over it. Ray Tune's own searchers draw each value by chance. Twelve such draws leave gaps, and keys that
-go along with each other.
+spread evenly over it. Ray Tune's own searchers draw each value by chance. Twelve such draws leave gaps, and their keys
+are correlated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both included: even, or with `log` even in their logarithm."""
+    """Numbers from `low` to `high`, both included, spread evenly; with `log`, evenly on a logarithmic scale."""
 
     key: str
     low: float
@@ -111,8 +111,8 @@ def draw(spaces: Sequence[Space], trials: int, *, seed: int) -> list[dict[str, A
     """The settings of each trial; no two trials have the same. There are fewer than `trials` if the choices have fewer
     combinations: then each combination is tried.
 
-    Many designs are drawn, and the one in which the keys vary most independently is taken. In a single design of few
-    trials, a key without any effect often varies with one that has an effect, and then seems to have it too."""
+    Many designs are drawn, and the one with the least correlated keys is taken. In a single design of few trials, a key
+    without any effect often varies with one that has an effect, and then seems to have it too."""
     rng = np.random.default_rng(seed)
     choices = [space for space in spaces if isinstance(space, Choices)]
     combinations = math.prod(len(space.values) for space in choices)
@@ -125,7 +125,8 @@ def draw(spaces: Sequence[Space], trials: int, *, seed: int) -> list[dict[str, A
 
 
 def _combinations(choices: Sequence[Choices], count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Distinct ones. Each next one has the values that were taken least often so far, by chance among equals."""
+    """Distinct combinations. Each next one has the values that were used least often so far. Chance decides among
+    equals."""
     left = rng.permutation(list(itertools.product(*(range(len(space.values)) for space in choices))))
     taken = [np.zeros(len(space.values), int) for space in choices]
     drawn = []

@@ -22,7 +22,7 @@ from deploy.ending.signals import CLEANUP_S
 from deploy.restarts import driver_command, driver_environment
 from deploy.run.lock import is_owned
 
-POLL_S = 1.0  # between two looks at the files of a run
+POLL_S = 1.0  # between two reads of the files of a run
 RESTARTS = 1  # of a run that fails: a failure of the machine says nothing about its settings
 STOP_S = CLEANUP_S + 10.0  # longest wait for a run that was told to stop; it ends itself after CLEANUP_S
 OWNED_S = 90.0  # longest wait for a run that an earlier, killed start of the command has left
@@ -109,8 +109,8 @@ class TrialProcess:
         )
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
-        """Stops what is left of the run. The process is the parent of the driver (--restarts), and a driver whose
-        parent was killed works on: both are in one process group."""
+        """Stops what is left of the run. The process is the parent of the driver (--restarts). A driver whose parent
+        was killed continues, so both are ended through their process group."""
         limit_s = STOP_S + self.grace_s
         if process.returncode is None:
             with suppress(ProcessLookupError):
@@ -134,8 +134,8 @@ def _signal_group(group: int, number: signal.Signals) -> bool:
 
 
 def _members(group: int) -> list[int]:
-    """The running processes of a process group. An ended one that its parent has not asked for still is in the group,
-    and nobody can wait for its end."""
+    """The running processes of a process group. Zombies are left out: they stay in the group until their parent reads
+    their exit code."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):  # it has ended meanwhile

@@ -1,7 +1,7 @@
 """The network of a critic without a policy. Runs in every trainer rank.
 
-`ratchet train-critic` trains it on responses that are written already. `PolicyWithCritic` (learner/ppo/policy.py) has
-the same value head next to a policy.
+`ratchet train-critic` trains it on existing responses. `PolicyWithCritic` (learner/ppo/policy.py) has the same value
+head next to a policy.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ def realised_returns(
 ) -> tuple[Tensor, Tensor]:
     """Scores [B] as a learner sees them, and Monte-Carlo returns [B, R], float32; zeros outside the mask.
 
-    Every response pays the KL penalty of the policy that sampled it: its `rollout_logprobs` take the place of the
-    learner's old ones. Rollouts without `ref_logprobs` are of the reference itself, so their penalty is 0. `moments`
-    normalise the scores.
+    The KL penalty of a response is that of the policy that sampled it: `rollout_logprobs` are used instead of the
+    learner's old ones. Rollouts without `ref_logprobs` were sampled from the reference itself, so their penalty is 0.
+    `moments` normalise the scores.
     """
     scores = shaped(batch.scores, moments, reward)
     ref_logprobs = torch.where(batch.ref_is_policy[:, None], batch.rollout_logprobs, batch.ref_logprobs)

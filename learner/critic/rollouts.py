@@ -1,7 +1,7 @@
-"""The rollouts of journals as one sequence of rows: which steps are read, access in any order, held-out prompts.
+"""The rollouts of journals as one sequence of rows: chooses the steps, reads rows in any order, holds out prompts.
 
-Runs in the driver. Tokens stay in the journals' files, which are mapped, not loaded: journals may be larger than
-memory. In memory each rollout takes 24 bytes.
+Runs in the driver. Tokens stay in the journals' files, which are mapped, not loaded. So journals may be larger than
+memory. Each rollout takes 24 bytes of memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class JournalPart:
     run: str  # directory, absolute
     first: int
     end: int  # one after the last step
-    void: tuple[int, ...]  # the steps in between that are skipped, because nobody could learn from them
+    void: tuple[int, ...]  # the steps in between that are skipped, because they have no usable rollouts
     digest: str  # SHA-256 of the last step's file, which contains that of every entry before it
     seed: int | None = None  # of its run
     prompts: str | None = None  # digest of its training prompts, in the order in which they were asked
@@ -84,9 +84,9 @@ class Rollouts:
     def __init__(
         self, parts: Sequence[JournalPart], *, on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        """Reads every step once, and checks it against its journal. Skips steps with numbers that nobody can learn
-        from, which `faults` then names. Raises UserError for a journal that has changed since the part was made.
-        `on_progress` gets the steps that are read, and all."""
+        """Reads every step once, and checks it against its journal. Skips steps that `_fault` rejects, and lists them
+        in `faults`. Raises UserError for a journal that has changed since the part was made. `on_progress` gets the
+        number of steps read so far, and of all."""
         total = sum(len(part.steps) for part in parts)
         self.parts = parts
         self.moments = RunningMoments()  # of all scores

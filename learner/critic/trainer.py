@@ -1,4 +1,4 @@
-"""Training of a critic on one rank, from responses that are written already. Runs in every critic-trainer rank."""
+"""Training of a critic on one rank, from existing responses. Runs in every critic-trainer rank."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from learner.ranks.trainer import Trainer, read_together
 class CriticTrainer(Trainer):
     """Fits a critic to realised returns.
 
-    A separate critic trains its network and its head. A critic on a shared trunk trains the head alone, on states that
-    `remember` computes once: they never change.
+    A separate critic trains its network and its head. A critic on a shared trunk trains the head alone. Its states
+    never change, so `remember` computes them once.
     """
 
     cfg: Config
@@ -111,7 +111,7 @@ class CriticTrainer(Trainer):
 
     def save_critic(self, target: Path, record: TrainedCritic) -> None:
         """Writes the critic as `learner.ppo.critic_files` says."""
-        if self.ranks.rank > 0:  # only helps to gather the tensors
+        if self.ranks.rank > 0:  # this rank only takes part in gathering the tensors
             deque(self.network.tensors(), maxlen=0)
             return
         tensors = {name: tensor.cpu() for name, tensor in self.network.tensors()}

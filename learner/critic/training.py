@@ -1,4 +1,5 @@
-"""The loop of `ratchet train-critic`: passes over the rollouts of journals, until held-out prompts gain no more.
+"""The loop of `ratchet train-critic`: passes over the rollouts of journals, until the critic improves no more on
+held-out prompts.
 
 Runs in the driver. learner/loop/passes.py has the loop itself.
 """
@@ -106,7 +107,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
         on_progress: Callable[[str, int, int], None] = lambda work, done, total: None,
         **callbacks: Any,
     ) -> None:
-        """`on_progress` gets the name of some work, the rollouts for which it is done, and all. `callbacks`: those of
+        """`on_progress` gets the name of some work, the number of rollouts done, and that of all. `callbacks`: those of
         PassTraining."""
         cfg = data.cfg
         passes, checkpoint = cfg.critic_training.passes, cfg.checkpoint
@@ -151,7 +152,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
                 await self.trainer.remember(table)
 
     def _chunks(self, work: str, rows: np.ndarray) -> Iterator[pa.Table]:
-        """The rollouts at `rows` for the calls of some work, whose progress is told."""
+        """The rollouts at `rows` for the calls of some work. Reports the progress."""
         for number, table in enumerate(self.rollouts.chunks(rows, ROLLOUTS_PER_CALL)):
             self._on_progress(work, number * ROLLOUTS_PER_CALL, len(rows))
             yield table
@@ -169,15 +170,15 @@ async def train_critic(run: CriticRun) -> list[CriticEvaluation]:
     await run.remember()
     evaluations = await run.train()
     keep_best(run.directory)
-    read_critic(run.directory / CRITIC)  # it is what was written
+    read_critic(run.directory / CRITIC)  # raises an error if it cannot be read
     if not run.cfg.checkpoint.keep_optimizer_at_end:
         await asyncio.to_thread(run.checkpoints.drop_optimizers)
     return evaluations
 
 
 def keep_best(directory: Path) -> None:
-    """Makes the best critic of this training the result. A training with more passes may have found none that is better
-    than the result before."""
+    """Makes the best critic of this training the result. If a run is continued with more passes, these may have found
+    no better one: then the earlier result stays."""
     if not (directory / BEST).exists():
         return
     old = directory / f".{CRITIC}-replaced-old"  # after a kill, deploy/run/leftovers.py restores or removes it

@@ -315,7 +315,7 @@ def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
             ["--learner-gpus", 4],
             "learner, reference and reward need 5 GPUs, and --learner-pods (1) with --learner-gpus",
         ),
-        (["--generator", 1, 8], "generators.cpus (2) must fit into --generator-cpus (1)"),
+        (["--generator", 1, 8], "generators.cpus (2) must be at most the CPUs of --generator (1)"),
         (["--notice", 5], "--notice (5) must be more than 5 s"),
         (["--spot", "gke-spot"], "--spot (gke-spot) must be a label of machines"),
         (["--name", "A_run"], "--name (A_run) must have lower-case letters"),

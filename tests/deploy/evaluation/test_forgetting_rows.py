@@ -57,7 +57,7 @@ def test_every_figure_has_a_row_with_a_cell_for_each_policy():
 
 def test_a_judge_that_fell_is_named_with_both_changes():
     assert judge_lines(RECORD) == [
-        "mine is over-optimised: against the base its score changed by +3 (+2, +4), and gold by -2 (-3, -1)"
+        "mine is over-optimised: compared with the base, its score changed by +3 (+2, +4), and gold by -2 (-3, -1)"
     ]
 
 

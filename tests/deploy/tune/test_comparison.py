@@ -84,12 +84,12 @@ def test_few_seeds_need_a_larger_difference(mean, said):
     ("finalists", "reason"),
     [
         ([], "no trial has an evaluation after its first step"),
-        ([Finalist(3, (0.5,), 6)], "trial 3 had come farthest when the time was up: score 0.5 at step 6"),
+        ([Finalist(3, (0.5,), 6)], "trial 3 had done the most steps when the time was up: score 0.5 at step 6"),
         ([Finalist(3, (0.5,), STEPS)], "trial 3 has score 0.5 at the last step, with one seed"),
         (
             [Finalist(3, (0.5,), STEPS), Finalist(1, (0.4,), STEPS)],
-            "trial 3 has score 0.5 at the last step, with one seed; 0.1 above trial 1, and nobody knows how much of "
-            "that is chance: no trial has several seeds",
+            "trial 3 has score 0.5 at the last step, with one seed; 0.1 above trial 1; how much of that is chance "
+            "is not known, because no trial has several seeds",
         ),
         (
             [Finalist(3, (0.5,), STEPS), Finalist(1, (0.6,), 6)],
