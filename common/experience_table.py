@@ -27,6 +27,8 @@ TURNS = pa.list_(
             ("info", pa.string()),
             ("seconds", pa.float64()),
             ("cached_tokens", pa.int32()),
+            ("new_context", pa.bool_()),
+            ("ends", pa.bool_()),
         ]
     )
 )

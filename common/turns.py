@@ -20,7 +20,13 @@ class Turn:
     observation: str = "[]"  # the messages that it answered with, JSON
     info: str = "{}"  # JSON
     seconds: float = 0.0  # that it took
-    cached_tokens: int = 0  # of the prompt and the turns before, found in the engine's cache when this turn was sampled
+    cached_tokens: int = 0  # of the context of this turn, found in the engine's cache when it was sampled
+    # The environment's tokens after this message are a whole new prompt: the policy's next message sees them, and
+    # nothing before them.
+    new_context: bool = False
+    # This message is the last of its sequence: it gets the episode's score too, and GAE does not step past it. Only
+    # with new_context; the last message of an episode ends its sequence without it.
+    ends: bool = False
 
 
 def response_mask(length: int, holes: Iterable[tuple[int, int]]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Runs anywhere. An `Experience` is one row of the Arrow table that the journal stores and the learner consumes
 (common/experience_table.py). Arrays are one-dimensional and unpadded. R is the number of tokens that the policy sampled
-in one response. With an environment, E more tokens of the response are the environment's (see `Turn`). Example:
+in one response. With an environment, E more tokens of the response are the environment's (see `Turn`). They may have
+new prompts in them: an episode is then several sequences, and still one row. Example:
 
     Prompt(SampleId(0, 17, 0), "2 + 2 =", token_ids=[17, 10, 17, 28], fields={"answer": "4"})
     Rollout(prompt, [19, 2], rollout_logprobs=[-0.1, -0.3], policy_versions=[5, 5], finish_reason="stop", generator="G")
@@ -95,6 +96,14 @@ class Rollout:
     def turn_start(self) -> int:
         """Place in the response where the newest turn of the policy begins."""
         return self.turns[-1].next_start if self.turns else 0
+
+    @property
+    def context_ids(self) -> np.ndarray:
+        """The tokens that the policy's next token sees, int32: the newest context of the episode so far."""
+        start = next((turn.end for turn in reversed(self.turns) if turn.new_context), None)
+        if start is None:
+            return np.concatenate([self.prompt.token_ids, self.response_ids])
+        return self.response_ids[start:]
 
     @property
     def response_mask(self) -> np.ndarray:

@@ -134,10 +134,12 @@ class Environments:
         deadline, started = self._deadline(), time.perf_counter()
         state = None
         try:
-            text = self._transcript.newest_turn(rollout, special_tokens=instance.needs_special_tokens)
+            special_tokens = instance.needs_special_tokens
+            text = self._transcript.newest_turn(rollout, special_tokens=special_tokens)
             answer = await instance.call("step", {"role": "assistant", "content": text}, deadline=deadline)
             seconds = time.perf_counter() - started
-            extended = self._transcript.extended(rollout, read_step(answer, chat=self._transcript.chat), seconds)
+            checked = read_step(answer, chat=self._transcript.chat)
+            extended = self._transcript.extended(rollout, checked, seconds, special_tokens=special_tokens)
             if extended.finish_reason == IN_EPISODE and instance.has("state"):
                 state = _pickled(_Saved(prompt, await instance.call("state", deadline=deadline)))
         except UserCodeError as error:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from common.data.messages import Message
-from common.data.prompt_tokens import bare_ids, rendered
+from common.data.prompt_tokens import bare_ids, rendered, rendered_ids, text_ids
 from common.errors import UserError
 
 QUESTION: Message = {"role": "user", "content": "A question."}
@@ -30,11 +30,14 @@ NEXT: Message = {"role": "user", "content": "Another one."}
 
 
 class Rendering(Protocol):
-    """Turns what an environment says into tokens."""
+    """Turns what an environment says into tokens. Methods raise any error of the template. `options` are arguments of
+    the template for this call, next to those of the run."""
 
-    def continuation(self, observation: Sequence[Message], last_id: int | None) -> list[int]:
-        """The tokens between the model's last one, `last_id`, and its next one. None: it sampled none. Raises any error
-        of the template."""
+    def continuation(self, observation: Sequence[Message], last_id: int | None, **options: Any) -> list[int]:
+        """The tokens between the model's last one, `last_id`, and its next one. None: it sampled none."""
+
+    def prompt(self, conversation: Sequence[Message], **options: Any) -> list[int]:
+        """The tokens of a whole conversation, up to the model's next one."""
 
 
 class PlainRendering:
@@ -43,8 +46,11 @@ class PlainRendering:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def continuation(self, observation: Sequence[Message], last_id: int | None) -> list[int]:
+    def continuation(self, observation: Sequence[Message], last_id: int | None, **options: Any) -> list[int]:
         return continued_ids(self._tokenizer, "".join(message["content"] for message in observation))
+
+    def prompt(self, conversation: Sequence[Message], **options: Any) -> list[int]:
+        return text_ids(self._tokenizer, "".join(message["content"] for message in conversation))
 
 
 class ChatRendering:
@@ -64,16 +70,24 @@ class ChatRendering:
         self._after_end = next((place for place, token in enumerate(closing, 1) if token in special), 0)
         self._end_id = closing[self._after_end - 1] if self._after_end else None
 
-    def continuation(self, observation: Sequence[Message], last_id: int | None) -> list[int]:
-        ids = continued_ids(self._tokenizer, self._after_answer(observation, add_generation_prompt=True))
+    def continuation(self, observation: Sequence[Message], last_id: int | None, **options: Any) -> list[int]:
+        text = self._after_answer(observation, add_generation_prompt=True, **options)
+        ids = continued_ids(self._tokenizer, text)
         # A response that was cut off lacks the end token. One that ends with another end token needs no second one.
         ended = last_id is not None and (last_id == self._end_id or last_id in self._end_tokens)
         return ids[self._after_end :] if ended else ids
 
+    def prompt(self, conversation: Sequence[Message], **options: Any) -> list[int]:
+        options = {**self._options, **options}
+        return rendered_ids(
+            self._tokenizer, rendered(self._tokenizer, conversation, add_generation_prompt=True, **options)
+        )
+
     def _after_answer(self, observation: Sequence[Message], **options: Any) -> str:
         """What a conversation has after the content of the assistant's message, if `observation` comes next."""
         conversation = [QUESTION, {"role": "assistant", "content": ANSWER}, *observation]
-        _, found, after = rendered(self._tokenizer, conversation, **self._options, **options).partition(ANSWER)
+        options = {**self._options, **options}
+        _, found, after = rendered(self._tokenizer, conversation, **options).partition(ANSWER)
         if not found:
             raise ValueError("it leaves out what the assistant says")
         return after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common.data.json_values import json_values, shown
@@ -17,6 +17,22 @@ from common.user_code.results import FLOAT32_MAX, as_number, kind_of_value
 
 
 @dataclass(frozen=True)
+class Restart:
+    """An observation that begins a new context: the policy's next message sees this conversation, and nothing before
+    it. `step` may return it in place of messages, and `reset` may in place of the prompt. Only Ratchet's own
+    environments use it.
+
+    The chat template renders `messages` as a prompt. With `token_ids`, which must not be empty, the prompt begins with
+    these tokens as they are, and `messages` are what follows the assistant's message that they end with. So tokens
+    that were sampled before are not encoded again from their text."""
+
+    messages: Sequence[Message]
+    ends: bool  # see Turn: the message before is the last of its sequence. Of no effect in `reset`
+    token_ids: Sequence[int] | None = None  # of no effect in `reset`
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template, such as `tools`
+
+
+@dataclass(frozen=True)
 class CheckedStep:
     """A step whose values can be rendered, written to the journal and learned from."""
 
@@ -25,6 +41,7 @@ class CheckedStep:
     terminated: bool
     truncated: bool
     info: str  # JSON
+    restart: Restart | None = None  # with these messages, if they begin a new context
 
 
 def read_step(returned: Any, *, chat: bool) -> CheckedStep:
@@ -36,12 +53,14 @@ def read_step(returned: Any, *, chat: bool) -> CheckedStep:
             fault="step returned no Step",
         )
     step = Step(*returned)
+    restart = step.observation if isinstance(step.observation, Restart) else None
     return CheckedStep(
-        read_observation("step", step.observation, chat=chat),
+        read_observation("step", step.observation if restart is None else restart.messages, chat=chat),
         _reward(step.reward),
         _flag("terminated", step.terminated),
         _flag("truncated", step.truncated),
         _info(step.info),
+        restart,
     )
 
 

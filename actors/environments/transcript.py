@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.environments.rendering import make_rendering
-from actors.environments.steps import CheckedStep, read_observation
+from actors.environments.steps import CheckedStep, Restart, read_observation
 from common.config.actors import PromptFormat
 from common.config.environment import EnvironmentConfig
 from common.data.messages import Message
@@ -41,13 +41,15 @@ class Transcript:
         arguments of the chat template, such as `tools`."""
         self._cfg, self._prompts, self._tokenizer = cfg, prompts, tokenizer
         self.chat = prompts.format == "chat"
+        self._turn_is_sequence = cfg.sequence == "turn"
         self._max_prompt_tokens, self._vocabulary = max_prompt_tokens, vocabulary
         self._end_tokens = frozenset([*end_tokens, tokenizer.eos_token_id])
         self._rendering = make_rendering(tokenizer, chat=self.chat, end_tokens=end_tokens, **options)
 
     def replaced(self, prompt: Prompt, said: Any) -> Prompt:
         """The prompt that `reset` asked for. Raises UserCodeError."""
-        messages = read_observation("reset", said, chat=self.chat)
+        options = said.options if isinstance(said, Restart) else {}
+        messages = read_observation("reset", said.messages if isinstance(said, Restart) else said, chat=self.chat)
         if not messages:
             return prompt
         content = messages if self.chat else messages[0]["content"]
@@ -58,6 +60,7 @@ class Transcript:
                 self._prompts,
                 self._tokenizer,
                 vocabulary=self._vocabulary,
+                template_options=options,
             )
         except UserError as error:
             raise UserCodeError(str(error)) from None
@@ -73,22 +76,19 @@ class Transcript:
 
     def newest_turn(self, rollout: Rollout, *, special_tokens: bool = False) -> str:
         """What the model wrote in its newest turn. With `special_tokens` only its end token is left out."""
-        ids = rollout.response_ids[rollout.turn_start :].tolist()
-        if special_tokens and ids and ids[-1] in self._end_tokens:
-            ids.pop()
-        return str(self._tokenizer.decode(ids, skip_special_tokens=not special_tokens))
+        return self._text(rollout.response_ids[rollout.turn_start :], special_tokens)
 
     def whole(self, rollout: Rollout) -> str:
         """The response with every special token, for messages."""
         return str(self._tokenizer.decode(rollout.response_ids.tolist()))
 
-    def extended(self, rollout: Rollout, step: CheckedStep, seconds: float) -> Rollout:
-        """The rollout after a step. What the environment says is added only if the policy continues after it. Raises
-        UserCodeError for messages that cannot be rendered."""
-        end = len(rollout.response_ids)
+    def extended(self, rollout: Rollout, step: CheckedStep, seconds: float, *, special_tokens: bool = False) -> Rollout:
+        """The rollout after a step. What the environment says is added only if the policy continues after it.
+        `special_tokens`: see `newest_turn`. Raises UserCodeError for messages that cannot be rendered."""
+        end, restart = len(rollout.response_ids), step.restart
         said: list[int] = []
         if (over := self._reason_to_end(rollout, step)) is None:
-            said = self._rendered(step.messages, rollout)
+            said = self._rendered(step, rollout, special_tokens)
             if end + len(said) + 1 > self._cfg.max_tokens:
                 said, over = [], "max_tokens"
         turn = Turn(
@@ -99,6 +99,8 @@ class Transcript:
             info=step.info,
             seconds=seconds,
             cached_tokens=rollout.cached_tokens,
+            new_context=over is None and (restart is not None or self._turn_is_sequence),
+            ends=over is None and restart is not None and restart.ends,
         )
         return replace(
             rollout,
@@ -115,11 +117,18 @@ class Transcript:
             return "truncated"
         return "max_turns" if len(rollout.turns) + 1 >= self._cfg.max_turns else None
 
-    def _rendered(self, messages: Sequence[Message], rollout: Rollout) -> list[int]:
-        wrote = rollout.response_ids[rollout.turn_start :]
-        last_id = int(wrote[-1]) if len(wrote) else None
+    def _rendered(self, step: CheckedStep, rollout: Rollout, special_tokens: bool) -> list[int]:
+        """The tokens of the environment, of which there is at least one if they are a new context."""
         try:
-            ids = self._rendering.continuation(messages, last_id)
+            if step.restart is not None:
+                ids = self._restarted(step.restart, step.messages)
+            elif self._turn_is_sequence:
+                ids = self._rendering.prompt([*self._conversation(rollout, special_tokens), *step.messages])
+            else:
+                wrote = rollout.response_ids[rollout.turn_start :]
+                ids = self._rendering.continuation(step.messages, int(wrote[-1]) if len(wrote) else None)
+            if not ids and (step.restart is not None or self._turn_is_sequence):
+                raise UserError("step returned a conversation without any token; return at least one message")
             if ids:
                 check_embedded(
                     "step returned an observation that the model cannot read", ids, self._tokenizer, self._vocabulary
@@ -130,3 +139,29 @@ class Transcript:
             what = "the chat template refuses what step returned" if self.chat else "step returned an unusable text"
             raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
         return ids
+
+    def _restarted(self, restart: Restart, messages: Sequence[Message]) -> list[int]:
+        if restart.token_ids is None:
+            return self._rendering.prompt(messages, **restart.options)
+        before = [int(token) for token in restart.token_ids]
+        return [*before, *self._rendering.continuation(messages, before[-1], **restart.options)]
+
+    def _conversation(self, rollout: Rollout, special_tokens: bool) -> list[Message]:
+        """All messages of the episode so far, the newest one of the policy included."""
+        conversation: list[Message] = [dict(message) for message in rollout.prompt.messages or ()]
+        # A prompt may end with a message of the assistant, which the policy continued.
+        continues = conversation and conversation[-1]["role"] == "assistant"
+        before = conversation.pop() if continues else {"role": "assistant"}
+        begun, start = before.get("content") or "", 0
+        for turn in rollout.turns:
+            text = begun + self._text(rollout.response_ids[start : turn.end], special_tokens)
+            conversation += [{**before, "content": text}, *json.loads(turn.observation)]
+            before, begun, start = {"role": "assistant"}, "", turn.next_start
+        text = begun + self._text(rollout.response_ids[start:], special_tokens)
+        return [*conversation, {**before, "content": text}]
+
+    def _text(self, token_ids: np.ndarray, special_tokens: bool) -> str:
+        ids = token_ids.tolist()
+        if special_tokens and ids and ids[-1] in self._end_tokens:
+            ids.pop()
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not special_tokens))

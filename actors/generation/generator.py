@@ -60,14 +60,14 @@ class Generator:
 
         With one version of the weights, it depends only on them, the run's seed, the sample id and what an environment
         answered. `begun` is a partial response to continue, of another generator or of an episode; its tokens keep
-        their versions and log-probabilities.
+        their versions and log-probabilities. The engine gets the newest context of an episode.
         """
         written = np.empty(0, dtype=np.int32) if begun is None else begun.response_ids
         num_begun = len(written) - (0 if begun is None else begun.turn_start)  # tokens of this turn
         seed = sampling_seed(self._seed, prompt.sample_id, len(written))
         plain_left = max(1, plain_tokens - num_begun) if plain_tokens else 0
         done = await self._engine.generate(
-            np.concatenate([prompt.token_ids, written]),
+            prompt.token_ids if begun is None else begun.context_ids,
             seed=seed,
             num_begun=num_begun,
             plain_tokens=plain_left,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -27,6 +27,11 @@ class EnvironmentConfig(Pooled):
     max_tokens: Positive = 1024
     """Most tokens of an episode after its prompt: of the model and of the environment. An episode whose next turn has
     no room has finish reason `max_tokens`. sampling.max_new_tokens bounds each turn."""
+    sequence: Literal["episode", "turn"] = "episode"
+    """What the learner reads as one sequence. `episode`: the whole conversation, to which each turn adds tokens.
+    `turn`: each turn is a sequence of its own. Its prompt is the whole conversation so far, which the chat template
+    writes again. It is for templates that change earlier messages. max_tokens counts the tokens of these prompts too.
+    """
     step_timeout_s: MayChange[Seconds] = 60
     """Longest call of an environment's method, seconds. A longer one ends its episode, which is void."""
     concurrent: MayChange[Positive] = 64

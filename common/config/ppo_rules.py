@@ -170,6 +170,11 @@ def _broken_environment_rules(cfg: Config) -> Iterator[str]:
             f'environment.tools needs prompts.format = "chat" (it is "{cfg.prompts.format}"), because the chat '
             "template describes the tools to the model; set it, or use environment.function"
         )
+    if cfg.environment.sequence == "turn" and cfg.prompts.format != "chat":
+        yield (
+            f'environment.sequence = "turn" needs prompts.format = "chat" (it is "{cfg.prompts.format}"), because the '
+            "chat template writes the conversation again for each turn; set it, or leave environment.sequence out"
+        )
 
 
 def _broken_evaluation_rules(cfg: Config) -> Iterator[str]:

@@ -86,7 +86,7 @@ def load_records(
 
     drafts: list[_Draft] = []
     for where, record in read_source(source, setting, seed=seed, reasoning_gym=cfg.reasoning_gym):
-        draft = _draft(where, record, cfg, tokenizer, tools)
+        draft = _draft(where, record, cfg, tokenizer, {"tools": list(tools)} if tools else None)
         if draft is None:
             counts.empty += 1
             continue
@@ -115,10 +115,11 @@ def prompt_record(
     tokenizer: PreTrainedTokenizerBase,
     *,
     vocabulary: int | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> PromptRecord | None:
-    """One record, tokenised and checked; not cut. None if the prompt is empty. Raises UserError whose message begins
-    with `where`."""
-    draft = _draft(where, record, cfg, tokenizer)
+    """One record, tokenised and checked; not cut. None if the prompt is empty. `template_options`: arguments of the
+    chat template, such as `tools`. Raises UserError whose message begins with `where`."""
+    draft = _draft(where, record, cfg, tokenizer, template_options)
     if draft is None:
         return None
     [ids] = _tokenised([draft], tokenizer)
@@ -139,7 +140,7 @@ def _draft(
     record: dict[str, Any],
     cfg: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
-    tools: Sequence[Mapping[str, Any]] = (),
+    template_options: Mapping[str, Any] | None = None,
 ) -> _Draft | None:
     """A record's prompt as text. None if it is empty."""
     name = cfg.columns.prompt
@@ -153,9 +154,7 @@ def _draft(
     if not messages:
         return None
     continues = messages[-1]["role"] == "assistant"
-    options: dict[str, Any] = {"continue_final_message": continues, "add_generation_prompt": not continues}
-    if tools:
-        options["tools"] = list(tools)
+    options = {**(template_options or {}), "continue_final_message": continues, "add_generation_prompt": not continues}
     try:
         text = rendered(tokenizer, messages, **options)
     except Exception as error:

@@ -76,7 +76,7 @@ def write_step(
 ) -> Path:
     """The journal's file of a step, with the text of each response."""
     table = experience_table(rows, step=step, decode=lambda lists: [" ".join(WORDS[i] for i in ids) for ids in lists])
-    about = {"schema": 6, "step": step, "time": 1000.0 + step, "policy_version": step, "prompts": {}, "previous": ""}
+    about = {"schema": 7, "step": step, "time": 1000.0 + step, "policy_version": step, "prompts": {}, "previous": ""}
     about["voids"] = [list(void) for void in voids]
     path = directory / f"journal/step-{step:06d}.arrow"
     path.parent.mkdir(exist_ok=True)

@@ -105,7 +105,7 @@ def test_a_file_is_readable_with_pyarrow_alone_and_its_metadata_is_json(tmp_path
     assert table.schema == EXPERIENCE_SCHEMA
     assert table["response_ids"].to_pylist() == [[1, 1], [1, 1, 1]]
     assert metadata(path(tmp_path, 1)) == {
-        "schema": 6,
+        "schema": 7,
         "step": 1,
         "time": 1700000000.5,
         "policy_version": 1,
@@ -222,12 +222,12 @@ def test_a_step_of_another_run_is_found(tmp_path):
         read_all(tmp_path / "one")
 
 
-@pytest.mark.parametrize("version", [5, 7])
+@pytest.mark.parametrize("version", [6, 8])
 def test_a_step_of_another_layout_is_refused_by_version(tmp_path, monkeypatch, version):
     with monkeypatch.context() as other:
         other.setattr(journal_module, "SCHEMA_VERSION", version)
         write(tmp_path)
-    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 6; continue with"):
+    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 7; continue with"):
         Journal(tmp_path).last()
 
 
