@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1  # layout of the files in RUN/credit
+SCHEMA_VERSION = 2  # layout of the files in RUN/credit
 FLOATS = pa.list_(pa.float32())
 # The columns that a learner computes. A list has one item for each token of the response; a column is null in runs that
 # have no such quantity.
@@ -25,6 +25,7 @@ DERIVED_SCHEMA = pa.schema(
         ("importance_weight", FLOATS),
         ("ratio", FLOATS),  # null in rows that no pass with gradients reached
         ("clipped", pa.list_(pa.bool_())),  # the same
+        ("ends", pa.list_(pa.bool_())),  # True on the last token of each sequence
     ]
 )
 NULL_COLUMNS = {"values", "td_errors", "whitened_advantages", "old_logprobs"}  # null in all rows, or in none

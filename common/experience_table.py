@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +87,11 @@ def experience_table(rows: Sequence[Experience], *, step: int = 0, decode: Decod
     ]
     arrays = [pa.array(values, type=column.type) for values, column in zip(columns, EXPERIENCE_SCHEMA)]
     return pa.Table.from_arrays(arrays, schema=EXPERIENCE_SCHEMA)
+
+
+def turn_rows(table: pa.Table) -> list[list[dict[str, Any]]]:
+    """The turns of each row of a table, with the fields of `Turn`; empty without an environment."""
+    return [turns or [] for turns in table["turns"].to_pylist()]
 
 
 def response_masks(table: pa.Table) -> list[np.ndarray]:

@@ -38,6 +38,11 @@ def response_mask(length: int, holes: Iterable[tuple[int, int]]) -> np.ndarray:
     return mask
 
 
+def context_starts(turns: Iterable[tuple[int, bool]]) -> list[int]:
+    """Places in a response where a new prompt begins. `turns`: `Turn.end` and `Turn.new_context` of each turn."""
+    return [end for end, new_context in turns if new_context]
+
+
 def described(
     turns: Sequence[Turn], response_ids: np.ndarray, decode: Callable[[list[int]], str]
 ) -> tuple[dict[str, Any], ...]:

@@ -21,7 +21,7 @@ import numpy as np
 from common.memory import BYTES_PER_TOKEN
 from common.reward_input import RewardInput as RewardInput
 from common.turns import Turn as Turn
-from common.turns import response_mask
+from common.turns import context_starts, response_mask
 
 HELDOUT_EPOCH = -1
 PROBE_EPOCH = -2
@@ -98,12 +98,16 @@ class Rollout:
         return self.turns[-1].next_start if self.turns else 0
 
     @property
+    def context_starts(self) -> list[int]:
+        """Places in the response where a new prompt begins, in order."""
+        return context_starts((turn.end, turn.new_context) for turn in self.turns)
+
+    @property
     def context_ids(self) -> np.ndarray:
-        """The tokens that the policy's next token sees, int32: the newest context of the episode so far."""
-        start = next((turn.end for turn in reversed(self.turns) if turn.new_context), None)
-        if start is None:
-            return np.concatenate([self.prompt.token_ids, self.response_ids])
-        return self.response_ids[start:]
+        """The tokens that the policy's next token sees, int32: the newest context so far."""
+        if starts := self.context_starts:
+            return self.response_ids[starts[-1] :]
+        return np.concatenate([self.prompt.token_ids, self.response_ids])
 
     @property
     def response_mask(self) -> np.ndarray:

@@ -185,14 +185,17 @@ def as_episode(row: Experience, *turns: Turn) -> Experience:
     return replace(row, rollout=replace(rollout, **arrays), ref_logprobs=ref_logprobs)
 
 
-def random_turns(rng: np.random.Generator, count: int) -> list[Turn]:
+def random_turns(rng: np.random.Generator, count: int, *, contexts: bool = False) -> list[Turn]:
     """Turns that follow one another from the start of a response. Some have no token of the policy, or none of the
-    environment."""
+    environment. With `contexts`, new contexts begin after some, and half of these end a sequence."""
     turns, place = [], 0
     for _ in range(count):
         end = place + int(rng.integers(4))
         place = end + int(rng.integers(4))
-        turns.append(Turn(end, place, float(rng.normal(0, 2))))
+        turn = Turn(end, place, float(rng.normal(0, 2)))
+        if contexts and place > end and rng.random() < 0.7:
+            turn = replace(turn, new_context=True, ends=bool(rng.random() < 0.5))
+        turns.append(turn)
     return turns
 
 
@@ -355,6 +358,7 @@ def made_up_credit(table: Any) -> pa.Table:
     columns = {name: [[0.5] * n for n in lengths] for name in DERIVED_SCHEMA.names}
     columns |= {name: [None] * len(lengths) for name in ("values", "td_errors")}
     columns["clipped"] = [[False] * n for n in lengths]
+    columns["ends"] = [[t == n - 1 for t in range(n)] for n in lengths]
     return pa.table(columns, schema=DERIVED_SCHEMA)
 
 

@@ -65,6 +65,7 @@ class ReferencePolicy:
         prompts = [rollout.prompt.token_ids for rollout in rollouts]
         responses = [np.pad(r.response_ids, (0, -r.num_tokens % ROW_MULTIPLE)) for r in rollouts]
         masks = [np.pad(r.response_mask, (0, -r.num_tokens % ROW_MULTIPLE), constant_values=True) for r in rollouts]
-        sequences = Sequences.pack(prompts, responses, masks).to(self._device)
+        starts = [rollout.context_starts for rollout in rollouts]
+        sequences = Sequences.pack(prompts, responses, masks, starts).to(self._device)
         logprobs = response_logprobs(self._model, sequences, temperature=self._temperature)
         return [row[: len(r.rollout_logprobs)] for row, r in zip(logprobs.cpu().numpy(), rollouts, strict=True)]

@@ -14,6 +14,11 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
+def last_places(mask: Tensor) -> Tensor:
+    """True on the last token of each row, bool [B, R]. The mask [B, R] has no holes. A row without tokens has none."""
+    return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+
+
 def check_no_holes(mask: Tensor) -> None:
     """Raises ValueError unless every row of the mask [B, R] is True from its first place to its last True one.
 

@@ -2,6 +2,10 @@
 
 Tokens of an environment inside a response are read by the model, and nothing else: they have no place in tensors
 [B, R]. So everything that is computed for each token of a response steps over them, without knowing them.
+
+A response may have new prompts inside it. The model reads nothing across the beginning of one, so the row is packed as
+several contexts. Each has positions and attention of its own, as different rows have. In tensors [B, R] all sampled
+tokens of the row are still next to each other.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,7 +33,7 @@ ROW_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Sequences:
-    """B sequences, each a prompt and its response, one after another: N tokens in all.
+    """B sequences, each a prompt and its response, one after another: N tokens in all, C contexts.
 
     Lengths and `sampled` are always on the CPU, so that shapes and places are known without waiting for a GPU.
     """
@@ -37,6 +42,8 @@ class Sequences:
     prompt_lengths: Tensor  # int64 [B]
     lengths: Tensor  # int64 [B], prompt and response
     sampled: Tensor  # bool [N], True on the tokens of responses that the policy sampled
+    contexts: Tensor  # int64 [B], contexts of each sequence: 1, and one more for each new prompt inside the response
+    context_lengths: Tensor  # int64 [C], tokens of each context; those of a sequence add up to its length
 
     @classmethod
     def pack(
@@ -44,9 +51,11 @@ class Sequences:
         prompts: Sequence[np.ndarray],
         responses: Sequence[np.ndarray],
         masks: Sequence[np.ndarray] | None = None,
+        starts: Sequence[Sequence[int]] | None = None,
     ) -> Sequences:
         """Packs token ids. `masks` are True on the response tokens that the policy sampled; left out: on all of them.
-        Raises ValueError for an empty prompt: the state of its last token must predict the first response token."""
+        `starts` are the places in each response where a new prompt begins, in order; left out: nowhere. Raises
+        ValueError for an empty prompt: the state of its last token must predict the first response token."""
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt without tokens cannot be answered; give it at least one")
         if masks is None:
@@ -57,21 +66,33 @@ class Sequences:
         flags = np.concatenate([part for pair in sampled for part in pair] or [np.empty(0, np.bool_)])
         if len(flags) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens have {len(flags)} places in prompts and masks; give each token one")
+        if starts is None:
+            starts = [()] * len(pairs)
+        contexts = [_context_lengths(*row) for row in zip(prompts, responses, masks, starts, strict=True)]
         return cls(
             torch.from_numpy(tokens.astype(np.int64)),
             torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int64),
             torch.tensor([len(prompt) + len(response) for prompt, response in pairs], dtype=torch.int64),
             torch.from_numpy(flags),
+            torch.tensor([len(lengths) for lengths in contexts], dtype=torch.int64),
+            torch.tensor([length for lengths in contexts for length in lengths], dtype=torch.int64),
         )
 
     def rows(self, index: Tensor) -> Sequences:
         """The sequences at `index`, in that order."""
 
-        def chosen(flat: Tensor) -> Tensor:
-            parts = flat.split(self.lengths.tolist())
+        def chosen(flat: Tensor, counts: Tensor) -> Tensor:
+            parts = flat.split(counts.tolist())
             return torch.cat([parts[i] for i in index.tolist()] or [flat[:0]])
 
-        return Sequences(chosen(self.input_ids), self.prompt_lengths[index], self.lengths[index], chosen(self.sampled))
+        return Sequences(
+            chosen(self.input_ids, self.lengths),
+            self.prompt_lengths[index],
+            self.lengths[index],
+            chosen(self.sampled, self.lengths),
+            self.contexts[index],
+            chosen(self.context_lengths, self.contexts),
+        )
 
     def to(self, device: torch.device) -> Sequences:
         """The same sequences, with their tokens on another device."""
@@ -80,9 +101,17 @@ class Sequences:
     @cached_property
     def response_lengths(self) -> Tensor:
         """Tokens that the policy sampled, int64 [B]."""
+        return self._sampled_in(self.lengths)
+
+    @cached_property
+    def context_response_lengths(self) -> Tensor:
+        """The same of each context, int64 [C]."""
+        return self._sampled_in(self.context_lengths)
+
+    def _sampled_in(self, lengths: Tensor) -> Tensor:
         before = torch.cat([torch.zeros(1, dtype=torch.int64), self.sampled.cumsum(0)])
-        ends = self.lengths.cumsum(0)
-        return before[ends] - before[ends - self.lengths]
+        ends = lengths.cumsum(0)
+        return before[ends] - before[ends - lengths]
 
     @property
     def response_mask(self) -> Tensor:
@@ -112,22 +141,31 @@ class Sequences:
 
     @cached_property
     def _positions(self) -> tuple[Tensor, Tensor]:
-        """The position of each token in its sequence, [N], and the places of the sampled tokens among all, [n]."""
-        starts = self.lengths.cumsum(0) - self.lengths
-        positions = torch.arange(len(self.input_ids)) - starts.repeat_interleave(self.lengths)
+        """The position of each token in its context, [N], and the places of the sampled tokens among all, [n]."""
+        starts = self.context_lengths.cumsum(0) - self.context_lengths
+        positions = torch.arange(len(self.input_ids)) - starts.repeat_interleave(self.context_lengths)
         places = self.sampled.nonzero().squeeze(1)
         device = self.input_ids.device
         return on_device(positions, device), on_device(places, device)
 
     @cached_property
     def _packed_lengths(self) -> Lengths:
-        return Lengths(self.lengths.tolist(), self.input_ids.device)
+        return Lengths(self.context_lengths.tolist(), self.input_ids.device)
 
     @cached_property
     def _cells(self) -> tuple[torch.Size, Tensor]:
         """The shape [B, R], and the places of the sampled tokens in such a tensor when it is flat, [n]."""
         mask = self.response_mask
         return mask.shape, on_device(mask.flatten().nonzero().squeeze(1), self.input_ids.device)
+
+
+def _context_lengths(prompt: np.ndarray, response: np.ndarray, mask: np.ndarray, starts: Sequence[int]) -> list[int]:
+    """Tokens of each context of one row. Raises ValueError unless every new prompt begins with a token of its own."""
+    if any(first >= second for first, second in pairwise([-1, *starts, len(response)] if starts else ())):
+        raise ValueError(f"new prompts must begin one after another in a response of {len(response)}, not at {starts}")
+    if sampled := [start for start in starts if mask[start]]:
+        raise ValueError(f"a new prompt begins at place {sampled[0]} with a token that the policy sampled")
+    return [second - first for first, second in pairwise([-len(prompt), *starts, len(response)])]
 
 
 def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

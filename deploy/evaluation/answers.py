@@ -143,13 +143,15 @@ def _turn(record: Mapping[str, Any]) -> Turn:
         info=str(record["info"]),
         seconds=float(record["seconds"]),
         cached_tokens=int(record["cached_tokens"]),
+        new_context=bool(record["new_context"]),
+        ends=bool(record["ends"]),
     )
 
 
 def _follow(turns: Sequence[Turn], length: int) -> bool:
-    """Whether the turns follow one another in a response of this length."""
+    """Whether the turns follow one another in a response of this length, and every new context has a prompt."""
     places = [0, *(place for turn in turns for place in (turn.end, turn.next_start)), length]
-    return places == sorted(places)
+    return places == sorted(places) and all(turn.end < turn.next_start for turn in turns if turn.new_context)
 
 
 def _short(values: np.ndarray) -> list[float]:

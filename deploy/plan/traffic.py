@@ -17,7 +17,7 @@ from deploy.plan.placement import Place, Placement
 from deploy.plan.work import Lengths, published_bytes, update
 
 INLINE = 100 * 1024  # bytes; Ray sends smaller results of calls with the answer, through the process that called
-CREDIT_BYTES = 45  # of a response token in the credit table: eleven float32 numbers and a flag
+CREDIT_BYTES = 46  # of a response token in the credit table: eleven float32 numbers and two flags
 
 Homes = Mapping[str, Sequence[int]]  # by section of the config: the node of each of its processes, the first one first
 

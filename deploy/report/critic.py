@@ -83,12 +83,14 @@ def _calibration(steps: Sequence[int], tokens: Sequence[Tokens]) -> dict[str, An
 
 def _tokens(files: StepFiles, step: Step, gamma: float) -> Tokens | None:
     """None without values, or where one of the numbers is not finite."""
-    credit = files.credit(step, ["values", "rewards"])
-    predicted, rewards = lists(credit, "values"), lists(credit, "rewards")
-    if predicted is None or rewards is None or not np.array_equal(predicted.offsets, rewards.offsets):
+    credit = files.credit(step, ["values", "rewards", "ends"])
+    predicted, rewards, ends = (lists(credit, name) for name in ("values", "rewards", "ends"))
+    if predicted is None or rewards is None or ends is None:
+        return None
+    if not all(np.array_equal(other.offsets, predicted.offsets) for other in (rewards, ends)):
         return None
     numbers, realised = (
         predicted.values.astype(np.float64),
-        realised_returns(rewards.values, rewards.lengths, gamma=gamma),
+        realised_returns(rewards.values, ends.values, rewards.lengths, gamma=gamma),
     )
     return (numbers, realised) if len(numbers) and np.isfinite([numbers, realised]).all() else None

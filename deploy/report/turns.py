@@ -43,8 +43,13 @@ class Turns:
 
     def detail(self) -> dict[str, Any]:
         """What the token view needs: for each turn its end, the start of the next one, its reward, and its `info` as
-        JSON text ("" if there is none)."""
-        return {"turns": [[row["end"], row["next_start"], short(row["reward"]), _info(row)] for row in self.rows]}
+        JSON text ("" if there is none). Then 1 if a new context begins after it, and 2 if a sequence also ends there.
+        """
+        return {
+            "turns": [
+                [row["end"], row["next_start"], short(row["reward"]), _info(row), *_context(row)] for row in self.rows
+            ]
+        }
 
 
 def turns_of(rows: Sequence[Mapping[str, Any]] | None, length: int) -> Turns:
@@ -56,6 +61,10 @@ def turn_rows(table: pa.Table) -> list[Sequence[Mapping[str, Any]] | None]:
     if "turns" not in table.column_names or table["turns"].null_count == table.num_rows:
         return [None] * table.num_rows
     return table["turns"].to_pylist()
+
+
+def _context(row: Mapping[str, Any]) -> list[int]:
+    return [2 if row["ends"] else 1] if row["new_context"] else []
 
 
 def _info(row: Mapping[str, Any]) -> str:

@@ -29,6 +29,6 @@ def realised_returns(
     ref_logprobs = torch.where(batch.ref_is_policy[:, None], batch.rollout_logprobs, batch.ref_logprobs)
     penalty = KL_ESTIMATORS[kl.estimator](batch.rollout_logprobs, ref_logprobs)
     turns = shaped_turns(batch.turn_rewards, moments, reward)
-    rewards = token_rewards(scores, penalty, batch.mask, kl_coef=kl.coef, turn_rewards=turns)
-    _, returns = returns_to_go(rewards, rewards, batch.mask, gamma=gamma)
+    rewards = token_rewards(scores, penalty, batch.mask, kl_coef=kl.coef, turn_rewards=turns, ends=batch.ends)
+    _, returns = returns_to_go(rewards, rewards, batch.mask, gamma=gamma, ends=batch.ends)
     return scores, returns

@@ -49,8 +49,10 @@ def _environment(table: pa.Table) -> dict[str, float]:
     }
     before = cached = 0  # tokens before each later turn, and those of them that the engine's cache had
     for prompt_ids, row in zip(table["prompt_ids"], rows, strict=True):
+        start = -len(prompt_ids)  # of the context that the later turn was sampled in
         for earlier, turn in pairwise(row):
-            before += len(prompt_ids) + earlier["next_start"]
+            start = earlier["end"] if earlier["new_context"] else start
+            before += earlier["next_start"] - start
             cached += turn["cached_tokens"]
     if before:
         found["environment/cached"] = cached / before

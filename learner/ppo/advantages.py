@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.model.masking import check_no_holes
+from common.model.masking import check_no_holes, last_places
 
 Lambda = float | Tensor  # one for all responses, or one for each, [B]
 
@@ -29,12 +29,13 @@ class Estimator(Protocol):
         gamma: float,
         lam: Lambda,
         value_lam: Lambda | None,
+        ends: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Advantages, and the returns that a critic learns from, both [B, R].
 
         rewards, values: per token [B, R]; values are zeros in a run without a critic. groups: int64 [B], equal for
-        responses to the same prompt. value_lam: lambda of the returns; None: lam. Raises ValueError for a mask with
-        holes.
+        responses to the same prompt. value_lam: lambda of the returns; None: lam. ends: bool [B, R], True on the last
+        token of each sequence; None: each response is one. Raises ValueError for a mask with holes.
         """
 
 
@@ -47,24 +48,28 @@ def gae(
     lam: Lambda,
     value_lam: Lambda | None = None,
     groups: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
 
-    A response is a finished episode: nothing follows its last token. The returns are V plus the advantages that
+    A response is a finished episode: nothing follows its last token. If it is several sequences, nothing follows the
+    last token of each. The returns are V plus the advantages that
     `value_lam` gives ("decoupled GAE", arXiv:2503.01491): with 1 they are sums of rewards, whatever the critic says.
     """
     check_no_holes(mask)
-    errors = td_errors(rewards, values, mask, gamma=gamma)
-    advantages = _decaying_sums(errors, gamma * lam)
-    gains = advantages if value_lam is None else _decaying_sums(errors, gamma * value_lam)
+    errors = td_errors(rewards, values, mask, gamma=gamma, ends=ends)
+    advantages = _decaying_sums(errors, gamma * lam, ends)
+    gains = advantages if value_lam is None else _decaying_sums(errors, gamma * value_lam, ends)
     return advantages, torch.where(mask, gains + values, 0.0)
 
 
-def _decaying_sums(errors: Tensor, decay: Lambda) -> Tensor:
-    """A_t = errors_t + decay A_(t+1), [B, R], from the last column backwards."""
+def _decaying_sums(errors: Tensor, decay: Lambda, ends: Tensor | None) -> Tensor:
+    """A_t = errors_t + decay A_(t+1), [B, R], from the last column backwards. A_(t+1) is 0 where a sequence ends."""
     sums = torch.zeros_like(errors)
     following = errors.new_zeros(errors.shape[0])
     for t in reversed(range(errors.shape[1])):
+        if ends is not None:
+            following = torch.where(ends[:, t], 0.0, following)
         following = errors[:, t] + decay * following
         sums[:, t] = following
     return sums
@@ -75,11 +80,13 @@ def length_lambdas(lengths: Tensor, *, alpha: float) -> Tensor:
     return (1 - 1 / (alpha * lengths.double())).clamp(min=0).float()
 
 
-def td_errors(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+def td_errors(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, ends: Tensor | None = None) -> Tensor:
     """The critic's error at each token, [B, R]: r_t + gamma V_(t+1) - V_t, the terms that `gae` sums. V is 0 after the
-    last token."""
+    last token of a sequence."""
     values = torch.where(mask, values, 0.0)
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    if ends is not None:
+        next_values = torch.where(ends, 0.0, next_values)
     return torch.where(mask, rewards + gamma * next_values - values, 0.0)
 
 
@@ -92,6 +99,7 @@ def leave_one_out(
     gamma: float = 1.0,
     lam: Lambda = 1.0,
     value_lam: Lambda | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RLOO (Ahmadian et al. 2024, arXiv:2402.14740): A_i = R_i - mean of R_j over the other responses j of the group,
     the same for every token of response i.
@@ -99,18 +107,31 @@ def leave_one_out(
     The whole response is one action, so R_i is the plain sum of its rewards: its score less its KL penalties. Values,
     gamma and the lambdas play no part. A response alone in its group has advantage 0. An empty response is in no group:
     its score is on none of its tokens.
+
+    If a response is several sequences, each of them is one action with the sum of its own rewards, and the R_j of the
+    baseline is the mean over the sequences of response j. So a response does not count more for having more of them.
     """
     check_no_holes(mask)
-    total = torch.where(mask, rewards, 0.0).double().sum(1)  # float64: each baseline comes from a difference of sums
-    written = mask.any(1).double()
+    ends = last_places(mask) if ends is None else ends & mask
+    number, count = ends.cumsum(1) - ends.long(), ends.sum(1)  # number of the sequence of each token; how many
+    totals = torch.stack(  # [B, sequences]; float64: each baseline comes from a difference of sums
+        [
+            torch.where(mask & (number == sequence), rewards, 0.0).double().sum(1)
+            for sequence in range(max(1, *count.tolist()))
+        ],
+        dim=1,
+    )
+    whole, written = totals.sum(1) / count.clamp(min=1), mask.any(1).double()
     _, group = groups.unique(return_inverse=True)
-    group_total, members = (torch.zeros_like(total).index_add(0, group, x)[group] for x in (total, written))
-    baseline = (group_total - total) / (members - 1).clamp(min=1)
+    group_total, members = (torch.zeros_like(whole).index_add(0, group, x)[group] for x in (whole, written))
+    baseline = (group_total - whole) / (members - 1).clamp(min=1)
 
     def on_every_token(x: Tensor) -> Tensor:
-        return torch.where(mask, x[:, None].to(rewards.dtype), 0.0)
+        own = x.to(rewards.dtype).gather(1, number.clamp(max=x.shape[1] - 1))
+        return torch.where(mask, own, 0.0)
 
-    return on_every_token(torch.where(members > 1, total - baseline, 0.0)), on_every_token(total)
+    advantages = torch.where(members[:, None] > 1, totals - baseline[:, None], 0.0)
+    return on_every_token(advantages), on_every_token(totals)
 
 
 def returns_to_go(
@@ -122,12 +143,13 @@ def returns_to_go(
     groups: Tensor | None = None,
     lam: Lambda = 1.0,
     value_lam: Lambda | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """REINFORCE without a baseline (Williams 1992): A_t = r_t + gamma r_(t+1) + gamma^2 r_(t+2) + ...
 
     That is GAE with values of zero and lam = 1. The given values and lambdas play no part.
     """
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0, ends=ends)
 
 
 # By the name in `ppo.advantages`. Only `gae` reads values: `PPOConfig.has_critic` says so to everything else.

@@ -86,6 +86,7 @@ class Credit:
             "importance_weight": fixed.importance,
             "ratio": ratio,
             "clipped": dropped,
+            "ends": self.derivation.ends,
         }
         rows = dict.fromkeys(("ratio", "clipped"), self.newest.reached)
         if self.entropy is None:
@@ -99,7 +100,8 @@ class Credit:
         return pa.Table.from_arrays(arrays, schema=DERIVED_SCHEMA)
 
     def _td_errors(self) -> Tensor:
-        return td_errors(self.derivation.rewards, self.fixed.old_values, self.fixed.mask, gamma=self.ppo.gamma)
+        found, mask = self.derivation, self.fixed.mask
+        return td_errors(found.rewards, self.fixed.old_values, mask, gamma=self.ppo.gamma, ends=found.ends)
 
 
 def _lists(values: Tensor, mask: Tensor, rows: Tensor | None) -> pa.ListArray:

@@ -71,14 +71,15 @@ def positions(mask: np.ndarray) -> dict[str, np.ndarray]:
     return {name: mask & part for name, part in zip(POSITIONS, parts, strict=True)}
 
 
-def realised_returns(rewards: np.ndarray, lengths: np.ndarray, *, gamma: float) -> np.ndarray:
-    """The discounted sum of the rewards from each token to the end of its response, float64. One response follows
-    another: rewards [tokens of all], lengths [B]. For files; `returns_to_go` does the same with padded tensors."""
+def realised_returns(rewards: np.ndarray, ends: np.ndarray, lengths: np.ndarray, *, gamma: float) -> np.ndarray:
+    """The discounted sum of the rewards from each token to the end of its sequence, float64. One response follows
+    another: rewards and ends [tokens of all], lengths [B]. `ends` is True on the last token of each sequence. For
+    files; `returns_to_go` does the same with padded tensors."""
     mask = np.arange(lengths.max(initial=0))[:, None] < lengths  # tokens first: the loop takes whole rows
-    padded = np.zeros(mask.shape)
-    padded.T[mask.T] = rewards
+    padded, goes_on = np.zeros(mask.shape), np.zeros(mask.shape, bool)
+    padded.T[mask.T], goes_on.T[mask.T] = rewards, ~ends
     for t in range(len(padded) - 2, -1, -1):
-        padded[t] += gamma * padded[t + 1]
+        padded[t] += np.where(goes_on[t], gamma * padded[t + 1], 0.0)
     return padded.T[mask.T]
 
 

@@ -5,16 +5,19 @@ Runs in every learner rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from common.experience_table import response_masks
+from common.experience_table import response_masks, turn_rows
+from common.model.masking import last_places
 from common.model.packing import Sequences
+from common.turns import context_starts
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class ExperienceBatch:
     scores: Tensor  # float64 [B]: scores of hundreds of millions keep their small differences
     groups: Tensor  # int64 [B], equal for responses to one prompt in one pass over the prompts
     turn_rewards: Tensor  # float32 [B, R], an environment's reward for a turn on the turn's last token
+    ends: Tensor  # bool [B, R], True on the last token of each sequence: of the response, and of turns that end one
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ExperienceBatch:
         """Keeps the table's order of rows."""
-        masks = response_masks(table)
-        sequences = Sequences.pack(arrays(table, "prompt_ids"), arrays(table, "response_ids"), masks)
+        masks, turns = response_masks(table), turn_rows(table)
+        starts = [context_starts((turn["end"], turn["new_context"]) for turn in row) for row in turns]
+        sequences = Sequences.pack(arrays(table, "prompt_ids"), arrays(table, "response_ids"), masks, starts)
         mask = sequences.response_mask
         ref_is_policy = torch.from_numpy(table["ref_logprobs"].is_null().to_numpy())
         measured = mask & ~ref_is_policy[:, None]
@@ -48,17 +53,21 @@ class ExperienceBatch:
             ref_is_policy,
             torch.tensor(table["score"].to_numpy(), dtype=torch.float64),
             torch.from_numpy((epochs << 32) + prompts),  # both are int32 in the table
-            _turn_rewards(table, masks, mask.shape),
+            *_of_turns(turns, masks, mask),
         )
 
 
-def _turn_rewards(table: pa.Table, masks: Sequence[np.ndarray], shape: torch.Size) -> Tensor:
-    rewards = torch.zeros(shape)
-    for row, (turns, mask) in enumerate(zip(table["turns"].to_pylist(), masks, strict=True)):
-        for turn in turns or ():
-            if (sampled := int(mask[: turn["end"]].sum())) > 0:
+def _of_turns(
+    turns: Sequence[Sequence[Mapping[str, Any]]], masks: Sequence[np.ndarray], mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rewards of turns, and the ends of sequences, [B, R]. `masks`: of the whole responses."""
+    rewards, ends = torch.zeros(mask.shape), last_places(mask)
+    for row, (found, whole) in enumerate(zip(turns, masks, strict=True)):
+        for turn in found:
+            if (sampled := int(whole[: turn["end"]].sum())) > 0:
                 rewards[row, sampled - 1] += turn["reward"]
-    return rewards
+                ends[row, sampled - 1] |= turn["ends"]
+    return rewards, ends
 
 
 def arrays(table: pa.Table, name: str) -> list[np.ndarray]:

@@ -109,7 +109,7 @@ class PolicyTrainer(Trainer):
 
     def _logprobs(self, rollouts: Sequence[Rollout], *, reference: bool) -> list[np.ndarray]:
         tokens = [r.prompt.token_ids for r in rollouts], [r.response_ids for r in rollouts]
-        sequences = Sequences.pack(*tokens, [r.response_mask for r in rollouts])
+        sequences = Sequences.pack(*tokens, [r.response_mask for r in rollouts], [r.context_starts for r in rollouts])
         result = torch.zeros(sequences.response_mask.shape)
         with torch.no_grad():
             for rows in self.share_of(sequences, np.arange(len(rollouts))):

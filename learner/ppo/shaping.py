@@ -35,7 +35,13 @@ KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def token_rewards(
-    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, turn_rewards: Tensor | None = None
+    scores: Tensor,
+    kl: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    turn_rewards: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Tensor:
     """Rewards [B, R]: every response token pays `kl_coef * kl`, and the last one also gets the score [B].
 
@@ -44,6 +50,10 @@ def token_rewards(
     Those of the last token are ignored: with them, rounding would give an episode of one turn other bits than the same
     response without an environment.
 
+    `ends` [B, R] is True on the last token of each sequence, if a response has several. Each of these tokens gets the
+    score, less what turns earned before it. So without penalties, the rewards from a token to the end of its sequence
+    add up to what they would be if the response were one sequence.
+
     An empty response has no token for its score. Raises ValueError for a mask with holes, because the score would then
     go to a token that does not count.
     """
@@ -51,10 +61,14 @@ def token_rewards(
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     lengths = mask.sum(1)
     written = lengths > 0
+    before_last = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None] - 1
+    ends = torch.zeros_like(mask) if ends is None else ends & before_last
+    at_ends = scores[:, None].expand(mask.shape)
     if turn_rewards is not None:
-        before_last = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None] - 1
         turn_rewards = torch.where(before_last, turn_rewards, 0.0)
-        rewards += turn_rewards
+        rewards += torch.where(ends, 0.0, turn_rewards)
+        at_ends = at_ends - (turn_rewards.cumsum(1) - turn_rewards)
         scores = scores - turn_rewards.sum(1)
+    rewards = torch.where(ends, rewards + at_ends, rewards)
     rewards[written, lengths[written] - 1] += scores[written]
     return rewards

@@ -44,6 +44,7 @@ class Derivation(NamedTuple):
     kl: Tensor
     rewards: Tensor
     advantages: Tensor  # before whitening
+    ends: Tensor  # bool, see ExperienceBatch
 
 
 def targets(
@@ -67,8 +68,8 @@ def targets(
     base_logprobs = batch.rollout_logprobs if old_logprobs is None else old_logprobs
     ref_logprobs = torch.where(batch.ref_is_policy[:, None], base_logprobs, batch.ref_logprobs)
     kl = KL_ESTIMATORS[kl_estimator](base_logprobs, ref_logprobs)
-    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef, turn_rewards=turn_rewards)
-    advantages, returns = advantages_and_returns(rewards, old_values, mask, batch.groups, ppo)
+    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef, turn_rewards=turn_rewards, ends=batch.ends)
+    advantages, returns = advantages_and_returns(rewards, old_values, batch, ppo)
     importance, mismatch = importance_weights(
         base_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap or math.inf
     )
@@ -90,24 +91,26 @@ def targets(
         stats["mismatch/kl"] = mismatch["mismatch_kl"].item() / num_tokens
         stats["mismatch/capped"] = mismatch["capped"].item() / num_tokens
     if ppo.has_critic:
-        _, realised = returns_to_go(rewards.double(), old_values, mask, gamma=ppo.gamma)
+        _, realised = returns_to_go(rewards.double(), old_values, mask, gamma=ppo.gamma, ends=batch.ends)
         stats |= _value_statistics(old_values, returns, advantages, mask)
         stats |= critic_quality(old_values, realised, scores, mask)
-    return fixed, Derivation(kl, rewards, advantages), stats
+    return fixed, Derivation(kl, rewards, advantages, batch.ends), stats
 
 
 def advantages_and_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor, ppo: PPOConfig
+    rewards: Tensor, values: Tensor, batch: ExperienceBatch, ppo: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """Those of the estimator of these settings, [B, R], before whitening. groups [B]: equal for the same prompt."""
+    """Those of the estimator of these settings, [B, R], before whitening. rewards, values: [B, R]."""
+    mask = batch.mask
     return ADVANTAGES[ppo.advantages](
         rewards,
         values,
         mask,
-        groups=groups,
+        groups=batch.groups,
         gamma=ppo.gamma,
         lam=_lambda(ppo.lam, mask, ppo),
         value_lam=None if ppo.value_lam in (None, ppo.lam) else _lambda(ppo.value_lam, mask, ppo),
+        ends=batch.ends,
     )
 
 

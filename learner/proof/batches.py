@@ -82,6 +82,11 @@ def _check_turns(table: pa.Table, name: str) -> None:
             raise Violation("batches", f"{name}: the turns of row {row} do not follow one another in its response")
         if not np.isfinite([turn["reward"] for turn in turns or ()]).all():
             raise Violation("batches", f"{name}: row {row} has a reward that is not finite")
+        for turn in turns or ():
+            if turn["new_context"] and turn["end"] == turn["next_start"]:
+                raise Violation("batches", f"{name}: row {row} has a new context without a prompt")
+            if turn["ends"] and not turn["new_context"]:
+                raise Violation("batches", f"{name}: row {row} has a sequence that ends where no other begins")
 
 
 def _flat(table: pa.Table, column: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 
 from common.model.packing import Sequences
 from common.model.size import ModelSize, forward_operations
@@ -63,7 +64,9 @@ def micro_batches(
 
 
 def sequence_costs(sequences: Sequences, size: ModelSize) -> list[int]:
-    """About how many floating-point operations the forward pass of each sequence takes. Only response tokens pass the
-    output embedding."""
-    tokens, answered = sequences.lengths.double(), sequences.response_lengths.double()
-    return forward_operations(size, tokens, answered).long().tolist()
+    """About how many floating-point operations the forward pass of each sequence takes: those of its contexts. Only
+    response tokens pass the output embedding."""
+    tokens, answered = sequences.context_lengths.double(), sequences.context_response_lengths.double()
+    costs = forward_operations(size, tokens, answered).long()
+    rows = torch.arange(len(sequences.contexts)).repeat_interleave(sequences.contexts)
+    return torch.zeros_like(sequences.lengths).index_add(0, rows, costs).tolist()

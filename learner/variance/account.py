@@ -148,8 +148,5 @@ def _derived(
         ppo=learner.cfg.ppo,
         turn_rewards=shaped_turns(batch.turn_rewards, learner.score_moments, learner.cfg.reward),
     )
-    advantages = {
-        one.name: advantages_and_returns(derivation.rewards, values, batch.mask, batch.groups, one.ppo)[0]
-        for one in estimators
-    }
+    advantages = {one.name: advantages_and_returns(derivation.rewards, values, batch, one.ppo)[0] for one in estimators}
     return advantages, values, shared, stats.get("mismatch/kl")

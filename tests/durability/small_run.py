@@ -235,14 +235,16 @@ class SmallRoles:
 
 
 def episode(prompt: Prompt, rng: np.random.Generator, *, version: int) -> Rollout:
-    """One to three turns of one to three tokens; the environment says zero to two tokens after each but the last."""
+    """One to three turns of one to three tokens; the environment says zero to two tokens after each but the last. Two
+    tokens are a new context, before which the first of three turns ends a sequence."""
     tokens: list[int] = []
     turns: list[Turn] = []
     for left in reversed(range(int(rng.integers(1, 4)))):
         tokens += rng.integers(4, 64, size=rng.integers(1, 4)).tolist()
         said = rng.integers(4, 64, size=rng.integers(3)).tolist() if left else []
         info = json.dumps({"left": left})
-        turns.append(Turn(len(tokens), len(tokens) + len(said), float(rng.integers(3)), "[]", info, 0.5))
+        turn = Turn(len(tokens), len(tokens) + len(said), float(rng.integers(3)), "[]", info, 0.5)
+        turns.append(replace(turn, new_context=len(said) == 2, ends=len(said) == left == 2))
         tokens += said
     row = Experience(make_rollout(prompt, tokens, version=version), Score(0.0, {}), None)
     return replace(as_episode(row, *turns).rollout, finish_reason="terminated")

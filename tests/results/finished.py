@@ -97,8 +97,10 @@ class Finished:
         for path in sorted((self.directory / "credit").glob("step-*.parquet")):
             table = pq.read_table(path)
             rewards, baseline, advantages = (lists(table, name) for name in ("rewards", "values", "advantages"))
+            ends = lists(table, "ends")
             assert rewards is not None
-            returns = realised_returns(rewards.values, rewards.lengths, gamma=gamma)
+            assert ends is not None
+            returns = realised_returns(rewards.values, ends.values, rewards.lengths, gamma=gamma)
             if baseline is not None:
                 left = returns - baseline.values
             else:

@@ -116,11 +116,12 @@ function makeSide(i) {
 }
 
 // The policy's turns: places of the first token and behind the last one, where the environment's answer ends, the
-// reward and the info. The last turn may have no answer. A response without an environment is one turn.
+// reward, the info, and whether the answer is a new context (1; 2: a sequence also ends before it). The last turn may
+// have no answer. A response without an environment is one turn.
 function partsOf({ tokens, turns = [] }) {
   let start = 0;
-  const parts = turns.map(([end, next, reward, info]) => {
-    const part = { start, end, next, reward, info };
+  const parts = turns.map(([end, next, reward, info, context = 0]) => {
+    const part = { start, end, next, reward, info, context };
     start = next;
     return part;
   });
@@ -131,7 +132,7 @@ function partsOf({ tokens, turns = [] }) {
 // A group for each turn: its number, reward and info, its tokens, and the environment's answer, which has no numbers.
 function turnElements(parts, texts, tokens) {
   let first = 0;
-  return parts.map(({ start, end, next, reward, info }, turn) => {
+  return parts.map(({ start, end, next, reward, info, context }, turn) => {
     const title = `turn ${turn + 1} · ${reward === undefined ? "not answered" : `reward ${number(reward)}`}`;
     const head = element("div", { className: "turn-head" }, element("b", { text: title }));
     if (info) element("span", { text: ` · ${info}`, dir: "auto", title: "the environment's info", parent: head });
@@ -139,7 +140,12 @@ function turnElements(parts, texts, tokens) {
     group.append(...tokens.slice(first, first + end - start));
     first += end - start;
     if (next > end) {
-      const said = element("span", { className: "said", title: "the environment's, not learned from", parent: group });
+      const title = "the environment's, not learned from";
+      if (context) {
+        const text = context === 2 ? "new context, another sequence" : "new context";
+        element("div", { className: "context", text, title: "the policy reads nothing before this", parent: group });
+      }
+      const said = element("span", { className: "said", title, parent: group });
       addText(said, texts.slice(end, next).join(""));
     }
     return group;
@@ -209,7 +215,7 @@ function addTokenCurves(side) {
   const { values, rewards, advantages } = side.numbers;
   const lines = [
     ["value", values && [...values], "--curve", "solid"],
-    ["reward-to-go", rewards && rewardToGo([...rewards]), "--curve-3", "dashed"],
+    ["reward-to-go", rewards && rewardToGo([...rewards], endsOf(side.parts ?? [])), "--curve-3", "dashed"],
     ["advantage", advantages && [...advantages], "--curve-2", "solid"],
   ].filter(([, found]) => found);
   if (!lines.length || side.tokens.length < 2) return;
@@ -250,10 +256,21 @@ function addTokenCurves(side) {
   });
 }
 
-// The discounted sum of the rewards from each token to the end.
-function rewardToGo(rewards) {
+// The policy's tokens that end a sequence, but for the last one of all.
+function endsOf(parts) {
+  let before = 0;
+  const ends = new Set();
+  for (const { start, end, context } of parts) {
+    before += end - start;
+    if (context === 2) ends.add(before - 1);
+  }
+  return ends;
+}
+
+// The discounted sum of the rewards from each token to the end of its sequence.
+function rewardToGo(rewards, ends) {
   const gamma = block("run").settings["ppo.gamma"] ?? 1;
   const sums = [...rewards];
-  for (let t = sums.length - 2; t >= 0; t--) sums[t] += gamma * sums[t + 1];
+  for (let t = sums.length - 2; t >= 0; t--) if (!ends.has(t)) sums[t] += gamma * sums[t + 1];
   return sums;
 }

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from actors.scoring.reference import ReferencePolicy
 from common.config.actors import ReferenceConfig
+from common.experience_table import experience_table
+from common.types import Experience, Score
+from tests.contexts import contexts_of
 from tests.fakes import END, as_episode, make_experience, make_prompt, make_rollout, random_turns, save_tiny_model
 
 
@@ -41,16 +44,17 @@ def test_logprobs_are_transformers_own_at_the_temperature(tmp_path, temperature,
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("contexts", [False, True])
 @pytest.mark.parametrize("max_batch_tokens", [1, 60, 4096])
-def test_only_the_policys_tokens_of_an_episode_are_measured(tmp_path, max_batch_tokens):
-    """Each after everything before it, what the environment said included."""
+def test_only_the_policys_tokens_of_an_episode_are_measured(tmp_path, max_batch_tokens, contexts):
+    """Each after everything before it in its context, what the environment said included."""
     directory = save_tiny_model(tmp_path)
     cfg = ReferenceConfig(dtype="float32", max_batch_tokens=max_batch_tokens)
     reference = ReferencePolicy("ReferencePolicy(0)", cfg, model=str(directory), temperature=0.7)
     rng = np.random.default_rng(0)
     rollouts = []
     for i in range(9):
-        turns = random_turns(rng, i % 4)
+        turns = random_turns(rng, i % 4, contexts=contexts)
         length = (turns[-1].next_start if turns else 0) + int(rng.integers(3))
         rollouts.append(as_episode(make_experience(i, rng.integers(4, 60, length).tolist()), *turns).rollout)
     found = asyncio.run(_measured(reference, rollouts))
@@ -58,16 +62,16 @@ def test_only_the_policys_tokens_of_an_episode_are_measured(tmp_path, max_batch_
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     lengths = set()
     for rollout, logprobs in zip(rollouts, found, strict=True):
-        ids = [*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0] / 0.7
-        first = len(rollout.prompt.token_ids)
-        others = {first + t for turn in rollout.turns for t in range(turn.end, turn.next_start)}
-        sampled = [t for t in range(first, len(ids)) if t not in others]
-        expected = [logits[t - 1].log_softmax(-1)[ids[t]].item() for t in sampled]
+        [row] = experience_table([Experience(rollout, Score(0.0, {}), None)]).to_pylist()
+        expected = []
+        for ids, sampled in contexts_of(row):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0] / 0.7
+            expected += [logits[t - 1].log_softmax(-1)[ids[t]].item() for t in sampled]
         np.testing.assert_allclose(logprobs, expected, atol=1e-5)
-        lengths.add(len(sampled))
+        lengths.add((len(expected), len(contexts_of(row))))
     assert len(lengths) > 3
+    assert (max(count for _, count in lengths) > 2) == contexts
 
 
 async def _measured(reference, rollouts):
@@ -86,7 +90,7 @@ def test_other_rows_of_a_batch_do_not_change_a_rollouts_bits(tmp_path):
     # These two have a single response token, also after padding: torch multiplies one row with another kernel.
     rollouts += [make_rollout(make_prompt(n, tuple(range(3, 3 + n))), [7]) for n in (15, 31)]
     for i in range(30, 40):
-        turns = random_turns(rng, 3)
+        turns = random_turns(rng, 3, contexts=i % 2 == 0)
         response = rng.integers(3, 60, turns[-1].next_start + 3).tolist()
         rollouts.append(as_episode(make_experience(i, response), *turns).rollout)
     alone = [reference.forward([rollout])[0] for rollout in rollouts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -78,7 +78,10 @@ def episode(prompt):
     logprobs, ref_logprobs = (-draws.exponential(size=5).astype(np.float32) for _ in range(2))
     rollout = replace(row.rollout, prompt=prompt, rollout_logprobs=logprobs, finish_reason="terminated")
     said = json.dumps([{"role": "user", "content": "höher\n"}])
-    turns = Turn(1, 3, 0.1 + number / 3, said, '{"calls": 1}', 0.7, 0), Turn(5, 5, 1e-7, "[]", "{}", 1 / 3, 12)
+    turns = (
+        Turn(1, 3, 0.1 + number / 3, said, '{"calls": 1}', 0.7, 0, new_context=number > 0, ends=number == 2),
+        Turn(5, 5, 1e-7, "[]", "{}", 1 / 3, 12),
+    )
     row = as_episode(replace(row, rollout=rollout, ref_logprobs=ref_logprobs), *turns)
     return Answered(row.rollout, Score(1.0 + number / 3, {"game": 1.0}, {"game": "environment"}), row.ref_logprobs)
 
@@ -136,6 +139,10 @@ def test_an_episode_whose_turns_are_damaged_is_asked_again(tmp_path, prompts, ch
     record = json.loads(file.path.read_text())
     record["turns"][0] |= change
     file.path.write_text(json.dumps(record) + "\n")
+    assert AnswerFile(tmp_path, "mine", prompts, decode).read(1) == {}
+    intact = asdict(episode(prompts[0]).rollout.turns[0])
+    empty = {**record["turns"][1], "new_context": True}  # a new context without a prompt
+    file.path.write_text(json.dumps({**record, "turns": [intact, empty]}) + "\n")
     assert AnswerFile(tmp_path, "mine", prompts, decode).read(1) == {}
     file.path.write_text(json.dumps({**record, "turns": [7]}) + "\n")
     assert AnswerFile(tmp_path, "mine", prompts, decode).read(1) == {}

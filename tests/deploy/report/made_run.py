@@ -112,12 +112,16 @@ def _derived(row: Experience, rng: np.random.Generator, *, clip_share: float, ga
     """The numbers of one response, but for the whitened advantages."""
     length, logprobs = len(row.rollout.rollout_logprobs), row.rollout.rollout_logprobs
     kl = logprobs - row.ref_logprobs if row.ref_logprobs is not None else np.zeros(length)
-    rewards = -0.05 * kl
-    rewards[-1] += row.score.total
+    rewards, ends = -0.05 * kl, np.arange(length) == length - 1
+    for turn in row.rollout.turns:
+        if turn.ends:
+            ends[int(row.rollout.response_mask[: turn.end].sum()) - 1] = True
+    rewards[ends] += row.score.total
     values = np.linspace(0.2, row.score.total, length) + rng.normal(0, 0.1, length)
-    td_errors = rewards + gamma * np.append(values[1:], 0) - values
-    decay = (0.95 * gamma) ** np.arange(length)
-    advantages = np.array([decay[: length - t] @ td_errors[t:] for t in range(length)])
+    td_errors = rewards + gamma * np.where(ends, 0, np.append(values[1:], 0)) - values
+    decay, after = (0.95 * gamma) ** np.arange(length), np.flatnonzero(ends) + 1
+    last = [int(after[after > t][0]) for t in range(length)]
+    advantages = np.array([decay[: last[t] - t] @ td_errors[t : last[t]] for t in range(length)])
     clipped = rng.random(length) < clip_share
     return {
         "values": values,
@@ -131,6 +135,7 @@ def _derived(row: Experience, rng: np.random.Generator, *, clip_share: float, ga
         "importance_weight": np.ones(length),
         "ratio": np.where(clipped, 1.08, 1 + rng.normal(0, 0.01, length)),
         "clipped": clipped,
+        "ends": ends,
     }
 
 
@@ -163,7 +168,9 @@ def _episode(rng: np.random.Generator, row: Experience, most: int, info: str) ->
     for number, end in enumerate(ends):
         after = ends[number + 1] if number + 1 < len(ends) else length - 1
         said = min(int(rng.integers(1, 3)), after - end)
-        turns.append(Turn(end, end + said, round(float(rng.normal()), 2), info=info if number == 0 else "{}"))
+        reward = round(float(rng.normal()), 2)
+        turn = Turn(end, end + said, reward, info=info if number == 0 else "{}")
+        turns.append(replace(turn, new_context=number == 1, ends=number == 1 and count % 2 == 0))
     turns.append(Turn(length, length, 1.0))
     return as_episode(replace(row, rollout=replace(row.rollout, finish_reason="terminated")), *turns)
 

@@ -134,7 +134,7 @@ def test_tokens_of_an_environment_have_a_text_and_no_numbers(episodes):
     table, details = tables_of(episodes)
     journal, credit = journal_rows(episodes), credit_rows(episodes)
     assert len(details["rows"]) == len(table["id"]) == 48
-    several = 0
+    several, contexts = 0, set()
     for i, (row, derived) in enumerate(zip(journal, credit, strict=True)):
         detail, places = details["rows"][i], sampled_places(row)
         assert [details["pieces"][p].strip() for p in detail["tokens"]] == [WORDS[t] for t in row["response_ids"]]
@@ -147,12 +147,15 @@ def test_tokens_of_an_environment_have_a_text_and_no_numbers(episodes):
         assert numbers(detail["rollout_logprobs"], len(places)) == pytest.approx(row["rollout_logprobs"], rel=1e-3)
         expected = [
             [turn["end"], turn["next_start"], turn["reward"], turn["info"].replace("{}", "")]
+            + ([1 + turn["ends"]] if turn["new_context"] else [])
             for turn in row["turns"] or ()
         ]
         assert detail.get("turns", []) == expected
         assert table["kl"][i] == pytest.approx(sum(derived["kl"]), rel=1e-4, abs=1e-5)
         several += len(places) < len(row["response_ids"]) and len(expected) > 1
+        contexts.update(turn[4] for turn in expected if len(turn) > 4)
     assert several > 10
+    assert contexts == {1, 2}
 
 
 def test_a_page_without_an_environment_has_nothing_about_turns(tmp_path):

@@ -12,7 +12,7 @@ import pyarrow as pa
 from common.experience_table import experience_table
 from common.types import Experience, Prompt, SampleId
 from learner.loop.journal import Journal
-from tests.fakes import make_experience
+from tests.fakes import as_episode, make_experience, random_turns
 
 PROMPTS = 12
 
@@ -38,6 +38,22 @@ def rollout(index: int, seed: int, *, prompts: int = PROMPTS, reference: bool = 
 def step_table(step: int, seed: int = 0, *, count: int = 8, **about: Any) -> pa.Table:
     """The rollouts of one step. Those of the first have no reference log-probabilities."""
     return experience_table([rollout(step * count + i, seed, reference=step > 0, **about) for i in range(count)])
+
+
+def context_table(step: int) -> pa.Table:
+    """Twelve episodes, whose environment began new contexts."""
+    rng = np.random.default_rng(step)
+    rows = []
+    for index in range(12 * step, 12 * step + 12):
+        turns = random_turns(rng, index % 4, contexts=True)
+        made = rollout(index, 0)
+        extra = (turns[-1].next_start if turns else 0) + 2 - len(made.rollout.response_ids)
+        ids = [*rng.integers(4, 60, max(0, extra)), *made.rollout.response_ids]
+        logprobs, refs = rng.normal(-3, 1, (2, len(ids))).astype(np.float32)
+        whole = replace(made.rollout, response_ids=np.array(ids, np.int32), rollout_logprobs=logprobs)
+        whole = replace(whole, policy_versions=np.zeros(len(ids), np.int32))
+        rows.append(as_episode(replace(made, rollout=whole, ref_logprobs=refs), *turns))
+    return experience_table(rows)
 
 
 def write_journal(run: Path, tables: list[pa.Table], *, begin: dict[str, Any] | None = None) -> Journal:

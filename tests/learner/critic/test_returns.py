@@ -14,6 +14,7 @@ from common.experience_table import experience_table
 from learner.critic.returns import realised_returns
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.scores import RunningMoments
+from tests.contexts import ends_of
 from tests.fakes import as_episode, random_turns
 from tests.learner.critic.journals import rollout, step_table
 
@@ -54,19 +55,20 @@ def test_returns_are_what_followed_each_token(estimator, gamma, normalise, clip)
     assert np.ptp(returns.numpy()) > 0.1
 
 
+@pytest.mark.parametrize("contexts", [False, True])
 @pytest.mark.parametrize(("normalise", "unit"), [("mean_std", 0.5), ("std", 0.5), ("none", 1.0)])
-def test_rewards_of_turns_are_followed_from_where_they_were_earned(normalise, unit):
+def test_rewards_of_turns_are_followed_from_where_they_were_earned(normalise, unit, contexts):
     """In episodes from which the environment's tokens are taken out first, one turn after another."""
     moments = RunningMoments(count=4, mean=1.0, squares=1.0)
     game = {"name": "game", "environment": True, "weight": 3}
     reward = RewardConfig.model_validate({"sources": [*SOURCES, game], "normalise": normalise, "clip": 0.0})
     rng = np.random.default_rng(0)
-    rows = [as_episode(rollout(i, 5), *random_turns(rng, int(rng.integers(4)))) for i in range(200)]
+    rows = [as_episode(rollout(i, 5), *random_turns(rng, int(rng.integers(4)), contexts=contexts)) for i in range(400)]
     rows = [row for row in rows if all(t.next_start <= len(row.rollout.response_ids) for t in row.rollout.turns)]
     table = experience_table(rows)
     batch = ExperienceBatch.from_table(table)
     scores, returns = realised_returns(batch, moments, reward=reward, kl=KLConfig(coef=0.3, estimator="k2"), gamma=0.9)
-    several = 0
+    several = sequences = 0
     for row, score, found in zip(table.to_pylist(), scores, returns):
         parts = [[]]  # the rewards of each turn's tokens
         logprobs = list(zip(row["rollout_logprobs"], row["ref_logprobs"]))
@@ -81,15 +83,17 @@ def test_rewards_of_turns_are_followed_from_where_they_were_earned(normalise, un
             place = turn["next_start"]
         parts[-1] += [-0.3 * slow_kl("k2", *pair) for pair in logprobs]
         rewards = [reward for part in parts for reward in part]
-        left = score.item()
+        ends = sorted(ends_of(row))
+        for end in ends:
+            rewards[end] += score.item() - sum(amount for before, amount in earned if 0 < before <= end)
         for before, amount in earned:
-            if 0 < before < len(rewards):
+            if before > 0 and before - 1 not in ends:
                 rewards[before - 1] += amount
-                left -= amount
-        if rewards:
-            rewards[-1] += left
         for t in range(len(rewards)):
-            assert found[t].item() == pytest.approx(sum(0.9**k * r for k, r in enumerate(rewards[t:])), abs=2e-5)
+            own = rewards[t : 1 + min(end for end in ends if end >= t)]
+            assert found[t].item() == pytest.approx(sum(0.9**k * r for k, r in enumerate(own)), abs=2e-5)
+        sequences += len(ends) > 1
         assert not found[len(rewards) :].any()
         several += len({before for before, _ in earned if 0 < before < len(rewards)}) > 1
     assert several > 3
+    assert (sequences > 3) == contexts

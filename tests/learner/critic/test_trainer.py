@@ -15,14 +15,16 @@ from transformers import AutoModel
 from common.config.ppo import Config
 from learner.critic.evaluation import EXPLAINED
 from learner.critic.returns import realised_returns
-from learner.critic.rollouts import Rollouts
+from learner.critic.rollouts import Rollouts, choose_steps
 from learner.critic.trainer import CriticTrainer
 from learner.loop.checkpoints import write_marker
 from learner.ppo.critic_files import CriticBasis, TrainedCritic, load_head, read_critic
 from learner.ppo.experience import ExperienceBatch
 from learner.ppo.policy import PolicyWithCritic
 from learner.ranks.distributed import whole
+from tests.contexts import contexts_of
 from tests.fakes import tiny_config
+from tests.learner.critic.journals import context_table, write_journal
 from tests.learner.ranks.test_distributed import LIMIT_S, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -76,8 +78,11 @@ class SlowCritic:
         self.means = [(0.0, 0.0) for _ in self.weights]
 
     def states(self, row: dict[str, Any]) -> torch.Tensor:
-        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
-        return self.body(ids).last_hidden_state[0, len(row["prompt_ids"]) - 1 : -1]
+        found = [
+            self.body(torch.tensor([ids])).last_hidden_state[0, [place - 1 for place in places]]
+            for ids, places in contexts_of(row)
+        ]
+        return torch.cat(found)
 
     def update(self, table: Any, scale: float) -> dict[str, float]:
         opt, cfg = self.cfg.optimizer, self.cfg
@@ -126,6 +131,23 @@ def test_updates_agree_with_a_slow_derivation(model, rollouts, tmp_path, kind, m
         assert values[: len(expected)] == pytest.approx(expected, abs=1e-5)
         assert not values[len(expected) :].any()
         assert np.abs(expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_a_critic_learns_from_each_context_by_itself(model, tmp_path, kind):
+    write_journal(tmp_path, [context_table(step) for step in range(2)])
+    rollouts = Rollouts([choose_steps(tmp_path, slice(None))])
+    cfg = config(model, kind, micro_batch_tokens=60)
+    trainer, slow = make_trainer(cfg, rollouts, tmp_path), SlowCritic(cfg, rollouts)
+    remember(trainer, rollouts)
+    for first, scale in zip((0, 12), [1 / 2, 1]):
+        table = rollouts.table(np.arange(first, first + 12))
+        assert sum(len(contexts_of(row)) > 1 for row in table.to_pylist()) > 3
+        expected, found = slow.update(table, scale), trainer.update(table)
+        del found["time/learn_s"]
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        for parameter, (other, _) in zip(trainer_weights(trainer), slow.weights, strict=True):
+            torch.testing.assert_close(parameter, other, atol=1e-6, rtol=1e-4)
 
 
 def trainer_weights(trainer: CriticTrainer) -> list[torch.nn.Parameter]:

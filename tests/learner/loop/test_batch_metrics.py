@@ -65,19 +65,22 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
         episode(0, [9, 9, 8, 8, 9], Turn(2, 4, 0, "[]", calls, 0.5), Turn(5, 5, 1, "[]", "{}", 0.1, 4), reason=over),
         episode(1, [9, 8, 9], Turn(1, 2, 0, "[]", calls, 0.2), Turn(3, 3, 1, "[]", "{}", 0.4, 0), reason="max_turns"),
         episode(2, [9, 9], Turn(2, 2, 1.0, seconds=0.3), reason=over),
+        # The second turn begins a new context of 3 tokens, and sees it alone: 2 of them, and then 4.
+        episode(3, [9, 8, 8, 9, 8, 9], Turn(1, 3, 0, new_context=True), Turn(4, 5, 0, cached_tokens=1),
+                Turn(6, 6, 0, cached_tokens=2), reason=over),
     ]  # fmt: skip
     record = batch_metrics(experience_table(rows), 0, policy_version=0)
     found = {key: value for key, value in record.items() if key.startswith("environment/")}
     assert found == pytest.approx(
         {
-            "environment/turns": 5 / 3,
-            "environment/tokens": 3 / 3,
-            "environment/step_s/mean": 1.5 / 5,
+            "environment/turns": 8 / 4,
+            "environment/tokens": 6 / 4,
+            "environment/step_s/mean": 1.5 / 8,
             "environment/step_s/max": 0.5,
-            "environment/cached": 4 / ((2 + 4) + (3 + 2)),
-            "environment/tool_calls": 4 / 3,
-            "environment/failed_calls": 2 / 3,
+            "environment/cached": (4 + 1 + 2) / ((2 + 4) + (3 + 2) + (2 + 4)),
+            "environment/tool_calls": 4 / 4,
+            "environment/failed_calls": 2 / 4,
         }
     )
-    assert record["rollout/finished"] == pytest.approx(2 / 3)
+    assert record["rollout/finished"] == pytest.approx(3 / 4)
     assert record["rollout/response_tokens/mean"] == pytest.approx((3 + 2 + 2) / 3)  # without the environment's

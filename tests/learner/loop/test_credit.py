@@ -61,7 +61,7 @@ def test_every_step_has_a_file_that_belongs_to_its_journal_file(tmp_path):
         path = tmp_path / f"credit/step-{step.step:06d}.parquet"
         digest = sha256(tmp_path / f"journal/step-{step.step:06d}.arrow")
         about = json.loads(pq.read_schema(path).metadata[b"ratchet"])
-        assert about == {"schema": 1, "step": step.step, "journal": digest}
+        assert about == {"schema": 2, "step": step.step, "journal": digest}
         table = pq.read_table(path)
         assert table.schema == CREDIT_SCHEMA
         assert table["sample_id"].to_pylist() == step.sample_ids

@@ -264,7 +264,7 @@ def test_notes_and_steps_form_one_chain(tmp_path):
     for name in CHAIN:
         path = tmp_path / name
         entry = json.loads(path.read_text()) if path.suffix == ".json" else metadata(path)
-        assert (entry["schema"], entry["previous"]) == (6, previous)
+        assert (entry["schema"], entry["previous"]) == (7, previous)
         previous = hashlib.sha256(path.read_bytes()).hexdigest()
         assert (tmp_path / f"{path.stem}.sha256").read_text() == f"{previous}  {name}\n"
 

@@ -1,5 +1,5 @@
 """Updates on episodes: tokens of an environment are read and nothing else, and rewards of turns stay where they were
-earned."""
+earned. An episode may be several contexts, and several sequences."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ import torch
 from common.experience_table import experience_table
 from common.types import Experience, Turn
 from learner.ppo.learner import Learner
+from tests.contexts import contexts_of, ends_of
 from tests.fakes import as_episode, make_experience, random_turns, save_tiny_model, tiny_config
-from tests.learner.ppo.test_learner import MASK, OTHERWISE, UNUSUAL, SlowLearner, check_credit, grouped, parameters
+from tests.learner.ppo.test_learner import (
+    MASK,
+    OTHERWISE,
+    UNUSUAL,
+    SlowLearner,
+    check_credit,
+    grouped,
+    parameters,
+)
 
 WEIGHT = 0.7
 EPISODES: dict[str, Any] = {
@@ -34,20 +43,23 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def episodes(seed: int) -> pa.Table:
-    return experience_table(episode_rows(seed))
+def episodes(seed: int, *, contexts: bool = False) -> pa.Table:
+    return experience_table(episode_rows(seed, contexts=contexts))
 
 
-def episode_rows(seed: int) -> list[Experience]:
-    """Eight responses of three or fewer turns. Every sampled token has log-probabilities of its own."""
+def episode_rows(seed: int, *, contexts: bool = False) -> list[Experience]:
+    """Eight responses of three or fewer turns, after which new contexts may begin. Every sampled token has
+    log-probabilities of its own."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(8):
-        turns = [] if index == 0 else random_turns(rng, int(rng.integers(1, 4)))
+        turns = [] if index == 0 else random_turns(rng, int(rng.integers(1, 4)), contexts=contexts)
         if index == 1:  # the environment speaks first, the policy writes nothing in a turn, the environment has the end
             turns = [Turn(0, 2, 1.0), Turn(3, 5, -1.0), Turn(5, 7, 2.0), Turn(8, 10, 0.5)]
         elif index == 2:  # nothing is sampled at all
             turns = [Turn(0, 3, 1.0)]
+        if contexts and index in (1, 2):
+            turns = [replace(turn, new_context=True, ends=place % 3 != 1) for place, turn in enumerate(turns)]
         ends = turns[-1].next_start if turns else 3
         length = ends + (int(rng.integers(4)) if index > 2 else 0)
         score = rng.normal(1, 2) + WEIGHT * sum(turn.reward for turn in turns)
@@ -84,13 +96,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("contexts", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_updates_on_episodes_agree_with_a_slow_derivation(model, variant):
+def test_updates_on_episodes_agree_with_a_slow_derivation(model, variant, contexts):
     learner = make_learner(model, VARIANTS[variant])
     slow = SlowLearner(model, learner.cfg)
     for seed, scale in enumerate([1 / 2, 1]):
         minibatches = [rows.tolist() for rows in learner._minibatches(8)]
-        table = episodes(seed)
+        table = episodes(seed, contexts=contexts)
         expected = slow.update(table.to_pylist(), minibatches, scale)
         assert numbers(learner, table) == pytest.approx(expected, rel=2e-5, abs=2e-6)
         check_credit(learner, slow)
@@ -99,10 +112,11 @@ def test_updates_on_episodes_agree_with_a_slow_derivation(model, variant):
         assert torch.allclose(found, weights[: len(found)], atol=1e-6)
 
 
-def test_a_response_is_compared_with_the_whole_rewards_of_its_group(model):
+@pytest.mark.parametrize("contexts", [False, True])
+def test_a_response_is_compared_with_the_whole_rewards_of_its_group(model, contexts):
     learner = make_learner(model, {"ppo": {"advantages": "group"}, "prompts": {"rollouts_per_prompt": 2}})
     slow = SlowLearner(model, learner.cfg)
-    table = grouped(episodes(0))
+    table = grouped(episodes(0, contexts=contexts))
     expected = slow.update(table.to_pylist(), [rows.tolist() for rows in learner._minibatches(8)], 1 / 2)
     assert numbers(learner, table) == pytest.approx(expected, rel=2e-5, abs=2e-6)
     check_credit(learner, slow)
@@ -119,23 +133,35 @@ def test_the_episodes_of_these_tests_are_ragged():
     assert sum(lengths) + holes == sum(len(row) for table in tables for row in table["response_ids"].to_pylist())
 
 
-def test_micro_batches_do_not_change_the_update_on_episodes(model):
+def test_the_contexts_of_these_tests_are_ragged():
+    rows = [row for seed in range(2) for row in episodes(seed, contexts=True).to_pylist()]
+    contexts = [contexts_of(row) for row in rows]
+    assert len({len(found) for found in contexts}) >= 4
+    assert any(not sampled for found in contexts for _, sampled in found)
+    ends = [len(ends_of(row)) for row in rows]
+    assert len(set(ends)) >= 3
+    assert any(0 < count < len(found) for count, found in zip(ends, contexts, strict=True))  # GAE steps across some
+
+
+@pytest.mark.parametrize("contexts", [False, True])
+def test_micro_batches_do_not_change_the_update_on_episodes(model, contexts):
     results = []
     for tokens in (1, 40, 512):
         learner = make_learner(
             model, {"learner": {"micro_batch_tokens": tokens}, "optimizer": {"max_grad_norm": 1e9, "eps": 1e-3}}
         )
-        results.append((numbers(learner, episodes(0)), parameters(learner)))
+        results.append((numbers(learner, episodes(0, contexts=contexts)), parameters(learner)))
     for stats, found in results[1:]:
         assert stats == pytest.approx(results[0][0], rel=1e-5, abs=5e-6)
         assert torch.allclose(found, results[0][1], atol=1e-6)
 
 
+@pytest.mark.parametrize("contexts", [False, True])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 512])
-def test_the_policy_measures_its_own_tokens_alone(model, micro_batch_tokens):
+def test_the_policy_measures_its_own_tokens_alone(model, micro_batch_tokens, contexts):
     learner = make_learner(model, {"learner": {"micro_batch_tokens": micro_batch_tokens}})
     slow = SlowLearner(model, learner.cfg)
-    rows = episode_rows(0)
+    rows = episode_rows(0, contexts=contexts)
     found = learner.policy_logprobs(*(row.rollout for row in rows))
     for row, logprobs in zip(experience_table(rows).to_pylist(), found, strict=True):
         with torch.no_grad():
@@ -177,3 +203,64 @@ def test_what_an_environment_says_changes_the_tokens_after_it_alone(model):
     for row, changed in zip(first, second, strict=True):
         assert row[:2] == pytest.approx(changed[:2], abs=1e-6)
         assert np.abs(np.subtract(row[2:], changed[2:])).min() > 1e-5
+
+
+def test_contexts_change_no_bit_of_other_rows(model):
+    """Of what is computed for each row alone: a pass over all rows is the same work in both cases."""
+    learner, rows = make_learner(model, {"ppo": {"whiten_advantages": False}}), episode_rows(0)
+    plain = [row for row in rows if not row.rollout.turns or row.rollout.turns[0].end > 0]
+    assert 2 <= len(plain) < len(rows)
+    learner.update(experience_table(rows))
+    before = learner.credit()
+    other = make_learner(model, {"ppo": {"whiten_advantages": False}})
+    cut = [row if any(row is kept for kept in plain) else with_contexts(row) for row in rows]
+    assert sum(bool(row.rollout.context_starts) for row in cut) >= 2
+    other.update(experience_table(cut))
+    after = other.credit()
+    for index, row in enumerate(rows):
+        if any(row is kept for kept in plain):
+            for name in ("kl", "rewards", "td_errors", "advantages", "returns", "values", "ends"):
+                assert before[name][index].equals(after[name][index]), name
+
+
+def with_contexts(row: Experience) -> Experience:
+    """The same tokens, of which all that an environment said are new prompts."""
+    turns = [
+        replace(turn, new_context=turn.next_start > turn.end, ends=turn.next_start > turn.end)
+        for turn in row.rollout.turns
+    ]
+    return replace(row, rollout=replace(row.rollout, turns=tuple(turns)))
+
+
+def test_a_new_context_sees_nothing_before_it(model):
+    """Two episodes whose tokens before the new prompt differ have the same log-probabilities after it."""
+    learner = make_learner(model)
+    found = []
+    for first, new_context in ((5, True), (40, True), (5, False), (40, False)):
+        response = [first, first + 1, 30, 31, 7, 8]
+        row = as_episode(make_experience(0, response), Turn(2, 4, 0.0, new_context=new_context))
+        found.append(learner.policy_logprobs(row.rollout)[0])
+    assert np.array_equal(found[0][2:], found[1][2:])
+    assert np.abs(found[2][2:] - found[3][2:]).min() > 1e-5
+    assert np.abs(found[0][:2] - found[1][:2]).min() > 1e-5
+    alone = make_experience(0, [7, 8])
+    prompt = replace(alone.rollout.prompt, token_ids=np.array([30, 31], np.int32))
+    [expected] = learner.policy_logprobs(replace(alone.rollout, prompt=prompt))
+    np.testing.assert_allclose(found[0][2:], expected, atol=1e-6)
+
+
+def test_returns_without_penalties_are_those_of_one_sequence(model):
+    """Every sequence ends with the score, less what turns earned before."""
+    tree = {
+        "kl": {"coef": 0.0, "controller": "fixed"},
+        "ppo": {"advantages": "returns", "gamma": 1.0, "value_lam": None},
+    }
+    credits = []
+    for rows in (episode_rows(1), [with_contexts(row) for row in episode_rows(1)]):
+        learner = make_learner(model, tree)
+        learner.update(experience_table(rows))
+        credits.append(learner.credit())
+    one, several = ([x for row in credit["returns"].to_pylist() for x in row] for credit in credits)
+    assert several == pytest.approx(one, abs=1e-5)
+    assert credits[0]["rewards"] != credits[1]["rewards"]
+    assert sum(map(sum, credits[1]["ends"].to_pylist())) > sum(map(bool, credits[1]["ends"].to_pylist()))

@@ -26,6 +26,7 @@ from common.weights import IncomingWeights, Manifest
 from learner.ppo import policy
 from learner.ppo.learner import Learner
 from learner.ranks import device
+from tests.contexts import contexts_of, ends_of, sampled_places
 from tests.critic_figures import figures
 from tests.fakes import make_experience, save_tiny_model, tiny_config
 from tests.saving import save_checkpoint_of
@@ -71,12 +72,6 @@ def test_updates_raise_what_scores_and_lower_what_does_not(model):
     assert learner.policy_version == 3
 
 
-def sampled_places(row: dict[str, Any]) -> list[int]:
-    """Places of a response whose tokens are not an environment's."""
-    others = {place for turn in row["turns"] or () for place in range(turn["end"], turn["next_start"])}
-    return [place for place in range(len(row["response_ids"])) if place not in others]
-
-
 class SlowLearner:
     """PPO from the definitions in docs/ppo.md, token by token, without padding, masks or micro-batches."""
 
@@ -98,14 +93,14 @@ class SlowLearner:
         self.optimizer = torch.optim.AdamW(groups, betas=opt.betas, eps=opt.eps, foreach=False)
 
     def tokens(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """The network's present outputs for each token that the policy sampled."""
-        ids, start = row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"])
-        logits, states = self.policy(torch.tensor([ids])).logits[0], self.critic(torch.tensor([ids]))[0][0]
+        """The network's present outputs for each token that the policy sampled, by a pass over each context."""
         found = []
-        for t in (start + place for place in sampled_places(row)):
-            log_probs = torch.log(torch.softmax(logits[t - 1] / self.cfg.sampling.temperature, dim=0))
-            value = (self.value_head[0][0] * states[t - 1]).sum() + self.value_head[1][0]
-            found.append({"logprob": log_probs[ids[t]], "entropy": -(log_probs.exp() @ log_probs), "value": value})
+        for ids, sampled in contexts_of(row):
+            logits, states = self.policy(torch.tensor([ids])).logits[0], self.critic(torch.tensor([ids]))[0][0]
+            for t in sampled:
+                log_probs = torch.log(torch.softmax(logits[t - 1] / self.cfg.sampling.temperature, dim=0))
+                value = (self.value_head[0][0] * states[t - 1]).sum() + self.value_head[1][0]
+                found.append({"logprob": log_probs[ids[t]], "entropy": -(log_probs.exp() @ log_probs), "value": value})
         return found
 
     def shaped(self, score: float) -> float:
@@ -116,7 +111,8 @@ class SlowLearner:
         return max(-how.clip, min(how.clip, score))
 
     def earned(self, row: dict[str, Any]) -> list[float]:
-        """What each sampled token gets of the score: each turn's reward at its end, and the rest at the end of all."""
+        """What each sampled token gets of the score: each turn's reward at its end. The last token of a sequence gets
+        the score less the rewards of turns that ended before."""
         places = sampled_places(row)
         parts = [0.0] * len(places)
         unit = 1.0 if self.cfg.reward.normalise == "none" else np.std(self.scores)
@@ -125,9 +121,8 @@ class SlowLearner:
             before = sum(place < turn["end"] for place in places)
             if 0 < before < len(places):
                 parts[before - 1] += weight * turn["reward"] / unit
-        if parts:
-            parts[-1] = self.shaped(row["score"]) - sum(parts)
-        return parts
+        left = {t: self.shaped(row["score"]) - sum(parts[:t]) for t in ends_of(row)}
+        return [left.get(t, part) for t, part in enumerate(parts)]
 
     def targets(self, rows: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
         """Per row and token, all that stays fixed during the update."""
@@ -137,8 +132,9 @@ class SlowLearner:
         for row in rows:
             with torch.no_grad():
                 old = [{key: x.item() for key, x in token.items()} for token in self.tokens(row)]
-            earned = self.earned(row)
+            earned, ends = self.earned(row), ends_of(row)
             for t, token in enumerate(old):
+                token["end"] = t in ends
                 token["base"] = row["rollout_logprobs"][t] if ppo.policy_loss == "mask" else token["logprob"]
                 x = row["ref_logprobs"][t] - token["base"]
                 token["kl"] = {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[self.cfg.kl.estimator]
@@ -161,29 +157,41 @@ class SlowLearner:
         value_lam = self.number(ppo.value_lam, old) if ppo.has_critic and ppo.value_lam is not None else lam
         next_value = next_advantage = next_gain = 0.0
         for token in reversed(old):
+            if token["end"]:
+                next_value = next_advantage = next_gain = 0.0
             error = token["reward"] + ppo.gamma * next_value - token["value"]
             next_advantage = error + ppo.gamma * lam * next_advantage
             next_gain = error + ppo.gamma * value_lam * next_gain
             next_value = token["value"]
             token["advantage"], token["return"] = next_advantage, next_gain + next_value
         for t, token in enumerate(old):
-            token["realised"] = sum(ppo.gamma**n * later["reward"] for n, later in enumerate(old[t:]))
+            last = next(n for n, later in enumerate(old[t:]) if later["end"])
+            token["realised"] = sum(ppo.gamma**n * later["reward"] for n, later in enumerate(old[t : t + last + 1]))
 
     def number(self, lam: float | str, old: list[dict[str, float]]) -> float:
         """A lambda, or that of a response of this length."""
         return max(0.0, 1 - 1 / (self.cfg.ppo.lam_alpha * len(old))) if lam == "length" and old else lam
 
     def compare_with_the_group(self, index: int, rows: list[dict[str, Any]], batch: list[list[dict]]) -> None:
-        """Advantage: the response's whole reward minus the mean of the prompt's other responses."""
+        """Advantage: the sequence's whole reward minus the mean of the prompt's other responses."""
         prompt = rows[index]["epoch"], rows[index]["prompt_index"]
         others = [
-            sum(t["reward"] for t in batch[j])
+            np.mean([sum(t["reward"] for t in sequence) for sequence in self.sequences(batch[j])])
             for j, row in enumerate(rows)
             if j != index and (row["epoch"], row["prompt_index"]) == prompt and batch[j]
         ]
-        whole = sum(t["reward"] for t in batch[index])
-        for token in batch[index]:
-            token["advantage"], token["return"] = whole - np.mean(others) if others else 0.0, whole
+        for sequence in self.sequences(batch[index]):
+            whole = sum(t["reward"] for t in sequence)
+            for token in sequence:
+                token["advantage"], token["return"] = whole - np.mean(others) if others else 0.0, whole
+
+    def sequences(self, tokens: list[dict[str, float]]) -> list[list[dict[str, float]]]:
+        found: list[list[dict[str, float]]] = [[]]
+        for token in tokens:
+            found[-1].append(token)
+            if token["end"]:
+                found.append([])
+        return found[:-1]
 
     def update(self, rows: list[dict[str, Any]], minibatches: list[list[int]], scale: float) -> dict[str, float]:
         cfg, targets = self.cfg, self.targets(rows)
@@ -302,7 +310,8 @@ def slow_credit(slow: SlowLearner) -> list[dict[str, Any]]:
         row |= {name: [token[name] for token in tokens] for name in ("ratio", "clipped")}
         row["advantages"] = [token.get("plain_advantage", token["advantage"]) for token in tokens]
         row["whitened_advantages"] = [token["advantage"] for token in tokens] if ppo.whiten_advantages else None
-        next_values = [*row["values"][1:], 0.0]
+        row["ends"] = [token["end"] for token in tokens]
+        next_values = [0.0 if end else value for end, value in zip(row["ends"], [*row["values"][1:], 0.0])]
         steps = zip(row["rewards"], next_values, row["values"])
         row["td_errors"] = [reward + ppo.gamma * after - value for reward, after, value in steps]
         if not ppo.has_critic:

@@ -331,15 +331,19 @@ def honest_episodes(model, tmp_path_factory):
 
 def test_a_run_of_episodes_is_proved_with_the_tokens_that_were_sampled(honest_episodes):
     by_rule = {line.rule: line.counts for line in audit(honest_episodes).proved}
-    sampled = said = several = 0
+    sampled = said = several = contexts = sequences = 0
     for frame in learned(honest_episodes):
         for row in frame.itertuples():
             others = sum(turn["next_start"] - turn["end"] for turn in row.turns)
             sampled, said = sampled + len(row.response_ids) - others, said + others
             several += len(row.turns) > 1
+            contexts += any(turn["new_context"] for turn in row.turns)
+            sequences += any(turn["ends"] for turn in row.turns)
     assert by_rule["credit"] == f"{NUM_STEPS} files, {sampled} tokens"
     assert said > 3
     assert several > 3
+    assert contexts > 3
+    assert sequences > 0
 
 
 def with_turns(change: Callable[[list[dict], int], object]) -> Callable:
@@ -395,6 +399,14 @@ TURNS: dict[str, tuple[Callable, str]] = {
     "a reward that is no number": (
         with_turns(lambda row, length: row[0].update(reward=float("nan"))),
         "step 1: row . has a reward that is not finite",
+    ),
+    "a new context without a prompt": (
+        with_turns(lambda row, length: changed_last(row, new_context=True)),
+        "step 1: row . has a new context without a prompt",
+    ),
+    "an end without a new context": (
+        with_turns(lambda row, length: changed_last(row, ends=True)),
+        "step 1: row . has a sequence that ends where no other begins",
     ),
 }
 

@@ -77,6 +77,10 @@ def episode_batches() -> list[pa.Table]:
     return [episodes(0), episodes(1)]
 
 
+def context_batches() -> list[pa.Table]:
+    return [episodes(seed, contexts=True) for seed in range(2)]
+
+
 def shuffled_batches(seed: int) -> list[pa.Table]:
     return [table.take(np.random.default_rng(seed).permutation(len(table))) for table in one_batch()]
 
@@ -137,6 +141,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "no-ref-logprobs": (ppo(2), without_ref_logprobs),
     "episodes": (EPISODES, episode_batches),
     "episodes-by-the-token": (merged(EPISODES, SEPARATE, ppo(8), learner_of(micro_batch_tokens=1)), episode_batches),
+    "contexts": (EPISODES, context_batches),
+    "contexts-by-the-token": (merged(EPISODES, SEPARATE, ppo(8), learner_of(micro_batch_tokens=1)), context_batches),
     "checkpointing": (learner_of(gradient_checkpointing=True), one_batch),
     "checkpointing-separate": (merged(SEPARATE, learner_of(gradient_checkpointing=True)), one_batch),
     "no-entropy": (ppo(2, entropy_coef=0.0), one_batch),

@@ -22,12 +22,16 @@ from tests.learner.ppo.test_episodes import EPISODES, episodes
 from tests.learner.ppo.test_learner import MASK, OTHERWISE, UNUSUAL, WITHOUT_CRITIC, SlowLearner, grouped, varied_batch
 
 TABLE = grouped(varied_batch(0))  # eight responses to four prompts; one response is empty
-TABLES = {"episodes": grouped(episodes(0))}  # of the kinds that have another
+TABLES = {
+    "episodes": grouped(episodes(0)),
+    "contexts": grouped(episodes(0, contexts=True)),
+}  # of the kinds that have another
 KINDS: dict[str, dict[str, Any]] = {
     "otherwise-separate": {**OTHERWISE, "learner": {"critic": "separate"}},
     "mask": MASK,
     "group": WITHOUT_CRITIC["group"],
     "episodes": EPISODES,
+    "contexts": EPISODES,
     "returns-checkpointing": {**WITHOUT_CRITIC["returns"], "learner": {"gradient_checkpointing": True}},
 }
 
