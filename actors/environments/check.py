@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.environments.rendering import check_template
+from actors.environments.rendering import check_conversations, check_template
 from common.config.environment import EnvironmentConfig
 from common.data.messages import Message
 from common.errors import UserError
@@ -66,13 +66,14 @@ def check_environment(
     """Returns the schemas of the tools, for the chat template. Raises UserError for a class that cannot be imported or
     is no environment, for a function that cannot be a tool, and for a chat template that cannot continue a
     conversation. `model`: the policy's name. `chat`: prompts.format is "chat"."""
+    check = check_template if cfg.sequence == "episode" else check_conversations
     if cfg.function is not None:
         check_class(cfg.function)
         if chat:
-            check_template(tokenizer, model)
+            check(tokenizer, model)
         return []
     schemas = tool_schemas(cfg.tools)
-    check_template(tokenizer, model, _TOOL_ANSWERS, tools=schemas)
+    check(tokenizer, model, _TOOL_ANSWERS, tools=schemas)
     return schemas
 
 

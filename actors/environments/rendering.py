@@ -10,11 +10,14 @@ Tokens that the model sampled are never encoded again from text. What follows th
 A chat template writes these texts only as parts of a whole conversation. So a made-up conversation is rendered, and the
 text after the assistant's message in it is taken. This is right if a template writes each message in the same way
 whatever comes before and after it. Not all do: some drop the reasoning of earlier answers. `check_template` finds them.
+With environment.sequence = "turn" the whole conversation is rendered again for each turn, sampled texts included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -58,30 +61,35 @@ class ChatRendering:
     the model's next one, as the chat template writes them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_tokens: Collection[int] = (), **options: Any) -> None:
-        """`end_tokens`: all that end a response. `options`: arguments of the template, such as `tools`. Raises any
-        error of the template, and ValueError if it leaves out what the assistant says."""
+        """`end_tokens`: all that end a response. `options`: arguments of the template, such as `tools`."""
         self._tokenizer, self._options = tokenizer, options
         self._end_tokens = frozenset([*end_tokens, tokenizer.eos_token_id])
-        # The end of the model's message, whatever comes next.
-        closing = continued_ids(tokenizer, _common_beginning(self._after_answer([]), self._after_answer([NEXT])))
-        # The first special token in it is the template's end token, which need not be the tokenizer's.
-        special = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
-        # Place after that token; 0 if there is none.
-        self._after_end = next((place for place, token in enumerate(closing, 1) if token in special), 0)
-        self._end_id = closing[self._after_end - 1] if self._after_end else None
 
     def continuation(self, observation: Sequence[Message], last_id: int | None, **options: Any) -> list[int]:
-        text = self._after_answer(observation, add_generation_prompt=True, **options)
-        ids = continued_ids(self._tokenizer, text)
+        """Raises ValueError if the template leaves out what the assistant says."""
+        ids = continued_ids(self._tokenizer, self._after_answer(observation, add_generation_prompt=True, **options))
+        after_end, end_id = self._closing
         # A response that was cut off lacks the end token. One that ends with another end token needs no second one.
-        ended = last_id is not None and (last_id == self._end_id or last_id in self._end_tokens)
-        return ids[self._after_end :] if ended else ids
+        ended = last_id is not None and (last_id == end_id or last_id in self._end_tokens)
+        return ids[after_end:] if ended else ids
 
     def prompt(self, conversation: Sequence[Message], **options: Any) -> list[int]:
         options = {**self._options, **options}
         return rendered_ids(
             self._tokenizer, rendered(self._tokenizer, conversation, add_generation_prompt=True, **options)
         )
+
+    @cached_property
+    def _closing(self) -> tuple[int, int | None]:
+        """In what follows the model's message: the place after the template's end token, and that token. 0 and None if
+        there is none."""
+        # The end of the model's message, whatever comes next.
+        text = _common_beginning(self._after_answer([]), self._after_answer([NEXT]))
+        closing = continued_ids(self._tokenizer, text)
+        # The first special token in it is the template's end token, which need not be the tokenizer's.
+        special = {self._tokenizer.eos_token_id, *self._tokenizer.added_tokens_decoder}
+        after_end = next((place for place, token in enumerate(closing, 1) if token in special), 0)
+        return after_end, closing[after_end - 1] if after_end else None
 
     def _after_answer(self, observation: Sequence[Message], **options: Any) -> str:
         """What a conversation has after the content of the assistant's message, if `observation` comes next."""
@@ -127,7 +135,7 @@ def check_template(
     """Raises UserError if the template writes a conversation in another way than prompt, responses and continuations
     one after another. `model` is its name, for the message. `observations`: what an environment may say, such as a
     message of the role `tool`. `options`: arguments of the template, such as `tools`."""
-    try:
+    with _refusals(model):
         rendering = ChatRendering(tokenizer, **options)
         for observation in observations:
             for answer in (ANSWER, THOUGHT):
@@ -136,11 +144,33 @@ def check_template(
                     if answer == THOUGHT and _grows(tokenizer, rendering, ANSWER, observation, options):
                         what = "drops the reasoning (<think>) of earlier answers"
                     raise UserError(
-                        f"environment: the chat template of {model} {what} when a conversation continues, so turns "
-                        "cannot be trained as the model reads them; give the model a chat_template that keeps earlier "
-                        f"messages unchanged (in {model}, chat_template.jinja or tokenizer_config.json), or use "
-                        'prompts.format = "plain"'
+                        f"environment: the chat template of {model} {what} when a conversation continues, so an "
+                        'episode cannot be one sequence; set environment.sequence = "turn", give the model a '
+                        f"chat_template that keeps earlier messages unchanged (in {model}, chat_template.jinja or "
+                        'tokenizer_config.json), or use prompts.format = "plain"'
                     )
+
+
+def check_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    observations: Sequence[Sequence[Message]] = ([NEXT],),
+    **options: Any,
+) -> None:
+    """Raises UserError if the template cannot write a conversation of several turns. For environment.sequence = "turn",
+    which needs no more. See `check_template` for the arguments."""
+    with _refusals(model):
+        rendering = ChatRendering(tokenizer, **options)
+        for observation in observations:
+            said: Message = {"role": "assistant", "content": ANSWER}
+            if not rendering.prompt([QUESTION, said, *observation, said, *observation]):
+                raise ValueError("it writes no text")
+
+
+@contextmanager
+def _refusals(model: str) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:

@@ -76,6 +76,7 @@ def test_the_chat_template_is_checked_with_prompts_in_chat_form_only():
     check_environment(cfg, tokenizer, model="org/model", chat=False)
     with pytest.raises(UserError, match="the chat template of org/model drops the reasoning"):
         check_environment(cfg, tokenizer, model="org/model", chat=True)
+    check_environment(cfg.model_copy(update={"sequence": "turn"}), tokenizer, model="org/model", chat=True)
 
 
 def test_the_protocol_needs_only_the_standard_library():

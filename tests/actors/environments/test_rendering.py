@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from actors.environments.rendering import NEXT, check_template, continued_ids, make_rendering
+from actors.environments.rendering import NEXT, check_conversations, check_template, continued_ids, make_rendering
 from common.data.prompt_tokens import bare_ids, rendered, rendered_ids
 from common.errors import UserError
 from tests.actors.environments import templates
@@ -135,6 +135,17 @@ def test_another_template_is_refused_with_the_models_name_and_a_remedy(name):
     assert message.startswith("environment: the chat template of org/model ")
     assert reason in message
     assert 'prompts.format = "plain"' in message
+    assert ('set environment.sequence = "turn"' in message) == ("refuses" not in message)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_template_that_changes_earlier_messages_can_write_each_turn_anew(name):
+    make, observation, reason = BAD[name]
+    if "refuses" not in reason:
+        check_conversations(make(), "org/model", [observation])
+    else:
+        with pytest.raises(UserError, match="chat template of org/model refuses a conversation of several turns"):
+            check_conversations(make(), "org/model", [observation])
 
 
 def test_qwen_3_keeps_its_reasoning_between_calls_of_tools():
