@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from actors.environments.steps import Restart
 from common.environment import EpisodePrompt, Step
 
 TURNS = 3
@@ -23,6 +24,16 @@ class AWords:
         words = message["content"].split()
         reward = sum(word.startswith("a") for word in words) / max(1, len(words))
         return Step(f" b{self.turn} b7", reward, terminated=self.turn == TURNS, info={"turn": self.turn})
+
+
+class Restarting(AWords):
+    """The second turn ends a sequence: another conversation begins after it."""
+
+    async def step(self, message: Mapping[str, Any]) -> Step:
+        step = await super().step(message)
+        if self.turn == 2:
+            return step._replace(observation=Restart([{"role": "user", "content": "a3 b5 b6"}], ends=True))
+        return step
 
 
 class Fragile(AWords):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from common.config.ppo import Config
 from common.experience_table import response_masks
 from common.files import read_records
+from common.model.files import load_tokenizer
 from common.types import SampleId
 from deploy.audit import run_audit
 from deploy.train import run_training
 from learner.loop.journal import Journal
+from tests.contexts import contexts_of, sampled_places
 from tests.environments import TURNS
 from tests.fakes import save_tiny_model, tiny_config
 
@@ -89,6 +92,57 @@ def test_learner_and_generator_agree_about_every_sampled_token(finished):
 
 def test_the_journal_alone_rebuilds_the_weights(finished):
     assert run_audit(finished, replay=True) == 0
+
+
+# It forgets all but the last two messages, so a longer conversation does not begin with the tokens of a shorter one.
+FORGETFUL = """{% for message in messages[-2:] %}
+{{- ('ask ' if message.role == 'user' else 'b9 ') + message.content + ' ' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'b8' }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def by_turns(model, tmp_path_factory):
+    """One whole run in which each turn has a prompt of its own, and each second turn ends a sequence."""
+    directory = tmp_path_factory.mktemp("turns")
+    chat = shutil.copytree(model, directory / "model")
+    (chat / "chat_template.jinja").write_text(FORGETFUL)
+    environment = {"function": "tests.environments:Restarting", "max_tokens": 60, "sequence": "turn"}
+    prompts = {"format": "chat", "max_tokens": 16}
+    run_training(run_config(chat, "Restarting", prompts=prompts, environment=environment), directory / "run")
+    return directory / "run"
+
+
+def test_each_turn_may_have_a_prompt_of_its_own(by_turns):
+    found = rows(by_turns)
+    assert len(found) == 3 * 16
+    tokenizer = load_tokenizer(by_turns.with_name("model"))
+    for row in found:
+        assert [turn["new_context"] for turn in row["turns"]] == [True, True, False]
+        assert [turn["ends"] for turn in row["turns"]] == [False, True, False]
+        assert len(row["rollout_logprobs"]) == len(row["ref_logprobs"]) == len(sampled_places(row))
+        (_, first), (second, _), (third, _) = contexts_of(row)
+        said = tokenizer.decode(row["response_ids"][: len(first)], skip_special_tokens=True)
+        text = tokenizer.decode(second[: row["turns"][0]["next_start"] - row["turns"][0]["end"]])
+        assert text.split() == f"b9 {said} ask b1 b7 b8".split()
+        assert tokenizer.decode(third[:5]) == "ask a3 b5 b6 b8"
+
+
+def test_learner_and_generator_agree_about_the_tokens_of_every_context(by_turns):
+    records = read_records(by_turns / "metrics.jsonl")
+    assert abs(records[0]["mismatch/kl"]) < 1e-8
+    assert all(abs(record["mismatch/kl"]) < 0.05 for record in records)
+    model = AutoModelForCausalLM.from_pretrained(by_turns.with_name("model"), dtype=torch.float32)
+    for row in rows(by_turns)[:16]:  # of step 0
+        expected = []
+        for ids, places in contexts_of(row):
+            with torch.no_grad():
+                logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected += [logprobs[place - 1, ids[place]].item() for place in places]
+        np.testing.assert_allclose(row["rollout_logprobs"], expected, atol=1e-4)
+
+
+def test_a_journal_of_new_contexts_alone_rebuilds_the_weights(by_turns):
+    assert run_audit(by_turns, replay=True) == 0
 
 
 def test_an_environments_process_may_die_in_the_middle_of_an_episode(model, tmp_path):

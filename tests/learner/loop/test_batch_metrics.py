@@ -83,4 +83,4 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
         }
     )
     assert record["rollout/finished"] == pytest.approx(3 / 4)
-    assert record["rollout/response_tokens/mean"] == pytest.approx((3 + 2 + 2) / 3)  # without the environment's
+    assert record["rollout/response_tokens/mean"] == pytest.approx((3 + 2 + 2 + 3) / 4)  # without the environment's
