@@ -27,14 +27,14 @@ pytestmark = pytest.mark.ray
 GAME = {"name": "game", "environment": True}
 
 
-def run_config(model, environment: str, **overrides) -> Config:
+def run_config(model, game: str, **overrides) -> Config:
     return tiny_config(
         model,
         **{
             "rollouts_per_step": 16,
             "max_staleness": 1,
             "sampling": {"max_new_tokens": 4},
-            "environment": {"function": f"tests.environments:{environment}", "max_tokens": 40},
+            "environment": {"function": f"tests.environments:{game}", "max_tokens": 40},
             "reward": {"sources": [GAME], "normalise": "none"},
             "learner": {"precision": "fp32", "critic": "separate"},
             "evaluation": {"prompts": 4},

@@ -150,6 +150,10 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
             ["environment.tools needs", '"chat" (it is "plain")', "use environment.function"],
         ),
         (
+            {"environment": {**GAME, "sequence": "turn"}},
+            ['environment.sequence = "turn" needs', '"chat" (it is "plain")', "leave environment.sequence out"],
+        ),
+        (
             {"reward": {"sources": [FUNCTION, {"name": "game", "environment": True}]}},
             ["reward source game: environment (true) needs an environment", "add [environment] with function"],
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,3 +272,63 @@ def test_chosen_rows_keep_their_holes(pairs, rows):
     check_equal(found, chosen)
     assert found.sampled.tolist() == chosen.sampled.tolist()
     assert found.response_lengths.tolist() == [int(MASKS[i].sum()) for i in rows]
+
+
+# Places in the same responses where an environment's tokens are a new prompt.
+STARTS = [[1], [2, 4], [], [], [3]]
+
+
+def test_a_new_prompt_inside_a_response_begins_a_context_of_its_own():
+    masks = [np.array([True, False, False, True, False, True]), np.array([True])]
+    responses = [np.array([8, 9, 4, 0, 3, 2]), np.array([0])]
+    sequences = Sequences.pack([np.array([5, 6]), np.array([7])], responses, masks, [[1, 4], []])
+    assert sequences.lengths.tolist() == [8, 2]
+    assert sequences.contexts.tolist() == [3, 1]
+    assert sequences.context_lengths.tolist() == [3, 3, 2, 2]
+    assert sequences.context_response_lengths.tolist() == [1, 1, 1, 1]
+    assert sequences.response_lengths.tolist() == [3, 1]
+    positions, places = sequences._positions
+    assert positions.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1]
+    assert places.tolist() == [2, 5, 7, 9]
+    assert sequences._packed_lengths.each == (3, 3, 2, 2)
+    assert sequences.response_mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("starts", "reason"),
+    [
+        ([0], "a new prompt begins at place 0 with a token that the policy sampled"),
+        ([1, 3], "a new prompt begins at place 3 with a token"),
+        ([2, 1], r"must begin one after another in a response of 4, not at \[2, 1\]"),
+        ([1, 1], "must begin one after another"),
+        ([4], "must begin one after another"),
+        ([-2], "must begin one after another"),
+    ],
+)
+def test_a_new_prompt_that_cannot_be_one_is_refused(starts, reason):
+    with pytest.raises(ValueError, match=reason):
+        Sequences.pack([np.array([5])], [np.array([8, 9, 0, 1])], [MASKS[0]], [starts])
+
+
+@torch.no_grad()
+def test_logprobs_of_a_context_are_those_of_a_pass_over_it_alone(model, pairs):
+    found = response_logprobs(model, Sequences.pack(*pairs, MASKS, STARTS), temperature=0.7)
+    for b, (prompt, response) in enumerate(zip(*pairs, strict=True)):
+        expected = []
+        for first, end in pairwise([0, *STARTS[b], len(response)]):
+            ids, sampled = response[first:end], MASKS[b][first:end]
+            if first == 0:
+                ids, sampled = np.concatenate([prompt, ids]), np.concatenate([np.zeros(len(prompt), bool), sampled])
+            alone = Sequences.pack([ids[:1]], [ids[1:]], [sampled[1:]])
+            expected += response_logprobs(model, alone, temperature=0.7)[0].tolist()
+        assert found[b, : len(expected)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert found[b, len(expected) :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("rows", [[3, 0], [2], [4, 3, 2, 1, 0], [1, 1]], ids=str)
+def test_chosen_rows_keep_their_contexts(pairs, rows):
+    chosen = Sequences.pack(*([parts[i] for i in rows] for parts in (*pairs, MASKS, STARTS)))
+    found = Sequences.pack(*pairs, MASKS, STARTS).rows(torch.tensor(rows))
+    check_equal(found, chosen)
+    for name in ("contexts", "context_lengths", "context_response_lengths"):
+        assert getattr(found, name).tolist() == getattr(chosen, name).tolist()

@@ -3,11 +3,14 @@
 import math
 import typing
 
+import numpy as np
 import pytest
 import torch
 
 from common.config.ppo import PPOConfig
+from common.model.masking import last_places
 from learner.ppo.advantages import ADVANTAGES, gae, leave_one_out, length_lambdas, returns_to_go
+from learner.ppo.critic_quality import realised_returns
 
 LENGTHS, WIDTH = [5, 0, 1, 3, 6], 7
 
@@ -250,3 +253,75 @@ def test_a_mask_with_holes_is_refused(name, row, place, found):
     mask = torch.tensor([[True, True, False], row])
     with pytest.raises(ValueError, match=rf"without gaps, but row 1 is {found} at place {place}; put the tokens"):
         ADVANTAGES[name](*torch.ones(2, 2, 3), mask, groups=torch.zeros(2), gamma=1.0, lam=1.0, value_lam=None)
+
+
+# Responses of several sequences
+
+
+def slow_gae(rewards, values, ends, gamma, lam):
+    """Token by token, each sequence by itself: A_t = r_t + gamma V_(t+1) - V_t + gamma lam A_(t+1)."""
+
+    def advantage(t):
+        if ends[t] or t == len(rewards) - 1:
+            return rewards[t] - values[t]
+        return rewards[t] + gamma * values[t + 1] - values[t] + gamma * lam * advantage(t + 1)
+
+    return [advantage(t) for t in range(len(rewards))]
+
+
+def some_ends(mask, *, chance=0.3):
+    """Random ends, and the last token of each response."""
+    generator = torch.Generator().manual_seed(3)
+    return (torch.rand(mask.shape, generator=generator) < chance) & mask | last_places(mask)
+
+
+@pytest.mark.parametrize(("gamma", "lam", "value_lam"), [(1.0, 0.95, None), (0.9, 0.8, 0.5), (0.7, 0.0, 1.0)])
+def test_gae_does_not_step_past_the_end_of_a_sequence(gamma, lam, value_lam):
+    rewards, values, mask = ragged(math.nan)
+    ends = some_ends(mask)
+    assert int(ends.sum()) > len(LENGTHS)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, value_lam=value_lam, ends=ends)
+    for b, n in enumerate(LENGTHS):
+        row = rewards[b, :n].tolist(), values[b, :n].tolist(), ends[b, :n].tolist()
+        assert advantages[b, :n].tolist() == pytest.approx(slow_gae(*row, gamma, lam), abs=1e-10)
+        gains = slow_gae(*row, gamma, lam if value_lam is None else value_lam)
+        assert returns[b, :n].tolist() == pytest.approx([g + v for g, v in zip(gains, row[1])], abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_ends_of_whole_responses_alone_change_no_bit(name):
+    rewards, values, mask = (x.float() if x.is_floating_point() else x for x in ragged(1e9))
+    groups = torch.arange(len(mask)) // 2
+    about = {"groups": groups, "gamma": 0.97, "lam": 0.9, "value_lam": 0.8}
+    plain, given = (ADVANTAGES[name](rewards, values, mask, **about, ends=x) for x in (None, last_places(mask)))
+    for one, other in zip(plain, given, strict=True):
+        assert torch.equal(one, other)
+    ends = some_ends(mask)
+    ends[1:4] = last_places(mask)[1:4]
+    assert int(ends.sum()) > int(last_places(mask).sum())
+    several = ADVANTAGES[name](rewards, values, mask, **about, ends=ends)
+    for one, other in zip(plain, several, strict=True):
+        assert torch.equal(one[2:4], other[2:4])  # nor do the ends of other rows and groups
+
+
+def test_each_sequence_is_compared_with_the_mean_of_the_other_responses():
+    # Response 0 has sequences of 1 and 5 = 2 + 3, response 1 one of 10, response 2 of 4 and 8: a mean of 6.
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [10.0, 0.0, 0.0], [4.0, 8.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    ends = torch.tensor([[True, False, True], [True, False, False], [True, True, False]])
+    advantages, returns = leave_one_out(rewards, rewards, mask, groups=torch.zeros(3), ends=ends)
+    assert returns.tolist() == [[1.0, 5.0, 5.0], [10.0, 0.0, 0.0], [4.0, 8.0, 0.0]]
+    of_0, of_1, of_2 = (10 + 6) / 2, (3 + 6) / 2, (3 + 10) / 2
+    assert advantages.tolist() == [
+        [1 - of_0, 5 - of_0, 5 - of_0],
+        [10 - of_1, 0.0, 0.0],
+        [4 - of_2, 8 - of_2, 0.0],
+    ]
+
+
+def test_realised_returns_of_files_are_those_of_padded_tensors():
+    rewards, _, mask = ragged(0.0)
+    ends = some_ends(mask)
+    _, expected = returns_to_go(rewards, rewards, mask, gamma=0.9, ends=ends)
+    found = realised_returns(rewards[mask].numpy(), ends[mask].numpy(), np.array(LENGTHS), gamma=0.9)
+    assert found == pytest.approx(expected[mask].numpy(), abs=1e-12)

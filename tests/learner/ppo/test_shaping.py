@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from common.model.masking import last_places, length_mask
 from learner.ppo.shaping import KL_ESTIMATORS, k1, k2, k3, token_rewards
 
 P, Q = [0.1, 0.2, 0.3, 0.4], [0.4, 0.05, 0.35, 0.2]
@@ -108,3 +109,29 @@ def test_turn_rewards_stay_on_their_tokens_and_the_last_one_gets_the_rest():
     # Whatever is earned when, the rewards add up to the score less the penalties.
     without = token_rewards(torch.tensor([10.0, 20.0]), kl, mask, kl_coef=0.5)
     assert rewards.sum(1).tolist() == without.sum(1).tolist()
+
+
+def test_each_sequence_ends_with_the_score_less_what_was_earned_before():
+    # kl_coef 0.5. Score 10. Tokens 0, 2 and 3 earned 3, -1 and 2. Sequences end after tokens 2 and 4: token 2 gets 10 -
+    # 3 in place of its own, token 4 gets 10 - 3 + 1 - 2.
+    kl = torch.tensor([[2.0, -4.0, 0.0, 6.0, 2.0], [6.0, 8.0, 8.0, 8.0, 8.0]])
+    mask = torch.tensor([[True] * 5, [True, False, False, False, False]])
+    turns = torch.tensor([[3.0, 0.0, -1.0, 2.0, 7.0], [5.0, 9.0, math.nan, 9.0, 9.0]])
+    ends = torch.tensor([[False, False, True, False, True], [True, False, False, False, False]])
+    scores = torch.tensor([10.0, 20.0])
+    rewards = token_rewards(scores, kl, mask, kl_coef=0.5, turn_rewards=turns, ends=ends)
+    assert rewards.tolist() == [[2.0, 2.0, 7.0, -1.0, 5.0], [17.0, 0.0, 0.0, 0.0, 0.0]]
+    plain = token_rewards(scores, kl, mask, kl_coef=0.5, ends=ends)
+    assert plain.tolist() == [[-1.0, 2.0, 10.0, -3.0, 9.0], [17.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+def test_ends_of_whole_responses_change_no_bit_of_rewards():
+    generator = torch.Generator().manual_seed(0)
+    scores, kl, turns = torch.randn(4, generator=generator), *torch.randn(2, 4, 6, generator=generator)
+    mask = length_mask(torch.tensor([6, 0, 1, 4]), 6)
+    for turn_rewards in (None, turns):
+        found = [
+            token_rewards(scores, kl, mask, kl_coef=0.3, turn_rewards=turn_rewards, ends=ends)
+            for ends in (None, last_places(mask))
+        ]
+        assert found[0].numpy().tobytes() == found[1].numpy().tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from common.model.batches import packed_batches
 from common.model.packing import Sequences
@@ -86,6 +87,17 @@ def test_costs_of_a_small_model_worked_by_hand():
         2 * (7 * 920 + 1 * 80) + 2 * 30 * 7 * 7,
         2 * 1 * 920 + 2 * 30,
     ]
+
+
+def test_the_attention_of_a_sequence_is_that_of_its_contexts():
+    size = ModelSize(parameters=1000, layers=3, hidden=8, heads=2, kv_heads=1, head_dim=5, vocabulary=10, context=4096)
+    masks = [np.array([True, False, False, True]), np.ones(1, bool)]
+    sequences = Sequences.pack([np.ones(2), np.ones(6)], [np.ones(4), np.ones(1)], masks, [[1], []])
+    assert sequence_costs(sequences, size) == [
+        2 * (6 * 920 + 2 * 80) + 2 * 30 * (3 * 3 + 3 * 3),
+        2 * (7 * 920 + 1 * 80) + 2 * 30 * 7 * 7,
+    ]
+    assert sequence_costs(sequences.rows(torch.tensor([1, 0])), size) == sequence_costs(sequences, size)[::-1]
 
 
 def test_costs_of_large_models_and_long_sequences_do_not_overflow():
