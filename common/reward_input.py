@@ -25,5 +25,6 @@ class RewardInput:
     prompt_ids: Sequence[int] = ()
     response_ids: Sequence[int] = ()
     # With an environment, one dict for each turn that it answered: "text" (what the model wrote), "observation" (its
-    # messages to the model), "reward" and "info". `response` then holds all turns with the observations between them.
+    # messages to the model), "reward" and "info". `response` then holds all turns with the observations between them,
+    # or with whole new prompts between them (docs/environments.md, several contexts).
     turns: Sequence[Mapping[str, Any]] = ()
