@@ -2,8 +2,7 @@
 
 Runs anywhere. An `Experience` is one row of the Arrow table that the journal stores and the learner consumes
 (common/experience_table.py). Arrays are one-dimensional and unpadded. R is the number of tokens that the policy sampled
-in one response. With an environment, E more tokens of the response are the environment's (see `Turn`). They may have
-new prompts in them: an episode is then several sequences, and still one row. Example:
+in one response. With an environment, E more tokens of the response are the environment's (see `Turn`). Example:
 
     Prompt(SampleId(0, 17, 0), "2 + 2 =", token_ids=[17, 10, 17, 28], fields={"answer": "4"})
     Rollout(prompt, [19, 2], rollout_logprobs=[-0.1, -0.3], policy_versions=[5, 5], finish_reason="stop", generator="G")

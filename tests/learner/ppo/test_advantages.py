@@ -9,8 +9,9 @@ import torch
 
 from common.config.ppo import PPOConfig
 from common.model.masking import last_places
-from learner.ppo.advantages import ADVANTAGES, gae, leave_one_out, length_lambdas, returns_to_go
+from learner.ppo.advantages import ADVANTAGES, gae, length_lambdas, returns_to_go
 from learner.ppo.critic_quality import realised_returns
+from learner.ppo.leave_one_out import leave_one_out
 
 LENGTHS, WIDTH = [5, 0, 1, 3, 6], 7
 
