@@ -320,8 +320,19 @@ def test_turns_of_an_episode_are_apart_and_what_the_environment_said_is_grey(ope
         if said:
             assert group.locator(".said").text_content().split() == said
             assert group.locator(".said").get_attribute("title") == "the environment's, not learned from"
+        context = "new context, another sequence" if turn["ends"] else "new context"
+        assert group.locator(".context").all_text_contents() == [context] * turn["new_context"]
         start = turn["next_start"]
+    assert any(turn["new_context"] for turn in turns)
     assert table["turns"][table["id"].index(sample)] == len(turns)
+
+
+def test_the_reward_to_go_of_an_episode_stops_where_a_sequence_ends(open_page, episodes):
+    page = open_page("rollouts", address=episodes[0])
+    page.evaluate("block('run').settings['ppo.gamma'] = 0.5")
+    parts = "[{start: 0, end: 2, context: 2}, {start: 4, end: 5, context: 1}, {start: 6, end: 7}]"
+    assert page.evaluate(f"[...endsOf({parts})]") == [1]
+    assert page.evaluate(f"rewardToGo([1, 2, 4, 8], endsOf({parts}))") == [1 + 0.5 * 2, 2, 4 + 0.5 * 8, 8]
 
 
 def test_tokens_of_an_episode_have_their_own_numbers(open_page, episodes):
