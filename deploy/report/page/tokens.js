@@ -268,7 +268,7 @@ function endsOf(parts) {
 }
 
 // The discounted sum of the rewards from each token to the end of its sequence.
-function rewardToGo(rewards, ends) {
+function rewardToGo(rewards, ends = new Set()) {
   const gamma = block("run").settings["ppo.gamma"] ?? 1;
   const sums = [...rewards];
   for (let t = sums.length - 2; t >= 0; t--) if (!ends.has(t)) sums[t] += gamma * sums[t + 1];
