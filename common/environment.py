@@ -56,6 +56,24 @@ class EpisodePrompt:
     seed: int = 0  # of this episode: depends on the seed of the run and the prompt's sample id alone
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the agent of one episode asks the model: an endpoint in the form of OpenAI's, with the chat completions
+    only. `environment.agent = "module:function"` names the agent:
+
+        from openai import AsyncOpenAI
+
+        async def agent(prompt, endpoint) -> float:
+            client = AsyncOpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key)
+            answer = await client.chat.completions.create(model=endpoint.model, messages=prompt.messages)
+            return float(prompt.fields["answer"] in answer.choices[0].message.content)
+    """
+
+    base_url: str  # http://127.0.0.1:PORT/v1
+    api_key: str  # of this episode alone
+    model: str
+
+
 class Environment(Protocol):
     """One episode. Only `step` is required. Methods are `async def` or `def`.
 

@@ -124,6 +124,7 @@ class Starter:
                 environment,
                 model=policy.path,
                 prompts=cfg.prompts,
+                sampling=cfg.sampling,
                 seed=cfg.seed,
                 trust_remote_code=policy.trust_remote_code,
             ),

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openai import AsyncOpenAI
+
 from actors.environments.steps import Restart
-from common.environment import EpisodePrompt, Step
+from common.environment import Endpoint, EpisodePrompt, Step
 
 TURNS = 3
 
@@ -68,3 +70,20 @@ class Faulty(AWords):
         if self.text.endswith("b3"):
             raise ValueError("b3 has no answer")
         return await super().step(message)
+
+
+async def talks(prompt: EpisodePrompt, endpoint: Endpoint) -> dict[str, Any]:
+    """An agent with two conversations: two requests of the first one, and one of the other. Its score is the share of
+    a-words in all answers."""
+    words: list[str] = []
+    async with AsyncOpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key) as client:
+
+        async def ask(messages: list[Any]) -> Any:
+            done = await client.chat.completions.create(model=endpoint.model, messages=messages)
+            words.extend(done.choices[0].message.content.split())
+            return done.choices[0].message.model_dump()
+
+        first = [*prompt.messages, await ask([*prompt.messages]), {"role": "user", "content": "b5 b6"}]
+        await ask(first)
+        await ask([{"role": "user", "content": "a3 b7"}])
+    return {"score": sum(word.startswith("a") for word in words) / max(1, len(words)), "info": {"words": len(words)}}

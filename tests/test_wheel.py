@@ -27,6 +27,7 @@ READ = {
     "actors/scoring/function_worker.py": ["common/user_code/__init__.py", "common/reward_input.py"],
     "actors/scoring/worker_process.py": ["actors/scoring/function_worker.py"],
     "common/data/reasoning_gym_prompts.py": ["common/data/reasoning_gym_script.py"],
+    "common/data/verifiers_prompts.py": ["common/data/verifiers_script.py"],
     "common/user_code/errors.py": [],  # whether a frame of a traceback is Ratchet's own
     "common/user_code/packages.py": [],  # the directory of all packages
     "deploy/cluster/commands.py": ["deploy/cluster/docker/*", "deploy/cluster/launcher/*", "deploy/cluster/slurm/*"],

@@ -16,9 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.environments.rendering import check_conversations, check_template
+from actors.environments.rendering import TOOL_ANSWERS, check_conversations, check_template
 from common.config.environment import EnvironmentConfig
-from common.data.messages import Message
 from common.errors import UserError
 from common.plain_text import one_line
 from common.user_code.errors import UserCodeError
@@ -26,8 +25,8 @@ from common.user_code.functions import explain_import
 from common.user_code.packages import package_root
 
 IMPORT_S = 120.0  # time limit of the import, seconds
-# Its arguments: the class, or tools with commas between them; the new sys.path as JSON; and a file for the result.
-# Ratchet's packages are found first, as in the replicas.
+# Its arguments: the class, the agent, or tools with commas between them; the new sys.path as JSON; and a file for the
+# result. Ratchet's packages are found first, as in the replicas.
 _SCRIPT = """
 import json, sys
 from common.user_code.packages import import_ratchet_first
@@ -51,20 +50,21 @@ with open(result, "w") as file:
 _CLASS = _SCRIPT.format(
     imports="from actors.environments.loading import find_environment", look="find_environment(functions)"
 )
+_AGENT = _SCRIPT.format(imports="from actors.environments.loading import find_agent", look="find_agent(functions)")
+_VERIFIERS = _SCRIPT.format(
+    imports="from actors.environments.verifiers_agent import check_taskset", look="check_taskset(functions)"
+)
 _TOOLS = _SCRIPT.format(
     imports="from common.user_code.tools import load_tools",
     look='found["schemas"] = [tool.schema for tool in load_tools(functions.split(","))]',
 )
-# The answers of tools to one call, and to two calls.
-_ANSWER: Message = {"role": "tool", "name": "tool", "tool_call_id": "call00000", "content": "An answer."}
-_TOOL_ANSWERS = ([_ANSWER], [_ANSWER, {**_ANSWER, "tool_call_id": "call00001", "content": "Another one."}])
 
 
 def check_environment(
     cfg: EnvironmentConfig, tokenizer: PreTrainedTokenizerBase, *, model: str, chat: bool
 ) -> list[dict[str, Any]]:
     """Returns the schemas of the tools, for the chat template. Raises UserError for a class that cannot be imported or
-    is no environment, for a function that cannot be a tool, and for a chat template that cannot continue a
+    is no environment, for a function that cannot be an agent or a tool, and for a chat template that cannot continue a
     conversation. `model`: the policy's name. `chat`: prompts.format is "chat"."""
     check = check_template if cfg.sequence == "episode" else check_conversations
     if cfg.function is not None:
@@ -72,16 +72,39 @@ def check_environment(
         if chat:
             check(tokenizer, model)
         return []
+    if cfg.asking:
+        if cfg.agent is not None:
+            check_agent(cfg.agent)
+        if cfg.verifiers is not None:
+            check_verifiers(cfg.verifiers)
+        check(tokenizer, model)
+        return []
     schemas = tool_schemas(cfg.tools)
-    check(tokenizer, model, _TOOL_ANSWERS, tools=schemas)
+    check(tokenizer, model, TOOL_ANSWERS, tools=schemas)
     return schemas
 
 
 def check_class(function: str) -> None:
     """Raises UserError unless `module:Class` can be imported and has the methods of an environment."""
-    found = _found_by(_CLASS, function, f"environment.function ({function})")
+    _check(_CLASS, function, "environment.function")
+
+
+def check_agent(function: str) -> None:
+    """Raises UserError unless `module:function` can be imported and takes a prompt and an endpoint."""
+    _check(_AGENT, function, "environment.agent")
+
+
+def check_verifiers(taskset: str) -> None:
+    """Raises UserError unless the package verifiers has this taskset and its rollouts can be played."""
+    found = _found_by(_VERIFIERS, taskset, f"environment.verifiers ({taskset})")
+    if "refusal" in found:
+        raise UserError(found["refusal"])
+
+
+def _check(script: str, function: str, setting: str) -> None:
+    found = _found_by(script, function, f"{setting} ({function})")
     if fault := found.get("fault"):
-        raise UserError(explain_import(function, "environment.function", UserCodeError(**fault)))
+        raise UserError(explain_import(function, setting, UserCodeError(**fault)))
 
 
 def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:

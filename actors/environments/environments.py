@@ -27,7 +27,7 @@ from actors.environments.kinds import Kind, Make, episode_kind
 from actors.environments.steps import read_step
 from actors.environments.transcript import Transcript
 from actors.environments.user_threads import UserLoop
-from common.config.actors import PromptFormat
+from common.config.actors import PromptFormat, SamplingConfig
 from common.config.environment import EnvironmentConfig
 from common.environment import EpisodePrompt
 from common.metrics import meters
@@ -38,6 +38,7 @@ from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, Scor
 from common.user_code.errors import UserCodeError
 
 MAX_STUCK = 8  # with this many threads in calls past their limit, the process is replaced
+LIMITS = ("max_turns", "max_tokens")  # the finish reasons that the environment did not choose
 END_AFTER_S = 2.0  # time in which the answers to the driver leave a process that ends
 
 
@@ -65,12 +66,13 @@ class Environments:
         prompts: PromptFormat,
         seed: int = 0,
         trust_remote_code: bool = False,
+        sampling: SamplingConfig | None = None,
         make: Make | None = None,
         end_process: Callable[[], None] = lambda: os._exit(1),
     ) -> None:
-        """`model` is the policy: its tokenizer reads and writes tokens. `seed`: of the run. `make` makes the object of
-        an episode; None: as `cfg` says. `end_process` ends this process. Raises UserError for an environment that
-        cannot be used."""
+        """`model` is the policy: its tokenizer reads and writes tokens. `seed` and `sampling` are of the run; without
+        `sampling`, the defaults. `make` makes the object of an episode; None: as `cfg` says. `end_process` ends this
+        process. Raises UserError for an environment that cannot be used."""
         self._name, self._cfg, self._seed = name, cfg, seed
         known: dict[str, Any] = {"max_prompt_tokens": prompts.max_tokens}
         if isinstance(model, str):
@@ -78,8 +80,8 @@ class Environments:
             model, size = load_tokenizer(directory), model_size(directory)
             known["max_prompt_tokens"] = min(prompts.max_tokens, size.context - cfg.max_tokens)
             known |= {"vocabulary": size.vocabulary, "end_tokens": end_token_ids(directory, model)}
-        kind = Kind(make) if make else episode_kind(cfg, model)
-        self._make = kind.make
+        kind = Kind(make) if make else episode_kind(cfg, model, sampling or SamplingConfig())
+        self._make, self._close_kind = kind.make, kind.close
         self._transcript = Transcript(cfg, prompts, model, **known, **kind.template_options)
         self._loop = UserLoop()
         self._episodes: dict[SampleId, Instance] = {}
@@ -135,11 +137,16 @@ class Environments:
         state = None
         try:
             special_tokens = instance.needs_special_tokens
-            text = self._transcript.newest_turn(rollout, special_tokens=special_tokens)
-            answer = await instance.call("step", {"role": "assistant", "content": text}, deadline=deadline)
+            turn: Any = self._transcript.policy_turn(rollout)
+            if not instance.needs_turn:
+                turn = {"role": "assistant", "content": turn.marked_text if special_tokens else turn.text}
+            answer = await instance.call("step", turn, deadline=deadline)
             seconds = time.perf_counter() - started
             checked = read_step(answer, chat=self._transcript.chat)
             extended = self._transcript.extended(rollout, checked, seconds, special_tokens=special_tokens)
+            if (limit := extended.finish_reason) in LIMITS and instance.has("cut_off"):
+                last = read_step(await instance.call("cut_off", limit, deadline=deadline), chat=self._transcript.chat)
+                extended = self._transcript.extended(rollout, last, time.perf_counter() - started, over=limit)
             if extended.finish_reason == IN_EPISODE and instance.has("state"):
                 state = _pickled(_Saved(prompt, await instance.call("state", deadline=deadline)))
         except UserCodeError as error:
@@ -189,7 +196,8 @@ class Environments:
         return Deadline(self._cfg.step_timeout_s, "environment.step_timeout_s", most_s=0.9 * self._cfg.timeout_s)
 
     def close(self) -> None:
-        """Ends the thread of the event loop."""
+        """Ends the thread of the event loop, and the server of the agents."""
+        self._close_kind()
         self._loop.close()
 
 

@@ -4,6 +4,7 @@ replica."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -21,6 +22,10 @@ SERVES_WITHIN_S = 1.0  # the event loop is blocked if it runs nothing new for th
 
 class BlocksLoopError(UserCodeError):
     """A call passed its time limit, and still blocks the event loop that all episodes share."""
+
+
+class CompleteError(UserCodeError):
+    """A failure that an object of Ratchet's own reports. Its reason needs no name of a method before it."""
 
 
 class Deadline:
@@ -79,9 +84,15 @@ class Instance:
         """True if `step` must get the special tokens of the model's text."""
         return bool(getattr(self._object, "needs_special_tokens", False))
 
+    @property
+    def needs_turn(self) -> bool:
+        """True if `step` must get a PolicyTurn in place of a message."""
+        return bool(getattr(self._object, "needs_turn", False))
+
     async def call(self, method: str, *args: Any, deadline: Deadline) -> Any:
         """The result of the method. Raises UserCodeError, also after the deadline."""
-        return await self._run(method, getattr(self._object, method), args, deadline)
+        names = getattr(self._object, "names", {}) if self.needs_turn else {}
+        return await self._run(names.get(method, method), getattr(self._object, method), args, deadline)
 
     async def _run(self, what: str, function: Callable[..., Any], args: tuple[Any, ...], deadline: Deadline) -> Any:
         result = await self._wait(what, self._start(function, *args), deadline)
@@ -111,6 +122,8 @@ class Instance:
             raise UserCodeError(f"{what} was cancelled")
         try:
             return future.result()
+        except CompleteError:
+            raise
         except UserCodeError as error:
             raise UserCodeError(
                 f"{what} {error.reason}",
@@ -167,4 +180,6 @@ def _close_here(made: Any) -> None:
 
 
 def _is_async(make: Callable[[], Any]) -> bool:
+    while isinstance(make, functools.partial):
+        make = make.func
     return inspect.iscoroutinefunction(getattr(make, "step", None))

@@ -1,5 +1,5 @@
-"""Finds the class of an environment. Runs in each environment replica, and in a process of its own for the check before
-a run."""
+"""Finds the class of an environment, or the function of an agent. Runs in each environment replica, and in a process of
+its own for the check before a run."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def find_environment(path: str) -> Callable[[], Any]:
         if callable(reset := getattr(make, "reset", None)):
             _check_call(reset, "must have a method reset that takes a prompt, or none", (None, None))
     return make
+
+
+def find_agent(path: str) -> Callable[..., Any]:
+    """The agent that `module:function` names. Raises UserCodeError."""
+    agent = find_function(path)
+    if inspect.isclass(agent):
+        raise UserCodeError("is a class; name a function, or an instance of the class that its module makes")
+    if inspect.isgeneratorfunction(agent) or inspect.isasyncgenfunction(agent):
+        raise UserCodeError("is a generator function (it has a yield); return the score instead")
+    _check_call(agent, "must take a prompt and an endpoint, as in async def agent(prompt, endpoint)", (None, None))
+    return agent
 
 
 def _check_call(function: Callable[..., Any], rule: str, args: tuple[Any, ...]) -> None:

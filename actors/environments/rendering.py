@@ -30,6 +30,12 @@ QUESTION: Message = {"role": "user", "content": "A question."}
 ANSWER = "Answer 7f3a."  # in no template
 THOUGHT = f"<think>\nA thought.\n</think>\n\n{ANSWER}"  # some templates cut it off from earlier answers
 NEXT: Message = {"role": "user", "content": "Another one."}
+_TOOL_ANSWER: Message = {"role": "tool", "name": "tool", "tool_call_id": "call00000", "content": "An answer."}
+# The answers of tools to one call, and to two calls.
+TOOL_ANSWERS = (
+    [_TOOL_ANSWER],
+    [_TOOL_ANSWER, {**_TOOL_ANSWER, "tool_call_id": "call00001", "content": "Another one."}],
+)
 
 
 class Rendering(Protocol):

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from common.data.json_values import json_values, shown
 from common.data.messages import Message
 from common.environment import Step
@@ -33,6 +35,27 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """An observation that continues the context, with arguments of the chat template, such as `tools`. Only Ratchet's
+    own environments use it."""
+
+    messages: Sequence[Message]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PolicyTurn:
+    """What the policy wrote in its newest turn. `step` gets it in place of a message if the environment asks for it
+    with `needs_turn = True`. Only Ratchet's own environments do."""
+
+    text: str  # without special tokens
+    marked_text: str  # with all special tokens but its end token
+    context_ids: np.ndarray  # int32: everything that the model saw, and what it wrote
+    num_sampled: int  # tokens that it wrote, the last ones of context_ids
+    finish_reason: str  # as the generator gave it: stop or length
+
+
+@dataclass(frozen=True)
 class CheckedStep:
     """A step whose values can be rendered, written to the journal and learned from."""
 
@@ -42,6 +65,7 @@ class CheckedStep:
     truncated: bool
     info: str  # JSON
     restart: Restart | None = None  # with these messages, if they begin a new context
+    options: Mapping[str, Any] = field(default_factory=dict)  # see Continuation
 
 
 def read_step(returned: Any, *, chat: bool) -> CheckedStep:
@@ -53,14 +77,16 @@ def read_step(returned: Any, *, chat: bool) -> CheckedStep:
             fault="step returned no Step",
         )
     step = Step(*returned)
-    restart = step.observation if isinstance(step.observation, Restart) else None
+    observation: Any = step.observation
+    internal = isinstance(observation, (Restart, Continuation))
     return CheckedStep(
-        read_observation("step", step.observation if restart is None else restart.messages, chat=chat),
+        read_observation("step", observation.messages if internal else observation, chat=chat),
         _reward(step.reward),
         _flag("terminated", step.terminated),
         _flag("truncated", step.truncated),
         _info(step.info),
-        restart,
+        observation if isinstance(observation, Restart) else None,
+        observation.options if internal else {},
     )
 
 

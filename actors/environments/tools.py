@@ -35,6 +35,7 @@ class ParsedTurn:
 
     calls: Sequence[ToolCall] = ()
     error: str = ""
+    content: str = ""  # the text next to the calls, if there are any
 
 
 @dataclass(frozen=True)

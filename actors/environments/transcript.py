@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.environments.rendering import make_rendering
-from actors.environments.steps import CheckedStep, Restart, read_observation
+from actors.environments.steps import CheckedStep, PolicyTurn, Restart, read_observation
 from common.config.actors import PromptFormat
 from common.config.environment import EnvironmentConfig
 from common.data.messages import Message
@@ -78,16 +78,37 @@ class Transcript:
         """What the model wrote in its newest turn. With `special_tokens` only its end token is left out."""
         return self._text(rollout.response_ids[rollout.turn_start :], special_tokens)
 
+    def policy_turn(self, rollout: Rollout) -> PolicyTurn:
+        """The newest turn of the model, for environments that need more than its text."""
+        ids = rollout.response_ids[rollout.turn_start :]
+        return PolicyTurn(
+            text=self._text(ids, False),
+            marked_text=self._text(ids, True),
+            context_ids=rollout.context_ids,
+            num_sampled=len(ids),
+            finish_reason=rollout.finish_reason,
+        )
+
     def whole(self, rollout: Rollout) -> str:
         """The response with every special token, for messages."""
         return str(self._tokenizer.decode(rollout.response_ids.tolist()))
 
-    def extended(self, rollout: Rollout, step: CheckedStep, seconds: float, *, special_tokens: bool = False) -> Rollout:
+    def extended(
+        self,
+        rollout: Rollout,
+        step: CheckedStep,
+        seconds: float,
+        *,
+        special_tokens: bool = False,
+        over: str | None = None,
+    ) -> Rollout:
         """The rollout after a step. What the environment says is added only if the policy continues after it.
-        `special_tokens`: see `newest_turn`. Raises UserCodeError for messages that cannot be rendered."""
+        `special_tokens`: see `newest_turn`. `over`: why the episode ends, if it is known already. Raises UserCodeError
+        for messages that cannot be rendered."""
         end, restart = len(rollout.response_ids), step.restart
         said: list[int] = []
-        if (over := self._reason_to_end(rollout, step)) is None:
+        over = over or self._reason_to_end(rollout, step)
+        if over is None:
             said = self._rendered(step, rollout, special_tokens)
             if end + len(said) + 1 > self._cfg.max_tokens:
                 said, over = [], "max_tokens"
@@ -126,7 +147,9 @@ class Transcript:
                 ids = self._rendering.prompt([*self._conversation(rollout, special_tokens), *step.messages])
             else:
                 wrote = rollout.response_ids[rollout.turn_start :]
-                ids = self._rendering.continuation(step.messages, int(wrote[-1]) if len(wrote) else None)
+                ids = self._rendering.continuation(
+                    step.messages, int(wrote[-1]) if len(wrote) else None, **step.options
+                )
             if not ids and (step.restart is not None or self._turn_is_sequence):
                 raise UserError("step returned a conversation without any token; return at least one message")
             if ids:

@@ -50,7 +50,8 @@ class ToolCallReader:
         with _logged_failures(self._kind) as failures:
             found = parser.extract_tool_calls(text, self._request)
         calls = [ToolCall(call.function.name, call.function.arguments) for call in found.tool_calls]
-        return ParsedTurn(calls, "" if calls or not failures else failures[0])
+        content = (found.content or "") if calls else ""
+        return ParsedTurn(calls, "" if calls or not failures else failures[0], content)
 
 
 @contextmanager

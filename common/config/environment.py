@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from common.config.base import MAY_CHANGE, MayChange, Placed, Pooled, Positive, Seconds
 
-KINDS = ("function", "tools")  # the settings of which a section has exactly one
+KINDS = ("function", "tools", "agent", "verifiers")  # the settings of which a section has exactly one
 
 
 class EnvironmentConfig(Pooled):
@@ -19,9 +19,16 @@ class EnvironmentConfig(Pooled):
     tools: tuple[str, ...] = ()
     """Python functions, each as `module:function`, that the model may call. Names, parameters and docstrings become the
     description that the model's chat template shows it."""
+    agent: str | None = None
+    """`module:function` of an agent: `async def agent(prompt, endpoint) -> float`. It asks the model at an endpoint in
+    the form of OpenAI's, which its episode has for itself, and returns a score."""
+    verifiers: str | None = None
+    """Taskset of the package verifiers (0.4): its rollouts ask the model as an agent does, and its rewards are the
+    score. prompts.train must be "verifiers:TASKSET", with the same name. docs/environments.md explains it."""
     tool_parser: str = "hermes"
-    """vLLM's parser that finds the calls of `tools` in what the model writes. vLLM's documentation names the parser of
-    each model family; hermes reads <tool_call>{"name": ..., "arguments": {...}}</tool_call>, which Qwen writes too."""
+    """vLLM's parser that finds the calls of `tools`, or of an agent's tools, in what the model writes. vLLM's
+    documentation names the parser of each model family; hermes reads
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>, which Qwen writes too."""
     max_turns: Positive = 8
     """Most turns of the model in an episode. One that reaches it has finish reason `max_turns`."""
     max_tokens: Positive = 1024
@@ -44,8 +51,13 @@ class EnvironmentConfig(Pooled):
 
     @property
     def code(self) -> tuple[str, ...]:
-        """The class, or the tools."""
-        return (self.function,) if self.function else self.tools
+        """The class, the agent, or the tools."""
+        return tuple(name for name in (self.function, self.agent) if name) or self.tools
+
+    @property
+    def asking(self) -> str | None:
+        """The setting that names what asks the model at an endpoint; None: nothing does."""
+        return next((kind for kind in ("agent", "verifiers") if getattr(self, kind)), None)
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -55,8 +67,8 @@ class EnvironmentConfig(Pooled):
 
     @property
     def name(self) -> str:
-        """The name of the class or of the tools, for messages."""
-        return ", ".join(self.code)
+        """The name of the class, the agent, the taskset or the tools, for messages."""
+        return self.verifiers or ", ".join(self.code)
 
     @model_validator(mode="after")
     def check_kind(self) -> EnvironmentConfig:
@@ -64,8 +76,9 @@ class EnvironmentConfig(Pooled):
         given = [kind for kind in KINDS if getattr(self, kind)]
         if len(given) != 1:
             raise ValueError(
-                f"exactly one of {' and '.join(KINDS)} must be set, not {' and '.join(given) or 'none of them'}; name "
-                "a class or some tools, or leave the section out"
+                f"exactly one of {', '.join(KINDS[:-1])} and {KINDS[-1]} must be set, not "
+                f"{' and '.join(given) or 'none of them'}; name a class, an agent, a taskset or some "
+                "tools, or leave the section out"
             )
         return self
 

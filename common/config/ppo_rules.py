@@ -156,7 +156,7 @@ def _broken_environment_rules(cfg: Config) -> Iterator[str]:
     if cfg.environment is None:
         yield from broken_environment_source_rules(
             [*cfg.reward.sources, *cfg.evaluation.judges],
-            remedy='add [environment] with function = "module:Class" or with tools, or use another kind of source',
+            remedy='add [environment] with function = "module:Class", an agent or tools, or use another kind of source',
         )
         return
     if cfg.sampling.max_new_tokens > cfg.environment.max_tokens:
@@ -169,6 +169,18 @@ def _broken_environment_rules(cfg: Config) -> Iterator[str]:
         yield (
             f'environment.tools needs prompts.format = "chat" (it is "{cfg.prompts.format}"), because the chat '
             "template describes the tools to the model; set it, or use environment.function"
+        )
+    if taskset := cfg.environment.verifiers:
+        for setting, named in (("prompts.train", cfg.prompts.train), ("prompts.heldout", cfg.prompts.heldout)):
+            if named not in (None, f"verifiers:{taskset}"):
+                yield (
+                    f'{setting} ({named}) must be "verifiers:{taskset}" with environment.verifiers = "{taskset}", '
+                    "whose rollouts need its tasks; set it"
+                )
+    if (kind := cfg.environment.asking) and cfg.prompts.format != "chat":
+        yield (
+            f'environment.{kind} needs prompts.format = "chat" (it is "{cfg.prompts.format}"), because agents send '
+            "chat messages; set it, or use environment.function"
         )
     if cfg.environment.sequence == "turn" and cfg.prompts.format != "chat":
         yield (

@@ -14,6 +14,7 @@ from common.data.file_formats import Located, csv_rows, json_lines, json_records
 from common.data.json_values import cause, json_values
 from common.data.reasoning_gym_prompts import task_prompts
 from common.data.source_names import FILE, FORMATS, matching_files, parsed_source
+from common.data.verifiers_prompts import taskset_prompts
 from common.errors import UserError
 from common.user_code.functions import load_function
 
@@ -42,6 +43,10 @@ def read_source(
             if reasoning_gym is None:
                 raise UserError(f"{setting} ({source}): reasoning-gym has prompts only; name another source")
             yield from task_prompts(named.name, setting, reasoning_gym, seed=seed)
+        case "verifiers":
+            if reasoning_gym is None:
+                raise UserError(f"{setting} ({source}): verifiers has prompts only; name another source")
+            yield from taskset_prompts(named.name, setting)
         case "directory" | "hub":
             yield from data_set_rows(named, source, setting)
 

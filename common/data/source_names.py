@@ -13,7 +13,7 @@ from common.errors import UserError
 
 FORMATS = "JSON lines (.jsonl), JSON (.json), CSV (.csv), each also compressed (.gz), and Parquet (.parquet)"
 FILE = re.compile(r"\.(jsonl|json|csv)(\.gz)?$|\.(parquet)$", re.IGNORECASE)
-_HUB, _REASONING_GYM = "hf:", "reasoning-gym:"
+_HUB, _REASONING_GYM, _VERIFIERS = "hf:", "reasoning-gym:", "verifiers:"
 _WITH_OPTIONS = re.compile(r"([^?]+)\?(\w+=.*)", re.DOTALL)
 # Without an owner, `datasets` would take a name such as json for one of its own readers, of the current directory.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +27,7 @@ _LONGEST_NAME = 4096  # Linux's own limit; matching a longer pattern can take mi
 class ParsedSource:
     """The meaning of a source's name. `name` has neither prefix nor options."""
 
-    kind: Literal["files", "directory", "function", "hub", "reasoning_gym"]
+    kind: Literal["files", "directory", "function", "hub", "reasoning_gym", "verifiers"]
     name: str
     options: Mapping[str, str] = field(default_factory=dict)  # split, config and revision of a data set
 
@@ -41,6 +41,8 @@ def parsed_source(source: str, setting: str) -> ParsedSource:
         return ParsedSource("hub", name, options)
     if is_reasoning_gym(source):
         return ParsedSource("reasoning_gym", source.removeprefix(_REASONING_GYM))
+    if source.startswith(_VERIFIERS):
+        return ParsedSource("verifiers", source.removeprefix(_VERIFIERS))
     name = os.path.expanduser(source)
     if os.path.isdir(name):
         return ParsedSource("directory", name)
@@ -56,8 +58,8 @@ def parsed_source(source: str, setting: str) -> ParsedSource:
         return ParsedSource("function", source)
     raise UserError(
         f"{setting} ({source}) is neither a file, a directory nor a function; give a file, a pattern such as "
-        f"data/*.parquet, the directory of a data set, module:function, hf:OWNER/NAME or reasoning-gym:TASK. Formats: "
-        f"{FORMATS}"
+        f"data/*.parquet, the directory of a data set, module:function, hf:OWNER/NAME, reasoning-gym:TASK or "
+        f"verifiers:TASKSET. Formats: {FORMATS}"
     )
 
 

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from .calls import is_cancelled_from_outside
-from .errors import error_of
+from .errors import UserCodeError, error_of
 
 
 def call_plain(function: Callable[..., Any], *args: Any) -> Any:
     """What the function returns, which may be an awaitable. Raises UserCodeError, also for `sys.exit()`."""
     try:
         return function(*args)
+    except UserCodeError:  # of an environment of Ratchet's own, which reports a failure of the user's code
+        raise
     except BaseException as error:
         raise error_of(error) from error
 
@@ -26,6 +28,8 @@ async def call_awaited(function: Callable[..., Any], *args: Any) -> Any:
     try:
         result = function(*args)
         return await result if inspect.isawaitable(result) else result
+    except UserCodeError:
+        raise
     except BaseException as error:
         if is_cancelled_from_outside(error, task):
             raise

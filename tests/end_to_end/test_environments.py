@@ -145,6 +145,48 @@ def test_a_journal_of_new_contexts_alone_rebuilds_the_weights(by_turns):
     assert run_audit(by_turns, replay=True) == 0
 
 
+@pytest.fixture(scope="module")
+def with_agent(model, tmp_path_factory):
+    """One whole run with an agent that has two conversations in each episode."""
+    directory = tmp_path_factory.mktemp("agent")
+    chat = shutil.copytree(model, directory / "model")
+    (chat / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ 'b8 ' + message.content + ' <end> ' if message.role == 'assistant' "
+        "else message.content + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'b8 ' }}{% endif %}"
+    )
+    environment = {"function": None, "agent": "tests.environments:talks", "max_tokens": 60}
+    run_training(
+        run_config(chat, "", prompts={"format": "chat", "max_tokens": 16}, environment=environment), directory / "run"
+    )
+    return directory / "run"
+
+
+def test_the_conversations_of_an_agent_are_sequences_with_its_score(with_agent):
+    found = rows(with_agent)
+    assert len(found) == 3 * 16
+    tokenizer = load_tokenizer(with_agent.with_name("model"))
+    for row in found:
+        assert [(turn["new_context"], turn["ends"]) for turn in row["turns"]] == [
+            (False, False),
+            (True, True),
+            (False, False),
+        ]
+        (first, _), (second, _) = contexts_of(row)
+        said = tokenizer.decode([row["response_ids"][place] for place in sampled_places(row)], skip_special_tokens=True)
+        words = said.split()
+        assert row["score"] == pytest.approx(sum(word.startswith("a") for word in words) / max(1, len(words)))
+        assert json.loads(row["turns"][-1]["info"]) == {"words": len(words)}
+        assert " b5 b6 b8 " in tokenizer.decode(first)
+        assert tokenizer.decode(second[:3]) == "a3 b7 b8"
+        assert row["finish_reason"] == "terminated"
+
+
+def test_learner_and_generator_agree_about_the_tokens_of_an_agent(with_agent):
+    records = read_records(with_agent / "metrics.jsonl")
+    assert abs(records[0]["mismatch/kl"]) < 1e-8
+    assert run_audit(with_agent, replay=True) == 0
+
+
 def test_an_environments_process_may_die_in_the_middle_of_an_episode(model, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     files = [tmp_path / f"{index}.kill" for index in range(12)]

@@ -23,11 +23,18 @@ def refusal(**settings):
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({}, "none of them"), ({"function": "m:C", "tools": ["m:add"]}, "function and tools"), ({"tools": []}, "none of")],
+    [
+        ({}, "none of them"),
+        ({"function": "m:C", "agent": "m:f"}, "function and agent"),
+        ({"function": "m:C", "tools": ["m:add"]}, "function and tools"),
+        ({"tools": []}, "none of"),
+    ],
 )
 def test_exactly_one_kind_of_environment_is_named(given, named):
-    assert f"exactly one of function and tools must be set, not {named}" in refusal(**given)
+    assert f"exactly one of function, tools, agent and verifiers must be set, not {named}" in refusal(**given)
     assert EnvironmentConfig(function="m:C").name == "m:C"
+    assert EnvironmentConfig(agent="m:play").name == "m:play"
+    assert EnvironmentConfig(verifiers="gsm8k").name == "gsm8k"
     assert EnvironmentConfig(tools=("m:add", "m:sub")).name == "m:add, m:sub"
 
 

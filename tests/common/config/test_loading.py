@@ -428,7 +428,8 @@ def test_a_resolved_config_of_every_root_loads_back_equal(tmp_path, name):
              "ray.prometheus", "ray.grafana", "ray.grafana_dashboards", "ray.object_store_mib",
              "learner.compile", "learner.critic_frozen", "learner.critic_path", "learner.micro_batch_tokens",
              "learner.min_ranks", "monitoring.discovery", "ppo.value_lam", "ppo.clip_eps_high",
-             "environment.function", "environment.max", "reward.call_timeout_s", "labeller.call_timeout_s"}  # fmt: skip
+             "environment.function", "environment.agent", "environment.verifiers", "environment.max",
+                 "reward.call_timeout_s", "labeller.call_timeout_s"}  # fmt: skip
     lists = ("reward.sources", "labeller.sources", "evaluation.judges")
     unset |= {f"{key}[].{name}" for key in lists for name in ("batch", "system", "score_field", "answer_pattern")}
     dumped = cfg.model_dump(mode="json")

@@ -154,6 +154,17 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
             ['environment.sequence = "turn" needs', '"chat" (it is "plain")', "leave environment.sequence out"],
         ),
         (
+            {"environment": {"agent": "m:play"}},
+            ["environment.agent needs", '"chat" (it is "plain")', "use environment.function"],
+        ),
+        (
+            {
+                "environment": {"verifiers": "gsm8k"},
+                "prompts": {"train": "verifiers:gsm8k", "heldout": "h.jsonl", "format": "chat"},
+            },
+            ['prompts.heldout (h.jsonl) must be "verifiers:gsm8k" with environment.verifiers = "gsm8k"'],
+        ),
+        (
             {"reward": {"sources": [FUNCTION, {"name": "game", "environment": True}]}},
             ["reward source game: environment (true) needs an environment", "add [environment] with function"],
         ),

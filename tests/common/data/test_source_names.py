@@ -33,6 +33,7 @@ def place(tmp_path, monkeypatch):
         ("hf:openai/gsm8k", ParsedSource("hub", "openai/gsm8k")),
         ("hf:openai/gsm8k?config=a&revision=e", ParsedSource("hub", "openai/gsm8k", {"config": "a", "revision": "e"})),
         ("reasoning-gym:chain_sum", ParsedSource("reasoning_gym", "chain_sum")),
+        ("verifiers:owner/gsm8k", ParsedSource("verifiers", "owner/gsm8k")),
     ],
 )  # fmt: skip
 def test_a_name_says_which_kind_of_source_it_is(place, source, expected):

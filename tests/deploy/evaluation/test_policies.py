@@ -116,7 +116,9 @@ def test_another_environment_than_at_the_beginning_is_refused(models, tmp_path):
         return cfg, identity_of(cfg, reference, policies, [record(3)])
 
     cfg, before = identity()
-    assert set(cfg.environment.fixed) == {"function", "tools", "tool_parser", "max_turns", "max_tokens", "sequence"}
+    assert set(cfg.environment.fixed) == {
+        *("function", "tools", "agent", "verifiers", "tool_parser", "max_turns", "max_tokens", "sequence")
+    }
     EvaluationPlan.of(cfg, {}, 2).write(tmp_path, before)
     _, same = identity(concurrent=3, min=2, timeout_s=500, step_timeout_s=5)
     check_identity(tmp_path, same)
