@@ -34,6 +34,15 @@ Observation = str | Sequence[Message] | None
 """What an environment says. A text is one message of the role `user`; None and "" are nothing. With prompts.format =
 "plain" it must be text, which is added to the response unchanged."""
 
+VOID_KINDS: Mapping[str, str] = {
+    "raised": "a method raised an exception",
+    "timed_out": "a method took longer than `environment.step_timeout_s`",
+    "wrong_answer": "a method returned something that it may not return",
+    "template": "the chat template refused the messages that `step` returned",
+    "died": "several processes died while they ran the episode, or its process lost it",
+}
+"""Why an environment made an episode void, by the name that metrics have for it."""
+
 
 class Step(NamedTuple):
     """An environment's answer to a turn of the model, with the names that Gymnasium has. A plain tuple of all five

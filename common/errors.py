@@ -31,7 +31,13 @@ class BrokenWeightsError(BatchError):
 
 
 class GivenUpError(RuntimeError):
-    """Several processes died while running one request, so the request seems to be the cause."""
+    """A request has no answer, because of the request itself: several processes died while running it, or the
+    environment of an episode failed."""
+
+    def __init__(self, message: str, *, role: str = "", kind: str = "") -> None:
+        """`role`: of the processes that died. `kind`: see `common.types.Void`."""
+        super().__init__(message)
+        self.role, self.kind = role, kind
 
 
 class CorruptWeightsError(RuntimeError):

@@ -22,8 +22,7 @@ from common.reward_input import RewardInput as RewardInput
 from common.turns import Turn as Turn
 from common.turns import context_starts, response_mask
 
-HELDOUT_EPOCH = -1
-PROBE_EPOCH = -2
+HELDOUT_EPOCH, PROBE_EPOCH = -1, -2
 HANDED_OVER = "handed over"  # finish reason of a partial response that another generator will continue
 IN_EPISODE = "in episode"  # finish reason of a response that the policy continues after the environment's answer
 FINISHED = ("stop", "terminated")  # the finish reasons of responses that no limit cut off
@@ -214,6 +213,7 @@ class Void:
     reason: str
     asked_again: bool = False  # its prompt is sent again, under the same sample id
     response: str | None = None  # its text, if known
+    kind: str = ""  # one of VOID_KINDS if the environment is the cause
     error: ScoringError | None = field(default=None, compare=False)  # until it is written to RUN/errors
 
 

@@ -29,7 +29,7 @@ from actors.environments.transcript import Transcript
 from actors.environments.user_threads import UserLoop
 from common.config.actors import PromptFormat, SamplingConfig
 from common.config.environment import EnvironmentConfig
-from common.environment import EpisodePrompt
+from common.environment import VOID_KINDS, EpisodePrompt
 from common.metrics import meters
 from common.model.files import end_token_ids, load_tokenizer, resolve_model
 from common.model.size import model_size
@@ -90,8 +90,9 @@ class Environments:
         self._warned: set[str] = set()
         # step_timeout_s is below 0.9 * timeout_s, and a request must be answered before timeout_s.
         self._close_s = min(10.0, 0.05 * cfg.timeout_s)
-        for counted in ("steps", "voids"):
-            meters.count(f"ratchet_environment_{counted}_total", 0)
+        meters.count("ratchet_environment_steps_total", 0)
+        for reason in VOID_KINDS:
+            meters.count("ratchet_environment_voids_total", 0, reason=reason)
 
     async def ready(self) -> str:
         """Returns the replica's name."""
@@ -132,7 +133,9 @@ class Environments:
         prompt = rollout.prompt
         instance = self._episodes.get(prompt.sample_id)
         if instance is None:
-            return None, Void(prompt.sample_id, f"environment {self._cfg.name}: this process has no such episode"), None
+            meters.count("ratchet_environment_voids_total", reason="died")
+            reason = f"environment {self._cfg.name}: this process has no such episode"
+            return None, Void(prompt.sample_id, reason, kind="died"), None
         deadline, started = self._deadline(), time.perf_counter()
         state = None
         try:
@@ -178,10 +181,10 @@ class Environments:
         if self._episodes.get(prompt.sample_id) is instance:
             del self._episodes[prompt.sample_id]
         await self._close(instance, loop_blocked=blocks)
-        meters.count("ratchet_environment_voids_total")
+        meters.count("ratchet_environment_voids_total", reason=error.kind)
         reason, fault = (f"environment {self._cfg.name}: {one_line(text)}" for text in (error.reason, error.fault))
         kept = ScoringError(fault, error.details, prompt.text, response)
-        return Void(prompt.sample_id, reason, response=response, error=kept)
+        return Void(prompt.sample_id, reason, response=response, kind=error.kind, error=kept)
 
     def _end_soon(self) -> None:
         """Ends this process when the answers to the driver have left it."""

@@ -114,12 +114,13 @@ class Instance:
                 if blocked_by is None or blocked_by == self.name or not deadline.extend(2 * SERVES_WITHIN_S):
                     self.stuck = True
                     kind = BlocksLoopError if blocked_by == self.name else UserCodeError
-                    raise kind(f"{what} took longer than {deadline.setting} ({deadline.limit_s:g} s)", permanent=False)
+                    reason = f"{what} took longer than {deadline.setting} ({deadline.limit_s:g} s)"
+                    raise kind(reason, permanent=False, kind="timed_out")
         finally:
             if not future.done():
                 future.cancel()
         if future.cancelled():
-            raise UserCodeError(f"{what} was cancelled")
+            raise UserCodeError(f"{what} was cancelled", kind="raised")
         try:
             return future.result()
         except CompleteError:
@@ -130,6 +131,7 @@ class Instance:
                 details=error.details,
                 fault=f"{what} {error.fault}",
                 permanent=error.permanent,
+                kind=error.kind,
             ) from error
 
     async def _blocked_by(self) -> Any:

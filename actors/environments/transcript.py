@@ -160,7 +160,8 @@ class Transcript:
             raise UserCodeError(str(error)) from None
         except Exception as error:
             what = "the chat template refuses what step returned" if self.chat else "step returned an unusable text"
-            raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
+            kind = "template" if self.chat else "wrong_answer"
+            raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what, kind=kind) from error
         return ids
 
     def _restarted(self, restart: Restart, messages: Sequence[Message]) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from actors.pool.pool import Pool, Preferred
 from actors.pool.roles import GeneratorPool
 from common.errors import GivenUpError
+from common.metrics import meters
 from common.types import Manifest, Prompt, PublishedBucket, RolloutRef, Void
 
 T = TypeVar("T")
@@ -83,6 +84,7 @@ class EpisodePool:
         """`keep` writes the ScoringError of a void to a file, and returns the void without it."""
         self._generators, self._environments, self._keep = generators, environments, keep
         self._waits = Waits()
+        self._count_death(0)
 
     async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
         """A whole episode. If its environment replica dies, another one continues after the newest turn, or begins
@@ -92,10 +94,21 @@ class EpisodePool:
         episode = Episode(prompt)
         what = f"play the episode of prompt {prompt.sample_id}"
         # No limit for the whole episode: each of its calls has one.
-        outcome = await self._environments.call(what, lambda handle: self._play(episode, handle), limit_s=math.inf)
+        try:
+            outcome = await self._environments.call(what, lambda handle: self._play(episode, handle), limit_s=math.inf)
+        except GivenUpError as error:
+            if error.role == self._environments.role:  # not of a generator
+                self._count_death(1)
+                error.kind = "died"
+            raise
         if isinstance(outcome, Void):
-            raise GivenUpError(self._keep(outcome).reason)
+            raise GivenUpError(self._keep(outcome).reason, kind=outcome.kind)
         return outcome
+
+    def _count_death(self, amount: int) -> None:
+        """Counts a void of which no replica is left to count it."""
+        role = self._environments.role
+        meters.count("ratchet_environment_voids_total", amount, role=role, replica="", reason="died")
 
     async def _play(self, episode: Episode, handle: Any) -> RolloutRef | Void:
         """Plays the turns that are left on one environment replica."""

@@ -113,7 +113,8 @@ class Pool:
             finally:
                 if suspect:
                     self._trying_alone.release()
-        raise GivenUpError(f"{what}: {deaths} {self.role} replicas died of it: {self.members.last_death}")
+        why = f"{what}: {deaths} {self.role} replicas died of it: {self.members.last_death}"
+        raise GivenUpError(why, role=self.role)
 
     async def _try(self, number: int, what: str, call: Call, cost: int, limit_s: float | None, *, alone: bool) -> Any:
         """The answer of the replica that the router chose; with `alone`, once it has no other calls. Raises _Lost."""

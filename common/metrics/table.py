@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from common.environment import VOID_KINDS
+
 Reducer = Literal["mean", "max", "min", "sum", "std", "var", "last"]
 _WORDS = {"std": "standard deviation", "var": "variance"}
 
@@ -122,6 +124,10 @@ STEP = (
         "max",
         "turns",
         "near `environment.step_timeout_s`, beyond which the episode is void",
+    ),
+    *(
+        Metric(f"environment/voids/{kind}", "rollouts", "sum", "", f"the part of `rollout/voids` in which {meaning}")
+        for kind, meaning in VOID_KINDS.items()
     ),
     Metric(
         "environment/cached",
@@ -661,8 +667,9 @@ METERS = {
             "ratchet_environment_voids_total",
             "counter",
             "rollouts",
-            OWN,
-            "episodes that ended without a score because their environment failed; should stay 0",
+            (*OWN, "reason"),
+            "episodes that ended without a score because their environment failed; should stay 0. `reason` is the last "
+            "part of a key `environment/voids/...`; the driver counts those that died, without a replica",
         ),
         Meter(
             "ratchet_batch_rollouts",

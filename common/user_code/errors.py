@@ -18,15 +18,23 @@ class UserCodeError(Exception):
 
     `reason` is one line. `details` is the traceback, if there is one. `fault` is the same text for every answer that
     fails in the same way, so that failures can be counted. `permanent`: it would fail in this way on every answer.
-    `missing` names the module that was not found, which may be one that the user's module imports.
+    `missing` names the module that was not found, which may be one that the user's module imports. `kind`: how an
+    environment failed, one of `common.environment.VOID_KINDS`.
     """
 
     def __init__(
-        self, reason: str, *, details: str = "", fault: str = "", permanent: bool = True, missing: str = ""
+        self,
+        reason: str,
+        *,
+        details: str = "",
+        fault: str = "",
+        permanent: bool = True,
+        missing: str = "",
+        kind: str = "wrong_answer",
     ) -> None:
         super().__init__(reason)
         self.reason, self.details, self.fault = reason, details, fault or reason
-        self.permanent, self.missing = permanent, missing
+        self.permanent, self.missing, self.kind = permanent, missing, kind
 
     def __reduce__(self) -> Any:
         return functools.partial(UserCodeError, **vars(self)), ()
@@ -43,6 +51,7 @@ def error_of(raised: BaseException) -> UserCodeError:
         details=traceback_text(raised),
         fault=f"raised {kind}{where}",
         permanent=isinstance(raised, AttributeError) and type(raised.obj).__name__ == "RewardInput",
+        kind="raised",
     )
 
 

@@ -61,7 +61,7 @@ class SamplingProgress(Screen):
         """A batch is in the journal, which now has `done` responses."""
         seconds = time.perf_counter() - self._began
         left = seconds / (done - self._done_before) * (self._total - done)
-        record = batch_metrics(table, len(voids), policy_version=0)
+        record = batch_metrics(table, [void.kind for void in voids], policy_version=0)
         self._tokens += record["rollout/response_tokens/mean"] * table.num_rows
         self._row({**record, "done": done, "tokens_per_s": self._tokens / seconds, "seconds_left": left})
         for reason, count in Counter(void.reason for void in voids).most_common(3):

@@ -44,7 +44,7 @@ async def answer(
         except GivenUpError as error:
             none = np.zeros(0, dtype=np.int32)
             zeros = np.zeros(0, dtype=np.float32)
-            void = Void(prompt.sample_id, str(error))
+            void = Void(prompt.sample_id, str(error), kind=error.kind)
             return Answered(Rollout(prompt, none, zeros, none, "length", "none"), void, zeros)
         if isinstance(rollout, RolloutLostError) or isinstance(measured, RolloutLostError):
             continue

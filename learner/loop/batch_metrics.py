@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import groupby, islice, pairwise
 from statistics import fmean
 
 import pyarrow as pa
 
+from common.environment import VOID_KINDS
 from common.types import FINISHED, oldest_version, staleness
 from common.user_code.results import MAX_FIGURES
 
 
-def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> dict[str, float]:
-    """The metrics of a batch in its journal form. `policy_version`: the learner's version when the batch was cut."""
+def batch_metrics(table: pa.Table, void_kinds: Sequence[str], *, policy_version: int) -> dict[str, float]:
+    """The metrics of a batch in its journal form. `void_kinds`: the `Void.kind` of each void since the batch before.
+    `policy_version`: the learner's version when the batch was cut."""
     scores = table["score"].to_numpy()
     components = [dict(row) for row in table["components"].to_pylist()]
     versions = [row.values.to_numpy() for row in table["policy_versions"]]
@@ -24,17 +27,17 @@ def batch_metrics(table: pa.Table, num_voids: int, *, policy_version: int) -> di
         "rollout/score/zero_std": _equally_scored(table),
         "rollout/response_tokens/mean": sum(map(len, versions)) / len(scores),
         "rollout/finished": sum(reason in FINISHED for reason in table["finish_reason"].to_pylist()) / len(scores),
-        "rollout/voids": num_voids,
+        "rollout/voids": len(void_kinds),
         "staleness/min": min(ages),
         "staleness/mean": sum(ages) / len(ages),
         "staleness/max": max(ages),
         **{f"reward/{name}/score": sum(row[name] for row in components) / len(scores) for name in components[0]},
         **_mean_figures(table),
-        **_environment(table),
+        **_environment(table, void_kinds),
     }
 
 
-def _environment(table: pa.Table) -> dict[str, float]:
+def _environment(table: pa.Table, void_kinds: Sequence[str]) -> dict[str, float]:
     """What the environment did in these episodes; nothing without one."""
     rows = [turns or [] for turns in table["turns"].to_pylist()]
     turns = [turn for row in rows for turn in row]
@@ -46,6 +49,7 @@ def _environment(table: pa.Table) -> dict[str, float]:
         "environment/tokens": sum(turn["next_start"] - turn["end"] for turn in turns) / episodes,
         "environment/step_s/mean": fmean(turn["seconds"] for turn in turns),
         "environment/step_s/max": max(turn["seconds"] for turn in turns),
+        **{f"environment/voids/{kind}": void_kinds.count(kind) for kind in VOID_KINDS},
     }
     before = cached = 0  # tokens before each later turn, and those of them that the engine's cache had
     for prompt_ids, row in zip(table["prompt_ids"], rows, strict=True):

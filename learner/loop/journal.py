@@ -10,8 +10,8 @@ read it directly, DuckDB through pyarrow (docs/metrics.md shows how). The schema
     policy_version  version the learner held when the batch was cut
     prompts         state of the prompt stream after this batch (learner/loop/prompts.py); `outstanding` are the ids
                      that were issued, and are neither in this file nor in an earlier one
-    voids           [sample id, reason, response] of rollouts that were voided since the previous file; `response` is
-                     null if it is not known. If the id is also in `outstanding`, it is asked again
+    voids           [sample id, reason, response, kind] of each `common.types.Void` since the previous file; `response`
+                     is null if it is not known. If the id is also in `outstanding`, it is asked again
     previous        SHA-256 of the entry before it, in hex ("" for the first): the files form a chain
 
 Other entries of the chain are notes (learner/loop/notes.py). learner/loop/chain.py writes and checks both kinds.
@@ -44,6 +44,7 @@ class JournalStep:
     prompts: dict[str, Any]
     voids: tuple[tuple[str, str], ...]  # (sample id, reason)
     time: float  # when it was cut, seconds since 1970
+    void_kinds: tuple[str, ...] = ()  # the `Void.kind` of each void
 
     @property
     def sample_ids(self) -> list[str]:
@@ -97,7 +98,7 @@ class Journal:
             "time": now,
             "policy_version": policy_version,
             "prompts": prompts,
-            "voids": [[str(void.sample_id), void.reason, void.response] for void in voids],
+            "voids": [[str(void.sample_id), void.reason, void.response, void.kind] for void in voids],
             "previous": self._chain.previous(place),
         }
         schema = EXPERIENCE_SCHEMA.with_metadata({"ratchet": json.dumps(metadata)})
@@ -107,8 +108,8 @@ class Journal:
                 writer.write_table(table)
 
         self._chain.write(place, write)
-        reasons = tuple((str(void.sample_id), void.reason) for void in voids)
-        self._newest = JournalStep(place.step, table, policy_version, prompts, reasons, now)
+        about = (policy_version, prompts, tuple((str(void.sample_id), void.reason) for void in voids), now)
+        self._newest = JournalStep(place.step, table, *about, tuple(void.kind for void in voids))
         return place.step
 
     def note(self, kind: str, **fields: Any) -> Note:
@@ -134,8 +135,9 @@ class Journal:
         place = Place(step)
         self._chain.check(place)
         metadata, table = self._open(place, read=True)
-        voids = tuple((sample_id, reason) for sample_id, reason, _ in metadata["voids"])
-        return JournalStep(step, table, metadata["policy_version"], metadata["prompts"], voids, metadata["time"])
+        voids = tuple((sample_id, reason) for sample_id, reason, *_ in metadata["voids"])
+        about = (metadata["policy_version"], metadata["prompts"], voids, metadata["time"])
+        return JournalStep(step, table, *about, tuple(kind for *_, kind in metadata["voids"]))
 
     def last(self) -> JournalStep | None:
         """The newest step, if there is one."""

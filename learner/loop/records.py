@@ -74,7 +74,7 @@ def fill_gaps(path: Path, journal: Journal, logged: set[int]) -> bool:
 
 def record_of(entry: JournalStep, stats: dict[str, float]) -> Record:
     """The record of a step in metrics.jsonl, without what only the process that cut the batch knew."""
-    rollouts = batch_metrics(entry.table, len(entry.voids), policy_version=entry.policy_version)
+    rollouts = batch_metrics(entry.table, entry.void_kinds, policy_version=entry.policy_version)
     return {"step": entry.step, "time": entry.time, **rollouts, **stats}
 
 

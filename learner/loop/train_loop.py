@@ -104,7 +104,7 @@ async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
         stats = await bring_to_end(run, live=step)
     with run.phase("publish", f"step {step + 1}: generators take the new weights"):
         sent = await with_learner(run, partial(publish, run), live=step)
-    rollouts = batch_metrics(table, len(batch.voids), policy_version=step)
+    rollouts = batch_metrics(table, [void.kind for void in batch.voids], policy_version=step)
     record = {"step": step, "time": time.time(), **rollouts, **batch.stats, **stats, **sent, **run.seconds}
     events = run.log(record)  # before checkpointing: recovery logs only steps newer than the checkpoint
 
@@ -137,7 +137,7 @@ async def _fill(run: Sampler, buffer: RolloutBuffer, ticket: int, member: int, p
         except RolloutLostError:
             continue
         except GivenUpError as error:
-            outcome = Void(prompt.sample_id, str(error))
+            outcome = Void(prompt.sample_id, str(error), kind=error.kind)
     await buffer.put(ticket, outcome, member)
 
 

@@ -47,8 +47,8 @@ class Metrics:
         if (record := self.records.get(step.number)) is None:
             self.missing.append(step.number)
             return
-        voids = len(step.about["voids"])
-        expected = batch_metrics(step.table, voids, policy_version=step.about["policy_version"])
+        void_kinds = [kind for *_, kind in step.about["voids"]]
+        expected = batch_metrics(step.table, void_kinds, policy_version=step.about["policy_version"])
         for key, value in expected.items():
             if not same(record.get(key), value):
                 raise Violation(self.rule, f"step {step.number}: {key} is {record.get(key)}, the journal says {value}")

@@ -212,6 +212,8 @@ def test_an_episode_that_fails_is_void_with_its_traceback(model, tmp_path):
     run_training(run_config(model, "Faulty", num_steps=2, reward=reward, evaluation={"prompts": 0}), directory)
     voids = [reason for step in Journal(directory / "journal").since(0) for _, reason in step.voids]
     assert all("b3 has no answer" in reason for reason in voids)
+    records = read_records(directory / "metrics.jsonl")
+    assert sum(record["environment/voids/raised"] for record in records) == len(voids)
     prompts = [row["prompt"] for row in rows(directory)]
     assert len(prompts) == 2 * 16
     assert not any(prompt.endswith("b3") for prompt in prompts)

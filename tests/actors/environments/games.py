@@ -114,6 +114,7 @@ STEPS = {
     "info nan": lambda: Step("a", info={"a": float("nan")}),
     "long": lambda: Step("word " * 200),
     "nothing": lambda: Step(),
+    "system message": lambda: Step([{"role": "system", "content": "Be kind."}]),
     "messages": lambda: Step([{"role": "tool", "content": "4"}, {"role": "user", "content": "And?"}]),
     "truncated": lambda: Step("a", truncated=True),
 }

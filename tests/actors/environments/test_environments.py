@@ -17,11 +17,11 @@ from common.config.actors import PromptFormat
 from common.config.environment import EnvironmentConfig
 from common.data.prompt_records import prompt_record
 from common.data.prompt_tokens import bare_ids
-from common.environment import EpisodePrompt
+from common.environment import VOID_KINDS, EpisodePrompt
 from common.errors import UserError
 from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, Void
 from tests.actors.environments import games
-from tests.actors.environments.templates import with_template
+from tests.actors.environments.templates import MISTRAL, with_template
 from tests.fakes import OWN_TAGS, metered
 
 TOKENIZER = with_template(None)
@@ -30,9 +30,9 @@ CHAT, PLAIN = PromptFormat(format="chat"), PromptFormat()
 QUICK = {"step_timeout_s": 0.4, "timeout_s": 60}
 
 
-def host(game, *, prompts=CHAT, **settings):
+def host(game, *, prompts=CHAT, model=TOKENIZER, **settings):
     cfg = EnvironmentConfig(function=f"tests.actors.environments.games:{game}", **settings)
-    found = Environments("Environments(0)", cfg, model=TOKENIZER, prompts=prompts, seed=5, end_process=ended)
+    found = Environments("Environments(0)", cfg, model=model, prompts=prompts, seed=5, end_process=ended)
     games.closed = Counter()
     return found
 
@@ -198,6 +198,7 @@ def test_an_episode_that_is_not_played_to_its_end_is_closed():
     _, void, _ = run(steps())
     assert games.closed == {"Counting": 2}
     assert "this process has no such episode" in void.reason
+    assert void.kind == "died"
 
 
 # The prompt
@@ -332,10 +333,12 @@ FAULTS = {
     "info nan": "step returned an info that is not JSON: Out of range float values",
 }
 
+KINDS = {"raises": "raised", "exits": "raised", "cancels": "raised", "slow": "timed_out"}
+
 
 @pytest.mark.parametrize("do", FAULTS)
 def test_a_failure_voids_its_episode_with_the_reason_and_closes_it(do):
-    memory = metered()
+    memory, kind = metered(), KINDS.get(do, "wrong_answer")
     limits = QUICK if do == "slow" else {}
     [(rollout, void, state)] = run(play(host("Doing", **limits), make_prompt(do=do), "x"))
     assert (rollout, state) == (None, None)
@@ -346,8 +349,19 @@ def test_a_failure_voids_its_episode_with_the_reason_and_closes_it(do):
     assert (void.response, void.error.response) == ("x<|im_end|>", "x<|im_end|>")
     assert void.error.prompt == make_prompt().text
     assert games.closed == {"Doing": 1}
-    assert memory.read("ratchet_environment_voids_total", **OWN_TAGS) == [1]
+    assert void.kind == kind
+    for other in VOID_KINDS:
+        assert memory.read("ratchet_environment_voids_total", reason=other, **OWN_TAGS) == [other == kind]
     assert memory.read("ratchet_environment_steps_total", **OWN_TAGS) == [0]
+
+
+def test_messages_that_the_template_refuses_void_the_episode():
+    memory = metered()
+    refusing = host("Doing", model=with_template(MISTRAL, end="</s>", bos="<s>"))
+    [(_, void, _)] = run(play(refusing, make_prompt(do="system message"), "x"))
+    assert "the chat template refuses what step returned: TemplateError: roles must alternate" in void.reason
+    assert void.kind == "template"
+    assert memory.read("ratchet_environment_voids_total", reason="template", **OWN_TAGS) == [1]
 
 
 def test_the_traceback_of_a_failure_begins_with_the_users_code():

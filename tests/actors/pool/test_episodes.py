@@ -12,8 +12,9 @@ from actors.pool.episodes import EpisodePool, Waits
 from actors.pool.pool import Pool
 from common.config.base import Replicated
 from common.errors import GivenUpError, RoleError
+from common.metrics.meters import InMemory
 from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, Turn, Void
-from tests.fakes import LocalHost, make_prompt, make_rollout
+from tests.fakes import LocalHost, make_prompt, make_rollout, metered
 
 TURNS = 3  # an episode of the environment below
 
@@ -76,7 +77,7 @@ class Environment:
         if turn == self.slow_at:
             await asyncio.sleep(60)
         if turn == self.void_at:
-            return None, Void(rollout.prompt.sample_id, "step raised"), None
+            return None, Void(rollout.prompt.sample_id, "step raised", kind="raised"), None
         end, over = len(rollout.response_ids), turn == TURNS
         ids = rollout.response_ids if over else np.append(rollout.response_ids, np.int32(40))
         rollout = replace(
@@ -110,6 +111,11 @@ def play(prompt: Prompt, *, timeout_s: float = 5, **about: Any) -> tuple[Rollout
             pool.stop()
 
     return asyncio.run(run()), writer, role.log
+
+
+def voids_of(memory: InMemory) -> list[float]:
+    """The voids that the driver has counted."""
+    return memory.read("ratchet_environment_voids_total", role="Environment", replica="", reason="died")
 
 
 PROMPT = make_prompt(5)
@@ -148,15 +154,32 @@ def test_an_environment_that_restores_its_state_continues_after_the_newest_turn(
 
 
 def test_an_environment_that_kills_its_replicas_is_given_up():
+    memory = metered()
     error, _, _ = play(PROMPT, deaths=[2, 2, 2, 2, 2])
     assert isinstance(error, GivenUpError)
+    assert error.kind == "died"
+    assert voids_of(memory) == [1]
     assert str(error) == f"play the episode of prompt {ID}: 3 Environment replicas died of it: the replica is gone"
 
 
+def test_a_prompt_that_kills_generators_is_no_void_of_the_environment(monkeypatch):
+    async def generate(self, prompt, **about):
+        raise GivenUpError("3 Generator replicas died of it", role="Generator")
+
+    monkeypatch.setattr(Writer, "generate", generate)
+    memory = metered()
+    error, _, _ = play(PROMPT)
+    assert isinstance(error, GivenUpError)
+    assert (str(error), error.kind) == ("3 Generator replicas died of it", "")
+    assert voids_of(memory) == [0]
+
+
 def test_a_void_of_the_environment_is_kept_and_given_up():
+    memory = metered()
     error, writer, _ = play(PROMPT, void_at=2)
     assert isinstance(error, GivenUpError)
-    assert str(error) == "kept: step raised"
+    assert (str(error), error.kind) == ("kept: step raised", "raised")
+    assert voids_of(memory) == [0]  # the replica counts it
     assert len(writer.asked) == 2
 
 

@@ -25,7 +25,7 @@ from tests.fakes import END, make_experience, make_prompt, make_rollout
 )
 def test_the_share_of_prompts_with_equal_scores_is_recorded(prompts, scores, share):
     rows = [make_experience(prompt, [5, END], score=score) for prompt, score in zip(prompts, scores)]
-    record = batch_metrics(experience_table(rows), 0, policy_version=0)
+    record = batch_metrics(experience_table(rows), [], policy_version=0)
     assert record["rollout/score/zero_std"] == pytest.approx(share)
     assert (record["rollout/score/std"] == 0.0) == (len(set(scores)) == 1)
 
@@ -36,7 +36,7 @@ def test_figures_of_sources_are_means_over_the_rollouts_that_have_them():
         Score(3.0, {"mean": 3.0, "std": 8.0}, {}, {"mean/std": 4.0}),
     ]
     rows = [Experience(make_rollout(make_prompt(n), [4, END]), score, None) for n, score in enumerate(scores)]
-    record = batch_metrics(experience_table(rows), 0, policy_version=0)
+    record = batch_metrics(experience_table(rows), [], policy_version=0)
     assert (record["rollout/score/mean"], record["rollout/score/std"]) == (2.0, 1.0)  # of the totals 1 and 3
     own = {key: value for key, value in record.items() if key.startswith("reward/")}
     assert own == {"reward/mean/score": 2.0, "reward/std/score": 6.0, "reward/mean/std": 3.0, "reward/std/rare": 5.0}
@@ -45,7 +45,7 @@ def test_figures_of_sources_are_means_over_the_rollouts_that_have_them():
 def test_the_number_of_figures_of_a_source_is_bounded():
     scores = [Score(1.0, {"s": 1.0}, {}, {f"s/f{n:03d}": 1.0, "t/x": 2.0}) for n in range(MAX_FIGURES + 5)]
     rows = [Experience(make_rollout(make_prompt(n), [4, END]), score, None) for n, score in enumerate(scores)]
-    record = batch_metrics(experience_table(rows), 0, policy_version=0)
+    record = batch_metrics(experience_table(rows), [], policy_version=0)
     assert sum(key.startswith("reward/s/f") for key in record) == MAX_FIGURES
     assert record["reward/t/x"] == 2.0
 
@@ -69,7 +69,8 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
         episode(3, [9, 8, 8, 9, 8, 9], Turn(1, 3, 0, new_context=True), Turn(4, 5, 0, cached_tokens=1),
                 Turn(6, 6, 0, cached_tokens=2), reason=over),
     ]  # fmt: skip
-    record = batch_metrics(experience_table(rows), 0, policy_version=0)
+    voids = ["raised", "", "timed_out", "raised", ""]  # "": something else than the environment
+    record = batch_metrics(experience_table(rows), voids, policy_version=0)
     found = {key: value for key, value in record.items() if key.startswith("environment/")}
     assert found == pytest.approx(
         {
@@ -80,7 +81,13 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
             "environment/cached": (4 + 1 + 2) / ((2 + 4) + (3 + 2) + (2 + 4)),
             "environment/tool_calls": 4 / 4,
             "environment/failed_calls": 2 / 4,
+            "environment/voids/raised": 2,
+            "environment/voids/timed_out": 1,
+            "environment/voids/wrong_answer": 0,
+            "environment/voids/template": 0,
+            "environment/voids/died": 0,
         }
     )
+    assert record["rollout/voids"] == 5
     assert record["rollout/finished"] == pytest.approx(3 / 4)
     assert record["rollout/response_tokens/mean"] == pytest.approx((3 + 2 + 2 + 3) / 4)  # without the environment's

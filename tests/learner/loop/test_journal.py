@@ -70,19 +70,24 @@ def test_a_step_reads_back_as_it_was_written(tmp_path, monkeypatch):
     journal = opened(tmp_path)
     voids = [
         Void(SampleId(0, 3, 1), "reward source correct raised ValueError: ü", response="Größe"),
-        Void(SampleId(1, 0, 0), "too old"),
+        Void(SampleId(1, 0, 0), "environment game: step raised ValueError", kind="raised"),
     ]
     state = {"issued": 7, "outstanding": ["0/4/0", "1/2/1"]}
     assert journal.append(batch(0), policy_version=0, prompts={"issued": 2, "outstanding": []}) == 0
     assert journal.append(batch(1, rows=5), policy_version=3, prompts=state, voids=voids) == 1
     written = journal.read(1)
     assert (written.step, written.policy_version, written.prompts) == (1, 3, state)
-    assert written.voids == (("0/3/1", "reward source correct raised ValueError: ü"), ("1/0/0", "too old"))
+    assert written.voids == (
+        ("0/3/1", "reward source correct raised ValueError: ü"),
+        ("1/0/0", "environment game: step raised ValueError"),
+    )
+    assert written.void_kinds == ("", "raised")
     assert written.table.equals(batch(1, rows=5))
     assert written.time == 1700000000.5
+    assert Journal(tmp_path).read(1) == written  # as another process reads it
     assert metadata(path(tmp_path, 1))["voids"] == [
-        ["0/3/1", "reward source correct raised ValueError: ü", "Größe"],
-        ["1/0/0", "too old", None],
+        ["0/3/1", "reward source correct raised ValueError: ü", "Größe", ""],
+        ["1/0/0", "environment game: step raised ValueError", None, "raised"],
     ]
     assert journal.read(0).voids == ()
     assert journal.next_step == 2

@@ -244,7 +244,7 @@ def test_a_prompt_that_kills_its_generators_is_void_with_that_reason(tmp_path):
     class Deadly(FakeRoles):
         async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
             if prompt.sample_id.prompt == 2 and prompt.sample_id.epoch == 0:
-                raise GivenUpError("3 Generator replicas died over it")
+                raise GivenUpError("3 Generator replicas died over it", kind="raised")
             return await super().generate(prompt, plain_tokens=plain_tokens)
 
     roles = Deadly([])
@@ -252,6 +252,7 @@ def test_a_prompt_that_kills_its_generators_is_void_with_that_reason(tmp_path):
     asyncio.run(train(run))
     voids = [void for step in run.journal.since(0) for void in step.voids]
     assert voids == [("0/2/0", "3 Generator replicas died over it")]
+    assert [kind for step in run.journal.since(0) for kind in step.void_kinds] == ["raised"]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def older(table, about):
 
 
 def void_without_reason(table, about):
-    about["voids"] = [[sample_id, "", response] for sample_id, _, response in about["voids"]]
+    about["voids"] = [[sample_id, "", *rest] for sample_id, _, *rest in about["voids"]]
     return table
 
 
