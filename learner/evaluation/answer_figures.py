@@ -14,7 +14,7 @@ import numpy as np
 
 from common.types import FINISHED, Rollout, Score, Void
 from learner.evaluation.bootstrap import Bootstrap
-from learner.evaluation.diversity import NGRAMS, different_answers, distinct, entropy
+from learner.evaluation.diversity import NGRAMS, different_answers, distinct, entropy, messages
 from learner.evaluation.figures import mean, mean_score
 from learner.evaluation.forgetting import kl_by_position
 from learner.evaluation.proxy import JudgedAnswers, proxy_record
@@ -98,8 +98,9 @@ def _token_figures(found: ScoredAnswers, bootstrap: Bootstrap) -> dict[str, Any]
         "cut_off": mean_score(prompts, cut, bootstrap),
         "entropy": entropy(prompts, logprobs, bootstrap),
     }
+    written = [messages(rollout) for rollout in found.rollouts]
     for n in NGRAMS:
-        figures[f"distinct_{n}"] = distinct(prompts, found.samples, responses, n, count=bootstrap.prompts)
+        figures[f"distinct_{n}"] = distinct(prompts, found.samples, written, n, count=bootstrap.prompts)
     if (different := different_answers(prompts, responses)) is not None:
         figures["different_answers"] = different
     return {**figures, "kl_by_position": kl_by_position(prompts, kl, bootstrap)}

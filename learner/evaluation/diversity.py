@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.turns import messages_of
+from common.types import Rollout
 from learner.evaluation.bootstrap import Bootstrap, Figure
 from learner.evaluation.figures import jackknife, mean
 from learner.evaluation.shares import share
@@ -14,19 +16,26 @@ NGRAMS = (1, 2, 3)
 _BITS = 21  # of a token id in the code of an n-gram: three fit into 64 bits, for vocabularies of up to two million
 
 
+def messages(rollout: Rollout) -> list[np.ndarray]:
+    """The tokens of each message of the policy, int32. Without an environment there is one message."""
+    places = messages_of(rollout.turns, len(rollout.response_ids))
+    return [rollout.response_ids[start:end] for start, end, _ in places]
+
+
 def distinct(
-    prompts: np.ndarray, samples: np.ndarray, responses: Sequence[np.ndarray], n: int, *, count: int
+    prompts: np.ndarray, samples: np.ndarray, answers: Sequence[Sequence[np.ndarray]], n: int, *, count: int
 ) -> Figure:
     """Distinct token n-grams divided by all n-grams (Li et al. 2016, arXiv:1510.03055), for one answer to each prompt;
     the mean over the samples. 0 if there are none.
 
     prompts and samples [A]: the prompt of each answer, from 0 to `count` - 1, and its number among the answers to that
-    prompt. More text has fewer distinct n-grams per token: all samples together would have a smaller share than one.
+    prompt. answers: the messages of each answer; no n-gram spans two of them, because the environment wrote between
+    them. More text has fewer distinct n-grams per token: all samples together would have a smaller share than one.
     """
     shares, without = [], []
     for sample in np.unique(samples):
         chosen = np.flatnonzero(samples == sample)
-        codes = [_ngrams(responses[answer], n) for answer in chosen]
+        codes = [np.concatenate([_ngrams(ids, n) for ids in answers[answer]]) for answer in chosen]
         owners = prompts[chosen].repeat([len(grams) for grams in codes])
         different, own = _different(np.concatenate(codes), owners, count)
         number = np.bincount(owners, minlength=count)

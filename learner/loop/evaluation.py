@@ -15,7 +15,7 @@ from common.config.ppo import EvaluationConfig
 from common.errors import UserError
 from common.proportions import wilson_interval
 from common.types import Prompt, Score, Void
-from learner.evaluation.diversity import distinct
+from learner.evaluation.diversity import distinct, messages
 from learner.loop.answers import Answer, Answered, answer
 from learner.loop.judges import voids_by_judge
 from learner.loop.roles import Generators, Reference, Reward
@@ -103,7 +103,8 @@ def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_
     judge_voids = voids_by_judge(scores)
     responses = [rollout.sampled_ids for rollout, _, _ in scored]
     numbers, given = np.arange(len(scored)), max(1, len(scored))
-    distinct_1, distinct_2 = (distinct(numbers, 0 * numbers, responses, n, count=given)["value"] for n in (1, 2))
+    written = [messages(rollout) for rollout, _, _ in scored]
+    distinct_1, distinct_2 = (distinct(numbers, 0 * numbers, written, n, count=given)["value"] for n in (1, 2))
     return Evaluation(
         policy_version=policy_version,
         prompts=len(answers),

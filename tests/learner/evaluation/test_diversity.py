@@ -2,13 +2,16 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from common.types import Turn
 from learner.evaluation.bootstrap import Bootstrap
-from learner.evaluation.diversity import different_answers, distinct, entropy
+from learner.evaluation.diversity import different_answers, distinct, entropy, messages
 from learner.evaluation.shares import share
+from tests.fakes import make_prompt, make_rollout
 
 RANDOM = np.random.default_rng(1)
 PROMPTS = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -33,7 +36,7 @@ def by_loops(prompts, n):
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_distinct_n_and_its_interval_are_those_of_sets(n):
-    found = distinct(PROMPTS, SAMPLES, ANSWERS, n, count=3)
+    found = distinct(PROMPTS, SAMPLES, [[ids] for ids in ANSWERS], n, count=3)
     assert found["value"] == pytest.approx(by_loops((0, 1, 2), n))
     without = [by_loops(rest, n) for rest in ((1, 2), (0, 2), (0, 1))]
     error = math.sqrt(2 / 3 * sum((share - statistics.fmean(without)) ** 2 for share in without))
@@ -53,20 +56,46 @@ def test_distinct_n_and_its_interval_are_those_of_sets(n):
 )
 def test_distinct_ngrams_worked_by_hand(responses, n, expected):
     prompts = np.arange(len(responses))
-    answers = [np.array(ids, dtype=np.int32) for ids in responses]
+    answers = [[np.array(ids, dtype=np.int32)] for ids in responses]
     assert distinct(prompts, 0 * prompts, answers, n, count=len(answers))["value"] == expected
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_ngrams_of_large_token_ids_stay_apart(n):
     ids = RANDOM.choice([0, 1, 2, 2**8, 2**12, 2**18, 2**20 + 1], 200).astype(np.int32)
-    found = distinct(np.zeros(1, int), np.zeros(1), [ids], n, count=1)
+    found = distinct(np.zeros(1, int), np.zeros(1), [[ids]], n, count=1)
     assert found["value"] == pytest.approx(by_sets([ids], n))
 
 
 def test_answers_without_tokens_have_no_ngrams():
-    assert distinct(np.arange(2), np.zeros(2), [np.zeros(0, np.int32)] * 2, 2, count=2)["value"] == 0
+    assert distinct(np.arange(2), np.zeros(2), [[np.zeros(0, np.int32)]] * 2, 2, count=2)["value"] == 0
     assert distinct(np.zeros(0, int), np.zeros(0), [], 1, count=3)["value"] == 0
+
+
+def random_episode(index):
+    """A rollout of up to four turns with few different tokens. The environment's are among them."""
+    ids, turns = RANDOM.integers(0, 3, size=30).astype(np.int32), []
+    places = np.sort(RANDOM.integers(0, len(ids) + 1, size=2 * RANDOM.integers(0, 4)))
+    for end, following in zip(places[::2].tolist(), places[1::2].tolist()):
+        turns.append(Turn(end, following, 0.0))
+    return replace(make_rollout(make_prompt(index), ids.tolist()), turns=tuple(turns))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_ngram_crosses_what_the_environment_said(n):
+    for _ in range(20):
+        rollouts = [random_episode(index) for index in range(3)]
+        grams = []
+        for rollout in rollouts:
+            mask = rollout.response_mask
+            # Slowly: every window of the whole response in which the policy sampled all tokens.
+            windows = [range(place, place + n) for place in range(len(rollout.response_ids) - n + 1)]
+            # An answer without tokens ends a message too.
+            borders = {turn.end for turn in rollout.turns}
+            kept = [w for w in windows if mask[list(w)].all() and not borders & set(w[1:])]
+            grams += [tuple(rollout.response_ids[list(w)].tolist()) for w in kept]
+        found = distinct(np.arange(3), np.zeros(3), [messages(rollout) for rollout in rollouts], n, count=3)
+        assert found["value"] == pytest.approx(len(set(grams)) / len(grams))
 
 
 def test_different_answers_are_counted_for_each_prompt():
