@@ -74,8 +74,8 @@ class Rollout:
     response_ids: np.ndarray  # int32 [R + E], end token included when there is one
     rollout_logprobs: np.ndarray  # float32 [R] nats, of the distribution that was sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
-    # "stop": it ends with the end token or a stop string; "length": cut off; HANDED_OVER; IN_EPISODE. A finished
-    # episode has the environment's reason (actors/environments).
+    # "stop": an end token or a stop of `sampling` ended it. "length": a limit did. HANDED_OVER, IN_EPISODE: it goes on.
+    # An episode that is over has "terminated", "truncated", "max_turns" or "max_tokens" (docs/environments.md).
     finish_reason: str
     generator: str  # replica that sampled it, or its last part
     turns: tuple[Turn, ...] = ()  # those that an environment has answered; () without an environment
