@@ -13,6 +13,7 @@ from common.turns import response_mask
 from deploy.report.token_numbers import short
 
 LONGEST_INFO = 1_000  # characters of the `info` of a turn
+LONGEST_UNSEEN = 2_000  # characters of what the environment said after the last token
 BYTES_PER_TURN = 40  # places and reward
 
 
@@ -39,17 +40,28 @@ class Turns:
     def size(self) -> int:
         """Bytes in the page, next to those of the sampled tokens."""
         said = self.length - self.sampled
-        return 6 * said + sum(BYTES_PER_TURN + len(json.dumps(_info(row))) for row in self.rows)
+        texts = len(json.dumps(self.unseen))
+        return 6 * said + texts + sum(BYTES_PER_TURN + len(json.dumps(_info(row))) for row in self.rows)
+
+    @property
+    def unseen(self) -> str:
+        """What the environment said when the episode was over, so that it has no tokens: the contents of its messages,
+        each after its role if that is not `user`."""
+        if not self.rows or self.rows[-1]["end"] < self.length:
+            return ""
+        messages = json.loads(self.rows[-1]["observation"])
+        texts = (
+            message["content"] if message["role"] == "user" else f"{message['role']}: {message['content']}"
+            for message in messages
+        )
+        return "\n".join(texts)[:LONGEST_UNSEEN]
 
     def detail(self) -> dict[str, Any]:
         """What the token view needs: for each turn its end, the start of the next one, its reward, and its `info` as
         JSON text ("" if there is none). Then 1 if a new context begins after it, and 2 if a sequence also ends there.
-        """
-        return {
-            "turns": [
-                [row["end"], row["next_start"], short(row["reward"]), _info(row), *_context(row)] for row in self.rows
-            ]
-        }
+        `unseen` is left out if it is empty."""
+        turns = [[row["end"], row["next_start"], short(row["reward"]), _info(row), *_context(row)] for row in self.rows]
+        return {"turns": turns} | ({"unseen": unseen} if (unseen := self.unseen) else {})
 
 
 def turns_of(rows: Sequence[Mapping[str, Any]] | None, length: int) -> Turns:

@@ -103,7 +103,7 @@ function makeSide(i) {
       dir: "auto",
       parent: box,
     },
-    ...(detail.turns ? turnElements(parts, texts, tokens) : tokens),
+    ...(detail.turns ? turnElements(parts, texts, tokens, detail.unseen) : tokens),
   );
   side.at_text = element("p", { className: "at muted", parent: box });
   side.table = element("dl", { className: "numbers", "aria-live": "polite", parent: box });
@@ -130,7 +130,8 @@ function partsOf({ tokens, turns = [] }) {
 }
 
 // A group for each turn: its number, reward and info, its tokens, and the environment's answer, which has no numbers.
-function turnElements(parts, texts, tokens) {
+// `unseen` is what it said after the last turn.
+function turnElements(parts, texts, tokens, unseen) {
   let first = 0;
   return parts.map(({ start, end, next, reward, info, context }, turn) => {
     const title = `turn ${turn + 1} · ${reward === undefined ? "not answered" : `reward ${number(reward)}`}`;
@@ -147,6 +148,11 @@ function turnElements(parts, texts, tokens) {
       }
       const said = element("span", { className: "said", title, parent: group });
       addText(said, texts.slice(end, next).join(""));
+    }
+    if (unseen && turn === parts.length - 1) {
+      element("div", { className: "turn-head", text: "said after the last turn, not seen by the model:", parent: group });
+      const title = "the environment's, not seen by the model";
+      addText(element("span", { className: "said unseen", title, dir: "auto", parent: group }), unseen);
     }
     return group;
   });

@@ -6,7 +6,7 @@ The numbers of tokens are plausible, and made from a seed: values that rise, one
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ def write_run(
     finished: bool = True,
     turns: int = 0,
     info: str = '{"tool_calls": 1}',
+    last: Sequence[Mapping[str, str]] = (),
     seed: int = 0,
 ) -> Path:
     """Writes the run. `voids` are in the journal's step 1. With `turns`, every second response is an episode of at most
-    so many, the first of them with this `info`."""
+    so many, the first of them with this `info`. The environment answers the last turn with the messages `last`."""
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True)
     cfg = tiny_config("tests/tiny", num_steps=max(1, steps), rollouts_per_step=rollouts)
@@ -56,7 +57,7 @@ def write_run(
         for _ in range(rollouts):
             sample = SampleId(asked // prompts, asked % prompts, 0)
             row = _experience(rng, sample, f"{prompt} {sample.prompt}", step, tokens)
-            rows.append(_episode(rng, row, turns, info) if turns and asked % 2 else row)
+            rows.append(_episode(rng, row, turns, info, last) if turns and asked % 2 else row)
             asked += 1
         path = write_step(directory, step, rows, voids=voids if step == 1 else ())
         if credit:
@@ -159,7 +160,9 @@ def _experience(
     return Experience(rollout, Score(score, {"a_words": score}), reference)
 
 
-def _episode(rng: np.random.Generator, row: Experience, most: int, info: str) -> Experience:
+def _episode(
+    rng: np.random.Generator, row: Experience, most: int, info: str, last: Sequence[Mapping[str, str]]
+) -> Experience:
     """The same response in turns. The environment answers each turn but the last with one or two of its tokens."""
     length = len(row.rollout.response_ids)
     count = int(rng.integers(1, most + 1))
@@ -171,7 +174,7 @@ def _episode(rng: np.random.Generator, row: Experience, most: int, info: str) ->
         reward = round(float(rng.normal()), 2)
         turn = Turn(end, end + said, reward, info=info if number == 0 else "{}")
         turns.append(replace(turn, new_context=number == 1, ends=number == 1 and count % 2 == 0))
-    turns.append(Turn(length, length, 1.0))
+    turns.append(Turn(length, length, 1.0, observation=json.dumps(list(last))))
     return as_episode(replace(row, rollout=replace(row.rollout, finish_reason="terminated")), *turns)
 
 

@@ -279,7 +279,8 @@ def episodes(tmp_path_factory):
     """The page of a run of episodes whose info is hostile, its data, and the journal's rows by sample id."""
     directory = tmp_path_factory.mktemp("episodes") / "run"
     info = json.dumps({"said": HOSTILE[1], "tool_calls": 1})
-    write_run(directory, prompts=24, turns=4, tokens=(16, 30), info=info)
+    last = [{"role": "user", "content": f"Right!\n{HOSTILE[1]}"}]
+    write_run(directory, prompts=24, turns=4, tokens=(16, 30), info=info, last=last)
     blocks = page_blocks(RunFiles.read(directory))
     path = directory / "report.html"
     path.write_text(render("run", blocks), encoding="utf-8")
@@ -305,7 +306,7 @@ def test_turns_of_an_episode_are_apart_and_what_the_environment_said_is_grey(ope
     turns = most["turns"]
     side = page.locator(".side")
     assert side.locator(".turn-count").text_content() == f"{len(turns)} turns · finish: terminated"
-    heads = side.locator(".turn-head").all_text_contents()
+    *heads, after = side.locator(".turn-head").all_text_contents()
     assert [head.partition(" · ")[0] for head in heads] == [f"turn {n + 1}" for n in range(len(turns))]
     assert [float(re.search(r"reward (-?[\d.]+)", head)[1]) for head in heads] == [turn["reward"] for turn in turns]
     assert heads[0].endswith(f" · {turns[0]['info']}")
@@ -316,14 +317,22 @@ def test_turns_of_an_episode_are_apart_and_what_the_environment_said_is_grey(ope
         group = side.locator(".turn").nth(number)
         assert [text.strip() for text in group.locator(".token").all_text_contents()] == words[start : turn["end"]]
         said = words[turn["end"] : turn["next_start"]]
-        assert group.locator(".said").count() == bool(said)
+        answer = group.locator(".said:not(.unseen)")
+        assert answer.count() == bool(said)
         if said:
-            assert group.locator(".said").text_content().split() == said
-            assert group.locator(".said").get_attribute("title") == "the environment's, not learned from"
+            assert answer.text_content().split() == said
+            assert answer.get_attribute("title") == "the environment's, not learned from"
         context = "new context, another sequence" if turn["ends"] else "new context"
         assert group.locator(".context").all_text_contents() == [context] * turn["new_context"]
+        assert group.locator(".unseen").count() == (number == len(turns) - 1)
         start = turn["next_start"]
     assert any(turn["new_context"] for turn in turns)
+    # What it said at the end comes after the last token, as text.
+    assert side.locator(".unseen").text_content() == f"Right!↵\n{HOSTILE[1]}"
+    assert after == "said after the last turn, not seen by the model:"
+    colour = "getComputedStyle(document.querySelector('{}')).color"
+    assert page.evaluate(colour.format(".unseen")) == page.evaluate(colour.format(".turn-head"))
+    assert page.evaluate(colour.format(".unseen")) != page.evaluate(colour.format(".token"))
     assert table["turns"][table["id"].index(sample)] == len(turns)
 
 

@@ -185,6 +185,29 @@ def test_a_turn_that_nobody_answered_counts(tmp_path):
     assert table["turns"] == [count + 1 if count else None for count in answered]
 
 
+def test_what_the_environment_said_after_the_last_turn_has_a_text_and_no_tokens(tmp_path):
+    last = [{"role": "tool", "content": "4"}, {"role": "user", "content": "Right!\nThe end." + "." * 3000}]
+    run = write_run(tmp_path / "run", steps=2, turns=3, tokens=(12, 30), last=last)
+    _, details = tables_of(run)
+    expected = ("tool: 4\nRight!\nThe end." + "." * 3000)[:2000]
+    found = [details["rows"][i].get("unseen") for i in range(len(journal_rows(run)))]
+    assert found == [expected if row["turns"] else None for row in journal_rows(run)]
+    assert set(found) == {expected, None}
+
+
+def test_an_answer_that_the_model_has_seen_is_not_shown_again(tmp_path):
+    run = write_run(tmp_path / "run", steps=1, turns=3, tokens=(12, 30), last=[{"role": "user", "content": "Go on."}])
+
+    def seen(row):
+        if row["turns"]:  # the last tokens are the environment's, or another turn of the policy
+            row["turns"][-1] |= {"end": len(row["response_ids"]) - 2, "next_start": len(row["response_ids"])}
+            if len(row["turns"]) == 1:
+                row["turns"][-1]["next_start"] -= 1
+
+    change_steps(run, seen)
+    assert not any("unseen" in detail for detail in tables_of(run)[1]["rows"].values())
+
+
 def test_a_prompt_that_an_environment_replaced_is_that_of_its_own_rollout(tmp_path):
     run = write_run(tmp_path / "run", steps=4, prompts=4, turns=3, tokens=(12, 30))
 
@@ -202,7 +225,7 @@ def test_a_prompt_that_an_environment_replaced_is_that_of_its_own_rollout(tmp_pa
     assert asked == {True, False}
 
 
-@pytest.mark.parametrize("cause", ["info", "prompt", "tokens"])
+@pytest.mark.parametrize("cause", ["info", "prompt", "tokens", "unseen"])
 def test_a_small_budget_bounds_what_environments_say(tmp_path, cause):
     run = write_run(tmp_path / "run", steps=30, turns=4, tokens=(20, 40), info=json.dumps({"a" * 900: '"' * 90}))
 
@@ -216,6 +239,9 @@ def test_a_small_budget_bounds_what_environments_say(tmp_path, cause):
             last = len(row["response_ids"])
             row["response_ids"] += [7] * 500
             row["turns"][-1] |= {"end": last, "next_start": last + 500}
+        elif cause == "unseen":
+            said = json.dumps([{"role": "user", "content": "x" * 1_500}])
+            row["turns"][-1] |= {"end": len(row["response_ids"]), "observation": said}
 
     empty = {"reward": 0.0, "observation": "[]", "info": "{}", "seconds": 0.0, "cached_tokens": 0}
     change_steps(run, changed)
