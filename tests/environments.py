@@ -39,17 +39,19 @@ class Restarting(AWords):
 
 
 class Fragile(AWords):
-    """Its process ends in the second turn of an episode, as often as the file `b<index>.kill` of the prompt says. It
-    can continue an episode."""
+    """Its process ends in the second turn of an episode, as often as the file `<index>.kill` of the prompt says. It can
+    continue an episode. For prompts that end with b3 it raises an error."""
 
     async def reset(self, prompt: EpisodePrompt) -> None:
         await super().reset(prompt)
-        self.file = Path(prompt.fields["kill"])
+        self.file, self.text = Path(prompt.fields["kill"]), prompt.text
 
     async def step(self, message: Mapping[str, Any]) -> Step:
         if self.turn == 1 and self.file.exists() and (left := self.file.read_text()):
             self.file.write_text(left[1:])
             os._exit(1)
+        if self.text.endswith("b3"):
+            raise ValueError("b3 has no answer")
         return await super().step(message)
 
     def state(self) -> int:
@@ -57,19 +59,6 @@ class Fragile(AWords):
 
     def restore(self, state: int) -> None:
         self.turn = state
-
-
-class Faulty(AWords):
-    """Raises an error for prompts that end with b3."""
-
-    async def reset(self, prompt: EpisodePrompt) -> None:
-        await super().reset(prompt)
-        self.text = prompt.text
-
-    async def step(self, message: Mapping[str, Any]) -> Step:
-        if self.text.endswith("b3"):
-            raise ValueError("b3 has no answer")
-        return await super().step(message)
 
 
 async def talks(prompt: EpisodePrompt, endpoint: Endpoint) -> dict[str, Any]:
