@@ -163,13 +163,18 @@ def test_the_judges_score_is_read_between_two_evaluations(tmp_path):
 
 def test_the_variance_that_a_baseline_leaves_is_of_returns_minus_it(tmp_path):
     # Returns (gamma 0.5) of the rewards 0 4 | 1: 2 4 1, less the values 1 1 0: 1 3 1. Their variances: 14/9 and 8/9.
-    critic = {"rewards": [[0.0, 4.0], [1.0]], "values": [[1.0, 1.0], [0.0]], "advantages": [[7.0, -9.0], [5.0]]}
+    critic = {
+        "rewards": [[0.0, 4.0], [1.0]],
+        "ends": [[False, True], [True]],
+        "values": [[1.0, 1.0], [0.0]],
+        "advantages": [[7.0, -9.0], [5.0]],
+    }
     ignorant = critic | {"values": [[0.0, 0.0], [0.0]]}  # its small advantages with lambda below 1 do not count
     run = made_up_run(tmp_path / "critic", credit=(ignorant, critic))
     assert run.first_variance_left() == pytest.approx(14 / 9)
     assert run.share_left() == pytest.approx((14 + 8) / (14 + 14))
     # Without a critic the advantages count: -3 3 | 0 leaves 6.
-    without = {"rewards": critic["rewards"], "values": [None, None], "advantages": [[-3.0, 3.0], [0.0]]}
+    without = critic | {"values": [None, None], "advantages": [[-3.0, 3.0], [0.0]]}
     run = made_up_run(tmp_path / "group", credit=(without,))
     assert run.first_variance_left() == pytest.approx(6)
     assert run.share_left() == pytest.approx(6 * 9 / 14)
