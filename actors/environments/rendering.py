@@ -10,14 +10,17 @@ Tokens that the model sampled are never encoded again from text. What follows th
 A chat template writes these texts only as parts of a whole conversation. So a made-up conversation is rendered, and the
 text after the assistant's message in it is taken. This is right if a template writes each message in the same way
 whatever comes before and after it. Not all do: some drop the reasoning of earlier answers. `check_template` finds them.
+Before messages of the role `tool`, the assistant's message in it has tool calls, because some templates demand them.
 With environment.sequence = "turn" the whole conversation is rendered again for each turn, sampled texts included.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +31,7 @@ from common.errors import UserError
 
 QUESTION: Message = {"role": "user", "content": "A question."}
 ANSWER = "Answer 7f3a."  # in no template
+ARGUMENT = "Argument 2b9c."  # in no template
 THOUGHT = f"<think>\nA thought.\n</think>\n\n{ANSWER}"  # some templates cut it off from earlier answers
 NEXT: Message = {"role": "user", "content": "Another one."}
 _TOOL_ANSWER: Message = {"role": "tool", "name": "tool", "tool_call_id": "call00000", "content": "An answer."}
@@ -73,35 +77,70 @@ class ChatRendering:
 
     def continuation(self, observation: Sequence[Message], last_id: int | None, **options: Any) -> list[int]:
         """Raises ValueError if the template leaves out what the assistant says."""
-        ids = continued_ids(self._tokenizer, self._after_answer(observation, add_generation_prompt=True, **options))
-        after_end, end_id = self._closing
+        _, after = self._before_and_after(observation, **options)
+        ids = continued_ids(self._tokenizer, after)
+        _, after_end, end_id = self._closing
         # A response that was cut off lacks the end token. One that ends with another end token needs no second one.
         ended = last_id is not None and (last_id == end_id or last_id in self._end_tokens)
         return ids[after_end:] if ended else ids
 
     def prompt(self, conversation: Sequence[Message], **options: Any) -> list[int]:
-        options = {**self._options, **options}
-        return rendered_ids(
-            self._tokenizer, rendered(self._tokenizer, conversation, add_generation_prompt=True, **options)
-        )
+        return rendered_ids(self._tokenizer, self._rendered(conversation, add_generation_prompt=True, **options))
+
+    def _rendered(self, conversation: Sequence[Message], **options: Any) -> str:
+        return rendered(self._tokenizer, conversation, **{**self._options, **options})
 
     @cached_property
-    def _closing(self) -> tuple[int, int | None]:
-        """In what follows the model's message: the place after the template's end token, and that token. 0 and None if
-        there is none."""
+    def _closing(self) -> tuple[str, int, int | None]:
+        """The end of the model's message: its text with the template's end token, the number of its tokens, and the end
+        token. "", 0 and None if the template has no end token."""
         # The end of the model's message, whatever comes next.
         text = _common_beginning(self._after_answer([]), self._after_answer([NEXT]))
         closing = continued_ids(self._tokenizer, text)
         # The first special token in it is the template's end token, which need not be the tokenizer's.
         special = {self._tokenizer.eos_token_id, *self._tokenizer.added_tokens_decoder}
         after_end = next((place for place, token in enumerate(closing, 1) if token in special), 0)
-        return after_end, closing[after_end - 1] if after_end else None
+        if not after_end:
+            return "", 0, None
+        end_id = closing[after_end - 1]
+        before, end, _ = text.partition(self._tokenizer.convert_ids_to_tokens(end_id))
+        return before + end, after_end, end_id
+
+    def _before_and_after(self, observation: Sequence[Message], **options: Any) -> tuple[Message, str]:
+        """An assistant's message that the template can write before `observation`, and the text from the end of its
+        content to the beginning of its next message."""
+        if found := self._calls_and_after(observation, **options):
+            return found
+        after = self._after_answer(observation, add_generation_prompt=True, **options)
+        return {"role": "assistant", "content": ANSWER}, after
+
+    def _calls_and_after(self, observation: Sequence[Message], **options: Any) -> tuple[Message, str] | None:
+        """The same with tool calls in the message. None if `observation` answers no calls, or the template cannot write
+        them."""
+        for calls in _possible_calls(observation):
+            said: Message = {"role": "assistant", "content": "", "tool_calls": calls}
+            with suppress(Exception):
+                return said, self._after_calls(said, observation, **options)
+        return None
+
+    def _after_calls(self, said: Message, observation: Sequence[Message], **options: Any) -> str:
+        """The text after a message with calls. The text from ARGUMENT to the end token belongs to the call: the model
+        samples it. Raises ValueError if either is missing."""
+        alone = self._rendered([QUESTION, said], **options)
+        whole = self._rendered([QUESTION, said, *observation], add_generation_prompt=True, **options)
+        after = whole.partition(ARGUMENT)[2]
+        message = _common_beginning(alone.partition(ARGUMENT)[2], after)
+        # The last special token of the message: some templates have others in calls.
+        special = map(str, self._tokenizer.added_tokens_decoder.values())
+        end = max((message.rfind(token) + len(token) for token in special if token in message), default=0)
+        if not end:
+            raise ValueError("it leaves out tool calls, or their end token")
+        return self._closing[0] + after[end:]
 
     def _after_answer(self, observation: Sequence[Message], **options: Any) -> str:
         """What a conversation has after the content of the assistant's message, if `observation` comes next."""
         conversation = [QUESTION, {"role": "assistant", "content": ANSWER}, *observation]
-        options = {**self._options, **options}
-        _, found, after = rendered(self._tokenizer, conversation, **options).partition(ANSWER)
+        _, found, after = self._rendered(conversation, **options).partition(ANSWER)
         if not found:
             raise ValueError("it leaves out what the assistant says")
         return after
@@ -115,6 +154,22 @@ def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return alone
     before, whole = bare_ids(tokenizer, ["\n", f"\n{text}"])
     return whole[len(before) :] if whole[: len(before)] == before else alone
+
+
+def _possible_calls(observation: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
+    """The tool calls that these messages answer, in the forms that templates want. None at all if the messages do not
+    begin with the role `tool`. The last call has ARGUMENT."""
+    answers = list(takewhile(lambda message: message["role"] == "tool", observation))
+    texts = [*[""] * (len(answers) - 1), ARGUMENT]
+    for form in (dict, json.dumps) if answers else ():  # some templates add the arguments to other text
+        yield [
+            {
+                "type": "function",
+                "id": answer.get("tool_call_id", f"call{number:05d}"),
+                "function": {"name": answer.get("name") or "tool", "arguments": form({"text": text})},
+            }
+            for number, (answer, text) in enumerate(zip(answers, texts))
+        ]
 
 
 def _common_beginning(one: str, other: str) -> str:
@@ -145,9 +200,9 @@ def check_template(
         rendering = ChatRendering(tokenizer, **options)
         for observation in observations:
             for answer in (ANSWER, THOUGHT):
-                if not _grows(tokenizer, rendering, answer, observation, options):
+                if not _grows(rendering, answer, observation):
                     what = "changes or drops earlier messages"
-                    if answer == THOUGHT and _grows(tokenizer, rendering, ANSWER, observation, options):
+                    if answer == THOUGHT and _grows(rendering, ANSWER, observation):
                         what = "drops the reasoning (<think>) of earlier answers"
                     raise UserError(
                         f"environment: the chat template of {model} {what} when a conversation continues, so an "
@@ -161,14 +216,19 @@ def check_conversations(
     tokenizer: PreTrainedTokenizerBase,
     model: str,
     observations: Sequence[Sequence[Message]] = ([NEXT],),
+    *,
+    calls: bool = False,
     **options: Any,
 ) -> None:
     """Raises UserError if the template cannot write a conversation of several turns. For environment.sequence = "turn",
-    which needs no more. See `check_template` for the arguments."""
+    which needs no more. `calls`: the run's conversations have tool calls in the assistant's messages, as an agent's
+    requests do. Without it they have the text that the model wrote. See `check_template` for the other arguments."""
     with _refusals(model):
         rendering = ChatRendering(tokenizer, **options)
         for observation in observations:
             said: Message = {"role": "assistant", "content": ANSWER}
+            if calls and (found := rendering._calls_and_after(observation)):
+                said, _ = found
             if not rendering.prompt([QUESTION, said, *observation, said, *observation]):
                 raise ValueError("it writes no text")
 
@@ -186,27 +246,17 @@ def _refusals(model: str) -> Iterator[None]:
         ) from error
 
 
-def _grows(
-    tokenizer: PreTrainedTokenizerBase,
-    rendering: ChatRendering,
-    answer: str,
-    observation: Sequence[Message],
-    options: dict[str, Any],
-) -> bool:
+def _grows(rendering: ChatRendering, answer: str, observation: Sequence[Message]) -> bool:
     """True if a conversation of two turns is its prompt, and then twice the answer and its continuation. A template may
     put white space before an answer: the model then samples it."""
-    said = {"role": "assistant", "content": answer}
-    follows = rendering._after_answer(observation, add_generation_prompt=True)
-    rest = rendered(
-        tokenizer, [QUESTION, said, *observation, said, *observation], add_generation_prompt=True, **options
+    said, follows = rendering._before_and_after(observation)
+    turn = [{**said, "content": answer}, *observation]
+    prompt, one, two = (
+        rendering._rendered([QUESTION, *turn * number], add_generation_prompt=True) for number in range(3)
     )
-    prompt = rendered(tokenizer, [QUESTION], add_generation_prompt=True, **options)
-    if not rest.startswith(prompt):
+    if not (one.startswith(prompt) and two.startswith(one)):
         return False
-    rest = rest[len(prompt) :]
-    for _ in range(2):
-        rest = rest.lstrip()
-        if not rest.startswith(answer + follows):
-            return False
-        rest = rest[len(answer + follows) :]
-    return not rest
+    first, second = one[len(prompt) :].lstrip(), two[len(one) :].lstrip()
+    if "tool_calls" in said:  # some templates leave out the content next to calls
+        return first == second and first.endswith(follows.removeprefix(rendering._closing[0]))
+    return first == second == answer + follows

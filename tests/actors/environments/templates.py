@@ -29,6 +29,33 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {{- raise_exception('roles must alternate user/assistant/user/assistant/...') }}{% endif %}
 {%- if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}
 {%- else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"""
+# Demands calls before the answers of tools. Leaves out the content next to calls.
+MISTRAL_WITH_TOOLS = """{{ bos_token }}{% for message in messages %}
+{%- if message.role == 'user' %}{{ '[INST] ' + message.content + '[/INST]' }}
+{%- elif message.role == 'tool' %}
+{%- if messages[loop.index0 - 1].role != 'tool' and messages[loop.index0 - 1].tool_calls is not defined %}
+{{- raise_exception('a tool answers without a call') }}{% endif %}
+{{- '[TOOL_RESULTS] ' + message.content + ' ' + message.tool_call_id + '[/TOOL_RESULTS]' }}
+{%- elif message.tool_calls is defined %}{{ '[TOOL_CALLS] ' }}{% for call in message.tool_calls %}
+{{- call.function | tojson + ' ' + call.id + (';' if not loop.last else '') }}{% endfor %}{{ eos_token }}
+{%- else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"""
+# A message with a call ends with a token of its own, and has one call at most.
+LLAMA_3_WITH_TOOLS = """{{ bos_token }}{% for message in messages %}
+{{- '<|start_header_id|>' + ('ipython' if message.role == 'tool' else message.role) + '<|end_header_id|>\n\n' }}
+{%- if message.tool_calls is not defined %}{{ message.content | trim + '<|eot_id|>' }}
+{%- elif message.tool_calls | length > 1 %}{{ raise_exception('one call at a time') }}
+{%- else %}{{ message.tool_calls[0].function.arguments | tojson + '<|eom_id|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+# Calls have special tokens, and their arguments must be text. What an answer says depends on the call before it.
+DEEPSEEK = """{% for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|start_header_id|>' + messages[loop.index0 - 1].tool_calls[0].function.name + '<|end_header_id|>' }}
+{{- message.content + '<|eot_id|>' }}
+{%- else %}{{ '<|im_start|>' + message.role + '\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<|start_header_id|>' + call.function.name + '\n' + call.function.arguments + '<|end_header_id|>' }}{% endfor %}
+{{- '<|im_end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 ZEPHYR = """{% for message in messages %}{{ '<|' + message.role + '|>
 ' + message.content + eos_token + '
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>
@@ -68,6 +95,7 @@ FORGETFUL = """{% for message in messages[-2:] %}
 
 SPECIAL = [
     *("<s>", "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>"),
+    *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
 ]
 
@@ -99,9 +127,9 @@ LLAMA_3_SPLITS = Regex(
 )
 
 
-def llama_3():
-    """Llama 3's special tokens, template and rule for splitting texts."""
-    tokenizer = with_template(LLAMA_3, end="<|eot_id|>", bos="<|begin_of_text|>")
+def llama_3(template=LLAMA_3):
+    """Llama 3's special tokens and rule for splitting texts, with a template for them."""
+    tokenizer = with_template(template, end="<|eot_id|>", bos="<|begin_of_text|>")
     split = pre_tokenizers.Split(LLAMA_3_SPLITS, "isolated")
     parts = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)

@@ -1,5 +1,6 @@
 """Tokens of continuations: a conversation by turns has the tokens that it has as a whole, for several templates."""
 
+import json
 import random
 
 import pytest
@@ -61,6 +62,68 @@ def test_a_template_that_keeps_earlier_messages_passes_the_check(name):
     check_template(GOOD[name][0](), "org/model")
 
 
+# Per template: its tokenizer, and the most calls of a message.
+CALLING = {
+    "Mistral": (lambda: with_template(templates.MISTRAL_WITH_TOOLS, end="</s>", bos="<s>"), 3),
+    "Llama 3": (lambda: templates.llama_3(templates.LLAMA_3_WITH_TOOLS), 1),
+    "DeepSeek": (lambda: with_template(templates.DEEPSEEK), 1),
+}
+
+
+def called(form, number, text):
+    """A call and its answer."""
+    call = {"type": "function", "id": f"call{number:05d}", "function": {"name": f"f{number}", "arguments": form(text)}}
+    return call, {"role": "tool", "name": f"f{number}", "tool_call_id": call["id"], "content": text[::-1]}
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_answers_of_tools_have_the_tokens_of_a_conversation_with_the_calls(name):
+    make, most = CALLING[name]
+    tokenizer, chance = make(), random.Random(name)
+    ends = tokenizer.convert_tokens_to_ids(["<|eom_id|>"] if name == "Llama 3" else [])
+    rendering = make_rendering(tokenizer, chat=True, end_tokens=ends)
+    form = (lambda text: json.dumps({"x": text})) if name == "DeepSeek" else (lambda text: {"x": text})
+    for _ in range(20):
+        whole = [{"role": "user", "content": chance.choice(TEXTS)}]
+        before = rendered(tokenizer, whole, add_generation_prompt=True)
+        ids = rendered_ids(tokenizer, before)
+        for turn in range(chance.randint(1, 3)):
+            pairs = [called(form, 10 * turn + i, chance.choice(TEXTS)) for i in range(chance.randint(1, most))]
+            whole.append({"role": "assistant", "content": "", "tool_calls": [call for call, _ in pairs]})
+            # The model samples its message as the template writes it.
+            ids += continued_ids(tokenizer, rendered(tokenizer, whole).removeprefix(before))
+            whole += [answer for _, answer in pairs]
+            ids += rendering.continuation([answer for _, answer in pairs], ids[-1])
+            before = rendered(tokenizer, whole, add_generation_prompt=True)
+        assert ids == rendered_ids(tokenizer, before)
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_a_template_that_demands_or_ends_calls_in_its_own_way_passes_the_check(name):
+    make, most = CALLING[name]
+    answers = [[called(str, number, "A text.")[1] for number in range(count)] for count in range(1, most + 1)]
+    check_template(make(), "org/model", answers)
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_a_template_that_demands_calls_can_write_each_turn_anew_with_them(name):
+    make, most = CALLING[name]
+    answers = [[called(str, number, "A text.")[1] for number in range(count)] for count in range(1, most + 1)]
+    check_conversations(make(), "org/model", answers, calls=True)
+    if name != "Llama 3":  # the only one that writes an answer without a call
+        with pytest.raises(UserError, match="refuses a conversation of several turns"):
+            check_conversations(make(), "org/model", answers)
+
+
+def test_a_call_that_was_cut_off_gets_the_end_token_of_the_template():
+    tokenizer = CALLING["Mistral"][0]()
+    rendering = make_rendering(tokenizer, chat=True)
+    said = "[TOOL_RESULTS] ollA call00003[/TOOL_RESULTS]"
+    _, answer = called(str, 3, "Allo")
+    found = {last: tokenizer.decode(rendering.continuation([answer], last)) for last in (tokenizer.eos_token_id, 5)}
+    assert found == {tokenizer.eos_token_id: said, 5: f"</s>{said}"}
+
+
 def test_any_end_token_of_the_model_stands_for_the_templates():
     """Llama 3.1 ends a call of a tool with <|eom_id|>, and an answer with <|eot_id|>."""
     tokenizer = templates.llama_3()
@@ -117,6 +180,11 @@ BAD = {
         [{"role": "tool", "content": "4"}],
         "refuses a conversation of several turns: roles must alternate",
     ),
+    "calls, after a question with the number of messages": (
+        lambda: with_template(templates.MISTRAL_WITH_TOOLS.replace("'[INST] '", "messages | length ~ '[INST] '")),
+        [{"role": "tool", "tool_call_id": "call00000", "content": "4"}],
+        "changes or drops earlier messages",
+    ),
     "no template": (lambda: with_template(""), [NEXT], "refuses a conversation of several turns"),
     "answers left out": (
         lambda: with_template("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
@@ -142,10 +210,10 @@ def test_another_template_is_refused_with_the_models_name_and_a_remedy(name):
 def test_a_template_that_changes_earlier_messages_can_write_each_turn_anew(name):
     make, observation, reason = BAD[name]
     if "refuses" not in reason:
-        check_conversations(make(), "org/model", [observation])
+        check_conversations(make(), "org/model", [observation], calls=True)
     else:
         with pytest.raises(UserError, match="chat template of org/model refuses a conversation of several turns"):
-            check_conversations(make(), "org/model", [observation])
+            check_conversations(make(), "org/model", [observation], calls=True)
 
 
 def test_qwen_3_keeps_its_reasoning_between_calls_of_tools():
