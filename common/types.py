@@ -103,9 +103,8 @@ class Rollout:
     @property
     def context_ids(self) -> np.ndarray:
         """The tokens that the policy's next token sees, int32: the newest context so far."""
-        if starts := self.context_starts:
-            return self.response_ids[starts[-1] :]
-        return np.concatenate([self.prompt.token_ids, self.response_ids])
+        whole = np.concatenate([self.prompt.token_ids, self.response_ids])
+        return self.response_ids[starts[-1] :] if (starts := self.context_starts) else whole
 
     @property
     def response_mask(self) -> np.ndarray:
