@@ -117,6 +117,7 @@ class AgentEnvironment:
                 details=error.details,
                 fault=f"the agent returned no score after environment.{limit}",
                 permanent=False,
+                kind=error.kind,
             ) from error
 
     async def close(self) -> None:
@@ -224,16 +225,11 @@ class AgentEnvironment:
     def _result(self) -> Any:
         """What the agent returned. Raises CompleteError if it failed."""
         if self._task.cancelled():
-            raise CompleteError("the agent was cancelled")
+            raise CompleteError("the agent was cancelled", kind="raised")
         try:
             return self._task.result()
         except UserCodeError as error:
-            raise CompleteError(
-                f"the agent {error.reason}",
-                details=error.details,
-                fault=f"the agent {error.fault}",
-                permanent=error.permanent,
-            ) from error
+            raise CompleteError(**error.after("the agent")) from error
 
     def _finish(self) -> Step:
         """The last step, which has the score. Raises CompleteError."""

@@ -126,13 +126,7 @@ class Instance:
         except CompleteError:
             raise
         except UserCodeError as error:
-            raise UserCodeError(
-                f"{what} {error.reason}",
-                details=error.details,
-                fault=f"{what} {error.fault}",
-                permanent=error.permanent,
-                kind=error.kind,
-            ) from error
+            raise UserCodeError(**error.after(what)) from error
 
     async def _blocked_by(self) -> Any:
         """The episode whose call blocks the event loop: this one, if nobody knows. None if this object does not use it,

@@ -36,6 +36,11 @@ class UserCodeError(Exception):
         self.reason, self.details, self.fault = reason, details, fault or reason
         self.permanent, self.missing, self.kind = permanent, missing, kind
 
+    def after(self, what: str) -> dict[str, Any]:
+        """The arguments of an error that says the same, beginning with `what`: "step" gives "step raised ..."."""
+        texts = {"reason": f"{what} {self.reason}", "fault": f"{what} {self.fault}"}
+        return {**texts, "details": self.details, "permanent": self.permanent, "kind": self.kind}
+
     def __reduce__(self) -> Any:
         return functools.partial(UserCodeError, **vars(self)), ()
 

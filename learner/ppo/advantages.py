@@ -54,8 +54,8 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
 
     A response is a finished episode: nothing follows its last token. If it is several sequences, nothing follows the
-    last token of each. The returns are V plus the advantages that
-    `value_lam` gives ("decoupled GAE", arXiv:2503.01491): with 1 they are sums of rewards, whatever the critic says.
+    last token of each. The returns are V plus the advantages that `value_lam` gives ("decoupled GAE",
+    arXiv:2503.01491): with 1 they are sums of rewards, whatever the critic says.
     """
     check_no_holes(mask)
     errors = td_errors(rewards, values, mask, gamma=gamma, ends=ends)

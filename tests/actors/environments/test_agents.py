@@ -447,6 +447,7 @@ def test_a_failure_voids_the_episode_with_its_reason(hosts, agent, reason, last_
         lines = void.error.traceback.splitlines()
         assert "agents.py" in lines[1]
         assert lines[-1] == last_line
+        assert void.kind == "raised"
     assert agents.seen[1:] == (["cancelled"] if agent == "hangs" else [])
 
 
