@@ -1,7 +1,7 @@
 """An HTTP server on 127.0.0.1, at which the agents of one replica ask the model. Runs in each environment replica.
 
-It has a thread and an event loop of its own, so it answers whatever the agents do. Each episode has a key of its own,
-and a request without the key of a running episode is refused.
+It has a thread and an event loop of its own, so it answers even while an agent blocks. Each episode has a key of its
+own, and a request without the key of a running episode is refused.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class ChatRendering:
     def _closing(self) -> tuple[str, int, int | None]:
         """The end of the model's message: its text with the template's end token, the number of its tokens, and the end
         token. "", 0 and None if the template has no end token."""
-        # The end of the model's message, whatever comes next.
+        # The end of the model's message: what both conversations have after its text.
         text = _common_beginning(self._after_answer([]), self._after_answer([NEXT]))
         closing = continued_ids(self._tokenizer, text)
         # The first special token in it is the template's end token, which need not be the tokenizer's.
