@@ -142,6 +142,8 @@ def seen(tmp_path_factory) -> Iterator[Seen]:
     ):
         patch.setenv("RAY_TMPDIR", temporary)
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        # Ray's autoscaler exports at one fixed port. The Ray of another test process may hold it, and end meanwhile.
+        patch.setenv("AUTOSCALER_METRIC_PORT", free_address().rpartition(":")[2])
         patch.setenv("WANDB_MODE", "offline")
         patch.setattr(Progress, "step", look)
         run_training(cfg, directory)
