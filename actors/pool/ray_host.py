@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ class RayHost:
     outages: tuple[type[BaseException], ...] = (TimeoutError, RayError)
 
     def __init__(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> None:
+        inspect.signature(role).bind("name", *args, **kwargs)  # a wrong argument fails here, and not in every replica
         self.role = role.__name__
         self._actor = actor(role, cfg)
         self._args, self._kwargs = args, kwargs

@@ -23,6 +23,7 @@ from tests.bench.plain_ppo import PlainPPO
 from tests.bench.results import Result, table
 from tests.bench.step import plain
 from tests.bench.task import prompts, variety
+from tests.bench.turns import environments
 from tests.bench.weights import find_changes, trained
 from tests.fakes import save_tiny_model
 
@@ -155,6 +156,10 @@ def test_plain_asks_every_prompt(tiny):
 def test_prompts_do_not_depend_on_the_seed():
     assert prompts(0) == prompts(1)
     assert variety("a b a b") == 0.5
+
+
+def test_the_environments_of_the_benchmark_of_turns_can_be_made():
+    assert [environments(name).host.role for name in ("AtOnce", "Slow")] == ["Environments"] * 2
 
 
 def fake_measure():

@@ -25,7 +25,7 @@ from actors.pool.episodes import EpisodePool
 from actors.pool.pool import Pool
 from actors.pool.ray_host import RayHost
 from actors.pool.roles import GeneratorPool
-from common.config.actors import GeneratorsConfig, SamplingConfig
+from common.config.actors import GeneratorsConfig, PromptFormat, SamplingConfig
 from common.config.base import RayConfig
 from common.config.environment import EnvironmentConfig
 from common.environment import Step
@@ -81,17 +81,17 @@ async def seconds_of(generators: GeneratorPool | EpisodePool, round_: int) -> fl
     return time.perf_counter() - started
 
 
-async def environments(name: str) -> Pool:
+def environments(name: str) -> Pool:
+    """The pool of the environment with this name. It is not started."""
     cfg = EnvironmentConfig(function=f"tests.bench.turns:{name}", max_turns=TURNS, max_tokens=CONTEXT - PROMPT_TOKENS)
-    made = RayHost(Environments, cfg, cfg, model=MODEL, chat=False, seed=0)
-    return await Pool(made, cfg).start(300)
+    return Pool(RayHost(Environments, cfg, cfg, model=MODEL, prompts=PromptFormat()), cfg)
 
 
 async def compare(cfg: GeneratorsConfig) -> dict[str, dict[str, float]]:
     sampled = EPISODES * TURNS * TURN_TOKENS
     many = GeneratorPool(RayHost(Generator, cfg, 0, partial(make_engine, cfg, TURN_TOKENS)), cfg)
     one = GeneratorPool(RayHost(Generator, cfg, 0, partial(make_engine, cfg, TURNS * TURN_TOKENS)), cfg)
-    answering = [await environments(name) for name in ("AtOnce", "Slow")]
+    answering = [await environments(name).start(300) for name in ("AtOnce", "Slow")]
     pools = [await many.pool.start(300), await one.pool.start(300), *answering]
     at_once, slow = (EpisodePool(many, pool) for pool in answering)
     in_turns, whole = [], []

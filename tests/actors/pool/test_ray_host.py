@@ -132,3 +132,8 @@ def test_other_errors_of_a_value_are_raised(monkeypatch):
     monkeypatch.setattr(ray_host.ray, "ObjectRef", Reference)
     with pytest.raises(ValueError, match="of the role"):
         run(lambda: host().fetch([Reference(ValueError("of the role"))]))
+
+
+def test_an_argument_that_the_role_does_not_have_is_refused_at_once():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+        RayHost(Worker, Replicated(), size=3)
