@@ -159,7 +159,7 @@ def test_prompts_do_not_depend_on_the_seed():
 
 
 def test_the_environments_of_the_benchmark_of_turns_can_be_made():
-    assert [environments(name).host.role for name in ("AtOnce", "Slow")] == ["Environments"] * 2
+    assert [environments(name).host.role for name in ("AtOnce", "Slow")] == ["EnvironmentsAtOnce", "EnvironmentsSlow"]
 
 
 def fake_measure():

@@ -59,6 +59,10 @@ class Slow(AtOnce):
     seconds = SLOW_S
 
 
+class GeneratorOfTurns(Generator):
+    """Has a name of its own: two actors of one Ray cannot have the same name."""
+
+
 def make_engine(cfg: GeneratorsConfig, tokens: int) -> Engine:
     """An engine whose responses or turns all have `tokens` tokens."""
     from actors.generation.vllm_engine import VLLMEngine
@@ -83,13 +87,14 @@ async def seconds_of(generators: GeneratorPool | EpisodePool, round_: int) -> fl
 
 def environments(name: str) -> Pool:
     """The pool of the environment with this name. It is not started."""
+    role = type(f"Environments{name}", (Environments,), {})  # two actors of one Ray cannot have the same name
     cfg = EnvironmentConfig(function=f"tests.bench.turns:{name}", max_turns=TURNS, max_tokens=CONTEXT - PROMPT_TOKENS)
-    return Pool(RayHost(Environments, cfg, cfg, model=MODEL, prompts=PromptFormat()), cfg)
+    return Pool(RayHost(role, cfg, cfg, model=MODEL, prompts=PromptFormat()), cfg)
 
 
 async def compare(cfg: GeneratorsConfig) -> dict[str, dict[str, float]]:
     sampled = EPISODES * TURNS * TURN_TOKENS
-    many = GeneratorPool(RayHost(Generator, cfg, 0, partial(make_engine, cfg, TURN_TOKENS)), cfg)
+    many = GeneratorPool(RayHost(GeneratorOfTurns, cfg, 0, partial(make_engine, cfg, TURN_TOKENS)), cfg)
     one = GeneratorPool(RayHost(Generator, cfg, 0, partial(make_engine, cfg, TURNS * TURN_TOKENS)), cfg)
     answering = [await environments(name).start(300) for name in ("AtOnce", "Slow")]
     pools = [await many.pool.start(300), await one.pool.start(300), *answering]
