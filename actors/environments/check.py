@@ -72,7 +72,7 @@ def check_environment(
         if chat:
             check(tokenizer, model)
         return []
-    if cfg.asking:
+    if cfg.endpoint_kind:
         if cfg.agent is not None:
             check_agent(cfg.agent)
         if cfg.verifiers is not None:

@@ -40,19 +40,21 @@ class ReasoningGymConfig(Section):
     """Prompts of `reasoning-gym:TASK`: their numbers, and the task's parameters."""
 
     train_prompts: Positive = 1000
-    """Different questions for training; fewer if the task has no more. A question that is held out, one in five by its
-    hash, is none of them."""
+    """Number of different training questions; fewer if the task has no more. One question in five, chosen by its hash,
+    is held out and never trained on."""
     heldout_prompts: Positive = 256
-    """Different held-out questions for prompts.heldout; fewer if the task has no more."""
+    """Number of different held-out questions for prompts.heldout; fewer if the task has no more."""
     parameters: Mapping[str, Any] = {}
     """The task's own parameters by name, such as { min_terms = 2, max_terms = 3 }, for training and held-out questions
     alike. The seed of the run decides the questions."""
     template: str = "{question}"
-    """The prompt, with the question in place of {question}. Add how to answer, such as tags around the answer."""
+    """Text of the prompt, in which the question replaces {question}. Add how to answer, such as tags around the
+    answer."""
 
     @model_validator(mode="after")
     def check_prompts(self) -> ReasoningGymConfig:
-        """The question must be in the prompt, Ratchet sets two parameters itself, and they travel as JSON."""
+        """The template must have the question. Ratchet sets two parameters itself; the others must be values of
+        JSON."""
         if "{question}" not in self.template:
             raise ValueError(f"template ({self.template!r}) must have {{question}} in it; add it")
         deciders = {"size": "train_prompts and heldout_prompts decide", "seed": "the seed of the run decides"}
@@ -64,7 +66,7 @@ class ReasoningGymConfig(Section):
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"parameters.{name} must be a value of JSON, with numbers that are finite, not {value!r}; write a "
+                    f"parameters.{name} must be a value of JSON (with finite numbers only), not {value!r}; write a "
                     "date as text"
                 ) from None
         return self
@@ -102,18 +104,19 @@ class SamplingConfig(Section):
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Divides the logits, for sampling and for every log-probability in the run; lower explores less. vLLM allows no
-    value below 0.01. For evaluations only, top_k = 1 always takes the likeliest token: all answers to a
-    prompt are then the same, and the KL is not that of the policy."""
+    value below 0.01. For greedy answers in an evaluation, set top_k = 1: all answers to a prompt are then the same, and
+    the reported KL is not the policy's."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. Below 1 the learner's log-probabilities are not those of the distribution sampled from."""
+    """Nucleus sampling; 1: off. Below 1, the generator samples from a truncated distribution, but the learner computes
+    log-probabilities of the full one."""
     top_k: NonNegative = 0
-    """Sample among the k likeliest tokens only; 1: always the likeliest; 0: off. The caution of top_p applies."""
+    """Sample among the k likeliest tokens only; 1: always the likeliest; 0: off. The limitation of top_p applies."""
     max_new_tokens: Positive = 256
     """Longest response, in tokens; a response that reaches it has finish reason `length`. With an environment: longest
     turn."""
     min_new_tokens: NonNegative = 0
-    """Forbid the end token and stop_token_ids before this many tokens; a stop text ends no response before. The learner
-    does not take this into account: the caution of top_p applies."""
+    """Shortest response, in tokens. Before that, the end token and stop_token_ids cannot be sampled, and a stop text
+    does not end the response. The limitation of top_p applies."""
     stop: tuple[str, ...] = ()
     """A response ends, with finish reason `stop`, at the token that completes one of these texts, such as
     ["</answer>"]. It keeps all its tokens, so rewards get the text and the learner trains on it. Names of special
@@ -143,8 +146,8 @@ class GeneratorsConfig(Replicated):
     """The rollout generators: vLLM engines."""
 
     gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs each generator reserves: a share of one, or as many as tensor_parallel; 0 runs it on the CPU. A run keeps
-    the other defaults of the device that it began on: if this changes on resume, set them too."""
+    """GPUs each generator reserves: a share of one, or as many as tensor_parallel; 0 runs it on the CPU. Other settings
+    keep the defaults of the device that the run began on. If you change this on resume, set them too."""
     tensor_parallel: Positive = 1
     """Devices that one engine's weights are split over: GPUs, or processes on the CPU, each with `threads` threads. For
     models too large for one GPU. Every layer waits for all devices, and an update waits until all have loaded their
@@ -169,11 +172,11 @@ class GeneratorsConfig(Replicated):
     sleep: bool | None = None
     """During each update the engine lends its GPU memory to the learner: its weights move to the machine's memory, and
     its KV cache is dropped. Needs max_staleness = 0, and one learner rank with a share of the engine's GPU. Left out:
-    on where that is so."""
+    true if these conditions hold."""
     updates: Literal["full", "changes"] = "full"
     """Weights sent after a step. full: all of them; best on one node, where engines read them in place. changes: only
-    values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs the search for changes,
-    and one or two copies of the weights (bfloat16) in each engine's process."""
+    values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs time to compare all
+    weights, and memory for one or two copies of them (bfloat16) in each engine's process."""
 
     @model_validator(mode="before")
     @classmethod
@@ -228,8 +231,8 @@ class SourcesConfig(Replicated):
     """The reward service and the sources that score a response."""
 
     in_flight: MayChange[Positive] = 32
-    """Requests sent to each process at once. More let a reward model form larger batches. Slow Python functions run one
-    after another and need a low number: otherwise the last request waits longer than timeout_s."""
+    """Requests sent to each process at once. More let a reward model form larger batches. Set a low number for a slow
+    Python function: its calls run one after another, and the last request must not wait longer than timeout_s."""
 
     sources: tuple[SourceConfig, ...]
     """The sources: each has a name, a weight, and a function, a model, urls, judge_urls, reasoning_gym or
@@ -270,10 +273,10 @@ class RewardConfig(SourcesConfig):
     """The reward service, its sources, and how their scores add up."""
 
     normalise: Literal["mean_std", "std", "none"] = "mean_std"
-    """Unit of the scores. mean_std: standard deviations from the mean of all scores so far, in the run and in the
-    training of learner.critic_path, so that neither unit nor zero point of the reward matters. std: standard deviations
-    from 0. In both a score counts as at most 20 deviations away from the mean. none: the raw scores; the KL coefficient
-    then is in their unit."""
+    """Normalisation of the scores. mean_std: subtract the mean of all scores so far and divide by their standard
+    deviation, so that neither unit nor zero point of the reward matters. std: only divide. Both include the scores that
+    learner.critic_path was trained with; a score more than 20 deviations from the mean enters these statistics as 20.
+    none: raw scores; the KL coefficient then is in their unit."""
     clip: Recorded[Annotated[float, Field(ge=0)]] = 5.0
     """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: no clip."""
 

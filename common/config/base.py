@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 T = TypeVar("T")
 Positive = Annotated[int, Field(ge=1)]
-MOST_PROCESSES = 10_000  # of one role; the check whether a run fits the cluster makes a list of them
+MOST_PROCESSES = 10_000  # of one role; the check of the cluster's room lists each of them
 Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -23,7 +23,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 def _number_or_length(value: Any) -> Any:
-    """One message for both kinds of value: pydantic would have one for each."""
+    """Raises one message for a wrong value. pydantic would give one for each type of the union."""
     if value != "length":
         with suppress(TypeError, ValueError):
             if not isinstance(value, bool) and 0 <= float(value) <= 1:
@@ -44,8 +44,8 @@ def _node_labels(given: Mapping[str, str]) -> Mapping[str, str]:
     for key, value in given.items():
         if not (re.fullmatch(rf"([a-z0-9.-]{{1,253}}/)?{_LABEL}", key) and re.fullmatch(_LABEL, value)):
             raise ValueError(
-                f"{key} = {value!r} is no label of a Ray node: both parts need letters and digits, 63 at most, with -, "
-                '_ and . between them; write it as in { group = "generators" }'
+                f"{key} = {value!r} is not a label of a Ray node: both parts need letters and digits, 63 at most, with "
+                '-, _ and . between them; write it as in { group = "generators" }'
             )
     return given
 
@@ -117,7 +117,7 @@ class Placed(Section):
     at the same time disturb each other least on separate cores. Empty: the operating system chooses."""
     labels: MayChange[NodeLabels] = {}
     """Ray labels of the nodes that may have the role's processes, such as { group = "generators" }: nodes started with
-    ray start --labels group=generators, or of such a group of an autoscaler. Empty: any node."""
+    ray start --labels group=generators, or nodes of an autoscaler's group with this label. Empty: any node."""
 
 
 class Pooled(Placed):
@@ -134,8 +134,9 @@ class Pooled(Placed):
     probe_timeout_s: MayChange[Seconds] = 30
     """A process that answers no health probe for this many seconds is replaced, even if its calls succeed."""
     drain_s: MayChange[Seconds] = 10
-    """Time that a leaving process has to finish its work, seconds. After that a generator hands its unfinished
-    responses to others; other roles drop their requests, and others answer them from the beginning."""
+    """Time that a leaving process has to finish its work, seconds. After that, a generator hands its unfinished
+    responses to other generators. A process of another role drops its requests, and other processes answer them from
+    the beginning."""
     max_shortage_s: MayChange[Seconds] = 600
     """Longest time with fewer than `min` ready processes before the run stops, seconds."""
 
@@ -181,12 +182,13 @@ class RayConfig(Section):
     """The cluster."""
 
     address: str | None = None
-    """HOST:PORT of a running cluster. --address overrides it; it overrides the variable RAY_ADDRESS. With none of them,
-    or with local, a cluster is started on this machine, on loopback, and stopped at the end."""
+    """HOST:PORT of a running cluster. --address overrides it; it overrides the variable RAY_ADDRESS. Without all three,
+    or with local, Ratchet starts a cluster on this machine, on loopback, and stops it at the end."""
     autoscaler: bool = False
-    """The running cluster has an autoscaler, which adds nodes for processes that wait for room. When a run starts, only
-    the learner's ranks, and processes that reserve neither CPUs nor GPUs, must then fit the nodes that exist; others
-    wait, up to startup_timeout_s. False: a run is refused unless the fewest processes that it needs fit."""
+    """The running cluster has an autoscaler, which adds nodes for processes that wait for room. At the start of a run,
+    only the learner's ranks and the processes that reserve no CPU or GPU must then fit on existing nodes. Other
+    processes wait for new nodes, up to startup_timeout_s. False: a run is refused unless the fewest processes that it
+    needs fit on existing nodes."""
     object_store_mib: Positive | None = None
     """Shared memory of a cluster started here, MiB: must hold two versions of the weights and the rollouts. Left out:
     what these take, or 1024 if that is more."""

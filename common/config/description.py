@@ -24,8 +24,8 @@ class Setting(NamedTuple):
 def describe(
     section: type[Section], prefix: str = "", *, skip: Container[str] = (), change: str = ""
 ) -> Iterator[Setting]:
-    """Every setting, depth first, in the order of the fields. `skip`: fields to leave out. `change`: how all of them
-    may change, for a section that may change as a whole."""
+    """Every setting, depth first, in the order of the fields. `skip`: fields to leave out. `change`: the mark of the
+    whole section, which then holds for all its fields."""
     for name, field in section.model_fields.items():
         if name in skip:
             continue
@@ -35,7 +35,7 @@ def describe(
             continue
         meaning = " ".join((field.description or "").split())
         yield Setting(prefix + name, _type_name(field), _default(field), meaning, changes)
-        if name == "sources":  # the kinds of sources; evaluation.judges has the same
+        if name == "sources":  # describe every kind of source; evaluation.judges has the same kinds
             described: set[str] = set()
             kinds: list[type[RewardSource]] = [RewardSource, *SOURCE_KINDS.values()]
             for source in kinds:

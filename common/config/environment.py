@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from common.config.base import MAY_CHANGE, MayChange, Placed, Pooled, Positive, Seconds
 
-KINDS = ("function", "tools", "agent", "verifiers")  # the settings of which a section has exactly one
+KINDS = ("function", "tools", "agent", "verifiers")  # a section has exactly one of these settings
 
 
 class EnvironmentConfig(Pooled):
@@ -20,17 +20,17 @@ class EnvironmentConfig(Pooled):
     """Python functions, each as `module:function`, that the model may call. Names, parameters and docstrings become the
     description that the model's chat template shows it."""
     agent: str | None = None
-    """`module:function` of an agent: `async def agent(prompt, endpoint) -> float`. It asks the model at an endpoint in
-    the form of OpenAI's, which its episode has for itself, and returns a score."""
+    """`module:function` of an agent: `async def agent(prompt, endpoint) -> float`. It asks the model at an
+    OpenAI-compatible endpoint of its own episode, and returns a score."""
     verifiers: str | None = None
     """Taskset of the package verifiers (0.4): its rollouts ask the model as an agent does, and its rewards are the
     score. prompts.train must be "verifiers:TASKSET", with the same name. docs/environments.md explains it."""
     tool_parser: str = "hermes"
-    """vLLM's parser that finds the calls of `tools`, or of an agent's tools, in what the model writes. vLLM's
+    """Name of the vLLM parser that finds tool calls in the model's text, with `tools` or in an agent's requests. vLLM's
     documentation names the parser of each model family; hermes reads
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>, which Qwen writes too."""
     max_turns: Positive = 8
-    """Most turns of the model in an episode. One that reaches it has finish reason `max_turns`."""
+    """Most turns of the model in an episode. An episode that reaches it has finish reason `max_turns`."""
     max_tokens: Positive = 1024
     """Most tokens of an episode after its prompt: of the model and of the environment. An episode whose next turn has
     no room has finish reason `max_tokens`. sampling.max_new_tokens bounds each turn."""
@@ -40,7 +40,7 @@ class EnvironmentConfig(Pooled):
     writes again. It is for templates that change earlier messages. max_tokens counts the tokens of these prompts too.
     """
     step_timeout_s: MayChange[Seconds] = 60
-    """Longest call of an environment's method, seconds. A longer one ends its episode, which is void."""
+    """Longest call of an environment's method, seconds. A longer call voids the episode."""
     concurrent: MayChange[Positive] = 64
     """Most episodes at once in each process. Further episodes wait in the driver."""
 
@@ -55,13 +55,13 @@ class EnvironmentConfig(Pooled):
         return tuple(name for name in (self.function, self.agent) if name) or self.tools
 
     @property
-    def asking(self) -> str | None:
-        """The setting that names what asks the model at an endpoint; None: nothing does."""
+    def endpoint_kind(self) -> str | None:
+        """`agent` or `verifiers`, if user code asks the model at an endpoint; otherwise None."""
         return next((kind for kind in ("agent", "verifiers") if getattr(self, kind)), None)
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The settings that decide what an episode is, as JSON has them."""
+        """The settings that decide what an episode is, as values of JSON."""
         may_change = {key for key, field in type(self).model_fields.items() if MAY_CHANGE in field.metadata}
         return self.model_dump(mode="json", exclude={*may_change, *Placed.model_fields})
 
@@ -84,7 +84,7 @@ class EnvironmentConfig(Pooled):
 
     @model_validator(mode="after")
     def check_limits(self) -> EnvironmentConfig:
-        """A step must end before the call that waits for it does."""
+        """A step must end before the call that waits for it times out."""
         if self.step_timeout_s >= 0.9 * self.timeout_s:
             raise ValueError(
                 f"step_timeout_s ({self.step_timeout_s:g}) must be below 0.9 * timeout_s ({0.9 * self.timeout_s:g}), "

@@ -92,8 +92,8 @@ def _find_files(tree: Any, directories: Sequence[Path], keep_relative: bool) -> 
 
 
 def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
-    """The absolute path of a data file, of a pattern that data files match, or of a data set's directory, also with
-    options; any other name unchanged."""
+    """Makes the name of a data file absolute, or of a data set's directory (also with options), or a pattern that data
+    files match. Returns any other name unchanged."""
     pattern = os.path.expanduser(name)
     data_set, options = split_options(pattern)
     has_magic = glob.has_magic(pattern) and "\0" not in pattern and len(pattern) <= _LONGEST_PATH

@@ -11,7 +11,7 @@ from typing import Any
 from common.config.faults import shortened, without_secrets
 from common.errors import UserError
 
-_DEEPEST = 8  # most sections around a key of an override; no setting has as many
+_DEEPEST = 8  # most sections around a key of an override; no setting is nested as deeply
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

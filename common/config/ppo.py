@@ -77,9 +77,9 @@ class PPOConfig(Section):
     ppo_epochs: Positive = 2
     """Passes over each batch; more reuse the data, and move further from the policy that sampled it."""
     value_epochs: NonNegative = 0
-    """Further passes of the value loss alone, after the passes of the policy and over the same returns. More passes let
-    the critic follow a policy that learns fast. A separate critic trains its network and its head; on a shared trunk
-    only the head trains, which takes hardly any time."""
+    """Extra passes that train only the critic, after the policy's passes and with the same returns. More passes let the
+    critic follow a policy that learns fast. A separate critic trains its network and its head; on a shared trunk only
+    the head trains, which takes hardly any time."""
     minibatches: Positive = 1
     """Optimizer steps per pass, each on an equal part of the batch: rollouts_per_step must be a multiple of it."""
     value_coef: Recorded[Annotated[float, Field(ge=0)]] = 0.5
@@ -206,9 +206,9 @@ class EvaluationConfig(Section):
     text_tokens: NonNegative = 16_384
     """Most tokens of each text; the rest is not measured. 0: no perplexity."""
     text_window: Annotated[int, Field(ge=2)] = 256
-    """Tokens of a window. Each token is predicted from those before it in its window alone, so longer windows lower the
-    perplexity; and there are fewer of them, so its interval is less exact. The model's context and
-    reference.max_batch_tokens may be lower limits."""
+    """Tokens of a window. Each token is predicted from the tokens before it in its window alone. So longer windows
+    lower the perplexity, and fewer windows make its interval wider. The model's context and reference.max_batch_tokens
+    may be lower limits."""
 
 
 class PolicyCheckpointConfig(CheckpointConfig):
@@ -216,7 +216,7 @@ class PolicyCheckpointConfig(CheckpointConfig):
 
     best: bool = False
     """Also keep the checkpoint of the policy with the best mean score of all held-out evaluations so far
-    (evaluation.every). One is written after every evaluation that is better than all before."""
+    (evaluation.every). It is written after every evaluation with a new best score."""
 
 
 class PolicyLoggingConfig(LoggingConfig):
@@ -275,7 +275,7 @@ class Config(Root):
 
     @property
     def critic_path(self) -> str | None:
-        """learner.critic_path; None without a critic, whose settings are all ignored."""
+        """learner.critic_path; None without a critic, because its settings are then ignored."""
         return self.learner.critic_path if self.ppo.has_critic else None
 
     @property

@@ -12,7 +12,7 @@ from common.config.actors import broken_sampling_rules
 from common.config.sources import broken_environment_source_rules, broken_reasoning_gym_rules, broken_source_rules
 from common.config.training import broken_trainer_rules
 
-if TYPE_CHECKING:  # that file imports this one
+if TYPE_CHECKING:  # ppo.py imports this file
     from common.config.ppo import Config
 
 
@@ -64,8 +64,8 @@ def _broken_schedule_rules(cfg: Config) -> Iterator[str]:
 
 
 def _broken_critic_rules(cfg: Config) -> Iterator[str]:
-    """Without a critic all of its settings are ignored, so that `ppo.advantages = "returns"` alone compares a run with
-    one that has none."""
+    """Checks nothing without a critic: its settings are then ignored. So setting `ppo.advantages = "returns"` is enough
+    to compare a run with one without a critic."""
     if not cfg.ppo.has_critic:
         return
     yield from _broken_frozen_rules(cfg)
@@ -177,7 +177,7 @@ def _broken_environment_rules(cfg: Config) -> Iterator[str]:
                     f'{setting} ({named}) must be "verifiers:{taskset}" with environment.verifiers = "{taskset}", '
                     "whose rollouts need its tasks; set it"
                 )
-    if (kind := cfg.environment.asking) and cfg.prompts.format != "chat":
+    if (kind := cfg.environment.endpoint_kind) and cfg.prompts.format != "chat":
         yield (
             f'environment.{kind} needs prompts.format = "chat" (it is "{cfg.prompts.format}"), because agents send '
             "chat messages; set it, or use environment.function"

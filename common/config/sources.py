@@ -23,8 +23,8 @@ _HEADERS = 'headers = { Authorization = "Bearer env:NAME_OF_A_VARIABLE" }'
 
 
 class RewardSource(Section):
-    """A source of raw scores for responses. `key` names the setting that only this kind of source has, and `decide` the
-    settings that decide a score: not those of speed, and not where its files or services are."""
+    """A source of raw scores for responses. `key`: the setting that only this kind of source has. `decide`: the
+    settings that decide a score, which excludes settings of speed and the places of files and services."""
 
     key: ClassVar[str]
     decide: ClassVar[tuple[str, ...]] = ()
@@ -32,7 +32,7 @@ class RewardSource(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=64)]
     """The name of its raw score in the log, in the journal and on the screen."""
     weight: float = 1.0
-    """Its share in the total: score = sum of weight * raw score. The weight of a judge has no effect."""
+    """Factor of its raw score: score = sum of weight * raw score. The weight of a judge has no effect."""
 
     @property
     def scoring(self) -> dict[str, Any]:
@@ -68,8 +68,8 @@ class ModelSourceConfig(RewardSource):
     key = "model"
     decide = ("dtype", "max_tokens")
     model: str
-    """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. With the mean
-    and deviation of the reference policy's own scores in it, raw scores count in deviations from that mean."""
+    """A directory that ratchet train-reward has written, another Hugging Face directory, or a hub name. If it holds the
+    mean and deviation of the reference policy's own scores, a raw score is the number of deviations from that mean."""
     trust_remote_code: bool = False
     """Allow Python code from the model's directory to run. Such code can do everything that you can."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -112,7 +112,7 @@ class ServiceConfig(RewardSource):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The setting that the kind's `key` names."""
+        """The service's addresses: the value of the setting `key`."""
         return getattr(self, self.key)
 
     def broken_rules(self) -> Iterator[str]:
@@ -177,8 +177,8 @@ class ReasoningGymSourceConfig(RewardSource):
     key = "reasoning_gym"
     decide = ("answer_pattern",)
     reasoning_gym: Literal[True]
-    """Score with the task's own rule, whose result usually is from 0 to 1; many tasks give a part for a wrong answer.
-    All prompts must be of reasoning-gym:TASK. docs/rewards.md explains it."""
+    """Score with the task's own rule, whose result usually is from 0 to 1; many tasks give a part of the score for a
+    wrong answer. All prompts must be of reasoning-gym:TASK. docs/rewards.md explains it."""
     answer_pattern: str | None = None
     """Regular expression whose first group is the answer in a response, such as (?s)<answer>(.*?)</answer>. The last
     match counts; without one there is no answer, which the task scores too. Left out: the whole response."""

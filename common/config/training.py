@@ -9,7 +9,7 @@ from pydantic import Field
 
 from common.config.base import MayChange, NonNegative, Placed, Positive, Processes, Rate, Seconds, Section
 
-# Tokens of a micro-batch whose size is left out. A micro-batch of 512 keeps two CPU cores busy.
+# Default size of a micro-batch, in tokens. A micro-batch of 512 keeps two CPU cores busy.
 CPU_TOKENS = 512
 GPU_TOKENS = 8192  # where the memory of the GPU is not known
 
@@ -20,7 +20,7 @@ class TrainerConfig(Placed):
     cpus: MayChange[Annotated[float, Field(ge=0)]] = 1
     """CPU cores each rank reserves in Ray's bookkeeping."""
     gpus: MayChange[Annotated[float, Field(ge=0)]] = 0
-    """GPUs each rank reserves: one where there are several ranks; 0 runs it on the CPU."""
+    """GPUs each rank reserves; 0 runs it on the CPU. With several ranks it must be 0 or 1."""
     threads: MayChange[Positive] = 1
     """Compute threads of each rank. Two busy processes that both use every core slow each other threefold."""
     ranks: MayChange[Processes] = 1
@@ -42,10 +42,10 @@ class TrainerConfig(Placed):
     """Recompute activations in the backward pass: about a quarter slower, and far less memory."""
     compile: MayChange[bool | None] = None
     """Compile the model's layers (torch.compile) at the first update, which then takes about 20 seconds longer. Later
-    updates are faster on a GPU, those of small models most. Layers that cannot be compiled, or would then compute
-    something else, stay as they are, and RUN/log.txt says why. If compiling fails in the middle of a run, set this to
-    false and continue. The services for reference and reward never compile: each of their processes would wait for it,
-    and their passes have no backward pass. Left out: true on a GPU, false on the CPU, where it gains nothing."""
+    updates are faster on a GPU, those of small models most. Layers that cannot be compiled, or whose compiled results
+    differ, stay uncompiled, and RUN/log.txt says why. If compiling fails in the middle of a run, set this to false and
+    continue. The services for reference and reward never compile: each of their processes would wait for it, and their
+    passes have no backward pass. Left out: true on a GPU, false on the CPU, where it gains nothing."""
     deterministic: MayChange[bool] = False
     """Use only kernels that add in a fixed order (torch's deterministic mode). On one layout of GPUs a step that is
     repeated then has the same bits. 10 % slower for 1.2B weights on an H100. An operation that has no such kernel ends
@@ -72,8 +72,8 @@ class TrainerConfig(Placed):
 
 
 def broken_trainer_rules(cfg: TrainerConfig, rows: int, where: str) -> Iterator[str]:
-    """One message for each broken rule across the fields of a [learner] section. `rows`: of each optimizer step, which
-    the setting `where` decides."""
+    """One message for each broken rule across the fields of a [learner] section. `rows`: rows of each optimizer step.
+    `where`: the setting that decides their number."""
     if cfg.fewest_ranks > cfg.ranks:
         yield (
             f"learner.min_ranks ({cfg.min_ranks}) must be at most learner.ranks ({cfg.ranks}); lower the first or "
@@ -120,8 +120,8 @@ class CheckpointConfig(Section):
     keep: Positive = 2
     """Checkpoints kept; older ones are removed."""
     keep_optimizer_at_end: bool = True
-    """Keep the optimizer's state in the checkpoints of a finished run: two thirds of their size. Without it they can be
-    exported, but a run with more steps is continued from earlier ones, or from the beginning (PPO: of the journal)."""
+    """Keep the optimizer's state in the checkpoints of a finished run: two thirds of their size. If false, they can
+    still be exported, but a run that is continued with more steps repeats all earlier ones (PPO: from the journal)."""
     on_signal: bool = False
     """When a signal stops the run (Ctrl-C, SIGTERM, SIGHUP), finish the current step and write a checkpoint first. The
     resumed run then repeats no step, but stopping takes as long as a step. If false, stopping takes seconds."""

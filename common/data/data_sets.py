@@ -1,6 +1,6 @@
 """Reads records of Hugging Face data sets: from directories, and from the hub. Runs in the driver.
 
-The package `datasets` is imported only when a source needs it. It reads no Python code of a data set (since version 4).
+The package `datasets` is imported only when a source needs it. Since version 4 it runs no Python code of a data set.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def _rows(named: ParsedSource, split: str) -> Iterable[dict[str, Any]]:
         saved = datasets.load_from_disk(named.name)
         if isinstance(saved, datasets.DatasetDict):
             return _part(saved, split)
-        # It has no splits, but may have been one.
+        # The directory has one data set, which may have been a split.
         return _part({str(saved.split or "train"): saved}, split) if "split" in named.options else saved
 
 
 def _part(splits: dict[str, Any], split: str) -> Iterable[dict[str, Any]]:
-    """A split of a saved data set, or a part of one, such as train[:90%]. Raises ValueError if there is no such one."""
+    """A split of a saved data set, or a part of one, such as train[:90%]. Raises ValueError if it does not exist."""
     from datasets import ReadInstruction, concatenate_datasets
 
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})

@@ -58,9 +58,9 @@ def load_records(
     """All prompts of a source, tokenised and checked. Raises UserError that names the faulty record.
 
     max_tokens: longest prompt that prompts.max_tokens and the model's context allow. vocabulary: rows of the model's
-    embedding. response_setting: bounds the longest response, for messages. tools: schemas of the functions that the
-    model may call, for the chat template. report: called with the counts if any prompt was dropped, cut or repeated,
-    and if neither chat template nor first prompt names a tool.
+    embedding. response_setting: the setting that bounds the longest response, for messages. tools: schemas of the
+    functions that the model may call, for the chat template. report: called with the counts if any prompt was dropped,
+    cut or repeated, and if neither chat template nor first prompt names a tool.
     """
     loaded: list[PromptRecord] = []
     counts, texts = PromptCounts(), set()

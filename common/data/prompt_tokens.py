@@ -22,7 +22,7 @@ class _TemplateClock:
     prevent a run from starting. It works only in a process's main thread, which reads prompts and pairs. In other
     threads the time limits of calls apply.
 
-    The timer runs on between templates, so that most of them need no system call.
+    The timer keeps running between templates. Starting it for each template would cost a system call.
     """
 
     TICK_S = 1.0  # of this process's CPU time
@@ -86,7 +86,8 @@ def bare_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 
 
 def with_beginning(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], *, chat: bool) -> list[int]:
-    """Adds the tokens that begin a sequence to bare ids. A chat template's text has them. Two BOS become one."""
+    """Adds the tokens that begin a sequence to bare ids, unless a chat template has written them into the text. Two BOS
+    become one."""
     return _one_bos(tokenizer, text, ids if chat else [*_added_before(tokenizer), *ids])
 
 
@@ -132,7 +133,7 @@ def _one_bos(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> l
     return ids[next((i for i, token in enumerate(ids) if token != bos), len(ids)) - 1 :]
 
 
-@lru_cache(maxsize=16)  # keyed by identity: nobody changes a tokenizer in use
+@lru_cache(maxsize=16)  # keyed by identity, because nothing changes a tokenizer in use
 def _added_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that the tokenizer's post-processor adds before every text."""
     for probe in ("a", "0", ".", *sorted(tokenizer.get_vocab())[:100]):

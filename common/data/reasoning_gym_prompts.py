@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).with_name("reasoning_gym_script.py")
 
 def task_prompts(task: str, setting: str, cfg: ReasoningGymConfig, *, seed: int) -> Iterator[Located]:
     """Different questions of a task, each as a record: `prompt`, the entry's `question`, `answer` and `metadata`, and
-    FIELD. One question in five is held out, with every seed: so no question is both in training and held out."""
+    FIELD. One question in five is held out with every seed, so no question is both in training and held out."""
     source = f"reasoning-gym:{task}"
     require("reasoning_gym", "reasoning-gym", f"{setting} ({source})")
     heldout = is_heldout(setting)

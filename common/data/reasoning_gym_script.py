@@ -22,7 +22,7 @@ from common.reasoning_gym_rule import runs_answers
 
 ITEMS = 500  # of one data set of the package; the next one has another seed
 HELD_OUT = 5  # one question in this many
-CHECKED = 3  # questions whose scores must survive the way through JSON
+CHECKED = 3  # questions whose scores are compared before and after a conversion to JSON
 LIMIT_S = 60  # longest time for one question, or for the data set before its first one
 _OWN = ("seed", "size")  # parameters of every task that Ratchet sets
 
@@ -40,8 +40,8 @@ def main() -> None:
 
 
 def questions(task: str, parameters: dict[str, Any], count: int, heldout: bool, seed: int) -> Iterator[dict[str, Any]]:
-    """Up to `count` different questions, after an object that says how their answers are scored. There are fewer if
-    the task has no more: a whole data set brought nothing new."""
+    """Up to `count` different questions, after an object that says how their answers are scored. Ends early when a
+    whole data set has no new question."""
     check_parameters(task, parameters)
     seen: set[str] = set()
     chunk, before = 0, -1
@@ -78,7 +78,7 @@ def check_parameters(task: str, parameters: dict[str, Any]) -> None:
     import reasoning_gym  # fills the table of tasks  # noqa: F401
     from reasoning_gym.factory import DATASETS
 
-    tasks = sorted(DATASETS.keys() - {"composite"})  # that one needs objects as parameters
+    tasks = sorted(DATASETS.keys() - {"composite"})  # composite needs objects as parameters
     if task not in tasks:
         near = get_close_matches(task, tasks, n=4)
         hint = f"did you mean {', '.join(near)}?" if near else f"its tasks are {', '.join(tasks)}"

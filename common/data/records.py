@@ -31,7 +31,7 @@ def read_source(
 ) -> Iterator[Located]:
     """Every record of a source, one after another. Raises UserError that names file and line of a broken one.
 
-    seed: for functions and reasoning-gym. reasoning_gym: its settings; None if the records are no prompts.
+    seed: for functions and reasoning-gym. reasoning_gym: its settings; None if the records are not prompts.
     """
     named = parsed_source(source, setting)
     match named.kind:

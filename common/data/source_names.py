@@ -15,7 +15,7 @@ FORMATS = "JSON lines (.jsonl), JSON (.json), CSV (.csv), each also compressed (
 FILE = re.compile(r"\.(jsonl|json|csv)(\.gz)?$|\.(parquet)$", re.IGNORECASE)
 _HUB, _REASONING_GYM, _VERIFIERS = "hf:", "reasoning-gym:", "verifiers:"
 _WITH_OPTIONS = re.compile(r"([^?]+)\?(\w+=.*)", re.DOTALL)
-# Without an owner, `datasets` would take a name such as json for one of its own readers, of the current directory.
+# `datasets` would take a name without an owner, such as json, for its own reader of files in the current directory.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DIRECTORY_OPTIONS = ("split", "config")
 _HUB_OPTIONS = (*_DIRECTORY_OPTIONS, "revision")
@@ -88,7 +88,7 @@ def is_reasoning_gym(source: str) -> bool:
 
 
 def is_heldout(setting: str) -> bool:
-    """True for the settings whose records no policy learns from."""
+    """True for the settings of held-out records."""
     return setting in _HELDOUT
 
 
@@ -99,7 +99,7 @@ def _with_options(text: str, source: str, setting: str, known: tuple[str, ...]) 
         key, _, value = option.partition("=")
         if key not in known or not value or key in options:
             raise UserError(
-                f"{setting} ({source}): {option!r} is no option of a data set; the options are "
+                f"{setting} ({source}): {option!r} is not an option of a data set; the options are "
                 f"{', '.join(known)}, each at most once, as in {name}?split=train"
             )
         options[key] = value

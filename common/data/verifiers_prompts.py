@@ -1,6 +1,6 @@
 """Prompts from tasksets of the package verifiers. Runs in the driver.
 
-Another process imports the package and the taskset (verifiers_script.py), so nothing of them stays in the driver.
+Another process imports the package and the taskset (verifiers_script.py), so the driver never holds their code.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 HELD_OUT = 5  # one task in this many
-MOST_TASKS = 100_000  # of a taskset without an end, before one in HELD_OUT is held out
+MOST_TASKS = 100_000  # most tasks that are read, because a taskset may be endless; they include the held-out ones
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def is_held_out(key: str) -> bool:
 
 
 def prompt_of(data: dict[str, Any]) -> list[dict[str, str]]:
-    """The first messages of a task, as text. The rollout of the package may write others: its first request counts."""
+    """The first messages of a task, as text. In a rollout, the package's first request replaces them."""
     prompt = data.get("prompt") or data.get("description") or data.get("name") or f"Task {data.get('idx')}"
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     before = [{"role": "system", "content": data["system_prompt"]}] if data.get("system_prompt") else []

@@ -58,7 +58,7 @@ def test_labels_that_no_ray_node_can_have_are_refused():
     for labels in ({"group": "!spot"}, {"group": ""}, {"-group": "a"}, {"group": "a" * 64}):
         (fault,) = faults(Config, ppo(generators={"labels": labels}))
         [(key, value)] = labels.items()
-        assert f"{key} = {value!r} is no label of a Ray node" in fault["msg"]
+        assert f"{key} = {value!r} is not a label of a Ray node" in fault["msg"]
 
 
 def test_an_impossible_batch_split_names_rule_values_and_nearest():
@@ -453,9 +453,9 @@ def test_the_rules_of_a_source_hold_in_every_list_of_sources(root, tree, source,
         ({"parameters": {"seed": 1}}, "parameters must not have seed; the seed of the run decides it: remove it"),
         (
             {"parameters": {"starting": date(2026, 11, 26)}},
-            "parameters.starting must be a value of JSON, with numbers that are finite, not datetime.date(",
+            "parameters.starting must be a value of JSON (with finite numbers only), not datetime.date(",
         ),
-        ({"parameters": {"bounds": [0, float("inf")]}}, "parameters.bounds must be a value of JSON, with numbers that"),
+        ({"parameters": {"bounds": [0, float("inf")]}}, "parameters.bounds must be a value of JSON (with finite"),
         ({"parameters": {"size": 1}}, "parameters must not have size; train_prompts and heldout_prompts decide it: "),
     ],
 )

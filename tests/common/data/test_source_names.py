@@ -45,11 +45,11 @@ def test_a_name_says_which_kind_of_source_it_is(place, source, expected):
     [
         (
             "hf:openai/gsm8k?splits=x",
-            "'splits=x' is no option of a data set; the options are split, config, revision,",
+            "'splits=x' is not an option of a data set; the options are split, config, revision,",
         ),
-        ("hf:openai/gsm8k?split=", "'split=' is no option"),
-        ("hf:openai/gsm8k?split=a&split=b", "'split=b' is no option"),
-        ("gsm8k?revision=x", "'revision=x' is no option of a data set; the options are split, config, each"),
+        ("hf:openai/gsm8k?split=", "'split=' is not an option"),
+        ("hf:openai/gsm8k?split=a&split=b", "'split=b' is not an option"),
+        ("gsm8k?revision=x", "'revision=x' is not an option of a data set; the options are split, config, each"),
         ("hf:a/b/c", "a data set of the hub is named as in hf:OWNER/NAME?split=train"),
         ("hf:json", "a data set of the hub is named as in hf:OWNER/NAME?split=train"),
         ("hf:", "a data set of the hub is named as in hf:OWNER/NAME?split=train"),
