@@ -30,7 +30,7 @@ DERIVED_SCHEMA = pa.schema(
 )
 NULL_COLUMNS = {"values", "td_errors", "whitened_advantages", "old_logprobs"}  # null in all rows, or in none
 NULL_ROWS = {"ratio", "clipped", "entropy"}  # null in any row
-# The other columns repeat the journal: they name the rollout, and belong next to the ones above.
+# The other columns are copies from the journal: the rollout's id, and values to compare with those above.
 CREDIT_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),

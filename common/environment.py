@@ -19,7 +19,7 @@ Methods may be `async def` or plain `def`. If `step` is async, all methods of al
 none of them may block it. If `step` is plain, each episode has a thread of its own.
 
 An episode ends without a score (it is void, and is not learned from) if a method raises an exception, ends the process,
-takes longer than environment.step_timeout_s, or returns something else than described here.
+takes longer than environment.step_timeout_s, or returns anything that is not described here.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from typing import Any, NamedTuple, Protocol
 Message = Mapping[str, Any]
 """A chat message: `role`, `content` (text), and more keys that the model's chat template knows."""
 Observation = str | Sequence[Message] | None
-"""What an environment says. A text is one message of the role `user`; None and "" are nothing. With prompts.format =
+"""What an environment says. A text is one message of the role `user`; None and "" add no message. With prompts.format =
 "plain" it must be text, which is added to the response unchanged."""
 
 VOID_KINDS: Mapping[str, str] = {
     "raised": "a method raised an exception",
     "timed_out": "a method took longer than `environment.step_timeout_s`",
-    "wrong_answer": "a method returned something that it may not return",
+    "wrong_answer": "a method returned a value that it must not return",
     "template": "the chat template refused the messages that `step` returned",
     "died": "several processes died while they ran the episode, or its process lost it",
 }
-"""Why an environment made an episode void, by the name that metrics have for it."""
+"""The reasons for which an environment voids an episode, by their name in metrics."""
 
 
 class Step(NamedTuple):
@@ -52,14 +52,14 @@ class Step(NamedTuple):
     reward: float = 0.0  # of this turn; the sum over all turns is the raw score of a source with `environment = true`
     terminated: bool = False  # the episode is over, because the task is solved or lost
     truncated: bool = False  # the episode is cut off, for another reason
-    info: Mapping[str, Any] = {}  # anything that JSON has; the journal keeps it, the model does not see it
+    info: Mapping[str, Any] = {}  # any value of JSON; the journal keeps it, the model does not see it
 
 
 @dataclass(frozen=True)
 class EpisodePrompt:
     """The argument of `reset`: a prompt of the training or held-out data."""
 
-    text: str  # as the model gets it, with prompts.format = "chat" after the chat template
+    text: str  # as the model reads it: with prompts.format = "chat", after the chat template
     messages: Sequence[Message] | None  # with prompts.format = "chat"
     fields: Mapping[str, Any] = field(default_factory=dict)  # the record's other columns, such as a reference answer
     seed: int = 0  # of this episode: depends on the seed of the run and the prompt's sample id alone
@@ -67,8 +67,8 @@ class EpisodePrompt:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the agent of one episode asks the model: an endpoint in the form of OpenAI's, with the chat completions
-    only. `environment.agent = "module:function"` names the agent:
+    """The OpenAI-compatible endpoint where the agent of one episode asks the model. It has chat completions only.
+    `environment.agent = "module:function"` names the agent:
 
         from openai import AsyncOpenAI
 
@@ -89,7 +89,7 @@ class Environment(Protocol):
     A class may also have both of these, so that an episode continues when its process is lost. Without them it begins
     again.
 
-        state(self) -> Any             called after each step of an episode that goes on; the result is pickled
+        state(self) -> Any             called after each step of an episode that continues; the result is pickled
         restore(self, state) -> None   called on a new instance, after `reset` with the same prompt
     """
 

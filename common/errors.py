@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class RolloutLostError(RuntimeError):
-    """A rollout is gone, with the machine that held its tokens; its prompt must be generated again."""
+    """A rollout was lost with the machine that held its tokens; it must be generated again."""
 
 
 class RoleError(RuntimeError):
@@ -27,7 +27,7 @@ class BatchError(ValueError):
 
 
 class BrokenWeightsError(BatchError):
-    """The weights were broken before the batch was learned from: an earlier batch did it."""
+    """The weights were broken before this batch: an earlier batch broke them."""
 
 
 class GivenUpError(RuntimeError):
@@ -35,7 +35,7 @@ class GivenUpError(RuntimeError):
     environment of an episode failed."""
 
     def __init__(self, message: str, *, role: str = "", kind: str = "") -> None:
-        """`role`: of the processes that died. `kind`: see `common.types.Void`."""
+        """`role`: the role of the processes that died. `kind`: see `common.types.Void`."""
         super().__init__(message)
         self.role, self.kind = role, kind
 

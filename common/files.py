@@ -1,4 +1,5 @@
-"""Writes files and directories so that a crash leaves nothing half written, or a line to skip. Runs anywhere."""
+"""Writes files and directories so that a crash leaves no partial file. A line cut short is skipped when it is read.
+Runs anywhere."""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; an empty list if there is no file. Skips a line that is no JSON object, such
-    as one that a crash cut short."""
+    """The records of a file of JSON lines; an empty list if there is no file. Skips a line that is not a JSON object,
+    such as one that a crash cut short."""
     if not path.exists():
         return []
     records = (read_record(line) for line in path.read_bytes().splitlines())
@@ -57,7 +58,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def read_record(line: bytes) -> dict[str, Any] | None:
     """The JSON object in a line; None if the line is anything else."""
-    with suppress(ValueError, RecursionError):  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
+    with suppress(ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
         record = json.loads(line)
         return record if isinstance(record, dict) else None
     return None

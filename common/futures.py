@@ -1,4 +1,4 @@
-"""Answers to callers that wait in a queue, and work that waits for a task. Runs anywhere."""
+"""Gives results to waiting callers, and waits for work that a background task feeds. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def settle(requests: Sequence[tuple[Any, asyncio.Future[Result]]], outcomes: Seq
 
 
 async def unless_failed(work: Coroutine[Any, Any, Result], producer: asyncio.Task[None]) -> Result:
-    """The result of `work`, or the producer's error if that comes first: after it, nothing would wake `work`."""
+    """The result of `work`. Raises the producer's error if that comes first: `work` would then wait forever."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task, producer}, return_when=asyncio.FIRST_COMPLETED)
@@ -32,7 +32,7 @@ async def unless_failed(work: Coroutine[Any, Any, Result], producer: asyncio.Tas
             await asyncio.gather(task, return_exceptions=True)
     if unfinished:
         error = producer.exception()
-        while isinstance(error, BaseExceptionGroup):  # many rollouts may fail from one cause; the first one tells it
+        while isinstance(error, BaseExceptionGroup):  # many rollouts may fail from one cause; the first error names it
             error = error.exceptions[0]
         raise error or RuntimeError("the rollout producer ended by itself")
     return await task

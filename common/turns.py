@@ -17,14 +17,14 @@ class Turn:
     end: int  # place in the response after the last token of the policy's message
     next_start: int  # place of the policy's next token: those from `end` on until here are the environment's
     reward: float
-    observation: str = "[]"  # the messages that it answered with, JSON
+    observation: str = "[]"  # the environment's messages, JSON
     info: str = "{}"  # JSON
-    seconds: float = 0.0  # that it took
-    cached_tokens: int = 0  # of the context of this turn, found in the engine's cache when it was sampled
+    seconds: float = 0.0  # that the environment took to answer
+    cached_tokens: int = 0  # of this turn's context, found in the engine's cache when the turn was sampled
     # The environment's tokens after this message are a whole new prompt: the policy's next message sees them, and
     # nothing before them.
     new_context: bool = False
-    # This message is the last of its sequence: it gets the episode's score too, and GAE does not step past it. Only
+    # This message is the last of its sequence: it gets the episode's score too, and GAE does not continue past it. Only
     # with new_context; the last message of an episode ends its sequence without it.
     ends: bool = False
 
@@ -43,7 +43,7 @@ def context_starts(turns: Iterable[tuple[int, bool]]) -> list[int]:
     return [end for end, new_context in turns if new_context]
 
 
-def described(
+def turns_for_reward(
     turns: Sequence[Turn], response_ids: np.ndarray, decode: Callable[[list[int]], str]
 ) -> tuple[dict[str, Any], ...]:
     """The turns as reward functions get them (`RewardInput.turns`). `decode` gives the text of tokens."""

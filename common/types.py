@@ -74,12 +74,12 @@ class Rollout:
     response_ids: np.ndarray  # int32 [R + E], end token included when there is one
     rollout_logprobs: np.ndarray  # float32 [R] nats, of the distribution that was sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
-    # "stop": an end token or a stop of `sampling` ended it. "length": a limit did. HANDED_OVER, IN_EPISODE: it goes on.
+    # "stop": an end token or a `sampling` stop ended it. "length": a limit did. HANDED_OVER, IN_EPISODE: it continues.
     # An episode that is over has "terminated", "truncated", "max_turns" or "max_tokens" (docs/environments.md).
     finish_reason: str
     generator: str  # replica that sampled it, or its last part
     turns: tuple[Turn, ...] = ()  # those that an environment has answered; () without an environment
-    cached_tokens: int = 0  # see Turn; of the newest turn, until the environment answers it
+    cached_tokens: int = 0  # of the newest turn until the environment answers it, see Turn
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +119,7 @@ class RolloutRef:
     sample_id: SampleId
     num_tokens: int  # prompt and response
     oldest_version: int | None  # of its tokens; None without tokens
-    finished: bool  # False: it goes on, in another generator or after the environment's answer
+    finished: bool  # False: it continues in another generator or after the environment's answer
     fault: str = ""  # the reason why it must not be learned from, if there is one
     rollout: Any = None  # the Rollout, or a reference to it
 

@@ -190,7 +190,7 @@ def _bucket(version: int, index: int, last: bool, entries: list[Entry], flat: Te
 
 
 def _checksum(header: tuple, *arrays: np.ndarray) -> int:
-    # The header counts as much as the values: a right tensor under a wrong name is corruption too.
+    # The header is included: a right tensor under a wrong name is corruption too.
     digest = xxhash.xxh3_64(repr(header).encode())
     for array in arrays:
         digest.update(array.data.cast("B"))

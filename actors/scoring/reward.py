@@ -17,7 +17,7 @@ from common.config.actors import SourcesConfig
 from common.config.sources import RewardSource
 from common.metrics import meters
 from common.model.files import load_tokenizer, resolve_model
-from common.turns import described
+from common.turns import turns_for_reward
 from common.types import RawScore, RewardInput, Rollout, Score, Void
 from common.user_code.results import FLOAT32_MAX
 
@@ -104,5 +104,5 @@ class Reward:
             raw_response=self._tokenizer.decode(response_ids),
             prompt_ids=rollout.prompt.token_ids.tolist(),
             response_ids=response_ids,
-            turns=described(rollout.turns, rollout.response_ids, decode),
+            turns=turns_for_reward(rollout.turns, rollout.response_ids, decode),
         )

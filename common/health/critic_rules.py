@@ -18,14 +18,16 @@ from common.health.history import History, Record, number
 CRITIC_STEPS = 10
 VARIANCE = "value/returns_var/realised"
 EXPLAINED = "value/explained_variance/"
-# Share of the variance that the returns had at the start; the rules need more. The rest is mostly chance: once 97 % of
-# the demo's answers are right, 19 % of the variance is left, and no critic can know which answers will be wrong.
+# The rules judge the critic while the returns have at least this share of their variance at the start. With less, the
+# variance is mostly chance: once 97 % of the demo's answers are right, 19 % of the variance is left, and no critic can
+# know which answers will be wrong.
 ENOUGH_VARIANCE = 0.5
-# A bound for people, who see the variance too: below this share the report draws the figures of a step in grey.
+# Below this share, the report draws the figures of a step in grey. It is lower than the rules' bound, because a reader
+# also sees the variance.
 LITTLE_VARIANCE = 0.25
 USELESS = 0.01  # share that is explained; a head that hardly learns is at 0.0001 in some steps
 # Where prompts say nothing about the score, a good critic's first values are equal, and explain 0. Values that explain
-# -10 % vary, and at random: their variance is added to that of the advantages.
+# -10 % vary at random, and their variance is added to that of the advantages.
 LATE = -0.1
 # A share of the returns' standard deviation, in addition to what chance explains. Beyond it, an advantage is mostly the
 # critic's error.
@@ -33,8 +35,8 @@ MISCALIBRATED = 0.5
 
 
 def critic_useless(history: History, cfg: Config) -> str | None:
-    """Over some steps together, each weighted with its variance: with hardly any variance, a step's own figure means
-    nothing."""
+    """The critic explains almost nothing. Steps are weighted with their variance, because the figure of a step with
+    hardly any variance means nothing."""
     steps = _judging(history, cfg)
     explained = _mean(steps, EXPLAINED + "realised")
     if explained is None or explained > USELESS:
@@ -43,7 +45,8 @@ def critic_useless(history: History, cfg: Config) -> str | None:
 
 
 def critic_late(history: History, cfg: Config) -> str | None:
-    """It predicts well once it has read most of a response, and adds noise to the advantages of the first tokens."""
+    """The critic predicts well once it has read most of a response, but adds noise to the advantages of the first
+    tokens."""
     steps = _judging(history, cfg)
     explained, first = _mean(steps, EXPLAINED + "realised"), _mean(steps, EXPLAINED + "first")
     if explained is None or first is None or explained <= USELESS or first > LATE:
@@ -73,8 +76,9 @@ def critic_miscalibrated(history: History, cfg: Config) -> str | None:
 
 
 def _judging(history: History, cfg: Config) -> list[Record]:
-    """The newest records that judge the critic, of those with figures: a void batch has none. Empty as long as there
-    are too few after its first steps, and once the variance has nearly gone: a share of nothing proves nothing."""
+    """The newest CRITIC_STEPS records with figures of the critic (a void batch has none). Empty while there are fewer
+    after the critic's first steps, and once little variance is left: the share that is explained then proves
+    nothing."""
     first = cfg.critic_warmup_steps + CRITIC_STEPS
     known = [record for record in history.newest if number(record, VARIANCE) is not None]
     judging = [record for record in known if (number(record, "step") or 0) >= first][-CRITIC_STEPS:]

@@ -4,8 +4,8 @@
     for record in read_records(run / "metrics.jsonl"):
         events = health.step(record)
 
-The state follows from the records alone. So a run that is resumed, or a report that is made later, feeds it the records
-of metrics.jsonl and evaluations.jsonl, and finds what the run found.
+The state depends on the records alone. A resumed run and a later report feed it the records of metrics.jsonl and
+evaluations.jsonl, and get the same events as the run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from common.health import critic_rules, policy_rules, score_rules, system_rules
 from common.health.history import History, Record
 
 PAGE = "docs/health.md"
-# An event that lasts is shown at its 1st, 10th, 100th, ... step. It is the same one if its rule held within the last
-# QUIET steps.
+# A rule that keeps holding is one event, which is shown at its 1st, 10th, 100th, ... step. The event continues if its
+# rule holds again within QUIET steps.
 QUIET = 20
 
 Rule = Callable[[History, Config], str | None]
@@ -88,7 +88,7 @@ class Event:
 
     @property
     def anchor(self) -> str:
-        """Where the docs explain it."""
+        """Link to its paragraph in the docs."""
         return f"{PAGE}#{self.rule}"
 
     def __str__(self) -> str:
@@ -111,14 +111,14 @@ class Health:
         """Takes the record of a step. Returns the events of all rules that hold now."""
         self._history.add(record)
         self._taken += 1
-        seen = ((name, _said(rule, self._history, self._cfg)) for name, (rule, _) in RULES.items())
+        seen = ((name, _message(rule, self._history, self._cfg)) for name, (rule, _) in RULES.items())
         self._in_steps = [self._event(name, message) for name, message in seen if message is not None]
         return self._in_steps
 
     def evaluation(self, record: Record) -> list[Event]:
         """Takes the record of a held-out evaluation. Returns the events of all rules that hold now."""
         self._evaluations.append(record)
-        message = _said(score_rules.judge_falls_in_evaluations, self._evaluations, self._cfg)
+        message = _message(score_rules.judge_falls_in_evaluations, self._evaluations, self._cfg)
         remedy = RULES[IN_EVALUATIONS][1]
         self._in_evaluations = [] if message is None else [Event(IN_EVALUATIONS, message, remedy)]
         return self._in_evaluations
@@ -143,7 +143,7 @@ class Health:
         return Event(name, message, RULES[name][1], held, news=str(held).strip("0") == "1")
 
 
-def _said(rule: Callable[..., str | None], *seen: Any) -> str | None:
+def _message(rule: Callable[..., str | None], *seen: Any) -> str | None:
     """The message of a rule, or None. A rule that cannot compute with very large numbers must not end the run."""
     try:
         return rule(*seen)

@@ -1,6 +1,6 @@
 """The step records that the rules look at: the first and the newest ones of a run. Runs anywhere.
 
-Values that are missing, not finite or no numbers are skipped: a void batch has no figures of the learner, and a step
+Values that are missing, not numbers or not finite are skipped: a void batch has no figures of the learner, and a step
 that a resumed run replayed has no waiting times.
 """
 
@@ -97,8 +97,8 @@ def values(records: Iterable[Record], key: str) -> list[float]:
 
 
 def step_kl(history: History, cfg: Config, count: int) -> list[float]:
-    """How far each of the newest steps moved the policy, nats per token. With "mask" `ppo/approx_kl` is the distance
-    from the sampler, and `mismatch/kl` of that was there before the step."""
+    """How far each of the newest steps moved the policy, nats per token. With "mask", `ppo/approx_kl` is the distance
+    from the sampler, so the distance before the step (`mismatch/kl`) is subtracted."""
     if not cfg.ppo.ratio_to_sampler:
         return history.last("ppo/approx_kl", count)
     pairs = ((number(record, "ppo/approx_kl"), number(record, "mismatch/kl")) for record in history.newest)

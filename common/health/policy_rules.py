@@ -18,11 +18,11 @@ FAR_KL = 10.0
 KL_SPAN = 10  # a KL that doubles within this many steps explodes
 # Nats per response, and steps. A policy that learns is farther away: the demos are at 2.0 and 0.3 after two steps.
 PINNED_KL, PINNED_STEPS = 0.01, 30
-# Share of the entropy at the start. Low entropy alone is no fault: training gives up entropy for score (Cui et al.
-# 2025, arXiv:2505.22617, fit score = b - a * exp(entropy)). The demo ends with 6 % of its entropy and 98 % right.
+# Share of the entropy at the start. Low entropy alone is no fault: training trades entropy for score (Cui et al. 2025,
+# arXiv:2505.22617, fit score = b - a * exp(entropy)). The demo ends with 6 % of its entropy and 98 % right.
 LOW_ENTROPY = 0.2
-STILL_VARIED = 0.8  # share of the scores' spread at the start: there still is about as much to learn as there was then
-GAIN_SPAN = 17  # steps without a gain in score; with the groups of 3 that are compared, all that is kept
+STILL_VARIED = 0.8  # share of the scores' spread at the start; above it, about as much is left to learn as then
+GAIN_SPAN = 17  # steps without a gain in score; with a compared group of 3 records, all NEWEST records
 # Share of tokens. Runs that learn fast and well have 0.32 in three steps in a row (the demo's task with clip_eps 0.05
 # and two epochs), and 0.45 in one step (a tiny model with learning rate 4e-3). Above a half, the clip stops most of
 # what a step tries to do.
@@ -37,7 +37,7 @@ OVER_TARGET = 1.5  # times ppo.target_kl: where Spinning Up and Stable-Baselines
 
 def kl_negative(history: History, cfg: Config) -> str | None:
     """The mean of log(old / ref) over the sampler's tokens is KL(sampler, ref) - KL(sampler, old). `mismatch/kl`
-    measures the second one. So anything farther below zero is no KL of two distributions."""
+    measures the second one. So a number farther below zero cannot be the KL of two distributions."""
     kl, mismatch, tokens = (
         history.mean(key, 3) for key in ("kl/per_response", "mismatch/kl", "rollout/response_tokens/mean")
     )
@@ -51,7 +51,7 @@ def kl_negative(history: History, cfg: Config) -> str | None:
 
 
 def kl_exploding(history: History, cfg: Config) -> str | None:
-    """The policy runs away, and the score does not pay for it."""
+    """The KL grows fast, and the score gains less than the penalty costs."""
     groups = history.compared(KL_SPAN)
     if groups is None:
         return None
@@ -72,7 +72,7 @@ def kl_exploding(history: History, cfg: Config) -> str | None:
 
 
 def kl_pinned(history: History, cfg: Config) -> str | None:
-    """The policy stays where it started, farther by no more than rounding explains."""
+    """The policy has not moved from its start by more than rounding explains."""
     trained = history.step + 1 - cfg.critic_warmup_steps - cfg.optimizer.warmup_steps
     kl = history.typical("kl/per_response", 5)
     change = score_change(history.first[:START], list(history.newest)[-START:], cfg.rollouts_per_step)
@@ -85,7 +85,7 @@ def kl_pinned(history: History, cfg: Config) -> str | None:
 
 
 def entropy_collapsing(history: History, cfg: Config) -> str | None:
-    """Entropy is gone, but not for score: there is as much to learn as before, or the score even fell."""
+    """Entropy fell without a gain in score: as much is left to learn as before, or the score even fell."""
     before, now = history.at_start("ppo/entropy", 3), history.typical("ppo/entropy", 3)
     spread, spread_now = history.at_start("rollout/score/std"), history.typical("rollout/score/std", 3)
     groups = history.compared(GAIN_SPAN)

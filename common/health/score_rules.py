@@ -19,13 +19,13 @@ CONSTANT_STEPS = 3
 # Share of the prompts whose responses all score the same. Their advantages are zero (DAPO, arXiv:2503.14476, section
 # 3.2): above 0.9, nine in ten rollouts are wasted.
 EQUAL_PROMPTS = 0.9
-# Share of the scores' spread over the whole run. Right answers to 99.7 % of the prompts have 0.05 / 0.5 of it.
+# Share of the scores' spread over the whole run. With 99.7 % right answers it is 0.05 / 0.5.
 SMALL_SPREAD = 0.1
 SATURATED_STEPS = 5
 # Share of the largest source's typical move. A source that always moves the score by less has under 1/400 of the
 # total's variance, so it hardly ever decides which of two responses is better.
 SMALL_MOVE = 0.05
-MOVES = 10  # steps that are needed to know how much a source moves
+MOVES = 10  # fewest steps that show how much a source moves
 # Steps whose means are compared, at the start and now, and the standard errors by which they must differ. Every step
 # is another comparison, so 2 would be too few. By chance one judge in 300 falls by 3.
 JUDGED_STEPS, CLEAR = 10, 3.0
@@ -58,8 +58,8 @@ def scores_saturated(history: History, cfg: Config) -> str | None:
 
 
 def score_dominated(history: History, cfg: Config) -> str | None:
-    """The means of a source's scores move from step to step in proportion to how much the scores differ. A source that
-    never varies, such as a penalty that nothing incurs, does not count."""
+    """Compares how far the mean of each source moves from step to step, which is proportional to the spread of its
+    scores. A source that never varies, such as a penalty that nothing incurs, does not count."""
     moves: dict[str, list[float]] = {}
     for source in cfg.reward.sources:
         means = values(history.newest, f"reward/{source.name}/score")
@@ -96,7 +96,8 @@ def judge_falls(history: History, cfg: Config) -> str | None:
 
 
 def judge_falls_in_evaluations(evaluations: Sequence[Record], cfg: Config) -> str | None:
-    """The newest evaluation against the one that the judge liked best: the judge fell while the score rose."""
+    """Compares the newest evaluation with the one that the judge scored highest: the judge fell while the score
+    rose."""
     *earlier, newest = evaluations
     for judge in cfg.evaluation.judges:
         judged = [(value, record) for record in earlier if (value := _evaluated(record, judge.name)) is not None]
@@ -117,7 +118,8 @@ def judge_falls_in_evaluations(evaluations: Sequence[Record], cfg: Config) -> st
 
 
 def _change(before: Sequence[Record], now: Sequence[Record], key: str) -> Change | None:
-    """The change of a mean that is known without its spread: the steps' own means say how much chance moves it."""
+    """The change of a mean whose spread within a step is unknown. Its error comes from the spread of the steps'
+    means."""
     groups = [values(records, key) for records in (before, now)]
     if min(map(len, groups)) < JUDGED_STEPS:
         return None

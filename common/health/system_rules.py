@@ -16,9 +16,10 @@ from common.health.history import History, number, step_kl
 LONGER, MORE_CUT_OFF = 0.5, 0.1
 # k3 in nats per token. Rounding to bfloat16 explains 0.003 (the demo's first steps).
 MISMATCH = 0.01
-# A step that moves the policy evenly ends at 3 times its mean KL, because KL grows with the square of the distance; n
-# such steps, in one direction, are n * n times as far. Twice that, because few tokens with large differences decide the
-# mean: a tiny run with max_staleness = 1 has 1 to 4 times its mean KL, and 7 in single steps.
+# KL at the end of a step, over the step's mean KL. KL grows with the square of the distance, so a step that moves the
+# policy evenly ends at 3 times its mean, and n such steps in one direction reach n * n times as much. The bound is
+# twice that, because few tokens with large differences decide the mean: a tiny run with max_staleness = 1 has 1 to 4
+# times its mean KL, and 7 in single steps.
 END_OF_STEP = 6.0
 # Share of the tokens. Rounding alone caps none: it makes ratios of 1.4 (docs/ppo.md). Policies that are one fast step
 # old cap 1 to 3 % (the tiny run with max_staleness = 1).
@@ -50,7 +51,7 @@ def engine_mismatch(history: History, cfg: Config) -> str | None:
     moved = fmean(moves) if len(moves) == 5 else 0.0
     staleness = history.typical("staleness/max", 5) or 0.0
     if staleness and cfg.ppo.ppo_epochs * cfg.ppo.minibatches == 1:
-        return None  # the only pass of a step measures no move, so nobody knows what older weights explain
+        return None  # the only pass of a step measures no move, so the bound is unknown
     bound = MISMATCH + END_OF_STEP * moved * staleness**2
     if found is None or found <= bound:
         return None
@@ -103,7 +104,8 @@ def voids_rising(history: History, cfg: Config) -> str | None:
 
 
 def _idle(history: History, *keys: str, most: float = IDLE) -> float | None:
-    """The typical share of a step that a role waits, if it is more than `most`. Of several waits the least counts."""
+    """The typical share of a step that a role waits, if it is more than `most`. With several waits, the shortest
+    counts."""
     shares, waits = [], []
     for record in list(history.newest)[-5:]:
         parts = [number(record, f"{name}_s") for name in ("wait/learner", "time/journal", "time/learn", "time/publish")]

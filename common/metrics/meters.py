@@ -1,4 +1,4 @@
-"""Values that a process counts while it works: `count`, `gauge` and `observe` record it by name. Runs anywhere.
+"""Values that a process counts while it works: `count`, `gauge` and `observe` record them by name. Runs anywhere.
 
 The recorder does not know where values go. A Ray process exports them (actors/pool/ray_meters.py); any other process
 keeps them in memory, where tests read them.

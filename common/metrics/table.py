@@ -41,7 +41,7 @@ class Metric:
         return "ratchet_" + self.key.replace("/NAME", "").replace("/", "_")
 
 
-# Sources have a path of their own, `reward/NAME/`: no name that a user chooses collides with another key.
+# Sources have their own path, `reward/NAME/`, so that no name of a source equals another key.
 STEP = (
     Metric("step", "count", "last", "", "number of the step, from 0", "step"),
     Metric(
@@ -152,14 +152,14 @@ STEP = (
         "seconds",
         "mean",
         "rollouts",
-        "from the time it got a slot until it is sampled, scored and measured",
+        "from the time a rollout gets a slot until it is sampled, scored and measured",
     ),
     Metric(
         "staleness/buffered_s",
         "seconds",
         "mean",
         "rollouts",
-        "a finished rollout waited for a step to take it; it only gets older in this time",
+        "a finished rollout waited until a step took it",
     ),
     Metric(
         "wait/learner_s",
@@ -601,7 +601,7 @@ METERS = {
             "counter",
             "tokens",
             OWN,
-            "those of them whose states were in the cache; few with several turns: the KV cache is too small, or turns "
+            "prompt tokens whose states were in the cache; few with several turns: the KV cache is too small, or turns "
             "go to other replicas",
         ),
         Meter(
@@ -654,7 +654,7 @@ METERS = {
             "counter",
             "rollouts",
             (*OWN, "source"),
-            "without a score because this source or judge failed; should stay 0",
+            "rollouts without a score because this source or judge failed; should stay 0",
         ),
         Meter(
             "ratchet_environment_steps_total",

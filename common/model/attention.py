@@ -94,7 +94,7 @@ def _flash_takes(query: Tensor) -> bool:
 def _each_alone(
     query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, window: int | None, scaling: float
 ) -> Tensor:
-    """One sequence after another. torch.compile would make one graph for each list of lengths."""
+    """Computes one sequence after another. torch.compile would make one graph for each list of lengths."""
     each = zip(*(x.split(lengths.each, dim=2) for x in (query, key, value)), strict=True)
     parts = [
         scaled_dot_product_attention(q, k, v, attn_mask=_causal_mask(q, window), scale=scaling, enable_gqa=True)

@@ -1,7 +1,7 @@
 """Recomputed attention as one operation of autograd, and of torch.compile. Runs anywhere.
 
-torch.compile cannot trace loops over lengths that change, so a compiled layer calls it as an operation that it does not
-look into. Both forms compute the same (common/model/recomputed_attention.py).
+torch.compile cannot trace loops over lengths that change, so in a compiled layer this is one opaque operation. Both
+forms compute the same (common/model/recomputed_attention.py).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Transformer layers compiled by torch.compile: a few fused kernels instead of many small ones, which a GPU computes
-faster than Python starts them. Runs in every learner or reward-model rank.
+"""Transformer layers compiled by torch.compile: a few fused kernels replace many small ones, which a GPU finishes
+faster than Python can start them. Runs in every learner or reward-model rank.
 
 A layer becomes one graph, for all sizes. All layers of a kind share it, and so do all passes. A layer's hooks, such as
 those of FSDP, and gradient checkpointing stay outside of the graph, and so does everything that is not a layer:
@@ -32,7 +32,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
     A kind that cannot be compiled, or whose results would change, stays as it is. A printed line says why.
     """
-    # torch would trace the backward pass as if autocast were on there, and so round products that are in float32.
+    # By default, torch would trace the backward pass with autocast on, and so round products that must be float32.
     torch._functorch.config.backward_pass_autocast = "off"
     kinds: dict[tuple[type[nn.Module], ...], _Kind] = {}
     for layer in model.modules():
@@ -115,8 +115,8 @@ def _outcome(forward: Callable[..., Any], states: Tensor, *args: Any, **kwargs: 
 
 
 def _with_gradient(states: Tensor) -> Tensor:
-    """With frozen embeddings the input of the first layer needs no gradient. It gets one, because another graph would
-    cost more."""
+    """Makes the input need a gradient. With frozen embeddings, that of the first layer needs none, but a second graph
+    without it would cost more."""
     return states if states.requires_grad else states.detach().requires_grad_()
 
 

@@ -135,7 +135,7 @@ def find_device(gpus: float) -> torch.device:
             f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}, and "
             f"{OLDEST_GPU[0]}.{OLDEST_GPU[1]} (Ampere) is the least; use a newer GPU, or set gpus = 0 to run on the CPU"
         )
-    if gpus < 1 - 1e-4:  # a process that exceeds its share fails; without the limit, another one on the GPU would
+    if gpus < 1 - 1e-4:  # without the limit, a process beyond its share would make another one fail
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(max(0.0, gpus - CONTEXT / total))
     return torch.device("cuda")

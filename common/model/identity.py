@@ -25,7 +25,7 @@ def model_digest(directory: Path) -> str:
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """The same over the files of the model's tokenizer alone."""
+    """SHA-256 over the names and contents of the tokenizer's files."""
     return _digest(path for path in directory.iterdir() if path.name.startswith(_TOKENIZER) and path.is_file())
 
 
@@ -59,6 +59,6 @@ def _file_digest(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _read(path: Path, inode: int, size: int, changed_ns: int) -> str:
-    """The arguments after the first tell whether the file has changed since it was read."""
+    """Cached by all arguments: those after the path change when the file does."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

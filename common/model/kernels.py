@@ -56,8 +56,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same by torch's kernel, which has one launch for each pass, and takes an input and weight of one type. The
-    weight is rounded to the input's type, as in an engine."""
+    """`rms_norm` by torch's kernel, with one launch for each pass. It needs input and weight of one type, so the weight
+    is rounded to the input's type, as in an engine."""
     with torch.autocast(x.device.type, enabled=False):  # autocast would compute in float32, with several kernels
         return torch.nn.functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
@@ -83,7 +83,7 @@ def embedding(input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Ten
 
 
 class _Embedding(torch.autograd.Function):
-    """As with torch's embedding, tokens of `padding_idx` give no gradient."""
+    """Tokens of `padding_idx` give no gradient, as in torch's embedding."""
 
     @staticmethod
     def forward(ctx, input_ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:

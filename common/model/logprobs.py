@@ -73,8 +73,8 @@ class _ChosenLogprobs(torch.autograd.Function):
     log p_a = z_a - m, H = -sum p log p = m - z'
     T d(log p_a)/dz_j = 1[j = a] - p_j      T dH/dz_j = -p_j (z_j - z')
 
-    m and z' are summed up tile by tile: those of two parts of the vocabulary combine to those of both. With a cap c,
-    z = c tanh(u) / T, where u = scale * head / c; its slope is scale (1 - tanh(u)^2) / T.
+    m and z' are accumulated tile by tile: the values for two parts of the vocabulary combine to those for both. With a
+    cap c, z = c tanh(u) / T, where u = scale * head / c; its slope is scale (1 - tanh(u)^2) / T.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Masks, and means, variances and whitening over their True places. A mask is True where something counts.
+"""Masks, and sums, means, variances and whitening over their True places. A mask is True where something counts.
 
 Runs anywhere.
 """

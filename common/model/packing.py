@@ -1,10 +1,10 @@
 """Packed sequences: prompts and responses one after another in one long row, without padding. Runs anywhere.
 
-Tokens of an environment inside a response are read by the model, and nothing else: they have no place in tensors
-[B, R]. So everything that is computed for each token of a response steps over them, without knowing them.
+The model reads the tokens that an environment wrote inside a response, but they have no place in tensors [B, R]. So
+code that computes something for each token of a response skips them automatically.
 
-A response may have new prompts inside it. The model reads nothing across the beginning of one, so the row is packed as
-several contexts. Each has positions and attention of its own, as different rows have. In tensors [B, R] all sampled
+A response may have new prompts inside it. A new prompt starts a new context: the tokens from there on do not see
+earlier ones. Each context has its own positions and attention, like a separate row. In tensors [B, R] all sampled
 tokens of the row are still next to each other.
 """
 
@@ -105,7 +105,7 @@ class Sequences:
 
     @cached_property
     def context_response_lengths(self) -> Tensor:
-        """The same of each context, int64 [C]."""
+        """Sampled tokens of each context, int64 [C]."""
         return self._sampled_in(self.context_lengths)
 
     def _sampled_in(self, lengths: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Sequences:
         return hidden.index_select(0, places - 1), self.input_ids.index_select(0, places)
 
     def scatter(self, flat: Tensor) -> Tensor:
-        """[n] values of sampled tokens, sequence after sequence, to [B, R] with zeros in the padding."""
+        """Puts [n] values of sampled tokens, sequence after sequence, into [B, R], with zeros in the padding."""
         shape, cells = self._cells
         return flat.new_zeros(shape.numel()).index_copy(0, cells.to(flat.device), flat).view(shape)
 
@@ -154,7 +154,7 @@ class Sequences:
 
     @cached_property
     def _cells(self) -> tuple[torch.Size, Tensor]:
-        """The shape [B, R], and the places of the sampled tokens in such a tensor when it is flat, [n]."""
+        """The shape [B, R], and the places of the sampled tokens in the flattened tensor, [n]."""
         mask = self.response_mask
         return mask.shape, on_device(mask.flatten().nonzero().squeeze(1), self.input_ids.device)
 

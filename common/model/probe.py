@@ -1,4 +1,4 @@
-"""Tests a model when it is loaded: are the results of packed sequences those of eager attention on each one alone?
+"""Tests a loaded model: packed sequences must give the results of eager attention on each sequence alone.
 
 Runs anywhere. Every process that loads a policy with transformers calls it before using the model. Nothing here depends
 on the type of the model. The packed results come from the functions that the learner and the reference use.
@@ -103,7 +103,7 @@ def _error(pairs: list[tuple[Tensor, Tensor]], *, exact: bool) -> float:
 
 
 def _typical(errors: Tensor, *, exact: bool) -> float:
-    """The largest error. In bfloat16 the median over tokens, because rounding can send a token to another expert."""
+    """The largest error. In bfloat16, the median over tokens, because rounding can send a token to another expert."""
     return float(errors.max() if exact else errors.median())
 
 

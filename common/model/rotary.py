@@ -33,7 +33,8 @@ def depends_on_length(config: PretrainedConfig) -> bool:
 
 
 def use_own_lengths(model: nn.Module) -> None:
-    """Makes such embeddings choose frequencies for each sequence alone. A sequence begins where the position is 0."""
+    """Makes length-dependent rotary embeddings choose frequencies for each sequence alone. A sequence begins where the
+    position is 0."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)

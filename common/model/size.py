@@ -39,8 +39,8 @@ class ModelSize:
 
 
 def pass_bytes(model: ModelSize, tokens: int, *, value_bytes: int, parts: int = 1) -> int:
-    """Memory for the activations of a forward pass without gradients, estimated: those of its largest layer. `parts`:
-    of each device, if the layers are split over several."""
+    """Estimated memory for the activations of a forward pass without gradients, bytes: those of its largest layer.
+    `parts`: devices that each layer is split over; the result is that of one of them."""
     width = 3 * (model.intermediate or 4 * model.hidden) // parts + 6 * model.hidden
     return tokens * width * value_bytes
 
@@ -96,7 +96,7 @@ def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 def constants(directory: Path) -> dict[str, Tensor]:
     """Saved tensors of the model in `directory` that are never trained, such as the bias that balances the load of
-    experts. By name, as its safetensors files have them."""
+    experts. Their names are those in its safetensors files."""
     model = without_weights(read_config(directory))
     persistent = model.state_dict().keys()
     buffers = ((name, buffer.detach) for name, buffer in model.named_buffers() if name in persistent)

@@ -37,7 +37,7 @@ class UserCodeError(Exception):
         self.permanent, self.missing, self.kind = permanent, missing, kind
 
     def after(self, what: str) -> dict[str, Any]:
-        """The arguments of an error that says the same, beginning with `what`: "step" gives "step raised ..."."""
+        """The arguments of the same error whose text begins with `what`: "step" gives "step raised ..."."""
         texts = {"reason": f"{what} {self.reason}", "fault": f"{what} {self.fault}"}
         return {**texts, "details": self.details, "permanent": self.permanent, "kind": self.kind}
 

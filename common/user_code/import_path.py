@@ -38,8 +38,8 @@ def module_file(name: str) -> Path | None:
     for part in others:
         if spec is None:
             return None
-        # By the last part of its name. With the whole name, Python would look for the parent in sys.modules, where a
-        # directory without __init__.py need not be.
+        # Only the last part of its name: with the whole name, Python would look for the parent in sys.modules, where a
+        # directory without __init__.py may be missing.
         spec = PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 

@@ -13,10 +13,10 @@ from .errors import UserCodeError, error_of
 
 
 def call_plain(function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns, which may be an awaitable. Raises UserCodeError, also for `sys.exit()`."""
+    """Returns the function's result, which may be an awaitable. Raises UserCodeError, also for `sys.exit()`."""
     try:
         return function(*args)
-    except UserCodeError:  # of an environment of Ratchet's own, which reports a failure of the user's code
+    except UserCodeError:  # from Ratchet's own environment, which reports a failure of the user's code
         raise
     except BaseException as error:
         raise error_of(error) from error

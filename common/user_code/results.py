@@ -21,8 +21,8 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 def read_results(returned: Any, count: int) -> list[Outcome]:
-    """The outcome of each of `count` answers, from the list that a function returned. Raises UserCodeError if it is no
-    list of this length."""
+    """The outcome of each of `count` answers, from the list that a function returned. Raises UserCodeError unless it is
+    a list of this length."""
     listed = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(listed, (list, tuple)):
         raise UserCodeError(
@@ -31,7 +31,7 @@ def read_results(returned: Any, count: int) -> list[Outcome]:
     if len(listed) != count:
         raise UserCodeError(
             f"returned {len(listed)} scores for {count} answers; return one for each, in the same order",
-            fault="returned another number of scores than it was given answers",
+            fault="returned a different number of scores than answers",
         )
     return [read_result(item) for item in listed]
 
