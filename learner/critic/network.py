@@ -48,8 +48,8 @@ class Critic(nn.Module):
         return cls(body, head, is_shared=is_shared)
 
     def forward(self, batch: Sequences | States, *, only_states: bool = False) -> tuple[Tensor]:
-        """Values of every response token, float32: [B, R] of sequences, [n] of states. With `only_states` instead the
-        states of the sequences, [n, H]."""
+        """Values of every response token, float32: [B, R] of sequences, [n] of states. With `only_states`, the states
+        of the sequences instead, [n, H]."""
         if isinstance(batch, States):
             return (values_of_states(self.value_head, batch),)
         states, _ = batch.response_states(self.body)

@@ -94,8 +94,8 @@ class Rollouts:
         self.longest = 0  # tokens of the longest prompt with its response
         self._skipped: list[list[int]] = [[] for _ in parts]
         self._files: list[Path] = []
-        places = [np.empty((2, 0), dtype=np.int32)]  # of each file: the number of the file, and of the row in it
-        tokens, prompts, belongs = ([np.empty(0, dtype=np.int64)] for _ in range(3))
+        places = [np.empty((2, 0), dtype=np.int32)]  # of each file, [2, n]: its number, and the rows in it
+        tokens, prompts, part_numbers = ([np.empty(0, dtype=np.int64)] for _ in range(3))
         done = 0
         for number, part in enumerate(parts):
             journal = Journal(Path(part.run) / "journal")
@@ -119,11 +119,11 @@ class Rollouts:
                 whole = _lengths(table, "prompt_ids") + _lengths(table, "response_ids")
                 self.longest = max(self.longest, *whole.tolist(), 0)
                 prompts.append(np.array([_hash(text) for text in table["prompt"].to_pylist()], dtype=np.int64))
-                belongs.append(np.full(table.num_rows, number))
+                part_numbers.append(np.full(table.num_rows, number))
                 self._files.append(path)
         if parts and not self._files:
-            raise UserError(f"nobody can learn from any of the chosen steps: {self.faults[0]}; choose others")
-        self._counts = np.bincount(np.concatenate(belongs), minlength=len(parts)).tolist()  # rollouts of each part
+            raise UserError(f"none of the chosen steps can be learned from: {self.faults[0]}; choose others")
+        self._counts = np.bincount(np.concatenate(part_numbers), minlength=len(parts)).tolist()  # rollouts of each part
         self._places = np.concatenate(places, axis=1)
         self.response_tokens = np.concatenate(tokens)  # int64 [N], those that a policy sampled
         self._prompts = np.concatenate(prompts)  # int64 [N], equal for the same text

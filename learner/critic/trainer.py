@@ -48,8 +48,8 @@ class CriticTrainer(Trainer):
         device = trainer_device(cfg.learner)
         directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
         # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
-        held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")
-        network = Critic.load(directory, cfg.learner, held_on, seed=cfg.seed)
+        load_device = device if cfg.learner.ranks == 1 else torch.device("cpu")
+        network = Critic.load(directory, cfg.learner, load_device, seed=cfg.seed)
         super().__init__(network, cfg, num_steps=num_steps, device=device)
         self._size, self._moments = model_size(directory), moments
         self._states = FrozenStatesOnDisk(run) if network.is_shared else None

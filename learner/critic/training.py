@@ -36,7 +36,7 @@ class Trainers(Updates, Protocol):
     """The group of trainer ranks. `learner.ranks.group.CriticTrainerGroup` implements it on Ray."""
 
     async def remember(self, table: pa.Table) -> None:
-        """For a shared trunk: computes the states of these rollouts once for all."""
+        """For a shared trunk: computes the states of these rollouts, which later calls reuse."""
 
     async def values(self, table: pa.Table) -> np.ndarray:
         """Values of every response token, float32 [B, R]. Nothing is learned."""
@@ -107,8 +107,8 @@ class CriticRun(PassTraining[CriticEvaluation]):
         on_progress: Callable[[str, int, int], None] = lambda work, done, total: None,
         **callbacks: Any,
     ) -> None:
-        """`on_progress` gets the name of some work, the number of rollouts done, and that of all. `callbacks`: those of
-        PassTraining."""
+        """`on_progress` gets a name for the work, the number of rollouts done, and the number of all. `callbacks`:
+        those of PassTraining."""
         cfg = data.cfg
         passes, checkpoint = cfg.critic_training.passes, cfg.checkpoint
         super().__init__(directory, trainer, data.order, passes=passes, checkpoint=checkpoint, **callbacks)
@@ -122,7 +122,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
     async def evaluate(self, step: int, before: Sequence[CriticEvaluation]) -> CriticEvaluation:
         evaluation = await self._evaluation(step)
         done = [*before, evaluation]
-        if best_of(done) is evaluation:  # before its record: after a crash it would not be evaluated again
+        if best_of(done) is evaluation:  # save first: once it is recorded, it is not repeated
             passes = [one.record() for one in done]
             record = TrainedCritic(self.basis, self.rollouts.moments, self.rollouts.records(), passes)
             await self.trainer.save_critic(self.directory / BEST, record)
@@ -140,13 +140,13 @@ class CriticRun(PassTraining[CriticEvaluation]):
         return CriticEvaluation.from_record(record)
 
     def is_over(self, evaluations: Sequence[CriticEvaluation]) -> bool:
-        """True after `critic_training.patience` passes whose R2 is no higher."""
+        """True after `critic_training.patience` passes without a higher R2."""
         without = len(evaluations) - 1 - evaluations.index(best_of(evaluations))
         return without >= self.cfg.critic_training.patience
 
     async def remember(self) -> None:
-        """With a shared trunk, has the ranks compute the states of all rollouts. Always the same rollouts together, so
-        that a resumed training gets the same bits."""
+        """For a shared trunk: lets the ranks compute the states of all rollouts. The same rollouts are always computed
+        together, so that a resumed training gets the same bits."""
         if self.cfg.learner.critic == "shared":
             for table in self._chunks("states of the trunk", np.arange(len(self.rollouts))):
                 await self.trainer.remember(table)
@@ -177,8 +177,8 @@ async def train_critic(run: CriticRun) -> list[CriticEvaluation]:
 
 
 def keep_best(directory: Path) -> None:
-    """Makes the best critic of this training the result. If a run is continued with more passes, these may have found
-    no better one: then the earlier result stays."""
+    """Makes the best critic of this training the result. If a continued run found no better one in its new passes, the
+    earlier result stays."""
     if not (directory / BEST).exists():
         return
     old = directory / f".{CRITIC}-replaced-old"  # after a kill, deploy/run/leftovers.py restores or removes it

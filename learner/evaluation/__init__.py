@@ -1,1 +1,1 @@
-"""What an evaluation of several policies shows: pass@k, the crossover, their intervals. Runs in the driver."""
+"""Figures of an evaluation of several policies: pass@k, the crossover, their intervals. Runs in the driver."""

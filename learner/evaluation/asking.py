@@ -9,8 +9,8 @@ from dataclasses import replace
 from common.types import Prompt, SampleId
 from learner.loop.answers import Answered
 
-BATCH = 64  # answers that are saved together: a kill loses fewer than these ...
-EVERY_S = 5.0  # ... and none that is older than this
+BATCH = 64  # answers that are saved together: a kill loses fewer answers than this ...
+EVERY_S = 5.0  # ... and no answer that is older than this
 
 
 def questions(prompts: Iterable[Prompt], samples: int, known: set[SampleId]) -> list[Prompt]:
@@ -64,7 +64,7 @@ async def ask_all(
                     await free.acquire()
                     answering.create_task(one(prompt))
             timer.cancel()
-    except ExceptionGroup as group:  # many may fail for one reason; the first error says it
+    except ExceptionGroup as group:  # many may fail for one reason; the first error names it
         error: Exception = group
         while isinstance(error, ExceptionGroup):  # one group for each of the two above
             error = error.exceptions[0]

@@ -1,7 +1,7 @@
 """Resampled prompts: the bootstrap (Efron 1979). Runs in the driver, and in the ranks of the variance account.
 
 The prompts are drawn again with replacement, each with all its samples, because the samples of one prompt are alike.
-All figures of all policies share the same resamples, so the difference of two policies is that of paired prompts.
+All figures of all policies share the same resamples, so two policies are compared on the same prompts.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Bootstrap:
 def interval(drawn: np.ndarray, prompts: int | None = None) -> list[float]:
     """The middle 95 % of a statistic of all resamples.
 
-    `prompts`: how many the statistic is computed from. The middle 95 % of few prompts would be too short, as if their
-    deviation were known. Then more than 95 % are taken, as many as make the interval of a mean Student's (Hesterberg
-    2015, arXiv:1411.5279)."""
+    `prompts`: the number of prompts that the statistic is computed from. With few prompts the middle 95 % would be too
+    short, as if their deviation were known. So a larger middle part is taken: the one that makes the interval of a mean
+    Student's (Hesterberg 2015, arXiv:1411.5279)."""
     tail = 0.025
     if prompts is not None:
         tail = NormalDist().cdf(-math.sqrt(prompts / (prompts - 1)) * student_quantile(0.975, prompts - 1))

@@ -21,7 +21,7 @@ def first_above(base: np.ndarray, target: np.ndarray) -> np.ndarray:
     """For each row of pass@k, k = 1 .. N: the smallest k from which on `base` is above `target` up to N, or N + 1 if
     there is none. [..., N] becomes [...]."""
     not_above = base <= target + _EQUAL
-    # The number of the last k that is not above, 0 if all are.
+    # The last k at which `base` is not above the target; 0 if there is none.
     last = np.where(not_above, np.arange(1, base.shape[-1] + 1), 0).max(axis=-1)
     return last + 1
 

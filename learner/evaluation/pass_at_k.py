@@ -12,8 +12,8 @@ def pass_at_k(passed: np.ndarray, samples: int) -> np.ndarray:
     """The estimate for each prompt and each k = 1 .. samples, [P, samples]. `passed`: how many of its `samples` answers
     passed, [P].
 
-    Unbiased (Chen et al. 2021, arXiv:2107.03374, equation 1): 1 - C(n - c, k) / C(n, k), the share of all sets of k
-    among the n answers that have one of the c that passed. 1 - (1 - c/n)^k would be too low for k above 1.
+    Unbiased (Chen et al. 2021, arXiv:2107.03374, equation 1): 1 - C(n - c, k) / C(n, k), the share of all sets of k of
+    the n answers that contain one of the c that passed. 1 - (1 - c/n)^k would be too low for k above 1.
     """
     k = np.arange(1, samples + 1)
     failed = samples - np.arange(samples + 1)[:, None]  # n - c for every possible c

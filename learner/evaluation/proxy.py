@@ -32,8 +32,8 @@ class JudgedAnswers:
 
 
 def proxy_record(answers: JudgedAnswers, base: JudgedAnswers | None, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The mean score of the proxy and of every judge. For each judge also the number of answers that it scored, which
-    all its figures are of, and the correlation with the proxy. With `base`, the answers of the base to the same
+    """The mean score of the proxy and of every judge. For each judge also the number of answers that it scored, to
+    which all its figures refer, and the correlation with the proxy. With `base`, the answers of the base to the same
     prompts: the changes, and whether the proxy rose while the judge fell (both intervals on their side of 0)."""
     proxy: dict[str, Any] = {"score": mean_score(answers.prompts, answers.proxy, bootstrap)}
     if base is not None:
@@ -71,7 +71,7 @@ def change(
 def correlation(prompts: np.ndarray, x: np.ndarray, y: np.ndarray, bootstrap: Bootstrap) -> Figure:
     """Pearson's correlation over answers. None if one of them does not vary."""
     if len(x):
-        x, y = x - x.mean(), y - y.mean()  # or the sums of squares would lose the digits that matter
+        x, y = x - x.mean(), y - y.mean()  # without this, the sums of squares would lose significant digits
     sums = sums_by_prompt(prompts, bootstrap.prompts, np.ones(len(x)), x, y, x * x, y * y, x * y)
     [figure] = figures(sums, bootstrap, _correlation, sums[:, :1])
     return figure

@@ -60,7 +60,7 @@ async def _unmeasured() -> tuple[None, bool]:
 
 
 def score_record(score: Score | Void) -> dict[str, Any]:
-    """The score of an answer as a file of answers has it, or the reason why there is none."""
+    """The score of an answer for a file of answers, or the reason why there is none."""
     if isinstance(score, Void):
         return {"void": score.reason}
     record = {"score": score.total, "components": dict(score.components), "origins": dict(score.origins)}

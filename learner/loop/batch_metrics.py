@@ -38,7 +38,7 @@ def batch_metrics(table: pa.Table, void_kinds: Sequence[str], *, policy_version:
 
 
 def _environment(table: pa.Table, void_kinds: Sequence[str]) -> dict[str, float]:
-    """What the environment did in these episodes; nothing without one."""
+    """The metrics of the environment in these episodes; none without an environment."""
     rows = [turns or [] for turns in table["turns"].to_pylist()]
     turns = [turn for row in rows for turn in row]
     if not turns:

@@ -145,7 +145,7 @@ class RolloutBuffer:
         Waits until the oldest groups are complete, even if younger ones are: woken by `put`. Only then are the tokens
         fetched. A rollout with a token older than `max_staleness` versions behind `policy_version`, or whose tokens are
         lost, is voided to be asked again, and the next group takes the place of its group. Raises UserError when voids
-        for other reasons pass the configured share: otherwise nobody would notice a broken reward function.
+        for other reasons pass the configured share: otherwise a broken reward function would stay unnoticed.
         """
         while True:
             async with self._changed:

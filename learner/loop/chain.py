@@ -90,8 +90,8 @@ class Chain:
         return self.directory / place.name
 
     def remove_leftovers(self) -> None:
-        """Makes the directory if there is none, and removes the files of a write that a crash cut short: nobody has
-        read them. Only the owner of the run directory may call it."""
+        """Makes the directory if there is none, and removes the files of a write that a crash cut short, which nothing
+        has read. Only the owner of the run directory may call it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for place, kinds in _scan(self.directory).items():
             if "tmp" in kinds:
@@ -138,7 +138,7 @@ class Chain:
         return self.digest(self.places[index - 1]) if index else ""
 
     def check_header(self, place: Place, schema: object, number: object, previous: object) -> None:
-        """Raises JournalError unless an entry's own words about its layout, place and predecessor are true."""
+        """Raises JournalError unless the layout, the place and the predecessor in an entry's header are right."""
         path = self.path(place)
         if schema != SCHEMA_VERSION:
             raise JournalError(

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which exist, which are due, and whether one is what was written. Runs in the driver.
+"""The checkpoints of a run: which exist, which are due, and whether one is intact. Runs in the driver.
 
 RUN/checkpoints/step-000100 holds the learner after 100 updates. A checkpoint is only a cache of the journal: it is
 checked before it is used, and set aside if the check fails. The ranks write its other files
@@ -40,7 +40,7 @@ _FILE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")  # not "..", and no pat
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not what was written, or is not of this run. The message says how."""
+    """A checkpoint is damaged, or does not belong to this run. The message says how."""
 
 
 class Checkpoints:
@@ -69,10 +69,11 @@ class Checkpoints:
         return self.path(steps[-1]) if (steps := self.steps()) else None
 
     def make_way(self, step: int) -> None:
-        """Sets aside a file or link that has the name of this step's checkpoint: nothing is written through a link."""
+        """Sets aside a file or link that has the name of this step's checkpoint. Without this, a save would write
+        through a link."""
         path = self.path(step)
         if path.is_symlink() or path.is_file():
-            set_aside(self.run, path, "it is no directory, and a checkpoint needs its name")
+            set_aside(self.run, path, "it is not a directory, and a checkpoint needs its name")
 
     def complete(self, step: int, files: Mapping[str, str]) -> None:
         """Writes the marker of a checkpoint whose `files`, with these digests, are on disk."""
@@ -81,8 +82,8 @@ class Checkpoints:
         sync_directory(self._directory)
 
     def check(self, step: int) -> None:
-        """Raises CheckpointError unless a complete checkpoint is what was written, and what the journal leads to;
-        JournalError if the journal has lost steps that it contains."""
+        """Raises CheckpointError unless a complete checkpoint is intact and agrees with the journal; JournalError if it
+        contains steps that the journal has lost."""
         marker = self.check_files(step)
         if self._journal is not None and step > self._journal.next_step:
             raise JournalError(
@@ -95,7 +96,7 @@ class Checkpoints:
 
     def check_files(self, step: int, *, optimizer: bool = True) -> dict[str, Any]:
         """Reads every file of a complete checkpoint, those of the optimizer only if asked, and returns the marker.
-        Raises CheckpointError if a file is not what was written."""
+        Raises CheckpointError if a file is damaged or missing."""
         marker = read_marker(self.path(step))
         if marker["step"] != step:
             raise CheckpointError(f"it was written as step {marker['step']}")
@@ -105,8 +106,8 @@ class Checkpoints:
         return marker
 
     def prune(self) -> None:
-        """Removes all checkpoints except the newest `keep` complete ones and the best one. This removes those that a
-        crash cut short."""
+        """Removes all checkpoints except the newest `keep` complete ones and the best one, also those that a crash cut
+        short."""
         kept = {*self.steps()[-self._keep :], self.best}
         for step in self._written():
             if step not in kept:
@@ -118,7 +119,8 @@ class Checkpoints:
         return any(name.startswith(OPTIMIZER) for name in read_marker(self.path(step))["files"])
 
     def drop_optimizers(self) -> None:
-        """Removes the optimizer's state from every checkpoint. What is left can be exported, but not continued from."""
+        """Removes the optimizer's state from every checkpoint. Such a checkpoint can be exported, but training cannot
+        continue from it."""
         for directory in map(self.path, self.steps()):
             with suppress(CheckpointError):
                 marker = read_marker(directory)
@@ -157,7 +159,7 @@ def write_marker(directory: Path, marker: Mapping[str, Any]) -> None:
 
 
 def read_marker(directory: Path) -> dict[str, Any]:
-    """The marker of a checkpoint, without its schema. Raises CheckpointError if it cannot be one."""
+    """The marker of a checkpoint, without its schema. Raises CheckpointError if it cannot be read."""
     try:
         marker = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
         schema, step, files = marker["schema"], marker["step"], marker["files"]
@@ -168,7 +170,7 @@ def read_marker(directory: Path) -> dict[str, Any]:
     if schema != SCHEMA_VERSION:
         raise CheckpointError(f"it has schema {schema}, this version of Ratchet writes {SCHEMA_VERSION}")
     if not names or not all(_FILE.fullmatch(name) and isinstance(digest, str) for name, digest in names):
-        raise CheckpointError(f"its {COMPLETE} names files that are none of a checkpoint")
+        raise CheckpointError(f"its {COMPLETE} names files that no checkpoint has")
     return {"step": step, **known, "files": files}
 
 
@@ -203,8 +205,9 @@ async def restore_newest(
     report: Callable[[str], None],
     prepare: Callable[[int], Awaitable[None]] | None = None,
 ) -> bool:
-    """Restores the newest checkpoint that is what was written, and sets the newer ones aside. Returns False if there is
-    none. `prepare` is called before, with its step. Raises UserError for one that does not fit the network."""
+    """Restores the newest intact checkpoint that training can continue from, and sets damaged newer ones aside. Returns
+    False if there is none. `prepare` is called before, with its step. Raises UserError for one that does not fit the
+    network."""
     for step in reversed(checkpoints.steps()):
         path = checkpoints.path(step)
         try:
@@ -241,7 +244,7 @@ async def save_now(learner: Saves, checkpoints: Checkpoints) -> None:
 
 
 async def completed(work: Coroutine[Any, Any, T]) -> T:
-    """Awaits `work` to its end, even if the caller is cancelled during it. Then it raises the cancellation."""
+    """Waits for the end of `work`, even if the caller is cancelled meanwhile. Then raises the cancellation."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

@@ -45,8 +45,8 @@ class CreditFiles:
         return self._every > 0 and step % self._every == 0
 
     def check(self) -> None:
-        """Sets aside every file that is not of a step of this journal that was learned from: the journal may have been
-        restored from an older copy."""
+        """Sets aside every file that does not belong to a step that this journal has and that was learned from: the
+        journal may have been restored from an older copy."""
         for path in sorted(self.directory.glob("step-*.parquet")):
             if _NAME.fullmatch(path.name) and not path.is_symlink() and (fault := self._fault(path)):
                 try:
@@ -79,7 +79,7 @@ class CreditFiles:
         try:
             about = read_about(path)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            return f"it is no file of token values ({type(error).__name__}: {error})"
+            return f"it is not a file of token values ({type(error).__name__}: {error})"
         if step >= self._journal.next_step or about.get("journal") != self._journal.digest(step + 1):
             return "it was derived from another journal"
         if step in self._journal.voided:
@@ -92,7 +92,7 @@ def credit_path(directory: Path, step: int) -> Path:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The metadata of a file. Raises OSError, ArrowException, KeyError, TypeError or ValueError if it is none of this
+    """The metadata of a file. Raises OSError, ArrowException, KeyError, TypeError or ValueError for a file of another
     layout."""
     about = json.loads(pq.read_metadata(path).metadata[b"ratchet"])
     if not isinstance(about, dict) or about.get("schema") != SCHEMA_VERSION:
@@ -118,7 +118,7 @@ def write_credit(directory: Path, entry: JournalStep, derived: pa.Table, *, jour
 
 
 def credit_table(entry: JournalStep, derived: pa.Table) -> pa.Table:
-    """The table of CREDIT_SCHEMA: the learner's columns, and those of the journal's step that belong next to them."""
+    """The table of CREDIT_SCHEMA: the learner's columns, and copies of the journal's columns that identify each row."""
     columns = {
         **dict(zip(derived.column_names, derived.combine_chunks().columns)),
         "sample_id": pa.array(entry.sample_ids, pa.string()),
@@ -130,7 +130,7 @@ def credit_table(entry: JournalStep, derived: pa.Table) -> pa.Table:
 
 
 def rounded(column: pa.ChunkedArray) -> pa.ListArray:
-    """Lists of float32 whose mantissa has KEPT_BITS bits, and then zeros; ties go to the even one."""
+    """Rounds the mantissas of lists of float32 to KEPT_BITS bits, ties to even. The other bits become zeros."""
     lists = column.combine_chunks()
     dropped = 23 - KEPT_BITS
     bits = lists.values.to_numpy(zero_copy_only=False).view(np.uint32)

@@ -126,8 +126,8 @@ def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_
 
 
 def passes(scores: Sequence[Score | Void], cfg: EvaluationConfig) -> list[bool] | None:
-    """Whether each answer passes; one without a score of the source does not. None: the scores are not 0 and 1, and no
-    `evaluation.pass_source` says what passes."""
+    """Whether each answer passes. An answer without a score of the source does not pass. None: the scores are not 0 and
+    1, and no `evaluation.pass_source` says what passes."""
     given = [score for score in scores if isinstance(score, Score)]
     source = cfg.pass_source or (next(iter(given[0].components)) if given else "")
     if cfg.pass_source is None and not {score.components[source] for score in given} <= {0, 1}:
@@ -136,7 +136,7 @@ def passes(scores: Sequence[Score | Void], cfg: EvaluationConfig) -> list[bool] 
 
 
 def best_version(evaluations: Sequence[Evaluation]) -> int | None:
-    """The policy version with the highest mean score, and the first of several; None without evaluations."""
+    """The policy version with the highest mean score, the first one if several have it; None without evaluations."""
     return max(evaluations, key=lambda evaluation: evaluation.score).policy_version if evaluations else None
 
 

@@ -44,7 +44,7 @@ async def evaluate_if_due(run: Run, evaluations: list[Evaluation]) -> None:
     # The hash ties the record to the steps that this version has learned from.
     record = {"time": time.time(), "journal": run.journal.digest(step), **evaluation.record()}
     events = run.health.evaluation(record)
-    run.on_evaluation(evaluation, answers, events)  # saves the answers: once the record exists, this is never repeated
+    run.on_evaluation(evaluation, answers, events)  # saves the answers first: a recorded evaluation is not repeated
     append_record(run.directory / "evaluations.jsonl", {**record, **names(events)})
     evaluations.append(evaluation)
     if run.cfg.checkpoint.best and best_version(evaluations) == step:

@@ -53,7 +53,7 @@ class JournalStep:
 
 
 class Journal:
-    """Appends steps and notes in order. Each file is complete or absent. To open a journal changes nothing on disk."""
+    """Appends steps and notes in order. Each file is complete or absent. Opening a journal changes nothing on disk."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -125,7 +125,7 @@ class Journal:
         return self._notes[-1]
 
     def void(self, step: int, reason: str) -> Note:
-        """Writes that the batch of `step` is never learned from."""
+        """Records that the batch of `step` is never learned from."""
         return self.note("void", step=step, reason=reason, sample_ids=self.read(step).sample_ids)
 
     def read(self, step: int) -> JournalStep:
@@ -158,8 +158,8 @@ class Journal:
                 self._read_note(place)
 
     def digest(self, version: int) -> str:
-        """SHA-256 of the entry that ends what version `version` of the policy has learned: of the last step's file, or
-        of the `begin` note for version 0. "" if there is none."""
+        """SHA-256 of the newest entry that version `version` of the policy has learned from: the last step's file, or
+        the `begin` note for version 0. "" if there is none."""
         places = self._chain.places
         if version == 0:
             return self._chain.digest(places[0]) if places and not places[0].is_step else ""

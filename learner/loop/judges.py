@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from common.types import Score, Void
 
-IN_A_ROW = 16  # answers: a judge that fails on some texts now and then is counted in its figures only
+IN_A_ROW = 16  # answers; a judge that fails only now and then gives no warning, but its figures count the failures
 
 
 def voids_by_judge(scores: Iterable[Score]) -> dict[str, tuple[int, str]]:
@@ -33,7 +33,7 @@ class JudgeWatch:
         self._warned: set[str] = set()
 
     def see(self, score: Score | Void) -> None:
-        """The score of the newest answer. One that a source failed on says nothing about the judges."""
+        """Takes the score of the newest answer. A Void says nothing about the judges."""
         if isinstance(score, Void):
             return
         for judge in score.components:

@@ -49,7 +49,7 @@ def voided(notes: Iterable[Note]) -> dict[int, str]:
 
 
 def settings_at(notes: Iterable[Note], step: int) -> dict[str, Any]:
-    """The values that `step` is learned with, of all settings that ever changed."""
+    """All settings that ever changed, with the values that `step` is learned with."""
     settings: dict[str, Any] = {}
     first: Mapping[str, Any] = {}
     for note in notes:

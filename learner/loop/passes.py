@@ -61,7 +61,7 @@ class RowOrder:
 
 
 class PassTraining(ABC, Generic[E]):
-    """A training that goes through its rows again and again. A subclass says what a batch and an evaluation are."""
+    """A training that makes several passes over the same rows. A subclass says what a batch and an evaluation are."""
 
     ROWS = "rows"  # what the rows are, for messages
     SUSPECTS = "absurd numbers in the rows"  # what to look for when a batch cannot be learned from
@@ -79,7 +79,7 @@ class PassTraining(ABC, Generic[E]):
         on_evaluation: Callable[[Any], None] = lambda evaluation: None,
         report: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
     ) -> None:
-        """`report` gets sentences about faults that were overcome."""
+        """`report` gets sentences about faults that did not stop the training."""
         self.directory = directory
         self.order = order
         self.checkpoints = Checkpoints(directory / "checkpoints", every=checkpoint.every, keep=checkpoint.keep)
@@ -148,7 +148,7 @@ class PassTraining(ABC, Generic[E]):
             await save(trainer, self.checkpoints)
 
     async def _evaluate_if_due(self, evaluations: list[E]) -> None:
-        """Between two passes, unless this evaluation is recorded already."""
+        """Evaluates before the first pass and after each pass, unless this evaluation is recorded already."""
         step = self._trainer.step
         if step % self.order.steps_per_pass or any(done.step == step for done in evaluations):
             return
@@ -161,9 +161,9 @@ class PassTraining(ABC, Generic[E]):
         try:
             self.evaluation_of(record)
         except (KeyError, TypeError, ValueError) as error:
-            return f"no record of an evaluation ({type(error).__name__}: {error})"
+            return f"not the record of an evaluation ({type(error).__name__}: {error})"
         return None
 
 
 def _metrics_fault(record: dict[str, Any]) -> str | None:
-    return None if type(record.get("step")) is int else "the record of no step"
+    return None if type(record.get("step")) is int else "not the record of a step"

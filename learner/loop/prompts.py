@@ -44,12 +44,12 @@ class PromptStream:
 
     @property
     def num_prompts(self) -> int:
-        """With the seed, it decides which prompt is issued when."""
+        """Number of training prompts. Together with the seed, it decides the order of the prompts."""
         return len(self._records)
 
     @property
     def outstanding(self) -> list[SampleId]:
-        """In the order of their numbers."""
+        """The outstanding ids, in the order of their numbers."""
         return list(self._outstanding)
 
     def next(self) -> Prompt:

@@ -21,8 +21,8 @@ Record = dict[str, Any]
 
 
 def keep_sound_records(path: Path, fault: Callable[[Record], str | None], report: Report) -> list[Record]:
-    """The records of a file of JSON lines. Lines that are none, or that have a `fault`, are moved out of the file, into
-    set-aside/ of its directory. A last line that a crash cut short is only removed."""
+    """The records of a file of JSON lines. Lines that are not JSON objects, or have a `fault`, are moved from the file
+    to set-aside/ of its directory. A last line that a crash cut short is only removed."""
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     last = lines.pop()
     records: list[Record] = []
@@ -30,7 +30,7 @@ def keep_sound_records(path: Path, fault: Callable[[Record], str | None], report
     broken: dict[str, list[bytes]] = {}
     for line in [*lines, *([last] if read_record(last) is not None else [])]:
         record = read_record(line)
-        reason = "no JSON object" if record is None else fault(record)
+        reason = "not a JSON object" if record is None else fault(record)
         if record is None or reason is not None:
             broken.setdefault(reason or "", []).append(line)
         else:
@@ -50,7 +50,7 @@ def sound_metrics(path: Path, journal: Journal, report: Report) -> set[int]:
     def fault(record: Record) -> str | None:
         step = record.get("step")
         if type(step) is not int or not 0 <= step < journal.next_step:
-            return "the record of no step in the journal"
+            return "not the record of a step in the journal"
         if step in found:
             return "a second record of its step"
         found.add(step)
@@ -61,8 +61,8 @@ def sound_metrics(path: Path, journal: Journal, report: Report) -> set[int]:
 
 
 def fill_gaps(path: Path, journal: Journal, logged: set[int]) -> bool:
-    """Gives every step of the journal that has no record in metrics.jsonl one, as far as the journal knows it. Returns
-    True if there were such steps."""
+    """Adds a record to metrics.jsonl for every step of the journal that has none, with the values that the journal has.
+    Returns True if there were such steps."""
     missing = set(range(journal.next_step)) - logged
     if missing:
         records = [*read_records(path), *(record_of(journal.read(step), {}) for step in sorted(missing))]
@@ -87,7 +87,7 @@ def sound_evaluations(path: Path, journal: Journal, report: Report) -> list[Eval
         try:
             version = Evaluation.from_record(record).policy_version
         except (KeyError, TypeError, ValueError) as error:
-            return f"no record of an evaluation ({type(error).__name__}: {error})"
+            return f"not the record of an evaluation ({type(error).__name__}: {error})"
         known = type(version) is int and 0 <= version <= journal.next_step
         if not known or record.get("journal") != journal.digest(version):
             return "an evaluation of another journal"

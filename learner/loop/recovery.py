@@ -1,9 +1,8 @@
 """Brings the learner to the end of the journal, whatever it has lost. Runs in the driver.
 
-The journal is the log, and a checkpoint is only a cache of it. `bring_to_end` restores the newest checkpoint that is
-what was written, and learns every later step again from the journal, without generating anything. One function does
-this for a resumed run, for a batch that was just cut, after the death of a rank, and after a batch whose numbers the
-learner cannot take:
+The journal is the log, and a checkpoint is only a cache of it. `bring_to_end` restores the newest intact checkpoint,
+and learns every later step again from the journal, without generating anything. One function does this for a resumed
+run, for a batch that was just cut, after the death of a rank, and after a batch whose numbers the learner cannot take:
 
     state   the learner has ...                                       next
     ready   the weights of its step                                   it learns or skips the next step of the journal
@@ -29,7 +28,7 @@ from learner.loop.run import Run
 
 T = TypeVar("T")
 
-MOST_VOIDS = 3  # batches in a row that the learner cannot take
+MOST_VOIDS = 3  # in a row; the run then stops
 
 
 class State(Enum):
@@ -195,7 +194,7 @@ def _void(run: Run, step: int, error: BatchError) -> None:
     run.journal.void(guilty, f"{error}, at step {step + 1}" if guilty != step else str(error))
     run.credit.remove(guilty)
     run.report(f"nothing is learned from the batch of step {guilty + 1}: {run.journal.voided[guilty]}")
-    row = _row_of_voids(run, guilty)
+    row = _consecutive_voids(run, guilty)
     if len(row) >= MOST_VOIDS:
         reasons = "; ".join(f"step {number + 1}: {run.journal.voided[number]}" for number in row)
         raise UserError(
@@ -205,8 +204,8 @@ def _void(run: Run, step: int, error: BatchError) -> None:
         )
 
 
-def _row_of_voids(run: Run, step: int) -> list[int]:
-    """The steps without a gap around this one whose batches are void, and that have the newest settings."""
+def _consecutive_voids(run: Run, step: int) -> list[int]:
+    """The steps in a row around this one whose batches are void, as far back as the newest settings hold."""
     voided, first, end = run.journal.voided, step, step + 1
     changed = max((note.before_step for note in run.journal.notes if note.kind == "change"), default=0)
     while first - 1 in voided and first - 1 >= changed:

@@ -25,7 +25,7 @@ class Generators(Protocol):
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
         """The values behind the references of a RolloutRef or ExperienceRef. A value that is gone becomes a
-        RolloutLostError in its place; an item that is no reference is returned unchanged."""
+        RolloutLostError in its place; an item that is not a reference is returned unchanged."""
 
     async def sleep(self) -> None:
         """Every replica lends its GPU memory to the learner until `wake`. Requests wait meanwhile."""
@@ -59,11 +59,11 @@ class Reference(Protocol):
 class LearnerGroup(Protocol):
     @property
     def step(self) -> int:
-        """Updates done; also the policy version that the next publication has."""
+        """Updates done; also the policy version of the next publication."""
 
     async def update(self, table: pa.Table) -> dict[str, float]:
         """One PPO step on a batch of experience. Returns its metrics. Raises BatchError if numbers of the batch, or
-        what they lead to, are not finite: the state is then no step's, and must be restored."""
+        what they lead to, are not finite: the weights then belong to no step, and must be restored."""
 
     async def credit(self) -> pa.Table:
         """The numbers that the newest update derived for each token: a table of `DERIVED_SCHEMA`. At most once for each
@@ -73,7 +73,7 @@ class LearnerGroup(Protocol):
         """Counts a step in which nothing is learned: nothing but `step` changes."""
 
     async def reconfigure(self, cfg: Config) -> None:
-        """The settings of all later steps."""
+        """Uses these settings from the next step on."""
 
     async def rebuild(self) -> None:
         """Ends all ranks and starts new ones, with the initial weights: `step` is 0 then. Every call may raise

@@ -1,4 +1,4 @@
-"""RUN/set-aside: files of a run that are not what was written. They are moved there, never deleted.
+"""RUN/set-aside: files of a run that differ from what it wrote. They are moved there, never deleted.
 
 Runs in the driver.
 """
@@ -18,7 +18,7 @@ README = "README.txt"
 def set_aside(run: Path, path: Path, reason: str) -> str:
     """Moves a file or directory of the run to RUN/set-aside, whose README.txt gets the reason. Returns a message."""
     target = _free_name(run, path)
-    note(run, f"{path.relative_to(run)} -> {target.name}: {reason}")  # first: a move without its reason would say less
+    note(run, f"{path.relative_to(run)} -> {target.name}: {reason}")  # first: no file moves without its reason
     path.rename(target)
     return f"{path} was set aside as {target}: {reason}"
 
@@ -36,7 +36,7 @@ def note(run: Path, text: str) -> None:
     directory = run / "set-aside"
     directory.mkdir(exist_ok=True)
     readme = directory / README
-    begins = "" if readme.exists() else "Files of this run that were not what had been written. Nothing reads them.\n\n"
+    begins = "" if readme.exists() else "Files of this run that differ from what it wrote. Nothing reads them.\n\n"
     with open(readme, "a", encoding="utf-8") as file:
         file.write(f"{begins}{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}\n")
 

@@ -146,7 +146,7 @@ async def _scored(run: Sampler, ref: RolloutRef) -> ExperienceRef | Void:
     if ref.fault:  # a replay from the journal would fail at this rollout every time
         return Void(ref.sample_id, ref.fault)
     measuring = asyncio.ensure_future(_ref_logprobs(run, ref))
-    measuring.add_done_callback(lambda done: done.cancelled() or done.exception())  # not reported twice if both fail
+    measuring.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio would print its error
     try:
         score = await run.reward.score(ref)
         ref_logprobs, finite = await measuring
@@ -160,7 +160,7 @@ async def _scored(run: Sampler, ref: RolloutRef) -> ExperienceRef | Void:
 
 
 async def _ref_logprobs(run: Sampler, ref: RolloutRef) -> tuple[Any, bool]:
-    """None in the first step of a synchronous run: the policy that wrote the rollout still is the reference."""
+    """None in the first step of a synchronous run, because the policy that wrote the rollout is the reference."""
     if run.journal.next_step == 0 and run.cfg.max_staleness == 0:
         return None, True
     return await run.reference.logprobs(ref)
@@ -181,7 +181,7 @@ async def write_down(run: Sampler, batch: Batch, *, policy_version: int) -> pa.T
     given_up = [void.sample_id for void in batch.voids if not void.asked_again]
     run.prompts.settle([row.rollout.prompt.sample_id for row in batch.experience] + given_up)
     run.prompts.give_back([void.sample_id for void in batch.voids if void.asked_again])
-    # In a thread, because rollouts need this one while the disk syncs.
+    # In a thread, because the event loop must serve rollouts while the disk syncs.
     return await asyncio.to_thread(_write_down, run, batch, policy_version, run.prompts.state())
 
 

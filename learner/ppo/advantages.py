@@ -101,5 +101,5 @@ def returns_to_go(
     return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0, ends=ends)
 
 
-# By the name in `ppo.advantages`. Only `gae` reads values: `PPOConfig.has_critic` says so to everything else.
+# By the name in `ppo.advantages`. Only `gae` reads values; all other code asks `PPOConfig.has_critic`.
 ADVANTAGES: dict[str, Estimator] = {"gae": gae, "group": leave_one_out, "returns": returns_to_go}

@@ -1,4 +1,4 @@
-"""How an update divided each score among the tokens: kept for people, and no part of learning.
+"""How an update divided each score among the tokens. For people: learning does not use it.
 
 Runs in every learner rank. common/credit_table.py has the columns.
 """
@@ -22,9 +22,9 @@ from learner.ppo.targets import Derivation, Targets
 
 
 class NewestPass:
-    """The log-probabilities of the newest pass with gradients over each row, and if asked for the entropy of the first
-    one. They stay on the device, because each copy to the host waits for the device: `read` is the only one of a
-    step."""
+    """The log-probabilities of the newest pass with gradients over each row and, if asked for, the entropy of the first
+    pass. They stay on the device until `read` copies all of them, once in a step: each copy to the host waits for the
+    device."""
 
     def __init__(self, shape: torch.Size, device: torch.device, *, entropy: bool = False) -> None:
         self._logprobs = torch.zeros(shape, device=device)
@@ -33,8 +33,8 @@ class NewestPass:
         self.first = True  # the rows of the minibatch have had no pass before
 
     def begin(self, rows: np.ndarray) -> None:
-        """A minibatch begins. Another rank may have had some of its rows in the epoch before, so all become zero on
-        every rank."""
+        """Begins a minibatch: its rows become zero on every rank. Otherwise, a rank that had a row in the epoch before
+        would add its old values to the sum over ranks."""
         self.first = not self._reached[rows].any()
         self._reached[rows] = True
         self._logprobs.index_fill_(0, on_device(torch.from_numpy(rows), self._logprobs.device), 0.0)
@@ -58,7 +58,7 @@ class NewestPass:
 
 @dataclass(frozen=True)
 class Credit:
-    """The results of one update for each token. Tensors are [B, R] and on the CPU, the newest pass excepted."""
+    """The results of one update for each token. Tensors are [B, R] and on the CPU, except those in `newest`."""
 
     fixed: Targets
     derivation: Derivation

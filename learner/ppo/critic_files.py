@@ -149,8 +149,8 @@ def _record(tree: Mapping[str, Any]) -> TrainedCritic:
 
 
 def load_body(directory: Path, kind: type[AnyModel], *, dtype: torch.dtype, device: torch.device) -> AnyModel:
-    """The network of a separate critic, in eval mode. `kind`: the class of the policy's own network, whose checks when
-    it was loaded hold for this one too. Raises UserError."""
+    """The network of a separate critic, in eval mode. `kind`: the class of the policy's own network. It passed its
+    checks when the policy was loaded. Raises UserError."""
     with _reading(directory):
         model: AnyModel = load_packed(kind, directory, dtype=dtype)
         use_own_lengths(model)

@@ -1,9 +1,9 @@
 """How well a critic predicts: pure functions that compare its values with the realised returns.
 
-Runs in every learner rank, in the trainers of a critic, and in the driver for the report, which imports no torch: so
-tensors on the CPU and arrays are both taken. values, returns and mask are [B, R]: the critic's prediction for each
-token, and what really followed (the rewards from that token on, discounted by gamma, without a bootstrap). Padding may
-hold anything.
+Runs in every learner rank, in the trainers of a critic, and in the driver for the report. The report imports no torch,
+so these functions take arrays as well as CPU tensors. values, returns and mask are [B, R]: the critic's prediction for
+each token, and what really followed (the rewards from that token on, discounted by gamma, without a bootstrap). Padding
+may hold anything.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def critic_quality(values: ArrayLike, returns: ArrayLike, scores: ArrayLike, mas
 def quality_of_tokens(
     values: np.ndarray, returns: np.ndarray, parts: Mapping[str, np.ndarray], scores: np.ndarray
 ) -> dict[str, float]:
-    """The same of tokens without padding, one response after another. values, returns, and each of the parts that
+    """The same for tokens without padding, one response after another. values, returns, and each of the parts that
     `positions` names: [n]. scores: of the responses that have tokens."""
     parts = {"realised": np.ones(len(values), bool), **parts}
     explained = {name: explained_variance(values, returns, part) for name, part in parts.items()}
@@ -61,8 +61,8 @@ def quality_of_tokens(
 def positions(mask: np.ndarray) -> dict[str, np.ndarray]:
     """Masks [B, R] of the parts of a response.
 
-    Token t of n, counted from 0, is in quarter floor(4 t / n) + 1: a quarter has the tokens that begin in it. So the
-    token of a response of one is in quarter 1, two are in 1 and 3, three are in 1, 2 and 3.
+    Token t of n, counted from 0, is in quarter floor(4 t / n) + 1: a quarter has the tokens that begin in it. So a
+    single token is in quarter 1, two tokens are in quarters 1 and 3, three in 1, 2 and 3.
     """
     lengths = mask.sum(1, keepdims=True)
     token = mask.cumsum(1) - 1
@@ -95,7 +95,7 @@ def calibration(values: ArrayLike, returns: ArrayLike, mask: ArrayLike, bins: in
     """The tokens in order of their predicted value, cut into `bins` bins whose sizes differ by 1 at most. Fewer tokens
     than bins: one bin for each token.
 
-    Tokens with equal predictions, but for rounding, count with their mean return. Otherwise their order would decide
+    Tokens whose predictions are equal up to rounding count with their mean return. Otherwise their order would decide
     which bin gets which return, and a critic that predicts a constant would look badly calibrated.
     """
     values, returns = _chosen(values, mask), _chosen(returns, mask)

@@ -1,4 +1,4 @@
-"""Turns a batch, in the form of an Arrow table that the journal has too, into the tensors of one update.
+"""Converts a batch, an Arrow table as in the journal, to the tensors of one update.
 
 Runs in every learner rank.
 """

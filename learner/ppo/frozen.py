@@ -13,13 +13,13 @@ from common.errors import UserError
 
 ATTENTION = "attention"
 # Names that models give to their attention modules: self_attn, attn, attention, self_attention, linear_attn. A norm
-# such as post_attention_layernorm is none.
+# such as post_attention_layernorm does not match.
 _ATTENTION = re.compile(r"(?:^|[._])(?:attn|attention)\.")
 
 
 def frozen_names(names: Iterable[str], setting: str | Sequence[str]) -> set[str]:
-    """The names of a network's parameters that the setting freezes. Raises UserError for a part of it that freezes
-    none."""
+    """The names of a network's parameters that the setting freezes. Raises UserError for a pattern that matches no
+    name."""
     known = list(names)
     frozen: set[str] = set()
     for pattern in [setting] if isinstance(setting, str) else setting:
@@ -38,7 +38,7 @@ def frozen_names(names: Iterable[str], setting: str | Sequence[str]) -> set[str]
 
 
 def _likeness(pattern: str, name: str) -> float:
-    """How much a part of the name is like the pattern without its stars, 0 to 1."""
+    """Similarity of the pattern, without its stars, to the most similar part of the name, 0 to 1."""
     wanted, parts = [part for part in pattern.split(".") if part.strip("*")], name.split(".")
     windows = [parts[i : i + len(wanted)] for i in range(len(parts))]
     return max(SequenceMatcher(None, ".".join(wanted), ".".join(window)).ratio() for window in windows)

@@ -1,4 +1,4 @@
-"""A value head that trains on the states of a trunk that does not. The trunk computes them once; here they are kept.
+"""Keeps the states of a frozen trunk, so that a value head can train on them without computing them again.
 
 Runs in every trainer rank. Each rank has the states of the rows that it computed.
 """
@@ -22,15 +22,15 @@ from learner.ranks.distributed import Ranks
 
 @dataclass(frozen=True)
 class States:
-    """States of response tokens, as an input of a network: its head gives their values. FSDP would cast a plain tensor
-    to the precision of the trunk."""
+    """States of response tokens as an input of a network, which returns the values of its head. FSDP would cast a plain
+    tensor to the trunk's precision."""
 
     values: Tensor  # [n, H]
 
 
 class FrozenStates:
-    """States of response tokens by row, in the machine's memory: those of many long responses might not fit next to the
-    weights on a GPU."""
+    """States of response tokens by row, in the machine's memory. On a GPU, the states of many long responses might not
+    fit next to the weights."""
 
     def __init__(self) -> None:
         self._states: dict[int, Tensor] = {}
@@ -50,9 +50,9 @@ class FrozenStates:
 
 
 class FrozenStatesOnDisk(FrozenStates):
-    """The same in an unnamed file of a directory. The operating system removes the file when the process ends, however
-    it ends, and keeps in its file cache as much of it as there is free memory. A token takes its hidden size times 2 or
-    4 bytes."""
+    """The same in an unnamed file of a directory. However the process ends, the operating system then removes the file.
+    Its file cache keeps as much of the file as there is free memory. A token takes its hidden size times 2 or 4
+    bytes."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
@@ -86,9 +86,9 @@ class FrozenStatesOnDisk(FrozenStates):
 def kept_micro_batches(
     states: FrozenStates, rows: Sequence[int], lengths: Sequence[int], *, max_tokens: int, ranks: Ranks
 ) -> list[list[int]]:
-    """The micro-batches of those of the rows whose states this rank has, as places in `rows`. `lengths`: response
-    tokens of each row. Every rank gets the same number of micro-batches, because all ranks gather and reduce together;
-    the last ones of a rank may be empty."""
+    """The micro-batches of the rows whose states this rank has, as indices into `rows`. `lengths`: response tokens of
+    each row. Every rank gets the same number of micro-batches, because all ranks gather and reduce together; the last
+    ones of a rank may be empty."""
     mine = [place for place, row in enumerate(rows) if row in states]
     groups = packed_batches([lengths[place] for place in mine], max_tokens)
     counts = torch.zeros(ranks.world, dtype=torch.int64)
@@ -102,8 +102,8 @@ def values_on_states(
 ) -> Tensor:
     """Values [b, r] of sequences whose states [n, H] are known.
 
-    `forward` runs the whole network, which passes the states to its head, and returns the values of the first so many
-    of them. The head is not called by itself: FSDP waits for the optimizer only when its root begins a pass. Without a
+    `forward` runs the whole network, whose head reads the states, and returns the values of the first `count` states.
+    It does not call the head alone, because FSDP waits for the optimizer only when its root begins a pass. Without a
     token, a dummy pass joins the collective operations of the other ranks.
     """
     count = len(states)

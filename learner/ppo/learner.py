@@ -35,7 +35,7 @@ class Learner(PolicyTrainer):
     """Trains the policy, and its critic if the advantages need one."""
 
     def __init__(self, cfg: Config, *, critic_digest: str | None = None) -> None:
-        """`critic_digest`: that of the trained critic when the run began. Raises UserError if it is another one now."""
+        """`critic_digest`: of the trained critic when the run began. Raises UserError if the critic has changed."""
         critic = None if cfg.critic_path is None else Path(cfg.critic_path)
         super().__init__(cfg, critic=critic)
         self.score_moments = RunningMoments() if critic is None else score_moments(critic)
@@ -48,7 +48,7 @@ class Learner(PolicyTrainer):
         """One PPO step. Each rank takes its share of `table`. Returns the step's metrics, the same on every rank.
 
         Raises BatchError, on every rank, if a score, the loss or the gradient of a minibatch is not finite, before that
-        minibatch changes a weight. Earlier minibatches may have changed some: the state is no step's then.
+        minibatch changes a weight. Earlier minibatches may have changed some: the weights then belong to no step.
         """
         started, cfg, metrics, self._credit = time.perf_counter(), self.cfg, StepMetrics(), None
         batch = ExperienceBatch.from_table(table)
@@ -98,7 +98,7 @@ class Learner(PolicyTrainer):
         table, self._credit = self._credit.table(self.ranks.sum), None
         return table if self.ranks.rank == 0 else None
 
-    # State of its own
+    # State in addition to that of `Trainer`
 
     def reconfigure(self, cfg: Config) -> None:
         before, coef = self.cfg.kl, self.kl_controller.coef
@@ -132,7 +132,7 @@ class Learner(PolicyTrainer):
         if self.cfg.ppo.minibatches == 1 and len(micro_batches) == 1:
             shared_pass = self.outputs(batch.sequences, micro_batches[0])
         old = torch.zeros(3, *batch.mask.shape)
-        with torch.no_grad():  # first queue all, then copy each at once: every copy waits for the device
+        with torch.no_grad():  # queue all passes before the first copy: every copy waits for the device
             if to_sampler and shared_pass is None:
                 passes = [self.values(batch.sequences, rows)[None] for rows in micro_batches]
             else:
@@ -224,6 +224,6 @@ class Learner(PolicyTrainer):
 
 
 def _stacked(outputs: Outputs) -> Tensor:
-    """As one tensor [3, b, r], with zeros for values without a critic."""
+    """The outputs as one tensor [3, b, r]; without a critic, zeros for values."""
     logprobs, entropy, values = outputs
     return torch.stack([logprobs, entropy, torch.zeros_like(logprobs) if values is None else values])

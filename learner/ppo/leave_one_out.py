@@ -28,11 +28,11 @@ def leave_one_out(
     its score is on none of its tokens.
 
     If a response is several sequences, each of them is one action with the sum of its own rewards, and the R_j of the
-    baseline is the mean over the sequences of response j. So a response does not count more for having more of them.
+    baseline is the mean over the sequences of response j. So a response with more sequences does not count more.
     """
     check_no_holes(mask)
     ends = last_places(mask) if ends is None else ends & mask
-    number, count = ends.cumsum(1) - ends.long(), ends.sum(1)  # number of the sequence of each token; how many
+    number, count = ends.cumsum(1) - ends.long(), ends.sum(1)  # [B, R]: sequence of a token; [B]: sequences
     totals = torch.stack(  # [B, sequences]; float64: each baseline comes from a difference of sums
         [
             torch.where(mask & (number == sequence), rewards, 0.0).double().sum(1)

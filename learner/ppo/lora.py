@@ -52,20 +52,20 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def merged(model: PreTrainedModel, travels_as: torch.dtype = torch.bfloat16) -> Iterator[NamedTensor]:
+def merged(model: PreTrainedModel, gather_dtype: torch.dtype = torch.bfloat16) -> Iterator[NamedTensor]:
     """Yields, for every weight, its name without adapters, and a function that returns the weight in full with its
-    adapter added. All ranks must call these functions together. Weights without adapters are gathered in `travels_as`,
-    by default the type that is published and saved: half the bytes."""
+    adapter added. All ranks must call these functions together. Weights without adapters are gathered in
+    `gather_dtype`, by default the type that is published and saved: half the bytes."""
     layers = {id(_adapted(layer)): layer for layer in model.modules() if isinstance(layer, Adapted)}
     for name, parameter in model.named_parameters():
         if not is_adapter(name):
             plain = ".".join(part for part in name.split(".") if part != "base_layer")
-            yield plain, partial(_merged, parameter, layers.get(id(parameter)), travels_as)
+            yield plain, partial(_merged, parameter, layers.get(id(parameter)), gather_dtype)
 
 
-def _merged(parameter: nn.Parameter, layer: Adapted | None, travels_as: torch.dtype) -> Tensor:
+def _merged(parameter: nn.Parameter, layer: Adapted | None, gather_dtype: torch.dtype) -> Tensor:
     """The parameter in full. If its layer has an adapter: in float32, with the adapter added."""
-    return whole(parameter, travels_as) if layer is None else whole(parameter).float() + _delta(layer)
+    return whole(parameter, gather_dtype) if layer is None else whole(parameter).float() + _delta(layer)
 
 
 @torch.no_grad()

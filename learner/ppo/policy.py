@@ -54,8 +54,7 @@ class PolicyWithCritic(nn.Module):
         seed: int,
         critic: Path | None = None,
     ) -> PolicyWithCritic:
-        """`critic`: the directory of a trained critic (learner/ppo/critic_files.py), which takes the place of the fresh
-        one."""
+        """`critic`: the directory of a trained critic (learner/ppo/critic_files.py), which replaces the fresh one."""
         dtype = weights_dtype(cfg)
         policy = load_policy(directory, dtype=dtype, device=device, install=install)
         critic_body = None

@@ -42,9 +42,9 @@ class PolicyTrainer(Trainer):
         device = trainer_device(cfg.learner, lent=cfg.lent_share)
         directory = resolve_model(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
         # With several ranks, each first loads the whole network on the CPU: it might not fit on one device.
-        held_on = device if cfg.learner.ranks == 1 else torch.device("cpu")
+        load_device = device if cfg.learner.ranks == 1 else torch.device("cpu")
         network = PolicyWithCritic.load(
-            directory, cfg.learner, held_on, has_critic=cfg.ppo.has_critic, seed=cfg.seed, critic=critic
+            directory, cfg.learner, load_device, has_critic=cfg.ppo.has_critic, seed=cfg.seed, critic=critic
         )
         super().__init__(network, cfg, num_steps=cfg.num_steps, device=device, borrows=cfg.lent_share > 0)
         self._size = model_size(directory)
@@ -73,7 +73,7 @@ class PolicyTrainer(Trainer):
     def save_policy(self, directory: Path, *, adapter: Path | None = None, card: str | None = None) -> None:
         """Writes the policy as a Hugging Face directory, with LoRA's adapters merged, and `card` as its README.md. The
         adapters alone go to `adapter`, by default a directory next to the policy's."""
-        if self.ranks.rank > 0:  # only helps to gather them
+        if self.ranks.rank > 0:  # this rank only takes part in gathering the tensors
             deque(chain(self.network.policy_tensors(), self.network.adapter_tensors()), maxlen=0)
             return
         base = resolve_model(self.cfg.model.path)
@@ -83,7 +83,7 @@ class PolicyTrainer(Trainer):
         if self.cfg.learner.lora:
             lora.save(adapters, self.cfg.learner.lora, str(base), adapter or directory.with_name("adapter"))
 
-    # Its part of `Trainer`
+    # This trainer's part of `Trainer`
 
     def parts(self) -> list[tuple[nn.Module, float]]:
         return self.network.parts(self.cfg.optimizer)

@@ -47,8 +47,8 @@ def token_rewards(
 
     `turn_rewards` [B, R] are the parts of the score that were earned before the last token: each stays on its token,
     and the last token gets what is left. So the rewards of a response always add up to its score, less its penalties.
-    Those of the last token are ignored: with them, rounding would give an episode of one turn other bits than the same
-    response without an environment.
+    The turn reward of the last token is ignored: otherwise rounding would give an episode of one turn other bits than
+    the same response without an environment.
 
     `ends` [B, R] is True on the last token of each sequence, if a response has several. Each of these tokens gets the
     score, less what turns earned before it. So without penalties, the rewards from a token to the end of its sequence

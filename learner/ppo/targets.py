@@ -58,7 +58,7 @@ def targets(
     ppo: PPOConfig,
     turn_rewards: Tensor | None = None,
 ) -> tuple[Targets, Derivation, dict[str, float]]:
-    """The targets, how they came about, and statistics over the batch by metric key.
+    """The targets, the steps on the way to them, and statistics over the batch by metric key.
 
     old_logprobs, old_values [B, R]: of the policy and the critic before the update. Log-probabilities are None where
     the sampler's take their place; values are zeros without a critic. scores [B]: after normalisation, float32.
@@ -87,7 +87,7 @@ def targets(
         "kl/per_token": kl_sum / num_tokens,
         "kl/per_response": kl_sum / len(mask),
     }
-    if old_logprobs is not None:  # else the first passes over the batch measure it
+    if old_logprobs is not None:  # else the first minibatch measures it
         stats["mismatch/kl"] = mismatch["mismatch_kl"].item() / num_tokens
         stats["mismatch/capped"] = mismatch["capped"].item() / num_tokens
     if ppo.has_critic:
@@ -100,7 +100,7 @@ def targets(
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, batch: ExperienceBatch, ppo: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """Those of the estimator of these settings, [B, R], before whitening. rewards, values: [B, R]."""
+    """Advantages and returns by the configured estimator, [B, R], before whitening. rewards, values: [B, R]."""
     mask = batch.mask
     return ADVANTAGES[ppo.advantages](
         rewards,

@@ -35,8 +35,7 @@ def head_values(head: nn.Linear, states: Tensor) -> Tensor:
 
 
 def values_of_states(head: nn.Linear, states: States) -> Tensor:
-    """Values [n] of kept states. A network returns them from its `forward`, and FSDP takes no view of another tensor
-    there."""
+    """Values [n] of kept states. They are cloned, because FSDP does not accept a view as an output of `forward`."""
     return head_values(head, states.values).clone()
 
 

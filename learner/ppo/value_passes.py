@@ -1,4 +1,4 @@
-"""Further passes over a batch that train the critic alone (ppo.value_epochs). Runs in every learner rank.
+"""Extra passes over a batch that train only the critic (ppo.value_epochs). Runs in every learner rank.
 
 They come after the policy's passes and have the same targets. A separate critic trains its network and its head. On a
 shared trunk the head alone trains, on states that are computed once: the policy does not move.
@@ -39,7 +39,7 @@ def train_critic_alone(
     critic: _Critic = (_OwnBody if has_body else _HeadAlone)(trainer, batch.sequences)
     for epoch in range(ppo.value_epochs):
         keys = [key for key, at in _LOSSES.items() if epoch == at % ppo.value_epochs]
-        first = ppo.ppo_epochs + epoch  # an order of its own: it continues the epochs of the policy's passes
+        first = ppo.ppo_epochs + epoch  # continues the policy's epochs, so that no order repeats
         for rows in minibatches(
             len(batch.scores), epochs=1, parts=ppo.minibatches, seed=cfg.seed, step=trainer.step, first=first
         ):
@@ -121,4 +121,4 @@ def _add_gradient(
     return sums
 
 
-_LOSSES = {"value/epochs/first_loss": 0, "value/epochs/last_loss": -1}  # the pass whose mean loss it is
+_LOSSES = {"value/epochs/first_loss": 0, "value/epochs/last_loss": -1}  # by metric: the pass whose mean loss it is

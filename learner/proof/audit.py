@@ -30,7 +30,7 @@ class Proved(NamedTuple):
 
 @dataclass
 class Audit:
-    """The contents that the replay needs, and the results of the rules."""
+    """The data that the replay needs, and the results of the rules."""
 
     run: Path
     digests: list[str] = field(default_factory=list)  # of the begin note, then of each step: by policy version
@@ -115,13 +115,13 @@ def _audit(run: Path) -> Audit:
             "each file belongs to its batch, and has a value for each token",
             f"{credit.files:,} files, {credit.tokens:,} tokens",
         ),
-        Proved("evaluations", "each stands on this journal, and agrees with its answers", f"{len(evaluations)}"),
+        Proved("evaluations", "each belongs to this journal, and agrees with its answers", f"{len(evaluations)}"),
     ]
     return found
 
 
 def _check_note(note: Note, found: Audit) -> None:
-    """Raises Violation for a note that says what cannot be."""
+    """Raises Violation for a note that cannot be true."""
     name, about = f"note {note.number} before step {note.before_step}", note.about
     if note.kind == "void":
         step = about["step"]

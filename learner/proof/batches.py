@@ -22,7 +22,7 @@ class Batches:
         self._size, self._max_staleness, self._learns = rollouts_per_step, max_staleness, learns
         self.rollouts: dict[int, int] = {}  # by step
         self.tokens: dict[int, int] = {}
-        self.oldest = 0  # versions between a token's weights and the learner's, at most
+        self.oldest = 0  # most versions between a token's weights and the learner's
         self._not_finite: dict[int, str] = {}  # by step, the column
 
     def take(self, step: Step) -> None:

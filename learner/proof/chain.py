@@ -1,7 +1,7 @@
 """The journal as an auditor reads it: from the files alone, without the code that wrote them.
 
 Runs in `ratchet audit`. learner/loop/chain.py and learner/loop/journal.py describe the files. This reader shares no
-code with them: an error there would otherwise hide itself.
+code with them. Otherwise the audit could not see an error in them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _read_step(path: Path, step: int) -> Step:
         about = json.loads(table.schema.metadata[b"ratchet"])
         named = about["schema"], about["step"]
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise Violation("chain", f"{path} is no step of a journal ({type(error).__name__}: {error})") from None
+        raise Violation("chain", f"{path} is not a step of a journal ({type(error).__name__}: {error})") from None
     if named != (SCHEMA_VERSION, step):
         raise Violation("chain", f"{path} says that it is step {named[1]} in layout {named[0]}, not {SCHEMA_VERSION}")
     return Step(step, digest, table, about)
@@ -149,7 +149,7 @@ def _read_note(path: Path, before_step: int, number: int) -> Note:
         about = json.loads(data)
         named, kind = (about["schema"], about["before_step"], about["number"]), about["kind"]
     except (KeyError, TypeError, ValueError) as error:
-        raise Violation("chain", f"{path} is no note of a journal ({type(error).__name__}: {error})") from None
+        raise Violation("chain", f"{path} is not a note of a journal ({type(error).__name__}: {error})") from None
     if named != (SCHEMA_VERSION, before_step, number):
         raise Violation("chain", f"{path} says that it is note {named[2]} before step {named[1]} in layout {named[0]}")
     if kind not in NOTE_KINDS:

@@ -1,4 +1,4 @@
-"""Checkpoints as an auditor reads them: every file is the written one, and the journal leads to it.
+"""Checkpoints as an auditor reads them: every file is intact, and the checkpoint agrees with the journal.
 
 Runs in `ratchet audit`. learner/loop/checkpoints.py describes the marker; this reader shares no code with it.
 """
@@ -24,7 +24,7 @@ class Found:
     """The checkpoints of a run."""
 
     complete: Mapping[int, Path]  # by step
-    unfinished: int  # without a marker: a crash cut them short, and nobody reads them
+    unfinished: int  # without a marker: a crash cut them short, and nothing reads them
     num_bytes: int
 
 
@@ -52,7 +52,7 @@ def _check(path: Path, step: int, digests: Sequence[str], notes: Sequence[Note])
     if step >= len(digests):
         raise Violation(RULE, f"{path} holds {step} steps, but the journal only {len(digests) - 1}")
     if marker.get("journal") != digests[step]:
-        raise Violation(RULE, f"{path} does not stand on step {step - 1} of this journal")
+        raise Violation(RULE, f"{path} does not follow step {step - 1} of this journal")
     skipped = sorted(note.about["step"] for note in notes if note.kind == "void" and note.about["step"] < step)
     if marker.get("voids") != skipped:
         raise Violation(RULE, f"{path} has skipped the batches {marker.get('voids')}; the journal says {skipped}")
@@ -85,5 +85,5 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise Violation(RULE, f"{path} cannot be read ({error})") from None
     if not isinstance(value, dict):
-        raise Violation(RULE, f"{path} is no JSON object")
+        raise Violation(RULE, f"{path} is not a JSON object")
     return value

@@ -1,4 +1,4 @@
-"""The values of tokens against the journal that they are derived from. Runs in `ratchet audit`, and in its rank 0."""
+"""Checks the values of tokens against the journal. Runs in `ratchet audit`, and in rank 0 of a replay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(\d{6,})\.parquet")
 
 
 class Credit:
-    """Compares each file of RUN/credit with the batch that it is about. Any of them may be missing."""
+    """Compares each file of RUN/credit with its batch. Any file may be missing."""
 
     def __init__(self, directory: Path) -> None:
         found = sorted(directory.iterdir()) if directory.is_dir() else []
@@ -32,7 +32,8 @@ class Credit:
         self._fault: Violation | None = None  # the first one
 
     def take(self, step: Step) -> None:
-        """Checks the file of a step. A fault of the batch itself matters more, so `finish` raises what is found."""
+        """Checks the file of a step. Only `finish` raises what is found, because a fault of the batch itself matters
+        more."""
         if self._fault is None and (path := self._paths.get(step.number)) is not None:
             try:
                 self._check(path, step)

@@ -22,7 +22,7 @@ Work = Callable[[int, int, str], None]  # (rank, world, rendezvous)
 
 
 def write_progress(progress: Path, work: str, done: int, total: int) -> None:
-    """Writes how far some work is, for a bar that another process shows."""
+    """Writes how much of some work is done, for the progress bar of another process."""
     write_whole(progress, f"{work}\n{done}\n{total}")
 
 
@@ -35,7 +35,7 @@ def read_progress(progress: Path) -> tuple[str, int, int]:
 def in_ranks(work: Work, world: int, *, gpus: float, scratch: Path) -> None:
     """Does the work in every rank, and returns when all have. A single rank works in this process.
 
-    Raises the first error of a rank, after all others were ended: they may wait for it in vain.
+    Raises the first error of a rank after killing all others, which may wait for that rank forever.
     """
     if world == 1:
         work(0, 1, "")
@@ -50,7 +50,7 @@ def in_ranks(work: Work, world: int, *, gpus: float, scratch: Path) -> None:
             processes.append(context.Process(target=_rank, args=arguments, daemon=True))
             pipes.append(ours)
             processes[-1].start()
-            theirs.close()  # so that the end of the process ends the pipe
+            theirs.close()  # else the pipe would stay open when the process ends
         running = dict(zip(pipes, range(world)))
         while running:
             for pipe in wait(list(running)):
@@ -68,7 +68,7 @@ def _raise_failure(pipe: Connection, rank: int) -> None:
     try:
         error = pipe.recv()
     except EOFError:
-        raise RoleError(f"rank {rank} ended without a word; it may have run out of memory") from None
+        raise RoleError(f"rank {rank} ended without an error message; it may have run out of memory") from None
     if isinstance(error, (Violation, UserError)):
         raise error
     if error is not None:

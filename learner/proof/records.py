@@ -1,4 +1,4 @@
-"""Metrics and evaluations against the journal that they are derived from. Runs in `ratchet audit`."""
+"""Checks metrics and evaluations against the journal. Runs in `ratchet audit`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise Violation(path.name, f"line {number} is no record; it is repaired when the run continues")
+            raise Violation(path.name, f"line {number} is not a record; it is repaired when the run continues")
         records.append(record)
     return records
 
 
 class Metrics:
-    """Compares each record of metrics.jsonl with the batch that it is about."""
+    """Compares each record of metrics.jsonl with its batch."""
 
     rule = "metrics"
 
@@ -76,8 +76,8 @@ class Metrics:
 
 
 def check_evaluations(run: Path, digests: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of evaluations.jsonl. Each must name the journal entry that its version ends with, and agree with its
-    answers. Raises Violation."""
+    """The records of evaluations.jsonl. Each must have the hash of the newest journal entry that its version has
+    learned from, and agree with its answers. Raises Violation."""
     records, seen = read_lines(run / "evaluations.jsonl"), set()
     for record in records:
         version = record.get("policy_version")
@@ -85,7 +85,7 @@ def check_evaluations(run: Path, digests: Sequence[str]) -> list[dict[str, Any]]
             raise Violation("evaluations", f"version {version} is in evaluations.jsonl twice, or not in the journal")
         seen.add(version)
         if record.get("journal") != digests[version]:
-            raise Violation("evaluations", f"version {version} does not stand on this run's journal")
+            raise Violation("evaluations", f"version {version} does not belong to this run's journal")
         answers = run / f"answers/version-{version:06d}.jsonl"
         if answers.exists():
             _check_answers(record, answers)

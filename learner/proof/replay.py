@@ -68,7 +68,8 @@ class Replay:
             learner.save_policy(self.to, adapter=self.to / "adapter")
 
     def _rebuild_credit(self, learner: Learner, journal: Journal, step: int) -> None:
-        """Writes what the newest update derived for each token or, without a place for it, compares it."""
+        """Writes what the newest update derived for each token. Without `credit_to`, compares it with the run's
+        file."""
         derived, target = learner.credit(), self.credit_to or self.scratch / "credit"
         if derived is None:
             return  # rank 0 does it
@@ -91,8 +92,8 @@ class Replay:
 def learner_of_run(
     cfg: Config, journal: Journal, start: Path | None, rank: int = 0, world: int = 1, rendezvous: str = ""
 ) -> Learner:
-    """One rank of the learner of a run, as `start` has it: a checkpoint, or the initial weights. Raises UserError if
-    the checkpoint cannot be read."""
+    """One rank of a run's learner, with the state of the checkpoint `start`; None: with the initial weights. Raises
+    UserError if the checkpoint cannot be read."""
     transformers_logging.disable_progress_bar()
     first = 0 if start is None else int(start.name.removeprefix("step-"))
     critic_digest = identity(journal.notes, before_step=0).get("critic")

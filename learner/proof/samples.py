@@ -37,7 +37,7 @@ class Samples:
         return len(self._outstanding)
 
     def take(self, step: Step) -> None:
-        """Checks that the batch and its voids are those ids that have ceased to be outstanding. Raises Violation."""
+        """Checks that the batch and its voids have exactly the ids that are no longer outstanding. Raises Violation."""
         issued, outstanding = self._state(step)
         pending = self._outstanding | set(range(self._issued, issued))
         if back := outstanding - pending:

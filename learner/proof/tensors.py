@@ -1,7 +1,7 @@
 """Compares weights and learner state on disk, bit for bit. Runs in rank 0 of `ratchet audit --replay`.
 
 A checkpoint is a set of files, one of each kind for each rank that wrote it. So two checkpoints of one state have the
-same tensors, but the same files only if as many ranks wrote them.
+same tensors. They have the same files only if the same number of ranks wrote them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ RULE = "replay"
 
 
 def check_same_state(written: Path, replayed: Path) -> None:
-    """Raises Violation unless the checkpoint `written` has the numbers and tensors of `replayed`. One that was written
-    without the optimizer is compared without it."""
+    """Raises Violation unless the checkpoint `written` has the numbers and tensors of `replayed`. If `written` has no
+    optimizer state, that is not compared."""
     numbers = [json.loads((directory / "numbers.json").read_text()) for directory in (written, replayed)]
     if numbers[0] != numbers[1]:
         raise Violation(RULE, f"{written} has the numbers {numbers[0]}, the replay has {numbers[1]}")

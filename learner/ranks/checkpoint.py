@@ -64,7 +64,7 @@ def save_checkpoint(
         dist.barrier()
     if optimizer.state:
         weights, moments, _ = _state(network, optimizer)
-    else:  # for its first state, torch would make a step, which Adam would count: a save would change later weights
+    else:  # torch would create the first state by a step that Adam counts, so a save would change later weights
         weights, moments = _once(network, get_model_state_dict(network, options=_OPTIONS)), {}
     files = {
         name: _write(directory / name, partial(_write_tensors, tensors=tensors, first=rank == 0))
@@ -81,8 +81,8 @@ def save_checkpoint(
 def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Fills network and optimizer from a checkpoint that any number of ranks wrote, and returns its numbers.
 
-    Every rank must call it. Raises UserError for one that cannot be read, or lacks a weight of this network; network
-    and optimizer may have some of its tensors then.
+    Every rank must call it. Raises UserError for one that cannot be read, or lacks a weight of this network. Network
+    and optimizer may then hold some of its tensors.
     """
     weights, moments, optimizer_state = _state(network, optimizer)
     _read_tensors(directory, "weights", weights)
@@ -90,7 +90,7 @@ def load_checkpoint(directory: Path, network: nn.Module, optimizer: Optimizer) -
     options = StateDictOptions(strict=False)
     set_state_dict(network, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state, options=options)
     for name, parameter in network.named_parameters(remove_duplicate=False):
-        if f"{name}.step" in unmoved:  # it had no gradient yet, so Adam had not begun with it
+        if f"{name}.step" in unmoved:  # it had no gradient yet, so Adam has no state for it
             optimizer.state.pop(parameter, None)
     return _read_numbers(directory)
 
@@ -154,7 +154,7 @@ def _write(path: Path, write: Callable[[_Hashed], Any]) -> str:
 
 
 class _Hashed:
-    """Hashes a file while it is written, so that a byte that the disk changes later is found."""
+    """Hashes a file while it is written, so that a byte that the disk changes later is detected."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -41,8 +41,7 @@ class Ranks:
     ) -> Ranks:
         """Returns when all ranks have joined. Later exchanges wait at most `timeout_s` for a rank.
 
-        `rendezvous` and `served` are what `open_rendezvous` has returned on rank 0; the other ranks get only the
-        address.
+        `rendezvous` and `served`: the results of `open_rendezvous` on rank 0. The other ranks get only the address.
         """
         if world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -86,19 +85,19 @@ def shard(network: nn.Module, exact: Iterable[nn.Module], *, precision: str, dev
     fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
-def whole(parameter: Tensor, travels_as: torch.dtype | None = None) -> Tensor:
-    """A parameter in full, detached. Every rank must call this at the same time. Shards are cast to `travels_as` before
-    they are gathered; a parameter that is not sharded stays unchanged."""
+def whole(parameter: Tensor, gather_dtype: torch.dtype | None = None) -> Tensor:
+    """A parameter in full, detached. Every rank must call this at the same time. Shards are cast to `gather_dtype`
+    before they are gathered; a parameter that is not sharded stays unchanged."""
     value = parameter.detach()
     if not isinstance(value, DTensor):
         return value
-    return cast(DTensor, value.to(travels_as or value.dtype)).full_tensor()
+    return cast(DTensor, value.to(gather_dtype or value.dtype)).full_tensor()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales all gradients down to a joint norm of `max_norm` if it is larger. Returns the norm before, over all ranks.
 
-    Raises BatchError, on every rank, if it is not finite: no optimizer step would make anything good of it.
+    Raises BatchError, on every rank, if it is not finite: an optimizer step would then break the weights.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -28,7 +28,8 @@ class LearnerGroup(RankGroup):
     """`learner.loop.roles.LearnerGroup` over the actors of the ranks."""
 
     def __init__(self, *args: Any, deltas: bool = False, **kwargs: Any) -> None:
-        """With `deltas` a publication has each bucket's delta against the previous set, which is kept for that."""
+        """With `deltas`, a publication also has each bucket's delta against the previous set, which is kept for this
+        purpose."""
         super().__init__(*args, **kwargs)
         self._deltas = deltas
         self._base: Sequence[Any] = ()  # references to the Buckets of the last set that was published completely
@@ -60,7 +61,7 @@ class LearnerGroup(RankGroup):
         await self._call("take new settings", lambda rank: rank.reconfigure.remote(cfg))
 
     async def until_rebuilt(self) -> None:
-        """Returns when the ranks can be called. After a loss, that is when `rebuild` has started them again."""
+        """Waits until the ranks can be called: after a loss, until `rebuild` has started them again."""
         try:
             self._processes.check()
         except RankLostError:
@@ -90,7 +91,8 @@ class LearnerGroup(RankGroup):
                     yield PublishedBucket(item, best=await anext(items) if base else item)
 
     async def _read(self, what: str, streams: list[ray.ObjectRefGenerator]) -> AsyncGenerator[Any, None]:
-        """Yields the references that rank 0 streams, without reading them, and instead of the last one its value.
+        """Yields the references that rank 0 streams, without reading them. Instead of the last reference it yields its
+        value.
 
         Ray puts the error of a rank into its stream, in place of the last item. So the last item of every rank is read
         and all others are not. An item is passed on when the next one has come and shows that it was not the last.

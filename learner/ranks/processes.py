@@ -36,7 +36,7 @@ class Processes:
         startup_timeout_s: float,
         report: Callable[[str], None],
     ) -> None:
-        """`create` starts the process of one rank and returns its handle. `report` tells the user something."""
+        """`create` starts the process of one rank and returns its handle. `report` shows a message to the user."""
         self._role, self._create, self._cfg = role, create, cfg
         self._startup_timeout_s, self._report = startup_timeout_s, report
         self.handles: list[Any] = []  # by rank
@@ -49,7 +49,7 @@ class Processes:
         return self._names[rank]
 
     async def start(self) -> None:
-        """Creates ranks: as many of `min_ranks` to `ranks` as there is room for. Returns when they have loaded their
+        """Creates as many ranks as there is room for, from `min_ranks` to `ranks`. Returns when they have loaded their
         networks. Raises RankLostError."""
         self._loss = asyncio.get_running_loop().create_future()
         self._names = [f"{self._role}({rank})" for rank in range(self._cfg.ranks)]
@@ -100,7 +100,7 @@ class Processes:
 
     @contextmanager
     def during(self, call: str) -> Iterator[None]:
-        """A rank that is lost during the block is lost in this call, such as "update at step 3"."""
+        """If a rank is lost during the block, the error names this call, such as "update at step 3"."""
         self._doing, before = call, self._doing
         try:
             yield
@@ -137,8 +137,8 @@ class Processes:
         return first
 
     def died(self, rank: int, what: str, cause: BaseException) -> BaseException:
-        """`lose` with the message that a rank died. `what`: what it was to do, as in `during`."""
-        return self.lose(f"{self.name(rank)} died while it was to {what}: {death_reason(cause)}", cause)
+        """`lose` with the message that a rank died. `what`: the call, as in `during`."""
+        return self.lose(f'{self.name(rank)} died during "{what}": {death_reason(cause)}', cause)
 
     async def _watch_all(self) -> None:
         await asyncio.gather(*map(self._probe, range(len(self.handles))))
@@ -153,7 +153,7 @@ class Processes:
                     await handle.__ray_ready__.options(concurrency_group="health").remote()
             except TimeoutError:
                 silent = f"answered no health probe for {limit:g} s (learner.probe_timeout_s)"
-                self.lose(f"{self.name(rank)} {silent} while it was to {self._doing}")
+                self.lose(f'{self.name(rank)} {silent} during "{self._doing}"')
                 return
             except RayError as error:
                 self.died(rank, self._doing, error)
@@ -182,7 +182,7 @@ class Processes:
 
 
 def awaited(work: Awaitable[T]) -> asyncio.Future[T]:
-    """The work as a future. If nobody waits for it any more when it fails, asyncio prints nothing."""
+    """The work as a future. If it fails when nothing waits for it any more, asyncio prints no warning."""
     future = asyncio.ensure_future(work)
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future

@@ -43,7 +43,7 @@ class RankGroup:
         report: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
     ) -> None:
         """`create` starts the process of one rank and returns its handle. The process answers health probes in a
-        concurrency group of Ray, "health". `report` gets a sentence for the user."""
+        concurrency group of Ray, "health". `report` gets messages for the user."""
         self._processes = Processes(self.role, create, cfg, startup_timeout_s, report)
         self._timeout_s, self._startup_timeout_s = cfg.timeout_s, startup_timeout_s
         self._turn = asyncio.Lock()
@@ -109,8 +109,8 @@ class RankGroup:
     async def _wait(self, what: str, calls: Mapping[int, Any], *, timeout_s: float | None = None) -> list[Any]:
         """The answers of all `calls`, given by rank.
 
-        When one rank fails, ranks that wait for it lose their connection and may report that first. Of several errors
-        the original one is raised.
+        When one rank fails, ranks that wait for it lose their connection and may report that first. With several
+        errors, raises the original one.
         """
         limit = timeout_s or self._timeout_s
         tasks = {rank: awaited(call) for rank, call in calls.items()}
@@ -139,7 +139,7 @@ class RankGroup:
             return self._processes.died(rank, at, error)
         if len(self._processes.handles) > 1:
             if _is_consequence(error):
-                return self._processes.lose(f"{self._names([rank])} lost another rank while it was to {at}", error)
+                return self._processes.lose(f'{self._names([rank])} lost another rank during "{at}"', error)
             error.add_note(f"rank {rank} of {len(self._processes.handles)} did not {at}")
         return error
 
@@ -172,5 +172,5 @@ def _is_consequence(error: BaseException) -> bool:
 
 
 def _rendezvous(first: Any) -> str:
-    """Called in the first rank's process: the address where the ranks meet."""
+    """The address where the ranks meet. Called in the first rank's process."""
     return first.open_rendezvous(ray.util.get_node_ip_address())

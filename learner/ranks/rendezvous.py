@@ -1,4 +1,4 @@
-"""Where the ranks of a group meet before they exchange numbers. Runs in every trainer rank.
+"""The meeting place of a group's ranks, before they exchange numbers. Runs in every trainer rank.
 
 Rank 0 opens the rendezvous and tells the others its address. On a cluster of this machine alone it is a file, so that
 nothing listens on a port. Between machines it is a store that rank 0 serves, on its node's own address and a free port.

@@ -47,7 +47,7 @@ class Trainer(ABC):
         self.network, self.cfg, self.num_steps, self.device = network, cfg, num_steps, device
         self.step = 0  # updates done
         self.ranks = Ranks()
-        self._served: dist.Store | None = None  # where the ranks of a group have met, if this process serves it
+        self._served: dist.Store | None = None  # the store where the ranks met, if this process serves it
         self.optimizer = make_optimizer(self.parts(), cfg.optimizer)
 
     # Each trainer defines these.
@@ -74,7 +74,7 @@ class Trainer(ABC):
     # The state
 
     def open_rendezvous(self, host: str) -> str:
-        """Called on rank 0 before `join`: the address where the ranks meet. `host` is the address of this node."""
+        """The address where the ranks meet. Called on rank 0 before `join`. `host` is the address of this node."""
         address, self._served = open_rendezvous(host)
         return address
 
@@ -106,13 +106,13 @@ class Trainer(ABC):
         return self.step
 
     def restore_network(self, directory: Path) -> int:
-        """Restores the network of a checkpoint without the optimizer, in a group of one rank that will not train.
+        """Restores only the network of a checkpoint, without the optimizer, for a single rank that will not train.
         Returns the updates it has done."""
         self.step = load_network(directory, self.network)["step"]
         return self.step
 
     def reconfigure(self, cfg: Any) -> None:
-        """The settings of all later steps. The state stays."""
+        """Uses these settings from the next step on. The state stays."""
         self.cfg = cfg
         reconfigure(self.optimizer, self.parts(), cfg.optimizer)
 
@@ -123,8 +123,8 @@ class Trainer(ABC):
         return self.step
 
     def return_memory(self) -> None:
-        """Returns borrowed memory to the GPU, once it is free. torch would keep it for later, and the engine that lent
-        it could not wake."""
+        """Returns free borrowed memory to the GPU. Otherwise torch would keep it, and the engine that lent it could not
+        wake."""
         if self._borrows:
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -169,6 +169,7 @@ class Trainer(ABC):
 
 
 def read_together(parts: Sequence[tuple[int, dict[str, Tensor]]]) -> list[tuple[int, dict[str, float]]]:
-    """The sums of all micro-batches as numbers, each with its count. One read for all: each waits for the device."""
+    """The sums of all micro-batches as numbers, each with its count. Reads all at once, because each read waits for the
+    device."""
     rows = torch.stack([torch.stack(list(sums.values())) for _, sums in parts]).tolist()
     return [(count, dict(zip(sums, row, strict=True))) for (count, sums), row in zip(parts, rows, strict=True)]

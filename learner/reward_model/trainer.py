@@ -48,7 +48,7 @@ class RewardTrainer(Trainer):
         super().__init__(PairScorer(self.model), cfg, num_steps=num_steps, device=device)
 
     def join(self, rank: int, world: int, rendezvous: str) -> int:
-        """As for every trainer. Raises UserError for a model that cannot read two responses in one row."""
+        """See `Trainer.join`. Raises UserError for a model that cannot read two responses in one row."""
         check_masking(self.model, self.cfg.data.max_tokens)
         return super().join(rank, world, rendezvous)
 

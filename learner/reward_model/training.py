@@ -72,7 +72,7 @@ class RewardRun(PassTraining[PreferenceEvaluation]):
 
 
 def steps_per_epoch(num_pairs: int, cfg: RewardTrainingConfig) -> int:
-    """The last step of an epoch may have fewer pairs than the others."""
+    """Steps of an epoch. The last one may have fewer pairs than the others."""
     return RowOrder(num_pairs, per_step=cfg.pairs_per_step, seed=cfg.seed).steps_per_pass
 
 

@@ -112,7 +112,7 @@ def account(learner: Learner, table: pa.Table, *, done: Any = lambda parts, tota
 
 
 def _seed(learner: Learner) -> int:
-    """Parts and draws are the same whenever the account is made again."""
+    """The seed of parts and resamples: a repeated account gets the same ones."""
     return learner.cfg.seed + learner.step
 
 
@@ -130,14 +130,15 @@ def _noise(products: Products, name: str, rows: Tensor) -> dict[str, Any]:
 def _derived(
     learner: Learner, batch: ExperienceBatch, estimators: Sequence[Estimator]
 ) -> tuple[dict[str, Tensor], Tensor, Targets, float | None]:
-    """The advantages of each estimator before whitening, the critic's values, what all estimators share of the targets,
-    and the KL from the policies that sampled, nats per token. Those without a baseline are the realised returns.
+    """The advantages of each estimator before whitening, the critic's values, the targets that all estimators share,
+    and the KL from the policies that sampled, nats per token. The advantages without a baseline are the realised
+    returns.
 
     Scores are normalised as in an update of this step: the running statistics take them in first.
     """
     old_logprobs, _, values, _ = learner.old_outputs(batch)
     scores = learner.shaped_scores(batch.scores, StepMetrics())
-    # Those of the run's own estimator. Any would do here: rewards, ratio and its weights do not depend on it.
+    # By the run's own estimator. Any other would do: rewards, ratio and its weights do not depend on it.
     shared, derivation, stats = targets(
         batch,
         old_logprobs,

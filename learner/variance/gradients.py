@@ -36,13 +36,14 @@ def equal_parts(groups: np.ndarray, count: int, *, seed: int) -> list[np.ndarray
 @dataclass(frozen=True)
 class Products:
     """Inner products of the gradients of M parts for E estimators, float64 [E + 1, M, E + 1, M]. The gradients are
-    scaled so that their mean over the parts is the gradient of the batch. The last estimator is the advantage of 1."""
+    scaled so that their mean over the parts is the gradient of the batch. The last of the E + 1 is an advantage of 1 at
+    every token."""
 
     table: np.ndarray
     names: tuple[str, ...]
     shift: Mapping[str, float]  # mean of the advantages before whitening
     scale: Mapping[str, float]  # what whitening divided them by
-    weights: int  # of the policy that train
+    weights: int  # trained weights of the policy
     kept: int  # numbers that each gradient was kept as; `weights`: the products are exact
 
     def whitened(self, name: str, other: str | None = None) -> np.ndarray:
@@ -50,7 +51,7 @@ class Products:
         return self.table[self._at(name), :, self._at(other or name), :]
 
     def unwhitened(self, name: str, other: str | None = None) -> np.ndarray:
-        """The same of advantages before whitening. They are scale * whitened + shift, so gradients are too."""
+        """The same for advantages before whitening. These are scale * whitened + shift, and so are their gradients."""
         other = other or name
         one = len(self.names)
         first = self.scale[name] * self.table[self._at(name)] + self.shift[name] * self.table[one]  # [M, E + 1, M]
@@ -75,8 +76,8 @@ def gradient_products(
     mask = batch.mask
     advantages_and_one = [*(whiten(x, mask) for x in advantages.values()), mask.float()]
     if isinstance(learner.network, FSDPModule):
-        # A pass without gradients leaves weights of the root gathered. Then they are other tensors than those that get
-        # the gradients.
+        # A pass without gradients leaves the root's weights gathered. Without this call, the parameters below would be
+        # other tensors than those that get the gradients.
         learner.network.reshard()
     policy = [p for p in learner.network.policy.parameters() if p.requires_grad]
     sketches = GradientSketches(policy, len(advantages_and_one) * len(parts), seed=learner.cfg.seed, room=room)

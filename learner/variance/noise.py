@@ -8,7 +8,8 @@ other entries:
     trace    = (D - O) / M                   unbiased: of the covariance matrix of that mean
     signal   = |mean|^2 - trace = O          unbiased: |g|^2 of the gradient of infinitely many responses
 
-Intervals are of the jackknife: every figure again without each of the parts (Efron and Tibshirani 1993, chapter 11).
+Intervals are jackknife intervals, from every figure without each of the parts in turn (Efron and Tibshirani 1993,
+chapter 11).
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def noise_against(products: np.ndarray, others: np.ndarray) -> dict[str, Any] | 
 
 def direction(products: np.ndarray, others: np.ndarray, between: np.ndarray) -> dict[str, Any] | None:
     """The cosine between the true gradients of two estimators. `between` [M, M]: the inner products of the parts of the
-    one with those of the other. Products of a part with itself are left out, so noise does not make it smaller. None
-    where either has no signal."""
+    one with those of the other. Products of a part with itself are left out, so that noise does not make the cosine
+    smaller. None where either has no signal."""
 
     def cosine(keep: np.ndarray) -> float:
         signals = [_off_diagonal_mean(part[np.ix_(keep, keep)]) for part in (products, others, between)]

@@ -1,12 +1,12 @@
 """Gradients of many parts of a batch, kept so that their inner products are known. Runs in every rank of the account.
 
 M parts and K estimators are M x K gradients, each as large as the policy: with 16 and 8 a policy of 135M weights would
-need 69 GB. So each is kept as a vector of fewer numbers, like a count sketch (Charikar et al. 2002): every weight has
-a random sign and a fixed place in the vector, and the signed gradients with the same place are added up. Inner products
+need 69 GB. So each is kept as a vector of fewer numbers, like a count sketch (Charikar et al. 2002): every weight has a
+random sign and a fixed place in the vector, and the signed gradients with the same place are added up. Inner products
 of such vectors are unbiased. Their standard deviation is typically about sqrt(2 / width) of the product of both norms:
-0.1 % for two million numbers, far less than the noise of the gradients themselves. That is no bound: places are not
-random, so it is larger if the large weights share few places. If there is room for a place for each weight, nothing is
-added up and the inner products are exact.
+0.1 % for two million numbers, far less than the noise of the gradients themselves. This is not a bound: places are not
+random, so the deviation is larger if the large weights share few places. If there is room for a place for each weight,
+nothing is added up and the inner products are exact.
 
 A sketch is linear: the gradients of micro-batches are added as they come. With several ranks, each keeps a sketch of
 its own share of every weight, and the inner products are summed over ranks.
@@ -32,7 +32,8 @@ class GradientSketches:
         sizes = [_local(parameter).numel() for parameter in parameters]
         device = _local(parameters[0]).device
         self.weights = sum(sizes)  # of this rank
-        # Odd: then no row length of a weight matrix divides it, and the weights of one column get different places.
+        # Odd: row lengths of weight matrices are usually even, so none divides it, and the weights of one column get
+        # different places.
         self.width = min(self.weights, room // (4 * count) | 1)
         self._sketches = torch.zeros(count, max(1, self.width), device=device)
         self._signs = [] if self.is_exact else [_random_signs(size, seed + at, device) for at, size in enumerate(sizes)]

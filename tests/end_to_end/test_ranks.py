@@ -300,7 +300,7 @@ def test_a_group_whose_rank_is_killed_learns_the_same_weights(model, undisturbed
     """Rank 0 fails too, because its connection breaks; its error is not the cause."""
     outcome = update_twice(model, tmp_path, "dies", timeout_s=2 * LIMIT_S)
     assert isinstance(outcome.error, RankLostError)
-    assert str(outcome.error).startswith("Learner(1) died while it was to update at step 1: its process")
+    assert str(outcome.error).startswith('Learner(1) died during "update at step 1": its process')
     assert outcome.rank_id in str(outcome.error.__cause__)
     assert outcome.policy == undisturbed
 

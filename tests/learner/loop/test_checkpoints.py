@@ -163,11 +163,11 @@ def test_every_flipped_bit_of_every_file_is_found(tmp_path):
         ({"voids": [0]}, "skipped other batches"),
         ({"identity": {"model": "m1", "prompts.train": "p0"}}, "another model"),
         ({"schema": 2}, "has schema 2"),
-        ({"files": {"../../x": ""}}, "names files that are none of a checkpoint"),
-        ({"files": {"/etc/passwd": ""}}, "names files that are none of a checkpoint"),
+        ({"files": {"../../x": ""}}, "names files that no checkpoint has"),
+        ({"files": {"/etc/passwd": ""}}, "names files that no checkpoint has"),
         ({"files": {"gone": "0"}}, "gone is missing"),
         ({"files": [1]}, "cannot be read"),
-        ({"files": {}}, "names files that are none of a checkpoint"),
+        ({"files": {}}, "names files that no checkpoint has"),
     ],
 )
 def test_a_checkpoint_that_is_not_of_this_place_is_set_aside(tmp_path, fields, reason):

@@ -133,7 +133,7 @@ def test_files_of_another_journal_are_set_aside_when_a_run_continues(tmp_path):
     said = trained(tmp_path / "run", num_steps=2)
     assert [line.partition(": ")[2].partition(" (")[0] for line in said] == [
         *["it was derived from another journal"] * 2,
-        *["it is no file of token values"] * 2,
+        *["it is not a file of token values"] * 2,
     ]
     assert sorted(path.name for path in (tmp_path / "run/set-aside").iterdir()) == ["README.txt", *names(1, 2, 7, 9)]
     assert written(tmp_path / "run") == sorted([*names(0, 8), "step-1.parquet"])

@@ -139,7 +139,7 @@ class HashLearner(FakeRoles):
 
 def dies(learner: HashLearner) -> None:
     learner.alive, learner.state = False, "lost"
-    raise RankLostError("Learner(0) died while it was to update")
+    raise RankLostError('Learner(0) died during "update"')
 
 
 def run_with(directory: Path, role: HashLearner, /, **overrides: Any) -> list[str]:

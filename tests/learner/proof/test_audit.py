@@ -460,7 +460,7 @@ DERIVED: dict[str, tuple[Callable[[Path], object], str]] = {
             (run / OLD).rename(run / NEW),
             edit(run / NEW / "COMPLETE", lambda marker: marker.update(step=5)),
         ),
-        "checkpoints: .* does not stand on step 4",
+        "checkpoints: .* does not follow step 4",
     ),
     "numbers of another step": (
         lambda run: forge_checkpoint(run, 5, "numbers.json", lambda data: data.replace(b'"step": 5', b'"step": 4')),
@@ -534,7 +534,7 @@ DERIVED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a line": (
         lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n" + (run / "metrics.jsonl").read_bytes()),
-        "metrics.jsonl: line 1 is no record",
+        "metrics.jsonl: line 1 is not a record",
     ),
     "a missing record": (
         lambda run: (run / "metrics.jsonl").write_bytes(
@@ -544,7 +544,7 @@ DERIVED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an evaluation of another run": (
         lambda run: edit_line(run / "evaluations.jsonl", 1, lambda record: record.update(journal="0" * 64)),
-        "evaluations: version 3 does not stand on",
+        "evaluations: version 3 does not belong to",
     ),
     "an evaluation twice": (
         lambda run: edit_line(run / "evaluations.jsonl", 1, lambda record: record.update(policy_version=0)),

@@ -205,7 +205,7 @@ class Fails:
         (Violation("replay", "a weight differs"), Violation, r"^replay: a weight differs$"),
         (UserError("no such model"), UserError, "no such model"),
         (ZeroDivisionError("oh"), RoleError, r"rank 1 failed:\n(.|\n)*ZeroDivisionError: oh"),
-        (None, RoleError, "rank 1 ended without a word"),
+        (None, RoleError, "rank 1 ended without an error message"),
     ],
     ids=["violation", "user", "fault", "death"],
 )

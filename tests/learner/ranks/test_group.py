@@ -183,7 +183,7 @@ def test_a_rank_that_dies_in_an_update_is_lost_by_its_name():
         await asyncio.sleep(0.005)
         ranks[0].frozen = True  # it waits for the other
         ranks[1].dead.set()
-        message = r"^Learner\(1\) died while it was to update at step 7: it was killed$"
+        message = r'^Learner\(1\) died during "update at step 7": it was killed$'
         with pytest.raises(RankLostError, match=message):
             await updating
         with pytest.raises(RankLostError, match=message):  # and so does every later call
@@ -198,7 +198,7 @@ def test_a_rank_that_freezes_in_an_update_is_lost_by_its_name():
         learner, ranks = await started(ranks=2)
         ranks[1].frozen = True
         message = (
-            r"^Learner\(1\) answered no health probe for 0.1 s \(learner.probe_timeout_s\) while .* update at step 0$"
+            r'^Learner\(1\) answered no health probe for 0.1 s \(learner.probe_timeout_s\) during "update at step 0"$'
         )
         with pytest.raises(RankLostError, match=message):
             await learner.update("batch")
@@ -210,7 +210,7 @@ def test_a_death_that_a_probe_notices_first_names_the_call():
     async def scenario() -> None:
         learner, [rank] = await started()
         rank.errors["__ray_ready__"] = RayActorError(error_msg="it was killed")
-        with pytest.raises(RankLostError, match=r"^Learner\(0\) died while it was to update at step 0: it was killed$"):
+        with pytest.raises(RankLostError, match=r'^Learner\(0\) died during "update at step 0": it was killed$'):
             await learner._call("update", lambda rank: asyncio.sleep(10))
 
     run(scenario)
@@ -223,7 +223,7 @@ def test_a_loss_while_nothing_is_called_ends_a_wait_for_other_work():
         waiting = asyncio.create_task(learner.unless_lost(forever := asyncio.Event().wait()))
         await asyncio.sleep(0.01)
         rank.dead.set()
-        with pytest.raises(RankLostError, match=r"^Learner\(0\) died while it was to wait for a call"):
+        with pytest.raises(RankLostError, match=r'^Learner\(0\) died during "wait for a call"'):
             await waiting
         assert forever.cr_frame is None  # it was cancelled
 
@@ -275,7 +275,7 @@ def test_of_several_errors_the_original_one_is_raised(monkeypatch):
     for errors in ((connection, own), (own, connection)):
         assert isinstance(run(lambda errors=errors: scenario(*errors)), ValueError)
     lost = run(lambda: scenario(connection, connection))
-    assert str(lost) == "Learner(0) lost another rank while it was to update at step 0"
+    assert str(lost) == 'Learner(0) lost another rank during "update at step 0"'
     poison = run(lambda: scenario(failed(BatchError("nan")), failed(BatchError("nan"))))
     assert (type(poison), str(poison)) == (BatchError, "nan")  # without the trace of another process
     poison = run(lambda: scenario(connection, failed(BatchError("nan"))))
@@ -338,7 +338,7 @@ def test_a_rank_that_dies_as_it_starts_is_lost_with_its_reason():
             FakeRank.loops[-1].call_soon_threadsafe(made.dead.set)
             return made
 
-        with pytest.raises(RankLostError, match=r"^Learner\(0\) died while it was to start: it was killed"):
+        with pytest.raises(RankLostError, match=r'^Learner\(0\) died during "start": it was killed'):
             await started(create)
 
     run(scenario)
@@ -509,7 +509,7 @@ def test_an_error_in_place_of_the_last_item_is_raised(streams, number):
 
 def test_the_death_of_another_rank_is_an_error_with_its_name(streams):
     dead = Item(RayActorError(error_msg="its node is gone"))
-    message = r"^Learner\(1\) died while it was to publish weights at step 0: its node is gone"
+    message = r'^Learner\(1\) died during "publish weights at step 0": its node is gone'
     with pytest.raises(RankLostError, match=message):
         publish(lambda: StreamingRank(Item("bucket 0"), hangs=True), lambda: StreamingRank(dead))
 
