@@ -66,16 +66,11 @@ def read_record(line: bytes) -> dict[str, Any] | None:
 
 def write_durably(path: Path, text: str) -> None:
     """Replaces the file with `text`, like `write_whole`. When it returns, the file survives a loss of power too."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(staging, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.rename(path)
-        sync_directory(path.parent)
-    finally:
-        staging.unlink(missing_ok=True)  # does nothing after the rename
+    with replaced_file(path) as staging, open(staging, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -19,12 +19,10 @@ from pydantic import ValidationError
 from common.config.base import Root
 from common.config.faults import fault_message
 from common.config.overrides import apply_override
-from common.data.source_names import split_options
+from common.data.source_names import LONGEST_NAME, split_options
 from common.errors import UserError
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
-
-_LONGEST_PATH = 4096  # bytes, Linux's own limit; matching a longer pattern can take minutes
 
 
 def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, keep_relative: bool = False) -> AnyRoot:
@@ -96,7 +94,7 @@ def _absolute_if_file(name: str, directories: Sequence[Path]) -> str:
     files match. Returns any other name unchanged."""
     pattern = os.path.expanduser(name)
     data_set, options = split_options(pattern)
-    has_magic = glob.has_magic(pattern) and "\0" not in pattern and len(pattern) <= _LONGEST_PATH
+    has_magic = glob.has_magic(pattern) and "\0" not in pattern and len(pattern) <= LONGEST_NAME
     for directory in directories:
         if name and os.path.exists(path := os.path.join(directory, pattern)):
             return os.path.abspath(path)

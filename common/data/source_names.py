@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DIRECTORY_OPTIONS = ("split", "config")
 _HUB_OPTIONS = (*_DIRECTORY_OPTIONS, "revision")
 _HELDOUT = ("prompts.heldout", "data.heldout", "evaluation.text")
-_LONGEST_NAME = 4096  # Linux's own limit; matching a longer pattern can take minutes
+LONGEST_NAME = 4096  # Linux's own limit; matching a longer pattern can take minutes
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def matching_files(source: str) -> list[str]:
     name = os.path.expanduser(source)
     if os.path.isfile(name):
         return [name]
-    if len(name) > _LONGEST_NAME:
+    if len(name) > LONGEST_NAME:
         return []
     try:
         return sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from common.model.masking import length_mask
 from common.model.packing import ROW_MULTIPLE
-from common.model.probe import UnsuitedModelError
+from common.model.probe import LENGTHS, UnsuitedModelError
 from common.model.rotary import depends_on_length
 
 
@@ -40,7 +40,7 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
 def check_rows_independent(model: PreTrainedModel, install: Callable[[PreTrainedModel], object] | None = None) -> None:
     """Calls `install`. Raises UnsuitedModelError if scores then depend on padding or on the other rows of a batch, or
     differ from those that the unchanged model gave each sequence alone."""
-    rows, lengths = len(model.get_input_embeddings().weight), torch.tensor([5, 23, 1, 9], device=model.device)
+    rows, lengths = len(model.get_input_embeddings().weight), torch.tensor(LENGTHS, device=model.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, rows - 1), rows, (len(lengths), 2 * ROW_MULTIPLE), generator=generator).to(model.device)
     head = model.score.weight.clone()

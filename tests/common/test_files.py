@@ -1,10 +1,13 @@
 """Files written whole or not at all."""
 
 import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 
-from common.files import append_record, read_records, write_json, write_whole
+from common.files import append_record, read_records, write_durably, write_json, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left_behind(tmp_path):
@@ -17,13 +20,33 @@ def test_a_file_is_replaced_and_nothing_else_is_left_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_written_to_its_end_stays_what_it_was(tmp_path):
+@pytest.mark.parametrize("write", [write_whole, write_durably])
+def test_a_file_that_cannot_be_written_to_its_end_stays_what_it_was(tmp_path, write):
     path = tmp_path / "scale.json"
-    write_whole(path, "old")
+    write(path, "old")
     with pytest.raises(UnicodeEncodeError):  # after the file was opened
-        write_whole(path, "new \ud800")
+        write(path, "new \ud800")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_durable_file_is_synced_before_its_rename_and_its_directory_after(tmp_path, monkeypatch):
+    events, sync, rename = [], os.fsync, Path.rename
+
+    def fsync(descriptor):
+        status = os.fstat(descriptor)
+        events.append("sync directory" if stat.S_ISDIR(status.st_mode) else f"sync {status.st_size} bytes")
+        sync(descriptor)
+
+    def renamed(path, target):
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    write_durably(tmp_path / "COMPLETE", "whole")
+    assert events == ["sync 5 bytes", "rename", "sync directory"]
+    assert (tmp_path / "COMPLETE").read_text() == "whole"
 
 
 def test_records_come_back_in_order_and_a_missing_file_has_none(tmp_path):
