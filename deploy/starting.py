@@ -21,18 +21,16 @@ from actors.pool.roles import GeneratorPool
 from actors.scoring.kinds import read_secrets
 from actors.scoring.reference import ReferencePolicy
 from actors.scoring.reward import Reward
+from common import node_waits
 from common.config.actors import GeneratorsConfig, SamplingConfig, SourcesConfig
 from common.config.base import Pooled, RayConfig
 from common.config.ppo import Config
 from common.config.sources import RewardSource
 from common.model.files import end_token_ids, resolve_model
+from common.node_waits import NodeWaits
 from common.types import Void
 from deploy.policy_files import PolicyFiles
 from learner.loop.roles import Generators
-
-# Seconds without a node after which the user is told, and those between two further messages. On a busy machine a
-# process may take some seconds to start, although it has room.
-TELL_AFTER_S, TELL_EVERY_S, LOOK_EVERY_S = 10.0, 30.0, 1.0
 
 
 class Starter:
@@ -46,29 +44,23 @@ class Starter:
 
     async def pool(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> Pool:
         """Starts replicas `role(name, *args, **kwargs)`. Returns when `cfg.min` of them are ready."""
-        return await self.start(Pool(RayHost(role, cfg, *args, **kwargs), cfg, on_event=self._on_event))
+        return await self.start(Pool(RayHost(role, cfg, *args, **kwargs), cfg, on_event=self._on_event), cfg)
 
-    async def start(self, pool: Pool) -> Pool:
-        """Starts a pool, and tells which of its replicas wait for a node, and for how long."""
-        telling = asyncio.create_task(self._tell_waits(pool))
+    async def start(self, pool: Pool, cfg: Pooled) -> Pool:
+        """Starts a pool with these settings, and tells which of its replicas wait for a node."""
+        telling = asyncio.create_task(self._tell_waits(pool, cfg))
         try:
             self.pools.append(await pool.start(self._timeout_s))
         finally:
             telling.cancel()
         return pool
 
-    async def _tell_waits(self, pool: Pool) -> None:
-        due_s = TELL_AFTER_S
+    async def _tell_waits(self, pool: Pool, cfg: Pooled) -> None:
+        messages = NodeWaits(cfg, f"{self._timeout_s:g} s, ray.startup_timeout_s", self._tell)
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            waiting = pool.members.waiting
-            waited_s = max((time.monotonic() - replica.since for replica in waiting), default=0.0)
-            if waited_s >= due_s:
-                due_s = waited_s + TELL_EVERY_S
-                names = ", ".join(replica.name for replica in waiting)
-                verb = "waits" if len(waiting) == 1 else "wait"
-                limit = f"at most {self._timeout_s:g} s, ray.startup_timeout_s"
-                self._tell(f"{names} {verb} for a node with room: {waited_s:.0f} s so far ({limit})")
+            await asyncio.sleep(node_waits.LOOK_EVERY_S)
+            now = time.monotonic()
+            messages.look({replica.name: now - replica.since for replica in pool.members.waiting})
 
     def stop(self) -> None:
         """Ends all pools."""
@@ -96,7 +88,7 @@ class Starter:
         )
         host = RayHost(Generator, cfg, seed, make, updates=cfg.updates, max_response=max_response)
         generators = GeneratorPool(host, cfg, on_event=self._on_event, response_tokens=sampling.max_new_tokens)
-        await self.start(generators.pool)
+        await self.start(generators.pool, cfg)
         return generators
 
     async def writers(

@@ -23,6 +23,7 @@ RAY_FILES = {
     Path("actors/pool/ray_meters.py"),
     Path("learner/ranks/adapter_reference.py"),
     Path("learner/ranks/group.py"),
+    Path("learner/ranks/node_waits.py"),
     Path("learner/ranks/rank_group.py"),
     Path("learner/ranks/processes.py"),
 }

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from common.config.training import TrainerConfig
 from common.daemon_threads import answer, in_daemon_thread
 from common.errors import RankLostError, death_reason
+from learner.ranks.node_waits import tell_waits
 
 T = TypeVar("T")
 
@@ -61,7 +62,15 @@ class Processes:
             raise self.lose(f"Ray did not create {self._role} processes within {limit}", error) from error
         except RayError as error:
             raise self.lose(f"Ray did not create {self._role} processes: {death_reason(error)}", error) from error
-        started = await self._started()
+        telling = asyncio.create_task(
+            tell_waits(
+                dict(zip(self._names, self.handles, strict=True)), self._cfg, self._startup_timeout_s, self._report
+            )
+        )
+        try:
+            started = await self._started()
+        finally:
+            telling.cancel()
         waiting = [handle for rank, handle in enumerate(self.handles) if rank not in started]
         self.handles = [self.handles[rank] for rank in started]
         self._names = [self._names[rank] for rank in started]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-import deploy.starting
 from actors.pool.pool import Pool
+from common import node_waits
 from common.config.base import RayConfig, Replicated
 from deploy.starting import Starter
 from tests.fakes import LocalHost
@@ -22,15 +22,16 @@ class Worker:
 
 
 def test_a_start_says_which_replicas_wait_for_a_node_and_for_how_long(monkeypatch):
-    monkeypatch.setattr(deploy.starting, "TELL_AFTER_S", 1.0)
-    monkeypatch.setattr(deploy.starting, "LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr(deploy.starting, "TELL_EVERY_S", 0.5)
+    monkeypatch.setattr(node_waits, "TELL_AFTER_S", 1.0)
+    monkeypatch.setattr(node_waits, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(node_waits, "TELL_EVERY_S", 0.5)
     told = []
 
     async def scenario():
         starter = Starter(RayConfig(startup_timeout_s=60), lambda event: None, told.append)
         host = LocalHost(Worker, room=1)
-        starting = asyncio.create_task(starter.start(Pool(host, Replicated(min=3))))
+        cfg = Replicated(min=3, cpus=4, labels={"group": "generators"})
+        starting = asyncio.create_task(starter.start(Pool(host, cfg), cfg))
         while len(told) < 3 and not starting.done():
             await asyncio.sleep(0.01)
         host.make_room(3)
@@ -42,19 +43,21 @@ def test_a_start_says_which_replicas_wait_for_a_node_and_for_how_long(monkeypatc
         assert len(told) == heard  # the start is over
 
     asyncio.run(scenario())
-    limit = "(at most 60 s, ray.startup_timeout_s)"
+    asked = "each asks for 4 CPUs and a node with the labels group=generators"
+    limit = f"({asked}; at most 60 s, ray.startup_timeout_s)"
     assert told[0] == f"Worker(1), Worker(2) wait for a node with room: 1 s so far {limit}"
     assert told[2].startswith("Worker(1), Worker(2) wait for a node with room: 2 s so far")
 
 
 def test_a_start_with_room_says_nothing_and_extra_replicas_may_wait(monkeypatch):
-    monkeypatch.setattr(deploy.starting, "TELL_AFTER_S", 0.01)
-    monkeypatch.setattr(deploy.starting, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(node_waits, "TELL_AFTER_S", 0.01)
+    monkeypatch.setattr(node_waits, "LOOK_EVERY_S", 0.01)
     told = []
 
     async def scenario():
         starter = Starter(RayConfig(startup_timeout_s=60), lambda event: None, told.append)
-        pool = await starter.start(Pool(LocalHost(Worker, room=1), Replicated(min=1, max=2)))
+        cfg = Replicated(min=1, max=2)
+        pool = await starter.start(Pool(LocalHost(Worker, room=1), cfg), cfg)
         await asyncio.sleep(0.3)
         assert [replica.state for replica in pool.members.replicas] == ["ready", "pending"]
         assert pool.members.waiting == []

@@ -13,9 +13,11 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from common import node_waits
 from common.config.ppo import LearnerConfig
 from common.errors import BatchError, RankLostError, RoleError, RolloutLostError
 from common.types import Manifest, PublishedBucket, RolloutRef
+from learner.ranks import node_waits as rank_waits
 from learner.ranks import processes, rank_group
 from learner.ranks.adapter_reference import AdapterReference
 from learner.ranks.group import LearnerGroup
@@ -88,6 +90,7 @@ def in_this_process(monkeypatch):
             loops[-1].call_soon_threadsafe(rank.dead.set)
 
     monkeypatch.setattr(processes.ray, "kill", kill)
+    monkeypatch.setattr(rank_waits, "has_node", lambda rank: rank.room)
 
 
 def run(scenario: Callable[[], Any]) -> Any:
@@ -317,6 +320,50 @@ def test_a_group_takes_as_many_ranks_as_there_is_room_for(room, min_ranks, expec
         await asyncio.sleep(0.05)
         assert [rank.dead.is_set() for rank in ranks] == [False] * expected + [True] * (3 - expected)
         assert [rank.events for rank in ranks[:expected]] == [["update asked", "update done"]] * expected
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("min_ranks", [None, 1])
+def test_ranks_that_wait_for_a_node_are_named_with_what_they_ask_for(min_ranks, monkeypatch):
+    monkeypatch.setattr(node_waits, "TELL_AFTER_S", 0.05)
+    monkeypatch.setattr(node_waits, "LOOK_EVERY_S", 0.01)
+
+    async def scenario() -> None:
+        told: list[str] = []
+        ranks = [FakeRank(rank=rank, room=rank == 0) for rank in range(3)]
+        settings = {"ranks": 3, "min_ranks": min_ranks, "gpus": 1, "labels": {"group": "learner"}}
+        starting = asyncio.create_task(started(ranks.__getitem__, report=told.append, **settings))
+        while not told:
+            await asyncio.sleep(0.01)
+        for rank in ranks:
+            rank.room = True
+        await starting
+        heard = len(told)
+        await asyncio.sleep(0.1)
+        assert len(told) == heard == 1
+        limit = "at most 5 s, ray.startup_timeout_s"
+        if min_ranks:
+            limit += "; 60 s once 1 of 3 ranks are there, learner.room_wait_s"
+        asked = "each asks for 1 CPU, 1 GPU and a node with the labels group=learner"
+        assert told == [f"Learner(1), Learner(2) wait for a node with room: 0 s so far ({asked}; {limit})"]
+
+    run(scenario)
+
+
+def test_a_rank_that_has_a_node_and_loads_long_waits_for_none(monkeypatch):
+    monkeypatch.setattr(node_waits, "TELL_AFTER_S", 0.05)
+    monkeypatch.setattr(node_waits, "LOOK_EVERY_S", 0.01)
+
+    async def scenario() -> None:
+        told: list[str] = []
+        rank = FakeRank()
+        rank.frozen = True  # it loads its networks
+        starting = asyncio.create_task(started(lambda _: rank, report=told.append))
+        await asyncio.sleep(0.3)
+        rank.frozen = False
+        await starting
+        assert told == []
 
     run(scenario)
 
