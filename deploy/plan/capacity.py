@@ -98,8 +98,7 @@ def _short(missing: NoRoom, nodes: Sequence[Node]) -> Sequence[str]:
         _gpu_memory(need, nodes),
         f"its node's object store must have room for {listed(need.store)}, which ray start "
         f"--object-store-memory={sum(need.store.values())} gives it",
-        f"only nodes with the Ray label {_listed_labels(need)} may have it ({need.section}.labels), which ray start "
-        "--labels gives them",
+        f"only nodes with the Ray label {_listed_labels(need)} may have it ({need.section}.labels)",
     )
     return [fact for fact, lacks in zip(facts, by_resource, strict=True) if counts(lacks)]
 

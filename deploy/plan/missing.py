@@ -18,13 +18,26 @@ RESOURCES: Mapping[str, tuple[str, int, int]] = {
     "memory": ("{} GiB of free memory in each node", GIB, 1 << 20),
     "store": ("an object store of {} GiB in each node", GIB, 1 << 20),
 }
+LABELS = "the labels of its roles on these nodes (ray start --labels)"
 Fits = Callable[[Sequence[Node]], bool]
 
 
 def missing_hardware(nodes: Sequence[Node], fits: Fits) -> str:
-    """Says with which hardware a run would fit: more nodes of this kind, or more in each node. The text continues "the
-    run"."""
+    """Says with which hardware a run would fit: more nodes of this kind, or more in each node; and whether nodes lack
+    the labels that roles ask for. The text continues "the run"."""
     nodes = list(nodes) or [Node("", 0, 0, 0)]
+    if ways := _ways(nodes, fits):
+        return f"would fit with {', or with '.join(ways)}"
+    unlabelled = [replace(node, labels=None) for node in nodes]
+    if fits(unlabelled):
+        return f"would fit with {LABELS}"
+    if ways := _ways(unlabelled, fits):
+        return f"would fit with {LABELS}, and with {', or with '.join(ways)}"
+    return "would not fit with more of this hardware either"
+
+
+def _ways(nodes: Sequence[Node], fits: Fits) -> list[str]:
+    """The hardware that is missing, in words: more nodes, or more in each node."""
     ways = []
     if (count := _more_nodes(nodes, fits)) is not None:
         ways.append(f"{count} more node(s) like {'the largest' if len(nodes) > 1 else 'this one'}")
@@ -32,7 +45,7 @@ def missing_hardware(nodes: Sequence[Node], fits: Fits) -> str:
         enough = fits([replace(_at_least(node, short), gpus_in_use=0.0) for node in nodes])
         listed = " and ".join(RESOURCES[name][0].format(amount) for name, amount in short.items())
         ways.append(f"{'' if enough else 'more than '}{listed}")
-    return f"would fit with {', or with '.join(ways)}" if ways else "would not fit with more of this hardware either"
+    return ways
 
 
 def _more_nodes(nodes: Sequence[Node], fits: Fits) -> int | None:

@@ -42,7 +42,7 @@ class Plan(Generic[AnyConfig]):
 
     @property
     def refusal(self) -> str | None:
-        """The reason why it does not fit, with a remedy. None if it does."""
+        """The reason why it does not fit. None if it does."""
         return next(filter(None, map(refusal, self.placements)), None)
 
 

@@ -1,6 +1,7 @@
 """The smallest change that makes a run fit, and the hardware that is missing if no change does."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -144,6 +145,20 @@ def test_missing_gpus_are_named_with_their_memory():
     assert fits([node(4, gib)])
     assert not fits([node(3, gib)])
     assert not fits([node(4, gib - 1)])
+
+
+def test_nodes_without_the_labels_of_a_role_are_told_how_to_get_them():
+    """The refusal says what is short, and only the remedy says what to do."""
+    cfg = Config.model_validate(tree(generators={"labels": {"group": "g"}}))
+    for gib, more in ((60, ""), (1, r", and with \d+ GiB of free memory in each node")):
+        nodes = [replace(node(gib=gib), labels={})]
+        here = replace(planner(SMALL, nodes), starts_stores=False)
+        labels = r"the labels of its roles on these nodes \(ray start --labels\)"
+        assert re.fullmatch(rf".*; the run would fit with {labels}{more}; ratchet plan --suggest .*", here.remedy(cfg))
+        refused = here.plan(cfg).refusal
+        assert gib == 1 or refused.endswith("only nodes with the Ray label group=g may have it (generators.labels)")
+    labelled = replace(here, nodes=[replace(node(gib=60), labels={"group": "g"})])
+    assert labelled.fits(cfg)
 
 
 def test_every_ladder_goes_from_the_smallest_change_to_the_largest():

@@ -41,7 +41,7 @@ def test_a_role_with_labels_goes_only_to_nodes_that_have_them():
     second = place([asks, replace(asks, name="second")], nodes)
     assert not second.fits
     message = refusal(second)
-    assert "only nodes with the Ray label group=g may have it (generators.labels), which ray start --labels" in message
+    assert "only nodes with the Ray label group=g may have it (generators.labels)" in message
 
 
 def test_with_an_autoscaler_processes_that_reserve_something_wait_for_nodes():
