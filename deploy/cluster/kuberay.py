@@ -33,6 +33,9 @@ FILES = "/etc/ratchet"  # where the head has the config and the job's command
 USER = 1000  # of the images in deploy/cluster/docker/
 SHUTDOWN_S = 5  # part of the notice that `ray start` needs after its node has drained
 DRAIN_S = 5  # of pods that get no notice; Kubernetes ends them after 30 s
+# Exit codes after which a new cluster would fail in the same way: a wrong input, and an image whose `ratchet` cannot be
+# run or does not exist.
+NOT_AGAIN = (USERS_FAULT, 126, 127)
 STARTUP_TIMEOUT_S = 1800  # a new machine with GPUs, and a first download of the image, take many minutes
 # Annotations of pods that must not be moved. Without them, an autoscaler of machines may end the head of a run to save
 # a machine.
@@ -151,7 +154,8 @@ def start_script(values: Values) -> str:
     """The job's command. KubeRay passes a job's command through a shell, so it is a file.
 
     If the input is wrong, the job stops itself. Its status is then STOPPED, not FAILED, and KubeRay treats it as
-    complete. KubeRay does not see the exit codes of jobs."""
+    complete. KubeRay does not see the exit codes of jobs, and a RayJob has no rule for them: podFailurePolicy is a
+    field of Kubernetes' own Jobs."""
     run, home = quote(str(values.run)), quote(str(values.directory))
     return (
         "# The first start begins the run; every later start continues it.\n"
@@ -167,11 +171,11 @@ def start_script(values: Values) -> str:
         "fi\n"
         "# KubeRay makes a new cluster after a job that failed, but not after one that was stopped. A fault of the\n"
         "# input would be there again, so this job stops itself.\n"
-        f"if [ $code -eq {USERS_FAULT} ]; then\n"
+        f"case $code in {'|'.join(map(str, NOT_AGAIN))})\n"
         '    id=$(printenv RAY_JOB_CONFIG_JSON_ENV_VAR | sed -n \'s/.*"job_submission_id": *"\\([^"]*\\)".*/\\1/p\')\n'
         '    echo "The input is at fault (see above): this job stops, and is not tried again." >&2\n'
         '    ray job stop --no-wait "$id" && sleep 60\n'
-        "fi\n"
+        "esac\n"
         "exit $code\n"
     )
 

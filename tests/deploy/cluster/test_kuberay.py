@@ -253,7 +253,7 @@ def test_the_job_begins_a_run_once_and_then_continues_it(written, tmp_path):
     assert start() == f"train --resume {run} --restarts 3\n"
 
 
-@pytest.mark.parametrize(("code", "stopped"), [(0, False), (1, False), (2, True), (137, False)])
+@pytest.mark.parametrize(("code", "stopped"), [(0, False), (1, False), (2, True), (12, False), (137, False)])
 def test_only_a_fault_of_the_user_stops_the_job(written, tmp_path, code, stopped):
     """KubeRay makes a new cluster after a job that FAILED, not after one that was STOPPED."""
     for name, text in {"ratchet": f"exit {code}", "ray": f'echo "$@" >> {tmp_path}/stopped; exit 1'}.items():
@@ -267,6 +267,27 @@ def test_only_a_fault_of_the_user_stops_the_job(written, tmp_path, code, stopped
     found = (tmp_path / "stopped").read_text() if (tmp_path / "stopped").exists() else ""
     assert found == ("job stop --no-wait mine-x7k2p\n" if stopped else "")
     assert ("this job stops, and is not tried again" in ended.stderr) == stopped
+
+
+def test_an_image_without_ratchet_is_not_tried_again(written, tmp_path):
+    """The shell finds no `ratchet`, and ends with 127."""
+    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/stopped; exit 1')
+    (tmp_path / "ray").chmod(0o755)
+    script = written["job"][0]["data"]["start.sh"].replace("/shared/", f"{tmp_path}/shared/")
+    job = {"metadata": {"job_submission_id": "mine-x7k2p"}}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
+    ended = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, (tmp_path / "stopped").read_text()) == (127, "job stop --no-wait mine-x7k2p\n")
+    assert "ratchet: command not found" in ended.stderr
+
+
+@needs_crds
+def test_a_ray_job_has_no_rule_for_exit_codes():
+    """If this fails, KubeRay has got one, and the job need not stop itself."""
+    text = (CRDS / "ray.io_rayjobs.yaml").read_text()
+    assert "backoffLimit:" in text
+    assert "podFailurePolicy" not in text
+    assert "onExitCodes" not in text
 
 
 def test_the_jobs_config_differs_only_in_what_the_cluster_needs(written, tmp_path):
