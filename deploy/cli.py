@@ -88,7 +88,7 @@ def train(
 
 @app.command(epilog=epilog("train"))
 def plan(
-    config: ConfigFile,
+    config: Annotated[str, typer.Argument(help="A TOML file or shipped config.", callback=config_file)],
     settings: Settings = None,
     preset: Preset = None,
     nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Nodes of the machines to plan for.")] = None,
