@@ -11,7 +11,7 @@ evaluates or writes a checkpoint in the steps that count.
 
 A classic trainer with Ratchet's choices (bf16, one trunk, no padding) would be equally fast in the learner. It would
 still generate with Hugging Face and do one thing after another. Two thirds of the learner's time are matrix products,
-at 360 to 400 of the 420 GFLOP/s that two Zen 4 cores reach.
+at 360 to 400 of the 420 GFLOP/s that two Zen 5 cores reach.
 """
 
 from __future__ import annotations
