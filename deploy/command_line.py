@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
@@ -23,12 +22,11 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.user_code.import_path import find_users_modules
 from deploy.ending import exit_message
-from deploy.run.provenance import IN_A_JOB, ratchets_git_state, versions
+from deploy.run.provenance import IN_A_JOB
 from deploy.run.record import read_record
 from deploy.run.resume import enter_starting_directory, resumed_config
 from deploy.shipped import config_file
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 ROOTS: dict[str, type[Root]] = {}  # the kind of config of each command that has run directories
 
 ConfigFile = Annotated[
@@ -55,48 +53,6 @@ Accept = Annotated[
 ]
 
 
-def _show_versions(show: bool) -> None:
-    if not show:
-        return
-    found, git = versions(), ratchets_git_state()
-    commit = f" (commit {git['commit'][:12]}{', changed' if git['dirty'] else ''})" if git else ""
-    typer.echo(f"ratchet {found.pop('ratchet')}{commit}")
-    typer.echo(", ".join(f"{name} {number}" for name, number in found.items()))
-    raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show versions and exit.", callback=_show_versions, is_eager=True)
-    ] = False,
-) -> None:
-    """PPO from human feedback on Ray and vLLM."""
-    check_encodings(sys.argv[1:])
-
-
-def check_encodings(arguments: Sequence[str]) -> None:
-    """Raises UserError unless the current directory and the arguments are valid UTF-8. Python turns other bytes into
-    characters that cannot be written to any file, and the directory becomes part of file names."""
-    try:
-        here = os.getcwd()
-    except OSError:
-        raise UserError("the current directory does not exist any more; change to another") from None
-    try:
-        here.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"the current directory ({here!r}) is not valid UTF-8; rename it, or change to another"
-        ) from None
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{argument!r} on the command line is not valid UTF-8; rename the file, or type it in a UTF-8 terminal"
-            ) from None
-
-
 def epilog(command: str) -> str:
     option = "" if command == "train" else f" --for {command}"
     return f"Every setting is explained by: ratchet config --describe{option}"
@@ -105,9 +61,9 @@ def epilog(command: str) -> str:
 Work = Callable[..., None]  # (config, run directory, resume=, force=)
 
 
-def run_command(root: type[Root]) -> Callable[[Work], Work]:
-    """Registers the decorated function as a command with the options that every run has. The function gets the run
-    directory, and the config of the new run or of the run to continue."""
+def run_command(app: typer.Typer, root: type[Root]) -> Callable[[Work], Work]:
+    """Registers the decorated function as a command of `app` with the options that every run has. The function gets the
+    run directory, and the config of the new run or of the run to continue."""
 
     def register(work: Work) -> Work:
         name = work.__name__.replace("_", "-")

@@ -163,6 +163,14 @@ def test_a_page_names_only_options_that_exist(path):
     assert wrong_options(text, ANY, FOREIGN.get(str(path.relative_to(ROOT)), ())) == []
 
 
+def test_the_function_of_every_command_is_found():
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES if path.is_relative_to(ROOT / "deploy")
+    }
+    found = {command_of(node, path) for path, tree in trees.items() for node in tree.body}
+    assert found - {None} == COMMANDS.keys() - {"", "cluster"}
+
+
 def test_options_of_other_commands_are_found():
     assert wrong_options("a file; --resume: a setting", {"plan"}) == ["--resume"]
     assert wrong_options("a file; --resume: a setting", {"plan", "train"}) == []

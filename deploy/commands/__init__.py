@@ -1,0 +1,1 @@
+"""The commands of `ratchet`, by subject. Runs in the driver."""
