@@ -1,7 +1,7 @@
 """Ways to divide machines among learner, engines and services. Runs in the driver; pure arithmetic.
 
-A layout has the settings of one way, each with its reason. Of the layouts that fit, deploy/plan/suggest.py takes the
-one with the shortest predicted step.
+A layout has the settings of one way, each with its reason. Of the layouts that fit, deploy/plan/suggest.py takes one
+with about the shortest predicted step.
 """
 
 from __future__ import annotations
@@ -94,17 +94,18 @@ def _on_cpus(cfg: Config, machines: Machines, model: ModelSize) -> Iterator[Layo
 
 def _apart(machines: Machines, needs: Sequence[Need], services: Sequence[str], *, every: bool) -> Iterator[Layout]:
     """Ranks and engines on different GPUs, so that they work at the same time. Services have separate GPUs, or a share
-    of each engine's GPU, or of one engine's GPU."""
+    of each engine's GPU, or of one engine's GPU. On separate GPUs they share one if it has room for all of them."""
     shares = {name: machines.share(_device(needs, name)) for name in services}
+    of_each = 1 if sum(shares.values()) <= 100 else len(shares)  # GPUs for one process of each service
     state = sum(_part(needs, "learner", name) for name in ("weights", "gradients", "optimizer state"))
     for ranks in range(1, machines.gpus):
         if state / ranks > machines.gpu_memory or not (every or ranks & (ranks - 1) == 0):
             continue
-        for own in range(MOST_APART + 1 if services else 1):
+        for own in range(0, MOST_APART + 1 if services else 1, of_each):
             for parts in _parts(machines, needs):
                 if (engines := (machines.gpus - ranks - own) // parts) < 1:
                     continue
-                for replicas in {own} if own else {engines, 1} if services else {1}:
+                for replicas in {own // of_each} if own else {engines, 1} if services else {1}:
                     layout = _divided(machines, needs, shares, ranks, engines, parts, own, replicas)
                     if layout is not None:
                         yield layout
@@ -130,8 +131,10 @@ def _divided(
     """The layout with these numbers. None if the shares of a GPU do not allow it. `own`: GPUs for services alone.
     `replicas`: of each service. `shares`: of a GPU for one process of each service, in percent."""
     together = sum(shares.values())
-    if own and together <= 100:  # nobody else uses the rest of that GPU
-        shares = {name: share + (100 - together) // len(shares) for name, share in shares.items()}
+    if own:  # nobody else uses the rest of these GPUs
+        shares = {
+            name: share + (100 - together) // len(shares) if together <= 100 else 100 for name, share in shares.items()
+        }
     whole = own > 0 or not shares
     engine = 100 if whole else 100 - together
     # Two engines with half a GPU each would be on the same one.
@@ -140,7 +143,7 @@ def _divided(
     layout: Layout = {
         "max_staleness": (1, "engines and ranks have their own GPUs, so the next batch is written meanwhile"),
         "learner.gpus": (1, "each rank has a GPU"),
-        "learner.ranks": (ranks, f"of {machines.gpus} GPUs: with these engines, the shortest predicted step"),
+        "learner.ranks": (ranks, f"of {machines.gpus} GPUs: with these engines, about the shortest predicted step"),
         "generators.gpus": (
             parts if parts > 1 else engine / 100,
             "a whole engine" if whole else "what the services leave of a GPU",

@@ -9,18 +9,25 @@ from common.config.ppo import Config
 from deploy.plan.placement import Placement
 
 Busy = Mapping[str, float]  # by section of the config: seconds that each of its processes works in a step
-OneGpu = Sequence[Collection[str]]  # for each GPU the sections of its processes
+OneGpu = Sequence[Collection[str]]  # for each GPU the section of each of its processes
 
 
 def one_gpu(placement: Placement) -> OneGpu:
-    """The sections on each GPU. If it is not known which GPU a fraction is on, all such fractions count as on one
-    GPU."""
-    found: dict[object, set[str]] = {}
+    """The section of each process on each GPU. If it is not known which GPU a fraction is on, the sections of all such
+    fractions count as on one GPU, each once."""
+    found: dict[tuple[int, int], list[str]] = {}
+    unknown: set[str] = set()
     for place in placement.places:
-        unknown = [None] if 0 < place.need.gpus < 1 and not place.gpus else []
-        for gpu in [*place.gpus, *unknown]:
-            found.setdefault((place.node, gpu) if gpu is not None else None, set()).add(place.need.section)
-    return list(found.values())
+        for gpu in place.gpus:
+            found.setdefault((place.node, gpu), []).append(place.need.section)
+        if 0 < place.need.gpus < 1 and not place.gpus:
+            unknown.add(place.need.section)
+    return [*found.values(), *([sorted(unknown)] if unknown else [])]
+
+
+def on_one_gpu(busy: Busy, gpus: OneGpu) -> float:
+    """The most seconds that one GPU works for these roles. Its processes take turns, also those of one role."""
+    return max((sum(busy.get(section, 0.0) for section in sections) for sections in gpus), default=0.0)
 
 
 def fractions(cfg: Config, busy: Busy) -> OneGpu:
@@ -35,7 +42,7 @@ def overlapping(cfg: Config, busy: Busy, gpus: OneGpu, *, cores: float | None) -
     for sections in gpus:
         together = sum(busy.get(section, 0.0) for section in sections)
         if together > seconds:
-            names = " and ".join(sorted(section for section in sections if busy.get(section)))
+            names = " and ".join(sorted({section for section in sections if busy.get(section)}))
             seconds, detail = together, f"phases overlap (max_staleness above 0), but {names} share a GPU"
     on_cpus = {section: time for section, time in busy.items() if not getattr(cfg, section).gpus}
     if len(on_cpus) > 1:

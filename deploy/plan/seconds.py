@@ -15,7 +15,7 @@ from common.config.ppo import Config
 from common.config.sources import ModelSourceConfig
 from common.model.size import ModelSize
 from deploy.plan import work
-from deploy.plan.overlap import OneGpu, fractions, overlapping
+from deploy.plan.overlap import OneGpu, fractions, on_one_gpu, overlapping
 from deploy.plan.rates import KINDS, Rates, Speed, speed
 from deploy.plan.work import Lengths
 
@@ -139,8 +139,8 @@ def _score(
         )
         detail += ", and at the same time the reward model(s)"
     whole = max(seconds.values())
-    if any(seconds.keys() <= set(sections) for sections in (fractions(cfg, seconds) if gpus is None else gpus)):
-        whole, detail = sum(seconds.values()), detail.replace("at the same time", "on the same GPU")
+    if (together := on_one_gpu(seconds, fractions(cfg, seconds) if gpus is None else gpus)) > whole:
+        whole, detail = together, detail.replace("at the same time", "on the same GPU")
     detail += "; less where it overlaps with generation"
     if len(reward_models) < len(cfg.reward.sources):
         detail += "; reward functions and services are not counted"

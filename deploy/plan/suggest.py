@@ -1,14 +1,15 @@
 """`ratchet plan --suggest`: settings with which a model can train on some machines, and the reason for each.
 
-Runs in the driver; pure arithmetic. Of the layouts that fit, it takes the one with the shortest predicted step. The
-task and the algorithm stay as in the config. Adapters are trained instead of all weights only if nothing else fits.
+Runs in the driver; pure arithmetic. Of the layouts that fit, it takes one with about the shortest predicted step
+(`_best`). The task and the algorithm stay as in the config. Adapters are trained instead of all weights only if nothing
+else fits.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,9 @@ GOOD_TOKENS, GOOD_ROLLOUTS = 4096, 16
 # The part of a data sheet's numbers that an engine is assumed to reach. It was not measured. With 1, almost every GPU
 # would go to the learner, and a step would wait for too few engines.
 OF_DATA_SHEET = 0.5
+NEAR = 1.1  # steps with a smaller ratio count as equal: predictions were up to 15 % off (docs/plan.md)
+Found = tuple[Layout, Plan[Config]]
+Timed = tuple[tuple[float, float], Found]  # with its seconds, see `_seconds`
 
 
 class DoesNotFit(UserError):
@@ -75,9 +79,9 @@ def suggest(
     reward_models: Sequence[ModelSize] = (),
     typical: Typical | None = None,
 ) -> Suggestion:
-    """The fastest layout with which the config in `tree` fits the planner's machines. `fixed`: keys that keep their
-    values. `typical`: rates and rollouts that the seconds of a step are predicted for. Raises DoesNotFit, or UserError
-    if no layout obeys the rules of the config with them."""
+    """A layout with which the config in `tree` fits the planner's machines, about the fastest one. `fixed`: keys that
+    keep their values. `typical`: rates and rollouts that the seconds of a step are predicted for. Raises DoesNotFit, or
+    UserError if no layout obeys the rules of the config with them."""
     Config.model_validate(tree)
     machines = Machines(planner.nodes)
     faults: list[Exception] = []
@@ -86,13 +90,6 @@ def suggest(
     # Measured rates replace those that the user does not give: a choice needs only their proportions.
     known: dict[str, Rates] = {kind.device: kind for kind in KINDS.values()}
     rates = {device: _expected(one) for device, one in (known | find_rates(typical.rates)).items()}
-
-    def slowness(found: tuple[Layout, Plan[Config]]) -> tuple[float, ...]:
-        """The sort key, smallest first. The GPUs of an engine and the nodes of the learner come before the seconds:
-        their effect was not measured, so fewer of them are preferred."""
-        plan = found[1]
-        nodes = len(set(homes(plan.placements[0])["learner"]))
-        return plan.cfg.generators.tensor_parallel, nodes, *_seconds(plan, model, reward_models, rates, typical)
 
     for firsts, good in _first_choices(tree, planner, on_gpus=machines.gpus > 0):
         found = []
@@ -103,10 +100,38 @@ def suggest(
                 if not machines.gpus:  # the largest KV cache
                     break
         if found:
-            return _suggestion(tree, *min(found, key=slowness))
+            return _suggestion(tree, *_best(found, lambda plan: _seconds(plan, model, reward_models, rates, typical)))
     if faults and not planned:
         raise UserError(f"no layout for these machines obeys the rules of the config: {_in_words(faults[0])}")
     raise DoesNotFit(_refusal(tree, planner, model, fixed))
+
+
+def _best(found: Sequence[Found], seconds: Callable[[Plan[Config]], tuple[float, float]]) -> Found:
+    """The layout to suggest. `seconds`: see `_seconds`.
+
+    The GPUs of an engine and the nodes of the learner come before the seconds: their effect was not measured, so fewer
+    of them are preferred. Steps that are NEAR the shortest count as equal. Of those, services get no GPU of their own
+    if possible, and then most GPUs learn: the rates of learning were measured, those of engines were not."""
+
+    def spread(plan: Plan[Config]) -> tuple[int, int]:
+        return plan.cfg.generators.tensor_parallel, len(set(homes(plan.placements[0])["learner"]))
+
+    least = min(spread(plan) for _, plan in found)
+    timed = [(seconds(one[1]), one) for one in found if spread(one[1]) == least]
+    fewest = min(_gpus_of_services(plan) for _, (_, plan) in _near(timed))
+    timed = _near([(times, one) for times, one in timed if _gpus_of_services(one[1]) == fewest])
+    return min(timed, key=lambda one: (-one[1][1].cfg.learner.ranks, one[0]))[1]
+
+
+def _near(timed: Sequence[Timed]) -> list[Timed]:
+    """Those whose step is NEAR the shortest one."""
+    shortest = min(times[0] for times, _ in timed)
+    return [(times, one) for times, one in timed if times[0] <= NEAR * shortest]
+
+
+def _gpus_of_services(plan: Plan[Config]) -> int:
+    """GPUs with processes of services alone."""
+    return sum(not {"learner", "generators"} & set(sections) for sections in one_gpu(plan.placements[0]))
 
 
 def _expected(rates: Rates) -> Rates:

@@ -1,6 +1,7 @@
 """The shipped configs: each is one of a command, names what exists, and those of the demo fit together."""
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from common.memory import GIB
 from common.user_code.functions import load_function
 from common.user_code.tools import load_tools
 from deploy.plan.machines import Described
+from deploy.plan.suggest import suggest
 from tests.deploy.plan.shapes import planner, size_of
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
@@ -76,6 +78,24 @@ def test_a_config_for_gpus_fits_its_machines_and_not_half_of_their_memory(name, 
     assert planner(size, machines.make(0)).fits(cfg)
     assert not planner(size, replace(machines, gpu_memory=machines.gpu_memory / 2).make(0)).fits(cfg)
     assert check_engine_shares(cfg, size, machines)
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_config_for_gpus_divides_them_as_a_suggestion_for_its_machines_does(name, tmp_path):
+    """Ranks, engines and references, micro-batches and adapters: of all layouts these have the shortest predicted
+    step. The shares of a GPU are round numbers in the config."""
+    model, machines = ON_GPUS[name]
+    cfg, size = load(name), size_of(tmp_path, model)
+    tree = tomllib.loads((CONFIGS / name).read_text(encoding="utf-8"))
+    found = suggest(tree, planner(size, machines.make(0)), size).plan.cfg
+
+    def division(cfg):
+        learner, reference = cfg.learner, 0 if cfg.learner.lora else cfg.reference.min
+        return learner.ranks, learner.token_budget, learner.lora is None, cfg.generators.min, reference
+
+    assert division(cfg) == division(found)
+    assert cfg.max_staleness == found.max_staleness
+    assert abs(cfg.generators.gpus - found.generators.gpus) <= 0.1
 
 
 def check_engine_shares(cfg, size, machines):

@@ -4,7 +4,7 @@ import pytest
 
 from common.model.size import ModelSize
 from deploy.plan.needs import Need
-from deploy.plan.overlap import one_gpu
+from deploy.plan.overlap import one_gpu, overlapping
 from deploy.plan.placement import Node, place
 from deploy.plan.rates import Decoding, Rates, Speed
 from deploy.plan.seconds import step_seconds
@@ -110,11 +110,26 @@ def test_reference_and_reward_model_on_one_gpu_take_turns():
     assert (alone, both) == (pytest.approx(score), pytest.approx(score + reward))
 
 
+def test_two_processes_of_one_role_on_one_gpu_take_turns():
+    """Each has half of the rollouts. Side by side they take half of the time, on one GPU as long as a single one."""
+    sections = {**ON_GPUS, "reference": {"gpus": 0.5, "min": 2}, "max_staleness": 1}
+    engines = [["generators"], ["generators"]]
+    apart, together = (
+        plan(GPU, **sections, gpus=[["learner"], *engines, *scorers])[0]
+        for scorers in ([["reference"], ["reference"]], [["reference", "reference"]])
+    )
+    assert (apart["score"], together["score"]) == (pytest.approx(4 * PASS / 1000), pytest.approx(8 * PASS / 1000))
+    busy = {"generators": 3.0, "reference": 2.0, "learner": 1.0}
+    cfg = config("", **sections)
+    for gpus, seconds in (([["generators", "reference"]], 5), ([["generators", "reference", "reference"]], 7)):
+        assert overlapping(cfg, busy, gpus, cores=None)[0] == seconds
+
+
 def test_the_plan_finds_the_roles_that_share_a_gpu():
     shares = {"Learner(0)": ("learner", 1), "Generator(0)": ("generators", 0.8), "Generator(1)": ("generators", 0.8)}
     shares |= {"ReferencePolicy(0)": ("reference", 0.2)}
     needs = [Need(name, section, 0, gpus, {}) for name, (section, gpus) in shares.items()]
-    found = [set(sections) for sections in one_gpu(place(needs, [Node("n", 8, 3, 1)]))]
+    found = one_gpu(place(needs, [Node("n", 8, 3, 1)]))
     assert sorted(map(sorted, found)) == [["generators"], ["generators", "reference"], ["learner"]]
     in_use = one_gpu(place(needs, [Node("n", 8, 3, 1, gpus_in_use=0.5)]))  # nobody knows which
     assert list(map(set, in_use)) == [{"generators", "reference"}]

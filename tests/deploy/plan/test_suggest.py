@@ -68,7 +68,7 @@ def test_every_suggested_value_has_its_reason_next_to_it(sizes):
     found = suggest(TREE, planner(sizes["7B"], MACHINES["8 x 80 GB"]), sizes["7B"])
     lines = found.to_toml("a title").splitlines()
     assert lines[0] == "# a title"
-    assert "ranks = 6  # of 8 GPUs: with these engines, the shortest predicted step" in lines
+    assert "ranks = 6  # of 8 GPUs: with these engines, about the shortest predicted step" in lines
     assert "# generators.kv_cache_mib is left out: the rest of the engine's share" in lines
     cfg = tomllib.loads("\n".join(lines))
     given = {f"{name}.{key}" for name in ("learner", "generators", "reference") for key in cfg[name]}
@@ -107,7 +107,7 @@ def with_counts(cfg, ranks, engines):
 
 
 @pytest.mark.parametrize("model", ["1.5B", "7B"])
-def test_no_gpu_idles_and_no_other_division_has_shorter_steps(model, sizes):
+def test_no_gpu_idles_and_no_other_division_has_much_shorter_steps(model, sizes):
     size, before = sizes[model], float("inf")
     for gpus in (3, 5, 6, 7, 12):
         nodes = [Node("n", 64, gpus, 510 * GIB, 80 * GIB)]
@@ -117,10 +117,11 @@ def test_no_gpu_idles_and_no_other_division_has_shorter_steps(model, sizes):
         assert ranks + engines + whole == gpus
         assert cfg.max_staleness == 1  # so that engines and ranks work at the same time
         seconds = step_s(cfg, size, nodes)
-        assert seconds < before  # than with fewer GPUs
+        assert seconds <= before  # than with fewer GPUs
         for moved in (-2, -1, 1, 2):
             if ranks + moved > 0 and engines - moved > 0:
-                assert step_s(with_counts(cfg, ranks + moved, engines - moved), size, nodes) >= seconds
+                other = step_s(with_counts(cfg, ranks + moved, engines - moved), size, nodes)
+                assert other * (1.1 if moved < 0 else 1) >= seconds  # with fewer ranks, an equal step is no reason
         before = seconds
 
 
@@ -157,13 +158,64 @@ def test_without_rates_of_a_precision_gpus_are_divided_as_with_rates(sizes):
     assert (whole.learner.ranks, whole.generators.min) == (half.learner.ranks, half.generators.min)
 
 
+def suggested_with_reward_model(size, nodes, reward_size):
+    """The plan of a suggestion for a run with a reward model."""
+    tree = {**TREE, "reward": {"sources": [{"name": "rm", "model": "org/rm"}]}}
+    models = [(Config.model_validate(tree).reward.sources[0], reward_size)]
+    here = replace(planner(size, nodes), phases=lambda cfg: [needs(cfg, size, models)])
+    plan = suggest(tree, here, size, reward_models=[reward_size]).plan
+    assert here.fits(plan.cfg)
+    return plan
+
+
+# Ranks and engines that an engineer would choose on GPUs of 80 GB, with a reward model of the policy's size. Learning
+# takes most of a step, so at least half of the GPUs learn; with two nodes, one of them. 7B trains adapters where fewer
+# than two GPUs learn: its weights, gradients and moments take 113 GiB.
+CHOSEN = {
+    "1.5B": {1: (1, 1), 2: (1, 1), 3: (2, 1), 4: (3, 1), 6: (4, 2), 8: (5, 3), 16: (8, 8)},
+    "7B": {1: (1, 1), 2: (1, 1), 3: (2, 1), 4: (3, 1), 6: (4, 2), 8: (5, 3), 16: (8, 8)},
+}
+
+
+@pytest.mark.parametrize(("model", "gpus"), [(model, gpus) for model, rows in CHOSEN.items() for gpus in rows])
+def test_a_suggestion_is_what_an_engineer_would_choose(model, gpus, sizes):
+    count = min(gpus, 8)
+    nodes = [Node(f"n{index}", 128, count, 1000 * GIB, 80 * GIB) for index in range(gpus // count)]
+    plan = suggested_with_reward_model(sizes[model], nodes, sizes[model])
+    cfg, [placement] = plan.cfg, plan.placements
+    assert (cfg.learner.ranks, cfg.generators.min) == CHOSEN[model][gpus]
+    assert (cfg.learner.lora is not None) == (model == "7B" and gpus <= 2)
+    assert cfg.max_staleness == (gpus > 1)
+    assert len(one_gpu(placement)) == gpus  # none idles
+    services = {"reference", "reward"}
+    for sections in one_gpu(placement):  # services share each engine's GPU, and have none of their own
+        assert not set(sections) & services or "generators" in sections
+    assert cfg.reward.min == cfg.generators.min
+    assert cfg.learner.lora is not None or cfg.reference.min == cfg.generators.min
+
+
+def test_services_that_fill_more_than_a_gpu_have_one_each(sizes):
+    """Of 24 GB, a 7B reference takes 16.7 GiB, and so does a reward model."""
+    nodes = [Node(name, 128, 8, 1000 * GIB, 24 * GIB) for name in "ab"]
+    plan = suggested_with_reward_model(sizes["7B"], nodes, sizes["7B"])
+    assert plan.cfg.learner.lora is None
+    assert (plan.cfg.reference.min, plan.cfg.reference.gpus) == (plan.cfg.reward.min, plan.cfg.reward.gpus) == (1, 1)
+    assert sorted(map(sorted, one_gpu(plan.placements[0])))[-2:] == [["reference"], ["reward"]]
+    assert len(one_gpu(plan.placements[0])) == 16
+
+
+def test_services_share_one_gpu_if_no_engine_has_room_next_to_it(sizes):
+    """Of 40 GB, a 7B engine leaves too little for a reference and a reward model of 16.7 GiB each."""
+    plan = suggested_with_reward_model(sizes["7B"], [Node("n", 128, 6, 1000 * GIB, 40 * GIB)], sizes["7B"])
+    assert (plan.cfg.learner.ranks, plan.cfg.generators.min, plan.cfg.learner.lora) == (4, 1, None)
+    assert (plan.cfg.reference.gpus, plan.cfg.reward.gpus) == (0.5, 0.5)
+    assert ["reference", "reward"] in [sorted(sections) for sections in one_gpu(plan.placements[0])]
+
+
 def test_reward_models_sit_next_to_engines_too(sizes):
     """Each of three processes has its part of every engine's GPU."""
-    tree = {**TREE, "reward": {"sources": [{"name": "rm", "model": "org/rm"}]}}
     nodes = [Node("n", 64, 5, 510 * GIB, 80 * GIB)]
-    models = [(Config.model_validate(tree).reward.sources[0], sizes["1.5B"])]
-    here = replace(planner(sizes["1.5B"], nodes), phases=lambda cfg: [needs(cfg, sizes["1.5B"], models)])
-    cfg = suggest(tree, here, sizes["1.5B"], reward_models=[sizes["1.5B"]]).plan.cfg
+    cfg = suggested_with_reward_model(sizes["1.5B"], nodes, sizes["1.5B"]).cfg
     assert cfg.reward.min == cfg.reference.min == cfg.generators.min
     assert cfg.reward.gpus + cfg.reference.gpus + cfg.generators.gpus == pytest.approx(1)
 
