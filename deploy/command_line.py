@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from common.config.base import Root
-from common.config.description import describe
+from common.config.base import MAY_CHANGE, RECORDED, Root
+from common.config.description import Setting, describe
 from common.config.loading import AnyRoot, load_config
 from common.config.ppo import Config
 from common.errors import UserError
@@ -173,10 +173,15 @@ def with_address(settings: Sequence[str] | None, address: str | None) -> list[st
     return [*(settings or []), *([f"ray.address={json.dumps(address)}"] if address else [])]
 
 
-def settings_text(root: type[Root]) -> str:
-    """Every setting with its meaning, for `ratchet config --describe`."""
+def settings_text(command: str) -> str:
+    """Every setting of a command with its meaning, for `ratchet config --describe`. Only `ratchet train` has --change,
+    so for other commands nothing is said about settings that it changes."""
     return "\n".join(
-        f"{s.key} ({s.kind}; default {s.default}{f'; {s.change}' if s.change else ''})\n"
+        f"{s.key} ({s.kind}; default {s.default}{f'; {s.change}' if _can_change(s, command) else ''})\n"
         + fill(s.meaning, 100, initial_indent="    ", subsequent_indent="    ")
-        for s in describe(root)
+        for s in describe(ROOTS[command])
     )
+
+
+def _can_change(setting: Setting, command: str) -> bool:
+    return setting.change == MAY_CHANGE or (setting.change == RECORDED and command == "train")

@@ -17,6 +17,7 @@ import pytest
 import typer.main
 
 from deploy.cli import app
+from deploy.command_line import ROOTS, settings_text
 from tests.test_docs import ROOT, TEXTS
 
 OPTION = re.compile(r"(?<![\w!-])--[a-z][a-z-]*(?![\w-]|\.\w)")  # settings of other programs have dots and underscores
@@ -139,6 +140,11 @@ def test_a_help_text_names_only_options_of_its_command(name):
     command = COMMANDS[name]
     texts = [command.help, command.epilog, *(getattr(param, "help", None) for param in command.params)]
     assert [wrong for text in texts for wrong in wrong_options(text or "", {name})] == []
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_the_description_of_settings_names_only_options_of_their_command(name):
+    assert wrong_options(settings_text(name), {name}) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

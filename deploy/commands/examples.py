@@ -55,7 +55,7 @@ def config(
     if command not in ROOTS:
         raise UserError(f"--for ({command}) must be one of {', '.join(ROOTS)}")
     if explain:
-        typer.echo(settings_text(ROOTS[command]))
+        typer.echo(settings_text(command))
     elif shipped:
         typer.echo(listing())
     elif unchanged:
