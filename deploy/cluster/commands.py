@@ -89,15 +89,9 @@ def kuberay(
     if not image:
         raise UserError("name Ratchet's image with --image; deploy/cluster/docker/ has the files that make it")
     path = Path(config_file(config))
-    chosen = name or re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")
-    if not re.fullmatch(NAME, chosen):
-        raise UserError(
-            f"--name ({chosen}) must have lower-case letters, digits and - only, 40 at most; choose another"
-        )
+    chosen = _name(name, path)
     cfg = load_config(path, settings or [], Config, keep_relative=True)
-    place = PurePosixPath(directory or f"{objects.SHARED}/{chosen}")
-    if not place.is_relative_to(objects.SHARED):
-        raise UserError(f"--directory ({place}) must be on the shared storage, below {objects.SHARED}")
+    place = _directory(directory, chosen)
     gpus = math.ceil(objects.learner_gpus(cfg) / learner_pods) if learner_gpus is None else learner_gpus
     values = objects.Values(
         name=chosen,
@@ -122,6 +116,37 @@ def kuberay(
     from deploy.cluster.pods import check_memory  # imports torch
 
     check_memory(cfg, values)
+    written = _write(to, cfg, values)
+    there = ["--run", str(place / "runs" / "NEW"), "--address", "http://127.0.0.1:8265"]
+    typer.echo(
+        f"storage, once:    kubectl apply -f {written['claim.yaml']} -f {written['files.yaml']}\n"
+        f"your files:       kubectl cp FILE {quote(f'{values.files}:{place}')}/\n"
+        f"one run:          kubectl apply -f {written['job.yaml']}\n"
+        f"or a cluster:     kubectl apply -f {written['cluster.yaml']}\n"
+        f"                  {join(['ratchet', 'submit', config, *given, *there])}"
+    )
+
+
+def _name(name: str | None, config: Path) -> str:
+    """The name of all objects. Raises UserError for one that Kubernetes does not take."""
+    chosen = name or re.sub(r"[^a-z0-9]+", "-", config.stem.lower()).strip("-")
+    if not re.fullmatch(NAME, chosen):
+        raise UserError(
+            f"--name ({chosen}) must have lower-case letters, digits and - only, 40 at most; choose another"
+        )
+    return chosen
+
+
+def _directory(directory: str | None, name: str) -> PurePosixPath:
+    """The user's directory on the shared storage. Raises UserError for one that is elsewhere."""
+    place = PurePosixPath(directory or f"{objects.SHARED}/{name}")
+    if not place.is_relative_to(objects.SHARED):
+        raise UserError(f"--directory ({place}) must be on the shared storage, below {objects.SHARED}")
+    return place
+
+
+def _write(to: Path, cfg: Config, values: objects.Values) -> dict[str, str]:
+    """Writes the objects of a run. Returns the path of each file, as a shell takes it. Raises UserError."""
     documents = {
         "claim.yaml": [objects.claim(values)],
         "files.yaml": [objects.files(values)],
@@ -134,12 +159,4 @@ def kuberay(
             write_whole(to / file, yaml.safe_dump_all(contents, sort_keys=False, width=1000))
     except OSError as error:
         raise UserError(f"{to} cannot be written ({error.strerror}); name another directory with --to") from None
-    written = {file: quote(str(to / file)) for file in documents}
-    there = ["--run", str(place / "runs" / "NEW"), "--address", "http://127.0.0.1:8265"]
-    typer.echo(
-        f"storage, once:    kubectl apply -f {written['claim.yaml']} -f {written['files.yaml']}\n"
-        f"your files:       kubectl cp FILE {quote(f'{values.files}:{place}')}/\n"
-        f"one run:          kubectl apply -f {written['job.yaml']}\n"
-        f"or a cluster:     kubectl apply -f {written['cluster.yaml']}\n"
-        f"                  {join(['ratchet', 'submit', config, *given, *there])}"
-    )
+    return {file: quote(str(to / file)) for file in documents}

@@ -85,30 +85,29 @@ def _audit(run: Path) -> Audit:
     oldest = f"{sum(batches.tokens.values()):,} tokens; the oldest: {batches.oldest}"
     if not found.learns:
         claim = "version 0 of the policy wrote every token, and nothing was learned"
-        found.proved = [
-            _chain(found),
-            _samples(samples, voided, "in the journal once"),
-            Proved("versions", claim, oldest),
-        ]
-        return found
-    found.checkpoints = check_checkpoints(run / "checkpoints", found.digests, found.notes)
+        proved = [_samples(samples, voided, "in the journal once"), Proved("versions", claim, oldest)]
+    else:
+        derived = _derived(found, credit)
+        claim = f"no token was older than max_staleness ({cfg['max_staleness']}) when it was trained"
+        proved = [_samples(samples, voided), Proved("versions", claim, oldest), *derived]
+    found.proved = [_chain(found), *proved]
+    return found
+
+
+def _derived(found: Audit, credit: Credit) -> list[Proved]:
+    """Checks what the learner has derived from the journal."""
+    found.checkpoints = check_checkpoints(found.run / "checkpoints", found.digests, found.notes)
     found.metrics.finish(found.num_steps, max(found.checkpoints.complete, default=0))
     credit.finish(found.num_steps)
-    evaluations = check_evaluations(run, found.digests)
-    found.proved = [
-        _chain(found),
-        _samples(samples, voided),
-        Proved(
-            "versions",
-            f"no token was older than max_staleness ({cfg['max_staleness']}) when it was trained",
-            oldest,
-        ),
+    evaluations = check_evaluations(found.run, found.digests)
+    missing = len(found.metrics.missing)
+    return [
         _checkpoints(found.checkpoints),
         Proved(
             "metrics",
             "each record agrees with its batch",
             f"{len(found.metrics.records):,} records, {found.metrics.values:,} values"
-            + (f"; {len(found.metrics.missing)} come when the run continues" if found.metrics.missing else ""),
+            + (f"; {missing} come when the run continues" if missing else ""),
         ),
         Proved(
             "credit",
@@ -117,7 +116,6 @@ def _audit(run: Path) -> Audit:
         ),
         Proved("evaluations", "each belongs to this journal, and agrees with its answers", f"{len(evaluations)}"),
     ]
-    return found
 
 
 def _check_note(note: Note, found: Audit) -> None:
