@@ -18,7 +18,7 @@ class Completion:
     logprobs: np.ndarray  # float32 [R] nats, of the distribution that was sampled from
     policy_versions: np.ndarray  # int32 [R], the version that sampled each token
     finish_reason: str  # "stop", "length" or common.types.HANDED_OVER
-    cached_tokens: int = 0  # tokens of the prompt whose states the engine had from earlier requests
+    cached_tokens: int = 0  # prompt tokens whose keys and values were in the prefix cache
 
 
 class Engine(Protocol):
@@ -31,38 +31,38 @@ class Engine(Protocol):
         seed: int,
         num_begun: int = 0,
         plain_tokens: int = 0,
-        most: int | None = None,
+        max_tokens: int | None = None,
     ) -> Completion:
         """One response to `prompt_ids`, int32 [P]. The last `num_begun` of them are the start of a response that the
         engine continues. The same seed under the same weights gives the same tokens. Raises EngineDeadError.
 
-        The response has at most `max_new_tokens` tokens, with those that it began with. With `most`, at least 1, this
-        call adds no more than `most` of them. A response that reaches a bound has the finish reason "length".
+        The response has at most `max_new_tokens` tokens, including its `num_begun` first ones. `max_tokens`, at least
+        1, bounds the tokens that this call adds. A response that reaches a bound has the finish reason "length".
 
         With `plain_tokens`: this many tokens, sampled from the model's whole distribution at the run's temperature,
-        without truncation. Sampling does not stop at an end token or a stop text, and `most` has no effect.
+        without truncation. Sampling does not stop at an end token or a stop text, and `max_tokens` has no effect.
         """
 
     async def hand_over(self) -> None:
-        """Ends every running response, and every later one at once. `generate` returns what there is, with the finish
-        reason HANDED_OVER."""
+        """Ends every running response now, and every later one when it starts. `generate` returns the partial
+        response, with the finish reason HANDED_OVER."""
 
     async def sleep(self) -> None:
-        """Gives up the engine's GPU memory until `wake`. Requests wait; those that had begun keep their tokens."""
+        """Frees the engine's GPU memory until `wake`. Requests wait; those that had begun keep their tokens."""
 
     async def wake(self) -> None:
-        """Takes the memory back and continues. Has no effect on an engine that is awake."""
+        """Allocates the memory again and continues. Has no effect on an engine that is awake."""
 
     async def stage(self, bucket: Bucket) -> None:
         """Prepares a verified bucket for the next `swap`, while running requests continue with the current weights.
 
         Buckets arrive one at a time and in order; bucket 0 drops everything staged before. Raises CorruptWeightsError
-        if the model has no place for a tensor.
+        for a tensor whose name or shape the model does not have.
         """
 
     async def swap(self, version: int) -> float:
         """Puts the staged weights in place between two engine steps: tokens sampled later have this `version`. Returns
-        how long the engine did not step, seconds.
+        the length of the engine's pause in seconds.
 
         Raises CorruptWeightsError, with the old weights in place, if a parameter has no staged value; EngineDeadError
         if the swap fails half way.

@@ -31,8 +31,8 @@ class Generator:
         updates: Literal["full", "changes"] = "full",
         max_response: int | None = None,
     ) -> None:
-        """With updates = "changes" the generator keeps the buckets of its weights: the next update may be deltas.
-        `max_response`: most tokens of a response, an environment's included; None: the engine's bound of one turn."""
+        """With updates = "changes" the generator keeps the buckets of its weights, so that it can apply deltas.
+        `max_response`: bound on a response, environment tokens included; None: the engine's bound on a turn."""
         self._name = name
         self._seed = seed
         self._max_response = max_response
@@ -56,11 +56,11 @@ class Generator:
     async def generate(
         self, prompt: Prompt, begun: Rollout | None = None, plain_tokens: int = 0
     ) -> tuple[Rollout, RolloutRef]:
-        """The rollout, which stays in this process until it is fetched, and the facts about it that the loop needs.
+        """The rollout, and the facts about it that the loop needs. Ray keeps the rollout here until it is fetched.
 
-        With one version of the weights, it depends only on them, the run's seed, the sample id and what an environment
-        answered. `begun` is a partial response to continue, of another generator or of an episode; its tokens keep
-        their versions and log-probabilities. The engine gets the newest context of an episode.
+        While the weights stay the same, its tokens depend only on them, the run's seed, the sample id and the answers
+        of an environment. `begun` is a partial response, by another generator or of an episode. This call continues
+        it, from the newest context of the episode. Its tokens keep their versions and log-probabilities.
         """
         written = np.empty(0, dtype=np.int32) if begun is None else begun.response_ids
         num_begun = len(written) - (0 if begun is None else begun.turn_start)  # tokens of this turn
@@ -71,7 +71,7 @@ class Generator:
             seed=seed,
             num_begun=num_begun,
             plain_tokens=plain_left,
-            most=None if self._max_response is None else max(1, self._max_response - len(written)),
+            max_tokens=None if self._max_response is None else max(1, self._max_response - len(written)),
         )
         arrays = done.token_ids, done.logprobs, done.policy_versions
         if begun is not None:
@@ -103,8 +103,8 @@ class Generator:
         """Verifies the next buckets of new weights and keeps them for `swap`. Raises CorruptWeightsError, also if this
         generator does not hold the base of a delta. The caller may then send the set again from bucket 0.
 
-        Bucket 0 drops everything staged before. A version may come again, even one in use: a learner that was lost in
-        the middle of a publication publishes it again, from other ranks and perhaps with other rounding."""
+        Bucket 0 drops everything staged before. A version may arrive twice, even if it is in use already: after a loss
+        of ranks during a publication, new ranks publish it again, perhaps with other rounding."""
         for part in parts:
             started = time.perf_counter()
             bucket = self._apply(part) if isinstance(part, Delta) else part
@@ -124,8 +124,8 @@ class Generator:
         return delta.apply(self._held[delta.index])
 
     async def swap(self, version: int) -> tuple[int, float]:
-        """Samples with the staged weights from now on. Returns the version in use, and how long the engine did not
-        step, seconds. Raises CorruptWeightsError unless all of `version` is staged."""
+        """Samples with the staged weights from now on. Returns the version in use, and the engine's pause in
+        seconds. Raises CorruptWeightsError unless all of `version` is staged."""
         self._incoming.check_complete(version)
         pause_s = await self._engine.swap(version)
         self._incoming = IncomingWeights()

@@ -8,7 +8,7 @@ from common.memory import MIB
 from common.model.size import ModelSize, pass_bytes
 
 CONTEXT_AND_GRAPHS = 2 << 30  # memory that CUDA's context and CUDA graphs take on each device
-USABLE = 0.92  # the part of a GPU that an engine with a whole one may plan for
+USABLE = 0.92  # the share of a GPU that an engine uses at most, also with generators.gpus = 1
 
 
 def bytes_per_sequence(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int) -> tuple[int, int]:
@@ -33,8 +33,9 @@ def other_bytes(cfg: GeneratorsConfig, model: ModelSize) -> int:
 
 
 def free_share_at_start(cfg: GeneratorsConfig, *, device_memory: int) -> float:
-    """The share of a device that must be free when an engine starts, of `device_memory` bytes in all. CUDA's context is
-    there already. So an engine whose neighbours fill their shares is not refused."""
+    """The share of a device's memory that must be free when an engine starts. `device_memory`: its total, bytes. CUDA's
+    context is left out, because it is allocated already: with it, vLLM would refuse to start an engine when other
+    engines on the device fill their shares."""
     return max(0.01, min(cfg.gpus, USABLE) - CONTEXT_AND_GRAPHS / device_memory)
 
 
@@ -53,7 +54,7 @@ def kv_cache_bytes(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int, 
     if left * parts < sequence:
         raise UserError(
             f"generators.gpus ({cfg.gpus:g}) gives an engine {share // MIB} MiB of each GPU: its weights take "
-            f"{weights // MIB}, everything else {other // MIB}, and what is left must hold at least one sequence "
+            f"{weights // MIB}, everything else {other // MIB}, and the rest must hold at least one sequence "
             f"of {tokens} tokens, {-(-sequence // parts // MIB)} MiB; raise generators.gpus or "
             "generators.tensor_parallel"
         )

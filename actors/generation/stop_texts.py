@@ -1,7 +1,8 @@
 """Texts that end a response (`sampling.stop`): what vLLM needs to find them. Runs in each generator.
 
-vLLM adds the text of every sampled token to the text of its response, and looks for stop texts at the end of that. It
-starts without a tokenizer, because nothing else needs one. It then gets the tokenizer that all other processes use.
+vLLM appends the text of every sampled token to the text of the response, and looks for stop texts at the end of it.
+The engine starts without a tokenizer, because nothing else needs one. For stop texts it gets the tokenizer that all
+other processes use.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ class StopTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         self.tokenizer = tokenizer
-        self._kept = max(map(len, texts)) - 1  # characters of a stop text before its last one
+        self._kept = max(map(len, texts)) - 1  # most characters of a stop text that come before the newest token
 
     def prepare(self, state: Any, prompt: Sequence[int], begun: Sequence[int]) -> None:
-        """Prepares `state`, vLLM's state of the output of a new request, which answers these tokens of the prompt and
-        continues a response that has begun with others. A stop text may begin in the latter. vLLM takes them for a part
-        of the prompt, so it would miss that stop text. Here it gets the end of their text as the beginning of its own
-        text, which has no other use."""
-        state.logprobs_processor.tokenizer = None  # it would make a text of every log-probability, which nobody reads
+        """Prepares `state`, vLLM's output state of a new request. `prompt` and `begun` are token ids: the request
+        continues a response whose first tokens are `begun`.
+
+        vLLM treats `begun` as a part of the prompt, so it would miss a stop text that starts there. So its text of the
+        response starts with the end of the text of `begun`. Nothing else reads that text."""
+        state.logprobs_processor.tokenizer = (
+            None  # otherwise vLLM decodes the token of every log-probability, for nobody
+        )
         if not begun:
             return
         output = state.detokenizer
         if hasattr(output, "stream"):
-            # Token by token, as the first generator did. If the last token is a part of a character, a new stream with
-            # all these tokens would later give the text of the whole prompt.
+            # Decode one token at a time, as the first generator did. A new stream that starts with all these tokens
+            # would later return the text of the whole prompt, if the last token is only a part of a character.
             output.stream = DecodeStream(ids=list(prompt), skip_special_tokens=False)
             text = "".join(map(output.decode_next, begun))
         else:  # a tokenizer in Python code

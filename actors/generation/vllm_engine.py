@@ -1,9 +1,9 @@
 """vLLM behind the `Engine` protocol: the engine in this process, stepped by its own thread. Runs in each generator.
 
-Everything that touches the engine runs on that thread between two steps. On a GPU one more step is in flight then, and
-a weight update first takes its tokens. So no update can fall into a step, and every token's weight version is exact.
-The engine shares the generator's process, which starts faster and is smaller than vLLM's own layouts. Only with tensor
-parallelism each device has its own process, which ends with this one.
+Everything that touches the engine runs on that thread between two steps. On a GPU one step may be in flight then: a
+weight update first waits for it and takes its tokens. So weights never change during a step, and every token's weight
+version is exact. The engine runs in the generator's process, which starts faster and needs less memory than vLLM's own
+layouts. Only with tensor parallelism each device has its own process, which ends with this one.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ from actors.generation.vllm_weights import weights_of
 
 T = TypeVar("T")
 
-# After this time without a new request an idle engine begins to step, seconds. Requests that are sent together arrive
-# one by one, and those that miss the first step cost one step more: 1.2 % of the time of 64 requests of 32 tokens.
+# An idle engine starts to step when no new request has arrived for this long, seconds. Requests that are sent together
+# arrive one by one. If some missed the first step, the engine would need one more: 1.2 % of the time of 64 requests of
+# 32 tokens.
 GATHER_S = 0.005
 
 
@@ -67,10 +68,10 @@ class VLLMEngine:
         export_metrics: bool = False,
         caches_prefixes: bool = False,
     ) -> None:
-        """Returns when vLLM has loaded the model; raises vLLM's error if that fails. `sleeps` makes `sleep` free the
-        memory of a GPU. With `export_metrics` vLLM exports its own metrics through Ray, which works only in a Ray
-        process. With `caches_prefixes` a prompt that begins like an earlier request, response included, uses the states
-        that the same weights computed for it, as long as the KV cache has room for them."""
+        """Returns when vLLM has loaded the model; raises vLLM's error if that fails. With `sleeps`, `sleep` frees the
+        GPU's memory. With `export_metrics` vLLM exports its own metrics through Ray, which works only in a Ray process.
+        With `caches_prefixes` the engine keeps keys and values while the KV cache has room, and uses them for a prompt
+        that begins with the same tokens as an earlier prompt or response under the same weights."""
         self._sampling = sampling_settings(sampling, end_token_ids)
         self._stop = StopTexts(load_tokenizer(model), sampling.stop) if sampling.stop else None
         self._args = engine_args(
@@ -113,14 +114,14 @@ class VLLMEngine:
         seed: int,
         num_begun: int = 0,
         plain_tokens: int = 0,
-        most: int | None = None,
+        max_tokens: int | None = None,
     ) -> Completion:
         key = str(next(self._keys))
         output: Future = Future()
         output.set_running_or_notify_cancel()  # without it, `set_result` fails if the caller was cancelled
 
         def add() -> None:
-            changed = token_bounds(self._sampling, num_begun, most)
+            changed = token_bounds(self._sampling, num_begun, max_tokens)
             if plain_tokens:
                 changed = {**WHOLE_DISTRIBUTION, "max_tokens": plain_tokens}
             params = SamplingParams(**{**self._sampling, **changed}, seed=seed)
@@ -177,7 +178,7 @@ class VLLMEngine:
             self._waiting.pop(key).set_result(final)
 
     def _state(self, key: str) -> Any:
-        """What vLLM knows about the output of an unfinished request."""
+        """vLLM's output state of an unfinished request."""
         outputs = self._engine.output_processor
         [internal] = outputs.external_req_ids[key]
         return outputs.request_states[internal]
@@ -186,7 +187,7 @@ class VLLMEngine:
         def sleep() -> None:
             if not self._asleep:
                 self._finish_steps()
-                with _fatal("giving up its GPU memory"):
+                with _fatal("freeing its GPU memory"):
                     self._engine.sleep(level=1, mode="keep")
                 self._asleep = True
 
@@ -195,7 +196,7 @@ class VLLMEngine:
     async def wake(self) -> None:
         def wake() -> None:
             if self._asleep:
-                with _fatal("taking its GPU memory back"):
+                with _fatal("allocating its GPU memory again"):
                     self._engine.wake_up()
                 self._asleep = False
 
@@ -225,14 +226,14 @@ class VLLMEngine:
 
     @property
     def _salt(self) -> str:
-        """Requests with the same salt share states in the cache. It counts swaps: a version may be swapped in twice,
-        with other weights."""
+        """Only requests with the same salt share keys and values. The salt counts swaps, because one version may be
+        swapped in twice with different weights."""
         return str(self._swaps)
 
     def _forget_prefixes(self) -> None:
-        """No later request uses states that earlier weights computed. A request that runs now keeps its own, and what
-        it adds to the cache keeps the old salt. One that has not begun, or has lost its states, gets the new salt:
-        otherwise it would find states of the old weights and continue with the new ones."""
+        """Later requests find no keys and values of earlier weights. A running request keeps its own ones, and adds new
+        ones under the old salt. A request that has not begun, or was preempted, gets the new salt: otherwise it would
+        start from keys and values of the old weights."""
         self._swaps += 1
         for request in self._core.scheduler.requests.values():
             if request.status != RequestStatus.RUNNING:
@@ -312,7 +313,7 @@ class VLLMEngine:
         with self._wake:
             while not (self._commands or self._has_work()):
                 self._wake.wait()
-                while self._wake.wait(GATHER_S):  # more came: a step takes as long for one request as for many
+                while self._wake.wait(GATHER_S):  # another request came; a step for many takes as long as for one
                     pass
         while self._commands:  # popped one by one: if one is fatal, `_fail` still finds the others in the queue
             function, result = self._commands.popleft()
@@ -343,7 +344,8 @@ class VLLMEngine:
 
 @contextmanager
 def _fatal(what: str) -> Iterator[None]:
-    """After an error in here nobody knows the state of the engine, so it ends, and its replica is replaced."""
+    """Turns an error of the block into an EngineDeadError, because the engine's state is unknown after it. The replica
+    is then replaced."""
     try:
         yield
     except Exception as error:

@@ -37,8 +37,8 @@ class Inventory:
         self._names: set[str] = set()
 
     def add(self, bucket: Bucket) -> None:
-        """Records the tensors of a bucket; bucket 0 starts a new set. Raises CorruptWeightsError for a tensor that the
-        model has no place for."""
+        """Records the tensors of a bucket; bucket 0 starts a new set. Raises CorruptWeightsError for a tensor
+        whose name or shape the model does not have."""
         if bucket.index == 0:
             self._names = set()
         for entry in bucket.entries:
@@ -72,7 +72,7 @@ class ReloadedWeights:
         self._tensors: dict[str, Tensor] = {}
 
     def stage(self, bucket: Bucket) -> None:
-        """Runs on any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        """Runs on any thread. Raises CorruptWeightsError for a tensor whose name or shape the model does not have."""
         if bucket.index == 0:
             self._tensors = {}
         self._inventory.add(bucket)
@@ -146,7 +146,7 @@ class ShardedWeights:
         self._entries: list[Entry] = []
 
     def stage(self, bucket: Bucket) -> None:
-        """Runs on any thread. Raises CorruptWeightsError for a tensor that the model has no place for."""
+        """Runs on any thread. Raises CorruptWeightsError for a tensor whose name or shape the model does not have."""
         if bucket.index == 0:
             self._start()
         self._inventory.add(bucket)

@@ -26,7 +26,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 if not torch.cuda.is_available():
-    # Otherwise the kernel that ranks log-probabilities is compiled for 13 s, with no gain at these sizes.
+    # Otherwise 13 s go into compiling the kernel that ranks log-probabilities, with no gain at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from vllm.engine.arg_utils import EngineArgs
@@ -47,8 +47,8 @@ WHOLE_DISTRIBUTION: dict[str, Any] = {
 
 def sampling_settings(sampling: SamplingConfig, end_token_ids: list[int]) -> dict[str, Any]:
     """The arguments of every request's SamplingParams."""
-    # vLLM looks for stop texts in the text as it grows, so only they need the text of every token, which takes 2 µs.
-    # Special tokens are a part of it, and the token that completes a stop text stays in the response.
+    # Only stop texts need the text of every token, which takes 2 µs a token. It includes special tokens. The token that
+    # completes a stop text stays in the response.
     stops = {"stop": list(sampling.stop), "include_stop_str_in_output": True, "skip_special_tokens": False}
     return {
         "temperature": sampling.temperature,
@@ -64,11 +64,11 @@ def sampling_settings(sampling: SamplingConfig, end_token_ids: list[int]) -> dic
     }
 
 
-def token_bounds(settings: dict[str, Any], num_begun: int, most: int | None) -> dict[str, Any]:
-    """The bounds of a request that continues a response of `num_begun` tokens by at most `most`."""
+def token_bounds(settings: dict[str, Any], num_begun: int, max_tokens: int | None) -> dict[str, Any]:
+    """The bounds of a request that continues a response of `num_begun` tokens by at most `max_tokens`."""
     longest = settings["max_tokens"] - num_begun
-    if most is not None:
-        longest = min(longest, most)
+    if max_tokens is not None:
+        longest = min(longest, max_tokens)
     # vLLM refuses a lower bound above the upper one.
     return {"max_tokens": longest, "min_tokens": max(0, min(settings["min_tokens"] - num_begun, longest))}
 
@@ -109,13 +109,13 @@ def engine_args(
             max_tokens=max_model_len,
             device_memory=device_memory,
         ),
-        # vLLM only checks at the start that this share of the memory is free: the cache's size is given above.
+        # Only for vLLM's check at the start that this share of the memory is free. The cache's size is given above.
         gpu_memory_utilization=0.9 if on_cpu else free_share_at_start(cfg, device_memory=device_memory),
         enable_sleep_mode=sleeps,
         enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
         # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
         logprobs_mode="processed_logprobs",
-        # Only requests with the same salt share states. Without salts, those of old weights would be used after an
+        # Requests have salts (see VLLMEngine): otherwise the engine would use keys and values of old weights after an
         # update.
         enable_prefix_caching=caches_prefixes,
         skip_tokenizer_init=True,

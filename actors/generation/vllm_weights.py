@@ -44,9 +44,9 @@ class NotStageableError(RuntimeError):
 class Slot:
     """A weight of the engine's model, made of one published tensor, or of several where vLLM merges layers."""
 
-    parameter: nn.Parameter  # without values where only packed copies of them are used
+    parameter: nn.Parameter  # empty if vLLM keeps only packed copies of the values
     parts: dict[int | str | None, tuple[int, ...]]  # shard -> shape
-    rows: int  # rows of all parts together, and of the vocabulary's padding
+    rows: int  # rows of all parts together, padding of the vocabulary included
     packed_by: list[Any]  # layers that multiply by a packed copy of the values
 
 
@@ -79,8 +79,8 @@ class PreparedWeights(ABC):
 
     @torch.no_grad()
     def stage(self, bucket: Bucket) -> None:
-        """Runs on any thread except the engine's. Raises CorruptWeightsError for a tensor that the model has no place
-        for."""
+        """Runs on any thread except the engine's. Raises CorruptWeightsError for a tensor whose name or shape the
+        model does not have."""
         if bucket.index == 0:
             self._start()
         self._inventory.add(bucket)
@@ -94,8 +94,8 @@ class PreparedWeights(ABC):
                 parts.clear()
 
     def swap(self, version: int) -> list[Any]:
-        """Runs on the engine's thread. Returns objects that the caller should free, because that takes longer than a
-        step should wait. Raises CorruptWeightsError, with the old set in place, if a parameter has no new value."""
+        """Runs on the engine's thread. Returns objects that the caller should free later: freeing them here would make
+        the pause longer. Raises CorruptWeightsError, with the old set in place, if a parameter has no new value."""
         self._inventory.finish(version)
         old: list[Any] = []
         for name, staged in self._staged.items():
@@ -150,11 +150,11 @@ class PackedWeights(PreparedWeights):
 
 
 class CopiedWeights(PreparedWeights):
-    """On a GPU. The new set waits in pinned memory of the machine, so the GPU never holds two, and the exchange is one
-    copy for each weight. Addresses stay, because CUDA graphs and compiled layers have kept them."""
+    """On a GPU. The new set waits in pinned host memory, so the GPU never holds two sets. The exchange copies each
+    weight into the old one's memory, because CUDA graphs and compiled layers use its address."""
 
     def swap(self, version: int) -> list[Any]:
-        """As above. Raises EngineDeadError if a copy fails half way: the engine then holds a mixture of both sets."""
+        """Also raises EngineDeadError, if a copy fails half way: the engine then holds a mixture of both sets."""
         try:
             return super().swap(version)
         except CorruptWeightsError:
@@ -193,8 +193,8 @@ def _find_slots(model: nn.Module, is_packed: Callable[[nn.Module], bool]) -> dic
 def _find_places(
     model: Any, slots: dict[str, Slot], published: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[str, int | str | None]]:
-    """The slot and shard of each published tensor, without tensors that the engine does not use. Raises
-    NotStageableError unless they fill every slot."""
+    """The slot and shard of each published tensor that the engine uses. Raises NotStageableError unless these tensors
+    fill every slot."""
     mapper = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
     aliases = set(_get_tied_embedding_params(model))
     places = {}

@@ -28,10 +28,11 @@ class Deaths:
         self._gave_up = False  # a call has been given up since the last answered call
 
     def record(self, error: BaseException, *, served_s: float, tried_alone: bool) -> bool:
-        """Returns True if this death must end the run. `tried_alone`: the replica died of a call that it ran alone.
+        """Records a death. Returns True if it must end the run. `tried_alone`: the replica died while it ran one call
+        alone.
 
-        The first death with `tried_alone` is not counted, because the call is to blame: one request that kills every
-        process must not end the run.
+        The first death with `tried_alone` is not counted: the call caused it, and one request that kills every process
+        must not end the run.
         """
         self.last_error = error
         self._backoff_s = max(BACKOFF_S, 0.0 if served_s > MAX_BACKOFF_S else min(2 * self._backoff_s, MAX_BACKOFF_S))
@@ -44,14 +45,14 @@ class Deaths:
         return len(self._causes) >= MAX_DEATHS
 
     def forget(self) -> None:
-        """Forgets the deaths so far, because a call was answered: they do not keep the role from its work."""
+        """Forgets the deaths so far. Called when a call was answered, because the role then still works."""
         self._causes.clear()
         self._gave_up = False
 
 
 def drop_tracebacks(error: BaseException | None) -> None:
-    """Removes the tracebacks of an error that is kept for messages. Their frames have references to the weights that
-    the replica was sent: the object store could not free that version until another replica dies."""
+    """Removes the tracebacks of an error that is kept for messages. Their frames refer to the weights that were sent to
+    the replica. With them, the object store could not free these weights until another replica dies."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

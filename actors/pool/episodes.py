@@ -31,12 +31,12 @@ class Episode:
 
 
 class Waits:
-    """Seconds in which environments answered and no generator wrote."""
+    """Counts the seconds in which environments were answering and no generator was writing."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._writing = self._answering = 0
-        self._since: float | None = None  # start of a wait that lasts
+        self._since: float | None = None  # start of the current wait; None: none
         self._seconds = 0.0
 
     @contextmanager
@@ -74,8 +74,8 @@ class Waits:
 class EpisodePool:
     """`learner.loop.roles.Generators`, over generators and environments.
 
-    An episode holds a place in one environment replica from its first turn to its last. Its turns go to the generator
-    that has its tokens in its cache, as long as that one lives and is not overloaded.
+    An episode stays in one environment replica from its first turn to its last. Its turns go to the generator that has
+    its tokens in its cache, as long as that generator lives and is not overloaded.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class EpisodePool:
         self._count_death(0)
 
     async def generate(self, prompt: Prompt, *, plain_tokens: int = 0) -> RolloutRef:
-        """A whole episode. If its environment replica dies, another one continues after the newest turn, or begins
-        again if the environment has no state to restore. Raises GivenUpError with the reason if the episode is void."""
+        """Plays a whole episode. If its environment replica dies, another one continues after the newest turn, or
+        starts again if the environment has no state to restore. Raises GivenUpError with the reason if the episode is
+        void."""
         if plain_tokens:
             return await self._generators.generate(prompt, plain_tokens=plain_tokens)
         episode = Episode(prompt)
@@ -97,7 +98,7 @@ class EpisodePool:
         try:
             outcome = await self._environments.call(what, lambda handle: self._play(episode, handle), limit_s=math.inf)
         except GivenUpError as error:
-            if error.role == self._environments.role:  # not of a generator
+            if error.role == self._environments.role:  # not generators
                 self._count_death(1)
                 error.kind = "died"
             raise
@@ -106,12 +107,12 @@ class EpisodePool:
         return outcome
 
     def _count_death(self, amount: int) -> None:
-        """Counts a void of which no replica is left to count it."""
+        """Counts a void that no environment replica can count, because the replicas of its episode died."""
         role = self._environments.role
         meters.count("ratchet_environment_voids_total", amount, role=role, replica="", reason="died")
 
     async def _play(self, episode: Episode, handle: Any) -> RolloutRef | Void:
-        """Plays the turns that are left on one environment replica."""
+        """Plays the remaining turns on one environment replica."""
         name = f"the episode of prompt {episode.prompt.sample_id}"
         prompt, restored = await self._in_time(f"begin {name}", handle.begin.remote(episode.prompt, episode.state))
         if isinstance(prompt, Void):

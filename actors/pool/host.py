@@ -1,4 +1,4 @@
-"""`Host`: what a pool needs of the system that runs its replicas. Runs in the driver."""
+"""`Host`: what a pool needs from the system that runs its replicas. Runs in the driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New weights on their way to every generator of a pool, and to those that join later. Runs in the driver.
+"""Sends new weights to every generator of a pool, and to generators that join later. Runs in the driver.
 
 Only references to the weights pass through here.
 """
@@ -35,8 +35,8 @@ class WeightLoader:
         """Every replica fetches and stages each bucket while the learner packs the next ones. Then all replicas swap.
         Returns the metrics `weights/bytes` and `weights/pause_s`.
 
-        If the learner is lost meanwhile, the RankLostError ends the load, and the loop loads the same version again
-        from a new group. Replicas then drop what they have staged. Those that hold the version already load it again.
+        If the learner is lost meanwhile, its RankLostError ends the load, and the loop loads the same version again
+        from a new group. Replicas then drop what they have staged. Replicas that already use this version load it too.
         """
         full: list[Any] = []  # references to all Buckets so far
         sent: dict[int, _Sent] = {}  # by the replica's number
@@ -81,7 +81,7 @@ class WeightLoader:
         }
 
     async def catch_up(self, replica: Replica) -> None:
-        """Gives a new replica the newest weights; again if newer ones came meanwhile."""
+        """Gives a new replica the newest weights, and repeats it if newer ones were published meanwhile."""
         held: _Published | None = None
         while (newest := self._newest) is not None and newest is not held:
             try:
@@ -93,7 +93,7 @@ class WeightLoader:
                     await asyncio.sleep(TICK_S)
 
     async def _stage(self, replica: Replica, version: int, parts: Sequence[Any]) -> None:
-        """Raises RankLostError if the weights are gone with a node."""
+        """Raises RankLostError if the weights were lost with a node."""
         if not parts:
             return
         what = f"stage weights version {version}"
@@ -104,7 +104,7 @@ class WeightLoader:
             raise RankLostError(message) from error
 
     async def _swap(self, replica: Replica, version: int) -> float:
-        """Returns how long the engine did not step, seconds."""
+        """Returns the engine's pause in seconds."""
         what = f"swap in weights version {version}"
         held, pause_s = await self._pool.ask(replica, what, lambda handle: handle.swap.remote(version))
         if held != version:
@@ -125,7 +125,7 @@ class _Published:
 class _Sent:
     """The new buckets that one replica got: the first `num_best` in best form, the first `num_full` in full."""
 
-    deltas: bool  # it is sent the best form; after it refuses one, it is sent the whole set in full
+    deltas: bool  # it gets the best form of each bucket; once it refuses one, it gets all buckets in full
     num_best: int = 0
     num_full: int = 0
 

@@ -1,4 +1,4 @@
-"""The lives of a pool's replicas: they join, catch up, serve, and leave or die while calls continue.
+"""Keeps a pool's replicas: they join, catch up, serve, and leave or die while calls continue.
 
 Runs in the driver. A replica's life is one coroutine, `Membership._live`.
 """
@@ -20,8 +20,8 @@ from common.config.base import Pooled
 from common.errors import RoleError, UserError, death_reason
 from common.metrics import meters
 
-# Replicas that wait for room on the cluster at once. An autoscaler adds nodes for all of them at the same time, and new
-# nodes take minutes; but each replica that finds room also loads a model.
+# Most replicas that wait for room on the cluster at once. An autoscaler adds nodes for all of them together, so with
+# fewer a pool grows more slowly: a new node takes minutes. With more, more replicas load a model at the same time.
 MAX_PENDING = 8
 # Seconds between two looks at the cluster and the size of the pool.
 TICK_S = 0.5
@@ -112,8 +112,8 @@ class Membership:
         return self._replicas.get(number)
 
     def stop(self) -> None:
-        """Kills every replica, which frees its resources. Waits for the orders, but at most STOP_S: the cluster may be
-        what has failed."""
+        """Kills every replica, which frees its resources. Waits until the cluster has taken the orders, but at most
+        STOP_S, because the cluster itself may have failed."""
         self._supervisor.cancel()
         for life in self._lives:
             life.cancel()
@@ -162,7 +162,7 @@ class Membership:
         """Keeps the pool at its target size, and fails it when too few replicas are ready for too long. Woken by the
         clock alone."""
         while True:
-            # At the same time: if the cluster does not answer, each takes seconds, and the shortage must be noticed.
+            # All at once: if the cluster does not answer, each of these takes seconds and would delay the checks below.
             await asyncio.gather(self._look_at_nodes(), *map(self._look_at, self.replicas))
             for replica in self.replicas:
                 if replica.node in self._leaving_nodes:
@@ -219,8 +219,8 @@ class Membership:
 
     def _dismissal_order(self, staying: Sequence[Replica]) -> Callable[[Replica], tuple[Any, ...]]:
         """The sort key of the replicas to dismiss: first those that are not ready yet, then the least loaded, then the
-        newest. Several on one node leave one after another, from the node with the fewest: an autoscaler removes only
-        nodes that are empty."""
+        newest. The node with the fewest replicas is emptied before the next one, because an autoscaler removes only
+        empty nodes."""
         here: dict[str | None, list[Replica]] = {}
         for replica in staying:
             here.setdefault(replica.node, []).append(replica)
@@ -323,7 +323,7 @@ class Membership:
                 "fix the cause, and continue with --resume"
             )
             self._fail(RoleError(message), error)
-        if self._failure is None:  # otherwise the error is the cause of a failure, and people should see all of it
+        if self._failure is None:  # otherwise the error is the cause of the failure, which is shown with its traceback
             drop_tracebacks(error)
 
     def _check_shortage(self, limit_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""The replicas of a role behind one async method. A call goes to one replica, and to another one if that dies.
+"""Sends each call to one replica of a role, and to another one if that replica dies.
 
 Runs in the driver. A pool has a `Membership` (the lives of its replicas) and a `Router` (which one gets a call).
 """
@@ -43,8 +43,8 @@ class _Lost(Exception):
 
 
 class Pool:
-    """Sends each call to the least loaded replica, and to another one if that dies. Each replica has at most
-    `in_flight` calls at once. Further calls wait here, and their time limit has not started."""
+    """Sends each call to the least loaded replica, and to another one if that replica dies. Each replica has at most
+    `in_flight` calls at once. Further calls wait here. Their time limit starts when a replica gets them."""
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class Pool:
         load.
 
         With `prefer`, the replica in it gets the call, as long as it has room and is not overloaded (see
-        `Router.acquire`). Afterwards `prefer` has the replica that answered. The call may take `limit_s` seconds
-        instead of the config's timeout_s. With math.inf it has no limit, for a call whose parts have limits themselves.
+        `Router.acquire`). Afterwards `prefer` has the replica that answered. `limit_s` replaces the
+        config's timeout_s. With math.inf the call has no limit, which suits a call whose parts have their own limits.
 
         Raises RoleError if the answer takes too long, RolloutLostError if a referenced argument is gone, and
         GivenUpError if SUSPECT_AFTER replicas died while running the call and one more died running nothing else.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # The states of a living replica, in order: it waits for room, loads, serves, finishes its last calls. "dead" may follow
-# each of them but "leaving".
+# each of them except "leaving".
 STATES = ("pending", "starting", "ready", "leaving")
 
 

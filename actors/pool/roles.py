@@ -42,8 +42,8 @@ class GeneratorPool:
     ) -> RolloutRef:
         """If its replica dies, another one starts again. If it leaves, another one continues the partial response.
 
-        `begun`: a reference to a Rollout that the response continues; RolloutLostError is raised if it is gone. `near`:
-        the replica that has its tokens in its cache.
+        `begun`: a reference to the Rollout to continue. Raises RolloutLostError if that is lost. `near`: the replica
+        that has its tokens in its cache.
         """
         cost = len(prompt.token_ids) + self._response_tokens
         start = begun
@@ -52,7 +52,7 @@ class GeneratorPool:
             try:
                 rollout, ref = await self.pool.call(f"answer prompt {prompt.sample_id}", ask, cost=cost, prefer=near)
             except RolloutLostError:  # the node that held the partial response is gone
-                if begun is start is not None:
+                if start is not None and begun is start:
                     raise
                 begun = start
                 continue
@@ -64,7 +64,7 @@ class GeneratorPool:
         return await self.pool.host.fetch(references)
 
     async def sleep(self) -> None:
-        """Until `wake` no replica starts either: it would take the memory that the learner fills."""
+        """Until `wake` no replica starts: it would take memory that the learner uses."""
         await self.pool.members.hold_starts()
         await self.pool.each(lambda replica: self.pool.ask(replica, "sleep", lambda handle: handle.sleep.remote()))
         self.pool.limits.stop()

@@ -42,7 +42,7 @@ class Router:
         return self._cost.get(number, 0)
 
     def open(self, number: int) -> None:
-        """From now on the replica may get calls."""
+        """Lets the replica get calls from now on."""
         self._open.add(number)
         self._calls.setdefault(number, 0)
         self._cost.setdefault(number, 0)
@@ -50,11 +50,11 @@ class Router:
         self._serve()
 
     def close(self, number: int) -> None:
-        """From now on the replica gets no new calls."""
+        """Sends the replica no new calls."""
         self._open.discard(number)
 
     def forget(self, number: int) -> None:
-        """The replica is gone, with all its calls."""
+        """Removes the replica and all its calls."""
         self._open.discard(number)
         self._calls.pop(number, None)
         self._cost.pop(number, None)
@@ -64,7 +64,7 @@ class Router:
 
         The least loaded open replica with room gets the call. The replica `prefer` gets it instead if it is open, has
         room and is not overloaded: its cost is at most twice the least loaded one's, plus the cost of this call. A call
-        that has to wait for room takes the first there is, on any replica.
+        that has to wait gets the first replica that has room.
         """
         if self._failure is not None:
             raise self._failure
@@ -92,7 +92,7 @@ class Router:
             self._serve()
 
     def fail(self, error: BaseException) -> None:
-        """No call is routed any more: every caller that waits or comes later gets the error."""
+        """Stops routing: every caller that waits or comes later gets the error."""
         self._failure = error
         while self._waiting:
             _, turn = self._waiting.popleft()
@@ -107,7 +107,7 @@ class Router:
                 turn.set_result(number)
 
     def _keeps(self, preferred: int, least: int, cost: int) -> bool:
-        """Whether the preferred replica gets a call of this cost, and not the least loaded one."""
+        """True if the preferred replica gets a call of this cost instead of the least loaded one."""
         if preferred not in self._open or self._calls[preferred] >= self._in_flight:
             return False
         return self._cost[preferred] <= 2 * self._cost[least] + cost

@@ -16,7 +16,7 @@ from common.user_code.results import FLOAT32_MAX
 
 
 async def finite_score(call: Source, answer: RewardInput, limit_s: float) -> RawScore:
-    """The score of a source, within the limit and within float32. Raises UserCodeError, or what the source raises."""
+    """The score of a source, within the limit and within float32. Raises UserCodeError, or any error of the source."""
     limit = asyncio.timeout(limit_s)
     try:
         async with limit:
@@ -33,7 +33,7 @@ async def finite_score(call: Source, answer: RewardInput, limit_s: float) -> Raw
 
 
 def void_of(sample_id: SampleId, answer: RewardInput, name: str, error: Exception, *, is_judge: bool) -> Void:
-    """The failure of the source or judge with this name. Counts it."""
+    """Counts the failure of the source or judge with this name, and returns it as a Void."""
     meters.count("ratchet_reward_voids_total", source=name)
     if not isinstance(error, UserCodeError):
         error = UserCodeError(f"raised {type(error).__name__}: {error}", fault=f"raised {type(error).__name__}")

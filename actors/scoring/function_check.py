@@ -72,7 +72,7 @@ def function_digest(cfg: FunctionSourceConfig) -> str | None:
 
 @contextmanager
 def _worker(cfg: FunctionSourceConfig, service: SourcesConfig, output: IO[bytes]) -> Iterator[Worker]:
-    """A process that searches modules in the same order as the run, and has imported the function."""
+    """A worker process that has imported the function, with the same search order of modules as in the run."""
     own_process = service.isolation == "process"
     try:
         worker = Worker(
@@ -95,7 +95,7 @@ async def _call(worker: Worker, answer: RewardInput) -> list[Outcome]:
     try:
         return await worker.call([answer])
     finally:
-        worker.kill()  # here, because its connection belongs to this event loop
+        worker.kill()  # inside the event loop that its connection belongs to
 
 
 def _last_line(output: IO[bytes]) -> str:

@@ -15,7 +15,7 @@ class ProcessRunner:
     """A Runner in worker processes. A worker that has ended is replaced.
 
     A worker has one call at a time, or several if the function is async. If it ends during several calls, each of them
-    is made again in a worker of its own. The call that ends this worker too was the cause.
+    is repeated alone in a new worker. A call that also ends its new worker is the cause.
     """
 
     def __init__(self, function: str, *, takes: str, limit_s: float, workers: int) -> None:
@@ -61,7 +61,7 @@ class ProcessRunner:
         return worker.load if worker is not None else 0
 
     async def _worker(self, index: int) -> Worker:
-        """The worker with this index, which is started if there is none or it has ended."""
+        """The worker with this index. Starts a new one if there is none, or if it has ended."""
         async with self._starting[index]:
             worker = self._workers[index]
             if worker is None or not worker.usable:

@@ -19,7 +19,7 @@ from common.user_code.errors import UserCodeError
 from common.user_code.ordered_calls import OrderedCalls
 from common.user_code.results import Outcome
 
-MAX_LEFT_BEHIND = 8  # with this many threads in calls past their limit, no further call is made
+MAX_LEFT_BEHIND = 8  # no more calls are made while this many threads are in calls past their limit
 ANSWERS_WITHIN_S = 2  # if a thread of async functions does not respond for this long, one of them blocks it
 
 
@@ -39,7 +39,7 @@ class CallThread:
         return True
 
     def leave(self) -> None:
-        """Makes the thread end when its current call does."""
+        """Makes the thread end when its current call ends."""
         self._calls.leave()
 
     def is_alive(self) -> bool:
@@ -61,8 +61,8 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(call_async(self._function, self._style, answers), self._loop)
 
     async def is_blocked(self) -> bool:
-        """True if a call that passed its limit still blocks the thread: it was cancelled, but may run on without an
-        await."""
+        """True if a call that passed its limit still blocks the thread. It was cancelled, but continues if it never
+        awaits."""
         response: Future[None] = Future()
         self._loop.call_soon_threadsafe(_respond, response)
         try:
@@ -72,7 +72,7 @@ class LoopThread:
         return False
 
     def leave(self) -> None:
-        """Makes the thread end when the call that blocks it does. Its other calls are cancelled then."""
+        """Makes the thread end when the call that blocks it ends. The other calls are then cancelled."""
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def is_alive(self) -> bool:
@@ -133,7 +133,7 @@ class ThreadRunner:
         self._thread.leave()
 
     def _replace(self, thread: CallThread | LoopThread) -> None:
-        """Replaces the thread by a new one, unless another call has done so already."""
+        """Replaces the thread with a new one, unless another call has replaced it already."""
         if thread is self._thread:
             thread.leave()
             self._left_behind.append(thread)

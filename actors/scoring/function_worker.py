@@ -1,7 +1,7 @@
 """Calls one reward function for its parent process. Runs in a worker process of a reward replica, or of the driver.
 
-It runs as a script and imports only the standard library, so that the user's modules may have any name. It loads the
-code of Ratchet that it needs by path, under names that no module of a user has.
+It runs as a script and imports only the standard library, so that the user's modules may have any name. It loads
+Ratchet's code by path, under names that no user module has.
 
 usage: python -P function_worker.py FD, where FD is one end of a socket pair. Messages in both directions are pickles,
 each after its length. The first message names the function (see `serve`). Its answer says how the function is called,
@@ -44,8 +44,8 @@ reward_input = load_file("_ratchet_reward_input", INPUT_FILE)
 
 class UsersFirst:
     """Finds the user's packages that have the same names as Ratchet's. This includes packages without an __init__.py,
-    which Python would find only after all packages that have one. Modules that only Ratchet's package of that name has
-    are found too."""
+    which Python would find only after all packages that have one. A module that the user's package lacks is taken from
+    Ratchet's package of that name."""
 
     def __init__(self, directories):
         self.directories = directories
@@ -70,7 +70,7 @@ def main():
 
 
 def end_with_parent():
-    """Has the kernel kill this process when its parent ends, also in the middle of a call."""
+    """Has the kernel kill this process when its parent ends, even in the middle of a call."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

@@ -20,7 +20,7 @@ from actors.scoring.secrets import Secrets, request_headers, without_secrets
 from common.config.sources import ServiceConfig
 from common.plain_text import one_line
 
-LONGEST_PAUSE_S = 60.0  # if an address asks for a longer one, this request does not go there again
+LONGEST_PAUSE_S = 60.0  # a request is not repeated at an address that asks for a longer one
 REDIRECTS = 5
 SHOWN_CHARS = 200  # of an address or of a failed answer's body, in a message
 _TEMPORARY = (408, 425, 429)  # the only 4xx after which another try may succeed
@@ -37,8 +37,8 @@ class AnswerError(ValueError):
 
 
 class _Refused(Exception):
-    """The service refused the request. `for_good`: another try at the same address would fail too. `pause_s`: how long
-    it asks to wait."""
+    """The service refused the request. `for_good`: another try at the same address would fail too. `pause_s`: the wait
+    that it asks for, seconds."""
 
     def __init__(self, what: str, *, for_good: bool = False, pause_s: float = 0.0) -> None:
         super().__init__(what)
@@ -46,8 +46,8 @@ class _Refused(Exception):
 
 
 class HttpService:
-    """The addresses of one service. A request goes to the address that failed it least often; among these, to the one
-    with the fewest outstanding requests."""
+    """The addresses of one service. A request goes to the address where it has failed least often, and among these to
+    the one with the fewest outstanding requests."""
 
     def __init__(self, cfg: ServiceConfig, secrets: Secrets, *, path: str = "") -> None:
         """`path` is added to every address."""
@@ -152,7 +152,7 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("identity", "", "gzip", "deflate"):
         raise AnswerError(f"the answer is compressed with {one_line(coding, 40)}, which the request did not allow")
-    # 47: zlib detects which of the two formats it is.
+    # With 47, zlib detects by itself which of the two formats this is.
     decompressor = zlib.decompressobj(wbits=47) if coding in ("gzip", "deflate") else None
     body = b""
     async for part in response.content.iter_chunked(64 << 10):

@@ -1,5 +1,6 @@
-"""A language model behind an OpenAI-compatible service as a reward source: the judge writes text, and the score is read
-from it. Runs in each reward replica, and in the driver for the check of the template.
+"""A reward source that asks a language model behind an OpenAI-compatible service, and reads the score from its text.
+
+Runs in each reward replica, and in the driver for the check of the template.
 
 The judge reads the policy's responses, so the policy may learn to persuade the judge instead of answering better.
 """
@@ -19,7 +20,7 @@ from common.errors import UserError
 from common.plain_text import one_line
 from common.types import RawScore, RewardInput
 
-JUDGEMENT_CHARS = 4000  # the score is looked for in this many characters at the end of a judge's text
+JUDGEMENT_CHARS = 4000  # the score must be in this many last characters of a judge's text
 _PLACEHOLDER = re.compile(r"\{(prompt|response|fields\.([^{}]+))\}")
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
 
@@ -33,7 +34,7 @@ class JudgeSource:
         self._pattern = re.compile(cfg.score_pattern)
 
     async def __call__(self, answer: RewardInput) -> RawScore:
-        """The judge's score. Raises HttpSourceError, also when no try gives a score within score_range."""
+        """The judge's score. Raises HttpSourceError if no try gives a score within score_range."""
         texts = [("system", self._cfg.system), ("user", self._cfg.template)]
         messages = [{"role": role, "content": fill(text, answer)} for role, text in texts if text is not None]
         payload = {**self._cfg.request, "model": self._cfg.judge_model, "messages": messages, "stream": False}

@@ -42,7 +42,7 @@ class Source(Protocol):
     """One reward source in a reward replica."""
 
     async def __call__(self, answer: RewardInput) -> RawScore:
-        """The score of one answer. Any exception is a failure and voids the rollout. A UserCodeError also brings the
+        """The score of one answer. Any exception is a failure and voids the rollout. A UserCodeError also has the
         traceback of the user's code."""
 
 
@@ -62,10 +62,10 @@ class SourceKind:
     """Before anything starts: tries the first prompt with a made-up response. Raises UserError for a source that fails
     on every answer; returns a warning for one that may have failed because of the made-up response, else ""."""
     check_travels: Callable[[Any, SourcesConfig], None] = lambda cfg, service: None
-    """In `ratchet submit`: raises UserError for a source that needs something which does not travel with the job."""
+    """In `ratchet submit`: raises UserError for a source that needs something that is not sent with the job."""
     identity: Callable[[Any], str | None] = lambda cfg: None
-    """In `ratchet train`: SHA-256 of the files or the version that decide its scores, which the journal records and
-    --resume compares. None: there are none that this process can read."""
+    """In `ratchet train`: SHA-256 of the files or the version that decide its scores. The journal records it, and
+    --resume compares it. None: this process can read neither."""
 
 
 KINDS: Mapping[type[RewardSource], SourceKind] = {

@@ -27,8 +27,8 @@ from common.types import RawScore, RewardInput
 
 
 class RewardModelSource:
-    """If the model's directory has the mean and deviation of scores of the reference policy's own responses, the unit
-    of raw scores is that deviation, counted from that mean. The origin of a score is the model's name and content
+    """A raw score is `(output - mean) / deviation`. The model's directory has these two numbers of the outputs for the
+    reference policy's responses. Without them the raw score is the output. Its origin is the model's name and content
     hash."""
 
     def __init__(self, cfg: ModelSourceConfig, *, gpus: float) -> None:
@@ -52,7 +52,7 @@ class RewardModelSource:
         return RawScore(await self._batcher.submit(self.token_ids(answer)), self._origin)
 
     def token_ids(self, answer: RewardInput) -> list[int]:
-        """Token ids that the model reads. An input that is too long loses its beginning."""
+        """Token ids that the model reads. An input that is too long is cut at its beginning."""
         pad_id = self._model.config.pad_token_id
         return answer_ids(self._tokenizer, answer, chat=self._scale.chat, pad_id=pad_id)[-self._max_tokens :]
 
@@ -74,7 +74,7 @@ def answer_ids(
     tokenizer: PreTrainedTokenizerBase, answer: RewardInput, *, chat: bool | None, pad_id: int | None
 ) -> list[int]:
     """Token ids of prompt and response. With `chat` they go through the reward model's own chat template, else they are
-    plain text. None, for a model from elsewhere: as chat if the prompt has messages and the tokenizer has a
+    plain text. None (the model's directory does not say): as chat if the prompt has messages and the tokenizer has a
     template."""
     if chat is None:
         chat = tokenizer.chat_template is not None and answer.messages is not None

@@ -1,10 +1,10 @@
 """The rule of a reasoning-gym task as a reward source. Runs in each reward replica, and in the driver for the checks
 before a run.
 
-The prompt's record says which task it is from: its field `reasoning_gym` has the task, its parameters, and whether its
-rule runs answers as Python code. The fields `question`, `answer` and `metadata` are the entry.
-common/data/reasoning_gym_prompts.py writes these fields. Some rules run parts of their entry as Python code, so the
-config must not name another source of prompts (broken_reasoning_gym_rules in common/config/sources.py).
+The field `reasoning_gym` of a prompt's record has the task, its parameters, and whether its rule runs answers as Python
+code. The fields `question`, `answer` and `metadata` are the entry. common/data/reasoning_gym_prompts.py writes these
+fields. Some rules run parts of their entry as Python code. So prompts from any other source are refused
+(broken_reasoning_gym_rules in common/config/sources.py).
 """
 
 from __future__ import annotations

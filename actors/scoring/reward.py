@@ -52,12 +52,12 @@ class Reward:
         return self._name
 
     async def score(self, rollout: Rollout) -> Score | Void:
-        """The score, or a Void that says which source failed on this response and how: a failure is never a zero."""
+        """The score, or a Void with the source that failed and the reason: a failure never counts as a score of 0."""
         return await self._ask(rollout, ())
 
     async def judge(self, rollout: Rollout) -> Score | Void:
-        """The score with the judges' components added to the sources'. Judges do not change the total. One that fails
-        has no component, and its Void is in `judge_voids`."""
+        """The score with the judges' components added to the sources'. Judges do not change the total. A judge
+        that fails has no component, and its Void is in `judge_voids`."""
         return await self._ask(rollout, self._judges)
 
     async def _ask(self, rollout: Rollout, judges: Sequence[tuple[RewardSource, Source]]) -> Score | Void:

@@ -32,7 +32,7 @@ _GRACE_S = 5  # an async call, which the worker cancels itself, may take this mu
 
 
 class WorkerDiedError(Exception):
-    """A worker ended while it had `calls` calls. `how` it ended continues a sentence about the process."""
+    """A worker ended while it had `calls` calls. `how`: the end of a sentence, such as "ended with exit code 1"."""
 
     def __init__(self, how: str, *, calls: int) -> None:
         super().__init__(how)
@@ -45,7 +45,7 @@ class Worker:
     def __init__(
         self, function: str, *, takes: str, limit_s: float, ratchet_first: bool = False, output: IO[bytes] | None = None
     ) -> None:
-        """Returns when the function is imported. This may take a minute, or limit_s if that is longer. Raises
+        """Returns when the function is imported. The limit is 60 s, or limit_s if that is longer. Raises
         UserCodeError for a function that cannot be imported or called.
 
         `ratchet_first`: Ratchet's packages are found before the user's. `output`: file for the text that the process
@@ -145,7 +145,7 @@ class Worker:
         return [UserCodeError(**found) if isinstance(found, dict) else found for found in answer["outcomes"]]
 
     async def _read_answers(self, reader: asyncio.StreamReader) -> None:
-        """Passes each answer to its call. Ends when the process does, by itself or by `kill`."""
+        """Passes each answer to its call, until the process ends or is killed."""
         try:
             while True:
                 header = await reader.readexactly(_HEADER.size)
@@ -170,8 +170,8 @@ class Worker:
         return f"ended with exit code {code}"
 
     def kill(self) -> None:
-        """Ends the process and all processes that it started, and closes the connection. If the process has ended by
-        itself, the processes that it started stay."""
+        """Kills the process and all processes that it started, and closes the connection. If the process has already
+        ended, the processes that it started are left running."""
         self._killed = True
         if self._process is not None and self._process.poll() is None:
             try:

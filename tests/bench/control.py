@@ -86,7 +86,13 @@ class StubEngine:
         self._learner = learner
 
     async def generate(
-        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
+        self,
+        prompt_ids: np.ndarray,
+        *,
+        seed: int,
+        num_begun: int = 0,
+        plain_tokens: int = 0,
+        max_tokens: int | None = None,
     ) -> Completion:
         versions = np.full(NEW_TOKENS, self._learner.step, dtype=np.int32)
         return Completion(np.arange(NEW_TOKENS, dtype=np.int32), self._logprobs.copy(), versions, "length")

@@ -41,7 +41,13 @@ class DistantEngine:
         self._room = asyncio.Semaphore(RUNNING)
 
     async def generate(
-        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
+        self,
+        prompt_ids: np.ndarray,
+        *,
+        seed: int,
+        num_begun: int = 0,
+        plain_tokens: int = 0,
+        max_tokens: int | None = None,
     ) -> Completion:
         if not plain_tokens:
             async with self._room:

@@ -37,7 +37,7 @@ class Asked:
     prompt: list[int]
     begun: list[int]
     seed: int
-    most: int | None = None
+    max_tokens: int | None = None
 
 
 def asked(k: int, begun: tuple[int, ...] = (), **options) -> Asked:
@@ -45,7 +45,7 @@ def asked(k: int, begun: tuple[int, ...] = (), **options) -> Asked:
 
 
 # Responses from the beginning, and some that continue "a1 a21", "a1 a21 b7" and "a3 a5 a21". A b would stop the last
-# ones at once; the first ones are too short then. What begun responses have in them already stops nothing.
+# ones at once; the first ones are too short then. Stop texts inside the begun tokens stop nothing.
 CALLS = [asked(k, begun) for k in range(12) for begun in ((), (5, 25), (5, 25, 41), (7, 9, 25))]
 
 
@@ -75,7 +75,7 @@ def _in_engine(scenario, model_dir, given, asynchronous, settings):
 
 def ask(engine, call: Asked, **options):
     context = np.array(call.prompt + call.begun, dtype=np.int32)
-    return engine.generate(context, seed=call.seed, num_begun=len(call.begun), most=call.most, **options)
+    return engine.generate(context, seed=call.seed, num_begun=len(call.begun), max_tokens=call.max_tokens, **options)
 
 
 async def answers(engine, calls) -> list[Completion]:
@@ -168,13 +168,15 @@ def test_a_stop_token_ends_a_response_as_the_end_token_does(model):
 
 
 def test_a_call_adds_at_most_its_bound(model):
-    calls = [asked(k, begun, most=most) for k in range(6) for begun in ((), (5,) * 38) for most in (None, 1, 2, 100)]
+    calls = [
+        asked(k, begun, max_tokens=most) for k in range(6) for begun in ((), (5,) * 38) for most in (None, 1, 2, 100)
+    ]
     found = in_engine(answers, model, calls)
     for start in range(0, len(calls), 4):
         free, *bounded = found[start : start + 4]
         room = LONGEST - len(calls[start].begun)
         for call, completion in zip(calls[start + 1 :], bounded, strict=False):
-            number = min(call.most, len(free.token_ids))
+            number = min(call.max_tokens, len(free.token_ids))
             assert completion.token_ids.tolist() == free.token_ids[:number].tolist()
             reason = free.finish_reason if number == len(free.token_ids) else "length"
             assert completion.finish_reason == reason

@@ -25,7 +25,7 @@ class RecordingEngine:
         self.staged |= {name: tensor.tolist() for name, tensor in bucket.tensors()}
 
     async def generate(
-        self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
+        self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, max_tokens: int | None = None
     ) -> Completion:
         length = len(prompt_ids)
         return Completion(np.ones(length, np.int32), np.zeros(length, np.float32), np.zeros(length, np.int32), "stop")
@@ -143,7 +143,7 @@ def test_a_continued_response_has_its_own_sampling_seed():
 
     class Asked(RecordingEngine):
         async def generate(
-            self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
+            self, prompt_ids, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, max_tokens: int | None = None
         ) -> Completion:
             asked.append((seed, num_begun, prompt_ids.tolist()))
             return await super().generate(prompt_ids[:1], seed=seed)
@@ -181,8 +181,8 @@ def test_the_next_turn_of_an_episode_follows_the_environments_tokens():
     rollout = asyncio.run(scenario())
     seeds = [sampling_seed(7, prompt.sample_id, written) for written in (4, 5)]
     assert asked == [
-        ([3, 4, 8, 9, 40, 41], {"seed": seeds[0], "num_begun": 0, "plain_tokens": 0, "most": 6}),
-        ([3, 4, 8, 9, 40, 41, 1], {"seed": seeds[1], "num_begun": 1, "plain_tokens": 0, "most": 5}),
+        ([3, 4, 8, 9, 40, 41], {"seed": seeds[0], "num_begun": 0, "plain_tokens": 0, "max_tokens": 6}),
+        ([3, 4, 8, 9, 40, 41, 1], {"seed": seeds[1], "num_begun": 1, "plain_tokens": 0, "max_tokens": 5}),
     ]
     assert rollout.response_ids.tolist() == [8, 9, 40, 41, 1, 1]
     assert rollout.policy_versions.tolist() == [5, 5, 0, 0]

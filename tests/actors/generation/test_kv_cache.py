@@ -55,7 +55,7 @@ def test_a_share_that_holds_no_sequence_is_refused():
         size(80, gpus=0.075, max_tokens=10_000)
     assert str(caught.value) == (
         "generators.gpus (0.075) gives an engine 6144 MiB of each GPU: its weights take 2944, everything else 2938, "
-        "and what is left must hold at least one sequence of 10000 tokens, 274 MiB; raise generators.gpus or "
+        "and the rest must hold at least one sequence of 10000 tokens, 274 MiB; raise generators.gpus or "
         "generators.tensor_parallel"
     )
 

@@ -37,7 +37,13 @@ class SlowEngine:
         self.stages: list[int] = []
 
     async def generate(
-        self, prompt_ids: np.ndarray, *, seed: int, num_begun: int = 0, plain_tokens: int = 0, most: int | None = None
+        self,
+        prompt_ids: np.ndarray,
+        *,
+        seed: int,
+        num_begun: int = 0,
+        plain_tokens: int = 0,
+        max_tokens: int | None = None,
     ) -> Completion:
         if plain_tokens:
             ids = np.zeros(plain_tokens, dtype=np.int32)
