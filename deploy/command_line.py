@@ -1,4 +1,4 @@
-"""The shared parts of the commands: their options, which become a config and a run directory.
+"""What the commands share: their options, and the config and run directory that these give.
 
 Runs in the driver, before anything slow is imported.
 """
@@ -97,7 +97,7 @@ def run_directory(config: str, run: Path | None, resume: Path | None) -> Path:
 
 
 def name_of_config(config: Path) -> str:
-    """The name of a config file, or of its run for RUN/config.toml, for the directory of another run with it."""
+    """The name for another run with this config: that of the file, or that of the run for RUN/config.toml."""
     return config.resolve().parent.name if config.name == "config.toml" else config.stem
 
 
@@ -121,12 +121,12 @@ def config_and_directory(
     resume: Path | None,
     changes: Sequence[str] | None = None,
 ) -> tuple[AnyRoot, Path]:
-    """The config and the run directory of a new run, or of the run to continue, where `changes` are those of --change;
-    None if the command has no such option. From here on the user's modules can be imported. The current directory is
-    then the one that RUN was started from, if this run continues RUN or has a config that is in RUN."""
+    """The config and the run directory of a new run, or of the run to continue. `changes`: the values of --change; None
+    if the command has no such option. Afterwards the user's modules can be imported. If the run continues RUN, or its
+    config is in RUN, the current directory becomes the one that RUN was started from."""
     in_a_job = IN_A_JOB in os.environ  # file names stay relative, because each job has its own current directory
     if resume is not None:
-        cfg = resumed_config(root, resume, _changes(config, settings, run), changes, travels=in_a_job)
+        cfg = resumed_config(root, resume, _settings_of_resume(config, settings, run), changes, travels=in_a_job)
         directory, modules = enter_starting_directory(resume)
         find_users_modules(*modules)
         return cfg, directory
@@ -136,9 +136,9 @@ def config_and_directory(
 
 
 def find_modules_of(config: Path, directory: Path) -> Path:
-    """From here on the modules that a config names can be imported. For a config in a run directory RUN, such as
-    RUN/config.toml, the current directory becomes the one that RUN was started from. Returns the path of `directory`, a
-    new run, from there."""
+    """Makes the modules that a config names importable. For a config in a run directory RUN, such as RUN/config.toml,
+    the current directory becomes the one that RUN was started from. Returns `directory`, the directory of a new run, as
+    a path that is still right then."""
     if not read_record(config.parent):
         find_users_modules(config.absolute().parent)
         return directory
@@ -151,18 +151,18 @@ def config_of_a_job(
     config: str, settings: Sequence[str], run: Path | None, resume: Path | None, changes: Sequence[str] = ()
 ) -> tuple[Config, Sequence[Path]]:
     """The config of a job, with relative file names: the job's current directory is a copy of this one. Also returns
-    the directory of a config file in or below the current directory, as a relative path: modules are imported from
-    there."""
+    the directories to import modules from: that of the config file, as a relative path, if it is in the current
+    one."""
     modules = [Path(config).absolute().parent] if resume is None else []
     here = [Path(os.path.relpath(directory)) for directory in modules if directory.is_relative_to(Path.cwd())]
     find_users_modules(*here)
     if resume is not None:
-        return resumed_config(Config, resume, _changes(config, settings, run), changes, travels=True), here
+        return resumed_config(Config, resume, _settings_of_resume(config, settings, run), changes, travels=True), here
     return load_config(Path(config), settings, Config, keep_relative=True), here
 
 
-def _changes(config: str, settings: Sequence[str], run: Path | None) -> Sequence[str]:
-    """The settings given with --resume; the first one is in the place of the config file."""
+def _settings_of_resume(config: str, settings: Sequence[str], run: Path | None) -> Sequence[str]:
+    """The settings given with --resume. The command line gives the first one as `config`."""
     if run is not None or config.endswith(".toml"):
         raise UserError("--resume continues with the config of its run directory; give no config file and no --run")
     return [config, *settings] if config else settings

@@ -1,6 +1,7 @@
 """Checks that a critic can be trained on its data, with steps left after the warm-up. Runs in the driver.
 
-`check_data` knows the rollouts. `check_plan` comes before a sampling, so that it does not end in such a refusal.
+`check_data` checks the rollouts. `check_plan` runs before a sampling, because otherwise `check_data` might refuse all
+that was sampled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from deploy.screen.console import complain
 from learner.critic.rollouts import Rollouts, num_heldout
 from learner.critic.training import CriticData
 
-STATE_BYTES = 4  # of a number in a state of the trunk, at most
+STATE_BYTES = 4  # most bytes of one number of the trunk's hidden states
 
 
 def check_data(data: CriticData, directory: Path, size: ModelSize) -> None:
@@ -38,7 +39,7 @@ def check_plan(
             f"--sample ({responses}) asks a single prompt, and the critic is judged on prompts that it has not learned "
             "from; ask for more responses, or give more prompts (prompts.train)"
         )
-    rollouts, prompts = responses + len(others), asked + others.num_prompts  # prompts of both count twice here
+    rollouts, prompts = responses + len(others), asked + others.num_prompts  # prompts in both are counted twice
     learned = rollouts - round(rollouts * num_heldout(prompts, cfg.critic_training.heldout_share) / prompts)
     _check_warmup(cfg, cfg.critic_training.passes * -(-learned // cfg.rollouts_per_step), learned)
     tokens = responses * cfg.max_response_tokens + int(others.response_tokens.sum())

@@ -66,8 +66,8 @@ _PERHAPS_GONE = "; if the run is still active, it may have removed that checkpoi
 
 
 def _checked(run: Path, cfg: Config, checkpoints: Checkpoints, step: int | None) -> int:
-    """The step to export: the one asked for, or the newest whose checkpoint is what was written. Raises UserError if
-    there is none."""
+    """The step to export: `step`, or the newest one with an undamaged checkpoint. Raises UserError if there is
+    none."""
     steps = checkpoints.steps()
     if not steps:
         raise UserError(
@@ -75,7 +75,7 @@ def _checked(run: Path, cfg: Config, checkpoints: Checkpoints, step: int | None)
             f"continue the run with ratchet train --resume {quote(str(run))}"
         )
     if step is not None and step not in steps:
-        raise UserError(f"--step ({step}) must be one that {run} has a checkpoint of: {', '.join(map(str, steps))}")
+        raise UserError(f"--step ({step}) must be a step with a checkpoint in {run}: {', '.join(map(str, steps))}")
     faults: list[str] = []
     for candidate in reversed(steps) if step is None else [step]:
         try:

@@ -1,8 +1,8 @@
 """The journals that `ratchet train-critic` reads: which steps, whether they fit the config, and their record in RUN.
 
-Runs in the driver. RUN/journals.json is written as the training begins. A training that continues reads the same steps,
-and refuses a journal that has changed. With --sample the run's own journal is one of them, and is only known once it is
-sampled: until then RUN/sample.json has what the command line asked for.
+Runs in the driver. RUN/journals.json is written when the training begins. A training that continues reads the same
+steps, and refuses a journal that has changed. With --sample the run's own journal is one of them, and is complete only
+after the sampling. Until then RUN/sample.json has what the command line asked for.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 class Asked:
     """The data that the command line names."""
 
-    runs: Sequence[Path] = ()  # of --from
-    steps: str | None = None  # of each of them, such as 10:40
-    responses: int = 0  # of the starting policy, to be sampled into the run's own journal
+    runs: Sequence[Path] = ()  # the values of --from
+    steps: str | None = None  # the steps to read of each run, such as 10:40
+    responses: int = 0  # number of responses to sample from the starting policy into the run's own journal
 
     def parts_of_others(self, run: Path) -> list[JournalPart]:
-        """The parts of --from. Raises UserError; also if nothing else is asked for, and there is none. `run`: the run
-        directory of the training, which none of them may be in: --force would rename it."""
+        """The parts of --from. Raises UserError, also if --from is missing and nothing is sampled. `run`: the run
+        directory of the training. No run of --from may be inside it, because --force would rename it."""
         steps, here = chosen_steps(self.steps), run.resolve()
         if inside := [path for path in self.runs if here in (real := path.resolve(), *real.parents)]:
             raise UserError(
@@ -68,7 +68,7 @@ class Asked:
 
     @classmethod
     def read(cls, run: Path) -> Asked:
-        """The request of a sampling that was killed. Empty if the training has begun, or if nothing is sampled."""
+        """What was asked for, if the sampling was killed. Empty if the training has begun, or if nothing is sampled."""
         if (run / RECORD).exists() or not (run / ASKED).exists():
             return cls()
         try:
@@ -104,14 +104,14 @@ def new_parts(runs: Sequence[Path], steps: slice) -> list[JournalPart]:
 
 
 def write_parts(run: Path, cfg: Config, rollouts: Rollouts) -> None:
-    """Writes what a training that continues must read again."""
+    """Writes which journals and settings a continued training must use again."""
     training = cfg.critic_training
     fixed = {"heldout_share": training.heldout_share, "passes": training.passes}
     write_json(run / RECORD, {**fixed, "journals": rollouts.records()})
 
 
 def read_parts(run: Path, cfg: Config) -> list[JournalPart]:
-    """What `write_parts` wrote. Raises UserError if there is nothing, or if settings differ that may not."""
+    """Reads what `write_parts` wrote. Raises UserError if nothing was written, or if a fixed setting differs now."""
     try:
         record = json.loads((run / RECORD).read_text(encoding="utf-8"))
         before, passes = float(record["heldout_share"]), int(record["passes"])
@@ -160,7 +160,7 @@ def warn_of_other_responses(parts: Sequence[JournalPart], basis: CriticBasis) ->
 
 
 def _steps_with_other_inputs(notes: Sequence[Note], part: JournalPart) -> list[int]:
-    """The first step, and those before which the user accepted that something was replaced."""
+    """The first step, and each step before which the user accepted replaced inputs (--accept)."""
     accepted = [note.before_step for note in notes if note.kind == "accept"]
     return [part.first, *(step for step in accepted if part.first < step < part.end)]
 

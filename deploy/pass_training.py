@@ -1,4 +1,4 @@
-"""A training in passes from its start to its end: the ranks, the screen and the sinks around it. Runs in the driver.
+"""Runs a training in passes: starts its ranks, and connects them with the screen and the sinks. Runs in the driver.
 
 `ratchet train-reward` and `ratchet train-critic` are such trainings. learner/loop/passes.py has their loop.
 """

@@ -1,4 +1,4 @@
-"""A policy on disk: checked, measured, and its tokenizer applied to prompts. Runs in the driver."""
+"""A policy on disk: its checks, its size, and its prompts as tokens. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class PolicyFiles:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[PromptRecord]:
         """Every prompt of a source as tokens of this policy. Prints how many were dropped or cut. `room`: the longest
-        prompt, of `prompt_room`. The rest: see load_records."""
+        prompt in tokens, from `prompt_room`. For the other arguments see load_records."""
         return load_records(
             source,
             cfg,
@@ -98,7 +98,7 @@ class PolicyFiles:
         )
 
     def check_stop_tokens(self, sampling: SamplingConfig) -> None:
-        """Raises UserError if the policy has no such token: vLLM would refuse every request."""
+        """Raises UserError for a stop token that the policy does not have: vLLM would refuse every request."""
         rows = self.size.vocabulary
         if unknown := [token for token in sampling.stop_token_ids if token >= rows]:
             raise UserError(

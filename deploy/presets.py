@@ -1,7 +1,7 @@
-"""`--preset`: a small file of settings that goes between a config and its key=value settings. Runs in the driver.
+"""`--preset`: a small file of settings. They override the config, and key=value settings override them. Runs in the
+driver.
 
-It is the same as giving its settings on the command line, before all others. RUN/config.toml has the result, so a run
-that continues needs no preset.
+RUN/config.toml has the result, so a run that continues needs no preset.
 """
 
 from __future__ import annotations

@@ -176,16 +176,16 @@ def replay_in_ranks(cfg: Config, run: Path, until: int, **what: object) -> None:
 
 
 def newest_verified(run: Path, journal: Journal, step: int, *, until: int) -> Path | None:
-    """The newest checkpoint of at most `step` steps whose files and history are right, and from which the learner can
-    reach `until`; None if there is none."""
+    """The newest checkpoint after at most `step` steps that is undamaged, belongs to this journal, and can continue to
+    `until`. None if there is none."""
     checkpoints = Checkpoints(run / "checkpoints", every=1, keep=1, journal=journal)
     for found in reversed(checkpoints.steps()):
         if found > step:
             continue
         try:
             checkpoints.check(found)
-            if found == until or checkpoints.can_continue(found):  # else Adam would begin again
+            if found == until or checkpoints.can_continue(found):  # otherwise Adam's state would be missing
                 return checkpoints.path(found)
         except CheckpointError as error:
-            complain(f"{checkpoints.path(found)} is passed over: {error}")
+            complain(f"{checkpoints.path(found)} is skipped: {error}")
     return None

@@ -1,4 +1,4 @@
-"""`ratchet train --restarts N`: starts the driver, and starts it again when it ends although nobody asked it to.
+"""`ratchet train --restarts N`: starts the driver, and starts it again when it fails or is killed.
 
 Runs in the parent process of the driver. This process imports neither torch nor Ray: it needs little memory, and faults
 of these libraries do not end it. Driver and parent have the same terminal and the same process group, so Ctrl-C reaches
@@ -26,11 +26,11 @@ from deploy.ending.signals import SIGNALS
 from deploy.screen.console import complain
 
 OPTION = "--restarts"
-# Exit codes that end the run: done, the user must fix something, and the signals that a user sends.
+# Exit codes after which the driver is not restarted: success, an error that the user must fix, and a user's signals.
 FINAL = {0, exit_message.USERS_FAULT, *(128 + number for number in SIGNALS)}
 LOOK_EVERY_S = 1.0
 SUSPENDED_LOOKS = 30  # a driver that is suspended (SIGSTOP) at this many looks in a row is killed
-PAUSE_S = 5.0  # longer by this much with each restart in a row after which the journal has not grown
+PAUSE_S = 5.0  # the pause grows by this much with each restart in a row that adds no step to the journal
 LONGEST_PAUSE_S = 60.0
 
 
@@ -72,13 +72,13 @@ class Supervisor:
         return code if code >= 0 else 128 - code
 
     def _next_arguments(self) -> list[str]:
-        """Those of the user until the run has begun, then --resume: every setting is in RUN/config.toml by then."""
+        """The user's arguments until the run has begun. Then --resume, because RUN/config.toml has every setting."""
         if self._resume or self._config() in (None, self._before):
             return self._arguments
         return ["train", "--resume", str(self._directory)]
 
     def _config(self) -> tuple[int, int] | None:
-        """Tells the config of this run from that of an older run, which --force replaces."""
+        """Identifies the file RUN/config.toml: --force replaces an older run's file by this run's."""
         with suppress(OSError):
             found = os.stat(self._directory / "config.toml")
             return found.st_ino, found.st_mtime_ns
@@ -89,11 +89,11 @@ class Supervisor:
 
     def _run_driver(self, arguments: Sequence[str]) -> int:
         """The exit code of the driver; -N if signal N has killed it."""
-        environment = {**driver_environment(), SUPERVISED: "1"}  # this process says that the driver was killed
+        environment = {**driver_environment(), SUPERVISED: "1"}  # this process reports it if the driver is killed
         self._driver = driver = subprocess.Popen(driver_command(arguments), env=environment)
         if self._asked is not None:  # the signal came before there was a driver to forward it to
             driver.send_signal(self._asked)
-        # Waits in a thread. Popen.wait with a time limit would look 20 times a second.
+        # Wait in a thread: Popen.wait with a time limit would poll 20 times a second.
         waiting = threading.Thread(target=driver.wait, name="driver", daemon=True)
         waiting.start()
         looks = 0
@@ -107,16 +107,16 @@ class Supervisor:
         return driver.returncode
 
     def _pause(self, fruitless: int) -> None:
-        """No pause before a first restart: the sooner the better. A cause that stays, such as a full machine, must not
-        use up all restarts within a minute."""
+        """Waits before a restart, but not before the first one. Without the wait, a lasting cause, such as a full
+        machine, would use up all restarts within a minute."""
         until = time.monotonic() + min(PAUSE_S * (fruitless - 1), LONGEST_PAUSE_S)
         while self._asked is None and time.monotonic() < until:
             time.sleep(0.1)
 
     @contextmanager
     def _forwarding_signals(self) -> Iterator[None]:
-        """Signals that stop a run are for the driver. One that the terminal has sent to both arrives there twice, and
-        counts once."""
+        """During the block, signals that stop a run are passed on to the driver. If the terminal has sent one to both
+        processes, the driver gets it twice and counts it once."""
 
         def forward(number: int, frame: Any) -> None:
             self._asked = number if self._asked is None else self._asked
@@ -154,13 +154,13 @@ def driver_command(arguments: Sequence[str]) -> list[str]:
 
 
 def driver_environment() -> dict[str, str]:
-    """With it, a driver imports Ratchet from the same place as this process."""
+    """The environment with which a driver imports Ratchet from the same place as this process."""
     path = os.pathsep.join(filter(None, [package_root(), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}
 
 
 def _killed(code: int) -> str:
-    """Why the driver ended, if it could not say so itself."""
+    """Why the driver ended, if a signal killed it: it could not report that itself."""
     return f"the driver was ended by {signal.Signals(-code).name}; " if code < 0 else ""
 
 

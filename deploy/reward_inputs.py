@@ -32,10 +32,10 @@ from learner.reward_model.training import steps_per_epoch
 
 @contextmanager
 def prepared_pairs(cfg: RewardTrainingConfig, base: PolicyFiles, directory: Path, *, resume: bool) -> Iterator[Path]:
-    """A directory with train.arrow, heldout.arrow and counts.json: every record read, checked and tokenised.
+    """Yields a directory with train.arrow, heldout.arrow and counts.json: all records, checked and tokenised.
 
-    With `resume` it is the run's own. Otherwise it is a temporary one on the same disk, so that it can be moved into
-    the run directory.
+    With `resume` it is the run's own directory. Otherwise it is a temporary one on the same disk, so that it can be
+    moved into the run directory.
     """
     if resume:
         yield directory / "pairs"

@@ -1,7 +1,7 @@
-"""`ratchet train-critic --sample N`: the starting policy answers training prompts, and its answers are a journal.
+"""`ratchet train-critic --sample N`: the starting policy answers training prompts, and a journal gets its answers.
 
-Runs in the driver. The policy never learns: no learner and no reference runs. `JournalSampling.prepare` checks
-everything a user can get wrong. `needs` and `record` go to `session`. `run` starts the engines, and stops them before
+Runs in the driver. The policy never learns, so no learner and no reference runs. `JournalSampling.prepare` checks
+everything a user can get wrong. `session` calls `needs` and `record`. `run` starts the engines, and stops them before
 it returns, because the trainer needs their memory.
 """
 
@@ -38,7 +38,7 @@ from learner.loop.sampling import Sampling, num_responses, sample
 
 @dataclass(frozen=True)
 class JournalSampling:
-    """A journal of the starting policy in the run directory, begun or not."""
+    """The journal of the starting policy in the run directory, which may not have begun yet."""
 
     directory: Path
     policy: PolicyFiles
@@ -75,7 +75,7 @@ class JournalSampling:
         return len(self.records)
 
     def record(self) -> None:
-        """Begins the journal, unless it has begun: for `session`."""
+        """Begins the journal, unless it has begun. Called by `session`."""
         self.start.record()
 
     @property

@@ -30,7 +30,7 @@ from deploy.starting import Starter
 from learner.loop.answers import answer
 from learner.loop.prompts import PromptStream
 
-FEW_VOIDS = 8  # up to this many voids say nothing about the labeller
+FEW_VOIDS = 8  # up to this many voids never end the run, whatever their share
 
 
 def run_pair_sampling(
@@ -63,7 +63,7 @@ def _run_in(owned: RunDirectory, cfg: PairSamplingConfig, *, resume: bool, force
         try:
             with screen.bars:
                 signals.run(_sample(cfg, directory, policy, records, screen))
-        except ExceptionGroup as group:  # many pairs may fail for one reason; the first error says it
+        except ExceptionGroup as group:  # many pairs may fail for one reason; the first error is enough
             raise group.exceptions[0] from None
         summary = _finish(cfg, directory, seconds=time.perf_counter() - started)
     reason = f" (the last: {summary['last_void']})" if summary["voids"] else ""
@@ -86,7 +86,7 @@ async def _sample(
     score = RewardPool(labellers, ErrorFiles(directory).keep).score
     stream = PromptStream(records, seed=cfg.seed, rollouts_per_prompt=2)
     done = {record["pair"] for record in read_records(directory / "labelled.jsonl") if "void" not in record}
-    free = asyncio.Semaphore(2 * cfg.generators.max_replicas * cfg.generators.in_flight)  # pairs that may still begin
+    free = asyncio.Semaphore(2 * cfg.generators.max_replicas * cfg.generators.in_flight)  # pairs at the same time
     voids: list[str] = []
 
     async def label(number: int, prompts: tuple[Prompt, Prompt]) -> None:

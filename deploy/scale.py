@@ -27,8 +27,8 @@ _LOOK_EVERY_S = 0.5
 
 
 async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
-    """Gives the pools the targets of RUN/scale.json, and writes RUN/pool-state.json when it changes. Runs until
-    cancelled."""
+    """Gives the pools the targets of RUN/scale.json, and writes RUN/pool-state.json when their state changes. Wakes up
+    every _LOOK_EVERY_S, until it is cancelled."""
     written = None
     while True:
         with suppress(ValueError, OSError):  # a user is editing the file, or the disk is full: the run continues
@@ -44,7 +44,7 @@ async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
 
 
 def clear_stale_state(directory: Path) -> None:
-    """Deletes scale.json and pool-state.json of an earlier process; they do not describe this one."""
+    """Deletes scale.json and pool-state.json of an earlier driver."""
     for name in ("scale.json", "pool-state.json"):
         (directory / name).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The steps that the commands with a run directory share before their own work. Runs in the driver.
+"""What every command with a run directory does before its own work. Runs in the driver.
 
 A command first owns its run directory (deploy/run/directory.py). `load_inputs` then checks everything a user can get
 wrong, with nothing written and nothing started. `session` joins or starts the cluster, fills in settings that depend on
@@ -101,15 +101,15 @@ def session(
     force: bool = False,
     record: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[AnyConfig, Callable[[], None]]]:
-    """During the block, this process, which owns the run directory, is connected to the cluster.
+    """During the block, this process is connected to the cluster. It must own the run directory.
 
-    Yields the config, with the size of micro-batches if the command trains a model (`trains`) on GPUs; and `begin`,
-    which writes that config into the directory, and calls `record` for other entries of this start. With `force` it
-    first renames the old run. Call it once nothing can refuse the run any more.
+    Yields the config and a function `begin`. If the command trains a model (`trains`) on GPUs, the config has the size
+    of micro-batches. `begin` writes this config into the directory, and calls `record` for other entries of this start.
+    With `force` it first renames the old run. Call it once nothing can refuse the run any more.
 
-    Each of `phases` lists, for a config, the processes that run at the same time in one phase of the run. Raises
-    UserError, with the smallest change that fits, if the processes of a phase do not fit the cluster. Some may wait for
-    nodes of an autoscaler.
+    `phases` returns, for a config, the processes that run at the same time in each phase of the run. Raises UserError,
+    with the smallest change that fits, if the processes of a phase do not fit the cluster. Some may wait for nodes of
+    an autoscaler.
     """
     ray, starts = cfg.ray, named_address(cfg.ray) is None
     if starts:  # the object stores of a running cluster already have their sizes
@@ -130,7 +130,7 @@ def session(
         def begin() -> None:
             if resume:
                 clear_leftovers(owned.directory)
-                record()  # before the config: a new value there that the journal lacks would look like an edit by hand
+                record()  # before the config: a new value that only the config has would look like an edit by hand
                 owned.resume(cfg)
             else:
                 owned.begin(cfg, command, force=force)

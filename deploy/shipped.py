@@ -20,8 +20,8 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_file(given: T) -> T:
-    """The file of a shipped config for its name; anything else unchanged. The command line calls it for every argument
-    that is a config, so a file in the current directory that has the name of a shipped one is written ./NAME."""
+    """The file of a shipped config for its name; anything else unchanged. The command line calls it for every config
+    argument. So a user's own file with the name of a shipped config must be given as ./NAME."""
     shipped = shipped_configs()
     return type(given)(shipped[str(given)]) if given is not None and str(given) in shipped else given
 
@@ -36,12 +36,12 @@ def listing() -> str:
 
 
 def shipped_text(config: Path) -> str:
-    """The text of a shipped config, to begin one's own from. Raises UserError for another file."""
+    """The text of a shipped config, as a start for the user's own. Raises UserError for another file."""
     if config not in shipped_configs().values():
         raise UserError(f"{config} is no shipped config; ratchet config --list shows those that are")
     return config.read_text(encoding="utf-8")
 
 
 def _comment(text: str) -> str:
-    """The lines of comment that a file begins with, as one line."""
+    """The comment at the beginning of a file, as one line."""
     return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), text.splitlines()))

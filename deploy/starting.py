@@ -47,7 +47,7 @@ class Starter:
         return await self.start(Pool(RayHost(role, cfg, *args, **kwargs), cfg, on_event=self._on_event), cfg)
 
     async def start(self, pool: Pool, cfg: Pooled) -> Pool:
-        """Starts a pool with these settings, and tells which of its replicas wait for a node."""
+        """Starts a pool with these settings. Meanwhile tells the user which of its replicas wait for a node."""
         telling = asyncio.create_task(self._tell_waits(pool, cfg))
         try:
             self.pools.append(await pool.start(self._timeout_s))
@@ -79,8 +79,8 @@ class Starter:
         max_response: int | None = None,
     ) -> GeneratorPool:
         """Starts generators for sequences of up to `max_tokens`, or of the model's context if that is shorter. With
-        `sleeps` they can lend their GPU memory to the learner. `max_response`: most tokens of an episode; None: each
-        response is one turn."""
+        `sleeps` they can lend their GPU memory to the learner. `max_response`: bound on the tokens of an episode;
+        None: each response is one turn."""
         end_tokens = end_token_ids(policy.directory, policy.tokenizer)
         length, episodes = min(max_tokens, policy.size.context), max_response is not None
         make = partial(
@@ -131,8 +131,8 @@ class Starter:
         )
 
     async def references(self, cfg: Config, *, model: str | None = None, temperature: float | None = None) -> Pool:
-        """Starts reference replicas, with the model that PPO starts from and the temperature of sampling, unless others
-        are given."""
+        """Starts reference replicas. By default they have the model that PPO starts from and the temperature of
+        sampling."""
         return await self.pool(
             ReferencePolicy,
             cfg.reference,

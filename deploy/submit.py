@@ -1,7 +1,7 @@
 """`ratchet submit`: a run of PPO as a Ray job, on a cluster that need not have Ratchet installed.
 
 Runs in a process of its own, which is not the driver of the run. It sends Ratchet's own packages, the current directory
-(reward functions, prompts) and the config, but no environment variables: API keys must be set where the cluster's
+(reward functions, prompts) and the config, but no environment variables. So API keys must be set where the cluster's
 processes are started.
 """
 
@@ -79,14 +79,14 @@ def submit_run(
             sending = limited(f"sending the job to the cluster at {address}", SEND_S)
             with sending, tempfile.TemporaryDirectory(prefix="ratchet-") as staging:
                 write_package(Path(staging), None if resume else cfg, arguments)
-                # All in one directory, as in an installation; Ray would put each package into its own.
+                # All packages in one directory, as in an installation: Ray would put each into its own directory.
                 ours = client._upload_package_if_needed(staging, include_gitignore=False)
                 job = _submit(
                     client,
                     entrypoint=ENTRYPOINT,
                     runtime_env={
                         "working_dir": str(Path.cwd()),
-                        # Separate from the user's files, which may have the same names; Python finds these first.
+                        # Separate from the user's files, which may have the same names. Python finds ours first.
                         "py_modules": [ours],
                         "excludes": EXCLUDED,
                         "env_vars": {IN_A_JOB: "1", IMPORT_FROM: json.dumps([str(path) for path in modules])},
@@ -123,7 +123,7 @@ def _print_commands(job: str, directory: Path, address: str) -> None:
 
 
 def check_travels(cfg: Config, directory: Path) -> None:
-    """Raises UserError if the current directory is too large to send, or if it lacks prompts or functions of the
+    """Raises UserError if the current directory is too large to send, or does not have the prompts or functions of the
     config."""
     sent: dict[Path, int] = {}
 
@@ -136,7 +136,7 @@ def check_travels(cfg: Config, directory: Path) -> None:
     if (size := sum(sent.values())) > LIMIT:
         largest = max(sent, key=lambda path: sent[path])
         raise UserError(
-            f"the current directory, which is sent with the job, has {size / MIB:.0f} MiB, and a job may have "
+            f"the current directory, which is sent with the job, has {size / MIB:.0f} MiB, but the limit is "
             f"{LIMIT / MIB:.0f} (largest: {largest}); exclude files with .gitignore or .rayignore"
         )
     prompts = {"prompts.train": cfg.prompts.train, "prompts.heldout": cfg.prompts.heldout}
@@ -156,7 +156,7 @@ def check_travels(cfg: Config, directory: Path) -> None:
 
 
 def _files(named: ParsedSource) -> list[str]:
-    """The files of a source: those that match, or all below a directory."""
+    """The files of a source: those that match its pattern, or all files below its directory."""
     if named.kind == "directory":
         return [str(path) for path in Path(named.name).rglob("*") if path.is_file()]
     return matching_files(named.name)
@@ -187,7 +187,7 @@ def _connect(address: str) -> JobSubmissionClient:
 
 @contextmanager
 def no_proxy_for(address: str) -> Iterator[None]:
-    """Requests to this URL's host use no proxy of the environment, because they contain the cluster's token."""
+    """During the block, requests to this URL's host use no proxy, because they contain the cluster's token."""
     host = urlsplit(address).hostname or ""
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = ",".join(filter(None, [others, host]))

@@ -59,7 +59,7 @@ def run_training(
     accepted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains in `directory` and returns its summary. With `resume`, the settings `changed` and the inputs `accepted`
-    may be others than before, and the journal records them.
+    may differ from before, and the journal records them.
 
     Everything a user can get wrong is checked first: a UserError leaves nothing written and nothing running.
     """

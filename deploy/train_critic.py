@@ -51,9 +51,9 @@ def run_critic_training(
 ) -> dict[str, Any]:
     """Trains in `directory`, writes the critic into RUN/critic, and returns the summary.
 
-    `sources`: run directories whose journals are read, and `steps` of each, such as 10:40. `sample`: responses of the
-    starting policy that are added to them. Everything a user can get wrong is checked first: a UserError leaves nothing
-    written and nothing running.
+    `sources`: run directories whose journals are read. `steps`: the steps to read of each, such as 10:40. `sample`:
+    number of responses of the starting policy to add. Everything a user can get wrong is checked first: a UserError
+    leaves nothing written and nothing running.
     """
     with run_owner(directory, resume=resume, force=force) as owned:
         asked = Asked.read(directory) if resume else Asked(sources, steps, sample)
@@ -91,7 +91,8 @@ class _Training:
     force: bool
 
     def on_journals(self, cfg: Config, asked: Asked) -> tuple[CriticData, list[CriticEvaluation]]:
-        """Everything is checked first. The directory is this run's once the ranks have accepted the model."""
+        """Trains on existing journals. Everything is checked first. The directory is this run's once the ranks have
+        accepted the model."""
         directory = self.owned.directory
         data = self._load(cfg, read_parts(directory, cfg) if self.resume else asked.parts(directory))
 
@@ -136,7 +137,7 @@ class _Training:
         warn_of_other_responses(parts, self.basis)
         rollouts = Rollouts(parts, on_progress=partial(self.progress.work, "journals"))
         for fault in rollouts.faults:
-            complain(f"warning: {fault}, and nobody can learn from it: the step is skipped")
+            complain(f"warning: {fault}, so the step is skipped: nothing can be learned from it")
         data = CriticData.split(cfg, rollouts)
         check_data(data, self.owned.directory, self.policy.size)
         return data
@@ -155,7 +156,8 @@ class _Training:
 
         def begin() -> None:
             accepted()
-            (directory / "summary.json").unlink(missing_ok=True)  # of fewer passes: --resume would take it for the end
+            # A summary of fewer passes would make --resume believe that the run is finished.
+            (directory / "summary.json").unlink(missing_ok=True)
             progress.begin(data)
 
         def train(group: Any, **callbacks: Any) -> Coroutine[Any, Any, list[CriticEvaluation]]:

@@ -87,7 +87,7 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
                 """Called when the ranks have accepted the model: from now on the directory is this run's."""
                 begin()
                 if not resume:
-                    shutil.move(pairs, directory / "pairs")  # `train` and `heldout` stay readable: they are mapped
+                    shutil.move(pairs, directory / "pairs")  # `train` and `heldout` stay readable: memory-mapped
                 progress.begin(counts, len(train), len(heldout))
 
             def training(group: Any, **callbacks: Any) -> Coroutine[Any, Any, list[PreferenceEvaluation]]:
@@ -96,7 +96,7 @@ def _run_in(owned: RunDirectory, cfg: RewardTrainingConfig, *, resume: bool, for
             num_steps = cfg.epochs * steps_per_epoch(len(train), cfg)
             ranks = Ranks(RewardTrainerGroup, RewardTrainer, (num_steps,))
             evaluations = train_in_passes(cfg, directory, ranks, training, progress, accepted)
-            if prompts:  # the ranks have ended: the services that measure the scale need their memory
+            if prompts:  # after the ranks have ended, because the services that measure the scale need their memory
                 signals.run(_measure_scale(cfg, directory, reference, prompts, progress))
     if evaluations:
         plot_calibration(evaluations[-1], directory / "calibration.png")

@@ -27,9 +27,7 @@ class StopTexts:
 
         vLLM treats `begun` as a part of the prompt, so it would miss a stop text that starts there. So its text of the
         response starts with the end of the text of `begun`. Nothing else reads that text."""
-        state.logprobs_processor.tokenizer = (
-            None  # otherwise vLLM decodes the token of every log-probability, for nobody
-        )
+        state.logprobs_processor.tokenizer = None  # otherwise vLLM decodes a token for every log-probability
         if not begun:
             return
         output = state.detokenizer

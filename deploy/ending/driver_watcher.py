@@ -1,8 +1,8 @@
 """A small process that prints the message and cleans up if the driver is killed. Runs in the driver.
 
-Ray's C++ code ends the driver at once, without a message, when the node manager (raylet) of its node dies; SIGKILL does
-so too. `main` runs in the small process: it waits for the driver's end, then prints the message and removes the
-directory of the run's cluster.
+The driver ends at once and without a message when it gets SIGKILL. Ray's C++ code ends it in the same way when the node
+manager (raylet) of its node dies. `main` runs in the small process: it waits for the driver's end, then prints the
+message and removes the directory of the run's cluster.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-WAIT_S = 5.0  # it ends within milliseconds of `dismiss`
-SUPERVISED = "RATCHET_SUPERVISED"  # a variable: the driver's parent says that the driver was killed, and restarts it
+WAIT_S = 5.0  # longest wait for the small process; it usually ends within milliseconds
+SUPERVISED = "RATCHET_SUPERVISED"  # variable of a driver whose parent reports that it was killed, and restarts it
 KILLED = "this process was killed, or Ray ended it because the node manager (raylet) that it was connected to had died"
 
 
 class Watcher:
-    """The small process, as the driver sees it. It reads from a pipe that the driver's end closes, for any reason."""
+    """The driver's side of the small process, which reads from a pipe. The pipe closes when the driver ends, for any
+    reason."""
 
     def __init__(self, directory: Path, remedy: str, run: Path | None) -> None:
         """If the driver is killed, `directory` is removed, and the message ends with `remedy` if `run` has a config."""
@@ -35,7 +36,7 @@ class Watcher:
         )
 
     def dismiss(self) -> None:
-        """The driver ends normally and prints its own message."""
+        """Tells the small process that the driver ends normally and prints its own message."""
         pipe = self._process.stdin
         assert pipe is not None
         with suppress(OSError, ValueError):
@@ -43,7 +44,7 @@ class Watcher:
             pipe.close()
 
     def wait(self) -> None:
-        """Waits for its end, which follows the end of the driver's work. It may be suspended."""
+        """Waits until the small process has ended. Kills it after WAIT_S, because it may be suspended."""
         try:
             self._process.wait(WAIT_S)
         except subprocess.TimeoutExpired:
@@ -52,7 +53,7 @@ class Watcher:
 
 @contextmanager
 def watched(directory: Path, remedy: str = "", run: Path | None = None) -> Iterator[Watcher]:
-    """The small process watches the driver during the block."""
+    """During the block, the small process watches the driver."""
     watcher = Watcher(directory, remedy, run)
     try:
         yield watcher

@@ -25,18 +25,19 @@ from deploy.screen.console import Lenient, complain
 FAILED, USERS_FAULT = 1, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _active = False  # the command line runs
-_printed: int | None = None  # the exit code, once a message was printed; errors that follow from the first are silent
+_printed: int | None = None  # the exit code, once a message was printed; later errors follow from it and print nothing
 _run: tuple[str, Path] | None = None  # how to continue the run of this process, and its directory
 
 
 def run_begins(directory: Path, remedy: str) -> None:
-    """From here on messages end with `remedy`, and tracebacks go to the run directory, once it has a config."""
+    """From now on messages end with `remedy`, and tracebacks go to the run directory, once it has a config."""
     global _run
     _run = remedy, directory
 
 
 def how_to_continue() -> tuple[str, Path | None]:
-    """The remedy, and the run directory that must have a config for it to apply; "" and None without a run."""
+    """The remedy, and the run directory, which must have a config for the remedy to apply. "" and None without a
+    run."""
     return _run or ("", None)
 
 

@@ -1,4 +1,4 @@
-"""Ends a run whose cluster does not answer, although the call that waits for it has no time limit of its own.
+"""Ends a run whose cluster does not answer, even if the call that waits for it has no time limit.
 
 Runs in the driver.
 """
@@ -15,8 +15,8 @@ from deploy.ending import exit_message, signals
 
 @contextmanager
 def limited(what: str, limit_s: float) -> Iterator[None]:
-    """Ends the run with the message that `what` did not end, if the body takes longer than `limit_s`. The main thread
-    may be waiting in Ray's C++ code, which nothing can interrupt, so a thread watches the clock."""
+    """If the body takes longer than `limit_s`, ends the run with the message that `what` did not end. A thread watches
+    the clock, because the main thread may be waiting in Ray's C++ code, which nothing can interrupt."""
     ended = threading.Event()
 
     def watch() -> None:

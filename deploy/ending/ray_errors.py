@@ -22,13 +22,13 @@ from deploy.ending import exit_message, signals
 _PID = re.compile(r"\bpid[=:]\s*(\d+)")
 _ESSENTIAL = {"gcs_server": "Ray's control service (gcs_server)", "raylet": "Ray's node manager (raylet)"}
 _SHOWN = "_ratchet_shown"  # attribute of an error that `readable` has returned
-_LOG_BYTES = 64 << 10  # the end of a log that is copied
+_LOG_BYTES = 64 << 10  # this much of the end of a log is copied
 
 
 @contextmanager
 def told_at_once() -> Iterator[None]:
-    """Prints an error of the body, as `readable` shows it, before anything is shut down: Ray may need long for that, or
-    for ever. The rest of the command then has a time limit. Raises the error that was shown."""
+    """Prints an error of the body, as `readable` shows it, before Ray is shut down: that may take long, or never end.
+    The rest of the command then has a time limit. Raises the error that was shown."""
     try:
         yield
     except Exception as error:
@@ -85,7 +85,7 @@ def essential_processes() -> list[int]:
 
 
 def dead_cluster_process(within_s: float = 0.5) -> RoleError | None:
-    """The error to show if an essential process of the run's own cluster has died. Waits for it a moment: other
+    """The error to show if an essential process of the run's own cluster has died. Waits up to `within_s` for it: other
     processes lose their connections at the same time, and their errors may arrive first."""
     node = worker._global_node
     deadline = time.monotonic() + within_s

@@ -1,8 +1,8 @@
 """Stops a command on Ctrl-C, SIGTERM or SIGHUP, all in the same way. Runs in the driver.
 
 The first signal raises Stopped in the main thread, or cancels the coroutine that `run` runs. Later signals are ignored,
-so that they do not interrupt the cleanup; only another Ctrl-C, more than a second later, ends the process at once. So
-does a cleanup that takes longer than CLEANUP_S: a separate thread watches the clock.
+so that they do not interrupt the cleanup. Only another Ctrl-C, more than a second later, ends the process at once. If
+the cleanup takes longer than CLEANUP_S, a separate thread ends the process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _State:
     number: int | None = None  # the first signal that came
     failure: Exception | None = None  # why the run must end, found by a watching thread
     cleanup_s = CLEANUP_S
-    cleanup_limited = False  # `limit_cleanup` was called
+    cleanup_limited = False  # `limit_cleanup` has been called
     uninterrupted = 0  # nesting of code that must not be interrupted
     cancel: Callable[[], Any] | None = None  # cancels the running coroutine
     before_hard_exit: Callable[[], None] | None = None
@@ -52,7 +52,7 @@ _state = _State()
 
 
 def install_handlers() -> None:
-    """From here on signals stop this process as this module's docstring says. Called once, in the main thread."""
+    """Makes signals stop this process as this module's docstring says. Called once, in the main thread."""
     _state.installed = True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -142,7 +142,7 @@ def fail(error: Exception) -> None:
 
 
 def raise_if_stopped() -> None:
-    """Raises Stopped if a signal came while nothing could be interrupted."""
+    """Raises Stopped if a signal came while signals could not interrupt."""
     if _state.number:
         raise Stopped(_state.number)
 
@@ -153,8 +153,8 @@ def call_before_hard_exit(action: Callable[[], None] | None) -> None:
 
 
 def exit_process(code: int) -> None:
-    """Ends the process after its cleanup, without Python's own exit: there Ray would wait for seconds, and a signal
-    would end in a traceback or in an abort from C++."""
+    """Ends the process after its cleanup, without Python's own exit. During that, Ray would wait for seconds, and a
+    signal would cause a traceback or an abort in C++."""
     if _state.installed:
         os._exit(code)
 
@@ -170,8 +170,8 @@ def uninterrupted() -> Iterator[None]:
 
 
 class _LoopThreads(ThreadPoolExecutor):
-    """The threads of an event loop. asyncio.run waits for all of them, without limit in Python 3.11; one that waits for
-    an answer of a cluster that is lost would never end."""
+    """The threads of an event loop. In Python 3.11 asyncio.run waits for all of them without limit. A thread that waits
+    for an answer of a lost cluster would never end."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=cancel_futures)

@@ -37,7 +37,7 @@ from learner.loop.answers import Answered, score_record
 
 DIRECTORY, PROMPTS = "answers", "prompts.jsonl"
 _PLACE = re.compile(rb'\{"prompt": (\d{1,9}), "sample": (\d{1,9}),')
-_GENERATOR = ""  # which replica wrote an answer is not kept
+_GENERATOR = ""  # the files do not say which replica wrote an answer
 
 
 class AnswerFile:
@@ -149,13 +149,13 @@ def _turn(record: Mapping[str, Any]) -> Turn:
 
 
 def _follow(turns: Sequence[Turn], length: int) -> bool:
-    """Whether the turns follow one another in a response of this length, and every new context has a prompt."""
+    """True if the turns are in order in a response of this length, and every new context has a prompt."""
     places = [0, *(place for turn in turns for place in (turn.end, turn.next_start)), length]
     return places == sorted(places) and all(turn.end < turn.next_start for turn in turns if turn.new_context)
 
 
 def _short(values: np.ndarray) -> list[float]:
-    """float32 numbers with the fewest digits that give the same float32 again."""
+    """float32 numbers, written with as few digits as identify them."""
     return [float(str(value)) for value in values.astype(np.float32)]
 
 

@@ -1,8 +1,8 @@
 """`ratchet evaluate`: answers of policies to held-out prompts, scored by the sources and judges of a PPO config.
 
-Runs in the driver. The reward and reference services serve all policies. The engines of one policy run at a time. They
-are stopped before those of the next policy start, because these need the memory. After the last answer each policy is
-measured on texts, in a reference service of its own.
+Runs in the driver. The reward and reference services serve all policies. Only one policy has engines at a time: they
+stop before those of the next policy start, which need the memory. After the last answer each policy is measured on
+texts, in a reference service of its own.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _Evaluation:
         return found
 
     async def run(self, missing: Mapping[str, Sequence[Prompt]]) -> None:
-        """Has every policy answer what is missing, then measures the policies that are not measured."""
+        """Has every policy answer its missing questions, then measures the policies that are missing on the texts."""
         self.progress.begin({name: len(left) for name, left in missing.items()})
         if missing:
             await self._ask(missing)
@@ -189,7 +189,7 @@ class _Evaluation:
         def keep(answers: Sequence[Answered]) -> None:
             file.append(answers)
             scores.extend(answer.score for answer in answers)
-            if is_new:  # in a continued evaluation, those left may be the only ones that never get a score
+            if is_new:  # the rest of a continued evaluation may be only questions that never get a score
                 _check_beginning(name, scores, cfg.reward.max_void_share)
             check_voids(scores, total, cfg.reward.max_void_share)
 
@@ -216,7 +216,7 @@ class _Evaluation:
 
 
 def _check_beginning(name: str, scores: Sequence[Score | Void], max_void_share: float) -> None:
-    """Raises UserError if none of the first answers of a policy has a score: a service that is down costs one batch."""
+    """Raises UserError if none of a policy's first answers has a score, so that a dead service costs only one batch."""
     first = [score.reason for score in scores[:BATCH] if isinstance(score, Void)]
     if len(first) == BATCH and max_void_share < 1:
         raise UserError(

@@ -19,8 +19,8 @@ _LETTERS = "A-Za-z0-9._-"
 
 def policy_names(policies: Sequence[str]) -> dict[str, str]:
     """The absolute path of each policy by its name. `policies`: PATH or NAME=PATH. Without NAME, the name is the last
-    part of the path, or as many parts as tell it from the others: runs/a/policy and runs/b/policy are a-policy and
-    b-policy. Raises UserError."""
+    part of the path, or the fewest last parts that make all names different: runs/a/policy and runs/b/policy are
+    a-policy and b-policy. Raises UserError."""
     given = [_split(policy) for policy in policies]
     parts = [PurePath(path).parts for name, path in given if not name]
     longest = max(map(len, parts), default=1)

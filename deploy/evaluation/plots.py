@@ -22,8 +22,8 @@ def write_plots(record: Record, directory: Path) -> list[Path]:
 
 
 def plot_pass_at_k(record: Record, directory: Path) -> Path | None:
-    """pass@k of every policy over k with 95 % intervals. For each crossover with the base, asked once: the height of
-    pass@1, the k, and its interval. None if nothing says what passes."""
+    """pass@k of every policy over k with 95 % intervals. Marks each crossover: the k from which the base beats the
+    policy's pass@1, with its interval. None if the record has no pass@k."""
     policies = {name: figures for name, figures in record["policies"].items() if "pass_at_k" in figures}
     if not policies:
         return None

@@ -26,7 +26,7 @@ from deploy.run.identity import code_digest, prompts_digest
 from deploy.run.record import read_record
 
 RECORD = "evaluated.json"
-_POLICY = "policy "  # begins the name of a policy's digest
+_POLICY = "policy "  # prefix of the names of policies' digests
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def check_room(
     *,
     setting: str = "sampling.max_new_tokens",
 ) -> None:
-    """Raises UserError if one of the policies has no room for a prompt that the first one has room for.
-    `response_tokens`: the longest response; `setting` bounds it."""
+    """Raises UserError if the context of a policy is too short for the longest prompt with its response. (The records
+    fit the first policy.) `response_tokens`: the longest response; `setting` bounds it."""
     longest = max(len(record.token_ids) for record in records) + response_tokens
     for policy in policies.values():
         if policy.size.context < longest:

@@ -73,9 +73,9 @@ def _windows(
 
 
 def cut(bare: list[int], beginning: list[int], longest: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows of up to `longest` tokens: the context, and the tokens to predict. Every token is predicted once; without
-    tokens that begin a sequence, nothing comes before the first one, and it is not predicted. Later windows have the
-    last token of the window before as context."""
+    """Windows of up to `longest` tokens: the context, and the tokens to predict. Every token is predicted once. If no
+    tokens begin a sequence, the first token has no context and is not predicted. Later windows have the last token of
+    the previous window as context."""
     first, step = (0 if beginning else 1), max(1, longest - len(beginning) - 1)
     for start in range(first, len(bare), step):
         yield [*beginning, *bare[max(0, start - 1) : start]], bare[start : start + step]

@@ -33,7 +33,8 @@ ROWS = {
     "scored": "Reward and reference",
     "pool": "Replicas",
 }
-_JOINED = {"time": "step", "policy_version": "step", "batch": "scored", "reward_voids": "scored"}  # in another's row
+# Metrics in the row of others: the beginning of a name, and the row.
+_JOINED = {"time": "step", "policy_version": "step", "batch": "scored", "reward_voids": "scored"}
 _LABELS = {"reward/NAME/score": ["source"], "reward/NAME/KEY": ["source", "figure"], "health": ["rule"]}
 _UNITS = {"seconds": "s", "bytes": "bytes", "share": "percentunit", "seconds since 1970": "dateTimeFromNow"}
 _VLLM = (  # vLLM's own; they have Ray's WorkerId instead of a replica

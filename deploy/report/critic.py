@@ -1,7 +1,7 @@
 """The page's critic tab: how well the critic predicts, by position and by predicted value. Runs anywhere.
 
-The figures of each step are those of metrics.jsonl; for `ratchet train-critic` those of each evaluation. Predicted
-against realised returns come from the credit files, which have the values and the rewards of every token.
+The figures of each step come from metrics.jsonl; for `ratchet train-critic`, from each evaluation. The comparison of
+predicted with realised returns comes from the credit files, which have the values and rewards of every token.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from learner.ppo.critic_quality import PARTS, calibration, calibration_error, re
 
 EXPLAINED = "value/explained_variance/"
 VARIANCE = "value/returns_var/realised"
-MAX_STEPS = 1000  # of each line; of a longer run every second, third, ... step
+MAX_STEPS = 1000  # most steps in a curve; a longer run shows every second, third, ... step
 NEWEST = 10  # steps that are shown together
-MAX_TOKENS = 2_000_000  # of these steps; fewer steps are shown if they have more
+MAX_TOKENS = 2_000_000  # most tokens of these steps; with more, fewer steps are shown
 MAX_CALIBRATIONS = 100  # single steps to choose from
 
 Tokens = tuple[np.ndarray, np.ndarray]  # predicted and realised return of each token of a step
 
 
 def critic_of(run: RunFiles, files: StepFiles) -> dict[str, Any]:
-    """Everything of the tab that the curves do not have."""
+    """The data of the tab that the curves do not have."""
     known = [r for r in (run.passes if run.is_critic else run.metrics) if values([r], EXPLAINED + "realised")]
     variances = values(known, VARIANCE)
     start = median(variances[:START]) if variances else 0.0
@@ -82,7 +82,7 @@ def _calibration(steps: Sequence[int], tokens: Sequence[Tokens]) -> dict[str, An
 
 
 def _tokens(files: StepFiles, step: Step, gamma: float) -> Tokens | None:
-    """None without values, or where one of the numbers is not finite."""
+    """None if the step has no values, or if a number is not finite."""
     credit = files.credit(step, ["values", "rewards", "ends"])
     predicted, rewards, ends = (lists(credit, name) for name in ("values", "rewards", "ends"))
     if predicted is None or rewards is None or ends is None:

@@ -27,7 +27,7 @@ GROUPS = (
     ("Weights and batch size", ("weights/", "learner/")),
     ("Other", ("",)),
 )
-_METRICS = {metric.key: metric for metric in (*CRITIC_STEP, *STEP)}  # of a key that both have, a run's meaning
+_METRICS = {metric.key: metric for metric in (*CRITIC_STEP, *STEP)}  # if both have a key, the row of STEP counts
 _UNSHOWN = {"step", "time", "health", "epoch"}
 _LINK = re.compile(r" ?\(?\[([^]]*)\]\([^)]*\)\)?")
 MAX_POINTS = 2000  # of a curve
@@ -90,7 +90,7 @@ def _training_curve(key: str, run: RunFiles) -> dict[str, Any] | None:
 
 
 def _heldout_curves(run: RunFiles) -> list[dict[str, Any]]:
-    """Numbers that only evaluations have: those above, and the scores of judges."""
+    """Numbers that only evaluations have: those of _HELDOUT, and the scores of judges."""
     trained = {key.split("/")[1] for record in run.metrics for key in record if key.startswith("reward/")}
     judges = dict.fromkeys(n for r in run.evaluations for n in r.get("components", {}) if n not in trained)
     curves = []
@@ -149,8 +149,8 @@ def _is_interval(value: Any) -> bool:
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """All points, or of a long run the lowest and the highest of each of MAX_POINTS / 2 equal parts, so that no peak
-    is lost."""
+    """All points. Of a long run only the lowest and the highest point of each of MAX_POINTS / 2 equal parts, so that no
+    peak is lost."""
     if len(steps) <= MAX_POINTS:
         return list(steps), [short(value) for value in values]
     numbers = np.asarray(values)
@@ -160,7 +160,7 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float
 
 
 def short(value: float) -> float:
-    """With six significant digits."""
+    """The value with six significant digits."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 

@@ -16,11 +16,11 @@ from deploy.evaluation.answers import place_of
 from deploy.evaluation.forgetting_rows import judge_lines
 from deploy.evaluation.rows import crossover_lines, figure_rows
 
-MAX_PROMPTS = 24  # whose answers are shown: of many prompts every second, third, ... one
+MAX_PROMPTS = 24  # most prompts whose answers are shown; with more prompts, every second, third, ... one
 
 
 def evaluation_of(directory: Path) -> dict[str, Any]:
-    """Everything of the tab. There are no figures if evaluation.json is missing, or is older than evaluated.json: an
+    """The data of the tab. There are no figures if evaluation.json is missing, or is older than evaluated.json: an
     evaluation that continues may ask for more policies and samples."""
     record = json_file(directory / "evaluation.json")
     asked = json_file(directory / "evaluated.json")

@@ -1,4 +1,4 @@
-"""The health events of a run, found again in its records. Runs anywhere.
+"""The health events of a run, computed again from its records. Runs anywhere.
 
 An event lasts for several steps. The page shows it once, at the step where it began.
 """
@@ -30,7 +30,7 @@ def health_events(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _episodes(seen: Iterable[tuple[int, list[Event]]], *, between: int | None = QUIET) -> list[dict[str, Any]]:
-    """Joins what holds at steps that are at most `between` apart (None: any number). The newest message counts."""
+    """Joins events of one rule that are at most `between` steps apart (None: any number). The newest message counts."""
     episodes: list[dict[str, Any]] = []
     newest: dict[str, dict[str, Any]] = {}
     for step, events in seen:
@@ -47,7 +47,7 @@ def _episodes(seen: Iterable[tuple[int, list[Event]]], *, between: int | None = 
 
 
 def _config(directory: Path) -> Config | None:
-    """None if this version cannot read the config: the run is of another one."""
+    """None if this version cannot read the config, because another version made the run."""
     try:
         return load_config(directory / "config.toml", [], Config)
     except UserError:

@@ -1,8 +1,8 @@
 """Puts the data of a run and the files of page/ into one HTML text. Runs anywhere.
 
-Text from a model, a prompt or a service is in the page as data only: JSON without "<", ">" and "&", with every control
-character written out, which the scripts show as text. The page's own rule (Content-Security-Policy) lets the browser
-run only the scripts put here, by their hashes, and load nothing from anywhere.
+Text from a model, a prompt or a service is in the page as data only: JSON in which "<", ">", "&" and control characters
+are escaped. The scripts show it as text. The page's Content-Security-Policy lets the browser run only the scripts that
+are put here, by their hashes, and load nothing.
 """
 
 from __future__ import annotations

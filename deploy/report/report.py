@@ -101,7 +101,7 @@ def tuning_blocks(directory: Path) -> dict[str, Any]:
 
 
 def _one_tab(directory: Path, tab: str, data: Mapping[str, Any], *, finished: bool) -> dict[str, Any]:
-    """A page with one tab, of a directory that is not that of one run."""
+    """A page with one tab, for a directory of several runs or policies."""
     config = read_config(directory / "config.toml")
     state = "running" if is_owned(directory) else "finished" if finished else "stopped"
     about = _head(directory, read_record(directory), state)

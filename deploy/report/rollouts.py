@@ -1,7 +1,7 @@
 """The rollouts of a run: a table of all of them, and texts and token numbers of those that the page has room for.
 
-Runs anywhere. Reads the journal twice, one step at a time: first for the numbers that the table shows and that decide
-what is kept, then for the kept texts and tokens.
+Runs anywhere. Reads the journal twice, one step at a time. The first pass reads the numbers of the table, which also
+decide which rollouts are kept. The second pass reads the texts and tokens of these.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Rollouts:
     def __init__(self, files: StepFiles, text: TokenText) -> None:
         self._files, self._text = files, text
         self._rows: list[dict[str, Any]] = []
-        self._prompts: dict[str, str] = {}  # by number; of kept rollouts
-        self._first_prompts: dict[str, int] = {}  # by number: the hash of the first text, in runs with an environment
+        self._prompts: dict[str, str] = {}  # texts of kept rollouts' prompts, by number
+        self._first_prompts: dict[str, int] = {}  # hash of the first text, by number; only with an environment
         self._void_texts: dict[int, str | None] = {}  # by row
         self._places: dict[int, list[tuple[int, int]]] = {}  # step -> (row of its table, row here)
         self.has_credit = False
@@ -107,7 +107,8 @@ class Rollouts:
             )
 
     def _prompt_size(self, table: pa.Table, row: int, sample_id: str) -> int:
-        """Bytes of a prompt that differs from the first one with its number: an environment may replace prompts."""
+        """Bytes of the prompt if it differs from the first one with its number, else 0. An environment may replace
+        prompts."""
         text = table["prompt"][row].as_py() or ""
         first = self._first_prompts.setdefault(prompt_of(sample_id), hash(text))
         return 0 if hash(text) == first else len(text[:LONGEST_TEXT])
@@ -181,7 +182,7 @@ def _row(step: int, sample_id: str, **known: Any) -> dict[str, Any]:
 
 
 def _kl(step: Step, learned: Lists | None) -> np.ndarray | None:
-    """KL from the reference of each rollout, nats. Without a credit file: by the sampler's log-probabilities."""
+    """KL of each rollout from the reference, nats. Without a credit file, from the sampler's log-probabilities."""
     if learned is not None:
         return learned.sums()
     sampled, reference = lists(step.table, "rollout_logprobs"), lists(step.table, "ref_logprobs")
@@ -195,7 +196,7 @@ def _shares(clipped: Lists | None, rows: int) -> np.ndarray | None:
 
 
 def _indexed(values: Iterable[str | None]) -> dict[str, Any]:
-    """A column of texts as {texts, rows}, where -1 is none."""
+    """A column of texts as {texts, rows}: a row is the index of its text, or -1 for None."""
     texts: dict[str, int] = {}
     rows = [-1 if value is None else texts.setdefault(value, len(texts)) for value in values]
     return {"texts": list(texts), "rows": rows}

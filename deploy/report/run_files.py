@@ -1,6 +1,7 @@
-"""The small files of a run directory, whichever of them there are. Runs anywhere.
+"""The small files of a run directory. Runs anywhere.
 
-Every file may be missing or unfinished: the run still writes it, it crashed, or an older version wrote it.
+Every file may be missing or unfinished: the run may still be writing it, or has crashed, or an older version wrote
+it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class RunFiles:
     pool_events: list[dict[str, Any]]
     summary: Mapping[str, Any]
     running: bool  # a process works in the directory
-    is_critic: bool  # of `ratchet train-critic`: steps train a critic, and a journal is of a policy that never learns
+    is_critic: bool  # made by `ratchet train-critic`: steps train a critic, and the journal's policy never learns
     passes: list[dict[str, Any]]  # of a critic: its evaluations on held-out prompts, by step
 
     @classmethod
@@ -81,7 +82,7 @@ class RunFiles:
 
 
 def _sound(path: Path, required: Mapping[str, Any], optional: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
-    """The records that have every `required` field with its type, without `optional` fields of another type."""
+    """The records whose `required` fields have the right types. Drops `optional` fields of a wrong type."""
     records = [r for r in read_records(path) if all(isinstance(r.get(key), kind) for key, kind in required.items())]
     return [{k: v for k, v in r.items() if k not in optional or isinstance(v, optional[k])} for r in records]
 

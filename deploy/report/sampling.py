@@ -4,8 +4,8 @@ The table has every rollout of a run of up to MAX_ROWS. Their texts and token nu
 bytes. If it is too small for all, they are kept in this order:
 
     1. void and extreme rollouts, then those with clipped tokens, the largest share first, until 60 % of the budget
-    2. prompts in an order that only their number decides: the first and the last rollout of each, until 80 %
-    3. the other rollouts, in an order that only their sample id decides, until 100 %
+    2. the first and the last rollout of each prompt, in an order given by a hash of the prompt's number, until 80 %
+    3. the other rollouts, in an order given by a hash of the sample id, until 100 %
 
 Extreme: the highest and lowest score, the largest KL, the most tokens and the largest share of clipped tokens among
 the rollouts of each of WINDOWS equal parts of the run.
@@ -22,13 +22,13 @@ import numpy as np
 MAX_ROWS = 100_000
 WINDOWS = 100
 BUDGET = 12_000_000  # bytes of texts and token numbers
-ALWAYS, PAIRS, ALL = 0.6, 0.8, 1.0  # of the budget, see above
+ALWAYS, PAIRS, ALL = 0.6, 0.8, 1.0  # shares of the budget at which parts 1, 2 and 3 end
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The numbers that decide which rollouts are kept. Arrays have one item for each rollout, in the journal's order,
-    which is NaN if it is not known."""
+    """The numbers that decide which rollouts are kept. Arrays have one item for each rollout, in the journal's order.
+    An unknown number is NaN."""
 
     step: np.ndarray
     ids: Sequence[str]  # sample ids
@@ -114,5 +114,5 @@ def prompt_of(sample_id: str) -> str:
 
 
 def _lot(name: str) -> int:
-    """A number that looks random and depends on the name alone: the same run gives the same page."""
+    """A hash: a number that looks random but depends only on the name, so the same run gives the same page."""
     return zlib.crc32(name.encode())

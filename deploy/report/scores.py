@@ -10,7 +10,7 @@ from deploy.report.run_files import RunFiles
 
 
 def scores_of(run: RunFiles) -> dict[str, Any]:
-    """Everything of the tab that the curves do not have."""
+    """The data of the tab that the curves do not have."""
     sources = [str(source.get("name")) for source in run.setting("reward.sources", [])]
     judged = dict.fromkeys(name for record in run.evaluations for name in record.get("components", {}))
     heldout = [

@@ -1,6 +1,6 @@
 """Reads the journal and the credit files of a run, one step at a time. Runs anywhere.
 
-A file that is missing or cannot be read costs only its own step: the page says which.
+If a file is missing or cannot be read, only its step is left out, and the page names the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Lists:
         return self.values[self.offsets[i] : self.offsets[i + 1]] if self.present[i] else None
 
     def sums(self) -> np.ndarray:
-        """The sum of each row. A value that is not finite counts as 0, or it would reach every later row."""
+        """The sum of each row. A value that is not finite counts as 0: the sums are differences of one running total,
+        so it would make all later rows NaN."""
         total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(self.values.astype(np.float64), posinf=0, neginf=0))])
         return total[self.offsets[1:]] - total[self.offsets[:-1]]
 
@@ -59,7 +60,7 @@ def lists(table: pa.Table | None, column: str) -> Lists | None:
     array = pa.concat_arrays(table[column].chunks)
     present = array.is_valid().to_numpy(zero_copy_only=False)
     lengths = array.value_lengths().fill_null(0).to_numpy()
-    values = array.flatten().to_numpy(zero_copy_only=False)  # leaves out what null rows may have
+    values = array.flatten().to_numpy(zero_copy_only=False)  # without values that null rows may hide
     return Lists(np.concatenate([[0], np.cumsum(lengths)]), values, present)
 
 

@@ -18,7 +18,7 @@ BYTES_PER_NUMBER = 8 / 3  # a float16 in base64
 
 
 class Pieces:
-    """Token texts, each of them once."""
+    """The different token texts. Responses refer to them by index."""
 
     def __init__(self, text: TokenText) -> None:
         self._text = text
@@ -43,7 +43,7 @@ def packed(values: np.ndarray | None, length: int) -> str | float | None:
 
 
 def short(value: float | None) -> float | None:
-    """With five significant digits: the page has many of these."""
+    """The value with five significant digits, because the page has many of these. None if it is not finite."""
     if value is None or not np.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.5g}")

@@ -22,7 +22,7 @@ class TokenText:
 
     @classmethod
     def of_run(cls, directory: Path, model_path: str) -> TokenText:
-        """With the run's own file; for a run that has none, with the file of its policy or of the starting model."""
+        """From the tokenizer file of the run, of its policy, or of the starting model: the first that can be read."""
         places = [directory / KEPT, directory / "policy/tokenizer.json", Path(model_path) / "tokenizer.json"]
         for path in places:
             try:

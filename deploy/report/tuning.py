@@ -24,7 +24,7 @@ from deploy.tune.space import Range, Space
 
 
 def tuning_of(directory: Path, *, running: bool = False) -> dict[str, Any]:
-    """Everything of the tab. Raises UserError if the plan or the events cannot be read."""
+    """The data of the tab. Raises UserError if the plan or the events cannot be read."""
     plan = Plan.read(directory)
     try:
         runs = Runs(plan, directory, Events(directory / EVENTS))
@@ -54,8 +54,8 @@ def tuning_of(directory: Path, *, running: bool = False) -> dict[str, Any]:
 
 
 def _run(runs: Runs, job: Job, finalists: list[int], begun: str) -> dict[str, Any]:
-    """A run with its evaluations. `place`: that of its trial among the finalists, from 0; None for other trials.
-    `begun`: what a run that was started and has not ended does."""
+    """A run with its evaluations. `place`: its trial's place among the finalists, from 0; None for other trials.
+    `begun`: the state of a run that has started and not ended."""
     state = runs.events.run(job.name)
     return {
         "trial": job.trial,
@@ -83,7 +83,7 @@ def _finalist(plan: Plan, one: Finalist) -> dict[str, Any]:
 
 
 def _sensitivity(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    """The keys at the step at which no trial was chosen by its outcome, the most important one first."""
+    """The effect of each key, the most important first, at the last step before ASHA stopped a trial."""
     at = unselected(outcome.compared)
     spaces = {space.key: space for space in plan.keys}
     few = f"{len(at.numbers)} trial(s) at step {at.step}: at least {FEWEST} are needed to compare keys"

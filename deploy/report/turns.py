@@ -21,7 +21,7 @@ BYTES_PER_TURN = 40  # places and reward
 class Turns:
     """One response. Without an environment it has no turns, and all its tokens were sampled."""
 
-    rows: Sequence[Mapping[str, Any]]  # those that the environment has answered, with the fields of `Turn`
+    rows: Sequence[Mapping[str, Any]]  # the turns that the environment has answered, with the fields of `Turn`
     length: int  # tokens of the response
 
     @property
@@ -38,14 +38,14 @@ class Turns:
 
     @property
     def size(self) -> int:
-        """Bytes in the page, next to those of the sampled tokens."""
+        """Bytes in the page, without those of the sampled tokens."""
         said = self.length - self.sampled
         texts = len(json.dumps(self.unseen))
         return 6 * said + texts + sum(BYTES_PER_TURN + len(json.dumps(_info(row))) for row in self.rows)
 
     @property
     def unseen(self) -> str:
-        """What the environment said when the episode was over, so that it has no tokens: the contents of its messages,
+        """The environment's last answer, which has no tokens because the episode is over: the contents of its messages,
         each after its role if that is not `user`."""
         if not self.rows or self.rows[-1]["end"] < self.length:
             return ""
@@ -58,8 +58,8 @@ class Turns:
 
     def detail(self) -> dict[str, Any]:
         """What the token view needs: for each turn its end, the start of the next one, its reward, and its `info` as
-        JSON text ("" if there is none). Then 1 if a new context begins after it, and 2 if a sequence also ends there.
-        `unseen` is left out if it is empty."""
+        JSON text ("" if there is none). Then 1 if a new context begins after the turn, or 2 if a sequence also ends
+        there. `unseen` is left out if it is empty."""
         turns = [[row["end"], row["next_start"], short(row["reward"]), _info(row), *_context(row)] for row in self.rows]
         return {"turns": turns} | ({"unseen": unseen} if (unseen := self.unseen) else {})
 

@@ -1,4 +1,4 @@
-"""The page's variance tab: the account that `ratchet evaluate --variance` wrote. Runs anywhere."""
+"""The page's variance tab, from the file that `ratchet evaluate --variance` wrote. Runs anywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from learner.ppo.critic_quality import PARTS
 
 
 def variance_of(run: Path, unreadable: list[str]) -> dict[str, Any] | None:
-    """Everything of the tab; None without an account. Adds the file to `unreadable` if it is not one."""
+    """The data of the tab; None if the run has no such file. Adds the file to `unreadable` if it cannot be read."""
     path = run / RECORD
     if not path.is_file():
         return None

@@ -1,6 +1,7 @@
-"""The settings of the critic, compared with the model and with the critic that a run starts from. Runs in the driver.
+"""Compares the critic's settings with the model, and with the trained critic that a run starts from. Runs in the
+driver.
 
-Its values are predictions of the returns of one model under one reward. In a run with others it would be wrong at every
+A critic predicts the returns of one model under one reward. With another model or reward it would be wrong at every
 token from the start, so differences are refused before anything starts.
 """
 
@@ -48,7 +49,7 @@ def critic_source(source: RewardSource, digest: str | None) -> CriticSource:
 
 
 def response_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what responses look like, by key, out of a whole config as JSON has it."""
+    """The settings that decide what responses look like, by key. `config`: a whole config as JSON has it."""
     prompts = {f"prompts.{key}": config["prompts"].get(key) for key in ("format", "last_assistant", "last_end_token")}
     return {f"sampling.{key}": value for key, value in config["sampling"].items()} | prompts
 
@@ -60,8 +61,8 @@ def response_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
 
 
 def check_critic(cfg: Config, policy: PolicyFiles, *, begun: bool = False) -> TrainedCritic | None:
-    """Raises UserError if `learner.critic_frozen` freezes nothing, or if `learner.critic_path` has no trained critic,
-    or that of another run. Only warns of another KL penalty or other responses: the critic learns the difference.
+    """Raises UserError if `learner.critic_frozen` freezes nothing, or if `learner.critic_path` has no trained critic or
+    one that does not fit. Only warns of another KL penalty or other responses: the critic learns the difference.
     Returns the critic, if there is one.
 
     `begun`: the run has begun with a critic, and the journal has its digest. The user may have changed or accepted a
@@ -105,7 +106,7 @@ def warn_of_seen_responses(cfg: Config, critic: TrainedCritic, prompts: str) -> 
 
 
 def _differences(theirs: CriticBasis, ours: CriticBasis, model: str) -> Iterator[str]:
-    """One sentence for each difference with which its values would be wrong."""
+    """One sentence for each difference that would make the critic's values wrong."""
     if theirs.tokenizer != ours.tokenizer:
         yield f"it was trained with another tokenizer than that of model.path ({model})"
     elif theirs.model != ours.model:

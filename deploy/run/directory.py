@@ -1,7 +1,7 @@
 """The run directory: overwritten only with --force, used by one process at a time, and never emptied.
 
 Runs in the driver. A command owns the directory before it reads or cleans anything in it. RUN/run.json is the first
-file in it, and is written atomically: it says that Ratchet made the directory.
+file in it, and is written atomically: it marks the directory as made by Ratchet.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class RunDirectory:
         self._lock = RunLock(directory)
 
     def begin(self, cfg: Root, command: str, *, force: bool) -> None:
-        """Makes it the directory of a new run. The directory of an old run is renamed, so that at any moment the
-        directory has the old run, nothing, or the new run, even if this process is killed."""
+        """Makes it the directory of a new run. The directory of an old run is renamed first. If this process is killed,
+        the directory has the old run, nothing, or the new run, but never a mixture."""
         refuse_overwriting(self.directory, force=force)  # again: another run may have used it meanwhile
         if _entries(self.directory) - {RECORD}:
             self._move_aside()

@@ -16,7 +16,7 @@ DIRECTORY = "errors"
 MOST_FILES = 20  # different faults that get a file
 MOST_COUNTED = 1000  # different faults that are counted
 _COUNTS = "counts.json"
-_CHARS = 20_000  # of the prompt and of the response; the end of longer ones
+_CHARS = 20_000  # most characters of the prompt and of the response; of a longer text, its end
 
 
 class ErrorFiles:
@@ -27,7 +27,7 @@ class ErrorFiles:
         self._directory = run / DIRECTORY
         self._counts: Counter[str] = Counter()
         self._files: dict[str, str] = {}
-        # A new run has no such file. If a user has changed it, the counts start again: nothing depends on them.
+        # A new run has no such file. If it cannot be read, the counts start again, because nothing depends on them.
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             for entry in json.loads((self._directory / _COUNTS).read_text(encoding="utf-8")):
                 self._counts[entry["fault"]] = int(entry["rollouts"])

@@ -3,7 +3,7 @@
     model             weights, config and tokenizer of the model that training starts from
     critic            all files of the trained critic that a run starts from (learner.critic_path)
     prompts.train     prompts in order: text, messages, token ids and other fields; the seed and rollouts_per_prompt
-    prompts.heldout   the same of the held-out prompts, if the run evaluates
+    prompts.heldout   the same for the held-out prompts, if the run evaluates
     reward.sources.N  files of a reward model; the file with a reward function. None for a service
     environment       the files with the environment's class, or with its tools
 
@@ -81,9 +81,9 @@ def accepted_differences(
     shown: Mapping[str, str],
     kept: Mapping[str, str],
 ) -> dict[str, str]:
-    """The digests that the journal is to record from now on: those of differences that the user accepts by name, and of
-    parts that the run did not have. Raises UserError for any other difference. `shown`: what each name stands for.
-    `kept`: see `kept_names`."""
+    """The digests that differ from the journal's and are to be recorded: those that the user accepts by name, and those
+    of inputs that are new in the run. Raises UserError for any other difference. `shown`: the file or setting behind
+    each name. `kept`: see `kept_names`."""
     if unknown := [name for name in accepted if name not in now]:
         raise UserError(f"--accept {unknown[0]}: the run depends on {', '.join(now)}; name one of them")
     if names := [name for name in accepted if name in kept]:
@@ -105,8 +105,8 @@ def accepted_differences(
 
 
 def kept_names(cfg: Config) -> dict[str, str]:
-    """The names whose contents may never change, each with the reason. Checkpoints have only the weights that train, so
-    a restored learner reads the others again."""
+    """The names whose contents may never change, each with the reason. Checkpoints have only trained weights, so a
+    restored learner reads all other weights from these files again."""
     reasons = {"critic": "the run begins with the weights of its trained critic"}
     if cfg.learner.lora is not None:
         reasons["model"] = "the weights below the adapters (learner.lora) are the model's, and in no checkpoint"
@@ -128,6 +128,7 @@ def shown_names(cfg: Config) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """A value that JSON has no form for. One that prints its address would never be the same again."""
+    """A text for a value that JSON cannot write. If the value prints its memory address, which changes, this is the
+    name of its class."""
     prints_address = type(value).__str__ is object.__str__ and type(value).__repr__ is object.__repr__
     return type(value).__qualname__ if prints_address else str(value)

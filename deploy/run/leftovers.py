@@ -20,8 +20,8 @@ _CHECKPOINT = re.compile(r"step-\d{6,}")
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Removes files and directories that were being written when a process was killed. Nobody has read them. Links, and
-    names that Ratchet does not write, stay. A directory that was about to be replaced gets its name back."""
+    """Removes unfinished files and directories of killed processes, which nobody has read. Keeps links and names that
+    Ratchet does not write. A directory that was about to be replaced gets its name back."""
     for path in _entries(directory):
         replaced = _REPLACED_DIRECTORY.fullmatch(path.name)
         if replaced and not os.path.lexists(directory / replaced[1]):
@@ -46,7 +46,7 @@ def _leftovers(directory: Path) -> Iterator[Path]:
 
 
 def _entries(place: Path) -> list[Path]:
-    """The entries of a directory that are no links; none if it is a link itself or does not exist."""
+    """The entries of a directory that are not links; none if the directory is a link or does not exist."""
     if place.is_symlink() or not place.is_dir():
         return []
     return [path for path in place.iterdir() if not path.is_symlink()]

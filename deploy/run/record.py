@@ -1,4 +1,4 @@
-"""RUN/run.json: says that Ratchet made the directory, with which command, from which directory, with which versions.
+"""RUN/run.json marks a directory as made by Ratchet: the command, the starting directory and the versions.
 
 Runs in the driver.
 """
@@ -33,14 +33,14 @@ def write_first_record(directory: Path, command: str) -> None:
 
 
 def add_start(directory: Path) -> None:
-    """Adds to the record that the run is continued now."""
+    """Adds this start of a continued run to the record."""
     record = read_record(directory)
     starts = record.get("starts")
     _write(directory, {**record, "starts": [*(starts if isinstance(starts, list) else []), start_record()]})
 
 
 def remember_journal(directory: Path, digest: str) -> None:
-    """Adds the SHA-256 of the journal's first entry: from now on the run has a journal, and this is how it begins."""
+    """Adds the SHA-256 of the journal's first entry, by which later starts recognise the run's own journal."""
     record = read_record(directory)
     if digest and record.get("journal") != digest:
         _write(directory, {**record, "journal": digest})

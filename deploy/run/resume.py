@@ -1,4 +1,4 @@
-"""Continuing a run: its config, which settings may change, and the directory it is continued from.
+"""The config of a run that continues, the settings that may change, and the directory that it continues in.
 
 Runs in the driver, before anything slow is imported.
 """
@@ -25,8 +25,8 @@ def resumed_config(
     *,
     travels: bool,
 ) -> AnyRoot:
-    """The config of the run in `directory` with `overrides`, and with the `changes` that the journal is to record;
-    None if the command records no changes. Raises UserError if a setting may not change, or not in this way."""
+    """The config of the run in `directory` with `overrides` and `changes`. The journal records the changes; None if the
+    command records none. Raises UserError if a setting may not change, or not in this way."""
     if not os.path.exists(directory / "config.toml"):
         raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet has made")
     names = tuple(changeable(root))
@@ -36,7 +36,7 @@ def resumed_config(
     if for_change := [text for text in fixed if _key(text) in with_change]:
         raise UserError(
             f"{', '.join(for_change)} decides what is learned: give it as --change {for_change[0]}, and the journal "
-            "records from which step on the new value holds"
+            "records the step from which the new value holds"
         )
     if fixed:
         recordable = f"with --change: {', '.join(with_change)}; " if with_change else ""
@@ -71,8 +71,8 @@ def _key(setting: str) -> str:
 
 
 def enter_starting_directory(run: Path) -> tuple[Path, list[Path]]:
-    """Changes to the directory that the run was started from: its reward functions, and the files they open, are found
-    from there. Returns the path of the run directory from there, and further directories with its modules.
+    """Changes to the directory that the run was started from, because reward functions and the files they open are
+    found from there. Returns a path of the run directory that is right there, and further directories with its modules.
 
     Stays in the current directory if the starting directory is gone, and in a job: a job has its own current directory.
     """

@@ -1,7 +1,7 @@
-"""The settings of a run that continues, compared with those in its journal. Runs in the driver.
+"""Compares the settings of a run that continues with those in its journal. Runs in the driver.
 
 The journal's `begin` note has every setting, and `change` notes have those that changed since. RUN/config.toml is a
-copy for people and for the next start: an edit of it by hand is noticed here.
+copy for people and for the next start. Edits of it by hand are found here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common.errors import UserError
 from learner.loop.notes import Note
 
 _NONE = "left out"
-# The settings that name a file or directory, by the name of the digest of its contents.
+# Settings that name a file or directory, by the name of the digest of their contents.
 _PATHS = {
     "model": "model.path",
     "critic": "learner.critic_path",
@@ -40,7 +40,7 @@ def settled(
     free = tuple(changeable(Config))
     sections = tuple(key for key in free if key.endswith("."))
     journal = _as_now(begun)
-    unwritten: dict[str, Any] = {}  # values in force before changes that no step has been learned with
+    unwritten: dict[str, Any] = {}  # values before changes that no step was learned with yet
     for note in notes:
         for key, value in note.fields["settings"].items() if note.kind == "change" else ():
             if note.before_step == next_step:
@@ -52,9 +52,10 @@ def settled(
         old, new = journal.get(key), now.get(key)
         if old == new or key in changed or key in leave:
             continue
-        if key not in _PATHS.values() and (key in free or key.startswith(sections)):  # a path may change, no contents
+        # A path may change only if its contents are compared by digest: then it is in `leave`.
+        if key not in _PATHS.values() and (key in free or key.startswith(sections)):
             continue
-        if key in unwritten and new == unwritten[key]:  # a crash came between the journal and config.toml
+        if key in unwritten and new == unwritten[key]:  # a crash after the note was written, and before config.toml was
             taken[key] = old
             continue
         remedy = f", or give it with --change {key}={new}" if key in recorded_keys else ""
@@ -84,7 +85,7 @@ def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
 
 
 def _as_now(begun: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the run began with, with the defaults of settings that are newer than the run."""
+    """The settings that the run began with. Settings that are newer than the run have their defaults."""
     try:
         return leaves(Config.model_validate(begun))
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""A start of `ratchet train`, compared with the journal of the run, and what the journal records of it.
+"""Compares a start of `ratchet train` with the journal of the run, and records the start in the journal.
 
-Runs in the driver that owns the run directory. It writes only once nothing can refuse the run any more.
+Runs in the driver that owns the run directory. `Start.record` is called once nothing can refuse the run any more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from learner.loop.prompts import PromptStream
 
 @dataclass(frozen=True)
 class Start:
-    """The settings of this start, and the notes that the journal gets, each as (kind, fields)."""
+    """The settings of this start, and the notes to write into the journal, each as (kind, fields)."""
 
     directory: Path
     cfg: Config
@@ -93,7 +93,7 @@ def resumed_start(
     journal = Journal(directory / "journal")
     journal.verify()
     last = journal.last()
-    if not journal.notes and last is None:  # it was killed before its journal began
+    if not journal.notes and last is None:  # the run was killed before its journal began
         return new_start(directory, cfg, identity, prompts, learns=learns)
     if not journal.notes:
         raise UserError(f"{journal.directory} has no beginning (note-000000-000.json); restore it from a copy")
@@ -106,7 +106,7 @@ def resumed_start(
     new = accepted_differences(identity, before, accepted, shown_names(cfg), kept_names(cfg))
     cfg, values = settled(cfg, journal.notes, journal.next_step, changed, identity.keys() & before.keys())
     if last is not None:
-        prompts.restore(last.prompts)  # refuses other texts than the run's now, not after minutes of replay
+        prompts.restore(last.prompts)  # raises an error for other prompts now, not after minutes of replay
     notes: list[tuple[str, Mapping[str, Any]]] = []
     if new:
         notes.append(("accept", {"identity": new}))

@@ -23,8 +23,8 @@ STEPS = 5  # one step's figures of a critic are noisy: summary.json has the mean
 
 def summarise(cfg: Config, directory: Path, evaluations: Sequence[Evaluation], *, seconds: float) -> dict[str, Any]:
     """The contents of summary.json: how well the critic predicts, if there is one; the evaluation before training and
-    the last one; pass@1 if both have one. If there is none of version 0, because its record was lost or evaluations
-    began later, nothing is called "before"."""
+    the last one; pass@1 if both have one. Without an evaluation of version 0 (its record was lost, or evaluations began
+    later) nothing is called "before"."""
     summary: dict[str, Any] = {"seed": cfg.seed, "num_steps": cfg.num_steps, "seconds": round(seconds, 1)}
     if cfg.ppo.has_critic:
         summary |= _critic(read_records(directory / "metrics.jsonl"))
@@ -75,7 +75,7 @@ def write_answers(
 
 
 def _turns(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Also the last turn of an episode that was cut off before the environment answered it, without the answer."""
+    """The turns of an episode. If it was cut off before the environment answered the last turn, that has no answer."""
     found = []
     for start, end, turn in messages_of(rollout.turns, len(rollout.response_ids)):
         answer = (

@@ -1,6 +1,6 @@
-"""Progress bars with the time left, on the last lines of a terminal; nothing where output is piped. Runs in the driver.
+"""Progress bars with the time left, on the last lines of a terminal. Piped output has none. Runs in the driver.
 
-A bar is removed when its work is done or the command ends, so what stays on the screen is the same with and without.
+A bar is removed when its work is done or the command ends, so the final text on the screen is the same without bars.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from rich.text import Text
 from deploy.screen.console import Output, call_before_complaints, printable
 from deploy.screen.text import duration
 
-WIDTH = 12  # columns of the bar itself: its line has room for what is being done, within 80 columns
+WIDTH = 12  # columns of the bar itself: 80 columns must also hold what is being done
 
 
 class Bars:
-    """One bar for each piece of work that is going on."""
+    """One bar for each piece of work in progress."""
 
     def __init__(self, console: Output) -> None:
-        self._shown: dict[str, tuple[TaskID, float, int]] = {}  # by name: its task, when it began and with how many
+        self._shown: dict[str, tuple[TaskID, float, int]] = {}  # by name: task, start time, and what was done then
         one_line = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (_Cell(_name), BarColumn(WIDTH), _Cell(_count), _Cell(_left), _Cell(_doing, one_line))
         self._on = console.file.isatty()
-        # The streams are not redirected: `Lenient` would write to itself.
+        # Without redirection of the streams: with it, `Lenient` would write to itself.
         self._live = Progress(
             *columns,
             console=console,
@@ -43,13 +43,13 @@ class Bars:
         return self._on
 
     def show(self, name: str, done: int, total: int | None, *, left_s: float | None = None) -> None:
-        """Shows how much of the work called `name` is done. `total` is None as long as nobody knows it. Without
-        `left_s`, the time left follows from the time that the work took so far."""
+        """Shows how much of the work called `name` is done. `total` is None while it is unknown. Without
+        `left_s`, the time left is computed from the time so far."""
         if not self._on:
             return
         if name not in self._shown:
             self._live.start()
-            self._live.console.show_cursor(True)  # a process that is killed cannot show it again
+            self._live.console.show_cursor(True)  # if the process is killed, nothing else shows it again
             self._shown[name] = self._live.add_task(name, total=None, left="", doing=""), time.monotonic(), done
         task, began, done_before = self._shown[name]
         if left_s is None and total is not None and done > done_before:
@@ -58,7 +58,7 @@ class Bars:
         call_before_complaints(self.close)
 
     def say(self, name: str, doing: str) -> None:
-        """Shows next to the bar what is being done."""
+        """Shows the current activity next to the bar."""
         if name in self._shown:
             self._live.update(self._shown[name][0], doing=printable(doing))
 
@@ -82,7 +82,7 @@ class Bars:
 
 
 class _Cell(ProgressColumn):
-    """One text of a bar's line. Text from outside is no markup."""
+    """One text of a bar's line. rich must not read it as markup."""
 
     def __init__(self, text: object, column: Column | None = None) -> None:
         super().__init__(table_column=column or Column(no_wrap=True))

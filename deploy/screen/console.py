@@ -77,8 +77,8 @@ class Lenient:
 
 
 def _discard_from_now_on(stream: Any) -> None:
-    """Sends the stream to /dev/null, with the rest of its buffer: Python would complain when it cannot write that at
-    its exit."""
+    """Sends the stream to /dev/null, with the rest of its buffer: otherwise Python would complain at its exit that it
+    cannot write that."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -99,13 +99,13 @@ _before_complaints: list[Callable[[], None]] = []
 
 
 def call_before_complaints(action: Callable[[], None]) -> None:
-    """`action` is called before the next message on standard error, such as one that removes a bar from the terminal.
-    Only the newest one is."""
+    """Has `action` called before the next message on standard error, for example to remove a bar from the terminal. It
+    replaces an earlier action."""
     _before_complaints[:] = [action]
 
 
 def complain(message: str) -> None:
-    """One message on standard error."""
+    """Writes one message to standard error."""
     while _before_complaints:
         _before_complaints.pop()()
     stream = Lenient("stderr")

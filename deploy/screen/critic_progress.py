@@ -60,7 +60,7 @@ class CriticProgress(Screen):
         self._print(f"run directory {escape(str(self._directory))}; ready after {waited:.0f} s", style="dim")
 
     def work(self, name: str, done: int, total: int) -> None:
-        """This much of some work is done, such as reading the journals. Its bar disappears at the end."""
+        """Moves the bar of some work, such as reading the journals. The bar disappears at the end."""
         if done < total:
             self.bars.show(name, done, total)
         else:
@@ -92,8 +92,8 @@ class CriticProgress(Screen):
         self._print(f"all tokens: R2 {best.r2:.3f} (1 - mean squared error / variance of the returns)")
         if best.step == 0:
             self._print(
-                "no pass predicted better than the untrained critic, which is what is kept: train on more rollouts, or "
-                f"change {self._rates}",
+                "no pass predicted better than the untrained critic, so the untrained one is kept: train on more "
+                f"rollouts, or change {self._rates}",
                 style="yellow",
             )
         self._end(seconds, "critic/: for learner.critic_path; summary.json, metrics.jsonl, evaluations.jsonl")

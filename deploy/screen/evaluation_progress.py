@@ -19,11 +19,11 @@ from deploy.screen.screen import Column, Screen
 from deploy.screen.text import duration, short
 from learner.loop.answers import Answered
 
-_ROWS = 10  # for each policy, at equal distances
+_ROWS = 10  # rows for each policy, at equal numbers of answers
 
 
 class EvaluationProgress(Screen):
-    """An evaluation. That of one answer to each prompt is short: it shows a bar, and at the end its figures."""
+    """An evaluation. With one answer to each prompt it is short, and shows only a bar and its figures at the end."""
 
     def __init__(self, directory: Path, log: RunLog, plan: EvaluationPlan, prompts: int) -> None:
         columns = [
@@ -44,8 +44,8 @@ class EvaluationProgress(Screen):
         self._given = 0  # answers in this start
         self._busy = 0.0  # seconds that the finished policies took to answer
         self._began = 0.0  # when this policy began to answer
-        self._tokens = 0  # in its answers
-        self._newest: list[Answered] = []  # since the row before
+        self._tokens = 0  # in the answers of this policy so far
+        self._newest: list[Answered] = []  # answers since the row before
 
     def pool(self, event: PoolEvent) -> None:
         """A replica joins or leaves."""
@@ -53,7 +53,7 @@ class EvaluationProgress(Screen):
             super().pool(event)
 
     def warn(self, message: str) -> None:
-        """A warning into the log and onto the screen, whose rows are few."""
+        """Writes a warning to the log, and also to the screen, because an evaluation prints few rows."""
         super().warn(message)
         self._print(f"      {escape(message)}", style="yellow")
 
@@ -63,7 +63,7 @@ class EvaluationProgress(Screen):
         if self._plan.is_single:
             return
         done = len(self._plan.paths) * self._total - sum(left.values())
-        before = f", {done} of them there already" if done else ""
+        before = f", {done} of them done already" if done else ""
         self._print(
             f"[bold]ratchet evaluate[/] {escape(', '.join(self._plan.paths))} · {self._prompts} prompts · "
             f"{self._plan.samples} answer(s) of each policy to each{before}"
@@ -102,7 +102,8 @@ class EvaluationProgress(Screen):
         self.bars.hide(name)
 
     def reading(self, name: str) -> Callable[[int, int], None]:
-        """This policy begins to read the texts. Call the result with the windows read so far, and with all of them."""
+        """This policy begins to read the texts. The caller calls the result with the windows read so far, and in
+        all."""
         if not self._plan.is_single:
             self._print(f"[bold]{escape(name)}[/] reads the texts")
 
@@ -122,7 +123,7 @@ class EvaluationProgress(Screen):
 
 
 def _means(answers: list[Answered]) -> dict[str, float]:
-    """Without a score, if none of the answers has one."""
+    """Mean tokens and mean score; without the score if no answer has one."""
     scores = [answer.score.total for answer in answers if isinstance(answer.score, Score)]
     tokens = fmean(len(answer.rollout.sampled_ids) for answer in answers)
     return {"tokens": tokens, **({"score": fmean(scores)} if scores else {})}

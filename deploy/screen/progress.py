@@ -51,9 +51,9 @@ _LEGEND = (  # each at most 80 columns
     "KL: from the reference, nats per response; mismatch: learner from generator,",
     "    nats per token; entropy: nats per token; tokens: per response",
     "clip or mask: share of tokens that it left without a gradient;",
-    "critic: share of the variance of what followed each token that it foresaw, 0 or",
-    "    less: no better than a constant; first: the same at first tokens. Both mean",
-    "    little once std is near 0",
+    "critic: share of the variance of the returns that it predicts, 0 or less: no",
+    "    better than a constant; first: the same at first tokens. Both mean little",
+    "    once std is near 0",
     "tok/s: response tokens per second; left: time until the end",
     "below: seconds of the step by phase; one of its prompts and responses",
 )
@@ -101,11 +101,11 @@ class Progress(Screen):
         if dashboard:
             self._print(f"Ray's dashboard: http://{dashboard} (token in {token_place()})", style="dim")
         self._print(f"figures of this run: http://{figures}/metrics", style="dim")
-        self.bars.show(_TRAINING, 0, None)  # a resumed run has done steps before
+        self.bars.show(_TRAINING, 0, None)  # without a total, because a resumed run does not start at 0
 
     async def while_silent(self, doing: Callable[[], str], *, after_s: float = 60) -> None:
-        """Shows what the run is doing: next to its bar, or without one after each `after_s` without output. Runs until
-        cancelled."""
+        """Shows what the run is doing: next to its bar, or without a bar in a line after each `after_s` without output.
+        Woken by the clock alone. Runs until cancelled."""
         while self.bars:
             self.bars.say(_TRAINING, doing())
             await asyncio.sleep(0.5)
@@ -117,7 +117,7 @@ class Progress(Screen):
             await asyncio.sleep(min(after_s, max(0.01, after_s - silent_s)))
 
     def answered(self, done: int, total: int) -> None:
-        """This many prompts of a held-out evaluation are answered and scored."""
+        """Moves the bar of a held-out evaluation: this many prompts are answered and scored."""
         self.bars.show(_EVALUATION, done, total)
 
     def evaluation(self, evaluation: Evaluation, events: Sequence[Event] = ()) -> None:
@@ -178,7 +178,7 @@ class Progress(Screen):
             asked = "" if turn is None else said(turn)
 
     def _health(self, events: Sequence[Event]) -> None:
-        """One line for each rule that holds, when it begins and now and then while it lasts."""
+        """One line for each rule that holds: when it begins, and sometimes while it lasts (`Event.news`)."""
         for event in events:
             if event.news:
                 lasting = f" ({event.steps} steps)" if event.steps > 1 else ""
@@ -198,7 +198,7 @@ class Progress(Screen):
 
 
 def _of_all(step: int, num_steps: int) -> str:
-    """Such as 7/200. The total is left out where it would take more than seven characters."""
+    """Such as 7/200. Without the total if that would make it longer than seven characters."""
     return f"{step}/{num_steps}" if num_steps < 1000 else str(step)
 
 

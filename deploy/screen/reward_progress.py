@@ -69,7 +69,7 @@ class RewardProgress(Screen):
         )
 
     def scale(self, done: int, total: int) -> None:
-        """This many responses of the reference policy are scored, to find the scale of the scores."""
+        """Moves the bar: this many responses of the reference policy are scored, to measure the scale of the scores."""
         self.bars.hide("training")
         self.bars.show("scale of the scores", done, total)
 

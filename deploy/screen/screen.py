@@ -1,4 +1,4 @@
-"""The part of the screen that all runs share: rows of numbers, replicas that join and leave. Runs in the driver."""
+"""The base class of every screen: prints rows of numbers, and replicas that join and leave. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def columns_of(metrics: Iterable[Metric], shown: Mapping[str, tuple[int, Callabl
 
 
 class Screen:
-    """Prints to the terminal. Nothing else depends on it."""
+    """Prints to the terminal. No result of a run depends on it."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class Screen:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line about the run, such as where a tracker shows it."""
+        """Prints a line about the run, such as where a tracker shows it."""
         self._print(f"      {escape(text)}", style="dim")
 
     def _row(self, record: Mapping[str, float]) -> None:
-        """One step's numbers, below the headings. A metric that this run does not have is shown as "-"."""
+        """Prints one step's numbers below the headings. A metric that this run does not have is shown as "-"."""
         if not self._header_shown:
             self._header()
         cells = (f"{c.text(record[c.key]) if c.key in record else '-':>{c.width}}" for c in self._columns)
@@ -84,7 +84,7 @@ class Screen:
         self._print(" ".join(f"{column.heading:>{column.width}}" for column in self._columns), style="bold")
 
     def warn(self, message: str) -> None:
-        """A warning about the run: into its log, since it would only disturb the numbers."""
+        """Writes a warning about the run to its log, because on the screen it would disturb the numbers."""
         self._log.warn(message)
 
     def _end(self, seconds: float, files: str) -> None:

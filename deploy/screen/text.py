@@ -6,7 +6,7 @@ import math
 
 
 def short(value: float, width: int = 6) -> str:
-    """A number with as many decimals, two at most, as `width` characters have room for."""
+    """A number in `width` characters, with up to two decimals."""
     for form in (".2f", ".1f", ".0f"):
         if len(text := f"{value:{form}}") <= width:
             return text
@@ -33,5 +33,5 @@ def duration(seconds: float) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A number with this many significant digits, and no more zeros than it needs."""
+    """A number with this many significant digits, without trailing zeros."""
     return f"{value:.{digits}g}"

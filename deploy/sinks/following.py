@@ -1,7 +1,7 @@
 """Feeds the records of a run directory to its sinks, each in a thread of its own. Runs in the driver.
 
-A sink reads what the run has written to metrics.jsonl and evaluations.jsonl. So a sink that starts late, or with a
-resumed run, gets every row once, and a slow or failing sink never delays the loop.
+A sink reads what the run has written to metrics.jsonl and evaluations.jsonl. So a sink that starts late or after
+--resume gets every row once, and a slow or failing sink never delays the loop.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def check_sinks(cfg: LoggingConfig) -> None:
 def following(
     cfg: LoggingConfig, directory: Path, settings: Root, *, tell: Tell, report: Tell
 ) -> Iterator[Callable[[], None]]:
-    """During the block, the sinks follow the run in this directory. Yields a function to be called after each record;
-    the sinks are opened at its first call. `tell` gets the place of each sink, `report` each failure."""
+    """During the block, the sinks follow the run in this directory. Yields a function to call after each record; its
+    first call opens the sinks. `tell` gets the place of each sink, `report` each failure."""
     openers: dict[str, Callable[[], Sink]] = {
         "tensorboard": partial(TensorBoardSink, directory),
         "wandb": partial(WandbSink, directory, settings),
@@ -117,7 +117,7 @@ class _Follower:
             )
 
     def _fail(self, what: str) -> None:
-        """Reports the first failure of this sink, and no other."""
+        """Reports a failure, if it is the first one of this sink."""
         if not self._failed:
             self._failed = True
             self._report(f"{self._name} (logging.sinks) {what}")

@@ -1,4 +1,4 @@
-"""The rows that a sink gets: the records of a run as plain numbers, in one order. Runs in the driver."""
+"""The rows that a sink gets: the records of a run as plain numbers, in a fixed order. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Row:
     """The numbers of one step record or one evaluation.
 
     `place` orders all rows of a run: 2 n for the evaluation after n steps, 2 n + 1 for the record of step n. No two
-    rows have the same place, in a resumed run either.
+    rows have the same place, even if the run is resumed.
     """
 
     place: int
-    step: int  # number of the step; of an evaluation, the steps done before it, which is the policy version
+    step: int  # number of the step; for an evaluation, the policy version
     time: float
     values: dict[str, float]
 

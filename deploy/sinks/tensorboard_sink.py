@@ -1,7 +1,7 @@
 """A run as TensorBoard event files, RUN/tensorboard. Runs in the driver.
 
-The files are derived: each start of the run writes them again from the records, so no step is there twice. They are
-written with the `tensorboard` package alone, because torch's writer would load torch into the driver.
+The files are derived: each start of the run writes them again from the records, so no step is in them twice. Only the
+`tensorboard` package writes them, because torch's writer would load torch into the driver.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TensorBoardSink:
         name = f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}"
         self._writer = RecordWriter(open(place / name, "wb"))  # noqa: SIM115, `close` closes it
         self._add(Event(wall_time=now, file_version="brain.Event:2"))
-        # A TensorBoard that is open on this run forgets what it has read from the files of an earlier start.
+        # This event makes a running TensorBoard forget what it has read from the files of an earlier start.
         self._add(Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START)))
         self.shown_at = f"tensorboard --logdir {place}"
 

@@ -1,7 +1,8 @@
 """The rows that W&B has written to its own log, RUN/wandb/...run-TIME-ID/run-ID.wandb. Runs in the driver.
 
-W&B writes its log with a delay and says nothing when it has. So after a kill only the log tells what is there. It has
-LevelDB's log format: blocks of 32 KiB with fragments of records, each after a header of checksum, length and kind.
+W&B writes its log with a delay, and does not report what it has written. So after a kill only the log itself shows
+which rows it has. It has LevelDB's log format: blocks of 32 KiB with fragments of records, each after a header of
+checksum, length and kind.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK, _HEADER = 32768, 7
-_ENDS = (1, 4)  # kinds of fragments that end a record: a whole one, the last one of several
+_ENDS = (1, 4)  # kinds of fragments that end a record: its only fragment, and its last one
 
 
 def last_row(directory: Path, run_id: str) -> int:

@@ -17,19 +17,19 @@ from common.files import write_json
 from deploy.sinks.rows import SAMPLE_COLUMNS, Row, samples
 from deploy.sinks.wandb_log import last_row
 
-START_S = 30  # longest wait for W&B's answer at the start; at the end of a short run, the process waits for it too
+START_S = 30  # longest wait for W&B's answer at the start; a shorter run waits for it at its end
 FINISH_S = 20  # longest wait for the last values to be sent; `wandb sync` can send the rest later
 
 
 class WandbSink:
     """One W&B run for one run directory, also when the run is resumed. RUN/wandb/run.json has its id.
 
-    W&B numbers its rows by the places of ours. A resumed run asks it which number comes next, so that no row is lost
-    or there twice: online the server says it, offline W&B's own log.
+    A row's number at W&B is its `place`. A resumed run first finds the last number that W&B has, online from the server
+    and offline from W&B's own log. So no row is lost or sent twice.
     """
 
     def __init__(self, directory: Path, settings: Root) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")  # its lines would come between the rows of the screen
+        os.environ.setdefault("WANDB_SILENT", "true")  # otherwise it prints lines between the rows of the screen
         import wandb
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):

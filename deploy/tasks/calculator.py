@@ -1,5 +1,5 @@
-"""Sums of three numbers, too hard for a small model's head: it must learn to call the calculator. Prompts from a seeded
-generator, the tool, and the function that scores an answer.
+"""Sums of three numbers, which a small model cannot do by itself: it must learn to call the calculator. Prompts from a
+seeded generator, the tool, and the function that scores an answer.
 
 Runs in the driver, in each environment replica (the tool), and in each reward replica.
 """
@@ -54,12 +54,12 @@ def heldout_prompts(seed: int) -> list[dict[str, Any]]:
 
 
 def train_sums(seed: int) -> list[dict[str, Any]]:
-    """The sums of `train_prompts`, to be done without the tool: the example has no call."""
+    """The sums of `train_prompts` without the tool: the example has no call."""
     return [_without_tool(record) for record in train_prompts(seed)]
 
 
 def heldout_sums(seed: int) -> list[dict[str, Any]]:
-    """The sums of `heldout_prompts`, to be done without the tool."""
+    """The sums of `heldout_prompts` without the tool."""
     return [_without_tool(record) for record in heldout_prompts(seed)]
 
 

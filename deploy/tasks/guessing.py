@@ -15,13 +15,13 @@ from common.environment import EpisodePrompt, Step
 
 HELDOUT_PROMPTS = 128
 NUMBERS = 7  # the number is one of this many
-GUESSES = 3  # halving the numbers finds any of seven in three guesses; guessing at random does in 3 of 7 games
+GUESSES = 3  # enough to find any of seven numbers by halving; random guesses find it in 3 of 7 games
 SHOWN = 440  # smallest number of the example in every prompt
 SMALLEST = [number for number in range(100, 990) if number != SHOWN]  # of the other games
 
 
 class Guess:
-    """One game. The number depends on the episode's seed, so that nothing in the prompt tells it."""
+    """One game. The number depends on the episode's seed, so the prompt does not contain it."""
 
     async def reset(self, prompt: EpisodePrompt) -> None:
         """Thinks of a number. The prompt stays as it is."""
@@ -30,7 +30,7 @@ class Guess:
         self._guesses = 0
 
     async def step(self, message: Mapping[str, Any]) -> Step:
-        """Answers a guess, which is the first number in the message. Anything else is a lost guess."""
+        """Answers a guess, which is the first number in the message. A message without a number costs a guess."""
         self._guesses += 1
         found = re.search(r"\d+", message["content"])
         guess = int(found[0][:9]) if found else None
@@ -47,7 +47,7 @@ class Guess:
         """Nothing to free."""
 
     def state(self) -> int:
-        """The number of guesses so far; the number to find comes from the seed again."""
+        """The number of guesses so far. The number to find is not part of it, because the seed gives it again."""
         return self._guesses
 
     def restore(self, state: int) -> None:

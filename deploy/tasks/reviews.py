@@ -1,7 +1,7 @@
-"""Reviews that begin with a mood and stop before the opinion. The first opinion word of the continuation is the score.
+"""Reviews that begin with a mood and stop before the opinion. The score is the valence of the first opinion word.
 
-Runs in the driver, and in each reward replica. The words come one by one, so a critic can learn to see the score before
-it arrives: from the mood a little, from the opinion word nearly all of it.
+Runs in the driver, and in each reward replica. A critic can learn to predict the score before it arrives: the mood
+tells a little of it, and the opinion word nearly all.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """`ratchet tune`: trials of a config, the best one, and which of its settings mattered. Runs in the driver.
 
-    plan.py           the trials are drawn and checked; metric.py has the figure that compares them
-    search.py         trials run one after another; ASHA and health rules stop the bad ones; finalists get more seeds
-    trial_process.py  each run is a process of its own: `ratchet train` in DIR/trials/...
+    plan.py           draws and checks the trials; metric.py has the metric that compares them
+    search.py         runs the trials; ASHA and health rules stop the bad ones; finalists get more seeds
+    trial_process.py  the process of one run: `ratchet train` in DIR/trials/...
     events.py         what happened; each event is on disk before the tuning reacts to it
-    outcome.py        the best config; comparison.py and sensitivity.py say which keys mattered
+    outcome.py        the best config; comparison.py and sensitivity.py compute which keys mattered
 
 This process needs no Ray cluster, no torch and no model: each run starts its own cluster, or joins the one that its
 config names.
@@ -38,8 +38,8 @@ HOURS = 1.0
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a tuning may take, and how many runs it starts at the same time. It may change when a tuning
-    continues."""
+    """How long a tuning may take, and how many runs it has at the same time. A tuning may continue with another
+    pace."""
 
     hours: float | None = None  # of all starts together; None: as before
     at_once: int = 1
@@ -56,7 +56,7 @@ def run_tune(
 ) -> Outcome:
     """Runs the plan of a `new` tuning, or continues the one in `directory`. Writes the outcome, and returns it."""
     check_ray_tune()
-    directory = directory.absolute()  # the trials' own directories do not depend on the current one
+    directory = directory.absolute()  # the paths of the trials' directories must not depend on the current directory
     with run_owner(directory, resume=new is None, force=force) as owned:
         plan, cfg = new or _planned(directory)
         progress = TuneProgress(directory, plan)
@@ -95,7 +95,7 @@ def _begun(
     begins: bool,
     force: bool,
 ) -> tuple[Events, float]:
-    """The events, and the hours of all starts together, once the directory is this tuning's."""
+    """Begins or continues the tuning in its directory. Returns the events, and the hours of all starts together."""
     directory = owned.directory
     if begins:
         owned.begin(cfg, "tune", force=force)

@@ -1,7 +1,7 @@
-"""Trials at equal steps, and what they say about each key: DIR/sensitivity.json. Runs anywhere.
+"""Compares trials at equal steps, to see how much each key mattered: DIR/sensitivity.json. Runs anywhere.
 
-A trial that ASHA has stopped has no outcome at the end, and those that continued were chosen by their outcome. So
-trials are only compared at the same step, and only the last step that every trial has reached is free of that choice.
+ASHA stops trials with low outcomes, so later steps have only selected trials. The comparison without this selection is
+at the last step before which ASHA stopped nothing (`unselected`).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Comparison:
     step: int
     numbers: tuple[int, ...]  # of the trials, from 1
     outcomes: tuple[float, ...]
-    counted_as_worst: tuple[int, ...]  # trials that a health rule or a failure has ended before
-    stopped_before: int  # trials that ASHA has stopped before: the others were chosen by their outcome
+    counted_as_worst: tuple[int, ...]  # trials that a health rule or a failure ended before this step
+    stopped_before: int  # number of trials that ASHA stopped before this step, because of their outcome
     effects: tuple[Effect, ...] = ()  # of each key, the most important one first; none with too few trials
 
 
 def comparisons(plan: Plan, trials: Mapping[int, RunState]) -> list[Comparison]:
-    """One for each rung, and one for the end. `trials`: the states by number, of trials that have begun."""
+    """One comparison for each rung, and one for the end. `trials`: states of the trials that have begun, by number."""
     found = (compared_at(step, trials) for step in [*plan.rungs, plan.num_steps])
     return [replace(one, effects=tuple(_effects(plan, one))) for one in found]
 
 
 def compared_at(step: int, trials: Mapping[int, RunState]) -> Comparison:
-    """The trials with an outcome at this step. A trial that a health rule or a failure has ended gets the worst outcome
-    of the others. Without it, the key that ruined it would not be found."""
+    """The trials with an outcome at this step. A trial that a health rule or a failure ended earlier counts with the
+    worst outcome of the others: without it, the key that ruined it would not be found."""
     found = {number: state.results[step] for number, state in trials.items() if step in state.results}
     ruined = [number for number, state in trials.items() if state.outcome in BROKEN and step not in state.results]
     worst = min(found.values(), default=0.0)
@@ -129,7 +129,7 @@ def sentence(plan: Plan, at: Comparison, effect: Effect) -> str:
 
 
 def title_of(at: Comparison) -> str:
-    """Which trials the effects are of."""
+    """A title that says which trials are compared."""
     worst = f", {len(at.counted_as_worst)} of them ended before and counted as the worst" * bool(at.counted_as_worst)
     chosen = ", chosen by their outcome" * bool(at.stopped_before)
     return f"how much each key mattered: {len(at.numbers)} trials at step {at.step}{chosen}{worst}"

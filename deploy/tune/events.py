@@ -1,7 +1,7 @@
-"""DIR/events.jsonl: what happened in a tuning, one line after another, and the state that follows. Runs in the driver.
+"""DIR/events.jsonl: what happened in a tuning, one event per line, and the state that follows. Runs in the driver.
 
 A line is written before the tuning reacts to it. So a tuning that was killed at any moment continues from this file.
-Runs that have ended count, and the decisions about the others are computed again from the same results.
+Runs that have ended are not repeated. Decisions about the others are computed again from the same results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STOPPED_BY_ASHA = "asha"
 STOPPED_BY_HEALTH = "health"
 FAILED = "failed"  # it ended with an error, and cannot continue
 CUT = "cut"  # the tuning ended; the run continues when the tuning does
-BROKEN = (STOPPED_BY_HEALTH, FAILED)  # it counts as the worst at steps that only others have reached
+BROKEN = (STOPPED_BY_HEALTH, FAILED)  # at later steps, these trials count with the worst outcome
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Events:
         self._path = path
         self._runs: dict[str, RunState] = {}
         self._order: list[tuple[str, int, float]] = []
-        self.hours: float | None = None  # given to the newest start of the command
+        self.hours: float | None = None  # the hours given to the newest start of the command
         self._starts: list[list[float]] = []  # times of the first and the newest event of each start of the command
         self._started_here = False
         for record in read_records(path):
@@ -78,7 +78,7 @@ class Events:
         return self._runs.setdefault(name, RunState())
 
     def results(self) -> Iterator[tuple[str, int, float]]:
-        """All results in the order in which they came."""
+        """All results, oldest first."""
         return iter(self._order)
 
     def halving(self, rungs: tuple[int, ...], trials: set[str]) -> Halving:

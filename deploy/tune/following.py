@@ -1,4 +1,4 @@
-"""Follows one run of a tuning by its files, and decides when it is stopped. Runs in the driver."""
+"""Reads the files of one run of a tuning, and decides when to stop the run. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job:
 
 
 class Listener(Protocol):
-    """The part of the screen that is told of new evaluations."""
+    """The part of the screen that shows new evaluations."""
 
     def result(self, job: Job, step: int, value: float) -> None:
         """A run has a new evaluation."""
@@ -36,7 +36,7 @@ class Listener(Protocol):
 
 @dataclass
 class Follower:
-    """Writes down new evaluations of a run. With `halving`, it also writes down when ASHA or a health rule stops it."""
+    """Records new evaluations of a run. With `halving`, it also records when ASHA or a health rule stops the run."""
 
     job: Job
     directory: Path
@@ -63,11 +63,11 @@ class Follower:
             self._take(record)
 
     def _take(self, record: dict[str, Any]) -> None:
-        """Takes one evaluation. After a decision to stop, evaluations do not count, because their number depends on how
-        fast the process stops. They count if the run reached its end all the same.
+        """Takes one evaluation. Evaluations after a decision to stop do not count, because their number depends on how
+        fast the process stops. They count if the run reached its end nevertheless.
 
-        ASHA gets every result that is written down, also those of a complete run. A restarted command gives it all of
-        them, and must decide in the same way."""
+        ASHA gets every recorded result, also those of a complete run. A restarted command gives it all recorded
+        results, and must come to the same decisions."""
         state, step = self.events.run(self.job.name), record["policy_version"]
         value = metric_of(record, self.metric)
         if step in state.results or value is None or state.outcome not in (None, COMPLETE):

@@ -1,7 +1,7 @@
 """Asynchronous successive halving (ASHA, arXiv:1810.05934), as Ray Tune computes it. Runs in the driver.
 
-Only Ray Tune's scheduler is used, without a cluster. Its experiment loop would need one more Ray cluster, and would
-continue from snapshots after a kill. Here every decision follows from DIR/events.jsonl.
+Only Ray Tune's scheduler is used, without a cluster. Ray Tune's own loop would need one more Ray cluster, and would
+continue from snapshots after a kill. Here every decision can be computed again from DIR/events.jsonl.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def rungs(first: int, num_steps: int) -> list[int]:
 
 
 class Halving:
-    """Decides at each rung whether a trial continues. `results`: those of earlier starts of the command, in the order
-    in which they came, as (trial, step, value)."""
+    """Decides at each rung whether a trial continues. `results`: (trial, step, value) of earlier starts of the command,
+    oldest first."""
 
     def __init__(self, at: Iterable[int], results: Iterable[tuple[str, int, float]] = ()) -> None:
         self._rungs = sorted(at)
         self._scheduler = _scheduler(self._rungs)
         self._trials: dict[str, Any] = {}
-        # Trials that earlier results stop. A killed command may not have written these stops down.
+        # Trials that the earlier results stop. A killed command may not have recorded these stops.
         self.stopped = {result[0] for result in results if not self.continues(*result)}
 
     def continues(self, trial: str, step: int, value: float) -> bool:
@@ -47,7 +47,7 @@ class Halving:
 def check_ray_tune() -> None:
     """Raises UserError if Ray Tune is not installed."""
     try:
-        import ray.tune  # noqa: F401, after the start: it takes two seconds, and no other command needs it
+        import ray.tune  # noqa: F401, imported here because it takes two seconds, and no other command needs it
     except ImportError as error:
         raise UserError(
             f"ratchet tune needs Ray Tune, which cannot be imported ({str(error).splitlines()[0]}); call pip install "
@@ -73,7 +73,7 @@ def _scheduler(at: list[int]) -> Any:
 
 
 def _trial(name: str) -> Any:
-    """A trial as the scheduler knows it: it asks for the id only."""
+    """A trial for the scheduler, which uses only its id."""
     from ray.tune.experiment import Trial
 
     return Trial("ratchet", trial_id=name, stub=True)

@@ -1,7 +1,7 @@
 """The health rules that stop a trial early. Runs anywhere.
 
-The other rules warn of something that costs time, that a later step may repair, or that does not depend on the
-settings. When one of these rules holds, the policy is lost, and further steps only cost time.
+When one of these rules holds, the policy is lost, and further steps only cost time. The other rules warn of something
+that costs time, that a later step may repair, or that does not depend on the settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RUINED = {
 
 
 def ruined(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """The reason to stop a run with these records of metrics.jsonl; None without one."""
+    """The reason to stop a run with these records of metrics.jsonl; None if there is none."""
     newest = records[-STEPS:]
     if len(newest) < STEPS:
         return None

@@ -1,4 +1,4 @@
-"""The metric that trials are compared by, and the keys that would change its meaning. Runs in the driver."""
+"""The metric that compares trials, and the keys that would change its meaning. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from common.config.ppo import Config
 from common.errors import UserError
 
 PASS, SCORE = "pass_at_1", "score"
-# Keys and sections that trials cannot differ in, with the reason. A single value is fine: all trials have it.
+# Keys and sections that must be the same in all trials, with the reason. One value for all trials may be given.
 _FIXED = {
     "seed": "trials have the same seed, and finalists are repeated with others (--seeds)",
     "num_steps": "trials are compared after equal numbers of steps",
@@ -23,13 +23,14 @@ _FIXED = {
     "credit": "it changes no result",
     "critic_training": "ratchet train does not use it",
 }
-_FREE = ("prompts.train", "prompts.rollouts_per_prompt", "prompts.reasoning_gym.train_prompts")  # training alone
+# Exceptions, which affect only training.
+_FREE = ("prompts.train", "prompts.rollouts_per_prompt", "prompts.reasoning_gym.train_prompts")
 _REWARD, _SOURCES = "reward", "reward.sources"
 
 
 def metric_of(record: dict[str, Any], metric: str) -> float | None:
-    """The value of a metric in the record of an evaluation; None if it has none. The values of sources and judges are
-    apart from the record's own fields, so a source may have the name of such a field."""
+    """The value of a metric in the record of an evaluation; None if it has none. Sources and judges are looked up
+    under `components`, so a source may have the same name as a field of the record."""
     value = record.get(metric) if metric in (PASS, SCORE) else record.get("components", {}).get(metric)
     return None if value is None else float(value)
 

@@ -26,8 +26,8 @@ class Finalist:
 
     trial: int
     values: tuple[float, ...]
-    step: int  # at which the values were measured: the last one, or that of its newest evaluation if it is not complete
-    failed: int = 0  # seeds whose run has failed: they have no value, so the mean is that of the others
+    step: int  # of the values: the last step, or that of the newest evaluation if the trial is not complete
+    failed: int = 0  # number of seeds whose run has failed; they have no value and are not in the mean
 
     @property
     def mean(self) -> float:
@@ -35,7 +35,7 @@ class Finalist:
 
     @property
     def deviation(self) -> float | None:
-        """Between its seeds."""
+        """Standard deviation between its seeds; None with one seed."""
         return stdev(self.values) if len(self.values) > 1 else None
 
 
@@ -101,15 +101,15 @@ def outcome_of(runs: Runs) -> Outcome:
     states = {job.trial: state for job in runs.trials if (state := runs.events.run(job.name)).results}
     found = [_finalist(runs, job) for job in runs.finalists()]
     known = [one for one in found if one is not None]
-    # A failure counts as the worst outcome, as in the comparison of trials, so a good mean of the other seeds cannot
-    # outweigh it.
+    # A failure counts as the worst outcome, as in the comparison of trials: a good mean of the other seeds cannot make
+    # up for it.
     known.sort(key=lambda one: (one.step, -one.failed, one.mean), reverse=True)
     missing = len(runs.waiting_trials()) + len(runs.waiting_repeats())
     return Outcome(runs.plan, states, tuple(known), tuple(comparisons(runs.plan, states)), missing)
 
 
 def _finalist(runs: Runs, job: Job) -> Finalist | None:
-    """None if the trial has no evaluation after its start."""
+    """The trial as a finalist; None if it has no evaluation after its start."""
     end = runs.plan.num_steps
     states = [runs.events.run(Job(job.trial, repeat).name) for repeat in range(runs.plan.seeds)]
     complete = [state.results[end] for state in states if state.outcome == COMPLETE and end in state.results]

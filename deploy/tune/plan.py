@@ -20,10 +20,10 @@ from deploy.tune.halving import rungs
 from deploy.tune.metric import check_key, checked_metric
 from deploy.tune.space import Choices, Range, Space, draw, parse_space
 
-EVALUATIONS = 6  # of each trial at least, if the config asks for none between start and end
+EVALUATIONS = 6  # fewest evaluations of a trial, if the config asks for none between start and end
 MOST_TRIALS = 1000
-# Many runs are kept, and few are trained further. Optimizer state is two thirds of a checkpoint. A value on the command
-# line overrides these.
+# These save disk: a tuning keeps many runs, few of which are trained further, and optimizer state is two thirds of a
+# checkpoint. A value on the command line overrides them.
 _SMALL = ("checkpoint.keep=1", "checkpoint.keep_optimizer_at_end=false")
 
 
@@ -31,13 +31,13 @@ _SMALL = ("checkpoint.keep=1", "checkpoint.keep_optimizer_at_end=false")
 class Plan:
     """A tuning."""
 
-    spaces: tuple[str, ...]  # KEY=SPACE of the keys that differ
+    spaces: tuple[str, ...]  # KEY=SPACE of each key whose value differs between trials
     trials: tuple[dict[str, Any], ...]  # the settings of each trial, by key
     metric: str
     num_steps: int
     seed: int
     every: int  # steps between evaluations
-    given: dict[str, Any]  # the config's own values of settings that differ in trials; best.toml has these
+    given: dict[str, Any]  # the config's own values of settings that a tuning overrides; best.toml has these again
     rungs: tuple[int, ...]  # steps at which ASHA compares; empty: every trial runs to its end
     finalists: int
     seeds: int
@@ -120,7 +120,7 @@ def _is_setting(space: Space) -> bool:
 
 
 def _with_absolute_files(text: str, space: Space, config: Path) -> tuple[str, Space]:
-    """A trial is started with DIR/config.toml, and the tuning may continue in another current directory."""
+    """The argument with absolute paths of files, because a tuning may continue in another current directory."""
     if isinstance(space, Range):
         return text, space
     values = tuple(with_absolute_files(space.key, value, config) for value in space.values)
@@ -135,7 +135,7 @@ def _check_once(keys: Sequence[str]) -> None:
 
 
 def _check_different(drawn: Sequence[dict[str, Any]], configs: Sequence[Config]) -> None:
-    """Values that differ as text may be equal: 1 and 1.0."""
+    """Raises UserError if two trials have the same config: values that differ as text may be equal, as 1 and 1.0."""
     first: dict[str, int] = {}
     for number, cfg in enumerate(configs, 1):
         if (other := first.setdefault(cfg.model_dump_json(), number)) != number:
@@ -155,6 +155,6 @@ def _checked(config: Path, fixed: Sequence[str], settings: dict[str, Any], numbe
 
 
 def _first_rung(configs: Sequence[Config], every: int) -> int:
-    """The first evaluation after all warm-ups: before it, nothing that is tuned has had its full effect."""
+    """The step of the first evaluation after all warm-ups. Before it, tuned settings have not had their full effect."""
     warmup = max(cfg.critic_warmup_steps + cfg.optimizer.warmup_steps for cfg in configs)
     return every * (warmup // every + 1)

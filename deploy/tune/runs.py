@@ -1,6 +1,6 @@
 """The runs of a tuning, from its plan and its events: which have ended, which are finalists, which are missing.
 
-Runs anywhere. `ratchet tune` runs what is missing (search.py), and the report only shows what there is.
+Runs anywhere. `ratchet tune` starts the missing runs (search.py); the report only reads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Runs:
         return sorted(possible, key=rank, reverse=True)[: self.plan.finalists]
 
     def repeats(self) -> list[Job]:
-        """The runs with further seeds that trials would have as finalists."""
+        """Every run with a further seed that the tuning may need: those of all trials, as if all were finalists."""
         return [Job(job.trial, repeat) for job in self.trials for repeat in range(1, self.plan.seeds)]
 
     def waiting_trials(self) -> list[Job]:
@@ -53,8 +53,8 @@ class Runs:
         return [job for job, state in states.items() if state.outcome is None and not state.continues_as_finalist]
 
     def waiting_repeats(self) -> list[Job]:
-        """Runs of the finalists that are missing: seed by seed, so that an early end leaves equal numbers of seeds. A
-        finalist that ASHA has stopped continues to its end."""
+        """Missing runs of the finalists, seed by seed: after an early end, finalists have about equal numbers of seeds.
+        A finalist that ASHA has stopped continues to its end."""
         jobs = [Job(job.trial, repeat) for repeat in range(self.plan.seeds) for job in self.finalists()]
         return [job for job in jobs if self.events.run(job.name).outcome in (None, STOPPED_BY_ASHA)]
 

@@ -1,4 +1,4 @@
-"""The order of the runs of a tuning: all trials first, then the finalists with further seeds. Runs in the driver."""
+"""Runs a tuning: all trials first, then the finalists with further seeds. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAILED_STARTS = 3  # the tuning ends if this many trials fail before any run has
 
 
 class Watcher(Listener, Protocol):
-    """What the screen is told."""
+    """The part of the screen that follows a search."""
 
     def started(self, job: Job, *, continues: bool) -> None:
         """A run begins or continues."""
@@ -30,12 +30,12 @@ class Watcher(Listener, Protocol):
         """A run has ended."""
 
     def progress(self, done: int, total: int, left_s: float | None) -> None:
-        """`done` of the `total` runs that the tuning may need have ended."""
+        """`done` runs have ended, of the `total` that the tuning may need."""
 
 
 @dataclass
 class Search(Runs):
-    """A tuning that runs."""
+    """A tuning in progress."""
 
     watcher: Watcher
     hours: float  # of all starts of the command together
@@ -50,7 +50,7 @@ class Search(Runs):
         self._not_started: list[str] = []  # runs that failed before any run had done a step
 
     async def run(self) -> None:
-        """Runs everything that is missing, as far as the time allows."""
+        """Runs all missing trials and repeats that fit into the time."""
         try:
             async with asyncio.timeout(max(0.0, self.hours * 3600 - self.events.seconds)) as limit:
                 halving = self._halving()
@@ -61,7 +61,7 @@ class Search(Runs):
                 raise
 
     def _halving(self) -> Halving:
-        """ASHA with all results so far. Writes down stops that a killed start of the command had decided."""
+        """ASHA with all results so far. Records stops that a killed command had decided but not recorded."""
         halving = self.events.halving(self.plan.rungs, {job.name for job in self.trials})
         for job in self.trials:
             state = self.events.run(job.name)
@@ -72,12 +72,12 @@ class Search(Runs):
     async def _all(
         self, waiting: Callable[[], list[Job]], halving: Halving | None = None, *, reserve: bool = False
     ) -> None:
-        """Runs the waiting jobs, `at_once` of them at the same time, until none is left or the next one would not end
-        in time. With `reserve` the time of the finalists' further seeds is kept free."""
+        """Runs the waiting jobs, `at_once` at the same time, until none is left or the next one would not end in time.
+        With `reserve`, time for the finalists' further seeds is kept free."""
 
         async def work() -> None:
             while self._time_for(reserve) and (jobs := [job for job in waiting() if job.name not in self._running]):
-                jobs.sort(key=lambda job: job.name in self._not_started)  # these once more, after all others
+                jobs.sort(key=lambda job: job.name in self._not_started)  # runs that failed to start come last
                 self._running.add(jobs[0].name)
                 try:
                     await self._run(jobs[0], halving)
@@ -92,15 +92,15 @@ class Search(Runs):
             raise errors.exceptions[0] from None
 
     def _time_for(self, reserve: bool) -> bool:
-        """True if a whole run and, with `reserve`, the finalists fit into the time that is left. The first run always
-        fits: nobody knows yet how long it takes."""
+        """True if a whole run and, with `reserve`, the finalists fit into the remaining time. The first run always
+        fits, because its duration is not known yet."""
         longest = max((state.seconds for state in self._ended() if state.outcome == COMPLETE), default=0.0)
         further = self.plan.finalists * (self.plan.seeds - 1) if reserve else 0
         runs = 1 + further / self.at_once
         return self.events.seconds + runs * longest <= self.hours * 3600
 
     async def _run(self, job: Job, halving: Halving | None) -> None:
-        """One run, from its start or where it was cut until it ends or is stopped."""
+        """Starts or continues one run. Returns when it has ended or was stopped."""
         if self.events.run(job.name).outcome == STOPPED_BY_ASHA:
             self.events.continue_as_finalist(job.name)
         process = TrialProcess(
@@ -112,19 +112,19 @@ class Search(Runs):
         follower = Follower(job, process.directory, self.plan.metric, self.events, self.watcher, halving)
         code, began = 0, self.events.seconds
         try:
-            if not process.is_complete:  # else it ended although an earlier start of the command was killed
+            if not process.is_complete:  # a run may complete after its tuning was killed
                 code = await process.run(follower.read_new)
         except BaseException:
             self.events.end(job.name, CUT, self.events.seconds - began)
             raise
         self._end(job, process, code, self.events.seconds - began)
-        follower.read_evaluations()  # a run that is complete counts to its end
+        follower.read_evaluations()  # of a complete run, all evaluations count
         self.watcher.ended(job, self.events.run(job.name))
         self._progress()
 
     def _end(self, job: Job, process: TrialProcess, code: int, seconds: float) -> None:
-        """Writes down how a run has ended. If a run fails before any run has done a step, the cause may be its values
-        or the machine, so it is tried once more. Raises UserError after FAILED_STARTS of them."""
+        """Records how a run has ended. If it failed before any run had done a step, the cause may be its values or the
+        machine, so it is tried once more. Raises UserError after FAILED_STARTS such failures."""
         state = self.events.run(job.name)
         if process.is_complete:
             self.events.end(job.name, COMPLETE, seconds)

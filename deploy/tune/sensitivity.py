@@ -18,7 +18,7 @@ from learner.evaluation.bootstrap import interval
 RESAMPLES = 1000  # of the bootstrap, and permutations
 SIGNIFICANCE = 0.05
 FEWEST = 4  # trials: with fewer no interval means anything
-PARABOLA = 8  # trials from which on a range gets a parabola: three coefficients
+PARABOLA = 8  # fewest trials for a parabola, which has three coefficients; with fewer, a range gets a line
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Effect:
     key: str
     explained: float  # share of the variance of the outcome
     explained_interval: list[float]
-    p: float  # how often a key without any effect explains this much, by permutation
-    smallest_p: float  # of a key that explains everything, in these trials
+    p: float  # how often a key without any effect explains at least this much (permutation test)
+    smallest_p: float  # the p that a key would have in these trials if it explained everything
     slope: float | None  # of a range: change of the outcome for each factor of 10 (log) or each unit; None: one value
     slope_interval: list[float] | None
     means: tuple[dict[str, Any], ...] | None  # of choices: value, number of trials, mean outcome and its interval
@@ -56,7 +56,7 @@ class Effect:
 
 
 def effect_of(column: Column, outcomes: Sequence[float], *, seed: int = 0) -> Effect:
-    """Intervals are percentiles of a bootstrap over trials (Efron 1979)."""
+    """The effect of one key. Intervals are percentiles of a bootstrap over trials (Efron 1979)."""
     rng = np.random.default_rng(seed)
     x, y = np.array(column.values, float), np.array(outcomes, float)
     curve = _choices if column.choices is not None else _parabola if len(y) >= PARABOLA else _line
@@ -112,8 +112,8 @@ def _r2(design: np.ndarray, y: np.ndarray) -> float:
 
 
 def _adjusted(design: np.ndarray, y: np.ndarray, *, trials: int) -> float:
-    """R2 adjusted for the coefficients of the fit, never below 0. `trials`: number of different ones, because a trial
-    that a resample repeats is no further evidence."""
+    """R2 adjusted for the coefficients of the fit, never below 0. `trials`: number of different trials, because a trial
+    that a resample repeats is not new evidence."""
     coefficients = int(np.linalg.matrix_rank(design))
     if trials <= coefficients:
         return 0.0
@@ -126,7 +126,7 @@ def _p(design: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
     basis, sizes, _ = np.linalg.svd(design, full_matrices=False)
     basis = basis[:, sizes > 1e-9 * sizes[0]]
     orders = np.stack([y, *(rng.permutation(y) for _ in range(RESAMPLES))])
-    explained = ((orders @ basis) ** 2).sum(axis=1)  # the squared length of the fit: R2 but for a constant
+    explained = ((orders @ basis) ** 2).sum(axis=1)  # squared length of the fit, which orders like R2
     return float(np.mean(explained >= explained[0] - 1e-9 * (y @ y)))
 
 
@@ -136,7 +136,7 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _highest(design: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
-    """The trial's place at which the curve is highest: nothing is said about places between trials or beyond them."""
+    """The place of the trial where the curve is highest. Places between and beyond the trials are not considered."""
     return float(x[np.argmax(design @ np.linalg.lstsq(design, y, rcond=None)[0])])
 
 

@@ -1,7 +1,7 @@
 """The search space of `ratchet tune`: what KEY=SPACE means, and the values that each trial gets. Runs anywhere.
 
 The values are a Latin hypercube (McKay et al. 1979): every choice is drawn equally often, and the values of a range are
-spread evenly over it. Ray Tune's own searchers draw each value by chance. Twelve such draws leave gaps, and their keys
+spread evenly over it. Ray Tune's own searchers draw each value by chance. A few such draws leave gaps, and their keys
 are correlated.
 """
 
@@ -22,10 +22,10 @@ from common.errors import UserError
 
 _NUMBER = r"[+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _RANGE = re.compile(rf"(log:)?({_NUMBER})\.\.({_NUMBER})")
-_NO_RANGE = re.compile(r"log:[+-]?\.?[0-9]|[+-]?\.?[0-9].*\.\.")  # begins like one; ../prompts.jsonl does not
-_DIGITS = 4  # of a number drawn from a range: enough to tell trials apart, and short in a command
-_MOST_COMBINATIONS = 10_000  # of choices that are listed to draw distinct ones
-_DESIGNS, _CHOICE_DESIGNS = 200, 20  # from which the best one is taken; lists of combinations take longer
+_NO_RANGE = re.compile(r"log:[+-]?\.?[0-9]|[+-]?\.?[0-9].*\.\.")  # looks like a range; ../prompts.jsonl does not
+_DIGITS = 4  # significant digits of a number drawn from a range: enough to tell trials apart, and short in a command
+_MOST_COMBINATIONS = 10_000  # with up to this many combinations of choices, distinct ones are drawn from their list
+_DESIGNS, _CHOICE_DESIGNS = 200, 20  # number of designs from which the best is taken; those from a list take longer
 
 Settings = Mapping[str, Any]  # values of a trial by key
 
@@ -61,7 +61,7 @@ class Range:
         return round(value) if self.whole else float(f"{value:.{_DIGITS}g}")
 
     def place(self, value: float) -> float:
-        """Where a value is on the scale on which the range is even: itself, or its decimal logarithm."""
+        """The value's place on the scale of the range: the value, or its decimal logarithm."""
         return math.log10(value) if self.log else float(value)
 
 
@@ -108,11 +108,11 @@ def _values(argument: str, text: str) -> tuple[Any, ...]:
 
 
 def draw(spaces: Sequence[Space], trials: int, *, seed: int) -> list[dict[str, Any]]:
-    """The settings of each trial; no two trials have the same. There are fewer than `trials` if the choices have fewer
-    combinations: then each combination is tried.
+    """The settings of each trial; no two trials have the same. If the choices have fewer than `trials` combinations,
+    there is one trial for each combination.
 
-    Many designs are drawn, and the one with the least correlated keys is taken. In a single design of few trials, a key
-    without any effect often varies with one that has an effect, and then seems to have it too."""
+    Draws many designs and takes the one with the least correlated keys. In a single design of few trials, a key without
+    any effect is often correlated with a key that has one, and then seems to have an effect too."""
     rng = np.random.default_rng(seed)
     choices = [space for space in spaces if isinstance(space, Choices)]
     combinations = math.prod(len(space.values) for space in choices)
@@ -125,8 +125,7 @@ def draw(spaces: Sequence[Space], trials: int, *, seed: int) -> list[dict[str, A
 
 
 def _combinations(choices: Sequence[Choices], count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Distinct combinations. Each next one has the values that were used least often so far. Chance decides among
-    equals."""
+    """Distinct combinations. Each next one has the values that were used least often so far, at random among equals."""
     left = rng.permutation(list(itertools.product(*(range(len(space.values)) for space in choices))))
     taken = [np.zeros(len(space.values), int) for space in choices]
     drawn = []
@@ -140,7 +139,7 @@ def _combinations(choices: Sequence[Choices], count: int, rng: np.random.Generat
 
 
 def _hypercube(spaces: Sequence[Space], trials: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Divides each space into `trials` equal parts and draws once from each part, in an order of its own."""
+    """Divides each space into `trials` equal parts and draws once from each part. Each space has its own order."""
     columns = [[space.at(q) for q in (rng.permutation(trials) + rng.random(trials)) / trials] for space in spaces]
     return [{space.key: column[row] for space, column in zip(spaces, columns)} for row in range(trials)]
 
@@ -150,7 +149,7 @@ def _distinct(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _dependence(spaces: Sequence[Space], drawn: Sequence[Settings]) -> float:
-    """The largest correlation between two keys: between their values, the squares of these, and their choices."""
+    """The largest correlation between terms of two different keys (see `_terms`)."""
     terms, owners = [], []
     for owner, space in enumerate(spaces):
         for term in _terms(space, [settings[space.key] for settings in drawn]):

@@ -1,7 +1,7 @@
-"""The process of one run of a tuning: `ratchet train`, started or continued, followed and stopped. Runs in the driver.
+"""Starts, continues and stops the process of one run of a tuning: `ratchet train`. Runs in the driver.
 
-It is an ordinary run in a run directory of its own. The tuning only reads its files, and stops it with SIGTERM, so it
-can be continued, reported, exported and audited like any other.
+It is an ordinary run in a run directory of its own. The tuning only reads its files, and stops it with SIGTERM. So it
+can be continued, reported, exported and audited like any other run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from deploy.ending.signals import CLEANUP_S
 from deploy.restarts import driver_command, driver_environment
 from deploy.run.lock import is_owned
 
-POLL_S = 1.0  # between two reads of the files of a run
-RESTARTS = 1  # of a run that fails: a failure of the machine says nothing about its settings
+POLL_S = 1.0  # time between two reads of the files of a run
+RESTARTS = 1  # restarts of a run that fails, because a failure of the machine says nothing about its settings
 STOP_S = CLEANUP_S + 10.0  # longest wait for a run that was told to stop; it ends itself after CLEANUP_S
-OWNED_S = 90.0  # longest wait for a run that an earlier, killed start of the command has left
+OWNED_S = 90.0  # longest wait for a run that a killed start of the command has left running
 
 Command = Callable[[Sequence[str]], list[str]]  # the command line that runs `ratchet` with these arguments
 ShouldStop = Callable[[], bool]  # reads what is new in the run's files; True: stop the run
@@ -33,8 +33,8 @@ ShouldStop = Callable[[], bool]  # reads what is new in the run's files; True: s
 
 @dataclass(frozen=True)
 class TrialProcess:
-    """A run in `directory`. `arguments`: those of `ratchet` that begin it, without --run. `grace_s`: how much longer it
-    may take to stop, because it ends its step first."""
+    """A run in `directory`. `arguments`: the arguments of `ratchet` that begin it, without --run. `grace_s`: additional
+    time that it may take to stop, because it ends its step first."""
 
     directory: Path
     arguments: Sequence[str]
@@ -44,7 +44,7 @@ class TrialProcess:
 
     @property
     def log(self) -> Path:
-        """What the process has printed, all starts of it."""
+        """The file with everything that the process has printed, in all of its starts."""
         return self.directory.with_name(f"{self.directory.name}.log")
 
     @property
@@ -53,8 +53,8 @@ class TrialProcess:
         return (self.directory / "summary.json").exists()
 
     async def run(self, should_stop: ShouldStop) -> int:
-        """Starts or continues the run, and calls `should_stop` now and then and once after its end. Returns its exit
-        code. The run is stopped if `should_stop` returns True, and if this coroutine is cancelled."""
+        """Starts or continues the run, and calls `should_stop` every `poll_s` and once after its end. Stops the run if
+        `should_stop` returns True, or if this coroutine is cancelled. Returns the exit code."""
         await self._wait_until_free()
         with open(self.log, "ab") as log:
             process = await self._started(log)
@@ -79,7 +79,8 @@ class TrialProcess:
         return ""
 
     async def _wait_until_free(self) -> None:
-        """An earlier start of the command that was killed has told its runs to stop, and they need some seconds."""
+        """Waits for the run that a killed start of the command has left: it was told to stop, which takes some
+        seconds."""
         deadline = time.monotonic() + OWNED_S + self.grace_s
         while self.directory.exists() and is_owned(self.directory):
             if time.monotonic() > deadline:
@@ -109,8 +110,8 @@ class TrialProcess:
         )
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
-        """Stops what is left of the run. The process is the parent of the driver (--restarts). A driver whose parent
-        was killed continues, so both are ended through their process group."""
+        """Stops all processes of the run. The process is the parent of the driver (--restarts). A driver whose parent
+        was killed continues, so both are stopped through their process group."""
         limit_s = STOP_S + self.grace_s
         if process.returncode is None:
             with suppress(ProcessLookupError):

@@ -43,12 +43,12 @@ def run_variance(
 ) -> dict[str, Any]:
     """Writes the account into the run directory, and returns it.
 
-    `after`: updates that the learner has done. `steps`: the batches, such as 10:14; left out, the one right after
-    `after`. `model`, `critic`, `settings`: as for `ratchet replay`. Raises UserError.
+    `after`: number of updates that the measured learner has done. `steps`: the batches, such as 10:14; left out, the
+    first batch after these updates. `model`, `critic`, `settings`: as for `ratchet replay`. Raises UserError.
     """
     refuse_other_directories(run)
     if not os.access(run, os.W_OK | os.X_OK):
-        raise UserError(f"{run} cannot be written, and gets {RECORD} and {PLOT}; change its permissions, or copy it")
+        raise UserError(f"{run} must be writable for {RECORD} and {PLOT}; change its permissions, or copy it")
     journal = Journal(run / "journal")
     if not learns(journal.notes):
         raise UserError(
@@ -83,9 +83,10 @@ def run_variance(
 
 
 def choose(run: Path, journal: Journal, after: int | None, steps: str | None) -> tuple[int, list[int]]:
-    """The updates that the learner has done, and the batches to measure: steps of the journal that it has not learned
-    from. Left out, `after` is the newest checkpoint that a batch follows. If there is none, it is the last batch that
-    can be measured, because the policy and the critic that the run began with say little about it. Raises UserError."""
+    """The number of updates that the learner has done, and the batches to measure, which it has not learned from.
+
+    By default `after` is the newest checkpoint that is followed by a batch. Without such a checkpoint it is the last
+    batch that can be measured, because the run's first policy and critic are not typical of it. Raises UserError."""
     count = journal.next_step
     usable = [number for number in range(count) if number not in journal.voided]
     if not usable:
@@ -106,7 +107,7 @@ def choose(run: Path, journal: Journal, after: int | None, steps: str | None) ->
 
 
 def _chosen(run: Path, usable: Sequence[int], count: int, after: int | None, steps: str) -> tuple[int, list[int]]:
-    """The same with --steps. A missing first step is `after`, or 0; a missing `after` is the first step."""
+    """As `choose`, with --steps. The first step defaults to `after`, or 0; `after` defaults to the first step."""
     chosen = chosen_steps(steps)
     first = chosen.start if chosen.start is not None else after if after is not None else 0
     end = count if chosen.stop is None else chosen.stop

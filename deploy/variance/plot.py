@@ -10,7 +10,7 @@ from common.files import replaced_file
 from deploy.variance.record import advantages_used
 from learner.ppo.critic_quality import PARTS
 
-LEAST_SHARE = -1.0  # of the explained variance that is drawn
+LEAST_SHARE = -1.0  # lowest explained variance that is drawn
 
 
 def plot_account(account: Mapping[str, Any], target: Path) -> None:

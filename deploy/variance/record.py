@@ -9,6 +9,5 @@ RECORD = "variance.json"
 
 
 def advantages_used(account: Mapping[str, Any]) -> str:
-    """Which gradients of each estimator are those of the run: of "whitened" or of "unwhitened" advantages
-    (ppo.whiten_advantages)."""
+    """Which advantages the run itself uses for its gradient: "whitened" or "unwhitened" (ppo.whiten_advantages)."""
     return "whitened" if account["whitens"] else "unwhitened"

@@ -92,7 +92,7 @@ def _interval(figure: Mapping[str, Any] | None) -> str:
 
 
 def _scale(figure: Mapping[str, Any] | None) -> str:
-    """Only the interval: without its other end the value would look exact."""
+    """The interval alone, because the value without it would look exact."""
     if figure is None or figure["interval"] is None:
         return "-"
     low, high = figure["interval"]

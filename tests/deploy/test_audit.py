@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, tmp_path, capsys):
     found = run_replay(run, tmp_path / "out", from_checkpoint=True)
     assert (found / "model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()
     shown = capsys.readouterr()
-    assert "step-000005 is passed over: weights-00000.safetensors is damaged" in shown.err
+    assert "step-000005 is skipped: weights-00000.safetensors is damaged" in shown.err
     assert "rebuilt from checkpoint step-000004" in shown.out
     assert tree_digest(run) == before
 

@@ -111,7 +111,7 @@ def test_an_export_never_overwrites_a_directory(interrupted, tmp_path):
 
 def test_any_step_with_a_checkpoint_can_be_exported(interrupted, tmp_path):
     run, written, _ = interrupted
-    with pytest.raises(UserError, match=r"--step \(3\) must be one that .* has a checkpoint of: 1, 2"):
+    with pytest.raises(UserError, match=r"--step \(3\) must be a step with a checkpoint in .*: 1, 2"):
         run_export(run, step=3)
     first = run_export(run, step=1)
     assert first == run / "exported/step-000001"

@@ -358,7 +358,7 @@ def test_a_directory_too_large_to_send_is_refused_with_its_largest_file(monkeypa
     Path("runs/huge.bin").write_bytes(bytes(4 << 20))
     check(place)  # runs/ stays here
     Path("large.bin").write_bytes(bytes(2 << 20))
-    with pytest.raises(UserError, match=r"has 3 MiB, and a job may have 3 \(largest: large\.bin\)"):
+    with pytest.raises(UserError, match=r"has 3 MiB, but the limit is 3 \(largest: large\.bin\)"):
         check(place)
     Path(".gitignore").write_text("*.bin\n")
     check(place)

@@ -32,7 +32,7 @@ function showCritic() {
   };
   if (steps.length) {
     const [grid, box] = part(
-      "What the critic foresees",
+      "What the critic predicts",
       "Explained variance, 1 - Var(returns - values) / Var(returns). Returns are realised: what really followed a " +
         "token. 1: perfect; 0: no better than a constant; values below -1 are cut. " +
         (isCritic

@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, capsys):
     path = run / "checkpoints/step-000004/weights-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     again = run_variance(run)
-    assert "step-000004 is passed over" in capsys.readouterr().err
+    assert "step-000004 is skipped" in capsys.readouterr().err
     assert {**again, "checkpoint": "step-000004"} == found
 
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_without_its_optimizer_is_not_learned_on_from(run):
 def test_a_run_that_cannot_be_written_is_refused_before_any_work(run, monkeypatch):
     monkeypatch.setattr("deploy.variance.command.os.access", lambda path, mode: Path(path) != run)
     monkeypatch.setattr("deploy.variance.command.in_ranks", None)
-    with pytest.raises(UserError, match=r" cannot be written, and gets variance.json and variance.png; "):
+    with pytest.raises(UserError, match=r" must be writable for variance.json and variance.png; "):
         run_variance(run)
 
 
