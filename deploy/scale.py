@@ -68,7 +68,7 @@ def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10)
     if targets:
         write_json(directory / "scale.json", {**_read(directory / "scale.json"), **targets})
     deadline = time.monotonic() + timeout_s
-    while any(state.get(role, {}).get("wish") != number for role, number in targets.items()):
+    while any(state.get(role, {}).get("target") != number for role, number in targets.items()):
         if time.monotonic() > deadline:
             raise UserError(f"the run in {directory} has not read the target within {timeout_s:g} s; it may hang")
         time.sleep(_LOOK_EVERY_S / 2)
@@ -81,13 +81,13 @@ def show(state: Mapping[str, Any]) -> None:
     table = Table("role", "target", "ready", "replicas")
     for role, pool in state.items():
         replicas = ", ".join(f"{r['name']} {r['state']}" for r in pool["replicas"])
-        table.add_row(role, str(pool["wish"]), str(sum(r["state"] == "ready" for r in pool["replicas"])), replicas)
+        table.add_row(role, str(pool["target"]), str(sum(r["state"] == "ready" for r in pool["replicas"])), replicas)
     Output().print(table)
 
 
 def _state(pool: Pool) -> dict[str, Any]:
     replicas = [{"name": r.name, "state": r.state, "node": r.node} for r in pool.members.replicas]
-    return {"min": pool.members.min_replicas, "wish": pool.members.target, "replicas": replicas}
+    return {"min": pool.members.min_replicas, "target": pool.members.target, "replicas": replicas}
 
 
 def _read(path: Path) -> dict[str, Any]:

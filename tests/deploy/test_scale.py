@@ -63,7 +63,7 @@ def test_a_target_reaches_the_pool(tmp_path, capsys):
         return before, scale(tmp_path, {})
 
     (before, after), target, ready = with_run(tmp_path, ask)
-    assert (before["Worker"]["wish"], after["Worker"]["wish"], target, ready) == (1, 2, 2, 2)
+    assert (before["Worker"]["target"], after["Worker"]["target"], target, ready) == (1, 2, 2, 2)
     assert [r["name"] for r in after["Worker"]["replicas"]] in (
         ["Worker(0)", "Worker(1)"], ["Worker(0)", "Worker(2)"], ["Worker(1)", "Worker(2)"]
     )  # fmt: skip
@@ -92,7 +92,7 @@ def test_impossible_targets_are_refused_and_not_written(tmp_path, targets, messa
 
 
 def test_without_a_running_run_scale_is_refused(tmp_path):
-    (tmp_path / "pool-state.json").write_text(json.dumps({"Worker": {"min": 1, "wish": 1, "replicas": []}}))
+    (tmp_path / "pool-state.json").write_text(json.dumps({"Worker": {"min": 1, "target": 1, "replicas": []}}))
     assert not is_owned(tmp_path)
     for directory in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="no run is in progress in"):
