@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from common.files import replaced_file
+from deploy.plot_file import plot_file
 
 PASS_AT_K, KL, JUDGES = "pass-at-k.png", "kl-by-position.png", "reward-and-judges.png"
 
@@ -118,18 +118,5 @@ def _reach(figure: Mapping[str, Any]) -> list[list[float]]:
     return [[max(0.0, figure["value"] - low)], [max(0.0, high - figure["value"])]]
 
 
-@contextmanager
-def _plot(target: Path, count: int = 1) -> Iterator[Any]:
-    """Gives `count` axes next to each other, and saves the plot when the block ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, count, figsize=(7 * count, 4.5), layout="constrained", squeeze=False)
-    try:
-        yield axes[0]
-        with replaced_file(target) as staging:
-            figure.savefig(staging, dpi=120, format="png")
-    finally:
-        pyplot.close(figure)
+def _plot(target: Path, count: int = 1) -> AbstractContextManager[Any]:
+    return plot_file(target, count, size=(7 * count, 4.5))

@@ -13,6 +13,7 @@ from rich.table import Table
 from common.config.reward_model import RewardTrainingConfig
 from common.metrics.table import REWARD_STEP
 from common.model.reward_head import ScoreScale
+from deploy.plot_file import plot_file
 from deploy.run.log import RunLog
 from deploy.screen.screen import Screen, columns_of
 from learner.reward_model.calibration import PreferenceEvaluation
@@ -103,28 +104,23 @@ class RewardProgress(Screen):
 
 def plot_calibration(evaluation: PreferenceEvaluation, target: Path) -> None:
     """Draws predicted probability against the share that came true, with 95 % intervals and numbers of pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
-    axes.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", label="perfectly calibrated")
     predicted = [part.predicted for part in evaluation.bins]
     right = [part.right for part in evaluation.bins]
     below = [part.right - part.interval[0] for part in evaluation.bins]
     above = [part.interval[1] - part.right for part in evaluation.bins]
-    axes.errorbar(predicted, right, yerr=[below, above], marker="o", capsize=3, label="held-out pairs, 95 % interval")
-    for part in evaluation.bins:
-        axes.annotate(f"{part.pairs}", (part.predicted, part.right), textcoords="offset points", xytext=(6, -12))
     low, high = evaluation.interval
-    axes.set(
-        xlabel="predicted probability of the preferred response",
-        ylabel="share of pairs in which the human agreed",
-        title=f"accuracy {evaluation.accuracy:.1%} ({low:.1%} - {high:.1%}), {evaluation.pairs} held-out pairs",
-        xlim=(0.48, 1.02),
-        ylim=(0, 1.02),
-    )
-    axes.legend(loc="lower right")
-    figure.savefig(target, dpi=120)
-    pyplot.close(figure)
+    with plot_file(target, size=(5, 5)) as [axes]:
+        axes.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", label="perfectly calibrated")
+        axes.errorbar(
+            predicted, right, yerr=[below, above], marker="o", capsize=3, label="held-out pairs, 95 % interval"
+        )
+        for part in evaluation.bins:
+            axes.annotate(f"{part.pairs}", (part.predicted, part.right), textcoords="offset points", xytext=(6, -12))
+        axes.set(
+            xlabel="predicted probability of the preferred response",
+            ylabel="share of pairs in which the human agreed",
+            title=f"accuracy {evaluation.accuracy:.1%} ({low:.1%} - {high:.1%}), {evaluation.pairs} held-out pairs",
+            xlim=(0.48, 1.02),
+            ylim=(0, 1.02),
+        )
+        axes.legend(loc="lower right")
