@@ -49,7 +49,7 @@ def train_in_passes(
     accepted: Callable[[], None],
 ) -> list[E]:
     """Starts the ranks, trains, stops the ranks, and returns all evaluations. `accepted` is called once the ranks have
-    accepted the model. `train` gets the group, and the callbacks of `PassTraining` as keywords."""
+    accepted the model. `train` gets the group, and as keywords the callbacks of `learner.loop.passes.PassTraining`."""
 
     async def training(wake_sinks: Callable[[], None]) -> list[E]:
         group = ranks.group(

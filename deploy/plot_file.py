@@ -14,7 +14,7 @@ from common.files import replaced_file
 def plot_file(target: Path, columns: int = 1, *, size: tuple[float, float]) -> Iterator[Any]:
     """Yields `columns` axes next to each other, in a figure of `size` (width and height in inches). Saves the figure
     when the block ends. If the block raises an error, or the process is killed, an older file stays as it was."""
-    import matplotlib  # takes half a second, and only plots need it
+    import matplotlib  # here, because only plots need it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

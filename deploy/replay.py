@@ -1,7 +1,7 @@
 """`ratchet replay`: the policy after any step of a run, or the values of its tokens, rebuilt from the journal.
 
-Runs in a process of its own, and in one process for each rank if the run has several. It needs neither Ray nor vLLM. It
-only reads the run directory, which may be a copy on another machine; RUN/credit gets the values of tokens.
+Runs in a process of its own, and in one process for each rank if the run has several. It needs neither Ray nor vLLM.
+The run directory may be a copy on another machine. Nothing is written into it, except values of tokens into RUN/credit.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def refuse_unlearned(journal: Journal) -> None:
 def config_for_replay(
     run: Path, journal: Journal, model: str | None, critic: str | None, settings: Sequence[str]
 ) -> Config:
-    """The newest settings of the run, with the starting model and the trained critic where they are now. Raises
-    UserError if these are not those that the run began with."""
+    """The newest settings of the run, with the present places of the starting model and the trained critic. Raises
+    UserError if the run began with another model or critic."""
     cfg, _ = settled(
         resumed_config(Config, run, settings, travels=False), journal.notes, journal.next_step, (), journal.identity
     )
@@ -151,14 +151,14 @@ def config_for_replay(
         path = absolute_if_directory(critic or cfg.critic_path)
         setting = f"{'learner.critic_path' if critic is None else '--critic'} ({path})"
         if not os.path.isdir(path):
-            raise UserError(f"{setting} is no directory; name that of the run's trained critic with --critic")
+            raise UserError(f"{setting} is no directory; name the directory of the run's trained critic with --critic")
         _check_same("critic", setting, model_digest(Path(path)), begun)
         cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"critic_path": path})})
     return cfg
 
 
 def _check_same(name: str, setting: str, found: str, begun: Mapping[str, str]) -> None:
-    """Raises UserError if the digest is not the one that the run began with."""
+    """Raises UserError if the run began with another digest."""
     if begun.get(name) != found:
         raise UserError(
             f"{setting} is not the {name} that the run began with (SHA-256 {found}, in the journal {begun.get(name)}); "

@@ -112,8 +112,8 @@ class JournalSampling:
 
 
 def _generator_seed(cfg: Config) -> int:
-    """The seed of the sampled tokens. With the run's own seed, the responses would be those of the run's first step:
-    the critic would already have seen them, and their scores would count twice in its moments."""
+    """The seed of the sampled tokens. With the run's own seed, a later run would write the same responses in its first
+    step: the critic would already have seen them, and their scores would count twice in the moments."""
     return int.from_bytes(hashlib.blake2b(f"critic/{cfg.seed}".encode(), digest_size=8).digest())
 
 

@@ -1,4 +1,4 @@
-"""Starts the pools of a command: which class becomes which pool, and with which arguments. Runs in the driver."""
+"""Starts the pools of a command: the class and the arguments of each pool. Runs in the driver."""
 
 from __future__ import annotations
 

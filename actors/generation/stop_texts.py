@@ -25,8 +25,8 @@ class StopTexts:
         """Prepares `state`, vLLM's output state of a new request. `prompt` and `begun` are token ids: the request
         continues a response whose first tokens are `begun`.
 
-        vLLM treats `begun` as a part of the prompt, so it would miss a stop text that starts there. So its text of the
-        response starts with the end of the text of `begun`. Nothing else reads that text."""
+        vLLM treats `begun` as a part of the prompt, so it would miss a stop text that starts there. Here vLLM's text of
+        the response gets the end of the text of `begun` as its start. Nothing else reads that text."""
         state.logprobs_processor.tokenizer = None  # otherwise vLLM decodes a token for every log-probability
         if not begun:
             return

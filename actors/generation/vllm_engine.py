@@ -313,7 +313,7 @@ class VLLMEngine:
         with self._wake:
             while not (self._commands or self._has_work()):
                 self._wake.wait()
-                while self._wake.wait(GATHER_S):  # another request came; a step for many takes as long as for one
+                while self._wake.wait(GATHER_S):  # wait for more requests: a step for many takes as long as for one
                     pass
         while self._commands:  # popped one by one: if one is fatal, `_fail` still finds the others in the queue
             function, result = self._commands.popleft()

@@ -113,7 +113,7 @@ def engine_args(
         gpu_memory_utilization=0.9 if on_cpu else free_share_at_start(cfg, device_memory=device_memory),
         enable_sleep_mode=sleeps,
         enforce_eager=on_cpu,  # compiling for the CPU takes 71 s and gains at most 10 %
-        # Log-probabilities after temperature and truncation: those of the distribution that is sampled from.
+        # Log-probabilities after temperature and truncation, which describe the distribution that vLLM samples from.
         logprobs_mode="processed_logprobs",
         # Requests have salts (see VLLMEngine): otherwise the engine would use keys and values of old weights after an
         # update.

@@ -264,8 +264,8 @@ def weights_of(engine: Any, directory: Path) -> PreparedWeights | ReloadedWeight
 
 
 def _check_reload(kind: str | None) -> None:
-    """Raises UserError for a kind of model in which a reload would replace tensors whose old addresses vLLM's kernels
-    keep (vllm#41670, #48312, #48284)."""
+    """Raises UserError for a kind of model whose reload is not safe: it would replace tensors, and vLLM's kernels would
+    keep the old addresses (vllm#41670, #48312, #48284)."""
     if kind is not None:
         raise UserError(
             f"model.path is a {kind} model. On GPUs vLLM's reload of such models can leave old weights in use; use "

@@ -11,8 +11,8 @@ class Host(Protocol):
     """Runs replicas of one role. Only the host knows what a handle is; callers use `handle.method.remote(...)`."""
 
     role: str  # name of the role
-    losses: tuple[type[BaseException], ...]  # errors of a call which say that its replica will never answer
-    lost_values: tuple[type[BaseException], ...]  # errors of a call which say that a referenced argument is gone
+    losses: tuple[type[BaseException], ...]  # errors of a call after which its replica will never answer
+    lost_values: tuple[type[BaseException], ...]  # errors of a call whose referenced argument is lost
     outages: tuple[type[BaseException], ...]  # errors of `node` and `leaving_nodes` while the cluster cannot answer
 
     async def create(self, name: str) -> Any:
@@ -28,7 +28,7 @@ class Host(Protocol):
         `outages`."""
 
     async def leaving_nodes(self) -> Mapping[str, float]:
-        """Nodes that are about to go, with the seconds until then. Answers within seconds, or raises one of
+        """Nodes that will leave soon, with the seconds until then. Answers within seconds, or raises one of
         `outages`."""
 
     def probe(self, handle: Any) -> Awaitable[Any]:

@@ -218,7 +218,7 @@ class Membership:
                 self._create()
 
     def _dismissal_order(self, staying: Sequence[Replica]) -> Callable[[Replica], tuple[Any, ...]]:
-        """The sort key of the replicas to dismiss: first those that are not ready yet, then the least loaded, then the
+        """The sort key of the replicas to dismiss: first replicas that are not ready, then the least loaded, then the
         newest. The node with the fewest replicas is emptied before the next one, because an autoscaler removes only
         empty nodes."""
         here: dict[str | None, list[Replica]] = {}

@@ -22,7 +22,7 @@ class PoolEvent:
     event: str  # "joined", "leaving", "left" or "died"
     reason: str = ""
     node: str | None = None
-    seconds: float = 0.0  # joined: since it had room; left: since it joined; died: in the state in which it died
+    seconds: float = 0.0  # joined: since it had room; left: since it joined; died: in its last state
     calls: int = 0  # calls that it had when it began to leave, left or died; after the last two, others get them
 
 
@@ -40,7 +40,7 @@ class Replica:
     joined: bool = False  # it was ready at some time
     reason: str = ""  # why it was told to leave
     error: BaseException | None = None  # why it died
-    version: int | None = None  # the learner's weights that it has verified and holds; None: those of the model's files
+    version: int | None = None  # version of the learner's weights that it holds; None: the weights of the model's files
     killed: bool = False  # the order to kill its process was given
     calls_lost: int = 0  # calls it had when it died
     tried_alone: bool = False  # it died of a call that was tried alone, which is then given up

@@ -85,7 +85,7 @@ async def _generate(prompt: Prompt, begun: Any, plain_tokens: int, handle: Any) 
 
 
 async def _measure(rollout: Any, handle: Any) -> tuple[Any, bool]:
-    """A reference to the log-probabilities, and whether all are finite."""
+    """A reference to the log-probabilities, and True if all are finite."""
     logprobs, finite = handle.logprobs.options(num_returns=2).remote(rollout)
     return logprobs, await finite
 

@@ -1,4 +1,4 @@
-"""Which replica gets the next call: the one that the caller prefers, or the least loaded one. Runs in the driver.
+"""Chooses the replica for each call: the caller's preferred one, or the least loaded one. Runs in the driver.
 
 Calls are served in the order in which they arrive.
 """

@@ -1,4 +1,4 @@
-"""Time limits of the calls of a pool, which do not count the time in which its replicas sleep. Runs in the driver."""
+"""Time limits of a pool's calls. The clocks stop while its replicas sleep. Runs in the driver."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Reward sources, the reward service that asks them, and the reference policy.
 
-`kinds` has the table of all kinds of source. Each kind has a file: `function_source`, `model_source`, `http_source`,
-`judge_source`. Runs in each reward and reference replica, and in the driver for the checks before a run.
+`kinds` has the table of all kinds of source. Each kind has a file `..._source`. Runs in each reward and reference
+replica, and in the driver for the checks before a run.
 """

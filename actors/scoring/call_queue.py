@@ -34,7 +34,7 @@ class CallQueue(Generic[Result]):
 
     async def _work(self) -> None:
         """Makes calls until no answer waits. Then it removes itself from `_workers` with no await in between. A done
-        callback would run later: `submit` would still count this worker, and a new answer would wait for ever."""
+        callback would run later: `submit` would still count this worker, and a new answer would wait forever."""
         while self._waiting:
             taken = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
             if waiting := [(answer, future) for answer, future in taken if not future.done()]:  # not cancelled

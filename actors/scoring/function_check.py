@@ -61,7 +61,7 @@ def try_function(cfg: FunctionSourceConfig, service: SourcesConfig, answer: Rewa
     )
     if outcome.permanent:
         raise UserError(fault + remedy)
-    return f"{fault}; responses for which it does this get no score"
+    return f"{fault}; every response on which it fails like this gets no score"
 
 
 def function_digest(cfg: FunctionSourceConfig) -> str | None:

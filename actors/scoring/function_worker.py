@@ -136,7 +136,7 @@ async def serve_async(connection, function, style, limit_s):
             header = await reader.readexactly(HEADER.size)
             message = pickle.loads(await reader.readexactly(*HEADER.unpack(header)))
         except asyncio.IncompleteReadError:
-            os._exit(0)  # the parent has ended, so nobody waits for the calls that still run
+            os._exit(0)  # the parent has ended, so no process waits for the calls that still run
         task = asyncio.create_task(serve_one(message))
         tasks.add(task)
         task.add_done_callback(tasks.discard)

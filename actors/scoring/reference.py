@@ -52,7 +52,7 @@ class ReferencePolicy:
         return self._name
 
     async def logprobs(self, rollout: Rollout) -> tuple[np.ndarray, bool]:
-        """Log-probabilities of the response, float32 [R] in nats, and whether all are finite. Ray keeps the array in
+        """Log-probabilities of the response, float32 [R] in nats, and True if all are finite. Ray keeps the array in
         this process until it is fetched."""
         logprobs = await self._batcher.submit(rollout)
         meters.count("ratchet_scored_rollouts_total")

@@ -134,7 +134,7 @@ class Worker:
             raise too_long(self._limit_s) from None
         except asyncio.CancelledError:
             if not self.style.is_async:
-                self.kill()  # nobody needs its result any more, and later calls wait for the worker
+                self.kill()  # its result is not needed any more, and later calls wait for the worker
             raise
         finally:
             self._pending.pop(number, None)

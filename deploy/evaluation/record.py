@@ -22,7 +22,7 @@ from learner.evaluation.pass_at_k import pass_at_k, pass_figures
 from learner.loop.answers import Answered
 from learner.loop.evaluation import evaluation_of, passes
 
-Answers = Sequence[Answered]  # of one policy: the samples of the first prompt, those of the second, ...
+Answers = Sequence[Answered]  # of one policy: all samples of the first prompt, then all samples of the second, ...
 
 
 def evaluation_record(

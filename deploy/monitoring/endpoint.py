@@ -1,4 +1,4 @@
-"""The Prometheus endpoint of a run, and the files by which a Prometheus finds it. Runs in the driver."""
+"""The Prometheus endpoint of a run, and the files that tell Prometheus where it is. Runs in the driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ratchet monitoring`: the files with which Prometheus and Grafana show all runs of a machine. Runs in the driver.
+"""`ratchet monitoring`: settings of Prometheus and Grafana that show all runs of a machine. Runs in the driver.
 
 DIRECTORY/prometheus.yml, alerts.yml     which targets to ask, when to warn
 DIRECTORY/targets/                       where runs list themselves (`monitoring.discovery`)
@@ -63,7 +63,7 @@ providers:
 
 
 def write_monitoring(directory: Path, prometheus: str) -> None:
-    """Writes the files, over those of an earlier call. `prometheus` is the URL at which Grafana finds Prometheus."""
+    """Writes the files, and replaces the files of an earlier call. `prometheus`: Prometheus' URL, for Grafana."""
     if not re.fullmatch(WEB_ADDRESS, prometheus):
         raise UserError(f"--prometheus ({prometheus}) must be an address such as http://127.0.0.1:9090")
     directory = directory.absolute()

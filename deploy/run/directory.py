@@ -177,8 +177,8 @@ def _entries(directory: Path) -> set[str]:
 
 
 def _check_can_be_made(directory: Path) -> None:
-    """Makes the directory, with every missing parent, and removes it again: permissions alone do not say whether it
-    works. Raises UserError if it does not."""
+    """Makes the directory, with every missing parent, and removes it again, because permissions alone do not show
+    whether this works. Raises UserError if it fails."""
     missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
     made: list[Path] = []
     try:

@@ -81,9 +81,9 @@ def accepted_differences(
     shown: Mapping[str, str],
     kept: Mapping[str, str],
 ) -> dict[str, str]:
-    """The digests that differ from the journal's and are to be recorded: those that the user accepts by name, and those
-    of inputs that are new in the run. Raises UserError for any other difference. `shown`: the file or setting behind
-    each name. `kept`: see `kept_names`."""
+    """The digests to record because they differ from the journal's: of inputs that the user accepts by name, and of
+    inputs that are new in the run. Raises UserError for any other difference. `shown`: the file or setting behind each
+    name. `kept`: see `kept_names`."""
     if unknown := [name for name in accepted if name not in now]:
         raise UserError(f"--accept {unknown[0]}: the run depends on {', '.join(now)}; name one of them")
     if names := [name for name in accepted if name in kept]:

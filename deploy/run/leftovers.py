@@ -11,7 +11,7 @@ from pathlib import Path
 
 from learner.loop.checkpoints import COMPLETE
 
-# Files of common.files.write_whole. Not those that `ratchet scale` and `ratchet report` may be writing now.
+# Temporary files of common.files.write_whole, except those that `ratchet scale` and `ratchet report` may write now.
 _STAGING_FILE = re.compile(r"(?!scale\.json|report\.html).+\.\d+\.tmp")
 # Directories of common.files.replaced_directory.
 _STAGING_DIRECTORY = re.compile(r"\.(policy|adapter|model|critic|best-critic)-\w{8}")

@@ -29,8 +29,8 @@ _PATHS = {
 def settled(
     cfg: Config, notes: Sequence[Note], next_step: int, changed: Sequence[str], known: Collection[str]
 ) -> tuple[Config, dict[str, Any]]:
-    """The settings to continue with, and those of --change that the journal does not have yet. Raises UserError if any
-    other setting differs from the journal.
+    """The settings to continue with, and the changes (--change) that the journal does not have yet. Raises UserError if
+    any other setting differs from the journal.
 
     `next_step`: number of the journal's next step. `changed`: keys given with --change. `known`: names whose contents
     are compared by digest, so that a file or directory may be moved.

@@ -90,7 +90,7 @@ def _turns(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[dict[st
 
 def _critic(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Explained variance in the last steps, and the variance of the realised returns in the first and last steps. A
-    critic that explains much of hardly any variance explains nothing, so the three belong together. Empty if no step
+    critic that explains much of a tiny variance explains nothing, so the three must be read together. Empty if no step
     has these figures."""
 
     def mean(key: str, steps: Sequence[dict[str, Any]]) -> float:

@@ -90,7 +90,7 @@ class Progress(Screen):
         self._print(f"run directory {escape(str(self._directory))}; starting Ray actors ...", style="dim")
 
     def ready(self, pools: Sequence[Pool], *, dashboard: str | None, figures: str) -> None:
-        """`dashboard` is the address of Ray's dashboard, `figures` that of the run's endpoint, both HOST:PORT."""
+        """`dashboard`: address of Ray's dashboard. `figures`: address of the run's endpoint. Both are HOST:PORT."""
         ready = [(len(pool.ready), pool.role) for pool in pools]
         roles = sorted(f"{number} {role if number == 1 else _PLURALS[role]}" for number, role in ready)
         ranks = self._cfg.learner.ranks

@@ -47,7 +47,7 @@ class Outcome:
     states: dict[int, RunState]  # of the trials that have begun, by number
     finalists: tuple[Finalist, ...]  # the best first
     compared: tuple[Comparison, ...]
-    missing: int  # runs for which there was no time
+    missing: int  # number of runs that did not fit into the time
 
     @property
     def seed_deviation(self) -> float | None:

@@ -71,7 +71,7 @@ class TrialProcess:
         return process.returncode or 0
 
     def error_message(self) -> str:
-        """The message with which the process ended: the last line of its log."""
+        """The process's last message, or the last line of its log if it has no message."""
         with suppress(OSError):
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             said = [line.removeprefix("ratchet: ") for line in lines if line.startswith("ratchet: ")]

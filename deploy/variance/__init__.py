@@ -1,1 +1,1 @@
-"""`ratchet evaluate --variance`: what the critic bought, from a journal and a checkpoint. Runs in the driver."""
+"""`ratchet evaluate --variance`: how much noise of the gradient the critic removes. Runs in the driver."""

@@ -16,7 +16,7 @@ _LEGEND = (  # each at most 80 columns
     "var: variance of the advantages before whitening, divided by that of the returns",
     "error: standard error of the gradient of the {used} advantages, divided by its",
     "    norm, with its interval; near 1 only noise is seen",
-    "noise scale: responses for which the error equals the true gradient: interval",
+    "noise scale: responses at which the error equals the true gradient; interval",
     "/none: noise scale divided by that without a baseline; below 1 the estimator is",
     "    better; cosine: of its true gradient with that of lam 1, which has no bias",
     "*: the run's own estimator; -: the batch is too small to tell",
