@@ -20,7 +20,7 @@ from common.config.ppo import Config
 from common.data.prompt_records import PromptRecord
 from common.errors import UserError
 from deploy.ending import signals
-from deploy.ending.ray_errors import told_at_once
+from deploy.ending.ray_errors import errors_shown_first
 from deploy.plan.needs import Need, ScoringModel, service_needs
 from deploy.plan.object_store import sampling_store
 from deploy.policy_files import PolicyFiles
@@ -96,7 +96,7 @@ class JournalSampling:
         start = Starter(cfg.ray, on_event=progress.pool, tell=progress.note)
         with ExitStack() as ending:
             ending.callback(start.stop)
-            ending.enter_context(told_at_once())
+            ending.enter_context(errors_shown_first())
             errors = ErrorFiles(self.directory)
             generators, rewards = await asyncio.gather(
                 start.writers(self.policy, cfg, keep=errors.keep, seed=_generator_seed(cfg)),

@@ -23,7 +23,7 @@ from common.health.health import Event
 from common.types import Experience, Prompt, Void
 from deploy.cluster.connection import dashboard, metrics_addresses
 from deploy.ending import signals
-from deploy.ending.ray_errors import told_at_once
+from deploy.ending.ray_errors import errors_shown_first
 from deploy.monitoring.endpoint import RunFigures
 from deploy.plan.needs import Phases, needs
 from deploy.policy_files import PolicyFiles
@@ -151,7 +151,7 @@ async def _train(
     with ExitStack() as ending:
         ending.callback(learner.stop)
         ending.callback(start.stop)
-        ending.enter_context(told_at_once())
+        ending.enter_context(errors_shown_first())
         errors = ErrorFiles(directory)
         generators, rewards, reference, _ = await asyncio.gather(
             start.writers(policy, cfg, keep=errors.keep, seed=cfg.seed, sleeps=cfg.lent_share > 0),

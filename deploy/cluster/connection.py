@@ -33,7 +33,7 @@ from deploy.ending import exit_message, signals
 from deploy.ending.driver_watcher import watched
 from deploy.ending.limits import end_run, limited
 from deploy.ending.native_errors import native_errors_to
-from deploy.ending.ray_errors import dead_cluster_process, essential_processes, told_at_once
+from deploy.ending.ray_errors import dead_cluster_process, errors_shown_first, essential_processes
 from deploy.plan.machines import gpu_memory_query
 from deploy.plan.placement import Node
 
@@ -44,13 +44,13 @@ SHUTDOWN_S = 15.0  # Ray usually takes 2 s, but waits without a limit for proces
 @contextmanager
 def cluster(cfg: RayConfig, run: Path | None = None) -> Iterator[list[Node]]:
     """Connects, and yields the free resources of each node. An error in the body is shown before Ray is shut down: see
-    `told_at_once`. On a cluster that others use too, it first waits for the end of processes that earlier drivers of
-    the run directory `run` have left."""
+    `errors_shown_first`. On a cluster that others use too, it first waits until processes that earlier drivers of the
+    run directory `run` have left are gone."""
     address = named_address(cfg)
     joined = None if address is None else reachable(address)
     leaving = ExitStack()
     try:
-        with told_at_once():
+        with errors_shown_first():
             directory = leaving.enter_context(own_cluster.private_directory())
             watcher = leaving.enter_context(watched(directory, *exit_message.how_to_continue()))
 

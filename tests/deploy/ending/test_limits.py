@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import RoleError, UserError
 from deploy.ending import signals
-from deploy.ending.ray_errors import readable, told_at_once
+from deploy.ending.ray_errors import errors_shown_first, readable
 
 ROOT = Path(__file__).parents[3]
 STUCK = """
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from common.errors import RoleError, UserError
 from deploy.ending import exit_message, signals
 from deploy.ending.limits import limited
-from deploy.ending.ray_errors import told_at_once
+from deploy.ending.ray_errors import errors_shown_first
 
 signals.CLEANUP_S = signals._state.cleanup_s = 0.3
 
@@ -33,7 +33,7 @@ def start():
 def end(error):
     with ExitStack() as ending:
         ending.callback(time.sleep, 60)
-        ending.enter_context(told_at_once())
+        ending.enter_context(errors_shown_first())
         raise error
 
 exit_message.main(lambda: eval(sys.argv[1]))
@@ -93,9 +93,9 @@ def test_a_loop_waits_for_threads_that_end_by_themselves():
 def test_the_shown_error_is_the_one_that_is_raised_and_it_is_made_once():
     shown = RoleError("Learner(0) died")
     shown.__cause__ = ValueError("the reason")
-    with pytest.raises(RoleError) as raised, told_at_once():
+    with pytest.raises(RoleError) as raised, errors_shown_first():
         raise shown
     assert raised.value is shown
     assert readable(readable(shown)) is shown
-    with pytest.raises(UserError), told_at_once():
+    with pytest.raises(UserError), errors_shown_first():
         raise UserError("prompts.train is missing")
