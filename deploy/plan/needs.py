@@ -169,7 +169,7 @@ def generator_needs(cfg: GeneratorsConfig, model: ModelSize, *, max_tokens: int,
     if cfg.updates == "changes":
         host["buckets for deltas"] = 2 * 2 * model.parameters
     if parts > 1:
-        host["libraries of its workers"] = parts * ENGINE
+        host["libraries of its workers"] = parts * ENGINE.libraries
         host["weights for its workers"] = 2 * model.parameters
     if cfg.gpus == 0:
         step = other_bytes(cfg, model) - CONTEXT_AND_GRAPHS

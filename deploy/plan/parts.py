@@ -5,27 +5,37 @@ Measured on a two-core x86 machine; docs/plan.md compares the estimates with mea
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from common.config.ppo import LoRAConfig
 from common.memory import MIB
 from common.model.size import ModelSize
 
-# Memory of a process that has joined Ray and imported its role, private and of library files, before it loads a model.
-REFERENCE = 515 * MIB  # reference
-REWARD = 560 * MIB  # reward: it also has the tokenizer of the policy
-TRAINER = 580 * MIB  # learner and the other trainers
-ENGINE = 770 * MIB  # generator: vLLM
 
-# Only in bfloat16 on CPUs. oneDNN compiles a kernel for each shape of a matrix product, and keeps the last 1,024.
-# Passes of different lengths leave gaps in the heap. In 200 passes of different lengths through one layer the process
-# grew by 300 MiB, and by 180 with a cache of 16 kernels. In whole runs of 10 to 14 steps reference, learner and engine
-# grew by 230 to 490 MiB beyond their other parts, and more slowly at the end.
-GAPS = 370 * MIB
+class ProcessKind(NamedTuple):
+    """What a process of a role has without any model, in bytes.
+
+    Gaps are only in bfloat16 on CPUs. oneDNN compiles a kernel for each shape of a matrix product, and keeps the last
+    1,024. Passes of different lengths leave gaps in the heap. In 200 passes of different lengths through one layer the
+    process grew by 300 MiB, and by 180 with a cache of 16 kernels. In whole runs of 10 to 16 steps learner and engine
+    grew by 200 to 490 MiB beyond their other parts, and more slowly at the end. Reference and reward models grew by 90
+    to 160 MiB where responses had few lengths, and by 380 where an evaluation followed each step.
+    """
+
+    libraries: int  # private memory and pages of library files, once it has joined Ray and imported its role
+    gaps: int  # kernels that oneDNN compiles, and gaps in the heap
 
 
-def libraries(imported: int, *, gpus: float, dtype: str) -> dict[str, int]:
+REFERENCE = ProcessKind(515 * MIB, 250 * MIB)
+REWARD = ProcessKind(560 * MIB, 250 * MIB)  # it also has the tokenizer of the policy
+TRAINER = ProcessKind(580 * MIB, 370 * MIB)  # learner and the other trainers
+ENGINE = ProcessKind(770 * MIB, 370 * MIB)  # generator: vLLM
+
+
+def libraries(kind: ProcessKind, *, gpus: float, dtype: str) -> dict[str, int]:
     """The parts of every process of a kind that computes in `dtype`."""
-    gaps = GAPS if gpus == 0 and dtype in ("bfloat16", "bf16") else 0
-    return {"libraries": imported, "kernels and gaps": gaps}
+    gaps = kind.gaps if gpus == 0 and dtype in ("bfloat16", "bf16") else 0
+    return {"libraries": kind.libraries, "kernels and gaps": gaps}
 
 
 def kept_values(model: ModelSize, *, lora: LoRAConfig | None = None) -> int:

@@ -87,8 +87,8 @@ def test_the_estimates_of_a_small_model_worked_out_by_hand():
     # By default: sequences of 512 + 256 tokens, more than the 512 of a micro-batch; 4096 in a pass of the reference.
     estimate = memory(config())
     # A pass of the reference keeps 3 * 144 + 6 * 64 = 816 values of 2 bytes for each token.
-    # Every process has its libraries, and those that compute in bf16 oneDNN's kernels, 370 MiB.
-    assert estimate["ReferencePolicy(0)"] == (515 + 370) * MIB + 2_000_000 + 4096 * 816 * 2
+    # Every process has its libraries, and those that compute in bf16 oneDNN's kernels: 370 MiB, 250 where they score.
+    assert estimate["ReferencePolicy(0)"] == (515 + 250) * MIB + 2_000_000 + 4096 * 816 * 2
     # The tied embedding, 6400 weights, is there unpacked too. A step of 256 tokens takes more than 64 rows of logits.
     assert estimate["Generator(0)"] == (770 + 370) * MIB + 2 * 2_012_800 + 256 * MIB + 256 * 816 * 2
     # Saved for the backward pass: 4 * 64 + 2 * 64 + 2 * 32 + 3 * 144 = 880 bf16 values for each of 768 tokens and 2
@@ -165,15 +165,15 @@ def test_without_a_critic_a_separate_one_takes_no_memory():
 
 
 @pytest.mark.parametrize(
-    ("role", "section", "half_size"),
+    ("role", "section", "half_size", "gaps"),
     [
-        ("Generator(0)", "generators", 2 * 2_012_800 + 256 * 816 * 2),
-        ("ReferencePolicy(0)", "reference", 2 * 1_000_000 + 4096 * 816 * 2),
+        ("Generator(0)", "generators", 2 * 2_012_800 + 256 * 816 * 2, 370),
+        ("ReferencePolicy(0)", "reference", 2 * 1_000_000 + 4096 * 816 * 2, 250),
     ],
 )
-def test_float32_doubles_weights_and_activations_of_a_frozen_role(role, section, half_size):
+def test_float32_doubles_weights_and_activations_of_a_frozen_role(role, section, half_size, gaps):
     half, full = memory(config(**{section: {"dtype": "bfloat16"}})), memory(config(**{section: {"dtype": "float32"}}))
-    assert full[role] - half[role] == half_size - 370 * MIB  # kernels that only bf16 needs
+    assert full[role] - half[role] == half_size - gaps * MIB  # kernels that only bf16 needs
 
 
 def test_services_on_a_gpu_need_room_for_their_largest_pass():
