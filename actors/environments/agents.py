@@ -25,7 +25,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from actors.environments.chat_completions import ChatAnswer, ChatRequest, RefusedError, canonical_message
+from actors.environments.chat_answers import ChatAnswer
+from actors.environments.chat_requests import ChatRequest, RefusedError, canonical_message
 from actors.environments.conversations import Answered, Conversations, new_messages
 from actors.environments.endpoint import EndpointServer
 from actors.environments.instance import CompleteError

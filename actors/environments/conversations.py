@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.environments.chat_completions import ChatRequest
+from actors.environments.chat_requests import ChatRequest
 from common.data.messages import Message
 
 

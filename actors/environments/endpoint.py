@@ -16,9 +16,10 @@ from threading import Thread
 
 from aiohttp import web
 
-from actors.environments.chat_completions import MODEL, ChatAnswer, ChatRequest, RefusedError, RequestReader
-from actors.environments.chat_completions import completion as completion_of
-from actors.environments.chat_completions import events as events_of
+from actors.environments.chat_answers import ChatAnswer
+from actors.environments.chat_answers import completion as completion_of
+from actors.environments.chat_answers import events as events_of
+from actors.environments.chat_requests import MODEL, ChatRequest, RefusedError, RequestReader
 from common.config.actors import SamplingConfig
 from common.environment import Endpoint
 

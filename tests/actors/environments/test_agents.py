@@ -263,7 +263,7 @@ def test_a_streamed_answer_has_the_same_parts(hosts):
 
 
 def test_streamed_calls_can_be_put_together():
-    from actors.environments.chat_completions import ChatAnswer, events
+    from actors.environments.chat_answers import ChatAnswer, events
 
     call = {"id": "call00000", "type": "function", "function": {"name": "add", "arguments": "{}"}}
     body = events(ChatAnswer("chatcmpl-0", "", [call], "tool_calls"), include_usage=False).decode()

@@ -1,5 +1,4 @@
-"""The requests and answers of OpenAI's chat completions: what a request asks for, and how an answer is written. Runs in
-each environment replica.
+"""Reads requests in the form of OpenAI's chat completions. Runs in each environment replica.
 
 A setting of a request that the run cannot follow is refused by its name. Nothing is ignored that would change an
 answer.
@@ -8,9 +7,8 @@ answer.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from common.config.actors import SamplingConfig
@@ -52,38 +50,6 @@ class ChatRequest:
     tools: tuple[Mapping[str, Any], ...] = ()  # for the chat template
     stream: bool = False
     include_usage: bool = False  # a last chunk with the numbers of tokens
-
-
-@dataclass(frozen=True)
-class ChatAnswer:
-    """The model's answer to a request."""
-
-    id: str
-    content: str
-    calls: Sequence[Mapping[str, Any]] = ()  # as `tool_calls` has them, arguments as text
-    finish_reason: str = "stop"  # stop, length or tool_calls
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The message as the client gets it."""
-        calls = {"tool_calls": [dict(call) for call in self.calls]} if self.calls else {}
-        return {"role": "assistant", "content": self.content or (None if self.calls else ""), **calls}
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """The numbers of tokens."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
-
-
-# Requests
 
 
 class RequestReader:
@@ -296,40 +262,3 @@ def _object_if_it_is_one(arguments: Any) -> Any:
             return arguments
         return read if isinstance(read, dict) else arguments
     return arguments
-
-
-# Answers
-
-
-def completion(answer: ChatAnswer) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
-    choice = {"index": 0, "message": answer.message, "logprobs": None, "finish_reason": answer.finish_reason}
-    return {**_head(answer, "chat.completion"), "choices": [choice], "usage": answer.usage}
-
-
-def chunks(answer: ChatAnswer, *, include_usage: bool) -> Iterator[dict[str, Any]]:
-    """The chunks of a streamed answer. They have the whole text in one piece, because an answer is complete before the
-    agent gets its first part."""
-
-    def chunk(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**_head(answer, "chat.completion.chunk"), "choices": [choice]}
-
-    yield chunk({"role": "assistant", "content": ""})
-    if answer.content:
-        yield chunk({"content": answer.content})
-    for index, call in enumerate(answer.calls):
-        yield chunk({"tool_calls": [{"index": index, **call}]})
-    yield chunk({}, answer.finish_reason)
-    if include_usage:
-        yield {**_head(answer, "chat.completion.chunk"), "choices": [], "usage": answer.usage}
-
-
-def events(answer: ChatAnswer, *, include_usage: bool) -> bytes:
-    """The same as server-sent events."""
-    sent = [json.dumps(chunk, ensure_ascii=False) for chunk in chunks(answer, include_usage=include_usage)]
-    return "".join(f"data: {data}\n\n" for data in [*sent, "[DONE]"]).encode()
-
-
-def _head(answer: ChatAnswer, kind: str) -> dict[str, Any]:
-    return {"id": answer.id, "object": kind, "created": answer.created, "model": MODEL}
