@@ -30,7 +30,7 @@ from actors.environments.chat_requests import ChatRequest, RefusedError, canonic
 from actors.environments.conversations import Answered, Conversations, new_messages
 from actors.environments.endpoint import EndpointServer
 from actors.environments.instance import CompleteError
-from actors.environments.steps import Continuation, PolicyTurn, Restart
+from actors.environments.steps import Continuation, LimitError, PolicyTurn, Restart
 from actors.environments.tool_formats import ToolFormats
 from common.config.environment import EnvironmentConfig
 from common.daemon_threads import in_daemon_thread
@@ -58,8 +58,9 @@ class AgentEnvironment:
     needs_turn = True  # `step` gets a PolicyTurn
     names: Mapping[str, str] = {  # of the methods, for messages: the user knows an agent only
         "reset": "the agent, until its first request,",
+        "refuse_prompt": "the agent, until its next request,",
         "step": "the agent, until its next request,",
-        "cut_off": "the agent, after its last request was refused,",
+        "refuse_step": "the agent, after a request was refused,",
     }
 
     def __init__(
@@ -79,15 +80,29 @@ class AgentEnvironment:
         self._endpoint = self._server.open(self.ask)
         self._task = self._loop.create_task(self._run(prompt))
         self._task.add_done_callback(lambda _: self._news.set())
+        return await self._first(
+            "the agent returned without a request to the model, so the episode has nothing to learn from; ask "
+            "endpoint.model at endpoint.base_url"
+        )
+
+    async def _first(self, otherwise: str) -> Restart:
+        """The first request that can be answered. Raises CompleteError with the reason `otherwise` if none comes."""
         self._asked = await self._next()
         if self._asked is None:
             self._result()
-            raise CompleteError(
-                "the agent returned without a request to the model, so the episode has nothing to learn from; ask "
-                "endpoint.model at endpoint.base_url"
-            )
+            raise CompleteError(otherwise)
         request = self._asked.request
         return Restart(list(request.messages), ends=True, options=_options(request))
+
+    async def refuse_prompt(self, error: LimitError) -> Restart:
+        """Refuses the first request, because its messages are too long. Returns the next one."""
+        found = f"the messages have {error.num_tokens} tokens, but prompts.max_tokens and the model's context allow"
+        self._refuse_long(f"{found} {error.room}; send fewer or shorter messages")
+        return await self._first(
+            "the agent returned without a request that the model could answer, so the episode has nothing to learn "
+            f"from; its last one was too long ({error.num_tokens} tokens, where prompts.max_tokens and the model's "
+            f"context allow {error.room}): let it send shorter messages, or raise prompts.max_tokens"
+        )
 
     async def step(self, turn: PolicyTurn) -> Step:
         """Answers the open request, and waits for the next one or for the end of the agent."""
@@ -101,25 +116,33 @@ class AgentEnvironment:
         self._asked = await self._next()
         return self._finish() if self._asked is None else Step(self._observation(self._asked.request))
 
-    async def cut_off(self, limit: str) -> Step:
-        """Refuses the open request and all others, because the episode has reached this limit. The agent may still
-        return a score."""
-        setting = f"environment.{limit} ({getattr(self._cfg, limit)})"
-        self._refuse(
-            RefusedError(f"the episode has reached {setting}; the model is not asked again", code=limit, status=400)
-        )
-        await asyncio.wait([self._task])
+    async def refuse_step(self, error: LimitError) -> Step:
+        """Refuses the open request, because the episode has reached a limit. After max_turns all others are refused
+        too. After max_tokens the agent may send a shorter one. It may always return a score."""
+        setting = f"environment.{error.limit} ({getattr(self._cfg, error.limit)})"
+        if error.limit == "max_turns":
+            reached = f"the episode has reached {setting}; the model is not asked again"
+            self._refuse(RefusedError(reached, code="max_turns"))
+            await asyncio.wait([self._task])
+        else:
+            self._refuse_long(
+                f"the request adds {error.num_tokens} tokens to the episode, which has room for {error.room} before "
+                f"{setting}; send fewer or shorter messages, in another conversation"
+            )
+            self._asked = await self._next()
+        if self._asked is not None:
+            return Step(self._observation(self._asked.request))
         try:
             return self._finish()
-        except CompleteError as error:
+        except CompleteError as failed:
             raise CompleteError(
-                f"a request was refused, because the episode has reached {setting}, and {error.reason}; let the agent "
+                f"a request was refused, because the episode has reached {setting}, and {failed.reason}; let the agent "
                 "return a score then, or raise the limit",
-                details=error.details,
-                fault=f"the agent returned no score after environment.{limit}",
+                details=failed.details,
+                fault=f"the agent returned no score after environment.{error.limit}",
                 permanent=False,
-                kind=error.kind,
-            ) from error
+                kind=failed.kind,
+            ) from failed
 
     async def close(self) -> None:
         """Cancels the agent, and refuses its open requests. A plain function cannot be cancelled: its next request is
@@ -175,6 +198,13 @@ class AgentEnvironment:
             _refuse(asked.answer, error)
         self._asked = None
         self._waiting.clear()
+
+    def _refuse_long(self, reason: str) -> None:
+        """Refuses the open request as OpenAI refuses one whose messages are too long."""
+        assert self._asked is not None
+        reason = f"the maximum context length is exceeded: {reason}"
+        _refuse(self._asked.answer, RefusedError(reason, code="context_length_exceeded", param="messages"))
+        self._asked = None
 
     def _observation(self, request: ChatRequest) -> Any:
         """A Restart or a Continuation."""

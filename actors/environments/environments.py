@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from actors.environments.instance import BlocksLoopError, Deadline, Instance
 from actors.environments.kinds import Kind, Make, episode_kind
-from actors.environments.steps import read_step
+from actors.environments.steps import LimitError, read_step
 from actors.environments.transcript import Transcript
 from actors.environments.user_threads import UserLoop
 from common.config.actors import PromptFormat, SamplingConfig
@@ -38,7 +39,6 @@ from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, Scor
 from common.user_code.errors import UserCodeError
 
 MAX_STUCK = 8  # with this many threads in calls past their limit, the process is replaced
-LIMITS = ("max_turns", "max_tokens")  # the finish reasons that the environment did not choose
 END_AFTER_S = 2.0  # time in which the answers to the driver leave a process that ends
 
 
@@ -114,9 +114,23 @@ class Environments:
                 saved = _unpickled(state)
                 await instance.call("restore", saved.state, deadline=deadline)
                 return saved.prompt, True
-            return self._transcript.replaced(prompt, said), False
+            return await self._replaced(instance, prompt, said, deadline), False
         except UserCodeError as error:
             return await self._void(instance, prompt, "", error), False
+
+    async def _replaced(self, instance: Instance, prompt: Prompt, said: Any, deadline: Deadline) -> Prompt:
+        """The prompt that `reset` asked for. An object with `refuse_prompt` is asked again if it is too long."""
+        while True:
+            try:
+                return self._transcript.replaced(prompt, said)
+            except LimitError as error:
+                if not instance.has("refuse_prompt"):
+                    raise UserCodeError(
+                        f"reset returned a prompt of {error.num_tokens} tokens, but prompts.max_tokens and the model's "
+                        f"context allow {error.room}",
+                        fault="reset returned a prompt that is too long",
+                    ) from None
+                said = await instance.call("refuse_prompt", error, deadline=deadline)
 
     async def _reset(self, instance: Instance, prompt: Prompt, deadline: Deadline) -> Any:
         if not instance.has("reset"):
@@ -136,20 +150,9 @@ class Environments:
             meters.count("ratchet_environment_voids_total", reason="died")
             reason = f"environment {self._cfg.name}: this process has no such episode"
             return None, Void(prompt.sample_id, reason, kind="died"), None
-        deadline, started = self._deadline(), time.perf_counter()
-        state = None
+        deadline, state = self._deadline(), None
         try:
-            special_tokens = instance.needs_special_tokens
-            turn: Any = self._transcript.policy_turn(rollout)
-            if not instance.needs_turn:
-                turn = {"role": "assistant", "content": turn.marked_text if special_tokens else turn.text}
-            answer = await instance.call("step", turn, deadline=deadline)
-            seconds = time.perf_counter() - started
-            checked = read_step(answer, chat=self._transcript.chat)
-            extended = self._transcript.extended(rollout, checked, seconds, special_tokens=special_tokens)
-            if (limit := extended.finish_reason) in LIMITS and instance.has("cut_off"):
-                last = read_step(await instance.call("cut_off", limit, deadline=deadline), chat=self._transcript.chat)
-                extended = self._transcript.extended(rollout, last, time.perf_counter() - started, over=limit)
+            extended = await self._extended(instance, rollout, deadline)
             if extended.finish_reason == IN_EPISODE and instance.has("state"):
                 state = _pickled(_Saved(prompt, await instance.call("state", deadline=deadline)))
         except UserCodeError as error:
@@ -158,6 +161,26 @@ class Environments:
         if extended.finish_reason != IN_EPISODE:
             await self.end(prompt.sample_id)
         return extended, RolloutRef.of(extended), state
+
+    async def _extended(self, instance: Instance, rollout: Rollout, deadline: Deadline) -> Rollout:
+        """The rollout with the answer to its newest turn. An answer that reaches a limit ends the episode, unless the
+        object has `refuse_step`, which gives another answer."""
+        started, special_tokens = time.perf_counter(), instance.needs_special_tokens
+        said: Any = self._transcript.policy_turn(rollout)
+        if not instance.needs_turn:
+            said = {"role": "assistant", "content": said.marked_text if special_tokens else said.text}
+        answer, limit = await instance.call("step", said, deadline=deadline), None
+        while True:
+            step = read_step(answer, chat=self._transcript.chat)
+            seconds = time.perf_counter() - started
+            extend = partial(self._transcript.extended, rollout, step, seconds, special_tokens=special_tokens)
+            try:
+                return extend(over=limit if step.terminated else None)
+            except LimitError as error:
+                limit = error.limit
+                if not instance.has("refuse_step"):
+                    return extend(over=limit)
+                answer = await instance.call("refuse_step", error, deadline=deadline)
 
     async def end(self, sample_id: SampleId) -> None:
         """Closes an episode's instance. Does nothing for an episode that has none."""

@@ -55,6 +55,15 @@ class PolicyTurn:
     finish_reason: str  # as the generator gave it: stop or length
 
 
+class LimitError(Exception):
+    """An episode has no room for what its environment says. `limit`: prompt, max_tokens or max_turns. `num_tokens` are
+    too many tokens, where `room` fit; both are 0 for max_turns."""
+
+    def __init__(self, limit: str, num_tokens: int = 0, room: int = 0) -> None:
+        super().__init__(f"{limit}: {num_tokens} tokens, where {room} fit")
+        self.limit, self.num_tokens, self.room = limit, num_tokens, room
+
+
 @dataclass(frozen=True)
 class CheckedStep:
     """A step whose values can be rendered, written to the journal and learned from."""

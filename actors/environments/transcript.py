@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.environments.rendering import make_rendering
-from actors.environments.steps import CheckedStep, PolicyTurn, Restart, read_observation
+from actors.environments.steps import CheckedStep, LimitError, PolicyTurn, Restart, read_observation
 from common.config.actors import PromptFormat
 from common.config.environment import EnvironmentConfig
 from common.data.messages import Message
@@ -47,7 +47,7 @@ class Transcript:
         self._rendering = make_rendering(tokenizer, chat=self.chat, end_tokens=end_tokens, **options)
 
     def replaced(self, prompt: Prompt, said: Any) -> Prompt:
-        """The prompt that `reset` asked for. Raises UserCodeError."""
+        """The prompt that `reset` asked for. Raises UserCodeError, and LimitError if it is too long."""
         options = said.options if isinstance(said, Restart) else {}
         messages = read_observation("reset", said.messages if isinstance(said, Restart) else said, chat=self.chat)
         if not messages:
@@ -67,11 +67,7 @@ class Transcript:
         if record is None:
             raise UserCodeError("reset returned an empty prompt; return None to keep the prompt of the data")
         if (length := len(record.token_ids)) > self._max_prompt_tokens:
-            raise UserCodeError(
-                f"reset returned a prompt of {length} tokens, but prompts.max_tokens and the model's context allow "
-                f"{self._max_prompt_tokens}",
-                fault="reset returned a prompt that is too long",
-            )
+            raise LimitError("prompt", length, self._max_prompt_tokens)
         return replace(prompt, text=record.text, token_ids=record.token_ids, messages=record.messages)
 
     def newest_turn(self, rollout: Rollout, *, special_tokens: bool = False) -> str:
@@ -104,14 +100,16 @@ class Transcript:
     ) -> Rollout:
         """The rollout after a step. What the environment says is added only if the policy continues after it.
         `special_tokens`: see `newest_turn`. `over`: why the episode ends, if it is known already. Raises UserCodeError
-        for messages that cannot be rendered."""
+        for messages that cannot be rendered, and LimitError if the policy has no room to continue."""
         end, restart = len(rollout.response_ids), step.restart
         said: list[int] = []
-        over = over or self._reason_to_end(rollout, step)
+        over = over or ("terminated" if step.terminated else "truncated" if step.truncated else None)
         if over is None:
+            if len(rollout.turns) + 1 >= self._cfg.max_turns:
+                raise LimitError("max_turns")
             said = self._rendered(step, rollout, special_tokens)
-            if end + len(said) + 1 > self._cfg.max_tokens:
-                said, over = [], "max_tokens"
+            if len(said) > (room := self._cfg.max_tokens - end - 1):
+                raise LimitError("max_tokens", len(said), max(0, room))
         turn = Turn(
             end=end,
             next_start=end + len(said),
@@ -130,13 +128,6 @@ class Transcript:
             finish_reason=over or IN_EPISODE,
             cached_tokens=0,
         )
-
-    def _reason_to_end(self, rollout: Rollout, step: CheckedStep) -> str | None:
-        if step.terminated:
-            return "terminated"
-        if step.truncated:
-            return "truncated"
-        return "max_turns" if len(rollout.turns) + 1 >= self._cfg.max_turns else None
 
     def _rendered(self, step: CheckedStep, rollout: Rollout, special_tokens: bool) -> list[int]:
         """The tokens of the environment, of which there is at least one if they are a new context."""

@@ -185,6 +185,22 @@ async def endless(prompt, endpoint):
         raise
 
 
+async def insists(prompt, endpoint):
+    """Sends each text of the prompt's field `texts` as a conversation, also after a refusal. Returns the number of
+    answers, or raises the last refusal if the field `raises` is true."""
+    answers, last = 0, None
+    for text in prompt.fields["texts"]:
+        try:
+            await ask(endpoint, [user(text)])
+            answers += 1
+        except openai.BadRequestError as error:
+            last = error
+            seen.append(error)
+    if prompt.fields.get("raises"):
+        raise last
+    return answers
+
+
 async def leaves_a_request(prompt, endpoint):
     """Returns while another request is open, and asks again after its end."""
     first = await ask(endpoint, prompt.messages)

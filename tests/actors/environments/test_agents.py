@@ -43,11 +43,11 @@ def hosts():
     """Makes replicas, and closes them at the end."""
     made = []
 
-    def make(agent, *, tokenizer=TOKENIZER, sampling=None, **settings):
+    def make(agent, *, tokenizer=TOKENIZER, prompts=CHAT, sampling=None, **settings):
         agents.seen.clear()
         ends.clear()
         cfg = EnvironmentConfig(agent=f"{MODULE}:{agent}", **settings)
-        options = {"model": tokenizer, "prompts": CHAT, "sampling": sampling or SamplingConfig()}
+        options = {"model": tokenizer, "prompts": prompts, "sampling": sampling or SamplingConfig()}
         made.append(Environments("Environments(0)", cfg, end_process=lambda: ends.append(1), **options))
         return made[-1]
 
@@ -480,27 +480,95 @@ def test_the_server_answers_while_an_agent_blocks_the_loop_of_all_agents(hosts):
 @pytest.mark.parametrize(
     ("limits", "fields", "limit", "turns"),
     [
-        ({"max_turns": 3}, {}, "max_turns (3)", 3),
-        ({"max_tokens": 100}, {"words": 45}, "max_tokens (100)", 2),
+        ({"max_turns": 3}, {}, "max_turns", 3),
+        ({"max_tokens": 100}, {"words": 45}, "max_tokens", 2),
     ],
 )
 def test_at_a_limit_the_agent_may_still_return_a_score(hosts, limits, fields, limit, turns):
     rollout, _ = episode(hosts("endless", **limits), make_prompt(catches=True, **fields))
-    assert rollout.finish_reason == limit.split()[0]
+    assert rollout.finish_reason == limit
     assert score_of(rollout) == [0.0] * (turns - 1) + [float(turns)]
     assert rollout.turns[-1].end == rollout.turns[-1].next_start == len(rollout.response_ids)
     error = agents.seen[-1]
-    assert error.body["message"] == f"the episode has reached environment.{limit}; the model is not asked again"
-    assert error.body["code"] == limit.split()[0]
+    if limit == "max_turns":
+        message = "the episode has reached environment.max_turns (3); the model is not asked again"
+        assert (error.status_code, error.body["code"], error.body["message"]) == (400, limit, message)
+    else:
+        assert (error.status_code, error.body["code"]) == (400, "context_length_exceeded")
 
 
-def test_an_agent_without_a_score_at_a_limit_is_void(hosts):
-    void, _ = episode(hosts("endless", max_turns=2), make_prompt(catches=False))
-    assert "a request was refused, because the episode has reached environment.max_turns (2), and the agent r" in (
-        void.reason
-    )
+@pytest.mark.parametrize(("limit", "fields"), [("max_turns", {}), ("max_tokens", {"words": 45})])
+def test_an_agent_without_a_score_at_a_limit_is_void(hosts, limit, fields):
+    most = {"max_turns": 2, "max_tokens": 100}[limit]
+    void, _ = episode(hosts("endless", **{limit: most}), make_prompt(catches=False, **fields))
+    reason = f"a request was refused, because the episode has reached environment.{limit} ({most}), and the agent r"
+    assert reason in void.reason
     assert void.reason.endswith("let the agent return a score then, or raise the limit")
-    assert void.error.fault.endswith("the agent returned no score after environment.max_turns")
+    assert void.error.fault.endswith(f"the agent returned no score after environment.{limit}")
+
+
+def num_tokens(text):
+    return len(bare_ids(TOKENIZER, [text])[0])
+
+
+SHORT, LONG = "Short.", "long " * 30
+
+
+def test_a_first_request_that_is_too_long_is_refused_and_a_shorter_one_answered(hosts):
+    most = num_tokens(ASKED.format(LONG)) - 1
+    host = hosts("insists", prompts=CHAT.model_copy(update={"max_tokens": most}))
+    rollout, contexts = episode(host, make_prompt(texts=[LONG, LONG, SHORT]))
+    assert contexts == [ASKED.format(SHORT)]
+    assert (rollout.finish_reason, score_of(rollout)) == ("terminated", [1.0])
+    assert rollout.prompt.messages == [agents.user(SHORT)]
+    for error in agents.seen[:2]:
+        assert (error.status_code, error.type, error.param) == (400, "invalid_request_error", "messages")
+        assert error.code == "context_length_exceeded"
+        assert error.body["message"] == (
+            f"the maximum context length is exceeded: the messages have {most + 1} tokens, but prompts.max_tokens and "
+            f"the model's context allow {most}; send fewer or shorter messages"
+        )
+
+
+def test_an_agent_whose_requests_are_all_too_long_has_nothing_to_learn_from(hosts):
+    prompts = CHAT.model_copy(update={"max_tokens": 20})
+    void, contexts = episode(hosts("insists", prompts=prompts), make_prompt(texts=[LONG]))
+    assert contexts == []
+    most = num_tokens(ASKED.format(LONG))
+    assert (
+        f"its last one was too long ({most} tokens, where prompts.max_tokens and the model's context allow 20): le"
+        in (void.reason)
+    )
+    void, _ = episode(hosts("insists", prompts=prompts), make_prompt(texts=[LONG], raises=True))
+    assert "the agent raised BadRequestError: Error code: 400" in void.reason
+    assert void.kind == "raised"
+
+
+@pytest.mark.parametrize("sequence", ["episode", "turn"])
+def test_a_later_request_that_is_too_long_is_refused_and_a_shorter_one_answered(hosts, sequence):
+    answer, short, long = (num_tokens(text) for text in ("Yes.<|im_end|>", ASKED.format("Go."), ASKED.format(LONG)))
+    most = answer + long  # of which the long request would leave nothing for an answer
+    host = hosts("insists", max_tokens=most, sequence=sequence)
+    rollout, contexts = episode(host, make_prompt(texts=[SHORT, LONG, "Go.", LONG]))
+    assert contexts == [ASKED.format(SHORT), ASKED.format("Go.")]
+    assert [turn.ends for turn in rollout.turns] == [True, False]
+    assert TOKENIZER.decode(rollout.response_ids) == "Yes.<|im_end|>" + ASKED.format("Go.") + "Yes.<|im_end|>"
+    # The last request was refused, so the limit ended the episode.
+    assert (rollout.finish_reason, score_of(rollout)) == ("max_tokens", [0.0, 2.0])
+    errors = [found for found in agents.seen if isinstance(found, openai.BadRequestError)]
+    assert [error.code for error in errors] == ["context_length_exceeded"] * 2
+    rooms = [long - 1, long - 1 - short - answer]
+    assert [error.body["message"] for error in errors] == [
+        f"the maximum context length is exceeded: the request adds {long} tokens to the episode, which has room for "
+        f"{room} before environment.max_tokens ({most}); send fewer or shorter messages, in another conversation"
+        for room in rooms
+    ]
+
+
+def test_an_agent_that_returns_after_a_shorter_request_has_terminated(hosts):
+    host = hosts("insists", max_tokens=num_tokens("Yes.<|im_end|>") + num_tokens(ASKED.format(LONG)))
+    rollout, _ = episode(host, make_prompt(texts=[SHORT, LONG, "Go."]))
+    assert (rollout.finish_reason, score_of(rollout)) == ("terminated", [0.0, 2.0])
 
 
 def test_requests_after_the_end_of_the_agent_are_refused(hosts):
