@@ -111,6 +111,14 @@ STEP = (
     ),
     Metric("environment/turns", "turns", "mean", "rollouts", "turns of the policy in an episode", "turns"),
     Metric(
+        "environment/contexts",
+        "contexts",
+        "mean",
+        "rollouts",
+        "prompts that the policy reads in an episode; 1: every turn continues the one before. More, with an agent that "
+        "has one conversation: it changes earlier messages in its requests",
+    ),
+    Metric(
         "environment/tokens",
         "tokens",
         "mean",

@@ -46,6 +46,7 @@ def _environment(table: pa.Table, void_kinds: Sequence[str]) -> dict[str, float]
     episodes = sum(map(bool, rows))
     found = {
         "environment/turns": len(turns) / episodes,
+        "environment/contexts": 1 + sum(turn["new_context"] for turn in turns) / episodes,
         "environment/tokens": sum(turn["next_start"] - turn["end"] for turn in turns) / episodes,
         "environment/step_s/mean": fmean(turn["seconds"] for turn in turns),
         "environment/step_s/max": max(turn["seconds"] for turn in turns),

@@ -75,6 +75,7 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
     assert found == pytest.approx(
         {
             "environment/turns": 8 / 4,
+            "environment/contexts": (1 + 1 + 1 + 2) / 4,
             "environment/tokens": 6 / 4,
             "environment/step_s/mean": 1.5 / 8,
             "environment/step_s/max": 0.5,
