@@ -77,10 +77,10 @@ def check_environment(
             check_agent(cfg.agent)
         if cfg.verifiers is not None:
             check_verifiers(cfg.verifiers)
-        check(tokenizer, model)
+        check(tokenizer, model, plain=False)
         return []
     schemas = tool_schemas(cfg.tools)
-    check(tokenizer, model, TOOL_ANSWERS, tools=schemas)
+    check(tokenizer, model, TOOL_ANSWERS, plain=False, tools=schemas)
     return schemas
 
 

@@ -70,8 +70,8 @@ def agent_kind(
         from actors.environments.vllm_tool_calls import ToolCallReader
 
         schemas = [dict(tool) for tool in tools]
-        check = check_template if cfg.sequence == "episode" else partial(check_conversations, calls=True)
-        check(tokenizer, "the policy", TOOL_ANSWERS, tools=schemas)
+        check = check_template if cfg.sequence == "episode" else check_conversations
+        check(tokenizer, "the policy", TOOL_ANSWERS, calls=True, plain=False, tools=schemas)
         return ToolCallReader(cfg.tool_parser, tokenizer, schemas)
 
     server = EndpointServer(sampling)

@@ -191,12 +191,16 @@ def check_template(
     tokenizer: PreTrainedTokenizerBase,
     model: str,
     observations: Sequence[Sequence[Message]] = ([NEXT],),
+    *,
+    calls: bool = False,
+    plain: bool = True,
     **options: Any,
 ) -> None:
     """Raises UserError if the template writes a conversation in another way than prompt, responses and continuations
     one after another. `model` is its name, for the message. `observations`: what an environment may say, such as a
-    message of the role `tool`. `options`: arguments of the template, such as `tools`."""
-    with _refusals(model):
+    message of the role `tool`. `calls`: see `check_conversations`. `plain`: the run could have prompts.format =
+    "plain". `options`: arguments of the template, such as `tools`."""
+    with _refusals(model, plain):
         rendering = ChatRendering(tokenizer, **options)
         for observation in observations:
             for answer in (ANSWER, THOUGHT):
@@ -204,11 +208,16 @@ def check_template(
                     what = "changes or drops earlier messages"
                     if answer == THOUGHT and _grows(rendering, ANSWER, observation):
                         what = "drops the reasoning (<think>) of earlier answers"
+                    remedies = [
+                        f"give the model a chat_template that keeps earlier messages unchanged (in {model}, "
+                        "chat_template.jinja or tokenizer_config.json)"
+                    ]
+                    with suppress(UserError):  # another template may refuse conversations that are written anew too
+                        check_conversations(tokenizer, model, observations, calls=calls, **options)
+                        remedies.insert(0, 'set environment.sequence = "turn"')
                     raise UserError(
                         f"environment: the chat template of {model} {what} when a conversation continues, so an "
-                        'episode cannot be one sequence; set environment.sequence = "turn", give the model a '
-                        f"chat_template that keeps earlier messages unchanged (in {model}, chat_template.jinja or "
-                        'tokenizer_config.json), or use prompts.format = "plain"'
+                        f"episode cannot be one sequence; {_one_of(remedies, plain)}"
                     )
 
 
@@ -218,12 +227,13 @@ def check_conversations(
     observations: Sequence[Sequence[Message]] = ([NEXT],),
     *,
     calls: bool = False,
+    plain: bool = True,
     **options: Any,
 ) -> None:
     """Raises UserError if the template cannot write a conversation of several turns. For environment.sequence = "turn",
     which needs no more. `calls`: the run's conversations have tool calls in the assistant's messages, as an agent's
     requests do. Without it they have the text that the model wrote. See `check_template` for the other arguments."""
-    with _refusals(model):
+    with _refusals(model, plain):
         rendering = ChatRendering(tokenizer, **options)
         for observation in observations:
             said: Message = {"role": "assistant", "content": ANSWER}
@@ -234,16 +244,21 @@ def check_conversations(
 
 
 @contextmanager
-def _refusals(model: str) -> Iterator[None]:
+def _refusals(model: str, plain: bool) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"environment: the chat template of {model} refuses a conversation of several turns: {error}; give the "
-            'model another chat_template, or use prompts.format = "plain"'
+            f"environment: the chat template of {model} refuses a conversation of several turns: {error}; "
+            + _one_of(["give the model another chat_template"], plain)
         ) from error
+
+
+def _one_of(remedies: Sequence[str], plain: bool) -> str:
+    *others, last = [*remedies, *(['use prompts.format = "plain"'] if plain else [])]
+    return f"{', '.join(others)}, or {last}" if others else last
 
 
 def _grows(rendering: ChatRendering, answer: str, observation: Sequence[Message]) -> bool:

@@ -79,6 +79,15 @@ def test_the_chat_template_is_checked_with_prompts_in_chat_form_only():
     check_environment(cfg.model_copy(update={"sequence": "turn"}), tokenizer, model="org/model", chat=True)
 
 
+def test_the_refusal_of_an_agents_template_names_no_other_format():
+    """An agent needs prompts.format = "chat"."""
+    cfg = EnvironmentConfig(agent="tests.actors.environments.agents:twice")
+    remedies = 'set environment.sequence = "turn", or give the model a chat_template'
+    with pytest.raises(UserError, match=remedies) as caught:
+        check_environment(cfg, with_template(templates.QWEN_3), model="org/model", chat=True)
+    assert "plain" not in str(caught.value)
+
+
 def test_the_protocol_needs_only_the_standard_library():
     script = (
         "import sys; before = set(sys.modules); import common.environment; "

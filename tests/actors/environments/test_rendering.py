@@ -5,7 +5,14 @@ import random
 
 import pytest
 
-from actors.environments.rendering import NEXT, check_conversations, check_template, continued_ids, make_rendering
+from actors.environments.rendering import (
+    NEXT,
+    TOOL_ANSWERS,
+    check_conversations,
+    check_template,
+    continued_ids,
+    make_rendering,
+)
 from common.data.prompt_tokens import bare_ids, rendered, rendered_ids
 from common.errors import UserError
 from tests.actors.environments import templates
@@ -202,8 +209,40 @@ def test_another_template_is_refused_with_the_models_name_and_a_remedy(name):
     message = str(caught.value)
     assert message.startswith("environment: the chat template of org/model ")
     assert reason in message
-    assert 'prompts.format = "plain"' in message
-    assert ('set environment.sequence = "turn"' in message) == ("refuses" not in message)
+    assert message.endswith(', or use prompts.format = "plain"')
+    # Only one of them also refuses answers of tools to a message without calls.
+    anew = "refuses" not in message and name != "calls, after a question with the number of messages"
+    assert ('set environment.sequence = "turn"' in message) == anew
+
+
+@pytest.mark.parametrize(
+    ("template", "calls", "remedies"),
+    [
+        (
+            templates.MISTRAL_WITH_TOOLS.replace("'[INST] '", "messages | length ~ '[INST] '"),
+            True,
+            'set environment.sequence = "turn", or give the model a chat_template that keeps earlier messages '
+            "unchanged (in m, chat_template.jinja or tokenizer_config.json)",
+        ),
+        (
+            templates.MISTRAL_WITH_TOOLS.replace("'[INST] '", "messages | length ~ '[INST] '"),
+            False,
+            "give the model a chat_template that keeps earlier messages unchanged (in m, chat_template.jinja or "
+            "tokenizer_config.json)",
+        ),
+        (templates.MISTRAL, True, "give the model another chat_template"),
+    ],
+)
+def test_a_refusal_of_tools_names_the_remedies_that_help(template, calls, remedies):
+    tokenizer = with_template(template, end="</s>", bos="<s>")
+    with pytest.raises(UserError) as caught:
+        check_template(tokenizer, "m", TOOL_ANSWERS, calls=calls, plain=False)
+    assert str(caught.value).partition("; ")[2] == remedies
+    if "sequence" in remedies:
+        check_conversations(tokenizer, "m", TOOL_ANSWERS, calls=calls, plain=False)
+    else:
+        with pytest.raises(UserError):
+            check_conversations(tokenizer, "m", TOOL_ANSWERS, calls=calls, plain=False)
 
 
 @pytest.mark.parametrize("name", BAD)
