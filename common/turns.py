@@ -27,6 +27,9 @@ class Turn:
     # This message is the last of its sequence: it gets the episode's score too, and GAE does not continue past it. Only
     # with new_context; the last message of an episode ends its sequence without it.
     ends: bool = False
+    # With new_context: another conversation begins, which has nothing of the messages before. Only the environment
+    # needs it, so the journal does not have it.
+    restarts: bool = False
 
 
 def response_mask(length: int, holes: Iterable[tuple[int, int]]) -> np.ndarray:

@@ -24,20 +24,22 @@ class Restart:
     it. `step` may return it in place of messages, and `reset` may in place of the prompt. Only Ratchet's own
     environments use it.
 
+    Steps after it continue its conversation, with environment.sequence = "turn" too.
+
     The chat template renders `messages` as a prompt. With `token_ids`, which must not be empty, the prompt begins with
     these tokens as they are, and `messages` are what follows the assistant's message that they end with. So tokens
     that were sampled before are not encoded again from their text."""
 
     messages: Sequence[Message]
     ends: bool  # see Turn: the message before is the last of its sequence. Of no effect in `reset`
-    token_ids: Sequence[int] | None = None  # of no effect in `reset`
+    token_ids: Sequence[int] | None = None  # refused with environment.sequence = "turn". Of no effect in `reset`
     options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template, such as `tools`
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """An observation that continues the context, with arguments of the chat template, such as `tools`. Only Ratchet's
-    own environments use it."""
+    """An observation that continues the conversation, with arguments of the chat template, such as `tools`. Only
+    Ratchet's own environments use it."""
 
     messages: Sequence[Message]
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -120,6 +120,7 @@ class Transcript:
             cached_tokens=rollout.cached_tokens,
             new_context=over is None and (restart is not None or self._turn_is_sequence),
             ends=over is None and restart is not None and restart.ends,
+            restarts=over is None and restart is not None,
         )
         return replace(
             rollout,
@@ -135,7 +136,8 @@ class Transcript:
             if step.restart is not None:
                 ids = self._restarted(step.restart, step.messages)
             elif self._turn_is_sequence:
-                ids = self._rendering.prompt([*self._conversation(rollout, special_tokens), *step.messages])
+                conversation = [*self._conversation(rollout, special_tokens), *step.messages]
+                ids = self._rendering.prompt(conversation, **step.options)
             else:
                 wrote = rollout.response_ids[rollout.turn_start :]
                 ids = self._rendering.continuation(
@@ -158,25 +160,37 @@ class Transcript:
     def _restarted(self, restart: Restart, messages: Sequence[Message]) -> list[int]:
         if restart.token_ids is None:
             return self._rendering.prompt(messages, **restart.options)
+        if self._turn_is_sequence:
+            raise UserError(
+                'step returned a Restart with token_ids; with environment.sequence = "turn" a later turn needs the '
+                "whole conversation as messages, so return these alone"
+            )
         before = [int(token) for token in restart.token_ids]
         return [*before, *self._rendering.continuation(messages, before[-1], **restart.options)]
 
     def _conversation(self, rollout: Rollout, special_tokens: bool) -> list[Message]:
-        """All messages of the episode so far, the newest one of the policy included."""
-        conversation: list[Message] = [dict(message) for message in rollout.prompt.messages or ()]
-        # A prompt may end with a message of the assistant, which the policy continued.
-        continues = conversation and conversation[-1]["role"] == "assistant"
-        before = conversation.pop() if continues else {"role": "assistant"}
-        begun, start = before.get("content") or "", 0
-        for turn in rollout.turns:
-            text = begun + self._text(rollout.response_ids[start : turn.end], special_tokens)
-            conversation += [{**before, "content": text}, *json.loads(turn.observation)]
-            before, begun, start = {"role": "assistant"}, "", turn.next_start
-        text = begun + self._text(rollout.response_ids[start:], special_tokens)
-        return [*conversation, {**before, "content": text}]
+        """All messages so far, the newest one of the policy included. They begin with the newest Restart."""
+        message: Message = {"role": "assistant", "content": ""}  # the next one of the policy
+        newest = max((number for number, turn in enumerate(rollout.turns, 1) if turn.restarts), default=0)
+        if newest:
+            restart = rollout.turns[newest - 1]
+            conversation, start = json.loads(restart.observation), restart.next_start
+        else:
+            conversation, start = [dict(said) for said in rollout.prompt.messages or ()], 0
+            if conversation and conversation[-1]["role"] == "assistant":  # the policy continued it
+                message = conversation.pop()
+        for turn in rollout.turns[newest:]:
+            text = self._text(rollout.response_ids[start : turn.end], special_tokens)
+            conversation += [_followed(message, text), *json.loads(turn.observation)]
+            message, start = {"role": "assistant", "content": ""}, turn.next_start
+        return [*conversation, _followed(message, self._text(rollout.response_ids[start:], special_tokens))]
 
     def _text(self, token_ids: np.ndarray, special_tokens: bool) -> str:
         ids = token_ids.tolist()
         if special_tokens and ids and ids[-1] in self._end_tokens:
             ids.pop()
         return str(self._tokenizer.decode(ids, skip_special_tokens=not special_tokens))
+
+
+def _followed(message: Message, text: str) -> Message:
+    return {**message, "content": (message.get("content") or "") + text}

@@ -8,7 +8,7 @@ import pytest
 
 from actors.environments.environments import Environments
 from actors.environments.rendering import make_rendering
-from actors.environments.steps import Restart
+from actors.environments.steps import Continuation, Restart
 from common.config.environment import EnvironmentConfig
 from common.data.prompt_records import prompt_record
 from common.data.prompt_tokens import rendered, rendered_ids
@@ -149,6 +149,31 @@ def test_a_restart_replaces_the_whole_conversation(ends):
     assert after.context_ids.tolist() == [*rollout.context_ids, *sampled, *follows]
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_with_turns_as_sequences_later_prompts_begin_with_the_newest_restart(ends):
+    """Between ordinary steps, whose prompts are what came before; the template drops old thoughts, and has an
+    argument."""
+    tokenizer = with_template(templates.QWEN_3 + "{{ suffix or '' }}")
+    first, again = [user("Again.")], [{"role": "system", "content": "Be brief."}, user("More.")]
+    said = ["Go on.", Restart(first, ends=ends), "And?", Restart(again, ends=ends, options={"suffix": "!"}),
+            Continuation([user("Now?")], {"suffix": "?"}), "So?"]  # fmt: skip
+    texts = [f"<think>\nthought {place}\n</think>\n\nanswer {place}" for place in range(len(said))]
+    answers = [assistant(text) for text in texts]
+    environments = host(tokenizer, lambda: Beginning(*said), sequence="turn", max_tokens=4000)
+    results = run(play(environments, asked(tokenizer), *texts))
+    assert [rollout.context_ids.tolist() for rollout, _, _ in results] == [
+        whole_prompt(tokenizer, QUESTION, answers[0], user("Go on.")),
+        whole_prompt(tokenizer, *first),
+        whole_prompt(tokenizer, *first, answers[2], user("And?")),
+        whole_prompt(tokenizer, *again, suffix="!"),
+        whole_prompt(tokenizer, *again, answers[4], user("Now?"), suffix="?"),
+        whole_prompt(tokenizer, *again, answers[4], user("Now?"), answers[5], user("So?")),
+    ]
+    turns = results[-1][0].turns
+    assert [turn.ends for turn in turns] == [False, ends, False, ends, False, False]
+    assert all(turn.new_context for turn in turns)
+
+
 def test_a_restart_may_begin_with_tokens_that_were_sampled_before():
     """They are not encoded again: another tokenization of the same text stays as it was sampled."""
     tokenizer = with_template(None)
@@ -190,6 +215,17 @@ def test_a_restart_that_cannot_become_tokens_voids_its_episode(restart, prompts,
     [(_, void, _)] = run(play(environments, asked(tokenizer, prompts=prompts), "one"))
     assert isinstance(void, Void)
     assert reason in void.reason
+
+
+def test_with_turns_as_sequences_a_restart_has_messages_alone():
+    environments = host(
+        with_template(None), lambda: Beginning(Restart([user("a")], ends=True, token_ids=[5])), sequence="turn"
+    )
+    [(_, void, _)] = run(play(environments, asked(with_template(None)), "one"))
+    assert void.reason.endswith(
+        'step returned a Restart with token_ids; with environment.sequence = "turn" a later turn needs the whole '
+        "conversation as messages, so return these alone"
+    )
 
 
 def test_a_conversation_without_tokens_is_no_new_context():
