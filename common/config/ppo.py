@@ -53,7 +53,7 @@ class PPOConfig(Section):
     """Discount per token; 1 counts the score in full at the first token. Unused with advantages = "group"."""
     lam: Lambda = 0.95
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
-    critic's bias for variance. length: each response has its own, see lam_alpha."""
+    critic's bias for variance. length: each response has its own, see lam_alpha; of an episode, each sequence."""
     lam_alpha: Annotated[float, Field(gt=0)] = 0.05
     """For lam or value_lam = length: the share of a response that counts at each token. The lambda of a response is 1 -
     1 / (lam_alpha x tokens), never below 0 (arXiv:2504.05118). 0.05 is made for thousands of tokens: a response of 200

@@ -19,6 +19,14 @@ def last_places(mask: Tensor) -> Tensor:
     return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
 
 
+def sequence_lengths(mask: Tensor, ends: Tensor) -> Tensor:
+    """For each token, the number of tokens of its sequence, int64 [B, R]; 0 outside the mask. mask [B, R]: without
+    holes. ends [B, R]: True on the last token of each sequence."""
+    number = ends.long().cumsum(1) - ends.long()  # of the sequence of each token
+    lengths = number.new_zeros(len(mask), mask.shape[1] + 1)  # places after the last end have a number of their own
+    return torch.where(mask, lengths.scatter_add(1, number, mask.long()).gather(1, number), 0)
+
+
 def check_no_holes(mask: Tensor) -> None:
     """Raises ValueError unless every row of the mask [B, R] is True from its first place to its last True one.
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from common.model.masking import check_no_holes
+from common.model.masking import check_no_holes, sequence_lengths
 from learner.ppo.leave_one_out import leave_one_out
 
-Lambda = float | Tensor  # one for all responses, or one for each, [B]
+Lambda = float | Tensor  # one for all, or one for each token, [B, R]
 
 
 class Estimator(Protocol):
@@ -65,20 +65,20 @@ def gae(
 
 
 def _decaying_sums(errors: Tensor, decay: Lambda, ends: Tensor | None) -> Tensor:
-    """A_t = errors_t + decay A_(t+1), [B, R], from the last column backwards. A_(t+1) is 0 where a sequence ends."""
-    sums = torch.zeros_like(errors)
-    following = errors.new_zeros(errors.shape[0])
+    """A_t = errors_t + decay_t A_(t+1), [B, R], from the last column backwards. A_(t+1) is 0 where a sequence ends."""
+    decays = decay.unbind(1) if isinstance(decay, Tensor) else [decay] * errors.shape[1]
+    sums, following = torch.zeros_like(errors), errors.new_zeros(errors.shape[0])
     for t in reversed(range(errors.shape[1])):
         if ends is not None:
             following = torch.where(ends[:, t], 0.0, following)
-        following = errors[:, t] + decay * following
+        following = errors[:, t] + decays[t] * following
         sums[:, t] = following
     return sums
 
 
-def length_lambdas(lengths: Tensor, *, alpha: float) -> Tensor:
-    """A lambda for each response, float32 [B]: 1 - 1 / (alpha length), at least 0 (VAPO, arXiv:2504.05118)."""
-    return (1 - 1 / (alpha * lengths.double())).clamp(min=0).float()
+def length_lambdas(mask: Tensor, ends: Tensor, *, alpha: float) -> Tensor:
+    """1 - 1 / (alpha length) for the tokens of each sequence, at least 0, float32 [B, R] (VAPO, arXiv:2504.05118)."""
+    return (1 - 1 / (alpha * sequence_lengths(mask, ends).double())).clamp(min=0).float()
 
 
 def td_errors(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, ends: Tensor | None = None) -> Tensor:

@@ -101,22 +101,21 @@ def advantages_and_returns(
     rewards: Tensor, values: Tensor, batch: ExperienceBatch, ppo: PPOConfig
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns by the configured estimator, [B, R], before whitening. rewards, values: [B, R]."""
-    mask = batch.mask
     return ADVANTAGES[ppo.advantages](
         rewards,
         values,
-        mask,
+        batch.mask,
         groups=batch.groups,
         gamma=ppo.gamma,
-        lam=_lambda(ppo.lam, mask, ppo),
-        value_lam=None if ppo.value_lam in (None, ppo.lam) else _lambda(ppo.value_lam, mask, ppo),
+        lam=_lambda(ppo.lam, batch, ppo),
+        value_lam=None if ppo.value_lam in (None, ppo.lam) else _lambda(ppo.value_lam, batch, ppo),
         ends=batch.ends,
     )
 
 
-def _lambda(setting: float | Literal["length"], mask: Tensor, ppo: PPOConfig) -> Lambda:
-    """The lambda of all responses, or one for each."""
-    return length_lambdas(mask.sum(1), alpha=ppo.lam_alpha) if setting == "length" else setting
+def _lambda(setting: float | Literal["length"], batch: ExperienceBatch, ppo: PPOConfig) -> Lambda:
+    """One lambda for all, or one for each token by the length of its sequence, [B, R]."""
+    return length_lambdas(batch.mask, batch.ends, alpha=ppo.lam_alpha) if setting == "length" else setting
 
 
 def _value_statistics(values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:

@@ -6,7 +6,15 @@ import statistics
 import pytest
 import torch
 
-from common.model.masking import length_mask, masked_mean, masked_sum, masked_var, round_up, whiten
+from common.model.masking import (
+    length_mask,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    round_up,
+    sequence_lengths,
+    whiten,
+)
 
 LENGTHS = [4, 0, 1, 3]
 GARBAGE = [math.nan, math.inf, -math.inf, 1e9]
@@ -32,6 +40,21 @@ def test_a_length_mask_is_true_on_the_first_places_of_each_row():
 def test_a_length_mask_may_be_wider_than_every_row_and_may_have_no_width():
     assert length_mask(torch.tensor([1]), 3).tolist() == [[True, False, False]]
     assert length_mask(torch.tensor([0, 0]), 0).shape == (2, 0)
+
+
+def test_each_token_knows_the_length_of_its_sequence():
+    # Sequences of 2, 1 and 3 tokens; one of 4 tokens; no token; 2 tokens.
+    mask = length_mask(torch.tensor([6, 4, 0, 2]), 7)
+    ends = torch.zeros(4, 7, dtype=torch.bool)
+    for row, place in ((0, 1), (0, 2), (0, 5), (1, 3), (3, 1)):
+        ends[row, place] = True
+    assert sequence_lengths(mask, ends).tolist() == [
+        [2, 2, 1, 3, 3, 3, 0],
+        [4, 4, 4, 4, 0, 0, 0],
+        [0] * 7,
+        [2, 2, 0, 0, 0, 0, 0],
+    ]
+    assert sequence_lengths(mask[:, :0], ends[:, :0]).shape == (4, 0)
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)

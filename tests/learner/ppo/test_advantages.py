@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.config.ppo import PPOConfig
-from common.model.masking import last_places
+from common.model.masking import last_places, length_mask
 from learner.ppo.advantages import ADVANTAGES, gae, length_lambdas, returns_to_go
 from learner.ppo.critic_quality import realised_returns
 from learner.ppo.leave_one_out import leave_one_out
@@ -65,11 +65,14 @@ def test_gae_equals_its_definition_whatever_the_padding(definition, gamma, lam, 
 @pytest.mark.parametrize("definition", [sum_of_deltas, average_of_n_step_advantages])
 @pytest.mark.parametrize("value_lam", [1.0, 0.3, [0.5, 0.0, 1.0, 0.25, 0.9]])
 def test_two_lambdas_give_each_response_what_each_gives_alone(definition, value_lam):
-    """Advantages with a lambda for each response; returns with lambdas of their own."""
+    """Advantages with the lambdas of each response; returns with lambdas of their own."""
     rewards, values, mask = ragged(math.nan)
     lams = [0.9, 0.1, 0.7, 0.2, 1.0]
-    of_values = torch.tensor(value_lam, dtype=torch.float64) if isinstance(value_lam, list) else value_lam
-    lam = torch.tensor(lams, dtype=torch.float64)
+
+    def on_tokens(numbers):
+        return torch.tensor(numbers, dtype=torch.float64)[:, None].expand(-1, WIDTH)
+
+    of_values, lam = on_tokens(value_lam) if isinstance(value_lam, list) else value_lam, on_tokens(lams)
     advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=lam, value_lam=of_values)
     for b, n in enumerate(LENGTHS):
         row, critic, padding = rewards[b, :n].tolist(), values[b, :n].tolist(), [0.0] * (WIDTH - n)
@@ -85,11 +88,17 @@ def test_the_same_lambda_for_both_gives_the_same_bits_as_one():
     assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
 
 
-def test_a_lambda_grows_with_the_length_of_its_response():
+def test_a_lambda_grows_with_the_length_of_its_sequence():
     # alpha 0.05: 1 - 20 / length, and 0 up to 20 tokens. An empty response has no error to weigh.
-    lengths = torch.tensor([0, 1, 20, 25, 40, 200, 2000])
-    assert length_lambdas(lengths, alpha=0.05).tolist() == pytest.approx([0, 0, 0, 0.2, 0.5, 0.9, 0.99], abs=1e-6)
-    assert length_lambdas(lengths, alpha=2.0).tolist()[:3] == pytest.approx([0, 0.5, 0.975], abs=1e-6)
+    lengths = [0, 1, 20, 25, 40, 200, 2000]
+    mask = length_mask(torch.tensor(lengths), 2000)
+    ends = last_places(mask)
+    first = length_lambdas(mask, ends, alpha=0.05)[:, 0]
+    assert first.tolist() == pytest.approx([0, 0, 0, 0.2, 0.5, 0.9, 0.99], abs=1e-6)
+    assert length_lambdas(mask, ends, alpha=2.0)[:3, 0].tolist() == pytest.approx([0, 0.5, 0.975], abs=1e-6)
+    ends[5, 159] = True  # its 200 tokens are sequences of 160 and of 40
+    found = length_lambdas(mask, ends, alpha=0.05)[5]
+    assert found.tolist() == pytest.approx([1 - 20 / 160] * 160 + [0.5] * 40 + [0.0] * 1800, abs=1e-6)
 
 
 def test_with_lambda_one_returns_are_discounted_sums_of_rewards():

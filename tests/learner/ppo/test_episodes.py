@@ -11,9 +11,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from common.config.ppo import PPOConfig
 from common.experience_table import experience_table
 from common.types import Experience, Turn
+from learner.ppo.experience import ExperienceBatch
 from learner.ppo.learner import Learner
+from learner.ppo.targets import advantages_and_returns
 from tests.contexts import contexts_of, ends_of
 from tests.fakes import as_episode, make_experience, random_turns, save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import (
@@ -93,6 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mask": MASK,
     "separate-unnormalised": {"learner": {"critic": "separate"}, "reward": {"normalise": "none"}},
     "returns": {"ppo": {"advantages": "returns"}},
+    "lambdas by length": {"ppo": {"lam": "length", "value_lam": "length", "lam_alpha": 0.4}},
 }
 
 
@@ -230,6 +234,25 @@ def with_contexts(row: Experience) -> Experience:
         for turn in row.rollout.turns
     ]
     return replace(row, rollout=replace(row.rollout, turns=tuple(turns)))
+
+
+def test_sequences_of_a_row_have_the_lambdas_of_rows_of_their_own():
+    """One row of two contexts that one sequence spans, and of another sequence; and each sequence as a row."""
+    turns = [Turn(2, 4, 0.0, new_context=True), Turn(7, 9, 0.0, new_context=True, ends=True)]
+    together = [as_episode(make_experience(0, list(range(2, 2 + 10))), *turns)]  # 2 + 3 tokens, and 1
+    apart = [make_experience(0, [2, 3, 4, 5, 6]), make_experience(1, [2])]
+    one, several = (ExperienceBatch.from_table(experience_table(rows)) for rows in (together, apart))
+    rewards, values = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(0))
+    spread = [torch.zeros(2, 5) for _ in range(2)]
+    for whole, rows in zip((rewards, values), spread, strict=True):
+        rows[0], rows[1, 0] = whole[0, :5], whole[0, 5]
+    ppo = PPOConfig(lam="length", lam_alpha=0.5, value_lam=1.0, gamma=0.9)
+    found = advantages_and_returns(rewards, values, one, ppo)
+    for mine, theirs in zip(found, advantages_and_returns(*spread, several, ppo), strict=True):
+        assert mine[0].tolist() == [*theirs[0].tolist(), theirs[1, 0].item()]
+    # 5 tokens: 1 - 1 / (0.5 x 5) = 0.6; 1 token: 0.
+    other = ppo.model_copy(update={"lam": 0.6})
+    assert torch.equal(found[0], advantages_and_returns(rewards, values, one, other)[0])
 
 
 def test_a_new_context_sees_nothing_before_it(model):

@@ -152,25 +152,27 @@ class SlowLearner:
 
     def look_ahead(self, old: list[dict[str, float]]) -> None:
         """Advantages and returns with a critic, or with none whose values would be zero."""
+        for sequence in self.sequences(old):
+            self.look_ahead_in(sequence)
+
+    def look_ahead_in(self, old: list[dict[str, float]]) -> None:
+        """The same for one sequence, after whose last token nothing follows."""
         ppo = self.cfg.ppo
         lam = self.number(ppo.lam, old) if ppo.has_critic else 1.0
         value_lam = self.number(ppo.value_lam, old) if ppo.has_critic and ppo.value_lam is not None else lam
         next_value = next_advantage = next_gain = 0.0
         for token in reversed(old):
-            if token["end"]:
-                next_value = next_advantage = next_gain = 0.0
             error = token["reward"] + ppo.gamma * next_value - token["value"]
             next_advantage = error + ppo.gamma * lam * next_advantage
             next_gain = error + ppo.gamma * value_lam * next_gain
             next_value = token["value"]
             token["advantage"], token["return"] = next_advantage, next_gain + next_value
         for t, token in enumerate(old):
-            last = next(n for n, later in enumerate(old[t:]) if later["end"])
-            token["realised"] = sum(ppo.gamma**n * later["reward"] for n, later in enumerate(old[t : t + last + 1]))
+            token["realised"] = sum(ppo.gamma**n * later["reward"] for n, later in enumerate(old[t:]))
 
     def number(self, lam: float | str, old: list[dict[str, float]]) -> float:
-        """A lambda, or that of a response of this length."""
-        return max(0.0, 1 - 1 / (self.cfg.ppo.lam_alpha * len(old))) if lam == "length" and old else lam
+        """A lambda, or that of a sequence of this length."""
+        return max(0.0, 1 - 1 / (self.cfg.ppo.lam_alpha * len(old))) if lam == "length" else lam
 
     def compare_with_the_group(self, index: int, rows: list[dict[str, Any]], batch: list[list[dict]]) -> None:
         """Advantage: the sequence's whole reward minus the mean of the prompt's other responses."""
