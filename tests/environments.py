@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ from actors.environments.steps import Restart
 from common.environment import Endpoint, EpisodePrompt, Step
 
 TURNS = 3
+ASKS = 3  # most requests of `adds` in an episode
+_NUMBER = {"type": "integer"}
+ADD = {"name": "add", "parameters": {"type": "object", "properties": {"left": _NUMBER, "right": _NUMBER}}}
 
 
 class AWords:
@@ -76,3 +80,22 @@ async def talks(prompt: EpisodePrompt, endpoint: Endpoint) -> dict[str, Any]:
         await ask(first)
         await ask([{"role": "user", "content": "a3 b7"}])
     return {"score": sum(word.startswith("a") for word in words) / max(1, len(words)), "info": {"words": len(words)}}
+
+
+async def adds(prompt: EpisodePrompt, endpoint: Endpoint) -> dict[str, Any]:
+    """An agent that does the sums in the model's calls until there are none. Its score is their number."""
+    messages, num_calls = [*(prompt.messages or ())], 0
+    async with AsyncOpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key) as client:
+        for _ in range(ASKS):
+            done = await client.chat.completions.create(
+                model=endpoint.model, messages=messages, tools=[{"type": "function", "function": ADD}]
+            )
+            message = done.choices[0].message
+            messages.append(message.model_dump(exclude_none=True))
+            for call in message.tool_calls or ():
+                result = sum(json.loads(call.function.arguments).values())
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": f"b{result}"})
+            num_calls += len(message.tool_calls or ())
+            if not message.tool_calls:
+                break
+    return {"score": num_calls, "info": {"calls": num_calls}}

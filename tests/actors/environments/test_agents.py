@@ -3,8 +3,11 @@
 import asyncio
 import inspect
 import json
+import sys
 import time
+import tomllib
 from dataclasses import replace
+from types import ModuleType
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -15,12 +18,14 @@ import pytest
 from actors.environments.environments import Environments
 from common.config.actors import PromptFormat, SamplingConfig
 from common.config.environment import EnvironmentConfig
+from common.config.ppo import Config
 from common.data.prompt_records import prompt_record
 from common.data.prompt_tokens import bare_ids
 from common.errors import UserError
 from common.types import Prompt, Rollout, SampleId, Void
 from tests.actors.environments import agents
 from tests.actors.environments.templates import CHATML, with_template
+from tests.test_docs import ROOT, blocks
 
 CHAT = PromptFormat(format="chat")
 MODULE = "tests.actors.environments.agents"
@@ -618,6 +623,38 @@ def test_closing_an_episode_refuses_the_open_request_of_a_plain_function(hosts):
 
     run(steps())
     assert (agents.seen[0].status_code, agents.seen[0].body["message"]) == (400, "the episode is over")
+
+
+# The docs
+
+
+@pytest.mark.parametrize(
+    ("answers", "score", "reason"),
+    [
+        (["4"], 1.0, "terminated"),
+        (["5", " 4 "], 1.0, "terminated"),
+        (["5", "6", "7"], 0.0, "terminated"),
+        (["5", "word " * 200], 0.0, "max_tokens"),
+    ],
+)
+def test_the_agent_of_the_docs_solves_what_the_model_does(monkeypatch, answers, score, reason):
+    page = ROOT / "docs/environments.md"
+    [agent] = [block for block in blocks(page, "python") if "def solve" in block]
+    [config] = [block for block in blocks(page, "toml") if "my_agent:solve" in block]
+    cfg = Config.model_validate(tomllib.loads(config))
+    monkeypatch.setitem(sys.modules, "my_agent", module := ModuleType("my_agent"))
+    exec(agent, module.__dict__)
+    environment = cfg.environment if reason == "terminated" else cfg.environment.model_copy(update={"max_tokens": 210})
+    options = {"model": TOKENIZER, "prompts": cfg.prompts, "sampling": cfg.sampling}
+    host = Environments("Environments(0)", environment, **options)
+    try:
+        rollout, contexts = episode(host, make_prompt(answer="4"), model=said(*answers))
+    finally:
+        host.close()
+    assert (score_of(rollout)[-1], rollout.finish_reason) == (score, reason)
+    again = ASKED.format("That is wrong. Try again.")
+    said_before = "".join(f"{answer}<|im_end|>\n{again}" for answer in answers[:-1])
+    assert contexts[-1] == ASKED.format("Begin.") + said_before
 
 
 # Before a run
