@@ -149,6 +149,16 @@ def test_a_rollout_that_fails_is_void(taskset):
 
 
 @needs_package
+def test_a_rollout_that_reaches_max_tokens_is_void(taskset):
+    void, contexts = episode(taskset, "Hm.", max_tokens=5)
+    assert len(contexts) == 1
+    assert "a request was refused, because the episode has reached environment.max_tokens (5), and the agent" in (
+        void.reason
+    )
+    assert "context_length_exceeded" in void.reason
+
+
+@needs_package
 def test_a_taskset_is_checked_before_a_run(taskset):
     cfg = EnvironmentConfig(verifiers=taskset)
     assert check_environment(cfg, with_template(CHATML), model="m", chat=True) == []
