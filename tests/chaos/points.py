@@ -1,6 +1,6 @@
 """Named points of the protocol at which a process of a run under test waits for the harness.
 
-Runs in every Python process of the run: site/sitecustomize.py calls `install`, so the product needs no hooks. The
+Runs in every Python process of the run: tests/site/sitecustomize.py calls `install`, so the product needs no hooks. The
 functions at the points are wrapped when their module is imported. A wrapped function costs one failed `open` until the
 harness arms its point.
 

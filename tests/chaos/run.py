@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,9 +38,17 @@ class RunUnderTest(Watched):
     waits for the end. Where the command gives up, a person's `--resume` is counted as an intervention."""
 
     def __init__(
-        self, cfg: Config, home: Path, *, kind: str, random_: random.Random, hang_s: float, say: Callable[[str], None]
+        self,
+        cfg: Config,
+        home: Path,
+        *,
+        kind: str,
+        random_: random.Random,
+        hang_s: float,
+        say: Callable[[str], None],
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """`home`: an empty directory for everything. `kind`: of the place."""
+        """`home`: an empty directory for everything. `kind`: of the place. `variables`: others of the environment."""
         self._cfg, self._kind, self._home = cfg, kind, home
         self._random, self.hang_s, self._say = random_, hang_s, say
         self._config, self.output, self.points = home / "config.toml", home / "output", home / "points"
@@ -53,7 +61,7 @@ class RunUnderTest(Watched):
         self._temporary = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
         mark = secrets.token_hex(8)
         self.marked = Marked(mark)
-        path = [str(ROOT), str(ROOT / "tests/chaos/site")]
+        path = [str(ROOT), str(ROOT / "tests/site")]
         self.environment = {
             **os.environ,
             "CHAOS_MARK": mark,
@@ -61,6 +69,7 @@ class RunUnderTest(Watched):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(path),
             "TMPDIR": str(self._temporary),
+            **(variables or {}),
         }
         self.outcome = Outcome()
 

@@ -62,7 +62,7 @@ def test_points_are_wrapped_in_every_process_that_has_the_site_directory(tmp_pat
     root = Path(points.__file__).parents[2]
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{root}:{root / 'tests/chaos/site'}",
+        "PYTHONPATH": f"{root}:{root / 'tests/site'}",
         "CHAOS_POINTS": str(tmp_path),
     }
     code = "from learner.loop.journal import Journal; print(Journal.append.__wrapped__.__qualname__)"
