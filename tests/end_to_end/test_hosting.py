@@ -17,13 +17,12 @@ from common.errors import RoleError, UserError
 from deploy.cluster import connection
 from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
+from deploy.ending.ray_errors import told_at_once
 from deploy.run.log import RunLog
 from learner.ranks.group import LearnerGroup
 from tests.ray_pools import start_pool
 
 pytestmark = pytest.mark.ray
-
-SMALL = RayConfig(object_store_mib=128, dashboard=False)
 
 
 class Worker:
@@ -49,15 +48,37 @@ class Chatty(Worker):
         os.abort()
 
 
-def test_the_log_has_what_a_role_printed_and_the_traceback_of_its_death(tmp_path):
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The file of `nvidia-smi`: all processes of the cluster find it first. Initially it tells of three GPUs."""
+    program = tmp_path_factory.mktemp("bin") / "nvidia-smi"
+    answer = r"24576, 8.6\n81559, 9.0\n98304, 7.5\n"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=memory.total,compute_cap ] && printf "{answer}"\n')
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture(scope="module")
+def started(program):
+    """One cluster for all tests, because starting it takes longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        with cluster(RayConfig(object_store_mib=128, dashboard=False)):
+            yield
+
+
+def test_the_log_has_what_a_role_printed_and_the_traceback_of_its_death(started, tmp_path):
     async def scenario():
         pool = await start_pool(Chatty, Replicated(), startup_timeout_s=60)
-        await pool.each(lambda replica: replica.handle.speak.remote())
-        await pool.ready[0].handle.die.remote()
+        try:
+            await pool.each(lambda replica: replica.handle.speak.remote())
+            await pool.ready[0].handle.die.remote()
+        finally:
+            pool.stop()
 
     log = RunLog()
     log.open(tmp_path)
-    with pytest.raises(RoleError, match="died"), cluster(SMALL), role_output_to(log.write):
+    with pytest.raises(RoleError, match="died"), told_at_once(), role_output_to(log.write):
         asyncio.run(asyncio.wait_for(scenario(), 60))
     log.close()
     lines = (tmp_path / "log.txt").read_text().splitlines()
@@ -68,7 +89,7 @@ def test_the_log_has_what_a_role_printed_and_the_traceback_of_its_death(tmp_path
     assert any(line.endswith(" in die") for line in lines)
 
 
-def test_every_thread_of_a_role_keeps_to_its_cores():
+def test_every_thread_of_a_role_keeps_to_its_cores(started):
     core = max(os.sched_getaffinity(0))
 
     async def scenario():
@@ -77,27 +98,20 @@ def test_every_thread_of_a_role_keeps_to_its_cores():
         pool.stop()
         return affinities["Worker(0)"]
 
-    with cluster(SMALL):
-        affinities = asyncio.run(asyncio.wait_for(scenario(), 60))
+    affinities = asyncio.run(asyncio.wait_for(scenario(), 60))
     assert len(affinities) > 5  # Ray's own threads, too
     assert all(allowed == {core} for allowed in affinities)
 
 
-def test_each_node_is_asked_for_the_memory_of_its_largest_usable_gpu(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    answer = r"24576, 8.6\n81559, 9.0\n98304, 7.5\n"
-    program.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=memory.total,compute_cap ] && printf "{answer}"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with cluster(SMALL):
-        [node] = ray.nodes()
-        assert connection._gpu_memory([node["NodeID"]]) == {node["NodeID"]: 81559 << 20}
-        program.write_text("#!/bin/sh\nexit 1\n")
-        assert connection._gpu_memory([node["NodeID"]]) == {}
+def test_each_node_is_asked_for_the_memory_of_its_largest_usable_gpu(started, program):
+    [node] = ray.nodes()
+    assert connection._gpu_memory([node["NodeID"]]) == {node["NodeID"]: 81559 << 20}
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert connection._gpu_memory([node["NodeID"]]) == {}
 
 
 @pytest.mark.parametrize("role", ["pool", "learner"])
-def test_a_core_that_no_machine_has_is_a_user_error(role):
+def test_a_core_that_no_machine_has_is_a_user_error(started, role):
     async def start():
         if role == "pool":
             await start_pool(Worker, Replicated(cores=(4096,)), startup_timeout_s=60)
@@ -105,5 +119,5 @@ def test_a_core_that_no_machine_has_is_a_user_error(role):
             cfg = LearnerConfig(cores=(4096,), cpus=0)
             await LearnerGroup(lambda rank: actor(Worker, cfg, "Worker(0)").remote(), cfg, startup_timeout_s=60).start()
 
-    with pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"), cluster(SMALL):
+    with pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"), told_at_once():
         asyncio.run(asyncio.wait_for(start(), 60))
