@@ -1,4 +1,5 @@
-"""Whole runs whose rollouts are episodes with an environment: Ray, vLLM, and a tiny random model."""
+"""Whole runs whose rollouts are episodes with an environment, and a tiny random model: one on Ray with vLLM, and two in
+one process."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from learner.loop.journal import Journal
 from tests.contexts import contexts_of, sampled_places
 from tests.environments import TURNS
 from tests.fakes import save_tiny_model, tiny_config
+from tests.local_run import in_one_process
 
 pytestmark = pytest.mark.ray
 
@@ -54,10 +56,21 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """One whole run with AWords."""
-    directory = tmp_path_factory.mktemp("run") / "whole"
-    run_training(run_config(model, "AWords"), directory)
-    return directory
+    """One whole run with AWords. A prompt kills the environment's process once, and another one makes it raise an
+    error."""
+    home = tmp_path_factory.mktemp("run")
+    (home / "2.kill").write_text("x")  # one death, which costs nothing
+    for name, first, number in (("train", 0, 12), ("heldout", 20, 4)):
+        records = [{"prompt": f"ask a{i} b{i}", "kill": str(home / f"{i}.kill")} for i in range(first, first + number)]
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cfg = run_config(
+        model,
+        "Fragile",
+        prompts={name: str(home / f"{name}.jsonl") for name in ("train", "heldout")},
+        reward={"sources": [GAME], "normalise": "none", "max_void_share": 0.6},
+    )
+    run_training(cfg, home / "whole")
+    return home / "whole"
 
 
 def rows(directory) -> list[dict]:
@@ -108,7 +121,8 @@ def by_turns(model, tmp_path_factory):
     (chat / "chat_template.jinja").write_text(FORGETFUL)
     environment = {"function": "tests.environments:Restarting", "max_tokens": 60, "sequence": "turn"}
     prompts = {"format": "chat", "max_tokens": 16}
-    run_training(run_config(chat, "Restarting", prompts=prompts, environment=environment), directory / "run")
+    with in_one_process():
+        run_training(run_config(chat, "Restarting", prompts=prompts, environment=environment), directory / "run")
     return directory / "run"
 
 
@@ -155,9 +169,9 @@ def with_agent(model, tmp_path_factory):
         "else message.content + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'b8 ' }}{% endif %}"
     )
     environment = {"function": None, "agent": "tests.environments:talks", "max_tokens": 60}
-    run_training(
-        run_config(chat, "", prompts={"format": "chat", "max_tokens": 16}, environment=environment), directory / "run"
-    )
+    cfg = run_config(chat, "", prompts={"format": "chat", "max_tokens": 16}, environment=environment)
+    with in_one_process():
+        run_training(cfg, directory / "run")
     return directory / "run"
 
 
@@ -187,47 +201,22 @@ def test_learner_and_generator_agree_about_the_tokens_of_an_agent(with_agent):
     assert run_audit(with_agent, replay=True) == 0
 
 
-@pytest.fixture(scope="module")
-def troubled(model, tmp_path_factory):
-    """A run of two steps. A prompt kills the environment's process once, and another one makes it raise an error. Also
-    the file that counts the deaths to come."""
-    home = tmp_path_factory.mktemp("troubled")
-    files = [home / f"{index}.kill" for index in range(12)]
-    files[2].write_text("x")  # one death, which costs nothing
-    records = [{"prompt": f"ask a{i} b{i}", "kill": str(file)} for i, file in enumerate(files)]
-    (home / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    cfg = run_config(
-        model,
-        "Fragile",
-        num_steps=2,
-        prompts={"train": str(home / "prompts.jsonl"), "heldout": None},
-        reward={"sources": [GAME], "max_void_share": 0.6},
-        evaluation={"prompts": 0},
-    )
-    run_training(cfg, home / "run")
-    return home / "run", files[2]
+def test_an_environments_process_may_die_in_the_middle_of_an_episode(finished):
+    assert (finished.parent / "2.kill").read_text() == ""
+    found = rows(finished)
+    assert len({SampleId(row["epoch"], row["prompt_index"], row["replica"]) for row in found}) == 3 * 16
+    assert "died" in (finished / "pool-events.jsonl").read_text()
 
 
-def test_an_environments_process_may_die_in_the_middle_of_an_episode(troubled):
-    directory, kill = troubled
-    assert kill.read_text() == ""
-    found = rows(directory)
-    assert len(found) == 2 * 16
-    assert all(len(row["turns"]) == TURNS for row in found)
-    assert len({SampleId(row["epoch"], row["prompt_index"], row["replica"]) for row in found}) == 2 * 16
-    assert "died" in (directory / "pool-events.jsonl").read_text()
-
-
-def test_an_episode_that_fails_is_void_with_its_traceback(troubled):
-    directory, _ = troubled
-    voids = [reason for step in Journal(directory / "journal").since(0) for _, reason in step.voids]
-    assert len(voids) >= 2  # 32 rollouts are more than two passes over the prompts
+def test_an_episode_that_fails_is_void_with_its_traceback(finished):
+    voids = [reason for step in Journal(finished / "journal").since(0) for _, reason in step.voids]
+    assert len(voids) >= 3  # 48 rollouts are more than three passes over the prompts
     assert all("b3 has no answer" in reason for reason in voids)
-    records = read_records(directory / "metrics.jsonl")
+    records = read_records(finished / "metrics.jsonl")
     assert sum(record["environment/voids/raised"] for record in records) == len(voids)
-    prompts = [row["prompt"] for row in rows(directory)]
+    prompts = [row["prompt"] for row in rows(finished)]
     assert not any(prompt.endswith("b3") for prompt in prompts)
-    assert "ValueError: b3 has no answer" in next((directory / "errors").glob("*.txt")).read_text()
+    assert "ValueError: b3 has no answer" in next((finished / "errors").glob("*.txt")).read_text()
 
 
 def test_masks_of_the_journal_hide_what_the_environment_said(finished):
