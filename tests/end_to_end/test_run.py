@@ -37,6 +37,7 @@ from learner.ppo.learner import Learner
 from learner.ranks.group import LearnerGroup
 from tests.fakes import save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import varied_batch
+from tests.local_run import in_one_process
 from tests.metrics_tables import OPTIONAL
 from tests.process_memory import Peak, ProcessMemory
 
@@ -219,7 +220,8 @@ def test_with_staleness_allowed_generators_write_while_the_learner_learns(model,
     directory = tmp_path / "overlapped"
     ppo = {"policy_loss": "mask", "clip_eps": 0.2, "clip_eps_high": 0.28, "ppo_epochs": 2, "minibatches": 4}
     lambdas = {"lam": "length", "lam_alpha": 1.0, "value_lam": 1.0}
-    run_training(run_config(model, max_staleness=1, ppo={**ppo, **lambdas, "importance_cap": 0}), directory)
+    with in_one_process():
+        run_training(run_config(model, max_staleness=1, ppo={**ppo, **lambdas, "importance_cap": 0}), directory)
     records = read_records(directory / "metrics.jsonl")
     assert [record["staleness/max"] for record in records] == [0] + [1] * (STEPS - 1)
     assert all(np.isfinite(record["ppo/policy_loss"]) for record in records)
@@ -250,7 +252,8 @@ def continued(finished, tmp_path_factory):
         reward={"sources": [{"name": "a_words", "function": "tests.tasks:fails_on_some"}]},
         evaluation={"prompts": 0},
     )
-    run_training(cfg, directory)
+    with in_one_process():
+        run_training(cfg, directory)
     return directory
 
 
@@ -310,7 +313,8 @@ def sampled_ids(run: Path) -> list[str]:
 def test_a_critic_is_trained_on_sampled_responses_of_the_starting_policy(model, tmp_path):
     """Whole; and as if it had been killed after it had journalled two of four batches."""
     cfg, whole, cut = run_config(model, critic_training={"passes": 2}), tmp_path / "whole", tmp_path / "cut"
-    summary = run_critic_training(cfg, whole, sample=100)
+    with in_one_process():
+        summary = run_critic_training(cfg, whole, sample=100)
     journal = Journal(whole / "journal")
     assert not learns(journal.notes)
     assert [(step.policy_version, step.table.num_rows) for step in journal.since(0)] == [(0, 32)] * 3 + [(0, 4)]
@@ -322,7 +326,8 @@ def test_a_critic_is_trained_on_sampled_responses_of_the_starting_policy(model, 
     for name in ("run.json", "config.toml", "sample.json"):
         shutil.copy(whole / name, cut)
     shutil.copytree(whole / "journal", cut / "journal", ignore=shutil.ignore_patterns("step-00000[23].*"))
-    resumed = run_critic_training(cfg, cut, resume=True)
+    with in_one_process():
+        resumed = run_critic_training(cfg, cut, resume=True)
     assert sampled_ids(cut) == sampled_ids(whole)
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
 
