@@ -5,12 +5,15 @@ Ray's workers import the test modules but not this one: an import here costs eac
 
 from __future__ import annotations
 
+import os
 from multiprocessing import forkserver, get_context
+from unittest.mock import patch
 
 import pytest
 
 from common.config.base import RayConfig
 from deploy.cluster.connection import cluster
+from tests import small_engine
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +33,10 @@ def forked_from_vllm(request, tmp_path_factory):
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
         yield
     forkserver._forkserver._stop()
+
+
+@pytest.fixture(scope="module")
+def small_engines():
+    """A small engine in vLLM's place, for runs that test something else."""
+    with patch.dict(os.environ, small_engine.variables()):
+        yield

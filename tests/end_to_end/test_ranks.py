@@ -32,6 +32,7 @@ from learner.ppo.learner import Learner
 from learner.ranks.group import LearnerGroup
 from tests.fakes import save_tiny_model, tiny_config
 from tests.learner.ppo.test_learner import varied_batch
+from tests.local_run import in_one_process
 from tests.saving import mark
 
 pytestmark = pytest.mark.ray
@@ -60,6 +61,9 @@ class Troubled(Learner):
 
     def pid(self) -> int:
         return os.getpid()
+
+    def get_into(self, troubles: Mapping[str, str]) -> None:
+        self.troubles = troubles
 
     def update(self, table: Any) -> dict[str, float]:
         self._make_trouble(f"update {self.step}")
@@ -107,7 +111,7 @@ def curve(directory: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def alone(model, tmp_path_factory):
+def alone(model, small_engines, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "alone"
     train.run_training(run_config(model, ranks=1), directory)
     return directory
@@ -150,7 +154,7 @@ def test_a_run_whose_learner_dies_and_freezes_ends_with_the_same_bits(model, alo
     assert events == ["joined"] * 3
 
 
-def test_a_lora_run_on_two_ranks_saves_adapter_and_merged_policy(model, tmp_path, monkeypatch):
+def test_a_lora_run_on_two_ranks_saves_adapter_and_merged_policy(model, small_engines, tmp_path, monkeypatch):
     """Also if a rank dies while the loop waits for rollouts, and they for their reference log-probabilities."""
     started: list[str] = []
     monkeypatch.setattr(train, "Learner", troubled(tmp_path, {"ref_logprobs 1": "dies"}))
@@ -201,7 +205,8 @@ def test_with_lora_the_reference_is_always_the_policy_without_adapters(model, tm
     directory = tmp_path / "run"
     learner = {"lora": {"rank": 4, "alpha": 8}}
     cfg = run_config(model, ranks=1, max_staleness=1, learner=learner, evaluation={"prompts": 0})
-    train.run_training(cfg, directory)
+    with in_one_process():
+        train.run_training(cfg, directory)
     assert [record["staleness/max"] for record in curve(directory)] == [0, 1, 1]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for step in Journal(directory / "journal").since(0):
@@ -211,59 +216,45 @@ def test_with_lora_the_reference_is_always_the_policy_without_adapters(model, tm
 
 # Ranks that fail
 
-LIMIT_S = 180  # of all updates: a group that waits for its own, longer limit fails the test
+LIMIT_S = 300  # of all updates: a group that waits for its own, longer limit fails the tests
+TROUBLES = ("dies", "freezes", "hangs", "raises")  # the last one ends the group
 
 
 @dataclass
 class Outcome:
-    """How two updates ended."""
+    """How an update ended in which the last rank failed."""
 
-    error: BaseException | None  # of the second update
+    error: BaseException
     rank_id: str  # of the last rank, as Ray names actors
-    policy: bytes  # the file of weights after both updates; after a loss, of a group that was started again
+    policy: bytes  # the file of weights after the group started again, restored the first update and repeated this one
 
 
-def update_twice(
-    model: Path, directory: Path, trouble: str, *, timeout_s: float, probe_timeout_s: float = 30
-) -> Outcome:
-    """Two ranks update twice; the last one fails the second time. If it is lost, the group starts again, restores the
-    first update and repeats the second. Checks that no process of a lost or stopped group is left."""
-    role = troubled(directory, {"update 1": trouble} if trouble else {})
-    settings = {"cpus": 0, "timeout_s": timeout_s, "probe_timeout_s": probe_timeout_s}
-    cfg = run_config(model, ranks=2, rollouts_per_step=8, learner=settings)
-    pids: list[int] = []
+async def repeated(learner: LearnerGroup, directory: Path, name: str) -> bytes:
+    """The file of weights after the second update, which follows on the checkpoint in `directory`."""
+    await learner.restore(directory / "checkpoint")
+    assert learner.step == 1
+    await learner.update(varied_batch(1))
+    await learner.save_policy(directory / name)
+    return (directory / name / "model.safetensors").read_bytes()
 
-    async def scenario() -> Outcome:
-        learner = LearnerGroup(lambda rank: actor(role, cfg.learner).remote(cfg), cfg.learner, startup_timeout_s=120)
-        error, policy = None, b""
-        try:
-            await learner.start()
-            handles, rendezvous = learner._processes.handles, Path(learner._rendezvous.removeprefix("file://")).parent
-            pids.extend(await asyncio.gather(*(handle.pid.remote() for handle in handles)))
-            stats = await learner.update(varied_batch(0))
-            assert stats["ppo/optimizer_steps"] == 8
-            mark(directory / "checkpoint", await learner.save(directory / "checkpoint"))
-            try:
-                await learner.update(varied_batch(1))
-            except Exception as raised:
-                error = raised
-                assert learner.step == 1
-            if isinstance(error, RankLostError):
-                await learner.rebuild()
-                await until_gone(pids)
-                assert not rendezvous.exists()
-                await learner.restore(directory / "checkpoint")
-                assert learner.step == 1
-                await learner.update(varied_batch(1))
-            if error is None or isinstance(error, RankLostError):
-                await learner.save_policy(directory / "policy")
-                policy = (directory / "policy" / "model.safetensors").read_bytes()
-        finally:
-            learner.stop()
-        await until_gone(pids)
-        return Outcome(error, handles[-1]._actor_id.hex(), policy)
 
-    return asyncio.run(asyncio.wait_for(scenario(), LIMIT_S))
+async def fail(learner: LearnerGroup, trouble: str, directory: Path) -> Outcome:
+    """Two ranks fail in the second update. Checks that no process of theirs is left."""
+    handles, rendezvous = learner._processes.handles, Path(learner._rendezvous.removeprefix("file://")).parent
+    pids = await asyncio.gather(*(handle.pid.remote() for handle in handles))
+    rank_id = handles[-1]._actor_id.hex()
+    await learner.restore(directory / "checkpoint")
+    await handles[-1].get_into.remote({"update 1": trouble})
+    with pytest.raises((RankLostError, ValueError)) as failed:
+        await learner.update(varied_batch(1))
+    assert learner.step == 1
+    if trouble == "raises":
+        learner.stop()
+    else:
+        await learner.rebuild()
+    await until_gone(pids)
+    assert not rendezvous.exists()
+    return Outcome(failed.value, rank_id, b"" if trouble == "raises" else await repeated(learner, directory, trouble))
 
 
 async def until_gone(pids: list[int]) -> None:
@@ -281,40 +272,63 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model, ray_cluster, tmp_path_factory):
-    """The weights after two updates."""
-    return update_twice(model, tmp_path_factory.mktemp("undisturbed"), "", timeout_s=2 * LIMIT_S).policy
+def group(model, ray_cluster, tmp_path_factory):
+    """The weights after two updates of two ranks that nothing disturbed, and the outcome of each trouble. One group has
+    all of them, because starting a rank takes longest."""
+    directory = tmp_path_factory.mktemp("group")
+    settings = {"cpus": 0, "timeout_s": 2 * LIMIT_S, "probe_timeout_s": 5}
+    cfg = run_config(model, ranks=2, rollouts_per_step=8, learner=settings)
+    role = troubled(directory, {})
+
+    async def scenario() -> tuple[bytes, dict[str, Outcome]]:
+        learner = LearnerGroup(lambda rank: actor(role, cfg.learner).remote(cfg), cfg.learner, startup_timeout_s=120)
+        outcomes = {}
+        try:
+            await learner.start()
+            stats = await learner.update(varied_batch(0))
+            assert stats["ppo/optimizer_steps"] == 8
+            mark(directory / "checkpoint", await learner.save(directory / "checkpoint"))
+            undisturbed = await repeated(learner, directory, "undisturbed")
+            for trouble in TROUBLES:
+                learner._timeout_s = 10 if trouble == "hangs" else cfg.learner.timeout_s
+                (directory / "update 1").unlink(missing_ok=True)  # the marker of the trouble before
+                outcomes[trouble] = await fail(learner, trouble, directory)
+        finally:
+            learner.stop()
+        return undisturbed, outcomes
+
+    return asyncio.run(asyncio.wait_for(scenario(), LIMIT_S))
 
 
-def test_a_rank_that_raises_fails_the_step_with_its_own_error(model, ray_cluster, tmp_path):
+def test_a_rank_that_raises_fails_the_step_with_its_own_error(group):
     """The group waits at most 10 s for the other ranks' errors."""
-    outcome = update_twice(model, tmp_path, "raises", timeout_s=2 * LIMIT_S)
-    assert isinstance(outcome.error, ValueError)
-    text = str(outcome.error)
+    error = group[1]["raises"].error
+    assert isinstance(error, ValueError)
+    text = str(error)
     assert "rank 1 cannot learn from this" in text
     assert 'raise ValueError("rank 1 cannot learn from this")' in text  # the traceback of its own process
-    assert outcome.error.__notes__ == ["rank 1 of 2 did not update at step 1"]
+    assert error.__notes__ == ["rank 1 of 2 did not update at step 1"]
 
 
-def test_a_group_whose_rank_is_killed_learns_the_same_weights(model, undisturbed, tmp_path):
+def test_a_group_whose_rank_is_killed_learns_the_same_weights(group):
     """Rank 0 fails too, because its connection breaks; its error is not the cause."""
-    outcome = update_twice(model, tmp_path, "dies", timeout_s=2 * LIMIT_S)
+    undisturbed, outcome = group[0], group[1]["dies"]
     assert isinstance(outcome.error, RankLostError)
     assert str(outcome.error).startswith('Learner(1) died during "update at step 1": its process')
     assert outcome.rank_id in str(outcome.error.__cause__)
     assert outcome.policy == undisturbed
 
 
-def test_a_group_whose_rank_freezes_learns_the_same_weights(model, undisturbed, tmp_path):
+def test_a_group_whose_rank_freezes_learns_the_same_weights(group):
     """The other rank waits for it in the middle of the update."""
-    outcome = update_twice(model, tmp_path, "freezes", timeout_s=2 * LIMIT_S, probe_timeout_s=5)
+    undisturbed, outcome = group[0], group[1]["freezes"]
     assert isinstance(outcome.error, RankLostError)
     assert str(outcome.error).startswith("Learner(1) answered no health probe for 5 s (learner.probe_timeout_s)")
     assert outcome.policy == undisturbed
 
 
-def test_a_rank_that_hangs_is_named_when_the_time_is_up(model, undisturbed, tmp_path):
-    outcome = update_twice(model, tmp_path, "hangs", timeout_s=10)
+def test_a_rank_that_hangs_is_named_when_the_time_is_up(group):
+    undisturbed, outcome = group[0], group[1]["hangs"]
     assert isinstance(outcome.error, RankLostError)
     assert "Learner(1) did not update at step 1 within 10 s (learner.timeout_s)" in str(outcome.error)
     assert outcome.policy == undisturbed
@@ -324,7 +338,7 @@ class Guest:
     """Takes the room of a rank."""
 
 
-def test_a_group_continues_with_fewer_ranks_when_there_is_no_room(model, undisturbed, tmp_path):
+def test_a_group_continues_with_fewer_ranks_when_there_is_no_room(model, group, tmp_path):
     settings = {"cpus": 1, "timeout_s": LIMIT_S, "min_ranks": 1, "room_wait_s": 2}
     cfg = run_config(model, ranks=2, rollouts_per_step=8, learner=settings)
     told: list[str] = []
@@ -357,5 +371,5 @@ def test_a_group_continues_with_fewer_ranks_when_there_is_no_room(model, undistu
         return (tmp_path / "policy" / "model.safetensors").read_bytes()
 
     found = safetensors.torch.load(asyncio.run(asyncio.wait_for(scenario(), LIMIT_S)))
-    expected = safetensors.torch.load(undisturbed)
+    expected = safetensors.torch.load(group[0])
     torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-4)  # bf16
