@@ -1,4 +1,7 @@
-"""Human feedback from beginning to end on Ray, small: pairs, a reward model on two ranks, PPO against it, a verdict."""
+"""Human feedback from beginning to end, small: pairs, a reward model on two ranks, PPO against it, a verdict.
+
+The reward model is trained and its scale measured on Ray. The other commands run in one process.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from deploy.train_reward import run_reward_training
 from learner.loop.journal import Journal
 from tests.event_files import scalars
 from tests.fakes import ENGINE_GPUS, save_tiny_model, tiny_config
+from tests.local_run import in_one_process
 
 pytestmark = pytest.mark.ray
 
@@ -69,19 +73,21 @@ def pairs(model, tmp_path_factory):
             "ray": RAY,
         }
     )
-    summary = run_pair_sampling(cfg, directory)
+    with in_one_process():
+        summary = run_pair_sampling(cfg, directory)
     labelled = read_records(directory / "labelled.jsonl")
     assert sorted(record["pair"] for record in labelled) == list(range(240))
     # After a crash that left half of the lines, the command resumes and ends with the same pairs.
     whole = (directory / "pairs.jsonl").read_bytes()
     (directory / "labelled.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled[:100]))
-    assert run_pair_sampling(cfg, directory, resume=True)["pairs"] == summary["pairs"]
+    with in_one_process():
+        assert run_pair_sampling(cfg, directory, resume=True)["pairs"] == summary["pairs"]
     assert (directory / "pairs.jsonl").read_bytes() == whole
     return directory / "pairs.jsonl"
 
 
 @pytest.fixture(scope="module")
-def reward(model, pairs, tmp_path_factory):
+def reward(model, pairs, small_engines, tmp_path_factory):
     directory = tmp_path_factory.mktemp("Läufe 実行") / "reward"
     logging = {"sinks": ["tensorboard"]}
     run_reward_training(reward_config(model, pairs, learner={"ranks": 2}, logging=logging), directory)
@@ -123,7 +129,8 @@ def alone(model, pairs, tmp_path_factory):
     """The config and directory of a training on one rank, without a scale."""
     cfg = reward_config(model, pairs, epochs=2, scale={"responses": 0}, checkpoint={"every": 3, "keep": 99})
     directory = tmp_path_factory.mktemp("runs") / "alone"
-    run_reward_training(cfg, directory)
+    with in_one_process():
+        run_reward_training(cfg, directory)
     return cfg, directory
 
 
@@ -145,7 +152,8 @@ def test_reward_training_cut_and_resumed_gives_the_same_model(alone, tmp_path):
     later = ("model", "summary.json", "evaluations.jsonl", "calibration.png", *checkpoints[1:])
     shutil.copytree(whole, cut, ignore=shutil.ignore_patterns(*later))
     (cut / "metrics.jsonl").write_bytes(b"".join((whole / "metrics.jsonl").read_bytes().splitlines(True)[:5]))
-    run_reward_training(cfg, cut, resume=True)
+    with in_one_process():
+        run_reward_training(cfg, cut, resume=True)
     assert content_hash(cut / "model") == content_hash(whole / "model")
     assert [record["preference/loss"] for record in read_records(cut / "metrics.jsonl")] == losses
     accuracies = [[e["accuracy"] for e in read_records(run / "evaluations.jsonl")] for run in (whole, cut)]
@@ -164,7 +172,7 @@ def ppo(model, reward, tmp_path_factory):
     source = {"name": "reward", "model": str(reward / "model"), "dtype": "float32", "max_tokens": 64}
     cfg = tiny_config(
         model,
-        num_steps=6,
+        num_steps=10,
         rollouts_per_step=32,
         reward={"sources": [source]},
         ppo={"clip_eps": 0.2, "ppo_epochs": 2, "minibatches": 4},
@@ -172,7 +180,8 @@ def ppo(model, reward, tmp_path_factory):
         evaluation={"prompts": 16, "judges": [{"name": "gold", "function": "tests.tasks:a_words"}], "text_tokens": 99},
     )
     directory = tmp_path_factory.mktemp("runs") / "ppo"
-    run_training(cfg, directory)
+    with in_one_process():
+        run_training(cfg, directory)
     return cfg, directory
 
 
@@ -204,7 +213,8 @@ def compared(ppo, tmp_path_factory):
     """The base and the trained policy, asked three times each."""
     cfg, directory = ppo
     target = tmp_path_factory.mktemp("compared") / "whole"
-    return target, run_evaluation(cfg, target, policies={"trained": str(directory / "policy")}, samples=3)
+    with in_one_process():
+        return target, run_evaluation(cfg, target, policies={"trained": str(directory / "policy")}, samples=3)
 
 
 def test_evaluate_compares_the_trained_policy_with_its_base(ppo, compared):
@@ -264,11 +274,13 @@ def test_an_evaluation_that_was_cut_ends_with_the_same_figures(ppo, compared, tm
     answers.write_bytes(answers.read_bytes()[:-700])  # in the middle of a line
     kept = read_records(answers)
     assert 0 < len(kept) < 48
-    assert run_evaluation(cfg, cut, resume=True) == record
+    with in_one_process():
+        assert run_evaluation(cfg, cut, resume=True) == record
     again = read_records(answers)
     assert again[: len(kept)] == kept  # ... which were not asked again
     assert sorted((a["prompt"], a["sample"]) for a in again) == [(p, s) for p in range(16) for s in range(3)]
-    assert run_evaluation(cfg, cut, resume=True) == record  # nothing is missing, so nothing is asked
+    with in_one_process():
+        assert run_evaluation(cfg, cut, resume=True) == record  # nothing is missing, so nothing is asked
 
 
 def test_the_scale_is_that_of_the_policys_own_responses(reward):
