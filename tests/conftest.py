@@ -16,11 +16,41 @@ from deploy.ending import signals
 EXIT = sys.exit
 
 
+# Files that take longest, longest first. Of the others, those that start Ray or vLLM come first.
+LONGEST = [
+    f"tests/{name}.py"
+    for name in (
+        "chaos/test_chaos",
+        "end_to_end/test_run",
+        "end_to_end/test_ranks",
+        "end_to_end/test_submit",
+        "end_to_end/test_ends",
+        "end_to_end/test_vllm_engine",
+        "end_to_end/test_elastic",
+        "end_to_end/test_monitoring",
+        "end_to_end/test_environments",
+        "durability/test_every_line",
+        "end_to_end/test_tune",
+        "end_to_end/test_rewards",
+        "learner/ranks/test_ranks",
+        "end_to_end/test_hosting",
+        "gpu_check/test_gpu_check",
+    )
+]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several pytest processes, start with the files that take long: the short ones then fill the time at the end.
     In one process the quick tests come first, and fail early."""
-    several = hasattr(config, "workerinput")
-    items.sort(key=lambda item: ("ray" in item.keywords) != several)
+    if hasattr(config, "workerinput"):
+        place = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: (place.get(file_of(item), len(place)), "ray" not in item.keywords))
+    else:
+        items.sort(key=lambda item: "ray" in item.keywords)
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(autouse=True)
