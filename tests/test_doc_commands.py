@@ -25,7 +25,7 @@ WORK = {
     "train": "tests/end_to_end/test_run.py::test_the_reward_rises",
     "train --resume": "tests/end_to_end/test_run.py::test_a_run_that_is_cut_and_resumed_has_the_bits_of_a_whole_one",
     "train --address": "tests/end_to_end/test_elastic.py::test_the_run_continued_through_all_of_it",
-    "train --restarts": "tests/end_to_end/test_restarts.py::test_a_killed_driver_is_started_again_with_resume",
+    "train --restarts": "tests/chaos/test_chaos.py::test_a_killed_driver_is_started_again_with_resume",
     "submit": "tests/end_to_end/test_submit.py::test_the_job_runs_on_every_node_with_the_uploaded_code",
     "plan --suggest": "tests/deploy/plan/test_suggest.py::test_the_command_writes_a_config_whose_plan_fits",
     "plan": "tests/deploy/plan/test_command.py::test_the_plan_of_a_shipped_config_lists_every_process",

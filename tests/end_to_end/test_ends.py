@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.files import read_records
+from tests import small_engine
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray
@@ -39,8 +40,8 @@ def wait_for(what: str, condition: Callable[[], object], process: subprocess.Pop
         time.sleep(0.05)
 
 
-def descendant(ancestor: int, name: str) -> int:
-    """The one process of this name among the descendants of `ancestor`."""
+def descendants(ancestor: int) -> dict[int, str]:
+    """The command lines of all processes below `ancestor`."""
     parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
@@ -49,8 +50,7 @@ def descendant(ancestor: int, name: str) -> int:
     found = {ancestor}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
-    [pid] = [pid for pid in found if names[pid].startswith(name)]
-    return pid
+    return {pid: names[pid] for pid in found - {ancestor}}
 
 
 def any_process_of(temporary: Path) -> bool:
@@ -74,9 +74,11 @@ def processes():
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory, temporary, processes):
-    """A run whose learner is killed as often as is allowed, its continuation, which SIGTERM stops, and one more, which
-    SIGKILL ends. Returns the run's directory, and for each of the three its exit code, its message and the number of
-    steps by then."""
+    """A run whose learner is killed as often as is allowed, its continuation under --restarts, which SIGTERM stops, and
+    one more, which SIGKILL ends. Returns the run's directory, and for each of the three its exit code, its message and
+    the number of steps by then.
+
+    Only the last one has a real engine: its process and temporary files are those that nobody is left to remove."""
     directory = tmp_path_factory.mktemp("ends")
     run, config = directory / "run", directory / "tiny.toml"
     model = save_tiny_model(directory / "model")
@@ -89,24 +91,27 @@ def ends(tmp_path_factory, temporary, processes):
     def steps() -> int:
         return len(read_records(run / "metrics.jsonl"))
 
-    def started(*arguments: str) -> subprocess.Popen:
+    def started(*arguments: str, **variables: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "deploy.cli", "train", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment | variables, **pipes))
         return processes[-1]
 
     def ended(process: subprocess.Popen) -> tuple[int, str, int]:
         _, told = process.communicate(timeout=60)
         return process.returncode, told, steps()
 
-    first = started(str(config), "--run", str(run))
+    first = started(str(config), "--run", str(run), **small_engine.variables())
     wait_for("two steps", lambda: steps() >= 2, first)
-    os.kill(descendant(first.pid, "ray::Learner"), signal.SIGKILL)
+    [learner] = [pid for pid, name in descendants(first.pid).items() if name.startswith("ray::Learner")]
+    os.kill(learner, signal.SIGKILL)
     killed = ended(first)
-    second = started("--resume", str(run))
+    second = started("--resume", str(run), "--restarts", "9", **small_engine.variables())
     wait_for("two more steps", lambda: steps() >= killed[2] + 2, second)
     second.send_signal(signal.SIGTERM)
     stopped = ended(second)
+    assert list(temporary.iterdir()) == []
+    assert not any_process_of(temporary)
     third = started("--resume", str(run))
     wait_for("one more step", lambda: steps() > stopped[2], third)
     third.send_signal(signal.SIGKILL)
@@ -122,7 +127,8 @@ def test_a_learner_killed_too_often_ends_the_run_with_one_message(ends):
     assert "continue with --resume" in told
 
 
-def test_sigterm_stops_a_run_like_ctrl_c(ends):
+def test_sigterm_stops_a_run_and_its_parent_like_ctrl_c(ends):
+    """It leaves nothing: `ends` looks."""
     run, _, (code, told, _), _ = ends
     assert code == 143
     assert told == f"ratchet: stopped by SIGTERM; continue with ratchet train --resume {run}\n"
