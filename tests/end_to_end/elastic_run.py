@@ -32,6 +32,7 @@ from common.files import read_records
 from deploy.train import run_training
 from tests.fakes import tiny_config
 
+ROLLOUTS = 16  # of a step
 PREEMPTION = 2  # Ray's number for it
 NODE = {"num_cpus": 1, "object_store_memory": 150 << 20}
 
@@ -104,9 +105,9 @@ def main(model: str, directory: Path) -> None:
     cfg = tiny_config(
         model,
         num_steps=100_000,
-        rollouts_per_step=48,
+        rollouts_per_step=ROLLOUTS,
         max_staleness=1,
-        sampling={"max_new_tokens": 100, "min_new_tokens": 60},
+        sampling={"max_new_tokens": 40},  # so that each generator always writes
         # The head has a core for the learner and one for a generator; every other generator needs a node.
         generators={"dtype": "float32", "kv_cache_mib": 16, "min": 1, "max": 3, "cpus": 1, "drain_s": 0.2},
         reference={"dtype": "float32", "max_batch_tokens": 4096},

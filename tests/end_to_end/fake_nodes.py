@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FakeMultiNodeProvider,
 )
 
+HERE = Path(__file__).parent
 DIRECTORY = "FAKE_NODES"  # variable with the directory for the nodes' directories
 
 
@@ -37,7 +39,8 @@ def environment(directory: str) -> dict[str, str]:
     return {
         DIRECTORY: directory,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "PYTHONPATH": os.path.dirname(__file__),  # for the monitor
+        # For the monitor, and for generators with another engine.
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent / "site"))),
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_FAKE_CLUSTER": "1",
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,

@@ -16,6 +16,7 @@ import pytest
 
 from common.files import read_records
 from learner.loop.journal import Journal
+from tests import small_engine
 from tests.fakes import save_tiny_model
 
 pytestmark = pytest.mark.ray
@@ -31,7 +32,7 @@ def finished(tmp_path_factory):
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("elastic_run.py")), str(model), str(directory)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=os.environ | small_engine.variables(),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -68,7 +69,7 @@ def test_every_sample_is_in_the_journal_once_or_void_with_its_reason(finished):
         "/".join(map(str, row)) for s in steps for row in zip(*(s.table[key].to_pylist() for key in keys), strict=True)
     )
     assert set(trained.values()) == {1}
-    assert len(trained) == 48 * len(steps)
+    assert len(trained) == 16 * len(steps)
     state = steps[-1].prompts
     outstanding = sum(end - first for first, end in state["outstanding"])
     void = {sample for s in steps for sample, _ in s.voids} - set(trained)

@@ -1,6 +1,7 @@
 """Runs that are sent as jobs from a user's own directory, to a cluster that is already running.
 
-Its head is started with a token. A real autoscaler adds and removes the nodes of generators.
+Its head is started with a token. A real autoscaler adds and removes the nodes of generators, whose engines are small
+ones.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from common.files import read_records
+from tests import small_engine
 from tests.chaos import audit
 from tests.end_to_end import fake_nodes
 from tests.fakes import save_tiny_model, tiny_config
@@ -142,6 +144,7 @@ def running():
     temp.mkdir()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {
+        "SMALL_ENGINE": small_engine.__file__,
         "PATH": "/usr/bin:/bin",  # no activated environment: jobs must find the interpreter without it
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -1,9 +1,11 @@
-"""A real tuning, small: two trials of a tiny model on Ray and vLLM, each in a process and a cluster of its own."""
+"""A real tuning, small: two trials of a tiny model on Ray, each in a process and a cluster of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 
@@ -15,6 +17,7 @@ from deploy.run.record import read_record
 from deploy.tune.command import Pace, run_tune
 from deploy.tune.plan import make_plan
 from learner.loop.journal import Journal
+from tests import small_engine
 from tests.fakes import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.ray
@@ -41,7 +44,8 @@ def tuned(tmp_path_factory):
         directory / "tiny.toml", [space], trials=2, metric="a_words", finalists=2, seeds=1, keep_all=False
     )
     plan = replace(plan, trials=tuple({"optimizer.learning_rate": rate} for rate in RATES))  # the better one first
-    outcome = run_tune(directory / "tune", Pace(), (plan, cfg))
+    with patch.dict(os.environ, small_engine.variables()):
+        outcome = run_tune(directory / "tune", Pace(), (plan, cfg))
     return directory / "tune", outcome
 
 
