@@ -17,7 +17,7 @@ from common.errors import RoleError, UserError
 from deploy.cluster import connection
 from deploy.cluster.connection import cluster
 from deploy.cluster.role_output import role_output_to
-from deploy.ending.ray_errors import told_at_once
+from deploy.ending.ray_errors import errors_shown_first
 from deploy.run.log import RunLog
 from learner.ranks.group import LearnerGroup
 from tests.ray_pools import start_pool
@@ -78,7 +78,7 @@ def test_the_log_has_what_a_role_printed_and_the_traceback_of_its_death(started,
 
     log = RunLog()
     log.open(tmp_path)
-    with pytest.raises(RoleError, match="died"), told_at_once(), role_output_to(log.write):
+    with pytest.raises(RoleError, match="died"), errors_shown_first(), role_output_to(log.write):
         asyncio.run(asyncio.wait_for(scenario(), 60))
     log.close()
     lines = (tmp_path / "log.txt").read_text().splitlines()
@@ -119,5 +119,5 @@ def test_a_core_that_no_machine_has_is_a_user_error(started, role):
             cfg = LearnerConfig(cores=(4096,), cpus=0)
             await LearnerGroup(lambda rank: actor(Worker, cfg, "Worker(0)").remote(), cfg, startup_timeout_s=60).start()
 
-    with pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"), told_at_once():
+    with pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"), errors_shown_first():
         asyncio.run(asyncio.wait_for(start(), 60))
