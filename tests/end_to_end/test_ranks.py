@@ -339,7 +339,7 @@ class Guest:
 
 
 def test_a_group_continues_with_fewer_ranks_when_there_is_no_room(model, group, tmp_path):
-    settings = {"cpus": 1, "timeout_s": LIMIT_S, "min_ranks": 1, "room_wait_s": 2}
+    settings = {"cpus": 1, "timeout_s": LIMIT_S, "min_ranks": 1, "room_wait_s": 8}
     cfg = run_config(model, ranks=2, rollouts_per_step=8, learner=settings)
     told: list[str] = []
 
