@@ -68,7 +68,9 @@ class VLLMEngine:
         max_tokens: int | None = None,
     ) -> Completion:
         longest = self._sampling.max_new_tokens - num_begun
-        longest = plain_tokens or min(longest, longest if max_tokens is None else max_tokens, self._length - len(prompt_ids))
+        longest = plain_tokens or min(
+            longest, longest if max_tokens is None else max_tokens, self._length - len(prompt_ids)
+        )
         random = torch.Generator().manual_seed(seed)
         ids, logprobs, versions = [], [], []
         state, new, reason = None, prompt_ids.tolist(), ""

@@ -34,7 +34,7 @@ COMMANDS_OF = {
     "deploy/demo.py": {"demo"},
     "deploy/evaluation/": {"evaluate"},
     "deploy/export.py": {"export"},
-    "deploy/journal_parts.py": {"train-critic"},
+    "deploy/journal_parts.py": {"train", "train-critic"},  # the notes of runs
     "deploy/monitoring/installation.py": {"monitoring"},
     "deploy/plan/command.py": {"plan"},
     "deploy/plan/machines.py": {"plan"},

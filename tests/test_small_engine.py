@@ -76,7 +76,13 @@ def test_each_token_is_sampled_as_often_as_it_is_likely(models):
 
 @pytest.mark.parametrize(
     ("options", "length"),
-    [({}, 8), ({"num_begun": 3}, 5), ({"most": 2}, 2), ({"num_begun": 7, "most": 2}, 1), ({"plain_tokens": 4}, 4)],
+    [
+        ({}, 8),
+        ({"num_begun": 3}, 5),
+        ({"max_tokens": 2}, 2),
+        ({"num_begun": 7, "max_tokens": 2}, 1),
+        ({"plain_tokens": 4}, 4),
+    ],
 )
 def test_a_response_ends_at_its_bound(models, options, length):
     engine = engine_of(models[0], min_new_tokens=8)  # no end token before

@@ -88,7 +88,8 @@ def test_all_three_generators_wrote_what_was_trained_on(finished):
 
 def test_the_run_continued_through_all_of_it(finished):
     records = read_records(finished[0] / "metrics.jsonl")
-    assert all(math.isfinite(value) for record in records for value in record.values())
+    figures = [value for record in records for key, value in record.items() if key != "health"]
+    assert all(math.isfinite(figure) for figure in figures)
     happened = finished[1]
     assert happened["steps when: three generators"] > happened["steps when: started"]  # it trained while they started
     assert len(records) >= happened["steps when: left"] + 2

@@ -119,5 +119,8 @@ def test_a_core_that_no_machine_has_is_a_user_error(started, role):
             cfg = LearnerConfig(cores=(4096,), cpus=0)
             await LearnerGroup(lambda rank: actor(Worker, cfg, "Worker(0)").remote(), cfg, startup_timeout_s=60).start()
 
-    with pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"), errors_shown_first():
+    with (
+        pytest.raises(UserError, match=r"^Worker\(0\): cores \[4096\] are not among .* leave it out$"),
+        errors_shown_first(),
+    ):
         asyncio.run(asyncio.wait_for(start(), 60))
