@@ -31,8 +31,8 @@ from typing import Any, NamedTuple, Protocol
 Message = Mapping[str, Any]
 """A chat message: `role`, `content` (text), and more keys that the model's chat template knows."""
 Observation = str | Sequence[Message] | None
-"""What an environment says. A text is one message of the role `user`; None and "" add no message. With prompts.format =
-"plain" it must be text, which is added to the response unchanged."""
+"""The answer of an environment. A text is one message of the role `user`; None and "" add no message. With
+prompts.format = "plain" it must be text, which is added to the response unchanged."""
 
 VOID_KINDS: Mapping[str, str] = {
     "raised": "a method raised an exception",

@@ -36,7 +36,7 @@ class NodeWaits:
 
 
 def requested(asks: Placed) -> str:
-    """What one process asks the cluster for, in words."""
+    """The resources that one process asks the cluster for, in words."""
     counted = [(asks.cpus, "CPU"), (asks.gpus, "GPU")]
     parts = [f"{amount:g} {unit}{'s' if amount > 1 else ''}" for amount, unit in counted if amount]
     labels = ", ".join(f"{key}={value}" for key, value in asks.labels.items())

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the config and run directory that these give.
+"""Options that the commands share, and the reading of the config and the run directory that they name.
 
 Runs in the driver, before anything slow is imported.
 """

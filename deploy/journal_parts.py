@@ -68,7 +68,8 @@ class Asked:
 
     @classmethod
     def read(cls, run: Path) -> Asked:
-        """What was asked for, if the sampling was killed. Empty if the training has begun, or if nothing is sampled."""
+        """The journals and responses that a killed sampling was asked for. Empty if the training has begun, or if
+        nothing is sampled."""
         if (run / RECORD).exists() or not (run / ASKED).exists():
             return cls()
         try:

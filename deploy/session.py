@@ -1,4 +1,4 @@
-"""What every command with a run directory does before its own work. Runs in the driver.
+"""The steps that every command with a run directory takes before its own work. Runs in the driver.
 
 A command first owns its run directory (deploy/run/directory.py). `load_inputs` then checks everything a user can get
 wrong, with nothing written and nothing started. `session` joins or starts the cluster, fills in settings that depend on

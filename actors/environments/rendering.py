@@ -212,7 +212,7 @@ def check_template(
                         f"give the model a chat_template that keeps earlier messages unchanged (in {model}, "
                         "chat_template.jinja or tokenizer_config.json)"
                     ]
-                    with suppress(UserError):  # another template may refuse conversations that are written anew too
+                    with suppress(UserError):  # the template may also refuse whole conversations
                         check_conversations(tokenizer, model, observations, calls=calls, **options)
                         remedies.insert(0, 'set environment.sequence = "turn"')
                     raise UserError(

@@ -13,7 +13,7 @@ from common.model.size import ModelSize
 
 
 class ProcessKind(NamedTuple):
-    """What a process of a role has without any model, in bytes.
+    """Memory of a process of a role without any model, in bytes.
 
     Gaps are only in bfloat16 on CPUs. oneDNN compiles a kernel for each shape of a matrix product, and keeps the last
     1,024. Passes of different lengths leave gaps in the heap. In 200 passes of different lengths through one layer the

@@ -126,8 +126,8 @@ def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_
 
 
 def passes(scores: Sequence[Score | Void], cfg: EvaluationConfig) -> list[bool] | None:
-    """Whether each answer passes. An answer without a score of the source does not pass. None: the scores are not 0 and
-    1, and no `evaluation.pass_source` says what passes."""
+    """Whether each answer passes. An answer without a score of the source does not pass. Returns None if the scores are
+    not 0 and 1, and no `evaluation.pass_source` says what passes."""
     given = [score for score in scores if isinstance(score, Score)]
     source = cfg.pass_source or (next(iter(given[0].components)) if given else "")
     if cfg.pass_source is None and not {score.components[source] for score in given} <= {0, 1}:

@@ -88,6 +88,7 @@ def test_all_three_generators_wrote_what_was_trained_on(finished):
 
 def test_the_run_continued_through_all_of_it(finished):
     records = read_records(finished[0] / "metrics.jsonl")
+    # The random policy often writes to the limit of a response, which a health rule reports.
     figures = [value for record in records for key, value in record.items() if key != "health"]
     assert all(math.isfinite(figure) for figure in figures)
     happened = finished[1]

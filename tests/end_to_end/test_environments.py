@@ -39,6 +39,7 @@ def run_config(model, game: str, **overrides) -> Config:
             "environment": {"function": f"tests.environments:{game}", "max_tokens": 40},
             "reward": {"sources": [GAME], "normalise": "none"},
             "learner": {"precision": "fp32", "critic": "separate"},
+            "optimizer": {"learning_rate": 5e-4, "value_head_learning_rate": 1e-2},  # so a version changes little
             "evaluation": {"prompts": 4},
             **overrides,
         },
@@ -96,7 +97,7 @@ def test_learner_and_generator_agree_about_every_sampled_token(finished):
     records = read_records(finished / "metrics.jsonl")
     # In step 0 both have the same weights in float32. Later the published ones are rounded to bfloat16, and may be old.
     assert abs(records[0]["mismatch/kl"]) < 1e-8
-    assert all(abs(record["mismatch/kl"]) < 0.1 for record in records)
+    assert all(abs(record["mismatch/kl"]) < 0.05 for record in records)
     for record in records:
         assert (record["environment/turns"], record["environment/tokens"]) == (TURNS, 2 * (TURNS - 1))
         assert 0 <= record["environment/cached"] <= 1
@@ -144,7 +145,7 @@ def test_each_turn_may_have_a_prompt_of_its_own(by_turns):
 def test_learner_and_generator_agree_about_the_tokens_of_every_context(by_turns):
     records = read_records(by_turns / "metrics.jsonl")
     assert abs(records[0]["mismatch/kl"]) < 1e-8
-    assert all(abs(record["mismatch/kl"]) < 0.1 for record in records)
+    assert all(abs(record["mismatch/kl"]) < 0.05 for record in records)
     model = AutoModelForCausalLM.from_pretrained(by_turns.with_name("model"), dtype=torch.float32)
     for row in rows(by_turns)[:16]:  # of step 0
         expected = []

@@ -195,7 +195,7 @@ def test_a_suggestion_is_what_an_engineer_would_choose(model, gpus, sizes):
 
 
 def test_services_that_fill_more_than_a_gpu_have_one_each(sizes):
-    """Of 24 GB, a 7B reference takes 16.7 GiB, and so does a reward model."""
+    """A 7B reference takes 16.7 GiB of a GPU of 24 GB, and so does a reward model."""
     nodes = [Node(name, 128, 8, 1000 * GIB, 24 * GIB) for name in "ab"]
     plan = suggested_with_reward_model(sizes["7B"], nodes, sizes["7B"])
     assert plan.cfg.learner.lora is None
@@ -205,7 +205,7 @@ def test_services_that_fill_more_than_a_gpu_have_one_each(sizes):
 
 
 def test_services_share_one_gpu_if_no_engine_has_room_next_to_it(sizes):
-    """Of 40 GB, a 7B engine leaves too little for a reference and a reward model of 16.7 GiB each."""
+    """On a GPU of 40 GB, a 7B engine leaves too little for a reference and a reward model of 16.7 GiB each."""
     plan = suggested_with_reward_model(sizes["7B"], [Node("n", 128, 6, 1000 * GIB, 40 * GIB)], sizes["7B"])
     assert (plan.cfg.learner.ranks, plan.cfg.generators.min, plan.cfg.learner.lora) == (4, 1, None)
     assert (plan.cfg.reference.gpus, plan.cfg.reward.gpus) == (0.5, 0.5)
