@@ -57,6 +57,7 @@ def train_in_passes(
             cfg.learner,
             startup_timeout_s=cfg.ray.startup_timeout_s,
             report=progress.warn,
+            tell=progress.note,
         )
 
         def stepped(record: dict[str, Any]) -> None:

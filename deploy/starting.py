@@ -28,6 +28,7 @@ from common.config.ppo import Config
 from common.config.sources import RewardSource
 from common.model.files import end_token_ids, resolve_model
 from common.node_waits import NodeWaits
+from common.precedence import Precedence
 from common.types import Void
 from deploy.policy_files import PolicyFiles
 from learner.loop.roles import Generators
@@ -40,6 +41,7 @@ class Starter:
         """`tell` gets a sentence for the user while a start waits for nodes."""
         self._timeout_s = cfg.startup_timeout_s
         self._on_event, self._tell = on_event, tell
+        self._precedence = Precedence(autoscaler=cfg.autoscaler)
         self.pools: list[Pool] = []
 
     async def pool(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> Pool:
@@ -50,10 +52,14 @@ class Starter:
         """Starts a pool with these settings. Meanwhile tells the user which of its replicas wait for a node."""
         telling = asyncio.create_task(self._tell_waits(pool, cfg))
         try:
-            self.pools.append(await pool.start(self._timeout_s))
+            self.pools.append(await pool.start(self._timeout_s, self._precedence))
         finally:
             telling.cancel()
         return pool
+
+    def for_ranks(self) -> dict[str, Any]:
+        """Arguments of a RankGroup of the same run."""
+        return {"startup_timeout_s": self._timeout_s, "tell": self._tell, "precedence": self._precedence}
 
     async def _tell_waits(self, pool: Pool, cfg: Pooled) -> None:
         messages = NodeWaits(cfg, f"{self._timeout_s:g} s, ray.startup_timeout_s", self._tell)

@@ -129,8 +129,8 @@ async def _train(
     learner = LearnerGroup(
         lambda rank: actor(Learner, cfg.learner, f"Learner({rank})").remote(cfg, critic_digest=critic_digest),
         cfg.learner,
-        startup_timeout_s=cfg.ray.startup_timeout_s,
         report=progress.warn,
+        **start.for_ranks(),
         deltas=cfg.generators.updates == "changes",
     )
 

@@ -19,6 +19,7 @@ from actors.pool.routing import Router
 from common.config.base import Pooled
 from common.errors import RoleError, UserError, death_reason
 from common.metrics import meters
+from common.precedence import GIVE_WAY_S, Precedence
 
 # Most replicas that wait for room on the cluster at once. An autoscaler adds nodes for all of them together, so with
 # fewer a pool grows more slowly: a new node takes minutes. With more, more replicas load a model at the same time.
@@ -27,6 +28,8 @@ MAX_PENDING = 8
 TICK_S = 0.5
 # Longest wait for the cluster to take the orders to kill replicas when a pool stops, seconds. It needs milliseconds.
 STOP_S = 2.0
+# Why an extra replica is told to leave.
+MAKES_ROOM = "it makes room for a process that the run needs"
 
 OnEvent = Callable[[PoolEvent], None]
 CatchUp = Callable[[Replica], Awaitable[None]]
@@ -59,6 +62,8 @@ class Membership:
         self._replicas: dict[int, Replica] = {}
         self._lives: set[asyncio.Task[None]] = set()
         self._last_number = 0
+        self._precedence = Precedence()
+        self._gave_way_s = 0.0  # the length of the wait for which a running replica was ended last
         self._deaths = Deaths()
         self._may_start = True
         self._short_since: float | None = time.monotonic()  # since then fewer than `min` are ready
@@ -66,10 +71,11 @@ class Membership:
         self._leaving_nodes: Mapping[str, float] = {}
         self._failure: Exception | None = None
 
-    async def start(self, timeout_s: float) -> None:
-        """Returns when `min` replicas are ready. Raises UserError if that takes longer than `timeout_s`, RoleError if a
-        replica dies while no other is ready."""
-        self._startup_timeout_s = timeout_s
+    async def start(self, timeout_s: float, precedence: Precedence) -> None:
+        """Returns when `min` replicas are ready. Replicas above `min` make room for what waits in `precedence`. Raises
+        UserError if the start takes longer than `timeout_s`, RoleError if a replica dies while no other is ready."""
+        self._startup_timeout_s, self._precedence = timeout_s, precedence
+        precedence.wait(self)
         meters.count("ratchet_pool_joins_total", 0, role=self.role)
         meters.count("ratchet_pool_reissues_total", 0, role=self.role)
         meters.count("ratchet_pool_leaves_total", 0, role=self.role, reason="died")
@@ -98,9 +104,9 @@ class Membership:
 
     @property
     def waiting(self) -> list[Replica]:
-        """The replicas without a node, while the run needs them: fewer than `min` are ready."""
-        needed = len(self.ready) < self._cfg.min
-        return [replica for replica in self._replicas.values() if needed and replica.state == "pending"]
+        """The replicas without a node, while the run needs them: fewer than `min` have one."""
+        placed = sum(replica.state in ("starting", "ready") for replica in self._replicas.values())
+        return [r for r in self._replicas.values() if placed < self._cfg.min and r.state == "pending"]
 
     @property
     def last_death(self) -> str:
@@ -115,6 +121,7 @@ class Membership:
         """Kills every replica, which frees its resources. Waits until the cluster has taken the orders, but at most
         STOP_S, because the cluster itself may have failed."""
         self._supervisor.cancel()
+        self._precedence.end_wait(self)
         for life in self._lives:
             life.cancel()
         concurrent.futures.wait([order for replica in self._replicas.values() for order in self._kill(replica)], STOP_S)
@@ -206,16 +213,33 @@ class Membership:
 
     def _adjust_size(self) -> None:
         staying = [replica for replica in self._replicas.values() if not replica.ended]
-        if len(staying) > self.target:
-            staying.sort(key=self._dismissal_order(staying))
-        for replica in staying[: max(0, len(staying) - self.target)]:
-            self._dismiss(replica, "the target was lowered")
         pending = sum(replica.state == "pending" for replica in staying)
+        size = self._size(len(staying) - pending)
+        if len(staying) > size:
+            staying.sort(key=self._dismissal_order(staying))
+        for replica in staying[: max(0, len(staying) - size)]:
+            self._dismiss(replica, MAKES_ROOM if size < self.target else "the target was lowered")
         # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
         recorded = all(replica.state != "dead" for replica in self._replicas.values())
         if recorded and self._may_start and time.monotonic() >= self._deaths.wait_until:
-            for _ in range(min(self.target - len(staying), MAX_PENDING - pending)):
+            for _ in range(min(size - len(staying), MAX_PENDING - pending)):
                 self._create()
+
+    def _size(self, placed: int) -> int:
+        """How many replicas the pool may have now; `placed` have a node. While a process that the run needs waits for a
+        node, extra replicas that have none are withdrawn, and running ones end one after the other."""
+        asks = self._may_start and time.monotonic() >= self._deaths.wait_until
+        if asks and placed < self._cfg.min:
+            self._precedence.wait(self)
+        else:
+            self._precedence.end_wait(self)
+        waited_s = self._precedence.waited_s
+        if waited_s is None:
+            self._gave_way_s = 0.0
+            return self.target
+        if waited_s - self._gave_way_s >= GIVE_WAY_S and placed > self._cfg.min:
+            self._gave_way_s, placed = waited_s, placed - 1
+        return min(self.target, max(self._cfg.min, placed))
 
     def _dismissal_order(self, staying: Sequence[Replica]) -> Callable[[Replica], tuple[Any, ...]]:
         """The sort key of the replicas to dismiss: first replicas that are not ready, then the least loaded, then the

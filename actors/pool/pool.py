@@ -18,6 +18,7 @@ from actors.pool.time_limits import TimeLimits
 from common.config.base import Pooled
 from common.errors import GivenUpError, RoleError, RolloutLostError
 from common.metrics import meters
+from common.precedence import Precedence
 
 Call = Callable[[Any], Awaitable[Any]]  # starts a call, given the handle of a replica
 
@@ -63,9 +64,9 @@ class Pool:
         self.limits = TimeLimits()
         self._trying_alone = asyncio.Lock()  # held by the suspect that is tried alone
 
-    async def start(self, timeout_s: float) -> Self:
-        """Returns when `min` replicas are ready. Raises the errors of `Membership.start`."""
-        await self.members.start(timeout_s)
+    async def start(self, timeout_s: float, precedence: Precedence | None = None) -> Self:
+        """Returns when `min` replicas are ready. `precedence` and errors: see `Membership.start`."""
+        await self.members.start(timeout_s, precedence or Precedence())
         return self
 
     def stop(self) -> None:

@@ -18,10 +18,14 @@ from common.node_waits import NodeWaits
 
 
 async def tell_waits(
-    ranks: Mapping[str, Any], cfg: TrainerConfig, startup_timeout_s: float, tell: Callable[[str], None]
+    ranks: Mapping[str, Any],
+    cfg: TrainerConfig,
+    startup_timeout_s: float,
+    tell: Callable[[str], None],
+    enough_placed: Callable[[], None],
 ) -> None:
     """Looks once a second which of these ranks, given by name, have no node yet. Ends when each has one. `tell` gets a
-    sentence for the user.
+    sentence for the user, and `enough_placed` is called when as many have a node as the group needs.
 
     If Ray's directory does not answer, this waits for its answer and tells nothing."""
     limit = f"{startup_timeout_s:g} s, ray.startup_timeout_s"
@@ -33,6 +37,8 @@ async def tell_waits(
         with suppress(RayError):  # the cluster cannot answer now
             placed = await answer(in_daemon_thread(_with_a_node, dict(waiting)))
             waiting = {name: rank for name, rank in waiting.items() if name not in placed}
+        if len(ranks) - len(waiting) >= cfg.fewest_ranks:
+            enough_placed()
         messages.look(dict.fromkeys(waiting, time.monotonic() - began))
 
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -15,6 +16,7 @@ from ray.exceptions import RayError
 from common.config.training import TrainerConfig
 from common.daemon_threads import answer, in_daemon_thread
 from common.errors import RankLostError, death_reason
+from common.precedence import Precedence
 from learner.ranks.node_waits import tell_waits
 
 T = TypeVar("T")
@@ -36,10 +38,15 @@ class Processes:
         cfg: TrainerConfig,
         startup_timeout_s: float,
         report: Callable[[str], None],
+        tell: Callable[[str], None],
+        precedence: Precedence,
     ) -> None:
-        """`create` starts the process of one rank and returns its handle. `report` shows a message to the user."""
+        """`create` starts the process of one rank and returns its handle. `report` shows a warning to the user, `tell`
+        which ranks wait for a node. In `precedence` the ranks wait until enough of them have one."""
         self._role, self._create, self._cfg = role, create, cfg
-        self._startup_timeout_s, self._report = startup_timeout_s, report
+        self._startup_timeout_s, self._report, self._tell = startup_timeout_s, report, tell
+        self._precedence = precedence
+        precedence.wait(self)
         self.handles: list[Any] = []  # by rank
         self._names: list[str] = []
         self._loss: asyncio.Future[None] | None = None  # gets the RankLostError of the group's first loss
@@ -53,6 +60,7 @@ class Processes:
         """Creates as many ranks as there is room for, from `min_ranks` to `ranks`. Returns when they have loaded their
         networks. Raises RankLostError."""
         self._loss = asyncio.get_running_loop().create_future()
+        self._precedence.wait(self)
         self._names = [f"{self._role}({rank})" for rank in range(self._cfg.ranks)]
         creating = in_daemon_thread(lambda: [self._create(rank) for rank in range(self._cfg.ranks)])
         try:
@@ -64,13 +72,18 @@ class Processes:
             raise self.lose(f"Ray did not create {self._role} processes: {death_reason(error)}", error) from error
         telling = asyncio.create_task(
             tell_waits(
-                dict(zip(self._names, self.handles, strict=True)), self._cfg, self._startup_timeout_s, self._report
+                dict(zip(self._names, self.handles, strict=True)),
+                self._cfg,
+                self._startup_timeout_s,
+                self._tell,
+                partial(self._precedence.end_wait, self),
             )
         )
         try:
             started = await self._started()
         finally:
             telling.cancel()
+            self._precedence.end_wait(self)
         waiting = [handle for rank, handle in enumerate(self.handles) if rank not in started]
         self.handles = [self.handles[rank] for rank in started]
         self._names = [self._names[rank] for rank in started]

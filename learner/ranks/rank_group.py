@@ -19,6 +19,7 @@ from torch.distributed import DistError
 from common.config.training import TrainerConfig
 from common.daemon_threads import answer, in_daemon_thread
 from common.errors import BatchError, RoleError, UserError
+from common.precedence import Precedence
 from learner.ranks.processes import Processes, awaited
 
 # After one rank has failed, the time in which the others may still report their own errors, seconds.
@@ -41,10 +42,15 @@ class RankGroup:
         *,
         startup_timeout_s: float,
         report: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+        tell: Callable[[str], None] | None = None,
+        precedence: Precedence | None = None,
     ) -> None:
         """`create` starts the process of one rank and returns its handle. The process answers health probes in a
-        concurrency group of Ray, "health". `report` gets messages for the user."""
-        self._processes = Processes(self.role, create, cfg, startup_timeout_s, report)
+        concurrency group of Ray, "health". `report` gets warnings for the user, and `tell` which ranks wait for a node;
+        without `tell`, `report` gets both. Extra replicas of pools with this `precedence` make room for the ranks."""
+        self._processes = Processes(
+            self.role, create, cfg, startup_timeout_s, report, tell or report, precedence or Precedence()
+        )
         self._timeout_s, self._startup_timeout_s = cfg.timeout_s, startup_timeout_s
         self._turn = asyncio.Lock()
         self._step = 0

@@ -58,6 +58,8 @@ def test_a_start_with_room_says_nothing_and_extra_replicas_may_wait(monkeypatch)
         starter = Starter(RayConfig(startup_timeout_s=60), lambda event: None, told.append)
         cfg = Replicated(min=1, max=2)
         pool = await starter.start(Pool(LocalHost(Worker, room=1), cfg), cfg)
+        while len(pool.members.replicas) < 2:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
         assert [replica.state for replica in pool.members.replicas] == ["ready", "pending"]
         assert pool.members.waiting == []

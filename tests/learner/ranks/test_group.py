@@ -16,6 +16,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from common import node_waits
 from common.config.ppo import LearnerConfig
 from common.errors import BatchError, RankLostError, RoleError, RolloutLostError
+from common.precedence import Precedence
 from common.types import Manifest, PublishedBucket, RolloutRef
 from learner.ranks import node_waits as rank_waits
 from learner.ranks import processes, rank_group
@@ -102,7 +103,12 @@ def run(scenario: Callable[[], Any]) -> Any:
 
 
 async def started(
-    create: Callable[[int], Any] | None = None, *, startup_timeout_s: float = 5, report: Any = None, **cfg: Any
+    create: Callable[[int], Any] | None = None,
+    *,
+    startup_timeout_s: float = 5,
+    report: Any = None,
+    precedence: Precedence | None = None,
+    **cfg: Any,
 ) -> Any:
     """A group that has started, and the list of all its ranks, which grows when it starts again."""
     made: list[Any] = []
@@ -116,6 +122,7 @@ async def started(
         LearnerConfig(**{"timeout_s": 7, "probe_timeout_s": 0.1, **cfg}),
         startup_timeout_s=startup_timeout_s,
         report=report,
+        precedence=precedence,
         deltas=True,
     )
     await learner.start()
@@ -347,6 +354,27 @@ def test_ranks_that_wait_for_a_node_are_named_with_what_they_ask_for(min_ranks, 
             limit += "; 60 s once 1 of 3 ranks are there, learner.room_wait_s"
         asked = "each asks for 1 CPU, 1 GPU and a node with the labels group=learner"
         assert told == [f"Learner(1), Learner(2) wait for a node with room: 0 s so far ({asked}; {limit})"]
+
+    run(scenario)
+
+
+def test_ranks_go_before_extra_replicas_until_as_many_as_the_group_needs_have_a_node(monkeypatch):
+    monkeypatch.setattr(node_waits, "LOOK_EVERY_S", 0.01)
+
+    async def scenario() -> None:
+        precedence = Precedence()
+        ranks = [FakeRank(rank=rank, room=rank == 0) for rank in range(3)]
+        starting = asyncio.create_task(started(ranks.__getitem__, precedence=precedence, ranks=3, min_ranks=2))
+        await asyncio.sleep(0.2)
+        assert precedence.waited_s is not None
+        ranks[1].room = ranks[1].frozen = True  # it has a node, and loads its networks
+        while precedence.waited_s is not None:
+            await asyncio.sleep(0.01)
+        assert not starting.done()
+        ranks[1].frozen, ranks[2].room = False, True
+        group, _ = await starting
+        assert precedence.waited_s is None
+        group.stop()
 
     run(scenario)
 

@@ -1,0 +1,119 @@
+"""Extra replicas make room for processes that the run needs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from actors.pool import membership
+from actors.pool.membership import MAKES_ROOM
+from actors.pool.pool import Pool
+from common.config.base import Replicated
+from common.precedence import AUTOSCALER_S, GIVE_WAY_S, Precedence
+from tests.actors.pool.scenario import Worker, run, until
+from tests.fakes import LocalHost
+
+
+def states(pool: Pool) -> list[str]:
+    return sorted(replica.state for replica in pool.members.replicas)
+
+
+def scenario(play, room: int = 4) -> None:
+    """Runs `play` with a pool of one to four replicas that was not started yet."""
+
+    async def played() -> None:
+        host, events, precedence = LocalHost(Worker, room=room), [], Precedence()
+        pool = Pool(host, Replicated(min=1, max=4), on_event=events.append)
+        try:
+            await play(pool, host, precedence, events)
+        finally:
+            pool.stop()
+
+    run(played)
+
+
+def test_no_extra_replica_is_created_while_a_needed_process_waits():
+    async def play(pool, host, precedence, events):
+        precedence.wait("learner")
+        await pool.start(10, precedence)
+        await asyncio.sleep(0.1)
+        assert states(pool) == ["ready"]
+        assert len(host.handles) == 1
+        precedence.end_wait("learner")
+        await until(lambda: states(pool) == ["ready"] * 4)
+
+    scenario(play)
+
+
+def test_replicas_without_a_node_are_withdrawn_and_asked_for_again():
+    async def play(pool, host, precedence, events):
+        await pool.start(10, precedence)
+        await until(lambda: states(pool) == ["pending"] * 2 + ["ready"] * 2)
+        precedence.wait("learner")
+        await until(lambda: states(pool) == ["ready"] * 2)
+        host.make_room(4)  # what was withdrawn does not take it
+        await asyncio.sleep(0.1)
+        assert states(pool) == ["ready"] * 2
+        precedence.end_wait("learner")
+        await until(lambda: states(pool) == ["ready"] * 4)
+        assert [event.event for event in events] == ["joined"] * 4  # to withdraw a replica is no event
+
+    scenario(play, room=2)
+
+
+def test_running_replicas_end_one_after_the_other_down_to_min(monkeypatch):
+    monkeypatch.setattr(membership, "GIVE_WAY_S", 0.3)
+
+    async def play(pool, host, precedence, events):
+        await pool.start(10, precedence)
+        await until(lambda: states(pool) == ["ready"] * 4)
+        precedence.wait("learner")
+        began, ended = time.monotonic(), []
+        while len(ended) < 3:
+            left = [event for event in events if event.event == "left"]
+            ended.extend([time.monotonic() - began] * (len(left) - len(ended)))
+            assert time.monotonic() - began < 10
+            await asyncio.sleep(0.01)
+        assert all(after >= 0.3 * (number + 1) for number, after in enumerate(ended))
+        await asyncio.sleep(0.4)
+        assert states(pool) == ["ready"]  # the run needs it
+        assert {event.reason for event in left} == {MAKES_ROOM}
+        precedence.end_wait("learner")
+        await until(lambda: states(pool) == ["ready"] * 4)
+
+    scenario(play)
+
+
+def test_a_pool_waits_itself_while_fewer_than_min_have_a_node():
+    async def play(pool, host, precedence, events):
+        starting = asyncio.create_task(pool.start(10, precedence))
+        await asyncio.sleep(0.1)
+        assert precedence.waited_s is not None
+        assert states(pool) == ["pending"]
+        host.make_room(1)
+        await starting
+        await until(lambda: precedence.waited_s is None)
+        await until(lambda: states(pool) == ["pending"] * 3 + ["ready"])
+        host.make_room(0)
+        pool.members.lose(pool.members.ready[0], ConnectionError("its node is gone"))
+        await until(lambda: precedence.waited_s is not None)
+        await until(lambda: states(pool) == ["pending"])
+        pool.stop()
+        assert precedence.waited_s is None
+
+    scenario(play, room=0)
+
+
+def test_with_an_autoscaler_extra_replicas_make_room_only_after_a_while(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    precedence = Precedence(autoscaler=True)
+    precedence.wait("learner")
+    precedence.wait("reference")
+    assert precedence.waited_s is None
+    now += AUTOSCALER_S + GIVE_WAY_S
+    assert precedence.waited_s == GIVE_WAY_S
+    precedence.end_wait("learner")
+    assert precedence.waited_s == GIVE_WAY_S  # the other one still waits
+    precedence.end_wait("reference")
+    assert precedence.waited_s is None
