@@ -160,8 +160,9 @@ class GeneratorsConfig(Replicated):
     in_flight: MayChange[Positive] = 128
     """Requests sent to each engine at once. Must be at least max_running. Left out: twice max_running."""
     kv_cache_mib: Positive | None = None
-    """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once. Left out: 256 on
-    the CPU; on a GPU the rest of the engine's share after weights, CUDA and the largest step."""
+    """KV cache of each engine, over all its devices, MiB; bounds how many tokens it works on at once. With an
+    environment it should hold all episodes that run at once: otherwise each turn computes its context again. Left out:
+    256 on the CPU; on a GPU the rest of the engine's share after weights, CUDA and the largest step."""
     max_running: Positive = 64
     """Rollouts an engine works on at once; more raise the throughput until the device is busy. Left out: 64 on the CPU,
     256 on a GPU."""

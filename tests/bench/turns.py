@@ -38,6 +38,7 @@ from tests.bench.results import Result
 EPISODES, PROMPT_TOKENS, TURNS, TURN_TOKENS, ROUNDS = 64, 256, 4, 32, 3
 SLOW_S = 1.0  # seconds of an answer of the slow environment
 CONTEXT = 512
+CACHE_MIB = 1024  # holds all episodes at once: 64 x 384 tokens of 23 KB are 560 MiB
 
 
 class AtOnce:
@@ -123,7 +124,7 @@ async def compare(cfg: GeneratorsConfig) -> dict[str, dict[str, float]]:
 
 def measure() -> dict[str, Result]:
     with cluster(RayConfig(dashboard=False)):
-        parts = asyncio.run(compare(GeneratorsConfig(in_flight=EPISODES)))
+        parts = asyncio.run(compare(GeneratorsConfig(in_flight=EPISODES, kv_cache_mib=CACHE_MIB)))
     return {
         "turns_vs_one": Result(parts["turns"]["ratio"], ">= 0.9", parts["turns"]),
         "engine_busy": Result(parts["slow"]["busy"], ">= 0.9", parts["slow"]),
