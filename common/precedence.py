@@ -9,17 +9,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-# Seconds that a needed process waits before a running extra replica of each pool ends, and again before the next one.
+# Seconds that a needed process waits before each pool ends a running extra replica, and again before the next one.
 GIVE_WAY_S = 10.0
-# An autoscaler adds nodes for everything that waits at once. Seconds that it gets before extra replicas make room.
-AUTOSCALER_S = 120.0
 
 
 class Precedence:
-    """The needed processes of one run that have no node."""
+    """The needed processes of one run that have no node. It does not compare what they ask for with what an extra
+    replica has: an extra one may end although its room does not help."""
 
-    def __init__(self, *, autoscaler: bool = False) -> None:
-        self._patience_s = AUTOSCALER_S if autoscaler else 0.0
+    def __init__(self, patience_s: float = 0.0) -> None:
+        """`patience_s`: for so long needed processes wait before extra replicas make room. An autoscaler needs this
+        time: it adds nodes for everything that waits."""
+        self._patience_s = patience_s
         self._since: dict[Any, float] = {}  # by pool or group of ranks
 
     def wait(self, who: Any) -> None:
@@ -27,12 +28,11 @@ class Precedence:
         self._since.setdefault(who, time.monotonic())
 
     def end_wait(self, who: Any) -> None:
-        """It needs no node any more."""
+        """Ends a `wait`, if there is one."""
         self._since.pop(who, None)
 
     @property
     def waited_s(self) -> float | None:
-        """Seconds for which extra replicas have had to make room; None if nothing waits, or an autoscaler still has
-        time to add nodes."""
+        """Seconds since extra replicas must make room; None if they need not."""
         longest = time.monotonic() - min(self._since.values(), default=float("inf"))
         return longest - self._patience_s if longest >= self._patience_s else None

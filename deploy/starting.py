@@ -41,7 +41,7 @@ class Starter:
         """`tell` gets a sentence for the user while a start waits for nodes."""
         self._timeout_s = cfg.startup_timeout_s
         self._on_event, self._tell = on_event, tell
-        self._precedence = Precedence(autoscaler=cfg.autoscaler)
+        self._precedence = Precedence(cfg.startup_timeout_s / 2 if cfg.autoscaler else 0.0)
         self.pools: list[Pool] = []
 
     async def pool(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> Pool:

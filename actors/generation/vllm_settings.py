@@ -118,7 +118,7 @@ def engine_args(
         # Requests have salts (see VLLMEngine): otherwise the engine would use keys and values of old weights after an
         # update.
         enable_prefix_caching=caches_prefixes,
-        # Only whole blocks are kept for the next turn. On the CPU, vLLM's default are 128 tokens and its least are 32.
+        # Only whole blocks are kept for the next turn. On the CPU, vLLM's own have 128 tokens; the smallest have 32.
         block_size=32 if caches_prefixes and on_cpu else None,
         skip_tokenizer_init=True,
         disable_log_stats=not log_stats,

@@ -63,7 +63,7 @@ class Membership:
         self._lives: set[asyncio.Task[None]] = set()
         self._last_number = 0
         self._precedence = Precedence()
-        self._gave_way_s = 0.0  # the length of the wait for which a running replica was ended last
+        self._gave_way_at = 0.0  # when a replica last made room or was leaving; time.monotonic
         self._deaths = Deaths()
         self._may_start = True
         self._short_since: float | None = time.monotonic()  # since then fewer than `min` are ready
@@ -214,7 +214,7 @@ class Membership:
     def _adjust_size(self) -> None:
         staying = [replica for replica in self._replicas.values() if not replica.ended]
         pending = sum(replica.state == "pending" for replica in staying)
-        size = self._size(len(staying) - pending)
+        size = self._size(pending, placed=len(staying) - pending)
         if len(staying) > size:
             staying.sort(key=self._dismissal_order(staying))
         for replica in staying[: max(0, len(staying) - size)]:
@@ -225,20 +225,23 @@ class Membership:
             for _ in range(min(size - len(staying), MAX_PENDING - pending)):
                 self._create()
 
-    def _size(self, placed: int) -> int:
-        """How many replicas the pool may have now; `placed` have a node. While a process that the run needs waits for a
-        node, extra replicas that have none are withdrawn, and running ones end one after the other."""
-        asks = self._may_start and time.monotonic() >= self._deaths.wait_until
+    def _size(self, pending: int, *, placed: int) -> int:
+        """How many replicas the pool may have now. `pending` have no node yet, and `placed` have one. While a process
+        that the run needs waits for a node, extra replicas that have none are withdrawn, and running ones end one after
+        the other."""
+        now = time.monotonic()
+        asks = pending > 0 or (self._may_start and now >= self._deaths.wait_until)
         if asks and placed < self._cfg.min:
             self._precedence.wait(self)
         else:
             self._precedence.end_wait(self)
         waited_s = self._precedence.waited_s
         if waited_s is None:
-            self._gave_way_s = 0.0
             return self.target
-        if waited_s - self._gave_way_s >= GIVE_WAY_S and placed > self._cfg.min:
-            self._gave_way_s, placed = waited_s, placed - 1
+        if any(replica.state == "leaving" for replica in self._replicas.values()):
+            self._gave_way_at = now  # its room may be enough
+        elif placed > self._cfg.min and min(waited_s, now - self._gave_way_at) >= GIVE_WAY_S:
+            self._gave_way_at, placed = now, placed - 1
         return min(self.target, max(self._cfg.min, placed))
 
     def _dismissal_order(self, staying: Sequence[Replica]) -> Callable[[Replica], tuple[Any, ...]]:

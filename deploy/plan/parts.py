@@ -18,8 +18,8 @@ class ProcessKind(NamedTuple):
     Gaps are only in bfloat16 on CPUs. oneDNN compiles a kernel for each shape of a matrix product, and keeps the last
     1,024. Passes of different lengths leave gaps in the heap. In 200 passes of different lengths through one layer the
     process grew by 300 MiB, and by 180 with a cache of 16 kernels. In whole runs of 10 to 16 steps learner and engine
-    grew by 200 to 610 MiB beyond their other parts, in one of 30 steps by 800. References grew by 150 to
-    230 MiB, and by 380 where an evaluation followed each step; reward models by 80 to 130.
+    grew by 200 to 610 MiB beyond their other parts, in one run of 30 steps by 800. References grew by 150 to 230 MiB,
+    and by 380 where an evaluation followed each step; reward models by 80 to 130.
     """
 
     libraries: int  # private memory and pages of library files, once it has joined Ray and imported its role

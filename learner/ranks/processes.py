@@ -42,11 +42,10 @@ class Processes:
         precedence: Precedence,
     ) -> None:
         """`create` starts the process of one rank and returns its handle. `report` shows a warning to the user, `tell`
-        which ranks wait for a node. In `precedence` the ranks wait until enough of them have one."""
+        which ranks wait for a node. The group waits in `precedence` until as many have one as it needs."""
         self._role, self._create, self._cfg = role, create, cfg
         self._startup_timeout_s, self._report, self._tell = startup_timeout_s, report, tell
         self._precedence = precedence
-        precedence.wait(self)
         self.handles: list[Any] = []  # by rank
         self._names: list[str] = []
         self._loss: asyncio.Future[None] | None = None  # gets the RankLostError of the group's first loss
@@ -59,8 +58,14 @@ class Processes:
     async def start(self) -> None:
         """Creates as many ranks as there is room for, from `min_ranks` to `ranks`. Returns when they have loaded their
         networks. Raises RankLostError."""
-        self._loss = asyncio.get_running_loop().create_future()
         self._precedence.wait(self)
+        try:
+            await self._start()
+        finally:
+            self._precedence.end_wait(self)
+
+    async def _start(self) -> None:
+        self._loss = asyncio.get_running_loop().create_future()
         self._names = [f"{self._role}({rank})" for rank in range(self._cfg.ranks)]
         creating = in_daemon_thread(lambda: [self._create(rank) for rank in range(self._cfg.ranks)])
         try:
@@ -83,7 +88,6 @@ class Processes:
             started = await self._started()
         finally:
             telling.cancel()
-            self._precedence.end_wait(self)
         waiting = [handle for rank, handle in enumerate(self.handles) if rank not in started]
         self.handles = [self.handles[rank] for rank in started]
         self._names = [self._names[rank] for rank in started]
@@ -187,6 +191,7 @@ class Processes:
         """Kills every rank. Calls that wait for one raise RankLostError."""
         if self._loss is not None:
             self.lose("the group of ranks starts again")
+        self._precedence.wait(self)  # before the ranks' room is free: extra replicas may wait for it
         await _taken(self._kill())
 
     def stop(self) -> None:
@@ -194,6 +199,7 @@ class Processes:
         what has failed."""
         if self._loss is not None:
             self.lose("the ranks were stopped")
+        self._precedence.end_wait(self)
         concurrent.futures.wait(self._kill(), KILL_S)
 
     def _kill(self) -> list[concurrent.futures.Future[None]]:

@@ -38,7 +38,7 @@ from tests.bench.results import Result
 EPISODES, PROMPT_TOKENS, TURNS, TURN_TOKENS, ROUNDS = 64, 256, 4, 32, 3
 SLOW_S = 1.0  # seconds of an answer of the slow environment
 CONTEXT = 512
-CACHE_MIB = 1024  # holds all episodes at once: 64 x 384 tokens of 23 KB are 560 MiB
+CACHE_MIB = 1024  # holds all episodes at once: 64 x 400 tokens of 23 KB are 560 MiB
 
 
 class AtOnce:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
+
+import pytest
 
 from actors.pool.pool import Pool
 from common import node_waits
@@ -50,7 +53,7 @@ def test_a_start_says_which_replicas_wait_for_a_node_and_for_how_long(monkeypatc
 
 
 def test_a_start_with_room_says_nothing_and_extra_replicas_may_wait(monkeypatch):
-    monkeypatch.setattr(node_waits, "TELL_AFTER_S", 0.01)
+    monkeypatch.setattr(node_waits, "TELL_AFTER_S", 0.3)
     monkeypatch.setattr(node_waits, "LOOK_EVERY_S", 0.01)
     told = []
 
@@ -60,10 +63,30 @@ def test_a_start_with_room_says_nothing_and_extra_replicas_may_wait(monkeypatch)
         pool = await starter.start(Pool(LocalHost(Worker, room=1), cfg), cfg)
         while len(pool.members.replicas) < 2:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.6)
         assert [replica.state for replica in pool.members.replicas] == ["ready", "pending"]
         assert pool.members.waiting == []
         starter.stop()
 
     asyncio.run(scenario())
     assert told == []
+
+
+@pytest.mark.parametrize(("autoscaler", "patience_s"), [(False, 0), (True, 30)])
+def test_pools_and_ranks_of_a_run_have_one_order(autoscaler, patience_s, monkeypatch):
+    starter = Starter(RayConfig(startup_timeout_s=60, autoscaler=autoscaler), lambda event: None)
+    shared = starter.for_ranks()["precedence"]
+    shared.wait("learner")
+    began = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: began + 40)
+    assert shared.waited_s == pytest.approx(40 - patience_s, abs=1)
+    monkeypatch.undo()
+
+    async def scenario():
+        cfg = Replicated(min=1, max=2)
+        pool = await starter.start(Pool(LocalHost(Worker), cfg), cfg)
+        await asyncio.sleep(0.7)
+        assert len(pool.members.replicas) == (2 if autoscaler else 1)  # without one, the extra replica is held back
+        starter.stop()
+
+    asyncio.run(scenario())

@@ -122,8 +122,8 @@ def main(model: str, directory: Path) -> None:
         try:
             conductor.conduct()
             training.result(120)
-        except TimeoutError:  # the run hangs, and would go on hanging: the test kills the whole process group
-            print(conductor.happened, flush=True)
+        except TimeoutError as error:  # the run hangs, and would not end: the test kills the whole process group
+            print(repr(error), conductor.happened, flush=True)
             os._exit(1)
         finally:
             (directory / "happened.json").write_text(json.dumps(conductor.happened, indent=2))

@@ -26,7 +26,7 @@ from tests.fakes import END, ENGINE_GPUS, OWN_TAGS, make_prompt, metered, save_t
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("forked_from_vllm")]
 
 LONGEST, SHORTEST = 40, 3  # sampling.max_new_tokens and min_new_tokens
-BLOCK = 128  # tokens of one block of vLLM's cache on the CPU; only full blocks are found again
+BLOCK = 32  # tokens of one block of the cache on the CPU; only full blocks are found again
 STOPS = ("1 b", "<unk>")  # the first one spans two tokens, such as a21 b7; the second one is a special token
 
 
@@ -270,7 +270,7 @@ def test_turns_find_the_states_of_their_own_weights_only(endless):
     expected_counts = [0, *turns, *[0, again] * 3, again, 0, again]
     assert [found.cached_tokens for _, found in warm] == expected_counts
     assert [len(context) for context, _ in warm] == [300, 344, *[388] * 9, 432]
-    assert [*turns, again] == [2 * BLOCK, 2 * BLOCK, 3 * BLOCK]
+    assert [*turns, again] == [10 * BLOCK, 11 * BLOCK, 12 * BLOCK]
     assert counted == [[sum(len(context) for context, _ in warm)], [sum(expected_counts)]]
     assert [found.cached_tokens for _, found in cold] == [0] * 12
     assert nothing == [[0], [0]]

@@ -85,7 +85,7 @@ def _at(position: str) -> Column:
 LEARNING = Experiment(
     about=(
         "Critics that `ratchet train-critic` trains on 1,408 responses of the starting policy: at most two passes, a "
-        "tenth of the prompts held out. The policy does not move, so this is what a critic can learn at all. The "
+        "tenth of the prompts held out. The policy does not move, so only the critic learns. The "
         f"responses of the first rows are those to the prompts of `deploy/configs/{REVIEWS}`. The table shows the best "
         "pass on the held-out prompts. R2 is 1 - mean squared error / variance of the returns."
     ),

@@ -9,7 +9,7 @@ from actors.pool import membership
 from actors.pool.membership import MAKES_ROOM
 from actors.pool.pool import Pool
 from common.config.base import Replicated
-from common.precedence import AUTOSCALER_S, GIVE_WAY_S, Precedence
+from common.precedence import Precedence
 from tests.actors.pool.scenario import Worker, run, until
 from tests.fakes import LocalHost
 
@@ -56,7 +56,7 @@ def test_replicas_without_a_node_are_withdrawn_and_asked_for_again():
         assert states(pool) == ["ready"] * 2
         precedence.end_wait("learner")
         await until(lambda: states(pool) == ["ready"] * 4)
-        assert [event.event for event in events] == ["joined"] * 4  # to withdraw a replica is no event
+        assert [event.event for event in events] == ["joined"] * 4  # withdrawing a replica emits no event
 
     scenario(play, room=2)
 
@@ -104,16 +104,64 @@ def test_a_pool_waits_itself_while_fewer_than_min_have_a_node():
     scenario(play, room=0)
 
 
-def test_with_an_autoscaler_extra_replicas_make_room_only_after_a_while(monkeypatch):
+def test_a_replica_that_still_drains_makes_room_alone(monkeypatch):
+    monkeypatch.setattr(membership, "GIVE_WAY_S", 0.2)
+
+    async def play(pool, host, precedence, events):
+        await pool.start(10, precedence)
+        await until(lambda: states(pool) == ["ready"] * 4)
+        calls = [asyncio.create_task(pool.call("work", lambda handle: handle.work.remote(1.0))) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        precedence.wait("learner")
+        await until(lambda: "leaving" in states(pool))
+        await asyncio.sleep(0.5)  # more than twice GIVE_WAY_S
+        assert states(pool) == ["leaving", "ready", "ready", "ready"]
+        await asyncio.gather(*calls)
+        await until(lambda: states(pool) == ["ready"])
+
+    scenario(play)
+
+
+def test_the_next_replica_ends_as_soon_when_another_process_waits_then(monkeypatch):
+    monkeypatch.setattr(membership, "GIVE_WAY_S", 0.3)
+
+    async def play(pool, host, precedence, events):
+        await pool.start(10, precedence)
+        await until(lambda: states(pool) == ["ready"] * 4)
+        precedence.wait("learner")
+        await asyncio.sleep(0.75)  # two have ended
+        precedence.wait("reference")
+        precedence.end_wait("learner")
+        await until(lambda: len(states(pool)) == 1, within_s=1.5)
+
+    scenario(play)
+
+
+def test_a_replica_that_waits_for_a_node_goes_on_waiting_when_the_pool_starts_no_others():
+    async def play(pool, host, precedence, events):
+        starting = asyncio.create_task(pool.start(10, precedence))
+        await until(lambda: states(pool) == ["pending"])
+        await pool.members.hold_starts()
+        pool.members._deaths.wait_until = time.monotonic() + 60
+        await asyncio.sleep(0.1)
+        assert precedence.waited_s is not None
+        starting.cancel()
+
+    scenario(play, room=0)
+
+
+def test_needed_processes_wait_first_while_an_autoscaler_may_add_nodes(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    precedence = Precedence(autoscaler=True)
+    precedence = Precedence(patience_s=150)
     precedence.wait("learner")
+    now += 100
     precedence.wait("reference")
     assert precedence.waited_s is None
-    now += AUTOSCALER_S + GIVE_WAY_S
-    assert precedence.waited_s == GIVE_WAY_S
+    now += 60
+    assert precedence.waited_s == 10
     precedence.end_wait("learner")
-    assert precedence.waited_s == GIVE_WAY_S  # the other one still waits
+    assert precedence.waited_s is None  # the other one has waited for 60 s
     precedence.end_wait("reference")
+    now += 1000
     assert precedence.waited_s is None

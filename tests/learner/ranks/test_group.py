@@ -374,7 +374,10 @@ def test_ranks_go_before_extra_replicas_until_as_many_as_the_group_needs_have_a_
         ranks[1].frozen, ranks[2].room = False, True
         group, _ = await starting
         assert precedence.waited_s is None
+        await group._processes.kill()
+        assert precedence.waited_s is not None  # the group will start again
         group.stop()
+        assert precedence.waited_s is None
 
     run(scenario)
 
