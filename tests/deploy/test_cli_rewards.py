@@ -120,7 +120,7 @@ def test_a_window_shorter_than_a_pair_is_refused_before_anything_is_written(refu
 
 def test_a_model_that_the_ranks_refuse_leaves_the_old_run_in_place(configs, workplace, monkeypatch):
     class Refusing:
-        def __init__(self, create, cfg, *, startup_timeout_s, report):
+        def __init__(self, create, cfg, *, startup_timeout_s, report, tell):
             self.stopped = False
 
         async def start(self):
