@@ -105,8 +105,18 @@ class Membership:
     @property
     def waiting(self) -> list[Replica]:
         """The replicas without a node, while the run needs them: fewer than `min` have one."""
-        placed = sum(replica.state in ("starting", "ready") for replica in self._replicas.values())
-        return [r for r in self._replicas.values() if placed < self._cfg.min and r.state == "pending"]
+        needed = self._placed < self._cfg.min
+        return [replica for replica in self._replicas.values() if needed and replica.state == "pending"]
+
+    @property
+    def _placed(self) -> int:
+        """How many replicas have a node, and stay."""
+        return sum(replica.state in ("starting", "ready") for replica in self._replicas.values())
+
+    @property
+    def _may_create(self) -> bool:
+        """Neither `hold_starts` nor the delay after a death holds new replicas back."""
+        return self._may_start and time.monotonic() >= self._deaths.wait_until
 
     @property
     def last_death(self) -> str:
@@ -214,24 +224,22 @@ class Membership:
     def _adjust_size(self) -> None:
         staying = [replica for replica in self._replicas.values() if not replica.ended]
         pending = sum(replica.state == "pending" for replica in staying)
-        size = self._size(pending, placed=len(staying) - pending)
+        size = self._size(pending)
         if len(staying) > size:
             staying.sort(key=self._dismissal_order(staying))
         for replica in staying[: max(0, len(staying) - size)]:
             self._dismiss(replica, MAKES_ROOM if size < self.target else "the target was lowered")
         # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
         recorded = all(replica.state != "dead" for replica in self._replicas.values())
-        if recorded and self._may_start and time.monotonic() >= self._deaths.wait_until:
+        if recorded and self._may_create:
             for _ in range(min(size - len(staying), MAX_PENDING - pending)):
                 self._create()
 
-    def _size(self, pending: int, *, placed: int) -> int:
-        """How many replicas the pool may have now. `pending` have no node yet, and `placed` have one. While a process
-        that the run needs waits for a node, extra replicas that have none are withdrawn, and running ones end one after
-        the other."""
-        now = time.monotonic()
-        asks = pending > 0 or (self._may_start and now >= self._deaths.wait_until)
-        if asks and placed < self._cfg.min:
+    def _size(self, pending: int) -> int:
+        """How many replicas the pool may have now; `pending` have no node yet. While a process that the run needs waits
+        for a node, extra replicas that have none are withdrawn, and running ones end one after the other."""
+        now, placed = time.monotonic(), self._placed
+        if placed < self._cfg.min and (pending or self._may_create):
             self._precedence.wait(self)
         else:
             self._precedence.end_wait(self)

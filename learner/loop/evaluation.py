@@ -126,7 +126,7 @@ def evaluation_of(answers: Sequence[Answered], cfg: EvaluationConfig, *, policy_
 
 
 def passes(scores: Sequence[Score | Void], cfg: EvaluationConfig) -> list[bool] | None:
-    """Whether each answer passes. An answer without a score of the source does not pass. Returns None if the scores are
+    """Whether each answer passes. An answer that the source did not score does not pass. Returns None if the scores are
     not 0 and 1, and no `evaluation.pass_source` says what passes."""
     given = [score for score in scores if isinstance(score, Score)]
     source = cfg.pass_source or (next(iter(given[0].components)) if given else "")

@@ -32,6 +32,12 @@ def scenario(play, room: int = 4) -> None:
     run(played)
 
 
+async def grown(pool: Pool, precedence: Precedence) -> None:
+    """Starts the pool, and waits until all its replicas are ready."""
+    await pool.start(10, precedence)
+    await until(lambda: states(pool) == ["ready"] * 4)
+
+
 def test_no_extra_replica_is_created_while_a_needed_process_waits():
     async def play(pool, host, precedence, events):
         precedence.wait("learner")
@@ -65,8 +71,7 @@ def test_running_replicas_end_one_after_the_other_down_to_min(monkeypatch):
     monkeypatch.setattr(membership, "GIVE_WAY_S", 0.3)
 
     async def play(pool, host, precedence, events):
-        await pool.start(10, precedence)
-        await until(lambda: states(pool) == ["ready"] * 4)
+        await grown(pool, precedence)
         precedence.wait("learner")
         began, ended = time.monotonic(), []
         while len(ended) < 3:
@@ -108,8 +113,7 @@ def test_a_replica_that_still_drains_makes_room_alone(monkeypatch):
     monkeypatch.setattr(membership, "GIVE_WAY_S", 0.2)
 
     async def play(pool, host, precedence, events):
-        await pool.start(10, precedence)
-        await until(lambda: states(pool) == ["ready"] * 4)
+        await grown(pool, precedence)
         calls = [asyncio.create_task(pool.call("work", lambda handle: handle.work.remote(1.0))) for _ in range(4)]
         await asyncio.sleep(0.05)
         precedence.wait("learner")
@@ -126,8 +130,7 @@ def test_the_next_replica_ends_as_soon_when_another_process_waits_then(monkeypat
     monkeypatch.setattr(membership, "GIVE_WAY_S", 0.3)
 
     async def play(pool, host, precedence, events):
-        await pool.start(10, precedence)
-        await until(lambda: states(pool) == ["ready"] * 4)
+        await grown(pool, precedence)
         precedence.wait("learner")
         await asyncio.sleep(0.75)  # two have ended
         precedence.wait("reference")
