@@ -29,9 +29,13 @@ def record(model: str) -> dict[str, float]:
     from learner.ppo.learner import Learner
 
     parts: dict[str, float] = {}
+    highest = 0.0  # the kernel reads VmHWM from counters that are a few pages behind, so it may fall a little
 
     def note(stage: str) -> None:
-        parts[f"{stage}_mb"], parts[f"{stage}_peak_mb"] = resident()
+        nonlocal highest
+        now, peak = resident()
+        highest = max(highest, peak)
+        parts[f"{stage}_mb"], parts[f"{stage}_peak_mb"] = now, highest
 
     note("imported")
     learner, table = Learner(config(model)), batch(model)
