@@ -21,8 +21,7 @@ class Turn:
     info: str = "{}"  # JSON
     seconds: float = 0.0  # that the environment took to answer
     cached_tokens: int = 0  # of this turn's context, found in the engine's cache when the turn was sampled
-    # The environment's tokens after this message are a whole new prompt: the policy's next message sees them, and
-    # nothing before them.
+    # The environment's tokens after this message are a whole new prompt: the policy's next message sees only these.
     new_context: bool = False
     # This message is the last of its sequence: it gets the episode's score too, and GAE does not continue past it. Only
     # with new_context; the last message of an episode ends its sequence without it.
@@ -63,8 +62,8 @@ def turns_for_reward(
 
 
 def messages_of(turns: Sequence[Turn], length: int) -> Iterator[tuple[int, int, Turn | None]]:
-    """The policy's messages in a response of this length: the place of the first token, the place after the last one,
-    and the turn as the environment answered it. None: the newest message, which has no answer."""
+    """The policy's messages in a response of this length, each as three values: the place of its first token, the place
+    after its last one, and its Turn. The Turn is None for a newest message without an answer."""
     start = 0
     for turn in turns:
         yield start, turn.end, turn

@@ -33,7 +33,7 @@ class SampleId(NamedTuple):
 
     epoch: int  # pass over the training prompts, from 0; HELDOUT_EPOCH: evaluation; PROBE_EPOCH: agreement check
     prompt: int  # index of the prompt in its data set
-    replica: int  # number of the response, below `rollouts_per_prompt`
+    replica: int  # number of the response to this prompt, below `rollouts_per_prompt`; no replica of a pool
 
     def __str__(self) -> str:
         return f"{self.epoch}/{self.prompt}/{self.replica}"
@@ -79,7 +79,7 @@ class Rollout:
     finish_reason: str
     generator: str  # replica that sampled it, or its last part
     turns: tuple[Turn, ...] = ()  # those that an environment has answered; () without an environment
-    cached_tokens: int = 0  # of the newest turn until the environment answers it, see Turn
+    cached_tokens: int = 0  # of the newest turn, while it has no answer: see Turn.cached_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -120,7 +120,7 @@ class RolloutRef:
     num_tokens: int  # prompt and response
     oldest_version: int | None  # of its tokens; None without tokens
     finished: bool  # False: it continues in another generator or after the environment's answer
-    fault: str = ""  # the reason why it must not be learned from, if there is one
+    fault: str = ""  # why it must not be learned from; "": no such reason
     rollout: Any = None  # the Rollout, or a reference to it
 
     @classmethod
@@ -206,7 +206,7 @@ class ScoringError:
 
 @dataclass(frozen=True)
 class Void:
-    """A rollout that is not learned from, or that a judge gave no score, with the reason. It never scores 0."""
+    """Why a rollout is not learned from, or why a judge gave it no score. It never counts as a score of 0."""
 
     sample_id: SampleId
     reason: str

@@ -101,8 +101,8 @@ def make_delta(old: Bucket, new: Bucket) -> Delta | None:
 
 
 def publication(packed: Iterable[Bucket], base: Sequence[Bucket] = ()) -> Iterator[Bucket | Delta | Manifest]:
-    """The items that a rank publishes: every bucket, then the manifest. With `base`, the previous version's buckets,
-    each bucket is followed by its best form: its delta, or the bucket again if no delta is smaller."""
+    """The items that a rank publishes: every bucket, then the manifest. `base`: the previous version's buckets, if they
+    are kept. Each bucket is then followed by its best form: its delta, or the bucket again if no delta is smaller."""
     full_bytes, best_bytes = [], []
     for bucket in packed:
         yield bucket

@@ -151,8 +151,7 @@ def config_of_a_job(
     config: str, settings: Sequence[str], run: Path | None, resume: Path | None, changes: Sequence[str] = ()
 ) -> tuple[Config, Sequence[Path]]:
     """The config of a job, with relative file names: the job's current directory is a copy of this one. Also returns
-    the directories to import modules from: that of the config file, as a relative path, if it is in the current
-    one."""
+    the directory of the config file, as a relative path to import modules from, if it is in the current directory."""
     modules = [Path(config).absolute().parent] if resume is None else []
     here = [Path(os.path.relpath(directory)) for directory in modules if directory.is_relative_to(Path.cwd())]
     find_users_modules(*here)

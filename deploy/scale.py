@@ -70,7 +70,8 @@ def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10)
     deadline = time.monotonic() + timeout_s
     while any(state.get(role, {}).get("target") != number for role, number in targets.items()):
         if time.monotonic() > deadline:
-            raise UserError(f"the run in {directory} has not read the target within {timeout_s:g} s; it may hang")
+            late = f"the run in {directory} has not read the target within {timeout_s:g} s"
+            raise UserError(f"{late}; if it hangs, stop it and continue it with --resume")
         time.sleep(_LOOK_EVERY_S / 2)
         state = _read(directory / "pool-state.json")
     return state

@@ -82,8 +82,8 @@ def load_inputs(
     texts = [{record.text for record in part} for part in records]
     if len(texts) > 1 and (shared := set.intersection(*texts)):
         raise UserError(
-            f"{' and '.join(prompts)} share {len(shared)} prompt(s), such as {min(shared)!r}; an evaluation on "
-            "training prompts says nothing: remove them from one"
+            f"{' and '.join(prompts)} must not share prompts, because an evaluation on training prompts says nothing; "
+            f"they share {len(shared)}, such as {min(shared)!r}: remove them from one"
         )
     try_sources(service, sources, records[0][0], policy.tokenizer)
     return Inputs(records, reward_models)
@@ -104,7 +104,7 @@ def session(
     """During the block, this process is connected to the cluster. It must own the run directory.
 
     Yields the config and a function `begin`. If the command trains a model (`trains`) on GPUs, the config has the size
-    of micro-batches. `begin` writes this config into the directory, and calls `record` for other entries of this start.
+    of micro-batches. `begin` writes this config into the directory, and calls `record`, which records this start.
     With `force` it first renames the old run. Call it once nothing can refuse the run any more.
 
     `phases` returns, for a config, the processes that run at the same time in each phase of the run. Raises UserError,

@@ -1,4 +1,5 @@
-"""`ratchet train-critic`: journals of earlier runs become a critic that a run can start from. Runs in the driver.
+"""`ratchet train-critic`: trains a critic from the journals of earlier runs, for a run to start from. Runs in the
+driver.
 
 The responses, their scores and their log-probabilities are in the journals, so nothing is generated and nothing scored.
 With --sample the starting policy first writes such a journal (deploy/sample_journal.py).

@@ -1,4 +1,5 @@
-"""`ratchet train-reward`: preference pairs become a reward model and the scale of its scores. Runs in the driver."""
+"""`ratchet train-reward`: trains a reward model from preference pairs, and measures the scale of its scores. Runs in
+the driver."""
 
 from __future__ import annotations
 
@@ -120,8 +121,8 @@ def load_models(cfg: RewardTrainingConfig) -> tuple[PolicyFiles, PolicyFiles]:
 async def _measure_scale(
     cfg: RewardTrainingConfig, directory: Path, reference: PolicyFiles, prompts: list[Prompt], progress: RewardProgress
 ) -> None:
-    """Has the reference policy answer the prompts and the reward service score the answers; stores mean and standard
-    deviation with the model."""
+    """The reference policy answers the prompts, and the reward service scores the answers. Writes the mean and the
+    standard deviation of the scores into the model's directory."""
     write_scale(directory / "model", ScoreScale(chat=cfg.data.format == "chat"))
     start, service = Starter(cfg.ray, on_event=progress.pool, tell=progress.note), _service(cfg, directory)
     longest = cfg.data.max_tokens + cfg.sampling.max_new_tokens

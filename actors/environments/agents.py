@@ -9,9 +9,9 @@ each environment replica.
     step(answer)          ->    the HTTP answer         ->   returns 0.5
     Step(terminated=True) <-    its score               <-
 
-One request after another goes to the model, in the order in which they come. A request that continues the conversation
-of the newest answer adds its new messages. Any other request begins a new context, which is a sequence of its own for
-the learner; if it continues an earlier conversation of the episode, the tokens of that one are used again.
+Requests go to the model one after another, in the order in which they come. A request that continues the conversation
+of the newest answer adds its new messages. Any other request begins a new context, which the learner reads as a
+separate sequence. If it continues an earlier conversation of the episode, that conversation's tokens are used again.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class _Asked:
 
 
 class AgentEnvironment:
-    """One episode. The user's event loop runs all of it but `ask`."""
+    """One episode. The user's event loop runs all methods except `ask`."""
 
     needs_turn = True  # `step` gets a PolicyTurn
-    names: Mapping[str, str] = {  # of the methods, for messages: the user knows an agent only
+    names: Mapping[str, str] = {  # what messages call each method: the user wrote an agent and knows no methods
         "reset": "the agent, until its first request,",
         "refuse_prompt": "the agent, until its next request,",
         "step": "the agent, until its next request,",
@@ -174,7 +174,7 @@ class AgentEnvironment:
         self._news.set()
 
     async def _next(self) -> _Asked | None:
-        """The next request that waits. None: the agent has ended, and its other requests are of no use."""
+        """The next request that waits. None: the agent has ended, so none of its requests is answered any more."""
         while not self._task.done():
             if not self._waiting:
                 self._news.clear()

@@ -1,7 +1,7 @@
 """Reads requests in the form of OpenAI's chat completions. Runs in each environment replica.
 
-A setting of a request that the run cannot follow is refused by its name. Nothing is ignored that would change an
-answer.
+If the run cannot follow a setting of a request, the request is refused, and the error names the setting. A setting is
+ignored only if it would not change the answer.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request that the model can answer. Its messages have one form, so that equal ones can be found: contents are
-    text, keys without a value are missing, and arguments of calls are objects if they can be."""
+    """A request that the model can answer. Its messages are normalised, so that equal messages compare equal: contents
+    are text, keys without a value are missing, and arguments of calls are objects if possible."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # for the chat template
@@ -186,7 +186,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
 
 
 def canonical_message(message: Any, where: str = "message") -> Message:
-    """A message in its one form (see ChatRequest). Raises RefusedError that begins with `where`."""
+    """A message in normal form (see ChatRequest). Raises RefusedError that begins with `where`."""
     if not isinstance(message, Mapping):
         raise RefusedError(f"{where} ({shown(message)}) must be an object with role and content", param="messages")
     # Clients send back what they got with all keys of their own types: those without a value say nothing.

@@ -25,8 +25,8 @@ from common.user_code.functions import explain_import
 from common.user_code.packages import package_root
 
 IMPORT_S = 120.0  # time limit of the import, seconds
-# Its arguments: the class, the agent, or tools with commas between them; the new sys.path as JSON; and a file for the
-# result. Ratchet's packages are found first, as in the replicas.
+# Arguments of the script: the class, the agent, or tools with commas between them; the new sys.path as JSON; and a file
+# for the result. Ratchet's packages are found first, as in the replicas.
 _SCRIPT = """
 import json, sys
 from common.user_code.packages import import_ratchet_first
@@ -63,9 +63,9 @@ _TOOLS = _SCRIPT.format(
 def check_environment(
     cfg: EnvironmentConfig, tokenizer: PreTrainedTokenizerBase, *, model: str, chat: bool
 ) -> list[dict[str, Any]]:
-    """Returns the schemas of the tools, for the chat template. Raises UserError for a class that cannot be imported or
-    is no environment, for a function that cannot be an agent or a tool, and for a chat template that cannot continue a
-    conversation. `model`: the policy's name. `chat`: prompts.format is "chat"."""
+    """Returns the schemas of the tools, for the chat template. Raises UserError if the class cannot be imported or is
+    no environment, if a function cannot be an agent or a tool, or if the template cannot continue a conversation.
+    `model`: the policy's name. `chat`: prompts.format is "chat"."""
     check = check_template if cfg.sequence == "episode" else check_conversations
     if cfg.function is not None:
         check_class(cfg.function)

@@ -39,7 +39,7 @@ from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, Scor
 from common.user_code.errors import UserCodeError
 
 MAX_STUCK = 8  # with this many threads in calls past their limit, the process is replaced
-END_AFTER_S = 2.0  # time in which the answers to the driver leave a process that ends
+END_AFTER_S = 2.0  # before the process ends, so that its last answers reach the driver
 
 
 class _Saved(NamedTuple):
@@ -102,8 +102,7 @@ class Environments:
         """Makes the instance of an episode and resets it. Returns the prompt that the model gets, and False.
 
         `state` is of an earlier `step` of this episode, in this process or another one. If the class can restore it,
-        the episode continues after that step: the prompt is then that of its rollout, and the answer's second part is
-        True."""
+        the episode continues after that step. Then the result is the prompt of its rollout, and True."""
         await self.end(prompt.sample_id)
         self._episodes[prompt.sample_id] = instance = Instance(self._make, self._loop, prompt.sample_id)
         deadline = self._deadline()
@@ -141,9 +140,9 @@ class Environments:
         return await instance.call("reset", argument, deadline=deadline)
 
     async def step(self, rollout: Rollout) -> tuple[Rollout | None, RolloutRef | Void, bytes | None]:
-        """Answers the newest turn of a rollout. Returns the rollout with what the environment says, which stays in this
-        process until it is fetched; the facts about it that the loop needs; and the environment's state, if the episode
-        goes on and the class has one. A rollout that is not finished is continued by a generator."""
+        """Answers the newest turn of a rollout. Returns three values: the rollout with the environment's answer, which
+        stays in this process until it is fetched; the facts about it that the loop needs; and the environment's state,
+        if the episode continues and the class has a state. A generator continues a rollout that is not finished."""
         prompt = rollout.prompt
         instance = self._episodes.get(prompt.sample_id)
         if instance is None:
@@ -183,7 +182,7 @@ class Environments:
                 answer = await instance.call("refuse_step", error, deadline=deadline)
 
     async def end(self, sample_id: SampleId) -> None:
-        """Closes an episode's instance. Does nothing for an episode that has none."""
+        """Closes an episode's instance, if it has one."""
         if (instance := self._episodes.pop(sample_id, None)) is not None:
             await self._close(instance)
 
@@ -210,10 +209,11 @@ class Environments:
         return Void(prompt.sample_id, reason, response=response, kind=error.kind, error=kept)
 
     def _end_soon(self) -> None:
-        """Ends this process when the answers to the driver have left it."""
+        """Ends this process after END_AFTER_S, so that its last answers reach the driver."""
         if not self._ends:
             self._ends = True
-            print(f"environment {self._cfg.name}: {self._name} ends, because calls in it do not", file=sys.stderr)
+            text = f"environment {self._cfg.name}: {self._name} ends its process, because calls in it never returned"
+            print(text, file=sys.stderr)
             timer = threading.Timer(END_AFTER_S, self._end_process)
             timer.daemon = True
             timer.start()

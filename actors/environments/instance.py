@@ -73,7 +73,7 @@ class Instance:
             if not self._closed:
                 self._object = made
                 return
-        _close_here(made)  # the constructor took too long, and nobody else knows of the object
+        _close_here(made)  # the constructor took too long, so nothing else has a reference to the object
 
     def has(self, method: str) -> bool:
         """True if the object has this method."""
@@ -129,8 +129,8 @@ class Instance:
             raise UserCodeError(**error.after(what)) from error
 
     async def _blocked_by(self) -> Any:
-        """The episode whose call blocks the event loop: this one, if nobody knows. None if this object does not use it,
-        or if nothing blocks it."""
+        """The episode whose call blocks the event loop; this episode, if that is not known. None if nothing blocks the
+        loop, or if this object does not use it."""
         if self._thread is not None or await self._loop.serves(SERVES_WITHIN_S):
             return None
         return self._loop.running() or self.name
@@ -146,8 +146,8 @@ class Instance:
         return self._thread is not None and self._thread.is_alive()
 
     async def close(self, limit_s: float, *, loop_blocked: bool = False) -> str:
-        """Closes the object, if it has not been closed. If another call still runs, it is cancelled; one that cannot be
-        is left alone, and `close` runs in another thread. Returns what went wrong, or ""."""
+        """Closes the object, if it has not been closed. Cancels a call that still runs. If it cannot be cancelled, the
+        object's `close` runs in another thread. Returns what went wrong, or ""."""
         with self._closing:
             self._closed, made, self._object = True, self._object, None
         if self._running is not None and not self._running.done():

@@ -1,16 +1,16 @@
 """Tokens of what an environment says, as the continuation of a response. Runs in each environment replica, and in the
 driver for the check before a run.
 
-Tokens that the model sampled are never encoded again from text. What follows them is:
+Tokens that the model sampled are never encoded again from text. This file makes the tokens that follow them (`added`):
 
     prompt      <|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n
     sampled     4<|im_end|>
-    here        \n<|im_start|>user\nAnd 3 + 3?<|im_end|>\n<|im_start|>assistant\n
+    added       \n<|im_start|>user\nAnd 3 + 3?<|im_end|>\n<|im_start|>assistant\n
 
-A chat template writes these texts only as parts of a whole conversation. So a made-up conversation is rendered, and the
-text after the assistant's message in it is taken. This is right if a template writes each message in the same way
-whatever comes before and after it. Not all do: some drop the reasoning of earlier answers. `check_template` finds them.
-Before messages of the role `tool`, the assistant's message in it has tool calls, because some templates demand them.
+A chat template renders only whole conversations. So this file renders a made-up conversation, and takes the text after
+its assistant's message. This is right if the template writes each message in the same way whatever comes before and
+after it. Some templates do not: they drop the reasoning of earlier answers. `check_template` refuses these. Before
+messages of the role `tool`, the made-up assistant's message has tool calls, because some templates demand them.
 With environment.sequence = "turn" the whole conversation is rendered again for each turn, sampled texts included.
 """
 

@@ -27,12 +27,12 @@ class Restart:
     Steps after it continue its conversation, with environment.sequence = "turn" too.
 
     The chat template renders `messages` as a prompt. With `token_ids`, which must not be empty, the prompt begins with
-    these tokens as they are, and `messages` are what follows the assistant's message that they end with. So tokens
-    that were sampled before are not encoded again from their text."""
+    these tokens unchanged. They end with an assistant's message, and `messages` follow it. So tokens that were sampled
+    before are not encoded again from their text."""
 
     messages: Sequence[Message]
-    ends: bool  # see Turn: the message before is the last of its sequence. Of no effect in `reset`
-    token_ids: Sequence[int] | None = None  # refused with environment.sequence = "turn". Of no effect in `reset`
+    ends: bool  # see Turn: the message before is the last of its sequence. No effect in `reset`
+    token_ids: Sequence[int] | None = None  # refused with environment.sequence = "turn". No effect in `reset`
     options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template, such as `tools`
 
 
@@ -58,8 +58,8 @@ class PolicyTurn:
 
 
 class LimitError(Exception):
-    """An episode has no room for what its environment says. `limit`: prompt, max_tokens or max_turns. `num_tokens` are
-    too many tokens, where `room` fit; both are 0 for max_turns."""
+    """An episode has no room for what its environment says. `limit`: prompt, max_tokens or max_turns. `num_tokens`: the
+    tokens that are needed; `room`: the tokens that fit. Both are 0 for max_turns."""
 
     def __init__(self, limit: str, num_tokens: int = 0, room: int = 0) -> None:
         super().__init__(f"{limit}: {num_tokens} tokens, where {room} fit")

@@ -46,7 +46,7 @@ class UserLoop:
         return bool(done)
 
     def running(self) -> Any:
-        """The owner of the task that runs now, which is the one that blocks a blocked loop. None if nobody knows it."""
+        """The owner of the task that runs now: of a blocked loop, the task that blocks it. None if it is not known."""
         task = asyncio.current_task(self._loop)
         return None if task is None else self._owners.get(task)
 
@@ -70,8 +70,8 @@ class UserLoop:
 
 
 class EpisodeThread:
-    """Makes the calls of one episode, one after another, so that objects such as connections of sqlite3, which belong
-    to one thread, can be used in all of them."""
+    """Makes all calls of one episode in the same thread, one after another. Some objects, such as connections of
+    sqlite3, can be used only in the thread that made them."""
 
     def __init__(self, name: str) -> None:
         self._calls = OrderedCalls(name)

@@ -33,9 +33,9 @@ def other_bytes(cfg: GeneratorsConfig, model: ModelSize) -> int:
 
 
 def free_share_at_start(cfg: GeneratorsConfig, *, device_memory: int) -> float:
-    """The share of a device's memory that must be free when an engine starts. `device_memory`: its total, bytes. CUDA's
-    context is left out, because it is allocated already: with it, vLLM would refuse to start an engine when other
-    engines on the device fill their shares."""
+    """The share of a device's memory that must be free when an engine starts. `device_memory`: its total, bytes. The
+    memory of CUDA's context is not in it, because it is allocated by then. Otherwise vLLM would refuse to start an
+    engine when other engines on the device fill their shares."""
     return max(0.01, min(cfg.gpus, USABLE) - CONTEXT_AND_GRAPHS / device_memory)
 
 

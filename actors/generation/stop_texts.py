@@ -25,8 +25,8 @@ class StopTexts:
         """Prepares `state`, vLLM's output state of a new request. `prompt` and `begun` are token ids: the request
         continues a response whose first tokens are `begun`.
 
-        vLLM treats `begun` as a part of the prompt, so it would miss a stop text that starts there. Here vLLM's text of
-        the response gets the end of the text of `begun` as its start. Nothing else reads that text."""
+        vLLM treats `begun` as a part of the prompt, so it would miss a stop text that starts there. So this puts the
+        end of the text of `begun` before vLLM's text of the response. Only the search for stop texts reads that."""
         state.logprobs_processor.tokenizer = None  # otherwise vLLM decodes a token for every log-probability
         if not begun:
             return

@@ -170,8 +170,8 @@ class VLLMEngine:
         await self._call(hand_over)
 
     def _end(self, keys: list[str]) -> None:
-        """Ends these requests with their partial responses, on the engine's thread. vLLM's own abort delivers partial
-        responses only to a queue, and this engine has none, so they would be lost."""
+        """Ends these requests with their partial responses, on the engine's thread. vLLM's own abort would lose them:
+        it delivers partial responses only to a queue, and this engine has none."""
         for key in keys:
             final = self._state(key).make_request_output([], None, FinishReason.ABORT, None)
             self._engine.abort_request([key])
@@ -231,9 +231,9 @@ class VLLMEngine:
         return str(self._swaps)
 
     def _forget_prefixes(self) -> None:
-        """Later requests find no keys and values of earlier weights. A running request keeps its own ones, and adds new
-        ones under the old salt. A request that has not begun, or was preempted, gets the new salt: otherwise it would
-        start from keys and values of the old weights."""
+        """Hides the keys and values of earlier weights from later requests. A running request keeps the old salt, its
+        keys and its values. A request that has not begun, or was preempted, gets the new salt: otherwise it would start
+        from keys and values of the old weights."""
         self._swaps += 1
         for request in self._core.scheduler.requests.values():
             if request.status != RequestStatus.RUNNING:

@@ -107,8 +107,8 @@ def _reload(model_runner: Any, tensors: dict[str, Tensor], directory: Path) -> N
         return loaded
 
     if current_platform.is_cpu():
-        # vLLM 0.32 packs the weights of experts only when it builds the kernel that multiplies by them, which it does
-        # once. A reload would leave them unpacked, with log-probabilities that are nats off. So the kernel is dropped.
+        # vLLM 0.32 packs the weights of experts only when it builds the kernel that multiplies by them, and it builds
+        # that once. So drop the kernel: with unpacked weights, log-probabilities would be nats off after a reload.
         for method in (getattr(module, "quant_method", None) for module in model.modules()):
             if isinstance(method, UnquantizedFusedMoEMethod):
                 method.moe_kernel = None
@@ -174,7 +174,7 @@ class ShardedWeights:
 
 def _reload_shard(worker: Any, path: str, entries: tuple[Entry, ...], directory: Path) -> str | None:
     """Runs in a worker process: loads its shards of the tensors in the file. Returns an error as text. If it raised the
-    error, the answers of the other workers would stay in vLLM's queues, and the next call would read them as its own.
+    error, the answers of the other workers would stay in vLLM's queues, and the next call would take them for its own.
     """
     try:
         values = np.memmap(path, np.int16, "r")

@@ -28,8 +28,8 @@ class Deaths:
         self._gave_up = False  # a call has been given up since the last answered call
 
     def record(self, error: BaseException, *, served_s: float, tried_alone: bool) -> bool:
-        """Records a death. Returns True if it must end the run. `tried_alone`: the replica died while it ran one call
-        alone.
+        """Records a death. Returns True if it must end the run. `tried_alone`: the replica died while it ran only the
+        suspect of `Pool.call`.
 
         The first death with `tried_alone` is not counted: the call caused it, and one request that kills every process
         must not end the run.
@@ -52,7 +52,7 @@ class Deaths:
 
 def drop_tracebacks(error: BaseException | None) -> None:
     """Removes the tracebacks of an error that is kept for messages. Their frames refer to the weights that were sent to
-    the replica. With them, the object store could not free these weights until another replica dies."""
+    the replica, and would keep these weights in the object store until another replica dies."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

@@ -75,7 +75,7 @@ class EpisodePool:
     """`learner.loop.roles.Generators`, over generators and environments.
 
     An episode stays in one environment replica from its first turn to its last. Its turns go to the generator that has
-    its tokens in its cache, as long as that generator lives and is not overloaded.
+    the episode's tokens in its cache, while that generator lives and is not overloaded.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class Host(Protocol):
 
     def kill(self, handle: Any) -> Future[None]:
         """Ends the replica's process and frees its resources. Returns at once; the future is done when the cluster has
-        taken the order."""
+        received the order."""
 
     async def node(self, handle: Any) -> str | None:
         """The node where the replica runs; None while it waits for room. Answers within seconds, or raises one of
@@ -35,5 +35,5 @@ class Host(Protocol):
         """A call that the replica's process answers even while its role is busy."""
 
     async def fetch(self, references: Sequence[Any]) -> list[Any]:
-        """The values behind references. A RolloutLostError takes the place of a value that is gone, or that does not
-        arrive within `timeout_s` of the role; an item that is no reference is returned unchanged."""
+        """The values behind references. A value that is gone, or does not arrive within the role's `timeout_s`, becomes
+        a RolloutLostError in its place. An item that is not a reference is returned unchanged."""

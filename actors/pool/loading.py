@@ -36,7 +36,7 @@ class WeightLoader:
         Returns the metrics `weights/bytes` and `weights/pause_s`.
 
         If the learner is lost meanwhile, its RankLostError ends the load, and the loop loads the same version again
-        from a new group. Replicas then drop what they have staged. Replicas that already use this version load it too.
+        from a new group. Replicas then drop what they have staged. Those that already use this version load it again.
         """
         full: list[Any] = []  # references to all Buckets so far
         sent: dict[int, _Sent] = {}  # by the replica's number

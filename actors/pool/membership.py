@@ -26,7 +26,7 @@ from common.precedence import GIVE_WAY_S, Precedence
 MAX_PENDING = 8
 # Seconds between two looks at the cluster and the size of the pool.
 TICK_S = 0.5
-# Longest wait for the cluster to take the orders to kill replicas when a pool stops, seconds. It needs milliseconds.
+# Longest wait until the cluster has received the orders to kill a pool's replicas, seconds. It needs milliseconds.
 STOP_S = 2.0
 # Why an extra replica is told to leave.
 MAKES_ROOM = "it makes room for a process that the run needs"
@@ -110,12 +110,12 @@ class Membership:
 
     @property
     def _placed(self) -> int:
-        """How many replicas have a node, and stay."""
+        """How many replicas have a node and are not leaving."""
         return sum(replica.state in ("starting", "ready") for replica in self._replicas.values())
 
     @property
     def _may_create(self) -> bool:
-        """Neither `hold_starts` nor the delay after a death holds new replicas back."""
+        """False after `hold_starts`, and during the delay after a death."""
         return self._may_start and time.monotonic() >= self._deaths.wait_until
 
     @property
@@ -128,7 +128,7 @@ class Membership:
         return self._replicas.get(number)
 
     def stop(self) -> None:
-        """Kills every replica, which frees its resources. Waits until the cluster has taken the orders, but at most
+        """Kills every replica, which frees its resources. Waits until the cluster has received the orders, but at most
         STOP_S, because the cluster itself may have failed."""
         self._supervisor.cancel()
         self._precedence.end_wait(self)
@@ -176,8 +176,8 @@ class Membership:
             self._router.close(replica.number)
 
     async def _supervise(self) -> None:
-        """Keeps the pool at its target size, and fails it when too few replicas are ready for too long. Woken by the
-        clock alone."""
+        """Keeps the pool at its target size, and fails it when too few replicas are ready for too long. Works every
+        TICK_S; nothing else wakes it."""
         while True:
             # All at once: if the cluster does not answer, each of these takes seconds and would delay the checks below.
             await asyncio.gather(self._look_at_nodes(), *map(self._look_at, self.replicas))
@@ -377,7 +377,8 @@ class Membership:
         died = f"; the last one died of: {self.last_death}" if last else ""
         message = (
             f"{self.role}: for {limit_s:g} s only {ready} replicas were ready, but at least {self._cfg.min} (min) are "
-            f"needed; there are: {states}{died}. Give it room{longer} or lower min, and continue with --resume"
+            f"needed; there are: {states}{died}. Free some resources, add nodes{longer} or lower min, and continue "
+            "with --resume"
         )
         self._fail(UserError(message), last)
         return True

@@ -29,8 +29,8 @@ SUSPECT_AFTER = 2
 
 @dataclass
 class Preferred:
-    """The replica that answered the last call of a conversation, which may hold state that makes the next call cheaper.
-    The conversation's calls share one of these; `Pool.call` reads it and sets it."""
+    """The replica that answered the newest call of an episode. It may still have the tokens of that call in its cache,
+    which makes the next call cheaper. The episode's calls share one of these; `Pool.call` reads and sets it."""
 
     number: int | None = None  # None before the first answer
 
@@ -90,13 +90,13 @@ class Pool:
         """The answer of the least loaded replica. `what` names the call in messages; `cost` is its share of a replica's
         load.
 
-        With `prefer`, the replica in it gets the call, as long as it has room and is not overloaded (see
-        `Router.acquire`). Afterwards `prefer` has the replica that answered. `limit_s` replaces the
-        config's timeout_s. With math.inf the call has no limit, which suits a call whose parts have their own limits.
+        `prefer` names the replica that gets the call if it has room and is not overloaded (see `Router.acquire`).
+        Afterwards it names the replica that answered. `limit_s` replaces the config's timeout_s. math.inf means no
+        limit, for a call whose parts have their own limits.
 
-        Raises RoleError if the answer takes too long, RolloutLostError if a referenced argument is gone, and
-        GivenUpError if SUSPECT_AFTER replicas died while running the call and one more died running nothing else.
-        Raises the pool's own failure if the pool has failed.
+        Raises RoleError if the answer takes too long, and RolloutLostError if a referenced argument is gone. Raises
+        GivenUpError if SUSPECT_AFTER replicas died while running the call, and then one that ran nothing else. Raises
+        the pool's own failure if the pool has failed.
         """
         deaths = 0
         while deaths <= SUSPECT_AFTER:
@@ -114,7 +114,7 @@ class Pool:
             finally:
                 if suspect:
                     self._trying_alone.release()
-        why = f"{what}: {deaths} {self.role} replicas died of it: {self.members.last_death}"
+        why = f"{what}: {deaths} {self.role} replicas died while running it: {self.members.last_death}"
         raise GivenUpError(why, role=self.role)
 
     async def _try(self, number: int, what: str, call: Call, cost: int, limit_s: float | None, *, alone: bool) -> Any:

@@ -64,8 +64,8 @@ class RayHost:
         return {node: ms / 1000 - time.time() if ms else float("inf") for node, ms in deadlines_ms.items()}
 
     async def _ask(self, question: str, function: Callable[[], Any]) -> Any:
-        """The directory's answer. While an earlier call with the same question has no answer, waits for that one:
-        otherwise threads would pile up."""
+        """The directory's answer. If an earlier call with the same question has no answer yet, this waits for that
+        call's answer. Otherwise a frozen directory would get a new thread every half second."""
         if (asked := self._asked.get(question)) is None:
             asked = self._asked[question] = in_daemon_thread(function)
             asked.add_done_callback(lambda done: self._asked.pop(question, None))

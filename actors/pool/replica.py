@@ -23,7 +23,7 @@ class PoolEvent:
     reason: str = ""
     node: str | None = None
     seconds: float = 0.0  # joined: since it had room; left: since it joined; died: in its last state
-    calls: int = 0  # calls that it had when it began to leave, left or died; after the last two, others get them
+    calls: int = 0  # calls that it had when it began to leave, left or died; if it left or died, others get them
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class Replica:
     version: int | None = None  # version of the learner's weights that it holds; None: the weights of the model's files
     killed: bool = False  # the order to kill its process was given
     calls_lost: int = 0  # calls it had when it died
-    tried_alone: bool = False  # it died of a call that was tried alone, which is then given up
+    tried_alone: bool = False  # it died while it ran only one call, the suspect of `Pool.call`
     suspended_for: set[str] = field(default_factory=set)  # reasons why it gets no new calls although it is ready
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # it has no calls
     _ended: asyncio.Event = field(default_factory=asyncio.Event)  # it is leaving or dead

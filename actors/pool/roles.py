@@ -26,7 +26,7 @@ class GeneratorPool:
     def __init__(
         self, host: Host, cfg: Replicated, *, on_event: OnEvent = lambda event: None, response_tokens: int = 0
     ) -> None:
-        """`response_tokens`: the longest response. A prompt's share of a replica's load is its own length plus this."""
+        """`response_tokens`: the longest response. A prompt adds its own length plus this to a replica's load."""
         self.pool = Pool(
             host,
             cfg,
@@ -84,7 +84,7 @@ async def _generate(prompt: Prompt, begun: Any, plain_tokens: int, handle: Any) 
     return rollout, await ref
 
 
-async def _measure(rollout: Any, handle: Any) -> tuple[Any, bool]:
+async def _logprobs(rollout: Any, handle: Any) -> tuple[Any, bool]:
     """A reference to the log-probabilities, and True if all are finite."""
     logprobs, finite = handle.logprobs.options(num_returns=2).remote(rollout)
     return logprobs, await finite
@@ -105,7 +105,7 @@ class RewardPool:
         return await self._ask(ref, "judge", lambda handle: handle.judge.remote(ref.rollout))
 
     async def _ask(self, ref: RolloutRef, what: str, call: Callable[[Any], Any]) -> Score | Void:
-        result = await self._pool.call(f"{what} {ref.sample_id}", call, cost=ref.num_tokens)
+        result = await self._pool.call(f"{what} rollout {ref.sample_id}", call, cost=ref.num_tokens)
         if isinstance(result, Void):
             return self._keep(result)
         return replace(result, judge_voids={name: self._keep(void) for name, void in result.judge_voids.items()})
@@ -118,4 +118,5 @@ class ReferencePool:
         self._pool = pool
 
     async def logprobs(self, ref: RolloutRef) -> tuple[Any, bool]:
-        return await self._pool.call(f"measure {ref.sample_id}", partial(_measure, ref.rollout), cost=ref.num_tokens)
+        what = f"compute the log-probabilities of rollout {ref.sample_id}"
+        return await self._pool.call(what, partial(_logprobs, ref.rollout), cost=ref.num_tokens)

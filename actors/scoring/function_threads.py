@@ -19,7 +19,7 @@ from common.user_code.errors import UserCodeError
 from common.user_code.ordered_calls import OrderedCalls
 from common.user_code.results import Outcome
 
-MAX_LEFT_BEHIND = 8  # no more calls are made while this many threads are in calls past their limit
+MAX_LEFT_BEHIND = 8  # no further call is made while this many threads still run calls past their limit
 ANSWERS_WITHIN_S = 2  # if a thread of async functions does not respond for this long, one of them blocks it
 
 
@@ -35,7 +35,7 @@ class CallThread:
         return self._calls.submit(call, self._function, self._style, answers)
 
     async def is_blocked(self) -> bool:
-        """True if a call that passed its limit still blocks the thread. Always True, since nothing can end a call."""
+        """True if a call that passed its limit still blocks the thread: here always, because nothing can end a call."""
         return True
 
     def leave(self) -> None:

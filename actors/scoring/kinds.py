@@ -59,13 +59,13 @@ class SourceKind:
     model_size: Callable[[Any], ModelSize | None] = lambda cfg: None
     """Size of the model that each reward replica loads for it, if any."""
     try_once: Callable[[Any, SourcesConfig, RewardInput], str] = lambda cfg, service, answer: ""
-    """Before anything starts: tries the first prompt with a made-up response. Raises UserError for a source that fails
-    on every answer; returns a warning for one that may have failed because of the made-up response, else ""."""
+    """Before anything starts: tries the first prompt with a made-up response. Raises UserError if the source would fail
+    on every response. Returns a warning if it may have failed only on this one; "" if it did not fail."""
     check_travels: Callable[[Any, SourcesConfig], None] = lambda cfg, service: None
     """In `ratchet submit`: raises UserError for a source that needs something that is not sent with the job."""
     identity: Callable[[Any], str | None] = lambda cfg: None
     """In `ratchet train`: SHA-256 of the files or the version that decide its scores. The journal records it, and
-    --resume compares it. None: this process can read neither."""
+    --resume compares it. None: this process cannot read them."""
 
 
 KINDS: Mapping[type[RewardSource], SourceKind] = {

@@ -28,8 +28,8 @@ def score(answer: RewardInput) -> float:
 
 
 def extracted(response: str, pattern: str | None) -> str | None:
-    """The part of the response that is the answer: the first group of the last match; without a pattern, all of it.
-    None if nothing matches: the task then scores a missing answer."""
+    """The answer in the response: the first group of the last match, or the whole response without a pattern. None if
+    nothing matches: the task then scores a missing answer."""
     if pattern is None:
         return response.strip()
     *_, last = [None, *re.finditer(pattern, response)]

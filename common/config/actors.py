@@ -176,8 +176,8 @@ class GeneratorsConfig(Replicated):
     true if these conditions hold."""
     updates: Literal["full", "changes"] = "full"
     """Weights sent after a step. full: all of them; best on one node, where engines read them in place. changes: only
-    values that differ in bfloat16, if that is fewer bytes; better over a slow network. It costs time to compare all
-    weights, and memory for one or two copies of them (bfloat16) in each engine's process."""
+    values that differ in bfloat16, if that is fewer bytes; better over a slow network. changes costs time to compare
+    all weights, and memory for one or two copies of them (bfloat16) in each engine's process."""
 
     @model_validator(mode="before")
     @classmethod

@@ -52,12 +52,12 @@ def _node_labels(given: Mapping[str, str]) -> Mapping[str, str]:
 
 NodeLabels = Annotated[Mapping[str, str], AfterValidator(_node_labels)]
 # Marks a setting, or a whole section of a root, that may change when a run continues. Such a setting does not decide
-# what is learned. It may decide how that is computed, so that a run can get past a crash; repeated steps then agree up
-# to rounding. All other settings are fixed when the run begins.
+# what is learned. It may decide how it is computed, so that a run can get past a crash: steps that are repeated with
+# another value agree up to rounding. All other settings are fixed when the run begins.
 MAY_CHANGE = "may change on --resume"
 MayChange = Annotated[T, MAY_CHANGE]
-# Marks a setting that decides what is learned, and still may change when a run continues: the journal records the step
-# from which the new value holds, and every replay changes it at the same step.
+# Marks a setting that decides what is learned, and may change when a run continues. The journal records the step from
+# which the new value holds, so that every replay changes it at the same step.
 RECORDED = "may change with --change on --resume, from a recorded step on"
 Recorded = Annotated[T, RECORDED]
 

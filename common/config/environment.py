@@ -32,12 +32,12 @@ class EnvironmentConfig(Pooled):
     max_turns: Positive = 8
     """Most turns of the model in an episode. An episode that reaches it has finish reason `max_turns`."""
     max_tokens: Positive = 1024
-    """Most tokens of an episode after its prompt: of the model and of the environment. An episode whose next turn has
-    no room has finish reason `max_tokens`. sampling.max_new_tokens bounds each turn."""
+    """Most tokens of an episode after its prompt, those of the environment included. If there is no room for another
+    turn, the episode ends with finish reason `max_tokens`. sampling.max_new_tokens bounds each turn."""
     sequence: Literal["episode", "turn"] = "episode"
     """What the learner reads as one sequence. `episode`: the whole conversation, to which each turn adds tokens.
-    `turn`: each turn is a sequence of its own. Its prompt is the whole conversation so far, which the chat template
-    writes again. It is for templates that change earlier messages. max_tokens counts the tokens of these prompts too.
+    `turn`: each turn is a separate sequence, whose prompt is the whole conversation so far, as the chat template
+    renders it. Use it if the template changes earlier messages. max_tokens counts the tokens of these prompts too.
     """
     step_timeout_s: MayChange[Seconds] = 60
     """Longest call of an environment's method, seconds. A longer call voids the episode."""

@@ -31,7 +31,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         else:
             break
     if not isinstance(tree, dict):
-        raise UserError(f"override {without_secrets(override)!r}: {leaf} would be set inside a value, not a section")
+        parent = shortened(key.removesuffix(f".{leaf}"))
+        raise UserError(f"override {without_secrets(override)!r}: {parent} is not a section, so it has no {leaf}")
     tree[leaf] = value
 
 

@@ -55,16 +55,16 @@ class PPOConfig(Section):
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
     critic's bias for variance. length: each response has its own, see lam_alpha; of an episode, each sequence."""
     lam_alpha: Annotated[float, Field(gt=0)] = 0.05
-    """For lam or value_lam = length: the share of a response that counts at each token. The lambda of a response is 1 -
-    1 / (lam_alpha x tokens), never below 0 (arXiv:2504.05118). 0.05 is made for thousands of tokens: a response of 200
-    tokens has lambda 0.9, one of 20 or fewer has 0."""
+    """For lam or value_lam = length: the lambda of a response is 1 - 1 / (lam_alpha x its tokens), never below 0
+    (arXiv:2504.05118). So advantages look ahead over about this share of the response. 0.05 is made for thousands of
+    tokens: a response of 200 tokens has lambda 0.9, one of 20 or fewer has 0."""
     value_lam: Lambda | None = None
     """Lambda of the returns that the critic learns from; 1 makes them sampled returns, without the critic's own errors
     (arXiv:2503.01491). Left out: the same as lam."""
     policy_loss: Literal["clip", "mask"] = "clip"
-    """How a step stays near the data. clip: the ratio to the policy before the step, clipped. mask: the ratio to the
-    sampler itself, and no gradient for tokens whose ratio is out of bounds. It needs no importance weight and, without
-    a critic, no pass over the batch before learning."""
+    """What keeps a step near the policy that wrote the batch. clip: PPO's clipped ratio to the policy before the step.
+    mask: the ratio to the sampler's own probabilities, and no gradient for tokens whose ratio is out of bounds. mask
+    needs no importance weight and, without a critic, no pass over the batch before learning."""
     clip_eps: Recorded[Annotated[float, Field(gt=0)]] = 0.05
     """A token's gain stops growing once its probability has moved by this share from its value before the step. With
     mask the distance is from the sampler's probability, and rounding alone is often above 0.05: use 0.2 or more
@@ -96,8 +96,8 @@ class PPOConfig(Section):
     """Cap of the importance weight, the ratio of the learner's to the generator's probability of a token. It corrects
     for generators with older weights or other rounding; 0: no correction. Unused with policy_loss = mask."""
     max_mismatch_kl: MayChange[Annotated[float, Field(ge=0)]] = 0.1
-    """Stop the run when mismatch/kl (k3 between learner and generator, nats per token) is above this for
-    max_mismatch_steps steps in a row: the two then compute different policies; 0: never."""
+    """Stop the run when the metric mismatch/kl is above this for max_mismatch_steps steps in a row: learner and
+    generators then compute different policies. It is the k3 estimate between both, nats per token. 0: never."""
     max_mismatch_steps: MayChange[Positive] = 5
     """See max_mismatch_kl."""
 
@@ -170,9 +170,9 @@ class LearnerConfig(TrainerConfig):
     the scores that it was trained with. It must have been trained for this model, this reward, this kind of critic and
     this ppo.gamma. A run that continues may name a new place of the same critic. Left out: a value head of zeros."""
     critic_frozen: str | tuple[str, ...] | None = None
-    """Weights of a separate critic that do not train, against overfitting on few scores: attention, or patterns over
-    the names of its parameters, such as "*.mlp.*" or "embed_tokens.*". They take no gradient and no optimizer state.
-    The value head always trains. Left out: all weights train."""
+    """Weights of a separate critic that do not train: attention, or patterns over the names of its parameters, such as
+    "*.mlp.*" or "embed_tokens.*". This reduces overfitting on few scores, and saves their gradients and optimizer
+    state. The value head always trains. Left out: all weights train."""
     critic_warmup_steps: NonNegative = 0
     """Number of first steps that train only the critic."""
     max_losses: MayChange[Positive] = 3

@@ -281,10 +281,10 @@ def _broken_pattern_rules(key: str, pattern: str, what: str) -> Iterator[str]:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        yield f"{key} is not a regular expression ({error})"
+        yield f"{key} ({pattern}) must be a regular expression, but has a fault ({error}); correct it"
     else:
         if not groups:
-            yield f"{key} must have a group, in parentheses, that matches the {what}"
+            yield f"{key} ({pattern}) must have a group that matches the {what}; put that part in parentheses"
 
 
 def _broken_address_rules(key: str, url: str) -> Iterator[str]:

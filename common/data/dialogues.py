@@ -63,7 +63,8 @@ def _without_padding(ids: list[int], pad_id: int | None) -> list[int]:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A padding token that ends no text, so that the score is read at the end token. If none exists, the end token."""
+    """A padding token that is not the end token, so that the score is read at the end token. If there is no other one,
+    the end token."""
     for token in (tokenizer.pad_token_id, tokenizer.unk_token_id):
         if token is not None and token != tokenizer.eos_token_id:
             return token

@@ -1,7 +1,7 @@
 """Makes questions of a reasoning-gym task. Runs in a process of its own, which the driver starts for each source.
 
-It reads one request, a JSON object, and prints one JSON object a line: first how answers are scored, then each question
-with its answer and metadata. A line with `error` says why the task cannot be used, and is the last one.
+It reads one request, a JSON object, and prints one JSON object per line: first how answers are scored, then each
+question with its answer and metadata. If the task cannot be used, the last line has the reason under `error`.
 """
 
 from __future__ import annotations

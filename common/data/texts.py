@@ -16,8 +16,8 @@ _PLAIN = re.compile(r"\.txt(\.gz)?$", re.IGNORECASE)
 def read_texts(source: str, *, column: str, setting: str, seed: int) -> Iterator[tuple[str, str]]:
     """Every text of a source with its place, for messages. Blank texts are left out.
 
-    source: a file or a pattern of files that end with .txt or .txt.gz, each of which is one text; or a source of
-    records (common/data/records.py), each with its text in `column`. Raises UserError that names the place.
+    source: a .txt or .txt.gz file, or a pattern of such files: each file is one text. Or a source of records
+    (common/data/records.py): each record has one text in `column`. Raises UserError that names the place.
     """
     if _PLAIN.search(source):
         paths = matching_files(source)

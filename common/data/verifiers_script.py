@@ -1,7 +1,7 @@
 """Lists the tasks of a verifiers taskset. Runs in a process of its own, which the driver starts for each source.
 
-It reads one request, a JSON object, and prints one JSON object a line: a record for each task. A line with `error` says
-why the taskset cannot be used, and is the last one.
+It reads one request, a JSON object, and prints one JSON object per line: a record for each task. If the taskset cannot
+be used, the last line has the reason under `error`.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ ENOUGH_VARIANCE = 0.5
 # also sees the variance.
 LITTLE_VARIANCE = 0.25
 USELESS = 0.01  # share that is explained; a head that hardly learns is at 0.0001 in some steps
-# Where prompts say nothing about the score, a good critic's first values are equal, and explain 0. Values that explain
-# -10 % vary at random, and their variance is added to that of the advantages.
+# If prompts say nothing about the score, a good critic gives all first tokens the same value, which explains 0. Values
+# that explain -10 % vary at random, and their variance is added to that of the advantages.
 LATE = -0.1
 # A share of the returns' standard deviation, in addition to what chance explains. Beyond it, an advantage is mostly the
 # critic's error.

@@ -83,7 +83,7 @@ class Event:
     rule: str
     message: str  # what it sees, with the numbers
     remedy: str  # what to try first
-    steps: int = 1  # how often it has held, this time included, since it began
+    steps: int = 1  # number of steps in which it has held since the event began, this one included
     news: bool = True  # worth a line on the screen
 
     @property

@@ -55,7 +55,7 @@ class History:
 
     def compared(self, steps: int, width: int = 3) -> tuple[list[Record], list[Record]] | None:
         """The `width` records that are `steps` older than the newest ones, and the newest ones. In a short run the two
-        groups are nearer to each other; None as long as they would overlap."""
+        groups are nearer to each other; None while they would overlap."""
         kept = list(self.newest)
         distance = min(steps, len(kept) - width)
         if distance < width:

@@ -107,7 +107,7 @@ STEP = (
         "sum",
         "",
         "voided since the previous step; should be 0. The journal has each reason. Prompts of rollouts that were too "
-        "old are asked again",
+        "old are sent again",
     ),
     Metric("environment/turns", "turns", "mean", "rollouts", "turns of the policy in an episode", "turns"),
     Metric(
@@ -160,7 +160,7 @@ STEP = (
         "seconds",
         "mean",
         "rollouts",
-        "from the time a rollout gets a slot until it is sampled, scored and measured",
+        "from the time a rollout gets a slot until it has a response, a score and reference log-probabilities",
     ),
     Metric(
         "staleness/buffered_s",
@@ -655,7 +655,7 @@ METERS = {
             "counter",
             "rollouts",
             OWN,
-            "scored (Reward) or measured (ReferencePolicy), evaluations included",
+            "given a score (Reward) or log-probabilities (ReferencePolicy), evaluations included",
         ),
         Meter(
             "ratchet_reward_voids_total",

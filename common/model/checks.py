@@ -26,8 +26,8 @@ _LARGEST_READ = 2 << 30  # most bytes of weights that the driver checks; a proce
 
 @contextmanager
 def reading(directory: Path, setting: str, purpose: str) -> Iterator[None]:
-    """Turns every error in the block into a UserError about the model that `setting` names. transformers raises errors
-    of many types for a config or model that it cannot read."""
+    """Turns every error in the block into a UserError about the model that `setting` names, because transformers raises
+    errors of many types for a config or model that it cannot read."""
     try:
         yield
     except UserError:

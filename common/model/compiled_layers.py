@@ -52,7 +52,7 @@ class _Kind:
         """From now on these layers are not compiled."""
         self.tried = self.refused = True
         text = " ".join(str(reason).split())[:300]
-        print(f"learner.compile leaves layers of the kind {self.name} as they are: {text}", flush=True)
+        print(f"learner.compile does not compile layers of the kind {self.name}: {text}", flush=True)
 
 
 class _CompiledForward:
@@ -99,7 +99,7 @@ class _CompiledForward:
         exact = plain[0].dtype == torch.float32 and autocast_dtype(plain[0].device.type) is None
         off = max(_error(one, other) for one, other in zip(found, plain, strict=True))
         if not off < (_EXACT if exact else _COARSE):  # also refuses NaN
-            self._kind.refuse(f"compiled, they are off by {off:.2g} of the size of their results")
+            self._kind.refuse(f"their compiled results have a relative error of {off:.2g}")
 
 
 def _outcome(forward: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -115,8 +115,8 @@ def _outcome(forward: Callable[..., Any], states: Tensor, *args: Any, **kwargs: 
 
 
 def _with_gradient(states: Tensor) -> Tensor:
-    """Makes the input need a gradient. With frozen embeddings, that of the first layer needs none, but a second graph
-    without it would cost more."""
+    """Makes the input need a gradient. With frozen embeddings, the first layer's input needs none, but a second graph
+    for that case would cost more."""
     return states if states.requires_grad else states.detach().requires_grad_()
 
 

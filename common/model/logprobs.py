@@ -1,4 +1,4 @@
-"""Turns hidden states into log-probabilities and entropy of the chosen tokens, and never holds all logits.
+"""Turns hidden states into log-probabilities and entropy of the chosen tokens, without ever holding all logits.
 
 Runs anywhere. Measured on the update of common/model/kernels.py: autograd over checkpointed chunks would take 20 % more
 peak memory (3,555 MB instead of 2,960) and up to 12 % more CPU time.

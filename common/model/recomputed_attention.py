@@ -162,8 +162,8 @@ def _to_token_order(parts: list[Tensor], index: Tensor) -> Tensor:
 def _probabilities(
     q: Tensor, k: Tensor, sinks: Tensor | None, how: Scores
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The probabilities [kv_heads * n, group * T, T], with the softmax in float32. Also, with a cap, the slope of the
-    capped scores, of the same shape; with sinks, the probability of the sink, [kv_heads * n, group * T]."""
+    """Three results: the probabilities [kv_heads * n, group * T, T], with the softmax in float32; with a cap, the slope
+    of the capped scores, of the same shape; with sinks, the probability of the sink, [kv_heads * n, group * T]."""
     count, length = k.shape[:2]
     scores, slope, at_sink = (
         (q @ k.transpose(1, 2)).float().mul_(how.scaling).view(count, -1, length, length),

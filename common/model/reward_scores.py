@@ -39,7 +39,7 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) 
 @torch.no_grad()
 def check_rows_independent(model: PreTrainedModel, install: Callable[[PreTrainedModel], object] | None = None) -> None:
     """Calls `install`. Raises UnsuitedModelError if scores then depend on padding or on the other rows of a batch, or
-    differ from those that the unchanged model gave each sequence alone."""
+    if they differ from the scores that the unchanged model gives to each sequence alone."""
     rows, lengths = len(model.get_input_embeddings().weight), torch.tensor(LENGTHS, device=model.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, rows - 1), rows, (len(lengths), 2 * ROW_MULTIPLE), generator=generator).to(model.device)

@@ -37,7 +37,7 @@ def try_small(config: PretrainedConfig, install: Callable[[PreTrainedModel], obj
             raise
         except Exception as error:
             if PACKED in str(error):  # a KeyError: its attention does not come from transformers' registry
-                raise UnsuitedModelError("its attention is its own and cannot be replaced") from error
+                raise UnsuitedModelError("it has its own attention code, which cannot be replaced") from error
             continue  # its sizes depend on each other, or the model does not run at all
         if model is not None and expected is not None:
             if install is not None:

@@ -111,8 +111,8 @@ def _join(address: str, job: JobConfig) -> None:
 
 @contextmanager
 def _quiet_ray() -> Iterator[None]:
-    """Prevents three things. Ray may not take over SIGTERM, may not print long texts when one of its processes dies,
-    and may not print the output of the roles, which goes to `role_output_to`."""
+    """During the block, Ray does not take over SIGTERM, does not print long texts when one of its processes dies, and
+    does not print the output of the roles, which goes to `role_output_to`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     sets_handler, prints = utils.set_sigterm_handler, worker.print_to_stdstream
     if signals.handlers_installed():

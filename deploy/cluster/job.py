@@ -2,7 +2,8 @@
 job.
 
 Runs in the driver: `write_package` where `ratchet submit` is called, `main` on the cluster. Config and arguments are
-sent as files of a package, not as command line or environment, which everyone who may list the cluster's jobs can see.
+sent as files of a package, because everyone who may list the cluster's jobs can see their command lines and
+environments.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from common.config.ppo import Config
 from common.user_code.packages import RATCHET_PACKAGES
 
 PACKAGE = "ratchet_job"
-# The job's command. Its parent process is Ray's job supervisor, and the supervisor's parent is the raylet. The raylet's
-# command line names the interpreter of all the cluster's processes; PATH may have another one, or none. -P: otherwise a
-# user's own `common` in the job's working directory would hide Ratchet's.
+# The job's command. It runs the Python interpreter of the cluster's processes, because PATH may have another one, or
+# none. The command line of the raylet names it: this process's parent is Ray's job supervisor, whose parent is the
+# raylet. -P: otherwise a user's own `common` in the job's working directory would hide Ratchet's.
 ENTRYPOINT = (
     "raylet=$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$PPID/status); "
     r"python=$(tr '\0' '\n' < /proc/$raylet/cmdline | sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'); "

@@ -55,8 +55,8 @@ def private_directory() -> Iterator[Path]:
 
 
 def remove(directory: Path, wait_s: float = 1.5) -> None:
-    """Removes the directory. First it kills the processes of its cluster that are still alive after `wait_s`: some of
-    Ray's need minutes to end, and suspended ones never end."""
+    """Removes the directory. First it kills the processes of its cluster that are still alive after `wait_s`: some
+    processes of Ray need minutes to end, and suspended ones never end."""
     deadline = time.monotonic() + wait_s
     while (left := _processes_of(directory)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -92,9 +92,9 @@ def _processes_of(directory: Path) -> set[int]:
 
 
 def _writes_into(directory: Path, process: Path) -> bool:
-    """True if the process has a file below the directory open for writing. This finds Ray's agents: their title
-    overwrites their environment, and they are no descendants of the raylet once it is dead. A program that only reads
-    there, such as `tail -f`, belongs to the user."""
+    """True if the process has a file below the directory open for writing. This finds Ray's agents: their
+    title overwrites their environment, and after the raylet's death they have another parent. A program that only
+    reads there, such as `tail -f`, belongs to the user."""
     for link in (process / "fd").iterdir():
         with suppress(OSError):  # closed meanwhile
             if Path(os.readlink(link)).is_relative_to(directory):
@@ -150,8 +150,8 @@ def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
     check_store(store_mib, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
     _make_token_private()
     os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles when other programs run
-    # ray.init turns a loopback address into the machine's own, and its servers then listen on every interface;
-    # with this switch, read at import and in every process it starts, they stay on loopback.
+    # By default, ray.init replaces a loopback address by the machine's own, and its servers listen on every interface.
+    # With this switch they stay on loopback. Ray reads it at import, and in every process that it starts.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     variables = {"TMPDIR": str(directory), **_dashboard_variables(cfg)}  # TMPDIR: vLLM leaves files there

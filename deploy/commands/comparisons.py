@@ -70,7 +70,7 @@ def evaluate(
         run_variance(variance, **of_variance, settings=[*filter(None, [config]), *(settings or [])])
         return
     if alone := [f"--{name}" for name, value in of_variance.items() if value is not None]:
-        raise UserError(f"{', '.join(alone)}: only with --variance RUN")
+        raise UserError(f"{', '.join(alone)} must be given with --variance RUN; add it, or leave them out")
     given, policies = with_address(settings, address), policy_names(policy or [])
     if resume is not None:
         cfg, directory = config_and_directory(Config, config, given, run, resume)

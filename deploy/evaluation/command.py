@@ -141,7 +141,7 @@ class _Evaluation:
         return found
 
     async def run(self, missing: Mapping[str, Sequence[Prompt]]) -> None:
-        """Has every policy answer its missing questions, then measures the policies that are missing on the texts."""
+        """Lets every policy answer its missing questions, and then measures the perplexity of those that lack it."""
         self.progress.begin({name: len(left) for name, left in missing.items()})
         if missing:
             await self._ask(missing)

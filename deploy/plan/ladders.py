@@ -1,8 +1,8 @@
 """The settings that decide whether a run fits, the least harmful change first.
 
-Runs in the driver; pure arithmetic. A ladder has the values of one setting, the smallest change first. First come the
-ladders that only divide GPUs in another way. Then come those that make a step slower, those that use other processes,
-and last those that change what is learned.
+Runs in the driver; pure arithmetic. A ladder is a list of values of one setting, the smallest change first. The ladders
+are in this order: those that only divide GPUs in another way, those that make a step slower, those that use other
+processes, and those that change what is learned.
 """
 
 from __future__ import annotations
@@ -223,11 +223,11 @@ LADDERS: list[tuple[str, Values]] = [
     ("more bytes are sent after a step", _to("generators.updates", "full", of="changes")),
     ("an update takes about a quarter longer", _to("learner.gradient_checkpointing", True, of=False)),
     # The same with other processes.
-    ("more GPUs learn", _more_ranks),
+    ("more GPUs train", _more_ranks),
     ("each engine takes more GPUs", _more_parts),
     *((f"fewer processes of {role}", _fewer(section)) for section, role in SERVICES.items()),
     ("fewer engines generate", _fewer("generators")),
-    ("fewer processes learn, and a step takes longer", _fewer_ranks),
+    ("fewer processes train, and a step takes longer", _fewer_ranks),
     *((f"{role} runs on the CPU, far slower", _on_cpu(section)) for section, role in SERVICES.items()),
     # Something else is learned, or with other rounding.
     ("generators wait during an update, and lend it their memory", _turns),

@@ -60,8 +60,8 @@ class Described:
 
 @contextmanager
 def machines(described: Described, ray: RayConfig, store_mib: int) -> Iterator[list[Node]]:
-    """The nodes of a plan: the described ones; else those of the cluster that `ray.address` names, as they are free
-    now; else this machine, with an object store of `store_mib`, as `ratchet train` would find it."""
+    """The nodes of a plan. If the options describe nodes: these. Else, if `ray.address` names a cluster: its nodes with
+    their resources that are free now. Else this machine, with an object store of `store_mib`."""
     if described:
         yield described.make(store_mib)
         return

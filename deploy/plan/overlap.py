@@ -13,8 +13,8 @@ OneGpu = Sequence[Collection[str]]  # for each GPU the section of each of its pr
 
 
 def one_gpu(placement: Placement) -> OneGpu:
-    """The section of each process on each GPU. If it is not known which GPU a fraction is on, the sections of all such
-    fractions count as on one GPU, each once."""
+    """The section of each process on each GPU. Processes whose GPU is not known count as on one GPU, each section
+    once."""
     found: dict[tuple[int, int], list[str]] = {}
     unknown: set[str] = set()
     for place in placement.places:
@@ -36,8 +36,8 @@ def fractions(cfg: Config, busy: Busy) -> OneGpu:
 
 
 def overlapping(cfg: Config, busy: Busy, gpus: OneGpu, *, cores: float | None) -> tuple[float, str]:
-    """The seconds until all roles have done the work of a step, and in words what decides. `cores`: of all nodes; None:
-    roles on CPUs take turns."""
+    """The seconds until all roles have done the work of a step, and a phrase that says what decides them.
+    `cores`: of all nodes; None: roles on CPUs take turns."""
     seconds, detail = max(busy.values()), "generating, scoring and learning at the same time (max_staleness above 0)"
     for sections in gpus:
         together = sum(busy.get(section, 0.0) for section in sections)

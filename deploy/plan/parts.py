@@ -63,10 +63,10 @@ def gathered(model: ModelSize, activations: int, *, value_bytes: int, networks: 
     """Bytes that a rank has in addition to its share and to `activations`, while several ranks train (FSDP2, see
     `shard` of learner/ranks/distributed.py). `trains`: all weights train, not only adapters.
 
-    At the start of a backward pass: the embeddings, which stay gathered after the forward pass; the last layer, and the
-    one before it, which is gathered ahead; the gradient of the output embedding, and that of the layer. At its end the
-    activations are gone, and gradients of the embeddings are copied into a float32 buffer, to be added up over ranks.
-    The result is the larger of the two. A separate critic has one more input embedding.
+    The result is the larger of two moments of a backward pass. At its start, a rank has the embeddings, which stay
+    gathered after the forward pass; the last layer and, gathered ahead, the layer before it; the gradients of the
+    output embedding and of the last layer. At its end, the activations are gone, and gradients of the embeddings are
+    copied into a float32 buffer, to be added up over ranks. A separate critic has one more input embedding.
     """
     embedding = model.vocabulary * model.hidden
     ends = embedding if tied(model) else 2 * embedding

@@ -102,7 +102,7 @@ class _Room:
     """The resources of a node that are still free."""
 
     cpus: float
-    gpus: list[float] | float  # of each GPU; of all together if others use some, because nobody knows which
+    gpus: list[float] | float  # of each GPU; of all together if others use some, because Ray does not say which
     memory: float
     gpu_memory: int
     store: int

@@ -62,9 +62,9 @@ class Rates:
 
 
 def speed(measured: Sequence[Speed], *, parameters: int, tokens: float) -> Speed:
-    """The measurement to use for a model and passes of this size. It is that of the largest measured model that is not
-    larger than this one, with the most tokens that are not more than these; or the smallest, if there is none. Rates
-    rise with both sizes. So the estimate is rather too slow, but too fast below the smallest measurement."""
+    """The measurement to use for a model and passes of this size: the largest one that is not above this size. First
+    the model's size decides, then the number of tokens. If all are above, the smallest one. Rates rise with both sizes.
+    So the estimate is too slow rather than too fast, except below the smallest measurement."""
     sizes = {one.parameters for one in measured}
     size = max((size for size in sizes if size <= parameters), default=min(sizes))
     rows = sorted((one for one in measured if one.parameters == size), key=lambda one: one.tokens)

@@ -66,7 +66,7 @@ def plan_step(plan: Plan[Config], model: ModelSize, typical: Typical) -> tuple[S
 
 
 def cache_bytes(cfg: Config, model: ModelSize, nodes: Sequence[Node]) -> int | None:
-    """The KV cache of an engine, over all its devices. None if nobody knows the memory of the GPUs."""
+    """The KV cache of an engine, over all its devices. None if the memory of the GPUs is not known."""
     engines, memory = cfg.generators, max(node.gpu_memory for node in nodes)
     if engines.kv_cache_mib is None and not memory:
         return None

@@ -109,9 +109,10 @@ def suggest(
 def _best(found: Sequence[Found], seconds: Callable[[Plan[Config]], tuple[float, float]]) -> Found:
     """The layout to suggest. `seconds`: see `_seconds`.
 
-    The GPUs of an engine and the nodes of the learner come before the seconds: their effect was not measured, so fewer
-    of them are preferred. Steps that are NEAR the shortest count as equal. Of those, services get no GPU of their own
-    if possible, and then most GPUs learn: the rates of learning were measured, those of engines were not."""
+    First come the layouts with the fewest GPUs for each engine and the fewest nodes for the learner, because the effect
+    of more was not measured. Then the shortest steps; steps that are NEAR the shortest count as equal. Of those, the
+    layouts with the fewest GPUs for services alone, and then those with the most GPUs that train, because the rates of
+    training were measured and those of engines were not."""
 
     def spread(plan: Plan[Config]) -> tuple[int, int]:
         return plan.cfg.generators.tensor_parallel, len(set(homes(plan.placements[0])["learner"]))

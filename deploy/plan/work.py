@@ -16,8 +16,9 @@ from common.config.ppo import Config
 from common.model.size import ModelSize, forward_operations
 from learner.ppo.frozen import frozen_names
 
-# Bytes that a step of AdamW moves for each trained weight. It reads weight, gradient and two moments, and writes all
-# but the gradient; before it, the gradient is read for its norm, and read and written to scale it. All float32.
+# Bytes that a step of AdamW moves for each trained weight, all float32. It reads weight, gradient and two moments (4),
+# and writes all but the gradient (3). Before that, the gradient is read for its norm (1), and read and written to be
+# scaled (2).
 OPTIMIZER_BYTES = 4 * (4 + 3 + 1 + 2)
 
 

@@ -64,7 +64,7 @@ def rows_kept(facts: Facts, limit: int = MAX_ROWS) -> list[int]:
     """The rollouts in the table."""
     if len(facts) <= limit:
         return list(range(len(facts)))
-    order = dict.fromkeys([*_always(facts), *sorted(range(len(facts)), key=lambda i: _lot(facts.ids[i]))])
+    order = dict.fromkeys([*_always(facts), *sorted(range(len(facts)), key=lambda i: _hash(facts.ids[i]))])
     return sorted(list(order)[:limit])
 
 
@@ -100,12 +100,12 @@ def _pairs(facts: Facts, rows: Sequence[int]) -> Iterator[int]:
     for i in rows:
         if not facts.void[i]:
             asked.setdefault(prompt_of(facts.ids[i]), []).append(i)
-    for prompt in sorted(asked, key=_lot):
+    for prompt in sorted(asked, key=_hash):
         yield from dict.fromkeys((asked[prompt][0], asked[prompt][-1]))
 
 
 def _drawn(facts: Facts, rows: Sequence[int]) -> list[int]:
-    return sorted(rows, key=lambda i: _lot(facts.ids[i]))
+    return sorted(rows, key=lambda i: _hash(facts.ids[i]))
 
 
 def prompt_of(sample_id: str) -> str:
@@ -113,6 +113,6 @@ def prompt_of(sample_id: str) -> str:
     return sample_id.split("/")[1]
 
 
-def _lot(name: str) -> int:
+def _hash(name: str) -> int:
     """A hash: a number that looks random but depends only on the name, so the same run gives the same page."""
     return zlib.crc32(name.encode())

@@ -43,8 +43,8 @@ class Lists:
         return self.values[self.offsets[i] : self.offsets[i + 1]] if self.present[i] else None
 
     def sums(self) -> np.ndarray:
-        """The sum of each row. A value that is not finite counts as 0: the sums are differences of one running total,
-        so it would make all later rows NaN."""
+        """The sum of each row. A value that is not finite counts as 0. Otherwise all later rows would become NaN,
+        because the sums are differences of one running total."""
         total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(self.values.astype(np.float64), posinf=0, neginf=0))])
         return total[self.offsets[1:]] - total[self.offsets[:-1]]
 

@@ -45,8 +45,8 @@ class Turns:
 
     @property
     def unseen(self) -> str:
-        """The environment's last answer, which has no tokens because the episode is over: the contents of its messages,
-        each after its role if that is not `user`."""
+        """The contents of the environment's last answer, which has no tokens because the episode is over. Each content
+        comes after its role, unless that is `user`."""
         if not self.rows or self.rows[-1]["end"] < self.length:
             return ""
         messages = json.loads(self.rows[-1]["observation"])
@@ -57,9 +57,9 @@ class Turns:
         return "\n".join(texts)[:LONGEST_UNSEEN]
 
     def detail(self) -> dict[str, Any]:
-        """What the token view needs: for each turn its end, the start of the next one, its reward, and its `info` as
-        JSON text ("" if there is none). Then 1 if a new context begins after the turn, or 2 if a sequence also ends
-        there. `unseen` is left out if it is empty."""
+        """The data of the token view. Each turn has its end, the start of the next one, its reward, and its `info` as
+        JSON text ("" if there is none). If a new context begins after the turn, 1 follows, or 2 if a sequence ends
+        there too. `unseen` is left out if it is empty."""
         turns = [[row["end"], row["next_start"], short(row["reward"]), _info(row), *_context(row)] for row in self.rows]
         return {"turns": turns} | ({"unseen": unseen} if (unseen := self.unseen) else {})
 

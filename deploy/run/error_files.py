@@ -20,8 +20,8 @@ _CHARS = 20_000  # most characters of the prompt and of the response; of a longe
 
 
 class ErrorFiles:
-    """One file for each different fault of a reward source, with the first answer that caused it, and counts.json with
-    the number of void rollouts for each fault. A resumed run continues the counts."""
+    """Writes one file for each different fault of a reward source, with the first answer that caused it. counts.json
+    has the number of void rollouts for each fault. A resumed run continues the counts."""
 
     def __init__(self, run: Path) -> None:
         self._directory = run / DIRECTORY

@@ -88,8 +88,8 @@ def accepted_differences(
         raise UserError(f"--accept {unknown[0]}: the run depends on {', '.join(now)}; name one of them")
     if names := [name for name in accepted if name in kept]:
         raise UserError(
-            f"--accept {names[0]}: {kept[names[0]]}, and the journal could not rebuild the learner. Restore "
-            f"{shown[names[0]]} as it was, or start a new run"
+            f"--accept {names[0]} is refused: {kept[names[0]]}, so the learner could not be rebuilt with other ones. "
+            f"Restore {shown[names[0]]} as it was, or start a new run"
         )
     different = [name for name in now if name in before and before[name] != now[name]]
     if refused := [name for name in different if name not in accepted]:

@@ -77,8 +77,8 @@ class Lenient:
 
 
 def _discard_from_now_on(stream: Any) -> None:
-    """Sends the stream to /dev/null, with the rest of its buffer: otherwise Python would complain at its exit that it
-    cannot write that."""
+    """Sends the stream and the rest of its buffer to /dev/null. Otherwise Python would print an error at its exit,
+    because it cannot write the buffer."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

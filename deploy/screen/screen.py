@@ -54,7 +54,7 @@ class Screen:
         """A replica joins or leaves."""
         calls = f"; {event.calls} call(s) are sent elsewhere" if event.calls else ""
         texts = {
-            "joined": f"joined {event.seconds:.0f} s after it was placed",
+            "joined": f"joined {event.seconds:.0f} s after it got room",
             "leaving": f"is leaving: {event.reason}",
             "left": f"has left{calls}",
             "died": f"died{calls}: {event.reason}",

@@ -38,7 +38,7 @@ def comparisons(plan: Plan, trials: Mapping[int, RunState]) -> list[Comparison]:
 
 def compared_at(step: int, trials: Mapping[int, RunState]) -> Comparison:
     """The trials with an outcome at this step. A trial that a health rule or a failure ended earlier counts with the
-    worst outcome of the others: without it, the key that ruined it would not be found."""
+    worst outcome of the others. Otherwise the comparison would not find the key that ruined the trial."""
     found = {number: state.results[step] for number, state in trials.items() if step in state.results}
     ruined = [number for number, state in trials.items() if state.outcome in BROKEN and step not in state.results]
     worst = min(found.values(), default=0.0)

@@ -1,7 +1,7 @@
 """The health rules that stop a trial early. Runs anywhere.
 
-When one of these rules holds, the policy is lost, and further steps only cost time. The other rules warn of something
-that costs time, that a later step may repair, or that does not depend on the settings.
+When one of these rules holds, the policy will probably not recover, and further steps waste time. The other rules warn
+of lost time, of faults that a later step may repair, or of faults that do not depend on the settings.
 """
 
 from __future__ import annotations

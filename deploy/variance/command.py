@@ -85,13 +85,13 @@ def run_variance(
 def choose(run: Path, journal: Journal, after: int | None, steps: str | None) -> tuple[int, list[int]]:
     """The number of updates that the learner has done, and the batches to measure, which it has not learned from.
 
-    By default `after` is the newest checkpoint that is followed by a batch. Without such a checkpoint it is the last
-    batch that can be measured, because the run's first policy and critic are not typical of it. Raises UserError."""
+    By default `after` is the step of the newest checkpoint that is followed by a batch. Without such a checkpoint it is
+    the step before the last usable batch, because a run's first policy and critic are not typical. Raises UserError."""
     count = journal.next_step
     usable = [number for number in range(count) if number not in journal.voided]
     if not usable:
         raise UserError(
-            f"{journal.directory} has no batch; the account needs one that the learner has not learned from"
+            f"{journal.directory} has no batch; --variance needs one that the learner has not learned from"
         )
     if steps is not None:
         return _chosen(run, usable, count, after, steps)

@@ -21,8 +21,8 @@ def realised_returns(
 ) -> tuple[Tensor, Tensor]:
     """Scores [B] as a learner sees them, and Monte-Carlo returns [B, R], float32; zeros outside the mask.
 
-    The KL penalty of a response is that of the policy that sampled it: `rollout_logprobs` are used instead of the
-    learner's old ones. Rollouts without `ref_logprobs` were sampled from the reference itself, so their penalty is 0.
+    The KL penalty of a response is computed from `rollout_logprobs`, because the journal does not have the learner's
+    old_logprobs. Rollouts without `ref_logprobs` were sampled from the reference itself, so their penalty is 0.
     `moments` normalise the scores.
     """
     scores = shaped(batch.scores, moments, reward)

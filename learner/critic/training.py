@@ -95,7 +95,7 @@ class CriticRun(PassTraining[CriticEvaluation]):
     it is better than all before."""
 
     ROWS = "rollouts"
-    SUSPECTS = "absurd scores in the journals"
+    SUSPECTS = "extreme scores in the journals"
 
     def __init__(
         self,

@@ -30,8 +30,8 @@ def crossover(base: np.ndarray, trained: np.ndarray, bootstrap: Bootstrap, *, eq
     """The crossover of the estimates of pass@k of both policies, [P, N] each. `equal`: both are asked k times.
 
     {"value": k, "interval": [low, high], "share": s, "up_to": N}; None in place of a k: none up to N. `share`: the
-    share of the resamples with a crossover. A resample without one counts in the interval as a k beyond N, so an open
-    upper end says that the data allow that there is none.
+    share of the resamples with a crossover. A resample without one counts in the interval as a k beyond N. So if the
+    interval has no upper end, there may be no crossover.
     """
     samples = base.shape[1]
 

@@ -29,8 +29,8 @@ def distinct(
     the mean over the samples. 0 if there are none.
 
     prompts and samples [A]: the prompt of each answer, from 0 to `count` - 1, and its number among the answers to that
-    prompt. answers: the messages of each answer; no n-gram spans two of them, because the environment wrote between
-    them. More text has fewer distinct n-grams per token: all samples together would have a smaller share than one.
+    prompt. answers: the messages of each answer; no n-gram spans two messages, because the environment wrote between
+    them. Each sample is counted alone, because the share falls as the amount of text grows.
     """
     shares, without = [], []
     for sample in np.unique(samples):

@@ -26,9 +26,9 @@ def figures(
     sums: np.ndarray, bootstrap: Bootstrap, of: Callable[[np.ndarray], np.ndarray], given: np.ndarray
 ) -> list[Figure]:
     """Figures of prompts with sums [P, K]. `of` maps the means of these sums over prompts, [..., K], to figures, [...,
-    M]. A common factor of all sums must not change its result. It returns nan for an undefined figure; such resamples
-    do not count. given [P, M] or [P, 1]: above 0 for the prompts that a figure is computed from. With one such prompt
-    there is no interval."""
+    M]. Its result must not change if all sums have a common factor. It returns nan for an undefined figure; such
+    resamples do not count. given [P, M] or [P, 1]: above 0 for the prompts that a figure is computed from. If there is
+    only one such prompt, the figure has no interval."""
     values = of(sums.mean(0))
     numbers = np.broadcast_to((given > 0).sum(0), values.shape).tolist()
     drawn = of(bootstrap.means(sums)) if max(numbers) > 1 else np.zeros((0, len(values)))

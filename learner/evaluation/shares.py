@@ -1,9 +1,9 @@
 """Means of values from 0 to 1, such as pass@k, with 95 % intervals. Runs in the driver.
 
 A bootstrap cannot know about prompts that are rarer than 1 in P. If pass@k is 1 for all prompts but one, its interval
-is far too short. A value between 0 and 1 cannot differ from its mean p by more than a value that is either 0 or 1, and
-for those Wilson's interval (common/proportions.py) is good at any p. So this module computes Wilson's interval instead,
-from the mean and the variance over prompts.
+is far too short. Wilson's interval (common/proportions.py) is good for values that are either 0 or 1, at any mean p.
+Values between 0 and 1 vary no more than those. So this module computes Wilson's interval instead, from the mean and the
+variance over prompts.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ EXACT, ROUNDED = 0.05, 0.2
 async def check_engines(
     cfg: Config, model_type: str, prompts: Sequence[Prompt], generators: Generators, learner: LearnerGroup
 ) -> None:
-    """Has the engines, which hold the learner's weights, answer a few prompts, and the learner measure the answers.
-    Raises UserError if their log-probabilities differ by more than rounding explains. `model_type` is for the
+    """Compares the log-probabilities of a few answers: those of the engines, which hold the learner's weights, with
+    those of the learner. Raises UserError if they differ by more than rounding explains. `model_type` is for the
     message."""
     rollouts: list[Rollout] = []
     while not rollouts:  # if every answer was lost with a dead node, nothing is measured yet

@@ -1,4 +1,4 @@
-"""One answer to one held-out prompt: written, scored and measured. Runs in the driver."""
+"""One answer to one held-out prompt, with its score and its reference log-probabilities. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ async def answer(
     score: Callable[[RolloutRef], Awaitable[Score | Void]],
     reference: Reference | None = None,
 ) -> Answered:
-    """Samples one response, scores it and measures it under the reference, if there is one. Asks again if the tokens
-    are lost. If generation is given up or a value is not finite, the score is a Void and all log-probabilities are
-    zero. Waits for the pools."""
+    """Gets one response, its score and, if there is a reference, its log-probabilities. Starts again if the tokens are
+    lost. If generation is given up or a value is not finite, the score is a Void and all log-probabilities are zero.
+    Waits for the pools."""
     while True:
         try:
             ref = await generators.generate(prompt)

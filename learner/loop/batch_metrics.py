@@ -16,7 +16,7 @@ from common.user_code.results import MAX_FIGURES
 
 def batch_metrics(table: pa.Table, void_kinds: Sequence[str], *, policy_version: int) -> dict[str, float]:
     """The metrics of a batch in its journal form. `void_kinds`: the `Void.kind` of each void since the batch before.
-    `policy_version`: the learner's version when the batch was cut."""
+    `policy_version`: the learner's version when the batch was taken from the buffer."""
     scores = table["score"].to_numpy()
     components = [dict(row) for row in table["components"].to_pylist()]
     versions = [row.values.to_numpy() for row in table["policy_versions"]]

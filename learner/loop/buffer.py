@@ -2,12 +2,12 @@
 
 A worked example with `rollouts_per_step` = 2 and `max_staleness` = 1, so 4 slots:
 
-    version  event                                   slots, oldest first; * is written and scored
+    version  event                                   slots, oldest first; * is generated and scored
     0        four prompts are admitted               a  b  c  d        the producer waits: no slot is free
     0        b and d are scored                      a  b* c  d*       the loop waits in `take`: a is the oldest
-    0        a is scored, `take` cuts a and b        c  d*             a and b still hold their slots
+    0        a is scored, `take` returns a and b     c  d*             a and b still hold their slots
     1        a and b are learned from, generators
-             hold version 1, `release(2)`            c  d* e  f        e and f are written with version 1
+             hold version 1, `release(2)`            c  d* e  f        version 1 generates e and f
     1        c is void, its slot is free at once     d* e  f  g        g takes its place
     1        d and e make the second batch           f  g              d is 1 version old, which is allowed
 
@@ -30,7 +30,7 @@ from common.types import Experience, ExperienceRef, SampleId, Void
 
 @dataclass
 class Group:
-    """The rollouts that are admitted, cut and given up together; times are seconds on the buffer's clock."""
+    """The rollouts that are admitted, taken and asked again together; times are seconds on the buffer's clock."""
 
     admitted: float
     outcomes: list[ExperienceRef | Void | None]  # one per rollout; None while it is in flight
@@ -59,7 +59,7 @@ class Batch:
 
 
 class RolloutBuffer:
-    """Cuts batches in the order of admission, so that short responses are not favoured.
+    """Returns batches in the order of admission, so that short responses are not favoured.
 
     At most `(max_staleness + 1) * rollouts_per_step` rollouts exist between `admit` and `release`. With max_staleness 0
     this is synchronous PPO: slots are freed only when generators hold the weights that came from the batch. Memory is
@@ -68,10 +68,10 @@ class RolloutBuffer:
     the buffer admits no more.
 
     With `group_size` above 1, this many rollouts of one prompt are one group, and a group is never split over two
-    batches. A batch then has `rollouts_per_step / group_size` groups. If a rollout is void for good, the rest of its
-    group is learned from without it, and its slot stays with the group; if all are void, the group leaves at once and
-    another prompt takes its place. If one rollout must be asked again, its whole group is: the others would be too old
-    when the new one is written. So no group ever waits for a rollout that nobody is writing.
+    batches. A batch then has `rollouts_per_step / group_size` groups. If a rollout is void and not asked again, the
+    others of its group are learned from without it, and it keeps its slot. If all are void, the group leaves at once,
+    and another prompt takes its place. If one rollout is asked again, its whole group is: the others would be too old
+    when the new one is generated. So no group ever waits for a rollout that no generator works on.
     """
 
     def __init__(
@@ -98,22 +98,22 @@ class RolloutBuffer:
         self._max_bytes, self._rollout_bytes = max_bytes, rollout_bytes
         self._clock = clock
         self._next_ticket = 0
-        # Admitted and not cut, by ticket, in order of admission. A plain dict would scan past the places of all earlier
-        # removals to find its first key; an OrderedDict does not.
+        # Admitted and not taken, by ticket, in order of admission. A plain dict would scan past the places of all
+        # earlier removals to find its first key; an OrderedDict does not.
         self._groups: OrderedDict[int, Group] = OrderedDict()
         self._blocking: int | None = None  # a ticket, incomplete at the last scan; no new scan until it is complete
         self._in_flight = 0
         self._bytes = 0  # of finished rollouts
         self._voids: list[Void] = []
-        self._scored = self._broken = 0  # since the last cut: rollouts that `put` brought with a score, and as voids
-        self._last_reason = ""  # of a broken one
+        self._num_scored = self._num_void = 0  # rollouts that `put` has stored since the last batch
+        self._last_reason = ""  # of a void
         self._idle_since: float | None = None  # since when nothing is in flight
         self._idle = 0.0
         self._changed = asyncio.Condition()
 
     async def admit(self) -> int:
-        """Consumes the slots of one group; returns its ticket. Waits for slots and memory: woken by `release`, voids
-        and cuts."""
+        """Consumes the slots of one group; returns its ticket. Waits for slots and memory: woken by `release`, `take`
+        and voids."""
         async with self._changed:
             await self._changed.wait_for(self._has_room)
             self._free -= self._group_size
@@ -129,31 +129,30 @@ class RolloutBuffer:
             group = self._groups[ticket]
             group.outcomes[member], group.finished[member] = outcome, self._clock()
             if isinstance(outcome, Void):
-                self._broken += 1
+                self._num_void += 1
                 self._last_reason = outcome.reason
             else:
                 self._bytes += outcome.num_bytes
-                self._scored += 1
+                self._num_scored += 1
             if len(group.voids) == self._group_size:
                 self._drop(ticket, group.voids)
             self._count_in_flight(-1)
             self._changed.notify_all()
 
     async def take(self, count: int, policy_version: int) -> Batch:
-        """Cuts the oldest `count` rollouts, without those that are void for good. Returns them with all new voids.
+        """Removes and returns the oldest `count` rollouts, with all new voids. Voids among them are not replaced.
 
-        Waits until the oldest groups are complete, even if younger ones are: woken by `put`. Only then are the tokens
-        fetched. A rollout with a token older than `max_staleness` versions behind `policy_version`, or whose tokens are
-        lost, is voided to be asked again, and the next group takes the place of its group. Raises UserError when voids
-        for other reasons pass the configured share: otherwise a broken reward function would stay unnoticed.
+        Waits until the oldest groups are complete, even if younger ones are: woken by `put`. Then fetches the tokens.
+        If tokens are lost, or more than `max_staleness` versions older than `policy_version`, the rollout is asked
+        again, and another group replaces its group. Raises UserError if too many are void for other reasons.
         """
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._oldest_complete(count) or self._too_many_voids(count))
                 if self._too_many_voids(count):
                     raise UserError(
-                        f"{self._broken} of {self._broken + max(count, self._scored)} rollouts were voided, more than "
-                        f"reward.max_void_share ({self._max_void_share:.0%}) allows; the last reason: "
+                        f"{self._num_void} of {self._num_void + max(count, self._num_scored)} rollouts are void, more "
+                        f"than reward.max_void_share ({self._max_void_share:.0%}) allows; the last reason: "
                         f"{self._last_reason}; fix it and continue with --resume, or raise reward.max_void_share"
                     )
                 oldest = dict(islice(self._groups.items(), count // self._group_size))
@@ -168,7 +167,7 @@ class RolloutBuffer:
             async with self._changed:
                 self._changed.notify_all()  # there is more room
                 if not faults:
-                    return self._cut(oldest, [row for row in fetched if isinstance(row, Experience)])
+                    return self._batch_of(oldest, [row for row in fetched if isinstance(row, Experience)])
                 for ticket, group in oldest.items():
                     if any(row.ref.sample_id in faults for row in group.rows):
                         self._ask_again(ticket, faults)
@@ -180,7 +179,7 @@ class RolloutBuffer:
             self._changed.notify_all()
 
     def num_finished(self, count: int) -> int:
-        """How many of the `count` oldest rollouts are written and scored."""
+        """How many of the `count` oldest rollouts are generated and scored."""
         oldest = islice(self._groups.values(), count // self._group_size)
         return sum(outcome is not None for group in oldest for outcome in group.outcomes)
 
@@ -203,7 +202,7 @@ class RolloutBuffer:
         return self._blocking is None
 
     def _too_many_voids(self, count: int) -> bool:
-        return self._broken > self._max_void_share * (self._broken + max(count, self._scored))
+        return self._num_void > self._max_void_share * (self._num_void + max(count, self._num_scored))
 
     def _ask_again(self, ticket: int, faults: dict[SampleId, str]) -> None:
         """Drops a group whose rollouts are all asked again, under their ids."""
@@ -214,7 +213,7 @@ class RolloutBuffer:
             elif outcome is not None:
                 self._bytes -= outcome.num_bytes
                 sample_id = outcome.ref.sample_id
-                reason = faults.get(sample_id, "another response to its prompt has to be asked again")
+                reason = faults.get(sample_id, "another response to its prompt must be generated again")
                 voids.append(Void(sample_id, reason, asked_again=True))
         self._drop(ticket, voids)
 
@@ -223,8 +222,8 @@ class RolloutBuffer:
         self._voids += voids
         self._free += self._group_size
 
-    def _cut(self, oldest: dict[int, Group], rows: list[Experience]) -> Batch:
-        """Takes these groups out, with the `rows` that were fetched for them."""
+    def _batch_of(self, oldest: dict[int, Group], rows: list[Experience]) -> Batch:
+        """The batch of these groups, which leave the buffer. `rows`: their rollouts, as fetched."""
         for ticket, group in oldest.items():
             del self._groups[ticket]
             self._wanted -= self._group_size
@@ -247,7 +246,7 @@ class RolloutBuffer:
             self._idle_since = now
         self._idle = 0.0
         voids, self._voids = self._voids, []
-        self._scored = self._broken = 0
+        self._num_scored = self._num_void = 0
         return Batch(rows, voids, stats)
 
     def _count_in_flight(self, change: int) -> None:

@@ -1,7 +1,7 @@
 """Settings that changed during a run. Runs in the driver.
 
-`ratchet train --resume RUN --change KEY=VALUE` writes a `change` note (learner/loop/notes.py). A step is learned with
-the values of its time, also when it is learned again from the journal.
+`ratchet train --resume RUN --change KEY=VALUE` writes a `change` note (learner/loop/notes.py). When a
+step is learned again from the journal, it gets the values that it was first learned with.
 """
 
 from __future__ import annotations

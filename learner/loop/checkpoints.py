@@ -136,7 +136,7 @@ class Checkpoints:
         return sorted(step for step, name in steps if name == self.path(step).name)  # as numbers, not as names
 
     def _history(self, step: int) -> dict[str, Any]:
-        """The fields of the marker that the journal decides for this step."""
+        """The fields of this step's marker that follow from the journal."""
         if self._journal is None:
             return {"journal": None, "voids": [], "identity": {}}
         return {
@@ -148,7 +148,7 @@ class Checkpoints:
 
 _DIFFERENT = {
     "journal": "it does not follow step {} of this run's journal",
-    "voids": "it has skipped other batches than the journal says",
+    "voids": "the batches that it has skipped are not those that the journal says are void",
     "identity": "it was written with another model, other prompts or other reward sources",
 }
 

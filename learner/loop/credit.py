@@ -45,8 +45,8 @@ class CreditFiles:
         return self._every > 0 and step % self._every == 0
 
     def check(self) -> None:
-        """Sets aside every file that does not belong to a step that this journal has and that was learned from: the
-        journal may have been restored from an older copy."""
+        """Sets aside every file whose step is not in this journal, or was not learned from. The journal may have been
+        restored from an older copy."""
         for path in sorted(self.directory.glob("step-*.parquet")):
             if _NAME.fullmatch(path.name) and not path.is_symlink() and (fault := self._fault(path)):
                 try:

@@ -6,8 +6,8 @@ read it directly, DuckDB through pyarrow (docs/metrics.md shows how). The schema
 
     schema          version of this layout (learner/loop/chain.py)
     step            number of this file, from 0
-    time            when the batch was cut, in seconds since 1970 (UTC)
-    policy_version  version the learner held when the batch was cut
+    time            when the step was written, in seconds since 1970 (UTC)
+    policy_version  version that the learner held then
     prompts         state of the prompt stream after this batch (learner/loop/prompts.py); `outstanding` are the ids
                      that were issued, and are neither in this file nor in an earlier one
     voids           [sample id, reason, response, kind] of each `common.types.Void` since the previous file; `response`
@@ -43,7 +43,7 @@ class JournalStep:
     policy_version: int
     prompts: dict[str, Any]
     voids: tuple[tuple[str, str], ...]  # (sample id, reason)
-    time: float  # when it was cut, seconds since 1970
+    time: float  # when it was written, seconds since 1970
     void_kinds: tuple[str, ...] = ()  # the `Void.kind` of each void
 
     @property
@@ -83,8 +83,8 @@ class Journal:
         return identity(self.notes)
 
     def open_for_writing(self) -> None:
-        """Removes what a crash left of a write. Only the owner of the run directory may call it, before `append` and
-        `note`."""
+        """Removes the files of a write that a crash interrupted. Only the owner of the run directory may call it,
+        before `append` and `note`."""
         self._chain.remove_leftovers()
 
     def append(
@@ -113,7 +113,7 @@ class Journal:
         return place.step
 
     def note(self, kind: str, **fields: Any) -> Note:
-        """Writes a note before the next step, as safely as a step."""
+        """Writes a note before the next step, in the same way as a step."""
         place = self._chain.next_note()
         if (kind == "begin") != (place == Place(0, is_step=False)):
             raise ValueError(f"{place} is a note of kind {kind}; the journal's first entry is its only begin note")
@@ -166,7 +166,7 @@ class Journal:
         return self._chain.digest(Place(version - 1)) if version <= self.next_step else ""
 
     def _open(self, place: Place, *, read: bool = False) -> tuple[dict[str, Any], pa.Table | None]:
-        """The metadata of a step whose hash is right and, with `read`, its table."""
+        """The metadata of a step whose hash `check` has compared and, with `read`, its table."""
         path = self._chain.path(place)
         try:
             with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as file:

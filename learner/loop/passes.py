@@ -64,7 +64,7 @@ class PassTraining(ABC, Generic[E]):
     """A training that makes several passes over the same rows. A subclass says what a batch and an evaluation are."""
 
     ROWS = "rows"  # what the rows are, for messages
-    SUSPECTS = "absurd numbers in the rows"  # what to look for when a batch cannot be learned from
+    SUSPECTS = "extreme numbers in the rows"  # what to look for when a batch cannot be learned from
     RATE = "optimizer.learning_rate"  # the setting that it learns with
 
     def __init__(

@@ -73,14 +73,15 @@ def fill_gaps(path: Path, journal: Journal, logged: set[int]) -> bool:
 
 
 def record_of(entry: JournalStep, stats: dict[str, float]) -> Record:
-    """The record of a step in metrics.jsonl, without what only the process that cut the batch knew."""
+    """The record of a step in metrics.jsonl, without values that only the driver that took the batch knew."""
     rollouts = batch_metrics(entry.table, entry.void_kinds, policy_version=entry.policy_version)
     return {"step": entry.step, "time": entry.time, **rollouts, **stats}
 
 
 def sound_evaluations(path: Path, journal: Journal, report: Report) -> list[Evaluation]:
     """The evaluations of the run so far, oldest first. A record has, under `journal`, the hash of the newest entry that
-    its version has learned from: records of another journal, or of steps that were lost, are set aside."""
+    its version has learned from. Records of another journal, or of steps that were lost, are thus found and set
+    aside."""
     found: list[int] = []
 
     def fault(record: Record) -> str | None:

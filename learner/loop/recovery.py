@@ -2,12 +2,12 @@
 
 The journal is the log, and a checkpoint is only a cache of it. `bring_to_end` restores the newest intact checkpoint,
 and learns every later step again from the journal, without generating anything. One function does this for a resumed
-run, for a batch that was just cut, after the death of a rank, and after a batch whose numbers the learner cannot take:
+run, for a new batch, after the death of a rank, and after a batch that led to numbers that are not finite:
 
     state   the learner has ...                                       next
     ready   the weights of its step                                   it learns or skips the next step of the journal
     new     the initial weights                                       the newest checkpoint is restored, if there is one
-    torn    weights that no step has, after a batch failed half-way   the same; without a checkpoint it is `lost`
+    torn    partly updated weights, after a batch failed half-way     the same; without a checkpoint it is `lost`
     lost    lost a rank                                               a new group of ranks is started, and is `new`
 """
 
@@ -41,8 +41,8 @@ class State(Enum):
 
 
 async def recover(run: Run) -> list[Evaluation]:
-    """Brings a new or resumed run to the end of its journal, and the generators to the learner's weights. Returns the
-    evaluations that the run has made."""
+    """Brings the learner of a new or resumed run to the end of its journal, and sends its weights to the generators.
+    Returns the evaluations that the run has made."""
     run.doing = lambda: "the journal is checked"
     run.journal.open_for_writing()
     await asyncio.to_thread(run.journal.verify)
@@ -97,8 +97,8 @@ async def without_learner(run: Run, work: Awaitable[T]) -> T:
 
 
 async def bring_to_end(run: Run, state: State = State.READY, *, live: int | None = None) -> dict[str, float]:
-    """Learns or skips every step of the journal that the learner has not done. Returns the metrics of the newest step;
-    {} if it was done before.
+    """Learns or skips every step of the journal that the learner has not done. Returns the metrics of the newest of
+    these steps; {} if there are none.
 
     `live` is a step that the caller logs: its record needs more than the journal has. Raises UserError if too many
     batches in a row cannot be learned from, and RoleError if ranks are lost again and again.
@@ -132,8 +132,8 @@ async def bring_to_end(run: Run, state: State = State.READY, *, live: int | None
 
 
 async def _advance(run: Run, step: int, *, live: int | None) -> dict[str, float]:
-    """Learns or skips one step. Unless it is live, logs it if it was not logged, and saves a checkpoint if one is due
-    and missing. Returns the metrics."""
+    """Learns or skips one step. If it is not `live`, logs it unless it is logged already, and saves a checkpoint if one
+    is due and missing. Returns the metrics."""
     entry, reason = run.journal.read(step), run.journal.voided.get(step)
     if step != live:
         run.doing = partial("step {} is learned again from the journal".format, step + 1)
@@ -184,17 +184,17 @@ async def _configure(run: Run, step: int) -> None:
 
 
 def _void(run: Run, step: int, error: BatchError) -> None:
-    """Writes into the journal that a batch is never learned from: that of `step`, or the last one before it that was
-    learned from, if the weights were broken already. Raises UserError after too many in a row."""
-    guilty, voided = step, run.journal.voided
+    """Voids the batch that caused the error: the journal records that it is never learned from. It is the batch of
+    `step`, or if that found broken weights, the last batch learned from before. Raises UserError after too many."""
+    cause, voided = step, run.journal.voided
     if isinstance(error, BrokenWeightsError):
-        guilty = next((earlier for earlier in reversed(range(step)) if earlier not in voided), -1)
-        if guilty < 0:
+        cause = next((earlier for earlier in reversed(range(step)) if earlier not in voided), -1)
+        if cause < 0:
             raise UserError(f"the model cannot be trained from its first step: {error}; use another model.path")
-    run.journal.void(guilty, f"{error}, at step {step + 1}" if guilty != step else str(error))
-    run.credit.remove(guilty)
-    run.report(f"nothing is learned from the batch of step {guilty + 1}: {run.journal.voided[guilty]}")
-    row = _consecutive_voids(run, guilty)
+    run.journal.void(cause, f"{error}, at step {step + 1}" if cause != step else str(error))
+    run.credit.remove(cause)
+    run.report(f"nothing is learned from the batch of step {cause + 1}: {run.journal.voided[cause]}")
+    row = _consecutive_voids(run, cause)
     if len(row) >= MOST_VOIDS:
         reasons = "; ".join(f"step {number + 1}: {run.journal.voided[number]}" for number in row)
         raise UserError(
@@ -205,7 +205,7 @@ def _void(run: Run, step: int, error: BatchError) -> None:
 
 
 def _consecutive_voids(run: Run, step: int) -> list[int]:
-    """The steps in a row around this one whose batches are void, as far back as the newest settings hold."""
+    """The steps in a row around this one whose batches are void, since a setting last changed (--change)."""
     voided, first, end = run.journal.voided, step, step + 1
     changed = max((note.before_step for note in run.journal.notes if note.kind == "change"), default=0)
     while first - 1 in voided and first - 1 >= changed:
@@ -220,7 +220,7 @@ def _count_loss(run: Run, error: RankLostError) -> None:
     if run.losses >= run.cfg.learner.max_losses:
         raise RoleError(
             f"the learner lost ranks {run.losses} times without finishing a step (step {run.learner.step + 1}); the "
-            f"last time: {error}. The batch may need more memory than there is (learner.micro_batch_tokens); look into "
-            "the logs in errors/, and continue with --resume (learner.max_losses allows more)"
+            f"last time: {error}. The batch may need more memory than there is (learner.micro_batch_tokens); look for "
+            "the cause in RUN/log.txt, and continue with --resume (learner.max_losses allows more)"
         ) from error
     run.report(f"{error}; the learner starts again from its checkpoint and the journal")

@@ -47,7 +47,7 @@ class Reward(Protocol):
         """Raises RolloutLostError if the rollout is gone."""
 
     async def judge(self, ref: RolloutRef) -> Score | Void:
-        """Like `score`, with the judges' components as well. They do not count in the total, and may be missing."""
+        """Like `score`, with the scores of evaluation.judges too. These are not in the total, and may be missing."""
 
 
 class Reference(Protocol):
@@ -63,7 +63,7 @@ class LearnerGroup(Protocol):
 
     async def update(self, table: pa.Table) -> dict[str, float]:
         """One PPO step on a batch of experience. Returns its metrics. Raises BatchError if numbers of the batch, or
-        what they lead to, are not finite: the weights then belong to no step, and must be restored."""
+        numbers computed from them, are not finite: some weights may have changed, so all must be restored."""
 
     async def credit(self) -> pa.Table:
         """The numbers that the newest update derived for each token: a table of `DERIVED_SCHEMA`. At most once for each

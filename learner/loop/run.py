@@ -26,7 +26,8 @@ from learner.loop.roles import Generators, LearnerGroup, Reference, Reward
 
 
 class Sampler(Protocol):
-    """The parts that turn prompts into batches of the journal: of a run, or of a policy that never learns."""
+    """The parts that turn prompts into batches of the journal. A run has them, and so has the sampling of a policy that
+    never learns."""
 
     cfg: Config
     prompts: PromptStream

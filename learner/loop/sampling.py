@@ -1,8 +1,8 @@
 """A journal of a policy that never learns: its answers to the first prompts of the stream. Runs in the driver.
 
 The prompts, pools, buffer and journal are those of `ratchet train` (learner/loop/train_loop.py). Every batch is in the
-journal before the next one is cut, so a killed sampling continues where it stopped. The weights stay those of version
-0, and the policy is its own reference: `ref_logprobs` are null in every step, which is a KL of 0.
+journal before the next one is taken, so a killed sampling continues where it stopped. The weights stay those of version
+0, and the policy is its own reference: `ref_logprobs` are null in every step, which means a KL of 0.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def num_responses(journal: Journal) -> int:
 async def sample(run: Sampling, responses: int) -> None:
     """Brings the journal to this many responses, in batches of `rollouts_per_step`; the last one may be smaller.
 
-    Waits for the oldest responses of the buffer, which `produce` has written and scored. One batch is written ahead
-    while another one is cut. That costs nothing here: no response can be stale.
+    Waits for the oldest responses of the buffer, which `produce` has generated and scored. The next batch is generated
+    at the same time, because no response can be stale here.
     """
     cfg = run.cfg
     run.journal.open_for_writing()

@@ -1,7 +1,7 @@
 """The loop: in what order things happen. Plain asyncio over roles: no maths, no Ray. Runs in the driver.
 
 coroutine               consumes             waits for                                    woken by
-`produce`               a slot and a prompt  free slots and memory                        `release`, voids, cuts
+`produce`               a slot and a prompt  free slots and memory                        `release`, `take`, voids
 `_fill`, per rollout    an issued prompt     response, score, reference log-probabilities the pools
 `train_step`            one batch            the buffer's oldest rollouts, then journal,  `put`, then each role
                                              learner (`bring_to_end`) and generators
@@ -11,7 +11,7 @@ With `rollouts_per_step` = 2 and `max_staleness` = 1, in the order of time:
 
     produce      admits 4 prompts: a b c d
     _fill        b is scored; then a
-    train_step   takes a and b; writes them to the journal; the learner learns from them, while c and d are written
+    train_step   takes a and b, and writes them to the journal; the learner learns, and generators finish c and d
     train_step   publishes version 1 and waits until every generator holds it
     train        releases two slots
     produce      admits 2 prompts: e f, which version 1 answers
@@ -84,7 +84,7 @@ async def train(run: Run) -> list[Evaluation]:
 async def train_step(run: Run, buffer: RolloutBuffer) -> dict[str, float]:
     """Takes a batch from the buffer, journals it and learns from it (`learn`). Returns the update's metrics."""
     step, wanted = run.learner.step, run.cfg.rollouts_per_step
-    run.doing = lambda: f"step {step + 1}: {buffer.num_finished(wanted)} of {wanted} rollouts are written and scored"
+    run.doing = lambda: f"step {step + 1}: {buffer.num_finished(wanted)} of {wanted} rollouts are generated and scored"
     began = time.perf_counter()
     batch = await without_learner(run, buffer.take(wanted, policy_version=step))
     run.waited_for_batch(began)
@@ -97,8 +97,8 @@ async def train_step(run: Run, buffer: RolloutBuffer) -> dict[str, float]:
 
 
 async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
-    """Brings the learner to the end of the journal, which now has this batch, and the new weights to every generator.
-    Then logs the step, and saves a checkpoint if one is due. Returns the update's metrics; hardly any if it is void."""
+    """Brings the learner to the end of the journal, which now has this batch. Then sends its weights to all generators,
+    logs the step, and saves a checkpoint if one is due. Returns the update's metrics: only one if the batch is void."""
     step = run.learner.step
     with run.phase("learn", f"step {step + 1}: the learner learns"):
         stats = await bring_to_end(run, live=step)
@@ -117,7 +117,7 @@ async def learn(run: Run, batch: Batch, table: pa.Table) -> dict[str, float]:
 
 async def produce(run: Sampler, buffer: RolloutBuffer) -> None:
     """Keeps every slot of the buffer busy. Consumes slots and prompts. Waits for slots, which `release` and voids free,
-    and for memory, which cuts free. Runs until cancelled, and fails when one of its rollouts fails."""
+    and for memory, which `take` frees. Runs until cancelled, and fails when one of its rollouts fails."""
     async with asyncio.TaskGroup() as rollouts:
         while True:
             ticket = await buffer.admit()
@@ -126,8 +126,8 @@ async def produce(run: Sampler, buffer: RolloutBuffer) -> None:
 
 
 async def _fill(run: Sampler, buffer: RolloutBuffer, ticket: int, member: int, prompt: Prompt) -> None:
-    """Has one prompt answered, scored and measured, and puts the outcome into the buffer. Waits for the pools. A
-    response whose tokens are lost with a node is written again."""
+    """Gets a response to one prompt, its score and its reference log-probabilities, and puts them into the buffer.
+    Waits for the pools. If the tokens are lost with a node, it starts again."""
     outcome: ExperienceRef | Void | None = None
     while outcome is None:
         try:
@@ -142,7 +142,7 @@ async def _fill(run: Sampler, buffer: RolloutBuffer, ticket: int, member: int, p
 
 
 async def _scored(run: Sampler, ref: RolloutRef) -> ExperienceRef | Void:
-    """Has the response scored and measured by the reference at the same time. Waits for both pools."""
+    """Asks reward and reference about the response at the same time. Waits for both pools."""
     if ref.fault:  # a replay from the journal would fail at this rollout every time
         return Void(ref.sample_id, ref.fault)
     measuring = asyncio.ensure_future(_ref_logprobs(run, ref))

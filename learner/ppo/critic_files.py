@@ -121,8 +121,8 @@ def read_critic(directory: Path) -> TrainedCritic:
 
 
 def check_same(directory: Path, digest: str) -> None:
-    """Raises UserError if the critic in `directory` has another digest. A rank calls it after it has loaded the critic:
-    the driver found the digest earlier, and another process may have replaced the files since."""
+    """Raises UserError if the critic in `directory` has another digest. Each rank checks this after it has loaded the
+    critic, because another process may have replaced the files after the driver computed the digest."""
     with _reading(directory):
         found = model_digest(directory)
     if found != digest:

@@ -102,9 +102,9 @@ def values_on_states(
 ) -> Tensor:
     """Values [b, r] of sequences whose states [n, H] are known.
 
-    `forward` runs the whole network, whose head reads the states, and returns the values of the first `count` states.
-    It does not call the head alone, because FSDP waits for the optimizer only when its root begins a pass. Without a
-    token, a dummy pass joins the collective operations of the other ranks.
+    `forward` calls the whole network, which applies its head to the states, and returns the first `count` values. The
+    head is not called alone, because FSDP waits for the optimizer only when its root begins a pass. Without a token, a
+    dummy pass joins the collective operations of the other ranks.
     """
     count = len(states)
     values = forward(

@@ -28,14 +28,14 @@ from learner.ppo.value_passes import train_critic_alone
 from learner.ranks.rows import minibatches
 from learner.ranks.trainer import read_together
 
-OLD_LOGPROB = "a log-probability under the policy as it was before"
+OLD_LOGPROB = "a log-probability under the policy before the update"
 
 
 class Learner(PolicyTrainer):
     """Trains the policy, and its critic if the advantages need one."""
 
     def __init__(self, cfg: Config, *, critic_digest: str | None = None) -> None:
-        """`critic_digest`: of the trained critic when the run began. Raises UserError if the critic has changed."""
+        """`critic_digest`: that of learner.critic_path when the run began. Raises UserError if it has another now."""
         critic = None if cfg.critic_path is None else Path(cfg.critic_path)
         super().__init__(cfg, critic=critic)
         self.score_moments = RunningMoments() if critic is None else score_moments(critic)
@@ -48,7 +48,7 @@ class Learner(PolicyTrainer):
         """One PPO step. Each rank takes its share of `table`. Returns the step's metrics, the same on every rank.
 
         Raises BatchError, on every rank, if a score, the loss or the gradient of a minibatch is not finite, before that
-        minibatch changes a weight. Earlier minibatches may have changed some: the weights then belong to no step.
+        minibatch changes a weight. Earlier minibatches may have changed some, so the weights must then be restored.
         """
         started, cfg, metrics, self._credit = time.perf_counter(), self.cfg, StepMetrics(), None
         batch = ExperienceBatch.from_table(table)
@@ -119,10 +119,10 @@ class Learner(PolicyTrainer):
 
     def old_outputs(self, batch: ExperienceBatch) -> tuple[Tensor | None, Tensor | None, Tensor, Outputs | None]:
         """Log-probabilities, entropy and values [B, R] before the update; values are zeros without a critic. The first
-        two are None if the ratio is taken to the sampler: then a pass is needed for values only.
+        two are None if the ratio divides by `rollout_logprobs`: then only the values need a pass.
 
-        The last value is None, or the outputs of this pass with their graph: if one minibatch and one micro-batch hold
-        the whole batch, the first optimizer step would begin with the same pass, so it uses this one.
+        The last result is None unless one minibatch and one micro-batch hold the whole batch. The first optimizer step
+        would then repeat this pass, so it gets the outputs of this pass with their graph.
         """
         to_sampler = self.cfg.ppo.ratio_to_sampler
         if to_sampler and not self.cfg.ppo.has_critic:
@@ -142,7 +142,7 @@ class Learner(PolicyTrainer):
         old_logprobs, old_entropy, old_values = self.ranks.sum(old)
         if not to_sampler:
             check_finite(OLD_LOGPROB, old_logprobs, BrokenWeightsError)
-        check_finite("a value of the critic as it was before", old_values, BrokenWeightsError)
+        check_finite("a value of the critic before the update", old_values, BrokenWeightsError)
         if to_sampler:
             return None, None, old_values, shared_pass
         return old_logprobs, old_entropy, old_values, shared_pass
@@ -168,7 +168,7 @@ class Learner(PolicyTrainer):
         for rows in self._minibatches(len(batch.scores)):
             approx_kl, loss = self._minibatch_gradient(batch, fixed, rows, shared_pass, newest, metrics)
             shared_pass = None
-            if ppo.ratio_to_sampler and steps == 0:  # only this minibatch has passed through the old weights
+            if ppo.ratio_to_sampler and steps == 0:  # only the first minibatch ran under the old weights
                 check_finite(OLD_LOGPROB, approx_kl, BrokenWeightsError)
                 metrics.add("mismatch/kl", float(approx_kl))
             check_finite("the loss", loss)

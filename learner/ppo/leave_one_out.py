@@ -27,8 +27,8 @@ def leave_one_out(
     gamma and the lambdas play no part. A response alone in its group has advantage 0. An empty response is in no group:
     its score is on none of its tokens.
 
-    If a response is several sequences, each of them is one action with the sum of its own rewards, and the R_j of the
-    baseline is the mean over the sequences of response j. So a response with more sequences does not count more.
+    If a response is several sequences, each sequence is one action with the sum of its own rewards. In the baseline,
+    R_j is the mean over the sequences of response j, so a response with more sequences does not count more.
     """
     check_no_holes(mask)
     ends = last_places(mask) if ends is None else ends & mask

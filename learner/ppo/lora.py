@@ -70,8 +70,8 @@ def _merged(parameter: nn.Parameter, layer: Adapted | None, gather_dtype: torch.
 
 @torch.no_grad()
 def _delta(layer: Adapted) -> Tensor:
-    """The product that the adapter adds, in full. peft computes it, because it differs by kind of layer: a Conv1D has a
-    transposed weight, and each expert has a product of its own."""
+    """The product that the adapter adds, in full. peft computes it, because it depends on the kind of layer: a Conv1D
+    has a transposed weight, and each expert has its own product."""
     gathered = copy.copy(layer)  # shares everything that is not replaced below
     gathered._modules = dict(layer._modules)
     for kind in ("lora_A", "lora_B"):

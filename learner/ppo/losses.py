@@ -82,8 +82,8 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error to the returns; all tensors [B, R].
 
-    With `value_clip` > 0 it is the larger of two errors: that of the value, and that of the value kept within
-    +/- value_clip of its old one. Statistic: `clipped`, tokens where the second was larger.
+    With `value_clip` > 0, each token counts the larger of two errors: of its value, and of its value clipped to within
+    +/- value_clip of the old value. Statistic: `clipped`, tokens where the second was larger.
     """
     # Zeros outside the mask, so that garbage there cannot become NaN in the gradient.
     values, returns = torch.where(mask, values, 0.0), torch.where(mask, returns, 0.0)

@@ -51,7 +51,7 @@ class PolicyTrainer(Trainer):
 
     @property
     def policy_version(self) -> int:
-        """Every update publishes once."""
+        """The version of the current weights: the updates done, because each is published once."""
         return self.step
 
     def policy_logprobs(self, *rollouts: Rollout) -> list[np.ndarray]:

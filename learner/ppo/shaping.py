@@ -1,6 +1,6 @@
-"""From scores and a KL penalty to rewards per token. Runs in every learner rank.
+"""Turns scores and a KL penalty into rewards per token. Runs in every learner rank.
 
-learner/ppo/scores.py normalises the scores before, and learner/ppo/kl_controller.py changes the penalty's coefficient.
+learner/ppo/scores.py has normalised the scores, and learner/ppo/kl_controller.py sets the penalty's coefficient.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def token_rewards(
 ) -> Tensor:
     """Rewards [B, R]: every response token pays `kl_coef * kl`, and the last one also gets the score [B].
 
-    `turn_rewards` [B, R] are the parts of the score that were earned before the last token: each stays on its token,
-    and the last token gets what is left. So the rewards of a response always add up to its score, less its penalties.
+    `turn_rewards` [B, R] are parts of the score that an environment gave before the last token. Each stays on its
+    token, and the last token gets the rest. So the rewards of a response always add up to its score less its penalties.
     The turn reward of the last token is ignored: otherwise rounding would give an episode of one turn other bits than
     the same response without an environment.
 

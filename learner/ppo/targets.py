@@ -39,7 +39,7 @@ class Targets:
 
 
 class Derivation(NamedTuple):
-    """The steps on the way to the targets, [B, R]. The update does not read them; people do (learner/ppo/credit.py)."""
+    """Intermediate results of the targets, [B, R]. The update ignores them; learner/ppo/credit.py writes them down."""
 
     kl: Tensor
     rewards: Tensor
@@ -58,10 +58,10 @@ def targets(
     ppo: PPOConfig,
     turn_rewards: Tensor | None = None,
 ) -> tuple[Targets, Derivation, dict[str, float]]:
-    """The targets, the steps on the way to them, and statistics over the batch by metric key.
+    """The targets, their intermediate results, and statistics over the batch by metric key.
 
-    old_logprobs, old_values [B, R]: of the policy and the critic before the update. Log-probabilities are None where
-    the sampler's take their place; values are zeros without a critic. scores [B]: after normalisation, float32.
+    old_logprobs, old_values [B, R]: of the policy and the critic before the update. old_logprobs is None if the ratio
+    divides by `rollout_logprobs`; values are zeros without a critic. scores [B]: after normalisation, float32.
     turn_rewards [B, R]: parts of the scores that an environment gave for turns, see `token_rewards`.
     """
     mask = batch.mask

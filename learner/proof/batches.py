@@ -29,12 +29,12 @@ class Batches:
         """Raises Violation."""
         self._check_rows(step)
         versions, now = _flat(step.table, "policy_versions"), step.about["policy_version"]
-        if now != (step.number if self._learns else 0):
-            raise Violation("versions", f"step {step.number} says that the learner had version {now}")
+        if now != (expected := step.number if self._learns else 0):
+            raise Violation("versions", f"step {step.number} says that the learner had version {now}, not {expected}")
         if len(versions):
             if versions.max() > now:
                 raise Violation(
-                    "versions", f"step {step.number} has a token of version {versions.max()}, not there yet"
+                    "versions", f"step {step.number} has a token of version {versions.max()}, newer than {now}"
                 )
             age = int(now - versions.min())
             if age > self._max_staleness:
@@ -54,9 +54,10 @@ class Batches:
     def _check_rows(self, step: Step) -> None:
         table, name = step.table, f"step {step.number}"
         if not table.schema.equals(EXPERIENCE_SCHEMA):
-            raise Violation("batches", f"{name} has other columns than a batch")
+            raise Violation("batches", f"{name} does not have the columns of a batch")
         if not 0 < table.num_rows <= self._size or set(table["step"].to_pylist()) != {step.number}:
-            raise Violation("batches", f"{name} has {table.num_rows} rows of steps {set(table['step'].to_pylist())}")
+            found = f"{table.num_rows} rows of steps {set(table['step'].to_pylist())}"
+            raise Violation("batches", f"{name} must have 1 to {self._size} rows, all of this step; it has {found}")
         _check_turns(table, name)
         lengths = np.array([mask.sum() for mask in response_masks(table)])
         for column in PER_TOKEN:

@@ -55,8 +55,8 @@ class Metrics:
         self.values += len(expected)
 
     def finish(self, num_steps: int, saved: int) -> None:
-        """Raises Violation for records of steps that do not exist, and for a missing one that a checkpoint after it
-        shows to have been learned: `saved` is the step of the newest checkpoint. A later one is written when the run
+        """Raises Violation for records of steps that do not exist, and for missing records of steps before the newest
+        checkpoint, which is after `saved` steps. A record of a later step may be missing: it is written when the run
         continues."""
         if surplus := sorted(step for step in self.records if step not in range(num_steps)):
             raise Violation(self.rule, f"metrics.jsonl has step {surplus[0]}, the journal has {num_steps} steps")

@@ -105,8 +105,8 @@ def learner_of_run(
 
 
 def learn_again(learner: Learner, cfg: Config, journal: Journal, step: int) -> dict[str, float]:
-    """Learns or skips one step, with the settings of its time. Returns the metrics. Raises Violation for a batch that
-    cannot be learned from."""
+    """Learns or skips one step, with the settings that it was first learned with. Returns the metrics. Raises Violation
+    for a batch that cannot be learned from."""
     entry = journal.read(step)
     if step in journal.voided:
         learner.skip()

@@ -16,8 +16,8 @@ from learner.ranks.group import LearnerGroup
 class AdapterReference:
     """`learner.loop.roles.Reference` of a policy with LoRA adapters: the learner's own ranks with the adapters off.
 
-    It takes turns with the learner's other calls: rollouts that arrive during an update are measured after it. If the
-    group is lost, unmeasured rollouts wait until it has started again.
+    It takes turns with the learner's other calls: rollouts that arrive during an update wait for its end. If the group
+    is lost, they wait until it has started again.
     """
 
     def __init__(self, learner: LearnerGroup) -> None:

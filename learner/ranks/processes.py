@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 # Seconds between two probes of a rank. A rank that dies while it has nothing to do is noticed after this time.
 PROBE_EVERY_S = 1.0
-# Longest wait for the cluster to take the orders to kill ranks, seconds. It needs milliseconds.
+# Longest wait until the cluster has received the orders to kill ranks, seconds. It needs milliseconds.
 KILL_S = 2.0
 
 
 class Processes:
-    """The ranks of one group, as Ray actors. When one is lost the group is lost: ranks gather and reduce together, so
-    the others cannot continue. `start` may be called again after `kill`."""
+    """The ranks of one group, as Ray actors. If one is lost, the whole group is lost: ranks gather and reduce together,
+    so the others cannot continue. `start` may be called again after `kill`."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Processes:
         tell: Callable[[str], None],
         precedence: Precedence,
     ) -> None:
-        """`create` starts the process of one rank and returns its handle. `report` shows a warning to the user, `tell`
-        which ranks wait for a node. The group waits in `precedence` until as many have one as it needs."""
+        """`create` starts the process of one rank and returns its handle. `report` gets warnings for the user, and
+        `tell` which ranks wait for a node. While too few ranks have one, `precedence` lists the group as waiting."""
         self._role, self._create, self._cfg = role, create, cfg
         self._startup_timeout_s, self._report, self._tell = startup_timeout_s, report, tell
         self._precedence = precedence
@@ -91,7 +91,7 @@ class Processes:
         waiting = [handle for rank, handle in enumerate(self.handles) if rank not in started]
         self.handles = [self.handles[rank] for rank in started]
         self._names = [self._names[rank] for rank in started]
-        await _taken([in_daemon_thread(ray.kill, handle) for handle in waiting])
+        await _received([in_daemon_thread(ray.kill, handle) for handle in waiting])
         if waiting:
             self._report(
                 f"the cluster has room for {len(self.handles)} of {self._cfg.ranks} {self._role} processes "
@@ -192,11 +192,11 @@ class Processes:
         if self._loss is not None:
             self.lose("the group of ranks starts again")
         self._precedence.wait(self)  # before the ranks' room is free: extra replicas may wait for it
-        await _taken(self._kill())
+        await _received(self._kill())
 
     def stop(self) -> None:
-        """Kills every rank, which frees its resources. Waits for the orders, but at most KILL_S: the cluster may be
-        what has failed."""
+        """Kills every rank, which frees its resources. Waits until the cluster has received the orders, but at most
+        KILL_S, because the cluster itself may have failed."""
         if self._loss is not None:
             self.lose("the ranks were stopped")
         self._precedence.end_wait(self)
@@ -216,7 +216,7 @@ def awaited(work: Awaitable[T]) -> asyncio.Future[T]:
     return future
 
 
-async def _taken(orders: Sequence[concurrent.futures.Future[None]]) -> None:
-    """Returns when the cluster has taken the orders, or after KILL_S."""
+async def _received(orders: Sequence[concurrent.futures.Future[None]]) -> None:
+    """Returns when the cluster has received the orders, or after KILL_S."""
     if orders:
         await asyncio.wait([asyncio.wrap_future(order) for order in orders], timeout=KILL_S)

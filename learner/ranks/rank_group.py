@@ -23,7 +23,7 @@ from common.precedence import Precedence
 from learner.ranks.processes import Processes, awaited
 
 # After one rank has failed, the time in which the others may still report their own errors, seconds.
-_AFTERMATH_S = 10.0
+_LATE_ERRORS_S = 10.0
 
 
 class RankGroup:
@@ -115,20 +115,20 @@ class RankGroup:
     async def _wait(self, what: str, calls: Mapping[int, Any], *, timeout_s: float | None = None) -> list[Any]:
         """The answers of all `calls`, given by rank.
 
-        When one rank fails, ranks that wait for it lose their connection and may report that first. With several
-        errors, raises the original one.
+        When one rank fails, ranks that wait for it lose their connection and may report that first. So if there are
+        several errors, this raises the one that caused the others.
         """
         limit = timeout_s or self._timeout_s
         tasks = {rank: awaited(call) for rank, call in calls.items()}
         waiting = asyncio.wait(tasks.values(), timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
         done, _ = await self._processes.unless_lost(waiting)
         if (failures := [error for task in done if (error := task.exception())]) and not any(map(_is_death, failures)):
-            waiting = asyncio.wait(tasks.values(), timeout=min(limit, _AFTERMATH_S))
+            waiting = asyncio.wait(tasks.values(), timeout=min(limit, _LATE_ERRORS_S))
             done, _ = await self._processes.unless_lost(waiting)
         unfinished = [rank for rank, task in tasks.items() if task not in done]
         errors = {rank: error for rank, task in tasks.items() if task in done and (error := task.exception())}
         if errors:
-            error = self._role_error(what, *min(errors.items(), key=lambda item: _place_in_the_chain(item[1])))
+            error = self._role_error(what, *min(errors.items(), key=lambda item: _distance_from_cause(item[1])))
             if unfinished:  # they may wait for the failed rank, and would take no other call
                 self._processes.lose(f"{self._names(unfinished)} did not end the step that failed in another rank")
             raise error
@@ -164,8 +164,8 @@ def _is_death(error: BaseException) -> bool:
     return isinstance(error, RayActorError)
 
 
-def _place_in_the_chain(error: BaseException) -> int:
-    """0 for a death, 1 for an error of the rank itself, 2 for a connection that it lost because of one of them."""
+def _distance_from_cause(error: BaseException) -> int:
+    """0 for a death, 1 for an error of the rank itself, 2 for a lost connection, which another rank's error causes."""
     return 0 if _is_death(error) else 2 if _is_consequence(error) else 1
 
 

@@ -34,7 +34,7 @@ class RewardRun(PassTraining[PreferenceEvaluation]):
     """A run of reward training. It evaluates after every epoch."""
 
     ROWS = "pairs"
-    SUSPECTS = "absurd margins in the pairs"
+    SUSPECTS = "extreme margins in the pairs"
 
     def __init__(
         self,

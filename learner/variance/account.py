@@ -1,4 +1,5 @@
-"""The variance account of a run: its learner at one step, and the batches that it had not learned from yet.
+"""The variance account of a run: how noisy the policy gradient is for its learner at one step, with each advantage
+estimator. It is measured on batches that this learner has not learned from.
 
 Runs in every rank of `ratchet evaluate --variance`. Nothing is generated, scored or learned.
 """
@@ -38,7 +39,7 @@ FEWEST_PARTS = 4
 
 @dataclass(frozen=True)
 class VarianceAccount:
-    """What to measure. It is sent to every rank."""
+    """The batches to measure, and the learner to measure them with. This object is sent to every rank."""
 
     cfg: Config  # with the newest settings; those of each step come from the journal
     run: Path
@@ -77,7 +78,7 @@ def account(learner: Learner, table: pa.Table, *, done: Any = lambda parts, tota
     parts = min(MOST_PARTS, len(groups[written].unique()))
     if parts < FEWEST_PARTS:
         raise UserError(
-            f"the chosen batches have responses to {parts} prompts; the account needs at least {FEWEST_PARTS}: choose "
+            f"the chosen batches have responses to {parts} prompts; --variance needs at least {FEWEST_PARTS}: choose "
             "more steps with --steps"
         )
     rows = torch.nonzero(written).flatten()  # a prompt whose responses are all empty is in no part
@@ -134,7 +135,7 @@ def _derived(
     and the KL from the policies that sampled, nats per token. The advantages without a baseline are the realised
     returns.
 
-    Scores are normalised as in an update of this step: the running statistics take them in first.
+    Scores are normalised as in an update of this step, which first adds them to the running statistics.
     """
     old_logprobs, _, values, _ = learner.old_outputs(batch)
     scores = learner.shaped_scores(batch.scores, StepMetrics())

@@ -30,8 +30,8 @@ class Estimator:
 
 
 def estimators_of(ppo: PPOConfig, groups: Tensor) -> tuple[list[Estimator], dict[str, str]]:
-    """The estimators that this batch allows, and the reason for each that it does not. groups [B]: equal for responses
-    to one prompt, only of responses that have tokens. The run's own lambda is added if it is not among LAMBDAS."""
+    """The estimators that this batch allows, and why it does not allow the others, by name. groups [B]: equal for
+    responses to one prompt; empty responses are left out. The run's own lambda is added if LAMBDAS lacks it."""
     own = {"gae": with_critic(ppo.lam), "group": GROUP, "returns": NONE}[ppo.advantages]
     found, left_out = [], {}
 

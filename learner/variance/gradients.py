@@ -1,9 +1,9 @@
 """The policy gradients of equal parts of a batch, for several estimators of the advantages. Runs in every rank.
 
-The gradient is that of the policy's loss in the first minibatch of an update, before any weight has moved: the ratio is
-1 there and nothing is clipped. (With ppo.policy_loss = "mask" it is the ratio to the sampler, and tokens outside the
-bounds are left out.) It is linear in the advantages. So the gradient of unwhitened advantages follows from that of the
-whitened ones, and from the gradient of an advantage of 1 at every token.
+It is the gradient of the policy's loss in the first minibatch of an update, before any weight has moved: the ratio is 1
+there, and nothing is clipped. (With ppo.policy_loss = "mask" the ratio divides by the sampler's probability, and tokens
+outside the bounds are left out.) The gradient is linear in the advantages. So the gradient of unwhitened advantages
+follows from that of the whitened ones, and from the gradient of an advantage of 1 at every token.
 """
 
 from __future__ import annotations

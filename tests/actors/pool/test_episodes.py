@@ -159,18 +159,19 @@ def test_an_environment_that_kills_its_replicas_is_given_up():
     assert isinstance(error, GivenUpError)
     assert error.kind == "died"
     assert voids_of(memory) == [1]
-    assert str(error) == f"play the episode of prompt {ID}: 3 Environment replicas died of it: the replica is gone"
+    died = "3 Environment replicas died while running it: the replica is gone"
+    assert str(error) == f"play the episode of prompt {ID}: {died}"
 
 
 def test_a_prompt_that_kills_generators_is_no_void_of_the_environment(monkeypatch):
     async def generate(self, prompt, **about):
-        raise GivenUpError("3 Generator replicas died of it", role="Generator")
+        raise GivenUpError("3 Generator replicas died", role="Generator")
 
     monkeypatch.setattr(Writer, "generate", generate)
     memory = metered()
     error, _, _ = play(PROMPT)
     assert isinstance(error, GivenUpError)
-    assert (str(error), error.kind) == ("3 Generator replicas died of it", "")
+    assert (str(error), error.kind) == ("3 Generator replicas died", "")
     assert voids_of(memory) == [0]
 
 

@@ -186,8 +186,8 @@ def test_faults_of_file_and_command_line_are_distinguished(minimal):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward.sources.².weight=1", "weight would be set inside a value, not a section"),
-        (f"reward.sources.{'0' * 5000}.weight=1", "weight would be set inside a value, not a section"),
+        ("reward.sources.².weight=1", "reward.sources.² is not a section, so it has no weight"),
+        (f"reward.sources.{'0' * 5000}.weight=1", "is not a section, so it has no weight"),
         ("num_steps=" + "1" * 5000, "num_steps = '1111"),
         ("reward.sources=" + "[" * 3000, "nests brackets too deeply"),
         ("a." * 3000 + "b=1", "no setting is in more than 8 sections"),

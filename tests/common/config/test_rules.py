@@ -430,11 +430,13 @@ def test_a_source_name_that_cannot_be_in_a_metric_key_is_refused(source, name):
         ({**JUDGE, "score_range": [5, 5]}, "reward source s: score_range must be [lowest, highest], not [5, 5]"),
         (
             {**JUDGE, "score_pattern": "[0-9]+"},
-            "reward source s: score_pattern must have a group, in parentheses, that matches the number",
+            "reward source s: score_pattern ([0-9]+) must have a group that matches the number; put that part in "
+            "parentheses",
         ),
         (
             {**JUDGE, "score_pattern": "(["},
-            "reward source s: score_pattern is not a regular expression (unterminated character set at position 1)",
+            "reward source s: score_pattern (([) must be a regular expression, but has a fault (unterminated character "
+            "set at position 1); correct it",
         ),
         (
             {**JUDGE, "request": {"stream": True}},
@@ -502,7 +504,8 @@ def test_answers_run_in_worker_processes_only():
 def test_a_pattern_of_answers_has_a_group():
     for root, tree in gym({"name": "s", "reasoning_gym": True, "answer_pattern": "[0-9]+"}, "reasoning-gym:gcd"):
         (message,) = broken_rules(root, tree)
-        assert message == "reward source s: answer_pattern must have a group, in parentheses, that matches the answer"
+        rule = "reward source s: answer_pattern ([0-9]+) must have a group that matches the answer"
+        assert message == f"{rule}; put that part in parentheses"
 
 
 def test_a_service_without_an_address_is_refused():

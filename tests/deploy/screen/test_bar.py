@@ -34,7 +34,7 @@ def drawn(bars: Bars, capsys) -> list[str]:
 def test_a_bar_shows_name_count_time_left_and_what_is_done(terminal, capsys):
     with Bars(terminal) as bars:
         bars.show("training", 7, 200, left_s=2340)
-        bars.say("training", "step 8: 12 of 64 \x1b[2J rollouts are written and scored, and so on and on")
+        bars.say("training", "step 8: 12 of 64 \x1b[2J rollouts are generated and scored, and so on and on")
         [line] = drawn(bars, capsys)
     assert line.startswith("training ")
     assert "7/200 39m left step 8: 12 of 64 \\x1b[2J" in re.sub(" +", " ", line)

@@ -170,7 +170,7 @@ def test_state_and_batches_are_chosen(honest, after, steps, expected):
 
 def test_a_run_without_steps_is_refused(tmp_path, honest):
     (tmp_path / "journal").mkdir()
-    with pytest.raises(UserError, match=r"/journal has no batch; the account needs one"):
+    with pytest.raises(UserError, match=r"/journal has no batch; --variance needs one"):
         choose(tmp_path, Journal(tmp_path / "journal"), None, None)
 
 
@@ -179,7 +179,7 @@ def test_a_run_without_steps_is_refused(tmp_path, honest):
     [
         (("--variance", "runs/a", "--policy", "p"), "--variance reads the directory of a run"),
         (("config.toml", "--variance", "runs/a"), "--variance reads the directory of a run"),
-        (("config.toml", "--steps", "1:2"), "--steps: only with --variance RUN"),
+        (("config.toml", "--steps", "1:2"), "--steps must be given with --variance RUN"),
     ],
 )
 def test_options_of_other_evaluations_are_refused(arguments, fault, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_a_rollout_that_is_asked_again_takes_its_whole_group_along(cause):
         found = {void.sample_id.replica: void.reason for void in batch.voids}
         assert all(void.asked_again and void.sample_id.prompt == 1 for void in batch.voids)
         reason = "gone" if cause == "lost" else "its oldest token is more than 1 versions old"
-        assert found == {0: "another response to its prompt has to be asked again", 1: "broken", 2: reason}
+        assert found == {0: "another response to its prompt must be generated again", 1: "broken", 2: reason}
         assert buffer._bytes == 0
         assert await buffer.admit() == 3
 

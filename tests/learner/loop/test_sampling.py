@@ -155,7 +155,7 @@ def _measured(table, about):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_version, "learner had version 1"), (_newer_tokens, "version 1, not there yet"), (_measured, "needs none")],
+    [(_version, "learner had version 1"), (_newer_tokens, "version 1, newer than 0"), (_measured, "needs none")],
 )
 def test_the_audit_finds_what_a_sampled_journal_cannot_have(run, change, message):
     forge_step(run, 1, change)

@@ -365,13 +365,13 @@ def test_a_run_says_at_every_moment_what_it_is_doing(tmp_path):
         async def write(self, prompt: Prompt) -> Rollout:
             rollout = await super().write(prompt)
             if prompt.sample_id.epoch >= 0:  # the next one is written when this one is scored
-                scored = f"step 1: {next(written)} of 4 rollouts are written and scored"
+                scored = f"step 1: {next(written)} of 4 rollouts are generated and scored"
                 while run.doing() != scored:
                     await asyncio.sleep(0)
             said.append(run.doing())
             self.written += prompt.sample_id.epoch == 0
             if prompt.sample_id.epoch == 0 and self.written == 4:  # the last one waits until the others are scored
-                while (doing := run.doing()) != "step 1: 3 of 4 rollouts are written and scored":
+                while (doing := run.doing()) != "step 1: 3 of 4 rollouts are generated and scored":
                     await asyncio.sleep(0)
                 said.append(doing)
             return rollout
@@ -396,8 +396,8 @@ def test_a_run_says_at_every_moment_what_it_is_doing(tmp_path):
     asyncio.run(asyncio.wait_for(train(run), 60))
     assert set(said) >= {
         "version 0 of the policy has answered 0 of 2 held-out prompts",
-        "step 1: 0 of 4 rollouts are written and scored",
-        "step 1: 3 of 4 rollouts are written and scored",
+        "step 1: 0 of 4 rollouts are generated and scored",
+        "step 1: 3 of 4 rollouts are generated and scored",
         "step 1: the learner learns",
         "step 1: generators take the new weights",
         "step 1: a checkpoint is written",

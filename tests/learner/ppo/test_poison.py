@@ -91,7 +91,7 @@ def test_weights_that_are_broken_before_the_batch_are_told_apart(model, ppo, wha
     learner = make_learner(model, ppo=ppo)
     with torch.no_grad():
         next(learner.network.policy.parameters()).fill_(math.nan)
-    with pytest.raises(BrokenWeightsError, match=f"{what} as it was before is not finite"):
+    with pytest.raises(BrokenWeightsError, match=f"{what} before the update is not finite"):
         learner.update(batch(0))
 
 

@@ -254,7 +254,7 @@ def test_a_call_that_takes_too_long_counts_as_a_loss():
 
 def test_a_rank_that_stays_in_a_failed_call_is_lost_after_the_error(monkeypatch):
     """It may wait for the rank that failed, and would not answer the next call."""
-    monkeypatch.setattr(rank_group, "_AFTERMATH_S", 0.05)
+    monkeypatch.setattr(rank_group, "_LATE_ERRORS_S", 0.05)
 
     async def scenario() -> None:
         learner, ranks = await started(ranks=2, probe_timeout_s=30)

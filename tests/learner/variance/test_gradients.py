@@ -147,7 +147,7 @@ def test_every_part_has_whole_prompts_and_each_row_is_in_one():
 
 def test_too_few_prompts_give_no_account(model):
     learner = learner_of(model, "returns-checkpointing")
-    with pytest.raises(UserError, match=r"responses to 3 prompts; the account needs at least 4: .* --steps"):
+    with pytest.raises(UserError, match=r"responses to 3 prompts; --variance needs at least 4: .* --steps"):
         account(learner, TABLE.slice(0, 6))
 
 
