@@ -33,7 +33,7 @@ class SampleId(NamedTuple):
 
     epoch: int  # pass over the training prompts, from 0; HELDOUT_EPOCH: evaluation; PROBE_EPOCH: agreement check
     prompt: int  # index of the prompt in its data set
-    replica: int  # number of the response to this prompt, below `rollouts_per_prompt`; no replica of a pool
+    replica: int  # number of the response to this prompt, below `rollouts_per_prompt`; not a replica of a pool
 
     def __str__(self) -> str:
         return f"{self.epoch}/{self.prompt}/{self.replica}"

@@ -145,7 +145,7 @@ class Pool:
                 self.members.resume(replica, "a suspect is tried alone")
 
     async def each(self, work: Callable[[Replica], Awaitable[Any]]) -> dict[str, Any]:
-        """The result of `work` for every ready replica, by name. A replica that dies of it leaves the pool. Other
+        """The result of `work` for every ready replica, by name. A replica that dies meanwhile leaves the pool. Other
         errors are raised."""
 
         async def answer(replica: Replica) -> Any:

@@ -37,8 +37,8 @@ class AnswerError(ValueError):
 
 
 class _Refused(Exception):
-    """The service refused the request. `for_good`: another try at the same address would fail too. `pause_s`: the wait
-    that it asks for, seconds."""
+    """The service refused the request. `for_good`: another try at the same address would fail too. `pause_s`: the pause
+    that the service asks for before another try, seconds."""
 
     def __init__(self, what: str, *, for_good: bool = False, pause_s: float = 0.0) -> None:
         super().__init__(what)
@@ -60,8 +60,8 @@ class HttpService:
 
     async def ask(self, payload: Mapping[str, Any], read: Callable[[Any], Found]) -> tuple[Found, str]:
         """The JSON answer as `read` returns it, and the address that gave it. `read` raises AnswerError for an answer
-        that cannot be used. Raises HttpSourceError when the first try and all retries have failed, or when every
-        address has refused for good."""
+        that cannot be used. Raises HttpSourceError when the first try and all retries have failed, or when a retry
+        would fail at every address."""
         failed: list[str] = []
         hopeless: set[str] = set()
         pause_s, last = 0.0, ""

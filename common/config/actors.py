@@ -276,7 +276,7 @@ class RewardConfig(SourcesConfig):
     normalise: Literal["mean_std", "std", "none"] = "mean_std"
     """Normalisation of the scores. mean_std: subtract the mean of all scores so far and divide by their standard
     deviation, so that neither unit nor zero point of the reward matters. std: only divide. Both include the scores that
-    learner.critic_path was trained with; a score more than 20 deviations from the mean enters these statistics as 20.
+    learner.critic_path was trained with; a score more than 20 deviations from the mean counts in them as 20 deviations.
     none: raw scores; the KL coefficient then is in their unit."""
     clip: Recorded[Annotated[float, Field(ge=0)]] = 5.0
     """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: no clip."""

@@ -53,7 +53,8 @@ class PPOConfig(Section):
     """Discount per token; 1 counts the score in full at the first token. Unused with advantages = "group"."""
     lam: Lambda = 0.95
     """GAE's lambda (arXiv:1506.02438): 0 trusts the critic, 1 trusts the sampled return; values in between trade the
-    critic's bias for variance. length: each response has its own, see lam_alpha; of an episode, each sequence."""
+    critic's bias for variance. length: it depends on the length of the response (in an episode, of the sequence), see
+    lam_alpha."""
     lam_alpha: Annotated[float, Field(gt=0)] = 0.05
     """For lam or value_lam = length: the lambda of a response is 1 - 1 / (lam_alpha x its tokens), never below 0
     (arXiv:2504.05118). So advantages look ahead over about this share of the response. 0.05 is made for thousands of

@@ -53,8 +53,8 @@ class FunctionSourceConfig(RewardSource):
     """`module:function`, def or async def. It takes a RewardInput and returns a number, or a dict with the number under
     "score" and further numbers for the metrics. docs/rewards.md explains both."""
     takes: Literal["annotated", "answer", "list"] = "annotated"
-    """Argument of the function. answer: one RewardInput. list: a list of them; it then returns a list of results.
-    annotated: the annotation of its parameter decides, such as list[RewardInput]; without one it takes one answer."""
+    """Argument of the function. answer: one RewardInput. list: a list of RewardInputs, for which the function returns a
+    list of results. annotated: as the parameter's annotation says (list[RewardInput]: list); without one: answer."""
     batch: Positive = 32
     """Most answers in one call of a function that takes a list. A call never waits for more answers to come."""
     concurrency: Positive = 16
@@ -93,8 +93,9 @@ class ServiceConfig(RewardSource):
     """Settings that all services behind HTTP have."""
 
     headers: Mapping[str, str] = {}
-    """Headers of every request. A value such as "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY" is read from that environment
-    variable of the process that starts the run, so that no file holds a key. Headers that hold keys must use this."""
+    """Headers of every request. In a value such as "env:JUDGE_KEY" or "Bearer env:JUDGE_KEY", the environment variable
+    JUDGE_KEY of the process that starts the run is filled in. Headers with keys must use this: no file then has a
+    key."""
     concurrency: Positive = 16
     """Most unanswered requests of each reward process, over all addresses."""
     request_timeout_s: Seconds = 10

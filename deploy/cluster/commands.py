@@ -1,4 +1,4 @@
-"""`ratchet cluster`: files that start a Ray cluster on Kubernetes, clouds, Slurm, or machines of one's own.
+"""`ratchet cluster`: files that start a Ray cluster on Kubernetes, clouds, Slurm, or your own machines.
 
 Runs in a process of its own, which starts nothing.
 """

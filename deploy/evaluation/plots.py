@@ -80,8 +80,8 @@ def plot_kl_by_position(record: Record, directory: Path) -> Path | None:
 
 
 def plot_judges(record: Record, directory: Path) -> Path | None:
-    """For each judge: its mean score over the mean score of training, a point for each policy, with 95 % intervals and
-    a line from the base. None without judges."""
+    """One plot for each judge. Each policy is a point: x is the mean training score, y the judge's mean score, both
+    with 95 % intervals. A line leads to it from the base. None without judges."""
     judges: dict[str, dict[str, Point]] = {}
     for name, figures in record["policies"].items():
         for judge, found in figures["judges"].items():

@@ -32,9 +32,9 @@ class JudgedAnswers:
 
 
 def proxy_record(answers: JudgedAnswers, base: JudgedAnswers | None, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The mean score of the proxy and of every judge. For each judge also the number of answers that it scored, to
-    which all its figures refer, and the correlation with the proxy. With `base`, the answers of the base to the same
-    prompts: the changes, and whether the proxy rose while the judge fell (both intervals on their side of 0)."""
+    """The mean score of the proxy and of every judge. Each judge also has the number of answers that it scored, and its
+    correlation with the proxy over these answers. `base`: the answers of the base to the same prompts. With it, the
+    record also has the changes, and whether the proxy rose while the judge fell (each whole interval beyond 0)."""
     proxy: dict[str, Any] = {"score": mean_score(answers.prompts, answers.proxy, bootstrap)}
     if base is not None:
         proxy["change"] = change(answers.prompts, answers.proxy, base.prompts, base.proxy, bootstrap)

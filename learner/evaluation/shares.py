@@ -22,8 +22,8 @@ def share(sums: np.ndarray, counts: np.ndarray | None = None) -> Figure:
     """The mean over answers. sums [P]: the sum of each prompt's values, which are from 0 to 1; counts [P]: their number
     (left out: 1). Prompts without values do not count.
 
-    If the values of every prompt are all 0 or all 1, the interval is Wilson's. Otherwise each end is the farther one of
-    two: that of Student's t interval, and that of Wilson's with the variance of the prompts in place of p (1 - p)."""
+    If the values of every prompt are all 0 or all 1, the interval is Wilson's. Otherwise it contains two intervals:
+    Student's t, and Wilson's with the variance of the prompts instead of p (1 - p)."""
     counts = np.ones(len(sums)) if counts is None else np.asarray(counts, np.float64)
     sums, counts = np.asarray(sums, np.float64)[counts > 0], counts[counts > 0]
     if not (prompts := len(sums)):

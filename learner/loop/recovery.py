@@ -185,7 +185,7 @@ async def _configure(run: Run, step: int) -> None:
 
 def _void(run: Run, step: int, error: BatchError) -> None:
     """Voids the batch that caused the error: the journal records that it is never learned from. It is the batch of
-    `step`, or if that found broken weights, the last batch learned from before. Raises UserError after too many."""
+    `step` or, if the weights were broken before, the newest one learned from. Raises UserError after too many."""
     cause, voided = step, run.journal.voided
     if isinstance(error, BrokenWeightsError):
         cause = next((earlier for earlier in reversed(range(step)) if earlier not in voided), -1)

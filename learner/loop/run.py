@@ -57,7 +57,7 @@ class Run:
     on_evaluation: Callable[[Evaluation, list[Answer], list[Event]], None] = lambda *evaluation: None
     on_answer: Callable[[int, int], None] = lambda done, total: None  # of a held-out evaluation
     report: Callable[[str], None] = lambda message: print(message, file=sys.stderr)  # about faults that it survives
-    doing: Callable[[], str] = lambda: "roles start"  # for the screen
+    doing: Callable[[], str] = lambda: "the processes start"  # for the screen
     seconds: dict[str, float] = field(default_factory=dict)  # of the current step, by metric
     newest_text: float = 0.0  # when a response was last written, on time.perf_counter's clock
     losses: int = 0  # of learner ranks, since the learner last reached a new step

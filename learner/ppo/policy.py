@@ -86,8 +86,8 @@ class PolicyWithCritic(nn.Module):
 
         With `reference` the log-probabilities are those without LoRA's adapters. With `only_values` the others are
         None: neither the output embedding nor, with a separate critic, the policy computes anything. With `only_states`
-        the only result are the policy's states of the response tokens, [n, H]. For `States` in place of sequences it
-        returns the values of the head alone, [n].
+        it returns only the policy's states of the response tokens, [n, H]. If `States` are given instead of sequences,
+        it returns only the values of the head, [n].
         """
         if isinstance(sequences, States):
             assert self.value_head is not None, "without a critic there is no head"
