@@ -97,7 +97,7 @@ def run_directory(config: str, run: Path | None, resume: Path | None) -> Path:
 
 
 def name_of_config(config: Path) -> str:
-    """The name for another run with this config: that of the file, or that of the run for RUN/config.toml."""
+    """The name for another run with this config: the name of the file or, for RUN/config.toml, the name of RUN."""
     return config.resolve().parent.name if config.name == "config.toml" else config.stem
 
 

@@ -40,7 +40,7 @@ class Membership:
     """Keeps `target` replicas of one role, as far as the cluster has room; the run needs `cfg.min` of them.
 
     A replica is dead when its connection breaks, or when its process answers no probe for `probe_timeout_s`; a slow
-    call is no reason. Dead replicas are replaced after a growing delay.
+    call does not matter. Dead replicas are replaced after a growing delay.
     """
 
     def __init__(

@@ -213,8 +213,8 @@ class LoggingConfig(Section):
     """Trackers that get a run's numbers in addition to its directory."""
 
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Trackers. tensorboard: event files in RUN/tensorboard. wandb: Weights & Biases, which its own variables such as
-    WANDB_MODE and WANDB_PROJECT configure. One that fails is reported once and never ends the run."""
+    """Trackers. tensorboard: event files in RUN/tensorboard. wandb: Weights & Biases, configured by its own variables
+    such as WANDB_MODE and WANDB_PROJECT. One that fails is reported once and never ends the run."""
 
     @model_validator(mode="after")
     def check_sinks_differ(self) -> LoggingConfig:

@@ -37,7 +37,7 @@ class TrainerConfig(Placed):
     """Tokens of one forward and backward pass; bounds activation memory and cannot change the gradient. A longer
     sequence is a micro-batch of its own. Left out: 512 on the CPU; on a GPU 32768, or 16384 for models from 1e9
     weights on, halved until a pass fits the share of the GPU, or 8192 if the GPU's memory is not known. RUN/config.toml
-    records the number for a GPU, and a resumed run or a replay keeps it: on another device, set it too."""
+    records the number for a GPU, and a resumed run or a replay keeps it. If the device changes, set it too."""
     gradient_checkpointing: MayChange[bool] = False
     """Recompute activations in the backward pass: about a quarter slower, and far less memory."""
     compile: MayChange[bool | None] = None

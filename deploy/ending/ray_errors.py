@@ -27,8 +27,8 @@ _LOG_BYTES = 64 << 10  # this much of the end of a log is copied
 
 @contextmanager
 def errors_shown_first() -> Iterator[None]:
-    """Prints an error of the body, as `readable` shows it, before Ray is shut down: that may take long, or never end.
-    The rest of the command then has a time limit. Raises the error that was shown."""
+    """Prints an error of the body, as `readable` shows it, before Ray is shut down, because the shutdown may
+    hang. The rest of the command then has a time limit. Raises the error that was shown."""
     try:
         yield
     except Exception as error:

@@ -51,7 +51,7 @@ def _rollouts(cfg: Config) -> int:
 
 
 def sized(cfg: RayConfig, stores: Sequence[Stored]) -> RayConfig:
-    """The settings of a cluster that is started for processes with these stores: with the store's size, if that was
+    """The settings of a cluster that is started for processes with these stores. Fills in the store's size if it was
     left out. Raises UserError if the given size is too small."""
     largest = max(stores, key=lambda store: sum(store.values()), default={})
     wanted = -(-sum(largest.values()) // MIB)

@@ -42,8 +42,8 @@ def kept_values(model: ModelSize, *, lora: LoRAConfig | None = None) -> int:
     """Numbers that one layer keeps of one token until the backward pass (common/model/kernels.py).
 
     The inputs of both norms and their outputs; queries, keys, values and the output of attention; gate, up and their
-    product. peft casts the input of each adapter separately. Three, one, two and one of a layer's seven matrices have
-    the same input, so three more copies are kept. Each adapter also keeps its product with A."""
+    product. peft casts the input of each adapter separately. A layer's seven matrices have only four different
+    inputs, so three more copies are kept. Each adapter also keeps its product with A."""
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     values = 4 * model.hidden + 2 * queries + 2 * keys + 3 * _width(model)
     return values if lora is None else values + 3 * model.hidden + 7 * lora.rank

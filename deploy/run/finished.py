@@ -80,7 +80,7 @@ def finished_pair_sampling(cfg: PairSamplingConfig, directory: Path) -> dict[str
 def _signs_of_steps(directory: Path, *, has_begun: bool) -> list[str]:
     """The files in the directory that only a run with steps in its journal has. `has_begun`: the journal has its first
     note."""
-    # The first evaluation is written before step 0, so in a run that has begun it is no sign of a step.
+    # The first evaluation is written before step 0, so once a run has begun, it does not show that a step was done.
     signs = ["metrics.jsonl"] if has_begun else ["metrics.jsonl", "evaluations.jsonl"]
     found = [name for name in signs if (directory / name).exists()]
     return found if has_begun or "journal" not in read_record(directory) else [*found, RECORD]

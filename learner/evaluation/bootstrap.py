@@ -41,8 +41,8 @@ def interval(drawn: np.ndarray, prompts: int | None = None) -> list[float]:
     """The middle 95 % of a statistic of all resamples.
 
     `prompts`: the number of prompts that the statistic is computed from. With few prompts the middle 95 % would be too
-    short, as if their deviation were known. So a larger middle part is taken: the one that makes the interval of a mean
-    Student's (Hesterberg 2015, arXiv:1411.5279)."""
+    short, as if their deviation were known. So a larger middle part is taken, with which the interval of a mean is
+    Student's t interval (Hesterberg 2015, arXiv:1411.5279)."""
     tail = 0.025
     if prompts is not None:
         tail = NormalDist().cdf(-math.sqrt(prompts / (prompts - 1)) * student_quantile(0.975, prompts - 1))

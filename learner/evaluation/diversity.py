@@ -70,7 +70,7 @@ def _ngrams(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def _different(codes: np.ndarray, owners: np.ndarray, units: int) -> tuple[int, np.ndarray]:
-    """The number of different codes, and of those that only one owner has, for each owner: int64 [units]."""
+    """The number of different codes, and for each owner the number of codes that no other owner has: int64 [units]."""
     order = np.lexsort((owners, codes))
     codes, owners = codes[order], owners[order]
     firsts = np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))  # where a new code begins
