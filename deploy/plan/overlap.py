@@ -13,8 +13,8 @@ OneGpu = Sequence[Collection[str]]  # for each GPU the section of each of its pr
 
 
 def one_gpu(placement: Placement) -> OneGpu:
-    """The section of each process on each GPU. Processes whose GPU is not known count as on one GPU, each section
-    once."""
+    """The section of each process on each GPU. Processes with a share of an unknown GPU count as all on one GPU, each
+    section once."""
     found: dict[tuple[int, int], list[str]] = {}
     unknown: set[str] = set()
     for place in placement.places:
