@@ -90,9 +90,7 @@ def choose(run: Path, journal: Journal, after: int | None, steps: str | None) ->
     count = journal.next_step
     usable = [number for number in range(count) if number not in journal.voided]
     if not usable:
-        raise UserError(
-            f"{journal.directory} has no batch; --variance needs one that the learner has not learned from"
-        )
+        raise UserError(f"{journal.directory} has no batch; --variance needs one that the learner has not learned from")
     if steps is not None:
         return _chosen(run, usable, count, after, steps)
     if after is None:
