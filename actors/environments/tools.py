@@ -100,7 +100,7 @@ class ToolEnvironment:
             return Answer(f"Error: wrong call of {tool.name}: {one_line(str(error))}", failed=True)
         if tool.is_async:
             return await _call_async(tool, args, kwargs)
-        # Each call has its own thread, so that a call which never returns cannot delay another one.
+        # A thread of its own for each call: one that never returns must not take the place of another.
         return await asyncio.wrap_future(in_daemon_thread(_call, tool, args, kwargs))
 
 

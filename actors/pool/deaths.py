@@ -28,8 +28,8 @@ class Deaths:
         self._gave_up = False  # a call has been given up since the last answered call
 
     def record(self, error: BaseException, *, served_s: float, tried_alone: bool) -> bool:
-        """Records a death. Returns True if it must end the run. `tried_alone`: the replica died while it ran only the
-        suspect of `Pool.call`.
+        """Records a death. Returns True if it must end the run. `tried_alone`: the replica died while it ran one call
+        alone.
 
         The first death with `tried_alone` is not counted: the call caused it, and one request that kills every process
         must not end the run.

@@ -110,7 +110,7 @@ class Membership:
 
     @property
     def _placed(self) -> int:
-        """How many replicas have a node and are not leaving."""
+        """How many replicas have a node, and stay."""
         return sum(replica.state in ("starting", "ready") for replica in self._replicas.values())
 
     @property
