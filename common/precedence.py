@@ -14,12 +14,12 @@ GIVE_WAY_S = 10.0
 
 
 class Precedence:
-    """The needed processes of one run that have no node. Their requests are not compared with the resources of an extra
-    replica, so an extra replica may end although its room does not help."""
+    """The needed processes of one run that have no node. It does not compare what they ask for with what an extra
+    replica has: an extra one may end although its room does not help."""
 
     def __init__(self, patience_s: float = 0.0) -> None:
-        """`patience_s`: seconds that needed processes wait before extra replicas make room. In this time an autoscaler
-        can add nodes for everything that waits."""
+        """`patience_s`: for so long needed processes wait before extra replicas make room. An autoscaler needs this
+        time: it adds nodes for everything that waits."""
         self._patience_s = patience_s
         self._since: dict[Any, float] = {}  # by pool or group of ranks
 
@@ -33,6 +33,6 @@ class Precedence:
 
     @property
     def waited_s(self) -> float | None:
-        """Seconds since extra replicas have had to make room; None if they do not have to."""
+        """Seconds since extra replicas must make room; None if they need not."""
         longest = time.monotonic() - min(self._since.values(), default=float("inf"))
         return longest - self._patience_s if longest >= self._patience_s else None
