@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+CACHE_BLOCK = 32  # tokens of a block in an engine's cache of earlier turns, which keeps whole blocks. On a GPU it is 16
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -15,6 +15,7 @@ from actors.generation.kv_cache import free_share_at_start, kv_cache_bytes
 from common.config.actors import NEEDS_CPU, NEEDS_GPU, GeneratorsConfig, SamplingConfig
 from common.errors import UserError
 from common.model.size import model_size
+from common.turns import CACHE_BLOCK
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core must run in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -119,7 +120,7 @@ def engine_args(
         # update.
         enable_prefix_caching=caches_prefixes,
         # Only whole blocks are kept for the next turn. On the CPU, vLLM's own have 128 tokens; the smallest have 32.
-        block_size=32 if caches_prefixes and on_cpu else None,
+        block_size=CACHE_BLOCK if caches_prefixes and on_cpu else None,
         skip_tokenizer_init=True,
         disable_log_stats=not log_stats,
     )

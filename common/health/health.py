@@ -71,6 +71,10 @@ RULES: dict[str, tuple[Rule, str]] = {
         system_rules.environments_slow,
         "make the environment faster, or let more episodes play at once (max_staleness, environment.concurrent)",
     ),
+    "prefixes_lost": (
+        system_rules.prefixes_lost,
+        "raise that setting until the cache holds them, or lower environment.concurrent",
+    ),
     "voids_rising": (system_rules.voids_rising, "read the reasons in RUN/errors and in the journal"),
 }
 IN_EVALUATIONS = "judge_falls"  # also looks at held-out evaluations

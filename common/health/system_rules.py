@@ -1,10 +1,12 @@
-"""Health rules about the machinery: length limit, engines, importance weights, idle roles, voids. Runs anywhere.
+"""Health rules about the machinery: length limit, engines, importance weights, idle roles, lost
+prefixes, voids. Runs anywhere.
 
 Each function takes the history and the config, and says in one sentence what it sees, or returns None.
 """
 
 from __future__ import annotations
 
+import math
 from statistics import fmean, median
 
 from common.config.ppo import Config
@@ -26,6 +28,10 @@ END_OF_STEP = 6.0
 CAPPED = 0.05
 IDLE = 2 / 3  # share of a step: the role waits twice as long as it works
 ENVIRONMENTS = 1 / 3  # share of a step: without this wait, steps would take two thirds of their time
+# Tokens that engines compute again, for each token that they sample. On CPUs such a token takes 0.085 times as long as a
+# sampled one (docs/performance.md, turns: 98 s instead of 61), so 2 of them cost a sixth of the speed. The learner must
+# wait for rollouts, too: otherwise slower engines cost nothing.
+RECOMPUTED, LEARNER_WAITS = 2.0, 0.2
 WORTH_IT_S = 1.0  # seconds of a step below which a wait is not worth a change
 VOIDS = 0.05  # share of the rollouts that are void
 
@@ -89,6 +95,29 @@ def environments_slow(history: History, cfg: Config) -> str | None:
     if idle is None:
         return None
     return f"{idle:.0%} of the time no generator writes and the learner has no rollouts, because environments answer"
+
+
+def prefixes_lost(history: History, cfg: Config) -> str | None:
+    """Engines compute the earlier turns of episodes again, and the learner waits for it."""
+    recomputed = history.typical("environment/recomputed", 5)
+    sampled = history.typical("rollout/response_tokens/mean", 5)
+    context = history.typical("environment/context_tokens", 5)
+    if cfg.environment is None or recomputed is None or sampled is None or context is None:
+        return None
+    if recomputed == 0 or recomputed < RECOMPUTED * sampled:
+        return None
+    if environments_slow(history, cfg) or _idle(history, "wait/learner_s", most=LEARNER_WAITS) is None:
+        return None
+    engines, mib = cfg.generators, cfg.generators.kv_cache_mib
+    setting = f"generators.gpus ({engines.gpus:g})" if mib is None else f"generators.kv_cache_mib ({mib})"
+    outstanding = cfg.rollouts_per_step * (cfg.max_staleness + 1)
+    at_once = min(outstanding, cfg.environment.concurrent * cfg.environment.max_replicas)
+    episodes = math.ceil(at_once / engines.min)
+    return (
+        f"engines compute {recomputed:.0f} tokens of each episode again, {recomputed / max(1.0, sampled):.1f} for each "
+        f"token that they sample, because the KV cache of {setting} loses episodes before their next turn: it should "
+        f"hold up to {episodes} episodes of {context:.0f} tokens at once, {episodes * context:.0f} tokens"
+    )
 
 
 def voids_rising(history: History, cfg: Config) -> str | None:

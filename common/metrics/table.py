@@ -144,6 +144,22 @@ STEP = (
         "tokens before later turns",
         "found in the engine's cache; low: turns go to other generators, or the weights change between the turns",
     ),
+    Metric(
+        "environment/recomputed",
+        "tokens",
+        "mean",
+        "rollouts",
+        "of an episode, which an engine had computed with the same weights and did not find again before a later turn; "
+        "should be near 0. High: the KV cache has no room for all episodes (health rule `prefixes_lost`)",
+    ),
+    Metric(
+        "environment/context_tokens",
+        "tokens",
+        "mean",
+        "rollouts",
+        "of the longest context of an episode, prompt included: what the KV cache should have room for, times the "
+        "episodes at once",
+    ),
     Metric("environment/tool_calls", "calls", "mean", "rollouts", "calls of tools in an episode"),
     Metric(
         "environment/failed_calls",

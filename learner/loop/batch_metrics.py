@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, islice, pairwise
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from common.environment import VOID_KINDS
+from common.turns import CACHE_BLOCK
 from common.types import FINISHED, oldest_version, staleness
 from common.user_code.results import MAX_FIGURES
 
@@ -52,20 +55,57 @@ def _environment(table: pa.Table, void_kinds: Sequence[str]) -> dict[str, float]
         "environment/step_s/max": max(turn["seconds"] for turn in turns),
         **{f"environment/voids/{kind}": void_kinds.count(kind) for kind in VOID_KINDS},
     }
-    before = cached = 0  # tokens before each later turn, and those of them that the engine's cache had
-    for prompt_ids, row in zip(table["prompt_ids"], rows, strict=True):
-        start = -len(prompt_ids)  # of the context that the later turn was sampled in
-        for earlier, turn in pairwise(row):
-            start = earlier["end"] if earlier["new_context"] else start
-            before += earlier["next_start"] - start
-            cached += turn["cached_tokens"]
-    if before:
-        found["environment/cached"] = cached / before
+    found |= _prefixes(table, rows, episodes)
     infos = [json.loads(turn["info"]) for turn in turns]
     for key in ("tool_calls", "failed_calls"):
         if counts := [info[key] for info in infos if key in info]:
             found[f"environment/{key}"] = sum(counts) / episodes
     return found
+
+
+def _prefixes(table: pa.Table, rows: Sequence[Sequence[Mapping[str, Any]]], episodes: int) -> dict[str, float]:
+    """What engines found in their caches before the later turns of these episodes, and what they had computed with the
+    same weights and did not find. `rows`: the turns of each row. Empty if no episode has a second turn."""
+    before = cached = recomputed = longest = 0  # tokens
+    for prompt, response, of_tokens, row in zip(
+        *(table[name] for name in ("prompt_ids", "response_ids", "policy_versions")), rows, strict=True
+    ):
+        if not row:
+            continue
+        num_prompt = len(prompt)
+        tokens = np.concatenate([prompt.values.to_numpy(), response.values.to_numpy()])
+        versions = of_tokens.values.to_numpy()  # of sampled tokens alone
+        start = first = 0  # the newest context, and the newest turn's first sampled token, among `versions`
+        turn_start, lengths = num_prompt, []
+        for earlier, turn in pairwise(row):
+            end, next_start = num_prompt + earlier["end"], num_prompt + earlier["next_start"]
+            context, kept = tokens[start:end], end - start
+            if earlier["new_context"]:
+                lengths.append(kept)
+                start = end
+                kept = _common(context, tokens[start:next_start])
+            before += next_start - start
+            cached += turn["cached_tokens"]
+            following = first + end - turn_start
+            if first < following < len(versions) and versions[first] == versions[following]:
+                # The last token of a turn is sampled, not computed. A cache keeps whole blocks.
+                whole = min(kept, len(context) - 1) // CACHE_BLOCK * CACHE_BLOCK
+                recomputed += max(0, whole - turn["cached_tokens"])
+            first, turn_start = following, next_start
+        longest += max([*lengths, len(tokens) - start])
+    if not before:
+        return {}
+    return {
+        "environment/cached": cached / before,
+        "environment/recomputed": recomputed / episodes,
+        "environment/context_tokens": longest / episodes,
+    }
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """The number of tokens that both begin with."""
+    length = min(len(one), len(other))
+    return int(np.argmin(np.append(one[:length] == other[:length], False)))
 
 
 def _mean_figures(table: pa.Table) -> dict[str, float]:

@@ -16,6 +16,12 @@ WEIGHT_0 = {
     ]
 }
 
+GAME = {
+    "environment": {"function": "tests.environments:Counting", "max_turns": 4, "concurrent": 24},
+    "generators": {"kv_cache_mib": 256, "min": 1},
+}
+LOST = {"environment__recomputed": 205.0, "environment__context_tokens": 400.0}
+
 
 def flat(value):
     """A mean that only chance moves."""
@@ -146,6 +152,11 @@ CASES = {
         ({}, series(6, wait__learner_s=20.0, wait__environments_s=16.0)),
         ({}, series(6, wait__learner_s=2.0, wait__environments_s=6.0)),
     ),
+    # 5 * 41 = 205 tokens, 5 for each sampled one; the learner waits 4 of 9.6 s | the same while the learner works
+    "prefixes_lost": (
+        (GAME, series(6, **LOST, wait__learner_s=4.0)),
+        (GAME, series(6, **LOST, wait__learner_s=1.0)),
+    ),
     # 8 of 72 in every step | 64 at once, when a node died
     "voids_rising": (
         ({}, series(12, rollout__voids=lambda s: 8 if s > 6 else 0)),
@@ -202,6 +213,11 @@ def test_messages_have_the_numbers_of_their_series():
     assert "78% of the time" in message("learner_starving")  # 20 / 25.6
     assert "79% of the time" in message("generators_starving")  # 6 / 7.6
     assert message("environments_slow").startswith("62% of the time no generator writes")  # 16 / 25.6
+    # Steps 1 to 5 have a median of 39 tokens: 205 / 39 = 5.3. Of 2 * 64 episodes at most 24 play at once.
+    lost = "205 tokens of each episode again, 5.3 for each token that they sample"
+    assert lost in message("prefixes_lost")
+    assert "generators.kv_cache_mib (256) loses episodes" in message("prefixes_lost")
+    assert message("prefixes_lost").endswith("up to 24 episodes of 400 tokens at once, 9600 tokens")
     assert "older weights explain 0.058" in message("engine_mismatch")
     assert "explains -20% of" in message("critic_useless")
     assert "explains 30% of" in message("critic_late")
@@ -299,3 +315,51 @@ def test_a_single_pass_does_not_tell_what_older_weights_explain(staleness, expec
 def test_under_the_mask_no_mismatch_explains_a_negative_kl():
     records = series(8, kl__per_response=-1.4, mismatch__kl=0.02)
     assert held((MASK, records))[-1] - {"engine_mismatch"} == {"kl_negative"}
+
+
+def lost(overrides=GAME, **changed):
+    """The rules that hold after the last of six steps."""
+    return held((overrides, series(6, **{**LOST, "wait__learner_s": 4.0, **changed})))[-1]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(77.9, set()), (78.1, {"prefixes_lost"})])
+def test_lost_prefixes_count_from_twice_the_sampled_tokens(tokens, expected):
+    assert lost(environment__recomputed=tokens) == expected  # the median of the last five steps is 39
+
+
+@pytest.mark.parametrize(("wait_s", "expected"), [(1.39, set()), (1.41, {"prefixes_lost"})])
+def test_lost_prefixes_cost_nothing_while_the_learner_works(wait_s, expected):
+    assert lost(wait__learner_s=wait_s) == expected  # 1.4 of 7 s are a fifth
+
+
+def test_lost_prefixes_of_single_steps_are_no_fault():
+    assert lost(environment__recomputed=lambda step: 205.0 if step % 3 == 0 else 0.0) == set()
+    found = held((GAME, series(6, **LOST, wait__learner_s=4.0)))
+    assert found[3:5] == [set(), {"prefixes_lost"}]  # five steps are needed
+
+
+def test_lost_prefixes_are_never_seen_in_runs_of_one_turn():
+    assert lost({}) == set()  # no environment
+    records = series(6, wait__learner_s=4.0)  # with one, but without a second turn there are no figures
+    assert held((GAME, records))[-1] == set()
+    assert lost(environment__recomputed=0.0, rollout__response_tokens__mean=0.0) == set()
+
+
+def test_slow_environments_hide_lost_prefixes():
+    assert lost(wait__learner_s=20.0, wait__environments_s=16.0) == {"environments_slow"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "setting", "room"),
+    [
+        ({"generators": {"kv_cache_mib": 256, "min": 3}}, "kv_cache_mib (256)", "8 episodes of 400 tokens"),
+        ({"environment": {**GAME["environment"], "max": 3}}, "kv_cache_mib (256)", "72 episodes"),
+        ({"environment": {**GAME["environment"], "concurrent": 900}}, "kv_cache_mib (256)", "128 episodes"),
+        ({"generators": {"gpus": 0.4, "kv_cache_mib": None}}, "generators.gpus (0.4)", "24 episodes"),
+    ],
+)
+def test_lost_prefixes_name_the_setting_and_the_room_of_each_engine(sections, setting, room):
+    records = series(6, **LOST, wait__learner_s=4.0)
+    [event] = Health(config(**{**GAME, **sections})).follow(records[:-1]).step(records[-1])
+    assert setting in event.message
+    assert f"up to {room}" in event.message

@@ -80,6 +80,9 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
             "environment/step_s/mean": 1.5 / 8,
             "environment/step_s/max": 0.5,
             "environment/cached": (4 + 1 + 2) / ((2 + 4) + (3 + 2) + (2 + 4)),
+            "environment/recomputed": 0,  # no context fills a block
+            # The longest contexts: prompts and responses; in the last episode the 5 tokens from place 1 on.
+            "environment/context_tokens": ((2 + 5) + (3 + 3) + (4 + 2) + max(2 + 1, 5)) / 4,
             "environment/tool_calls": 4 / 4,
             "environment/failed_calls": 2 / 4,
             "environment/voids/raised": 2,
@@ -92,3 +95,74 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
     assert record["rollout/voids"] == 5
     assert record["rollout/finished"] == pytest.approx(3 / 4)
     assert record["rollout/response_tokens/mean"] == pytest.approx((3 + 2 + 2 + 3) / 4)  # without the environment's
+
+
+PROMPT = np.arange(40, dtype=np.int32)
+
+
+def two_turns(said: np.ndarray, cached: int, *, versions: tuple[int, int, int] = (3, 3, 3), **flags: bool) -> Experience:
+    """An episode: a prompt of 40 tokens, a turn of 30, what the environment says, and a turn of 20. `cached`: tokens
+    that the engine found for the second turn. `versions`: of the first turn's halves, and of the second turn."""
+    made = make_experience(0, [1])
+    response = np.concatenate([np.full(30, 100), said, np.full(20, 101)]).astype(np.int32)
+    next_start, end = 30 + len(said), 50 + len(said)
+    arrays = {
+        "rollout_logprobs": np.zeros(50, np.float32),
+        "policy_versions": np.repeat(np.asarray(versions, np.int32), [15, 15, 20]),
+    }
+    turns = (Turn(30, next_start, 0.0, **flags), Turn(end, end, 0.0, cached_tokens=cached))
+    prompt = replace(made.rollout.prompt, token_ids=PROMPT)
+    rollout = replace(made.rollout, prompt=prompt, response_ids=response, turns=turns, **arrays)
+    return replace(made, rollout=rollout, ref_logprobs=arrays["rollout_logprobs"])
+
+
+def recomputed(*rows: Experience) -> float:
+    return batch_metrics(experience_table(list(rows)), [], policy_version=3)["environment/recomputed"]
+
+
+SAID = np.full(10, 7)
+
+
+@pytest.mark.parametrize(
+    ("cached", "tokens"),
+    # The first turn computed 40 + 29 tokens, as its last one was not read again: two whole blocks of 32.
+    [(0, 64), (32, 32), (64, 0), (80, 0)],
+)
+def test_tokens_that_the_cache_has_lost_are_computed_again(cached, tokens):
+    assert recomputed(two_turns(SAID, cached)) == tokens
+
+
+def test_lost_tokens_are_a_mean_over_episodes():
+    one_turn = make_experience(1, [9, 9])
+    turns = (Turn(2, 2, 1.0),)
+    one_turn = replace(one_turn, rollout=replace(one_turn.rollout, turns=turns))
+    assert recomputed(two_turns(SAID, 0), two_turns(SAID, 64), two_turns(SAID, 32), one_turn) == (64 + 0 + 32 + 0) / 4
+
+
+@pytest.mark.parametrize("versions", [(3, 3, 4), (3, 4, 4), (2, 3, 3)])
+def test_tokens_of_older_weights_are_not_lost_by_the_cache(versions):
+    """An engine uses no states of older weights. A turn that began with them has none of the newer ones."""
+    assert recomputed(two_turns(SAID, 0, versions=versions)) == 0
+
+
+def test_a_new_context_could_use_what_both_contexts_begin_with():
+    again = np.concatenate([PROMPT, np.full(5, 8)])  # 40 equal tokens: one whole block
+    assert recomputed(two_turns(again, 0, new_context=True)) == 32
+    assert recomputed(two_turns(again, 32, new_context=True)) == 0
+    assert recomputed(two_turns(SAID, 0, new_context=True)) == 0  # nothing is equal
+    whole = np.concatenate([PROMPT, np.full(30, 100), np.full(5, 8)])  # 70 equal tokens, of which 69 were computed
+    assert recomputed(two_turns(whole, 0, new_context=True)) == 64
+
+
+def test_the_longest_context_of_an_episode_is_measured():
+    rows = [two_turns(SAID, 0), two_turns(np.full(100, 8), 0, new_context=True), two_turns(SAID, 0, new_context=True)]
+    record = batch_metrics(experience_table(rows), [], policy_version=3)
+    assert record["environment/context_tokens"] == pytest.approx((40 + 60 + 100 + 20 + 70) / 3)
+
+
+def test_episodes_of_one_turn_have_no_figures_of_the_cache():
+    made = make_experience(0, [9, 9])
+    row = replace(made, rollout=replace(made.rollout, turns=(Turn(2, 2, 1.0),)))
+    record = batch_metrics(experience_table([row]), [], policy_version=0)
+    assert record["environment/turns"] == 1
+    assert not {"environment/cached", "environment/recomputed", "environment/context_tokens"} & record.keys()
