@@ -1,6 +1,14 @@
-"""Shortens text from outside, such as a service's answer, so that a message may show it. Runs anywhere."""
+"""Repairs text from outside, such as a service's answer or a tool's, so that a message may have it. Runs anywhere."""
 
 from __future__ import annotations
+
+
+def without_surrogates(text: str) -> str:
+    """The text with halves of surrogate pairs replaced, which are in no text that can be encoded. Two halves that
+    belong together become their character, and other ones U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def one_line(text: str, limit: int = 500) -> str:

@@ -73,6 +73,7 @@ class AgentEnvironment:
         self._conversations = Conversations()
         self._num_answers = 0
         self._over: RefusedError | None = None  # the answer to all further requests
+        self._in_thread: Future[Any] | None = None  # the call of a plain function
 
     async def reset(self, prompt: EpisodePrompt) -> Restart:
         """Starts the agent. Returns its first request, which replaces the prompt."""
@@ -157,6 +158,11 @@ class AgentEnvironment:
         if not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    @property
+    def still_runs(self) -> bool:
+        """True if the agent is a plain function that has not returned."""
+        return self._in_thread is not None and not self._in_thread.done()
 
     # Requests
 
@@ -250,7 +256,8 @@ class AgentEnvironment:
         if inspect.iscoroutinefunction(self._agent):
             return await call_awaited(self._agent, prompt, self._endpoint)
         # A thread of its own: a plain function waits for the answers in it.
-        result = await asyncio.wrap_future(in_daemon_thread(call_plain, self._agent, prompt, self._endpoint))
+        self._in_thread = in_daemon_thread(call_plain, self._agent, prompt, self._endpoint)
+        result = await asyncio.wrap_future(self._in_thread)
         return await call_awaited(lambda: result) if inspect.isawaitable(result) else result
 
     def _result(self) -> Any:

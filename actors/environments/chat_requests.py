@@ -163,6 +163,13 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
                 "tools are not supported",
                 param="tools",
             )
+        for key, kind, what in (("description", str, "text"), ("parameters", dict, "an object (a JSON schema)")):
+            if not isinstance(function.get(key), kind | None):
+                raise RefusedError(
+                    f"tools: {key} ({shown(function[key])}) of the function {function['name']} must be {what}; correct "
+                    "it, or leave it out",
+                    param="tools",
+                )
         if function.get("strict"):
             raise RefusedError(
                 f"tools: strict (true) of the function {function['name']} is not supported by this endpoint; leave it "
@@ -203,7 +210,7 @@ def canonical_message(message: Any, where: str = "message") -> Message:
             f"{where} has the role {shown(given.get('role'))}; it must be one of {', '.join(_ROLES)}", param="messages"
         )
     found: Message = {"role": "system" if given["role"] == "developer" else given["role"]}
-    found["content"] = _content(given.get("content", ""), where)
+    found["content"] = _content(given.get("content", ""), where, nul=found["role"] == "assistant")
     for key in ("name", "tool_call_id"):
         if key in given:
             if not isinstance(given[key], str):
@@ -216,7 +223,8 @@ def canonical_message(message: Any, where: str = "message") -> Message:
     return found
 
 
-def _content(value: Any, where: str) -> str:
+def _content(value: Any, where: str, *, nul: bool) -> str:
+    """The text of a message. `nul`: the character NUL may be in it, because the model can write it."""
     parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
     texts = []
     for part in parts:
@@ -228,7 +236,7 @@ def _content(value: Any, where: str) -> str:
             )
         texts.append(text)
     text = "".join(texts)
-    if "\0" in text:
+    if "\0" in text and not nul:
         raise RefusedError(f"{where} has the character NUL, which is not text; remove it", param="messages")
     return text
 
@@ -254,11 +262,15 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _object_if_it_is_one(arguments: Any) -> Any:
-    """Chat templates want the arguments of a call as an object, as vLLM's server gives them."""
-    if isinstance(arguments, str):
-        try:
-            read = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            return arguments
-        return read if isinstance(read, dict) else arguments
+    """Chat templates want the arguments of a call as an object, as vLLM's server gives them. An object that no message
+    may have, such as one with half of a surrogate pair, remains text: the model can write it as JSON."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        read = json.loads(arguments or "{}")
+        if isinstance(read, dict):
+            json_values("the message", {"tool_calls": [{"function": {"arguments": read}}]})
+            return read
+    except (UserError, ValueError, RecursionError):
+        pass
     return arguments

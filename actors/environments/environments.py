@@ -11,6 +11,7 @@ The driver holds no tokens: a rollout stays in the process that extended it last
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import pickle
@@ -53,8 +54,8 @@ class Environments:
     """The episodes of one replica. A failure of the user's code costs one episode, which is void.
 
     Python cannot end a thread from outside. If an async method blocks the event loop that all episodes share, or if
-    MAX_STUCK plain methods never return, the process ends, and the pool replaces it. Its other episodes begin again, or
-    continue from their states.
+    MAX_STUCK plain methods, tools or agents never return, the process ends, and the pool replaces it. Its other
+    episodes begin again, or continue from their states.
     """
 
     def __init__(
@@ -134,9 +135,10 @@ class Environments:
     async def _reset(self, instance: Instance, prompt: Prompt, deadline: Deadline) -> Any:
         if not instance.has("reset"):
             return None
-        messages = None if prompt.messages is None else [dict(message) for message in prompt.messages]
+        # A copy: a game may change its board in place, and the reward and the journal must get the record's.
+        messages, fields = copy.deepcopy((prompt.messages, dict(prompt.fields)))
         seed = episode_seed(self._seed, prompt.sample_id)
-        argument = EpisodePrompt(prompt.text, messages, dict(prompt.fields), seed)
+        argument = EpisodePrompt(prompt.text, messages, fields, seed)
         return await instance.call("reset", argument, deadline=deadline)
 
     async def step(self, rollout: Rollout) -> tuple[Rollout | None, RolloutRef | Void, bytes | None]:

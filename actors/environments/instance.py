@@ -58,6 +58,7 @@ class Instance:
         self.stuck = False  # a call passed its limit, and may still run
         self._make, self._loop = make, loop
         self._object: Any = None
+        self._closed_object: Any = None
         self._running: asyncio.Future[Any] | None = None  # the newest call
         self._closed = False
         self._closing = Lock()  # `close` and a constructor that ends late must not both close the object
@@ -142,14 +143,17 @@ class Instance:
 
     @property
     def is_running(self) -> bool:
-        """True if its own thread still runs. False with the shared event loop."""
-        return self._thread is not None and self._thread.is_alive()
+        """True if its own thread still runs, or a plain function that an object of Ratchet's own called in another
+        one. Read after `close`."""
+        own = self._thread is not None and self._thread.is_alive()
+        return own or bool(getattr(self._closed_object, "still_runs", False))
 
     async def close(self, limit_s: float, *, loop_blocked: bool = False) -> str:
         """Closes the object, if it has not been closed. Cancels a call that still runs. If it cannot be cancelled, the
         object's `close` runs in another thread. Returns what went wrong, or ""."""
         with self._closing:
             self._closed, made, self._object = True, self._object, None
+        self._closed_object = made
         if self._running is not None and not self._running.done():
             self._running.cancel()
             self.stuck = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,15 +91,29 @@ def read_step(returned: Any, *, chat: bool) -> CheckedStep:
     step = Step(*returned)
     observation: Any = step.observation
     internal = isinstance(observation, (Restart, Continuation))
-    return CheckedStep(
-        read_observation("step", observation.messages if internal else observation, chat=chat),
-        _reward(step.reward),
-        _flag("terminated", step.terminated),
-        _flag("truncated", step.truncated),
-        _info(step.info),
-        observation if isinstance(observation, Restart) else None,
-        observation.options if internal else {},
-    )
+    with _reading("step"):
+        return CheckedStep(
+            read_observation("step", observation.messages if internal else observation, chat=chat),
+            _reward(step.reward),
+            _flag("terminated", step.terminated),
+            _flag("truncated", step.truncated),
+            _info(step.info),
+            observation if isinstance(observation, Restart) else None,
+            observation.options if internal else {},
+        )
+
+
+@contextmanager
+def _reading(method: str) -> Iterator[None]:
+    """Raises UserCodeError for any error. The user's objects may have methods of their own, such as a mapping that
+    reads a file."""
+    try:
+        yield
+    except UserCodeError:
+        raise
+    except Exception as error:
+        what = f"{method} returned something that cannot be read"
+        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
 
 
 def read_observation(method: str, observation: Any, *, chat: bool) -> list[Message]:
@@ -116,7 +131,8 @@ def read_observation(method: str, observation: Any, *, chat: bool) -> list[Messa
         raise UserCodeError(
             f'{method} returned a list of messages as observation; set prompts.format = "chat", or return text'
         )
-    return [_message(method, message) for message in observation]
+    with _reading(method):
+        return [_message(method, message) for message in observation]
 
 
 def _message(method: str, message: Any) -> Message:
@@ -145,7 +161,10 @@ def _reward(value: Any) -> float:
 
 
 def _flag(name: str, value: Any) -> bool:
-    flag = value.item() if hasattr(value, "item") else value  # numpy has a type of its own
+    flag = value
+    if hasattr(value, "item"):  # numpy has a type of its own
+        with suppress(Exception):  # it has several elements
+            flag = value.item()
     if not isinstance(flag, bool):
         raise UserCodeError(f"step returned {name} = {kind_of_value(value)}; it must be True or False")
     return flag

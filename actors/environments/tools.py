@@ -10,23 +10,32 @@ The calls of a turn run at the same time. A wrong call is answered with its erro
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from common.daemon_threads import in_daemon_thread
 from common.environment import EpisodePrompt, Step
-from common.plain_text import one_line
+from common.plain_text import one_line, without_surrogates
+from common.user_code.calls import is_cancelled_from_outside
 from common.user_code.tools import Tool, WrongArgumentsError
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call as the model wrote it."""
+    """A call as the model wrote it. Both are text without halves of surrogate pairs, which the model can write as JSON
+    escapes."""
 
     name: str
     arguments: str  # JSON, which may be invalid
+
+    @classmethod
+    def of(cls, name: str, arguments: str) -> ToolCall:
+        """A call that a parser found."""
+        return cls(without_surrogates(name), without_surrogates(arguments))
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,14 @@ class ToolEnvironment:
         self._tools = {tool.name: tool for tool in tools}
         self._parse = parse
         self._turn = 0
+        self._in_threads: list[Future[Answer | Awaitable[Any]]] = []  # the calls of plain functions in the newest turn
 
     async def reset(self, prompt: EpisodePrompt) -> None:
         """Changes nothing: the chat template wrote the tools into the prompt."""
 
     async def step(self, message: Mapping[str, Any]) -> Step:
         """Runs the calls of a turn. The step's `info` has the numbers of calls and of failed calls."""
+        self._in_threads.clear()
         turn = self._parse(message["content"])
         if turn.error:
             answers, names = [Answer(f"Error: the call could not be read: {one_line(turn.error)}", failed=True)], [""]
@@ -80,6 +91,11 @@ class ToolEnvironment:
 
     async def close(self) -> None:
         """Nothing to free: a plain function that still runs is left to its thread."""
+
+    @property
+    def still_runs(self) -> bool:
+        """True if a plain function has not returned."""
+        return not all(call.done() for call in self._in_threads)
 
     def state(self) -> int:
         """The number of turns so far: all that an episode continues from."""
@@ -99,9 +115,11 @@ class ToolEnvironment:
         except WrongArgumentsError as error:
             return Answer(f"Error: wrong call of {tool.name}: {one_line(str(error))}", failed=True)
         if tool.is_async:
-            return await _call_async(tool, args, kwargs)
+            return await _awaited(tool.function(*args, **kwargs))
         # A thread of its own for each call: one that never returns must not take the place of another.
-        return await asyncio.wrap_future(in_daemon_thread(_call, tool, args, kwargs))
+        self._in_threads.append(running := in_daemon_thread(_call, tool, args, kwargs))
+        answered = await asyncio.wrap_future(running)
+        return answered if isinstance(answered, Answer) else await _awaited(answered)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -114,26 +132,36 @@ def _json_object(text: str) -> dict[str, Any]:
     return arguments
 
 
-def _call(tool: Tool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
-    """Calls a plain function. Never raises, so that no failure of a tool can end its thread or the event loop."""
+def _call(tool: Tool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer | Awaitable[Any]:
+    """Calls a plain function, which may return an awaitable, as the wrapper of an async function does. Never raises, so
+    that no failure of a tool can end its thread or the event loop."""
     try:
-        return Answer(_text(tool.function(*args, **kwargs)))
-    except (Exception, SystemExit) as error:
+        result = tool.function(*args, **kwargs)
+        return result if inspect.isawaitable(result) else Answer(_text(result))
+    except BaseException as error:
         return _failure(error)
 
 
-async def _call_async(tool: Tool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+async def _awaited(result: Awaitable[Any]) -> Answer:
+    """Raises CancelledError if the episode ends."""
+    task = asyncio.current_task()
     try:
-        return Answer(_text(await tool.function(*args, **kwargs)))
-    except (Exception, SystemExit) as error:
+        return Answer(_text(await result))
+    except BaseException as error:
+        if is_cancelled_from_outside(error, task):
+            raise
         return _failure(error)
 
 
 def _failure(error: BaseException) -> Answer:
-    text = one_line(f"{type(error).__name__}: {error}")
+    try:
+        text = one_line(f"{type(error).__name__}: {error}")
+    except Exception:  # its text cannot be made
+        text = type(error).__name__
     return Answer(f"Error: {text.removesuffix(':')}", failed=True)
 
 
 def _text(result: Any) -> str:
     """A result as the model reads it: text as it is, else JSON. What JSON does not have is written with str()."""
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+    return without_surrogates(text)

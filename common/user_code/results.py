@@ -80,6 +80,8 @@ def as_number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf
+    except ValueError:  # Decimal("sNaN")
+        return math.nan
 
 
 def _figures(returned: dict[Any, Any]) -> Iterator[tuple[str, float]]:

@@ -7,6 +7,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from decimal import Decimal
+
+import numpy as np
 
 from common.environment import Step
 
@@ -90,6 +93,13 @@ async def exits_in_a_task():
     return Step("still here" if task.done() else "no")
 
 
+class Failing(dict):
+    """Its values cannot be read."""
+
+    def items(self):
+        raise OSError("gone")
+
+
 STEPS = {
     "raises": lambda: 1 / 0,
     "exits": ends_loop,
@@ -109,6 +119,10 @@ STEPS = {
     "message without content": lambda: Step([{"role": "user"}]),
     "message with half a pair": lambda: Step([{"role": "user", "content": "\ud800"}]),
     "flag": lambda: Step("a", 1.0, "yes"),
+    "flags": lambda: Step("a", 1.0, np.array([True, False])),
+    "reward signal": lambda: Step("a", Decimal("sNaN")),
+    "message fails": lambda: Step([Failing(role="user", content="a")]),
+    "info fails": lambda: Step("a", info=Failing(a=1)),
     "info list": lambda: Step("a", info=[1]),
     "info object": lambda: Step("a", info={"a": object()}),
     "info nan": lambda: Step("a", info={"a": float("nan")}),
@@ -151,6 +165,15 @@ class SlowStart:
 class Unpicklable(Counting):
     def state(self):
         return threading.Lock()
+
+
+class Shuffling(Counting):
+    """Changes the prompt that it gets, in place."""
+
+    async def reset(self, prompt):
+        await super().reset(prompt)
+        prompt.fields["deck"].append(9)
+        prompt.messages[0]["content"] = "Changed."
 
 
 class NoStep:

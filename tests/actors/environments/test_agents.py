@@ -16,6 +16,8 @@ import openai
 import pytest
 
 from actors.environments.environments import Environments
+from actors.environments.tool_formats import ToolFormats
+from actors.environments.tools import ParsedTurn, ToolCall
 from common.config.actors import PromptFormat, SamplingConfig
 from common.config.environment import EnvironmentConfig
 from common.config.ppo import Config
@@ -254,6 +256,45 @@ def test_tools_that_the_model_cannot_get_are_refused(hosts):
     assert score_of(rollout) == [1.0]
 
 
+@pytest.mark.parametrize("sequence", ["episode", "turn"])
+def test_the_model_may_write_the_character_nul(hosts, sequence):
+    rollout, contexts = episode(hosts("twice", sequence=sequence), model=said("a\0b", "c"))
+    assert [done.choices[0].message.content for done in agents.seen] == ["a\0b", "c"]
+    assert contexts[1].endswith("a\0b<|im_end|>\n" + ASKED.format("And?"))
+    assert score_of(rollout) == [0.0, 1.0]
+
+
+class MadeReader:
+    """Finds one call in every text but the last one."""
+
+    def __init__(self, arguments):
+        self.call = ToolCall.of("add", arguments)
+
+    def read(self, text):
+        return ParsedTurn([self.call] if "call" in text else [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"a": "\\ud83d"}',  # half of a surrogate pair
+        '{"a": ' + "[" * 99 + "]" * 99 + "}",  # nested deeper than a message may be
+        '{"a": ' + "9" * 4290 + "}",  # more digits than a message may have
+        '{"a": ',
+    ],
+)
+@pytest.mark.parametrize("sequence", ["episode", "turn"])
+def test_no_arguments_of_the_model_void_an_episode(hosts, sequence, arguments, monkeypatch):
+    monkeypatch.setattr(ToolFormats, "read", lambda self, tools, text: MadeReader(arguments).read(text))
+    monkeypatch.setattr(ToolFormats, "prepare", lambda self, tools: asyncio.sleep(0))
+    host = hosts("calling", sequence=sequence, max_tokens=100_000)
+    rollout, contexts = episode(host, model=said("call", "No."))
+    assert score_of(rollout) == [0.0, 1.0]
+    [call] = agents.seen[0].choices[0].message.tool_calls
+    assert call.function.arguments == arguments
+    assert f"<|im_start|>tool\n{arguments}<|im_end|>" in contexts[1]
+
+
 # HTTP
 
 
@@ -316,6 +357,17 @@ REFUSALS = [
         "messages[0] has the content",
     ),
     ({"tools": [{"type": "web_search"}]}, "tools", "other kinds of tools are not supported"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]},
+        "tools",
+        "tools: parameters ('x') of the function f must be an object (a JSON schema); correct it, or leave it out",
+    ),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "description": 3}}]},
+        "tools",
+        "tools: description (3) of the function f must be text; correct it, or leave it out",
+    ),
+    ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages", "messages[0] has the character NUL, which is"),
 ]
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import pickle
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -12,14 +13,18 @@ import numpy as np
 import pytest
 
 from actors.environments import environments as module
+from actors.environments.agents import AgentEnvironment
 from actors.environments.environments import Environments, episode_seed
+from actors.environments.tool_formats import ToolFormats
+from actors.environments.tools import ParsedTurn, ToolCall, ToolEnvironment
 from common.config.actors import PromptFormat
 from common.config.environment import EnvironmentConfig
 from common.data.prompt_records import prompt_record
 from common.data.prompt_tokens import bare_ids
-from common.environment import VOID_KINDS, EpisodePrompt
+from common.environment import VOID_KINDS, Endpoint, EpisodePrompt
 from common.errors import UserError
 from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, Void
+from common.user_code.tools import Tool
 from tests.actors.environments import games
 from tests.actors.environments.templates import MISTRAL, with_template
 from tests.fakes import OWN_TAGS, metered
@@ -204,6 +209,15 @@ def test_an_episode_that_is_not_played_to_its_end_is_closed():
 # The prompt
 
 
+def test_an_environment_that_changes_its_prompt_changes_no_record():
+    """The reward and the journal get the fields of the record."""
+    prompt = make_prompt(deck=[1, 2], turns=1)
+    [(rollout, ref, _)] = run(play(host("Shuffling"), prompt, "x"))
+    assert ref.finished
+    assert rollout.prompt.fields == {"deck": [1, 2], "turns": 1}
+    assert [message["content"] for message in rollout.prompt.messages] == ["Begin."]
+
+
 def test_reset_gets_the_prompt_and_a_seed_of_its_own():
     async def steps():
         environments = host("Counting")
@@ -328,6 +342,10 @@ FAULTS = {
     "message without content": "role and content must be text",
     "message with half a pair": "half of a surrogate pair",
     "flag": "step returned terminated = 'yes' (str); it must be True or False",
+    "flags": "step returned terminated = a ndarray; it must be True or False",
+    "reward signal": "step returned the reward nan; it must be finite and fit float32",
+    "message fails": "step returned something that cannot be read: OSError: gone",
+    "info fails": "step returned something that cannot be read: OSError: gone",
     "info list": "step returned the info a list; it must be a dict",
     "info object": "step returned an info that is not JSON: `a` is a object",
     "info nan": "step returned an info that is not JSON: Out of range float values",
@@ -473,6 +491,70 @@ def test_plain_calls_that_never_return_end_the_process_once_there_are_many(monke
             await asyncio.sleep(0.01)
 
     run(steps())
+    assert len(ends) == 1
+
+
+def hanging_tools(free):
+    """The episodes of a tool that hangs until `free` is set."""
+
+    def hang() -> None:
+        """Waits."""
+        free.wait(60)
+
+    tool = Tool("hang", hang, {}, False, lambda: ((), {}))
+    return lambda: ToolEnvironment([tool], lambda text: ParsedTurn([ToolCall("hang", "{}")]))
+
+
+def hanging_agents(free):
+    """The same of a plain agent."""
+
+    def agent(prompt, endpoint):
+        free.wait(60)
+
+    class Server:
+        def open(self, ask):
+            return Endpoint("http://127.0.0.1", "key", "policy")
+
+        def shut(self, endpoint):
+            pass
+
+    formats, cfg = ToolFormats(TOKENIZER, None), EnvironmentConfig(agent="tests:agent")
+    return lambda: AgentEnvironment(agent, Server(), formats, cfg)
+
+
+@pytest.mark.parametrize("episodes", [hanging_tools, hanging_agents])
+def test_plain_tools_and_agents_that_never_return_end_the_process_too(episodes, monkeypatch):
+    monkeypatch.setattr(module, "END_AFTER_S", 0.0)
+    monkeypatch.setattr(module, "MAX_STUCK", 3)
+    ends.clear()
+    free = threading.Event()
+    cfg = EnvironmentConfig(function="tests:none", **QUICK)
+    make = episodes(free)
+    environments = Environments("E(0)", cfg, model=TOKENIZER, prompts=CHAT, end_process=ended, make=make)
+
+    async def void(number):
+        prompt, _ = await environments.begin(make_prompt(number))
+        if isinstance(prompt, Prompt):
+            _, prompt, _ = await environments.step(written(begun(prompt), "x"))
+        assert "took longer than environment.step_timeout_s (0.4 s)" in prompt.reason
+
+    async def steps():
+        await void(0)
+        await void(1)
+        free.set()  # both threads end, and do not count any more
+        while any(instance.is_running for instance in environments._stuck):
+            await asyncio.sleep(0.01)
+        free.clear()
+        for number in range(2, 5):
+            assert ends == []
+            await void(number)
+        while not ends:
+            await asyncio.sleep(0.01)
+
+    try:
+        run(steps())
+    finally:
+        free.set()
     assert len(ends) == 1
 
 

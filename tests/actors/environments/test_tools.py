@@ -1,13 +1,16 @@
 """Episodes in which the model calls Python functions: answers, errors, order, and calls side by side."""
 
 import asyncio
+import functools
 import json
 import sys
 import threading
 import types
+from typing import Any
 
 import pytest
 
+from actors.environments.steps import read_step
 from actors.environments.tools import ParsedTurn, ToolCall, ToolEnvironment
 from common.environment import EpisodePrompt, Step
 from common.user_code.tools import load_tools
@@ -69,6 +72,48 @@ async def leave_later() -> None:
 def stop_iteration() -> None:
     """Raises what a future cannot hold."""
     raise StopIteration
+
+
+def interrupt() -> None:
+    """Raises what ends a thread."""
+    raise KeyboardInterrupt
+
+
+async def cancel() -> None:
+    """Raises what ends a task, although nobody cancelled the call."""
+    raise asyncio.CancelledError
+
+
+async def leave_generator() -> None:
+    """Raises what ends a coroutine."""
+    raise GeneratorExit
+
+
+class NoTextError(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+def no_text() -> None:
+    """Raises an error without a text."""
+    raise NoTextError
+
+
+def half_a_pair(form: str) -> Any:
+    """Returns text with halves of surrogate pairs.
+
+    Args:
+        form: Text, list or error.
+    """
+    if form == "error":
+        raise ValueError("\ud83d")
+    return ["a\ud83d", "\ud83d\ude00"] if form == "list" else "\ude00a"
+
+
+@functools.wraps(greet)
+def logged(*args, **kwargs):
+    """A wrapper that is no async function, but returns what one does."""
+    return greet(*args, **kwargs)
 
 
 @pytest.fixture
@@ -168,11 +213,62 @@ def test_a_call_that_the_parser_cannot_read_is_a_failed_call(environment):
         (leave, "Error: SystemExit: 3"),
         (leave_later, "Error: SystemExit: bye"),
         (stop_iteration, "Error: StopIteration"),
+        (interrupt, "Error: KeyboardInterrupt"),
+        (cancel, "Error: CancelledError"),
+        (leave_generator, "Error: GeneratorExit"),
+        (no_text, "Error: NoTextError"),
     ],
 )
 def test_a_tool_that_ends_the_program_is_answered_with_its_error(environment, function, content):
     step = turn(environment(function), (function.__name__, {}))
     assert (contents(step), step.info["failed_calls"]) == ([content], 1)
+
+
+def test_the_result_of_a_wrapped_async_function_is_awaited(environment):
+    step = turn(environment(logged), ("greet", {"name": "Eva"}), ("greet", {"name": ""}))
+    assert contents(step) == ["Grüezi Eva", "Error: LookupError"]
+    assert step.info == {"tool_calls": 2, "failed_calls": 1}
+
+
+def test_an_episode_that_ends_cancels_its_async_calls(environment):
+    ended = []
+
+    async def wait() -> None:
+        """Waits."""
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            ended.append(True)
+
+    async def cancelled():
+        step = asyncio.ensure_future(environment(wait).step({"content": '[["wait", {}]]'}))
+        await asyncio.sleep(0.01)
+        step.cancel()
+        await asyncio.wait([step])
+        return step.cancelled()
+
+    assert asyncio.run(asyncio.wait_for(cancelled(), WAIT_S))
+    assert ended == [True]
+
+
+@pytest.mark.parametrize(
+    ("form", "content"),
+    [("text", "\ufffda"), ("list", '["a\ufffd", "\U0001f600"]'), ("error", "Error: ValueError: \\ud83d")],
+)
+def test_halves_of_surrogate_pairs_in_a_result_are_replaced(environment, form, content):
+    """No message may have them, so they would void the episode."""
+    step = read_step(turn(environment(half_a_pair), ("half_a_pair", {"form": form})), chat=True)
+    assert step.messages[0]["content"] == content
+
+
+def test_a_call_of_the_model_has_no_halves_of_surrogate_pairs():
+    """A parser makes them from JSON escapes. The name of the call is in the answer's message."""
+    call = ToolCall.of("\ud83d", '{"a": "\ud83d\ude00"}')
+    assert call == ToolCall("\ufffd", '{"a": "\U0001f600"}')
+    game = ToolEnvironment([], lambda text: ParsedTurn([call]))
+    step = read_step(turn(game, text="x"), chat=True)
+    assert step.messages[0]["name"] == "\ufffd"
+    assert step.messages[0]["content"].startswith("Error: there is no tool '\ufffd'")
 
 
 def test_the_calls_of_a_turn_run_side_by_side(environment):

@@ -50,6 +50,7 @@ def test_numbers_of_numpy_torch_and_python_are_scores(value, score):
         (float("nan"), "returned nan"),
         (float("-inf"), "returned -inf"),
         (10**400, "returned inf"),
+        (decimal.Decimal("sNaN"), "returned nan"),
         (3.5e38, "returned 3.5e+38, which float32 cannot hold"),
         ({"reward": 1.0}, "returned a dict without \"score\" (its keys: 'reward')"),
         ({"score": "1"}, "returned '1' (str) where a number is needed"),

@@ -100,7 +100,9 @@ def test_metrics_of_an_environment_are_those_of_its_episodes():
 PROMPT = np.arange(40, dtype=np.int32)
 
 
-def two_turns(said: np.ndarray, cached: int, *, versions: tuple[int, int, int] = (3, 3, 3), **flags: bool) -> Experience:
+def two_turns(
+    said: np.ndarray, cached: int, *, versions: tuple[int, int, int] = (3, 3, 3), **flags: bool
+) -> Experience:
     """An episode: a prompt of 40 tokens, a turn of 30, what the environment says, and a turn of 20. `cached`: tokens
     that the engine found for the second turn. `versions`: of the first turn's halves, and of the second turn."""
     made = make_experience(0, [1])
