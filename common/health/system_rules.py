@@ -28,9 +28,9 @@ END_OF_STEP = 6.0
 CAPPED = 0.05
 IDLE = 2 / 3  # share of a step: the role waits twice as long as it works
 ENVIRONMENTS = 1 / 3  # share of a step: without this wait, steps would take two thirds of their time
-# Tokens that engines compute again, for each token that they sample. On CPUs such a token takes 0.085 times as long as a
-# sampled one (docs/performance.md, turns: 98 s instead of 61), so 2 of them cost a sixth of the speed. The learner must
-# wait for rollouts, too: otherwise slower engines cost nothing.
+# Tokens that engines compute again, for each token that they sample. On CPUs one takes a twelfth of the time of a
+# sampled token: docs/performance.md has 98 s with about 63,000 of them and 61 s without, for 8,192 sampled tokens. So 2
+# of them cost a sixth of the time. The learner must wait for rollouts, too: otherwise slower engines cost nothing.
 RECOMPUTED, LEARNER_WAITS = 2.0, 0.2
 WORTH_IT_S = 1.0  # seconds of a step below which a wait is not worth a change
 VOIDS = 0.05  # share of the rollouts that are void

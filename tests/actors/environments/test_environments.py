@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -502,7 +503,7 @@ def hanging_tools(free):
         free.wait(60)
 
     tool = Tool("hang", hang, {}, False, lambda: ((), {}))
-    return lambda: ToolEnvironment([tool], lambda text: ParsedTurn([ToolCall("hang", "{}")]))
+    return partial(ToolEnvironment, [tool], lambda text: ParsedTurn([ToolCall("hang", "{}")]))
 
 
 def hanging_agents(free):
@@ -519,7 +520,7 @@ def hanging_agents(free):
             pass
 
     formats, cfg = ToolFormats(TOKENIZER, None), EnvironmentConfig(agent="tests:agent")
-    return lambda: AgentEnvironment(agent, Server(), formats, cfg)
+    return partial(AgentEnvironment, agent, Server(), formats, cfg)
 
 
 @pytest.mark.parametrize("episodes", [hanging_tools, hanging_agents])
