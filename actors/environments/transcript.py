@@ -61,6 +61,8 @@ class Transcript:
                 self._tokenizer,
                 vocabulary=self._vocabulary,
                 template_options=options,
+                # The first request of an agent may have the empty answer of a tool, as later ones may.
+                may_be_empty=isinstance(said, Restart),
             )
         except UserError as error:
             raise UserCodeError(str(error)) from None

@@ -116,10 +116,12 @@ def prompt_record(
     *,
     vocabulary: int | None = None,
     template_options: Mapping[str, Any] | None = None,
+    may_be_empty: bool = False,
 ) -> PromptRecord | None:
-    """One record, tokenised and checked; not cut. None if the prompt is empty. `template_options`: arguments of the
-    chat template, such as `tools`. Raises UserError whose message begins with `where`."""
-    draft = _draft(where, record, cfg, tokenizer, template_options)
+    """One record, tokenised and checked; not cut. None if the prompt has no text, or a message without any, unless it
+    `may_be_empty`. `template_options`: arguments of the chat template, such as `tools`. Raises UserError whose message
+    begins with `where`."""
+    draft = _draft(where, record, cfg, tokenizer, template_options, may_be_empty=may_be_empty)
     if draft is None:
         return None
     [ids] = _tokenised([draft], tokenizer)
@@ -141,11 +143,13 @@ def _draft(
     cfg: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
     template_options: Mapping[str, Any] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> _Draft | None:
     """A record's prompt as text. None if it is empty."""
     name = cfg.columns.prompt
     prompt = checked_text(where, name, column(where, record, name, cfg, key="prompt"), cfg)
-    if is_empty(prompt):
+    if is_empty(prompt) and not may_be_empty:
         return None
     fields = without_nan(where, {key: value for key, value in record.items() if key != name})
     if isinstance(prompt, str) and cfg.format == "plain":

@@ -264,6 +264,22 @@ def test_the_model_may_write_the_character_nul(hosts, sequence):
     assert score_of(rollout) == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    "said_before",
+    [
+        [{"role": "assistant", "content": ""}, {"role": "tool", "content": ""}],
+        [{"role": "assistant", "content": ""}, {"role": "user", "content": "\n"}],
+    ],
+)
+def test_messages_of_the_first_request_may_be_empty(hosts, said_before):
+    request = {"messages": [{"role": "system", "content": " "}, {"role": "user", "content": "Hi."}, *said_before]}
+    rollout, [context] = episode(hosts("refused"), make_prompt(request=request))
+    assert agents.seen == [None]  # it was answered
+    parts = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in request["messages"]]
+    assert context == "".join(parts) + "<|im_start|>assistant\n"
+    assert score_of(rollout) == [1.0]
+
+
 class MadeReader:
     """Finds one call in every text but the last one."""
 
