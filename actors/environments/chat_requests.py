@@ -164,9 +164,9 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
                 param="tools",
             )
         for key, kind, what in (("description", str, "text"), ("parameters", dict, "an object (a JSON schema)")):
-            if not isinstance(function.get(key), kind | None):
+            if (given := function.get(key)) is not None and not isinstance(given, kind):
                 raise RefusedError(
-                    f"tools: {key} ({shown(function[key])}) of the function {function['name']} must be {what}; correct "
+                    f"tools: {key} ({shown(given)}) of the function {function['name']} must be {what}; correct "
                     "it, or leave it out",
                     param="tools",
                 )

@@ -75,8 +75,9 @@ def _prefixes(table: pa.Table, rows: Sequence[Sequence[Mapping[str, Any]]], epis
         num_prompt = len(prompt)
         tokens = np.concatenate([prompt.values.to_numpy(), response.values.to_numpy()])
         versions = of_tokens.values.to_numpy()  # of sampled tokens alone
+        lengths: list[int] = []  # of earlier contexts
+        turn_start = num_prompt
         start = first = 0  # the newest context, and the newest turn's first sampled token, among `versions`
-        turn_start, lengths = num_prompt, []
         for earlier, turn in pairwise(row):
             end, next_start = num_prompt + earlier["end"], num_prompt + earlier["next_start"]
             context, kept = tokens[start:end], end - start

@@ -101,10 +101,16 @@ PROMPT = np.arange(40, dtype=np.int32)
 
 
 def two_turns(
-    said: np.ndarray, cached: int, *, versions: tuple[int, int, int] = (3, 3, 3), **flags: bool
+    said: np.ndarray,
+    cached: int,
+    *,
+    prompt_ids: np.ndarray = PROMPT,
+    versions: tuple[int, int, int] = (3, 3, 3),
+    **flags: bool,
 ) -> Experience:
-    """An episode: a prompt of 40 tokens, a turn of 30, what the environment says, and a turn of 20. `cached`: tokens
-    that the engine found for the second turn. `versions`: of the first turn's halves, and of the second turn."""
+    """An episode: a prompt, by default of 40 tokens, a turn of 30, what the environment says, and a turn of 20.
+    `cached`: tokens that the engine found for the second turn. `versions`: of the first turn's halves, and of the
+    second turn."""
     made = make_experience(0, [1])
     response = np.concatenate([np.full(30, 100), said, np.full(20, 101)]).astype(np.int32)
     next_start, end = 30 + len(said), 50 + len(said)
@@ -113,7 +119,7 @@ def two_turns(
         "policy_versions": np.repeat(np.asarray(versions, np.int32), [15, 15, 20]),
     }
     turns = (Turn(30, next_start, 0.0, **flags), Turn(end, end, 0.0, cached_tokens=cached))
-    prompt = replace(made.rollout.prompt, token_ids=PROMPT)
+    prompt = replace(made.rollout.prompt, token_ids=prompt_ids)
     rollout = replace(made.rollout, prompt=prompt, response_ids=response, turns=turns, **arrays)
     return replace(made, rollout=rollout, ref_logprobs=arrays["rollout_logprobs"])
 
@@ -132,6 +138,11 @@ SAID = np.full(10, 7)
 )
 def test_tokens_that_the_cache_has_lost_are_computed_again(cached, tokens):
     assert recomputed(two_turns(SAID, cached)) == tokens
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(34, 32), (35, 64)])
+def test_the_last_token_of_a_turn_is_in_no_cache(length, tokens):
+    assert recomputed(two_turns(SAID, 0, prompt_ids=PROMPT[:length])) == tokens  # of length + 29 computed ones
 
 
 def test_lost_tokens_are_a_mean_over_episodes():
