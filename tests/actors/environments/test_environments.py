@@ -526,10 +526,10 @@ def hanging_agents(free):
 @pytest.mark.parametrize("episodes", [hanging_tools, hanging_agents])
 def test_plain_tools_and_agents_that_never_return_end_the_process_too(episodes, monkeypatch):
     monkeypatch.setattr(module, "END_AFTER_S", 0.0)
-    monkeypatch.setattr(module, "MAX_STUCK", 3)
+    monkeypatch.setattr(module, "MAX_STUCK", 2)
     ends.clear()
     free = threading.Event()
-    cfg = EnvironmentConfig(function="tests:none", **QUICK)
+    cfg = EnvironmentConfig(function="tests:none", step_timeout_s=1, timeout_s=60)
     make = episodes(free)
     environments = Environments("E(0)", cfg, model=TOKENIZER, prompts=CHAT, end_process=ended, make=make)
 
@@ -537,16 +537,15 @@ def test_plain_tools_and_agents_that_never_return_end_the_process_too(episodes, 
         prompt, _ = await environments.begin(make_prompt(number))
         if isinstance(prompt, Prompt):
             _, prompt, _ = await environments.step(written(begun(prompt), "x"))
-        assert "took longer than environment.step_timeout_s (0.4 s)" in prompt.reason
+        assert "took longer than environment.step_timeout_s (1 s)" in prompt.reason
 
     async def steps():
         await void(0)
-        await void(1)
-        free.set()  # both threads end, and do not count any more
+        free.set()  # the thread ends, and does not count any more
         while any(instance.is_running for instance in environments._stuck):
             await asyncio.sleep(0.01)
         free.clear()
-        for number in range(2, 5):
+        for number in range(1, 3):
             assert ends == []
             await void(number)
         while not ends:
