@@ -10,6 +10,7 @@ from typing import Any
 from actors.pool.pool import Pool
 from actors.pool.replica import PoolEvent
 from common.config.base import Replicated
+from tests import virtual_clock
 from tests.fakes import LocalHost
 
 
@@ -68,4 +69,5 @@ async def until(condition: Callable[[], Any], *, within_s: float = 5.0) -> None:
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    """Waits take no time, and last exactly as long as is asked for."""
+    virtual_clock.run(asyncio.wait_for(scenario(), 30))
