@@ -479,7 +479,7 @@ def test_a_learner_gives_the_memory_that_an_engine_lent_back(model, monkeypatch,
     shares, emptied = [], []
     monkeypatch.setattr(device, "find_device", lambda gpus: shares.append(gpus) or torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    gpus = {"learner": {"precision": "fp32", "gpus": 0.3}, "generators": {"gpus": 0.6}}
+    gpus = {"learner": {"precision": "fp32", "gpus": 0.3, "compile": False}, "generators": {"gpus": 0.6}}
     learner = make_learner(model, max_staleness=staleness, **gpus)
     learner.update(batch())
     learner.update(batch(1))

@@ -27,6 +27,7 @@ from tests.durability.small_run import (
     small_config,
     train_to_the_end,
 )
+from tests.learner.proof.failing_rank import Fails
 from tests.learner.proof.forge import forge_checkpoint, forge_credit, replace_column
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -179,24 +180,6 @@ def test_two_ranks_replay_what_two_ranks_learned(model, tmp_path):
     found, one = (load_file(path / "policy/model.safetensors") for path in (tmp_path / "first", directory))
     for name, tensor in one.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=1e-2)
-
-
-class Fails:
-    """Work that fails in one rank while the other waits for it."""
-
-    def __init__(self, error: Exception | None) -> None:
-        self._error = error
-
-    def __call__(self, rank: int, world: int, rendezvous: str) -> None:
-        if rank == 0:
-            import time
-
-            time.sleep(3600)
-        if self._error is None:
-            import os
-
-            os._exit(3)
-        raise self._error
 
 
 @pytest.mark.parametrize(
