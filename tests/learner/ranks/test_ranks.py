@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -81,6 +82,11 @@ def context_batches() -> list[pa.Table]:
     return [episodes(seed, contexts=True) for seed in range(2)]
 
 
+def only_the_first(batches: Callable[[], list[pa.Table]]) -> list[pa.Table]:
+    """For cases of many optimizer steps in each update, which take longest."""
+    return batches()[:1]
+
+
 def shuffled_batches(seed: int) -> list[pa.Table]:
     return [table.take(np.random.default_rng(seed).permutation(len(table))) for table in one_batch()]
 
@@ -140,9 +146,15 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "empty-responses": (ppo(4), only_empty_responses),
     "no-ref-logprobs": (ppo(2), without_ref_logprobs),
     "episodes": (EPISODES, episode_batches),
-    "episodes-by-the-token": (merged(EPISODES, SEPARATE, ppo(8), learner_of(micro_batch_tokens=1)), episode_batches),
+    "episodes-by-the-token": (
+        merged(EPISODES, SEPARATE, ppo(8), learner_of(micro_batch_tokens=1)),
+        partial(only_the_first, episode_batches),
+    ),
     "contexts": (EPISODES, context_batches),
-    "contexts-by-the-token": (merged(EPISODES, SEPARATE, ppo(8), learner_of(micro_batch_tokens=1)), context_batches),
+    "contexts-by-the-token": (
+        merged(EPISODES, SEPARATE, ppo(8), learner_of(micro_batch_tokens=1)),
+        partial(only_the_first, context_batches),
+    ),
     "checkpointing": (learner_of(gradient_checkpointing=True), one_batch),
     "checkpointing-separate": (merged(SEPARATE, learner_of(gradient_checkpointing=True)), one_batch),
     "no-entropy": (ppo(2, entropy_coef=0.0), one_batch),
