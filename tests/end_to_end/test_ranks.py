@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from actors.pool.ray_actor import actor
 from common.config.ppo import Config
-from common.errors import RankLostError
+from common.errors import RankLostError, UserError
 from common.files import read_records
-from deploy import train
+from deploy import session, train
 from deploy.audit import run_audit
 from learner.loop.journal import Journal
 from learner.ppo.learner import Learner
@@ -332,6 +333,14 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(group):
     assert isinstance(outcome.error, RankLostError)
     assert "Learner(1) did not update at step 1 within 10 s (learner.timeout_s)" in str(outcome.error)
     assert outcome.policy == undisturbed
+
+
+def test_a_run_that_cannot_be_placed_is_refused_and_leaves_nothing(model, ray_cluster, tmp_path, monkeypatch):
+    """On the nodes of the cluster that runs."""
+    monkeypatch.setattr(session, "cluster", lambda *_: nullcontext(ray_cluster))
+    with pytest.raises(UserError, match=r"no node has room for Generator.*CPUs"):
+        train.run_training(run_config(model, ranks=2, generators={"cpus": 1000}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class Guest:

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from actors.pool.ray_actor import actor
 from common.config.base import RayConfig
 from common.config.ppo import Config
-from common.errors import UserError
 from common.files import read_records
 from common.metrics.table import STEP
 from common.model.files import load_policy
@@ -330,9 +329,3 @@ def test_a_critic_is_trained_on_sampled_responses_of_the_starting_policy(model, 
         resumed = run_critic_training(cfg, cut, resume=True)
     assert sampled_ids(cut) == sampled_ids(whole)
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
-
-
-def test_a_run_that_cannot_be_placed_is_refused_and_leaves_nothing(model, tmp_path):
-    with pytest.raises(UserError, match=r"no node has room for Generator.*CPUs"):
-        run_training(run_config(model, generators={"cpus": 1000}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
