@@ -151,6 +151,11 @@ def running():
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then keeps 127.0.0.1 and listens only there
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        # A node whose process is gone is noticed after 3 s. A slow answer of a busy machine counts for nothing.
+        "RAY_health_check_initial_delay_ms": "1000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "20000",
+        "RAY_health_check_failure_threshold": "3",
     }
     address, dashboard = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     node = {"CPU": 1, "object_store_memory": 200 << 20}
