@@ -20,21 +20,26 @@ EXIT = sys.exit
 LONGEST = [
     f"tests/{name}.py"
     for name in (
-        "chaos/test_chaos",
-        "end_to_end/test_run",
         "end_to_end/test_ranks",
+        "end_to_end/test_run",
+        "chaos/test_chaos",
         "end_to_end/test_submit",
+        "durability/test_every_line",
         "end_to_end/test_ends",
         "end_to_end/test_vllm_engine",
+        "end_to_end/test_weight_updates",
+        "learner/ranks/test_ranks",
+        "end_to_end/test_tune",
+        "end_to_end/test_agents",
         "end_to_end/test_elastic",
         "end_to_end/test_monitoring",
-        "end_to_end/test_environments",
-        "durability/test_every_line",
-        "end_to_end/test_tune",
-        "end_to_end/test_rewards",
-        "learner/ranks/test_ranks",
-        "end_to_end/test_hosting",
+        "end_to_end/test_vllm_turns",
         "gpu_check/test_gpu_check",
+        "end_to_end/test_environments",
+        "test_wheel",
+        "end_to_end/test_rewards",
+        "end_to_end/test_pool",
+        "end_to_end/test_hosting",
     )
 ]
 
