@@ -34,7 +34,7 @@ class Replica:
     name: str
     handle: Any = None  # None until it is created
     state: str = "pending"
-    since: float = field(default_factory=lambda: time.monotonic())  # start of this state
+    since: float = field(default_factory=lambda: time.monotonic())  # start of this state; tests replace the clock
     lasted_s: float = 0.0  # duration of the previous state
     node: str | None = None
     joined: bool = False  # it was ready at some time
