@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,10 +16,11 @@ from actors.pool.deaths import MAX_DEATHS, Deaths, drop_tracebacks
 from actors.pool.host import Host
 from actors.pool.replica import STATES, PoolEvent, Replica
 from actors.pool.routing import Router
+from actors.pool.size import MAKES_ROOM, Size, leave_first, num_placed
 from common.config.base import Pooled
 from common.errors import RoleError, UserError, death_reason
 from common.metrics import meters
-from common.precedence import GIVE_WAY_S, Precedence
+from common.precedence import Precedence
 
 # Most replicas that wait for room on the cluster at once. An autoscaler adds nodes for all of them together, so with
 # fewer a pool grows more slowly: a new node takes minutes. With more, more replicas load a model at the same time.
@@ -28,8 +29,6 @@ MAX_PENDING = 8
 TICK_S = 0.5
 # Longest wait until the cluster has received the orders to kill a pool's replicas, seconds. It needs milliseconds.
 STOP_S = 2.0
-# Why an extra replica is told to leave.
-MAKES_ROOM = "it makes room for a process that the run needs"
 
 OnEvent = Callable[[PoolEvent], None]
 CatchUp = Callable[[Replica], Awaitable[None]]
@@ -63,7 +62,7 @@ class Membership:
         self._lives: set[asyncio.Task[None]] = set()
         self._last_number = 0
         self._precedence = Precedence()
-        self._gave_way_at = 0.0  # when a replica last made room or was leaving; time.monotonic
+        self._size = Size(cfg.min)
         self._deaths = Deaths()
         self._may_start = True
         self._short_since: float | None = time.monotonic()  # since then fewer than `min` are ready
@@ -110,8 +109,8 @@ class Membership:
 
     @property
     def _placed(self) -> int:
-        """How many replicas have a node, and stay."""
-        return sum(replica.state in ("starting", "ready") for replica in self._replicas.values())
+        """How many replicas have a node and are not leaving."""
+        return num_placed(self._replicas.values())
 
     @property
     def _may_create(self) -> bool:
@@ -222,50 +221,23 @@ class Membership:
         self._may_start = True
 
     def _adjust_size(self) -> None:
-        staying = [replica for replica in self._replicas.values() if not replica.ended]
+        """Tells replicas to leave if there are too many, and creates some if there are too few."""
+        replicas = list(self._replicas.values())
+        staying = [replica for replica in replicas if not replica.ended]
         pending = sum(replica.state == "pending" for replica in staying)
-        size = self._size(pending)
-        if len(staying) > size:
-            staying.sort(key=self._dismissal_order(staying))
-        for replica in staying[: max(0, len(staying) - size)]:
-            self._dismiss(replica, MAKES_ROOM if size < self.target else "the target was lowered")
-        # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
-        recorded = all(replica.state != "dead" for replica in self._replicas.values())
-        if recorded and self._may_create:
-            for _ in range(min(size - len(staying), MAX_PENDING - pending)):
-                self._create()
-
-    def _size(self, pending: int) -> int:
-        """How many replicas the pool may have now; `pending` have no node yet. While a process that the run needs waits
-        for a node, extra replicas that have none are withdrawn, and running ones end one after the other."""
-        now, placed = time.monotonic(), self._placed
-        if placed < self._cfg.min and (pending or self._may_create):
+        if self._placed < self._cfg.min and (pending or self._may_create):
             self._precedence.wait(self)
         else:
             self._precedence.end_wait(self)
-        waited_s = self._precedence.waited_s
-        if waited_s is None:
-            return self.target
-        if any(replica.state == "leaving" for replica in self._replicas.values()):
-            self._gave_way_at = now  # its room may be enough
-        elif placed > self._cfg.min and min(waited_s, now - self._gave_way_at) >= GIVE_WAY_S:
-            self._gave_way_at, placed = now, placed - 1
-        return min(self.target, max(self._cfg.min, placed))
-
-    def _dismissal_order(self, staying: Sequence[Replica]) -> Callable[[Replica], tuple[Any, ...]]:
-        """The sort key of the replicas to dismiss: first replicas that are not ready, then the least loaded, then the
-        newest. The node with the fewest replicas is emptied before the next one, because an autoscaler removes only
-        empty nodes."""
-        here: dict[str | None, list[Replica]] = {}
-        for replica in staying:
-            here.setdefault(replica.node, []).append(replica)
-
-        def key(r: Replica) -> tuple[Any, ...]:
-            node = here[r.node]
-            costs, newest = sum(self._router.cost(other.number) for other in node), max(other.number for other in node)
-            return STATES.index(r.state), len(node), costs, -newest, self._router.cost(r.number), -r.number
-
-        return key
+        size = self._size.allowed(self.target, replicas, self._precedence.waited_s)
+        if (surplus := len(staying) - size) > 0:
+            for replica in leave_first(staying, self._router)[:surplus]:
+                self._dismiss(replica, MAKES_ROOM if size < self.target else "the target was lowered")
+        # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
+        recorded = all(replica.state != "dead" for replica in replicas)
+        if recorded and self._may_create:
+            for _ in range(min(size - len(staying), MAX_PENDING - pending)):
+                self._create()
 
     def _create(self) -> None:
         taken = {replica.name for replica in self._replicas.values()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from actors.pool import membership
-from actors.pool.membership import MAKES_ROOM
+from actors.pool import size
 from actors.pool.pool import Pool
+from actors.pool.size import MAKES_ROOM
 from common.config.base import Replicated
 from common.precedence import Precedence
 from tests.actors.pool.scenario import Worker, run, until
@@ -68,7 +68,7 @@ def test_replicas_without_a_node_are_withdrawn_and_asked_for_again():
 
 
 def test_running_replicas_end_one_after_the_other_down_to_min(monkeypatch):
-    monkeypatch.setattr(membership, "GIVE_WAY_S", 0.3)
+    monkeypatch.setattr(size, "GIVE_WAY_S", 0.3)
 
     async def play(pool, host, precedence, events):
         await grown(pool, precedence)
@@ -110,7 +110,7 @@ def test_a_pool_waits_itself_while_fewer_than_min_have_a_node():
 
 
 def test_a_replica_that_still_drains_makes_room_alone(monkeypatch):
-    monkeypatch.setattr(membership, "GIVE_WAY_S", 0.2)
+    monkeypatch.setattr(size, "GIVE_WAY_S", 0.2)
 
     async def play(pool, host, precedence, events):
         await grown(pool, precedence)
@@ -127,7 +127,7 @@ def test_a_replica_that_still_drains_makes_room_alone(monkeypatch):
 
 
 def test_the_next_replica_ends_as_soon_when_another_process_waits_then(monkeypatch):
-    monkeypatch.setattr(membership, "GIVE_WAY_S", 0.3)
+    monkeypatch.setattr(size, "GIVE_WAY_S", 0.3)
 
     async def play(pool, host, precedence, events):
         await grown(pool, precedence)
