@@ -7,32 +7,54 @@ at the same moment, and the run would wait until it fails.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from common.config.base import Placed
 
 # Seconds that a needed process waits before each pool ends a running extra replica, and again before the next one.
 GIVE_WAY_S = 10.0
 
 
+@dataclass(frozen=True)
+class _Wait:
+    """The needed processes of one role wait for a node, and each asks for this."""
+
+    role: str
+    asks: Placed
+    since: float  # time.monotonic
+
+
 class Precedence:
-    """The needed processes of one run that have no node. It does not compare what they ask for with what an extra
-    replica has: an extra one may end although its room does not help."""
+    """The needed processes of one run that have no node."""
 
     def __init__(self, patience_s: float = 0.0) -> None:
         """`patience_s`: for so long needed processes wait before extra replicas make room. An autoscaler needs this
         time: it adds nodes for everything that waits."""
         self._patience_s = patience_s
-        self._since: dict[Any, float] = {}  # by pool or group of ranks
+        self._waits: dict[Any, _Wait] = {}  # by pool or group of ranks
 
-    def wait(self, who: Any) -> None:
+    def wait(self, who: Any, role: str, asks: Placed) -> None:
         """A process of this pool or group of ranks waits for a node, and the run needs it."""
-        self._since.setdefault(who, time.monotonic())
+        self._waits.setdefault(who, _Wait(role, asks, time.monotonic()))
 
     def end_wait(self, who: Any) -> None:
         """Ends a `wait`, if there is one."""
-        self._since.pop(who, None)
+        self._waits.pop(who, None)
 
-    @property
-    def waited_s(self) -> float | None:
-        """Seconds since extra replicas must make room; None if they need not."""
-        longest = time.monotonic() - min(self._since.values(), default=float("inf"))
-        return longest - self._patience_s if longest >= self._patience_s else None
+    def waits_s(self, extra: Placed) -> Mapping[str, float]:
+        """The roles for which extra replicas with these resources must make room, and the seconds since then."""
+        patient_until = time.monotonic() - self._patience_s
+        return {
+            wait.role: patient_until - wait.since
+            for wait in self._waits.values()
+            if wait.since <= patient_until and _room_may_help(extra, wait.asks)
+        }
+
+
+def _room_may_help(extra: Placed, asks: Placed) -> bool:
+    """True if both reserve CPUs, or both reserve GPUs, and a node may have the labels of both. Amounts are not
+    compared, because several replicas together may have enough."""
+    same_kind = (extra.cpus > 0 and asks.cpus > 0) or (extra.gpus > 0 and asks.gpus > 0)
+    return same_kind and all(extra.labels.get(key, value) == value for key, value in asks.labels.items())

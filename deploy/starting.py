@@ -27,7 +27,7 @@ from common.config.base import Pooled, RayConfig
 from common.config.ppo import Config
 from common.config.sources import RewardSource
 from common.model.files import end_token_ids, resolve_model
-from common.node_waits import NodeWaits
+from common.node_waits import NodeWaits, RoomMade
 from common.precedence import Precedence
 from common.types import Void
 from deploy.policy_files import PolicyFiles
@@ -38,38 +38,46 @@ class Starter:
     """Starts the pools of one run, all with the same start-up time limit and the same callback for pool events."""
 
     def __init__(self, cfg: RayConfig, on_event: OnEvent, tell: Callable[[str], None] = lambda text: None) -> None:
-        """`tell` gets a sentence for the user while a start waits for nodes."""
+        """`tell` gets a sentence for the user while a process that the run needs waits for a node."""
         self._timeout_s = cfg.startup_timeout_s
         self._on_event, self._tell = on_event, tell
         self._precedence = Precedence(cfg.startup_timeout_s / 2 if cfg.autoscaler else 0.0)
         self.pools: list[Pool] = []
+        self._telling: list[asyncio.Task[None]] = []
 
     async def pool(self, role: type, cfg: Pooled, *args: Any, **kwargs: Any) -> Pool:
         """Starts replicas `role(name, *args, **kwargs)`. Returns when `cfg.min` of them are ready."""
         return await self.start(Pool(RayHost(role, cfg, *args, **kwargs), cfg, on_event=self._on_event), cfg)
 
     async def start(self, pool: Pool, cfg: Pooled) -> Pool:
-        """Starts a pool with these settings. Meanwhile tells the user which of its replicas wait for a node."""
-        telling = asyncio.create_task(self._tell_waits(pool, cfg))
+        """Starts a pool with these settings. Until `stop`, tells the user which of its replicas wait for a node while
+        the run needs them, and for which processes its extra replicas make room."""
+        self.pools.append(pool)
+        telling = asyncio.create_task(self._tell_waits(pool, cfg, f"{self._timeout_s:g} s, ray.startup_timeout_s"))
         try:
-            self.pools.append(await pool.start(self._timeout_s, self._precedence))
+            await pool.start(self._timeout_s, self._precedence)
         finally:
             telling.cancel()
+        later = self._tell_waits(pool, cfg, f"{cfg.max_shortage_s:g} s, max_shortage_s")
+        self._telling.append(asyncio.create_task(later))
         return pool
 
     def for_ranks(self) -> dict[str, Any]:
         """Arguments of a RankGroup of the same run."""
         return {"startup_timeout_s": self._timeout_s, "tell": self._tell, "precedence": self._precedence}
 
-    async def _tell_waits(self, pool: Pool, cfg: Pooled) -> None:
-        messages = NodeWaits(cfg, f"{self._timeout_s:g} s, ray.startup_timeout_s", self._tell)
+    async def _tell_waits(self, pool: Pool, cfg: Pooled, limit: str) -> None:
+        waits, room_made = NodeWaits(cfg, limit, self._tell), RoomMade(pool.role, self._tell)
         while True:
             await asyncio.sleep(node_waits.LOOK_EVERY_S)
             now = time.monotonic()
-            messages.look({replica.name: now - replica.since for replica in pool.members.waiting})
+            waits.look({replica.name: now - replica.since for replica in pool.members.waiting})
+            room_made.look(pool.members.makes_room_for)
 
     def stop(self) -> None:
         """Ends all pools."""
+        for telling in self._telling:
+            telling.cancel()
         for pool in self.pools:
             pool.stop()
 

@@ -16,7 +16,7 @@ from actors.pool.deaths import MAX_DEATHS, Deaths, drop_tracebacks
 from actors.pool.host import Host
 from actors.pool.replica import STATES, PoolEvent, Replica
 from actors.pool.routing import Router
-from actors.pool.size import MAKES_ROOM, Size, leave_first, num_placed
+from actors.pool.size import Size, leave_first, num_placed
 from common.config.base import Pooled
 from common.errors import RoleError, UserError, death_reason
 from common.metrics import meters
@@ -63,6 +63,7 @@ class Membership:
         self._last_number = 0
         self._precedence = Precedence()
         self._size = Size(cfg.min)
+        self.makes_room_for: Mapping[str, float] = {}
         self._deaths = Deaths()
         self._may_start = True
         self._short_since: float | None = time.monotonic()  # since then fewer than `min` are ready
@@ -74,7 +75,7 @@ class Membership:
         """Returns when `min` replicas are ready. Replicas above `min` make room for what waits in `precedence`. Raises
         UserError if the start takes longer than `timeout_s`, RoleError if a replica dies while no other is ready."""
         self._startup_timeout_s, self._precedence = timeout_s, precedence
-        precedence.wait(self)
+        precedence.wait(self, self.role, self._cfg)
         meters.count("ratchet_pool_joins_total", 0, role=self.role)
         meters.count("ratchet_pool_reissues_total", 0, role=self.role)
         meters.count("ratchet_pool_leaves_total", 0, role=self.role, reason="died")
@@ -226,13 +227,16 @@ class Membership:
         staying = [replica for replica in replicas if not replica.ended]
         pending = sum(replica.state == "pending" for replica in staying)
         if self._placed < self._cfg.min and (pending or self._may_create):
-            self._precedence.wait(self)
+            self._precedence.wait(self, self.role, self._cfg)
         else:
             self._precedence.end_wait(self)
-        size = self._size.allowed(self.target, replicas, self._precedence.waited_s)
+        waits_s = self._precedence.waits_s(self._cfg)
+        size = self._size.allowed(self.target, replicas, max(waits_s.values(), default=None))
+        self.makes_room_for = waits_s if size < self.target else {}
         if (surplus := len(staying) - size) > 0:
+            reason = f"it makes room for {', '.join(waits_s)}" if size < self.target else "the target was lowered"
             for replica in leave_first(staying, self._router)[:surplus]:
-                self._dismiss(replica, MAKES_ROOM if size < self.target else "the target was lowered")
+                self._dismiss(replica, reason)
         # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
         recorded = all(replica.state != "dead" for replica in replicas)
         if recorded and self._may_create:

@@ -9,9 +9,6 @@ from actors.pool.replica import STATES, Replica
 from actors.pool.routing import Router
 from common.precedence import GIVE_WAY_S
 
-# Why an extra replica is told to leave.
-MAKES_ROOM = "it makes room for a process that the run needs"
-
 
 class Size:
     """The number of replicas that one pool may have. Those above `min` are extra."""

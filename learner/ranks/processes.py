@@ -58,11 +58,14 @@ class Processes:
     async def start(self) -> None:
         """Creates as many ranks as there is room for, from `min_ranks` to `ranks`. Returns when they have loaded their
         networks. Raises RankLostError."""
-        self._precedence.wait(self)
+        self._wait_for_nodes()
         try:
             await self._start()
         finally:
             self._precedence.end_wait(self)
+
+    def _wait_for_nodes(self) -> None:
+        self._precedence.wait(self, self._role, self._cfg)
 
     async def _start(self) -> None:
         self._loss = asyncio.get_running_loop().create_future()
@@ -191,8 +194,8 @@ class Processes:
         """Kills every rank. Calls that wait for one raise RankLostError."""
         if self._loss is not None:
             self.lose("the group of ranks starts again")
-        self._precedence.wait(self)  # before the ranks' room is free: extra replicas may wait for it
-        await _taken(self._kill())
+        self._wait_for_nodes()  # before the ranks' room is free: extra replicas may wait for it
+        await _received(self._kill())
 
     def stop(self) -> None:
         """Kills every rank, which frees its resources. Waits until the cluster has received the orders, but at most

@@ -6,7 +6,7 @@ import pytest
 
 from common.config.base import Placed
 from common.config.training import TrainerConfig
-from common.node_waits import TELL_AFTER_S, TELL_EVERY_S, NodeWaits, requested
+from common.node_waits import TELL_AFTER_S, TELL_EVERY_S, NodeWaits, RoomMade, requested
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,27 @@ def test_the_longest_wait_counts_and_nobody_who_waits_is_silence():
     assert told == []
     waits.look({"Rank(0)": 1.0, "Rank(3)": 12.4})
     assert told == ["Rank(0), Rank(3) wait for a node with room: 12 s so far (each asks for 1 GPU; at most 300 s)"]
+
+
+def test_a_later_wait_is_told_as_soon_as_the_first_one():
+    told: list[str] = []
+    waits = NodeWaits(Placed(gpus=1), "300 s", told.append)
+    waits.look({"Rank(0)": 100.0})
+    waits.look({})
+    waits.look({"Rank(0)": TELL_AFTER_S - 1})
+    assert len(told) == 1
+    waits.look({"Rank(0)": TELL_AFTER_S})
+    assert len(told) == 2
+
+
+def test_a_pool_that_makes_room_for_long_says_so_once():
+    told: list[str] = []
+    room_made = RoomMade("Generator", told.append)
+    for _ in range(2):
+        room_made.look({})
+        room_made.look({"Learner": TELL_AFTER_S - 1})
+        assert not told
+        room_made.look({"Learner": TELL_AFTER_S, "Reward": 1.0})
+        room_made.look({"Learner": TELL_AFTER_S + 60})
+        assert told == ["Generator: no extra replicas until Learner and Reward have nodes"]
+        told.clear()

@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from common import node_waits
+from common.config.base import Placed
 from common.config.ppo import LearnerConfig
 from common.errors import BatchError, RankLostError, RoleError, RolloutLostError
 from common.precedence import Precedence
@@ -366,18 +367,18 @@ def test_ranks_go_before_extra_replicas_until_as_many_as_the_group_needs_have_a_
         ranks = [FakeRank(rank=rank, room=rank == 0) for rank in range(3)]
         starting = asyncio.create_task(started(ranks.__getitem__, precedence=precedence, ranks=3, min_ranks=2))
         await asyncio.sleep(0.2)
-        assert precedence.waited_s is not None
+        assert precedence.waits_s(Placed(cpus=1))
         ranks[1].room = ranks[1].frozen = True  # it has a node, and loads its networks
-        while precedence.waited_s is not None:
+        while precedence.waits_s(Placed(cpus=1)):
             await asyncio.sleep(0.01)
         assert not starting.done()
         ranks[1].frozen, ranks[2].room = False, True
         group, _ = await starting
-        assert precedence.waited_s is None
+        assert not precedence.waits_s(Placed(cpus=1))
         await group._processes.kill()
-        assert precedence.waited_s is not None  # the group will start again
+        assert precedence.waits_s(Placed(cpus=1))  # the group will start again
         group.stop()
-        assert precedence.waited_s is None
+        assert not precedence.waits_s(Placed(cpus=1))
 
     run(scenario)
 
