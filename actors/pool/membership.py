@@ -182,7 +182,9 @@ class Membership:
             # All at once: if the cluster does not answer, each of these takes seconds and would delay the checks below.
             await asyncio.gather(self._look_at_nodes(), *map(self._look_at, self.replicas))
             for replica in self.replicas:
-                if replica.node in self._leaving_nodes:
+                if (left_s := self._leaving_nodes.get(replica.node or "")) is not None:
+                    # Half of the node's remaining time, because handing over takes time, too.
+                    replica.leave_by = min(replica.leave_by, time.monotonic() + left_s / 2)
                     self._dismiss(replica, "its node is leaving")
             self._adjust_size()
             for state in STATES:
@@ -202,8 +204,9 @@ class Membership:
             self._leaving_nodes = await self._host.leaving_nodes()
 
     async def _look_at(self, replica: Replica) -> None:
-        """Follows a replica through its start."""
-        if replica.state == "pending" and replica.handle is not None:
+        """Follows a replica through its start. If the cluster did not answer until it was ready, asks for its node
+        later."""
+        if replica.node is None and replica.handle is not None:
             with suppress(*self._host.outages):
                 replica.node = await self._host.node(replica.handle)
             if replica.node is not None and replica.state == "pending":  # its state may have changed during the await
@@ -298,9 +301,8 @@ class Membership:
         """Lets a leaving replica finish its calls. When its time is up, the replica hands them over."""
         served_s, calls = replica.lasted_s, self._router.calls(replica.number)
         self._emit(replica, "leaving", reason=replica.reason, calls=calls)
-        # Half of the node's remaining time, because handing over takes time, too.
-        limit = min(self._cfg.drain_s, self._leaving_nodes.get(replica.node or "", float("inf")) / 2)
-        if calls and (calls := await self._finish(replica, limit)) and self._hand_over is not None:
+        replica.leave_by = min(replica.leave_by, time.monotonic() + self._cfg.drain_s)
+        if calls and (calls := await self._finish(replica)) and self._hand_over is not None:
             with suppress(TimeoutError, *self._host.losses):
                 async with asyncio.timeout(self._cfg.drain_s):
                     await self._hand_over(replica.handle)
@@ -308,13 +310,12 @@ class Membership:
         self._emit(replica, "left", reason=replica.reason, seconds=served_s, calls=calls)
         meters.count("ratchet_pool_leaves_total", role=self.role, reason=replica.reason)
 
-    async def _finish(self, replica: Replica, limit_s: float) -> int:
-        """Waits until the replica has no calls. Returns how many it still has when the time is up."""
-        try:
-            await asyncio.wait_for(replica.idle.wait(), limit_s)
-        except TimeoutError:
-            return self._router.calls(replica.number)
-        return 0
+    async def _finish(self, replica: Replica) -> int:
+        """Waits until the replica has no calls, or until `leave_by`, which a drain notice may move forward meanwhile.
+        Returns how many calls it still has."""
+        while (calls := self._router.calls(replica.number)) and (left_s := replica.leave_by - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, 0.05))
+        return calls
 
     def _dismiss(self, replica: Replica, reason: str) -> None:
         if not replica.ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Replica:
     node: str | None = None
     joined: bool = False  # it was ready at some time
     reason: str = ""  # why it was told to leave
+    leave_by: float = math.inf  # when a leaving replica must hand over its calls; time.monotonic
     error: BaseException | None = None  # why it died
     version: int | None = None  # version of the learner's weights that it holds; None: the weights of the model's files
     killed: bool = False  # the order to kill its process was given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -260,6 +261,28 @@ def test_a_pool_continues_when_the_cluster_answers_again():
     run(scenario)
 
 
+def test_a_replica_that_joined_while_the_cluster_did_not_answer_leaves_with_its_node():
+    class NoNodes(UnansweredHost):
+        async def node(self, handle):
+            if not self.handles.index(handle) and self.frozen:
+                raise TimeoutError
+            return f"node {self.handles.index(handle)}"
+
+    async def scenario():
+        host, events = NoNodes(Worker), []
+        host.freeze()
+        host.create = partial(LocalHost.create, host)
+        pool = Pool(host, Replicated(), on_event=events.append)
+        await pool.start(timeout_s=5)
+        assert [replica.node for replica in pool.ready] == [None]
+        host.frozen = False
+        host.leaving = {"node 0": 60.0}
+        await until(lambda: [event.reason for event in events if event.event == "left"] == ["its node is leaving"])
+        pool.stop()
+
+    run(scenario)
+
+
 def test_a_call_whose_replicas_are_told_to_leave_is_never_given_up():
     async def scenario():
         it = await Started.start(min=1, drain_s=0.02)
@@ -404,6 +427,25 @@ def test_calls_that_a_drained_replica_cannot_finish_start_again():
         first, second = await asyncio.gather(*calls)
         assert first in ("Worker(1)", "Worker(2)")  # Worker(2) replaced Worker(0)
         assert second == "Worker(1)"
+
+    run(scenario)
+
+
+def test_a_drain_notice_shortens_the_time_of_a_replica_that_leaves_already():
+    async def scenario():
+        it = await Started.start(min=1, max=2, drain_s=20)
+        await until(lambda: len(it.pool.ready) == 2)
+        calls = [asyncio.create_task(it.work(10)) for _ in range(2)]
+        await asyncio.sleep(0.02)
+        it.pool.members.target = 1
+        await until(lambda: len(it.told("leaving")) == 1)
+        [name] = it.told("leaving")
+        it.host.leaving = {f"node of {name}": 1.0}
+        await until(lambda: it.told("left") == [name])  # after half a second, and not after 20
+        assert it.events[-1].calls == 1
+        for call in calls:
+            call.cancel()
+        it.pool.stop()
 
     run(scenario)
 
