@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 
 from common.errors import death_reason
 
-# This many deaths of one cause, with no call answered in between, end the run: replacements would die the same way.
+# This many deaths of one cause, one after the other and with no call answered in between, end the run: replacements
+# would die the same way.
 MAX_DEATHS = 3
 # Delay before replacing a dead replica, seconds: the first one, and the longest. It doubles with every death, and
 # starts again once a replica has served for longer than the longest delay.
@@ -23,22 +25,28 @@ class Deaths:
     def __init__(self) -> None:
         self.last_error: BaseException | None = None
         self.wait_until = 0.0  # on time.monotonic's clock; no replica is created before this time
+        self._newest = -math.inf  # time of the newest death
         self._backoff_s = 0.0
         self._causes: list[str] = []  # since the last answered call; all the same
         self._gave_up = False  # a call has been given up since the last answered call
 
-    def record(self, error: BaseException, *, served_s: float, tried_alone: bool) -> bool:
-        """Records a death. Returns True if it must end the run. `tried_alone`: the replica died while it ran one call
-        alone.
+    def record(self, error: BaseException, *, began: float, served_s: float, tried_alone: bool) -> bool:
+        """Records a death. Returns True if it must end the run. `began`: when the replica found room, on
+        time.monotonic's clock. `tried_alone`: it died while it ran only the suspect of `Pool.call`.
 
+        Deaths of replicas that ran at the same time count as one, because a node that dies may end them all at once.
         The first death with `tried_alone` is not counted: the call caused it, and one request that kills every process
         must not end the run.
         """
-        self.last_error = error
-        self._backoff_s = max(BACKOFF_S, 0.0 if served_s > MAX_BACKOFF_S else min(2 * self._backoff_s, MAX_BACKOFF_S))
-        self.wait_until = time.monotonic() + self._backoff_s
+        self.last_error, now, counts = error, time.monotonic(), began >= self._newest
+        if counts:
+            doubled = 0.0 if served_s > MAX_BACKOFF_S else min(2 * self._backoff_s, MAX_BACKOFF_S)
+            self._backoff_s = max(BACKOFF_S, doubled)
+        self._newest, self.wait_until = now, now + self._backoff_s
         if tried_alone and not self._gave_up:
             self._gave_up = True
+            return False
+        if not counts:
             return False
         cause = _NUMBERS.sub("", death_reason(error))
         self._causes = [*self._causes, cause] if cause in self._causes else [cause]

@@ -324,7 +324,7 @@ class Membership:
 
     def _on_death(self, replica: Replica, error: BaseException) -> None:
         reason, served_s = death_reason(error), replica.lasted_s if replica.joined else 0.0
-        too_many = self._deaths.record(error, served_s=served_s, tried_alone=replica.tried_alone)
+        too_many = self._deaths.record(error, began=replica.began, served_s=served_s, tried_alone=replica.tried_alone)
         meters.count("ratchet_pool_leaves_total", role=self.role, reason="died")
         if not self._was_complete and not self.ready:
             self._fail(RoleError(f"start: {replica.name} died: {reason}"), error)

@@ -34,6 +34,7 @@ class Replica:
     number: int  # never used again
     name: str
     handle: Any = None  # None until it is created
+    began: float = field(default_factory=time.monotonic)  # when it found room; until then, when it was created
     state: str = "pending"
     since: float = field(default_factory=lambda: time.monotonic())  # start of this state; tests replace the clock
     lasted_s: float = 0.0  # duration of the previous state
@@ -54,6 +55,8 @@ class Replica:
         """Changes the state now."""
         now = time.monotonic()
         self.lasted_s, self.state, self.since = now - self.since, state, now
+        if state == "starting":
+            self.began = now
         if self.ended:
             self._ended.set()
 

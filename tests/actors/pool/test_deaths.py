@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from actors.pool import deaths
@@ -16,7 +18,7 @@ def clock(monkeypatch):
 
 
 def delay(record: Deaths, *, served_s: float = 0.0) -> float:
-    record.record(ValueError("a cause"), served_s=served_s, tried_alone=False)
+    record.record(ValueError("a cause"), began=math.inf, served_s=served_s, tried_alone=False)
     return record.wait_until - 1000.0
 
 
@@ -30,10 +32,11 @@ def test_the_delay_starts_again_after_a_minute_of_service(clock):
     assert [delay(record), delay(record), delay(record, served_s=59), delay(record, served_s=61)] == [1, 2, 4, 1]
 
 
-def too_many(causes: list[str], *, alone: tuple[int, ...] = ()) -> list[bool]:
-    record = Deaths()
+def too_many(causes: list[str], *, alone: tuple[int, ...] = (), record: Deaths | None = None) -> list[bool]:
+    """The answers to deaths one after the other: each replica begins after the last death."""
+    record = record or Deaths()
     return [
-        record.record(ValueError(cause), served_s=0.0, tried_alone=number in alone)
+        record.record(ValueError(cause), began=math.inf, served_s=0.0, tried_alone=number in alone)
         for number, cause in enumerate(causes)
     ]
 
@@ -53,6 +56,16 @@ def test_only_the_first_death_of_a_call_tried_alone_is_blamed_on_the_call():
 def test_an_answered_call_starts_the_count_again():
     record = Deaths()
     for _ in range(5):
-        assert not record.record(ValueError("killed"), served_s=0.0, tried_alone=False)
-        assert not record.record(ValueError("killed"), served_s=0.0, tried_alone=False)
+        assert too_many(["killed"] * 2, record=record) == [False, False]
         record.forget()
+
+
+def test_deaths_of_replicas_that_ran_at_the_same_time_count_as_one(clock):
+    record = Deaths()
+    for generation in range(3):
+        answers = [
+            record.record(ValueError("killed"), began=1000.0 if number == 0 else 999.0, served_s=0.0, tried_alone=False)
+            for number in range(8)
+        ]
+        assert answers == [generation == 2] + [False] * 7
+        assert record.wait_until - 1000.0 == 2**generation

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from actors.pool import membership
+from actors.pool import deaths, membership
 from actors.pool.pool import Pool, Preferred
 from actors.pool.replica import PoolEvent
 from common.config.base import Replicated
@@ -173,6 +173,25 @@ def test_deaths_of_different_causes_end_nothing():
             it.pool.members.lose(it.pool.ready[0], EngineDeadError(cause))
             await until(lambda death=death: len(it.told("died")) == death + 1)
         assert (await it.work()).startswith("Worker(")
+
+    run(scenario)
+
+
+def test_a_node_that_dies_with_many_replicas_costs_only_time(monkeypatch):
+    """All of them die of one cause at once, and no call is answered in between."""
+    monkeypatch.setattr(deaths, "BACKOFF_S", 0.2)
+
+    async def scenario():
+        it = await Started.start(min=2, max=8, node_of=lambda number: "first" if number < 6 else "second")
+        await until(lambda: len(it.pool.ready) == 8)
+        calls = [asyncio.create_task(it.work(0.5)) for _ in range(16)]
+        await asyncio.sleep(0.05)
+        for handle in it.host.handles[:6]:
+            handle.die()
+        assert set(await asyncio.gather(*calls)) <= {f"Worker({number})" for number in range(8)}
+        assert len(it.told("died")) == 6
+        # The delay has not doubled: after six deaths one after the other it would be 6.4 s.
+        await until(lambda: len(it.pool.ready) == 8)
 
     run(scenario)
 
