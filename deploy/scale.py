@@ -31,11 +31,12 @@ async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
     every _LOOK_EVERY_S, until it is cancelled."""
     written = None
     while True:
-        with suppress(ValueError, OSError):  # a user is editing the file, or the disk is full: the run continues
-            targets = _read(directory / "scale.json")
+        with suppress(ValueError, OSError):  # a user is editing the file
+            targets = _targets(directory)
             for pool in pools:
                 members = pool.members
-                members.target = max(members.min_replicas, int(targets.get(pool.role, members.target)))
+                members.target = max(members.min_replicas, targets.get(pool.role, members.target))
+        with suppress(OSError):  # the disk is full, for example: the run continues
             state = {pool.role: _state(pool) for pool in pools}
             if state != written:
                 write_json(directory / "pool-state.json", state)
@@ -55,9 +56,13 @@ def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10)
     if not is_owned(directory):
         raise UserError(f"no run is in progress in {directory}; name the directory of one that is")
     state = _read(directory / "pool-state.json")
+    if not state:
+        raise UserError(
+            f"the run in {directory} has no pools to scale yet; try again when its screen says that it is ready"
+        )
     for role, number in targets.items():
         if role not in state:
-            raise UserError(f"the run has no {role} pool, only {', '.join(state) or 'none yet'}; scale one of those")
+            raise UserError(f"the run has no {role} pool, only {', '.join(state)}; scale one of those")
         if number < (fewest := state[role]["min"]):
             raise UserError(
                 f"{number} {role} replicas are fewer than the run needs ({fewest}, its setting `min`); ask for "
@@ -66,7 +71,10 @@ def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10)
         if number > MOST_PROCESSES:
             raise UserError(f"{number} {role} replicas are more than a run may have ({MOST_PROCESSES}); ask for fewer")
     if targets:
-        write_json(directory / "scale.json", {**_read(directory / "scale.json"), **targets})
+        earlier: Mapping[str, int] = {}
+        with suppress(ValueError):  # a user has edited the file
+            earlier = _targets(directory)
+        write_json(directory / "scale.json", {**earlier, **targets})
     deadline = time.monotonic() + timeout_s
     while any(state.get(role, {}).get("target") != number for role, number in targets.items()):
         if time.monotonic() > deadline:
@@ -89,6 +97,14 @@ def show(state: Mapping[str, Any]) -> None:
 def _state(pool: Pool) -> dict[str, Any]:
     replicas = [{"name": r.name, "state": r.state, "node": r.node} for r in pool.members.replicas]
     return {"min": pool.members.min_replicas, "target": pool.members.target, "replicas": replicas}
+
+
+def _targets(directory: Path) -> dict[str, int]:
+    """The targets in RUN/scale.json. Raises ValueError if the file has anything else."""
+    targets = _read(directory / "scale.json")
+    if not isinstance(targets, dict) or not all(type(number) is int for number in targets.values()):
+        raise ValueError("scale.json must have a whole number for each role")
+    return targets
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -101,3 +101,20 @@ def test_without_a_running_run_scale_is_refused(tmp_path):
         assert is_owned(tmp_path)
         with pytest.raises(UserError, match=r"has not read the target within 0\.1 s"):
             scale(tmp_path, {"Worker": 2}, timeout_s=0.1)  # the process is there and does not listen
+
+
+@pytest.mark.parametrize("text", ['{"Worker": null}', "[]", '{"Worker": Infinity}', '{"Worker": 2.5}', "{"])
+def test_a_file_that_a_user_edits_wrongly_stops_nothing(tmp_path, text):
+    (tmp_path / "scale.json").write_text(text)
+
+    def ask():
+        assert scale(tmp_path, {})["Worker"]["target"] == 1
+        return scale(tmp_path, {"Worker": 2})
+
+    state, target, _ = with_run(tmp_path, ask)
+    assert (state["Worker"]["target"], target) == (2, 2)
+
+
+def test_a_run_without_pools_is_not_scaled(tmp_path):
+    with sole_owner(tmp_path), pytest.raises(UserError, match="has no pools to scale yet; try again when"):
+        scale(tmp_path, {"Worker": 2})
