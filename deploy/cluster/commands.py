@@ -63,7 +63,7 @@ def kuberay(
     ] = None,
     head: Annotated[Size, typer.Option(metavar="CPUS GIB", help="Size of the head.")] = (4, 16),
     learner: Annotated[Size, typer.Option(metavar="CPUS GIB", help="Size of a learner's pod.")] = (16, 128),
-    learner_pods: Annotated[int, typer.Option(min=1, help="Pods for learner, reference and reward.")] = 1,
+    learner_pods: Annotated[int, typer.Option(min=1, help="Pods for all roles but the generators.")] = 1,
     learner_gpus: Annotated[
         int | None, typer.Option(min=0, help="GPUs of a learner's pod [default: what the config needs, on one pod].")
     ] = None,

@@ -6,7 +6,7 @@ must outlive every run. files.yaml is a pod through which files are copied there
 
 A cluster has three groups of pods. Each has the Ray label `group`, and the roles' `labels` choose their group:
   head        the driver and Ray's own servers; no role
-  learner     a fixed number of pods: the learner's ranks, the reference and the reward services
+  learner     a fixed number of pods: the learner's ranks, the reference, the reward services and the environment
   generators  one pod for each generator, up to generators.max, on spot machines; Ray's autoscaler adds a pod when the
               run has a generator that waits for room, and removes it when it is empty
 
@@ -48,7 +48,14 @@ POD_SECURITY = {
     "fsGroupChangePolicy": "OnRootMismatch",  # otherwise each start would look at every file of the storage
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-GROUPS = {"generators": "generators", "learner": "learner", "reference": "learner", "reward": "learner"}  # by section
+# The group of each section's processes.
+GROUPS = {
+    "generators": "generators",
+    "learner": "learner",
+    "reference": "learner",
+    "reward": "learner",
+    "environment": "learner",
+}
 Object = dict[str, Any]  # of Kubernetes
 
 
@@ -98,10 +105,11 @@ class Values:
 
 
 def learner_gpus(cfg: Config) -> int:
-    """GPUs for the learner's ranks and the fewest reference and reward processes: the largest shares first, each on the
-    first GPU that has room."""
-    reference = [] if cfg.learner.lora is not None else [cfg.reference.gpus] * cfg.reference.min
-    shares = [cfg.learner.gpus] * cfg.learner.ranks + reference + [cfg.reward.gpus] * cfg.reward.min
+    """GPUs for the learner's ranks and the fewest reference, reward and environment processes: the largest shares
+    first, each on the first GPU that has room."""
+    services = [cfg.reward, *([] if cfg.learner.lora else [cfg.reference]), *filter(None, [cfg.environment])]
+    shares = [cfg.learner.gpus] * cfg.learner.ranks
+    shares += [service.gpus for service in services for _ in range(service.min)]
     free: list[float] = []
     for share in sorted(shares, reverse=True):
         if share > 1:
@@ -120,8 +128,8 @@ def check(cfg: Config, values: Values) -> None:
     needed = learner_gpus(cfg)
     if needed > values.learner.gpus * values.learner_pods:
         raise UserError(
-            f"learner, reference and reward need {needed} GPUs, and --learner-pods ({values.learner_pods}) with "
-            f"--learner-gpus ({values.learner.gpus}) have fewer; raise one of them"
+            f"learner, reference, reward and environment need {needed} GPUs, and --learner-pods "
+            f"({values.learner_pods}) with --learner-gpus ({values.learner.gpus}) have fewer; raise one of them"
         )
     if cfg.generators.cpus > values.generator.cpus:
         raise UserError(
@@ -141,7 +149,7 @@ def settings_of_run(cfg: Config, values: Values) -> list[str]:
         *([] if given else [f"ray.startup_timeout_s={STARTUP_TIMEOUT_S}"]),
         f"generators.cpus={pod.cpus}",
         *([f"generators.gpus={pod.gpus}"] if pod.gpus else []),
-        *(f"{section}.labels.group={group}" for section, group in GROUPS.items()),
+        *(f"{section}.labels.group={group}" for section, group in GROUPS.items() if getattr(cfg, section)),
     ]
 
 

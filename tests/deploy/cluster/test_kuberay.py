@@ -8,13 +8,14 @@ import os
 import subprocess
 import tomllib
 from copy import deepcopy
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay import autoscaling_config
 
+from common.config.environment import EnvironmentConfig
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
@@ -311,14 +312,15 @@ def test_the_jobs_config_differs_only_in_what_the_cluster_needs(written, tmp_pat
 @pytest.mark.parametrize(
     ("shares", "gpus"),
     [
-        ((1, 0.5, 0.25, 0.25), 1),
-        ((1, 0.6, 0.6, 0.6), 3),  # 1.8 in all, but no two fit on one
-        ((8, 1, 1, 0), 9),
-        ((2, 0, 0, 0), 0),
+        ((1, 0.5, 0.25, 0.25, 0), 1),
+        ((1, 0.6, 0.6, 0.6, 0), 3),  # 1.8 in all, but no two fit on one
+        ((8, 1, 1, 0, 0), 9),
+        ((2, 0, 0, 0, 0), 0),
+        ((1, 1, 0.5, 0.5, 0.5), 3),
     ],
 )
 def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
-    ranks, learner, reference, reward = shares
+    ranks, learner, reference, reward, environment = shares
     sections = {
         "learner": {"ranks": ranks, "gpus": learner},
         "reference": {"gpus": reference},
@@ -326,6 +328,8 @@ def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
     }
     cfg = tiny_config("model")
     changed = {name: getattr(cfg, name).model_copy(update=values) for name, values in sections.items()}
+    if environment:
+        changed["environment"] = EnvironmentConfig(function="my_game:Game", gpus=environment)
     assert kuberay.learner_gpus(cfg.model_copy(update=changed)) == gpus
 
 
@@ -334,7 +338,7 @@ def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
     [
         (
             ["--learner-gpus", 4],
-            "learner, reference and reward need 5 GPUs, and --learner-pods (1) with --learner-gpus",
+            "learner, reference, reward and environment need 5 GPUs, and --learner-pods (1) with --learner-gpus",
         ),
         (["--generator", 1, 8], "generators.cpus (2) must be at most the CPUs of --generator (1)"),
         (["--notice", 5], "--notice (5) must be more than 5 s"),
@@ -355,3 +359,16 @@ def test_the_size_of_a_pod_is_what_the_options_say(tmp_path, invoke):
     learner = cluster["spec"]["workerGroupSpecs"][0]
     limits = learner["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert (learner["replicas"], limits) == (2, {"cpu": "96", "memory": "900Gi", "nvidia.com/gpu": "8"})
+
+
+def test_an_environment_runs_in_the_pods_of_the_learner():
+    machine = kuberay.Machine(4, 16)
+    values = kuberay.Values(
+        "run", "image", PurePosixPath("/shared/run"), machine, machine, 1, {}, machine, {}, 30, 5, "1Gi", None, None,
+        None,
+    )  # fmt: skip
+    cfg = tiny_config("model")
+    settings = "environment.labels.group=learner"
+    assert settings not in kuberay.settings_of_run(cfg, values)
+    played = cfg.model_copy(update={"environment": EnvironmentConfig(function="my_game:Game")})
+    assert settings in kuberay.settings_of_run(played, values)
