@@ -30,8 +30,8 @@ class Precedence:
     """The needed processes of one run that have no node."""
 
     def __init__(self, patience_s: float = 0.0) -> None:
-        """`patience_s`: for so long needed processes wait before extra replicas make room. An autoscaler needs this
-        time: it adds nodes for everything that waits."""
+        """`patience_s`: seconds that needed processes wait before extra replicas make room. In this time an autoscaler
+        can add nodes for everything that waits."""
         self._patience_s = patience_s
         self._waits: dict[Any, _Wait] = {}  # by pool or group of ranks
 

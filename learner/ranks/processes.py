@@ -94,7 +94,7 @@ class Processes:
         waiting = [handle for rank, handle in enumerate(self.handles) if rank not in started]
         self.handles = [self.handles[rank] for rank in started]
         self._names = [self._names[rank] for rank in started]
-        await _taken([in_daemon_thread(ray.kill, handle) for handle in waiting])
+        await _received([in_daemon_thread(ray.kill, handle) for handle in waiting])
         if waiting:
             self._report(
                 f"the cluster has room for {len(self.handles)} of {self._cfg.ranks} {self._role} processes "
@@ -219,7 +219,7 @@ def awaited(work: Awaitable[T]) -> asyncio.Future[T]:
     return future
 
 
-async def _taken(orders: Sequence[concurrent.futures.Future[None]]) -> None:
+async def _received(orders: Sequence[concurrent.futures.Future[None]]) -> None:
     """Returns when the cluster has received the orders, or after KILL_S."""
     if orders:
         await asyncio.wait([asyncio.wrap_future(order) for order in orders], timeout=KILL_S)
