@@ -57,10 +57,22 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
+def var_above_rounding(x: Tensor, mask: Tensor) -> float:
+    """The same; 0 where it is only the rounding of float32 sums, such as GAE's over 100,000 tokens."""
+    x = x.double()
+    variance = float(masked_var(x, mask))
+    return variance if variance > 1e-10 * float(masked_mean(x**2, mask)) else 0.0
+
+
 def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """x shifted and scaled to mean 0 and variance 1 over the True places; 0 elsewhere."""
-    centred = x - masked_mean(x, mask)
-    return torch.where(mask, centred * torch.rsqrt(masked_var(x, mask) + eps), 0.0)
+    """x shifted and scaled to mean 0 and variance 1 over the True places; 0 elsewhere.
+
+    Computed in float64. In float32 the mean of equal numbers, such as 1000.1, differs from them by its rounding, and
+    whitening would scale this difference up to 1.
+    """
+    wide = x.double()
+    centred = wide - masked_mean(wide, mask)
+    return torch.where(mask, centred * torch.rsqrt(masked_var(wide, mask) + eps), 0.0).to(x.dtype)
 
 
 def round_up(count: int, multiple: int) -> int:

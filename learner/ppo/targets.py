@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config.ppo import PPOConfig
-from common.model.masking import masked_mean, masked_sum, masked_var, whiten
+from common.model.masking import masked_mean, masked_sum, masked_var, var_above_rounding, whiten
 from common.model.transfer import on_device
 from learner.ppo.advantages import ADVANTAGES, Lambda, length_lambdas, returns_to_go
 from learner.ppo.critic_quality import critic_quality
@@ -120,7 +120,7 @@ def _lambda(setting: float | Literal["length"], batch: ExperienceBatch, ppo: PPO
 
 def _value_statistics(values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, float]:
     """How well the critic predicts its targets."""
-    returns_var, advantages_var = float(masked_var(returns, mask)), float(masked_var(advantages, mask))
+    returns_var, advantages_var = var_above_rounding(returns, mask), float(masked_var(advantages, mask))
     unexplained = float(masked_var(returns - values, mask))
     return {
         "value/mean": float(masked_mean(values, mask)),

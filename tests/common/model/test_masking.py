@@ -13,6 +13,7 @@ from common.model.masking import (
     masked_var,
     round_up,
     sequence_lengths,
+    var_above_rounding,
     whiten,
 )
 
@@ -107,3 +108,28 @@ def test_equal_values_whiten_to_zero(count):
 def test_a_count_is_rounded_up_to_a_multiple_and_stays_if_it_is_one():
     assert [round_up(count, 4) for count in (0, 1, 3, 4, 5, 8, 9)] == [0, 4, 4, 4, 8, 8, 12]
     assert round_up(7, 1) == 7
+
+
+@pytest.mark.parametrize("number", [0.3, 7.7, 1000.1, 1e6 + 0.3])
+def test_whitening_does_not_magnify_the_rounding_of_equal_numbers(number):
+    """The mean of equal numbers is that number, so each is 0 deviations away from it."""
+    for count in (777, 1536):
+        mask = torch.ones(1, count, dtype=torch.bool)
+        assert float(whiten(torch.full((1, count), number), mask).abs().max()) < 1e-3
+
+
+def test_whitening_keeps_small_differences_between_large_numbers():
+    """One number in four is larger by 1: mean n + 1/4, standard deviation sqrt(3) / 4."""
+    x = torch.tensor([[0.0, 0, 0, 1]]).repeat(1, 256) + 2**20
+    white = whiten(x, torch.ones_like(x, dtype=torch.bool))
+    assert white.dtype == torch.float32
+    assert white[0, :4].tolist() == pytest.approx([-(3**-0.5)] * 3 + [3**0.5], rel=1e-6)
+
+
+def test_variance_above_rounding_is_the_variance_or_zero():
+    x, mask, counted = ragged(math.nan)
+    assert var_above_rounding(x, mask) == pytest.approx(statistics.pvariance(counted), abs=1e-12)
+    rounded = torch.where(mask, 1000 + 0.001 * (x - 3), x)  # deviations of about 1e-6 of the mean
+    assert float(masked_var(rounded, mask)) > 0
+    assert var_above_rounding(rounded, mask) == 0.0
+    assert var_above_rounding(x, torch.zeros_like(mask)) == 0.0

@@ -83,6 +83,25 @@ def test_whitened_advantages_have_mean_zero_and_variance_one():
     assert tokens.var(correction=0).item() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("difference", [0.0, 1e-3])
+def test_the_rounding_of_equal_returns_is_no_variance(difference):
+    """Eight responses of six tokens. Without penalties and discount, the return of each token is its response's score.
+    Half of the scores are larger by `difference`, so their variance is its half squared."""
+    rows = [make_experience(index, [5] * 6) for index in range(8)]
+    values = 0.3 + 0.1 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    batch, scores = ExperienceBatch.from_table(experience_table(rows)), torch.full((8,), 0.3)
+    scores[::2] += difference
+    no_logprobs = torch.zeros(8, 6)
+    fixed, _, stats = targets(batch, no_logprobs, values, scores, kl_coef=0.0, kl_estimator="k1", ppo=PLAIN)
+    assert float(fixed.returns.var()) > 0
+    assert stats["value/returns_var"] == pytest.approx(difference**2 / 4, rel=1e-3)
+    error = float((scores[:, None] - values).double().var(correction=0))
+    assert stats["value/advantages_var"] == pytest.approx(error, rel=1e-4)
+    explained, ratio = (1 - 4 * error / difference**2, 4 * error / difference**2) if difference else (0.0, 0.0)
+    assert stats["value/explained_variance"] == pytest.approx(explained, rel=1e-2)
+    assert stats["value/variance_ratio"] == pytest.approx(ratio, rel=1e-2)
+
+
 def test_without_a_critic_there_are_no_statistics_of_values():
     _, stats = found_targets(PLAIN.model_copy(update={"advantages": "returns"}))
     assert [key for key in stats if key.startswith("value/")] == []
