@@ -137,8 +137,9 @@ async def _advance(run: Run, step: int, *, live: int | None) -> dict[str, float]
     entry, reason = run.journal.read(step), run.journal.voided.get(step)
     if step != live:
         run.doing = partial("step {} is learned again from the journal".format, step + 1)
+    # Also before a void step: a checkpoint after it has the settings of this step, and so has the restored learner.
+    await _configure(run, step)
     if reason is None:
-        await _configure(run, step)
         if run.cfg.lent_share:
             await run.generators.sleep()
         stats = await run.learner.update(entry.table)

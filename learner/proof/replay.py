@@ -108,11 +108,11 @@ def learn_again(learner: Learner, cfg: Config, journal: Journal, step: int) -> d
     """Learns or skips one step, with the settings that it was first learned with. Returns the metrics. Raises Violation
     for a batch that cannot be learned from."""
     entry = journal.read(step)
+    if (settings := config_at(cfg, journal.notes, step)) != learner.cfg:
+        learner.reconfigure(settings)
     if step in journal.voided:
         learner.skip()
         return {}
-    if (settings := config_at(cfg, journal.notes, step)) != learner.cfg:
-        learner.reconfigure(settings)
     try:
         return learner.update(entry.table)
     except BatchError as error:

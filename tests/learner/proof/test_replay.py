@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import RoleError, UserError
+from common.files import read_records
 from learner.loop.journal import Journal
 from learner.proof.audit import audit
 from learner.proof.chain import Violation
@@ -112,6 +113,35 @@ def test_every_checkpoint_metric_and_weight_is_compared(run, tmp_path):
     found.metrics.records[2]["learner/tokens"] += 1
     with pytest.raises(Violation, match=r"^replay: step 2: learner/tokens was "):
         compare(scratch=tmp_path / "other", metrics=found.metrics)()
+
+
+@pytest.mark.parametrize("controller", ["fixed", "adaptive"])
+def test_a_change_before_a_void_step_holds_after_a_checkpoint(model, tmp_path, controller):
+    """kl.coef changes from 0.1 to 0.5 before step 3, whose batch is void. The run is interrupted after it."""
+    settings: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 9}, "kl": {"controller": controller, "coef": 0.1}}
+    begun = trained(tmp_path / "begun", model, {**settings, "num_steps": 3})
+    probe = trained(Path(shutil.copytree(begun, tmp_path / "probe")), model, {**settings, "num_steps": 4})
+    row = Journal(probe / "journal").read(3).table.slice(0, 1).to_pylist()[0]
+    settings["kl"] = {"controller": controller, "coef": 0.5}
+    roles = {"poison": (row["epoch"], row["prompt_index"])}
+    journal = Journal(begun / "journal")
+    journal.open_for_writing()
+    journal.note("change", settings={"kl.coef": 0.5})
+    whole, parts = (Path(shutil.copytree(begun, tmp_path / name)) for name in ("whole", "parts"))
+    trained(whole, model, {**settings, "roles": roles, "num_steps": 6})
+    for num_steps in (4, 6):
+        trained(parts, model, {**settings, "roles": roles, "num_steps": num_steps})
+    for run in (whole, parts):
+        assert list(Journal(run / "journal").voided) == [3]
+        used = {record["step"]: record.get("kl/coef") for record in read_records(run / "metrics.jsonl")}
+        assert (used[0], used[3], used[4]) == (0.1, None, 0.5)
+        if controller == "fixed":
+            assert [used[step] for step in (1, 2, 5)] == [0.1, 0.1, 0.5]
+    assert policy(whole / "policy") == policy(parts / "policy")
+    cfg, complete = small_config(model, **settings, num_steps=6), audit(parts).checkpoints.complete
+    for start in (None, parts / "checkpoints/step-000004"):
+        scratch = tmp_path / f"scratch-{start is None}"
+        Replay(cfg, parts, 6, scratch, start=start, checkpoints=complete, policy=parts / "policy")()
 
 
 def one_more(data: bytes) -> bytes:
