@@ -23,6 +23,7 @@ from common.errors import BatchError, BrokenWeightsError, RankLostError, RoleErr
 from learner.loop.changes import config_at
 from learner.loop.checkpoints import restore_newest, save_now
 from learner.loop.evaluation import Evaluation, best_version
+from learner.loop.notes import identity
 from learner.loop.records import fill_gaps, record_of, sound_evaluations, sound_metrics
 from learner.loop.run import Run
 
@@ -112,9 +113,11 @@ async def bring_to_end(run: Run, state: State = State.READY, *, live: int | None
                 await run.learner.rebuild()
                 run.configured, state = run.cfg, State.NEW
             if state is not State.READY:
-                if not await _restore(run) and state is State.TORN:
-                    state = State.LOST
-                    continue
+                if not await _restore(run):
+                    if state is State.TORN:
+                        state = State.LOST
+                        continue
+                    _check_initial_weights(run)
                 state = State.READY
                 continue
             if step >= run.journal.next_step:
@@ -174,6 +177,18 @@ async def _restore(run: Run) -> bool:
         report=run.report,
         prepare=prepare,
     )
+
+
+def _check_initial_weights(run: Run) -> None:
+    """Raises UserError if the learner has the initial weights of another model than the journal's steps began with."""
+    begun, now = (identity(run.journal.notes, before_step=step).get("model") for step in (0, None))
+    if begun != now and run.journal.next_step > 0:
+        raise UserError(
+            f"{run.directory} has no checkpoint to continue from, and its {run.journal.next_step} steps cannot be "
+            f"learned again from model.path ({run.cfg.model.path}): the run began with another model (SHA-256 "
+            f"{str(begun)[:12]}; --accept model replaced it). Restore a checkpoint, or restore that model and continue "
+            "with --accept model"
+        )
 
 
 async def _configure(run: Run, step: int) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import UserError
 from common.files import read_records
 from common.types import RolloutRef, Score
-from learner.loop.journal import JournalError
+from learner.loop.journal import Journal, JournalError
 from learner.loop.train_loop import train
 from tests.fakes import FakeRoles
 from tests.learner.loop.test_train_loop import Asked, make_run
@@ -102,6 +104,34 @@ def test_a_checkpoint_without_its_journal_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "journal")
     with pytest.raises(JournalError, match="step-000002 holds 2 steps, but the journal only 0"):
         asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=4)))
+
+
+def note(directory: Path, kind: str, **fields: Any) -> None:
+    journal = Journal(directory / "journal")
+    journal.open_for_writing()
+    journal.note(kind, **fields)
+
+
+def test_steps_are_not_learned_again_from_another_model(tmp_path):
+    note(tmp_path, "begin", identity={"model": "first"}, config={}, versions={})
+    note(tmp_path, "accept", identity={"model": "second"})  # before the first step: the run begins with it
+    asyncio.run(train(make_run(tmp_path, FakeRoles([]), num_steps=2)))
+    note(tmp_path, "accept", identity={"model": "third"})
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "checkpoints")
+    refused = FakeRoles([])
+    with pytest.raises(UserError, match=r"its 2 steps cannot be learned again from .* \(SHA-256 second; --accept"):
+        asyncio.run(train(make_run(tmp_path, refused, num_steps=3)))
+    assert refused.events == []
+    shutil.copytree(tmp_path / "kept", tmp_path / "checkpoints")
+    roles = FakeRoles([])
+    asyncio.run(train(make_run(tmp_path, roles, num_steps=3)))  # the checkpoint has the weights
+    assert roles.events[0] == "restore 2"
+    shutil.rmtree(tmp_path / "checkpoints")
+    note(tmp_path, "accept", identity={"model": "second"})
+    roles = FakeRoles([])
+    asyncio.run(train(make_run(tmp_path, roles, num_steps=4)))
+    assert [event for event in roles.events if event.startswith("update")] == [f"update {n}" for n in range(4)]
 
 
 def test_a_resumed_run_asks_the_reference_from_its_first_new_step(tmp_path):
