@@ -21,7 +21,13 @@ from common.config.ppo import Config
 from common.config.sources import SourceConfig
 from common.errors import UserError
 from common.files import write_json
-from deploy.run.critic import critic_source, response_differences, response_settings, source_differences
+from deploy.run.critic import (
+    critic_sources,
+    environment_of,
+    response_differences,
+    response_settings,
+    source_differences,
+)
 from deploy.screen.console import complain
 from learner.critic.rollouts import JournalPart, Rollouts, choose_steps
 from learner.loop.journal import Journal
@@ -169,8 +175,6 @@ def _steps_with_other_inputs(notes: Sequence[Note], part: JournalPart) -> list[i
 def _differences(config: Mapping[str, Any], digests: Mapping[str, str], basis: CriticBasis) -> Iterator[str]:
     if digests.get("model") != basis.model:
         yield "it began with another base model (other weights, config or tokenizer) than model.path"
-    sources = [
-        critic_source(_SOURCE.validate_python(source), digests.get(f"reward.sources.{number}"))
-        for number, source in enumerate(config["reward"]["sources"])
-    ]
+    given = [_SOURCE.validate_python(source) for source in config["reward"]["sources"]]
+    sources = critic_sources(given, environment_of(config), digests)
     yield from source_differences(sources, basis.sources, was="its responses were scored", now="this config has")

@@ -8,17 +8,19 @@ token from the start, so differences are refused before anything starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from actors.scoring.kinds import kind_of
+from common.config.environment import KINDS, EnvironmentConfig
 from common.config.ppo import Config
-from common.config.sources import RewardSource
+from common.config.sources import EnvironmentSourceConfig, RewardSource
 from common.errors import UserError
 from common.model.identity import model_digest, tokenizer_digest
 from deploy.policy_files import PolicyFiles
+from deploy.run.identity import code_digest
 from deploy.screen.console import complain
 from learner.ppo.critic_files import SETTING, CriticBasis, CriticSource, TrainedCritic, read_critic
 from learner.ppo.frozen import frozen_names
@@ -29,11 +31,14 @@ _SHOWN_TEXT = 80  # characters of a setting in messages
 
 def critic_basis(cfg: Config, policy: PolicyFiles) -> CriticBasis:
     """The model, the reward and the returns that a critic of this config belongs to."""
+    digests = {f"reward.sources.{n}": kind_of(source).identity(source) for n, source in enumerate(cfg.reward.sources)}
+    if cfg.environment is not None:
+        digests["environment"] = code_digest(cfg.environment.code)
     return CriticBasis(
         kind=cfg.learner.critic,
         model=model_digest(policy.directory),
         tokenizer=tokenizer_digest(policy.directory),
-        sources=tuple(critic_source(source, kind_of(source).identity(source)) for source in cfg.reward.sources),
+        sources=critic_sources(cfg.reward.sources, cfg.environment, digests),
         normalise=cfg.reward.normalise,
         clip=cfg.reward.clip,
         gamma=cfg.ppo.gamma,
@@ -43,15 +48,39 @@ def critic_basis(cfg: Config, policy: PolicyFiles) -> CriticBasis:
     )
 
 
-def critic_source(source: RewardSource, digest: str | None) -> CriticSource:
-    """A source of this config, with the digest of its files."""
-    return CriticSource(source.name, source.weight, digest, source.scoring)
+def critic_sources(
+    sources: Sequence[RewardSource], environment: EnvironmentConfig | None, digests: Mapping[str, str | None]
+) -> tuple[CriticSource, ...]:
+    """The reward sources of a config. `digests`: of their files and of the environment's, by the names of an identity
+    (deploy/run/identity.py)."""
+    found = []
+    for number, source in enumerate(sources):
+        name, settings = f"reward.sources.{number}", source.scoring
+        if isinstance(source, EnvironmentSourceConfig) and environment is not None:  # it decides these scores
+            name, settings = "environment", {**settings, **_class_or_tools(environment)}
+        found.append(CriticSource(source.name, source.weight, digests.get(name), settings))
+    return tuple(found)
+
+
+def _class_or_tools(environment: EnvironmentConfig) -> dict[str, Any]:
+    """The setting that names the environment's class, agent, taskset or tools."""
+    return {key: value for key, value in environment.fixed.items() if key in KINDS and value}
+
+
+def environment_of(config: Mapping[str, Any]) -> EnvironmentConfig | None:
+    """The environment in a whole config as JSON has it."""
+    tree = config.get("environment")
+    return None if tree is None else EnvironmentConfig.model_validate(tree)
 
 
 def response_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide what responses look like, by key. `config`: a whole config as JSON has it."""
     prompts = {f"prompts.{key}": config["prompts"].get(key) for key in ("format", "last_assistant", "last_end_token")}
-    return {f"sampling.{key}": value for key, value in config["sampling"].items()} | prompts
+    episodes: dict[str, Any] = {"environment": None}
+    if (environment := environment_of(config)) is not None:
+        episodes["environment"] = environment.name
+        episodes |= {f"environment.{key}": value for key, value in environment.fixed.items() if key not in KINDS}
+    return {f"sampling.{key}": value for key, value in config["sampling"].items()} | prompts | episodes
 
 
 def response_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -75,6 +75,9 @@ def runs(model, tmp_path_factory):
     accepted = write_journal(directory / "accepted", tables[:1], begin=fitting)
     accepted.note("accept", identity={"model": "0" * 64})
     accepted.append(tables[1], policy_version=1, prompts={})
+    game = {"sources": [{"name": "game", "environment": True}]}
+    episodes = tiny_config(model, reward=game, environment={"function": "tests.environments:AWords", "max_tokens": 40})
+    write_journal(directory / "game", tables, begin=begin_note(episodes))
     write_journal(directory / "headless", tables)
     (directory / "link").symlink_to("fits")
     return directory
@@ -110,6 +113,8 @@ def command(model, runs, tmp_path, monkeypatch, capsys):
         "--from {}/fits --steps 1:",
         "--from {}/accepted --steps :1 critic_training.heldout_share=0.5",
         "learner.critic=separate --from {}/fits",
+        "--from {}/game environment.function=tests.environments:AWords environment.max_tokens=40 "
+        'reward.sources=[{{name="game",environment=true}}]',
     ],
 )
 def test_journals_that_fit_are_accepted(command, runs, options):
@@ -130,6 +135,11 @@ def test_journals_that_fit_are_accepted(command, runs, options):
             'with function "tests.tasks:fails_on_some" in the reward source a_words, and this config',
         ),
         ("--from {}/names", "with the reward sources others, more, and this config has a_words"),
+        (
+            "--from {}/game environment.function=tests.environments:Restarting environment.max_tokens=40 "
+            'reward.sources=[{{name="game",environment=true}}]',
+            'scored with function "tests.environments:AWords" in the reward source game, and this config has "tests.',
+        ),
         ("--from {}/files", "its responses were scored with other files behind the reward source a_words"),
         ("--from {}/fits --from {}/weight", "weight) does not fit this config"),
         ("--from {}/headless", "does not say how its run began"),

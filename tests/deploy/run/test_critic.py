@@ -125,6 +125,41 @@ def test_other_reward_sources_are_refused_by_name(cfg, policy):
     check_critic(cfg, policy)
 
 
+def playing(cfg, function: str, **environment):
+    """The config with an environment that scores its episodes."""
+    tree = cfg.model_dump(mode="json", exclude_none=True)
+    tree["environment"] = {"function": f"tests.environments:{function}", "max_tokens": 40, **environment}
+    tree["reward"]["sources"] = [{"name": "game", "environment": True}]
+    return type(cfg).model_validate(tree)
+
+
+def test_a_critic_of_another_environments_rewards_is_refused(cfg, policy, capsys):
+    ours = playing(cfg, "AWords")
+    basis = critic_basis(ours, policy)
+    [game] = basis.sources
+    assert game.digest == identity_of(ours, policy, RECORDS, [])["environment"]
+    save(cfg, critic_basis(playing(cfg, "Restarting"), policy))
+    message = r'with function "tests.environments:Restarting" in the reward source game, .*"tests.environments:AWords"'
+    with pytest.raises(UserError, match=message):
+        check_critic(ours, policy)
+    save(cfg, replace(basis, sources=(replace(game, digest="0" * 64),)))
+    with pytest.raises(UserError, match="with other files behind the reward source game"):
+        check_critic(ours, policy)
+    save(cfg, basis)
+    check_critic(ours, policy)
+    assert capsys.readouterr().err == ""
+
+
+def test_episodes_of_another_form_are_only_a_warning(cfg, policy, capsys):
+    save(cfg, critic_basis(playing(cfg, "AWords", max_turns=2), policy))
+    check_critic(playing(cfg, "AWords"), policy)
+    assert "other responses than the run's: environment.max_turns was 2 and is 8 now" in capsys.readouterr().err
+    plain, episodes = critic_basis(cfg, policy), critic_basis(playing(cfg, "AWords"), policy)
+    save(cfg, replace(plain, responses=episodes.responses))
+    check_critic(cfg, policy)
+    assert "environment was tests.environments:AWords and is None now" in capsys.readouterr().err
+
+
 def test_another_kl_penalty_is_only_a_warning(cfg, policy, capsys):
     save(cfg, replace(critic_basis(cfg, policy), kl_coef=0.2))
     check_critic(cfg, policy)
