@@ -88,7 +88,7 @@ def test_the_rounding_of_equal_returns_is_no_variance(difference):
     """Eight responses of six tokens. Without penalties and discount, the return of each token is its response's score.
     Half of the scores are larger by `difference`, so their variance is its half squared."""
     rows = [make_experience(index, [5] * 6) for index in range(8)]
-    values = 0.3 + 0.1 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     batch, scores = ExperienceBatch.from_table(experience_table(rows)), torch.full((8,), 0.3)
     scores[::2] += difference
     no_logprobs = torch.zeros(8, 6)
