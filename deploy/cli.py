@@ -7,7 +7,16 @@ command ends.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+
+# Until `main` handles signals, Ctrl-C ends the program at once. Python's own handler would print a traceback of the
+# imports below. Other programs that import this module keep their handler, and `nohup` keeps ignoring the signal.
+if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "ratchet") and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from collections.abc import Sequence
 from typing import Annotated
 

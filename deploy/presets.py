@@ -37,7 +37,7 @@ def preset_settings(preset: str) -> list[str]:
     if preset not in shipped and path.suffix != ".toml":
         raise UserError(f"--preset ({preset}) must be one of {', '.join(shipped)}, or a .toml file with some settings")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # as in load_config
     except OSError as error:
         raise UserError(f"preset {path} cannot be read ({error.strerror}); name another file") from None
     except (ValueError, RecursionError) as error:

@@ -35,7 +35,8 @@ async def follow_targets(directory: Path, pools: Sequence[Pool]) -> None:
             targets = _targets(directory)
             for pool in pools:
                 members = pool.members
-                members.target = max(members.min_replicas, targets.get(pool.role, members.target))
+                target = min(targets.get(pool.role, members.target), MOST_PROCESSES)
+                members.target = max(members.min_replicas, target)
         with suppress(OSError):  # the disk is full, for example: the run continues
             state = {pool.role: _state(pool) for pool in pools}
             if state != written:
@@ -71,10 +72,7 @@ def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10)
         if number > MOST_PROCESSES:
             raise UserError(f"{number} {role} replicas are more than a run may have ({MOST_PROCESSES}); ask for fewer")
     if targets:
-        earlier: Mapping[str, int] = {}
-        with suppress(ValueError):  # a user has edited the file
-            earlier = _targets(directory)
-        write_json(directory / "scale.json", {**earlier, **targets})
+        write_json(directory / "scale.json", {**_earlier_targets(directory), **targets})
     deadline = time.monotonic() + timeout_s
     while any(state.get(role, {}).get("target") != number for role, number in targets.items()):
         if time.monotonic() > deadline:
@@ -99,16 +97,29 @@ def _state(pool: Pool) -> dict[str, Any]:
     return {"min": pool.members.min_replicas, "target": pool.members.target, "replicas": replicas}
 
 
+def _earlier_targets(directory: Path) -> dict[str, int]:
+    """Raises UserError if a user has edited the file and it cannot be read any more."""
+    try:
+        return _targets(directory)
+    except ValueError as error:
+        path = directory / "scale.json"
+        raise UserError(f"{path} cannot be read ({error}); delete it and ask again") from None
+
+
 def _targets(directory: Path) -> dict[str, int]:
     """The targets in RUN/scale.json. Raises ValueError if the file has anything else."""
     targets = _read(directory / "scale.json")
-    if not isinstance(targets, dict) or not all(type(number) is int for number in targets.values()):
-        raise ValueError("scale.json must have a whole number for each role")
+    if not all(type(number) is int for number in targets.values()):
+        raise ValueError("it must have a whole number for each role")
     return targets
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if there is no file. Raises ValueError for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found

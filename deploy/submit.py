@@ -16,10 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
 import ray
@@ -167,11 +167,7 @@ def _all_sent(files: Sequence[str], sent: Container[Path]) -> bool:
 
 
 def _connect(address: str) -> JobSubmissionClient:
-    url = urlsplit(address)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(
-            f"--address ({address}) must be the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
-        )
+    url = _url(address)
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
         with _in_environment(ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE, address):
@@ -185,10 +181,19 @@ def _connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
+def _url(address: str) -> SplitResult:
+    """Raises UserError if the address is no URL of a dashboard."""
+    with suppress(ValueError):  # brackets that do not fit, or no valid port
+        url = urlsplit(address)
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0:
+            return url
+    raise UserError(f"--address ({address}) must be the URL of the cluster's dashboard, such as http://127.0.0.1:8265")
+
+
 @contextmanager
 def no_proxy_for(address: str) -> Iterator[None]:
     """During the block, requests to this URL's host use no proxy, because they contain the cluster's token."""
-    host = urlsplit(address).hostname or ""
+    host = _url(address).hostname or ""
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = ",".join(filter(None, [others, host]))
     with _in_environment("no_proxy", hosts), _in_environment("NO_PROXY", hosts):

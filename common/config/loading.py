@@ -11,6 +11,7 @@ import glob
 import os
 import tomllib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +49,7 @@ def load_config(path: Path, overrides: Iterable[str], root: type[AnyRoot], *, ke
 def given_settings(path: Path, overrides: Iterable[str], *, keep_relative: bool = False) -> dict[str, Any]:
     """The settings that `path` and `key=value` overrides give, without defaults, and with names of files as in
     `load_config`. Raises the errors of files and of TOML."""
-    tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a byte order mark
+    tree = tomllib.loads(_text(path))
     for override in overrides:
         apply_override(tree, override)
     directories = [Path.cwd(), path.absolute().parent]
@@ -56,6 +57,21 @@ def given_settings(path: Path, overrides: Iterable[str], *, keep_relative: bool 
         directories = [directory for directory in directories if directory.is_relative_to(Path.cwd())]
     _find_files(tree, directories, keep_relative)
     return tree
+
+
+def _text(path: Path) -> str:
+    """The text of a config file. Some commands load a config several times, and a pipe, such as <(make-config) of a
+    shell, can be read only once."""
+    return _piped_text(path, path.stat().st_ino) if path.is_fifo() else _file_text(path)
+
+
+def _file_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig")  # editors on Windows begin it with a byte order mark
+
+
+@cache
+def _piped_text(path: Path, pipe: int) -> str:
+    return _file_text(path)
 
 
 def with_absolute_files(key: str, value: Any, config: Path) -> Any:

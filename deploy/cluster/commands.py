@@ -6,6 +6,7 @@ Runs in a process of its own, which starts nothing.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ import yaml
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
-from common.files import write_whole
+from common.files import replaced_directory, write_whole
 from deploy.cluster import kuberay as objects
 from deploy.shipped import config_file
 
@@ -27,6 +28,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write files
 # checkout only.
 PLATFORMS = ("launcher", "slurm")
 Size = tuple[int, int]
+WRITTEN = "# Written by ratchet cluster kuberay.\n"  # begins every file of the command
 # A name of Kubernetes. KubeRay adds to it, and the names of pods have 63 characters at most.
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 
@@ -34,12 +36,15 @@ NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 @app.command()
 def files(directory: Annotated[Path, typer.Argument(help="A new directory for the files.")]) -> None:
     """Copy the files of Ray's cluster launcher and the Slurm script."""
+    if os.path.lexists(directory):
+        raise UserError(f"{directory} exists; name a new directory")
     try:
-        directory.mkdir(parents=True)
-        for platform in PLATFORMS:
-            shutil.copytree(Path(__file__).with_name(platform), directory / platform)
+        with replaced_directory(directory) as staging:
+            for platform in PLATFORMS:
+                shutil.copytree(Path(__file__).with_name(platform), staging / platform)
     except OSError as error:
-        raise UserError(f"{directory} cannot be written ({error.strerror}); name a new directory") from None
+        reason = error.strerror or error  # an error of copytree has a list of files and reasons instead
+        raise UserError(f"{directory} cannot be written ({reason}); name a new directory") from None
     typer.echo("\n".join(str(path) for path in sorted(directory.rglob("*")) if path.is_file()))
 
 
@@ -140,7 +145,7 @@ def _name(name: str | None, config: Path) -> str:
 def _directory(directory: str | None, name: str) -> PurePosixPath:
     """The user's directory on the shared storage. Raises UserError for one that is elsewhere."""
     place = PurePosixPath(directory or f"{objects.SHARED}/{name}")
-    if not place.is_relative_to(objects.SHARED):
+    if not place.is_relative_to(objects.SHARED) or ".." in place.parts:
         raise UserError(f"--directory ({place}) must be on the shared storage, below {objects.SHARED}")
     return place
 
@@ -155,8 +160,19 @@ def _write(to: Path, cfg: Config, values: objects.Values) -> dict[str, str]:
     }
     try:
         to.mkdir(parents=True, exist_ok=True)
+        for file in documents:
+            _check_replaced(to / file)
         for file, contents in documents.items():
-            write_whole(to / file, yaml.safe_dump_all(contents, sort_keys=False, width=1000))
+            write_whole(to / file, WRITTEN + yaml.safe_dump_all(contents, sort_keys=False, width=1000))
     except OSError as error:
         raise UserError(f"{to} cannot be written ({error.strerror}); name another directory with --to") from None
     return {file: quote(str(to / file)) for file in documents}
+
+
+def _check_replaced(file: Path) -> None:
+    """Raises UserError if the command would replace a file that it has not written."""
+    if os.path.lexists(file) and not file.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
+        raise UserError(
+            f"{file} exists and ratchet cluster kuberay has not written it, so it is not replaced; name another "
+            "directory with --to"
+        )

@@ -96,7 +96,9 @@ def tune(
         typer.Argument(help="Values to try: KEY=a,b,c, KEY=lo..hi, KEY=log:lo..hi."),
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of trials. [default: 12]")] = None,
-    hours: Annotated[float | None, typer.Option(min=0.001, metavar="H", help="For all starts. [default: 1]")] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, max=1e5, metavar="H", help="For all starts. [default: 1]")
+    ] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="score, pass_at_1, or a source or judge.")] = None,
     finalists: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Trials with more seeds. [default: 2]")

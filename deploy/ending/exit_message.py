@@ -1,6 +1,7 @@
 """The end of a command: every exception becomes one message and an exit code. Runs in the driver.
 
 0: success. 1: a role or a machine failed. 2: the user can fix it. 129, 130, 143: stopped by SIGHUP, Ctrl-C, SIGTERM.
+141, without a message: the program that read the output has ended, as in `ratchet config --describe | head`.
 If the user cannot fix it, the traceback goes to a file that the message names.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from common.errors import RoleError, UserError
 from deploy.ending import signals
 from deploy.screen.console import Lenient, complain
 
-FAILED, USERS_FAULT = 1, 2
+FAILED, USERS_FAULT, NO_READER = 1, 2, 128 + signal.SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _active = False  # the command line runs
 _printed: int | None = None  # the exit code, once a message was printed; later errors follow from it and print nothing
@@ -54,7 +56,7 @@ def main(app: Callable[..., Any]) -> None:
         code = _code(app)
     except BaseException as error:  # a signal raises Stopped, and a user's module may raise SystemExit
         with signals.uninterrupted():
-            code = print_once(error)
+            code = NO_READER if _has_no_reader(error) else print_once(error)
     for stream in (Lenient("stdout"), Lenient("stderr")):
         stream.flush()
     signals.exit_process(code)
@@ -72,6 +74,16 @@ def _code(app: Callable[..., Any]) -> int:
             return end.code
         raise
     return 0
+
+
+def _has_no_reader(error: BaseException) -> bool:
+    """True if the error is that the pipe of standard output has no reader any more. A connection that breaks raises the
+    same error."""
+    with suppress(OSError, ValueError, AttributeError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return isinstance(error, BrokenPipeError) and any(events & select.POLLERR for _, events in poll.poll(0))
+    return False
 
 
 def print_once(error: BaseException) -> int:

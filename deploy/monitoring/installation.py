@@ -10,7 +10,9 @@ DIRECTORY/grafana/dashboards/ratchet.json
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
@@ -19,6 +21,7 @@ from common.errors import UserError
 from common.files import write_whole
 from deploy.monitoring.dashboard import dashboard
 
+_MARK = "job_name: ratchet\n"  # in the file for Prometheus that an earlier call has written
 _PROMETHEUS = """\
 global:
   scrape_interval: 10s
@@ -84,6 +87,7 @@ def write_monitoring(directory: Path, prometheus: str) -> None:
         "grafana/provisioning/dashboards/ratchet.yml": _DASHBOARDS.format(dashboards=quoted("grafana/dashboards")),
         "grafana/dashboards/ratchet.json": json.dumps(dashboard(), indent=2) + "\n",
     }
+    _check_replaced(directory, list(texts))
     try:
         (directory / "targets").mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -91,6 +95,20 @@ def write_monitoring(directory: Path, prometheus: str) -> None:
             write_whole(directory / name, text)
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); name another directory") from None
+
+
+def _check_replaced(directory: Path, names: Sequence[str]) -> None:
+    """Raises UserError if files would be replaced that no earlier call has written."""
+    there = [name for name in names if os.path.lexists(directory / name)]
+    try:
+        ours = not there or _MARK in (directory / "prometheus.yml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(
+            f"{directory / there[0]} exists and ratchet monitoring has not written it, so it is not replaced; name "
+            "another directory"
+        )
 
 
 def next_commands(directory: Path, prometheus: str) -> str:

@@ -129,7 +129,10 @@ def run_suggest(
     if out is None:
         print(text, end="")
         return 0
-    write_whole(out, text)
+    try:
+        write_whole(out, text)
+    except OSError as error:
+        raise UserError(f"--out ({out}) cannot be written ({error.strerror}); name another file") from None
     for key, reason in found.reasons.items():
         print(f"{key}: {reason}")
     print(f"written to {out}; it fits")

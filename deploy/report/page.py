@@ -46,6 +46,11 @@ def render(title: str, blocks: Mapping[str, Any]) -> str:
     return before + "".join(parts[name] + after for name, _, after in (part.partition("-->") for part in rest))
 
 
+def beginning() -> str:
+    """The beginning of every page, which no other file has."""
+    return _read("page.html").partition("<!--put ")[0]
+
+
 def json_text(value: Any) -> str:
     """JSON that is inert inside a <script> element."""
     text = json.dumps(_printable(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))

@@ -5,6 +5,7 @@ The run may be finished, may still run, or may have crashed. Nothing here import
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from deploy.report.critic import critic_of
 from deploy.report.curves import curves_of
 from deploy.report.evaluation import evaluation_of
 from deploy.report.events import events_of
-from deploy.report.page import render
+from deploy.report.page import beginning, render
 from deploy.report.rollouts import Rollouts
 from deploy.report.run_files import RunFiles, read_config
 from deploy.report.sampling import BUDGET, MAX_ROWS
@@ -35,6 +36,8 @@ NAME = "report.html"
 def run_report(directory: Path, to: Path | None = None) -> Path:
     """Writes the page and prints its path on the last line."""
     target = to or directory / NAME
+    if to is not None or directory.is_dir():  # otherwise the message is about the directory
+        _check_target(target)
     started = time.perf_counter()
     command = read_record(directory).get("command")
     if command == "evaluate":
@@ -45,7 +48,7 @@ def run_report(directory: Path, to: Path | None = None) -> Path:
         blocks = page_blocks(RunFiles.read(directory))
     text = render(f"{directory.resolve().name} · Ratchet", blocks)
     try:
-        write_whole(target, text)
+        write_whole(Path(os.path.realpath(target)), text)  # a link stays
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --to") from None
     for name in blocks["run"]["unreadable"]:
@@ -55,6 +58,25 @@ def run_report(directory: Path, to: Path | None = None) -> Path:
     for line in (f"{_contents(blocks)}; {size}", str(target)):
         console.print(line, markup=False, soft_wrap=True)
     return target
+
+
+def _check_target(target: Path) -> None:
+    """Raises UserError if the page could not be written, if another file would be lost, or if a device would become a
+    file."""
+    try:
+        if not target.exists():
+            place = Path(os.path.realpath(target)).parent
+            if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+                raise UserError(f"{target} cannot be written: no file can be made in {place}; name another with --to")
+            return
+        if not target.is_file():
+            raise UserError(f"{target} is not a regular file; name another file with --to")
+        with open(target, encoding="utf-8", errors="replace") as file:
+            found = file.read(len(beginning()))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --to") from None
+    if found not in ("", beginning()):
+        raise UserError(f"{target} exists and is no report, so it is not replaced; name another file with --to")
 
 
 def _contents(blocks: Mapping[str, Any]) -> str:

@@ -74,11 +74,13 @@ class RunFiles:
         )
 
     def setting(self, path: str, default: Any = None) -> Any:
-        """The value of a setting such as `ppo.gamma`; `default` if the config does not have it."""
+        """The value of a setting such as `ppo.gamma`; `default` if the config does not have it, or has it with another
+        type than that of `default`: a user may have edited the file."""
         value: Any = self.config
         for part in path.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        return default if value is None else value
+        kind: Any = NUMBER if isinstance(default, NUMBER) else object if default is None else type(default)
+        return value if value is not None and isinstance(value, kind) else default
 
 
 def _sound(path: Path, required: Mapping[str, Any], optional: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:

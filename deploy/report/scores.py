@@ -11,7 +11,8 @@ from deploy.report.run_files import RunFiles
 
 def scores_of(run: RunFiles) -> dict[str, Any]:
     """The data of the tab that the curves do not have."""
-    sources = [str(source.get("name")) for source in run.setting("reward.sources", [])]
+    settings = [source for source in run.setting("reward.sources", []) if isinstance(source, dict)]
+    sources = [str(source.get("name")) for source in settings]
     judged = dict.fromkeys(name for record in run.evaluations for name in record.get("components", {}))
     heldout = [
         {
@@ -27,7 +28,7 @@ def scores_of(run: RunFiles) -> dict[str, Any]:
         for record in run.metrics
         if all(isinstance(record.get(key), int | float) for key in ("kl/per_response", "rollout/score/mean"))
     ]
-    calibrations = [found for source in run.setting("reward.sources", []) if (found := _calibration(source))]
+    calibrations = [found for source in settings if (found := _calibration(source))]
     return {
         "sources": sources,
         "judges": [name for name in judged if name not in sources],

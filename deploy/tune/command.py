@@ -57,6 +57,8 @@ def run_tune(
     """Runs the plan of a `new` tuning, or continues the one in `directory`. Writes the outcome, and returns it."""
     check_ray_tune()
     directory = directory.absolute()  # the paths of the trials' directories must not depend on the current directory
+    if new is None and not (directory / "config.toml").exists():
+        raise UserError(f"{directory} is no run directory (no config.toml); name one that ratchet tune has made")
     with run_owner(directory, resume=new is None, force=force) as owned:
         plan, cfg = new or _planned(directory)
         progress = TuneProgress(directory, plan)

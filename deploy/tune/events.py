@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import append_record, read_records
 from deploy.tune.halving import Halving
 
@@ -51,7 +52,13 @@ class Events:
         self._starts: list[list[float]] = []  # times of the first and the newest event of each start of the command
         self._started_here = False
         for record in read_records(path):
-            self._take(record)
+            try:
+                self._take(record)
+            except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+                raise UserError(
+                    f"{path} has a line that ratchet tune has not written ({type(error).__name__}: {error}); restore "
+                    "the file"
+                ) from None
 
     def start(self, hours: float) -> None:
         """The command starts or continues. `hours`: the time for all of its starts together."""

@@ -5,8 +5,9 @@ Every start of the command reads the same plan, so a continued tuning does not d
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from deploy.tune.space import Choices, Range, Space, draw, parse_space
 
 EVALUATIONS = 6  # fewest evaluations of a trial, if the config asks for none between start and end
 MOST_TRIALS = 1000
+MOST_SEEDS = 100
 # These save disk: a tuning keeps many runs, few of which are trained further, and optimizer state is two thirds of a
 # checkpoint. A value on the command line overrides them.
 _SMALL = ("checkpoint.keep=1", "checkpoint.keep_optimizer_at_end=false")
@@ -58,7 +60,8 @@ class Plan:
             return cls(**{**plan, **lists})
         except (OSError, ValueError, TypeError, KeyError):
             raise UserError(
-                f"{directory} has no plan.json of ratchet tune; name a directory that the command has made"
+                f"{directory} has no plan.json of ratchet tune; name a directory that the command has made, or begin "
+                "again with --force"
             ) from None
 
 
@@ -76,6 +79,8 @@ def make_plan(
     UserError unless every trial has a valid config."""
     if trials > MOST_TRIALS:
         raise UserError(f"--trials ({trials}) must not exceed {MOST_TRIALS}; try fewer, then again around the best one")
+    if seeds > MOST_SEEDS:
+        raise UserError(f"--seeds ({seeds}) must not exceed {MOST_SEEDS}; a finalist rarely needs more than 5")
     spaces = [_with_absolute_files(argument, parse_space(argument), config) for argument in arguments]
     differing = [(text, space) for text, space in spaces if not _is_setting(space)]
     if not differing:
@@ -83,7 +88,7 @@ def make_plan(
             "name at least one key with several values, such as ppo.clip_eps=0.05,0.1,0.2 or "
             "optimizer.learning_rate=log:1e-6..1e-4"
         )
-    _check_once([space.key for _, space in spaces])
+    _check_once([space.key for _, space in spaces], {space.key for _, space in differing})
     settings = [text for text, space in spaces if _is_setting(space)]
     cfg = load_config(config, settings, Config)
     if not cfg.evaluation.prompts or cfg.prompts.heldout is None:
@@ -129,9 +134,14 @@ def _with_absolute_files(text: str, space: Space, config: Path) -> tuple[str, Sp
     return f"{space.key}={','.join(map(toml_text, values))}", Choices(space.key, values)
 
 
-def _check_once(keys: Sequence[str]) -> None:
+def _check_once(keys: Sequence[str], differing: Collection[str]) -> None:
+    """Raises UserError if a key is given twice, or if one of two overlapping keys differs between trials: the later one
+    would override the other."""
     if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
         raise UserError(f"{twice[0]} is given {keys.count(twice[0])} times; give all of its values once")
+    for section, key in itertools.permutations(keys, 2):
+        if key.startswith(f"{section}.") and not differing.isdisjoint((section, key)):
+            raise UserError(f"{section} has {key} in it, so one would override the other; give only one of them")
 
 
 def _check_different(drawn: Sequence[dict[str, Any]], configs: Sequence[Config]) -> None:

@@ -23,7 +23,9 @@ from common.errors import UserError
 _NUMBER = r"[+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _RANGE = re.compile(rf"(log:)?({_NUMBER})\.\.({_NUMBER})")
 _NO_RANGE = re.compile(r"log:[+-]?\.?[0-9]|[+-]?\.?[0-9].*\.\.")  # looks like a range; ../prompts.jsonl does not
-_DIGITS = 4  # significant digits of a number drawn from a range: enough to tell trials apart, and short in a command
+_DIGITS = 4  # fewest significant digits of a number drawn from a range, which keep commands short
+_MOST_DIGITS = 17  # with this many, every float is exact
+_FINENESS = 2000  # rounding moves a number by at most this part of its range, so that trials still differ
 _MOST_COMBINATIONS = 10_000  # with up to this many combinations of choices, distinct ones are drawn from their list
 _DESIGNS, _CHOICE_DESIGNS = 200, 20  # number of designs from which the best is taken; those from a list take longer
 
@@ -58,7 +60,16 @@ class Range:
         else:
             value = low + quantile * (high - low)
         value = min(max(value, self.low), self.high)
-        return round(value) if self.whole else float(f"{value:.{_DIGITS}g}")
+        return round(value) if self.whole else self._rounded(value)
+
+    def _rounded(self, value: float) -> float:
+        """The value with few significant digits. A narrow range, such as 0.999..0.9999, needs more of them: otherwise
+        values would be equal or leave the range."""
+        rounded = (float(f"{value:.{digits}g}") for digits in range(_DIGITS, _MOST_DIGITS))
+        fine = (self.high - self.low) / _FINENESS
+        return next(
+            (short for short in rounded if self.low <= short <= self.high and abs(short - value) <= fine), value
+        )
 
     def place(self, value: float) -> float:
         """The value's place on the scale of the range: the value, or its decimal logarithm."""

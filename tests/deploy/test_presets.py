@@ -57,6 +57,11 @@ def test_a_file_of_settings_is_a_preset_too(tmp_path):
     assert (cfg.num_steps, cfg.optimizer.betas, cfg.optimizer.schedule) == (3, (0.9, 0.99), "cosine")
 
 
+def test_a_preset_of_an_editor_on_windows_is_read(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbfnum_steps = 3\r\n")
+    assert load(str(tmp_path / "mine.toml")).num_steps == 3
+
+
 def test_a_preset_that_breaks_a_rule_is_named():
     with pytest.raises(UserError, match=r"multiple of ppo.minibatches \(4\)(.|\n)*--preset fast gives .*minibatches=4"):
         load("fast", "rollouts_per_step=6")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import actors.pool.membership as membership
 from actors.pool.pool import Pool
-from common.config.base import Replicated
+from common.config.base import MOST_PROCESSES, Replicated
 from common.errors import UserError
 from deploy.run.directory import sole_owner
 from deploy.run.lock import is_owned
@@ -89,6 +90,37 @@ def test_impossible_targets_are_refused_and_not_written(tmp_path, targets, messa
 
     written, target, _ = with_run(tmp_path, ask)
     assert (written, target) == (False, 1)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"Worker": null}', '{"Worker": Infinity}', '{"Worker": "two"}', '{"Worker":'])
+def test_a_run_survives_a_file_of_targets_that_makes_no_sense(tmp_path, text):
+    def ask():
+        (tmp_path / "scale.json").write_text(text)
+        time.sleep(0.2)  # the run has read it several times
+        (tmp_path / "scale.json").unlink()
+        return scale(tmp_path, {"Worker": 2})["Worker"]["target"]
+
+    assert with_run(tmp_path, ask)[:2] == (2, 2)
+
+
+def test_a_target_above_the_limit_of_a_role_is_lowered(tmp_path):
+    def ask():
+        (tmp_path / "scale.json").write_text(f'{{"Worker": {MOST_PROCESSES + 1}}}')
+        while scale(tmp_path, {})["Worker"]["target"] == 1:
+            pass
+
+    assert with_run(tmp_path, ask)[1] == MOST_PROCESSES
+
+
+@pytest.mark.parametrize("text", ["[]", '{"Worker":'])
+def test_targets_that_cannot_be_read_are_refused(tmp_path, text):
+    def ask():
+        (tmp_path / "scale.json").write_text(text)
+        with pytest.raises(UserError, match=r"scale\.json cannot be read .*; delete it and ask again"):
+            scale(tmp_path, {"Worker": 2})
+        return (tmp_path / "scale.json").read_text()
+
+    assert with_run(tmp_path, ask)[:2] == (text, 1)
 
 
 def test_without_a_running_run_scale_is_refused(tmp_path):

@@ -105,6 +105,8 @@ def test_an_address_must_be_a_host_and_a_port(address):
     [
         (["--run", "run"], "name the cluster's dashboard with --address, such as http://127.0.0.1:8265"),
         (["--address", "127.0.0.1:8265", "--run", "run"], "--address (127.0.0.1:8265) must be the URL of"),
+        (["--address", "http://[::1", "--run", "run"], "--address (http://[::1) must be the URL of"),
+        (["--address", "http://a:99999", "--run", "run"], "--address (http://a:99999) must be the URL of"),
         (["--address", "http://127.0.0.1:8265"], "name the run directory with --run"),
         (["--address", "http://127.0.0.1:8265", "--run", "run", "ppo.clip=1"], "did you mean clip_eps or reward.clip?"),
         (["--address", "http://127.0.0.1:8265", "--run", "taken"], "has files that do not belong to a run"),

@@ -1,5 +1,6 @@
 """Configuration files: messages of faults, overrides, the search for files, and loading back a resolved config."""
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def refusal(path, *overrides, root=Config):
     with pytest.raises(UserError) as caught:
         load_config(path, overrides, root)
     return str(caught.value)
+
+
+def test_a_config_that_comes_through_a_pipe_can_be_loaded_twice():
+    """As in `ratchet tune <(make-config) ...`: the first reader empties the pipe."""
+    for steps in (7, 8):
+        reading, writing = os.pipe()
+        os.write(writing, f"num_steps = {steps}\n{MINIMAL}".encode())
+        os.close(writing)
+        path = Path(f"/dev/fd/{reading}")
+        loaded = [load_config(path, [f"seed={seed}"], Config) for seed in (1, 2)]
+        os.close(reading)
+        assert [(cfg.num_steps, cfg.seed) for cfg in loaded] == [(steps, 1), (steps, 2)]
 
 
 # Messages of faults

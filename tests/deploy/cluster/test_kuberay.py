@@ -344,6 +344,7 @@ def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
         (["--notice", 5], "--notice (5) must be more than 5 s"),
         (["--spot", "gke-spot"], "--spot (gke-spot) must be a label of machines"),
         (["--name", "A_run"], "--name (A_run) must have lower-case letters"),
+        (["--directory", "/shared/../etc"], "--directory (/shared/../etc) must be on the shared storage"),
         (["--directory", "/home/me"], "--directory (/home/me) must be on the shared storage, below /shared"),
     ],
 )
@@ -352,6 +353,18 @@ def test_values_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, inv
         write(tmp_path, invoke, *options)
     assert message in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_only_files_of_an_earlier_call_are_replaced(tmp_path, invoke):
+    before, after = write(tmp_path, invoke), write(tmp_path, invoke, "--retries", 7)
+    assert before["job"] != after["job"]
+    for file in (tmp_path / "out").iterdir():
+        if file.name != "job.yaml":
+            file.unlink()
+    (tmp_path / "out/job.yaml").write_text("mine: 1\n")
+    with pytest.raises(UserError, match=r"job\.yaml exists and ratchet cluster kuberay has not written it"):
+        write(tmp_path, invoke)
+    assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [("job.yaml", "mine: 1\n")]
 
 
 def test_the_size_of_a_pod_is_what_the_options_say(tmp_path, invoke):

@@ -3,6 +3,7 @@ hand."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_the_launchers_nodes_have_the_groups_that_roles_ask_for(name):
     assert types["generators"]["min_workers"] == 0 < types["generators"]["max_workers"]
 
 
+def test_files_that_cannot_be_copied_leave_nothing(tmp_path, monkeypatch):
+    def full(source, target):
+        target.mkdir()
+        raise shutil.Error([(str(source), str(target), "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(UserError, match=r"No space left on device.*name a new directory"):
+        commands.files(tmp_path / "mine")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["aws", "gcp"])
 def test_the_shared_storage_is_the_images_users_once_it_is_mounted(name):
     commands = read(name)["initialization_commands"]
@@ -57,5 +69,5 @@ def test_the_files_of_all_platforms_are_copied_once(tmp_path, capsys):
     assert {"launcher/aws.yaml", "slurm/ratchet.sbatch"} <= copied
     assert not any("Dockerfile" in path for path in copied)  # they build in a checkout only
     assert capsys.readouterr().out.split() == sorted(str(to / name) for name in copied)
-    with pytest.raises(UserError, match=r"File exists.*name a new directory"):
+    with pytest.raises(UserError, match="exists; name a new directory"):
         commands.files(to)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+import typer
 
 from common.errors import RoleError, UserError
 from deploy.ending import exit_message
@@ -68,5 +74,59 @@ def test_a_failed_role_is_one_line_and_its_traceback_is_saved(run):
     )
 
 
+def broken_pipe():
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("end", [broken_pipe, lambda: typer.main.get_command(made_app(broken_pipe))([])])
+def test_an_output_without_a_reader_is_no_fault_of_ratchet(end, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            exit_message.main(end)
+    assert (ended.value.code, capsys.readouterr().err) == (141, "")
+
+
+def test_a_connection_that_breaks_is_still_a_fault(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    reading, writing = os.pipe()
+    with open(writing, "w") as pipe, open(reading):
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            exit_message.main(broken_pipe)
+    assert ended.value.code == 1
+    assert "ratchet: BrokenPipeError: " in capsys.readouterr().err
+
+
+def made_app(work):
+    app = typer.Typer()
+    app.command()(work)
+    return app
+
+
 def test_a_user_error_is_printed_unchanged(run):
     assert code_and_message(UserError("raise it")) == (2, "raise it")
+
+
+STARTS = """
+import os, runpy, signal, sys
+
+class Interrupted:
+    def find_spec(name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupted)
+sys.argv = [sys.argv[1]]
+runpy.run_module("deploy.cli", run_name=sys.argv[0] if sys.argv[0] == "__main__" else "deploy.cli")
+"""
+
+
+@pytest.mark.parametrize(("program", "traceback"), [("ratchet", False), ("__main__", False), ("users_program", True)])
+def test_ctrl_c_while_the_program_is_imported_prints_no_traceback(program, traceback):
+    root = str(Path(__file__).parents[3])
+    ended = subprocess.run([sys.executable, "-c", STARTS, program], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT
+    assert ("Traceback" in ended.stderr) is traceback

@@ -48,6 +48,16 @@ def test_an_address_that_is_none_is_refused_and_nothing_written(tmp_path, url):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["prometheus.yml", "alerts.yml", "grafana/grafana.ini"])
+def test_a_file_that_no_earlier_call_has_written_is_kept(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} exists and ratchet monitoring has not written it"):
+        write_monitoring(tmp_path, PROMETHEUS)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_a_path_that_prometheus_takes_for_a_pattern_is_refused(tmp_path):
     with pytest.raises(UserError, match="takes for a pattern"):
         write_monitoring(tmp_path / "a*b", PROMETHEUS)

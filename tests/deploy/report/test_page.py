@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from deploy import cli
 from deploy.report.page import SCRIPTS, json_text
+from deploy.report.report import page_blocks
+from deploy.report.run_files import RunFiles
 from tests.deploy.report.conftest import HOSTILE, data_of
 from tests.deploy.report.made_run import write_run
 from tests.test_layers import BLOCKED
@@ -95,6 +99,45 @@ def test_the_command_prints_the_path_on_its_last_line(tmp_path, capsys, monkeypa
     assert lines[-1] == str(run / "report.html")
     assert lines[-2].startswith("2 steps, 16 rollouts, all with text and token numbers; ")
     assert data_of((run / "report.html").read_text())["run"]["state"] == "finished"
+
+
+def test_the_report_replaces_only_reports(tmp_path):
+    from deploy.report.report import run_report
+
+    run, page = write_run(tmp_path / "run", steps=1), tmp_path / "page.html"
+    for text in ("notes", "<!doctype html>\n<p>mine</p>"):
+        page.write_text(text)
+        with pytest.raises(UserError, match=r"page\.html exists and is no report, so it is not replaced; name another"):
+            run_report(run, page)
+        assert page.read_text() == text
+    os.mkfifo(tmp_path / "pipe")  # a device, such as /dev/null, is refused in the same way
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="is not a regular file; name another file with --to"):
+            run_report(run, place)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(
+        UserError, match=r"page\.html cannot be written: no file can be made in .*missing; name another"
+    ):
+        run_report(run, tmp_path / "missing/page.html")
+
+
+def test_the_report_replaces_an_empty_file_and_an_old_report_behind_a_link(tmp_path):
+    from deploy.report.report import run_report
+
+    run, page, link = write_run(tmp_path / "run", steps=1), tmp_path / "page.html", tmp_path / "link.html"
+    page.touch()
+    link.symlink_to(page)
+    for _ in range(2):
+        run_report(run, link)
+        assert link.is_symlink()
+        assert data_of(page.read_text())["run"]["steps"] == 1
+
+
+def test_a_config_with_settings_of_another_type_still_has_a_page(tmp_path):
+    run = write_run(tmp_path / "run", steps=2)
+    (run / "config.toml").write_text('num_steps = "two"\nmodel.path = 3\nppo.gamma = "high"\nreward.sources = [1]\n')
+    blocks = page_blocks(RunFiles.read(run))
+    assert (blocks["run"]["steps"], blocks["run"]["state"], blocks["scores"]["sources"]) == (2, "finished", [])
 
 
 def test_escapes_in_names_do_not_reach_the_terminal(tmp_path, capsys):

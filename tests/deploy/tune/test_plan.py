@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from common.errors import UserError
+from deploy.run.directory import sole_owner
 from deploy.tune.command import Pace, run_tune
 from deploy.tune.plan import Plan, make_plan
 from tests.deploy.tune.test_search import CONFIG, plan
@@ -29,6 +28,8 @@ POSITIVE = CONFIG.with_name("positive.toml")
         (["ppo.policy_loss=clip,masks"], "ppo.policy_loss = 'masks'"),
         (["kl.coef=0.1"], "name at least one key with several values"),
         (["kl.coef=0.1,0.2", "kl.coef=0.3,0.4"], "kl.coef is given 2 times"),
+        (["kl.coef=0.1,0.2", "kl={coef=0.3}"], "kl has kl.coef in it, so one would override the other"),
+        (["ppo.lam=0.9", "ppo={lam=0.8},{lam=0.7}"], "ppo has ppo.lam in it, so one would override the other"),
         (["seed=1,2"], r"seed cannot differ between trials: .* finalists are repeated with others \(--seeds\)"),
         (["model.path=a,b"], "model.path cannot differ between trials"),
         (["evaluation.prompts=4,8"], "evaluation.prompts cannot differ between trials"),
@@ -67,6 +68,16 @@ def test_the_source_that_trials_are_compared_by_cannot_differ(metric, key):
 def test_more_trials_than_the_limit_are_refused():
     with pytest.raises(UserError, match=r"--trials \(1001\) must not exceed 1000"):
         plan("kl.coef=0.1..0.2", trials=1001)
+
+
+def test_more_seeds_than_the_limit_are_refused():
+    with pytest.raises(UserError, match=r"--seeds \(101\) must not exceed 100"):
+        make_plan(CONFIG, ["kl.coef=0..1"], trials=2, metric=None, finalists=1, seeds=101, keep_all=False)
+
+
+def test_settings_of_all_trials_may_be_given_as_a_section_and_a_key():
+    _, cfg = plan("ppo.lam=0.9,0.8", "kl={coef=0.3}", "kl.coef=0.4")
+    assert cfg.kl.coef == 0.4
 
 
 def test_names_of_files_do_not_depend_on_the_current_directory(tmp_path, monkeypatch):
@@ -144,5 +155,18 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
 def test_a_directory_of_another_command_does_not_continue(tmp_path):
     with pytest.raises(UserError, match=r"has no plan\.json of ratchet tune"):
         Plan.read(tmp_path)
-    with pytest.raises((UserError, FileNotFoundError)):
-        run_tune(Path(tmp_path / "missing"), Pace())
+    with pytest.raises(UserError, match=r"is no run directory.*name one that ratchet tune has made"):
+        run_tune(tmp_path / "missing", Pace())
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_tuning_with_foreign_events_is_refused_and_keeps_them(tmp_path):
+    made, cfg = plan("kl.coef=0.1,0.2")
+    with sole_owner(tmp_path / "tune") as owned:
+        owned.begin(cfg, "tune", force=False)
+    made.write(tmp_path / "tune")
+    events = tmp_path / "tune/events.jsonl"
+    events.write_text('{"event": "result"}\n')
+    with pytest.raises(UserError, match=r"events\.jsonl has a line that ratchet tune has not written \(KeyError"):
+        run_tune(tmp_path / "tune", Pace())
+    assert events.read_text() == '{"event": "result"}\n'

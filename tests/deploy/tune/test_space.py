@@ -71,6 +71,22 @@ def test_each_part_of_a_range_is_drawn_once(seed):
     assert parts == [list(range(16))] * 2
 
 
+@pytest.mark.parametrize(
+    "text", ["a=0.99995..0.99999", "a=0.999..0.99999", "a=1000.1..1000.2", "a=log:1.00001..1.00002", "a=-7.00002..-7.0"]
+)
+def test_numbers_of_a_narrow_range_differ_and_stay_in_it(text):
+    space = parse_space(text)
+    values = [one["a"] for one in draw([space], 12, seed=0)]
+    assert len(set(values)) == 12
+    assert all(space.low <= value <= space.high for value in values)
+    assert (space.at(0.0), space.at(1.0)) == (space.low, space.high)
+
+
+def test_numbers_of_a_wide_range_are_short():
+    values = [one["a"] for one in draw([parse_space("a=log:1e-6..1e-2")], 12, seed=0)]
+    assert all(value == float(f"{value:.4g}") for value in values)
+
+
 def test_whole_ranges_have_both_ends_and_even_shares():
     drawn = Counter(one["a"] for one in draw([parse_space("a=1..4"), parse_space("b=0.0..1.0")], 16, seed=0))
     assert drawn == {1: 4, 2: 4, 3: 4, 4: 4}
