@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def _with_absolute_files(text: str, space: Space, config: Path) -> tuple[str, Sp
     return f"{space.key}={','.join(map(toml_text, values))}", Choices(space.key, values)
 
 
-def _check_once(keys: Sequence[str], differing: Collection[str]) -> None:
+def _check_once(keys: Sequence[str], differing: set[str]) -> None:
     """Raises UserError if a key is given twice, or if one of two overlapping keys differs between trials: the later one
     would override the other."""
     if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
