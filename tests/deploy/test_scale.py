@@ -92,7 +92,7 @@ def test_impossible_targets_are_refused_and_not_written(tmp_path, targets, messa
     assert (written, target) == (False, 1)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"Worker": null}', '{"Worker": Infinity}', '{"Worker": "two"}', '{"Worker":'])
+@pytest.mark.parametrize("text", ["[]", '{"Worker": null}', '{"Worker": Infinity}', '{"Worker": 2.5}', '{"Worker":'])
 def test_a_run_survives_a_file_of_targets_that_makes_no_sense(tmp_path, text):
     def ask():
         (tmp_path / "scale.json").write_text(text)
@@ -133,18 +133,6 @@ def test_without_a_running_run_scale_is_refused(tmp_path):
         assert is_owned(tmp_path)
         with pytest.raises(UserError, match=r"has not read the target within 0\.1 s"):
             scale(tmp_path, {"Worker": 2}, timeout_s=0.1)  # the process is there and does not listen
-
-
-@pytest.mark.parametrize("text", ['{"Worker": null}', "[]", '{"Worker": Infinity}', '{"Worker": 2.5}', "{"])
-def test_a_file_that_a_user_edits_wrongly_stops_nothing(tmp_path, text):
-    (tmp_path / "scale.json").write_text(text)
-
-    def ask():
-        assert scale(tmp_path, {})["Worker"]["target"] == 1
-        return scale(tmp_path, {"Worker": 2})
-
-    state, target, _ = with_run(tmp_path, ask)
-    assert (state["Worker"]["target"], target) == (2, 2)
 
 
 def test_a_run_without_pools_is_not_scaled(tmp_path):
