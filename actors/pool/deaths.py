@@ -25,7 +25,7 @@ class Deaths:
     def __init__(self) -> None:
         self.last_error: BaseException | None = None
         self.wait_until = 0.0  # on time.monotonic's clock; no replica is created before this time
-        self._newest = -math.inf  # time of the newest death
+        self._counted_at = -math.inf  # time of the newest death that counted
         self._backoff_s = 0.0
         self._causes: list[str] = []  # since the last answered call; all the same
         self._gave_up = False  # a call has been given up since the last answered call
@@ -34,15 +34,15 @@ class Deaths:
         """Records a death. Returns True if it must end the run. `began`: when the replica found room, on
         time.monotonic's clock. `tried_alone`: it died while it ran only the suspect of `Pool.call`.
 
-        Deaths of replicas that ran at the same time count as one, because a node that dies may end them all at once.
-        The first death with `tried_alone` is not counted: the call caused it, and one request that kills every process
-        must not end the run.
+        A death counts only if the replica began after the last death that counted: a node that dies may end several
+        replicas at once, and that is one death. The first death with `tried_alone` does not count: the call caused it,
+        and one request that kills every process must not end the run.
         """
-        self.last_error, now, counts = error, time.monotonic(), began >= self._newest
+        self.last_error, now, counts = error, time.monotonic(), began >= self._counted_at
         if counts:
             doubled = 0.0 if served_s > MAX_BACKOFF_S else min(2 * self._backoff_s, MAX_BACKOFF_S)
-            self._backoff_s = max(BACKOFF_S, doubled)
-        self._newest, self.wait_until = now, now + self._backoff_s
+            self._backoff_s, self._counted_at = max(BACKOFF_S, doubled), now
+        self.wait_until = now + self._backoff_s
         if tried_alone and not self._gave_up:
             self._gave_up = True
             return False

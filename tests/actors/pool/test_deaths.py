@@ -69,3 +69,12 @@ def test_deaths_of_replicas_that_ran_at_the_same_time_count_as_one(clock):
         ]
         assert answers == [generation == 2] + [False] * 7
         assert record.wait_until - 1000.0 == 2**generation
+
+
+def test_replicas_that_die_in_turn_end_the_run(monkeypatch):
+    # While one begins, the other still runs. Each line: when it began, when it died, and whether that ends the run.
+    lives = [(0, 10, False), (5, 15, False), (11, 21, False), (16, 26, False), (22, 32, True)]
+    record = Deaths()
+    for began, died, ends in lives:
+        monkeypatch.setattr(deaths.time, "monotonic", lambda died=died: float(died))
+        assert record.record(ValueError("killed"), began=began, served_s=0.0, tried_alone=False) is ends
