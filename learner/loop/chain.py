@@ -20,9 +20,9 @@ from common.errors import UserError
 from common.files import sha256, sync_directory
 
 # 2: origins of scores; 3: outstanding samples as ranges; 4: step, time, text of responses; 5: notes; 6: turns; 7: new
-# contexts, and kinds of voids. An older layout is refused: the version of Ratchet that wrote it may compute other bits,
-# so a replay could end in another state than the run had.
-SCHEMA_VERSION = 7
+# contexts, and kinds of voids; 8: advantages whitened in float64. An older number is refused: the version of Ratchet
+# that wrote it computes other bits, so a replay could end in another state than the run had.
+SCHEMA_VERSION = 8
 _NAME = re.compile(r"(?:step-(\d{6,})|note-(\d{6,})-(\d{3,}))\.(arrow|json|sha256|tmp)")
 
 
