@@ -38,7 +38,7 @@ class NodeWaits:
         )
 
 
-class RoomMade:
+class RoomMessages:
     """The messages about a pool whose extra replicas make room: one each time that they have to."""
 
     def __init__(self, role: str, tell: Callable[[str], None]) -> None:

@@ -13,13 +13,10 @@ from typing import Any
 
 from common.config.base import Placed
 
-# Seconds that a needed process waits before each pool ends a running extra replica, and again before the next one.
-GIVE_WAY_S = 10.0
-
 
 @dataclass(frozen=True)
 class _Wait:
-    """The needed processes of one role wait for a node, and each asks for this."""
+    """Needed processes of one role wait for a node. `asks`: the section of the config with the resources of each."""
 
     role: str
     asks: Placed

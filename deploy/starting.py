@@ -27,7 +27,7 @@ from common.config.base import Pooled, RayConfig
 from common.config.ppo import Config
 from common.config.sources import RewardSource
 from common.model.files import end_token_ids, resolve_model
-from common.node_waits import NodeWaits, RoomMade
+from common.node_waits import NodeWaits, RoomMessages
 from common.precedence import Precedence
 from common.types import Void
 from deploy.policy_files import PolicyFiles
@@ -53,26 +53,24 @@ class Starter:
         """Starts a pool with these settings. Until `stop`, tells the user which of its replicas wait for a node while
         the run needs them, and for which processes its extra replicas make room."""
         self.pools.append(pool)
-        telling = asyncio.create_task(self._tell_waits(pool, cfg, f"{self._timeout_s:g} s, ray.startup_timeout_s"))
-        try:
-            await pool.start(self._timeout_s, self._precedence)
-        finally:
-            telling.cancel()
-        later = self._tell_waits(pool, cfg, f"{cfg.max_shortage_s:g} s, max_shortage_s")
-        self._telling.append(asyncio.create_task(later))
+        self._telling.append(asyncio.create_task(self._tell_waits(pool, cfg)))
+        await pool.start(self._timeout_s, self._precedence)
         return pool
 
     def for_ranks(self) -> dict[str, Any]:
         """Arguments of a RankGroup of the same run."""
         return {"startup_timeout_s": self._timeout_s, "tell": self._tell, "precedence": self._precedence}
 
-    async def _tell_waits(self, pool: Pool, cfg: Pooled, limit: str) -> None:
-        waits, room_made = NodeWaits(cfg, limit, self._tell), RoomMade(pool.role, self._tell)
+    async def _tell_waits(self, pool: Pool, cfg: Pooled) -> None:
+        at_start = NodeWaits(cfg, f"{self._timeout_s:g} s, ray.startup_timeout_s", self._tell)
+        later = NodeWaits(cfg, f"{cfg.max_shortage_s:g} s, max_shortage_s", self._tell)
+        room = RoomMessages(pool.role, self._tell)
         while True:
             await asyncio.sleep(node_waits.LOOK_EVERY_S)
-            now = time.monotonic()
-            waits.look({replica.name: now - replica.since for replica in pool.members.waiting})
-            room_made.look(pool.members.makes_room_for)
+            now, members = time.monotonic(), pool.members
+            waits = later if members.was_complete else at_start
+            waits.look({replica.name: now - replica.since for replica in members.waiting})
+            room.look(members.makes_room_for)
 
     def stop(self) -> None:
         """Ends all pools."""

@@ -38,14 +38,14 @@ class Deaths:
         replicas at once, and that is one death. The first death with `tried_alone` does not count: the call caused it,
         and one request that kills every process must not end the run.
         """
-        self.last_error, now, counts = error, time.monotonic(), began >= self._counted_at
+        self.last_error, now = error, time.monotonic()
+        first_alone = tried_alone and not self._gave_up
+        self._gave_up |= first_alone
+        counts = began >= self._counted_at and not first_alone
         if counts:
             doubled = 0.0 if served_s > MAX_BACKOFF_S else min(2 * self._backoff_s, MAX_BACKOFF_S)
             self._backoff_s, self._counted_at = max(BACKOFF_S, doubled), now
-        self.wait_until = now + self._backoff_s
-        if tried_alone and not self._gave_up:
-            self._gave_up = True
-            return False
+        self.wait_until = now + max(BACKOFF_S, self._backoff_s)
         if not counts:
             return False
         cause = _NUMBERS.sub("", death_reason(error))

@@ -63,11 +63,11 @@ class Membership:
         self._last_number = 0
         self._precedence = Precedence()
         self._size = Size(cfg.min)
-        self.makes_room_for: Mapping[str, float] = {}
+        self.makes_room_for: Mapping[str, float] = {}  # other roles; seconds since then
         self._deaths = Deaths()
         self._may_start = True
         self._short_since: float | None = time.monotonic()  # since then fewer than `min` are ready
-        self._was_complete = False  # `min` replicas were ready at some time
+        self.was_complete = False  # `min` replicas were ready at some time
         self._leaving_nodes: Mapping[str, float] = {}
         self._failure: Exception | None = None
 
@@ -191,7 +191,7 @@ class Membership:
                 number = sum(replica.state == state for replica in self._replicas.values())
                 meters.gauge("ratchet_pool_replicas", number, role=self.role, state=state)
             meters.gauge("ratchet_pool_waiting_calls", self._router.num_waiting, role=self.role)
-            if self._check_shortage(self._cfg.max_shortage_s if self._was_complete else self._startup_timeout_s):
+            if self._check_shortage(self._cfg.max_shortage_s if self.was_complete else self._startup_timeout_s):
                 return
             await asyncio.sleep(TICK_S)
 
@@ -235,9 +235,11 @@ class Membership:
             self._precedence.end_wait(self)
         waits_s = self._precedence.waits_s(self._cfg)
         size = self._size.allowed(self.target, replicas, max(waits_s.values(), default=None))
-        self.makes_room_for = waits_s if size < self.target else {}
+        others = {role: waited_s for role, waited_s in waits_s.items() if role != self.role}
+        self.makes_room_for = others if size < self.target else {}
         if (surplus := len(staying) - size) > 0:
-            reason = f"it makes room for {', '.join(waits_s)}" if size < self.target else "the target was lowered"
+            makes_room = "it makes room for a process that the run needs"
+            reason = makes_room if size < self.target else "the target was lowered"
             for replica in leave_first(staying, self._router)[:surplus]:
                 self._dismiss(replica, reason)
         # A dead replica is here until its life has recorded its death, which sets the delay before a replacement.
@@ -281,7 +283,7 @@ class Membership:
             return
         replica.joined = True
         self._enter(replica, "ready")  # no await since catch_up: newer weights could come in between
-        self._was_complete |= len(self.ready) >= self._cfg.min
+        self.was_complete |= len(self.ready) >= self._cfg.min
         self._emit(replica, "joined", seconds=replica.lasted_s)
         meters.count("ratchet_pool_joins_total", role=self.role)
         meters.observe("ratchet_pool_startup_seconds", replica.lasted_s, role=self.role)
@@ -326,7 +328,7 @@ class Membership:
         reason, served_s = death_reason(error), replica.lasted_s if replica.joined else 0.0
         too_many = self._deaths.record(error, began=replica.began, served_s=served_s, tried_alone=replica.tried_alone)
         meters.count("ratchet_pool_leaves_total", role=self.role, reason="died")
-        if not self._was_complete and not self.ready:
+        if not self.was_complete and not self.ready:
             self._fail(RoleError(f"start: {replica.name} died: {reason}"), error)
         self._emit(replica, "died", reason=reason, seconds=replica.lasted_s, calls=replica.calls_lost)
         if too_many:
@@ -342,7 +344,7 @@ class Membership:
         """Fails the pool, and returns True, if fewer than `min` replicas have been ready for `limit_s`."""
         ready = len(self.ready)
         if ready >= self._cfg.min:
-            self._short_since, self._was_complete = None, True
+            self._short_since, self.was_complete = None, True
             return False
         if self._short_since is None:
             self._short_since = time.monotonic()
@@ -350,7 +352,7 @@ class Membership:
             return False
         states = ", ".join(f"{replica.name} {replica.state}" for replica in self.replicas) or "none"
         last = self._deaths.last_error
-        longer = "" if self._was_complete else ", raise ray.startup_timeout_s if nodes are still to come,"
+        longer = "" if self.was_complete else ", raise ray.startup_timeout_s if nodes are still to come,"
         died = f"; the last one died of: {self.last_death}" if last else ""
         message = (
             f"{self.role}: for {limit_s:g} s only {ready} replicas were ready, but at least {self._cfg.min} (min) are "

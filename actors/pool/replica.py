@@ -34,9 +34,9 @@ class Replica:
     number: int  # never used again
     name: str
     handle: Any = None  # None until it is created
-    began: float = field(default_factory=time.monotonic)  # when it found room; until then, when it was created
     state: str = "pending"
     since: float = field(default_factory=lambda: time.monotonic())  # start of this state; tests replace the clock
+    began: float = 0.0  # when it found room; until then, when it was created
     lasted_s: float = 0.0  # duration of the previous state
     node: str | None = None
     joined: bool = False  # it was ready at some time
@@ -50,6 +50,9 @@ class Replica:
     suspended_for: set[str] = field(default_factory=set)  # reasons why it gets no new calls although it is ready
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # it has no calls
     _ended: asyncio.Event = field(default_factory=asyncio.Event)  # it is leaving or dead
+
+    def __post_init__(self) -> None:
+        self.began = self.since
 
     def enter(self, state: str) -> None:
         """Changes the state now."""

@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable
 
 from actors.pool.replica import STATES, Replica
 from actors.pool.routing import Router
-from common.precedence import GIVE_WAY_S
+
+# Seconds that a needed process waits before each pool ends a running extra replica, and again before the next one.
+GIVE_WAY_S = 10.0
 
 
 class Size:

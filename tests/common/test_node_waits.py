@@ -6,7 +6,7 @@ import pytest
 
 from common.config.base import Placed
 from common.config.training import TrainerConfig
-from common.node_waits import TELL_AFTER_S, TELL_EVERY_S, NodeWaits, RoomMade, requested
+from common.node_waits import TELL_AFTER_S, TELL_EVERY_S, NodeWaits, RoomMessages, requested
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_later_wait_is_told_as_soon_as_the_first_one():
 
 def test_a_pool_that_makes_room_for_long_says_so_once():
     told: list[str] = []
-    room_made = RoomMade("Generator", told.append)
+    room_made = RoomMessages("Generator", told.append)
     for _ in range(2):
         room_made.look({})
         room_made.look({"Learner": TELL_AFTER_S - 1})

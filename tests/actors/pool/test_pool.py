@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from functools import partial
 
 import numpy as np
@@ -459,8 +460,10 @@ def test_a_drain_notice_shortens_the_time_of_a_replica_that_leaves_already():
         it.pool.members.target = 1
         await until(lambda: len(it.told("leaving")) == 1)
         [name] = it.told("leaving")
-        it.host.leaving = {f"node of {name}": 1.0}
-        await until(lambda: it.told("left") == [name])  # after half a second, and not after 20
+        noticed = time.monotonic()
+        it.host.leaving = {f"node of {name}": 4.0}
+        await until(lambda: it.told("left") == [name])
+        assert time.monotonic() - noticed == pytest.approx(2, abs=0.6)  # half of what is left; not 20
         assert it.events[-1].calls == 1
         for call in calls:
             call.cancel()

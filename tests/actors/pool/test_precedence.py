@@ -85,7 +85,7 @@ def test_running_replicas_end_one_after_the_other_down_to_min(monkeypatch):
         assert all(after >= 0.3 * (number + 1) for number, after in enumerate(ended))
         await asyncio.sleep(0.4)
         assert states(pool) == ["ready"]  # the run needs it
-        assert {event.reason for event in left} == {"it makes room for Learner"}
+        assert {event.reason for event in left} == {"it makes room for a process that the run needs"}
         precedence.end_wait("learner")
         await until(lambda: states(pool) == ["ready"] * 4)
 
