@@ -29,7 +29,7 @@ from actors.environments.chat_answers import ChatAnswer
 from actors.environments.chat_requests import ChatRequest, RefusedError, canonical_message
 from actors.environments.conversations import Answered, Conversations, new_messages
 from actors.environments.endpoint import EndpointServer
-from actors.environments.instance import CompleteError
+from actors.environments.instance import CallsInThreads, CompleteError
 from actors.environments.steps import Continuation, LimitError, PolicyTurn, Restart
 from actors.environments.tool_formats import ToolFormats
 from common.config.environment import EnvironmentConfig
@@ -52,7 +52,7 @@ class _Asked:
     answer: Future[ChatAnswer]
 
 
-class AgentEnvironment:
+class AgentEnvironment(CallsInThreads):
     """One episode. The user's event loop runs all methods except `ask`."""
 
     needs_turn = True  # `step` gets a PolicyTurn
@@ -67,13 +67,13 @@ class AgentEnvironment:
         self, agent: Callable[..., Any], server: EndpointServer, formats: ToolFormats, cfg: EnvironmentConfig
     ) -> None:
         """`formats` reads the calls that the model writes, with the tools of each request."""
+        super().__init__()
         self._agent, self._server, self._formats, self._cfg = agent, server, formats, cfg
         self._waiting: deque[_Asked] = deque()
         self._asked: _Asked | None = None  # the model writes its answer
         self._conversations = Conversations()
         self._num_answers = 0
         self._over: RefusedError | None = None  # the answer to all further requests
-        self._in_thread: Future[Any] | None = None  # the call of a plain function
 
     async def reset(self, prompt: EpisodePrompt) -> Restart:
         """Starts the agent. Returns its first request, which replaces the prompt."""
@@ -158,11 +158,6 @@ class AgentEnvironment:
         if not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
-
-    @property
-    def still_runs(self) -> bool:
-        """True if the agent is a plain function that has not returned."""
-        return self._in_thread is not None and not self._in_thread.done()
 
     # Requests
 
@@ -256,8 +251,8 @@ class AgentEnvironment:
         if inspect.iscoroutinefunction(self._agent):
             return await call_awaited(self._agent, prompt, self._endpoint)
         # A thread of its own: a plain function waits for the answers in it.
-        self._in_thread = in_daemon_thread(call_plain, self._agent, prompt, self._endpoint)
-        result = await asyncio.wrap_future(self._in_thread)
+        self.calls_in_threads.append(call := in_daemon_thread(call_plain, self._agent, prompt, self._endpoint))
+        result = await asyncio.wrap_future(call)
         return await call_awaited(lambda: result) if inspect.isawaitable(result) else result
 
     def _result(self) -> Any:

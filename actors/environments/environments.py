@@ -11,6 +11,7 @@ The driver holds no tokens: a rollout stays in the process that extended it last
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 import os
@@ -18,7 +19,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from common.plain_text import one_line
 from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, ScoringError, Void
 from common.user_code.errors import UserCodeError
 
-MAX_STUCK = 8  # with this many threads in calls past their limit, the process is replaced
+MAX_STUCK = 8  # with this many threads in calls that are far past their limit, the process is replaced
 END_AFTER_S = 2.0  # before the process ends, so that its last answers reach the driver
 
 
@@ -54,8 +55,8 @@ class Environments:
     """The episodes of one replica. A failure of the user's code costs one episode, which is void.
 
     Python cannot end a thread from outside. If an async method blocks the event loop that all episodes share, or if
-    MAX_STUCK plain methods, tools or agents never return, the process ends, and the pool replaces it. Its other
-    episodes begin again, or continue from their states.
+    MAX_STUCK plain methods, tools or agents still run after twice their limit, the process ends, and the pool replaces
+    it. Its other episodes begin again, or continue from their states.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Environments:
         self._loop = UserLoop()
         self._episodes: dict[SampleId, Instance] = {}
         self._stuck: list[Instance] = []  # closed ones whose thread may still run
-        self._end_process, self._ends = end_process, False
+        self._end_process, self._ends, self._checks_stuck = end_process, False, False
         self._warned: set[str] = set()
         # step_timeout_s is below 0.9 * timeout_s, and a request must be answered before timeout_s.
         self._close_s = min(10.0, 0.05 * cfg.timeout_s)
@@ -195,8 +196,17 @@ class Environments:
             print(f"warning: environment {self._cfg.name}: {one_line(fault)}", file=sys.stderr)
         if instance.stuck and instance.is_running:
             self._stuck = [other for other in self._stuck if other.is_running] + [instance]
-            if len(self._stuck) >= MAX_STUCK:
-                self._end_soon()
+            if len(self._stuck) >= MAX_STUCK and not self._checks_stuck:
+                # A slow service makes many calls late at once, but they return. So look again before the process ends.
+                self._checks_stuck = True
+                loop = asyncio.get_running_loop()
+                loop.call_later(self._cfg.step_timeout_s, self._end_if_stuck, self._stuck)
+
+    def _end_if_stuck(self, instances: Sequence[Instance]) -> None:
+        """Ends this process if MAX_STUCK of these closed instances still run."""
+        self._checks_stuck = False
+        if sum(instance.is_running for instance in instances) >= MAX_STUCK:
+            self._end_soon()
 
     async def _void(self, instance: Instance, prompt: Prompt, response: str, error: UserCodeError) -> Void:
         """The void of an episode whose environment failed. Closes its instance."""
@@ -214,8 +224,8 @@ class Environments:
         """Ends this process after END_AFTER_S, so that its last answers reach the driver."""
         if not self._ends:
             self._ends = True
-            text = f"environment {self._cfg.name}: {self._name} ends its process, because calls in it never returned"
-            print(text, file=sys.stderr)
+            what = f"environment {self._cfg.name}: {self._name} ends its process"
+            print(f"{what}, because calls in it have not returned in time", file=sys.stderr)
             timer = threading.Timer(END_AFTER_S, self._end_process)
             timer.daemon = True
             timer.start()

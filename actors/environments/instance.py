@@ -7,7 +7,7 @@ import asyncio
 import functools
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock
 from typing import Any
@@ -26,6 +26,13 @@ class BlocksLoopError(UserCodeError):
 
 class CompleteError(UserCodeError):
     """A failure that an object of Ratchet's own reports. Its reason needs no name of a method before it."""
+
+
+class CallsInThreads:
+    """A base of Ratchet's own environments, which run plain functions of the user in threads. Nothing can end those."""
+
+    def __init__(self) -> None:
+        self.calls_in_threads: list[Future[Any]] = []  # of the newest turn
 
 
 class Deadline:
@@ -58,7 +65,7 @@ class Instance:
         self.stuck = False  # a call passed its limit, and may still run
         self._make, self._loop = make, loop
         self._object: Any = None
-        self._closed_object: Any = None
+        self._calls_in_threads: Sequence[Future[Any]] = ()  # of an object of Ratchet's own, once it is closed
         self._running: asyncio.Future[Any] | None = None  # the newest call
         self._closed = False
         self._closing = Lock()  # `close` and a constructor that ends late must not both close the object
@@ -143,17 +150,17 @@ class Instance:
 
     @property
     def is_running(self) -> bool:
-        """True if its own thread still runs, or a plain function that an object of Ratchet's own called in another
-        one. Read after `close`."""
+        """True if its own thread still runs, or a call of CallsInThreads. Read after `close`."""
         own = self._thread is not None and self._thread.is_alive()
-        return own or bool(getattr(self._closed_object, "still_runs", False))
+        return own or not all(call.done() for call in self._calls_in_threads)
 
     async def close(self, limit_s: float, *, loop_blocked: bool = False) -> str:
         """Closes the object, if it has not been closed. Cancels a call that still runs. If it cannot be cancelled, the
         object's `close` runs in another thread. Returns what went wrong, or ""."""
         with self._closing:
             self._closed, made, self._object = True, self._object, None
-        self._closed_object = made
+        if isinstance(made, CallsInThreads):
+            self._calls_in_threads = made.calls_in_threads
         if self._running is not None and not self._running.done():
             self._running.cancel()
             self.stuck = True

@@ -15,7 +15,7 @@ from common.data.json_values import json_values, shown
 from common.data.messages import Message
 from common.environment import Step
 from common.errors import UserError
-from common.user_code.errors import UserCodeError
+from common.user_code.errors import UserCodeError, error_text
 from common.user_code.results import FLOAT32_MAX, as_number, kind_of_value
 
 
@@ -91,7 +91,7 @@ def read_step(returned: Any, *, chat: bool) -> CheckedStep:
     step = Step(*returned)
     observation: Any = step.observation
     internal = isinstance(observation, (Restart, Continuation))
-    with _reading("step"):
+    with reading("step"):
         return CheckedStep(
             read_observation("step", observation.messages if internal else observation, chat=chat),
             _reward(step.reward),
@@ -104,7 +104,7 @@ def read_step(returned: Any, *, chat: bool) -> CheckedStep:
 
 
 @contextmanager
-def _reading(method: str) -> Iterator[None]:
+def reading(method: str) -> Iterator[None]:
     """Raises UserCodeError for any error. The user's objects may have methods of their own, such as a mapping that
     reads a file."""
     try:
@@ -113,11 +113,11 @@ def _reading(method: str) -> Iterator[None]:
         raise
     except Exception as error:
         what = f"{method} returned something that cannot be read"
-        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
+        raise UserCodeError(f"{what}: {error_text(error)}", fault=what) from error
 
 
 def read_observation(method: str, observation: Any, *, chat: bool) -> list[Message]:
-    """The messages of an observation. Raises UserCodeError that names the method."""
+    """The messages of an observation. Raises UserCodeError that names the method. Call it within `reading`."""
     if observation is None or (isinstance(observation, str) and not observation):
         return []
     if isinstance(observation, str):
@@ -131,8 +131,7 @@ def read_observation(method: str, observation: Any, *, chat: bool) -> list[Messa
         raise UserCodeError(
             f'{method} returned a list of messages as observation; set prompts.format = "chat", or return text'
         )
-    with _reading(method):
-        return [_message(method, message) for message in observation]
+    return [_message(method, message) for message in observation]
 
 
 def _message(method: str, message: Any) -> Message:

@@ -13,29 +13,29 @@ import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from actors.environments.instance import CallsInThreads
 from common.daemon_threads import in_daemon_thread
 from common.environment import EpisodePrompt, Step
 from common.plain_text import one_line, without_surrogates
 from common.user_code.calls import is_cancelled_from_outside
+from common.user_code.errors import error_text
 from common.user_code.tools import Tool, WrongArgumentsError
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call as the model wrote it. Both are text without halves of surrogate pairs, which the model can write as JSON
-    escapes."""
+    """A call as the model wrote it. The model can write halves of surrogate pairs, as JSON escapes: they are replaced,
+    because no message may have them."""
 
     name: str
     arguments: str  # JSON, which may be invalid
 
-    @classmethod
-    def of(cls, name: str, arguments: str) -> ToolCall:
-        """A call that a parser found."""
-        return cls(without_surrogates(name), without_surrogates(arguments))
+    def __post_init__(self) -> None:
+        for key in ("name", "arguments"):
+            object.__setattr__(self, key, without_surrogates(getattr(self, key)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Answer:
     failed: bool = False
 
 
-class ToolEnvironment:
+class ToolEnvironment(CallsInThreads):
     """One episode. It ends with the first turn that has no call. Turns have no reward: the reward sources score the
     episode."""
 
@@ -63,17 +63,17 @@ class ToolEnvironment:
 
     def __init__(self, tools: Sequence[Tool], parse: Callable[[str], ParsedTurn]) -> None:
         """`parse` finds the calls in what the model wrote."""
+        super().__init__()
         self._tools = {tool.name: tool for tool in tools}
         self._parse = parse
         self._turn = 0
-        self._in_threads: list[Future[Answer | Awaitable[Any]]] = []  # the calls of plain functions in the newest turn
 
     async def reset(self, prompt: EpisodePrompt) -> None:
         """Changes nothing: the chat template wrote the tools into the prompt."""
 
     async def step(self, message: Mapping[str, Any]) -> Step:
         """Runs the calls of a turn. The step's `info` has the numbers of calls and of failed calls."""
-        self._in_threads.clear()
+        self.calls_in_threads.clear()
         turn = self._parse(message["content"])
         if turn.error:
             answers, names = [Answer(f"Error: the call could not be read: {one_line(turn.error)}", failed=True)], [""]
@@ -91,11 +91,6 @@ class ToolEnvironment:
 
     async def close(self) -> None:
         """Nothing to free: a plain function that still runs is left to its thread."""
-
-    @property
-    def still_runs(self) -> bool:
-        """True if a plain function has not returned."""
-        return not all(call.done() for call in self._in_threads)
 
     def state(self) -> int:
         """The number of turns so far: all that an episode continues from."""
@@ -115,11 +110,11 @@ class ToolEnvironment:
         except WrongArgumentsError as error:
             return Answer(f"Error: wrong call of {tool.name}: {one_line(str(error))}", failed=True)
         if tool.is_async:
-            return await _awaited(tool.function(*args, **kwargs))
+            return await _awaited(lambda: tool.function(*args, **kwargs))
         # A thread of its own for each call: one that never returns must not take the place of another.
-        self._in_threads.append(running := in_daemon_thread(_call, tool, args, kwargs))
+        self.calls_in_threads.append(running := in_daemon_thread(_call, tool, args, kwargs))
         answered = await asyncio.wrap_future(running)
-        return answered if isinstance(answered, Answer) else await _awaited(answered)
+        return answered if isinstance(answered, Answer) else await _awaited(lambda: answered)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -142,11 +137,11 @@ def _call(tool: Tool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer |
         return _failure(error)
 
 
-async def _awaited(result: Awaitable[Any]) -> Answer:
-    """Raises CancelledError if the episode ends."""
+async def _awaited(function: Callable[[], Awaitable[Any]]) -> Answer:
+    """Awaits what the function returns. Raises CancelledError if the episode ends."""
     task = asyncio.current_task()
     try:
-        return Answer(_text(await result))
+        return Answer(_text(await function()))
     except BaseException as error:
         if is_cancelled_from_outside(error, task):
             raise
@@ -154,11 +149,7 @@ async def _awaited(result: Awaitable[Any]) -> Answer:
 
 
 def _failure(error: BaseException) -> Answer:
-    try:
-        text = one_line(f"{type(error).__name__}: {error}")
-    except Exception:  # its text cannot be made
-        text = type(error).__name__
-    return Answer(f"Error: {text.removesuffix(':')}", failed=True)
+    return Answer(f"Error: {one_line(error_text(error))}", failed=True)
 
 
 def _text(result: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.environments.rendering import make_rendering
-from actors.environments.steps import CheckedStep, LimitError, PolicyTurn, Restart, read_observation
+from actors.environments.steps import CheckedStep, LimitError, PolicyTurn, Restart, read_observation, reading
 from common.config.actors import PromptFormat
 from common.config.environment import EnvironmentConfig
 from common.data.messages import Message
@@ -49,7 +49,8 @@ class Transcript:
     def replaced(self, prompt: Prompt, said: Any) -> Prompt:
         """The prompt that `reset` asked for. Raises UserCodeError, and LimitError if it is too long."""
         options = said.options if isinstance(said, Restart) else {}
-        messages = read_observation("reset", said.messages if isinstance(said, Restart) else said, chat=self.chat)
+        with reading("reset"):
+            messages = read_observation("reset", said.messages if isinstance(said, Restart) else said, chat=self.chat)
         if not messages:
             return prompt
         content = messages if self.chat else messages[0]["content"]

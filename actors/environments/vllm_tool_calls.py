@@ -49,7 +49,7 @@ class ToolCallReader:
         parser = self._kind(self._tokenizer, self._request.tools)
         with _logged_failures(self._kind) as failures:
             found = parser.extract_tool_calls(text, self._request)
-        calls = [ToolCall.of(call.function.name, call.function.arguments) for call in found.tool_calls]
+        calls = [ToolCall(call.function.name, call.function.arguments) for call in found.tool_calls]
         content = (found.content or "") if calls else ""
         return ParsedTurn(calls, "" if calls or not failures else failures[0], content)
 

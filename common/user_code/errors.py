@@ -60,6 +60,12 @@ def error_of(raised: BaseException) -> UserCodeError:
     )
 
 
+def error_text(error: BaseException) -> str:
+    """The type of an exception, and its text if it has one that can be made."""
+    kind = type(error).__name__
+    return f"{kind}: {error}" if _has_text(error) else kind
+
+
 def _has_text(error: BaseException) -> bool:
     try:
         return bool(str(error))

@@ -76,6 +76,14 @@ class Asking(Counting):
         return prompt.fields["reset"]
 
 
+class AskingUnreadably(Counting):
+    """Returns messages whose values cannot be read."""
+
+    async def reset(self, prompt):
+        self.prompt = prompt
+        return [Failing(role="user", content="Go.")]
+
+
 async def slow():
     await asyncio.sleep(1000)
 
@@ -98,6 +106,18 @@ class Failing(dict):
 
     def items(self):
         raise OSError("gone")
+
+
+class NoTextError(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+class FailingWithoutText(dict):
+    """Its values cannot be read, and the error has no text."""
+
+    def items(self):
+        raise NoTextError
 
 
 STEPS = {
@@ -123,6 +143,7 @@ STEPS = {
     "reward signal": lambda: Step("a", Decimal("sNaN")),
     "message fails": lambda: Step([Failing(role="user", content="a")]),
     "info fails": lambda: Step("a", info=Failing(a=1)),
+    "error without text": lambda: Step("a", info=FailingWithoutText(a=1)),
     "info list": lambda: Step("a", info=[1]),
     "info object": lambda: Step("a", info={"a": object()}),
     "info nan": lambda: Step("a", info={"a": float("nan")}),

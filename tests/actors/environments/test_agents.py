@@ -284,7 +284,7 @@ class MadeReader:
     """Finds one call in every text but the last one."""
 
     def __init__(self, arguments):
-        self.call = ToolCall.of("add", arguments)
+        self.call = ToolCall("add", arguments)
 
     def read(self, text):
         return ParsedTurn([self.call] if "call" in text else [])

@@ -274,6 +274,13 @@ def test_a_prompt_of_reset_that_cannot_be_used_voids_the_episode(said, prompts, 
     assert games.closed == {"Asking": 1}
 
 
+def test_an_error_in_reading_what_reset_returned_voids_the_episode():
+    void, _ = run(host("AskingUnreadably").begin(make_prompt()))
+    assert isinstance(void, Void)
+    assert "reset returned something that cannot be read: OSError: gone" in void.reason
+    assert games.closed == {"AskingUnreadably": 1}
+
+
 # States
 
 
@@ -347,6 +354,7 @@ FAULTS = {
     "reward signal": "step returned the reward nan; it must be finite and fit float32",
     "message fails": "step returned something that cannot be read: OSError: gone",
     "info fails": "step returned something that cannot be read: OSError: gone",
+    "error without text": "step returned something that cannot be read: NoTextError",
     "info list": "step returned the info a list; it must be a dict",
     "info object": "step returned an info that is not JSON: `a` is a object",
     "info nan": "step returned an info that is not JSON: Out of range float values",
@@ -483,11 +491,11 @@ def test_plain_calls_that_never_return_end_the_process_once_there_are_many(monke
     ends.clear()
 
     async def steps():
-        environments = host("Plain", step_timeout_s=1, timeout_s=60)
+        environments = host("Plain", **QUICK)
         for number in range(3):
             assert ends == []
             [(_, void, _)] = await play(environments, make_prompt(number), "a9")
-            assert "step took longer than environment.step_timeout_s (1 s)" in void.reason
+            assert "step took longer than environment.step_timeout_s (0.4 s)" in void.reason
         while not ends:
             await asyncio.sleep(0.01)
 
@@ -523,39 +531,60 @@ def hanging_agents(free):
     return partial(AgentEnvironment, agent, Server(), formats, cfg)
 
 
-@pytest.mark.parametrize("episodes", [hanging_tools, hanging_agents])
-def test_plain_tools_and_agents_that_never_return_end_the_process_too(episodes, monkeypatch):
+@pytest.fixture
+def hanging(request, monkeypatch):
+    """A replica with MAX_STUCK = 2, a function that plays an episode which hangs, and the event that frees them all."""
     monkeypatch.setattr(module, "END_AFTER_S", 0.0)
     monkeypatch.setattr(module, "MAX_STUCK", 2)
     ends.clear()
     free = threading.Event()
-    cfg = EnvironmentConfig(function="tests:none", step_timeout_s=1, timeout_s=60)
-    make = episodes(free)
+    cfg = EnvironmentConfig(function="tests:none", **QUICK)
+    make = request.param(free)
     environments = Environments("E(0)", cfg, model=TOKENIZER, prompts=CHAT, end_process=ended, make=make)
 
     async def void(number):
         prompt, _ = await environments.begin(make_prompt(number))
         if isinstance(prompt, Prompt):
             _, prompt, _ = await environments.step(written(begun(prompt), "x"))
-        assert "took longer than environment.step_timeout_s (1 s)" in prompt.reason
+        assert "took longer than environment.step_timeout_s (0.4 s)" in prompt.reason
+
+    yield environments, void, free
+    free.set()
+
+
+PLAIN_CODE = pytest.mark.parametrize("hanging", [hanging_tools, hanging_agents], indirect=True)
+
+
+@PLAIN_CODE
+def test_plain_tools_and_agents_that_never_return_end_the_process_too(hanging, capsys):
+    _, void, _ = hanging
 
     async def steps():
         await void(0)
-        free.set()  # the thread ends, and does not count any more
-        while any(instance.is_running for instance in environments._stuck):
-            await asyncio.sleep(0.01)
-        free.clear()
-        for number in range(1, 3):
-            assert ends == []
-            await void(number)
+        assert ends == []
+        await void(1)
         while not ends:
             await asyncio.sleep(0.01)
 
-    try:
-        run(steps())
-    finally:
-        free.set()
+    run(steps())
     assert len(ends) == 1
+    assert "E(0) ends its process, because calls in it have not returned in time" in capsys.readouterr().err
+
+
+@PLAIN_CODE
+def test_plain_tools_and_agents_that_return_late_do_not_end_the_process(hanging):
+    environments, void, free = hanging
+
+    async def steps():
+        await asyncio.gather(void(0), void(1))
+        assert environments._checks_stuck
+        free.set()
+        while environments._checks_stuck:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # the process would have ended by then
+
+    run(steps())
+    assert ends == []
 
 
 def test_two_hundred_episodes_at_once_are_not_held_up_by_a_slow_one():

@@ -13,7 +13,7 @@ import pytest
 from actors.environments.steps import read_step
 from actors.environments.tools import ParsedTurn, ToolCall, ToolEnvironment
 from common.environment import EpisodePrompt, Step
-from common.user_code.tools import load_tools
+from common.user_code.tools import Tool, load_tools
 
 WAIT_S = 10
 
@@ -224,6 +224,15 @@ def test_a_tool_that_ends_the_program_is_answered_with_its_error(environment, fu
     assert (contents(step), step.info["failed_calls"]) == ([content], 1)
 
 
+def test_an_async_tool_that_raises_before_it_returns_a_coroutine_is_answered():
+    def fails():  # as a function with inspect.markcoroutinefunction may
+        raise LookupError("no service")
+
+    tool = Tool("fails", fails, {}, True, lambda: ((), {}))
+    step = turn(ToolEnvironment([tool], parse), ("fails", {}))
+    assert (contents(step), step.info["failed_calls"]) == (["Error: LookupError: no service"], 1)
+
+
 def test_the_result_of_a_wrapped_async_function_is_awaited(environment):
     step = turn(environment(logged), ("greet", {"name": "Eva"}), ("greet", {"name": ""}))
     assert contents(step) == ["Grüezi Eva", "Error: LookupError"]
@@ -263,8 +272,8 @@ def test_halves_of_surrogate_pairs_in_a_result_are_replaced(environment, form, c
 
 def test_a_call_of_the_model_has_no_halves_of_surrogate_pairs():
     """A parser makes them from JSON escapes. The name of the call is in the answer's message."""
-    call = ToolCall.of("\ud83d", '{"a": "\ud83d\ude00"}')
-    assert call == ToolCall("\ufffd", '{"a": "\U0001f600"}')
+    call = ToolCall("\ud83d", '{"a": "\ud83d\ude00"}')
+    assert (call.name, call.arguments) == ("\ufffd", '{"a": "\U0001f600"}')
     game = ToolEnvironment([], lambda text: ParsedTurn([call]))
     step = read_step(turn(game, text="x"), chat=True)
     assert step.messages[0]["name"] == "\ufffd"
