@@ -73,7 +73,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     ),
     "prefixes_lost": (
         system_rules.prefixes_lost,
-        "raise that setting until the cache holds them, or lower environment.concurrent",
+        "raise a setting that the message names, or lower environment.concurrent",
     ),
     "voids_rising": (system_rules.voids_rising, "read the reasons in RUN/errors and in the journal"),
 }

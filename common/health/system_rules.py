@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from statistics import fmean, median
 
+from common.config.actors import GeneratorsConfig
 from common.config.ppo import Config
 from common.health.history import History, number, step_kl
 
@@ -28,9 +29,10 @@ END_OF_STEP = 6.0
 CAPPED = 0.05
 IDLE = 2 / 3  # share of a step: the role waits twice as long as it works
 ENVIRONMENTS = 1 / 3  # share of a step: without this wait, steps would take two thirds of their time
-# Tokens that engines compute again, for each token that they sample. On CPUs one takes a twelfth of the time of a
-# sampled token: docs/performance.md has 98 s with about 63,000 of them and 61 s without, for 8,192 sampled tokens. So 2
-# of them cost a sixth of the time. The learner must wait for rollouts, too: otherwise slower engines cost nothing.
+# Tokens that engines compute again, for each token that they sample. On a CPU, sampling a token takes 12 times as long
+# as computing one again: docs/performance.md has 61 s for 8,192 sampled tokens, and 37 s more with about 63,000
+# computed again. So this bound makes engines a sixth slower (2 / 12). The learner must also wait for rollouts, because
+# otherwise slower engines cost nothing.
 RECOMPUTED, LEARNER_WAITS = 2.0, 0.2
 WORTH_IT_S = 1.0  # seconds of a step below which a wait is not worth a change
 VOIDS = 0.05  # share of the rollouts that are void
@@ -108,16 +110,25 @@ def prefixes_lost(history: History, cfg: Config) -> str | None:
         return None
     if environments_slow(history, cfg) or _idle(history, "wait/learner_s", most=LEARNER_WAITS) is None:
         return None
-    engines, mib = cfg.generators, cfg.generators.kv_cache_mib
-    setting = f"generators.gpus ({engines.gpus:g})" if mib is None else f"generators.kv_cache_mib ({mib})"
     outstanding = cfg.rollouts_per_step * (cfg.max_staleness + 1)
     at_once = min(outstanding, cfg.environment.concurrent * cfg.environment.max_replicas)
-    episodes = math.ceil(at_once / engines.min)
+    episodes = math.ceil(at_once / cfg.generators.min)
     return (
         f"engines compute {recomputed:.0f} tokens of each episode again, {recomputed / max(1.0, sampled):.1f} for each "
-        f"token that they sample, because the KV cache of {setting} loses episodes before their next turn: it should "
-        f"hold up to {episodes} episodes of {context:.0f} tokens at once, {episodes * context:.0f} tokens"
+        "token that they sample, because KV caches lose episodes before their next turn, or turns move to other "
+        f"generators; each generator should hold up to {episodes} episodes of {context:.0f} tokens at once, "
+        f"{episodes * context:.0f} tokens, which depends on {_cache_settings(cfg.generators)}"
     )
+
+
+def _cache_settings(engines: GeneratorsConfig) -> str:
+    """What to raise so that the episodes of each generator fit its KV cache."""
+    if engines.kv_cache_mib is not None:
+        return f"generators.kv_cache_mib ({engines.kv_cache_mib})"
+    if engines.gpus < 1:
+        return f"generators.gpus ({engines.gpus:g})"
+    # An engine has whole GPUs: more of them go to other generators, or to more parts of its weights.
+    return f"generators.min ({engines.min}) and generators.tensor_parallel ({engines.tensor_parallel})"
 
 
 def voids_rising(history: History, cfg: Config) -> str | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice, pairwise
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from common.environment import VOID_KINDS
-from common.turns import CACHE_BLOCK
+from common.turns import CACHE_BLOCK, context_starts
 from common.types import FINISHED, oldest_version, staleness
 from common.user_code.results import MAX_FIGURES
+
+Turn: TypeAlias = Mapping[str, Any]  # as the journal has it
 
 
 def batch_metrics(table: pa.Table, void_kinds: Sequence[str], *, policy_version: int) -> dict[str, float]:
@@ -63,44 +65,67 @@ def _environment(table: pa.Table, void_kinds: Sequence[str]) -> dict[str, float]
     return found
 
 
-def _prefixes(table: pa.Table, rows: Sequence[Sequence[Mapping[str, Any]]], episodes: int) -> dict[str, float]:
+def _prefixes(table: pa.Table, rows: Sequence[Sequence[Turn]], episodes: int) -> dict[str, float]:
     """What engines found in their caches before the later turns of these episodes, and what they had computed with the
     same weights and did not find. `rows`: the turns of each row. Empty if no episode has a second turn."""
-    before = cached = recomputed = longest = 0  # tokens
-    for prompt, response, of_tokens, row in zip(
-        *(table[name] for name in ("prompt_ids", "response_ids", "policy_versions")), rows, strict=True
-    ):
-        if not row:
-            continue
-        num_prompt = len(prompt)
-        tokens = np.concatenate([prompt.values.to_numpy(), response.values.to_numpy()])
-        versions = of_tokens.values.to_numpy()  # of sampled tokens alone
-        lengths: list[int] = []  # of earlier contexts
-        turn_start = num_prompt
-        start = first = 0  # the newest context, and the newest turn's first sampled token, among `versions`
-        for earlier, turn in pairwise(row):
-            end, next_start = num_prompt + earlier["end"], num_prompt + earlier["next_start"]
-            context, kept = tokens[start:end], end - start
-            if earlier["new_context"]:
-                lengths.append(kept)
-                start = end
-                kept = _common(context, tokens[start:next_start])
-            before += next_start - start
-            cached += turn["cached_tokens"]
-            following = first + end - turn_start
-            if first < following < len(versions) and versions[first] == versions[following]:
-                # The last token of a turn is sampled, not computed. A cache keeps whole blocks.
-                whole = min(kept, len(context) - 1) // CACHE_BLOCK * CACHE_BLOCK
-                recomputed += max(0, whole - turn["cached_tokens"])
-            first, turn_start = following, next_start
-        longest += max([*lengths, len(tokens) - start])
+    later: list[_LaterTurn] = []
+    longest = 0
+    columns = (table[name] for name in ("prompt_ids", "response_ids", "policy_versions"))
+    for prompt, response, versions, turns in zip(*columns, rows, strict=True):
+        if turns:
+            tokens = np.concatenate([prompt.values.to_numpy(), response.values.to_numpy()])
+            later += _later_turns(tokens, len(prompt), versions.values.to_numpy(), turns)
+            longest += _longest_context(len(tokens), len(prompt), turns)
+    before = sum(len(turn.context) for turn in later)
     if not before:
         return {}
     return {
-        "environment/cached": cached / before,
-        "environment/recomputed": recomputed / episodes,
+        "environment/cached": sum(turn.cached for turn in later) / before,
+        "environment/recomputed": sum(_recomputed(turn) for turn in later) / episodes,
         "environment/context_tokens": longest / episodes,
     }
+
+
+class _LaterTurn(NamedTuple):
+    """A turn of the policy after the first one of its episode."""
+
+    earlier: np.ndarray  # all tokens of the turn before: its context, and what the policy sampled
+    context: np.ndarray  # the tokens before this turn
+    cached: int  # tokens of `context` that the engine found in its cache
+    same_weights: bool  # as the turn before: both begin with the same policy version
+
+
+def _later_turns(
+    tokens: np.ndarray, num_prompt: int, versions: np.ndarray, turns: Sequence[Turn]
+) -> Iterator[_LaterTurn]:
+    """`tokens` of one episode: `num_prompt` of the prompt, and the response. `versions`: of each sampled token."""
+    context_start, turn_start = 0, num_prompt  # places in `tokens`
+    first = 0  # place in `versions` of a turn's first token
+    for turn, next_turn in pairwise(turns):
+        turn_end, next_start = num_prompt + turn["end"], num_prompt + turn["next_start"]
+        next_first = first + turn_end - turn_start
+        earlier = tokens[context_start:turn_end]
+        if turn["new_context"]:
+            context_start = turn_end
+        same_weights = first < next_first < len(versions) and versions[first] == versions[next_first]
+        yield _LaterTurn(earlier, tokens[context_start:next_start], next_turn["cached_tokens"], same_weights)
+        turn_start, first = next_start, next_first
+
+
+def _recomputed(turn: _LaterTurn) -> int:
+    """Tokens that the engine had computed with the same weights, and did not find in its cache."""
+    if not turn.same_weights:
+        return 0
+    # The last token of a turn is sampled, not computed. A cache keeps whole blocks.
+    computed = min(_common(turn.earlier, turn.context), len(turn.earlier) - 1)
+    return max(0, computed // CACHE_BLOCK * CACHE_BLOCK - turn.cached)
+
+
+def _longest_context(num_tokens: int, num_prompt: int, turns: Sequence[Turn]) -> int:
+    """Tokens of an episode's longest context, with what the policy sampled in it."""
+    starts = context_starts((turn["end"], turn["new_context"]) for turn in turns[:-1])
+    places = [0, *(num_prompt + start for start in starts), num_tokens]
+    return max(end - start for start, end in pairwise(places))
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:

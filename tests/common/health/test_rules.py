@@ -216,8 +216,7 @@ def test_messages_have_the_numbers_of_their_series():
     # Steps 1 to 5 have a median of 39 tokens: 205 / 39 = 5.3. Of 2 * 64 episodes at most 24 play at once.
     lost = "205 tokens of each episode again, 5.3 for each token that they sample"
     assert lost in message("prefixes_lost")
-    assert "generators.kv_cache_mib (256) loses episodes" in message("prefixes_lost")
-    assert message("prefixes_lost").endswith("up to 24 episodes of 400 tokens at once, 9600 tokens")
+    assert "up to 24 episodes of 400 tokens at once, 9600 tokens" in message("prefixes_lost")
     assert "older weights explain 0.058" in message("engine_mismatch")
     assert "explains -20% of" in message("critic_useless")
     assert "explains 30% of" in message("critic_late")
@@ -355,11 +354,24 @@ def test_slow_environments_hide_lost_prefixes():
         ({"generators": {"kv_cache_mib": 256, "min": 3}}, "kv_cache_mib (256)", "8 episodes of 400 tokens"),
         ({"environment": {**GAME["environment"], "max": 3}}, "kv_cache_mib (256)", "72 episodes"),
         ({"environment": {**GAME["environment"], "concurrent": 900}}, "kv_cache_mib (256)", "128 episodes"),
+        ({"generators": {"kv_cache_mib": 256, "gpus": 1}}, "kv_cache_mib (256)", "24 episodes"),
         ({"generators": {"gpus": 0.4, "kv_cache_mib": None}}, "generators.gpus (0.4)", "24 episodes"),
+        # More GPUs alone would be refused.
+        (
+            {"generators": {"gpus": 1, "kv_cache_mib": None, "min": 2}},
+            "generators.min (2) and generators.tensor_parallel (1)",
+            "12 episodes",
+        ),
+        (
+            {"generators": {"gpus": 2, "kv_cache_mib": None, "tensor_parallel": 2}},
+            "generators.min (1) and generators.tensor_parallel (2)",
+            "24 episodes",
+        ),
     ],
 )
-def test_lost_prefixes_name_the_setting_and_the_room_of_each_engine(sections, setting, room):
+def test_lost_prefixes_name_a_setting_that_can_be_raised_and_the_room(sections, setting, room):
     records = series(6, **LOST, wait__learner_s=4.0)
     [event] = Health(config(**{**GAME, **sections})).follow(records[:-1]).step(records[-1])
-    assert setting in event.message
+    assert event.message.endswith(setting)
     assert f"up to {room}" in event.message
+    assert "lose episodes before their next turn, or turns move to other generators" in event.message
