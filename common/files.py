@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+
 
 def write_whole(path: Path, text: str) -> None:
     """Replaces the file with `text`. A reader sees the old text or the new text, never a part of one."""
@@ -30,6 +32,20 @@ def replaced_file(path: Path) -> Iterator[Path]:
         staging.rename(path)
     finally:
         staging.unlink(missing_ok=True)  # does nothing after the rename
+
+
+def check_replaces(path: Path, beginning: str, command: str, *, otherwise: str) -> None:
+    """Raises UserError if `command` would replace a file that it did not write: every file of the command starts with
+    `beginning`. An empty file may be replaced. `otherwise`: what the user can name instead."""
+    if not os.path.lexists(path):
+        return
+    with open(path, "rb") as file:
+        found = file.read(len(beginning.encode()))
+    if found not in (b"", beginning.encode()):
+        raise UserError(
+            f"{path} does not begin with {beginning!r}, so {command} did not write it in this version; delete it or "
+            f"name {otherwise}"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

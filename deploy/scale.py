@@ -59,7 +59,8 @@ def scale(directory: Path, targets: Mapping[str, int], *, timeout_s: float = 10)
     state = _read(directory / "pool-state.json")
     if not state:
         raise UserError(
-            f"the run in {directory} has no pools to scale yet; try again when its screen says that it is ready"
+            f"{directory} has no pools that can be scaled; only ratchet train has some, once its screen says that it "
+            "is ready"
         )
     for role, number in targets.items():
         if role not in state:

@@ -193,9 +193,8 @@ def _url(address: str) -> SplitResult:
 @contextmanager
 def no_proxy_for(address: str) -> Iterator[None]:
     """During the block, requests to this URL's host use no proxy, because they contain the cluster's token."""
-    host = _url(address).hostname or ""
-    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = ",".join(filter(None, [others, host]))
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = ",".join(filter(None, [others, _url(address).hostname]))
     with _in_environment("no_proxy", hosts), _in_environment("NO_PROXY", hosts):
         yield
 

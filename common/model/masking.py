@@ -58,7 +58,8 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def var_above_rounding(x: Tensor, mask: Tensor) -> float:
-    """`masked_var`, but 0 where it is only the rounding of float32 sums, such as GAE's over 100,000 tokens."""
+    """`masked_var`, but 0 where it is only the rounding of float32 sums, such as GAE's over 100,000 tokens: a deviation
+    below 1e-5 of the root mean square."""
     x = x.double()
     variance = float(masked_var(x, mask))
     return variance if variance > 1e-10 * float(masked_mean(x**2, mask)) else 0.0

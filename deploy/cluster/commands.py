@@ -19,7 +19,7 @@ import yaml
 from common.config.loading import load_config
 from common.config.ppo import Config
 from common.errors import UserError
-from common.files import replaced_directory, write_whole
+from common.files import check_replaces, replaced_directory, write_whole
 from deploy.cluster import kuberay as objects
 from deploy.shipped import config_file
 
@@ -28,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write files
 # checkout only.
 PLATFORMS = ("launcher", "slurm")
 Size = tuple[int, int]
-WRITTEN = "# Written by ratchet cluster kuberay.\n"  # begins every file of the command
+WRITTEN = "# Written by ratchet cluster kuberay."  # begins every file of the command
 # A name of Kubernetes. KubeRay adds to it, and the names of pods have 63 characters at most.
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 
@@ -161,18 +161,10 @@ def _write(to: Path, cfg: Config, values: objects.Values) -> dict[str, str]:
     try:
         to.mkdir(parents=True, exist_ok=True)
         for file in documents:
-            _check_replaced(to / file)
+            check_replaces(to / file, WRITTEN, "ratchet cluster kuberay", otherwise="another directory with --to")
         for file, contents in documents.items():
-            write_whole(to / file, WRITTEN + yaml.safe_dump_all(contents, sort_keys=False, width=1000))
+            text = yaml.safe_dump_all(contents, sort_keys=False, width=1000)
+            write_whole(to / file, f"{WRITTEN}\n{text}")
     except OSError as error:
         raise UserError(f"{to} cannot be written ({error.strerror}); name another directory with --to") from None
     return {file: quote(str(to / file)) for file in documents}
-
-
-def _check_replaced(file: Path) -> None:
-    """Raises UserError if the command would replace a file that it has not written."""
-    if os.path.lexists(file) and not file.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
-        raise UserError(
-            f"{file} exists and ratchet cluster kuberay has not written it, so it is not replaced; name another "
-            "directory with --to"
-        )

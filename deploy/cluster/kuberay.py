@@ -24,6 +24,7 @@ from pathlib import PurePosixPath
 from shlex import quote
 from typing import Any
 
+from common.config.base import Pooled
 from common.config.ppo import Config
 from common.errors import UserError
 from deploy.ending.exit_message import USERS_FAULT
@@ -107,7 +108,11 @@ class Values:
 def learner_gpus(cfg: Config) -> int:
     """GPUs for the learner's ranks and the fewest reference, reward and environment processes: the largest shares
     first, each on the first GPU that has room."""
-    services = [cfg.reward, *([] if cfg.learner.lora else [cfg.reference]), *filter(None, [cfg.environment])]
+    services: list[Pooled] = [cfg.reward]
+    if not cfg.learner.lora:
+        services.append(cfg.reference)
+    if cfg.environment is not None:
+        services.append(cfg.environment)
     shares = [cfg.learner.gpus] * cfg.learner.ranks
     shares += [service.gpus for service in services for _ in range(service.min)]
     free: list[float] = []
@@ -128,8 +133,8 @@ def check(cfg: Config, values: Values) -> None:
     needed = learner_gpus(cfg)
     if needed > values.learner.gpus * values.learner_pods:
         raise UserError(
-            f"learner, reference, reward and environment need {needed} GPUs, and --learner-pods "
-            f"({values.learner_pods}) with --learner-gpus ({values.learner.gpus}) have fewer; raise one of them"
+            f"all roles but the generators need {needed} GPUs, and --learner-pods ({values.learner_pods}) with "
+            f"--learner-gpus ({values.learner.gpus}) have fewer; raise one of them"
         )
     if cfg.generators.cpus > values.generator.cpus:
         raise UserError(

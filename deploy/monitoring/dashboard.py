@@ -44,6 +44,7 @@ _VLLM = (  # vLLM's own; they have Ray's WorkerId instead of a replica
     Meter("vllm_time_to_first_token_seconds", "histogram", "seconds", ("replica",), "from request to first token"),
 )
 _NAMED = " * on (WorkerId) group_left (replica) (ray_ratchet_generator_weights_version * 0 + 1)"
+WRITTEN = "Written by ratchet monitoring."  # in every file of the command, also in this one
 _WIDTH, _HEIGHT, _COLUMNS = 8, 7, 3
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 
@@ -62,6 +63,7 @@ def dashboard() -> dict[str, Any]:
             panels.append({**panel, "gridPos": place})
         y = panels[-1]["gridPos"]["y"] + _HEIGHT
     return {
+        "description": WRITTEN,  # first, so that the file begins with it
         "uid": "ratchet",
         "title": "Ratchet",
         "tags": ["ratchet", "rlhf"],

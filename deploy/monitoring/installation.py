@@ -10,18 +10,15 @@ DIRECTORY/grafana/dashboards/ratchet.json
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
 from common.config.base import WEB_ADDRESS
 from common.errors import UserError
-from common.files import write_whole
-from deploy.monitoring.dashboard import dashboard
+from common.files import check_replaces, write_whole
+from deploy.monitoring.dashboard import WRITTEN, dashboard
 
-_MARK = "job_name: ratchet\n"  # in the file for Prometheus that an earlier call has written
 _PROMETHEUS = """\
 global:
   scrape_interval: 10s
@@ -79,16 +76,18 @@ def write_monitoring(directory: Path, prometheus: str) -> None:
         return json.dumps(f"{directory}/{name}", ensure_ascii=False)  # a string of YAML, too
 
     alerts = Path(__file__).with_name("alerts.yml").read_text(encoding="utf-8")
-    texts = {
+    settings = {
         "prometheus.yml": _PROMETHEUS.format(alerts=quoted("alerts.yml"), targets=quoted("targets/*.json")),
         "alerts.yml": alerts,
         "grafana/grafana.ini": _GRAFANA.format(directory=directory),
         "grafana/provisioning/datasources/prometheus.yml": _SOURCE.format(prometheus=json.dumps(prometheus)),
         "grafana/provisioning/dashboards/ratchet.yml": _DASHBOARDS.format(dashboards=quoted("grafana/dashboards")),
-        "grafana/dashboards/ratchet.json": json.dumps(dashboard(), indent=2) + "\n",
     }
-    _check_replaced(directory, list(texts))
+    texts = {name: f"# {WRITTEN}\n{text}" for name, text in settings.items()}
+    texts["grafana/dashboards/ratchet.json"] = json.dumps(dashboard(), indent=2) + "\n"
     try:
+        for name in texts:
+            check_replaces(directory / name, _beginning(name), "ratchet monitoring", otherwise="another directory")
         (directory / "targets").mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -97,18 +96,9 @@ def write_monitoring(directory: Path, prometheus: str) -> None:
         raise UserError(f"{directory} cannot be written ({error.strerror}); name another directory") from None
 
 
-def _check_replaced(directory: Path, names: Sequence[str]) -> None:
-    """Raises UserError if files would be replaced that no earlier call has written."""
-    there = [name for name in names if os.path.lexists(directory / name)]
-    try:
-        ours = not there or _MARK in (directory / "prometheus.yml").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        ours = False
-    if not ours:
-        raise UserError(
-            f"{directory / there[0]} exists and ratchet monitoring has not written it, so it is not replaced; name "
-            "another directory"
-        )
+def _beginning(name: str) -> str:
+    """The beginning of each version of this file. JSON has no comments, so a dashboard says it in its description."""
+    return f'{{\n  "description": "{WRITTEN}"' if name.endswith(".json") else f"# {WRITTEN}"
 
 
 def next_commands(directory: Path, prometheus: str) -> str:

@@ -47,8 +47,9 @@ def render(title: str, blocks: Mapping[str, Any]) -> str:
 
 
 def beginning() -> str:
-    """The beginning of every page, which no other file has."""
-    return _read("page.html").partition("<!--put ")[0]
+    """The beginning of every page, up to the tag that names its command."""
+    before, tag, _ = _read("page.html").partition('<meta name="generator" content="ratchet report">')
+    return before + tag
 
 
 def json_text(value: Any) -> str:

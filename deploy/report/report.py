@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import write_whole
+from common.files import check_replaces, write_whole
 from deploy.report.critic import critic_of
 from deploy.report.curves import curves_of
 from deploy.report.evaluation import evaluation_of
@@ -71,12 +71,9 @@ def _check_target(target: Path) -> None:
             return
         if not target.is_file():
             raise UserError(f"{target} is not a regular file; name another file with --to")
-        with open(target, encoding="utf-8", errors="replace") as file:
-            found = file.read(len(beginning()))
+        check_replaces(target, beginning(), "ratchet report", otherwise="another file with --to")
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --to") from None
-    if found not in ("", beginning()):
-        raise UserError(f"{target} exists and is no report, so it is not replaced; name another file with --to")
 
 
 def _contents(blocks: Mapping[str, Any]) -> str:

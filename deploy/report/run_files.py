@@ -79,8 +79,10 @@ class RunFiles:
         value: Any = self.config
         for part in path.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        kind: Any = NUMBER if isinstance(default, NUMBER) else object if default is None else type(default)
-        return value if value is not None and isinstance(value, kind) else default
+        if default is None:
+            return value
+        kind: Any = NUMBER if isinstance(default, NUMBER) else type(default)
+        return value if isinstance(value, kind) else default
 
 
 def _sound(path: Path, required: Mapping[str, Any], optional: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from common.config.overrides import as_overrides, toml_text
-from common.errors import UserError
 from deploy.report.curves import short
 from deploy.tune.comparison import Comparison, effect_text, sentence, title_of, unselected, value_of
 from deploy.tune.events import CUT, EVENTS, Events
@@ -26,14 +25,8 @@ from deploy.tune.space import Range, Space
 def tuning_of(directory: Path, *, running: bool = False) -> dict[str, Any]:
     """The data of the tab. Raises UserError if the plan or the events cannot be read."""
     plan = Plan.read(directory)
-    try:
-        runs = Runs(plan, directory, Events(directory / EVENTS))
-        outcome = outcome_of(runs)
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{directory / EVENTS} has a line that ratchet tune has not written ({type(error).__name__}: {error}); "
-            "restore the file"
-        ) from None
+    runs = Runs(plan, directory, Events(directory / EVENTS))
+    outcome = outcome_of(runs)
     finalists = [one.trial for one in outcome.finalists]
     begun = "runs" if running else CUT
     return {

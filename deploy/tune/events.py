@@ -6,10 +6,12 @@ Runs that have ended are not repeated. Decisions about the others are computed a
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from common.errors import UserError
@@ -22,7 +24,17 @@ STOPPED_BY_ASHA = "asha"
 STOPPED_BY_HEALTH = "health"
 FAILED = "failed"  # it ended with an error, and cannot continue
 CUT = "cut"  # the tuning ended; the run continues when the tuning does
+_NUMBER = (int, float)
+# The fields of each event and their types, next to the event's name and time.
+_FIELDS: dict[str, dict[str, Any]] = {
+    "start": {"hours": _NUMBER},
+    "result": {"run": str, "step": int, "value": _NUMBER},
+    "stop": {"run": str, "outcome": str, "why": str},
+    "again": {"run": str},
+    "end": {"run": str, "outcome": str, "seconds": _NUMBER, "why": str},
+}
 BROKEN = (STOPPED_BY_HEALTH, FAILED)  # at later steps, these trials count with the worst outcome
+_SHOWN = 80  # characters of a line in messages
 
 
 @dataclass
@@ -52,13 +64,10 @@ class Events:
         self._starts: list[list[float]] = []  # times of the first and the newest event of each start of the command
         self._started_here = False
         for record in read_records(path):
-            try:
-                self._take(record)
-            except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-                raise UserError(
-                    f"{path} has a line that ratchet tune has not written ({type(error).__name__}: {error}); restore "
-                    "the file"
-                ) from None
+            if not (_is_event(record) and (self._starts or record["event"] == "start")):
+                line = shorten(json.dumps(record), _SHOWN, placeholder="...")
+                raise UserError(f"{path} has a line that ratchet tune has not written ({line}); restore the file")
+            self._take(record)
 
     def start(self, hours: float) -> None:
         """The command starts or continues. `hours`: the time for all of its starts together."""
@@ -124,3 +133,12 @@ class Events:
             state.seconds += record["seconds"]
             if record["outcome"] in (COMPLETE, FAILED):
                 state.outcome, state.why = record["outcome"], record["why"]
+
+
+def _is_event(record: dict[str, Any]) -> bool:
+    """True if the record has the fields of an event with their types."""
+    name = record.get("event")
+    fields = _FIELDS.get(name) if isinstance(name, str) else None
+    return fields is not None and all(
+        isinstance(record.get(key), kind) for key, kind in {"time": _NUMBER, **fields}.items()
+    )

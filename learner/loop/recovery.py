@@ -180,14 +180,15 @@ async def _restore(run: Run) -> bool:
 
 
 def _check_initial_weights(run: Run) -> None:
-    """Raises UserError if the learner has the initial weights of another model than the journal's steps began with."""
+    """Raises UserError if the learner has initial weights from other files of the model than the journal's steps
+    began with."""
     begun, now = (identity(run.journal.notes, before_step=step).get("model") for step in (0, None))
     if begun != now and run.journal.next_step > 0:
         raise UserError(
             f"{run.directory} has no checkpoint to continue from, and its {run.journal.next_step} steps cannot be "
-            f"learned again from model.path ({run.cfg.model.path}): the run began with another model (SHA-256 "
-            f"{str(begun)[:12]}; --accept model replaced it). Restore a checkpoint, or restore that model and continue "
-            "with --accept model"
+            f"learned again from model.path ({run.cfg.model.path}): the run began with other files of the "
+            f"model (SHA-256 {str(begun)[:12]}; --accept model replaced them). Restore a checkpoint, or restore those "
+            "files and continue with --accept model"
         )
 
 

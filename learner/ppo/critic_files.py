@@ -34,7 +34,7 @@ from common.model.rotary import use_own_lengths
 from common.model.size import without_weights
 from learner.ppo.scores import RunningMoments
 
-LAYOUT = 2
+LAYOUT = 3  # since 3, an environment's sources have its files and its class or tools
 SETTING = "learner.critic_path"
 HEAD = "value_head."  # prefix of the head's tensors, next to those of the network
 _HEAD_FILE, _RECORD = "value_head.safetensors", "critic.json"

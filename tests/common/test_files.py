@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.files import append_record, read_records, write_durably, write_json, write_whole
+from common.errors import UserError
+from common.files import append_record, check_replaces, read_records, write_durably, write_json, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left_behind(tmp_path):
@@ -47,6 +48,25 @@ def test_a_durable_file_is_synced_before_its_rename_and_its_directory_after(tmp_
     write_durably(tmp_path / "COMPLETE", "whole")
     assert events == ["sync 5 bytes", "rename", "sync directory"]
     assert (tmp_path / "COMPLETE").read_text() == "whole"
+
+
+def test_a_command_replaces_only_files_with_its_beginning(tmp_path):
+    path = tmp_path / "settings.yml"
+
+    def check():
+        check_replaces(path, "# ä.", "ratchet x", otherwise="another file")
+
+    check()  # there is no file
+    for text in ("", "# ä.", "# ä.\nmine: 1\n"):
+        path.write_text(text, encoding="utf-8")
+        check()
+    for text in ("#", "mine: 1\n# ä.\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"yml does not begin with '# ä\.', so ratchet x did not write it"):
+            check()
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"; delete it or name another file$"):
+        check()
 
 
 def test_records_come_back_in_order_and_a_missing_file_has_none(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +14,10 @@ import actors.pool.membership as membership
 from actors.pool.pool import Pool
 from common.config.base import MOST_PROCESSES, Replicated
 from common.errors import UserError
+from common.files import write_whole
 from deploy.run.directory import sole_owner
 from deploy.run.lock import is_owned
-from deploy.scale import clear_stale_state, follow_targets, scale, show
+from deploy.scale import _targets, clear_stale_state, follow_targets, scale, show
 from tests.fakes import LocalHost
 
 
@@ -52,6 +54,13 @@ def with_run(directory, ask):
         return asyncio.run(asyncio.wait_for(run(), 20))
 
 
+def wait_until(condition, limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_target_reaches_the_pool(tmp_path, capsys):
     (tmp_path / "scale.json").write_text('{"Worker": 3}')
     clear_stale_state(tmp_path)  # that target was for an earlier process
@@ -59,8 +68,7 @@ def test_a_target_reaches_the_pool(tmp_path, capsys):
     def ask():
         before = scale(tmp_path, {})
         scale(tmp_path, {"Worker": 2})
-        while sum(r["state"] == "ready" for r in scale(tmp_path, {})["Worker"]["replicas"]) != 2:
-            pass
+        wait_until(lambda: sum(r["state"] == "ready" for r in scale(tmp_path, {})["Worker"]["replicas"]) == 2)
         return before, scale(tmp_path, {})
 
     (before, after), target, ready = with_run(tmp_path, ask)
@@ -93,21 +101,31 @@ def test_impossible_targets_are_refused_and_not_written(tmp_path, targets, messa
 
 
 @pytest.mark.parametrize("text", ["[]", '{"Worker": null}', '{"Worker": Infinity}', '{"Worker": 2.5}', '{"Worker":'])
-def test_a_run_survives_a_file_of_targets_that_makes_no_sense(tmp_path, text):
+def test_a_run_survives_a_file_of_targets_that_makes_no_sense(tmp_path, monkeypatch, text):
+    refused = threading.Semaphore(0)  # counts the times that the run has read the file in vain
+
+    def counted(directory):
+        try:
+            return _targets(directory)
+        except ValueError:
+            refused.release()
+            raise
+
     def ask():
-        (tmp_path / "scale.json").write_text(text)
-        time.sleep(0.2)  # the run has read it several times
+        write_whole(tmp_path / "scale.json", text)
+        for _ in range(2):  # the run reads it again after the first time
+            assert refused.acquire(timeout=10)
         (tmp_path / "scale.json").unlink()
         return scale(tmp_path, {"Worker": 2})["Worker"]["target"]
 
+    monkeypatch.setattr("deploy.scale._targets", counted)
     assert with_run(tmp_path, ask)[:2] == (2, 2)
 
 
 def test_a_target_above_the_limit_of_a_role_is_lowered(tmp_path):
     def ask():
         (tmp_path / "scale.json").write_text(f'{{"Worker": {MOST_PROCESSES + 1}}}')
-        while scale(tmp_path, {})["Worker"]["target"] == 1:
-            pass
+        wait_until(lambda: scale(tmp_path, {})["Worker"]["target"] != 1)
 
     assert with_run(tmp_path, ask)[1] == MOST_PROCESSES
 
@@ -136,5 +154,5 @@ def test_without_a_running_run_scale_is_refused(tmp_path):
 
 
 def test_a_run_without_pools_is_not_scaled(tmp_path):
-    with sole_owner(tmp_path), pytest.raises(UserError, match="has no pools to scale yet; try again when"):
+    with sole_owner(tmp_path), pytest.raises(UserError, match="can be scaled; only ratchet train has some"):
         scale(tmp_path, {"Worker": 2})

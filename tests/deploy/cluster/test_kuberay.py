@@ -338,7 +338,7 @@ def test_shares_of_gpus_are_packed_as_ray_packs_them(shares, gpus):
     [
         (
             ["--learner-gpus", 4],
-            "learner, reference, reward and environment need 5 GPUs, and --learner-pods (1) with --learner-gpus",
+            "all roles but the generators need 5 GPUs, and --learner-pods (1) with --learner-gpus",
         ),
         (["--generator", 1, 8], "generators.cpus (2) must be at most the CPUs of --generator (1)"),
         (["--notice", 5], "--notice (5) must be more than 5 s"),
@@ -362,7 +362,7 @@ def test_only_files_of_an_earlier_call_are_replaced(tmp_path, invoke):
         if file.name != "job.yaml":
             file.unlink()
     (tmp_path / "out/job.yaml").write_text("mine: 1\n")
-    with pytest.raises(UserError, match=r"job\.yaml exists and ratchet cluster kuberay has not written it"):
+    with pytest.raises(UserError, match=r"job\.yaml does not begin with .*, so ratchet cluster kuberay did not"):
         write(tmp_path, invoke)
     assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [("job.yaml", "mine: 1\n")]
 

@@ -48,14 +48,34 @@ def test_an_address_that_is_none_is_refused_and_nothing_written(tmp_path, url):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["prometheus.yml", "alerts.yml", "grafana/grafana.ini"])
+OTHERS = {
+    "prometheus.yml": "scrape_configs:\n  - job_name: ratchet\n",  # as docs/monitoring.md says
+    "alerts.yml": "groups: []\n",
+    "grafana/grafana.ini": "[server]\n",
+    "grafana/provisioning/datasources/prometheus.yml": "apiVersion: 1\n",
+    "grafana/provisioning/dashboards/ratchet.yml": "apiVersion: 1\n",
+    "grafana/dashboards/ratchet.json": '{\n  "uid": "ratchet",\n',
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_file_that_no_earlier_call_has_written_is_kept(tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"{name} exists and ratchet monitoring has not written it"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(OTHERS[name])
+    with pytest.raises(UserError, match=rf"{name} does not begin with '.*so ratchet monitoring did not write it"):
         write_monitoring(tmp_path, PROMETHEUS)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
-    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / name).read_text() == OTHERS[name]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_an_earlier_call_are_replaced_also_if_one_is_missing(tmp_path, name):
+    write_monitoring(tmp_path, PROMETHEUS)
+    whole = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert whole.keys() == {tmp_path / other for other in OTHERS}
+    (tmp_path / name).unlink()
+    write_monitoring(tmp_path, PROMETHEUS)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == whole
 
 
 def test_a_path_that_prometheus_takes_for_a_pattern_is_refused(tmp_path):

@@ -105,9 +105,9 @@ def test_the_report_replaces_only_reports(tmp_path):
     from deploy.report.report import run_report
 
     run, page = write_run(tmp_path / "run", steps=1), tmp_path / "page.html"
-    for text in ("notes", "<!doctype html>\n<p>mine</p>"):
+    for text in ("notes", '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'):
         page.write_text(text)
-        with pytest.raises(UserError, match=r"page\.html exists and is no report, so it is not replaced; name another"):
+        with pytest.raises(UserError, match=r"page\.html does not begin with .*; delete it or name another file with"):
             run_report(run, page)
         assert page.read_text() == text
     os.mkfifo(tmp_path / "pipe")  # a device, such as /dev/null, is refused in the same way

@@ -79,7 +79,7 @@ def test_a_tuning_that_was_cut_shows_what_there_is(tmp_path):
     assert [trial["ended"] for trial in blocks["tuning"]["trials"]] == ["failed", *["not begun"] * 5]
     assert blocks["tuning"]["finalists"] == blocks["tuning"]["sensitivity"]["keys"] == []
     (tmp_path / "events.jsonl").write_text('{"event": "result"}\n')
-    with pytest.raises(UserError, match=r"events\.jsonl has a line that ratchet tune has not written \(KeyError"):
+    with pytest.raises(UserError, match=r'ratchet tune has not written \({"event": "result"}\); restore'):
         tuning_of(tmp_path)
 
 

@@ -160,13 +160,26 @@ def test_a_directory_of_another_command_does_not_continue(tmp_path):
     assert not (tmp_path / "missing").exists()
 
 
-def test_a_tuning_with_foreign_events_is_refused_and_keeps_them(tmp_path):
+START = '{"event": "start", "time": 1.0, "hours": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "result"}',
+        '{"event": ["result"], "time": 1.0}',
+        '{"event": "other", "time": 1.0}',
+        START + '{"event": "result", "time": 1.0, "run": "001", "step": 1, "value": null}',
+        '{"event": "again", "time": 1.0, "run": "001"}',  # before a start
+    ],
+)
+def test_a_tuning_with_foreign_events_is_refused_and_keeps_them(tmp_path, line):
     made, cfg = plan("kl.coef=0.1,0.2")
     with sole_owner(tmp_path / "tune") as owned:
         owned.begin(cfg, "tune", force=False)
     made.write(tmp_path / "tune")
     events = tmp_path / "tune/events.jsonl"
-    events.write_text('{"event": "result"}\n')
-    with pytest.raises(UserError, match=r"events\.jsonl has a line that ratchet tune has not written \(KeyError"):
+    events.write_text(line)
+    with pytest.raises(UserError, match=r'events\.jsonl has a line that ratchet tune has not written \({"event": .*\)'):
         run_tune(tmp_path / "tune", Pace())
-    assert events.read_text() == '{"event": "result"}\n'
+    assert events.read_text() == line

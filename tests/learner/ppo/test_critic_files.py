@@ -177,7 +177,7 @@ DAMAGE = {
     "cut short": (cut_short, "its model.safetensors is not the file that was written"),
     "no json": (lambda d: (d / "critic.json").write_text("{"), "cannot start a critic"),
     "no object": (lambda d: (d / "critic.json").write_text("[]"), "its critic.json is damaged"),
-    "layout": (lambda d: damaged_record(d, layout=1), "has layout 1, and this version of Ratchet reads 2"),
+    "layout": (lambda d: damaged_record(d, layout=2), "has layout 2, and this version of Ratchet reads 3"),
     "no basis": (lambda d: damaged_record(d, basis={}), "basis.kind in its critic.json is wrong"),
     "NaN": (
         lambda d: damaged_record(d, score_moments={"count": 1, "mean": float("nan"), "squares": 0.0}),
