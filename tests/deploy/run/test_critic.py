@@ -226,7 +226,7 @@ def test_another_critic_is_refused_on_resume_and_cannot_be_accepted(cfg, policy,
     record.write_text(json.dumps({**json.loads(record.read_text()), "passes": [{"loss": 1.0}]}))
     with pytest.raises(UserError, match=r"critic \(.*\) has SHA-256 .* Restore them, or start a new run$"):
         planned(run, cfg, policy, resume=True)
-    with pytest.raises(UserError, match=r"--accept critic: the run begins with the weights .* Restore .*/critic as it"):
+    with pytest.raises(UserError, match=r"--accept critic is refused: the run begins .* Restore .*/critic as it"):
         planned(run, cfg, policy, resume=True, accepted=["critic"])
 
 
