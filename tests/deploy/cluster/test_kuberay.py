@@ -362,7 +362,7 @@ def test_only_files_of_an_earlier_call_are_replaced(tmp_path, invoke):
         if file.name != "job.yaml":
             file.unlink()
     (tmp_path / "out/job.yaml").write_text("mine: 1\n")
-    with pytest.raises(UserError, match=r"job\.yaml does not begin with .*, so ratchet cluster kuberay did not"):
+    with pytest.raises(UserError, match=r"job\.yaml does not begin like the files that ratchet cluster kuberay"):
         write(tmp_path, invoke)
     assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [("job.yaml", "mine: 1\n")]
 
