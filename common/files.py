@@ -43,8 +43,8 @@ def check_replaces(path: Path, beginning: str, command: str, *, otherwise: str) 
         found = file.read(len(beginning.encode()))
     if found not in (b"", beginning.encode()):
         raise UserError(
-            f"{path} does not begin like the files that {command} writes in this version, so it is not replaced; delete "
-            f"it or name {otherwise}"
+            f"{path} does not begin like the files that {command} writes in this version, so it is not replaced; "
+            f"delete it or name {otherwise}"
         )
 
 

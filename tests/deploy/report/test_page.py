@@ -107,7 +107,9 @@ def test_the_report_replaces_only_reports(tmp_path):
     run, page = write_run(tmp_path / "run", steps=1), tmp_path / "page.html"
     for text in ("notes", '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'):
         page.write_text(text)
-        with pytest.raises(UserError, match=r"page\.html does not begin like the files .*; delete it or name another file with"):
+        with pytest.raises(
+            UserError, match=r"page\.html does not begin like the files .*; delete it or name another file with"
+        ):
             run_report(run, page)
         assert page.read_text() == text
     os.mkfifo(tmp_path / "pipe")  # a device, such as /dev/null, is refused in the same way
