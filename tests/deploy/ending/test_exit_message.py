@@ -113,6 +113,8 @@ def test_a_user_error_is_printed_unchanged(run):
 STARTS = """
 import os, runpy, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+
 class Interrupted:
     def find_spec(name, path=None, target=None):
         if name == "typer":

@@ -153,7 +153,9 @@ def test_another_model_cannot_be_accepted_where_weights_are_frozen(cfg, frozen):
     shown = {"model": "models/a", "critic": "None"}
     tree = {**cfg.model_dump(mode="json", exclude_none=True)}
     kept = kept_names(Config.model_validate({**tree, "learner": {**tree["learner"], **frozen}}))
-    with pytest.raises(UserError, match=r"--accept model: the .* in no checkpoint, .* Restore models/a as it was"):
+    with pytest.raises(
+        UserError, match=r"--accept model is refused: the .* in no checkpoint, .* Restore models/a as it was"
+    ):
         accepted_differences({"model": "f"}, {"model": "1"}, ["model"], shown, kept)
     assert accepted_differences({"model": "f"}, {"model": "1"}, ["model"], shown, kept_names(cfg)) == {"model": "f"}
 
