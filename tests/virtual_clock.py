@@ -1,5 +1,5 @@
-"""A clock for tests of what waits. It stands still while anything runs. When everything waits, it jumps to the time for
-which the next of them waits. So the load of the machine changes nothing, and a wait of a minute takes no time.
+"""A clock for tests of what waits. It stands still while anything runs. When everything waits, it jumps to the end of
+the shortest wait. So the load of the machine changes nothing, and a wait of a minute takes no time.
 """
 
 from __future__ import annotations

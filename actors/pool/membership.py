@@ -105,13 +105,8 @@ class Membership:
     @property
     def waiting(self) -> list[Replica]:
         """The replicas without a node, while the run needs them: fewer than `min` have one."""
-        needed = self._placed < self._cfg.min
+        needed = num_placed(self._replicas.values()) < self._cfg.min
         return [replica for replica in self._replicas.values() if needed and replica.state == "pending"]
-
-    @property
-    def _placed(self) -> int:
-        """How many replicas have a node and are not leaving."""
-        return num_placed(self._replicas.values())
 
     @property
     def _may_create(self) -> bool:
@@ -229,7 +224,7 @@ class Membership:
         replicas = list(self._replicas.values())
         staying = [replica for replica in replicas if not replica.ended]
         pending = sum(replica.state == "pending" for replica in staying)
-        if self._placed < self._cfg.min and (pending or self._may_create):
+        if num_placed(replicas) < self._cfg.min and (pending or self._may_create):
             self._precedence.wait(self, self.role, self._cfg)
         else:
             self._precedence.end_wait(self)

@@ -76,8 +76,8 @@ def _scaled(scale: float, offset: float, normalise: str) -> Arm:
 
 UNITS = Experiment(
     about=(
-        f"The question task (`deploy/configs/{QUESTION}`) with other units of its score: the policy sees the same "
-        'outcomes. Rows "as it is" have `reward.normalise = "none"`, the others "mean_std". The KL penalty stays as '
+        f"The question task (`deploy/configs/{QUESTION}`) with other units of its score; nothing else differs. "
+        'Rows "as it is" have `reward.normalise = "none"`, the others "mean_std". The KL penalty stays as '
         "shipped, so next to a large score it vanishes."
     ),
     minutes=18,
