@@ -224,6 +224,7 @@ class LocalHost:
     losses = (ConnectionError, EngineDeadError)
     lost_values = (LookupError,)
     outages = (OSError,)
+    close_s = 0.0
 
     def __init__(
         self,
@@ -240,6 +241,7 @@ class LocalHost:
         self.room = room
         self.handles: list[LocalHandle] = []
         self.leaving: dict[str, float] = {}
+        self.closed: list[str] = []  # names of the replicas that may close what they have open before they end
 
     async def create(self, name: str) -> LocalHandle:
         handle = LocalHandle(name)
@@ -254,7 +256,9 @@ class LocalHost:
                 handle.role = self._make(handle.name, *self._args)
                 handle.placed.set_result(None)
 
-    def kill(self, handle: LocalHandle) -> Future[None]:
+    def kill(self, handle: LocalHandle, *, close: bool) -> Future[None]:
+        if close:
+            self.closed.append(handle.name)
         handle.die()
         self._place()
         killed: Future[None] = Future()

@@ -42,6 +42,7 @@ from common.user_code.errors import UserCodeError
 
 MAX_STUCK = 8  # with this many threads in calls that are far past their limit, the process is replaced
 END_AFTER_S = 2.0  # before the process ends, so that its last answers reach the driver
+POLL_S = 0.05
 
 
 class _Saved(NamedTuple):
@@ -58,6 +59,8 @@ class Environments:
     MAX_STUCK plain methods, tools or agents still run after twice their limit, the process ends, and the pool replaces
     it. Its other episodes begin again, or continue from their states.
     """
+
+    CLOSE_S = 10.0  # longest time for `close` of the user's objects, seconds
 
     def __init__(
         self,
@@ -91,7 +94,8 @@ class Environments:
         self._end_process, self._ends, self._checks_stuck = end_process, False, False
         self._warned: set[str] = set()
         # step_timeout_s is below 0.9 * timeout_s, and a request must be answered before timeout_s.
-        self._close_s = min(10.0, 0.05 * cfg.timeout_s)
+        self._close_s = min(0.9 * self.CLOSE_S, 0.05 * cfg.timeout_s)
+        self._num_closing = 0  # instances whose `close` runs
         meters.count("ratchet_environment_steps_total", 0)
         for reason in VOID_KINDS:
             meters.count("ratchet_environment_voids_total", 0, reason=reason)
@@ -189,9 +193,21 @@ class Environments:
         if (instance := self._episodes.pop(sample_id, None)) is not None:
             await self._close(instance)
 
+    async def close_all(self) -> None:
+        """Closes the instances of all episodes. The pool calls it before it ends a process that still answers, so that
+        nothing outside stays open, such as a container."""
+        await asyncio.gather(*map(self.end, list(self._episodes)))
+        while self._num_closing:
+            await asyncio.sleep(POLL_S)
+
     async def _close(self, instance: Instance, *, loop_blocked: bool = False) -> None:
         """A failure of `close` changes nothing about the episode. Each kind of failure is reported once."""
-        if (fault := await instance.close(self._close_s, loop_blocked=loop_blocked)) and fault not in self._warned:
+        self._num_closing += 1
+        try:
+            fault = await instance.close(self._close_s, loop_blocked=loop_blocked)
+        finally:
+            self._num_closing -= 1
+        if fault and fault not in self._warned:
             self._warned.add(fault)
             print(f"warning: environment {self._cfg.name}: {one_line(fault)}", file=sys.stderr)
         if instance.stuck and instance.is_running:

@@ -14,14 +14,15 @@ class Host(Protocol):
     losses: tuple[type[BaseException], ...]  # errors of a call after which its replica will never answer
     lost_values: tuple[type[BaseException], ...]  # errors of a call whose referenced argument is lost
     outages: tuple[type[BaseException], ...]  # errors of `node` and `leaving_nodes` while the cluster cannot answer
+    close_s: float  # longest time that `close_all` of the role gets before the process ends; 0: it has no such method
 
     async def create(self, name: str) -> Any:
         """Starts a replica and returns its handle, even if the replica still waits for room. Waits without limit for a
         cluster that does not answer."""
 
-    def kill(self, handle: Any) -> Future[None]:
-        """Ends the replica's process and frees its resources. Returns at once; the future is done when the cluster has
-        received the order."""
+    def kill(self, handle: Any, *, close: bool) -> Future[None]:
+        """Ends the replica's process and frees its resources. With `close` calls the role's `close_all` first, if it
+        has this method. Returns at once; the future is done when the cluster has received the order."""
 
     async def node(self, handle: Any) -> str | None:
         """The node where the replica runs; None while it waits for room. Answers within seconds, or raises one of

@@ -27,7 +27,8 @@ from common.precedence import Precedence
 MAX_PENDING = 8
 # Seconds between two looks at the cluster and the size of the pool.
 TICK_S = 0.5
-# Longest wait until the cluster has received the orders to kill a pool's replicas, seconds. It needs milliseconds.
+# Longest wait until the cluster has received the orders to kill a pool's replicas, seconds. It needs milliseconds. A
+# role that has something to close gets more (`Host.close_s`).
 STOP_S = 2.0
 
 OnEvent = Callable[[PoolEvent], None]
@@ -123,13 +124,14 @@ class Membership:
         return self._replicas.get(number)
 
     def stop(self) -> None:
-        """Kills every replica, which frees its resources. Waits until the cluster has received the orders, but at most
-        STOP_S, because the cluster itself may have failed."""
+        """Kills every replica, which frees its resources. Waits until the cluster has received the orders, but only for
+        a limited time, because the cluster itself may have failed."""
         self._supervisor.cancel()
         self._precedence.end_wait(self)
         for life in self._lives:
             life.cancel()
-        concurrent.futures.wait([order for replica in self._replicas.values() for order in self._kill(replica)], STOP_S)
+        orders = [order for replica in self._replicas.values() for order in self._kill(replica)]
+        concurrent.futures.wait(orders, STOP_S + self._host.close_s)
         self._replicas.clear()
 
     def _kill(self, replica: Replica) -> list[concurrent.futures.Future[None]]:
@@ -137,7 +139,7 @@ class Membership:
         if replica.handle is None or replica.killed:
             return []
         replica.killed = True
-        return [self._host.kill(replica.handle)]
+        return [self._host.kill(replica.handle, close=replica.joined and replica.state != "dead")]
 
     def lose(self, replica: Replica, error: BaseException) -> None:
         """Marks a replica as dead, unless it is leaving already. It gets no more calls and is replaced."""

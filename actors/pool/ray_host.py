@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ class RayHost:
         self._actor = actor(role, cfg)
         self._args, self._kwargs = args, kwargs
         self._timeout_s = cfg.timeout_s
+        self.close_s: float = getattr(role, "CLOSE_S", 0.0)
         self._numbers = itertools.count()
         self._asked: dict[str, Future[Any]] = {}  # questions to the directory that are not answered yet
 
@@ -49,8 +51,14 @@ class RayHost:
         named = self._actor.options(name=f"{name} #{next(self._numbers)}")
         return await answer(in_daemon_thread(partial(named.remote, name, *self._args, **self._kwargs)))
 
-    def kill(self, handle: Any) -> Future[None]:
-        return in_daemon_thread(ray.kill, handle)
+    def kill(self, handle: Any, *, close: bool) -> Future[None]:
+        return in_daemon_thread(self._kill, handle, close and self.close_s > 0)
+
+    def _kill(self, handle: Any, close: bool) -> None:
+        if close:
+            with suppress(Exception):  # it has died, or does not answer
+                ray.get(handle.close_all.remote(), timeout=self.close_s)
+        ray.kill(handle)
 
     async def node(self, handle: Any) -> str | None:
         # Ray's own table of actors, which has no public API. A process id in it means that the actor has found room.

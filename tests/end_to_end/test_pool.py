@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,20 @@ class Worker:
 
     async def add_up(self, written: np.ndarray) -> int:
         return int(written.sum())
+
+
+class Opening(Worker):
+    """Has a file that says whether it was closed."""
+
+    CLOSE_S = 10.0
+
+    async def open(self, file: Path) -> None:
+        self._file = file
+        file.write_text("open")
+
+    async def close_all(self) -> None:
+        await asyncio.sleep(0.2)
+        self._file.write_text("closed")
 
 
 class Broken(Worker):
@@ -185,3 +200,11 @@ def test_a_large_result_stays_on_its_node_and_travels_by_reference(ray_cluster):
         assert written.tolist() == list(range(256))  # it outlives the process that wrote it
 
     run(scenario)
+
+
+def test_a_process_closes_what_it_has_open_before_the_pool_ends_it(ray_cluster, tmp_path):
+    async def scenario(pool, events):
+        await pool.call("open", lambda handle: handle.open.remote(tmp_path / "file"))
+
+    run(scenario, role=Opening)
+    assert (tmp_path / "file").read_text() == "closed"

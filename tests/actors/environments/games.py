@@ -170,6 +170,14 @@ class Doing(Counting):
             await asyncio.sleep(1000)
 
 
+class ClosingLate(Counting):
+    """Its `close` takes as long as the prompt's field `seconds` says."""
+
+    async def close(self):
+        await asyncio.sleep(self.prompt.fields["seconds"])
+        await super().close()
+
+
 class SlowStart:
     """Its constructor takes longer than the limit, and its `close` is still called."""
 

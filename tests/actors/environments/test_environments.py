@@ -207,6 +207,21 @@ def test_an_episode_that_is_not_played_to_its_end_is_closed():
     assert void.kind == "died"
 
 
+def test_before_its_process_ends_every_open_episode_is_closed():
+    async def episodes():
+        environments = host("ClosingLate")
+        for number, seconds in enumerate((0.3, 0, 0)):
+            await environments.begin(make_prompt(number, seconds=seconds))
+        closing = asyncio.create_task(environments.end(make_prompt(0).sample_id))
+        await asyncio.sleep(0.05)
+        assert games.closed == {}  # the first one is being closed
+        await environments.close_all()
+        assert games.closed == {"ClosingLate": 3}
+        await closing
+
+    run(episodes())
+
+
 # The prompt
 
 

@@ -224,6 +224,24 @@ def test_an_event_that_cannot_be_written_loses_no_replica():
     run(scenario)
 
 
+def test_only_replicas_that_answer_close_what_they_have_open_before_their_processes_end():
+    async def scenario():
+        it = await Started.start(room=2, max=3)
+        await until(lambda: len(it.pool.ready) == 2)
+        it.host.alive("Worker(0)").die()
+        await asyncio.gather(*(it.work(0.1) for _ in range(2)))  # the first call notices the death
+        await until(lambda: len(it.pool.ready) == 2 and len(it.pool.members.replicas) == 3)
+        assert it.host.closed == []
+        ready = [replica.name for replica in it.pool.ready]
+        it.pool.members.target = 1
+        await until(lambda: it.told("left"))
+        assert it.host.closed == it.told("left")
+        it.pool.stop()
+        assert sorted(it.host.closed) == sorted(ready)
+
+    run(scenario)
+
+
 class UnansweredHost(LocalHost):
     """From `freeze` on, its cluster answers nothing: questions end with an outage, and a creation does not end."""
 

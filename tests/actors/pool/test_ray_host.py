@@ -91,12 +91,47 @@ def test_a_fault_of_the_pool_itself_is_no_outage(frozen):
 
 def test_a_kill_returns_at_once(frozen):
     async def scenario() -> None:
-        order = host().kill(Handle())
+        order = host().kill(Handle(), close=False)
         assert not order.done()
         frozen.thaw()
         await asyncio.wrap_future(order)
 
     run(scenario)
+
+
+class Opening(Worker):
+    """A role that has something to close."""
+
+    CLOSE_S = 0.5
+
+    async def close_all(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("role", "close", "orders"),
+    [
+        (Opening, True, ["close_all within 0.5 s", "kill"]),
+        (Opening, False, ["kill"]),  # it is dead, or was never ready
+        (Worker, True, ["kill"]),
+    ],
+)
+@pytest.mark.parametrize("error", [None, TimeoutError("frozen"), ConnectionError("dead")])
+def test_a_role_that_has_something_to_close_closes_it_before_its_process_ends(role, close, orders, error, monkeypatch):
+    given = []
+
+    class Asked(Handle):
+        class close_all:
+            remote = staticmethod(lambda: "close_all")
+
+    def get(call: str, timeout: float) -> None:
+        given.append(f"{call} within {timeout:g} s")
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(ray_host.ray, "get", get)
+    monkeypatch.setattr(ray_host.ray, "kill", lambda handle: given.append("kill"))
+    RayHost(role, Replicated()).kill(Asked(), close=close).result(10)
+    assert given == orders
 
 
 class Reference:
