@@ -38,7 +38,7 @@ from common.model.files import end_token_ids, load_tokenizer, resolve_model
 from common.model.size import model_size
 from common.plain_text import one_line
 from common.types import IN_EPISODE, Prompt, Rollout, RolloutRef, SampleId, ScoringError, Void
-from common.user_code.errors import UserCodeError
+from common.user_code.errors import UserCodeError, error_text
 
 MAX_STUCK = 8  # with this many threads in calls that are far past their limit, the process is replaced
 END_AFTER_S = 2.0  # before the process ends, so that its last answers reach the driver
@@ -266,7 +266,7 @@ def _pickled(saved: _Saved) -> bytes:
         return pickle.dumps(saved)
     except Exception as error:
         what = "state returned something that cannot be pickled"
-        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
+        raise UserCodeError(f"{what}: {error_text(error)}", fault=what) from error
 
 
 def _unpickled(state: bytes) -> _Saved:
@@ -274,4 +274,4 @@ def _unpickled(state: bytes) -> _Saved:
         return pickle.loads(state)
     except Exception as error:
         what = "the pickled result of state cannot be read"
-        raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what) from error
+        raise UserCodeError(f"{what}: {error_text(error)}", fault=what) from error

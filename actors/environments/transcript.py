@@ -20,7 +20,7 @@ from common.data.prompt_records import prompt_record
 from common.data.prompt_tokens import check_embedded
 from common.errors import UserError
 from common.types import IN_EPISODE, Prompt, Rollout, Turn
-from common.user_code.errors import UserCodeError
+from common.user_code.errors import UserCodeError, error_text
 
 
 class Transcript:
@@ -157,7 +157,7 @@ class Transcript:
         except Exception as error:
             what = "the chat template refuses what step returned" if self.chat else "step returned an unusable text"
             kind = "template" if self.chat else "wrong_answer"
-            raise UserCodeError(f"{what}: {type(error).__name__}: {error}", fault=what, kind=kind) from error
+            raise UserCodeError(f"{what}: {error_text(error)}", fault=what, kind=kind) from error
         return ids
 
     def _restarted(self, restart: Restart, messages: Sequence[Message]) -> list[int]:

@@ -17,6 +17,7 @@ from common.data.verifiers_prompts import FIELD
 from common.environment import Endpoint, EpisodePrompt
 from common.errors import UserError
 from common.optional_packages import require
+from common.user_code.errors import error_text
 
 _numbers = itertools.count()
 
@@ -47,7 +48,7 @@ class VerifiersAgent:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"{where} cannot be used: {type(error).__name__}: {error}") from error
+            raise UserError(f"{where} cannot be used: {error_text(error)}") from error
         if runs_code:
             raise UserError(
                 f"{where}: its harness ({harness}) runs what the model writes, which must not happen on this machine "

@@ -11,7 +11,7 @@ from actors.scoring.kinds import Source
 from common.metrics import meters
 from common.plain_text import one_line
 from common.types import RawScore, RewardInput, SampleId, ScoringError, Void
-from common.user_code.errors import UserCodeError
+from common.user_code.errors import UserCodeError, error_text
 from common.user_code.results import FLOAT32_MAX
 
 
@@ -36,7 +36,7 @@ def void_of(sample_id: SampleId, answer: RewardInput, name: str, error: Exceptio
     """Counts the failure of the source or judge with this name, and returns it as a Void."""
     meters.count("ratchet_reward_voids_total", source=name)
     if not isinstance(error, UserCodeError):
-        error = UserCodeError(f"raised {type(error).__name__}: {error}", fault=f"raised {type(error).__name__}")
+        error = UserCodeError(f"raised {error_text(error)}", fault=f"raised {type(error).__name__}")
     failed = f"{'judge' if is_judge else 'reward source'} {name}"
     reason, fault = (f"{failed} {one_line(text)}" for text in (error.reason, error.fault))
     kept = ScoringError(fault, error.details, answer.prompt, answer.raw_response)

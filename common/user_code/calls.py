@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, get_origin
 
-from .errors import UserCodeError, error_of, traceback_text
+from .errors import UserCodeError, error_of, error_text, traceback_text
 from .results import Outcome, read_result, read_results
 
 _LISTS = re.compile(r"(\w+\.)*(list|List|Sequence|Collection|Iterable)\b")
@@ -58,7 +58,7 @@ def find_function(path: str) -> Callable[..., Any]:
 
 def _why_not_imported(error: BaseException, printed: str) -> str:
     if not isinstance(error, SystemExit):
-        return f"{type(error).__name__}: {error}"
+        return error_text(error)
     last = printed.strip().splitlines()[-1:] or [f"exit code {error.code}"]
     return (
         f"it ends the program while it is imported: {last[0]}; move script code, such as sys.exit() or reading the "

@@ -196,6 +196,18 @@ class Unpicklable(Counting):
         return threading.Lock()
 
 
+class NoPickle:
+    def __reduce__(self):
+        raise NoTextError
+
+
+class UnpicklableWithoutText(Counting):
+    """Its state cannot be pickled, and the error has no text."""
+
+    def state(self):
+        return NoPickle()
+
+
 class Shuffling(Counting):
     """Changes the prompt that it gets, in place."""
 

@@ -339,9 +339,10 @@ def test_a_class_without_a_state_begins_again():
 
 
 def test_a_state_that_cannot_be_pickled_voids_the_episode():
-    [(rollout, void, state)] = run(play(host("Unpicklable"), make_prompt(), "x"))
-    assert (rollout, state) == (None, None)
-    assert "state returned something that cannot be pickled: TypeError" in void.reason
+    for game, error in (("Unpicklable", "TypeError: "), ("UnpicklableWithoutText", "NoTextError")):
+        [(rollout, void, state)] = run(play(host(game), make_prompt(), "x"))
+        assert (rollout, state) == (None, None)
+        assert f"state returned something that cannot be pickled: {error}" in void.reason
     void, restored = run(host("Saving").begin(make_prompt(), b"no pickle"))
     assert "the pickled result of state cannot be read" in void.reason
     assert not restored
