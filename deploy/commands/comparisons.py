@@ -97,14 +97,15 @@ def tune(
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of trials. [default: 12]")] = None,
     hours: Annotated[
-        float | None, typer.Option(min=0.001, max=1e5, metavar="H", help="For all starts. [default: 1]")
+        float | None,
+        typer.Option(min=0.001, max=1e5, metavar="H", help="Limit for all starts together. [default: 1]"),
     ] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="score, pass_at_1, or a source or judge.")] = None,
     finalists: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Trials with more seeds. [default: 2]")
+        int | None, typer.Option(min=1, metavar="N", help="Best trials, which get more seeds. [default: 2]")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Seeds of each finalist. [default: 3]")] = None,
-    keep_all: Annotated[bool, typer.Option("--keep-all", help="Let every trial run to its end: no ASHA.")] = False,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="ASHA stops no trial.")] = False,
     at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at the same time.")] = 1,
     run: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME-tune].")] = None,
     resume: Resume = None,

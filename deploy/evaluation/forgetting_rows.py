@@ -20,7 +20,7 @@ def forgetting_rows(policies: Sequence[Figures]) -> Iterator[tuple[str, Callable
     yield "distinct-1, -2, -3", _distinct_text
     yield "different, %", lambda figures: percent_text(figures.get("different_answers"))
     for judge in _names(policies, "judges"):
-        yield f"score with {judge}, r", partial(_correlation_text, judge)
+        yield f"correlation of score and {judge}", partial(_correlation_text, judge)
 
 
 def judge_lines(record: Mapping[str, Any]) -> list[str]:

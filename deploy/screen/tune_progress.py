@@ -38,7 +38,7 @@ class TuneProgress(Screen):
             f"step(s) · {hours:g} hours{before} · seed {plan.seed}"
         )
         compared = ", ".join(map(str, plan.rungs))
-        stops = f"ASHA compares at steps {compared}" if compared else "every trial runs to its end"
+        stops = f"ASHA compares at steps {compared}" if compared else "ASHA stops no trial"
         self._print(
             f"{stops}; then {plan.finalists} finalist(s) with {plan.seeds} seeds. Run directories: "
             f"{escape(str(self._directory / 'trials'))}",
@@ -62,8 +62,11 @@ class TuneProgress(Screen):
         if state.outcome == COMPLETE:
             self._print(f"  {self._name(job)} is complete after {seconds}")
             return
-        text = f"  {self._name(job)} ended early after {seconds} ({state.outcome}): {state.why}"
-        self._print(escape(text), style="yellow" if state.outcome == FAILED else "dim")
+        failed = state.outcome in (None, FAILED)
+        how = f"ended early after {seconds} ({state.outcome})"
+        if state.outcome is None:
+            how = f"failed after {seconds}, and is tried again after the others"
+        self._print(escape(f"  {self._name(job)} {how}: {state.why}"), style="yellow" if failed else "dim")
 
     def progress(self, done: int, total: int, left_s: float | None) -> None:
         self.bars.show(_BAR, done, total, left_s=left_s)
@@ -74,9 +77,10 @@ class TuneProgress(Screen):
         self._sensitivity(outcome)
         self._print(f"[bold]best[/]: {escape(outcome.reason)}")
         if outcome.finalists:
-            best = self._plan.trials[outcome.finalists[0].trial - 1]
-            self._print(f"  {escape(' '.join(as_overrides(best)))}")
-        self._end(time.perf_counter() - self._started, "best.toml: for ratchet train; tune.json, sensitivity.json")
+            settings = self._plan.trials[outcome.finalists[0].trial - 1]
+            self._print(f"  {escape(' '.join(as_overrides(settings)))}")
+        best = "best.toml: for ratchet train; " if outcome.finalists else ""
+        self._end(time.perf_counter() - self._started, f"{best}tune.json, sensitivity.json")
 
     def _trials(self, outcome: Outcome) -> None:
         steps = [*self._plan.rungs, self._plan.num_steps]

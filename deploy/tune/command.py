@@ -81,8 +81,8 @@ def run_tune(
         if outcome.missing:
             hours = math.ceil(search.hours + 1)
             complain(
-                f"the time is up, and {outcome.missing} run(s) are missing; continue with ratchet tune --resume "
-                f"{quote(str(directory))} --hours {hours}"
+                f"{outcome.missing} run(s) did not fit into {search.hours:g} hours; continue with "
+                f"ratchet tune --resume {quote(str(directory))} --hours {hours}"
             )
     return outcome
 

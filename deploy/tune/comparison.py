@@ -31,7 +31,7 @@ class Comparison:
 
 
 def comparisons(plan: Plan, trials: Mapping[int, RunState]) -> list[Comparison]:
-    """One comparison for each rung, and one for the end. `trials`: states of the trials that have begun, by number."""
+    """One comparison for each rung, and one for the end. `trials`: as in Outcome.states."""
     found = (compared_at(step, trials) for step in [*plan.rungs, plan.num_steps])
     return [replace(one, effects=tuple(_effects(plan, one))) for one in found]
 

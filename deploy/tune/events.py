@@ -22,8 +22,8 @@ EVENTS = "events.jsonl"
 COMPLETE = "complete"  # it has done all of its steps
 STOPPED_BY_ASHA = "asha"
 STOPPED_BY_HEALTH = "health"
-FAILED = "failed"  # it ended with an error, and cannot continue
-CUT = "cut"  # the tuning ended; the run continues when the tuning does
+FAILED = "failed"  # it ended with an error twice, and does not continue
+CUT = "cut"  # it continues: the tuning ended, or the run has failed for the first time
 _NUMBER = (int, float)
 # The fields of each event and their types, next to the event's name and time.
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -46,6 +46,7 @@ class RunState:
     why: str = ""  # the reason of a stop or a failure
     seconds: float = 0.0
     continues_as_finalist: bool = False  # ASHA had stopped it, but it is a finalist
+    failures: int = 0  # how often it has failed
 
     @property
     def last(self) -> tuple[int, float] | None:
@@ -87,7 +88,7 @@ class Events:
         self._add({"event": "again", "run": run})
 
     def end(self, run: str, outcome: str, seconds: float, why: str = "") -> None:
-        """The process of a run has ended."""
+        """The process of a run has ended. With the outcome CUT and a reason it has failed, and is tried once more."""
         self._add({"event": "end", "run": run, "outcome": outcome, "seconds": round(seconds, 1), "why": why})
 
     def run(self, name: str) -> RunState:
@@ -131,7 +132,9 @@ class Events:
             state.outcome, state.why, state.continues_as_finalist = None, "", True
         elif kind == "end":
             state.seconds += record["seconds"]
-            if record["outcome"] in (COMPLETE, FAILED):
+            if record["outcome"] == CUT and record["why"]:
+                state.failures, state.why = state.failures + 1, record["why"]
+            elif record["outcome"] in (COMPLETE, FAILED):
                 state.outcome, state.why = record["outcome"], record["why"]
 
 

@@ -87,7 +87,7 @@ class Follower:
 
 def below(step: int, value: float) -> str:
     """Why ASHA has stopped a trial."""
-    return f"{value:.4g} at step {step} is not in the best third of the trials that had reached it"
+    return f"{value:.4g} at step {step} is not in the best third of the trials that had reached this step"
 
 
 def _size(path: Path) -> int:

@@ -15,6 +15,7 @@ _FIXED = {
     "evaluation": "trials are compared by the same evaluation",
     "sampling": "held-out responses are sampled with it, and trials are compared by the same evaluation",
     "prompts": "trials are compared on the same held-out prompts, in the same form",
+    "environment": "held-out episodes are played in it",
     "model": "trials start from the same model",
     "ray": "it decides where trials run",
     "logging": "it changes no result",

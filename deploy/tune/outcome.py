@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -44,7 +45,7 @@ class Outcome:
     """What a tuning has found so far."""
 
     plan: Plan
-    states: dict[int, RunState]  # of the trials that have begun, by number
+    states: dict[int, RunState]  # of the trials that have an evaluation, have failed or were ended, by number
     finalists: tuple[Finalist, ...]  # the best first
     compared: tuple[Comparison, ...]
     missing: int  # number of runs that did not fit into the time
@@ -64,13 +65,13 @@ class Outcome:
     def reason(self) -> str:
         """Why the best trial is the best."""
         if not self.finalists:
-            return "no trial has an evaluation after its first step"
+            return "no trial has an evaluation after its start, except those that failed or that a health rule ended"
         best, *others = self.finalists
         metric = self.plan.metric
         if best.step < self.plan.num_steps:
             return (
-                f"trial {best.trial} had done the most steps when the time was up: {metric} {significant(best.mean)} "
-                f"at step {best.step}"
+                f"no trial is complete, and trial {best.trial} has done the most steps so far: {metric} "
+                f"{significant(best.mean)} at step {best.step}"
             )
         seeds = f"the mean of {len(best.values)} seeds" if len(best.values) > 1 else "with one seed"
         text = f"trial {best.trial} has {metric} {significant(best.mean)} at the last step, {seeds}{_failures(best)}"
@@ -98,14 +99,21 @@ class Outcome:
 
 def outcome_of(runs: Runs) -> Outcome:
     """The outcome of what has run so far."""
-    states = {job.trial: state for job in runs.trials if (state := runs.events.run(job.name)).results}
-    found = [_finalist(runs, job) for job in runs.finalists()]
-    known = [one for one in found if one is not None]
+    all_states = {job.trial: runs.events.run(job.name) for job in runs.trials}
+    states = {trial: state for trial, state in all_states.items() if state.results or state.outcome in BROKEN}
+    known = _known(runs, runs.finalists())
+    if all(one.step < runs.plan.num_steps for one in known):
+        known = _known(runs, runs.finalists(interrupted=True))
     # A failure counts as the worst outcome, as in the comparison of trials: a good mean of the other seeds cannot make
     # up for it.
     known.sort(key=lambda one: (one.step, -one.failed, one.mean), reverse=True)
     missing = len(runs.waiting_trials()) + len(runs.waiting_repeats())
     return Outcome(runs.plan, states, tuple(known), tuple(comparisons(runs.plan, states)), missing)
+
+
+def _known(runs: Runs, jobs: Sequence[Job]) -> list[Finalist]:
+    """Those of the trials that have an evaluation after their start."""
+    return [one for job in jobs if (one := _finalist(runs, job)) is not None]
 
 
 def _finalist(runs: Runs, job: Job) -> Finalist | None:

@@ -33,14 +33,15 @@ class Runs:
         label = re.sub(r"[^\w.-]+", "_", label)[:_LONGEST_LABEL].rstrip("-._")
         return self.directory / "trials" / (f"{job.name}-{label}" if not job.repeat else job.name)
 
-    def finalists(self) -> list[Job]:
-        """The best trials: complete ones first, then those with the most steps. With equal steps the value decides."""
+    def finalists(self, *, interrupted: bool = False) -> list[Job]:
+        """The best trials: complete ones first, then those with the most steps. With equal steps the value decides.
+        With `interrupted`, trials that have not ended count too."""
 
         def rank(job: Job) -> tuple[bool, tuple[int, float]]:
             state = self.events.run(job.name)
             return state.outcome == COMPLETE or state.continues_as_finalist, state.last or (-1, 0.0)
 
-        possible = [job for job in self.trials if _can_be_finalist(self.events.run(job.name))]
+        possible = [job for job in self.trials if _can_be_finalist(self.events.run(job.name), interrupted)]
         return sorted(possible, key=rank, reverse=True)[: self.plan.finalists]
 
     def repeats(self) -> list[Job]:
@@ -63,6 +64,7 @@ class Runs:
         return self.events.run(job.name).seconds > 0 or self.directory_of(job).exists()
 
 
-def _can_be_finalist(state: RunState) -> bool:
+def _can_be_finalist(state: RunState, interrupted: bool) -> bool:
     """True if a trial can be a finalist: it is complete, or only ASHA has stopped it."""
-    return state.outcome in (COMPLETE, STOPPED_BY_ASHA) or (state.continues_as_finalist and state.outcome is None)
+    continues = state.outcome is None and (state.continues_as_finalist or interrupted)
+    return continues or state.outcome in (COMPLETE, STOPPED_BY_ASHA)

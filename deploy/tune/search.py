@@ -17,7 +17,7 @@ from deploy.tune.halving import Halving
 from deploy.tune.runs import Runs
 from deploy.tune.trial_process import POLL_S, Command, TrialProcess
 
-FAILED_STARTS = 3  # the tuning ends if this many trials fail before any run has done a step
+FAILED_IN_A_ROW = 3  # the tuning ends if this many runs fail and no run has an evaluation in between
 
 
 class Watcher(Listener, Protocol):
@@ -47,15 +47,17 @@ class Search(Runs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._running: set[str] = set()
-        self._not_started: list[str] = []  # runs that failed before any run had done a step
+        self._in_a_row: list[str] = []  # runs that have failed since the newest evaluation
+        self._num_results = 0  # evaluations when the newest of them failed
 
     async def run(self) -> None:
         """Runs all missing trials and repeats that fit into the time."""
         try:
             async with asyncio.timeout(max(0.0, self.hours * 3600 - self.events.seconds)) as limit:
                 halving = self._halving()
-                await self._all(self.waiting_trials, halving, reserve=True)
-                await self._all(self.waiting_repeats)
+                for reserve in (True, False):  # the time that the finalists leave is for more trials
+                    await self._all(self.waiting_trials, halving, reserve=reserve)
+                    await self._all(self.waiting_repeats)
         except TimeoutError:  # a network disk has errors of this type too
             if not limit.expired():
                 raise
@@ -73,11 +75,11 @@ class Search(Runs):
         self, waiting: Callable[[], list[Job]], halving: Halving | None = None, *, reserve: bool = False
     ) -> None:
         """Runs the waiting jobs, `at_once` at the same time, until none is left or the next one would not end in time.
-        With `reserve`, time for the finalists' further seeds is kept free."""
+        With `reserve`, time for the finalists' further seeds is kept free. Runs that have failed come last."""
 
         async def work() -> None:
             while self._time_for(reserve) and (jobs := [job for job in waiting() if job.name not in self._running]):
-                jobs.sort(key=lambda job: job.name in self._not_started)  # runs that failed to start come last
+                jobs.sort(key=lambda job: self.events.run(job.name).failures)
                 self._running.add(jobs[0].name)
                 try:
                     await self._run(jobs[0], halving)
@@ -92,12 +94,15 @@ class Search(Runs):
             raise errors.exceptions[0] from None
 
     def _time_for(self, reserve: bool) -> bool:
-        """True if a whole run and, with `reserve`, the finalists fit into the remaining time. The first run always
-        fits, because its duration is not known yet."""
+        """True if a whole run fits into the remaining time. With `reserve`, the finalists must fit too, in at most half
+        of all the time: otherwise they would leave none for trials. The first run always fits, because its duration is
+        not known yet."""
         longest = max((state.seconds for state in self._ended() if state.outcome == COMPLETE), default=0.0)
-        further = self.plan.finalists * (self.plan.seeds - 1) if reserve else 0
-        runs = 1 + further / self.at_once
-        return self.events.seconds + runs * longest <= self.hours * 3600
+        limit_s = self.hours * 3600
+        if reserve:
+            further = self.plan.finalists * (self.plan.seeds - 1)
+            limit_s -= min(further / self.at_once * longest, limit_s / 2)
+        return self.events.seconds + longest <= limit_s
 
     async def _run(self, job: Job, halving: Halving | None) -> None:
         """Starts or continues one run. Returns when it has ended or was stopped."""
@@ -123,30 +128,30 @@ class Search(Runs):
         self._progress()
 
     def _end(self, job: Job, process: TrialProcess, code: int, seconds: float) -> None:
-        """Records how a run has ended. If it failed before any run had done a step, the cause may be its values or the
-        machine, so it is tried once more. Raises UserError after FAILED_STARTS such failures."""
+        """Records how a run has ended. A run that fails for the first time may do so because of the machine and not of
+        its values, so it is tried once more. Raises UserError after FAILED_IN_A_ROW such failures."""
         state = self.events.run(job.name)
-        if process.is_complete:
-            self.events.end(job.name, COMPLETE, seconds)
-        elif state.outcome is not None:
-            self.events.end(job.name, state.outcome, seconds)
-        elif job.name in self._not_started or any(
-            (self.directory_of(one) / "metrics.jsonl").exists() for one in self._jobs()
-        ):
-            self.events.end(job.name, FAILED, seconds, f"exit code {code}: {process.error_message()}")
-        else:
-            self.events.end(job.name, CUT, seconds)
-            self._not_started.append(job.name)
-            if len(self._not_started) >= min(FAILED_STARTS, len(self.trials)):
-                raise UserError(self._failed_starts(job, process, code))
+        outcome = COMPLETE if process.is_complete else state.outcome
+        if outcome is not None:
+            self.events.end(job.name, outcome, seconds)
+            return
+        why = f"exit code {code}: {process.error_message()}"
+        self.events.end(job.name, FAILED if state.failures else CUT, seconds, why)
+        if state.outcome == FAILED:
+            return
+        if self._num_results != (num_results := len(list(self.events.results()))):
+            self._num_results, self._in_a_row = num_results, []
+        self._in_a_row.append(job.name)
+        if len(self._in_a_row) >= min(FAILED_IN_A_ROW, len(self.trials)):
+            raise UserError(self._failed_in_a_row(job, process, why))
 
-    def _failed_starts(self, last: Job, process: TrialProcess, code: int) -> str:
-        names = ", ".join(name.lstrip("0") for name in self._not_started)
+    def _failed_in_a_row(self, last: Job, process: TrialProcess, why: str) -> str:
+        names = ", ".join(name.lstrip("0") for name in self._in_a_row)
+        failed = f"{len(self._in_a_row)} run(s) in a row have failed without an evaluation in between (trial {names})"
         return (
-            f"no trial has done a step, and {len(self._not_started)} of them have failed (trial {names}); trial "
-            f"{last.trial} ended with exit code {code}: {process.error_message()} (all of its output is in "
-            f"{process.log}). If values of the trials are the cause, leave these out and begin again with --force; if "
-            f"not, remove the cause and continue with ratchet tune --resume {quote(str(self.directory))}"
+            f"{failed}; trial {last.name.lstrip('0')} ended with {why} (all of its output is in {process.log}). If "
+            "values of the trials are the cause, leave these out and begin again with --force; if not, remove the "
+            f"cause and continue with ratchet tune --resume {quote(str(self.directory))}"
         )
 
     def _arguments(self, job: Job) -> list[str]:

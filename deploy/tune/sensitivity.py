@@ -7,12 +7,14 @@ adjusted R2 (Ezekiel 1930), which is near 0 for a key without any effect. Plain 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from common.student import student_quantile
 from learner.evaluation.bootstrap import interval
 
 RESAMPLES = 1000  # of the bootstrap, and permutations
@@ -56,7 +58,8 @@ class Effect:
 
 
 def effect_of(column: Column, outcomes: Sequence[float], *, seed: int = 0) -> Effect:
-    """The effect of one key. Intervals are percentiles of a bootstrap over trials (Efron 1979)."""
+    """The effect of one key. Intervals are percentiles of a bootstrap over trials (Efron 1979), except those of the
+    means of choices."""
     rng = np.random.default_rng(seed)
     x, y = np.array(column.values, float), np.array(outcomes, float)
     curve = _choices if column.choices is not None else _parabola if len(y) >= PARABOLA else _line
@@ -67,9 +70,10 @@ def effect_of(column: Column, outcomes: Sequence[float], *, seed: int = 0) -> Ef
         best: Any = _highest(curve(x), x, y)
         if np.ptp(x) > 0:
             slope = _slope(x, y)
-            slope_interval = interval(np.array([_slope(x[rows], y[rows]) for rows in drawn if np.ptp(x[rows]) > 0]))
+            slopes = [_slope(x[rows], y[rows]) for rows in drawn if np.ptp(x[rows]) > 0]
+            slope_interval = interval(np.array(slopes), len(y))
     else:
-        means = tuple(_mean_of(column.choices[int(value)], y[x == value], rng) for value in sorted(set(x.tolist())))
+        means = tuple(_mean_of(column.choices[int(value)], y[x == value]) for value in sorted(set(x.tolist())))
         best = max(means, key=lambda mean: mean["mean"])["value"]
     return Effect(
         key=column.key,
@@ -140,7 +144,11 @@ def _highest(design: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
     return float(x[np.argmax(design @ np.linalg.lstsq(design, y, rcond=None)[0])])
 
 
-def _mean_of(value: Any, y: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    resampled = y[rng.integers(len(y), size=(RESAMPLES, len(y)))].mean(axis=1)
-    known = interval(resampled) if len(y) > 1 else None
+def _mean_of(value: Any, y: np.ndarray) -> dict[str, Any]:
+    """The mean outcome of a value, with Student's t interval: a bootstrap of two to four trials would be far too
+    short."""
+    known = None
+    if len(y) > 1:
+        reach = student_quantile(0.975, len(y) - 1) * float(y.std(ddof=1)) / math.sqrt(len(y))
+        known = [float(y.mean()) - reach, float(y.mean()) + reach]
     return {"value": value, "trials": len(y), "mean": float(y.mean()), "interval": known}

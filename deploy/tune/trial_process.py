@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ POLL_S = 1.0  # time between two reads of the files of a run
 RESTARTS = 1  # restarts of a run that fails, because a failure of the machine says nothing about its settings
 STOP_S = CLEANUP_S + 10.0  # longest wait for a run that was told to stop; it ends itself after CLEANUP_S
 OWNED_S = 90.0  # longest wait for a run that a killed start of the command has left running
+
+# What `ratchet train --restarts` says after the reason of a failure (deploy/restarts.py).
+_RESTARTS = re.compile(r"(; )?(restart \d+ of \d+|the run has used up its \d+ restarts).*")
 
 Command = Callable[[Sequence[str]], list[str]]  # the command line that runs `ratchet` with these arguments
 ShouldStop = Callable[[], bool]  # reads what is new in the run's files; True: stop the run
@@ -71,11 +75,12 @@ class TrialProcess:
         return process.returncode or 0
 
     def error_message(self) -> str:
-        """The process's last message, or the last line of its log if it has no message."""
+        """The driver's last message, or the last line of the log if it has none. What its parent process adds about
+        restarts is left out."""
         with suppress(OSError):
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            said = [line.removeprefix("ratchet: ") for line in lines if line.startswith("ratchet: ")]
-            return (said or lines or [""])[-1]
+            said = [_RESTARTS.sub("", line.removeprefix("ratchet: ")) for line in lines if line.startswith("ratchet: ")]
+            return ([line for line in said if line] or lines or [""])[-1]
         return ""
 
     async def _wait_until_free(self) -> None:

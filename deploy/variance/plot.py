@@ -30,7 +30,7 @@ def plot_account(account: Mapping[str, Any], target: Path) -> None:
         axes[1].axvline(1, color="0.5", linestyle="--", linewidth=1)
         axes[1].set(
             title=f"standard error of the policy gradient\n({used} advantages)",
-            xlabel="divided by the norm of the gradient; 1: only noise",
+            xlabel="divided by the norm of the gradient; 1: mostly noise",
         )
         if explained:
             shares = [explained[name]["explained_variance"] for name in PARTS]

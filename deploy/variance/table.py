@@ -15,7 +15,7 @@ from learner.ppo.critic_quality import PARTS
 _LEGEND = (  # each at most 80 columns
     "var: variance of the advantages before whitening, divided by that of the returns",
     "error: standard error of the gradient of the {used} advantages, divided by its",
-    "    norm, with its interval; near 1 only noise is seen",
+    "    norm, with its interval; near 1 the gradient is mostly noise",
     "noise scale: responses at which the error equals the true gradient; interval",
     "/none: noise scale divided by that without a baseline; below 1 the estimator is",
     "    better; cosine: of its true gradient with that of lam 1, which has no bias",

@@ -17,8 +17,8 @@ function showVariance() {
       `${number(found.responses)} responses to ${number(found.prompts)} prompts, ${number(found.tokens)} tokens. ` +
       `Gradients of ${number(gradients.weights)} weights from ${number(gradients.parts)} parts of the batch` +
       `${exact ? "" : `, each kept as ${number(gradients.kept)} numbers`}. Intervals of 95 %.`,
-    "A relative standard error near 1 means that only noise is seen. The noise scale is the number of responses for " +
-      "which the standard error equals the true gradient: fewer is better. The cosine compares the true gradient with " +
+    "A relative standard error near 1 means that the gradient is mostly noise. The noise scale is the number of " +
+      "responses for which the standard error equals the true gradient: fewer is better. The cosine compares the true gradient with " +
       "that of lam 1, which has no bias: noise that is bought with bias makes it smaller.",
   ]);
   box.append(element("div", { className: "scroll" }, estimatorTable(found)));

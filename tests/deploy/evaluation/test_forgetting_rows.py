@@ -51,7 +51,7 @@ def test_every_figure_has_a_row_with_a_cell_for_each_policy():
         "entropy, nats": ["1.250 (0.750, 1.750)"] * 3,
         "distinct-1, -2, -3": ["0.50, 0.75, 1.00"] * 3,
         "different, %": ["50.0 (25.0, 75.0)"] * 3,
-        "score with gold, r": ["0.12 (-0.12, 0.38)"] * 3,
+        "correlation of score and gold": ["0.12 (-0.12, 0.38)"] * 3,
     }
 
 
@@ -77,7 +77,7 @@ def test_one_answer_of_one_policy_shows_entropy_judges_and_texts():
     )
     console.print(table)
     shown = console.file.getvalue()
-    for row in ("perplexity, shipped", "entropy, nats", "distinct-1, -2, -3", "score with gold, r"):
+    for row in ("perplexity, shipped", "entropy, nats", "distinct-1, -2, -3", "correlation of score and gold"):
         assert shown.count(row) == 1
     assert "1.250 (0.750, 1.750)" in shown
     assert "that of the base" not in shown

@@ -58,8 +58,9 @@ def test_keys_have_their_effects_at_the_rung_with_intervals(found):
         ("0.1", pytest.approx(0.2)),
         ("0.2", pytest.approx(0.6)),
     ]
+    reach = 4.303 * 0.1 / 3**0.5  # Student's t with two degrees of freedom
     for _, (mean, low, high) in clip["means"]:
-        assert mean - 0.1 <= low <= mean <= high <= mean + 0.1
+        assert (low, high) == pytest.approx((mean - reach, mean + reach), abs=1e-3)
     # R2 of the choice: 1 - 0.04 / 0.28, adjusted for two coefficients of six trials.
     assert clip["explained"][0] == pytest.approx(1 - (0.04 / 0.28) * 5 / 4, abs=1e-3)
     assert rate["log"]
@@ -77,7 +78,9 @@ def test_a_tuning_that_was_cut_shows_what_there_is(tmp_path):
     blocks = tuning_blocks(tmp_path)
     assert blocks["run"]["state"] == "stopped"
     assert [trial["ended"] for trial in blocks["tuning"]["trials"]] == ["failed", *["not begun"] * 5]
-    assert blocks["tuning"]["finalists"] == blocks["tuning"]["sensitivity"]["keys"] == []
+    assert blocks["tuning"]["sensitivity"]["keys"] == []
+    assert [one["trial"] for one in blocks["tuning"]["finalists"]] == [2]
+    assert blocks["tuning"]["reason"].startswith("no trial is complete, and trial 2 has done the most steps so far: ")
     (tmp_path / "events.jsonl").write_text('{"event": "result"}\n')
     with pytest.raises(UserError, match=r'ratchet tune has not written \({"event": "result"}\); restore'):
         tuning_of(tmp_path)

@@ -6,6 +6,7 @@ value, so that a decision always comes before the next step. Settings with these
     ppo.value_coef = 7      a health rule holds from step 1 on
     ppo.value_coef = 8      the run fails after step 3
     ppo.value_coef >= 9     the run fails before its first step
+    ppo.clip_eps = 0.9      ... if there is no file "mended" next to the directory of the tuning
 
 A file "hold" next to the directory of the tuning has "NAME STEP": the run NAME waits after that step until it is told
 to stop.
@@ -47,8 +48,9 @@ def main(arguments: list[str]) -> None:
 
 
 def begin(directory: Path, settings: dict) -> None:
-    if settings.get("ppo.value_coef", 0) >= 9:
-        sys.exit("ratchet: nothing fits")
+    broken = settings.get("ppo.clip_eps") == 0.9 and not (directory.parents[2] / "mended").exists()
+    if broken or settings.get("ppo.value_coef", 0) >= 9:
+        fail("nothing fits", directory)
     directory.mkdir(exist_ok=True)
     (directory / "settings.json").write_text(json.dumps(settings))
     (directory / "config.toml").write_text("")
@@ -62,7 +64,7 @@ def train(directory: Path, settings: dict) -> None:
             ill = ["kl_exploding"] if settings.get("ppo.value_coef") == 7 else []
             append(directory / "metrics.jsonl", {"step": step - 1, "health": ill})
         if settings.get("ppo.value_coef") == 8 and step == 3:
-            sys.exit("ratchet: mismatch/kl was above ppo.max_mismatch_kl")
+            fail("mismatch/kl was above ppo.max_mismatch_kl", directory)
         if (step % settings["every"] == 0 or step == settings["num_steps"]) and step not in done:
             score = value(settings, step)
             append(
@@ -76,6 +78,12 @@ def train(directory: Path, settings: dict) -> None:
             (directory / "held").touch()
             wait_until(lambda: False)
     (directory / "summary.json").write_text("{}")
+
+
+def fail(message: str, directory: Path) -> None:
+    """As the driver and its parent process end."""
+    parent = f"the run has used up its 1 restarts (--restarts); continue with ratchet train --resume {directory}"
+    sys.exit(f"ratchet: {message}\nratchet: {parent}")
 
 
 def value(settings: dict, step: int) -> float:

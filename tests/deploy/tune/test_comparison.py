@@ -83,8 +83,11 @@ def test_few_seeds_need_a_larger_difference(mean, said):
 @pytest.mark.parametrize(
     ("finalists", "reason"),
     [
-        ([], "no trial has an evaluation after its first step"),
-        ([Finalist(3, (0.5,), 6)], "trial 3 had done the most steps when the time was up: score 0.5 at step 6"),
+        ([], "no trial has an evaluation after its start, except those that failed or that a health rule ended"),
+        (
+            [Finalist(3, (0.5,), 6)],
+            "no trial is complete, and trial 3 has done the most steps so far: score 0.5 at step 6",
+        ),
         ([Finalist(3, (0.5,), STEPS)], "trial 3 has score 0.5 at the last step, with one seed"),
         (
             [Finalist(3, (0.5,), STEPS), Finalist(1, (0.4,), STEPS)],

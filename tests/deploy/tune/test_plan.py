@@ -35,6 +35,7 @@ POSITIVE = CONFIG.with_name("positive.toml")
         (["evaluation.prompts=4,8"], "evaluation.prompts cannot differ between trials"),
         (["evaluation={prompts = 8},{prompts = 16}"], "evaluation cannot differ between trials"),
         (["sampling.temperature=0.7,1.0"], "sampling.temperature cannot differ between trials: held-out responses"),
+        (["environment.max_turns=2,8"], "environment.max_turns cannot differ between trials: held-out episodes are"),
         (["prompts.format=chat,text"], "prompts.format cannot differ between trials"),
         (["prompts.columns.prompt=a,b"], "prompts.columns.prompt cannot differ between trials"),
         (["ppo.lam=1,1.0"], r"trials 1 and 2 would have the same config \(ppo.lam=1(.0)?; ppo.lam=1(.0)?\)"),

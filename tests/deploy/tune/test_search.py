@@ -21,6 +21,7 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.files import read_records
 from deploy.tune.command import Pace, run_tune
+from deploy.tune.events import EVENTS, Events
 from deploy.tune.plan import make_plan
 from deploy.tune.search import Search
 from tests.deploy.tune import fake_trial
@@ -220,12 +221,13 @@ def test_health_and_failures_end_a_trial_and_count_as_the_worst(tmp_path):
     assert len(end["trials"]) == 5
     assert len(end["counted_as_worst"]) == 2
     assert tune(directory).missing == 0  # none of them is tried again
-    assert set(starts(directory).values()) == {1}
+    assert sorted(starts(directory).values()) == [1, 1, 1, 1, 2]  # a run that fails is tried twice
 
 
 def test_a_tuning_ends_when_its_first_trials_cannot_start(tmp_path):
     message = (
-        r"3 of them have failed \(trial 1, 2, 3\); trial 3 ended with exit code 1: nothing fits .*again with --force"
+        r"^3 run\(s\) in a row have failed without an evaluation in between \(trial 1, 2, 3\); trial 3 ended with exit "
+        r"code 1: nothing fits \(all of its output .*again with --force"
     )
     with pytest.raises(UserError, match=message):
         tune(tmp_path / "no", plan("ppo.value_coef=9,10,11,12"))
@@ -241,6 +243,58 @@ def test_a_first_trial_that_cannot_start_does_not_end_the_tuning(tmp_path):
     assert outcome.missing == 0
     ends = [event["run"] for event in read_records(directory / "events.jsonl") if event["event"] == "end"]
     assert ends == ["001", "002", "003", "001"]
+
+
+def test_a_fault_of_the_machine_costs_no_trial(tmp_path):
+    """It comes after the first trial, and is mended before the tuning continues."""
+    directory = tmp_path / "machine"
+    made, cfg = plan(
+        "ppo.clip_eps=0.2,0.9", "ppo.entropy_coef=0,0.01,0.02", trials=6, finalists=1, seeds=1, keep_all=True
+    )
+    broken_last = sorted(made.trials, key=lambda settings: settings["ppo.clip_eps"])
+    with pytest.raises(
+        UserError, match=r"^3 run\(s\) in a row have failed .* \(trial 4, 5, 6\); trial 6 ended with exit"
+    ):
+        tune(directory, (replace(made, trials=tuple(broken_last)), cfg))
+    (tmp_path / "mended").touch()
+    assert tune(directory).missing == 0
+    assert [trial["outcome"] for trial in records(directory)["trials"]] == ["complete"] * 6
+
+
+def test_a_trial_that_never_starts_counts_as_the_worst(tmp_path):
+    directory = tmp_path / "never"
+    tune(directory, plan("ppo.value_coef=0.5,0.6,0.7,9", trials=4, keep_all=True, finalists=1, seeds=1))
+    end = json.loads((directory / "sensitivity.json").read_text())["steps"][-1]
+    [failed] = [trial for trial in records(directory)["trials"] if trial["settings"]["ppo.value_coef"] == 9]
+    assert (failed["outcome"], failed["why"]) == ("failed", "exit code 1: nothing fits")
+    assert end["counted_as_worst"] == [failed["trial"]]
+
+
+@pytest.mark.parametrize(
+    ("run_s", "seeds", "broken", "order"),
+    [
+        (60, 2, (), "001 002 003 004 001-repeat-1 002-repeat-1"),  # everything fits
+        (700, 3, (), "001 002 001-repeat-1 002-repeat-1 001-repeat-2"),  # half of the hour is for trials
+        (700, 2, (2, 3), "001 002 003 001-repeat-1 004"),  # one finalist alone leaves time for another trial
+    ],
+)
+def test_an_hour_has_time_for_trials_and_for_finalists(run_s, seeds, broken, order, tmp_path, monkeypatch, capsys):
+    ended = []
+    end = Search._end
+
+    def after_run_s(search, job, process, code, seconds):
+        ended.append(job.name)
+        end(search, job, process, code, run_s)
+
+    monkeypatch.setattr(Search, "_end", after_run_s)
+    monkeypatch.setattr(Events, "seconds", property(lambda events: run_s * len(ended)))
+    made, cfg = plan("ppo.clip_eps=0.4,0.3,0.2,0.1", trials=4, seeds=seeds, keep_all=True)
+    best_first = sorted(made.trials, key=lambda settings: -settings["ppo.clip_eps"])
+    trials = [one | ({"ppo.value_coef": 9} if number in broken else {}) for number, one in enumerate(best_first, 1)]
+    outcome = tune(tmp_path / "hour", (replace(made, trials=tuple(trials)), cfg))
+    assert " ".join(ended) == order
+    missing = f"{outcome.missing} run(s) did not fit into 1 hours; continue with"
+    assert (missing in capsys.readouterr().err) == (run_s == 700)
 
 
 def test_a_time_out_of_another_cause_is_not_the_end_of_the_time(tmp_path, monkeypatch):
@@ -284,6 +338,23 @@ def test_when_the_time_is_up_the_best_so_far_is_kept_and_the_rest_can_follow(tmp
     assert outcome.missing == 0
     assert records(directory)["best"]["settings"] == {"ppo.clip_eps": 0.3}
     assert starts(directory)["002"] == 2
+
+
+def test_an_interrupted_trial_is_the_best_so_far_if_none_is_complete(tmp_path, capsys):
+    directory = tmp_path / "early"
+    new = plan("ppo.clip_eps=0.3,0.1", trials=2)
+    tune(directory, new, hours=1e-9)
+    assert "best.toml" not in capsys.readouterr().out
+    assert not (directory / "best.toml").exists()
+    events = Events(directory / EVENTS)
+    events.start(1.0)
+    for step, value in ((0, 0.1), (1, 0.2), (2, 0.3)):
+        events.result("001", step, value)
+    tune(directory, hours=1e-9)
+    assert records(directory)["best"]["reason"] == (
+        "no trial is complete, and trial 1 has done the most steps so far: score 0.3 at step 2"
+    )
+    assert "best.toml" in capsys.readouterr().out
 
 
 def test_several_runs_at_once_have_the_same_outcomes(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 import pytest
@@ -95,11 +95,25 @@ def test_the_share_of_a_range_is_that_of_the_normal_equations():
     assert effect_of(Column("k", x), y).explained == pytest.approx(1 - (1 - r2) * 10 / 8)
 
 
-def test_the_interval_of_a_mean_is_that_of_all_resamples():
+def test_the_interval_of_a_mean_is_students():
+    """Of the table of the t distribution: 3.182 for three degrees of freedom."""
     outcomes = [0.0, 1.0, 2.0, 4.0]
-    means = sorted(fmean(drawn) for drawn in itertools.product(outcomes, repeat=4))
     found = effect_of(Column("k", (0.0,) * 4, ("a",)), outcomes).means[0]["interval"]
-    assert found == pytest.approx((np.quantile(means, 0.025), np.quantile(means, 0.975)), abs=0.26)
+    reach = 3.182 * stdev(outcomes) / 2
+    assert found == pytest.approx((1.75 - reach, 1.75 + reach), abs=0.01)
+
+
+def test_the_interval_of_a_slope_covers_it_also_with_few_trials():
+    """Of 200 searches with six trials each, at least 94 % must cover the true slope. The plain middle 95 % of a
+    bootstrap covers it in 91 %."""
+    chance = np.random.default_rng(1)
+    x = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    covered = 0
+    for seed in range(200):
+        outcomes = 2 * np.array(x) + chance.normal(size=6)
+        low, high = effect_of(Column("k", x), outcomes.tolist(), seed=seed).slope_interval
+        covered += low <= 2 <= high
+    assert covered >= 188
 
 
 def test_a_key_without_effect_matters_by_chance_once_in_twenty(monkeypatch):
