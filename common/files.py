@@ -86,12 +86,12 @@ def write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Waits until the names in the directory are on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until the contents of the file, or the names in the directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -107,16 +107,21 @@ def sha256(path: Path) -> str:
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Yields a temporary directory `.NAME-XXXXXXXX`, which replaces `target` if the block ends without an error. The
-    old directory is renamed to `.NAME-XXXXXXXX-old` first, and removed last: a crash in between loses neither."""
+    old directory is renamed to `.NAME-XXXXXXXX-old` first, and removed last: a crash in between loses neither. At the
+    end the new directory and its files survive a loss of power too."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     old = staging.with_name(f"{staging.name}-old")
     try:
         yield staging
         staging.chmod(0o755)
+        for path in staging.rglob("*"):
+            sync(path)
+        sync(staging)
         if os.path.lexists(target):
             target.rename(old)
         staging.rename(target)
+        sync(target.parent)
         if old.is_symlink():
             old.unlink()
         shutil.rmtree(old, ignore_errors=True)

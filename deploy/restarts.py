@@ -57,6 +57,8 @@ class Supervisor:
                 if restart:
                     self._pause(fruitless)
                     if self._asked is not None:
+                        stopped = f"{_killed(code)}stopped by {signal.Signals(self._asked).name}"
+                        complain(f"{stopped}; continue with {join(['ratchet', *arguments])}")
                         return 128 + self._asked
                     number = f"restart {restart} of {self._restarts}"
                     complain(f"{_killed(code)}{number}: {join(['ratchet', *arguments])}")

@@ -157,8 +157,6 @@ class _Training:
 
         def begin() -> None:
             accepted()
-            # A summary of fewer passes would make --resume believe that the run is finished.
-            (directory / "summary.json").unlink(missing_ok=True)
             progress.begin(data)
 
         def train(group: Any, **callbacks: Any) -> Coroutine[Any, Any, list[CriticEvaluation]]:

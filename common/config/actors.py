@@ -279,7 +279,8 @@ class RewardConfig(SourcesConfig):
     learner.critic_path was trained with; a score more than 20 deviations from the mean counts in them as 20 deviations.
     none: raw scores; the KL coefficient then is in their unit."""
     clip: Recorded[Annotated[float, Field(ge=0)]] = 5.0
-    """Clip normalised scores to +/- this many deviations, so that one outlier cannot dominate a batch; 0: no clip."""
+    """Most deviations between a normalised score and the mean of the scores: one that is further away is moved to this
+    distance, so that one outlier cannot dominate a batch. 0: no bound."""
 
     @property
     def turn_weight(self) -> float:

@@ -74,7 +74,8 @@ class PPOConfig(Section):
     """The bound for probabilities that rise; clip_eps is then for those that fall. A larger value lets rare good tokens
     grow (arXiv:2503.14476 has 0.28, and 0.2 for clip_eps). Left out: the same as clip_eps."""
     value_clip: Recorded[Annotated[float, Field(ge=0)]] = 0
-    """Most a value may move from its old value within a step, in reward units; 0: unclipped."""
+    """Most a value may move from its old value within a step; 0: unclipped. The unit is that of normalised scores: a
+    deviation, unless reward.normalise is none."""
     ppo_epochs: Positive = 2
     """Passes over each batch; more reuse the data, and move further from the policy that sampled it."""
     value_epochs: NonNegative = 0
@@ -84,7 +85,8 @@ class PPOConfig(Section):
     minibatches: Positive = 1
     """Optimizer steps per pass, each on an equal part of the batch: rollouts_per_step must be a multiple of it."""
     value_coef: Recorded[Annotated[float, Field(ge=0)]] = 0.5
-    """Weight of the value loss next to the policy loss; it matters for weights that critic and policy share."""
+    """Weight of the value loss next to the policy loss. It matters for weights that critic and policy share, and for
+    the norm that optimizer.max_grad_norm bounds."""
     entropy_coef: Recorded[Annotated[float, Field(ge=0)]] = 0.0
     """Weight of the entropy bonus, per nat; more keeps the policy from settling early."""
     whiten_advantages: bool = True
@@ -165,7 +167,7 @@ class LearnerConfig(TrainerConfig):
 
     critic: Literal["shared", "separate"] = "shared"
     """shared: a value head on the policy's trunk, one forward pass; separate: its own network from the same
-    checkpoint, twice the memory and compute, and a value loss that cannot disturb the policy."""
+    checkpoint, twice the memory and compute, and a value loss that changes no weight of the policy."""
     critic_path: MayChange[str | None] = None
     """Directory of a critic that ratchet train-critic has written: the run starts from it, and from the statistics of
     the scores that it was trained with. It must have been trained for this model, this reward, this kind of critic and
@@ -175,7 +177,8 @@ class LearnerConfig(TrainerConfig):
     "*.mlp.*" or "embed_tokens.*". This reduces overfitting on few scores, and saves their gradients and optimizer
     state. The value head always trains. Left out: all weights train."""
     critic_warmup_steps: NonNegative = 0
-    """Number of first steps that train only the critic."""
+    """Number of first steps that train only the critic; on a shared trunk only its head. optimizer.warmup_steps are
+    counted from step 0 too, so with fewer of them the policy starts at the full rate."""
     max_losses: MayChange[Positive] = 3
     """When a rank is lost, the group starts again, and continues from the newest checkpoint and the journal. The run
     stops when ranks are lost this many times without a new step in between; 1: at the first loss."""

@@ -75,11 +75,16 @@ def _broken_critic_rules(cfg: Config) -> Iterator[str]:
             f"learner.critic_warmup_steps ({cfg.learner.critic_warmup_steps}) must be below num_steps "
             f"({cfg.num_steps}), or the policy is never trained; lower the first or raise the second"
         )
-    if cfg.ppo.value_epochs and not cfg.ppo.value_coef:
-        yield (
-            f"ppo.value_coef (0) must be above 0 with ppo.value_epochs ({cfg.ppo.value_epochs}), whose loss it "
-            "multiplies; raise the first, or set the second to 0"
-        )
+    passes = {
+        "ppo.value_epochs": cfg.ppo.value_epochs,
+        "learner.critic_warmup_steps": cfg.learner.critic_warmup_steps,
+    }
+    for key, count in passes.items():
+        if count and not cfg.ppo.value_coef:
+            yield (
+                f"ppo.value_coef (0) must be above 0 with {key} ({count}), whose loss it multiplies; raise the first, "
+                "or set the second to 0"
+            )
 
 
 def _broken_frozen_rules(cfg: Config) -> Iterator[str]:

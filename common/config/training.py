@@ -32,7 +32,8 @@ class TrainerConfig(Placed):
     room_wait_s: MayChange[Seconds] = 60
     """Longest wait for room for all `ranks` once min_ranks have started, seconds."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of matrix products in forward and backward; weights, losses and optimizer state are always float32."""
+    """Precision of matrix products in forward and backward. Trained weights, losses and optimizer state are always
+    float32."""
     micro_batch_tokens: MayChange[Positive | None] = None
     """Tokens of one forward and backward pass; bounds activation memory and cannot change the gradient. A longer
     sequence is a micro-batch of its own. Left out: 512 on the CPU; on a GPU 32768, or 16384 for models from 1e9
@@ -108,7 +109,8 @@ class AdamWConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, per unit of learning rate; applies to matrices only."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """A gradient with a larger norm is scaled down to this norm."""
+    """Bound of the joint norm of all gradients, in PPO those of policy and critic together. A larger one is scaled down
+    to it."""
 
 
 class CheckpointConfig(Section):

@@ -73,7 +73,7 @@ def kl_exploding(history: History, cfg: Config) -> str | None:
 
 def kl_pinned(history: History, cfg: Config) -> str | None:
     """The policy has not moved from its start by more than rounding explains."""
-    trained = history.step + 1 - cfg.critic_warmup_steps - cfg.optimizer.warmup_steps
+    trained = history.step + 1 - max(cfg.critic_warmup_steps, cfg.optimizer.warmup_steps)
     kl = history.typical("kl/per_response", 5)
     change = score_change(history.first[:START], list(history.newest)[-START:], cfg.rollouts_per_step)
     if kl is None or change is None or trained < PINNED_STEPS or change.rises:

@@ -223,10 +223,10 @@ STEP = (
         "nats",
         "mean",
         "tokens",
-        "k3 between learner and generator on the sampled tokens (at most 10 each); above 0.01 without staleness: the "
-        "two disagree about the model. The run stops when it stays above `ppo.max_mismatch_kl` for "
-        "`ppo.max_mismatch_steps` steps in a row. With `mask` it is that of the first minibatch, before it moves "
-        "the policy",
+        "k3 between learner and generator on the sampled tokens (a token counts with at most 10 nats); above 0.01 "
+        "without staleness: the two disagree about the model. The run stops when it stays above "
+        "`ppo.max_mismatch_kl` for `ppo.max_mismatch_steps` steps in a row. With `mask` it is that of the first "
+        "minibatch, before it moves the policy",
         "mismatch",
     ),
     Metric(
@@ -305,7 +305,8 @@ STEP = (
         "reward units",
         "mean",
         "tokens",
-        "what the critic expects; should approach the score. A run without a critic has no `value/*`",
+        'what the critic expects; should approach the mean return. With `reward.normalise = "mean_std"` that of a '
+        "mean score is 0. A run without a critic has no `value/*`",
     ),
     Metric(
         "value/returns_var",
@@ -335,8 +336,9 @@ STEP = (
         "share",
         "last",
         "",
-        "variance of advantages over variance of value targets. With `lam` = `value_lam`: what the critic left; above "
-        "1 it adds noise. With a smaller `lam` it is small even for a critic that knows nothing",
+        "variance of advantages over variance of value targets. With `lam` = `value_lam`: the share of the variance "
+        "that the critic does not predict; above 1 it adds noise. With a smaller `lam` it is small even for a "
+        "critic that knows nothing",
     ),
     Metric(
         "reward/running_mean",

@@ -30,7 +30,7 @@ import numpy as np
 
 from common.data.questions import question
 from common.experience_table import Decode
-from common.files import read_record, sync_directory, write_durably
+from common.files import read_record, sync, write_durably
 from common.types import HELDOUT_EPOCH, Prompt, Rollout, SampleId, Score, Turn, Void
 from deploy.run.directory import make_private
 from learner.loop.answers import Answered, score_record
@@ -76,7 +76,7 @@ class AnswerFile:
             file.flush()
             os.fsync(file.fileno())
         if is_new:
-            sync_directory(self.path.parent)
+            sync(self.path.parent)
         if self._known is not None:
             for record in records:  # not the answers: their arrays keep memory of the object store
                 self._take(self._known, record)

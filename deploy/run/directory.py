@@ -19,7 +19,7 @@ from common.config.loading import load_config
 from common.config.ppo import Config
 from common.config.reward_model import PairSamplingConfig, RewardTrainingConfig
 from common.errors import UserError
-from common.files import write_whole
+from common.files import write_durably
 from deploy.run.lock import LOCK, RunLock
 from deploy.run.log import RunLog
 from deploy.run.record import RECORD, add_start, read_record, write_first_record
@@ -94,13 +94,15 @@ class RunDirectory:
             if leftover.name != LOCK:
                 leftover.unlink()
         write_first_record(self.directory, command)
-        write_whole(self.directory / "config.toml", cfg.to_toml())
+        write_durably(self.directory / "config.toml", cfg.to_toml())
         self.log.open(self.directory)
 
     def resume(self, cfg: Root) -> None:
         """Continues the run in it with these settings."""
         add_start(self.directory)
-        write_whole(self.directory / "config.toml", cfg.to_toml())
+        # Before the config: with more steps to do, the summary of an earlier end would say that the run is finished.
+        (self.directory / "summary.json").unlink(missing_ok=True)
+        write_durably(self.directory / "config.toml", cfg.to_toml())
         self.log.open(self.directory)
 
     def release(self) -> None:

@@ -40,11 +40,11 @@ def settled(
     free = tuple(changeable(Config))
     sections = tuple(key for key in free if key.endswith("."))
     journal = _as_now(begun)
-    unwritten: dict[str, Any] = {}  # values before changes that no step was learned with yet
+    unwritten: dict[str, list[Any]] = {}  # by key, values before changes that no step was learned with yet
     for note in notes:
         for key, value in note.fields["settings"].items() if note.kind == "change" else ():
             if note.before_step == next_step:
-                unwritten.setdefault(key, journal.get(key))
+                unwritten.setdefault(key, []).append(journal.get(key))
             journal[key] = value
     taken: dict[str, Any] = {}
     faults: list[str] = []
@@ -55,7 +55,7 @@ def settled(
         # A path may change only if its contents are compared by digest: then it is in `leave`.
         if key not in _PATHS.values() and (key in free or key.startswith(sections)):
             continue
-        if key in unwritten and new == unwritten[key]:  # a crash after the note was written, and before config.toml was
+        if new in unwritten.get(key, []):  # a crash after the note was written, and before config.toml was
             taken[key] = old
             continue
         remedy = f", or give it with --change {key}={new}" if key in recorded_keys else ""

@@ -166,5 +166,5 @@ def _checked(config: Path, fixed: Sequence[str], settings: dict[str, Any], numbe
 
 def _first_rung(configs: Sequence[Config], every: int) -> int:
     """The step of the first evaluation after all warm-ups. Before it, tuned settings have not had their full effect."""
-    warmup = max(cfg.critic_warmup_steps + cfg.optimizer.warmup_steps for cfg in configs)
+    warmup = max(max(cfg.critic_warmup_steps, cfg.optimizer.warmup_steps) for cfg in configs)
     return every * (warmup // every + 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.config.ppo import Config
 from common.errors import UserError
-from common.files import sync_directory
+from common.files import sync
 from learner.critic.evaluation import CriticEvaluation, Predicted, best_of, evaluate_critic
 from learner.critic.returns import realised_returns
 from learner.critic.rollouts import Rollouts
@@ -185,5 +185,5 @@ def keep_best(directory: Path) -> None:
     if (directory / CRITIC).exists():
         (directory / CRITIC).rename(old)
     (directory / BEST).rename(directory / CRITIC)
-    sync_directory(directory)
+    sync(directory)
     shutil.rmtree(old, ignore_errors=True)

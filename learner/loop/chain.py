@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import UserError
-from common.files import sha256, sync_directory
+from common.files import sha256, sync
 
 # 2: origins of scores; 3: outstanding samples as ranges; 4: step, time, text of responses; 5: notes; 6: turns; 7: new
-# contexts, and kinds of voids; 8: advantages whitened in float64. An older number is refused: the version of Ratchet
-# that wrote it computes other bits, so a replay could end in another state than the run had.
-SCHEMA_VERSION = 8
+# contexts, and kinds of voids; 8: advantages whitened in float64; 9: with normalise = "std" scores are clipped around
+# their mean. An older number is refused: the version of Ratchet that wrote it computes other bits, so a replay could
+# end in another state than the run had.
+SCHEMA_VERSION = 9
 _NAME = re.compile(r"(?:step-(\d{6,})|note-(\d{6,})-(\d{3,}))\.(arrow|json|sha256|tmp)")
 
 
@@ -113,7 +114,7 @@ class Chain:
             file.flush()
             os.fsync(file.fileno())
         staging.rename(path)
-        sync_directory(self.directory)
+        sync(self.directory)
         self.places.append(place)
         self._digests[place] = digest
 

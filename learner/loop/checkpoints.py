@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from common.errors import UserError
-from common.files import sha256, sync_directory, write_durably
+from common.files import sha256, sync, write_durably
 from learner.loop.chain import JournalError
 from learner.loop.journal import Journal
 from learner.loop.notes import identity
@@ -77,9 +77,9 @@ class Checkpoints:
 
     def complete(self, step: int, files: Mapping[str, str]) -> None:
         """Writes the marker of a checkpoint whose `files`, with these digests, are on disk."""
-        sync_directory(self.path(step))
+        sync(self.path(step))
         write_marker(self.path(step), {"step": step, **self._history(step), "files": dict(files)})
-        sync_directory(self._directory)
+        sync(self._directory)
 
     def check(self, step: int) -> None:
         """Raises CheckpointError unless a complete checkpoint is intact and agrees with the journal; JournalError if it
@@ -106,13 +106,22 @@ class Checkpoints:
         return marker
 
     def prune(self) -> None:
-        """Removes all checkpoints except the newest `keep` complete ones and the best one, also those that a crash cut
-        short."""
-        kept = {*self.steps()[-self._keep :], self.best}
+        """Removes all checkpoints except the best one, the newest `keep` complete ones, and the newest `keep` that
+        training can continue from; also those that a crash cut short."""
+        kept = {*self.steps()[-self._keep :], *self.usable_steps()[-self._keep :], self.best}
         for step in self._written():
             if step not in kept:
                 (self.path(step) / COMPLETE).unlink(missing_ok=True)  # first: what is left after a crash must not count
-                shutil.rmtree(self.path(step))
+                # What cannot be removed now, such as a file that another program has open on NFS, is removed next time.
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def usable_steps(self) -> list[int]:
+        """The steps of the complete checkpoints that training can continue from, in order."""
+        found = []
+        for step in self.steps():
+            with suppress(CheckpointError):
+                found += [step] * self.can_continue(step)
+        return found
 
     def can_continue(self, step: int) -> bool:
         """False if the optimizer's state was dropped. Raises CheckpointError."""
@@ -238,8 +247,9 @@ async def save(learner: Saves, checkpoints: Checkpoints) -> None:
 
 
 async def save_now(learner: Saves, checkpoints: Checkpoints) -> None:
-    """Writes a checkpoint of the learner's step, unless there is one or nothing was learned yet."""
-    if learner.step and learner.step not in checkpoints.steps():
+    """Writes a checkpoint of the learner's step, unless there is one that training can continue from, or nothing was
+    learned yet."""
+    if learner.step and learner.step not in checkpoints.usable_steps():
         await save(learner, checkpoints)
 
 

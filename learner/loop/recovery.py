@@ -207,7 +207,7 @@ def _void(run: Run, step: int, error: BatchError) -> None:
     if isinstance(error, BrokenWeightsError):
         cause = next((earlier for earlier in reversed(range(step)) if earlier not in voided), -1)
         if cause < 0:
-            raise UserError(f"the model cannot be trained from its first step: {error}; use another model.path")
+            raise UserError(f"the first step cannot be trained: {error}; use another model.path or learner.critic_path")
     run.journal.void(cause, f"{error}, at step {step + 1}" if cause != step else str(error))
     run.credit.remove(cause)
     run.report(f"nothing is learned from the batch of step {cause + 1}: {run.journal.voided[cause]}")

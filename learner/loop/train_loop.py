@@ -68,7 +68,7 @@ async def train(run: Run) -> list[Evaluation]:
             await evaluate_if_due(run, evaluations)
             await buffer.release(cfg.rollouts_per_step)  # after publication, so no rollout is born stale
     except asyncio.CancelledError:
-        if cfg.checkpoint.on_signal:
+        if cfg.checkpoint.on_signal and run.learner.step >= run.furthest:  # else a step is being learned again
             await save_now(run.learner, run.checkpoints)
         raise
     finally:

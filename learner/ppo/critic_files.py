@@ -39,6 +39,7 @@ SETTING = "learner.critic_path"
 HEAD = "value_head."  # prefix of the head's tensors, next to those of the network
 _HEAD_FILE, _RECORD = "value_head.safetensors", "critic.json"
 _SHOWN = 12  # hex digits of a digest in messages
+_REMEDY = "restore the directory, or train the critic again with ratchet train-critic"
 
 AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
@@ -179,6 +180,8 @@ def _reading(directory: Path) -> Iterator[None]:
         except ValidationError as error:
             [fault, *_] = error.errors()
             where = ".".join(str(part) for part in fault["loc"])
-            raise ValueError(f"{where} in its {_RECORD} is wrong ({fault['msg']})") from error
+            raise ValueError(f"{where} in its {_RECORD} is wrong ({fault['msg']}); {_REMEDY}") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its {_RECORD} is damaged ({type(error).__name__}: {error})") from error
+            raise ValueError(f"its {_RECORD} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from error
+        except ValueError as error:
+            raise error if ";" in str(error) else ValueError(f"{error}; {_REMEDY}") from error

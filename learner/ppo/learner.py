@@ -54,7 +54,7 @@ class Learner(PolicyTrainer):
         batch = ExperienceBatch.from_table(table)
         if self.step > 0 and bool((batch.ref_is_policy & batch.mask.any(1)).any()):
             raise RuntimeError(f"step {self.step} has rollouts without ref_logprobs; only those of step 0 need none")
-        check_finite("a total score", batch.scores.float())
+        check_finite("a total score, as float32,", batch.scores.float())
         old_logprobs, old_entropy, old_values, shared_pass = self.old_outputs(batch)
         scores = self.shaped_scores(batch.scores, metrics)
         fixed, derivation, stats = targets(

@@ -61,8 +61,8 @@ def robust_moments(values: Tensor) -> tuple[float, float]:
 
 
 def normalise(scores: Tensor, moments: RunningMoments, *, centre: bool, clip: float) -> Tensor:
-    """Scores [B] normalised by all scores seen so far: minus their mean (if `centre`), divided by their deviation, then
-    clipped to +/- clip (0: not clipped).
+    """Scores [B] normalised by all scores seen so far: minus their mean (if `centre`) and divided by their deviation.
+    Before that, scores more than `clip` deviations from the mean are moved to that distance (0: they stay).
 
     So the unit of the scores does not matter; with `centre`, their origin does not matter either. Scores that never
     varied become 0, since they do not tell better from worse.
@@ -70,8 +70,9 @@ def normalise(scores: Tensor, moments: RunningMoments, *, centre: bool, clip: fl
     scores = scores.double()
     if not moments.varied:
         return torch.zeros_like(scores, dtype=torch.float32)
-    scaled = (scores - moments.mean if centre else scores) / moments.deviation
-    return (scaled.clamp(-clip, clip) if clip else scaled).float()
+    distances = (scores - moments.mean) / moments.deviation
+    distances = distances.clamp(-clip, clip) if clip else distances
+    return (distances if centre else distances + moments.mean / moments.deviation).float()
 
 
 def shaped(scores: Tensor, moments: RunningMoments, cfg: RewardConfig) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 NOTE_KINDS = ("begin", "void", "change", "accept")
 _STEP = re.compile(r"step-(\d{6,})\.(arrow|sha256|tmp)")
 _NOTE = re.compile(r"note-(\d{6,})-(\d{3,})\.(json|sha256|tmp)")

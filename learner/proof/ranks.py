@@ -77,13 +77,23 @@ def _raise_failure(pipe: Connection, rank: int) -> None:
 
 def _rank(work: Work, rank: int, world: int, rendezvous: str, on_gpu: bool, pipe: Connection) -> None:
     """Runs in each rank. Sends None, or the error."""
-    if on_gpu:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
     try:
+        if on_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = _device(rank, os.environ.get("CUDA_VISIBLE_DEVICES"))
         work(rank, world, rendezvous)
         pipe.send(None)
     except (Violation, UserError) as error:
         pipe.send(error)
     except Exception:  # the parent shows the traceback; a rank that ends silently would hide it
         pipe.send(traceback.format_exc())
+
+
+def _device(rank: int, visible: str | None) -> str:
+    """The GPU of a rank, among those that CUDA_VISIBLE_DEVICES names. Raises UserError if they are too few."""
+    names = visible.split(",") if visible else None
+    if names is not None and rank >= len(names):
+        raise UserError(
+            f"the run has a rank {rank}, but CUDA_VISIBLE_DEVICES ({visible}) names only {len(names)} GPU(s); name one "
+            "for each rank"
+        )
+    return str(rank) if names is None else names[rank]

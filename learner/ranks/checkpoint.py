@@ -59,7 +59,7 @@ def save_checkpoint(
     if rank == 0:
         (directory / COMPLETE).unlink(missing_ok=True)  # first: a marker without its files would be wrong
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)  # a file that another program has open on NFS stays
     if several:
         dist.barrier()
     if optimizer.state:

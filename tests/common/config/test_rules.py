@@ -87,6 +87,10 @@ def test_an_impossible_batch_split_names_rule_values_and_nearest():
         ),
         ({"ppo": {"value_epochs": 2, "value_coef": 0}}, ["ppo.value_coef (0)", "ppo.value_epochs (2)", "raise"]),
         (
+            {"ppo": {"value_coef": 0}, "learner": {"critic_warmup_steps": 3}},
+            ["ppo.value_coef (0)", "learner.critic_warmup_steps (3)", "raise"],
+        ),
+        (
             {"learner": {"critic_frozen": ["*.mlp.*"], "critic": "separate", "lora": {}}},
             ["learner.critic_frozen (('*.mlp.*',)) must be left out with learner.lora", "learner.lora.targets"],
         ),

@@ -12,6 +12,7 @@ from common.config.ppo import Config
 from common.errors import UserError
 from common.experience_table import experience_table
 from common.types import PromptRecord
+from deploy.run import directory
 from deploy.run.directory import sole_owner
 from deploy.run.finished import finished_training
 from deploy.run.identity import accepted_differences, kept_names
@@ -132,9 +133,28 @@ def test_a_crash_between_journal_and_config_is_no_edit(run, cfg):
     assert load_config(run / "config.toml", [], Config).kl.coef == cfg.kl.coef
     start = resumed(run)
     assert (start.cfg.kl.coef, start.notes) == (0.5, [])
-    learn_a_step(run)  # from here on, the old value is an edit
-    with pytest.raises(UserError, match=r"kl.coef is .* but 0.5 in the journal"):
+    resumed(run, "kl.coef=0.75").record()  # and config.toml still has the first value
+    assert resumed(run).cfg.kl.coef == 0.75
+    with sole_owner(run) as owned:
+        owned.resume(resumed(run).cfg)
+    resumed(run, "kl.coef=0.25").record()  # config.toml has a value between the first and the last
+    assert resumed(run).cfg.kl.coef == 0.25
+    learn_a_step(run)  # from here on, an old value is an edit
+    with pytest.raises(UserError, match=r"kl.coef is .* but 0.25 in the journal"):
         resumed(run)
+
+
+def test_the_summary_of_an_earlier_end_is_gone_before_the_new_settings_are_written(run, cfg, monkeypatch):
+    """A run that was extended and killed must not be taken for finished."""
+
+    def killed(path, text):
+        assert not (run / "summary.json").exists()
+        raise KeyboardInterrupt
+
+    (run / "summary.json").write_text("{}")
+    monkeypatch.setattr(directory, "write_durably", killed)
+    with sole_owner(run) as owned, pytest.raises(KeyboardInterrupt):
+        owned.resume(cfg)
 
 
 def test_a_difference_is_refused_until_it_is_accepted(run):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,7 @@ class Files:
         self.step = step
 
     async def save(self, directory: Path) -> dict[str, str]:
+        shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         for name in ("weights-00000.safetensors", "optimizer-00000.safetensors"):
             (directory / name).write_bytes(f"{name} of step {self.step}".encode())
@@ -127,7 +131,7 @@ def test_a_link_in_a_checkpoints_place_is_not_written_through(tmp_path):
 def test_a_removal_cut_short_leaves_nothing_that_counts(tmp_path, monkeypatch):
     checkpoints = make(tmp_path, [1, 2, 3])
 
-    def cut_short(directory: Path) -> None:
+    def cut_short(directory: Path, *, ignore_errors: bool) -> None:
         (directory / "optimizer-00000.safetensors").unlink()
         raise KeyboardInterrupt
 
@@ -300,3 +304,30 @@ def test_a_reason_cannot_control_a_terminal(tmp_path):
     readme = (tmp_path / "set-aside/README.txt").read_text()
     assert "it was written as step \\x1b[2J" in readme
     assert "\x1b" not in readme
+
+
+def test_checkpoints_that_training_can_continue_from_stay_beside_newer_ones_that_it_cannot(tmp_path):
+    """A run that ended is continued: it learns its steps again, and must not lose the checkpoints that it writes."""
+    checkpoints = make(tmp_path, [8, 9], keep=2)
+    checkpoints.drop_optimizers()
+    for step in (2, 4, 6):
+        asyncio.run(save_now(Files(step), checkpoints))
+    assert checkpoints.steps() == [4, 6, 8, 9]
+    assert restore(checkpoints) == (6, [])
+    asyncio.run(save_now(Files(9), checkpoints))  # replaces one without an optimizer
+    assert restore(checkpoints) == (9, [])
+    asyncio.run(save_now(Files(10), checkpoints))
+    assert checkpoints.steps() == [9, 10]
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    def busy(path, *arguments, **options):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    checkpoints = make(tmp_path, [1, 2], keep=1)
+    monkeypatch.setattr(os, "rmdir", busy)
+    asyncio.run(save_now(Files(3), checkpoints))
+    assert checkpoints.steps() == [3]
+    monkeypatch.undo()
+    asyncio.run(save_now(Files(4), checkpoints))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004"]

@@ -333,7 +333,7 @@ def test_weights_that_are_broken_void_the_batch_before(tmp_path):
 
 
 def test_a_model_that_is_broken_from_the_start_is_the_users_error(tmp_path):
-    with pytest.raises(UserError, match=r"cannot be trained from its first step: the loss .*another model.path"):
+    with pytest.raises(UserError, match=r"the first step cannot be trained: the loss .*another model.path"):
         run_with(tmp_path, HashLearner(poison=poisoned(0, error=BrokenWeightsError)))
 
 

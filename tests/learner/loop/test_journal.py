@@ -110,7 +110,7 @@ def test_a_file_is_readable_with_pyarrow_alone_and_its_metadata_is_json(tmp_path
     assert table.schema == EXPERIENCE_SCHEMA
     assert table["response_ids"].to_pylist() == [[1, 1], [1, 1, 1]]
     assert metadata(path(tmp_path, 1)) == {
-        "schema": 8,
+        "schema": 9,
         "step": 1,
         "time": 1700000000.5,
         "policy_version": 1,
@@ -227,12 +227,12 @@ def test_a_step_of_another_run_is_found(tmp_path):
         read_all(tmp_path / "one")
 
 
-@pytest.mark.parametrize("version", [7, 9])
+@pytest.mark.parametrize("version", [8, 10])
 def test_a_step_of_another_layout_is_refused_by_version(tmp_path, monkeypatch, version):
     with monkeypatch.context() as other:
         other.setattr(journal_module, "SCHEMA_VERSION", version)
         write(tmp_path)
-    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 8; continue with"):
+    with pytest.raises(JournalError, match=rf"step-000002\.arrow has schema {version}, .* writes 9; continue with"):
         Journal(tmp_path).last()
 
 
@@ -269,7 +269,7 @@ def test_notes_and_steps_form_one_chain(tmp_path):
     for name in CHAIN:
         path = tmp_path / name
         entry = json.loads(path.read_text()) if path.suffix == ".json" else metadata(path)
-        assert (entry["schema"], entry["previous"]) == (8, previous)
+        assert (entry["schema"], entry["previous"]) == (9, previous)
         previous = hashlib.sha256(path.read_bytes()).hexdigest()
         assert (tmp_path / f"{path.stem}.sha256").read_text() == f"{previous}  {name}\n"
 

@@ -107,8 +107,9 @@ class SlowLearner:
         how = self.cfg.reward
         if how.normalise == "none":
             return score
-        score = (score - (np.mean(self.scores) if how.normalise == "mean_std" else 0)) / np.std(self.scores)
-        return max(-how.clip, min(how.clip, score))
+        mean, deviation = np.mean(self.scores), np.std(self.scores)
+        bounded = min(max(score, mean - how.clip * deviation), mean + how.clip * deviation)
+        return (bounded - (mean if how.normalise == "mean_std" else 0)) / deviation
 
     def earned(self, row: dict[str, Any]) -> list[float]:
         """What each sampled token gets of the score: each turn's reward at its end. The last token of a sequence gets

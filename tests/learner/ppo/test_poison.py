@@ -49,7 +49,7 @@ def test_a_total_that_is_not_finite_in_float32_changes_nothing(model, score, nor
     learner = make_learner(model, reward={"normalise": normalise, "sources": sources})
     learner.update(batch(0))
     before = state(learner)
-    with pytest.raises(BatchError, match="a total score is not finite"):
+    with pytest.raises(BatchError, match="a total score, as float32, is not finite"):
         learner.update(with_score(batch(1), score))
     assert_same(state(learner), before)
 

@@ -34,6 +34,20 @@ def test_normalised_scores_by_hand():
     assert normalise(scores, moments, centre=False, clip=0).tolist() == pytest.approx(
         [4 / root, 9 / root, -100 / root], abs=1e-5
     )
+    # Only -100 is more than 3 deviations from the mean, and is moved to that distance.
+    assert normalise(scores, moments, centre=False, clip=3.0).tolist() == pytest.approx(
+        [4 / root, 9 / root, 4 / root - 3], abs=1e-5
+    )
+
+
+def test_scores_that_are_only_divided_keep_their_differences_far_from_zero():
+    """Their mean is 27 deviations from 0."""
+    scores = torch.tensor([90.0, 92.0, 95.0, 97.0, 100.0], dtype=torch.float64)
+    moments = RunningMoments()
+    moments.update(scores)
+    found = normalise(scores, moments, centre=False, clip=5.0)
+    deviation = statistics.pstdev(scores.tolist())
+    assert found.tolist() == pytest.approx([score / deviation for score in scores.tolist()], rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 3e8 + 0.1])

@@ -40,7 +40,7 @@ def forge_note(run: Path, name: str, change: Callable[[dict[str, Any]], None]) -
 def add_note(run: Path, before_step: int, kind: str, **about: Any) -> None:
     """Adds a note behind all others before this step."""
     number = len(list((run / "journal").glob(f"note-{before_step:06d}-*.json")))
-    head = {"schema": 8, "before_step": before_step, "number": number, "kind": kind, "time": 0.0, "previous": ""}
+    head = {"schema": 9, "before_step": before_step, "number": number, "kind": kind, "time": 0.0, "previous": ""}
     (run / f"journal/note-{before_step:06d}-{number:03d}.json").write_text(json.dumps({**head, **about}))
     chain_again(run)
 
