@@ -59,7 +59,6 @@ _LEGEND = (  # each at most 80 columns
 )
 SHOWN_TURNS = 4  # of an example
 _TRAINING, _EVALUATION = "training", "evaluation"  # bars
-_PLURALS = {"Generator": "Generators", "Reward": "Rewards", "ReferencePolicy": "ReferencePolicies"}
 
 
 class Progress(Screen):
@@ -91,8 +90,7 @@ class Progress(Screen):
 
     def ready(self, pools: Sequence[Pool], *, dashboard: str | None, figures: str) -> None:
         """`dashboard`: address of Ray's dashboard. `figures`: address of the run's endpoint. Both are HOST:PORT."""
-        ready = [(len(pool.ready), pool.role) for pool in pools]
-        roles = sorted(f"{number} {role if number == 1 else _PLURALS[role]}" for number, role in ready)
+        roles = sorted(_counted(len(pool.ready), pool.role) for pool in pools)
         ranks = self._cfg.learner.ranks
         learner = "Learner" if ranks == 1 else f"Learner of {ranks} ranks"
         reference = ["the reference in it (LoRA)"] if self._cfg.learner.lora is not None else []
@@ -195,6 +193,13 @@ class Progress(Screen):
                 table.add_row("higher score than before", "", f"{wins:.1%}")
             self._console.print(table)
         self._end(seconds, "summary.json, metrics.jsonl, journal/, policy/: a Hugging Face directory")
+
+
+def _counted(number: int, role: str) -> str:
+    """Such as 1 Generator, 2 ReferencePolicies, or 2 Environments: the name of this role is a plural already."""
+    if number == 1 or role.endswith("s"):
+        return f"{number} {role}"
+    return f"{number} {role[:-1]}ies" if role.endswith("y") else f"{number} {role}s"
 
 
 def _of_all(step: int, num_steps: int) -> str:

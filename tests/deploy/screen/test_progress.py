@@ -6,10 +6,14 @@ import asyncio
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
+from actors.environments.environments import Environments
+from actors.generation.generator import Generator
+from actors.scoring.reference import ReferencePolicy
+from actors.scoring.reward import Reward
 from common.data.questions import question
 from common.health.health import Event
 from common.types import Score, Turn, Void
@@ -250,6 +254,26 @@ def test_when_ready_the_screen_names_dashboard_token_and_endpoint(capsys, progre
         "figures of this run: http://127.0.0.1:4000/metrics",
     ]
     assert max(map(len, said)) <= 80
+
+
+@dataclass
+class ReadyPool:
+    role: str
+    ready: list[str]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (1, "1 Environments, 1 Generator, 1 ReferencePolicy, 1 Reward, Learner"),
+        (2, "2 Environments, 2 Generators, 2 ReferencePolicies, 2 Rewards, Learner"),
+    ],
+)
+def test_when_ready_the_screen_counts_the_processes_of_every_role(capsys, progress, number, expected):
+    roles = [Generator, Reward, ReferencePolicy, Environments]
+    pools = [ReadyPool(role.__name__, ["a replica"] * number) for role in roles]
+    progress.ready(pools, dashboard=None, figures="127.0.0.1:4000")
+    assert re.fullmatch(r"ready after \d+ s: (.*)", capsys.readouterr().out.splitlines()[0])[1] == expected
 
 
 def evaluation(version: int, score: float, pass_at_1: float | None) -> Evaluation:
