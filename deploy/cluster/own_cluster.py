@@ -147,7 +147,7 @@ def _end_processes_of(directory: Path) -> None:
 def start(cfg: RayConfig, directory: Path, job: JobConfig) -> None:
     """Starts Ray in the directory, with this driver as its job. Raises UserError or RoleError if it cannot."""
     store_mib = cfg.object_store_mib or LEAST_MIB
-    check_store(store_mib, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
+    _check_store_below(directory, store_mib)
     _make_token_private()
     os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves roles when other programs run
     # By default, ray.init replaces a loopback address by the machine's own, and its servers listen on every interface.
@@ -187,6 +187,17 @@ def _dashboard_variables(cfg: RayConfig) -> dict[str, str]:
         "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": dashboards,
     }
     return {name: value.rstrip("/") for name, value in given.items() if value is not None}
+
+
+def check_store_here(mib: int) -> None:
+    """`check_store` for a cluster that would start on this machine now. Also raises UserError if there is no place for
+    the cluster's directory."""
+    _check_store_below(Path(_temporary_directory()), mib)
+
+
+def _check_store_below(directory: Path, mib: int) -> None:
+    """`check_store` with the free bytes of this machine, and of the disk of the directory."""
+    check_store(mib, estimate_available_memory(), get_shared_memory_bytes(), shutil.disk_usage(directory).free)
 
 
 def check_store(mib: int, memory: int, shared: int, disk: int) -> None:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 
 from common.config.ppo import Config
 from common.errors import UserError
 from common.files import write_whole
+from common.memory import MIB
 from common.model.size import ModelSize
 from deploy.plan.capacity import check_engine_build, check_kv_cache
-from deploy.plan.machines import Described, joins, machines
+from deploy.plan.machines import Described, check_own_store, joins, machines
 from deploy.plan.models import policy_size, reward_model_sizes, scoring_models
 from deploy.plan.needs import Phases, ScoringModel, needs
 from deploy.plan.object_store import LEAST_MIB, sized
@@ -82,7 +84,8 @@ def run_plan(cfg: Config, described: Described, *, typical: Typical | None = Non
         planner = models.planner(cfg, described, nodes)
     plan = planner.plan(cfg)
     remedy = None if plan.fits else planner.remedy(cfg)
-    sections = plan_sections(plan, models, typical, remedy)
+    why_not = plan.refusal or _store_refusal(plan, described)
+    sections = plan_sections(plan, models, typical, why_not, remedy)
     if as_json:
         print(json.dumps({section.key: section.data for section in sections}, indent=2))
     else:
@@ -90,7 +93,7 @@ def run_plan(cfg: Config, described: Described, *, typical: Typical | None = Non
         for section in sections:
             for shown in section.shown:
                 console.print(shown)
-    return 0 if plan.fits else 1
+    return 0 if why_not is None else 1
 
 
 def run_suggest(
@@ -125,6 +128,9 @@ def run_suggest(
     except DoesNotFit as error:
         print(error)
         return 1
+    if (why_not := _store_refusal(found.plan, described)) is not None:
+        print(why_not)
+        return 1
     text = found.to_toml(title)
     if out is None:
         print(text, end="")
@@ -145,11 +151,26 @@ def store_mib(cfg: Config, models: Models) -> int:
     return sized(cfg.ray, [need.store for need in processes]).object_store_mib or LEAST_MIB
 
 
-def plan_sections(plan: Plan[Config], models: Models, typical: Typical, remedy: str | None = None) -> list[Section]:
-    """The parts of the plan in the order of the screen. `remedy`: what would make it fit."""
+def _store_refusal(plan: Plan[Config], described: Described) -> str | None:
+    """Why this machine has no place for the object store of a plan that fits otherwise. None if it has one, or if the
+    plan is for other machines."""
+    if described or joins(described, plan.cfg.ray) or not plan.fits:
+        return None
+    try:
+        check_own_store(plan.nodes[0].store // MIB)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def plan_sections(
+    plan: Plan[Config], models: Models, typical: Typical, why_not: str | None, remedy: str | None = None
+) -> list[Section]:
+    """The parts of the plan in the order of the screen. `why_not`: the reason why it does not fit. `remedy`: what would
+    make it fit."""
     remedies = [] if remedy is None else [Section("remedy", remedy, [f"{remedy[0].upper()}{remedy[1:]}."])]
-    step = _step(plan, models, typical) if plan.fits else []
-    return [_memory(plan), _stores(plan), *step, _verdict(plan), *remedies]
+    step = _step(plan, models, typical) if why_not is None else []
+    return [_memory(plan), _stores(plan), *step, _verdict(plan, why_not), *remedies]
 
 
 def _memory(plan: Plan[Config]) -> Section:
@@ -204,13 +225,13 @@ def _step(plan: Plan[Config], models: Models, typical: Typical) -> list[Section]
     ]
 
 
-def _verdict(plan: Plan[Config]) -> Section:
-    verdict = "[bold green]It fits.[/]" if plan.fits else f"[bold red]It does not fit:[/] {plan.refusal}"
+def _verdict(plan: Plan[Config], why_not: str | None) -> Section:
+    verdict = "[bold green]It fits.[/]" if why_not is None else f"[bold red]It does not fit:[/] {escape(why_not)}"
     waiting = [need.name for need in plan.waiting]
-    if plan.fits and waiting:
+    if why_not is None and waiting:
         verdict = (
             f"[bold green]The run starts.[/] It then waits until the autoscaler has added nodes for "
             f"{', '.join(waiting)}, for at most {plan.cfg.ray.startup_timeout_s:g} s (ray.startup_timeout_s)."
         )
-    data = {"fits": plan.fits, "why_not": plan.refusal, "waits_for_a_node": waiting}
+    data = {"fits": why_not is None, "why_not": why_not, "waits_for_a_node": waiting}
     return Section("verdict", data, [verdict])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,10 +93,18 @@ def this_machine(store_mib: int) -> Node:
         get_num_cpus(),
         _visible(gpus),
         estimate_available_memory() - store_mib * MIB,
-        gpu_memory_query()() if gpus else 0,
+        _gpu_memory() if gpus else 0,
         store=store_mib * MIB,
         labels={},
     )
+
+
+def check_own_store(store_mib: int) -> None:
+    """Raises UserError if a run on this machine could not start an object store of this size now. Prints a warning if
+    the store would be a file on a disk, which is slow."""
+    from deploy.cluster.own_cluster import check_store_here  # imports Ray
+
+    check_store_here(store_mib)
 
 
 def _visible(gpus: int) -> int:
@@ -104,9 +113,18 @@ def _visible(gpus: int) -> int:
     return gpus if named is None else min(gpus, len([device for device in named.split(",") if device.strip()]))
 
 
+def _gpu_memory() -> int:
+    """The memory of the largest usable GPU of this machine, bytes; 0 if it is not known, such as without nvidia-smi."""
+    try:
+        return gpu_memory_query()()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0
+
+
 def gpu_memory_query() -> Callable[[], int]:
-    """Returns a function that asks for the memory of the largest usable GPU of the machine where it runs, bytes. The
-    function is nested, so that Ray sends its code: a node of a cluster may not have this module."""
+    """Returns a function that asks for the memory of the largest usable GPU of the machine where it runs, bytes. It
+    raises an error if there is no usable GPU, or if nvidia-smi is missing, fails or does not answer. The function is
+    nested, so that Ray sends its code: a node of a cluster may not have this module."""
 
     def largest() -> int:
         import subprocess

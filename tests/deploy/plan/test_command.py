@@ -3,16 +3,21 @@
 import json
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
+from ray.job_config import JobConfig
 from transformers import LlamaConfig
 
 import deploy.session
 from common.errors import UserError
 from common.memory import GIB, MIB
 from deploy.cli import main
-from deploy.plan.command import Models, run_plan
-from deploy.plan.machines import SYSTEM, Described
+from deploy.cluster import own_cluster
+from deploy.plan import machines
+from deploy.plan.command import Models, run_plan, run_suggest
+from deploy.plan.machines import SYSTEM, THIS_MACHINE, Described
 from deploy.plan.placement import Node
 from deploy.plan.planner import Planner
 from deploy.plan.table import numbers
@@ -192,6 +197,88 @@ def test_a_running_cluster_has_its_stores_whatever_the_config_says(model, capsys
     monkeypatch.setattr("deploy.plan.command.machines", lambda described, ray, store_mib: nullcontext([node]))
     assert run_plan(cfg, Described()) == 0
     assert "It fits." in capsys.readouterr().out
+
+
+@pytest.fixture
+def this_machine(monkeypatch):
+    """A function that makes plans of this machine with these MiB free in /dev/shm and in the temporary directory."""
+
+    def free(shared: int, disk: int) -> None:
+        node = Node(THIS_MACHINE, 8, 0, 64 * GIB, labels={})
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr("deploy.plan.command.check_engine_build", lambda cfg: None)
+        monkeypatch.setattr("deploy.plan.command.machines", lambda *args: nullcontext([node]))
+        monkeypatch.setattr(own_cluster, "estimate_available_memory", lambda: 64 * GIB)
+        monkeypatch.setattr(own_cluster, "get_shared_memory_bytes", lambda: shared * MIB)
+        monkeypatch.setattr(own_cluster.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk * MIB))
+
+    return free
+
+
+NO_PLACE = "ray.object_store_mib (2000) must fit into /dev/shm, which has 64 MiB free, or into the temporary directory"
+
+
+def test_a_store_that_this_machine_has_no_place_for_does_not_fit(model, this_machine, capsys, tmp_path):
+    this_machine(shared=64, disk=1000)
+    cfg = tiny_config(str(model), ray={"object_store_mib": 2000})
+    assert run_plan(cfg, Described(), as_json=True) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["verdict"]["fits"]
+    assert found["verdict"]["why_not"].startswith(NO_PLACE)
+    assert "seconds" not in found
+    assert run_plan(cfg, Described()) == 1
+    assert f"It does not fit: {NO_PLACE}" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match=re.escape(NO_PLACE)):  # as in ratchet train
+        own_cluster.start(cfg.ray, tmp_path, JobConfig())
+    # The size of /dev/shm is not known for described machines.
+    assert run_plan(cfg, Described(cpus=8, memory=64)) == 0
+    assert "It fits." in capsys.readouterr().out
+
+
+def test_a_store_that_will_be_a_file_fits_with_a_warning(model, this_machine, capsys):
+    cfg = tiny_config(str(model), ray={"object_store_mib": 2000})
+    this_machine(shared=64, disk=4000)
+    assert run_plan(cfg, Described(), as_json=True) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["verdict"] == {"fits": True, "why_not": None, "waits_for_a_node": []}
+    assert "warning: ray.object_store_mib (2000) does not fit into /dev/shm, which has 64 MiB free" in shown.err
+    this_machine(shared=2000, disk=4000)
+    assert run_plan(cfg, Described(), as_json=True) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_suggestion_needs_a_place_for_its_store_too(model, this_machine, capsys, tmp_path):
+    tree = tiny_config(str(model), ray={"object_store_mib": None}).model_dump(exclude_unset=True)
+    out = tmp_path / "suggested.toml"
+    this_machine(shared=64, disk=500)
+    assert run_suggest(tree, Described(), "a title", out=out) == 1
+    assert "ray.object_store_mib (1024) must fit into /dev/shm" in capsys.readouterr().out
+    assert not out.exists()
+    this_machine(shared=64, disk=4000)
+    assert run_suggest(tree, Described(), "a title", out=out) == 0
+    assert "warning: ray.object_store_mib (1024) does not fit into /dev/shm" in capsys.readouterr().err
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo '40960, 8.0'; echo '81559, 9.0'", 81_559 * MIB),
+        ("echo '16384, 7.0'", 0),  # no GPU that vLLM can use
+        ("echo '[N/A], 9.0'", 0),
+        ("exit 9", 0),
+        (None, 0),  # no nvidia-smi
+    ],
+)
+def test_the_memory_of_gpus_is_0_if_it_is_not_known(tmp_path, monkeypatch, script, expected):
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    node = machines.this_machine(1024)
+    assert (node.gpus, node.gpu_memory) == (2, expected)
 
 
 GROWING = {"address": "h:1", "autoscaler": True, "object_store_mib": None}
