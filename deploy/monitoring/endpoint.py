@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,10 +81,12 @@ class RunFigures(Collector):
         """During the block, RUN/prometheus.json names the endpoint for Prometheus' file_sd_configs, and
         RUN/prometheus-ray.json links to `rays`, the file of the same kind that Ray writes. The directory of
         `monitoring.discovery` gets both too."""
-        run = directory.resolve().name
+        resolved = directory.resolve()
+        run = resolved.name
         places = [(directory / DISCOVERY, directory / RAYS_DISCOVERY)]
         if self._shared is not None:
-            unique = f"{run}-{self.address.rpartition(':')[2]}"  # two runs on one machine never share a port
+            # The same for every driver of the run: one that was killed leaves its files, and the next one replaces them.
+            unique = f"{run}-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:12]}"
             places.append((self._shared / f"{unique}.json", self._shared / f"{unique}-ray.json"))
         try:
             for own, link in places:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 from contextlib import ExitStack
@@ -132,15 +133,30 @@ def test_a_shared_directory_lists_the_runs_that_are_running(tmp_path):
     run, shared = tmp_path / "my-run", tmp_path / "new/discovery"
     run.mkdir()
     with RunFigures.served(MonitoringConfig(discovery=str(shared))) as figures:
-        port = figures.address.removeprefix("127.0.0.1:")
-        shared.joinpath(f"my-run-{port}-ray.json").symlink_to("what a killed run left")
+        name = f"my-run-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]}"
+        shared.joinpath(f"{name}-ray.json").symlink_to("what a killed run left")
         with figures.discoverable(run, rays):
             own = json.loads((run / "prometheus.json").read_text())
-            assert json.loads((shared / f"my-run-{port}.json").read_text()) == own
-            assert {path.name for path in shared.iterdir()} == {f"my-run-{port}.json", f"my-run-{port}-ray.json"}
-            for link in (run / "prometheus-ray.json", shared / f"my-run-{port}-ray.json"):
+            assert json.loads((shared / f"{name}.json").read_text()) == own
+            assert {path.name for path in shared.iterdir()} == {f"{name}.json", f"{name}-ray.json"}
+            for link in (run / "prometheus-ray.json", shared / f"{name}-ray.json"):
                 assert link.readlink() == rays
         assert list(run.iterdir()) == list(shared.iterdir()) == []
+
+
+def test_a_run_that_continues_replaces_the_file_of_its_killed_driver(tmp_path):
+    shared, runs = tmp_path / "shared", [tmp_path / "a/run", tmp_path / "b/run"]
+    cfg, targets = MonitoringConfig(discovery=str(shared)), []
+    with ExitStack() as serving:
+        for number, run in enumerate([*runs, runs[0]]):
+            run.mkdir(parents=True, exist_ok=True)
+            figures = serving.enter_context(RunFigures.served(cfg))
+            serving.enter_context(figures.discoverable(run))  # the first driver of runs[0] never removes its files
+            targets.append(figures.address)
+            assert len(list(shared.iterdir())) == min(2, number + 1)
+        listed = [json.loads(path.read_text())[0] for path in shared.iterdir()]
+    assert sorted(group["targets"][0] for group in listed) == sorted(targets[1:])  # each run its newest port
+    assert [group["labels"] for group in listed] == [{"run": "run"}] * 2
 
 
 def test_a_shared_directory_that_cannot_be_made_is_the_users_error(tmp_path):

@@ -90,6 +90,19 @@ def series(name: str, values: str) -> dict[str, str]:
     return {"series": name, "values": values}
 
 
+def pool(session: str, *, ready: str, joins: str) -> list[dict[str, str]]:
+    """The pool of reward replicas of a Ray cluster."""
+    return [
+        series(f'ray_ratchet_pool_replicas{{SessionName="{session}",role="Reward",state="ready"}}', ready),
+        series(f'ray_ratchet_pool_joins_total{{SessionName="{session}",role="Reward"}}', joins),
+    ]
+
+
+def deaths(session: str, reason: str, values: str) -> dict[str, str]:
+    labels = f'SessionName="{session}",role="Generator",reason="{reason}"'
+    return series(f"ray_ratchet_pool_leaves_total{{{labels}}}", values)
+
+
 PHASES = [series(f'ratchet_time_{phase}_s{{run="a"}}', f"{s}x60") for phase, s in
           (("generate", "60+0"), ("score", "0+0"), ("learn", "20+0"), ("publish", "4+0"))]  # fmt: skip
 # Alert: series that trigger it (a value each minute), series that look alike and do not, and when it fires (minute).
@@ -122,16 +135,20 @@ CASES = {
         4,
     ),
     "RatchetNoReplica": (
-        [series('ray_ratchet_pool_replicas{role="Reward",state="ready"}', "1 0 0 0")],
+        [*pool("a", ready="1 0 0 0", joins="1 1 1 1"), *pool("b", ready="1 1 1 1", joins="1 1 1 1")],
         [
-            series('ray_ratchet_pool_replicas{role="Reward",state="ready"}', "1 1 1 1"),
-            series('ray_ratchet_pool_replicas{role="Reward",state="starting"}', "0 0 0 0"),
+            *pool("a", ready="0 0 0 0", joins="0 0 0 0"),  # it starts
+            *pool("b", ready="1 1 1 1", joins="1 1 1 1"),
+            series('ray_ratchet_pool_replicas{SessionName="b",role="Reward",state="starting"}', "0 0 0 0"),
         ],
         3,
     ),
     "RatchetReplicasDie": (
-        [series('ray_ratchet_pool_leaves_total{role="Generator",reason="died"}', "0 0 1 1 2 5")],
-        [series('ray_ratchet_pool_leaves_total{role="Generator",reason="scale"}', "0 1 2 3 4 5")],
+        [
+            deaths("a", "died", "0 0 1 1 2 5"),
+            deaths("b", "died", "0 0 0 0 0 0"),
+        ],
+        [deaths("a", "scale", "0 1 2 3 4 5"), deaths("b", "died", "0 0 0 0 0 2"), deaths("c", "died", "0 0 0 0 0 2")],
         5,
     ),
 }
