@@ -73,11 +73,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_record(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in a line; None if the line is anything else."""
-    with suppress(ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
-        record = json.loads(line)
+    """The JSON object in a line; None if the line is anything else. A whole number that no float can hold becomes
+    infinite, so readers can calculate with every number."""
+    with suppress(ValueError, RecursionError):  # ValueError: not UTF-8, or not JSON
+        record = json.loads(line, parse_int=_whole_number)
         return record if isinstance(record, dict) else None
     return None
+
+
+def _whole_number(digits: str) -> int | float:
+    """An int; a float from 300 digits on. Arithmetic with floats raises OverflowError for ints of more than 308."""
+    return int(digits) if len(digits) < 300 else float(digits)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -124,7 +124,7 @@ class AnswerFile:
             if not rollout.sampled_ids.shape == logprobs.shape == ref_logprobs.shape or not _follow(turns, len(tokens)):
                 return None
             return Answered(rollout, score, ref_logprobs)
-        except (KeyError, ValueError, TypeError, AttributeError):
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):  # OverflowError: an infinite number
             return None
 
 

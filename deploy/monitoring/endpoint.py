@@ -85,7 +85,7 @@ class RunFigures(Collector):
         run = resolved.name
         places = [(directory / DISCOVERY, directory / RAYS_DISCOVERY)]
         if self._shared is not None:
-            # The same for every driver of the run: one that was killed leaves its files, and the next one replaces them.
+            # The same for all drivers of the run: a killed one leaves its files, and the next one replaces them.
             unique = f"{run}-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:12]}"
             places.append((self._shared / f"{unique}.json", self._shared / f"{unique}-ray.json"))
         try:

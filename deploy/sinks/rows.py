@@ -67,7 +67,8 @@ class NewRows:
                     added = file.read()
                 whole = added[: added.rfind(b"\n") + 1]  # the last line may still be being written
                 self._read[number] += len(whole)
-                rows += [row(record) for line in whole.splitlines() if (record := read_record(line)) is not None]
+                records = (read_record(line) for line in whole.splitlines())
+                rows += [row(record) for record in records if record is not None and _has_place(record)]
         return sorted(rows, key=lambda row: row.place)
 
 
@@ -82,6 +83,12 @@ def samples(directory: Path, step: int, count: int) -> list[tuple[Any, ...]]:
         tokens = [len(versions) for versions in table["policy_versions"]]
         reasons = table["finish_reason"].to_pylist()
     return [(step, *row) for row in zip(*texts, tokens, reasons, strict=True)]
+
+
+def _has_place(record: Mapping[str, Any]) -> bool:
+    """False for a record of which trackers cannot say when it was made, such as one with an infinite step."""
+    step = record.get("policy_version", record.get("step"))
+    return isinstance(step, int) and _is_number(record.get("time"))
 
 
 def _events(record: Mapping[str, Any]) -> dict[str, float]:

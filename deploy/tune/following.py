@@ -68,9 +68,9 @@ class Follower:
 
         ASHA gets every recorded result, also those of a complete run. A restarted command gives it all recorded
         results, and must come to the same decisions."""
-        state, step = self.events.run(self.job.name), record["policy_version"]
+        state, step = self.events.run(self.job.name), record.get("policy_version")
         value = metric_of(record, self.metric)
-        if step in state.results or value is None or state.outcome not in (None, COMPLETE):
+        if not isinstance(step, int) or step in state.results or value is None or state.outcome not in (None, COMPLETE):
             return
         self.events.result(self.job.name, step, value)
         self.screen.result(self.job, step, value)

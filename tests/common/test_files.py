@@ -1,6 +1,7 @@
 """Files written whole or not at all."""
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -76,3 +77,16 @@ def test_records_come_back_in_order_and_a_missing_file_has_none(tmp_path):
     for record in records:
         append_record(path, record)
     assert read_records(path) == records
+
+
+def test_a_whole_number_that_no_float_can_hold_is_read_as_infinite(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for digits in (15, 298, 299, 400, 9000):
+        path.write_text(f'{{"step": 3, "high": 1{"0" * digits}, "low": [-1{"0" * digits}], "text": "1{"0" * 400}"}}\n')
+        [record] = read_records(path)
+        assert record["step"] == 3
+        assert isinstance(record["step"], int)
+        assert record["text"] == f"1{'0' * 400}"
+        expected = 10**digits if digits < 309 else math.inf
+        assert float(record["high"]) == float(expected)  # raises OverflowError for too large an int
+        assert float(record["low"][0]) == -float(expected)

@@ -209,3 +209,16 @@ def test_a_line_that_is_no_answer_is_asked_again(tmp_path, prompts, change):
     file.append([answer(prompts[0])])
     file.path.write_text(json.dumps({**json.loads(file.path.read_text()), **change}) + "\n[1]\n{\n")
     assert file.read(1) == {}
+
+
+@pytest.mark.parametrize("key", ["prompt", "sample", "tokens"])
+def test_an_answer_with_a_number_that_is_too_large_is_asked_again(tmp_path, prompts, key):
+    write_prompts(tmp_path, prompts)
+    asked = questions(prompts, 1, set())
+    AnswerFile(tmp_path, "mine", prompts, decode).append([answer(prompt) for prompt in asked])
+    file = AnswerFile(tmp_path, "mine", prompts, decode)
+    first, *others = file.path.read_text().splitlines()
+    record = json.loads(first)
+    record[key] = [10**400] * len(record[key]) if key == "tokens" else 10**400
+    file.path.write_text("\n".join([json.dumps(record), *others]) + "\n")
+    same(file.read(1), {prompt.sample_id: answer(prompt) for prompt in asked[1:]})

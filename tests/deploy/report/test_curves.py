@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from common.metrics.table import STEP
 from deploy.report.curves import GROUPS, MAX_POINTS, curves_of, metric_of, thinned
 from deploy.report.events import events_of
+from deploy.report.report import page_blocks
 from deploy.report.run_files import RunFiles
 from deploy.report.scores import scores_of
 from tests.deploy.report.made_run import write_run
@@ -117,3 +120,29 @@ def test_the_calibration_is_read_next_to_the_reward_model(tmp_path):
 
 def test_runs_without_a_reward_model_have_no_calibration(tmp_path):
     assert scores_of(RunFiles.read(write_run(tmp_path / "run", steps=1)))["calibrations"] == []
+
+
+def with_large_numbers(value):
+    """Copies of a record, each with another number replaced by one that no float can hold: (place, copy)."""
+    if isinstance(value, dict):
+        return [((key, *place), value | {key: new}) for key in value for place, new in with_large_numbers(value[key])]
+    if isinstance(value, list):
+        parts = [(i, place, new) for i, old in enumerate(value) for place, new in with_large_numbers(old)]
+        return [((i, *place), [*value[:i], new, *value[i + 1 :]]) for i, place, new in parts]
+    return [((), 10**400)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl", "pool-events.jsonl"])
+def test_a_number_that_no_float_can_hold_ends_no_report(tmp_path, name):
+    run = write_run(tmp_path / "run", steps=3)
+    first, *others = (run / name).read_text().splitlines()
+    changed = with_large_numbers(json.loads(first))
+    assert changed
+    for place, record in changed:
+        (run / name).write_text("\n".join([json.dumps(record), *others]) + "\n")
+        files = RunFiles.read(run)
+        page_blocks(files)
+        if name == "metrics.jsonl":
+            assert len(files.metrics) == (2 if place == ("step",) else 3)
+        if place[-1] == "policy_version":
+            assert len(files.evaluations) == len(others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -14,7 +15,7 @@ from common.errors import UserError
 from common.files import append_record
 from deploy.sinks import following as module
 from deploy.sinks.following import check_sinks, following
-from deploy.sinks.rows import Row
+from deploy.sinks.rows import NewRows, Row
 from tests.prometheus import wait_for
 
 
@@ -151,3 +152,14 @@ def test_a_sink_whose_package_is_missing_is_refused(monkeypatch, found):
 def test_a_sink_cannot_be_named_twice():
     with pytest.raises(ValueError, match=r"sinks \(wandb, wandb\) names wandb twice"):
         LoggingConfig(sinks=("wandb", "wandb"))
+
+
+def test_numbers_that_no_float_can_hold_are_infinite_and_steps_of_this_size_are_left_out(tmp_path):
+    large = 10**400
+    for record in (step(0, **{"kl/per_response": large}), step(1) | {"step": large}, step(2) | {"time": "now"}):
+        append_record(tmp_path / "metrics.jsonl", record)
+    for record in (evaluation(0) | {"score": large}, evaluation(1) | {"policy_version": large}):
+        append_record(tmp_path / "evaluations.jsonl", record)
+    rows = NewRows(tmp_path).read()
+    assert [row.place for row in rows] == [0, 1]
+    assert rows[0].values["evaluation/score"] == rows[1].values["kl/per_response"] == math.inf

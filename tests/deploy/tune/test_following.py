@@ -46,6 +46,17 @@ def test_asha_decides_the_same_after_a_restart(tmp_path):
     assert Events(tmp_path / "events.jsonl").halving(RUNGS, NAMES).stopped == {"002", "003", "004"}
 
 
+def test_an_evaluation_without_a_sound_version_is_no_result(tmp_path):
+    events = Events(tmp_path / "events.jsonl")
+    events.start(1.0)
+    follower = Follower(Job(1), tmp_path / "001", "score", events, Screen(), None)
+    follower.directory.mkdir()
+    for record in ({"policy_version": 10**400, "score": 1.0}, {"score": 1.0}, {"policy_version": 2, "score": 0.5}):
+        append_record(follower.directory / "evaluations.jsonl", record)
+    follower.read_new()
+    assert Events(tmp_path / "events.jsonl").run("001").results == {2: 0.5}
+
+
 @pytest.mark.parametrize(("metric", "value"), [("score", 1.0), ("pass_at_1", 0.5), ("voids", 0.25), ("other", None)])
 def test_a_source_with_the_name_of_a_field_of_the_record_is_the_source(metric, value):
     record = {"score": 1, "pass_at_1": 0.5, "voids": 7, "prompts": 8, "components": {"voids": 0.25, "score": 3}}
