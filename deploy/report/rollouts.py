@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from common.types import SampleId
+from deploy.report.page import json_text
 from deploy.report.sampling import BUDGET, MAX_ROWS, Facts, details_kept, extremes, prompt_of, rows_kept
 from deploy.report.steps import Lists, Step, StepFiles, lists
 from deploy.report.token_numbers import BYTES_PER_NUMBER, CREDIT, JOURNAL, Pieces, packed, short
@@ -30,8 +30,9 @@ class Rollouts:
         self._files, self._text = files, text
         self._rows: list[dict[str, Any]] = []
         self._prompts: dict[str, str] = {}  # texts of kept rollouts' prompts, by number
-        self._first_prompts: dict[str, int] = {}  # hash of the first text, by number; only with an environment
-        self._void_texts: dict[int, str | None] = {}  # by row
+        self._first_prompts: dict[str, int] = {}  # hash of the first text, by number
+        self._prompt_sizes: dict[str, int] = {}  # bytes of the first text, by number
+        self._void_texts: dict[int, str] = {}  # by row
         self._places: dict[int, list[tuple[int, int]]] = {}  # step -> (row of its table, row here)
         self.has_credit = False
 
@@ -68,8 +69,9 @@ class Rollouts:
 
     def _add_voids(self, step: Step) -> None:
         for sample_id, reason, *response in step.metadata.get("voids", []):
-            self._void_texts[len(self._rows)] = response[0] if response else None
-            self._rows.append(_row(step.number, sample_id, void=str(reason)))
+            text = (response[0] if response else None) or ""
+            self._void_texts[len(self._rows)] = text
+            self._rows.append(_row(step.number, sample_id, void=str(reason), extra=_size(text)))
 
     def _add_batch(self, step: Step, void: str | None) -> None:
         table, credit = step.table, self._files.credit(step, ["kl", "clipped"])
@@ -78,7 +80,7 @@ class Rollouts:
             str(SampleId(*row)) for row in zip(*(table[n].to_pylist() for n in ("epoch", "prompt_index", "replica")))
         ]
         tokens, versions = lists(table, "response_ids"), lists(table, "policy_versions")
-        turns = turn_rows(table)
+        turns, prompts = turn_rows(table), table["prompt"].to_pylist()
         kl, shares = _kl(step, lists(credit, "kl")), _shares(lists(credit, "clipped"), len(ids))
         scores, components = table["score"].to_pylist(), table["components"].to_pylist()
         finish, generators = table["finish_reason"].to_pylist(), table["generator"].to_pylist()
@@ -87,7 +89,8 @@ class Rollouts:
             stale = step.metadata["policy_version"] - int(oldest.min()) if oldest is not None and len(oldest) else 0
             self._places.setdefault(step.number, []).append((i, len(self._rows)))
             length = int(tokens.lengths[i]) if tokens else 0
-            found = turns_of(turns[i], length)
+            found, prompt = turns_of(turns[i], length), prompts[i] or ""
+            shares_prompt = self._is_shared(prompt, sample_id)
             self._rows.append(
                 _row(
                     step.number,
@@ -97,7 +100,8 @@ class Rollouts:
                     components=dict(components[i] or ()),
                     tokens=found.sampled,
                     turns=found.count or None,
-                    extra=found.size + self._prompt_size(table, i, sample_id) if found.count else 0,
+                    shared=prompt_of(sample_id) if shares_prompt else None,
+                    extra=(found.size if found.count else 0) + (0 if shares_prompt else _size(prompt)),
                     finish=finish[i],
                     generator=generators[i],
                     staleness=stale,
@@ -106,12 +110,13 @@ class Rollouts:
                 )
             )
 
-    def _prompt_size(self, table: pa.Table, row: int, sample_id: str) -> int:
-        """Bytes of the prompt if it differs from the first one with its number, else 0. An environment may replace
-        prompts."""
-        text = table["prompt"][row].as_py() or ""
-        first = self._first_prompts.setdefault(prompt_of(sample_id), hash(text))
-        return 0 if hash(text) == first else len(text[:LONGEST_TEXT])
+    def _is_shared(self, text: str, sample_id: str) -> bool:
+        """True if the prompt is the first one with its number, which the page has once for all rollouts. An environment
+        may replace prompts."""
+        number, found = prompt_of(sample_id), hash(text)
+        if number not in self._first_prompts:
+            self._first_prompts[number], self._prompt_sizes[number] = found, _size(text)
+        return self._first_prompts[number] == found
 
     def _facts(self) -> Facts:
         def column(key: str) -> np.ndarray:
@@ -128,6 +133,8 @@ class Rollouts:
             clipped=column("clipped"),
             void=np.array([row["void"] is not None for row in self._rows], bool),
             size=200 + np.nan_to_num(tokens) * (columns * BYTES_PER_NUMBER + 6) + column("extra"),
+            shared=[row["shared"] for row in self._rows],
+            prompt_size=self._prompt_sizes,
         )
 
     def _kept_counts(self, facts: Facts, rows: list[int], kept: list[int]) -> dict[str, list[int]]:
@@ -148,7 +155,7 @@ class Rollouts:
         """The second pass: texts and token numbers of the kept rows."""
         chosen, pieces = set(kept), Pieces(self._text)
         details: dict[int, dict[str, Any]] = {
-            row: {"text": (text or "")[:LONGEST_TEXT]} for row, text in self._void_texts.items() if row in chosen
+            row: {"text": text[:LONGEST_TEXT]} for row, text in self._void_texts.items() if row in chosen
         }
         wanted = {
             step: places for step, found in self._places.items() if (places := [p for p in found if p[1] in chosen])
@@ -162,23 +169,31 @@ class Rollouts:
                 tokens = ids.row(i) if ids else None
                 if tokens is None:
                     continue
-                text = step.table["prompt"][i].as_py() or ""
-                shown = self._prompts.setdefault(prompt_of(self._rows[row]["id"]), text[:LONGEST_TEXT])
+                text = (step.table["prompt"][i].as_py() or "")[:LONGEST_TEXT]
+                if (number := self._rows[row]["shared"]) is not None:
+                    self._prompts[number] = text
                 episode = turns_of(turns[i], len(tokens))
                 numbers = {name: packed(column.row(i), episode.sampled) for name, column in columns.items()}
                 details[row] = {"tokens": pieces.of(tokens.tolist())} | {
                     name: found for name, found in numbers.items() if found is not None
                 }
+                if number is None:
+                    details[row]["prompt"] = text
                 if episode.count:
-                    details[row] |= episode.detail() | ({} if shown == text else {"prompt": text[:LONGEST_TEXT]})
+                    details[row] |= episode.detail()
         return details, {"pieces": pieces.texts}
 
 
 def _row(step: int, sample_id: str, **known: Any) -> dict[str, Any]:
     nothing: Mapping[str, Any] = dict.fromkeys(
-        ("void", "score", "tokens", "turns", "finish", "generator", "staleness", "kl", "clipped")
+        ("void", "score", "tokens", "turns", "finish", "generator", "staleness", "kl", "clipped", "shared")
     )
     return {"step": step, "id": sample_id, "components": {}, "extra": 0, **nothing, **known}
+
+
+def _size(text: str) -> int:
+    """Bytes in the page of a text that is cut to LONGEST_TEXT characters."""
+    return len(json_text(text[:LONGEST_TEXT]))
 
 
 def _kl(step: Step, learned: Lists | None) -> np.ndarray | None:

@@ -14,7 +14,7 @@ the rollouts of each of WINDOWS equal parts of the run.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,9 @@ class Facts:
     kl: np.ndarray
     clipped: np.ndarray  # share of its tokens
     void: np.ndarray  # bool
-    size: np.ndarray  # bytes of its text and token numbers in the page
+    size: np.ndarray  # bytes of its text and token numbers in the page, without the shared prompt
+    shared: Sequence[str | None]  # the number of its prompt if the page has this text once for all, else None
+    prompt_size: Mapping[str, int]  # bytes of each shared prompt, by number
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,19 +73,24 @@ def rows_kept(facts: Facts, limit: int = MAX_ROWS) -> list[int]:
 def details_kept(facts: Facts, rows: Iterable[int], budget: int = BUDGET) -> list[int]:
     """The rollouts of the table whose text and token numbers the page has."""
     rows = list(rows)
-    if facts.size[rows].sum() <= budget:
+    prompts = {number for i in rows if (number := facts.shared[i]) is not None}
+    if facts.size[rows].sum() + sum(facts.prompt_size[number] for number in prompts) <= budget:
         return rows
     inside = set(rows)
     kept: dict[int, None] = {}
+    paid: set[str | None] = set()  # shared prompts that the page has already
     spent = 0.0
     parts = ((_always(facts), ALWAYS), (_pairs(facts, rows), PAIRS), (_drawn(facts, rows), ALL))
     for candidates, share in parts:
         for i in candidates:
             if i in kept or i not in inside:
                 continue
-            if spent + facts.size[i] <= share * budget:
+            number = facts.shared[i]
+            size = facts.size[i] + (0 if number is None or number in paid else facts.prompt_size[number])
+            if spent + size <= share * budget:
                 kept[i] = None
-                spent += facts.size[i]
+                paid.add(number)
+                spent += size
     return sorted(kept)
 
 

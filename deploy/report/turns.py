@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from common.turns import response_mask
+from deploy.report.page import json_text
 from deploy.report.token_numbers import short
 
 LONGEST_INFO = 1_000  # characters of the `info` of a turn
@@ -40,8 +41,8 @@ class Turns:
     def size(self) -> int:
         """Bytes in the page, without those of the sampled tokens."""
         said = self.length - self.sampled
-        texts = len(json.dumps(self.unseen))
-        return 6 * said + texts + sum(BYTES_PER_TURN + len(json.dumps(_info(row))) for row in self.rows)
+        texts = len(json_text(self.unseen))
+        return 6 * said + texts + sum(BYTES_PER_TURN + len(json_text(_info(row))) for row in self.rows)
 
     @property
     def unseen(self) -> str:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deploy.report.page import json_text
 from deploy.report.rollouts import Rollouts
 from deploy.report.steps import StepFiles
 from deploy.report.token_text import TokenText
@@ -248,3 +249,17 @@ def test_a_small_budget_bounds_what_environments_say(tmp_path, cause):
     _, details = tables_of(run, budget=60_000)
     assert len(json.dumps(details["rows"])) < 70_000
     assert len(details["rows"]) > 5
+
+
+@pytest.mark.parametrize("text", ["x" * 2_000, "<" * 400, "\u00e9\x1b" * 200])
+@pytest.mark.parametrize("cause", ["prompts", "voids"])
+def test_a_small_budget_bounds_prompts_and_the_texts_of_voids(tmp_path, cause, text):
+    voids = [(f"0/{i}/0", "timeout", f"{i} {text}") for i in range(100)] if cause == "voids" else ()
+    prompt = text if cause == "prompts" else "ask"
+    run = write_run(tmp_path / "run", steps=20, prompts=160, tokens=(2, 9), voids=voids, prompt=prompt)
+    table, details = tables_of(run, budget=60_000)
+    assert len(json_text(details)) < 66_000
+    assert len(json_text(tables_of(run, budget=10**9)[1])) > 120_000
+    kept = [table["id"][i].split("/")[1] for i in details["rows"] if "tokens" in details["rows"][i]]
+    assert len(kept) > 5
+    assert set(details["prompts"]) == set(kept)

@@ -7,7 +7,7 @@ from deploy.report import sampling
 from deploy.report.sampling import Facts, details_kept, extremes, rows_kept
 
 
-def made_facts(steps=200, rollouts=10, *, size=100.0, clipped=0.0, void=0.0, seed=0):
+def made_facts(steps=200, rollouts=10, *, size=100.0, prompt_size=0, clipped=0.0, void=0.0, seed=0):
     rng, n = np.random.default_rng(seed), steps * rollouts
     prompts = n // 4  # each is asked four times
     return Facts(
@@ -19,6 +19,8 @@ def made_facts(steps=200, rollouts=10, *, size=100.0, clipped=0.0, void=0.0, see
         clipped=np.where(rng.random(n) < clipped, rng.random(n), 0.0),
         void=rng.random(n) < void,
         size=np.full(n, size),
+        shared=[str(i % prompts) for i in range(n)],
+        prompt_size=dict.fromkeys(map(str, range(prompts)), prompt_size),
     )
 
 
@@ -52,6 +54,18 @@ def test_details_stay_within_their_budget(budget):
     kept = details_kept(facts, range(len(facts)), budget)
     assert len(kept) * 100 <= budget
     assert len(kept) * 100 > 0.9 * budget
+
+
+@pytest.mark.parametrize("budget", [4000, 200_000, 699_000])
+def test_a_shared_prompt_counts_once(budget):
+    facts = made_facts(prompt_size=1000)
+
+    def spent(kept):
+        return 100 * len(kept) + 1000 * len({facts.shared[i] for i in kept})
+
+    kept = details_kept(facts, range(len(facts)), budget)
+    assert 0.5 * budget < spent(kept) <= budget
+    assert len(details_kept(facts, range(len(facts)), 700_000)) == 2000 > len(kept)  # 2,000 rollouts, 500 prompts
 
 
 def test_void_extreme_and_clipped_rollouts_are_kept_first():
