@@ -7,11 +7,12 @@ Each function takes the history and the config, and says in one sentence what it
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from statistics import fmean, median
 
 from common.config.actors import GeneratorsConfig
 from common.config.ppo import Config
-from common.health.history import History, number, step_kl
+from common.health.history import History, Record, number, step_kl
 
 # Share of the way from the length at the start to the limit, and share of the responses that are cut off in addition to
 # those at the start. Responses that are as long as the limit from the start are no drift: the human-feedback demo cuts
@@ -40,17 +41,26 @@ VOIDS = 0.05  # share of the rollouts that are void
 
 def length_at_limit(history: History, cfg: Config) -> str | None:
     """Responses get longer until the limit cuts them off."""
-    key, limit = "rollout/response_tokens/mean", cfg.max_response_tokens
-    tokens, tokens_before = history.typical(key, 3), history.at_start(key, 3)
+    limit = cfg.max_response_tokens
+    newest, first = _lengths(history.newest)[-3:], _lengths(history.first)[:3]
+    tokens, tokens_before = (median(lengths) if len(lengths) == 3 else None for lengths in (newest, first))
     finished, finished_before = history.typical("rollout/finished", 3), history.at_start("rollout/finished", 3)
     if tokens is None or tokens_before is None or finished is None or finished_before is None:
         return None
     if tokens - tokens_before < LONGER * (limit - tokens_before) or finished_before - finished < MORE_CUT_OFF:
         return None
+    what, counted = ("responses", "") if cfg.environment is None else ("episodes", " with those of the environment")
     return (
-        f"responses grew from {tokens_before:.0f} to {tokens:.0f} tokens, and {1 - finished:.0%} are cut off at "
+        f"{what} grew from {tokens_before:.0f} to {tokens:.0f} tokens{counted}, and {1 - finished:.0%} are cut off at "
         f"{cfg.max_response_setting} ({limit})"
     )
+
+
+def _lengths(records: Iterable[Record]) -> list[float]:
+    """The mean length of the responses of each record, tokens. In an episode, the environment's tokens count too, as
+    they do for the limit."""
+    found = ((number(record, "rollout/response_tokens/mean"), record) for record in records)
+    return [sampled + (number(record, "environment/tokens") or 0.0) for sampled, record in found if sampled is not None]
 
 
 def engine_mismatch(history: History, cfg: Config) -> str | None:
@@ -88,7 +98,11 @@ def learner_starving(history: History, cfg: Config) -> str | None:
 def generators_starving(history: History, cfg: Config) -> str | None:
     """With max_staleness = 0 the roles take turns, so waiting is no fault there."""
     idle = _idle(history, "wait/generators_s") if cfg.max_staleness else None
-    return f"the generators have nothing to do {idle:.0%} of the time" if idle is not None else None
+    if idle is None:
+        return None
+    return (
+        f"{idle:.0%} of the time no training rollout is written or scored (the time of held-out evaluations counts too)"
+    )
 
 
 def environments_slow(history: History, cfg: Config) -> str | None:
@@ -140,6 +154,8 @@ def voids_rising(history: History, cfg: Config) -> str | None:
     share, share_before = _void_share(newest, cfg), _void_share(before, cfg)
     if share < VOIDS or share < 2 * share_before:
         return None
+    if not before:
+        return f"{share:.0%} of the rollouts of the first 5 steps are void"
     return f"{share:.0%} of the rollouts of 5 steps are void, {share_before:.0%} were before"
 
 

@@ -212,6 +212,7 @@ def test_messages_have_the_numbers_of_their_series():
     assert message("voids_rising").startswith("11% of the rollouts of 5 steps are void, 0% were before")  # 8 / 72
     assert "78% of the time" in message("learner_starving")  # 20 / 25.6
     assert "79% of the time" in message("generators_starving")  # 6 / 7.6
+    assert message("generators_starving").endswith("(the time of held-out evaluations counts too)")
     assert message("environments_slow").startswith("62% of the time no generator writes")  # 16 / 25.6
     # Steps 1 to 5 have a median of 39 tokens: 205 / 39 = 5.3. Of 2 * 64 episodes at most 24 play at once.
     lost = "205 tokens of each episode again, 5.3 for each token that they sample"
@@ -375,3 +376,23 @@ def test_lost_prefixes_name_a_setting_that_can_be_raised_and_the_room(sections, 
     assert event.message.endswith(setting)
     assert f"up to {room}" in event.message
     assert "lose episodes before their next turn, or turns move to other generators" in event.message
+
+
+def test_voids_from_the_first_step_on_are_compared_with_no_earlier_steps():
+    records = series(5, rollout__voids=8)
+    [event] = Health(config()).follow(records[:-1]).step(records[-1])
+    assert event.message == "11% of the rollouts of the first 5 steps are void"  # 8 of 72
+
+
+def test_the_length_of_an_episode_includes_the_environments_tokens():
+    """The policy writes 20 to 26 tokens of 200, and the environment says the rest."""
+    grow = {"rollout__response_tokens__mean": lambda s: 20.0 + 0.3 * s, "environment__tokens": lambda s: 30.0 + 6 * s}
+    cut = {"rollout__finished": lambda s: 1 - min(0.5, 0.03 * s)}
+    game = {"environment": {**GAME["environment"], "max_tokens": 200}}
+    records = series(20, **grow, **cut)
+    [event] = Health(config(**game)).follow(records[:-1]).step(records[-1])
+    assert event.rule == "length_at_limit"
+    # steps 0 to 2 have 50.0, 56.3 and 62.6 tokens; steps 17 to 19 have 157.1, 163.4 and 169.7
+    said = "episodes grew from 56 to 163 tokens with those of the environment, and 50% are cut off at"
+    assert event.message.startswith(f"{said} environment.max_tokens (200)")
+    assert held((game, series(20, **grow)))[-1] == set()  # none is cut off
