@@ -103,7 +103,10 @@ def _generate(
     detail = f"{engines.min} engine(s), at most {done.running} at once in each, {done.steps:.0f} steps"
     if rate.data_sheet:
         detail += "; by the card's data sheet, not measured"
-    return Phase("generate", seconds / faster, detail, rate.data_sheet or engines.tensor_parallel > 1)
+    if cfg.environment is not None:
+        detail += "; the time in which environments answer is not counted, and their tokens count as the policy's"
+    at_least = rate.data_sheet or engines.tensor_parallel > 1 or cfg.environment is not None
+    return Phase("generate", seconds / faster, detail, at_least)
 
 
 def _score(

@@ -48,6 +48,20 @@ def plan(rates=CPU, *, cores=None, gpus=None, reward_models=(), **sections):
     return {p.name: p.seconds for p in phases}, {p.name for p in phases if p.at_least}
 
 
+GAME = {"environment": {"function": "tests.environments:Counting", "max_tokens": 10}}
+
+
+def test_the_time_in_which_environments_answer_is_left_out():
+    plain, least = plan()
+    assert "generate" not in least
+    seconds, least = plan(**GAME)
+    assert seconds["generate"] == plain["generate"]
+    assert {"generate", "step"} <= least
+    cfg = config("", sampling={"max_new_tokens": 10}, prompts={"train": "t", "max_tokens": 30}, **GAME)
+    generate = step_seconds(cfg, SIZE, (), {"cpu": CPU}, lengths=LENGTHS).phases[0]
+    assert "the time in which environments answer is not counted" in generate.detail
+
+
 REWARD_MODEL = {"name": "model", "model": "x"}
 ON_GPUS = {name: {"gpus": 1} for name in ("generators", "reference", "learner")}
 GENERATE = 8 * PREFILL / 4000 + 8 * (PASS - PREFILL) / 2000 + 10 * STEP_BYTES / 100
